@@ -1,0 +1,1 @@
+"""Runs in Spark's Python workers: plain functions on Arrow batches. Imports neither pyspark nor torch."""

@@ -1,0 +1,222 @@
+"""The layout of a run folder, and the atomic write and read of each file in it.
+
+A run leaves the driver as this folder and comes back as this folder: the driver writes `run.json` before launch, ranks
+write everything else, `result.json` comes last. Every JSON file appears whole or not at all (temporary name, rename).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import ValidationError
+
+from pipelines.config import RunConfig
+from pipelines.errors import UserError
+from vlm.config import Config
+
+
+T = TypeVar("T", bound=Config)
+
+
+class RunFile(Config):
+    """run.json: all a rank needs besides the files it names. Written by the driver before launch."""
+
+    config: RunConfig
+    code_version: str
+    train_shards: str
+    validate_shards: str
+    dataset_version: int
+    content_hash: str
+    world_size: int
+
+
+class RankFile(Config):
+    """ranks/rank-N.json: who a rank is, written when it starts."""
+
+    rank: int
+    host: str
+    pid: int
+    started_at: float
+
+
+class Failure(Config):
+    """failures/rank-N.json: how a rank ended that did not end well."""
+
+    rank: int
+    host: str
+    pid: int
+    exception: str
+    message: str
+    traceback: str
+    step: int
+    failed_at: float
+    consequence: bool
+    """True when the rank was only told of another rank's death (lost connection, SIGTERM): not the root."""
+
+
+class Result(Config):
+    """result.json: written last, by rank 0."""
+
+    status: Literal["ok"]
+    step: int
+    world_size: int
+    checkpoint: str
+    metrics: dict[str, float]
+    seconds: float
+
+
+class Metrics(Config):
+    """metrics/<step>.json: one log step."""
+
+    step: int
+    time: float
+    values: dict[str, float]
+
+
+class CaptionSample(Config):
+    """One picture of a samples file: its row in the validation shards, what it should say, what the model says."""
+
+    row: int
+    image_id: str
+    text: str
+    caption: str
+
+
+class CaptionSamples(Config):
+    """samples/<step>.json: what the model says about a few validation pictures."""
+
+    step: int
+    samples: tuple[CaptionSample, ...]
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths and files of one run folder."""
+
+    path: Path
+
+    @property
+    def run(self) -> Path:
+        """The resolved run, written by the driver."""
+        return self.path / "run.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer, written by the driver."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def result(self) -> Path:
+        """Written last, by rank 0; its presence with status ok is the only proof of success."""
+        return self.path / "result.json"
+
+    @property
+    def tracking(self) -> Path:
+        """Id of the MLflow run, so that a resumed run goes on in it."""
+        return self.path / "tracking.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """step_000100/ folders."""
+        return self.path / "checkpoints"
+
+    @property
+    def failures(self) -> Path:
+        """rank-N.json of ranks that failed."""
+        return self.path / "failures"
+
+    def metrics(self, step: int) -> Path:
+        """One log step; the names sort by step."""
+        return self.path / "metrics" / f"{step:010d}.json"
+
+    def samples(self, step: int) -> Path:
+        """Sample captions of one validation."""
+        return self.path / "samples" / f"{step:010d}.json"
+
+    def heartbeat(self, rank: int) -> Path:
+        """Touched every step; its content is the step."""
+        return self.path / "heartbeat" / f"rank-{rank}"
+
+    def rank(self, rank: int) -> Path:
+        """Who the rank is."""
+        return self.path / "ranks" / f"rank-{rank}.json"
+
+    def failure(self, rank: int) -> Path:
+        """How the rank failed."""
+        return self.failures / f"rank-{rank}.json"
+
+    def log(self, rank: int) -> Path:
+        """The rank's full log."""
+        return self.path / "logs" / f"rank-{rank}.log"
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint folder of a step."""
+        return self.checkpoints / f"step_{step:06d}"
+
+    def finished_checkpoints(self) -> list[Path]:
+        """Complete checkpoint folders, oldest first (a folder gets its name when it is complete)."""
+        found = [p for p in self.checkpoints.glob("step_*") if p.name.removeprefix("step_").isdigit()]
+        return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+    def read_run(self) -> RunFile:
+        """run.json.
+
+        Raises:
+            UserError: it is missing or not a run.
+        """
+        return read_json(self.run, RunFile)
+
+    def read_failures(self) -> list[Failure]:
+        """Failure records, earliest first."""
+        return sorted((read_json(p, Failure) for p in self.failures.glob("rank-*.json")), key=lambda f: f.failed_at)
+
+    def read_metrics(self, after: int = -1) -> Iterator[Metrics]:
+        """Log steps beyond `after`, in order."""
+        for path in sorted((self.path / "metrics").glob("[0-9]*.json")):
+            if int(path.stem) > after:
+                yield read_json(path, Metrics)
+
+    def read_samples(self, after: int = -1) -> Iterator[CaptionSamples]:
+        """Sample captions beyond step `after`, in order."""
+        for path in sorted((self.path / "samples").glob("[0-9]*.json")):
+            if int(path.stem) > after:
+                yield read_json(path, CaptionSamples)
+
+
+def write_json(path: Path, content: Config | dict[str, Any]) -> None:
+    """Write a file whole or not at all; the folder is created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = content.model_dump_json(indent=2, by_alias=True) if isinstance(content, Config) else json.dumps(content, indent=2)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """Read a file written by `write_json`.
+
+    Raises:
+        UserError: the file is missing or holds something else.
+    """
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.name} is missing", where=str(path.parent), fix="is this a run folder?") from None
+    except ValidationError as error:
+        raise UserError(
+            f"{path.name} is not a {kind.__name__}", where=str(path), got=str(error.errors()[0]["msg"]),
+            fix="it was written by another version, or by hand",
+        ) from None
+
+
+def touch_heartbeat(run: RunDir, rank: int, step: int) -> None:
+    """Say that `rank` is alive and at `step`."""
+    path = run.heartbeat(rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{step} {time.time():.3f}", encoding="ascii")

@@ -1,0 +1,242 @@
+"""The training-shard format: a folder of Arrow IPC files and a manifest, written last.
+
+A rank memory-maps the files and reads any row in O(1): every record batch of a file has BATCH_ROWS rows but the last,
+and every file has the same number of rows but the last, so a row's place is two divisions. With `raw` encoding a row's
+pixels are its bytes; nothing is decoded. The folder's name is a hash of what determines its content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from PIL import Image
+from pydantic import ValidationError
+
+from pipelines.config import Split, short_hash
+from pipelines.errors import StageFailed, UserError
+from pipelines.tables import TEXT_TYPE
+from vlm.config import Config, ImageConfig
+
+BATCH_ROWS = 64
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+class ShardRequest(Config):
+    """What determines the content of a shard folder."""
+
+    table: str
+    table_id: str
+    table_version: int
+    source: str
+    split: Split
+    image: ImageConfig
+    encoding: Literal["raw", "jpeg"]
+    rows: int
+    seed: int
+
+    @property
+    def folder_name(self) -> str:
+        """`<source>-<split>-<hash>`: the same request finds the same folder."""
+        return f"{self.source}-{self.split}-{short_hash(FORMAT, self.model_dump())}"
+
+
+class ShardFile(Config):
+    """One file of a shard folder."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class Manifest(Config):
+    """What a shard folder holds; its presence says the folder is complete."""
+
+    format: Literal[1] = FORMAT
+    request: ShardRequest
+    files: tuple[ShardFile, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in all files."""
+        return sum(file.rows for file in self.files)
+
+    @property
+    def content_hash(self) -> str:
+        """A hash of every file's content: equal hashes mean equal training data."""
+        return short_hash([file.sha256 for file in self.files])
+
+
+class Row(NamedTuple):
+    """One training row: id, pixels (HWC, uint8), and (prompt, text) pairs."""
+
+    image_id: str
+    pixels: npt.NDArray[np.uint8]
+    texts: list[tuple[str, str]]
+
+
+def shard_schema(request: ShardRequest) -> pa.Schema:
+    """Columns of a shard file: image_id, pixels (fixed-size bytes for raw), texts."""
+    side = request.image.size
+    pixels = pa.binary(side * side * 3) if request.encoding == "raw" else pa.binary()
+    return pa.schema([("image_id", pa.string()), ("pixels", pixels), ("texts", pa.list_(TEXT_TYPE))])
+
+
+def encode_pixels(pixels: npt.NDArray[np.uint8], encoding: Literal["raw", "jpeg"]) -> bytes:
+    """Pixels (HWC, uint8) as a shard stores them."""
+    if encoding == "raw":
+        return pixels.tobytes()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
+def write_shard_file(folder: Path, index: int, request: ShardRequest, rows: Iterable[pa.RecordBatch]) -> ShardFile:
+    """Write one shard file atomically (temporary name, then rename): a retried task repeats it without harm.
+
+    Args:
+        folder: the shard folder, existing.
+        index: the file's number.
+        request: what the folder holds.
+        rows: batches of `shard_schema`, any sizes, in order.
+    """
+    schema = shard_schema(request)
+    path = folder / f"shard-{index:06d}.arrow"
+    temporary = folder / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    count = 0
+    try:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for batch in _rebatch(rows, schema):
+                writer.write_batch(batch)
+                count += batch.num_rows
+        with temporary.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = temporary.stat().st_size
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return ShardFile(file=path.name, rows=count, bytes=size, sha256=digest)
+
+
+def _rebatch(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches of exactly BATCH_ROWS, the last one shorter."""
+    pending: list[pa.RecordBatch] = []
+    held = 0
+    for batch in batches:
+        pending.append(batch)
+        held += batch.num_rows
+        while held >= BATCH_ROWS:
+            table = pa.Table.from_batches(pending, schema)
+            yield table.slice(0, BATCH_ROWS).combine_chunks().to_batches()[0]
+            pending = table.slice(BATCH_ROWS).to_batches()
+            held -= BATCH_ROWS
+    if held:
+        yield pa.Table.from_batches(pending, schema).combine_chunks().to_batches()[0]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Commit a shard folder: after this it is complete, before it is rubbish to be cleaned up."""
+    temporary = folder / f".{MANIFEST}.{uuid.uuid4().hex}.tmp"
+    temporary.write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
+    temporary.replace(folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a complete shard folder.
+
+    Raises:
+        UserError: no folder, no manifest, or one of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            "there are no training shards", where=str(folder), got=f"no {MANIFEST}", fix="run `lakesight shard` first"
+        ) from None
+    except ValidationError as error:
+        raise UserError(
+            "the shards' manifest cannot be read", where=str(path), got=f"{error.error_count()} problems",
+            fix=f"remove the folder and run `lakesight shard` again (this version reads format {FORMAT})",
+        ) from None
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Random access to the rows of a shard folder; pickles as its path."""
+
+    folder: Path
+
+    @classmethod
+    def open(cls, folder: Path) -> Shards:
+        """Open a folder and check that every file the manifest names is there, whole.
+
+        Raises:
+            UserError: no manifest. StageFailed: a file is missing or has another size.
+        """
+        shards = cls(folder)
+        for file in shards.manifest.files:
+            path = folder / file.file
+            size = path.stat().st_size if path.exists() else -1
+            if size != file.bytes:
+                raise StageFailed(
+                    "a training shard is damaged", where=str(path),
+                    got="no file" if size < 0 else f"{size} bytes, the manifest says {file.bytes}",
+                    fix=f"remove {folder} and run `lakesight shard` again",
+                )
+        return shards
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The folder's manifest."""
+        return read_manifest(self.folder)
+
+    @cached_property
+    def _readers(self) -> list[pa.ipc.RecordBatchFileReader]:
+        return [
+            pa.ipc.open_file(pa.memory_map(str(self.folder / file.file), "r")) for file in self.manifest.files
+        ]
+
+    def __len__(self) -> int:
+        return self.manifest.num_rows
+
+    def __reduce__(self) -> tuple[type[Shards], tuple[Path]]:
+        return Shards, (self.folder,)
+
+    def row(self, index: int) -> Row:
+        """Row `index` (0 <= index < len): two divisions and a read of that row alone."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        request = self.manifest.request
+        file, within = divmod(index, request.rows)
+        number, offset = divmod(within, BATCH_ROWS)
+        batch = self._readers[file].get_batch(number)
+        stored = batch.column("pixels")[offset].as_buffer()
+        if request.encoding == "raw":
+            side = request.image.size
+            pixels = np.frombuffer(stored, np.uint8).reshape(side, side, 3)
+        else:
+            pixels = np.asarray(Image.open(io.BytesIO(stored)).convert("RGB"))
+        texts = [(pair["prompt"], pair["text"]) for pair in batch.column("texts")[offset].as_py()]
+        return Row(batch.column("image_id")[offset].as_py(), pixels, texts)
+
+    def texts(self) -> Iterator[str]:
+        """Every prompt and text, in shard order, without touching a pixel: what a tokenizer learns from."""
+        for reader in self._readers:
+            for number in range(reader.num_record_batches):
+                for pairs in reader.get_batch(number).column("texts").to_pylist():
+                    for pair in pairs:
+                        if pair["prompt"]:
+                            yield pair["prompt"]
+                        yield pair["text"]

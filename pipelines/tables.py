@@ -1,0 +1,174 @@
+"""Every table: its columns, their types and what they mean. Columns are named here and nowhere else.
+
+A type is written once, as an Arrow type, because executors speak Arrow; the SQL type is derived from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+REASONS = (
+    "malformed_record",
+    "missing_field",
+    "bad_base64",
+    "not_an_image",
+    "truncated_image",
+    "unsupported_format",
+    "too_large",
+    "too_small",
+    "empty_text",
+    "text_too_long",
+    "conflicting_id",
+    "decode_timeout",
+)
+"""Why a row is in quarantine: a closed list."""
+
+TEXT_TYPE = pa.struct([pa.field("prompt", pa.string(), nullable=False), pa.field("text", pa.string(), nullable=False)])
+TIME_TYPE = pa.timestamp("us", tz="UTC")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: name, Arrow type, meaning."""
+
+    name: str
+    type: pa.DataType
+    comment: str
+    nullable: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: name, key, meaning, columns."""
+
+    name: str
+    key: tuple[str, ...]
+    comment: str
+    columns: tuple[Column, ...]
+
+    @property
+    def arrow_schema(self) -> pa.Schema:
+        """The Arrow schema, nullability included."""
+        return pa.schema([pa.field(c.name, c.type, nullable=c.nullable) for c in self.columns])
+
+    @property
+    def names(self) -> list[str]:
+        """Column names in order."""
+        return [c.name for c in self.columns]
+
+    def ddl(self) -> str:
+        """The column list of a CREATE TABLE statement, comments included."""
+        return ", ".join(
+            f"{c.name} {sql_type(c.type)}{'' if c.nullable else ' NOT NULL'} COMMENT '{c.comment}'" for c in self.columns
+        )
+
+
+def sql_type(arrow: pa.DataType) -> str:
+    """Spark SQL's name of an Arrow type used by a table here.
+
+    Raises:
+        ValueError: a type no table uses yet.
+    """
+    if pa.types.is_struct(arrow):
+        return f"STRUCT<{', '.join(f'{f.name}: {sql_type(f.type)}' for f in arrow)}>"
+    if pa.types.is_list(arrow):
+        return f"ARRAY<{sql_type(arrow.value_type)}>"
+    names = {
+        pa.string(): "STRING",
+        pa.binary(): "BINARY",
+        pa.int32(): "INT",
+        pa.int64(): "BIGINT",
+        pa.float64(): "DOUBLE",
+        TIME_TYPE: "TIMESTAMP",
+    }
+    if arrow not in names:
+        raise ValueError(f"no SQL type for the Arrow type {arrow}: add it to tables.sql_type")
+    return names[arrow]
+
+
+SAMPLES = Table(
+    "samples",
+    ("image_id",),
+    "One row a picture that can be trained on",
+    (
+        Column("image_id", pa.string(), "<source>/<id>, or <source>/<start of sha256> where the source has no ids"),
+        Column("sha256", pa.string(), "SHA-256 of the image bytes, hex"),
+        Column("image", pa.binary(), "The picture, the bytes as received"),
+        Column("format", pa.string(), "Picture format as Pillow names it, such as PNG"),
+        Column("width", pa.int32(), "Pixels"),
+        Column("height", pa.int32(), "Pixels"),
+        Column("texts", pa.list_(TEXT_TYPE), "Captions (prompt empty) and question-answer pairs (prompt is the question)"),
+        Column("split", pa.string(), "train, val or test: a function of sha256, or given by the source"),
+        Column("source", pa.string(), "Name of the data config that brought the row"),
+        Column("source_row", pa.string(), "<file>#<hash of the row>: the first row this picture came from"),
+        Column("ingest_id", pa.string(), "Ingest that brought the row: a hash of the source and its files"),
+        Column("ingested_at", TIME_TYPE, "When"),
+    ),
+)
+
+QUARANTINE = Table(
+    "quarantine",
+    ("ingest_id", "source_row"),
+    "One row a source row that was refused, whole, with the reason",
+    (
+        Column("ingest_id", pa.string(), "Ingest that refused the row"),
+        Column("source", pa.string(), "Name of the data config"),
+        Column("source_row", pa.string(), "<file>#<hash of the row>"),
+        Column("payload", pa.string(), "Everything the row had, as a JSON object of column to string (or the raw line)"),
+        Column("stage", pa.string(), "Where it was refused: read, decode or merge"),
+        Column("reason", pa.string(), f"One of {', '.join(REASONS)}"),
+        Column("detail", pa.string(), "What exactly was wrong"),
+        Column("quarantined_at", TIME_TYPE, "When"),
+        Column("replayed_at", TIME_TYPE, "When a replay accepted it; null before", nullable=True),
+    ),
+)
+
+GENERATED_CAPTIONS = Table(
+    "generated_captions",
+    ("image_id", "model_name", "model_version", "settings_hash"),
+    "One row a picture, model version and decoding settings",
+    (
+        Column("image_id", pa.string(), "Id of the row in the source table"),
+        Column("model_name", pa.string(), "Registered model"),
+        Column("model_version", pa.string(), "Its version"),
+        Column("settings_hash", pa.string(), "Hash of prompt and decoding settings"),
+        Column("caption", pa.string(), "The caption; null where there is an error", nullable=True),
+        Column("error", pa.string(), "Why there is no caption; null when good", nullable=True),
+        Column("sha256", pa.string(), "SHA-256 of the picture that was captioned; null without a picture", nullable=True),
+        Column("prompt", pa.string(), "The prompt; empty for a plain caption"),
+        Column("settings", pa.string(), "Decoding settings, JSON"),
+        Column("num_tokens", pa.int32(), "Generated tokens, end token included"),
+        Column("mean_logprob", pa.float64(), "Mean log-probability of the generated tokens", nullable=True),
+        Column("source_table", pa.string(), "Table the picture came from"),
+        Column("source_version", pa.int64(), "Version of that table"),
+        Column("run_id", pa.string(), "MLflow run that trained the model version"),
+        Column("captioned_at", TIME_TYPE, "When"),
+    ),
+)
+
+EVALUATIONS = Table(
+    "evaluations",
+    ("model_name", "model_version", "source", "dataset_version", "split", "metric"),
+    "One row a model version, dataset version, split and metric",
+    (
+        Column("model_name", pa.string(), "Registered model"),
+        Column("model_version", pa.string(), "Its version"),
+        Column("source", pa.string(), "Name of the data config"),
+        Column("dataset_version", pa.int64(), "Version of samples the split was read at"),
+        Column("split", pa.string(), "Split evaluated"),
+        Column("metric", pa.string(), "Metric, such as cider"),
+        Column("value", pa.float64(), "Point estimate"),
+        Column("low", pa.float64(), "2.5th percentile of the bootstrap over pictures"),
+        Column("high", pa.float64(), "97.5th percentile"),
+        Column("n", pa.int64(), "Pictures"),
+        Column("evaluated_at", TIME_TYPE, "When"),
+        Column("run_id", pa.string(), "MLflow run that trained the model version"),
+    ),
+)
+
+TABLES = (SAMPLES, QUARANTINE, GENERATED_CAPTIONS, EVALUATIONS)
+
+PROPERTIES = {"delta.enableDeletionVectors": "false"}
+"""Delta table properties: without deletion vectors every Delta reader can read the tables, `lakesight show` included."""

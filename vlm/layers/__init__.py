@@ -1,0 +1,1 @@
+"""The layers every transformer here is made of."""
