@@ -1,4 +1,4 @@
-"""RunConfig: four names (model, data, train, platform) resolved into one frozen object, or one error with every problem.
+"""RunConfig: four names (model, data, train, platform) resolved into one frozen object, or one error with all problems.
 
 Science lives in YAML under conf/, one file a choice; `--set a.b=c` overrides one value. A file in ./conf of the
 working directory comes before the one that ships with the package.
@@ -222,7 +222,9 @@ def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = (
     run = _read("run", name, problems)
     chosen = {kind: str(run.get(kind, "")) for kind in ("model", "data", "train")} | {"platform": platform}
     problems += [f"run.{key}: unknown key{_nearest(key, chosen)}" for key in run if key not in chosen]
-    problems += [f"run.{kind}: missing (one of {', '.join(available(kind))})" for kind in chosen if run and not chosen[kind]]
+    problems += [
+        f"run.{kind}: missing (one of {', '.join(available(kind))})" for kind in chosen if run and not chosen[kind]
+    ]
     slices: dict[str, Any] = {kind: _read(kind, chosen[kind], problems) if chosen[kind] else {} for kind in chosen}
     for override in overrides:
         _apply(slices, override, problems)

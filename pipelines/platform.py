@@ -102,7 +102,9 @@ def local(config: LocalPlatformConfig) -> Platform:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            "the Lakesight home folder cannot be written to", where=str(root), got=str(error.strerror or error),
+            "the Lakesight home folder cannot be written to",
+            where=str(root),
+            got=str(error.strerror or error),
             fix="set LAKESIGHT_HOME to a folder you may write to",
         ) from None
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"

@@ -20,7 +20,6 @@ from pipelines.config import RunConfig
 from pipelines.errors import UserError
 from vlm.config import Config
 
-
 T = TypeVar("T", bound=Config)
 
 
@@ -192,7 +191,11 @@ class RunDir:
 def write_json(path: Path, content: Config | dict[str, Any]) -> None:
     """Write a file whole or not at all; the folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = content.model_dump_json(indent=2, by_alias=True) if isinstance(content, Config) else json.dumps(content, indent=2)
+    text = (
+        content.model_dump_json(indent=2, by_alias=True)
+        if isinstance(content, Config)
+        else json.dumps(content, indent=2)
+    )
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
@@ -210,7 +213,9 @@ def read_json(path: Path, kind: type[T]) -> T:
         raise UserError(f"{path.name} is missing", where=str(path.parent), fix="is this a run folder?") from None
     except ValidationError as error:
         raise UserError(
-            f"{path.name} is not a {kind.__name__}", where=str(path), got=str(error.errors()[0]["msg"]),
+            f"{path.name} is not a {kind.__name__}",
+            where=str(path),
+            got=str(error.errors()[0]["msg"]),
             fix="it was written by another version, or by hand",
         ) from None
 

@@ -167,7 +167,9 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     except ValidationError as error:
         raise UserError(
-            "the shards' manifest cannot be read", where=str(path), got=f"{error.error_count()} problems",
+            "the shards' manifest cannot be read",
+            where=str(path),
+            got=f"{error.error_count()} problems",
             fix=f"remove the folder and run `lakesight shard` again (this version reads format {FORMAT})",
         ) from None
 
@@ -191,7 +193,8 @@ class Shards:
             size = path.stat().st_size if path.exists() else -1
             if size != file.bytes:
                 raise StageFailed(
-                    "a training shard is damaged", where=str(path),
+                    "a training shard is damaged",
+                    where=str(path),
                     got="no file" if size < 0 else f"{size} bytes, the manifest says {file.bytes}",
                     fix=f"remove {folder} and run `lakesight shard` again",
                 )
@@ -204,9 +207,7 @@ class Shards:
 
     @cached_property
     def _readers(self) -> list[pa.ipc.RecordBatchFileReader]:
-        return [
-            pa.ipc.open_file(pa.memory_map(str(self.folder / file.file), "r")) for file in self.manifest.files
-        ]
+        return [pa.ipc.open_file(pa.memory_map(str(self.folder / file.file), "r")) for file in self.manifest.files]
 
     def __len__(self) -> int:
         return self.manifest.num_rows

@@ -61,7 +61,8 @@ class Table:
     def ddl(self) -> str:
         """The column list of a CREATE TABLE statement, comments included."""
         return ", ".join(
-            f"{c.name} {sql_type(c.type)}{'' if c.nullable else ' NOT NULL'} COMMENT '{c.comment}'" for c in self.columns
+            f"{c.name} {sql_type(c.type)}{'' if c.nullable else ' NOT NULL'} COMMENT '{c.comment}'"
+            for c in self.columns
         )
 
 
@@ -99,7 +100,7 @@ SAMPLES = Table(
         Column("format", pa.string(), "Picture format as Pillow names it, such as PNG"),
         Column("width", pa.int32(), "Pixels"),
         Column("height", pa.int32(), "Pixels"),
-        Column("texts", pa.list_(TEXT_TYPE), "Captions (prompt empty) and question-answer pairs (prompt is the question)"),
+        Column("texts", pa.list_(TEXT_TYPE), "Captions (prompt empty) and answers (prompt is the question)"),
         Column("split", pa.string(), "train, val or test: a function of sha256, or given by the source"),
         Column("source", pa.string(), "Name of the data config that brought the row"),
         Column("source_row", pa.string(), "<file>#<hash of the row>: the first row this picture came from"),
@@ -116,7 +117,7 @@ QUARANTINE = Table(
         Column("ingest_id", pa.string(), "Ingest that refused the row"),
         Column("source", pa.string(), "Name of the data config"),
         Column("source_row", pa.string(), "<file>#<hash of the row>"),
-        Column("payload", pa.string(), "Everything the row had, as a JSON object of column to string (or the raw line)"),
+        Column("payload", pa.string(), "All the row had: JSON object of column to string, or the raw line"),
         Column("stage", pa.string(), "Where it was refused: read, decode or merge"),
         Column("reason", pa.string(), f"One of {', '.join(REASONS)}"),
         Column("detail", pa.string(), "What exactly was wrong"),
@@ -136,7 +137,7 @@ GENERATED_CAPTIONS = Table(
         Column("settings_hash", pa.string(), "Hash of prompt and decoding settings"),
         Column("caption", pa.string(), "The caption; null where there is an error", nullable=True),
         Column("error", pa.string(), "Why there is no caption; null when good", nullable=True),
-        Column("sha256", pa.string(), "SHA-256 of the picture that was captioned; null without a picture", nullable=True),
+        Column("sha256", pa.string(), "SHA-256 of the captioned picture; null without one", nullable=True),
         Column("prompt", pa.string(), "The prompt; empty for a plain caption"),
         Column("settings", pa.string(), "Decoding settings, JSON"),
         Column("num_tokens", pa.int32(), "Generated tokens, end token included"),
@@ -171,4 +172,4 @@ EVALUATIONS = Table(
 TABLES = (SAMPLES, QUARANTINE, GENERATED_CAPTIONS, EVALUATIONS)
 
 PROPERTIES = {"delta.enableDeletionVectors": "false"}
-"""Delta table properties: without deletion vectors every Delta reader can read the tables, `lakesight show` included."""
+"""Delta table properties. Without deletion vectors every Delta reader can read the tables, `deltalake` too."""

@@ -257,7 +257,7 @@ class ModelConfig(Config):
         room = self.decoder.context - self.num_slots - 1
         if room < self.generation.max_new_tokens:
             raise ValueError(
-                f"decoder.context {self.decoder.context} leaves {room} places after {self.num_slots} image slots and the "
-                f"start token, fewer than generation.max_new_tokens {self.generation.max_new_tokens}"
+                f"decoder.context {self.decoder.context} leaves {room} places after {self.num_slots} image slots and "
+                f"the start token, fewer than generation.max_new_tokens {self.generation.max_new_tokens}"
             )
         return self
