@@ -1,0 +1,161 @@
+"""The demo's scenes: one sentence a scene, readable off the picture, and a file that never changes by itself."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from pipelines.errors import UserError
+from pipelines.scenes import (
+    BREAKERS,
+    COLOURS,
+    PLACES,
+    RADII,
+    RELATIONS,
+    SHAPES,
+    SIDE,
+    Scene,
+    Thing,
+    draw,
+    random_scene,
+    write_scenes,
+)
+from pipelines.tables import REASONS
+
+THING = f"a ({'|'.join(RADII)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+SENTENCE = re.compile(f"{THING} (?:({'|'.join(PLACES)})|({'|'.join(RELATIONS)}) {THING})")
+
+
+def parse(caption: str) -> Scene:
+    """The scene a sentence of the grammar describes."""
+    match = SENTENCE.fullmatch(caption)
+    assert match, f"not a sentence of the grammar: {caption!r}"
+    size, colour, shape, place, relation, *second = match.groups()
+    first = Thing(size, colour, shape)
+    return Scene((first, Thing(*second)), relation) if relation else Scene((first,), place)
+
+
+def look(image: Image.Image) -> tuple[list[tuple[str, str]], str]:
+    """What can be seen without knowing the scene: size and colour of each thing, and the relation or place."""
+    pixels = np.asarray(image).astype(int)
+    inked = (np.abs(pixels - pixels[0, 0]) > 60).any(axis=2)
+    for axis, relation in ((1, "above"), (0, "left of")):
+        spans = runs(inked.any(axis=axis))
+        if len(spans) == 2:
+            parts = [np.zeros_like(inked), np.zeros_like(inked)]
+            for part, (start, stop) in zip(parts, spans, strict=True):
+                window = (slice(start, stop), slice(None)) if axis == 1 else (slice(None), slice(start, stop))
+                part[window] = inked[window]
+            return [measure(pixels, part) for part in parts], relation
+    columns, rows = runs(inked.any(axis=0))[0], runs(inked.any(axis=1))[0]
+    cell = tuple(-1 if sum(span) / 2 < 23 else 1 if sum(span) / 2 > 41 else 0 for span in (columns, rows))
+    return [measure(pixels, inked)], next(phrase for phrase, at in PLACES.items() if at == cell)
+
+
+def measure(pixels: npt.NDArray[np.int_], part: npt.NDArray[np.bool_]) -> tuple[str, str]:
+    height = np.ptp(np.flatnonzero(part.any(axis=1)))
+    colour = np.median(pixels[part], axis=0)
+    nearest = min(COLOURS, key=lambda name: float(np.abs(colour - COLOURS[name]).sum()))
+    return "small" if height < 15.5 else "large", nearest
+
+
+def runs(marks: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], marks, [False]]).astype(int)))
+    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+
+
+def scenes(count: int) -> list[tuple[Scene, Image.Image]]:
+    made = []
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        scene = random_scene(rng)
+        made.append((scene, draw(scene, rng)))
+    return made
+
+
+def rows_of(path: Path) -> list[list[str]]:
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_a_sentence_says_all_of_its_scene_and_parses_back_to_it() -> None:
+    for scene, _ in scenes(300):
+        assert parse(scene.caption) == scene
+
+
+def test_sizes_colours_and_relation_can_be_read_off_the_picture() -> None:
+    for scene, image in scenes(300):
+        things, relation = look(image)
+        assert (things, relation) == ([(t.size, t.colour) for t in scene.things], scene.relation), scene.caption
+
+
+def test_the_same_scene_is_drawn_differently_each_time() -> None:
+    scene = parse("a small red circle above a large blue square")
+    pictures = {draw(scene, np.random.default_rng(seed)).tobytes() for seed in range(50)}
+    assert len(pictures) == 50
+
+
+def test_every_place_relation_shape_size_and_colour_occurs() -> None:
+    made = [scene for scene, _ in scenes(600)]
+    assert {scene.relation for scene in made} == {*PLACES, *RELATIONS}
+    things = [thing for scene in made for thing in scene.things]
+    assert {thing.size for thing in things} == set(RADII)
+    assert {thing.colour for thing in things} == set(COLOURS)
+    assert {thing.shape for thing in things} == set(SHAPES)
+
+
+def test_the_file_depends_on_count_and_seed_alone(tmp_path: Path) -> None:
+    for name, seed in (("one", 3), ("two", 3), ("three", 4)):
+        write_scenes(tmp_path / name, 200, seed)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert (tmp_path / "one").read_bytes() != (tmp_path / "three").read_bytes()
+
+
+def test_a_file_that_is_right_already_is_left_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "scenes.csv"
+    write_scenes(path, 100, 0)
+    before = path.stat().st_mtime_ns
+    write_scenes(path, 100, 0)
+    assert path.stat().st_mtime_ns == before
+    path.write_bytes(path.read_bytes()[:-10])
+    write_scenes(path, 100, 0)
+    assert len(rows_of(path)) == 101
+
+
+def test_rows_add_up_to_good_broken_and_duplicate_ones(tmp_path: Path) -> None:
+    summary = write_scenes(tmp_path / "scenes.csv", 1200, 0)
+    header, *rows = rows_of(tmp_path / "scenes.csv")
+    assert header == ["", "b64string_images", "caption"]
+    assert (len(rows), summary.rows, summary.broken, summary.duplicates) == (1200, 1200, 12, 2)
+    good = [row for row in rows if is_good(row)]
+    assert len(good) == 1200 - 12
+    assert len({row[1] for row in good}) == 1200 - 12 - 2
+    assert all(parse(row[2]) for row in good)
+
+
+def is_good(row: list[str]) -> bool:
+    try:
+        _, picture, caption = row
+        image = Image.open(io.BytesIO(base64.b64decode(picture, validate=True)))
+        image.load()
+    except (ValueError, OSError):
+        return False
+    return image.size == (SIDE, SIDE) and bool(caption)
+
+
+def test_each_way_to_break_a_row_is_a_reason_of_the_quarantine() -> None:
+    assert set(BREAKERS) <= set(REASONS)
+
+
+def test_a_path_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_scenes(tmp_path / "file" / "scenes.csv", 10, 0)
