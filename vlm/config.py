@@ -156,7 +156,7 @@ class ConvStemConfig(Config):
     @property
     def stride(self) -> int:
         """Pixels of the picture per step of the patch grid."""
-        return 2 ** len(self.channels)
+        return 1 << len(self.channels)
 
 
 StemConfig = Annotated[PatchStemConfig | ConvStemConfig, Field(discriminator="kind")]

@@ -1,0 +1,43 @@
+"""What a training step eats.
+
+Letters: B batch, H W pixels, T positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position that is not a target."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures and sequences, right-padded.
+
+    Attributes:
+        pixels_BHWC: uint8, at model resolution.
+        tokens_BT: int64, image slots included.
+        labels_BT: int64, the next token where it is part of the answer, IGNORE elsewhere.
+        prefix_lengths_B: int64, positions before the answer.
+    """
+
+    pixels_BHWC: Tensor
+    tokens_BT: Tensor
+    labels_BT: Tensor
+    prefix_lengths_B: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(*(t.to(device, non_blocking=True) for t in self.tensors()))
+
+    def with_pixels(self, pixels_BHWC: Tensor) -> Batch:
+        """The same sequences with other pictures."""
+        return Batch(pixels_BHWC, self.tokens_BT, self.labels_BT, self.prefix_lengths_B)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four tensors in order."""
+        return self.pixels_BHWC, self.tokens_BT, self.labels_BT, self.prefix_lengths_B

@@ -1,0 +1,158 @@
+"""Weights on disk: safetensors and JSON, strict in both directions. Nothing here can execute what it loads.
+
+model.safetensors   every parameter once (tied ones by their first name)
+config.json         the ModelConfig
+tokenizer.json      the tokenizer
+training.safetensors, training.json    optimizer state and step, in training checkpoints only
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vlm import text
+from vlm.build import build_model
+from vlm.config import ModelConfig
+from vlm.errors import CheckpointError
+from vlm.model import VisionLanguageModel
+from vlm.text.base import Tokenizer
+
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+STATE, STEP = "training.safetensors", "training.json"
+MODEL_FILES = (WEIGHTS, CONFIG, TOKENIZER)
+
+
+def save_model(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer) -> None:
+    """Write the three files a model is rebuilt from. The folder is created."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(_unique(model), folder / WEIGHTS)
+    (folder / CONFIG).write_text(model.config.model_dump_json(indent=2), encoding="utf-8")
+    text.save(tokenizer, folder / TOKENIZER)
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[VisionLanguageModel, Tokenizer]:
+    """The model of a checkpoint folder, in evaluation mode, and its tokenizer.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or weights and config do not match name by name.
+    """
+    try:
+        config = ModelConfig.model_validate_json((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValidationError) as error:
+        raise CheckpointError(
+            "the model's config cannot be read",
+            where=str(folder / CONFIG),
+            got=f"{type(error).__name__}: {error}",
+            fix="a checkpoint folder holds " + ", ".join(MODEL_FILES),
+        ) from None
+    tokenizer = text.load(folder / TOKENIZER)
+    with torch.random.fork_rng(devices=[]):  # the fresh weights are overwritten: leave the caller's generator alone
+        model = build_model(config, tokenizer.vocab_size)
+    load_weights(model, folder / WEIGHTS)
+    return model.to(device).eval(), tokenizer
+
+
+def load_weights(model: VisionLanguageModel, path: Path) -> None:
+    """Fill a model from a safetensors file: every parameter, every key, equal shapes.
+
+    Raises:
+        CheckpointError: lists all that is missing, left over or of another shape.
+    """
+    own = _unique(model)
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            "the weights cannot be read", where=str(path), got=str(error), fix="the file is damaged or not safetensors"
+        ) from None
+    problems = [f"missing {name}" for name in own if name not in shapes]
+    problems += [f"left over {name}" for name in shapes if name not in own]
+    problems += [
+        f"{name} has shape {shapes[name]}, the model {tuple(own[name].shape)}"
+        for name in own
+        if name in shapes and shapes[name] != tuple(own[name].shape)
+    ]
+    if problems:
+        raise CheckpointError(
+            "the weights are of another model",
+            where=str(path),
+            got="; ".join(problems),
+            fix="use the config.json that was saved with them",
+        )
+    loaded = load_file(path)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(loaded[name])
+
+
+def save_training(
+    folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, step: int
+) -> None:
+    """Write a training checkpoint whole or not at all: into a hidden folder, then one rename.
+
+    Args:
+        folder: final place; an older checkpoint of the same step is replaced.
+        model: without its DDP wrapper.
+        tokenizer: of the run.
+        optimizer: over the model's parameters.
+        step: steps taken, the number of the next step.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_model(temporary, model, tokenizer)
+    save_file(_optimizer_tensors(model, optimizer), temporary / STATE)
+    (temporary / STEP).write_text(json.dumps({"step": step}), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+
+
+def load_training(folder: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimizer) -> int:
+    """Fill model and optimizer from a training checkpoint; returns the number of the next step.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another model.
+    """
+    load_weights(model, folder / WEIGHTS)
+    try:
+        state = load_file(folder / STATE)
+        step = int(json.loads((folder / STEP).read_text(encoding="utf-8"))["step"])
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            "the training state cannot be read",
+            where=str(folder),
+            got=f"{type(error).__name__}: {error}",
+            fix="resume from an earlier checkpoint: remove this folder",
+        ) from None
+    for name, parameter in _parameters(model).items():
+        prefix = f"{name}:"
+        optimizer.state[parameter] = {
+            key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)
+        }
+    return step
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Optimizer state as `<parameter>:<key>` to tensor. AdamW's state is tensors only."""
+    return {
+        f"{name}:{key}": value.contiguous()
+        for name, parameter in _parameters(model).items()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters())
+
+
+def _unique(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters by name, tied ones once (torch's `named_parameters` drops repeats)."""
+    return {name: p.detach().contiguous() for name, p in model.named_parameters()}

@@ -1,0 +1,38 @@
+"""The feed-forward half of a block: plain (two layers) or gated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+Activate = Callable[[Tensor], Tensor]
+
+
+class PlainMlp(nn.Module):
+    """Linear, activation, linear: (..., width) to (..., out_width)."""
+
+    def __init__(self, width: int, mlp_width: int, activation: Activate, *, bias: bool, out_width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, mlp_width, bias=bias)
+        self.out = nn.Linear(mlp_width, out_width, bias=bias)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to the last dimension."""
+        return self.out(self.activation(self.up(x)))
+
+
+class GatedMlp(nn.Module):
+    """Gated linear unit (Shazeer, 2020): out(activation(gate(x)) * up(x)); gate and up come from one matrix."""
+
+    def __init__(self, width: int, mlp_width: int, activation: Activate, *, bias: bool) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * mlp_width, bias=bias)
+        self.out = nn.Linear(mlp_width, width, bias=bias)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to the last dimension."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.out(self.activation(gate) * up)

@@ -1,0 +1,29 @@
+"""Ranks, as the training loop sees them: gradients averaged by DDP, sums taken over all of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def world_size() -> int:
+    """Ranks of the running group; 1 without one."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model under DDP where there are several ranks."""
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True, static_graph=True
+    )
+
+
+def global_sum(values: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks; a new tensor."""
+    total = values.detach().clone()
+    if world_size() > 1:
+        distributed.all_reduce(total)
+    return total
