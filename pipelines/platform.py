@@ -6,12 +6,15 @@ exists. The choice is the user's (`--platform`), never sniffed from the environm
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +23,11 @@ from pipelines.errors import UserError
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+logger = logging.getLogger(__name__)
+
+MIN_JAVA = 17
+LOOPBACK = "127.0.0.1"
 
 FolderKind = Literal["shards", "runs", "models", "reports", "demo"]
 
@@ -135,4 +143,147 @@ def databricks(config: DatabricksPlatformConfig) -> Platform:
         registry_uri="databricks-uc",
         model_prefix=f"{config.catalog}.{config.schema_}.",
         experiment_prefix="/Shared/lakesight/",
+    )
+
+
+# ------------------------------------------------------------------------------------------------ sessions
+
+
+def _running_session() -> SparkSession:
+    """The session a workspace has started already."""
+    from pyspark.sql import SparkSession
+
+    return SparkSession.getActiveSession() or SparkSession.builder.getOrCreate()
+
+
+def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
+    """This process's Spark with Delta, started on first use and stopped at exit.
+
+    All that the JVM prints goes to `<root>/logs/spark.log`: a newcomer sees no noise, `--json` keeps stdout to itself,
+    and a start that fails is told in one paragraph.
+
+    Raises:
+        UserError: PySpark or Java is missing or too old, the JVM cannot start, or this process already runs the
+            session of another home folder.
+    """
+    try:
+        from py4j.protocol import Py4JJavaError
+        from pyspark import SparkConf, SparkContext
+        from pyspark.errors import PySparkRuntimeError
+        from pyspark.java_gateway import launch_gateway
+        from pyspark.sql import SparkSession
+    except ImportError:
+        raise UserError("PySpark is not installed", where=sys.executable, fix="pip install 'lakesight[local]'") from None
+
+    if SparkContext._active_spark_context is not None:
+        return _of_same_home(SparkSession.builder.getOrCreate(), root)
+    check_java()
+    _prepare_environment(config.spark.master)
+    log = root / "logs" / "spark.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    logger.info("starting Spark on %s, log in %s (the first start fetches Delta Lake: 90 MB)", config.spark.master, log)
+    logging.getLogger("py4j").setLevel(logging.WARNING)  # it reports every closed connection at INFO
+    conf = SparkConf(loadDefaults=False).setAll(list(_session_settings(config, root).items()))
+    with log.open("ab") as sink:
+        start = sink.tell()
+        try:
+            # A JVM that an earlier, stopped session of this process left behind serves the next one too.
+            gateway = SparkContext._gateway or launch_gateway(conf, popen_kwargs={"stdout": sink, "stderr": sink})
+            spark = SparkSession(SparkContext(conf=conf, gateway=gateway))
+        except (PySparkRuntimeError, Py4JJavaError) as error:
+            raise _start_failure(log, start, error) from None
+    atexit.register(spark.stop)
+    return spark
+
+
+def _of_same_home(spark: SparkSession, root: Path) -> SparkSession:
+    serves = spark.conf.get("spark.lakesight.home", "none")
+    if serves != str(root):
+        raise UserError(
+            "this process already runs a Spark session of another home folder",
+            where=str(root),
+            got=str(serves),
+            fix="stop that session first, or use another process",
+        )
+    return spark
+
+
+def _prepare_environment(master: str) -> None:
+    """Environment that the JVM and the Python workers inherit; workers would else be the python3 on PATH."""
+    if master.startswith("spark://"):
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    else:
+        os.environ["PYSPARK_PYTHON"] = sys.executable
+        os.environ["SPARK_LOCAL_IP"] = LOOPBACK
+
+
+def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]:
+    import pyspark
+
+    line = ".".join(pyspark.__version__.split(".")[:2])
+    partitions = str(config.spark.shuffle_partitions)
+    settings = {
+        "spark.app.name": "lakesight",
+        "spark.master": config.spark.master,
+        "spark.driver.memory": config.spark.driver_memory,
+        "spark.jars.packages": f"io.delta:delta-spark_{line}_2.13:{version('delta-spark')}",
+        "spark.jars.ivySettings": str(Path(__file__).with_name("ivysettings.xml")),
+        "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
+        "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+        "spark.sql.warehouse.dir": str(root / "warehouse"),
+        "spark.sql.session.timeZone": "UTC",
+        "spark.sql.shuffle.partitions": partitions,
+        "spark.databricks.delta.snapshotPartitions": partitions,
+        "spark.ui.enabled": "false",
+        "spark.ui.showConsoleProgress": "false",
+        "spark.python.worker.reuse": "true",
+        "spark.lakesight.home": str(root),
+    }
+    if not config.spark.master.startswith("spark://"):
+        settings |= {"spark.driver.host": LOOPBACK, "spark.driver.bindAddress": LOOPBACK}
+    return settings
+
+
+def check_java() -> int:
+    """The major version of the Java that Spark will start.
+
+    Raises:
+        UserError: none, or one older than Spark can run on. PySpark itself would print a shell error or a traceback.
+    """
+    home = os.environ.get("JAVA_HOME")
+    java = str(Path(home) / "bin" / "java") if home else "java"
+    try:
+        run = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
+        found = re.search(r'version "(?:1\.)?(\d+)', run.stderr + run.stdout)
+        got = (run.stderr or run.stdout).partition("\n")[0].strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        found, got = None, str(error)
+    if found and int(found[1]) >= MIN_JAVA:
+        return int(found[1])
+    raise UserError(
+        f"Spark needs Java {MIN_JAVA} or later",
+        where=f"JAVA_HOME={home}" if home else "java on PATH",
+        got=got or "nothing",
+        fix="install a JDK (Debian and Ubuntu: apt install openjdk-17-jre-headless; macOS: brew install openjdk@17; "
+        "conda: conda install openjdk=17) and point JAVA_HOME to it",
+    )
+
+
+def _start_failure(log: Path, start: int, error: Exception) -> UserError:
+    """What went wrong, from what the JVM printed since byte `start` of its log."""
+    printed = log.read_bytes()[start:].decode(errors="replace")
+    if "unresolved dependency" in printed or "download failed" in printed:
+        return UserError(
+            "Spark could not fetch the Delta Lake jars",
+            where=str(log),
+            got="Maven Central did not serve them",
+            fix="the first start needs the internet; later ones take the jars from Ivy's cache in the home folder",
+        )
+    causes = [line.strip() for line in printed.splitlines() if "Exception" in line or "rror:" in line]
+    got = causes[0] if causes else (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(
+        "Spark did not start",
+        where=str(log),
+        got=got[:500],
+        fix="correct what it names (memory, master, a full disk); the log has all of it",
     )
