@@ -1,0 +1,145 @@
+"""Captions for pictures of any origin: one model a process, errors a row each, no answer that depends on its batch.
+
+Executors, the served model and `lakesight ask` all caption through here, so they cannot disagree. A picture is bytes,
+or text that holds base64; whatever is wrong with one picture or prompt is the error of that row alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vlm.image import open_image, to_pixels
+
+from pipelines.config import LimitsConfig
+from vlm.checkpoint import load_model
+from vlm.config import GenerationConfig
+from vlm.errors import ImageError, UserError
+from vlm.generate import Generated, generate
+from vlm.model import VisionLanguageModel
+from vlm.text.base import Tokenizer
+from vlm.text.prompt import prefix_ids
+
+BATCH_ROWS = 64
+LIMITS = LimitsConfig()
+
+
+@dataclass(frozen=True)
+class CaptionResult:
+    """What became of one picture: a caption or an error, never both.
+
+    Attributes:
+        caption: the text; None where there is an error.
+        error: `<reason>: <detail>`; None where there is a caption.
+        sha256: of the picture's bytes, hex; None without bytes.
+        num_tokens: generated tokens, the end token included.
+        mean_logprob: mean log-probability of these tokens, in nats; None where there is an error.
+    """
+
+    caption: str | None
+    error: str | None
+    sha256: str | None
+    num_tokens: int
+    mean_logprob: float | None
+
+
+class Captioner:
+    """A model and its tokenizer, ready to caption."""
+
+    def __init__(self, model: VisionLanguageModel, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def caption(
+        self, images: Sequence[bytes | str | None], prompts: Sequence[str], settings: GenerationConfig
+    ) -> list[CaptionResult]:
+        """One result a picture, in order.
+
+        Args:
+            images: picture files as bytes, or as base64 text (a `data:` prefix may stand before it).
+            prompts: one a picture; empty for a plain caption.
+            settings: how to decode.
+        """
+        results: dict[int, CaptionResult] = {}
+        pixels: dict[int, npt.NDArray[np.uint8]] = {}
+        digests: dict[int, str] = {}
+        for index, image in enumerate(images):
+            try:
+                data = picture_bytes(image)
+                digests[index] = hashlib.sha256(data).hexdigest()
+                picture, _ = open_image(data, max_pixels=LIMITS.max_pixels, min_side=LIMITS.min_side)
+                pixels[index] = to_pixels(picture, self.model.config.image)
+            except ImageError as error:
+                results[index] = _failed(f"{error.reason}: {error.detail}", digests.get(index))
+        by_prompt: dict[str, list[int]] = defaultdict(list)
+        for index in pixels:
+            by_prompt[prompts[index]].append(index)
+        for prompt, indices in by_prompt.items():
+            for start in range(0, len(indices), BATCH_ROWS):
+                chunk = indices[start : start + BATCH_ROWS]
+                try:
+                    answers = self.answer(np.stack([pixels[i] for i in chunk]), prompt, settings)
+                except UserError as error:  # a prompt that does not fit
+                    results |= {i: _failed(str(error), digests[i]) for i in chunk}
+                else:
+                    results |= {i: self._result(a, digests[i]) for i, a in zip(chunk, answers, strict=True)}
+        return [results[index] for index in range(len(images))]
+
+    def answer(self, pixels_BHWC: npt.NDArray[np.uint8], prompt: str, settings: GenerationConfig) -> list[Generated]:
+        """Generated tokens of pictures at model resolution that share a prompt.
+
+        Raises:
+            UserError: the prompt does not fit the model's context.
+        """
+        prefix = prefix_ids(self.tokenizer, self.model.config.num_slots, prompt)
+        return generate(self.model, torch.from_numpy(pixels_BHWC), prefix, settings, self.tokenizer.eos_id)
+
+    def _result(self, answer: Generated, sha256: str) -> CaptionResult:
+        mean_logprob = sum(answer.logprobs) / len(answer.logprobs)
+        return CaptionResult(self.tokenizer.decode(answer.tokens), None, sha256, answer.num_tokens, mean_logprob)
+
+
+def _failed(error: str, sha256: str | None) -> CaptionResult:
+    return CaptionResult(None, error, sha256, 0, None)
+
+
+@functools.lru_cache(maxsize=1)
+def load_captioner(folder: str) -> Captioner:
+    """The model of a folder, on the GPU where there is one; loaded once a process.
+
+    Raises:
+        CheckpointError: the folder does not hold a model.
+    """
+    return Captioner(*load_model(Path(folder), "cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def limit_threads(threads: int) -> None:
+    """Keep torch to the cores that this process was given: its neighbours on the machine have models of their own."""
+    torch.set_num_threads(threads)
+
+
+def picture_bytes(image: bytes | str | None) -> bytes:
+    """The bytes of a picture given as bytes or as base64 text, with or without `data:image/...;base64,` before it.
+
+    Raises:
+        ImageError: there is nothing, or it is not base64.
+    """
+    if not image:
+        raise ImageError("missing_field", "no picture")
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, str):
+        raise ImageError("not_an_image", f"a {type(image).__name__}, expected bytes or base64 text")
+    encoded = image.partition(",")[2] if image.startswith("data:") else image
+    try:
+        return base64.b64decode("".join(encoded.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError("bad_base64", str(error)) from None
