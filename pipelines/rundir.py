@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
@@ -36,12 +36,21 @@ class RunFile(Config):
 
 
 class RankFile(Config):
-    """ranks/rank-N.json: who a rank is, written when it starts."""
+    """ranks/rank-N.json: who a rank is, written when it starts, and again when it has done all it had to do."""
 
     rank: int
     host: str
     pid: int
     started_at: float
+    ended: bool = False
+    """True after a clean end; a rank that has neither this nor a failure record was killed or left without a word."""
+
+
+class Heartbeat(NamedTuple):
+    """Last sign of life of a rank."""
+
+    step: int
+    time: float
 
 
 class Failure(Config):
@@ -130,6 +139,11 @@ class RunDir:
         """rank-N.json of ranks that failed."""
         return self.path / "failures"
 
+    @property
+    def launcher_log(self) -> Path:
+        """What the launcher printed: torchrun's own words, and a rank's before it opened its log."""
+        return self.path / "logs" / "launcher.log"
+
     def metrics(self, step: int) -> Path:
         """One log step; the names sort by step."""
         return self.path / "metrics" / f"{step:010d}.json"
@@ -139,7 +153,7 @@ class RunDir:
         return self.path / "samples" / f"{step:010d}.json"
 
     def heartbeat(self, rank: int) -> Path:
-        """Touched every step; its content is the step."""
+        """Step and time of the rank's last sign of life."""
         return self.path / "heartbeat" / f"rank-{rank}"
 
     def rank(self, rank: int) -> Path:
@@ -174,6 +188,32 @@ class RunDir:
     def read_failures(self) -> list[Failure]:
         """Failure records, earliest first."""
         return sorted((read_json(p, Failure) for p in self.failures.glob("rank-*.json")), key=lambda f: f.failed_at)
+
+    def read_ranks(self) -> list[RankFile]:
+        """Ranks that have started, by number."""
+        return sorted((read_json(p, RankFile) for p in (self.path / "ranks").glob("rank-*.json")), key=lambda r: r.rank)
+
+    def read_heartbeat(self, rank: int) -> Heartbeat | None:
+        """Last sign of life of a rank, None before its first."""
+        try:
+            step, seconds = self.heartbeat(rank).read_text(encoding="ascii").split()
+        except FileNotFoundError:
+            return None
+        return Heartbeat(int(step), float(seconds))
+
+    def set_aside(self) -> None:
+        """Move what an earlier attempt left about its ranks to attempts/N, so that a new one starts without a past.
+
+        Checkpoints, metrics and samples stay: they belong to the run, whichever attempt wrote them.
+        """
+        left = [self.path / name for name in ("failures", "ranks", "heartbeat", "logs", "result.json")]
+        left = [path for path in left if path.exists()]
+        if left:
+            attempts = self.path / "attempts"
+            folder = attempts / str(1 + len(list(attempts.glob("*"))))
+            folder.mkdir(parents=True)
+            for path in left:
+                path.replace(folder / path.name)
 
     def read_metrics(self, after: int = -1) -> Iterator[Metrics]:
         """Log steps beyond `after`, in order."""
@@ -221,7 +261,9 @@ def read_json(path: Path, kind: type[T]) -> T:
 
 
 def touch_heartbeat(run: RunDir, rank: int, step: int) -> None:
-    """Say that `rank` is alive and at `step`."""
+    """Say that `rank` is alive and has taken `step` steps."""
     path = run.heartbeat(rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{step} {time.time():.3f}", encoding="ascii")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(f"{step} {time.time():.3f}", encoding="ascii")
+    temporary.replace(path)

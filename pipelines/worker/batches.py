@@ -1,0 +1,104 @@
+"""From rows of the shards to tensors, a few batches ahead of the training loop.
+
+    <image> x N  <bos>  prompt \\n  answer  <eos>      tokens are all but the last, labels all but the first;
+    '----------- prefix ----------' '-- targets --'   a label inside the prefix is IGNORE
+
+Letters: B batch, H W pixels, T positions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from pipelines.shards import Row, Shards
+from pipelines.worker.order import draw, hash64
+from vlm.batch import IGNORE, Batch
+from vlm.config import ModelConfig
+from vlm.text.base import Tokenizer
+from vlm.text.prompt import answer_ids, prefix_ids
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PAD_MULTIPLE = 8
+"""Lengths are rounded up to it: fewer shapes, and kernels like it."""
+
+
+class Collator:
+    """Makes batches for one model; counts the texts that did not fit its context."""
+
+    def __init__(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
+        self.cut = 0
+        self._tokenizer, self._num_slots, self._context = tokenizer, config.num_slots, config.decoder.context
+
+    def batch(self, rows: Sequence[Row], texts: Sequence[tuple[str, str]]) -> Batch:
+        """Rows and the (prompt, text) to learn of each, as tensors padded to the longest."""
+        pairs = [self._sequence(row.image_id, *text) for row, text in zip(rows, texts, strict=True)]
+        longest = max(len(sequence) for sequence, _ in pairs) - 1
+        length = min(self._context, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE)
+        tokens_BT = np.full((len(rows), length), self._tokenizer.pad_id, np.int64)
+        labels_BT = np.full((len(rows), length), IGNORE, np.int64)
+        for b, (sequence, prefix) in enumerate(pairs):
+            tokens_BT[b, : len(sequence) - 1] = sequence[:-1]
+            labels_BT[b, prefix - 1 : len(sequence) - 1] = sequence[prefix:]
+        return Batch(
+            pixels_BHWC=torch.from_numpy(np.stack([row.pixels for row in rows])),
+            tokens_BT=torch.from_numpy(tokens_BT),
+            labels_BT=torch.from_numpy(labels_BT),
+            prefix_lengths_B=torch.tensor([prefix for _, prefix in pairs]),
+        )
+
+    def _sequence(self, image_id: str, prompt: str, text: str) -> tuple[list[int], int]:
+        """Ids of one sample and the length of its prefix, cut to the context (then without an end token).
+
+        At least one target is kept: of a prompt that fills the context, the beginning.
+        """
+        prefix = prefix_ids(self._tokenizer, self._num_slots, prompt)
+        sequence = prefix[: self._context] + answer_ids(self._tokenizer, text)
+        if len(prefix) > self._context or len(sequence) > self._context + 1:
+            self.cut += 1
+            if self.cut == 1:
+                log.warning("%s: its text does not fit the context and is cut (said once, counted)", image_id)
+        return sequence[: self._context + 1], min(len(prefix), self._context)
+
+
+def training_batches(
+    shards: Shards,
+    collator: Collator,
+    *,
+    steps: range,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+    seed: int,
+) -> Iterator[Batch]:
+    """This rank's slice of the global batch of each step.
+
+    A picture with several texts shows one of them an epoch, picked by (seed, epoch, row).
+    """
+    for step in steps:
+        drawn = draw(step, rank=rank, world_size=world_size, batch_size=batch_size, num_rows=len(shards), seed=seed)
+        rows = [shards.row(int(index)) for index in drawn.rows]
+        picks = [
+            hash64(seed, int(epoch), int(index)) % len(row.texts)
+            for row, epoch, index in zip(rows, drawn.epochs, drawn.rows, strict=True)
+        ]
+        yield collator.batch(rows, [row.texts[pick] for row, pick in zip(rows, picks, strict=True)])
+
+
+def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:
+    """The same items in the same order, made by one thread up to `depth` ahead; its errors are raised here."""
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
+        pending = deque(thread.submit(next, items, end) for _ in range(depth))
+        while (item := pending.popleft().result()) is not end:
+            pending.append(thread.submit(next, items, end))
+            yield item  # type: ignore[misc]

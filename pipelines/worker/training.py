@@ -1,0 +1,187 @@
+"""One rank's work: meet the others, build the model, go on from the last checkpoint, train, report.
+
+The loop itself is `vlm.train.fit`; this module gives it batches and does what is due after each step. All that is
+carried from step to step is in the checkpoint: weights, optimizer, and the number of the next step.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from pipelines.errors import UserError
+from pipelines.rundir import CaptionSamples, Result, RunDir, RunFile, write_json
+from pipelines.shards import Shards
+from pipelines.worker.batches import Collator, prefetch, training_batches
+from pipelines.worker.failure import Watch
+from pipelines.worker.group import meet, pick_device, process_group
+from pipelines.worker.place import Place
+from pipelines.worker.report import Stopwatch, write_metrics
+from pipelines.worker.validation import caption_samples, validate
+from vlm import text
+from vlm.build import build_model
+from vlm.checkpoint import load_training, save_training
+from vlm.model import VisionLanguageModel
+from vlm.optim import build_adamw, cosine_lr
+from vlm.parallel import wrap
+from vlm.text.base import Tokenizer
+from vlm.train import StepReport, fit
+
+log = logging.getLogger(__name__)
+
+
+def train(run: RunDir, place: Place, watch: Watch) -> None:
+    """Train from the last checkpoint to the end; rank 0 writes result.json when every rank is done.
+
+    Raises:
+        UserError: the ranks cannot share the batch, have no GPU where the platform promises one, or are not of one run.
+        LakesightError: damaged shards or checkpoint, a loss that is not finite.
+    """
+    file = run.read_run()
+    settings = file.config.train
+    if settings.batch_size % place.world_size:
+        raise UserError(
+            "the global batch cannot be shared among the ranks",
+            where="train.batch_size",
+            got=f"{settings.batch_size} rows for {place.world_size} ranks",
+            fix="choose a multiple of the number of ranks",
+        )
+    device = pick_device(file.config.platform, place)
+    with process_group(device, settings.timeout_seconds):
+        learner = Learner.build(run, file, place, watch, device)
+        learner.learn()
+        distributed.barrier()
+        if place.rank == 0:
+            learner.finish()
+
+
+@dataclass
+class Learner:
+    """A rank with its model: learns, and does what is due after each step."""
+
+    run: RunDir
+    file: RunFile
+    place: Place
+    watch: Watch
+    device: torch.device
+    start: int
+    model: VisionLanguageModel
+    optimizer: torch.optim.Optimizer
+    tokenizer: Tokenizer
+    train_shards: Shards
+    validate_shards: Shards
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+
+    def __post_init__(self) -> None:
+        self.collator = Collator(self.tokenizer, self.file.config.model)
+
+    @classmethod
+    def build(cls, run: RunDir, file: RunFile, place: Place, watch: Watch, device: torch.device) -> Learner:
+        """The same model on every rank, fresh from the seed or as the last checkpoint left it."""
+        checkpoints = run.finished_checkpoints()
+        meet(run, checkpoints[-1].name if checkpoints else "", device)
+        settings = file.config.train
+        tokenizer = text.load(run.tokenizer)
+        torch.manual_seed(settings.seed)
+        model = build_model(file.config.model, tokenizer.vocab_size).to(device)
+        optimizer = build_adamw(
+            model,
+            lr=settings.optimizer.lr,
+            betas=settings.optimizer.betas,
+            weight_decay=settings.optimizer.weight_decay,
+        )
+        start = load_training(checkpoints[-1], model, optimizer) if checkpoints else 0
+        watch.at(start)
+        log.info("%d ranks, this one on %s: from step %d to %d", place.world_size, device, start, settings.steps)
+        learned, held_out = Shards.open(Path(file.train_shards)), Shards.open(Path(file.validate_shards))
+        return cls(run, file, place, watch, device, start, model, optimizer, tokenizer, learned, held_out)
+
+    def learn(self) -> None:
+        """Take every step that is left."""
+        settings = self.file.config.train
+        batches = training_batches(
+            self.train_shards,
+            self.collator,
+            steps=range(self.start, settings.steps),
+            rank=self.place.rank,
+            world_size=self.place.world_size,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        )
+        lr_of = functools.partial(
+            cosine_lr,
+            lr=settings.optimizer.lr,
+            steps=settings.steps,
+            warmup_steps=settings.optimizer.warmup_steps,
+            final_lr_fraction=settings.optimizer.final_lr_fraction,
+        )
+        self.stopwatch.start()
+        fit(
+            wrap(self.model, self.device),
+            self.optimizer,
+            prefetch(batches),
+            start=self.start,
+            lr_of=lr_of,
+            grad_clip=settings.optimizer.grad_clip,
+            seed=settings.seed,
+            rank=self.place.rank,
+            device=self.device,
+            bf16=settings.precision == "bf16",
+            on_step=self.after_step,
+        )
+        if self.collator.cut:
+            log.warning("%d texts did not fit the context and were cut", self.collator.cut)
+
+    def after_step(self, report: StepReport) -> None:
+        """Heartbeat, metrics, validation, captions, checkpoint. Rank 0 writes the files that belong to the run."""
+        settings, done = self.file.config.train, report.step + 1
+        last, leads = done == settings.steps, self.place.rank == 0
+        self.stopwatch.stop(settings.batch_size, report.tokens)
+        self.watch.at(done)
+        values: dict[str, float] = {}
+        if last or done % settings.log_every == 0:
+            values |= {"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm, **self.stopwatch.lap()}
+        if last or done % settings.validate_every == 0:
+            values |= self._validate()
+            if leads:
+                samples = caption_samples(self.model, self.tokenizer, self.validate_shards, settings.caption_samples)
+                write_json(self.run.samples(done), CaptionSamples(step=done, samples=samples))
+        if leads and values:
+            write_metrics(self.run, done, values)
+            log.info("step %d of %d: %s", done, settings.steps, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        if leads and (last or done % settings.checkpoint_every == 0):
+            save_training(self.run.checkpoint(done), self.model, self.tokenizer, self.optimizer, done)
+            for old in self.run.finished_checkpoints()[: -settings.keep_checkpoints]:
+                shutil.rmtree(old)
+        self.stopwatch.start()
+
+    def finish(self) -> None:
+        """Write result.json: every rank is done, the last checkpoint and the last metrics are in their places."""
+        *_, last = self.run.read_metrics()
+        result = Result(
+            status="ok",
+            step=self.file.config.train.steps,
+            world_size=self.place.world_size,
+            checkpoint=str(self.run.finished_checkpoints()[-1]),
+            metrics=last.values,
+            seconds=self.stopwatch.total,
+        )
+        write_json(self.run.result, result)
+
+    def _validate(self) -> dict[str, float]:
+        settings = self.file.config.train
+        return validate(
+            self.model,
+            self.validate_shards,
+            self.collator,
+            num_rows=settings.validate_rows,
+            batch_size=settings.batch_size // self.place.world_size,
+            rank=self.place.rank,
+            world_size=self.place.world_size,
+        )

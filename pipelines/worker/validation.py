@@ -1,0 +1,79 @@
+"""What a model is worth on pictures it does not learn from: loss, blind gap, and a few captions to read."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.rundir import CaptionSample
+from pipelines.shards import Shards
+from pipelines.worker.batches import Collator
+from vlm.generate import generate
+from vlm.model import VisionLanguageModel
+from vlm.objective import blind_losses
+from vlm.parallel import global_sum
+from vlm.text.base import Tokenizer
+from vlm.text.prompt import prefix_ids
+
+
+@torch.no_grad()
+def validate(
+    model: VisionLanguageModel,
+    shards: Shards,
+    collator: Collator,
+    *,
+    num_rows: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+) -> dict[str, float]:
+    """validation_loss (nats per token) and blind_gap over the first rows of the shards, shared among the ranks.
+
+    The blind gap is the loss with the picture of the next row instead of the right one, minus the loss: zero for a
+    model that does not look. A single row has no other picture, and then there is no gap to report.
+
+    Every rank calls this at the same step, and gets the same values.
+    """
+    total = min(num_rows, len(shards))
+    own = np.array_split(np.arange(total), world_size)[rank].tolist()
+    device = model.mean.device
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    model.eval()
+    for first in range(0, len(own), batch_size):
+        indexes = own[first : first + batch_size]
+        rows = [shards.row(index) for index in indexes]
+        batch = collator.batch(rows, [row.texts[0] for row in rows]).to(device)
+        others = np.stack([shards.row((index + 1) % total).pixels for index in indexes])
+        losses = blind_losses(model, batch, torch.from_numpy(others).to(device))
+        sums += torch.stack([values_B.double().sum() for values_B in losses])
+    model.train()
+    right, wrong, tokens = global_sum(sums).tolist()
+    values = {"validation_loss": right / tokens}
+    if total > 1:
+        values["blind_gap"] = (wrong - right) / tokens
+    return values
+
+
+def caption_samples(
+    model: VisionLanguageModel, tokenizer: Tokenizer, shards: Shards, count: int
+) -> tuple[CaptionSample, ...]:
+    """What the model says about the first pictures of the shards. Rows whose prompt leaves no room are left out."""
+    config = model.config
+    room = config.decoder.context - config.generation.max_new_tokens
+    samples = []
+    model.eval()
+    for index in range(min(count, len(shards))):
+        row = shards.row(index)
+        prompt, text = row.texts[0]
+        prefix = prefix_ids(tokenizer, config.num_slots, prompt)
+        if len(prefix) <= room:
+            (answer,) = generate(model, _one(row.pixels), prefix, config.generation, tokenizer.eos_id)
+            caption = tokenizer.decode(answer.tokens)
+            samples.append(CaptionSample(row=index, image_id=row.image_id, text=text, caption=caption))
+    model.train()
+    return tuple(samples)
+
+
+def _one(pixels_HWC: np.typing.NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(pixels_HWC[None].copy())

@@ -1,0 +1,133 @@
+"""What several test folders build on: a tiny run on shards that are written without Spark."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.config import (
+    Chosen,
+    CsvSourceConfig,
+    DataConfig,
+    LocalPlatformConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
+from pipelines.rundir import RunDir, RunFile, write_json
+from pipelines.shards import (
+    Manifest,
+    ShardRequest,
+    Shards,
+    encode_pixels,
+    shard_schema,
+    write_manifest,
+    write_shard_file,
+)
+from vlm import text
+from vlm.config import ModelConfig
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
+ROOT = Path(__file__).parents[1]
+
+
+def tiny_model() -> ModelConfig:
+    """A model of a few thousand weights that still has every part, dropout included."""
+    transformer = {
+        "width": 16,
+        "depth": 1,
+        "attention": {"num_heads": 2, "num_kv_heads": 2, "head_dim": 8},
+        "mlp": {"kind": "plain", "mlp_width": 32},
+        "dropout": 0.1,
+    }
+    return ModelConfig.model_validate(
+        {
+            "image": {"size": 16},
+            "text": {"kind": "chars", "alphabet": " abcdefghijklmnopqrstuvwxyz"},
+            "vision": {"stem": {"kind": "patch", "patch_size": 8}, "transformer": transformer},
+            "decoder": {"context": 32, "transformer": transformer},
+            "generation": {"max_new_tokens": 16},
+        }
+    )
+
+
+def tiny_run(*, steps: int = 12, ranks: int = 2, **train: object) -> RunConfig:
+    """A run of a few seconds; `train` overrides its train settings."""
+    settings: dict[str, object] = {
+        "steps": steps,
+        "batch_size": 4,
+        "log_every": 2,
+        "validate_every": 6,
+        "validate_rows": 5,
+        "checkpoint_every": 4,
+        "caption_samples": 2,
+        "optimizer": OptimizerConfig(warmup_steps=2),
+    }
+    return RunConfig(
+        name="tiny",
+        chosen=Chosen(model="tiny", data="tiny", train="tiny", platform="local"),
+        model=tiny_model(),
+        data=DataConfig(source=CsvSourceConfig(path="none")),
+        train=TrainConfig.model_validate(settings | train),
+        platform=LocalPlatformConfig(ranks=ranks),
+    )
+
+
+def write_shards(folder: Path, *, rows: int, texts: int = 1, rows_per_file: int = 8, size: int = 16) -> Shards:
+    """Plain pictures in four colours, each named by its texts; written by the functions that executors use."""
+    request = ShardRequest(
+        table="none",
+        table_id="none",
+        table_version=0,
+        source="tiny",
+        split="train",
+        image=tiny_model().image.model_copy(update={"size": size}),
+        encoding="raw",
+        rows=rows_per_file,
+        seed=0,
+    )
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    names = list(COLOURS)
+    content = []
+    for index in range(rows):
+        name = names[index % len(names)]
+        pixels = np.clip(np.array(COLOURS[name]) + rng.integers(-20, 20, (size, size, 3)), 0, 255).astype(np.uint8)
+        said = [{"prompt": "", "text": f"{name} {'x' * number}".strip()} for number in range(texts)]
+        content.append({"image_id": f"tiny/{index}", "pixels": encode_pixels(pixels, "raw"), "texts": said})
+    files = []
+    for number in range(-(-rows // rows_per_file)):
+        part = content[number * rows_per_file : (number + 1) * rows_per_file]
+        batch = pa.RecordBatch.from_pylist(part, shard_schema(request))
+        files.append(write_shard_file(folder, number, request, [batch]))
+    write_manifest(folder, Manifest(request=request, files=tuple(files)))
+    return Shards.open(folder)
+
+
+def write_run(folder: Path, config: RunConfig, train: Shards, validate: Shards) -> RunDir:
+    """A run folder as the driver leaves it before launch."""
+    run = RunDir(folder)
+    file = RunFile(
+        config=config,
+        code_version="test",
+        train_shards=str(train.folder),
+        validate_shards=str(validate.folder),
+        dataset_version=0,
+        content_hash=train.manifest.content_hash,
+        world_size=config.platform.ranks,
+    )
+    write_json(run.run, file)
+    text.save(text.learn(config.model.text, train.texts()), run.tokenizer)
+    return run
+
+
+def torchrun(run: RunDir, ranks: int) -> subprocess.Popen[bytes]:
+    """Start the ranks of a run as a person without Java would."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["-m", "pipelines.worker.main", "--run-dir", str(run.path)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=run.path, env=os.environ)
