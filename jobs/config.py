@@ -1,0 +1,85 @@
+"""`lakesight config`: what a run resolves to, or which models there are."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from jobs.common import JsonOption, PlatformOption, RunOption, SetOption, open_screen
+from jobs.screen import Screen
+from pipelines.config import available, load_model, load_run
+from vlm.config import Config, ModelConfig
+
+
+class ModelSize(Config):
+    """One model of conf/model/ and how large it is."""
+
+    name: str
+    parameters: int
+    encoder: int
+    decoder: int
+    image_size: int
+    image_slots: int
+
+
+def config(
+    what: Annotated[
+        Literal["run", "models"], typer.Argument(help="The resolved run, or the models of conf/model/.")
+    ] = "run",
+    *,
+    run: RunOption = "demo",
+    platform: PlatformOption = "local",
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print what a run resolves to, as YAML that conf/ would accept.
+
+    \b
+    Examples:
+      lakesight config --run seemore --set train.steps=500
+      lakesight config models
+    """
+    with open_screen(as_json=as_json) as screen:
+        if what == "models":
+            _print_models(screen)
+        else:
+            _print_run(screen, run, platform, overrides or [])
+
+
+def _print_run(screen: Screen, run: str, platform: str, overrides: list[str]) -> None:
+    import yaml
+
+    resolved = load_run(run, platform=platform, overrides=overrides)
+    screen.text(yaml.safe_dump(resolved.model_dump(mode="json", by_alias=True), sort_keys=False, width=100), end="")
+    screen.report(resolved)
+
+
+def _print_models(screen: Screen) -> None:
+    models = [measure(name, load_model(name)) for name in available("model")]
+    screen.text(f"{'model':<12} {'parameters':>12} {'encoder':>12} {'decoder':>12}  picture")
+    for model in models:
+        counts = f"{model.parameters:>12,} {model.encoder:>12,} {model.decoder:>12,}"
+        screen.text(f"{model.name:<12} {counts}  {model.image_size} px in {model.image_slots} slots")
+    screen.report(models)
+
+
+def measure(name: str, model: ModelConfig) -> ModelSize:
+    """Count a model's parameters without allocating them."""
+    import torch
+
+    from vlm.build import build_model
+    from vlm.text import learn
+
+    vocab_size = model.text.vocab_size if model.text.kind == "bpe" else learn(model.text, ()).vocab_size
+    with torch.device("meta"):
+        built = build_model(model, vocab_size)
+    encoder, decoder = (sum(p.numel() for p in part.parameters()) for part in (built.encoder, built.decoder))
+    return ModelSize(
+        name=name,
+        parameters=sum(p.numel() for p in built.parameters()),
+        encoder=encoder,
+        decoder=decoder,
+        image_size=model.image.size,
+        image_slots=model.num_slots,
+    )

@@ -1,0 +1,213 @@
+"""`lakesight show`: rows of a table, any version of it, and its pictures, without starting Spark."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jobs.common import Job, JsonOption, PlatformOption, RunOption, open_job
+from pipelines.errors import ImageError, UserError
+from vlm.config import Config
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
+
+WIDTH = 100
+"""Characters of a value that are shown."""
+THUMBNAIL = 160
+"""Pixels on a side of a gallery picture."""
+
+
+class TableReport(Config):
+    """What `show` found; `rows` are the first ones, binary values told by their size."""
+
+    table: str
+    version: int
+    num_rows: int
+    columns: dict[str, str]
+    rows: tuple[dict[str, Any], ...]
+    gallery: str | None
+
+
+def show(
+    table: Annotated[str, typer.Argument(help="Table, such as samples, quarantine, generated_captions, evaluations.")],
+    *,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="Rows to show.")] = 5,
+    version: Annotated[
+        int | None, typer.Option("--version", min=0, help="Version of the table; default the latest.")
+    ] = None,
+    gallery: Annotated[bool, typer.Option("--gallery", help="Write an HTML page of the rows' pictures.")] = False,
+    run: RunOption = "demo",
+    platform: PlatformOption = "local",
+    as_json: JsonOption = False,
+) -> None:
+    """Show a table: version, row count, columns, first rows, and with --gallery the pictures.
+
+    \b
+    Examples:
+      lakesight show samples
+      lakesight show generated_captions --rows 40 --gallery
+    """
+    with open_job(run, platform, None, as_json) as job:
+        delta = open_table(job, table, version)
+        found = first_rows(delta, rows)
+        page = write_gallery(job, table, delta.version(), found) if gallery else None
+        report = TableReport(
+            table=table,
+            version=delta.version(),
+            num_rows=delta.to_pyarrow_dataset().count_rows(),
+            columns={field.name: _type_name(field.type) for field in delta.schema().fields},
+            rows=tuple(readable(row) for row in found),
+            gallery=str(page) if page else None,
+        )
+        _print(job, report)
+        job.screen.report(report)
+
+
+def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
+    """One of the platform's tables at a version.
+
+    Raises:
+        UserError: tables here are no files, or there is no such table or version.
+    """
+    from deltalake import DeltaTable
+    from deltalake.exceptions import DeltaError
+
+    if job.platform.tables is None:
+        raise UserError(
+            "show reads tables as files, and here a catalog owns them",
+            where=f"platform {job.platform.kind}",
+            fix=f"open {job.platform.table(name)} in Catalog Explorer or in a notebook",
+        )
+    there = sorted(path.parent.name for path in job.platform.tables.glob("*/_delta_log"))
+    if name not in there:
+        raise UserError(
+            f"there is no table {name!r}",
+            where=str(job.platform.tables),
+            got=f"tables: {', '.join(there)}" if there else "no tables at all",
+            fix="name one of these" if there else "run `lakesight demo` or `lakesight ingest` first",
+        )
+    latest = DeltaTable(job.platform.tables / name)
+    if version is None or version == latest.version():
+        return latest
+    try:
+        return DeltaTable(job.platform.tables / name, version=version)
+    except DeltaError as error:
+        raise UserError(
+            f"table {name!r} has no version {version}",
+            where=str(job.platform.tables / name),
+            got=str(error).splitlines()[0],
+            fix=f"the latest is {latest.version()}",
+        ) from None
+
+
+def first_rows(delta: DeltaTable, count: int) -> list[dict[str, Any]]:
+    """The first rows as Python values."""
+    rows: list[dict[str, Any]] = delta.to_pyarrow_dataset().head(count).to_pylist()
+    return rows
+
+
+def readable(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with binary values told by their size."""
+    return {name: f"<{len(value):,} bytes>" if isinstance(value, bytes) else value for name, value in row.items()}
+
+
+def _print(job: Job, report: TableReport) -> None:
+    job.screen.line(report.table, f"version {report.version}, {report.num_rows:,} rows")
+    job.screen.line("columns", ", ".join(f"{name} {kind}" for name, kind in report.columns.items()))
+    width = max(map(len, report.columns), default=0)
+    for number, row in enumerate(report.rows, 1):
+        job.screen.text(f"\nrow {number}")
+        for name, value in row.items():
+            text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+            job.screen.text(f"  {name:<{width}}  {text if len(text) <= WIDTH else text[: WIDTH - 3] + '...'}")
+    if report.gallery:
+        job.screen.text("")
+        job.screen.line("gallery", report.gallery)
+
+
+def _type_name(kind: Any) -> str:
+    """Delta's name of a type: primitive ones by name, nested ones by what they are."""
+    described = json.loads(kind.to_json())
+    return described if isinstance(described, str) else str(described["type"])
+
+
+# ------------------------------------------------------------------------------------------------ the gallery
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<style>
+  body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; background: #fafafa }
+  main { display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: 1rem }
+  figure { margin: 0; padding: .75rem; background: #fff; border: 1px solid #ddd; border-radius: 6px }
+  img { width: 100%; image-rendering: auto } p { margin: .25rem 0 } small { color: #777; word-break: break-all }
+</style></head>
+<body><h1>{{ title }}</h1><main>
+{% for item in items %}<figure>{% if item.picture %}<img src="{{ item.picture }}" alt="">{% endif %}
+{% for text in item.texts %}<p>{{ text }}</p>{% endfor %}<small>{{ item.image_id }}</small></figure>
+{% endfor %}</main></body></html>
+"""
+
+
+def write_gallery(job: Job, table: str, version: int, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """An HTML page with the rows' pictures (from `samples` where the table has none itself) and texts.
+
+    Raises:
+        UserError: the table knows nothing of pictures.
+    """
+    from jinja2 import Environment
+
+    if not rows or "image_id" not in rows[0]:
+        raise UserError(
+            f"there are no pictures to show in {table!r}",
+            got="no rows" if not rows else f"columns {', '.join(rows[0])}",
+            fix="--gallery needs rows with an image_id, as in samples and generated_captions",
+        )
+    pictures = {row["image_id"]: row["image"] for row in rows if "image" in row} or _pictures(job, rows)
+    items = [
+        {"image_id": row["image_id"], "picture": _data_uri(pictures.get(row["image_id"])), "texts": _texts(row)}
+        for row in rows
+    ]
+    page = Environment(autoescape=True).from_string(PAGE).render(title=f"{table}, version {version}", items=items)
+    path = job.platform.folder("reports") / f"{table}-v{version}.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _pictures(job: Job, rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
+    import pyarrow.compute as pc
+
+    wanted = pc.field("image_id").isin([row["image_id"] for row in rows])
+    samples = open_table(job, "samples", None).to_pyarrow_dataset()
+    return {row["image_id"]: row["image"] for row in samples.to_table(["image_id", "image"], filter=wanted).to_pylist()}
+
+
+def _texts(row: Mapping[str, Any]) -> list[str]:
+    if "texts" in row:
+        return [f"{pair['prompt']} {pair['text']}".strip() for pair in row["texts"]]
+    return [str(row[name]) for name in ("caption", "error") if row.get(name)]
+
+
+def _data_uri(data: bytes | None) -> str | None:
+    """A picture small enough for a page of hundreds; None where there is none, or it cannot be read."""
+    from pipelines.config import LimitsConfig
+    from vlm.image import open_image
+
+    if data is None:
+        return None
+    limits = LimitsConfig()
+    try:
+        image, _ = open_image(data, max_pixels=limits.max_pixels, min_side=1)
+    except ImageError:
+        return None
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,92 @@
+"""Which room may import which library: by contract (static), and by looking at what a fresh interpreter loaded."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HEAVY = {"torch", "pyspark", "delta", "deltalake", "mlflow"}
+
+# Room (files it consists of) and the heavy libraries that importing all of it may load.
+ROOMS = {
+    "light": (
+        ["vlm/config.py", "vlm/errors.py", "vlm/image.py", "vlm/text/*.py", "pipelines/*.py"],
+        set(),
+    ),
+    "vlm": (["vlm/**/*.py"], {"torch"}),
+    "driver": (["pipelines/driver/*.py"], {"pyspark", "delta", "deltalake"}),
+    "executor": (["pipelines/executor/*.py"], set()),
+    "worker": (["pipelines/worker/*.py"], {"torch"}),
+    "commands": (["jobs/*.py"], set()),
+}
+
+# Id of a contract in pyproject.toml, and an import that breaks it.
+BREACHES = {
+    "layers": ("pipelines/tables.py", "import pipelines.driver.session"),
+    "library": ("vlm/optim.py", "import pyspark"),
+    "light": ("vlm/text/bpe.py", "import torch"),
+    "driver": ("pipelines/driver/promote.py", "import torch"),
+    "executor": ("pipelines/executor/caption.py", "import pyspark"),
+    "worker": ("pipelines/worker/order.py", "import mlflow"),
+    "tracking": ("jobs/common.py", "import mlflow"),
+}
+
+
+def modules(patterns: list[str]) -> list[str]:
+    """Dotted names of the modules that the patterns name."""
+    files = sorted({file for pattern in patterns for file in ROOT.glob(pattern)})
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
+    assert names, patterns
+    return names
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_loads_no_library_that_its_process_lacks(room: str) -> None:
+    patterns, allowed = ROOMS[room]
+    code = f"import sys, {', '.join(modules(patterns))}; print(*sorted({HEAVY - allowed!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+def test_help_and_config_load_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['lakesight', *sys.argv[1:]]; from jobs.cli import main; main(); "
+        f"print(*sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)"
+    )
+    for arguments in (["config"], ["config", "--run", "seemore", "--json"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=False
+        )
+        assert (done.returncode, done.stderr.split()) == (0, []), done.stderr
+
+
+def test_every_import_contract_is_kept() -> None:
+    done = lint(ROOT)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("contract", BREACHES)
+def test_a_breach_of_an_import_contract_is_noticed(contract: str, tmp_path: Path) -> None:
+    for name in ("vlm", "pipelines", "jobs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    file, line = BREACHES[contract]
+    with (tmp_path / file).open("a") as module:
+        module.write(f"\n{line}\n")
+    done = lint(tmp_path, contract)
+    assert (done.returncode, "0 kept, 1 broken" in done.stdout) == (1, True), done.stdout
+
+
+def lint(folder: Path, *contracts: str) -> subprocess.CompletedProcess[str]:
+    """import-linter's verdict on the packages in a folder, on some contracts or all."""
+    code = (
+        "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports; "
+        f"sys.exit(lint_imports(limit_to_contracts={contracts!r}, no_cache=True))"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False)
