@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
+from pipelines.config import LimitsConfig
 from vlm.config import Config, GenerationConfig
 
 CAPTION_SCHEMA = pa.schema(
@@ -30,6 +31,7 @@ class CaptionJob(Config):
     model_folder: str
     prompt: str
     settings: GenerationConfig
+    limits: LimitsConfig
     threads: int
 
 
@@ -41,7 +43,7 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
     captioner = load_captioner(job.model_folder)
     for batch in batches:
         images = batch.column("image").to_pylist()
-        results = captioner.caption(images, [job.prompt] * len(images), job.settings)
+        results = captioner.caption(images, [job.prompt] * len(images), job.settings, job.limits)
         yield pa.RecordBatch.from_arrays(
             [
                 batch.column("image_id").cast(pa.string()),

@@ -59,7 +59,11 @@ class Captioner:
         self.model, self.tokenizer = model, tokenizer
 
     def caption(
-        self, images: Sequence[bytes | str | None], prompts: Sequence[str], settings: GenerationConfig
+        self,
+        images: Sequence[bytes | str | None],
+        prompts: Sequence[str],
+        settings: GenerationConfig,
+        limits: LimitsConfig = LIMITS,
     ) -> list[CaptionResult]:
         """One result a picture, in order.
 
@@ -67,6 +71,7 @@ class Captioner:
             images: picture files as bytes, or as base64 text (a `data:` prefix may stand before it).
             prompts: one a picture; empty for a plain caption.
             settings: how to decode.
+            limits: what a picture may be; one beyond is an error.
         """
         results: dict[int, CaptionResult] = {}
         pixels: dict[int, npt.NDArray[np.uint8]] = {}
@@ -75,7 +80,7 @@ class Captioner:
             try:
                 data = picture_bytes(image)
                 digests[index] = hashlib.sha256(data).hexdigest()
-                picture, _ = open_image(data, max_pixels=LIMITS.max_pixels, min_side=LIMITS.min_side)
+                picture, _ = open_image(data, max_pixels=limits.max_pixels, min_side=limits.min_side)
                 pixels[index] = to_pixels(picture, self.model.config.image)
             except ImageError as error:
                 results[index] = _failed(f"{error.reason}: {error.detail}", digests.get(index))
