@@ -147,6 +147,7 @@ class Learner:
         values: dict[str, float] = {}
         if last or done % settings.log_every == 0:
             values |= {"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm, **self.stopwatch.lap()}
+            values = {f"train/{name}": value for name, value in values.items()}
         if last or done % settings.validate_every == 0:
             values |= self._validate()
             if leads:

@@ -28,7 +28,7 @@ def validate(
     rank: int,
     world_size: int,
 ) -> dict[str, float]:
-    """validation_loss (nats per token) and blind_gap over the first rows of the shards, shared among the ranks.
+    """val/loss (nats per token) and val/blind_gap over the first rows of the shards, shared among the ranks.
 
     The blind gap is the loss with the picture of the next row instead of the right one, minus the loss: zero for a
     model that does not look. A single row has no other picture, and then there is no gap to report.
@@ -49,9 +49,9 @@ def validate(
         sums += torch.stack([values_B.double().sum() for values_B in losses])
     model.train()
     right, wrong, tokens = global_sum(sums).tolist()
-    values = {"validation_loss": right / tokens}
+    values = {"val/loss": right / tokens}
     if total > 1:
-        values["blind_gap"] = (wrong - right) / tokens
+        values["val/blind_gap"] = (wrong - right) / tokens
     return values
 
 

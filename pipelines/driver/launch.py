@@ -1,0 +1,139 @@
+"""Start ranks with TorchDistributor and come back: with their slots checked before, and nobody left behind after.
+
+Unusual: TorchDistributor is trusted with starting processes, and with nothing else. It notices missing slots after ten
+minutes, says nothing about causes, and prints what ranks print wherever it likes; so slots are counted here, causes
+are read from the run folder, and its stream goes into a file there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from pipelines.errors import UserError
+from pipelines.platform import Launch
+from pipelines.rundir import RunDir
+
+if TYPE_CHECKING:
+    from pyspark.ml.torch.distributor import TorchDistributor
+    from pyspark.sql import SparkSession
+
+log = logging.getLogger(__name__)
+
+SLOT_SECONDS = 10.0
+"""How long executors that have just started may take to report for work."""
+LEAVE_SECONDS = 5.0
+
+RankEntry = Callable[[str], None]
+
+
+def run_rank(run_dir: str) -> None:
+    """What TorchDistributor calls in each rank. By name only: this module is the driver's and never sees torch."""
+    importlib.import_module("pipelines.worker.main").run_rank(run_dir)
+
+
+def check_slots(spark: SparkSession, launch: Launch) -> None:
+    """Compare ranks with the tasks that the cluster can run at once. Ranks beside the driver need no slot.
+
+    Raises:
+        UserError: too few. Spark would try for ten minutes before it says so.
+    """
+    if launch.local_mode:
+        return
+    needed = open_distributor(launch).num_tasks
+    context = spark.sparkContext._jsc.sc()
+    deadline = time.monotonic() + SLOT_SECONDS
+    while (slots := _slots(context)) < needed:
+        if time.monotonic() > deadline:
+            raise UserError(
+                "the cluster has too few slots for the ranks",
+                where=f"Spark master {spark.sparkContext.master}",
+                got=f"{slots} tasks at once, {needed} needed for {launch.ranks} ranks",
+                fix=f"start more executors, or lower platform.ranks to {max(1, slots)} or fewer",
+            )
+        time.sleep(0.5)
+
+
+def _slots(context: object) -> int:
+    """What Spark itself asks before it starts a barrier stage: cores, and GPUs where tasks claim them."""
+    profile = context.resourceProfileManager().defaultResourceProfile()  # type: ignore[attr-defined]
+    return int(context.maxNumConcurrentTasks(profile))  # type: ignore[attr-defined]
+
+
+def open_distributor(launch: Launch) -> TorchDistributor:
+    """The launcher.
+
+    Raises:
+        UserError: the session's GPU settings do not fit the ranks.
+    """
+    from pyspark.ml.torch.distributor import TorchDistributor
+
+    try:
+        return TorchDistributor(launch.ranks, local_mode=launch.local_mode, use_gpu=launch.use_gpu)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            "the Spark session cannot give each rank its GPU",
+            where="platform.ranks, spark.task.resource.gpu.amount",
+            got=str(error),
+            fix="a training cluster gives a task whole GPUs; set platform.use_gpu=false to train on CPUs",
+        ) from None
+
+
+def start_ranks(run: RunDir, launch: Launch, entry: RankEntry) -> Exception | None:
+    """Run every rank to its end; returns what the launcher raised, if it did. No rank on this host outlives the call.
+
+    Raises:
+        KeyboardInterrupt: the user's; the ranks have ended then too.
+    """
+    from py4j.protocol import Py4JError
+    from pyspark.errors import PySparkException
+
+    distributor = open_distributor(launch)
+    try:
+        with _stream_to_file(run, launch):
+            distributor.run(entry, str(run.path))
+    except (RuntimeError, UnicodeDecodeError, PySparkException, Py4JError) as error:
+        log.debug("the launcher failed", exc_info=True)
+        return error
+    finally:
+        _end_leftovers(run)
+    return None
+
+
+@contextlib.contextmanager
+def _stream_to_file(run: RunDir, launch: Launch) -> Iterator[None]:
+    """Send to a file what the launcher prints: on stdout beside the driver, on stderr from executors.
+
+    Who wants the terminal meanwhile holds on to the stream it had before, as logging handlers do.
+    """
+    run.launcher_log.parent.mkdir(parents=True, exist_ok=True)
+    redirect = contextlib.redirect_stdout if launch.local_mode else contextlib.redirect_stderr
+    with run.launcher_log.open("w", encoding="utf-8", buffering=1) as file, redirect(file):
+        yield
+
+
+def _end_leftovers(run: RunDir) -> None:
+    """End ranks on this host that the launcher left running: it gives them half a second, a network less."""
+    left = [rank.pid for rank in run.read_ranks() if rank.host == socket.gethostname() and not rank.ended]
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + LEAVE_SECONDS
+        left = [pid for pid in left if _signal(pid, number)]
+        while left and time.monotonic() < deadline:
+            time.sleep(0.1)
+            left = [pid for pid in left if _signal(pid, 0)]
+
+
+def _signal(pid: int, number: int) -> bool:
+    """Send a signal; False when there is no such process any more."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True

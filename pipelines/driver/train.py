@@ -1,0 +1,121 @@
+"""Train: resolve a run into a folder, start its ranks on it, and believe only what the folder says afterwards."""
+
+from __future__ import annotations
+
+import logging
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.config import RunConfig, short_hash
+from pipelines.driver.launch import RankEntry, check_slots, run_rank, start_ranks
+from pipelines.driver.verdict import failure_of, wait_for_words
+from pipelines.errors import StageFailed, UserError
+from pipelines.platform import Platform
+from pipelines.rundir import Result, RunDir, RunFile, read_json, write_json
+from pipelines.shards import Shards
+from vlm import text
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+    from pipelines.driver.shard import ShardReport
+
+log = logging.getLogger(__name__)
+
+
+def prepare(config: RunConfig, platform: Platform, train: ShardReport, validate: ShardReport) -> RunDir:
+    """Write the run folder: run.json and the tokenizer, learned from the texts of the training shards.
+
+    The folder's name is a hash of what determines the outcome, so the same command finds the same run: finished, or to
+    be gone on with.
+
+    Raises:
+        UserError: nothing to learn from or to validate on, or a batch that cannot be shared among the ranks.
+    """
+    _refuse(config, train, validate)
+    code = version("lakesight")
+    identity = short_hash(
+        config.model.model_dump(), config.train.model_dump(), train.content_hash, validate.content_hash, code
+    )
+    run = RunDir(platform.folder("runs") / f"{config.name}-{identity}")
+    if not run.tokenizer.exists():
+        run.path.mkdir(parents=True, exist_ok=True)
+        temporary = run.path / f".{run.tokenizer.name}.tmp"
+        text.save(text.learn(config.model.text, Shards.open(Path(train.folder)).texts()), temporary)
+        temporary.replace(run.tokenizer)
+    if finished(run) is None:
+        write_json(
+            run.run,
+            RunFile(
+                config=config,
+                code_version=code,
+                train_shards=str(train.folder),
+                validate_shards=str(validate.folder),
+                dataset_version=train.dataset_version,
+                content_hash=train.content_hash,
+                world_size=platform.launch.ranks,
+            ),
+        )
+    return run
+
+
+def finished(run: RunDir) -> Result | None:
+    """The result of a run that has ended well."""
+    if not run.result.exists():
+        return None
+    result = read_json(run.result, Result)
+    return result if Path(result.checkpoint).is_dir() else None
+
+
+def launch(run: RunDir, platform: Platform, spark: SparkSession, entry: RankEntry = run_rank) -> Result:
+    """Train on the platform's ranks, from the run's last checkpoint to its end.
+
+    Args:
+        run: a folder made by `prepare`.
+        platform: says how many ranks start, where, and on what.
+        spark: the session whose executors the ranks run on, or beside.
+        entry: what each rank runs, importable by name in the rank.
+
+    Raises:
+        UserError: too few slots; nothing was started.
+        TrainingFailed: names the root rank, its host and the cause.
+        KeyboardInterrupt: the ranks have been ended; the same run can be launched again.
+    """
+    ranks = platform.launch.ranks
+    check_slots(spark, platform.launch)
+    run.set_aside()
+    error = start_ranks(run, platform.launch, entry)
+    result = finished(run)
+    if result is None:
+        wait_for_words(run, ranks)
+        raise failure_of(run, ranks, error) from error
+    if result.world_size != ranks:
+        raise StageFailed(
+            "the ranks did not form one group",
+            where=str(run.result),
+            got=f"a result of {result.world_size} ranks",
+            fix=f"{ranks} were started; this is a defect of the launcher or of the network",
+        )
+    if error is not None:
+        log.warning("the run is finished, but the launcher reported an error afterwards: see %s", run.launcher_log)
+    return result
+
+
+def _refuse(config: RunConfig, train: ShardReport, validate: ShardReport) -> None:
+    ranks, batch_size = config.platform.ranks, config.train.batch_size
+    if batch_size % ranks:
+        raise UserError(
+            "the global batch cannot be shared among the ranks",
+            where="train.batch_size, platform.ranks",
+            got=f"{batch_size} rows for {ranks} ranks",
+            fix=f"for example --set train.batch_size={ranks * -(-batch_size // ranks)}",
+        )
+    for purpose, report in (("learn from", train), ("validate on", validate)):
+        if not report.num_rows:
+            raise UserError(
+                f"there is nothing to {purpose}",
+                where=str(report.folder),
+                got="no rows",
+                fix="`lakesight ingest` reports why rows are missing; data.split says how many go where",
+            )
