@@ -128,8 +128,8 @@ QUARANTINE = Table(
 
 GENERATED_CAPTIONS = Table(
     "generated_captions",
-    ("image_id", "model_name", "model_version", "settings_hash"),
-    "One row a picture, model version and decoding settings",
+    ("source_table", "image_id", "model_name", "model_version", "settings_hash"),
+    "One row a picture of a table, model version and decoding settings",
     (
         Column("image_id", pa.string(), "Id of the row in the source table"),
         Column("model_name", pa.string(), "Registered model"),
