@@ -173,7 +173,9 @@ def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
         from pyspark.java_gateway import launch_gateway
         from pyspark.sql import SparkSession
     except ImportError:
-        raise UserError("PySpark is not installed", where=sys.executable, fix="pip install 'lakesight[local]'") from None
+        raise UserError(
+            "PySpark is not installed", where=sys.executable, fix="pip install 'lakesight[local]'"
+        ) from None
 
     if SparkContext._active_spark_context is not None:
         return _of_same_home(SparkSession.builder.getOrCreate(), root)

@@ -1,0 +1,312 @@
+"""Ingest: a source of base64 pictures into `samples` and `quarantine`, every row accounted for.
+
+Executors decode (`pipelines.executor.decode`); the driver plans from narrow columns and merges. Pictures never come to
+the driver. Three rules make a second run, or a run after a crash, add nothing:
+
+- ids come from content, so the same row is the same row wherever and whenever it is read;
+- what is already in the tables is looked up first, and with nothing new nothing is written, not even an empty version
+  (shards pinned to the last version stay found);
+- refusals are merged before samples, each in one Delta commit. Killed between the two, the next run finds the refusals
+  there and merges the samples.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+
+from delta.tables import DeltaTable
+from pyspark import StorageLevel
+from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import functions as F  # noqa: N812 (Spark's own convention)
+from pyspark.sql.pandas.types import from_arrow_schema
+
+from pipelines.config import DataConfig
+from pipelines.driver.session import bounded_batches, commit_note, dataset_version, ensure_tables, note_of
+from pipelines.driver.sources import open_source
+from pipelines.errors import StageFailed, UserError
+from pipelines.executor.decode import OUTCOME, Rules, decode_batches
+from pipelines.platform import Platform
+from pipelines.tables import QUARANTINE, SAMPLES
+from vlm.config import Config
+
+logger = logging.getLogger(__name__)
+
+
+class IngestReport(Config):
+    """What became of the rows: rows_in = new + merged + duplicates + quarantined.
+
+    Attributes:
+        source: name of the data config.
+        ingest_id: hash of the source and its files.
+        rows_in: records read.
+        new: rows that brought a picture new to `samples`.
+        merged: rows that brought a further text for a picture.
+        duplicates: rows that brought nothing: same picture and text, or the same refused row again.
+        quarantined: rows newly in `quarantine`.
+        reasons: `quarantined` by reason.
+        splits: pictures of this source now in `samples`, by split.
+        equal_pictures_across_splits: pictures of this input with the same bytes in two splits (given by the source).
+        dataset_version: the version of `samples` that last changed this source.
+        seconds: how long it took.
+    """
+
+    source: str
+    ingest_id: str
+    rows_in: int
+    new: int
+    merged: int
+    duplicates: int
+    quarantined: int
+    reasons: dict[str, int]
+    splits: dict[str, int]
+    equal_pictures_across_splits: int
+    dataset_version: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Stamp:
+    """What is the same for every row that one ingest brings."""
+
+    source: str
+    ingest_id: str
+    at: datetime
+
+
+def ingest(spark: SparkSession, platform: Platform, source_name: str, config: DataConfig) -> IngestReport:
+    """Bring a source into `samples` and `quarantine`.
+
+    Raises:
+        UserError: no such input, a missing column, no rows, or not one row that can be used (they are in `quarantine`).
+        StageFailed: the rows do not add up: some were lost or doubled on the way.
+    """
+    started = time.monotonic()
+    ensure_tables(spark, platform)
+    source = open_source(spark, source_name, config)
+    stamp = _Stamp(source_name, source.ingest_id, datetime.now(UTC))
+    rules = Rules(source_name, config.source.columns, config.limits, config.split)
+    schema = from_arrow_schema(OUTCOME)
+    with bounded_batches(spark), commit_note(spark, note_of(source_name)):
+        outcomes = source.rows.mapInArrow(partial(decode_batches, rules=rules), schema).persist(StorageLevel.DISK_ONLY)
+        plan = _plan(outcomes, _rows_of(spark, platform, SAMPLES.name, source_name)).persist()
+        try:
+            rows_in = outcomes.count()
+            if not rows_in:
+                raise UserError("the input has no rows", where=config.source.path, got="a header", fix="add rows")
+            logger.info("%d rows decoded in %.1f s", rows_in, time.monotonic() - started)
+            reasons, repeated = _quarantine(spark, platform, _refusals(outcomes, plan, rules), stamp)
+            counts = _merge(spark, platform, outcomes, plan, stamp)
+            across = _equal_across_splits(outcomes)
+        finally:
+            plan.unpersist()
+            outcomes.unpersist()
+    splits = _rows_of(spark, platform, SAMPLES.name, source_name).groupBy("split").count().orderBy("split").collect()
+    report = IngestReport(
+        source=source_name,
+        ingest_id=source.ingest_id,
+        rows_in=rows_in,
+        new=counts.new,
+        merged=counts.merged,
+        duplicates=counts.duplicates + repeated,
+        quarantined=sum(reasons.values()),
+        reasons=reasons,
+        splits={row["split"]: row["count"] for row in splits},
+        equal_pictures_across_splits=across,
+        dataset_version=dataset_version(spark, platform, source_name),
+        seconds=round(time.monotonic() - started, 3),
+    )
+    return _checked(report, config, used=counts.rows)
+
+
+def _rows_of(spark: SparkSession, platform: Platform, table: str, source: str) -> DataFrame:
+    return spark.table(platform.table(table)).filter(F.col("source") == source)
+
+
+# ------------------------------------------------------------------------------------------------ the plan
+
+
+def _plan(outcomes: DataFrame, known: DataFrame) -> DataFrame:
+    """One narrow row a picture that came: what it is, what of it is new, and whether it fights over its id.
+
+    Columns: image_id, sha256, rows, source_row, split, fresh (texts that `samples` lacks), is_new, conflicting.
+
+    Two pictures with one id: the one that `samples` has stays; if it has neither, neither is taken, because which came
+    first depends on the order files are read in. A picture given to two splits is held out: test before val before
+    train.
+    """
+    held_out = F.array(F.lit("test"), F.lit("val"), F.lit("train"))
+    text = F.struct("prompt", "text")
+    pictures = (
+        outcomes.filter(F.col("reason").isNull())
+        .groupBy("image_id", "sha256")
+        .agg(
+            F.count("*").alias("rows"),
+            F.min("source_row").alias("source_row"),
+            F.min_by("split", F.array_position(held_out, F.col("split"))).alias("split"),
+            F.collect_set(text).alias("texts"),
+        )
+        .withColumn("claims", F.count("*").over(Window.partitionBy("image_id")))
+    )
+    known = known.select("image_id", F.col("sha256").alias("known_sha256"), F.col("texts").alias("known_texts"))
+    nothing = F.array().cast("array<struct<prompt:string,text:string>>")
+    return pictures.join(known, "image_id", "left").select(
+        "image_id",
+        "sha256",
+        "rows",
+        "source_row",
+        "split",
+        F.array_except("texts", F.coalesce("known_texts", nothing)).alias("fresh"),
+        F.col("known_sha256").isNull().alias("is_new"),
+        F.coalesce(F.col("known_sha256") != F.col("sha256"), F.col("claims") > 1).alias("conflicting"),
+    )
+
+
+def _equal_across_splits(outcomes: DataFrame) -> int:
+    pictures = outcomes.filter(F.col("reason").isNull()).groupBy("sha256").agg(F.count_distinct("split").alias("n"))
+    return pictures.filter("n > 1").count()
+
+
+# ------------------------------------------------------------------------------------------------ quarantine
+
+
+def _refusals(outcomes: DataFrame, plan: DataFrame, rules: Rules) -> DataFrame:
+    """Rows that cannot be samples, whole: those refused by an executor, and pictures that fight over an id."""
+    columns = ("source_row", "payload", "stage", "reason", "detail")
+    name = rules.columns.image.replace("\\", "\\\\").replace('"', '\\"')
+    rest = F.expr("substring(payload, 1, length(payload) - 1)")
+    whole = F.concat(rest, F.lit(f', "{name}": "'), F.base64("image"), F.lit('"}'))
+    conflicting = (
+        outcomes.filter(F.col("reason").isNull())
+        .join(plan.filter("conflicting").select("image_id", "sha256"), ["image_id", "sha256"])
+        .select(
+            "source_row",
+            whole.alias("payload"),
+            F.lit("merge").alias("stage"),
+            F.lit("conflicting_id").alias("reason"),
+            F.concat(F.lit("another picture has the id "), "image_id").alias("detail"),
+        )
+    )
+    return outcomes.filter(F.col("reason").isNotNull()).select(*columns).unionAll(conflicting.select(*columns))
+
+
+def _quarantine(
+    spark: SparkSession, platform: Platform, refusals: DataFrame, stamp: _Stamp
+) -> tuple[dict[str, int], int]:
+    """Write refusals that `quarantine` does not have yet; how many by reason, and how many rows repeat others.
+
+    A row is known by its content (`source` and `source_row`): a file that grew brings its bad rows only once.
+    """
+    known = _rows_of(spark, platform, QUARANTINE.name, stamp.source).select("source_row")
+    fresh = refusals.join(known, "source_row", "left_anti").dropDuplicates(["source_row"])
+    counted = fresh.groupBy("reason").count().orderBy(F.desc("count"), "reason").collect()
+    reasons = {row["reason"]: row["count"] for row in counted}
+    quarantined = sum(reasons.values())
+    if quarantined:
+        rows = fresh.select(
+            F.lit(stamp.ingest_id).alias("ingest_id"),
+            F.lit(stamp.source).alias("source"),
+            *("source_row", "payload", "stage", "reason", "detail"),
+            F.lit(stamp.at).alias("quarantined_at"),
+            F.lit(None).cast("timestamp").alias("replayed_at"),
+        )
+        same = "known.source = came.source AND known.source_row = came.source_row"
+        merge = (
+            DeltaTable.forName(spark, platform.table(QUARANTINE.name)).alias("known").merge(rows.alias("came"), same)
+        )
+        _expect(merge.whenNotMatchedInsertAll().execute(), QUARANTINE.name, inserted=quarantined, updated=0)
+        logger.info("%d rows quarantined: %s", quarantined, reasons)
+    return reasons, refusals.count() - quarantined
+
+
+# ------------------------------------------------------------------------------------------------ samples
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Rows that could be used, and what became of them."""
+
+    rows: int
+    new: int
+    merged: int
+
+    @property
+    def duplicates(self) -> int:
+        return self.rows - self.new - self.merged
+
+
+def _merge(spark: SparkSession, platform: Platform, outcomes: DataFrame, plan: DataFrame, stamp: _Stamp) -> _Counts:
+    """Insert new pictures and add new texts to known ones, in one commit; none where nothing is new."""
+    usable = plan.filter("NOT conflicting")
+    totals = usable.agg(
+        F.coalesce(F.sum("rows"), F.lit(0)).alias("rows"),
+        F.expr("count_if(is_new)").alias("new"),
+        F.expr("count_if(NOT is_new AND size(fresh) > 0)").alias("updated"),
+        F.coalesce(F.sum(F.size("fresh")), F.lit(0)).alias("texts"),
+    ).collect()[0]
+    if totals["texts"]:
+        pictures = outcomes.select("image_id", "image", "format", "width", "height").filter("image IS NOT NULL")
+        rows = (
+            usable.filter("size(fresh) > 0")
+            .join(pictures.dropDuplicates(["image_id"]), "image_id")
+            .select(
+                *("image_id", "sha256", "image", "format", "width", "height"),
+                F.array_sort("fresh").alias("texts"),
+                "split",
+                F.lit(stamp.source).alias("source"),
+                "source_row",
+                F.lit(stamp.ingest_id).alias("ingest_id"),
+                F.lit(stamp.at).alias("ingested_at"),
+            )
+        )
+        merge = (
+            DeltaTable.forName(spark, platform.table(SAMPLES.name))
+            .alias("known")
+            .merge(rows.alias("came"), "known.image_id = came.image_id")
+        )
+        both = F.expr("array_sort(array_union(known.texts, came.texts))")
+        merge = merge.whenMatchedUpdate(set={"texts": both}).whenNotMatchedInsertAll()
+        _expect(merge.execute(), SAMPLES.name, inserted=totals["new"], updated=totals["updated"])
+        logger.info("%d new pictures, %d with new texts", totals["new"], totals["updated"])
+    return _Counts(rows=totals["rows"], new=totals["new"], merged=totals["texts"] - totals["new"])
+
+
+def _expect(metrics: DataFrame, table: str, *, inserted: int, updated: int) -> None:
+    """Compare what Delta says it wrote with what was planned.
+
+    Raises:
+        StageFailed: they differ.
+    """
+    row = metrics.collect()[0]
+    if (row["num_inserted_rows"], row["num_updated_rows"]) != (inserted, updated):
+        raise StageFailed(
+            "a merge did not write what was planned",
+            where=f"table {table}",
+            got=f"{row['num_inserted_rows']} inserted, {row['num_updated_rows']} updated; planned {inserted}, {updated}",
+            fix="did another ingest of this source run at the same time? Run it again: what is there is not doubled",
+        )
+
+
+def _checked(report: IngestReport, config: DataConfig, *, used: int) -> IngestReport:
+    """The report, if its rows add up and some of them could be used."""
+    total = report.new + report.merged + report.duplicates + report.quarantined
+    if total != report.rows_in:
+        raise StageFailed(
+            "the rows of an ingest do not add up",
+            where=config.source.path,
+            got=f"{report.rows_in} in; {report.new} new + {report.merged} merged + {report.duplicates} duplicates + "
+            f"{report.quarantined} quarantined = {total}",
+            fix="this is a defect of Lakesight: please report it with the ingest's log",
+        )
+    if not used:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in report.reasons.items())
+        raise UserError(
+            "not one row of the input could be used",
+            where=config.source.path,
+            got=f"{report.rows_in} rows, newly quarantined: {reasons or 'none, all were there before'}",
+            fix="look at them with `lakesight show quarantine`; check data.source.columns",
+        )
+    return report

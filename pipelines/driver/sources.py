@@ -1,0 +1,141 @@
+"""Readers: a source as its files say it, nothing decoded yet. A further kind of source is one more reader.
+
+The contract is `Source`: a DataFrame with columns `file`, `raw` and `row`, as `pipelines.executor.decode` takes them,
+and an id that tells whether the files are the same as last time.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+from pyspark.errors import AnalysisException
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F  # noqa: N812 (Spark's own convention)
+from pyspark.sql.types import StringType, StructField, StructType
+
+from pipelines.config import CsvSourceConfig, DataConfig, Split, short_hash
+from pipelines.errors import UserError
+from pipelines.executor.decode import split_of_file
+
+CSV_SUFFIXES = (".csv", ".csv.gz", ".csv.bz2", ".csv.zst")
+CORRUPT = "_lakesight_corrupt_record"
+SET_PATH = "--set data.source.path=FILE_OR_FOLDER"
+
+
+class SourceFile(NamedTuple):
+    """One input file: full path, name, size in bytes, time of last change (seconds)."""
+
+    path: str
+    name: str
+    size: int
+    changed: float
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a reader yields.
+
+    Attributes:
+        rows: one row a record: `file` (string, name of its file), `raw` (string, the line, where it is not a record of
+            its file, else null), `row` (struct of strings, the record).
+        ingest_id: a hash of the source's name and its files' names, sizes and times.
+    """
+
+    rows: DataFrame
+    ingest_id: str
+
+
+def open_source(spark: SparkSession, name: str, config: DataConfig) -> Source:
+    """Open what a data config names as its source.
+
+    Raises:
+        UserError: nothing there, no file of the kind, an empty file, or a column that is missing.
+    """
+    files = _csv_files(spark, config)
+    rows = _read_csv(spark, files, config.source)
+    return Source(rows, short_hash(name, sorted((f.name, f.size, f.changed) for f in files)))
+
+
+def _csv_files(spark: SparkSession, config: DataConfig) -> list[SourceFile]:
+    """The CSV files of a path. With split kind `file`, those named train, val and test alone: a folder may hold others."""
+    path = config.source.path
+    if not path:
+        raise UserError(
+            "the run has no input", where="data.source.path", got="nothing", fix=f"{SET_PATH}FILE_OR_FOLDER"
+        )
+    try:
+        listed = spark.read.format("binaryFile").load(_absolute(path))
+    except AnalysisException as error:
+        absent = error.getCondition() == "PATH_NOT_FOUND"
+        got = "no such file or folder" if absent else str(error).partition("\n")[0]
+        raise UserError("the input cannot be read", where=path, got=got, fix=SET_PATH) from None
+    found = [
+        SourceFile(row["path"], row["path"].rpartition("/")[2], row["length"], row["changed"])
+        for row in listed.select("path", "length", F.unix_micros("modificationTime").alias("changed")).collect()
+    ]
+    files = [file for file in found if file.name.lower().endswith(CSV_SUFFIXES)]
+    expected = "CSV files"
+    if config.split.kind == "file":
+        files = [file for file in files if split_of_file(file.name) in get_args(Split)]
+        expected = "train.csv, val.csv or test.csv, because data.split.kind is file"
+    if not files:
+        names = ", ".join(sorted(file.name for file in found)[:10]) or "no file that is not empty"
+        raise UserError("the input has no file to read", where=path, got=names, fix=f"expected {expected}")
+    return sorted(files)
+
+
+def _absolute(path: str) -> str:
+    """A path that does not depend on the JVM's working directory; URLs and Spark's own schemes are left alone."""
+    return path if "://" in path or path.startswith("dbfs:") else str(Path(path).absolute())
+
+
+def _read_csv(spark: SparkSession, files: list[SourceFile], config: CsvSourceConfig) -> DataFrame:
+    """All records of the files. Each header is read for itself: Spark would take the first file's for all of them."""
+    by_header: dict[tuple[str, ...], list[str]] = {}
+    for file in files:
+        by_header.setdefault(_header(spark, file, config), []).append(file.path)
+    return reduce(DataFrame.unionAll, (_records(spark, paths, head, config) for head, paths in by_header.items()))
+
+
+def _header(spark: SparkSession, file: SourceFile, config: CsvSourceConfig) -> tuple[str, ...]:
+    header = tuple(spark.read.csv(file.path, header=True, **_dialect(config)).columns)  # type: ignore[arg-type]
+    if not header:
+        raise UserError("the input file is empty", where=file.path, got=f"{file.size} bytes", fix="expected a header")
+    wanted = [name for name in config.columns.model_dump().values() if name is not None]
+    missing = [f"{name}{_nearest(name, header)}" for name in wanted if name not in header]
+    if missing:
+        raise UserError(
+            f"the input has no column {'; '.join(missing)}",
+            where=file.path,
+            got=f"columns {', '.join(column[:80] for column in header[:20])}",
+            fix="name the right ones with --set data.source.columns.image=... (text, id, prompt)",
+        )
+    return header
+
+
+def _nearest(name: str, names: tuple[str, ...]) -> str:
+    match = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def _records(spark: SparkSession, paths: list[str], header: tuple[str, ...], config: CsvSourceConfig) -> DataFrame:
+    schema = StructType([StructField(name, StringType()) for name in (*header, CORRUPT)])
+    frame = spark.read.csv(
+        paths,
+        schema=schema,
+        header=True,
+        mode="PERMISSIVE",
+        columnNameOfCorruptRecord=CORRUPT,
+        **_dialect(config),  # type: ignore[arg-type]
+    )
+    record = F.struct(*(F.col(f"`{name.replace('`', '``')}`") for name in header))
+    return frame.select(F.col("_metadata.file_name").alias("file"), F.col(CORRUPT).alias("raw"), record.alias("row"))
+
+
+def _dialect(config: CsvSourceConfig) -> dict[str, str | int | bool]:
+    """RFC 4180: a quote inside quotes is doubled. Fields have no greatest length: pictures are in them."""
+    return {"quote": '"', "escape": '"', "multiLine": config.multiline, "maxCharsPerColumn": -1}

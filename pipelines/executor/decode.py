@@ -1,0 +1,197 @@
+"""Rows as they came, in; samples or refusals, out: plain functions on Arrow batches, run by executors.
+
+Every row comes out exactly once, as one of two kinds in one schema (OUTCOME): a sample (`reason` null) or a refusal with
+one of the closed list of reasons. Nothing about a row raises; what nobody foresaw is a refusal too, with the exception
+in `detail`. Only trouble of the machine itself (out of memory) fails the task, which Spark then retries.
+
+A row's identity comes from its content, never from its place: Spark may split files as it likes, and a second reading
+of the same row gives the same ids.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.config import ColumnNames, HashSplitConfig, LimitsConfig, Split, SplitConfig
+from vlm.errors import ImageError
+from vlm.image import open_image
+
+Fields = dict[str, str | None]
+
+OUTCOME = pa.schema(
+    [
+        ("source_row", pa.string()),  # <file>#<hash of the whole row>
+        ("payload", pa.string()),  # all the row had, JSON; a sample's is without its picture, which is in `image`
+        ("image_id", pa.string()),  # from here to split: null where the row is refused
+        ("sha256", pa.string()),
+        ("image", pa.binary()),
+        ("format", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("prompt", pa.string()),
+        ("text", pa.string()),
+        ("split", pa.string()),
+        ("stage", pa.string()),  # from here on: null where the row is a sample
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+
+FLUSH_BYTES = 16 * 2**20
+FLUSH_ROWS = 256
+DATA_URL = re.compile(r"data:[^,]{0,200};base64,")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What makes a row a sample: the source's name and columns, the limits, and how splits are given."""
+
+    source: str
+    columns: ColumnNames
+    limits: LimitsConfig
+    split: SplitConfig
+
+
+class Refused(Exception):
+    """A row that goes to quarantine: stage, reason (one of tables.REASONS) and detail."""
+
+    def __init__(self, stage: str, reason: str, detail: str) -> None:
+        super().__init__(stage, reason, detail)
+        self.stage, self.reason, self.detail = stage, reason, detail
+
+
+def decode_batches(batches: Iterator[pa.RecordBatch], rules: Rules) -> Iterator[pa.RecordBatch]:
+    """Decode rows into OUTCOME batches of bounded size, one outcome a row.
+
+    Args:
+        batches: columns `file` (name of the file), `raw` (the line, where it is no record of the file; else null) and
+            `row` (a struct of strings: the source's own columns).
+        rules: what makes a row a sample.
+    """
+    outcomes: list[dict[str, Any]] = []
+    held = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            outcomes.append(decode_row(row["file"], row["raw"], row["row"], rules))
+            held += len(outcomes[-1].get("image") or b"") + len(outcomes[-1]["payload"])
+            if held >= FLUSH_BYTES or len(outcomes) >= FLUSH_ROWS:
+                yield pa.RecordBatch.from_pylist(outcomes, OUTCOME)
+                outcomes, held = [], 0
+    if outcomes:
+        yield pa.RecordBatch.from_pylist(outcomes, OUTCOME)
+
+
+def decode_row(file: str, raw: str | None, fields: Fields, rules: Rules) -> dict[str, Any]:
+    """One row's outcome, as the columns of OUTCOME that it has."""
+    payload = raw if raw is not None else _as_json(fields)
+    outcome: dict[str, Any] = {"source_row": f"{file}#{_sha256(payload.encode())[:16]}"}
+    try:
+        if raw is not None:
+            raise Refused("read", "malformed_record", f"not a record of {len(fields)} columns, as the header has")
+        sample = _sample(file, fields, rules)
+    except Refused as refused:
+        refusal = {"stage": refused.stage, "reason": refused.reason, "detail": refused.detail}
+    except MemoryError:
+        raise  # the machine's trouble: a retried task may well succeed
+    except Exception as error:  # unforeseen: kept with its cause, so that it can be seen, counted and replayed
+        detail = f"unforeseen {type(error).__name__}: {error}"
+        refusal = {"stage": "decode", "reason": "malformed_record", "detail": detail}
+    else:
+        rest = {name: value for name, value in fields.items() if name != rules.columns.image}
+        return outcome | sample | {"payload": _as_json(rest)}
+    return outcome | refusal | {"payload": payload}
+
+
+def _sample(file: str, fields: Fields, rules: Rules) -> dict[str, Any]:
+    columns, limits = rules.columns, rules.limits
+    encoded = _required(fields, columns.image)
+    given_id = _required(fields, columns.id).strip() if columns.id else None
+    prompt = _clean_text(fields[columns.prompt], limits.max_text_chars) if columns.prompt else ""
+    text = _clean_text(fields[columns.text], limits.max_text_chars)
+    if not text:
+        raise Refused("decode", "empty_text", f"column {columns.text} has nothing but white space")
+    image = decode_base64(encoded, limits.max_bytes)
+    try:
+        _, info = open_image(image, max_pixels=limits.max_pixels, min_side=limits.min_side)
+    except ImageError as error:
+        raise Refused("decode", error.reason, error.detail) from None
+    sha256 = _sha256(image)
+    return {
+        "image_id": f"{rules.source}/{given_id or sha256[:24]}",
+        "sha256": sha256,
+        "image": image,
+        "format": info.format,
+        "width": info.width,
+        "height": info.height,
+        "prompt": prompt,
+        "text": text,
+        "split": split_of(sha256, rules.split) if isinstance(rules.split, HashSplitConfig) else split_of_file(file),
+    }
+
+
+def _required(fields: Fields, column: str) -> str:
+    value = fields[column]
+    if value is None or not value.strip():
+        raise Refused("decode", "missing_field", f"column {column} is empty")
+    return value
+
+
+def _clean_text(text: str | None, max_chars: int) -> str:
+    """Unicode NFC without surrounding white space: texts that look the same are the same."""
+    clean = unicodedata.normalize("NFC", text or "").strip()
+    if len(clean) > max_chars:
+        raise Refused("decode", "text_too_long", f"{len(clean)} characters, at most {max_chars}")
+    return clean
+
+
+def decode_base64(text: str, max_bytes: int) -> bytes:
+    """The bytes of standard base64; white space around it, a data-URL prefix and missing padding are forgiven.
+
+    Raises:
+        Refused: bad_base64, or too_large for more than `max_bytes` (judged before decoding).
+    """
+    body = text.strip()
+    prefix = DATA_URL.match(body)
+    body = body[prefix.end() :] if prefix else body
+    size = len(body) * 3 // 4
+    if size > max_bytes + 2:
+        raise Refused("decode", "too_large", f"{size} bytes, at most {max_bytes}")
+    try:
+        data = base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Refused("decode", "bad_base64", f"{len(body)} characters: {error}") from None
+    if len(data) > max_bytes:
+        raise Refused("decode", "too_large", f"{len(data)} bytes, at most {max_bytes}")
+    return data
+
+
+def split_of(sha256: str, config: HashSplitConfig) -> Split:
+    """The split of a picture: a function of its content alone, so equal pictures are never on two sides."""
+    place = int(sha256[:13], 16) / 16**13
+    if place < config.test:
+        return "test"
+    return "val" if place < config.test + config.val else "train"
+
+
+def split_of_file(file: str) -> str:
+    """The split a file stands for: its name without any suffix."""
+    return PurePosixPath(file).name.partition(".")[0]
+
+
+def _as_json(fields: Fields) -> str:
+    return json.dumps(fields, ensure_ascii=False, sort_keys=True)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
