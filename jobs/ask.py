@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
+from jobs.evaluate import VersionOption, open_model
 from pipelines.errors import UserError
 from vlm.config import Config
 from vlm.errors import CheckpointError, ImageError
@@ -30,7 +31,7 @@ def ask(
     image: Annotated[Path, typer.Argument(help="A picture file.")],
     *,
     prompt: Annotated[str, typer.Option("--prompt", help="A question; empty asks for a caption.")] = "",
-    version: Annotated[str, typer.Option("--version", help="Model version: a number or an alias.")] = "champion",
+    version: VersionOption = "champion",
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", help="A checkpoint folder instead of a version.")
     ] = None,
@@ -39,7 +40,7 @@ def ask(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Caption one picture with a model version or a checkpoint.
+    """Caption one picture.
 
     \b
     Examples:
@@ -79,10 +80,8 @@ def read_picture(job: Job, path: Path) -> Image:
 
 
 def _model_folder(job: Job, which: str) -> tuple[Path, str]:
-    from pipelines.tracking.registry import download, resolve
-
-    version = resolve(job.platform, job.platform.model_name(job.config.name), which)
-    return download(job.platform, version), f"{version.name}/{version.version}"
+    model = open_model(job, which)
+    return model.folder, f"{model.name}/{model.version}"
 
 
 def stream_answer(job: Job, picture: Image, folder: Path, prompt: str) -> tuple[str, int]:

@@ -36,7 +36,7 @@ MIN_FREE_BYTES = 256 * 2**20
 """Free room below which no command starts: a full disk in the middle leaves a mess that Spark explains badly."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
     """One command at work: the resolved run, where it runs, and what to print with."""
 
@@ -68,6 +68,11 @@ class Job:
         for override in self.overrides:
             words += ["--set", override]
         return shlex.join(words)
+
+    def override(self, setting: str) -> None:
+        """Resolve the run anew with one more `a.b=c`."""
+        self.overrides = (*self.overrides, setting)
+        self.config = load_run(self.config.name, platform=self.config.chosen.platform, overrides=self.overrides)
 
     def finish(self, report: object, next_command: str) -> None:
         """End a command: its report for scripts, and for people what one would do next."""

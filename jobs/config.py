@@ -33,7 +33,7 @@ def config(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print what a run resolves to, as YAML that conf/ would accept.
+    """Print what a run resolves to, or the models.
 
     \b
     Examples:

@@ -39,7 +39,9 @@ def doctor(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check Java, packages, Delta's jars, slots, GPU, memory, disk and the home folder.
+    """Check this machine, and say how to fix it.
+
+    Java, packages, Delta's jars, slots, GPU, memory, disk and the home folder.
 
     \b
     Example:
@@ -117,24 +119,20 @@ def delta_jar() -> Check:
 
 
 def slots(platform: LocalPlatformConfig) -> Check:
-    """Task slots of the Spark master against the ranks that training wants at once."""
-    cores = os.cpu_count() or 1
-    master = platform.spark.master
-    inner = master.partition("[")[2].rstrip("]").split(",")
+    """Places for the ranks that training starts at once: cores beside the driver, or the master's task slots."""
+    cores, ranks, master = os.cpu_count() or 1, platform.ranks, platform.spark.master
     if master.startswith("local-cluster"):
-        there = int(inner[0]) * int(inner[1])
-    elif master.startswith("local["):
-        there = cores if inner[0] == "*" else int(inner[0])
-    else:
-        return Check(name="slots", status="ok", found=f"{master} decides; training wants {platform.ranks} at once")
-    found = f"{there} slots in {master} for {platform.ranks} ranks on {cores} cores"
-    if there < platform.ranks:
-        return Check(name="slots", status="fail", found=found, fix=f"--set platform.ranks={there}, or a larger master")
-    if cores < platform.ranks:
-        return Check(
-            name="slots", status="warn", found=found, fix=f"ranks share cores: --set platform.ranks={cores} is faster"
-        )
-    return Check(name="slots", status="ok", found=found)
+        executors, cores_each, _ = master.partition("[")[2].rstrip("]").split(",")
+        there = int(executors) * int(cores_each)
+        if there < ranks:
+            found = f"{there} in {master}, fewer than {ranks} ranks"
+            return Check(
+                name="slots", status="fail", found=found, fix=f"--set platform.ranks={there}, or a larger master"
+            )
+    if cores < ranks:
+        fix = f"ranks share cores: --set platform.ranks={cores} is faster"
+        return Check(name="slots", status="warn", found=f"{cores} cores for {ranks} ranks", fix=fix)
+    return Check(name="slots", status="ok", found=f"{cores} cores for {ranks} ranks")
 
 
 def gpu() -> Check:

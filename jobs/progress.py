@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from pipelines.rundir import RunDir
 
@@ -42,7 +42,7 @@ def progress(label: str, poll: Poll, total: int | None = None) -> Iterator[None]
         thread.join()
 
 
-def waiting(label: str) -> object:
+def waiting(label: str) -> AbstractContextManager[None]:
     """`progress` of something that cannot be counted."""
     return progress(label, lambda: (0, ""))
 

@@ -36,7 +36,7 @@ class Screen:
 
     def line(self, label: str, text: str) -> None:
         """One line for people: a label in a column of its own, and what happened."""
-        self.text(f"{label:<10} {text}")
+        self.text(f"{label:<12}{text}")
 
     def text(self, text: str, end: str = "\n") -> None:
         """Text for people, as it is."""

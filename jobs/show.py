@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.common import Job, JsonOption, PlatformOption, RunOption, open_job
-from pipelines.errors import ImageError, UserError
+from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
+from pipelines.errors import UserError
 from vlm.config import Config
+from vlm.errors import ImageError
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
@@ -45,16 +46,19 @@ def show(
     gallery: Annotated[bool, typer.Option("--gallery", help="Write an HTML page of the rows' pictures.")] = False,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
+    overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a table: version, row count, columns, first rows, and with --gallery the pictures.
+    """Show rows and pictures of a table.
+
+    Its version, row count, columns and first rows; with --gallery a page of pictures.
 
     \b
     Examples:
       lakesight show samples
       lakesight show generated_captions --rows 40 --gallery
     """
-    with open_job(run, platform, None, as_json) as job:
+    with open_job(run, platform, overrides, as_json) as job:
         delta = open_table(job, table, version)
         found = first_rows(delta, rows)
         page = write_gallery(job, table, delta.version(), found) if gallery else None

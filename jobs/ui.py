@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.common import PlatformOption, RunOption, open_job
+from jobs.common import PlatformOption, RunOption, SetOption, open_job
 from pipelines.errors import StageFailed, UserError
 
 HOST = "127.0.0.1"
@@ -24,14 +24,17 @@ def ui(
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 5000,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
+    overrides: SetOption = None,
 ) -> None:
-    """Serve the MLflow UI of this home folder, for this machine only, until Ctrl-C.
+    """Serve the MLflow UI until Ctrl-C.
+
+    It shows what was tracked in this home folder, to this machine alone.
 
     \b
     Example:
       lakesight ui --port 5001
     """
-    with open_job(run, platform, None, as_json=False) as job:
+    with open_job(run, platform, overrides, as_json=False) as job:
         uri = job.platform.tracking_uri
         if not uri.startswith("sqlite:"):
             raise UserError(

@@ -1,0 +1,95 @@
+"""The `lakesight` command: what each word calls, and how an error reaches a person.
+
+Exit codes: 0 good, 1 failed, 2 the user's mistake. A good end returns instead of calling sys.exit, because a Databricks
+wheel task takes any SystemExit for a failure.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from jobs.ask import ask
+from jobs.caption import caption
+from jobs.config import config
+from jobs.demo import demo
+from jobs.doctor import doctor
+from jobs.evaluate import evaluate
+from jobs.ingest import ingest
+from jobs.pipeline import pipeline
+from jobs.promote import promote
+from jobs.rollback import rollback
+from jobs.shard import shard
+from jobs.show import show
+from jobs.train import train
+from jobs.ui import ui
+from pipelines.errors import LakesightError, UserError
+
+STAGES = (ingest, shard, train, evaluate, promote, rollback, caption, pipeline)
+FOR_PEOPLE = (demo, ask, show, config, doctor, ui)
+
+
+class Interrupted(LakesightError):
+    """Ctrl-C. What was committed stays, and the same command goes on from there."""
+
+
+class Commands(TyperGroup):
+    """Lists commands in the order of a day's work, and turns Ctrl-C into an error that says how to go on."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted; run the same command again to resume") from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Train your own vision-language model on your own lakehouse.",
+    epilog="Start with: lakesight demo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for _command in (*STAGES, *FOR_PEOPLE):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except SystemExit as end:
+        if end.code:
+            raise
+    except LakesightError as error:
+        _fail(str(error), error.exit_code)
+    except Exception as error:  # noqa: BLE001 the outermost caller: whatever it is, say it shortly and show where
+        if _is_disk_full(error):
+            full = UserError(
+                "the disk is full", got=_first_line(error), fix="free some room and run the same command again"
+            )
+            _fail(str(full), full.exit_code)
+        traceback.print_exc()
+        _fail(f"\nlakesight failed with {type(error).__name__}: {_first_line(error)}", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "no message")
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """True for a full disk, also where Spark reports it as the text of a Java exception."""
+    return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error)

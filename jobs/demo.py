@@ -1,0 +1,64 @@
+"""`lakesight demo`: the whole job on generated pictures, from nothing but this package."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from jobs.common import Job, JsonOption, PlatformOption, SetOption, open_job
+from jobs.pipeline import PipelineReport, held_out, run_pipeline
+from pipelines.scenes import write_scenes
+
+RUN = "demo"
+SHOWN = 5
+"""Captions printed at the end."""
+
+
+def demo(
+    *,
+    scenes: Annotated[int, typer.Option("--scenes", min=200, help="Pictures to generate.")] = 5000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the pictures.")] = 0,
+    platform: PlatformOption = "local",
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run every stage on generated pictures.
+
+    The pictures show simple scenes, one sentence describes each.
+
+    Some rows are broken on purpose, so that quarantine has something to show. A second demo finds everything done.
+
+    \b
+    Examples:
+      lakesight demo
+      lakesight demo --set train.steps=300 --json
+    """
+    with open_job(RUN, platform, overrides, as_json) as job:
+        path = job.platform.folder("demo") / f"scenes-{scenes}-{seed}.csv"
+        written = write_scenes(path, scenes, seed)
+        job.override(f"data.source.path={path}")
+        job.screen.line("scenes", f"{written.rows:,} rows, {written.broken:,} of them broken on purpose: {path}")
+        report = run_pipeline(job)
+        _show_captions(job, report)
+        job.screen.text("")
+        job.screen.line(
+            "captions", f"{report.exact_match:.0%} of unseen scenes word for word, in {report.seconds:.0f} s"
+        )
+        job.screen.line("gallery", report.gallery)
+        job.screen.line("mlflow", "lakesight ui")
+        job.screen.line("next", "lakesight show quarantine, or lakesight ask PICTURE")
+        job.screen.report(report)
+
+
+def _show_captions(job: Job, report: PipelineReport) -> None:
+    """A few pictures of the held-out split: what a person says, and what the model says."""
+    from pyspark.sql import functions as F
+
+    generated = job.spark.table(job.platform.table("generated_captions")).where(
+        (F.col("model_name") == report.model_name) & (F.col("model_version") == report.model_version)
+    )
+    samples = job.spark.table(job.platform.table("samples")).where(held_out(job)).select("image_id", "texts")
+    rows = generated.join(samples, "image_id").select("texts", "caption").orderBy("image_id").limit(SHOWN).collect()
+    for row in rows:
+        job.screen.text(f"\n  human      {row['texts'][0]['text']}\n  generated  {row['caption']}")

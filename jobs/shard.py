@@ -1,0 +1,45 @@
+"""`lakesight shard`: samples at a pinned version into training shards."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
+from jobs.progress import waiting
+
+if TYPE_CHECKING:
+    from pipelines.config import Split
+    from pipelines.driver.shard import ShardReport
+    from vlm.config import ImageConfig
+
+
+def shard(
+    *,
+    run: RunOption = "demo",
+    platform: PlatformOption = "local",
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write training shards of table samples.
+
+    The same request finds the shards that are there and writes nothing.
+
+    \b
+    Example:
+      lakesight shard --run demo --set data.shards.encoding=jpeg
+    """
+    with open_job(run, platform, overrides, as_json) as job:
+        data = job.config.data
+        splits = dict.fromkeys(("train", data.validate_on, data.evaluate_on))
+        job.finish([run_shard(job, split, job.config.model.image) for split in splits], "train")
+
+
+def run_shard(job: Job, split: Split, image: ImageConfig) -> ShardReport:
+    """The stage, for one split at one model's resolution."""
+    from pipelines.driver.shard import shard
+
+    with waiting(f"shard {split}"):
+        report = shard(job.spark, job.platform, job.source, job.config.data, image, split)
+    found = "found again" if report.reused else "written"
+    job.screen.line("shard", f"{report.num_rows:,} {split} rows of version {report.dataset_version}, {found}")
+    return report

@@ -1,0 +1,83 @@
+"""`lakesight train`: distributed training of the run's model, tracked and registered."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
+from jobs.progress import progress, training_poll
+from jobs.shard import run_shard
+from vlm.config import Config
+
+if TYPE_CHECKING:
+    from pipelines.tracking.registry import ModelVersion
+
+
+class TrainReport(Config):
+    """A finished run and the model version it became."""
+
+    run_folder: str
+    run_id: str
+    model_name: str
+    model_version: str
+    trained: bool
+    """False when a finished run of the same model, data and settings was found."""
+    steps: int
+    world_size: int
+    train_seconds: float
+    metrics: dict[str, float]
+
+
+def train(
+    *,
+    run: RunOption = "demo",
+    platform: PlatformOption = "local",
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train on distributed ranks; register the model.
+
+    The same command finds a finished run again, and goes on with an unfinished one from its last checkpoint.
+
+    \b
+    Example:
+      lakesight train --run demo --set train.steps=2000 --set train.seed=1
+    """
+    with open_job(run, platform, overrides, as_json) as job:
+        job.finish(run_train(job), "evaluate")
+
+
+def run_train(job: Job) -> TrainReport:
+    """The stages train and register."""
+    from pipelines.driver.train import finished, launch, prepare
+    from pipelines.tracking.registry import register
+    from pipelines.tracking.runs import follow
+
+    config = job.config
+    learn_from = run_shard(job, "train", config.model.image)
+    validate_on = run_shard(job, config.data.validate_on, config.model.image)
+    run = prepare(config, job.platform, learn_from, validate_on)
+    found = finished(run)
+    # A finished run is followed too: if MLflow missed the end of it, it hears of it now.
+    with (
+        follow(run, config, job.platform) as run_id,
+        progress("train", training_poll(run), config.train.steps),
+    ):
+        result = found or launch(run, job.platform, job.spark)
+    loss = "  ".join(f"{name} {value:.3f}" for name, value in sorted(result.metrics.items()))
+    how = f"found finished in {run.path}" if found else f"{result.world_size} ranks, {result.seconds:.0f} s"
+    job.screen.line("train", f"{result.step:,} steps, {how}")
+    job.screen.line("", loss)
+    version: ModelVersion = register(run, run_id, job.platform)
+    job.screen.line("register", f"{version.name} version {version.version}")
+    return TrainReport(
+        run_folder=str(run.path),
+        run_id=run_id,
+        model_name=version.name,
+        model_version=version.version,
+        trained=found is None,
+        steps=result.step,
+        world_size=result.world_size,
+        train_seconds=result.seconds,
+        metrics=result.metrics,
+    )

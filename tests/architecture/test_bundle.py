@@ -1,0 +1,193 @@
+"""The bundle, offline: Databricks' own types on every job, and what their checks let through."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from databricks.bundles.jobs import Job, PythonWheelTask
+
+from jobs.cli import app
+from pipelines.config import available, load_run
+
+ROOT = Path(__file__).parents[2]
+BUNDLE: dict[str, Any] = yaml.safe_load((ROOT / "databricks.yml").read_text())
+JOB_FILES = sorted((ROOT / "jobs").glob("*.job.yml"))
+EXAMPLE = {
+    "run": "demo",
+    "catalog": "main",
+    "schema": "vision",
+    "volume": "files",
+    "ranks": "2",
+    "source_path": "/Volumes/x",
+}
+
+
+def read_job(file: Path) -> tuple[str, Any]:
+    """The one job of a file: its key and its settings."""
+    content = yaml.safe_load(file.read_text())
+    assert list(content) == ["resources"]
+    assert list(content["resources"]) == ["jobs"]
+    ((key, settings),) = content["resources"]["jobs"].items()
+    return key, settings
+
+
+JOBS = dict(map(read_job, JOB_FILES))
+
+
+def tasks() -> Iterator[tuple[str, dict[str, Any]]]:
+    for job in JOBS.values():
+        for task in job["tasks"]:
+            yield task["task_key"], task
+
+
+def strings(node: Any) -> Iterator[str]:
+    """Every string of a YAML document."""
+    if isinstance(node, dict):
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from strings(child)
+    elif isinstance(node, str):
+        yield node
+
+
+def references(node: Any) -> set[str]:
+    """Everything a document names as ${...}."""
+    return {name for text in strings(node) for name in re.findall(r"\$\{([^}]+)\}", text)}
+
+
+@pytest.mark.parametrize("file", JOB_FILES, ids=lambda file: file.name)
+def test_a_job_file_holds_one_job_of_the_same_name_that_databricks_types_accept(file: Path) -> None:
+    key, settings = read_job(file)
+    assert file.name == f"{key}.job.yml"
+    job = Job.from_dict(settings)
+    assert job.as_dict().keys() == settings.keys()
+
+
+def test_every_include_pattern_finds_files_and_every_job_file_is_included() -> None:
+    found = [set(ROOT.glob(pattern)) for pattern in BUNDLE["include"]]
+    assert all(found)
+    assert set(JOB_FILES) == set().union(*found)
+
+
+@pytest.mark.parametrize("key", JOBS)
+def test_tasks_depend_on_tasks_and_run_on_clusters_that_exist(key: str) -> None:
+    job = JOBS[key]
+    names = [task["task_key"] for task in job["tasks"]]
+    clusters = [cluster["job_cluster_key"] for cluster in job["job_clusters"]]
+    assert len(set(names)) == len(names)
+    for index, task in enumerate(job["tasks"]):
+        assert {need["task_key"] for need in task.get("depends_on", [])} <= set(names[:index])
+    assert {task["job_cluster_key"] for task in job["tasks"]} == set(clusters)
+
+
+def test_every_variable_is_declared_has_a_value_and_is_used() -> None:
+    declared = BUNDLE["variables"]
+    used = {name.removeprefix("var.") for name in references([BUNDLE, JOBS]) if name.startswith("var.")}
+    assert used == set(declared)
+    for target in BUNDLE["targets"].values():
+        given = target.get("variables", {})
+        assert set(given) <= set(declared)
+        assert [name for name, variable in declared.items() if "default" not in variable and name not in given] == []
+
+
+def test_every_reference_to_a_resource_is_to_one_that_the_bundle_has() -> None:
+    for name in references([BUNDLE, JOBS]):
+        kind, _, rest = name.partition(".")
+        if kind == "resources":
+            group, key, field = rest.split(".")
+            assert field in BUNDLE["resources"][group][key], name
+        else:
+            assert kind in ("var", "bundle"), name
+
+
+@pytest.mark.parametrize("target", BUNDLE["targets"])
+def test_every_target_has_a_whole_number_of_ranks_on_each_worker(target: str) -> None:
+    values = {name: variable.get("default") for name, variable in BUNDLE["variables"].items()}
+    values |= BUNDLE["targets"][target].get("variables", {})
+    assert values["ranks"] % values["workers"] == 0
+    assert values["run"] in available("run")
+    for kind in ("gpu", "cpu"):
+        assert re.fullmatch(rf"\d+\.\d+\.x-{kind}-ml-scala2\.13", values[f"{kind}_runtime"])
+
+
+def test_shared_deployments_may_be_managed_by_others_than_who_deployed_them() -> None:
+    for target in BUNDLE["targets"].values():
+        if target["mode"] == "production":
+            assert target["workspace"]["root_path"].startswith("/Workspace/Shared/")
+            assert {"group_name": "users", "level": "CAN_MANAGE"} in target["permissions"]
+
+
+@pytest.mark.parametrize(("name", "task"), tasks())
+def test_a_task_calls_a_command_with_options_that_exist_and_settings_that_resolve(
+    name: str, task: dict[str, Any]
+) -> None:
+    wheel = PythonWheelTask.from_dict(task["python_wheel_task"])
+    assert (wheel.package_name, wheel.entry_point) == ("lakesight", "lakesight")
+    assert task["libraries"] == [{"whl": "../dist/*.whl"}]
+    command, *arguments = [fill(text) for text in task["python_wheel_task"]["parameters"]]
+    assert command == name
+    group = typer.main.get_command(app)
+    parsed = group.commands[command].make_context(command, arguments).params  # type: ignore[attr-defined]
+    assert parsed["platform"] == "databricks"
+    load_run(parsed["run"], platform=parsed["platform"], overrides=parsed["overrides"])
+
+
+def fill(text: str) -> str:
+    """A parameter with example values in place of references."""
+    text = re.sub(r"\$\{resources\.(\w+)s\.\w+\.name\}", lambda match: EXAMPLE[match[1]], text)
+    return re.sub(r"\$\{var\.(\w+)\}", lambda match: EXAMPLE[match[1]], text)
+
+
+def test_unity_catalog_names_come_from_resources_so_that_a_developer_gets_an_own_schema() -> None:
+    for _, task in tasks():
+        parameters = task["python_wheel_task"]["parameters"]
+        assert "--set=platform.schema=${resources.schemas.lakesight.name}" in parameters
+        assert "--set=platform.volume=${resources.volumes.lakesight.name}" in parameters
+
+
+def test_training_ranks_have_whole_gpus() -> None:
+    (cluster,) = [c for c in JOBS["pipeline"]["job_clusters"] if c["job_cluster_key"] == "gpu"]
+    assert cluster["new_cluster"]["spark_conf"]["spark.task.resource.gpu.amount"] == "1"
+    assert {task["job_cluster_key"] for name, task in tasks() if name == "train"} == {"gpu"}
+
+
+def test_schedules_are_quartz_expressions() -> None:
+    schedules = [job["schedule"]["quartz_cron_expression"] for job in JOBS.values() if "schedule" in job]
+    assert schedules
+    for expression in schedules:
+        assert quartz_problems(expression) == []
+
+
+@pytest.mark.parametrize(
+    "wrong", ["0 3 * * *", "0 0 3 * * *", "0 0 24 * * ?", "0 60 3 * * ?", "0 0 3 ? * ?", "0 0 3 * 13 ?"]
+)
+def test_a_cron_expression_that_quartz_would_refuse_is_noticed(wrong: str) -> None:
+    assert quartz_problems(wrong)
+
+
+def quartz_problems(expression: str) -> list[str]:
+    """What Quartz would refuse: six or seven fields, numbers in range, `?` in exactly one of the two day fields."""
+    ranges = [
+        ("second", 0, 59),
+        ("minute", 0, 59),
+        ("hour", 0, 23),
+        ("day", 1, 31),
+        ("month", 1, 12),
+        ("weekday", 1, 7),
+    ]
+    fields = expression.split()
+    if len(fields) not in (6, 7):
+        return [f"{len(fields)} fields"]
+    problems = [] if (fields[3] == "?") != (fields[5] == "?") else ["exactly one of day and weekday is ?"]
+    for (name, low, high), field in zip(ranges, fields, strict=False):
+        problems += [f"{name} {n}" for n in re.findall(r"(?<!/)\b\d+", field) if not low <= int(n) <= high]
+        if not re.fullmatch(r"[\d*?,/A-Z#L-]+", field) or ("?" in field and name not in ("day", "weekday")):
+            problems.append(f"{name} {field!r}")
+    return problems
