@@ -78,7 +78,7 @@ def register(run: RunDir, run_id: str, platform: Platform) -> ModelVersion:
             "table_version": str(file.dataset_version),
             "manifest_hash": file.content_hash,
             "code_version": file.code_version,
-        } | {key.replace("/", "."): f"{value:.6g}" for key, value in result.metrics.items()}
+        } | {f"training.{key}": f"{value:.6g}" for key, value in result.metrics.items()}
         created = client.create_model_version(
             name, f"models:/{model_id}", run_id=run_id, tags=_prefixed(tags), model_id=model_id
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import threading
 import time
@@ -56,14 +57,29 @@ def connect(platform: Platform) -> MlflowClient:
     """
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    mlflow.set_tracking_uri(platform.tracking_uri)
-    mlflow.set_registry_uri(platform.registry_uri)
+    # MLflow also writes the addresses into the environment, where `platform.local` would later read them as a user's
+    # wish, and a child process as its own.
+    with _unchanged_environment("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        mlflow.set_tracking_uri(platform.tracking_uri)
+        mlflow.set_registry_uri(platform.registry_uri)
     try:
         client = MlflowClient()
         client.search_experiments(max_results=1)
     except _OUTAGE as error:
         raise _unreachable(platform, error) from None
     return client
+
+
+@contextmanager
+def _unchanged_environment(*names: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def run_id_of(run: RunDir) -> str:

@@ -1,0 +1,356 @@
+"""Runs and the registry against a real MLflow on SQLite."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import pickle
+import shutil
+import sqlite3
+import time
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+import torch
+from helpers import tiny_run, write_run, write_shards
+from mlflow import MlflowClient
+from PIL import Image
+
+from pipelines.config import LocalPlatformConfig
+from pipelines.driver.promote import require_sighted
+from pipelines.errors import StageFailed, TrainingFailed, UserError
+from pipelines.platform import Platform, local
+from pipelines.rundir import CaptionSample, CaptionSamples, Failure, Metrics, Result, RunDir, write_json
+from pipelines.tracking import registry, runs
+from vlm import text
+from vlm.build import build_model
+from vlm.checkpoint import save_model
+
+CONFIG = tiny_run()
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Creating MLflow's tables takes seconds; copying them does not."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def platform(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Platform:
+    monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    opened = local(LocalPlatformConfig())
+    shutil.copy(empty_database, opened.root / "mlflow.db")
+    return opened
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    shards = write_shards(tmp_path / "shards", rows=6)
+    return write_run(tmp_path / "runs" / "tiny-0123", CONFIG, shards, shards)
+
+
+def log_step(run: RunDir, step: int) -> None:
+    write_json(run.metrics(step), Metrics(step=step, time=1_700_000_000 + step, values={"loss": 1 / (step + 1)}))
+
+
+def log_samples(run: RunDir, step: int) -> None:
+    samples = tuple(CaptionSample(row=r, image_id=f"tiny/{r}", text="red", caption=f"at {step}") for r in range(2))
+    write_json(run.samples(step), CaptionSamples(step=step, samples=samples))
+
+
+def finish(run: RunDir, *, blind_gap: float = 0.5) -> None:
+    """Leave what a training that went well leaves, with random weights."""
+    tokenizer = text.load(run.tokenizer)
+    torch.manual_seed(0)
+    save_model(run.checkpoint(12), build_model(CONFIG.model, tokenizer.vocab_size), tokenizer)
+    metrics = {"validation_loss": 1.5, "blind_gap": blind_gap}
+    write_json(
+        run.result,
+        Result(status="ok", step=12, world_size=2, checkpoint=str(run.checkpoint(12)), metrics=metrics, seconds=1.0),
+    )
+
+
+def steps(client: MlflowClient, run_id: str, key: str = "loss") -> list[int]:
+    return [point.step for point in client.get_metric_history(run_id, key)]
+
+
+def picture(colour: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+def test_a_followed_run_has_every_step_once_its_parameters_tags_and_config(platform: Platform, run: RunDir) -> None:
+    with runs.follow(run, CONFIG, platform) as run_id:
+        for step in range(0, 30, 2):
+            log_step(run, step)
+        client = runs.connect(platform)
+        deadline = time.monotonic() + 30
+        while not steps(client, run_id) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert steps(client, run_id), "nothing arrived while the training went on"
+    logged = client.get_run(run_id)
+    assert steps(client, run_id) == list(range(0, 30, 2))
+    assert logged.info.status == "FINISHED"
+    assert logged.data.params["train.optimizer.lr"] == str(CONFIG.train.optimizer.lr)
+    assert logged.data.tags["lakesight.content_hash"] == run.read_run().content_hash
+    assert logged.data.tags["lakesight.code_version"] == "test"
+    assert logged.inputs.dataset_inputs[0].dataset.digest == run.read_run().content_hash
+    assert "run.json" in {artifact.path for artifact in client.list_artifacts(run_id)}
+
+
+def test_sample_captions_become_a_picture_table(platform: Platform, run: RunDir) -> None:
+    with runs.follow(run, CONFIG, platform) as run_id:
+        log_samples(run, 6)
+    with runs.follow(run, CONFIG, platform):
+        log_samples(run, 12)
+    table = mlflow.artifacts.load_dict(f"runs:/{run_id}/samples.json")
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [(row["step"], row["caption"]) for row in rows] == [(6, "at 6")] * 2 + [(12, "at 12")] * 2
+    path = mlflow.artifacts.download_artifacts(f"runs:/{run_id}/{rows[0]['picture']['filepath']}")
+    assert Image.open(path).size == (16, 16)
+
+
+def test_a_resumed_run_goes_on_in_its_mlflow_run_and_doubles_no_step(platform: Platform, run: RunDir) -> None:
+    log_step(run, 0)
+    log_step(run, 2)
+    with pytest.raises(KeyboardInterrupt), runs.follow(run, CONFIG, platform) as first:
+        raise KeyboardInterrupt
+    client = runs.connect(platform)
+    assert client.get_run(first).info.status == "KILLED"
+    other_ranks = CONFIG.model_copy(update={"platform": LocalPlatformConfig(ranks=1)})
+    with runs.follow(run, other_ranks, platform) as second:
+        assert client.get_run(second).info.status == "RUNNING"
+        log_step(run, 4)
+    assert second == first
+    assert steps(client, first) == [0, 2, 4]
+    assert runs.CAUSE_TAG not in client.get_run(first).data.tags
+
+
+def test_a_failed_run_carries_its_cause_and_its_failure_records(platform: Platform, run: RunDir) -> None:
+    record = {"rank": 1, "host": "h", "pid": 1, "exception": "ValueError", "message": "m", "traceback": "t", "step": 3}
+    write_json(run.failure(1), Failure.model_validate(record | {"failed_at": 1.0, "consequence": False}))
+    with pytest.raises(TrainingFailed), runs.follow(run, CONFIG, platform) as run_id:
+        raise TrainingFailed("rank 1 raised ValueError", where="host h")
+    logged = runs.connect(platform).get_run(run_id)
+    assert logged.info.status == "FAILED"
+    assert "rank 1 raised ValueError" in logged.data.tags[runs.CAUSE_TAG]
+    assert [a.path for a in runs.connect(platform).list_artifacts(run_id, "failures")] == ["failures/rank-1.json"]
+
+
+def test_an_outage_in_the_middle_loses_nothing(platform: Platform, run: RunDir) -> None:
+    database = Path(platform.tracking_uri.removeprefix("sqlite:///"))
+    with runs.follow(run, CONFIG, platform) as run_id:
+        log_step(run, 0)
+        with sqlite3.connect(database) as connection:  # a server that answers every request with an error
+            connection.execute("ALTER TABLE metrics RENAME TO metrics_away")
+        log_step(run, 2)
+        client = runs.connect(platform)
+        follower = runs.Follower(client, run, run_id)
+        with pytest.raises(mlflow.MlflowException):
+            follower.catch_up()
+        with sqlite3.connect(database) as connection:
+            connection.execute("ALTER TABLE metrics_away RENAME TO metrics")
+        log_step(run, 4)
+    assert steps(client, run_id) == [0, 2, 4]
+
+
+def test_a_run_deleted_in_mlflow_starts_a_new_one_with_all_steps(platform: Platform, run: RunDir) -> None:
+    with runs.follow(run, CONFIG, platform) as first:
+        log_step(run, 0)
+    client = runs.connect(platform)
+    client.delete_run(first)
+    with runs.follow(run, CONFIG, platform) as second:
+        log_step(run, 2)
+    assert second != first
+    assert steps(client, second) == [0, 2]
+
+
+def test_a_tracking_server_that_is_down_is_named_without_its_password(
+    platform: Platform, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError) as error, runs.follow(run, CONFIG, local(LocalPlatformConfig())):
+        pass
+    assert "127.0.0.1:9" in str(error.value)
+    assert "secret" not in str(error.value)
+
+
+def test_no_token_reaches_parameters_tags_or_artifacts(
+    platform: Platform, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "t0ken-value")
+    monkeypatch.setenv("DATABRICKS_TOKEN", "t0ken-value")
+    with runs.follow(run, CONFIG, platform) as run_id:
+        log_step(run, 0)
+    logged = runs.connect(platform).get_run(run_id)
+    assert "t0ken-value" not in json.dumps(logged.to_dictionary())
+    assert not [p for p in (platform.root / "mlartifacts").rglob("*") if p.is_file() and b"t0ken" in p.read_bytes()]
+
+
+def test_tracking_prints_nothing(platform: Platform, run: RunDir, capfd: pytest.CaptureFixture[str]) -> None:
+    with runs.follow(run, CONFIG, platform) as run_id:
+        log_step(run, 0)
+    finish(run)
+    registry.download(platform, registry.register(run, run_id, platform))
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
+
+
+def test_tracking_leaves_no_address_in_the_environment(platform: Platform) -> None:
+    runs.connect(platform)
+    assert not {"MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"} & set(os.environ)
+
+
+def test_a_report_is_logged_under_its_stage(platform: Platform, run: RunDir, tmp_path: Path) -> None:
+    page = tmp_path / "gallery.html"
+    page.write_text("<p>", encoding="utf-8")
+    with runs.follow(run, CONFIG, platform) as run_id:
+        pass
+    runs.log_report(platform, run_id, "evaluate", {"cider": 1.25}, [page])
+    client = runs.connect(platform)
+    assert client.get_run(run_id).data.metrics["evaluate/cider"] == 1.25
+    assert [a.path for a in client.list_artifacts(run_id, "evaluate")] == ["evaluate/gallery.html"]
+
+
+# ------------------------------------------------------------------------------------------------ registry
+
+
+@pytest.fixture
+def registered(platform: Platform, run: RunDir) -> registry.ModelVersion:
+    finish(run)
+    with runs.follow(run, CONFIG, platform) as run_id:
+        pass
+    return registry.register(run, run_id, platform)
+
+
+def test_registering_a_run_twice_gives_one_version_with_its_lineage(
+    platform: Platform, run: RunDir, registered: registry.ModelVersion
+) -> None:
+    assert registry.register(run, registered.run_id, platform) == registered
+    assert registered.version == "1"
+    assert registered.tags["manifest_hash"] == run.read_run().content_hash
+    assert registered.tags["table_version"] == "0"
+    assert registered.tags["code_version"] == "test"
+    assert registered.tags["training.blind_gap"] == "0.5"
+
+
+def test_the_version_is_self_contained_and_holds_no_pickle(
+    platform: Platform, registered: registry.ModelVersion, tmp_path: Path
+) -> None:
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{registered.name}/1", dst_path=str(tmp_path / "got")))
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"model.safetensors", "config.json", "tokenizer.json", "model.py", "generate.py"} <= {p.name for p in files}
+    for path in files:
+        assert path.suffix not in {".pkl", ".pickle", ".pt", ".pth", ".bin", ".pyc"}, path
+        assert not path.read_bytes().startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")), (
+            path
+        )
+    pinned = (folder / "requirements.txt").read_text(encoding="utf-8").split()
+    assert f"torch=={torch.__version__.partition('+')[0]}" in pinned
+    assert all("==" in line for line in pinned)
+
+
+def test_the_model_loads_without_unpickling_and_captions_bytes_and_base64_alike(
+    platform: Platform, registered: registry.ModelVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("something was unpickled")
+
+    monkeypatch.setattr(pickle, "load", refuse)
+    monkeypatch.setattr(pickle, "loads", refuse)
+    monkeypatch.setattr(pickle, "Unpickler", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    runs.connect(platform)
+    model = mlflow.pyfunc.load_model(f"models:/{registered.name}/{registered.version}")
+    encoded = base64.b64encode(picture()).decode()
+    table = pd.DataFrame({"image": [picture(), encoded, f"data:image/png;base64,{encoded}"]})
+    answers = model.predict(table)
+    assert answers["error"].isna().all()
+    assert answers["caption"].nunique() == 1
+    assert list(model.predict(table.assign(prompt="a"))["error"].isna()) == [True] * 3
+
+
+def test_a_bad_picture_is_an_error_in_its_row_alone(platform: Platform, registered: registry.ModelVersion) -> None:
+    runs.connect(platform)
+    model = mlflow.pyfunc.load_model(f"models:/{registered.name}/1")
+    good = picture("blue")
+    answers = model.predict(pd.DataFrame({"image": [b"no picture", good, "%%%", None, good[:60]]}))
+    reasons = [None if pd.isna(error) else str(error).partition(":")[0] for error in answers["error"]]
+    assert reasons == ["not_an_image", None, "bad_base64", "missing_field", "truncated_image"]
+    assert answers["caption"].isna().tolist() == [True, False, True, True, True]
+    alone = model.predict(pd.DataFrame({"image": [good]}))
+    assert alone["caption"][0] == answers["caption"][1]
+
+
+def test_download_fetches_the_weights_once(platform: Platform, registered: registry.ModelVersion) -> None:
+    folder = registry.download(platform, registered)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(registry.MODEL_FILES)
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    assert registry.download(platform, registered) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    assert [path.name for path in folder.parent.iterdir()] == ["1"]
+
+
+def test_an_unknown_model_version_or_alias_lists_what_there_is(
+    platform: Platform, registered: registry.ModelVersion
+) -> None:
+    registry.set_alias(platform, registered, "champion")
+    assert registry.resolve(platform, "tiny", "champion").version == "1"
+    assert registry.resolve(platform, "tiny", "latest").version == "1"
+    with pytest.raises(UserError, match="registered are: tiny"):
+        registry.resolve(platform, "tyni", "1")
+    for which in ("7", "challenger"):
+        with pytest.raises(UserError, match=r"versions: 1; aliases: champion \(= 1\)"):
+            registry.resolve(platform, "tiny", which)
+
+
+def test_promotion_remembers_the_former_champion_and_rollback_swaps_back(
+    platform: Platform, run: RunDir, registered: registry.ModelVersion, tmp_path: Path
+) -> None:
+    first = registry.promote(platform, registered)
+    with pytest.raises(UserError, match="no former champion"):
+        registry.rollback(platform, "tiny")
+    shards = write_shards(tmp_path / "more", rows=7)
+    again = write_run(tmp_path / "runs" / "tiny-4567", CONFIG, shards, shards)
+    finish(again)
+    with runs.follow(again, CONFIG, platform) as run_id:
+        pass
+    second = registry.promote(platform, registry.register(again, run_id, platform))
+    assert (first.version, second.version) == ("1", "2")
+    assert registry.resolve(platform, "tiny", "previous").version == "1"
+    assert registry.promote(platform, second) == second
+    assert registry.resolve(platform, "tiny", "previous").version == "1"
+    assert registry.rollback(platform, "tiny").version == "1"
+    assert registry.resolve(platform, "tiny", "previous").version == "2"
+
+
+def test_only_a_version_that_looks_at_its_pictures_may_be_promoted(
+    platform: Platform, registered: registry.ModelVersion
+) -> None:
+    with pytest.raises(StageFailed, match="nobody knows"):
+        require_sighted(registered.name, registered.version, registered.tags)
+    blind = registry.tag(platform, registered, {"blind_gap": "0.04"})
+    with pytest.raises(StageFailed, match=r"0\.040 nats"):
+        require_sighted(blind.name, blind.version, blind.tags)
+    sighted = registry.tag(platform, registered, {"blind_gap": "1.5"})
+    assert require_sighted(sighted.name, sighted.version, sighted.tags) == 1.5
+
+
+def test_a_run_that_is_not_finished_is_not_registered(platform: Platform, run: RunDir) -> None:
+    with runs.follow(run, CONFIG, platform) as run_id:
+        pass
+    with pytest.raises(UserError, match=r"result\.json is missing"):
+        registry.register(run, run_id, platform)
