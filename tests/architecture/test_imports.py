@@ -63,7 +63,7 @@ def test_help_and_config_load_nothing_heavy() -> None:
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=False
         )
-        assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "loaded: "), done.stderr
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "loaded:"), done.stderr
 
 
 def test_every_import_contract_is_kept() -> None:

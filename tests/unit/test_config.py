@@ -1,0 +1,155 @@
+"""One resolved run, or one error that names every problem, its path and the nearest valid name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.config import RunConfig, available, load_model, load_run, short_hash
+from pipelines.errors import ConfigError
+
+DEPLOYMENT = [
+    f"platform.{key}={value}" for key, value in (("catalog", "c"), ("schema", "s"), ("volume", "v"), ("ranks", 2))
+]
+
+
+def problems(*overrides: str, run: str = "demo", platform: str = "local") -> str:
+    """What the one error lists."""
+    with pytest.raises(ConfigError) as raised:
+        load_run(run, platform=platform, overrides=overrides)
+    assert raised.value.exit_code == 2
+    return raised.value.got
+
+
+def test_a_run_survives_the_trip_through_json() -> None:
+    for name in available("run"):
+        run = load_run(name, overrides=["train.seed=7"])
+        assert RunConfig.from_json(run.to_json()) == run
+    workspace = load_run("demo", platform="databricks", overrides=DEPLOYMENT)
+    assert RunConfig.from_json(workspace.to_json()) == workspace
+
+
+def test_overrides_are_typed_by_the_field_they_land_on() -> None:
+    run = load_run(
+        "demo",
+        overrides=[
+            "train.steps=7",
+            "train.optimizer.lr=3e-4",
+            "data.source.multiline=true",
+            "data.source.path=1e3",
+            "data.source.columns.id=key",
+            "model.vision.stem={kind: patch, patch_size: 16}",
+            "train.optimizer.betas=[0.8, 0.9]",
+        ],
+    )
+    assert (run.train.steps, run.train.optimizer.lr, run.data.source.multiline) == (7, 3e-4, True)
+    assert (run.data.source.path, run.data.source.columns.id) == ("1e3", "key")
+    assert run.model.num_slots == 16
+    assert run.train.optimizer.betas == (0.8, 0.9)
+
+
+def test_null_takes_an_optional_value_away() -> None:
+    overrides = ["data.source.columns.id=key", "data.source.columns.id=null"]
+    assert load_run("demo", overrides=overrides).data.source.columns.id is None
+
+
+def test_a_later_override_wins() -> None:
+    assert load_run("demo", overrides=["train.steps=1", "train.steps=2"]).train.steps == 2
+
+
+def test_a_value_may_contain_an_equals_sign() -> None:
+    assert load_run("demo", overrides=["data.source.path=/data/day=1/x.csv"]).data.source.path == "/data/day=1/x.csv"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.stepz=5", "train.stepz: unknown key, did you mean 'steps'?"),
+        ("trian.steps=5", "trian.steps: unknown key 'trian', did you mean 'train'?"),
+        (
+            "train.steps=many",
+            "train.steps: Input should be a valid integer, unable to parse string as an integer (got 'many')",
+        ),
+        ("train.steps=0", "train.steps: Input should be greater than 0 (got '0')"),
+        ("train.steps", "--set train.steps: expected a.b=value"),
+        (
+            "model.vision.stem.kind=pach",
+            "model.vision.stem: unknown kind 'pach', did you mean 'patch'? (one of patch, conv)",
+        ),
+        ("model.decoder.transformer.attention.num_heads=3", "num_heads 3 must be a multiple of num_kv_heads 2"),
+        ("model.image.size=60", "model: image.size 60 is not a multiple of the stem's stride 8"),
+        ("model.image={size: ", "model.image: '{size: ' is not a YAML list or mapping"),
+    ],
+)
+def test_an_override_that_cannot_be_used_is_named_with_the_nearest_valid_one(override: str, expected: str) -> None:
+    assert expected in problems(override)
+
+
+def test_one_error_lists_every_problem() -> None:
+    listed = problems("train.stepz=5", "data.split.kind=hsh", "platform.ranks=none")
+    assert all(path in listed for path in ("train.stepz", "data.split", "platform.ranks"))
+
+
+@pytest.mark.parametrize(
+    ("run", "platform", "expected"),
+    [
+        ("demmo", "local", "run: no run is called 'demmo', did you mean 'demo'? (there are: demo"),
+        ("demo", "lokal", "platform: no platform is called 'lokal', did you mean 'local'?"),
+        ("../run/demo", "local", "no run is called '../run/demo'"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_those_there_are(run: str, platform: str, expected: str) -> None:
+    assert expected in problems(run=run, platform=platform)
+
+
+def test_a_workspace_needs_the_values_that_the_deployment_owns() -> None:
+    listed = problems(platform="databricks")
+    assert all(f"platform.{key}: missing" in listed for key in ("catalog", "schema", "volume", "ranks"))
+
+
+def test_names_that_become_sql_cannot_carry_sql() -> None:
+    assert "platform.catalog" in problems(*DEPLOYMENT, "platform.catalog=a;drop", platform="databricks")
+
+
+def test_conf_of_the_working_directory_comes_before_the_one_that_ships(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = load_model("nano").model_dump(mode="json") | {"generation": {"max_new_tokens": 3}}
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "nano.yml").write_text(yaml.safe_dump(own))
+    monkeypatch.chdir(tmp_path)
+    assert load_model("nano").generation.max_new_tokens == 3
+    assert load_run("demo").model.generation.max_new_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model: [", "not YAML"),
+        ("- demo", "got a list, expected a mapping"),
+        ("{model: nano, data: demo}", "run.train: missing (one of"),
+        ("{model: nano, data: demo, train: demo, modle: x}", "run.modle: unknown key, did you mean 'model'?"),
+    ],
+)
+def test_a_run_file_that_cannot_be_used_is_explained(
+    text: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "conf" / "run").mkdir(parents=True)
+    (tmp_path / "conf" / "run" / "own.yml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert expected in problems(run="own")
+
+
+def test_a_saved_run_of_another_version_is_an_error_and_not_a_guess() -> None:
+    with pytest.raises(ConfigError, match="a saved run"):
+        RunConfig.from_json('{"name": "x"}')
+
+
+@given(st.lists(st.integers() | st.text(), min_size=1))
+def test_a_hash_tells_different_things_apart_and_equal_ones_not(parts: list[int | str]) -> None:
+    assert short_hash(parts) == short_hash(list(parts))
+    assert short_hash(parts) != short_hash([*parts, "more"])
