@@ -1,0 +1,68 @@
+"""The gallery: self-contained, escaped, and marked."""
+
+from __future__ import annotations
+
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+from PIL import Image
+
+from pipelines.driver.gallery import Card, write_html, write_png
+from pipelines.driver.metrics import Interval
+
+
+def card(number: int, *, exact: bool, caption: str = "a red square") -> Card:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48), (number * 40 % 256, 90, 120)).save(buffer, "JPEG")
+    return Card(f"x/{number}", buffer.getvalue(), "", "a red square", caption, exact)
+
+
+class Tags(HTMLParser):
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def write(path: Path, cards: list[Card]) -> str:
+    write_html(path, "tiny version 1", "4 pictures", {"exact_match": Interval(value=0.5, low=0.25, high=0.75)}, cards)
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
+    tags = Tags(write(tmp_path / "deep" / "gallery.html", [card(1, exact=True), card(2, exact=False)])).tags
+    images = [attributes["src"] or "" for tag, attributes in tags if tag == "img"]
+    assert len(images) == 2
+    assert all(source.startswith("data:image/jpeg;base64,") for source in images)
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in tags}
+    page = (tmp_path / "deep" / "gallery.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?://", page)
+
+
+def test_captions_cannot_inject_html(tmp_path: Path) -> None:
+    evil = '<script>alert("x")</script><img src=x onerror=y>'
+    page = write(tmp_path / "gallery.html", [card(1, exact=False, caption=evil)])
+    assert evil not in page
+    assert "&lt;script&gt;" in page
+    assert [tag for tag, _ in Tags(page).tags if tag == "img"] == ["img"]
+
+
+def test_good_and_bad_captions_are_marked_in_words_too(tmp_path: Path) -> None:
+    page = write(tmp_path / "gallery.html", [card(1, exact=True), card(2, exact=False, caption="a blue circle")])
+    figures = [attributes["class"] for tag, attributes in Tags(page).tags if tag == "figure"]
+    assert figures == ["good", "bad"]
+    assert page.count("word for word") == page.count(">different<") == 1
+    assert "0.250 to 0.750" in page
+
+
+def test_the_picture_shows_captions_of_any_characters(tmp_path: Path) -> None:
+    cards = [card(n, exact=bool(n % 2), caption="costs $5 or $x^{2 " + "long " * 40) for n in range(5)]
+    write_png(tmp_path / "gallery.png", "tiny $1 version", cards)
+    with Image.open(tmp_path / "gallery.png") as image:
+        assert image.width == 1280
+        assert image.height > 800
