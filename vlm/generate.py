@@ -1,5 +1,7 @@
 """From picture to text: the prefix once, then one token at a time from the cache.
 
+Of the special tokens only the end token can be generated.
+
 Letters: B batch, V vocabulary.
 """
 
@@ -15,6 +17,8 @@ from torch import Tensor
 from vlm.config import GenerationConfig
 from vlm.errors import UserError
 from vlm.model import VisionLanguageModel
+from vlm.seeds import mix
+from vlm.text.base import NUM_SPECIAL
 
 
 @dataclass
@@ -85,10 +89,12 @@ def _steps(
     generators = [_generator(settings.seed, picture, device) for picture in pixels_BHWC]
     cache = model.new_cache(B, needed)
     prefix_BT = torch.tensor(prefix, device=device).expand(B, -1)
+    silenced = torch.tensor([i for i in range(NUM_SPECIAL) if i != eos_id], device=device)
     logits_BV = model.prefill(pixels_BHWC.to(device), prefix_BT, cache)
     ended_B = torch.zeros(B, dtype=torch.bool, device=device)
     for position in range(settings.max_new_tokens):
-        tokens_B, logprobs_B = _choose(logits_BV.float(), settings, generators)
+        logits_BV = logits_BV.float().index_fill(1, silenced, -torch.inf)
+        tokens_B, logprobs_B = _choose(logits_BV, settings, generators)
         yield [
             (None if done else token, logprob)
             for done, token, logprob in zip(ended_B.tolist(), tokens_B.tolist(), logprobs_B.tolist(), strict=True)
@@ -128,4 +134,4 @@ def _narrow(logits_BV: Tensor, settings: GenerationConfig) -> Tensor:
 
 def _generator(seed: int, picture_HWC: Tensor, device: torch.device) -> torch.Generator:
     fingerprint = zlib.crc32(picture_HWC.contiguous().cpu().numpy().tobytes())
-    return torch.Generator(device).manual_seed((seed << 32) + fingerprint)
+    return torch.Generator(device).manual_seed(mix(seed, fingerprint))

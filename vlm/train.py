@@ -18,6 +18,7 @@ from vlm.batch import Batch
 from vlm.errors import LakesightError
 from vlm.objective import num_targets, token_loss
 from vlm.parallel import global_sum, world_size
+from vlm.seeds import mix
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def fit(
     """
     model.train()
     for step, batch in enumerate(batches, start):
-        torch.manual_seed(step_seed(seed, step, rank))
+        torch.manual_seed(mix(seed, step, rank))
         on_device = batch.to(device)
         autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
         with autocast:
@@ -100,12 +101,3 @@ def fit(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         on_step(StepReport(step, loss, lr_of(step), grad_norm, int(tokens)))
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """A 63-bit seed for one rank's randomness in one step (splitmix64 finaliser over the three numbers)."""
-    mask = (1 << 64) - 1
-    x = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) & mask
-    for shift, multiplier in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = ((x ^ (x >> shift)) * multiplier) & mask
-    return (x ^ (x >> 31)) >> 1

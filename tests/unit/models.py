@@ -1,0 +1,87 @@
+"""Tiny models and batches for the model library's tests: one of each kind on every axis."""
+
+from __future__ import annotations
+
+import torch
+
+from vlm import text
+from vlm.batch import IGNORE, Batch
+from vlm.build import build_model
+from vlm.config import ModelConfig
+from vlm.model import VisionLanguageModel
+from vlm.text.base import Tokenizer
+from vlm.text.prompt import answer_ids, prefix_ids
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz ?\n"
+
+
+def tiny_config(variant: str) -> ModelConfig:
+    """One of VARIANTS: the plain point of every axis, the other point of every axis, or prefix-LM."""
+    plain = variant == "plain"
+    return ModelConfig.model_validate(
+        {
+            "image": {"size": 16},
+            "text": {"kind": "chars", "alphabet": ALPHABET},
+            "vision": {
+                "stem": {"kind": "patch", "patch_size": 8} if plain else {"kind": "conv", "channels": [8, 8]},
+                "class_token": plain,
+                "select": "patches",
+                "transformer": {
+                    "width": 16,
+                    "depth": 2,
+                    "attention": {"num_heads": 2, "num_kv_heads": 2, "head_dim": 8},
+                    "mlp": {"kind": "plain", "mlp_width": 32},
+                },
+            },
+            "projector": {"kind": "linear"} if plain else {"kind": "mlp", "mlp_width": 24},
+            "decoder": {
+                "context": 48,
+                "transformer": {
+                    "width": 24,
+                    "depth": 2,
+                    "attention": {"num_heads": 4, "num_kv_heads": 4 if plain else 2, "head_dim": 6, "bias": plain},
+                    "mlp": {"kind": "plain" if plain else "gated", "mlp_width": 32},
+                    "norm": {"kind": "layer" if plain else "rms"},
+                    "position": {"kind": "learned" if plain else "rotary"},
+                },
+                "tie_embeddings": not plain,
+            },
+            "mask": {"kind": "prefix" if variant == "prefix" else "causal"},
+            "generation": {"max_new_tokens": 8},
+        }
+    )
+
+
+VARIANTS = ("plain", "other", "prefix")
+
+
+def tiny_model(variant: str, seed: int = 0) -> tuple[VisionLanguageModel, Tokenizer]:
+    """A tiny model in evaluation mode with weights large enough that its answers differ by picture."""
+    config = tiny_config(variant)
+    tokenizer = text.learn(config.text, [])
+    torch.manual_seed(seed)
+    model = build_model(config, tokenizer.vocab_size).eval()
+    with torch.no_grad():
+        for part in (model.projector, model.decoder.blocks):
+            for parameter in part.parameters():
+                parameter.mul_(4)
+    return model, tokenizer
+
+
+def tiny_pixels(count: int, size: int = 16, seed: int = 0) -> torch.Tensor:
+    """Random pictures, (count, size, size, 3) uint8."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, size, size, 3), generator=generator, dtype=torch.uint8)
+
+
+def tiny_batch(model: VisionLanguageModel, tokenizer: Tokenizer, texts: list[tuple[str, str]], seed: int = 0) -> Batch:
+    """A right-padded batch of (prompt, answer) pairs with random pictures."""
+    prefixes = [prefix_ids(tokenizer, model.config.num_slots, prompt) for prompt, _ in texts]
+    rows = [prefix + answer_ids(tokenizer, answer) for prefix, (_, answer) in zip(prefixes, texts, strict=True)]
+    length = max(len(row) for row in rows) - 1
+    tokens = torch.full((len(rows), length), tokenizer.pad_id)
+    labels = torch.full((len(rows), length), IGNORE)
+    for i, (prefix, row) in enumerate(zip(prefixes, rows, strict=True)):
+        tokens[i, : len(row) - 1] = torch.tensor(row[:-1])
+        labels[i, len(prefix) - 1 : len(row) - 1] = torch.tensor(row[len(prefix) :])
+    return Batch(tiny_pixels(len(rows), seed=seed), tokens, labels, torch.tensor([len(p) for p in prefixes]))

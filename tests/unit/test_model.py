@@ -1,0 +1,103 @@
+"""The model as a whole: who may influence whom, and what a fresh one knows."""
+
+import math
+
+import pytest
+import torch
+
+from tests.unit.models import VARIANTS, tiny_batch, tiny_config, tiny_model, tiny_pixels
+from vlm.batch import IGNORE, Batch
+from vlm.build import build_model
+from vlm.objective import blind_losses, num_targets, row_losses, token_loss
+from vlm.text.base import IMAGE
+
+TEXTS = [("", "a red car"), ("what?", "bus"), ("", "sky")]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padding_changes_no_logit(variant: str) -> None:
+    model, tokenizer = tiny_model(variant)
+    together = tiny_batch(model, tokenizer, TEXTS)
+    logits = model(together).split((together.labels_BT != IGNORE).sum(dim=1).tolist())
+    for i, text in enumerate(TEXTS):
+        alone = tiny_batch(model, tokenizer, [text]).with_pixels(together.pixels_BHWC[i : i + 1])
+        torch.testing.assert_close(model(alone), logits[i], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_logit_sees_a_later_answer_token(variant: str) -> None:
+    model, tokenizer = tiny_model(variant)
+    one, two = (tiny_batch(model, tokenizer, [("go?", answer)]) for answer in ("abcd", "abxy"))
+    # Logits of a, b and what follows b come before the difference; the one after it must see it.
+    torch.testing.assert_close(model(one)[:3], model(two)[:3])
+    assert not torch.allclose(model(one)[3], model(two)[3])
+
+
+def test_prefix_lm_lets_the_picture_see_the_prompt_and_causal_does_not() -> None:
+    for variant, sees in (("other", False), ("prefix", True)):
+        model, tokenizer = tiny_model(variant)
+        one, two = (tiny_batch(model, tokenizer, [(prompt, "z")]) for prompt in ("abc", "abd"))
+        slots = model.config.num_slots
+        same = torch.allclose(model.hidden(one)[:, :slots], model.hidden(two)[:, :slots], atol=1e-6)
+        assert same is not sees
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_first_answer_token_is_predicted_from_the_picture(variant: str) -> None:
+    model, tokenizer = tiny_model(variant)
+    batch = tiny_batch(model, tokenizer, [("", "a"), ("", "a")])
+    first = model(batch)[0::2]
+    assert not torch.allclose(first[0], first[1])
+
+
+@pytest.mark.parametrize("select", ["patches", "mean", "cls"])
+def test_selection_decides_the_number_of_slots(select: str) -> None:
+    config = tiny_config("plain")
+    vision = config.vision.model_copy(update={"select": select})
+    config = config.model_copy(update={"vision": vision})
+    model = build_model(config, 40).eval()
+    assert model.encode(tiny_pixels(2)).shape == (2, config.num_slots, 24)
+    assert config.num_slots == (4 if select == "patches" else 1)
+
+
+def test_a_wrong_number_of_image_tokens_is_an_error() -> None:
+    model, tokenizer = tiny_model("plain")
+    batch = tiny_batch(model, tokenizer, [("", "a")])
+    broken = Batch(
+        batch.pixels_BHWC,
+        batch.tokens_BT.masked_fill(batch.tokens_BT == IMAGE, 5),
+        batch.labels_BT,
+        batch.prefix_lengths_B,
+    )
+    with pytest.raises(ValueError, match="0 image tokens in a batch of 1 pictures with 4 slots each"):
+        model(broken)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_fresh_model_starts_at_the_loss_of_guessing(variant: str) -> None:
+    config = tiny_config(variant)
+    torch.manual_seed(0)
+    model = build_model(config, 34).eval()
+    _, tokenizer = tiny_model(variant)
+    batch = tiny_batch(model, tokenizer, TEXTS)
+    loss = token_loss(model(batch), batch) / num_targets(batch)
+    assert abs(float(loss) - math.log(34)) < 0.1
+
+
+def test_row_losses_add_up_to_the_batch_loss() -> None:
+    model, tokenizer = tiny_model("plain")
+    batch = tiny_batch(model, tokenizer, TEXTS)
+    sums, counts = row_losses(model, batch)
+    torch.testing.assert_close(sums.sum(), token_loss(model(batch), batch))
+    assert counts.tolist() == [len(answer) + 1 for _, answer in TEXTS]
+
+
+def test_the_blind_gap_of_a_model_that_ignores_pictures_is_zero() -> None:
+    model, tokenizer = tiny_model("plain")
+    batch = tiny_batch(model, tokenizer, TEXTS)
+    rolled = batch.pixels_BHWC.roll(1, 0)
+    right, wrong, _ = blind_losses(model, batch, rolled)
+    assert not torch.allclose(right, wrong)
+    torch.nn.init.zeros_(model.projector.weight)  # type: ignore[arg-type]
+    right, wrong, _ = blind_losses(model, batch, rolled)
+    torch.testing.assert_close(right, wrong)
