@@ -167,7 +167,7 @@ def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
             session of another home folder.
     """
     try:
-        from py4j.protocol import Py4JJavaError
+        from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
         from pyspark import SparkConf, SparkContext
         from pyspark.errors import PySparkRuntimeError
         from pyspark.java_gateway import launch_gateway
@@ -190,7 +190,7 @@ def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
         start = sink.tell()
         try:
             # A JVM that an earlier, stopped session of this process left behind serves the next one too.
-            gateway = SparkContext._gateway or launch_gateway(conf, popen_kwargs={"stdout": sink, "stderr": sink})
+            gateway = SparkContext._gateway or launch_gateway(conf, {"stdout": sink, "stderr": sink})  # type: ignore[no-untyped-call]
             spark = SparkSession(SparkContext(conf=conf, gateway=gateway))
         except (PySparkRuntimeError, Py4JJavaError) as error:
             raise _start_failure(log, start, error) from None

@@ -14,18 +14,20 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 
-from delta.tables import DeltaTable
+from delta.tables import DeltaMergeBuilder, DeltaTable
 from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession, Window
-from pyspark.sql import functions as F  # noqa: N812 (Spark's own convention)
+from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipelines.config import DataConfig
-from pipelines.driver.session import bounded_batches, commit_note, dataset_version, ensure_tables, note_of
+from pipelines.driver.session import bounded_batches, commit_note, ensure_tables, note_of, spark_failures, versions
 from pipelines.driver.sources import open_source
 from pipelines.errors import StageFailed, UserError
 from pipelines.executor.decode import OUTCOME, Rules, decode_batches
@@ -89,21 +91,21 @@ def ingest(spark: SparkSession, platform: Platform, source_name: str, config: Da
     source = open_source(spark, source_name, config)
     stamp = _Stamp(source_name, source.ingest_id, datetime.now(UTC))
     rules = Rules(source_name, config.source.columns, config.limits, config.split)
-    schema = from_arrow_schema(OUTCOME)
-    with bounded_batches(spark), commit_note(spark, note_of(source_name)):
-        outcomes = source.rows.mapInArrow(partial(decode_batches, rules=rules), schema).persist(StorageLevel.DISK_ONLY)
-        plan = _plan(outcomes, _rows_of(spark, platform, SAMPLES.name, source_name)).persist()
-        try:
-            rows_in = outcomes.count()
-            if not rows_in:
-                raise UserError("the input has no rows", where=config.source.path, got="a header", fix="add rows")
-            logger.info("%d rows decoded in %.1f s", rows_in, time.monotonic() - started)
-            reasons, repeated = _quarantine(spark, platform, _refusals(outcomes, plan, rules), stamp)
-            counts = _merge(spark, platform, outcomes, plan, stamp)
-            across = _equal_across_splits(outcomes)
-        finally:
-            plan.unpersist()
-            outcomes.unpersist()
+    decode, schema = partial(decode_batches, rules=rules), from_arrow_schema(OUTCOME)
+    with (
+        spark_failures("the input could not be ingested", where=config.source.path),
+        bounded_batches(spark),
+        commit_note(spark, note_of(source_name)),
+        _kept(source.rows.mapInArrow(decode, schema), StorageLevel.DISK_ONLY) as outcomes,
+        _kept(_plan(outcomes, _rows_of(spark, platform, SAMPLES.name, source_name))) as plan,
+    ):
+        rows_in = outcomes.count()
+        if not rows_in:
+            raise UserError("the input has no rows", where=config.source.path, got="a header", fix="add rows")
+        logger.info("%d rows decoded in %.1f s", rows_in, time.monotonic() - started)
+        reasons, repeated = _quarantine(spark, platform, _refusals(outcomes, plan, rules), stamp)
+        counts = _merge(spark, platform, outcomes, plan, stamp)
+        across = _equal_across_splits(outcomes)
     splits = _rows_of(spark, platform, SAMPLES.name, source_name).groupBy("split").count().orderBy("split").collect()
     report = IngestReport(
         source=source_name,
@@ -116,10 +118,20 @@ def ingest(spark: SparkSession, platform: Platform, source_name: str, config: Da
         reasons=reasons,
         splits={row["split"]: row["count"] for row in splits},
         equal_pictures_across_splits=across,
-        dataset_version=dataset_version(spark, platform, source_name),
+        dataset_version=versions(spark, platform, source_name).changed,
         seconds=round(time.monotonic() - started, 3),
     )
     return _checked(report, config, used=counts.rows)
+
+
+@contextmanager
+def _kept(frame: DataFrame, level: StorageLevel = StorageLevel.MEMORY_AND_DISK) -> Iterator[DataFrame]:
+    """Compute a frame once for all that is asked of it inside."""
+    frame.persist(level)
+    try:
+        yield frame
+    finally:
+        frame.unpersist()
 
 
 def _rows_of(spark: SparkSession, platform: Platform, table: str, source: str) -> DataFrame:
@@ -167,7 +179,10 @@ def _plan(outcomes: DataFrame, known: DataFrame) -> DataFrame:
 
 def _equal_across_splits(outcomes: DataFrame) -> int:
     pictures = outcomes.filter(F.col("reason").isNull()).groupBy("sha256").agg(F.count_distinct("split").alias("n"))
-    return pictures.filter("n > 1").count()
+    across = pictures.filter("n > 1").count()
+    if across:
+        logger.warning("%d pictures have the same bytes in two splits: the source's files say so", across)
+    return across
 
 
 # ------------------------------------------------------------------------------------------------ quarantine
@@ -213,10 +228,7 @@ def _quarantine(
             F.lit(stamp.at).alias("quarantined_at"),
             F.lit(None).cast("timestamp").alias("replayed_at"),
         )
-        same = "known.source = came.source AND known.source_row = came.source_row"
-        merge = (
-            DeltaTable.forName(spark, platform.table(QUARANTINE.name)).alias("known").merge(rows.alias("came"), same)
-        )
+        merge = _merge_into(platform.table(QUARANTINE.name), rows, "source_row", stamp.source)
         _expect(merge.whenNotMatchedInsertAll().execute(), QUARANTINE.name, inserted=quarantined, updated=0)
         logger.info("%d rows quarantined: %s", quarantined, reasons)
     return reasons, refusals.count() - quarantined
@@ -262,16 +274,18 @@ def _merge(spark: SparkSession, platform: Platform, outcomes: DataFrame, plan: D
                 F.lit(stamp.at).alias("ingested_at"),
             )
         )
-        merge = (
-            DeltaTable.forName(spark, platform.table(SAMPLES.name))
-            .alias("known")
-            .merge(rows.alias("came"), "known.image_id = came.image_id")
-        )
+        merge = _merge_into(platform.table(SAMPLES.name), rows, "image_id", stamp.source)
         both = F.expr("array_sort(array_union(known.texts, came.texts))")
         merge = merge.whenMatchedUpdate(set={"texts": both}).whenNotMatchedInsertAll()
         _expect(merge.execute(), SAMPLES.name, inserted=totals["new"], updated=totals["updated"])
         logger.info("%d new pictures, %d with new texts", totals["new"], totals["updated"])
     return _Counts(rows=totals["rows"], new=totals["new"], merged=totals["texts"] - totals["new"])
+
+
+def _merge_into(table: str, came: DataFrame, key: str, source: str) -> DeltaMergeBuilder:
+    """A merge of rows of one source. Its name as a literal lets Delta skip the files of others."""
+    same = (F.col("known.source") == source) & (F.col(f"known.{key}") == F.col(f"came.{key}"))
+    return DeltaTable.forName(came.sparkSession, table).alias("known").merge(came.alias("came"), same)
 
 
 def _expect(metrics: DataFrame, table: str, *, inserted: int, updated: int) -> None:
@@ -285,7 +299,8 @@ def _expect(metrics: DataFrame, table: str, *, inserted: int, updated: int) -> N
         raise StageFailed(
             "a merge did not write what was planned",
             where=f"table {table}",
-            got=f"{row['num_inserted_rows']} inserted, {row['num_updated_rows']} updated; planned {inserted}, {updated}",
+            got=f"{row['num_inserted_rows']} inserted and {row['num_updated_rows']} updated, "
+            f"not {inserted} and {updated}",
             fix="did another ingest of this source run at the same time? Run it again: what is there is not doubled",
         )
 

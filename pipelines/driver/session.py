@@ -5,20 +5,24 @@ The session itself comes from `Platform.open_spark`; nothing here starts one.
 
 from __future__ import annotations
 
-import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
+from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
+from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
+from pipelines.errors import StageFailed
 from pipelines.platform import Platform
 from pipelines.tables import PROPERTIES, SAMPLES, TABLES, Table
 
-logger = logging.getLogger(__name__)
-
 MAX_BATCH_BYTES = 16 * 2**20
 MAX_BATCH_ROWS = 32
+NOTE = "lakesight ingest "
 NOTE_CONF = "spark.databricks.delta.commitInfo.userMetadata"
 UPKEEP = frozenset({"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "UNSET TBLPROPERTIES"})
 """Commits that change no row."""
@@ -35,7 +39,6 @@ def ensure_tables(spark: SparkSession, platform: Platform) -> None:
         name = platform.table(table.name)
         if not spark.catalog.tableExists(name):
             spark.sql(_create(name, table, platform.tables))
-            logger.info("table %s is ready", name)
 
 
 def _create(name: str, table: Table, tables: Path | None) -> str:
@@ -59,34 +62,37 @@ def table_id(spark: SparkSession, platform: Platform, table: Table) -> str:
     return str(spark.sql(f"DESCRIBE DETAIL {platform.table(table.name)}").head()["id"])  # type: ignore[index]
 
 
-def table_version(spark: SparkSession, platform: Platform, table: Table) -> int:
-    """The newest version of a table."""
-    return int(spark.sql(f"DESCRIBE HISTORY {platform.table(table.name)} LIMIT 1").head()["version"])  # type: ignore[index]
+class Versions(NamedTuple):
+    """Versions of `samples`: the newest, and the last that changed a row of one source (`dataset_version`)."""
+
+    newest: int
+    changed: int
 
 
-def dataset_version(spark: SparkSession, platform: Platform, source: str) -> int:
-    """The version of `samples` that last changed a row of `source`.
+def versions(spark: SparkSession, platform: Platform, source: str) -> Versions:
+    """Where `samples` is, and the version to pin a source to.
 
-    All sources share one table, so its newest version moves when any of them is ingested; a pin to it would make
-    every source's shards stale. Each ingest notes its source in its commit (`commit_note`), and this walks back
-    over the commits of other sources and over upkeep. A commit without a note (a DELETE by hand) counts as a
-    change, and so does the oldest commit once Delta has expired those before it: the answer may be later than need
-    be, never earlier than right.
+    All sources share one table, so its newest version moves when any of them is ingested; a pin to that would make
+    every source's shards stale. Each ingest notes its source in its commit (`commit_note`), and this walks back over
+    the commits of other sources and over upkeep. A commit without a note (a DELETE by hand) counts as a change, and so
+    does the oldest commit once Delta has expired those before it: the pin may be later than need be, never earlier
+    than right. Both come from one look at the history, so rows of `source` at `newest` are those at `changed`.
     """
-    history = spark.sql(f"DESCRIBE HISTORY {platform.table(SAMPLES.name)}").select(
-        "version", "operation", "userMetadata"
+    history = spark.sql(f"DESCRIBE HISTORY {platform.table(SAMPLES.name)}")
+    commits = history.select("version", "operation", "userMetadata").orderBy(F.desc("version")).collect()
+    changed = (
+        c["version"] for c in commits if c["operation"] not in UPKEEP and _may_concern(source, c["userMetadata"])
     )
-    commits = sorted(history.collect(), key=lambda row: row["version"], reverse=True)
-    for commit in commits:
-        others = commit["userMetadata"] is not None and commit["userMetadata"] != note_of(source)
-        if not others and commit["operation"] not in UPKEEP:
-            return int(commit["version"])
-    return int(commits[-1]["version"])
+    return Versions(commits[0]["version"], next(changed, commits[-1]["version"]))
+
+
+def _may_concern(source: str, note: str | None) -> bool:
+    return note is None or not note.startswith(NOTE) or note == note_of(source)
 
 
 def note_of(source: str) -> str:
     """What a commit that changes rows of `source`, and of no other, says in its user metadata."""
-    return f"lakesight ingest {source}"
+    return f"{NOTE}{source}"
 
 
 @contextmanager
@@ -114,6 +120,22 @@ def bounded_batches(spark: SparkSession) -> Iterator[None]:
 
 
 @contextmanager
+def spark_failures(what: str, *, where: str) -> Iterator[None]:
+    """Tell what fails in Spark inside as one paragraph; the JVM's and the workers' traces hang on as the cause.
+
+    Raises:
+        StageFailed: Spark, an executor or a Python worker failed.
+    """
+    try:
+        yield
+    except (PySparkException, Py4JJavaError) as error:
+        named = re.findall(r"^(?:Caused by: )?([\w.]+(?:Error|Exception|Failed): .+)$", str(error), re.MULTILINE)
+        got = named[-1] if named else str(error).strip().partition("\n")[0]
+        fix = "correct the cause and run the command again: what is done stays done, nothing is doubled"
+        raise StageFailed(what, where=where, got=got[:500], fix=fix) from error
+
+
+@contextmanager
 def _settings(spark: SparkSession, values: dict[str, str]) -> Iterator[None]:
     before = {key: spark.conf.get(key, None) for key in values}
     for key, value in values.items():
@@ -121,8 +143,8 @@ def _settings(spark: SparkSession, values: dict[str, str]) -> Iterator[None]:
     try:
         yield
     finally:
-        for key, value in before.items():
-            if value is None:
+        for key, earlier in before.items():
+            if earlier is None:
                 spark.conf.unset(key)
             else:
-                spark.conf.set(key, value)
+                spark.conf.set(key, earlier)

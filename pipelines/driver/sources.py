@@ -14,7 +14,7 @@ from typing import NamedTuple, get_args
 
 from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F  # noqa: N812 (Spark's own convention)
+from pyspark.sql import functions as F
 from pyspark.sql.types import StringType, StructField, StructType
 
 from pipelines.config import CsvSourceConfig, DataConfig, Split, short_hash
@@ -61,7 +61,10 @@ def open_source(spark: SparkSession, name: str, config: DataConfig) -> Source:
 
 
 def _csv_files(spark: SparkSession, config: DataConfig) -> list[SourceFile]:
-    """The CSV files of a path. With split kind `file`, those named train, val and test alone: a folder may hold others."""
+    """The CSV files of a path.
+
+    With split kind `file` only those named train, val and test: such folders also hold lists that are not pictures.
+    """
     path = config.source.path
     if not path:
         raise UserError(

@@ -1,8 +1,8 @@
 """Rows as they came, in; samples or refusals, out: plain functions on Arrow batches, run by executors.
 
-Every row comes out exactly once, as one of two kinds in one schema (OUTCOME): a sample (`reason` null) or a refusal with
-one of the closed list of reasons. Nothing about a row raises; what nobody foresaw is a refusal too, with the exception
-in `detail`. Only trouble of the machine itself (out of memory) fails the task, which Spark then retries.
+Every row comes out exactly once, as one of two kinds in one schema (OUTCOME): a sample (`reason` null) or a refusal
+with one of the closed list of reasons. Nothing about a row raises; what nobody foresaw is a refusal too, with the
+exception in `detail`. Only trouble of the machine itself (out of memory) fails the task, which Spark then retries.
 
 A row's identity comes from its content, never from its place: Spark may split files as it likes, and a second reading
 of the same row gives the same ids.
@@ -95,22 +95,26 @@ def decode_batches(batches: Iterator[pa.RecordBatch], rules: Rules) -> Iterator[
 def decode_row(file: str, raw: str | None, fields: Fields, rules: Rules) -> dict[str, Any]:
     """One row's outcome, as the columns of OUTCOME that it has."""
     payload = raw if raw is not None else _as_json(fields)
-    outcome: dict[str, Any] = {"source_row": f"{file}#{_sha256(payload.encode())[:16]}"}
+    outcome = {"source_row": f"{file}#{_sha256(payload.encode())[:16]}", "payload": payload}
     try:
-        if raw is not None:
-            raise Refused("read", "malformed_record", f"not a record of {len(fields)} columns, as the header has")
-        sample = _sample(file, fields, rules)
+        sample = _judge(file, raw, fields, rules)
     except Refused as refused:
-        refusal = {"stage": refused.stage, "reason": refused.reason, "detail": refused.detail}
-    except MemoryError:
-        raise  # the machine's trouble: a retried task may well succeed
+        return outcome | {"stage": refused.stage, "reason": refused.reason, "detail": refused.detail}
+    rest = {name: value for name, value in fields.items() if name != rules.columns.image}
+    return outcome | sample | {"payload": _as_json(rest)}
+
+
+def _judge(file: str, raw: str | None, fields: Fields, rules: Rules) -> dict[str, Any]:
+    """The sample a row makes, or Refused, whatever is wrong with it."""
+    if raw is not None:
+        detail = f"not {len(fields)} columns as in the header (line breaks inside quotes need data.source.multiline)"
+        raise Refused("read", "malformed_record", detail)
+    try:
+        return _sample(file, fields, rules)
+    except (Refused, MemoryError):  # out of memory is the machine's trouble: a retried task may well succeed
+        raise
     except Exception as error:  # unforeseen: kept with its cause, so that it can be seen, counted and replayed
-        detail = f"unforeseen {type(error).__name__}: {error}"
-        refusal = {"stage": "decode", "reason": "malformed_record", "detail": detail}
-    else:
-        rest = {name: value for name, value in fields.items() if name != rules.columns.image}
-        return outcome | sample | {"payload": _as_json(rest)}
-    return outcome | refusal | {"payload": payload}
+        raise Refused("decode", "malformed_record", f"unforeseen {type(error).__name__}: {error}") from error
 
 
 def _sample(file: str, fields: Fields, rules: Rules) -> dict[str, Any]:

@@ -1,0 +1,161 @@
+"""Shard: the rows of one source and split, at a pinned version of `samples`, as files that ranks read.
+
+Executors decode and resize, Spark's shuffle brings every picture to its file, executors write the files, and the
+driver writes the manifest, last. What a folder holds is determined by its request, and its name is the request's hash:
+the same request finds it again. Two writers of one folder do no harm, because they write the same bytes under the same
+names, each whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+from pathlib import Path
+
+from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
+
+from pipelines.config import DataConfig, Split
+from pipelines.driver.session import bounded_batches, ensure_tables, spark_failures, table_id, versions
+from pipelines.errors import StageFailed, UserError
+from pipelines.executor.pack import PIXELS, WRITTEN, pixels_of, write_files
+from pipelines.platform import Platform
+from pipelines.shards import MANIFEST, Manifest, ShardFile, ShardRequest, Shards, write_manifest
+from pipelines.tables import SAMPLES
+from vlm.config import Config, ImageConfig
+
+logger = logging.getLogger(__name__)
+
+STALE_SECONDS = 3600
+
+
+class ShardReport(Config):
+    """A shard folder that is complete.
+
+    Attributes:
+        folder: where it is.
+        source: name of the data config.
+        split: the split it holds.
+        num_rows: pictures.
+        content_hash: equal for equal training data.
+        dataset_version: the version of `samples` that last changed this source.
+        reused: True when the folder was there and nothing was written.
+        seconds: how long it took.
+    """
+
+    folder: str
+    source: str
+    split: Split
+    num_rows: int
+    content_hash: str
+    dataset_version: int
+    reused: bool
+    seconds: float
+
+
+def shard(  # noqa: PLR0917 (each argument is one slice of a run, and none may be left out)
+    spark: SparkSession, platform: Platform, source_name: str, config: DataConfig, image: ImageConfig, split: Split
+) -> ShardReport:
+    """Write the training shards of one source and split, or find them.
+
+    The request is pinned to the version that last changed this source (`session.versions`); the rows are read at the
+    newest version, where they are the same, because an old version's files may have been vacuumed away.
+
+    Raises:
+        UserError: the split has no rows. StageFailed: rows were lost or doubled on the way.
+    """
+    started = time.monotonic()
+    ensure_tables(spark, platform)
+    version = versions(spark, platform, source_name)
+    request = ShardRequest(
+        table=platform.table(SAMPLES.name),
+        table_id=table_id(spark, platform, SAMPLES),
+        table_version=version.changed,
+        source=source_name,
+        split=split,
+        image=image,
+        encoding=config.shards.encoding,
+        rows=config.shards.rows,
+        seed=config.shards.seed,
+    )
+    folder = platform.folder("shards") / request.folder_name
+    reused = (folder / MANIFEST).exists()
+    if not reused:
+        with spark_failures("the shards could not be written", where=str(folder)):
+            _write(_rows(spark, request, version.newest), folder, request)
+    manifest = Shards.open(folder).manifest
+    logger.info(
+        "%s %s: %d rows in %s (%s)", source_name, split, manifest.num_rows, folder, "found" if reused else "new"
+    )
+    return ShardReport(
+        folder=str(folder),
+        source=source_name,
+        split=split,
+        num_rows=manifest.num_rows,
+        content_hash=manifest.content_hash,
+        dataset_version=request.table_version,
+        reused=reused,
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def _rows(spark: SparkSession, request: ShardRequest, version: int) -> DataFrame:
+    """The rows of a source and split, with the place of each in the shuffled order."""
+    samples = spark.read.option("versionAsOf", version).table(request.table).filter(F.col("source") == request.source)
+    rows = samples.filter(F.col("split") == request.split)
+    if rows.isEmpty():
+        counts = samples.groupBy("split").count().orderBy("split").collect()
+        raise UserError(
+            f"the {request.split} split has no rows",
+            where=f"{request.table}, source {request.source}",
+            got=", ".join(f"{row['count']} in {row['split']}" for row in counts) or "no rows of this source at all",
+            fix="run `lakesight ingest` first, or change data.split, data.validate_on or data.evaluate_on",
+        )
+    return rows.select(
+        "image_id",
+        "image",
+        "texts",
+        F.sha2(F.concat(F.lit(f"{request.seed}/"), "image_id"), 256).alias("place"),
+    )
+
+
+def _write(rows: DataFrame, folder: Path, request: ShardRequest) -> None:
+    """Write every file, then the manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # Places alone go through one task, to number them: a 64-character string a picture. Pictures go straight to
+    # their files, because the driver knows at which place each file begins.
+    numbered = rows.select("place", (F.row_number().over(Window.orderBy("place")) - 1).alias("number"))
+    starts = numbered.filter(F.col("number") % request.rows == 0).orderBy("number").collect()
+    firsts = [row["place"] for row in starts]
+    pixels = partial(pixels_of, request=request, firsts=firsts)
+    files = partial(write_files, request=request, folder=str(folder))
+    with bounded_batches(rows.sparkSession):
+        written = (
+            rows.select("image_id", "image", "texts")
+            .mapInArrow(pixels, from_arrow_schema(PIXELS))
+            .repartition(len(firsts), "file")
+            .sortWithinPartitions("file", "place")
+            .mapInArrow(files, from_arrow_schema(WRITTEN))
+            .collect()
+        )
+    found = sorted((ShardFile(**row.asDict()) for row in written), key=lambda file: file.file)
+    manifest = Manifest(request=request, files=tuple(found))
+    expected = rows.count()
+    if manifest.num_rows != expected or any(file.rows != request.rows for file in found[:-1]):
+        raise StageFailed(
+            "the shards do not hold the rows of the table",
+            where=str(folder),
+            got=f"{manifest.num_rows} rows in {len(found)} files, expected {expected}, {request.rows} a file",
+            fix="this is a defect of Lakesight: please report it",
+        )
+    _remove_leftovers(folder, {file.file for file in found})
+    write_manifest(folder, manifest)
+
+
+def _remove_leftovers(folder: Path, keep: set[str]) -> None:
+    """Remove what a crash left behind. Files touched within the hour may be another writer's, at work just now."""
+    for path in folder.iterdir():
+        if path.name not in keep and path.name != MANIFEST and time.time() - path.stat().st_mtime > STALE_SECONDS:
+            path.unlink(missing_ok=True)
