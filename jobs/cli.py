@@ -63,9 +63,14 @@ for _command in (*STAGES, *FOR_PEOPLE):
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line: what the console script and a Databricks wheel task call."""
+    run(app)
+
+
+def run(commands: typer.Typer) -> None:
+    """Run commands, and end the process as their exit code says unless they end well."""
     try:
-        app()
+        commands()
     except SystemExit as end:
         if end.code:
             raise

@@ -61,7 +61,7 @@ def _print_models(screen: Screen) -> None:
     for model in models:
         counts = f"{model.parameters:>12,} {model.encoder:>12,} {model.decoder:>12,}"
         screen.text(f"{model.name:<12} {counts}  {model.image_size} px in {model.image_slots} slots")
-    screen.report(models)
+    screen.report({"models": models})
 
 
 def measure(name: str, model: ModelConfig) -> ModelSize:

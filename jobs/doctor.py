@@ -54,8 +54,8 @@ def doctor(
             screen.line(check.name, f"{check.status:<5} {check.found}")
             if check.fix:
                 screen.line("", f"      fix: {check.fix}")
-        screen.report(checks)
         failed = [check.name for check in checks if check.status == "fail"]
+        screen.report({"ready": not failed, "checks": checks})
         if failed:
             raise StageFailed("this machine is not ready", got=", ".join(failed), fix="do what the lines above say")
 

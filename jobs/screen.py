@@ -43,7 +43,7 @@ class Screen:
         print(text, end=end, file=sys.stderr if self._as_json else self._out, flush=True)
 
     def report(self, report: object) -> None:
-        """The command's report, where scripts asked for it: a pydantic model, or lists and mappings of them."""
+        """The command's report, where scripts asked for it: a pydantic model, or a mapping with some in it."""
         if self._as_json:
             print(to_json(report, by_alias=True, inf_nan_mode="null").decode(), file=self._out, flush=True)
 

@@ -31,7 +31,7 @@ def shard(
     with open_job(run, platform, overrides, as_json) as job:
         data = job.config.data
         splits = dict.fromkeys(("train", data.validate_on, data.evaluate_on))
-        job.finish([run_shard(job, split, job.config.model.image) for split in splits], "train")
+        job.finish({split: run_shard(job, split, job.config.model.image) for split in splits}, "train")
 
 
 def run_shard(job: Job, split: Split, image: ImageConfig) -> ShardReport:

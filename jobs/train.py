@@ -12,6 +12,8 @@ from vlm.config import Config
 if TYPE_CHECKING:
     from pipelines.tracking.registry import ModelVersion
 
+SHOWN = ("train/loss", "val/loss", "val/blind_gap")
+
 
 class TrainReport(Config):
     """A finished run and the model version it became."""
@@ -64,10 +66,10 @@ def run_train(job: Job) -> TrainReport:
         progress("train", training_poll(run), config.train.steps),
     ):
         result = found or launch(run, job.platform, job.spark)
-    loss = "  ".join(f"{name} {value:.3f}" for name, value in sorted(result.metrics.items()))
+    figures = "  ".join(f"{name} {result.metrics[name]:.3f}" for name in SHOWN if name in result.metrics)
     how = f"found finished in {run.path}" if found else f"{result.world_size} ranks, {result.seconds:.0f} s"
     job.screen.line("train", f"{result.step:,} steps, {how}")
-    job.screen.line("", loss)
+    job.screen.line("", figures)
     version: ModelVersion = register(run, run_id, job.platform)
     job.screen.line("register", f"{version.name} version {version.version}")
     return TrainReport(

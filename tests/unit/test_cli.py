@@ -1,0 +1,298 @@
+"""The command line as a person or a script meets it: help, exit codes, one paragraph an error, JSON alone on stdout."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+import typer
+from deltalake import write_deltalake
+from PIL import Image
+
+from jobs.cli import FOR_PEOPLE, STAGES, Commands, app, main, run
+from pipelines.config import load_model
+from pipelines.errors import StageFailed
+from vlm import text
+from vlm.build import build_model
+from vlm.checkpoint import save_model
+from vlm.config import CharsConfig
+
+COMMANDS = [command.__name__ for command in (*STAGES, *FOR_PEOPLE)]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Lakesight home and a working directory of the test's own."""
+    monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home"
+
+
+def lakesight(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    code = "from jobs.cli import main; main()"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=env, check=False
+    )
+
+
+def assert_users_mistake(done: subprocess.CompletedProcess[str], *said: str) -> None:
+    """Exit code 2, one paragraph on stderr with the words expected, nothing on stdout, no traceback."""
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "Fix: " in done.stderr
+    assert [words for words in said if words not in done.stderr] == [], done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def test_help_lists_every_command_and_how_to_start() -> None:
+    done = lakesight("--help")
+    assert done.returncode == 0
+    assert [name for name in COMMANDS if f"\n  {name}" not in done.stdout] == []
+    assert "lakesight demo" in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_takes_the_common_options_and_shows_an_example(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    assert f"\n  lakesight {name}" in command.help
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert {"--platform", "--set"} <= options
+    assert "--run" in options or name == "demo"
+    assert "--json" in options or name == "ui"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["no-such-command"], ["train", "--no-such-option"], ["ui", "--port", "70000"], ["ask"]]
+)
+def test_a_command_line_that_cannot_be_parsed_exits_2(arguments: list[str]) -> None:
+    done = lakesight(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Usage: " in done.stderr
+
+
+def test_a_good_end_returns_and_raises_no_system_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lakesight", "config"])
+    main()
+
+
+def failing(error: BaseException) -> typer.Typer:
+    """A command line whose one command raises."""
+    commands = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
+
+    def fail() -> None:
+        raise error
+
+    commands.command()(fail)
+    commands.callback()(lambda: None)
+    return commands
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 1, "interrupted; run the same command again to resume"),
+        (StageFailed("the ranks failed", where="rank 1"), 1, "the ranks failed. Where: rank 1."),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk is full"),
+        (RuntimeError("java.io.IOException: No space left on device"), 2, "the disk is full"),
+    ],
+)
+def test_an_error_is_one_paragraph_and_an_exit_code(
+    error: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lakesight", "fail"])
+    with pytest.raises(SystemExit) as end:
+        run(failing(error))
+    assert end.value.code == code
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert len(shown.strip().splitlines()) == 1
+
+
+def test_an_unexpected_error_shows_where_and_ends_with_what(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lakesight", "fail"])
+    with pytest.raises(SystemExit) as end:
+        run(failing(ValueError("wrong\nsecond line")))
+    shown = capsys.readouterr().err
+    assert end.value.code == 1
+    assert "Traceback" in shown
+    assert shown.strip().splitlines()[-1] == "lakesight failed with ValueError: wrong"
+
+
+def test_stdout_carries_the_report_alone_whoever_else_prints() -> None:
+    code = (
+        "import subprocess\nfrom jobs.common import open_screen\n"
+        "with open_screen(as_json=True) as screen:\n"
+        "    print('python noise')\n    subprocess.run(['echo', 'child noise'])\n"
+        "    screen.line('stage', 'for people')\n    screen.report({'value': float('nan')})\n"
+        "print('after')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False
+    )
+    assert done.stdout == '{"value":null}\nafter\n', done.stderr
+    assert all(noise in done.stderr for noise in ("python noise", "child noise", "stage       for people"))
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["config", "--run", "demmo"], ["no run is called 'demmo'", "did you mean 'demo'?"]),
+        (["train", "--set", "train.stepz=1", "--set", "model.no=1"], ["2 problems", "train.stepz", "model.no"]),
+        (["train", "--set", "platform.spark.master=moon"], ["platform.spark.master"]),
+        (["ingest", "--platform", "cloud"], ["no platform is called 'cloud'", "databricks, local"]),
+        (["show", "samples"], ["no table 'samples'", "no tables at all", "lakesight demo"]),
+        (["show", "samples", "--platform", "databricks"], ["platform.catalog: missing"]),
+        (["ask", "no-such.png"], ["the picture cannot be read", "no-such.png", "No such file"]),
+    ],
+)
+def test_bad_input_is_one_paragraph_with_exit_code_2(arguments: list[str], said: list[str]) -> None:
+    assert_users_mistake(lakesight(*arguments), *said)
+
+
+def test_a_home_that_cannot_be_written_is_said_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = lakesight("ingest", LAKESIGHT_HOME=str(tmp_path / "file" / "home"))
+    assert_users_mistake(done, "home folder cannot be written", "LAKESIGHT_HOME")
+
+
+def test_no_java_is_said_with_how_to_get_it(home: Path) -> None:
+    done = lakesight("ingest", "--set", "data.source.path=x.csv", JAVA_HOME="/nonexistent")
+    assert done.returncode == 2
+    assert "Java 17" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (home / "warehouse").exists()
+
+
+def test_a_taken_port_is_said_before_anything_starts() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert_users_mistake(lakesight("ui", "--port", str(port)), f"127.0.0.1:{port}", "Address already in use")
+
+
+def test_doctor_exits_1_and_says_what_fails_and_how_to_fix_it() -> None:
+    done = lakesight("doctor", "--json", JAVA_HOME="/nonexistent")
+    report = json.loads(done.stdout)
+    checks = {check["name"]: check for check in report["checks"]}
+    assert (done.returncode, report["ready"], checks["java"]["status"]) == (1, False, "fail")
+    assert "install a JDK" in checks["java"]["fix"]
+    assert checks["home"]["status"] in ("ok", "warn")
+    assert done.stderr.strip().splitlines()[-1].startswith("this machine is not ready. Got: java")
+
+
+def test_doctor_compares_slots_with_ranks() -> None:
+    overrides = ["--set", "platform.spark.master=local-cluster[1,1,1024]", "--set", "platform.ranks=3"]
+    done = lakesight("doctor", "--json", *overrides)
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert (done.returncode, checks["slots"]["status"]) == (1, "fail")
+    assert "--set platform.ranks=1" in checks["slots"]["fix"]
+
+
+# ------------------------------------------------------------------------------------------------ config
+
+
+def test_config_prints_a_run_that_conf_would_accept(tmp_path: Path) -> None:
+    import yaml
+
+    done = lakesight("config", "--run", "demo", "--set", "train.steps=5")
+    resolved = yaml.safe_load(done.stdout)
+    assert resolved["train"]["steps"] == 5
+    assert json.loads(lakesight("config", "--set", "train.steps=5", "--json").stdout) == resolved
+
+
+def test_config_models_counts_the_parameters_that_a_built_model_has() -> None:
+    listed = json.loads(lakesight("config", "models", "--json").stdout)["models"]
+    nano = load_model("nano")
+    built = build_model(nano, vocab_size=nano.text.vocab_size)  # type: ignore[union-attr]
+    (counted,) = [model["parameters"] for model in listed if model["name"] == "nano"]
+    assert counted == sum(p.numel() for p in built.parameters())
+
+
+# ------------------------------------------------------------------------------------------------ ask
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A model with random weights."""
+    tokenizer = text.learn(CharsConfig(kind="chars", alphabet="abc "), ())
+    torch.manual_seed(1)
+    save_model(tmp_path / "checkpoint", build_model(load_model("nano"), tokenizer.vocab_size), tokenizer)
+    return tmp_path / "checkpoint"
+
+
+def test_ask_answers_from_a_checkpoint_without_spark_or_a_registry(checkpoint: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    streamed = lakesight("ask", "red.png", "--checkpoint", str(checkpoint), JAVA_HOME="/nonexistent")
+    assert streamed.returncode == 0, streamed.stderr
+    report = json.loads(lakesight("ask", "red.png", "--checkpoint", str(checkpoint), "--json").stdout)
+    assert streamed.stdout == report["caption"] + "\n"
+    assert report["num_tokens"] > 0
+
+
+def test_ask_refuses_what_is_no_picture_and_what_is_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "note.png").write_text("not a picture")
+    assert_users_mistake(lakesight("ask", "note.png", "--checkpoint", str(checkpoint)), "note.png", "not_an_image")
+    Image.new("RGB", (32, 32)).save(tmp_path / "black.png")
+    done = lakesight("ask", "black.png", "--checkpoint", str(tmp_path / "nowhere"))
+    assert_users_mistake(done, "nowhere", "config.json")
+
+
+# ------------------------------------------------------------------------------------------------ show
+
+
+@pytest.fixture
+def samples(home: Path, tmp_path: Path) -> Callable[..., Any]:
+    """A table of two versions, and `lakesight show` on it, as JSON."""
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "blue.png")
+    picture = (tmp_path / "blue.png").read_bytes()
+    for name in ("one", "<two>"):
+        texts = [[{"prompt": "", "text": f"a square called {name}"}]]
+        rows = pa.table({"image_id": [name], "image": [picture], "texts": texts})
+        write_deltalake(home / "warehouse" / "samples", rows, mode="append")
+
+    def show(*options: str) -> Any:
+        done = lakesight("show", "samples", "--json", *options, JAVA_HOME="/nonexistent")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return show
+
+
+def test_show_reads_any_version_without_a_jvm(samples: Callable[..., Any]) -> None:
+    latest = samples()
+    assert (latest["version"], latest["num_rows"], len(latest["rows"])) == (1, 2, 2)
+    assert latest["rows"][0]["image"].endswith(" bytes>")
+    first = samples("--version", "0", "--rows", "0")
+    assert (first["num_rows"], first["rows"]) == (1, [])
+
+
+def test_show_gallery_is_one_page_that_escapes_what_people_wrote(samples: Callable[..., Any]) -> None:
+    page = Path(samples("--gallery")["gallery"]).read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "&lt;two&gt;" in page
+    assert "<two>" not in page
+
+
+def test_show_lists_tables_and_versions_there_are(samples: Callable[..., Any]) -> None:
+    assert_users_mistake(lakesight("show", "sample"), "no table 'sample'", "tables: samples")
+    assert_users_mistake(lakesight("show", "samples", "--version", "9"), "no version 9", "the latest is 1")
