@@ -1,0 +1,36 @@
+"""Fixtures that need a JVM: one Spark session and one home folder for all tests of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from pyspark.sql import SparkSession
+
+from pipelines.config import LocalPlatformConfig, short_hash
+from pipelines.driver.session import ensure_tables
+from pipelines.platform import Platform, local
+
+
+@pytest.fixture(scope="session")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Platform:
+    """The laptop's platform on a fresh home folder that all tests share; sources keep them apart."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAKESIGHT_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return local(LocalPlatformConfig())
+
+
+@pytest.fixture(scope="session")
+def spark(platform: Platform) -> Iterator[SparkSession]:
+    """The one Spark session, with every table there."""
+    session = platform.open_spark()
+    ensure_tables(session, platform)
+    yield session
+    session.stop()
+
+
+@pytest.fixture
+def source(request: pytest.FixtureRequest) -> str:
+    """A source name that no other test uses."""
+    return f"test-{short_hash(request.node.nodeid)}"

@@ -1,0 +1,167 @@
+"""Pictures from strangers: what is accepted, how it looks afterwards, and why the rest is refused."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pictures import encoded, picture, png
+
+from vlm.config import ImageConfig
+from vlm.errors import IMAGE_REASONS, ImageError
+from vlm.image import FORMATS, ImageInfo, open_image, to_pixels
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def opened(data: bytes) -> tuple[Image.Image, ImageInfo]:
+    return open_image(data, max_pixels=1_000_000, min_side=4)
+
+
+def refused(data: bytes, **limits: int) -> str:
+    with pytest.raises(ImageError) as caught:
+        open_image(data, **({"max_pixels": 1_000_000, "min_side": 4} | limits))
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_of_the_list_comes_out_as_rgb(kind: str) -> None:
+    image, info = opened(encoded(Image.new("RGB", (20, 10), RED), kind))
+    assert info == ImageInfo(kind, 20, 10)
+    assert image.mode == "RGB"
+    assert np.abs(np.array(image).astype(int) - RED).max() <= 3
+
+
+@pytest.mark.parametrize("kind", ["PPM", "ICO", "JPEG2000", "PCX", "EPS", "PDF"])
+def test_other_formats_are_named_as_unsupported(kind: str) -> None:
+    data = encoded(Image.new("RGB", (20, 10), RED), kind)
+    assert refused(data) == "unsupported_format"
+
+
+@pytest.mark.parametrize("data", [b"\0\0\0\x18ftypheic" + b"\0" * 20, b"<svg xmlns='x'/>", b"\xff\x0a" + b"\0" * 20])
+def test_formats_that_pillow_cannot_name_are_unsupported_too(data: bytes) -> None:
+    assert refused(data) == "unsupported_format"
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"a sentence and no picture"])
+def test_what_is_no_picture_is_said_to_be_none(data: bytes) -> None:
+    assert refused(data) == "not_an_image"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
+@pytest.mark.parametrize("share", [0.03, 0.5, 0.9])
+def test_a_file_cut_short_is_truncated_wherever_it_is_cut(kind: str, share: float) -> None:
+    data = encoded(picture(1, (64, 64)), kind)
+    assert refused(data[: max(12, int(len(data) * share))]) == "truncated_image"
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has no pixels: only its header can be judged."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 10) + b"IDAT"
+
+
+@pytest.mark.parametrize("side", [1001, 12_000, 30_000])
+def test_too_many_pixels_are_refused_by_the_header_before_anything_is_decoded(side: int) -> None:
+    assert refused(png_header(side, side)) == "too_large"
+    assert Image.MAX_IMAGE_PIXELS == 89_478_485, "Pillow's own guard is left alone"
+
+
+def test_limits_are_inclusive() -> None:
+    data = png(1, (10, 8))
+    assert open_image(data, max_pixels=80, min_side=8)[1] == ImageInfo("PNG", 10, 8)
+    assert refused(data, max_pixels=79) == "too_large"
+    assert refused(data, min_side=9) == "too_small"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_picture_is_turned_as_its_exif_says(kind: str) -> None:
+    sideways = Image.new("RGB", (40, 20), "white")
+    sideways.paste(RED, (0, 0, 40, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the top edge is on the right
+    image, info = opened(encoded(sideways, kind, exif=exif))
+    assert (info.width, info.height) == image.size == (20, 40)
+    right, left = np.array(image)[20, 17], np.array(image)[20, 2]
+    assert right[1] < 60
+    assert left[1] > 200
+
+
+def clear_palette() -> bytes:
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([*RED, 0, 0, 255])
+    return encoded(image, "GIF", transparency=0)
+
+
+@pytest.mark.parametrize(
+    ("data", "colour"),
+    [
+        (encoded(Image.new("RGBA", (8, 8), (255, 0, 0, 0))), WHITE),
+        (encoded(Image.new("RGBA", (8, 8), (0, 0, 0, 128))), (127, 127, 127)),
+        (encoded(Image.new("LA", (8, 8), (0, 0))), WHITE),
+        (encoded(Image.new("RGB", (8, 8), RED), transparency=RED), WHITE),
+        (clear_palette(), WHITE),
+        (encoded(Image.new("RGB", (8, 8), RED).convert("P")), RED),
+        (encoded(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG"), WHITE),
+        (encoded(Image.new("1", (8, 8), 1)), WHITE),
+        (encoded(Image.fromarray(np.full((8, 8), 0x8040, np.uint16))), (128, 128, 128)),
+    ],
+    ids=["clear", "half-clear", "clear-grey", "colour-key", "clear-gif", "palette", "cmyk", "bits", "16-bit"],
+)
+def test_what_people_see_is_what_comes_out(data: bytes, colour: tuple[int, int, int]) -> None:
+    image, _ = opened(data)
+    assert np.abs(np.array(image).astype(int) - colour).max() <= 1
+
+
+def test_float_pictures_have_no_agreed_range_and_are_refused() -> None:
+    assert refused(encoded(Image.new("F", (8, 8), 0.5), "TIFF")) == "unsupported_format"
+
+
+def test_an_animation_is_its_first_frame() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, (0, 0, 255))]
+    image, _ = opened(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    assert image.getpixel((0, 0)) == RED
+
+
+@pytest.mark.parametrize(
+    ("resize", "corner", "middle"),
+    [("stretch", RED, (0, 0, 255)), ("crop", (0, 0, 255), (0, 0, 255)), ("pad", WHITE, (0, 0, 255))],
+)
+def test_resize_modes_keep_what_they_promise(
+    resize: str, corner: tuple[int, int, int], middle: tuple[int, int, int]
+) -> None:
+    wide = Image.new("RGB", (120, 40), RED)
+    wide.paste((0, 0, 255), (40, 0, 80, 40))
+    pixels = to_pixels(wide, ImageConfig.model_validate({"size": 30, "resize": resize}))
+    assert pixels.shape == (30, 30, 3)
+    assert pixels.dtype == np.uint8
+    assert np.abs(pixels[0, 0].astype(int) - corner).max() <= 12  # the filter reaches a little over a crop's edge
+    assert tuple(pixels[15, 15]) == middle
+
+
+def test_shrinking_averages_instead_of_picking_pixels() -> None:
+    stripes = Image.fromarray(np.tile(np.array([[0], [255]], np.uint8), (64, 128))).convert("RGB")
+    pixels = to_pixels(stripes, ImageConfig(size=8))
+    assert np.abs(pixels.astype(int) - 128).max() <= 8
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"]), st.data())
+def test_damaged_bytes_give_a_picture_or_a_reason_and_nothing_else(kind: str, data: st.DataObject) -> None:
+    damaged = bytearray(encoded(picture(5, (16, 16)), kind))
+    for _ in range(data.draw(st.integers(1, 6))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        image, _ = opened(bytes(damaged))
+    except ImageError as error:
+        assert error.reason in IMAGE_REASONS
+    else:
+        assert image.mode == "RGB"
+        Image.open(io.BytesIO(encoded(image))).load()

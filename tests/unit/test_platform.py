@@ -1,0 +1,126 @@
+"""The seam: both constructors answer every question in the same form, and a laptop that cannot start says why."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import DatabricksPlatformConfig, LocalPlatformConfig
+from pipelines.errors import UserError
+from pipelines.platform import Platform, check_java, databricks, local, open_platform
+
+WORKSPACE = DatabricksPlatformConfig.model_validate(
+    {"kind": "databricks", "catalog": "main", "schema": "vision", "volume": "files", "ranks": 4}
+)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "home"
+
+
+@pytest.fixture(params=["local", "databricks"])
+def either(request: pytest.FixtureRequest, home: Path) -> Iterator[Platform]:
+    yield open_platform(LocalPlatformConfig() if request.param == "local" else WORKSPACE)
+
+
+def test_both_platforms_answer_every_question(either: Platform) -> None:
+    assert callable(either.open_spark)
+    assert either.table("samples") == f"{either.namespace}.samples"
+    folders = {either.folder(kind) for kind in ("shards", "runs", "models", "reports", "demo")}
+    assert len(folders) == 5
+    assert all(folder.is_absolute() and folder.parent == either.root for folder in folders)
+    assert either.launch.ranks >= 1
+    assert either.tracking_uri
+    assert either.registry_uri
+    assert either.model_name("demo").endswith("demo")
+    assert either.experiment("demo").endswith("lakesight/demo")
+
+
+def test_a_laptop_keeps_everything_under_its_home(home: Path) -> None:
+    platform = local(LocalPlatformConfig())
+    assert platform.root == home
+    assert platform.tables is not None
+    assert platform.tables.is_relative_to(home)
+    assert platform.tracking_uri == platform.registry_uri == f"sqlite:///{home / 'mlflow.db'}"
+    assert list(home.iterdir()) == [], "nothing is written before it is needed"
+
+
+def test_a_workspace_names_catalog_and_schema_everywhere() -> None:
+    platform = databricks(WORKSPACE)
+    assert platform.table("samples") == "main.vision.samples"
+    assert platform.folder("shards") == Path("/Volumes/main/vision/files/shards")
+    assert platform.model_name("demo") == "main.vision.demo"
+    assert (platform.tracking_uri, platform.registry_uri) == ("databricks", "databricks-uc")
+    assert platform.tables is None
+
+
+@pytest.mark.parametrize(("master", "beside"), [("local[2]", True), ("local-cluster[2,1,2048]", False)])
+def test_ranks_run_beside_the_driver_unless_there_are_executors(home: Path, master: str, beside: bool) -> None:
+    config = LocalPlatformConfig.model_validate({"spark": {"master": master}})
+    assert local(config).launch.local_mode is beside
+
+
+def test_a_home_that_cannot_be_written_is_the_users_to_correct(home: Path) -> None:
+    home.write_text("a file is in the way")
+    with pytest.raises(UserError, match="LAKESIGHT_HOME"):
+        local(LocalPlatformConfig())
+
+
+# ------------------------------------------------------------------------------------------------ java
+
+
+def fake_java(folder: Path, script: str) -> None:
+    java = folder / "bin" / "java"
+    java.parent.mkdir(parents=True)
+    java.write_text(f"#!/bin/sh\n{script}\n")
+    java.chmod(java.stat().st_mode | stat.S_IEXEC)
+
+
+@pytest.mark.parametrize(
+    ("script", "got"),
+    [
+        ("""echo 'openjdk version "1.8.0_402"' >&2""", "1.8.0_402"),
+        ("""echo 'openjdk version "11.0.22" 2024-01-16' >&2""", "11.0.22"),
+        ("""echo 'Unable to locate a Java Runtime.' >&2; exit 1""", "Unable to locate"),
+        ("exit 1", "nothing"),
+    ],
+)
+def test_a_java_that_is_too_old_is_told_in_one_paragraph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, got: str
+) -> None:
+    fake_java(tmp_path, script)
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    with pytest.raises(UserError, match="Java 17") as caught:
+        check_java()
+    assert got in str(caught.value)
+    assert "apt install" in str(caught.value)
+
+
+@pytest.mark.parametrize("version", ["17", "17.0.15", "21.0.2", "25-ea"])
+def test_java_17_and_later_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    fake_java(tmp_path, f"""echo 'openjdk version "{version}"' >&2""")
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    assert check_java() == int(version[:2])
+
+
+def test_no_java_is_said_before_pyspark_prints_a_traceback(tmp_path: Path) -> None:
+    code = (
+        "from pipelines.platform import local\nfrom pipelines.config import LocalPlatformConfig\n"
+        "from pipelines.errors import UserError\n"
+        "try:\n    local(LocalPlatformConfig()).open_spark()\nexcept UserError as error:\n    print(error)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "JAVA_HOME"}
+    environment |= {"PATH": str(tmp_path), "LAKESIGHT_HOME": str(tmp_path / "home")}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
+    assert run.stdout.startswith("Spark needs Java 17 or later. Where: java on PATH. Got: [Errno 2]")
+    assert run.stderr == ""

@@ -1,0 +1,172 @@
+"""The shard format: any row in O(1), whole files or none, damage noticed, equal hashes for equal data."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.errors import StageFailed, UserError
+from pipelines.shards import (
+    BATCH_ROWS,
+    Manifest,
+    ShardRequest,
+    Shards,
+    encode_pixels,
+    read_manifest,
+    shard_schema,
+    write_manifest,
+    write_shard_file,
+)
+from vlm.config import ImageConfig
+
+SIDE = 4
+
+
+def request(**changes: object) -> ShardRequest:
+    fields = {
+        "table": "lakesight.samples",
+        "table_id": "t",
+        "table_version": 3,
+        "source": "demo",
+        "split": "train",
+        "image": ImageConfig(size=SIDE),
+        "encoding": "raw",
+        "rows": 150,
+        "seed": 0,
+    }
+    return ShardRequest.model_validate(fields | changes)
+
+
+def pixels(index: int) -> npt.NDArray[np.uint8]:
+    return np.full((SIDE, SIDE, 3), index % 251, np.uint8)
+
+
+def batches(wanted: ShardRequest, first: int, count: int, size: int = 17) -> Iterator[pa.RecordBatch]:
+    for start in range(first, first + count, size):
+        numbers = range(start, min(start + size, first + count))
+        rows = [
+            {
+                "image_id": f"demo/{n}",
+                "pixels": encode_pixels(pixels(n), wanted.encoding),
+                "texts": [{"prompt": "", "text": f"number {n}"}, {"prompt": "odd?", "text": "yes" if n % 2 else "no"}],
+            }
+            for n in numbers
+        ]
+        yield pa.RecordBatch.from_pylist(rows, shard_schema(wanted))
+
+
+def write(folder: Path, wanted: ShardRequest, total: int, size: int = 17) -> Shards:
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, total, wanted.rows)
+    files = [
+        write_shard_file(folder, i, wanted, batches(wanted, start, min(wanted.rows, total - start), size))
+        for i, start in enumerate(starts)
+    ]
+    write_manifest(folder, Manifest(request=wanted, files=tuple(files)))
+    return Shards.open(folder)
+
+
+@settings(deadline=None, max_examples=15)
+@given(total=st.integers(1, 400), rows=st.sampled_from([1, 63, BATCH_ROWS, 65, 150]), size=st.integers(1, 90))
+def test_any_row_is_found_whatever_the_sizes(
+    tmp_path_factory: pytest.TempPathFactory, total: int, rows: int, size: int
+) -> None:
+    shards = write(tmp_path_factory.mktemp("shards"), request(rows=rows), total, size)
+    assert len(shards) == total
+    for index in {0, total // 2, total - 1, min(BATCH_ROWS, total - 1), min(rows, total - 1)}:
+        row = shards.row(index)
+        assert row.image_id == f"demo/{index}"
+        assert np.array_equal(row.pixels, pixels(index))
+        assert row.texts == [("", f"number {index}"), ("odd?", "yes" if index % 2 else "no")]
+    with pytest.raises(IndexError):
+        shards.row(total)
+
+
+def test_content_does_not_depend_on_the_batches_it_came_in(tmp_path: Path) -> None:
+    one, other = (write(tmp_path / str(size), request(), 310, size) for size in (17, 64))
+    assert one.manifest.content_hash == other.manifest.content_hash
+    assert one.manifest == other.manifest
+
+
+def test_jpeg_shards_are_nearly_the_pixels(tmp_path: Path) -> None:
+    shards = write(tmp_path, request(encoding="jpeg"), 70)
+    assert np.abs(shards.row(69).pixels.astype(int) - pixels(69)).max() <= 2
+
+
+def test_texts_come_in_order_with_their_prompts(tmp_path: Path) -> None:
+    assert list(write(tmp_path, request(rows=2), 3).texts()) == [
+        *("number 0", "odd?", "no"),
+        *("number 1", "odd?", "yes"),
+        *("number 2", "odd?", "no"),
+    ]
+
+
+def test_shards_travel_to_another_process_as_their_path(tmp_path: Path) -> None:
+    shards = write(tmp_path, request(), 10)
+    shards.row(0)
+    travelled = pickle.dumps(shards)
+    assert len(travelled) < 500
+    assert np.array_equal(pickle.loads(travelled).row(7).pixels, pixels(7))
+
+
+def test_a_write_that_fails_leaves_no_file(tmp_path: Path) -> None:
+    def broken() -> Iterator[pa.RecordBatch]:
+        yield from batches(request(), 0, 100)
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        write_shard_file(tmp_path, 0, request(), broken())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_a_manifest_is_not_there(tmp_path: Path) -> None:
+    write_shard_file(tmp_path, 0, request(), batches(request(), 0, 5))
+    with pytest.raises(UserError, match="no training shards"):
+        Shards.open(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["shortened", "missing"])
+def test_a_damaged_folder_is_refused_when_it_is_opened(tmp_path: Path, damage: str) -> None:
+    write(tmp_path, request(), 200)
+    victim = tmp_path / "shard-000001.arrow"
+    if damage == "shortened":
+        victim.write_bytes(victim.read_bytes()[:-8])
+    else:
+        victim.unlink()
+    with pytest.raises(StageFailed, match=r"shard-000001\.arrow"):
+        Shards.open(tmp_path)
+
+
+def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, request(), 5)
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(UserError, match="manifest cannot be read"):
+        read_manifest(tmp_path)
+
+
+def test_the_name_of_a_folder_says_everything_that_determines_its_content() -> None:
+    changes: list[dict[str, object]] = [
+        {"table": "other.samples"},
+        {"table_id": "recreated"},
+        {"table_version": 4},
+        {"source": "other"},
+        {"split": "val"},
+        {"image": ImageConfig(size=SIDE, resize="crop")},
+        {"encoding": "jpeg"},
+        {"rows": 151},
+        {"seed": 1},
+    ]
+    assert {name for change in changes for name in change} == set(ShardRequest.model_fields)
+    names = [request(**change).folder_name for change in [{}, *changes]]
+    assert len(set(names)) == len(names)
+    assert request().folder_name == names[0]
+    assert names[0].startswith("demo-train-")
