@@ -193,7 +193,8 @@ def _refusals(outcomes: DataFrame, plan: DataFrame, rules: Rules) -> DataFrame:
     columns = ("source_row", "payload", "stage", "reason", "detail")
     name = rules.columns.image.replace("\\", "\\\\").replace('"', '\\"')
     rest = F.expr("substring(payload, 1, length(payload) - 1)")
-    whole = F.concat(rest, F.lit(f', "{name}": "'), F.base64("image"), F.lit('"}'))
+    encoded = F.translate(F.base64("image"), "\r\n", "")  # Spark breaks base64 into lines of 76, or not, by version
+    whole = F.concat(rest, F.lit(f', "{name}": "'), encoded, F.lit('"}'))
     conflicting = (
         outcomes.filter(F.col("reason").isNull())
         .join(plan.filter("conflicting").select("image_id", "sha256"), ["image_id", "sha256"])

@@ -6,7 +6,6 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,8 +28,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(params=["local", "databricks"])
-def either(request: pytest.FixtureRequest, home: Path) -> Iterator[Platform]:
-    yield open_platform(LocalPlatformConfig() if request.param == "local" else WORKSPACE)
+def either(request: pytest.FixtureRequest, home: Path) -> Platform:
+    return open_platform(LocalPlatformConfig() if request.param == "local" else WORKSPACE)
 
 
 def test_both_platforms_answer_every_question(either: Platform) -> None:
@@ -121,6 +120,7 @@ def test_no_java_is_said_before_pyspark_prints_a_traceback(tmp_path: Path) -> No
     )
     environment = {key: value for key, value in os.environ.items() if key != "JAVA_HOME"}
     environment |= {"PATH": str(tmp_path), "LAKESIGHT_HOME": str(tmp_path / "home")}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
     assert run.stdout.startswith("Spark needs Java 17 or later. Where: java on PATH. Got: [Errno 2]")
     assert run.stderr == ""

@@ -1,0 +1,183 @@
+"""Shards with real Spark and Delta: the right rows, the same bytes however the work is split, found again."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pictures import as_base64, picture, png, write_csv
+from pyspark.sql import SparkSession
+
+from pipelines.config import DataConfig
+from pipelines.driver.ingest import ingest
+from pipelines.driver.shard import ShardReport, shard
+from pipelines.errors import StageFailed, UserError
+from pipelines.platform import Platform
+from pipelines.shards import MANIFEST, Shards
+from pipelines.tables import SAMPLES
+from vlm.config import ImageConfig
+from vlm.image import to_pixels
+
+IMAGE = ImageConfig(size=16)
+COUNT = 150
+
+
+def config(path: Path, **shards: Any) -> DataConfig:
+    split = {"kind": "hash", "val": 0.2, "test": 0.0}
+    return DataConfig.model_validate({"source": {"path": str(path)}, "split": split, "shards": {"rows": 50} | shards})
+
+
+@pytest.fixture(scope="module")
+def filled(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A source of many pictures, ingested once: its name and file."""
+    rows = [[as_base64(png(1000 + n)), f"picture {n}"] for n in range(COUNT)]
+    path = write_csv(tmp_path_factory.mktemp("filled") / "a.csv", rows)
+    ingest(spark, platform, "test-filled", config(path))
+    return "test-filled", path
+
+
+@contextmanager
+def settings(spark: SparkSession, **values: str) -> Iterator[None]:
+    before = {key: str(spark.conf.get(key)) for key in values}
+    for key, value in values.items():
+        spark.conf.set(key, value)
+    yield
+    for key, value in before.items():
+        spark.conf.set(key, value)
+
+
+def remove(report: ShardReport) -> None:
+    for path in Path(report.folder).iterdir():
+        path.unlink()
+
+
+def test_every_row_of_the_split_is_there_once_as_its_resized_picture(
+    spark: SparkSession, platform: Platform, filled: tuple[str, Path]
+) -> None:
+    source, path = filled
+    reports = {split: shard(spark, platform, source, config(path), IMAGE, split) for split in ("train", "val")}
+    original = {f"picture {n}": to_pixels(picture(1000 + n), IMAGE) for n in range(COUNT)}
+    seen = []
+    for split, report in reports.items():
+        shards = Shards.open(Path(report.folder))
+        assert report.num_rows == len(shards)
+        assert report.split == split
+        assert [file.rows for file in shards.manifest.files[:-1]] == [50] * (len(shards.manifest.files) - 1)
+        for row in map(shards.row, range(len(shards))):
+            [(prompt, text)] = row.texts
+            assert np.array_equal(row.pixels, original[text])
+            assert prompt == ""
+            seen.append(text)
+    assert sorted(seen) == sorted(original)
+    assert seen != sorted(seen, key=lambda text: int(text.split()[1])), "rows are shuffled"
+
+
+def test_the_same_request_finds_the_folder_and_writes_nothing(
+    spark: SparkSession, platform: Platform, filled: tuple[str, Path], tmp_path: Path
+) -> None:
+    source, path = filled
+    first = shard(spark, platform, source, config(path, seed=1), IMAGE, "train")
+    changed = {file.name: file.stat().st_mtime_ns for file in Path(first.folder).iterdir()}
+    other = write_csv(tmp_path / "other.csv", [[as_base64(png(2000)), "another source"]])
+    ingest(spark, platform, "test-filled-other", config(other))
+    ingest(spark, platform, source, config(path))
+    again = shard(spark, platform, source, config(path, seed=1), IMAGE, "train")
+    assert (first.reused, again.reused) == (False, True)
+    assert again.folder == first.folder
+    assert again.content_hash == first.content_hash
+    assert {file.name: file.stat().st_mtime_ns for file in Path(again.folder).iterdir()} == changed
+
+
+def test_content_does_not_depend_on_how_spark_splits_the_work(
+    spark: SparkSession, platform: Platform, filled: tuple[str, Path]
+) -> None:
+    source, path = filled
+    data = config(path, seed=2)
+    first = shard(spark, platform, source, data, IMAGE, "train")
+    remove(first)
+    with settings(spark, **{"spark.sql.shuffle.partitions": "7", "spark.sql.files.maxPartitionBytes": "20000"}):
+        second = shard(spark, platform, source, data, IMAGE, "train")
+    assert (second.reused, second.folder, second.content_hash) == (False, first.folder, first.content_hash)
+    reseeded = shard(spark, platform, source, config(path, seed=3), IMAGE, "train")
+    assert reseeded.content_hash != first.content_hash
+
+
+def test_a_folder_that_a_crash_left_is_cleaned_up_and_written_again(
+    spark: SparkSession, platform: Platform, filled: tuple[str, Path]
+) -> None:
+    source, path = filled
+    data = config(path, seed=4)
+    first = shard(spark, platform, source, data, IMAGE, "val")
+    folder = Path(first.folder)
+    (folder / MANIFEST).unlink()
+    (folder / "shard-000000.arrow").write_bytes(b"half a file")
+    old, fresh = folder / ".shard-000007.arrow.x.tmp", folder / ".shard-000008.arrow.y.tmp"
+    for leftover in (old, fresh):
+        leftover.write_bytes(b"half a file")
+    os.utime(old, (time.time() - 7200,) * 2)
+    second = shard(spark, platform, source, data, IMAGE, "val")
+    assert (second.reused, second.content_hash) == (False, first.content_hash)
+    assert not old.exists()
+    assert fresh.exists(), "another writer may be at work on it"
+
+
+def test_new_rows_make_new_shards_and_leave_the_old_ones(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    rows = [[as_base64(png(3000 + n)), f"picture {n}"] for n in range(12)]
+    path = write_csv(tmp_path / "a.csv", rows[:8])
+    ingest(spark, platform, source, config(path))
+    first = shard(spark, platform, source, config(path), IMAGE, "train")
+    write_csv(path, rows)
+    report = ingest(spark, platform, source, config(path))
+    second = shard(spark, platform, source, config(path), IMAGE, "train")
+    assert second.folder != first.folder
+    assert second.dataset_version == report.dataset_version > first.dataset_version
+    assert len(Shards.open(Path(first.folder))) == first.num_rows < second.num_rows
+
+
+def test_jpeg_shards_are_smaller_and_nearly_the_same(
+    spark: SparkSession, platform: Platform, filled: tuple[str, Path]
+) -> None:
+    source, path = filled
+    size = ImageConfig(size=64)
+    raw, jpeg = (
+        Shards.open(Path(shard(spark, platform, source, config(path, encoding=encoding), size, "val").folder))
+        for encoding in ("raw", "jpeg")
+    )
+    assert sum(file.bytes for file in jpeg.manifest.files) < sum(file.bytes for file in raw.manifest.files) / 2
+    for index in range(len(raw)):
+        assert jpeg.row(index).image_id == raw.row(index).image_id
+        assert np.abs(jpeg.row(index).pixels.astype(int) - raw.row(index).pixels).mean() < 8
+
+
+def test_a_split_without_rows_says_which_splits_have_some(
+    spark: SparkSession, platform: Platform, filled: tuple[str, Path]
+) -> None:
+    source, path = filled
+    with pytest.raises(UserError, match=r"the test split has no rows.* in train, .* in val"):
+        shard(spark, platform, source, config(path), IMAGE, "test")
+    with pytest.raises(UserError, match="no rows of this source at all"):
+        shard(spark, platform, "test-never-ingested", config(path), IMAGE, "train")
+
+
+def test_a_picture_that_no_longer_decodes_stops_the_stage_and_is_named(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    path = write_csv(tmp_path / "a.csv", [[as_base64(png(4000 + n)), f"{n}"] for n in range(2)])
+    ingest(
+        spark,
+        platform,
+        source,
+        DataConfig.model_validate({"source": {"path": str(path)}, "split": {"val": 0, "test": 0}}),
+    )
+    spark.sql(f"UPDATE {platform.table(SAMPLES.name)} SET image = X'00' WHERE source = '{source}'").collect()
+    with pytest.raises(StageFailed, match=f"a picture of samples does not decode.*{source}/") as caught:
+        shard(spark, platform, source, config(path), IMAGE, "train")
+    assert "\n" not in str(caught.value)
