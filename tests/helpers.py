@@ -56,7 +56,7 @@ def tiny_model() -> ModelConfig:
     )
 
 
-def tiny_run(*, steps: int = 12, ranks: int = 2, **train: object) -> RunConfig:
+def tiny_run(*, steps: int = 12, ranks: int = 2, model: object = None, **train: object) -> RunConfig:
     """A run of a few seconds; `train` overrides its train settings."""
     settings: dict[str, object] = {
         "steps": steps,
@@ -71,7 +71,7 @@ def tiny_run(*, steps: int = 12, ranks: int = 2, **train: object) -> RunConfig:
     return RunConfig(
         name="tiny",
         chosen=Chosen(model="tiny", data="tiny", train="tiny", platform="local"),
-        model=tiny_model(),
+        model=ModelConfig.model_validate(model) if model else tiny_model(),
         data=DataConfig(source=CsvSourceConfig(path="none")),
         train=TrainConfig.model_validate(settings | train),
         platform=LocalPlatformConfig(ranks=ranks),
@@ -126,8 +126,17 @@ def write_run(folder: Path, config: RunConfig, train: Shards, validate: Shards) 
     return run
 
 
-def torchrun(run: RunDir, ranks: int) -> subprocess.Popen[bytes]:
-    """Start the ranks of a run as a person without Java would."""
+def torchrun(run: RunDir, ranks: int, module: str = "pipelines.worker.main") -> subprocess.CompletedProcess[str]:
+    """Run the ranks to their end as a person without Java would."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", "pipelines.worker.main", "--run-dir", str(run.path)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=run.path, env=os.environ)
+    command += ["-m", module, "--run-dir", str(run.path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, check=False, timeout=300
+    )
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and not merely waiting to be collected."""
+    status = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return bool(status.strip()) and not status.strip().startswith("Z")

@@ -88,7 +88,7 @@ def launch(run: RunDir, platform: Platform, spark: SparkSession, entry: RankEntr
     error = start_ranks(run, platform.launch, entry)
     result = finished(run)
     if result is None:
-        wait_for_words(run, ranks)
+        wait_for_words(run)
         raise failure_of(run, ranks, error) from error
     if result.world_size != ranks:
         raise StageFailed(

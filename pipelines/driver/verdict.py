@@ -1,7 +1,8 @@
 """Why a training run failed, from what its ranks left behind: the root, not the noise around it.
 
 When one rank dies, the others lose their connection to it and the launcher ends them, so most records tell of
-consequences. The root is the earliest record that is not one; else a rank that left no word at all.
+consequences. The root is the earliest record that is not one; else a rank that left no word at all; else, where ranks
+waited until their time ran out, the one that had to be ended because it was not waiting with them.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ WORD_SECONDS = 15.0
 """How long ranks that are being ended on other hosts have to leave their record."""
 
 
-def wait_for_words(run: RunDir, world_size: int) -> None:
-    """Wait until the records tell the root: one names a cause of its own, or every rank has left a word."""
+def wait_for_words(run: RunDir) -> None:
+    """Wait until the records tell the root: one names a cause of its own, or no rank that could still speak is silent.
+
+    Ranks on this host cannot: the launch has ended them.
+    """
     deadline = time.monotonic() + WORD_SECONDS
     while time.monotonic() < deadline:
-        failures = run.read_failures()
-        told = {failure.rank for failure in failures} | {rank.rank for rank in run.read_ranks() if rank.ended}
-        if any(not failure.consequence for failure in failures) or len(told) >= world_size:
+        if any(not failure.consequence for failure in run.read_failures()):
+            return
+        if all(rank.host == socket.gethostname() for rank in _silent(run)):
             return
         time.sleep(0.2)
 
@@ -36,23 +40,31 @@ def failure_of(run: RunDir, world_size: int, launcher: BaseException | None) -> 
         world_size: ranks that should have been there.
         launcher: what the launcher raised, if it did.
     """
-    failures, ranks = run.read_failures(), run.read_ranks()
-    told = {failure.rank for failure in failures} | {rank.rank for rank in ranks if rank.ended}
-    silent = sorted((rank for rank in ranks if rank.rank not in told), key=lambda rank: _last_sign(run, rank))
+    failures, silent = run.read_failures(), _silent(run)
     roots = [failure for failure in failures if not failure.consequence]
     if roots:
         return _raised(run, roots[0])
     if silent:
         return _vanished(run, silent[0])
+    hung = [failure for failure in failures if failure.exception == "SIGTERM"]
+    if hung and "timed out" in failures[0].message.lower():
+        return _hung(run, hung[0], failures[0])
     if failures:
         return _raised(run, failures[0])
     last = str(launcher or "no word from the launcher").strip().splitlines()[-1]
     return TrainingFailed(
-        f"{len(ranks)} of {world_size} ranks started, and there is no result",
+        f"{len(run.read_ranks())} of {world_size} ranks started, and there is no result",
         where=f"host {socket.gethostname()}, log {run.launcher_log}",
         got=last[:500],
         fix="the log has what the launcher said; every host needs this package and sees the run folder",
     )
+
+
+def _silent(run: RunDir) -> list[RankFile]:
+    """Ranks that started and left no word on how they ended, the one first that was silent first."""
+    told = {failure.rank for failure in run.read_failures()}
+    silent = [rank for rank in run.read_ranks() if not rank.ended and rank.rank not in told]
+    return sorted(silent, key=lambda rank: _last_sign(run, rank))
 
 
 def _raised(run: RunDir, failure: Failure) -> TrainingFailed:
@@ -60,10 +72,21 @@ def _raised(run: RunDir, failure: Failure) -> TrainingFailed:
     error = TrainingFailed(
         f"rank {failure.rank} failed at step {failure.step}",
         where=f"host {failure.host}, log {log}",
-        got=f"{failure.exception}: {failure.message}",
+        got=f"{failure.exception}: {failure.message}".rstrip(": "),
         fix=_how_to_go_on(run),
     )
     error.add_note(f"Traceback of rank {failure.rank}:\n{failure.traceback}")
+    return error
+
+
+def _hung(run: RunDir, hung: Failure, waiting: Failure) -> TrainingFailed:
+    error = TrainingFailed(
+        f"rank {hung.rank} hung at step {hung.step}",
+        where=f"host {hung.host}, log {run.log(hung.rank)}",
+        got=f"rank {waiting.rank} waited for it until its time ran out",
+        fix=f"the log says what it was doing; {_how_to_go_on(run)}",
+    )
+    error.add_note(f"Stack of rank {hung.rank} when it was ended:\n{hung.traceback}")
     return error
 
 
@@ -74,7 +97,7 @@ def _vanished(run: RunDir, rank: RankFile) -> TrainingFailed:
     return TrainingFailed(
         f"rank {rank.rank} ended without a word at step {step}",
         where=f"host {rank.host}, process {rank.pid}, log {run.log(rank.rank)}",
-        got=f"no record of an error, last heartbeat {last}: kill -9, out of memory, or os._exit",
+        got=f"no record of an error, last heartbeat {last}: kill -9, out of memory, os._exit, or it hung",
         fix=_how_to_go_on(run),
     )
 

@@ -1,0 +1,229 @@
+"""Ranks for real: under torchrun, beside the driver, and on executors; and what the driver makes of their deaths."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyspark.sql import SparkSession
+
+from pipelines.driver.train import launch
+from pipelines.driver.verdict import failure_of
+from pipelines.errors import TrainingFailed
+from pipelines.platform import Launch, Platform
+from pipelines.rundir import Result, RunDir, read_json, write_json
+from tests.e2e.faults import Fault, faulty_rank
+from tests.helpers import ROOT, is_running, tiny_run, torchrun, write_run, write_shards
+
+MakeRun = Callable[..., RunDir]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
+    """Writes the folder of a tiny run; its ranks can import the tests."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    train, validate = write_shards(tmp_path / "train", rows=21), write_shards(tmp_path / "val", rows=6)
+
+    def make(name: str = "run", fault: Fault | None = None, **settings: Any) -> RunDir:
+        run = write_run(tmp_path / name, tiny_run(**settings), train, validate)
+        if fault:
+            write_json(run.path / "fault.json", fault)
+        return run
+
+    return make
+
+
+@pytest.fixture
+def two_ranks(platform: Platform) -> Platform:
+    return replace(platform, launch=Launch(2, local_mode=True, use_gpu=False))
+
+
+def losses(run: RunDir) -> list[float]:
+    return [m.values["train/loss"] for m in run.read_metrics() if "train/loss" in m.values]
+
+
+def timeless(run: RunDir) -> list[tuple[int, dict[str, float]]]:
+    """Metrics without rates."""
+    return [
+        (m.step, {key: value for key, value in m.values.items() if "per_second" not in key}) for m in run.read_metrics()
+    ]
+
+
+def seconds_since_fault(run: RunDir) -> float:
+    return time.time() - float(json.loads((run.path / "struck.json").read_text())["time"])
+
+
+def test_torchrun_alone_trains_to_a_result(make_run: MakeRun) -> None:
+    run = make_run(steps=12)
+    ended = torchrun(run, 2)
+    assert ended.returncode == 0, ended.stdout
+    result = read_json(run.result, Result)
+    assert (result.status, result.step, result.world_size) == ("ok", 12, 2)
+    assert {"train/loss", "train/lr", "train/grad_norm", "val/loss", "val/blind_gap"} <= result.metrics.keys()
+    assert [m.step for m in run.read_metrics()] == [2, 4, 6, 8, 10, 12]
+    assert [(s.step, len(s.samples)) for s in run.read_samples()] == [(6, 2), (12, 2)]
+    assert [path.name for path in run.finished_checkpoints()] == ["step_000008", "step_000012"]
+    assert Path(result.checkpoint) == run.checkpoint(12)
+    assert all(rank.ended for rank in run.read_ranks())
+    assert all("from step 0 to 12" in run.log(rank).read_text() for rank in range(2))
+
+
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(make_run: MakeRun) -> None:
+    settings = {"steps": 400, "checkpoint_every": 40, "log_every": 20, "validate_every": 100}
+    whole = make_run("whole", **settings)
+    assert torchrun(whole, 2).returncode == 0
+
+    broken = make_run("broken", fault=Fault(kind="kill", rank=1), **settings)
+    assert torchrun(broken, 2, "tests.e2e.faults").returncode != 0
+    assert not broken.result.exists()
+    assert len(broken.finished_checkpoints()) > 0
+    assert torchrun(broken, 2).returncode == 0
+    assert re.search(r"from step (?!0 )\d+ to 400", broken.log(0).read_text())
+
+    for name in ("model.safetensors", "training.safetensors"):
+        assert (whole.checkpoint(400) / name).read_bytes() == (broken.checkpoint(400) / name).read_bytes()
+    assert timeless(whole) == timeless(broken)
+    assert list(whole.read_samples()) == list(broken.read_samples())
+
+
+def test_one_rank_and_two_learn_from_the_same_samples_in_the_same_order(make_run: MakeRun) -> None:
+    model = tiny_run().model.model_dump()
+    for part in (model["vision"], model["decoder"]):
+        part["transformer"]["dropout"] = 0.0
+    alone, together = (make_run(f"of-{ranks}", model=model, ranks=ranks, log_every=1) for ranks in (1, 2))
+    assert torchrun(alone, 1).returncode == 0
+    assert torchrun(together, 2).returncode == 0
+    assert losses(alone) == pytest.approx(losses(together), rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("raise", "rank {} failed at step [0-9]+.*ValueError"),
+        ("leave", "rank {} failed at step [0-9]+.*SystemExit: left at step"),
+        ("kill", "rank {} ended without a word at step [0-9]+.*kill -9"),
+        ("exit", "rank {} ended without a word at step [0-9]+.*os._exit"),
+    ],
+)
+def test_a_rank_that_dies_ends_the_launch_within_a_minute_and_is_named(
+    make_run: MakeRun, two_ranks: Platform, spark: SparkSession, kind: Any, rank: int, message: str
+) -> None:
+    run = make_run(fault=Fault(kind=kind, rank=rank), steps=100_000, validate_every=100_000)
+    with pytest.raises(TrainingFailed, match=message.format(rank)) as raised:
+        launch(run, two_ranks, spark, faulty_rank)
+    assert seconds_since_fault(run) < 60
+    assert "step_0" in raised.value.fix
+    assert not any(is_running(r.pid) for r in run.read_ranks())
+
+
+def test_a_rank_that_hangs_is_named_when_the_time_of_the_others_runs_out(make_run: MakeRun) -> None:
+    fault = Fault(kind="hang", rank=1)
+    run = make_run(fault=fault, steps=100_000, validate_every=100_000, timeout_seconds=5)
+    assert torchrun(run, 2, "tests.e2e.faults").returncode != 0
+    assert seconds_since_fault(run) < 60
+    error = failure_of(run, 2, None)
+    assert error.what.startswith("rank 1 hung at step")
+    assert "sleep" in error.__notes__[0]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(make_run: MakeRun) -> None:
+    run = make_run(optimizer={"lr": 1e30, "warmup_steps": 0}, steps=50)
+    assert torchrun(run, 2).returncode != 0
+    assert not run.result.exists()
+    error = failure_of(run, 2, None)
+    assert "NotFiniteError" in error.got
+    assert re.search(r"step \d+", error.got)
+
+
+def test_a_damaged_shard_ends_the_run_before_the_first_step(make_run: MakeRun) -> None:
+    run = make_run()
+    shard = next(Path(run.read_run().train_shards).glob("*.arrow"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert torchrun(run, 2).returncode != 0
+    assert "a training shard is damaged" in failure_of(run, 2, None).got
+
+
+def test_a_finished_launch_resumes_from_where_a_failed_one_stopped(
+    make_run: MakeRun, two_ranks: Platform, spark: SparkSession
+) -> None:
+    run = make_run(fault=Fault(kind="kill", rank=0), steps=400, checkpoint_every=40)
+    with pytest.raises(TrainingFailed):
+        launch(run, two_ranks, spark, faulty_rank)
+    result = launch(run, two_ranks, spark)
+    assert (result.step, result.world_size) == (400, 2)
+    assert (run.path / "attempts" / "1" / "logs" / "rank-0.log").exists()
+    assert run.read_failures() == []
+
+
+def test_interrupting_a_launch_ends_its_ranks_and_leaves_a_run_to_go_on_with(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(steps=100_000, validate_every=100_000)
+    environment = os.environ | {"LAKESIGHT_HOME": str(tmp_path / "home"), "RUN": str(run.path)}
+    process = subprocess.Popen([sys.executable, "-c", LAUNCH, "local[2]"], env=environment, stderr=subprocess.PIPE)
+    while not run.finished_checkpoints():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert b"KeyboardInterrupt" in printed
+    assert not any(is_running(rank.pid) for rank in run.read_ranks())
+    assert not run.result.exists()
+
+
+def test_on_executors_a_killed_rank_is_named_and_too_few_slots_are_refused_at_once(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run(fault=Fault(kind="kill", rank=1), steps=100_000, validate_every=100_000)
+    environment = os.environ | {"LAKESIGHT_HOME": str(tmp_path / "home"), "RUN": str(run.path)}
+    ended = subprocess.run(
+        [sys.executable, "-c", LAUNCH, "local-cluster[2,1,1024]"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    too_few, failed, since_fault = ended.stdout.splitlines()
+    assert "UserError the cluster has too few slots for the ranks" in too_few
+    assert "2 tasks at once, 3 needed" in too_few
+    assert "TrainingFailed rank 1 ended without a word" in failed
+    assert float(since_fault) < 60
+
+
+LAUNCH = """
+import os, sys, time, json
+from dataclasses import replace
+from pathlib import Path
+from pipelines.config import LocalPlatformConfig, SparkConfig
+from pipelines.driver.train import launch
+from pipelines.errors import LakesightError
+from pipelines.platform import local
+from pipelines.rundir import RunDir
+from tests.e2e.faults import faulty_rank
+
+run = RunDir(Path(os.environ["RUN"]))
+platform = local(LocalPlatformConfig(ranks=2, spark=SparkConfig(master=sys.argv[1], driver_memory="1g")))
+spark = platform.open_spark()
+if sys.argv[1] == "local[2]":
+    launch(run, platform, spark)
+try:
+    launch(run, replace(platform, launch=replace(platform.launch, ranks=3)), spark)
+except LakesightError as error:
+    print(type(error).__name__, error)
+try:
+    launch(run, platform, spark, faulty_rank)
+except LakesightError as error:
+    print(type(error).__name__, error)
+    print(time.time() - json.loads((run.path / "struck.json").read_text())["time"])
+spark.stop()
+"""

@@ -1,0 +1,138 @@
+"""Batches: what is a target and what is not, which text a picture shows, and order under prefetching."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.shards import Row
+from pipelines.worker.batches import Collator, prefetch, training_batches
+from tests.helpers import tiny_model, write_shards
+from vlm.batch import IGNORE, Batch
+from vlm.text.chars import CharTokenizer
+
+TOKENIZER = CharTokenizer("abcdefghijklmnopqrstuvwxyz \n?")
+MODEL = tiny_model()
+SLOTS = MODEL.num_slots
+
+
+def row(*texts: tuple[str, str]) -> Row:
+    return Row("a/1", np.zeros((16, 16, 3), np.uint8), list(texts))
+
+
+def collate(*texts: tuple[str, str]) -> Batch:
+    return Collator(TOKENIZER, MODEL).batch([row(text) for text in texts], texts)
+
+
+def spell(ids: torch.Tensor) -> str:
+    return TOKENIZER.decode(ids[ids != IGNORE].tolist())
+
+
+def test_targets_are_the_answer_and_its_end_and_nothing_else() -> None:
+    batch = collate(("what?", "a cat"), ("", "dog"))
+    labels = batch.labels_BT
+    assert [spell(row_T) for row_T in labels] == ["a cat", "dog"]
+    ends = [row_T[row_T != IGNORE][-1].item() for row_T in labels]
+    assert ends == [TOKENIZER.eos_id, TOKENIZER.eos_id]
+    assert batch.prefix_lengths_B.tolist() == [SLOTS + 1 + len("what?\n"), SLOTS + 1]
+
+
+def test_each_label_is_the_next_token() -> None:
+    batch = collate(("", "a cat"), ("", "elephant"))
+    for tokens_T, labels_T in zip(batch.tokens_BT, batch.labels_BT, strict=True):
+        (places,) = torch.where(labels_T[:-1] != IGNORE)
+        inside = places[labels_T[places] != TOKENIZER.eos_id]
+        assert (tokens_T[inside + 1] == labels_T[inside]).all()
+
+
+def test_the_first_answer_token_is_predicted_from_the_last_of_the_prefix() -> None:
+    batch = collate(("", "cat"))
+    (places,) = torch.where(batch.labels_BT[0] != IGNORE)
+    assert places[0] == SLOTS
+    assert batch.tokens_BT[0, SLOTS] == TOKENIZER.bos_id
+
+
+def test_batches_are_padded_to_a_multiple_of_eight_and_never_beyond_the_context() -> None:
+    short, long = collate(("", "cat")), collate(("", "x" * (MODEL.decoder.context - SLOTS - 2)))
+    assert short.tokens_BT.shape[1] == 8
+    assert long.tokens_BT.shape[1] <= MODEL.decoder.context
+
+
+@pytest.mark.parametrize("text", [("", "x" * 100), ("y" * 100, "cat")])
+def test_what_does_not_fit_the_context_is_cut_counted_and_said_once(
+    text: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    collator = Collator(TOKENIZER, MODEL)
+    with caplog.at_level(logging.WARNING):
+        batch = collator.batch([row(text), row(text)], [text, text])
+    assert batch.tokens_BT.shape == (2, MODEL.decoder.context)
+    assert (batch.labels_BT != IGNORE).any(dim=1).all()
+    assert TOKENIZER.eos_id not in batch.labels_BT  # the end of a cut text is not where it ends
+    assert collator.cut == 2
+    assert len(caplog.records) == 1
+
+
+def test_a_text_that_just_fits_is_whole() -> None:
+    text = "x" * (MODEL.decoder.context - SLOTS - 1)
+    assert spell(collate(("", text)).labels_BT[0]) == text
+
+
+def test_a_picture_with_several_texts_shows_each_of_them_in_some_epoch(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", rows=4, texts=3)
+    collator = Collator(TOKENIZER, MODEL)
+    shown: dict[bytes, set[str]] = {}
+    for batch in training_batches(shards, collator, steps=range(20), rank=0, world_size=1, batch_size=4, seed=1):
+        for pixels_HWC, labels_T in zip(batch.pixels_BHWC, batch.labels_BT, strict=True):
+            shown.setdefault(pixels_HWC.numpy().tobytes(), set()).add(spell(labels_T))
+    assert [len(texts) for texts in shown.values()] == [3, 3, 3, 3]
+
+
+def test_batches_from_the_middle_are_those_of_the_whole_sequence(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", rows=10, texts=2)
+
+    def batches(steps: range, rank: int, world_size: int) -> list[Batch]:
+        collator = Collator(TOKENIZER, MODEL)
+        return list(
+            training_batches(shards, collator, steps=steps, rank=rank, world_size=world_size, batch_size=6, seed=1)
+        )
+
+    whole = batches(range(8), 0, 1)
+    assert all(
+        torch.equal(a, b)
+        for one, other in zip(whole[5:], batches(range(5, 8), 0, 1), strict=True)
+        for a, b in zip(one.tensors(), other.tensors(), strict=True)
+    )
+    halves = [batches(range(8), rank, 2) for rank in range(2)]
+    for one, first, second in zip(whole, *halves, strict=True):
+        assert torch.equal(one.pixels_BHWC, torch.cat((first.pixels_BHWC, second.pixels_BHWC)))
+        said = [spell(labels_T) for part in (first, second) for labels_T in part.labels_BT]
+        assert said == [spell(labels_T) for labels_T in one.labels_BT]
+
+
+def test_prefetching_keeps_the_order() -> None:
+    assert list(prefetch(iter(range(50)))) == list(range(50))
+
+
+def test_an_error_while_prefetching_is_raised_where_the_batch_was_due() -> None:
+    def items() -> Iterator[int]:
+        yield from range(3)
+        raise RuntimeError("the shard is gone")
+
+    fetched = prefetch(items())
+    assert [next(fetched) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(RuntimeError, match="the shard is gone"):
+        next(fetched)
+
+
+def test_a_loop_that_stops_early_leaves_no_thread_behind() -> None:
+    before = threading.active_count()
+    fetched = prefetch(iter(range(1000)))
+    next(fetched)
+    fetched.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before

@@ -1,0 +1,220 @@
+"""How a rank ends: what it leaves on record, in real processes, and whom the driver blames for it."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines.driver.verdict import failure_of, wait_for_words
+from pipelines.rundir import Failure, RankFile, RunDir, read_json, touch_heartbeat, write_json
+from pipelines.worker.failure import is_consequence
+from tests.helpers import is_running
+
+START = """
+import os, sys, time
+from pathlib import Path
+from pipelines.rundir import RunDir
+from pipelines.worker.failure import Watch
+
+run = RunDir(Path(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run")
+
+
+def start(run: RunDir, body: str) -> subprocess.Popen[bytes]:
+    """A process that does `body` under the watch of rank 0."""
+    script = START + "with Watch(run, 0) as watch:\n" + textwrap.indent(textwrap.dedent(body), "    ")
+    return subprocess.Popen([sys.executable, "-c", script, str(run.path)], stderr=subprocess.DEVNULL)
+
+
+def record(run: RunDir) -> Failure:
+    return read_json(run.failure(0), Failure)
+
+
+def wait_until_started(run: RunDir, process: subprocess.Popen[bytes]) -> None:
+    while not run.heartbeat(0).exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)  # into the body
+
+
+def test_a_rank_that_did_all_it_had_to_do_says_so(run: RunDir) -> None:
+    assert start(run, "watch.at(7)").wait() == 0
+    (rank,) = run.read_ranks()
+    assert rank.ended
+    assert rank.host == socket.gethostname()
+    beat = run.read_heartbeat(0)
+    assert beat is not None
+    assert beat.step == 7
+    assert run.read_failures() == []
+
+
+def test_an_error_is_on_record_with_step_and_traceback(run: RunDir) -> None:
+    assert start(run, "watch.at(7)\nraise ValueError('bad row \\u00e9')").wait() == 1
+    failure = record(run)
+    assert (failure.exception, failure.message, failure.step) == ("ValueError", "bad row \u00e9", 7)
+    assert "Traceback" in failure.traceback
+    assert not failure.consequence
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_leaving_by_sys_exit_is_on_record(run: RunDir, code: int) -> None:
+    assert start(run, f"watch.at(7)\nsys.exit({code})").wait() == code
+    assert record(run).exception == "SystemExit"
+    assert record(run).message == f"left at step 7 with exit code {code}"
+    assert not record(run).consequence
+
+
+def test_leaving_by_os_exit_leaves_a_rank_that_has_not_ended(run: RunDir) -> None:
+    assert start(run, "os._exit(0)").wait() == 0
+    assert run.read_failures() == []
+    assert not run.read_ranks()[0].ended
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_on_record_although_the_main_thread_never_comes_back(run: RunDir, number: signal.Signals) -> None:
+    # sleep() in C, again and again, holding the GIL only in between: the main thread is as deaf as in a collective.
+    process = start(run, "import ctypes\nsleep = ctypes.CDLL(None).sleep\nlist(map(sleep, [600] * 9))")
+    wait_until_started(run, process)
+    process.send_signal(number)
+    assert process.wait(timeout=10) == 128 + number
+    assert record(run).exception == number.name
+    assert record(run).consequence
+
+
+def test_a_rank_does_not_outlive_its_launcher(run: RunDir, tmp_path: Path) -> None:
+    script = START + "with Watch(run, 0):\n    time.sleep(600)"
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {script!r}, {str(run.path)!r}])"
+    process = subprocess.Popen([sys.executable, "-c", launcher])
+    wait_until_started(run, process)
+    process.kill()
+    process.wait()
+    pid = run.read_ranks()[0].pid
+    deadline = time.monotonic() + 10
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(pid)
+    assert record(run).exception == "LauncherGone"
+
+
+def test_a_thread_that_does_not_stop_keeps_a_failed_rank_ten_seconds_at_most(run: RunDir) -> None:
+    process = start(run, "import threading\nthreading.Thread(target=time.sleep, args=(600,)).start()\nraise ValueError")
+    wait_until_started(run, process)
+    assert process.wait(timeout=20) == 1
+    assert record(run).exception == "ValueError"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"), True),
+        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation"), True),
+        (KeyboardInterrupt(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ConnectionResetError("Connection reset by peer"), False),  # a file system's, not a collective's
+        (ValueError("timed out waiting"), False),
+    ],
+)
+def test_only_a_broken_collective_or_an_interrupt_is_a_consequence(error: BaseException, expected: bool) -> None:
+    assert is_consequence(error) is expected
+
+
+def test_torchs_own_distributed_errors_are_consequences() -> None:
+    from torch.distributed import DistBackendError, DistNetworkError
+
+    assert is_consequence(DistBackendError("NCCL communicator was aborted"))
+    assert is_consequence(DistNetworkError("The client socket has timed out"))
+
+
+# ------------------------------------------------------------------------------------------ the driver's verdict
+
+
+def started(run: RunDir, rank: int, *, host: str | None = None, ended: bool = False, step: int = 5) -> None:
+    who = RankFile(rank=rank, host=host or socket.gethostname(), pid=1, started_at=100.0 + rank, ended=ended)
+    write_json(run.rank(rank), who)
+    touch_heartbeat(run, rank, step)
+
+
+def failed(run: RunDir, rank: int, at: float, *, consequence: bool, exception: str = "E", message: str = "m") -> None:
+    started(run, rank)
+    record = Failure(
+        rank=rank,
+        host="far",
+        pid=1,
+        exception=exception,
+        message=message,
+        traceback="the stack",
+        step=5,
+        failed_at=at,
+        consequence=consequence,
+    )
+    write_json(run.failure(rank), record)
+
+
+def test_the_earliest_cause_is_blamed_not_the_noise_before_it(run: RunDir) -> None:
+    failed(run, 0, 1.0, consequence=True)
+    failed(run, 1, 3.0, consequence=False, exception="KeyError", message="late")
+    failed(run, 2, 2.0, consequence=False, exception="ValueError", message="poison")
+    run.checkpoint(4).mkdir(parents=True)
+    error = failure_of(run, 3, None)
+    assert error.what == "rank 2 failed at step 5"
+    assert "host far" in error.where
+    assert "rank-2.log" in error.where
+    assert error.got == "ValueError: poison"
+    assert "step_000004" in error.fix
+    assert "the stack" in error.__notes__[0]
+
+
+def test_without_a_cause_the_silent_rank_is_blamed(run: RunDir) -> None:
+    failed(run, 0, 1.0, consequence=True)
+    started(run, 1, step=9)
+    started(run, 2, ended=True)
+    error = failure_of(run, 3, None)
+    assert error.what == "rank 1 ended without a word at step 9"
+    assert "there is no checkpoint yet" in error.fix
+
+
+def test_of_two_silent_ranks_the_one_that_fell_silent_first_is_blamed(run: RunDir) -> None:
+    started(run, 1)
+    time.sleep(0.01)
+    started(run, 0)
+    assert failure_of(run, 2, None).what.startswith("rank 1 ended without a word")
+
+
+def test_a_rank_that_others_waited_for_in_vain_is_blamed_for_hanging(run: RunDir) -> None:
+    failed(run, 0, 1.0, consequence=True, message="Timed out waiting 5000ms for recv operation")
+    failed(run, 1, 2.0, consequence=True, exception="SIGTERM")
+    error = failure_of(run, 2, None)
+    assert error.what == "rank 1 hung at step 5"
+    assert "rank 0 waited" in error.got
+
+
+def test_ranks_that_never_started_are_told_by_the_launchers_words(run: RunDir) -> None:
+    error = failure_of(run, 2, RuntimeError("first line\nNo module named 'pipelines'"))
+    assert error.what == "0 of 2 ranks started, and there is no result"
+    assert "No module named" in error.got
+
+
+def test_the_driver_waits_for_the_word_of_a_rank_elsewhere_but_not_for_a_dead_one_here(run: RunDir) -> None:
+    started(run, 0)
+    before = time.monotonic()
+    wait_for_words(run)
+    assert time.monotonic() - before < 1
+
+    started(run, 1, host="elsewhere")
+    script = START + "time.sleep(1)\nwith Watch(run, 1):\n    raise ValueError('late word')"
+    process = subprocess.Popen([sys.executable, "-c", script, str(run.path)], stderr=subprocess.DEVNULL)
+    wait_for_words(run)
+    assert failure_of(run, 2, None).got == "ValueError: late word"
+    process.wait()

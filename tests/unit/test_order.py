@@ -1,0 +1,90 @@
+"""The order of samples: a permutation an epoch, the same sequence whatever the world size."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from math import factorial
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.worker.order import draw, hash64, permute
+
+seeds = st.integers(-(2**63), 2**64)
+
+
+def epoch_of(num_rows: int, epoch: int, seed: int) -> list[int]:
+    places = np.arange(num_rows)
+    return permute(places, np.full(num_rows, epoch), num_rows=num_rows, seed=seed).tolist()
+
+
+@given(num_rows=st.integers(1, 3000), epoch=st.integers(0, 2**40), seed=seeds)
+@settings(max_examples=50, deadline=None)
+def test_every_epoch_visits_every_row_once(num_rows: int, epoch: int, seed: int) -> None:
+    assert sorted(epoch_of(num_rows, epoch, seed)) == list(range(num_rows))
+
+
+@given(num_rows=st.integers(2**40, 2**46), seed=seeds)
+@settings(max_examples=20, deadline=None)
+def test_a_place_among_trillions_costs_no_memory(num_rows: int, seed: int) -> None:
+    places = np.array([0, 1, num_rows // 2, num_rows - 1])
+    rows = permute(places, np.zeros(4, np.int64), num_rows=num_rows, seed=seed)
+    assert len(set(rows.tolist())) == 4
+    assert ((rows >= 0) & (rows < num_rows)).all()
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    orders = {tuple(epoch_of(100, epoch, seed)) for epoch in range(5) for seed in range(5)}
+    assert len(orders) == 25
+
+
+@pytest.mark.parametrize("num_rows", [2, 3, 4, 5])
+def test_all_orders_of_a_few_rows_are_equally_likely(num_rows: int) -> None:
+    epochs = 24_000
+    rows = permute(
+        np.tile(np.arange(num_rows), epochs), np.repeat(np.arange(epochs), num_rows), num_rows=num_rows, seed=1
+    )
+    orders, counts = np.unique(rows.reshape(epochs, num_rows), axis=0, return_counts=True)
+    assert len(orders) == len(list(permutations(range(num_rows))))
+    expected, freedom = epochs / factorial(num_rows), factorial(num_rows) - 1
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_neighbours_do_not_stay_neighbours() -> None:
+    order = np.array(epoch_of(10_000, 0, 7))
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.05
+
+
+@given(
+    step=st.integers(0, 10_000),
+    share=st.integers(1, 8),
+    world_size=st.sampled_from([1, 2, 3, 4, 6]),
+    num_rows=st.integers(1, 200),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=50, deadline=None)
+def test_the_ranks_slices_make_the_batch_that_one_rank_would_see(
+    step: int, share: int, world_size: int, num_rows: int, seed: int
+) -> None:
+    batch_size = 12 * share
+    common = {"step": step, "batch_size": batch_size, "num_rows": num_rows, "seed": seed}
+    alone = draw(rank=0, world_size=1, **common)
+    slices = [draw(rank=rank, world_size=world_size, **common) for rank in range(world_size)]
+    assert np.concatenate([part.rows for part in slices]).tolist() == alone.rows.tolist()
+    assert np.concatenate([part.epochs for part in slices]).tolist() == alone.epochs.tolist()
+
+
+def test_batches_go_on_across_the_end_of_an_epoch() -> None:
+    drawn = [draw(step, rank=0, world_size=1, batch_size=4, num_rows=6, seed=3) for step in range(3)]
+    assert [part.epochs.tolist() for part in drawn] == [[0, 0, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]]
+    rows = np.concatenate([part.rows for part in drawn])
+    assert sorted(rows[:6]) == sorted(rows[6:]) == list(range(6))
+
+
+def test_the_order_is_the_same_for_ever() -> None:
+    """A change here breaks the resumption of every run that exists: do not update the numbers, keep the order."""
+    assert epoch_of(8, 0, 0) == [6, 4, 5, 2, 1, 7, 0, 3]
+    assert hash64(1, -2, 3) == 12056474070484764355
