@@ -12,6 +12,7 @@ import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from functools import partial
 
 from pyspark import StorageLevel
@@ -147,7 +148,9 @@ def _caption(
         todo.repartition(min(tasks, missing), "image_id")
         .mapInArrow(partial(caption_batches, job), spark_schema(CAPTION_SCHEMA))
         .withColumns({column: F.lit(value) for column, value in lineage.items()})
-        .withColumn("captioned_at", F.current_timestamp())
+        # A literal: MERGE replaces current_timestamp() before it looks for a persisted plan that equals its source,
+        # finds none, and captions everything again.
+        .withColumn("captioned_at", F.lit(datetime.now(UTC)))
         .select(GENERATED_CAPTIONS.names)
         .persist(StorageLevel.MEMORY_AND_DISK)
     )

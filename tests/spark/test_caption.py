@@ -1,0 +1,218 @@
+"""Captioning a Delta table: every row once, errors in their rows, the model run once."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_model
+from PIL import Image
+from pyspark.sql import SparkSession
+
+from pipelines.driver.caption import CaptionReport, CaptionRequest, caption
+from pipelines.driver.model import ModelFiles
+from pipelines.errors import UserError
+from pipelines.platform import Platform
+from pipelines.tables import GENERATED_CAPTIONS
+from pipelines.worker.caption import load_captioner
+from vlm import text
+from vlm.build import build_model
+from vlm.checkpoint import save_model
+from vlm.config import GenerationConfig
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> ModelFiles:
+    """A random model, registered under a name of this test's own."""
+    config = tiny_model()
+    torch.manual_seed(3)
+    tokenizer = text.learn(config.text, [])
+    save_model(tmp_path / "model", build_model(config, tokenizer.vocab_size), tokenizer)
+    return ModelFiles(folder=tmp_path / "model", name=f"m-{tmp_path.name}", version="1", run_id="r")
+
+
+def picture(number: int) -> bytes:
+    buffer = io.BytesIO()
+    image = Image.effect_mandelbrot((24, 24), (-2, -1.5, 1, 1.5), 10 + number).convert("RGB")
+    Image.blend(image, Image.new("RGB", (24, 24), (number * 53 % 256, 80, number * 91 % 256)), 0.7).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write(spark: SparkSession, folder: Path, rows: list[tuple[Any, Any]], schema: str = "id INT, photo BINARY") -> str:
+    spark.createDataFrame(rows, schema).write.format("delta").mode("append").save(str(folder))
+    return f"delta.`{folder}`"
+
+
+def request(table: str, **more: object) -> CaptionRequest:
+    return CaptionRequest.model_validate({"source_table": table, "id_column": "id", "image_column": "photo"} | more)
+
+
+def stored(spark: SparkSession, platform: Platform, model: ModelFiles) -> dict[str, Any]:
+    table = spark.table(platform.table(GENERATED_CAPTIONS.name))
+    rows = table.where(table.model_name == model.name).collect()
+    assert len(rows) == len({(row["image_id"], row["settings_hash"], row["source_table"]) for row in rows})
+    return {row["image_id"]: row for row in rows}
+
+
+def commits(spark: SparkSession, platform: Platform) -> int:
+    history = spark.sql(f"DESCRIBE HISTORY {platform.table(GENERATED_CAPTIONS.name)}")
+    return history.where(history.operation == "MERGE").count()
+
+
+def numbers(report: CaptionReport) -> tuple[int, int, int, int]:
+    return report.considered, report.already, report.captioned, report.errors
+
+
+def test_every_row_is_captioned_once_with_lineage_and_bad_pictures_have_an_error(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+) -> None:
+    good = [(n, picture(n)) for n in range(70)]
+    table = write(spark, tmp_path / "photos", [*good, (70, b"no picture"), (71, None), (72, picture(1)[:90])])
+    report = caption(spark, platform, model, request(table))
+    assert numbers(report) == (73, 0, 70, 3)
+    rows = stored(spark, platform, model)
+    assert len(rows) == 73
+    assert [rows[str(n)]["error"].partition(":")[0] for n in (70, 71, 72)] == [
+        "not_an_image",
+        "missing_field",
+        "truncated_image",
+    ]
+    for row in rows.values():
+        assert (row["caption"] is None) != (row["error"] is None)
+        assert (row["source_table"], row["source_version"], row["run_id"]) == (table, 0, "r")
+    captioner = load_captioner(str(model.folder))
+    settings = captioner.model.config.generation
+    for number, data in good[:5]:  # the same caption alone as in a batch on an executor
+        (alone,) = captioner.caption([data], [""], settings)
+        row = rows[str(number)]
+        assert (row["caption"], row["sha256"], row["num_tokens"]) == (alone.caption, alone.sha256, alone.num_tokens)
+        assert row["mean_logprob"] == pytest.approx(alone.mean_logprob, abs=1e-4)
+
+
+def test_a_second_job_captions_nothing_and_commits_nothing(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+) -> None:
+    table = write(spark, tmp_path / "photos", [(n, picture(n)) for n in range(4)])
+    caption(spark, platform, model, request(table))
+    before = commits(spark, platform)
+    assert numbers(caption(spark, platform, model, request(table))) == (4, 4, 0, 0)
+    assert commits(spark, platform) == before
+
+
+def test_only_new_rows_new_settings_or_a_new_version_are_captioned(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+) -> None:
+    table = write(spark, tmp_path / "photos", [(n, picture(n)) for n in range(4)])
+    caption(spark, platform, model, request(table))
+    write(spark, tmp_path / "photos", [(n, picture(n)) for n in range(4, 7)])
+    assert numbers(caption(spark, platform, model, request(table, where="id < 6"))) == (6, 4, 2, 0)
+    assert numbers(caption(spark, platform, model, request(table, source_version=0))) == (4, 4, 0, 0)
+    assert numbers(caption(spark, platform, model, request(table, prompt="what"))) == (7, 0, 7, 0)
+    shorter = request(table, settings=GenerationConfig(max_new_tokens=3))
+    assert numbers(caption(spark, platform, model, shorter)) == (7, 0, 7, 0)
+    second = model.model_copy(update={"version": "2"})
+    assert numbers(caption(spark, platform, second, request(table))) == (7, 0, 7, 0)
+
+
+def test_equal_ids_of_two_tables_do_not_hide_each_other(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        table = write(spark, tmp_path / name, [(1, picture(1))])
+        assert numbers(caption(spark, platform, model, request(table))) == (1, 0, 1, 0)
+
+
+def test_base64_text_is_captioned_like_its_bytes(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+) -> None:
+    encoded = [(n, base64.b64encode(picture(n)).decode()) for n in range(3)]
+    table = write(spark, tmp_path / "texts", [*encoded, (3, "%%%")], "id INT, photo STRING")
+    assert numbers(caption(spark, platform, model, request(table))) == (4, 0, 3, 1)
+    captioner = load_captioner(str(model.folder))
+    (alone,) = captioner.caption([picture(2)], [""], captioner.model.config.generation)
+    assert stored(spark, platform, model)["2"]["caption"] == alone.caption
+
+
+def test_a_sampled_caption_does_not_depend_on_its_batch(model: ModelFiles) -> None:
+    captioner = load_captioner(str(model.folder))
+    settings = GenerationConfig(max_new_tokens=8, temperature=1.5, seed=7)
+    images = [picture(n) for n in range(6)]
+    together = captioner.caption(images, ["", "a", "", "a", "", ""], settings)
+    for image, prompt, result in zip(images, ["", "a", "", "a", "", ""], together, strict=True):
+        assert captioner.caption([image], [prompt], settings)[0].caption == result.caption
+
+
+def test_the_model_runs_once_for_each_picture(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+) -> None:
+    """Spark's own count of rows that left Python: counting and writing must not run the model again."""
+    table = write(spark, tmp_path / "photos", [(n, picture(n)) for n in range(9)])
+    seen = executed_queries(spark)
+    caption(spark, platform, model, request(table))
+    assert rows_from_python(spark, after=seen) == 9
+
+
+def executed_queries(spark: SparkSession) -> int:
+    return int(spark._jsparkSession.sharedState().statusStore().executionsCount())
+
+
+def rows_from_python(spark: SparkSession, after: int) -> int:
+    """Output rows of every MapInArrow node of the queries that ran after the first `after`."""
+    store = spark._jsparkSession.sharedState().statusStore()
+    spark._jsc.sc().listenerBus().waitUntilEmpty()
+    queries = store.executionsList()
+    total = 0  # a query that reads the persisted captions shows the node too, with no rows
+    for position in range(after, queries.size()):
+        query = queries.apply(position).executionId()
+        values = store.executionMetrics(query)
+        for node in items(store.planGraph(query).allNodes()):
+            for metric in items(node.metrics()) if "MapInArrow" in node.name() else ():
+                value = values.get(metric.accumulatorId())
+                if metric.name() == "number of output rows" and value.isDefined():
+                    total += int(value.get().replace(",", ""))
+    return total
+
+
+def items(sequence: Any) -> list[Any]:
+    """A Scala sequence as a list."""
+    return [sequence.apply(index) for index in range(sequence.size())]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"source_table": "photos; DROP TABLE x"}, "not a table name"),
+        ({"source_table": "sampels"}, "did you mean 'lakesight.samples'"),
+        ({"id_column": "di"}, "did you mean 'id'"),
+        ({"image_column": "foto"}, "did you mean 'photo'"),
+        ({"image_column": "id"}, "holds no pictures.*type int"),
+        ({"where": "id <"}, "condition cannot be used"),
+        ({"where": "size > 3"}, "condition cannot be used"),
+        ({"source_version": 99}, "newest version is 0"),
+        ({"prompt": "a very long question about it"}, "leaves no room"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_the_users_mistake(
+    spark: SparkSession,
+    platform: Platform,
+    model: ModelFiles,
+    tmp_path: Path,
+    wrong: dict[str, object],
+    message: str,
+) -> None:
+    table = write(spark, tmp_path / "photos", [(1, picture(1))])
+    with pytest.raises(UserError, match=message):
+        caption(spark, platform, model, request(table).model_copy(update=wrong))
+
+
+@pytest.mark.parametrize("ids", [(1, 1), (1, None)])
+def test_ids_that_do_not_tell_rows_apart_are_refused(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path, ids: tuple[int | None, ...]
+) -> None:
+    table = write(spark, tmp_path / "photos", [(identity, picture(1)) for identity in ids])
+    with pytest.raises(UserError, match="do not tell the rows apart"):
+        caption(spark, platform, model, request(table))
