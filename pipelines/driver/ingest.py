@@ -22,7 +22,7 @@ from functools import partial
 
 from delta.tables import DeltaMergeBuilder, DeltaTable
 from pyspark import StorageLevel
-from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
@@ -99,21 +99,23 @@ def ingest(spark: SparkSession, platform: Platform, source_name: str, config: Da
         _kept(source.rows.mapInArrow(decode, schema), StorageLevel.DISK_ONLY) as outcomes,
         _kept(_plan(outcomes, _rows_of(spark, platform, SAMPLES.name, source_name))) as plan,
     ):
-        rows_in = outcomes.count()
-        if not rows_in:
+        totals = _totals(outcomes, plan)
+        if not totals.rows_in:
             raise UserError("the input has no rows", where=config.source.path, got="a header", fix="add rows")
-        logger.info("%d rows decoded in %.1f s", rows_in, time.monotonic() - started)
-        reasons, repeated = _quarantine(spark, platform, _refusals(outcomes, plan, rules), stamp)
-        counts = _merge(spark, platform, outcomes, plan, stamp)
-        across = _equal_across_splits(outcomes)
+        logger.info("%d rows decoded in %.1f s", totals.rows_in, time.monotonic() - started)
+        bad = totals.refused + totals.conflicting
+        reasons = _quarantine(platform, _refusals(outcomes, plan, rules), stamp) if bad else {}
+        if totals.texts:
+            _merge(platform, outcomes, plan, stamp, totals)
+        across = _across_splits(outcomes) if config.split.kind == "file" else 0
     splits = _rows_of(spark, platform, SAMPLES.name, source_name).groupBy("split").count().orderBy("split").collect()
     report = IngestReport(
         source=source_name,
         ingest_id=source.ingest_id,
-        rows_in=rows_in,
-        new=counts.new,
-        merged=counts.merged,
-        duplicates=counts.duplicates + repeated,
+        rows_in=totals.rows_in,
+        new=totals.new,
+        merged=totals.texts - totals.new,
+        duplicates=totals.usable - totals.texts + bad - sum(reasons.values()),
         quarantined=sum(reasons.values()),
         reasons=reasons,
         splits={row["split"]: row["count"] for row in splits},
@@ -121,7 +123,7 @@ def ingest(spark: SparkSession, platform: Platform, source_name: str, config: Da
         dataset_version=versions(spark, platform, source_name).changed,
         seconds=round(time.monotonic() - started, 3),
     )
-    return _checked(report, config, used=counts.rows)
+    return _checked(report, config, used=totals.usable)
 
 
 @contextmanager
@@ -177,7 +179,38 @@ def _plan(outcomes: DataFrame, known: DataFrame) -> DataFrame:
     )
 
 
-def _equal_across_splits(outcomes: DataFrame) -> int:
+@dataclass(frozen=True)
+class _Totals:
+    """Numbers of rows (in; refused by an executor; of pictures that fight over an id; usable) and what is new.
+
+    `new` counts pictures that `samples` lacks, `updated` those that get a further text, `texts` the new texts of both.
+    """
+
+    rows_in: int
+    refused: int
+    conflicting: int
+    usable: int
+    new: int
+    updated: int
+    texts: int
+
+
+def _totals(outcomes: DataFrame, plan: DataFrame) -> _Totals:
+    def total(what: str, where: str) -> Column:
+        return F.expr(f"coalesce(sum({what}) FILTER (WHERE {where}), 0)")
+
+    decoded = outcomes.agg(F.count("*").alias("rows_in"), F.count("reason").alias("refused")).collect()[0]
+    planned = plan.agg(
+        total("rows", "conflicting").alias("conflicting"),
+        total("rows", "NOT conflicting").alias("usable"),
+        total("1", "NOT conflicting AND is_new").alias("new"),
+        total("1", "NOT conflicting AND NOT is_new AND size(fresh) > 0").alias("updated"),
+        total("size(fresh)", "NOT conflicting").alias("texts"),
+    ).collect()[0]
+    return _Totals(**decoded.asDict(), **planned.asDict())
+
+
+def _across_splits(outcomes: DataFrame) -> int:
     pictures = outcomes.filter(F.col("reason").isNull()).groupBy("sha256").agg(F.count_distinct("split").alias("n"))
     across = pictures.filter("n > 1").count()
     if across:
@@ -209,14 +242,12 @@ def _refusals(outcomes: DataFrame, plan: DataFrame, rules: Rules) -> DataFrame:
     return outcomes.filter(F.col("reason").isNotNull()).select(*columns).unionAll(conflicting.select(*columns))
 
 
-def _quarantine(
-    spark: SparkSession, platform: Platform, refusals: DataFrame, stamp: _Stamp
-) -> tuple[dict[str, int], int]:
-    """Write refusals that `quarantine` does not have yet; how many by reason, and how many rows repeat others.
+def _quarantine(platform: Platform, refusals: DataFrame, stamp: _Stamp) -> dict[str, int]:
+    """Write refusals that `quarantine` does not have yet; how many by reason.
 
     A row is known by its content (`source` and `source_row`): a file that grew brings its bad rows only once.
     """
-    known = _rows_of(spark, platform, QUARANTINE.name, stamp.source).select("source_row")
+    known = _rows_of(refusals.sparkSession, platform, QUARANTINE.name, stamp.source).select("source_row")
     fresh = refusals.join(known, "source_row", "left_anti").dropDuplicates(["source_row"])
     counted = fresh.groupBy("reason").count().orderBy(F.desc("count"), "reason").collect()
     reasons = {row["reason"]: row["count"] for row in counted}
@@ -232,55 +263,34 @@ def _quarantine(
         merge = _merge_into(platform.table(QUARANTINE.name), rows, "source_row", stamp.source)
         _expect(merge.whenNotMatchedInsertAll().execute(), QUARANTINE.name, inserted=quarantined, updated=0)
         logger.info("%d rows quarantined: %s", quarantined, reasons)
-    return reasons, refusals.count() - quarantined
+    return reasons
 
 
 # ------------------------------------------------------------------------------------------------ samples
 
 
-@dataclass(frozen=True)
-class _Counts:
-    """Rows that could be used, and what became of them."""
-
-    rows: int
-    new: int
-    merged: int
-
-    @property
-    def duplicates(self) -> int:
-        return self.rows - self.new - self.merged
-
-
-def _merge(spark: SparkSession, platform: Platform, outcomes: DataFrame, plan: DataFrame, stamp: _Stamp) -> _Counts:
-    """Insert new pictures and add new texts to known ones, in one commit; none where nothing is new."""
-    usable = plan.filter("NOT conflicting")
-    totals = usable.agg(
-        F.coalesce(F.sum("rows"), F.lit(0)).alias("rows"),
-        F.expr("count_if(is_new)").alias("new"),
-        F.expr("count_if(NOT is_new AND size(fresh) > 0)").alias("updated"),
-        F.coalesce(F.sum(F.size("fresh")), F.lit(0)).alias("texts"),
-    ).collect()[0]
-    if totals["texts"]:
-        pictures = outcomes.select("image_id", "image", "format", "width", "height").filter("image IS NOT NULL")
-        rows = (
-            usable.filter("size(fresh) > 0")
-            .join(pictures.dropDuplicates(["image_id"]), "image_id")
-            .select(
-                *("image_id", "sha256", "image", "format", "width", "height"),
-                F.array_sort("fresh").alias("texts"),
-                "split",
-                F.lit(stamp.source).alias("source"),
-                "source_row",
-                F.lit(stamp.ingest_id).alias("ingest_id"),
-                F.lit(stamp.at).alias("ingested_at"),
-            )
+def _merge(platform: Platform, outcomes: DataFrame, plan: DataFrame, stamp: _Stamp, totals: _Totals) -> None:
+    """Insert new pictures and add new texts to known ones, in one commit."""
+    pictures = outcomes.select("image_id", "image", "format", "width", "height").filter("image IS NOT NULL")
+    rows = (
+        plan.filter("NOT conflicting AND size(fresh) > 0")
+        .join(pictures.dropDuplicates(["image_id"]), "image_id")
+        .select(
+            *("image_id", "sha256", "image", "format", "width", "height"),
+            F.array_sort("fresh").alias("texts"),
+            "split",
+            F.lit(stamp.source).alias("source"),
+            "source_row",
+            F.lit(stamp.ingest_id).alias("ingest_id"),
+            F.lit(stamp.at).alias("ingested_at"),
         )
-        merge = _merge_into(platform.table(SAMPLES.name), rows, "image_id", stamp.source)
+    )
+    merge = _merge_into(platform.table(SAMPLES.name), rows, "image_id", stamp.source).whenNotMatchedInsertAll()
+    if totals.updated:  # Delta merges in one pass where there is nothing to update
         both = F.expr("array_sort(array_union(known.texts, came.texts))")
-        merge = merge.whenMatchedUpdate(set={"texts": both}).whenNotMatchedInsertAll()
-        _expect(merge.execute(), SAMPLES.name, inserted=totals["new"], updated=totals["updated"])
-        logger.info("%d new pictures, %d with new texts", totals["new"], totals["updated"])
-    return _Counts(rows=totals["rows"], new=totals["new"], merged=totals["texts"] - totals["new"])
+        merge = merge.whenMatchedUpdate(set={"texts": both})
+    _expect(merge.execute(), SAMPLES.name, inserted=totals.new, updated=totals.updated)
+    logger.info("%d new pictures, %d with new texts", totals.new, totals.updated)
 
 
 def _merge_into(table: str, came: DataFrame, key: str, source: str) -> DeltaMergeBuilder:

@@ -41,7 +41,7 @@ class Source:
 
     Attributes:
         rows: one row a record: `file` (string, name of its file), `raw` (string, the line, where it is not a record of
-            its file, else null), `row` (struct of strings, the record).
+            its file, else null), `row` (map of column to string, the record; files may differ in columns).
         ingest_id: a hash of the source's name and its files' names, sizes and times.
     """
 
@@ -135,7 +135,7 @@ def _records(spark: SparkSession, paths: list[str], header: tuple[str, ...], con
         columnNameOfCorruptRecord=CORRUPT,
         **_dialect(config),  # type: ignore[arg-type]
     )
-    record = F.struct(*(F.col(f"`{name.replace('`', '``')}`") for name in header))
+    record = F.create_map(*(part for name in header for part in (F.lit(name), F.col(f"`{name.replace('`', '``')}`"))))
     return frame.select(F.col("_metadata.file_name").alias("file"), F.col(CORRUPT).alias("raw"), record.alias("row"))
 
 

@@ -76,14 +76,14 @@ def decode_batches(batches: Iterator[pa.RecordBatch], rules: Rules) -> Iterator[
 
     Args:
         batches: columns `file` (name of the file), `raw` (the line, where it is no record of the file; else null) and
-            `row` (a struct of strings: the source's own columns).
+            `row` (a map of the source's own columns to strings).
         rules: what makes a row a sample.
     """
     outcomes: list[dict[str, Any]] = []
     held = 0
     for batch in batches:
         for row in batch.to_pylist():
-            outcomes.append(decode_row(row["file"], row["raw"], row["row"], rules))
+            outcomes.append(decode_row(row["file"], row["raw"], dict(row["row"]), rules))
             held += len(outcomes[-1].get("image") or b"") + len(outcomes[-1]["payload"])
             if held >= FLUSH_BYTES or len(outcomes) >= FLUSH_ROWS:
                 yield pa.RecordBatch.from_pylist(outcomes, OUTCOME)

@@ -207,7 +207,7 @@ def test_the_seeds_own_file_is_read(spark: SparkSession, platform: Platform, sou
     path = SHARED / "seemore" / "inputs.csv"
     if not path.exists():
         pytest.skip("the seeds' pictures are not beside this checkout (../shared/data/seemore)")
-    report = ingest(spark, platform, source, config(path, split={"val": 0.0, "test": 0.0}))
+    report = ingest(spark, platform, source, config(path))
     assert parts(report) == (3, 3, 0, 0, 0)
     rows = rows_of(spark, platform, "samples", source)
     assert {(row["format"], row["width"], row["height"], row["split"]) for row in rows} == {

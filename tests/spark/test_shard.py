@@ -170,13 +170,8 @@ def test_a_split_without_rows_says_which_splits_have_some(
 def test_a_picture_that_no_longer_decodes_stops_the_stage_and_is_named(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
-    path = write_csv(tmp_path / "a.csv", [[as_base64(png(4000 + n)), f"{n}"] for n in range(2)])
-    ingest(
-        spark,
-        platform,
-        source,
-        DataConfig.model_validate({"source": {"path": str(path)}, "split": {"val": 0, "test": 0}}),
-    )
+    path = write_csv(tmp_path / "a.csv", [[as_base64(png(4000 + n)), f"{n}"] for n in range(4)])
+    ingest(spark, platform, source, config(path))
     spark.sql(f"UPDATE {platform.table(SAMPLES.name)} SET image = X'00' WHERE source = '{source}'").collect()
     with pytest.raises(StageFailed, match=f"a picture of samples does not decode.*{source}/") as caught:
         shard(spark, platform, source, config(path), IMAGE, "train")

@@ -23,14 +23,13 @@ RULES = Rules("birds", ColumnNames(), LIMITS, HashSplitConfig(val=0.2, test=0.2)
 GOOD = as_base64(png(1))
 
 
+def batch_of(rows: list[Fields], file: str = "a.csv", raw: str | None = None) -> pa.RecordBatch:
+    schema = pa.schema([("file", pa.string()), ("raw", pa.string()), ("row", pa.map_(pa.string(), pa.string()))])
+    return pa.RecordBatch.from_pylist([{"file": file, "raw": raw, "row": list(row.items())} for row in rows], schema)
+
+
 def decode(rows: list[Fields], rules: Rules = RULES, file: str = "a.csv") -> list[dict[str, Any]]:
-    batch = pa.RecordBatch.from_pylist([{"file": file, "raw": None, "row": row} for row in rows], schema(rows))
-    return [row for out in decode_batches(iter([batch]), rules) for row in out.to_pylist()]
-
-
-def schema(rows: list[Fields]) -> pa.Schema:
-    fields = pa.struct([(name, pa.string()) for name in rows[0]])
-    return pa.schema([("file", pa.string()), ("raw", pa.string()), ("row", fields)])
+    return [row for out in decode_batches(iter([batch_of(rows, file)]), rules) for row in out.to_pylist()]
 
 
 def one(fields: Fields | None = None, rules: Rules = RULES) -> dict[str, Any]:
@@ -82,9 +81,7 @@ def test_a_bad_row_has_its_reason_and_keeps_all_it_had(reason: str) -> None:
 
 
 def test_a_line_that_is_no_record_is_kept_as_it_was() -> None:
-    batch = pa.RecordBatch.from_pylist(
-        [{"file": "a.csv", "raw": "one,two,three", "row": {IMAGE: "one", TEXT: "two"}}], schema([{IMAGE: "", TEXT: ""}])
-    )
+    batch = batch_of([{IMAGE: "one", TEXT: "two"}], raw="one,two,three")
     [outcome] = next(decode_batches(iter([batch]), RULES)).to_pylist()
     assert (outcome["stage"], outcome["reason"]) == ("read", "malformed_record")
     assert outcome["payload"] == "one,two,three"
@@ -174,7 +171,7 @@ def test_batches_that_leave_are_bounded_in_bytes_whatever_comes() -> None:
     big = LimitsConfig(max_bytes=2**25, max_pixels=2**22)
     rules = Rules("birds", ColumnNames(), big, HashSplitConfig())
     row: Fields = {IMAGE: as_base64(encoded(picture(3, (1200, 1000)), "BMP")), TEXT: "a bird"}
-    batch = pa.RecordBatch.from_pylist([{"file": "a.csv", "raw": None, "row": row}] * 12, schema([row]))
+    batch = batch_of([row] * 12)
     sizes = [out.nbytes for out in decode_batches(iter([batch]), rules)]
     assert len(sizes) > 1
     assert max(sizes) < FLUSH_BYTES + 4 * 2**20
