@@ -65,7 +65,7 @@ def write_html(path: Path, title: str, about: str, metrics: Mapping[str, Interva
         {
             "name": name,
             "value": f"{metrics[key].value:.3f}",
-            "range": f"{metrics[key].low:.3f} to {metrics[key].high:.3f}",
+            "range": _range(metrics[key]),
         }
         for key, name in _SHOWN.items()
         if key in metrics
@@ -88,12 +88,21 @@ def write_png(path: Path, title: str, cards: Sequence[Card]) -> None:
         card = shown[number]
         axes.imshow(Image.open(io.BytesIO(card.thumbnail)).convert("RGB"), interpolation="nearest")
         axes.set_anchor("S")
-        below = f"human: {card.human}\nmodel: {card.caption}"
-        wrapped = "\n".join(line for part in below.split("\n") for line in textwrap.wrap(part, 40)[:4])
+        axes.set_title(_wrapped(f"human: {card.human}"), loc="left", fontsize=9)
         colour = "#1a7f45" if card.exact else "#b3341f"
-        axes.text(0, -0.03, _plain(wrapped), transform=axes.transAxes, va="top", fontsize=9, color=colour)
+        below = {"transform": axes.transAxes, "va": "top", "fontsize": 9, "color": colour}
+        axes.text(0, -0.03, _wrapped(f"model: {card.caption}"), **below)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def _range(metric: Interval) -> str:
+    return f"{metric.low:.3f} to {metric.high:.3f}" if metric.low < metric.high else ""
+
+
+def _wrapped(text: str) -> str:
+    """At most four lines as wide as a picture."""
+    return _plain("\n".join(textwrap.wrap(text, 40, max_lines=4, placeholder=" ...")))
 
 
 def _plain(text: str) -> str:
