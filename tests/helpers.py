@@ -33,7 +33,8 @@ from vlm import text
 from vlm.config import ModelConfig
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
-ROOT = Path(__file__).parents[1]
+TEST_PATH = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(__file__).parent / "e2e"))
+"""PYTHONPATH of ranks that run an entry of the tests."""
 
 
 def tiny_model() -> ModelConfig:
@@ -130,7 +131,7 @@ def torchrun(run: RunDir, ranks: int, module: str = "pipelines.worker.main") -> 
     """Run the ranks to their end as a person without Java would."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", module, "--run-dir", str(run.path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": TEST_PATH}
     return subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, check=False, timeout=300
     )

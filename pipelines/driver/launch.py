@@ -92,7 +92,7 @@ def start_ranks(run: RunDir, launch: Launch, entry: RankEntry) -> Exception | No
     Raises:
         KeyboardInterrupt: the user's; the ranks have ended then too.
     """
-    from py4j.protocol import Py4JError
+    from py4j.protocol import Py4JError  # type: ignore[import-untyped]
     from pyspark.errors import PySparkException
 
     distributor = open_distributor(launch)

@@ -1,6 +1,6 @@
 """Ranks that go wrong on request: the fault is in fault.json of the run folder, production code knows nothing of it.
 
-torchrun ... -m tests.e2e.faults --run-dir DIR        or, as a launcher's entry:  faulty_rank
+torchrun ... -m faults --run-dir DIR        or, as a launcher's entry:  faulty_rank
 """
 
 from __future__ import annotations

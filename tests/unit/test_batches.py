@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import tiny_model, write_shards
 
 from pipelines.shards import Row
 from pipelines.worker.batches import Collator, prefetch, training_batches
-from tests.helpers import tiny_model, write_shards
 from vlm.batch import IGNORE, Batch
 from vlm.text.chars import CharTokenizer
 

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import is_running
 
 from pipelines.driver.verdict import failure_of, wait_for_words
 from pipelines.rundir import Failure, RankFile, RunDir, read_json, touch_heartbeat, write_json
 from pipelines.worker.failure import is_consequence
-from tests.helpers import is_running
 
 START = """
 import os, sys, time

@@ -17,7 +17,7 @@ seeds = st.integers(-(2**63), 2**64)
 
 def epoch_of(num_rows: int, epoch: int, seed: int) -> list[int]:
     places = np.arange(num_rows)
-    return permute(places, np.full(num_rows, epoch), num_rows=num_rows, seed=seed).tolist()
+    return [int(row) for row in permute(places, np.full(num_rows, epoch), num_rows=num_rows, seed=seed)]
 
 
 @given(num_rows=st.integers(1, 3000), epoch=st.integers(0, 2**40), seed=seeds)
