@@ -23,7 +23,7 @@ check: $(STAMP)  ## Lint, formatting, types and import contracts
 	$(BIN)/lint-imports
 
 bench: $(STAMP)  ## Measure the ratios of docs/benchmarks.md
-	$(BIN)/pytest tests/benchmarks -s
+	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 faults: $(STAMP)  ## Kill ranks and processes on purpose, and look what is left
 	$(BIN)/pytest -m faults
