@@ -80,8 +80,8 @@ def test_a_value_may_contain_an_equals_sign() -> None:
             "model.vision.stem.kind=pach",
             "model.vision.stem: unknown kind 'pach', did you mean 'patch'? (one of patch, conv)",
         ),
-        ("model.decoder.transformer.attention.num_heads=3", "num_heads 3 must be a multiple of num_kv_heads 2"),
-        ("model.image.size=60", "model: image.size 60 is not a multiple of the stem's stride 8"),
+        ("model.decoder.transformer.attention.num_heads=3", "num_heads 3 must be a multiple of num_kv_heads"),
+        ("model.image.size=60", "model: image.size 60 is not a multiple of the stem's stride"),
         ("model.image={size: ", "model.image: '{size: ' is not a YAML list or mapping"),
     ],
 )
