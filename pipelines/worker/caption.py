@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from vlm.image import open_image, to_pixels
 
 from pipelines.config import LimitsConfig
 from vlm.checkpoint import load_model
 from vlm.config import GenerationConfig
 from vlm.errors import ImageError, UserError
 from vlm.generate import Generated, generate
+from vlm.image import open_image, to_pixels
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
 from vlm.text.prompt import prefix_ids

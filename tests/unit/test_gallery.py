@@ -61,7 +61,7 @@ def test_good_and_bad_captions_are_marked_in_words_too(tmp_path: Path) -> None:
 
 
 def test_the_picture_shows_captions_of_any_characters(tmp_path: Path) -> None:
-    cards = [card(n, exact=bool(n % 2), caption="costs $5 or $x^{2 " + "long " * 40) for n in range(5)]
+    cards = [card(n, exact=bool(n % 2), caption="$x^{2$ " + "long " * 40) for n in range(5)]
     write_png(tmp_path / "gallery.png", "tiny $1 version", cards)
     with Image.open(tmp_path / "gallery.png") as image:
         assert image.width == 1280

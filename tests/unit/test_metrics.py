@@ -63,10 +63,10 @@ def test_an_empty_caption_is_measured_and_not_an_error() -> None:
 
 def test_losses_weigh_by_token_and_not_by_picture() -> None:
     short, long = scored([["a"], ["b"]], ["a", "b"])
-    short = Scored(**vars(short) | {"loss": 1.0, "blind_loss": 1.0, "num_targets": 1})
+    short = Scored(**vars(short) | {"loss": 3.0, "blind_loss": 3.0, "num_targets": 1})
     long = Scored(**vars(long) | {"loss": 9.0, "blind_loss": 18.0, "num_targets": 9})
     metrics = measure([short, long])
-    assert metrics["loss"].value == pytest.approx(1.0)
+    assert metrics["loss"].value == pytest.approx(1.2)
     assert metrics["blind_gap"].value == pytest.approx(0.9)
 
 
