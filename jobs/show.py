@@ -123,13 +123,13 @@ def readable(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _print(job: Job, report: TableReport) -> None:
-    job.screen.line(report.table, f"version {report.version}, {report.num_rows:,} rows")
+    job.screen.line("table", f"{report.table}, version {report.version}, {report.num_rows:,} rows")
     job.screen.line("columns", ", ".join(f"{name} {kind}" for name, kind in report.columns.items()))
     width = max(map(len, report.columns), default=0)
     for number, row in enumerate(report.rows, 1):
         job.screen.text(f"\nrow {number}")
         for name, value in row.items():
-            text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+            text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False).strip('"')
             job.screen.text(f"  {name:<{width}}  {text if len(text) <= WIDTH else text[: WIDTH - 3] + '...'}")
     if report.gallery:
         job.screen.text("")
