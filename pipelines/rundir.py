@@ -46,6 +46,13 @@ class RankFile(Config):
     """True after a clean end; a rank that has neither this nor a failure record was killed or left without a word."""
 
 
+class LauncherFile(Config):
+    """launcher.json: the process that is training the run, for as long as it does."""
+
+    host: str
+    pid: int
+
+
 class Heartbeat(NamedTuple):
     """Last sign of life of a rank."""
 
@@ -128,6 +135,11 @@ class RunDir:
     def tracking(self) -> Path:
         """Id of the MLflow run, so that a resumed run goes on in it."""
         return self.path / "tracking.json"
+
+    @property
+    def launcher(self) -> Path:
+        """Who is training the run at the moment."""
+        return self.path / "launcher.json"
 
     @property
     def checkpoints(self) -> Path:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.errors import UserError
 from pipelines.platform import Launch
-from pipelines.rundir import RunDir
+from pipelines.rundir import LauncherFile, RunDir, read_json, write_json
 
 if TYPE_CHECKING:
     from pyspark.ml.torch.distributor import TorchDistributor
@@ -86,6 +86,30 @@ def open_distributor(launch: Launch) -> TorchDistributor:
         ) from None
 
 
+@contextlib.contextmanager
+def only_launch(run: RunDir) -> Iterator[None]:
+    """Keep a second launch from this host off the run folder: its ranks would meet those of the first in their files.
+
+    Raises:
+        UserError: another living process holds the run.
+    """
+    here, own = socket.gethostname(), os.getpid()
+    if run.launcher.exists():
+        held = read_json(run.launcher, LauncherFile)
+        if held.host == here and held.pid != own and _signal(held.pid, 0):
+            raise UserError(
+                "this run is being trained already",
+                where=str(run.path),
+                got=f"process {held.pid} on this host holds it",
+                fix=f"wait for it or end it; if it is something else by now, remove {run.launcher}",
+            )
+    write_json(run.launcher, LauncherFile(host=here, pid=own))
+    try:
+        yield
+    finally:
+        run.launcher.unlink(missing_ok=True)
+
+
 def start_ranks(run: RunDir, launch: Launch, entry: RankEntry) -> Exception | None:
     """Run every rank to its end; returns what the launcher raised, if it did. No rank on this host outlives the call.
 
@@ -131,7 +155,7 @@ def _end_leftovers(run: RunDir) -> None:
 
 
 def _signal(pid: int, number: int) -> bool:
-    """Send a signal; False when there is no such process any more."""
+    """Send a signal, or with 0 none; False when there is no such process any more."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:

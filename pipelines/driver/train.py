@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.config import RunConfig, short_hash
-from pipelines.driver.launch import RankEntry, check_slots, run_rank, start_ranks
+from pipelines.driver.launch import RankEntry, check_slots, only_launch, run_rank, start_ranks
 from pipelines.driver.verdict import failure_of, wait_for_words
 from pipelines.errors import StageFailed, UserError
 from pipelines.platform import Platform
@@ -65,7 +65,7 @@ def finished(run: RunDir) -> Result | None:
     if not run.result.exists():
         return None
     result = read_json(run.result, Result)
-    return result if Path(result.checkpoint).is_dir() else None
+    return result if run.checkpoint(result.step).is_dir() else None
 
 
 def launch(run: RunDir, platform: Platform, spark: SparkSession, entry: RankEntry = run_rank) -> Result:
@@ -78,14 +78,15 @@ def launch(run: RunDir, platform: Platform, spark: SparkSession, entry: RankEntr
         entry: what each rank runs, importable by name in the rank.
 
     Raises:
-        UserError: too few slots; nothing was started.
+        UserError: too few slots, or another process is training this run; nothing was started.
         TrainingFailed: names the root rank, its host and the cause.
         KeyboardInterrupt: the ranks have been ended; the same run can be launched again.
     """
     ranks = platform.launch.ranks
     check_slots(spark, platform.launch)
-    run.set_aside()
-    error = start_ranks(run, platform.launch, entry)
+    with only_launch(run):
+        run.set_aside()
+        error = start_ranks(run, platform.launch, entry)
     result = finished(run)
     if result is None:
         wait_for_words(run)
