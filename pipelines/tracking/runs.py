@@ -57,6 +57,7 @@ def connect(platform: Platform) -> MlflowClient:
     """
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # we say ourselves that a server is away
     # MLflow also writes the addresses into the environment, where `platform.local` would later read them as a user's
     # wish, and a child process as its own.
     with _unchanged_environment("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
