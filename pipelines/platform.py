@@ -228,6 +228,8 @@ def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]
         "spark.app.name": "lakesight",
         "spark.master": config.spark.master,
         "spark.driver.memory": config.spark.driver_memory,
+        # Short jobs on few cores: the second compiler would take more time than its code gives back.
+        "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1",
         "spark.jars.packages": f"io.delta:delta-spark_{line}_2.13:{version('delta-spark')}",
         "spark.jars.ivySettings": str(Path(__file__).with_name("ivysettings.xml")),
         "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",

@@ -96,7 +96,7 @@ def ingest(spark: SparkSession, platform: Platform, source_name: str, config: Da
         spark_failures("the input could not be ingested", where=config.source.path),
         bounded_batches(spark),
         commit_note(spark, note_of(source_name)),
-        _kept(source.rows.mapInArrow(decode, schema), StorageLevel.DISK_ONLY) as outcomes,
+        _kept(_numbered(source.rows.mapInArrow(decode, schema)), StorageLevel.DISK_ONLY) as outcomes,
         _kept(_plan(outcomes, _rows_of(spark, platform, SAMPLES.name, source_name))) as plan,
     ):
         totals = _totals(outcomes, plan)
@@ -126,6 +126,11 @@ def ingest(spark: SparkSession, platform: Platform, source_name: str, config: Da
     return _checked(report, config, used=totals.usable)
 
 
+def _numbered(outcomes: DataFrame) -> DataFrame:
+    """Outcomes with a `number` each: the plan names one row of a picture by it, and no picture has to be shuffled."""
+    return outcomes.withColumn("number", F.monotonically_increasing_id())
+
+
 @contextmanager
 def _kept(frame: DataFrame, level: StorageLevel = StorageLevel.MEMORY_AND_DISK) -> Iterator[DataFrame]:
     """Compute a frame once for all that is asked of it inside."""
@@ -146,7 +151,8 @@ def _rows_of(spark: SparkSession, platform: Platform, table: str, source: str) -
 def _plan(outcomes: DataFrame, known: DataFrame) -> DataFrame:
     """One narrow row a picture that came: what it is, what of it is new, and whether it fights over its id.
 
-    Columns: image_id, sha256, rows, source_row, split, fresh (texts that `samples` lacks), is_new, conflicting.
+    Columns: image_id, sha256, rows, number (of one of its rows), source_row, split, fresh (texts that `samples` lacks),
+    is_new, conflicting.
 
     Two pictures with one id: the one that `samples` has stays; if it has neither, neither is taken, because which came
     first depends on the order files are read in. A picture given to two splits is held out: test before val before
@@ -159,6 +165,7 @@ def _plan(outcomes: DataFrame, known: DataFrame) -> DataFrame:
         .groupBy("image_id", "sha256")
         .agg(
             F.count("*").alias("rows"),
+            F.min("number").alias("number"),
             F.min("source_row").alias("source_row"),
             F.min_by("split", F.array_position(held_out, F.col("split"))).alias("split"),
             F.collect_set(text).alias("texts"),
@@ -171,6 +178,7 @@ def _plan(outcomes: DataFrame, known: DataFrame) -> DataFrame:
         "image_id",
         "sha256",
         "rows",
+        "number",
         "source_row",
         "split",
         F.array_except("texts", F.coalesce("known_texts", nothing)).alias("fresh"),
@@ -271,10 +279,10 @@ def _quarantine(platform: Platform, refusals: DataFrame, stamp: _Stamp) -> dict[
 
 def _merge(platform: Platform, outcomes: DataFrame, plan: DataFrame, stamp: _Stamp, totals: _Totals) -> None:
     """Insert new pictures and add new texts to known ones, in one commit."""
-    pictures = outcomes.select("image_id", "image", "format", "width", "height").filter("image IS NOT NULL")
+    pictures = outcomes.select("number", "image", "format", "width", "height")
     rows = (
         plan.filter("NOT conflicting AND size(fresh) > 0")
-        .join(pictures.dropDuplicates(["image_id"]), "image_id")
+        .join(pictures, "number")
         .select(
             *("image_id", "sha256", "image", "format", "width", "height"),
             F.array_sort("fresh").alias("texts"),
