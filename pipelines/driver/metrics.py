@@ -95,7 +95,7 @@ def measure(scored: Sequence[Scored], *, seed: int = 0) -> dict[str, Interval]:
     weights = _resampling(num_pictures, seed)
 
     def per_picture(values: Sequence[float] | Floats) -> Floats:
-        return np.bincount(pictures, weights=np.asarray(values, float), minlength=num_pictures)
+        return np.bincount(pictures, weights=np.asarray(values, float), minlength=num_pictures).astype(np.float64)
 
     def ratio(numerators: Sequence[float] | Floats, denominators: Sequence[float] | Floats) -> Interval:
         return _interval((weights @ per_picture(numerators)) / (weights @ per_picture(denominators)))
@@ -118,8 +118,7 @@ def measure(scored: Sequence[Scored], *, seed: int = 0) -> dict[str, Interval]:
 def _resampling(num_pictures: int, seed: int) -> Floats:
     """How often each picture counts: row 0 once each, the other rows as drawn with replacement."""
     draws = np.random.default_rng(seed).multinomial(num_pictures, [1 / num_pictures] * num_pictures, RESAMPLES)
-    rows: Floats = np.vstack([np.ones((1, num_pictures)), draws]).astype(np.float64)
-    return rows
+    return np.vstack([np.ones((1, num_pictures)), draws]).astype(np.float64)
 
 
 def _interval(values: Floats) -> Interval:
