@@ -283,8 +283,11 @@ def _start_failure(log: Path, start: int, error: Exception) -> UserError:
             got="Maven Central did not serve them",
             fix="the first start needs the internet; later ones take the jars from Ivy's cache in the home folder",
         )
-    causes = [line.strip() for line in printed.splitlines() if "Exception" in line or "rror:" in line]
-    got = causes[0] if causes else (str(error).splitlines() or [type(error).__name__])[0]
+    lines = [
+        line.strip("# ") for line in printed.splitlines() if re.search(r"Exception|rror:|insufficient memory", line)
+    ]
+    roots = [line for line in lines if line.startswith("Caused by: ")]
+    got = (roots[-1:] or lines[:1] or [f"{type(error).__name__}, and no reason in the log"])[0]
     return UserError(
         "Spark did not start",
         where=str(log),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,31 @@ def test_line_breaks_inside_quotes_need_multiline_and_lose_nothing_without_it(
     report = ingest(spark, platform, source, config(path, source={"multiline": True}))
     assert parts(report) == (2, 2, 0, 0, 0)
     assert sorted(texts(row)[0] for row in rows_of(spark, platform, "samples", source)) == ["one line", "two\nlines"]
+
+
+def test_any_mixture_of_rows_adds_up_as_counted_by_hand(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    rng = random.Random(7)
+    rows = [
+        rng.choice(list(BAD.values()))
+        if rng.random() < 0.3
+        else [as_base64(png(rng.randrange(90, 105))), rng.choice("ab")]
+        for _ in range(150)
+    ]
+    seen: set[tuple[str, ...]] = set()
+    known: set[str] = set()
+    for count in (100, 150):
+        hand = Counter(rows_in=count)
+        for row in rows[:count]:
+            kind = "quarantined" if row in BAD.values() else "merged" if row[0] in known else "new"
+            hand["duplicates" if tuple(row) in seen else kind] += 1
+            seen.add(tuple(row))
+            known |= {row[0]} if kind == "new" else set()
+        report = ingest(spark, platform, source, config(write_csv(tmp_path / "a.csv", rows[:count])))
+        assert {name: report.model_dump()[name] for name in hand} == hand
+        assert sum(report.splits.values()) == len(known)
+        assert len(rows_of(spark, platform, "quarantine", source)) == len(seen & {tuple(row) for row in BAD.values()})
 
 
 @pytest.mark.parametrize(
