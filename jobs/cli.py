@@ -77,11 +77,8 @@ def run(commands: typer.Typer) -> None:
     except LakesightError as error:
         _fail(str(error), error.exit_code)
     except Exception as error:  # noqa: BLE001 the outermost caller: whatever it is, say it shortly and show where
-        if _is_disk_full(error):
-            full = UserError(
-                "the disk is full", got=_first_line(error), fix="free some room and run the same command again"
-            )
-            _fail(str(full), full.exit_code)
+        if trouble := _trouble_with_files(error):
+            _fail(str(trouble), trouble.exit_code)
         traceback.print_exc()
         _fail(f"\nlakesight failed with {type(error).__name__}: {_first_line(error)}", 1)
 
@@ -95,6 +92,18 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "no message")
 
 
-def _is_disk_full(error: Exception) -> bool:
-    """True for a full disk, also where Spark reports it as the text of a Java exception."""
-    return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error)
+def _trouble_with_files(error: Exception) -> UserError | None:
+    """A full disk, also where Spark reports it as the text of a Java exception, or a folder that may not be written."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number == errno.ENOSPC or "No space left on device" in str(error):
+        return UserError(
+            "the disk is full", got=_first_line(error), fix="free some room and run the same command again"
+        )
+    if isinstance(error, OSError) and number in {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return UserError(
+            "a file or folder may not be touched",
+            where=str(error.filename),
+            got=str(error.strerror),
+            fix="change its permissions, or set LAKESIGHT_HOME to a folder you may write to",
+        )
+    return None

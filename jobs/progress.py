@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TextIO
 
 from pipelines.rundir import RunDir
 
@@ -32,8 +33,11 @@ def progress(label: str, poll: Poll, total: int | None = None) -> Iterator[None]
         total: what `poll` counts up to; None shows the time alone.
     """
     stop = threading.Event()
-    show = _bar if sys.stderr.isatty() else _lines
-    thread = threading.Thread(target=show, args=(label, poll, total, stop), name=f"progress {label}", daemon=True)
+    args: tuple[Any, ...] = (label, poll, total, stop)
+    if (stream := sys.stderr).isatty():
+        thread = threading.Thread(target=_bar, args=(*args, stream), name=f"progress {label}", daemon=True)
+    else:
+        thread = threading.Thread(target=_lines, args=args, name=f"progress {label}", daemon=True)
     thread.start()
     try:
         yield
@@ -65,7 +69,7 @@ def training_poll(run: RunDir) -> Poll:
 SHOWN = ("train/loss", "train/samples_per_second")
 
 
-def _bar(label: str, poll: Poll, total: int | None, stop: threading.Event) -> None:
+def _bar(label: str, poll: Poll, total: int | None, stop: threading.Event, stream: TextIO) -> None:
     from tqdm import tqdm
 
     started = time.time()
@@ -74,7 +78,7 @@ def _bar(label: str, poll: Poll, total: int | None, stop: threading.Event) -> No
     form = (
         "{desc} {elapsed}" if total is None else "{desc} {percentage:3.0f}% |{bar:24}| {n}/{total} {elapsed}{postfix}"
     )
-    with tqdm(desc=label, total=total, bar_format=form, leave=False, file=sys.stderr) as bar:
+    with tqdm(desc=label, total=total, bar_format=form, leave=False, file=stream) as bar:
         bar.start_t = started
         while not stop.wait(0.5):
             bar.n, text = poll()

@@ -12,10 +12,10 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from pipelines.errors import ConfigError
 from vlm.config import Config, ModelConfig, Probability
@@ -53,6 +53,12 @@ class HashSplitConfig(Config):
     kind: Literal["hash"] = "hash"
     val: Probability = 0.05
     test: Probability = 0.05
+
+    @model_validator(mode="after")
+    def _something_to_train_on(self) -> Self:
+        if self.val + self.test >= 1:
+            raise ValueError("val + test leaves nothing to train on: keep their sum below 1")
+        return self
 
 
 class FileSplitConfig(Config):

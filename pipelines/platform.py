@@ -283,9 +283,7 @@ def _start_failure(log: Path, start: int, error: Exception) -> UserError:
             got="Maven Central did not serve them",
             fix="the first start needs the internet; later ones take the jars from Ivy's cache in the home folder",
         )
-    lines = [
-        line.strip("# ") for line in printed.splitlines() if re.search(r"Exception|rror:|Could not reserve", line)
-    ]
+    lines = [line.strip("# ") for line in printed.splitlines() if re.search(r"Exception|rror:|Could not reserve", line)]
     roots = [line for line in lines if line.startswith("Caused by: ")]
     got = (roots[-1:] or lines[:1] or [f"{type(error).__name__}, and no reason in the log"])[0]
     return UserError(

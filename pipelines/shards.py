@@ -29,7 +29,7 @@ from vlm.config import Config, ImageConfig
 
 BATCH_ROWS = 64
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT: Literal[1] = 1
 
 
 class ShardRequest(Config):

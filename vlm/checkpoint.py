@@ -132,11 +132,11 @@ def load_training(folder: Path, model: VisionLanguageModel, optimizer: torch.opt
             got=f"{type(error).__name__}: {error}",
             fix="resume from an earlier checkpoint: remove this folder",
         ) from None
-    for name, parameter in _parameters(model).items():
-        prefix = f"{name}:"
-        optimizer.state[parameter] = {
-            key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)
-        }
+    names = {parameter: name for name, parameter in _parameters(model).items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    packed = optimizer.state_dict()
+    packed["state"] = {index: _under(f"{names[parameter]}:", state) for index, parameter in enumerate(parameters)}
+    optimizer.load_state_dict(packed)  # moves each tensor to its parameter's device
     return step
 
 
@@ -147,6 +147,10 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
         for name, parameter in _parameters(model).items()
         for key, value in optimizer.state[parameter].items()
     }
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -16,8 +16,13 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """The model under DDP where there are several ranks."""
     if world_size() == 1:
         return model
+    # Not static_graph: it regroups the gradients after the first step, so with three ranks or more a resumed run adds
+    # them in another order than the uninterrupted one did.
     return DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True, static_graph=True
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=True,
     )
 
 

@@ -67,9 +67,7 @@ def _csv_files(spark: SparkSession, config: DataConfig) -> list[SourceFile]:
     """
     path = config.source.path
     if not path:
-        raise UserError(
-            "the run has no input", where="data.source.path", got="nothing", fix=f"{SET_PATH}FILE_OR_FOLDER"
-        )
+        raise UserError("the run has no input", where="data.source.path", got="nothing", fix=SET_PATH)
     try:
         listed = spark.read.format("binaryFile").load(_absolute(path))
     except AnalysisException as error:

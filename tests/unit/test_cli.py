@@ -110,6 +110,7 @@ def failing(error: BaseException) -> typer.Typer:
         (StageFailed("the ranks failed", where="rank 1"), 1, "the ranks failed. Where: rank 1."),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk is full"),
         (RuntimeError("java.io.IOException: No space left on device"), 2, "the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "shards"), 2, "Where: shards. Got: Permission denied."),
     ],
 )
 def test_an_error_is_one_paragraph_and_an_exit_code(

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from models import VARIANTS, tiny_model, tiny_pixels
 
-from tests.unit.models import VARIANTS, tiny_model, tiny_pixels
 from vlm.batch import Batch
 from vlm.config import GenerationConfig
 from vlm.errors import UserError

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from models import VARIANTS, tiny_batch, tiny_config, tiny_model, tiny_pixels
 
-from tests.unit.models import VARIANTS, tiny_batch, tiny_config, tiny_model, tiny_pixels
 from vlm.batch import IGNORE, Batch
 from vlm.build import build_model
 from vlm.objective import blind_losses, num_targets, row_losses, token_loss

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import VARIANTS, tiny_batch, tiny_config, tiny_model
 
-from tests.unit.models import VARIANTS, tiny_batch, tiny_config, tiny_model
 from vlm.batch import Batch
 from vlm.build import build_model
 from vlm.checkpoint import load_model, load_training, load_weights, save_model, save_training
