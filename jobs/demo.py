@@ -17,7 +17,7 @@ SHOWN = 5
 
 def demo(
     *,
-    scenes: Annotated[int, typer.Option("--scenes", min=200, help="Pictures to generate.")] = 5000,
+    scenes: Annotated[int, typer.Option("--scenes", min=200, help="Pictures to generate.")] = 10_000,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the pictures.")] = 0,
     platform: PlatformOption = "local",
     overrides: SetOption = None,

@@ -94,7 +94,7 @@ def fit(
                 "training diverged",
                 where=f"step {step}",
                 got=f"loss {loss}, gradient norm {grad_norm}",
-                fix="lower train.optimizer.lr or raise train.optimizer.warmup_steps, then resume",
+                fix="lower train.optimizer.lr or raise train.optimizer.warmup_steps (a new run: it starts over)",
             )
         for group in optimizer.param_groups:
             group["lr"] = lr_of(step)
