@@ -33,6 +33,8 @@ from pipelines.errors import LakesightError, UserError
 STAGES = (ingest, shard, train, evaluate, promote, rollback, caption, pipeline)
 FOR_PEOPLE = (demo, ask, show, config, doctor, ui)
 
+JAVA_MAY_NOT_WRITE = ("(Permission denied)", "(Read-only file system)", "DELTA_CANNOT_CREATE_LOG_PATH")
+
 
 class Interrupted(LakesightError):
     """Ctrl-C. What was committed stays, and the same command goes on from there."""
@@ -89,21 +91,24 @@ def _fail(message: str, code: int) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "no message")
+    """What an error says; of a Java exception what Java says, not that a call failed."""
+    lines = str(error).strip().splitlines()
+    java = [line.removeprefix(": ") for line in lines if line.startswith(": ")]
+    return next(iter(java + lines), "no message")
 
 
 def _trouble_with_files(error: Exception) -> UserError | None:
-    """A full disk, also where Spark reports it as the text of a Java exception, or a folder that may not be written."""
+    """A full disk or a folder that may not be written, also where Spark reports it as the text of a Java exception."""
     number = error.errno if isinstance(error, OSError) else None
+    got = _first_line(error)
     if number == errno.ENOSPC or "No space left on device" in str(error):
+        return UserError("the disk is full", got=got, fix="free some room and run the same command again")
+    where = str(error.filename or "") if isinstance(error, OSError) else ""
+    if number in {errno.EACCES, errno.EPERM, errno.EROFS} or any(sign in str(error) for sign in JAVA_MAY_NOT_WRITE):
         return UserError(
-            "the disk is full", got=_first_line(error), fix="free some room and run the same command again"
-        )
-    if isinstance(error, OSError) and number in {errno.EACCES, errno.EPERM, errno.EROFS}:
-        return UserError(
-            "a file or folder may not be touched",
-            where=str(error.filename),
-            got=str(error.strerror),
+            "a file or folder may not be written",
+            where=where,
+            got=str(error.strerror) if isinstance(error, OSError) else got,
             fix="change its permissions, or set LAKESIGHT_HOME to a folder you may write to",
         )
     return None

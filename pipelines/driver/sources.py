@@ -84,7 +84,7 @@ def _csv_files(spark: SparkSession, config: DataConfig) -> list[SourceFile]:
         files = [file for file in files if split_of_file(file.name) in get_args(Split)]
         expected = "train.csv, val.csv or test.csv, because data.split.kind is file"
     if not files:
-        names = ", ".join(sorted(file.name for file in found)[:10]) or "no file that is not empty"
+        names = ", ".join(sorted(file.name for file in found)[:10]) or "nothing, or empty files alone"
         raise UserError("the input has no file to read", where=path, got=names, fix=f"expected {expected}")
     return sorted(files)
 

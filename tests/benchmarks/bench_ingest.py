@@ -17,13 +17,9 @@ import multiprocessing
 import os
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
+from measure import make, measured
 from PIL import Image
 
 from pipelines.config import DataConfig, LocalPlatformConfig
@@ -31,21 +27,6 @@ from pipelines.driver.ingest import ingest
 from pipelines.platform import local
 
 MADE, SIDE, WARM_UP = 200, 1024, 20
-
-
-def make(path: Path, count: int, side: int) -> None:
-    """Smooth colour fields with a little noise: PNG packs them about as well as photographs' flat parts."""
-    rng = np.random.default_rng(0)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["b64string_images", "caption"])
-        for number in range(count):
-            coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-            field = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC)) // 2
-            buffer = io.BytesIO()
-            noisy = (field + rng.integers(0, 8, field.shape)).astype(np.uint8)
-            Image.fromarray(noisy).save(buffer, "PNG", compress_level=1)
-            writer.writerow([base64.b64encode(buffer.getvalue()).decode(), f"picture {number}"])
 
 
 def bare(text: str) -> tuple[int, int]:
@@ -59,37 +40,6 @@ def loop(path: Path, cores: int) -> int:
     with path.open(newline="") as file, multiprocessing.get_context("fork").Pool(cores) as pool:
         texts = (row["b64string_images"] for row in csv.DictReader(file))
         return sum(1 for _ in pool.imap_unordered(bare, texts, chunksize=8))
-
-
-def resident() -> int:
-    """Resident bytes of this process and all below it."""
-    parents, pages = {}, {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
-            fields = stat.read_text().rpartition(")")[2].split()
-            parents[int(stat.parent.name)], pages[int(stat.parent.name)] = int(fields[1]), int(fields[21])
-    ours = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
-        ours |= more
-    return sum(pages[pid] for pid in ours) * os.sysconf("SC_PAGE_SIZE")
-
-
-def measured(work: Callable[[], int]) -> tuple[float, float]:
-    """Pictures a second, and the peak of resident memory in MB."""
-    done, peak = threading.Event(), [resident()]
-
-    def watch() -> None:
-        while not done.wait(0.2):
-            peak.append(resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    started = time.monotonic()
-    count = work()
-    seconds = time.monotonic() - started
-    done.set()
-    watcher.join()
-    return count / seconds, max(peak) / 1e6
 
 
 def main() -> None:

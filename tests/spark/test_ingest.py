@@ -209,7 +209,7 @@ def test_any_mixture_of_rows_adds_up_as_counted_by_hand(
     ("content", "message"),
     [
         (None, "no such file or folder"),
-        ("", "no file that is not empty"),
+        ("", "nothing, or empty files alone"),
         (f"{IMAGE},{TEXT}\n", "no rows"),
         (f"picture,{TEXT}\nx,y\n", f"no column {IMAGE}"),
         (f"{IMAGE},captions\nx,y\n", "did you mean captions"),

@@ -111,6 +111,7 @@ def failing(error: BaseException) -> typer.Typer:
         (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk is full"),
         (RuntimeError("java.io.IOException: No space left on device"), 2, "the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "shards"), 2, "Where: shards. Got: Permission denied."),
+        (RuntimeError("Py4J:\n: java.io.IOException: x (Permission denied)"), 2, "Got: java.io.IOException: x (Perm"),
     ],
 )
 def test_an_error_is_one_paragraph_and_an_exit_code(

@@ -1,0 +1,41 @@
+"""Peak resident memory of each stage of the demo: all processes of the command together (driver, JVM, Python workers,
+ranks), sampled five times a second.
+
+    python tests/benchmarks/bench_memory.py [SCENES]
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from measure import peak_memory
+
+from pipelines.scenes import write_scenes
+
+STAGES = ("ingest", "shard", "train", "evaluate", "promote", "caption")
+
+
+def main() -> None:
+    """Run each stage as a command of its own and print the table."""
+    scenes = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
+    with tempfile.TemporaryDirectory() as home:
+        path = Path(home) / "scenes.csv"
+        write_scenes(path, scenes, 0)
+        print(f"{scenes} scenes, {path.stat().st_size / 1e6:.0f} MB of CSV")
+        for stage in STAGES:
+            command = [sys.executable, "-c", "from jobs.cli import main; main()", stage, "--set"]
+            command += [f"data.source.path={path}", "--set", "train.steps=100"]
+            with peak_memory() as samples:
+                started = time.monotonic()
+                subprocess.run(command, env=os.environ | {"LAKESIGHT_HOME": home}, check=True, capture_output=True)
+                seconds = time.monotonic() - started
+            print(f"{stage:10}  {max(samples) / 1e6:6.0f} MB  {seconds:6.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

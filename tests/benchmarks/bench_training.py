@@ -1,0 +1,134 @@
+"""Training steps of `seemore` beside the original's, at the same sizes, on the same rows and threads: samples a second.
+
+    git clone https://github.com/AviSoori1x/seemore && pip install torchvision
+    python tests/benchmarks/bench_training.py FOLDER_OF_SEEMORE FILE.csv
+
+FILE.csv is in the original's form (b64string_images, caption). The original's step decodes its pictures from base64
+each time; ours reads shards. So there are three rows: the original's step as it is, the original's on pictures decoded
+beforehand (model against model), and ours through its loader. Both learn in one process, batch 16. Ours computes more:
+36 patches reach the decoder where the original passes one class token.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from measure import in_turn
+
+from pipelines.config import RunConfig, load_run
+from pipelines.driver.ingest import ingest
+from pipelines.driver.shard import shard
+from pipelines.platform import open_platform
+from pipelines.shards import Shards
+from pipelines.worker.batches import Collator, prefetch, training_batches
+from vlm import text
+from vlm.build import build_model
+from vlm.optim import build_adamw
+from vlm.train import fit
+
+BATCH, STEPS, ROUNDS = 16, 10, 5
+
+
+def original(folder: Path, rows: pd.DataFrame) -> dict[str, Callable[[], int]]:
+    """The original's training step, with its own loading and without."""
+    os.chdir(folder)  # it reads ./input.txt
+    sys.path.insert(0, str(folder))
+    their: Any = importlib.import_module("seemore")
+    model = their.VisionLanguageModel(
+        their.n_embd,
+        their.image_embed_dim,
+        their.vocab_size,
+        their.n_layer,
+        their.img_size,
+        their.patch_size,
+        their.n_head,
+        their.num_blks,
+        their.emb_dropout,
+        their.blk_dropout,
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=their.learning_rate)
+    rows = pd.concat([rows] * 30)[["b64string_images", "caption"]]
+    decoded = their.get_batch(rows, BATCH, "train", their.img_size)
+    print(f"seemore    {sum(p.numel() for p in model.parameters()):,} parameters")
+
+    def learn(batches: Callable[[], Any]) -> int:
+        model.train()
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            _, loss = model(*batches())
+            loss.backward()
+            optimizer.step()
+        return STEPS * BATCH
+
+    return {
+        "seemore, its own loader": lambda: learn(lambda: their.get_batch(rows, BATCH, "train", their.img_size)),
+        "seemore, decoded before": lambda: learn(lambda: decoded),
+    }
+
+
+def ours(config: RunConfig, shards: Shards) -> Callable[[], int]:
+    """Our training step, from shards to optimizer."""
+    tokenizer = text.learn(config.model.text, shards.texts())
+    model = build_model(config.model, tokenizer.vocab_size)
+    settings = config.train.optimizer
+    optimizer = build_adamw(model, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    collator = Collator(tokenizer, config.model)
+    print(f"lakesight  {sum(p.numel() for p in model.parameters()):,} parameters")
+
+    def learn() -> int:
+        batches = training_batches(shards, collator, steps=range(STEPS), rank=0, world_size=1, batch_size=BATCH, seed=0)
+        fit(
+            model,
+            optimizer,
+            prefetch(batches),
+            start=0,
+            lr_of=lambda _: settings.lr,
+            grad_clip=settings.grad_clip,
+            seed=0,
+            rank=0,
+            device=torch.device("cpu"),
+            bf16=False,
+            on_step=lambda _: None,
+        )
+        return STEPS * BATCH
+
+    return learn
+
+
+def main() -> None:
+    """Run all three in turn and print the table."""
+    if len(sys.argv) != 3:
+        print("skipped: it needs a clone of the original and a file in its form\n", __doc__)
+        return
+    folder, file = Path(sys.argv[1]).absolute(), Path(sys.argv[2]).absolute()
+    threads = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    config = load_run("seemore", overrides=[f"data.source.path={file}"])
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["LAKESIGHT_HOME"] = home
+        platform = open_platform(config.platform)
+        spark = platform.open_spark()
+        ingest(spark, platform, "seemore", config.data)
+        report = shard(spark, platform, "seemore", config.data, config.model.image, "train")
+        spark.stop()
+        works = {"lakesight": ours(config, Shards.open(Path(report.folder)))}
+        works |= original(folder, pd.read_csv(file))
+        for work in works.values():
+            work()
+        rates = in_turn(works, ROUNDS)
+    print(f"batch {BATCH}, {threads} threads, median of {ROUNDS} rounds of {STEPS} steps")
+    for name, rate in rates.items():
+        print(f"{name:24}  {rate:7.1f} samples/s  lakesight is {rates['lakesight'] / rate:.2f} of it")
+
+
+if __name__ == "__main__":
+    main()

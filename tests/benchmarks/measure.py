@@ -1,0 +1,83 @@
+"""What benchmarks share: resident memory of a process tree, made pictures, and A beside B in turn."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def make(path: Path, count: int, side: int) -> None:
+    """A CSV of pictures: smooth colour fields with a little noise. PNG packs them like photographs' flat parts."""
+    rng = np.random.default_rng(0)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["b64string_images", "caption"])
+        for number in range(count):
+            coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            field = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC)) // 2
+            buffer = io.BytesIO()
+            noisy = (field + rng.integers(0, 8, field.shape)).astype(np.uint8)
+            Image.fromarray(noisy).save(buffer, "PNG", compress_level=1)
+            writer.writerow([base64.b64encode(buffer.getvalue()).decode(), f"picture {number}"])
+
+
+def resident() -> int:
+    """Resident bytes of this process and all below it (Linux)."""
+    parents, pages = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            fields = stat.read_text().rpartition(")")[2].split()
+            parents[int(stat.parent.name)], pages[int(stat.parent.name)] = int(fields[1]), int(fields[21])
+    ours = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
+        ours |= more
+    return sum(pages[pid] for pid in ours if pid in pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Samples of `resident` taken five times a second while the block runs."""
+    done, samples = threading.Event(), [resident()]
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            samples.append(resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        watcher.join()
+
+
+def measured(work: Callable[[], int]) -> tuple[float, float]:
+    """Items a second, and the peak of resident memory in MB."""
+    with peak_memory() as samples:
+        started = time.monotonic()
+        count = work()
+        seconds = time.monotonic() - started
+    return count / seconds, max(samples) / 1e6
+
+
+def in_turn(works: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
+    """Items a second of each, the median of several rounds; A B A B, because a machine's speed drifts."""
+    rates: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            started = time.monotonic()
+            count = work()
+            rates[name].append(count / (time.monotonic() - started))
+    return {name: statistics.median(found) for name, found in rates.items()}

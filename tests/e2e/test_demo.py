@@ -1,0 +1,43 @@
+"""The whole job by its command, twice: the first does everything, the second finds everything done."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SCENES = 400
+QUICK = ("train.steps=150", "train.batch_size=32", "train.validate_every=150", "train.checkpoint_every=150")
+
+
+def demo(home: Path, *overrides: str) -> tuple[dict[str, Any], str]:
+    """The report of `lakesight demo --json`, and what it said on stderr."""
+    words = [word for override in (*QUICK, *overrides) for word in ("--set", override)]
+    command = [sys.executable, "-c", "from jobs.cli import main; main()", "demo", "--scenes", str(SCENES), "--json"]
+    environment = os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    done = subprocess.run([*command, *words], env=environment, cwd=home, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def test_a_demo_does_the_whole_job_and_a_second_one_nothing_twice(tmp_path: Path) -> None:
+    first, _ = demo(tmp_path)
+    assert first["rows_in"] == SCENES == first["samples"] + first["duplicates"] + first["quarantined"]
+    assert first["quarantined"] > 0
+    assert first["trained"]
+    assert first["captions"] > 0 == first["errors"]
+    assert first["blind_gap"] > 0.1  # else promote would have refused
+    assert Path(first["gallery"]).stat().st_size > 10_000
+
+    # On executors of their own: where a run is trained does not make it another run.
+    second, said = demo(tmp_path, "platform.spark.master=local-cluster[2,1,1024]")
+    assert second["nothing_new"]
+    assert "nothing was new: no row ingested, no step trained, no picture captioned" in said
+    assert (second["samples"], second["quarantined"], second["captions"], second["errors"]) == (0, 0, 0, 0)
+    assert second["duplicates"] == SCENES
+    assert second["captioned_before"] == first["captions"]
+    assert (second["model_version"], second["metrics"]) == (first["model_version"], first["metrics"])
