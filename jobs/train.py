@@ -57,7 +57,8 @@ def run_train(job: Job) -> TrainReport:
 
     config = job.config
     learn_from = run_shard(job, "train", config.model.image)
-    validate_on = run_shard(job, config.data.validate_on, config.model.image)
+    same = config.data.validate_on == "train"  # three pictures to be learned by heart
+    validate_on = learn_from if same else run_shard(job, config.data.validate_on, config.model.image)
     run = prepare(config, job.platform, learn_from, validate_on)
     found = finished(run)
     # A finished run is followed too: if MLflow missed the end of it, it hears of it now.

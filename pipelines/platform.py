@@ -228,8 +228,9 @@ def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]
         "spark.app.name": "lakesight",
         "spark.master": config.spark.master,
         "spark.driver.memory": config.spark.driver_memory,
-        # Short jobs on few cores: the second compiler would take more time than its code gives back.
-        "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1",
+        # Short jobs on few cores: the second compiler would take more time than its code gives back. And pictures are
+        # "humongous" to the default collector, which copies badly what is larger than half of one of its regions.
+        "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseParallelGC",
         "spark.jars.packages": f"io.delta:delta-spark_{line}_2.13:{version('delta-spark')}",
         "spark.jars.ivySettings": str(Path(__file__).with_name("ivysettings.xml")),
         "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",

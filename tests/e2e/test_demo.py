@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 SCENES = 400
-QUICK = ("train.steps=150", "train.batch_size=32", "train.validate_every=150", "train.checkpoint_every=150")
+QUICK = (
+    "train.steps=150",
+    "train.batch_size=32",
+    "train.optimizer.warmup_steps=20",
+    "train.validate_every=150",
+    "train.checkpoint_every=150",
+)
 
 
 def demo(home: Path, *overrides: str) -> tuple[dict[str, Any], str]:
@@ -25,7 +31,7 @@ def demo(home: Path, *overrides: str) -> tuple[dict[str, Any], str]:
 
 
 def test_a_demo_does_the_whole_job_and_a_second_one_nothing_twice(tmp_path: Path) -> None:
-    first, _ = demo(tmp_path)
+    first, _ = demo(tmp_path, "platform.spark.master=local-cluster[2,1,1024]")
     assert first["rows_in"] == SCENES == first["samples"] + first["duplicates"] + first["quarantined"]
     assert first["quarantined"] > 0
     assert first["trained"]
@@ -33,8 +39,7 @@ def test_a_demo_does_the_whole_job_and_a_second_one_nothing_twice(tmp_path: Path
     assert first["blind_gap"] > 0.1  # else promote would have refused
     assert Path(first["gallery"]).stat().st_size > 10_000
 
-    # On executors of their own: where a run is trained does not make it another run.
-    second, said = demo(tmp_path, "platform.spark.master=local-cluster[2,1,1024]")
+    second, said = demo(tmp_path)  # without executors of its own: where a run is trained does not make it another run
     assert second["nothing_new"]
     assert "nothing was new: no row ingested, no step trained, no picture captioned" in said
     assert (second["samples"], second["quarantined"], second["captions"], second["errors"]) == (0, 0, 0, 0)

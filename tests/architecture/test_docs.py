@@ -1,0 +1,69 @@
+"""What the pages tell people to type can be typed: commands, options, config keys and links exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+from jobs.cli import app
+from pipelines.config import load_run
+from pipelines.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def shown(page: Path) -> Iterator[list[str]]:
+    """The words of each `lakesight` command on a page, in blocks and in running text."""
+    text = page.read_text()
+    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.M | re.S)
+    spans = re.findall(r"`(lakesight [^`\n]+)`", text)
+    for line in [*(line.strip() for block in blocks for line in block.splitlines()), *spans]:
+        if line.startswith("lakesight "):
+            # After two spaces, or after a hash, stands what it is for.
+            yield shlex.split(re.split(r"\s{2,}|\s#", line)[0])
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_command_shown_exists_with_its_options(page: Path) -> None:
+    for words in shown(page):
+        assert words[1] in COMMANDS, words
+        options = {option for parameter in COMMANDS[words[1]].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= options, words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_config_key_shown_exists(page: Path) -> None:
+    text = page.read_text()
+    keys = {
+        *re.findall(r"--set '?([a-z_.]+)=", text),
+        *re.findall(r"`((?:model|data|train|platform)\.(?!safetensors)[a-z_.]+)", text),
+    }
+    assert {key: found for key in keys if "unknown key" in (found := problems_with(key))} == {}
+
+
+def problems_with(key: str) -> str:
+    """What a run says about one more key; the value may well be wrong."""
+    platform = "databricks" if re.match(r"platform\.(catalog|schema|volume)", key) else "local"
+    try:
+        load_run("demo", platform=platform, overrides=[f"{key}=x"])
+    except ConfigError as error:
+        return error.got
+    return ""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_link_between_pages_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
+    missing = {link for link in links if "://" not in link and not (page.parent / link).exists()}
+    assert missing == set()
