@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 MIN_JAVA = 17
 LOOPBACK = "127.0.0.1"
+SHORT_JOBS = "-XX:TieredStopAtLevel=1 -XX:+UseParallelGC"
+"""JVM options for short jobs on few cores: the second compiler would take more time than its code gives back. And
+pictures are "humongous" to the default collector, which handles badly what outgrows half of one of its regions."""
 
 FolderKind = Literal["shards", "runs", "models", "reports", "demo"]
 
@@ -228,9 +231,7 @@ def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]
         "spark.app.name": "lakesight",
         "spark.master": config.spark.master,
         "spark.driver.memory": config.spark.driver_memory,
-        # Short jobs on few cores: the second compiler would take more time than its code gives back. And pictures are
-        # "humongous" to the default collector, which copies badly what is larger than half of one of its regions.
-        "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseParallelGC",
+        "spark.driver.extraJavaOptions": SHORT_JOBS,
         "spark.jars.packages": f"io.delta:delta-spark_{line}_2.13:{version('delta-spark')}",
         "spark.jars.ivySettings": str(Path(__file__).with_name("ivysettings.xml")),
         "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
@@ -246,6 +247,7 @@ def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]
     }
     if not config.spark.master.startswith("spark://"):
         settings |= {"spark.driver.host": LOOPBACK, "spark.driver.bindAddress": LOOPBACK}
+        settings |= {"spark.executor.extraJavaOptions": SHORT_JOBS}
     return settings
 
 
