@@ -25,8 +25,10 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Platform:
 def spark(platform: Platform) -> Iterator[SparkSession]:
     """The one Spark session, with every table there."""
     session = platform.open_spark()
-    # A few rows a query: compiling and re-planning it would take longer than running it. The demo's test does both.
+    # A few rows a query: compiling it to bytecode and planning it again would take longer than running it. The demo's
+    # test does both.
     session.conf.set("spark.sql.codegen.wholeStage", "false")
+    session.conf.set("spark.sql.codegen.factoryMode", "NO_CODEGEN")
     session.conf.set("spark.sql.adaptive.enabled", "false")
     ensure_tables(session, platform)
     yield session

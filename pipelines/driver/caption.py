@@ -212,7 +212,8 @@ def _read(spark: SparkSession, platform: Platform, name: str, wanted: int | None
         newest = spark.sql(f"DESCRIBE HISTORY {name} LIMIT 1").head()
     except AnalysisException as error:
         own = platform.namespace
-        tables = [f"{own}.{table.name}" for table in spark.catalog.listTables(own) if not table.isTemporary]
+        shown = spark.sql(f"SHOW TABLES IN {own}").collect()
+        tables = [f"{own}.{row['tableName']}" for row in shown if not row["isTemporary"]]
         raise UserError(
             "the table cannot be read as a Delta table",
             where=name,

@@ -7,12 +7,16 @@ waited until their time ran out, the one that had to be ended because it was not
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from datetime import datetime
 
 from pipelines.errors import TrainingFailed
 from pipelines.rundir import Failure, RankFile, RunDir
+
+TIME_RAN_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
+"""How a collective says so; gloo has two ways, depending on which of its threads notices first."""
 
 WORD_SECONDS = 15.0
 """How long ranks that are being ended on other hosts have to leave their record."""
@@ -47,7 +51,7 @@ def failure_of(run: RunDir, world_size: int, launcher: BaseException | None) -> 
     if silent:
         return _vanished(run, silent[0])
     hung = [failure for failure in failures if failure.exception == "SIGTERM"]
-    if hung and "timed out" in failures[0].message.lower():
+    if hung and TIME_RAN_OUT.search(failures[0].message):
         return _hung(run, hung[0], failures[0])
     if failures:
         return _raised(run, failures[0])

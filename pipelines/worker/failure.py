@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
 WATCH_SECONDS = 1.0
-LEAVE_SECONDS = 10
+LEAVE_SECONDS = 5
 _ENDINGS = (signal.SIGTERM, signal.SIGINT)
 
 _LOST_CONNECTION = (
@@ -39,6 +39,7 @@ _LOST_CONNECTION = (
     "connection was closed",
     "broken pipe",
     "timed out waiting",
+    "timeout caused pair closure",
     "gloo/transport",
     "nccl error",
     "remote process exited",
@@ -58,7 +59,7 @@ class Watch:
     """Watches over one rank, as a context manager around everything it does.
 
     It says who the rank is at the start and that it is done at the end, counts its steps, keeps its heartbeat, and
-    records any other way in which it ends. An error goes on its way after it is recorded; the process has ten
+    records any other way in which it ends. An error goes on its way after it is recorded; the process has five
     seconds to follow, because a thread or a communicator that does not stop must not keep the launcher waiting.
     """
 

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,19 +29,45 @@ from pipelines.rundir import Result, RunDir, read_json, write_json
 MakeRun = Callable[..., RunDir]
 
 
-@pytest.fixture
-def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
-    """Writes the folder of a tiny run; its ranks can import the tests."""
-    monkeypatch.setenv("PYTHONPATH", TEST_PATH)
-    train, validate = write_shards(tmp_path / "train", rows=21), write_shards(tmp_path / "val", rows=6)
+def runs_in(folder: Path) -> MakeRun:
+    """Writes folders of tiny runs on the same shards."""
+    train, validate = write_shards(folder / "train", rows=21), write_shards(folder / "val", rows=6)
 
     def make(name: str = "run", fault: Fault | None = None, **settings: Any) -> RunDir:
-        run = write_run(tmp_path / name, tiny_run(**settings), train, validate)
+        run = write_run(folder / name, tiny_run(**settings), train, validate)
         if fault:
             write_json(run.path / "fault.json", fault)
         return run
 
     return make
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
+    """Writes the folder of a tiny run; its ranks can import the tests."""
+    monkeypatch.setenv("PYTHONPATH", TEST_PATH)
+    return runs_in(tmp_path)
+
+
+# Three ranks: the order in which gradients are added up matters from three terms on.
+WHOLE: dict[str, Any] = {
+    "ranks": 3,
+    "batch_size": 6,
+    "steps": 60,
+    "log_every": 10,
+    "validate_every": 30,
+    "checkpoint_every": 5,
+}
+ENDLESS: dict[str, Any] = {"steps": 100_000, "validate_every": 100_000}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run that nothing interrupted."""
+    run = runs_in(tmp_path_factory.mktemp("whole"))(**WHOLE)
+    ended = torchrun(run, 3)
+    assert ended.returncode == 0, ended.stdout
+    return run
 
 
 @pytest.fixture
@@ -63,46 +90,34 @@ def seconds_since_fault(run: RunDir) -> float:
     return time.time() - float(json.loads((run.path / "struck.json").read_text())["time"])
 
 
-LONG: dict[str, Any] = {"steps": 160, "checkpoint_every": 20, "log_every": 20, "validate_every": 80}
-ENDLESS: dict[str, Any] = {"steps": 100_000, "validate_every": 100_000}
-
-
-def test_torchrun_alone_trains_to_a_result(make_run: MakeRun) -> None:
-    run = make_run(steps=12)
-    ended = torchrun(run, 2)
-    assert ended.returncode == 0, ended.stdout
-    result = read_json(run.result, Result)
-    assert (result.status, result.step, result.world_size) == ("ok", 12, 2)
+def test_torchrun_alone_trains_to_a_result(whole: RunDir) -> None:
+    result = read_json(whole.result, Result)
+    assert (result.status, result.step, result.world_size) == ("ok", 60, 3)
     assert {"train/loss", "train/lr", "train/grad_norm", "val/loss", "val/blind_gap"} <= result.metrics.keys()
-    assert [m.step for m in run.read_metrics()] == [2, 4, 6, 8, 10, 12]
-    assert [(s.step, len(s.samples)) for s in run.read_samples()] == [(6, 2), (12, 2)]
-    assert [path.name for path in run.finished_checkpoints()] == ["step_000008", "step_000012"]
-    assert Path(result.checkpoint) == run.checkpoint(12)
-    assert all(rank.ended for rank in run.read_ranks())
-    assert all("from step 0 to 12" in run.log(rank).read_text() for rank in range(2))
+    assert [m.step for m in whole.read_metrics()] == [10, 20, 30, 40, 50, 60]
+    assert [(s.step, len(s.samples)) for s in whole.read_samples()] == [(30, 2), (60, 2)]
+    assert [path.name for path in whole.finished_checkpoints()] == ["step_000055", "step_000060"]
+    assert Path(result.checkpoint) == whole.checkpoint(60)
+    assert all(rank.ended for rank in whole.read_ranks())
+    assert all("from step 0 to 60" in whole.log(rank).read_text() for rank in range(3))
 
 
 @pytest.mark.faults
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    make_run: MakeRun, platform: Platform, spark: SparkSession
+    whole: RunDir, make_run: MakeRun, platform: Platform, spark: SparkSession
 ) -> None:
-    # Three ranks: the order in which gradients are added up matters from three terms on.
     three_ranks = replace(platform, launch=Launch(3, local_mode=True, use_gpu=False))
-    settings = LONG | {"ranks": 3, "batch_size": 6}
-    whole = make_run("whole", **settings)
-    assert torchrun(whole, 3).returncode == 0
-
-    broken = make_run("broken", fault=Fault(kind="kill", rank=1), **settings)
+    broken = make_run(fault=Fault(kind="kill", rank=1), **WHOLE)
     with pytest.raises(TrainingFailed, match=r"rank 1 ended without a word at step [0-9]+.*kill -9"):
         launch(broken, three_ranks, spark, faulty_rank)
     assert seconds_since_fault(broken) < 60
     assert not broken.result.exists()
-    assert launch(broken, three_ranks, spark).step == 160
+    assert launch(broken, three_ranks, spark).step == 60
 
-    assert re.search(r"from step [1-9]\d* to 160", broken.log(0).read_text())
+    assert re.search(r"from step [1-9]\d* to 60", broken.log(0).read_text())
     assert (broken.path / "attempts" / "1" / "logs" / "rank-0.log").exists()
     for name in ("model.safetensors", "training.safetensors"):
-        assert (whole.checkpoint(160) / name).read_bytes() == (broken.checkpoint(160) / name).read_bytes()
+        assert (whole.checkpoint(60) / name).read_bytes() == (broken.checkpoint(60) / name).read_bytes()
     assert timeless(whole) == timeless(broken)
     assert list(whole.read_samples()) == list(broken.read_samples())
 
@@ -170,18 +185,23 @@ def test_a_damaged_shard_ends_the_run_before_the_first_step(make_run: MakeRun) -
 
 
 @pytest.mark.faults
-def test_interrupting_a_launch_ends_its_ranks_and_leaves_a_run_to_go_on_with(make_run: MakeRun, tmp_path: Path) -> None:
+def test_interrupting_a_launch_ends_its_ranks_and_leaves_a_run_to_go_on_with(
+    make_run: MakeRun, two_ranks: Platform, spark: SparkSession
+) -> None:
     run = make_run(**ENDLESS)
-    environment = os.environ | {"LAKESIGHT_HOME": str(tmp_path / "home"), "RUN": str(run.path)}
-    process = subprocess.Popen([sys.executable, "-c", LAUNCH, "local[2]"], env=environment, stderr=subprocess.PIPE)
-    while not run.finished_checkpoints():
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, printed = process.communicate(timeout=60)
-    assert b"KeyboardInterrupt" in printed
+    threading.Thread(target=press_ctrl_c, args=(run,), daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        launch(run, two_ranks, spark)
     assert not any(is_running(rank.pid) for rank in run.read_ranks())
+    assert run.finished_checkpoints()
     assert not run.result.exists()
+
+
+def press_ctrl_c(run: RunDir) -> None:
+    """Once the ranks are at work."""
+    while not run.finished_checkpoints():
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.faults
@@ -191,7 +211,7 @@ def test_on_executors_a_killed_rank_is_named_and_too_few_slots_are_refused_at_on
     run = make_run(fault=Fault(kind="kill", rank=1), **ENDLESS)
     environment = os.environ | {"LAKESIGHT_HOME": str(tmp_path / "home"), "RUN": str(run.path)}
     ended = subprocess.run(
-        [sys.executable, "-c", LAUNCH, "local-cluster[2,1,1024]"],
+        [sys.executable, "-c", ON_EXECUTORS],
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
@@ -205,8 +225,8 @@ def test_on_executors_a_killed_rank_is_named_and_too_few_slots_are_refused_at_on
     assert float(since_fault) < 60
 
 
-LAUNCH = """
-import os, sys, time, json
+ON_EXECUTORS = """
+import os, time, json
 from dataclasses import replace
 from pathlib import Path
 from pipelines.config import LocalPlatformConfig, SparkConfig
@@ -217,10 +237,8 @@ from pipelines.rundir import RunDir
 from faults import faulty_rank
 
 run = RunDir(Path(os.environ["RUN"]))
-platform = local(LocalPlatformConfig(ranks=2, spark=SparkConfig(master=sys.argv[1], driver_memory="1g")))
+platform = local(LocalPlatformConfig(ranks=2, spark=SparkConfig(master="local-cluster[2,1,1024]", driver_memory="1g")))
 spark = platform.open_spark()
-if sys.argv[1] == "local[2]":
-    launch(run, platform, spark)
 try:
     launch(run, replace(platform, launch=replace(platform.launch, ranks=3)), spark)
 except LakesightError as error:

@@ -108,7 +108,7 @@ def test_a_rank_does_not_outlive_its_launcher(run: RunDir, tmp_path: Path) -> No
     assert record(run).exception == "LauncherGone"
 
 
-def test_a_thread_that_does_not_stop_keeps_a_failed_rank_ten_seconds_at_most(run: RunDir) -> None:
+def test_a_thread_that_does_not_stop_keeps_a_failed_rank_a_few_seconds_at_most(run: RunDir) -> None:
     process = start(run, "import threading\nthreading.Thread(target=time.sleep, args=(600,)).start()\nraise ValueError")
     wait_until_started(run, process)
     assert process.wait(timeout=20) == 1
@@ -120,6 +120,7 @@ def test_a_thread_that_does_not_stop_keeps_a_failed_rank_ten_seconds_at_most(run
     [
         (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"), True),
         (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation"), True),
+        (RuntimeError("Application timeout caused pair closure"), True),
         (KeyboardInterrupt(), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ConnectionResetError("Connection reset by peer"), False),  # a file system's, not a collective's
@@ -192,8 +193,11 @@ def test_of_two_silent_ranks_the_one_that_fell_silent_first_is_blamed(run: RunDi
     assert failure_of(run, 2, None).what.startswith("rank 1 ended without a word")
 
 
-def test_a_rank_that_others_waited_for_in_vain_is_blamed_for_hanging(run: RunDir) -> None:
-    failed(run, 0, 1.0, consequence=True, message="Timed out waiting 5000ms for recv operation")
+@pytest.mark.parametrize(
+    "message", ["Timed out waiting 5000ms for recv operation", "Application timeout caused pair closure"]
+)
+def test_a_rank_that_others_waited_for_in_vain_is_blamed_for_hanging(run: RunDir, message: str) -> None:
+    failed(run, 0, 1.0, consequence=True, message=message)
     failed(run, 1, 2.0, consequence=True, exception="SIGTERM")
     error = failure_of(run, 2, None)
     assert error.what == "rank 1 hung at step 5"
