@@ -1,30 +1,33 @@
-"""Fixtures that need a JVM: one Spark session and one home folder for all tests of a run."""
+"""Fixtures that need a JVM: one Spark session on real executors and one home folder for all tests of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+from helpers import TEST_PATH
 from pyspark.sql import SparkSession
 
-from pipelines.config import LocalPlatformConfig, short_hash
+from pipelines.config import LocalPlatformConfig, SparkConfig, short_hash
 from pipelines.driver.session import ensure_tables
 from pipelines.platform import Platform, local
 
 
 @pytest.fixture(scope="session")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Platform:
-    """The laptop's platform on a fresh home folder that all tests share; sources keep them apart."""
+    """A laptop's platform with two executors, on a fresh home folder that all tests share; sources keep them apart."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAKESIGHT_HOME", str(tmp_path_factory.mktemp("home")))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        return local(LocalPlatformConfig())
+        return local(LocalPlatformConfig(ranks=2, spark=SparkConfig(master="local-cluster[2,1,1024]")))
 
 
 @pytest.fixture(scope="session")
 def spark(platform: Platform) -> Iterator[SparkSession]:
     """The one Spark session, with every table there."""
-    session = platform.open_spark()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", TEST_PATH)  # executors run entries of the tests too
+        session = platform.open_spark()
     # A few rows a query: compiling it to bytecode and planning it again would take longer than running it. The demo's
     # test does both.
     session.conf.set("spark.sql.codegen.wholeStage", "false")

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +20,7 @@ from pyspark.sql import SparkSession
 
 from pipelines.driver.train import launch
 from pipelines.driver.verdict import failure_of
-from pipelines.errors import TrainingFailed
+from pipelines.errors import TrainingFailed, UserError
 from pipelines.platform import Launch, Platform
 from pipelines.rundir import Result, RunDir, read_json, write_json
 
@@ -206,47 +204,14 @@ def press_ctrl_c(run: RunDir) -> None:
 
 @pytest.mark.faults
 def test_on_executors_a_killed_rank_is_named_and_too_few_slots_are_refused_at_once(
-    make_run: MakeRun, tmp_path: Path
+    make_run: MakeRun, platform: Platform, spark: SparkSession
 ) -> None:
+    assert not platform.launch.local_mode
     run = make_run(fault=Fault(kind="kill", rank=1), **ENDLESS)
-    environment = os.environ | {"LAKESIGHT_HOME": str(tmp_path / "home"), "RUN": str(run.path)}
-    ended = subprocess.run(
-        [sys.executable, "-c", ON_EXECUTORS],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    too_few, failed, since_fault = ended.stdout.splitlines()
-    assert "UserError the cluster has too few slots for the ranks" in too_few
-    assert "2 tasks at once, 3 needed" in too_few
-    assert "TrainingFailed rank 1 ended without a word" in failed
-    assert float(since_fault) < 60
-
-
-ON_EXECUTORS = """
-import os, time, json
-from dataclasses import replace
-from pathlib import Path
-from pipelines.config import LocalPlatformConfig, SparkConfig
-from pipelines.driver.train import launch
-from pipelines.errors import LakesightError
-from pipelines.platform import local
-from pipelines.rundir import RunDir
-from faults import faulty_rank
-
-run = RunDir(Path(os.environ["RUN"]))
-platform = local(LocalPlatformConfig(ranks=2, spark=SparkConfig(master="local-cluster[2,1,1024]", driver_memory="1g")))
-spark = platform.open_spark()
-try:
-    launch(run, replace(platform, launch=replace(platform.launch, ranks=3)), spark)
-except LakesightError as error:
-    print(type(error).__name__, error)
-try:
-    launch(run, platform, spark, faulty_rank)
-except LakesightError as error:
-    print(type(error).__name__, error)
-    print(time.time() - json.loads((run.path / "struck.json").read_text())["time"])
-spark.stop()
-"""
+    three_ranks = replace(platform, launch=replace(platform.launch, ranks=3))
+    with pytest.raises(UserError, match=r"too few slots for the ranks.*2 tasks at once, 3 needed"):
+        launch(run, three_ranks, spark)
+    with pytest.raises(TrainingFailed, match="rank 1 ended without a word"):
+        launch(run, platform, spark, faulty_rank)
+    assert seconds_since_fault(run) < 60
+    assert not any(is_running(rank.pid) for rank in run.read_ranks())
