@@ -1,5 +1,4 @@
-# Every target works on a fresh clone: the environment is made once, in .venv/. Python compiles what is imported;
-# pip would compile all of it first.
+# Every target works on a fresh clone: the environment is made once, in .venv/.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -38,5 +37,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@"$${JAVA_HOME:+$$JAVA_HOME/bin/}java" -version 2>&1 | grep -Eq 'version "(1[7-9]|[2-9][0-9])' || \
 	  { echo "Lakesight needs Java 17 or later for Spark. Debian, Ubuntu: apt install openjdk-17-jre-headless; macOS: brew install openjdk@17; then set JAVA_HOME" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[local,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[local,dev]'
 	@touch $@
