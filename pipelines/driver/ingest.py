@@ -27,7 +27,15 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipelines.config import DataConfig
-from pipelines.driver.session import bounded_batches, commit_note, ensure_tables, note_of, spark_failures, versions
+from pipelines.driver.session import (
+    bounded_batches,
+    commit_note,
+    ensure_tables,
+    note_of,
+    spark_failures,
+    stored_as_they_are,
+    versions,
+)
 from pipelines.driver.sources import open_source
 from pipelines.errors import StageFailed, UserError
 from pipelines.executor.decode import OUTCOME, Rules, decode_batches
@@ -91,7 +99,7 @@ def ingest(spark: SparkSession, platform: Platform, source_name: str, config: Da
     source = open_source(spark, source_name, config)
     stamp = _Stamp(source_name, source.ingest_id, datetime.now(UTC))
     rules = Rules(source_name, config.source.columns, config.limits, config.split)
-    decode, schema = partial(decode_batches, rules=rules), from_arrow_schema(OUTCOME)
+    decode, schema = partial(decode_batches, read=source.read, rules=rules), from_arrow_schema(OUTCOME)
     with (
         spark_failures("the input could not be ingested", where=config.source.path),
         bounded_batches(spark),
@@ -297,7 +305,9 @@ def _merge(platform: Platform, outcomes: DataFrame, plan: DataFrame, stamp: _Sta
     if totals.updated:  # Delta merges in one pass where there is nothing to update
         both = F.expr("array_sort(array_union(known.texts, came.texts))")
         merge = merge.whenMatchedUpdate(set={"texts": both})
-    _expect(merge.execute(), SAMPLES.name, inserted=totals.new, updated=totals.updated)
+    with stored_as_they_are(outcomes.sparkSession):
+        written = merge.execute()
+    _expect(written, SAMPLES.name, inserted=totals.new, updated=totals.updated)
     logger.info("%d new pictures, %d with new texts", totals.new, totals.updated)
 
 

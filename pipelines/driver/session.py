@@ -120,6 +120,13 @@ def bounded_batches(spark: SparkSession) -> Iterator[None]:
 
 
 @contextmanager
+def stored_as_they_are(spark: SparkSession) -> Iterator[None]:
+    """Write Parquet files inside without compressing them: pictures are compressed already."""
+    with _settings(spark, {"spark.sql.parquet.compression.codec": "uncompressed"}):
+        yield
+
+
+@contextmanager
 def spark_failures(what: str, *, where: str) -> Iterator[None]:
     """Tell what fails in Spark inside as one paragraph; the JVM's and the workers' traces hang on as the cause.
 

@@ -1,14 +1,14 @@
 """Readers: a source as its files say it, nothing decoded yet. A further kind of source is one more reader.
 
-The contract is `Source`: a DataFrame with columns `file`, `raw` and `row`, as `pipelines.executor.decode` takes them,
-and an id that tells whether the files are the same as last time.
+The contract is `Source`: a DataFrame in whatever columns suit the reader, a function of `pipelines.executor.records`
+that makes records of them on an executor, and an id that tells whether the files are the same as last time.
 """
 
 from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -20,6 +20,7 @@ from pyspark.sql.types import StringType, StructField, StructType
 from pipelines.config import CsvSourceConfig, DataConfig, Split, short_hash
 from pipelines.errors import UserError
 from pipelines.executor.decode import split_of_file
+from pipelines.executor.records import Read, csv_records, parsed_records
 
 CSV_SUFFIXES = (".csv", ".csv.gz", ".csv.bz2", ".csv.zst")
 CORRUPT = "_lakesight_corrupt_record"
@@ -40,12 +41,13 @@ class Source:
     """What a reader yields.
 
     Attributes:
-        rows: one row a record: `file` (string, name of its file), `raw` (string, the line, where it is not a record of
-            its file, else null), `row` (map of column to string, the record; files may differ in columns).
+        rows: what executors read.
+        read: makes records of it, there.
         ingest_id: a hash of the source's name and its files' names, sizes and times.
     """
 
     rows: DataFrame
+    read: Read
     ingest_id: str
 
 
@@ -56,8 +58,8 @@ def open_source(spark: SparkSession, name: str, config: DataConfig) -> Source:
         UserError: nothing there, no file of the kind, an empty file, or a column that is missing.
     """
     files = _csv_files(spark, config)
-    rows = _read_csv(spark, files, config.source)
-    return Source(rows, short_hash(name, sorted((f.name, f.size, f.changed) for f in files)))
+    rows, read = _read_csv(spark, files, config.source)
+    return Source(rows, read, short_hash(name, sorted((f.name, f.size, f.changed) for f in files)))
 
 
 def _csv_files(spark: SparkSession, config: DataConfig) -> list[SourceFile]:
@@ -94,12 +96,16 @@ def _absolute(path: str) -> str:
     return path if "://" in path or path.startswith("dbfs:") else str(Path(path).absolute())
 
 
-def _read_csv(spark: SparkSession, files: list[SourceFile], config: CsvSourceConfig) -> DataFrame:
+def _read_csv(spark: SparkSession, files: list[SourceFile], config: CsvSourceConfig) -> tuple[DataFrame, Read]:
     """All records of the files. Each header is read for itself: Spark would take the first file's for all of them."""
     by_header: dict[tuple[str, ...], list[str]] = {}
     for file in files:
         by_header.setdefault(_header(spark, file, config), []).append(file.path)
-    return reduce(DataFrame.unionAll, (_records(spark, paths, head, config) for head, paths in by_header.items()))
+    if config.multiline:
+        parsed = (_parsed(spark, paths, header, config) for header, paths in by_header.items())
+        return reduce(DataFrame.unionAll, parsed), parsed_records
+    lines = (_lines(spark, paths, number) for number, paths in enumerate(by_header.values()))
+    return reduce(DataFrame.unionAll, lines), partial(csv_records, headers=tuple(by_header))
 
 
 def _header(spark: SparkSession, file: SourceFile, config: CsvSourceConfig) -> tuple[str, ...]:
@@ -123,7 +129,19 @@ def _nearest(name: str, names: tuple[str, ...]) -> str:
     return f" (did you mean {match[0]}?)" if match else ""
 
 
-def _records(spark: SparkSession, paths: list[str], header: tuple[str, ...], config: CsvSourceConfig) -> DataFrame:
+def _lines(spark: SparkSession, paths: list[str], header: int) -> DataFrame:
+    """Lines for `csv_records`: bytes, since a string that is not UTF-8 would not reach Python."""
+    return spark.read.text(paths).select(
+        F.col("_metadata.file_path").alias("path"),
+        F.col("_metadata.file_name").alias("file"),
+        F.col("_metadata.file_block_start").alias("start"),
+        F.lit(header).alias("header"),
+        F.col("value").cast("binary").alias("line"),
+    )
+
+
+def _parsed(spark: SparkSession, paths: list[str], header: tuple[str, ...], config: CsvSourceConfig) -> DataFrame:
+    """Records for `parsed_records`."""
     schema = StructType([StructField(name, StringType()) for name in (*header, CORRUPT)])
     frame = spark.read.csv(
         paths,

@@ -24,14 +24,13 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.config import ColumnNames, HashSplitConfig, LimitsConfig, Split, SplitConfig
+from pipelines.executor.records import Fields, Read
 from vlm.errors import ImageError
 from vlm.image import open_image
 
-Fields = dict[str, str | None]
-
 OUTCOME = pa.schema(
     [
-        ("source_row", pa.string()),  # <file>#<hash of the whole row>
+        ("source_row", pa.string()),  # <file>#<hash of all the row had>
         ("payload", pa.string()),  # all the row had, JSON; a sample's is without its picture, which is in `image`
         ("image_id", pa.string()),  # from here to split: null where the row is refused
         ("sha256", pa.string()),
@@ -71,37 +70,41 @@ class Refused(Exception):
         self.stage, self.reason, self.detail = stage, reason, detail
 
 
-def decode_batches(batches: Iterator[pa.RecordBatch], rules: Rules) -> Iterator[pa.RecordBatch]:
-    """Decode rows into OUTCOME batches of bounded size, one outcome a row.
+def decode_batches(batches: Iterator[pa.RecordBatch], read: Read, rules: Rules) -> Iterator[pa.RecordBatch]:
+    """Decode rows into OUTCOME batches of bounded size, one outcome a record.
 
     Args:
-        batches: columns `file` (name of the file), `raw` (the line, where it is no record of the file; else null) and
-            `row` (a map of the source's own columns to strings).
-        rules: what makes a row a sample.
+        batches: rows as the source's reader gives them.
+        read: makes records of them.
+        rules: what makes a record a sample.
     """
     outcomes: list[dict[str, Any]] = []
     held = 0
-    for batch in batches:
-        for row in batch.to_pylist():
-            outcomes.append(decode_row(row["file"], row["raw"], dict(row["row"]), rules))
-            held += len(outcomes[-1].get("image") or b"") + len(outcomes[-1]["payload"])
-            if held >= FLUSH_BYTES or len(outcomes) >= FLUSH_ROWS:
-                yield pa.RecordBatch.from_pylist(outcomes, OUTCOME)
-                outcomes, held = [], 0
+    for record in read(batches):
+        outcomes.append(decode_row(*record, rules))
+        held += len(outcomes[-1].get("image") or b"") + len(outcomes[-1]["payload"])
+        if held >= FLUSH_BYTES or len(outcomes) >= FLUSH_ROWS:
+            yield pa.RecordBatch.from_pylist(outcomes, OUTCOME)
+            outcomes, held = [], 0
     if outcomes:
         yield pa.RecordBatch.from_pylist(outcomes, OUTCOME)
 
 
 def decode_row(file: str, raw: str | None, fields: Fields, rules: Rules) -> dict[str, Any]:
     """One row's outcome, as the columns of OUTCOME that it has."""
-    payload = raw if raw is not None else _as_json(fields)
-    outcome = {"source_row": f"{file}#{_sha256(payload.encode())[:16]}", "payload": payload}
     try:
         sample = _judge(file, raw, fields, rules)
     except Refused as refused:
-        return outcome | {"stage": refused.stage, "reason": refused.reason, "detail": refused.detail}
-    rest = {name: value for name, value in fields.items() if name != rules.columns.image}
-    return outcome | sample | {"payload": _as_json(rest)}
+        payload = raw if raw is not None else _as_json(fields)
+        why = {"stage": refused.stage, "reason": refused.reason, "detail": refused.detail}
+        return {"source_row": _name_of_row(file, payload), "payload": payload, **why}
+    payload = _as_json({name: value for name, value in fields.items() if name != rules.columns.image})
+    # The picture's own hash stands for it: to hash megabytes of base64 too would be a tenth of all the work.
+    return {"source_row": _name_of_row(file, payload + sample["sha256"]), "payload": payload, **sample}
+
+
+def _name_of_row(file: str, content: str) -> str:
+    return f"{file}#{_sha256(content.encode())[:16]}"
 
 
 def _judge(file: str, raw: str | None, fields: Fields, rules: Rules) -> dict[str, Any]:

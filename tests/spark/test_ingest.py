@@ -173,6 +173,23 @@ def test_line_breaks_inside_quotes_need_multiline_and_lose_nothing_without_it(
     assert sorted(texts(row)[0] for row in rows_of(spark, platform, "samples", source)) == ["one line", "two\nlines"]
 
 
+def test_files_of_any_make_are_read_whole_however_spark_splits_them(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    rows = [[as_base64(png(72 + n)), f'"{n}", a picture'] for n in range(6)]
+    path = write_csv(tmp_path / "made in a/spreadsheet.csv", rows[:4])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
+    other = write_csv(tmp_path / "in" / "spreadsheet.csv", [row[::-1] for row in rows[4:]], header=(TEXT, IMAGE))
+    other.write_bytes(other.read_bytes() + b"caf\xe9," + rows[0][0].encode())
+    before = spark.conf.get("spark.sql.files.maxPartitionBytes")
+    spark.conf.set("spark.sql.files.maxPartitionBytes", "500")
+    report = ingest(spark, platform, source, config(tmp_path / "*"))
+    spark.conf.set("spark.sql.files.maxPartitionBytes", str(before))
+    assert parts(report) == (7, 6, 1, 0, 0)
+    kept = {text for row in rows_of(spark, platform, "samples", source) for text in texts(row)}
+    assert kept == {text for _, text in rows} | {"caf\ufffd"}
+
+
 def test_any_mixture_of_rows_adds_up_as_counted_by_hand(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:

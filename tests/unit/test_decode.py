@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pictures import IMAGE, TEXT, as_base64, encoded, picture, png
 
 from pipelines.config import ColumnNames, FileSplitConfig, HashSplitConfig, LimitsConfig
-from pipelines.executor.decode import FLUSH_BYTES, Fields, Refused, Rules, decode_base64, decode_batches, split_of
+from pipelines.executor.decode import FLUSH_BYTES, Refused, Rules, decode_base64, decode_batches, split_of
+from pipelines.executor.records import Fields, parsed_records
 from pipelines.tables import REASONS
 
 LIMITS = LimitsConfig(max_bytes=50_000, max_pixels=10_000, min_side=4, max_text_chars=40)
@@ -29,7 +30,9 @@ def batch_of(rows: list[Fields], file: str = "a.csv", raw: str | None = None) ->
 
 
 def decode(rows: list[Fields], rules: Rules = RULES, file: str = "a.csv") -> list[dict[str, Any]]:
-    return [row for out in decode_batches(iter([batch_of(rows, file)]), rules) for row in out.to_pylist()]
+    return [
+        row for out in decode_batches(iter([batch_of(rows, file)]), parsed_records, rules) for row in out.to_pylist()
+    ]
 
 
 def one(fields: Fields | None = None, rules: Rules = RULES) -> dict[str, Any]:
@@ -82,7 +85,7 @@ def test_a_bad_row_has_its_reason_and_keeps_all_it_had(reason: str) -> None:
 
 def test_a_line_that_is_no_record_is_kept_as_it_was() -> None:
     batch = batch_of([{IMAGE: "one", TEXT: "two"}], raw="one,two,three")
-    [outcome] = next(decode_batches(iter([batch]), RULES)).to_pylist()
+    [outcome] = next(decode_batches(iter([batch]), parsed_records, RULES)).to_pylist()
     assert (outcome["stage"], outcome["reason"]) == ("read", "malformed_record")
     assert outcome["payload"] == "one,two,three"
 
@@ -172,6 +175,6 @@ def test_batches_that_leave_are_bounded_in_bytes_whatever_comes() -> None:
     rules = Rules("birds", ColumnNames(), big, HashSplitConfig())
     row: Fields = {IMAGE: as_base64(encoded(picture(3, (1200, 1000)), "BMP")), TEXT: "a bird"}
     batch = batch_of([row] * 12)
-    sizes = [out.nbytes for out in decode_batches(iter([batch]), rules)]
+    sizes = [out.nbytes for out in decode_batches(iter([batch]), parsed_records, rules)]
     assert len(sizes) > 1
     assert max(sizes) < FLUSH_BYTES + 4 * 2**20
