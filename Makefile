@@ -14,7 +14,7 @@ demo: $(STAMP)  ## Ingest, train, register and caption generated scenes: the who
 	$(BIN)/lakesight demo
 
 test: check  ## Run every check and every test
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 check: $(STAMP)  ## Lint, formatting, types and import contracts
 	$(BIN)/ruff check

@@ -13,6 +13,13 @@ from pipelines.driver.session import ensure_tables
 from pipelines.platform import Platform, local
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where two processes share the tests, one of them takes all that need Spark: there is one session."""
+    for item in items:
+        if "spark" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("spark"))
+
+
 @pytest.fixture(scope="session")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Platform:
     """A laptop's platform with two executors, on a fresh home folder that all tests share; sources keep them apart."""

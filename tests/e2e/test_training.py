@@ -157,7 +157,7 @@ def test_a_rank_that_dies_ends_the_launch_within_a_minute_and_is_named(
 @pytest.mark.faults
 def test_a_rank_that_hangs_is_named_when_the_time_of_the_others_runs_out(make_run: MakeRun) -> None:
     fault = Fault(kind="hang", rank=1)
-    run = make_run(fault=fault, timeout_seconds=5, **ENDLESS)
+    run = make_run(fault=fault, timeout_seconds=10, **ENDLESS)
     assert torchrun(run, 2, "faults").returncode != 0
     assert seconds_since_fault(run) < 60
     error = failure_of(run, 2, None)
