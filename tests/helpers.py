@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +34,9 @@ from pipelines.shards import (
 )
 from vlm import text
 from vlm.config import ModelConfig
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
 TEST_PATH = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(__file__).parent / "e2e"))
@@ -135,6 +141,19 @@ def torchrun(run: RunDir, ranks: int, module: str = "pipelines.worker.main") -> 
     return subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, check=False, timeout=300
     )
+
+
+@contextmanager
+def settings(spark: SparkSession, **values: str) -> Iterator[None]:
+    """Other Spark settings for what runs inside."""
+    before = {key: str(spark.conf.get(key)) for key in values}
+    try:
+        for key, value in values.items():
+            spark.conf.set(key, value)
+        yield
+    finally:
+        for key, value in before.items():
+            spark.conf.set(key, value)
 
 
 def is_running(pid: int) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import settings
 from pictures import IMAGE, TEXT, as_base64, encoded, picture, png, write_csv
 from pyspark.sql import Row, SparkSession
 
@@ -181,10 +182,8 @@ def test_files_of_any_make_are_read_whole_however_spark_splits_them(
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
     other = write_csv(tmp_path / "in" / "spreadsheet.csv", [row[::-1] for row in rows[4:]], header=(TEXT, IMAGE))
     other.write_bytes(other.read_bytes() + b"caf\xe9," + rows[0][0].encode())
-    before = spark.conf.get("spark.sql.files.maxPartitionBytes")
-    spark.conf.set("spark.sql.files.maxPartitionBytes", "500")
-    report = ingest(spark, platform, source, config(tmp_path / "*"))
-    spark.conf.set("spark.sql.files.maxPartitionBytes", str(before))
+    with settings(spark, **{"spark.sql.files.maxPartitionBytes": "500"}):
+        report = ingest(spark, platform, source, config(tmp_path / "*"))
     assert parts(report) == (7, 6, 1, 0, 0)
     kept = {text for row in rows_of(spark, platform, "samples", source) for text in texts(row)}
     assert kept == {text for _, text in rows} | {"caf\ufffd"}

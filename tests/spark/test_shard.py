@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers import settings
 from pictures import as_base64, picture, png, write_csv
 from pyspark.sql import SparkSession
 
@@ -41,16 +40,6 @@ def filled(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.Tem
     path = write_csv(tmp_path_factory.mktemp("filled") / "a.csv", rows)
     ingest(spark, platform, "test-filled", config(path))
     return "test-filled", path
-
-
-@contextmanager
-def settings(spark: SparkSession, **values: str) -> Iterator[None]:
-    before = {key: str(spark.conf.get(key)) for key in values}
-    for key, value in values.items():
-        spark.conf.set(key, value)
-    yield
-    for key, value in before.items():
-        spark.conf.set(key, value)
 
 
 def turn_around(spark: SparkSession, platform: Platform, source: str) -> None:
