@@ -1,0 +1,87 @@
+"""The shape of a model as data: every axis of variation is a small frozen config, picked by `kind`.
+
+Families are points in this space (YAML under conf/model/), never classes. Imports neither torch nor Spark, so the
+driver, the executors and the command line can read a model's shape for free.
+"""
+
+from vlm.config.base import Config, Probability
+from vlm.config.image import ImageConfig
+from vlm.config.model import (
+    CausalMaskConfig,
+    CrossFusionConfig,
+    DecoderConfig,
+    FusionConfig,
+    GenerationConfig,
+    MaskConfig,
+    ModelConfig,
+    PrefixMaskConfig,
+    SlotsFusionConfig,
+)
+from vlm.config.text import BpeConfig, CharsConfig, JsonTextConfig, TextConfig
+from vlm.config.transformer import (
+    Activation,
+    AttentionConfig,
+    GatedMlpConfig,
+    LayerNormConfig,
+    LearnedPositionConfig,
+    MlpConfig,
+    MoeMlpConfig,
+    NormConfig,
+    PlainMlpConfig,
+    PositionConfig,
+    RmsNormConfig,
+    RotaryPositionConfig,
+    TransformerConfig,
+)
+from vlm.config.vision import (
+    ConvStemConfig,
+    LinearProjectorConfig,
+    MlpProjectorConfig,
+    PatchStemConfig,
+    PixelShuffleProjectorConfig,
+    ProjectorConfig,
+    ResamplerProjectorConfig,
+    StemConfig,
+    VisionConfig,
+)
+
+__all__ = [
+    "Activation",
+    "AttentionConfig",
+    "BpeConfig",
+    "CausalMaskConfig",
+    "CharsConfig",
+    "Config",
+    "ConvStemConfig",
+    "CrossFusionConfig",
+    "DecoderConfig",
+    "FusionConfig",
+    "GatedMlpConfig",
+    "GenerationConfig",
+    "ImageConfig",
+    "JsonTextConfig",
+    "LayerNormConfig",
+    "LearnedPositionConfig",
+    "LinearProjectorConfig",
+    "MaskConfig",
+    "MlpConfig",
+    "MlpProjectorConfig",
+    "ModelConfig",
+    "MoeMlpConfig",
+    "NormConfig",
+    "PatchStemConfig",
+    "PixelShuffleProjectorConfig",
+    "PlainMlpConfig",
+    "PositionConfig",
+    "PrefixMaskConfig",
+    "Probability",
+    "ProjectorConfig",
+    "ResamplerProjectorConfig",
+    "RmsNormConfig",
+    "RotaryPositionConfig",
+    "SlotsFusionConfig",
+    "StemConfig",
+    "TextConfig",
+    "TransformerConfig",
+    "VisionConfig",
+]

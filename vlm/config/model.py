@@ -1,0 +1,145 @@
+"""A whole model as data: decoder, fusion, mask, decoding settings, and how the parts fit.
+
+Imports neither torch nor Spark, so the driver, the executors and the command line can read a model's shape for free.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from vlm.config.base import Config
+from vlm.config.image import ImageConfig
+from vlm.config.text import TextConfig
+from vlm.config.transformer import TransformerConfig
+from vlm.config.vision import LinearProjectorConfig, ProjectorConfig, VisionConfig
+
+
+class DecoderConfig(Config):
+    """The language model: token table, transformer, output head.
+
+    Attributes:
+        context: positions it can hold.
+        transformer: over the sequence.
+        tie_embeddings: the output head is the token table.
+        scale_embeddings: token vectors are multiplied by sqrt(width) (Vaswani et al., 2017); slots are not.
+        soft_cap: logits are squeezed into (-soft_cap, soft_cap) by tanh (Gemma Team, 2024).
+    """
+
+    context: PositiveInt
+    transformer: TransformerConfig
+    tie_embeddings: bool = False
+    scale_embeddings: bool = False
+    soft_cap: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _no_layer_without_past(self) -> Self:
+        if self.transformer.layer_scale is not None:
+            raise ValueError("layer_scale is an axis of the encoder")
+        return self
+
+
+class SlotsFusionConfig(Config):
+    """A picture enters the sequence: its features take the places of slots."""
+
+    kind: Literal["slots"] = "slots"
+
+
+class CrossFusionConfig(Config):
+    """A picture stays outside (Alayrac et al., 2022): one slot marks its place, gated blocks look at its features.
+
+    A position sees the last picture before it. The gates start closed, so that training starts from the bare decoder.
+
+    Attributes:
+        every: a gated block before every so many blocks of the decoder.
+        num_heads: heads of the cross-attention.
+        head_dim: width of a head.
+        mlp_width: of the gated block's MLP.
+    """
+
+    kind: Literal["cross_attention"]
+    every: PositiveInt = 1
+    num_heads: PositiveInt = 8
+    head_dim: PositiveInt = 64
+    mlp_width: PositiveInt
+
+
+FusionConfig = Annotated[SlotsFusionConfig | CrossFusionConfig, Field(discriminator="kind")]
+
+
+class CausalMaskConfig(Config):
+    """Every position sees itself and what came before."""
+
+    kind: Literal["causal"] = "causal"
+
+
+class PrefixMaskConfig(Config):
+    """Picture and prompt see each other freely; the answer is causal (prefix-LM, PaliGemma)."""
+
+    kind: Literal["prefix"]
+
+
+MaskConfig = Annotated[CausalMaskConfig | PrefixMaskConfig, Field(discriminator="kind")]
+
+
+class GenerationConfig(Config):
+    """Decoding settings; temperature 0 is greedy."""
+
+    max_new_tokens: PositiveInt = 48
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    top_k: PositiveInt | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: int = 0
+
+
+class ModelConfig(Config):
+    """A whole vision-language model. With its tokenizer file and weights it is enough to rebuild it anywhere."""
+
+    image: ImageConfig
+    text: TextConfig
+    vision: VisionConfig
+    projector: ProjectorConfig = LinearProjectorConfig()
+    decoder: DecoderConfig
+    fusion: FusionConfig = SlotsFusionConfig()
+    mask: MaskConfig = CausalMaskConfig()
+    generation: GenerationConfig = GenerationConfig()
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one picture, before any selection."""
+        return (self.image.size // self.vision.stem.stride) ** 2
+
+    @property
+    def num_features(self) -> int:
+        """Vectors the projector makes of one picture."""
+        if self.projector.kind == "resampler":
+            return self.projector.num_latents
+        if self.vision.select != "patches":
+            return 1
+        shrink = self.projector.factor if self.projector.kind == "pixel_shuffle" else 1
+        return self.num_patches // shrink**2
+
+    @property
+    def num_slots(self) -> int:
+        """Places one picture takes in the decoder's sequence."""
+        return self.num_features if self.fusion.kind == "slots" else 1
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        stride = self.vision.stem.stride
+        if self.image.size % stride:
+            raise ValueError(f"image.size {self.image.size} is not a multiple of the stem's stride {stride}")
+        if self.projector.kind == "pixel_shuffle":
+            side = self.image.size // stride
+            if self.vision.select != "patches" or side % self.projector.factor:
+                raise ValueError(
+                    f"projector.factor {self.projector.factor} needs select: patches and divides their grid of {side}"
+                )
+        room = self.decoder.context - self.num_slots - 1
+        if room < self.generation.max_new_tokens:
+            raise ValueError(
+                f"decoder.context {self.decoder.context} leaves {room} places after {self.num_slots} image slots and "
+                f"the start token, fewer than generation.max_new_tokens {self.generation.max_new_tokens}"
+            )
+        return self

@@ -1,0 +1,155 @@
+"""The axes of a transformer: norm, position, attention, MLP. The same words for encoder and decoder."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from vlm.config.base import Config, Probability
+
+
+class LayerNormConfig(Config):
+    """LayerNorm (Ba et al., 2016)."""
+
+    kind: Literal["layer"] = "layer"
+    eps: float = 1e-5
+
+
+class RmsNormConfig(Config):
+    """RMSNorm (Zhang and Sennrich, 2019). With `offset` the weight is stored as its distance from one."""
+
+    kind: Literal["rms"]
+    eps: float = 1e-6
+    offset: bool = False
+
+
+NormConfig = Annotated[LayerNormConfig | RmsNormConfig, Field(discriminator="kind")]
+
+
+class LearnedPositionConfig(Config):
+    """One learned vector a position, added to the input."""
+
+    kind: Literal["learned"] = "learned"
+
+
+class RotaryPositionConfig(Config):
+    """Rotary embedding of queries and keys (Su et al., 2021)."""
+
+    kind: Literal["rotary"]
+    base: float = 10_000.0
+
+
+PositionConfig = Annotated[LearnedPositionConfig | RotaryPositionConfig, Field(discriminator="kind")]
+
+
+class AttentionConfig(Config):
+    """Multi-head attention; fewer key-value heads than heads is grouped-query attention.
+
+    Attributes:
+        num_heads: heads of the queries.
+        num_kv_heads: heads of keys and values.
+        head_dim: width of a head.
+        bias: of queries, keys, values and output.
+        windows: how far back each layer sees, itself counted; null: all of it. Repeated over the depth.
+        soft_cap: scores are squeezed into (-soft_cap, soft_cap) by tanh (Gemma Team, 2024).
+        scale: what scores are multiplied with; null: head_dim ** -0.5.
+    """
+
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    bias: bool = False
+    windows: Annotated[tuple[PositiveInt | None, ...], Field(min_length=1)] = (None,)
+    soft_cap: PositiveFloat | None = None
+    scale: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _grouped(self) -> Self:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+        return self
+
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
+
+
+class PlainMlpConfig(Config):
+    """Two linear layers and an activation."""
+
+    kind: Literal["plain"] = "plain"
+    mlp_width: PositiveInt
+    activation: Activation = "gelu"
+    bias: bool = True
+
+
+class GatedMlpConfig(Config):
+    """Gated linear unit (Shazeer, 2020): SwiGLU with silu, GeGLU with gelu_tanh."""
+
+    kind: Literal["gated"]
+    mlp_width: PositiveInt
+    activation: Activation = "silu"
+    bias: bool = False
+
+
+class MoeMlpConfig(Config):
+    """Sparse mixture of experts (Shazeer et al., 2017): a router sends each token to `top_k` of `num_experts` MLPs.
+
+    Attributes:
+        num_experts: MLPs a layer.
+        top_k: experts a token; their outputs are weighted by a softmax over the chosen.
+        expert: the shape of one expert.
+        noisy: add noise of learned scale to the router's logits, in training only.
+        balance_weight: of the load-balance loss (Fedus et al., 2021).
+        z_weight: of the router z loss (Zoph et al., 2022).
+    """
+
+    kind: Literal["moe"]
+    num_experts: Annotated[int, Field(ge=2)]
+    top_k: PositiveInt = 2
+    expert: Annotated[PlainMlpConfig | GatedMlpConfig, Field(discriminator="kind")]
+    noisy: bool = False
+    balance_weight: NonNegativeFloat = 0.01
+    z_weight: NonNegativeFloat = 0.001
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> Self:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k {self.top_k} is more than num_experts {self.num_experts}")
+        return self
+
+
+MlpConfig = Annotated[PlainMlpConfig | GatedMlpConfig | MoeMlpConfig, Field(discriminator="kind")]
+
+
+class TransformerConfig(Config):
+    """A stack of blocks; the same words for the encoder and the decoder.
+
+    Attributes:
+        width: of the residual stream.
+        depth: blocks.
+        attention: its shape.
+        mlp: its shape.
+        norm: before each branch, and after the last block.
+        sandwich: each branch's output is normalised too, before it is added (Gemma Team, 2024).
+        layer_scale: what a learned factor a channel on each branch's output starts from (Touvron et al., 2021);
+            null: no such factor.
+        position: how a token knows where it stands.
+        dropout: on embeddings, attention weights and branches.
+    """
+
+    width: PositiveInt
+    depth: PositiveInt
+    attention: AttentionConfig
+    mlp: MlpConfig
+    norm: NormConfig = LayerNormConfig()
+    sandwich: bool = False
+    layer_scale: PositiveFloat | None = None
+    position: PositionConfig = LearnedPositionConfig()
+    dropout: Probability = 0.0
+
+    @model_validator(mode="after")
+    def _rotary_pairs(self) -> Self:
+        if self.position.kind == "rotary" and self.attention.head_dim % 2:
+            raise ValueError(f"rotary positions turn pairs of channels: head_dim {self.attention.head_dim} is odd")
+        return self
