@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from pipelines.errors import ConfigError
-from vlm.config import Config, ModelConfig, Probability
+from vlm.config import AdapterConfig, Config, ModelConfig, Probability
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -113,13 +113,20 @@ class OptimizerConfig(Config):
 
 
 class TrainConfig(Config):
-    """One training run. `batch_size` is global: the same whatever the number of ranks."""
+    """One training run. `batch_size` is global: the same whatever the number of ranks.
+
+    Attributes:
+        start_from: checkpoint folder of the same model, whose weights and tokenizer the run starts from.
+        adapter: train low-rank corrections of these weights and nothing else; what is registered has them merged.
+    """
 
     seed: int = 0
     steps: PositiveInt = 1000
     batch_size: PositiveInt = 64
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: Literal["fp32", "bf16"] = "fp32"
+    start_from: Annotated[str, Field(min_length=1)] | None = None
+    adapter: AdapterConfig | None = None
     log_every: PositiveInt = 10
     validate_every: PositiveInt = 200
     validate_rows: PositiveInt = 256
@@ -127,6 +134,12 @@ class TrainConfig(Config):
     keep_checkpoints: PositiveInt = 2
     caption_samples: PositiveInt = 8
     timeout_seconds: PositiveInt = 600
+
+    @model_validator(mode="after")
+    def _something_to_adapt(self) -> Self:
+        if self.adapter and not self.start_from:
+            raise ValueError("adapter needs start_from: corrections of random weights learn nothing")
+        return self
 
 
 # ------------------------------------------------------------------------------------------------ platform

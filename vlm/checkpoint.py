@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -66,7 +68,15 @@ def load_weights(model: VisionLanguageModel, path: Path) -> None:
     Raises:
         CheckpointError: lists all that is missing, left over or of another shape.
     """
-    own = _unique(model)
+    fill(_unique(model), path)
+
+
+def fill(own: Mapping[str, Tensor], path: Path) -> None:
+    """Copy a safetensors file into tensors of the same names and shapes: every tensor, every key.
+
+    Raises:
+        CheckpointError: lists all that is missing, left over or of another shape.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -86,7 +96,7 @@ def load_weights(model: VisionLanguageModel, path: Path) -> None:
             "the weights are of another model",
             where=str(path),
             got="; ".join(problems),
-            fix="use the config.json that was saved with them",
+            fix="use the config that was saved beside them",
         )
     loaded = load_file(path)
     with torch.no_grad():
@@ -97,7 +107,7 @@ def load_weights(model: VisionLanguageModel, path: Path) -> None:
 def save_training(
     folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, step: int
 ) -> None:
-    """Write a training checkpoint whole or not at all: into a hidden folder, then one rename.
+    """Write a training checkpoint whole or not at all.
 
     Args:
         folder: final place; an older checkpoint of the same step is replaced.
@@ -106,13 +116,26 @@ def save_training(
         optimizer: over the model's parameters.
         step: steps taken, the number of the next step.
     """
+    with whole_folder(folder) as temporary:
+        save_model(temporary, model, tokenizer)
+        save_state(temporary, model, optimizer, step)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder to write into; it takes `folder`'s name, and its place, when the block ends well."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    save_model(temporary, model, tokenizer)
-    save_file(_optimizer_tensors(model, optimizer), temporary / STATE)
-    (temporary / STEP).write_text(json.dumps({"step": step}), encoding="utf-8")
+    temporary.mkdir(parents=True)
+    yield temporary
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
+
+
+def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Write what a training goes on with besides weights: the optimizer's state and the number of the next step."""
+    save_file(_optimizer_tensors(model, optimizer), folder / STATE)
+    (folder / STEP).write_text(json.dumps({"step": step}), encoding="utf-8")
 
 
 def load_training(folder: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimizer) -> int:
@@ -122,6 +145,15 @@ def load_training(folder: Path, model: VisionLanguageModel, optimizer: torch.opt
         CheckpointError: the checkpoint is damaged or of another model.
     """
     load_weights(model, folder / WEIGHTS)
+    return load_state(folder, model, optimizer)
+
+
+def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Fill an optimizer from a training checkpoint; returns the number of the next step.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
     try:
         state = load_file(folder / STATE)
         step = int(json.loads((folder / STEP).read_text(encoding="utf-8"))["step"])
@@ -145,6 +177,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return {
         f"{name}:{key}": value.contiguous()
         for name, parameter in _parameters(model).items()
+        if parameter in optimizer.state  # a frozen one has none, and asking would make it one
         for key, value in optimizer.state[parameter].items()
     }
 

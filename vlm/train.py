@@ -6,9 +6,9 @@ rank), so a loop that starts at step k does exactly what an uninterrupted one do
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -80,8 +80,7 @@ def fit(
     for step, batch in enumerate(batches, start):
         torch.manual_seed(mix(seed, step, rank))
         on_device = batch.to(device)
-        autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
-        with autocast:
+        with mixed_precision(device, bf16=bf16):
             loss_sum = token_loss(model(on_device), on_device)
         loss_and_tokens = global_sum(torch.stack((loss_sum.detach().double(), num_targets(on_device).double())))
         total, tokens = (float(v) for v in loss_and_tokens)
@@ -101,3 +100,8 @@ def fit(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         on_step(StepReport(step, loss, lr_of(step), grad_norm, int(tokens)))
+
+
+def mixed_precision(device: torch.device, *, bf16: bool) -> AbstractContextManager[object]:
+    """Autocast to bfloat16 where it is asked for."""
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.config import RunConfig, short_hash
 from pipelines.driver.launch import RankEntry, check_slots, only_launch, run_rank, start_ranks
+from pipelines.driver.start import open_start
 from pipelines.driver.verdict import failure_of, wait_for_words
 from pipelines.errors import StageFailed, UserError
 from pipelines.platform import Platform
@@ -25,24 +26,32 @@ log = logging.getLogger(__name__)
 
 
 def prepare(config: RunConfig, platform: Platform, train: ShardReport, validate: ShardReport) -> RunDir:
-    """Write the run folder: run.json and the tokenizer, learned from the texts of the training shards.
+    """Write the run folder: run.json and the tokenizer, learned from the texts of the training shards, or the one of
+    the weights that the run starts from.
 
     The folder's name is a hash of what determines the outcome, so the same command finds the same run: finished, or to
     be gone on with.
 
     Raises:
-        UserError: nothing to learn from or to validate on, or a batch that cannot be shared among the ranks.
+        UserError: nothing to learn from or to validate on, a batch that cannot be shared among the ranks, or a folder
+            to start from that does not hold the run's model.
     """
     _refuse(config, train, validate)
     code = version("lakesight")
-    identity = short_hash(
-        config.model.model_dump(), config.train.model_dump(), train.content_hash, validate.content_hash, code
-    )
+    settings, start = config.train.model_dump(), None
+    if config.train.start_from:
+        start = open_start(Path(config.train.start_from), config.model)
+        settings["start_from"] = start.digest  # what is in the folder, not where it lies
+        resolved = config.train.model_copy(update={"start_from": str(start.folder)})
+        config = config.model_copy(update={"train": resolved})
+    identity = short_hash(config.model.model_dump(), settings, train.content_hash, validate.content_hash, code)
     run = RunDir(platform.folder("runs") / f"{config.name}-{identity}")
     if not run.tokenizer.exists():
         run.path.mkdir(parents=True, exist_ok=True)
         temporary = run.path / f".{run.tokenizer.name}.tmp"
-        text.save(text.learn(config.model.text, Shards.open(Path(train.folder)).texts()), temporary)
+        learned_from = Shards.open(Path(train.folder))
+        tokenizer = text.load(start.tokenizer) if start else text.learn(config.model.text, learned_from.texts())
+        text.save(tokenizer, temporary)
         temporary.replace(run.tokenizer)
     if finished(run) is None:
         write_json(

@@ -23,15 +23,14 @@ from pipelines.worker.failure import Watch
 from pipelines.worker.group import meet, pick_device, process_group
 from pipelines.worker.place import Place
 from pipelines.worker.report import Stopwatch, write_metrics
+from pipelines.worker.start import Start
 from pipelines.worker.validation import caption_samples, validate
 from vlm import text
-from vlm.build import build_model
-from vlm.checkpoint import load_training, save_training
 from vlm.model import VisionLanguageModel
 from vlm.optim import build_adamw, cosine_lr
 from vlm.parallel import wrap
 from vlm.text.base import Tokenizer
-from vlm.train import StepReport, fit
+from vlm.train import StepReport, fit, mixed_precision
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +73,7 @@ class Learner:
     model: VisionLanguageModel
     optimizer: torch.optim.Optimizer
     tokenizer: Tokenizer
+    origin: Start
     train_shards: Shards
     validate_shards: Shards
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
@@ -88,19 +88,20 @@ class Learner:
         meet(run, checkpoints[-1].name if checkpoints else "", device)
         settings = file.config.train
         tokenizer = text.load(run.tokenizer)
+        origin = Start(file.config.model, settings, tokenizer)
         torch.manual_seed(settings.seed)
-        model = build_model(file.config.model, tokenizer.vocab_size).to(device)
+        model = origin.model(device)
         optimizer = build_adamw(
             model,
             lr=settings.optimizer.lr,
             betas=settings.optimizer.betas,
             weight_decay=settings.optimizer.weight_decay,
         )
-        start = load_training(checkpoints[-1], model, optimizer) if checkpoints else 0
+        start = origin.resume(checkpoints[-1], model, optimizer) if checkpoints else 0
         watch.at(start)
         log.info("%d ranks, this one on %s: from step %d to %d", place.world_size, device, start, settings.steps)
         learned, held_out = Shards.open(Path(file.train_shards)), Shards.open(Path(file.validate_shards))
-        return cls(run, file, place, watch, device, start, model, optimizer, tokenizer, learned, held_out)
+        return cls(run, file, place, watch, device, start, model, optimizer, tokenizer, origin, learned, held_out)
 
     def learn(self) -> None:
         """Take every step that is left."""
@@ -151,13 +152,12 @@ class Learner:
         if last or done % settings.validate_every == 0:
             values |= self._validate()
             if leads:
-                samples = caption_samples(self.model, self.tokenizer, self.validate_shards, settings.caption_samples)
-                write_json(self.run.samples(done), CaptionSamples(step=done, samples=samples))
+                self._write_samples(done)
         if leads and values:
             write_metrics(self.run, done, values)
             log.info("step %d of %d: %s", done, settings.steps, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
         if leads and (last or done % settings.checkpoint_every == 0):
-            save_training(self.run.checkpoint(done), self.model, self.tokenizer, self.optimizer, done)
+            self.origin.save(self.run.checkpoint(done), self.model, self.optimizer, done, last=last)
             for old in self.run.finished_checkpoints()[: -settings.keep_checkpoints]:
                 shutil.rmtree(old)
         self.stopwatch.start()
@@ -177,12 +177,19 @@ class Learner:
 
     def _validate(self) -> dict[str, float]:
         settings = self.file.config.train
-        return validate(
-            self.model,
-            self.validate_shards,
-            self.collator,
-            num_rows=settings.validate_rows,
-            batch_size=settings.batch_size // self.place.world_size,
-            rank=self.place.rank,
-            world_size=self.place.world_size,
-        )
+        with mixed_precision(self.device, bf16=settings.precision == "bf16"):
+            return validate(
+                self.model,
+                self.validate_shards,
+                self.collator,
+                num_rows=settings.validate_rows,
+                batch_size=settings.batch_size // self.place.world_size,
+                rank=self.place.rank,
+                world_size=self.place.world_size,
+            )
+
+    def _write_samples(self, done: int) -> None:
+        settings = self.file.config.train
+        with mixed_precision(self.device, bf16=settings.precision == "bf16"):
+            samples = caption_samples(self.model, self.tokenizer, self.validate_shards, settings.caption_samples)
+        write_json(self.run.samples(done), CaptionSamples(step=done, samples=samples))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from faults import Fault, faulty_rank
 from helpers import TEST_PATH, is_running, tiny_run, torchrun, write_run, write_shards
 from pyspark.sql import SparkSession
@@ -23,6 +24,9 @@ from pipelines.driver.verdict import failure_of
 from pipelines.errors import TrainingFailed, UserError
 from pipelines.platform import Launch, Platform
 from pipelines.rundir import Result, RunDir, read_json, write_json
+from vlm import text
+from vlm.build import build_model
+from vlm.checkpoint import load_model, save_model
 
 MakeRun = Callable[..., RunDir]
 
@@ -128,6 +132,31 @@ def test_one_rank_and_two_learn_from_the_same_samples_in_the_same_order(make_run
     assert torchrun(alone, 1).returncode == 0
     assert torchrun(together, 2).returncode == 0
     assert losses(alone) == pytest.approx(losses(together), rel=1e-4)
+
+
+def test_an_adapter_tunes_a_model_on_two_ranks_and_what_comes_out_is_a_plain_one(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    config = tiny_run().model
+    tokenizer = text.learn(config.text, ())
+    torch.manual_seed(0)
+    save_model(tmp_path / "base", build_model(config, tokenizer.vocab_size), tokenizer)
+    adapter = {"pattern": "decoder.*", "rank": 4}
+    optimizer = {"lr": 0.02, "warmup_steps": 2}
+    run = make_run(start_from=str(tmp_path / "base"), adapter=adapter, precision="bf16", optimizer=optimizer, **FEW)
+    ended = torchrun(run, 2)
+    assert ended.returncode == 0, ended.stdout
+    assert losses(run)[-1] < 0.8 * losses(run)[0]
+    before, last = run.finished_checkpoints()
+    assert {path.name for path in before.iterdir()} == {"adapter.json", "adapter.safetensors", *STATE_FILES}
+    base, tuned = (load_model(folder)[0].state_dict() for folder in (tmp_path / "base", last))
+    moved = {name for name in base if not torch.equal(base[name], tuned[name])}
+    assert moved == {f"decoder.{name}.weight" for name in ADAPTED}
+
+
+FEW = {"steps": 30, "validate_every": 30, "checkpoint_every": 15}
+STATE_FILES = {"training.json", "training.safetensors"}
+ADAPTED = {"head", *(f"blocks.0.{name}" for name in ("attention.qkv", "attention.out", "mlp.up", "mlp.out"))}
 
 
 @pytest.mark.faults

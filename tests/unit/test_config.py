@@ -83,6 +83,8 @@ def test_a_value_may_contain_an_equals_sign() -> None:
         ("model.decoder.transformer.attention.num_heads=3", "num_heads 3 must be a multiple of num_kv_heads"),
         ("model.image.size=60", "model: image.size 60 is not a multiple of the stem's stride"),
         ("data.split={kind: hash, val: 0.5, test: 0.5}", "val + test leaves nothing to train on"),
+        ("train.adapter.pattern=decoder.*", "train: adapter needs start_from"),
+        ("train.adapter.pattern=decoder(", "train.adapter.pattern: not a regular expression: missing )"),
         ("model.image={size: ", "model.image: '{size: ' is not a YAML list or mapping"),
     ],
 )

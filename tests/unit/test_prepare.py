@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pipelines.platform import Platform, local
 from pipelines.rundir import LauncherFile, Result, RunDir, write_json
 from pipelines.shards import Shards
 from vlm import text
+from vlm.config import CharsConfig, ModelConfig
 
 
 @pytest.fixture
@@ -69,6 +71,70 @@ def test_run_and_tokenizer_are_all_a_rank_needs(laptop: Platform, report: ShardR
     assert file.config == tiny_run()
     assert (file.train_shards, file.dataset_version, file.world_size) == (report.folder, 3, 2)
     assert text.load(run.tokenizer).decode(text.load(run.tokenizer).encode("red")) == "red"
+
+
+# ------------------------------------------------------------------------------------------------ start_from
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A checkpoint folder of the tiny model, with a tokenizer of its own; its weights are a few bytes."""
+    config = tiny_run().model
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "base" / "config.json").write_text(config.model_dump_json())
+    text.save(text.learn(CharsConfig(kind="chars", alphabet="zyx"), ()), tmp_path / "base" / "tokenizer.json")
+    return tmp_path / "base"
+
+
+def test_a_run_that_starts_from_a_folder_is_found_by_what_the_folder_holds(
+    laptop: Platform, report: ShardReport, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = prepare(tiny_run(), laptop, report, report)
+    run = prepare(tiny_run(start_from=str(base)), laptop, report, report)
+    shutil.copytree(base, tmp_path / "copy")
+    assert prepare(tiny_run(start_from=str(tmp_path / "copy")), laptop, report, report) == run
+    adapted = prepare(tiny_run(start_from=str(base), adapter={"pattern": "decoder.*"}), laptop, report, report)
+    ranked = prepare(
+        tiny_run(start_from=str(base), adapter={"pattern": "decoder.*", "rank": 2}), laptop, report, report
+    )
+    (base / "model.safetensors").write_bytes(b"trained further")
+    further = prepare(tiny_run(start_from=str(base)), laptop, report, report)
+    assert len({fresh, run, adapted, ranked, further}) == 5
+
+    monkeypatch.chdir(tmp_path)
+    relative = prepare(tiny_run(start_from="base"), laptop, report, report)
+    assert relative.read_run().config.train.start_from == str(base)  # a rank may stand in another folder
+    assert relative.tokenizer.read_bytes() == (base / "tokenizer.json").read_bytes()
+
+
+def test_a_folder_without_the_runs_model_is_refused_with_all_that_differs(
+    laptop: Platform, report: ShardReport, base: Path
+) -> None:
+    other = tiny_run().model.model_dump()
+    other["decoder"]["transformer"]["depth"] = 3
+    other["vision"]["stem"] = {"kind": "conv", "channels": [8, 8, 8]}
+    (base / "config.json").write_text(ModelConfig.model_validate(other).model_dump_json())
+    with pytest.raises(UserError) as caught:
+        prepare(tiny_run(start_from=str(base)), laptop, report, report)
+    message = str(caught.value)
+    assert "model.decoder.transformer.depth is 3 there, 1 in the run" in message
+    assert "model.vision.stem.kind is 'conv' there, 'patch' in the run" in message
+    (base / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="model to start from cannot be read"):
+        prepare(tiny_run(start_from=str(base)), laptop, report, report)
+    (base / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no model to start from.*has no model\.safetensors"):
+        prepare(tiny_run(start_from=str(base)), laptop, report, report)
+
+
+def test_how_the_other_model_generates_does_not_matter(laptop: Platform, report: ShardReport, base: Path) -> None:
+    other = tiny_run().model.model_dump() | {"generation": {"max_new_tokens": 3}}
+    (base / "config.json").write_text(ModelConfig.model_validate(other).model_dump_json())
+    assert prepare(tiny_run(start_from=str(base)), laptop, report, report).tokenizer.exists()
+
+
+# ------------------------------------------------------------------------------------------------ what cannot work
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused_with_one_that_they_can(

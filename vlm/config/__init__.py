@@ -4,6 +4,7 @@ Families are points in this space (YAML under conf/model/), never classes. Impor
 driver, the executors and the command line can read a model's shape for free.
 """
 
+from vlm.config.adapter import AdapterConfig
 from vlm.config.base import Config, Probability
 from vlm.config.image import ImageConfig
 from vlm.config.model import (
@@ -47,6 +48,7 @@ from vlm.config.vision import (
 
 __all__ = [
     "Activation",
+    "AdapterConfig",
     "AttentionConfig",
     "BpeConfig",
     "CausalMaskConfig",

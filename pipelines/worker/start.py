@@ -1,0 +1,92 @@
+"""Where a run's weights come from, and what its checkpoints hold of them.
+
+Without an adapter a checkpoint holds the whole model. With one it holds the adapter alone, a few hundredths of the
+size, because the rest lies in `train.start_from`; the last one holds the merged model beside it, so whoever evaluates,
+captions or serves the run finds a plain model and need not know.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from pipelines.config import TrainConfig
+from vlm.adapters import add_adapter, fill_adapter, halve_frozen, load_adapter, merge_adapter, save_adapter
+from vlm.build import build_model
+from vlm.checkpoint import (
+    WEIGHTS,
+    load_state,
+    load_training,
+    load_weights,
+    save_model,
+    save_state,
+    save_training,
+    whole_folder,
+)
+from vlm.config import ModelConfig
+from vlm.digest import file_digest
+from vlm.model import VisionLanguageModel
+from vlm.text.base import Tokenizer
+
+
+class Start:
+    """Makes the model that a run begins with, and reads and writes the run's checkpoints."""
+
+    def __init__(self, config: ModelConfig, settings: TrainConfig, tokenizer: Tokenizer) -> None:
+        self.config, self.settings, self.tokenizer = config, settings, tokenizer
+        self.weights = Path(settings.start_from) / WEIGHTS if settings.start_from else None
+
+    def model(self, device: torch.device) -> VisionLanguageModel:
+        """Fresh or given weights, and a fresh adapter where there is to be one; torch's generator draws.
+
+        Raises:
+            CheckpointError: the weights to start from cannot be read or are of another model.
+            ConfigError: the adapter's pattern matches nothing that can be adapted.
+        """
+        model = self._base()
+        if self.settings.adapter:
+            add_adapter(model, self.settings.adapter)
+            if self.settings.precision == "bf16":
+                halve_frozen(model)
+        return model.to(device)
+
+    def resume(self, folder: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimizer) -> int:
+        """Fill model and optimizer from a checkpoint of the run; returns the number of the next step.
+
+        Raises:
+            CheckpointError: it is damaged, or of another model or base.
+        """
+        if not self.settings.adapter:
+            return load_training(folder, model, optimizer)
+        fill_adapter(folder, model, self._digest)
+        return load_state(folder, model, optimizer)
+
+    def save(
+        self, folder: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, step: int, *, last: bool
+    ) -> None:
+        """Write a checkpoint, whole or not at all."""
+        if not self.settings.adapter:
+            save_training(folder, model, self.tokenizer, optimizer, step)
+            return
+        with whole_folder(folder) as temporary:
+            save_adapter(temporary, model, self.settings.adapter, self._digest)
+            save_state(temporary, model, optimizer, step)
+            if last:
+                # From the files, as anybody would: the model that has learned may hold its base in half precision.
+                merged = self._base()
+                load_adapter(temporary, merged, self._digest)
+                merge_adapter(merged)
+                save_model(temporary, merged, self.tokenizer)
+
+    def _base(self) -> VisionLanguageModel:
+        model = build_model(self.config, self.tokenizer.vocab_size)
+        if self.weights:
+            load_weights(model, self.weights)
+        return model
+
+    @cached_property
+    def _digest(self) -> str:
+        assert self.weights, "TrainConfig allows no adapter without start_from"
+        return file_digest(self.weights)

@@ -1,0 +1,259 @@
+"""An adapter starts as nothing, learns alone, is kept by itself, merges into a plain model, and knows its base."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from models import VARIANTS, tiny_batch, tiny_model
+from safetensors.torch import load_file, save_file
+
+from pipelines.config import TrainConfig
+from pipelines.worker.start import Start
+from vlm.adapters import LoraLinear, add_adapter, halve_frozen, load_adapter, merge_adapter, save_adapter
+from vlm.build import build_model
+from vlm.checkpoint import load_model, save_model
+from vlm.config import AdapterConfig, ModelConfig
+from vlm.digest import file_digest
+from vlm.errors import CheckpointError, ConfigError
+from vlm.model import VisionLanguageModel
+from vlm.optim import build_adamw
+from vlm.train import StepReport, fit
+
+TEXTS = [("", "red car"), ("", "blue bus"), ("", "old iphone")]
+BLOCKS = AdapterConfig(pattern="decoder.blocks.*", rank=4, alpha=8)
+CPU = torch.device("cpu")
+
+
+def learn(
+    model: VisionLanguageModel, optimizer: torch.optim.Optimizer, batches: object, *, start: int = 0, bf16: bool = False
+) -> list[StepReport]:
+    reports: list[StepReport] = []
+    fit(
+        model,
+        optimizer,
+        batches,  # type: ignore[arg-type]
+        start=start,
+        lr_of=lambda step: 1e-2,
+        grad_clip=1.0,
+        seed=1,
+        rank=0,
+        device=CPU,
+        bf16=bf16,
+        on_step=reports.append,
+    )
+    return reports
+
+
+def adamw(model: VisionLanguageModel) -> torch.optim.AdamW:
+    return build_adamw(model, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+def weights(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """Folder of a plain model."""
+    save_model(tmp_path / "base", *tiny_model("plain"))
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_adapter_begins_as_nothing_and_ends_merged_into_a_plain_model(variant: str) -> None:
+    model, tokenizer = tiny_model(variant)
+    batch, before = tiny_batch(model, tokenizer, TEXTS), weights(model)
+    plain = model.requires_grad_(False)(batch)  # torch may add up in another order for weights that need no gradient
+    add_adapter(model, AdapterConfig(pattern="(encoder|projector|decoder.blocks).*"))
+    assert torch.equal(model(batch), plain)
+    adapted = {name for name, layer in model.named_modules() if isinstance(layer, LoraLinear)}
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"{name}.{part}" for name in adapted for part in ("down", "up")}
+    assert {"encoder.blocks.0.attention.qkv", "decoder.blocks.1.mlp.out"} <= adapted
+    for name, parameter in model.named_parameters():
+        if name.endswith(".up"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    corrected = model(batch)
+    assert not torch.allclose(corrected, plain, atol=1e-2)
+    merge_adapter(model)
+    torch.testing.assert_close(model(batch), corrected, atol=1e-5, rtol=1e-5)
+    assert weights(model).keys() == before.keys()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_training_moves_the_adapter_alone_and_the_optimizer_remembers_nothing_else() -> None:
+    model, tokenizer = tiny_model("plain")
+    before = weights(model)
+    add_adapter(model, AdapterConfig(pattern="decoder.*", rank=4, alpha=8))
+    optimizer = adamw(model)
+    reports = learn(model, optimizer, itertools.repeat(tiny_batch(model, tokenizer, TEXTS), 40))
+    assert reports[-1].loss < 0.5 * reports[0].loss
+    after = weights(model)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert set(optimizer.state) == set(trained)
+    remembered = sum(t.numel() for state in optimizer.state.values() for t in state.values() if t.ndim)
+    assert remembered == 2 * sum(p.numel() for p in trained)
+
+
+def test_a_pattern_that_matches_no_layer_names_those_that_are_near() -> None:
+    model, _ = tiny_model("plain")
+    with pytest.raises(ConfigError) as caught:
+        add_adapter(model, AdapterConfig(pattern="decoder.blocks.*.atention.qkv"))
+    message = str(caught.value)
+    assert "matches no linear layer" in message
+    assert "nearest: decoder.blocks.N.attention.qkv" in message
+    assert "there are: encoder.blocks.N.attention.qkv" in message
+    with pytest.raises(ConfigError, match="matches no linear layer"):
+        add_adapter(model, AdapterConfig(pattern="qkv"))  # part of a name is not the name
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_head_that_is_the_token_table_is_not_adapted() -> None:
+    model, _ = tiny_model("other")
+    with pytest.raises(ConfigError, match=r"decoder.head, whose weight is decoder.tokens.weight too"):
+        add_adapter(model, AdapterConfig(pattern="decoder.*"))
+
+
+def test_a_saved_adapter_turns_the_base_into_the_model_that_was_trained(base: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(base)
+    digest = file_digest(base / "model.safetensors")
+    add_adapter(model, BLOCKS)
+    batch = tiny_batch(model, tokenizer, TEXTS)
+    learn(model, adamw(model), itertools.repeat(batch, 5))
+    save_adapter(tmp_path / "adapter", model, BLOCKS, digest)
+    again, _ = load_model(base)
+    state = torch.get_rng_state()
+    load_adapter(tmp_path / "adapter", again, digest)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(again(batch), model.eval()(batch))
+    assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter.safetensors", "adapter.json"}
+
+
+def test_an_adapter_of_other_weights_or_of_other_layers_is_refused(base: Path, tmp_path: Path) -> None:
+    digest, folder = file_digest(base / "model.safetensors"), tmp_path / "adapter"
+    model, tokenizer = load_model(base)
+    add_adapter(model, BLOCKS)
+    save_adapter(folder, model, BLOCKS, digest)
+
+    retrained, _ = tiny_model("plain", seed=1)  # every shape is the same
+    save_model(tmp_path / "retrained", retrained, tokenizer)
+    with pytest.raises(CheckpointError, match=r"trained on other weights.*Got.*Fix: load the weights"):
+        load_adapter(folder, retrained, file_digest(tmp_path / "retrained" / "model.safetensors"))
+
+    tensors = load_file(folder / "adapter.safetensors")
+    tensors["decoder.head.up"] = tensors.pop("decoder.blocks.0.mlp.up.up")
+    tensors["decoder.blocks.1.mlp.up.down"] = torch.zeros(5, 24)
+    save_file(tensors, folder / "adapter.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load_adapter(folder, load_model(base)[0], digest)
+    for problem in (
+        "missing decoder.blocks.0.mlp.up.up",
+        "left over decoder.head.up",
+        "decoder.blocks.1.mlp.up.down has shape (5, 24), the model (4, 24)",
+    ):
+        assert problem in str(caught.value)
+
+    (folder / "adapter.safetensors").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_adapter(folder, load_model(base)[0], digest)
+    (folder / "adapter.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"adapter's config cannot be read.*adapter.json"):
+        load_adapter(folder, load_model(base)[0], digest)
+
+
+# ------------------------------------------------------------------------------------------------ a run's weights
+
+
+def test_a_resumed_adapter_run_equals_the_uninterrupted_one_and_ends_as_a_plain_model(
+    base: Path, tmp_path: Path
+) -> None:
+    config = ModelConfig.model_validate_json((base / "config.json").read_text())
+    _, tokenizer = tiny_model("plain")
+    start = Start(config, TrainConfig(start_from=str(base), adapter=BLOCKS), tokenizer)
+    ends = []
+    for stop in (8, 3):
+        torch.manual_seed(0)
+        model = start.model(CPU)
+        optimizer = adamw(model)
+        batches = [tiny_batch(model, tokenizer, TEXTS, seed=step) for step in range(8)]
+        learn(model, optimizer, iter(batches[:stop]))
+        if stop < 8:
+            start.save(tmp_path / "middle", model, optimizer, stop, last=False)
+            torch.manual_seed(9)
+            model = start.model(CPU)
+            optimizer = adamw(model)
+            assert start.resume(tmp_path / "middle", model, optimizer) == stop
+            learn(model, optimizer, iter(batches[stop:]), start=stop)
+        start.save(tmp_path / f"end-{stop}", model, optimizer, 8, last=True)
+        ends.append(load_file(tmp_path / f"end-{stop}" / "model.safetensors"))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert "model.safetensors" not in {p.name for p in (tmp_path / "middle").iterdir()}
+    plain, _ = load_model(tmp_path / "end-8")
+    torch.testing.assert_close(plain(batches[0]), model.eval()(batches[0]), atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_that_starts_from_a_folder_starts_with_its_weights(base: Path) -> None:
+    _, tokenizer = tiny_model("plain")
+    config = ModelConfig.model_validate_json((base / "config.json").read_text())
+    model = Start(config, TrainConfig(start_from=str(base)), tokenizer).model(CPU)
+    given, _ = load_model(base)
+    assert all(torch.equal(tensor, weights(given)[name]) for name, tensor in weights(model).items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("variant", ["plain", "other", "looking"])
+def test_frozen_weights_in_half_precision_change_no_number_of_a_run_in_half_precision(variant: str) -> None:
+    ends = []
+    for halved in (False, True):
+        model, tokenizer = tiny_model(variant)
+        torch.manual_seed(0)
+        add_adapter(model, BLOCKS)
+        if halved:
+            halve_frozen(model)
+            assert model.decoder.blocks[0].attention.qkv.weight.dtype == torch.bfloat16  # type: ignore[union-attr]
+            assert model.decoder.tokens.weight.dtype == torch.float32
+        reports = learn(model, adamw(model), [tiny_batch(model, tokenizer, TEXTS)] * 5, bf16=True)
+        corrections = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        ends.append(([report.loss for report in reports], corrections))
+    assert ends[0][0] == ends[1][0]
+    assert all(torch.equal(ends[0][1][name], ends[1][1][name]) for name in ends[0][1])
+
+
+def test_three_billion_weights_are_tuned_in_eight_gigabytes() -> None:
+    """The arithmetic of docs/training.md#memory, on tensors without storage: weights, adapter, gradients, AdamW."""
+    vision = {
+        "width": 1152,
+        "depth": 27,
+        "attention": {"num_heads": 16, "num_kv_heads": 16, "head_dim": 72, "bias": True},
+        "mlp": {"kind": "plain", "mlp_width": 4304, "activation": "gelu_tanh"},
+    }
+    language = {
+        "width": 2048,
+        "depth": 18,
+        "attention": {"num_heads": 8, "num_kv_heads": 1, "head_dim": 256},
+        "mlp": {"kind": "gated", "mlp_width": 16384, "activation": "gelu_tanh"},
+        "norm": {"kind": "rms", "offset": True},
+        "position": {"kind": "rotary"},
+    }
+    config = ModelConfig.model_validate(
+        {
+            "image": {"size": 224},
+            "text": {"kind": "bpe", "vocab_size": 257_216},
+            "vision": {"stem": {"kind": "patch", "patch_size": 14}, "transformer": vision},
+            "decoder": {"context": 512, "transformer": language, "tie_embeddings": True},
+        }
+    )
+    with torch.device("meta"):
+        model = build_model(config, 257_216)
+        add_adapter(model, AdapterConfig(pattern="decoder.blocks.*", rank=8))
+        halve_frozen(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    stored = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert 2.9e9 < frozen < 3.0e9
+    assert trained < 0.005 * frozen
+    total = stored + trained * (4 + 8)  # a gradient, and AdamW's two moments
+    assert total < 8e9
+    print(f"{frozen:,} frozen, {trained:,} trained, {stored:,} bytes stored, {total:,} bytes in all")
