@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
+from jobs.common import Job, JsonOption, PlatformOption, PrecisionOption, RunOption, SetOption, open_job
 from jobs.evaluate import VersionOption, open_model
 from pipelines.errors import UserError
-from vlm.config import Config
+from vlm.config import Config, Precision
 from vlm.errors import CheckpointError, ImageError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class Answer(Config):
     image: str
     model: str
     prompt: str
+    precision: Precision
     caption: str
     num_tokens: int
 
@@ -35,6 +36,7 @@ def ask(
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", help="A checkpoint folder instead of a version.")
     ] = None,
+    precision: PrecisionOption = Precision.FP32,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
     overrides: SetOption = None,
@@ -45,13 +47,13 @@ def ask(
     \b
     Examples:
       lakesight ask cat.png
-      lakesight ask cat.png --run demo --version 3
+      lakesight ask cat.png --run demo --version 3 --precision bf16
       lakesight ask cat.png --checkpoint .lakesight/runs/demo-0123/checkpoints/step_001200
     """
     with open_job(run, platform, overrides, as_json) as job:
         picture = read_picture(job, image)
         folder, name = (checkpoint, str(checkpoint)) if checkpoint else _model_folder(job, version)
-        answer = stream_answer(job, picture, folder, prompt)
+        answer = stream_answer(job, picture, folder, prompt, precision)
         job.screen.report(Answer(image=str(image), model=name, prompt=prompt, caption=answer[0], num_tokens=answer[1]))
 
 
@@ -84,23 +86,25 @@ def _model_folder(job: Job, which: str) -> tuple[Path, str]:
     return model.folder, f"{model.name}/{model.version}"
 
 
-def stream_answer(job: Job, picture: Image, folder: Path, prompt: str) -> tuple[str, int]:
+def stream_answer(job: Job, picture: Image, folder: Path, prompt: str, precision: Precision) -> tuple[str, int]:
     """Print the answer token by token; returns the whole of it and its number of tokens.
 
     Raises:
-        UserError: the folder holds no model.
+        UserError: the folder holds no model, or the precision needs a library that is not installed.
     """
     import torch
 
     from vlm.checkpoint import load_model
     from vlm.generate import stream
     from vlm.image import to_pixels
+    from vlm.precision import set_precision
     from vlm.text.prompt import prefix_ids
 
     try:
         model, tokenizer = load_model(folder)
     except CheckpointError as error:
         raise UserError(error.what, where=error.where, got=error.got, fix=error.fix) from None
+    set_precision(model, precision)
     pixels = torch.from_numpy(to_pixels(picture, model.config.image))
     prefix = prefix_ids(tokenizer, model.config.num_slots, prompt)
     ids: list[int] = []

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
+from jobs.common import Job, JsonOption, PlatformOption, PrecisionOption, RunOption, SetOption, open_job
 from jobs.evaluate import VersionOption, open_model
 from jobs.progress import waiting
+from vlm.config import Precision
 
 if TYPE_CHECKING:
     from pipelines.driver.caption import CaptionReport
@@ -22,6 +23,7 @@ def caption(
     where: Annotated[str, typer.Option("--where", help="SQL condition on its rows; empty for all.")] = "",
     prompt: Annotated[str, typer.Option("--prompt", help="A question; empty asks for a caption.")] = "",
     version: VersionOption = "champion",
+    precision: PrecisionOption = Precision.FP32,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
     overrides: SetOption = None,
@@ -36,7 +38,14 @@ def caption(
     """
     with open_job(run, platform, overrides, as_json) as job:
         report = run_caption(
-            job, version, table=table, id_column=id_column, image_column=image_column, where=where, prompt=prompt
+            job,
+            version,
+            table=table,
+            id_column=id_column,
+            image_column=image_column,
+            where=where,
+            prompt=prompt,
+            precision=precision,
         )
         job.screen.report(report)
         job.screen.line("next", "lakesight show generated_captions --gallery")
@@ -51,6 +60,7 @@ def run_caption(
     image_column: str = "image",
     where: str = "",
     prompt: str = "",
+    precision: Precision = Precision.FP32,
 ) -> CaptionReport:
     """The stage, under the run's limits on pictures."""
     from pipelines.driver.caption import CaptionRequest, caption
@@ -62,6 +72,7 @@ def run_caption(
         image_column=image_column,
         where=where,
         prompt=prompt,
+        precision=precision,
         limits=job.config.data.limits,
     )
     with waiting("caption"):

@@ -18,6 +18,7 @@ from jobs.screen import Screen, reserved_stdout
 from pipelines.config import RunConfig, load_run
 from pipelines.errors import UserError
 from pipelines.platform import Platform, open_platform
+from vlm.config import Precision
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -29,6 +30,9 @@ SetOption = Annotated[
     typer.Option(
         "--set", help="Override one value of the run, such as train.steps=500. Repeatable.", metavar="KEY=VALUE"
     ),
+]
+PrecisionOption = Annotated[
+    Precision, typer.Option("--precision", help="What the model computes in; int8 and int4 need lakesight[quantize].")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object on stdout.")]
 

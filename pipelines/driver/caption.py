@@ -8,6 +8,7 @@ Captions are persisted before the MERGE, because Spark would otherwise run the m
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import re
 import time
@@ -30,7 +31,7 @@ from pipelines.executor.caption import CAPTION_SCHEMA, CaptionJob, caption_batch
 from pipelines.platform import Platform
 from pipelines.tables import GENERATED_CAPTIONS
 from vlm import text
-from vlm.config import Config, GenerationConfig
+from vlm.config import Config, GenerationConfig, Precision
 from vlm.text.prompt import prefix_ids
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class CaptionRequest(Config):
         prompt: empty for a plain caption.
         where: SQL condition on the table's columns; empty for all rows.
         settings: how to decode; None means as the model's own config says.
+        precision: what the model computes in.
         limits: what a picture may be; one beyond becomes a row with an error.
     """
 
@@ -61,6 +63,7 @@ class CaptionRequest(Config):
     prompt: str = ""
     where: str = ""
     settings: GenerationConfig | None = None
+    precision: Precision = Precision.FP32
     limits: LimitsConfig = LimitsConfig()
 
 
@@ -86,21 +89,24 @@ def caption(spark: SparkSession, platform: Platform, model: ModelFiles, request:
     nothing is written.
 
     Raises:
-        UserError: no such table, version or column, a condition that is not SQL, ids that are not unique, or a prompt
-            that leaves no room for a caption.
+        UserError: no such table, version or column, a condition that is not SQL, ids that are not unique, a prompt
+            that leaves no room for a caption, or a precision that needs a library that is not installed.
     """
     started = time.monotonic()
     settings = request.settings or model.read_config().generation
+    request.precision.require()
     _check_prompt(model, request.prompt, settings)
     ensure_tables(spark, platform)
     name, version, rows = _source(spark, platform, request)
-    settings_hash = short_hash(request.prompt, settings.model_dump())
+    told = settings.model_dump() | {"precision": request.precision}
+    settings_hash = short_hash(request.prompt, told)
     done = _done(spark, platform, model, settings_hash, name)
     considered, missing = _count(rows, done, name, request.id_column)
     captioned = errors = 0
     if missing:
         job = CaptionJob(
             model_folder=str(model.folder),
+            precision=request.precision,
             prompt=request.prompt,
             settings=settings,
             limits=request.limits,
@@ -111,7 +117,7 @@ def caption(spark: SparkSession, platform: Platform, model: ModelFiles, request:
             "model_version": model.version,
             "settings_hash": settings_hash,
             "prompt": request.prompt,
-            "settings": settings.model_dump_json(),
+            "settings": json.dumps(told),
             "source_table": name,
             "source_version": version,
             "run_id": model.run_id,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from pipelines.config import LimitsConfig
-from vlm.config import Config, GenerationConfig
+from vlm.config import Config, GenerationConfig, Precision
 
 CAPTION_SCHEMA = pa.schema(
     [
@@ -26,9 +26,10 @@ CAPTION_SCHEMA = pa.schema(
 
 
 class CaptionJob(Config):
-    """What an executor needs to know: the folder of the model, how to decode, and how many cores it has."""
+    """What an executor needs to know: the folder of the model, how to run it and decode, and how many cores it has."""
 
     model_folder: str
+    precision: Precision
     prompt: str
     settings: GenerationConfig
     limits: LimitsConfig
@@ -40,7 +41,7 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
     from pipelines.worker.caption import limit_threads, load_captioner
 
     limit_threads(job.threads)
-    captioner = load_captioner(job.model_folder)
+    captioner = load_captioner(job.model_folder, job.precision)
     for batch in batches:
         images = batch.column("image").to_pylist()
         results = captioner.caption(images, [job.prompt] * len(images), job.settings, job.limits)

@@ -21,11 +21,12 @@ import torch
 
 from pipelines.config import LimitsConfig
 from vlm.checkpoint import load_model
-from vlm.config import GenerationConfig
+from vlm.config import GenerationConfig, Precision
 from vlm.errors import ImageError, UserError
 from vlm.generate import Generated, generate
 from vlm.image import open_image, to_pixels
 from vlm.model import VisionLanguageModel
+from vlm.precision import set_precision
 from vlm.text.base import Tokenizer
 from vlm.text.prompt import prefix_ids
 
@@ -117,13 +118,16 @@ def _failed(error: str, sha256: str | None) -> CaptionResult:
 
 
 @functools.lru_cache(maxsize=1)
-def load_captioner(folder: str) -> Captioner:
+def load_captioner(folder: str, precision: Precision = Precision.FP32) -> Captioner:
     """The model of a folder, on the GPU where there is one; loaded once a process.
 
     Raises:
         CheckpointError: the folder does not hold a model.
+        UserError: the precision needs a library that is not installed.
     """
-    return Captioner(*load_model(Path(folder), "cuda" if torch.cuda.is_available() else "cpu"))
+    model, tokenizer = load_model(Path(folder), "cuda" if torch.cuda.is_available() else "cpu")
+    set_precision(model, precision)
+    return Captioner(model, tokenizer)
 
 
 def limit_threads(threads: int) -> None:

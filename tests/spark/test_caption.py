@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,11 @@ def test_only_new_rows_new_settings_or_a_new_version_are_captioned(
     assert numbers(caption(spark, platform, model, request(table, prompt="what"))) == (7, 0, 7, 0)
     shorter = request(table, settings=GenerationConfig(max_new_tokens=3))
     assert numbers(caption(spark, platform, model, shorter)) == (7, 0, 7, 0)
+    half = caption(spark, platform, model, request(table, precision="bf16"))
+    assert numbers(half) == (7, 0, 7, 0)
+    table_of_captions = spark.table(platform.table("generated_captions"))
+    told = table_of_captions.where(table_of_captions.settings_hash == half.settings_hash).select("settings").distinct()
+    assert [json.loads(row["settings"])["precision"] for row in told.collect()] == ["bf16"]
     second = model.model_copy(update={"version": "2"})
     assert numbers(caption(spark, platform, second, request(table))) == (7, 0, 7, 0)
 

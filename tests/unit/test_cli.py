@@ -251,6 +251,16 @@ def test_ask_answers_from_a_checkpoint_without_spark_or_a_registry(checkpoint: P
     assert report["num_tokens"] > 0
 
 
+def test_ask_answers_in_another_precision_and_refuses_one_there_is_not(checkpoint: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    command = ["ask", "red.png", "--checkpoint", str(checkpoint), "--json", "--precision"]
+    quantized = lakesight(*command, "int8")
+    assert quantized.returncode == 0, quantized.stderr
+    answer = json.loads(quantized.stdout)
+    assert (answer["precision"], answer["num_tokens"] > 0) == ("int8", True)
+    assert_users_mistake(lakesight(*command, "int3"), "int3", "int4")
+
+
 def test_ask_refuses_what_is_no_picture_and_what_is_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "note.png").write_text("not a picture")
     assert_users_mistake(lakesight("ask", "note.png", "--checkpoint", str(checkpoint)), "note.png", "not_an_image")

@@ -18,6 +18,7 @@ from vlm.config.model import (
     PrefixMaskConfig,
     SlotsFusionConfig,
 )
+from vlm.config.precision import Precision
 from vlm.config.text import BpeConfig, CharsConfig, JsonTextConfig, TextConfig
 from vlm.config.transformer import (
     Activation,
@@ -75,6 +76,7 @@ __all__ = [
     "PixelShuffleProjectorConfig",
     "PlainMlpConfig",
     "PositionConfig",
+    "Precision",
     "PrefixMaskConfig",
     "Probability",
     "ProjectorConfig",

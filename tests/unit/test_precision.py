@@ -1,0 +1,103 @@
+"""A smaller model says nearly the same, is as small as promised, and asks for what it needs."""
+
+import logging
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from models import VARIANTS, tiny_batch, tiny_config, tiny_model, tiny_pixels
+from torch import Tensor, nn
+
+from vlm.build import build_model
+from vlm.config import ModelConfig, Precision
+from vlm.errors import UserError
+from vlm.generate import generate
+from vlm.model import VisionLanguageModel
+from vlm.precision import set_precision
+from vlm.text.prompt import prefix_ids
+
+TEXTS = [("", "red car"), ("", "blue bus"), ("", "old iphone")]
+
+
+def wide_model() -> VisionLanguageModel:
+    """Of widths that int4 can store, except for the encoder's MLPs."""
+    config = tiny_config("plain").model_dump()
+    for part, width in (("vision", 32), ("decoder", 64)):
+        attention = {"num_heads": 4, "num_kv_heads": 4, "head_dim": width // 4}
+        config[part]["transformer"] |= {"width": width, "attention": attention}
+    config["vision"]["transformer"]["mlp"] = {"kind": "plain", "mlp_width": 40}
+    torch.manual_seed(0)
+    return build_model(ModelConfig.model_validate(config), 33).eval()
+
+
+def linears(model: VisionLanguageModel) -> dict[str, nn.Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def stored(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a tensor is stored as."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from stored(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP16, Precision.INT8])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_every_variant_computes_nearly_the_same_in_less(variant: str, precision: Precision) -> None:
+    blown_up, tokenizer = tiny_model(variant)  # rounding errors too: build it anew
+    model = build_model(blown_up.config, tokenizer.vocab_size).eval()
+    batch = tiny_batch(model, tokenizer, TEXTS)
+    expected = model(batch)
+    set_precision(model, precision)
+    logits = model(batch)
+    assert logits.dtype == (torch.float16 if precision is Precision.FP16 else torch.bfloat16)
+    error = (logits.float() - expected).norm() / expected.norm()
+    assert 0 < error < {Precision.FP16: 0.004, Precision.BF16: 0.025, Precision.INT8: 0.04}[precision]
+    prefix = prefix_ids(tokenizer, model.config.num_slots, "")
+    answers = generate(model, tiny_pixels(2), prefix, model.config.generation, tokenizer.eos_id)
+    assert all(answer.num_tokens for answer in answers)
+
+
+@pytest.mark.parametrize(("precision", "bits"), [(Precision.INT8, 8), (Precision.INT4, 4)])
+@torch.inference_mode()
+def test_linear_layers_are_stored_in_as_many_bits_as_promised(precision: Precision, bits: int) -> None:
+    model = wide_model()
+    model.decoder.blocks[0].mlp.up.weight.fill_(0.5)  # type: ignore[union-attr,operator]
+    x = torch.randn(5, 64)
+    expected = linears(model)["decoder.blocks.1.mlp.up"](x)
+    set_precision(model, precision)
+    layers = linears(model)
+    weight = layers["decoder.blocks.1.mlp.up"].weight
+    assert sum(t.numel() * t.element_size() for t in stored(weight)) < (bits + 2) / 8 * weight.numel() + 256
+    computed = layers["decoder.blocks.1.mlp.up"](x.bfloat16()).float()
+    assert (computed - expected).norm() < 2.0 ** (1 - bits) * 1.2 * expected.norm()
+    assert layers["decoder.head"].weight.data.dtype == torch.bfloat16
+    assert list(stored(layers["decoder.head"].weight)) == [layers["decoder.head"].weight]
+
+
+def test_layers_that_int4_cannot_store_stay_and_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = wide_model()
+    with caplog.at_level(logging.WARNING):
+        set_precision(model, Precision.INT4)
+    assert "4 linear layers stay bf16 (encoder.blocks.0.mlp.up ...)" in caplog.text
+    assert len(list(stored(linears(model)["encoder.blocks.0.mlp.out"].weight))) == 1
+    assert len(list(stored(linears(model)["encoder.blocks.0.attention.qkv"].weight))) == 2
+
+
+def test_rotary_tables_stay_exact() -> None:
+    model, _ = tiny_model("other")
+    assert model.decoder.rotary is not None
+    set_precision(model, Precision.BF16)
+    assert model.decoder.rotary.cos.dtype == torch.float32
+
+
+def test_without_its_library_a_precision_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    model, _ = tiny_model("plain")
+    with pytest.raises(UserError, match=r"int4 needs torchao.*pip install 'lakesight\[quantize\]'"):
+        set_precision(model, Precision.INT4)
+    set_precision(model, Precision.BF16)
