@@ -57,7 +57,6 @@ def theirs() -> IdeficsForVisionText2Text:
 
 def ours() -> VisionLanguageModel:
     attention = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 6}
-    plain = {"kind": "plain", "mlp_width": 32}
     config = ModelConfig.model_validate(
         {
             "image": {"size": 16},
