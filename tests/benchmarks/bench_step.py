@@ -2,9 +2,10 @@
 
     python tests/benchmarks/bench_step.py
 
-Two shapes, random weights, fp32, both sides with torch's fused AdamW and the attention each has by itself: vit_gpt2 as it
-is (384 px, 576 slots), and PaliGemma's with 2 blocks of each tower and a vocabulary of 32,768 (two copies with optimizer
-state have to fit into memory). Same pictures, token ids and targets; that both compute the same is tests/parity's business.
+Two shapes, random weights, fp32, both sides with torch's fused AdamW and the attention each has by itself: vit_gpt2
+as it is (384 px, 576 slots), and PaliGemma's with 2 blocks of each tower and a vocabulary of 32,768 (two copies with
+optimizer state have to fit into memory). Same pictures, token ids and targets; that both compute the same is shown by
+tests/parity.
 """
 
 from __future__ import annotations
