@@ -23,6 +23,7 @@ from vlm.config.text import BpeConfig, CharsConfig, JsonTextConfig, TextConfig
 from vlm.config.transformer import (
     Activation,
     AttentionConfig,
+    DenseMlpConfig,
     GatedMlpConfig,
     LayerNormConfig,
     LearnedPositionConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "ConvStemConfig",
     "CrossFusionConfig",
     "DecoderConfig",
+    "DenseMlpConfig",
     "FusionConfig",
     "GatedMlpConfig",
     "GenerationConfig",
