@@ -53,8 +53,11 @@ def ask(
     with open_job(run, platform, overrides, as_json) as job:
         picture = read_picture(job, image)
         folder, name = (checkpoint, str(checkpoint)) if checkpoint else _model_folder(job, version)
-        answer = stream_answer(job, picture, folder, prompt, precision)
-        job.screen.report(Answer(image=str(image), model=name, prompt=prompt, caption=answer[0], num_tokens=answer[1]))
+        caption, count = stream_answer(job, picture, folder, prompt, precision)
+        report = Answer(
+            image=str(image), model=name, prompt=prompt, precision=precision, caption=caption, num_tokens=count
+        )
+        job.screen.report(report)
 
 
 def read_picture(job: Job, path: Path) -> Image:

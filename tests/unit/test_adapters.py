@@ -9,6 +9,7 @@ from models import VARIANTS, tiny_batch, tiny_model
 from safetensors.torch import load_file, save_file
 
 from pipelines.config import TrainConfig
+from pipelines.config import load_model as load_config
 from pipelines.worker.start import Start
 from vlm.adapters import LoraLinear, add_adapter, halve_frozen, load_adapter, merge_adapter, save_adapter
 from vlm.build import build_model
@@ -62,7 +63,8 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_adapter_begins_as_nothing_and_ends_merged_into_a_plain_model(variant: str) -> None:
-    model, tokenizer = tiny_model(variant)
+    blown_up, tokenizer = tiny_model(variant)  # rounding errors too: build it anew
+    model = build_model(blown_up.config, tokenizer.vocab_size).eval()
     batch, before = tiny_batch(model, tokenizer, TEXTS), weights(model)
     plain = model.requires_grad_(False)(batch)  # torch may add up in another order for weights that need no gradient
     add_adapter(model, AdapterConfig(pattern="(encoder|projector|decoder.blocks).*"))
@@ -75,7 +77,7 @@ def test_an_adapter_begins_as_nothing_and_ends_merged_into_a_plain_model(variant
         if name.endswith(".up"):
             torch.nn.init.normal_(parameter, std=0.1)
     corrected = model(batch)
-    assert not torch.allclose(corrected, plain, atol=1e-2)
+    assert not torch.allclose(corrected, plain, atol=1e-3)
     merge_adapter(model)
     torch.testing.assert_close(model(batch), corrected, atol=1e-5, rtol=1e-5)
     assert weights(model).keys() == before.keys()
@@ -223,37 +225,13 @@ def test_frozen_weights_in_half_precision_change_no_number_of_a_run_in_half_prec
 
 def test_three_billion_weights_are_tuned_in_eight_gigabytes() -> None:
     """The arithmetic of docs/training.md#memory, on tensors without storage: weights, adapter, gradients, AdamW."""
-    vision = {
-        "width": 1152,
-        "depth": 27,
-        "attention": {"num_heads": 16, "num_kv_heads": 16, "head_dim": 72, "bias": True},
-        "mlp": {"kind": "plain", "mlp_width": 4304, "activation": "gelu_tanh"},
-    }
-    language = {
-        "width": 2048,
-        "depth": 18,
-        "attention": {"num_heads": 8, "num_kv_heads": 1, "head_dim": 256},
-        "mlp": {"kind": "gated", "mlp_width": 16384, "activation": "gelu_tanh"},
-        "norm": {"kind": "rms", "offset": True},
-        "position": {"kind": "rotary"},
-    }
-    config = ModelConfig.model_validate(
-        {
-            "image": {"size": 224},
-            "text": {"kind": "bpe", "vocab_size": 257_216},
-            "vision": {"stem": {"kind": "patch", "patch_size": 14}, "transformer": vision},
-            "decoder": {"context": 512, "transformer": language, "tie_embeddings": True},
-        }
-    )
+    config = load_config("paligemma")
     with torch.device("meta"):
-        model = build_model(config, 257_216)
+        model = build_model(config, config.text.vocab_size)  # type: ignore[union-attr]
         add_adapter(model, AdapterConfig(pattern="decoder.blocks.*", rank=8))
         halve_frozen(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
-    assert 2.9e9 < frozen < 3.0e9
-    assert trained < 0.005 * frozen
-    total = stored + trained * (4 + 8)  # a gradient, and AdamW's two moments
-    assert total < 8e9
-    print(f"{frozen:,} frozen, {trained:,} trained, {stored:,} bytes stored, {total:,} bytes in all")
+    assert (frozen, trained) == (2_923_466_480, 8_921_088)
+    assert stored + trained * (4 + 8) == 7_046_126_528  # a gradient, and AdamW's two moments

@@ -1,0 +1,171 @@
+"""What each precision costs and gives: size, captions a second, and how far its captions are from fp32's.
+
+    pip install 'lakesight[quantize]'
+    python tests/benchmarks/bench_precision.py
+
+Speed and size are of `base` (214 M weights) with fresh weights, one picture at a time and sixteen at once: each caption
+is 16 tokens long. Agreement is of `nano`, trained for a few hundred steps on the demo's scenes: captions equal word for
+word with fp32's, with the truth, and with those of the same pictures captioned one by one; and the mean absolute
+difference of the log-probability of the true captions, a token. Seconds are CPU seconds of one thread, the least of
+some rounds in turn, so that neighbours on the machine count for little.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.config import load_model
+from pipelines.scenes import draw, random_scene
+from pipelines.shards import Row
+from pipelines.worker.batches import Collator
+from pipelines.worker.caption import Captioner
+from vlm import text
+from vlm.batch import Batch
+from vlm.build import build_model
+from vlm.config import ModelConfig, Precision
+from vlm.image import to_pixels
+from vlm.objective import row_losses
+from vlm.optim import build_adamw, cosine_lr
+from vlm.precision import set_precision
+from vlm.text.base import Tokenizer
+from vlm.train import fit
+
+STEPS, BATCH, HELD_OUT, ALONE, ROUNDS, TOKENS = 400, 64, 256, 64, 3, 16
+
+
+class Scenes:
+    """The demo's pictures without Spark: PNG bytes, pixels and sentence, drawn by a seed."""
+
+    def __init__(self, config: ModelConfig, count: int, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        scenes = [random_scene(rng) for _ in range(count)]
+        pictures = [draw(scene, rng) for scene in scenes]
+        self.texts = [str(scene) for scene in scenes]
+        self.files = []
+        for picture in pictures:
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            self.files.append(buffer.getvalue())
+        self.rows = [
+            Row(image_id="", pixels=to_pixels(picture, config.image), texts=[("", sentence)])
+            for picture, sentence in zip(pictures, self.texts, strict=True)
+        ]
+
+    def batch(self, collator: Collator, places: range) -> Batch:
+        """Rows of these places, each with its sentence."""
+        return collator.batch([self.rows[i] for i in places], [("", self.texts[i]) for i in places])
+
+
+def trained(config: ModelConfig) -> Captioner:
+    """`nano` after a few hundred steps: most of its captions are right in most words."""
+    scenes = Scenes(config, STEPS * BATCH // 4, seed=0)
+    tokenizer = text.learn(config.text, scenes.texts)
+    torch.manual_seed(0)
+    model, collator = build_model(config, tokenizer.vocab_size), Collator(tokenizer, config)
+    parts = len(scenes.rows) // BATCH
+    batches = (scenes.batch(collator, range(BATCH * (s % parts), BATCH * (s % parts + 1))) for s in range(STEPS))
+    fit(
+        model,
+        build_adamw(model, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05),
+        batches,
+        start=0,
+        lr_of=partial(cosine_lr, lr=2e-3, steps=STEPS, warmup_steps=40, final_lr_fraction=0.05),
+        grad_clip=1.0,
+        seed=0,
+        rank=0,
+        device=torch.device("cpu"),
+        bf16=False,
+        on_step=lambda report: None,
+    )
+    return Captioner(model.eval(), tokenizer)
+
+
+def as_precision(captioner: Captioner, precision: Precision) -> Captioner:
+    """A copy in another precision."""
+    model = copy.deepcopy(captioner.model)
+    set_precision(model, precision)
+    return Captioner(model, captioner.tokenizer)
+
+
+def said(captioner: Captioner, files: list[bytes]) -> list[str | None]:
+    """Captions."""
+    results = captioner.caption(files, [""] * len(files), captioner.model.config.generation)
+    return [result.caption for result in results]
+
+
+def stored_bytes(captioner: Captioner) -> int:
+    """Bytes of the weights as they are stored, each once."""
+    tensors = {t.data_ptr(): t.numel() * t.element_size() for p in captioner.model.parameters() for t in parts(p)}
+    return sum(tensors.values())
+
+
+def parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a tensor is stored as."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from parts(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def agreement() -> None:
+    """Print how each precision's captions differ from fp32's."""
+    config = load_model("nano")
+    exact = trained(config)
+    scenes = Scenes(config, HELD_OUT, seed=1)
+    batch = scenes.batch(Collator(exact.tokenizer, config), range(HELD_OUT))
+    expected, (losses, counts) = said(exact, scenes.files), row_losses(exact.model, batch)
+    print(f"{'':6}equal to fp32  right  |difference| of log-probability a token  alone as in a batch")
+    for precision in Precision:
+        captioner = as_precision(exact, precision)
+        captions = said(captioner, scenes.files)
+        equal, right = same(captions, expected), same(captions, list(scenes.texts))
+        difference = float(((row_losses(captioner.model, batch)[0] - losses).abs() / counts).mean())
+        alone = [said(captioner, [file])[0] for file in scenes.files[:ALONE]]
+        print(f"{precision:6}{equal:13.3f}  {right:5.3f}  {difference:42.4f}  {same(alone, captions[:ALONE]):19.3f}")
+
+
+def same(left: list[str | None], right: list[str | None]) -> float:
+    """Share of equal captions."""
+    return float(np.mean([a == b for a, b in zip(left, right, strict=True)]))
+
+
+def speed() -> None:
+    """Print size and captions a CPU second of each precision."""
+    config = load_model("base")
+    generation = config.generation.model_copy(update={"max_new_tokens": TOKENS})
+    config = config.model_copy(update={"generation": generation})
+    scenes = Scenes(config, 16, seed=2)
+    tokenizer: Tokenizer = text.learn(config.text, scenes.texts)
+    torch.manual_seed(0)
+    exact = Captioner(build_model(config, config.text.vocab_size).eval(), tokenizer)  # type: ignore[union-attr]
+    captioners = {precision: as_precision(exact, precision) for precision in Precision}
+    seconds: dict[tuple[Precision, int], list[float]] = {}
+    for round_ in range(ROUNDS):
+        for precision, captioner in captioners.items():
+            for batch in (1, 16) if round_ else (1,):  # the first round warms up
+                started = time.process_time()
+                said(captioner, scenes.files[:batch])
+                seconds.setdefault((precision, batch), []).append(time.process_time() - started)
+    print(f"{'':6}{'MB':>6}  {'captions/s alone':>18}  {'of sixteen':>18}")
+    for precision in Precision:
+        line = f"{precision:6}{stored_bytes(captioners[precision]) / 1e6:6.0f}"
+        for batch in (1, 16):
+            rate = batch / min(seconds[precision, batch])
+            ratio = rate / (batch / min(seconds[Precision.FP32, batch]))
+            line += f"  {rate:9.3f} ({ratio:5.2f} x)"
+        print(line)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    agreement()
+    speed()
