@@ -183,6 +183,7 @@ def test_a_resumed_adapter_run_equals_the_uninterrupted_one_and_ends_as_a_plain_
         learn(model, optimizer, iter(batches[:stop]))
         if stop < 8:
             start.save(tmp_path / "middle", model, optimizer, stop, last=False)
+            assert set(optimizer.state) == {p for p in model.parameters() if p.requires_grad}
             torch.manual_seed(9)
             model = start.model(CPU)
             optimizer = adamw(model)
