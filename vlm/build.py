@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from vlm.config import (
     Activation,
     ModelConfig,
+    MoeMlpConfig,
     NormConfig,
     ProjectorConfig,
     StemConfig,
@@ -20,6 +21,7 @@ from vlm.decoder import Decoder
 from vlm.layers.attention import Attention
 from vlm.layers.block import Block
 from vlm.layers.mlp import Activate, GatedMlp, PlainMlp
+from vlm.layers.moe import GatedExperts, GroupedLinear, MoeMlp, PlainExperts
 from vlm.layers.position import Rotary
 from vlm.model import VisionLanguageModel
 from vlm.vision import ConvStem, PatchStem, VisionEncoder
@@ -57,13 +59,20 @@ def initialize(model: VisionLanguageModel) -> None:
             nn.init.normal_(module.weight, std=fan_in**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, GroupedLinear):
+            nn.init.normal_(module.weight, std=module.weight.shape[-1] ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
     for stack in (model.encoder.blocks, model.decoder.blocks):
         for block in stack:
             assert isinstance(block, Block)
-            for part in (block.attention.out, block.mlp.out):
-                assert isinstance(part, nn.Linear)
+            mlp = block.mlp
+            if isinstance(mlp, MoeMlp):
+                mlp.initialize()
+            for part in (block.attention.out, mlp.experts.out if isinstance(mlp, MoeMlp) else mlp.out):
+                assert isinstance(part, nn.Linear | GroupedLinear)
                 with torch.no_grad():
                     part.weight.mul_((2 * len(stack)) ** -0.5)
     nn.init.normal_(model.encoder.position, std=0.02)
@@ -129,13 +138,29 @@ def _blocks(config: TransformerConfig, *, rotary: Rotary | None) -> list[Block]:
 
 
 def _mlp(config: TransformerConfig) -> nn.Module:
-    mlp = config.mlp
-    activation = _ACTIVATIONS[mlp.activation]
+    mlp, width = config.mlp, config.width
     match mlp.kind:
         case "plain":
-            return PlainMlp(config.width, mlp.mlp_width, activation, bias=mlp.bias, out_width=config.width)
+            return PlainMlp(width, mlp.mlp_width, _ACTIVATIONS[mlp.activation], bias=mlp.bias, out_width=width)
         case "gated":
-            return GatedMlp(config.width, mlp.mlp_width, activation, bias=mlp.bias)
+            return GatedMlp(width, mlp.mlp_width, _ACTIVATIONS[mlp.activation], bias=mlp.bias)
+        case "moe":
+            return _moe(mlp, width)
+
+
+def _moe(config: MoeMlpConfig, width: int) -> MoeMlp:
+    expert = config.expert
+    kinds: dict[str, type[PlainExperts | GatedExperts]] = {"plain": PlainExperts, "gated": GatedExperts}
+    return MoeMlp(
+        width,
+        kinds[expert.kind](
+            config.num_experts, width, expert.mlp_width, _ACTIVATIONS[expert.activation], bias=expert.bias
+        ),
+        top_k=config.top_k,
+        noisy=config.noisy,
+        balance_weight=config.balance_weight,
+        z_weight=config.z_weight,
+    )
 
 
 def _norm(config: NormConfig, width: int) -> nn.Module:
