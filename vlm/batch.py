@@ -1,6 +1,6 @@
 """What a training step eats.
 
-Letters: B batch, H W pixels, T positions.
+Letters: B batch, P pictures, H W pixels, T positions.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class Batch:
     """Pictures and sequences, right-padded.
 
     Attributes:
-        pixels_BHWC: uint8, at model resolution.
-        tokens_BT: int64, image slots included.
+        pixels_PHWC: uint8, at model resolution, in the order of their slots: row by row, first to last.
+        tokens_BT: int64, SLOT in the places of pictures.
         labels_BT: int64, the next token where it is part of the answer, IGNORE elsewhere.
         prefix_lengths_B: int64, positions before the answer.
     """
 
-    pixels_BHWC: Tensor
+    pixels_PHWC: Tensor
     tokens_BT: Tensor
     labels_BT: Tensor
     prefix_lengths_B: Tensor
@@ -34,10 +34,10 @@ class Batch:
         """The same batch on another device."""
         return Batch(*(t.to(device, non_blocking=True) for t in self.tensors()))
 
-    def with_pixels(self, pixels_BHWC: Tensor) -> Batch:
+    def with_pixels(self, pixels_PHWC: Tensor) -> Batch:
         """The same sequences with other pictures."""
-        return Batch(pixels_BHWC, self.tokens_BT, self.labels_BT, self.prefix_lengths_B)
+        return Batch(pixels_PHWC, self.tokens_BT, self.labels_BT, self.prefix_lengths_B)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The four tensors in order."""
-        return self.pixels_BHWC, self.tokens_BT, self.labels_BT, self.prefix_lengths_B
+        return self.pixels_PHWC, self.tokens_BT, self.labels_BT, self.prefix_lengths_B

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import nn
@@ -10,25 +11,37 @@ from torch.nn import functional as F
 
 from vlm.config import (
     Activation,
+    CrossFusionConfig,
     ModelConfig,
     MoeMlpConfig,
     NormConfig,
     ProjectorConfig,
+    ResamplerProjectorConfig,
     StemConfig,
     TransformerConfig,
+    VisionConfig,
 )
 from vlm.decoder import Decoder
-from vlm.layers.attention import Attention
+from vlm.fusion import CrossFusion, GatedCrossBlock, SlotsFusion
+from vlm.layers.attention import Attention, CrossAttention
 from vlm.layers.block import Block
 from vlm.layers.mlp import Activate, GatedMlp, PlainMlp
 from vlm.layers.moe import GatedExperts, GroupedLinear, MoeMlp, PlainExperts
+from vlm.layers.norm import OffsetRmsNorm
 from vlm.layers.position import Rotary
 from vlm.model import VisionLanguageModel
-from vlm.vision import ConvStem, PatchStem, VisionEncoder
+from vlm.projector import PixelShuffle, Resampler, ResamplerBlock
+from vlm.vision import AttentionPool, ConvStem, PatchStem, VisionEncoder
+
+
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
 
 _ACTIVATIONS: dict[Activation, Activate] = {
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "quick_gelu": _quick_gelu,
     "relu": F.relu,
     "silu": F.silu,
 }
@@ -40,6 +53,7 @@ def build_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
         config,
         _encoder(config),
         _projector(config.projector, config.vision.transformer.width, config.decoder.transformer.width),
+        SlotsFusion() if config.fusion.kind == "slots" else CrossFusion(config.decoder.transformer.width),
         _decoder(config, vocab_size),
         prefix_lm=config.mask.kind == "prefix",
     )
@@ -50,17 +64,15 @@ def build_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
 def initialize(model: VisionLanguageModel) -> None:
     """Fresh weights: variance 1/fan_in, outputs into the residual stream divided by sqrt(2 * depth).
 
-    Head and token table have standard deviation 0.02 whatever their fan-in, so the first loss is log(vocabulary): a
-    larger head wrecks the start of training.
+    Head, token table and learned tokens have standard deviation 0.02 whatever their fan-in, so the first loss is
+    log(vocabulary): a larger head wrecks the start of training. So have routers, which start even: one that starts
+    decided keeps sending to the experts it began with. A table that is multiplied by sqrt(width) on the way in has
+    width^-0.5.
     """
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            fan_in = module.weight[0].numel()
-            nn.init.normal_(module.weight, std=fan_in**-0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, GroupedLinear):
-            nn.init.normal_(module.weight, std=module.weight.shape[-1] ** -0.5)
+        if isinstance(module, nn.Linear | nn.Conv2d | GroupedLinear):
+            one = module.weight[0, 0] if isinstance(module, GroupedLinear) else module.weight[0]
+            nn.init.normal_(module.weight, std=one.numel() ** -0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
@@ -68,29 +80,39 @@ def initialize(model: VisionLanguageModel) -> None:
     for stack in (model.encoder.blocks, model.decoder.blocks):
         for block in stack:
             assert isinstance(block, Block)
-            mlp = block.mlp
-            if isinstance(mlp, MoeMlp):
-                mlp.initialize()
-            for part in (block.attention.out, mlp.experts.out if isinstance(mlp, MoeMlp) else mlp.out):
+            for part in (block.attention.out, block.mlp.out):
                 assert isinstance(part, nn.Linear | GroupedLinear)
                 with torch.no_grad():
                     part.weight.mul_((2 * len(stack)) ** -0.5)
     nn.init.normal_(model.encoder.position, std=0.02)
+    for name, parameter in model.named_parameters():
+        if name.endswith((".registers", ".query", ".latents", ".marker", ".router.weight", ".noise.weight")):
+            nn.init.normal_(parameter, std=0.02)
     nn.init.normal_(model.decoder.head.weight, std=0.02)
 
 
 def _encoder(config: ModelConfig) -> VisionEncoder:
-    vision = config.vision
+    vision, transformer = config.vision, config.vision.transformer
     return VisionEncoder(
-        _stem(vision.stem, vision.transformer.width),
-        _blocks(vision.transformer, rotary=None),
-        _norm(vision.transformer.norm, vision.transformer.width),
+        _stem(vision.stem, transformer.width),
+        _blocks(transformer),
+        _norm(transformer.norm, transformer.width) if vision.pre_norm else nn.Identity(),
+        _norm(transformer.norm, transformer.width) if vision.post_norm else nn.Identity(),
+        _pool(vision) if vision.select == "attention" else None,
         num_patches=config.num_patches,
-        width=vision.transformer.width,
+        width=transformer.width,
         class_token=vision.class_token,
+        registers=vision.registers,
+        position_on=vision.position_on,
         select=vision.select,
-        dropout=vision.transformer.dropout,
+        dropout=transformer.dropout,
     )
+
+
+def _pool(vision: VisionConfig) -> AttentionPool:
+    width, heads = vision.transformer.width, vision.transformer.attention
+    attention = CrossAttention(width, width, num_heads=heads.num_heads, head_dim=heads.head_dim, bias=heads.bias)
+    return AttentionPool(attention, _norm(vision.transformer.norm, width), _mlp(vision.transformer), width=width)
 
 
 def _decoder(config: ModelConfig, vocab_size: int) -> Decoder:
@@ -108,44 +130,66 @@ def _decoder(config: ModelConfig, vocab_size: int) -> Decoder:
             position = nn.Embedding(context, width)
     return Decoder(
         tokens,
-        position,
-        _blocks(transformer, rotary=rotary),
+        _blocks(transformer),
         _norm(transformer.norm, width),
         head,
+        position=position,
+        rotary=rotary,
         dropout=transformer.dropout,
+        embedding_scale=math.sqrt(width) if config.decoder.scale_embeddings else 1.0,
+        soft_cap=config.decoder.soft_cap,
+        cross_blocks=_cross_blocks(config.fusion, transformer) if config.fusion.kind == "cross_attention" else (),
     )
 
 
-def _blocks(config: TransformerConfig, *, rotary: Rotary | None) -> list[Block]:
+def _cross_blocks(fusion: CrossFusionConfig, transformer: TransformerConfig) -> list[GatedCrossBlock]:
+    width, norm = transformer.width, transformer.norm
+    return [
+        GatedCrossBlock(
+            CrossAttention(width, width, num_heads=fusion.num_heads, head_dim=fusion.head_dim, bias=False),
+            PlainMlp(width, fusion.mlp_width, F.gelu, bias=False, out_width=width),
+            (_norm(norm, width), _norm(norm, width)),
+        )
+        for _ in range(transformer.depth // fusion.every)
+    ]
+
+
+def _blocks(config: TransformerConfig) -> list[Block]:
+    width, attention = config.width, config.attention
     return [
         Block(
             Attention(
-                config.width,
-                num_heads=config.attention.num_heads,
-                num_kv_heads=config.attention.num_kv_heads,
-                head_dim=config.attention.head_dim,
-                bias=config.attention.bias,
+                width,
+                num_heads=attention.num_heads,
+                num_kv_heads=attention.num_kv_heads,
+                head_dim=attention.head_dim,
+                bias=attention.bias,
                 dropout=config.dropout,
-                rotary=rotary,
+                window=attention.windows[layer % len(attention.windows)],
+                soft_cap=attention.soft_cap,
+                scale=attention.scale,
             ),
             _mlp(config),
-            _norm(config.norm, config.width),
-            _norm(config.norm, config.width),
+            (_norm(config.norm, width), _norm(config.norm, width)),
             config.dropout,
+            width=width,
+            post_norms=(_norm(config.norm, width), _norm(config.norm, width)) if config.sandwich else None,
+            layer_scale=config.layer_scale,
         )
-        for _ in range(config.depth)
+        for layer in range(config.depth)
     ]
 
 
 def _mlp(config: TransformerConfig) -> nn.Module:
-    mlp, width = config.mlp, config.width
+    mlp = config.mlp
     match mlp.kind:
         case "plain":
-            return PlainMlp(width, mlp.mlp_width, _ACTIVATIONS[mlp.activation], bias=mlp.bias, out_width=width)
+            activation = _ACTIVATIONS[mlp.activation]
+            return PlainMlp(config.width, mlp.mlp_width, activation, bias=mlp.bias, out_width=config.width)
         case "gated":
-            return GatedMlp(width, mlp.mlp_width, _ACTIVATIONS[mlp.activation], bias=mlp.bias)
+            return GatedMlp(config.width, mlp.mlp_width, _ACTIVATIONS[mlp.activation], bias=mlp.bias)
         case "moe":
-            return _moe(mlp, width)
+            return _moe(mlp, config.width)
 
 
 def _moe(config: MoeMlpConfig, width: int) -> MoeMlp:
@@ -168,13 +212,13 @@ def _norm(config: NormConfig, width: int) -> nn.Module:
         case "layer":
             return nn.LayerNorm(width, eps=config.eps)
         case "rms":
-            return nn.RMSNorm(width, eps=config.eps)
+            return OffsetRmsNorm(width, config.eps) if config.offset else nn.RMSNorm(width, eps=config.eps)
 
 
 def _stem(config: StemConfig, width: int) -> nn.Module:
     match config.kind:
         case "patch":
-            return PatchStem(config.patch_size, width)
+            return PatchStem(config.patch_size, width, bias=config.bias)
         case "conv":
             return ConvStem(config.channels, width)
 
@@ -184,4 +228,21 @@ def _projector(config: ProjectorConfig, width: int, out_width: int) -> nn.Module
         case "linear":
             return nn.Linear(width, out_width)
         case "mlp":
-            return PlainMlp(width, config.mlp_width, F.gelu, bias=True, out_width=out_width)
+            activation = _ACTIVATIONS[config.activation]
+            return PlainMlp(width, config.mlp_width, activation, bias=True, out_width=out_width)
+        case "pixel_shuffle":
+            return PixelShuffle(width, out_width, config.factor)
+        case "resampler":
+            return _resampler(config, width, out_width)
+
+
+def _resampler(config: ResamplerProjectorConfig, width: int, out_width: int) -> Resampler:
+    blocks = [
+        ResamplerBlock(
+            CrossAttention(width, width, num_heads=config.num_heads, head_dim=config.head_dim, bias=False),
+            PlainMlp(width, config.mlp_width, F.gelu, bias=False, out_width=width),
+            width=width,
+        )
+        for _ in range(config.depth)
+    ]
+    return Resampler(blocks, nn.LayerNorm(width), nn.Linear(width, out_width), num_latents=config.num_latents)

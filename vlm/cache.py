@@ -13,6 +13,13 @@ class KVCache:
     """Preallocated keys and values of every layer for up to `context` positions.
 
     Memory: 2 * depth * B * K * context * D elements.
+
+    Attributes:
+        length: positions stored, the same in every row.
+        padding_B: how many of a row's first positions are padding; None: none in any row.
+        media: keys and values of the pictures, a pair a cross-attention layer, and who is seen from here on; empty
+            where pictures enter as slots.
+        media_mask: bool, broadcastable to (B, H, 1, S).
     """
 
     def __init__(
@@ -30,6 +37,9 @@ class KVCache:
         self._keys = torch.empty(shape, dtype=dtype, device=device)
         self._values = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
+        self.padding_B: Tensor | None = None
+        self.media: list[tuple[Tensor, Tensor]] = []
+        self.media_mask: Tensor | None = None
 
     def extend(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new positions of one layer and return all of that layer's, old and new: (B, K, S, D) each.
@@ -45,3 +55,13 @@ class KVCache:
     def advance(self, positions: int) -> None:
         """Count `positions` as stored in every layer."""
         self.length += positions
+
+    def reorder(self, rows_B: Tensor) -> None:
+        """Row i becomes what row `rows_B[i]` was: beams change places, rows that have ended are left out."""
+        self._keys = self._keys.index_select(1, rows_B)
+        self._values = self._values.index_select(1, rows_B)
+        if self.padding_B is not None:
+            self.padding_B = self.padding_B[rows_B]
+        self.media = [(keys[rows_B], values[rows_B]) for keys, values in self.media]
+        if self.media_mask is not None:
+            self.media_mask = self.media_mask[rows_B]

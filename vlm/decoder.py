@@ -1,49 +1,119 @@
 """The language model: blocks over a sequence of embeddings, whatever they stand for.
 
-Letters: B batch, T positions, W width, V vocabulary.
+Letters: B batch, T positions, S key positions, W width, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from vlm.cache import KVCache
+from vlm.fusion import GatedCrossBlock, Media
 from vlm.layers.block import Block
+from vlm.layers.mask import within_window
+from vlm.layers.position import Angles, Rotary
 
 
 class Decoder(nn.Module):
-    """Token table, learned positions (None when rotary), blocks, norm, output head."""
+    """Token table, positions (a table, or rotary angles for every block), blocks, norm, output head.
+
+    Gated cross-attention blocks, where there are any, stand before every `every`-th block.
+    """
 
     def __init__(
         self,
         tokens: nn.Embedding,
-        position: nn.Embedding | None,
         blocks: Sequence[Block],
         norm: nn.Module,
         head: nn.Linear,
         *,
+        position: nn.Embedding | None,
+        rotary: Rotary | None,
         dropout: float,
+        embedding_scale: float = 1.0,
+        soft_cap: float | None = None,
+        cross_blocks: Sequence[GatedCrossBlock] = (),
     ) -> None:
         super().__init__()
-        self.tokens, self.position = tokens, position
+        self.tokens, self.position, self.rotary = tokens, position, rotary
+        self.embedding_scale, self.soft_cap = embedding_scale, soft_cap
         self.dropout = nn.Dropout(dropout)
+        self.windows = [block.attention.window for block in blocks]
         self.blocks = nn.ModuleList(blocks)
+        self.cross_blocks = nn.ModuleList(cross_blocks)
         self.norm, self.head = norm, head
 
-    def forward(self, x_BTW: Tensor, *, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
-        """Hidden states (B, T, W), normalised, ready for `head`. Positions go on where the cache ends.
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Vectors (..., W) of token ids; of places that hold no token (below zero) any finite vector."""
+        vectors = self.tokens(tokens.clamp(min=0))
+        return vectors * self.embedding_scale if self.embedding_scale != 1 else vectors
 
-        Without a mask attention is causal.
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states."""
+        logits = self.head(hidden)
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+    def forward(
+        self,
+        x_BTW: Tensor,
+        *,
+        mask: Tensor | None,
+        positions_BT: Tensor | None = None,
+        media: Media | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Hidden states (B, T, W), normalised, ready for `logits`.
+
+        Args:
+            x_BTW: embeddings.
+            mask: bool (B, 1, T, S), True where seen; None: causal.
+            positions_BT: where each row's tokens stand; None: on from where the cache ends, the same in all rows.
+            media: what cross-attention looks at; None: what the cache holds.
+            cache: of earlier positions, extended in place.
         """
         T = x_BTW.shape[1]
+        start = cache.length if cache is not None else 0
+        positions = positions_BT if positions_BT is not None else slice(start, start + T)
         if self.position is not None:
-            start = cache.length if cache is not None else 0
-            x_BTW = x_BTW + self.position.weight[start : start + T]
+            x_BTW = x_BTW + self.position.weight[positions]
+        angles: Angles | None = self.rotary(positions, x_BTW.dtype) if self.rotary is not None else None
+        masks = self._masks(mask, x_BTW, start + T)
+        if media is not None and cache is not None:
+            cache.media = [self._cross(i).keys_values(media) for i in range(len(self.cross_blocks))]
+            cache.media_mask = media.mask_BTS[:, None, -1:]
         x_BTW = self.dropout(x_BTW)
+        every = len(self.blocks) // len(self.cross_blocks) if len(self.cross_blocks) else 0
         for layer, block in enumerate(self.blocks):
-            x_BTW = block(x_BTW, mask=mask, causal=True, cache=cache, layer=layer)
+            if every and layer % every == 0:
+                x_BTW = self._look(x_BTW, layer // every, media, cache)
+            x_BTW = block(x_BTW, mask=masks[self.windows[layer]], causal=True, angles=angles, cache=cache, layer=layer)
         if cache is not None:
             cache.advance(T)
         return self.norm(x_BTW)
+
+    def _masks(self, mask: Tensor | None, x_BTW: Tensor, keys: int) -> dict[int | None, Tensor | None]:
+        """The mask of each width of window among the blocks."""
+        masks: dict[int | None, Tensor | None] = {}
+        for window in set(self.windows):
+            if window is None or keys <= window:
+                masks[window] = mask
+            else:
+                masks[window] = within_window(mask, window, queries=x_BTW.shape[1], keys=keys, device=x_BTW.device)
+        return masks
+
+    def _look(self, x_BTW: Tensor, index: int, media: Media | None, cache: KVCache | None) -> Tensor:
+        block = self._cross(index)
+        if cache is not None:
+            assert cache.media_mask is not None, "the first pass over a cache brings the pictures"
+            mask = media.mask_BTS[:, None] if media is not None else cache.media_mask
+            return block(x_BTW, cache.media[index], mask)
+        assert media is not None, "cross-attention without pictures to look at"
+        return block(x_BTW, block.keys_values(media), media.mask_BTS[:, None])
+
+    def _cross(self, index: int) -> GatedCrossBlock:
+        block = self.cross_blocks[index]
+        assert isinstance(block, GatedCrossBlock)
+        return block

@@ -90,7 +90,7 @@ def _steps(
     cache = model.new_cache(B, needed)
     prefix_BT = torch.tensor(prefix, device=device).expand(B, -1)
     silenced = torch.tensor([i for i in range(NUM_SPECIAL) if i != eos_id], device=device)
-    logits_BV = model.prefill(pixels_BHWC.to(device), prefix_BT, cache)
+    logits_BV = model.prefill(model.encode(pixels_BHWC.to(device)), prefix_BT, cache)
     ended_B = torch.zeros(B, dtype=torch.bool, device=device)
     for position in range(settings.max_new_tokens):
         logits_BV = logits_BV.float().index_fill(1, silenced, -torch.inf)

@@ -130,12 +130,12 @@ def row_losses(model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor
 
 
 @torch.no_grad()
-def blind_losses(model: VisionLanguageModel, batch: Batch, other_pixels_BHWC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def blind_losses(model: VisionLanguageModel, batch: Batch, other_pixels_PHWC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Losses with the right pictures, with the pictures of other rows, and target tokens: (B,) each.
 
     The blind gap of any set of rows is (sum of the second - sum of the first) / sum of the third, in nats per token:
     zero for a model that does not look at its pictures, however good its loss.
     """
     right_B, tokens_B = row_losses(model, batch)
-    wrong_B, _ = row_losses(model, batch.with_pixels(other_pixels_BHWC))
+    wrong_B, _ = row_losses(model, batch.with_pixels(other_pixels_PHWC))
     return right_B, wrong_B, tokens_B

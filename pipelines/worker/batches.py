@@ -1,6 +1,6 @@
 """From rows of the shards to tensors, a few batches ahead of the training loop.
 
-    <image> x N  <bos>  prompt \\n  answer  <eos>      tokens are all but the last, labels all but the first;
+    SLOT x N     <bos>  prompt \\n  answer  <eos>      tokens are all but the last, labels all but the first;
     '----------- prefix ----------' '-- targets --'   a label inside the prefix is IGNORE
 
 Letters: B batch, H W pixels, T positions.
@@ -50,7 +50,7 @@ class Collator:
             tokens_BT[b, : len(sequence) - 1] = sequence[:-1]
             labels_BT[b, prefix - 1 : len(sequence) - 1] = sequence[prefix:]
         return Batch(
-            pixels_BHWC=torch.from_numpy(np.stack([row.pixels for row in rows])),
+            pixels_PHWC=torch.from_numpy(np.stack([row.pixels for row in rows])),
             tokens_BT=torch.from_numpy(tokens_BT),
             labels_BT=torch.from_numpy(labels_BT),
             prefix_lengths_B=torch.tensor([prefix for _, prefix in pairs]),

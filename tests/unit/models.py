@@ -52,12 +52,39 @@ def tiny_config(variant: str) -> ModelConfig:
     )
 
 
-VARIANTS = ("plain", "other", "prefix")
+RARE = ("registers", "capped", "looking")
+VISION = {
+    "registers": {"registers": 2, "position_on": "patches", "pre_norm": True, "post_norm": False},
+    "capped": {"class_token": True, "registers": 1, "select": "attention"},
+}
+PROJECTOR = {
+    "registers": {"kind": "pixel_shuffle", "factor": 2},
+    "looking": {"kind": "resampler", "num_latents": 3, "depth": 2, "num_heads": 2, "head_dim": 8, "mlp_width": 24},
+}
+FUSION = {"looking": {"kind": "cross_attention", "every": 2, "num_heads": 2, "head_dim": 8, "mlp_width": 24}}
+
+
+def rare_config(variant: str) -> ModelConfig:
+    """The axes that published families need: what `tiny_config` has not."""
+    capped = variant == "capped"
+    config = tiny_config("prefix" if capped else "plain").model_dump()
+    config["vision"] |= VISION.get(variant, {})
+    config["vision"]["transformer"]["layer_scale"] = 0.5 if variant == "registers" else None
+    config["projector"] = PROJECTOR.get(variant, config["projector"])
+    config["fusion"] = FUSION.get(variant, {"kind": "slots"})
+    if capped:
+        config["decoder"] |= {"scale_embeddings": True, "soft_cap": 3.0}
+        config["decoder"]["transformer"] |= {"sandwich": True, "norm": {"kind": "rms", "offset": True}}
+        config["decoder"]["transformer"]["attention"] |= {"windows": [5, None], "soft_cap": 2.0, "scale": 0.3}
+    return ModelConfig.model_validate(config)
+
+
+VARIANTS = ("plain", "other", "prefix", *RARE)
 
 
 def tiny_model(variant: str, seed: int = 0) -> tuple[VisionLanguageModel, Tokenizer]:
     """A tiny model in evaluation mode with weights large enough that its answers differ by picture."""
-    config = tiny_config(variant)
+    config = rare_config(variant) if variant in RARE else tiny_config(variant)
     tokenizer = text.learn(config.text, [])
     torch.manual_seed(seed)
     model = build_model(config, tokenizer.vocab_size).eval()
@@ -65,6 +92,9 @@ def tiny_model(variant: str, seed: int = 0) -> tuple[VisionLanguageModel, Tokeni
         for part in (model.projector, model.decoder.blocks):
             for parameter in part.parameters():
                 parameter.mul_(4)
+        for name, parameter in model.named_parameters():
+            if name.endswith("_gate"):
+                parameter.fill_(1)
     return model, tokenizer
 
 

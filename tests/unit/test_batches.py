@@ -88,7 +88,7 @@ def test_a_picture_with_several_texts_shows_each_of_them_in_some_epoch(tmp_path:
     collator = Collator(TOKENIZER, MODEL)
     shown: dict[bytes, set[str]] = {}
     for batch in training_batches(shards, collator, steps=range(20), rank=0, world_size=1, batch_size=4, seed=1):
-        for pixels_HWC, labels_T in zip(batch.pixels_BHWC, batch.labels_BT, strict=True):
+        for pixels_HWC, labels_T in zip(batch.pixels_PHWC, batch.labels_BT, strict=True):
             shown.setdefault(pixels_HWC.numpy().tobytes(), set()).add(spell(labels_T))
     assert [len(texts) for texts in shown.values()] == [3, 3, 3, 3]
 
@@ -110,7 +110,7 @@ def test_batches_from_the_middle_are_those_of_the_whole_sequence(tmp_path: Path)
     )
     halves = [batches(range(8), rank, 2) for rank in range(2)]
     for one, first, second in zip(whole, *halves, strict=True):
-        assert torch.equal(one.pixels_BHWC, torch.cat((first.pixels_BHWC, second.pixels_BHWC)))
+        assert torch.equal(one.pixels_PHWC, torch.cat((first.pixels_PHWC, second.pixels_PHWC)))
         said = [spell(labels_T) for part in (first, second) for labels_T in part.labels_BT]
         assert said == [spell(labels_T) for labels_T in one.labels_BT]
 

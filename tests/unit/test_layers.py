@@ -8,11 +8,12 @@ from torch import Tensor
 
 from vlm.cache import KVCache
 from vlm.layers.attention import Attention
-from vlm.layers.mask import attention_mask, prefix_marks
-from vlm.layers.position import Rotary
+from vlm.layers.mask import attention_mask, prefix_marks, within_window
+from vlm.layers.norm import OffsetRmsNorm
+from vlm.layers.position import Angles, Rotary, turn
 
 
-def naive_attention(layer: Attention, x_BTW: Tensor, seen_TS: Tensor) -> Tensor:
+def naive_attention(layer: Attention, x_BTW: Tensor, seen_TS: Tensor, angles: Angles | None) -> Tensor:
     """Attention head by head, as on the blackboard: softmax(q k / sqrt(head_dim)) v."""
     H, K, D = layer.num_heads, layer.num_kv_heads, layer.head_dim
     q, k, v = layer.qkv(x_BTW).split([H * D, K * D, K * D], dim=-1)
@@ -20,57 +21,101 @@ def naive_attention(layer: Attention, x_BTW: Tensor, seen_TS: Tensor) -> Tensor:
     for h in range(H):
         shared = h // (H // K)
         q_h, k_h = q[..., h * D : (h + 1) * D], k[..., shared * D : (shared + 1) * D]
-        if layer.rotary is not None:
-            q_h, k_h = layer.rotary(q_h[:, None], 0)[:, 0], layer.rotary(k_h[:, None], 0)[:, 0]
-        scores = (q_h @ k_h.transpose(1, 2) / math.sqrt(D)).masked_fill(~seen_TS, -torch.inf)
+        if angles is not None:
+            q_h, k_h = turn(q_h[:, None], angles)[:, 0], turn(k_h[:, None], angles)[:, 0]
+        scores = q_h @ k_h.transpose(1, 2) / math.sqrt(D)
+        if layer.soft_cap is not None:
+            scores = layer.soft_cap * torch.tanh(scores / layer.soft_cap)
+        scores = scores.masked_fill(~seen_TS, -torch.inf)
         heads.append(scores.softmax(dim=-1) @ v[..., shared * D : (shared + 1) * D])
     return torch.as_tensor(layer.out(torch.cat(heads, dim=-1)))
 
 
-def make_attention(num_kv_heads: int, rotary: bool) -> Attention:
+def make_attention(num_kv_heads: int, soft_cap: float | None = None) -> Attention:
     torch.manual_seed(0)
-    turn = Rotary(6, 32, 10_000.0) if rotary else None
-    return Attention(24, num_heads=4, num_kv_heads=num_kv_heads, head_dim=6, bias=True, dropout=0.0, rotary=turn).eval()
+    return Attention(
+        24, num_heads=4, num_kv_heads=num_kv_heads, head_dim=6, bias=True, dropout=0.0, soft_cap=soft_cap
+    ).eval()
 
 
+ROTARY = Rotary(6, 32, 10_000.0)
+
+
+def angles_of(rotary: bool, start: int, end: int) -> Angles | None:
+    return ROTARY(slice(start, end), torch.float32) if rotary else None
+
+
+@pytest.mark.parametrize("soft_cap", [None, 0.5])
 @pytest.mark.parametrize("rotary", [False, True])
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-def test_attention_equals_the_formula(num_kv_heads: int, rotary: bool) -> None:
-    layer, x_BTW = make_attention(num_kv_heads, rotary), torch.randn(2, 7, 24)
-    causal = torch.ones(7, 7).tril().bool()
-    torch.testing.assert_close(layer(x_BTW, mask=None, causal=True), naive_attention(layer, x_BTW, causal))
-    everyone = torch.ones(7, 7).bool()
-    torch.testing.assert_close(layer(x_BTW, mask=None, causal=False), naive_attention(layer, x_BTW, everyone))
+def test_attention_equals_the_formula(num_kv_heads: int, rotary: bool, soft_cap: float | None) -> None:
+    layer, x_BTW, angles = make_attention(num_kv_heads, soft_cap), torch.randn(2, 7, 24), angles_of(rotary, 0, 7)
+    for causal, seen in ((True, torch.ones(7, 7).tril().bool()), (False, torch.ones(7, 7).bool())):
+        expected = naive_attention(layer, x_BTW, seen, angles)
+        torch.testing.assert_close(layer(x_BTW, mask=None, causal=causal, angles=angles), expected)
+        torch.testing.assert_close(layer(x_BTW, mask=seen[None, None], causal=False, angles=angles), expected)
 
 
+@pytest.mark.parametrize("soft_cap", [None, 0.5])
 @pytest.mark.parametrize("rotary", [False, True])
-def test_attention_in_pieces_through_the_cache_equals_attention_at_once(rotary: bool) -> None:
-    layer, x_BTW = make_attention(2, rotary), torch.randn(2, 9, 24)
+def test_attention_in_pieces_through_the_cache_equals_attention_at_once(rotary: bool, soft_cap: float | None) -> None:
+    layer, x_BTW = make_attention(2, soft_cap), torch.randn(2, 9, 24)
     cache = KVCache(
         depth=1, batch=2, num_kv_heads=2, context=9, head_dim=6, dtype=torch.float32, device=torch.device("cpu")
     )
     outputs = []
     for start, end in ((0, 4), *((i, i + 1) for i in range(4, 9))):
-        outputs.append(layer(x_BTW[:, start:end], mask=None, causal=True, cache=cache, layer=0))
+        angles = angles_of(rotary, start, end)
+        outputs.append(layer(x_BTW[:, start:end], mask=None, causal=True, angles=angles, cache=cache, layer=0))
         cache.advance(end - start)
-    torch.testing.assert_close(torch.cat(outputs, dim=1), layer(x_BTW, mask=None, causal=True))
+    whole = layer(x_BTW, mask=None, causal=True, angles=angles_of(rotary, 0, 9))
+    torch.testing.assert_close(torch.cat(outputs, dim=1), whole)
 
 
 def test_rotary_dot_products_depend_on_distance_alone() -> None:
-    turn, q, k = Rotary(8, 64, 10_000.0), torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+    rotary, q, k = Rotary(8, 64, 10_000.0), torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+
+    def turned(x: Tensor, at: int) -> Tensor:
+        return turn(x, rotary(slice(at, at + 1), torch.float32))
 
     def dot(at: int, other: int) -> Tensor:
-        return torch.as_tensor((turn(q, at) * turn(k, other)).sum())
+        return (turned(q, at) * turned(k, other)).sum()
 
     torch.testing.assert_close(dot(5, 2), dot(40, 37))
-    torch.testing.assert_close(turn(q, 7).norm(), q.norm())
+    torch.testing.assert_close(turned(q, 7).norm(), q.norm())
     assert not torch.isclose(dot(5, 2), dot(5, 4))
+
+
+def test_positions_given_row_by_row_are_those_of_a_slice() -> None:
+    rotary, x = Rotary(8, 64, 10_000.0), torch.randn(2, 3, 5, 8)
+    rows = torch.tensor([[4, 5, 6, 7, 8], [0, 0, 0, 1, 2]])
+    by_row = turn(x, rotary(rows, torch.float32))
+    torch.testing.assert_close(by_row[0], turn(x[:1], rotary(slice(4, 9), torch.float32))[0])
+    torch.testing.assert_close(by_row[1, :, 2:], turn(x[1:, :, 2:], rotary(slice(0, 3), torch.float32))[0])
+
+
+def test_an_offset_norm_is_rms_norm_with_weight_one_more() -> None:
+    offset, plain, x = OffsetRmsNorm(8, 1e-6), torch.nn.RMSNorm(8, 1e-6), torch.randn(3, 8)
+    with torch.no_grad():
+        offset.weight.normal_()
+        plain.weight.copy_(1 + offset.weight)
+    torch.testing.assert_close(offset(x), plain(x))
+    assert offset(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(6, 6), (1, 6), (2, 5)])
+def test_a_window_hides_what_is_too_far_back(queries: int, keys: int) -> None:
+    mask = within_window(None, 3, queries=queries, keys=keys, device=torch.device("cpu"))[0, 0]
+    first = keys - queries
+    assert mask.tolist() == [[t - 3 < s <= t for s in range(keys)] for t in range(first, keys)]
 
 
 def test_mask_cases_are_those_drawn_in_its_docstring() -> None:
     valid = torch.tensor([[True, True, True, True, False]])
     causal = attention_mask(valid, torch.ones(1, 5, dtype=torch.long))[0, 0]
-    assert causal.tolist() == [[s <= t and s < 4 for s in range(5)] for t in range(5)]
+    assert causal.tolist() == [[s <= t and (s < 4 or s == t) for s in range(5)] for t in range(5)]
     prefix = attention_mask(valid, prefix_marks(torch.tensor([2]), 5))[0, 0]
-    assert prefix.tolist() == [[(s <= t or (s < 2 and t < 2)) and s < 4 for s in range(5)] for t in range(5)]
+    assert prefix.tolist() == [
+        [(s <= t or (s < 2 and t < 2)) and (s < 4 or s == t) for s in range(5)] for t in range(5)
+    ]
     assert attention_mask(torch.ones(1, 3).bool(), torch.zeros(1, 3, dtype=torch.long)).all()

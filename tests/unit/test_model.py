@@ -9,7 +9,7 @@ from models import VARIANTS, tiny_batch, tiny_config, tiny_model, tiny_pixels
 from vlm.batch import IGNORE, Batch
 from vlm.build import build_model
 from vlm.objective import blind_losses, num_targets, row_losses, token_loss
-from vlm.text.base import IMAGE
+from vlm.text.base import SLOT
 
 TEXTS = [("", "a red car"), ("what?", "bus"), ("", "sky")]
 
@@ -20,7 +20,7 @@ def test_padding_changes_no_logit(variant: str) -> None:
     together = tiny_batch(model, tokenizer, TEXTS)
     logits = model(together).split((together.labels_BT != IGNORE).sum(dim=1).tolist())
     for i, text in enumerate(TEXTS):
-        alone = tiny_batch(model, tokenizer, [text]).with_pixels(together.pixels_BHWC[i : i + 1])
+        alone = tiny_batch(model, tokenizer, [text]).with_pixels(together.pixels_PHWC[i : i + 1])
         torch.testing.assert_close(model(alone), logits[i], atol=1e-5, rtol=1e-5)
 
 
@@ -60,16 +60,16 @@ def test_selection_decides_the_number_of_slots(select: str) -> None:
     assert config.num_slots == (4 if select == "patches" else 1)
 
 
-def test_a_wrong_number_of_image_tokens_is_an_error() -> None:
+def test_a_wrong_number_of_slots_is_an_error() -> None:
     model, tokenizer = tiny_model("plain")
     batch = tiny_batch(model, tokenizer, [("", "a")])
     broken = Batch(
-        batch.pixels_BHWC,
-        batch.tokens_BT.masked_fill(batch.tokens_BT == IMAGE, 5),
+        batch.pixels_PHWC,
+        batch.tokens_BT.masked_fill(batch.tokens_BT == SLOT, 5),
         batch.labels_BT,
         batch.prefix_lengths_B,
     )
-    with pytest.raises(ValueError, match="0 image tokens in a batch of 1 pictures with 4 slots each"):
+    with pytest.raises(ValueError, match="0 image slots in a batch of 1 pictures with 4 slots each"):
         model(broken)
 
 
@@ -95,7 +95,7 @@ def test_row_losses_add_up_to_the_batch_loss() -> None:
 def test_the_blind_gap_of_a_model_that_ignores_pictures_is_zero() -> None:
     model, tokenizer = tiny_model("plain")
     batch = tiny_batch(model, tokenizer, TEXTS)
-    rolled = batch.pixels_BHWC.roll(1, 0)
+    rolled = batch.pixels_PHWC.roll(1, 0)
     right, wrong, _ = blind_losses(model, batch, rolled)
     assert not torch.allclose(right, wrong)
     torch.nn.init.zeros_(model.projector.weight)  # type: ignore[arg-type]

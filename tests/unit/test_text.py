@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from vlm import text
 from vlm.config import BpeConfig, CharsConfig
 from vlm.errors import CheckpointError
-from vlm.text.base import NUM_SPECIAL, Tokenizer
+from vlm.text.base import NUM_SPECIAL, SLOT, Tokenizer
 from vlm.text.chars import UNKNOWN
 from vlm.text.prompt import answer_ids, prefix_ids
 
@@ -58,6 +58,6 @@ def test_a_damaged_tokenizer_is_a_clear_error(tmp_path: Path) -> None:
 
 def test_the_prefix_is_slots_start_and_prompt_and_the_answer_ends() -> None:
     prefix = prefix_ids(CHARS, 3, "red")
-    assert prefix == [CHARS.image_id] * 3 + [CHARS.bos_id] + CHARS.encode("red\n")
-    assert prefix_ids(CHARS, 2, "") == [CHARS.image_id] * 2 + [CHARS.bos_id]
+    assert prefix == [SLOT] * 3 + [CHARS.bos_id] + CHARS.encode("red\n")
+    assert prefix_ids(CHARS, 2, "") == [SLOT] * 2 + [CHARS.bos_id]
     assert answer_ids(CHARS, "car") == [*CHARS.encode("car"), CHARS.eos_id]

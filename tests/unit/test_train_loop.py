@@ -59,7 +59,7 @@ def test_every_variant_learns_its_captions_from_the_pictures(variant: str) -> No
     batch = tiny_batch(model, tokenizer, TEXTS)
     reports = run(model, optimizer, itertools.repeat(batch, 120), start=0, lr=5e-3)
     assert reports[-1].loss < 0.1
-    right, wrong, tokens = blind_losses(model.eval(), batch, batch.pixels_BHWC.roll(1, 0))
+    right, wrong, tokens = blind_losses(model.eval(), batch, batch.pixels_PHWC.roll(1, 0))
     assert float((wrong - right).sum() / tokens.sum()) > 0.5
 
 

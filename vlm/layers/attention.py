@@ -5,15 +5,16 @@ Letters: B batch, T query, S key, H heads, K kv heads, D head width, W width.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm.cache import KVCache
-from vlm.layers.position import Rotary
+from vlm.layers.position import Angles, turn
 
 
 class Attention(nn.Module):
-    """Scaled dot-product attention; scores are divided by sqrt(head_dim), never by sqrt(width).
+    """Self-attention; scores are divided by sqrt(head_dim) unless told otherwise, never by sqrt(width).
 
     Queries, keys and values come from one matrix, heads in that order.
     """
@@ -27,17 +28,26 @@ class Attention(nn.Module):
         head_dim: int,
         bias: bool,
         dropout: float,
-        rotary: Rotary | None,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.dropout = dropout
+        self.dropout, self.window, self.soft_cap = dropout, window, soft_cap
+        self.scale = scale if scale is not None else head_dim**-0.5
         self.qkv = nn.Linear(width, (num_heads + 2 * num_kv_heads) * head_dim, bias=bias)
         self.out = nn.Linear(num_heads * head_dim, width, bias=bias)
-        self.rotary = rotary
 
     def forward(
-        self, x_BTW: Tensor, *, mask: Tensor | None, causal: bool, cache: KVCache | None = None, layer: int = 0
+        self,
+        x_BTW: Tensor,
+        *,
+        mask: Tensor | None,
+        causal: bool,
+        angles: Angles | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
     ) -> Tensor:
         """Attend.
 
@@ -45,6 +55,7 @@ class Attention(nn.Module):
             x_BTW: input.
             mask: bool, broadcastable to (B, H, T, S), True where seen; None: all of the past and present.
             causal: a position sees itself and what came before (used when there is no mask).
+            angles: rotary angles of the positions of x.
             cache: keys and values of earlier positions, extended in place.
             layer: which layer of the cache is ours.
 
@@ -57,18 +68,69 @@ class Attention(nn.Module):
             part.view(B, T, -1, self.head_dim).transpose(1, 2)
             for part in self.qkv(x_BTW).split([n * self.head_dim for n in heads], dim=-1)
         )
-        start = cache.length if cache is not None else 0
-        if self.rotary is not None:
-            q_BHTD, k_BKTD = self.rotary(q_BHTD, start), self.rotary(k_BKTD, start)
+        if angles is not None:
+            q_BHTD, k_BKTD = turn(q_BHTD, angles), turn(k_BKTD, angles)
         if cache is not None:
             k_BKTD, v_BKTD = cache.extend(layer, k_BKTD, v_BKTD)
-        out_BHTD = F.scaled_dot_product_attention(
-            q_BHTD,
-            k_BKTD,
-            v_BKTD,
-            attn_mask=mask,
-            is_causal=causal and mask is None and T > 1,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.num_kv_heads != self.num_heads,
-        )
+        causal = causal and mask is None and T > 1
+        if self.soft_cap is None:
+            out_BHTD = F.scaled_dot_product_attention(
+                q_BHTD,
+                k_BKTD,
+                v_BKTD,
+                attn_mask=mask,
+                is_causal=causal,
+                dropout_p=self.dropout if self.training else 0.0,
+                scale=self.scale,
+                enable_gqa=self.num_kv_heads != self.num_heads,
+            )
+        else:
+            out_BHTD = self._capped(q_BHTD, k_BKTD, v_BKTD, mask, causal=causal, soft_cap=self.soft_cap)
+        return self.out(out_BHTD.transpose(1, 2).reshape(B, T, -1))
+
+    def _capped(
+        self,
+        q_BHTD: Tensor,
+        k_BKSD: Tensor,
+        v_BKSD: Tensor,
+        mask: Tensor | None,
+        *,
+        causal: bool,
+        soft_cap: float,
+    ) -> Tensor:
+        """Attention in the open: the fused kernel has no soft cap. Heads of one group share their keys unrepeated."""
+        B, _, T, D = q_BHTD.shape
+        grouped = q_BHTD.view(B, self.num_kv_heads, -1, T, D) * self.scale
+        scores_BKGTS = soft_cap * torch.tanh(grouped @ k_BKSD[:, :, None].mT / soft_cap)
+        if causal:
+            mask = torch.ones(T, T, dtype=torch.bool, device=q_BHTD.device).tril()[None, None]
+        if mask is not None:
+            scores_BKGTS = scores_BKGTS.masked_fill(~mask[:, :, None], -torch.inf)
+        weights_BKGTS = torch.softmax(scores_BKGTS, dim=-1, dtype=torch.float32).to(v_BKSD.dtype)
+        weights_BKGTS = F.dropout(weights_BKGTS, self.dropout, self.training)
+        return (weights_BKGTS @ v_BKSD[:, :, None]).flatten(1, 2)
+
+
+class CrossAttention(nn.Module):
+    """Queries of one sequence look at another: (B, T, width) and (B, S, memory_width) to (B, T, width)."""
+
+    def __init__(self, width: int, memory_width: int, *, num_heads: int, head_dim: int, bias: bool) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q = nn.Linear(width, num_heads * head_dim, bias=bias)
+        self.kv = nn.Linear(memory_width, 2 * num_heads * head_dim, bias=bias)
+        self.out = nn.Linear(num_heads * head_dim, width, bias=bias)
+
+    def keys_values(self, memory_BSW: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, S, D) each: they can be kept while the queries go on."""
+        B, S, _ = memory_BSW.shape
+        k_BSE, v_BSE = self.kv(memory_BSW).chunk(2, dim=-1)
+        k_BHSD, v_BHSD = (part.view(B, S, -1, self.head_dim).transpose(1, 2) for part in (k_BSE, v_BSE))
+        return k_BHSD, v_BHSD
+
+    def forward(self, x_BTW: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+        """Attend to what `keys_values` made; mask as in `Attention.forward`."""
+        B, T, _ = x_BTW.shape
+        q_BHTD = self.q(x_BTW).view(B, T, -1, self.head_dim).transpose(1, 2)
+        out_BHTD = F.scaled_dot_product_attention(q_BHTD, *keys_values, attn_mask=mask)
         return self.out(out_BHTD.transpose(1, 2).reshape(B, T, -1))

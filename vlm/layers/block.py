@@ -2,27 +2,63 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from vlm.cache import KVCache
 from vlm.layers.attention import Attention
+from vlm.layers.position import Angles
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): the residual stream is never normalised in place."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): the residual stream is never normalised in place.
+
+    A branch's output may pass a second norm (`post_norms`, one a branch) and a learned factor a channel that starts
+    from `layer_scale`.
+    """
 
     def __init__(
-        self, attention: Attention, mlp: nn.Module, attention_norm: nn.Module, mlp_norm: nn.Module, dropout: float
+        self,
+        attention: Attention,
+        mlp: nn.Module,
+        norms: tuple[nn.Module, nn.Module],
+        dropout: float,
+        *,
+        width: int,
+        post_norms: tuple[nn.Module, nn.Module] | None = None,
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
-        self.attention_norm, self.attention = attention_norm, attention
-        self.mlp_norm, self.mlp = mlp_norm, mlp
+        self.attention_norm, self.attention = norms[0], attention
+        self.mlp_norm, self.mlp = norms[1], mlp
+        self.attention_post_norm: nn.Module | None
+        self.mlp_post_norm: nn.Module | None
+        self.attention_post_norm, self.mlp_post_norm = post_norms or (None, None)
+        self.attention_scale = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
+        self.mlp_scale = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x_BTW: Tensor, *, mask: Tensor | None, causal: bool, cache: KVCache | None = None, layer: int = 0
+        self,
+        x_BTW: Tensor,
+        *,
+        mask: Tensor | None,
+        causal: bool,
+        angles: Angles | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
     ) -> Tensor:
         """One block; arguments as in `Attention.forward`."""
-        seen = self.attention(self.attention_norm(x_BTW), mask=mask, causal=causal, cache=cache, layer=layer)
-        x_BTW = x_BTW + self.dropout(seen)
-        return x_BTW + self.dropout(self.mlp(self.mlp_norm(x_BTW)))
+        seen = self.attention(
+            self.attention_norm(x_BTW), mask=mask, causal=causal, angles=angles, cache=cache, layer=layer
+        )
+        x_BTW = x_BTW + self._finish(seen, self.attention_post_norm, self.attention_scale)
+        thought = self.mlp(self.mlp_norm(x_BTW))
+        return x_BTW + self._finish(thought, self.mlp_post_norm, self.mlp_scale)
+
+    def _finish(self, branch: Tensor, post_norm: nn.Module | None, scale: Tensor | None) -> Tensor:
+        if post_norm is not None:
+            branch = post_norm(branch)
+        if scale is not None:
+            branch = branch * scale
+        return self.dropout(branch)

@@ -1,7 +1,7 @@
 """Who sees whom: one rule from two marks a position (after big_vision's `make_attn_mask`).
 
-A position sees another when the other is real (not padding) and its running count of autoregressive marks is not
-larger. With S slots, p prompt tokens, a answer tokens:
+A position sees itself, and another when that is real (not padding) and its running count of autoregressive marks is
+not larger. With S slots, p prompt tokens, a answer tokens:
 
     marks            what it is
     1 1 1 1 1 1      causal: each sees itself and the past
@@ -27,9 +27,22 @@ def attention_mask(valid_BT: Tensor, marks_BT: Tensor) -> Tensor:
     """
     order_BT = torch.cumsum(marks_BT, dim=1)
     sees_BTS = order_BT[:, None, :] <= order_BT[:, :, None]
-    return (sees_BTS & valid_BT[:, None, :])[:, None]
+    # Padding sees itself: a row of the softmax that sees nothing would be NaN, and spread.
+    itself_TS = torch.eye(valid_BT.shape[1], dtype=torch.bool, device=valid_BT.device)
+    return (sees_BTS & valid_BT[:, None, :] | itself_TS)[:, None]
 
 
 def prefix_marks(prefix_lengths_B: Tensor, length: int) -> Tensor:
     """Marks of a prefix-LM: 0 inside each row's prefix, 1 after it. Shape (B, length)."""
     return (torch.arange(length, device=prefix_lengths_B.device)[None] >= prefix_lengths_B[:, None]).long()
+
+
+def within_window(mask: Tensor | None, window: int, *, queries: int, keys: int, device: torch.device) -> Tensor:
+    """The mask narrowed to keys less than `window` positions back; without a mask, of causal attention.
+
+    The queries are the last `queries` of `keys` positions. Shape (1 or B, 1, queries, keys).
+    """
+    t = torch.arange(keys - queries, keys, device=device)[:, None]
+    s = torch.arange(keys, device=device)[None]
+    near = (t - s < window)[None, None]
+    return mask & near if mask is not None else near & (s <= t)

@@ -140,14 +140,10 @@ class MoeMlp(nn.Module):
             routing = self.route(self.router.weight.new_zeros(0, self.router.in_features))
         return routing
 
-    def initialize(self) -> None:
-        """A router that starts undecided: small logits, and noise of one scale (softplus(0)) for all.
-
-        One that starts decided keeps sending to the experts it began with.
-        """
-        nn.init.normal_(self.router.weight, std=0.02)
-        if self.noise is not None:
-            nn.init.zeros_(self.noise.weight)
+    @property
+    def out(self) -> GroupedLinear:
+        """What writes into the residual stream."""
+        return self.experts.out
 
 
 def dispatch(experts: PlainExperts | GatedExperts, x_NW: Tensor, routing: Routing) -> Tensor:

@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+Angles = tuple[Tensor, Tensor]
+"""cos and sin of each position and pair of channels, (..., T, D/2) each: made once a pass, used by every layer."""
+
 
 class Rotary(nn.Module):
     """Rotary position embedding (Su et al., 2021), half-split form.
@@ -25,9 +28,14 @@ class Rotary(nn.Module):
         self.cos: Tensor
         self.sin: Tensor
 
-    def forward(self, x_BHTD: Tensor, start: int) -> Tensor:
-        """Turn `x_BHTD`, whose first position is `start`."""
-        T = x_BHTD.shape[2]
-        cos, sin = self.cos[start : start + T].to(x_BHTD.dtype), self.sin[start : start + T].to(x_BHTD.dtype)
-        a, b = x_BHTD.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    def forward(self, positions: Tensor | slice, dtype: torch.dtype) -> Angles:
+        """Angles of positions: a slice all rows share, (T, D/2), or a row's own (B, T), (B, 1, T, D/2)."""
+        cos, sin = self.cos[positions].to(dtype), self.sin[positions].to(dtype)
+        return (cos[:, None], sin[:, None]) if cos.ndim == 3 else (cos, sin)
+
+
+def turn(x_BHTD: Tensor, angles: Angles) -> Tensor:
+    """Queries or keys, turned by the angles of their positions."""
+    cos, sin = angles
+    a, b = x_BHTD.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

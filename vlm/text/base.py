@@ -1,7 +1,7 @@
 """What every tokenizer here can do, and the special tokens they share.
 
-Special tokens have ids of their own and no spelling: no caption, whatever it contains, can produce an image slot or an
-end token.
+Special tokens have ids of their own and no spelling: no caption, whatever it contains, can produce an end token. A
+place of a picture is no token at all: it is SLOT, which no vocabulary holds.
 """
 
 from __future__ import annotations
@@ -9,17 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-PAD, IMAGE, BOS, EOS = range(4)
-NUM_SPECIAL = 4
+SLOT = -1
+"""In a sequence, a place that a picture takes."""
+
+PAD, BOS, EOS = range(3)
+NUM_SPECIAL = 3
 
 
 class Tokenizer(Protocol):
     """Text to token ids and back."""
 
     pad_id: int
-    image_id: int
     bos_id: int
     eos_id: int
+    silenced_ids: tuple[int, ...]
+    """Ids that are never generated."""
 
     @property
     def vocab_size(self) -> int:

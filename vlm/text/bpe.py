@@ -12,13 +12,14 @@ from collections.abc import Iterable, Sequence
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from vlm.text.base import BOS, EOS, IMAGE, NUM_SPECIAL, PAD
+from vlm.text.base import BOS, EOS, NUM_SPECIAL, PAD
 
 
 class BpeTokenizer:
     """Byte-level BPE with a table of `vocab_size` rows (the corpus may fill fewer)."""
 
-    pad_id, image_id, bos_id, eos_id = PAD, IMAGE, BOS, EOS
+    pad_id, bos_id, eos_id = PAD, BOS, EOS
+    silenced_ids: tuple[int, ...] = (PAD, BOS)
 
     def __init__(self, backend: Backend, vocab_size: int) -> None:
         self._backend = backend

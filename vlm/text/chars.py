@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from vlm.text.base import BOS, EOS, IMAGE, NUM_SPECIAL, PAD
+from vlm.text.base import BOS, EOS, NUM_SPECIAL, PAD
 
 UNKNOWN = NUM_SPECIAL
 UNKNOWN_CHAR = "\N{REPLACEMENT CHARACTER}"
@@ -17,7 +17,8 @@ class CharTokenizer:
     Ids: the special tokens, the unknown token, then the alphabet in order.
     """
 
-    pad_id, image_id, bos_id, eos_id = PAD, IMAGE, BOS, EOS
+    pad_id, bos_id, eos_id = PAD, BOS, EOS
+    silenced_ids: tuple[int, ...] = (PAD, BOS)
 
     def __init__(self, alphabet: str) -> None:
         if len(set(alphabet)) != len(alphabet):
