@@ -6,6 +6,8 @@ one picture and a full text of `generation.max_new_tokens`. A training step is t
 
 from __future__ import annotations
 
+import itertools
+
 from vlm.config import AttentionConfig, MlpConfig, ModelConfig, ResamplerProjectorConfig, TransformerConfig
 
 
@@ -35,7 +37,7 @@ def _encoder(config: ModelConfig) -> int:
         stem = 2 * config.num_patches * 3 * vision.stem.patch_size**2 * width
     else:
         channels, side, stem = (3, *vision.stem.channels), config.image.size, 0
-        for before, after in zip(channels, channels[1:], strict=False):
+        for before, after in itertools.pairwise(channels):
             side //= 2
             stem += 2 * side**2 * 9 * before * after
         stem += 2 * side**2 * channels[-1] * width
@@ -65,7 +67,7 @@ def _projector(config: ModelConfig) -> int:
 def _resampler(config: ResamplerProjectorConfig, given: int, width: int) -> int:
     latents, heads = config.num_latents, config.num_heads * config.head_dim
     seen = given + latents
-    linear = latents * 2 * width * heads + seen * 2 * width * heads + latents * 2 * width * config.mlp_width
+    linear = latents * 2 * width * heads + seen * 2 * width * heads + latents * _mlp_weights(width, config.mlp)
     return config.depth * (2 * linear + 4 * latents * seen * heads)
 
 
@@ -75,7 +77,8 @@ def _decoder(config: ModelConfig, vocab_size: int, text: int) -> int:
     flops = _stack(transformer, tokens) + 2 * text * transformer.width * vocab_size
     if fusion.kind == "cross_attention":
         heads, memory = fusion.num_heads * fusion.head_dim, config.num_features
-        linear = tokens * 2 * transformer.width * (heads + fusion.mlp_width) + memory * 2 * transformer.width * heads
+        linear = tokens * (2 * transformer.width * heads + _mlp_weights(transformer.width, fusion.mlp))
+        linear += memory * 2 * transformer.width * heads
         flops += (transformer.depth // fusion.every) * (2 * linear + 4 * tokens * memory * heads)
     return flops
 
