@@ -8,10 +8,11 @@ import math
 import pytest
 import torch
 from models import tiny_batch, tiny_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm.batch import IGNORE, Batch
+from vlm.build import build_model
 from vlm.layers.moe import MoeMlp, Routing
 from vlm.model import VisionLanguageModel
 from vlm.objective import num_targets, routed_layers, router_loss, token_loss
@@ -120,6 +121,18 @@ def test_training_evens_out_a_router_that_starts_with_favourites() -> None:
         assert reports[-1].router is not None
         loads.append(max(max(load) * len(load) for load in reports[-1].router.load.values()))
     assert loads[1] < 1.3 < loads[0]
+
+
+def test_a_fresh_router_is_undecided_and_experts_are_as_large_as_linear_layers() -> None:
+    large, tokenizer = tiny_model("routed")
+    model = build_model(large.config, tokenizer.vocab_size)
+    for layer, width in zip(routed_layers(model).values(), (16, 16, 24, 24), strict=True):
+        assert isinstance(layer.noise, nn.Linear)
+        assert float(layer.router.weight.std()) == pytest.approx(0.02, rel=0.3)
+        assert float(layer.noise.weight.std()) == pytest.approx(0.02, rel=0.3)
+        up, *_, out = (weight for weight in layer.experts.parameters() if weight.ndim == 3)
+        assert float(up.std()) == pytest.approx(width**-0.5, rel=0.1)
+        assert float(out.std()) == pytest.approx((16 * 2 * 2) ** -0.5, rel=0.1)  # depth 2, two branches a block
 
 
 def test_a_dense_model_has_nothing_to_tell_of_routers() -> None:

@@ -42,7 +42,7 @@ class GroupedLinear(nn.Module):
         kind = x_AI.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_AI.dtype
         y_AO = grouped_matmul(x_AI.to(dtype), self.weight.to(dtype), groups)
-        return y_AO if self.bias is None else y_AO + F.embedding(groups.expert_A, self.bias.to(dtype))
+        return y_AO if self.bias is None else y_AO.add_(F.embedding(groups.expert_A, self.bias.to(dtype)))
 
 
 class PlainExperts(nn.Module):
