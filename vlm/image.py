@@ -87,6 +87,7 @@ class Placement(NamedTuple):
     """How a picture lies in the model's square: scaled as a whole, then cut from (left, top) on.
 
     Attributes:
+        size: of the square, pixels a side.
         width: of the picture, pixels.
         height: of the picture, pixels.
         scaled_width: of the whole picture at model resolution, pixels.
@@ -95,6 +96,7 @@ class Placement(NamedTuple):
         top: scaled pixels cut away above; negative where white is added.
     """
 
+    size: int
     width: int
     height: int
     scaled_width: int
@@ -116,11 +118,12 @@ def place(width: int, height: int, config: ImageConfig) -> Placement:
     """Where a picture of that many pixels comes to lie. Sides round as transformers' and timm's own processors do."""
     size, short, long = config.size, min(width, height), max(width, height)
     if config.resize == "stretch":
-        return Placement(width, height, size, size, 0, 0)
+        return Placement(size, width, height, size, size, 0, 0)
     covering, inside = (size, int(size * long / short)), (max(1, round(size * short / long)), size)
     scaled = covering if config.resize == "crop" else inside
     across, down = scaled if width <= height else scaled[::-1]
-    return Placement(width, height, across, down, _margin(across - size, config), _margin(down - size, config))
+    left, top = (_margin(side - size, config) for side in (across, down))
+    return Placement(size, width, height, across, down, left, top)
 
 
 def _margin(spare: int, config: ImageConfig) -> int:
