@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
+from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
 from timm.models import get_pretrained_cfg
 from transformers.models.clip.image_processing_clip import CLIPImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -31,7 +32,7 @@ Processor = Callable[[Image.Image], Array]
 
 SIZE = 64
 SQUARE = {"height": SIZE, "width": SIZE}
-SHORTEST = {"size": {"shortest_edge": SIZE}, "crop_size": SQUARE}
+SHORTEST: dict[str, Any] = {"size": {"shortest_edge": SIZE}, "crop_size": SQUARE}
 
 SIGLIP = ImageConfig(size=SIZE)
 VIT = ImageConfig(size=SIZE, filter="bilinear")
@@ -52,7 +53,9 @@ def of_transformers(processor: Any) -> Processor:
 
 
 def of_timm() -> Processor:
-    data = resolve_data_config({}, pretrained_cfg=get_pretrained_cfg("vit_mediumd_patch16_reg4_gap_384").to_dict())
+    published = get_pretrained_cfg("vit_mediumd_patch16_reg4_gap_384")
+    assert published is not None
+    data = resolve_data_config({}, pretrained_cfg=published.to_dict())  # type: ignore[no-untyped-call]
     transform = create_transform(**(data | {"input_size": (3, SIZE, SIZE)}))
     return lambda image: np.asarray(transform(image))
 
