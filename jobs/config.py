@@ -13,14 +13,27 @@ from vlm.config import Config, ModelConfig
 
 
 class ModelSize(Config):
-    """One model of conf/model/ and how large it is."""
+    """One model of conf/model/ and how large it is.
+
+    Attributes:
+        name: of its file.
+        parameters: in all.
+        active: that one token meets; fewer where experts share the work.
+        encoder: parameters of the encoder.
+        decoder: parameters of the decoder.
+        image_size: pixels a side.
+        image_slots: places a picture takes in the sequence.
+        flops: of a forward pass over one picture and a text of the greatest length (see `vlm.size`).
+    """
 
     name: str
     parameters: int
+    active: int
     encoder: int
     decoder: int
     image_size: int
     image_slots: int
+    flops: int
 
 
 def config(
@@ -57,10 +70,13 @@ def _print_run(screen: Screen, run: str, platform: str, overrides: list[str]) ->
 
 def _print_models(screen: Screen) -> None:
     models = [measure(name, load_model(name)) for name in available("model")]
-    screen.text(f"{'model':<12} {'parameters':>12} {'encoder':>12} {'decoder':>12}  picture")
+    screen.text(
+        f"{'model':<16} {'parameters':>13} {'active':>13} {'encoder':>11} {'decoder':>13} {'GFLOP/sample':>12}  picture"
+    )
     for model in models:
-        counts = f"{model.parameters:>12,} {model.encoder:>12,} {model.decoder:>12,}"
-        screen.text(f"{model.name:<12} {counts}  {model.image_size} px in {model.image_slots} slots")
+        counts = f"{model.parameters:>13,} {model.active:>13,} {model.encoder:>11,} {model.decoder:>13,}"
+        picture = f"{model.image_size} px in {model.image_slots} slot{'s' * (model.image_slots > 1)}"
+        screen.text(f"{model.name:<16} {counts} {model.flops / 1e9:>12,.3f}  {picture}")
     screen.report({"models": models})
 
 
@@ -69,17 +85,21 @@ def measure(name: str, model: ModelConfig) -> ModelSize:
     import torch
 
     from vlm.build import build_model
+    from vlm.size import flops_per_sample, idle_parameters
     from vlm.text import learn
 
-    vocab_size = model.text.vocab_size if model.text.kind == "bpe" else learn(model.text, ()).vocab_size
+    vocab_size = learn(model.text, ()).vocab_size if model.text.kind == "chars" else model.text.vocab_size
     with torch.device("meta"):
         built = build_model(model, vocab_size)
     encoder, decoder = (sum(p.numel() for p in part.parameters()) for part in (built.encoder, built.decoder))
+    parameters = sum(p.numel() for p in built.parameters())
     return ModelSize(
         name=name,
-        parameters=sum(p.numel() for p in built.parameters()),
+        parameters=parameters,
+        active=parameters - idle_parameters(model),
         encoder=encoder,
         decoder=decoder,
         image_size=model.image.size,
         image_slots=model.num_slots,
+        flops=flops_per_sample(model, vocab_size),
     )

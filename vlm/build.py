@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from vlm.config import (
     Activation,
     CrossFusionConfig,
+    MlpConfig,
     ModelConfig,
     NormConfig,
     ProjectorConfig,
@@ -109,7 +110,9 @@ def _encoder(config: ModelConfig) -> VisionEncoder:
 def _pool(vision: VisionConfig) -> AttentionPool:
     width, heads = vision.transformer.width, vision.transformer.attention
     attention = CrossAttention(width, width, num_heads=heads.num_heads, head_dim=heads.head_dim, bias=heads.bias)
-    return AttentionPool(attention, _norm(vision.transformer.norm, width), _mlp(vision.transformer), width=width)
+    return AttentionPool(
+        attention, _norm(vision.transformer.norm, width), _mlp(vision.transformer.mlp, width), width=width
+    )
 
 
 def _decoder(config: ModelConfig, vocab_size: int) -> Decoder:
@@ -144,7 +147,7 @@ def _cross_blocks(fusion: CrossFusionConfig, transformer: TransformerConfig) -> 
     return [
         GatedCrossBlock(
             CrossAttention(width, width, num_heads=fusion.num_heads, head_dim=fusion.head_dim, bias=False),
-            PlainMlp(width, fusion.mlp_width, F.gelu, bias=False, out_width=width),
+            _mlp(fusion.mlp, width),
             (_norm(norm, width), _norm(norm, width)),
         )
         for _ in range(transformer.depth // fusion.every)
@@ -166,7 +169,7 @@ def _blocks(config: TransformerConfig) -> list[Block]:
                 soft_cap=attention.soft_cap,
                 scale=attention.scale,
             ),
-            _mlp(config),
+            _mlp(config.mlp, width),
             (_norm(config.norm, width), _norm(config.norm, width)),
             config.dropout,
             width=width,
@@ -177,14 +180,13 @@ def _blocks(config: TransformerConfig) -> list[Block]:
     ]
 
 
-def _mlp(config: TransformerConfig) -> nn.Module:
-    mlp = config.mlp
-    match mlp.kind:
+def _mlp(config: MlpConfig, width: int) -> nn.Module:
+    match config.kind:
         case "plain":
-            activation = _ACTIVATIONS[mlp.activation]
-            return PlainMlp(config.width, mlp.mlp_width, activation, bias=mlp.bias, out_width=config.width)
+            activation = _ACTIVATIONS[config.activation]
+            return PlainMlp(width, config.mlp_width, activation, bias=config.bias, out_width=width)
         case "gated":
-            return GatedMlp(config.width, mlp.mlp_width, _ACTIVATIONS[mlp.activation], bias=mlp.bias)
+            return GatedMlp(width, config.mlp_width, _ACTIVATIONS[config.activation], bias=config.bias)
         case "moe":
             raise NotImplementedError
 
@@ -222,7 +224,7 @@ def _resampler(config: ResamplerProjectorConfig, width: int, out_width: int) -> 
     blocks = [
         ResamplerBlock(
             CrossAttention(width, width, num_heads=config.num_heads, head_dim=config.head_dim, bias=False),
-            PlainMlp(width, config.mlp_width, F.gelu, bias=False, out_width=width),
+            _mlp(config.mlp, width),
             width=width,
         )
         for _ in range(config.depth)

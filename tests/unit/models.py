@@ -57,11 +57,12 @@ VISION = {
     "registers": {"registers": 2, "position_on": "patches", "pre_norm": True, "post_norm": False},
     "capped": {"class_token": True, "registers": 1, "select": "attention"},
 }
+LOOK = {"num_heads": 2, "head_dim": 8, "mlp": {"kind": "plain", "mlp_width": 24}}
 PROJECTOR = {
     "registers": {"kind": "pixel_shuffle", "factor": 2},
-    "looking": {"kind": "resampler", "num_latents": 3, "depth": 2, "num_heads": 2, "head_dim": 8, "mlp_width": 24},
+    "looking": {"kind": "resampler", "num_latents": 3, "depth": 2, **LOOK},
 }
-FUSION = {"looking": {"kind": "cross_attention", "every": 2, "num_heads": 2, "head_dim": 8, "mlp_width": 24}}
+FUSION = {"looking": {"kind": "cross_attention", "every": 2, **LOOK}}
 
 
 def rare_config(variant: str) -> ModelConfig:

@@ -21,6 +21,7 @@ from vlm.config.text import BpeConfig, CharsConfig, JsonTextConfig, TextConfig
 from vlm.config.transformer import (
     Activation,
     AttentionConfig,
+    DenseMlpConfig,
     GatedMlpConfig,
     LayerNormConfig,
     LearnedPositionConfig,
@@ -55,6 +56,7 @@ __all__ = [
     "ConvStemConfig",
     "CrossFusionConfig",
     "DecoderConfig",
+    "DenseMlpConfig",
     "FusionConfig",
     "GatedMlpConfig",
     "GenerationConfig",

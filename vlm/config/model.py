@@ -12,7 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from vlm.config.base import Config
 from vlm.config.image import ImageConfig
 from vlm.config.text import TextConfig
-from vlm.config.transformer import TransformerConfig
+from vlm.config.transformer import DenseMlpConfig, TransformerConfig
 from vlm.config.vision import LinearProjectorConfig, ProjectorConfig, VisionConfig
 
 
@@ -55,14 +55,14 @@ class CrossFusionConfig(Config):
         every: a gated block before every so many blocks of the decoder.
         num_heads: heads of the cross-attention.
         head_dim: width of a head.
-        mlp_width: of the gated block's MLP.
+        mlp: of the gated block.
     """
 
     kind: Literal["cross_attention"]
     every: PositiveInt = 1
     num_heads: PositiveInt = 8
     head_dim: PositiveInt = 64
-    mlp_width: PositiveInt
+    mlp: DenseMlpConfig
 
 
 FusionConfig = Annotated[SlotsFusionConfig | CrossFusionConfig, Field(discriminator="kind")]
@@ -163,6 +163,9 @@ class ModelConfig(Config):
                 raise ValueError(
                     f"projector.factor {self.projector.factor} needs select: patches and divides their grid of {side}"
                 )
+        depth = self.decoder.transformer.depth
+        if self.fusion.kind == "cross_attention" and depth % self.fusion.every:
+            raise ValueError(f"decoder depth {depth} is not a multiple of fusion.every {self.fusion.every}")
         room = self.decoder.context - self.num_slots - 1
         if room < self.generation.max_new_tokens:
             raise ValueError(

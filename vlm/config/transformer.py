@@ -92,6 +92,9 @@ class GatedMlpConfig(Config):
     bias: bool = False
 
 
+DenseMlpConfig = Annotated[PlainMlpConfig | GatedMlpConfig, Field(discriminator="kind")]
+
+
 class MoeMlpConfig(Config):
     """Sparse mixture of experts (Shazeer et al., 2017): a router sends each token to `top_k` of `num_experts` MLPs.
 
@@ -107,7 +110,7 @@ class MoeMlpConfig(Config):
     kind: Literal["moe"]
     num_experts: Annotated[int, Field(ge=2)]
     top_k: PositiveInt = 2
-    expert: Annotated[PlainMlpConfig | GatedMlpConfig, Field(discriminator="kind")]
+    expert: DenseMlpConfig
     noisy: bool = False
     balance_weight: NonNegativeFloat = 0.01
     z_weight: NonNegativeFloat = 0.001

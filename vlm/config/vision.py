@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from vlm.config.base import Config
-from vlm.config.transformer import Activation, TransformerConfig
+from vlm.config.transformer import Activation, DenseMlpConfig, TransformerConfig
 
 
 class PatchStemConfig(Config):
@@ -104,7 +104,7 @@ class ResamplerProjectorConfig(Config):
     depth: PositiveInt = 6
     num_heads: PositiveInt = 8
     head_dim: PositiveInt = 64
-    mlp_width: PositiveInt
+    mlp: DenseMlpConfig
 
 
 ProjectorConfig = Annotated[
