@@ -93,7 +93,7 @@ def stream_answer(job: Job, picture: Image, folder: Path, prompt: str) -> tuple[
     import torch
 
     from vlm.checkpoint import load_model
-    from vlm.generate import stream
+    from vlm.generate import Request, stream
     from vlm.image import to_pixels
     from vlm.text.prompt import prefix_ids
 
@@ -102,10 +102,10 @@ def stream_answer(job: Job, picture: Image, folder: Path, prompt: str) -> tuple[
     except CheckpointError as error:
         raise UserError(error.what, where=error.where, got=error.got, fix=error.fix) from None
     pixels = torch.from_numpy(to_pixels(picture, model.config.image))
-    prefix = prefix_ids(tokenizer, model.config.num_slots, prompt)
+    request = Request(prefix_ids(tokenizer, model.config.num_slots, prompt), (pixels,))
     ids: list[int] = []
     shown = ""
-    for token in stream(model, pixels, prefix, model.config.generation, tokenizer.eos_id):
+    for token in stream(model, tokenizer, request, model.config.generation):
         ids.append(token)
         # A token may end in the middle of a character; it is shown once its other bytes are there.
         text = tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")
