@@ -24,6 +24,7 @@ from transformers.models.siglip.image_processing_siglip import SiglipImageProces
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.models.vit.image_processing_vit import ViTImageProcessor
 
+from pipelines.config import load_model
 from vlm.config import ImageConfig
 from vlm.image import to_pixels
 
@@ -125,3 +126,11 @@ def test_torchvisions_pixels_are_a_level_or_two_away(
 def test_mean_std_and_filter_are_the_processors_defaults(config: ImageConfig, processor: Any) -> None:
     assert (config.mean, config.std) == (tuple(processor.image_mean), tuple(processor.image_std))
     assert config.filter == processor.resample.name.lower()
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("paligemma", SIGLIP), ("paligemma2", SIGLIP), ("clip_gpt2", CLIP), ("flamingo", CLIP), ("vit_gpt2", TIMM)],
+)
+def test_a_family_takes_its_pictures_as_its_encoders_processor(name: str, config: ImageConfig) -> None:
+    assert load_model(name).image.model_copy(update={"size": SIZE}) == config
