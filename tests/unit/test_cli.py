@@ -78,7 +78,7 @@ def test_every_command_takes_the_common_options_and_shows_an_example(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["no-such-command"], ["train", "--no-such-option"], ["ui", "--port", "70000"], ["ask"]]
+    "arguments", [["no-such-command"], ["train", "--no-such-option"], ["ui", "--port", "70000"], ["rollback", "x"]]
 )
 def test_a_command_line_that_cannot_be_parsed_exits_2(arguments: list[str]) -> None:
     done = lakesight(*arguments)
@@ -165,6 +165,11 @@ def test_stdout_carries_the_report_alone_whoever_else_prints() -> None:
         (["ingest", "--platform", "cloud"], ["no platform is called 'cloud'", "databricks, local"]),
         (["show", "samples"], ["no table 'samples'", "no tables at all", "lakesight demo"]),
         (["show", "samples", "--platform", "databricks"], ["platform.catalog: missing"]),
+        (["ask"], ["there is nothing to ask", "neither a picture nor a prompt"]),
+        (["ask", "--prompt", "why?", "--draw", "x.png"], ["boxes are drawn on one picture", "0 pictures"]),
+        (["ask", "a.png", "b.png", "--draw", "x.png"], ["boxes are drawn on one picture", "2 pictures"]),
+        (["ask", "a.png", "--draw", "nowhere/x.png"], ["the drawing cannot be written", "no such folder"]),
+        (["ask", "a.png", "--draw", "x.txt"], ["the drawing cannot be written", "no picture format ends in '.txt'"]),
         (["ask", "no-such.png"], ["the picture cannot be read", "no-such.png", "No such file"]),
     ],
 )
