@@ -78,7 +78,7 @@ def _write(config: ModelConfig, folders: dict[Part, Path], out: Path, seed: int)
     from vlm.checkpoint import save_model
     from vlm.weights.load import import_weights as load
 
-    config, tokenizer = _tokenizer(config, folders)
+    tokenizer = _tokenizer(config, folders)
     try:
         with waiting("reading weights"):
             model, report = load(config, tokenizer.vocab_size, folders, seed=seed)
@@ -88,14 +88,13 @@ def _write(config: ModelConfig, folders: dict[Part, Path], out: Path, seed: int)
     return report
 
 
-def _tokenizer(config: ModelConfig, folders: dict[Part, Path]) -> tuple[ModelConfig, Tokenizer]:
+def _tokenizer(config: ModelConfig, folders: dict[Part, Path]) -> Tokenizer:
     """The tokenizer published beside the decoder, where the model takes a published one and none is named."""
     from vlm import text
 
     source = folders.get("decoder", folders.get("model"))
     if config.text.kind == "json" and not config.text.path and source is not None:
-        found = config.text.model_copy(update={"path": str(source / "tokenizer.json")})
-        config = config.model_copy(update={"text": found})
+        return text.learn(config.text.model_copy(update={"path": str(source / "tokenizer.json")}), ())
     if config.text.kind == "bpe":
         raise UserError(
             "the model learns its tokens from training texts, which an import does not have",
@@ -103,7 +102,7 @@ def _tokenizer(config: ModelConfig, folders: dict[Part, Path]) -> tuple[ModelCon
             got="bpe",
             fix="choose a model with text.kind json or chars",
         )
-    return config, text.learn(config.text, ())
+    return text.learn(config.text, ())
 
 
 def _show(screen: Screen, report: ImportReport) -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from originals import PATCH, SIZE, VOCAB, WIDTH, assert_equal, blocks, config, load, publish, send_back
+from published import byte_fallback
 from safetensors.torch import load_file, save_file
 from test_weights_gemma import SIZES, WINDOW, decoder
 from torch import Tensor
-from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from transformers import AutoTokenizer, PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from typer.testing import CliRunner
 
+from jobs.cli import app
+from pipelines.config import load_model as load_named
 from vlm.batch import Batch
+from vlm.checkpoint import load_model
 from vlm.config import ModelConfig
 from vlm.model import VisionLanguageModel
 from vlm.text.base import SLOT
@@ -28,7 +35,7 @@ def ours(version: int) -> ModelConfig:
     return config(vision=vision, decoder=decoder(version), mask={"kind": "prefix"}, projector={"kind": "linear"})
 
 
-def original_of(version: int) -> Any:
+def original_of(version: int, vocab_size: int = VOCAB, mark: int | None = MARK) -> Any:
     vision = {
         "model_type": "siglip_vision_model",
         "hidden_size": WIDTH,
@@ -43,10 +50,10 @@ def original_of(version: int) -> Any:
     second = {"model_type": "gemma2", "sliding_window": WINDOW, **caps}
     settings = PaliGemmaConfig(
         vision_config=vision,
-        text_config={**SIZES, **(second if version == 2 else {"model_type": "gemma"})},
+        text_config={**SIZES, "vocab_size": vocab_size, **(second if version == 2 else {"model_type": "gemma"})},
         projection_dim=WIDTH,
         hidden_size=WIDTH,
-        image_token_index=MARK,
+        image_token_index=mark,
     )
     settings._attn_implementation = "eager"
     return PaliGemmaForConditionalGeneration(settings)
@@ -115,3 +122,42 @@ def test_paligemma_loads_under_every_name_its_files_have_had(names: str, tmp_pat
     model, report = load(ours(1), tmp_path / "published", "model")
     assert report.parts[0].tied == ("language_model.lm_head.weight",)
     assert_equal(rows.ours(model), rows.theirs(original), rows.mask)
+
+
+def lakesight(*arguments: str) -> Any:
+    """The report of a command."""
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_the_commands_take_a_whole_model_with_its_tokenizer_there_and_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    backend = byte_fallback()
+    backend.add_special_tokens(["<image>"])
+    vocab_size, mark = backend.get_vocab_size(), backend.token_to_id("<image>")
+    original = publish(original_of(1, vocab_size, mark), Path("published"))
+    backend.save("published/tokenizer.json")
+    settings = ours(1).model_dump(mode="json")
+    settings["text"] = {"kind": "json", "vocab_size": vocab_size, "bos": "<bos>", "eos": "<eos>", "pad": "<pad>"}
+    Path("conf/model").mkdir(parents=True)
+    Path("conf/model/mine.yml").write_text(yaml.safe_dump(settings))
+
+    lakesight("import-weights", "published", "--model", "mine", "--out", "checkpoint")
+    model, tokenizer = load_model(Path("checkpoint"))
+    assert model.config == load_named("mine")
+    assert tokenizer.decode(tokenizer.encode("a cat")) == "a cat"
+    lakesight("export-weights", "checkpoint", "--part", "model", "--as", "paligemma", "--out", "exported")
+    again = PaliGemmaForConditionalGeneration.from_pretrained("exported", attn_implementation="eager")
+    assert again.config.image_token_index == mark
+    theirs = AutoTokenizer.from_pretrained("exported")
+    assert theirs.encode("a cat", add_special_tokens=False) == tokenizer.encode("a cat")
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+    )
+    kept = original.state_dict()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in again.state_dict().items())

@@ -78,6 +78,15 @@ def test_every_command_takes_the_common_options_and_shows_an_example(
     assert "--json" in options or name == "ui"
 
 
+@pytest.mark.parametrize("name", ON_FOLDERS)
+def test_a_command_on_folders_needs_no_run_and_shows_an_example(name: str) -> None:
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    assert f"\n  lakesight {name}" in command.help
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert {"--out", "--json"} <= options
+    assert "--run" not in options
+
+
 @pytest.mark.parametrize(
     "arguments", [["no-such-command"], ["train", "--no-such-option"], ["ui", "--port", "70000"], ["ask"]]
 )
