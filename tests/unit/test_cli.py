@@ -19,7 +19,7 @@ import typer
 from deltalake import write_deltalake
 from PIL import Image
 
-from jobs.cli import FOR_PEOPLE, STAGES, Commands, app, main, run
+from jobs.cli import FOR_PEOPLE, FOR_WEIGHTS, STAGES, Commands, app, main, run
 from pipelines.config import load_model
 from pipelines.errors import StageFailed
 from vlm import text
@@ -28,6 +28,7 @@ from vlm.checkpoint import save_model
 from vlm.config import CharsConfig
 
 COMMANDS = [command.__name__ for command in (*STAGES, *FOR_PEOPLE)]
+ON_FOLDERS = [command.__name__.replace("_", "-") for command in FOR_WEIGHTS]
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,7 @@ def assert_users_mistake(done: subprocess.CompletedProcess[str], *said: str) -> 
 def test_help_lists_every_command_and_how_to_start() -> None:
     done = lakesight("--help")
     assert done.returncode == 0
-    assert [name for name in COMMANDS if f"\n  {name}" not in done.stdout] == []
+    assert [name for name in COMMANDS + ON_FOLDERS if f"\n  {name}" not in done.stdout] == []
     assert "lakesight demo" in done.stdout
 
 
@@ -75,6 +76,15 @@ def test_every_command_takes_the_common_options_and_shows_an_example(
     assert {"--platform", "--set"} <= options
     assert "--run" in options or name == "demo"
     assert "--json" in options or name == "ui"
+
+
+@pytest.mark.parametrize("name", ON_FOLDERS)
+def test_a_command_on_folders_needs_no_run_and_shows_an_example(name: str) -> None:
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    assert f"\n  lakesight {name}" in command.help
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert {"--out", "--json"} <= options
+    assert "--run" not in options
 
 
 @pytest.mark.parametrize(
