@@ -245,18 +245,20 @@ def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = (
     return config
 
 
-def load_model(name: str) -> ModelConfig:
-    """One model of conf/model/ by name.
+def load_model(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
+    """One model of conf/model/ by name, with `model.a.b=c` overrides.
 
     Raises:
         ConfigError: no such model, or it does not validate.
     """
     problems: list[str] = []
-    raw = _read("model", name, problems)
+    slices: dict[str, Any] = {"model": _read("model", name, problems)}
+    for override in overrides:
+        _apply(slices, override, problems)
     if problems:
         raise _config_error(problems, f"model {name}")
     try:
-        return ModelConfig.model_validate(raw)
+        return ModelConfig.model_validate(slices["model"])
     except ValidationError as error:
         raise _as_config_error(error, ModelConfig, f"model {name}") from None
 

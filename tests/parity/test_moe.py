@@ -23,7 +23,7 @@ def both(top_k: int) -> tuple[MoeMlp, nn.Module]:
     )
     config._experts_implementation = "eager"
     torch.manual_seed(0)
-    theirs: nn.Module = MixtralSparseMoeBlock(config)  # type: ignore[no-untyped-call]
+    theirs: nn.Module = MixtralSparseMoeBlock(config)
     experts = GatedExperts(EXPERTS, WIDTH, MLP_WIDTH, F.silu, bias=False)
     ours = MoeMlp(WIDTH, experts, top_k=top_k, noisy=False, balance_weight=1.0, z_weight=0.0)
     names = {
