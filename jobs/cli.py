@@ -23,6 +23,7 @@ from jobs.evaluate import evaluate
 from jobs.ingest import ingest
 from jobs.pipeline import pipeline
 from jobs.promote import promote
+from jobs.quarantine import quarantine
 from jobs.rollback import rollback
 from jobs.shard import shard
 from jobs.show import show
@@ -30,7 +31,7 @@ from jobs.train import train
 from jobs.ui import ui
 from pipelines.errors import LakesightError, UserError
 
-STAGES = (ingest, shard, train, evaluate, promote, rollback, caption, pipeline)
+STAGES = (ingest, quarantine, shard, train, evaluate, promote, rollback, caption, pipeline)
 FOR_PEOPLE = (demo, ask, show, config, doctor, ui)
 
 JAVA_MAY_NOT_WRITE = ("(Permission denied)", "(Read-only file system)", "DELTA_CANNOT_CREATE_LOG_PATH")

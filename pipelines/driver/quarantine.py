@@ -1,16 +1,23 @@
-"""Quarantine: rows that cannot be samples, whole, with the reason."""
+"""Quarantine: rows that cannot be samples, whole, with the reason; and a look at them."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from datetime import datetime
+from functools import partial
 
-from pyspark.sql import DataFrame
+from pyspark.sql import DataFrame, Row, SparkSession, Window
 from pyspark.sql import functions as F
 
 from pipelines.driver.merge import Stamp, expect, merge_into, rows_of_source
+from pipelines.driver.page import Card, Chart, Gallery, Page, write_page
+from pipelines.driver.session import bounded_batches, ensure_tables
 from pipelines.executor.decode import Rules
+from pipelines.executor.thumbnail import SHOWN_CHARS, with_thumbnails
 from pipelines.platform import Platform
 from pipelines.tables import QUARANTINE
+from vlm.config import Config
 
 logger = logging.getLogger(__name__)
 
@@ -59,3 +66,90 @@ def quarantine(platform: Platform, refusals: DataFrame, stamp: Stamp) -> dict[st
         logger.info("%d rows quarantined: %s", quarantined, reasons)
     return reasons
 
+
+# ------------------------------------------------------------------------------------------------ to look at
+
+
+class Refusals(Config):
+    """Rows of one source that were refused for one reason: how many, how many of them a replay accepted, since when."""
+
+    source: str
+    reason: str
+    rows: int
+    replayed: int
+    latest: datetime
+
+
+class RefusedRow(Config):
+    """One row of `quarantine`; of the payload its beginning."""
+
+    source: str
+    source_row: str
+    reason: str
+    detail: str
+    payload: str
+
+
+class QuarantineReport(Config):
+    """What is in `quarantine`: counts by source and reason, some rows of each, and where their pictures can be seen."""
+
+    counts: tuple[Refusals, ...]
+    rows: tuple[RefusedRow, ...]
+    gallery: str | None
+
+
+def look_into(
+    spark: SparkSession, platform: Platform, reasons: Sequence[str], rows: int, *, pictures: bool
+) -> QuarantineReport:
+    """Count what is in `quarantine` and show rows of each source and reason, with or without a page of their pictures.
+
+    Args:
+        spark: the session.
+        platform: where tables and reports are.
+        reasons: only these; all where there are none.
+        rows: rows of each source and reason.
+        pictures: whether to write the page.
+    """
+    ensure_tables(spark, platform)
+    table = spark.table(platform.table(QUARANTINE.name))
+    chosen = table.filter(F.col("reason").isin(list(reasons))) if reasons else table
+    counted = chosen.groupBy("source", "reason").agg(
+        F.count("*").alias("rows"),
+        F.count("replayed_at").alias("replayed"),
+        F.max("quarantined_at").alias("latest"),
+    )
+    counts = [Refusals(**row.asDict()) for row in counted.orderBy("source", F.desc("rows"), "reason").collect()]
+    place = F.row_number().over(Window.partitionBy("source", "reason").orderBy("source_row"))
+    some = chosen.select("source", "source_row", "reason", place.alias("place")).filter(F.col("place") <= rows)
+    found = _shown(chosen.join(some.select("source", "source_row"), ["source", "source_row"]), pictures=pictures)
+    page = platform.folder("reports") / "quarantine.html"
+    if pictures:
+        charts = [Chart("rows by source and reason", {f"{c.source}: {c.reason}": c.rows for c in counts})]
+        galleries = [
+            Gallery(f"{count.source}: {count.reason}", cards_of(found, count.source, count.reason)) for count in counts
+        ]
+        about = f"{sum(count.rows for count in counts):,} rows, {platform.table(QUARANTINE.name)}"
+        write_page(page, Page("Quarantine", about, charts=charts, galleries=galleries))
+    shown = [RefusedRow(**{name: row[name] for name in RefusedRow.model_fields}) for row in found]
+    return QuarantineReport(counts=tuple(counts), rows=tuple(shown), gallery=str(page) if pictures else None)
+
+
+def _shown(rows: DataFrame, *, pictures: bool) -> list[Row]:
+    """Rows of `quarantine` in the order of their reasons, payloads cut; thumbnails are made by executors."""
+    names = ("source", "source_row", "reason", "detail")
+    if pictures:
+        schema = ", ".join(f"{name} string" for name in (*names, "payload")) + ", thumbnail binary"
+        with bounded_batches(rows.sparkSession):
+            made = rows.select(*names, "payload").mapInArrow(partial(with_thumbnails, column="payload"), schema)
+            return made.orderBy("source", "reason", "source_row").collect()
+    cut = F.substring("payload", 1, SHOWN_CHARS).alias("payload")
+    return rows.select(*names, cut).orderBy("source", "reason", "source_row").collect()
+
+
+def cards_of(rows: Sequence[Row], source: str, reason: str) -> list[Card]:
+    """Cards of refused rows with thumbnails."""
+    return [
+        Card(row["source_row"], row["thumbnail"], [row["payload"]], f"{row['reason']}: {row['detail']}")
+        for row in rows
+        if (row["source"], row["reason"]) == (source, reason)
+    ]

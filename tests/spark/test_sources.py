@@ -19,7 +19,10 @@ from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig
 from pipelines.driver.ingest import ingest, worked
+from pipelines.driver.quarantine import look_into
+from pipelines.driver.replay import replay
 from pipelines.driver.sources import open_source
+from pipelines.errors import StageFailed
 from pipelines.platform import Platform
 
 Written = tuple[dict[str, Any], dict[str, int]]
@@ -149,3 +152,34 @@ def test_rows_of_many_texts_are_merged_into_what_is_there(
     [row] = spark.table(platform.table("samples")).where(f"source = '{source}'").collect()
     assert [pair["text"] for pair in row["texts"]] == ["a", "b", "c"]
 
+
+def test_refused_rows_are_shown_replayed_after_a_fix_and_too_many_of_them_fail_the_job_once_all_is_written(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    rows = [[as_base64(png(60)), "good"], [as_base64(png(61)), "x" * 30], [as_base64(png(60)), "y" * 30]]
+    path = write_csv(tmp_path / "a.csv", [*rows, [as_base64(b"words"), "<b>no picture</b>"]])
+    data = {"source": {"kind": "csv", "path": str(path)}, "limits": {"max_text_chars": 20, "max_bad_share": 0.7}}
+    with pytest.raises(StageFailed, match=r"3 of 4 rows \(75.0%.*2 text_too_long, 1 not_an_image") as failed:
+        ingest(spark, platform, source, DataConfig.model_validate(data))
+    assert failed.value.exit_code == 1
+    assert spark.table(platform.table("samples")).where(f"source = '{source}'").count() == 1
+
+    report = look_into(spark, platform, ["text_too_long", "not_an_image"], 1, pictures=True)
+    counts = {count.reason: (count.rows, count.replayed) for count in report.counts if count.source == source}
+    assert counts == {"text_too_long": (2, 0), "not_an_image": (1, 0)}
+    assert len([row for row in report.rows if row.source == source]) == 2
+    page = Path(str(report.gallery)).read_text()
+    assert "data:image/jpeg;base64," in page
+    assert "&lt;b&gt;no picture" in page
+    assert "<b>" not in page
+
+    mended = DataConfig.model_validate(data | {"limits": {"max_text_chars": 40}})
+    replayed = replay(spark, platform, source, mended, ["text_too_long", "not_an_image"])
+    assert (replayed.rows_in, replayed.new, replayed.merged, replayed.duplicates) == (3, 1, 1, 0)
+    assert replayed.refused == {"not_an_image": 1}
+    refused = spark.table(platform.table("quarantine")).where(f"source = '{source}'").collect()
+    assert sorted((row["reason"], row["replayed_at"] is None) for row in refused) == [
+        ("not_an_image", True),
+        *[("text_too_long", False)] * 2,
+    ]
+    assert replay(spark, platform, source, mended, ["text_too_long"]).rows_in == 0
