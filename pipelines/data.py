@@ -212,10 +212,14 @@ class ShardConfig(Config):
 
 
 class DataConfig(Config):
-    """Where samples come from, how they are split, and which split serves which purpose."""
+    """Where samples come from, how they are split, and which split serves which purpose.
+
+    With `near_duplicates`, a new picture that nearly equals another one is flagged, and goes to the same split.
+    """
 
     source: SourceConfig = CsvSourceConfig()
     split: SplitConfig = HashSplitConfig()
+    near_duplicates: bool = True
     limits: LimitsConfig = LimitsConfig()
     shards: ShardConfig = ShardConfig()
     validate_on: Split = "val"

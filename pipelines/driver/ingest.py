@@ -27,9 +27,18 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipelines.config import DataConfig
 from pipelines.driver.merge import Stamp, merge_samples, rows_of_source
+from pipelines.driver.near import NearReport, neighbours_of, pairs_of, report_of
 from pipelines.driver.plan import Totals, pictures_across_splits, plan_of, totals_of
 from pipelines.driver.quarantine import quarantine, refusals_of
-from pipelines.driver.session import bounded_batches, commit_note, ensure_tables, note_of, spark_failures, versions
+from pipelines.driver.session import (
+    add_columns,
+    bounded_batches,
+    commit_note,
+    ensure_tables,
+    note_of,
+    spark_failures,
+    versions,
+)
 from pipelines.driver.sources import Source, open_source
 from pipelines.errors import StageFailed, UserError
 from pipelines.executor.decode import OUTCOME, Rules, decode_batches
@@ -55,6 +64,7 @@ class IngestReport(Config):
         reasons: `quarantined` by reason.
         splits: pictures of this source now in `samples`, by split.
         equal_pictures_across_splits: pictures of this input with the same bytes in two splits (given by the source).
+        near_duplicates: new pictures that nearly equal another one of the source.
         dataset_version: the version of `samples` that last changed this source.
         seconds: how long it took.
     """
@@ -70,8 +80,29 @@ class IngestReport(Config):
     reasons: dict[str, int]
     splits: dict[str, int]
     equal_pictures_across_splits: int
+    near_duplicates: NearReport
     dataset_version: int
     seconds: float
+
+
+class TooManyRefused(StageFailed):
+    """More rows were refused than data.limits.max_bad_share allows. Both tables are written, as `report` says."""
+
+    def __init__(self, report: IngestReport, where: str, max_bad_share: float) -> None:
+        self.report = report
+        super().__init__(
+            "too many rows were refused",
+            where=f"{where}, data {report.source}, ingest {report.ingest_id}",
+            got=f"{report.refused} of {report.rows_in} rows ({report.refused / report.rows_in:.1%}, "
+            f"data.limits.max_bad_share is {max_bad_share:.1%}); {_newly(report)}",
+            fix="both tables are written: look at the bad rows with `lakesight quarantine`, mend their cause, then "
+            "`lakesight quarantine replay --reason REASON`, or ingest again",
+        )
+
+
+def _newly(report: IngestReport) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in report.reasons.items())
+    return f"newly quarantined: {reasons or 'none, all were there before'}"
 
 
 @dataclass(frozen=True)
@@ -98,8 +129,8 @@ def ingest(spark: SparkSession, platform: Platform, source_name: str, config: Da
 
     Raises:
         UserError: no such input, a missing column, no rows, or not one row that can be used (they are in `quarantine`).
-        StageFailed: the rows do not add up: some were lost or doubled on the way. Or more of them were refused than
-            `data.limits.max_bad_share` allows; everything is written then.
+        StageFailed: the rows do not add up: some were lost or doubled on the way.
+        TooManyRefused: more of them than `data.limits.max_bad_share` allows; everything is written then.
     """
     started = time.monotonic()
     ensure_tables(spark, platform)
@@ -110,8 +141,7 @@ def ingest(spark: SparkSession, platform: Platform, source_name: str, config: Da
             raise UserError("the input has no rows", where=config.source.where, got="a header", fix="add rows")
         refusals = refusals_of(work.outcomes, work.plan, work.rules)
         reasons = quarantine(platform, refusals, work.stamp) if totals.bad else {}
-        if totals.brought:
-            merge_samples(platform, work.outcomes, work.plan, work.stamp, totals)
+        near = take(spark, platform, work, config)
         across = pictures_across_splits(work.outcomes) if config.split.kind != "hash" else 0
     report = IngestReport(
         source=source_name,
@@ -125,10 +155,33 @@ def ingest(spark: SparkSession, platform: Platform, source_name: str, config: Da
         reasons=reasons,
         splits=splits_of(spark, platform, source_name),
         equal_pictures_across_splits=across,
+        near_duplicates=near,
         dataset_version=versions(spark, platform, source_name).changed,
         seconds=round(time.monotonic() - started, 3),
     )
     return _checked(report, config)
+
+
+def take(spark: SparkSession, platform: Platform, work: Work, config: DataConfig) -> NearReport:
+    """Merge what the plan says is good into `samples`, near duplicates on one side of the split.
+
+    Raises:
+        StageFailed: the merge did not write what was planned.
+    """
+    if not work.totals.brought:
+        return NearReport()
+    if not (work.totals.new and config.near_duplicates):
+        nobody = work.plan.withColumn("near_of", F.lit(None).cast("string"))
+        merge_samples(platform, work.outcomes, nobody, work.stamp, work.totals)
+        return NearReport()
+    known = rows_of_source(spark, platform, SAMPLES.name, work.stamp.source)
+    pairs, crowded = pairs_of(work.plan, known)
+    with _kept(pairs) as pairs, _kept(neighbours_of(pairs, move=config.split.kind == "hash")) as neighbours:
+        report = report_of(pairs, neighbours, crowded)
+        beside = work.plan.join(neighbours.drop("split"), "image_id", "left")
+        plan = beside.withColumn("split", F.coalesce("near_split", "split"))
+        merge_samples(platform, work.outcomes, plan, work.stamp, work.totals)
+    return report
 
 
 @contextmanager
@@ -139,7 +192,8 @@ def worked(spark: SparkSession, platform: Platform, name: str, config: DataConfi
         StageFailed: Spark failed, here or in the block.
     """
     started = time.monotonic()
-    rules = Rules(name, config.source.record_columns, config.limits, config.split)
+    add_columns(spark, platform, SAMPLES)
+    rules = Rules(name, config.source.record_columns, config.limits, config.split, config.near_duplicates)
     decode, schema = partial(decode_batches, read=source.read, rules=rules), from_arrow_schema(OUTCOME)
     with (
         spark_failures("the input could not be ingested", where=config.source.where),
@@ -185,22 +239,13 @@ def _checked(report: IngestReport, config: DataConfig) -> IngestReport:
             f"{report.quarantined} quarantined = {total}",
             fix="this is a defect of Lakesight: please report it with the ingest's log",
         )
-    reasons = ", ".join(f"{count} {reason}" for reason, count in report.reasons.items())
-    newly = f"newly quarantined: {reasons or 'none, all were there before'}"
     if report.refused == report.rows_in:
         raise UserError(
             "not one row of the input could be used",
             where=config.source.where,
-            got=f"{report.rows_in} rows, {newly}",
+            got=f"{report.rows_in} rows, {_newly(report)}",
             fix="look at them with `lakesight quarantine`; check data.source.columns",
         )
     if report.refused > config.limits.max_bad_share * report.rows_in:
-        raise StageFailed(
-            "too many rows were refused",
-            where=f"{config.source.where}, data {report.source}, ingest {report.ingest_id}",
-            got=f"{report.refused} of {report.rows_in} rows ({report.refused / report.rows_in:.1%}, "
-            f"data.limits.max_bad_share is {config.limits.max_bad_share:.1%}); {newly}",
-            fix="both tables are written: look at the bad rows with `lakesight quarantine`, mend their cause, then "
-            "`lakesight quarantine replay --reason REASON`, or ingest again",
-        )
+        raise TooManyRefused(report, config.source.where, config.limits.max_bad_share)
     return report

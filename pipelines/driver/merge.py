@@ -34,7 +34,7 @@ def rows_of_source(spark: SparkSession, platform: Platform, table: str, source: 
 
 
 def merge_samples(platform: Platform, outcomes: DataFrame, plan: DataFrame, stamp: Stamp, totals: Totals) -> None:
-    """Insert new pictures and add new texts to known ones, in one commit."""
+    """Insert new pictures and add new texts to known ones, in one commit. The plan has a column `near_of` here."""
     pictures = outcomes.select("number", "image", "format", "width", "height")
     rows = (
         plan.filter("NOT conflicting AND size(fresh) > 0")
@@ -47,6 +47,8 @@ def merge_samples(platform: Platform, outcomes: DataFrame, plan: DataFrame, stam
             "source_row",
             F.lit(stamp.ingest_id).alias("ingest_id"),
             F.lit(stamp.at).alias("ingested_at"),
+            "fingerprint",
+            "near_of",
         )
     )
     merge = merge_into(platform.table(SAMPLES.name), rows, "image_id", stamp.source).whenNotMatchedInsertAll()

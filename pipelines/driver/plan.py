@@ -29,8 +29,8 @@ count depends on the rows alone."""
 def plan_of(outcomes: DataFrame, known: DataFrame) -> DataFrame:
     """One narrow row a picture that came: what it is, what of it is new, and whether it fights over its id.
 
-    Columns: image_id, sha256, rows, number (of one of its rows), source_row, split, fresh (texts that `samples` lacks),
-    brought (rows that brought some of them), is_new, conflicting.
+    Columns: image_id, sha256, rows, number (of one of its rows), source_row, split, fingerprint, fresh (texts that
+    `samples` lacks), brought (rows that brought some of them), is_new, conflicting.
 
     Two pictures with one id: the one that `samples` has stays; if it has neither, neither is taken, because which came
     first depends on the order files are read in. A picture given to two splits is held out: test before val before
@@ -44,6 +44,7 @@ def plan_of(outcomes: DataFrame, known: DataFrame) -> DataFrame:
             F.min("number").alias("number"),
             F.min("source_row").alias("source_row"),
             F.min_by("split", held_out_first("split")).alias("split"),
+            F.min("fingerprint").alias("fingerprint"),
             F.collect_list("texts").alias("came"),
         )
         .withColumn("claims", F.count("*").over(Window.partitionBy("image_id")))
@@ -59,6 +60,7 @@ def plan_of(outcomes: DataFrame, known: DataFrame) -> DataFrame:
         "number",
         "source_row",
         "split",
+        "fingerprint",
         F.array_except(F.flatten("came"), "known").alias("fresh"),
         F.expr(BROUGHT).alias("brought"),
         F.col("known_sha256").isNull().alias("is_new"),

@@ -14,8 +14,8 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig, short_hash
-from pipelines.driver.ingest import Work, worked
-from pipelines.driver.merge import expect, merge_into, merge_samples, rows_of_source
+from pipelines.driver.ingest import Work, take, worked
+from pipelines.driver.merge import expect, merge_into, rows_of_source
 from pipelines.driver.session import ensure_tables
 from pipelines.driver.sources import Source
 from pipelines.executor.records import payload_records
@@ -63,8 +63,7 @@ def replay(
     ingest_id = short_hash(source_name, "replay", sorted(reasons), time.time_ns())
     with worked(spark, platform, source_name, config, Source(rows, payload_records, ingest_id)) as work:
         totals = work.totals
-        if totals.brought:
-            merge_samples(platform, work.outcomes, work.plan, work.stamp, totals)
+        take(spark, platform, work, config)
         if totals.usable:
             _mark(platform, work)
         refused = {row["reason"]: row["count"] for row in work.outcomes.groupBy("reason").count().collect()}

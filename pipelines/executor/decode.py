@@ -25,6 +25,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.config import ColumnNames, ColumnSplitConfig, HashSplitConfig, LimitsConfig, Split, SplitConfig
+from pipelines.executor.near import fingerprint
 from pipelines.executor.records import Fields, Read, Record
 from pipelines.tables import TEXT_TYPE
 from vlm.errors import ImageError
@@ -34,7 +35,7 @@ OUTCOME = pa.schema(
     [
         ("source_row", pa.string()),  # <file>#<hash of all the row had>
         ("payload", pa.string()),  # all the row had, JSON; a sample's is without its picture, which is in `image`
-        ("image_id", pa.string()),  # from here to split: null where the row is refused
+        ("image_id", pa.string()),  # from here to fingerprint: null where the row is refused
         ("sha256", pa.string()),
         ("image", pa.binary()),
         ("format", pa.string()),
@@ -42,6 +43,7 @@ OUTCOME = pa.schema(
         ("height", pa.int32()),
         ("texts", pa.list_(TEXT_TYPE)),
         ("split", pa.string()),
+        ("fingerprint", pa.binary()),
         ("stage", pa.string()),  # from here on: null where the row is a sample
         ("reason", pa.string()),
         ("detail", pa.string()),
@@ -67,12 +69,13 @@ DATA_URL = re.compile(r"data:[^,]{0,200};base64,")
 
 @dataclass(frozen=True)
 class Rules:
-    """What makes a row a sample: the source's name and columns, the limits, and how splits are given."""
+    """What makes a row a sample: the source's name and columns, the limits, how splits are given, and fingerprints."""
 
     source: str
     columns: ColumnNames
     limits: LimitsConfig
     split: SplitConfig
+    near_duplicates: bool = True
 
 
 class Refused(Exception):
@@ -140,7 +143,7 @@ def _sample(file: str, fields: Fields, rules: Rules) -> dict[str, Any]:
     texts = texts_of(fields, columns, limits.max_text_chars)
     image = bytes_of(encoded, columns.image, limits.max_bytes)
     try:
-        _, info = open_image(image, max_pixels=limits.max_pixels, min_side=limits.min_side)
+        pixels, info = open_image(image, max_pixels=limits.max_pixels, min_side=limits.min_side)
     except ImageError as error:
         raise Refused("decode", error.reason, error.detail) from None
     sha256 = _sha256(image)
@@ -153,6 +156,7 @@ def _sample(file: str, fields: Fields, rules: Rules) -> dict[str, Any]:
         "height": info.height,
         "texts": texts,
         "split": _split(file, fields, sha256, rules.split),
+        "fingerprint": fingerprint(pixels) if rules.near_duplicates else None,
     }
 
 
