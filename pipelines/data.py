@@ -5,9 +5,9 @@ Imported through `pipelines.config`, like every other section.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from vlm.config import Config, Probability
 
@@ -199,6 +199,7 @@ class LimitsConfig(Config):
     max_bytes: PositiveInt = 64 * 2**20
     max_pixels: PositiveInt = 64_000_000
     min_side: PositiveInt = 4
+    max_decode_seconds: PositiveFloat = 30.0
     max_text_chars: PositiveInt = 2_000
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 1.0
 
@@ -212,7 +213,7 @@ class ShardConfig(Config):
 
 
 class DataConfig(Config):
-    """Where samples come from, how they are split, and which split serves which purpose.
+    """Where samples come from (CSV, unless the source says its kind), how they are split, and which split is for what.
 
     With `near_duplicates`, a new picture that nearly equals another one is flagged, and goes to the same split.
     """
@@ -224,6 +225,12 @@ class DataConfig(Config):
     shards: ShardConfig = ShardConfig()
     validate_on: Split = "val"
     evaluate_on: Split = "test"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _csv_unless_said(cls, raw: Any) -> Any:
+        source = raw.get("source") if isinstance(raw, dict) else None
+        return raw | {"source": {"kind": "csv"} | source} if isinstance(source, dict) else raw
 
     @model_validator(mode="after")
     def _files_say_the_split(self) -> Self:

@@ -119,14 +119,13 @@ def look_into(
         F.max("quarantined_at").alias("latest"),
     )
     counts = [Refusals(**row.asDict()) for row in counted.orderBy("source", F.desc("rows"), "reason").collect()]
-    place = F.row_number().over(Window.partitionBy("source", "reason").orderBy("source_row"))
-    some = chosen.select("source", "source_row", "reason", place.alias("place")).filter(F.col("place") <= rows)
-    found = _shown(chosen.join(some.select("source", "source_row"), ["source", "source_row"]), pictures=pictures)
+    found = some_of(chosen, rows, pictures=pictures)
     page = platform.folder("reports") / "quarantine.html"
     if pictures:
         charts = [Chart("rows by source and reason", {f"{c.source}: {c.reason}": c.rows for c in counts})]
         galleries = [
-            Gallery(f"{count.source}: {count.reason}", cards_of(found, count.source, count.reason)) for count in counts
+            Gallery(f"{count.source}: {count.reason}", [card_of(row) for row in found if _is_of(row, count)])
+            for count in counts
         ]
         about = f"{sum(count.rows for count in counts):,} rows, {platform.table(QUARANTINE.name)}"
         write_page(page, Page("Quarantine", about, charts=charts, galleries=galleries))
@@ -134,8 +133,15 @@ def look_into(
     return QuarantineReport(counts=tuple(counts), rows=tuple(shown), gallery=str(page) if pictures else None)
 
 
+def some_of(table: DataFrame, rows: int, *, pictures: bool) -> list[Row]:
+    """Some rows of each source and reason: source, source_row, reason, detail, payload (cut), thumbnail if asked."""
+    place = F.row_number().over(Window.partitionBy("source", "reason").orderBy("source_row"))
+    chosen = table.select("source", "source_row", "reason", place.alias("place")).filter(F.col("place") <= rows)
+    return _shown(table.join(chosen.select("source", "source_row"), ["source", "source_row"]), pictures=pictures)
+
+
 def _shown(rows: DataFrame, *, pictures: bool) -> list[Row]:
-    """Rows of `quarantine` in the order of their reasons, payloads cut; thumbnails are made by executors."""
+    """Rows of `quarantine` in the order of their reasons; thumbnails are made by executors."""
     names = ("source", "source_row", "reason", "detail")
     if pictures:
         schema = ", ".join(f"{name} string" for name in (*names, "payload")) + ", thumbnail binary"
@@ -146,10 +152,10 @@ def _shown(rows: DataFrame, *, pictures: bool) -> list[Row]:
     return rows.select(*names, cut).orderBy("source", "reason", "source_row").collect()
 
 
-def cards_of(rows: Sequence[Row], source: str, reason: str) -> list[Card]:
-    """Cards of refused rows with thumbnails."""
-    return [
-        Card(row["source_row"], row["thumbnail"], [row["payload"]], f"{row['reason']}: {row['detail']}")
-        for row in rows
-        if (row["source"], row["reason"]) == (source, reason)
-    ]
+def card_of(row: Row) -> Card:
+    """The card of a refused row with a thumbnail."""
+    return Card(row["source_row"], row["thumbnail"], [row["payload"]], f"{row['reason']}: {row['detail']}")
+
+
+def _is_of(row: Row, count: Refusals) -> bool:
+    return (row["source"], row["reason"]) == (count.source, count.reason)

@@ -23,13 +23,15 @@ from types import NoneType
 from typing import Any
 
 import pyarrow as pa
+from PIL import Image
 
 from pipelines.config import ColumnNames, ColumnSplitConfig, HashSplitConfig, LimitsConfig, Split, SplitConfig
 from pipelines.executor.near import fingerprint
 from pipelines.executor.records import Fields, Read, Record
+from pipelines.executor.timer import TimeUp, time_limit
 from pipelines.tables import TEXT_TYPE
 from vlm.errors import ImageError
-from vlm.image import open_image
+from vlm.image import ImageInfo, open_image
 
 OUTCOME = pa.schema(
     [
@@ -142,10 +144,7 @@ def _sample(file: str, fields: Fields, rules: Rules) -> dict[str, Any]:
     given_id = str(_required(fields, columns.id)).strip() if columns.id else None
     texts = texts_of(fields, columns, limits.max_text_chars)
     image = bytes_of(encoded, columns.image, limits.max_bytes)
-    try:
-        pixels, info = open_image(image, max_pixels=limits.max_pixels, min_side=limits.min_side)
-    except ImageError as error:
-        raise Refused("decode", error.reason, error.detail) from None
+    pixels, info = _opened(image, limits)
     sha256 = _sha256(image)
     return {
         "image_id": f"{rules.source}/{given_id or sha256[:24]}",
@@ -234,6 +233,16 @@ def bytes_of(value: Any, column: str, max_bytes: int) -> bytes:
     if len(value) > max_bytes:
         raise Refused("decode", "too_large", f"{len(value)} bytes, at most {max_bytes}")
     return value
+
+
+def _opened(data: bytes, limits: LimitsConfig) -> tuple[Image.Image, ImageInfo]:
+    try:
+        with time_limit(limits.max_decode_seconds):
+            return open_image(data, max_pixels=limits.max_pixels, min_side=limits.min_side)
+    except ImageError as error:
+        raise Refused("decode", error.reason, error.detail) from None
+    except TimeUp:
+        raise Refused("decode", "decode_timeout", f"more than {limits.max_decode_seconds:g} seconds") from None
 
 
 def decode_base64(text: str, max_bytes: int) -> bytes:

@@ -24,7 +24,7 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 def config(path: Path, **changes: Any) -> DataConfig:
-    source = {"kind": "csv", "path": str(path), **changes.pop("source", {})}
+    source = {"path": str(path), **changes.pop("source", {})}
     return DataConfig.model_validate(
         {"source": source, "near_duplicates": False, "limits": {"max_pixels": 2_000_000}} | changes
     )

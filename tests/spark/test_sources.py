@@ -7,6 +7,7 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import write_deltalake
 from pictures import as_base64, encoded, picture, png, write_csv
+from PIL import Image
 from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig
-from pipelines.driver.ingest import ingest, worked
+from pipelines.driver.ingest import TooManyRefused, ingest, worked
 from pipelines.driver.quarantine import look_into
 from pipelines.driver.replay import replay
+from pipelines.driver.report import write_report
 from pipelines.driver.sources import open_source
-from pipelines.errors import StageFailed
 from pipelines.platform import Platform
 
 Written = tuple[dict[str, Any], dict[str, int]]
@@ -31,6 +33,11 @@ Written = tuple[dict[str, Any], dict[str, int]]
 
 def two_texts(n: int) -> list[str]:
     return [f"picture {n}", f"the {n}th picture"]
+
+
+def smooth(seed: int) -> Image.Image:
+    """A picture of soft shapes, as photographs have them: noise alone would not survive an encoder."""
+    return picture(seed, (5, 4)).resize((160, 120), Image.Resampling.BICUBIC)
 
 
 def write_jsonl(folder: Path) -> Written:
@@ -143,7 +150,8 @@ def test_rows_of_many_texts_are_merged_into_what_is_there(
 ) -> None:
     said = [["a", "b"], ["b"], ["c", "b"], ["a"], ["c"]]
     rows = [json.dumps({"image": as_base64(png(70)), "text": texts}) for texts in said]
-    data = DataConfig.model_validate({"source": {"kind": "jsonl", "path": str(tmp_path / "a.jsonl")}})
+    source_config = {"kind": "jsonl", "path": str(tmp_path / "a.jsonl")}
+    data = DataConfig.model_validate({"source": source_config, "near_duplicates": False})
     for count, expected in ((2, (2, 1, 0, 1, 0)), (5, (5, 0, 1, 4, 0))):
         (tmp_path / "a.jsonl").write_text("\n".join(rows[:count]))
         report = ingest(spark, platform, source, data)
@@ -158,11 +166,20 @@ def test_refused_rows_are_shown_replayed_after_a_fix_and_too_many_of_them_fail_t
 ) -> None:
     rows = [[as_base64(png(60)), "good"], [as_base64(png(61)), "x" * 30], [as_base64(png(60)), "y" * 30]]
     path = write_csv(tmp_path / "a.csv", [*rows, [as_base64(b"words"), "<b>no picture</b>"]])
-    data = {"source": {"kind": "csv", "path": str(path)}, "limits": {"max_text_chars": 20, "max_bad_share": 0.7}}
-    with pytest.raises(StageFailed, match=r"3 of 4 rows \(75.0%.*2 text_too_long, 1 not_an_image") as failed:
+    data: dict[str, Any] = {"source": {"kind": "csv", "path": str(path)}, "near_duplicates": False}
+    data["limits"] = {"max_text_chars": 20, "max_bad_share": 0.7}
+    with pytest.raises(TooManyRefused, match=r"3 of 4 rows \(75.0%.*2 text_too_long, 1 not_an_image") as failed:
         ingest(spark, platform, source, DataConfig.model_validate(data))
     assert failed.value.exit_code == 1
     assert spark.table(platform.table("samples")).where(f"source = '{source}'").count() == 1
+
+    full = write_report(spark, platform, failed.value.report)
+    assert full.figures.formats == {"PNG": 1}
+    assert full.figures.sides == {"16-31": 1}
+    assert full.figures.chars == {"4-7": 1}
+    page = Path(full.page).read_text()
+    assert page.count("<img") == 3
+    assert [words for words in ("text_too_long", "not_an_image", "16-31", "Refused", "good") if words not in page] == []
 
     report = look_into(spark, platform, ["text_too_long", "not_an_image"], 1, pictures=True)
     counts = {count.reason: (count.rows, count.replayed) for count in report.counts if count.source == source}
@@ -183,3 +200,29 @@ def test_refused_rows_are_shown_replayed_after_a_fix_and_too_many_of_them_fail_t
         *[("text_too_long", False)] * 2,
     ]
     assert replay(spark, platform, source, mended, ["text_too_long"]).rows_in == 0
+
+
+def test_a_picture_that_was_saved_again_is_flagged_and_stays_on_its_side_of_the_split(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    table = platform.table("samples")
+    seen = [smooth(n) for n in range(8)]
+    again = [encoded(image, "JPEG", quality=80) for image in seen[:4]] + [encoded(seen[7].resize((80, 60)), "WEBP")]
+    config = {"source": {"kind": "table", "path": str(tmp_path)}, "split": {"kind": "hash", "val": 0.3, "test": 0.3}}
+    data = DataConfig.model_validate(config)
+    first = [encoded(image) for image in seen] + again[4:]
+    reports = []
+    for pictures in (first, again[:4]):
+        content = pa.Table.from_pylist([{"image": image, "text": "x"} for image in pictures])
+        write_deltalake(tmp_path, content, mode="overwrite")
+        reports.append(ingest(spark, platform, source, data).near_duplicates)
+    rows = spark.table(table).where(f"source = '{source}'").collect()
+    split = {row["image_id"]: row["split"] for row in rows}
+    near = {row["image_id"]: row["near_of"] for row in rows if row["near_of"]}
+    assert [report.pictures for report in reports] == [2, 4]
+    assert [report.across_splits for report in reports] == [0, 0]
+    assert reports[1].moved > 0, "with these pictures some of them would have gone elsewhere"
+    names = [f"{source}/{sha256(data).hexdigest()[:24]}" for data in first]
+    assert len(near) == 5
+    assert {split[name] == split[other] for name, other in near.items()} == {True}
+    assert set(near.values()) == set(names[:4]) | {min(names[7:])}

@@ -84,7 +84,7 @@ def test_a_value_may_contain_an_equals_sign() -> None:
         ("model.decoder.transformer.attention.num_heads=3", "num_heads 3 must be a multiple of num_kv_heads"),
         ("model.image.size=60", "model: image.size 60 is not a multiple of the stem's stride"),
         ("data.split={kind: hash, val: 0.5, test: 0.5}", "val + test leaves nothing to train on"),
-        ("data.source={path: a.csv}", "data.source: kind is missing"),
+        ("data.split={val: 0.1}", "data.split: kind is missing"),
         ("data.source={kind: folder}", "data.source.captions: missing"),
         ("data.source={kind: table, table: a, path: b}", "give one of table and path"),
         ("data.source={kind: table, table: a;drop}", "data.source.table: String should match pattern"),
@@ -161,7 +161,7 @@ def test_a_run_may_hold_its_data_section_and_is_one_file_then(tmp_path: Path, mo
     assert (run.data.source.path, run.data.source.columns.text) == ("pictures", "title")
     assert run.data.source.columns.image == "file_name", "what is not named stays as the kind of source has it"
     assert RunConfig.from_json(run.to_json()) == run
-    assert "data.source: kind is missing" in problems("data.source={path: x}", run="own")
+    assert load_run("own", overrides=["data.source={path: x.csv}"]).data.source == CsvSourceConfig(path="x.csv")
 
 
 def test_a_saved_run_of_another_version_is_an_error_and_not_a_guess() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import signal
 from collections import Counter
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -144,6 +145,17 @@ def test_values_of_other_kinds_have_reasons_too(fields: Fields, reason: str) -> 
     outcome = one(fields)
     assert outcome["reason"] == reason
     assert "unforeseen" not in outcome["detail"]
+
+
+def test_a_picture_that_takes_too_long_is_refused_and_the_next_one_has_all_the_time() -> None:
+    slow = encoded(picture(1, (1500, 1500)), "PNG")
+    limits = LimitsConfig(max_decode_seconds=0.002)
+    rules = Rules("birds", ColumnNames(), limits, HashSplitConfig())
+    rows: list[Fields] = [{IMAGE: slow, TEXT: "a bird"}, {IMAGE: png(1, (8, 8)), TEXT: "a bird"}]
+    late, good = decode(rows, rules)
+    assert (late["reason"], late["detail"]) == ("decode_timeout", "more than 0.002 seconds")
+    assert good["reason"] is None
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_a_picture_that_comes_as_bytes_is_the_one_that_came_as_base64() -> None:
