@@ -25,6 +25,7 @@ from jobs.import_weights import import_weights
 from jobs.ingest import ingest
 from jobs.pipeline import pipeline
 from jobs.promote import promote
+from jobs.quarantine import quarantine
 from jobs.rollback import rollback
 from jobs.shard import shard
 from jobs.show import show
@@ -32,7 +33,7 @@ from jobs.train import train
 from jobs.ui import ui
 from pipelines.errors import LakesightError, UserError
 
-STAGES = (ingest, shard, train, evaluate, promote, rollback, caption, pipeline)
+STAGES = (ingest, quarantine, shard, train, evaluate, promote, rollback, caption, pipeline)
 FOR_PEOPLE = (demo, ask, show, config, doctor, ui)
 FOR_WEIGHTS = (import_weights, export_weights)
 
