@@ -78,7 +78,10 @@ class SourceBase(Config):
 
 
 class CsvSourceConfig(SourceBase):
-    """Base64 pictures in CSV files. `multiline` allows line breaks inside quotes."""
+    """Base64 pictures in CSV files. `multiline` allows line breaks inside quotes.
+
+    The path `scenes:COUNT` or `scenes:COUNT:SEED` is a file that Lakesight draws itself.
+    """
 
     kind: Literal["csv"] = "csv"
     multiline: bool = False

@@ -134,7 +134,7 @@ def ingest(spark: SparkSession, platform: Platform, source_name: str, config: Da
     """
     started = time.monotonic()
     ensure_tables(spark, platform)
-    source = open_source(spark, source_name, config)
+    source = open_source(spark, platform, source_name, config)
     with worked(spark, platform, source_name, config, source) as work:
         totals = work.totals
         if not totals.rows_in:

@@ -28,7 +28,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, obj
     environment = os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("MLFLOW_TRACKING_URI", None)
     done = subprocess.run(
-        [sys.executable, "-c", EACH, ",".join(FAMILIES), "--set", f"data.source.count={SCENES}"],
+        [sys.executable, "-c", EACH, ",".join(FAMILIES), "--set", f"data.source.path=scenes:{SCENES}"],
         env=environment,
         cwd=home,
         capture_output=True,

@@ -132,7 +132,7 @@ def test_every_row_of_every_kind_of_source_is_accounted_for(
     data, reasons = write(tmp_path)
     data["source"]["path"] = str(tmp_path)
     config = DataConfig.model_validate({"split": {"kind": "hash", "val": 0, "test": 0}} | data)
-    with worked(spark, platform, source, config, open_source(spark, source, config)) as work:
+    with worked(spark, platform, source, config, open_source(spark, platform, source, config)) as work:
         found = work.outcomes.groupBy("reason").count().collect()
         plan = work.plan.collect()
     totals = work.totals

@@ -23,23 +23,27 @@ from pipelines.driver.sources.files import Source
 from pipelines.driver.sources.folder import open_folder
 from pipelines.driver.sources.jsonl import open_jsonl
 from pipelines.driver.sources.parquet import open_parquet
+from pipelines.driver.sources.scenes import with_scenes_drawn
 from pipelines.driver.sources.table import open_table
 from pipelines.driver.sources.webdataset import open_webdataset
+from pipelines.platform import Platform
 
 __all__ = ["Source", "open_source"]
 
 
-def open_source(spark: SparkSession, name: str, config: DataConfig) -> Source:
+def open_source(spark: SparkSession, platform: Platform, name: str, config: DataConfig) -> Source:
     """Open what a data config names as its source.
 
     Args:
         spark: the session.
+        platform: where generated input is kept.
         name: the data config's name.
         config: the data config.
 
     Raises:
         UserError: nothing there, nothing of the kind, or a column that is missing.
     """
+    config = with_scenes_drawn(config, platform)
     match config.source:
         case CsvSourceConfig() as source:
             return open_csv(spark, name, source, config)
