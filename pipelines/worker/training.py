@@ -145,8 +145,12 @@ class Learner:
         self.stopwatch.stop(settings.batch_size, report.tokens)
         self.watch.at(done)
         values: dict[str, float] = {}
+        load: dict[str, tuple[float, ...]] = {}
         if last or done % settings.log_every == 0:
             values |= {"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm, **self.stopwatch.lap()}
+            if report.router is not None:
+                values |= {"router_balance": report.router.balance, "router_z": report.router.z}
+                load = report.router.load
             values = {f"train/{name}": value for name, value in values.items()}
         if last or done % settings.validate_every == 0:
             values |= self._validate()
@@ -154,7 +158,7 @@ class Learner:
                 samples = caption_samples(self.model, self.tokenizer, self.validate_shards, settings.caption_samples)
                 write_json(self.run.samples(done), CaptionSamples(step=done, samples=samples))
         if leads and values:
-            write_metrics(self.run, done, values)
+            write_metrics(self.run, done, values, load)
             log.info("step %d of %d: %s", done, settings.steps, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
         if leads and (last or done % settings.checkpoint_every == 0):
             save_training(self.run.checkpoint(done), self.model, self.tokenizer, self.optimizer, done)

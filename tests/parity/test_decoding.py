@@ -252,6 +252,6 @@ def test_the_narrowed_distribution_is_theirs(settings: dict[str, Any]) -> None:
     theirs += [TopKLogitsWarper(settings["top_k"])] if "top_k" in settings else []
     theirs += [TopPLogitsWarper(settings["top_p"])] if "top_p" in settings else []
     theirs += [MinPLogitsWarper(settings["min_p"])] if "min_p" in settings else []
-    expected = theirs(said, scores.clone())  # type: ignore[arg-type]
+    expected = theirs(said, scores.clone())
     penalty = Penalty(1.3, [Request(row) for row in said.tolist()], 40, torch.device("cpu"))
     assert torch.equal(narrow(penalty(scores), ours), expected)
