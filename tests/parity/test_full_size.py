@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import pytest
 import timm
 import torch
-from torch import nn
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -48,7 +47,7 @@ GEMMA_2B = {
 GEMMA2_2B = {"model_type": "gemma2", "vocab_size": 257216}  # the class's defaults are its smallest model
 
 
-def paligemma(text: dict[str, Any], width: int) -> Callable[[], nn.Module]:
+def paligemma(text: dict[str, Any], width: int) -> Callable[[], Any]:
     config = PaliGemmaConfig(vision_config=SO400M, text_config=text, projection_dim=width, hidden_size=width)
     return lambda: PaliGemmaForConditionalGeneration(config)
 
@@ -65,7 +64,7 @@ class Original(NamedTuple):
     model: str
     part: Part
     family: str
-    make: Callable[[], nn.Module]
+    make: Callable[[], Any]
 
 
 ORIGINALS = (

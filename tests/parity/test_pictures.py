@@ -56,7 +56,7 @@ def of_transformers(processor: Any) -> Processor:
 def of_timm() -> Processor:
     published = get_pretrained_cfg("vit_mediumd_patch16_reg4_gap_384")
     assert published is not None
-    data = resolve_data_config({}, pretrained_cfg=published.to_dict())  # type: ignore[no-untyped-call]
+    data = resolve_data_config({}, pretrained_cfg=published.to_dict())
     transform = create_transform(**(data | {"input_size": (3, SIZE, SIZE)}))
     return lambda image: np.asarray(transform(image))
 

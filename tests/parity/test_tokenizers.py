@@ -89,6 +89,6 @@ def test_control_tokens_are_theirs(both: tuple[Any, Tokenizer]) -> None:
 def test_a_checkpoints_copy_holds_a_file_that_transformers_reads(both: tuple[Any, Tokenizer], tmp_path: Path) -> None:
     theirs, ours = both
     (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(ours.to_json())["tokenizer"]), encoding="utf-8")
-    again = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))  # type: ignore[no-untyped-call]
+    again = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     for written in TEXTS:
         assert again.encode(written, add_special_tokens=False) == theirs.encode(written, add_special_tokens=False)
