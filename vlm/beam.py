@@ -49,10 +49,9 @@ def beam_search(
 
     searches = [_Search(K, ends) for _ in requests]
     going = searches
-    silenced = list(tokenizer.silenced_ids)
+    silenced = torch.tensor(tokenizer.silenced_ids, dtype=torch.long, device=device)
     while True:
-        logits_RV = logits_RV.float()
-        logits_RV[:, silenced] = -torch.inf
+        logits_RV = logits_RV.float().index_fill_(1, silenced, -torch.inf)
         for search, candidates in zip(going, _candidates(logits_RV, going, penalty, settings), strict=True):
             search.advance(candidates)
         still = [not search.over for search in going]

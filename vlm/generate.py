@@ -77,10 +77,9 @@ def _steps(
     choose = Chooser(requests, settings, logits_BV.shape[-1], logits_BV.device)
     answers = [Generated() for _ in requests]
     owners = list(range(len(requests)))
-    silenced = list(tokenizer.silenced_ids)
+    silenced = torch.tensor(tokenizer.silenced_ids, dtype=torch.long, device=logits_BV.device)
     for position in range(settings.max_new_tokens):
-        logits_BV = logits_BV.float()
-        logits_BV[:, silenced] = -torch.inf
+        logits_BV = logits_BV.float().index_fill_(1, silenced, -torch.inf)
         tokens_B = choose(logits_BV, position)
         logprobs_B = logits_BV.gather(1, tokens_B[:, None])[:, 0] - logits_BV.logsumexp(dim=-1)
         going = [
