@@ -1,7 +1,8 @@
-"""`lakesight ask`: a caption of one picture, printed as it is generated. No Spark."""
+"""`lakesight ask`: what a model says about pictures, printed as it is generated. No Spark."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,29 +10,52 @@ import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, PrecisionOption, RunOption, SetOption, open_job
 from jobs.evaluate import VersionOption, open_model
-from pipelines.errors import UserError
+from jobs.regions import Found, check_drawing, draw_regions, regions_in
+from pipelines.errors import StageFailed, UserError
 from vlm.config import Config, Precision
 from vlm.errors import CheckpointError, ImageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from vlm.model import VisionLanguageModel
+    from vlm.text import Tokenizer
+
 
 class Answer(Config):
-    """What the model said about a picture."""
+    """What the model said.
 
-    image: str
+    Attributes:
+        images: the pictures' files, in the order the model saw them.
+        model: name and version, or the checkpoint's folder.
+        prompt: as asked.
+        precision: what the model computed in.
+        caption: the answer.
+        num_tokens: of the answer.
+        regions: that the answer names in the one picture; none where there are several.
+        drawn: the file with the regions drawn on the picture, where it was asked for and there are any.
+    """
+
+    images: tuple[str, ...]
     model: str
     prompt: str
     precision: Precision
     caption: str
     num_tokens: int
+    regions: tuple[Found, ...]
+    drawn: str | None
 
 
 def ask(
-    image: Annotated[Path, typer.Argument(help="A picture file.")],
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Picture files, in the order the model shall see them; none to ask in text alone."),
+    ] = None,
     *,
     prompt: Annotated[str, typer.Option("--prompt", help="A question; empty asks for a caption.")] = "",
+    draw: Annotated[
+        Path | None, typer.Option("--draw", help="Draw the boxes that the answer names on the picture, into this file.")
+    ] = None,
     version: VersionOption = "champion",
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", help="A checkpoint folder instead of a version.")
@@ -42,22 +66,68 @@ def ask(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Caption one picture.
+    """Caption a picture, or ask about one, several or none.
 
     \b
     Examples:
       lakesight ask cat.png
       lakesight ask cat.png --run demo --version 3 --precision bf16
       lakesight ask cat.png --checkpoint .lakesight/runs/demo-0123/checkpoints/step_001200
+      lakesight ask before.png after.png --prompt "what has changed?"
+      lakesight ask cat.png --prompt "detect cat" --draw boxes.png
     """
+    files = images or []
     with open_job(run, platform, overrides, as_json) as job:
-        picture = read_picture(job, image)
+        _check_question(files, prompt, draw)
+        pictures = [read_picture(job, file) for file in files]
         folder, name = (checkpoint, str(checkpoint)) if checkpoint else _model_folder(job, version)
-        caption, count = stream_answer(job, picture, folder, prompt, precision)
-        report = Answer(
-            image=str(image), model=name, prompt=prompt, precision=precision, caption=caption, num_tokens=count
+        model, tokenizer = load_checkpoint(folder, precision)
+        caption, num_tokens = stream_answer(job, model, tokenizer, pictures, prompt)
+        regions = regions_in(caption, pictures[0], model.config.image) if len(pictures) == 1 else ()
+        drawn = str(draw) if draw and regions else None
+        if drawn:
+            draw_regions(pictures[0], regions).save(drawn)
+            job.screen.line("drawn", drawn)
+        job.screen.report(
+            Answer(
+                images=tuple(str(file) for file in files),
+                model=name,
+                prompt=prompt,
+                precision=precision,
+                caption=caption,
+                num_tokens=num_tokens,
+                regions=regions,
+                drawn=drawn,
+            )
         )
-        job.screen.report(report)
+    if draw and not drawn:
+        raise StageFailed(
+            "the answer names no region, so nothing was drawn",
+            where=str(files[0]),
+            got=caption,
+            fix="ask a model that was trained to, in the words it was trained with, such as --prompt 'detect cat'",
+        )
+
+
+def _check_question(files: Sequence[Path], prompt: str, draw: Path | None) -> None:
+    """Find out before the model is loaded what cannot be done after.
+
+    Raises:
+        UserError: nothing is asked, or it cannot be drawn.
+    """
+    if not files and not prompt:
+        raise UserError(
+            "there is nothing to ask", got="neither a picture nor a prompt", fix="name a picture file, or add --prompt"
+        )
+    if draw and len(files) != 1:
+        raise UserError(
+            "boxes are drawn on one picture",
+            where=f"--draw {draw}",
+            got=f"{len(files)} pictures",
+            fix="name the one picture, or leave --draw out",
+        )
+    if draw:
+        check_drawing(draw)
 
 
 def read_picture(job: Job, path: Path) -> Image:
@@ -89,30 +159,42 @@ def _model_folder(job: Job, which: str) -> tuple[Path, str]:
     return model.folder, f"{model.name}/{model.version}"
 
 
-def stream_answer(job: Job, picture: Image, folder: Path, prompt: str, precision: Precision) -> tuple[str, int]:
-    """Print the answer token by token; returns the whole of it and its number of tokens.
+def load_checkpoint(folder: Path, precision: Precision) -> tuple[VisionLanguageModel, Tokenizer]:
+    """The model and tokenizer of a checkpoint folder.
 
     Raises:
         UserError: the folder holds no model, or the precision needs a library that is not installed.
     """
-    import torch
-
     from vlm.checkpoint import load_model
-    from vlm.generate import stream
-    from vlm.image import to_pixels
     from vlm.precision import set_precision
-    from vlm.text.prompt import prefix_ids
 
     try:
         model, tokenizer = load_model(folder)
     except CheckpointError as error:
         raise UserError(error.what, where=error.where, got=error.got, fix=error.fix) from None
     set_precision(model, precision)
-    pixels = torch.from_numpy(to_pixels(picture, model.config.image))
-    prefix = prefix_ids(tokenizer, model.config.num_slots, prompt)
+    return model, tokenizer
+
+
+def stream_answer(
+    job: Job, model: VisionLanguageModel, tokenizer: Tokenizer, pictures: Sequence[Image], prompt: str
+) -> tuple[str, int]:
+    """Print the answer token by token; returns the whole of it and its number of tokens.
+
+    Raises:
+        UserError: pictures, prompt and answer do not fit the model's context.
+    """
+    import torch
+
+    from vlm.generate import Request, stream
+    from vlm.image import to_pixels
+    from vlm.text.prompt import prefix_ids
+
+    pixels = tuple(torch.from_numpy(to_pixels(picture, model.config.image)) for picture in pictures)
+    request = Request(prefix_ids(tokenizer, model.config.num_slots, prompt, len(pixels)), pixels)
     ids: list[int] = []
     shown = ""
-    for token in stream(model, pixels, prefix, model.config.generation, tokenizer.eos_id):
+    for token in stream(model, tokenizer, request, model.config.generation):
         ids.append(token)
         # A token may end in the middle of a character; it is shown once its other bytes are there.
         text = tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")

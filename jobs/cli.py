@@ -20,9 +20,12 @@ from jobs.config import config
 from jobs.demo import demo
 from jobs.doctor import doctor
 from jobs.evaluate import evaluate
+from jobs.export_weights import export_weights
+from jobs.import_weights import import_weights
 from jobs.ingest import ingest
 from jobs.pipeline import pipeline
 from jobs.promote import promote
+from jobs.quarantine import quarantine
 from jobs.rollback import rollback
 from jobs.shard import shard
 from jobs.show import show
@@ -30,8 +33,9 @@ from jobs.train import train
 from jobs.ui import ui
 from pipelines.errors import LakesightError, UserError
 
-STAGES = (ingest, shard, train, evaluate, promote, rollback, caption, pipeline)
+STAGES = (ingest, quarantine, shard, train, evaluate, promote, rollback, caption, pipeline)
 FOR_PEOPLE = (demo, ask, show, config, doctor, ui)
+FOR_WEIGHTS = (import_weights, export_weights)
 
 JAVA_MAY_NOT_WRITE = ("(Permission denied)", "(Read-only file system)", "DELTA_CANNOT_CREATE_LOG_PATH")
 
@@ -60,7 +64,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _command in (*STAGES, *FOR_PEOPLE):
+for _command in (*STAGES, *FOR_PEOPLE, *FOR_WEIGHTS):
     app.command()(_command)
 
 

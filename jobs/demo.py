@@ -8,7 +8,7 @@ import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, SetOption, open_job
 from jobs.pipeline import PipelineReport, held_out, run_pipeline
-from pipelines.scenes import write_scenes
+from pipelines.scenes import broken_rows
 
 RUN = "demo"
 SHOWN = 5
@@ -35,10 +35,8 @@ def demo(
       lakesight demo --set train.steps=300 --json
     """
     with open_job(RUN, platform, overrides, as_json) as job:
-        path = job.platform.folder("demo") / f"scenes-{scenes}-{seed}.csv"
-        written = write_scenes(path, scenes, seed)
-        job.override(f"data.source.path={path}")
-        job.screen.line("scenes", f"{written.rows:,} rows, {written.broken:,} of them broken on purpose: {path}")
+        job.override(f"data.source.path=scenes:{scenes}:{seed}")
+        job.screen.line("scenes", f"{scenes:,} rows, {broken_rows(scenes):,} of them broken on purpose")
         report = run_pipeline(job)
         _show_captions(job, report)
         job.screen.text("")

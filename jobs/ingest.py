@@ -1,4 +1,4 @@
-"""`lakesight ingest`: base64 pictures and texts into the samples table, bad rows into quarantine."""
+"""`lakesight ingest`: pictures and texts into the samples table, bad rows into quarantine, a page that shows both."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, o
 from jobs.progress import waiting
 
 if TYPE_CHECKING:
-    from pipelines.driver.ingest import IngestReport
+    from pipelines.driver.report import FullReport
 
 
 def ingest(
@@ -29,17 +29,35 @@ def ingest(
         job.finish(report, "shard")
 
 
-def run_ingest(job: Job) -> IngestReport:
-    """The stage: read the run's source, and say what became of each row."""
-    from pipelines.driver.ingest import ingest
+def run_ingest(job: Job) -> FullReport:
+    """The stage: read the run's source, say what became of each row, and write the page that shows it.
+
+    Raises:
+        TooManyRefused: after everything is written, the page too.
+    """
+    from pipelines.driver.ingest import TooManyRefused, ingest
+    from pipelines.driver.report import write_report
 
     with waiting("ingest"):
-        report = ingest(job.spark, job.platform, job.source, job.config.data)
+        try:
+            done = ingest(job.spark, job.platform, job.source, job.config.data)
+        except TooManyRefused as error:
+            _say(job, write_report(job.spark, job.platform, error.report))
+            raise
+        report = write_report(job.spark, job.platform, done)
+    _say(job, report)
+    return report
+
+
+def _say(job: Job, report: FullReport) -> None:
     job.screen.line(
         "ingest",
         f"{report.rows_in:,} rows = {report.new:,} new + {report.merged:,} merged + "
         f"{report.duplicates:,} duplicates + {report.quarantined:,} quarantined",
     )
+    if report.near_duplicates.pictures:
+        near = report.near_duplicates
+        job.screen.line("", f"{near.pictures:,} nearly equal others; {near.across_splits:,} of these across splits")
     if report.rows_in == report.duplicates:
         job.screen.line("", "nothing new")
-    return report
+    job.screen.line("", report.page)

@@ -25,13 +25,9 @@ SMALL = ["train.steps=40", "train.validate_every=20", "train.checkpoint_every=40
 
 from pipelines.config import load_run
 from pipelines.platform import open_platform
-from pipelines.scenes import write_scenes
 
-platform = open_platform(load_run("demo", platform=PLATFORM, overrides=WHERE).platform)
-scenes = platform.folder("demo") / "walkthrough.csv"
-print(write_scenes(scenes, count=300, seed=0))
-
-config = load_run("demo", platform=PLATFORM, overrides=[*WHERE, *SMALL, f"data.source.path={scenes}"])
+config = load_run("demo", platform=PLATFORM, overrides=[*WHERE, *SMALL, "data.source.path=scenes:300"])
+platform = open_platform(config.platform)
 source = config.chosen.data
 spark = platform.open_spark()
 

@@ -17,85 +17,64 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from pipelines.data import (
+    PICTURE,
+    ColumnNames,
+    ColumnSplitConfig,
+    CsvSourceConfig,
+    DataConfig,
+    FileSplitConfig,
+    FolderSourceConfig,
+    HashSplitConfig,
+    JsonlSourceConfig,
+    LimitsConfig,
+    ParquetSourceConfig,
+    ShardConfig,
+    SourceConfig,
+    Split,
+    SplitConfig,
+    TableSourceConfig,
+    WebDatasetSourceConfig,
+)
 from pipelines.errors import ConfigError
-from vlm.config import AdapterConfig, Config, ModelConfig, Probability
+from vlm.config import AdapterConfig, Config, ModelConfig
+
+__all__ = [
+    "PICTURE",
+    "Chosen",
+    "ColumnNames",
+    "ColumnSplitConfig",
+    "CsvSourceConfig",
+    "DataConfig",
+    "DatabricksPlatformConfig",
+    "FileSplitConfig",
+    "FolderSourceConfig",
+    "HashSplitConfig",
+    "JsonlSourceConfig",
+    "LimitsConfig",
+    "LocalPlatformConfig",
+    "OptimizerConfig",
+    "ParquetSourceConfig",
+    "PlatformConfig",
+    "RunConfig",
+    "ShardConfig",
+    "SourceConfig",
+    "SparkConfig",
+    "Split",
+    "SplitConfig",
+    "TableSourceConfig",
+    "TrainConfig",
+    "WebDatasetSourceConfig",
+    "available",
+    "conf_folders",
+    "load_model",
+    "load_run",
+    "short_hash",
+]
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
-Split = Literal["train", "val", "test"]
-
-
-# ------------------------------------------------------------------------------------------------ data
-
-
-class ColumnNames(Config):
-    """Names of the source's columns. `id` and `prompt` are optional: null means the source has none."""
-
-    image: str = "b64string_images"
-    text: str = "caption"
-    id: str | None = None
-    prompt: str | None = None
-
-
-class CsvSourceConfig(Config):
-    """Base64 pictures in CSV files: one file, or a folder of them. `multiline` allows line breaks inside quotes."""
-
-    kind: Literal["csv"] = "csv"
-    path: str = ""
-    columns: ColumnNames = ColumnNames()
-    multiline: bool = False
-
-
-class HashSplitConfig(Config):
-    """Split by the picture's sha256: stable for ever, equal pictures on one side."""
-
-    kind: Literal["hash"] = "hash"
-    val: Probability = 0.05
-    test: Probability = 0.05
-
-    @model_validator(mode="after")
-    def _something_to_train_on(self) -> Self:
-        if self.val + self.test >= 1:
-            raise ValueError("val + test leaves nothing to train on: keep their sum below 1")
-        return self
-
-
-class FileSplitConfig(Config):
-    """Split given by the source: files named train, val and test."""
-
-    kind: Literal["file"]
-
-
-SplitConfig = Annotated[HashSplitConfig | FileSplitConfig, Field(discriminator="kind")]
-
-
-class LimitsConfig(Config):
-    """What a row may be at most, and a picture at least; a row beyond is quarantined."""
-
-    max_bytes: PositiveInt = 64 * 2**20
-    max_pixels: PositiveInt = 64_000_000
-    min_side: PositiveInt = 4
-    max_text_chars: PositiveInt = 2_000
-
-
-class ShardConfig(Config):
-    """Training shards: pixels raw (random access, no decoding) or jpeg (small), and rows in one file."""
-
-    encoding: Literal["raw", "jpeg"] = "raw"
-    rows: PositiveInt = 1024
-    seed: int = 0
-
-
-class DataConfig(Config):
-    """Where samples come from, how they are split, and which split serves which purpose."""
-
-    source: CsvSourceConfig = CsvSourceConfig()
-    split: SplitConfig = HashSplitConfig()
-    limits: LimitsConfig = LimitsConfig()
-    shards: ShardConfig = ShardConfig()
-    validate_on: Split = "val"
-    evaluate_on: Split = "test"
 
 
 # ------------------------------------------------------------------------------------------------ train
@@ -234,17 +213,22 @@ def available(kind: str) -> list[str]:
 def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = ()) -> RunConfig:
     """Resolve a run's four names and apply `a.b=c` overrides.
 
+    A run may hold its data section itself, where it has no other use; then the run's name is the data's name too.
+
     Raises:
         ConfigError: lists every problem: unknown names and keys with the nearest valid one, values of the wrong type.
     """
     problems: list[str] = []
     run = _read("run", name, problems)
+    inline = {"data": run["data"]} if isinstance(run.get("data"), dict) else {}
     chosen = {kind: str(run.get(kind, "")) for kind in ("model", "data", "train")} | {"platform": platform}
+    chosen |= dict.fromkeys(inline, name)
     problems += [f"run.{key}: unknown key{_nearest(key, chosen)}" for key in run if key not in chosen]
     problems += [
         f"run.{kind}: missing (one of {', '.join(available(kind))})" for kind in chosen if run and not chosen[kind]
     ]
-    slices: dict[str, Any] = {kind: _read(kind, chosen[kind], problems) if chosen[kind] else {} for kind in chosen}
+    elsewhere = [kind for kind in chosen if kind not in inline]
+    slices: dict[str, Any] = inline | {k: _read(k, chosen[k], problems) if chosen[k] else {} for k in elsewhere}
     for override in overrides:
         _apply(slices, override, problems)
     try:
@@ -258,18 +242,20 @@ def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = (
     return config
 
 
-def load_model(name: str) -> ModelConfig:
-    """One model of conf/model/ by name.
+def load_model(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
+    """One model of conf/model/ by name, with `model.a.b=c` overrides.
 
     Raises:
         ConfigError: no such model, or it does not validate.
     """
     problems: list[str] = []
-    raw = _read("model", name, problems)
+    slices: dict[str, Any] = {"model": _read("model", name, problems)}
+    for override in overrides:
+        _apply(slices, override, problems)
     if problems:
         raise _config_error(problems, f"model {name}")
     try:
-        return ModelConfig.model_validate(raw)
+        return ModelConfig.model_validate(slices["model"])
     except ValidationError as error:
         raise _as_config_error(error, ModelConfig, f"model {name}") from None
 
@@ -338,6 +324,8 @@ def _describe(error: ValidationError, root: type[BaseModel]) -> Iterator[tuple[s
             text = f"unknown key{_nearest(last, siblings)}"
         elif item["type"] == "missing":
             text = "missing"
+        elif item["type"] == "union_tag_not_found":
+            text = "kind is missing"
         elif item["type"] == "union_tag_invalid":
             context = item["ctx"]
             tags = [tag.strip(" '") for tag in str(context["expected_tags"]).split(",")]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
@@ -92,6 +92,18 @@ class Metrics(Config):
     step: int
     time: float
     values: dict[str, float]
+    expert_load: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    """By layer, the share of each expert in the tokens of the step; empty for a model without experts."""
+
+    @property
+    def points(self) -> dict[str, float]:
+        """Every number of the step by the name it has in MLflow."""
+        load = {
+            f"expert_load/{layer}.expert_{expert}": share
+            for layer, shares in self.expert_load.items()
+            for expert, share in enumerate(shares)
+        }
+        return self.values | load
 
 
 class CaptionSample(Config):

@@ -172,6 +172,11 @@ _OUTLINES = {
 # ------------------------------------------------------------------------------------------------ the file
 
 
+def broken_rows(count: int) -> int:
+    """How many of `count` rows are broken on purpose."""
+    return math.ceil(count * BROKEN_SHARE)
+
+
 def write_scenes(path: Path, count: int, seed: int) -> SceneSummary:
     """Write `count` rows as base64 CSV in the seeds' own form: unnamed index, b64string_images, caption.
 
@@ -181,7 +186,7 @@ def write_scenes(path: Path, count: int, seed: int) -> SceneSummary:
     Raises:
         UserError: the file cannot be written.
     """
-    broken = math.ceil(count * BROKEN_SHARE)
+    broken = broken_rows(count)
     duplicates = int(count * DUPLICATE_SHARE)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

@@ -38,6 +38,10 @@ class Column:
     comment: str
     nullable: bool = False
 
+    def ddl(self) -> str:
+        """The column in a CREATE TABLE statement."""
+        return f"{self.name} {sql_type(self.type)}{'' if self.nullable else ' NOT NULL'} COMMENT '{self.comment}'"
+
 
 @dataclass(frozen=True)
 class Table:
@@ -60,10 +64,7 @@ class Table:
 
     def ddl(self) -> str:
         """The column list of a CREATE TABLE statement, comments included."""
-        return ", ".join(
-            f"{c.name} {sql_type(c.type)}{'' if c.nullable else ' NOT NULL'} COMMENT '{c.comment}'"
-            for c in self.columns
-        )
+        return ", ".join(column.ddl() for column in self.columns)
 
 
 def sql_type(arrow: pa.DataType) -> str:
@@ -101,11 +102,17 @@ SAMPLES = Table(
         Column("width", pa.int32(), "Pixels"),
         Column("height", pa.int32(), "Pixels"),
         Column("texts", pa.list_(TEXT_TYPE), "Captions (prompt empty) and answers (prompt is the question)"),
-        Column("split", pa.string(), "train, val or test: a function of sha256, or given by the source"),
+        Column(
+            "split",
+            pa.string(),
+            "train, val or test: from sha256, as a near duplicate has, or given by the source",
+        ),
         Column("source", pa.string(), "Name of the data config that brought the row"),
         Column("source_row", pa.string(), "<file>#<hash of the row>: the first row this picture came from"),
         Column("ingest_id", pa.string(), "Ingest that brought the row: a hash of the source and its files"),
         Column("ingested_at", TIME_TYPE, "When"),
+        Column("fingerprint", pa.binary(), "What near duplicates share: executor/near.py; null before", nullable=True),
+        Column("near_of", pa.string(), "A picture that this one nearly equals; null: none", nullable=True),
     ),
 )
 

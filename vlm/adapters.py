@@ -28,6 +28,8 @@ from torch.nn import functional as F
 from vlm.checkpoint import fill
 from vlm.config import AdapterConfig, Config
 from vlm.errors import CheckpointError, ConfigError
+from vlm.layers.linear import linear_layers
+from vlm.layers.moe import GroupedLinear
 
 ADAPTER, ADAPTER_CONFIG = "adapter.safetensors", "adapter.json"
 
@@ -77,7 +79,7 @@ def add_adapter(model: nn.Module, config: AdapterConfig) -> None:
     Raises:
         ConfigError: the pattern matches no linear layer, or one that shares its weight with another part of the model.
     """
-    linears = _linears(model)
+    linears = linear_layers(model)
     chosen = {name: layer for name, layer in linears.items() if re.fullmatch(config.pattern, name)}
     if not chosen:
         raise _no_match(config.pattern, linears)
@@ -88,20 +90,21 @@ def add_adapter(model: nn.Module, config: AdapterConfig) -> None:
 
 
 def halve_frozen(model: nn.Module) -> None:
-    """Keep frozen linear weights in bf16, in place: for a model that runs under bf16 autocast.
+    """Keep frozen linear weights and experts in bf16, in place: for a model that runs under bf16 autocast.
 
     Autocast makes these very numbers of them at every use, so nothing changes but the memory. A weight that is a token
-    table too stays: autocast leaves tables alone.
+    table too stays: autocast leaves tables alone. So do routers, which work in fp32.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for layer in _linears(model).values():
-        if not layer.weight.requires_grad and id(layer.weight) not in tables:
-            layer.weight.data = layer.weight.data.bfloat16()
+    experts = [module for module in model.modules() if isinstance(module, GroupedLinear)]
+    for weight in (layer.weight for layer in (*linear_layers(model).values(), *experts)):
+        if not weight.requires_grad and id(weight) not in tables:
+            weight.data = weight.data.bfloat16()
 
 
 def merge_adapter(model: nn.Module) -> None:
     """Add each correction to its weight, in place; what is left is a plain model, trainable as a whole."""
-    for name, layer in _linears(model).items():
+    for name, layer in linear_layers(model).items():
         if isinstance(layer, LoraLinear):
             model.set_submodule(name, layer.merged())
     model.requires_grad_(True)
@@ -165,15 +168,11 @@ def _read(folder: Path, base: str) -> AdapterFile:
     return file
 
 
-def _linears(model: nn.Module) -> dict[str, nn.Linear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-
-
 def _corrections(model: nn.Module) -> dict[str, Tensor]:
     """`down` and `up` of each adapted layer, by full name."""
     return {
         f"{name}.{part}": getattr(layer, part).detach()
-        for name, layer in _linears(model).items()
+        for name, layer in linear_layers(model).items()
         if isinstance(layer, LoraLinear)
         for part in ("down", "up")
     }

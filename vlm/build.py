@@ -14,6 +14,7 @@ from vlm.config import (
     CrossFusionConfig,
     MlpConfig,
     ModelConfig,
+    MoeMlpConfig,
     NormConfig,
     ProjectorConfig,
     ResamplerProjectorConfig,
@@ -26,6 +27,7 @@ from vlm.fusion import CrossFusion, GatedCrossBlock, SlotsFusion
 from vlm.layers.attention import Attention, CrossAttention
 from vlm.layers.block import Block
 from vlm.layers.mlp import Activate, GatedMlp, PlainMlp
+from vlm.layers.moe import GatedExperts, GroupedLinear, MoeMlp, PlainExperts
 from vlm.layers.norm import OffsetRmsNorm
 from vlm.layers.position import Rotary
 from vlm.model import VisionLanguageModel
@@ -64,13 +66,14 @@ def initialize(model: VisionLanguageModel) -> None:
     """Fresh weights: variance 1/fan_in, outputs into the residual stream divided by sqrt(2 * depth).
 
     Head, token table and learned tokens have standard deviation 0.02 whatever their fan-in, so the first loss is
-    log(vocabulary): a larger head wrecks the start of training. A table that is multiplied by sqrt(width) on the way in
-    has width^-0.5.
+    log(vocabulary): a larger head wrecks the start of training. So have routers, which start even: one that starts
+    decided keeps sending to the experts it began with. A table that is multiplied by sqrt(width) on the way in has
+    width^-0.5.
     """
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            fan_in = module.weight[0].numel()
-            nn.init.normal_(module.weight, std=fan_in**-0.5)
+        if isinstance(module, nn.Linear | nn.Conv2d | GroupedLinear):
+            one = module.weight[0, 0] if isinstance(module, GroupedLinear) else module.weight[0]
+            nn.init.normal_(module.weight, std=one.numel() ** -0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
@@ -79,12 +82,12 @@ def initialize(model: VisionLanguageModel) -> None:
         for block in stack:
             assert isinstance(block, Block)
             for part in (block.attention.out, block.mlp.out):
-                assert isinstance(part, nn.Linear)
+                assert isinstance(part, nn.Linear | GroupedLinear)
                 with torch.no_grad():
                     part.weight.mul_((2 * len(stack)) ** -0.5)
     nn.init.normal_(model.encoder.position, std=0.02)
     for name, parameter in model.named_parameters():
-        if name.endswith((".registers", ".query", ".latents", ".marker")):
+        if name.endswith((".registers", ".query", ".latents", ".marker", ".router.weight", ".noise.weight")):
             nn.init.normal_(parameter, std=0.02)
     nn.init.normal_(model.decoder.head.weight, std=0.02)
 
@@ -188,7 +191,22 @@ def _mlp(config: MlpConfig, width: int) -> nn.Module:
         case "gated":
             return GatedMlp(width, config.mlp_width, _ACTIVATIONS[config.activation], bias=config.bias)
         case "moe":
-            raise NotImplementedError
+            return _moe(config, width)
+
+
+def _moe(config: MoeMlpConfig, width: int) -> MoeMlp:
+    expert = config.expert
+    kinds: dict[str, type[PlainExperts | GatedExperts]] = {"plain": PlainExperts, "gated": GatedExperts}
+    return MoeMlp(
+        width,
+        kinds[expert.kind](
+            config.num_experts, width, expert.mlp_width, _ACTIVATIONS[expert.activation], bias=expert.bias
+        ),
+        top_k=config.top_k,
+        noisy=config.noisy,
+        balance_weight=config.balance_weight,
+        z_weight=config.z_weight,
+    )
 
 
 def _norm(config: NormConfig, width: int) -> nn.Module:

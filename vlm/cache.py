@@ -5,6 +5,8 @@ Letters: B batch, K kv heads, S key positions, D head width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -56,12 +58,37 @@ class KVCache:
         """Count `positions` as stored in every layer."""
         self.length += positions
 
-    def reorder(self, rows_B: Tensor) -> None:
-        """Row i becomes what row `rows_B[i]` was: beams change places, rows that have ended are left out."""
-        self._keys = self._keys.index_select(1, rows_B)
-        self._values = self._values.index_select(1, rows_B)
+    def repeat(self, times: int) -> None:
+        """Each row becomes `times` rows, side by side."""
+        self._keys = self._keys.repeat_interleave(times, dim=1)
+        self._values = self._values.repeat_interleave(times, dim=1)
         if self.padding_B is not None:
-            self.padding_B = self.padding_B[rows_B]
-        self.media = [(keys[rows_B], values[rows_B]) for keys, values in self.media]
+            self.padding_B = self.padding_B.repeat_interleave(times)
+        self.media = [(k.repeat_interleave(times, dim=0), v.repeat_interleave(times, dim=0)) for k, v in self.media]
         if self.media_mask is not None:
-            self.media_mask = self.media_mask[rows_B]
+            self.media_mask = self.media_mask.repeat_interleave(times, dim=0)
+
+    def keep(self, going: Sequence[bool]) -> list[int]:
+        """Leave out the rows that do not go on; returns which row each one was.
+
+        The last rows move into the gaps: nothing is allocated, and a row that ends costs one row's copy.
+        """
+        count = sum(going)
+        movers = (row for row in range(count, len(going)) if going[row])
+        kept = [row if going[row] else next(movers) for row in range(count)]
+        for row, source in enumerate(kept):
+            if row != source:
+                self._keys[:, row, :, : self.length] = self._keys[:, source, :, : self.length]
+                self._values[:, row, :, : self.length] = self._values[:, source, :, : self.length]
+        self._keys, self._values = self._keys[:, :count], self._values[:, :count]
+        if self.padding_B is not None:
+            self.padding_B = self.padding_B[kept]
+        self.media = [(k[kept], v[kept]) for k, v in self.media]
+        if self.media_mask is not None:
+            self.media_mask = self.media_mask[kept]
+        return kept
+
+    def reorder(self, rows_B: Tensor, start: int) -> None:
+        """From position `start` on, row i becomes what row `rows_B[i]` was; what stands before is the same in both."""
+        for stored in (self._keys, self._values):
+            stored[:, :, :, start : self.length] = stored[:, rows_B, :, start : self.length]

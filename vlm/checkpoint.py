@@ -46,8 +46,22 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Vision
     Raises:
         CheckpointError: a file is missing or damaged, or weights and config do not match name by name.
     """
+    config = load_config(folder)
+    tokenizer = text.load(folder / TOKENIZER)
+    with torch.random.fork_rng(devices=[]):  # the fresh weights are overwritten: leave the caller's generator alone
+        model = build_model(config, tokenizer.vocab_size)
+    load_weights(model, folder / WEIGHTS)
+    return model.to(device).eval(), tokenizer
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """The config of a checkpoint folder.
+
+    Raises:
+        CheckpointError: it is missing or not a model's config.
+    """
     try:
-        config = ModelConfig.model_validate_json((folder / CONFIG).read_text(encoding="utf-8"))
+        return ModelConfig.model_validate_json((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValidationError) as error:
         raise CheckpointError(
             "the model's config cannot be read",
@@ -55,11 +69,6 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Vision
             got=f"{type(error).__name__}: {error}",
             fix="a checkpoint folder holds " + ", ".join(MODEL_FILES),
         ) from None
-    tokenizer = text.load(folder / TOKENIZER)
-    with torch.random.fork_rng(devices=[]):  # the fresh weights are overwritten: leave the caller's generator alone
-        model = build_model(config, tokenizer.vocab_size)
-    load_weights(model, folder / WEIGHTS)
-    return model.to(device).eval(), tokenizer
 
 
 def load_weights(model: VisionLanguageModel, path: Path) -> None:

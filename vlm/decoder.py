@@ -64,6 +64,7 @@ class Decoder(nn.Module):
         positions_BT: Tensor | None = None,
         media: Media | None = None,
         cache: KVCache | None = None,
+        last: bool = False,
     ) -> Tensor:
         """Hidden states (B, T, W), normalised, ready for `logits`.
 
@@ -73,6 +74,7 @@ class Decoder(nn.Module):
             positions_BT: where each row's tokens stand; None: on from where the cache ends, the same in all rows.
             media: what cross-attention looks at; None: what the cache holds.
             cache: of earlier positions, extended in place.
+            last: only the last position's is wanted, (B, 1, W): the last block then works for that one alone.
         """
         T = x_BTW.shape[1]
         start = cache.length if cache is not None else 0
@@ -89,7 +91,15 @@ class Decoder(nn.Module):
         for layer, block in enumerate(self.blocks):
             if every and layer % every == 0:
                 x_BTW = self._look(x_BTW, layer // every, media, cache)
-            x_BTW = block(x_BTW, mask=masks[self.windows[layer]], causal=True, angles=angles, cache=cache, layer=layer)
+            x_BTW = block(
+                x_BTW,
+                mask=masks[self.windows[layer]],
+                causal=True,
+                angles=angles,
+                cache=cache,
+                layer=layer,
+                last=last and layer == len(self.blocks) - 1,
+            )
         if cache is not None:
             cache.advance(T)
         return self.norm(x_BTW)

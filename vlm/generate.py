@@ -1,137 +1,106 @@
-"""From picture to text: the prefix once, then one token at a time from the cache.
+"""From pictures and prompts to text: the prefixes once, then one token a row at a time from the cache.
 
-Of the special tokens only the end token can be generated.
+Rows of a batch never see each other: an answer is the same alone and in any company. A row that has ended leaves the
+batch. Ids that the tokenizer silences have no probability.
 
-Letters: B batch, V vocabulary.
+Letters: B rows still in the batch, V vocabulary.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
+from vlm.beam import beam_search
 from vlm.config import GenerationConfig
-from vlm.errors import UserError
 from vlm.model import VisionLanguageModel
-from vlm.seeds import mix
-from vlm.text.base import NUM_SPECIAL
+from vlm.request import Generated, Request, check_room, prefill
+from vlm.sampling import Chooser
+from vlm.text.base import Tokenizer
+from vlm.text.stop import settled, stop_at
 
-
-@dataclass
-class Generated:
-    """One answer: its tokens without the end token, and the log-probability of each token, end token included."""
-
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens generated, the end token included."""
-        return len(self.logprobs)
+__all__ = ["Generated", "Request", "check_room", "generate", "stream"]
 
 
 def generate(
-    model: VisionLanguageModel,
-    pixels_BHWC: Tensor,
-    prefix: Sequence[int],
-    settings: GenerationConfig,
-    eos_id: int,
+    model: VisionLanguageModel, tokenizer: Tokenizer, requests: Sequence[Request], settings: GenerationConfig
 ) -> list[Generated]:
-    """Answers for a batch of pictures that share one prefix.
-
-    A sampled answer is seeded by the settings and the picture itself, so no answer depends on its batch.
+    """Answers in the order of the requests, which may have prefixes and pictures of any number.
 
     Raises:
-        UserError: the prefix and `max_new_tokens` do not fit the model's context.
+        UserError: a request and `max_new_tokens` do not fit the model's context.
+        ValueError: a request has not as many slots as its pictures take.
     """
-    answers = [Generated() for _ in range(len(pixels_BHWC))]
-    for step in _steps(model, pixels_BHWC, prefix, settings, eos_id):
-        for answer, (token, logprob) in zip(answers, step, strict=True):
-            if token is not None:
-                answer.logprobs.append(logprob)
-                if token != eos_id:
-                    answer.tokens.append(token)
+    if not requests:
+        return []
+    if settings.num_beams > 1:
+        answers = beam_search(model, tokenizer, requests, settings)
+    else:
+        *_, answers = _steps(model, tokenizer, requests, settings)
+    for answer in answers:
+        text = tokenizer.decode(answer.tokens)
+        answer.text = text[: stop_at(text, settings.stop)]
     return answers
 
 
 def stream(
-    model: VisionLanguageModel, pixels_HWC: Tensor, prefix: Sequence[int], settings: GenerationConfig, eos_id: int
+    model: VisionLanguageModel, tokenizer: Tokenizer, request: Request, settings: GenerationConfig
 ) -> Iterator[int]:
-    """Token ids of one picture's answer as they come, the end token left out."""
-    for ((token, _),) in _steps(model, pixels_HWC[None], prefix, settings, eos_id):
-        if token is not None and token != eos_id:
-            yield token
+    """Token ids of one answer as they come, the end token left out.
+
+    A token is held back while it may belong to a stop string. A search over beams gives its tokens when it is over.
+
+    Raises:
+        UserError: the request and `max_new_tokens` do not fit the model's context.
+    """
+    if settings.num_beams > 1:
+        steps = iter([beam_search(model, tokenizer, [request], settings)])
+    else:
+        steps = _steps(model, tokenizer, [request], settings)
+    given, tokens = 0, list[int]()
+    for (answer,) in steps:
+        tokens = answer.tokens
+        ready = settled(tokenizer, tokens, given, settings.stop) if settings.stop else len(tokens)
+        yield from tokens[given:ready]
+        given = ready
+    if stop_at(tokenizer.decode(tokens), settings.stop) is None:
+        yield from tokens[given:]
 
 
 @torch.inference_mode()
 def _steps(
-    model: VisionLanguageModel,
-    pixels_BHWC: Tensor,
-    prefix: Sequence[int],
-    settings: GenerationConfig,
-    eos_id: int,
-) -> Iterator[list[tuple[int | None, float]]]:
-    """(token, log-probability) of each row, step by step; token None once a row has ended."""
-    needed = len(prefix) + settings.max_new_tokens
-    if needed > model.config.decoder.context:
-        raise UserError(
-            "the answer does not fit the model's context",
-            where="generation",
-            got=f"{len(prefix)} positions of picture and prompt and {settings.max_new_tokens} new tokens",
-            fix=f"shorten the prompt or max_new_tokens: the context is {model.config.decoder.context}",
-        )
-    device = model.mean.device
-    B = len(pixels_BHWC)
-    generators = [_generator(settings.seed, picture, device) for picture in pixels_BHWC]
-    cache = model.new_cache(B, needed)
-    prefix_BT = torch.tensor(prefix, device=device).expand(B, -1)
-    silenced = torch.tensor([i for i in range(NUM_SPECIAL) if i != eos_id], device=device)
-    logits_BV = model.prefill(model.encode(pixels_BHWC.to(device)), prefix_BT, cache)
-    ended_B = torch.zeros(B, dtype=torch.bool, device=device)
+    model: VisionLanguageModel, tokenizer: Tokenizer, requests: Sequence[Request], settings: GenerationConfig
+) -> Iterator[list[Generated]]:
+    """All answers as far as they are, after each token."""
+    logits_BV, cache = prefill(model, requests, settings)
+    choose = Chooser(requests, settings, logits_BV.shape[-1], logits_BV.device)
+    answers = [Generated() for _ in requests]
+    owners = list(range(len(requests)))
+    silenced = torch.tensor(tokenizer.silenced_ids, dtype=torch.long, device=logits_BV.device)
     for position in range(settings.max_new_tokens):
-        logits_BV = logits_BV.float().index_fill(1, silenced, -torch.inf)
-        tokens_B, logprobs_B = _choose(logits_BV, settings, generators)
-        yield [
-            (None if done else token, logprob)
-            for done, token, logprob in zip(ended_B.tolist(), tokens_B.tolist(), logprobs_B.tolist(), strict=True)
+        logits_BV = logits_BV.float().index_fill_(1, silenced, -torch.inf)
+        tokens_B = choose(logits_BV, position)
+        logprobs_B = logits_BV.gather(1, tokens_B[:, None])[:, 0] - logits_BV.logsumexp(dim=-1)
+        going = [
+            _goes_on(answers[owner], token, logprob, tokenizer, settings.stop)
+            for owner, token, logprob in zip(owners, tokens_B.tolist(), logprobs_B.tolist(), strict=True)
         ]
-        ended_B |= tokens_B == eos_id
-        if bool(ended_B.all()) or position == settings.max_new_tokens - 1:
+        yield answers
+        if not any(going) or position == settings.max_new_tokens - 1:
             return
+        if not all(going):
+            kept = cache.keep(going)
+            owners = [owners[row] for row in kept]
+            tokens_B = tokens_B[kept]
+            choose.reorder(torch.tensor(kept, device=tokens_B.device))
         logits_BV = model.step(tokens_B, cache)
 
 
-def _choose(
-    logits_BV: Tensor, settings: GenerationConfig, generators: Sequence[torch.Generator]
-) -> tuple[Tensor, Tensor]:
-    """Next tokens and their log-probabilities under the model (not under the narrowed sampling distribution)."""
-    logprobs_BV = torch.log_softmax(logits_BV, dim=-1)
-    if settings.temperature == 0:
-        tokens_B = logits_BV.argmax(dim=-1)
-    else:
-        probs_BV = torch.softmax(_narrow(logits_BV / settings.temperature, settings), dim=-1)
-        drawn = [torch.multinomial(p, 1, generator=g) for p, g in zip(probs_BV, generators, strict=True)]
-        tokens_B = torch.cat(drawn)
-    return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
-
-
-def _narrow(logits_BV: Tensor, settings: GenerationConfig) -> Tensor:
-    """Logits with everything outside top-k and top-p (nucleus; Holtzman et al., 2019) at minus infinity."""
-    if settings.top_k is not None:
-        kth_B1 = logits_BV.topk(min(settings.top_k, logits_BV.shape[-1]), dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
-    if settings.top_p < 1:
-        ordered_BV, index_BV = logits_BV.sort(dim=-1, descending=True)
-        probs_BV = torch.softmax(ordered_BV, dim=-1)
-        beyond_BV = probs_BV.cumsum(dim=-1) - probs_BV >= settings.top_p
-        logits_BV = logits_BV.masked_fill(beyond_BV.gather(-1, index_BV.argsort(dim=-1)), -torch.inf)
-    return logits_BV
-
-
-def _generator(seed: int, picture_HWC: Tensor, device: torch.device) -> torch.Generator:
-    fingerprint = zlib.crc32(picture_HWC.contiguous().cpu().numpy().tobytes())
-    return torch.Generator(device).manual_seed(mix(seed, fingerprint))
+def _goes_on(answer: Generated, token: int, logprob: float, tokenizer: Tokenizer, stop: Sequence[str]) -> bool:
+    """Add a token to an answer; False where that ends it."""
+    answer.logprobs.append(logprob)
+    if token == tokenizer.eos_id:
+        return False
+    answer.tokens.append(token)
+    return not stop or stop_at(tokenizer.decode(answer.tokens), stop) is None

@@ -23,8 +23,15 @@ from vlm.errors import ImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")
 
-RESAMPLING = Image.Resampling.BICUBIC
-"""Pillow's bicubic widens its filter when it shrinks a picture (antialias); torch's does not unless asked."""
+FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+"""Pillow's filters widen when they shrink a picture (antialias); torch's do not unless asked."""
+
+MAX_ASPECT = 16
+"""Above this, what a crop leaves away is never made: 4 x 16,000,000 pixels at 384 would first become 1.8 TB."""
 
 FOREIGN = (
     (b"%PDF", "PDF"),
@@ -76,20 +83,63 @@ def open_image(data: bytes, *, max_pixels: int, min_side: int) -> tuple[Image.Im
     return rgb, ImageInfo(format_, *rgb.size)
 
 
-def to_pixels(image: Image.Image, config: ImageConfig) -> npt.NDArray[np.uint8]:
-    """Pixels of an RGB picture at model resolution, HWC uint8, height = width = config.size.
+class Placement(NamedTuple):
+    """How a picture lies in the model's square: scaled as a whole, then cut from (left, top) on.
 
-    stretch: both sides to size. crop: the largest centred square, then to size. pad: the whole picture, centred on
-    white.
+    Attributes:
+        size: of the square, pixels a side.
+        width: of the picture, pixels.
+        height: of the picture, pixels.
+        scaled_width: of the whole picture at model resolution, pixels.
+        scaled_height: of the whole picture at model resolution, pixels.
+        left: scaled pixels cut away on the left; negative where white is added.
+        top: scaled pixels cut away above; negative where white is added.
     """
-    size = (config.size, config.size)
-    if config.resize == "crop":
-        image = ImageOps.fit(image, size, method=RESAMPLING)
-    elif config.resize == "pad":
-        image = ImageOps.pad(image, size, method=RESAMPLING, color="white")
-    else:
-        image = image.resize(size, RESAMPLING)
-    return np.array(image)
+
+    size: int
+    width: int
+    height: int
+    scaled_width: int
+    scaled_height: int
+    left: int
+    top: int
+
+    def to_picture(self, x: float, y: float) -> tuple[float, float]:
+        """The point of the picture that lies at (x, y) of the model's square, or its nearest point.
+
+        Edges, not centres, of pixels are counted: 0 is the left or upper border of both.
+        """
+        x = (x + self.left) * self.width / self.scaled_width
+        y = (y + self.top) * self.height / self.scaled_height
+        return min(max(x, 0.0), float(self.width)), min(max(y, 0.0), float(self.height))
+
+
+def place(width: int, height: int, config: ImageConfig) -> Placement:
+    """Where a picture of that many pixels comes to lie. Sides round as transformers' and timm's own processors do."""
+    size, short, long = config.size, min(width, height), max(width, height)
+    if config.resize == "stretch":
+        return Placement(size, width, height, size, size, 0, 0)
+    covering, inside = (size, int(size * long / short)), (max(1, round(size * short / long)), size)
+    scaled = covering if config.resize == "crop" else inside
+    across, down = scaled if width <= height else scaled[::-1]
+    left, top = (_margin(side - size, config) for side in (across, down))
+    return Placement(size, width, height, across, down, left, top)
+
+
+def _margin(spare: int, config: ImageConfig) -> int:
+    return round(spare / 2) if config.crop_start == "even" else spare // 2
+
+
+def to_pixels(image: Image.Image, config: ImageConfig) -> npt.NDArray[np.uint8]:
+    """Pixels of an RGB picture at model resolution, HWC uint8, height = width = config.size."""
+    size, resampling = (config.size, config.size), FILTERS[config.filter]
+    placed = place(*image.size, config)
+    if max(placed.scaled_width, placed.scaled_height) > MAX_ASPECT * config.size:
+        box = (*placed.to_picture(0, 0), *placed.to_picture(*size))
+        return np.array(image.resize(size, resampling, box))
+    canvas = Image.new("RGB", size, "white")
+    canvas.paste(image.resize((placed.scaled_width, placed.scaled_height), resampling), (-placed.left, -placed.top))
+    return np.array(canvas)
 
 
 def _open_header(data: bytes) -> Image.Image:
@@ -137,6 +187,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ImageError("unsupported_format", f"mode {image.mode}: 32 bits a sample have no agreed range")
+    if image.mode == "La":  # grey times alpha, of TIFF: Pillow turns it into LA and into nothing else
+        image = image.convert("LA")
     if image.has_transparency_data:
         layers = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")

@@ -91,8 +91,8 @@ class VisionLanguageModel(nn.Module):
             marks = torch.zeros_like if self.prefix_lm else torch.ones_like
             mask = attention_mask(valid_BT, marks(prefix_BT))
         cache.padding_B = padding_B
-        x_BTW = self.decoder(x_BTW, mask=mask, positions_BT=positions_BT, media=media, cache=cache)
-        return self.decoder.logits(x_BTW[:, -1])
+        x_B1W = self.decoder(x_BTW, mask=mask, positions_BT=positions_BT, media=media, cache=cache, last=True)
+        return self.decoder.logits(x_B1W[:, 0])
 
     def step(self, tokens_B: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) after one more token a row."""
@@ -102,7 +102,7 @@ class VisionLanguageModel(nn.Module):
             keys_S = torch.arange(cache.length + 1, device=tokens_B.device)
             mask = (keys_S >= cache.padding_B[:, None])[:, None, None]
         x_B1W = self.decoder(self.decoder.embed(tokens_B[:, None]), mask=mask, positions_BT=positions_BT, cache=cache)
-        return self.decoder.logits(x_B1W[:, -1])
+        return self.decoder.logits(x_B1W[:, 0])
 
     def new_cache(self, batch: int, context: int) -> KVCache:
         """An empty cache for `batch` sequences of up to `context` positions."""

@@ -8,14 +8,17 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+FREE = ("bias", "position", "_token")
+"""How the names of parameters end that never decay, whatever their shape."""
+
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: matrices decay; vectors (norms, biases), positions and token tables do not."""
+    """Two groups: matrices decay; vectors (norms, biases, stacks of biases), positions and token tables do not."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in _trainable(model):
-        is_matrix = parameter.ndim >= 2 and id(parameter) not in tables and not name.endswith(("position", "_token"))
+        is_matrix = parameter.ndim >= 2 and id(parameter) not in tables and not name.endswith(FREE)
         (decayed if is_matrix else free).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 

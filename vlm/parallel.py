@@ -26,6 +26,11 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     )
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model without what `wrap` put around it."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def global_sum(values: Tensor) -> Tensor:
     """The sum of a tensor over all ranks; a new tensor."""
     total = values.detach().clone()

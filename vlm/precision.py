@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vlm.config import Precision
+from vlm.layers.linear import linear_layers, router_layers
 from vlm.model import VisionLanguageModel
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ ROWS = 16
 
 
 def set_precision(model: VisionLanguageModel, precision: Precision) -> None:
-    """Convert a model for inference, in place, on the device it is on. Rotary tables stay fp32.
+    """Convert a model for inference, in place, on the device it is on. Rotary tables and routers stay fp32.
 
     Raises:
         UserError: torchao is needed and not installed.
@@ -33,7 +34,8 @@ def set_precision(model: VisionLanguageModel, precision: Precision) -> None:
         return
     precision.require()
     dtype = torch.float16 if precision is Precision.FP16 else torch.bfloat16
-    for parameter in model.parameters():
+    exact = {parameter for router in router_layers(model) for parameter in router.parameters()}
+    for parameter in set(model.parameters()) - exact:
         parameter.data = parameter.data.to(dtype)
     model.mean, model.std = model.mean.to(dtype), model.std.to(dtype)
     if precision.quantized:
@@ -44,15 +46,12 @@ def set_precision(model: VisionLanguageModel, precision: Precision) -> None:
 def _quantize(model: VisionLanguageModel, precision: Precision) -> None:
     from torchao.quantization import quantize_
 
-    left: list[str] = []
+    layers = linear_layers(model)
+    del layers["decoder.head"]
+    left = [name for name, layer in layers.items() if precision is Precision.INT4 and not _fits_int4(layer)]
 
     def is_chosen(module: nn.Module, name: str) -> bool:
-        if not isinstance(module, nn.Linear) or module is model.decoder.head:
-            return False
-        if precision is Precision.INT4 and (module.in_features % GROUP or module.out_features % ROWS):
-            left.append(name)
-            return False
-        return True
+        return name in layers and name not in left
 
     quantize_(model, _torchao_config(precision, model.mean.device), is_chosen)
     if left:
@@ -63,6 +62,10 @@ def _quantize(model: VisionLanguageModel, precision: Precision) -> None:
             GROUP,
             ROWS,
         )
+
+
+def _fits_int4(layer: nn.Linear) -> bool:
+    return layer.in_features % GROUP == 0 and layer.out_features % ROWS == 0
 
 
 def _torchao_config(precision: Precision, device: torch.device) -> Any:

@@ -16,8 +16,8 @@ from torch import nn
 
 from vlm.batch import Batch
 from vlm.errors import LakesightError
-from vlm.objective import num_targets, token_loss
-from vlm.parallel import global_sum, world_size
+from vlm.objective import RouterReport, num_targets, routed_layers, router_loss, token_loss
+from vlm.parallel import global_sum, unwrap, world_size
 from vlm.seeds import mix
 
 
@@ -31,6 +31,8 @@ class StepReport:
         lr: learning rate used.
         grad_norm: global gradient norm before clipping.
         tokens: target tokens of the global batch.
+        router: what routers did before the step; None for a dense model. Their losses are trained on beside `loss`, and
+            are no part of it.
     """
 
     step: int
@@ -38,6 +40,7 @@ class StepReport:
     lr: float
     grad_norm: float
     tokens: int
+    router: RouterReport | None
 
 
 class NotFiniteError(LakesightError):
@@ -77,6 +80,7 @@ def fit(
         NotFiniteError: a loss or gradient that is not finite; the weights are those before the step.
     """
     model.train()
+    layers = routed_layers(unwrap(model))
     for step, batch in enumerate(batches, start):
         torch.manual_seed(mix(seed, step, rank))
         on_device = batch.to(device)
@@ -84,22 +88,31 @@ def fit(
             loss_sum = token_loss(model(on_device), on_device)
         loss_and_tokens = global_sum(torch.stack((loss_sum.detach().double(), num_targets(on_device).double())))
         total, tokens = (float(v) for v in loss_and_tokens)
-        # DDP averages gradients over ranks; the loss is a mean over the tokens of all ranks.
-        torch.autograd.backward(loss_sum * (world_size() / tokens))
+        # DDP averages gradients over ranks; the losses are means over the tokens of all ranks.
+        objectives, router = [loss_sum * (world_size() / tokens)], None
+        if layers:
+            router_part, router = router_loss(layers, on_device)
+            if router_part.requires_grad:  # not where an adapter is all that learns, behind the last router
+                objectives.append(router_part * world_size())
+        torch.autograd.backward(objectives)
         grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
         loss = total / tokens
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise NotFiniteError(
-                "training diverged",
-                where=f"step {step}",
-                got=f"loss {loss}, gradient norm {grad_norm}",
-                fix="lower train.optimizer.lr or raise train.optimizer.warmup_steps (a new run: it starts over)",
-            )
+        _require_finite(step, loss, grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = lr_of(step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        on_step(StepReport(step, loss, lr_of(step), grad_norm, int(tokens)))
+        on_step(StepReport(step, loss, lr_of(step), grad_norm, int(tokens), router))
+
+
+def _require_finite(step: int, loss: float, grad_norm: float) -> None:
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise NotFiniteError(
+            "training diverged",
+            where=f"step {step}",
+            got=f"loss {loss}, gradient norm {grad_norm}",
+            fix="lower train.optimizer.lr or raise train.optimizer.warmup_steps (a new run: it starts over)",
+        )
 
 
 def mixed_precision(device: torch.device, *, bf16: bool) -> AbstractContextManager[object]:

@@ -24,7 +24,9 @@ MAX_BATCH_BYTES = 16 * 2**20
 MAX_BATCH_ROWS = 32
 NOTE = "lakesight ingest "
 NOTE_CONF = "spark.databricks.delta.commitInfo.userMetadata"
-UPKEEP = frozenset({"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "UNSET TBLPROPERTIES"})
+UPKEEP = frozenset(
+    {"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "UNSET TBLPROPERTIES", "ADD COLUMNS"}
+)
 """Commits that change no row."""
 
 
@@ -39,6 +41,15 @@ def ensure_tables(spark: SparkSession, platform: Platform) -> None:
         name = platform.table(table.name)
         if not spark.catalog.tableExists(name):
             spark.sql(_create(name, table, platform.tables))
+
+
+def add_columns(spark: SparkSession, platform: Platform, table: Table) -> None:
+    """Add the columns that a table of an earlier version lacks. Such columns are nullable."""
+    name = platform.table(table.name)
+    there = set(spark.table(name).columns)
+    further = [column.ddl() for column in table.columns if column.name not in there]
+    if further:
+        spark.sql(f"ALTER TABLE {name} ADD COLUMNS ({', '.join(further)})")
 
 
 def _create(name: str, table: Table, tables: Path | None) -> str:

@@ -1,4 +1,4 @@
-"""Records as their files hold them: the half of a reader that executors run. Nothing about a record is judged here.
+"""Records as their source holds them: the half of a reader that executors run. Nothing about a record is judged here.
 
 Spark's own CSV parser takes half as long as decoding the pictures in its fields, so executors take lines as bytes and
 split them themselves; Spark parses only where quotes may hold line breaks.
@@ -6,24 +6,136 @@ split them themselves; Spark parses only where quotes may hold line breaks.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-Fields = dict[str, str | None]
+FILE = "_lakesight_file"
+"""The column of a table that names the file of a row."""
+Fields = dict[str, Any]
+"""A row's columns: strings, numbers, bytes, lists and dictionaries, as the source has them."""
+
+HALF_A_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class Trouble(NamedTuple):
+    """What kept a reader from reading a record: one of tables.REASONS, and what exactly."""
+
+    reason: str
+    detail: str
 
 
 class Record(NamedTuple):
-    """One record: its file's name; the line as it was, where it is no record of that file (else None); its columns."""
+    """One record.
+
+    Attributes:
+        file: its file's name.
+        fields: its columns.
+        raw: the record as it was, where it could not be taken apart.
+        trouble: why it could not be read.
+        source_row: its name, where it has one already.
+    """
 
     file: str
-    raw: str | None
     fields: Fields
+    raw: str | None = None
+    trouble: Trouble | None = None
+    source_row: str | None = None
 
 
 Read = Callable[[Iterator[pa.RecordBatch]], Iterator[Record]]
 """Batches of a source's rows, in whatever columns its reader chose, to records."""
+
+
+def _malformed(file: str, names: Sequence[str], raw: str) -> Record:
+    detail = (
+        f"not {len(names)} columns as in the header, or wrong quotes "
+        "(line breaks inside quotes need data.source.multiline)"
+    )
+    return Record(file, dict.fromkeys(names), raw, Trouble("malformed_record", detail))
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def table_records(batches: Iterator[pa.RecordBatch], image: str) -> Iterator[Record]:
+    """Rows of a table. A picture that is a struct of bytes and path becomes two fields: IMAGE and IMAGE.path.
+
+    Args:
+        batches: the name of a row's file first, then the table's own columns.
+        image: name of the column with pictures.
+    """
+    for batch in batches:
+        names = batch.schema.names[1:]
+        for file, *values in zip(*(_values(column) for column in batch.columns), strict=True):
+            fields = dict(zip(names, values, strict=True))
+            picture = fields.get(image)
+            if isinstance(picture, dict) and "bytes" in picture:
+                fields |= {image: picture["bytes"], f"{image}.path": picture.get("path")}
+            yield Record(file, fields)
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """A column as Python has it. Spark does not mind strings that are not UTF-8, Python does."""
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        if not pa.types.is_string(column.type):
+            raise
+        values = [v if v is None else v.decode(errors="replace") for v in column.cast(pa.binary()).to_pylist()]
+    return values
+
+
+def payload_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
+    """Rows of `quarantine` as the records they were. One that was no record then is none now.
+
+    Args:
+        batches: columns `source_row` and `payload`.
+    """
+    for batch in batches:
+        for name, payload in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
+            file, fields = name.rpartition("#")[0], json_object(payload)
+            if isinstance(fields, Trouble):
+                why = "the row could not be taken apart: mend it in its file and ingest that again"
+                yield Record(file, {}, payload, Trouble("malformed_record", why), name)
+            else:
+                yield Record(file, fields, source_row=name)
+
+
+# ------------------------------------------------------------------------------------------------ JSON lines
+
+
+def json_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
+    """Records of JSON lines. Blank lines are none.
+
+    Args:
+        batches: columns `file` and `line` (bytes, UTF-8).
+    """
+    for batch in batches:
+        for file, line in zip(batch.column("file").to_pylist(), batch.column("line"), strict=True):
+            text = line.as_py().decode("utf-8", errors="replace").removeprefix("\ufeff")
+            if not text.strip():
+                continue
+            fields = json_object(text)
+            yield Record(file, {}, text, fields) if isinstance(fields, Trouble) else Record(file, fields)
+
+
+def json_object(text: str) -> Fields | Trouble:
+    """A JSON object, without the halves of characters that JSON can spell and UTF-8 cannot."""
+    try:
+        fields = json.loads(text)
+        if HALF_A_CHARACTER.search(text):
+            spelt = json.dumps(fields, ensure_ascii=False).encode("utf-16", "surrogatepass")
+            fields = json.loads(spelt.decode("utf-16", "replace"))
+    except (ValueError, RecursionError) as error:
+        return Trouble("malformed_record", f"not JSON: {error}")
+    return fields if isinstance(fields, dict) else Trouble("malformed_record", "JSON, but not an object")
+
+
+# ------------------------------------------------------------------------------------------------ CSV
 
 
 def parsed_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
@@ -34,7 +146,8 @@ def parsed_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
     """
     for batch in batches:
         for row in batch.to_pylist():
-            yield Record(row["file"], row["raw"], dict(row["row"]))
+            fields = dict(row["row"])
+            yield _malformed(row["file"], list(fields), row["raw"]) if row["raw"] else Record(row["file"], fields)
 
 
 def csv_records(batches: Iterator[pa.RecordBatch], headers: Sequence[tuple[str, ...]]) -> Iterator[Record]:
@@ -58,9 +171,9 @@ def csv_records(batches: Iterator[pa.RecordBatch], headers: Sequence[tuple[str, 
             names = headers[header[index].as_py()]
             values = split_line(text)
             if values is None or len(values) != len(names):
-                yield Record(file[index].as_py(), text, dict.fromkeys(names))
+                yield _malformed(file[index].as_py(), names, text)
             else:
-                yield Record(file[index].as_py(), None, {n: v or None for n, v in zip(names, values, strict=True)})
+                yield Record(file[index].as_py(), {n: v or None for n, v in zip(names, values, strict=True)})
 
 
 def split_line(line: str) -> list[str] | None:

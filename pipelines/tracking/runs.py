@@ -26,13 +26,15 @@ from mlflow.exceptions import MlflowException
 from pipelines.config import RunConfig
 from pipelines.errors import StageFailed, UserError
 from pipelines.platform import Platform
-from pipelines.rundir import CaptionSamples, RunDir, RunFile, read_json, write_json
+from pipelines.rundir import CaptionSamples, Metrics, RunDir, RunFile, read_json, write_json
 from pipelines.shards import Shards
+from pipelines.tracking.load import draw_expert_load
 from vlm.config import Config
 
 logger = logging.getLogger(__name__)
 
 SAMPLES_TABLE = "samples.json"
+LOAD_PICTURE = "expert_load.png"
 CAUSE_TAG = "lakesight.cause"
 POLL_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
@@ -158,6 +160,7 @@ class Follower(threading.Thread):
         self._client, self._run, self._run_id = client, run, run_id
         self._stopping = threading.Event()
         self._metrics_step = self._samples_step = -1
+        self._routed: Metrics | None = None  # the last step that tells of experts
         self._certain = False  # whether we know what MLflow has: not at the start, nor after a failed request
 
     def run(self) -> None:
@@ -177,7 +180,7 @@ class Follower(threading.Thread):
         self.join()
 
     def drain(self, seconds: float) -> None:
-        """Log what is left, trying for `seconds`.
+        """Log what is left, and the last load of experts as a picture, trying for `seconds`.
 
         Raises:
             MlflowException, OSError: the last error, when time is up.
@@ -186,6 +189,8 @@ class Follower(threading.Thread):
         while True:
             try:
                 self.catch_up()
+                if self._routed is not None:
+                    self._client.log_figure(self._run_id, draw_expert_load(self._routed), LOAD_PICTURE)
                 return
             except _OUTAGE:
                 if time.monotonic() + pause > deadline:
@@ -212,12 +217,13 @@ class Follower(threading.Thread):
             metrics=[
                 Metric(key, value, int(file.time * 1000), file.step)
                 for file in files
-                for key, value in file.values.items()
+                for key, value in file.points.items()
                 if (key, file.step) not in known
             ],
         )
         if files:
             self._metrics_step = files[-1].step
+        self._routed = next((file for file in reversed(files) if file.expert_load), self._routed)
 
     def _log_samples(self, samples: CaptionSamples) -> None:
         shards = Shards.open(Path(self._run.read_run().validate_shards))

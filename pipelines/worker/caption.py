@@ -10,8 +10,7 @@ import base64
 import binascii
 import functools
 import hashlib
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from pipelines.config import LimitsConfig
 from vlm.checkpoint import load_model
 from vlm.config import GenerationConfig, Precision
 from vlm.errors import ImageError, UserError
-from vlm.generate import Generated, generate
+from vlm.generate import Generated, Request, check_room, generate
 from vlm.image import open_image, to_pixels
 from vlm.model import VisionLanguageModel
 from vlm.precision import set_precision
@@ -31,6 +30,8 @@ from vlm.text.base import Tokenizer
 from vlm.text.prompt import prefix_ids
 
 BATCH_ROWS = 64
+BATCH_POSITIONS = 16_384
+"""A batch has no more rows and, over its rows and beams, no more positions: what bounds the memory of the cache."""
 LIMITS = LimitsConfig()
 
 
@@ -85,32 +86,46 @@ class Captioner:
                 pixels[index] = to_pixels(picture, self.model.config.image)
             except ImageError as error:
                 results[index] = _failed(f"{error.reason}: {error.detail}", digests.get(index))
-        by_prompt: dict[str, list[int]] = defaultdict(list)
-        for index in pixels:
-            by_prompt[prompts[index]].append(index)
-        for prompt, indices in by_prompt.items():
-            for start in range(0, len(indices), BATCH_ROWS):
-                chunk = indices[start : start + BATCH_ROWS]
-                try:
-                    answers = self.answer(np.stack([pixels[i] for i in chunk]), prompt, settings)
-                except UserError as error:  # a prompt that does not fit
-                    results |= {i: _failed(str(error), digests[i]) for i in chunk}
-                else:
-                    results |= {i: self._result(a, digests[i]) for i, a in zip(chunk, answers, strict=True)}
+        answers = self.answer(list(pixels.values()), [prompts[index] for index in pixels], settings)
+        results |= {i: _result(answer, digests[i]) for i, answer in zip(pixels, answers, strict=True)}
         return [results[index] for index in range(len(images))]
 
-    def answer(self, pixels_BHWC: npt.NDArray[np.uint8], prompt: str, settings: GenerationConfig) -> list[Generated]:
-        """Generated tokens of pictures at model resolution that share a prompt.
+    def answer(
+        self, pictures: Sequence[npt.NDArray[np.uint8]], prompts: Sequence[str], settings: GenerationConfig
+    ) -> list[Generated | UserError]:
+        """What is said about each picture at model resolution, in order; the error where its prompt does not fit."""
+        answers: dict[int, Generated | UserError] = {}
+        requests: dict[int, Request] = {}
+        for index, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
+            prefix = prefix_ids(self.tokenizer, self.model.config.num_slots, prompt)
+            request = Request(prefix, (torch.tensor(picture),))
+            try:
+                check_room(self.model, request, settings)
+            except UserError as error:
+                answers[index] = error
+            else:
+                requests[index] = request
+        for batch in _batches(requests, settings):
+            found = generate(self.model, self.tokenizer, [requests[index] for index in batch], settings)
+            answers |= dict(zip(batch, found, strict=True))
+        return [answers[index] for index in range(len(pictures))]
 
-        Raises:
-            UserError: the prompt does not fit the model's context.
-        """
-        prefix = prefix_ids(self.tokenizer, self.model.config.num_slots, prompt)
-        return generate(self.model, torch.from_numpy(pixels_BHWC), prefix, settings, self.tokenizer.eos_id)
 
-    def _result(self, answer: Generated, sha256: str) -> CaptionResult:
-        mean_logprob = sum(answer.logprobs) / len(answer.logprobs)
-        return CaptionResult(self.tokenizer.decode(answer.tokens), None, sha256, answer.num_tokens, mean_logprob)
+def _batches(requests: Mapping[int, Request], settings: GenerationConfig) -> Iterator[list[int]]:
+    """Which requests go together: those of about the same length, the longest first."""
+    by_length = sorted(requests, key=lambda index: -len(requests[index].prefix))
+    while by_length:
+        positions = (len(requests[by_length[0]].prefix) + settings.max_new_tokens) * settings.num_beams
+        rows = max(1, min(BATCH_ROWS, BATCH_POSITIONS // positions))
+        yield by_length[:rows]
+        by_length = by_length[rows:]
+
+
+def _result(answer: Generated | UserError, sha256: str) -> CaptionResult:
+    if isinstance(answer, UserError):
+        return _failed(str(answer), sha256)
+    mean_logprob = sum(answer.logprobs) / len(answer.logprobs)
+    return CaptionResult(answer.text, None, sha256, answer.num_tokens, mean_logprob)
 
 
 def _failed(error: str, sha256: str | None) -> CaptionResult:

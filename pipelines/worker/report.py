@@ -74,6 +74,6 @@ class Stopwatch:
         return rates
 
 
-def write_metrics(run: RunDir, step: int, values: dict[str, float]) -> None:
+def write_metrics(run: RunDir, step: int, values: dict[str, float], expert_load: dict[str, tuple[float, ...]]) -> None:
     """One log step, for whoever follows the run."""
-    write_json(run.metrics(step), Metrics(step=step, time=time.time(), values=values))
+    write_json(run.metrics(step), Metrics(step=step, time=time.time(), values=values, expert_load=expert_load))

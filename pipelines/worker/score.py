@@ -10,8 +10,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from pipelines.shards import Row, Shards
 from pipelines.worker.batches import Collator
 from pipelines.worker.caption import Captioner
@@ -71,20 +69,10 @@ def _by_prompt(row: Row) -> dict[str, list[str]]:
 
 
 def _captions(captioner: Captioner, asked: Sequence[tuple[Row, str]]) -> list[str | None]:
-    """Greedy captions by the model's own settings; pictures that share a prompt are decoded together."""
+    """Captions by the model's own settings without chance; None where the prompt leaves no room."""
     settings = captioner.model.config.generation.model_copy(update={"temperature": 0.0})
-    by_prompt: dict[str, list[int]] = defaultdict(list)
-    for place, (_, prompt) in enumerate(asked):
-        by_prompt[prompt].append(place)
-    captions: list[str | None] = [None] * len(asked)
-    for prompt, places in by_prompt.items():
-        try:
-            answers = captioner.answer(np.stack([asked[place][0].pixels for place in places]), prompt, settings)
-        except UserError:
-            continue  # the prompt leaves no room: None says so
-        for place, answer in zip(places, answers, strict=True):
-            captions[place] = captioner.tokenizer.decode(answer.tokens)
-    return captions
+    answers = captioner.answer([row.pixels for row, _ in asked], [prompt for _, prompt in asked], settings)
+    return [None if isinstance(answer, UserError) else answer.text for answer in answers]
 
 
 def _losses(

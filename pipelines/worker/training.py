@@ -146,15 +146,19 @@ class Learner:
         self.stopwatch.stop(settings.batch_size, report.tokens)
         self.watch.at(done)
         values: dict[str, float] = {}
+        load: dict[str, tuple[float, ...]] = {}
         if last or done % settings.log_every == 0:
             values |= {"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm, **self.stopwatch.lap()}
+            if report.router is not None:
+                values |= {"router_balance": report.router.balance, "router_z": report.router.z}
+                load = report.router.load
             values = {f"train/{name}": value for name, value in values.items()}
         if last or done % settings.validate_every == 0:
             values |= self._validate()
             if leads:
                 self._write_samples(done)
         if leads and values:
-            write_metrics(self.run, done, values)
+            write_metrics(self.run, done, values, load)
             log.info("step %d of %d: %s", done, settings.steps, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
         if leads and (last or done % settings.checkpoint_every == 0):
             self.origin.save(self.run.checkpoint(done), self.model, self.optimizer, done, last=last)

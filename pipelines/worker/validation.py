@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipelines.rundir import CaptionSample
 from pipelines.shards import Shards
 from pipelines.worker.batches import Collator
-from vlm.generate import generate
+from vlm.generate import Request, generate
 from vlm.model import VisionLanguageModel
 from vlm.objective import blind_losses
 from vlm.parallel import global_sum
@@ -68,12 +67,8 @@ def caption_samples(
         prompt, text = row.texts[0]
         prefix = prefix_ids(tokenizer, config.num_slots, prompt)
         if len(prefix) <= room:
-            (answer,) = generate(model, _one(row.pixels), prefix, config.generation, tokenizer.eos_id)
-            caption = tokenizer.decode(answer.tokens)
-            samples.append(CaptionSample(row=index, image_id=row.image_id, text=text, caption=caption))
+            request = Request(prefix, (torch.tensor(row.pixels),))
+            (answer,) = generate(model, tokenizer, [request], config.generation)
+            samples.append(CaptionSample(row=index, image_id=row.image_id, text=text, caption=answer.text))
     model.train()
     return tuple(samples)
-
-
-def _one(pixels_HWC: np.typing.NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(pixels_HWC[None].copy())

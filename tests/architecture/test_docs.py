@@ -62,6 +62,30 @@ def problems_with(key: str) -> str:
     return ""
 
 
+def yaml_files() -> Iterator[tuple[str, str, str]]:
+    """Files of conf/ that the pages show whole: kind, name, content."""
+    for page in PAGES:
+        for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.M | re.S):
+            named = re.match(r"# conf/(run|data)/(\w+)\.yml\n", block)
+            if named:
+                yield named[1], named[2], block
+
+
+@pytest.mark.parametrize(("kind", "name", "content"), yaml_files())
+def test_every_run_and_data_config_shown_is_one(
+    kind: str, name: str, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "conf" / kind).mkdir(parents=True)
+    (tmp_path / "conf" / kind / f"{name}.yml").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    if kind == "data":
+        run = f"{{model: nano, data: {name}, train: demo}}"
+        (tmp_path / "conf" / "run").mkdir()
+        (tmp_path / "conf" / "run" / "shown.yml").write_text(run)
+    assert load_run(name if kind == "run" else "shown").chosen.data == name
+    assert len(content.splitlines()) <= 10, "one YAML of at most ten lines is what the README promises"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_link_between_pages_leads_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())

@@ -19,7 +19,7 @@ ROOMS = {
         set(),
     ),
     "vlm": (["vlm/**/*.py"], {"torch"}),
-    "driver": (["pipelines/driver/*.py"], {"pyspark", "delta", "deltalake"}),
+    "driver": (["pipelines/driver/**/*.py"], {"pyspark", "delta", "deltalake"}),
     "executor": (["pipelines/executor/*.py"], set()),
     "worker": (["pipelines/worker/*.py"], {"torch"}),
     "commands": (["jobs/*.py"], set()),

@@ -48,7 +48,7 @@ class Scenes:
         rng = np.random.default_rng(seed)
         scenes = [random_scene(rng) for _ in range(count)]
         pictures = [draw(scene, rng) for scene in scenes]
-        self.texts = [str(scene) for scene in scenes]
+        self.texts = [scene.caption for scene in scenes]
         self.files = []
         for picture in pictures:
             buffer = io.BytesIO()

@@ -98,7 +98,7 @@ def learner(model: nn.Module, loss_of: Callable[[], Tensor], batch: int) -> Call
 
     def step() -> int:
         optimizer.zero_grad()
-        loss_of().backward()
+        torch.autograd.backward(loss_of())
         optimizer.step()
         return batch
 

@@ -72,12 +72,14 @@ def measured(work: Callable[[], int]) -> tuple[float, float]:
     return count / seconds, max(samples) / 1e6
 
 
-def in_turn(works: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
+def in_turn(
+    works: dict[str, Callable[[], int]], rounds: int, clock: Callable[[], float] = time.monotonic
+) -> dict[str, float]:
     """Items a second of each, the median of several rounds; A B A B, because a machine's speed drifts."""
     rates: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
-            started = time.monotonic()
+            started = clock()
             count = work()
-            rates[name].append(count / (time.monotonic() - started))
+            rates[name].append(count / (clock() - started))
     return {name: statistics.median(found) for name, found in rates.items()}

@@ -204,7 +204,7 @@ def test_pixel_shuffle_equals_idefics_3(factor: int) -> None:
         vision_config={"hidden_size": 8, "num_attention_heads": 4},
         text_config={"hidden_size": WIDTH, "num_attention_heads": 4, "pad_token_id": 0},
     )
-    original: nn.Module = Idefics3Connector(config)  # type: ignore[no-untyped-call]
+    original: nn.Module = Idefics3Connector(config)
     mine = PixelShuffle(8, WIDTH, factor)
     fill(mine, {"linear.weight": original.state_dict()["modality_projection.proj.weight"]})
     x_BNW = torch.randn(2, 36, 8)

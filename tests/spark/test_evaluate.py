@@ -22,6 +22,7 @@ from pipelines.worker.caption import load_captioner
 from vlm import text
 from vlm.build import build_model
 from vlm.checkpoint import save_model
+from vlm.generate import Generated
 from vlm.objective import row_losses
 
 ROWS = 70
@@ -87,8 +88,9 @@ def test_executors_measure_what_a_plain_loop_measures(
             loss, count = row_losses(captioner.model, collator.batch([picture], [row.texts[0]]))
             right, wrong = (right + loss.item(), wrong) if picture is row else (right, wrong + loss.item())
         tokens += int(count)
-        (answer,) = captioner.answer(row.pixels[None], "", captioner.model.config.generation)
-        exact += captioner.tokenizer.decode(answer.tokens) == row.texts[0][1]
+        (answer,) = captioner.answer([row.pixels], [""], captioner.model.config.generation)
+        assert isinstance(answer, Generated)
+        exact += answer.text == row.texts[0][1]
     values = report.values()
     assert values["loss"] == pytest.approx(right / tokens, rel=1e-4)
     assert values["blind_gap"] == pytest.approx((wrong - right) / tokens, rel=1e-3, abs=1e-5)

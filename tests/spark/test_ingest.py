@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pyspark.sql import Row, SparkSession
 
 from pipelines.config import DataConfig
 from pipelines.driver.ingest import IngestReport, ingest
-from pipelines.driver.session import commit_note, note_of, versions
+from pipelines.driver.session import UPKEEP, add_columns, commit_note, note_of, versions
 from pipelines.errors import UserError
 from pipelines.platform import Platform
 from pipelines.tables import SAMPLES
@@ -25,7 +26,9 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 def config(path: Path, **changes: Any) -> DataConfig:
     source = {"path": str(path), **changes.pop("source", {})}
-    return DataConfig.model_validate({"source": source, "limits": {"max_pixels": 2_000_000}} | changes)
+    return DataConfig.model_validate(
+        {"source": source, "near_duplicates": False, "limits": {"max_pixels": 2_000_000}} | changes
+    )
 
 
 def rows_of(spark: SparkSession, platform: Platform, table: str, source: str) -> list[Row]:
@@ -277,3 +280,17 @@ def test_the_pin_of_a_source_moves_with_its_own_rows_and_with_changes_by_hand_on
     assert versions(spark, platform, source).changed == pinned
     spark.sql(f"DELETE FROM {table} WHERE source = '{source}' AND texts[0].text = 'a'").collect()
     assert versions(spark, platform, source).changed == newest(spark, platform)
+
+
+def test_a_table_of_an_earlier_version_gets_the_columns_that_it_lacks_and_keeps_its_rows(
+    spark: SparkSession, platform: Platform, tmp_path: Path
+) -> None:
+    old = replace(platform, namespace="lakesight_old", tables=tmp_path)
+    spark.sql(f"CREATE SCHEMA lakesight_old LOCATION '{tmp_path}'")
+    spark.sql("CREATE TABLE lakesight_old.samples USING DELTA AS SELECT 'a' AS image_id, 'b' AS sha256")
+    for _ in range(2):
+        add_columns(spark, old, replace(SAMPLES, columns=(*SAMPLES.columns[:2], *SAMPLES.columns[-2:])))
+    [row] = spark.table("lakesight_old.samples").collect()
+    assert row.asDict() == {"image_id": "a", "sha256": "b", "fingerprint": None, "near_of": None}
+    history = spark.sql("DESCRIBE HISTORY lakesight_old.samples").collect()
+    assert [commit["operation"] in UPKEEP for commit in history] == [True, False]

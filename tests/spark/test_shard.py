@@ -30,7 +30,8 @@ COUNT = 150
 
 def config(path: Path, **shards: Any) -> DataConfig:
     split = {"kind": "hash", "val": 0.2, "test": 0.0}
-    return DataConfig.model_validate({"source": {"path": str(path)}, "split": split, "shards": {"rows": 50} | shards})
+    usual = {"source": {"path": str(path)}, "split": split, "near_duplicates": False}
+    return DataConfig.model_validate(usual | {"shards": {"rows": 50} | shards})
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def tiny_config(variant: str) -> ModelConfig:
     )
 
 
-RARE = ("registers", "capped", "looking")
+RARE = ("registers", "capped", "looking", "routed")
 VISION = {
     "registers": {"registers": 2, "position_on": "patches", "pre_norm": True, "post_norm": False},
     "capped": {"class_token": True, "registers": 1, "select": "attention"},
@@ -65,6 +65,10 @@ PROJECTOR = {
 FUSION = {"looking": {"kind": "cross_attention", "every": 2, **LOOK}}
 
 
+ENCODER_EXPERTS = {"kind": "moe", "num_experts": 3, "expert": {"kind": "plain", "mlp_width": 16}, "noisy": True}
+DECODER_EXPERTS = {"kind": "moe", "num_experts": 4, "expert": {"kind": "gated", "mlp_width": 16}, "noisy": True}
+
+
 def rare_config(variant: str) -> ModelConfig:
     """The axes that published families need: what `tiny_config` has not."""
     capped = variant == "capped"
@@ -73,6 +77,9 @@ def rare_config(variant: str) -> ModelConfig:
     config["vision"]["transformer"]["layer_scale"] = 0.5 if variant == "registers" else None
     config["projector"] = PROJECTOR.get(variant, config["projector"])
     config["fusion"] = FUSION.get(variant, {"kind": "slots"})
+    if variant == "routed":
+        config["vision"]["transformer"]["mlp"] = ENCODER_EXPERTS
+        config["decoder"]["transformer"]["mlp"] = DECODER_EXPERTS
     if capped:
         config["decoder"] |= {"scale_embeddings": True, "soft_cap": 3.0}
         config["decoder"]["transformer"] |= {"sandwich": True, "norm": {"kind": "rms", "offset": True}}

@@ -72,7 +72,8 @@ def test_an_adapter_begins_as_nothing_and_ends_merged_into_a_plain_model(variant
     adapted = {name for name, layer in model.named_modules() if isinstance(layer, LoraLinear)}
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == {f"{name}.{part}" for name in adapted for part in ("down", "up")}
-    assert {"encoder.blocks.0.attention.qkv", "decoder.blocks.1.mlp.out"} <= adapted
+    assert {"encoder.blocks.0.attention.qkv", "decoder.blocks.1.attention.out"} <= adapted
+    assert "decoder.blocks.0.mlp.router" not in adapted
     for name, parameter in model.named_parameters():
         if name.endswith(".up"):
             torch.nn.init.normal_(parameter, std=0.1)
@@ -97,6 +98,13 @@ def test_training_moves_the_adapter_alone_and_the_optimizer_remembers_nothing_el
     assert set(optimizer.state) == set(trained)
     remembered = sum(t.numel() for state in optimizer.state.values() for t in state.values() if t.ndim)
     assert remembered == 2 * sum(p.numel() for p in trained)
+
+
+def test_behind_the_last_router_an_adapter_learns_too() -> None:
+    model, tokenizer = tiny_model("routed")
+    add_adapter(model, AdapterConfig(pattern="decoder.head"))
+    reports = learn(model, adamw(model), itertools.repeat(tiny_batch(model, tokenizer, TEXTS), 10))
+    assert reports[-1].loss < reports[0].loss
 
 
 def test_a_pattern_that_matches_no_layer_names_those_that_are_near() -> None:
@@ -206,7 +214,7 @@ def test_a_run_that_starts_from_a_folder_starts_with_its_weights(base: Path) -> 
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("variant", ["plain", "other", "looking"])
+@pytest.mark.parametrize("variant", ["plain", "other", "looking", "routed"])
 def test_frozen_weights_in_half_precision_change_no_number_of_a_run_in_half_precision(variant: str) -> None:
     ends = []
     for halved in (False, True):
@@ -215,7 +223,9 @@ def test_frozen_weights_in_half_precision_change_no_number_of_a_run_in_half_prec
         add_adapter(model, BLOCKS)
         if halved:
             halve_frozen(model)
-            assert model.decoder.blocks[0].attention.qkv.weight.dtype == torch.bfloat16  # type: ignore[union-attr]
+            halved_names = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
+            assert "decoder.blocks.0.attention.qkv.weight" in halved_names
+            assert ("decoder.blocks.0.mlp.experts.out.weight" in halved_names) == (variant == "routed")
             assert model.decoder.tokens.weight.dtype == torch.float32
         reports = learn(model, adamw(model), [tiny_batch(model, tokenizer, TEXTS)] * 5, bf16=True)
         corrections = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}

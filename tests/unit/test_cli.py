@@ -19,7 +19,7 @@ import typer
 from deltalake import write_deltalake
 from PIL import Image
 
-from jobs.cli import FOR_PEOPLE, STAGES, Commands, app, main, run
+from jobs.cli import FOR_PEOPLE, FOR_WEIGHTS, STAGES, Commands, app, main, run
 from pipelines.config import load_model
 from pipelines.errors import StageFailed
 from vlm import text
@@ -28,6 +28,7 @@ from vlm.checkpoint import save_model
 from vlm.config import CharsConfig
 
 COMMANDS = [command.__name__ for command in (*STAGES, *FOR_PEOPLE)]
+ON_FOLDERS = [command.__name__.replace("_", "-") for command in FOR_WEIGHTS]
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,7 @@ def assert_users_mistake(done: subprocess.CompletedProcess[str], *said: str) -> 
 def test_help_lists_every_command_and_how_to_start() -> None:
     done = lakesight("--help")
     assert done.returncode == 0
-    assert [name for name in COMMANDS if f"\n  {name}" not in done.stdout] == []
+    assert [name for name in COMMANDS + ON_FOLDERS if f"\n  {name}" not in done.stdout] == []
     assert "lakesight demo" in done.stdout
 
 
@@ -77,8 +78,17 @@ def test_every_command_takes_the_common_options_and_shows_an_example(
     assert "--json" in options or name == "ui"
 
 
+@pytest.mark.parametrize("name", ON_FOLDERS)
+def test_a_command_on_folders_needs_no_run_and_shows_an_example(name: str) -> None:
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    assert f"\n  lakesight {name}" in command.help
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert {"--out", "--json"} <= options
+    assert "--run" not in options
+
+
 @pytest.mark.parametrize(
-    "arguments", [["no-such-command"], ["train", "--no-such-option"], ["ui", "--port", "70000"], ["ask"]]
+    "arguments", [["no-such-command"], ["train", "--no-such-option"], ["ui", "--port", "70000"], ["rollback", "x"]]
 )
 def test_a_command_line_that_cannot_be_parsed_exits_2(arguments: list[str]) -> None:
     done = lakesight(*arguments)
@@ -165,6 +175,11 @@ def test_stdout_carries_the_report_alone_whoever_else_prints() -> None:
         (["ingest", "--platform", "cloud"], ["no platform is called 'cloud'", "databricks, local"]),
         (["show", "samples"], ["no table 'samples'", "no tables at all", "lakesight demo"]),
         (["show", "samples", "--platform", "databricks"], ["platform.catalog: missing"]),
+        (["ask"], ["there is nothing to ask", "neither a picture nor a prompt"]),
+        (["ask", "--prompt", "why?", "--draw", "x.png"], ["boxes are drawn on one picture", "0 pictures"]),
+        (["ask", "a.png", "b.png", "--draw", "x.png"], ["boxes are drawn on one picture", "2 pictures"]),
+        (["ask", "a.png", "--draw", "nowhere/x.png"], ["the drawing cannot be written", "no such folder"]),
+        (["ask", "a.png", "--draw", "x.txt"], ["the drawing cannot be written", "no picture format ends in '.txt'"]),
         (["ask", "no-such.png"], ["the picture cannot be read", "no-such.png", "No such file"]),
     ],
 )

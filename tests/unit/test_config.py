@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.config import RunConfig, available, load_model, load_run, short_hash
+from pipelines.config import CsvSourceConfig, RunConfig, available, load_model, load_run, short_hash
 from pipelines.errors import ConfigError
 
 DEPLOYMENT = [
@@ -46,6 +46,7 @@ def test_overrides_are_typed_by_the_field_they_land_on() -> None:
             "train.optimizer.betas=[0.8, 0.9]",
         ],
     )
+    assert isinstance(run.data.source, CsvSourceConfig)
     assert (run.train.steps, run.train.optimizer.lr, run.data.source.multiline) == (7, 3e-4, True)
     assert (run.data.source.path, run.data.source.columns.id) == ("1e3", "key")
     assert run.model.num_slots == 16
@@ -85,6 +86,11 @@ def test_a_value_may_contain_an_equals_sign() -> None:
         ("data.split={kind: hash, val: 0.5, test: 0.5}", "val + test leaves nothing to train on"),
         ("train.adapter.pattern=decoder.*", "train: adapter needs start_from"),
         ("train.adapter.pattern=decoder(", "train.adapter.pattern: not a regular expression: missing )"),
+        ("data.split={val: 0.1}", "data.split: kind is missing"),
+        ("data.source={kind: folder}", "data.source.captions: missing"),
+        ("data.source={kind: table, table: a, path: b}", "give one of table and path"),
+        ("data.source={kind: table, table: a;drop}", "data.source.table: String should match pattern"),
+        ("data={source: {kind: table}, split: {kind: file}}", "a table has no files that could say the split"),
         ("model.image={size: ", "model.image: '{size: ' is not a YAML list or mapping"),
     ],
 )
@@ -145,6 +151,19 @@ def test_a_run_file_that_cannot_be_used_is_explained(
     (tmp_path / "conf" / "run" / "own.yml").write_text(text)
     monkeypatch.chdir(tmp_path)
     assert expected in problems(run="own")
+
+
+def test_a_run_may_hold_its_data_section_and_is_one_file_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "conf" / "run").mkdir(parents=True)
+    source = "{kind: folder, path: pictures, captions: captions.csv, columns: {text: title}}"
+    (tmp_path / "conf" / "run" / "own.yml").write_text(f"model: nano\ntrain: demo\ndata:\n  source: {source}\n")
+    monkeypatch.chdir(tmp_path)
+    run = load_run("own", overrides=["data.split.val=0.5", "data.split.kind=hash"])
+    assert run.chosen.data == "own"
+    assert (run.data.source.path, run.data.source.columns.text) == ("pictures", "title")
+    assert run.data.source.columns.image == "file_name", "what is not named stays as the kind of source has it"
+    assert RunConfig.from_json(run.to_json()) == run
+    assert load_run("own", overrides=["data.source={path: x.csv}"]).data.source == CsvSourceConfig(path="x.csv")
 
 
 def test_a_saved_run_of_another_version_is_an_error_and_not_a_guess() -> None:

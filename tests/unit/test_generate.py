@@ -1,94 +1,247 @@
-"""Generation: the cache changes nothing, and neither does the batch."""
+"""Generation: neither the cache, nor the batch, nor padding changes an answer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
 from models import VARIANTS, tiny_model, tiny_pixels
+from pydantic import ValidationError
 
 from vlm.batch import Batch
 from vlm.config import GenerationConfig
 from vlm.errors import UserError
-from vlm.generate import generate, stream
+from vlm.generate import Generated, Request, generate, stream
 from vlm.model import VisionLanguageModel
-from vlm.text.base import NUM_SPECIAL
+from vlm.text.base import NUM_SPECIAL, Tokenizer
 from vlm.text.prompt import prefix_ids
 
 GREEDY = GenerationConfig(max_new_tokens=12)
 SAMPLED = GenerationConfig(max_new_tokens=12, temperature=1.0, top_k=20, top_p=0.95, seed=3)
+SHORT = GREEDY.model_copy(update={"max_new_tokens": 6})
+PROMPTS = ("", "a", "what", "is it a b c", "why?", "q" * 16)
 
 
-def slow_greedy(model: VisionLanguageModel, pixels: torch.Tensor, prefix: list[int], steps: int, eos: int) -> list[int]:
-    """Greedy generation without a cache: the whole sequence again for every token."""
-    tokens = list(prefix)
-    for _ in range(steps):
-        row = torch.tensor([tokens])
-        labels = torch.full_like(row, -100)
-        labels[0, -1] = 0
-        logits = model(Batch(pixels[None], row, labels, torch.tensor([len(prefix)])))
-        logits[0, [i for i in range(NUM_SPECIAL) if i != eos]] = -torch.inf
-        token = int(logits[0].argmax())
-        if token == eos:
+def ask(
+    model: VisionLanguageModel, tokenizer: Tokenizer, pictures: Sequence[torch.Tensor], prompt: str = ""
+) -> Request:
+    return Request(prefix_ids(tokenizer, model.config.num_slots, prompt, len(pictures)), tuple(pictures))
+
+
+def unequal(model: VisionLanguageModel, tokenizer: Tokenizer, count: int) -> list[Request]:
+    """Requests with prompts of many lengths and no, one or two pictures."""
+    pixels = tiny_pixels(2 * count)
+    most = 2 if model.config.num_slots < 16 else 1
+    pictures = [list(pixels[2 * i : 2 * i + min(i % 3, most)]) for i in range(count)]
+    return [ask(model, tokenizer, pictures[i], PROMPTS[i % len(PROMPTS)]) for i in range(count)]
+
+
+def next_logits(model: VisionLanguageModel, tokenizer: Tokenizer, request: Request, answer: list[int]) -> torch.Tensor:
+    """Log-probabilities of the next token without a cache: the whole sequence again."""
+    row = torch.tensor([[*request.prefix, *answer]])
+    batch = Batch(torch.stack(list(request.pixels)), row, row, torch.tensor([len(request.prefix)]))
+    logits = model.decoder.logits(model.hidden(batch)[0, -1])
+    logits[list(tokenizer.silenced_ids)] = -torch.inf
+    return torch.log_softmax(logits, dim=-1)
+
+
+@torch.inference_mode()
+def slow_greedy(model: VisionLanguageModel, tokenizer: Tokenizer, request: Request, steps: int) -> list[int]:
+    answer: list[int] = []
+    while len(answer) < steps:
+        token = int(next_logits(model, tokenizer, request, answer).argmax())
+        if token == tokenizer.eos_id:
             break
-        tokens.append(token)
-    return tokens[len(prefix) :]
+        answer.append(token)
+    return answer
+
+
+def assert_same(found: Generated, expected: Generated) -> None:
+    assert found.tokens == expected.tokens
+    assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("prompt", ["", "what is it?"])
 def test_cached_generation_equals_uncached_generation(variant: str, prompt: str) -> None:
     model, tokenizer = tiny_model(variant)
-    pixels = tiny_pixels(3)
-    prefix = prefix_ids(tokenizer, model.config.num_slots, prompt)
-    answers = generate(model, pixels, prefix, GREEDY, tokenizer.eos_id)
-    with torch.inference_mode():
-        expected = [slow_greedy(model, picture, prefix, 12, tokenizer.eos_id) for picture in pixels]
+    requests = [ask(model, tokenizer, [picture], prompt) for picture in tiny_pixels(3)]
+    answers = generate(model, tokenizer, requests, GREEDY)
+    expected = [slow_greedy(model, tokenizer, request, 12) for request in requests]
     assert [answer.tokens for answer in answers] == expected
+    assert [answer.text for answer in answers] == [tokenizer.decode(tokens) for tokens in expected]
     assert len({tuple(tokens) for tokens in expected}) > 1
 
 
-@pytest.mark.parametrize("settings", [GREEDY, SAMPLED])
-def test_an_answer_does_not_depend_on_its_batch(settings: GenerationConfig) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_answer_is_the_same_alone_and_padded_among_sixteen(variant: str) -> None:
+    model, tokenizer = tiny_model(variant)
+    requests = unequal(model, tokenizer, 16)
+    beams = SHORT.model_copy(update={"num_beams": 3})
+    penalised = GREEDY.model_copy(update={"repetition_penalty": 1.5})
+    for settings in (GREEDY, SAMPLED, penalised, beams):
+        together = generate(model, tokenizer, requests, settings)
+        for request, answer in zip(requests, together, strict=True):
+            (alone,) = generate(model, tokenizer, [request], settings)
+            assert_same(answer, alone)
+    assert len({len(answer.tokens) for answer in generate(model, tokenizer, requests, SAMPLED)}) > 1
+
+
+@pytest.mark.parametrize("variant", ["plain", "looking"])
+def test_every_picture_of_a_request_counts_and_so_does_their_order(variant: str) -> None:
+    model, tokenizer = tiny_model(variant)
+    one, two, three = tiny_pixels(3)
+    rows = [(one, two), (two, one), (one, three), (one,), ()]
+    answers = generate(model, tokenizer, [ask(model, tokenizer, row, "what") for row in rows], GREEDY)
+    firsts = {round(answer.logprobs[0], 4) for answer in answers}
+    assert len(firsts) == len(rows)
+
+
+def test_a_picture_passes_the_encoder_once_for_all_beams_and_requests() -> None:
+    model, tokenizer = tiny_model("plain")
+    one, two = tiny_pixels(2)
+    seen: list[int] = []
+    model.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    requests = [ask(model, tokenizer, [p], prompt) for p, prompt in ((one, ""), (two, ""), (one, "a"), (one, "b"))]
+    answers = generate(model, tokenizer, requests, SHORT.model_copy(update={"num_beams": 4}))
+    assert seen == [2]
+    for request, answer in zip(requests, answers, strict=True):
+        assert_same(answer, generate(model, tokenizer, [request], SHORT.model_copy(update={"num_beams": 4}))[0])
+
+
+def test_a_row_that_has_ended_leaves_the_batch() -> None:
     model, tokenizer = tiny_model("other")
-    pixels = tiny_pixels(4)
-    prefix = prefix_ids(tokenizer, model.config.num_slots, "")
-    together = generate(model, pixels, prefix, settings, tokenizer.eos_id)
-    for i in range(4):
-        (alone,) = generate(model, pixels[i : i + 1], prefix, settings, tokenizer.eos_id)
-        assert alone.tokens == together[i].tokens
-        assert alone.logprobs == pytest.approx(together[i].logprobs, abs=1e-4)
-        assert list(stream(model, pixels[i], prefix, settings, tokenizer.eos_id)) == alone.tokens
+    requests = [ask(model, tokenizer, [picture]) for picture in tiny_pixels(16)]
+    rows: list[int] = []
+    model.decoder.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    answers = generate(model, tokenizer, requests, SAMPLED)
+    assert rows == [sum(answer.num_tokens > step for answer in answers) for step in range(len(rows))]
+    assert rows[-1] < 16
 
 
-def test_sampling_follows_its_seed_and_top_1_is_greedy() -> None:
+def test_sampling_follows_its_seeds_and_top_1_is_greedy() -> None:
     model, tokenizer = tiny_model("other")
-    pixels, prefix = tiny_pixels(4), prefix_ids(tokenizer, 16, "")
+    requests = [ask(model, tokenizer, [picture]) for picture in tiny_pixels(4)]
 
-    def answers(**changes: object) -> list[list[int]]:
-        settings = SAMPLED.model_copy(update=changes)
-        return [g.tokens for g in generate(model, pixels, prefix, settings, tokenizer.eos_id)]
+    def answers(own_seed: int = 0, **changes: object) -> list[list[int]]:
+        asked = [Request(request.prefix, request.pixels, own_seed) for request in requests]
+        return [a.tokens for a in generate(model, tokenizer, asked, SAMPLED.model_copy(update=changes))]
 
     assert answers() == answers()
     assert answers() != answers(seed=4)
-    assert answers(top_k=1) == answers(temperature=0.0) == answers(top_p=1e-6)
+    assert answers() != answers(own_seed=1)
+    assert answers(top_k=1) == answers(temperature=0.0) == answers(top_p=1e-6) == answers(min_p=1.0)
 
 
-def test_no_special_token_but_the_end_is_ever_generated() -> None:
+@pytest.mark.parametrize("changes", [{"temperature": 100.0, "top_k": None, "top_p": 1.0}, {"num_beams": 8}])
+def test_no_silenced_token_is_ever_generated(changes: dict[str, object]) -> None:
     model, tokenizer = tiny_model("other")
-    prefix = prefix_ids(tokenizer, 16, "")
-    loud = SAMPLED.model_copy(update={"temperature": 100.0, "top_k": None, "top_p": 1.0})
-    for answer in generate(model, tiny_pixels(32), prefix, loud, tokenizer.eos_id):
+    requests = [ask(model, tokenizer, [picture]) for picture in tiny_pixels(32)]
+    settings = SAMPLED.model_copy(update={"temperature": 0.0} | changes)
+    for answer in generate(model, tokenizer, requests, settings):
         assert all(token >= NUM_SPECIAL for token in answer.tokens)
 
 
-def test_log_probabilities_count_the_end_token_and_are_those_of_the_model() -> None:
+@pytest.mark.parametrize("changes", [{}, {"repetition_penalty": 3.0}, {"temperature": 0.0, "num_beams": 3}])
+def test_log_probabilities_are_those_of_the_model_before_any_narrowing(changes: dict[str, object]) -> None:
     model, tokenizer = tiny_model("plain")
-    prefix = prefix_ids(tokenizer, model.config.num_slots, "")
-    for answer in generate(model, tiny_pixels(8), prefix, SAMPLED, tokenizer.eos_id):
-        assert answer.num_tokens == len(answer.logprobs) in (len(answer.tokens), len(answer.tokens) + 1)
-        assert all(logprob <= 0 for logprob in answer.logprobs)
+    requests = [ask(model, tokenizer, [picture]) for picture in tiny_pixels(4)]
+    settings = SAMPLED.model_copy(update=changes)
+    with torch.inference_mode():
+        for request, answer in zip(requests, generate(model, tokenizer, requests, settings), strict=True):
+            tokens = answer.tokens + [tokenizer.eos_id] * (answer.num_tokens - len(answer.tokens))
+            assert len(answer.tokens) in (answer.num_tokens, answer.num_tokens - 1)
+            for i, token in enumerate(tokens):
+                expected = float(next_logits(model, tokenizer, request, tokens[:i])[token])
+                assert answer.logprobs[i] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+def test_wide_beams_find_what_a_search_through_all_answers_finds(length_penalty: float) -> None:
+    model, tokenizer = tiny_model("other")
+    words, steps = [tokenizer.eos_id, 7, 11, 20], 3
+    tokenizer.silenced_ids = tuple(i for i in range(tokenizer.vocab_size) if i not in words)
+    settings = GenerationConfig(max_new_tokens=steps, num_beams=4**steps, length_penalty=length_penalty)
+    for picture in tiny_pixels(4):
+        request = ask(model, tokenizer, [picture])
+        values: dict[tuple[int, ...], float] = {}
+        with torch.inference_mode():
+            for answer in itertools.product(words, repeat=steps):
+                end = answer.index(tokenizer.eos_id) + 1 if tokenizer.eos_id in answer else steps
+                logprobs = [float(next_logits(model, tokenizer, request, [*answer[:i]])[answer[i]]) for i in range(end)]
+                values[answer[:end]] = sum(logprobs) / end**length_penalty
+        best = max(values, key=lambda answer: values[answer])
+        (found,) = generate(model, tokenizer, [request], settings)
+        assert (*found.tokens, tokenizer.eos_id)[: len(best)] == best
+        assert sum(found.logprobs) / found.num_tokens**length_penalty == pytest.approx(values[best], abs=1e-4)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_an_answer_ends_at_a_stop_string_which_is_cut_off(num_beams: int) -> None:
+    model, tokenizer = tiny_model("other")
+    settings = GREEDY.model_copy(update={"num_beams": num_beams})
+    requests = [ask(model, tokenizer, [picture]) for picture in tiny_pixels(6)]
+    free = generate(model, tokenizer, requests, settings)
+    whole = max((answer.text for answer in free), key=len)
+    stop = settings.model_copy(update={"stop": ("never said", whole[4:6])})
+    stopped = generate(model, tokenizer, requests, stop)
+    assert any(answer.text == whole[: whole.index(whole[4:6])] for answer in stopped)
+    for answer in stopped:
+        assert whole[4:6] not in answer.text
+        assert tokenizer.decode(answer.tokens).endswith(whole[4:6]) or len(answer.tokens) in (12, answer.num_tokens - 1)
+    for request, answer in zip(requests, stopped, strict=True):
+        assert tokenizer.decode(list(stream(model, tokenizer, request, stop))) == answer.text
+
+
+@pytest.mark.parametrize("changes", [{}, {"temperature": 1.0}, {"num_beams": 2}])
+def test_a_stream_gives_the_tokens_of_the_answer(changes: dict[str, object]) -> None:
+    model, tokenizer = tiny_model("other")
+    settings = GREEDY.model_copy(update=changes)
+    for picture in tiny_pixels(4):
+        request = ask(model, tokenizer, [picture])
+        (answer,) = generate(model, tokenizer, [request], settings)
+        assert list(stream(model, tokenizer, request, settings)) == answer.tokens
+
+
+def test_a_stream_gives_a_token_as_soon_as_it_is_there() -> None:
+    model, tokenizer = tiny_model("other")
+    passes: list[int] = []
+    model.decoder.register_forward_pre_hook(lambda _, inputs: passes.append(1))
+    tokens = stream(model, tokenizer, ask(model, tokenizer, [tiny_pixels(1)[0]]), GREEDY)
+    next(tokens)
+    assert len(passes) == 1
+
+
+def test_a_repetition_penalty_keeps_an_answer_from_repeating_its_prompt_and_itself() -> None:
+    model, tokenizer = tiny_model("plain")
+    requests = [ask(model, tokenizer, [picture], "what") for picture in tiny_pixels(8)]
+    for answer in generate(model, tokenizer, requests, GREEDY.model_copy(update={"repetition_penalty": 1e6})):
+        said = [*tokenizer.encode("what"), *answer.tokens]
+        assert len(set(answer.tokens)) == len(answer.tokens)
+        assert len(set(said)) == len(set("what")) + len(answer.tokens)
+
+
+def test_no_requests_have_no_answers() -> None:
+    assert generate(*tiny_model("plain"), [], GREEDY) == []
 
 
 def test_an_answer_that_cannot_fit_the_context_is_refused_before_it_starts() -> None:
     model, tokenizer = tiny_model("plain")
-    prefix = prefix_ids(tokenizer, model.config.num_slots, "what" * 9)
+    requests = [ask(model, tokenizer, [tiny_pixels(1)[0]], prompt) for prompt in ("", "what" * 9)]
     with pytest.raises(UserError, match=r"does not fit the model's context.*the context is 48"):
-        generate(model, tiny_pixels(1), prefix, GREEDY, tokenizer.eos_id)
+        generate(model, tokenizer, requests, GREEDY)
+
+
+def test_a_request_whose_slots_are_not_those_of_its_pictures_is_refused() -> None:
+    model, tokenizer = tiny_model("plain")
+    one, two = tiny_pixels(2)
+    prefix = prefix_ids(tokenizer, model.config.num_slots, "")
+    with pytest.raises(ValueError, match="4 image slots for 2 pictures"):
+        generate(model, tokenizer, [Request(prefix, (one, two)), Request(prefix, ())], GREEDY)
+
+
+def test_a_search_does_not_draw() -> None:
+    with pytest.raises(ValidationError, match=r"num_beams 2 searches .* temperature 0.5 draws one"):
+        GenerationConfig(num_beams=2, temperature=0.5)

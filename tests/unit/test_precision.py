@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vlm.build import build_model
 from vlm.config import ModelConfig, Precision
 from vlm.errors import UserError
-from vlm.generate import generate
+from vlm.generate import Request, generate
 from vlm.model import VisionLanguageModel
 from vlm.precision import set_precision
 from vlm.text.prompt import prefix_ids
@@ -56,9 +56,11 @@ def test_every_variant_computes_nearly_the_same_in_less(variant: str, precision:
     logits = model(batch)
     assert logits.dtype == (torch.float16 if precision is Precision.FP16 else torch.bfloat16)
     error = (logits.float() - expected).norm() / expected.norm()
-    assert 0 < error < {Precision.FP16: 0.004, Precision.BF16: 0.025, Precision.INT8: 0.04}[precision]
+    slack = 10 if variant == "routed" else 1  # a rounding may send a token to another expert
+    assert 0 < error < slack * {Precision.FP16: 0.004, Precision.BF16: 0.025, Precision.INT8: 0.04}[precision]
     prefix = prefix_ids(tokenizer, model.config.num_slots, "")
-    answers = generate(model, tiny_pixels(2), prefix, model.config.generation, tokenizer.eos_id)
+    requests = [Request(prefix, (picture,)) for picture in tiny_pixels(2)]
+    answers = generate(model, tokenizer, requests, model.config.generation)
     assert all(answer.num_tokens for answer in answers)
 
 
@@ -86,6 +88,18 @@ def test_layers_that_int4_cannot_store_stay_and_are_told(caplog: pytest.LogCaptu
     assert "4 linear layers stay bf16 (encoder.blocks.0.mlp.up ...)" in caplog.text
     assert len(list(stored(linears(model)["encoder.blocks.0.mlp.out"].weight))) == 1
     assert len(list(stored(linears(model)["encoder.blocks.0.attention.qkv"].weight))) == 2
+
+
+def test_routers_stay_exact() -> None:
+    model, _ = tiny_model("routed")
+    set_precision(model, Precision.INT8)
+    kept = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert kept == {
+        f"{stack}.blocks.{block}.mlp.{part}.weight"
+        for stack in ("encoder", "decoder")
+        for block in (0, 1)
+        for part in ("router", "noise")
+    }
 
 
 def test_rotary_tables_stay_exact() -> None:

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.executor.records import Record, csv_records, split_line
+from pipelines.executor.records import (
+    FILE,
+    Record,
+    csv_records,
+    json_records,
+    parsed_records,
+    payload_records,
+    split_line,
+    table_records,
+)
 
 HEADERS = (("id", "text"), ("text", "picture", "id"))
 SCHEMA = pa.schema(
@@ -70,11 +79,11 @@ def test_headers_and_blank_lines_are_no_records() -> None:
         ("in/c.csv", 50, 0, b"4,four"),
     ]
     assert records(*lines) == [
-        Record("a.csv", None, {"id": "1", "text": "one"}),
-        Record("a.csv", None, {"id": "id", "text": "text"}),
-        Record("a.csv", None, {"id": "2", "text": "two"}),
-        Record("a.csv", None, {"text": "three", "picture": None, "id": "3"}),
-        Record("c.csv", None, {"id": "4", "text": "four"}),
+        Record("a.csv", {"id": "1", "text": "one"}),
+        Record("a.csv", {"id": "id", "text": "text"}),
+        Record("a.csv", {"id": "2", "text": "two"}),
+        Record("a.csv", {"text": "three", "picture": None, "id": "3"}),
+        Record("c.csv", {"id": "4", "text": "four"}),
     ]
 
 
@@ -87,3 +96,63 @@ def test_a_line_that_is_no_record_is_kept_as_it_was(line: bytes) -> None:
 def test_bytes_that_are_not_utf_8_stay_in_their_row() -> None:
     bad, good = records(("a.csv", 7, 0, b"1,caf\xe9"), ("a.csv", 7, 0, "2,caf\u00e9".encode()))
     assert (bad.fields["text"], good.fields["text"]) == ("caf\ufffd", "caf\u00e9")
+
+
+# ------------------------------------------------------------------------------------------------ JSON lines
+
+
+def json_lines(*lines: bytes) -> list[Record]:
+    batch = pa.RecordBatch.from_pydict({"file": ["a.jsonl"] * len(lines), "line": list(lines)})
+    return list(json_records(iter([batch])))
+
+
+def test_a_line_of_json_is_a_record_as_it_says_and_blank_lines_are_none() -> None:
+    lines = [b'\xef\xbb\xbf{"a": 1, "b": ["x", null]}', b" ", b'{"a": "caf\xe9"}', rb'{"a": "\ud83d\ude00 \ud800"}']
+    assert [record.fields for record in json_lines(*lines)] == [
+        {"a": 1, "b": ["x", None]},
+        {"a": "caf\ufffd"},
+        {"a": "\U0001f600 \ufffd"},
+    ]
+
+
+@pytest.mark.parametrize("line", [b'{"a": 1', b"[1]", b"7", b"[" * 100_000, b"{'a': 1}"])
+def test_a_line_that_is_no_json_object_is_kept_as_it_was(line: bytes) -> None:
+    bad, good = json_lines(line, b'{"a": 1}')
+    assert (bad.raw, bad.fields) == (line.decode(), {})
+    assert bad.trouble is not None
+    assert bad.trouble.reason == "malformed_record"
+    assert good == Record("a.jsonl", {"a": 1})
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def test_rows_of_a_table_keep_their_types_and_a_struct_of_bytes_and_path_is_two_fields() -> None:
+    pictures = [{"bytes": b"p", "path": "a.png"}, {"bytes": None, "path": "b.png"}, None]
+    batch = pa.RecordBatch.from_pydict({FILE: ["x"] * 3, "image": pictures, "text": [["a"], None, []], "n": [1, 2, 3]})
+    records = list(table_records(iter([batch]), "image"))
+    assert [record.fields for record in records] == [
+        {"image": b"p", "image.path": "a.png", "text": ["a"], "n": 1},
+        {"image": None, "image.path": "b.png", "text": None, "n": 2},
+        {"image": None, "text": [], "n": 3},
+    ]
+
+
+def test_a_string_of_a_table_that_is_not_utf_8_stays_in_its_row() -> None:
+    binary = pa.array([b"caf\xe9", None, b"x"])
+    strings = pa.Array.from_buffers(pa.string(), 3, binary.buffers())  # as Spark hands them over: nobody has looked
+    batch = pa.RecordBatch.from_arrays([pa.array(["x"] * 3), strings], names=[FILE, "text"])
+    assert [record.fields["text"] for record in table_records(iter([batch]), "image")] == ["caf\ufffd", None, "x"]
+
+
+def test_what_spark_could_not_parse_is_kept_as_it_was_and_quarantined_payloads_are_read_again() -> None:
+    rows = [{"file": "a.csv", "raw": raw, "row": [("id", "1"), ("text", None)]} for raw in ('1,"x', None)]
+    schema = pa.schema([("file", pa.string()), ("raw", pa.string()), ("row", pa.map_(pa.string(), pa.string()))])
+    bad, good = parsed_records(iter([pa.RecordBatch.from_pylist(rows, schema)]))
+    assert good == Record("a.csv", {"id": "1", "text": None})
+    assert (bad.raw, bad.trouble and bad.trouble.reason) == ('1,"x', "malformed_record")
+
+    payloads = {"source_row": ["a#b.csv#0f", "a.csv#1e"], "payload": ['{"id": "1"}', '1,"x']}
+    again, none = payload_records(iter([pa.RecordBatch.from_pydict(payloads)]))
+    assert again == Record("a#b.csv", {"id": "1"}, source_row="a#b.csv#0f")
+    assert (none.raw, none.source_row, none.trouble is None) == ('1,"x', "a.csv#1e", False)

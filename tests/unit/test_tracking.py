@@ -29,6 +29,7 @@ from pipelines.errors import StageFailed, TrainingFailed, UserError
 from pipelines.platform import Platform, local
 from pipelines.rundir import CaptionSample, CaptionSamples, Failure, Metrics, Result, RunDir, write_json
 from pipelines.tracking import registry, runs
+from pipelines.tracking.load import draw_expert_load
 from vlm import text
 from vlm.build import build_model
 from vlm.checkpoint import save_model
@@ -111,6 +112,19 @@ def test_a_followed_run_has_every_step_once_its_parameters_tags_and_config(platf
     assert logged.inputs is not None
     assert logged.inputs.dataset_inputs[0].dataset.digest == run.read_run().content_hash
     assert "run.json" in {artifact.path for artifact in client.list_artifacts(run_id)}
+
+
+def test_the_load_of_experts_becomes_metrics_and_one_picture_of_the_last(platform: Platform, run: RunDir) -> None:
+    for step, load in {2: (0.5, 0.25, 0.25, 0.0), 4: (0.25, 0.25, 0.25, 0.25)}.items():
+        with runs.follow(run, CONFIG, platform) as run_id:  # the second time the run goes on
+            metrics = Metrics(step=step, time=1_700_000_000, values={}, expert_load={"decoder.blocks.0": load})
+            write_json(run.metrics(step), metrics)
+    history = runs.connect(platform).get_metric_history(run_id, "expert_load/decoder.blocks.0.expert_0")
+    assert [(point.step, point.value) for point in history] == [(2, 0.5), (4, 0.25)]
+    draw_expert_load(metrics).savefig(expected := io.BytesIO())
+    found = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=runs.LOAD_PICTURE)
+    with Image.open(found) as picture, Image.open(expected) as last:
+        assert picture.tobytes() == last.tobytes()
 
 
 def test_sample_captions_become_a_picture_table(platform: Platform, run: RunDir) -> None:

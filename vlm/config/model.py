@@ -84,13 +84,40 @@ MaskConfig = Annotated[CausalMaskConfig | PrefixMaskConfig, Field(discriminator=
 
 
 class GenerationConfig(Config):
-    """Decoding settings; temperature 0 is greedy."""
+    """Decoding settings; their meaning and order are those of transformers' `generate`.
+
+    Attributes:
+        max_new_tokens: of an answer, the end token included.
+        temperature: scores are divided by it before a draw; 0 is greedy.
+        top_k: draw among the k best.
+        top_p: draw among the best whose probabilities together reach it (Holtzman et al., 2019).
+        min_p: draw among those with at least this share of the best one's probability (Nguyen et al., 2024).
+        repetition_penalty: above 1, tokens of prompt and answer become less likely (Keskar et al., 2019).
+        num_beams: beginnings that a search keeps; 1 is no search.
+        length_penalty: an answer of a search is worth its log-probability / length ** length_penalty.
+        stop: an answer ends once its text contains one of these, and is cut off there.
+        seed: of draws.
+    """
 
     max_new_tokens: PositiveInt = 48
     temperature: Annotated[float, Field(ge=0)] = 0.0
     top_k: PositiveInt | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: PositiveFloat = 1.0
+    num_beams: PositiveInt = 1
+    length_penalty: float = 1.0
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _searches_or_draws(self) -> Self:
+        if self.num_beams > 1 and self.temperature > 0:
+            raise ValueError(
+                f"num_beams {self.num_beams} searches for the likeliest answer, temperature {self.temperature} draws "
+                "one: set num_beams 1 or temperature 0"
+            )
+        return self
 
 
 class ModelConfig(Config):

@@ -100,16 +100,17 @@ class MoeMlpConfig(Config):
 
     Attributes:
         num_experts: MLPs a layer.
-        top_k: experts a token; their outputs are weighted by a softmax over the chosen.
+        top_k: experts a token; their outputs are weighted by a softmax over the chosen, which a single one would leave
+            without a gradient.
         expert: the shape of one expert.
         noisy: add noise of learned scale to the router's logits, in training only.
-        balance_weight: of the load-balance loss (Fedus et al., 2021).
+        balance_weight: of the load-balance loss (Fedus et al., 2021), which is 1 a layer where all experts get as much.
         z_weight: of the router z loss (Zoph et al., 2022).
     """
 
     kind: Literal["moe"]
     num_experts: Annotated[int, Field(ge=2)]
-    top_k: PositiveInt = 2
+    top_k: Annotated[int, Field(ge=2)] = 2
     expert: DenseMlpConfig
     noisy: bool = False
     balance_weight: NonNegativeFloat = 0.01

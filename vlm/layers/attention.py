@@ -48,6 +48,7 @@ class Attention(nn.Module):
         angles: Angles | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
+        last: bool = False,
     ) -> Tensor:
         """Attend.
 
@@ -58,9 +59,10 @@ class Attention(nn.Module):
             angles: rotary angles of the positions of x.
             cache: keys and values of earlier positions, extended in place.
             layer: which layer of the cache is ours.
+            last: only what the last position sees is wanted.
 
         Returns:
-            (B, T, W).
+            (B, T, W), or (B, 1, W) of the last position.
         """
         B, T, _ = x_BTW.shape
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
@@ -72,6 +74,9 @@ class Attention(nn.Module):
             q_BHTD, k_BKTD = turn(q_BHTD, angles), turn(k_BKTD, angles)
         if cache is not None:
             k_BKTD, v_BKTD = cache.extend(layer, k_BKTD, v_BKTD)
+        if last:
+            q_BHTD, T = q_BHTD[:, :, -1:], 1
+            mask = mask[:, :, -1:] if mask is not None else None
         causal = causal and mask is None and T > 1
         if self.soft_cap is None:
             out_BHTD = F.scaled_dot_product_attention(

@@ -47,11 +47,14 @@ class Block(nn.Module):
         angles: Angles | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
+        last: bool = False,
     ) -> Tensor:
         """One block; arguments as in `Attention.forward`."""
         seen = self.attention(
-            self.attention_norm(x_BTW), mask=mask, causal=causal, angles=angles, cache=cache, layer=layer
+            self.attention_norm(x_BTW), mask=mask, causal=causal, angles=angles, cache=cache, layer=layer, last=last
         )
+        if last:
+            x_BTW = x_BTW[:, -1:]
         x_BTW = x_BTW + self._finish(seen, self.attention_post_norm, self.attention_scale)
         thought = self.mlp(self.mlp_norm(x_BTW))
         return x_BTW + self._finish(thought, self.mlp_post_norm, self.mlp_scale)

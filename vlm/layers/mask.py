@@ -40,9 +40,12 @@ def prefix_marks(prefix_lengths_B: Tensor, length: int) -> Tensor:
 def within_window(mask: Tensor | None, window: int, *, queries: int, keys: int, device: torch.device) -> Tensor:
     """The mask narrowed to keys less than `window` positions back; without a mask, of causal attention.
 
-    The queries are the last `queries` of `keys` positions. Shape (1 or B, 1, queries, keys).
+    Positions that see each other, those of a prefix, do so at any distance, as in transformers. The queries are the
+    last `queries` of `keys` positions. Shape (1 or B, 1, queries, keys).
     """
     t = torch.arange(keys - queries, keys, device=device)[:, None]
     s = torch.arange(keys, device=device)[None]
     near = (t - s < window)[None, None]
-    return mask & near if mask is not None else near & (s <= t)
+    if mask is None:
+        return near & (s <= t)
+    return mask & (near | mask.mT) if queries == keys else mask & near

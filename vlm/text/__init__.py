@@ -1,4 +1,4 @@
-"""Text in and out of the model: character and byte-level BPE tokenizers, and the prompt form. No torch."""
+"""Text in and out of the model: tokenizers (characters, byte-level BPE, published), prompt form, regions. No torch."""
 
 from __future__ import annotations
 
@@ -8,19 +8,26 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
-from vlm.config import CharsConfig, TextConfig
+from vlm.config import CharsConfig, JsonTextConfig, TextConfig
 from vlm.errors import CheckpointError
 from vlm.text.base import Tokenizer
 from vlm.text.bpe import BpeTokenizer
 from vlm.text.chars import CharTokenizer
+from vlm.text.published import PublishedTokenizer
 
 __all__ = ["Tokenizer", "learn", "load", "save"]
 
 
 def learn(config: TextConfig, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer a config asks for; BPE reads `texts`, an alphabet does not need them."""
+    """The tokenizer a config asks for: BPE learns it from `texts`, an alphabet and a published file are there already.
+
+    Raises:
+        ConfigError: the published file is missing or does not fit the config.
+    """
     if isinstance(config, CharsConfig):
         return CharTokenizer(config.alphabet)
+    if isinstance(config, JsonTextConfig):
+        return PublishedTokenizer.read(config)
     return BpeTokenizer.learn(texts, config.vocab_size)
 
 
@@ -39,6 +46,9 @@ def load(path: Path) -> Tokenizer:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["kind"] == "chars":
             return CharTokenizer(content["alphabet"])
+        if content["kind"] == "json":
+            tokenizer = content.pop("tokenizer")
+            return PublishedTokenizer(tokenizer, JsonTextConfig.model_validate(content))
         return BpeTokenizer(Backend.from_str(json.dumps(content["merges"])), content["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

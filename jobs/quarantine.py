@@ -1,0 +1,103 @@
+"""`lakesight quarantine`: rows that were refused, by reason, with their pictures; and their way back."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
+from jobs.progress import waiting
+from pipelines.errors import UserError
+from pipelines.tables import REASONS
+
+WIDTH = 100
+"""Characters of a payload that are shown."""
+
+
+class Action(StrEnum):
+    """What to do with the rows."""
+
+    SHOW = "show"
+    REPLAY = "replay"
+
+
+def quarantine(
+    action: Annotated[Action, typer.Argument(help="show them, or replay those of the run's data.")] = Action.SHOW,
+    *,
+    reason: Annotated[
+        list[str] | None, typer.Option("--reason", help="Only rows of this reason. Repeatable.", metavar="REASON")
+    ] = None,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="Rows to show of each source and reason.")] = 2,
+    gallery: Annotated[bool, typer.Option("--gallery", help="Write an HTML page of the rows' pictures.")] = False,
+    run: RunOption = "demo",
+    platform: PlatformOption = "local",
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show refused rows by reason, or try them again.
+
+    Replay puts the rows of the run's data through the checks once more, after their cause is mended (a limit, say).
+
+    What is accepted goes into samples and is marked; the rest stays.
+
+    \b
+    Examples:
+      lakesight quarantine --gallery
+      lakesight quarantine replay --reason text_too_long --set data.limits.max_text_chars=5000
+    """
+    reasons = _known(reason or [])
+    with open_job(run, platform, overrides, as_json) as job:
+        if action is Action.REPLAY:
+            _replay(job, reasons)
+        else:
+            _show(job, reasons, rows, pictures=gallery)
+
+
+def _known(reasons: list[str]) -> list[str]:
+    unknown = sorted(set(reasons) - set(REASONS))
+    if unknown:
+        raise UserError(
+            f"there is no reason {', '.join(unknown)}", where="--reason", fix=f"one of {', '.join(REASONS)}"
+        )
+    return reasons
+
+
+def _show(job: Job, reasons: list[str], rows: int, *, pictures: bool) -> None:
+    from pipelines.driver.quarantine import look_into
+
+    with waiting("quarantine"):
+        report = look_into(job.spark, job.platform, reasons, rows, pictures=pictures)
+    if not report.counts:
+        job.screen.line("quarantine", "no rows")
+    for count in report.counts:
+        replayed = f", {count.replayed:,} of them replayed" if count.replayed else ""
+        latest = f"the latest {count.latest:%Y-%m-%d %H:%M}"
+        job.screen.line(count.source, f"{count.rows:>8,} {count.reason}{replayed}, {latest}")
+        for row in report.rows:
+            if (row.source, row.reason) == (count.source, count.reason):
+                payload = row.payload if len(row.payload) <= WIDTH else row.payload[: WIDTH - 3] + "..."
+                job.screen.text(f"    {row.source_row}  {row.detail}\n      {payload}")
+    if report.gallery:
+        job.screen.line("gallery", report.gallery)
+    job.screen.report(report)
+
+
+def _replay(job: Job, reasons: list[str]) -> None:
+    from pipelines.driver.replay import replay
+
+    if not reasons:
+        raise UserError(
+            "replay needs to know which rows", where="--reason", got="none", fix=f"one of {', '.join(REASONS)}"
+        )
+    with waiting("replay"):
+        report = replay(job.spark, job.platform, job.source, job.config.data, reasons)
+    stayed = sum(report.refused.values())
+    still = ", ".join(f"{count:,} {reason}" for reason, count in report.refused.items())
+    job.screen.line(
+        "replay",
+        f"{report.rows_in:,} rows = {report.new:,} new + {report.merged:,} merged + "
+        f"{report.duplicates:,} duplicates + {stayed:,} still refused{f' ({still})' if still else ''}",
+    )
+    job.finish(report, "shard" if report.new or report.merged else "quarantine")

@@ -1,0 +1,161 @@
+"""Quarantine: rows that cannot be samples, whole, with the reason; and a look at them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from datetime import datetime
+from functools import partial
+
+from pyspark.sql import DataFrame, Row, SparkSession, Window
+from pyspark.sql import functions as F
+
+from pipelines.driver.merge import Stamp, expect, merge_into, rows_of_source
+from pipelines.driver.page import Card, Chart, Gallery, Page, write_page
+from pipelines.driver.session import bounded_batches, ensure_tables
+from pipelines.executor.decode import Rules
+from pipelines.executor.thumbnail import SHOWN_CHARS, with_thumbnails
+from pipelines.platform import Platform
+from pipelines.tables import QUARANTINE
+from vlm.config import Config
+
+logger = logging.getLogger(__name__)
+
+
+def refusals_of(outcomes: DataFrame, plan: DataFrame, rules: Rules) -> DataFrame:
+    """Rows that cannot be samples, whole: those refused by an executor, and pictures that fight over an id."""
+    columns = ("source_row", "payload", "stage", "reason", "detail")
+    name = rules.columns.image.replace("\\", "\\\\").replace('"', '\\"')
+    rest = F.expr("substring(payload, 1, length(payload) - 1)")
+    encoded = F.translate(F.base64("image"), "\r\n", "")  # Spark breaks base64 into lines of 76, or not, by version
+    whole = F.concat(rest, F.lit(f', "{name}": "'), encoded, F.lit('"}'))
+    conflicting = (
+        outcomes.filter(F.col("reason").isNull())
+        .join(plan.filter("conflicting").select("image_id", "sha256"), ["image_id", "sha256"])
+        .select(
+            "source_row",
+            whole.alias("payload"),
+            F.lit("merge").alias("stage"),
+            F.lit("conflicting_id").alias("reason"),
+            F.concat(F.lit("another picture has the id "), "image_id").alias("detail"),
+        )
+    )
+    return outcomes.filter(F.col("reason").isNotNull()).select(*columns).unionAll(conflicting.select(*columns))
+
+
+def quarantine(platform: Platform, refusals: DataFrame, stamp: Stamp) -> dict[str, int]:
+    """Write refusals that `quarantine` does not have yet; how many by reason.
+
+    A row is known by its content (`source` and `source_row`): a file that grew brings its bad rows only once.
+    """
+    known = rows_of_source(refusals.sparkSession, platform, QUARANTINE.name, stamp.source).select("source_row")
+    fresh = refusals.join(known, "source_row", "left_anti").dropDuplicates(["source_row"])
+    counted = fresh.groupBy("reason").count().orderBy(F.desc("count"), "reason").collect()
+    reasons = {row["reason"]: row["count"] for row in counted}
+    quarantined = sum(reasons.values())
+    if quarantined:
+        rows = fresh.select(
+            F.lit(stamp.ingest_id).alias("ingest_id"),
+            F.lit(stamp.source).alias("source"),
+            *("source_row", "payload", "stage", "reason", "detail"),
+            F.lit(stamp.at).alias("quarantined_at"),
+            F.lit(None).cast("timestamp").alias("replayed_at"),
+        )
+        merge = merge_into(platform.table(QUARANTINE.name), rows, "source_row", stamp.source)
+        expect(merge.whenNotMatchedInsertAll().execute(), QUARANTINE.name, inserted=quarantined, updated=0)
+        logger.info("%d rows quarantined: %s", quarantined, reasons)
+    return reasons
+
+
+# ------------------------------------------------------------------------------------------------ to look at
+
+
+class Refusals(Config):
+    """Rows of one source that were refused for one reason: how many, how many of them a replay accepted, since when."""
+
+    source: str
+    reason: str
+    rows: int
+    replayed: int
+    latest: datetime
+
+
+class RefusedRow(Config):
+    """One row of `quarantine`; of the payload its beginning."""
+
+    source: str
+    source_row: str
+    reason: str
+    detail: str
+    payload: str
+
+
+class QuarantineReport(Config):
+    """What is in `quarantine`: counts by source and reason, some rows of each, and where their pictures can be seen."""
+
+    counts: tuple[Refusals, ...]
+    rows: tuple[RefusedRow, ...]
+    gallery: str | None
+
+
+def look_into(
+    spark: SparkSession, platform: Platform, reasons: Sequence[str], rows: int, *, pictures: bool
+) -> QuarantineReport:
+    """Count what is in `quarantine` and show rows of each source and reason, with or without a page of their pictures.
+
+    Args:
+        spark: the session.
+        platform: where tables and reports are.
+        reasons: only these; all where there are none.
+        rows: rows of each source and reason.
+        pictures: whether to write the page.
+    """
+    ensure_tables(spark, platform)
+    table = spark.table(platform.table(QUARANTINE.name))
+    chosen = table.filter(F.col("reason").isin(list(reasons))) if reasons else table
+    counted = chosen.groupBy("source", "reason").agg(
+        F.count("*").alias("rows"),
+        F.count("replayed_at").alias("replayed"),
+        F.max("quarantined_at").alias("latest"),
+    )
+    counts = [Refusals(**row.asDict()) for row in counted.orderBy("source", F.desc("rows"), "reason").collect()]
+    found = some_of(chosen, rows, pictures=pictures)
+    page = platform.folder("reports") / "quarantine.html"
+    if pictures:
+        charts = [Chart("rows by source and reason", {f"{c.source}: {c.reason}": c.rows for c in counts})]
+        galleries = [
+            Gallery(f"{count.source}: {count.reason}", [card_of(row) for row in found if _is_of(row, count)])
+            for count in counts
+        ]
+        about = f"{sum(count.rows for count in counts):,} rows, {platform.table(QUARANTINE.name)}"
+        write_page(page, Page("Quarantine", about, charts=charts, galleries=galleries))
+    shown = [RefusedRow(**{name: row[name] for name in RefusedRow.model_fields}) for row in found]
+    return QuarantineReport(counts=tuple(counts), rows=tuple(shown), gallery=str(page) if pictures else None)
+
+
+def some_of(table: DataFrame, rows: int, *, pictures: bool) -> list[Row]:
+    """Some rows of each source and reason: source, source_row, reason, detail, payload (cut), thumbnail if asked."""
+    place = F.row_number().over(Window.partitionBy("source", "reason").orderBy("source_row"))
+    chosen = table.select("source", "source_row", "reason", place.alias("place")).filter(F.col("place") <= rows)
+    return _shown(table.join(chosen.select("source", "source_row"), ["source", "source_row"]), pictures=pictures)
+
+
+def _shown(rows: DataFrame, *, pictures: bool) -> list[Row]:
+    """Rows of `quarantine` in the order of their reasons; thumbnails are made by executors."""
+    names = ("source", "source_row", "reason", "detail")
+    if pictures:
+        schema = ", ".join(f"{name} string" for name in (*names, "payload")) + ", thumbnail binary"
+        with bounded_batches(rows.sparkSession):
+            made = rows.select(*names, "payload").mapInArrow(partial(with_thumbnails, column="payload"), schema)
+            return made.orderBy("source", "reason", "source_row").collect()
+    cut = F.substring("payload", 1, SHOWN_CHARS).alias("payload")
+    return rows.select(*names, cut).orderBy("source", "reason", "source_row").collect()
+
+
+def card_of(row: Row) -> Card:
+    """The card of a refused row with a thumbnail."""
+    return Card(row["source_row"], row["thumbnail"], [row["payload"]], f"{row['reason']}: {row['detail']}")
+
+
+def _is_of(row: Row, count: Refusals) -> bool:
+    return (row["source"], row["reason"]) == (count.source, count.reason)

@@ -1,0 +1,80 @@
+"""CSV: base64 pictures in files with a header."""
+
+from __future__ import annotations
+
+from functools import partial, reduce
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.types import StringType, StructField, StructType
+
+from pipelines.config import CsvSourceConfig, DataConfig
+from pipelines.driver.sources.files import PACKED, Source, SourceFile, demand_columns, files_of, hash_of
+from pipelines.errors import UserError
+from pipelines.executor.records import csv_records, parsed_records
+
+SUFFIXES = tuple(f".csv{packed}" for packed in PACKED)
+CORRUPT = "_lakesight_corrupt_record"
+
+
+def open_csv(spark: SparkSession, name: str, source: CsvSourceConfig, config: DataConfig) -> Source:
+    """All records of the files. Each header is read for itself: Spark would take the first file's for all of them.
+
+    Raises:
+        UserError: no such file, an empty one, or a column that is missing.
+    """
+    files = files_of(spark, config, SUFFIXES)
+    by_header: dict[tuple[str, ...], list[str]] = {}
+    for file in files:
+        header = header_of(spark, file, multiline=source.multiline)
+        demand_columns(config, header, file.path)
+        by_header.setdefault(header, []).append(file.path)
+    if source.multiline:
+        frames = [parsed(spark, paths, header, multiline=True) for header, paths in by_header.items()]
+        return Source(reduce(DataFrame.unionAll, frames), parsed_records, hash_of(name, files))
+    frames = [_lines(spark, paths, number) for number, paths in enumerate(by_header.values())]
+    read = partial(csv_records, headers=tuple(by_header))
+    return Source(reduce(DataFrame.unionAll, frames), read, hash_of(name, files))
+
+
+def header_of(spark: SparkSession, file: SourceFile, *, multiline: bool) -> tuple[str, ...]:
+    """Column names of a file.
+
+    Raises:
+        UserError: the file is empty.
+    """
+    header = tuple(spark.read.csv(file.path, header=True, **_dialect(multiline)).columns)  # type: ignore[arg-type]
+    if not header:
+        raise UserError("the input file is empty", where=file.path, got=f"{file.size} bytes", fix="expected a header")
+    return header
+
+
+def _lines(spark: SparkSession, paths: list[str], header: int) -> DataFrame:
+    """Lines for `csv_records`: bytes, since a string that is not UTF-8 would not reach Python."""
+    return spark.read.text(paths).select(
+        F.col("_metadata.file_path").alias("path"),
+        F.col("_metadata.file_name").alias("file"),
+        F.col("_metadata.file_block_start").alias("start"),
+        F.lit(header).alias("header"),
+        F.col("value").cast("binary").alias("line"),
+    )
+
+
+def parsed(spark: SparkSession, paths: list[str], header: tuple[str, ...], *, multiline: bool) -> DataFrame:
+    """Rows for `parsed_records`, taken apart by Spark."""
+    schema = StructType([StructField(name, StringType()) for name in (*header, CORRUPT)])
+    frame = spark.read.csv(
+        paths,
+        schema=schema,
+        header=True,
+        mode="PERMISSIVE",
+        columnNameOfCorruptRecord=CORRUPT,
+        **_dialect(multiline),  # type: ignore[arg-type]
+    )
+    record = F.create_map(*(part for name in header for part in (F.lit(name), F.col(f"`{name.replace('`', '``')}`"))))
+    return frame.select(F.col("_metadata.file_name").alias("file"), F.col(CORRUPT).alias("raw"), record.alias("row"))
+
+
+def _dialect(multiline: bool) -> dict[str, str | int | bool]:
+    """RFC 4180: a quote inside quotes is doubled. Fields have no greatest length: pictures are in them."""
+    return {"quote": '"', "escape": '"', "multiLine": multiline, "maxCharsPerColumn": -1}

@@ -1,0 +1,143 @@
+"""What readers share: the contract, the files of a path, and the columns a source must have."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from pyspark.errors import AnalysisException
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from pipelines.config import ColumnSplitConfig, DataConfig, short_hash
+from pipelines.errors import UserError
+from pipelines.executor.decode import split_of_file
+from pipelines.executor.records import Read
+
+SET_PATH = "--set data.source.path=FILE_OR_FOLDER"
+PACKED = ("", ".gz", ".bz2", ".zst")
+"""How a file of lines may be compressed, by suffix."""
+
+
+class SourceFile(NamedTuple):
+    """One input file: full path, name, size in bytes, time of last change (microseconds)."""
+
+    path: str
+    name: str
+    size: int
+    changed: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a reader yields.
+
+    Attributes:
+        rows: what executors read.
+        read: makes records of it, there.
+        ingest_id: a hash of the source's name and of what tells whether the source has changed.
+    """
+
+    rows: DataFrame
+    read: Read
+    ingest_id: str
+
+
+def files_of(spark: SparkSession, config: DataConfig, suffixes: tuple[str, ...]) -> list[SourceFile]:
+    """The files of the source's path, as Spark sees it, that `chosen` leaves.
+
+    Raises:
+        UserError: no path, nothing there, or no such file.
+    """
+    path = config.source.path
+    if not path:
+        raise UserError("the run has no input", where="data.source.path", got="nothing", fix=SET_PATH)
+    return chosen(_listed(spark, path), config, suffixes)
+
+
+def _listed(spark: SparkSession, path: str) -> list[SourceFile]:
+    try:
+        listed = spark.read.format("binaryFile").load(absolute(path))
+    except AnalysisException as error:
+        absent = error.getCondition() == "PATH_NOT_FOUND"
+        got = "no such file or folder" if absent else str(error).partition("\n")[0]
+        raise UserError("the input cannot be read", where=path, got=got, fix=SET_PATH) from None
+    rows = listed.select("path", "length", F.unix_micros("modificationTime").alias("changed")).collect()
+    return [SourceFile(row["path"], row["path"].rpartition("/")[2], row["length"], row["changed"]) for row in rows]
+
+
+def chosen(found: Sequence[SourceFile], config: DataConfig, suffixes: tuple[str, ...]) -> list[SourceFile]:
+    """Files that have one of the suffixes, sorted.
+
+    With split kind `file` only those named train, val and test: such folders also hold lists that are not pictures.
+
+    Raises:
+        UserError: there are none.
+    """
+    files = [file for file in found if file.name.lower().endswith(suffixes)]
+    expected = f"files ending in {', '.join(suffixes)}"
+    if config.split.kind == "file":
+        files = [file for file in files if split_of_file(file.name)]
+        expected += ", named train, val or test because data.split.kind is file"
+    if not files:
+        names = ", ".join(sorted(file.name for file in found)[:10]) or "nothing, or empty files alone"
+        raise UserError(
+            "the input has no file to read", where=config.source.path, got=names, fix=f"expected {expected}"
+        )
+    return sorted(files)
+
+
+def hash_of(name: str, files: Sequence[SourceFile]) -> str:
+    """An ingest_id: of the data config's name and the names, sizes and times of its files."""
+    return short_hash(name, sorted((file.name, file.size, file.changed) for file in files))
+
+
+def absolute(path: str) -> str:
+    """A path that does not depend on the JVM's working directory; URLs and Spark's own schemes are left alone."""
+    return path if "://" in path or path.startswith("dbfs:") else str(Path(path).absolute())
+
+
+def plain_folder(config: DataConfig) -> Path:
+    """The source's path as plain files, which executors open themselves.
+
+    Raises:
+        UserError: no path, nothing there, or a URL.
+    """
+    path = config.source.path.removeprefix("dbfs:")
+    if not path:
+        raise UserError("the run has no input", where="data.source.path", got="nothing", fix=SET_PATH)
+    if "://" in path:
+        raise UserError(
+            f"a source of kind {config.source.kind} is read as plain files",
+            where=config.source.path,
+            got="a URL",
+            fix="give a folder that every executor sees, such as a Volume (/Volumes/...) or a network drive",
+        )
+    return Path(path).absolute()
+
+
+def demand_columns(config: DataConfig, there: Sequence[str], where: str) -> None:
+    """Compare the columns that a config names with those that are there.
+
+    Raises:
+        UserError: one is missing; names the nearest.
+    """
+    wanted = config.source.columns.wanted
+    if isinstance(config.split, ColumnSplitConfig):
+        wanted = [*wanted, config.split.column]
+    missing = [f"{name}{_nearest(name, there)}" for name in wanted if name not in there]
+    if missing:
+        raise UserError(
+            f"the input has no column {'; '.join(missing)}",
+            where=where,
+            got=f"columns {', '.join(column[:80] for column in there[:20])}",
+            fix="name the right ones with --set data.source.columns.image=... (text, id, prompt)",
+        )
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    match = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    return f" (did you mean {match[0]}?)" if match else ""

@@ -1,0 +1,241 @@
+"""Captions a second beside transformers' `generate` and beside seemore's own loop: same weights, threads and tokens.
+
+    pip install transformers timm
+    python tests/benchmarks/bench_generate.py vit_gpt2 paligemma
+    git clone https://github.com/AviSoori1x/seemore && python tests/benchmarks/bench_generate.py FOLDER_OF_SEEMORE
+
+Greedy, fp32, random weights; both sides begin at uint8 pictures and give 24 tokens (no end token: the work is equal),
+and the tokens are compared. One thread, and the processor's time instead of the clock's: a machine that others use too
+gives the same ratio then. vit_gpt2: timm's ViT, the projector, and GPT2LMHeadModel.generate(inputs_embeds=...).
+paligemma: PaliGemmaForConditionalGeneration with 4 layers in either tower and a vocabulary of 32,000, because the
+whole does not fit the machine. Our vision tower sees a picture once; so does theirs.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import in_turn, peak_memory
+from torch import Tensor
+
+from pipelines.config import load_model
+from vlm import text
+from vlm.build import build_model
+from vlm.config import GenerationConfig, ModelConfig
+from vlm.generate import Request, generate
+from vlm.model import VisionLanguageModel
+from vlm.text.base import SLOT
+from vlm.text.chars import CharTokenizer
+
+sys.path.append(str(Path(__file__).parents[1] / "parity"))
+import copies
+
+NEW, LAYERS, VOCAB = 24, 4, 32_000
+ROUNDS = {1: 3, 16: 1}
+"""A round at batch 16 takes minutes."""
+PROMPT = [100, 200, 300, 400, 500]
+Caption = Callable[[Tensor], list[list[int]]]
+
+
+class Ids(CharTokenizer):
+    """Ids without an end among them."""
+
+    eos_id = -1
+    silenced_ids: tuple[int, ...] = ()
+
+    def decode(self, ids: object) -> str:
+        """Nothing: only tokens are compared."""
+        return ""
+
+
+def ours(model: VisionLanguageModel) -> Caption:
+    """Captions by our `generate`."""
+    settings = GenerationConfig(max_new_tokens=NEW)
+    prefix = [SLOT] * model.config.num_slots + PROMPT
+
+    def caption(pixels_PHWC: Tensor) -> list[list[int]]:
+        answers = generate(model, Ids(""), [Request(prefix, (picture,)) for picture in pixels_PHWC], settings)
+        return [answer.tokens for answer in answers]
+
+    return caption
+
+
+def normalised(model: VisionLanguageModel, pixels_PHWC: Tensor) -> Tensor:
+    """What their towers eat."""
+    return (pixels_PHWC.permute(0, 3, 1, 2).float() - model.mean) / model.std
+
+
+def vit_gpt2() -> tuple[VisionLanguageModel, Caption]:
+    """Our model, and the same in timm and transformers."""
+    import timm
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = build_model(load_model("vit_gpt2"), 50257).eval()
+    vit: Any = timm.create_model("vit_mediumd_patch16_reg4_gap_384", pretrained=False)
+    gpt2: Any = GPT2LMHeadModel(GPT2Config())
+    state = copies.timm_vit(vit.state_dict(), 20)
+    model.encoder.load_state_dict(state)
+    model.decoder.load_state_dict(copies.gpt2(gpt2.state_dict(), 12))
+    projector = copy.deepcopy(model.projector)
+    for module in (vit, gpt2, projector):
+        module.train(False)
+
+    @torch.inference_mode()
+    def caption(pixels_PHWC: Tensor) -> list[list[int]]:
+        features = projector(vit._intermediate(normalised(model, pixels_PHWC)))
+        words = gpt2.transformer.wte(torch.tensor(PROMPT)).expand(len(features), -1, -1)
+        inputs = torch.cat([features, words], dim=1)
+        mask = torch.ones(inputs.shape[:2], dtype=torch.long)
+        found = gpt2.generate(
+            inputs_embeds=inputs, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None
+        )
+        return list(found.tolist())
+
+    vit._intermediate = lambda pixels: vit.forward_intermediates(
+        pixels, indices=1, norm=False, output_fmt="NLC", intermediates_only=True
+    )[0]
+    return model, caption
+
+
+def paligemma() -> tuple[VisionLanguageModel, Caption]:
+    """Our model with a few layers, and the same in transformers."""
+    from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+    shape: dict[str, Any] = load_model("paligemma").model_dump()
+    shape["vision"]["transformer"]["depth"] = shape["decoder"]["transformer"]["depth"] = LAYERS
+    model = build_model(ModelConfig.model_validate(shape), VOCAB).eval()
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "image_size": 224,
+        "vision_use_head": False,
+    }
+    words = {
+        "model_type": "gemma",
+        "vocab_size": VOCAB,
+        "hidden_size": 2048,
+        "intermediate_size": 16384,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+    }
+    theirs: Any = PaliGemmaForConditionalGeneration(
+        PaliGemmaConfig(
+            vision_config=vision, text_config=words, image_token_index=VOCAB, projection_dim=2048, hidden_size=2048
+        )
+    )
+    theirs.train(False)
+    model.load_state_dict(copies.paligemma(theirs.state_dict(), LAYERS, LAYERS))
+
+    @torch.inference_mode()
+    def caption(pixels_PHWC: Tensor) -> list[list[int]]:
+        ids = torch.tensor([[VOCAB] * model.config.num_slots + PROMPT] * len(pixels_PHWC))
+        found = theirs.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            token_type_ids=torch.zeros_like(ids),
+            pixel_values=normalised(model, pixels_PHWC),
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        return list(found[:, ids.shape[1] :].tolist())
+
+    return model, caption
+
+
+def beside_transformers(name: str) -> None:
+    """Both in turn, at batch 1 and 16."""
+    torch.manual_seed(0)
+    model, theirs = {"vit_gpt2": vit_gpt2, "paligemma": paligemma}[name]()
+    mine, size = ours(model), model.config.image.size
+    for batch, rounds in ROUNDS.items():
+        pixels = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8)
+        if batch == 1:
+            assert mine(pixels) == theirs(pixels), "the tokens differ"
+        works = {"lakesight": lambda: len(mine(pixels)), "transformers": lambda: len(theirs(pixels))}  # noqa: B023
+        with peak_memory() as samples:
+            rates = in_turn(works, rounds, time.process_time)
+        show(f"{name}, batch {batch}", rates, max(samples))
+
+
+def show(what: str, rates: dict[str, float], peak: int) -> None:
+    """One line a side."""
+    for side, rate in rates.items():
+        ratio = rates["lakesight"] / rate
+        print(f"{what:24} {side:22} {rate:8.3f} captions a second of processor time  lakesight is {ratio:5.2f} of it")
+    print(f"{what:24} {peak / 1e9:.1f} GB with both models")
+
+
+def beside_seemore(folder: Path) -> None:
+    """Our model of its size beside its own loop, 30 tokens: what its positions hold after picture and first token."""
+    os.chdir(folder)  # it reads ./input.txt
+    sys.path.insert(0, str(folder))
+    their: Any = importlib.import_module("seemore")
+    theirs: Any = their.VisionLanguageModel(
+        their.n_embd,
+        their.image_embed_dim,
+        their.vocab_size,
+        their.n_layer,
+        their.img_size,
+        their.patch_size,
+        their.n_head,
+        their.num_blks,
+        their.emb_dropout,
+        their.blk_dropout,
+    ).eval()
+    config = load_model("seemore")
+    tokenizer = text.learn(config.text, [])
+    model = build_model(config, tokenizer.vocab_size).eval()
+    settings = GenerationConfig(max_new_tokens=30, temperature=1.0)
+    prefix = [SLOT] * config.num_slots + [tokenizer.bos_id]
+
+    def loop(pixels: Tensor) -> int:
+        floats = normalised(model, pixels)
+        with torch.no_grad():
+            return len(theirs.generate(floats, torch.zeros(len(floats), 1, dtype=torch.long), 30))
+
+    def mine(pixels: Tensor) -> int:
+        return len(generate(model, Ids(""), [Request(prefix, (picture,)) for picture in pixels], settings))
+
+    pixels = torch.randint(0, 256, (64, 96, 96, 3), dtype=torch.uint8)
+    works: dict[str, Callable[[], int]] = {
+        "lakesight": lambda: mine(pixels),
+        "lakesight, one by one": lambda: sum(mine(picture[None]) for picture in pixels[:16]),
+        "seemore, batch 64": lambda: loop(pixels),
+        "seemore, one by one": lambda: sum(loop(picture[None]) for picture in pixels[:16]),
+    }
+    for work in works.values():
+        work()
+    with peak_memory() as samples:
+        rates = in_turn(works, 3, time.process_time)
+    show("seemore's size", rates, max(samples))
+
+
+def main() -> None:
+    """Each argument is a case of ours or the folder of seemore."""
+    torch.set_num_threads(1)
+    if not sys.argv[1:]:
+        print("skipped: it needs transformers and timm, or a clone of the original\n", __doc__)
+    for argument in sys.argv[1:]:
+        if argument in ("vit_gpt2", "paligemma"):
+            beside_transformers(argument)
+        else:
+            beside_seemore(Path(argument).absolute())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Training steps of `seemoe` beside the original's, same sizes and captions; and the mixture alone three ways.
+
+    git clone https://github.com/AviSoori1x/seemore && pip install torchvision
+    python tests/benchmarks/bench_moe.py FOLDER_OF_SEEMORE FILE.csv
+
+FILE.csv is in the original's form (b64string_images, caption). Batch 16, pictures decoded beforehand on both sides; one
+thread, and seconds of the processor, so that other work on the machine does not count. The original passes one class
+token to its decoder where ours passes 36 patches, so ours is there twice: as it ships, and with one slot, which is the
+original's work. The limit is matrix multiplication: FLOPs of a step as torch counts them, at the rate of a large
+product.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from measure import in_turn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipelines.config import load_model, load_run
+from pipelines.shards import Row
+from pipelines.worker.batches import Collator
+from vlm import text
+from vlm.batch import Batch
+from vlm.build import build_model
+from vlm.config import ModelConfig
+from vlm.image import open_image, to_pixels
+from vlm.layers.moe import MoeMlp, dispatch, naive_experts
+from vlm.model import VisionLanguageModel
+from vlm.optim import build_adamw
+from vlm.train import fit
+
+BATCH, STEPS, ROUNDS = 16, 2, 5
+WIDTH, EXPERTS, TOP_K = 128, 8, 2
+
+
+def original(folder: Path, rows: pd.DataFrame) -> tuple[Callable[[], int], nn.Module]:
+    """The original's training step, and its mixture of experts. The sizes are those of its `__main__`."""
+    os.chdir(folder)  # it reads ./input.txt
+    sys.path.insert(0, str(folder))
+    their: Any = importlib.import_module("seeMoE")
+    their.device, their.dropout = "cpu", 0.1  # globals that only its `__main__` sets
+    model = their.VisionMoELanguageModel(
+        n_embd=WIDTH,
+        image_embed_dim=512,
+        vocab_size=their.vocab_size,
+        n_layer=8,
+        img_size=96,
+        patch_size=16,
+        num_heads=8,
+        num_blks=3,
+        emb_dropout=0.1,
+        blk_dropout=0.1,
+        num_experts=EXPERTS,
+        top_k=TOP_K,
+    )
+    model.apply(their.kaiming_init_weights)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    decoded = their.get_batch(pd.concat([rows] * 30)[["b64string_images", "caption"]], BATCH, "train", 96)
+
+    def learn() -> int:
+        model.train()
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            _, loss = model(*decoded)
+            loss.backward()
+            optimizer.step()
+        return STEPS * BATCH
+
+    return learn, model.decoder.sparseMoEBlocks[0].sparseMoE
+
+
+def batch_of(config: ModelConfig, rows: pd.DataFrame) -> tuple[Batch, int]:
+    """BATCH rows as our loader would give them, and the vocabulary's size."""
+    tokenizer = text.learn(config.text, rows["caption"])
+    made = []
+    for number, (data, caption) in enumerate(zip(rows["b64string_images"], rows["caption"], strict=True)):
+        picture, _ = open_image(base64.b64decode(data), max_pixels=10**8, min_side=1)
+        made.append(Row(image_id=str(number), pixels=to_pixels(picture, config.image), texts=[("", caption)]))
+    chosen = list(itertools.islice(itertools.cycle(made), BATCH))
+    return Collator(tokenizer, config).batch(chosen, [row.texts[0] for row in chosen]), tokenizer.vocab_size
+
+
+def ours(model: VisionLanguageModel, batch: Batch, *, bf16: bool) -> Callable[[], int]:
+    """Our training step."""
+    settings = load_run("seemore").train.optimizer
+    optimizer = build_adamw(model, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+
+    def learn() -> int:
+        fit(
+            model,
+            optimizer,
+            itertools.repeat(batch, STEPS),
+            start=0,
+            lr_of=lambda _: settings.lr,
+            grad_clip=settings.grad_clip,
+            seed=0,
+            rank=0,
+            device=torch.device("cpu"),
+            bf16=bf16,
+            on_step=lambda _: None,
+        )
+        return STEPS * BATCH
+
+    return learn
+
+
+def one_mixture(layer: MoeMlp, theirs: nn.Module, tokens: int) -> dict[str, Callable[[], int]]:
+    """Forward and backward of one mixture over random tokens: ours, ours in bf16, ours as a loop, the original's."""
+    x_NW = torch.randn(tokens, WIDTH, requires_grad=True)
+
+    def both_ways(forward: Callable[[], Tensor]) -> Callable[[], int]:
+        def work() -> int:
+            for _ in range(STEPS):
+                y = forward()
+                torch.autograd.backward(y, torch.ones_like(y))
+            return STEPS * tokens
+
+        return work
+
+    def rounded() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return dispatch(layer.experts, x_NW, layer.route(x_NW))
+
+    return {
+        "ours, grouped, bf16": both_ways(rounded),
+        "ours, grouped": both_ways(lambda: dispatch(layer.experts, x_NW, layer.route(x_NW))),
+        "ours, as a loop": both_ways(lambda: naive_experts(layer.experts, x_NW, layer.route(x_NW))),
+        "seeMoE": both_ways(lambda: theirs(x_NW[None])),
+    }
+
+
+def grouped_flops(left: torch.Size, right: torch.Size, *_: object, **__: object) -> int:
+    """Multiply-adds times two of a grouped product, forward or backward: torch has no count of its own."""
+    return 2 * left.numel() * right[-1]
+
+
+def flops(work: Callable[[], int]) -> float:
+    """FLOPs of an item (a sample, or a token)."""
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops}) as counter:
+        count = work()
+    return float(counter.get_total_flops()) / count
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """FLOPs a second of a large product."""
+    a = torch.randn(1024, 1024, dtype=dtype)
+    a @ a
+    started = time.process_time()
+    for _ in range(20):
+        a @ a
+    return 20 * 2 * 1024**3 / (time.process_time() - started)
+
+
+def report(works: dict[str, Callable[[], int]], against: str, unit: str) -> None:
+    """Run all in turn and print the table."""
+    for work in works.values():
+        work()
+    limits = {bf16: matmul_rate(torch.bfloat16 if bf16 else torch.float32) for bf16 in (False, True)}
+    rates = in_turn(works, ROUNDS, time.process_time)
+    for name, rate in rates.items():
+        each = flops(works[name])
+        share = rate * each / limits["bf16" in name]
+        print(
+            f"{name:28} {rate:9.1f} {unit}/s  {rate / rates[against]:5.2f} of {against}  "
+            f"{each / 1e6:8.1f} MFLOP a {unit.rstrip('s')}, {share:4.0%} of the matmul limit"
+        )
+
+
+def main() -> None:
+    """Steps of whole models, then of one mixture."""
+    if len(sys.argv) != 3:
+        print("skipped: it needs a clone of the original and a file in its form\n", __doc__)
+        return
+    folder, file = Path(sys.argv[1]).absolute(), Path(sys.argv[2]).absolute()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = pd.read_csv(file)
+    shipped = load_model("seemoe")
+    one_slot = ModelConfig.model_validate(
+        shipped.model_dump() | {"vision": shipped.vision.model_dump() | {"select": "cls"}}
+    )
+    their_step, their_mixture = original(folder, rows)
+    works = {"seeMoE": their_step}
+    for name, config in (("36 slots", shipped), ("one slot", one_slot)):
+        batch, vocab_size = batch_of(config, rows)
+        for precision in ("fp32", "bf16"):
+            works[f"lakesight, {name}, {precision}"] = ours(
+                build_model(config, vocab_size), batch, bf16=precision == "bf16"
+            )
+    print(f"batch {BATCH}, one thread, median of {ROUNDS} rounds of {STEPS} steps")
+    report(works, "seeMoE", "samples")
+    layer = build_model(shipped, vocab_size).train().decoder.blocks[0].mlp
+    assert isinstance(layer, MoeMlp)
+    print("one mixture of 8 experts, forward and backward, 528 tokens")
+    report(one_mixture(layer, their_mixture.train(), 528), "seeMoE", "tokens")
+
+
+if __name__ == "__main__":
+    main()

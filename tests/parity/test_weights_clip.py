@@ -1,0 +1,62 @@
+"""CLIP's eye from transformers: the same features, and back again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from originals import PATCH, SIZE, assert_equal, blocks, config, load, pixels, publish, send_back
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
+
+from vlm.config import ModelConfig
+
+TOWER: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+VISION: dict[str, Any] = {**TOWER, "image_size": SIZE, "patch_size": PATCH}
+NORM = ("vision_model.post_layernorm.weight", "vision_model.post_layernorm.bias")
+
+
+def ours(**changes: Any) -> ModelConfig:
+    vision = {
+        "stem": {"kind": "patch", "patch_size": PATCH, "bias": False},
+        "class_token": True,
+        "pre_norm": True,
+        "post_norm": False,
+        "transformer": blocks(activation="quick_gelu"),
+    }
+    return config(vision=vision | changes)
+
+
+def test_clip_patches_are_the_originals_and_go_back(tmp_path: Path) -> None:
+    original = publish(CLIPVisionModel(CLIPVisionConfig(**VISION)), tmp_path / "published")
+    model, report = load(ours(), tmp_path / "published", "encoder")
+    theirs = original(pixels()).last_hidden_state[:, 1:]
+    assert_equal(model.encoder(pixels()), theirs)
+    assert [len(names) for names in report.parts[0].dropped.values()] == [2]
+    exported = send_back(model, "encoder", "clip", tmp_path / "published", *NORM)
+    assert_equal(CLIPVisionModel.from_pretrained(exported)(pixels()).last_hidden_state[:, 1:], theirs)
+
+
+def test_clip_pooled_is_the_originals_and_goes_back(tmp_path: Path) -> None:
+    original = publish(CLIPVisionModel(CLIPVisionConfig(**VISION)), tmp_path / "published")
+    model, _ = load(ours(post_norm=True, select="cls"), tmp_path / "published", "encoder")
+    theirs = original(pixels()).pooler_output
+    assert_equal(model.encoder(pixels())[:, 0], theirs)
+    exported = send_back(model, "encoder", "clip", tmp_path / "published")
+    assert_equal(CLIPVisionModel.from_pretrained(exported)(pixels()).pooler_output, theirs)
+
+
+def test_clip_whole_leaves_its_text_tower_behind(tmp_path: Path) -> None:
+    original = publish(CLIPModel(CLIPConfig(text_config=TOWER, vision_config=VISION)), tmp_path / "published")
+    model, report = load(ours(), tmp_path / "published", "encoder")
+    assert_equal(model.encoder(pixels()), original.vision_model(pixels()).last_hidden_state[:, 1:])
+    assert {"the text tower", "a weight of the contrastive loss"} <= set(report.parts[0].dropped)
+
+
+@pytest.mark.parametrize(("activation", "said"), [("gelu", "hidden_act"), ("relu", "hidden_act")])
+def test_clip_of_another_activation_is_refused(activation: str, said: str, tmp_path: Path) -> None:
+    from vlm.errors import CheckpointError
+
+    publish(CLIPVisionModel(CLIPVisionConfig(**VISION, hidden_act=activation)), tmp_path / "published")
+    with pytest.raises(CheckpointError, match=said):
+        load(ours(), tmp_path / "published", "encoder")

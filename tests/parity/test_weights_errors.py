@@ -1,0 +1,155 @@
+"""A wrong folder gives one error that lists all that is wrong, before any tensor is read."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from originals import blocks, config, load
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vlm.checkpoint import save_model
+from vlm.errors import CheckpointError
+from vlm.text.chars import CharTokenizer
+from vlm.weights.export import export_weights
+from vlm.weights.family import Part
+from vlm.weights.load import import_weights
+
+OURS = config(decoder={"transformer": blocks(activation="gelu_tanh"), "tie_embeddings": True})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A GPT-2 as published."""
+    model, _ = import_weights(OURS, 40, {})
+    save_model(tmp_path / "checkpoint", model, CharTokenizer("ab"))
+    export_weights(tmp_path / "checkpoint", "decoder", "gpt2", tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def refused(folder: Path, part: Part = "decoder") -> str:
+    """What the error says; all four parts of it are there."""
+    with pytest.raises(CheckpointError) as caught:
+        load(OURS, folder, part)
+    error = caught.value
+    assert all((error.what, error.where, error.got, error.fix)), str(error)
+    return str(error)
+
+
+def change(folder: Path, how: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(how(tensors), folder / "model.safetensors")
+
+
+def test_all_that_does_not_fit_is_listed_at_once_with_the_nearest_names(folder: Path) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for layer in range(3):
+            tensors[f"transformer.h.{layer}.ln1.weight"] = tensors.pop(f"transformer.h.{layer}.ln_1.weight")
+        del tensors["transformer.ln_f.bias"]
+        tensors["transformer.wpe.weight"] = torch.zeros(50, 16)
+        tensors["transformer.h.1.mlp.c_fc.bias"] = tensors["transformer.h.1.mlp.c_fc.bias"].to(torch.int8)
+        return tensors
+
+    change(folder, spoil)
+    said = refused(folder)
+    for sentence in (
+        "missing in the file: transformer.h.{0..2}.ln_1.weight (nearest: transformer.h.{0..2}.ln1.weight)",
+        "left over in the file: transformer.h.{0..2}.ln1.weight (nearest: transformer.h.{0..2}.ln_1.weight)",
+        "missing in the file: transformer.ln_f.bias",
+        "transformer.wpe.weight has shape (50, 16), the model wants (48, 16)",
+        "transformer.h.1.mlp.c_fc.bias is of type I8",
+    ):
+        assert sentence in said
+
+
+def test_a_parameter_that_no_file_of_the_family_has_is_named(folder: Path) -> None:
+    pooled = config(vision={"select": "attention", "post_norm": True, "class_token": True})
+    vit = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 4}
+    (folder / "config.json").write_text(json.dumps({**vit, "intermediate_size": 24, "layer_norm_eps": 1e-5}))
+    with pytest.raises(CheckpointError) as caught:
+        load(pooled, folder, "encoder")
+    assert "a parameter of the model that the file has no tensor for: encoder.pool.query" in str(caught.value)
+
+
+def test_an_encoder_is_no_decoder(folder: Path) -> None:
+    said = refused(folder, "encoder")
+    assert "config.json says gpt2, whose part is the decoder" in said
+    assert "clip, siglip, siglip2, timm, vit" in said
+
+
+def test_a_family_nobody_knows_is_refused_with_those_that_are_known(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "mamba"}')
+    assert "config.json says mamba. Fix: families with a decoder: gemma, gemma2, gpt2" in refused(folder)
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -1])
+def test_a_file_cut_short_is_refused(size: int, folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    assert "cut short, damaged or not safetensors" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.ckpt", "model.pth"])
+def test_a_pickle_is_refused_unopened_with_the_reason(name: str, folder: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+            return pytest.fail, ()
+
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(pickle.dumps(Trap()))
+    said = refused(folder)
+    assert "loading a pickle runs whatever code it holds" in said
+    assert name in said
+
+
+def test_a_folder_without_weights_or_config_is_refused(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert "holds no weights" in refused(folder)
+    (folder / "config.json").write_text("[1]")
+    assert "not a JSON object" in refused(folder)
+    (folder / "config.json").write_text("{")
+    assert "no config that can be read" in refused(folder)
+    assert "no config that can be read" in refused(tmp_path / "nowhere")
+
+
+def test_missing_shards_are_named(folder: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    report = export_weights(tmp_path / "checkpoint", "decoder", "gpt2", shards, max_bytes=4000)
+    names = [name for name in report.files if name.endswith(".safetensors")]
+    assert len(names) > 3
+    model, _ = load(OURS, shards, "decoder")
+    whole, _ = load(OURS, folder, "decoder")
+    assert all(torch.equal(one, other) for one, other in zip(*map(weights, (model, whole)), strict=True))
+    (shards / names[1]).unlink()
+    assert f"1 of {len(names)}: {names[1]}" in refused(shards)
+    (shards / "model.safetensors.index.json").write_text("{}")
+    assert "list of shards cannot be read" in refused(shards)
+
+
+def weights(model: torch.nn.Module) -> list[Tensor]:
+    return [parameter for name, parameter in model.named_parameters() if name.startswith("decoder.")]
+
+
+def test_what_no_family_can_express_is_not_exported(tmp_path: Path) -> None:
+    windowed = OURS.model_dump()
+    windowed["decoder"]["transformer"]["attention"]["windows"] = [8]
+    model, _ = import_weights(type(OURS).model_validate(windowed), 40, {})
+    save_model(tmp_path / "checkpoint", model, CharTokenizer("ab"))
+    with pytest.raises(CheckpointError, match=r"gpt2 cannot express this decoder.*windows"):
+        export_weights(tmp_path / "checkpoint", "decoder", "gpt2", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="one of gemma, gemma2, gpt2"):
+        export_weights(tmp_path / "checkpoint", "decoder", "gtp2", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_parameter_that_another_library_has_no_place_for_is_not_lost(tmp_path: Path) -> None:
+    pooled = config(vision={"class_token": True, "select": "attention"})
+    model, _ = import_weights(pooled, 40, {})
+    save_model(tmp_path / "checkpoint", model, CharTokenizer("ab"))
+    with pytest.raises(CheckpointError, match=r"no place for parameters of this encoder.*encoder\.pool\.query"):
+        export_weights(tmp_path / "checkpoint", "encoder", "vit", tmp_path / "out")

@@ -1,0 +1,99 @@
+"""Gemma 1 and 2 from transformers: the same logits, past the window too, and back again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from originals import DEPTH, HEADS, MLP, VOCAB, WIDTH, assert_equal, config, load, logits, publish, send_back, tokens
+from transformers import Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM
+
+from vlm.config import ModelConfig
+from vlm.errors import CheckpointError
+
+SIZES: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 1,
+    "head_dim": 6,
+    "intermediate_size": MLP,
+    "vocab_size": VOCAB,
+}
+WINDOW = 4
+
+
+def decoder(version: int) -> dict[str, Any]:
+    """Our decoder of Gemma's make; the second has a window shorter than the texts, and both soft caps bite."""
+    attention: dict[str, Any] = {"num_heads": HEADS, "num_kv_heads": 1, "head_dim": 6}
+    if version == 2:
+        attention |= {"windows": [WINDOW, None], "soft_cap": 2.0, "scale": 1 / 3}
+    return {
+        "transformer": {
+            "width": WIDTH,
+            "depth": DEPTH,
+            "attention": attention,
+            "mlp": {"kind": "gated", "mlp_width": MLP, "activation": "gelu_tanh"},
+            "norm": {"kind": "rms", "offset": True},
+            "position": {"kind": "rotary"},
+            "sandwich": version == 2,
+        },
+        "tie_embeddings": True,
+        "scale_embeddings": True,
+        "soft_cap": 3.0 if version == 2 else None,
+    }
+
+
+def ours(version: int) -> ModelConfig:
+    return config(decoder=decoder(version))
+
+
+def original_of(version: int, **changes: Any) -> Any:
+    if version == 1:
+        return GemmaForCausalLM(GemmaConfig(**SIZES, **changes))
+    caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 9}
+    return Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, **caps, sliding_window=WINDOW, attn_implementation="eager", **changes)
+    )
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_gemma_logits_are_the_originals_and_go_back(version: int, tmp_path: Path) -> None:
+    original = publish(original_of(version), tmp_path / "published")
+    model, _ = load(ours(version), tmp_path / "published", "decoder")
+    ids, mask = tokens(12, 3, 7)
+    theirs = original(input_ids=ids, attention_mask=mask).logits
+    assert_equal(logits(model, ids), theirs, mask)
+    exported = send_back(model, "decoder", "gemma2" if version == 2 else "gemma", tmp_path / "published")
+    again = type(original).from_pretrained(exported, attn_implementation="eager")
+    assert_equal(again(input_ids=ids, attention_mask=mask).logits, theirs, mask)
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(2, 1), (1, 2)])
+def test_gemma_of_the_other_version_is_recognised(given: int, wanted: int, tmp_path: Path) -> None:
+    publish(original_of(given), tmp_path / "published")
+    with pytest.raises(CheckpointError) as caught:
+        load(ours(wanted), tmp_path / "published", "decoder")
+    name, other = ("gemma2", "gemma") if given == 2 else ("gemma", "gemma2")
+    assert f"family {name}, and the decoder of the model is made like {other}." in str(caught.value)
+    assert "decoder.transformer.sandwich" in str(caught.value)
+
+
+def test_every_value_that_differs_is_named_at_once(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    publish(original_of(2, rope_parameters=rope, rms_norm_eps=1e-5), tmp_path / "published")
+    settings = tmp_path / "published" / "config.json"
+    text = settings.read_text().replace('"sliding_window": 4', '"sliding_window": 5')
+    settings.write_text(text.replace('"final_logit_softcapping": 3.0', '"final_logit_softcapping": 4.0'))
+    with pytest.raises(CheckpointError, match="of another size") as caught:
+        load(ours(2), tmp_path / "published", "decoder")
+    for path in ("position.base", "norm.eps", "attention.windows", "decoder.soft_cap"):
+        assert path in str(caught.value)
+
+
+def test_stretched_rotary_angles_are_refused(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
+    publish(original_of(1, rope_parameters=rope), tmp_path / "published")
+    with pytest.raises(CheckpointError, match="linear"):
+        load(ours(1), tmp_path / "published", "decoder")

@@ -1,0 +1,228 @@
+"""Every kind of source, with real files and bad rows in each: all rows are accounted for, and twice is once."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from deltalake import write_deltalake
+from pictures import as_base64, encoded, picture, png, write_csv
+from PIL import Image
+from pyspark.sql import SparkSession
+
+from pipelines.config import DataConfig
+from pipelines.driver.ingest import TooManyRefused, ingest, worked
+from pipelines.driver.quarantine import look_into
+from pipelines.driver.replay import replay
+from pipelines.driver.report import write_report
+from pipelines.driver.sources import open_source
+from pipelines.platform import Platform
+
+Written = tuple[dict[str, Any], dict[str, int]]
+"""A data config's source and split, and the reasons of the bad rows."""
+
+
+def two_texts(n: int) -> list[str]:
+    return [f"picture {n}", f"the {n}th picture"]
+
+
+def smooth(seed: int) -> Image.Image:
+    """A picture of soft shapes, as photographs have them: noise alone would not survive an encoder."""
+    return picture(seed, (5, 4)).resize((160, 120), Image.Resampling.BICUBIC)
+
+
+def write_jsonl(folder: Path) -> Written:
+    rows = [{"image": as_base64(png(n)), "text": two_texts(n), "of": "test" if n else "valid"} for n in range(3)]
+    bad = [{"image": as_base64(png(3)), "text": "x", "of": "holdout"}, {"text": "no picture", "of": "train"}]
+    lines = [json.dumps(row) for row in [*rows, rows[0], *bad]]
+    (folder / "a.jsonl").write_text("\n".join([*lines, '{"image": "cut off', ""]))
+    split = {"kind": "column", "column": "of"}
+    return {"source": {"kind": "jsonl"}, "split": split}, {"malformed_record": 2, "missing_field": 1}
+
+
+def write_parquet(folder: Path) -> Written:
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pictures = [png(n) for n in (10, 11, 12, 10)] + [png(13)[:-30], None]
+    rows = [{"image": {"bytes": data, "path": f"{n}.png"}, "text": two_texts(n % 3)} for n, data in enumerate(pictures)]
+    schema = pa.schema([("image", kind), ("text", pa.list_(pa.string()))])
+    pq.write_table(pa.Table.from_pylist(rows, schema), folder / "train-00000-of-00001.parquet")
+    return {"source": {"kind": "parquet"}, "split": {"kind": "file"}}, {"truncated_image": 1, "missing_field": 1}
+
+
+def write_table(folder: Path) -> Written:
+    rows = [{"image": png(20 + n % 3), "text": f"picture {n % 3}", "sku": n % 3} for n in range(4)]
+    bad = [{"image": b"words", "text": "x", "sku": 8}, {"image": png(23), "text": " ", "sku": 9}]
+    write_deltalake(folder, pa.Table.from_pylist(rows + bad))
+    write_deltalake(folder, pa.Table.from_pylist([{"image": png(24), "text": "later", "sku": 7}]), mode="append")
+    source = {"kind": "table", "version": 0, "columns": {"id": "sku"}}
+    return {"source": source}, {"not_an_image": 1, "empty_text": 1}
+
+
+def write_folder(folder: Path) -> Written:
+    (folder / "in").mkdir()
+    for n in range(3):
+        (folder / "in" / f"{n}.png").write_bytes(png(30 + n))
+    (folder / "never named.png").write_bytes(png(33))
+    rows = [[f"in/{n}.png", f'picture "{n}",\nin two lines'] for n in (0, 1, 2, 0)]
+    bad = [["in/9.png", "not there"], ["../elsewhere.png", "outside"]]
+    write_csv(folder / "captions.csv", [*rows, *bad], header=("file_name", "text"))
+    return {"source": {"kind": "folder", "captions": "captions.csv"}}, {"missing_field": 2}
+
+
+def write_coco(folder: Path) -> Written:
+    images = [{"id": n, "file_name": f"{n}.png", "height": 16, "width": 24} for n in range(3)]
+    for n in range(3):
+        (folder / f"{n}.png").write_bytes(png(40 + min(n, 1)))
+    said = [(0, "a"), (0, "b"), (1, "c"), (2, "c"), (7, "of a picture that is not listed")]
+    annotations = [{"id": n, "image_id": image, "caption": text} for n, (image, text) in enumerate(said)]
+    images.append({"id": 3, "file_name": "0.png", "height": 16, "width": 24})
+    (folder / "captions.json").write_text(json.dumps({"info": {}, "images": images, "annotations": annotations}))
+    return {"source": {"kind": "folder", "captions": "captions.json"}}, {"missing_field": 1, "empty_text": 1}
+
+
+def write_webdataset(folder: Path) -> Written:
+    members: dict[str, bytes] = {}
+    for n in range(3):
+        members |= {f"in/{n:04}.jpg": encoded(picture(50 + n), "JPEG"), f"in/{n:04}.txt": f"picture {n}".encode()}
+    members |= {"in/0003.jpg": members["in/0000.jpg"], "in/0003.txt": b"picture 0"}
+    members |= {"in/0004.txt": b"no picture", "in/0005.jpg": encoded(picture(55), "JPEG")[:300], "in/0005.txt": b"x"}
+    for name, part in (("a.tar", list(members.items())[:4]), ("b.tar", list(members.items())[4:])):
+        with tarfile.open(folder / name, "w") as tar:
+            for member, content in part:
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    (folder / "c.tar").write_bytes((folder / "a.tar").read_bytes()[:700])
+    reasons = {"missing_field": 1, "truncated_image": 1, "malformed_record": 1}
+    return {"source": {"kind": "webdataset"}}, reasons
+
+
+@pytest.mark.parametrize(
+    ("write", "usable", "new", "texts", "splits"),
+    [
+        (write_jsonl, 4, 3, 6, {"test": 2, "val": 1}),
+        (write_parquet, 4, 3, 6, {"train": 3}),
+        (write_table, 4, 3, 3, {"train": 3}),
+        (write_folder, 4, 3, 3, {"train": 3}),
+        (write_coco, 3, 2, 3, {"train": 2}),
+        (write_webdataset, 4, 3, 3, {"train": 3}),
+    ],
+    ids=["jsonl", "parquet", "table", "folder", "coco", "webdataset"],
+)
+def test_every_row_of_every_kind_of_source_is_accounted_for(
+    spark: SparkSession,
+    platform: Platform,
+    source: str,
+    tmp_path: Path,
+    write: Callable[[Path], Written],
+    usable: int,
+    new: int,
+    texts: int,
+    splits: dict[str, int],
+) -> None:
+    data, reasons = write(tmp_path)
+    data["source"]["path"] = str(tmp_path)
+    config = DataConfig.model_validate({"split": {"kind": "hash", "val": 0, "test": 0}} | data)
+    with worked(spark, platform, source, config, open_source(spark, platform, source, config)) as work:
+        found = work.outcomes.groupBy("reason").count().collect()
+        plan = work.plan.collect()
+    totals = work.totals
+    assert {row["reason"]: row["count"] for row in found} == {None: usable} | reasons
+    assert (totals.new, totals.brought, totals.usable, totals.conflicting) == (new, new, usable, 0)
+    assert totals.rows_in == totals.usable + totals.bad == usable + sum(reasons.values())
+    assert sum(len(row["fresh"]) for row in plan) == texts
+    assert Counter(row["split"] for row in plan) == splits
+    if data["source"]["kind"] == "table":
+        assert sorted(row["image_id"] for row in plan) == [f"{source}/{n}" for n in range(3)]
+
+
+def test_rows_of_many_texts_are_merged_into_what_is_there(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    said = [["a", "b"], ["b"], ["c", "b"], ["a"], ["c"]]
+    rows = [json.dumps({"image": as_base64(png(70)), "text": texts}) for texts in said]
+    source_config = {"kind": "jsonl", "path": str(tmp_path / "a.jsonl")}
+    data = DataConfig.model_validate({"source": source_config, "near_duplicates": False})
+    for count, expected in ((2, (2, 1, 0, 1, 0)), (5, (5, 0, 1, 4, 0))):
+        (tmp_path / "a.jsonl").write_text("\n".join(rows[:count]))
+        report = ingest(spark, platform, source, data)
+        found = (report.rows_in, report.new, report.merged, report.duplicates, report.quarantined)
+        assert found == expected
+    [row] = spark.table(platform.table("samples")).where(f"source = '{source}'").collect()
+    assert [pair["text"] for pair in row["texts"]] == ["a", "b", "c"]
+
+
+def test_refused_rows_are_shown_replayed_after_a_fix_and_too_many_of_them_fail_the_job_once_all_is_written(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    rows = [[as_base64(png(60)), "good"], [as_base64(png(61)), "x" * 30], [as_base64(png(60)), "y" * 30]]
+    path = write_csv(tmp_path / "a.csv", [*rows, [as_base64(b"words"), "<b>no picture</b>"]])
+    data: dict[str, Any] = {"source": {"kind": "csv", "path": str(path)}, "near_duplicates": False}
+    data["limits"] = {"max_text_chars": 20, "max_bad_share": 0.7}
+    with pytest.raises(TooManyRefused, match=r"3 of 4 rows \(75.0%.*2 text_too_long, 1 not_an_image") as failed:
+        ingest(spark, platform, source, DataConfig.model_validate(data))
+    assert failed.value.exit_code == 1
+    assert spark.table(platform.table("samples")).where(f"source = '{source}'").count() == 1
+
+    full = write_report(spark, platform, failed.value.report)
+    assert full.figures.formats == {"PNG": 1}
+    assert full.figures.sides == {"16-31": 1}
+    assert full.figures.chars == {"4-7": 1}
+    page = Path(full.page).read_text()
+    assert page.count("<img") == 3
+    assert [words for words in ("text_too_long", "not_an_image", "16-31", "Refused", "good") if words not in page] == []
+
+    report = look_into(spark, platform, ["text_too_long", "not_an_image"], 1, pictures=True)
+    counts = {count.reason: (count.rows, count.replayed) for count in report.counts if count.source == source}
+    assert counts == {"text_too_long": (2, 0), "not_an_image": (1, 0)}
+    assert len([row for row in report.rows if row.source == source]) == 2
+    page = Path(str(report.gallery)).read_text()
+    assert "data:image/jpeg;base64," in page
+    assert "&lt;b&gt;no picture" in page
+    assert "<b>" not in page
+
+    mended = DataConfig.model_validate(data | {"limits": {"max_text_chars": 40}})
+    replayed = replay(spark, platform, source, mended, ["text_too_long", "not_an_image"])
+    assert (replayed.rows_in, replayed.new, replayed.merged, replayed.duplicates) == (3, 1, 1, 0)
+    assert replayed.refused == {"not_an_image": 1}
+    refused = spark.table(platform.table("quarantine")).where(f"source = '{source}'").collect()
+    assert sorted((row["reason"], row["replayed_at"] is None) for row in refused) == [
+        ("not_an_image", True),
+        *[("text_too_long", False)] * 2,
+    ]
+    assert replay(spark, platform, source, mended, ["text_too_long"]).rows_in == 0
+
+
+def test_a_picture_that_was_saved_again_is_flagged_and_stays_on_its_side_of_the_split(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    table = platform.table("samples")
+    seen = [smooth(n) for n in range(8)]
+    again = [encoded(image, "JPEG", quality=80) for image in seen[:4]] + [encoded(seen[7].resize((80, 60)), "WEBP")]
+    config = {"source": {"kind": "table", "path": str(tmp_path)}, "split": {"kind": "hash", "val": 0.3, "test": 0.3}}
+    data = DataConfig.model_validate(config)
+    first = [encoded(image) for image in seen] + again[4:]
+    reports = []
+    for pictures in (first, again[:4]):
+        content = pa.Table.from_pylist([{"image": image, "text": "x"} for image in pictures])
+        write_deltalake(tmp_path, content, mode="overwrite")
+        reports.append(ingest(spark, platform, source, data).near_duplicates)
+    rows = spark.table(table).where(f"source = '{source}'").collect()
+    split = {row["image_id"]: row["split"] for row in rows}
+    near = {row["image_id"]: row["near_of"] for row in rows if row["near_of"]}
+    assert [report.pictures for report in reports] == [2, 4]
+    assert [report.across_splits for report in reports] == [0, 0]
+    assert reports[1].moved > 0, "with these pictures some of them would have gone elsewhere"
+    names = [f"{source}/{sha256(data).hexdigest()[:24]}" for data in first]
+    assert len(near) == 5
+    assert {split[name] == split[other] for name, other in near.items()} == {True}
+    assert set(near.values()) == set(names[:4]) | {min(names[7:])}

@@ -1,0 +1,166 @@
+"""`lakesight ask` about one picture, several or none, and the boxes it finds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from published import byte_fallback
+from tokenizers import AddedToken
+
+from jobs.ask import ask
+from jobs.regions import Found, draw_regions
+from pipelines.config import load_model
+from pipelines.errors import StageFailed, UserError
+from vlm import text
+from vlm.build import build_model
+from vlm.checkpoint import save_model
+from vlm.config import CharsConfig, JsonTextConfig
+from vlm.generate import Request, generate
+from vlm.image import open_image, to_pixels
+from vlm.model import VisionLanguageModel
+from vlm.text import Tokenizer
+from vlm.text.prompt import prefix_ids
+
+CAT, DOG = ("<loc0256><loc0512><loc0768><loc0896> " + name for name in ("cat ; ", "dog ; "))
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Lakesight home and a working directory of the test's own, with two pictures in it."""
+    monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (400, 200), "black").save("wide.png")
+    Image.new("RGB", (50, 60), "red").save("red.png")
+
+
+Told = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str]) -> Told:
+    """Ask in this process; the report."""
+
+    def told(*files: str, **options: Any) -> dict[str, Any]:
+        capsys.readouterr()
+        ask([Path(file) for file in files], as_json=True, **options)
+        report: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return report
+
+    return told
+
+
+@pytest.fixture
+def chatty(tmp_path: Path) -> tuple[Path, VisionLanguageModel, Tokenizer]:
+    """A model with random weights that draws its words by its pictures: in another order it draws others."""
+    tokenizer = text.learn(CharsConfig(kind="chars", alphabet="abc "), ())
+    config = load_model("nano_tiny")
+    generation = config.generation.model_copy(update={"max_new_tokens": 12, "temperature": 1.0})
+    config = config.model_copy(update={"generation": generation})
+    torch.manual_seed(1)
+    model = build_model(config, tokenizer.vocab_size).eval()
+    save_model(tmp_path / "chatty", model, tokenizer)
+    return tmp_path / "chatty", model, tokenizer
+
+
+@pytest.fixture
+def detector(tmp_path: Path) -> Path:
+    """A model that can only say a cat's box or a dog's: their rows of the head are opposite, all others zero."""
+    backend = byte_fallback()
+    backend.add_tokens([AddedToken(token, normalized=False) for token in (CAT, DOG)])
+    backend.save(str(tmp_path / "published.json"))
+    rows = backend.get_vocab_size()
+    settings = JsonTextConfig(
+        kind="json", path=str(tmp_path / "published.json"), vocab_size=rows, bos="<bos>", eos="<eos>", pad="<pad>"
+    )
+    tokenizer = text.learn(settings, ())
+    config = load_model("nano_tiny")
+    generation = config.generation.model_copy(update={"max_new_tokens": 2})
+    decoder = config.decoder.model_copy(update={"tie_embeddings": False})
+    image = config.image.model_copy(update={"resize": "crop"})
+    update = {"text": settings, "generation": generation, "decoder": decoder, "image": image}
+    model = build_model(config.model_copy(update=update), rows)
+    with torch.no_grad():
+        model.decoder.head.weight[:-1] = 0
+        model.decoder.head.weight[-2] = -model.decoder.head.weight[-1]
+    save_model(tmp_path / "detector", model, tokenizer)
+    return tmp_path / "detector"
+
+
+@pytest.mark.parametrize(
+    ("files", "prompt"),
+    [(("red.png",), ""), (("wide.png", "red.png"), ""), (("red.png", "wide.png"), "a cab"), ((), "a cab")],
+    ids=["one", "two", "two-and-a-prompt", "none"],
+)
+def test_pictures_reach_the_model_in_the_order_named(
+    files: tuple[str, ...], prompt: str, chatty: tuple[Path, VisionLanguageModel, Tokenizer], told: Told
+) -> None:
+    folder, model, tokenizer = chatty
+    seen = [open_image(Path(file).read_bytes(), max_pixels=10**6, min_side=1)[0] for file in files]
+    pixels = tuple(torch.from_numpy(to_pixels(picture, model.config.image)) for picture in seen)
+    prefix = prefix_ids(tokenizer, model.config.num_slots, prompt, len(files))
+    (expected,) = generate(model, tokenizer, [Request(prefix, pixels)], model.config.generation)
+    report = told(*files, prompt=prompt, checkpoint=folder)
+    assert report["caption"] == expected.text
+    assert report["images"] == list(files)
+    assert (report["regions"], report["drawn"]) == ([], None)
+
+
+def test_too_many_pictures_for_the_context_is_said(chatty: tuple[Path, VisionLanguageModel, Tokenizer]) -> None:
+    with pytest.raises(UserError, match="does not fit the model's context"):
+        ask([Path("red.png")] * 9, checkpoint=chatty[0])
+
+
+def test_boxes_are_found_where_they_are_in_the_picture_and_drawn_there(detector: Path, told: Told) -> None:
+    """The model sees the middle 200 of 400 pixels: half of its width is 100 + 100."""
+    report = told("wide.png", prompt="detect cat", checkpoint=detector, draw=Path("boxes.png"))
+    assert report["regions"]
+    for region in report["regions"]:
+        assert region.pop("label") in ("cat", "dog")
+        assert region == {"left": 200, "top": 50, "right": 275, "bottom": 150, "codes": []}
+    assert report["drawn"] == "boxes.png"
+    with Image.open("boxes.png") as drawn:
+        assert drawn.size == (400, 200)
+        coloured = [x for x in range(210, 400) if drawn.getpixel((x, 120)) != (0, 0, 0)]
+        assert coloured == [274], "the last pixel before the right edge"
+
+
+def test_several_pictures_have_no_boxes_for_none_says_whose_they_are(detector: Path, told: Told) -> None:
+    report = told("wide.png", "red.png", checkpoint=detector)
+    assert "<loc0256>" in report["caption"]
+    assert report["regions"] == []
+
+
+def test_an_answer_without_a_box_is_printed_draws_nothing_and_fails(
+    chatty: tuple[Path, VisionLanguageModel, Tokenizer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(StageFailed, match="names no region, so nothing was drawn") as caught:
+        ask([Path("red.png")], checkpoint=chatty[0], draw=Path("boxes.png"), as_json=True)
+    assert json.loads(capsys.readouterr().out)["caption"] == caught.value.got
+    assert caught.value.exit_code == 1
+    assert not Path("boxes.png").exists()
+
+
+def test_labels_share_a_colour_and_any_box_of_the_picture_can_be_drawn() -> None:
+    picture = Image.new("RGB", (300, 300), "white")
+    corners = [(0, 0, 300, 300), (299, 299, 300, 300), (300, 300, 300, 300), (7, 7, 7, 7)]
+    labels = ["a", "b", "", "a\N{SNOWMAN}"]
+    found = [
+        Found(label=label, left=x0, top=y0, right=x1, bottom=y1, codes=())
+        for label, (x0, y0, x1, y1) in zip(labels, corners, strict=True)
+    ]
+    assert draw_regions(picture, found).size == (300, 300)
+    assert picture.getcolors() == [(90_000, (255, 255, 255))], "the picture itself is left alone"
+    boxes = [(40, 40, 90, 90), (140, 40, 190, 90), (40, 140, 90, 190)]
+    same = [
+        Found(label=label, left=x0, top=y0, right=x1, bottom=y1, codes=())
+        for label, (x0, y0, x1, y1) in zip(["cat", "cat", "dog"], boxes, strict=True)
+    ]
+    drawn = draw_regions(picture, same)
+    first, second, third = (drawn.getpixel((x1 - 1, y1 - 1)) for _, _, x1, y1 in boxes)
+    assert first == second != third

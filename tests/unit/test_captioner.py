@@ -1,0 +1,78 @@
+"""Captions of many pictures and prompts: bounded batches, each answer in its place, an error to its own row alone."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from models import tiny_model, tiny_pixels
+from PIL import Image
+
+from pipelines.config import LimitsConfig
+from pipelines.worker import caption
+from pipelines.worker.caption import Captioner
+from vlm.config import GenerationConfig
+
+SETTINGS = GenerationConfig(max_new_tokens=6)
+LIMITS = LimitsConfig(min_side=8)
+
+
+def files(count: int) -> list[bytes | str | None]:
+    found: list[bytes | str | None] = []
+    for pixels in tiny_pixels(count):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.numpy()).save(buffer, "PNG")
+        found.append(buffer.getvalue())
+    return found
+
+
+@pytest.mark.parametrize("changes", [{}, {"temperature": 1.0, "seed": 5}, {"num_beams": 3}])
+def test_prompts_of_any_length_share_batches_and_change_no_answer(changes: dict[str, object]) -> None:
+    captioner = Captioner(*tiny_model("other"))
+    settings = SETTINGS.model_copy(update=changes)
+    images, prompts = files(12), ["", "what", "a long question", "why"] * 3
+    together = captioner.caption(images, prompts, settings, LIMITS)
+    for image, prompt, result in zip(images, prompts, together, strict=True):
+        (alone,) = captioner.caption([image], [prompt], settings, LIMITS)
+        assert (alone.caption, alone.num_tokens, alone.sha256) == (result.caption, result.num_tokens, result.sha256)
+        assert alone.mean_logprob == pytest.approx(result.mean_logprob, abs=1e-4)
+    assert len({result.caption for result in together}) > 1
+
+
+def test_a_prompt_too_long_and_a_broken_picture_are_errors_of_their_rows_alone() -> None:
+    captioner = Captioner(*tiny_model("other"))
+    good, other, broken = *files(2), b"no picture"
+    results = captioner.caption([good, other, broken], ["a", "what" * 20, "a"], SETTINGS, LIMITS)
+    assert [result.error is None for result in results] == [True, False, False]
+    assert "does not fit the model's context" in str(results[1].error)
+    assert "not_an_image" in str(results[2].error)
+    assert results[1].sha256 is not None
+
+
+def test_the_caption_is_cut_at_a_stop_string() -> None:
+    captioner = Captioner(*tiny_model("other"))
+    (free,) = captioner.caption(files(1), [""], SETTINGS, LIMITS)
+    assert free.caption is not None
+    word = free.caption[2:4]
+    (cut,) = captioner.caption(files(1), [""], SETTINGS.model_copy(update={"stop": (word,)}), LIMITS)
+    assert cut.caption == free.caption[: free.caption.index(word)]
+
+
+def test_a_batch_is_bounded_in_rows_and_in_positions_of_all_its_beams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caption, "BATCH_ROWS", 5)
+    monkeypatch.setattr(caption, "BATCH_POSITIONS", 200)
+    model, tokenizer = tiny_model("plain")
+    shapes: list[tuple[int, int]] = []
+    model.decoder.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape[:2])))
+    pictures = [np.asarray(pixels) for pixels in tiny_pixels(12)]
+    prompts = ["", "q" * 30, "", "what"] * 3
+    for num_beams in (1, 4):
+        shapes.clear()
+        settings = SETTINGS.model_copy(update={"num_beams": num_beams})
+        answers = Captioner(model, tokenizer).answer(pictures, prompts, settings)
+        first_passes = [(rows, length) for rows, length in shapes if length > 1]
+        assert sum(rows for rows, _ in first_passes) == len(answers) == 12
+        assert all(rows <= 5 for rows, _ in first_passes)
+        assert all(rows == 1 or rows * (length + 6) * num_beams <= 200 for rows, length in first_passes)
+        assert [length for _, length in first_passes] == sorted((length for _, length in first_passes), reverse=True)

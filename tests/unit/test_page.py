@@ -1,0 +1,38 @@
+"""The page of an ingest: self-contained, and what comes from data is escaped."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pictures import encoded, picture
+
+from pipelines.driver.page import Card, Chart, Gallery, Page, write_page
+
+EVIL = '<script>alert("x")</script>'
+
+
+def write(path: Path, page: Page) -> str:
+    write_page(path, page)
+    return path.read_text(encoding="utf-8")
+
+
+def test_a_page_needs_nothing_but_itself_and_data_cannot_inject_html(tmp_path: Path) -> None:
+    small = encoded(picture(1), "JPEG")
+    cards = [Card(EVIL, small, [EVIL, "two"]), Card("b", None, [], note=EVIL)]
+    page = Page(EVIL, EVIL, {EVIL: "7"}, [Chart(EVIL, {EVIL: 3})], [Gallery(EVIL, cards)])
+    html = write(tmp_path / "deep" / "page.html", page)
+    assert "<script" not in html
+    assert not re.search(r"https?://|<link|<iframe", html)
+    assert html.count("data:image/jpeg;base64,") == html.count("<img") == 1
+    assert html.count("no picture") == 1
+    assert re.findall(r'<figure class="(\w+)"', html) == ["good", "bad"]
+
+
+def test_bars_are_as_long_as_their_numbers_and_none_divides_by_zero(tmp_path: Path) -> None:
+    chart = Chart("rows", {"a": 4000, "b": 1000, "c": 0})
+    assert list(chart.bars) == [("a", "4,000", 100.0), ("b", "1,000", 25.0), ("c", "0", 0.0)]
+    assert list(Chart("none", {}).bars) == []
+    assert [percent for _, _, percent in Chart("zero", {"a": 0}).bars] == [0.0]
+    html = write(tmp_path / "page.html", Page("t", "a", charts=[chart]))
+    assert "width: 25.0%" in html

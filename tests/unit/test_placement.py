@@ -1,0 +1,206 @@
+"""Where a picture lies in the model's square, and every mode and orientation that a picture can come in."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pictures import encoded, picture
+from PIL import Image, PngImagePlugin, TiffImagePlugin
+
+from vlm.config import ImageConfig
+from vlm.image import open_image, place, to_pixels
+
+RED, GREEN, GREY, WHITE = (255, 0, 0), (0, 255, 0), (128, 128, 128), (255, 255, 255)
+LIGHT = (191, 191, 191)
+"""Grey 64 that half covers white; not multiplied by its alpha yet it would be 159."""
+HOW = [{"resize": "stretch"}, {"resize": "crop"}, {"resize": "crop", "crop_start": "even"}, {"resize": "pad"}]
+
+
+def config(size: int, how: dict[str, str]) -> ImageConfig:
+    return ImageConfig.model_validate({"size": size, **how})
+
+
+# ------------------------------------------------------------------------------------------------ placement
+
+sides = st.integers(1, 3000)
+
+
+@given(sides, sides, st.integers(8, 900), st.sampled_from(HOW))
+def test_every_point_of_the_square_is_a_point_of_the_picture(
+    width: int, height: int, size: int, how: dict[str, str]
+) -> None:
+    placed = place(width, height, config(size, how))
+    assert placed.scaled_width > 0
+    assert placed.scaled_height > 0
+    for x, y in [(0, 0), (size, size), (size / 3, size)]:
+        at_x, at_y = placed.to_picture(x, y)
+        assert 0 <= at_x <= width
+        assert 0 <= at_y <= height
+    middle_x, middle_y = placed.to_picture(size / 2, size / 2)
+    assert abs(middle_x - width / 2) <= width / placed.scaled_width
+    assert abs(middle_y - height / 2) <= height / placed.scaled_height
+
+
+@given(sides, sides, st.integers(8, 900))
+def test_a_crop_fills_the_square_and_padding_shows_the_whole_picture(width: int, height: int, size: int) -> None:
+    crop, pad = (place(width, height, config(size, {"resize": how})) for how in ("crop", "pad"))
+    assert min(crop.scaled_width, crop.scaled_height) == size
+    assert min(crop.left, crop.top) >= 0
+    assert max(pad.scaled_width, pad.scaled_height) == size
+    assert max(pad.left, pad.top) <= 0
+    corners = {pad.to_picture(0, 0), pad.to_picture(size, size)}
+    assert corners == {(0, 0), (width, height)}
+
+
+@pytest.mark.parametrize("how", HOW, ids=lambda how: "-".join(how.values()))
+@pytest.mark.parametrize("size", [(200, 90), (90, 201), (40, 33)])
+def test_what_is_seen_in_the_square_is_found_in_the_picture(size: tuple[int, int], how: dict[str, str]) -> None:
+    """A spot painted into the picture, looked for in its pixels, and mapped back."""
+    spot = (round(0.45 * size[0]), round(0.4 * size[1]), round(0.6 * size[0]), round(0.7 * size[1]))
+    painted = Image.new("RGB", size, RED)
+    painted.paste(GREEN, spot)
+    settings = config(64, how)
+    pixels = to_pixels(painted, settings)
+    rows, columns = np.nonzero((pixels[:, :, 1] > 128) & (pixels[:, :, 0] < 128))
+    placed = place(*size, settings)
+    found = [*placed.to_picture(columns.min(), rows.min()), *placed.to_picture(columns.max() + 1, rows.max() + 1)]
+    model_pixel = max(size[0] / placed.scaled_width, size[1] / placed.scaled_height)
+    assert np.abs(np.subtract(found, spot)).max() <= model_pixel
+
+
+@pytest.mark.parametrize("resize", ["crop", "pad"])
+def test_a_picture_like_a_thread_needs_no_memory_of_its_length(resize: str) -> None:
+    thread = Image.new("RGB", (200_000, 1), RED)
+    pixels = to_pixels(thread, ImageConfig.model_validate({"size": 224, "resize": resize}))
+    assert tuple(pixels[112, 112]) == RED
+
+
+def test_a_thin_picture_is_cropped_as_any_other() -> None:
+    """Above an aspect of 16 the middle alone is resized: to what resizing all of it gives."""
+    thin = picture(3, (700, 40))
+    whole = thin.resize((64 * 700 // 40, 64), Image.Resampling.BICUBIC)
+    left = (whole.width - 64) // 2
+    expected = np.array(whole.crop((left, 0, left + 64, 64)))
+    assert np.abs(to_pixels(thin, ImageConfig(size=64, resize="crop")).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["bicubic", "bilinear", "lanczos"])
+def test_the_filter_is_the_one_named(name: str) -> None:
+    image = picture(4, (50, 30))
+    expected = np.array(image.resize((16, 16), Image.Resampling[name.upper()]))
+    assert (to_pixels(image, ImageConfig.model_validate({"size": 16, "filter": name})) == expected).all()
+
+
+# ------------------------------------------------------------------------------------------------ modes
+
+
+def premultiplied(mode: str, colour: tuple[int, ...]) -> bytes:
+    """A TIFF whose colour is multiplied by its alpha already."""
+    data = encoded(Image.new(mode, (8, 8), colour), "TIFF")
+    extra_samples = struct.pack("<HHLHH", 338, 3, 1, 2, 0)
+    assert data.count(extra_samples) == 1
+    return data.replace(extra_samples, struct.pack("<HHLHH", 338, 3, 1, 1, 0))
+
+
+def grey_16_bit(kind: str, mode: str) -> bytes:
+    sample = {"I;16": b"\x40\x80", "I;16B": b"\x80\x40"}[mode]
+    return encoded(Image.frombytes(mode, (8, 8), 64 * sample), kind)
+
+
+def clear_palette(kind: str) -> bytes:
+    """Red, but half of it clear: white."""
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([*RED, *RED])
+    image.paste(1, (4, 0, 8, 8))
+    return encoded(image, kind, transparency=1)
+
+
+FILES = {
+    "TIFF 1": (encoded(Image.new("1", (8, 8), 1), "TIFF"), WHITE),
+    "TIFF L": (encoded(Image.new("L", (8, 8), 128), "TIFF"), GREY),
+    "TIFF LA": (encoded(Image.new("LA", (8, 8), (0, 0)), "TIFF"), WHITE),
+    "TIFF La": (premultiplied("LA", (64, 128)), LIGHT),
+    "TIFF P": (encoded(Image.new("RGB", (8, 8), RED).convert("P"), "TIFF"), RED),
+    "TIFF PA": (encoded(Image.new("PA", (8, 8), (0, 0)), "TIFF"), WHITE),
+    "TIFF RGB": (encoded(Image.new("RGB", (8, 8), RED), "TIFF"), RED),
+    "TIFF RGBA": (encoded(Image.new("RGBA", (8, 8), (0, 0, 0, 127)), "TIFF"), GREY),
+    "TIFF RGBa": (premultiplied("RGBA", (64, 64, 64, 128)), LIGHT),
+    "TIFF RGBX": (encoded(Image.new("RGBX", (8, 8), RED), "TIFF"), RED),
+    "TIFF CMYK": (encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"), RED),
+    "TIFF YCbCr": (encoded(Image.new("RGB", (8, 8), RED).convert("YCbCr"), "TIFF"), RED),
+    "TIFF LAB": (encoded(Image.new("LAB", (8, 8), (255, 128, 128)), "TIFF"), WHITE),
+    "TIFF I;16": (grey_16_bit("TIFF", "I;16"), GREY),
+    "TIFF I;16B": (grey_16_bit("TIFF", "I;16B"), GREY),
+    "PNG 1": (encoded(Image.new("1", (8, 8), 1)), WHITE),
+    "PNG L": (encoded(Image.new("L", (8, 8), 128)), GREY),
+    "PNG LA": (encoded(Image.new("LA", (8, 8), (0, 127))), GREY),
+    "PNG P": (clear_palette("PNG"), RED),
+    "PNG I;16": (grey_16_bit("PNG", "I;16"), GREY),
+    "PNG RGB": (encoded(Image.new("RGB", (8, 8), RED)), RED),
+    "PNG RGBA": (encoded(Image.new("RGBA", (8, 8), (0, 0, 0, 127))), GREY),
+    "GIF P": (clear_palette("GIF"), RED),
+    "JPEG L": (encoded(Image.new("L", (8, 8), 128), "JPEG"), GREY),
+    "JPEG YCbCr": (encoded(Image.new("YCbCr", (8, 8), (128, 128, 128)), "JPEG"), GREY),
+    "JPEG CMYK": (encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), RED),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_mode_comes_out_as_people_see_it(name: str) -> None:
+    data, colour = FILES[name]
+    image, _ = open_image(data, max_pixels=64, min_side=8)
+    assert image.mode == "RGB"
+    assert np.abs(np.array(image)[4, 2].astype(int) - colour).max() <= 2
+    if name in ("PNG P", "GIF P"):
+        assert image.getpixel((6, 4)) == WHITE
+
+
+def test_no_mode_that_pillow_reads_from_these_formats_is_left_out() -> None:
+    refused = {"I", "F"}  # tested with the pictures that are refused
+    of_tiff = {mode for mode, _ in TiffImagePlugin.OPEN_INFO.values()}
+    of_png = {mode for mode, _ in PngImagePlugin._MODES.values()}
+    assert {f"TIFF {mode}" for mode in of_tiff - refused} <= set(FILES)
+    assert {f"PNG {mode}" for mode in of_png - refused} <= set(FILES)
+
+
+# ------------------------------------------------------------------------------------------------ orientation
+
+TURNED: dict[int, Callable[[Any], Any]] = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: a[::-1].transpose(1, 0, 2),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: a[:, ::-1].transpose(1, 0, 2),
+}
+"""What to do with stored rows and columns to see the picture upright (Exif 2.3, tag 0x0112)."""
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+def test_each_exif_orientation_is_undone(orientation: int) -> None:
+    stored = picture(1, (24, 16))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image, info = open_image(encoded(stored, exif=exif), max_pixels=10**6, min_side=1)
+    upright = TURNED[orientation](np.array(stored))
+    assert (info.height, info.width) == upright.shape[:2]
+    assert (np.array(image) == upright).all()
+
+
+def test_an_orientation_that_is_none_leaves_the_picture_as_it_is() -> None:
+    stored = picture(1, (24, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 77
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image, _ = open_image(encoded(stored, exif=exif), max_pixels=10**6, min_side=1)
+    assert (np.array(image) == np.array(stored)).all()

@@ -1,0 +1,106 @@
+"""Regions that a text spells: boxes in pixels of the picture, labels, codes, and patience with anything else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from vlm.config import ImageConfig
+from vlm.image import place, to_pixels
+from vlm.text.regions import BINS, REGION_TOKEN, Box, Region, box_of, regions_of
+
+
+def spelled(y0: int, x0: int, y1: int, x1: int) -> str:
+    return f"<loc{y0:04d}><loc{x0:04d}><loc{y1:04d}><loc{x1:04d}>"
+
+
+def outline(*codes: int) -> str:
+    return "".join(f"<seg{code:03d}>" for code in codes)
+
+
+def test_a_detection_is_a_box_and_its_label_several_stand_between_semicolons() -> None:
+    text = f"{spelled(102, 307, 922, 716)} cat ; {spelled(0, 0, 511, 1023)} big dog ; {spelled(5, 5, 5, 5)}"
+    assert regions_of(text) == [
+        Region(102, 307, 922, 716, "cat"),
+        Region(0, 0, 511, 1023, "big dog"),
+        Region(5, 5, 5, 5, ""),
+    ]
+
+
+def test_a_segmentation_is_a_box_with_sixteen_codes() -> None:
+    codes = (*range(15), 127)
+    text = f"{spelled(1, 2, 3, 4)} {outline(*codes)} cat ; {spelled(5, 6, 7, 8)}{outline(*codes)} cat"
+    assert regions_of(text) == [Region(1, 2, 3, 4, "cat", codes), Region(5, 6, 7, 8, "cat", codes)]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", []),
+        ("a cat on a mat", []),
+        ("<loc0001><loc0002><loc0003> cat", []),
+        ("<loc0001><loc0002><loc0003><loc1024> cat", []),
+        ("<loc0001><loc0002><loc0003><loc004> cat", []),
+        (f"{spelled(9, 0, 3, 4)} upside down", []),
+        (f"{spelled(0, 9, 3, 4)} inside out", []),
+        (f"I see {spelled(1, 2, 3, 4)} cat", [Region(1, 2, 3, 4, "cat")]),
+        (f"<loc0001> ; {spelled(1, 2, 3, 4)} cat", [Region(1, 2, 3, 4, "cat")]),
+        ("<loc0001> <loc0002> <loc0003> <loc0004> cat", [Region(1, 2, 3, 4, "cat")]),
+        (f"{spelled(1, 2, 3, 4)}{outline(1, 2, 3)} cat", [Region(1, 2, 3, 4, "cat")]),
+        (f"{spelled(1, 2, 3, 4)}{outline(*[1] * 17)} cat", [Region(1, 2, 3, 4, "cat")]),
+        (f"{spelled(1, 2, 3, 4)}<seg128> cat", [Region(1, 2, 3, 4, "")]),
+        (f"{spelled(1, 2, 3, 4)}{spelled(5, 6, 7, 8)} cat", [Region(1, 2, 3, 4, ""), Region(5, 6, 7, 8, "cat")]),
+    ],
+)
+def test_what_is_no_whole_box_is_left_out(text: str, found: list[Region]) -> None:
+    assert regions_of(text) == found
+
+
+pieces = st.one_of(
+    st.integers(0, 1100).map(lambda n: f"<loc{n:04d}>"),
+    st.integers(0, 140).map(lambda n: f"<seg{n:03d}>"),
+    st.sampled_from([" ; ", " ", "cat", "<", ">", "<loc", "<loc\N{ARABIC-INDIC DIGIT ONE}000>", "\n"]),
+    st.text(max_size=3),
+)
+
+
+@given(st.lists(pieces, max_size=40).map("".join), st.sampled_from(["stretch", "crop", "pad"]))
+def test_any_text_gives_boxes_inside_the_picture_and_no_error(text: str, resize: str) -> None:
+    config = ImageConfig.model_validate({"size": 224, "resize": resize})
+    for region in regions_of(text):
+        box = box_of(region, place(640, 481, config))
+        assert 0 <= box.left <= box.right <= 640
+        assert 0 <= box.top <= box.bottom <= 481
+        assert len(region.codes) in (0, 16)
+
+
+def test_the_tokens_are_the_1024_and_the_128_and_no_others() -> None:
+    names = [f"<loc{n:04d}>" for n in range(10_000)] + [f"<seg{n:03d}>" for n in range(1000)]
+    assert sum(REGION_TOKEN.fullmatch(name) is not None for name in names) == 1024 + 128
+    assert REGION_TOKEN.fullmatch("<loc1023>")
+    assert REGION_TOKEN.fullmatch("<seg127>")
+
+
+def test_a_stretched_pictures_box_scales() -> None:
+    placement = place(1000, 500, ImageConfig(size=224))
+    assert box_of(Region(256, 512, 512, 1023, "cat"), placement) == Box(500, 125, 999, 250)
+
+
+@pytest.mark.parametrize("resize", ["stretch", "crop", "pad"])
+@pytest.mark.parametrize("size", [(400, 200), (201, 399)])
+def test_a_box_seen_in_the_models_square_is_where_it_is_in_the_picture(size: tuple[int, int], resize: str) -> None:
+    """A green square on red, found in the model's pixels, spelled in bins, and mapped back."""
+    middle_x, middle_y = size[0] // 2, size[1] // 2
+    truth = Box(middle_x - 30, middle_y - 50, middle_x + 60, middle_y + 40)
+    picture = Image.new("RGB", size, (255, 0, 0))
+    picture.paste((0, 255, 0), truth)
+    config = ImageConfig.model_validate({"size": 64, "resize": resize})
+    pixels = to_pixels(picture, config).astype(int)
+    rows, columns = np.nonzero((pixels[:, :, 1] > 128) & (pixels[:, :, 0] < 128))
+    y0, x0, y1, x1 = (int(edge * BINS / 64) for edge in (rows.min(), columns.min(), rows.max() + 1, columns.max() + 1))
+    found = box_of(Region(y0, x0, y1, x1, "square"), place(*size, config))
+    model_pixel = max(size) / 64
+    assert np.abs(np.subtract(found, truth)).max() <= model_pixel + 1

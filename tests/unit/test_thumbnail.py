@@ -1,0 +1,32 @@
+"""Small pictures of rows, wherever in a row they are; and none where there is none."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pyarrow as pa
+from pictures import as_base64, png
+from PIL import Image
+
+from pipelines.executor.thumbnail import SHOWN_CHARS, SIDE, picture_in, with_thumbnails
+
+
+def test_pictures_become_small_jpegs_and_what_is_none_becomes_null() -> None:
+    batch = pa.RecordBatch.from_pydict({"image": [png(1, (900, 450)), b"words", None], "name": ["a", "b", "c"]})
+    [out] = with_thumbnails(iter([batch]), "image")
+    assert out.schema.names == ["name", "thumbnail"]
+    small, *none = out.column("thumbnail").to_pylist()
+    with Image.open(io.BytesIO(small)) as image:
+        assert (image.format, image.size) == ("JPEG", (SIDE, SIDE // 2))
+    assert none == [None, None]
+
+
+def test_a_payload_is_cut_and_its_picture_shown() -> None:
+    payloads = [json.dumps({"text": "a bird", "photo": as_base64(png(1)), "x": 1}), "1,not json", '{"a": 1}']
+    batch = pa.RecordBatch.from_pydict({"payload": payloads, "reason": ["x"] * 3})
+    [out] = with_thumbnails(iter([batch]), "payload")
+    assert out.schema.names == ["reason", "payload", "thumbnail"]
+    assert out.column("payload").to_pylist() == [payload[:SHOWN_CHARS] for payload in payloads]
+    assert [data is not None for data in out.column("thumbnail").to_pylist()] == [True, False, False]
+    assert picture_in(payloads[0]) == png(1)

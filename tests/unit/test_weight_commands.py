@@ -1,0 +1,144 @@
+"""`lakesight import-weights` and `export-weights`: from a published folder to a checkpoint that captions, and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from models import ALPHABET, tiny_config
+from typer.testing import CliRunner, Result
+
+from jobs.cli import app
+from vlm import text
+from vlm.build import build_model
+from vlm.checkpoint import load_model, save_model
+from vlm.config import ModelConfig
+from vlm.errors import UserError
+
+ENCODER, DECODER = ("--part", "encoder", "--as", "vit"), ("--part", "decoder", "--as", "gpt2")
+
+
+@pytest.fixture(autouse=True)
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
+    """A working directory with a model of its own, `conf/model/mine.yml`, and a checkpoint of it in `trained`."""
+    monkeypatch.chdir(tmp_path)
+    raw = tiny_config("plain").model_dump(mode="json")
+    raw["decoder"]["tie_embeddings"] = True
+    config = ModelConfig.model_validate(raw)
+    Path("conf/model").mkdir(parents=True)
+    Path("conf/model/mine.yml").write_text(yaml.safe_dump(raw))
+    torch.manual_seed(1)
+    tokenizer = text.learn(config.text, ())
+    save_model(Path("trained"), build_model(config, tokenizer.vocab_size), tokenizer)
+    return config
+
+
+def lakesight(*arguments: str) -> Result:
+    return CliRunner().invoke(app, [*arguments])
+
+
+def report(*arguments: str) -> Any:
+    done = lakesight(*arguments, "--json")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def refused(*arguments: str) -> str:
+    done = lakesight(*arguments)
+    assert isinstance(done.exception, UserError), done.exception
+    assert done.exception.fix
+    return str(done.exception)
+
+
+def test_parts_go_out_and_come_back_and_the_rest_is_fresh() -> None:
+    report("export-weights", "trained", *ENCODER, "--out", "vit")
+    report("export-weights", "trained", *DECODER, "--out", "gpt2")
+    done = lakesight(
+        "import-weights", "--model", "mine", "--encoder", "vit", "--decoder", "gpt2", "--seed", "7", "--out", "again"
+    )
+    assert done.exit_code == 0, done.output
+    assert "fresh       projector.bias, projector.weight" in done.output
+    assert "next        lakesight ask PICTURE --checkpoint again" in done.output
+    before, after = (dict(load_model(Path(folder))[0].named_parameters()) for folder in ("trained", "again"))
+    differ = [name for name in before if not torch.equal(before[name], after[name])]
+    assert differ == ["projector.weight"]
+
+
+def test_the_seed_decides_what_is_fresh_and_nothing_else_does() -> None:
+    report("export-weights", "trained", *DECODER, "--out", "gpt2")
+    weights = {}
+    for seed, out in ((1, "a"), (1, "b"), (2, "c")):
+        torch.manual_seed(len(out) + ord(out))
+        report("import-weights", "--model", "mine", "--decoder", "gpt2", "--seed", str(seed), "--out", out)
+        weights[out] = load_model(Path(out))[0].encoder.stem.get_parameter("weight")
+    assert torch.equal(weights["a"], weights["b"])
+    assert not torch.equal(weights["a"], weights["c"])
+
+
+def test_another_resolution_is_said_in_the_report() -> None:
+    report("export-weights", "trained", *ENCODER, "--out", "vit")
+    said = report(
+        "import-weights", "--model", "mine", "--set", "model.image.size=32", "--encoder", "vit", "--out", "larger"
+    )
+    assert said["parts"][0]["resampled"] == ["encoder.position from 5 rows"]
+    assert load_model(Path("larger"))[0].encoder.position.shape == (1, 17, 16)
+
+
+def test_fresh_parameters_are_those_of_a_new_model(trained: ModelConfig) -> None:
+    """Norms at one, biases at zero, weights of the model's own scheme: nothing is left as memory happened to be."""
+    report("export-weights", "trained", *ENCODER, "--out", "vit")
+    report("import-weights", "--model", "mine", "--encoder", "vit", "--seed", "3", "--out", "out")
+    torch.manual_seed(3)
+    new = dict(build_model(trained, text.learn(trained.text, ()).vocab_size).named_parameters())
+    for name, parameter in load_model(Path("out"))[0].named_parameters():
+        if name.startswith("decoder."):
+            assert abs(float(parameter.mean() - new[name].mean())) < 0.1, name
+            assert abs(float(parameter.std() - new[name].std())) < 0.1, name
+
+
+MISTAKES = {
+    "no folder": (["--model", "mine"], "no folder"),
+    "two ways at once": (["vit", "--model", "mine", "--encoder", "vit"], "beside one for a part"),
+    "no such model": (["vit", "--model", "mime"], "did you mean 'mine'?"),
+    "a value of the wrong type": (
+        ["--encoder", "vit", "--model", "mine", "--set", "model.image.size=big"],
+        "image.size",
+    ),
+    "no such folder": (["--encoder", "nowhere", "--model", "mine"], "nowhere"),
+    "another family": (["--decoder", "vit", "--model", "mine"], "whose part is the encoder"),
+    "other sizes": (
+        ["--encoder", "vit", "--model", "mine", "--set", "model.vision.transformer.depth=3"],
+        "num_hidden_layers in the file makes it 2, the model has 3",
+    ),
+    "a tokenizer to be learned": (
+        ["--encoder", "vit", "--model", "mine", "--set", "model.text={kind: bpe}"],
+        "text.kind",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_said_and_nothing_is_written(mistake: str) -> None:
+    report("export-weights", "trained", *ENCODER, "--out", "vit")
+    arguments, said = MISTAKES[mistake]
+    assert said in refused("import-weights", *arguments, "--out", "out")
+    assert not Path("out").exists()
+
+
+def test_nothing_is_overwritten() -> None:
+    assert "is not empty" in refused("export-weights", "trained", *ENCODER, "--out", "trained")
+    assert "is not empty" in refused("import-weights", "vit", "--model", "mine", "--out", "trained")
+    assert "gemma, gemma2, gpt2" in refused(
+        "export-weights", "trained", "--part", "decoder", "--as", "vit", "--out", "x"
+    )
+    assert "config cannot be read" in refused("export-weights", "conf", *ENCODER, "--out", "x")
+
+
+def test_the_alphabet_of_a_model_is_enough_for_a_tokenizer() -> None:
+    report("export-weights", "trained", *DECODER, "--out", "gpt2")
+    report("import-weights", "--model", "mine", "--decoder", "gpt2", "--out", "out")
+    assert load_model(Path("out"))[1].encode(ALPHABET)

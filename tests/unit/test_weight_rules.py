@@ -1,0 +1,144 @@
+"""Rules of weight tables: each goes both ways bit for bit, and a table accounts for every name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipelines.config import available, load_model
+from vlm.weights.family import families
+from vlm.weights.files import Header
+from vlm.weights.plan import make_plan, together
+from vlm.weights.rules import (
+    Drop,
+    Rule,
+    Table,
+    Tied,
+    add_axes,
+    concat,
+    expand,
+    on_grid,
+    patches,
+    rename,
+    resample,
+    split,
+    transpose,
+)
+
+SIZES = st.lists(st.integers(1, 4), min_size=1, max_size=4)
+COUNT = st.integers(1, 4)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def assert_two_way(rule: Rule, theirs: list[Tensor]) -> list[Tensor]:
+    ours = rule.read(theirs)
+    back = rule.write(ours)
+    assert all(torch.equal(one, other) for one, other in zip(theirs, back, strict=True))
+    return ours
+
+
+@given(sizes=SIZES, width=COUNT)
+def test_joined_and_cut_tensors_go_back(sizes: list[int], width: int) -> None:
+    parts, whole = [random(size, width) for size in sizes], random(sum(sizes), width)
+    names = [f"part{index}" for index in range(len(sizes))]
+    joined = assert_two_way(concat(names, "whole", sizes), parts)
+    assert torch.equal(joined[0][: sizes[0]], parts[0])
+    pieces = assert_two_way(split("whole", names, sizes), [whole])
+    assert [len(piece) for piece in pieces] == sizes
+
+
+@settings(deadline=None)  # the first convolution of a process takes a second
+@given(out=COUNT, patch=COUNT, channels=COUNT, axes=st.integers(0, 3))
+def test_turned_and_folded_tensors_go_back(out: int, patch: int, channels: int, axes: int) -> None:
+    linear = random(out, patch * patch * channels)
+    (convolution,) = assert_two_way(patches("a", "b", patch), [linear])
+    picture = random(1, channels, patch, patch)
+    unrolled = picture.permute(0, 2, 3, 1).flatten()
+    torch.testing.assert_close(torch.conv2d(picture, convolution).flatten(), linear @ unrolled)
+    assert assert_two_way(transpose("a", "b"), [linear])[0].shape == linear.shape[::-1]
+    assert assert_two_way(transpose("a", "b"), [linear[0]])[0].shape == linear.shape[1:]
+    assert assert_two_way(add_axes("a", "b", axes), [linear])[0].ndim == 2 + axes
+    assert_two_way(rename("a", "b"), [linear])
+
+
+def test_rules_stand_where_the_model_has_parameters() -> None:
+    rules = [rename("h.{i}.fc.*", "blocks.{i}.up.*"), rename("norm.weight", "norm.weight"), rename("head", "head")]
+    ours = ["blocks.0.up.weight", "blocks.0.up.bias", "blocks.1.up.weight", "norm.weight"]
+    assert [rule.theirs[0] for rule in expand(rules, ours)] == [
+        "h.0.fc.weight",
+        "h.0.fc.bias",
+        "h.1.fc.weight",
+        "norm.weight",
+    ]
+
+
+@given(before=st.integers(2, 6), after=st.integers(2, 6), extra=st.integers(0, 3))
+def test_positions_keep_their_extra_rows_and_a_plane_stays_a_plane(before: int, after: int, extra: int) -> None:
+    rule = on_grid(rename("a", "b"), extra=extra)
+    assert rule.grid is not None
+    table = torch.cat((random(1, extra, 2), torch.full((1, before**2, 2), 3.0)), dim=1)
+    turned = resample(table, extra + after**2, rule.grid)
+    assert torch.equal(turned[:, :extra], table[:, :extra])
+    torch.testing.assert_close(turned[:, extra:], torch.full((1, after**2, 2), 3.0))
+
+
+def test_a_plan_accounts_for_every_name() -> None:
+    table = Table(
+        (rename("a", "x"), on_grid(rename("p", "position"), extra=1), rename("gone", "z")),
+        drops=(Drop("mask.*", "a constant"),),
+        ties=(Tied("head", "a", "own_head"),),
+    )
+    ours = {"x": torch.zeros(2), "position": torch.zeros(1, 10, 2), "y": torch.zeros(1)}
+    theirs = {
+        "a": header(2),
+        "p": header(1, 5, 2),
+        "head": header(2),
+        "mask.0": header(1),
+        "b": header(1),
+    }
+    plan = make_plan(table, ours, theirs)
+    assert (plan.tied, plan.dropped) == ({"head": "a"}, {"mask.0": "a constant"})
+    assert [rule.ours for rule in plan.resampled] == [("position",)]
+    assert plan.problems == [
+        "left over in the file: b",
+        "a parameter of the model that the file has no tensor for: y",
+    ]
+    assert make_plan(table, ours, theirs | {"p": header(1, 6, 2)}).problems[-1].startswith("p has shape (1, 6, 2)")
+
+
+def header(*shape: int) -> Header:
+    return Header(shape, "F32", Path())
+
+
+def test_names_of_blocks_are_told_together() -> None:
+    names = ["h.0.a", "h.1.a", "h.2.a", "h.0.b", "h.2.b", "h.4.c", "d"]
+    assert together(names) == ("d", "h.{0..2}.a", "h.{0,2}.b", "h.4.c")
+
+
+PARTS = ("encoder", "decoder")
+PUBLISHED = {
+    "vit_gpt2": {"encoder": ["timm"], "decoder": ["gpt2"]},
+    "clip_gpt2": {"encoder": ["clip"], "decoder": ["gpt2"]},
+    "flamingo": {"encoder": ["clip"], "decoder": ["gpt2"]},
+    "paligemma": {"model": ["paligemma"]},
+    "paligemma2": {"model": ["paligemma2"]},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_each_model_made_of_published_parts_fits_their_families(name: str) -> None:
+    assert name in available("model")
+    config = load_model(name)
+    for part, names in PUBLISHED[name].items():
+        fitting = [family for family in families() if family.part == part and family.fits(config)]
+        assert [family.name for family in fitting if family.name in names] == names
+        for family in fitting:
+            assert family.disagreements(config, family.to_settings(config)) == []

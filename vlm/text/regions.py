@@ -1,0 +1,69 @@
+"""Regions in a generated text: boxes and outlines spelled as tokens, as detection and segmentation prompts bring them.
+
+    <loc0102><loc0307><loc0922><loc0716> cat ; <loc0000><loc0000><loc0511><loc1023><seg045>... dog
+    '-- y0, x0, y1, x1 of 1024 bins --'  label                                    '16 codes'
+
+A box is the model's picture in 1024 bins each way. Sixteen <seg> codes describe the outline inside the box: indices
+into the codebook of a mask decoder (Ning et al., 2023), which is not part of this library.
+
+A generated text may hold anything: what is no whole box is left out, nothing raises.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from vlm.image import Placement
+
+BINS = 1024
+NUM_CODES = 16
+
+_LOC = r"<loc(?:0\d{3}|10[01]\d|102[0-3])>"
+_SEG = r"<seg(?:0\d{2}|1[01]\d|12[0-7])>"
+REGION_TOKEN = re.compile(f"{_LOC}|{_SEG}", re.ASCII)
+_REGION = re.compile(rf"((?:{_LOC}\s*){{4}})((?:{_SEG}\s*)*)([^;<]*)", re.ASCII)
+
+
+class Region(NamedTuple):
+    """A labelled box: bins of 1024 of the model's picture, upper edge first, and its outline's codes if it has any."""
+
+    y0: int
+    x0: int
+    y1: int
+    x1: int
+    label: str
+    codes: tuple[int, ...] = ()
+
+
+class Box(NamedTuple):
+    """A box in pixels of the picture."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+def regions_of(text: str) -> list[Region]:
+    """The regions a text spells, in its order; a box that ends before it starts is none."""
+    found = []
+    for boxes, outline, label in _REGION.findall(text):
+        y0, x0, y1, x1 = _numbers(boxes)
+        codes = _numbers(outline)
+        if y0 <= y1 and x0 <= x1:
+            found.append(Region(y0, x0, y1, x1, label.strip(), codes if len(codes) == NUM_CODES else ()))
+    return found
+
+
+def box_of(region: Region, placement: Placement) -> Box:
+    """The region in pixels of the picture that was placed so; what reaches into padding ends at the border."""
+    scale = placement.size / BINS
+    left, top = placement.to_picture(region.x0 * scale, region.y0 * scale)
+    right, bottom = placement.to_picture(region.x1 * scale, region.y1 * scale)
+    return Box(round(left), round(top), round(right), round(bottom))
+
+
+def _numbers(tokens: str) -> tuple[int, ...]:
+    return tuple(int(digits) for digits in re.findall(r"\d+", tokens))

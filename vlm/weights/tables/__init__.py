@@ -1,0 +1,1 @@
+"""One file a family: facts and rules. Each names its `FAMILIES`."""
