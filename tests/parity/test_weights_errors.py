@@ -145,3 +145,11 @@ def test_what_no_family_can_express_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="one of gemma, gemma2, gpt2"):
         export_weights(tmp_path / "checkpoint", "decoder", "gtp2", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_parameter_that_another_library_has_no_place_for_is_not_lost(tmp_path: Path) -> None:
+    pooled = config(vision={"class_token": True, "select": "attention"})
+    model, _ = import_weights(pooled, 40, {})
+    save_model(tmp_path / "checkpoint", model, CharTokenizer("ab"))
+    with pytest.raises(CheckpointError, match=r"no place for parameters of this encoder.*encoder\.pool\.query"):
+        export_weights(tmp_path / "checkpoint", "encoder", "vit", tmp_path / "out")

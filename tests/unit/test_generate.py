@@ -69,7 +69,7 @@ def assert_same(found: Generated, expected: Generated) -> None:
 @pytest.mark.parametrize("prompt", ["", "what is it?"])
 def test_cached_generation_equals_uncached_generation(variant: str, prompt: str) -> None:
     model, tokenizer = tiny_model(variant)
-    requests = [ask(model, tokenizer, [picture], prompt) for picture in tiny_pixels(3)]
+    requests = [ask(model, tokenizer, [picture], prompt) for picture in tiny_pixels(6)]
     answers = generate(model, tokenizer, requests, GREEDY)
     expected = [slow_greedy(model, tokenizer, request, 12) for request in requests]
     assert [answer.tokens for answer in answers] == expected
