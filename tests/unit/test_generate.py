@@ -74,7 +74,7 @@ def test_cached_generation_equals_uncached_generation(variant: str, prompt: str)
     expected = [slow_greedy(model, tokenizer, request, 12) for request in requests]
     assert [answer.tokens for answer in answers] == expected
     assert [answer.text for answer in answers] == [tokenizer.decode(tokens) for tokens in expected]
-    assert len({round(answer.logprobs[0], 5) for answer in answers}) == 3, "the pictures do not matter"
+    assert len({round(answer.logprobs[0], 5) for answer in answers}) > 3, "the pictures do not matter"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
