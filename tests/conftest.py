@@ -1,4 +1,4 @@
-"""Fixtures that need a JVM: one Spark session on real executors and one home folder for all tests of a run."""
+"""What all tests share: one torch thread, one Spark session on real executors, one home folder."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "spark" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("spark"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Two processes share the tests and the cores: a second thread each would only wait, tiny models most of all."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

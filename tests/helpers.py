@@ -39,8 +39,9 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
-TEST_PATH = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(__file__).parent / "e2e"))
-"""PYTHONPATH of ranks that run an entry of the tests."""
+TESTS = Path(__file__).parent
+TEST_PATH = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "e2e")))
+"""PYTHONPATH of executors and ranks: this checkout's code, wherever the environment's own copy is, and the tests'."""
 
 
 def tiny_model() -> ModelConfig:

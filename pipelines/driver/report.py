@@ -75,7 +75,8 @@ def figures_of(samples: DataFrame) -> Figures:
     def ranged(kind: str, number: Column) -> Column:
         power = F.floor(F.log2(number))
         low = F.pow(F.lit(2), power).cast("int")
-        return mark(kind, F.concat_ws("-", low.cast("string"), (low * 2 - 1).cast("string")), power)
+        high = F.when(low > 1, (low * 2 - 1).cast("string"))
+        return mark(kind, F.concat_ws("-", low.cast("string"), high), power)
 
     marks = F.array(
         mark("formats", F.col("format"), F.lit(0)),
