@@ -101,12 +101,16 @@ def ask(
             )
         )
     if draw and not drawn:
-        raise StageFailed(
-            "the answer names no region, so nothing was drawn",
-            where=str(files[0]),
-            got=caption,
-            fix="ask a model that was trained to, in the words it was trained with, such as --prompt 'detect cat'",
-        )
+        raise _nothing_to_draw(files[0], caption)
+
+
+def _nothing_to_draw(picture: Path, caption: str) -> StageFailed:
+    return StageFailed(
+        "the answer names no region, so nothing was drawn",
+        where=str(picture),
+        got=caption,
+        fix="ask a model that was trained to, in the words it was trained with, such as --prompt 'detect cat'",
+    )
 
 
 def _check_question(files: Sequence[Path], prompt: str, draw: Path | None) -> None:
