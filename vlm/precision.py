@@ -44,6 +44,8 @@ def set_precision(model: VisionLanguageModel, precision: Precision) -> None:
 
 
 def _quantize(model: VisionLanguageModel, precision: Precision) -> None:
+    # torch warns of how torchao registers its types; no user of ours can do anything about it.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     from torchao.quantization import quantize_
 
     layers = linear_layers(model)
