@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("families")  # one process runs them: the fixture is the work
+
 SCENES = 300
 FAMILIES = ("seemoe", "vit_gpt2", "paligemma")
 
