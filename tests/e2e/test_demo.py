@@ -11,11 +11,11 @@ from typing import Any
 
 SCENES = 400
 QUICK = (
-    "train.steps=150",
+    "train.steps=350",
     "train.batch_size=32",
     "train.optimizer.warmup_steps=20",
-    "train.validate_every=150",
-    "train.checkpoint_every=150",
+    "train.validate_every=350",
+    "train.checkpoint_every=350",
 )
 
 
@@ -54,7 +54,7 @@ def test_a_demo_does_the_whole_job_and_a_second_one_nothing_twice(tmp_path: Path
     assert first["quarantined"] > 0
     assert first["trained"]
     assert first["captions"] > 0 == first["errors"]
-    assert first["blind_gap"] > 0.1  # else promote would have refused
+    assert first["blind_gap"] > 0.2  # twice what promote asks for
     assert Path(first["gallery"]).stat().st_size > 10_000
 
     assert second["nothing_new"]
