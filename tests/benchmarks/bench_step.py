@@ -27,7 +27,7 @@ from vlm.config import ModelConfig
 from vlm.objective import num_targets, token_loss
 from vlm.text.base import SLOT
 
-ANSWER, ROUNDS, IMAGE_TOKEN = 32, 5, 32_767
+ANSWER, ROUNDS, IMAGE_TOKEN = 32, 3, 32_767
 
 
 class TimmAndGpt2(nn.Module):
