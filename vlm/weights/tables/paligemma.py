@@ -63,29 +63,24 @@ def _with(text_type: str) -> Callable[[Settings], Settings | None]:
 HEADER = {"architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma"}
 DEFAULTS = {"projection_dim": 2048}
 
+
+def _version(name: str, text_type: str, text: tuple[Fact, ...], defaults: Settings) -> Family:
+    """A version by its decoder: all else is the same."""
+    return Family(
+        name,
+        "model",
+        _with(text_type),
+        _facts(text, text_type, defaults),
+        table,
+        header=HEADER,
+        defaults=DEFAULTS,
+        older=OLDER,
+        text="text_config",
+        image_key="image_token_index",
+    )
+
+
 FAMILIES = (
-    Family(
-        "paligemma",
-        "model",
-        _with("gemma"),
-        _facts(gemma.FACTS_1, "gemma", gemma.DEFAULTS_1),
-        table,
-        header=HEADER,
-        defaults=DEFAULTS,
-        older=OLDER,
-        text="text_config",
-        image_key="image_token_index",
-    ),
-    Family(
-        "paligemma2",
-        "model",
-        _with("gemma2"),
-        _facts(gemma.FACTS_2, "gemma2", gemma.DEFAULTS_2),
-        table,
-        header=HEADER,
-        defaults=DEFAULTS,
-        older=OLDER,
-        text="text_config",
-        image_key="image_token_index",
-    ),
+    _version("paligemma", "gemma", gemma.FACTS_1, gemma.DEFAULTS_1),
+    _version("paligemma2", "gemma2", gemma.FACTS_2, gemma.DEFAULTS_2),
 )
