@@ -57,7 +57,11 @@ def words_of(file: Path) -> Iterator[str]:
         if isinstance(node, (*FUNCTION, ast.ClassDef, ast.Module)) and node.body and isinstance(node.body[0], ast.Expr)
     }
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name):
+        if isinstance(node, (*FUNCTION, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.arg | ast.keyword):
+            yield node.arg or ""
+        elif isinstance(node, ast.Name):
             yield node.id
         elif isinstance(node, ast.Attribute):
             yield node.attr
@@ -85,8 +89,13 @@ def test_no_family_is_known_to_the_model_library_outside_its_weights() -> None:
     families = {part for name in {*available("model"), *tables} for part in name.split("_")} - ORDINARY
     assert {"gpt2", "gemma", "siglip"} <= families
     files = [file for file in CODE if relative(file).startswith("vlm/") and "weights" not in file.parts]
-    named = {relative(f): sorted({w for w in words_of(f) if families & set(w.lower().split("_"))}) for f in files}
+    named = {relative(file): sorted({word for word in words_of(file) if families & parts_of(word)}) for file in files}
     assert {file: words for file, words in named.items() if words} == {}
+
+
+def parts_of(word: str) -> set[str]:
+    """What an identifier is put together from: of load_NameBlock load, name and block."""
+    return {part.lower() for part in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+", word)}
 
 
 @pytest.mark.parametrize("name", available("model"))
