@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -40,3 +41,6 @@ def export_weights(
         for reason, names in report.without.items():
             screen.line("without", f"{', '.join(names)}: {reason}")
         screen.report(report)
+        back = ["lakesight", "import-weights", "--model", "NAME", "--out", "FOLDER"]
+        back += [str(out)] if part == "model" else [f"--{part}", str(out)]
+        screen.line("next", f"load it there, or bring it back: {shlex.join(back)}")

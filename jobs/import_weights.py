@@ -55,13 +55,16 @@ def import_weights(
 
 
 def _check_parts(folders: dict[Part, Path]) -> None:
-    if folders and ("model" not in folders or len(folders) == 1):
-        return
-    raise UserError(
-        "the weights to import are not clear",
-        got="a folder for the whole model beside one for a part" if folders else "no folder",
-        fix="name one folder for the whole model, or --encoder, or --decoder, or both of these",
-    )
+    if not folders or ("model" in folders and len(folders) > 1):
+        raise UserError(
+            "the weights to import are not clear",
+            got="a folder for the whole model beside one for a part" if folders else "no folder",
+            fix="name one folder for the whole model, or --encoder, or --decoder, or both of these",
+        )
+    for part, path in folders.items():
+        if not path.is_dir():
+            where = "the folder of the whole model" if part == "model" else f"--{part}"
+            raise UserError("there is no such folder", where=where, got=str(path), fix="name a folder as published")
 
 
 def check_new(out: Path) -> None:

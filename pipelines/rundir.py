@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
-from vlm.config import Config
+from vlm.config import Config, why_unreadable
 
 T = TypeVar("T", bound=Config)
 
@@ -279,7 +279,7 @@ def read_json(path: Path, kind: type[T]) -> T:
         raise UserError(
             f"{path.name} is not a {kind.__name__}",
             where=str(path),
-            got=str(error.errors()[0]["msg"]),
+            got=why_unreadable(error),
             fix="it was written by another version, or by hand",
         ) from None
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm.checkpoint import fill
-from vlm.config import AdapterConfig, Config
+from vlm.config import AdapterConfig, Config, why_unreadable
 from vlm.errors import CheckpointError, ConfigError
 from vlm.layers.linear import linear_layers
 from vlm.layers.moe import GroupedLinear
@@ -155,7 +155,7 @@ def _read(folder: Path, base: str) -> AdapterFile:
         raise CheckpointError(
             "the adapter's config cannot be read",
             where=str(path),
-            got=f"{type(error).__name__}: {error}",
+            got=why_unreadable(error),
             fix=f"an adapter's folder holds {ADAPTER} and {ADAPTER_CONFIG}",
         ) from None
     if file.base != base:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vlm import text
 from vlm.build import build_model
-from vlm.config import ModelConfig
+from vlm.config import ModelConfig, why_unreadable
 from vlm.errors import CheckpointError
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
@@ -66,7 +66,7 @@ def load_config(folder: Path) -> ModelConfig:
         raise CheckpointError(
             "the model's config cannot be read",
             where=str(folder / CONFIG),
-            got=f"{type(error).__name__}: {error}",
+            got=why_unreadable(error),
             fix="a checkpoint folder holds " + ", ".join(MODEL_FILES),
         ) from None
 

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipelines.errors import UserError
-from vlm.config import Config, ModelConfig
+from vlm.config import Config, ModelConfig, why_unreadable
 from vlm.digest import file_digest
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json")
@@ -53,7 +53,7 @@ def open_start(folder: Path, config: ModelConfig) -> StartFolder:
         raise UserError(
             "the model to start from cannot be read",
             where=str(folder / "config.json"),
-            got=str(error.errors()[0]["msg"]),
+            got=why_unreadable(error),
             fix="it was written by another version, or by hand",
         ) from None
     differing = list(_differing(own.model_dump(exclude={"generation"}), config.model_dump(exclude={"generation"})))

@@ -127,7 +127,10 @@ def test_missing_shards_are_named(folder: Path, tmp_path: Path) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*map(weights, (model, whole)), strict=True))
     (shards / names[1]).unlink()
     assert f"1 of {len(names)}: {names[1]}" in refused(shards)
-    (shards / "model.safetensors.index.json").write_text("{}")
+    index = shards / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"wte": "../model.safetensors"}}')
+    assert "not in its folder. Where: " + str(index) + ". Got: ../model.safetensors" in refused(shards)
+    index.write_text("{}")
     assert "list of shards cannot be read" in refused(shards)
 
 

@@ -108,7 +108,7 @@ MISTAKES = {
         ["--encoder", "vit", "--model", "mine", "--set", "model.image.size=big"],
         "image.size",
     ),
-    "no such folder": (["--encoder", "nowhere", "--model", "mine"], "nowhere"),
+    "no such folder": (["--encoder", "nowhere", "--model", "mine"], "there is no such folder. Where: --encoder"),
     "another family": (["--decoder", "vit", "--model", "mine"], "whose part is the encoder"),
     "other sizes": (
         ["--encoder", "vit", "--model", "mine", "--set", "model.vision.transformer.depth=3"],
@@ -131,11 +131,17 @@ def test_a_mistake_is_said_and_nothing_is_written(mistake: str) -> None:
 
 def test_nothing_is_overwritten() -> None:
     assert "is not empty" in refused("export-weights", "trained", *ENCODER, "--out", "trained")
-    assert "is not empty" in refused("import-weights", "vit", "--model", "mine", "--out", "trained")
+    assert "is not empty" in refused("import-weights", "trained", "--model", "mine", "--out", "trained")
     assert "gemma, gemma2, gpt2" in refused(
         "export-weights", "trained", "--part", "decoder", "--as", "vit", "--out", "x"
     )
-    assert "config cannot be read" in refused("export-weights", "conf", *ENCODER, "--out", "x")
+    assert "config.json. Got: no such file or directory. Fix:" in refused(
+        "export-weights", "conf", *ENCODER, "--out", "x"
+    )
+    Path("conf/config.json").write_text("{}")
+    assert "Got: image: Field required; text: Field required; vision: Field required; and 1 more. Fix:" in refused(
+        "export-weights", "conf", *ENCODER, "--out", "x"
+    )
 
 
 def test_the_alphabet_of_a_model_is_enough_for_a_tokenizer() -> None:

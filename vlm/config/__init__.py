@@ -5,7 +5,7 @@ driver, the executors and the command line can read a model's shape for free.
 """
 
 from vlm.config.adapter import AdapterConfig
-from vlm.config.base import Config, Probability
+from vlm.config.base import Config, Probability, why_unreadable
 from vlm.config.image import ImageConfig
 from vlm.config.model import (
     CausalMaskConfig,
@@ -90,4 +90,5 @@ __all__ = [
     "TextConfig",
     "TransformerConfig",
     "VisionConfig",
+    "why_unreadable",
 ]

@@ -104,7 +104,7 @@ def _family(name: str, part: Part, config: ModelConfig, checkpoint: Path) -> Fam
     family = next((family for family in candidates if family.name == name), None)
     if family is None:
         raise CheckpointError(
-            f"no family of that name has a {part}",
+            f"there is no family of that name to write the {part} as",
             where="--as",
             got=name,
             fix="one of " + ", ".join(f.name for f in candidates),

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlm.config import why_unreadable
 from vlm.errors import CheckpointError
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -64,7 +65,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             "the weights have no config that can be read",
             where=str(path),
-            got=f"{type(error).__name__}: {error}",
+            got=why_unreadable(error),
             fix="name a folder as published: config.json beside model.safetensors",
         ) from None
     if not isinstance(settings, dict):
@@ -112,6 +113,14 @@ def _shards(folder: Path) -> list[Path]:
             got=f"{type(error).__name__}: {error}",
             fix="get the file again: its weight_map names the file of each tensor",
         ) from None
+    elsewhere = [name for name in names if Path(name).name != name]
+    if elsewhere:
+        raise CheckpointError(
+            "the list of shards names files that are not in its folder",
+            where=str(path),
+            got=", ".join(elsewhere),
+            fix="a published folder's shards lie beside their list: get it again, from a publisher that you trust",
+        )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
