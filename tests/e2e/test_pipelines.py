@@ -1,0 +1,92 @@
+"""Whole jobs by their commands: a demo, a second one that finds everything done, and three families on its pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+pytestmark = pytest.mark.xdist_group("pipelines")  # one process runs them: the fixture is the work
+
+SCENES = 400
+FAMILIES = ("seemoe", "vit_gpt2", "paligemma")
+QUICK = (
+    "train.steps=250",
+    "train.batch_size=32",
+    "train.optimizer.warmup_steps=20",
+    "train.validate_every=250",
+    "train.checkpoint_every=250",
+)
+
+ONE_AFTER_ANOTHER = """
+import json, sys
+from jobs.cli import app
+for command in json.loads(sys.argv[1]):
+    app(command, standalone_mode=False)
+"""
+
+
+class Ran(NamedTuple):
+    """The reports of the commands, and what all of them said on stderr."""
+
+    demo: dict[str, Any]
+    again: dict[str, Any]
+    families: dict[str, dict[str, Any]]
+    said: str
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """All commands in one process, whose JVM is warm after the first. Session and catalog are new each time."""
+    home = tmp_path_factory.mktemp("pipelines")
+    demo = ["demo", "--scenes", str(SCENES), "--json", *(word for value in QUICK for word in ("--set", value))]
+    pictures = ["--set", f"data.source.path=scenes:{SCENES}:0"]  # the demo's own
+    families = [["pipeline", "--run", family, "--json", *pictures] for family in FAMILIES]
+    environment = os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps([demo, demo, *families])],
+        env=environment,
+        cwd=home,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second, *reports = map(json.loads, done.stdout.splitlines())
+    return Ran(first, second, dict(zip(FAMILIES, reports, strict=True)), done.stderr)
+
+
+def test_a_demo_does_the_whole_job(ran: Ran) -> None:
+    report = ran.demo
+    assert report["rows_in"] == SCENES == report["samples"] + report["duplicates"] + report["quarantined"]
+    assert report["quarantined"] > 0
+    assert report["trained"]
+    assert report["captions"] > 0 == report["errors"]
+    assert report["blind_gap"] > 0.2  # twice what promote asks for
+    assert Path(report["gallery"]).stat().st_size > 10_000
+
+
+def test_a_second_demo_finds_everything_done(ran: Ran) -> None:
+    first, second = ran.demo, ran.again
+    assert second["nothing_new"]
+    assert "nothing was new: no row ingested, no step trained, no picture captioned" in ran.said
+    assert (second["samples"], second["quarantined"], second["captions"], second["errors"]) == (0, 0, 0, 0)
+    assert second["duplicates"] == SCENES
+    assert second["captioned_before"] == first["captions"]
+    assert (second["model_version"], second["metrics"]) == (first["model_version"], first["metrics"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_runs_from_pictures_to_captions(ran: Ran, family: str) -> None:
+    report = ran.families[family]
+    assert report["trained"]
+    assert report["model_name"] == family
+    assert report["blind_gap"] > 0.2
+    assert report["captions"] > 0 == report["errors"]
+    assert Path(report["gallery"]).is_file()
