@@ -32,7 +32,7 @@ SHORT_JOBS = "-XX:TieredStopAtLevel=1 -XX:+UseParallelGC"
 """JVM options for short jobs on few cores: the second compiler would take more time than its code gives back. And
 pictures are "humongous" to the default collector, which handles badly what outgrows half of one of its regions."""
 
-FolderKind = Literal["shards", "runs", "models", "reports", "demo"]
+FolderKind = Literal["shards", "runs", "models", "reports", "staged", "demo"]
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,35 @@
 """Captions for the rows of a Delta table that this model version has not captioned yet.
 
-Pictures go from the table to the executors and nowhere else. The plan is: count what is missing by id alone (no picture
-is read), stop when that is nothing, else read the missing pictures once, caption them once, and MERGE the captions.
-Captions are persisted before the MERGE, because Spark would otherwise run the model again for each look at them.
+Pictures go from the table to the executors and nowhere else. The plan is: merge what an earlier job left in files,
+count what is missing by id alone (no picture is read), stop when that is nothing, else read the missing pictures once
+and caption them into files (`executor.caption`), and merge these (`driver.staged`).
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
-import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
+from typing import Annotated, NamedTuple
 
-from pyspark import StorageLevel
-from pyspark.errors import AnalysisException
+from delta.tables import DeltaTable
+from pydantic import Field
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import BinaryType, StringType
 
 from pipelines.config import LimitsConfig, short_hash
+from pipelines.driver.conflicts import undisturbed
 from pipelines.driver.evaluate import spark_schema, task_threads
 from pipelines.driver.model import ModelFiles
-from pipelines.driver.session import bounded_batches, ensure_tables
-from pipelines.errors import UserError
-from pipelines.executor.caption import CAPTION_SCHEMA, CaptionJob, caption_batches
+from pipelines.driver.pictures import Pictures, files_at, open_pictures
+from pipelines.driver.session import bounded_batches, ensure_tables, spark_failures
+from pipelines.driver.staged import Staged, of_key
+from pipelines.errors import StageFailed, UserError
+from pipelines.executor.caption import DONE, CaptionJob, caption_batches
 from pipelines.platform import Platform
 from pipelines.tables import GENERATED_CAPTIONS
 from vlm import text
@@ -37,7 +39,6 @@ from vlm.text.prompt import prefix_ids
 logger = logging.getLogger(__name__)
 
 ROWS_PER_TASK = 512
-TABLE_NAME = re.compile(r"([A-Za-z_]\w*\.){0,2}[A-Za-z_]\w*|delta\.`[^`]+`")
 
 
 class CaptionRequest(Config):
@@ -54,6 +55,9 @@ class CaptionRequest(Config):
         settings: how to decode; None means as the model's own config says.
         precision: what the model computes in.
         limits: what a picture may be; one beyond becomes a row with an error.
+        retry_errors: try rows again that have an error.
+        remove_deleted: remove captions of rows that the table no longer has, of every model.
+        max_error_share: of the rows looked at now; beyond it the job fails, after everything is written.
     """
 
     source_table: str = "samples"
@@ -65,10 +69,20 @@ class CaptionRequest(Config):
     settings: GenerationConfig | None = None
     precision: Precision = Precision.FP32
     limits: LimitsConfig = LimitsConfig()
+    retry_errors: bool = False
+    remove_deleted: bool = False
+    max_error_share: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 
 class CaptionReport(Config):
-    """What a captioning job did: considered = already + captioned + errors."""
+    """What a captioning job did: considered = already + captioned + errors.
+
+    Attributes:
+        already: rows whose picture had a caption or an error, those found in files of an earlier job included.
+        changed: of the captioned and errors, rows whose picture was another before.
+        recovered: captions in files that an earlier job had left, merged first.
+        removed: captions of rows that the table no longer has.
+    """
 
     source_table: str
     source_version: int
@@ -79,204 +93,198 @@ class CaptionReport(Config):
     already: int
     captioned: int
     errors: int
+    changed: int
+    recovered: int
+    removed: int
     seconds: float
 
 
-def caption(spark: SparkSession, platform: Platform, model: ModelFiles, request: CaptionRequest) -> CaptionReport:
+class TooManyErrors(StageFailed):
+    """More pictures could not be captioned than `max_error_share` allows. Everything is written, as `report` says."""
+
+    def __init__(self, report: CaptionReport, max_error_share: float) -> None:
+        self.report = report
+        tried = report.captioned + report.errors
+        super().__init__(
+            "too many pictures could not be captioned",
+            where=f"{report.source_table} version {report.source_version}",
+            got=f"{report.errors} of {tried} rows ({report.errors / tried:.1%}, allowed are {max_error_share:.1%})",
+            fix="everything is written: look at `error` in generated_captions, mend the cause, and try these rows "
+            "again with --retry-errors",
+        )
+
+
+Watch = Callable[[Callable[[], int], int], AbstractContextManager[None]]
+"""Given what counts rows done, and how many there are to do: shows it for as long as its block runs."""
+
+
+def caption(
+    spark: SparkSession,
+    platform: Platform,
+    model: ModelFiles,
+    request: CaptionRequest,
+    watch: Watch = lambda count, total: nullcontext(),
+) -> CaptionReport:
     """Caption the rows that `generated_captions` does not have for this model version and these settings.
 
-    A row whose picture cannot be used is written too, with its error, and not tried again. When there is nothing to do,
-    nothing is written.
+    A row whose picture has changed since is captioned again. A row whose picture cannot be used is written too, with
+    its error, and not tried again unless asked. When there is nothing to do, nothing is written.
 
     Raises:
         UserError: no such table, version or column, a condition that is not SQL, ids that are not unique, a prompt
             that leaves no room for a caption, or a precision that needs a library that is not installed.
+        StageFailed: Spark failed; the next job goes on where this one ended.
+        TooManyErrors: more errors than `max_error_share` allows; everything is written then.
     """
     started = time.monotonic()
-    settings = request.settings or model.read_config().generation
     request.precision.require()
-    _check_prompt(model, request.prompt, settings)
+    _check_prompt(model, request)
     ensure_tables(spark, platform)
-    name, version, rows = _source(spark, platform, request)
-    told = settings.model_dump() | {"precision": request.precision}
-    settings_hash = short_hash(request.prompt, told)
-    done = _done(spark, platform, model, settings_hash, name)
-    considered, missing = _count(rows, done, name, request.id_column)
-    captioned = errors = 0
-    if missing:
-        job = CaptionJob(
-            model_folder=str(model.folder),
-            precision=request.precision,
-            prompt=request.prompt,
-            settings=settings,
-            limits=request.limits,
-            threads=task_threads(spark),
-        )
-        lineage = {
-            "model_name": model.name,
-            "model_version": model.version,
-            "settings_hash": settings_hash,
-            "prompt": request.prompt,
-            "settings": json.dumps(told),
-            "source_table": name,
-            "source_version": version,
-            "run_id": model.run_id,
-        }
-        todo = rows.join(done, "image_id", "left_anti")
-        captioned, errors = _caption(spark, platform, todo, missing=missing, job=job, lineage=lineage)
-    return CaptionReport(
-        source_table=name,
-        source_version=version,
-        model_name=model.name,
-        model_version=model.version,
-        settings_hash=settings_hash,
-        considered=considered,
-        already=considered - missing,
-        captioned=captioned,
-        errors=errors,
+    columns = (request.id_column, request.image_column)
+    pictures = open_pictures(
+        spark, platform, request.source_table, request.source_version, columns=columns, where=request.where
+    )
+    job, key = _job(spark, platform, model, request, pictures)
+    staged = Staged(job.staging, key)
+    staged.open()
+    with spark_failures("the table could not be captioned", where=pictures.name):
+        recovered = staged.merge(spark, platform)
+        todo, counts = _plan(spark, platform, pictures, key, request)
+        done = dict.fromkeys(DONE.names, 0)
+        if counts.todo:
+            with watch(staged.num_rows, counts.todo):
+                done = _run(spark, todo, counts.todo, job)
+            staged.merge(spark, platform)
+        removed = _remove_deleted(spark, platform, pictures) if request.remove_deleted else 0
+    report = CaptionReport(
+        **key,
+        source_version=pictures.version,
+        considered=counts.rows,
+        already=counts.rows - done["captioned"] - done["errors"],
+        captioned=done["captioned"],
+        errors=done["errors"],
+        changed=counts.suspects - done["unchanged"],
+        recovered=recovered,
+        removed=removed,
         seconds=time.monotonic() - started,
     )
+    return _checked(report, request)
 
 
-def _caption(
-    spark: SparkSession,
-    platform: Platform,
-    todo: DataFrame,
-    *,
-    missing: int,
-    job: CaptionJob,
-    lineage: Mapping[str, object],
-) -> tuple[int, int]:
-    """Caption the rows and MERGE them; returns how many have a caption, and how many an error."""
-    # A small table is one file and would be one task: spread it. By id, so that a retried task gets the same rows.
-    tasks = max(spark.sparkContext.defaultParallelism, -(-missing // ROWS_PER_TASK))
-    captions = (
-        todo.repartition(min(tasks, missing), "image_id")
-        .mapInArrow(partial(caption_batches, job), spark_schema(CAPTION_SCHEMA))
-        .withColumns({column: F.lit(value) for column, value in lineage.items()})
-        # A literal: MERGE replaces current_timestamp() before it looks for a persisted plan that equals its source,
-        # finds none, and captions everything again.
-        .withColumn("captioned_at", F.lit(datetime.now(UTC)))
-        .select(GENERATED_CAPTIONS.names)
-        .persist(StorageLevel.MEMORY_AND_DISK)
-    )
-    try:
-        with bounded_batches(spark):
-            counts = captions.agg(F.count("caption").alias("captioned"), F.count("error").alias("errors")).head()
-        assert counts is not None
-        keys = " AND ".join(f"t.{key} = s.{key}" for key in GENERATED_CAPTIONS.key)
-        table = platform.table(GENERATED_CAPTIONS.name)
-        spark.sql(f"MERGE INTO {table} t USING {{new}} s ON {keys} WHEN NOT MATCHED THEN INSERT *", new=captions)
-    finally:
-        captions.unpersist()
-    return int(counts["captioned"]), int(counts["errors"])
-
-
-def _source(spark: SparkSession, platform: Platform, request: CaptionRequest) -> tuple[str, int, DataFrame]:
-    """Full name and version of the table, and its rows as image_id (string) and image (binary or base64 text)."""
-    if not TABLE_NAME.fullmatch(request.source_table):
-        raise UserError(
-            "this is not a table name",
-            where="the table to caption",
-            got=request.source_table,
-            fix="name it as table, schema.table, catalog.schema.table, or delta.`/path`",
-        )
-    name = request.source_table if "." in request.source_table else platform.table(request.source_table)
-    version, table = _read(spark, platform, name, request.source_version)
-    for column in (request.id_column, request.image_column):
-        if column not in table.columns:
-            raise UserError(
-                f"table {name} has no column {column!r}",
-                where=f"version {version}",
-                got=column,
-                fix=_nearest(column, table.columns),
-            )
-    image = table[request.image_column]
-    kind = table.schema[request.image_column].dataType
-    if not isinstance(kind, BinaryType | StringType):
-        raise UserError(
-            f"column {request.image_column!r} of table {name} holds no pictures",
-            where=f"version {version}",
-            got=f"type {kind.simpleString()}",
-            fix="name a binary column of picture files, or a string column of base64 text",
-        )
-    try:
-        rows = table.where(request.where) if request.where else table
-    except AnalysisException as error:  # a ParseException is one too
-        raise UserError(
-            "the condition cannot be used",
-            where=f"table {name}",
-            got=f"{request.where} ({_first_line(error)})",
-            fix=f"write SQL on its columns: {', '.join(table.columns)}",
-        ) from None
-    return name, version, rows.select(table[request.id_column].cast("string").alias("image_id"), image.alias("image"))
-
-
-def _read(spark: SparkSession, platform: Platform, name: str, wanted: int | None) -> tuple[int, DataFrame]:
-    """The table's version and rows: the version wanted, or the newest, pinned, so that a job sees one state."""
-    try:
-        newest = spark.sql(f"DESCRIBE HISTORY {name} LIMIT 1").head()
-    except AnalysisException as error:
-        own = platform.namespace
-        shown = spark.sql(f"SHOW TABLES IN {own}").collect()
-        tables = [f"{own}.{row['tableName']}" for row in shown if not row["isTemporary"]]
-        raise UserError(
-            "the table cannot be read as a Delta table",
-            where=name,
-            got=_first_line(error),
-            fix=_nearest(name, tables),
-        ) from None
-    assert newest is not None
-    version = int(newest["version"]) if wanted is None else wanted
-    try:
-        return version, spark.read.option("versionAsOf", version).table(name)
-    except AnalysisException as error:
-        raise UserError(
-            f"table {name} cannot be read at version {version}",
-            where=name,
-            got=_first_line(error),
-            fix=f"the newest version is {newest['version']}; DESCRIBE HISTORY lists them",
-        ) from None
-
-
-def _done(spark: SparkSession, platform: Platform, model: ModelFiles, settings_hash: str, source: str) -> DataFrame:
-    """Ids that are captioned already, as column image_id."""
-    wanted = {
+def _job(
+    spark: SparkSession, platform: Platform, model: ModelFiles, request: CaptionRequest, pictures: Pictures
+) -> tuple[CaptionJob, dict[str, str]]:
+    """What executors are told, and what of it every row's key has."""
+    settings = request.settings or model.read_config().generation
+    told = settings.model_dump() | {"precision": request.precision}
+    key = {
+        "source_table": pictures.name,
         "model_name": model.name,
         "model_version": model.version,
-        "settings_hash": settings_hash,
-        "source_table": source,
+        "settings_hash": short_hash(request.prompt, told),
     }
-    table = spark.table(platform.table(GENERATED_CAPTIONS.name))
-    for column, value in wanted.items():
-        table = table.where(table[column] == value)
-    return table.select("image_id")
+    constants = {"prompt": request.prompt, "settings": json.dumps(told), "source_version": pictures.version}
+    job = CaptionJob(
+        model_folder=str(model.folder),
+        precision=request.precision,
+        prompt=request.prompt,
+        settings=settings,
+        limits=request.limits,
+        threads=task_threads(spark),
+        staging=(platform.folder("staged") / f"captions-{short_hash(key)}").absolute(),
+        rows=ROWS_PER_TASK,
+        constants=key | constants | {"run_id": model.run_id},
+        at=datetime.now(UTC),
+    )
+    return job, key
 
 
-def _count(rows: DataFrame, done: DataFrame, name: str, id_column: str) -> tuple[int, int]:
-    """Rows, and rows that are not done; by ids alone, so that no picture is read."""
-    marked = rows.select("image_id").join(done.withColumn("is_done", F.lit(True)), "image_id", "left")
+def _checked(report: CaptionReport, request: CaptionRequest) -> CaptionReport:
+    if report.errors > request.max_error_share * (report.captioned + report.errors):
+        raise TooManyErrors(report, request.max_error_share)
+    return report
+
+
+class Counts(NamedTuple):
+    """Rows, rows to look at, and of these the ones that have a caption but may have another picture now."""
+
+    rows: int
+    todo: int
+    suspects: int
+
+
+def _plan(
+    spark: SparkSession, platform: Platform, pictures: Pictures, key: dict[str, str], request: CaptionRequest
+) -> tuple[DataFrame, Counts]:
+    """Rows to look at (image_id, image, known), and how many; counted by ids alone, so that no picture is read."""
+    table = spark.table(platform.table(GENERATED_CAPTIONS.name)).alias("there").where(of_key(key))
+    there = table.where("error IS NULL") if request.retry_errors else table
+    done = there.select("image_id", "sha256", "source_version", F.lit(True).alias("is_there"))
+    kept = _kept_files(spark, pictures, done)
+    marked = pictures.rows.join(done, "image_id", "left").join(F.broadcast(kept), ["source_version", "file"], "left")
+    same = (F.col("source_version") == pictures.version) | F.col("is_kept")
+    suspect = F.col("is_there") & ~F.coalesce(same, F.lit(False))
+    marked = marked.withColumn("suspect", F.coalesce(suspect, F.lit(False)))
     counts = marked.agg(
         F.count("*").alias("rows"),
         F.count("image_id").alias("ids"),
         F.countDistinct("image_id").alias("distinct"),
-        F.count("is_done").alias("done"),
+        F.count_if(F.expr("is_there IS NULL OR suspect")).alias("todo"),
+        F.count_if("suspect").alias("suspects"),
     ).head()
     assert counts is not None
     if not counts["rows"] == counts["ids"] == counts["distinct"]:
         raise UserError(
             "the ids do not tell the rows apart",
-            where=f"column {id_column} of table {name}",
+            where=f"column {request.id_column} of table {pictures.name}",
             got=f"{counts['rows']} rows, {counts['ids']} ids that are not null, {counts['distinct']} distinct ones",
             fix="name a column whose values are unique, or leave rows out with a condition",
         )
-    return int(counts["rows"]), int(counts["rows"] - counts["done"])
+    todo = marked.where("is_there IS NULL OR suspect").select("image_id", "image", F.col("sha256").alias("known"))
+    return todo, Counts(counts["rows"], counts["todo"], counts["suspects"])
 
 
-def _check_prompt(model: ModelFiles, prompt: str, settings: GenerationConfig) -> None:
+def _kept_files(spark: SparkSession, pictures: Pictures, done: DataFrame) -> DataFrame:
+    """Columns source_version, file, is_kept: files that the table has now and had at the versions captioned before."""
+    seen = [row[0] for row in done.select("source_version").distinct().collect() if row[0] != pictures.version]
+    now = files_at(spark, pictures.name, pictures.version) if seen else set()
+    pairs = [(version, file, True) for version in seen for file in now & files_at(spark, pictures.name, version)]
+    return spark.createDataFrame(pairs, "source_version BIGINT, file STRING, is_kept BOOLEAN")
+
+
+def _run(spark: SparkSession, todo: DataFrame, rows: int, job: CaptionJob) -> dict[str, int]:
+    """Caption the rows into files; returns the sums of DONE."""
+    # A small table is one file and would be one task: spread it. By id, so that a retried task gets the same rows.
+    tasks = max(spark.sparkContext.defaultParallelism, -(-rows // job.rows))
+    with bounded_batches(spark):
+        written = (
+            todo.repartition(min(tasks, rows), "image_id")
+            .mapInArrow(partial(caption_batches, job), spark_schema(DONE))
+            .agg(*(F.sum(name).alias(name) for name in DONE.names))
+            .head()
+        )
+    assert written is not None
+    return {name: int(written[name]) for name in DONE.names}
+
+
+def _remove_deleted(spark: SparkSession, platform: Platform, pictures: Pictures) -> int:
+    """Remove captions of rows that the table does not have; returns how many."""
+    name = platform.table(GENERATED_CAPTIONS.name)
+    gone = of_key({"source_table": pictures.name})
+    merge = (
+        DeltaTable.forName(spark, name)
+        .alias("there")
+        .merge(pictures.ids.alias("came"), gone & (F.col("there.image_id") == F.col("came.image_id")))
+        .whenNotMatchedBySourceDelete(condition=gone)
+    )
+    return undisturbed(lambda: int(merge.execute().collect()[0]["num_deleted_rows"]), where=name)
+
+
+def _check_prompt(model: ModelFiles, request: CaptionRequest) -> None:
     """Refuse here what every executor would refuse."""
     config = model.read_config()
-    prefix = prefix_ids(text.load(model.folder / "tokenizer.json"), config.num_slots, prompt)
+    settings = request.settings or config.generation
+    prefix = prefix_ids(text.load(model.folder / "tokenizer.json"), config.num_slots, request.prompt)
     if len(prefix) + settings.max_new_tokens > config.decoder.context:
         raise UserError(
             "the prompt leaves no room for a caption",
@@ -284,12 +292,3 @@ def _check_prompt(model: ModelFiles, prompt: str, settings: GenerationConfig) ->
             got=f"{len(prefix)} places for picture and prompt, and max_new_tokens {settings.max_new_tokens}",
             fix=f"shorten the prompt or lower max_new_tokens: the context is {config.decoder.context}",
         )
-
-
-def _nearest(name: str, valid: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"there are: {', '.join(valid)}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -147,7 +147,7 @@ def spark_failures(what: str, *, where: str) -> Iterator[None]:
     try:
         yield
     except (PySparkException, Py4JJavaError) as error:
-        named = re.findall(r"^(?:Caused by: )?([\w.]+(?:Error|Exception|Failed): .+)$", str(error), re.MULTILINE)
+        named = re.findall(r"^(?:: |Caused by: )?([\w.]+(?:Error|Exception|Failed): .+)$", str(error), re.MULTILINE)
         got = named[-1] if named else str(error).strip().partition("\n")[0]
         fix = "correct the cause and run the command again: what is done stays done, nothing is doubled"
         raise StageFailed(what, where=where, got=got[:500], fix=fix) from error

@@ -1,32 +1,55 @@
-"""Captioning as Spark runs it: Arrow batches of pictures in, Arrow batches of captions out.
+"""Captioning as Spark runs it: Arrow batches of pictures in, files of captions out.
 
-The one function of this room that uses torch, and only when it runs: the worker module is imported inside it, so that
-a driver can name this function without loading the library.
+What a task has captioned is in a file of the job's folder before the task says so. Whatever is killed afterwards, the
+next job finds the file and need not run the model again. Here torch is used, and only when a function runs: the worker
+modules are imported inside, so that a driver can name these functions without loading the library.
 """
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipelines.config import LimitsConfig
+from pipelines.tables import GENERATED_CAPTIONS
 from vlm.config import Config, GenerationConfig, Precision
 
-CAPTION_SCHEMA = pa.schema(
+if TYPE_CHECKING:
+    from pipelines.worker.caption import Captioner, Decoded
+
+STAGED = GENERATED_CAPTIONS.arrow_schema.append(pa.field("unchanged", pa.bool_(), nullable=False))
+"""A row of the table; where `unchanged`, the picture is the one that was captioned before, and nothing else is new."""
+DONE = pa.schema(
     [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("caption", pa.string()),
-        pa.field("error", pa.string()),
-        pa.field("sha256", pa.string()),
-        pa.field("num_tokens", pa.int32(), nullable=False),
-        pa.field("mean_logprob", pa.float64()),
+        pa.field("captioned", pa.int64(), nullable=False),
+        pa.field("errors", pa.int64(), nullable=False),
+        pa.field("unchanged", pa.int64(), nullable=False),
     ]
 )
+"""What became of the rows of one file."""
 
 
 class CaptionJob(Config):
-    """What an executor needs to know: the folder of the model, how to run it and decode, and how many cores it has."""
+    """What an executor needs to know.
+
+    Attributes:
+        model_folder: weights, config and tokenizer.
+        precision: what the model computes in.
+        prompt: of all pictures.
+        settings: how to decode.
+        limits: what a picture may be.
+        threads: cores of a task.
+        staging: folder for the files, a plain path that every executor sees.
+        rows: of a file at most: what is lost where a task is killed.
+        constants: columns that are the same for all rows.
+        at: when the job began.
+    """
 
     model_folder: str
     precision: Precision
@@ -34,25 +57,85 @@ class CaptionJob(Config):
     settings: GenerationConfig
     limits: LimitsConfig
     threads: int
+    staging: Path
+    rows: int
+    constants: dict[str, str | int]
+    at: datetime
 
 
 def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Captions of batches with columns image_id (string) and image (binary, or base64 text), as CAPTION_SCHEMA."""
-    from pipelines.worker.caption import limit_threads, load_captioner
+    """Caption pictures into files; one DONE row a file.
+
+    Args:
+        job: how, and where to.
+        batches: columns image_id (string), image (binary, or base64 text) and known (SHA-256 of the picture that was
+            captioned before, or null: an equal one is not captioned again).
+    """
+    from pipelines.worker.batches import prefetch
+    from pipelines.worker.caption import BATCH_ROWS, limit_threads, load_captioner
 
     limit_threads(job.threads)
     captioner = load_captioner(job.model_folder, job.precision)
+    rows: list[dict[str, Any]] = []
+    for pictures in _groups(prefetch(_decoded(captioner, job, batches)), BATCH_ROWS):
+        rows += _captions(captioner, job, pictures)
+        if len(rows) >= job.rows:
+            yield _written(job, rows)
+            rows = []
+    if rows:
+        yield _written(job, rows)
+
+
+Picture = tuple[str, "str | None", "Decoded"]
+"""Id, SHA-256 of what was captioned before, and the picture."""
+
+
+def _decoded(captioner: Captioner, job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Iterator[list[Picture]]:
     for batch in batches:
-        images = batch.column("image").to_pylist()
-        results = captioner.caption(images, [job.prompt] * len(images), job.settings, job.limits)
-        yield pa.RecordBatch.from_arrays(
-            [
-                batch.column("image_id").cast(pa.string()),
-                pa.array([r.caption for r in results], pa.string()),
-                pa.array([r.error for r in results], pa.string()),
-                pa.array([r.sha256 for r in results], pa.string()),
-                pa.array([r.num_tokens for r in results], pa.int32()),
-                pa.array([r.mean_logprob for r in results], pa.float64()),
-            ],
-            schema=CAPTION_SCHEMA,
-        )
+        ids, images, known = (batch.column(name).to_pylist() for name in ("image_id", "image", "known"))
+        yield list(zip(ids, known, captioner.decode(images, job.limits), strict=True))
+
+
+def _groups(batches: Iterator[list[Picture]], size: int) -> Iterator[list[Picture]]:
+    """Batches joined until they have `size` rows: Arrow's are bounded in bytes, the model wants many."""
+    group: list[Picture] = []
+    for batch in batches:
+        group += batch
+        if len(group) >= size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _captions(captioner: Captioner, job: CaptionJob, pictures: list[Picture]) -> Iterator[dict[str, Any]]:
+    """A STAGED row a picture."""
+    fresh = [picture for _, known, picture in pictures if known is None or known != picture.sha256]
+    results = iter(captioner.caption_decoded(fresh, [job.prompt] * len(fresh), job.settings))
+    for image_id, known, picture in pictures:
+        row = job.constants | {"image_id": image_id, "captioned_at": job.at, "sha256": picture.sha256}
+        if known is not None and known == picture.sha256:
+            yield row | {"num_tokens": 0, "unchanged": True}
+            continue
+        result = next(results)
+        yield row | {
+            "caption": result.caption,
+            "error": result.error,
+            "num_tokens": result.num_tokens,
+            "mean_logprob": result.mean_logprob,
+            "unchanged": False,
+        }
+
+
+def _written(job: CaptionJob, rows: list[dict[str, Any]]) -> pa.RecordBatch:
+    """Write a file, whole or not at all."""
+    name = uuid.uuid4().hex
+    temporary = job.staging / f".{name}.tmp"
+    pq.write_table(pa.Table.from_pylist(rows, STAGED), temporary)
+    temporary.rename(job.staging / f"{name}.parquet")
+    counts = {
+        "captioned": sum(row.get("caption") is not None for row in rows),
+        "errors": sum(row.get("error") is not None for row in rows),
+        "unchanged": sum(row["unchanged"] for row in rows),
+    }
+    return pa.RecordBatch.from_pylist([counts], DONE)

@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +55,14 @@ class CaptionResult:
     mean_logprob: float | None
 
 
+class Decoded(NamedTuple):
+    """A picture on its way to the model: uint8 pixels (H, W, C), or its error; and the SHA-256 of its bytes."""
+
+    pixels: npt.NDArray[np.uint8] | None
+    sha256: str | None
+    error: str | None
+
+
 class Captioner:
     """A model and its tokenizer, ready to caption."""
 
@@ -75,20 +84,33 @@ class Captioner:
             settings: how to decode.
             limits: what a picture may be; one beyond is an error.
         """
-        results: dict[int, CaptionResult] = {}
-        pixels: dict[int, npt.NDArray[np.uint8]] = {}
-        digests: dict[int, str] = {}
-        for index, image in enumerate(images):
-            try:
-                data = picture_bytes(image)
-                digests[index] = hashlib.sha256(data).hexdigest()
-                picture, _ = open_image(data, max_pixels=limits.max_pixels, min_side=limits.min_side)
-                pixels[index] = to_pixels(picture, self.model.config.image)
-            except ImageError as error:
-                results[index] = _failed(f"{error.reason}: {error.detail}", digests.get(index))
-        answers = self.answer(list(pixels.values()), [prompts[index] for index in pixels], settings)
-        results |= {i: _result(answer, digests[i]) for i, answer in zip(pixels, answers, strict=True)}
-        return [results[index] for index in range(len(images))]
+        return self.caption_decoded(self.decode(images, limits), prompts, settings)
+
+    def decode(self, images: Sequence[bytes | str | None], limits: LimitsConfig = LIMITS) -> list[Decoded]:
+        """Pictures at model resolution, in order; needs no model and may run beside it."""
+        return [self._decode(image, limits) for image in images]
+
+    def _decode(self, image: bytes | str | None, limits: LimitsConfig) -> Decoded:
+        sha256 = None
+        try:
+            data = picture_bytes(image)
+            sha256 = hashlib.sha256(data).hexdigest()
+            picture, _ = open_image(data, max_pixels=limits.max_pixels, min_side=limits.min_side)
+            return Decoded(to_pixels(picture, self.model.config.image), sha256, None)
+        except ImageError as error:
+            return Decoded(None, sha256, f"{error.reason}: {error.detail}")
+
+    def caption_decoded(
+        self, pictures: Sequence[Decoded], prompts: Sequence[str], settings: GenerationConfig
+    ) -> list[CaptionResult]:
+        """One result a picture, in order; what could not be decoded keeps its error."""
+        good = {index: picture.pixels for index, picture in enumerate(pictures) if picture.pixels is not None}
+        answers = self.answer(list(good.values()), [prompts[index] for index in good], settings)
+        said = dict(zip(good, answers, strict=True))
+        return [
+            _result(said[index], picture.sha256) if index in said else _failed(picture.error, picture.sha256)
+            for index, picture in enumerate(pictures)
+        ]
 
     def answer(
         self, pictures: Sequence[npt.NDArray[np.uint8]], prompts: Sequence[str], settings: GenerationConfig
@@ -121,14 +143,14 @@ def _batches(requests: Mapping[int, Request], settings: GenerationConfig) -> Ite
         by_length = by_length[rows:]
 
 
-def _result(answer: Generated | UserError, sha256: str) -> CaptionResult:
+def _result(answer: Generated | UserError, sha256: str | None) -> CaptionResult:
     if isinstance(answer, UserError):
         return _failed(str(answer), sha256)
     mean_logprob = sum(answer.logprobs) / len(answer.logprobs)
     return CaptionResult(answer.text, None, sha256, answer.num_tokens, mean_logprob)
 
 
-def _failed(error: str, sha256: str | None) -> CaptionResult:
+def _failed(error: str | None, sha256: str | None) -> CaptionResult:
     return CaptionResult(None, error, sha256, 0, None)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ from helpers import tiny_model
 from PIL import Image
 from pyspark.sql import SparkSession
 
-from pipelines.driver.caption import CaptionReport, CaptionRequest, caption
+from pipelines.config import LimitsConfig
+from pipelines.driver.caption import CaptionReport, CaptionRequest, TooManyErrors, caption
 from pipelines.driver.model import ModelFiles
-from pipelines.errors import UserError
+from pipelines.errors import StageFailed, UserError
 from pipelines.platform import Platform
 from pipelines.tables import GENERATED_CAPTIONS
 from pipelines.worker.caption import load_captioner
@@ -92,16 +95,9 @@ def test_every_row_is_captioned_once_with_lineage_and_bad_pictures_have_an_error
         row = rows[str(number)]
         assert (row["caption"], row["sha256"], row["num_tokens"]) == (alone.caption, alone.sha256, alone.num_tokens)
         assert row["mean_logprob"] == pytest.approx(alone.mean_logprob, abs=1e-4)
-
-
-def test_a_second_job_captions_nothing_and_commits_nothing(
-    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
-) -> None:
-    table = write(spark, tmp_path / "photos", [(n, picture(n)) for n in range(4)])
-    caption(spark, platform, model, request(table))
     before = commits(spark, platform)
-    assert numbers(caption(spark, platform, model, request(table))) == (4, 4, 0, 0)
-    assert commits(spark, platform) == before
+    assert numbers(caption(spark, platform, model, request(table))) == (73, 73, 0, 0)
+    assert commits(spark, platform) == before  # nothing to do, nothing written
 
 
 def test_only_new_rows_new_settings_or_a_new_version_are_captioned(
@@ -152,40 +148,75 @@ def test_a_sampled_caption_does_not_depend_on_its_batch(model: ModelFiles) -> No
         assert captioner.caption([image], [prompt], settings)[0].caption == result.caption
 
 
-def test_the_model_runs_once_for_each_picture(
+def test_a_changed_picture_is_captioned_again_and_a_moved_one_is_not(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
-    """Spark's own count of rows that left Python: counting and writing must not run the model again."""
-    table = write(spark, tmp_path / "photos", [(n, picture(n)) for n in range(9)])
-    seen = executed_queries(spark)
-    caption(spark, platform, model, request(table))
-    assert rows_from_python(spark, after=seen) == 9
+    table = write(spark, tmp_path / "photos", [(n, picture(n)) for n in range(4)])
+    write(spark, tmp_path / "photos", [(4, b"no picture"), (5, picture(5))])
+    assert numbers(caption(spark, platform, model, request(table))) == (6, 0, 5, 1)
+    first = stored(spark, platform, model)
+
+    new = spark.createDataFrame([(1, picture(9)), (4, picture(4))], "id INT, photo BINARY")
+    spark.sql(
+        f"MERGE INTO {table} t USING {{new}} s ON t.id = s.id WHEN MATCHED THEN UPDATE SET photo = s.photo", new=new
+    )
+    spark.sql(f"DELETE FROM {table} WHERE id = 5")
+    report = caption(spark, platform, model, request(table, remove_deleted=True))
+    assert numbers(report) == (5, 3, 2, 0)
+    assert (report.changed, report.removed) == (2, 1)
+    second = stored(spark, platform, model)
+    assert set(second) == {"0", "1", "2", "3", "4"}
+    assert second["1"]["sha256"] != first["1"]["sha256"]
+    assert (second["4"]["error"], second["4"]["caption"] is None) == (None, False)
+    assert {second[same]["captioned_at"] == first[same]["captioned_at"] for same in "023"} == {True}
+    assert second["0"]["source_version"] == report.source_version  # in another file now, and looked at
+    assert second["2"]["source_version"] == first["2"]["source_version"]  # in the file it was in
+
+    before = commits(spark, platform)
+    assert numbers(caption(spark, platform, model, request(table))) == (5, 5, 0, 0)
+    assert commits(spark, platform) == before
 
 
-def executed_queries(spark: SparkSession) -> int:
-    return int(spark._jsparkSession.sharedState().statusStore().executionsCount())
+def test_errors_are_tried_again_when_asked_and_too_many_fail_the_job_once_all_is_written(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+) -> None:
+    table = write(spark, tmp_path / "photos", [(0, picture(0)), (1, picture(1)), (2, b"no picture")])
+    small = request(table, max_error_share=0.5, limits=LimitsConfig(max_pixels=100))
+    with pytest.raises(TooManyErrors, match=r"3 of 3 rows .100.0%, allowed are 50.0%.*--retry-errors"):
+        caption(spark, platform, model, small)
+    assert [row["error"].partition(":")[0] for _, row in sorted(stored(spark, platform, model).items())] == [
+        "too_large",
+        "too_large",
+        "not_an_image",
+    ]
+    assert numbers(caption(spark, platform, model, request(table))) == (3, 3, 0, 0)
+    assert numbers(caption(spark, platform, model, request(table, retry_errors=True))) == (3, 0, 2, 1)
+    assert {number for number, row in stored(spark, platform, model).items() if row["error"]} == {"2"}
 
 
-def rows_from_python(spark: SparkSession, after: int) -> int:
-    """Output rows of every MapInArrow node of the queries that ran after the first `after`."""
-    store = spark._jsparkSession.sharedState().statusStore()
-    spark._jsc.sc().listenerBus().waitUntilEmpty()
-    queries = store.executionsList()
-    total = 0  # a query that reads the persisted captions shows the node too, with no rows
-    for position in range(after, queries.size()):
-        query = queries.apply(position).executionId()
-        values = store.executionMetrics(query)
-        for node in items(store.planGraph(query).allNodes()):
-            for metric in items(node.metrics()) if "MapInArrow" in node.name() else ():
-                value = values.get(metric.accumulatorId())
-                if metric.name() == "number of output rows" and value.isDefined():
-                    total += int(value.get().replace(",", ""))
-    return total
-
-
-def items(sequence: Any) -> list[Any]:
-    """A Scala sequence as a list."""
-    return [sequence.apply(index) for index in range(sequence.size())]
+def test_two_jobs_at_once_and_one_that_was_cancelled_make_each_caption_once(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+) -> None:
+    pictures = [picture(n) for n in range(8)]
+    table = write(spark, tmp_path / "photos", [(n, pictures[n % 8]) for n in range(2600)])
+    staged = platform.folder("staged")
+    there = set(staged.glob("*/*.parquet"))
+    with ThreadPoolExecutor(2) as threads:
+        job = threads.submit(caption, spark, platform, model, request(table))
+        while not (set(staged.glob("*/*.parquet")) - there or job.done()):
+            time.sleep(0.02)
+        spark.sparkContext.cancelAllJobs()
+        with pytest.raises(StageFailed, match=r"could not be captioned.*cancelled"):
+            job.result()
+        assert not stored(spark, platform, model)
+        both = [threads.submit(caption, s, platform, model, request(table)) for s in (spark, spark.newSession())]
+        reports = [job.result() for job in both]
+    rows = stored(spark, platform, model)
+    assert len(rows) == 2600
+    assert {rows[str(n)]["caption"] == rows[str(n % 8)]["caption"] for n in range(2600)} == {True}
+    assert max(report.recovered for report in reports) >= 512
+    for report in reports:
+        assert report.considered == report.already + report.captioned + report.errors == 2600
 
 
 @pytest.mark.parametrize(
