@@ -26,6 +26,7 @@ from jobs.ingest import ingest
 from jobs.pipeline import pipeline
 from jobs.promote import promote
 from jobs.quarantine import quarantine
+from jobs.review import review
 from jobs.rollback import rollback
 from jobs.shard import shard
 from jobs.show import show
@@ -34,7 +35,7 @@ from jobs.ui import ui
 from pipelines.errors import LakesightError, UserError
 
 STAGES = (ingest, quarantine, shard, train, evaluate, promote, rollback, caption, pipeline)
-FOR_PEOPLE = (demo, ask, show, config, doctor, ui)
+FOR_PEOPLE = (demo, ask, show, review, config, doctor, ui)
 FOR_WEIGHTS = (import_weights, export_weights)
 
 JAVA_MAY_NOT_WRITE = ("(Permission denied)", "(Read-only file system)", "DELTA_CANNOT_CREATE_LOG_PATH")

@@ -176,7 +176,28 @@ EVALUATIONS = Table(
     ),
 )
 
-TABLES = (SAMPLES, QUARANTINE, GENERATED_CAPTIONS, EVALUATIONS)
+VERDICTS = Table(
+    "verdicts",
+    ("source_table", "image_id", "model_name", "model_version", "settings_hash"),
+    "One row a caption that a person has judged, with its picture: a source to train on",
+    (
+        Column("image_id", pa.string(), "Id of the row in the source table"),
+        Column("source_table", pa.string(), "Table the picture came from"),
+        Column("model_name", pa.string(), "Registered model that wrote the caption"),
+        Column("model_version", pa.string(), "Its version"),
+        Column("settings_hash", pa.string(), "As in generated_captions"),
+        Column("prompt", pa.string(), "The prompt; empty for a plain caption"),
+        Column("caption", pa.string(), "What the model said"),
+        Column("verdict", pa.string(), "good, bad or corrected"),
+        Column("text", pa.string(), "What is right: the caption, or its correction; null where bad", nullable=True),
+        Column("image", pa.binary(), "The picture as it was judged"),
+        Column("sha256", pa.string(), "SHA-256 of it, hex"),
+        Column("reviewer", pa.string(), "Who"),
+        Column("judged_at", TIME_TYPE, "When"),
+    ),
+)
+
+TABLES = (SAMPLES, QUARANTINE, GENERATED_CAPTIONS, EVALUATIONS, VERDICTS)
 
 PROPERTIES = {"delta.enableDeletionVectors": "false"}
 """Delta table properties. Without deletion vectors every Delta reader can read the tables, `deltalake` too."""

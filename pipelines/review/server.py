@@ -1,0 +1,105 @@
+"""The review page: captions beside their pictures, and a verdict a click.
+
+It answers this machine alone. A page of another site, which a reviewer may have open in the same browser, can send
+requests here too: hosts are checked, and a verdict needs a token that only our own page knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import secrets
+from importlib import resources
+
+from jinja2 import Environment, StrictUndefined
+from pydantic import TypeAdapter, ValidationError
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from pipelines.config import LimitsConfig
+from pipelines.errors import UserError
+from pipelines.review.verdicts import Review, Show, Verdict, key_of
+from vlm.config import why_unreadable
+from vlm.errors import ImageError
+from vlm.image import open_image
+
+A_PAGE = 24
+SIDE = 320
+"""Pixels of a picture's longer side on the page."""
+HOSTS = ["127.0.0.1", "localhost"]
+_SHOW: TypeAdapter[Show] = TypeAdapter(Show)
+
+
+def open_app(review: Review, title: str, reviewer: str) -> Starlette:
+    """The page and what it calls: GET / (show, words, page), GET /picture?id=, POST /verdict."""
+    token = secrets.token_urlsafe(16)
+    source = resources.files("pipelines.review").joinpath("page.html.j2").read_text(encoding="utf-8")
+    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
+
+    async def page(request: Request) -> Response:
+        query = request.query_params
+        try:
+            show = _SHOW.validate_python(query.get("show", "open"))
+            number = max(1, int(query.get("page", "1")))
+        except ValueError:
+            return PlainTextResponse("show is open, judged or all; page is a number", 400)
+        words = query.get("words", "")
+        found = review.shown(show, words)
+        nonce = secrets.token_urlsafe(12)
+        rendered = template.render(
+            title=title,
+            token=token,
+            nonce=nonce,
+            show=show,
+            words=words,
+            page=number,
+            pages=max(1, -(-len(found) // A_PAGE)),
+            rows=[row | {"verdict": review.judged.get(key_of(row), "")} for row in found[A_PAGE * (number - 1) :]][
+                :A_PAGE
+            ],
+            judged=len(review.judged),
+            total=len(review.captions),
+            found=len(found),
+        )
+        policy = (
+            f"default-src 'none'; img-src 'self' data:; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
+            "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+        )
+        return HTMLResponse(rendered, headers={"Content-Security-Policy": policy, "Cache-Control": "no-store"})
+
+    async def picture(request: Request) -> Response:
+        data = await asyncio.to_thread(_small, review, request.query_params.get("id", ""))
+        return Response(data, media_type="image/png") if data else PlainTextResponse("no such picture", 404)
+
+    async def verdict(request: Request) -> Response:
+        if not secrets.compare_digest(request.headers.get("x-lakesight-token", ""), token):
+            return JSONResponse({"error": "this page is of another server: reload it"}, 403)
+        try:
+            said = Verdict.model_validate_json(await request.body())
+            await asyncio.to_thread(review.judge, said, reviewer)
+        except ValidationError as error:
+            return JSONResponse({"error": why_unreadable(error)}, 422)
+        except UserError as error:
+            return JSONResponse({"error": str(error)}, 404)
+        return JSONResponse({"judged": len(review.judged)})
+
+    routes = [Route("/", page), Route("/picture", picture), Route("/verdict", verdict, methods=["POST"])]
+    return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)])
+
+
+def _small(review: Review, image_id: str) -> bytes | None:
+    """A picture as PNG, no larger than the page shows it: what came from a table is decoded here, not in a browser."""
+    data = review.picture(image_id)
+    limits = LimitsConfig()
+    try:
+        image, _ = open_image(data or b"", max_pixels=limits.max_pixels, min_side=1)
+    except ImageError:
+        return None
+    image.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
