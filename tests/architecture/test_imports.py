@@ -22,6 +22,7 @@ ROOMS = {
     "driver": (["pipelines/driver/**/*.py"], {"pyspark", "delta", "deltalake"}),
     "executor": (["pipelines/executor/*.py"], set()),
     "worker": (["pipelines/worker/*.py"], {"torch"}),
+    "review": (["pipelines/review/*.py"], {"deltalake"}),
     "commands": (["jobs/*.py"], set()),
 }
 
@@ -33,6 +34,7 @@ BREACHES = {
     "driver": ("pipelines/driver/promote.py", "import torch"),
     "executor": ("pipelines/executor/caption.py", "import pyspark"),
     "worker": ("pipelines/worker/order.py", "import mlflow"),
+    "review": ("pipelines/review/server.py", "import pyspark"),
     "tracking": ("jobs/common.py", "import mlflow"),
 }
 
