@@ -4,11 +4,12 @@
     python tests/benchmarks/bench_generate.py vit_gpt2 paligemma
     git clone https://github.com/AviSoori1x/seemore && python tests/benchmarks/bench_generate.py FOLDER_OF_SEEMORE
 
-Greedy, fp32, random weights; both sides begin at uint8 pictures and give 24 tokens (no end token: the work is equal),
-and the tokens are compared. One thread, and the processor's time instead of the clock's: a machine that others use too
-gives the same ratio then. vit_gpt2: timm's ViT, the projector, and GPT2LMHeadModel.generate(inputs_embeds=...).
-paligemma: PaliGemmaForConditionalGeneration with 4 layers in either tower and a vocabulary of 32,000, because the
-whole does not fit the machine. Our vision tower sees a picture once; so does theirs.
+Greedy, random weights; both sides begin at uint8 pictures and give 24 tokens (no end token: the work is equal). First
+both in fp32, where the tokens are compared, then both in bf16. One thread, and the processor's time instead of the
+clock's: a machine that others use too gives the same ratio then. vit_gpt2: timm's ViT, the projector, and
+GPT2LMHeadModel.generate(inputs_embeds=...). paligemma: PaliGemmaForConditionalGeneration with 4 layers in either tower
+and a vocabulary of 32,000, because the whole does not fit the machine. Our vision tower sees a picture once; so does
+theirs.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from torch import Tensor
 from pipelines.config import load_model
 from vlm import text
 from vlm.build import build_model
-from vlm.config import GenerationConfig, ModelConfig
+from vlm.config import GenerationConfig, ModelConfig, Precision
 from vlm.generate import Request, generate
 from vlm.model import VisionLanguageModel
+from vlm.precision import set_precision
 from vlm.text.base import SLOT
 from vlm.text.chars import CharTokenizer
 
@@ -43,6 +45,8 @@ ROUNDS = {1: 3, 16: 1}
 """A round at batch 16 takes minutes."""
 PROMPT = [100, 200, 300, 400, 500]
 Caption = Callable[[Tensor], list[list[int]]]
+Originals = tuple[Caption, list[torch.nn.Module]]
+"""What captions, and what it is made of."""
 
 
 class Ids(CharTokenizer):
@@ -73,7 +77,7 @@ def normalised(model: VisionLanguageModel, pixels_PHWC: Tensor) -> Tensor:
     return (pixels_PHWC.permute(0, 3, 1, 2).float() - model.mean) / model.std
 
 
-def vit_gpt2() -> tuple[VisionLanguageModel, Caption]:
+def vit_gpt2() -> tuple[VisionLanguageModel, Originals]:
     """Our model, and the same in timm and transformers."""
     import timm
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -90,7 +94,7 @@ def vit_gpt2() -> tuple[VisionLanguageModel, Caption]:
 
     @torch.inference_mode()
     def caption(pixels_PHWC: Tensor) -> list[list[int]]:
-        features = projector(vit._intermediate(normalised(model, pixels_PHWC)))
+        features = projector(vit._intermediate(normalised(model, pixels_PHWC).to(gpt2.dtype)))
         words = gpt2.transformer.wte(torch.tensor(PROMPT)).expand(len(features), -1, -1)
         inputs = torch.cat([features, words], dim=1)
         mask = torch.ones(inputs.shape[:2], dtype=torch.long)
@@ -102,10 +106,10 @@ def vit_gpt2() -> tuple[VisionLanguageModel, Caption]:
     vit._intermediate = lambda pixels: vit.forward_intermediates(
         pixels, indices=1, norm=False, output_fmt="NLC", intermediates_only=True
     )[0]
-    return model, caption
+    return model, (caption, [vit, projector, gpt2])
 
 
-def paligemma() -> tuple[VisionLanguageModel, Caption]:
+def paligemma() -> tuple[VisionLanguageModel, Originals]:
     """Our model with a few layers, and the same in transformers."""
     from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
@@ -147,37 +151,43 @@ def paligemma() -> tuple[VisionLanguageModel, Caption]:
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             token_type_ids=torch.zeros_like(ids),
-            pixel_values=normalised(model, pixels_PHWC),
+            pixel_values=normalised(model, pixels_PHWC).to(theirs.dtype),
             max_new_tokens=NEW,
             do_sample=False,
             eos_token_id=None,
         )
         return list(found[:, ids.shape[1] :].tolist())
 
-    return model, caption
+    return model, (caption, [theirs])
 
 
 def beside_transformers(name: str) -> None:
-    """Both in turn, at batch 1 and 16."""
+    """Both in turn, at batch 1 and 16; in fp32, then in bf16."""
     torch.manual_seed(0)
-    model, theirs = {"vit_gpt2": vit_gpt2, "paligemma": paligemma}[name]()
+    model, (theirs, modules) = {"vit_gpt2": vit_gpt2, "paligemma": paligemma}[name]()
     mine, size = ours(model), model.config.image.size
-    for batch, rounds in ROUNDS.items():
-        pixels = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8)
-        if batch == 1:
-            assert mine(pixels) == theirs(pixels), "the tokens differ"
-        works = {"lakesight": lambda: len(mine(pixels)), "transformers": lambda: len(theirs(pixels))}  # noqa: B023
-        with peak_memory() as samples:
-            rates = in_turn(works, rounds, time.process_time)
-        show(f"{name}, batch {batch}", rates, max(samples))
+    for precision in (Precision.FP32, Precision.BF16):
+        if precision is Precision.BF16:
+            set_precision(model, precision)
+            for module in modules:
+                module.bfloat16()
+        for batch, rounds in ROUNDS.items():
+            pixels = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8)
+            if batch == 1:
+                same = mine(pixels) == theirs(pixels)
+                assert same or precision is Precision.BF16, "the tokens differ"
+            works = {"lakesight": lambda: len(mine(pixels)), "transformers": lambda: len(theirs(pixels))}  # noqa: B023
+            with peak_memory() as samples:
+                rates = in_turn(works, rounds, time.process_time)
+            show(f"{name}, {precision}, batch {batch}", rates, max(samples))
 
 
 def show(what: str, rates: dict[str, float], peak: int) -> None:
     """One line a side."""
     for side, rate in rates.items():
         ratio = rates["lakesight"] / rate
-        print(f"{what:24} {side:22} {rate:8.3f} captions a second of processor time  lakesight is {ratio:5.2f} of it")
-    print(f"{what:24} {peak / 1e9:.1f} GB with both models")
+        print(f"{what:28} {side:22} {rate:8.3f} captions a second of processor time  lakesight is {ratio:5.2f} of it")
+    print(f"{what:28} {peak / 1e9:.1f} GB with both models")
 
 
 def beside_seemore(folder: Path) -> None:
@@ -212,8 +222,15 @@ def beside_seemore(folder: Path) -> None:
         return len(generate(model, Ids(""), [Request(prefix, (picture,)) for picture in pixels], settings))
 
     pixels = torch.randint(0, 256, (64, 96, 96, 3), dtype=torch.uint8)
+    halved = copy.deepcopy(model)
+    set_precision(halved, Precision.BF16)
+
+    def in_half(pixels: Tensor) -> int:
+        return len(generate(halved, Ids(""), [Request(prefix, (picture,)) for picture in pixels], settings))
+
     works: dict[str, Callable[[], int]] = {
         "lakesight": lambda: mine(pixels),
+        "lakesight, bf16": lambda: in_half(pixels),
         "lakesight, one by one": lambda: sum(mine(picture[None]) for picture in pixels[:16]),
         "seemore, batch 64": lambda: loop(pixels),
         "seemore, one by one": lambda: sum(loop(picture[None]) for picture in pixels[:16]),
