@@ -133,6 +133,20 @@ QUARANTINE = Table(
     ),
 )
 
+INGESTED = Table(
+    "ingested",
+    ("source", "item", "state", "rules"),
+    "One row an item that was taken in whole: as long as it stays as it was, it is not read again",
+    (
+        Column("source", pa.string(), "Name of the data config"),
+        Column("item", pa.string(), "A file; of a folder, a row of its captions file; or a table, by its id"),
+        Column("state", pa.string(), "Size and time of last change of the file or picture, or version of the table"),
+        Column("rules", pa.string(), "Hash of what decides over a row: columns, limits, split"),
+        Column("ingest_id", pa.string(), "Ingest that took it in"),
+        Column("ingested_at", TIME_TYPE, "When; the same for all that one ingest took in"),
+    ),
+)
+
 GENERATED_CAPTIONS = Table(
     "generated_captions",
     ("source_table", "image_id", "model_name", "model_version", "settings_hash"),
@@ -197,7 +211,7 @@ VERDICTS = Table(
     ),
 )
 
-TABLES = (SAMPLES, QUARANTINE, GENERATED_CAPTIONS, EVALUATIONS, VERDICTS)
+TABLES = (SAMPLES, QUARANTINE, INGESTED, GENERATED_CAPTIONS, EVALUATIONS, VERDICTS)
 
 PROPERTIES = {"delta.enableDeletionVectors": "false"}
 """Delta table properties. Without deletion vectors every Delta reader can read the tables, `deltalake` too."""

@@ -1,4 +1,4 @@
-"""Merging into the tables of an ingest: each table in one Delta commit, checked against what was planned."""
+"""Writing into the tables of an ingest: each table in one Delta commit, checked against what was planned."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from pipelines.driver.plan import Totals
-from pipelines.driver.session import stored_as_they_are
-from pipelines.errors import StageFailed
+from pipelines.driver.session import since, stored_as_they_are
 from pipelines.platform import Platform
 from pipelines.tables import SAMPLES
 
@@ -21,11 +20,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stamp:
-    """What is the same for every row that one ingest brings."""
+    """What is the same for every row that one ingest brings, and what its plan is made on.
+
+    Attributes:
+        source: name of the data config.
+        ingest_id: of the source as it is.
+        at: when; of each plan another time.
+        since: the version of `samples` that last changed the source when it was planned.
+    """
 
     source: str
     ingest_id: str
     at: datetime
+    since: int
+
+
+class Overtaken(Exception):
+    """Another ingest of the source committed after this one was planned."""
 
 
 def rows_of_source(spark: SparkSession, platform: Platform, table: str, source: str) -> DataFrame:
@@ -34,9 +45,43 @@ def rows_of_source(spark: SparkSession, platform: Platform, table: str, source: 
 
 
 def merge_samples(platform: Platform, outcomes: DataFrame, plan: DataFrame, stamp: Stamp, totals: Totals) -> None:
-    """Insert new pictures and add new texts to known ones, in one commit. The plan has a column `near_of` here."""
+    """Insert new pictures and add new texts to known ones, in one commit. The plan has a column `near_of` here.
+
+    Raises:
+        Overtaken: another ingest of the source committed since it was planned; nothing is written then.
+    """
+    spark = outcomes.sparkSession
+    rows = _samples(outcomes, plan, stamp)
+    merge = merge_into(platform.table(SAMPLES.name), rows, "image_id", stamp.source).whenNotMatchedInsertAll()
+    if totals.updated:  # Delta merges in one pass where there is nothing to update
+        both = F.expr("array_sort(array_union(known.texts, came.texts))")
+        merge = merge.whenMatchedUpdate(set={"texts": both})
+    with stored_as_they_are(spark), since(spark, stamp.source, stamp.since):
+        written = merge.execute()
+    expect(written, inserted=totals.new, updated=totals.updated)
+    logger.info("%d new pictures, %d with new texts", totals.new, totals.updated)
+
+
+def replace_samples(platform: Platform, outcomes: DataFrame, plan: DataFrame, stamp: Stamp, totals: Totals) -> None:
+    """Put the planned pictures in the place of all of their source, in one commit; planned as if there were none.
+
+    Raises:
+        Overtaken: another ingest of the source committed since it was planned; nothing is written then.
+    """
+    spark = outcomes.sparkSession
+    table = platform.table(SAMPLES.name)
+    with stored_as_they_are(spark), since(spark, stamp.source, stamp.since):
+        _samples(outcomes, plan, stamp).writeTo(table).overwrite(F.col("source") == stamp.source)
+    written = rows_of_source(spark, platform, SAMPLES.name, stamp.source).filter(F.col("ingested_at") == stamp.at)
+    if written.count() != totals.new:
+        raise Overtaken(f"{table} does not hold the {totals.new} pictures that were planned")
+    logger.info("%d pictures in the place of those before", totals.new)
+
+
+def _samples(outcomes: DataFrame, plan: DataFrame, stamp: Stamp) -> DataFrame:
+    """Rows of `samples`: the pictures of the plan that bring something, with their bytes."""
     pictures = outcomes.select("number", "image", "format", "width", "height")
-    rows = (
+    return (
         plan.filter("NOT conflicting AND size(fresh) > 0")
         .join(pictures, "number")
         .select(
@@ -51,14 +96,17 @@ def merge_samples(platform: Platform, outcomes: DataFrame, plan: DataFrame, stam
             "near_of",
         )
     )
-    merge = merge_into(platform.table(SAMPLES.name), rows, "image_id", stamp.source).whenNotMatchedInsertAll()
-    if totals.updated:  # Delta merges in one pass where there is nothing to update
-        both = F.expr("array_sort(array_union(known.texts, came.texts))")
-        merge = merge.whenMatchedUpdate(set={"texts": both})
-    with stored_as_they_are(outcomes.sparkSession):
-        written = merge.execute()
-    expect(written, SAMPLES.name, inserted=totals.new, updated=totals.updated)
-    logger.info("%d new pictures, %d with new texts", totals.new, totals.updated)
+
+
+def remove_samples(spark: SparkSession, platform: Platform, source: str, ids: DataFrame) -> int:
+    """Remove the pictures of a source that have one of the ids, given as the source has them; how many those were."""
+    there = rows_of_source(spark, platform, SAMPLES.name, source).select("image_id")
+    named = F.concat(F.lit(f"{source}/"), F.trim(F.col("id").cast("string"))).alias("image_id")
+    gone = there.join(ids.select(named), "image_id", "left_semi")
+    if gone.isEmpty():
+        return 0
+    [row] = merge_into(platform.table(SAMPLES.name), gone, "image_id", source).whenMatchedDelete().execute().collect()
+    return int(row["num_deleted_rows"])
 
 
 def merge_into(table: str, came: DataFrame, key: str, source: str) -> DeltaMergeBuilder:
@@ -67,18 +115,13 @@ def merge_into(table: str, came: DataFrame, key: str, source: str) -> DeltaMerge
     return DeltaTable.forName(came.sparkSession, table).alias("known").merge(came.alias("came"), same)
 
 
-def expect(metrics: DataFrame, table: str, *, inserted: int, updated: int) -> None:
+def expect(metrics: DataFrame, *, inserted: int, updated: int) -> None:
     """Compare what Delta says it wrote with what was planned.
 
     Raises:
-        StageFailed: they differ.
+        Overtaken: they differ, or Delta wrote nothing because others had been faster (`session.since`).
     """
-    row = metrics.collect()[0]
-    if (row["num_inserted_rows"], row["num_updated_rows"]) != (inserted, updated):
-        raise StageFailed(
-            "a merge did not write what was planned",
-            where=f"table {table}",
-            got=f"{row['num_inserted_rows']} inserted and {row['num_updated_rows']} updated, "
-            f"not {inserted} and {updated}",
-            fix="did another ingest of this source run at the same time? Run it again: what is there is not doubled",
-        )
+    row = metrics.head()
+    found = (row["num_inserted_rows"], row["num_updated_rows"]) if row else (0, 0)
+    if found != (inserted, updated):
+        raise Overtaken(f"{found[0]} inserted and {found[1]} updated, not {inserted} and {updated}")

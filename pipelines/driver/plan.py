@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
@@ -81,13 +82,13 @@ class Totals:
     either.
     """
 
-    rows_in: int
-    refused: int
-    conflicting: int
-    usable: int
-    new: int
-    updated: int
-    brought: int
+    rows_in: int = 0
+    refused: int = 0
+    conflicting: int = 0
+    usable: int = 0
+    new: int = 0
+    updated: int = 0
+    brought: int = 0
 
     @property
     def bad(self) -> int:
@@ -95,13 +96,25 @@ class Totals:
         return self.refused + self.conflicting
 
 
-def totals_of(outcomes: DataFrame, plan: DataFrame) -> Totals:
-    """Count what came and what of it is new."""
+class Counted(NamedTuple):
+    """Rows that came, and how many of them an executor refused."""
+
+    rows_in: int
+    refused: int
+
+
+def counted(outcomes: DataFrame) -> Counted:
+    """Count what came."""
+    row = outcomes.agg(F.count("*").alias("rows_in"), F.count("reason").alias("refused")).collect()[0]
+    return Counted(**row.asDict())
+
+
+def totals_of(came: Counted, plan: DataFrame) -> Totals:
+    """Count what of that which came is new."""
 
     def total(what: str, where: str) -> Column:
         return F.expr(f"coalesce(sum({what}) FILTER (WHERE {where}), 0)")
 
-    decoded = outcomes.agg(F.count("*").alias("rows_in"), F.count("reason").alias("refused")).collect()[0]
     planned = plan.agg(
         total("rows", "conflicting").alias("conflicting"),
         total("rows", "NOT conflicting").alias("usable"),
@@ -109,7 +122,7 @@ def totals_of(outcomes: DataFrame, plan: DataFrame) -> Totals:
         total("1", "NOT conflicting AND NOT is_new AND size(fresh) > 0").alias("updated"),
         total("brought", "NOT conflicting").alias("brought"),
     ).collect()[0]
-    return Totals(**decoded.asDict(), **planned.asDict())
+    return Totals(**came._asdict(), **planned.asDict())
 
 
 def pictures_across_splits(outcomes: DataFrame) -> int:

@@ -10,7 +10,7 @@ from functools import partial
 from pyspark.sql import DataFrame, Row, SparkSession, Window
 from pyspark.sql import functions as F
 
-from pipelines.driver.merge import Stamp, expect, merge_into, rows_of_source
+from pipelines.driver.merge import Stamp, merge_into, rows_of_source
 from pipelines.driver.page import Card, Chart, Gallery, Page, write_page
 from pipelines.driver.session import bounded_batches, ensure_tables
 from pipelines.executor.decode import Rules
@@ -48,23 +48,42 @@ def quarantine(platform: Platform, refusals: DataFrame, stamp: Stamp) -> dict[st
 
     A row is known by its content (`source` and `source_row`): a file that grew brings its bad rows only once.
     """
-    known = rows_of_source(refusals.sparkSession, platform, QUARANTINE.name, stamp.source).select("source_row")
+    spark = refusals.sparkSession
+    known = rows_of_source(spark, platform, QUARANTINE.name, stamp.source).select("source_row")
     fresh = refusals.join(known, "source_row", "left_anti").dropDuplicates(["source_row"])
-    counted = fresh.groupBy("reason").count().orderBy(F.desc("count"), "reason").collect()
-    reasons = {row["reason"]: row["count"] for row in counted}
-    quarantined = sum(reasons.values())
-    if quarantined:
-        rows = fresh.select(
-            F.lit(stamp.ingest_id).alias("ingest_id"),
-            F.lit(stamp.source).alias("source"),
-            *("source_row", "payload", "stage", "reason", "detail"),
-            F.lit(stamp.at).alias("quarantined_at"),
-            F.lit(None).cast("timestamp").alias("replayed_at"),
-        )
+    reasons = _by_reason(fresh)
+    if reasons:
+        rows = _rows(fresh, stamp)
         merge = merge_into(platform.table(QUARANTINE.name), rows, "source_row", stamp.source)
-        expect(merge.whenNotMatchedInsertAll().execute(), QUARANTINE.name, inserted=quarantined, updated=0)
-        logger.info("%d rows quarantined: %s", quarantined, reasons)
+        [row] = merge.whenNotMatchedInsertAll().execute().collect()
+        if row["num_inserted_rows"] != sum(reasons.values()):  # others brought some meanwhile: count what is ours
+            ours = F.col("quarantined_at") == stamp.at
+            reasons = _by_reason(rows_of_source(spark, platform, QUARANTINE.name, stamp.source).filter(ours))
+        logger.info("%d rows quarantined: %s", sum(reasons.values()), reasons)
     return reasons
+
+
+def replace_quarantine(platform: Platform, refusals: DataFrame, stamp: Stamp) -> dict[str, int]:
+    """Put refusals in the place of all of their source; how many by reason."""
+    fresh = refusals.dropDuplicates(["source_row"])
+    _rows(fresh, stamp).writeTo(platform.table(QUARANTINE.name)).overwrite(F.col("source") == stamp.source)
+    return _by_reason(fresh)
+
+
+def _by_reason(refusals: DataFrame) -> dict[str, int]:
+    counted = refusals.groupBy("reason").count().orderBy(F.desc("count"), "reason").collect()
+    return {row["reason"]: row["count"] for row in counted}
+
+
+def _rows(refusals: DataFrame, stamp: Stamp) -> DataFrame:
+    """Refusals as rows of `quarantine`."""
+    return refusals.select(
+        F.lit(stamp.ingest_id).alias("ingest_id"),
+        F.lit(stamp.source).alias("source"),
+        *("source_row", "payload", "stage", "reason", "detail"),
+        F.lit(stamp.at).alias("quarantined_at"),
+        F.lit(None).cast("timestamp").alias("replayed_at"),
+    )
 
 
 # ------------------------------------------------------------------------------------------------ to look at

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig, short_hash
-from pipelines.driver.ingest import Work, take, worked
+from pipelines.driver.ingest import take
 from pipelines.driver.merge import expect, merge_into, rows_of_source
+from pipelines.driver.plan import Totals
 from pipelines.driver.session import ensure_tables
-from pipelines.driver.sources import Source
+from pipelines.driver.sources import Rows
+from pipelines.driver.work import Task, Work, settled, undisturbed
 from pipelines.executor.records import payload_records
 from pipelines.platform import Platform
 from pipelines.tables import QUARANTINE
@@ -61,12 +64,16 @@ def replay(
     waiting = rows_of_source(spark, platform, QUARANTINE.name, source_name).filter("replayed_at IS NULL")
     rows = waiting.filter(F.col("reason").isin(list(reasons))).select("source_row", "payload")
     ingest_id = short_hash(source_name, "replay", sorted(reasons), time.time_ns())
-    with worked(spark, platform, source_name, config, Source(rows, payload_records, ingest_id)) as work:
-        totals = work.totals
-        take(spark, platform, work, config)
-        if totals.usable:
-            _mark(platform, work)
+    task = Task(source_name, config, Rows(rows, payload_records), ingest_id)
+
+    def act(work: Work) -> tuple[Totals, dict[str | None, int]]:
+        take(platform, work, config)
+        if work.totals.usable:
+            undisturbed(partial(_mark, platform, work))
         refused = {row["reason"]: row["count"] for row in work.outcomes.groupBy("reason").count().collect()}
+        return work.totals, refused
+
+    totals, refused = settled(spark, platform, task, act)
     refused.pop(None, None)
     if totals.conflicting:
         refused["conflicting_id"] = refused.get("conflicting_id", 0) + totals.conflicting
@@ -87,7 +94,7 @@ def _mark(platform: Platform, work: Work) -> None:
     accepted = _accepted(work).select("source_row")
     merge = merge_into(platform.table(QUARANTINE.name), accepted, "source_row", work.stamp.source)
     marked = merge.whenMatchedUpdate(set={"replayed_at": F.lit(work.stamp.at)}).execute()
-    expect(marked, QUARANTINE.name, inserted=0, updated=work.totals.usable)
+    expect(marked, inserted=0, updated=work.totals.usable)
 
 
 def _accepted(work: Work) -> DataFrame:

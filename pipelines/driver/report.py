@@ -12,7 +12,7 @@ from typing import Any
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from pipelines.driver.ingest import IngestReport
+from pipelines.driver.account import IngestReport
 from pipelines.driver.merge import rows_of_source
 from pipelines.driver.page import Card, Chart, Gallery, Page, write_page
 from pipelines.driver.quarantine import card_of, some_of
@@ -54,7 +54,7 @@ def write_report(spark: SparkSession, platform: Platform, report: IngestReport) 
     samples = _of_ingest(rows_of_source(spark, platform, SAMPLES.name, report.source), report)
     figures = figures_of(samples)
     path = platform.folder("reports") / f"ingest-{report.source}-{report.ingest_id}.html"
-    if report.rows_in > report.duplicates or not path.exists():
+    if not (report.nothing_new and path.exists()):
         refused = _of_ingest(rows_of_source(spark, platform, QUARANTINE.name, report.source), report)
         good = [_card(row.asDict()) for row in samples.select("image_id", "image", "texts").limit(GOOD_ROWS).collect()]
         bad = [card_of(row) for row in some_of(refused, BAD_ROWS, pictures=True)]

@@ -24,6 +24,7 @@ MAX_BATCH_BYTES = 16 * 2**20
 MAX_BATCH_ROWS = 32
 NOTE = "lakesight ingest "
 NOTE_CONF = "spark.databricks.delta.commitInfo.userMetadata"
+TXN_CONF = "spark.databricks.delta.write.txn"
 UPKEEP = frozenset(
     {"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "UNSET TBLPROPERTIES", "ADD COLUMNS"}
 )
@@ -110,6 +111,17 @@ def note_of(source: str) -> str:
 def commit_note(spark: SparkSession, note: str) -> Iterator[None]:
     """Write `note` into the user metadata of the Delta commits made inside."""
     with _settings(spark, {NOTE_CONF: note}):
+        yield
+
+
+@contextmanager
+def since(spark: SparkSession, source: str, version: int) -> Iterator[None]:
+    """Have Delta skip a write inside if a commit of `source` came after `version`, the last to change it when planned.
+
+    Delta notes a number for the source with each such commit, and skips a write whose number is not above the one that
+    is noted. Writers that planned at the same version have the same number: the first of them commits.
+    """
+    with _settings(spark, {f"{TXN_CONF}AppId": note_of(source), f"{TXN_CONF}Version": str(version)}):
         yield
 
 

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import errno
 import gzip
+import json
+import os
 import re
 import stat
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from hashlib import sha256
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
@@ -22,8 +27,60 @@ from pipelines.executor.records import Fields, Read, Record, Trouble, json_objec
 
 NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
 BROKEN_TAR = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
+MISSING = "no picture"
 MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 """<key>.<extension>: the extension begins at the first dot of a file's name. Names that begin with a dot are none."""
+
+LISTED_ROWS = 1024
+LISTED = pa.schema(
+    [
+        ("item", pa.string()),  # <captions file>#<hash of the row>
+        ("state", pa.string()),  # of the picture
+        ("file", pa.string()),  # from here on: the record
+        ("fields", pa.string()),  # JSON
+        ("raw", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+
+
+def state_of(size: int, changed: int) -> str:
+    """What tells whether a file is as it was: its size in bytes and the time of its last change in microseconds."""
+    return f"{size} bytes, {datetime.fromtimestamp(changed / 1e6, UTC):%Y-%m-%dT%H:%M:%S}.{changed % 1_000_000:06d}Z"
+
+
+def listed(
+    batches: Iterator[pa.RecordBatch], read: Read, captions: str, folder: str, column: str
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a captions file with the state of their pictures, no picture opened, as LISTED.
+
+    Args:
+        batches: what `read` takes.
+        read: the reader of the captions file.
+        captions: the captions file.
+        folder: where the pictures are.
+        column: the field that names a picture's file.
+    """
+    records = read(batches)
+    while rows := [_listed(record, captions, folder, column) for record in islice(records, LISTED_ROWS)]:
+        yield pa.RecordBatch.from_pylist(rows, LISTED)
+
+
+def _listed(record: Record, captions: str, folder: str, column: str) -> dict[str, str | None]:
+    fields = json.dumps(record.fields, ensure_ascii=False, sort_keys=True)
+    name = sha256((record.raw or fields).encode()).hexdigest()[:16]
+    state = MISSING if record.trouble else _state_in(folder, record.fields.get(column))
+    row = {"item": f"{captions}#{name}", "state": state, "file": record.file, "fields": fields, "raw": record.raw}
+    return row | (record.trouble._asdict() if record.trouble else {})
+
+
+def listed_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
+    """The records of LISTED rows."""
+    for batch in batches:
+        for row in batch.to_pylist():
+            trouble = Trouble(row["reason"], row["detail"]) if row["reason"] else None
+            yield Record(row["file"], json.loads(row["fields"]), row["raw"], trouble)
 
 
 def with_pictures(
@@ -48,23 +105,33 @@ def with_pictures(
 
 
 def _read_file(folder: str, name: object, max_bytes: int) -> bytes | Trouble:
-    """The bytes of a file in the folder or below; never of one outside, whatever a captions file says."""
+    """The bytes of a file in the folder or below."""
+    found = _found(folder, name)
+    if isinstance(found, Trouble):
+        return found
+    if found.st_size > max_bytes:
+        return Trouble("too_large", f"{found.st_size} bytes, at most {max_bytes}")
+    return Path(folder, str(name)).read_bytes()
+
+
+def _state_in(folder: str, name: object) -> str:
+    found = _found(folder, name)
+    return MISSING if isinstance(found, Trouble) else state_of(found.st_size, found.st_mtime_ns // 1000)
+
+
+def _found(folder: str, name: object) -> os.stat_result | Trouble:
+    """A file in the folder or below; never one outside, whatever a captions file says."""
     if not isinstance(name, str) or not name.strip():
         return Trouble("missing_field", "no file is named")
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
         return Trouble("missing_field", f"the file {name!r} is not inside the folder")
-    path = Path(folder, name)
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            return Trouble("missing_field", f"{name!r} is no file")
-        if found.st_size > max_bytes:
-            return Trouble("too_large", f"{found.st_size} bytes, at most {max_bytes}")
-        return path.read_bytes()
+        found = Path(folder, name).stat()
     except OSError as error:
         if error.errno not in NOT_THERE:
             raise
         return Trouble("missing_field", f"the folder has no file {name!r}")
+    return found if stat.S_ISREG(found.st_mode) else Trouble("missing_field", f"{name!r} is no file")
 
 
 # ------------------------------------------------------------------------------------------------ tars

@@ -15,7 +15,8 @@ from pictures import IMAGE, TEXT, as_base64, encoded, picture, png, write_csv
 from pyspark.sql import Row, SparkSession
 
 from pipelines.config import DataConfig
-from pipelines.driver.ingest import IngestReport, ingest
+from pipelines.driver.account import IngestReport
+from pipelines.driver.ingest import ingest
 from pipelines.driver.session import UPKEEP, add_columns, commit_note, note_of, versions
 from pipelines.errors import UserError
 from pipelines.platform import Platform
@@ -98,7 +99,9 @@ def test_a_second_run_adds_nothing_not_even_a_version_and_a_file_that_grew_only_
     before = [newest(spark, platform, table) for table in ("samples", "quarantine")]
     again = ingest(spark, platform, source, config(path))
     assert parts(first) == (4, 3, 0, 0, 1)
-    assert parts(again) == (4, 0, 0, 4, 0)
+    assert parts(again) == (0, 0, 0, 0, 0)
+    assert (first.items, first.unchanged, again.items, again.unchanged) == (1, 0, 0, 1)
+    assert again.splits == first.splits
     assert again.reasons == {}
     assert [newest(spark, platform, table) for table in ("samples", "quarantine")] == before
     assert again.ingest_id == first.ingest_id

@@ -17,14 +17,18 @@ import pytest
 from deltalake import write_deltalake
 from pictures import as_base64, encoded, picture, png, write_csv
 from PIL import Image
-from pyspark.sql import SparkSession
+from pyspark.sql import Row, SparkSession
 
 from pipelines.config import DataConfig
-from pipelines.driver.ingest import TooManyRefused, ingest, worked
+from pipelines.driver.account import TooManyRefused
+from pipelines.driver.ingest import ingest
+from pipelines.driver.ledger import items_of
+from pipelines.driver.plan import Totals
 from pipelines.driver.quarantine import look_into
 from pipelines.driver.replay import replay
 from pipelines.driver.report import write_report
 from pipelines.driver.sources import open_source
+from pipelines.driver.work import Task, Work, settled
 from pipelines.platform import Platform
 
 Written = tuple[dict[str, Any], dict[str, int]]
@@ -132,10 +136,14 @@ def test_every_row_of_every_kind_of_source_is_accounted_for(
     data, reasons = write(tmp_path)
     data["source"]["path"] = str(tmp_path)
     config = DataConfig.model_validate({"split": {"kind": "hash", "val": 0, "test": 0}} | data)
-    with worked(spark, platform, source, config, open_source(spark, platform, source, config)) as work:
-        found = work.outcomes.groupBy("reason").count().collect()
-        plan = work.plan.collect()
-    totals = work.totals
+    opened = open_source(spark, platform, source, config, items_of([]))
+    assert opened.rows is not None
+    assert open_source(spark, platform, source, config, opened.fresh).rows is None, "unchanged"
+
+    def act(work: Work) -> tuple[Totals, list[Row], list[Row]]:
+        return work.totals, work.outcomes.groupBy("reason").count().collect(), work.plan.collect()
+
+    totals, found, plan = settled(spark, platform, Task(source, config, opened.rows, opened.ingest_id), act)
     assert {row["reason"]: row["count"] for row in found} == {None: usable} | reasons
     assert (totals.new, totals.brought, totals.usable, totals.conflicting) == (new, new, usable, 0)
     assert totals.rows_in == totals.usable + totals.bad == usable + sum(reasons.values())

@@ -1,12 +1,15 @@
 """Readers: a source as it says it, nothing decoded yet. A further kind of source is one more module here.
 
 The contract is `Source` (in `files`): a DataFrame in whatever columns suit the reader, a function of
-`pipelines.executor` that makes records of them on an executor, and an id that tells whether the source is the same as
-last time.
+`pipelines.executor` that makes records of them on an executor, an id that tells whether the source is the same as last
+time, and the items (files, mostly) that the rows are of. What was taken in before is left out.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
+import pyarrow as pa
 from pyspark.sql import SparkSession
 
 from pipelines.config import (
@@ -18,20 +21,17 @@ from pipelines.config import (
     TableSourceConfig,
     WebDatasetSourceConfig,
 )
-from pipelines.driver.sources.csv import open_csv
-from pipelines.driver.sources.files import Source
+from pipelines.driver.sources import csv, jsonl, parquet, webdataset
+from pipelines.driver.sources.files import Rows, Source, files_of, source_of
 from pipelines.driver.sources.folder import open_folder
-from pipelines.driver.sources.jsonl import open_jsonl
-from pipelines.driver.sources.parquet import open_parquet
 from pipelines.driver.sources.scenes import with_scenes_drawn
 from pipelines.driver.sources.table import open_table
-from pipelines.driver.sources.webdataset import open_webdataset
 from pipelines.platform import Platform
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Rows", "Source", "open_source"]
 
 
-def open_source(spark: SparkSession, platform: Platform, name: str, config: DataConfig) -> Source:
+def open_source(spark: SparkSession, platform: Platform, name: str, config: DataConfig, taken: pa.Table) -> Source:
     """Open what a data config names as its source.
 
     Args:
@@ -39,6 +39,7 @@ def open_source(spark: SparkSession, platform: Platform, name: str, config: Data
         platform: where generated input is kept.
         name: the data config's name.
         config: the data config.
+        taken: the items that need no reading (`ledger.taken_in`).
 
     Raises:
         UserError: nothing there, nothing of the kind, or a column that is missing.
@@ -46,14 +47,15 @@ def open_source(spark: SparkSession, platform: Platform, name: str, config: Data
     config = with_scenes_drawn(config, platform)
     match config.source:
         case CsvSourceConfig() as source:
-            return open_csv(spark, name, source, config)
-        case JsonlSourceConfig() as source:
-            return open_jsonl(spark, name, source, config)
+            files, read = files_of(spark, config, csv.SUFFIXES), partial(csv.rows, spark, source, config)
+        case JsonlSourceConfig():
+            files, read = files_of(spark, config, jsonl.SUFFIXES), partial(jsonl.rows, spark, config)
         case ParquetSourceConfig() as source:
-            return open_parquet(spark, name, source, config)
-        case TableSourceConfig() as source:
-            return open_table(spark, name, source, config)
-        case FolderSourceConfig() as source:
-            return open_folder(spark, name, source, config)
+            files, read = files_of(spark, config, parquet.SUFFIXES), partial(parquet.rows, spark, source, config)
         case WebDatasetSourceConfig() as source:
-            return open_webdataset(spark, name, source, config)
+            files, read = webdataset.files_of(config), partial(webdataset.rows, spark, source, config)
+        case TableSourceConfig() as source:
+            return open_table(spark, name, source, config, taken)
+        case FolderSourceConfig() as source:
+            return open_folder(spark, name, source, config, taken)
+    return source_of(name, files, taken, read)

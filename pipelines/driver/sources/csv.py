@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial, reduce
 
 from pyspark.sql import DataFrame, SparkSession
@@ -9,7 +10,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import StringType, StructField, StructType
 
 from pipelines.config import CsvSourceConfig, DataConfig
-from pipelines.driver.sources.files import PACKED, Source, SourceFile, demand_columns, files_of, hash_of
+from pipelines.driver.sources.files import PACKED, Rows, SourceFile, demand_columns
 from pipelines.errors import UserError
 from pipelines.executor.records import csv_records, parsed_records
 
@@ -17,13 +18,12 @@ SUFFIXES = tuple(f".csv{packed}" for packed in PACKED)
 CORRUPT = "_lakesight_corrupt_record"
 
 
-def open_csv(spark: SparkSession, name: str, source: CsvSourceConfig, config: DataConfig) -> Source:
+def rows(spark: SparkSession, source: CsvSourceConfig, config: DataConfig, files: Sequence[SourceFile]) -> Rows:
     """All records of the files. Each header is read for itself: Spark would take the first file's for all of them.
 
     Raises:
-        UserError: no such file, an empty one, or a column that is missing.
+        UserError: an empty file, or a column that is missing.
     """
-    files = files_of(spark, config, SUFFIXES)
     by_header: dict[tuple[str, ...], list[str]] = {}
     for file in files:
         header = header_of(spark, file, multiline=source.multiline)
@@ -31,10 +31,9 @@ def open_csv(spark: SparkSession, name: str, source: CsvSourceConfig, config: Da
         by_header.setdefault(header, []).append(file.path)
     if source.multiline:
         frames = [parsed(spark, paths, header, multiline=True) for header, paths in by_header.items()]
-        return Source(reduce(DataFrame.unionAll, frames), parsed_records, hash_of(name, files))
+        return Rows(reduce(DataFrame.unionAll, frames), parsed_records)
     frames = [_lines(spark, paths, number) for number, paths in enumerate(by_header.values())]
-    read = partial(csv_records, headers=tuple(by_header))
-    return Source(reduce(DataFrame.unionAll, frames), read, hash_of(name, files))
+    return Rows(reduce(DataFrame.unionAll, frames), partial(csv_records, headers=tuple(by_header)))
 
 
 def header_of(spark: SparkSession, file: SourceFile, *, multiline: bool) -> tuple[str, ...]:

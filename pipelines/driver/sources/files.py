@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
 from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from pipelines.config import ColumnSplitConfig, DataConfig, short_hash
+from pipelines.driver.ledger import fresh_of, items_of
 from pipelines.errors import UserError
 from pipelines.executor.decode import split_of_file
+from pipelines.executor.files import state_of
 from pipelines.executor.records import Read
 
 SET_PATH = "--set data.source.path=FILE_OR_FOLDER"
@@ -30,20 +33,46 @@ class SourceFile(NamedTuple):
     size: int
     changed: int
 
+    @property
+    def state(self) -> str:
+        """What tells whether it is as it was."""
+        return state_of(self.size, self.changed)
+
+
+class Rows(NamedTuple):
+    """What executors read: rows in whatever columns suit a reader, and what makes records of them, there."""
+
+    frame: DataFrame
+    read: Read
+
 
 @dataclass(frozen=True)
 class Source:
     """What a reader yields.
 
     Attributes:
-        rows: what executors read.
-        read: makes records of it, there.
+        rows: of all that was not taken in before; None where everything was.
         ingest_id: a hash of the source's name and of what tells whether the source has changed.
+        fresh: what `rows` are the rows of, for the ledger (ITEMS).
+        unchanged: how many other items the source has.
+        gone: ids (column `id`) whose rows the source changed or has no more, where it can tell.
     """
 
-    rows: DataFrame
-    read: Read
+    rows: Rows | None
     ingest_id: str
+    fresh: pa.Table
+    unchanged: int
+    gone: DataFrame | None = None
+
+
+def source_of(
+    name: str, files: Sequence[SourceFile], taken: pa.Table, read: Callable[[list[SourceFile]], Rows]
+) -> Source:
+    """A source of files, of which those are read that were not taken in before as they are now."""
+    fresh = fresh_of(items_of([(file.path, file.state) for file in files]), taken)
+    paths = set(fresh["item"].to_pylist())
+    left = [file for file in files if file.path in paths]
+    return Source(read(left) if left else None, hash_of(name, files), fresh, len(files) - len(left))
 
 
 def files_of(spark: SparkSession, config: DataConfig, suffixes: tuple[str, ...]) -> list[SourceFile]:

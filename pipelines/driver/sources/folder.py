@@ -8,14 +8,17 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
 
-from pipelines.config import DataConfig, FolderSourceConfig
+from pipelines.config import DataConfig, FolderSourceConfig, short_hash
+from pipelines.driver.ledger import ITEMS, fresh_of
 from pipelines.driver.sources import csv, jsonl
-from pipelines.driver.sources.files import Source, SourceFile, demand_columns, hash_of, plain_folder
+from pipelines.driver.sources.files import Rows, Source, SourceFile, demand_columns, plain_folder
 from pipelines.errors import UserError
-from pipelines.executor.files import with_pictures
+from pipelines.executor.files import LISTED, listed, listed_records, with_pictures
 from pipelines.executor.records import FILE, Read, json_records, parsed_records, table_records
 
 CAPTION_BYTES_A_TASK = 64 * 1024
@@ -27,24 +30,34 @@ COCO = (
 )
 
 
-def open_folder(spark: SparkSession, name: str, source: FolderSourceConfig, config: DataConfig) -> Source:
+def open_folder(
+    spark: SparkSession, name: str, source: FolderSourceConfig, config: DataConfig, taken: pa.Table
+) -> Source:
     """A record a row of the captions file, with its picture. Pictures that no row names are left alone.
+
+    Items are rows of the captions file, and their states those of their pictures: a file to which rows were added, or a
+    folder in which a picture changed, is read there alone.
 
     Raises:
         UserError: no such folder or captions file, not one of the three forms, or a column that is missing.
     """
     folder = plain_folder(config)
     file = _captions(folder / source.captions)
-    rows, read = _records(spark, file, source, config)
+    captions, read = _records(spark, file, source, config)
     tasks = min(1 + file.size // CAPTION_BYTES_A_TASK, MAX_TASKS)
+    column = source.columns.image
+    states = partial(listed, read=read, captions=file.path, folder=str(folder), column=column)
+    rows = captions.repartition(tasks).mapInArrow(states, from_arrow_schema(LISTED))
+    items = rows.select(*ITEMS.names).toArrow().cast(ITEMS)
+    fresh = fresh_of(items, taken)
+    all_of_them = items.group_by(ITEMS.names).aggregate([])
+    if 0 < len(fresh) < len(all_of_them):
+        rows = rows.join(F.broadcast(spark.createDataFrame(fresh.select(["item"]))), "item", "left_semi")
     pictures = partial(
-        with_pictures,
-        read=read,
-        folder=str(folder),
-        column=source.columns.image,
-        max_bytes=config.limits.max_bytes,
+        with_pictures, read=listed_records, folder=str(folder), column=column, max_bytes=config.limits.max_bytes
     )
-    return Source(rows.repartition(tasks), pictures, hash_of(name, [file]))
+    ingest_id = short_hash(name, sorted(zip(*items.to_pydict().values(), strict=True)))
+    return Source(Rows(rows, pictures) if len(fresh) else None, ingest_id, fresh, len(all_of_them) - len(fresh))
 
 
 def _captions(path: Path) -> SourceFile:

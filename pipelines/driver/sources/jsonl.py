@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from pipelines.config import DataConfig, JsonlSourceConfig
-from pipelines.driver.sources.files import PACKED, Source, demand_columns, files_of, hash_of
+from pipelines.config import DataConfig
+from pipelines.driver.sources.files import PACKED, Rows, SourceFile, demand_columns
 from pipelines.executor.records import json_records
 
 SUFFIXES = tuple(f"{name}{packed}" for name in (".jsonl", ".ndjson") for packed in PACKED)
@@ -16,16 +17,15 @@ LOOKED_AT = 20
 """Lines whose keys are taken for the columns of all: a wrong name should not fill quarantine with every row."""
 
 
-def open_jsonl(spark: SparkSession, name: str, source: JsonlSourceConfig, config: DataConfig) -> Source:
+def rows(spark: SparkSession, config: DataConfig, files: Sequence[SourceFile]) -> Rows:
     """All lines of the files.
 
     Raises:
-        UserError: no such file, or none of the first lines has a column that is named.
+        UserError: none of the first lines has a column that is named.
     """
-    files = files_of(spark, config, SUFFIXES)
-    rows = lines(spark, [file.path for file in files])
-    demand_columns(config, keys_of(rows), source.path)
-    return Source(rows, json_records, hash_of(name, files))
+    frame = lines(spark, [file.path for file in files])
+    demand_columns(config, keys_of(frame), config.source.path)
+    return Rows(frame, json_records)
 
 
 def lines(spark: SparkSession, paths: list[str]) -> DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from pyspark.errors import AnalysisException
@@ -9,20 +10,19 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig, ParquetSourceConfig
-from pipelines.driver.sources.files import Source, demand_columns, files_of, hash_of
+from pipelines.driver.sources.files import Rows, SourceFile, demand_columns
 from pipelines.errors import UserError
 from pipelines.executor.records import FILE, table_records
 
 SUFFIXES = (".parquet",)
 
 
-def open_parquet(spark: SparkSession, name: str, source: ParquetSourceConfig, config: DataConfig) -> Source:
+def rows(spark: SparkSession, source: ParquetSourceConfig, config: DataConfig, files: Sequence[SourceFile]) -> Rows:
     """All rows of the files. Files may have more columns than others, but not other types.
 
     Raises:
-        UserError: no such file, files that do not go together, or a column that is missing.
+        UserError: files that do not go together, or a column that is missing.
     """
-    files = files_of(spark, config, SUFFIXES)
     try:
         frame = spark.read.option("mergeSchema", True).parquet(*(file.path for file in files))
     except AnalysisException as error:
@@ -31,8 +31,8 @@ def open_parquet(spark: SparkSession, name: str, source: ParquetSourceConfig, co
             "the files cannot be read as one table", where=source.path, got=got[:500], fix="ingest them apart"
         ) from None
     demand_columns(config, frame.columns, source.path)
-    rows = columns_for_table_records(frame, F.col("_metadata.file_name"))
-    return Source(rows, partial(table_records, image=source.columns.image), hash_of(name, files))
+    named = columns_for_table_records(frame, F.col("_metadata.file_name"))
+    return Rows(named, partial(table_records, image=source.columns.image))
 
 
 def columns_for_table_records(frame: DataFrame, file: Column) -> DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from glob import glob
 from pathlib import Path
@@ -9,23 +10,27 @@ from pathlib import Path
 from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig, WebDatasetSourceConfig
-from pipelines.driver.sources.files import SET_PATH, Source, SourceFile, chosen, hash_of, plain_folder
+from pipelines.driver.sources.files import SET_PATH, Rows, SourceFile, chosen, plain_folder
 from pipelines.errors import UserError
 from pipelines.executor.files import tar_records
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 
-def open_webdataset(spark: SparkSession, name: str, source: WebDatasetSourceConfig, config: DataConfig) -> Source:
-    """All rows of the tars.
+def files_of(config: DataConfig) -> list[SourceFile]:
+    """The tars of the source's path.
 
     Raises:
         UserError: no such file.
     """
-    files = chosen(_listed(plain_folder(config)), config, SUFFIXES)
-    rows = spark.createDataFrame([(file.path,) for file in files], "path string")
+    return chosen(_listed(plain_folder(config)), config, SUFFIXES)
+
+
+def rows(spark: SparkSession, source: WebDatasetSourceConfig, config: DataConfig, files: Sequence[SourceFile]) -> Rows:
+    """All rows of the tars."""
+    frame = spark.createDataFrame([(file.path,) for file in files], "path string")
     read = partial(tar_records, images=source.columns.image.split(";"), max_bytes=config.limits.max_bytes)
-    return Source(rows.coalesce(1).repartition(len(files)), read, hash_of(name, files))
+    return Rows(frame.coalesce(1).repartition(len(files)), read)
 
 
 def _listed(path: Path) -> list[SourceFile]:

@@ -1,0 +1,174 @@
+"""The work on a source's rows: decoded once by executors, planned by the driver, and settled against the tables.
+
+Two ingests of a source may run at the same time. Delta's commits are atomic, a plan is not: what it calls new may have
+come meanwhile. So a plan is only good as long as no other ingest of its source commits (`session.since`); one that was
+overtaken, or met another commit half-way, writes nothing and is made again. What was decoded is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import TypeVar
+
+from delta.exceptions import (
+    ConcurrentAppendException,
+    ConcurrentDeleteDeleteException,
+    ConcurrentDeleteReadException,
+    ConcurrentTransactionException,
+    ConcurrentWriteException,
+    MetadataChangedException,
+    ProtocolChangedException,
+)
+from pyspark import StorageLevel
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
+
+from pipelines.config import DataConfig
+from pipelines.driver.merge import Overtaken, Stamp, rows_of_source
+from pipelines.driver.plan import Totals, counted, plan_of, totals_of
+from pipelines.driver.session import add_columns, bounded_batches, commit_note, note_of, spark_failures, versions
+from pipelines.driver.sources import Rows
+from pipelines.errors import StageFailed
+from pipelines.executor.decode import OUTCOME, Rules, decode_batches
+from pipelines.platform import Platform
+from pipelines.tables import SAMPLES
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+CONFLICTS = (
+    Overtaken,
+    ConcurrentAppendException,
+    ConcurrentDeleteDeleteException,
+    ConcurrentDeleteReadException,
+    ConcurrentTransactionException,
+    ConcurrentWriteException,
+    MetadataChangedException,
+    ProtocolChangedException,
+)
+"""Another writer was faster; nothing was written."""
+TRIES = 12
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be worked on.
+
+    Attributes:
+        source: name of the data config.
+        config: the data config.
+        rows: what executors read.
+        ingest_id: what rows that are written carry.
+        afresh: plan as if nothing of the source were in `samples`, because what is there will be replaced.
+    """
+
+    source: str
+    config: DataConfig
+    rows: Rows
+    ingest_id: str
+    afresh: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """Rows that were decoded and what is to become of them.
+
+    Attributes:
+        outcomes: one OUTCOME a row, and its `number`.
+        known: rows of the source in `samples`.
+        plan: one row a picture (`plan.plan_of`).
+        totals: of both.
+        rules: what made a row a sample.
+        stamp: what every row that is written carries.
+    """
+
+    outcomes: DataFrame
+    known: DataFrame
+    plan: DataFrame
+    totals: Totals
+    rules: Rules
+    stamp: Stamp
+
+
+def settled(spark: SparkSession, platform: Platform, task: Task, act: Callable[[Work], Result]) -> Result:
+    """Decode rows, plan what becomes of them, and act on the plan; again from the plan on if others were faster.
+
+    Args:
+        spark: the session.
+        platform: where the tables are.
+        task: what is to be worked on.
+        act: writes into the tables; what it commits to `samples` is bound to the plan (`merge`).
+
+    Raises:
+        StageFailed: Spark failed, here or in `act`, or others were faster time and again.
+    """
+    started = time.monotonic()
+    add_columns(spark, platform, SAMPLES)
+    config = task.config
+    rules = Rules(task.source, config.source.record_columns, config.limits, config.split, config.near_duplicates)
+    decode, schema = partial(decode_batches, read=task.rows.read, rules=rules), from_arrow_schema(OUTCOME)
+    with (
+        spark_failures("the input could not be ingested", where=config.source.where),
+        bounded_batches(spark),
+        commit_note(spark, note_of(task.source)),
+        kept(_numbered(task.rows.frame.mapInArrow(decode, schema)), StorageLevel.DISK_ONLY) as outcomes,
+    ):
+        came = counted(outcomes)
+        logger.info("%d rows decoded in %.1f s", came.rows_in, time.monotonic() - started)
+
+        def planned() -> Result:
+            stamp = Stamp(
+                task.source, task.ingest_id, datetime.now(UTC), versions(spark, platform, task.source).changed
+            )
+            known = rows_of_source(spark, platform, SAMPLES.name, task.source)
+            known = known.limit(0) if task.afresh else known
+            with kept(plan_of(outcomes, known)) as plan:
+                return act(Work(outcomes, known, plan, totals_of(came, plan), rules, stamp))
+
+        return undisturbed(planned)
+
+
+def undisturbed(act: Callable[[], Result]) -> Result:
+    """What `act` returns once no other writer comes between.
+
+    Raises:
+        StageFailed: others were faster time and again.
+    """
+    for number in range(1, TRIES):
+        try:
+            return act()
+        except CONFLICTS as conflict:
+            logger.info("another ingest was faster (%s): try %d of %d", type(conflict).__name__, number + 1, TRIES)
+            time.sleep(random.uniform(0, 0.5 * number))  # noqa: S311 (it parts those that met)
+    try:
+        return act()
+    except CONFLICTS as conflict:
+        raise StageFailed(
+            f"other ingests were faster {TRIES} times",
+            where="the tables of this ingest",
+            got=f"{type(conflict).__name__}: {conflict}"[:500],
+            fix="run it again when fewer of them run at the same time: what is there is not doubled",
+        ) from conflict
+
+
+def _numbered(outcomes: DataFrame) -> DataFrame:
+    """Outcomes with a `number` each: the plan names one row of a picture by it, and no picture has to be shuffled."""
+    return outcomes.withColumn("number", F.monotonically_increasing_id())
+
+
+@contextmanager
+def kept(frame: DataFrame, level: StorageLevel = StorageLevel.MEMORY_AND_DISK) -> Iterator[DataFrame]:
+    """Compute a frame once for all that is asked of it inside."""
+    frame.persist(level)
+    try:
+        yield frame
+    finally:
+        frame.unpersist()
