@@ -248,6 +248,7 @@ def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]
     if not config.spark.master.startswith("spark://"):
         settings |= {"spark.driver.host": LOOPBACK, "spark.driver.bindAddress": LOOPBACK}
         settings |= {"spark.executor.extraJavaOptions": SHORT_JOBS}
+        settings |= {"spark.sql.adaptive.enabled": "false"}  # with few partitions it only makes a job of every stage
     return settings
 
 

@@ -134,8 +134,8 @@ def take(platform: Platform, work: Work, config: DataConfig, *, refresh: bool = 
 
 def splits_of(spark: SparkSession, platform: Platform, source: str) -> dict[str, int]:
     """Pictures of a source in `samples`, by split."""
-    counts = rows_of_source(spark, platform, SAMPLES.name, source).groupBy("split").count().orderBy("split")
-    return {row["split"]: row["count"] for row in counts.collect()}
+    counts = rows_of_source(spark, platform, SAMPLES.name, source).groupBy("split").count()
+    return {row["split"]: row["count"] for row in sorted(counts.collect())}
 
 
 def _announced(spark: SparkSession, platform: Platform, name: str, source: Source) -> dict[str, int]:

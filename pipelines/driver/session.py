@@ -14,7 +14,6 @@ from typing import NamedTuple
 from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
-from pyspark.sql import functions as F
 
 from pipelines.errors import StageFailed
 from pipelines.platform import Platform
@@ -91,7 +90,8 @@ def versions(spark: SparkSession, platform: Platform, source: str) -> Versions:
     than right. Both come from one look at the history, so rows of `source` at `newest` are those at `changed`.
     """
     history = spark.sql(f"DESCRIBE HISTORY {platform.table(SAMPLES.name)}")
-    commits = history.select("version", "operation", "userMetadata").orderBy(F.desc("version")).collect()
+    commits = history.select("version", "operation", "userMetadata").collect()
+    commits.sort(key=lambda commit: commit["version"], reverse=True)
     changed = (
         c["version"] for c in commits if c["operation"] not in UPKEEP and _may_concern(source, c["userMetadata"])
     )
@@ -144,8 +144,15 @@ def bounded_batches(spark: SparkSession) -> Iterator[None]:
 
 @contextmanager
 def stored_as_they_are(spark: SparkSession) -> Iterator[None]:
-    """Write Parquet files inside without compressing them: pictures are compressed already."""
-    with _settings(spark, {"spark.sql.parquet.compression.codec": "uncompressed"}):
+    """Write pictures inside without compressing them again, and merge them without keeping another copy on disk.
+
+    Delta would, because it cannot know that a source of a merge is kept already.
+    """
+    settings = {
+        "spark.sql.parquet.compression.codec": "uncompressed",
+        "spark.databricks.delta.merge.materializeSource": "none",
+    }
+    with _settings(spark, settings):
         yield
 
 

@@ -16,12 +16,13 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from types import NoneType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from PIL import Image
 
@@ -102,10 +103,24 @@ def decode_batches(batches: Iterator[pa.RecordBatch], read: Read, rules: Rules) 
         outcomes.append(decode_row(record, rules))
         held += len(outcomes[-1].get("image") or b"") + len(outcomes[-1]["payload"])
         if held >= FLUSH_BYTES or len(outcomes) >= FLUSH_ROWS:
-            yield pa.RecordBatch.from_pylist(outcomes, OUTCOME)
+            yield batch_of(outcomes)
             outcomes, held = [], 0
     if outcomes:
-        yield pa.RecordBatch.from_pylist(outcomes, OUTCOME)
+        yield batch_of(outcomes)
+
+
+def batch_of(outcomes: Sequence[dict[str, Any]]) -> pa.RecordBatch:
+    """Outcomes as OUTCOME. Pictures are copied once: Arrow's own builder copies them again and again as it grows."""
+    columns = {field: [outcome.get(field.name) for outcome in outcomes] for field in OUTCOME}
+    arrays = [_joined(c) if field.name == "image" else pa.array(c, field.type) for field, c in columns.items()]
+    return pa.RecordBatch.from_arrays(arrays, schema=OUTCOME)
+
+
+def _joined(values: Sequence[bytes | None]) -> pa.Array:
+    parts = [value or b"" for value in values]
+    ends = np.cumsum([0, *map(len, parts)], dtype=np.int32)
+    there = pa.array([value is not None for value in values]).buffers()[1]
+    return pa.Array.from_buffers(pa.binary(), len(parts), [there, pa.py_buffer(ends), pa.py_buffer(b"".join(parts))])
 
 
 def decode_row(record: Record, rules: Rules) -> dict[str, Any]:

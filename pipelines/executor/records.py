@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from pipelines.executor.lines import Lines, given_lines
+
 FILE = "_lakesight_file"
 """The column of a table that names the file of a row."""
 Fields = dict[str, Any]
@@ -108,19 +110,19 @@ def payload_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
 # ------------------------------------------------------------------------------------------------ JSON lines
 
 
-def json_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
+def json_records(batches: Iterator[pa.RecordBatch], lines: Lines = given_lines) -> Iterator[Record]:
     """Records of JSON lines. Blank lines are none.
 
     Args:
-        batches: columns `file` and `line` (bytes, UTF-8).
+        batches: what `lines` takes.
+        lines: reads lines of them.
     """
-    for batch in batches:
-        for file, line in zip(batch.column("file").to_pylist(), batch.column("line"), strict=True):
-            text = line.as_py().decode("utf-8", errors="replace").removeprefix("\ufeff")
-            if not text.strip():
-                continue
-            fields = json_object(text)
-            yield Record(file, {}, text, fields) if isinstance(fields, Trouble) else Record(file, fields)
+    for line in lines(batches):
+        text = line.content.decode("utf-8", errors="replace").removeprefix("\ufeff")
+        if not text.strip():
+            continue
+        fields = json_object(text)
+        yield Record(line.file, {}, text, fields) if isinstance(fields, Trouble) else Record(line.file, fields)
 
 
 def json_object(text: str) -> Fields | Trouble:
@@ -150,30 +152,30 @@ def parsed_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
             yield _malformed(row["file"], list(fields), row["raw"]) if row["raw"] else Record(row["file"], fields)
 
 
-def csv_records(batches: Iterator[pa.RecordBatch], headers: Sequence[tuple[str, ...]]) -> Iterator[Record]:
+def csv_records(
+    batches: Iterator[pa.RecordBatch], headers: Sequence[tuple[str, ...]], lines: Lines = given_lines
+) -> Iterator[Record]:
     """Records of CSV lines. Blank lines are none, nor is the first other line of a file: the header.
 
     Args:
-        batches: columns `path` and `file` (its last part), `start` (the byte of the file at which the part of it
-            begins that Spark reads in one go), `header` (which of `headers` the file has) and `line` (bytes, UTF-8).
+        batches: what `lines` takes.
         headers: column names.
+        lines: reads lines of them.
     """
     part = None
-    for batch in batches:
-        path, file, start, header, line = (batch.column(n) for n in ("path", "file", "start", "header", "line"))
-        for index in range(batch.num_rows):
-            text = line[index].as_py().decode("utf-8", errors="replace")
-            if not text.strip():
-                continue
-            previous, part = part, (path[index].as_py(), start[index].as_py())
-            if part != previous and part[1] == 0:
-                continue
-            names = headers[header[index].as_py()]
-            values = split_line(text)
-            if values is None or len(values) != len(names):
-                yield _malformed(file[index].as_py(), names, text)
-            else:
-                yield Record(file[index].as_py(), {n: v or None for n, v in zip(names, values, strict=True)})
+    for line in lines(batches):
+        text = line.content.decode("utf-8", errors="replace")
+        if not text.strip():
+            continue
+        previous, part = part, (line.path, line.start)
+        if part != previous and line.start == 0:
+            continue
+        names = headers[line.header]
+        values = split_line(text)
+        if values is None or len(values) != len(names):
+            yield _malformed(line.file, names, text)
+        else:
+            yield Record(line.file, {n: v or None for n, v in zip(names, values, strict=True)})
 
 
 def split_line(line: str) -> list[str] | None:

@@ -28,7 +28,7 @@ SCHEMA = pa.schema(
         ("file", pa.string()),
         ("start", pa.int64()),
         ("header", pa.int32()),
-        ("line", pa.binary()),
+        ("content", pa.binary()),
     ]
 )
 
@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
 def records(*lines: tuple[str, int, int, bytes]) -> list[Record]:
     """Records of lines given as path, start, header and line, in batches of two."""
     rows = [
-        {"path": path, "file": path.rpartition("/")[2], "start": start, "header": header, "line": line}
+        {"path": path, "file": path.rpartition("/")[2], "start": start, "header": header, "content": line}
         for path, start, header, line in lines
     ]
     batches = (pa.RecordBatch.from_pylist(rows[n : n + 2], SCHEMA) for n in range(0, len(rows), 2))
@@ -102,7 +102,8 @@ def test_bytes_that_are_not_utf_8_stay_in_their_row() -> None:
 
 
 def json_lines(*lines: bytes) -> list[Record]:
-    batch = pa.RecordBatch.from_pydict({"file": ["a.jsonl"] * len(lines), "line": list(lines)})
+    rows = [{"path": "a.jsonl", "file": "a.jsonl", "start": 0, "header": 0, "content": line} for line in lines]
+    batch = pa.RecordBatch.from_pylist(rows, SCHEMA)
     return list(json_records(iter([batch])))
 
 

@@ -10,7 +10,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import StringType, StructField, StructType
 
 from pipelines.config import CsvSourceConfig, DataConfig
-from pipelines.driver.sources.files import PACKED, Rows, SourceFile, demand_columns
+from pipelines.driver.sources.files import PACKED, Rows, SourceFile, demand_columns, lines_of
 from pipelines.errors import UserError
 from pipelines.executor.records import csv_records, parsed_records
 
@@ -24,16 +24,17 @@ def rows(spark: SparkSession, source: CsvSourceConfig, config: DataConfig, files
     Raises:
         UserError: an empty file, or a column that is missing.
     """
-    by_header: dict[tuple[str, ...], list[str]] = {}
+    by_header: dict[tuple[str, ...], list[SourceFile]] = {}
     for file in files:
         header = header_of(spark, file, multiline=source.multiline)
         demand_columns(config, header, file.path)
-        by_header.setdefault(header, []).append(file.path)
+        by_header.setdefault(header, []).append(file)
     if source.multiline:
-        frames = [parsed(spark, paths, header, multiline=True) for header, paths in by_header.items()]
+        frames = [parsed(spark, [f.path for f in of_it], header, multiline=True) for header, of_it in by_header.items()]
         return Rows(reduce(DataFrame.unionAll, frames), parsed_records)
-    frames = [_lines(spark, paths, number) for number, paths in enumerate(by_header.values())]
-    return Rows(reduce(DataFrame.unionAll, frames), partial(csv_records, headers=tuple(by_header)))
+    numbered = [(file, number) for number, of_it in enumerate(by_header.values()) for file in of_it]
+    frame, lines = lines_of(spark, numbered)
+    return Rows(frame, partial(csv_records, headers=tuple(by_header), lines=lines))
 
 
 def header_of(spark: SparkSession, file: SourceFile, *, multiline: bool) -> tuple[str, ...]:
@@ -46,17 +47,6 @@ def header_of(spark: SparkSession, file: SourceFile, *, multiline: bool) -> tupl
     if not header:
         raise UserError("the input file is empty", where=file.path, got=f"{file.size} bytes", fix="expected a header")
     return header
-
-
-def _lines(spark: SparkSession, paths: list[str], header: int) -> DataFrame:
-    """Lines for `csv_records`: bytes, since a string that is not UTF-8 would not reach Python."""
-    return spark.read.text(paths).select(
-        F.col("_metadata.file_path").alias("path"),
-        F.col("_metadata.file_name").alias("file"),
-        F.col("_metadata.file_block_start").alias("start"),
-        F.lit(header).alias("header"),
-        F.col("value").cast("binary").alias("line"),
-    )
 
 
 def parsed(spark: SparkSession, paths: list[str], header: tuple[str, ...], *, multiline: bool) -> DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +19,14 @@ from pipelines.driver.ledger import fresh_of, items_of
 from pipelines.errors import UserError
 from pipelines.executor.decode import split_of_file
 from pipelines.executor.files import state_of
+from pipelines.executor.lines import Lines, given_lines, read_lines
 from pipelines.executor.records import Read
 
 SET_PATH = "--set data.source.path=FILE_OR_FOLDER"
 PACKED = ("", ".gz", ".bz2", ".zst")
 """How a file of lines may be compressed, by suffix."""
+RANGE = 32 * 2**20
+"""Bytes of a file of lines that a task reads."""
 
 
 class SourceFile(NamedTuple):
@@ -117,6 +121,43 @@ def chosen(found: Sequence[SourceFile], config: DataConfig, suffixes: tuple[str,
             "the input has no file to read", where=config.source.path, got=names, fix=f"expected {expected}"
         )
     return sorted(files)
+
+
+def lines_of(spark: SparkSession, files: Sequence[tuple[SourceFile, int]]) -> tuple[DataFrame, Lines]:
+    """Rows of lines, and what reads them on executors. Each file comes with the number of its header."""
+    places = [_plain(file.path) for file, _ in files]
+    if None in places or any(file.name.endswith(PACKED[1:]) for file, _ in files):
+        by_header: dict[int, list[str]] = {}
+        for file, header in files:
+            by_header.setdefault(header, []).append(file.path)
+        frames = [text_of(spark, paths, header) for header, paths in by_header.items()]
+        return reduce(DataFrame.unionAll, frames), given_lines
+    ranges = [
+        (place, file.name, start, header, min(start + RANGE, file.size))
+        for place, (file, header) in zip(places, files, strict=True)
+        for start in range(0, file.size, RANGE)
+    ]
+    tasks = 1 + sum(file.size for file, _ in files) // RANGE
+    rows = spark.createDataFrame(ranges, "path string, file string, start bigint, header int, end bigint")
+    return rows.coalesce(1).repartition(tasks), read_lines
+
+
+def text_of(spark: SparkSession, paths: list[str], header: int = 0) -> DataFrame:
+    """Lines for `given_lines`: bytes, since a string that is not UTF-8 would not reach Python."""
+    return spark.read.text(paths, lineSep="\n").select(
+        F.col("_metadata.file_path").alias("path"),
+        F.col("_metadata.file_name").alias("file"),
+        F.col("_metadata.file_block_start").alias("start"),
+        F.lit(header).alias("header"),
+        F.col("value").cast("binary").alias("content"),
+    )
+
+
+def _plain(path: str) -> str | None:
+    """The path of a file that executors can open themselves, of one that Spark names."""
+    if path.startswith("file:/"):
+        return f"/{path.removeprefix('file:').lstrip('/')}"
+    return path.removeprefix("dbfs:") if path.startswith("dbfs:/Volumes/") else None
 
 
 def hash_of(name: str, files: Sequence[SourceFile]) -> str:

@@ -16,7 +16,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pipelines.config import DataConfig, FolderSourceConfig, short_hash
 from pipelines.driver.ledger import ITEMS, fresh_of
 from pipelines.driver.sources import csv, jsonl
-from pipelines.driver.sources.files import Rows, Source, SourceFile, demand_columns, plain_folder
+from pipelines.driver.sources.files import Rows, Source, SourceFile, demand_columns, plain_folder, text_of
 from pipelines.errors import UserError
 from pipelines.executor.files import LISTED, listed, listed_records, with_pictures
 from pipelines.executor.records import FILE, Read, json_records, parsed_records, table_records
@@ -82,7 +82,7 @@ def _records(
         demand_columns(config, header, file.path)
         return csv.parsed(spark, [file.path], header, multiline=True), parsed_records
     if name.endswith(jsonl.SUFFIXES):
-        rows = jsonl.lines(spark, [file.path])
+        rows = text_of(spark, [file.path])
         demand_columns(config, jsonl.keys_of(rows), file.path)
         return rows, json_records
     if name.endswith(".json"):

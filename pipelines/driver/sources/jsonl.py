@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig
-from pipelines.driver.sources.files import PACKED, Rows, SourceFile, demand_columns
+from pipelines.driver.sources.files import PACKED, Rows, SourceFile, demand_columns, lines_of, text_of
 from pipelines.executor.records import json_records
 
 SUFFIXES = tuple(f"{name}{packed}" for name in (".jsonl", ".ndjson") for packed in PACKED)
@@ -23,16 +23,9 @@ def rows(spark: SparkSession, config: DataConfig, files: Sequence[SourceFile]) -
     Raises:
         UserError: none of the first lines has a column that is named.
     """
-    frame = lines(spark, [file.path for file in files])
-    demand_columns(config, keys_of(frame), config.source.path)
-    return Rows(frame, json_records)
-
-
-def lines(spark: SparkSession, paths: list[str]) -> DataFrame:
-    """Rows for `json_records`: bytes, since a string that is not UTF-8 would not reach Python."""
-    return spark.read.text(paths).select(
-        F.col("_metadata.file_name").alias("file"), F.col("value").cast("binary").alias("line")
-    )
+    demand_columns(config, keys_of(text_of(spark, [file.path for file in files])), config.source.path)
+    frame, lines = lines_of(spark, [(file, 0) for file in files])
+    return Rows(frame, partial(json_records, lines=lines))
 
 
 def keys_of(rows: DataFrame) -> list[str]:
@@ -40,7 +33,7 @@ def keys_of(rows: DataFrame) -> list[str]:
     keys: dict[str, None] = {}
     for row in rows.limit(LOOKED_AT).collect():
         try:
-            found = json.loads(row["line"])
+            found = json.loads(row["content"])
         except ValueError:
             continue
         keys |= dict.fromkeys(found if isinstance(found, dict) else ())

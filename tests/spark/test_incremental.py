@@ -1,0 +1,138 @@
+"""Ingest a second time: what changed is read, nothing else; and of two at the same time each row comes in once."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable, write_deltalake
+from pictures import as_base64, png, write_csv
+from pyspark.sql import SparkSession
+
+from pipelines.config import DataConfig
+from pipelines.driver.account import IngestReport
+from pipelines.driver.ingest import ingest, take
+from pipelines.driver.ledger import items_of
+from pipelines.driver.sources import open_source
+from pipelines.driver.work import Task, Work, settled
+from pipelines.errors import UserError
+from pipelines.platform import Platform
+
+
+def data(source: dict[str, Any], **further: Any) -> DataConfig:
+    return DataConfig.model_validate({"source": source, "near_duplicates": False} | further)
+
+
+def parts(report: IngestReport) -> tuple[int, int, int, int, int]:
+    total = report.new + report.merged + report.duplicates + report.quarantined
+    assert total == report.rows_in
+    return report.rows_in, report.new, report.merged, report.duplicates, report.quarantined
+
+
+def texts_of(spark: SparkSession, platform: Platform, source: str) -> dict[str, list[str]]:
+    rows = spark.table(platform.table("samples")).where(f"source = '{source}'").select("image_id", "texts").collect()
+    assert len({row["image_id"] for row in rows}) == len(rows), "no picture is doubled"
+    return {row["image_id"].partition("/")[2]: [pair["text"] for pair in row["texts"]] for row in rows}
+
+
+def test_new_and_rewritten_files_are_read_alone_and_a_refresh_replaces_what_the_input_has_no_more(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    config = data({"path": str(tmp_path)})
+    write_csv(tmp_path / "a.csv", [[as_base64(png(1)), "a"], [as_base64(b"no picture"), "b"]])
+    second = write_csv(tmp_path / "b.csv", [[as_base64(png(2)), "c"]])
+    first = ingest(spark, platform, source, config)
+    assert (first.items, first.unchanged, parts(first)) == (2, 0, (3, 2, 0, 0, 1))
+
+    changed = second.stat().st_mtime_ns + 2_000_000  # Spark sees milliseconds
+    write_csv(second, [[as_base64(png(2)), "d"]])
+    os.utime(second, ns=(changed, changed))
+    write_csv(tmp_path / "c.csv", [[as_base64(png(3)), "e"]])
+    later = ingest(spark, platform, source, config)
+    assert (later.items, later.unchanged, parts(later)) == (2, 1, (2, 1, 1, 0, 0)), "as large as before, but rewritten"
+    assert sorted(texts_of(spark, platform, source).values()) == [["a"], ["c", "d"], ["e"]]
+
+    (tmp_path / "c.csv").unlink()
+    again = ingest(spark, platform, source, config, refresh=True)
+    assert (again.items, parts(again)) == (2, (3, 2, 0, 0, 1))
+    assert again.replaced == {"samples": 3, "quarantine": 1}
+    assert sorted(texts_of(spark, platform, source).values()) == [["a"], ["d"]]
+    write_csv(tmp_path / "a.csv", [[as_base64(b"no picture"), "b"]])
+    second.unlink()
+    with pytest.raises(UserError, match="a refresh would leave nothing"):
+        ingest(spark, platform, source, config, refresh=True)
+    assert len(texts_of(spark, platform, source)) == 2
+
+
+def test_of_a_folder_only_rows_are_read_that_are_new_or_whose_picture_changed(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    for n in range(3):
+        (tmp_path / f"{n}.png").write_bytes(png(n))
+    rows = [[f"{n}.png", f"picture {n}"] for n in range(4)]
+    captions = write_csv(tmp_path / "captions.csv", rows, header=("file_name", "text"))
+    config = data({"kind": "folder", "path": str(tmp_path), "captions": captions.name})
+    first = open_source(spark, platform, source, config, items_of([]))
+    (tmp_path / "3.png").write_bytes(png(3))
+    (tmp_path / "0.png").write_bytes(png(10, (25, 16)))
+    write_csv(captions, [*rows, rows[1], ["1.png", "another text"]], header=("file_name", "text"))
+    second = open_source(spark, platform, source, config, first.fresh)
+    assert (len(first.fresh), len(second.fresh), second.unchanged) == (4, 3, 2)
+    assert second.rows is not None
+    came = {row["fields"] for row in second.rows.frame.collect()}
+    assert len(came) == 3
+    assert not [fields for fields in came if "picture 1" in fields or "picture 2" in fields]
+
+
+def test_a_table_with_a_change_data_feed_is_followed_row_by_row(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    def rows(*numbers: int, text: str = "x") -> pa.Table:
+        return pa.Table.from_pylist([{"sku": n, "image": png(n), "text": f"{text}{n}"} for n in numbers])
+
+    write_deltalake(tmp_path, rows(1, 2, 3), configuration={"delta.enableChangeDataFeed": "true"})
+    config = data({"kind": "table", "path": str(tmp_path), "columns": {"id": "sku"}})
+    assert parts(ingest(spark, platform, source, config)) == (3, 3, 0, 0, 0)
+    table = DeltaTable(tmp_path)
+    table.delete("sku = 3")
+    table.update(updates={"text": "'corrected'"}, predicate="sku = 2")
+    write_deltalake(tmp_path, rows(4), mode="append")
+    followed = ingest(spark, platform, source, config)
+    assert (followed.removed, parts(followed)) == (2, (2, 2, 0, 0, 0)), "row 1 was not read again"
+    assert texts_of(spark, platform, source) == {"1": ["x1"], "2": ["corrected"], "4": ["x4"]}
+
+
+def test_an_ingest_that_another_one_overtook_plans_again_and_two_at_once_bring_what_one_would(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    pictures = [[as_base64(png(n % 5)), f"text {n}"] for n in range(6)]
+    config = data({"path": str(write_csv(tmp_path / "a.csv", [*pictures, [as_base64(b"words"), "x"]]))})
+    opened = open_source(spark, platform, source, config, items_of([]))
+    assert opened.rows is not None
+    faster = data({"path": str(write_csv(tmp_path / "b.csv", pictures[:2]))})
+    planned = []
+
+    def overtaken(work: Work) -> int:
+        planned.append(work.totals.new)
+        if len(planned) == 1:
+            ingest(spark.newSession(), platform, source, faster)
+        take(platform, work, config)
+        return work.totals.brought
+
+    assert settled(spark, platform, Task(source, config, opened.rows, opened.ingest_id), overtaken) == 4
+    assert planned == [5, 3]
+    expected = {0: ["text 0", "text 5"], **{n: [f"text {n}"] for n in range(1, 5)}}
+    assert sorted(texts_of(spark, platform, source).values()) == sorted(expected.values())
+
+    twice = f"{source}-twice"
+    with ThreadPoolExecutor() as pool:
+        sessions = [spark.newSession(), spark.newSession()]
+        both = list(pool.map(lambda session: ingest(session, platform, twice, config), sessions))
+    assert sorted(texts_of(spark, platform, twice).values()) == sorted(expected.values())
+    assert [sum(column) for column in zip(*map(parts, both), strict=True)][1:3] == [5, 1]
+    assert sum(report.quarantined for report in both) == 1
+    assert spark.table(platform.table("quarantine")).where(f"source = '{twice}'").count() == 1
