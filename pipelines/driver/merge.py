@@ -56,7 +56,7 @@ def merge_samples(platform: Platform, outcomes: DataFrame, plan: DataFrame, stam
     if totals.updated:  # Delta merges in one pass where there is nothing to update
         both = F.expr("array_sort(array_union(known.texts, came.texts))")
         merge = merge.whenMatchedUpdate(set={"texts": both})
-    with stored_as_they_are(spark), since(spark, stamp.source, stamp.since):
+    with stored_as_they_are(spark, only_new=not totals.updated), since(spark, stamp.source, stamp.since):
         written = merge.execute()
     expect(written, inserted=totals.new, updated=totals.updated)
     logger.info("%d new pictures, %d with new texts", totals.new, totals.updated)
@@ -70,7 +70,7 @@ def replace_samples(platform: Platform, outcomes: DataFrame, plan: DataFrame, st
     """
     spark = outcomes.sparkSession
     table = platform.table(SAMPLES.name)
-    with stored_as_they_are(spark), since(spark, stamp.source, stamp.since):
+    with stored_as_they_are(spark, only_new=True), since(spark, stamp.source, stamp.since):
         _samples(outcomes, plan, stamp).writeTo(table).overwrite(F.col("source") == stamp.source)
     written = rows_of_source(spark, platform, SAMPLES.name, stamp.source).filter(F.col("ingested_at") == stamp.at)
     if written.count() != totals.new:

@@ -143,15 +143,15 @@ def bounded_batches(spark: SparkSession) -> Iterator[None]:
 
 
 @contextmanager
-def stored_as_they_are(spark: SparkSession) -> Iterator[None]:
-    """Write pictures inside without compressing them again, and merge them without keeping another copy on disk.
+def stored_as_they_are(spark: SparkSession, *, only_new: bool) -> Iterator[None]:
+    """Write pictures inside without compressing them again.
 
-    Delta would, because it cannot know that a source of a merge is kept already.
+    A merge that brings only new rows reads its source once: then Delta need not copy that to disk beforehand, which it
+    would because it cannot know that the source is kept already.
     """
-    settings = {
-        "spark.sql.parquet.compression.codec": "uncompressed",
-        "spark.databricks.delta.merge.materializeSource": "none",
-    }
+    settings = {"spark.sql.parquet.compression.codec": "uncompressed"}
+    if only_new:
+        settings["spark.databricks.delta.merge.materializeSource"] = "none"
     with _settings(spark, settings):
         yield
 

@@ -1,0 +1,102 @@
+"""Ingest and shards under kill -9: a process that does both, what can be killed of it, and what must be there after.
+
+LAKESIGHT_HOME=HOME python killed.py FOLDER
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+from helpers import tiny_model
+from pictures import as_base64, png, write_csv
+from pyspark.sql import SparkSession
+
+from pipelines.config import DataConfig, LocalPlatformConfig
+from pipelines.driver.ingest import ingest
+from pipelines.driver.shard import shard
+from pipelines.platform import Platform, local
+
+Victim = Literal["worker", "executor"]
+NAMES = {"worker": "pyspark.daemon", "executor": "CoarseGrainedExecutorBackend"}
+SOURCE = "killed"
+
+
+def write_rows(folder: Path, first: int, count: int) -> dict[str, str]:
+    """A file of good rows, each with a text of its own, every tenth followed by a bad one; texts by picture."""
+    rows = []
+    for n in range(first, first + count):
+        rows += [[as_base64(png(n)), f"picture {n}"]] + ([[f"?{n}", "bad"]] if n % 10 == 0 else [])
+    write_csv(folder / f"from-{first}.csv", rows)
+    return {f"picture {n}": png(n).hex() for n in range(first, first + count)}
+
+
+def work(spark: SparkSession, platform: Platform, source: str, folder: Path) -> None:
+    """Ingest what is in the folder and write shards of it."""
+    config = DataConfig.model_validate(
+        {"source": {"path": str(folder)}, "split": {"kind": "hash", "val": 0, "test": 0}}
+    )
+    ingest(spark, platform, source, config)
+    shard(spark, platform, source, config, tiny_model().image, "train")
+
+
+def processes_of(victim: Victim) -> list[int]:
+    """Processes below this one of a kind (Linux)."""
+    parents, ours = {}, []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended meanwhile
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    for pid in parents:
+        above, names = pid, []
+        while above in parents and above != os.getpid():
+            names.append(_command(above))
+            above = parents[above]
+        # The daemon forks workers, which carry its name: one of them has two of that name in its line.
+        wanted = 2 if victim == "worker" else 1
+        if above == os.getpid() and [NAMES[victim] in name for name in names[:wanted]] == [True] * wanted:
+            ours.append(pid)
+    return ours
+
+
+def _command(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
+@contextmanager
+def killer(victim: Victim, after: float, rng: random.Random) -> Iterator[list[int]]:
+    """Kill one process of a kind some seconds into the block, or at its first chance then; yields whom it killed."""
+    done, struck = threading.Event(), list[int]()
+
+    def strike() -> None:
+        done.wait(after)
+        while not (done.is_set() or struck):
+            for pid in rng.sample(found := processes_of(victim), min(1, len(found))):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    struck.append(pid)
+            done.wait(0.05)
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    try:
+        yield struck
+    finally:
+        done.set()
+        thread.join()
+
+
+if __name__ == "__main__":
+    here = local(LocalPlatformConfig())
+    session = here.open_spark()
+    (here.root / "started").touch()
+    work(session, here, SOURCE, Path(sys.argv[1]))
+    session.stop()

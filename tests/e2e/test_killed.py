@@ -1,0 +1,124 @@
+"""Whatever is killed while rows come in or shards are written: none is lost, none is doubled."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import killed
+import pytest
+from deltalake import DeltaTable
+from helpers import TEST_PATH
+from killed import SOURCE, Victim, killer, work, write_rows
+from pyspark.sql import SparkSession
+
+from pipelines.errors import StageFailed
+from pipelines.platform import Platform
+from pipelines.shards import Shards
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+ROWS = 60
+SECONDS = 12.0
+"""In which a kill strikes. An ingest and its shards take about as long."""
+
+
+def demand_everything(home: Path, source: str, expected: dict[str, str]) -> None:
+    """Every row is in one of the tables, once, and the newest shards hold the pictures."""
+    of_source = [("source", "=", source)]
+    samples = DeltaTable(home / "warehouse" / "samples").to_pyarrow_table(filters=of_source).to_pylist()
+    found = [(row["texts"][0]["text"], row["image"].hex()) for row in samples]
+    assert sorted(found) == sorted(expected.items())
+    assert all(len(row["texts"]) == 1 for row in samples)
+    refused = DeltaTable(home / "warehouse" / "quarantine").to_pyarrow_table(filters=of_source).to_pylist()
+    assert sorted(row["reason"] for row in refused) == ["bad_base64"] * (len(expected) // 10)
+    folders = sorted((home / "shards").glob("*"), key=lambda folder: folder.stat().st_mtime)
+    shards = Shards.open(folders[-1])
+    assert shards.manifest.request.source == source
+    assert shards.manifest.num_rows == len(expected)
+
+
+def insist(spark: SparkSession, platform: Platform, source: str, folder: Path) -> None:
+    """Run it again until it ends green, as a job's retries do."""
+    for _ in range(3):
+        try:
+            return work(spark, platform, source, folder)
+        except StageFailed:
+            continue
+    return work(spark, platform, source, folder)
+
+
+def survive(spark: SparkSession, platform: Platform, source: str, folder: Path, victim: Victim, seed: int) -> None:
+    rng = random.Random(seed)
+    expected = write_rows(folder, 1, ROWS)
+    with killer(victim, rng.uniform(0, SECONDS / 2), rng) as struck:
+        insist(spark, platform, source, folder)
+    assert struck or seed, "the first seed strikes at once, whatever the machine"
+    insist(spark, platform, source, folder)
+    demand_everything(platform.root, source, expected)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("victim", ["worker", "executor"])
+def test_no_row_is_lost_or_doubled_when_a_process_of_an_executor_is_killed(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path, victim: Victim
+) -> None:
+    survive(spark, platform, source, tmp_path, victim, 0)
+
+
+@pytest.mark.faults
+@pytest.mark.matrix
+@pytest.mark.parametrize("seed", range(1, 36))
+@pytest.mark.parametrize("victim", ["worker", "executor"])
+def test_no_row_is_lost_or_doubled_whenever_a_process_of_an_executor_is_killed(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path, victim: Victim, seed: int
+) -> None:
+    survive(spark, platform, source, tmp_path, victim, seed)
+
+
+def start(home: Path, folder: Path) -> subprocess.Popen[bytes]:
+    """A process of its own that ingests the folder and writes shards."""
+    environment = os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": TEST_PATH}
+    with (home / "log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, killed.__file__, str(folder)], env=environment, stdout=log, stderr=log, process_group=0
+        )
+
+
+def kill_after(process: subprocess.Popen[bytes], home: Path, seconds: float) -> None:
+    """Kill the driver, its JVM and all below them some seconds after its session began."""
+    while not (home / "started").exists() and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    (home / "started").unlink(missing_ok=True)
+
+
+@pytest.mark.faults
+@pytest.mark.matrix
+@pytest.mark.parametrize("seed", range(10))
+def test_no_row_is_lost_or_doubled_when_the_driver_is_killed_time_and_again(tmp_path: Path, seed: int) -> None:
+    rng, expected = random.Random(seed), dict[str, str]()
+    (home := tmp_path / "home").mkdir()
+    for number in range(3):
+        expected |= write_rows(tmp_path / "input", 1 + number * ROWS, ROWS)
+        kill_after(start(home, tmp_path / "input"), home, rng.uniform(0, SECONDS))
+    assert start(home, tmp_path / "input").wait() == 0, (home / "log").read_text()[-3000:]
+    demand_everything(home, SOURCE, expected)
+
+
+@pytest.mark.faults
+@pytest.mark.matrix
+def test_two_processes_that_ingest_a_folder_at_the_same_time_bring_what_one_would(tmp_path: Path) -> None:
+    (home := tmp_path / "home").mkdir()
+    expected = write_rows(tmp_path / "input", 1, ROWS)
+    with ThreadPoolExecutor() as pool:
+        codes = list(pool.map(lambda _: start(home, tmp_path / "input").wait(), range(2)))
+    assert codes == [0, 0], (home / "log").read_text()[-3000:]
+    demand_everything(home, SOURCE, expected)
