@@ -121,14 +121,14 @@ def take(platform: Platform, work: Work, config: DataConfig, *, refresh: bool = 
         return NearReport()
     if not (work.totals.new and config.near_duplicates):
         nobody = work.plan.withColumn("near_of", F.lit(None).cast("string"))
-        write(platform, work.outcomes, nobody, work.stamp, work.totals)
+        write(platform, work.pictures, nobody, work.stamp, work.totals)
         return NearReport()
     pairs, crowded = pairs_of(work.plan, work.known)
     with kept(pairs) as pairs, kept(neighbours_of(pairs, move=config.split.kind == "hash")) as neighbours:
         report = report_of(pairs, neighbours, crowded)
         beside = work.plan.join(neighbours.drop("split"), "image_id", "left")
         plan = beside.withColumn("split", F.coalesce("near_split", "split"))
-        write(platform, work.outcomes, plan, work.stamp, work.totals)
+        write(platform, work.pictures, plan, work.stamp, work.totals)
     return report
 
 
@@ -165,7 +165,7 @@ def _brought(
 
     def act(work: Work) -> Came:
         totals = work.totals
-        refusals = refusals_of(work.outcomes, work.plan, work.rules)
+        refusals = refusals_of(work)
         if refresh:
             _demand_something(totals, config)
             reasons.clear()

@@ -44,14 +44,14 @@ def rows_of_source(spark: SparkSession, platform: Platform, table: str, source: 
     return spark.table(platform.table(table)).filter(F.col("source") == source)
 
 
-def merge_samples(platform: Platform, outcomes: DataFrame, plan: DataFrame, stamp: Stamp, totals: Totals) -> None:
+def merge_samples(platform: Platform, pictures: DataFrame, plan: DataFrame, stamp: Stamp, totals: Totals) -> None:
     """Insert new pictures and add new texts to known ones, in one commit. The plan has a column `near_of` here.
 
     Raises:
         Overtaken: another ingest of the source committed since it was planned; nothing is written then.
     """
-    spark = outcomes.sparkSession
-    rows = _samples(outcomes, plan, stamp)
+    spark = pictures.sparkSession
+    rows = _samples(pictures, plan, stamp)
     merge = merge_into(platform.table(SAMPLES.name), rows, "image_id", stamp.source).whenNotMatchedInsertAll()
     if totals.updated:  # Delta merges in one pass where there is nothing to update
         both = F.expr("array_sort(array_union(known.texts, came.texts))")
@@ -62,25 +62,24 @@ def merge_samples(platform: Platform, outcomes: DataFrame, plan: DataFrame, stam
     logger.info("%d new pictures, %d with new texts", totals.new, totals.updated)
 
 
-def replace_samples(platform: Platform, outcomes: DataFrame, plan: DataFrame, stamp: Stamp, totals: Totals) -> None:
+def replace_samples(platform: Platform, pictures: DataFrame, plan: DataFrame, stamp: Stamp, totals: Totals) -> None:
     """Put the planned pictures in the place of all of their source, in one commit; planned as if there were none.
 
     Raises:
         Overtaken: another ingest of the source committed since it was planned; nothing is written then.
     """
-    spark = outcomes.sparkSession
+    spark = pictures.sparkSession
     table = platform.table(SAMPLES.name)
     with stored_as_they_are(spark, only_new=True), since(spark, stamp.source, stamp.since):
-        _samples(outcomes, plan, stamp).writeTo(table).overwrite(F.col("source") == stamp.source)
+        _samples(pictures, plan, stamp).writeTo(table).overwrite(F.col("source") == stamp.source)
     written = rows_of_source(spark, platform, SAMPLES.name, stamp.source).filter(F.col("ingested_at") == stamp.at)
     if written.count() != totals.new:
         raise Overtaken(f"{table} does not hold the {totals.new} pictures that were planned")
     logger.info("%d pictures in the place of those before", totals.new)
 
 
-def _samples(outcomes: DataFrame, plan: DataFrame, stamp: Stamp) -> DataFrame:
+def _samples(pictures: DataFrame, plan: DataFrame, stamp: Stamp) -> DataFrame:
     """Rows of `samples`: the pictures of the plan that bring something, with their bytes."""
-    pictures = outcomes.select("number", "image", "format", "width", "height")
     return (
         plan.filter("NOT conflicting AND size(fresh) > 0")
         .join(pictures, "number")

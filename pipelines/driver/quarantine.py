@@ -13,7 +13,7 @@ from pyspark.sql import functions as F
 from pipelines.driver.merge import Stamp, merge_into, rows_of_source
 from pipelines.driver.page import Card, Chart, Gallery, Page, write_page
 from pipelines.driver.session import bounded_batches, ensure_tables
-from pipelines.executor.decode import Rules
+from pipelines.driver.work import Work
 from pipelines.executor.thumbnail import SHOWN_CHARS, with_thumbnails
 from pipelines.platform import Platform
 from pipelines.tables import QUARANTINE
@@ -22,16 +22,20 @@ from vlm.config import Config
 logger = logging.getLogger(__name__)
 
 
-def refusals_of(outcomes: DataFrame, plan: DataFrame, rules: Rules) -> DataFrame:
+def refusals_of(work: Work) -> DataFrame:
     """Rows that cannot be samples, whole: those refused by an executor, and pictures that fight over an id."""
     columns = ("source_row", "payload", "stage", "reason", "detail")
-    name = rules.columns.image.replace("\\", "\\\\").replace('"', '\\"')
+    refused = work.outcomes.filter(F.col("reason").isNotNull()).select(*columns)
+    if not work.totals.conflicting:
+        return refused
+    name = work.rules.columns.image.replace("\\", "\\\\").replace('"', '\\"')
     rest = F.expr("substring(payload, 1, length(payload) - 1)")
     encoded = F.translate(F.base64("image"), "\r\n", "")  # Spark breaks base64 into lines of 76, or not, by version
     whole = F.concat(rest, F.lit(f', "{name}": "'), encoded, F.lit('"}'))
     conflicting = (
-        outcomes.filter(F.col("reason").isNull())
-        .join(plan.filter("conflicting").select("image_id", "sha256"), ["image_id", "sha256"])
+        work.outcomes.filter(F.col("reason").isNull())
+        .join(work.plan.filter("conflicting").select("image_id", "sha256"), ["image_id", "sha256"])
+        .join(work.pictures.select("number", "image"), "number")
         .select(
             "source_row",
             whole.alias("payload"),
@@ -40,7 +44,7 @@ def refusals_of(outcomes: DataFrame, plan: DataFrame, rules: Rules) -> DataFrame
             F.concat(F.lit("another picture has the id "), "image_id").alias("detail"),
         )
     )
-    return outcomes.filter(F.col("reason").isNotNull()).select(*columns).unionAll(conflicting.select(*columns))
+    return refused.unionAll(conflicting.select(*columns))
 
 
 def quarantine(platform: Platform, refusals: DataFrame, stamp: Stamp) -> dict[str, int]:

@@ -144,12 +144,12 @@ def bounded_batches(spark: SparkSession) -> Iterator[None]:
 
 @contextmanager
 def stored_as_they_are(spark: SparkSession, *, only_new: bool) -> Iterator[None]:
-    """Write pictures inside without compressing them again.
+    """Write pictures inside without compressing them again, or looking for two that are the same.
 
     A merge that brings only new rows reads its source once: then Delta need not copy that to disk beforehand, which it
     would because it cannot know that the source is kept already.
     """
-    settings = {"spark.sql.parquet.compression.codec": "uncompressed"}
+    settings = {"spark.sql.parquet.compression.codec": "uncompressed", "parquet.enable.dictionary#image": "false"}
     if only_new:
         settings["spark.databricks.delta.merge.materializeSource"] = "none"
     with _settings(spark, settings):

@@ -33,7 +33,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipelines.config import DataConfig
 from pipelines.driver.merge import Overtaken, Stamp, rows_of_source
-from pipelines.driver.plan import Totals, counted, plan_of, totals_of
+from pipelines.driver.plan import Counted, Totals, counted, plan_of, totals_of
 from pipelines.driver.session import add_columns, bounded_batches, commit_note, note_of, spark_failures, versions
 from pipelines.driver.sources import Rows
 from pipelines.errors import StageFailed
@@ -82,7 +82,8 @@ class Work:
     """Rows that were decoded and what is to become of them.
 
     Attributes:
-        outcomes: one OUTCOME a row, and its `number`.
+        outcomes: one OUTCOME a row but for its picture, and its `number`.
+        pictures: number, image, format, width and height of each row.
         known: rows of the source in `samples`.
         plan: one row a picture (`plan.plan_of`).
         totals: of both.
@@ -91,6 +92,7 @@ class Work:
     """
 
     outcomes: DataFrame
+    pictures: DataFrame
     known: DataFrame
     plan: DataFrame
     totals: Totals
@@ -110,19 +112,15 @@ def settled(spark: SparkSession, platform: Platform, task: Task, act: Callable[[
     Raises:
         StageFailed: Spark failed, here or in `act`, or others were faster time and again.
     """
-    started = time.monotonic()
     add_columns(spark, platform, SAMPLES)
     config = task.config
     rules = Rules(task.source, config.source.record_columns, config.limits, config.split, config.near_duplicates)
-    decode, schema = partial(decode_batches, read=task.rows.read, rules=rules), from_arrow_schema(OUTCOME)
     with (
         spark_failures("the input could not be ingested", where=config.source.where),
         bounded_batches(spark),
         commit_note(spark, note_of(task.source)),
-        kept(_numbered(task.rows.frame.mapInArrow(decode, schema)), StorageLevel.DISK_ONLY) as outcomes,
+        _decoded(task.rows, rules) as (outcomes, pictures, came),
     ):
-        came = counted(outcomes)
-        logger.info("%d rows decoded in %.1f s", came.rows_in, time.monotonic() - started)
 
         def planned() -> Result:
             stamp = Stamp(
@@ -131,9 +129,27 @@ def settled(spark: SparkSession, platform: Platform, task: Task, act: Callable[[
             known = rows_of_source(spark, platform, SAMPLES.name, task.source)
             known = known.limit(0) if task.afresh else known
             with kept(plan_of(outcomes, known)) as plan:
-                return act(Work(outcomes, known, plan, totals_of(came, plan), rules, stamp))
+                return act(Work(outcomes, pictures, known, plan, totals_of(came, plan), rules, stamp))
 
         return undisturbed(planned)
+
+
+@contextmanager
+def _decoded(rows: Rows, rules: Rules) -> Iterator[tuple[DataFrame, DataFrame, Counted]]:
+    """Rows, decoded by the time the block begins: as `Work` has them, and how many they are.
+
+    Each has a `number`: the plan names one row of a picture by it, and no picture has to be shuffled.
+    """
+    started = time.monotonic()
+    decode, schema = partial(decode_batches, read=rows.read, rules=rules), from_arrow_schema(OUTCOME)
+    numbered = rows.frame.mapInArrow(decode, schema).withColumn("number", F.monotonically_increasing_id())
+    with (
+        kept(numbered, StorageLevel.DISK_ONLY) as whole,
+        kept(whole.drop("image")) as outcomes,  # what is asked of rows without their pictures does not read those
+    ):
+        came = counted(outcomes)
+        logger.info("%d rows decoded in %.1f s", came.rows_in, time.monotonic() - started)
+        yield outcomes, whole.select("number", "image", "format", "width", "height"), came
 
 
 def undisturbed(act: Callable[[], Result]) -> Result:
@@ -157,11 +173,6 @@ def undisturbed(act: Callable[[], Result]) -> Result:
             got=f"{type(conflict).__name__}: {conflict}"[:500],
             fix="run it again when fewer of them run at the same time: what is there is not doubled",
         ) from conflict
-
-
-def _numbered(outcomes: DataFrame) -> DataFrame:
-    """Outcomes with a `number` each: the plan names one row of a picture by it, and no picture has to be shuffled."""
-    return outcomes.withColumn("number", F.monotonically_increasing_id())
 
 
 @contextmanager

@@ -1,11 +1,13 @@
-"""Ingest beside a bare Pillow loop on the same rows and as many cores: pictures a second, their ratio, peak memory.
+"""Ingest beside a bare Pillow loop on the same rows and as many cores, for three kinds of pictures.
 
-    python tests/benchmarks/bench_ingest.py                       pictures made on the spot: 1024 x 1024 PNG
-    python tests/benchmarks/bench_ingest.py FILE.csv [ID_COLUMN]  a file of your own
+    python tests/benchmarks/bench_ingest.py
 
 The loop reads the CSV, decodes base64 and decodes the picture to RGB, in one process a core; ingest does all that, and
-hashes, checks and writes Delta. Spark is warmed up by a small ingest first. Memory is the resident memory of all
-processes together, sampled five times a second from /proc (Linux).
+hashes, checks, plans and writes Delta. Each kind is ingested at two sizes, the larger four times the smaller: what an
+ingest costs whatever its size is told apart from what a further picture costs, which is what the ratio is of. Both are
+also given in seconds of the processor, of all processes together, because those do not depend on who else is at work.
+Spark is warmed up by two small ingests. Memory is the resident memory of all processes together, sampled five times a
+second from /proc (Linux).
 """
 
 from __future__ import annotations
@@ -17,16 +19,33 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
-from measure import make, measured
+from measure import make, peak_memory, processor_seconds
 from PIL import Image
+from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig, LocalPlatformConfig
 from pipelines.driver.ingest import ingest
-from pipelines.platform import local
+from pipelines.platform import Platform, local
 
-MADE, SIDE, WARM_UP = 200, 1024, 20
+KINDS = {
+    "photo, 640 x 480 JPEG": (400, {"side": 640, "height": 480, "kind": "JPEG"}),
+    "field, 1024 x 1024 PNG": (50, {"side": 1024, "kind": "PNG"}),
+    "emoji, 72 x 72 PNG": (1500, {"side": 72, "kind": "PNG"}),
+}
+"""Pictures of the smaller size, and what they are like."""
+
+
+class Took(NamedTuple):
+    """What some work took: seconds, seconds of the processor, peak of resident memory in MB."""
+
+    wall: float
+    processor: float
+    peak: float
 
 
 def bare(text: str) -> tuple[int, int]:
@@ -42,29 +61,53 @@ def loop(path: Path, cores: int) -> int:
         return sum(1 for _ in pool.imap_unordered(bare, texts, chunksize=8))
 
 
+def took(work: Callable[[], object]) -> Took:
+    """Do some work and say what it took."""
+    with peak_memory() as samples:
+        wall, processor = time.monotonic(), processor_seconds()
+        work()
+        return Took(time.monotonic() - wall, processor_seconds() - processor, max(samples) / 1e6)
+
+
+def ingested(spark: SparkSession, platform: Platform, path: Path) -> Took:
+    """What the ingest of a file took."""
+    config = DataConfig.model_validate({"source": {"path": str(path)}})
+    return took(lambda: ingest(spark, platform, path.stem, config))
+
+
+def compare(spark: SparkSession, platform: Platform, folder: Path, name: str, cores: int) -> None:
+    """Measure one kind of pictures and print its lines."""
+    count, options = KINDS[name]
+    small, large = folder / f"{name[:5]}-1.csv", folder / f"{name[:5]}-4.csv"
+    make(small, count, **options)  # type: ignore[arg-type]
+    make(large, 4 * count, **options, seed=1)  # type: ignore[arg-type]
+    alone = took(lambda: loop(large, cores))
+    once, four = ingested(spark, platform, small), ingested(spark, platform, large)
+    again = ingested(spark, platform, large)
+    further = 3 * count
+    wall, processor = (max(b - a, 1e-9) / further for a, b in zip(once[:2], four[:2], strict=True))
+    loop_wall, loop_processor = alone.wall / (4 * count), alone.processor / (4 * count)
+    print(f"{name}, {count} and {4 * count} of them, {cores} cores")
+    print(f"  bare Pillow loop {1 / loop_wall:8.1f} /s  {1e3 * loop_processor:6.2f} ms of the processor a picture")
+    print(f"  lakesight ingest {1 / wall:8.1f} /s  {1e3 * processor:6.2f} ms of the processor a picture")
+    print(f"  ratio {loop_wall / wall:.2f}, of the processor {loop_processor / processor:.2f}")
+    print(f"  whatever the size {once.wall - wall * count:.1f} s; unchanged again {again.wall:.1f} s")
+    print(f"  peak memory {once.peak:.0f} MB, at four times the size {four.peak:.0f} MB", flush=True)
+
+
 def main() -> None:
-    """Run both and print the table."""
+    """Run all kinds."""
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LAKESIGHT_HOME"] = folder
-        warm, path = Path(folder) / "warm.csv", Path(folder) / "made.csv"
-        make(warm, WARM_UP, 64)
-        if len(sys.argv) > 1:
-            path = Path(sys.argv[1])
-        else:
-            make(path, MADE, SIDE)
-        columns = {"id": sys.argv[2]} if len(sys.argv) > 2 else {}
-        loop_rate, loop_peak = measured(lambda: loop(path, cores))
-
         platform = local(LocalPlatformConfig())
         spark = platform.open_spark()
-        ingest(spark, platform, "warm", DataConfig.model_validate({"source": {"path": str(warm)}}))
-        config = DataConfig.model_validate({"source": {"path": str(path), "columns": columns}})
-        rate, peak = measured(lambda: ingest(spark, platform, "bench", config).rows_in)
+        for number in range(2):
+            make(warm := Path(folder) / f"warm-{number}.csv", 20, 64, seed=number)
+            ingested(spark, platform, warm)
+        for name in KINDS:
+            compare(spark, platform, Path(folder), name, cores)
         spark.stop()
-    print(f"{path.name}, {cores} cores")
-    print(f"bare Pillow loop  {loop_rate:8.1f} pictures/s  {loop_peak:6.0f} MB")
-    print(f"lakesight ingest  {rate:8.1f} pictures/s  {peak:6.0f} MB  ratio {rate / loop_rate:.2f}")
 
 
 if __name__ == "__main__":

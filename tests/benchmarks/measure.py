@@ -17,32 +17,46 @@ import numpy as np
 from PIL import Image
 
 
-def make(path: Path, count: int, side: int) -> None:
-    """A CSV of pictures: smooth colour fields with a little noise. PNG packs them like photographs' flat parts."""
-    rng = np.random.default_rng(0)
+def make(path: Path, count: int, side: int, kind: str = "PNG", height: int | None = None, seed: int = 0) -> None:
+    """A CSV of pictures: smooth colour fields with a little noise. PNG packs them like photographs' flat parts.
+
+    They are `side` pixels wide, and as high unless `height` says otherwise.
+    """
+    options: dict[str, int] = {"compress_level": 1} if kind == "PNG" else {"quality": 90}
+    rng = np.random.default_rng(seed)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["b64string_images", "caption"])
         for number in range(count):
             coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-            field = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC)) // 2
+            field = np.asarray(coarse.resize((side, height or side), Image.Resampling.BICUBIC)) // 2
             buffer = io.BytesIO()
             noisy = (field + rng.integers(0, 8, field.shape)).astype(np.uint8)
-            Image.fromarray(noisy).save(buffer, "PNG", compress_level=1)
+            Image.fromarray(noisy).save(buffer, kind, **options)
             writer.writerow([base64.b64encode(buffer.getvalue()).decode(), f"picture {number}"])
+
+
+def family() -> list[list[str]]:
+    """What /proc says of this process and all below it, from the third field of `stat` on (Linux)."""
+    stats = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            stats[int(stat.parent.name)] = stat.read_text().rpartition(")")[2].split()
+    ours = {os.getpid()}
+    while more := {pid for pid, fields in stats.items() if int(fields[1]) in ours} - ours:
+        ours |= more
+    return [stats[pid] for pid in ours if pid in stats]
 
 
 def resident() -> int:
     """Resident bytes of this process and all below it (Linux)."""
-    parents, pages = {}, {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
-            fields = stat.read_text().rpartition(")")[2].split()
-            parents[int(stat.parent.name)], pages[int(stat.parent.name)] = int(fields[1]), int(fields[21])
-    ours = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
-        ours |= more
-    return sum(pages[pid] for pid in ours if pid in pages) * os.sysconf("SC_PAGE_SIZE")
+    return sum(int(fields[21]) for fields in family()) * os.sysconf("SC_PAGE_SIZE")
+
+
+def processor_seconds() -> float:
+    """Seconds of the processor that this process and all below it, the ended ones too, have had (Linux)."""
+    ticks = sum(int(field) for fields in family() for field in fields[11:15])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
