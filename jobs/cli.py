@@ -16,13 +16,16 @@ from typer.core import TyperGroup
 
 from jobs.ask import ask
 from jobs.caption import caption
+from jobs.compare import compare
 from jobs.config import config
+from jobs.decisions import decisions
 from jobs.demo import demo
 from jobs.doctor import doctor
 from jobs.evaluate import evaluate
 from jobs.export_weights import export_weights
 from jobs.import_weights import import_weights
 from jobs.ingest import ingest
+from jobs.lineage import lineage
 from jobs.pipeline import pipeline
 from jobs.promote import promote
 from jobs.quarantine import quarantine
@@ -34,8 +37,8 @@ from jobs.train import train
 from jobs.ui import ui
 from pipelines.errors import LakesightError, UserError
 
-STAGES = (ingest, quarantine, shard, train, evaluate, promote, rollback, caption, pipeline)
-FOR_PEOPLE = (demo, ask, show, review, config, doctor, ui)
+STAGES = (ingest, quarantine, shard, train, evaluate, compare, promote, rollback, decisions, caption, pipeline)
+FOR_PEOPLE = (demo, ask, show, lineage, review, config, doctor, ui)
 FOR_WEIGHTS = (import_weights, export_weights)
 
 JAVA_MAY_NOT_WRITE = ("(Permission denied)", "(Read-only file system)", "DELTA_CANNOT_CREATE_LOG_PATH")

@@ -89,7 +89,7 @@ print(version)
 # MAGIC ## Evaluate
 # MAGIC Captions and losses on pictures that no rank has seen. The *blind gap* is how much worse the model fares with somebody
 # MAGIC else's picture: a model with a gap near zero does not look, and `lakesight promote` refuses it. After so few steps
-# MAGIC this one is about there.
+# MAGIC this one is about there. What needs no model is measured too: one caption for all, and the nearest neighbour's.
 
 # COMMAND ----------
 
@@ -101,7 +101,7 @@ from pipelines.driver.model import ModelFiles
 model = ModelFiles(
     folder=download(platform, version), name=version.name, version=version.version, run_id=version.run_id
 )
-evaluation = evaluate(spark, platform, model, Path(evaluate_on.folder))
+evaluation = evaluate(spark, platform, model, Path(evaluate_on.folder), Path(learn_from.folder))
 for metric, interval in evaluation.metrics.items():
     print(f"{metric:<18} {interval.value:8.3f}  ({interval.low:.3f} to {interval.high:.3f})")
 print(evaluation.gallery)

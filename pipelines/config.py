@@ -37,6 +37,7 @@ from pipelines.data import (
     WebDatasetSourceConfig,
 )
 from pipelines.errors import ConfigError
+from pipelines.gate import GateConfig
 from vlm.config import AdapterConfig, Config, ModelConfig
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "DatabricksPlatformConfig",
     "FileSplitConfig",
     "FolderSourceConfig",
+    "GateConfig",
     "HashSplitConfig",
     "JsonlSourceConfig",
     "LimitsConfig",
@@ -175,6 +177,7 @@ class RunConfig(Config):
     data: DataConfig
     train: TrainConfig
     platform: PlatformConfig
+    gate: GateConfig = GateConfig()
 
     def to_json(self) -> str:
         """The resolved config as JSON; `from_json` gives back an equal object."""
@@ -213,7 +216,8 @@ def available(kind: str) -> list[str]:
 def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = ()) -> RunConfig:
     """Resolve a run's four names and apply `a.b=c` overrides.
 
-    A run may hold its data section itself, where it has no other use; then the run's name is the data's name too.
+    A run may hold its data section itself, where it has no other use; then the run's name is the data's name too. What
+    it asks of a version that is to serve, its `gate` section, has no other place.
 
     Raises:
         ConfigError: lists every problem: unknown names and keys with the nearest valid one, values of the wrong type.
@@ -223,12 +227,15 @@ def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = (
     inline = {"data": run["data"]} if isinstance(run.get("data"), dict) else {}
     chosen = {kind: str(run.get(kind, "")) for kind in ("model", "data", "train")} | {"platform": platform}
     chosen |= dict.fromkeys(inline, name)
-    problems += [f"run.{key}: unknown key{_nearest(key, chosen)}" for key in run if key not in chosen]
+    problems += [
+        f"run.{key}: unknown key{_nearest(key, (*chosen, 'gate'))}" for key in run if key not in {*chosen, "gate"}
+    ]
     problems += [
         f"run.{kind}: missing (one of {', '.join(available(kind))})" for kind in chosen if run and not chosen[kind]
     ]
     elsewhere = [kind for kind in chosen if kind not in inline]
     slices: dict[str, Any] = inline | {k: _read(k, chosen[k], problems) if chosen[k] else {} for k in elsewhere}
+    slices["gate"] = run.get("gate", {})
     for override in overrides:
         _apply(slices, override, problems)
     try:

@@ -172,21 +172,22 @@ GENERATED_CAPTIONS = Table(
 
 EVALUATIONS = Table(
     "evaluations",
-    ("model_name", "model_version", "source", "dataset_version", "split", "metric"),
-    "One row a model version, dataset version, split and metric",
+    ("model_name", "model_version", "source", "dataset_version", "split", "slice", "metric"),
+    "One row a model version, dataset version, split, slice and metric",
     (
         Column("model_name", pa.string(), "Registered model"),
         Column("model_version", pa.string(), "Its version"),
         Column("source", pa.string(), "Name of the data config"),
         Column("dataset_version", pa.int64(), "Version of samples the split was read at"),
         Column("split", pa.string(), "Split evaluated"),
-        Column("metric", pa.string(), "Metric, such as cider"),
+        Column("metric", pa.string(), "Metric, such as cider; constant_cider and neighbour_cider are of the baselines"),
         Column("value", pa.float64(), "Point estimate"),
         Column("low", pa.float64(), "2.5th percentile of the bootstrap over pictures"),
         Column("high", pa.float64(), "97.5th percentile"),
         Column("n", pa.int64(), "Pictures"),
         Column("evaluated_at", TIME_TYPE, "When"),
         Column("run_id", pa.string(), "MLflow run that trained the model version"),
+        Column("slice", pa.string(), "Part of the split, as column=value; null: all of it", nullable=True),
     ),
 )
 
@@ -211,7 +212,24 @@ VERDICTS = Table(
     ),
 )
 
-TABLES = (SAMPLES, QUARANTINE, INGESTED, GENERATED_CAPTIONS, EVALUATIONS, VERDICTS)
+DECISIONS = Table(
+    "decisions",
+    ("decision_id",),
+    "One row a decision on which model version serves, in the order of decided_at",
+    (
+        Column("decision_id", pa.string(), "Drawn at random"),
+        Column("model_name", pa.string(), "Registered model"),
+        Column("model_version", pa.string(), "Version decided on"),
+        Column("action", pa.string(), "promote, refuse or rollback"),
+        Column("champion", pa.string(), "Version that served when it was decided; null: none", nullable=True),
+        Column("reasons", pa.list_(pa.string()), "Why it was refused; empty otherwise"),
+        Column("figures", pa.string(), "What the decision rests on, a JSON object"),
+        Column("decided_by", pa.string(), "User of the process that decided"),
+        Column("decided_at", TIME_TYPE, "When"),
+    ),
+)
+
+TABLES = (SAMPLES, QUARANTINE, INGESTED, GENERATED_CAPTIONS, EVALUATIONS, VERDICTS, DECISIONS)
 
 PROPERTIES = {"delta.enableDeletionVectors": "false"}
 """Delta table properties. Without deletion vectors every Delta reader can read the tables, `deltalake` too."""

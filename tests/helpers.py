@@ -157,6 +157,11 @@ def settings(spark: SparkSession, **values: str) -> Iterator[None]:
             spark.conf.set(key, value)
 
 
+def executed_queries(spark: SparkSession) -> int:
+    """How many queries a session has run."""
+    return int(spark._jsparkSession.sharedState().statusStore().executionsCount())
+
+
 def is_running(pid: int) -> bool:
     """Whether a process is there and not merely waiting to be collected."""
     status = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout

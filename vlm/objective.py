@@ -123,10 +123,20 @@ def _real_positions(batch: Batch) -> Tensor:
 @torch.no_grad()
 def row_losses(model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Summed loss and number of target tokens of each row: (B,) each."""
+    losses_B, tokens_B, _ = row_scores(model, batch)
+    return losses_B, tokens_B
+
+
+@torch.no_grad()
+def row_scores(model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed loss, target tokens, and those of them that the model holds likeliest, of each row: (B,) each."""
     is_target_BT = batch.labels_BT != IGNORE
-    losses_BT = torch.zeros(batch.labels_BT.shape, device=batch.labels_BT.device)
-    losses_BT[is_target_BT] = F.cross_entropy(model(batch).float(), batch.labels_BT[is_target_BT], reduction="none")
-    return losses_BT.sum(dim=1), is_target_BT.sum(dim=1)
+    logits_NV, labels_N = model(batch).float(), batch.labels_BT[is_target_BT]
+    losses_BT = torch.zeros(is_target_BT.shape, device=labels_N.device)
+    losses_BT[is_target_BT] = F.cross_entropy(logits_NV, labels_N, reduction="none")
+    hits_BT = torch.zeros_like(is_target_BT)
+    hits_BT[is_target_BT] = logits_NV.argmax(dim=1) == labels_N
+    return losses_BT.sum(dim=1), is_target_BT.sum(dim=1), hits_BT.sum(dim=1)
 
 
 @torch.no_grad()

@@ -23,9 +23,9 @@ from pyspark.sql import functions as F
 
 from pipelines.config import LimitsConfig, short_hash
 from pipelines.driver.conflicts import undisturbed
-from pipelines.driver.evaluate import spark_schema, task_threads
 from pipelines.driver.model import ModelFiles
 from pipelines.driver.pictures import Pictures, files_at, open_pictures
+from pipelines.driver.scores import spark_schema, task_threads
 from pipelines.driver.session import bounded_batches, ensure_tables, spark_failures
 from pipelines.driver.staged import Staged, of_key
 from pipelines.errors import StageFailed, UserError

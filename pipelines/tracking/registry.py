@@ -1,7 +1,12 @@
 """The model registry: versions made from run folders, aliases that say which one serves, weights on disk.
 
 A version is self-contained: safetensors, the model's config and tokenizer, the code that runs them, requirements with
-exact versions. `champion` is the alias that captioning uses, `previous` the one it had before.
+exact versions. `champion` is the alias that captioning uses, `previous` the one it had before, `challenger` the last
+one that asked to be promoted.
+
+A registry has no transactions, so an alias that moves is announced first, in a tag of the model, and the tag goes when
+both aliases are where they belong. Whoever comes next reads the tag and ends a move that was interrupted. `champion`
+moves first: until then nothing has happened, from then on the move is as good as done.
 """
 
 from __future__ import annotations
@@ -10,12 +15,14 @@ import base64
 import importlib.metadata
 import io
 import logging
+import re
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import mlflow
 import pandas as pd
@@ -36,9 +43,11 @@ from vlm.config import Config
 
 logger = logging.getLogger(__name__)
 
-CHAMPION, PREVIOUS = "champion", "previous"
+CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
+MOVE_TAG = "lakesight_move"
 MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")
-TAG_PREFIX = "lakesight."
+TAG_PREFIX = "lakesight_"
+MAX_TAG_CHARS = 1000
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "safetensors", "tokenizers", "torch")
 
 SIGNATURE = ModelSignature(
@@ -48,13 +57,21 @@ SIGNATURE = ModelSignature(
 
 
 class ModelVersion(Config):
-    """A version of a registered model; tags without their `lakesight.` prefix."""
+    """A version of a registered model; tags without their `lakesight_` prefix."""
 
     name: str
     version: str
     run_id: str
     tags: dict[str, str]
     aliases: tuple[str, ...]
+
+
+class Move(Config):
+    """An alias move that was begun: which versions `champion` and `previous` shall be."""
+
+    kind: Literal["promote", "rollback"]
+    champion: str
+    previous: str | None
 
 
 def register(run: RunDir, run_id: str, platform: Platform) -> ModelVersion:
@@ -78,7 +95,7 @@ def register(run: RunDir, run_id: str, platform: Platform) -> ModelVersion:
             "table_version": str(file.dataset_version),
             "manifest_hash": file.content_hash,
             "code_version": file.code_version,
-        } | {f"training.{key}": f"{value:.6g}" for key, value in result.metrics.items()}
+        } | {f"training_{key}": f"{value:.6g}" for key, value in result.metrics.items()}
         created = client.create_model_version(
             name, f"models:/{model_id}", run_id=run_id, tags=_prefixed(tags), model_id=model_id
         )
@@ -116,12 +133,10 @@ def download(platform: Platform, version: ModelVersion) -> Path:
     target = platform.folder("models") / version.name / version.version
     if target.is_dir():
         return target
-    connect(platform)
     partial = target.with_name(f".{version.version}.{uuid.uuid4().hex}.tmp")
     try:
-        with tempfile.TemporaryDirectory() as local, _registry_errors(platform, _label(version)):
-            uri = f"models:/{version.name}/{version.version}"
-            model = Path(mlflow.artifacts.download_artifacts(uri, dst_path=local))
+        with tempfile.TemporaryDirectory() as local:
+            model = fetch(platform, version, Path(local))
             partial.mkdir(parents=True)
             for file in MODEL_FILES:
                 shutil.copyfile(model / "artifacts" / file, partial / file)
@@ -133,6 +148,18 @@ def download(platform: Platform, version: ModelVersion) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def fetch(platform: Platform, version: ModelVersion, folder: Path) -> Path:
+    """All files of a version, copied into a folder; returns where its MLmodel lies.
+
+    Raises:
+        StageFailed: the registry does not deliver them.
+    """
+    connect(platform)
+    with _registry_errors(platform, _label(version)):
+        uri = f"models:/{version.name}/{version.version}"
+        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
 
 
 def tag(platform: Platform, version: ModelVersion, tags: Mapping[str, str]) -> ModelVersion:
@@ -152,37 +179,87 @@ def set_alias(platform: Platform, version: ModelVersion, alias: str) -> ModelVer
         return _details(client, version.name, version.version)
 
 
+def champion_of(platform: Platform, name: str) -> ModelVersion | None:
+    """The version that serves, if one does; a move that was interrupted is ended first."""
+    client = connect(platform)
+    with _registry_errors(platform, f"model {name}"):
+        _settle(client, platform, name)
+        number = _find_model(platform, client, name).get(CHAMPION)
+        return None if number is None else _details(client, name, number)
+
+
 def promote(platform: Platform, version: ModelVersion) -> ModelVersion:
     """Make a version the champion; the former champion becomes `previous`. Promoting the champion changes nothing.
 
-    The caller has asked `driver.promote.require_sighted` first.
+    The caller has asked the gate (`driver.promote.judge`) first.
     """
-    former = _find_model(platform, connect(platform), version.name).get(CHAMPION)
-    if former == version.version:
-        return version
-    if former is not None:
-        set_alias(platform, resolve(platform, version.name, former), PREVIOUS)
-    return set_alias(platform, version, CHAMPION)
+    client = connect(platform)
+    with _registry_errors(platform, _label(version)):
+        _settle(client, platform, version.name)
+        former = _find_model(platform, client, version.name).get(CHAMPION)
+        if former != version.version:
+            _move(client, version.name, Move(kind="promote", champion=version.version, previous=former))
+        return _details(client, version.name, version.version)
 
 
-def rollback(platform: Platform, name: str) -> ModelVersion:
-    """Swap champion and previous; returns the champion of now.
+def plan_rollback(platform: Platform, name: str) -> Move | None:
+    """The move that swaps champion and previous; None where a rollback was interrupted, which is ended now instead.
 
     Raises:
         UserError: there is no previous champion.
     """
-    aliases = _find_model(platform, connect(platform), name)
-    if CHAMPION not in aliases or PREVIOUS not in aliases:
+    client = connect(platform)
+    with _registry_errors(platform, f"model {name}"):
+        ended = _settle(client, platform, name)
+        if ended is not None and ended.kind == "rollback":
+            return None
+        aliases = _find_model(platform, client, name)
+    if not {CHAMPION, PREVIOUS} <= aliases.keys():
         raise UserError(
             f"model {name} has no former champion to go back to",
             where=shown_uri(platform.registry_uri),
             got=", ".join(f"{alias} = {version}" for alias, version in sorted(aliases.items())) or "no aliases",
             fix="promote a second version first",
         )
-    former = resolve(platform, name, aliases[CHAMPION])
-    champion = set_alias(platform, resolve(platform, name, aliases[PREVIOUS]), CHAMPION)
-    set_alias(platform, former, PREVIOUS)
-    return champion
+    return Move(kind="rollback", champion=aliases[PREVIOUS], previous=aliases[CHAMPION])
+
+
+def make_move(platform: Platform, name: str, move: Move) -> None:
+    """Move both aliases."""
+    client = connect(platform)
+    with _registry_errors(platform, f"model {name}"):
+        _move(client, name, move)
+
+
+def _move(client: MlflowClient, name: str, move: Move) -> None:
+    """Announce a move, and make it."""
+    client.set_registered_model_tag(name, MOVE_TAG, move.model_dump_json())
+    client.set_registered_model_alias(name, CHAMPION, move.champion)
+    _end(client, name, move)
+
+
+def _end(client: MlflowClient, name: str, move: Move) -> None:
+    """What is left to do once `champion` has moved; doing it twice changes nothing."""
+    if move.previous is not None:
+        client.set_registered_model_alias(name, PREVIOUS, move.previous)
+    if str(client.get_registered_model(name).aliases.get(CHALLENGER)) == move.champion:
+        client.delete_registered_model_alias(name, CHALLENGER)
+    client.delete_registered_model_tag(name, MOVE_TAG)
+
+
+def _settle(client: MlflowClient, platform: Platform, name: str) -> Move | None:
+    """End the move that an interrupted process announced, if `champion` has moved; returns what was ended."""
+    aliases = _find_model(platform, client, name)
+    announced = client.get_registered_model(name).tags.get(MOVE_TAG)
+    if announced is None:
+        return None
+    move = Move.model_validate_json(announced)
+    if aliases.get(CHAMPION) != move.champion:
+        client.delete_registered_model_tag(name, MOVE_TAG)
+        return None
+    logger.info("ending a %s of model %s that was interrupted", move.kind, name)
+    _end(client, name, move)
+    return move
 
 
 def _find_model(platform: Platform, client: MlflowClient, name: str) -> dict[str, str]:
@@ -275,7 +352,8 @@ def _public_version(package: str) -> str:
 
 
 def _prefixed(tags: Mapping[str, str]) -> dict[str, str]:
-    return {f"{TAG_PREFIX}{key}": value for key, value in tags.items()}
+    """Tags as Unity Catalog takes them: no `. , - = / :` in a key, at most 1,000 characters in a value."""
+    return {f"{TAG_PREFIX}{re.sub('[.,=/: -]', '_', key)}": text[:MAX_TAG_CHARS].strip() for key, text in tags.items()}
 
 
 @contextmanager

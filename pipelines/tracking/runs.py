@@ -130,9 +130,17 @@ def follow(run: RunDir, config: RunConfig, platform: Platform) -> Iterator[str]:
 
 
 def log_report(
-    platform: Platform, run_id: str, name: str, metrics: Mapping[str, float], files: Sequence[Path] = ()
+    platform: Platform,
+    run_id: str,
+    name: str,
+    metrics: Mapping[str, float],
+    files: Sequence[Path] = (),
+    *,
+    tables: Mapping[str, dict[str, list[object]]] | None = None,
 ) -> None:
-    """Add a stage's report to an MLflow run: metrics as `<name>/<metric>`, files as artifacts in folder `name`.
+    """Add a stage's report to an MLflow run: metrics as `<name>/<metric>`, files and tables in folder `name`.
+
+    A table that the run has is not logged again: MLflow would add its rows once more.
 
     Raises:
         UserError: the server does not answer, or has no such run.
@@ -143,6 +151,10 @@ def log_report(
         client.log_batch(run_id, metrics=[Metric(f"{name}/{key}", value, now, 0) for key, value in metrics.items()])
         for file in files:
             client.log_artifact(run_id, str(file), name)
+        there = {artifact.path for artifact in client.list_artifacts(run_id, name)} if tables else set()
+        for file_name, columns in (tables or {}).items():
+            if f"{name}/{file_name}" not in there:
+                client.log_table(run_id, columns, f"{name}/{file_name}")
     except _OUTAGE as error:
         raise UserError(
             f"the {name} report cannot be logged to MLflow",

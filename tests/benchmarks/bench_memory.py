@@ -24,7 +24,7 @@ def main() -> None:
         print(f"{scenes} scenes")
         for stage in STAGES:
             command = [sys.executable, "-c", "from jobs.cli import main; main()", stage, "--set"]
-            command += [f"data.source.path=scenes:{scenes}", "--set", "train.steps=100"]
+            command += [f"data.source.path=scenes:{scenes}", "--set", "train.steps=100", "--set", "gate.baselines=[]"]
             with peak_memory() as samples:
                 started = time.monotonic()
                 subprocess.run(command, env=os.environ | {"LAKESIGHT_HOME": home}, check=True, capture_output=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_model, write_shards
+from helpers import executed_queries, tiny_model, write_shards
 from PIL import Image
 from pyspark.sql import SparkSession
 
@@ -23,7 +23,7 @@ from vlm import text
 from vlm.build import build_model
 from vlm.checkpoint import save_model
 from vlm.generate import Generated
-from vlm.objective import row_losses
+from vlm.objective import row_scores
 
 ROWS = 70
 
@@ -49,8 +49,9 @@ def dataset(spark: SparkSession, folder: Path, rows: int) -> Path:
     for index in range(rows):
         row = shards.row(index)
         Image.fromarray(row.pixels).save(folder / "picture.png")
-        pictures.append((row.image_id, (folder / "picture.png").read_bytes()))
-    spark.createDataFrame(pictures, "image_id STRING, image BINARY").write.format("delta").save(str(folder / "samples"))
+        pictures.append((row.image_id, (folder / "picture.png").read_bytes(), "PNG" if index % 3 else "GIF", 16, index))
+    schema = "image_id STRING, image BINARY, format STRING, width INT, height INT"
+    spark.createDataFrame(pictures, schema).write.format("delta").save(str(folder / "samples"))
     request = shards.manifest.request.model_copy(
         update={"table": f"delta.`{folder}/samples`", "source": folder.parent.name, "split": "test"}
     )
@@ -65,14 +66,14 @@ def shards(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def report(spark: SparkSession, platform: Platform, model: ModelFiles, shards: Path) -> EvaluationReport:
-    return evaluate(spark, platform, model, shards)
+    return evaluate(spark, platform, model, shards, shards)
 
 
-def stored(spark: SparkSession, platform: Platform, report: EvaluationReport) -> dict[str, float]:
+def stored(spark: SparkSession, platform: Platform, report: EvaluationReport) -> dict[tuple[str | None, str], float]:
     table = spark.table(platform.table(EVALUATIONS.name))
     rows = table.where((table.model_name == report.model_name) & (table.source == report.source)).collect()
-    assert len({row["metric"] for row in rows}) == len(rows)
-    return {row["metric"]: row["value"] for row in rows}
+    assert len({(row["slice"], row["metric"]) for row in rows}) == len(rows)
+    return {(row["slice"], row["metric"]): row["value"] for row in rows}
 
 
 def test_executors_measure_what_a_plain_loop_measures(
@@ -81,51 +82,80 @@ def test_executors_measure_what_a_plain_loop_measures(
     captioner = load_captioner(str(model.folder))
     collator = Collator(captioner.tokenizer, captioner.model.config)
     opened = Shards.open(shards)
-    right, wrong, tokens, exact = 0.0, 0.0, 0, 0
+    sums = dict.fromkeys(("right", "wrong", "grey", "tokens", "correct", "exact"), 0.0)
     for index in range(ROWS):
         row, other = opened.row(index), opened.row((index + ROWS // 2) % ROWS)
-        for picture in (row, other):
-            loss, count = row_losses(captioner.model, collator.batch([picture], [row.texts[0]]))
-            right, wrong = (right + loss.item(), wrong) if picture is row else (right, wrong + loss.item())
-        tokens += int(count)
+        grey = row._replace(pixels=np.full_like(row.pixels, 128))
+        for name, picture in {"right": row, "wrong": other, "grey": grey}.items():
+            loss, count, correct = row_scores(captioner.model, collator.batch([picture], [row.texts[0]]))
+            sums[name] += loss.item()
+        sums["tokens"] += int(count)
+        _, _, correct = row_scores(captioner.model, collator.batch([row], [row.texts[0]]))
+        sums["correct"] += int(correct)
         (answer,) = captioner.answer([row.pixels], [""], captioner.model.config.generation)
         assert isinstance(answer, Generated)
-        exact += answer.text == row.texts[0][1]
+        sums["exact"] += answer.text == row.texts[0][1]
     values = report.values()
-    assert values["loss"] == pytest.approx(right / tokens, rel=1e-4)
-    assert values["blind_gap"] == pytest.approx((wrong - right) / tokens, rel=1e-3, abs=1e-5)
-    assert values["blind_gap"] != 0
-    assert values["exact_match"] == exact / ROWS
+    assert values["loss"] == pytest.approx(sums["right"] / sums["tokens"], rel=1e-4)
+    for name, shown in {"blind_gap": "wrong", "blank_gap": "grey"}.items():
+        gap = (sums[shown] - sums["right"]) / sums["tokens"]
+        assert values[name] == pytest.approx(gap, rel=1e-3, abs=1e-5)
+        assert gap != 0
+    assert values["noise_gap"] not in (0, values["blank_gap"])
+    assert values["token_accuracy"] == pytest.approx(sums["correct"] / sums["tokens"])
+    assert values["exact_match"] == sums["exact"] / ROWS
+    assert values["captions_per_second"] > 0 == values["error_share"]
     assert (report.pictures, report.left_out) == (ROWS, 0)
 
 
-def test_the_metrics_are_in_the_table_once(
+def test_the_neighbour_is_the_training_picture_that_looks_most_alike(report: EvaluationReport, shards: Path) -> None:
+    """Here the split is its own training split: of each picture another one, and plain colours tell them apart."""
+    assert report.values()["neighbour_exact_match"] == 1
+    assert report.values()["constant_exact_match"] == pytest.approx(18 / ROWS)
+    assert [row.neighbour for row in report.scores()[:4]] == ["red", "green", "blue", "white"]
+
+
+def test_the_metrics_are_in_the_table_once_and_are_not_made_twice(
     spark: SparkSession, platform: Platform, model: ModelFiles, shards: Path, report: EvaluationReport
 ) -> None:
-    assert stored(spark, platform, report) == report.values()
-    history = f"DESCRIBE HISTORY {platform.table(EVALUATIONS.name)}"
-    before = spark.table(platform.table(EVALUATIONS.name)).collect()
-    again = evaluate(spark, platform, model, shards)
-    assert again.metrics == report.metrics
-    after = spark.table(platform.table(EVALUATIONS.name)).collect()
-    assert sorted(before) == sorted(after), spark.sql(history).head()
+    whole = {(None, name): value for name, value in report.values().items()}
+    parts = {(part, name): m.value for part, metrics in report.slices.items() for name, m in metrics.items()}
+    assert {part.partition("=")[0] for part in report.slices} == {"format", "size"}
+    assert set(report.slices) >= {"format=PNG", "format=GIF"}
+    assert stored(spark, platform, report) == whole | parts
+    seen = executed_queries(spark)
+    again = evaluate(spark, platform, model, shards, shards)
+    assert (again.metrics, again.slices, again.reused) == (report.metrics, report.slices, True)
+    assert executed_queries(spark) == seen, "a second evaluation asks Spark for nothing"
+    scores = (report.folder / "scores.parquet").stat().st_mtime_ns
+    further = evaluate(spark, platform, model, shards, shards, columns=["height"])
+    assert {part.partition("=")[0] for part in further.slices} == {"format", "size", "height"}
+    assert further.metrics == report.metrics
+    assert (report.folder / "scores.parquet").stat().st_mtime_ns == scores, "no model runs for one more slice"
+    assert stored(spark, platform, report).items() > (whole | parts).items()
+    with pytest.raises(UserError, match=r"Got: colour\. Fix: there are: image_id"):
+        evaluate(spark, platform, model, shards, shards, columns=["colour"])
 
 
-def test_the_gallery_shows_a_fair_sample_of_the_original_pictures(report: EvaluationReport) -> None:
+def test_the_gallery_shows_the_worst_the_best_and_others_of_the_original_pictures(report: EvaluationReport) -> None:
     page = report.gallery.read_text(encoding="utf-8")
     assert page.count("data:image/jpeg;base64,") == 48
-    assert page.count("tiny/0<") == 1
+    for group in ("worst", "best", "sample"):
+        assert page.count(f'data-groups="{group}"') == 16
     assert "blind gap" in page
-    with Image.open(report.gallery_png) as image:
-        assert np.asarray(image.convert("L")).std() > 5
+    assert "nearest neighbour" in page
+    for picture in (report.gallery_png, report.figures_png):
+        with Image.open(picture) as image:
+            assert np.asarray(image.convert("L")).std() > 5
 
 
 def test_one_picture_has_no_blind_gap(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
-    report = evaluate(spark, platform, model, dataset(spark, tmp_path / "set", 1))
+    folder = dataset(spark, tmp_path / "set", 1)
+    report = evaluate(spark, platform, model, folder, folder, columns=())
     assert "blind_gap" not in report.metrics
-    assert "blind_gap" not in stored(spark, platform, report)
+    assert not any(name.startswith("neighbour") for name in report.metrics)
     assert report.values()["loss"] > 0
 
 
@@ -134,11 +164,11 @@ def test_an_empty_split_is_the_users_mistake(
 ) -> None:
     shards = write_shards(tmp_path / "none", rows=0)
     with pytest.raises(UserError, match="nothing to evaluate on"):
-        evaluate(spark, platform, model, shards.folder)
+        evaluate(spark, platform, model, shards.folder, shards.folder)
 
 
 def test_a_folder_without_a_model_is_the_users_mistake(
     spark: SparkSession, platform: Platform, model: ModelFiles, shards: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="config cannot be read"):
-        evaluate(spark, platform, model.model_copy(update={"folder": tmp_path}), shards)
+        evaluate(spark, platform, model.model_copy(update={"folder": tmp_path}), shards, shards)

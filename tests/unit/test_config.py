@@ -175,3 +175,12 @@ def test_a_saved_run_of_another_version_is_an_error_and_not_a_guess() -> None:
 def test_a_hash_tells_different_things_apart_and_equal_ones_not(parts: list[int | str]) -> None:
     assert short_hash(parts) == short_hash(list(parts))
     assert short_hash(parts) != short_hash([*parts, "more"])
+
+
+def test_what_a_version_must_show_is_said_by_the_run_and_can_be_overridden() -> None:
+    assert load_run("demo").gate.baselines == ("constant", "neighbour")
+    assert load_run("seemoe").gate.baselines == ()
+    assert load_run("demo", overrides=["gate.min_blind_gap=0.3"]).gate.min_blind_gap == 0.3
+    said = problems("gate.min_blind_gab=0.3", "gate.metric=word")
+    assert "gate.min_blind_gab: unknown key, did you mean 'min_blind_gap'?" in said
+    assert "gate.metric: " in said

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
-from pipelines.driver.gallery import Card, write_html, write_png
-from pipelines.driver.metrics import Interval
+from pipelines.driver.bootstrap import Interval
+from pipelines.driver.gallery import Answer, Card, write_html, write_png
 
 
 def card(number: int, *, exact: bool, caption: str = "a red square") -> Card:
     buffer = io.BytesIO()
     Image.new("RGB", (64, 48), (number * 40 % 256, 90, 120)).save(buffer, "JPEG")
-    return Card(f"x/{number}", buffer.getvalue(), "", "a red square", caption, exact)
+    answer = Answer("Model", caption, exact, float(exact))
+    return Card(f"x/{number}", buffer.getvalue(), "", "a red square", (answer,), ("best" if exact else "worst",))
 
 
 class Tags(HTMLParser):
@@ -30,7 +34,8 @@ class Tags(HTMLParser):
 
 
 def write(path: Path, cards: list[Card]) -> str:
-    write_html(path, "tiny version 1", "4 pictures", {"exact_match": Interval(value=0.5, low=0.25, high=0.75)}, cards)
+    metrics = {"exact_match": Interval(value=0.5, low=0.25, high=0.75)}
+    write_html(path, "tiny version 1", "4 pictures", metrics, cards, slices={"format=<PNG>": metrics})
     return path.read_text(encoding="utf-8")
 
 
@@ -39,7 +44,8 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     images = [attributes["src"] or "" for tag, attributes in tags if tag == "img"]
     assert len(images) == 2
     assert all(source.startswith("data:image/jpeg;base64,") for source in images)
-    assert not {"script", "link", "iframe"} & {tag for tag, _ in tags}
+    assert not {"link", "iframe"} & {tag for tag, _ in tags}
+    assert [attributes for tag, attributes in tags if tag == "script"] == [{}]
     page = (tmp_path / "deep" / "gallery.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://", page)
 
@@ -49,7 +55,7 @@ def test_captions_cannot_inject_html(tmp_path: Path) -> None:
     page = write(tmp_path / "gallery.html", [card(1, exact=False, caption=evil)])
     assert evil not in page
     assert "&lt;script&gt;" in page
-    assert [tag for tag, _ in Tags(page).tags if tag == "img"] == ["img"]
+    assert [tag for tag, _ in Tags(page).tags if tag in ("img", "script")] == ["img", "script"]
 
 
 def test_good_and_bad_captions_are_marked_in_words_too(tmp_path: Path) -> None:
@@ -57,7 +63,8 @@ def test_good_and_bad_captions_are_marked_in_words_too(tmp_path: Path) -> None:
     figures = [attributes["class"] for tag, attributes in Tags(page).tags if tag == "figure"]
     assert figures == ["good", "bad"]
     assert page.count("word for word") == page.count(">different<") == 1
-    assert "0.250 to 0.750" in page
+    assert page.count("0.250 to 0.750") == 2
+    assert "format=&lt;PNG&gt;" in page
 
 
 def test_the_picture_shows_captions_of_any_characters(tmp_path: Path) -> None:
@@ -66,3 +73,20 @@ def test_the_picture_shows_captions_of_any_characters(tmp_path: Path) -> None:
     with Image.open(tmp_path / "gallery.png") as image:
         assert image.width == 1280
         assert image.height > 800
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_filters_the_cards_and_complains_of_nothing(tmp_path: Path) -> None:
+    cards = [card(n, exact=n == 0, caption="A red square" if n < 3 else "a blue circle") for n in range(5)]
+    write(tmp_path / "gallery.html", cards)
+    page = f"{(tmp_path / 'gallery.html').as_uri()}#group=worst&find=BLUE"
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", page]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert "CONSOLE" not in done.stderr
+    figures = [attributes for tag, attributes in Tags(done.stdout).tags if tag == "figure"]
+    assert ["hidden" not in attributes for attributes in figures] == [False, False, False, True, True]
+    assert "2 of 5" in done.stdout

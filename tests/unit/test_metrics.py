@@ -1,6 +1,8 @@
-"""Metrics: the numbers of pycocoevalcap, honest intervals, honest floors."""
+"""Metrics: the numbers of pycocoevalcap, honest intervals, honest baselines, slices and paired differences."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from pipelines.driver.metrics import Scored, measure, words
+from pipelines.driver.bootstrap import differences, measure, slices
+from pipelines.driver.metrics import Scored, best_constant, has_java, meteor, words
 
 TRUTH = [
     ["a red square left of a blue circle", "a red square and a blue circle"],
@@ -27,9 +30,15 @@ def scored(truth: list[list[str]], made: list[str], *, gap: float | None = 1.0, 
             prompt="",
             references=tuple(references),
             caption=caption,
+            neighbour=references[-1],
             loss=0.5 * tokens,
             blind_loss=None if gap is None else (0.5 + gap) * tokens,
+            blank_loss=0.75 * tokens,
+            noise_loss=1.5 * tokens,
             num_targets=tokens,
+            num_correct=4,
+            num_tokens=tokens + 1,
+            seconds=0.25,
         )
         for row, (references, caption) in enumerate(zip(truth, made, strict=True))
     ]
@@ -72,7 +81,7 @@ def test_losses_weigh_by_token_and_not_by_picture() -> None:
 
 def test_one_picture_has_no_blind_gap_and_no_cider() -> None:
     metrics = measure(scored(TRUTH[:1], MADE[:1], gap=None))
-    assert not {"blind_gap", "cider", "floor_cider"} & set(metrics)
+    assert not {"blind_gap", "cider", "constant_cider"} & set(metrics)
     assert metrics["exact_match"].value == 0
 
 
@@ -101,15 +110,15 @@ def test_questions_about_one_picture_are_resampled_together() -> None:
     assert together.high - together.low > 2 * (apart.high - apart.low)
 
 
-def test_the_floor_is_the_best_caption_that_ignores_the_picture() -> None:
+def test_the_constant_is_the_best_caption_that_ignores_the_picture() -> None:
     truth = [["a cat"], ["a cat"], ["a dog"], ["a big red cat"]]
     metrics = measure(scored(truth, ["a dog"] * 4))
-    assert metrics["floor_exact_match"].value == 0.5
-    assert metrics["floor_word_f1"].value == pytest.approx((1 + 1 + 1 / 2 + 2 / 3) / 4)
+    assert metrics["constant_exact_match"].value == 0.5
+    assert metrics["constant_word_f1"].value == pytest.approx((1 + 1 + 1 / 2 + 2 / 3) / 4)
+    assert best_constant(scored(truth, ["a dog"] * 4)) == "a cat"
     constant = measure(scored(truth, ["a cat"] * 4))
-    assert constant["exact_match"].value == metrics["floor_exact_match"].value
-    assert constant["word_f1"].value == metrics["floor_word_f1"].value
-    assert constant["cider"].value == metrics["floor_cider"].value
+    for name in ("exact_match", "word_f1", "rouge_l", "bleu_2", "cider"):
+        assert constant[name] == metrics[f"constant_{name}"]
 
 
 @pytest.mark.parametrize(
@@ -123,3 +132,68 @@ def test_the_floor_is_the_best_caption_that_ignores_the_picture() -> None:
 )
 def test_words_are_lower_case_and_without_punctuation(text: str, expected: list[str]) -> None:
     assert words(text) == expected
+
+
+def test_what_a_caption_costs_and_how_often_a_token_is_right() -> None:
+    metrics = measure([*scored(TRUTH, MADE), replace(scored(TRUTH, MADE)[0], row=9, caption=None)])
+    wanted = {"token_accuracy": 0.8, "blank_gap": 0.25, "noise_gap": 1.0, "tokens": 6.0, "captions_per_second": 4.0}
+    assert {name: metrics[name].value for name in wanted} == pytest.approx(wanted)
+    assert metrics["error_share"].value == pytest.approx(0.2)
+
+
+def test_distinct_counts_different_captions_words_and_pairs() -> None:
+    metrics = measure(scored([["x"]] * 3, ["a b", "a b", "a c"]))
+    assert metrics["distinct"].value == pytest.approx(2 / 3)
+    assert metrics["distinct_1"].value == pytest.approx(3 / 6)
+    assert metrics["distinct_2"].value == pytest.approx(2 / 3)
+
+
+def test_the_neighbour_is_scored_like_a_model_and_left_out_where_one_is_missing() -> None:
+    rows = scored(TRUTH, MADE)
+    metrics, same = measure(rows), measure([replace(row, caption=row.neighbour) for row in rows])
+    assert metrics["neighbour_cider"] == same["cider"]
+    assert "neighbour_cider" not in measure([*rows[1:], replace(rows[0], neighbour=None)])
+
+
+@pytest.mark.skipif(not has_java(), reason="METEOR is a Java program")
+def test_meteor_is_that_of_its_program() -> None:
+    rows = scored([["a red square"], ["two dogs run"]], ["a red square", "cats"])
+    measured = measure(rows, further={"meteor": meteor(rows)})["meteor"]
+    assert measured.value == pytest.approx(0.5, abs=0.01)  # a perfect caption and a hopeless one
+
+
+def test_a_paired_difference_is_surer_than_two_figures() -> None:
+    """Hard pictures are hard for both: the same 10 of 100 more are right, whatever the other 90 are."""
+    rng = np.random.default_rng(3)
+    easy = rng.random(100) < 0.5
+    worse = scored([["y"]] * 100, ["y" if e and n >= 10 else "n" for n, e in enumerate(easy)])
+    better = scored([["y"]] * 100, ["y" if e or n < 10 else "n" for n, e in enumerate(easy)])
+    gain = differences(better, list(reversed(worse)))["exact_match"]
+    apart = measure(better)["exact_match"], measure(worse)["exact_match"]
+    assert gain.value == pytest.approx(apart[0].value - apart[1].value) == pytest.approx(0.1)
+    assert gain.low > 0
+    assert apart[0].low < apart[1].high  # their own intervals overlap
+    assert differences(worse, better)["exact_match"].high < 0
+    assert differences(better, better)["bleu_1"].model_dump() == {"value": 0, "low": 0, "high": 0}
+
+
+def test_rows_that_one_of_two_did_not_caption_do_not_count() -> None:
+    one, other = scored(TRUTH, MADE), scored(TRUTH, [group[0] for group in TRUTH])
+    failed = [replace(other[0], caption=None), *other[1:3]]
+    assert differences(one, failed) == differences(one[1:3], other[1:3])
+    assert differences(one[:1], other[1:]) == {}
+
+
+def test_slices_add_up_to_the_whole_and_many_numbers_become_quarters() -> None:
+    rows = scored([["y"]] * 40, ["y" if n % 4 == 0 else "n" for n in range(40)])
+    formats = {f"x/{n}": "PNG" if n % 4 == 0 else "JPEG" for n in range(40)}
+    found = slices(rows, {"format": formats, "size": {f"x/{n}": n for n in range(40)}}, names=["exact_match", "loss"])
+    assert {name: part["exact_match"].value for name, part in found.items() if "format" in name} == {
+        "format=JPEG": 0,
+        "format=PNG": 1,
+    }
+    quarters = [part["exact_match"].value for name, part in found.items() if "size" in name]
+    assert len(quarters) == 4
+    assert np.mean(quarters) == pytest.approx(measure(rows)["exact_match"].value, abs=0.01)
+    assert all(part["loss"].value == 0.5 for part in found.values())
+    assert slices(rows, {"source": dict.fromkeys(formats, "one")}, names=["loss"]) == {}

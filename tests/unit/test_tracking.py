@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import sqlite3
 import time
@@ -24,12 +25,12 @@ from mlflow.entities import Metric
 from PIL import Image
 
 from pipelines.config import LocalPlatformConfig
-from pipelines.driver.promote import require_sighted
-from pipelines.errors import StageFailed, TrainingFailed, UserError
+from pipelines.errors import TrainingFailed, UserError
 from pipelines.platform import Platform, local
 from pipelines.rundir import CaptionSample, CaptionSamples, Failure, Metrics, Result, RunDir, write_json
 from pipelines.tracking import registry, runs
 from pipelines.tracking.load import draw_expert_load
+from pipelines.tracking.trial import find_pickles, try_folder
 from vlm import text
 from vlm.build import build_model
 from vlm.checkpoint import save_model
@@ -256,10 +257,17 @@ def test_a_report_is_logged_under_its_stage(platform: Platform, run: RunDir, tmp
     page.write_text("<p>", encoding="utf-8")
     with runs.follow(run, CONFIG, platform) as run_id:
         pass
-    runs.log_report(platform, run_id, "evaluate", {"cider": 1.25}, [page])
+    for _ in range(2):  # the second time, rows are not added to the table once more
+        tables: dict[str, dict[str, list[object]]] = {"rows.json": {"image_id": ["a", "b"], "loss": [0.5, 1.5]}}
+        runs.log_report(platform, run_id, "evaluate", {"cider": 1.25}, [page], tables=tables)
     client = runs.connect(platform)
     assert client.get_run(run_id).data.metrics["evaluate/cider"] == 1.25
-    assert [a.path for a in client.list_artifacts(run_id, "evaluate")] == ["evaluate/gallery.html"]
+    assert [a.path for a in client.list_artifacts(run_id, "evaluate")] == [
+        "evaluate/gallery.html",
+        "evaluate/rows.json",
+    ]
+    table = mlflow.artifacts.load_dict(f"runs:/{run_id}/evaluate/rows.json")
+    assert table["data"] == [["a", 0.5], ["b", 1.5]]
 
 
 # ------------------------------------------------------------------------------------------------ registry
@@ -281,7 +289,17 @@ def test_registering_a_run_twice_gives_one_version_with_its_lineage(
     assert registered.tags["manifest_hash"] == run.read_run().content_hash
     assert registered.tags["table_version"] == "0"
     assert registered.tags["code_version"] == "test"
-    assert registered.tags["training.blind_gap"] == "0.5"
+    assert registered.tags["training_blind_gap"] == "0.5"
+
+
+def test_tags_of_a_version_are_such_as_unity_catalog_takes(
+    platform: Platform, registered: registry.ModelVersion
+) -> None:
+    registry.tag(platform, registered, {"val/blind-gap.x": "0.5", "gate_looks": "no " * 1000})
+    tags = runs.connect(platform).get_model_version(registered.name, registered.version).tags
+    assert tags["lakesight_val_blind_gap_x"] == "0.5"
+    assert all(re.fullmatch(r"\w{1,255}", key) and len(value) <= 1000 for key, value in tags.items())
+    assert len(tags) <= 50
 
 
 def test_the_version_is_self_contained_and_holds_no_pickle(
@@ -290,11 +308,8 @@ def test_the_version_is_self_contained_and_holds_no_pickle(
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/{registered.name}/1", dst_path=str(tmp_path / "got")))
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert {"model.safetensors", "config.json", "tokenizer.json", "model.py", "generate.py"} <= {p.name for p in files}
-    for path in files:
-        assert path.suffix not in {".pkl", ".pickle", ".pt", ".pth", ".bin", ".pyc"}, path
-        assert not path.read_bytes().startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")), (
-            path
-        )
+    assert find_pickles(folder) == []
+    assert not [path for path in files if path.suffix == ".pyc"]
     pinned = (folder / "requirements.txt").read_text(encoding="utf-8").split()
     assert f"torch=={torch.__version__.partition('+')[0]}" in pinned
     assert all("==" in line for line in pinned)
@@ -355,36 +370,17 @@ def test_an_unknown_model_version_or_alias_lists_what_there_is(
             registry.resolve(platform, "tiny", which)
 
 
-def test_promotion_remembers_the_former_champion_and_rollback_swaps_back(
-    platform: Platform, run: RunDir, registered: registry.ModelVersion, tmp_path: Path
+def test_a_version_is_tried_in_a_fresh_process_with_its_own_files(
+    platform: Platform, registered: registry.ModelVersion, tmp_path: Path
 ) -> None:
-    first = registry.promote(platform, registered)
-    with pytest.raises(UserError, match="no former champion"):
-        registry.rollback(platform, "tiny")
-    shards = write_shards(tmp_path / "more", rows=7)
-    again = write_run(tmp_path / "runs" / "tiny-4567", CONFIG, shards, shards)
-    finish(again)
-    with runs.follow(again, CONFIG, platform) as run_id:
-        pass
-    second = registry.promote(platform, registry.register(again, run_id, platform))
-    assert (first.version, second.version) == ("1", "2")
-    assert registry.resolve(platform, "tiny", "previous").version == "1"
-    assert registry.promote(platform, second) == second
-    assert registry.resolve(platform, "tiny", "previous").version == "1"
-    assert registry.rollback(platform, "tiny").version == "1"
-    assert registry.resolve(platform, "tiny", "previous").version == "2"
-
-
-def test_only_a_version_that_looks_at_its_pictures_may_be_promoted(
-    platform: Platform, registered: registry.ModelVersion
-) -> None:
-    with pytest.raises(StageFailed, match="nobody knows"):
-        require_sighted(registered.name, registered.version, registered.tags)
-    blind = registry.tag(platform, registered, {"blind_gap": "0.04"})
-    with pytest.raises(StageFailed, match=r"0\.040 nats"):
-        require_sighted(blind.name, blind.version, blind.tags)
-    sighted = registry.tag(platform, registered, {"blind_gap": "1.5"})
-    assert require_sighted(sighted.name, sighted.version, sighted.tags) == 1.5
+    folder = registry.fetch(platform, registered, tmp_path)
+    tried = try_folder(folder, [(picture(), ""), (b"no picture", "a")])
+    assert (tried.failure, tried.pictures) == ("", 2)
+    assert [error.partition(":")[0] for error in tried.errors] == ["not_an_image"]
+    (folder / "artifacts" / "weights.pt").write_bytes(pickle.dumps(["anything"]))
+    assert try_folder(folder, []).failure == "it holds pickles: artifacts/weights.pt"
+    (folder / "artifacts" / "weights.pt").rename(folder / "artifacts" / "weights.dat")
+    assert try_folder(folder, []).failure == "it holds pickles: artifacts/weights.dat"
 
 
 def test_a_run_that_is_not_finished_is_not_registered(platform: Platform, run: RunDir) -> None:

@@ -1,0 +1,155 @@
+"""The gate with everything real: trained models, Spark, the registry on SQLite, a fresh process, captions."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from pyspark.sql import SparkSession
+from trained import corner_rows, corner_run, register, train
+
+from jobs.caption import run_caption
+from jobs.common import Job
+from jobs.compare import run_compare
+from jobs.decisions import run_decisions
+from jobs.evaluate import measured, open_model, open_split
+from jobs.lineage import run_lineage
+from jobs.promote import run_promote
+from jobs.rollback import run_rollback
+from jobs.screen import Screen
+from jobs.shard import run_shard
+from pipelines.driver.promote import record
+from pipelines.errors import StageFailed, UserError
+from pipelines.platform import Platform
+from pipelines.shards import Shards
+from pipelines.tables import SAMPLES
+from pipelines.tracking import registry
+
+NAME = "gatekept"
+GOOD, BETTER, WORSE, BLIND = "1", "2", "3", "4"
+
+
+@pytest.fixture(scope="module")
+def job(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Four versions: one that looks, once more after further steps, one that was told wrong names of a colour, and one
+    that was trained with shuffled pictures."""
+    config = corner_run(NAME)
+    job = Job(config, platform, (), Screen(io.StringIO(), as_json=False))
+    job.__dict__["spark"] = spark  # as if it had been started
+    rows = corner_rows(NAME, "train", 200) + corner_rows(NAME, "test", 60)
+    new = spark.createDataFrame(rows, SAMPLES.ddl())
+    new.coalesce(1).writeTo(platform.table(SAMPLES.name)).append()
+    shards = Shards.open(Path(run_shard(job, "train", config.model.image).folder))
+    folder = tmp_path_factory.mktemp("runs")
+    trained = {
+        "seeing": train(config, shards, (300, 320)),
+        "misled": train(config, shards, (300,), misnamed="red"),
+        "blind": train(config, shards, (150,), blind=True),
+    }
+    versions = [
+        register(platform, folder / f"{name}-{number}", config, shards, model).version
+        for name, models in trained.items()
+        for number, model in enumerate(models)
+    ]
+    assert versions == [GOOD, BETTER, WORSE, BLIND]
+    return job
+
+
+def alias(job: Job, name: str) -> str:
+    return registry.resolve(job.platform, NAME, name).version
+
+
+def refusal(job: Job, version: str) -> str:
+    with pytest.raises(StageFailed) as refused:
+        run_promote(job, version)
+    return str(refused.value)
+
+
+@pytest.mark.timeout(900)
+def test_blind_and_worse_versions_are_refused_with_all_reasons_and_rollback_restores_the_champion(job: Job) -> None:
+    run_promote(job, GOOD)
+    assert alias(job, "champion") == GOOD
+
+    said = refusal(job, BLIND)
+    assert "for 4 reasons" in said
+    for reason in (
+        "it does not look at its pictures: a blind gap of",
+        "no better than the best caption that ignores the picture",
+        "no better than the nearest neighbour's caption",
+        "worse than the champion: word_f1 -",
+    ):
+        assert reason in said
+    tags = registry.resolve(job.platform, NAME, BLIND).tags
+    assert tags["gate"] == "refused"
+    assert tags["gate_loads"] == "ok: it loads in a fresh process"
+    assert tags["gate_looks"].startswith("refused: it does not look")
+    assert {key for key in tags if key.startswith("gate_")} == {
+        f"gate_{name}" for name in ("loads", "errors", "looks", "constant", "neighbour", "champion")
+    }
+
+    said = refusal(job, WORSE)
+    assert "worse than the champion: word_f1 -" in said
+    assert "on the same 60 rows" in said
+    assert "does not look" not in said
+    assert (alias(job, "champion"), alias(job, "challenger")) == (GOOD, WORSE)
+
+    run_promote(job, BETTER)
+    assert (alias(job, "champion"), alias(job, "previous")) == (BETTER, GOOD)
+    condition = f"source = '{NAME}' AND image_id < '{NAME}/test2'"
+    assert run_caption(job, "champion", where=condition).model_version == BETTER
+    assert run_rollback(job) == GOOD
+    assert (alias(job, "champion"), alias(job, "previous")) == (GOOD, BETTER)
+    captioned = run_caption(job, "champion", where=condition)
+    assert (captioned.model_version, captioned.captioned) == (GOOD, captioned.considered)
+
+    table = job.spark.table(job.platform.table("decisions"))
+    trail = table.where(table.model_name == NAME).orderBy("decided_at").collect()
+    assert [(row["action"], row["model_version"], row["champion"]) for row in trail] == [
+        ("promote", GOOD, None),
+        ("refuse", BLIND, GOOD),
+        ("refuse", WORSE, GOOD),
+        ("promote", BETTER, GOOD),
+        ("rollback", GOOD, BETTER),
+    ]
+    assert [bool(row["reasons"]) for row in trail] == [False, True, True, False, False]
+    assert json.loads(trail[2]["figures"])["over_champion"]["high"] < 0
+    assert all(row["decided_by"] for row in trail)
+
+
+def test_two_versions_are_compared_on_the_same_rows_and_nothing_is_evaluated_twice(job: Job) -> None:
+    report = run_compare(job, GOOD, WORSE)
+    assert report.wins + report.losses + report.ties == report.rows == 60
+    assert report.wins > report.losses
+    assert report.differences["word_f1"].low > 0
+    models = [open_model(job, number) for number in (GOOD, WORSE)]
+    good, worse = (measured(job, model, open_split(job, model)) for model in models)
+    assert good.reused
+    for name in ("word_f1", "loss", "blind_gap", "bleu_2"):
+        apart = good.metrics[name].value - worse.metrics[name].value
+        assert report.differences[name].value == pytest.approx(apart)
+    page = report.page.read_text(encoding="utf-8")
+    assert page.count("Version 3") == page.count("Version 1") == page.count("<figure")
+    assert f'data-groups="{GOOD}-better"' in page
+    logged = MlflowClient(job.platform.tracking_uri).get_run(good.run_id).data.metrics
+    assert logged["evaluate/neighbour_word_f1"] == good.metrics["neighbour_word_f1"].value
+
+
+def test_lineage_and_decisions_are_told_without_a_jvm(job: Job) -> None:
+    run_caption(job, GOOD, where=f"image_id = '{NAME}/test0'")
+    version = registry.resolve(job.platform, NAME, GOOD)
+    shell = Job(job.config, job.platform, (), job.screen)
+    found = {item.model_version: item for item in run_lineage(shell, f"{NAME}/test0")}[GOOD]
+    assert (found.run_id, found.code_version) == (version.run_id, version.tags["code_version"])
+    assert (found.trained_on, found.manifest_hash) == (version.tags["table_version"], version.tags["manifest_hash"])
+    assert found.source_table == job.platform.table(SAMPLES.name)
+    assert "max_new_tokens" in found.settings
+    with pytest.raises(UserError, match="has no caption"):
+        run_lineage(shell, "nobody/0")
+    record(job.spark, job.platform, model="other", version="7", action="refuse", champion=None, reasons=["why not"])
+    other = Job(corner_run("other"), job.platform, (), job.screen)
+    (told,) = run_decisions(other)
+    assert (told["action"], told["model_version"], told["reasons"]) == ("refuse", "7", ["why not"])
+    assert not {"spark"} & {*shell.__dict__, *other.__dict__}

@@ -1,0 +1,115 @@
+"""Tiny models that are really trained in a second or two: ones that look at their pictures, and one that cannot."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from helpers import COLOURS, tiny_run, write_run
+from PIL import Image
+
+from pipelines.config import RunConfig
+from pipelines.platform import Platform
+from pipelines.rundir import Result, write_json
+from pipelines.shards import Shards
+from pipelines.tables import SAMPLES
+from pipelines.tracking import registry, runs
+from pipelines.worker.batches import Collator
+from vlm import text
+from vlm.build import build_model
+from vlm.checkpoint import save_model
+from vlm.model import VisionLanguageModel
+from vlm.objective import num_targets, token_loss
+
+BATCH, LR = 32, 1e-2
+
+
+def corner_rows(source: str, split: str, count: int) -> list[tuple[Any, ...]]:
+    """Rows of table `samples`: four fields of colour, of which the first alone is told.
+
+    The others are as large, differ more and say nothing: the picture that looks most alike is right two times of three.
+    """
+    rng = np.random.default_rng(len(split))
+    rows = []
+    for number in range(count):
+        colour = list(COLOURS)[number % len(COLOURS)]
+        fields = rng.integers(0, 256, (2, 2, 3), np.uint8)
+        fields[0, 0] = [128 + 0.4 * (level - 128) for level in COLOURS[colour]]
+        buffer = io.BytesIO()
+        Image.fromarray(fields.repeat(8, axis=0).repeat(8, axis=1)).save(buffer, "PNG")
+        row = dict.fromkeys(SAMPLES.names, "") | {
+            "image_id": f"{source}/{split}{number}",
+            "image": buffer.getvalue(),
+            "format": "PNG" if number % 3 else "GIF",
+            "width": 16,
+            "height": 16,
+            "texts": [("", f"a {colour} corner")],
+            "split": split,
+            "source": source,
+            "ingested_at": datetime.now(UTC),
+            "fingerprint": None,
+            "near_of": None,
+        }
+        rows.append(tuple(row[name] for name in SAMPLES.names))
+    return rows
+
+
+def train(
+    config: RunConfig, shards: Shards, stops: Sequence[int], *, blind: bool = False, misnamed: str = ""
+) -> Iterator[VisionLanguageModel]:
+    """A model after so many steps each.
+
+    Args:
+        config: of the run.
+        shards: what it learns from.
+        stops: steps, ascending.
+        blind: it is shown the pictures of other rows.
+        misnamed: a colour that it is told is white.
+    """
+    tokenizer = text.learn(config.model.text, [])
+    torch.manual_seed(1)
+    model = build_model(config.model, tokenizer.vocab_size)
+    collator = Collator(tokenizer, config.model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    rng = np.random.default_rng(5)
+    model.train()
+    for step in range(1, max(stops) + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = LR * (1 - step / (max(stops) + 1)) * min(1, step / 20)
+        told = rng.integers(0, len(shards), BATCH)
+        shown = rng.integers(0, len(shards), BATCH) if blind else told
+        texts = [shards.row(int(index)).texts[0] for index in told]
+        if misnamed:
+            texts = [(prompt, said.replace(misnamed, "white")) for prompt, said in texts]
+        batch = collator.batch([shards.row(int(index)) for index in shown], texts)
+        torch.autograd.backward(token_loss(model(batch), batch) / num_targets(batch))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in stops:
+            yield model
+
+
+def register(
+    platform: Platform, folder: Path, config: RunConfig, shards: Shards, model: VisionLanguageModel
+) -> registry.ModelVersion:
+    """A version of these weights, with a run of its own."""
+    run = write_run(folder, config, shards, shards)
+    save_model(run.checkpoint(1), model, text.load(run.tokenizer))
+    result = Result(status="ok", step=1, world_size=1, checkpoint=str(run.checkpoint(1)), metrics={}, seconds=1.0)
+    write_json(run.result, result)
+    with runs.follow(run, config, platform) as run_id:
+        pass
+    return registry.register(run, run_id, platform)
+
+
+def corner_run(name: str) -> RunConfig:
+    """A run on corners, whose model's name and source are the same."""
+    config = tiny_run(ranks=1)
+    chosen = config.chosen.model_copy(update={"data": name})
+    return config.model_copy(update={"name": name, "chosen": chosen})

@@ -1,0 +1,179 @@
+"""Aliases when a promotion or a rollback ends at any moment: they mean versions, and the next run mends them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import time
+from contextlib import suppress
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from mlflow import MlflowClient
+
+from pipelines.config import LocalPlatformConfig
+from pipelines.platform import Platform, local
+from pipelines.tracking import registry, runs
+
+NAME = "m"
+Kind = Literal["promote", "rollback"]
+BEFORE = {"champion": "2", "previous": "1"}
+AFTER = {"promote": {"champion": "3", "previous": "2"}, "rollback": {"champion": "1", "previous": "2"}}
+WRITES = ("set_registered_model_tag", "set_registered_model_alias", "delete_registered_model_tag")
+
+
+@pytest.fixture(scope="module")
+def three_versions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry with three versions of a model, the second of which was promoted after the first."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    client = MlflowClient(f"sqlite:///{path}")
+    client.create_registered_model(NAME)
+    for number in range(3):
+        client.create_model_version(NAME, f"file:///{number}")
+    return path
+
+
+@pytest.fixture
+def laptop(tmp_path: Path, three_versions: Path, monkeypatch: pytest.MonkeyPatch) -> Platform:
+    monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    platform = local(LocalPlatformConfig())
+    shutil.copy(three_versions, platform.root / "mlflow.db")
+    return platform
+
+
+def reset(platform: Platform) -> None:
+    client = runs.connect(platform)
+    for alias, number in BEFORE.items():
+        client.set_registered_model_alias(NAME, alias, number)
+    client.set_registered_model_alias(NAME, "challenger", "3")
+
+
+def move(platform: Platform, kind: Kind) -> None:
+    if kind == "promote":
+        registry.promote(platform, registry.resolve(platform, NAME, "3"))
+    elif (planned := registry.plan_rollback(platform, NAME)) is not None:
+        registry.make_move(platform, NAME, planned)
+
+
+def state(platform: Platform) -> tuple[dict[str, str], bool]:
+    """Aliases that serve, and whether a move is announced."""
+    model = runs.connect(platform).get_registered_model(NAME)
+    aliases = {alias: str(number) for alias, number in model.aliases.items()}
+    return {alias: aliases[alias] for alias in BEFORE}, registry.MOVE_TAG in model.tags
+
+
+def check_and_mend(platform: Platform, kind: Kind) -> None:
+    """What is left after a kill is one of three states, and a second run ends in the one that was wanted."""
+    found, announced = state(platform)
+    assert found in (BEFORE, BEFORE | {"champion": AFTER[kind]["champion"]}, AFTER[kind])
+    if found != AFTER[kind] or announced:  # a rollback that was done would be undone
+        move(platform, kind)
+    assert state(platform) == (AFTER[kind], False)
+
+
+class Ended(BaseException):
+    """The process is gone."""
+
+
+class EndingClient:
+    """A client whose process ends before write number `last`."""
+
+    def __init__(self, client: MlflowClient, last: int) -> None:
+        self._client, self._left = client, last
+
+    def __getattr__(self, name: str) -> Any:
+        if name in WRITES:
+            if self._left == 0:
+                raise Ended
+            self._left -= 1
+        return getattr(self._client, name)
+
+
+def move_and_end(platform: Platform, kind: Kind, last: int) -> bool:
+    """Begin a move in a process that ends before write number `last`; whether it ended early."""
+    with pytest.MonkeyPatch.context() as patch:
+        client = EndingClient(runs.connect(platform), last)
+        patch.setattr(registry, "connect", lambda _: client)
+        try:
+            move(platform, kind)
+        except Ended:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("kind", ["promote", "rollback"])
+def test_a_move_that_ends_between_any_two_writes_is_mended_by_the_next(laptop: Platform, kind: Kind) -> None:
+    ended = 0
+    for last in range(6):
+        reset(laptop)
+        ended += move_and_end(laptop, kind, last)
+        check_and_mend(laptop, kind)
+    assert 4 <= ended < 6
+
+
+def test_an_interrupted_promotion_can_be_rolled_back(laptop: Platform) -> None:
+    reset(laptop)
+    assert move_and_end(laptop, "promote", 2)
+    assert state(laptop) == ({"champion": "3", "previous": "1"}, True)
+    move(laptop, "rollback")
+    assert state(laptop) == ({"champion": "2", "previous": "3"}, False)
+
+
+def test_a_move_that_was_announced_and_never_made_is_forgotten(laptop: Platform) -> None:
+    reset(laptop)
+    assert move_and_end(laptop, "promote", 1)
+    assert state(laptop) == (BEFORE, True)
+    champion = registry.champion_of(laptop, NAME)
+    assert champion is not None
+    assert champion.version == "2"
+    assert state(laptop) == (BEFORE, False)
+
+
+# ------------------------------------------------------------------------------------------------ real kills
+
+
+def in_child(root: str, kind: Kind, ready: Event, go: Event) -> None:
+    os.environ["LAKESIGHT_HOME"] = root
+    platform = local(LocalPlatformConfig())
+    state(platform)  # what a first use has to load
+    ready.set()
+    go.wait()
+    move(platform, kind)
+
+
+def kill_at_random_moments(platform: Platform, kind: Kind, kills: int) -> None:
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["pipelines.tracking.registry"])
+    rng = random.Random(kills)
+    reset(platform)
+    started = time.monotonic()
+    move(platform, kind)
+    longest = time.monotonic() - started
+    for _ in range(kills):
+        reset(platform)
+        ready, go = processes.Event(), processes.Event()
+        child = processes.Process(target=in_child, args=(str(platform.root), kind, ready, go))
+        child.start()
+        assert ready.wait(120)
+        go.set()
+        time.sleep(rng.uniform(0, longest))
+        with suppress(ProcessLookupError):  # it was done already
+            child.kill()
+        child.join()
+        check_and_mend(platform, kind)
+
+
+def test_aliases_survive_a_kill_at_a_random_moment(laptop: Platform) -> None:
+    kill_at_random_moments(laptop, "promote", 1)
+
+
+@pytest.mark.faults
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", ["promote", "rollback"])
+def test_aliases_survive_kills_at_random_moments(laptop: Platform, kind: Kind) -> None:
+    kill_at_random_moments(laptop, kind, 10)

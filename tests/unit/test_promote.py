@@ -1,0 +1,142 @@
+"""What the gate says: every reason, from figures on the same rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.driver.bootstrap import measure
+from pipelines.driver.evaluate import EvaluationReport
+from pipelines.driver.metrics import Scored
+from pipelines.driver.promote import judge
+from pipelines.driver.scores import SCORES, write_scores
+from pipelines.gate import GateConfig, Trial
+
+WELL = Trial(failure="", pictures=4, errors=())
+TRUTH = ("a red square", "a blue circle", "a green dot", "a white line")
+
+
+def scored(captions: list[str | None], *, gap: float = 1.0) -> list[Scored]:
+    """Rows of four kinds; what the nearest neighbour says of them is half right."""
+    return [
+        Scored(
+            row=row,
+            image_id=f"x/{row}",
+            prompt="",
+            references=(TRUTH[row % 4],),
+            caption=caption,
+            neighbour=TRUTH[row % 4] if row % 2 else TRUTH[0],
+            loss=2.0,
+            blind_loss=2.0 + 4 * gap,
+            blank_loss=3.0,
+            noise_loss=4.0,
+            num_targets=4,
+            num_correct=3,
+            num_tokens=4,
+            seconds=0.1,
+        )
+        for row, caption in enumerate(captions)
+    ]
+
+
+def evaluated(folder: Path, rows: list[Scored], version: str = "2") -> EvaluationReport:
+    write_scores(folder / version / SCORES, rows)
+    return EvaluationReport(
+        model_name="m",
+        model_version=version,
+        run_id="r",
+        source="s",
+        split="test",
+        dataset_version=0,
+        scores_hash=version,
+        pictures=len(rows),
+        left_out=sum(row.caption is None for row in rows),
+        metrics=measure(rows),
+        columns=(),
+        slices={},
+        folder=folder / version,
+        gallery=folder,
+        gallery_png=folder,
+        figures_png=folder,
+        reused=False,
+        seconds=1.0,
+    )
+
+
+def good(count: int = 40, wrong: int = 4) -> list[str | None]:
+    """Captions that are right but for some."""
+    return ["a thing" if row < wrong else TRUTH[row % 4] for row in range(count)]
+
+
+def test_a_good_version_passes_with_every_check_told(tmp_path: Path) -> None:
+    verdict = judge(GateConfig(), evaluated(tmp_path, scored(good())), None, WELL)
+    assert verdict.reasons == ()
+    assert list(verdict.checks) == ["loads", "errors", "looks", "constant", "neighbour"]
+    assert verdict.figures["word_f1"].value == pytest.approx(0.94)
+
+
+def test_a_bad_version_is_told_every_reason_and_not_the_first(tmp_path: Path) -> None:
+    captions: list[str | None] = ["a thing"] * 38 + [None, None]
+    champion = evaluated(tmp_path, scored(good()), "1")
+    trial = Trial(failure="it does not load in a fresh process: boom", pictures=0, errors=())
+    verdict = judge(GateConfig(), evaluated(tmp_path, scored(captions, gap=0.04)), champion, trial)
+    for reason, word in zip(
+        verdict.reasons,
+        ("boom", "share of 0.05", "gap of 0.040", "ignores the picture", "nearest neighbour", "same 38 rows"),
+        strict=True,
+    ):
+        assert word in reason
+
+
+@pytest.mark.parametrize(
+    ("gate", "trial", "refused"),
+    [
+        ({}, Trial(failure="", pictures=4, errors=("bad_base64: x",)), ["errors"]),
+        ({"max_error_share": 0.25}, Trial(failure="", pictures=4, errors=("bad_base64: x",)), []),
+        ({"min_blind_gap": 1.5}, WELL, ["looks"]),
+        ({"min_blind_gap": 1.5, "baselines": []}, WELL, ["looks"]),
+    ],
+)
+def test_limits_are_those_of_the_run(tmp_path: Path, gate: dict[str, object], trial: Trial, refused: list[str]) -> None:
+    verdict = judge(GateConfig.model_validate(gate), evaluated(tmp_path, scored(good())), None, trial)
+    assert [name for name, check in verdict.checks.items() if not check.passed] == refused
+
+
+def test_a_version_no_better_than_a_baseline_is_refused_unless_the_run_does_not_ask(tmp_path: Path) -> None:
+    report = evaluated(tmp_path, [replace(row, caption=row.neighbour) for row in scored(good())])
+    assert [name for name, check in judge(GateConfig(), report, None, WELL).checks.items() if not check.passed] == [
+        "neighbour"
+    ]
+    assert judge(GateConfig(baselines=("constant",)), report, None, WELL).reasons == ()
+
+
+def test_a_split_of_one_picture_and_a_figure_that_is_no_number_pass_no_check(tmp_path: Path) -> None:
+    (row,) = scored(["a red square"])
+    alone = judge(GateConfig(), evaluated(tmp_path, [replace(row, blind_loss=None)]), None, WELL)
+    assert any("nobody knows whether it looks" in reason for reason in alone.reasons)
+    broken = judge(GateConfig(), evaluated(tmp_path, scored(good(), gap=math.nan)), None, WELL)
+    assert any("a blind gap of nan" in reason for reason in broken.reasons)
+
+
+def test_a_champion_is_compared_on_the_rows_that_both_have(tmp_path: Path) -> None:
+    champion = evaluated(tmp_path, scored(good(60, wrong=0))[20:], "1")
+    verdict = judge(GateConfig(), evaluated(tmp_path, scored(good(40, wrong=0))), champion, WELL)
+    assert verdict.reasons == ()
+    assert "on the same 20 rows" in verdict.checks["champion"].found
+    apart = evaluated(tmp_path, scored(good(80))[40:], "3")
+    assert "no common rows" in judge(GateConfig(), evaluated(tmp_path, scored(good())), apart, WELL).reasons[0]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.booleans(), min_size=4, max_size=30))
+def test_no_version_is_worse_than_itself(tmp_path_factory: pytest.TempPathFactory, right: list[bool]) -> None:
+    folder = tmp_path_factory.mktemp("same")
+    rows = scored([TRUTH[n % 4] if is_right else "a thing" for n, is_right in enumerate(right)])
+    verdict = judge(GateConfig(), evaluated(folder, rows), evaluated(folder, rows, "1"), WELL)
+    assert verdict.checks["champion"].passed
+    assert verdict.figures["over_champion"].value == 0
