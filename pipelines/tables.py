@@ -22,6 +22,7 @@ REASONS = (
     "text_too_long",
     "conflicting_id",
     "decode_timeout",
+    "decoder_crash",
 )
 """Why a row is in quarantine: a closed list."""
 

@@ -23,7 +23,14 @@ from pipelines.errors import StageFailed
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+
+class Overtaken(Exception):
+    """Another writer committed after this one had made its plan; nothing was written."""
+
+
 CONFLICTS = (
+    Overtaken,
     ConcurrentAppendException,
     ConcurrentDeleteDeleteException,
     ConcurrentDeleteReadException,
@@ -36,7 +43,7 @@ CONFLICTS = (
 TRIES = 12
 
 
-def undisturbed(act: Callable[[], Result], where: str) -> Result:
+def undisturbed(act: Callable[[], Result], where: str = "the tables it writes") -> Result:
     """What `act` returns once no other writer comes between.
 
     Args:

@@ -24,6 +24,7 @@ from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig
 from pipelines.driver.account import IngestReport, checked
+from pipelines.driver.conflicts import undisturbed
 from pipelines.driver.ledger import Entry, forget, items_of, rules_of, take_note, taken_in
 from pipelines.driver.merge import merge_samples, remove_samples, replace_samples, rows_of_source
 from pipelines.driver.near import NearReport, neighbours_of, pairs_of, report_of
@@ -31,7 +32,7 @@ from pipelines.driver.plan import Totals, pictures_across_splits
 from pipelines.driver.quarantine import quarantine, refusals_of, replace_quarantine
 from pipelines.driver.session import commit_note, ensure_tables, note_of, versions
 from pipelines.driver.sources import Source, open_source
-from pipelines.driver.work import Task, Work, kept, settled, undisturbed
+from pipelines.driver.work import Task, Work, kept, settled
 from pipelines.errors import UserError
 from pipelines.platform import Platform
 from pipelines.tables import QUARANTINE, SAMPLES

@@ -10,6 +10,7 @@ from delta.tables import DeltaMergeBuilder, DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from pipelines.driver.conflicts import Overtaken
 from pipelines.driver.plan import Totals
 from pipelines.driver.session import since, stored_as_they_are
 from pipelines.platform import Platform
@@ -33,10 +34,6 @@ class Stamp:
     ingest_id: str
     at: datetime
     since: int
-
-
-class Overtaken(Exception):
-    """Another ingest of the source committed after this one was planned."""
 
 
 def rows_of_source(spark: SparkSession, platform: Platform, table: str, source: str) -> DataFrame:

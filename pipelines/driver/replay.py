@@ -15,12 +15,13 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig, short_hash
+from pipelines.driver.conflicts import undisturbed
 from pipelines.driver.ingest import take
 from pipelines.driver.merge import expect, merge_into, rows_of_source
 from pipelines.driver.plan import Totals
 from pipelines.driver.session import ensure_tables
 from pipelines.driver.sources import Rows
-from pipelines.driver.work import Task, Work, settled, undisturbed
+from pipelines.driver.work import Task, Work, settled
 from pipelines.executor.records import payload_records
 from pipelines.platform import Platform
 from pipelines.tables import QUARANTINE

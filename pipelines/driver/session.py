@@ -29,6 +29,8 @@ UPKEEP = frozenset(
 )
 """Commits that change no row."""
 
+DIED = re.compile(r"Python worker exited unexpectedly|ExecutorLostFailure|^(?:Caused by: )?MemoryError", re.MULTILINE)
+
 
 def ensure_tables(spark: SparkSession, platform: Platform) -> None:
     """Create the Delta tables that do not exist yet.
@@ -170,6 +172,11 @@ def spark_failures(what: str, *, where: str) -> Iterator[None]:
         got = named[-1] if named else str(error).strip().partition("\n")[0]
         fix = "correct the cause and run the command again: what is done stays done, nothing is doubled"
         raise StageFailed(what, where=where, got=got[:500], fix=fix) from error
+
+
+def worker_died(error: Exception) -> bool:
+    """Whether Spark failed because a Python worker, or an executor, ended without a word or for want of memory."""
+    return isinstance(error, (PySparkException, Py4JJavaError)) and bool(DIED.search(str(error)))
 
 
 @contextmanager

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from pyarrow import RecordBatch
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipelines.config import DataConfig, Split
-from pipelines.driver.session import bounded_batches, ensure_tables, spark_failures, table_id, versions
+from pipelines.driver.session import bounded_batches, ensure_tables, spark_failures, table_id, versions, worker_died
 from pipelines.errors import StageFailed, UserError
-from pipelines.executor.pack import PIXELS, WRITTEN, pixels_of, write_files
+from pipelines.executor.pack import PIXELS, WRITTEN, pixels_guarded, pixels_of, write_files
 from pipelines.platform import Platform
 from pipelines.shards import MANIFEST, Manifest, ShardFile, ShardRequest, Shards, write_manifest
 from pipelines.tables import SAMPLES
@@ -29,6 +31,8 @@ from vlm.config import Config, ImageConfig
 logger = logging.getLogger(__name__)
 
 STALE_SECONDS = 3600
+
+PixelsOf = Callable[[Iterator[RecordBatch]], Iterator[RecordBatch]]
 
 
 class ShardReport(Config):
@@ -129,18 +133,13 @@ def _write(rows: DataFrame, folder: Path, request: ShardRequest) -> None:
     numbered = rows.select("place", (F.row_number().over(Window.orderBy("place")) - 1).alias("number"))
     starts = numbered.filter(F.col("number") % request.rows == 0).orderBy("number").collect()
     firsts = [row["place"] for row in starts]
-    pixels = partial(pixels_of, request=request, firsts=firsts)
-    files = partial(write_files, request=request, folder=str(folder))
-    with bounded_batches(rows.sparkSession):
-        written = (
-            rows.select("image_id", "image", "texts")
-            .mapInArrow(pixels, from_arrow_schema(PIXELS))
-            .repartition(len(firsts), "file")
-            .sortWithinPartitions("file", "place")
-            .mapInArrow(files, from_arrow_schema(WRITTEN))
-            .collect()
-        )
-    found = sorted((ShardFile(**row.asDict()) for row in written), key=lambda file: file.file)
+    try:
+        found = _pack(rows, folder, request, partial(pixels_of, request=request, firsts=firsts), len(firsts))
+    except Exception as error:
+        if not worker_died(error):
+            raise
+        logger.warning("a Python worker died while it decoded: pictures are decoded again in guarded processes")
+        found = _pack(rows, folder, request, partial(pixels_guarded, request=request, firsts=firsts), len(firsts))
     manifest = Manifest(request=request, files=tuple(found))
     expected = rows.count()
     if manifest.num_rows != expected or any(file.rows != request.rows for file in found[:-1]):
@@ -152,6 +151,21 @@ def _write(rows: DataFrame, folder: Path, request: ShardRequest) -> None:
         )
     _remove_leftovers(folder, {file.file for file in found})
     write_manifest(folder, manifest)
+
+
+def _pack(rows: DataFrame, folder: Path, request: ShardRequest, pixels: PixelsOf, count: int) -> list[ShardFile]:
+    """Decode, bring every picture to its file, write the files; in the order of their names."""
+    files = partial(write_files, request=request, folder=str(folder))
+    with bounded_batches(rows.sparkSession):
+        written = (
+            rows.select("image_id", "image", "texts")
+            .mapInArrow(pixels, from_arrow_schema(PIXELS))
+            .repartition(count, "file")
+            .sortWithinPartitions("file", "place")
+            .mapInArrow(files, from_arrow_schema(WRITTEN))
+            .collect()
+        )
+    return sorted((ShardFile(**row.asDict()) for row in written), key=lambda file: file.file)
 
 
 def _remove_leftovers(folder: Path, keep: set[str]) -> None:

@@ -8,54 +8,45 @@ overtaken, or met another commit half-way, writes nothing and is made again. Wha
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import TypeVar
 
-from delta.exceptions import (
-    ConcurrentAppendException,
-    ConcurrentDeleteDeleteException,
-    ConcurrentDeleteReadException,
-    ConcurrentTransactionException,
-    ConcurrentWriteException,
-    MetadataChangedException,
-    ProtocolChangedException,
-)
+from pyarrow import RecordBatch
 from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipelines.config import DataConfig
-from pipelines.driver.merge import Overtaken, Stamp, rows_of_source
+from pipelines.driver.conflicts import undisturbed
+from pipelines.driver.merge import Stamp, rows_of_source
 from pipelines.driver.plan import Counted, Totals, counted, plan_of, totals_of
-from pipelines.driver.session import add_columns, bounded_batches, commit_note, note_of, spark_failures, versions
+from pipelines.driver.session import (
+    add_columns,
+    bounded_batches,
+    commit_note,
+    note_of,
+    spark_failures,
+    versions,
+    worker_died,
+)
 from pipelines.driver.sources import Rows
-from pipelines.errors import StageFailed
-from pipelines.executor.decode import OUTCOME, Rules, decode_batches
+from pipelines.executor.decode import OUTCOME, Rules, decode_batches, decode_guarded
 from pipelines.platform import Platform
 from pipelines.tables import SAMPLES
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-CONFLICTS = (
-    Overtaken,
-    ConcurrentAppendException,
-    ConcurrentDeleteDeleteException,
-    ConcurrentDeleteReadException,
-    ConcurrentTransactionException,
-    ConcurrentWriteException,
-    MetadataChangedException,
-    ProtocolChangedException,
-)
-"""Another writer was faster; nothing was written."""
-TRIES = 12
+
+
+Decoded = tuple[DataFrame, DataFrame, Counted]
+"""Rows without their pictures, the pictures, and how many they are."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +110,7 @@ def settled(spark: SparkSession, platform: Platform, task: Task, act: Callable[[
         spark_failures("the input could not be ingested", where=config.source.where),
         bounded_batches(spark),
         commit_note(spark, note_of(task.source)),
-        _decoded(task.rows, rules) as (outcomes, pictures, came),
+        _survived(task.rows, rules) as (outcomes, pictures, came),
     ):
 
         def planned() -> Result:
@@ -135,13 +126,27 @@ def settled(spark: SparkSession, platform: Platform, task: Task, act: Callable[[
 
 
 @contextmanager
-def _decoded(rows: Rows, rules: Rules) -> Iterator[tuple[DataFrame, DataFrame, Counted]]:
+def _survived(rows: Rows, rules: Rules) -> Iterator[Decoded]:
+    """Rows decoded; where a worker dies of one of them, once more in guarded processes that find it."""
+    with ExitStack() as stack:
+        try:
+            decoded = stack.enter_context(_decoded(rows, rules, decode_batches))
+        except Exception as error:
+            if not worker_died(error):
+                raise
+            logger.warning("a Python worker died while it decoded: its rows are decoded again in guarded processes")
+            decoded = stack.enter_context(_decoded(rows, rules, decode_guarded))
+        yield decoded
+
+
+@contextmanager
+def _decoded(rows: Rows, rules: Rules, decoder: Callable[..., Iterator[RecordBatch]]) -> Iterator[Decoded]:
     """Rows, decoded by the time the block begins: as `Work` has them, and how many they are.
 
     Each has a `number`: the plan names one row of a picture by it, and no picture has to be shuffled.
     """
     started = time.monotonic()
-    decode, schema = partial(decode_batches, read=rows.read, rules=rules), from_arrow_schema(OUTCOME)
+    decode, schema = partial(decoder, read=rows.read, rules=rules), from_arrow_schema(OUTCOME)
     numbered = rows.frame.mapInArrow(decode, schema).withColumn("number", F.monotonically_increasing_id())
     with (
         kept(numbered, StorageLevel.DISK_ONLY) as whole,
@@ -150,29 +155,6 @@ def _decoded(rows: Rows, rules: Rules) -> Iterator[tuple[DataFrame, DataFrame, C
         came = counted(outcomes)
         logger.info("%d rows decoded in %.1f s", came.rows_in, time.monotonic() - started)
         yield outcomes, whole.select("number", "image", "format", "width", "height"), came
-
-
-def undisturbed(act: Callable[[], Result]) -> Result:
-    """What `act` returns once no other writer comes between.
-
-    Raises:
-        StageFailed: others were faster time and again.
-    """
-    for number in range(1, TRIES):
-        try:
-            return act()
-        except CONFLICTS as conflict:
-            logger.info("another ingest was faster (%s): try %d of %d", type(conflict).__name__, number + 1, TRIES)
-            time.sleep(random.uniform(0, 0.5 * number))  # noqa: S311 (it parts those that met)
-    try:
-        return act()
-    except CONFLICTS as conflict:
-        raise StageFailed(
-            f"other ingests were faster {TRIES} times",
-            where="the tables of this ingest",
-            got=f"{type(conflict).__name__}: {conflict}"[:500],
-            fix="run it again when fewer of them run at the same time: what is there is not doubled",
-        ) from conflict
 
 
 @contextmanager

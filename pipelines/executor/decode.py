@@ -2,7 +2,8 @@
 
 Every row comes out exactly once, as one of two kinds in one schema (OUTCOME): a sample (`reason` null) or a refusal
 with one of the closed list of reasons. Nothing about a row raises; what nobody foresaw is a refusal too, with the
-exception in `detail`. Only trouble of the machine itself (out of memory) fails the task, which Spark then retries.
+exception in `detail`. Trouble of the machine itself (out of memory), or a decoder that crashes, fails the task, which
+Spark then retries; where it fails for good, the driver has the rows decoded once more, guarded.
 
 A row's identity comes from its content, never from its place: Spark may split files as it likes, and a second reading
 of the same row gives the same ids.
@@ -16,8 +17,9 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 from types import NoneType
 from typing import Any
@@ -27,6 +29,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines.config import ColumnNames, ColumnSplitConfig, HashSplitConfig, LimitsConfig, Split, SplitConfig
+from pipelines.executor.guard import guarded, portions
 from pipelines.executor.near import fingerprint
 from pipelines.executor.records import Fields, Read, Record
 from pipelines.executor.timer import TimeUp, time_limit
@@ -67,6 +70,7 @@ SPLITS: dict[str, Split] = {
 }
 """What sources call their splits."""
 PART = re.compile(r"-\d+(-of-\d+)?$")
+URL_SAFE = str.maketrans("-_", "+/")
 DATA_URL = re.compile(r"data:[^,]{0,200};base64,")
 
 
@@ -97,9 +101,28 @@ def decode_batches(batches: Iterator[pa.RecordBatch], read: Read, rules: Rules) 
         read: makes records of them.
         rules: what makes a record a sample.
     """
+    yield from _decoded(read(batches), rules)
+
+
+def decode_guarded(batches: Iterator[pa.RecordBatch], read: Read, rules: Rules) -> Iterator[pa.RecordBatch]:
+    """As `decode_batches`, in processes of their own: a row at which the decoder crashes is refused."""
+    for records in portions(read(batches), _size_of):
+        yield from guarded(records, partial(_decoded, rules=rules), _crashed)
+
+
+def _size_of(record: Record) -> int:
+    return sum(len(value) for value in record.fields.values() if isinstance(value, (str, bytes)))
+
+
+def _crashed(record: Record, how: str) -> pa.RecordBatch:
+    refused = Refused("decode", "decoder_crash", f"the process that decoded it {how}")
+    return batch_of([_refusal(record, refused)])
+
+
+def _decoded(records: Iterable[Record], rules: Rules) -> Iterator[pa.RecordBatch]:
     outcomes: list[dict[str, Any]] = []
     held = 0
-    for record in read(batches):
+    for record in records:
         outcomes.append(decode_row(record, rules))
         held += len(outcomes[-1].get("image") or b"") + len(outcomes[-1]["payload"])
         if held >= FLUSH_BYTES or len(outcomes) >= FLUSH_ROWS:
@@ -128,13 +151,17 @@ def decode_row(record: Record, rules: Rules) -> dict[str, Any]:
     try:
         sample = _judge(record, rules)
     except Refused as refused:
-        payload = record.raw if record.raw is not None else _as_json(record.fields)
-        why = {"stage": refused.stage, "reason": refused.reason, "detail": refused.detail}
-        return {"source_row": record.source_row or _name_of_row(record.file, payload), "payload": payload, **why}
+        return _refusal(record, refused)
     payload = _as_json({name: value for name, value in record.fields.items() if name != rules.columns.image})
     # The picture's own hash stands for it: to hash megabytes of base64 too takes a tenth as long as decoding it.
     name = record.source_row or _name_of_row(record.file, payload + sample["sha256"])
     return {"source_row": name, "payload": payload, **sample}
+
+
+def _refusal(record: Record, refused: Refused) -> dict[str, Any]:
+    payload = record.raw if record.raw is not None else _as_json(record.fields)
+    why = {"stage": refused.stage, "reason": refused.reason, "detail": refused.detail}
+    return {"source_row": record.source_row or _name_of_row(record.file, payload), "payload": payload, **why}
 
 
 def _name_of_row(file: str, content: str) -> str:
@@ -261,7 +288,7 @@ def _opened(data: bytes, limits: LimitsConfig) -> tuple[Image.Image, ImageInfo]:
 
 
 def decode_base64(text: str, max_bytes: int) -> bytes:
-    """The bytes of standard base64; white space around it, a data-URL prefix and missing padding are forgiven.
+    """The bytes of base64, standard or URL-safe; white space, a data-URL prefix and missing padding are forgiven.
 
     Raises:
         Refused: bad_base64, or too_large for more than `max_bytes` (judged before decoding).
@@ -269,16 +296,29 @@ def decode_base64(text: str, max_bytes: int) -> bytes:
     body = text.strip()
     prefix = DATA_URL.match(body)
     body = body[prefix.end() :] if prefix else body
-    size = len(body) * 3 // 4
-    if size > max_bytes + 2:
-        raise Refused("decode", "too_large", f"{size} bytes, at most {max_bytes}")
+    most = (max_bytes + 2) // 3 * 4
+    if len(body) > most:
+        body = _without_space(body)
+    if len(body) > most:
+        raise Refused("decode", "too_large", f"{len(body) * 3 // 4} bytes, at most {max_bytes}")
     try:
-        data = base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
+        try:
+            data = _strict(body)
+        except (binascii.Error, ValueError):  # the usual picture is spared a look for what is rare
+            data = _strict(_without_space(body).translate(URL_SAFE))
     except (binascii.Error, ValueError) as error:
         raise Refused("decode", "bad_base64", f"{len(body)} characters: {error}") from None
     if len(data) > max_bytes:
         raise Refused("decode", "too_large", f"{len(data)} bytes, at most {max_bytes}")
     return data
+
+
+def _strict(body: str) -> bytes:
+    return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.split())
 
 
 def split_of(sha256: str, config: HashSplitConfig) -> Split:

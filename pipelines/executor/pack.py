@@ -10,6 +10,7 @@ import hashlib
 import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.errors import StageFailed
+from pipelines.executor.guard import guarded, portions
 from pipelines.shards import ShardRequest, encode_pixels, shard_schema, write_shard_file
 from pipelines.tables import TEXT_TYPE
 from vlm.errors import ImageError
@@ -68,6 +70,36 @@ def pixels_of(
             },
             PIXELS,
         )
+
+
+def pixels_guarded(
+    batches: Iterator[pa.RecordBatch], request: ShardRequest, firsts: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
+    """As `pixels_of`, in processes of its own: to find the picture at which the decoder crashes.
+
+    Raises:
+        StageFailed: names that picture, or what `pixels_of` names.
+    """
+    rows = (batch.slice(n, 1) for batch in batches for n in range(batch.num_rows))
+    work = partial(_pixels_of_rows, request=request, firsts=firsts)
+    for portion in portions(rows, lambda row: int(row.nbytes)):
+        yield from guarded(portion, work, _crashed)
+
+
+def _pixels_of_rows(
+    rows: Sequence[pa.RecordBatch], request: ShardRequest, firsts: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
+    return pixels_of(iter(rows), request, firsts)
+
+
+def _crashed(row: pa.RecordBatch, how: str) -> pa.RecordBatch:
+    image_id = row.column("image_id")[0].as_py()
+    raise StageFailed(
+        "a picture of samples crashes its decoder",
+        where=image_id,
+        got=f"the process that decoded it {how}",
+        fix="upgrade Pillow, or delete the row of this image_id from samples",
+    )
 
 
 def _encoded(image_id: str, data: bytes, request: ShardRequest) -> bytes:

@@ -33,12 +33,21 @@ def with_thumbnails(batches: Iterator[pa.RecordBatch], column: str) -> Iterator[
         kept = [n for n in range(batch.num_columns) if n != at]
         columns, names = [batch.column(n) for n in kept], [batch.schema.names[n] for n in kept]
         values = batch.column(at).to_pylist()
+        shown = _shown(batch)
         if pa.types.is_string(batch.schema.field(at).type):
             columns.append(pa.array([value[:SHOWN_CHARS] for value in values], pa.string()))
             names.append(column)
             values = [picture_in(value) for value in values]
-        columns.append(pa.array([thumbnail(value) for value in values], pa.binary()))
+        small = [thumbnail(value) if show else None for value, show in zip(values, shown, strict=True)]
+        columns.append(pa.array(small, pa.binary()))
         yield pa.RecordBatch.from_arrays(columns, names=[*names, "thumbnail"])
+
+
+def _shown(batch: pa.RecordBatch) -> list[bool]:
+    """Which rows' pictures may be decoded: of quarantine not those that end the process that does."""
+    if "reason" not in batch.schema.names:
+        return [True] * batch.num_rows
+    return [reason != "decoder_crash" for reason in batch.column("reason").to_pylist()]
 
 
 def picture_in(payload: str) -> bytes | None:

@@ -30,3 +30,10 @@ def test_a_payload_is_cut_and_its_picture_shown() -> None:
     assert out.column("payload").to_pylist() == [payload[:SHOWN_CHARS] for payload in payloads]
     assert [data is not None for data in out.column("thumbnail").to_pylist()] == [True, False, False]
     assert picture_in(payloads[0]) == png(1)
+
+
+def test_a_picture_that_crashes_its_decoder_is_not_decoded_to_be_shown() -> None:
+    payload = json.dumps({"photo": as_base64(png(1))})
+    batch = pa.RecordBatch.from_pydict({"payload": [payload] * 2, "reason": ["decoder_crash", "too_small"]})
+    [out] = with_thumbnails(iter([batch]), "payload")
+    assert [data is not None for data in out.column("thumbnail").to_pylist()] == [False, True]

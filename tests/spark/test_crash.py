@@ -1,0 +1,43 @@
+"""A decoder that crashes: its worker really dies, and still no other row is lost and the row that did it is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from crashing import ArmingImage, ArmingLimits, deadly
+from pictures import as_base64, png, write_csv
+from pyspark.sql import SparkSession
+
+from pipelines.config import DataConfig
+from pipelines.driver.ingest import ingest
+from pipelines.driver.shard import shard
+from pipelines.errors import StageFailed
+from pipelines.platform import Platform
+
+
+def config(path: Path) -> DataConfig:
+    data = DataConfig.model_validate({"source": {"path": str(path)}, "near_duplicates": False})
+    return data.model_copy(update={"limits": ArmingLimits(max_decode_seconds=20)})
+
+
+def test_a_picture_that_crashes_its_decoder_is_quarantined_by_ingest_and_named_by_shard(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    good = [[as_base64(png(5000 + n)), f"picture {n}"] for n in range(40)]
+    rows = [*good[:33], [as_base64(deadly()), "deadly"], *good[33:], ["?", "bad"]]
+    data = config(write_csv(tmp_path / "a.csv", rows))
+    report = ingest(spark, platform, source, data)
+    assert (report.rows_in, report.new) == (42, 40)
+    assert report.reasons == {"bad_base64": 1, "decoder_crash": 1}
+    refused = spark.table(platform.table("quarantine")).where(f"source = '{source}' AND reason = 'decoder_crash'")
+    [row] = refused.collect()
+    assert row["detail"] == "the process that decoded it was ended by SIGSEGV"
+    assert as_base64(deadly()) in row["payload"]
+
+    table = platform.table("samples")
+    victim = spark.table(table).where(f"source = '{source}' AND split = 'train'").first()["image_id"]  # type: ignore[index]
+    spark.sql(f"UPDATE {table} SET image = X'{deadly().hex()}' WHERE image_id = '{victim}'").collect()
+    with pytest.raises(StageFailed, match=f"crashes its decoder.*{victim}.*SIGSEGV.*delete") as caught:
+        shard(spark, platform, source, data, ArmingImage(size=8), "train")
+    assert "\n" not in str(caught.value)
