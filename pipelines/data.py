@@ -208,17 +208,32 @@ class LimitsConfig(Config):
 
 
 class ShardConfig(Config):
-    """Training shards: pixels raw (random access, no decoding) or jpeg (small), and rows in one file."""
+    """Training shards: pixels raw (random access, no decoding) or jpeg (small), and rows in one file.
+
+    Attributes:
+        encoding: of the pixels.
+        rows: in one file.
+        seed: of the order.
+        where: SQL condition on columns of `samples`; rows that do not meet it are left out, of every split.
+        draft: let JPEG's decoder halve large pictures, down to the model's resolution: far faster, and pixels differ a
+            little from those of a picture that is decoded whole, as captioning does.
+    """
 
     encoding: Literal["raw", "jpeg"] = "raw"
     rows: PositiveInt = 1024
     seed: int = 0
+    where: str = ""
+    draft: bool = False
+
+
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class DataConfig(Config):
     """Where samples come from (CSV, unless the source says its kind), how they are split, and which split is for what.
 
-    With `near_duplicates`, a new picture that nearly equals another one is flagged, and goes to the same split.
+    With `near_duplicates`, a new picture that nearly equals another one is flagged, and goes to the same split. `mix`
+    gives other sources of `samples` a share each of what is learned from; the rest is this source's own.
     """
 
     source: SourceConfig = CsvSourceConfig()
@@ -228,6 +243,7 @@ class DataConfig(Config):
     shards: ShardConfig = ShardConfig()
     validate_on: Split = "val"
     evaluate_on: Split = "test"
+    mix: dict[str, Share] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -239,4 +255,12 @@ class DataConfig(Config):
     def _files_say_the_split(self) -> Self:
         if self.split.kind == "file" and self.source.kind == "table":
             raise ValueError("a table has no files that could say the split: use split kind hash or column")
+        return self
+
+    @model_validator(mode="after")
+    def _own_rows_are_left(self) -> Self:
+        if sum(self.mix.values()) >= 1:
+            raise ValueError("mix leaves no share to this source itself: keep the sum of its shares below 1")
+        if self.mix and "train" in (self.validate_on, self.evaluate_on):
+            raise ValueError("a mix is for learning: validate_on and evaluate_on must be val or test")
         return self

@@ -1,8 +1,9 @@
 """The training-shard format: a folder of Arrow IPC files and a manifest, written last.
 
-A rank memory-maps the files and reads any row in O(1): every record batch of a file has BATCH_ROWS rows but the last,
-and every file has the same number of rows but the last, so a row's place is two divisions. With `raw` encoding a row's
-pixels are its bytes; nothing is decoded. The folder's name is a hash of what determines its content.
+A rank memory-maps the files and reads any row at once: its file is found by bisection, and every record batch of a
+file has BATCH_ROWS rows but the last. With `raw` encoding a row's pixels are its bytes; nothing is decoded. The folder's name
+is a hash of what determines its content. A manifest may name files of folders beside its own: so several sources are
+mixed, and no pixel is copied.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import io
 import uuid
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -29,7 +32,7 @@ from vlm.config import Config, ImageConfig
 
 BATCH_ROWS = 64
 MANIFEST = "manifest.json"
-FORMAT: Literal[1] = 1
+FORMAT: Literal[2] = 2
 
 
 class ShardRequest(Config):
@@ -44,6 +47,8 @@ class ShardRequest(Config):
     encoding: Literal["raw", "jpeg"]
     rows: int
     seed: int
+    where: str = ""
+    draft: bool = False
 
     @property
     def folder_name(self) -> str:
@@ -52,7 +57,7 @@ class ShardRequest(Config):
 
 
 class ShardFile(Config):
-    """One file of a shard folder."""
+    """One file of a shard folder, or of a folder beside it: its path from there."""
 
     file: str
     rows: int
@@ -60,12 +65,28 @@ class ShardFile(Config):
     sha256: str
 
 
-class Manifest(Config):
-    """What a shard folder holds; its presence says the folder is complete."""
+class Part(Config):
+    """One source of a mix: its rows follow those of the parts before it. `draws` of them are shown in an epoch."""
 
-    format: Literal[1] = FORMAT
+    source: str
+    rows: int
+    draws: int
+
+
+class Manifest(Config):
+    """What a shard folder holds; its presence says the folder is complete.
+
+    Attributes:
+        format: of the folder.
+        request: what its rows were asked for by; of a mix, the first part's.
+        files: in order.
+        parts: of a mix; else none.
+    """
+
+    format: Literal[2] = FORMAT
     request: ShardRequest
     files: tuple[ShardFile, ...]
+    parts: tuple[Part, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -75,7 +96,8 @@ class Manifest(Config):
     @property
     def content_hash(self) -> str:
         """A hash of every file's content: equal hashes mean equal training data."""
-        return short_hash([file.sha256 for file in self.files])
+        parts = [(part.rows, part.draws) for part in self.parts]
+        return short_hash([file.sha256 for file in self.files], *parts)
 
 
 class Row(NamedTuple):
@@ -209,6 +231,11 @@ class Shards:
     def _readers(self) -> list[pa.ipc.RecordBatchFileReader]:
         return [pa.ipc.open_file(pa.memory_map(str(self.folder / file.file), "r")) for file in self.manifest.files]
 
+    @cached_property
+    def _starts(self) -> list[int]:
+        """The first row of each file."""
+        return list(accumulate((file.rows for file in self.manifest.files[:-1]), initial=0))
+
     def __len__(self) -> int:
         return self.manifest.num_rows
 
@@ -216,12 +243,12 @@ class Shards:
         return Shards, (self.folder,)
 
     def row(self, index: int) -> Row:
-        """Row `index` (0 <= index < len): two divisions and a read of that row alone."""
+        """Row `index` (0 <= index < len): one bisection, one division and a read of that row alone."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         request = self.manifest.request
-        file, within = divmod(index, request.rows)
-        number, offset = divmod(within, BATCH_ROWS)
+        file = bisect_right(self._starts, index) - 1
+        number, offset = divmod(index - self._starts[file], BATCH_ROWS)
         batch = self._readers[file].get_batch(number)
         stored = batch.column("pixels")[offset].as_buffer()
         if request.encoding == "raw":

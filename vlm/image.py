@@ -53,13 +53,17 @@ class ImageInfo(NamedTuple):
     height: int
 
 
-def open_image(data: bytes, *, max_pixels: int, min_side: int) -> tuple[Image.Image, ImageInfo]:
+def open_image(
+    data: bytes, *, max_pixels: int, min_side: int, enough: int | None = None
+) -> tuple[Image.Image, ImageInfo]:
     """Decode a picture wholly into RGB.
 
     Args:
         data: the bytes of a picture file.
         max_pixels: width times height at most.
         min_side: width and height at least, pixels.
+        enough: pixels a side that are enough: JPEG's decoder then halves a picture, once to three times, for as long as
+            both sides keep as many. Far faster, and nearly the pixels that a resize of the whole picture would give.
 
     Raises:
         ImageError: reason too_large or too_small (by the header, nothing decoded), unsupported_format, not_an_image,
@@ -73,6 +77,8 @@ def open_image(data: bytes, *, max_pixels: int, min_side: int) -> tuple[Image.Im
         raise ImageError("too_small", f"{width} x {height} pixels, at least {min_side} a side")
     format_ = str(image.format)
     try:
+        if enough is not None:
+            image.draft(None, (enough, enough))
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         rgb = _to_rgb(image)

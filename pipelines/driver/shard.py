@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from pyarrow import RecordBatch
+from pyspark.errors import AnalysisException, ParseException
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from pipelines.config import DataConfig, Split
+from pipelines.config import DataConfig, ShardConfig, Split, short_hash
 from pipelines.driver.session import bounded_batches, ensure_tables, spark_failures, table_id, versions, worker_died
 from pipelines.errors import StageFailed, UserError
 from pipelines.executor.pack import PIXELS, WRITTEN, pixels_guarded, pixels_of, write_files
 from pipelines.platform import Platform
-from pipelines.shards import MANIFEST, Manifest, ShardFile, ShardRequest, Shards, write_manifest
+from pipelines.shards import MANIFEST, Manifest, Part, ShardFile, ShardRequest, Shards, write_manifest
 from pipelines.tables import SAMPLES
 from vlm.config import Config, ImageConfig
 
@@ -59,63 +61,120 @@ class ShardReport(Config):
     seconds: float
 
 
+class Packed(NamedTuple):
+    """A complete shard folder, and whether it was there."""
+
+    folder: Path
+    manifest: Manifest
+    reused: bool
+
+
 def shard(  # noqa: PLR0917 (each argument is one slice of a run, and none may be left out)
     spark: SparkSession, platform: Platform, source_name: str, config: DataConfig, image: ImageConfig, split: Split
 ) -> ShardReport:
-    """Write the training shards of one source and split, or find them.
+    """Write the training shards of one source and split, or find them; of a mix, those of every source to learn from.
 
-    The request is pinned to the version that last changed this source (`session.versions`); the rows are read at the
+    A request is pinned to the version that last changed its source (`session.versions`); the rows are read at the
     newest version, where they are the same, because an old version's files may have been vacuumed away.
 
     Raises:
-        UserError: the split has no rows. StageFailed: rows were lost or doubled on the way.
+        UserError: the split has no rows, or data.shards.where is no condition. StageFailed: rows were lost or doubled
+            on the way.
     """
     started = time.monotonic()
     ensure_tables(spark, platform)
-    version = versions(spark, platform, source_name)
+    packed = _packed(spark, platform, source_name, config.shards, image, split)
+    if split == "train" and config.mix:
+        others = [_packed(spark, platform, other, config.shards, image, split) for other in config.mix]
+        packed = mix([packed, *others], list(config.mix.values()), platform.folder("shards"))
+    manifest = packed.manifest
+    how = "found" if packed.reused else "new"
+    logger.info("%s %s: %d rows in %s (%s)", source_name, split, manifest.num_rows, packed.folder, how)
+    return ShardReport(
+        folder=str(packed.folder),
+        source=source_name,
+        split=split,
+        num_rows=manifest.num_rows,
+        content_hash=manifest.content_hash,
+        dataset_version=manifest.request.table_version,
+        reused=packed.reused,
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def mix(parts: Sequence[Packed], shares: Sequence[float], shards: Path) -> Packed:
+    """A folder that names the files of others and how often rows of each are drawn; it holds a manifest alone.
+
+    An epoch has as many draws as there are rows in all: of part 1 and later by their shares, of part 0 what is left.
+
+    Args:
+        parts: folders beside each other.
+        shares: of part 1 and later, each above 0, together below 1.
+        shards: the folder that they are in.
+    """
+    total = sum(part.manifest.num_rows for part in parts)
+    given = [max(1, round(share * total)) for share in shares]
+    draws = [max(1, total - sum(given)), *given]
+    manifest = Manifest(
+        request=parts[0].manifest.request,
+        files=tuple(
+            file.model_copy(update={"file": f"../{part.folder.name}/{file.file}"})
+            for part in parts
+            for file in part.manifest.files
+        ),
+        parts=tuple(
+            Part(source=part.manifest.request.source, rows=part.manifest.num_rows, draws=number)
+            for part, number in zip(parts, draws, strict=True)
+        ),
+    )
+    names = [part.folder.name for part in parts]
+    folder = shards / f"{manifest.request.source}-mix-{short_hash(manifest.format, names, draws)}"
+    reused = (folder / MANIFEST).exists()
+    if not reused:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_manifest(folder, manifest)
+    return Packed(folder, Shards.open(folder).manifest, reused)
+
+
+def _packed(  # noqa: PLR0917
+    spark: SparkSession, platform: Platform, source: str, config: ShardConfig, image: ImageConfig, split: Split
+) -> Packed:
+    version = versions(spark, platform, source)
     request = ShardRequest(
         table=platform.table(SAMPLES.name),
         table_id=table_id(spark, platform, SAMPLES),
         table_version=version.changed,
-        source=source_name,
+        source=source,
         split=split,
         image=image,
-        encoding=config.shards.encoding,
-        rows=config.shards.rows,
-        seed=config.shards.seed,
+        encoding=config.encoding,
+        rows=config.rows,
+        seed=config.seed,
+        where=config.where,
+        draft=config.draft,
     )
     folder = platform.folder("shards") / request.folder_name
     reused = (folder / MANIFEST).exists()
     if not reused:
         with spark_failures("the shards could not be written", where=str(folder)):
             _write(_rows(spark, request, version.newest), folder, request)
-    manifest = Shards.open(folder).manifest
-    logger.info(
-        "%s %s: %d rows in %s (%s)", source_name, split, manifest.num_rows, folder, "found" if reused else "new"
-    )
-    return ShardReport(
-        folder=str(folder),
-        source=source_name,
-        split=split,
-        num_rows=manifest.num_rows,
-        content_hash=manifest.content_hash,
-        dataset_version=request.table_version,
-        reused=reused,
-        seconds=round(time.monotonic() - started, 3),
-    )
+    return Packed(folder, Shards.open(folder).manifest, reused)
 
 
 def _rows(spark: SparkSession, request: ShardRequest, version: int) -> DataFrame:
-    """The rows of a source and split, with the place of each in the shuffled order."""
+    """The rows of a source and split that meet the condition, with the place of each in the shuffled order."""
     samples = spark.read.option("versionAsOf", version).table(request.table).filter(F.col("source") == request.source)
+    samples = _meeting(samples, request.where) if request.where else samples
     rows = samples.filter(F.col("split") == request.split)
     if rows.isEmpty():
         counts = samples.groupBy("split").count().orderBy("split").collect()
+        meeting = " that meet data.shards.where" if request.where else " of this source"
         raise UserError(
             f"the {request.split} split has no rows",
             where=f"{request.table}, source {request.source}",
-            got=", ".join(f"{row['count']} in {row['split']}" for row in counts) or "no rows of this source at all",
-            fix="run `lakesight ingest` first, or change data.split, data.validate_on or data.evaluate_on",
+            got=", ".join(f"{row['count']} in {row['split']}" for row in counts) or f"no rows{meeting} at all",
+            fix="run `lakesight ingest` first, or change data.split, data.shards.where, data.validate_on or "
+            "data.evaluate_on",
         )
     return rows.select(
         "image_id",
@@ -123,6 +182,18 @@ def _rows(spark: SparkSession, request: ShardRequest, version: int) -> DataFrame
         "texts",
         F.sha2(F.concat(F.lit(f"{request.seed}/"), "image_id"), 256).alias("place"),
     )
+
+
+def _meeting(samples: DataFrame, condition: str) -> DataFrame:
+    try:
+        return samples.filter(condition)
+    except (ParseException, AnalysisException) as error:
+        raise UserError(
+            "the rows to shard cannot be chosen",
+            where="data.shards.where",
+            got=f"{condition!r}: {str(error).partition(chr(10))[0]}",
+            fix=f'write an SQL condition on columns of {SAMPLES.name}, such as "width >= 64 AND near_of IS NULL"',
+        ) from None
 
 
 def _write(rows: DataFrame, folder: Path, request: ShardRequest) -> None:

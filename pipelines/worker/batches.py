@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from pipelines.shards import Row, Shards
-from pipelines.worker.order import draw, hash64
+from pipelines.worker.order import draw, hash64, mixed
 from vlm.batch import IGNORE, Batch
 from vlm.config import ModelConfig
 from vlm.text.base import Tokenizer
@@ -84,8 +84,13 @@ def training_batches(
 
     A picture with several texts shows one of them an epoch, picked by (seed, epoch, row).
     """
+    parts = shards.manifest.parts
+    sizes, draws = [part.rows for part in parts], [part.draws for part in parts]
+    epoch = sum(draws) or len(shards)
     for step in steps:
-        drawn = draw(step, rank=rank, world_size=world_size, batch_size=batch_size, num_rows=len(shards), seed=seed)
+        drawn = draw(step, rank=rank, world_size=world_size, batch_size=batch_size, num_rows=epoch, seed=seed)
+        if parts:
+            drawn = mixed(drawn, sizes, draws, seed=seed)
         rows = [shards.row(int(index)) for index in drawn.rows]
         picks = [
             hash64(seed, int(epoch), int(index)) % len(row.texts)

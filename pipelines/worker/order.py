@@ -6,10 +6,14 @@ asks for its slice of the same endless sequence.
 
 The permutation is a Feistel network over the next power of four, and positions that land outside [0, n) walk on along
 their cycle until they come back inside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+
+A mix has the same order over the positions of its epochs. Each position belongs to a part and is one draw of it: which
+row it is follows from the draw's number, because a part's rows are gone through by permutations of their own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +54,32 @@ def draw(step: int, *, rank: int, world_size: int, batch_size: int, num_rows: in
     first = step * batch_size + rank * share
     epochs, places = np.divmod(np.arange(first, first + share, dtype=np.int64), num_rows)
     return Draw(permute(places, epochs, num_rows=num_rows, seed=seed), epochs)
+
+
+def mixed(drawn: Draw, rows: Sequence[int], draws: Sequence[int], *, seed: int) -> Draw:
+    """What the positions of a mix's epochs are, drawn as if they were rows: rows of its parts, one part after another.
+
+    Each part is gone through whole, in a new order each time, before a row of it comes again.
+
+    Args:
+        drawn: of sum(draws) rows.
+        rows: of each part, at least 1.
+        draws: of each part in an epoch, at least 1.
+        seed: of the run.
+
+    Returns:
+        The rows, and how often all rows of its part were gone through before each.
+    """
+    found, rounds = np.empty_like(drawn.rows), np.empty_like(drawn.epochs)
+    first_row = first_draw = 0
+    for part, (size, share) in enumerate(zip(rows, draws, strict=True)):
+        mine = (drawn.rows >= first_draw) & (drawn.rows < first_draw + share)
+        numbers = drawn.epochs[mine] * share + drawn.rows[mine] - first_draw
+        rounds[mine], places = np.divmod(numbers, size)
+        order = permute(places, rounds[mine], num_rows=size, seed=hash64(seed, part))
+        found[mine] = first_row + order
+        first_row, first_draw = first_row + size, first_draw + share
+    return Draw(found, rounds)
 
 
 def permute(places: Int64s, epochs: Int64s, *, num_rows: int, seed: int) -> Int64s:

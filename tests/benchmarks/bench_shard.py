@@ -1,0 +1,107 @@
+"""Shards at model resolution beside a bare loop that decodes and resizes the same pictures on as many cores.
+
+    python tests/benchmarks/bench_shard.py
+
+Pictures of 640 x 480 (JPEG) and of 1024 x 1024 (PNG), to 224 x 224. The loop has the pictures' bytes in memory and
+throws the pixels away; shard reads them from Delta, brings them into their order and writes files. Each is done for a
+third of the pictures and for all of them: what the second costs more is the cost of pictures, apart from what a command
+costs whatever it does. Seconds are the processor's, of all processes together, so that other work on the machine counts
+for nothing. Memory is resident memory of all processes together, sampled five times a second from /proc (Linux).
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.dataset as ds
+from deltalake import DeltaTable
+from measure import make, peak_memory, processor_seconds
+from PIL import Image
+
+from pipelines.config import DataConfig, LocalPlatformConfig
+from pipelines.driver.ingest import ingest
+from pipelines.driver.shard import shard
+from pipelines.platform import local
+from vlm.config import ImageConfig
+
+SIZE = 224
+COUNTS = {"JPEG": (300, 900), "PNG": (80, 240)}
+SIDES = {"JPEG": (640, 480), "PNG": (1024, 1024)}
+
+
+class Cost(NamedTuple):
+    """Processor's seconds a picture, seconds whatever the number, and the peak of memory in MB."""
+
+    picture: float
+    fixed: float
+    peak: float
+
+
+def bare(data: bytes) -> int:
+    """What a loop without a lakehouse does with one picture."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    return len(np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
+
+
+def loop(images: list[bytes], cores: int) -> None:
+    """The bare loop over some pictures, in one process a core."""
+    with multiprocessing.get_context("fork").Pool(cores) as pool:
+        for _ in pool.imap_unordered(bare, images, chunksize=8):
+            pass
+
+
+def cost(work: Callable[[int], object], counts: tuple[int, int]) -> Cost:
+    """What `work` on a number of pictures costs."""
+    used = []
+    with peak_memory() as samples:
+        for count in counts:
+            before = processor_seconds()
+            work(count)
+            used.append(processor_seconds() - before)
+    picture = (used[1] - used[0]) / (counts[1] - counts[0])
+    return Cost(picture, used[0] - picture * counts[0], max(samples) / 1e6)
+
+
+def main() -> None:
+    """Run everything for each kind of picture, and print the table."""
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LAKESIGHT_HOME"] = folder
+        platform = local(LocalPlatformConfig())
+        spark = platform.open_spark()
+        for kind, counts in COUNTS.items():
+            path = Path(folder) / f"{kind}.csv"
+            make(path, counts[1], SIDES[kind][0], kind, SIDES[kind][1])
+            config = {"source": {"path": str(path)}, "split": {"kind": "hash", "val": 0, "test": 0}}
+            ingest(spark, platform, kind, DataConfig.model_validate(config | {"near_duplicates": False}))
+
+            def packed(count: int, kind: str = kind, config: dict[str, object] = config, draft: bool = False) -> None:
+                chosen = {"where": f"CAST(substring(texts[0].text, 9) AS INT) < {count}", "draft": draft}
+                data = DataConfig.model_validate(config | {"shards": chosen})
+                shard(spark, platform, kind, data, ImageConfig(size=SIZE), "train")
+
+            table = DeltaTable(str(platform.folder("shards").parent / "warehouse" / "samples")).to_pyarrow_dataset()
+            images = table.to_table(columns=["image"], filter=ds.field("source") == kind).column("image").to_pylist()
+            packed(10)
+            costs = {
+                "bare loop": cost(lambda count: loop(images[:count], cores), counts),  # noqa: B023 called at once
+                "lakesight shard": cost(packed, counts),
+                "with draft": cost(partial(packed, draft=True), counts),
+            }
+            print(f"{counts[1]} {kind} of {SIDES[kind][0]} x {SIDES[kind][1]} to {SIZE} x {SIZE}, {cores} cores")
+            for name, (picture, fixed, peak) in costs.items():
+                ratio = costs["bare loop"].picture / picture
+                print(f"{name:16} {picture * 1e3:7.2f} ms a picture, {fixed:5.1f} s, {peak:6.0f} MB, ratio {ratio:.2f}")
+        spark.stop()
+
+
+if __name__ == "__main__":
+    main()
