@@ -1,9 +1,9 @@
 """The training-shard format: a folder of Arrow IPC files and a manifest, written last.
 
 A rank memory-maps the files and reads any row at once: its file is found by bisection, and every record batch of a
-file has BATCH_ROWS rows but the last. With `raw` encoding a row's pixels are its bytes; nothing is decoded. The folder's name
-is a hash of what determines its content. A manifest may name files of folders beside its own: so several sources are
-mixed, and no pixel is copied.
+file has BATCH_ROWS rows but the last. With `raw` encoding a row's pixels are its bytes; nothing is decoded. The
+folder's name is a hash of what determines its content. A manifest may name files of folders beside its own: so several
+sources are mixed, and no pixel is copied.
 """
 
 from __future__ import annotations

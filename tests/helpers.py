@@ -86,7 +86,9 @@ def tiny_run(*, steps: int = 12, ranks: int = 2, model: object = None, **train: 
     )
 
 
-def write_shards(folder: Path, *, rows: int, texts: int = 1, rows_per_file: int = 8, size: int = 16) -> Shards:
+def write_shards(
+    folder: Path, *, rows: int, texts: int = 1, rows_per_file: int = 8, size: int = 16, seed: int = 0
+) -> Shards:
     """Plain pictures in four colours, each named by its texts; written by the functions that executors use."""
     request = ShardRequest(
         table="none",
@@ -100,7 +102,7 @@ def write_shards(folder: Path, *, rows: int, texts: int = 1, rows_per_file: int 
         seed=0,
     )
     folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     names = list(COLOURS)
     content = []
     for index in range(rows):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import settings
-from pictures import as_base64, picture, png, write_csv
+from pictures import as_base64, encoded, picture, png, write_csv
 from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig
@@ -155,6 +155,39 @@ def test_jpeg_shards_are_smaller_and_nearly_the_same(
     for index in range(len(raw)):
         assert jpeg.row(index).image_id == raw.row(index).image_id
         assert np.abs(jpeg.row(index).pixels.astype(int) - raw.row(index).pixels).mean() < 8
+
+
+def test_rows_are_chosen_by_a_condition_and_mixed_with_those_of_another_source(
+    spark: SparkSession, platform: Platform, source: str, filled: tuple[str, Path], tmp_path: Path
+) -> None:
+    photos = [[as_base64(encoded(picture(6000 + n, (90, 70)), "JPEG")), f"photo {n}"] for n in range(6)]
+    path = write_csv(tmp_path / "a.csv", photos)
+    everything = {"split": {"kind": "hash", "val": 0, "test": 0}, "validate_on": "val"}
+    usual = config(path).model_dump() | everything
+    ingest(spark, platform, source, DataConfig.model_validate(usual))
+    chosen = {"where": "width = 90 OR int(substring(texts[0].text, 9)) < 100", "draft": True}
+    data = DataConfig.model_validate(usual | {"shards": chosen, "mix": {filled[0]: 0.25}})
+    first, again = (shard(spark, platform, source, data, IMAGE, "train") for _ in range(2))
+    assert (first.reused, again.reused, again.folder) == (False, True, first.folder)
+
+    shards = Shards.open(Path(first.folder))
+    own, other = shards.manifest.parts
+    assert (own.source, own.rows, other.source) == (source, 6, filled[0])
+    assert other.draws == round((own.rows + other.rows) / 4) == own.rows + other.rows - own.draws
+    rows = [shards.row(index) for index in range(len(shards))]
+    said = [row.texts[0][1] for row in rows]
+    assert sorted(said[:6]) == [f"photo {n}" for n in range(6)]
+    assert 50 < len(said[6:]) < 100
+    assert all(int(text.split()[1]) < 100 for text in said[6:])
+    for row, text in zip(rows, said, strict=True):
+        number = int(text.split()[1])
+        whole = to_pixels(picture(6000 + number, (90, 70)) if "photo" in text else picture(1000 + number), IMAGE)
+        difference = np.abs(row.pixels.astype(int) - whole)
+        assert (difference.max() > 0, difference.mean() < 8) == ("photo" in text, True)
+
+    wrong = DataConfig.model_validate(usual | {"shards": {"where": "widht > 3"}})
+    with pytest.raises(UserError, match=r"data\.shards\.where.*widht"):
+        shard(spark, platform, source, wrong, IMAGE, "train")
 
 
 def test_a_split_without_rows_says_which_splits_have_some(

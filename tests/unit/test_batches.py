@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 from helpers import tiny_model, write_shards
 
-from pipelines.shards import Row
+from pipelines.driver.shard import Packed, mix
+from pipelines.shards import Row, Shards
 from pipelines.worker.batches import Collator, prefetch, training_batches
 from vlm.batch import IGNORE, Batch
 from vlm.text.chars import CharTokenizer
@@ -91,6 +93,27 @@ def test_a_picture_with_several_texts_shows_each_of_them_in_some_epoch(tmp_path:
         for pixels_HWC, labels_T in zip(batch.pixels_PHWC, batch.labels_BT, strict=True):
             shown.setdefault(pixels_HWC.numpy().tobytes(), set()).add(spell(labels_T))
     assert [len(texts) for texts in shown.values()] == [3, 3, 3, 3]
+
+
+def test_a_mix_draws_each_source_by_its_share_in_an_order_that_ranks_and_restarts_do_not_change(tmp_path: Path) -> None:
+    own, other = (write_shards(tmp_path / str(rows), rows=rows, seed=rows) for rows in (12, 4))
+    packed = [Packed(shards.folder, shards.manifest, reused=True) for shards in (own, other)]
+    shards = Shards.open(mix(packed, [0.5], tmp_path).folder)
+
+    def pixels(steps: range, rank: int = 0, world_size: int = 1) -> list[bytes]:
+        collator = Collator(TOKENIZER, MODEL)
+        batches = training_batches(
+            shards, collator, steps=steps, rank=rank, world_size=world_size, batch_size=8, seed=3
+        )
+        return [pixels_HWC.numpy().tobytes() for batch in batches for pixels_HWC in batch.pixels_PHWC]
+
+    whole = pixels(range(6))
+    assert len(whole) == 48, "three epochs of 16 draws"
+    assert Counter(Counter(whole)[other.row(n).pixels.tobytes()] for n in range(4)) == {6: 4}
+    assert Counter(Counter(whole)[own.row(n).pixels.tobytes()] for n in range(12)) == {2: 12}
+    assert pixels(range(2, 6)) == whole[16:]
+    halves = [pixels(range(6), rank, 2) for rank in range(2)]
+    assert [halves[n // 4 % 2][n // 8 * 4 + n % 4] for n in range(48)] == whole
 
 
 def test_batches_from_the_middle_are_those_of_the_whole_sequence(tmp_path: Path) -> None:

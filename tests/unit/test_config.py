@@ -84,6 +84,8 @@ def test_a_value_may_contain_an_equals_sign() -> None:
         ("model.decoder.transformer.attention.num_heads=3", "num_heads 3 must be a multiple of num_kv_heads"),
         ("model.image.size=60", "model: image.size 60 is not a multiple of the stem's stride"),
         ("data.split={kind: hash, val: 0.5, test: 0.5}", "val + test leaves nothing to train on"),
+        ("data.mix={birds: 0.5, cats: 0.5}", "mix leaves no share to this source itself"),
+        ("data.mix.birds=1.5", "data.mix.birds: Input should be less than 1"),
         ("train.adapter.pattern=decoder.*", "train: adapter needs start_from"),
         ("train.adapter.pattern=decoder(", "train.adapter.pattern: not a regular expression: missing )"),
         ("data.split={val: 0.1}", "data.split: kind is missing"),

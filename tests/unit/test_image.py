@@ -123,6 +123,19 @@ def test_float_pictures_have_no_agreed_range_and_are_refused() -> None:
     assert refused(encoded(Image.new("F", (8, 8), 0.5), "TIFF")) == "unsupported_format"
 
 
+def test_a_draft_is_at_least_as_large_as_asked_and_nearly_the_whole_picture_made_small() -> None:
+    config = ImageConfig(size=60)
+    whole = picture(3, (500, 250)).resize((60, 30)).resize((500, 250))
+    data = encoded(whole, "JPEG", quality=95)
+    pixels = []
+    for enough, size in ((None, (500, 250)), (200, (500, 250)), (60, (125, 63)), (10, (63, 32))):
+        image, _ = open_image(data, max_pixels=1_000_000, min_side=4, enough=enough)
+        assert image.size == size
+        pixels.append(to_pixels(image, config).astype(int))
+    assert 0 < np.abs(pixels[2] - pixels[0]).mean() < 3
+    assert open_image(encoded(whole), max_pixels=1_000_000, min_side=4, enough=10)[0].size == (500, 250)
+
+
 def test_an_animation_is_its_first_frame() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, (0, 0, 255))]
     image, _ = opened(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))

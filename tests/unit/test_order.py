@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.worker.order import draw, hash64, permute
+from pipelines.worker.order import draw, hash64, mixed, permute
 
 seeds = st.integers(-(2**63), 2**64)
 
@@ -82,6 +82,28 @@ def test_batches_go_on_across_the_end_of_an_epoch() -> None:
     assert [part.epochs.tolist() for part in drawn] == [[0, 0, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]]
     rows = np.concatenate([part.rows for part in drawn])
     assert sorted(rows[:6]) == sorted(rows[6:]) == list(range(6))
+
+
+parts = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=4)
+
+
+@given(parts=parts, seed=st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+def test_a_mix_draws_each_part_as_often_as_it_should_and_wholly_before_a_row_comes_again(
+    parts: list[tuple[int, int]], seed: int
+) -> None:
+    sizes, draws = ([pair[n] for pair in parts] for n in range(2))
+    epoch, epochs = sum(draws), 5
+    drawn = draw(0, rank=0, world_size=1, batch_size=epoch * epochs, num_rows=epoch, seed=seed)
+    found = mixed(drawn, sizes, draws, seed=seed)
+    for first, size, share in zip(np.cumsum([0, *sizes]), sizes, draws, strict=False):
+        mine = (found.rows >= first) & (found.rows < first + size)
+        assert mine.reshape(epochs, epoch).sum(axis=1).tolist() == [share] * epochs
+        rounds, rows = found.epochs[mine], found.rows[mine]
+        assert len({*zip(rounds.tolist(), rows.tolist(), strict=True)}) == mine.sum()
+        whole, rest = divmod(share * epochs, size)
+        counts = [int((rounds == number).sum()) for number in range(whole + 1)]
+        assert counts == [size] * whole + [rest]
 
 
 def test_the_order_is_the_same_for_ever() -> None:

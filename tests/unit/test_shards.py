@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.driver.shard import Packed, mix
 from pipelines.errors import StageFailed, UserError
 from pipelines.shards import (
     BATCH_ROWS,
@@ -90,6 +91,26 @@ def test_any_row_is_found_whatever_the_sizes(
         shards.row(total)
 
 
+def test_a_mix_names_the_files_of_folders_beside_it_and_has_a_hash_of_its_own(tmp_path: Path) -> None:
+    parts = [
+        Packed(tmp_path / name, write(tmp_path / name, request(source=name, rows=rows), total).manifest, False)
+        for name, rows, total in (("own", 60, 150), ("other", 7, 15))
+    ]
+    first, again = (mix(parts, [0.4], tmp_path) for _ in range(2))
+    assert (first.reused, again.reused, again.folder) == (False, True, first.folder)
+    assert [path.name for path in first.folder.iterdir()] == ["manifest.json"]
+    assert [tuple(part.model_dump().values()) for part in first.manifest.parts] == [("own", 150, 99), ("other", 15, 66)]
+    mixed = Shards.open(first.folder)
+    ids = [f"demo/{n}" for n in [*range(150), *range(15)]]
+    assert [mixed.row(index).image_id for index in range(len(mixed))] == ids
+    heavier = mix(parts, [0.5], tmp_path)
+    assert len({shards.manifest.content_hash for shards in (first, heavier, parts[0])}) == 3
+    assert heavier.folder != first.folder
+    (tmp_path / "other" / "shard-000001.arrow").unlink()
+    with pytest.raises(StageFailed, match=r"shard-000001\.arrow"):
+        Shards.open(first.folder)
+
+
 def test_content_does_not_depend_on_the_batches_it_came_in(tmp_path: Path) -> None:
     one, other = (write(tmp_path / str(size), request(), 310, size) for size in (17, 64))
     assert one.manifest.content_hash == other.manifest.content_hash
@@ -148,7 +169,7 @@ def test_a_damaged_folder_is_refused_when_it_is_opened(tmp_path: Path, damage: s
 def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
     write(tmp_path, request(), 5)
     path = tmp_path / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
     with pytest.raises(UserError, match="manifest cannot be read"):
         read_manifest(tmp_path)
 
@@ -164,6 +185,8 @@ def test_the_name_of_a_folder_says_everything_that_determines_its_content() -> N
         {"encoding": "jpeg"},
         {"rows": 151},
         {"seed": 1},
+        {"where": "width > 64"},
+        {"draft": True},
     ]
     assert {name for change in changes for name in change} == set(ShardRequest.model_fields)
     names = [request(**change).folder_name for change in [{}, *changes]]
