@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.progress import waiting
+from pipelines.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.driver.report import FullReport
+
+logger = logging.getLogger(__name__)
 
 
 def ingest(
@@ -48,11 +53,26 @@ def run_ingest(job: Job, *, refresh: bool = False) -> FullReport:
         try:
             done = ingest(job.spark, job.platform, job.source, job.config.data, refresh=refresh)
         except TooManyRefused as error:
-            _say(job, write_report(job.spark, job.platform, error.report))
+            report = write_report(job.spark, job.platform, error.report)
+            _say(job, report)
+            track(job, report, good=False)
             raise
         report = write_report(job.spark, job.platform, done)
     _say(job, report)
+    track(job, report, good=True)
     return report
+
+
+def track(job: Job, report: FullReport, *, good: bool) -> None:
+    """Log the report to MLflow where the ingest brought something. The tables are written: an outage is no failure."""
+    from pipelines.tracking.ingests import log_ingest
+
+    if report.rows_in == report.duplicates:
+        return
+    try:
+        log_ingest(job.platform, report.model_dump(), Path(report.page), good=good)
+    except UserError as error:
+        logger.warning("the tables are written, but the report is not in MLflow: %s", error)
 
 
 def _say(job: Job, report: FullReport) -> None:

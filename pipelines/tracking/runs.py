@@ -42,7 +42,8 @@ DRAIN_SECONDS = 60.0
 MAX_PARAM_CHARS = 500  # what every tracking server accepts
 MAX_TAG_CHARS = 5000
 
-_OUTAGE = (MlflowException, OSError)  # requests' errors are OSErrors
+OUTAGE = (MlflowException, OSError)
+"""What a request to a server that is away or unwilling raises. Errors of `requests` are OSErrors."""
 
 
 class Tracking(Config):
@@ -62,19 +63,20 @@ def connect(platform: Platform) -> MlflowClient:
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # we say ourselves that a server is away
     # MLflow also writes the addresses into the environment, where `platform.local` would later read them as a user's
     # wish, and a child process as its own.
-    with _unchanged_environment("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+    with unchanged_environment("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         mlflow.set_tracking_uri(platform.tracking_uri)
         mlflow.set_registry_uri(platform.registry_uri)
     try:
         client = MlflowClient()
         client.search_experiments(max_results=1)
-    except _OUTAGE as error:
-        raise _unreachable(platform, error) from None
+    except OUTAGE as error:
+        raise unreachable(platform, error) from None
     return client
 
 
 @contextmanager
-def _unchanged_environment(*names: str) -> Iterator[None]:
+def unchanged_environment(*names: str) -> Iterator[None]:
+    """Put these variables back, or away, after the block."""
     before = {name: os.environ.get(name) for name in names}
     try:
         yield
@@ -120,7 +122,7 @@ def follow(run: RunDir, config: RunConfig, platform: Platform) -> Iterator[str]:
     try:
         follower.drain(DRAIN_SECONDS)
         client.set_terminated(run_id, "FINISHED")
-    except _OUTAGE as error:
+    except OUTAGE as error:
         raise StageFailed(
             "the training went well, but MLflow does not have all of it",
             where=shown_uri(platform.tracking_uri),
@@ -155,7 +157,7 @@ def log_report(
         for file_name, columns in (tables or {}).items():
             if f"{name}/{file_name}" not in there:
                 client.log_table(run_id, columns, f"{name}/{file_name}")
-    except _OUTAGE as error:
+    except OUTAGE as error:
         raise UserError(
             f"the {name} report cannot be logged to MLflow",
             where=f"run {run_id} on {shown_uri(platform.tracking_uri)}",
@@ -182,7 +184,7 @@ class Follower(threading.Thread):
             try:
                 self.catch_up()
                 pause = POLL_SECONDS
-            except _OUTAGE as error:
+            except OUTAGE as error:
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
                 logger.warning("MLflow does not take metrics (%s); next try in %.0f s", _first_line(error), pause)
 
@@ -204,7 +206,7 @@ class Follower(threading.Thread):
                 if self._routed is not None:
                     self._client.log_figure(self._run_id, draw_expert_load(self._routed), LOAD_PICTURE)
                 return
-            except _OUTAGE:
+            except OUTAGE:
                 if time.monotonic() + pause > deadline:
                     raise
                 time.sleep(pause)
@@ -272,15 +274,15 @@ def _open_run(client: MlflowClient, run: RunDir, config: RunConfig, platform: Pl
     try:
         tracked = _tracked_run(client, run)
         if tracked is None:
-            tracked = client.create_run(_experiment_id(client, config.name, platform), run_name=run.path.name)
+            tracked = client.create_run(experiment_id(client, config.name, platform), run_name=run.path.name)
             write_json(run.tracking, Tracking(run_id=tracked.info.run_id))
         else:
             client.update_run(tracked.info.run_id, status="RUNNING")
             if CAUSE_TAG in tracked.data.tags:
                 client.delete_tag(tracked.info.run_id, CAUSE_TAG)
         _describe(client, tracked, run, file, config)
-    except _OUTAGE as error:
-        raise _unreachable(platform, error) from None
+    except OUTAGE as error:
+        raise unreachable(platform, error) from None
     return str(tracked.info.run_id)
 
 
@@ -301,7 +303,12 @@ def _tracked_run(client: MlflowClient, run: RunDir) -> Run | None:
     return found
 
 
-def _experiment_id(client: MlflowClient, name: str, platform: Platform) -> str:
+def experiment_id(client: MlflowClient, name: str, platform: Platform) -> str:
+    """The experiment of that name, made where there is none.
+
+    Raises:
+        UserError: it was deleted.
+    """
     experiment_name = platform.experiment(name)
     experiment = client.get_experiment_by_name(experiment_name)
     if experiment is None:
@@ -367,11 +374,12 @@ def _close_badly(client: MlflowClient, run: RunDir, run_id: str, follower: Follo
             client.log_artifacts(run_id, str(run.failures), "failures")
         client.set_terminated(run_id, "KILLED" if killed else "FAILED")
         follower.drain(POLL_SECONDS)
-    except _OUTAGE as error:
+    except OUTAGE as error:
         logger.warning("MLflow run %s was not told how the training ended: %s", run_id, _first_line(error))
 
 
-def _unreachable(platform: Platform, error: Exception) -> UserError:
+def unreachable(platform: Platform, error: Exception) -> UserError:
+    """What to say where a request to the tracking server failed."""
     return UserError(
         "the MLflow tracking server cannot be used",
         where=shown_uri(platform.tracking_uri),
