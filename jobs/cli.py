@@ -26,6 +26,7 @@ from jobs.export_weights import export_weights
 from jobs.import_weights import import_weights
 from jobs.ingest import ingest
 from jobs.lineage import lineage
+from jobs.maintain import maintain
 from jobs.pipeline import pipeline
 from jobs.promote import promote
 from jobs.quarantine import quarantine
@@ -37,7 +38,7 @@ from jobs.train import train
 from jobs.ui import ui
 from pipelines.errors import LakesightError, UserError
 
-STAGES = (ingest, quarantine, shard, train, evaluate, compare, promote, rollback, decisions, caption, pipeline)
+STAGES = (ingest, quarantine, shard, train, evaluate, compare, promote, rollback, decisions, caption, pipeline, maintain)
 FOR_PEOPLE = (demo, ask, show, lineage, review, config, doctor, ui)
 FOR_WEIGHTS = (import_weights, export_weights)
 

@@ -5,7 +5,8 @@ A type is written once, as an Arrow type, because executors speak Arrow; the SQL
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 
@@ -46,12 +47,18 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """One table: name, key, meaning, columns."""
+    """One table: name, key, meaning, columns.
+
+    `checks` are SQL conditions that Delta demands of every row, by name; columns to cluster by are those that stages
+    choose rows by.
+    """
 
     name: str
     key: tuple[str, ...]
     comment: str
     columns: tuple[Column, ...]
+    checks: Mapping[str, str] = field(default_factory=dict)
+    cluster_by: tuple[str, ...] = ()
 
     @property
     def arrow_schema(self) -> pa.Schema:
@@ -115,6 +122,11 @@ SAMPLES = Table(
         Column("fingerprint", pa.binary(), "What near duplicates share: executor/near.py; null before", nullable=True),
         Column("near_of", pa.string(), "A picture that this one nearly equals; null: none", nullable=True),
     ),
+    checks={
+        "usable": "split IN ('train', 'val', 'test') AND width > 0 AND height > 0 AND size(texts) > 0 "
+        "AND length(sha256) = 64"
+    },
+    cluster_by=("source", "split"),
 )
 
 QUARANTINE = Table(
@@ -169,6 +181,7 @@ GENERATED_CAPTIONS = Table(
         Column("run_id", pa.string(), "MLflow run that trained the model version"),
         Column("captioned_at", TIME_TYPE, "When"),
     ),
+    checks={"caption_or_error": "(caption IS NULL) != (error IS NULL)"},
 )
 
 EVALUATIONS = Table(

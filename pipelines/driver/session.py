@@ -6,7 +6,7 @@ The session itself comes from `Platform.open_spark`; nothing here starts one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +25,10 @@ NOTE = "lakesight ingest "
 NOTE_CONF = "spark.databricks.delta.commitInfo.userMetadata"
 TXN_CONF = "spark.databricks.delta.write.txn"
 UPKEEP = frozenset(
-    {"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "UNSET TBLPROPERTIES", "ADD COLUMNS"}
+    {
+        *("OPTIMIZE", "VACUUM START", "VACUUM END", "CLUSTER BY", "ADD COLUMNS", "ADD CONSTRAINT", "DROP CONSTRAINT"),
+        *("SET TBLPROPERTIES", "UNSET TBLPROPERTIES"),
+    }
 )
 """Commits that change no row."""
 
@@ -33,7 +36,7 @@ DIED = re.compile(r"Python worker exited unexpectedly|ExecutorLostFailure|^(?:Ca
 
 
 def ensure_tables(spark: SparkSession, platform: Platform) -> None:
-    """Create the Delta tables that do not exist yet.
+    """Create the Delta tables that do not exist yet, and give those of an earlier version the columns that they lack.
 
     A laptop's catalog lives in memory: there, tables that an earlier process wrote are registered again, as they are.
     """
@@ -42,7 +45,21 @@ def ensure_tables(spark: SparkSession, platform: Platform) -> None:
     for table in TABLES:
         name = platform.table(table.name)
         if not spark.catalog.tableExists(name):
+            new = not _is_written(table, platform.tables)
             spark.sql(_create(name, table, platform.tables))
+            if new:
+                add_checks(spark, name, table.checks)
+        add_columns(spark, platform, table)
+
+
+def add_checks(spark: SparkSession, name: str, checks: Mapping[str, str]) -> tuple[str, ...]:
+    """Have Delta demand of every row what it does not yet; the names of these checks."""
+    properties = spark.sql(f"SHOW TBLPROPERTIES {name}").collect() if checks else []
+    there = {row["key"].removeprefix("delta.constraints.") for row in properties}
+    lacking = tuple(check for check in checks if check not in there)
+    for check in lacking:
+        spark.sql(f"ALTER TABLE {name} ADD CONSTRAINT {check} CHECK ({checks[check]})")
+    return lacking
 
 
 def add_columns(spark: SparkSession, platform: Platform, table: Table) -> None:
@@ -56,13 +73,18 @@ def add_columns(spark: SparkSession, platform: Platform, table: Table) -> None:
 
 def _create(name: str, table: Table, tables: Path | None) -> str:
     location = f" LOCATION {_quoted(tables / table.name)}" if tables else ""
-    if tables and (tables / table.name / "_delta_log").is_dir():
+    if _is_written(table, tables):
         return f"CREATE TABLE IF NOT EXISTS {name} USING DELTA{location}"
+    clustered = f" CLUSTER BY ({', '.join(table.cluster_by)})" if table.cluster_by else ""
     properties = ", ".join(f"'{key}' = '{value}'" for key, value in PROPERTIES.items())
     return (
         f"CREATE TABLE IF NOT EXISTS {name} ({table.ddl()}) USING DELTA{location} "
-        f"COMMENT '{table.comment}' TBLPROPERTIES ({properties})"
+        f"COMMENT '{table.comment}' TBLPROPERTIES ({properties}){clustered}"
     )
+
+
+def _is_written(table: Table, tables: Path | None) -> bool:
+    return tables is not None and (tables / table.name / "_delta_log").is_dir()
 
 
 def _quoted(path: Path) -> str:
@@ -155,6 +177,13 @@ def stored_as_they_are(spark: SparkSession, *, only_new: bool) -> Iterator[None]
     if only_new:
         settings["spark.databricks.delta.merge.materializeSource"] = "none"
     with _settings(spark, settings):
+        yield
+
+
+@contextmanager
+def logged_vacuum(spark: SparkSession) -> Iterator[None]:
+    """Have VACUUM say in the table's history what it did."""
+    with _settings(spark, {"spark.databricks.delta.vacuum.logging.enabled": "true"}):
         yield
 
 

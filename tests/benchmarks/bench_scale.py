@@ -1,0 +1,86 @@
+"""What an ingest of a few new rows and a whole shard cost as the table grows: figures for the plan in docs/data.md.
+
+    python tests/benchmarks/bench_scale.py [ROWS ...]
+
+The table is filled with rows of one source that share a small picture of 24 x 16; then 200 new rows are ingested, the
+train split is sharded at 16 x 16, and the table is optimized. Seconds are the processor's, of all processes together,
+and wall-clock seconds after the slash. One size after the other in one table, so that Spark is warm from the second on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from measure import make, processor_seconds
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from pipelines.config import DataConfig, LocalPlatformConfig
+from pipelines.driver.ingest import ingest
+from pipelines.driver.maintain import maintain
+from pipelines.driver.shard import shard
+from pipelines.platform import Platform, local
+from vlm.config import ImageConfig
+
+SIZES = (5_000, 20_000, 80_000)
+NEW = 200
+
+
+def fill(spark: SparkSession, platform: Platform, rows: int) -> int:
+    """Copies of the rows that are there, under ids of their own, until there are `rows`; in one commit."""
+    table = platform.table("samples")
+    there = spark.table(table)
+    count = there.count()
+    one = there.limit(1).drop("image_id", "sha256")
+    numbers = spark.range(count, rows, numPartitions=4)
+    sha256 = F.sha2(F.col("id").cast("string"), 256)
+    copies = numbers.crossJoin(F.broadcast(one)).withColumns(
+        {"sha256": sha256, "image_id": F.concat_ws("/", "source", "id")}
+    )
+    copies.select(there.columns).write.format("delta").mode("append").saveAsTable(table)
+    return rows
+
+
+def timed(work: Callable[[], object]) -> str:
+    """Processor's and wall-clock seconds of some work."""
+    before, started = processor_seconds(), time.monotonic()
+    work()
+    return f"{processor_seconds() - before:6.1f} / {time.monotonic() - started:.1f} s"
+
+
+def main() -> None:
+    """Run every size and print a line each."""
+    sizes = [int(word) for word in sys.argv[1:]] or list(SIZES)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LAKESIGHT_HOME"] = folder
+        platform = local(LocalPlatformConfig())
+        spark = platform.open_spark()
+
+        def config(name: str, seed: int, count: int) -> DataConfig:
+            path = Path(folder) / f"{name}.csv"
+            make(path, count, 24, height=16, seed=seed)
+            return DataConfig.model_validate(
+                {"source": {"path": str(path)}, "split": {"kind": "hash", "val": 0, "test": 0}}
+            )
+
+        ingest(spark, platform, "bench", config("first", 1, 20))
+        shard(spark, platform, "bench", config("first", 1, 20), ImageConfig(size=16), "train")
+        print(f"{'rows':>8}  {'ingest of 200 more':>20}  {'shard of all':>20}  {'maintain':>18}  files")
+        for size in sizes:
+            rows = fill(spark, platform, size)
+            data = config(f"new-{size}", size, NEW)
+            ingested = timed(lambda: ingest(spark, platform, "bench", data))  # noqa: B023 called at once
+            sharded = timed(lambda: shard(spark, platform, "bench", data, ImageConfig(size=16), "train"))  # noqa: B023
+            upkept = timed(lambda: maintain(spark, platform))
+            files = spark.sql(f"DESCRIBE DETAIL {platform.table('samples')}").collect()[0]["numFiles"]
+            print(f"{rows:>8}  {ingested:>20}  {sharded:>20}  {upkept:>18}  {files}", flush=True)
+        spark.stop()
+
+
+if __name__ == "__main__":
+    main()
