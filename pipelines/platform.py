@@ -240,6 +240,8 @@ def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]
         "spark.sql.session.timeZone": "UTC",
         "spark.sql.shuffle.partitions": partitions,
         "spark.databricks.delta.snapshotPartitions": partitions,
+        # VACUUM lists a table's folder in as many tasks as this says: 10,000, else.
+        "spark.sql.sources.parallelPartitionDiscovery.parallelism": partitions,
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         "spark.python.worker.reuse": "true",

@@ -56,7 +56,7 @@ def test_maintenance_leaves_rows_and_shards_as_they_are_and_takes_old_files_away
 
 
 def test_files_that_a_reader_may_need_are_not_removed(spark: SparkSession, platform: Platform) -> None:
-    with pytest.raises(UserError, match="--retain-hours.*167.*at least 168"):
+    with pytest.raises(UserError, match=r"--retain-hours.*167.*at least 168"):
         maintain(spark, platform, retain_hours=167)
 
 

@@ -40,6 +40,8 @@ def report(page: Path, *, rows_in: int = 9) -> FullReport:
     return FullReport(
         source="birds",
         ingest_id="0123",
+        items=1,
+        unchanged=0,
         rows_in=rows_in,
         new=rows_in - 4,
         merged=0,
@@ -47,6 +49,8 @@ def report(page: Path, *, rows_in: int = 9) -> FullReport:
         quarantined=1,
         refused=2,
         reasons={"too_small": 1},
+        removed=0,
+        replaced={},
         splits={"train": 5},
         equal_pictures_across_splits=0,
         near_duplicates=NearReport(pictures=2),
