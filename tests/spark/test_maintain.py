@@ -23,6 +23,8 @@ from pipelines.tables import SAMPLES, TABLES
 from vlm.config import ImageConfig
 
 
+@pytest.mark.faults
+@pytest.mark.matrix
 def test_maintenance_leaves_rows_and_shards_as_they_are_and_takes_old_files_away(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
