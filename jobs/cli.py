@@ -38,8 +38,8 @@ from jobs.train import train
 from jobs.ui import ui
 from pipelines.errors import LakesightError, UserError
 
-STAGES = (ingest, quarantine, shard, train, evaluate, compare, promote, rollback, decisions, caption, pipeline, maintain)
-FOR_PEOPLE = (demo, ask, show, lineage, review, config, doctor, ui)
+STAGES = (ingest, quarantine, shard, train, evaluate, compare, promote, rollback, caption, pipeline, maintain)
+FOR_PEOPLE = (demo, ask, show, lineage, decisions, review, config, doctor, ui)
 FOR_WEIGHTS = (import_weights, export_weights)
 
 JAVA_MAY_NOT_WRITE = ("(Permission denied)", "(Read-only file system)", "DELTA_CANNOT_CREATE_LOG_PATH")
