@@ -12,10 +12,10 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, Field, PositiveInt, ValidationError
 
 from pipelines.data import (
     PICTURE,
@@ -38,7 +38,8 @@ from pipelines.data import (
 )
 from pipelines.errors import ConfigError
 from pipelines.gate import GateConfig
-from vlm.config import AdapterConfig, Config, ModelConfig
+from pipelines.training_config import OptimizerConfig, TrainConfig
+from vlm.config import Config, ModelConfig
 
 __all__ = [
     "PICTURE",
@@ -77,50 +78,6 @@ __all__ = [
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
-
-
-# ------------------------------------------------------------------------------------------------ train
-
-
-class OptimizerConfig(Config):
-    """AdamW (Loshchilov and Hutter, 2017) with warmup and cosine decay to `final_lr_fraction`."""
-
-    lr: PositiveFloat = 1e-3
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    grad_clip: PositiveFloat = 1.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 50
-    final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
-
-
-class TrainConfig(Config):
-    """One training run. `batch_size` is global: the same whatever the number of ranks.
-
-    Attributes:
-        start_from: checkpoint folder of the same model, whose weights and tokenizer the run starts from.
-        adapter: train low-rank corrections of these weights and nothing else; what is registered has them merged.
-    """
-
-    seed: int = 0
-    steps: PositiveInt = 1000
-    batch_size: PositiveInt = 64
-    optimizer: OptimizerConfig = OptimizerConfig()
-    precision: Literal["fp32", "bf16"] = "fp32"
-    start_from: Annotated[str, Field(min_length=1)] | None = None
-    adapter: AdapterConfig | None = None
-    log_every: PositiveInt = 10
-    validate_every: PositiveInt = 200
-    validate_rows: PositiveInt = 256
-    checkpoint_every: PositiveInt = 500
-    keep_checkpoints: PositiveInt = 2
-    caption_samples: PositiveInt = 8
-    timeout_seconds: PositiveInt = 600
-
-    @model_validator(mode="after")
-    def _something_to_adapt(self) -> Self:
-        if self.adapter and not self.start_from:
-            raise ValueError("adapter needs start_from: corrections of random weights learn nothing")
-        return self
 
 
 # ------------------------------------------------------------------------------------------------ platform

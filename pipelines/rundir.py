@@ -7,6 +7,7 @@ write everything else, `result.json` comes last. Every JSON file appears whole o
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -73,6 +74,10 @@ class Failure(Config):
     failed_at: float
     consequence: bool
     """True when the rank was only told of another rank's death (lost connection, SIGTERM): not the root."""
+    waiting: bool = False
+    """True when it was ended from outside while it waited for other ranks."""
+    lasting: bool = False
+    """True when the same run would end here again: a setting, a folder or a file has to be put right first."""
 
 
 class Result(Config):
@@ -82,6 +87,8 @@ class Result(Config):
     step: int
     world_size: int
     checkpoint: str
+    best_checkpoint: str
+    """The one with the lowest validation loss, of those whose step was validated."""
     metrics: dict[str, float]
     seconds: float
 
@@ -188,6 +195,10 @@ class RunDir:
         """How the rank failed."""
         return self.failures / f"rank-{rank}.json"
 
+    def stacks(self, rank: int) -> Path:
+        """Where each thread of the rank was when it failed or was ended."""
+        return self.failures / f"rank-{rank}.stacks.txt"
+
     def log(self, rank: int) -> Path:
         """The rank's full log."""
         return self.path / "logs" / f"rank-{rank}.log"
@@ -200,6 +211,16 @@ class RunDir:
         """Complete checkpoint folders, oldest first (a folder gets its name when it is complete)."""
         found = [p for p in self.checkpoints.glob("step_*") if p.name.removeprefix("step_").isdigit()]
         return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+    def damaged_checkpoints(self) -> list[Path]:
+        """Folders that a resuming rank has found damaged and put aside."""
+        return sorted(self.checkpoints.glob("damaged_step_*"))
+
+    def put_aside(self, checkpoint: Path) -> None:
+        """Take a damaged checkpoint out of the finished ones; it stays to be looked at."""
+        aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.replace(aside)
 
     def read_run(self) -> RunFile:
         """run.json.

@@ -246,9 +246,21 @@ class Shards:
         """Row `index` (0 <= index < len): one bisection, one division and a read of that row alone."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        request = self.manifest.request
         file = bisect_right(self._starts, index) - 1
-        number, offset = divmod(index - self._starts[file], BATCH_ROWS)
+        within = index - self._starts[file]
+        number, offset = divmod(within, BATCH_ROWS)
+        try:
+            return self._read(file, number, offset)
+        except (pa.ArrowInvalid, OSError, IndexError) as error:  # a picture's, too: PIL's errors are OSErrors
+            raise StageFailed(
+                "a training shard is damaged",
+                where=f"{self.folder / self.manifest.files[file].file}, row {within}",
+                got=f"{type(error).__name__}: {error}",
+                fix=f"remove {self.folder} and run `lakesight shard` again",
+            ) from error
+
+    def _read(self, file: int, number: int, offset: int) -> Row:
+        request = self.manifest.request
         batch = self._readers[file].get_batch(number)
         stored = batch.column("pixels")[offset].as_buffer()
         if request.encoding == "raw":

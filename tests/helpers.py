@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from pipelines.config import (
     Chosen,
@@ -33,7 +34,7 @@ from pipelines.shards import (
     write_shard_file,
 )
 from vlm import text
-from vlm.config import ModelConfig
+from vlm.config import Config, ModelConfig
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -75,6 +76,7 @@ def tiny_run(*, steps: int = 12, ranks: int = 2, model: object = None, **train: 
         "checkpoint_every": 4,
         "caption_samples": 2,
         "optimizer": OptimizerConfig(warmup_steps=2),
+        "max_restarts": 0,
     }
     return RunConfig(
         name="tiny",
@@ -134,6 +136,24 @@ def write_run(folder: Path, config: RunConfig, train: Shards, validate: Shards) 
     write_json(run.run, file)
     text.save(text.learn(config.model.text, train.texts()), run.tokenizer)
     return run
+
+
+MakeRun = Callable[..., RunDir]
+"""Name of the folder and the fault that its ranks are to have, if any; settings of `train`."""
+
+
+def runs_in(folder: Path, patch: pytest.MonkeyPatch) -> MakeRun:
+    """Writes folders of tiny runs on the same shards; their ranks can import the tests."""
+    patch.setenv("PYTHONPATH", TEST_PATH)
+    train, validate = write_shards(folder / "train", rows=21), write_shards(folder / "val", rows=6)
+
+    def make(name: str = "run", fault: Config | None = None, **settings: Any) -> RunDir:
+        run = write_run(folder / name, tiny_run(**settings), train, validate)
+        if fault:
+            write_json(run.path / "fault.json", fault)
+        return run
+
+    return make
 
 
 def torchrun(run: RunDir, ranks: int, module: str = "pipelines.worker.main") -> subprocess.CompletedProcess[str]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -119,8 +119,13 @@ def save_adapter(folder: Path, model: nn.Module, config: AdapterConfig, base: st
         config: which layers, and how.
         base: SHA-256 of the weights file that the model was filled from (`vlm.digest.file_digest`).
     """
+    save_corrections(folder, corrections_of(model), config, base)
+
+
+def save_corrections(folder: Path, corrections: Mapping[str, Tensor], config: AdapterConfig, base: str) -> None:
+    """`save_adapter` of corrections that have left their model, by name."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in _corrections(model).items()}, folder / ADAPTER)
+    save_file({name: tensor.contiguous() for name, tensor in corrections.items()}, folder / ADAPTER)
     file = AdapterFile(adapter=config, base=base)
     (folder / ADAPTER_CONFIG).write_text(file.model_dump_json(indent=2), encoding="utf-8")
 
@@ -144,7 +149,7 @@ def load_adapter(folder: Path, model: nn.Module, base: str) -> None:
 def fill_adapter(folder: Path, model: nn.Module, base: str) -> None:
     """Fill the adapter that a model has from a folder; arguments and errors as in `load_adapter`."""
     _read(folder, base)
-    fill(_corrections(model), folder / ADAPTER)
+    fill(corrections_of(model), folder / ADAPTER)
 
 
 def _read(folder: Path, base: str) -> AdapterFile:
@@ -168,8 +173,8 @@ def _read(folder: Path, base: str) -> AdapterFile:
     return file
 
 
-def _corrections(model: nn.Module) -> dict[str, Tensor]:
-    """`down` and `up` of each adapted layer, by full name."""
+def corrections_of(model: nn.Module) -> dict[str, Tensor]:
+    """`down` and `up` of each adapted layer, by full name; no copies."""
     return {
         f"{name}.{part}": getattr(layer, part).detach()
         for name, layer in linear_layers(model).items()

@@ -4,14 +4,20 @@ model.safetensors   every parameter once (tied ones by their first name)
 config.json         the ModelConfig
 tokenizer.json      the tokenizer
 training.safetensors, training.json    optimizer state and step, in training checkpoints only
+files.json          size and SHA-256 of each other file, in training checkpoints only: it tells a checkpoint from what a
+                    torn write, a full disk or a flipped bit has left
+
+A training checkpoint is written from a copy of its tensors, so that training can go on meanwhile.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,22 +28,33 @@ from torch import Tensor, nn
 
 from vlm import text
 from vlm.build import build_model
-from vlm.config import ModelConfig, why_unreadable
+from vlm.config import Config, ModelConfig, why_unreadable
+from vlm.digest import file_digest
 from vlm.errors import CheckpointError
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
-STATE, STEP = "training.safetensors", "training.json"
+STATE, STEP, FILES = "training.safetensors", "training.json", "files.json"
 MODEL_FILES = (WEIGHTS, CONFIG, TOKENIZER)
 
 
 def save_model(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer) -> None:
     """Write the three files a model is rebuilt from. The folder is created."""
+    save_weights(folder, weights_of(model), model.config, tokenizer)
+
+
+def save_weights(folder: Path, weights: Mapping[str, Tensor], config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """`save_model` of weights that have left their model, by name, tied ones once."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(_unique(model), folder / WEIGHTS)
-    (folder / CONFIG).write_text(model.config.model_dump_json(indent=2), encoding="utf-8")
+    save_file(dict(weights), folder / WEIGHTS)
+    (folder / CONFIG).write_text(config.model_dump_json(indent=2), encoding="utf-8")
     text.save(tokenizer, folder / TOKENIZER)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters by name, tied ones once (torch's `named_parameters` drops repeats); no copies."""
+    return {name: p.detach().contiguous() for name, p in model.named_parameters()}
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[VisionLanguageModel, Tokenizer]:
@@ -77,7 +94,7 @@ def load_weights(model: VisionLanguageModel, path: Path) -> None:
     Raises:
         CheckpointError: lists all that is missing, left over or of another shape.
     """
-    fill(_unique(model), path)
+    fill(weights_of(model), path)
 
 
 def fill(own: Mapping[str, Tensor], path: Path) -> None:
@@ -113,38 +130,95 @@ def fill(own: Mapping[str, Tensor], path: Path) -> None:
             tensor.copy_(loaded[name])
 
 
-def save_training(
-    folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, step: int
-) -> None:
-    """Write a training checkpoint whole or not at all.
+@dataclass(frozen=True)
+class TrainingCopy:
+    """What a training goes on from, in host memory of its own: the loop may take further steps while it is written.
 
-    Args:
-        folder: final place; an older checkpoint of the same step is replaced.
-        model: without its DDP wrapper.
-        tokenizer: of the run.
-        optimizer: over the model's parameters.
+    Attributes:
+        weights: by name: of the whole model, or of the part of it that learns.
+        state: of the optimizer, as `<parameter>:<key>`.
         step: steps taken, the number of the next step.
     """
-    with whole_folder(folder) as temporary:
-        save_model(temporary, model, tokenizer)
-        save_state(temporary, model, optimizer, step)
+
+    weights: dict[str, Tensor]
+    state: dict[str, Tensor]
+    step: int
+
+
+def copy_training(
+    weights: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, step: int
+) -> TrainingCopy:
+    """Copy weights and optimizer state as they are now.
+
+    Args:
+        weights: what of the model is to be kept; `weights_of(model)` is all of it.
+        model: without its DDP wrapper.
+        optimizer: over the model's parameters.
+        step: steps taken.
+    """
+    return TrainingCopy(_on_host(weights), _on_host(_optimizer_tensors(model, optimizer)), step)
+
+
+class FileFacts(Config):
+    """One line of files.json."""
+
+    bytes: int
+    sha256: str
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A hidden folder to write into; it takes `folder`'s name, and its place, when the block ends well."""
+    """A hidden folder to write into; when the block ends well it takes `folder`'s name and place, with a files.json.
+
+    All of it is on the disk before it has its name: a host that loses its power leaves a whole checkpoint, or none.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
+    written = sorted(temporary.iterdir())
+    facts = {path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in written}
+    (temporary / FILES).write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    for path in (*written, temporary / FILES):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
 
 
-def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+def verify_folder(folder: Path) -> None:
+    """Compare every file with what was written, byte for byte.
+
+    Raises:
+        CheckpointError: lists the files that are missing, cut or changed.
+    """
+    try:
+        listed = json.loads((folder / FILES).read_text(encoding="utf-8"))
+        problems = [found for name, facts in listed.items() if (found := _damage(folder / name, FileFacts(**facts)))]
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # pydantic's and json's are ValueErrors
+        problems = [f"{FILES} cannot be read ({type(error).__name__}: {error})"]
+    if problems:
+        raise CheckpointError(
+            "the checkpoint is damaged",
+            where=str(folder),
+            got="; ".join(problems),
+            fix="go on from an earlier one: remove this folder",
+        )
+
+
+def _damage(path: Path, facts: FileFacts) -> str:
+    """What is wrong with a file; empty if nothing is."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if (size := path.stat().st_size) != facts.bytes:
+        return f"{path.name} has {size} bytes, {facts.bytes} were written"
+    return "" if file_digest(path) == facts.sha256 else f"{path.name} has other bytes than were written"
+
+
+def save_state(folder: Path, copy: TrainingCopy) -> None:
     """Write what a training goes on with besides weights: the optimizer's state and the number of the next step."""
-    save_file(_optimizer_tensors(model, optimizer), folder / STATE)
-    (folder / STEP).write_text(json.dumps({"step": step}), encoding="utf-8")
+    save_file(copy.state, folder / STATE)
+    (folder / STEP).write_text(json.dumps({"step": copy.step}), encoding="utf-8")
 
 
 def load_training(folder: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimizer) -> int:
@@ -191,14 +265,13 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     }
 
 
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters())
-
-
-def _unique(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by name, tied ones once (torch's `named_parameters` drops repeats)."""
-    return {name: p.detach().contiguous() for name, p in model.named_parameters()}

@@ -18,6 +18,8 @@ class LakesightError(Exception):
     """
 
     exit_code = 1
+    lasting = False
+    """Whether trying again without a change would end the same."""
 
     def __init__(self, what: str, *, where: str = "", got: str = "", fix: str = "") -> None:
         self.what, self.where, self.got, self.fix = what, where, got, fix
@@ -40,6 +42,7 @@ class UserError(LakesightError):
     """The caller's mistake: exit code 2, one paragraph, no traceback."""
 
     exit_code = 2
+    lasting = True
 
 
 class ConfigError(UserError):
@@ -59,3 +62,5 @@ IMAGE_REASONS = ("not_an_image", "truncated_image", "unsupported_format", "too_l
 
 class CheckpointError(LakesightError):
     """A checkpoint that is missing, incomplete or of another model."""
+
+    lasting = True

@@ -37,3 +37,8 @@ def global_sum(values: Tensor) -> Tensor:
     if world_size() > 1:
         distributed.all_reduce(total)
     return total
+
+
+def to_host(values: Tensor) -> list[float]:
+    """The values of a vector that other ranks have a part in. On a GPU this, not the sum, is where a rank waits."""
+    return [float(value) for value in values.tolist()]

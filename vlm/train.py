@@ -12,12 +12,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vlm.batch import Batch
 from vlm.errors import LakesightError
 from vlm.objective import RouterReport, num_targets, routed_layers, router_loss, token_loss
-from vlm.parallel import global_sum, unwrap, world_size
+from vlm.parallel import global_sum, to_host, unwrap, world_size
 from vlm.seeds import mix
 
 
@@ -44,7 +44,13 @@ class StepReport:
 
 
 class NotFiniteError(LakesightError):
-    """Loss or gradient became NaN or infinite."""
+    """Loss or gradient became NaN or infinite.
+
+    Attributes:
+        elsewhere: the loss of this rank was finite, and that of another was not.
+    """
+
+    elsewhere = False
 
 
 def fit(
@@ -86,8 +92,8 @@ def fit(
         on_device = batch.to(device)
         with mixed_precision(device, bf16=bf16):
             loss_sum = token_loss(model(on_device), on_device)
-        loss_and_tokens = global_sum(torch.stack((loss_sum.detach().double(), num_targets(on_device).double())))
-        total, tokens = (float(v) for v in loss_and_tokens)
+        sums = torch.stack((loss_sum.detach().double(), num_targets(on_device).double()))
+        total, tokens = to_host(global_sum(sums))
         # DDP averages gradients over ranks; the losses are means over the tokens of all ranks.
         objectives, router = [loss_sum * (world_size() / tokens)], None
         if layers:
@@ -95,9 +101,10 @@ def fit(
             if router_part.requires_grad:  # not where an adapter is all that learns, behind the last router
                 objectives.append(router_part * world_size())
         torch.autograd.backward(objectives)
-        grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
+        (grad_norm,) = to_host(nn.utils.clip_grad_norm_(model.parameters(), grad_clip).view(1))
         loss = total / tokens
-        _require_finite(step, loss, grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise _diverged(step, loss, grad_norm, rank, loss_sum)
         for group in optimizer.param_groups:
             group["lr"] = lr_of(step)
         optimizer.step()
@@ -105,14 +112,19 @@ def fit(
         on_step(StepReport(step, loss, lr_of(step), grad_norm, int(tokens), router))
 
 
-def _require_finite(step: int, loss: float, grad_norm: float) -> None:
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise NotFiniteError(
-            "training diverged",
-            where=f"step {step}",
-            got=f"loss {loss}, gradient norm {grad_norm}",
-            fix="lower train.optimizer.lr or raise train.optimizer.warmup_steps (a new run: it starts over)",
-        )
+def _diverged(step: int, loss: float, grad_norm: float, rank: int, own: Tensor) -> NotFiniteError:
+    """The error, with the ranks whose own loss began it. Every rank comes here at the same step."""
+    fine = torch.zeros(world_size(), device=own.device)
+    fine[rank] = own.detach().isfinite()
+    bad = [number for number, is_fine in enumerate(to_host(global_sum(fine))) if not is_fine]
+    error = NotFiniteError(
+        "training diverged",
+        where=f"step {step}" + (f", the loss of rank {', '.join(map(str, bad))}" if bad else ""),
+        got=f"loss {loss}, gradient norm {grad_norm}",
+        fix="lower train.optimizer.lr or raise train.optimizer.warmup_steps (a new run: it starts over)",
+    )
+    error.elsewhere = bool(bad) and rank not in bad
+    return error
 
 
 def mixed_precision(device: torch.device, *, bf16: bool) -> AbstractContextManager[object]:

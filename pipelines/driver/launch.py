@@ -39,8 +39,10 @@ def run_rank(run_dir: str) -> None:
     importlib.import_module("pipelines.worker.main").run_rank(run_dir)
 
 
-def check_slots(spark: SparkSession, launch: Launch) -> None:
+def check_slots(spark: SparkSession, launch: Launch, seconds: float = SLOT_SECONDS) -> None:
     """Compare ranks with the tasks that the cluster can run at once. Ranks beside the driver need no slot.
+
+    Executors that are about to report for work are waited for, `seconds` at most.
 
     Raises:
         UserError: too few. Spark would try for ten minutes before it says so.
@@ -49,7 +51,7 @@ def check_slots(spark: SparkSession, launch: Launch) -> None:
         return
     needed = open_distributor(launch).num_tasks
     context = spark.sparkContext._jsc.sc()
-    deadline = time.monotonic() + SLOT_SECONDS
+    deadline = time.monotonic() + seconds
     while (slots := _slots(context)) < needed:
         if time.monotonic() > deadline:
             raise UserError(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from pipelines.errors import UserError
-from vlm.config import Config, ModelConfig, why_unreadable
+from vlm.config import Config, ModelConfig, differences, why_unreadable
 from vlm.digest import file_digest
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json")
@@ -56,7 +54,8 @@ def open_start(folder: Path, config: ModelConfig) -> StartFolder:
             got=why_unreadable(error),
             fix="it was written by another version, or by hand",
         ) from None
-    differing = list(_differing(own.model_dump(exclude={"generation"}), config.model_dump(exclude={"generation"})))
+    there, here = (model.model_dump(exclude={"generation"}) for model in (own, config))
+    differing = list(differences({"model": there}, {"model": here}))
     if differing:
         raise UserError(
             "the model to start from is another than the run's",
@@ -65,11 +64,3 @@ def open_start(folder: Path, config: ModelConfig) -> StartFolder:
             fix="choose the run whose model it is, or --set these values of the run as they are there",
         )
     return StartFolder(folder=folder, digest=file_digest(folder / FILES[0]))
-
-
-def _differing(there: Any, here: Any, path: str = "model") -> Iterator[str]:
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        for key in dict.fromkeys((*there, *here)):
-            yield from _differing(there.get(key), here.get(key), f"{path}.{key}")
-    elif there != here:
-        yield f"{path} is {there!r} there, {here!r} in the run"

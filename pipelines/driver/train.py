@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from pipelines.config import RunConfig, short_hash
 from pipelines.driver.launch import RankEntry, check_slots, only_launch, run_rank, start_ranks
 from pipelines.driver.start import open_start
-from pipelines.driver.verdict import failure_of, wait_for_words
-from pipelines.errors import StageFailed, UserError
-from pipelines.platform import Platform
-from pipelines.rundir import Result, RunDir, RunFile, read_json, write_json
+from pipelines.driver.verdict import failure_of, root_of, wait_for_words
+from pipelines.errors import StageFailed, TrainingFailed, UserError
+from pipelines.platform import Launch, Platform
+from pipelines.rundir import Failure, Result, RunDir, RunFile, read_json, write_json
 from pipelines.shards import Shards
 from vlm import text
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from pipelines.driver.shard import ShardReport
 
 log = logging.getLogger(__name__)
+
+RETURN_SECONDS = 120.0
+"""How long a cluster may take to replace an executor that was lost."""
 
 
 def prepare(config: RunConfig, platform: Platform, train: ShardReport, validate: ShardReport) -> RunDir:
@@ -38,7 +41,7 @@ def prepare(config: RunConfig, platform: Platform, train: ShardReport, validate:
     """
     _refuse(config, train, validate)
     code = version("lakesight")
-    settings, start = config.train.model_dump(), None
+    settings, start = config.train.science(), None
     if config.train.start_from:
         start = open_start(Path(config.train.start_from), config.model)
         settings["start_from"] = start.digest  # what is in the folder, not where it lies
@@ -78,7 +81,7 @@ def finished(run: RunDir) -> Result | None:
 
 
 def launch(run: RunDir, platform: Platform, spark: SparkSession, entry: RankEntry = run_rank) -> Result:
-    """Train on the platform's ranks, from the run's last checkpoint to its end.
+    """Train on the platform's ranks, from the run's last checkpoint to its end; start again what may go better then.
 
     Args:
         run: a folder made by `prepare`.
@@ -91,21 +94,54 @@ def launch(run: RunDir, platform: Platform, spark: SparkSession, entry: RankEntr
         TrainingFailed: names the root rank, its host and the cause.
         KeyboardInterrupt: the ranks have been ended; the same run can be launched again.
     """
-    ranks = platform.launch.ranks
     check_slots(spark, platform.launch)
+    restarts, before = 0, None
     with only_launch(run):
-        run.set_aside()
-        error = start_ranks(run, platform.launch, entry)
+        while True:
+            try:
+                return _attempt(run, platform.launch, entry)
+            except TrainingFailed as error:
+                root = root_of(run)
+                if reason := why_not_again(root, before, restarts, run.read_run().config.train.max_restarts):
+                    error.add_note(f"Started {restarts + 1} times; not again: {reason}")
+                    raise
+                log.warning("%s Starting again (%d).", error, restarts + 1)
+            check_slots(spark, platform.launch, RETURN_SECONDS)
+            restarts, before = restarts + 1, root
+
+
+def why_not_again(root: Failure | None, before: Failure | None, restarts: int, allowed: int) -> str:
+    """Why a failed run is not worth another start; empty if it is.
+
+    Args:
+        root: what the failed attempt has left on its cause, if anything.
+        before: the same of the attempt before it.
+        restarts: how often the run was started again already.
+        allowed: how often it may be.
+    """
+    if root and root.lasting:
+        return "it would fail in the same way until its cause is removed"
+    if root and before and (root.exception, root.step) == (before.exception, before.step):
+        return f"{root.exception} at step {root.step} came twice"
+    return f"train.max_restarts is {allowed}" if restarts >= allowed else ""
+
+
+def _attempt(run: RunDir, how: Launch, entry: RankEntry) -> Result:
+    run.set_aside()
+    damaged = set(run.damaged_checkpoints())
+    error = start_ranks(run, how, entry)
+    for folder in sorted({*run.damaged_checkpoints()} - damaged):
+        log.warning("a checkpoint was damaged and is put aside: %s; an earlier one was gone on from", folder)
     result = finished(run)
     if result is None:
         wait_for_words(run)
-        raise failure_of(run, ranks, error) from error
-    if result.world_size != ranks:
+        raise failure_of(run, how.ranks, error) from error
+    if result.world_size != how.ranks:
         raise StageFailed(
             "the ranks did not form one group",
             where=str(run.result),
             got=f"a result of {result.world_size} ranks",
-            fix=f"{ranks} were started; this is a defect of the launcher or of the network",
+            fix=f"{how.ranks} were started; this is a defect of the launcher or of the network",
         )
     if error is not None:
         log.warning("the run is finished, but the launcher reported an error afterwards: see %s", run.launcher_log)

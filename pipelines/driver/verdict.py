@@ -1,8 +1,8 @@
 """Why a training run failed, from what its ranks left behind: the root, not the noise around it.
 
 When one rank dies, the others lose their connection to it and the launcher ends them, so most records tell of
-consequences. The root is the earliest record that is not one; else a rank that left no word at all; else, where ranks
-waited until their time ran out, the one that had to be ended because it was not waiting with them.
+consequences. The root is the earliest record that is not one; else, where ranks waited until their time ran out, the
+one that was not waiting with them; else a rank that left no word at all.
 """
 
 from __future__ import annotations
@@ -15,8 +15,16 @@ from datetime import datetime
 from pipelines.errors import TrainingFailed
 from pipelines.rundir import Failure, RankFile, RunDir
 
-TIME_RAN_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
-"""How a collective says so; gloo has two ways, depending on which of its threads notices first."""
+HUNG, WAITED = "Hung", "Waited"
+"""What the watch over a rank calls it when nothing goes on: by the rank's own doing, or because others did not come."""
+
+LAST_WORDS = re.compile(r"Fatal Python error: .+|Timeout \(.+|rank {rank} ended at step .+")
+"""How a rank that could leave no record says on its log, or on the launcher's, what ended it."""
+
+LOST = re.compile(r"ExecutorLostFailure.*|Lost executor.*|executor \d+ (?:lost|exited).*")
+"""How Spark says that the process around a rank is gone."""
+
+STACKS = "where each thread of each rank was is in {}/rank-*.stacks.txt"
 
 WORD_SECONDS = 15.0
 """How long ranks that are being ended on other hosts have to leave their record."""
@@ -36,6 +44,11 @@ def wait_for_words(run: RunDir) -> None:
         time.sleep(0.2)
 
 
+def root_of(run: RunDir) -> Failure | None:
+    """The record that names the cause; None where no rank has left one."""
+    return next((failure for failure in run.read_failures() if not failure.consequence), None)
+
+
 def failure_of(run: RunDir, world_size: int, launcher: BaseException | None) -> TrainingFailed:
     """The error that names rank, host and cause.
 
@@ -44,24 +57,27 @@ def failure_of(run: RunDir, world_size: int, launcher: BaseException | None) -> 
         world_size: ranks that should have been there.
         launcher: what the launcher raised, if it did.
     """
-    failures, silent = run.read_failures(), _silent(run)
-    roots = [failure for failure in failures if not failure.consequence]
-    if roots:
-        return _raised(run, roots[0])
-    if silent:
-        return _vanished(run, silent[0])
-    hung = [failure for failure in failures if failure.exception == "SIGTERM"]
-    if hung and TIME_RAN_OUT.search(failures[0].message):
-        return _hung(run, hung[0], failures[0])
-    if failures:
-        return _raised(run, failures[0])
-    last = str(launcher or "no word from the launcher").strip().splitlines()[-1]
-    return TrainingFailed(
-        f"{len(run.read_ranks())} of {world_size} ranks started, and there is no result",
-        where=f"host {socket.gethostname()}, log {run.launcher_log}",
-        got=last[:500],
-        fix="the log has what the launcher said; every host needs this package and sees the run folder",
-    )
+    failures, silent, root = run.read_failures(), _silent(run), root_of(run)
+    waited = next((failure for failure in failures if failure.exception == WAITED), None)
+    missed = [failure for failure in failures if failure.exception == "SIGTERM" and not failure.waiting]
+    lost = LOST.search(str(launcher))
+    if root:
+        error = _hung(run, root, root.message) if root.exception == HUNG else _raised(run, root)
+    elif waited and missed:
+        error = _hung(run, missed[0], f"rank {waited.rank} {waited.message}")
+    elif waited and silent:
+        error = _missing(run, silent[0], waited)
+    elif lost and (silent or failures):
+        error = _lost(run, silent, failures, lost[0])
+    elif silent:
+        error = _vanished(run, silent[0])
+    elif failures:
+        error = _raised(run, failures[0])
+    else:
+        return _nobody(run, world_size, launcher)
+    for failure in failures:
+        error.add_note(f"Rank {failure.rank} on {failure.host}, {failure.exception}:\n{failure.traceback}")
+    return error
 
 
 def _silent(run: RunDir) -> list[RankFile]:
@@ -72,38 +88,81 @@ def _silent(run: RunDir) -> list[RankFile]:
 
 
 def _raised(run: RunDir, failure: Failure) -> TrainingFailed:
-    log = run.log(failure.rank)
-    error = TrainingFailed(
+    return TrainingFailed(
         f"rank {failure.rank} failed at step {failure.step}",
-        where=f"host {failure.host}, log {log}",
+        where=f"host {failure.host}, log {run.log(failure.rank)}",
         got=f"{failure.exception}: {failure.message}".rstrip(": "),
         fix=_how_to_go_on(run),
     )
-    error.add_note(f"Traceback of rank {failure.rank}:\n{failure.traceback}")
-    return error
 
 
-def _hung(run: RunDir, hung: Failure, waiting: Failure) -> TrainingFailed:
-    error = TrainingFailed(
-        f"rank {hung.rank} hung at step {hung.step}",
-        where=f"host {hung.host}, log {run.log(hung.rank)}",
-        got=f"rank {waiting.rank} waited for it until its time ran out",
-        fix=f"the log says what it was doing; {_how_to_go_on(run)}",
+def _hung(run: RunDir, rank: Failure, got: str) -> TrainingFailed:
+    return TrainingFailed(
+        f"rank {rank.rank} hung at step {rank.step}",
+        where=f"host {rank.host}, log {run.log(rank.rank)}",
+        got=got,
+        fix=f"{STACKS.format(run.failures)}; {_how_to_go_on(run)}",
     )
-    error.add_note(f"Stack of rank {hung.rank} when it was ended:\n{hung.traceback}")
-    return error
+
+
+def _missing(run: RunDir, rank: RankFile, waited: Failure) -> TrainingFailed:
+    """A rank that others waited for, and that could not be asked: its interpreter was stuck, or all of it was."""
+    words = _last_words(run, rank.rank)
+    return TrainingFailed(
+        f"rank {rank.rank} {'hung at' if words else 'is missing since'} step {_last_step(run, rank.rank)}",
+        where=f"host {rank.host}, log {run.log(rank.rank)}",
+        got=f"rank {waited.rank} {waited.message}; "
+        + (words or "no word of its own: it was stopped, left by os._exit, or its host is gone"),
+        fix=f"{STACKS.format(run.failures)}; {_how_to_go_on(run)}",
+    )
+
+
+def _lost(run: RunDir, silent: list[RankFile], failures: list[Failure], words: str) -> TrainingFailed:
+    """A rank whose executor is gone says that its launcher went, or nothing."""
+    gone = [failure for failure in failures if failure.exception == "LauncherGone"]
+    rank = (gone or silent or failures)[0]
+    return TrainingFailed(
+        f"the executor of rank {rank.rank} was lost at step {_last_step(run, rank.rank)}",
+        where=f"host {rank.host}, log {run.log(rank.rank)}",
+        got=words[:500],
+        fix=_how_to_go_on(run),
+    )
 
 
 def _vanished(run: RunDir, rank: RankFile) -> TrainingFailed:
-    heartbeat = run.read_heartbeat(rank.rank)
-    step = heartbeat.step if heartbeat else 0
     last = datetime.fromtimestamp(_last_sign(run, rank)).astimezone().isoformat(timespec="seconds")
+    words = _last_words(run, rank.rank)
     return TrainingFailed(
-        f"rank {rank.rank} ended without a word at step {step}",
+        f"rank {rank.rank} ended without a word at step {_last_step(run, rank.rank)}",
         where=f"host {rank.host}, process {rank.pid}, log {run.log(rank.rank)}",
-        got=f"no record of an error, last heartbeat {last}: kill -9, out of memory, os._exit, or it hung",
+        got=words or f"no record of an error, last heartbeat {last}: kill -9, out of memory, os._exit, or it hung",
         fix=_how_to_go_on(run),
     )
+
+
+def _nobody(run: RunDir, world_size: int, launcher: BaseException | None) -> TrainingFailed:
+    last = str(launcher or "no word from the launcher").strip().splitlines()[-1]
+    return TrainingFailed(
+        f"{len(run.read_ranks())} of {world_size} ranks started, and there is no result",
+        where=f"host {socket.gethostname()}, log {run.launcher_log}",
+        got=last[:500],
+        fix="the log has what the launcher said; every host needs this package and sees the run folder",
+    )
+
+
+def _last_words(run: RunDir, rank: int) -> str:
+    """What a rank without a record has said on its log, or on the launcher's where it could not write any more."""
+    pattern = re.compile(LAST_WORDS.pattern.replace("{rank}", str(rank)))
+    for path in (run.log(rank), run.launcher_log):
+        found = pattern.findall(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else []
+        if found:
+            return str(found[-1])
+    return ""
+
+
+def _last_step(run: RunDir, rank: int) -> int:
+    heartbeat = run.read_heartbeat(rank)
+    return heartbeat.step if heartbeat else 0
 
 
 def _last_sign(run: RunDir, rank: RankFile) -> float:

@@ -6,7 +6,9 @@ its consequences: a rank that was told to stop, or lost its connection because a
 Unusual: SIGTERM and SIGINT are not handled where Python handles signals, in the main thread, because that thread sits
 in a C++ collective when another rank has died and would not come back. The signal's number is written to a pipe by
 the C-level handler, and a thread that reads the pipe leaves the record and ends the process. The same thread notices
-that the launcher is gone, so no rank outlives it.
+that the launcher is gone, so no rank outlives it, and that nothing goes on any more: when a rank hangs, the others wait
+for it, so all of them run out of time at once, and each leaves the stacks of its threads. Who waits in a collective is
+not to blame. A thread in C, which needs no interpreter, ends a rank whose interpreter itself is stuck.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import traceback
 from types import FrameType, TracebackType
 from typing import Self
 
+from pipelines.errors import LakesightError
 from pipelines.rundir import Failure, RankFile, RunDir, touch_heartbeat, write_json
 
 log = logging.getLogger(__name__)
@@ -31,7 +34,14 @@ log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
 WATCH_SECONDS = 1.0
 LEAVE_SECONDS = 5
+LAST_WORD_SECONDS = 3.0
+"""How much longer a rank waits that waits for others, so that who hangs speaks first."""
+START_SECONDS = 600.0
+"""How long a rank may take until it knows `train.timeout_seconds`: torch is imported in that time."""
 _ENDINGS = (signal.SIGTERM, signal.SIGINT)
+
+_WAITING = ("torch/distributed/", "torch/autograd/", "vlm/parallel.py")
+"""Files whose functions wait for other ranks; in `backward` DDP adds up gradients."""
 
 _LOST_CONNECTION = (
     "connection closed by peer",
@@ -47,8 +57,9 @@ _LOST_CONNECTION = (
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Whether an error only tells of another rank's death: a broken collective, or an interrupt from outside."""
-    if isinstance(error, KeyboardInterrupt):
+    """Whether an error only tells of another rank's: a broken collective, a loss that was not finite elsewhere, or an
+    interrupt from outside."""
+    if isinstance(error, KeyboardInterrupt) or getattr(error, "elsewhere", False):
         return True
     collective = any(kind.__name__ == "DistError" for kind in type(error).__mro__)  # torch's, without importing it
     text = str(error).lower()
@@ -58,9 +69,10 @@ def is_consequence(error: BaseException) -> bool:
 class Watch:
     """Watches over one rank, as a context manager around everything it does.
 
-    It says who the rank is at the start and that it is done at the end, counts its steps, keeps its heartbeat, and
-    records any other way in which it ends. An error goes on its way after it is recorded; the process has five
-    seconds to follow, because a thread or a communicator that does not stop must not keep the launcher waiting.
+    It says who the rank is at the start and that it is done at the end, counts its steps, keeps its heartbeat, ends it
+    when nothing goes on for too long, and records any other way in which it ends. An error goes on its way after it is
+    recorded; the process has five seconds to follow, because a thread or a communicator that does not stop must not
+    keep the launcher waiting.
     """
 
     def __init__(self, run: RunDir, rank: int) -> None:
@@ -69,6 +81,7 @@ class Watch:
         self._run, self._rank = run, rank
         self._started = time.time()
         self._beaten = 0.0
+        self._limit, self._moved = START_SECONDS, time.monotonic()
         self._lock = threading.Lock()
         self._recorded = False
         self._launcher = os.getppid()
@@ -77,10 +90,20 @@ class Watch:
     def at(self, step: int) -> None:
         """Say that the rank is alive and the run has taken `step` steps; reaches the disk at most once a second."""
         self.step = step
+        self.alive()
         now = time.monotonic()
         if now - self._beaten >= HEARTBEAT_SECONDS:
             self._beaten = now
             touch_heartbeat(self._run, self._rank, step)
+
+    def alive(self) -> None:
+        """Say that work goes on, where it does without a step: while a model is read, or captions are made."""
+        self._moved = time.monotonic()
+
+    def allow(self, seconds: float) -> None:
+        """From now on the rank may go without a sign of work for this long."""
+        self._limit = seconds
+        self.alive()
 
     def __enter__(self) -> Self:
         self._run.failure(self._rank).unlink(missing_ok=True)
@@ -99,34 +122,56 @@ class Watch:
         if error is None:
             with self._lock:
                 self._recorded = True
+                faulthandler.cancel_dump_traceback_later()
             touch_heartbeat(self._run, self._rank, self.step)
             self._introduce(ended=True)
             return
-        message = (
-            f"left at step {self.step} with exit code {error.code}" if isinstance(error, SystemExit) else str(error)
+        message = str(error)
+        if isinstance(error, SystemExit):
+            message = f"left at step {self.step} with exit code {error.code}"
+        self._record(
+            type(error).__name__,
+            message,
+            "".join(traceback.format_exception(error)),
+            consequence=is_consequence(error),
+            lasting=isinstance(error, LakesightError) and error.lasting,
         )
-        self._record(type(error).__name__, message, "".join(traceback.format_exception(error)), is_consequence(error))
 
     def _listen(self) -> None:
         while True:
+            with self._lock:
+                if not self._recorded:
+                    faulthandler.dump_traceback_later(self._limit + 2 * LAST_WORD_SECONDS, exit=True)
             ready, _, _ = select.select([self._inbox], [], [], WATCH_SECONDS)
             number = os.read(self._inbox, 1)[0] if ready else 0
             if number in _ENDINGS:
                 self._end(signal.Signals(number).name, "the launcher ended this rank", 128 + number)
             elif os.getppid() != self._launcher:
                 self._end("LauncherGone", "the process that started this rank is gone", 1)
+            elif (seconds := time.monotonic() - self._moved) > self._limit:
+                self._run_out(seconds)
 
-    def _end(self, name: str, message: str, code: int) -> None:
-        stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident or 0])
-        self._record(name, message, "".join(stack), consequence=True)
+    def _run_out(self, seconds: float) -> None:
+        """Nothing goes on. A rank that waits gives the one it waits for the first word."""
+        if not _waits(_main_frame()):
+            self._end("Hung", f"did nothing for {seconds:.0f} s (train.timeout_seconds)", 1, consequence=False)
+        if seconds > self._limit + LAST_WORD_SECONDS:
+            self._end("Waited", f"waited {seconds:.0f} s for other ranks, which did not come", 1)
+
+    def _end(self, name: str, message: str, code: int, *, consequence: bool = True) -> None:
+        frame = _main_frame()
+        stack = "".join(traceback.format_stack(frame))
+        self._record(name, message, stack, consequence=consequence, waiting=_waits(frame))
         os._exit(code)
 
-    def _record(self, name: str, message: str, trace: str, consequence: bool) -> None:
-        faulthandler.dump_traceback_later(LEAVE_SECONDS, exit=True)
+    def _record(self, name: str, message: str, trace: str, *, consequence: bool, **more: bool) -> None:
         with self._lock:  # the first reason counts: a rank that is told to stop while it fails has failed
             if self._recorded:
                 return
             self._recorded = True
+            faulthandler.dump_traceback_later(LEAVE_SECONDS, exit=True)
+            # First where a full disk does not matter: the launcher's stream reaches the driver.
+            log.error("rank %d ended at step %d: %s: %s\n%s", self._rank, self.step, name, message, trace)
             failure = Failure(
                 rank=self._rank,
                 host=socket.gethostname(),
@@ -137,15 +182,27 @@ class Watch:
                 step=self.step,
                 failed_at=time.time(),
                 consequence=consequence,
+                **more,
             )
             write_json(self._run.failure(self._rank), failure)
-        log.error("rank %d ended at step %d: %s: %s\n%s", self._rank, self.step, name, message, trace)
+            with self._run.stacks(self._rank).open("w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
 
     def _introduce(self, *, ended: bool) -> None:
         who = RankFile(
             rank=self._rank, host=socket.gethostname(), pid=os.getpid(), started_at=self._started, ended=ended
         )
         write_json(self._run.rank(self._rank), who)
+
+
+def _main_frame() -> FrameType:
+    """Where the main thread is."""
+    return sys._current_frames()[threading.main_thread().ident or 0]
+
+
+def _waits(frame: FrameType) -> bool:
+    """Whether the innermost function is one that waits for other ranks."""
+    return any(part in frame.f_code.co_filename for part in _WAITING)
 
 
 def _leave_to_thread(number: int, frame: FrameType | None) -> None:

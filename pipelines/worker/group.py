@@ -37,34 +37,37 @@ def pick_device(platform: PlatformConfig, place: Place) -> torch.device:
     return torch.device("cpu")
 
 
+GRACE_SECONDS = 30
+"""What a collective waits longer than the watch over the rank, which knows more about who is to blame."""
+
+
 @contextmanager
 def process_group(device: torch.device, timeout_seconds: int) -> Iterator[None]:
     """The group of all ranks. After an error it is left as it is: taking it down waits for ranks that are gone."""
     on_gpu = device.type == "cuda"
     distributed.init_process_group(
         "nccl" if on_gpu else "gloo",
-        timeout=timedelta(seconds=timeout_seconds),
+        timeout=timedelta(seconds=timeout_seconds + GRACE_SECONDS),
         device_id=device if on_gpu else None,
     )
     yield
     distributed.destroy_process_group()
 
 
-def meet(run: RunDir, start: str, device: torch.device) -> None:
-    """Make sure that all ranks are of one run and start at one place, and share the host's cores fairly.
+def meet(run: RunDir, device: torch.device) -> None:
+    """Make sure that all ranks are of one run, and share the host's cores fairly.
 
     Launchers pick ports and rendezvous names that two runs on one host may have in common; and torchrun allows a rank
     one thread, whatever the host has.
 
     Args:
         run: the run folder as this rank sees it.
-        start: name of the checkpoint this rank is about to start from.
         device: where collectives take place.
 
     Raises:
-        UserError: a rank of another run, or one that sees other checkpoints, is in the group.
+        UserError: a rank of another run is in the group.
     """
-    own = torch.tensor([_digest(socket.gethostname()), _digest(run.run.read_text("utf-8") + start)], device=device)
+    own = torch.tensor([_digest(socket.gethostname()), _digest(run.run.read_text("utf-8"))], device=device)
     gathered = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
     distributed.all_gather(gathered, own)
     hosts, identities = torch.stack(gathered).T.tolist()
@@ -72,7 +75,7 @@ def meet(run: RunDir, start: str, device: torch.device) -> None:
         raise UserError(
             "the ranks are not of one run",
             where=str(run.path),
-            got=f"{len(set(identities))} different run.json files or newest checkpoints among {len(identities)} ranks",
+            got=f"{len(set(identities))} different run.json files among {len(identities)} ranks",
             fix="all ranks must see the same run folder; start the run again",
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

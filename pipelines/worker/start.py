@@ -7,23 +7,34 @@ captions or serves the run finds a plain model and need not know.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from pipelines.config import TrainConfig
-from vlm.adapters import add_adapter, fill_adapter, halve_frozen, load_adapter, merge_adapter, save_adapter
+from vlm.adapters import (
+    add_adapter,
+    corrections_of,
+    fill_adapter,
+    halve_frozen,
+    load_adapter,
+    merge_adapter,
+    save_corrections,
+)
 from vlm.build import build_model
 from vlm.checkpoint import (
     WEIGHTS,
+    TrainingCopy,
+    copy_training,
     load_state,
     load_training,
     load_weights,
     save_model,
     save_state,
-    save_training,
-    whole_folder,
+    save_weights,
+    weights_of,
 )
 from vlm.config import ModelConfig
 from vlm.digest import file_digest
@@ -63,22 +74,26 @@ class Start:
         fill_adapter(folder, model, self._digest)
         return load_state(folder, model, optimizer)
 
-    def save(
-        self, folder: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, step: int, *, last: bool
-    ) -> None:
-        """Write a checkpoint, whole or not at all."""
+    def copy(
+        self, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, step: int, *, last: bool
+    ) -> Callable[[Path], None]:
+        """Copy all that a checkpoint holds; returns what writes it into an empty folder, at any later time."""
+        adapted = self.settings.adapter is not None
+        copy = copy_training(corrections_of(model) if adapted else weights_of(model), model, optimizer, step)
+        return lambda folder: self._write(folder, copy, last=last)
+
+    def _write(self, folder: Path, copy: TrainingCopy, *, last: bool) -> None:
+        save_state(folder, copy)
         if not self.settings.adapter:
-            save_training(folder, model, self.tokenizer, optimizer, step)
+            save_weights(folder, copy.weights, self.config, self.tokenizer)
             return
-        with whole_folder(folder) as temporary:
-            save_adapter(temporary, model, self.settings.adapter, self._digest)
-            save_state(temporary, model, optimizer, step)
-            if last:
-                # From the files, as anybody would: the model that has learned may hold its base in half precision.
-                merged = self._base()
-                load_adapter(temporary, merged, self._digest)
-                merge_adapter(merged)
-                save_model(temporary, merged, self.tokenizer)
+        save_corrections(folder, copy.weights, self.settings.adapter, self._digest)
+        if last:
+            # From the files, as anybody would: the model that has learned may hold its base in half precision.
+            merged = self._base()
+            load_adapter(folder, merged, self._digest)
+            merge_adapter(merged)
+            save_model(folder, merged, self.tokenizer)
 
     def _base(self) -> VisionLanguageModel:
         model = build_model(self.config, self.tokenizer.vocab_size)

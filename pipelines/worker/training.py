@@ -1,14 +1,14 @@
 """One rank's work: meet the others, build the model, go on from the last checkpoint, train, report.
 
 The loop itself is `vlm.train.fit`; this module gives it batches and does what is due after each step. All that is
-carried from step to step is in the checkpoint: weights, optimizer, and the number of the next step.
+carried from step to step is in the checkpoint: weights, optimizer, and the number of the next step, from which the
+samples, the learning rate and every random number follow.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from pipelines.errors import UserError
 from pipelines.rundir import CaptionSamples, Result, RunDir, RunFile, write_json
 from pipelines.shards import Shards
 from pipelines.worker.batches import Collator, prefetch, training_batches
+from pipelines.worker.checkpoints import CheckpointWriter, agree, best_checkpoint, refuse_other_science
 from pipelines.worker.failure import Watch
 from pipelines.worker.group import meet, pick_device, process_group
 from pipelines.worker.place import Place
@@ -51,10 +52,12 @@ def train(run: RunDir, place: Place, watch: Watch) -> None:
             got=f"{settings.batch_size} rows for {place.world_size} ranks",
             fix="choose a multiple of the number of ranks",
         )
+    watch.allow(settings.timeout_seconds)
     device = pick_device(file.config.platform, place)
     with process_group(device, settings.timeout_seconds):
         learner = Learner.build(run, file, place, watch, device)
         learner.learn()
+        learner.checkpoints.wait()
         distributed.barrier()
         if place.rank == 0:
             learner.finish()
@@ -80,12 +83,15 @@ class Learner:
 
     def __post_init__(self) -> None:
         self.collator = Collator(self.tokenizer, self.file.config.model)
+        self.checkpoints = CheckpointWriter(self.run, self.file)
 
     @classmethod
     def build(cls, run: RunDir, file: RunFile, place: Place, watch: Watch, device: torch.device) -> Learner:
         """The same model on every rank, fresh from the seed or as the last checkpoint left it."""
-        checkpoints = run.finished_checkpoints()
-        meet(run, checkpoints[-1].name if checkpoints else "", device)
+        meet(run, device)
+        checkpoint = agree(run, place.rank, device)
+        if checkpoint:
+            refuse_other_science(checkpoint, file)
         settings = file.config.train
         tokenizer = text.load(run.tokenizer)
         origin = Start(file.config.model, settings, tokenizer)
@@ -97,7 +103,8 @@ class Learner:
             betas=settings.optimizer.betas,
             weight_decay=settings.optimizer.weight_decay,
         )
-        start = origin.resume(checkpoints[-1], model, optimizer) if checkpoints else 0
+        watch.alive()
+        start = origin.resume(checkpoint, model, optimizer) if checkpoint else 0
         watch.at(start)
         log.info("%d ranks, this one on %s: from step %d to %d", place.world_size, device, start, settings.steps)
         learned, held_out = Shards.open(Path(file.train_shards)), Shards.open(Path(file.validate_shards))
@@ -145,6 +152,7 @@ class Learner:
         last, leads = done == settings.steps, self.place.rank == 0
         self.stopwatch.stop(settings.batch_size, report.tokens)
         self.watch.at(done)
+        self.checkpoints.check()
         values: dict[str, float] = {}
         load: dict[str, tuple[float, ...]] = {}
         if last or done % settings.log_every == 0:
@@ -161,19 +169,20 @@ class Learner:
             write_metrics(self.run, done, values, load)
             log.info("step %d of %d: %s", done, settings.steps, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
         if leads and (last or done % settings.checkpoint_every == 0):
-            self.origin.save(self.run.checkpoint(done), self.model, self.optimizer, done, last=last)
-            for old in self.run.finished_checkpoints()[: -settings.keep_checkpoints]:
-                shutil.rmtree(old)
+            self.checkpoints.save(done, self.origin.copy(self.model, self.optimizer, done, last=last))
         self.stopwatch.start()
 
     def finish(self) -> None:
         """Write result.json: every rank is done, the last checkpoint and the last metrics are in their places."""
         *_, last = self.run.read_metrics()
+        best = best_checkpoint(self.run)
+        assert best, "the last step has a checkpoint and is validated"
         result = Result(
             status="ok",
             step=self.file.config.train.steps,
             world_size=self.place.world_size,
             checkpoint=str(self.run.finished_checkpoints()[-1]),
+            best_checkpoint=str(best),
             metrics=last.values,
             seconds=self.stopwatch.total,
         )
@@ -190,6 +199,7 @@ class Learner:
                 batch_size=settings.batch_size // self.place.world_size,
                 rank=self.place.rank,
                 world_size=self.place.world_size,
+                alive=self.watch.alive,
             )
 
     def _write_samples(self, done: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -26,13 +28,14 @@ def validate(
     batch_size: int,
     rank: int,
     world_size: int,
+    alive: Callable[[], None],
 ) -> dict[str, float]:
     """val/loss (nats per token) and val/blind_gap over the first rows of the shards, shared among the ranks.
 
     The blind gap is the loss with the picture of the next row instead of the right one, minus the loss: zero for a
     model that does not look. A single row has no other picture, and then there is no gap to report.
 
-    Every rank calls this at the same step, and gets the same values.
+    Every rank calls this at the same step, and gets the same values; `alive` is called after each batch.
     """
     total = min(num_rows, len(shards))
     own = np.array_split(np.arange(total), world_size)[rank].tolist()
@@ -46,6 +49,7 @@ def validate(
         others = np.stack([shards.row((index + 1) % total).pixels for index in indexes])
         losses = blind_losses(model, batch, torch.from_numpy(others).to(device))
         sums += torch.stack([values_B.double().sum() for values_B in losses])
+        alive()
     model.train()
     right, wrong, tokens = global_sum(sums).tolist()
     values = {"val/loss": right / tokens}

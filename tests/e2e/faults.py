@@ -1,60 +1,164 @@
 """Ranks that go wrong on request: the fault is in fault.json of the run folder, production code knows nothing of it.
 
 torchrun ... -m faults --run-dir DIR        or, as a launcher's entry:  faulty_rank
+
+The faults are real ones: a signal, a limit of the kernel, an allocation that cannot be met, bytes changed in a file.
+They strike where a function of the rank is about to begin.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
+import resource
 import signal
 import sys
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
 from pipelines.driver.launch import run_rank
 from pipelines.rundir import RunDir, read_json, write_json
 from vlm.config import Config
 
+Kind = Literal[
+    "raise",
+    "leave",
+    "exit",
+    "kill",
+    "stop",
+    "hang",
+    "deaf",
+    "nan",
+    "inf",
+    "out_of_memory",
+    "disk_full",
+    "shards_cut",
+    "shards_garbled",
+    "executor_lost",
+]
+
 
 class Fault(Config):
-    """What goes wrong, in which rank, once the run has a checkpoint."""
+    """What goes wrong in which rank: before it meets the others, in a step, or while a checkpoint is written.
 
-    kind: Literal["raise", "kill", "exit", "leave", "hang"]
+    Attributes:
+        step: of the run, where it begins at 0; None is the first one that finds a checkpoint.
+        always: in every attempt, not only in the first.
+    """
+
+    kind: Kind
     rank: int
+    place: Literal["start", "step", "checkpoint"] = "step"
+    step: int | None = None
+    always: bool = False
 
 
 def faulty_rank(run_dir: str) -> None:
     """`run_rank`, and the fault if it is this rank's."""
-    fault = read_json(Path(run_dir) / "fault.json", Fault)
-    if fault.rank == int(os.environ["RANK"]):
-        signal.signal(signal.SIGUSR1, lambda *_: time.sleep(3600))
-        threading.Thread(target=_strike, args=(fault, RunDir(Path(run_dir))), daemon=True).start()
+    import pipelines.worker.start as writing
+    import pipelines.worker.training as training
+    import vlm.train as loop
+
+    run = RunDir(Path(run_dir))
+    fault, rank = read_json(run.path / "fault.json", Fault), int(os.environ["RANK"])
+    struck = run.path / "struck.json"
+    processes = run.path / "processes" / str(rank)
+    processes.parent.mkdir(exist_ok=True)
+    processes.write_text(f"{os.getpid()} {os.getppid()}")
+    if fault.always or not struck.exists():
+        if fault.rank == rank and fault.place == "start":
+            before(training, "pick_device", lambda *args: strike(fault, run))
+        elif fault.rank == rank == 0 and fault.place == "checkpoint":
+            before(writing, "save_state", lambda *args: strike(fault, run) if run.finished_checkpoints() else None)
+        elif fault.rank == rank:
+            steps = iter(range(10**9))
+            before(
+                loop, "token_loss", lambda *args: strike(fault, run, *args) if due(fault, run, next(steps)) else None
+            )
+        elif rank == 0 and fault.place == "checkpoint":
+            # Another rank's, meanwhile.
+            before(writing, "save_state", lambda *args: wait_for(struck.exists) if run.finished_checkpoints() else None)
     run_rank(run_dir)
 
 
-def _strike(fault: Fault, run: RunDir) -> None:
-    while not run.finished_checkpoints():
+def before(module: ModuleType, name: str, act: Callable[..., object]) -> None:
+    """Act each time a function is about to begin."""
+    original = getattr(module, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        act(*args)
+        return original(*args, **kwargs)
+
+    setattr(module, name, wrapped)
+
+
+def wait_for(happened: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened() and time.monotonic() < deadline:
         time.sleep(0.01)
-    write_json(run.path / "struck.json", {"time": time.time()})
+
+
+def due(fault: Fault, run: RunDir, step: int) -> bool:
+    if fault.place == "checkpoint":
+        return bool(run.finished_checkpoints()) and any(run.checkpoints.glob(".step_*.tmp"))
+    return bool(run.finished_checkpoints()) if fault.step is None else step == fault.step
+
+
+def strike(fault: Fault, run: RunDir, *args: Any) -> None:
+    write_json(run.path / "struck.json", {"time": time.time(), "pid": os.getpid()})
     match fault.kind:
         case "raise":
-            _raise_in_main_thread(ValueError)
+            raise ValueError("poison")
         case "leave":
-            _raise_in_main_thread(SystemExit)
-        case "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+            sys.exit(3)
         case "exit":
             os._exit(0)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
         case "hang":
-            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(3600)
+        case "deaf":
+            hold_the_interpreter()
+        case "nan":
+            args[0].data.fill_(float("nan"))
+        case "inf":
+            answers = args[1].labels_BT[args[1].labels_BT >= 0]
+            args[0].data[0, answers[0]] = float("-inf")
+        case "out_of_memory":
+            import torch
+
+            torch.empty(2**50)
+        case "disk_full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8_000 if fault.rank == 0 else 0, resource.RLIM_INFINITY))
+        case "shards_cut" | "shards_garbled":
+            for path in Path(run.read_run().train_shards).glob("*.arrow"):
+                with path.open("r+b") as file:
+                    if fault.kind == "shards_cut":
+                        file.truncate(0)
+                    else:
+                        file.write(b"\xff" * path.stat().st_size)
+        case "executor_lost":
+            os.kill(executor(), signal.SIGKILL)
+            time.sleep(3600)
 
 
-def _raise_in_main_thread(kind: type[BaseException]) -> None:
-    thread = ctypes.c_ulong(threading.main_thread().ident or 0)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(kind))
+def hold_the_interpreter() -> None:
+    """Sleep in C without letting go of the interpreter: no thread of Python runs meanwhile."""
+    import ctypes
+
+    ctypes.PyDLL(None).sleep(3600)
+
+
+def executor() -> int:
+    """The JVM that this rank's launcher belongs to."""
+    pid = os.getpid()
+    while "CoarseGrainedExecutorBackend" not in Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "):
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return pid
 
 
 if __name__ == "__main__":

@@ -190,14 +190,16 @@ def test_a_resumed_adapter_run_equals_the_uninterrupted_one_and_ends_as_a_plain_
         batches = [tiny_batch(model, tokenizer, TEXTS, seed=step) for step in range(8)]
         learn(model, optimizer, iter(batches[:stop]))
         if stop < 8:
-            start.save(tmp_path / "middle", model, optimizer, stop, last=False)
+            (tmp_path / "middle").mkdir()
+            start.copy(model, optimizer, stop, last=False)(tmp_path / "middle")
             assert set(optimizer.state) == {p for p in model.parameters() if p.requires_grad}
             torch.manual_seed(9)
             model = start.model(CPU)
             optimizer = adamw(model)
             assert start.resume(tmp_path / "middle", model, optimizer) == stop
             learn(model, optimizer, iter(batches[stop:]), start=stop)
-        start.save(tmp_path / f"end-{stop}", model, optimizer, 8, last=True)
+        (tmp_path / f"end-{stop}").mkdir()
+        start.copy(model, optimizer, 8, last=True)(tmp_path / f"end-{stop}")
         ends.append(load_file(tmp_path / f"end-{stop}" / "model.safetensors"))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert "model.safetensors" not in {p.name for p in (tmp_path / "middle").iterdir()}

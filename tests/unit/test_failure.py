@@ -9,10 +9,12 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import is_running
 
+from pipelines.driver.train import why_not_again
 from pipelines.driver.verdict import failure_of, wait_for_words
 from pipelines.rundir import Failure, RankFile, RunDir, read_json, touch_heartbeat, write_json
 from pipelines.worker.failure import is_consequence
@@ -20,6 +22,7 @@ from pipelines.worker.failure import is_consequence
 START = """
 import os, sys, time
 from pathlib import Path
+from typing import Any
 from pipelines.rundir import RunDir
 from pipelines.worker.failure import Watch
 
@@ -108,6 +111,15 @@ def test_a_rank_does_not_outlive_its_launcher(run: RunDir, tmp_path: Path) -> No
     assert record(run).exception == "LauncherGone"
 
 
+def test_a_rank_that_does_nothing_for_too_long_ends_and_leaves_its_stacks(run: RunDir) -> None:
+    assert start(run, "watch.at(7)\nwatch.allow(1)\ntime.sleep(600)").wait(timeout=20) == 1
+    assert (record(run).exception, record(run).step, record(run).consequence) == ("Hung", 7, False)
+    stacks = run.stacks(0).read_text()
+    assert "(most recent call first)" in stacks
+    assert stacks.count('File "<string>"') == 1
+    assert "_run_out" in stacks
+
+
 def test_a_thread_that_does_not_stop_keeps_a_failed_rank_a_few_seconds_at_most(run: RunDir) -> None:
     process = start(run, "import threading\nthreading.Thread(target=time.sleep, args=(600,)).start()\nraise ValueError")
     wait_until_started(run, process)
@@ -147,7 +159,16 @@ def started(run: RunDir, rank: int, *, host: str | None = None, ended: bool = Fa
     touch_heartbeat(run, rank, step)
 
 
-def failed(run: RunDir, rank: int, at: float, *, consequence: bool, exception: str = "E", message: str = "m") -> None:
+def failed(
+    run: RunDir,
+    rank: int,
+    at: float,
+    *,
+    consequence: bool,
+    exception: str = "E",
+    message: str = "m",
+    waiting: bool = False,
+) -> None:
     started(run, rank)
     record = Failure(
         rank=rank,
@@ -159,6 +180,7 @@ def failed(run: RunDir, rank: int, at: float, *, consequence: bool, exception: s
         step=5,
         failed_at=at,
         consequence=consequence,
+        waiting=waiting,
     )
     write_json(run.failure(rank), record)
 
@@ -193,15 +215,67 @@ def test_of_two_silent_ranks_the_one_that_fell_silent_first_is_blamed(run: RunDi
     assert failure_of(run, 2, None).what.startswith("rank 1 ended without a word")
 
 
-@pytest.mark.parametrize(
-    "message", ["Timed out waiting 5000ms for recv operation", "Application timeout caused pair closure"]
-)
-def test_a_rank_that_others_waited_for_in_vain_is_blamed_for_hanging(run: RunDir, message: str) -> None:
-    failed(run, 0, 1.0, consequence=True, message=message)
-    failed(run, 1, 2.0, consequence=True, exception="SIGTERM")
+def test_a_rank_that_others_waited_for_in_vain_is_blamed_for_hanging(run: RunDir) -> None:
+    failed(run, 0, 1.0, consequence=True, exception="Waited", message="waited 60 s for other ranks")
+    failed(run, 1, 2.0, consequence=True, exception="SIGTERM", waiting=True)
+    failed(run, 2, 3.0, consequence=True, exception="SIGTERM")
+    error = failure_of(run, 3, None)
+    assert error.what == "rank 2 hung at step 5"
+    assert "rank 0 waited 60 s" in error.got
+    assert str(run.failures) in error.fix
+    assert [note.splitlines()[0] for note in error.__notes__] == [
+        "Rank 0 on far, Waited:",
+        "Rank 1 on far, SIGTERM:",
+        "Rank 2 on far, SIGTERM:",
+    ]
+
+
+def test_a_rank_that_could_not_be_asked_is_missed(run: RunDir) -> None:
+    failed(run, 0, 1.0, consequence=True, exception="Waited", message="waited 60 s for other ranks")
+    started(run, 1)
     error = failure_of(run, 2, None)
-    assert error.what == "rank 1 hung at step 5"
-    assert "rank 0 waited" in error.got
+    assert error.what == "rank 1 is missing since step 5"
+    assert "no word of its own: it was stopped" in error.got
+
+
+def test_the_last_words_of_a_rank_that_left_no_record_are_in_its_log_or_the_launchers(run: RunDir) -> None:
+    started(run, 1)
+    run.launcher_log.parent.mkdir(parents=True)
+    run.launcher_log.write_text("rank 0: fine\nrank 1: rank 1 ended at step 7: OSError: No space left on device\nx\n")
+    assert failure_of(run, 2, None).got == "rank 1 ended at step 7: OSError: No space left on device"
+    run.log(1).write_text("Fatal Python error: Bus error\n\nThread 0x1:\n")
+    assert failure_of(run, 2, None).got == "Fatal Python error: Bus error"
+
+
+def test_the_executor_that_spark_has_lost_is_named_by_its_rank(run: RunDir) -> None:
+    failed(run, 0, 1.0, consequence=True)
+    failed(run, 1, 2.0, consequence=True, exception="LauncherGone")
+    spark = RuntimeError("Job aborted: ExecutorLostFailure (executor 1 exited) Reason: code 137\nDriver stacktrace:")
+    error = failure_of(run, 2, spark)
+    assert error.what == "the executor of rank 1 was lost at step 5"
+    assert error.got == "ExecutorLostFailure (executor 1 exited) Reason: code 137"
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "restarts", "reason"),
+    [
+        (None, None, 0, ""),
+        (None, None, 2, "train.max_restarts is 2"),
+        ({"exception": "ValueError"}, None, 0, ""),
+        ({"exception": "ValueError"}, {"exception": "ValueError"}, 1, "ValueError at step 5 came twice"),
+        ({"exception": "ValueError"}, {"exception": "OSError"}, 1, ""),
+        ({"exception": "ValueError"}, {"exception": "ValueError", "step": 4}, 1, ""),
+        ({"exception": "UserError", "lasting": True}, None, 0, "until its cause is removed"),
+    ],
+)
+def test_a_failed_run_starts_again_where_that_may_help(now: Any, before: Any, restarts: int, reason: str) -> None:
+    base = {"rank": 0, "host": "h", "pid": 1, "message": "", "traceback": "", "failed_at": 1.0, "consequence": False}
+    root, root_before = (
+        Failure.model_validate({**base, "step": 5, **more}) if more else None for more in (now, before)
+    )
+    said = why_not_again(root, root_before, restarts, 2)
+    assert reason in said
+    assert bool(said) == bool(reason)
 
 
 def test_ranks_that_never_started_are_told_by_the_launchers_words(run: RunDir) -> None:

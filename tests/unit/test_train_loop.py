@@ -11,7 +11,18 @@ from models import VARIANTS, tiny_batch, tiny_config, tiny_model
 
 from vlm.batch import Batch
 from vlm.build import build_model
-from vlm.checkpoint import load_model, load_training, load_weights, save_model, save_training
+from vlm.checkpoint import (
+    copy_training,
+    load_model,
+    load_training,
+    load_weights,
+    save_model,
+    save_state,
+    save_weights,
+    verify_folder,
+    weights_of,
+    whole_folder,
+)
 from vlm.errors import CheckpointError
 from vlm.model import VisionLanguageModel
 from vlm.objective import blind_losses
@@ -70,7 +81,11 @@ def test_a_loop_resumed_from_a_checkpoint_equals_the_uninterrupted_one_bit_for_b
         batches = [tiny_batch(model, tokenizer, TEXTS, seed=step) for step in range(12)]
         run(model, optimizer, iter(batches[:stop]), start=0, lr=3e-3)
         if stop < 12:
-            save_training(tmp_path / "step_000005", model, tokenizer, optimizer, stop)
+            copy = copy_training(weights_of(model), model, optimizer, stop)
+            run(model, optimizer, iter(batches[stop:]), start=stop, lr=3e-3)  # while it is written, the loop goes on
+            with whole_folder(tmp_path / "step_000005") as folder:
+                save_weights(folder, copy.weights, model.config, tokenizer)
+                save_state(folder, copy)
             model, tokenizer, optimizer = fresh("other", dropout=0.2)
             assert load_training(tmp_path / "step_000005", model, optimizer) == stop
             run(model, optimizer, iter(batches[stop:]), start=stop, lr=3e-3)
@@ -132,6 +147,29 @@ def test_weights_of_another_model_are_refused_with_all_that_differs(tmp_path: Pa
     assert "missing decoder.blocks.0.mlp.gate_up.weight" in message
     assert "left over decoder.position.weight" in message
     assert "encoder.position has shape (1, 5, 16), the model (1, 16, 16)" in message
+
+
+def test_a_checkpoint_is_whole_until_a_byte_of_it_changes(tmp_path: Path) -> None:
+    def write() -> Path:
+        with whole_folder(tmp_path / "step_000001") as folder:
+            (folder / "a").write_bytes(b"aaaa")
+            (folder / "b").write_bytes(b"bbbb")
+        return tmp_path / "step_000001"
+
+    def complaint() -> str:
+        with pytest.raises(CheckpointError, match="the checkpoint is damaged") as caught:
+            verify_folder(tmp_path / "step_000001")
+        return caught.value.got
+
+    verify_folder(write())
+    (write() / "a").write_bytes(b"aaab")
+    assert complaint() == "a has other bytes than were written"
+    (write() / "a").write_bytes(b"aaa")
+    assert complaint() == "a has 3 bytes, 4 were written"
+    (write() / "b").unlink()
+    assert complaint() == "b is missing"
+    (write() / "files.json").unlink()
+    assert "files.json cannot be read" in complaint()
 
 
 def test_a_truncated_weights_file_is_a_clear_error(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ driver, the executors and the command line can read a model's shape for free.
 """
 
 from vlm.config.adapter import AdapterConfig
-from vlm.config.base import Config, Probability, why_unreadable
+from vlm.config.base import Config, Probability, differences, why_unreadable
 from vlm.config.image import ImageConfig
 from vlm.config.model import (
     CausalMaskConfig,
@@ -90,5 +90,6 @@ __all__ = [
     "TextConfig",
     "TransformerConfig",
     "VisionConfig",
+    "differences",
     "why_unreadable",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,3 +26,13 @@ def why_unreadable(error: OSError | ValueError) -> str:
     first = [f"{place}: {message}" if place else message for place, message in problems]
     more = error.error_count() - len(first)
     return "; ".join(first) + (f"; and {more} more" if more else "")
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Each value that two nested mappings do not share, as `a.b is 1 there, 2 in the run`."""
+    for key in dict.fromkeys((*there, *here)):
+        one, other = there.get(key), here.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from differences(one, other, f"{path}{key}.")
+        elif one != other:
+            yield f"{path}{key} is {one!r} there, {other!r} in the run"

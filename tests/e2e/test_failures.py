@@ -1,0 +1,143 @@
+"""The failure matrix: what may happen to a rank, to which, when, and where it runs. Each cell is a run that fails.
+
+However it ends, the launch is over in bounded time, its error names rank, host, cause and what to do, and no process is
+left. A few cells run with the other tests; `make faults` runs them all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from faults import Fault, Kind, faulty_rank
+from helpers import MakeRun, is_running, runs_in
+from pyspark.sql import SparkSession
+
+from pipelines.driver.train import launch
+from pipelines.errors import TrainingFailed
+from pipelines.platform import Launch, Platform
+from pipelines.rundir import RunDir
+
+pytestmark = pytest.mark.faults
+
+ENDLESS: dict[str, Any] = {"steps": 100_000, "validate_every": 100_000}
+TIMEOUT = 15  # of ranks that hang; also what a rank on a busy machine may need until it meets the others
+BOUND = 60.0
+STOPPED_BOUND = 100.0  # torchrun itself gives a process that does not react 30 seconds
+
+BESIDE, EXECUTORS = "beside the driver", "on executors"
+
+SILENT = r"rank {rank} (ended without a word at|is missing since) step \d+.*(no record of an error|no word of its own)"
+SAID: dict[Kind, str] = {
+    "raise": r"rank {rank} failed at step \d+.*ValueError: poison",
+    "leave": r"rank {rank} failed at step \d+.*SystemExit: left at step \d+ with exit code 3",
+    "exit": SILENT,
+    "kill": SILENT,
+    "stop": r"rank {rank} is missing since step \d+.*rank \d waited .* s for other ranks.*it was stopped",
+    "hang": r"rank {rank} hung at step \d+.*did nothing for 1\d s",
+    "deaf": r"rank {rank} hung at step \d+.*Timeout \(0:00:1",
+    "nan": r"rank {rank} failed at step \d+.*training diverged.*the loss of rank {rank}\. Got: loss nan",
+    "inf": r"rank {rank} failed at step \d+.*training diverged.*the loss of rank {rank}\. Got: loss inf",
+    "out_of_memory": r"rank {rank} failed at step \d+.*not enough memory: you tried to allocate",
+    "disk_full": r"rank {rank} .*(failed|ended) .*at step \d+.*File too large",
+    "shards_cut": r"rank \d ended without a word at step \d+.*Fatal Python error: Bus error",
+    "shards_garbled": r"rank \d failed at step \d+.*a training shard is damaged.*shard-",
+    "executor_lost": r"the executor of rank {rank} was lost at step \d+.*Got: Executor",
+}
+
+
+class Cell(NamedTuple):
+    """One run that fails."""
+
+    kind: Kind
+    rank: int
+    place: Any
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}, rank {self.rank}, {self.place}, {self.where}"
+
+
+ANYWHERE: tuple[Kind, ...] = ("raise", "leave", "exit", "kill", "hang", "out_of_memory")
+IN_A_STEP: tuple[Kind, ...] = ("nan", "inf", "stop", "disk_full")
+ABROAD: tuple[Kind, ...] = ("raise", "hang", "out_of_memory", "executor_lost")
+
+
+def cells() -> Iterator[Cell]:
+    """The table."""
+    for rank, place in itertools.product((0, 1), ("start", "step", "checkpoint")):
+        yield from (Cell(kind, rank, place, BESIDE) for kind in ANYWHERE)
+        yield Cell("kill", rank, place, EXECUTORS)
+    for rank in (0, 1):
+        yield from (Cell(kind, rank, "step", BESIDE) for kind in IN_A_STEP)
+        yield from (Cell(kind, rank, "step", EXECUTORS) for kind in ABROAD)
+    yield Cell("stop", 1, "start", BESIDE)
+    yield Cell("stop", 0, "checkpoint", BESIDE)
+    yield Cell("deaf", 1, "step", BESIDE)
+    yield Cell("disk_full", 0, "checkpoint", BESIDE)
+    yield Cell("shards_cut", 1, "step", BESIDE)
+    yield Cell("shards_garbled", 0, "step", BESIDE)
+    yield Cell("exit", 1, "step", EXECUTORS)
+    yield Cell("nan", 1, "step", EXECUTORS)
+    yield Cell("executor_lost", 0, "checkpoint", EXECUTORS)
+    yield Cell("executor_lost", 1, "start", EXECUTORS)
+
+
+SAMPLE = {
+    Cell("kill", 0, "checkpoint", BESIDE),
+    Cell("nan", 1, "step", BESIDE),
+    Cell("hang", 1, "step", BESIDE),
+    Cell("disk_full", 0, "checkpoint", BESIDE),
+    Cell("kill", 1, "step", EXECUTORS),
+}
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
+    return runs_in(tmp_path, monkeypatch)
+
+
+def test_the_matrix_has_its_forty_cells() -> None:
+    assert len(set(cells())) == len(list(cells())) >= 40
+    assert set(cells()) > SAMPLE
+
+
+@pytest.mark.parametrize(
+    "cell", [pytest.param(c, id=str(c), marks=[] if c in SAMPLE else pytest.mark.matrix) for c in cells()]
+)
+def test_a_run_that_fails_ends_in_time_names_rank_and_cause_and_leaves_no_process(
+    make_run: MakeRun, platform: Platform, spark: SparkSession, cell: Cell
+) -> None:
+    how = Launch(2, local_mode=True, use_gpu=False) if cell.where == BESIDE else platform.launch
+    run = make_run(fault=Fault(kind=cell.kind, rank=cell.rank, place=cell.place), timeout_seconds=TIMEOUT, **ENDLESS)
+    started = time.monotonic()
+    with pytest.raises(TrainingFailed, match=SAID[cell.kind].replace("{rank}", str(cell.rank))) as raised:
+        launch(run, replace(platform, launch=how), spark, faulty_rank)
+    error, struck = raised.value, json.loads((run.path / "struck.json").read_text())
+    took = time.time() - float(struck["time"])
+    print(f"{cell}: {took:.1f} s after the fault, {time.monotonic() - started:.1f} s in all\n  {error}")
+    assert took < (STOPPED_BOUND if cell.kind in ("stop", "deaf") else BOUND)
+    assert f"host {socket.gethostname()}" in error.where
+    assert "starts over" in error.fix if cell.place == "start" else "it goes on from" in error.fix
+    if cell.kind == "hang":
+        stacks = [run.stacks(rank).read_text() for rank in range(2)]
+        assert all("Thread 0x" in text for text in stacks)
+        assert "in strike" in stacks[cell.rank]
+        assert "in strike" not in stacks[1 - cell.rank]
+    assert left_over(run) == []
+
+
+def left_over(run: RunDir) -> list[int]:
+    """Ranks and launchers that are still there, a few seconds after all is over."""
+    pids = [int(pid) for path in (run.path / "processes").iterdir() for pid in path.read_text().split()]
+    deadline = time.monotonic() + 10
+    while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return left
