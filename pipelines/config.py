@@ -38,7 +38,7 @@ from pipelines.data import (
 )
 from pipelines.errors import ConfigError
 from pipelines.gate import GateConfig
-from pipelines.training_config import OptimizerConfig, TrainConfig
+from pipelines.training_config import GroupConfig, OptimizerConfig, StageConfig, TrainConfig
 from vlm.config import Config, ModelConfig
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "FileSplitConfig",
     "FolderSourceConfig",
     "GateConfig",
+    "GroupConfig",
     "HashSplitConfig",
     "JsonlSourceConfig",
     "LimitsConfig",
@@ -65,6 +66,7 @@ __all__ = [
     "SparkConfig",
     "Split",
     "SplitConfig",
+    "StageConfig",
     "TableSourceConfig",
     "TrainConfig",
     "WebDatasetSourceConfig",

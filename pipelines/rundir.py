@@ -87,10 +87,10 @@ class Result(Config):
     step: int
     world_size: int
     checkpoint: str
-    best_checkpoint: str
-    """The one with the lowest validation loss, of those whose step was validated."""
     metrics: dict[str, float]
     seconds: float
+    best_checkpoint: str = ""
+    """The one with the lowest validation loss, of those whose step was validated; results of before do not tell."""
 
 
 class Metrics(Config):

@@ -2,35 +2,71 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from vlm.config import AdapterConfig, Config
+from vlm.config import AdapterConfig, Config, CosineScheduleConfig, Pattern, ScheduleConfig
 
 
 class OptimizerConfig(Config):
-    """AdamW (Loshchilov and Hutter, 2017) with warmup and cosine decay to `final_lr_fraction`."""
+    """AdamW (Loshchilov and Hutter, 2017): `lr` is reached after `warmup_steps`, then it goes as `schedule` says."""
 
     lr: PositiveFloat = 1e-3
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     grad_clip: PositiveFloat = 1.0
     warmup_steps: Annotated[int, Field(ge=0)] = 50
-    final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
+    schedule: ScheduleConfig = CosineScheduleConfig()
 
 
-WATCH = frozenset({"checkpoint_every", "keep_checkpoints", "timeout_seconds", "max_restarts"})
-"""Settings of how a run is looked after. They change nothing that it learns, so they are no part of what it is: a run
-that died of too short a timeout goes on with a longer one."""
+class GroupConfig(Config):
+    """Parameters whose whole names match `pattern`, and no pattern before it: they learn at `lr`; 0 freezes them."""
+
+    pattern: Pattern
+    lr: Annotated[float, Field(ge=0)]
+
+
+class StageConfig(Config):
+    """A part of a run in which some parameters learn. Warmup, schedule and optimizer begin anew with it.
+
+    Attributes:
+        steps: how long it lasts.
+        groups: in order; a parameter that none matches is frozen.
+    """
+
+    steps: PositiveInt
+    groups: Annotated[tuple[GroupConfig, ...], Field(min_length=1)]
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rate by pattern, in order."""
+        return {group.pattern: group.lr for group in self.groups}
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> Self:
+        if len(self.rates) < len(self.groups):
+            raise ValueError("a pattern comes twice; its first place counts")
+        if not max(self.rates.values()):
+            raise ValueError("every group has lr 0: nothing would learn")
+        return self
+
+
+WATCH = frozenset({"checkpoint_every", "keep_checkpoints", "loader_workers", "timeout_seconds", "max_restarts"})
+"""Settings of how a run is fed and looked after. They change nothing that it learns, so they are no part of what it is:
+a run that died of too short a timeout goes on with a longer one."""
 
 
 class TrainConfig(Config):
     """One training run. `batch_size` is global: the same whatever the number of ranks.
 
     Attributes:
+        steps: of the whole run; where there are stages, theirs together.
+        stages: what learns when, one after another; without any, everything learns at `optimizer.lr` all the time.
         start_from: checkpoint folder of the same model, whose weights and tokenizer the run starts from.
         adapter: train low-rank corrections of these weights and nothing else; what is registered has them merged.
+        loader_workers: threads that make batches ahead of the training; 0 makes each when it is due.
         keep_checkpoints: newest ones; the one with the lowest validation loss is kept beside them.
         timeout_seconds: how long a rank may go without a sign of work before the run is ended.
         max_restarts: how often a run that has failed is started again from its last checkpoint, where that may help.
@@ -43,6 +79,8 @@ class TrainConfig(Config):
     precision: Literal["fp32", "bf16"] = "fp32"
     start_from: Annotated[str, Field(min_length=1)] | None = None
     adapter: AdapterConfig | None = None
+    stages: tuple[StageConfig, ...] = ()
+    loader_workers: Annotated[int, Field(ge=0)] = 2
     log_every: PositiveInt = 10
     validate_every: PositiveInt = 200
     validate_rows: PositiveInt = 256
@@ -55,6 +93,24 @@ class TrainConfig(Config):
     def science(self) -> dict[str, Any]:
         """The settings that determine what is learned."""
         return self.model_dump(exclude=set(WATCH))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_of_stages(cls, given: Any) -> Any:
+        """`steps` may be left out where there are stages. Values are not checked yet: what is wrong is told later."""
+        stages = given.get("stages") if isinstance(given, dict) else None
+        if stages and "steps" not in given:
+            with contextlib.suppress(TypeError, KeyError, ValueError, AttributeError):
+                return given | {"steps": sum(int(s["steps"] if isinstance(s, dict) else s.steps) for s in stages)}
+        return given
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Self:
+        if self.stages and self.steps != (total := sum(stage.steps for stage in self.stages)):
+            raise ValueError(f"steps is {self.steps}, the stages have {total} together: leave steps out")
+        if self.stages and self.adapter:
+            raise ValueError("stages and adapter: an adapter is all that learns, from beginning to end")
+        return self
 
     @model_validator(mode="after")
     def _something_to_adapt(self) -> Self:

@@ -221,16 +221,6 @@ def save_state(folder: Path, copy: TrainingCopy) -> None:
     (folder / STEP).write_text(json.dumps({"step": copy.step}), encoding="utf-8")
 
 
-def load_training(folder: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimizer) -> int:
-    """Fill model and optimizer from a training checkpoint; returns the number of the next step.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged or of another model.
-    """
-    load_weights(model, folder / WEIGHTS)
-    return load_state(folder, model, optimizer)
-
-
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Fill an optimizer from a training checkpoint; returns the number of the next step.
 

@@ -28,7 +28,7 @@ class StepReport:
     Attributes:
         step: 0-based number of the step just taken.
         loss: nats per target token of the global batch, before the step.
-        lr: learning rate used.
+        lr: learning rate used: the largest, where groups have their own.
         grad_norm: global gradient norm before clipping.
         tokens: target tokens of the global batch.
         router: what routers did before the step; None for a dense model. Their losses are trained on beside `loss`, and
@@ -71,10 +71,10 @@ def fit(
 
     Args:
         model: called with a Batch, returns logits at its targets; wrapped in DDP where there are several ranks.
-        optimizer: over the model's parameters.
+        optimizer: of `vlm.optim.build_adamw`.
         batches: this rank's slice of each global batch, the one of step `start` first.
         start: number of the first step.
-        lr_of: learning rate of a step.
+        lr_of: learning rate of a step; each group of the optimizer takes its share of it.
         grad_clip: largest gradient norm.
         seed: of the run.
         rank: of this process.
@@ -106,7 +106,7 @@ def fit(
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise _diverged(step, loss, grad_norm, rank, loss_sum)
         for group in optimizer.param_groups:
-            group["lr"] = lr_of(step)
+            group["lr"] = lr_of(step) * group["share"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         on_step(StepReport(step, loss, lr_of(step), grad_norm, int(tokens), router))

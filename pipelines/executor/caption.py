@@ -10,6 +10,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,13 +72,14 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
         batches: columns image_id (string), image (binary, or base64 text) and known (SHA-256 of the picture that was
             captioned before, or null: an equal one is not captioned again).
     """
-    from pipelines.worker.batches import prefetch
+    from pipelines.worker.batches import ahead
     from pipelines.worker.caption import BATCH_ROWS, limit_threads, load_captioner
 
     limit_threads(job.threads)
     captioner = load_captioner(job.model_folder, job.precision)
     rows: list[dict[str, Any]] = []
-    for pictures in _groups(prefetch(_decoded(captioner, job, batches)), BATCH_ROWS):
+    decoded = ahead(partial(_decoded, captioner, job), batches, workers=1)
+    for pictures in _groups(decoded, BATCH_ROWS):
         rows += _captions(captioner, job, pictures)
         if len(rows) >= job.rows:
             yield _written(job, rows)
@@ -90,10 +92,9 @@ Picture = tuple[str, "str | None", "Decoded"]
 """Id, SHA-256 of what was captioned before, and the picture."""
 
 
-def _decoded(captioner: Captioner, job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Iterator[list[Picture]]:
-    for batch in batches:
-        ids, images, known = (batch.column(name).to_pylist() for name in ("image_id", "image", "known"))
-        yield list(zip(ids, known, captioner.decode(images, job.limits), strict=True))
+def _decoded(captioner: Captioner, job: CaptionJob, batch: pa.RecordBatch) -> list[Picture]:
+    ids, images, known = (batch.column(name).to_pylist() for name in ("image_id", "image", "known"))
+    return list(zip(ids, known, captioner.decode(images, job.limits), strict=True))
 
 
 def _groups(batches: Iterator[list[Picture]], size: int) -> Iterator[list[Picture]]:

@@ -9,9 +9,11 @@ Letters: B batch, H W pixels, T positions.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -26,6 +28,7 @@ from vlm.text.prompt import answer_ids, prefix_ids
 
 log = logging.getLogger(__name__)
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 PAD_MULTIPLE = 8
@@ -37,6 +40,7 @@ class Collator:
 
     def __init__(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
         self.cut = 0
+        self._counting = threading.Lock()
         self._tokenizer, self._num_slots, self._context = tokenizer, config.num_slots, config.decoder.context
 
     def batch(self, rows: Sequence[Row], texts: Sequence[tuple[str, str]]) -> Batch:
@@ -64,7 +68,8 @@ class Collator:
         prefix = prefix_ids(self._tokenizer, self._num_slots, prompt)
         sequence = prefix[: self._context] + answer_ids(self._tokenizer, text)
         if len(prefix) > self._context or len(sequence) > self._context + 1:
-            self.cut += 1
+            with self._counting:
+                self.cut += 1
             if self.cut == 1:
                 log.warning("%s: its text does not fit the context and is cut (said once, counted)", image_id)
         return sequence[: self._context + 1], min(len(prefix), self._context)
@@ -79,16 +84,18 @@ def training_batches(
     world_size: int,
     batch_size: int,
     seed: int,
+    workers: int = 0,
 ) -> Iterator[Batch]:
-    """This rank's slice of the global batch of each step.
+    """This rank's slice of the global batch of each step; the same whatever the number of workers.
 
     A picture with several texts shows one of them an epoch, picked by (seed, epoch, row).
     """
     parts = shards.manifest.parts
     sizes, draws = [part.rows for part in parts], [part.draws for part in parts]
-    epoch = sum(draws) or len(shards)
-    for step in steps:
-        drawn = draw(step, rank=rank, world_size=world_size, batch_size=batch_size, num_rows=epoch, seed=seed)
+    num_rows = sum(draws) or len(shards)
+
+    def make(step: int) -> Batch:
+        drawn = draw(step, rank=rank, world_size=world_size, batch_size=batch_size, num_rows=num_rows, seed=seed)
         if parts:
             drawn = mixed(drawn, sizes, draws, seed=seed)
         rows = [shards.row(int(index)) for index in drawn.rows]
@@ -96,14 +103,33 @@ def training_batches(
             hash64(seed, int(epoch), int(index)) % len(row.texts)
             for row, epoch, index in zip(rows, drawn.epochs, drawn.rows, strict=True)
         ]
-        yield collator.batch(rows, [row.texts[pick] for row, pick in zip(rows, picks, strict=True)])
+        return collator.batch(rows, [row.texts[pick] for row, pick in zip(rows, picks, strict=True)])
+
+    return ahead(make, steps, workers)
 
 
-def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:
-    """The same items in the same order, made by one thread up to `depth` ahead; its errors are raised here."""
-    end = object()
-    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
-        pending = deque(thread.submit(next, items, end) for _ in range(depth))
-        while (item := pending.popleft().result()) is not end:
-            pending.append(thread.submit(next, items, end))
-            yield item  # type: ignore[misc]
+def ahead(make: Callable[[S], T], items: Iterable[S], workers: int) -> Iterator[T]:
+    """What `make` makes of each item, in order, made by threads a few items ahead; its errors are raised here.
+
+    Threads, not processes: a raw row is a view of a mapped file, decoding JPEG lets go of the interpreter, and a thread
+    hands its batch over without a copy.
+
+    Args:
+        make: a pure function; called in any order.
+        items: in order.
+        workers: threads; each makes whole items. 0: each is made when it is asked for.
+    """
+    if not workers:
+        yield from map(make, items)
+        return
+    left = iter(items)
+    with ThreadPoolExecutor(workers, thread_name_prefix="loader") as threads:
+        pending = deque(threads.submit(make, item) for item in islice(left, workers + 1))
+        try:
+            while pending:
+                made = pending.popleft().result()
+                pending.extend(threads.submit(make, item) for item in islice(left, 1))
+                yield made
+        finally:
+            for future in pending:
+                future.cancel()

@@ -28,8 +28,6 @@ from vlm.checkpoint import (
     WEIGHTS,
     TrainingCopy,
     copy_training,
-    load_state,
-    load_training,
     load_weights,
     save_model,
     save_state,
@@ -63,16 +61,16 @@ class Start:
                 halve_frozen(model)
         return model.to(device)
 
-    def resume(self, folder: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimizer) -> int:
-        """Fill model and optimizer from a checkpoint of the run; returns the number of the next step.
+    def fill(self, folder: Path, model: VisionLanguageModel) -> None:
+        """Give a model the weights that a checkpoint of the run holds.
 
         Raises:
             CheckpointError: it is damaged, or of another model or base.
         """
-        if not self.settings.adapter:
-            return load_training(folder, model, optimizer)
-        fill_adapter(folder, model, self._digest)
-        return load_state(folder, model, optimizer)
+        if self.settings.adapter:
+            fill_adapter(folder, model, self._digest)
+        else:
+            load_weights(model, folder / WEIGHTS)
 
     def copy(
         self, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, step: int, *, last: bool

@@ -7,7 +7,6 @@ samples, the learning rate and every random number follow.
 
 from __future__ import annotations
 
-import functools
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,17 +17,18 @@ from torch import distributed
 from pipelines.errors import UserError
 from pipelines.rundir import CaptionSamples, Result, RunDir, RunFile, write_json
 from pipelines.shards import Shards
-from pipelines.worker.batches import Collator, prefetch, training_batches
-from pipelines.worker.checkpoints import CheckpointWriter, agree, best_checkpoint, refuse_other_science
+from pipelines.worker.batches import Collator, training_batches
+from pipelines.worker.checkpoints import CheckpointWriter, agree, best_checkpoint, refuse_other_science, step_of
 from pipelines.worker.failure import Watch
 from pipelines.worker.group import meet, pick_device, process_group
 from pipelines.worker.place import Place
 from pipelines.worker.report import Stopwatch, write_metrics
+from pipelines.worker.stages import Stage, plan, stage_at
 from pipelines.worker.start import Start
 from pipelines.worker.validation import caption_samples, validate
 from vlm import text
+from vlm.checkpoint import load_state
 from vlm.model import VisionLanguageModel
-from vlm.optim import build_adamw, cosine_lr
 from vlm.parallel import wrap
 from vlm.text.base import Tokenizer
 from vlm.train import StepReport, fit, mixed_precision
@@ -97,45 +97,48 @@ class Learner:
         origin = Start(file.config.model, settings, tokenizer)
         torch.manual_seed(settings.seed)
         model = origin.model(device)
-        optimizer = build_adamw(
-            model,
-            lr=settings.optimizer.lr,
-            betas=settings.optimizer.betas,
-            weight_decay=settings.optimizer.weight_decay,
-        )
         watch.alive()
-        start = origin.resume(checkpoint, model, optimizer) if checkpoint else 0
+        start = step_of(checkpoint) if checkpoint else 0
+        if checkpoint:
+            origin.fill(checkpoint, model)
+        stage = stage_at(plan(settings), start)
+        optimizer = stage.begin(model, settings)
+        if checkpoint and start > stage.first:
+            load_state(checkpoint, model, optimizer)
         watch.at(start)
         log.info("%d ranks, this one on %s: from step %d to %d", place.world_size, device, start, settings.steps)
         learned, held_out = Shards.open(Path(file.train_shards)), Shards.open(Path(file.validate_shards))
         return cls(run, file, place, watch, device, start, model, optimizer, tokenizer, origin, learned, held_out)
 
     def learn(self) -> None:
-        """Take every step that is left."""
+        """Take every step that is left, stage by stage."""
+        for stage in plan(self.file.config.train):
+            if stage.first > self.start:
+                self.optimizer = stage.begin(self.model, self.file.config.train)
+            if stage.end > self.start:
+                self._learn(stage, range(max(stage.first, self.start), stage.end))
+        if self.collator.cut:
+            log.warning("%d texts did not fit the context and were cut", self.collator.cut)
+
+    def _learn(self, stage: Stage, steps: range) -> None:
         settings = self.file.config.train
         batches = training_batches(
             self.train_shards,
             self.collator,
-            steps=range(self.start, settings.steps),
+            steps=steps,
             rank=self.place.rank,
             world_size=self.place.world_size,
             batch_size=settings.batch_size,
             seed=settings.seed,
-        )
-        lr_of = functools.partial(
-            cosine_lr,
-            lr=settings.optimizer.lr,
-            steps=settings.steps,
-            warmup_steps=settings.optimizer.warmup_steps,
-            final_lr_fraction=settings.optimizer.final_lr_fraction,
+            workers=settings.loader_workers,
         )
         self.stopwatch.start()
         fit(
             wrap(self.model, self.device),
             self.optimizer,
-            prefetch(batches),
-            start=self.start,
-            lr_of=lr_of,
+            batches,
+            start=steps.start,
+            lr_of=lambda step: stage.lr_of(step, settings),
             grad_clip=settings.optimizer.grad_clip,
             seed=settings.seed,
             rank=self.place.rank,
@@ -143,8 +146,6 @@ class Learner:
             bf16=settings.precision == "bf16",
             on_step=self.after_step,
         )
-        if self.collator.cut:
-            log.warning("%d texts did not fit the context and were cut", self.collator.cut)
 
     def after_step(self, report: StepReport) -> None:
         """Heartbeat, metrics, validation, captions, checkpoint. Rank 0 writes the files that belong to the run."""

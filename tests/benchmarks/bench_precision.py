@@ -16,7 +16,6 @@ import copy
 import io
 import time
 from collections.abc import Iterator
-from functools import partial
 
 import numpy as np
 import torch
@@ -30,10 +29,10 @@ from pipelines.worker.caption import Captioner
 from vlm import text
 from vlm.batch import Batch
 from vlm.build import build_model
-from vlm.config import ModelConfig, Precision
+from vlm.config import CosineScheduleConfig, ModelConfig, Precision
 from vlm.image import to_pixels
 from vlm.objective import row_losses
-from vlm.optim import build_adamw, cosine_lr
+from vlm.optim import build_adamw, schedule
 from vlm.precision import set_precision
 from vlm.text.base import Tokenizer
 from vlm.train import fit
@@ -77,7 +76,7 @@ def trained(config: ModelConfig) -> Captioner:
         build_adamw(model, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05),
         batches,
         start=0,
-        lr_of=partial(cosine_lr, lr=2e-3, steps=STEPS, warmup_steps=60, final_lr_fraction=0.05),
+        lr_of=lambda step: 2e-3 * schedule(CosineScheduleConfig(), step, steps=STEPS, warmup_steps=60),
         grad_clip=1.0,
         seed=0,
         rank=0,

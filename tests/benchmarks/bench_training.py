@@ -28,7 +28,7 @@ from pipelines.driver.ingest import ingest
 from pipelines.driver.shard import shard
 from pipelines.platform import open_platform
 from pipelines.shards import Shards
-from pipelines.worker.batches import Collator, prefetch, training_batches
+from pipelines.worker.batches import Collator, training_batches
 from vlm import text
 from vlm.build import build_model
 from vlm.optim import build_adamw
@@ -84,11 +84,13 @@ def ours(config: RunConfig, shards: Shards) -> Callable[[], int]:
     print(f"lakesight  {sum(p.numel() for p in model.parameters()):,} parameters")
 
     def learn() -> int:
-        batches = training_batches(shards, collator, steps=range(STEPS), rank=0, world_size=1, batch_size=BATCH, seed=0)
+        batches = training_batches(
+            shards, collator, steps=range(STEPS), rank=0, world_size=1, batch_size=BATCH, seed=0, workers=1
+        )
         fit(
             model,
             optimizer,
-            prefetch(batches),
+            batches,
             start=0,
             lr_of=lambda _: settings.lr,
             grad_clip=settings.grad_clip,

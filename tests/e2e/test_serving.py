@@ -49,15 +49,7 @@ def version(laptop: Platform, tmp_path: Path) -> registry.ModelVersion:
     tokenizer = text.load(run.tokenizer)
     torch.manual_seed(0)
     save_model(run.checkpoint(1), build_model(CONFIG.model, tokenizer.vocab_size), tokenizer)
-    result = Result(
-        status="ok",
-        step=1,
-        world_size=1,
-        checkpoint=str(run.checkpoint(1)),
-        best_checkpoint="",
-        metrics={},
-        seconds=1.0,
-    )
+    result = Result(status="ok", step=1, world_size=1, checkpoint=str(run.checkpoint(1)), metrics={}, seconds=1.0)
     write_json(run.result, result)
     with runs.follow(run, CONFIG, laptop) as run_id:
         pass

@@ -13,7 +13,7 @@ from pipelines.config import load_model as load_config
 from pipelines.worker.start import Start
 from vlm.adapters import LoraLinear, add_adapter, halve_frozen, load_adapter, merge_adapter, save_adapter
 from vlm.build import build_model
-from vlm.checkpoint import load_model, save_model
+from vlm.checkpoint import load_model, load_state, save_model
 from vlm.config import AdapterConfig, ModelConfig
 from vlm.digest import file_digest
 from vlm.errors import CheckpointError, ConfigError
@@ -196,7 +196,8 @@ def test_a_resumed_adapter_run_equals_the_uninterrupted_one_and_ends_as_a_plain_
             torch.manual_seed(9)
             model = start.model(CPU)
             optimizer = adamw(model)
-            assert start.resume(tmp_path / "middle", model, optimizer) == stop
+            start.fill(tmp_path / "middle", model)
+            assert load_state(tmp_path / "middle", model, optimizer) == stop
             learn(model, optimizer, iter(batches[stop:]), start=stop)
         (tmp_path / f"end-{stop}").mkdir()
         start.copy(model, optimizer, 8, last=True)(tmp_path / f"end-{stop}")

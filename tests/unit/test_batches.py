@@ -1,11 +1,12 @@
-"""Batches: what is a target and what is not, which text a picture shows, and order under prefetching."""
+"""Batches: what is a target and what is not, which text a picture shows, and order under workers."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from helpers import tiny_model, write_shards
 
 from pipelines.driver.shard import Packed, mix
 from pipelines.shards import Row, Shards
-from pipelines.worker.batches import Collator, prefetch, training_batches
+from pipelines.worker.batches import Collator, ahead, training_batches
 from vlm.batch import IGNORE, Batch
 from vlm.text.chars import CharTokenizer
 
@@ -116,46 +117,68 @@ def test_a_mix_draws_each_source_by_its_share_in_an_order_that_ranks_and_restart
     assert [halves[n // 4 % 2][n // 8 * 4 + n % 4] for n in range(48)] == whole
 
 
-def test_batches_from_the_middle_are_those_of_the_whole_sequence(tmp_path: Path) -> None:
+def test_batches_are_the_same_from_the_middle_on_any_number_of_ranks_and_with_any_number_of_workers(
+    tmp_path: Path,
+) -> None:
     shards = write_shards(tmp_path / "shards", rows=10, texts=2)
 
-    def batches(steps: range, rank: int, world_size: int) -> list[Batch]:
-        collator = Collator(TOKENIZER, MODEL)
-        return list(
-            training_batches(shards, collator, steps=steps, rank=rank, world_size=world_size, batch_size=6, seed=1)
-        )
+    def said(steps: range, world_size: int, workers: int) -> list[list[tuple[bytes, str]]]:
+        """Picture and text of each place of each global batch."""
+        slices = [
+            training_batches(
+                shards,
+                Collator(TOKENIZER, MODEL),
+                steps=steps,
+                rank=rank,
+                world_size=world_size,
+                batch_size=8,
+                seed=1,
+                workers=workers,
+            )
+            for rank in range(world_size)
+        ]
+        return [
+            [
+                (pixels_HWC.numpy().tobytes(), spell(labels_T))
+                for batch in parts
+                for pixels_HWC, labels_T in zip(batch.pixels_PHWC, batch.labels_BT, strict=True)
+            ]
+            for parts in zip(*slices, strict=True)
+        ]
 
-    whole = batches(range(8), 0, 1)
-    assert all(
-        torch.equal(a, b)
-        for one, other in zip(whole[5:], batches(range(5, 8), 0, 1), strict=True)
-        for a, b in zip(one.tensors(), other.tensors(), strict=True)
-    )
-    halves = [batches(range(8), rank, 2) for rank in range(2)]
-    for one, first, second in zip(whole, *halves, strict=True):
-        assert torch.equal(one.pixels_PHWC, torch.cat((first.pixels_PHWC, second.pixels_PHWC)))
-        said = [spell(labels_T) for part in (first, second) for labels_T in part.labels_BT]
-        assert said == [spell(labels_T) for labels_T in one.labels_BT]
+    whole = said(range(8), 1, 0)
+    assert len({place for batch in whole for place in batch}) > 10
+    for world_size, workers in itertools.product((1, 2, 4), (0, 1, 3)):
+        assert said(range(8), world_size, workers) == whole
+    assert said(range(5, 8), 2, 3) == whole[5:]
 
 
-def test_prefetching_keeps_the_order() -> None:
-    assert list(prefetch(iter(range(50)))) == list(range(50))
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_an_error_of_a_worker_is_raised_where_the_batch_was_due(workers: int) -> None:
+    def make(item: int) -> int:
+        if item == 3:
+            raise RuntimeError("the shard is gone")
+        time.sleep(0.01 * (3 - item))  # the first ones take longest
+        return item
 
-
-def test_an_error_while_prefetching_is_raised_where_the_batch_was_due() -> None:
-    def items() -> Iterator[int]:
-        yield from range(3)
-        raise RuntimeError("the shard is gone")
-
-    fetched = prefetch(items())
+    fetched = ahead(make, range(9), workers)
     assert [next(fetched) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(RuntimeError, match="the shard is gone"):
         next(fetched)
 
 
-def test_a_loop_that_stops_early_leaves_no_thread_behind() -> None:
-    before = threading.active_count()
-    fetched = prefetch(iter(range(1000)))
-    next(fetched)
+def test_workers_are_a_few_batches_ahead_at_once_and_leave_no_thread_behind() -> None:
+    before, made = threading.active_count(), []
+    meeting = threading.Barrier(2, timeout=20)
+
+    def make(item: int) -> int:
+        if item < 2:
+            meeting.wait()  # two of them at the same time
+        made.append(item)
+        return item
+
+    fetched = ahead(make, range(1000), workers=2)
+    assert next(fetched) == 0
     fetched.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before
+    assert len(made) <= 5

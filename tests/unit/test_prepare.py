@@ -157,15 +157,7 @@ def test_an_empty_split_is_refused(
 def test_a_run_is_finished_when_its_result_and_its_checkpoint_are_there(laptop: Platform, report: ShardReport) -> None:
     run = prepare(tiny_run(), laptop, report, report)
     assert finished(run) is None
-    result = Result(
-        status="ok",
-        step=12,
-        world_size=2,
-        checkpoint=str(run.checkpoint(12)),
-        best_checkpoint="",
-        metrics={},
-        seconds=1.0,
-    )
+    result = Result(status="ok", step=12, world_size=2, checkpoint=str(run.checkpoint(12)), metrics={}, seconds=1.0)
     write_json(run.result, result)
     assert finished(run) is None
     run.checkpoint(12).mkdir(parents=True)

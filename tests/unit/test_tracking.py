@@ -70,15 +70,7 @@ def finish(run: RunDir, *, blind_gap: float = 0.5) -> None:
     metrics = {"validation_loss": 1.5, "blind_gap": blind_gap}
     write_json(
         run.result,
-        Result(
-            status="ok",
-            step=12,
-            world_size=2,
-            checkpoint=str(run.checkpoint(12)),
-            best_checkpoint="",
-            metrics=metrics,
-            seconds=1.0,
-        ),
+        Result(status="ok", step=12, world_size=2, checkpoint=str(run.checkpoint(12)), metrics=metrics, seconds=1.0),
     )
 
 

@@ -4,17 +4,19 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from models import VARIANTS, tiny_batch, tiny_config, tiny_model
+from pydantic import TypeAdapter
 
 from vlm.batch import Batch
 from vlm.build import build_model
 from vlm.checkpoint import (
     copy_training,
     load_model,
-    load_training,
+    load_state,
     load_weights,
     save_model,
     save_state,
@@ -23,10 +25,11 @@ from vlm.checkpoint import (
     weights_of,
     whole_folder,
 )
-from vlm.errors import CheckpointError
+from vlm.config import ScheduleConfig, StableScheduleConfig
+from vlm.errors import CheckpointError, ConfigError
 from vlm.model import VisionLanguageModel
 from vlm.objective import blind_losses
-from vlm.optim import build_adamw, cosine_lr, parameter_groups
+from vlm.optim import build_adamw, choose_learners, parameter_groups, schedule
 from vlm.seeds import mix
 from vlm.text.base import Tokenizer
 from vlm.train import NotFiniteError, StepReport, fit
@@ -87,7 +90,8 @@ def test_a_loop_resumed_from_a_checkpoint_equals_the_uninterrupted_one_bit_for_b
                 save_weights(folder, copy.weights, model.config, tokenizer)
                 save_state(folder, copy)
             model, tokenizer, optimizer = fresh("other", dropout=0.2)
-            assert load_training(tmp_path / "step_000005", model, optimizer) == stop
+            load_weights(model, tmp_path / "step_000005" / "model.safetensors")
+            assert load_state(tmp_path / "step_000005", model, optimizer) == stop
             run(model, optimizer, iter(batches[stop:]), start=stop, lr=3e-3)
         ends.append({name: p.detach().clone() for name, p in model.named_parameters()})
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
@@ -113,12 +117,65 @@ def test_every_parameter_is_in_one_group_and_tables_and_vectors_do_not_decay() -
     assert {p.ndim for p in model.parameters() if id(p) in decayed} == {2, 4}
 
 
-def test_the_schedule_warms_up_peaks_and_ends_at_its_floor() -> None:
-    rates = [cosine_lr(s, lr=1.0, steps=100, warmup_steps=10, final_lr_fraction=0.1) for s in range(100)]
-    assert rates[0] == pytest.approx(0.1)
+@pytest.mark.parametrize(
+    ("config", "halfway", "end"),
+    [
+        ({"kind": "cosine", "floor": 0.1}, 0.55, 0.1),
+        ({"kind": "linear", "floor": 0.1}, 0.55, 0.1),
+        ({"kind": "constant"}, 1.0, 1.0),
+        ({"kind": "warmup_stable_decay", "decay": 0.25, "floor": 0.1}, 1.0, 0.1),
+    ],
+)
+def test_a_schedule_warms_up_peaks_and_ends_at_its_floor(config: Any, halfway: float, end: float) -> None:
+    chosen = TypeAdapter(ScheduleConfig).validate_python(config)
+    rates = [schedule(chosen, s, steps=111, warmup_steps=10) for s in range(111)]
+    assert rates[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
     assert max(rates) == rates[10] == pytest.approx(1.0)
-    assert rates[-1] == pytest.approx(0.1)
+    assert rates[60] == pytest.approx(halfway)
+    assert rates[-1] == pytest.approx(end)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_the_decay_of_a_stable_schedule_begins_where_it_is_told() -> None:
+    stable = StableScheduleConfig(kind="warmup_stable_decay", decay=0.25)
+    rates = [schedule(stable, s, steps=101, warmup_steps=0) for s in range(101)]
+    assert set(rates[:76]) == {1.0}
+    assert rates[88] == pytest.approx(0.48)
+
+
+RATES = {"encoder.*": 0.0, ".*norm.*": 1e-3, "(projector|decoder).*": 4e-3}
+
+
+def test_what_no_rate_matches_is_frozen_and_the_first_match_counts() -> None:
+    model, _, _ = fresh("plain")
+    choose_learners(model, RATES)
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert learning == {name for name, _ in model.named_parameters() if not name.startswith("encoder.")}
+    groups = build_adamw(model, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1, rates=RATES).param_groups
+    shares = {id(p): group["share"] for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert shares.get(id(parameter)) == (None if name not in learning else 0.25 if "norm" in name else 1.0), name
+    assert [(group["share"], group["weight_decay"]) for group in groups] == [(1.0, 0.1), (1.0, 0.0), (0.25, 0.0)]
+    choose_learners(model, {"encoder.*": 1e-3})
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.named_parameters() if name.startswith("encoder.")
+    }
+    with pytest.raises(ConfigError, match=r"first to match of no parameter.*Got: decoder.head.*, nothing\. Fix"):
+        choose_learners(model, {"decoder.*": 1.0, "decoder.head.*": 1.0, "nothing": 0.0})
+
+
+def test_frozen_parts_take_no_step_no_moments_and_no_backward() -> None:
+    model, tokenizer, _ = fresh("plain")
+    choose_learners(model, RATES)
+    optimizer = build_adamw(model, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1, rates=RATES)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    features: list[bool] = []
+    model.encoder.register_forward_hook(lambda _, __, out: features.append(out.requires_grad))
+    run(model, optimizer, iter([tiny_batch(model, tokenizer, TEXTS)] * 2), start=0, lr=4e-3)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if not name.startswith("encoder.")}
+    assert {id(p) for p in optimizer.state} == {id(p) for name, p in model.named_parameters() if name in moved}
+    assert features == [False, False]
 
 
 def test_seeds_differ_by_seed_step_and_rank_in_the_bits_torch_looks_at() -> None:

@@ -4,7 +4,7 @@ Families are points in this space (YAML under conf/model/), never classes. Impor
 driver, the executors and the command line can read a model's shape for free.
 """
 
-from vlm.config.adapter import AdapterConfig
+from vlm.config.adapter import AdapterConfig, Pattern
 from vlm.config.base import Config, Probability, differences, why_unreadable
 from vlm.config.image import ImageConfig
 from vlm.config.model import (
@@ -19,6 +19,13 @@ from vlm.config.model import (
     SlotsFusionConfig,
 )
 from vlm.config.precision import Precision
+from vlm.config.schedule import (
+    ConstantScheduleConfig,
+    CosineScheduleConfig,
+    LinearScheduleConfig,
+    ScheduleConfig,
+    StableScheduleConfig,
+)
 from vlm.config.text import BpeConfig, CharsConfig, JsonTextConfig, TextConfig
 from vlm.config.transformer import (
     Activation,
@@ -56,7 +63,9 @@ __all__ = [
     "CausalMaskConfig",
     "CharsConfig",
     "Config",
+    "ConstantScheduleConfig",
     "ConvStemConfig",
+    "CosineScheduleConfig",
     "CrossFusionConfig",
     "DecoderConfig",
     "DenseMlpConfig",
@@ -68,6 +77,7 @@ __all__ = [
     "LayerNormConfig",
     "LearnedPositionConfig",
     "LinearProjectorConfig",
+    "LinearScheduleConfig",
     "MaskConfig",
     "MlpConfig",
     "MlpProjectorConfig",
@@ -75,6 +85,7 @@ __all__ = [
     "MoeMlpConfig",
     "NormConfig",
     "PatchStemConfig",
+    "Pattern",
     "PixelShuffleProjectorConfig",
     "PlainMlpConfig",
     "PositionConfig",
@@ -85,7 +96,9 @@ __all__ = [
     "ResamplerProjectorConfig",
     "RmsNormConfig",
     "RotaryPositionConfig",
+    "ScheduleConfig",
     "SlotsFusionConfig",
+    "StableScheduleConfig",
     "StemConfig",
     "TextConfig",
     "TransformerConfig",

@@ -18,6 +18,10 @@ def _compiles(pattern: str) -> str:
     return pattern
 
 
+Pattern = Annotated[str, AfterValidator(_compiles)]
+"""A regular expression, to be matched with the whole of a name."""
+
+
 class AdapterConfig(Config):
     """Low-rank adapters (LoRA; Hu et al., 2021) on linear layers; all other weights stay as they are.
 
@@ -28,6 +32,6 @@ class AdapterConfig(Config):
         alpha: the correction is multiplied by alpha / rank.
     """
 
-    pattern: Annotated[str, AfterValidator(_compiles)]
+    pattern: Pattern
     rank: PositiveInt = 8
     alpha: PositiveFloat = 16.0

@@ -1,0 +1,126 @@
+"""A run in stages: the projector learns first, then all; resumed anywhere it ends the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_run, write_run, write_shards
+from safetensors.torch import load_file
+from torch import distributed
+from torch._C._distributed_c10d import HashStore
+
+from pipelines.config import StageConfig, TrainConfig, load_run
+from pipelines.errors import ConfigError
+from pipelines.rundir import RunDir
+from pipelines.worker.failure import Watch
+from pipelines.worker.place import Place
+from pipelines.worker.stages import plan
+from pipelines.worker.training import Learner
+
+PROJECTOR = {"steps": 6, "groups": [{"pattern": "projector.*", "lr": 4e-3}]}
+ALL = {"steps": 8, "groups": [{"pattern": "encoder.*", "lr": 1e-3}, {"pattern": ".*", "lr": 2e-3}]}
+
+
+class Killed(BaseException):
+    """Ends a rank in the middle."""
+
+
+class Fuse(Watch):
+    """A watch that ends the rank after some steps."""
+
+    def __init__(self, run: RunDir, after: int) -> None:
+        super().__init__(run, 0)
+        self.after = after
+
+    def at(self, step: int) -> None:
+        if step == self.after:
+            raise Killed
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """A group of one rank."""
+    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Any:
+    shards = [write_shards(tmp_path / name, rows=9) for name in ("train", "val")]
+    settings: Any = {"stages": [PROJECTOR, ALL], "checkpoint_every": 3, "validate_every": 14, "keep_checkpoints": 9}
+    return lambda name: write_run(tmp_path / name, tiny_run(steps=14, **settings), *shards)
+
+
+def train(run: RunDir, after: int = 99) -> None:
+    """From the last checkpoint until the fuse goes."""
+    learner = Learner.build(run, run.read_run(), Place(0, 1, 0, 1), Fuse(run, after), torch.device("cpu"))
+    torch.set_num_threads(1)  # the rank has taken the host's cores for itself; here other tests run beside it
+    try:
+        learner.learn()
+    finally:
+        learner.checkpoints.wait()
+
+
+def weights(run: RunDir, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run.checkpoint(step) / "model.safetensors")
+
+
+def learning_rates(run: RunDir) -> list[float]:
+    return [metrics.values["train/lr"] for metrics in run.read_metrics()]
+
+
+def test_what_is_frozen_keeps_its_bits_and_a_run_resumed_in_any_stage_ends_the_same(make_run: Any) -> None:
+    whole = make_run("whole")
+    train(whole)
+    first, middle, last = (weights(whole, step) for step in (3, 6, 14))
+    moved = {name for name in first if not torch.equal(first[name], middle[name])}
+    assert moved == {name for name in first if name.startswith("projector.")}
+    assert {name for name in first if not torch.equal(middle[name], last[name])} == set(first)
+    state = {name.partition(":")[0] for name in load_file(whole.checkpoint(6) / "training.safetensors")}
+    assert state == moved  # no moments for the rest
+
+    for after in (5, 8, 11):  # goes on from the middle of a stage, from a boundary, from the middle of the next stage
+        broken = make_run(f"broken-{after}")
+        with pytest.raises(Killed):
+            train(broken, after)
+        train(broken)
+        assert all(torch.equal(tensor, last[name]) for name, tensor in weights(broken, 14).items())
+        assert [m.values["train/lr"] for m in broken.read_metrics()] == [
+            m.values["train/lr"] for m in whole.read_metrics()
+        ]
+
+
+def test_each_stage_has_its_own_warmup_and_decay(make_run: Any) -> None:
+    settings = make_run("run").read_run().config.train
+    first, second = plan(settings)
+    assert [(s.first, s.end, s.lr) for s in (first, second)] == [(0, 6, 4e-3), (6, 14, 2e-3)]
+    assert [first.lr_of(step, settings) for step in (0, 2)] == [2e-3, 4e-3]  # warmup_steps: 2
+    assert [second.lr_of(step, settings) for step in (6, 8)] == [1e-3, 2e-3]
+    assert first.lr_of(5, settings) == pytest.approx(0.05 * 4e-3)
+
+
+def test_stages_say_how_long_a_run_is() -> None:
+    assert TrainConfig.model_validate({"stages": [PROJECTOR, ALL]}).steps == 14
+    assert TrainConfig.model_validate({"stages": [StageConfig.model_validate(ALL)]}).steps == 8
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("train.steps=20", "steps is 20, the stages have 450 together: leave steps out"),
+        ("train.stages=[{steps: 5, groups: [{pattern: '.*', lr: 0}]}]", "every group has lr 0: nothing would learn"),
+        ("train.stages=[{steps: 5, groups: []}]", "train.stages.0.groups"),
+        ("train.stages=[{steps: 5, groups: [{pattern: '(', lr: 1}]}]", "not a regular expression"),
+        ("train.stages=[{groups: [{pattern: '.*', lr: 1}]}]", "train.stages.0.steps: missing"),
+        ("train.stages=[{steps: 5, groups: [{pattern: a, lr: 1}, {pattern: a, lr: 2}]}]", "a pattern comes twice"),
+    ],
+)
+def test_stages_that_cannot_be_are_refused(setting: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run("staged", overrides=[setting])
+    assert problem in str(caught.value)
