@@ -28,9 +28,10 @@ from pipelines.rundir import RunDir
 pytestmark = pytest.mark.faults
 
 ENDLESS: dict[str, Any] = {"steps": 100_000, "validate_every": 100_000}
-TIMEOUT = 15  # of ranks that hang; also what a rank on a busy machine may need until it meets the others
-BOUND = 60.0
-STOPPED_BOUND = 100.0  # torchrun itself gives a process that does not react 30 seconds
+WAITS: tuple[Kind, ...] = ("hang", "stop", "deaf")
+TIMEOUT = 20  # where others wait for a rank; elsewhere they need not
+BOUND = 120.0  # seconds here; on a machine with nothing else to do it is fewer than 20
+STOPPED_BOUND = 180.0  # torchrun itself gives a process that does not react 30 seconds
 
 BESIDE, EXECUTORS = "beside the driver", "on executors"
 
@@ -41,11 +42,11 @@ SAID: dict[Kind, str] = {
     "exit": SILENT,
     "kill": SILENT,
     "stop": r"rank {rank} is missing since step \d+.*rank \d waited .* s for other ranks.*it was stopped",
-    "hang": r"rank {rank} hung at step \d+.*did nothing for 1\d s",
-    "deaf": r"rank {rank} hung at step \d+.*Timeout \(0:00:1",
+    "hang": r"rank {rank} hung at step \d+.*did nothing for \d\d s",
+    "deaf": r"rank {rank} hung at step \d+.*Timeout \(0:00:2",
     "nan": r"rank {rank} failed at step \d+.*training diverged.*the loss of rank {rank}\. Got: loss nan",
     "inf": r"rank {rank} failed at step \d+.*training diverged.*the loss of rank {rank}\. Got: loss inf",
-    "out_of_memory": r"rank {rank} failed at step \d+.*not enough memory: you tried to allocate",
+    "out_of_memory": r"rank {rank} failed at step \d+.*allocate memory.*tried to allocate",
     "disk_full": r"rank {rank} .*(failed|ended) .*at step \d+.*File too large",
     "shards_cut": r"rank \d ended without a word at step \d+.*Fatal Python error: Bus error",
     "shards_garbled": r"rank \d failed at step \d+.*a training shard is damaged.*shard-",
@@ -65,29 +66,31 @@ class Cell(NamedTuple):
         return f"{self.kind}, rank {self.rank}, {self.place}, {self.where}"
 
 
-ANYWHERE: tuple[Kind, ...] = ("raise", "leave", "exit", "kill", "hang", "out_of_memory")
-IN_A_STEP: tuple[Kind, ...] = ("nan", "inf", "stop", "disk_full")
-ABROAD: tuple[Kind, ...] = ("raise", "hang", "out_of_memory", "executor_lost")
+ANYWHERE: tuple[Kind, ...] = ("raise", "exit", "kill", "out_of_memory")
+IN_A_STEP: tuple[Kind, ...] = ("hang", "stop", "nan", "inf")
 
 
 def cells() -> Iterator[Cell]:
     """The table."""
     for rank, place in itertools.product((0, 1), ("start", "step", "checkpoint")):
         yield from (Cell(kind, rank, place, BESIDE) for kind in ANYWHERE)
-        yield Cell("kill", rank, place, EXECUTORS)
     for rank in (0, 1):
         yield from (Cell(kind, rank, "step", BESIDE) for kind in IN_A_STEP)
-        yield from (Cell(kind, rank, "step", EXECUTORS) for kind in ABROAD)
-    yield Cell("stop", 1, "start", BESIDE)
-    yield Cell("stop", 0, "checkpoint", BESIDE)
+    yield Cell("hang", 0, "checkpoint", BESIDE)
+    yield Cell("hang", 1, "start", BESIDE)
+    yield Cell("leave", 0, "checkpoint", BESIDE)
+    yield Cell("leave", 1, "step", BESIDE)
     yield Cell("deaf", 1, "step", BESIDE)
     yield Cell("disk_full", 0, "checkpoint", BESIDE)
+    yield Cell("disk_full", 1, "step", BESIDE)
     yield Cell("shards_cut", 1, "step", BESIDE)
     yield Cell("shards_garbled", 0, "step", BESIDE)
-    yield Cell("exit", 1, "step", EXECUTORS)
-    yield Cell("nan", 1, "step", EXECUTORS)
+    yield Cell("kill", 0, "start", EXECUTORS)
+    yield Cell("kill", 1, "step", EXECUTORS)
+    yield Cell("raise", 0, "checkpoint", EXECUTORS)
+    yield Cell("hang", 1, "step", EXECUTORS)
     yield Cell("executor_lost", 0, "checkpoint", EXECUTORS)
-    yield Cell("executor_lost", 1, "start", EXECUTORS)
+    yield Cell("executor_lost", 1, "step", EXECUTORS)
 
 
 SAMPLE = {
@@ -116,7 +119,8 @@ def test_a_run_that_fails_ends_in_time_names_rank_and_cause_and_leaves_no_proces
     make_run: MakeRun, platform: Platform, spark: SparkSession, cell: Cell
 ) -> None:
     how = Launch(2, local_mode=True, use_gpu=False) if cell.where == BESIDE else platform.launch
-    run = make_run(fault=Fault(kind=cell.kind, rank=cell.rank, place=cell.place), timeout_seconds=TIMEOUT, **ENDLESS)
+    timeout = TIMEOUT if cell.kind in WAITS or (cell.kind, cell.place) == ("exit", "start") else 300
+    run = make_run(fault=Fault(kind=cell.kind, rank=cell.rank, place=cell.place), timeout_seconds=timeout, **ENDLESS)
     started = time.monotonic()
     with pytest.raises(TrainingFailed, match=SAID[cell.kind].replace("{rank}", str(cell.rank))) as raised:
         launch(run, replace(platform, launch=how), spark, faulty_rank)
