@@ -53,9 +53,21 @@ class StageConfig(Config):
         return self
 
 
-WATCH = frozenset({"checkpoint_every", "keep_checkpoints", "loader_workers", "timeout_seconds", "max_restarts"})
-"""Settings of how a run is fed and looked after. They change nothing that it learns, so they are no part of what it is:
-a run that died of too short a timeout goes on with a longer one."""
+HOW = frozenset(
+    {
+        "checkpoint_every",
+        "keep_checkpoints",
+        "loader_workers",
+        "max_restarts",
+        "parallel",
+        "recompute_blocks",
+        "rows_at_once",
+        "timeout_seconds",
+    }
+)
+"""Settings of how a run is computed and looked after. They change what it learns no more than the number of ranks does
+(rounding, and which activations are dropped), so they are no part of what it is: a run that did not fit into memory
+goes on with fewer rows at once."""
 
 
 class TrainConfig(Config):
@@ -64,6 +76,11 @@ class TrainConfig(Config):
     Attributes:
         steps: of the whole run; where there are stages, theirs together.
         stages: what learns when, one after another; without any, everything learns at `optimizer.lr` all the time.
+        rows_at_once: a rank computes as many rows of its slice at once, and adds up their gradients: the same step in
+            less memory. All of them without.
+        recompute_blocks: keep no activations inside a block: less memory, a third more compute.
+        parallel: `fsdp` leaves each rank a slice of weights, gradients and moments, where a model is too large for all.
+        precision: of matrix products: fp32, tf32 (a GPU's, rounded inputs), or bf16 autocast; weights stay fp32.
         start_from: checkpoint folder of the same model, whose weights and tokenizer the run starts from.
         adapter: train low-rank corrections of these weights and nothing else; what is registered has them merged.
         loader_workers: threads that make batches ahead of the training; 0 makes each when it is due.
@@ -76,7 +93,10 @@ class TrainConfig(Config):
     steps: PositiveInt = 1000
     batch_size: PositiveInt = 64
     optimizer: OptimizerConfig = OptimizerConfig()
-    precision: Literal["fp32", "bf16"] = "fp32"
+    rows_at_once: PositiveInt | None = None
+    recompute_blocks: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     start_from: Annotated[str, Field(min_length=1)] | None = None
     adapter: AdapterConfig | None = None
     stages: tuple[StageConfig, ...] = ()
@@ -92,7 +112,7 @@ class TrainConfig(Config):
 
     def science(self) -> dict[str, Any]:
         """The settings that determine what is learned."""
-        return self.model_dump(exclude=set(WATCH))
+        return self.model_dump(exclude=set(HOW))
 
     @model_validator(mode="before")
     @classmethod
@@ -114,6 +134,10 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _something_to_adapt(self) -> Self:
+        if self.adapter and self.parallel == "fsdp":
+            raise ValueError(
+                "adapter and parallel fsdp: frozen weights are in half precision, and slices are of one kind"
+            )
         if self.adapter and not self.start_from:
             raise ValueError("adapter needs start_from: corrections of random weights learn nothing")
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,10 +156,13 @@ def runs_in(folder: Path, patch: pytest.MonkeyPatch) -> MakeRun:
     return make
 
 
-def torchrun(run: RunDir, ranks: int, module: str = "pipelines.worker.main") -> subprocess.CompletedProcess[str]:
-    """Run the ranks to their end as a person without Java would."""
+def torchrun(
+    run: RunDir | Sequence[RunDir], ranks: int, module: str = "pipelines.worker.main"
+) -> subprocess.CompletedProcess[str]:
+    """Run the ranks to their end as a person without Java would; several runs go to the module `several`."""
+    folders = [run.path] if isinstance(run, RunDir) else [each.path for each in run]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", module, "--run-dir", str(run.path)]
+    command += ["-m", module, "--run-dir", ",".join(map(str, folders))]
     environment = os.environ | {"PYTHONPATH": TEST_PATH}
     return subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, check=False, timeout=300

@@ -38,6 +38,11 @@ class Batch:
         """The same sequences with other pictures."""
         return Batch(pixels_PHWC, self.tokens_BT, self.labels_BT, self.prefix_lengths_B)
 
+    def split(self, rows: int) -> list[Batch]:
+        """The batch in parts of `rows` rows, the last one shorter; for batches of a picture a row."""
+        assert len(self.pixels_PHWC) == len(self.tokens_BT), "which pictures belong to a row is not known here"
+        return [Batch(*parts) for parts in zip(*(torch.split(t, rows) for t in self.tensors()), strict=True)]
+
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The four tensors in order."""
         return self.pixels_PHWC, self.tokens_BT, self.labels_BT, self.prefix_lengths_B

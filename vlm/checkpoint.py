@@ -32,6 +32,7 @@ from vlm.config import Config, ModelConfig, why_unreadable
 from vlm.digest import file_digest
 from vlm.errors import CheckpointError
 from vlm.model import VisionLanguageModel
+from vlm.parallel import sliced_like, whole
 from vlm.text.base import Tokenizer
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
@@ -148,7 +149,7 @@ class TrainingCopy:
 def copy_training(
     weights: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, step: int
 ) -> TrainingCopy:
-    """Copy weights and optimizer state as they are now.
+    """Copy weights and optimizer state as they are now, whole; every rank calls this where ranks hold slices.
 
     Args:
         weights: what of the model is to be kept; `weights_of(model)` is all of it.
@@ -240,7 +241,10 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     names = {parameter: name for name, parameter in _parameters(model).items()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     packed = optimizer.state_dict()
-    packed["state"] = {index: _under(f"{names[parameter]}:", state) for index, parameter in enumerate(parameters)}
+    packed["state"] = {
+        index: {key: sliced_like(value, p) for key, value in _under(f"{names[p]}:", state).items()}
+        for index, p in enumerate(parameters)
+    }
     optimizer.load_state_dict(packed)  # moves each tensor to its parameter's device
     return step
 
@@ -256,7 +260,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return {name: whole(tensor.detach()).to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

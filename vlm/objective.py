@@ -5,7 +5,7 @@ Letters: B batch, T positions, V vocabulary, N tokens, K experts chosen by a tok
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,6 +47,16 @@ class RouterReport:
     balance: float
     z: float
     load: dict[str, tuple[float, ...]]
+
+    @classmethod
+    def mean(cls, parts: Sequence[RouterReport]) -> RouterReport:
+        """What routers did with the parts of a batch."""
+        count = len(parts)
+        load = {
+            name: tuple(sum(shares) / count for shares in zip(*(part.load[name] for part in parts), strict=True))
+            for name in parts[0].load
+        }
+        return cls(sum(part.balance for part in parts) / count, sum(part.z for part in parts) / count, load)
 
 
 def routed_layers(model: nn.Module) -> dict[str, MoeMlp]:

@@ -1,10 +1,26 @@
-"""Ranks, as the training loop sees them: gradients averaged by DDP, sums taken over all of them."""
+"""Ranks, as the training loop sees them: gradients averaged, sums taken over all of them.
+
+DDP keeps all of the model on each rank and adds up gradients. FSDP keeps a slice of each parameter, gradient and moment
+on each rank and gathers a block's parameters when it is their turn: for models that do not fit otherwise. Both compute
+the same.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from vlm.layers.block import Block
+
+Parallel = Literal["ddp", "fsdp"]
 
 
 def world_size() -> int:
@@ -12,9 +28,23 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model under DDP where there are several ranks."""
+def shard(model: nn.Module) -> None:
+    """Leave each rank its slice of every parameter, in place; a rank alone keeps all.
+
+    After this the model is called as before, on every rank at once; its own methods cannot be.
+    """
     if world_size() == 1:
+        return
+    mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
+    for block in model.modules():
+        if isinstance(block, Block):
+            fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model under DDP where there are several ranks; a sharded one as it is."""
+    if world_size() == 1 or isinstance(model, FSDPModule):
         return model
     # Not static_graph: it regroups the gradients after the first step, so with three ranks or more a resumed run adds
     # them in another order than the uninterrupted one did.
@@ -31,6 +61,31 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+@contextmanager
+def gradients_stay(model: nn.Module, *, here: bool) -> Iterator[None]:
+    """Add up gradients on each rank alone while the block runs, or over all ranks where `here` is false."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(not here)
+        yield
+    elif here and isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that ranks hold slices of, from all of them; any other as it is. Every rank calls this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sliced_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A tensor that every rank has, cut as another one of its shape is."""
+    if not isinstance(other, DTensor) or tensor.shape != other.shape:
+        return tensor
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
 def global_sum(values: Tensor) -> Tensor:
     """The sum of a tensor over all ranks; a new tensor."""
     total = values.detach().clone()
@@ -41,4 +96,4 @@ def global_sum(values: Tensor) -> Tensor:
 
 def to_host(values: Tensor) -> list[float]:
     """The values of a vector that other ranks have a part in. On a GPU this, not the sum, is where a rank waits."""
-    return [float(value) for value in values.tolist()]
+    return [float(value) for value in whole(values).tolist()]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vlm.batch import Batch
 from vlm.errors import LakesightError
 from vlm.objective import RouterReport, num_targets, routed_layers, router_loss, token_loss
-from vlm.parallel import global_sum, to_host, unwrap, world_size
+from vlm.parallel import global_sum, gradients_stay, to_host, unwrap, whole, world_size
 from vlm.seeds import mix
 
 
@@ -66,6 +66,7 @@ def fit(
     device: torch.device,
     bf16: bool,
     on_step: Callable[[StepReport], None],
+    rows_at_once: int = 2**31,
 ) -> None:
     """Take one optimizer step a batch, from step `start` on.
 
@@ -81,6 +82,8 @@ def fit(
         device: where the model is.
         bf16: run the forward pass in bfloat16 autocast.
         on_step: called after every step on every rank.
+        rows_at_once: a larger slice is computed in parts of as many rows, and their gradients added up: the same step
+            in less memory.
 
     Raises:
         NotFiniteError: a loss or gradient that is not finite; the weights are those before the step.
@@ -90,26 +93,33 @@ def fit(
     for step, batch in enumerate(batches, start):
         torch.manual_seed(mix(seed, step, rank))
         on_device = batch.to(device)
-        with mixed_precision(device, bf16=bf16):
-            loss_sum = token_loss(model(on_device), on_device)
-        sums = torch.stack((loss_sum.detach().double(), num_targets(on_device).double()))
-        total, tokens = to_host(global_sum(sums))
-        # DDP averages gradients over ranks; the losses are means over the tokens of all ranks.
-        objectives, router = [loss_sum * (world_size() / tokens)], None
-        if layers:
-            router_part, router = router_loss(layers, on_device)
-            if router_part.requires_grad:  # not where an adapter is all that learns, behind the last router
-                objectives.append(router_part * world_size())
-        torch.autograd.backward(objectives)
-        (grad_norm,) = to_host(nn.utils.clip_grad_norm_(model.parameters(), grad_clip).view(1))
-        loss = total / tokens
+        tokens = global_sum(num_targets(on_device).double())
+        own, routers = torch.zeros((), dtype=torch.float64, device=device), []
+        parts = on_device.split(rows_at_once)
+        for number, part in enumerate(parts, 1):
+            with gradients_stay(model, here=number < len(parts)):
+                with mixed_precision(device, bf16=bf16):
+                    loss_sum = token_loss(model(part), part)
+                # DDP averages gradients over ranks; the losses are means over the tokens of all ranks.
+                objectives = [loss_sum * (world_size() / tokens).to(loss_sum.dtype)]
+                if layers:
+                    router_part, router = router_loss(layers, part)
+                    routers.append(router)
+                    if router_part.requires_grad:  # not where an adapter is all that learns, behind the last router
+                        objectives.append(router_part * (world_size() / len(parts)))
+                torch.autograd.backward(objectives)
+            own += loss_sum.detach()
+        norm = whole(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
+        total, num_tokens, grad_norm = to_host(torch.stack((global_sum(own), tokens, norm.double())))
+        loss = total / num_tokens
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise _diverged(step, loss, grad_norm, rank, loss_sum)
+            raise _diverged(step, loss, grad_norm, rank, own)
         for group in optimizer.param_groups:
             group["lr"] = lr_of(step) * group["share"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        on_step(StepReport(step, loss, lr_of(step), grad_norm, int(tokens), router))
+        met = RouterReport.mean(routers) if routers else None
+        on_step(StepReport(step, loss, lr_of(step), grad_norm, int(num_tokens), met))
 
 
 def _diverged(step: int, loss: float, grad_norm: float, rank: int, own: Tensor) -> NotFiniteError:

@@ -7,11 +7,12 @@ captions or serves the run finds a plain model and need not know.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pipelines.config import TrainConfig
 from vlm.adapters import (
@@ -60,6 +61,15 @@ class Start:
             if self.settings.precision == "bf16":
                 halve_frozen(model)
         return model.to(device)
+
+    def plain(self, weights: Mapping[str, Tensor], device: torch.device) -> VisionLanguageModel:
+        """A whole model with these weights, by name."""
+        with torch.random.fork_rng(devices=[]):  # its fresh weights are overwritten: leave the caller's generator alone
+            model = build_model(self.config, self.tokenizer.vocab_size).to(device)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
+        return model
 
     def fill(self, folder: Path, model: VisionLanguageModel) -> None:
         """Give a model the weights that a checkpoint of the run holds.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import distributed
+from torch.distributed.fsdp import FSDPModule
 
 from pipelines.errors import UserError
 from pipelines.rundir import CaptionSamples, Result, RunDir, RunFile, write_json
@@ -27,9 +28,10 @@ from pipelines.worker.stages import Stage, plan, stage_at
 from pipelines.worker.start import Start
 from pipelines.worker.validation import caption_samples, validate
 from vlm import text
-from vlm.checkpoint import load_state
+from vlm.checkpoint import load_state, weights_of
+from vlm.layers.block import recompute_blocks
 from vlm.model import VisionLanguageModel
-from vlm.parallel import wrap
+from vlm.parallel import shard, whole, wrap
 from vlm.text.base import Tokenizer
 from vlm.train import StepReport, fit, mixed_precision
 
@@ -84,6 +86,7 @@ class Learner:
     def __post_init__(self) -> None:
         self.collator = Collator(self.tokenizer, self.file.config.model)
         self.checkpoints = CheckpointWriter(self.run, self.file)
+        self.sharded = isinstance(self.model, FSDPModule)
 
     @classmethod
     def build(cls, run: RunDir, file: RunFile, place: Place, watch: Watch, device: torch.device) -> Learner:
@@ -95,12 +98,17 @@ class Learner:
         settings = file.config.train
         tokenizer = text.load(run.tokenizer)
         origin = Start(file.config.model, settings, tokenizer)
+        torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
         torch.manual_seed(settings.seed)
         model = origin.model(device)
         watch.alive()
         start = step_of(checkpoint) if checkpoint else 0
         if checkpoint:
             origin.fill(checkpoint, model)
+        if settings.recompute_blocks:
+            recompute_blocks(model)
+        if settings.parallel == "fsdp":
+            shard(model)
         stage = stage_at(plan(settings), start)
         optimizer = stage.begin(model, settings)
         if checkpoint and start > stage.first:
@@ -145,6 +153,7 @@ class Learner:
             device=self.device,
             bf16=settings.precision == "bf16",
             on_step=self.after_step,
+            rows_at_once=settings.rows_at_once or settings.batch_size,
         )
 
     def after_step(self, report: StepReport) -> None:
@@ -164,13 +173,14 @@ class Learner:
             values = {f"train/{name}": value for name, value in values.items()}
         if last or done % settings.validate_every == 0:
             values |= self._validate()
-            if leads:
-                self._write_samples(done)
+            self._write_samples(done)
         if leads and values:
             write_metrics(self.run, done, values, load)
             log.info("step %d of %d: %s", done, settings.steps, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
-        if leads and (last or done % settings.checkpoint_every == 0):
-            self.checkpoints.save(done, self.origin.copy(self.model, self.optimizer, done, last=last))
+        if (leads or self.sharded) and (last or done % settings.checkpoint_every == 0):
+            write = self.origin.copy(self.model, self.optimizer, done, last=last)
+            if leads:
+                self.checkpoints.save(done, write)
         self.stopwatch.start()
 
     def finish(self) -> None:
@@ -204,7 +214,13 @@ class Learner:
             )
 
     def _write_samples(self, done: int) -> None:
-        settings = self.file.config.train
-        with mixed_precision(self.device, bf16=settings.precision == "bf16"):
-            samples = caption_samples(self.model, self.tokenizer, self.validate_shards, settings.caption_samples)
-        write_json(self.run.samples(done), CaptionSamples(step=done, samples=samples))
+        """Rank 0's captions; of a model in slices it makes a whole copy, for which every rank is needed."""
+        settings, model = self.file.config.train, self.model
+        if self.sharded:
+            weights = {name: whole(tensor) for name, tensor in weights_of(model).items()}
+            if self.place.rank == 0:
+                model = self.origin.plain(weights, self.device)
+        if self.place.rank == 0:
+            with mixed_precision(self.device, bf16=settings.precision == "bf16"):
+                samples = caption_samples(model, self.tokenizer, self.validate_shards, settings.caption_samples)
+            write_json(self.run.samples(done), CaptionSamples(step=done, samples=samples))

@@ -42,13 +42,15 @@ def validate(
     device = model.mean.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     model.eval()
-    for first in range(0, len(own), batch_size):
+    for first in range(0, -(-total // world_size), batch_size):
+        # A model in slices is called by all ranks equally often: one that has no rows left looks at the first again.
         indexes = own[first : first + batch_size]
+        counts, indexes = bool(indexes), indexes or [0]
         rows = [shards.row(index) for index in indexes]
         batch = collator.batch(rows, [row.texts[0] for row in rows]).to(device)
         others = np.stack([shards.row((index + 1) % total).pixels for index in indexes])
         losses = blind_losses(model, batch, torch.from_numpy(others).to(device))
-        sums += torch.stack([values_B.double().sum() for values_B in losses])
+        sums += counts * torch.stack([values_B.double().sum() for values_B in losses])
         alive()
     model.train()
     right, wrong, tokens = global_sum(sums).tolist()

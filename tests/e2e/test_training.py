@@ -23,7 +23,7 @@ from pipelines.driver.launch import check_slots
 from pipelines.driver.train import launch
 from pipelines.errors import UserError
 from pipelines.platform import Launch, Platform
-from pipelines.rundir import Result, RunDir, read_json
+from pipelines.rundir import Result, RunDir, read_json, write_json
 from vlm import text
 from vlm.build import build_model
 from vlm.checkpoint import load_model, save_model
@@ -135,14 +135,47 @@ def assert_equal(whole: RunDir, other: RunDir) -> None:
     assert list(whole.read_samples()) == list(other.read_samples())
 
 
-def test_one_rank_and_two_learn_from_the_same_samples_in_the_same_order(make_run: MakeRun) -> None:
+def still() -> dict[str, Any]:
+    """The tiny model without dropout: which activations are dropped depends on the rank."""
     model = tiny_run().model.model_dump()
     for part in (model["vision"], model["decoder"]):
         part["transformer"]["dropout"] = 0.0
-    alone, together = (make_run(f"of-{ranks}", model=model, ranks=ranks, log_every=1) for ranks in (1, 2))
+    return model
+
+
+def test_ranks_slices_and_parts_of_a_batch_change_nothing_but_rounding(make_run: MakeRun, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"model": still(), "steps": 10, "log_every": 1, "checkpoint_every": 5}
+    alone = make_run("alone", ranks=1, **settings)
     assert torchrun(alone, 1).returncode == 0
-    assert torchrun(together, 2).returncode == 0
-    assert losses(alone) == pytest.approx(losses(together), rel=1e-4)
+    ddp, parts = make_run("ddp", **settings), make_run("parts", rows_at_once=1, recompute_blocks=True, **settings)
+    fsdp = make_run("fsdp", parallel="fsdp", **settings)
+    ended = torchrun([ddp, parts, fsdp], 2, "several")
+    assert ended.returncode == 0, ended.stdout
+    assert losses(alone) == pytest.approx(losses(ddp), rel=1e-6)
+    assert losses(parts) == pytest.approx(losses(ddp), rel=1e-6)
+    assert losses(fsdp) == pytest.approx(losses(ddp), rel=1e-5)
+    assert list(fsdp.read_samples()) == list(ddp.read_samples())
+
+    # A checkpoint of either is one of the other's, and of any number of ranks.
+    crossed = [half_of(run, tmp_path / f"from-{run.path.name}", other) for run, other in ((ddp, "fsdp"), (fsdp, "ddp"))]
+    ended = torchrun(crossed, 2, "several")
+    assert ended.returncode == 0, ended.stdout
+    for run in crossed:
+        assert losses(run) == pytest.approx(losses(ddp), rel=1e-5)
+
+
+def half_of(run: RunDir, folder: Path, parallel: str) -> RunDir:
+    """A copy of a finished run, back at its first checkpoint, to go on in another way."""
+    half = RunDir(folder)
+    shutil.copytree(run.path, half.path)
+    half.result.unlink(missing_ok=True)
+    shutil.rmtree(half.checkpoint(10))
+    file = half.read_run()
+    train = file.config.train.model_copy(update={"parallel": parallel})
+    write_json(half.run, file.model_copy(update={"config": file.config.model_copy(update={"train": train})}))
+    for step in range(6, 11):
+        half.metrics(step).unlink()
+    return half
 
 
 def test_an_adapter_tunes_a_model_on_two_ranks_and_what_comes_out_is_a_plain_one(

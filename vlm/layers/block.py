@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vlm.cache import KVCache
 from vlm.layers.attention import Attention
@@ -15,7 +19,12 @@ class Block(nn.Module):
 
     A branch's output may pass a second norm (`post_norms`, one a branch) and a learned factor a channel that starts
     from `layer_scale`.
+
+    Attributes:
+        recompute: in training, keep a block's input alone and compute the block once more in the backward pass.
     """
+
+    recompute = False
 
     def __init__(
         self,
@@ -50,9 +59,14 @@ class Block(nn.Module):
         last: bool = False,
     ) -> Tensor:
         """One block; arguments as in `Attention.forward`."""
-        seen = self.attention(
-            self.attention_norm(x_BTW), mask=mask, causal=causal, angles=angles, cache=cache, layer=layer, last=last
-        )
+        compute = partial(self._compute, mask=mask, causal=causal, angles=angles, cache=cache, layer=layer, last=last)
+        if self.recompute and self.training:
+            again: Tensor = checkpoint(compute, x_BTW, use_reentrant=False)
+            return again
+        return compute(x_BTW)
+
+    def _compute(self, x_BTW: Tensor, *, last: bool, **how: Any) -> Tensor:
+        seen = self.attention(self.attention_norm(x_BTW), last=last, **how)
         if last:
             x_BTW = x_BTW[:, -1:]
         x_BTW = x_BTW + self._finish(seen, self.attention_post_norm, self.attention_scale)
@@ -65,3 +79,11 @@ class Block(nn.Module):
         if scale is not None:
             branch = branch * scale
         return self.dropout(branch)
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Trade time for memory in all blocks of a model (Chen et al., 2016): about a third more compute, a block's
+    activations at a time."""
+    for part in model.modules():
+        if isinstance(part, Block):
+            part.recompute = True

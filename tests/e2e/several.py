@@ -1,0 +1,35 @@
+"""Ranks that train several runs one after another: starting them takes longer than tiny runs do.
+
+torchrun ... -m several --run-dir DIR,DIR,...
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from pipelines.rundir import RunDir
+from pipelines.worker.failure import Watch
+from pipelines.worker.group import process_group
+from pipelines.worker.place import Place
+from pipelines.worker.report import open_log
+from pipelines.worker.training import Learner
+
+
+def main() -> None:
+    place, device = Place.from_environment(), torch.device("cpu")
+    with process_group(device, timeout_seconds=300):
+        for folder in sys.argv[sys.argv.index("--run-dir") + 1].split(","):
+            run = RunDir(Path(folder))
+            open_log(run, place.rank)
+            learner = Learner.build(run, run.read_run(), place, Watch(run, place.rank), device)
+            learner.learn()
+            learner.checkpoints.wait()
+            distributed.barrier()
+
+
+if __name__ == "__main__":
+    main()
