@@ -7,7 +7,7 @@ rank), so a loop that starts at step k does exactly what an uninterrupted one do
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vlm.batch import Batch
 from vlm.errors import LakesightError
+from vlm.layers.moe import MoeMlp
 from vlm.objective import RouterReport, num_targets, routed_layers, router_loss, token_loss
 from vlm.parallel import global_sum, gradients_stay, to_host, unwrap, whole, world_size
 from vlm.seeds import mix
@@ -98,17 +99,9 @@ def fit(
         parts = on_device.split(rows_at_once)
         for number, part in enumerate(parts, 1):
             with gradients_stay(model, here=number < len(parts)):
-                with mixed_precision(device, bf16=bf16):
-                    loss_sum = token_loss(model(part), part)
-                # DDP averages gradients over ranks; the losses are means over the tokens of all ranks.
-                objectives = [loss_sum * (world_size() / tokens).to(loss_sum.dtype)]
-                if layers:
-                    router_part, router = router_loss(layers, part)
-                    routers.append(router)
-                    if router_part.requires_grad:  # not where an adapter is all that learns, behind the last router
-                        objectives.append(router_part * (world_size() / len(parts)))
-                torch.autograd.backward(objectives)
-            own += loss_sum.detach()
+                loss_sum, router = _backward(model, layers, part, tokens, len(parts), bf16=bf16)
+            own += loss_sum
+            routers += [router] if router else []
         norm = whole(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
         total, num_tokens, grad_norm = to_host(torch.stack((global_sum(own), tokens, norm.double())))
         loss = total / num_tokens
@@ -120,6 +113,22 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         met = RouterReport.mean(routers) if routers else None
         on_step(StepReport(step, loss, lr_of(step), grad_norm, int(num_tokens), met))
+
+
+def _backward(
+    model: nn.Module, layers: Mapping[str, MoeMlp], part: Batch, tokens: Tensor, num_parts: int, *, bf16: bool
+) -> tuple[Tensor, RouterReport | None]:
+    """Gradients of a part of this rank's slice; returns its summed loss, and what its routers did."""
+    with mixed_precision(part.tokens_BT.device, bf16=bf16):
+        loss_sum = token_loss(model(part), part)
+    # DDP averages gradients over ranks; the losses are means over the tokens of all ranks.
+    objectives, report = [loss_sum * (world_size() / tokens).to(loss_sum.dtype)], None
+    if layers:
+        router_part, report = router_loss(layers, part)
+        if router_part.requires_grad:  # not where an adapter is all that learns, behind the last router
+            objectives.append(router_part * (world_size() / num_parts))
+    torch.autograd.backward(objectives)
+    return loss_sum.detach(), report
 
 
 def _diverged(step: int, loss: float, grad_norm: float, rank: int, own: Tensor) -> NotFiniteError:

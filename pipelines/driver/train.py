@@ -16,6 +16,7 @@ from pipelines.platform import Launch, Platform
 from pipelines.rundir import Failure, Result, RunDir, RunFile, read_json, write_json
 from pipelines.shards import Shards
 from vlm import text
+from vlm.config import differences
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -49,6 +50,8 @@ def prepare(config: RunConfig, platform: Platform, train: ShardReport, validate:
         config = config.model_copy(update={"train": resolved})
     identity = short_hash(config.model.model_dump(), settings, train.content_hash, validate.content_hash, code)
     run = RunDir(platform.folder("runs") / f"{config.name}-{identity}")
+    if not run.run.exists():
+        _tell_unfinished(run, config)
     if not run.tokenizer.exists():
         run.path.mkdir(parents=True, exist_ok=True)
         temporary = run.path / f".{run.tokenizer.name}.tmp"
@@ -70,6 +73,19 @@ def prepare(config: RunConfig, platform: Platform, train: ShardReport, validate:
             ),
         )
     return run
+
+
+def _tell_unfinished(run: RunDir, config: RunConfig) -> None:
+    """A new run: say how it differs from the newest unfinished one of its name, which is not gone on with."""
+    others = [RunDir(path) for path in run.path.parent.glob(f"{config.name}-*") if (path / "run.json").exists()]
+    started = [other for other in others if finished(other) is None and other.finished_checkpoints()]
+    if not started:
+        return
+    other = max(started, key=lambda each: each.run.stat().st_mtime)
+    before = other.read_run().config
+    there, here = ({"model": c.model.model_dump(), "train": c.train.science()} for c in (before, config))
+    found = "; ".join(differences(there, here)) or "the data, or the code, is another"
+    log.warning("a new run: %s is unfinished, and not gone on with: %s", other.path.name, found)
 
 
 def finished(run: RunDir) -> Result | None:

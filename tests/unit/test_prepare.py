@@ -167,6 +167,20 @@ def test_a_run_is_finished_when_its_result_and_its_checkpoint_are_there(laptop: 
     assert run.run.read_bytes() == before  # what a finished run says of itself stays true
 
 
+def test_other_science_is_another_run_and_what_differs_from_the_unfinished_one_is_said(
+    laptop: Platform, report: ShardReport, caplog: pytest.LogCaptureFixture
+) -> None:
+    unfinished = prepare(tiny_run(), laptop, report, report)
+    unfinished.checkpoint(4).mkdir(parents=True)
+    same = prepare(tiny_run(timeout_seconds=5, max_restarts=1, parallel="fsdp", rows_at_once=1), laptop, report, report)
+    assert same == unfinished
+    assert caplog.messages == []
+    assert prepare(tiny_run(seed=3, steps=20), laptop, report, report) != unfinished
+    (said,) = caplog.messages
+    assert unfinished.path.name in said
+    assert "train.seed is 0 there, 3 in the run; train.steps is 12 there, 20 in the run" in said
+
+
 def test_a_run_that_another_process_is_training_is_not_launched_twice(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
