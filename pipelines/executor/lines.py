@@ -14,6 +14,10 @@ from typing import NamedTuple
 import pyarrow as pa
 
 
+ENDS = b"\r\n"
+"""What ends a line, in any number: spreadsheets end some in two carriage returns."""
+
+
 class Line(NamedTuple):
     """One line of a file.
 
@@ -44,7 +48,7 @@ def given_lines(batches: Iterator[pa.RecordBatch]) -> Iterator[Line]:
     for batch in batches:
         path, file, start, header = (batch.column(name).to_pylist() for name in Line._fields[:-1])
         for *about, content in zip(path, file, start, header, batch.column("content"), strict=True):
-            yield Line._make([*about, _without_end(content.as_py())])
+            yield Line._make([*about, content.as_py().rstrip(ENDS)])
 
 
 def read_lines(batches: Iterator[pa.RecordBatch]) -> Iterator[Line]:
@@ -63,8 +67,4 @@ def read_lines(batches: Iterator[pa.RecordBatch]) -> Iterator[Line]:
                     at += len(file.readline()) - 1
                 while at < row["end"] and (content := file.readline()):
                     at += len(content)
-                    yield Line(path, row["file"], start, row["header"], _without_end(content))
-
-
-def _without_end(line: bytes) -> bytes:
-    return line[: -2 if line.endswith(b"\r\n") else -1] if line.endswith((b"\n", b"\r")) else line
+                    yield Line(path, row["file"], start, row["header"], content.rstrip(ENDS))
