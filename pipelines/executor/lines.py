@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-
 ENDS = b"\r\n"
 """What ends a line, in any number: spreadsheets end some in two carriage returns."""
 
