@@ -40,7 +40,7 @@ START_SECONDS = 600.0
 """How long a rank may take until it knows `train.timeout_seconds`: torch is imported in that time."""
 _ENDINGS = (signal.SIGTERM, signal.SIGINT)
 
-_WAITING = ("torch/distributed/", "torch/autograd/", "vlm/parallel.py")
+_WAITING = ("torch/distributed/", "torch/nn/parallel/", "torch/autograd/", "vlm/parallel.py")
 """Files whose functions wait for other ranks; in `backward` DDP adds up gradients."""
 
 _LOST_CONNECTION = (
