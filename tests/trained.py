@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -45,6 +46,7 @@ def corner_rows(source: str, split: str, count: int) -> list[tuple[Any, ...]]:
         row = dict.fromkeys(SAMPLES.names, "") | {
             "image_id": f"{source}/{split}{number}",
             "image": buffer.getvalue(),
+            "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
             "format": "PNG" if number % 3 else "GIF",
             "width": 16,
             "height": 16,
