@@ -102,11 +102,16 @@ class ParquetSourceConfig(SourceBase):
 
 
 class TableSourceConfig(SourceBase):
-    """A Delta table by name or by path, at a version (default: the newest when the ingest begins)."""
+    """A Delta table by name or by path, at a version (default: the newest when the ingest begins).
+
+    Attributes:
+        filter: SQL condition on the table's rows; empty for all of them.
+    """
 
     kind: Literal["table"]
     table: Annotated[str, Field(pattern=r"^$|^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){0,2}$")] = ""
     version: Annotated[int, Field(ge=0)] | None = None
+    filter: str = ""
     columns: PlainColumns = PlainColumns()
 
     @model_validator(mode="after")

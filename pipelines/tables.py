@@ -50,7 +50,7 @@ class Table:
     """One table: name, key, meaning, columns.
 
     `checks` are SQL conditions that Delta demands of every row, by name; columns to cluster by are those that stages
-    choose rows by.
+    choose rows by; a followed table has a change data feed.
     """
 
     name: str
@@ -59,6 +59,13 @@ class Table:
     columns: tuple[Column, ...]
     checks: Mapping[str, str] = field(default_factory=dict)
     cluster_by: tuple[str, ...] = ()
+    followed: bool = False
+
+    @property
+    def properties(self) -> dict[str, str]:
+        """Delta's properties of the table. Without deletion vectors every Delta reader can read it, `deltalake` too."""
+        feed = {"delta.enableChangeDataFeed": "true"} if self.followed else {}
+        return {"delta.enableDeletionVectors": "false", **feed}
 
     @property
     def arrow_schema(self) -> pa.Schema:
@@ -224,6 +231,7 @@ VERDICTS = Table(
         Column("reviewer", pa.string(), "Who"),
         Column("judged_at", TIME_TYPE, "When"),
     ),
+    followed=True,
 )
 
 DECISIONS = Table(
@@ -244,6 +252,3 @@ DECISIONS = Table(
 )
 
 TABLES = (SAMPLES, QUARANTINE, INGESTED, GENERATED_CAPTIONS, EVALUATIONS, VERDICTS, DECISIONS)
-
-PROPERTIES = {"delta.enableDeletionVectors": "false"}
-"""Delta table properties. Without deletion vectors every Delta reader can read the tables, `deltalake` too."""

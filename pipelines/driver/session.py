@@ -17,7 +17,7 @@ from pyspark.sql import SparkSession
 
 from pipelines.errors import StageFailed
 from pipelines.platform import Platform
-from pipelines.tables import PROPERTIES, SAMPLES, TABLES, Table
+from pipelines.tables import SAMPLES, TABLES, Table
 
 MAX_BATCH_BYTES = 16 * 2**20
 MAX_BATCH_ROWS = 32
@@ -76,7 +76,7 @@ def _create(name: str, table: Table, tables: Path | None) -> str:
     if _is_written(table, tables):
         return f"CREATE TABLE IF NOT EXISTS {name} USING DELTA{location}"
     clustered = f" CLUSTER BY ({', '.join(table.cluster_by)})" if table.cluster_by else ""
-    properties = ", ".join(f"'{key}' = '{value}'" for key, value in PROPERTIES.items())
+    properties = ", ".join(f"'{key}' = '{value}'" for key, value in table.properties.items())
     return (
         f"CREATE TABLE IF NOT EXISTS {name} ({table.ddl()}) USING DELTA{location} "
         f"COMMENT '{table.comment}' TBLPROPERTIES ({properties}){clustered}"

@@ -17,7 +17,7 @@ from deltalake import DeltaTable
 from pydantic import Field, model_validator
 
 from pipelines.errors import UserError
-from pipelines.tables import PROPERTIES, VERDICTS
+from pipelines.tables import VERDICTS
 from vlm.config import Config
 
 KEY = ("image_id", "model_version", "settings_hash")
@@ -126,5 +126,5 @@ def open_verdicts(folder: Path) -> DeltaTable:
         mode="ignore",
         name=VERDICTS.name,
         description=VERDICTS.comment,
-        configuration=PROPERTIES,
+        configuration=VERDICTS.properties,
     )

@@ -95,15 +95,20 @@ def test_a_table_with_a_change_data_feed_is_followed_row_by_row(
         return pa.Table.from_pylist([{"sku": n, "image": png(n), "text": f"{text}{n}"} for n in numbers])
 
     write_deltalake(tmp_path, rows(1, 2, 3), configuration={"delta.enableChangeDataFeed": "true"})
-    config = data({"kind": "table", "path": str(tmp_path), "columns": {"id": "sku"}})
+    write_deltalake(tmp_path, rows(5, text="bad"), mode="append")
+    kind = {"kind": "table", "path": str(tmp_path), "columns": {"id": "sku"}}
+    with pytest.raises(UserError, match=r"condition cannot be used. Where: data.source.filter. Got: texts > 1"):
+        ingest(spark, platform, source, data(kind | {"filter": "texts > 1"}))
+    config = data(kind | {"filter": "text NOT LIKE 'bad%'"})
     assert parts(ingest(spark, platform, source, config)) == (3, 3, 0, 0, 0)
     table = DeltaTable(tmp_path)
+    table.update(updates={"text": "'better'"}, predicate="sku = 5")
     table.delete("sku = 3")
     table.update(updates={"text": "'corrected'"}, predicate="sku = 2")
     write_deltalake(tmp_path, rows(4), mode="append")
     followed = ingest(spark, platform, source, config)
-    assert (followed.removed, parts(followed)) == (2, (2, 2, 0, 0, 0)), "row 1 was not read again"
-    assert texts_of(spark, platform, source) == {"1": ["x1"], "2": ["corrected"], "4": ["x4"]}
+    assert (followed.removed, parts(followed)) == (2, (3, 3, 0, 0, 0)), "row 1 was not read again"
+    assert texts_of(spark, platform, source) == {"1": ["x1"], "2": ["corrected"], "4": ["x4"], "5": ["better"]}
 
 
 def test_an_ingest_that_another_one_overtook_plans_again_and_two_at_once_bring_what_one_would(

@@ -56,6 +56,7 @@ def open_table(
             fix="name a Delta table and a version of it that is there: `DESCRIBE HISTORY` lists them",
         ) from None
     demand_columns(config, frame.columns, source.where)
+    frame = _filtered(frame, source)
     ingest_id = short_hash(name, identity, version)
     before = [row["state"] for row in taken.to_pylist() if row["item"] == identity]
     versions = [int(state.removeprefix(VERSION)) for state in before]
@@ -63,10 +64,22 @@ def open_table(
         return Source(None, ingest_id, items_of([]), 1)
     last = max(versions, default=version)
     changes = _changes(spark, source, last + 1, version) if last < version else None
-    rows, gone = (frame, None) if changes is None else _changed(frame, changes, source.columns.id)
+    rows, gone = (frame, None) if changes is None else _changed(frame, changes, source)
     named = columns_for_table_records(rows, F.lit(source.where.rstrip("/").rpartition("/")[2]))
     read = partial(table_records, image=source.columns.image)
     return Source(Rows(named, read), ingest_id, items_of([(identity, f"{VERSION}{version}")]), 0, gone)
+
+
+def _filtered(frame: DataFrame, source: TableSourceConfig) -> DataFrame:
+    try:
+        return frame.filter(source.filter) if source.filter else frame
+    except AnalysisException as error:  # a ParseException is one too
+        raise UserError(
+            "the condition cannot be used",
+            where="data.source.filter",
+            got=f"{source.filter} ({str(error).strip().splitlines()[0]})",
+            fix=f"write SQL on the table's columns: {', '.join(frame.columns)}",
+        ) from None
 
 
 def _changes(spark: SparkSession, source: TableSourceConfig, first: int, last: int) -> DataFrame | None:
@@ -82,9 +95,10 @@ def _changes(spark: SparkSession, source: TableSourceConfig, first: int, last: i
     return changes
 
 
-def _changed(frame: DataFrame, changes: DataFrame, id_column: str | None) -> tuple[DataFrame, DataFrame | None]:
+def _changed(frame: DataFrame, changes: DataFrame, source: TableSourceConfig) -> tuple[DataFrame, DataFrame | None]:
     """Rows to read, and the ids of rows that were updated or deleted. Of these all rows that are there are read."""
-    came = changes.filter("_change_type IN ('insert', 'update_postimage')").select(*frame.columns)
+    came = _filtered(changes.filter("_change_type IN ('insert', 'update_postimage')").select(*frame.columns), source)
+    id_column = source.columns.id
     if id_column is None:
         return came, None
     one = F.col(f"`{id_column.replace('`', '``')}`")
