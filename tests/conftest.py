@@ -14,6 +14,7 @@ from pipelines.driver.session import ensure_tables
 from pipelines.platform import Platform, local
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where two processes share the tests, one of them takes all that need Spark: there is one session."""
     for item in items:

@@ -163,7 +163,7 @@ def caption(
         already=counts.rows - done["captioned"] - done["errors"],
         captioned=done["captioned"],
         errors=done["errors"],
-        changed=counts.suspects - done["unchanged"],
+        changed=done["changed"],
         recovered=recovered,
         removed=removed,
         seconds=time.monotonic() - started,
@@ -206,11 +206,10 @@ def _checked(report: CaptionReport, request: CaptionRequest) -> CaptionReport:
 
 
 class Counts(NamedTuple):
-    """Rows, rows to look at, and of these the ones that have a caption but may have another picture now."""
+    """Rows, and rows to look at: those without a caption, and those that may have another picture now."""
 
     rows: int
     todo: int
-    suspects: int
 
 
 def _plan(
@@ -230,7 +229,6 @@ def _plan(
         F.count("image_id").alias("ids"),
         F.countDistinct("image_id").alias("distinct"),
         F.count_if(F.expr("is_there IS NULL OR suspect")).alias("todo"),
-        F.count_if("suspect").alias("suspects"),
     ).head()
     assert counts is not None
     if not counts["rows"] == counts["ids"] == counts["distinct"]:
@@ -241,7 +239,7 @@ def _plan(
             fix="name a column whose values are unique, or leave rows out with a condition",
         )
     todo = marked.where("is_there IS NULL OR suspect").select("image_id", "image", F.col("sha256").alias("known"))
-    return todo, Counts(counts["rows"], counts["todo"], counts["suspects"])
+    return todo, Counts(counts["rows"], counts["todo"])
 
 
 def _kept_files(spark: SparkSession, pictures: Pictures, done: DataFrame) -> DataFrame:
@@ -264,7 +262,8 @@ def _run(spark: SparkSession, todo: DataFrame, rows: int, job: CaptionJob) -> di
             .head()
         )
     assert written is not None
-    return {name: int(written[name]) for name in DONE.names}
+    # No row, no sum: a job beside this one may have brought all of them since they were counted.
+    return {name: int(written[name] or 0) for name in DONE.names}
 
 
 def _remove_deleted(spark: SparkSession, platform: Platform, pictures: Pictures) -> int:

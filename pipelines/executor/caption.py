@@ -30,10 +30,10 @@ DONE = pa.schema(
     [
         pa.field("captioned", pa.int64(), nullable=False),
         pa.field("errors", pa.int64(), nullable=False),
-        pa.field("unchanged", pa.int64(), nullable=False),
+        pa.field("changed", pa.int64(), nullable=False),
     ]
 )
-"""What became of the rows of one file."""
+"""What became of the rows of one file; `changed` counts pictures that were others when they were captioned before."""
 
 
 class CaptionJob(Config):
@@ -78,14 +78,16 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
     limit_threads(job.threads)
     captioner = load_captioner(job.model_folder, job.precision)
     rows: list[dict[str, Any]] = []
+    changed = 0
     decoded = ahead(partial(_decoded, captioner, job), batches, workers=1)
     for pictures in _groups(decoded, BATCH_ROWS):
         rows += _captions(captioner, job, pictures)
+        changed += sum(known is not None and known != picture.sha256 for _, known, picture in pictures)
         if len(rows) >= job.rows:
-            yield _written(job, rows)
-            rows = []
+            yield _written(job, rows, changed)
+            rows, changed = [], 0
     if rows:
-        yield _written(job, rows)
+        yield _written(job, rows, changed)
 
 
 Picture = tuple[str, "str | None", "Decoded"]
@@ -128,7 +130,7 @@ def _captions(captioner: Captioner, job: CaptionJob, pictures: list[Picture]) ->
         }
 
 
-def _written(job: CaptionJob, rows: list[dict[str, Any]]) -> pa.RecordBatch:
+def _written(job: CaptionJob, rows: list[dict[str, Any]], changed: int) -> pa.RecordBatch:
     """Write a file, whole or not at all."""
     name = uuid.uuid4().hex
     temporary = job.staging / f".{name}.tmp"
@@ -137,6 +139,6 @@ def _written(job: CaptionJob, rows: list[dict[str, Any]]) -> pa.RecordBatch:
     counts = {
         "captioned": sum(row.get("caption") is not None for row in rows),
         "errors": sum(row.get("error") is not None for row in rows),
-        "unchanged": sum(row["unchanged"] for row in rows),
+        "changed": changed,
     }
     return pa.RecordBatch.from_pylist([counts], DONE)

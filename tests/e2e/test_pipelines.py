@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("pipelines")  # one process runs them: the fixture is the work
+# One process runs them: the fixture is the work, four minutes of it where nothing else runs.
+pytestmark = [pytest.mark.xdist_group("pipelines"), pytest.mark.timeout(1500)]
 
 SCENES = 400
 FAMILIES = ("seemoe", "vit_gpt2", "paligemma")
