@@ -16,10 +16,10 @@ from pipelines.platform import Platform, local
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where two processes share the tests, one of them takes all that need Spark: there is one session."""
+    """Where two processes share the tests, each takes half of those that need Spark, and has one session for them."""
     for item in items:
         if "spark" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("spark"))
+            item.add_marker(pytest.mark.xdist_group(f"spark in {item.path.parent.name}"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -30,7 +30,8 @@ WRITES = ("set_registered_model_tag", "set_registered_model_alias", "delete_regi
 def three_versions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A registry with three versions of a model, the second of which was promoted after the first."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    client = MlflowClient(f"sqlite:///{path}")
+    uri = f"sqlite:///{path}"
+    client = MlflowClient(uri, registry_uri=uri)  # not the registry that a test before has set for the process
     client.create_registered_model(NAME)
     for number in range(3):
         client.create_model_version(NAME, f"file:///{number}")
