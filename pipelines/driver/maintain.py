@@ -12,10 +12,10 @@ import logging
 import time
 from collections.abc import Mapping
 
-from delta.exceptions import DeltaConcurrentModificationException
 from pyspark.sql import Row, SparkSession
 from pyspark.sql import functions as F
 
+from pipelines.driver.conflicts import CONFLICTS
 from pipelines.driver.session import add_checks, ensure_tables, logged_vacuum, spark_failures, stored_as_they_are
 from pipelines.errors import UserError
 from pipelines.platform import Platform
@@ -94,7 +94,7 @@ def _maintained(spark: SparkSession, name: str, checks: Mapping[str, str], retai
             added = add_checks(spark, name, checks)
             packed = spark.sql(f"OPTIMIZE {name}").collect()[0]["metrics"]
             break
-        except DeltaConcurrentModificationException as error:
+        except CONFLICTS as error:
             logger.info("%s is being written to (attempt %d of %d)", name, attempt, ATTEMPTS)
             if attempt == ATTEMPTS:
                 return TableUpkeep(table=name, postponed=str(error).partition("\n")[0][:300])
