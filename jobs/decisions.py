@@ -41,7 +41,7 @@ def run_decisions(job: Job) -> list[dict[str, Any]]:
     """The rows of the run's model, the newest last.
 
     Raises:
-        UserError: tables here are no files, or nothing was decided yet.
+        UserError: tables here are no files, or there is no such table yet.
     """
     import pyarrow.compute as pc
 

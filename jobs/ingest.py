@@ -64,10 +64,10 @@ def run_ingest(job: Job, *, refresh: bool = False) -> FullReport:
 
 
 def track(job: Job, report: FullReport, *, good: bool) -> None:
-    """Log the report to MLflow where the ingest brought something. The tables are written: an outage is no failure."""
+    """Log the report to MLflow where the ingest changed something. The tables are written: an outage is no failure."""
     from pipelines.tracking.ingests import log_ingest
 
-    if report.rows_in == report.duplicates:
+    if report.nothing_new:
         return
     try:
         log_ingest(job.platform, report.model_dump(), Path(report.page), good=good)

@@ -80,8 +80,8 @@ def run_pipeline(job: Job) -> PipelineReport:
     run_promote(job, trained.model_version)
     captioned = run_caption(job, trained.model_version, where=held_out(job))
     metrics = evaluated.values()
-    added = ingested.new + ingested.merged + ingested.quarantined
-    nothing_new = not (added or trained.trained or captioned.captioned or captioned.errors)
+    worked = trained.trained or captioned.captioned or captioned.errors
+    nothing_new = ingested.nothing_new and not worked
     if nothing_new:
         job.screen.line("done", "nothing was new: no row ingested, no step trained, no picture captioned")
     return PipelineReport(

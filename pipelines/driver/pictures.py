@@ -12,6 +12,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import BinaryType, StringType
 
+from pipelines.driver.session import filtered
 from pipelines.errors import UserError
 from pipelines.platform import Platform
 
@@ -79,7 +80,7 @@ def open_pictures(
         )
     identity = frame[identity_column].cast("string").alias("image_id")
     file = F.col("_metadata.file_name").alias("file")
-    rows = _where(frame, where, name).select(identity, frame[image].alias("image"), file)
+    rows = filtered(frame, where, where=f"table {name}").select(identity, frame[image].alias("image"), file)
     return Pictures(name, pinned, rows, frame.select(identity))
 
 
@@ -93,18 +94,6 @@ def files_at(spark: SparkSession, name: str, version: int) -> set[str]:
     except AnalysisException:
         return set()
     return {path.rpartition("/")[2] for path in found}
-
-
-def _where(frame: DataFrame, condition: str, name: str) -> DataFrame:
-    try:
-        return frame.where(condition) if condition else frame
-    except AnalysisException as error:  # a ParseException is one too
-        raise UserError(
-            "the condition cannot be used",
-            where=f"table {name}",
-            got=f"{condition} ({_first_line(error)})",
-            fix=f"write SQL on its columns: {', '.join(frame.columns)}",
-        ) from None
 
 
 def _read(spark: SparkSession, platform: Platform, name: str, wanted: int | None) -> tuple[int, DataFrame]:

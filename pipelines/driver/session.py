@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
-from pyspark.errors import PySparkException
-from pyspark.sql import SparkSession
+from pyspark.errors import AnalysisException, PySparkException
+from pyspark.sql import DataFrame, SparkSession
 
-from pipelines.errors import StageFailed
+from pipelines.errors import StageFailed, UserError
 from pipelines.platform import Platform
 from pipelines.tables import SAMPLES, TABLES, Table
 
@@ -185,6 +185,23 @@ def logged_vacuum(spark: SparkSession) -> Iterator[None]:
     """Have VACUUM say in the table's history what it did."""
     with _settings(spark, {"spark.databricks.delta.vacuum.logging.enabled": "true"}):
         yield
+
+
+def filtered(frame: DataFrame, condition: str, *, where: str) -> DataFrame:
+    """The rows that meet a user's SQL condition; all of them where it is empty.
+
+    Raises:
+        UserError: it is no SQL on these columns. `where` says where it was written.
+    """
+    try:
+        return frame.filter(condition) if condition else frame
+    except AnalysisException as error:  # a ParseException is one too
+        raise UserError(
+            "the condition cannot be used",
+            where=where,
+            got=f"{condition} ({str(error).strip().splitlines()[0]})",
+            fix=f"write SQL on these columns: {', '.join(frame.columns)}",
+        ) from None
 
 
 @contextmanager

@@ -16,13 +16,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pyarrow import RecordBatch
-from pyspark.errors import AnalysisException, ParseException
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipelines.config import DataConfig, ShardConfig, Split, short_hash
-from pipelines.driver.session import bounded_batches, ensure_tables, spark_failures, table_id, versions, worker_died
+from pipelines.driver.session import (
+    bounded_batches,
+    ensure_tables,
+    filtered,
+    spark_failures,
+    table_id,
+    versions,
+    worker_died,
+)
 from pipelines.errors import StageFailed, UserError
 from pipelines.executor.pack import PIXELS, WRITTEN, pixels_guarded, pixels_of, write_files
 from pipelines.platform import Platform
@@ -164,7 +171,7 @@ def _packed(  # noqa: PLR0917
 def _rows(spark: SparkSession, request: ShardRequest, version: int) -> DataFrame:
     """The rows of a source and split that meet the condition, with the place of each in the shuffled order."""
     samples = spark.read.option("versionAsOf", version).table(request.table).filter(F.col("source") == request.source)
-    samples = _meeting(samples, request.where) if request.where else samples
+    samples = filtered(samples, request.where, where="data.shards.where")
     rows = samples.filter(F.col("split") == request.split)
     if rows.isEmpty():
         counts = samples.groupBy("split").count().orderBy("split").collect()
@@ -182,18 +189,6 @@ def _rows(spark: SparkSession, request: ShardRequest, version: int) -> DataFrame
         "texts",
         F.sha2(F.concat(F.lit(f"{request.seed}/"), "image_id"), 256).alias("place"),
     )
-
-
-def _meeting(samples: DataFrame, condition: str) -> DataFrame:
-    try:
-        return samples.filter(condition)
-    except (ParseException, AnalysisException) as error:
-        raise UserError(
-            "the rows to shard cannot be chosen",
-            where="data.shards.where",
-            got=f"{condition!r}: {str(error).partition(chr(10))[0]}",
-            fix=f'write an SQL condition on columns of {SAMPLES.name}, such as "width >= 64 AND near_of IS NULL"',
-        ) from None
 
 
 def _write(rows: DataFrame, folder: Path, request: ShardRequest) -> None:

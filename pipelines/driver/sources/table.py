@@ -16,6 +16,7 @@ from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig, TableSourceConfig, short_hash
 from pipelines.driver.ledger import items_of
+from pipelines.driver.session import filtered
 from pipelines.driver.sources.files import Rows, Source, absolute, demand_columns
 from pipelines.driver.sources.parquet import columns_for_table_records
 from pipelines.errors import UserError
@@ -56,7 +57,7 @@ def open_table(
             fix="name a Delta table and a version of it that is there: `DESCRIBE HISTORY` lists them",
         ) from None
     demand_columns(config, frame.columns, source.where)
-    frame = _filtered(frame, source)
+    frame = filtered(frame, source.filter, where="data.source.filter")
     ingest_id = short_hash(name, identity, version)
     before = [row["state"] for row in taken.to_pylist() if row["item"] == identity]
     versions = [int(state.removeprefix(VERSION)) for state in before]
@@ -68,18 +69,6 @@ def open_table(
     named = columns_for_table_records(rows, F.lit(source.where.rstrip("/").rpartition("/")[2]))
     read = partial(table_records, image=source.columns.image)
     return Source(Rows(named, read), ingest_id, items_of([(identity, f"{VERSION}{version}")]), 0, gone)
-
-
-def _filtered(frame: DataFrame, source: TableSourceConfig) -> DataFrame:
-    try:
-        return frame.filter(source.filter) if source.filter else frame
-    except AnalysisException as error:  # a ParseException is one too
-        raise UserError(
-            "the condition cannot be used",
-            where="data.source.filter",
-            got=f"{source.filter} ({str(error).strip().splitlines()[0]})",
-            fix=f"write SQL on the table's columns: {', '.join(frame.columns)}",
-        ) from None
 
 
 def _changes(spark: SparkSession, source: TableSourceConfig, first: int, last: int) -> DataFrame | None:
@@ -97,7 +86,8 @@ def _changes(spark: SparkSession, source: TableSourceConfig, first: int, last: i
 
 def _changed(frame: DataFrame, changes: DataFrame, source: TableSourceConfig) -> tuple[DataFrame, DataFrame | None]:
     """Rows to read, and the ids of rows that were updated or deleted. Of these all rows that are there are read."""
-    came = _filtered(changes.filter("_change_type IN ('insert', 'update_postimage')").select(*frame.columns), source)
+    came = changes.filter("_change_type IN ('insert', 'update_postimage')").select(*frame.columns)
+    came = filtered(came, source.filter, where="data.source.filter")
     id_column = source.columns.id
     if id_column is None:
         return came, None
