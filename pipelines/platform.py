@@ -28,9 +28,13 @@ logger = logging.getLogger(__name__)
 
 MIN_JAVA = 17
 LOOPBACK = "127.0.0.1"
-SHORT_JOBS = "-XX:TieredStopAtLevel=1 -XX:+UseParallelGC"
-"""JVM options for short jobs on few cores: the second compiler would take more time than its code gives back. And
-pictures are "humongous" to the default collector, which handles badly what outgrows half of one of its regions."""
+SHORT_JOBS = "-XX:TieredStopAtLevel=1 -XX:+UseParallelGC -XX:MetaspaceSize=256m"
+"""JVM options for short jobs on few cores: the second compiler would take more time than its code gives back; pictures
+are "humongous" to the default collector, which handles badly what outgrows half of one of its regions; and Spark's
+classes, some 150 MB, would have the whole heap collected each time that their space grows."""
+
+OFF_HEAP = "1g"
+"""Memory of a driver or executor beside its heap."""
 
 FolderKind = Literal["shards", "runs", "models", "reports", "staged", "demo"]
 
@@ -242,6 +246,10 @@ def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]
         "spark.databricks.delta.snapshotPartitions": partitions,
         # VACUUM lists a table's folder in as many tasks as this says: 10,000, else.
         "spark.sql.sources.parallelPartitionDiscovery.parallelism": partitions,
+        # Rows with pictures, and what sorts and shuffles them, outside the heap: else collecting garbage copies them.
+        "spark.memory.offHeap.enabled": "true",
+        "spark.memory.offHeap.size": OFF_HEAP,
+        "spark.sql.columnVector.offheap.enabled": "true",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         "spark.python.worker.reuse": "true",

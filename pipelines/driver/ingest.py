@@ -26,7 +26,7 @@ from pipelines.config import DataConfig
 from pipelines.driver.account import IngestReport, checked
 from pipelines.driver.conflicts import undisturbed
 from pipelines.driver.ledger import Entry, forget, items_of, rules_of, take_note, taken_in
-from pipelines.driver.merge import merge_samples, remove_samples, replace_samples, rows_of_source
+from pipelines.driver.merge import add_samples, remove_samples, replace_samples, rows_of_source
 from pipelines.driver.near import NearReport, neighbours_of, pairs_of, report_of
 from pipelines.driver.plan import Totals, pictures_across_splits
 from pipelines.driver.quarantine import quarantine, refusals_of, replace_quarantine
@@ -117,19 +117,19 @@ def take(platform: Platform, work: Work, config: DataConfig, *, refresh: bool = 
     Raises:
         Overtaken: another ingest of the source was faster; nothing is written.
     """
-    write = replace_samples if refresh else merge_samples
+    write = replace_samples if refresh else add_samples
     if not work.totals.brought:
         return NearReport()
     if not (work.totals.new and config.near_duplicates):
         nobody = work.plan.withColumn("near_of", F.lit(None).cast("string"))
-        write(platform, work.pictures, nobody, work.stamp, work.totals)
+        write(platform, work.waiting, nobody, work.stamp, work.totals)
         return NearReport()
     pairs, crowded = pairs_of(work.plan, work.known)
     with kept(pairs) as pairs, kept(neighbours_of(pairs, move=config.split.kind == "hash")) as neighbours:
         report = report_of(pairs, neighbours, crowded)
         beside = work.plan.join(neighbours.drop("split"), "image_id", "left")
         plan = beside.withColumn("split", F.coalesce("near_split", "split"))
-        write(platform, work.pictures, plan, work.stamp, work.totals)
+        write(platform, work.waiting, plan, work.stamp, work.totals)
     return report
 
 

@@ -83,7 +83,7 @@ def maintain(spark: SparkSession, platform: Platform, retain_hours: int = MIN_RE
     done = []
     for table in TABLES:
         name = platform.table(table.name)
-        with spark_failures("a table could not be maintained", where=name), stored_as_they_are(spark, only_new=False):
+        with spark_failures("a table could not be maintained", where=name), stored_as_they_are(spark):
             done.append(_maintained(spark, name, table.checks, retain_hours))
     return MaintainReport(tables=tuple(done), seconds=round(time.monotonic() - started, 3))
 

@@ -13,6 +13,7 @@ from pyspark.sql import functions as F
 from pipelines.driver.conflicts import Overtaken
 from pipelines.driver.plan import Totals
 from pipelines.driver.session import since, stored_as_they_are
+from pipelines.driver.waiting import Waiting
 from pipelines.platform import Platform
 from pipelines.tables import SAMPLES
 
@@ -41,57 +42,61 @@ def rows_of_source(spark: SparkSession, platform: Platform, table: str, source: 
     return spark.table(platform.table(table)).filter(F.col("source") == source)
 
 
-def merge_samples(platform: Platform, pictures: DataFrame, plan: DataFrame, stamp: Stamp, totals: Totals) -> None:
+def add_samples(platform: Platform, waiting: Waiting, plan: DataFrame, stamp: Stamp, totals: Totals) -> None:
     """Insert new pictures and add new texts to known ones, in one commit. The plan has a column `near_of` here.
 
     Raises:
         Overtaken: another ingest of the source committed since it was planned; nothing is written then.
     """
-    spark = pictures.sparkSession
-    rows = _samples(pictures, plan, stamp)
-    merge = merge_into(platform.table(SAMPLES.name), rows, "image_id", stamp.source).whenNotMatchedInsertAll()
-    if totals.updated:  # Delta merges in one pass where there is nothing to update
-        both = F.expr("array_sort(array_union(known.texts, came.texts))")
-        merge = merge.whenMatchedUpdate(set={"texts": both})
-    with stored_as_they_are(spark, only_new=not totals.updated), since(spark, stamp.source, stamp.since):
-        written = merge.execute()
-    expect(written, inserted=totals.new, updated=totals.updated)
+    spark = plan.sparkSession
+    table = platform.table(SAMPLES.name)
+    brought = plan.filter("NOT conflicting AND size(fresh) > 0")
+    rows = _samples(waiting, brought.filter("is_new"), stamp)
+    with stored_as_they_are(spark), since(spark, stamp.source, stamp.since):
+        if totals.updated:
+            texts = brought.filter("NOT is_new").select("image_id", F.col("fresh").alias("texts"))
+            merge = merge_into(table, rows.unionByName(texts, allowMissingColumns=True), "image_id", stamp.source)
+            both = F.expr("array_sort(array_union(known.texts, came.texts))")
+            merge = merge.whenMatchedUpdate(set={"texts": both})
+            written = merge.whenNotMatchedInsertAll(condition="came.image IS NOT NULL").execute()
+            expect(written, inserted=totals.new, updated=totals.updated)
+        else:  # a merge would join all rows with the table once more, pictures and all
+            rows.writeTo(table).append()
+            _expect_written(spark, platform, stamp, totals)
     logger.info("%d new pictures, %d with new texts", totals.new, totals.updated)
 
 
-def replace_samples(platform: Platform, pictures: DataFrame, plan: DataFrame, stamp: Stamp, totals: Totals) -> None:
+def replace_samples(platform: Platform, waiting: Waiting, plan: DataFrame, stamp: Stamp, totals: Totals) -> None:
     """Put the planned pictures in the place of all of their source, in one commit; planned as if there were none.
 
     Raises:
         Overtaken: another ingest of the source committed since it was planned; nothing is written then.
     """
-    spark = pictures.sparkSession
-    table = platform.table(SAMPLES.name)
-    with stored_as_they_are(spark, only_new=True), since(spark, stamp.source, stamp.since):
-        _samples(pictures, plan, stamp).writeTo(table).overwrite(F.col("source") == stamp.source)
-    written = rows_of_source(spark, platform, SAMPLES.name, stamp.source).filter(F.col("ingested_at") == stamp.at)
-    if written.count() != totals.new:
-        raise Overtaken(f"{table} does not hold the {totals.new} pictures that were planned")
+    spark = plan.sparkSession
+    rows = _samples(waiting, plan.filter("NOT conflicting"), stamp)
+    with stored_as_they_are(spark), since(spark, stamp.source, stamp.since):
+        rows.writeTo(platform.table(SAMPLES.name)).overwrite(F.col("source") == stamp.source)
+    _expect_written(spark, platform, stamp, totals)
     logger.info("%d pictures in the place of those before", totals.new)
 
 
-def _samples(pictures: DataFrame, plan: DataFrame, stamp: Stamp) -> DataFrame:
-    """Rows of `samples`: the pictures of the plan that bring something, with their bytes."""
-    return (
-        plan.filter("NOT conflicting AND size(fresh) > 0")
-        .join(pictures, "number")
-        .select(
-            *("image_id", "sha256", "image", "format", "width", "height"),
-            F.array_sort("fresh").alias("texts"),
-            "split",
-            F.lit(stamp.source).alias("source"),
-            "source_row",
-            F.lit(stamp.ingest_id).alias("ingest_id"),
-            F.lit(stamp.at).alias("ingested_at"),
-            "fingerprint",
-            "near_of",
-        )
+def _expect_written(spark: SparkSession, platform: Platform, stamp: Stamp, totals: Totals) -> None:
+    table = SAMPLES.name
+    written = rows_of_source(spark, platform, table, stamp.source).filter(F.col("ingested_at") == stamp.at).count()
+    if written != totals.new:
+        raise Overtaken(f"{platform.table(table)} has {written} of the {totals.new} pictures that were planned")
+
+
+def _samples(waiting: Waiting, plan: DataFrame, stamp: Stamp) -> DataFrame:
+    """Rows of `samples`, in the order of its columns."""
+    rows = plan.select(
+        *("image_id", "sha256", "picture", "picture.format", "picture.width", "picture.height"),
+        F.array_sort("fresh").alias("texts"),
+        *("split", "source_row", "fingerprint", "near_of"),
     )
+    constants = {"source": stamp.source, "ingest_id": stamp.ingest_id, "ingested_at": stamp.at}
+    stamped = {name: F.lit(value) for name, value in constants.items()}
+    return waiting.join(rows).withColumns(stamped).select(SAMPLES.names)
 
 
 def remove_samples(spark: SparkSession, platform: Platform, source: str, ids: DataFrame) -> int:

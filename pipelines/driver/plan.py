@@ -9,6 +9,8 @@ from typing import NamedTuple
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
+from pipelines.executor.staging import PLACE
+
 logger = logging.getLogger(__name__)
 
 TEXTS = "array<struct<prompt:string,text:string>>"
@@ -30,8 +32,8 @@ count depends on the rows alone."""
 def plan_of(outcomes: DataFrame, known: DataFrame) -> DataFrame:
     """One narrow row a picture that came: what it is, what of it is new, and whether it fights over its id.
 
-    Columns: image_id, sha256, rows, number (of one of its rows), source_row, split, fingerprint, fresh (texts that
-    `samples` lacks), brought (rows that brought some of them), is_new, conflicting.
+    Columns: image_id, sha256, rows, picture (of one of its rows: PLACE, format, width and height), source_row, split,
+    fingerprint, fresh (texts that `samples` lacks), brought (rows that brought some of them), is_new, conflicting.
 
     Two pictures with one id: the one that `samples` has stays; if it has neither, neither is taken, because which came
     first depends on the order files are read in. A picture given to two splits is held out: test before val before
@@ -42,7 +44,7 @@ def plan_of(outcomes: DataFrame, known: DataFrame) -> DataFrame:
         .groupBy("image_id", "sha256")
         .agg(
             F.count("*").alias("rows"),
-            F.min("number").alias("number"),
+            F.min(F.struct(*PLACE.names, "format", "width", "height")).alias("picture"),
             F.min("source_row").alias("source_row"),
             F.min_by("split", held_out_first("split")).alias("split"),
             F.min("fingerprint").alias("fingerprint"),
@@ -58,7 +60,7 @@ def plan_of(outcomes: DataFrame, known: DataFrame) -> DataFrame:
         "image_id",
         "sha256",
         "rows",
-        "number",
+        "picture",
         "source_row",
         "split",
         "fingerprint",

@@ -14,6 +14,7 @@ from pipelines.driver.merge import Stamp, merge_into, rows_of_source
 from pipelines.driver.page import Card, Chart, Gallery, Page, write_page
 from pipelines.driver.session import bounded_batches, ensure_tables
 from pipelines.driver.work import Work
+from pipelines.executor.staging import PLACE
 from pipelines.executor.thumbnail import SHOWN_CHARS, with_thumbnails
 from pipelines.platform import Platform
 from pipelines.tables import QUARANTINE
@@ -32,17 +33,17 @@ def refusals_of(work: Work) -> DataFrame:
     rest = F.expr("substring(payload, 1, length(payload) - 1)")
     encoded = F.translate(F.base64("image"), "\r\n", "")  # Spark breaks base64 into lines of 76, or not, by version
     whole = F.concat(rest, F.lit(f', "{name}": "'), encoded, F.lit('"}'))
-    conflicting = (
+    rows = (
         work.outcomes.filter(F.col("reason").isNull())
         .join(work.plan.filter("conflicting").select("image_id", "sha256"), ["image_id", "sha256"])
-        .join(work.pictures.select("number", "image"), "number")
-        .select(
-            "source_row",
-            whole.alias("payload"),
-            F.lit("merge").alias("stage"),
-            F.lit("conflicting_id").alias("reason"),
-            F.concat(F.lit("another picture has the id "), "image_id").alias("detail"),
-        )
+        .select("source_row", "payload", "image_id", F.struct(*PLACE.names).alias("picture"))
+    )
+    conflicting = work.waiting.join(rows).select(
+        "source_row",
+        whole.alias("payload"),
+        F.lit("merge").alias("stage"),
+        F.lit("conflicting_id").alias("reason"),
+        F.concat(F.lit("another picture has the id "), "image_id").alias("detail"),
     )
     return refused.unionAll(conflicting.select(*columns))
 

@@ -151,7 +151,7 @@ def since(spark: SparkSession, source: str, version: int) -> Iterator[None]:
 
 @contextmanager
 def bounded_batches(spark: SparkSession) -> Iterator[None]:
-    """Bound the Arrow batches that Python workers receive from queries run inside.
+    """Bound the batches that queries run inside read from Parquet, and the Arrow batches that Python workers receive.
 
     Spark's default of 10,000 rows is 17 GB of megapixel pictures. Spark 4.1 and later also obey the bound in bytes;
     4.0 knows only the bound in rows, which is therefore small: 32 rows of the largest usual pictures are 50 MB.
@@ -159,6 +159,7 @@ def bounded_batches(spark: SparkSession) -> Iterator[None]:
     with _settings(
         spark,
         {
+            "spark.sql.parquet.columnarReaderBatchSize": str(MAX_BATCH_ROWS),
             "spark.sql.execution.arrow.maxRecordsPerBatch": str(MAX_BATCH_ROWS),
             "spark.sql.execution.arrow.maxBytesPerBatch": str(MAX_BATCH_BYTES),
         },
@@ -167,15 +168,9 @@ def bounded_batches(spark: SparkSession) -> Iterator[None]:
 
 
 @contextmanager
-def stored_as_they_are(spark: SparkSession, *, only_new: bool) -> Iterator[None]:
-    """Write pictures inside without compressing them again, or looking for two that are the same.
-
-    A merge that brings only new rows reads its source once: then Delta need not copy that to disk beforehand, which it
-    would because it cannot know that the source is kept already.
-    """
+def stored_as_they_are(spark: SparkSession) -> Iterator[None]:
+    """Write pictures inside without compressing them again, or looking for two that are the same."""
     settings = {"spark.sql.parquet.compression.codec": "uncompressed", "parquet.enable.dictionary#image": "false"}
-    if only_new:
-        settings["spark.databricks.delta.merge.materializeSource"] = "none"
     with _settings(spark, settings):
         yield
 

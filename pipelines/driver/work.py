@@ -1,5 +1,7 @@
 """The work on a source's rows: decoded once by executors, planned by the driver, and settled against the tables.
 
+Pictures never pass through Spark but on their way into the table: until then they wait in files (`executor.staging`).
+
 Two ingests of a source may run at the same time. Delta's commits are atomic, a plan is not: what it calls new may have
 come meanwhile. So a plan is only good as long as no other ingest of its source commits (`session.since`); one that was
 overtaken, or met another commit half-way, writes nothing and is made again. What was decoded is kept.
@@ -17,9 +19,7 @@ from functools import partial
 from typing import TypeVar
 
 from pyarrow import RecordBatch
-from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipelines.config import DataConfig
@@ -36,17 +36,15 @@ from pipelines.driver.session import (
     worker_died,
 )
 from pipelines.driver.sources import Rows
-from pipelines.executor.decode import OUTCOME, Rules, decode_batches, decode_guarded
+from pipelines.driver.waiting import Waiting, waiting_pictures
+from pipelines.executor.decode import Rules, decode_batches, decode_guarded
+from pipelines.executor.staging import NARROW, staged
 from pipelines.platform import Platform
 from pipelines.tables import SAMPLES
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-
-Decoded = tuple[DataFrame, DataFrame, Counted]
-"""Rows without their pictures, the pictures, and how many they are."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,8 @@ class Work:
     """Rows that were decoded and what is to become of them.
 
     Attributes:
-        outcomes: one OUTCOME a row but for its picture, and its `number`.
-        pictures: number, image, format, width and height of each row.
+        outcomes: one row (`staging.NARROW`) a row that came.
+        waiting: their pictures.
         known: rows of the source in `samples`.
         plan: one row a picture (`plan.plan_of`).
         totals: of both.
@@ -83,7 +81,7 @@ class Work:
     """
 
     outcomes: DataFrame
-    pictures: DataFrame
+    waiting: Waiting
     known: DataFrame
     plan: DataFrame
     totals: Totals
@@ -110,7 +108,8 @@ def settled(spark: SparkSession, platform: Platform, task: Task, act: Callable[[
         spark_failures("the input could not be ingested", where=config.source.where),
         bounded_batches(spark),
         commit_note(spark, note_of(task.source)),
-        _survived(task.rows, rules) as (outcomes, pictures, came),
+        waiting_pictures(platform) as waiting,
+        _survived(task.rows, rules, waiting) as (outcomes, came),
     ):
 
         def planned() -> Result:
@@ -120,47 +119,42 @@ def settled(spark: SparkSession, platform: Platform, task: Task, act: Callable[[
             known = rows_of_source(spark, platform, SAMPLES.name, task.source)
             known = known.limit(0) if task.afresh else known
             with kept(plan_of(outcomes, known)) as plan:
-                return act(Work(outcomes, pictures, known, plan, totals_of(came, plan), rules, stamp))
+                return act(Work(outcomes, waiting, known, plan, totals_of(came, plan), rules, stamp))
 
         return undisturbed(planned)
 
 
 @contextmanager
-def _survived(rows: Rows, rules: Rules) -> Iterator[Decoded]:
+def _survived(rows: Rows, rules: Rules, waiting: Waiting) -> Iterator[tuple[DataFrame, Counted]]:
     """Rows decoded; where a worker dies of one of them, once more in guarded processes that find it."""
     with ExitStack() as stack:
         try:
-            decoded = stack.enter_context(_decoded(rows, rules, decode_batches))
+            decoded = stack.enter_context(_decoded(rows, rules, waiting, decode_batches))
         except Exception as error:
             if not worker_died(error):
                 raise
             logger.warning("a Python worker died while it decoded: its rows are decoded again in guarded processes")
-            decoded = stack.enter_context(_decoded(rows, rules, decode_guarded))
+            decoded = stack.enter_context(_decoded(rows, rules, waiting, decode_guarded))
         yield decoded
 
 
 @contextmanager
-def _decoded(rows: Rows, rules: Rules, decoder: Callable[..., Iterator[RecordBatch]]) -> Iterator[Decoded]:
-    """Rows, decoded by the time the block begins: as `Work` has them, and how many they are.
-
-    Each has a `number`: the plan names one row of a picture by it, and no picture has to be shuffled.
-    """
+def _decoded(
+    rows: Rows, rules: Rules, waiting: Waiting, decoder: Callable[..., Iterator[RecordBatch]]
+) -> Iterator[tuple[DataFrame, Counted]]:
+    """Rows (`staging.NARROW`), decoded by the time the block begins, and how many they are."""
     started = time.monotonic()
-    decode, schema = partial(decoder, read=rows.read, rules=rules), from_arrow_schema(OUTCOME)
-    numbered = rows.frame.mapInArrow(decode, schema).withColumn("number", F.monotonically_increasing_id())
-    with (
-        kept(numbered, StorageLevel.DISK_ONLY) as whole,
-        kept(whole.drop("image")) as outcomes,  # what is asked of rows without their pictures does not read those
-    ):
+    decode = partial(staged, decode=partial(decoder, read=rows.read, rules=rules), folder=str(waiting.folder))
+    with kept(rows.frame.mapInArrow(decode, from_arrow_schema(NARROW))) as outcomes:
         came = counted(outcomes)
         logger.info("%d rows decoded in %.1f s", came.rows_in, time.monotonic() - started)
-        yield outcomes, whole.select("number", "image", "format", "width", "height"), came
+        yield outcomes, came
 
 
 @contextmanager
-def kept(frame: DataFrame, level: StorageLevel = StorageLevel.MEMORY_AND_DISK) -> Iterator[DataFrame]:
+def kept(frame: DataFrame) -> Iterator[DataFrame]:
     """Compute a frame once for all that is asked of it inside."""
-    frame.persist(level)
+    frame.persist()
     try:
         yield frame
     finally:

@@ -38,7 +38,7 @@ PAIRS = pa.schema(
 
 def fingerprint(image: Image.Image) -> bytes:
     """The fingerprint of an RGB picture: FINGERPRINT_BYTES, steps first."""
-    small = image.resize(((GRID + 1) * GRID, GRID * GRID), SMOOTH, reducing_gap=2.0)
+    small = image.resize(((GRID + 1) * GRID, GRID * GRID), SMOOTH, reducing_gap=1.0)
     grey = np.asarray(small.convert("L").resize((GRID + 1, GRID), SMOOTH), dtype=np.int16)
     steps = np.packbits(grey[:, 1:] > grey[:, :-1] + MARGIN)
     return steps.tobytes() + small.resize((GRID, GRID), SMOOTH).tobytes()

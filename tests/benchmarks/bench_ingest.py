@@ -33,9 +33,9 @@ from pipelines.driver.ingest import ingest
 from pipelines.platform import Platform, local
 
 KINDS = {
-    "photo, 640 x 480 JPEG": (400, {"side": 640, "height": 480, "kind": "JPEG"}),
-    "field, 1024 x 1024 PNG": (50, {"side": 1024, "kind": "PNG"}),
-    "emoji, 72 x 72 PNG": (1500, {"side": 72, "kind": "PNG"}),
+    "photo, 640 x 480 JPEG": (2500, {"side": 640, "height": 480, "kind": "JPEG"}),
+    "field, 1024 x 1024 PNG": (150, {"side": 1024, "kind": "PNG"}),
+    "emoji, 72 x 72 PNG": (5000, {"side": 72, "kind": "PNG"}),
 }
 """Pictures of the smaller size, and what they are like."""
 

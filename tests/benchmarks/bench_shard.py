@@ -33,7 +33,7 @@ from pipelines.platform import local
 from vlm.config import ImageConfig
 
 SIZE = 224
-COUNTS = {"JPEG": (300, 900), "PNG": (80, 240)}
+COUNTS = {"JPEG": (1500, 7500), "PNG": (100, 500)}
 SIDES = {"JPEG": (640, 480), "PNG": (1024, 1024)}
 
 

@@ -1,0 +1,97 @@
+"""Ingest beside Daft and Hugging Face datasets, which do the same to the same rows on the same cores.
+
+    pip install daft datasets
+    python tests/benchmarks/bench_beside.py
+
+Each reads a CSV of base64 pictures, decodes base64 and picture, and writes Parquet with the bytes, their SHA-256,
+format, width, height and text. What is done with a row is one Python function for both of the others, the bare minimum;
+ingest also refuses bad rows, finds duplicates and near duplicates, plans against what is there, and commits to Delta.
+Every tool runs twice: on a few rows first, so that what it costs to start is not counted. Seconds of the clock, and of
+the processor, of all processes together.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import daft  # type: ignore[import-not-found]
+import datasets  # type: ignore[import-not-found]
+from bench_ingest import Took, ingested, took
+from measure import make
+from PIL import Image
+
+from pipelines.config import LocalPlatformConfig
+from pipelines.platform import local
+
+KINDS = {
+    "photo, 640 x 480 JPEG": (6000, {"side": 640, "height": 480, "kind": "JPEG"}),
+    "field, 1024 x 1024 PNG": (300, {"side": 1024, "kind": "PNG"}),
+    "emoji, 72 x 72 PNG": (12000, {"side": 72, "kind": "PNG"}),
+}
+FEW = 40
+FIELDS = {"image": bytes, "sha256": str, "format": str, "width": int, "height": int}
+CORES = len(os.sched_getaffinity(0))
+
+
+def row(text: str) -> dict[str, Any]:
+    """A picture, decoded, and what a table wants to know of it."""
+    data = base64.b64decode(text)
+    image = Image.open(io.BytesIO(data))
+    format_ = str(image.format)
+    width, height = image.convert("RGB").size
+    digest = hashlib.sha256(data).hexdigest()
+    return {"image": data, "sha256": digest, "format": format_, "width": width, "height": height}
+
+
+def by_daft(path: Path, out: Path) -> None:
+    """Daft; whether it runs Python in threads or in processes is its own choice."""
+    struct = daft.DataType.struct({name: daft.DataType.infer_from_type(type_) for name, type_ in FIELDS.items()})
+    decoded = daft.func(row, return_dtype=struct)
+    frame = daft.read_csv(str(path)).into_batches(64)
+    frame = frame.select(decoded(daft.col("b64string_images")).alias("row"), "caption")
+    columns = [daft.col("row").get(name).alias(name) for name in FIELDS]
+    frame.select(*columns, "caption").write_parquet(str(out))
+
+
+def by_datasets(path: Path, out: Path) -> None:
+    """Hugging Face datasets, in as many processes as there are cores."""
+    rows = datasets.load_dataset("csv", data_files=str(path), split="train", cache_dir=str(out))
+    mapped = rows.map(
+        row, input_columns="b64string_images", remove_columns="b64string_images", num_proc=CORES, writer_batch_size=64
+    )
+    mapped.to_parquet(str(out / "rows.parquet"), batch_size=64)
+
+
+def main() -> None:
+    """Run every kind through every tool."""
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LAKESIGHT_HOME"] = folder
+        platform = local(LocalPlatformConfig())
+        spark = platform.open_spark()
+        for name, (count, options) in KINDS.items():
+            few, many = (Path(folder) / f"{name[:5]}-{number}.csv" for number in (FEW, count))
+            for path, number in ((few, FEW), (many, count)):
+                make(path, number, **options)  # type: ignore[arg-type]
+            tools: dict[str, Callable[[Path], Took]] = {
+                "daft": lambda path: took(lambda: by_daft(path, Path(folder) / f"daft-{path.stem}")),
+                "datasets": lambda path: took(lambda: by_datasets(path, Path(folder) / f"hf-{path.stem}")),
+                "lakesight": lambda path: ingested(spark, platform, path),
+            }
+            print(f"{name}, {count} of them, {CORES} cores")
+            for tool, run in tools.items():
+                run(few)
+                wall, processor, peak = run(many)
+                print(f"  {tool:10}{wall:6.1f} s, {processor:6.1f} s of the processor, {peak:6.0f} MB", flush=True)
+        spark.stop()
+
+
+if __name__ == "__main__":
+    main()
