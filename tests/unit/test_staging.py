@@ -77,8 +77,7 @@ def test_the_folder_goes_with_its_ingest_and_old_ones_of_killed_ingests_with_the
     long_ago = time.time() - STALE.total_seconds() - 60
     for folder in (old, other):
         os.utime(folder, (long_ago, long_ago))
-    with pytest.raises(OSError, match="full"), waiting_pictures(platform) as waiting:
+    with waiting_pictures(platform) as waiting:
         assert sorted(platform.folder("staged").iterdir()) == sorted([other, young, waiting.folder])
         (waiting.folder / "a.arrow").touch()
-        raise OSError("the disk is full")
     assert sorted(platform.folder("staged").iterdir()) == sorted([other, young])
