@@ -29,7 +29,7 @@ from pipelines.driver.ledger import Entry, forget, items_of, rules_of, take_note
 from pipelines.driver.merge import add_samples, remove_samples, replace_samples, rows_of_source
 from pipelines.driver.near import NearReport, neighbours_of, pairs_of, report_of
 from pipelines.driver.plan import Totals, pictures_across_splits
-from pipelines.driver.quarantine import quarantine, refusals_of, replace_quarantine
+from pipelines.driver.quarantine import quarantine, replace_quarantine
 from pipelines.driver.session import commit_note, ensure_tables, note_of, versions
 from pipelines.driver.sources import Source, open_source
 from pipelines.driver.work import Task, Work, kept, settled
@@ -166,13 +166,12 @@ def _brought(
 
     def act(work: Work) -> Came:
         totals = work.totals
-        refusals = refusals_of(work)
         if refresh:
             _demand_something(totals, config)
             reasons.clear()
-            reasons.update(replace_quarantine(platform, refusals, work.stamp))
+            reasons.update(replace_quarantine(platform, work))
         elif totals.bad:
-            reasons.update(quarantine(platform, refusals, work.stamp))
+            reasons.update(quarantine(platform, work))
         near = take(platform, work, config, refresh=refresh)
         across = pictures_across_splits(work.outcomes) if config.split.kind != "hash" else 0
         return Came(totals=totals, reasons=dict(reasons), near=near, across=across, removed=removed)

@@ -62,7 +62,7 @@ def add_samples(platform: Platform, waiting: Waiting, plan: DataFrame, stamp: St
             expect(written, inserted=totals.new, updated=totals.updated)
         else:  # a merge would join all rows with the table once more, pictures and all
             rows.writeTo(table).append()
-            _expect_written(spark, platform, stamp, totals)
+            expect_written(spark, table, "ingested_at", stamp, totals.new)
     logger.info("%d new pictures, %d with new texts", totals.new, totals.updated)
 
 
@@ -73,30 +73,24 @@ def replace_samples(platform: Platform, waiting: Waiting, plan: DataFrame, stamp
         Overtaken: another ingest of the source committed since it was planned; nothing is written then.
     """
     spark = plan.sparkSession
+    table = platform.table(SAMPLES.name)
     rows = _samples(waiting, plan.filter("NOT conflicting"), stamp)
     with stored_as_they_are(spark), since(spark, stamp.source, stamp.since):
-        rows.writeTo(platform.table(SAMPLES.name)).overwrite(F.col("source") == stamp.source)
-    _expect_written(spark, platform, stamp, totals)
+        rows.writeTo(table).overwrite(F.col("source") == stamp.source)
+    expect_written(spark, table, "ingested_at", stamp, totals.new)
     logger.info("%d pictures in the place of those before", totals.new)
-
-
-def _expect_written(spark: SparkSession, platform: Platform, stamp: Stamp, totals: Totals) -> None:
-    table = SAMPLES.name
-    written = rows_of_source(spark, platform, table, stamp.source).filter(F.col("ingested_at") == stamp.at).count()
-    if written != totals.new:
-        raise Overtaken(f"{platform.table(table)} has {written} of the {totals.new} pictures that were planned")
 
 
 def _samples(waiting: Waiting, plan: DataFrame, stamp: Stamp) -> DataFrame:
     """Rows of `samples`, in the order of its columns."""
     rows = plan.select(
-        *("image_id", "sha256", "picture", "picture.format", "picture.width", "picture.height"),
+        *("image_id", "sha256", "place", "place.format", "place.width", "place.height"),
         F.array_sort("fresh").alias("texts"),
         *("split", "source_row", "fingerprint", "near_of"),
     )
     constants = {"source": stamp.source, "ingest_id": stamp.ingest_id, "ingested_at": stamp.at}
     stamped = {name: F.lit(value) for name, value in constants.items()}
-    return waiting.join(rows).withColumns(stamped).select(SAMPLES.names)
+    return waiting.join(rows, "image").withColumns(stamped).select(SAMPLES.names)
 
 
 def remove_samples(spark: SparkSession, platform: Platform, source: str, ids: DataFrame) -> int:
@@ -126,3 +120,15 @@ def expect(metrics: DataFrame, *, inserted: int, updated: int) -> None:
     found = (row["num_inserted_rows"], row["num_updated_rows"]) if row else (0, 0)
     if found != (inserted, updated):
         raise Overtaken(f"{found[0]} inserted and {found[1]} updated, not {inserted} and {updated}")
+
+
+def expect_written(spark: SparkSession, table: str, when: str, stamp: Stamp, planned: int) -> None:
+    """Compare the rows that a table has of this plan, by a column that says when, with what was planned.
+
+    Raises:
+        Overtaken: they differ: Delta wrote nothing because others had been faster (`session.since`).
+    """
+    ours = (F.col("source") == stamp.source) & (F.col(when) == stamp.at)
+    written = spark.table(table).filter(ours).count()
+    if written != planned:
+        raise Overtaken(f"{table} has {written} of {planned} rows that were planned")

@@ -32,7 +32,7 @@ count depends on the rows alone."""
 def plan_of(outcomes: DataFrame, known: DataFrame) -> DataFrame:
     """One narrow row a picture that came: what it is, what of it is new, and whether it fights over its id.
 
-    Columns: image_id, sha256, rows, picture (of one of its rows: PLACE, format, width and height), source_row, split,
+    Columns: image_id, sha256, rows, place (of one of its rows: PLACE, format, width and height), source_row, split,
     fingerprint, fresh (texts that `samples` lacks), brought (rows that brought some of them), is_new, conflicting.
 
     Two pictures with one id: the one that `samples` has stays; if it has neither, neither is taken, because which came
@@ -44,7 +44,7 @@ def plan_of(outcomes: DataFrame, known: DataFrame) -> DataFrame:
         .groupBy("image_id", "sha256")
         .agg(
             F.count("*").alias("rows"),
-            F.min(F.struct(*PLACE.names, "format", "width", "height")).alias("picture"),
+            F.min(F.struct(*PLACE.names, "format", "width", "height")).alias("place"),
             F.min("source_row").alias("source_row"),
             F.min_by("split", held_out_first("split")).alias("split"),
             F.min("fingerprint").alias("fingerprint"),
@@ -60,7 +60,7 @@ def plan_of(outcomes: DataFrame, known: DataFrame) -> DataFrame:
         "image_id",
         "sha256",
         "rows",
-        "picture",
+        "place",
         "source_row",
         "split",
         "fingerprint",

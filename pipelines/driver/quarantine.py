@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
 
-from pyspark.sql import DataFrame, Row, SparkSession, Window
+from pyspark.sql import Column, DataFrame, Row, SparkSession, Window
 from pyspark.sql import functions as F
 
-from pipelines.driver.merge import Stamp, merge_into, rows_of_source
+from pipelines.driver.merge import expect_written, rows_of_source
 from pipelines.driver.page import Card, Chart, Gallery, Page, write_page
-from pipelines.driver.session import bounded_batches, ensure_tables
+from pipelines.driver.session import bounded_batches, ensure_tables, since, stored_as_they_are, versions
 from pipelines.driver.work import Work
 from pipelines.executor.staging import PLACE
 from pipelines.executor.thumbnail import SHOWN_CHARS, with_thumbnails
@@ -22,56 +22,56 @@ from vlm.config import Config
 
 logger = logging.getLogger(__name__)
 
+REFUSAL = ("source_row", "stage", "reason", "detail", "place")
+
 
 def refusals_of(work: Work) -> DataFrame:
-    """Rows that cannot be samples, whole: those refused by an executor, and pictures that fight over an id."""
-    columns = ("source_row", "payload", "stage", "reason", "detail")
-    refused = work.outcomes.filter(F.col("reason").isNotNull()).select(*columns)
+    """Rows that cannot be samples: those refused by an executor, and pictures that fight over an id.
+
+    Columns: REFUSAL; payloads wait in files (`work.waiting`).
+    """
+    outcomes = work.outcomes.withColumn("place", F.struct(*PLACE.names))
+    refused = outcomes.filter(F.col("reason").isNotNull()).select(*REFUSAL)
     if not work.totals.conflicting:
         return refused
-    name = work.rules.columns.image.replace("\\", "\\\\").replace('"', '\\"')
-    rest = F.expr("substring(payload, 1, length(payload) - 1)")
-    encoded = F.translate(F.base64("image"), "\r\n", "")  # Spark breaks base64 into lines of 76, or not, by version
-    whole = F.concat(rest, F.lit(f', "{name}": "'), encoded, F.lit('"}'))
-    rows = (
-        work.outcomes.filter(F.col("reason").isNull())
+    conflicting = (
+        outcomes.filter(F.col("reason").isNull())
+        .drop("stage", "reason", "detail")
         .join(work.plan.filter("conflicting").select("image_id", "sha256"), ["image_id", "sha256"])
-        .select("source_row", "payload", "image_id", F.struct(*PLACE.names).alias("picture"))
+        .withColumn("stage", F.lit("merge"))
+        .withColumn("reason", F.lit("conflicting_id"))
+        .withColumn("detail", F.concat(F.lit("another picture has the id "), "image_id"))
     )
-    conflicting = work.waiting.join(rows).select(
-        "source_row",
-        whole.alias("payload"),
-        F.lit("merge").alias("stage"),
-        F.lit("conflicting_id").alias("reason"),
-        F.concat(F.lit("another picture has the id "), "image_id").alias("detail"),
-    )
-    return refused.unionAll(conflicting.select(*columns))
+    return refused.unionAll(conflicting.select(*REFUSAL))
 
 
-def quarantine(platform: Platform, refusals: DataFrame, stamp: Stamp) -> dict[str, int]:
-    """Write refusals that `quarantine` does not have yet; how many by reason.
+def quarantine(platform: Platform, work: Work) -> dict[str, int]:
+    """Write refusals that `quarantine` does not have yet, in one commit; how many by reason.
 
     A row is known by its content (`source` and `source_row`): a file that grew brings its bad rows only once.
+
+    Raises:
+        Overtaken: another ingest of the source brought refusals meanwhile; nothing is written then.
     """
-    spark = refusals.sparkSession
-    known = rows_of_source(spark, platform, QUARANTINE.name, stamp.source).select("source_row")
-    fresh = refusals.join(known, "source_row", "left_anti").dropDuplicates(["source_row"])
+    spark, source, table = work.plan.sparkSession, work.stamp.source, platform.table(QUARANTINE.name)
+    planned = versions(spark, platform, source, QUARANTINE).changed
+    known = rows_of_source(spark, platform, QUARANTINE.name, source).select("source_row")
+    fresh = refusals_of(work).join(known, "source_row", "left_anti").dropDuplicates(["source_row"])
     reasons = _by_reason(fresh)
     if reasons:
-        rows = _rows(fresh, stamp)
-        merge = merge_into(platform.table(QUARANTINE.name), rows, "source_row", stamp.source)
-        [row] = merge.whenNotMatchedInsertAll().execute().collect()
-        if row["num_inserted_rows"] != sum(reasons.values()):  # others brought some meanwhile: count what is ours
-            ours = F.col("quarantined_at") == stamp.at
-            reasons = _by_reason(rows_of_source(spark, platform, QUARANTINE.name, stamp.source).filter(ours))
+        with stored_as_they_are(spark), since(spark, source, planned):
+            _rows(fresh, work).writeTo(table).append()
+        expect_written(spark, table, "quarantined_at", work.stamp, sum(reasons.values()))
         logger.info("%d rows quarantined: %s", sum(reasons.values()), reasons)
     return reasons
 
 
-def replace_quarantine(platform: Platform, refusals: DataFrame, stamp: Stamp) -> dict[str, int]:
+def replace_quarantine(platform: Platform, work: Work) -> dict[str, int]:
     """Put refusals in the place of all of their source; how many by reason."""
-    fresh = refusals.dropDuplicates(["source_row"])
-    _rows(fresh, stamp).writeTo(platform.table(QUARANTINE.name)).overwrite(F.col("source") == stamp.source)
+    fresh = refusals_of(work).dropDuplicates(["source_row"])
+    with stored_as_they_are(work.plan.sparkSession):
+        table = platform.table(QUARANTINE.name)
+        _rows(fresh, work).writeTo(table).overwrite(F.col("source") == work.stamp.source)
     return _by_reason(fresh)
 
 
@@ -80,15 +80,27 @@ def _by_reason(refusals: DataFrame) -> dict[str, int]:
     return {row["reason"]: row["count"] for row in counted}
 
 
-def _rows(refusals: DataFrame, stamp: Stamp) -> DataFrame:
-    """Refusals as rows of `quarantine`."""
-    return refusals.select(
-        F.lit(stamp.ingest_id).alias("ingest_id"),
-        F.lit(stamp.source).alias("source"),
-        *("source_row", "payload", "stage", "reason", "detail"),
-        F.lit(stamp.at).alias("quarantined_at"),
+def _rows(refusals: DataFrame, work: Work) -> DataFrame:
+    """Refusals as rows of `quarantine`, whole."""
+    fighting = work.totals.conflicting > 0
+    return work.waiting.join(refusals, "payload", *(["image"] if fighting else [])).select(
+        F.lit(work.stamp.ingest_id).alias("ingest_id"),
+        F.lit(work.stamp.source).alias("source"),
+        "source_row",
+        _with_picture(work.rules.columns.image).alias("payload") if fighting else "payload",
+        *("stage", "reason", "detail"),
+        F.lit(work.stamp.at).alias("quarantined_at"),
         F.lit(None).cast("timestamp").alias("replayed_at"),
     )
+
+
+def _with_picture(column: str) -> Column:
+    """The payload; into that of a picture which fights over its id, the picture is put back."""
+    name = column.replace("\\", "\\\\").replace('"', '\\"')
+    rest = F.expr("substring(payload, 1, length(payload) - 1)")
+    encoded = F.translate(F.base64("image"), "\r\n", "")  # Spark breaks base64 into lines of 76, or not, by version
+    whole = F.concat(rest, F.lit(f', "{name}": "'), encoded, F.lit('"}'))
+    return F.when(F.col("stage") == "merge", whole).otherwise(F.col("payload"))
 
 
 # ------------------------------------------------------------------------------------------------ to look at

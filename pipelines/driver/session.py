@@ -98,14 +98,14 @@ def table_id(spark: SparkSession, platform: Platform, table: Table) -> str:
 
 
 class Versions(NamedTuple):
-    """Versions of `samples`: the newest, and the last that changed a row of one source (`dataset_version`)."""
+    """Versions of a table: the newest, and the last that changed a row of a source (of `samples`: dataset_version)."""
 
     newest: int
     changed: int
 
 
-def versions(spark: SparkSession, platform: Platform, source: str) -> Versions:
-    """Where `samples` is, and the version to pin a source to.
+def versions(spark: SparkSession, platform: Platform, source: str, table: Table = SAMPLES) -> Versions:
+    """Where `samples` is, and the version to pin a source to; or another table that all sources share.
 
     All sources share one table, so its newest version moves when any of them is ingested; a pin to that would make
     every source's shards stale. Each ingest notes its source in its commit (`commit_note`), and this walks back over
@@ -113,7 +113,7 @@ def versions(spark: SparkSession, platform: Platform, source: str) -> Versions:
     does the oldest commit once Delta has expired those before it: the pin may be later than need be, never earlier
     than right. Both come from one look at the history, so rows of `source` at `newest` are those at `changed`.
     """
-    history = spark.sql(f"DESCRIBE HISTORY {platform.table(SAMPLES.name)}")
+    history = spark.sql(f"DESCRIBE HISTORY {platform.table(table.name)}")
     commits = history.select("version", "operation", "userMetadata").collect()
     commits.sort(key=lambda commit: commit["version"], reverse=True)
     changed = (
@@ -169,9 +169,12 @@ def bounded_batches(spark: SparkSession) -> Iterator[None]:
 
 @contextmanager
 def stored_as_they_are(spark: SparkSession) -> Iterator[None]:
-    """Write pictures inside without compressing them again, or looking for two that are the same."""
-    settings = {"spark.sql.parquet.compression.codec": "uncompressed", "parquet.enable.dictionary#image": "false"}
-    with _settings(spark, settings):
+    """Write pictures and payloads inside without compressing them again, or looking for two that are the same.
+
+    A row of 50 MB would be copied for each.
+    """
+    settings = {"spark.sql.parquet.compression.codec": "uncompressed"}
+    with _settings(spark, settings | {f"parquet.enable.dictionary#{name}": "false" for name in ("image", "payload")}):
         yield
 
 

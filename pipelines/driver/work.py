@@ -36,7 +36,7 @@ from pipelines.driver.session import (
     worker_died,
 )
 from pipelines.driver.sources import Rows
-from pipelines.driver.waiting import Waiting, waiting_pictures
+from pipelines.driver.waiting import Waiting, waiting_rows
 from pipelines.executor.decode import Rules, decode_batches, decode_guarded
 from pipelines.executor.staging import NARROW, staged
 from pipelines.platform import Platform
@@ -72,7 +72,7 @@ class Work:
 
     Attributes:
         outcomes: one row (`staging.NARROW`) a row that came.
-        waiting: their pictures.
+        waiting: their pictures and payloads.
         known: rows of the source in `samples`.
         plan: one row a picture (`plan.plan_of`).
         totals: of both.
@@ -108,7 +108,7 @@ def settled(spark: SparkSession, platform: Platform, task: Task, act: Callable[[
         spark_failures("the input could not be ingested", where=config.source.where),
         bounded_batches(spark),
         commit_note(spark, note_of(task.source)),
-        waiting_pictures(platform) as waiting,
+        waiting_rows(platform) as waiting,
         _survived(task.rows, rules, waiting) as (outcomes, came),
     ):
 

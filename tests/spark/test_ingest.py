@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from helpers import settings
 from pictures import IMAGE, TEXT, as_base64, encoded, picture, png, write_csv
+from PIL import Image
 from pyspark.sql import Row, SparkSession
 
 from pipelines.config import DataConfig
@@ -193,6 +194,20 @@ def test_files_of_any_make_are_read_whole_however_spark_splits_them(
     assert parts(report) == (7, 6, 1, 0, 0)
     kept = {text for row in rows_of(spark, platform, "samples", source) for text in texts(row)}
     assert kept == {text for _, text in rows} | {"caf\ufffd"}
+
+
+def test_a_row_of_50_megabytes_passes_good_or_bad(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    large = encoded(Image.new("RGB", (4200, 4000)), "BMP")
+    rows = [[as_base64(large), "large"], [as_base64(png(1)), "small"], [f"?{as_base64(large)}", "large and bad"]]
+    report = ingest(spark, platform, source, config(write_csv(tmp_path / "a.csv", rows), limits={}))
+    assert len(large) > 50_000_000
+    assert (report.rows_in, report.new, report.reasons) == (3, 2, {"bad_base64": 1})
+    sizes = {texts(row)[0]: len(row["image"]) for row in rows_of(spark, platform, "samples", source)}
+    assert sizes == {"large": len(large), "small": len(png(1))}
+    [refused] = rows_of(spark, platform, "quarantine", source)
+    assert json.loads(refused["payload"]) == {IMAGE: rows[2][0], TEXT: "large and bad"}
 
 
 def test_any_mixture_of_rows_adds_up_as_counted_by_hand(

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.config import LocalPlatformConfig
-from pipelines.driver.waiting import PREFIX, STALE, waiting_pictures
+from pipelines.driver.waiting import PREFIX, STALE, waiting_rows
 from pipelines.executor.decode import OUTCOME
-from pipelines.executor.staging import NARROW, PLACE, staged, with_pictures
+from pipelines.executor.staging import NARROW, PLACE, staged, with_wide
 from pipelines.platform import local
 
 Batches = list[list[bytes | None]]
@@ -27,8 +27,9 @@ def outcomes(images: Batches) -> Iterator[pa.RecordBatch]:
     """Rows named by where they are; those without a picture are refused."""
     for number, batch in enumerate(images):
         names = [f"{number}.{row}" for row in range(len(batch))]
+        rows = zip(names, batch, strict=True)
         yield pa.RecordBatch.from_pylist(
-            [{"source_row": name, "image": image} for name, image in zip(names, batch, strict=True)], OUTCOME
+            [{"source_row": name, "image": image, "payload": f"of {name}"} for name, image in rows], OUTCOME
         )
 
 
@@ -38,29 +39,18 @@ def rows_staged(images: Batches, folder: Path) -> pa.Table:
 
 @settings(deadline=None)  # the first example loads libraries
 @given(PICTURES, st.randoms(use_true_random=False), st.integers(1, 4))
-def test_every_row_gets_its_own_picture_back(
+def test_every_row_gets_its_own_picture_and_payload_back(
     tmp_path_factory: pytest.TempPathFactory, images: Batches, random: Random, size: int
 ) -> None:
     folder = tmp_path_factory.mktemp("staging")
     rows = pa.concat_tables([rows_staged(images, folder), rows_staged(images[::-1], folder)])
-    expected = [image for batch in [*images, *images[::-1]] for image in batch]
-    assert rows.num_rows == len(expected)
-    assert [name is not None for name in rows["file"].to_pylist()] == [image is not None for image in expected]
-    there = [n for n, image in enumerate(expected) if image is not None]
-    random.shuffle(there)
-    asked = rows.select(["source_row", *PLACE.names]).take(pa.array(there, pa.int64()))
-    back = [
-        (name, image)
-        for batch in with_pictures(iter(asked.to_batches(max_chunksize=size)), str(folder))
-        for name, image in zip(batch.column("source_row").to_pylist(), batch.column("image").to_pylist(), strict=True)
-    ]
     names = rows["source_row"].to_pylist()
-    assert back == [(names[n], expected[n]) for n in there]
-
-
-def test_rows_without_a_picture_leave_no_file(tmp_path: Path) -> None:
-    assert rows_staged([[None, None], []], tmp_path).num_rows == 2
-    assert list(tmp_path.iterdir()) == []
+    expected = [image for batch in [*images, *images[::-1]] for image in batch]
+    chosen = random.sample(range(len(expected)), random.randint(0, len(expected)))
+    asked = rows.select(["source_row", *PLACE.names]).take(pa.array(chosen, pa.int64()))
+    batches = with_wide(iter(asked.to_batches(max_chunksize=size)), str(folder), ("payload", "image"))
+    back = [tuple(row.values()) for batch in batches for row in batch.to_pylist()]
+    assert back == [(names[n], f"of {names[n]}", expected[n]) for n in chosen]
 
 
 def test_the_folder_goes_with_its_ingest_and_old_ones_of_killed_ingests_with_the_next(
@@ -77,7 +67,7 @@ def test_the_folder_goes_with_its_ingest_and_old_ones_of_killed_ingests_with_the
     long_ago = time.time() - STALE.total_seconds() - 60
     for folder in (old, other):
         os.utime(folder, (long_ago, long_ago))
-    with waiting_pictures(platform) as waiting:
+    with waiting_rows(platform) as waiting:
         assert sorted(platform.folder("staged").iterdir()) == sorted([other, young, waiting.folder])
         (waiting.folder / "a.arrow").touch()
     assert sorted(platform.folder("staged").iterdir()) == sorted([other, young])
