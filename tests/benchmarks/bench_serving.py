@@ -1,0 +1,53 @@
+"""A thousand requests to `mlflow models serve` on loopback: latencies, and no error.
+
+    python tests/benchmarks/bench_serving.py
+
+Weights of `nano` are fresh and generate to the end of their 40 tokens. A request has one to four rows, a fifth of all
+rows is no picture, and each answer is compared with the one the picture got alone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.config import LocalPlatformConfig, load_model
+from pipelines.platform import local
+
+TESTS = Path(__file__).parents[1]
+sys.path += [str(TESTS), str(TESTS / "e2e")]
+from helpers import tiny_run  # noqa: E402
+from serving import load, register_random, served  # noqa: E402
+
+REQUESTS = 1000
+CLIENTS = (1, 4)
+
+
+def main() -> None:
+    """Serve, ask, and print the table."""
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["LAKESIGHT_HOME"] = home
+        platform = local(LocalPlatformConfig())
+        version = register_random(platform, Path(home), tiny_run(model=load_model("nano")))
+        print(f"{REQUESTS} requests of 1 to 4 rows, a fifth of them bad; seconds")
+        started = time.monotonic()
+        with served(platform, version, Path(home)) as address:
+            print(f"up after {time.monotonic() - started:.1f} s")
+            for clients in CLIENTS:
+                load(address, 20, clients)
+                started = time.monotonic()
+                latencies = load(address, REQUESTS, clients)
+                rate = REQUESTS / (time.monotonic() - started)
+                p50, p95, p99 = np.percentile(latencies, (50, 95, 99))
+                print(
+                    f"{clients} clients  p50 {p50:.3f}  p95 {p95:.3f}  p99 {p99:.3f}  {rate:.1f} requests/s, no error"
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""A registered version behind `mlflow models serve`, and several clients that ask it at once."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import COLOURS, write_run, write_shards
+from PIL import Image
+
+from pipelines.config import RunConfig
+from pipelines.platform import Platform
+from pipelines.rundir import Result, write_json
+from pipelines.tracking import registry, runs
+from vlm import text
+from vlm.build import build_model
+from vlm.checkpoint import save_model
+
+Answer = dict[str, Any]
+BAD = {"%%%": "bad_base64", base64.b64encode(b"no picture").decode(): "not_an_image", "": "missing_field"}
+"""What is no picture, and the reason that its row is told."""
+
+
+def register_random(platform: Platform, folder: Path, config: RunConfig) -> registry.ModelVersion:
+    """A random model of a run's shape, registered."""
+    shards = write_shards(folder / "shards", rows=4)
+    run = write_run(folder / "runs" / "tiny-0123", config, shards, shards)
+    tokenizer = text.load(run.tokenizer)
+    torch.manual_seed(0)
+    save_model(run.checkpoint(1), build_model(config.model, tokenizer.vocab_size), tokenizer)
+    result = Result(status="ok", step=1, world_size=1, checkpoint=str(run.checkpoint(1)), metrics={}, seconds=1.0)
+    write_json(run.result, result)
+    with runs.follow(run, config, platform) as run_id:
+        pass
+    return registry.register(run, run_id, platform)
+
+
+@contextmanager
+def served(platform: Platform, version: registry.ModelVersion, folder: Path) -> Iterator[str]:
+    """The address of a scoring server, started as the documentation says, in a folder without our code."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve"]
+    command += ["--model-uri", f"models:/{version.name}/{version.version}"]
+    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as in an activated environment
+    environment = os.environ | {"MLFLOW_TRACKING_URI": platform.tracking_uri, "PATH": path}
+    with (folder / "serve.log").open("wb") as log:
+        server = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environment, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 240
+        while not _answers(f"http://127.0.0.1:{port}/ping"):
+            said = (folder / "serve.log").read_text(encoding="utf-8", errors="replace")
+            assert server.poll() is None, said
+            assert time.monotonic() < deadline, said
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/invocations"
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=60)
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def ask(address: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Answer]:
+    """What the server says about each row. Raises HTTPError where it answers with an error of its own."""
+    body = json.dumps({"dataframe_split": {"columns": columns, "data": rows}}).encode()
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as response:
+        predictions: list[Answer] = json.load(response)["predictions"]
+    return predictions
+
+
+def picture_texts(side: int = 40) -> list[str]:
+    """Sound pictures as base64."""
+    texts = []
+    for colour in COLOURS.values():
+        buffer = io.BytesIO()
+        Image.new("RGB", (side, side * 3 // 4), colour).save(buffer, "PNG")
+        texts.append(base64.b64encode(buffer.getvalue()).decode("ascii"))
+    return texts
+
+
+def load(address: str, requests: int, clients: int) -> list[float]:
+    """Seconds of each request, from clients that each ask anew as soon as they are answered; answers are checked.
+
+    A request has one to four rows. Of every five rows one is bad, and rows of one request are good and bad mixed.
+    """
+    good = picture_texts()
+    expected = {image: ask(address, ["image"], [[image]])[0] for image in good}
+    assert all(answer["error"] is None for answer in expected.values())
+    rows = [image for turn, bad in enumerate([*BAD] * 4) for image in (*(good[turn % 4 :] + good)[:4], bad)]
+
+    def request(number: int) -> float:
+        images = [rows[(3 * number + place) % len(rows)] for place in range(1 + number % 4)]
+        started = time.monotonic()
+        answers = ask(address, ["image"], [[image] for image in images])
+        seconds = time.monotonic() - started
+        for image, answer in zip(images, answers, strict=True):
+            if image in expected:
+                assert answer == expected[image]
+            else:
+                assert answer["caption"] is None
+                assert answer["error"].startswith(BAD[image]), answer
+        return seconds
+
+    with ThreadPoolExecutor(clients) as pool:
+        return list(pool.map(request, range(requests)))
