@@ -84,7 +84,7 @@ def compare(
         f"{report.ties} equal; shown are the rows that differ most, and some that do not."
     )
     cards = [_card(pair, names, thumbnails[pair[0].image_id], group) for group, rows in groups.items() for pair in rows]
-    write_html(report.page, title, about, report.differences, cards)
+    write_html(report.page, title, about, report.differences, cards, signed=True)
     return report
 
 

@@ -113,18 +113,22 @@ def write_html(
     cards: Sequence[Card],
     *,
     slices: Mapping[str, Mapping[str, Interval]] | None = None,
+    signed: bool = False,
 ) -> None:
-    """Write the page: figures, figures of slices, and cards that can be searched and filtered by group."""
+    """Write the page: figures, figures of slices, and cards that can be searched and filtered by group.
+
+    `signed` figures are differences, and tell a gain by its sign.
+    """
     source = resources.files("pipelines.driver").joinpath("gallery.html.j2").read_text(encoding="utf-8")
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
     shown = [
-        {"name": name, "value": f"{metrics[key].value:.3f}", "range": _range(metrics[key])}
+        {"name": name, "value": _figure(metrics[key].value, signed), "range": _range(metrics[key], signed)}
         for key, name in NAMES.items()
         if key in metrics
     ]
     columns = list(next(iter(slices.values()), {})) if slices else []
     rows = {
-        name: [f"{part[column].value:.3f} ({_range(part[column])})" for column in columns]
+        name: [(_figure(part[column].value), _range(part[column])) for column in columns]
         for name, part in (slices or {}).items()
     }
     groups = list(dict.fromkeys(group for card in cards for group in card.groups))
@@ -188,8 +192,13 @@ def write_figures(
     figure.savefig(path)
 
 
-def _range(metric: Interval) -> str:
-    return f"{metric.low:.3f} to {metric.high:.3f}" if metric.low < metric.high else ""
+def _figure(value: float, signed: bool = False) -> str:
+    """Three digits behind the point, none of a number in the hundreds."""
+    return f"{value:{'+' if signed else ''},.{0 if abs(value) >= 100 else 3}f}"
+
+
+def _range(metric: Interval, signed: bool = False) -> str:
+    return f"{_figure(metric.low, signed)} to {_figure(metric.high, signed)}" if metric.low < metric.high else ""
 
 
 def _wrapped(text: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,14 +18,14 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from browser import browsed
 from deltalake import DeltaTable, write_deltalake
 from helpers import TEST_PATH
 from pictures import png
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from pipelines.tables import GENERATED_CAPTIONS, SAMPLES, Table
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 EVIL = '<img src=x onerror="document.title=1">'
 CAPTIONS = ["a red square", "a blue circle", EVIL, *(f"picture {n}" for n in range(3, 30))]
@@ -92,22 +91,9 @@ def verdicts(home: Path) -> dict[str, tuple[str, str | None]]:
 
 @pytest.fixture
 def page(address: str) -> Iterator[Page]:
-    """The page in a real browser. Nothing may be written to its console, and nothing be asked of another host."""
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium on this machine")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        tab = browser.new_page(viewport={"width": 1280, "height": 900})
-        said: list[str] = []
-        asked: list[str] = []
-        tab.on("console", lambda message: said.append(message.text))
-        tab.on("pageerror", lambda error: said.append(str(error)))
-        tab.on("request", lambda request: asked.append(request.url))
-        tab.goto(address)
+    """The page in a real browser."""
+    with browsed(address) as tab:
         yield tab
-        browser.close()
-    assert said == []
-    assert all(url.startswith((address, "data:")) for url in asked), asked
 
 
 def test_a_person_judges_captions_on_the_page(page: Page, home: Path, tmp_path: Path) -> None:

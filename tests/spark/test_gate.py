@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from browser import browsed
 from mlflow import MlflowClient
 from pyspark.sql import SparkSession
 from trained import corner_rows, corner_run, register, train
@@ -21,6 +22,7 @@ from jobs.promote import run_promote
 from jobs.rollback import run_rollback
 from jobs.screen import Screen
 from jobs.shard import run_shard
+from pipelines.driver.compare import Comparison
 from pipelines.driver.promote import record
 from pipelines.errors import StageFailed, UserError
 from pipelines.platform import Platform
@@ -118,8 +120,15 @@ def test_blind_and_worse_versions_are_refused_with_all_reasons_and_rollback_rest
     assert all(row["decided_by"] for row in trail)
 
 
-def test_two_versions_are_compared_on_the_same_rows_and_nothing_is_evaluated_twice(job: Job) -> None:
-    report = run_compare(job, GOOD, WORSE)
+@pytest.fixture(scope="module")
+def report(job: Job) -> Comparison:
+    """The version that looks, beside the one that was told wrong names."""
+    return run_compare(job, GOOD, WORSE)
+
+
+def test_two_versions_are_compared_on_the_same_rows_and_nothing_is_evaluated_twice(
+    job: Job, report: Comparison
+) -> None:
     assert report.wins + report.losses + report.ties == report.rows == 60
     assert report.wins > report.losses
     assert report.differences["word_f1"].low > 0
@@ -134,6 +143,34 @@ def test_two_versions_are_compared_on_the_same_rows_and_nothing_is_evaluated_twi
     assert f'data-groups="{GOOD}-better"' in page
     logged = MlflowClient(job.platform.tracking_uri).get_run(good.run_id).data.metrics
     assert logged["evaluate/neighbour_word_f1"] == good.metrics["neighbour_word_f1"].value
+
+
+def test_the_pages_of_an_evaluation_and_a_comparison_work_in_a_browser(
+    job: Job, report: Comparison, tmp_path: Path
+) -> None:
+    worse = open_model(job, WORSE)
+    gallery = measured(job, worse, open_split(job, worse)).gallery
+    with browsed(gallery.as_uri()) as page:
+        assert page.locator("figure").count() == 48
+        assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+        page.get_by_text("By slice").click()
+        assert page.get_by_role("row", name="format=GIF").is_visible()
+        page.screenshot(path=tmp_path / "gallery.png", full_page=True)
+        page.get_by_label("Show").select_option("worst")
+        page.get_by_label("Find").fill("red corner")  # it calls them white
+        assert page.locator("figure:visible").count() == 15
+        assert page.locator("figure:visible .mark").all_inner_texts() == ["DIFFERENT"] * 15
+        assert page.locator("#shown").inner_text() == "15 of 48"
+    with browsed(report.page.as_uri()) as page:
+        assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+        page.screenshot(path=tmp_path / "compare.png", full_page=True)
+        page.get_by_label("Show").select_option(f"{GOOD}-better")
+        shown = page.locator("figure:visible")
+        assert shown.count() == min(16, report.wins)
+        first = shown.first.locator("p").all_inner_texts()
+        assert [text.splitlines()[-1] for text in first] == ["a red corner", "a red corner", "a white corner"]
+        gained = page.locator(".metric", has_text="exact match").locator("dd")
+        assert gained.inner_text().startswith(f"+{report.differences['exact_match'].value:.3f}")
 
 
 def test_lineage_and_decisions_are_told_without_a_jvm(job: Job) -> None:
