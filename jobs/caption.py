@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,10 +10,14 @@ import typer
 from jobs.common import Job, JsonOption, PlatformOption, PrecisionOption, RunOption, SetOption, open_job
 from jobs.evaluate import VersionOption, open_model
 from jobs.progress import progress
+from pipelines.errors import StageFailed, UserError
 from vlm.config import Precision
 
 if TYPE_CHECKING:
     from pipelines.driver.caption import CaptionReport
+    from pipelines.driver.drift import Drift
+
+logger = logging.getLogger(__name__)
 
 
 def caption(
@@ -64,14 +69,92 @@ def caption(
 
 
 def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
-    """The stage, under the run's limits on pictures; `request` as in CaptionRequest."""
-    from pipelines.driver.caption import CaptionRequest, caption
+    """The stage, under the run's limits on pictures and on drift; `request` as in CaptionRequest.
+
+    Raises:
+        TooManyErrors: after everything is written.
+        StageFailed: likewise, where figures drift and the run's `drift.fail` asks for it.
+    """
+    from pipelines.driver.caption import CaptionRequest, TooManyErrors, caption
 
     model = open_model(job, which)
     wanted = CaptionRequest.model_validate(request | {"limits": job.config.data.limits})
-    report = caption(
-        job.spark, job.platform, model, wanted, lambda count, total: progress("caption", lambda: (count(), ""), total)
+    try:
+        done = caption(
+            job.spark,
+            job.platform,
+            model,
+            wanted,
+            lambda count, total: progress("caption", lambda: (count(), ""), total),
+        )
+    except TooManyErrors as error:
+        report = with_drift(job, error.report, wanted.prompt)
+        _say(job, report)
+        track(job, report, good=False)
+        raise
+    report = with_drift(job, done, wanted.prompt)
+    _say(job, report)
+    beyond = {name: drift for name, drift in report.drift.items() if drift.beyond}
+    track(job, report, good=not (beyond and job.config.drift.fail))
+    if beyond:
+        _alert(job, report, beyond)
+    return report
+
+
+def with_drift(job: Job, report: CaptionReport, prompt: str) -> CaptionReport:
+    """A report with its figures beside those of the version's evaluation."""
+    from pipelines.driver.drift import compare_figures, evaluated
+
+    rows = report.captioned + report.errors
+    if rows < job.config.drift.min_rows:
+        return report
+    measure = evaluated(
+        job.spark,
+        job.platform,
+        model=report.model_name,
+        version=report.model_version,
+        source=job.source,
+        split=job.config.data.evaluate_on,
     )
+    drift = compare_figures(report.figures, rows, measure, job.config.drift, prompt=prompt)
+    return report.model_copy(update={"drift": drift})
+
+
+def track(job: Job, report: CaptionReport, *, good: bool) -> None:
+    """Log the report to MLflow where something was captioned. The table is written: an outage is no failure."""
+    from pipelines.tracking.reports import log_stage
+
+    if report.considered == report.already:
+        return
+    names = ("model_name", "model_version", "settings_hash", "source_table", "source_version")
+    tags = {name: getattr(report, name) for name in names}
+    tags["drifted"] = ", ".join(name for name, drift in report.drift.items() if drift.beyond)
+    name = f"{report.model_name}-{report.model_version}-{report.source_table}"
+    try:
+        log_stage(job.platform, "caption", name, report.model_dump(), tags=tags, good=good)
+    except UserError as error:
+        logger.warning("the captions are written, but the report is not in MLflow: %s", error)
+
+
+def _alert(job: Job, report: CaptionReport, beyond: dict[str, Drift]) -> None:
+    """Warn of drift, or fail, as the run asks."""
+    found = "; ".join(f"{name} {_figures(drift)}" for name, drift in beyond.items())
+    if job.config.drift.fail:
+        raise StageFailed(
+            "what was captioned is not like what was evaluated",
+            where=f"{report.source_table} by model {report.model_name} version {report.model_version}",
+            got=found,
+            fix="everything is written: look at the pictures (`lakesight show generated_captions --gallery`); train on "
+            "such pictures, or widen the run's drift section",
+        )
+    logger.warning("drift: what was captioned is not like what was evaluated: %s", found)
+
+
+def _figures(drift: Drift) -> str:
+    return f"{drift.value:.3g}, evaluated {drift.evaluated:.3g} (change {drift.change:+.3g}, limit {drift.limit:.3g})"
+
+
+def _say(job: Job, report: CaptionReport) -> None:
     job.screen.line(
         "caption",
         f"{report.considered:,} rows of {report.source_table} = {report.captioned:,} captioned + "
@@ -86,4 +169,5 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
             job.screen.line("", f"{number:,} {what}")
     if report.considered == report.already:
         job.screen.line("", "nothing new")
-    return report
+    for name, drift in report.drift.items():
+        job.screen.line("drift" if drift.beyond else "", f"{name:<15}{_figures(drift)}")

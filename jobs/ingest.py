@@ -65,12 +65,14 @@ def run_ingest(job: Job, *, refresh: bool = False) -> FullReport:
 
 def track(job: Job, report: FullReport, *, good: bool) -> None:
     """Log the report to MLflow where the ingest changed something. The tables are written: an outage is no failure."""
-    from pipelines.tracking.ingests import log_ingest
+    from pipelines.tracking.reports import log_stage
 
     if report.nothing_new:
         return
     try:
-        log_ingest(job.platform, report.model_dump(), Path(report.page), good=good)
+        tags = {"source": report.source, "ingest_id": report.ingest_id, "table_version": report.dataset_version}
+        name = f"{report.source}-{report.ingest_id}"
+        log_stage(job.platform, "ingest", name, report.model_dump(), tags=tags, pages=[Path(report.page)], good=good)
     except UserError as error:
         logger.warning("the tables are written, but the report is not in MLflow: %s", error)
 

@@ -37,7 +37,7 @@ from pipelines.data import (
     WebDatasetSourceConfig,
 )
 from pipelines.errors import ConfigError
-from pipelines.gate import GateConfig
+from pipelines.gate import DriftConfig, GateConfig
 from pipelines.training_config import GroupConfig, OptimizerConfig, StageConfig, TrainConfig
 from vlm.config import Config, ModelConfig
 
@@ -49,6 +49,7 @@ __all__ = [
     "CsvSourceConfig",
     "DataConfig",
     "DatabricksPlatformConfig",
+    "DriftConfig",
     "FileSplitConfig",
     "FolderSourceConfig",
     "GateConfig",
@@ -77,6 +78,8 @@ __all__ = [
     "short_hash",
 ]
 
+OWN = ("gate", "drift")
+"""Sections that a run holds itself."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
@@ -137,6 +140,7 @@ class RunConfig(Config):
     train: TrainConfig
     platform: PlatformConfig
     gate: GateConfig = GateConfig()
+    drift: DriftConfig = DriftConfig()
 
     def to_json(self) -> str:
         """The resolved config as JSON; `from_json` gives back an equal object."""
@@ -176,7 +180,7 @@ def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = (
     """Resolve a run's four names and apply `a.b=c` overrides.
 
     A run may hold its data section itself, where it has no other use; then the run's name is the data's name too. What
-    it asks of a version that is to serve, its `gate` section, has no other place.
+    it asks of a version that is to serve, its sections `gate` and `drift`, has no other place.
 
     Raises:
         ConfigError: lists every problem: unknown names and keys with the nearest valid one, values of the wrong type.
@@ -186,15 +190,13 @@ def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = (
     inline = {"data": run["data"]} if isinstance(run.get("data"), dict) else {}
     chosen = {kind: str(run.get(kind, "")) for kind in ("model", "data", "train")} | {"platform": platform}
     chosen |= dict.fromkeys(inline, name)
-    problems += [
-        f"run.{key}: unknown key{_nearest(key, (*chosen, 'gate'))}" for key in run if key not in {*chosen, "gate"}
-    ]
+    problems += [f"run.{key}: unknown key{_nearest(key, (*chosen, *OWN))}" for key in run if key not in {*chosen, *OWN}]
     problems += [
         f"run.{kind}: missing (one of {', '.join(available(kind))})" for kind in chosen if run and not chosen[kind]
     ]
     elsewhere = [kind for kind in chosen if kind not in inline]
     slices: dict[str, Any] = inline | {k: _read(k, chosen[k], problems) if chosen[k] else {} for k in elsewhere}
-    slices["gate"] = run.get("gate", {})
+    slices |= {section: run.get(section, {}) for section in OWN}
     for override in overrides:
         _apply(slices, override, problems)
     try:

@@ -1,4 +1,4 @@
-"""What a model version must show before it may serve: limits of a run, with defaults that hold for most.
+"""What a model version must show before it may serve, and while it does: limits of a run, with defaults for most.
 
 They are science and not deployment: which figure counts, and how good is good enough, depends on the data.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from vlm.config import Config
 
@@ -32,6 +32,30 @@ class GateConfig(Config):
     max_error_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     baselines: tuple[Baseline, ...] = ("constant", "neighbour")
     trial_pictures: PositiveInt = 16
+
+
+class DriftConfig(Config):
+    """How far the figures of a captioning may be from those of the version's evaluation before it alerts.
+
+    Attributes:
+        words: words a caption, as a share of the evaluation's.
+        distinct_words: different words among 100 captions, as a share of the evaluation's.
+        mean_logprob: nats per token.
+        error_share: of the pictures.
+        brightness: levels of 0 to 255.
+        contrast: levels of 0 to 255.
+        min_rows: of fewer, on either side, nothing is said: they differ by chance.
+        fail: whether the job ends with exit code 1, else with a warning. All is written either way.
+    """
+
+    words: PositiveFloat = 0.3
+    distinct_words: PositiveFloat = 0.5
+    mean_logprob: PositiveFloat = 0.5
+    error_share: PositiveFloat = 0.05
+    brightness: PositiveFloat = 32.0
+    contrast: PositiveFloat = 24.0
+    min_rows: PositiveInt = 100
+    fail: bool = False
 
 
 class Trial(Config):

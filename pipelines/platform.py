@@ -98,6 +98,11 @@ def open_platform(config: PlatformConfig) -> Platform:
     return local(config) if isinstance(config, LocalPlatformConfig) else databricks(config)
 
 
+def shown_uri(uri: str) -> str:
+    """A URI, or a message with one, without the password it may hold: before the host, or behind a question mark."""
+    return re.sub(r"\?\S*", "", re.sub(r"//[^/\s]*@", "//", uri))
+
+
 def home() -> Path:
     """Where a laptop keeps everything: $LAKESIGHT_HOME, or .lakesight in the working directory."""
     return Path(os.environ.get("LAKESIGHT_HOME") or ".lakesight").absolute()

@@ -89,6 +89,18 @@ def open_image(
     return rgb, ImageInfo(format_, *rgb.size)
 
 
+class Light(NamedTuple):
+    """Mean and standard deviation of a picture's levels, 0 to 255."""
+
+    brightness: float
+    contrast: float
+
+
+def light_of(pixels: npt.NDArray[np.uint8]) -> Light:
+    """The light of a picture of any shape."""
+    return Light(float(pixels.mean()), float(pixels.std()))
+
+
 class Placement(NamedTuple):
     """How a picture lies in the model's square: scaled as a whole, then cut from (left, top) on.
 

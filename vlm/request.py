@@ -54,6 +54,11 @@ class Generated:
         """Tokens generated, the end token included."""
         return len(self.logprobs)
 
+    @property
+    def mean_logprob(self) -> float:
+        """Mean log-probability of these tokens, in nats."""
+        return sum(self.logprobs) / len(self.logprobs)
+
 
 def check_room(model: VisionLanguageModel, request: Request, settings: GenerationConfig) -> None:
     """Refuse what the model's context cannot hold: an answer is never made from a prompt that was cut.

@@ -23,6 +23,7 @@ from pyspark.sql import functions as F
 
 from pipelines.config import LimitsConfig, short_hash
 from pipelines.driver.conflicts import undisturbed
+from pipelines.driver.drift import Drift
 from pipelines.driver.model import ModelFiles
 from pipelines.driver.pictures import Pictures, files_at, open_pictures
 from pipelines.driver.scores import spark_schema, task_threads
@@ -32,6 +33,7 @@ from pipelines.errors import StageFailed, UserError
 from pipelines.executor.caption import DONE, CaptionJob, caption_batches
 from pipelines.platform import Platform
 from pipelines.tables import GENERATED_CAPTIONS
+from pipelines.tally import Tally, total
 from vlm import text
 from vlm.config import Config, GenerationConfig, Precision
 from vlm.text.prompt import prefix_ids
@@ -82,6 +84,8 @@ class CaptionReport(Config):
         changed: of the captioned and errors, rows whose picture was another before.
         recovered: captions in files that an earlier job had left, merged first.
         removed: captions of rows that the table no longer has.
+        figures: of what was captioned now, as in `Tally.figures`.
+        drift: by figure, how it lies beside that of the version's evaluation; empty where they were not compared.
     """
 
     source_table: str
@@ -96,6 +100,8 @@ class CaptionReport(Config):
     changed: int
     recovered: int
     removed: int
+    figures: dict[str, float]
+    drift: dict[str, Drift] = Field(default_factory=dict)
     seconds: float
 
 
@@ -150,7 +156,7 @@ def caption(
     with spark_failures("the table could not be captioned", where=pictures.name):
         recovered = staged.merge(spark, platform)
         todo, counts = _plan(spark, platform, pictures, key, request)
-        done = dict.fromkeys(DONE.names, 0)
+        done = Tally()
         if counts.todo:
             with watch(staged.num_rows, counts.todo):
                 done = _run(spark, todo, counts.todo, job)
@@ -160,12 +166,13 @@ def caption(
         **key,
         source_version=pictures.version,
         considered=counts.rows,
-        already=counts.rows - done["captioned"] - done["errors"],
-        captioned=done["captioned"],
-        errors=done["errors"],
-        changed=done["changed"],
+        already=counts.rows - done.captioned - done.errors,
+        captioned=done.captioned,
+        errors=done.errors,
+        changed=done.changed,
         recovered=recovered,
         removed=removed,
+        figures=done.figures(),
         seconds=time.monotonic() - started,
     )
     return _checked(report, request)
@@ -250,20 +257,17 @@ def _kept_files(spark: SparkSession, pictures: Pictures, done: DataFrame) -> Dat
     return spark.createDataFrame(pairs, "source_version BIGINT, file STRING, is_kept BOOLEAN")
 
 
-def _run(spark: SparkSession, todo: DataFrame, rows: int, job: CaptionJob) -> dict[str, int]:
-    """Caption the rows into files; returns the sums of DONE."""
+def _run(spark: SparkSession, todo: DataFrame, rows: int, job: CaptionJob) -> Tally:
+    """Caption the rows into files; returns what they count for."""
     # A small table is one file and would be one task: spread it. By id, so that a retried task gets the same rows.
     tasks = max(spark.sparkContext.defaultParallelism, -(-rows // job.rows))
     with bounded_batches(spark):
         written = (
             todo.repartition(min(tasks, rows), "image_id")
             .mapInArrow(partial(caption_batches, job), spark_schema(DONE))
-            .agg(*(F.sum(name).alias(name) for name in DONE.names))
-            .head()
+            .collect()
         )
-    assert written is not None
-    # No row, no sum: a job beside this one may have brought all of them since they were counted.
-    return {name: int(written[name] or 0) for name in DONE.names}
+    return total(Tally.model_validate_json(row["tally"]) for row in written)
 
 
 def _remove_deleted(spark: SparkSession, platform: Platform, pictures: Pictures) -> int:

@@ -19,7 +19,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from pipelines.driver.bootstrap import Interval, measure, slices
 from pipelines.driver.gallery import Answer, Card, select_rows, write_figures, write_html, write_png
-from pipelines.driver.metrics import Scored, captioned, has_java, meteor, words
+from pipelines.driver.metrics import Scored, captioned, has_java, meteor
 from pipelines.driver.model import ModelFiles
 from pipelines.driver.scores import SCORES, evaluation_folder, read_scores, score, scores_hash, spark_schema
 from pipelines.driver.session import add_columns, bounded_batches, ensure_tables
@@ -30,6 +30,7 @@ from pipelines.rundir import read_json, write_json
 from pipelines.shards import ShardRequest, Shards
 from pipelines.tables import EVALUATIONS
 from vlm.config import Config
+from vlm.text.words import words
 
 logger = logging.getLogger(__name__)
 

@@ -46,7 +46,9 @@ NAMES = {
     "noise_gap": "gap to noise",
     "distinct": "distinct captions",
     "distinct_2": "distinct pairs of words",
+    "distinct_words": "words of 100 captions",
     "words": "words a caption",
+    "mean_logprob": "log-probability, nats/token",
     "error_share": "share of errors",
     "captions_per_second": "captions a second and process",
 }

@@ -3,14 +3,13 @@
 A metric here takes weights (S resamples, R rows) and gives S values, so an interval, a slice of the rows and the paired
 difference of two models are one thing each: other weights (`driver/bootstrap.py`). BLEU, ROUGE-L and CIDEr count as
 pycocoevalcap does, METEOR is the program it comes with; what differs is the tokenizer: COCO's is a Java program, ours
-is `words` below, so scores compare between runs here and not with the COCO leaderboard.
+is `vlm.text.words`, so scores compare between runs here and not with the COCO leaderboard.
 
 Letters: R rows (a picture and a prompt), S resamples.
 """
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +22,9 @@ from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
+
+from pipelines.tally import DRAWN, Tally, total
+from vlm.text.words import words
 
 Floats = npt.NDArray[np.float64]
 Metric = Callable[[Floats], Floats]
@@ -52,6 +54,9 @@ class Scored:
         num_correct: those of them that the model holds likeliest, given the picture and the tokens before.
         num_tokens: tokens of the caption, end token included.
         seconds: this row's share of the time its batch took to caption.
+        mean_logprob: of the caption's tokens, in nats; None without one.
+        brightness: mean level of the picture at model resolution, 0 to 255.
+        contrast: standard deviation of its levels.
     """
 
     row: int
@@ -68,6 +73,9 @@ class Scored:
     num_correct: int
     num_tokens: int
     seconds: float
+    mean_logprob: float | None
+    brightness: float
+    contrast: float
 
     @property
     def key(self) -> tuple[str, str]:
@@ -83,12 +91,6 @@ class Scored:
     def f1(self) -> float:
         """Word F1 of the caption and the reference that is most like it."""
         return best_f1(words(self.caption or ""), [words(reference) for reference in self.references])
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words without punctuation; punctuation alone where there is no word (an emoticon)."""
-    lowered = text.lower()
-    return re.findall(r"\w+(?:'\w+)?", lowered) or re.findall(r"\S", lowered)
 
 
 def best_f1(caption: Sequence[str], references: Iterable[Sequence[str]]) -> float:
@@ -115,8 +117,10 @@ def model_metrics(scored: Sequence[Scored]) -> dict[str, Metric]:
     loss (nats per token), token_accuracy, blind_gap (nats per token, with the picture of another row; left out where
     the split has one picture), blank_gap and noise_gap (with a grey picture, with noise), exact_match, word_f1,
     bleu_1..4, rouge_l, cider (left out for one row: it weighs words by how few rows have them), words and tokens (mean
-    length of a caption), captions_per_second (of one process), distinct (share of captions that are different) and
-    distinct_1..2 (share of word n-grams that are different).
+    length of a caption), captions_per_second (of one process), distinct (share of captions that are different),
+    distinct_1..2 (share of word n-grams that are different), distinct_words (different ones among 100 captions; left
+    out where there are fewer), mean_logprob (nats per token, mean over captions), brightness and contrast (of pictures,
+    in levels of 0 to 255).
     """
     tokens = [float(item.num_targets) for item in scored]
     metrics: dict[str, Metric] = {
@@ -126,11 +130,14 @@ def model_metrics(scored: Sequence[Scored]) -> dict[str, Metric]:
         "noise_gap": ratio([item.noise_loss - item.loss for item in scored], tokens),
         "tokens": ratio([float(item.num_tokens) for item in scored]),
         "captions_per_second": ratio([1.0] * len(scored), [item.seconds for item in scored]),
+        "mean_logprob": ratio([item.mean_logprob or 0.0 for item in scored]),
+        "brightness": ratio([item.brightness for item in scored]),
+        "contrast": ratio([item.contrast for item in scored]),
     }
     gaps = [item.blind_loss - item.loss for item in scored if item.blind_loss is not None]
     if len(gaps) == len(scored):
         metrics["blind_gap"] = ratio(gaps, tokens)
-    return metrics | caption_metrics(scored) | _distinct([words(item.caption or "") for item in scored])
+    return metrics | caption_metrics(scored) | _distinct([item.caption or "" for item in scored])
 
 
 def baseline_metrics(scored: Sequence[Scored]) -> dict[str, Metric]:
@@ -190,16 +197,20 @@ def _as_coco(
     return truth, {i: [" ".join(caption)] for i, caption in enumerate(captions)}
 
 
-def _distinct(captions: Sequence[list[str]]) -> dict[str, Metric]:
+def _distinct(texts: Sequence[str]) -> dict[str, Metric]:
     """Shares of what is different; of all rows, whatever the weights."""
 
     def constant(value: float) -> Metric:
         return lambda weights_SR: np.full(len(weights_SR), value)
 
+    captions = [words(text) for text in texts]
     metrics = {"distinct": constant(len({" ".join(caption) for caption in captions}) / len(captions))}
     for n in range(1, MAX_DISTINCT + 1):
         grams = [tuple(caption[i : i + n]) for caption in captions for i in range(len(caption) - n + 1)]
         metrics[f"distinct_{n}"] = constant(len(set(grams)) / max(1, len(grams)))
+    if len(texts) >= DRAWN:
+        counted = total(Tally.of_caption(text, 0.0) for text in texts)
+        metrics["distinct_words"] = constant(counted.figures()["distinct_words"])
     return metrics
 
 

@@ -31,7 +31,7 @@ from pipelines.platform import Platform
 from pipelines.shards import Shards
 from pipelines.tables import sql_type
 
-SCORING = 1
+SCORING = 2
 """Raised when the same model and pictures would be scored differently."""
 ROWS_PER_TASK = 128
 MAX_NEIGHBOURS = 20_000

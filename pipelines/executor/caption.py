@@ -19,21 +19,17 @@ import pyarrow.parquet as pq
 
 from pipelines.config import LimitsConfig
 from pipelines.tables import GENERATED_CAPTIONS
+from pipelines.tally import Tally, total
 from vlm.config import Config, GenerationConfig, Precision
+from vlm.image import light_of
 
 if TYPE_CHECKING:
-    from pipelines.worker.caption import Captioner, Decoded
+    from pipelines.worker.caption import Captioner, CaptionResult, Decoded
 
 STAGED = GENERATED_CAPTIONS.arrow_schema.append(pa.field("unchanged", pa.bool_(), nullable=False))
 """A row of the table; where `unchanged`, the picture is the one that was captioned before, and nothing else is new."""
-DONE = pa.schema(
-    [
-        pa.field("captioned", pa.int64(), nullable=False),
-        pa.field("errors", pa.int64(), nullable=False),
-        pa.field("changed", pa.int64(), nullable=False),
-    ]
-)
-"""What became of the rows of one file; `changed` counts pictures that were others when they were captioned before."""
+DONE = pa.schema([pa.field("tally", pa.string(), nullable=False)])
+"""What became of the rows of one file: a Tally as JSON."""
 
 
 class CaptionJob(Config):
@@ -78,16 +74,17 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
     limit_threads(job.threads)
     captioner = load_captioner(job.model_folder, job.precision)
     rows: list[dict[str, Any]] = []
-    changed = 0
+    counted: list[Tally] = []
     decoded = ahead(partial(_decoded, captioner, job), batches, workers=1)
     for pictures in _groups(decoded, BATCH_ROWS):
-        rows += _captions(captioner, job, pictures)
-        changed += sum(known is not None and known != picture.sha256 for _, known, picture in pictures)
+        for row, tally in _captions(captioner, job, pictures):
+            rows.append(row)
+            counted.append(tally)
         if len(rows) >= job.rows:
-            yield _written(job, rows, changed)
-            rows, changed = [], 0
+            yield _written(job, rows, counted)
+            rows, counted = [], []
     if rows:
-        yield _written(job, rows, changed)
+        yield _written(job, rows, counted)
 
 
 Picture = tuple[str, "str | None", "Decoded"]
@@ -111,34 +108,39 @@ def _groups(batches: Iterator[list[Picture]], size: int) -> Iterator[list[Pictur
         yield group
 
 
-def _captions(captioner: Captioner, job: CaptionJob, pictures: list[Picture]) -> Iterator[dict[str, Any]]:
-    """A STAGED row a picture."""
+def _captions(captioner: Captioner, job: CaptionJob, pictures: list[Picture]) -> Iterator[tuple[dict[str, Any], Tally]]:
+    """A STAGED row a picture, and what it counts for: nothing, where the picture is the one captioned before."""
     fresh = [picture for _, known, picture in pictures if known is None or known != picture.sha256]
     results = iter(captioner.caption_decoded(fresh, [job.prompt] * len(fresh), job.settings))
     for image_id, known, picture in pictures:
         row = job.constants | {"image_id": image_id, "captioned_at": job.at, "sha256": picture.sha256}
         if known is not None and known == picture.sha256:
-            yield row | {"num_tokens": 0, "unchanged": True}
+            yield row | {"num_tokens": 0, "unchanged": True}, Tally()
             continue
         result = next(results)
-        yield row | {
+        said = {
             "caption": result.caption,
             "error": result.error,
             "num_tokens": result.num_tokens,
             "mean_logprob": result.mean_logprob,
             "unchanged": False,
         }
+        yield row | said, _tally(result, picture, changed=known is not None)
 
 
-def _written(job: CaptionJob, rows: list[dict[str, Any]], changed: int) -> pa.RecordBatch:
+def _tally(result: CaptionResult, picture: Decoded, *, changed: bool) -> Tally:
+    if result.caption is None or result.mean_logprob is None:
+        tally = Tally(errors=1)
+    else:
+        tally = Tally.of_caption(result.caption, result.mean_logprob)
+    light = {} if picture.pixels is None else {"pictures": 1, **light_of(picture.pixels)._asdict()}
+    return tally.model_copy(update={"changed": int(changed), **light})
+
+
+def _written(job: CaptionJob, rows: list[dict[str, Any]], counted: list[Tally]) -> pa.RecordBatch:
     """Write a file, whole or not at all."""
     name = uuid.uuid4().hex
     temporary = job.staging / f".{name}.tmp"
     pq.write_table(pa.Table.from_pylist(rows, STAGED), temporary)
     temporary.rename(job.staging / f"{name}.parquet")
-    counts = {
-        "captioned": sum(row.get("caption") is not None for row in rows),
-        "errors": sum(row.get("error") is not None for row in rows),
-        "changed": changed,
-    }
-    return pa.RecordBatch.from_pylist([counts], DONE)
+    return pa.RecordBatch.from_pylist([{"tally": total(counted).model_dump_json()}], DONE)

@@ -34,6 +34,9 @@ SCORE_SCHEMA = pa.schema(
         pa.field("num_correct", pa.int64(), nullable=False),
         pa.field("num_tokens", pa.int64(), nullable=False),
         pa.field("seconds", pa.float64(), nullable=False),
+        pa.field("mean_logprob", pa.float64()),
+        pa.field("brightness", pa.float64(), nullable=False),
+        pa.field("contrast", pa.float64(), nullable=False),
     ]
 )
 

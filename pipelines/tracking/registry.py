@@ -36,9 +36,9 @@ from PIL import Image
 import pipelines
 import vlm
 from pipelines.errors import StageFailed, UserError
-from pipelines.platform import Platform
+from pipelines.platform import Platform, shown_uri
 from pipelines.rundir import Result, RunDir, read_json
-from pipelines.tracking.runs import connect, shown_uri
+from pipelines.tracking.runs import connect
 from vlm.config import Config
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from mlflow.exceptions import MlflowException
 
 from pipelines.config import RunConfig
 from pipelines.errors import StageFailed, UserError
-from pipelines.platform import Platform
+from pipelines.platform import Platform, shown_uri
 from pipelines.rundir import CaptionSamples, Metrics, RunDir, RunFile, read_json, write_json
 from pipelines.shards import Shards
 from pipelines.tracking.load import draw_expert_load
@@ -386,11 +385,6 @@ def unreachable(platform: Platform, error: Exception) -> UserError:
         got=_first_line(error),
         fix="start it, correct MLFLOW_TRACKING_URI, or unset that to track in the Lakesight home folder",
     )
-
-
-def shown_uri(uri: str) -> str:
-    """A URI without the password it may hold."""
-    return re.sub(r"//[^/@]*@", "//", uri)
 
 
 def _first_line(error: Exception) -> str:

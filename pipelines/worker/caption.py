@@ -146,8 +146,7 @@ def _batches(requests: Mapping[int, Request], settings: GenerationConfig) -> Ite
 def _result(answer: Generated | UserError, sha256: str | None) -> CaptionResult:
     if isinstance(answer, UserError):
         return _failed(str(answer), sha256)
-    mean_logprob = sum(answer.logprobs) / len(answer.logprobs)
-    return CaptionResult(answer.text, None, sha256, answer.num_tokens, mean_logprob)
+    return CaptionResult(answer.text, None, sha256, answer.num_tokens, answer.mean_logprob)
 
 
 def _failed(error: str | None, sha256: str | None) -> CaptionResult:

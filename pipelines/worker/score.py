@@ -19,6 +19,7 @@ from pipelines.worker.batches import Collator
 from pipelines.worker.caption import Captioner
 from vlm.errors import UserError
 from vlm.generate import Generated
+from vlm.image import light_of
 from vlm.objective import row_scores
 
 BATCH_ROWS = 32
@@ -40,7 +41,7 @@ class RowScore:
 
     `blind_loss` is None where the split has no other picture, `caption` where the prompt leaves no room for one.
     `num_correct` counts the target tokens that the model holds likeliest; `seconds` is the row's share of the time its
-    batch took to caption.
+    batch took to caption. `mean_logprob` is of the caption's tokens; brightness and contrast are the picture's.
     """
 
     row: int
@@ -56,6 +57,9 @@ class RowScore:
     num_correct: int
     num_tokens: int
     seconds: float
+    mean_logprob: float | None
+    brightness: float
+    contrast: float
 
 
 class _Losses(NamedTuple):
@@ -90,6 +94,7 @@ def score_rows(captioner: Captioner, shards: Shards, indexes: Sequence[int]) -> 
             blind = _losses(captioner, collator, items, others).losses
         for place, item in enumerate(items):
             made = captions[place]
+            light = light_of(item.row.pixels)
             yield RowScore(
                 row=item.number,
                 image_id=item.row.image_id,
@@ -104,6 +109,9 @@ def score_rows(captioner: Captioner, shards: Shards, indexes: Sequence[int]) -> 
                 num_correct=right.correct[place],
                 num_tokens=made.num_tokens if made else 0,
                 seconds=seconds,
+                mean_logprob=made.mean_logprob if made else None,
+                brightness=light.brightness,
+                contrast=light.contrast,
             )
 
 

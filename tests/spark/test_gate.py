@@ -6,9 +6,12 @@ import io
 import json
 from pathlib import Path
 
+import mlflow
 import pytest
 from browser import browsed
 from mlflow import MlflowClient
+from pictures import encoded
+from PIL import Image, ImageOps
 from pyspark.sql import SparkSession
 from trained import corner_rows, corner_run, register, train
 
@@ -22,6 +25,7 @@ from jobs.promote import run_promote
 from jobs.rollback import run_rollback
 from jobs.screen import Screen
 from jobs.shard import run_shard
+from pipelines.config import DriftConfig
 from pipelines.driver.compare import Comparison
 from pipelines.driver.promote import record
 from pipelines.errors import StageFailed, UserError
@@ -38,7 +42,7 @@ GOOD, BETTER, WORSE, BLIND = "1", "2", "3", "4"
 def job(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Four versions: one that looks, once more after further steps, one that was told wrong names of a colour, and one
     that was trained with shuffled pictures."""
-    config = corner_run(NAME)
+    config = corner_run(NAME).model_copy(update={"drift": DriftConfig(min_rows=10)})
     job = Job(config, platform, (), Screen(io.StringIO(), as_json=False))
     job.__dict__["spark"] = spark  # as if it had been started
     rows = corner_rows(NAME, "train", 200) + corner_rows(NAME, "test", 60)
@@ -105,6 +109,8 @@ def test_blind_and_worse_versions_are_refused_with_all_reasons_and_rollback_rest
     assert (alias(job, "champion"), alias(job, "previous")) == (GOOD, BETTER)
     captioned = run_caption(job, "champion", where=condition)
     assert (captioned.model_version, captioned.captioned) == (GOOD, captioned.considered)
+    assert set(captioned.drift) == {"words", "mean_logprob", "error_share", "brightness", "contrast"}
+    assert not any(drift.beyond for drift in captioned.drift.values())
 
     table = job.spark.table(job.platform.table("decisions"))
     trail = table.where(table.model_name == NAME).orderBy("decided_at").collect()
@@ -118,6 +124,37 @@ def test_blind_and_worse_versions_are_refused_with_all_reasons_and_rollback_rest
     assert [bool(row["reasons"]) for row in trail] == [False, True, True, False, False]
     assert json.loads(trail[2]["figures"])["over_champion"]["high"] < 0
     assert all(row["decided_by"] for row in trail)
+
+
+def test_pictures_that_are_not_as_they_were_evaluated_alert_and_fail_the_job_where_asked(
+    job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    measured(job, good := open_model(job, GOOD), open_split(job, good))
+    rows = [
+        (f"night/{row[0]}", ImageOps.invert(Image.open(io.BytesIO(row[2])))) for row in corner_rows(NAME, "test", 12)
+    ]
+    night = [(name, encoded(picture.point(lambda level: level // 8))) for name, picture in rows]
+    source = job.spark.createDataFrame([*night, ("bad", b"no picture")], "image_id STRING, image BINARY")
+    source.write.format("delta").save(str(tmp_path / "night"))
+    with caplog.at_level("WARNING"):
+        dark = run_caption(job, GOOD, source_table=f"delta.`{tmp_path}/night`")
+    beyond = {name for name, drift in dark.drift.items() if drift.beyond}
+    assert {"brightness", "contrast", "error_share"} <= beyond
+    [said] = [record.getMessage() for record in caplog.records if record.getMessage().startswith("drift")]
+    assert f"brightness {dark.figures['brightness']:.3g}, evaluated 1" in said
+    [run] = mlflow.search_runs(
+        experiment_names=["lakesight/caption"],
+        filter_string=f"tags.`lakesight.source_table` = 'delta.`{tmp_path}/night`'",
+        output_format="list",
+    )
+    assert run.data.metrics["drift/error_share/change"] == pytest.approx(1 / 13)
+    assert run.data.metrics["figures/words"] == dark.figures["words"]
+    assert "brightness" in run.data.tags["lakesight.drifted"]
+    strict = job.config.drift.model_copy(update={"fail": True})
+    failing = Job(job.config.model_copy(update={"drift": strict}), job.platform, (), job.screen)
+    failing.__dict__["spark"] = job.spark
+    with pytest.raises(StageFailed, match=r"not like what was evaluated.*brightness .*evaluated"):
+        run_caption(failing, GOOD, prompt="what", source_table=f"delta.`{tmp_path}/night`")
 
 
 @pytest.fixture(scope="module")

@@ -207,6 +207,12 @@ def test_a_taken_port_is_said_before_anything_starts() -> None:
         assert_users_mistake(lakesight("ui", "--port", str(port)), f"127.0.0.1:{port}", "Address already in use")
 
 
+def test_ui_names_another_server_without_its_password() -> None:
+    done = lakesight("ui", MLFLOW_TRACKING_URI="https://me:secret@mlflow.example/x?token=secret")
+    assert_users_mistake(done, "https://mlflow.example/x")
+    assert "secret" not in done.stderr
+
+
 def test_doctor_exits_1_and_says_what_fails_and_how_to_fix_it() -> None:
     done = lakesight("doctor", "--json", JAVA_HOME="/nonexistent")
     report = json.loads(done.stdout)

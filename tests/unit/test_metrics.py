@@ -11,7 +11,8 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
 from pipelines.driver.bootstrap import differences, measure, slices
-from pipelines.driver.metrics import Scored, best_constant, has_java, meteor, words
+from pipelines.driver.metrics import Scored, best_constant, has_java, meteor
+from vlm.text.words import words
 
 TRUTH = [
     ["a red square left of a blue circle", "a red square and a blue circle"],
@@ -39,6 +40,9 @@ def scored(truth: list[list[str]], made: list[str], *, gap: float | None = 1.0, 
             num_correct=4,
             num_tokens=tokens + 1,
             seconds=0.25,
+            mean_logprob=-0.5,
+            brightness=100.0,
+            contrast=40.0,
         )
         for row, (references, caption) in enumerate(zip(truth, made, strict=True))
     ]

@@ -12,7 +12,7 @@ import pytest
 
 from pipelines.config import DatabricksPlatformConfig, LocalPlatformConfig
 from pipelines.errors import UserError
-from pipelines.platform import Platform, check_java, databricks, local, open_platform
+from pipelines.platform import Platform, check_java, databricks, local, open_platform, shown_uri
 
 WORKSPACE = DatabricksPlatformConfig.model_validate(
     {"kind": "databricks", "catalog": "main", "schema": "vision", "volume": "files", "ranks": 4}
@@ -124,3 +124,17 @@ def test_no_java_is_said_before_pyspark_prints_a_traceback(tmp_path: Path) -> No
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
     assert run.stdout.startswith("Spark needs Java 17 or later. Where: java on PATH. Got: [Errno 2]")
     assert run.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://host:5000", "http://host:5000"),
+        ("https://me:pass@word@host/x", "https://host/x"),
+        ("postgresql://host/db?user=me&password=secret", "postgresql://host/db"),
+        ("cannot reach //token@host/a?b=c today", "cannot reach //host/a today"),
+        ("sqlite:////data/me@work/mlflow.db", "sqlite:////data/me@work/mlflow.db"),
+    ],
+)
+def test_an_address_is_shown_without_the_password_it_holds(uri: str, shown: str) -> None:
+    assert shown_uri(uri) == shown

@@ -39,6 +39,9 @@ def scored(captions: list[str | None], *, gap: float = 1.0) -> list[Scored]:
             num_correct=3,
             num_tokens=4,
             seconds=0.1,
+            mean_logprob=-0.5,
+            brightness=100.0,
+            contrast=40.0,
         )
         for row, caption in enumerate(captions)
     ]

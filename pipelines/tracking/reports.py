@@ -1,61 +1,67 @@
-"""An ingest in MLflow: a run of its own kind, with the report's figures as metrics and its page as an artifact.
+"""A stage's report in MLflow: a run of its own kind, with the report's figures as metrics and its pages as artifacts.
 
-Ingests of all sources are in one experiment, apart from trainings: they belong to data that many runs share.
+Ingests of all sources are in one experiment, captionings of all tables in another, apart from trainings: they belong
+to data that many runs share.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mlflow.entities import Metric, RunTag
 
 from pipelines.platform import Platform
 from pipelines.tracking.runs import OUTAGE, connect, experiment_id, unchanged_environment, unreachable
 
-EXPERIMENT = "ingest"
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 
 
-def log_ingest(platform: Platform, report: Mapping[str, Any], page: Path, *, good: bool) -> str:
-    """Log an ingest's report and page; returns the MLflow run's id.
+def log_stage(
+    platform: Platform,
+    kind: Literal["ingest", "caption"],
+    name: str,
+    report: Mapping[str, Any],
+    *,
+    tags: Mapping[str, object],
+    pages: Sequence[Path] = (),
+    good: bool,
+) -> str:
+    """Log a stage's report and pages; returns the MLflow run's id.
 
     A server that does not answer is asked again twice, not for minutes as MLflow would: the tables are written, and
     somebody waits.
 
     Args:
         platform: where the tracking server is.
-        report: with `source`, `ingest_id` and `dataset_version`; every number in it, however deep, becomes a metric.
-        page: the HTML page.
+        kind: of the stage; its experiment is called so.
+        name: of the run.
+        report: every number in it, however deep, becomes a metric.
+        tags: what the runs are looked for by.
+        pages: HTML pages.
         good: whether the run ends FINISHED, else FAILED.
 
     Raises:
-        UserError: the server does not answer, or its experiment of ingests was deleted.
+        UserError: the server does not answer, or its experiment of that kind was deleted.
     """
     with unchanged_environment(RETRIES):
         os.environ.setdefault(RETRIES, "2")
         client = connect(platform)
         try:
-            name = f"{report['source']}-{report['ingest_id']}"
-            tracked = client.create_run(experiment_id(client, EXPERIMENT, platform), run_name=name)
+            tracked = client.create_run(experiment_id(client, kind, platform), run_name=name)
             run_id, now = str(tracked.info.run_id), int(time.time() * 1000)
-            tags = {
-                "kind": "ingest",
-                "source": report["source"],
-                "ingest_id": report["ingest_id"],
-                "table_version": report["dataset_version"],
-            }
             client.log_batch(
                 run_id,
                 metrics=[Metric(key, float(value), now, 0) for key, value in _numbers(report).items()],
-                tags=[RunTag(f"lakesight.{key}", str(value)) for key, value in tags.items()],
+                tags=[RunTag(f"lakesight.{key}", str(value)) for key, value in {"kind": kind, **tags}.items()],
             )
-            client.log_dict(run_id, dict(report), "ingest.json")
-            client.log_artifact(run_id, str(page))
+            client.log_dict(run_id, dict(report), f"{kind}.json")
+            for page in pages:
+                client.log_artifact(run_id, str(page))
             client.set_terminated(run_id, "FINISHED" if good else "FAILED")
         except OUTAGE as error:
             raise unreachable(platform, error) from None

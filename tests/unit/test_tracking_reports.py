@@ -1,4 +1,4 @@
-"""An ingest's report in a real MLflow on SQLite, and what is said where there is no server."""
+"""A stage's report in a real MLflow on SQLite, and what is said where there is no server."""
 
 from __future__ import annotations
 
