@@ -64,7 +64,13 @@ def open_model(job: Job, which: str) -> ModelFiles:
 
     version = resolve(job.platform, job.model_name, which)
     folder = download(job.platform, version)
-    return ModelFiles(folder=folder, name=version.name, version=version.version, run_id=version.run_id)
+    return ModelFiles(
+        folder=folder,
+        name=version.name,
+        version=version.version,
+        run_id=version.run_id,
+        remote=job.platform.remote,
+    )
 
 
 def open_split(job: Job, model: ModelFiles) -> Shards:

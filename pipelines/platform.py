@@ -57,6 +57,7 @@ class Platform:
         open_spark: returns the Spark session (starts it locally).
         namespace: what a table name is prefixed with.
         root: the folder that holds every other folder.
+        remote: whether its files are on a network, where every reading costs: what many processes read is copied first.
         tables: folder of the Delta tables as plain files, where there is one; None where a catalog owns them.
         launch: how ranks start.
         tracking_uri: MLflow tracking server.
@@ -69,6 +70,7 @@ class Platform:
     open_spark: Callable[[], SparkSession]
     namespace: str
     root: Path
+    remote: bool
     tables: Path | None
     launch: Launch
     tracking_uri: str
@@ -133,6 +135,7 @@ def local(config: LocalPlatformConfig) -> Platform:
         open_spark=lambda: _local_session(config, root),
         namespace="lakesight",
         root=root,
+        remote=config.spark.master.startswith("spark://"),
         tables=root / "warehouse",
         launch=Launch(config.ranks, local_mode=config.spark.master.startswith("local["), use_gpu=False),
         tracking_uri=uri,
@@ -149,6 +152,7 @@ def databricks(config: DatabricksPlatformConfig) -> Platform:
         open_spark=_running_session,
         namespace=f"{config.catalog}.{config.schema_}",
         root=Path("/Volumes") / config.catalog / config.schema_ / config.volume,
+        remote=True,
         tables=None,
         launch=Launch(config.ranks, local_mode=False, use_gpu=config.use_gpu),
         tracking_uri="databricks",

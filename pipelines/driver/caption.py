@@ -192,7 +192,8 @@ def _job(
     }
     constants = {"prompt": request.prompt, "settings": json.dumps(told), "source_version": pictures.version}
     job = CaptionJob(
-        model_folder=str(model.folder),
+        model_folder=model.folder,
+        remote=model.remote,
         precision=request.precision,
         prompt=request.prompt,
         settings=settings,

@@ -11,12 +11,16 @@ from vlm.config import Config, ModelConfig
 
 
 class ModelFiles(Config):
-    """A version by name, and the folder (visible to executors) of its weights, config and tokenizer."""
+    """A version by name, and the folder (visible to executors) of its weights, config and tokenizer.
+
+    `remote` says that the folder is on a network: each machine copies it once.
+    """
 
     folder: Path
     name: str
     version: str
     run_id: str
+    remote: bool = False
 
     def read_config(self) -> ModelConfig:
         """The model's config.

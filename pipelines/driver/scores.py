@@ -104,7 +104,12 @@ def write_scores(file: Path, scored: Iterable[Scored]) -> None:
 
 
 def _score(spark: SparkSession, model: ModelFiles, shards: Shards) -> list[dict[str, Any]]:
-    job = ScoreJob(model_folder=str(model.folder), shards_folder=str(shards.folder), threads=task_threads(spark))
+    job = ScoreJob(
+        model_folder=model.folder,
+        remote=model.remote,
+        shards_folder=str(shards.folder),
+        threads=task_threads(spark),
+    )
     tasks = max(spark.sparkContext.defaultParallelism, -(-len(shards) // ROWS_PER_TASK))
     rows = spark.range(0, len(shards), 1, min(tasks, len(shards)))
     table = rows.mapInArrow(partial(score_batches, job), spark_schema(SCORE_SCHEMA))

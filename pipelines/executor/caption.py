@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.config import LimitsConfig
+from pipelines.executor.weights import on_this_machine
 from pipelines.tables import GENERATED_CAPTIONS
 from pipelines.tally import Tally, total
 from vlm.config import Config, GenerationConfig, Precision
@@ -37,6 +38,7 @@ class CaptionJob(Config):
 
     Attributes:
         model_folder: weights, config and tokenizer.
+        remote: whether that is on a network.
         precision: what the model computes in.
         prompt: of all pictures.
         settings: how to decode.
@@ -48,7 +50,8 @@ class CaptionJob(Config):
         at: when the job began.
     """
 
-    model_folder: str
+    model_folder: Path
+    remote: bool
     precision: Precision
     prompt: str
     settings: GenerationConfig
@@ -72,7 +75,8 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
     from pipelines.worker.caption import BATCH_ROWS, limit_threads, load_captioner
 
     limit_threads(job.threads)
-    captioner = load_captioner(job.model_folder, job.precision)
+    folder = on_this_machine(job.model_folder) if job.remote else job.model_folder
+    captioner = load_captioner(str(folder), job.precision)
     rows: list[dict[str, Any]] = []
     counted: list[Tally] = []
     decoded = ahead(partial(_decoded, captioner, job), batches, workers=1)

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from pipelines.executor.weights import on_this_machine
 from pipelines.shards import Shards
 from pipelines.tables import TEXT_TYPE
 from vlm.config import Config
@@ -58,9 +59,13 @@ THUMBNAIL_SIDE = 256
 
 
 class ScoreJob(Config):
-    """What an executor needs to know: folders of the model and of the shards, and how many cores it has."""
+    """What an executor needs to know: folders of the model and of the shards, and how many cores it has.
 
-    model_folder: str
+    `remote` says that the model's folder is on a network.
+    """
+
+    model_folder: Path
+    remote: bool
     shards_folder: str
     threads: int
 
@@ -71,7 +76,8 @@ def score_batches(job: ScoreJob, batches: Iterator[pa.RecordBatch]) -> Iterator[
     from pipelines.worker.score import score_rows
 
     limit_threads(job.threads)
-    captioner = load_captioner(job.model_folder)
+    folder = on_this_machine(job.model_folder) if job.remote else job.model_folder
+    captioner = load_captioner(str(folder))
     shards = Shards.open(Path(job.shards_folder))
     for batch in batches:
         scores = score_rows(captioner, shards, batch.column("id").to_pylist())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -117,8 +119,10 @@ def test_only_new_rows_new_settings_or_a_new_version_are_captioned(
     table_of_captions = spark.table(platform.table("generated_captions"))
     told = table_of_captions.where(table_of_captions.settings_hash == half.settings_hash).select("settings").distinct()
     assert [json.loads(row["settings"])["precision"] for row in told.collect()] == ["bf16"]
-    second = model.model_copy(update={"version": "2"})
+    second = model.model_copy(update={"version": "2", "remote": True})
     assert numbers(caption(spark, platform, second, request(table, where=one))) == (1, 0, 1, 0)
+    copies = Path(tempfile.gettempdir()).glob(f"lakesight-models-{os.getuid()}/*/model.safetensors")
+    assert (model.folder / "model.safetensors").read_bytes() in [copy.read_bytes() for copy in copies]
 
 
 def test_base64_text_is_captioned_like_its_bytes_and_equal_ids_of_two_tables_do_not_hide_each_other(

@@ -1,0 +1,94 @@
+"""A model's files on this machine: copied once, whole, by whoever comes first, and not for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import TEST_PATH
+
+from pipelines.errors import StageFailed
+from pipelines.executor.weights import KEPT, on_this_machine
+
+COPY = """
+import shutil, sys, time
+from pathlib import Path
+from pipelines.executor.weights import on_this_machine
+whole = shutil.copyfile
+def slowly(source, target):
+    print("copies", source.name, flush=True)
+    time.sleep(float(sys.argv[3]))
+    return whole(source, target)
+shutil.copyfile = slowly
+print(on_this_machine(Path(sys.argv[1]), Path(sys.argv[2])), flush=True)
+"""
+
+
+def model(folder: Path, said: str = "weights") -> Path:
+    folder.mkdir()
+    (folder / "model.safetensors").write_text(said)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def start(folder: Path, root: Path, seconds: float) -> subprocess.Popen[str]:
+    """A process that copies, each file no faster than this."""
+    environment = os.environ | {"PYTHONPATH": TEST_PATH}
+    command = [sys.executable, "-c", COPY, str(folder), str(root), str(seconds)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_model_is_copied_once_and_one_that_was_replaced_again(tmp_path: Path) -> None:
+    folder, root = model(tmp_path / "far"), tmp_path / "near"
+    copy = on_this_machine(folder, root)
+    assert {path.name: path.read_text() for path in copy.iterdir()} == {
+        "model.safetensors": "weights",
+        "config.json": "{}",
+    }
+    (copy / "mark").touch()
+    assert on_this_machine(folder, root) == copy
+    assert (copy / "mark").exists(), "copied a second time"
+    (folder / "model.safetensors").write_text("others")
+    assert (on_this_machine(folder, root) / "model.safetensors").read_text() == "others"
+
+
+def test_only_the_models_asked_for_last_stay(tmp_path: Path) -> None:
+    folders = [model(tmp_path / f"far-{number}") for number in range(KEPT + 2)]
+    copies = []
+    for number, folder in enumerate(folders):
+        copies.append(on_this_machine(folder, tmp_path / "near"))
+        os.utime(copies[-1], (number, number))
+    assert on_this_machine(folders[-KEPT], tmp_path / "near") == copies[-KEPT]
+    assert [copy.exists() for copy in copies] == [False, False] + [True] * KEPT
+
+
+def test_two_processes_copy_once_and_a_killed_one_leaves_no_half_copy(tmp_path: Path) -> None:
+    folder, root = model(tmp_path / "far"), tmp_path / "near"
+    victim = start(folder, root, 60)
+    assert victim.stdout is not None
+    assert victim.stdout.readline().startswith("copies")
+    assert [path.suffix for path in root.iterdir() if path.is_dir()] == [".part"]
+    others = [start(folder, root, 0) for _ in range(2)]
+    time.sleep(0.2)
+    assert all(other.poll() is None for other in others), "they wait for the one that copies"
+    victim.send_signal(signal.SIGKILL)
+    said = [other.communicate(timeout=60)[0].splitlines() for other in others]
+    victim.wait()
+    assert sorted(len(lines) for lines in said) == [1, 3], "one of them copied both files, the other none"
+    assert said[0][-1] == said[1][-1]
+    [copy] = [path for path in root.iterdir() if path.is_dir()]
+    assert str(copy) == said[0][-1]
+    assert (copy / "model.safetensors").read_text() == "weights"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_somebody_else_is_not_trusted(tmp_path: Path) -> None:
+    (tmp_path / "near").mkdir()
+    os.chown(tmp_path / "near", 12345, 12345)
+    with pytest.raises(StageFailed, match="another user"):
+        on_this_machine(model(tmp_path / "far"), tmp_path / "near")
