@@ -8,14 +8,17 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
-from helpers import tiny_model
+from helpers import TEST_PATH, tiny_model
 from pictures import as_base64, png, write_csv
 from pyspark.sql import SparkSession
 
@@ -92,6 +95,24 @@ def killer(victim: Victim, after: float, rng: random.Random) -> Iterator[list[in
     finally:
         done.set()
         thread.join()
+
+
+def start(script: ModuleType, home: Path, folder: Path) -> subprocess.Popen[bytes]:
+    """A process of its own that does a script's work on a folder; it says in `started` that its session has begun."""
+    environment = os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": TEST_PATH}
+    command = [sys.executable, str(script.__file__), str(folder)]
+    with (home / "log").open("ab") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, process_group=0)
+
+
+def kill_after(process: subprocess.Popen[bytes], home: Path, seconds: float) -> None:
+    """Kill the driver, its JVM and all below them some seconds after its session began."""
+    while not (home / "started").exists() and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    (home / "started").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

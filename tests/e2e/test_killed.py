@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import killed
 import pytest
 from deltalake import DeltaTable
-from helpers import TEST_PATH
-from killed import SOURCE, Victim, killer, work, write_rows
+from killed import SOURCE, Victim, kill_after, killer, start, work, write_rows
 from pyspark.sql import SparkSession
 
 from pipelines.errors import StageFailed
@@ -80,25 +74,6 @@ def test_no_row_is_lost_or_doubled_whenever_a_process_of_an_executor_is_killed(
     survive(spark, platform, source, tmp_path, victim, seed)
 
 
-def start(home: Path, folder: Path) -> subprocess.Popen[bytes]:
-    """A process of its own that ingests the folder and writes shards."""
-    environment = os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": TEST_PATH}
-    with (home / "log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, killed.__file__, str(folder)], env=environment, stdout=log, stderr=log, process_group=0
-        )
-
-
-def kill_after(process: subprocess.Popen[bytes], home: Path, seconds: float) -> None:
-    """Kill the driver, its JVM and all below them some seconds after its session began."""
-    while not (home / "started").exists() and process.poll() is None:
-        time.sleep(0.05)
-    time.sleep(seconds)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    (home / "started").unlink(missing_ok=True)
-
-
 @pytest.mark.faults
 @pytest.mark.matrix
 @pytest.mark.parametrize("seed", range(10))
@@ -107,8 +82,8 @@ def test_no_row_is_lost_or_doubled_when_the_driver_is_killed_time_and_again(tmp_
     (home := tmp_path / "home").mkdir()
     for number in range(3):
         expected |= write_rows(tmp_path / "input", 1 + number * ROWS, ROWS)
-        kill_after(start(home, tmp_path / "input"), home, rng.uniform(0, SECONDS))
-    assert start(home, tmp_path / "input").wait() == 0, (home / "log").read_text()[-3000:]
+        kill_after(start(killed, home, tmp_path / "input"), home, rng.uniform(0, SECONDS))
+    assert start(killed, home, tmp_path / "input").wait() == 0, (home / "log").read_text()[-3000:]
     demand_everything(home, SOURCE, expected)
 
 
@@ -118,6 +93,6 @@ def test_two_processes_that_ingest_a_folder_at_the_same_time_bring_what_one_woul
     (home := tmp_path / "home").mkdir()
     expected = write_rows(tmp_path / "input", 1, ROWS)
     with ThreadPoolExecutor() as pool:
-        codes = list(pool.map(lambda _: start(home, tmp_path / "input").wait(), range(2)))
+        codes = list(pool.map(lambda _: start(killed, home, tmp_path / "input").wait(), range(2)))
     assert codes == [0, 0], (home / "log").read_text()[-3000:]
     demand_everything(home, SOURCE, expected)

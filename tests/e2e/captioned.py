@@ -1,0 +1,65 @@
+"""Captioning under kill -9: a table and a model to do it with, a process that does it, and what must be there after.
+
+LAKESIGHT_HOME=HOME python captioned.py FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from deltalake import DeltaTable, write_deltalake
+from helpers import tiny_model
+from pictures import png
+from pyspark.sql import SparkSession
+
+import pipelines.driver.caption as stage
+from pipelines.config import LocalPlatformConfig
+from pipelines.driver.caption import CaptionReport, CaptionRequest, caption
+from pipelines.driver.model import ModelFiles
+from pipelines.platform import Platform, local
+from vlm import text
+from vlm.build import build_model
+from vlm.checkpoint import save_model
+
+ROWS, BAD = 96, 5
+ROWS_PER_TASK = 12
+"""So that there are eight tasks, each with a file of its own."""
+
+
+def prepare(folder: Path) -> None:
+    """A table of pictures, some of which are none, and a random model."""
+    pictures = [png(number) for number in range(ROWS - BAD)] + [b"no picture"] * BAD
+    table = pa.table({"id": [f"{number:02}" for number in range(ROWS)], "photo": pictures})
+    write_deltalake(folder / "photos", table)
+    config = tiny_model()
+    torch.manual_seed(3)
+    tokenizer = text.learn(config.text, [])
+    save_model(folder / "model", build_model(config, tokenizer.vocab_size), tokenizer)
+
+
+def work(spark: SparkSession, platform: Platform, folder: Path, version: str) -> CaptionReport:
+    """Caption the table, in many small tasks."""
+    stage.ROWS_PER_TASK = ROWS_PER_TASK
+    model = ModelFiles(folder=folder / "model", name=f"m-{folder.name}", version=version, run_id="r")
+    request = CaptionRequest(source_table=f"delta.`{folder}/photos`", id_column="id", image_column="photo")
+    return caption(spark, platform, model, request)
+
+
+def found(home: Path, folder: Path, version: str) -> list[dict[str, Any]]:
+    """Captions of a version in the order of their ids, without what differs from job to job."""
+    of_version = [("model_name", "=", f"m-{folder.name}"), ("model_version", "=", version)]
+    columns = ["image_id", "caption", "error", "sha256", "num_tokens", "settings_hash"]
+    table = DeltaTable(home / "warehouse" / "generated_captions").to_pyarrow_table(columns=columns, filters=of_version)
+    return sorted(table.to_pylist(), key=lambda row: str(row["image_id"]))
+
+
+if __name__ == "__main__":
+    here = local(LocalPlatformConfig())
+    session = here.open_spark()
+    (here.root / "started").touch()
+    work(session, here, Path(sys.argv[1]), "1")
+    session.stop()
