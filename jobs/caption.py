@@ -43,7 +43,8 @@ def caption(
 ) -> None:
     """Caption what a version has not captioned yet, and pictures that have changed.
 
-    A job that was killed goes on where it ended.
+    A job that was killed goes on where it ended. Figures of what was captioned stand beside those of the version's
+    evaluation; beyond the limits of the run's drift section they are a warning.
 
     \b
     Examples:

@@ -18,7 +18,7 @@ from pipelines.platform import Platform
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 SECONDS, DRIVER_SECONDS = 5.0, 15.0
-"""In which a kill strikes. A job in a warm session takes about as long, and one of its own once its session has begun."""
+"""In which a kill strikes: about what a job takes in a warm session, and in one of its own once that has begun."""
 
 
 class Undisturbed(NamedTuple):

@@ -183,6 +183,9 @@ def test_what_a_version_must_show_is_said_by_the_run_and_can_be_overridden() -> 
     assert load_run("demo").gate.baselines == ("constant", "neighbour")
     assert load_run("seemoe").gate.baselines == ()
     assert load_run("demo", overrides=["gate.min_blind_gap=0.3"]).gate.min_blind_gap == 0.3
+    assert load_run("demo", overrides=["drift.fail=true"]).drift.fail
+    with pytest.raises(ConfigError, match=r"drift\.bright: unknown key, did you mean 'brightness'"):
+        load_run("demo", overrides=["drift.bright=3"])
     said = problems("gate.min_blind_gab=0.3", "gate.metric=word")
     assert "gate.min_blind_gab: unknown key, did you mean 'min_blind_gap'?" in said
     assert "gate.metric: " in said

@@ -20,7 +20,9 @@ BEFORE = {
     "brightness": 120.0,
     "contrast": 60.0,
 }
-SAID = st.lists(st.sampled_from(["a red square", "a Red circle!", "dogs run on a beach", ":-)"]), min_size=1)
+SAID = st.lists(
+    st.sampled_from(["a red square", "a Red circle!", "dogs run on a beach", "no no no", ":-)"]), min_size=1
+)
 
 
 @given(st.lists(SAID, min_size=1, max_size=5))
@@ -30,6 +32,7 @@ def test_sums_of_parts_are_those_of_the_whole(parts: list[list[str]]) -> None:
     assert total(map(total, tallies)) == whole
     assert Tally.model_validate_json(whole.model_dump_json()) == whole
     flat = [text for part in parts for text in part]
+    assert whole.saying.get("no", 0) == flat.count("no no no"), "captions, not words"
     assert whole.captioned == len(flat)
     assert whole.figures()["words"] == pytest.approx(np.mean([len(words(text)) for text in flat]))
     assert whole.figures()["mean_logprob"] == pytest.approx(-0.25)

@@ -25,6 +25,7 @@ def slowly(source, target):
     time.sleep(float(sys.argv[3]))
     return whole(source, target)
 shutil.copyfile = slowly
+print("asks", flush=True)
 print(on_this_machine(Path(sys.argv[1]), Path(sys.argv[2])), flush=True)
 """
 
@@ -41,6 +42,12 @@ def start(folder: Path, root: Path, seconds: float) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": TEST_PATH}
     command = [sys.executable, "-c", COPY, str(folder), str(root), str(seconds)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    """The next one it prints."""
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
 
 
 def test_a_model_is_copied_once_and_one_that_was_replaced_again(tmp_path: Path) -> None:
@@ -70,11 +77,11 @@ def test_only_the_models_asked_for_last_stay(tmp_path: Path) -> None:
 def test_two_processes_copy_once_and_a_killed_one_leaves_no_half_copy(tmp_path: Path) -> None:
     folder, root = model(tmp_path / "far"), tmp_path / "near"
     victim = start(folder, root, 60)
-    assert victim.stdout is not None
-    assert victim.stdout.readline().startswith("copies")
+    assert [line(victim), line(victim)] == ["asks", "copies config.json"]
     assert [path.suffix for path in root.iterdir() if path.is_dir()] == [".part"]
     others = [start(folder, root, 0) for _ in range(2)]
-    time.sleep(0.2)
+    assert [line(other) for other in others] == ["asks", "asks"]
+    time.sleep(0.3)
     assert all(other.poll() is None for other in others), "they wait for the one that copies"
     victim.send_signal(signal.SIGKILL)
     said = [other.communicate(timeout=60)[0].splitlines() for other in others]

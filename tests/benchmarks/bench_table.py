@@ -1,0 +1,279 @@
+"""Captioning a table: through Spark, beside a bare loop, a UDF around transformers' generate, and Daft.
+
+    pip install transformers daft
+    python tests/benchmarks/bench_table.py
+
+The same rows of a Delta table, weights (exported as transformers loads them) and tokens; the texts are compared and
+equal. One process a core with one thread each, all of them started and with the model loaded before the clock runs.
+The bare loop decodes and generates in batches, and neither reads nor writes a table. The UDF is written well, with
+batches of 64, and once more as pipelines are by default, one picture at a time. Daft runs our own captioner in a UDF:
+what differs is how rows get there and back. Without Daft the line is left out.
+
+Ratios are of the processor's time, of all processes together: the clock's are only right on a machine of one's own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from deltalake import DeltaTable, write_deltalake
+from measure import processor_seconds
+from PIL import Image
+from pyspark.sql import DataFrame
+
+from pipelines.config import LocalPlatformConfig, load_model
+from pipelines.driver.caption import CaptionRequest, caption
+from pipelines.driver.model import ModelFiles
+from pipelines.platform import local
+from pipelines.worker.caption import limit_threads, load_captioner
+from vlm import text
+from vlm.build import build_model
+from vlm.checkpoint import save_model
+from vlm.image import open_image, to_pixels
+from vlm.text.prompt import prefix_ids
+from vlm.weights.export import export_weights
+
+ROWS, SIZE, BATCH = 1500, (320, 240), 64
+SHAPE = (
+    "model.image.size=64",
+    "model.vision.transformer.width=256",
+    "model.vision.transformer.depth=4",
+    "model.vision.transformer.attention.head_dim=64",
+    "model.vision.transformer.mlp.mlp_width=1024",
+    "model.decoder.context=128",
+    "model.decoder.transformer.width=256",
+    "model.decoder.transformer.depth=4",
+    "model.decoder.transformer.attention.head_dim=64",
+    "model.decoder.transformer.mlp.mlp_width=1024",
+    "model.generation.max_new_tokens=24",
+)
+"""Of PaliGemma's kind, 7 M weights, 64 slots."""
+
+
+class Rates(NamedTuple):
+    """Captions a second, by the clock and of the processor."""
+
+    clock: float
+    processor: float
+
+    def show(self, name: str, beside: str = "") -> None:
+        """One line of the table."""
+        print(f"{name:<32} {self.clock:7.1f}/s  {self.processor:7.1f} a processor's second  {beside}", flush=True)
+
+
+def timed(work: Callable[[], int]) -> Rates:
+    """Run it; it says how many captions it made."""
+    clock, processor = time.monotonic(), processor_seconds()
+    count = work()
+    return Rates(count / (time.monotonic() - clock), count / (processor_seconds() - processor))
+
+
+def pictures(count: int) -> list[bytes]:
+    """JPEG files of smooth colour fields with noise."""
+    rng = np.random.default_rng(0)
+    files = []
+    for _ in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        field = np.asarray(coarse.resize(SIZE, Image.Resampling.BICUBIC)) // 2
+        buffer = io.BytesIO()
+        Image.fromarray((field + rng.integers(0, 8, field.shape)).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+        files.append(buffer.getvalue())
+    return files
+
+
+# ------------------------------------------------------------------------------------------------ the bare loop
+
+
+def loop(folder: str, images: list[bytes], ready: Barrier, answers: Any) -> None:
+    """A process: decode and generate, batch by batch."""
+    limit_threads(1)
+    captioner = load_captioner(folder)
+    settings = captioner.model.config.generation
+    captioner.caption(images[:BATCH], [""] * BATCH, settings)
+    ready.wait()
+    said = []
+    for start in range(0, len(images), BATCH):
+        few = images[start : start + BATCH]
+        said += [result.caption for result in captioner.caption(few, [""] * len(few), settings)]
+    answers.put((images[0], said))
+
+
+def bare(folder: Path, images: list[bytes], processes: int) -> tuple[Rates, list[str]]:
+    """One process a core, and the captions."""
+    context = multiprocessing.get_context("spawn")
+    ready, answers = context.Barrier(processes + 1), context.SimpleQueue()
+    parts = [images[number::processes] for number in range(processes)]
+    workers = [context.Process(target=loop, args=(str(folder), part, ready, answers)) for part in parts]
+    for worker in workers:
+        worker.start()
+    ready.wait()
+    found: dict[bytes, list[str]] = {}
+
+    def gather() -> int:
+        found.update(answers.get() for _ in workers)
+        return len(images)
+
+    rates = timed(gather)
+    said = [""] * len(images)
+    for number, part in enumerate(parts):
+        said[number::processes] = found[part[0]]
+    return rates, said
+
+
+# ------------------------------------------------------------------------------------------------ transformers
+
+
+@lru_cache(maxsize=1)
+def theirs(folder: str, exported: str) -> Callable[[list[bytes]], list[str]]:
+    """What captions by transformers, with our exported weights; loaded once a process."""
+    from transformers import PaliGemmaForConditionalGeneration
+
+    torch.set_num_threads(1)
+    model: Any = PaliGemmaForConditionalGeneration.from_pretrained(exported)
+    tokenizer = text.load(Path(folder) / "tokenizer.json")
+    config = load_model("paligemma_tiny", SHAPE)
+    mark = model.config.image_token_index
+    prefix = [mark if token < 0 else token for token in prefix_ids(tokenizer, config.num_slots, "")]
+
+    @torch.inference_mode()
+    def said(images: list[bytes]) -> list[str]:
+        decoded = [open_image(image, max_pixels=10**8, min_side=1)[0] for image in images]
+        pixels = torch.from_numpy(np.stack([to_pixels(picture, config.image) for picture in decoded]))
+        ids = torch.tensor([prefix] * len(images))
+        found = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            token_type_ids=torch.zeros_like(ids),
+            pixel_values=(pixels.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5,
+            max_new_tokens=config.generation.max_new_tokens,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_id,
+            pad_token_id=tokenizer.pad_id,
+            suppress_tokens=list(tokenizer.silenced_ids),
+        )
+        answers = found[:, ids.shape[1] :].tolist()
+        return [tokenizer.decode(row[: [*row, tokenizer.eos_id].index(tokenizer.eos_id)]) for row in answers]
+
+    return said
+
+
+def their_udf(folder: str, exported: str, batch: int, frames: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+    """What is run in Python workers: the model once a process, so many pictures at a time."""
+    captioned = theirs(folder, exported)
+    for frame in frames:
+        images = frame["image"].tolist()
+        said = [line for start in range(0, len(images), batch) for line in captioned(images[start : start + batch])]
+        yield pd.DataFrame({"id": frame["id"], "caption": said})
+
+
+def route(table: DataFrame, udf: Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]], out: Path) -> int:
+    """Caption a table into Parquet; returns how many rows."""
+    table.mapInPandas(udf, "id STRING, caption STRING").write.mode("overwrite").parquet(str(out))
+    return len(read(out))
+
+
+# ------------------------------------------------------------------------------------------------ Daft
+
+
+def in_daft(folder: Path, table: Path, out: Path, processes: int) -> int:
+    """Our captioner as a UDF of Daft, as many processes as cores, from the table's files to Parquet."""
+    import bench_table  # by name: its processes import it
+
+    daft: Any = importlib.import_module("daft")
+    udf = daft.udf(return_dtype=daft.DataType.string(), concurrency=processes, batch_size=BATCH, use_process=True)(
+        bench_table.InDaft
+    )
+    rows = daft.read_parquet(str(table / "*.parquet"))
+    said = udf.with_init_args(str(folder))(rows["image"]).alias("caption")
+    rows.select(rows["id"], said).write_parquet(str(out), write_mode="overwrite")
+    return len(read(out))
+
+
+class InDaft:
+    """A UDF of Daft: the model once a process."""
+
+    def __init__(self, folder: str) -> None:
+        limit_threads(1)
+        self.captioner = load_captioner(folder)
+
+    def __call__(self, images: Any) -> list[str | None]:
+        """Captions of a batch."""
+        few = images.to_pylist()
+        results = self.captioner.caption(few, [""] * len(few), self.captioner.model.config.generation)
+        return [result.caption for result in results]
+
+
+def read(files: Path) -> dict[str, str]:
+    """Captions by id."""
+    rows = pq.read_table(files).to_pydict()
+    return dict(zip(rows["id"], rows["caption"], strict=True))
+
+
+def main() -> None:
+    """Run all and print the table."""
+    import bench_table  # by name, so that Spark's workers import it and keep the model
+
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    torch.manual_seed(0)
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["LAKESIGHT_HOME"] = home
+        here, folder, exported = Path(home), Path(home) / "model", Path(home) / "exported"
+        config = load_model("paligemma_tiny", SHAPE)
+        tokenizer = text.learn(config.text, ["a large blue square above a small green star", "a red circle"])
+        model = build_model(config, tokenizer.vocab_size)
+        save_model(folder, model, tokenizer)
+        export_weights(folder, "model", "paligemma", exported)
+        images = pictures(ROWS)
+        ids = [f"{number:06}" for number in range(ROWS)]
+        write_deltalake(here / "photos", pa.table({"id": ids, "image": images}))
+
+        loops, said = bare(folder, images, cores)
+        expected = dict(zip(ids, said, strict=True))
+        loops.show(f"bare loop, {cores} processes")
+
+        platform = local(LocalPlatformConfig())
+        spark = platform.open_spark()
+        files = ModelFiles(folder=folder, name="table", version="1", run_id="none")
+        request = CaptionRequest(source_table=f"delta.`{here}/photos`", id_column="id", image_column="image")
+        caption(spark, platform, files, request.model_copy(update={"where": f"id < '{4 * BATCH:06}'"}))
+        ours = timed(lambda: caption(spark, platform, files, request).captioned)
+        rows = DeltaTable(here / "warehouse" / "generated_captions").to_pyarrow_table(columns=["image_id", "caption"])
+        assert dict(zip(*rows.to_pydict().values(), strict=True)) == expected, "the captions differ"
+        ours.show("lakesight caption, on Spark", f"{ours.processor / loops.processor:.2f} of the loop")
+
+        for batch, count in ((BATCH, ROWS), (1, ROWS // 4)):
+            udf = partial(bench_table.their_udf, str(folder), str(exported), batch)
+            out = here / f"theirs-{batch}"
+            route(spark.table(f"delta.`{here}/photos`").limit(4 * BATCH).repartition(cores), udf, out)
+            table = spark.table(f"delta.`{here}/photos`").where(f"id < '{count:06}'").repartition(cores)
+            theirs = timed(partial(route, table, udf, out))
+            assert read(out).items() <= expected.items(), "the captions differ"
+            beside = f"lakesight is {ours.processor / theirs.processor:.2f} x"
+            theirs.show(f"UDF around transformers, by {batch}", beside)
+        spark.stop()
+        if importlib.util.find_spec("daft"):
+            in_daft(folder, here / "photos", here / "daft-warm", cores)
+            daft = timed(partial(in_daft, folder, here / "photos", here / "daft", cores))
+            assert read(here / "daft") == expected, "the captions differ"
+            daft.show("Daft's UDF, our captioner", f"lakesight is {ours.processor / daft.processor:.2f} x")
+
+
+if __name__ == "__main__":
+    main()
