@@ -1,21 +1,18 @@
-"""Captioning a table: through Spark, beside a bare loop, a UDF around transformers' generate, and Daft.
+"""Captioning a table: through Spark, beside a bare loop, and a UDF around transformers' generate.
 
-    pip install transformers daft
+    pip install transformers
     python tests/benchmarks/bench_table.py
 
 The same rows of a Delta table, weights (exported as transformers loads them) and tokens; the texts are compared and
 equal. One process a core with one thread each, all of them started and with the model loaded before the clock runs.
 The bare loop decodes and generates in batches, and neither reads nor writes a table. The UDF is written well, with
-batches of 64, and once more as pipelines are by default, one picture at a time. Daft runs our own captioner in a UDF:
-what differs is how rows get there and back. Without Daft the line is left out.
+batches of 64, and once more as pipelines are by default, one picture at a time.
 
 Ratios are of the processor's time, of all processes together: the clock's are only right on a machine of one's own.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import io
 import multiprocessing
 import os
@@ -188,37 +185,6 @@ def route(table: DataFrame, udf: Callable[[Iterator[pd.DataFrame]], Iterator[pd.
     return len(read(out))
 
 
-# ------------------------------------------------------------------------------------------------ Daft
-
-
-def in_daft(folder: Path, table: Path, out: Path, processes: int) -> int:
-    """Our captioner as a UDF of Daft, as many processes as cores, from the table's files to Parquet."""
-    import bench_table  # by name: its processes import it
-
-    daft: Any = importlib.import_module("daft")
-    udf = daft.udf(return_dtype=daft.DataType.string(), concurrency=processes, batch_size=BATCH, use_process=True)(
-        bench_table.InDaft
-    )
-    rows = daft.read_parquet(str(table / "*.parquet"))
-    said = udf.with_init_args(str(folder))(rows["image"]).alias("caption")
-    rows.select(rows["id"], said).write_parquet(str(out), write_mode="overwrite")
-    return len(read(out))
-
-
-class InDaft:
-    """A UDF of Daft: the model once a process."""
-
-    def __init__(self, folder: str) -> None:
-        limit_threads(1)
-        self.captioner = load_captioner(folder)
-
-    def __call__(self, images: Any) -> list[str | None]:
-        """Captions of a batch."""
-        few = images.to_pylist()
-        results = self.captioner.caption(few, [""] * len(few), self.captioner.model.config.generation)
-        return [result.caption for result in results]
-
-
 def read(files: Path) -> dict[str, str]:
     """Captions by id."""
     rows = pq.read_table(files).to_pydict()
@@ -268,11 +234,6 @@ def main() -> None:
             beside = f"lakesight is {ours.processor / theirs.processor:.2f} x"
             theirs.show(f"UDF around transformers, by {batch}", beside)
         spark.stop()
-        if importlib.util.find_spec("daft"):
-            in_daft(folder, here / "photos", here / "daft-warm", cores)
-            daft = timed(partial(in_daft, folder, here / "photos", here / "daft", cores))
-            assert read(here / "daft") == expected, "the captions differ"
-            daft.show("Daft's UDF, our captioner", f"lakesight is {ours.processor / daft.processor:.2f} x")
 
 
 if __name__ == "__main__":
