@@ -12,12 +12,14 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from pyspark.sql import DataFrame, SparkSession
 
 from pipelines.driver.bootstrap import Interval, measure, slices
+from pipelines.driver.conflicts import undisturbed
 from pipelines.driver.gallery import Answer, Card, select_rows, write_figures, write_html, write_png
 from pipelines.driver.metrics import Scored, captioned, has_java, meteor
 from pipelines.driver.model import ModelFiles
@@ -128,7 +130,7 @@ def evaluate(
     add_columns(spark, platform, EVALUATIONS)
     report, cards = _evaluate(spark, model, (shards, train), folder, wanted)
     report = report.model_copy(update={"seconds": time.monotonic() - started})
-    _merge(spark, platform, report)
+    undisturbed(partial(_merge, spark, platform, report), where=platform.table(EVALUATIONS.name))
     _write_pages(report, cards)
     write_json(folder / REPORT, report)
     return report

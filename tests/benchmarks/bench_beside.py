@@ -88,8 +88,8 @@ def main() -> None:
             print(f"{name}, {count} of them, {CORES} cores")
             for tool, run in tools.items():
                 run(few)
-                wall, processor, peak = run(many)
-                print(f"  {tool:10}{wall:6.1f} s, {processor:6.1f} s of the processor, {peak:6.0f} MB", flush=True)
+                wall, processor, _ = run(many)
+                print(f"  {tool:10}{wall:6.1f} s, {processor:6.1f} s of the processor", flush=True)
         spark.stop()
 
 

@@ -36,8 +36,8 @@ def make(path: Path, count: int, side: int, kind: str = "PNG", height: int | Non
             writer.writerow([base64.b64encode(buffer.getvalue()).decode(), f"picture {number}"])
 
 
-def family() -> list[list[str]]:
-    """What /proc says of this process and all below it, from the third field of `stat` on (Linux)."""
+def family() -> dict[int, list[str]]:
+    """What /proc says of this process and all below it, from the third field of `stat` on, by its number (Linux)."""
     stats = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
@@ -45,17 +45,17 @@ def family() -> list[list[str]]:
     ours = {os.getpid()}
     while more := {pid for pid, fields in stats.items() if int(fields[1]) in ours} - ours:
         ours |= more
-    return [stats[pid] for pid in ours if pid in stats]
+    return {pid: stats[pid] for pid in ours if pid in stats}
 
 
 def resident() -> int:
     """Resident bytes of this process and all below it (Linux)."""
-    return sum(int(fields[21]) for fields in family()) * os.sysconf("SC_PAGE_SIZE")
+    return sum(int(fields[21]) for fields in family().values()) * os.sysconf("SC_PAGE_SIZE")
 
 
 def processor_seconds() -> float:
     """Seconds of the processor that this process and all below it, the ended ones too, have had (Linux)."""
-    ticks = sum(int(field) for fields in family() for field in fields[11:15])
+    ticks = sum(int(field) for fields in family().values() for field in fields[11:15])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
@@ -72,6 +72,28 @@ def peak_memory() -> Iterator[list[int]]:
     watcher.start()
     try:
         yield samples
+    finally:
+        done.set()
+        watcher.join()
+
+
+@contextmanager
+def peak_of_each() -> Iterator[dict[str, int]]:
+    """Peaks of resident memory while the block runs: of the driver, of its JVM, and of the largest Python worker."""
+    done, peaks = threading.Event(), dict.fromkeys(("driver", "JVM", "worker"), 0)
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            for pid, fields in family().items():
+                with suppress(OSError):  # it ended meanwhile
+                    name = Path(f"/proc/{pid}/cmdline").read_text()
+                    kind = "driver" if pid == os.getpid() else "JVM" if "java" in name else "worker"
+                    peaks[kind] = max(peaks[kind], int(fields[21]) * os.sysconf("SC_PAGE_SIZE"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peaks
     finally:
         done.set()
         watcher.join()
