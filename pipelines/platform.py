@@ -10,6 +10,7 @@ import atexit
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -210,8 +211,18 @@ def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
             spark = SparkSession(SparkContext(conf=conf, gateway=gateway))
         except (PySparkRuntimeError, Py4JJavaError) as error:
             raise _start_failure(log, start, error) from None
-    atexit.register(spark.stop)
+    atexit.register(_stop, spark, config.spark.master, spark.sparkContext.applicationId)
     return spark
+
+
+def _stop(spark: SparkSession, master: str, application: str) -> None:
+    """Stop Spark. Executors of `local-cluster` each leave a copy of all jars inside the installed pyspark: removed."""
+    import pyspark
+
+    spark.stop()
+    if master.startswith("local-cluster"):
+        spark_home = Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent)
+        shutil.rmtree(spark_home / "work" / application, ignore_errors=True)
 
 
 def _of_same_home(spark: SparkSession, root: Path) -> SparkSession:
