@@ -5,7 +5,10 @@ The session itself comes from `Platform.open_spark`; nothing here starts one.
 
 from __future__ import annotations
 
+import logging
 import re
+import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,8 @@ from pyspark.sql import DataFrame, SparkSession
 from pipelines.errors import StageFailed, UserError
 from pipelines.platform import Platform
 from pipelines.tables import SAMPLES, TABLES, Table
+
+logger = logging.getLogger(__name__)
 
 MAX_BATCH_BYTES = 16 * 2**20
 MAX_BATCH_ROWS = 32
@@ -32,6 +37,9 @@ UPKEEP = frozenset(
 )
 """Commits that change no row."""
 
+CREATED_IN = 10
+"""Seconds from the folder of a table's log to its first commit, at most."""
+
 DIED = re.compile(r"Python worker exited unexpectedly|ExecutorLostFailure|^(?:Caused by: )?MemoryError", re.MULTILINE)
 
 
@@ -43,13 +51,20 @@ def ensure_tables(spark: SparkSession, platform: Platform) -> None:
     if platform.tables is not None:
         spark.sql(f"CREATE SCHEMA IF NOT EXISTS {platform.namespace} LOCATION {_quoted(platform.tables)}")
     for table in TABLES:
-        name = platform.table(table.name)
-        if not spark.catalog.tableExists(name):
-            new = not _is_written(table, platform.tables)
-            spark.sql(_create(name, table, platform.tables))
-            if new:
-                add_checks(spark, name, table.checks)
-        add_columns(spark, platform, table)
+        ensure_table(spark, platform, table)
+
+
+def ensure_table(spark: SparkSession, platform: Platform, table: Table) -> None:
+    """Create one table, or bring it up to date, as `ensure_tables` does."""
+    name, folder = platform.table(table.name), platform.tables and platform.tables / table.name
+    if not spark.catalog.tableExists(name):
+        location = f" LOCATION {_quoted(folder)}" if folder else ""
+        if folder and _is_written(folder):
+            spark.sql(f"CREATE TABLE IF NOT EXISTS {name} USING DELTA{location}")
+        else:
+            spark.sql(_create(name, table, location))
+            add_checks(spark, name, table.checks)
+    add_columns(spark, platform, table)
 
 
 def add_checks(spark: SparkSession, name: str, checks: Mapping[str, str]) -> tuple[str, ...]:
@@ -71,10 +86,7 @@ def add_columns(spark: SparkSession, platform: Platform, table: Table) -> None:
         spark.sql(f"ALTER TABLE {name} ADD COLUMNS ({', '.join(further)})")
 
 
-def _create(name: str, table: Table, tables: Path | None) -> str:
-    location = f" LOCATION {_quoted(tables / table.name)}" if tables else ""
-    if _is_written(table, tables):
-        return f"CREATE TABLE IF NOT EXISTS {name} USING DELTA{location}"
+def _create(name: str, table: Table, location: str) -> str:
     clustered = f" CLUSTER BY ({', '.join(table.cluster_by)})" if table.cluster_by else ""
     properties = ", ".join(f"'{key}' = '{value}'" for key, value in table.properties.items())
     return (
@@ -83,8 +95,22 @@ def _create(name: str, table: Table, tables: Path | None) -> str:
     )
 
 
-def _is_written(table: Table, tables: Path | None) -> bool:
-    return tables is not None and (tables / table.name / "_delta_log").is_dir()
+def _is_written(folder: Path) -> bool:
+    """Whether a folder holds a Delta table.
+
+    A log without a commit is either another process's that creates the table just now, which is waited for, or what was
+    left when one was killed at it: Delta would take neither table nor empty folder for it, so it is removed.
+    """
+    log = folder / "_delta_log"
+    while log.is_dir():
+        if any(log.glob("[0-9]*.json")) or any(log.glob("[0-9]*.parquet")):
+            return True
+        if time.time() - log.stat().st_mtime > CREATED_IN:
+            logger.warning("removing %s: it was begun %s seconds ago or more, and has no commit", log, CREATED_IN)
+            shutil.rmtree(log, ignore_errors=True)
+        else:
+            time.sleep(0.1)
+    return False
 
 
 def _quoted(path: Path) -> str:

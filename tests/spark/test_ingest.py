@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections import Counter
 from dataclasses import replace
@@ -18,7 +19,7 @@ from pyspark.sql import Row, SparkSession
 from pipelines.config import DataConfig
 from pipelines.driver.account import IngestReport
 from pipelines.driver.ingest import ingest
-from pipelines.driver.session import UPKEEP, add_columns, commit_note, note_of, versions
+from pipelines.driver.session import UPKEEP, add_columns, commit_note, ensure_table, note_of, versions
 from pipelines.errors import UserError
 from pipelines.platform import Platform
 from pipelines.tables import SAMPLES
@@ -312,3 +313,16 @@ def test_a_table_of_an_earlier_version_gets_the_columns_that_it_lacks_and_keeps_
     assert row.asDict() == {"image_id": "a", "sha256": "b", "fingerprint": None, "near_of": None}
     history = spark.sql("DESCRIBE HISTORY lakesight_old.samples").collect()
     assert [commit["operation"] in UPKEEP for commit in history] == [True, False]
+
+
+def test_a_table_that_was_being_created_when_its_process_was_killed_is_created_anew(
+    spark: SparkSession, platform: Platform, tmp_path: Path
+) -> None:
+    killed = replace(platform, namespace="lakesight_killed", tables=tmp_path)
+    spark.sql(f"CREATE SCHEMA lakesight_killed LOCATION '{tmp_path}'")
+    log = tmp_path / "samples" / "_delta_log"
+    (log / "_staged_commits").mkdir(parents=True)
+    (log / f".{0:020}.json.b95e3025.tmp").touch()
+    os.utime(log, (0, 0))
+    ensure_table(spark, killed, SAMPLES)
+    assert spark.table("lakesight_killed.samples").columns == SAMPLES.names
