@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,11 +105,12 @@ def _is_written(folder: Path) -> bool:
     while log.is_dir():
         if any(log.glob("[0-9]*.json")) or any(log.glob("[0-9]*.parquet")):
             return True
-        if time.time() - log.stat().st_mtime > CREATED_IN:
-            logger.warning("removing %s: it was begun %s seconds ago or more, and has no commit", log, CREATED_IN)
-            shutil.rmtree(log, ignore_errors=True)
-        else:
-            time.sleep(0.1)
+        with suppress(FileNotFoundError):  # another process has removed it meanwhile
+            if time.time() - log.stat().st_mtime > CREATED_IN:
+                logger.warning("removing %s: it was begun %s seconds ago or more, and has no commit", log, CREATED_IN)
+                shutil.rmtree(log)
+            else:
+                time.sleep(0.1)
     return False
 
 
