@@ -60,43 +60,45 @@ def processor_seconds() -> float:
 
 
 @contextmanager
-def peak_memory() -> Iterator[list[int]]:
-    """Samples of `resident` taken five times a second while the block runs."""
-    done, samples = threading.Event(), [resident()]
+def watching(look: Callable[[], None]) -> Iterator[None]:
+    """Call `look` five times a second while the block runs."""
+    done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.2):
-            samples.append(resident())
+            look()
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        yield samples
+        yield
     finally:
         done.set()
         watcher.join()
 
 
 @contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Samples of `resident` taken five times a second while the block runs."""
+    samples = [resident()]
+    with watching(lambda: samples.append(resident())):
+        yield samples
+
+
+@contextmanager
 def peak_of_each() -> Iterator[dict[str, int]]:
     """Peaks of resident memory while the block runs: of the driver, of its JVM, and of the largest Python worker."""
-    done, peaks = threading.Event(), dict.fromkeys(("driver", "JVM", "worker"), 0)
+    peaks = dict.fromkeys(("driver", "JVM", "worker"), 0)
 
-    def watch() -> None:
-        while not done.wait(0.2):
-            for pid, fields in family().items():
-                with suppress(OSError):  # it ended meanwhile
-                    name = Path(f"/proc/{pid}/cmdline").read_text()
-                    kind = "driver" if pid == os.getpid() else "JVM" if "java" in name else "worker"
-                    peaks[kind] = max(peaks[kind], int(fields[21]) * os.sysconf("SC_PAGE_SIZE"))
+    def look() -> None:
+        for pid, fields in family().items():
+            with suppress(OSError):  # it ended meanwhile
+                name = Path(f"/proc/{pid}/cmdline").read_text()
+                kind = "driver" if pid == os.getpid() else "JVM" if "java" in name else "worker"
+                peaks[kind] = max(peaks[kind], int(fields[21]) * os.sysconf("SC_PAGE_SIZE"))
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with watching(look):
         yield peaks
-    finally:
-        done.set()
-        watcher.join()
 
 
 def measured(work: Callable[[], int]) -> tuple[float, float]:
