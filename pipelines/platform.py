@@ -270,6 +270,10 @@ def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]
         "spark.memory.offHeap.enabled": "true",
         "spark.memory.offHeap.size": OFF_HEAP,
         "spark.sql.columnVector.offheap.enabled": "true",
+        # With 100, as it is else, what one query compiles is forgotten by the time that the same query comes again.
+        "spark.sql.codegen.cache.maxEntries": "1000",
+        # Local files have a checksum for as many bytes, and are written by as much at a time: 512, else.
+        "spark.hadoop.file.bytes-per-checksum": "65536",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         "spark.python.worker.reuse": "true",

@@ -15,11 +15,12 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipelines.driver.plan import held_out_first
-from pipelines.executor.near import MAX_STEPS, PAIRS, near_pairs
+from pipelines.executor.near import MAX_STEPS, PAIRS, STEP_BYTES, near_pairs
 from vlm.config import Config
 
 BLOCKS = (13, 13, 13, 13, 12)
 MAX_UNDER_A_KEY = 500
+RIGHT = ("image_id", "split", "fingerprint", "known")
 
 
 class NearReport(Config):
@@ -50,34 +51,34 @@ def _masks() -> list[int]:
 MASKS = _masks()
 
 
-def _under_keys(pictures: DataFrame) -> DataFrame:
-    """A row a picture and key, and how many are under the key. The steps are the fingerprint's first 8 bytes."""
-    steps = F.conv(F.hex(F.substring("fingerprint", 1, 8)), 16, -10).cast("bigint")
-    keys = F.array(*(F.col("steps").bitwiseAND(F.lit(mask)) for mask in MASKS))
-    return (
-        pictures.withColumn("steps", steps)
-        .select("image_id", "known", "steps", F.posexplode(keys).alias("which", "key"))
-        .withColumn("under", F.count("*").over(Window.partitionBy("which", "key")))
-    )
+def shared_keys(plan: DataFrame, known: DataFrame) -> DataFrame:
+    """What new pictures share a key with others: image_id, split, fingerprint, steps, known, which, key, under.
 
-
-def pairs_of(plan: DataFrame, known: DataFrame) -> tuple[DataFrame, DataFrame]:
-    """Pairs of near duplicates, at least one of each pair new; and new pictures that could not be compared with all.
+    A row a picture and key that it shares, and how many are under the key. The steps are the fingerprint's first bytes.
 
     Args:
         plan: of the ingest.
         known: rows of the source in `samples`.
-
-    Returns:
-        PAIRS, where a pair of two new ones is there twice; and image_ids.
     """
     columns = ("image_id", "split", "fingerprint", "known")
     new = plan.filter("NOT conflicting AND is_new").withColumn("known", F.lit(False)).select(*columns)
     there = known.filter("fingerprint IS NOT NULL").withColumn("known", F.lit(True)).select(*columns)
-    everything = new.unionAll(there)
-    under = _under_keys(everything)
-    crowded = under.filter((F.col("under") > MAX_UNDER_A_KEY) & ~F.col("known")).select("image_id").distinct()
-    compared = under.filter(F.col("under").between(2, MAX_UNDER_A_KEY))
+    steps = F.conv(F.hex(F.substring("fingerprint", 1, STEP_BYTES)), 16, -10).cast("bigint")
+    keys = F.array(*(F.col("steps").bitwiseAND(F.lit(mask)) for mask in MASKS))
+    under = Window.partitionBy("which", "key")
+    return (
+        new.unionAll(there)
+        .withColumn("steps", steps)
+        .select(*columns, "steps", F.posexplode(keys).alias("which", "key"))
+        .withColumns({"under": F.count("*").over(under), "new": F.count_if(~F.col("known")).over(under)})
+        .filter("under > 1 AND new > 0")
+        .drop("new")
+    )
+
+
+def pairs_of(shared: DataFrame) -> DataFrame:
+    """Pairs of near duplicates (PAIRS), at least one of each pair new; a pair of two new ones is there twice."""
+    compared = shared.filter(F.col("under") <= MAX_UNDER_A_KEY)
     left, right = compared.filter("NOT known").alias("left"), compared.alias("right")
     differ = F.col("left.steps").bitwiseXOR(F.col("right.steps"))
     candidates = left.join(
@@ -87,10 +88,12 @@ def pairs_of(plan: DataFrame, known: DataFrame) -> tuple[DataFrame, DataFrame]:
         & (F.col("left.image_id") != F.col("right.image_id"))
         & (F.bit_count(differ) <= MAX_STEPS)
         & (_first_key(differ) == F.col("left.which")),  # a pair may meet under several keys
-    ).select("left.image_id", F.col("right.image_id").alias("other_id"))
-    others = everything.select(*(F.col(name).alias(f"other_{name.removeprefix('image_')}") for name in columns))
-    both = candidates.join(new.drop("known"), "image_id").join(others, "other_id")
-    return both.mapInArrow(near_pairs, from_arrow_schema(PAIRS)), crowded
+    )
+    both = candidates.select(
+        *("left.image_id", "left.split", "left.fingerprint"),
+        *(F.col(f"right.{name}").alias(f"other_{name.removeprefix('image_')}") for name in RIGHT),
+    )
+    return both.mapInArrow(near_pairs, from_arrow_schema(PAIRS))
 
 
 def _first_key(differ: Column) -> Column:
@@ -119,7 +122,7 @@ def neighbours_of(pairs: DataFrame, *, move: bool) -> DataFrame:
     return found.select("image_id", "split", F.col("first.other_id").alias("near_of"), moved.alias("near_split"))
 
 
-def report_of(pairs: DataFrame, neighbours: DataFrame, crowded: DataFrame) -> NearReport:
+def report_of(shared: DataFrame, pairs: DataFrame, neighbours: DataFrame) -> NearReport:
     """Count what was found."""
     counted = neighbours.agg(F.count("*").alias("pictures"), F.count_if(F.expr("near_split <> split")).alias("moved"))
     others = neighbours.select(F.col("image_id").alias("other_id"), F.col("near_split").alias("other_near_split"))
@@ -129,5 +132,6 @@ def report_of(pairs: DataFrame, neighbours: DataFrame, crowded: DataFrame) -> Ne
         .filter(F.col("near_split") != F.coalesce("other_near_split", "other_split"))
     )
     across = apart.agg(F.count_distinct("image_id").alias("across_splits"))
-    both = counted.crossJoin(across).crossJoin(crowded.agg(F.count("*").alias("not_compared")))
-    return NearReport(**both.collect()[0].asDict())
+    crowded = shared.filter((F.col("under") > MAX_UNDER_A_KEY) & ~F.col("known"))
+    not_compared = crowded.agg(F.count_distinct("image_id").alias("not_compared"))
+    return NearReport(**counted.crossJoin(across).crossJoin(not_compared).collect()[0].asDict())

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -25,7 +24,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pipelines.config import DataConfig
 from pipelines.driver.conflicts import undisturbed
 from pipelines.driver.merge import Stamp, rows_of_source
-from pipelines.driver.plan import Counted, Totals, counted, plan_of, totals_of
+from pipelines.driver.plan import Totals, counted, plan_of, totals_of
 from pipelines.driver.session import (
     add_columns,
     bounded_batches,
@@ -109,8 +108,9 @@ def settled(spark: SparkSession, platform: Platform, task: Task, act: Callable[[
         bounded_batches(spark),
         commit_note(spark, note_of(task.source)),
         waiting_rows(platform) as waiting,
-        _survived(task.rows, rules, waiting) as (outcomes, came),
     ):
+        outcomes = _survived(task.rows, rules, waiting)
+        came = counted(outcomes)
 
         def planned() -> Result:
             stamp = Stamp(
@@ -118,44 +118,27 @@ def settled(spark: SparkSession, platform: Platform, task: Task, act: Callable[[
             )
             known = rows_of_source(spark, platform, SAMPLES.name, task.source)
             known = known.limit(0) if task.afresh else known
-            with kept(plan_of(outcomes, known)) as plan:
-                return act(Work(outcomes, waiting, known, plan, totals_of(came, plan), rules, stamp))
+            plan = waiting.keep(plan_of(outcomes, known), "plan")
+            return act(Work(outcomes, waiting, known, plan, totals_of(came, plan), rules, stamp))
 
         return undisturbed(planned)
 
 
-@contextmanager
-def _survived(rows: Rows, rules: Rules, waiting: Waiting) -> Iterator[tuple[DataFrame, Counted]]:
+def _survived(rows: Rows, rules: Rules, waiting: Waiting) -> DataFrame:
     """Rows decoded; where a worker dies of one of them, once more in guarded processes that find it."""
-    with ExitStack() as stack:
-        try:
-            decoded = stack.enter_context(_decoded(rows, rules, waiting, decode_batches))
-        except Exception as error:
-            if not worker_died(error):
-                raise
-            logger.warning("a Python worker died while it decoded: its rows are decoded again in guarded processes")
-            decoded = stack.enter_context(_decoded(rows, rules, waiting, decode_guarded))
-        yield decoded
+    try:
+        return _decoded(rows, rules, waiting, decode_batches)
+    except Exception as error:
+        if not worker_died(error):
+            raise
+        logger.warning("a Python worker died while it decoded: its rows are decoded again in guarded processes")
+        return _decoded(rows, rules, waiting, decode_guarded)
 
 
-@contextmanager
-def _decoded(
-    rows: Rows, rules: Rules, waiting: Waiting, decoder: Callable[..., Iterator[RecordBatch]]
-) -> Iterator[tuple[DataFrame, Counted]]:
-    """Rows (`staging.NARROW`), decoded by the time the block begins, and how many they are."""
+def _decoded(rows: Rows, rules: Rules, waiting: Waiting, decoder: Callable[..., Iterator[RecordBatch]]) -> DataFrame:
+    """Rows (`staging.NARROW`), decoded."""
     started = time.monotonic()
     decode = partial(staged, decode=partial(decoder, read=rows.read, rules=rules), folder=str(waiting.folder))
-    with kept(rows.frame.mapInArrow(decode, from_arrow_schema(NARROW))) as outcomes:
-        came = counted(outcomes)
-        logger.info("%d rows decoded in %.1f s", came.rows_in, time.monotonic() - started)
-        yield outcomes, came
-
-
-@contextmanager
-def kept(frame: DataFrame) -> Iterator[DataFrame]:
-    """Compute a frame once for all that is asked of it inside."""
-    frame.persist()
-    try:
-        yield frame
-    finally:
-        frame.unpersist()
+    outcomes = waiting.keep(rows.frame.mapInArrow(decode, from_arrow_schema(NARROW)), "outcomes")
+    logger.info("rows decoded in %.1f s", time.monotonic() - started)
+    return outcomes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from pipelines.driver.account import IngestReport
 from pipelines.driver.ingest import ingest, take
 from pipelines.driver.ledger import items_of
 from pipelines.driver.sources import open_source
+from pipelines.driver.waiting import Waiting
 from pipelines.driver.work import Task, Work, settled
 from pipelines.errors import UserError
 from pipelines.platform import Platform
@@ -141,3 +143,25 @@ def test_an_ingest_that_another_one_overtook_plans_again_and_two_at_once_bring_w
     assert [sum(column) for column in zip(*map(parts, both), strict=True)][1:3] == [5, 1]
     assert sum(report.quarantined for report in both) == 1
     assert spark.table(platform.table("quarantine")).where(f"source = '{twice}'").count() == 1
+
+
+def test_rows_that_are_kept_are_computed_once_and_stay_as_they_were_whatever_is_written_into_their_table(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    waiting = Waiting(tmp_path / "a {folder} of [mine] *")
+    waiting.folder.mkdir()
+    path = str(tmp_path / "table")
+    spark.range(1).write.format("delta").save(path)
+    table = spark.read.format("delta").load(path)
+    calls = tmp_path / "calls"
+
+    def counting(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            with calls.open("a") as file:
+                file.write("once\n")
+            yield batch
+
+    kept = waiting.keep(table.mapInArrow(counting, "id bigint"), "numbers")
+    assert [row["id"] for row in kept.collect()] == [0]
+    spark.range(1).write.format("delta").mode("append").save(path)
+    assert (table.count(), kept.count(), calls.read_text()) == (2, 1, "once\n")

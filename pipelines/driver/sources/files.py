@@ -139,7 +139,7 @@ def lines_of(spark: SparkSession, files: Sequence[tuple[SourceFile, int]]) -> tu
     ]
     tasks = 1 + sum(file.size for file, _ in files) // RANGE
     rows = spark.createDataFrame(ranges, "path string, file string, start bigint, header int, end bigint")
-    return rows.coalesce(1).repartition(tasks), read_lines
+    return rows.repartitionByRange(tasks, "path", "start"), read_lines
 
 
 def text_of(spark: SparkSession, paths: list[str], header: int = 0) -> DataFrame:
