@@ -77,6 +77,22 @@ def test_the_ranks_slices_make_the_batch_that_one_rank_would_see(
     assert np.concatenate([part.epochs for part in slices]).tolist() == alone.epochs.tolist()
 
 
+def test_512_ranks_share_a_billion_rows_and_256_go_on_where_they_ended() -> None:
+    """docs/training.md plans by this: no rank knows more than its number, and none has a shuffled list."""
+    common = {"batch_size": 16_384, "num_rows": 10**9, "seed": 5}
+    end_of_epoch = 10**9 // 16_384
+    before = [draw(end_of_epoch - 4 + n, rank=rank, world_size=512, **common) for n in range(4) for rank in range(512)]
+    after = [draw(end_of_epoch + n, rank=rank, world_size=256, **common) for n in range(4) for rank in range(256)]
+    rows, epochs = (np.concatenate(parts) for parts in zip(*before, *after, strict=True))
+    positions = np.arange((end_of_epoch - 4) * 16_384, (end_of_epoch + 4) * 16_384)
+    assert (epochs == positions // 10**9).all()
+    assert (rows == permute(positions % 10**9, epochs, num_rows=10**9, seed=5)).all(), "one sequence, whoever asks"
+    for epoch in range(2):
+        mine = rows[epochs == epoch]
+        assert len(np.unique(mine)) == len(mine)
+        assert 0 <= mine.min() < 10**9 // 1000 < 999 * 10**9 // 1000 < mine.max() < 10**9, "from all over the data"
+
+
 def test_batches_go_on_across_the_end_of_an_epoch() -> None:
     drawn = [draw(step, rank=0, world_size=1, batch_size=4, num_rows=6, seed=3) for step in range(3)]
     assert [part.epochs.tolist() for part in drawn] == [[0, 0, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]]
