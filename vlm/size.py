@@ -11,13 +11,32 @@ import itertools
 from vlm.config import AttentionConfig, MlpConfig, ModelConfig, ResamplerProjectorConfig, TransformerConfig
 
 
-def flops_per_sample(config: ModelConfig, vocab_size: int) -> int:
-    """FLOPs of the forward pass over one picture and the longest text it may be answered with.
+def flops_per_sample(config: ModelConfig, vocab_size: int, text: int | None = None) -> int:
+    """FLOPs of the forward pass over one picture and a text of so many tokens: the longest answer, where none is given.
 
     The head works at the text's positions alone.
     """
-    text = config.generation.max_new_tokens
+    text = config.generation.max_new_tokens if text is None else text
     return _encoder(config) + _projector(config) + _decoder(config, vocab_size, text)
+
+
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L4": 121e12,
+}
+"""Dense bf16 FLOPs a second of GPUs, by a part of their name, the longer name first (NVIDIA's data sheets)."""
+
+
+def peak_of(gpu: str) -> float | None:
+    """Dense bf16 FLOPs a second of a GPU, by the name that CUDA gives it; None where it is not known."""
+    return next((peak for name, peak in PEAKS.items() if name in gpu), None)
 
 
 def idle_parameters(config: ModelConfig) -> int:

@@ -13,8 +13,10 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
 
 from pipelines.rundir import Metrics, RunDir, write_json
+from vlm.batch import Batch
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -47,8 +49,18 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.total = 0.0
-        self._seconds, self._samples, self._tokens = 0.0, 0, 0
+        self._seconds, self._samples, self._tokens, self._waited = 0.0, 0, 0, 0.0
         self._resumed = time.perf_counter()
+
+    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; how long each lets the training wait is added up."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
 
     def stop(self, samples: int, tokens: int) -> None:
         """A step over `samples` pictures and `tokens` target tokens has ended."""
@@ -65,12 +77,13 @@ class Stopwatch:
         self._resumed = time.perf_counter()
 
     def lap(self) -> dict[str, float]:
-        """samples_per_second and tokens_per_second since the last lap."""
+        """Since the last lap: samples_per_second, tokens_per_second, and data_wait, the share of time spent waiting."""
         rates = {
             "samples_per_second": self._samples / self._seconds,
             "tokens_per_second": self._tokens / self._seconds,
+            "data_wait": self._waited / self._seconds,
         }
-        self._seconds, self._samples, self._tokens = 0.0, 0, 0
+        self._seconds, self._samples, self._tokens, self._waited = 0.0, 0, 0, 0.0
         return rates
 
 

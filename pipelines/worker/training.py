@@ -32,6 +32,7 @@ from vlm.checkpoint import load_state, weights_of
 from vlm.layers.block import recompute_blocks
 from vlm.model import VisionLanguageModel
 from vlm.parallel import shard, whole, wrap
+from vlm.size import flops_per_sample, peak_of
 from vlm.text.base import Tokenizer
 from vlm.train import StepReport, fit, mixed_precision
 
@@ -144,7 +145,7 @@ class Learner:
         fit(
             wrap(self.model, self.device),
             self.optimizer,
-            batches,
+            self.stopwatch.waiting(batches),
             start=steps.start,
             lr_of=lambda step: stage.lr_of(step, settings),
             grad_clip=settings.optimizer.grad_clip,
@@ -166,7 +167,7 @@ class Learner:
         values: dict[str, float] = {}
         load: dict[str, tuple[float, ...]] = {}
         if last or done % settings.log_every == 0:
-            values |= {"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm, **self.stopwatch.lap()}
+            values |= {"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm, **self._speed()}
             if report.router is not None:
                 values |= {"router_balance": report.router.balance, "router_z": report.router.z}
                 load = report.router.load
@@ -198,6 +199,17 @@ class Learner:
             seconds=self.stopwatch.total,
         )
         write_json(self.run.result, result)
+
+    def _speed(self) -> dict[str, float]:
+        """Rates since the last lap, tflops_per_second of all ranks, and mfu: its share of what the GPUs can."""
+        rates = self.stopwatch.lap()
+        text = round(rates["tokens_per_second"] / rates["samples_per_second"])
+        forward = flops_per_sample(self.file.config.model, self.tokenizer.vocab_size, text)
+        flops = 3 * forward * rates["samples_per_second"]
+        peak = peak_of(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        bf16 = self.file.config.train.precision == "bf16"
+        mfu = {"mfu": flops / (peak * self.place.world_size)} if peak and bf16 else {}
+        return {**rates, "tflops_per_second": flops / 1e12, **mfu}
 
     def _validate(self) -> dict[str, float]:
         settings = self.file.config.train

@@ -43,6 +43,8 @@ WHOLE: dict[str, Any] = {
     "validate_every": 30,
     "checkpoint_every": 5,
 }
+MEASURED = re.compile("per_second|data_wait")
+"""Metrics that differ from run to run."""
 ENDLESS: dict[str, Any] = {"steps": 100_000, "validate_every": 100_000}
 
 
@@ -68,7 +70,8 @@ def losses(run: RunDir) -> list[float]:
 def timeless(run: RunDir) -> list[tuple[int, dict[str, float]]]:
     """Metrics without rates."""
     return [
-        (m.step, {key: value for key, value in m.values.items() if "per_second" not in key}) for m in run.read_metrics()
+        (m.step, {key: value for key, value in m.values.items() if not MEASURED.search(key)})
+        for m in run.read_metrics()
     ]
 
 

@@ -6,7 +6,7 @@ from models import VARIANTS, tiny_model, tiny_pixels
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlm.size import flops_per_sample
+from vlm.size import flops_per_sample, peak_of
 from vlm.text.base import SLOT
 
 
@@ -15,14 +15,32 @@ def grouped_flops(rows: torch.Size, weights: torch.Size, *_: object, **__: objec
     return 2 * rows.numel() * weights[-1]
 
 
+@pytest.mark.parametrize("given", [None, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_flops_are_those_that_torch_counts(variant: str) -> None:
+def test_flops_are_those_that_torch_counts(variant: str, given: int | None) -> None:
     model, tokenizer = tiny_model(variant)
-    text = model.config.generation.max_new_tokens
+    text = given or model.config.generation.max_new_tokens
     tokens = torch.tensor([[SLOT] * model.config.num_slots + [5] * text])
     # The plain kernel: torch counts its matrix products one by one, over all pairs of positions.
     grouped = {torch.ops.aten._grouped_mm: grouped_flops} if hasattr(torch.ops.aten, "_grouped_mm") else {}
     with FlopCounterMode(display=False, custom_mapping=grouped) as counter, sdpa_kernel(SDPBackend.MATH):
         x, media = model.embed(tokens, model.encode(tiny_pixels(1)))
         model.decoder.logits(model.decoder(x, mask=None, media=media)[:, -text:])
-    assert flops_per_sample(model.config, tokenizer.vocab_size) == counter.get_total_flops()
+    assert flops_per_sample(model.config, tokenizer.vocab_size, given) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("Tesla T4", None),
+    ],
+)
+def test_the_peak_of_a_gpu_goes_by_its_name(gpu: str, peak: float | None) -> None:
+    assert peak_of(gpu) == peak

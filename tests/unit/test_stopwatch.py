@@ -1,0 +1,41 @@
+"""What a rank says of its speed: steps count, pauses do not, and waiting for batches is told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from pipelines.worker.report import Stopwatch
+from vlm.batch import Batch
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_lap_counts_steps_and_waiting_but_no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.worker.report.time.perf_counter", clock := Clock())
+    batch = Batch(*(torch.zeros(1) for _ in Batch.__dataclass_fields__))
+
+    def loaded() -> Iterator[Batch]:
+        for _ in range(3):
+            clock.now += 0.5
+            yield batch
+
+    stopwatch = Stopwatch()
+    stopwatch.start()
+    laps = []
+    for _ in stopwatch.waiting(loaded()):
+        clock.now += 1.5
+        stopwatch.stop(samples=8, tokens=24)
+        laps.append(stopwatch.lap())
+        clock.now += 60  # validation
+        stopwatch.start()
+    assert laps == [{"samples_per_second": 4.0, "tokens_per_second": 12.0, "data_wait": 0.25}] * 3
+    assert stopwatch.total == 6.0
