@@ -171,6 +171,11 @@ class RunDir:
         return self.path / "failures"
 
     @property
+    def profile(self) -> Path:
+        """Trace of some of rank 0's steps, where one was asked for."""
+        return self.path / "profile" / "rank-0.json.gz"
+
+    @property
     def launcher_log(self) -> Path:
         """What the launcher printed: torchrun's own words, and a rank's before it opened its log."""
         return self.path / "logs" / "launcher.log"

@@ -60,6 +60,7 @@ HOW = frozenset(
         "loader_workers",
         "max_restarts",
         "parallel",
+        "profile_steps",
         "recompute_blocks",
         "rows_at_once",
         "timeout_seconds",
@@ -85,6 +86,7 @@ class TrainConfig(Config):
         adapter: train low-rank corrections of these weights and nothing else; what is registered has them merged.
         loader_workers: threads that make batches ahead of the training; 0 makes each when it is due.
         keep_checkpoints: newest ones; the one with the lowest validation loss is kept beside them.
+        profile_steps: record as many of rank 0's first steps with torch's profiler, and log the trace.
         timeout_seconds: how long a rank may go without a sign of work before the run is ended.
         max_restarts: how often a run that has failed is started again from its last checkpoint, where that may help.
     """
@@ -107,6 +109,7 @@ class TrainConfig(Config):
     checkpoint_every: PositiveInt = 500
     keep_checkpoints: PositiveInt = 2
     caption_samples: PositiveInt = 8
+    profile_steps: Annotated[int, Field(ge=0)] = 0
     timeout_seconds: PositiveInt = 600
     max_restarts: Annotated[int, Field(ge=0)] = 2
 

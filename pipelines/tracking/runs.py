@@ -193,7 +193,7 @@ class Follower(threading.Thread):
         self.join()
 
     def drain(self, seconds: float) -> None:
-        """Log what is left, and the last load of experts as a picture, trying for `seconds`.
+        """Log what is left, with the last load of experts as a picture and the profiler's trace, trying for `seconds`.
 
         Raises:
             MlflowException, OSError: the last error, when time is up.
@@ -204,6 +204,8 @@ class Follower(threading.Thread):
                 self.catch_up()
                 if self._routed is not None:
                     self._client.log_figure(self._run_id, draw_expert_load(self._routed), LOAD_PICTURE)
+                if self._run.profile.exists():
+                    self._client.log_artifact(self._run_id, str(self._run.profile), "profile")
                 return
             except OUTAGE:
                 if time.monotonic() + pause > deadline:

@@ -23,6 +23,7 @@ from pipelines.worker.checkpoints import CheckpointWriter, agree, best_checkpoin
 from pipelines.worker.failure import Watch
 from pipelines.worker.group import meet, pick_device, process_group
 from pipelines.worker.place import Place
+from pipelines.worker.profile import profiled
 from pipelines.worker.report import Stopwatch, write_metrics
 from pipelines.worker.stages import Stage, plan, stage_at
 from pipelines.worker.start import Start
@@ -121,11 +122,14 @@ class Learner:
 
     def learn(self) -> None:
         """Take every step that is left, stage by stage."""
-        for stage in plan(self.file.config.train):
-            if stage.first > self.start:
-                self.optimizer = stage.begin(self.model, self.file.config.train)
-            if stage.end > self.start:
-                self._learn(stage, range(max(stage.first, self.start), stage.end))
+        settings = self.file.config.train
+        steps = settings.profile_steps if self.place.rank == 0 else 0
+        with profiled(self.run.profile, steps, self.device) as self.stepped:
+            for stage in plan(settings):
+                if stage.first > self.start:
+                    self.optimizer = stage.begin(self.model, settings)
+                if stage.end > self.start:
+                    self._learn(stage, range(max(stage.first, self.start), stage.end))
         if self.collator.cut:
             log.warning("%d texts did not fit the context and were cut", self.collator.cut)
 
@@ -182,6 +186,7 @@ class Learner:
             write = self.origin.copy(self.model, self.optimizer, done, last=last)
             if leads:
                 self.checkpoints.save(done, write)
+        self.stepped()
         self.stopwatch.start()
 
     def finish(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import random
 import re
@@ -42,6 +44,7 @@ WHOLE: dict[str, Any] = {
     "log_every": 10,
     "validate_every": 30,
     "checkpoint_every": 5,
+    "profile_steps": 2,
 }
 MEASURED = re.compile("per_second|data_wait")
 """Metrics that differ from run to run."""
@@ -88,6 +91,11 @@ def test_torchrun_alone_trains_to_a_result(whole: RunDir) -> None:
     assert Path(result.checkpoint) == whole.checkpoint(60)
     assert all(rank.ended for rank in whole.read_ranks())
     assert all("from step 0 to 60" in whole.log(rank).read_text() for rank in range(3))
+    assert 0 <= result.metrics["train/data_wait"] < 1
+    with gzip.open(whole.profile) as trace:
+        names = {event["name"] for event in json.load(trace)["traceEvents"]}
+    assert {"ProfilerStep#5", "ProfilerStep#6", "aten::mm"} <= names
+    assert "ProfilerStep#7" not in names
 
 
 POINTS = random.Random(0)
