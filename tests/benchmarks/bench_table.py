@@ -1,12 +1,12 @@
-"""Captioning a table: through Spark, beside a bare loop, and a UDF around transformers' generate.
+"""Captioning a table: through Spark, beside a bare loop, and a UDF around transformers' generate in Spark and in Daft.
 
-    pip install transformers
+    pip install transformers daft
     python tests/benchmarks/bench_table.py
 
 The same rows of a Delta table, weights (exported as transformers loads them) and tokens; the texts are compared and
 equal. One process a core with one thread each, all of them started and with the model loaded before the clock runs.
 The bare loop decodes and generates in batches, and neither reads nor writes a table. The UDF is written well, with
-batches of 64, and once more as pipelines are by default, one picture at a time.
+batches of 64, in Spark and in Daft, and once more as pipelines are by default, one picture at a time.
 
 Ratios are of the processor's time, of all processes together: the clock's are only right on a machine of one's own.
 """
@@ -185,6 +185,27 @@ def route(table: DataFrame, udf: Callable[[Iterator[pd.DataFrame]], Iterator[pd.
     return len(read(out))
 
 
+def daft_route(folder: str, exported: str, table: Path, least: str, out: Path, processes: int) -> int:
+    """Caption the rows of a Delta table below an id into Parquet, by Daft; returns how many rows."""
+    import daft  # type: ignore[import-not-found]
+
+    @daft.cls(max_concurrency=processes, use_process=True)
+    class Captioner:
+        def __init__(self) -> None:
+            import bench_table
+
+            self.said = bench_table.theirs(folder, exported)
+
+        @daft.method.batch(return_dtype=daft.DataType.string(), batch_size=BATCH)  # type: ignore[untyped-decorator]
+        def caption(self, images: Any) -> list[str]:
+            return self.said(images.to_pylist())
+
+    rows = daft.read_deltalake(str(table))
+    rows = rows.where(rows["id"] < least)
+    rows.select(rows["id"], Captioner().caption(rows["image"]).alias("caption")).write_parquet(str(out))
+    return len(read(out))
+
+
 def read(files: Path) -> dict[str, str]:
     """Captions by id."""
     rows = pq.read_table(files).to_pydict()
@@ -195,7 +216,8 @@ def main() -> None:
     """Run all and print the table."""
     import bench_table  # by name, so that Spark's workers import it and keep the model
 
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     torch.manual_seed(0)
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as home:
@@ -234,6 +256,12 @@ def main() -> None:
             beside = f"lakesight is {ours.processor / theirs.processor:.2f} x"
             theirs.show(f"UDF around transformers, by {batch}", beside)
         spark.stop()
+
+        daft = partial(daft_route, str(folder), str(exported), here / "photos", processes=cores)
+        daft(f"{4 * BATCH:06}", here / "warm")
+        theirs = timed(lambda: daft(f"{ROWS:06}", here / "daft"))
+        assert read(here / "daft") == expected, "the captions differ"
+        theirs.show(f"the same in Daft, by {BATCH}", f"lakesight is {ours.processor / theirs.processor:.2f} x")
 
 
 if __name__ == "__main__":
