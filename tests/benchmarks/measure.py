@@ -94,8 +94,10 @@ def peak_of_each() -> Iterator[dict[str, int]]:
         for pid, fields in family().items():
             with suppress(OSError):  # it ended meanwhile
                 name = Path(f"/proc/{pid}/cmdline").read_text()
-                kind = "driver" if pid == os.getpid() else "JVM" if "java" in name else "worker"
-                peaks[kind] = max(peaks[kind], int(fields[21]) * os.sysconf("SC_PAGE_SIZE"))
+                kinds = {"driver": pid == os.getpid(), "JVM": "java" in name, "worker": "pyspark.daemon" in name}
+                kind = next((kind for kind, is_it in kinds.items() if is_it), None)  # else the JVM's, about to be ls
+                if kind:
+                    peaks[kind] = max(peaks[kind], int(fields[21]) * os.sysconf("SC_PAGE_SIZE"))
 
     with watching(look):
         yield peaks
