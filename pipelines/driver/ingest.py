@@ -27,7 +27,7 @@ from pipelines.driver.account import IngestReport, checked
 from pipelines.driver.conflicts import undisturbed
 from pipelines.driver.ledger import Entry, forget, items_of, rules_of, take_note, taken_in
 from pipelines.driver.merge import add_samples, remove_samples, replace_samples, rows_of_source
-from pipelines.driver.near import NearReport, neighbours_of, pairs_of, report_of, shared_keys
+from pipelines.driver.near import NearReport, looks_of, neighbours_of, pairs_of, report_of, shared_keys
 from pipelines.driver.plan import Totals, pictures_across_splits
 from pipelines.driver.quarantine import quarantine, replace_quarantine
 from pipelines.driver.session import commit_note, ensure_tables, note_of, versions
@@ -124,13 +124,13 @@ def take(platform: Platform, work: Work, config: DataConfig, *, refresh: bool = 
         nobody = work.plan.withColumn("near_of", F.lit(None).cast("string"))
         write(platform, work.waiting, nobody, work.stamp, work.totals)
         return NearReport()
-    shared = work.waiting.keep(shared_keys(work.plan, work.known), "shared")
-    pairs = work.waiting.keep(pairs_of(shared), "pairs")
+    looks = looks_of(work.plan, work.known)
+    shared = work.waiting.keep(shared_keys(looks), "shared")
+    pairs = work.waiting.keep(pairs_of(shared, looks), "pairs")
     neighbours = work.waiting.keep(neighbours_of(pairs, move=config.split.kind == "hash"), "neighbours")
     beside = work.plan.join(neighbours.drop("split"), "image_id", "left")
-    write(
-        platform, work.waiting, beside.withColumn("split", F.coalesce("near_split", "split")), work.stamp, work.totals
-    )
+    plan = beside.withColumn("split", F.coalesce("near_split", "split"))
+    write(platform, work.waiting, plan, work.stamp, work.totals)
     return report_of(shared, pairs, neighbours)
 
 

@@ -20,7 +20,7 @@ from vlm.config import Config
 
 BLOCKS = (13, 13, 13, 13, 12)
 MAX_UNDER_A_KEY = 500
-RIGHT = ("image_id", "split", "fingerprint", "known")
+LOOKS = ("image_id", "split", "fingerprint", "known")
 
 
 class NearReport(Config):
@@ -51,32 +51,36 @@ def _masks() -> list[int]:
 MASKS = _masks()
 
 
-def shared_keys(plan: DataFrame, known: DataFrame) -> DataFrame:
-    """What new pictures share a key with others: image_id, split, fingerprint, steps, known, which, key, under.
-
-    A row a picture and key that it shares, and how many are under the key. The steps are the fingerprint's first bytes.
+def looks_of(plan: DataFrame, known: DataFrame) -> DataFrame:
+    """What near duplicates are looked for among: image_id, split, fingerprint, known (was there before).
 
     Args:
         plan: of the ingest.
         known: rows of the source in `samples`.
     """
-    columns = ("image_id", "split", "fingerprint", "known")
-    new = plan.filter("NOT conflicting AND is_new").withColumn("known", F.lit(False)).select(*columns)
-    there = known.filter("fingerprint IS NOT NULL").withColumn("known", F.lit(True)).select(*columns)
+    new = plan.filter("NOT conflicting AND is_new").withColumn("known", F.lit(False)).select(*LOOKS)
+    return new.unionAll(known.filter("fingerprint IS NOT NULL").withColumn("known", F.lit(True)).select(*LOOKS))
+
+
+def shared_keys(looks: DataFrame) -> DataFrame:
+    """What new pictures share a key with others: image_id, known, steps, which, key, under.
+
+    A row a picture and key that it shares, and how many are under the key. The steps are the fingerprint's first bytes;
+    the rest of it, which is long, is not put under ten keys.
+    """
     steps = F.conv(F.hex(F.substring("fingerprint", 1, STEP_BYTES)), 16, -10).cast("bigint")
     keys = F.array(*(F.col("steps").bitwiseAND(F.lit(mask)) for mask in MASKS))
     under = Window.partitionBy("which", "key")
     return (
-        new.unionAll(there)
-        .withColumn("steps", steps)
-        .select(*columns, "steps", F.posexplode(keys).alias("which", "key"))
+        looks.withColumn("steps", steps)
+        .select("image_id", "known", "steps", F.posexplode(keys).alias("which", "key"))
         .withColumns({"under": F.count("*").over(under), "new": F.count_if(~F.col("known")).over(under)})
         .filter("under > 1 AND new > 0")
         .drop("new")
     )
 
 
-def pairs_of(shared: DataFrame) -> DataFrame:
+def pairs_of(shared: DataFrame, looks: DataFrame) -> DataFrame:
     """Pairs of near duplicates (PAIRS), at least one of each pair new; a pair of two new ones is there twice."""
     compared = shared.filter(F.col("under") <= MAX_UNDER_A_KEY)
     left, right = compared.filter("NOT known").alias("left"), compared.alias("right")
@@ -88,11 +92,9 @@ def pairs_of(shared: DataFrame) -> DataFrame:
         & (F.col("left.image_id") != F.col("right.image_id"))
         & (F.bit_count(differ) <= MAX_STEPS)
         & (_first_key(differ) == F.col("left.which")),  # a pair may meet under several keys
-    )
-    both = candidates.select(
-        *("left.image_id", "left.split", "left.fingerprint"),
-        *(F.col(f"right.{name}").alias(f"other_{name.removeprefix('image_')}") for name in RIGHT),
-    )
+    ).select("left.image_id", F.col("right.image_id").alias("other_id"))
+    others = looks.select(*(F.col(name).alias(f"other_{name.removeprefix('image_')}") for name in LOOKS))
+    both = candidates.join(looks.filter("NOT known").drop("known"), "image_id").join(others, "other_id")
     return both.mapInArrow(near_pairs, from_arrow_schema(PAIRS))
 
 
