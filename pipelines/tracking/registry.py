@@ -17,6 +17,7 @@ import io
 import logging
 import re
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
@@ -324,19 +325,30 @@ def _log_model(client: MlflowClient, checkpoint: Path, run_id: str) -> str:
         )
     experiment_id = client.get_run(run_id).info.experiment_id
     logged = client.create_logged_model(experiment_id, name="model", source_run_id=run_id)
-    Model.log(
-        artifact_path=None,
-        flavor=mlflow.pyfunc,
-        run_id=run_id,
-        model_id=logged.model_id,
-        python_model=str(Path(__file__).with_name("model.py")),
-        artifacts={file: str(checkpoint / file) for file in MODEL_FILES},
-        code_paths=[package.__path__[0] for package in (vlm, pipelines)],
-        signature=SIGNATURE,
-        input_example=_example(),
-        pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
-    )
+    with _without_bytecode():
+        Model.log(
+            artifact_path=None,
+            flavor=mlflow.pyfunc,
+            run_id=run_id,
+            model_id=logged.model_id,
+            python_model=str(Path(__file__).with_name("model.py")),
+            artifacts={file: str(checkpoint / file) for file in MODEL_FILES},
+            code_paths=[package.__path__[0] for package in (vlm, pipelines)],
+            signature=SIGNATURE,
+            input_example=_example(),
+            pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
+        )
     return str(logged.model_id)
+
+
+@contextmanager
+def _without_bytecode() -> Iterator[None]:
+    """MLflow tries the model from the folder that it logs: Python would leave bytecode of its own version there."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
 
 
 def _example() -> pd.DataFrame:

@@ -11,6 +11,7 @@ import pickle
 import re
 import shutil
 import sqlite3
+import sys
 import time
 from pathlib import Path
 from unittest.mock import create_autospec
@@ -269,7 +270,8 @@ def test_a_report_is_logged_under_its_stage(platform: Platform, run: RunDir, tmp
 
 
 @pytest.fixture
-def registered(platform: Platform, run: RunDir) -> registry.ModelVersion:
+def registered(platform: Platform, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> registry.ModelVersion:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)  # as it is unless the environment says otherwise
     finish(run)
     with runs.follow(run, CONFIG, platform) as run_id:
         pass
