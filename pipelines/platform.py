@@ -276,6 +276,8 @@ def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]
         "spark.hadoop.file.bytes-per-checksum": "65536",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
+        # The second in which a session starts names its executors' folder, else: two at once would share one.
+        "spark.deploy.appIdPattern": f"app-%s-%04d-{os.getpid()}",
         "spark.python.worker.reuse": "true",
         "spark.lakesight.home": str(root),
     }

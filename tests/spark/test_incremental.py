@@ -165,3 +165,10 @@ def test_rows_that_are_kept_are_computed_once_and_stay_as_they_were_whatever_is_
     assert [row["id"] for row in kept.collect()] == [0]
     spark.range(1).write.format("delta").mode("append").save(path)
     assert (table.count(), kept.count(), calls.read_text()) == (2, 1, "once\n")
+
+
+def test_a_session_started_in_the_same_second_as_another_has_a_folder_for_its_executors_of_its_own(
+    spark: SparkSession,
+) -> None:
+    """Whoever ends first removes its folder: executors whose working directory is gone cannot import anything."""
+    assert spark.sparkContext.applicationId.endswith(f"-{os.getpid()}")
