@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,8 +19,20 @@ from pipelines.shards import Shards
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 ROWS = 60
-SECONDS = 12.0
-"""In which a kill strikes. An ingest and its shards take about as long."""
+SOON = 3.0
+"""In which the one kill of `make test` strikes: before the fastest machine is done."""
+COLD = 2.0
+"""What a job takes in a session of its own, once that has begun, over what it takes in a warm one."""
+
+
+@pytest.fixture(scope="module")
+def seconds(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """What an ingest and its shards take here when nobody kills: in which a kill strikes."""
+    write_rows(folder := tmp_path_factory.mktemp("undisturbed"), 1, ROWS)
+    work(spark, platform, "undisturbed-first", folder)
+    begun = time.monotonic()
+    work(spark, platform, "undisturbed", folder)
+    return time.monotonic() - begun
 
 
 def demand_everything(home: Path, source: str, expected: dict[str, str]) -> None:
@@ -47,21 +60,25 @@ def insist(spark: SparkSession, platform: Platform, source: str, folder: Path) -
     return work(spark, platform, source, folder)
 
 
-def survive(spark: SparkSession, platform: Platform, source: str, folder: Path, victim: Victim, seed: int) -> None:
+def survive(
+    spark: SparkSession, platform: Platform, source: str, folder: Path, victim: Victim, seed: int, seconds: float
+) -> None:
     rng = random.Random(seed)
     expected = write_rows(folder, 1, ROWS)
-    with killer(victim, rng.uniform(0, SECONDS / 2), rng) as struck:
+    with killer(victim, rng.uniform(0, seconds), rng) as struck:
         insist(spark, platform, source, folder)
-    assert struck or seed, "the first seed strikes at once, whatever the machine"
+    assert struck or seed, "the first seed strikes while the job runs"
     insist(spark, platform, source, folder)
     demand_everything(platform.root, source, expected)
+    if not struck:
+        pytest.skip("the job had ended before the kill")
 
 
 @pytest.mark.faults
 def test_no_row_is_lost_or_doubled_when_a_worker_of_an_executor_is_killed(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
-    survive(spark, platform, source, tmp_path, "worker", 0)
+    survive(spark, platform, source, tmp_path, "worker", 0, seconds=SOON)
 
 
 @pytest.mark.faults
@@ -69,20 +86,22 @@ def test_no_row_is_lost_or_doubled_when_a_worker_of_an_executor_is_killed(
 @pytest.mark.parametrize("seed", range(1, 36))
 @pytest.mark.parametrize("victim", ["worker", "executor"])
 def test_no_row_is_lost_or_doubled_whenever_a_process_of_an_executor_is_killed(
-    spark: SparkSession, platform: Platform, source: str, tmp_path: Path, victim: Victim, seed: int
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path, victim: Victim, seed: int, seconds: float
 ) -> None:
-    survive(spark, platform, source, tmp_path, victim, seed)
+    survive(spark, platform, source, tmp_path, victim, seed, seconds)
 
 
 @pytest.mark.faults
 @pytest.mark.matrix
 @pytest.mark.parametrize("seed", range(10))
-def test_no_row_is_lost_or_doubled_when_the_driver_is_killed_time_and_again(tmp_path: Path, seed: int) -> None:
+def test_no_row_is_lost_or_doubled_when_the_driver_is_killed_time_and_again(
+    tmp_path: Path, seed: int, seconds: float
+) -> None:
     rng, expected = random.Random(seed), dict[str, str]()
     (home := tmp_path / "home").mkdir()
     for number in range(3):
         expected |= write_rows(tmp_path / "input", 1 + number * ROWS, ROWS)
-        kill_after(start(killed, home, tmp_path / "input"), home, rng.uniform(0, SECONDS))
+        kill_after(start(killed, home, tmp_path / "input"), home, rng.uniform(0, COLD * seconds))
     assert start(killed, home, tmp_path / "input").wait() == 0, (home / "log").read_text()[-3000:]
     demand_everything(home, SOURCE, expected)
 
