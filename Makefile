@@ -25,8 +25,8 @@ check: $(STAMP)  ## Lint, formatting, types and import contracts
 bench: $(STAMP)  ## Measure the ratios of docs/benchmarks.md
 	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-faults: $(STAMP)  ## Kill ranks and processes on purpose, and look what is left
-	$(BIN)/pytest -m faults
+faults: $(STAMP)  ## Kill ranks and processes on purpose, and look what is left; and every test that takes long
+	$(BIN)/pytest -m "faults or matrix"
 
 ui: $(STAMP)  ## Open the MLflow UI on what was tracked here
 	$(BIN)/lakesight ui
