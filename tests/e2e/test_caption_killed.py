@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="lo
 
 
 class Undisturbed(NamedTuple):
-    """What a job leaves that nobody kills, of which folder, and in how many seconds: the first of a session."""
+    """What a job leaves that nobody kills, of which folder, and in how many seconds: it is the first of its session."""
 
     folder: Path
     rows: list[dict[str, Any]]
@@ -41,6 +41,14 @@ def undisturbed(spark: SparkSession, platform: Platform, tmp_path_factory: pytes
     return Undisturbed(folder, rows, seconds)
 
 
+@pytest.fixture(scope="module")
+def seconds(spark: SparkSession, platform: Platform, undisturbed: Undisturbed) -> float:
+    """What a further job takes that nobody kills: in which a kill strikes."""
+    begun = time.monotonic()
+    work(spark, platform, undisturbed.folder, "undisturbed again")
+    return time.monotonic() - begun
+
+
 def insist(spark: SparkSession, platform: Platform, folder: Path, version: str) -> CaptionReport:
     """Run it again until it ends green, as a job's retries do."""
     for _ in range(3):
@@ -52,11 +60,10 @@ def insist(spark: SparkSession, platform: Platform, folder: Path, version: str) 
 
 
 def survive(
-    spark: SparkSession, platform: Platform, there: Undisturbed, victim: Victim, seed: int, share: float = 0.5
+    spark: SparkSession, platform: Platform, there: Undisturbed, victim: Victim, seed: int, seconds: float
 ) -> None:
-    """Kill once within a share of what the first job took: half of it is about what a later one takes."""
     rng, version = random.Random(seed), f"{victim}-{seed}"
-    with killer(victim, rng.uniform(0, share * there.seconds), rng) as struck:
+    with killer(victim, rng.uniform(0, seconds), rng) as struck:
         report = insist(spark, platform, there.folder, version)
     assert struck or seed, "the first seed strikes while the job runs"
     assert report.considered == report.already + report.captioned + report.errors == ROWS
@@ -71,7 +78,7 @@ def survive(
 def test_each_row_has_its_caption_once_when_a_worker_is_killed(
     spark: SparkSession, platform: Platform, undisturbed: Undisturbed
 ) -> None:
-    survive(spark, platform, undisturbed, "worker", 0, share=0.2)
+    survive(spark, platform, undisturbed, "worker", 0, seconds=0.1 * undisturbed.seconds)
 
 
 @pytest.mark.faults
@@ -79,9 +86,9 @@ def test_each_row_has_its_caption_once_when_a_worker_is_killed(
 @pytest.mark.parametrize("seed", range(1, 36))
 @pytest.mark.parametrize("victim", ["worker", "executor"])
 def test_each_row_has_its_caption_once_whenever_a_process_of_an_executor_is_killed(
-    spark: SparkSession, platform: Platform, undisturbed: Undisturbed, victim: Victim, seed: int
+    spark: SparkSession, platform: Platform, undisturbed: Undisturbed, victim: Victim, seed: int, seconds: float
 ) -> None:
-    survive(spark, platform, undisturbed, victim, seed)
+    survive(spark, platform, undisturbed, victim, seed, seconds)
 
 
 @pytest.mark.faults

@@ -1,0 +1,121 @@
+"""A tracking server that is killed while a run is trained, and comes back minutes later as far as the run can tell."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers import TEST_PATH, runs_in
+
+from pipelines.config import LocalPlatformConfig
+from pipelines.platform import local
+from pipelines.rundir import RunDir
+from pipelines.tracking import runs
+
+STEPS = 1500
+
+
+@contextmanager
+def tracking_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A real one, on a database that outlives it, leading a process group of its own."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "kept")]
+    with (
+        (folder / "server.log").open("ab") as log,
+        ended(subprocess.Popen(command, stdout=log, stderr=log, process_group=0)) as server,
+    ):
+        deadline = time.monotonic() + 120
+        while not is_healthy(port):
+            assert server.poll() is None, (folder / "server.log").read_text()
+            assert time.monotonic() < deadline, (folder / "server.log").read_text()
+            time.sleep(0.2)
+        yield server
+
+
+@contextmanager
+def rank_of(run: RunDir) -> Iterator[subprocess.Popen[bytes]]:
+    """The one rank of a run, at work."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "-m", "pipelines.worker.main"]
+    environment = os.environ | {"PYTHONPATH": TEST_PATH, "OMP_NUM_THREADS": "1"}
+    with (run.path / "rank.log").open("ab") as log:
+        process = subprocess.Popen(
+            [*command, "--run-dir", str(run.path)], stdout=log, stderr=log, env=environment, process_group=0
+        )
+    with ended(process):
+        yield process
+
+
+@contextmanager
+def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """Kill it and all that it started after the block, where that is not done yet."""
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def is_healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def last_step(run: RunDir) -> int:
+    return max((metrics.step for metrics in run.read_metrics()), default=0)
+
+
+def wait_for_step(run: RunDir, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while last_step(run) < step:
+        assert time.monotonic() < deadline, f"step {last_step(run)}"
+        time.sleep(0.1)
+
+
+@pytest.mark.faults
+@pytest.mark.matrix
+def test_a_tracking_server_that_is_killed_and_comes_back_has_every_step_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path
+) -> None:
+    (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
+    run = runs_in(tmp_path, monkeypatch)(
+        ranks=1, steps=STEPS, log_every=1, validate_every=500, checkpoint_every=500, batch_size=4
+    )
+    platform = replace(local(LocalPlatformConfig()), tracking_uri=f"http://127.0.0.1:{port}")
+    config = run.read_run().config
+    with ExitStack() as servers:
+        server = servers.enter_context(tracking_server(tmp_path, port))
+        with runs.follow(run, config, platform) as run_id, rank_of(run) as rank:
+            wait_for_step(run, 50)
+            os.killpg(server.pid, signal.SIGKILL)
+            without = last_step(run) + STEPS // 2
+            wait_for_step(run, without)
+            assert not is_healthy(port), "half of the steps were made without a server"
+            servers.enter_context(tracking_server(tmp_path, port))
+            assert rank.wait(timeout=300) == 0
+        client = runs.connect(platform)
+        logged = client.get_run(run_id)
+        history = Counter(point.step for point in client.get_metric_history(run_id, "train/loss"))
+    assert history == Counter(range(1, STEPS + 1))
+    assert logged.data.metrics == {
+        key: value for metrics in run.read_metrics() for key, value in metrics.points.items()
+    }
+    assert logged.info.status == "FINISHED"
