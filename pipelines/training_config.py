@@ -11,7 +11,10 @@ from vlm.config import AdapterConfig, Config, CosineScheduleConfig, Pattern, Sch
 
 
 class OptimizerConfig(Config):
-    """AdamW (Loshchilov and Hutter, 2017): `lr` is reached after `warmup_steps`, then it goes as `schedule` says."""
+    """AdamW (Loshchilov and Hutter, 2017): `lr` is reached after `warmup_steps`, then it goes as `schedule` says.
+
+    With `ema_decay`, what is validated and registered is an exponential moving average of the weights over steps.
+    """
 
     lr: PositiveFloat = 1e-3
     betas: tuple[float, float] = (0.9, 0.95)
@@ -19,6 +22,7 @@ class OptimizerConfig(Config):
     grad_clip: PositiveFloat = 1.0
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     schedule: ScheduleConfig = CosineScheduleConfig()
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
 class GroupConfig(Config):

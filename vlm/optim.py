@@ -1,10 +1,11 @@
-"""AdamW, its parameter groups and its schedules; which parameters learn, and how fast each."""
+"""AdamW, its parameter groups and its schedules; what learns, how fast each part, and its average over steps."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from vlm.errors import ConfigError
 
 FREE = ("bias", "position", "_token")
 """How the names of parameters end that never decay, whatever their shape."""
+AVERAGE = "average"
+"""Of a parameter over steps, in the optimizer's state: it is saved, resumed and cut into slices with its moments."""
 
 
 def choose_learners(model: nn.Module, rates: Mapping[str, float]) -> None:
@@ -78,6 +81,43 @@ def build_adamw(
     return torch.optim.AdamW(parameter_groups(model, weight_decay, rates), lr=lr, betas=betas, fused=True)
 
 
+@torch.no_grad()
+def follow_average(optimizer: torch.optim.Optimizer, decay: float, step: int) -> None:
+    """Take the weights after a step into their exponential moving average (Polyak and Juditsky, 1992).
+
+    Args:
+        optimizer: has just taken the step.
+        decay: share of an average of many steps that stays. A young one moves faster, else it would be fresh weights.
+        step: of this optimizer, from 0.
+    """
+    learning = [p for p in _learning(optimizer) if optimizer.state.get(p)]  # without state: it never had a gradient
+    for parameter in learning:
+        optimizer.state[parameter].setdefault(AVERAGE, parameter.detach().clone())
+    averages = [optimizer.state[parameter][AVERAGE] for parameter in learning]
+    torch._foreach_lerp_(averages, [p.detach() for p in learning], 1 - min(decay, (1 + step) / (10 + step)))
+
+
+@torch.no_grad()
+def swap_average(optimizer: torch.optim.Optimizer) -> None:
+    """Exchange what learns with its average; what has none stays."""
+    for parameter in _learning(optimizer):
+        if AVERAGE in optimizer.state.get(parameter, ()):
+            average = optimizer.state[parameter][AVERAGE]
+            learned = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(learned)
+
+
+@contextmanager
+def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """The model has its averaged weights inside the block, where they are kept, and the optimizer those that learn."""
+    swap_average(optimizer)
+    try:
+        yield
+    finally:
+        swap_average(optimizer)
+
+
 def schedule(config: ScheduleConfig, step: int, *, steps: int, warmup_steps: int) -> float:
     """Learning rate of a step in shares of its peak: a straight line up to it, then as the kind says.
 
@@ -103,6 +143,10 @@ def schedule(config: ScheduleConfig, step: int, *, steps: int, warmup_steps: int
 
 def _first_match(name: str, rates: Mapping[str, float]) -> str | None:
     return next((pattern for pattern in rates if re.fullmatch(pattern, name)), None)
+
+
+def _learning(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

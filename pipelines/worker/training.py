@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from vlm import text
 from vlm.checkpoint import load_state, weights_of
 from vlm.layers.block import recompute_blocks
 from vlm.model import VisionLanguageModel
+from vlm.optim import averaged, follow_average, swap_average
 from vlm.parallel import shard, whole, wrap
 from vlm.size import flops_per_sample, peak_of
 from vlm.text.base import Tokenizer
@@ -115,6 +117,7 @@ class Learner:
         optimizer = stage.begin(model, settings)
         if checkpoint and start > stage.first:
             load_state(checkpoint, model, optimizer)
+            swap_average(optimizer)
         watch.at(start)
         log.info("%d ranks, this one on %s: from step %d to %d", place.world_size, device, start, settings.steps)
         learned, held_out = Shards.open(Path(file.train_shards)), Shards.open(Path(file.validate_shards))
@@ -127,6 +130,7 @@ class Learner:
         with profiled(self.run.profile, steps, self.device) as self.stepped:
             for stage in plan(settings):
                 if stage.first > self.start:
+                    swap_average(self.optimizer)  # the next stage goes on from what the last one has come to
                     self.optimizer = stage.begin(self.model, settings)
                 if stage.end > self.start:
                     self._learn(stage, range(max(stage.first, self.start), stage.end))
@@ -157,13 +161,15 @@ class Learner:
             rank=self.place.rank,
             device=self.device,
             bf16=settings.precision == "bf16",
-            on_step=self.after_step,
+            on_step=partial(self.after_step, stage),
             rows_at_once=settings.rows_at_once or settings.batch_size,
         )
 
-    def after_step(self, report: StepReport) -> None:
+    def after_step(self, stage: Stage, report: StepReport) -> None:
         """Heartbeat, metrics, validation, captions, checkpoint. Rank 0 writes the files that belong to the run."""
         settings, done = self.file.config.train, report.step + 1
+        if settings.optimizer.ema_decay:
+            follow_average(self.optimizer, settings.optimizer.ema_decay, report.step - stage.first)
         last, leads = done == settings.steps, self.place.rank == 0
         self.stopwatch.stop(settings.batch_size, report.tokens)
         self.watch.at(done)
@@ -177,13 +183,15 @@ class Learner:
                 load = report.router.load
             values = {f"train/{name}": value for name, value in values.items()}
         if last or done % settings.validate_every == 0:
-            values |= self._validate()
-            self._write_samples(done)
+            with averaged(self.optimizer):
+                values |= self._validate()
+                self._write_samples(done)
         if leads and values:
             write_metrics(self.run, done, values, load)
             log.info("step %d of %d: %s", done, settings.steps, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
         if (leads or self.sharded) and (last or done % settings.checkpoint_every == 0):
-            write = self.origin.copy(self.model, self.optimizer, done, last=last)
+            with averaged(self.optimizer):
+                write = self.origin.copy(self.model, self.optimizer, done, last=last)
             if leads:
                 self.checkpoints.save(done, write)
         self.stepped()
@@ -219,7 +227,7 @@ class Learner:
     def _validate(self) -> dict[str, float]:
         settings = self.file.config.train
         with mixed_precision(self.device, bf16=settings.precision == "bf16"):
-            return validate(
+            found = validate(
                 self.model,
                 self.validate_shards,
                 self.collator,
@@ -229,6 +237,10 @@ class Learner:
                 world_size=self.place.world_size,
                 alive=self.watch.alive,
             )
+        if isinstance(self.model, FSDPModule):
+            # It keeps what it has gathered until a backward pass: the next step would use these weights, not its own.
+            self.model.reshard()
+        return found
 
     def _write_samples(self, done: int) -> None:
         """Rank 0's captions; of a model in slices it makes a whole copy, for which every rank is needed."""

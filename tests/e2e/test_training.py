@@ -20,6 +20,7 @@ import torch
 from faults import Fault, faulty_rank
 from helpers import MakeRun, is_running, runs_in, tiny_run, torchrun
 from pyspark.sql import SparkSession
+from safetensors.torch import load_file
 
 from pipelines.driver.launch import check_slots
 from pipelines.driver.train import launch
@@ -156,6 +157,7 @@ def still() -> dict[str, Any]:
 
 def test_ranks_slices_and_parts_of_a_batch_change_nothing_but_rounding(make_run: MakeRun, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"model": still(), "steps": 10, "log_every": 1, "checkpoint_every": 5}
+    settings |= {"optimizer": {"warmup_steps": 2, "ema_decay": 0.5}}
     alone = make_run("alone", ranks=1, **settings)
     assert torchrun(alone, 1).returncode == 0
     ddp, parts = make_run("ddp", **settings), make_run("parts", rows_at_once=1, recompute_blocks=True, **settings)
@@ -166,6 +168,9 @@ def test_ranks_slices_and_parts_of_a_batch_change_nothing_but_rounding(make_run:
     assert losses(parts) == pytest.approx(losses(ddp), rel=1e-6)
     assert losses(fsdp) == pytest.approx(losses(ddp), rel=1e-5)
     assert list(fsdp.read_samples()) == list(ddp.read_samples())
+    averages = [load_file(run.checkpoint(10) / "model.safetensors") for run in (fsdp, ddp)]
+    for name, average in averages[0].items():
+        torch.testing.assert_close(average, averages[1][name], rtol=1e-4, atol=1e-6)
 
     # A checkpoint of either is one of the other's, and of any number of ranks.
     crossed = [half_of(run, tmp_path / f"from-{run.path.name}", other) for run, other in ((ddp, "fsdp"), (fsdp, "ddp"))]

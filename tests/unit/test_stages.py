@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import distributed
 from torch._C._distributed_c10d import HashStore
 
-from pipelines.config import StageConfig, TrainConfig, load_run
+from pipelines.config import OptimizerConfig, StageConfig, TrainConfig, load_run
 from pipelines.errors import ConfigError
 from pipelines.rundir import RunDir
 from pipelines.worker.failure import Watch
@@ -53,7 +53,7 @@ def alone() -> Iterator[None]:
 def make_run(tmp_path: Path) -> Any:
     shards = [write_shards(tmp_path / name, rows=9) for name in ("train", "val")]
     settings: Any = {"stages": [PROJECTOR, ALL], "checkpoint_every": 3, "validate_every": 14, "keep_checkpoints": 9}
-    return lambda name: write_run(tmp_path / name, tiny_run(steps=14, **settings), *shards)
+    return lambda name, **more: write_run(tmp_path / name, tiny_run(steps=14, **settings, **more), *shards)
 
 
 def train(run: RunDir, after: int = 99) -> None:
@@ -74,8 +74,12 @@ def learning_rates(run: RunDir) -> list[float]:
     return [metrics.values["train/lr"] for metrics in run.read_metrics()]
 
 
-def test_what_is_frozen_keeps_its_bits_and_a_run_resumed_in_any_stage_ends_the_same(make_run: Any) -> None:
-    whole = make_run("whole")
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_what_is_frozen_keeps_its_bits_and_a_run_resumed_in_any_stage_ends_the_same(
+    make_run: Any, ema_decay: float | None
+) -> None:
+    optimizer = OptimizerConfig(warmup_steps=2, ema_decay=ema_decay)
+    whole = make_run("whole", optimizer=optimizer)
     train(whole)
     first, middle, last = (weights(whole, step) for step in (3, 6, 14))
     moved = {name for name in first if not torch.equal(first[name], middle[name])}
@@ -85,7 +89,7 @@ def test_what_is_frozen_keeps_its_bits_and_a_run_resumed_in_any_stage_ends_the_s
     assert state == moved  # no moments for the rest
 
     for after in (5, 8, 11):  # goes on from the middle of a stage, from a boundary, from the middle of the next stage
-        broken = make_run(f"broken-{after}")
+        broken = make_run(f"broken-{after}", optimizer=optimizer)
         with pytest.raises(Killed):
             train(broken, after)
         train(broken)

@@ -30,7 +30,7 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.layers.block import recompute_blocks
 from vlm.model import VisionLanguageModel
 from vlm.objective import blind_losses
-from vlm.optim import build_adamw, choose_learners, parameter_groups, schedule
+from vlm.optim import averaged, build_adamw, choose_learners, follow_average, parameter_groups, schedule
 from vlm.seeds import mix
 from vlm.text.base import Tokenizer
 from vlm.train import NotFiniteError, StepReport, fit
@@ -269,3 +269,27 @@ def test_a_truncated_weights_file_is_a_clear_error(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="weights cannot be read"):
         load_model(tmp_path)
+
+
+def test_the_average_of_weights_over_steps_is_that_of_the_formula_and_is_there_to_look_at_and_gone_again() -> None:
+    weight, idle = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight, idle], lr=0.5)
+    expected = None
+    for step in range(30):
+        weight.grad = torch.randn(3, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+        follow_average(optimizer, 0.6, step)
+        new = weight.detach().double()
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = new if expected is None else decay * expected + (1 - decay) * new
+    learned = weight.detach().clone()
+    with averaged(optimizer):
+        torch.testing.assert_close(weight.double(), expected)
+        assert not torch.allclose(weight, learned, atol=0.05)
+        assert torch.equal(idle, torch.ones(2)), "never had a gradient: it is its own average"
+    assert torch.equal(weight, learned)
+
+    idle.grad = torch.ones(2)  # an expert that is chosen late
+    optimizer.step()
+    follow_average(optimizer, 0.6, 30)
+    assert not torch.equal(idle, torch.ones(2))
