@@ -1,0 +1,230 @@
+"""The training loader beside mosaicml-streaming, WebDataset and Hugging Face datasets: samples a second, and memory.
+
+    pip install mosaicml-streaming webdataset datasets
+    python tests/benchmarks/bench_loader.py
+
+All read the same pictures, 224 x 224, from files of their own making: as JPEG (the same bytes in each), and as raw
+pixels where a format has such. Each hands over shuffled batches of 64 as uint8 tensors, made by two workers: threads of
+ours, processes of torch's DataLoader for the others. Ours makes tokens and labels of the texts too; theirs are strings.
+The clock runs from the first batch on, so that starting processes does not count; how long a start takes is told beside
+it. Then: how long until the first batch when a run goes on at sample 10,000,000, and the loader's own memory (without
+pages of mapped files, which the kernel may take back) for one and for four times the rows.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets  # type: ignore[import-not-found]
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+import webdataset  # type: ignore[import-not-found]
+from PIL import Image
+from streaming import MDSWriter, StreamingDataset  # type: ignore[import-not-found]
+from torch.utils.data import DataLoader
+
+from pipelines.config import load_run
+from pipelines.shards import (
+    Manifest,
+    ShardRequest,
+    Shards,
+    encode_pixels,
+    shard_schema,
+    write_manifest,
+    write_shard_file,
+)
+from pipelines.worker.batches import Collator, training_batches
+from vlm import text
+
+ROWS, SIDE, BATCH, WORKERS, ROUNDS = 8192, 224, 64, 2, 3
+FAR = 10_000_000
+TEXT = "a picture of smooth colours"
+Encoding = Literal["raw", "jpeg"]
+Pixels = npt.NDArray[np.uint8]
+
+
+def pictures(rows: int) -> Iterator[Pixels]:
+    """Smooth colour fields with a little noise."""
+    rng = np.random.default_rng(0)
+    for _ in range(rows):
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        field = np.asarray(coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) // 2
+        yield (field + rng.integers(0, 8, field.shape)).astype(np.uint8)
+
+
+def decoded(data: bytes) -> Pixels:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def write_shards(folder: Path, encoding: Encoding, rows: int = ROWS) -> Path:
+    """Ours."""
+    image = load_run("seemore").model.image.model_copy(update={"size": SIDE})
+    request = ShardRequest(
+        table="none",
+        table_id="none",
+        table_version=0,
+        source="bench",
+        split="train",
+        image=image,
+        encoding=encoding,
+        rows=1024,
+        seed=0,
+    )
+    folder.mkdir()
+    schema, files, drawn = shard_schema(request), [], pictures(rows)
+    for number in range(-(-rows // 1024)):
+        content = [
+            {"image_id": str(index), "pixels": encode_pixels(pixels, encoding), "texts": [{"prompt": "", "text": TEXT}]}
+            for index, pixels in enumerate(islice(drawn, 1024))
+        ]
+        files.append(write_shard_file(folder, number, request, [pa.RecordBatch.from_pylist(content, schema)]))
+    write_manifest(folder, Manifest(request=request, files=tuple(files)))
+    return folder
+
+
+def ours(folder: Path, start: int = 0) -> Iterator[torch.Tensor]:
+    """An epoch of shards through the loader of a rank."""
+    shards, model = Shards.open(folder), load_run("seemore").model
+    steps = range(start, start + len(shards) // BATCH)
+    batches = training_batches(
+        shards,
+        Collator(text.learn(model.text, [TEXT]), model),
+        steps=steps,
+        rank=0,
+        world_size=1,
+        batch_size=BATCH,
+        seed=0,
+        workers=WORKERS,
+    )
+    return (batch.pixels_PHWC for batch in batches)
+
+
+class Mosaic(StreamingDataset):  # type: ignore[misc]
+    def __getitem__(self, index: int) -> tuple[Pixels, str]:
+        row = super().__getitem__(index)
+        pixels = row["image"] if isinstance(row["image"], np.ndarray) else decoded(row["image"])
+        return pixels, row["text"]
+
+
+def mosaic(folder: Path, encoding: Encoding) -> Callable[[], Iterator[torch.Tensor]]:
+    kind = f"ndarray:uint8:{SIDE},{SIDE},3" if encoding == "raw" else "bytes"
+    with MDSWriter(out=str(folder), columns={"image": kind, "text": "str"}) as out:
+        for pixels in pictures(ROWS):
+            out.write({"image": pixels if encoding == "raw" else encode_pixels(pixels, encoding), "text": TEXT})
+    return lambda: loaded(Mosaic(local=str(folder), shuffle=True, batch_size=BATCH))
+
+
+def tars(folder: Path) -> Callable[[], Iterator[torch.Tensor]]:
+    folder.mkdir()
+    drawn = pictures(ROWS)
+    for number in range(ROWS // 1024):
+        with tarfile.open(folder / f"{number:06}.tar", "w") as out:
+            for index, pixels in enumerate(islice(drawn, 1024)):
+                for name, data in (("jpg", encode_pixels(pixels, "jpeg")), ("txt", TEXT.encode())):
+                    entry = tarfile.TarInfo(f"{index:06}.{name}")
+                    entry.size = len(data)
+                    out.addfile(entry, io.BytesIO(data))
+    urls = sorted(map(str, folder.glob("*.tar")))
+
+    def batches() -> Iterator[torch.Tensor]:
+        rows = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0, nodesplitter=None).shuffle(1000)
+        return loaded(rows.decode("rgb8").to_tuple("jpg", "txt"))
+
+    return batches
+
+
+def hugging(folder: Path) -> Callable[[], Iterator[torch.Tensor]]:
+    content = [
+        {"image": {"bytes": encode_pixels(pixels, "jpeg"), "path": None}, "text": TEXT} for pixels in pictures(ROWS)
+    ]
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_list(content, features=features).save_to_disk(str(folder))
+    rows = datasets.load_from_disk(str(folder))
+    rows = rows.with_transform(
+        lambda batch: {"image": [np.asarray(image.convert("RGB")) for image in batch["image"]], "text": batch["text"]}
+    )
+    return lambda: (batch["image"] for batch in DataLoader(rows, BATCH, shuffle=True, num_workers=WORKERS))
+
+
+def loaded(rows: Any) -> Iterator[torch.Tensor]:
+    return (pixels for pixels, _ in DataLoader(rows, BATCH, num_workers=WORKERS))
+
+
+def timed(batches: Iterator[torch.Tensor]) -> tuple[float, float]:
+    """Samples a second from the first batch on, and seconds until it was there."""
+    begun = time.monotonic()
+    first = next(batches)
+    assert first.shape[1:] == (SIDE, SIDE, 3)
+    assert first.dtype == torch.uint8
+    there = time.monotonic()
+    count = sum(len(batch) for batch in batches)
+    return count / (time.monotonic() - there), there - begun
+
+
+def compare(works: dict[str, Callable[[], Iterator[torch.Tensor]]]) -> None:
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
+    for _ in range(ROUNDS):
+        for name, work in works.items():
+            found[name].append(timed(work()))
+    ours = statistics.median(rate for rate, _ in found["ours"])
+    for name, measured in found.items():
+        rate, start = (statistics.median(values) for values in zip(*measured, strict=True))
+        print(f"  {name:22} {rate:8,.0f} samples/s   ours {ours / rate:5.2f} x   first batch after {start:.2f} s")
+
+
+def own_memory(folder: Path) -> str:
+    """Of a fresh process that has read every row of some shards once: memory that no file backs."""
+    code = f"from bench_loader import read_all; read_all({str(folder)!r})"
+    here = Path(__file__).parent
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=here).stdout
+
+
+def read_all(folder: str) -> None:
+    rows = sum(len(batch) for batch in ours(Path(folder)))
+    anonymous = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert anonymous
+    print(f"  {rows:7,} rows: {int(anonymous[1]) / 1000:.0f} MB")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        print(f"{ROWS} pictures, {SIDE} x {SIDE}, batches of {BATCH}, {WORKERS} workers, the median of {ROUNDS} rounds")
+        jpeg, raw = write_shards(folder / "jpeg", "jpeg"), write_shards(folder / "raw", "raw")
+        print("JPEG")
+        works: dict[str, Callable[[], Iterator[torch.Tensor]]] = {
+            "ours": partial(ours, jpeg),
+            "mosaicml-streaming": mosaic(folder / "mds-jpeg", "jpeg"),
+            "WebDataset": tars(folder / "tars"),
+            "Hugging Face datasets": hugging(folder / "hugging"),
+        }
+        compare(works)
+        print("raw pixels")
+        compare({"ours": partial(ours, raw), "mosaicml-streaming": mosaic(folder / "mds-raw", "raw")})
+        print(f"at sample {FAR:,}")
+        for name, shards in (("JPEG", jpeg), ("raw", raw)):
+            print(f"  {name:5} first batch after {timed(ours(shards, FAR // BATCH))[1]:.3f} s")
+        print("memory of the loader's own, after every row was read once")
+        for rows in (ROWS // 4, ROWS):
+            print(own_memory(write_shards(folder / f"memory-{rows}", "raw", rows)), end="")
+
+
+if __name__ == "__main__":
+    main()
