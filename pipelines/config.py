@@ -38,11 +38,12 @@ from pipelines.data import (
 )
 from pipelines.errors import ConfigError
 from pipelines.gate import DriftConfig, GateConfig
-from pipelines.training_config import GroupConfig, OptimizerConfig, StageConfig, TrainConfig
+from pipelines.training_config import AugmentConfig, GroupConfig, OptimizerConfig, StageConfig, TrainConfig
 from vlm.config import Config, ModelConfig
 
 __all__ = [
     "PICTURE",
+    "AugmentConfig",
     "Chosen",
     "ColumnNames",
     "ColumnSplitConfig",

@@ -7,7 +7,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from vlm.config import AdapterConfig, Config, CosineScheduleConfig, Pattern, ScheduleConfig
+from vlm.config import AdapterConfig, Config, CosineScheduleConfig, Pattern, Probability, ScheduleConfig
+
+SIDED_WORDS = (
+    *("left", "lefthand", "leftmost", "leftward", "leftwards", "right", "righthand", "rightmost", "rightward"),
+    *("rightwards", "clockwise", "counterclockwise", "anticlockwise"),
+)
+"""Words that are no longer true of a mirrored picture."""
 
 
 class OptimizerConfig(Config):
@@ -57,6 +63,39 @@ class StageConfig(Config):
         return self
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class AugmentConfig(Config):
+    """What is done to pictures while they are learned from, another way each epoch; never to those of a validation.
+
+    Attributes:
+        scale: a random crop keeps a share of the picture's area between these, and is enlarged to the whole.
+        flip: share of the pictures that are mirrored left to right, where their text allows it.
+        brightness: pixels are multiplied by up to 1 +- this.
+        contrast: their distance to the picture's mean grey likewise.
+        saturation: their distance to their own grey likewise.
+        sided_words: a picture whose text or prompt has one of these as a whole word, in capitals or not, is not
+            mirrored.
+    """
+
+    scale: tuple[Share, Share] = (1.0, 1.0)
+    flip: Share = 0.0
+    brightness: Probability = 0.0
+    contrast: Probability = 0.0
+    saturation: Probability = 0.0
+    sided_words: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = SIDED_WORDS
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Self:
+        least, most = self.scale
+        if not 0 < least <= most:
+            raise ValueError(f"scale is [{least:g}, {most:g}]: the least share of a picture, above 0, then the most")
+        if least == 1 and not any((self.flip, self.brightness, self.contrast, self.saturation)):
+            raise ValueError("augment changes no picture: set scale, flip, brightness, contrast or saturation")
+        return self
+
+
 HOW = frozenset(
     {
         "checkpoint_every",
@@ -88,6 +127,7 @@ class TrainConfig(Config):
         precision: of matrix products: fp32, tf32 (a GPU's, rounded inputs), or bf16 autocast; weights stay fp32.
         start_from: checkpoint folder of the same model, whose weights and tokenizer the run starts from.
         adapter: train low-rank corrections of these weights and nothing else; what is registered has them merged.
+        augment: what is done to its pictures; they are as the shards have them without.
         loader_workers: threads that make batches ahead of the training; 0 makes each when it is due.
         keep_checkpoints: newest ones; the one with the lowest validation loss is kept beside them.
         profile_steps: record as many of rank 0's first steps with torch's profiler, and log the trace.
@@ -106,6 +146,7 @@ class TrainConfig(Config):
     start_from: Annotated[str, Field(min_length=1)] | None = None
     adapter: AdapterConfig | None = None
     stages: tuple[StageConfig, ...] = ()
+    augment: AugmentConfig | None = None
     loader_workers: Annotated[int, Field(ge=0)] = 2
     log_every: PositiveInt = 10
     validate_every: PositiveInt = 200
@@ -118,8 +159,8 @@ class TrainConfig(Config):
     max_restarts: Annotated[int, Field(ge=0)] = 2
 
     def science(self) -> dict[str, Any]:
-        """The settings that determine what is learned."""
-        return self.model_dump(exclude=set(HOW))
+        """The settings that determine what is learned; without `augment` those of runs from before there was any."""
+        return self.model_dump(exclude=set(HOW if self.augment else HOW | {"augment"}))
 
     @model_validator(mode="before")
     @classmethod

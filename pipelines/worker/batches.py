@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from pipelines.shards import Row, Shards
+from pipelines.worker.augment import Augmenter
 from pipelines.worker.order import draw, hash64, mixed
 from vlm.batch import IGNORE, Batch
 from vlm.config import ModelConfig
@@ -85,10 +86,12 @@ def training_batches(
     batch_size: int,
     seed: int,
     workers: int = 0,
+    augmenter: Augmenter | None = None,
 ) -> Iterator[Batch]:
     """This rank's slice of the global batch of each step; the same whatever the number of workers.
 
-    A picture with several texts shows one of them an epoch, picked by (seed, epoch, row).
+    A picture with several texts shows one of them an epoch, picked by (seed, epoch, row). Pictures are those of the
+    shards, byte for byte, or what an augmenter makes of them.
     """
     parts = shards.manifest.parts
     sizes, draws = [part.rows for part in parts], [part.draws for part in parts]
@@ -103,7 +106,8 @@ def training_batches(
             hash64(seed, int(epoch), int(index)) % len(row.texts)
             for row, epoch, index in zip(rows, drawn.epochs, drawn.rows, strict=True)
         ]
-        return collator.batch(rows, [row.texts[pick] for row, pick in zip(rows, picks, strict=True)])
+        texts = [row.texts[pick] for row, pick in zip(rows, picks, strict=True)]
+        return collator.batch(augmenter.rows(rows, texts, drawn) if augmenter else rows, texts)
 
     return ahead(make, steps, workers)
 

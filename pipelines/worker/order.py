@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 Int64s = npt.NDArray[np.int64]
 UInt64s = npt.NDArray[np.uint64]
+Float64s = npt.NDArray[np.float64]
 
 ROUNDS = 6
 MIN_HALF_BITS = 4
@@ -106,6 +107,21 @@ def _feistel(values: UInt64s, keys: UInt64s, half: int) -> UInt64s:
     for number in range(ROUNDS):
         left, right = right, left ^ (hash64s(keys, right, np.full_like(right, number)) & mask)
     return (left << shift) | right
+
+
+def fractions(drawn: Draw, count: int, *, seed: int) -> Float64s:
+    """Random numbers of each row in its epoch, uniform in [0, 1): [batch of the rank, count].
+
+    Args:
+        drawn: the rows.
+        count: numbers of a row; more of them leave the first ones as they are.
+        seed: of the run.
+    """
+    number = np.arange(count, dtype=np.uint64)
+    columns = np.broadcast_arrays(
+        np.uint64(seed & _WORD), drawn.epochs[:, None].astype(np.uint64), drawn.rows[:, None].astype(np.uint64), number
+    )
+    return (hash64s(*columns) >> np.uint64(11)).astype(np.float64) / 2**53
 
 
 def hash64s(*columns: UInt64s) -> UInt64s:

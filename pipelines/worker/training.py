@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from pipelines.errors import UserError
 from pipelines.rundir import CaptionSamples, Result, RunDir, RunFile, write_json
 from pipelines.shards import Shards
+from pipelines.worker.augment import Augmenter
 from pipelines.worker.batches import Collator, training_batches
 from pipelines.worker.checkpoints import CheckpointWriter, agree, best_checkpoint, refuse_other_science, step_of
 from pipelines.worker.failure import Watch
@@ -148,6 +149,7 @@ class Learner:
             batch_size=settings.batch_size,
             seed=settings.seed,
             workers=settings.loader_workers,
+            augmenter=Augmenter(settings.augment, settings.seed) if settings.augment else None,
         )
         self.stopwatch.start()
         fit(

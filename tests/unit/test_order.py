@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.worker.order import draw, hash64, mixed, permute
+from pipelines.worker.order import Draw, draw, fractions, hash64, mixed, permute
 
 seeds = st.integers(-(2**63), 2**64)
 
@@ -126,3 +126,15 @@ def test_the_order_is_the_same_for_ever() -> None:
     """A change here breaks the resumption of every run that exists: do not update the numbers, keep the order."""
     assert epoch_of(8, 0, 0) == [6, 4, 5, 2, 1, 7, 0, 3]
     assert hash64(1, -2, 3) == 12056474070484764355
+    drawn = Draw(np.array([4, 5]), np.array([0, 1]))
+    assert (fractions(drawn, 2, seed=-2) * 1e6).astype(int).tolist() == [[601109, 114547], [1050, 792469]]
+
+
+def test_random_numbers_of_a_row_are_its_own_and_spread_evenly() -> None:
+    rows, epochs = (places.ravel() for places in np.meshgrid(np.arange(100), np.arange(20)))
+    numbers = fractions(Draw(rows, epochs), 8, seed=1)
+    assert len(np.unique(numbers)) == numbers.size
+    assert (fractions(Draw(rows[7:9], epochs[7:9]), 3, seed=1) == numbers[7:9, :3]).all()
+    counts, _ = np.histogram(numbers, bins=20, range=(0, 1))
+    assert ((counts - numbers.size / 20) ** 2 / (numbers.size / 20)).sum() < 19 + 4 * 38**0.5
+    assert np.abs(np.corrcoef(numbers.T) - np.eye(8)).max() < 0.1
