@@ -97,12 +97,17 @@ class SparkConfig(Config):
     shuffle_partitions: PositiveInt = 2
 
 
+CacheGib = Annotated[float, Field(ge=0)]
+"""Disk of each machine that copies of shards may take, where their folder is on a network; 0: nothing is copied."""
+
+
 class LocalPlatformConfig(Config):
     """A laptop: embedded Spark, Delta under .lakesight/, SQLite MLflow, CPU ranks."""
 
     kind: Literal["local"] = "local"
     spark: SparkConfig = SparkConfig()
     ranks: PositiveInt = 2
+    cache_gib: CacheGib = 0.0
 
 
 class DatabricksPlatformConfig(Config):
@@ -114,6 +119,7 @@ class DatabricksPlatformConfig(Config):
     volume: Identifier
     ranks: PositiveInt
     use_gpu: bool = True
+    cache_gib: CacheGib = 100.0
 
 
 PlatformConfig = Annotated[LocalPlatformConfig | DatabricksPlatformConfig, Field(discriminator="kind")]

@@ -13,7 +13,7 @@ import io
 import uuid
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -98,6 +98,13 @@ class Manifest(Config):
         """A hash of every file's content: equal hashes mean equal training data."""
         parts = [(part.rows, part.draws) for part in self.parts]
         return short_hash([file.sha256 for file in self.files], *parts)
+
+
+class Near(NamedTuple):
+    """A copy of a shard file, mapped."""
+
+    path: Path
+    batches: pa.ipc.RecordBatchFileReader
 
 
 class Row(NamedTuple):
@@ -201,6 +208,7 @@ class Shards:
     """Random access to the rows of a shard folder; pickles as its path."""
 
     folder: Path
+    _near: dict[int, Near] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: Path) -> Shards:
@@ -229,7 +237,7 @@ class Shards:
 
     @cached_property
     def _readers(self) -> list[pa.ipc.RecordBatchFileReader]:
-        return [pa.ipc.open_file(pa.memory_map(str(self.folder / file.file), "r")) for file in self.manifest.files]
+        return [_mapped(self.folder / file.file) for file in self.manifest.files]
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -249,19 +257,25 @@ class Shards:
         file = bisect_right(self._starts, index) - 1
         within = index - self._starts[file]
         number, offset = divmod(within, BATCH_ROWS)
+        near = self._near.get(file)
+        path = near.path if near else self.folder / self.manifest.files[file].file
         try:
-            return self._read(file, number, offset)
+            batches = near.batches if near else self._readers[file]
+            return self._read(batches.get_batch(number), offset)
         except (pa.ArrowInvalid, OSError, IndexError) as error:  # a picture's, too: PIL's errors are OSErrors
             raise StageFailed(
                 "a training shard is damaged",
-                where=f"{self.folder / self.manifest.files[file].file}, row {within}",
+                where=f"{path}, row {within}",
                 got=f"{type(error).__name__}: {error}",
-                fix=f"remove {self.folder} and run `lakesight shard` again",
+                fix=f"remove {path.parent} and run `lakesight shard` again",
             ) from error
 
-    def _read(self, file: int, number: int, offset: int) -> Row:
+    def read_from(self, file: int, copy: Path) -> None:
+        """From now on read the rows of one file, by its number, from a copy; others may read rows meanwhile."""
+        self._near[file] = Near(copy, _mapped(copy))
+
+    def _read(self, batch: pa.RecordBatch, offset: int) -> Row:
         request = self.manifest.request
-        batch = self._readers[file].get_batch(number)
         stored = batch.column("pixels")[offset].as_buffer()
         if request.encoding == "raw":
             side = request.image.size
@@ -280,3 +294,7 @@ class Shards:
                         if pair["prompt"]:
                             yield pair["prompt"]
                         yield pair["text"]
+
+
+def _mapped(path: Path) -> pa.ipc.RecordBatchFileReader:
+    return pa.ipc.open_file(pa.memory_map(str(path), "r"))

@@ -65,7 +65,9 @@ def tiny_model() -> ModelConfig:
     )
 
 
-def tiny_run(*, steps: int = 12, ranks: int = 2, model: object = None, **train: object) -> RunConfig:
+def tiny_run(
+    *, steps: int = 12, ranks: int = 2, model: object = None, cache_gib: float = 0, **train: object
+) -> RunConfig:
     """A run of a few seconds; `train` overrides its train settings."""
     settings: dict[str, object] = {
         "steps": steps,
@@ -84,7 +86,7 @@ def tiny_run(*, steps: int = 12, ranks: int = 2, model: object = None, **train: 
         model=ModelConfig.model_validate(model) if model else tiny_model(),
         data=DataConfig(source=CsvSourceConfig(path="none")),
         train=TrainConfig.model_validate(settings | train),
-        platform=LocalPlatformConfig(ranks=ranks),
+        platform=LocalPlatformConfig(ranks=ranks, cache_gib=cache_gib),
     )
 
 

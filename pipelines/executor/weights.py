@@ -7,16 +7,12 @@ time of change. Only the last few models stay.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from pipelines.config import short_hash
-from pipelines.errors import StageFailed
+from pipelines.machine import alone, own_folder
 
 KEPT = 3
 """Models whose copies stay. A process has read its own within seconds of asking."""
@@ -33,19 +29,11 @@ def on_this_machine(folder: Path, root: Path | None = None) -> Path:
         StageFailed: the folder for copies belongs to somebody else, who could put another model there.
         OSError: the folder cannot be read, or the disk is full.
     """
-    root = root or Path(tempfile.gettempdir()) / f"lakesight-models-{os.getuid()}"
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if root.stat().st_uid != os.getuid():
-        raise StageFailed(
-            "weights cannot be copied to this machine",
-            where=str(root),
-            got="a folder of another user",
-            fix="remove it, or set TMPDIR to a folder of your own",
-        )
+    root = own_folder("models", root)
     files = sorted(path for path in folder.iterdir() if path.is_file())
     state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     target = root / short_hash(str(folder), state)
-    with _alone(root / "lock"):
+    with alone(root):
         if not target.is_dir():
             _copy(files, target)
         os.utime(target)
@@ -68,11 +56,3 @@ def _remove_others(root: Path) -> None:
     complete = [path for path in copies if not path.suffix]
     for path in {*copies} - {*complete[-KEPT:]}:
         shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process at a time; a killed one leaves no lock behind."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

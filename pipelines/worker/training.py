@@ -24,6 +24,7 @@ from pipelines.worker.batches import Collator, training_batches
 from pipelines.worker.checkpoints import CheckpointWriter, agree, best_checkpoint, refuse_other_science, step_of
 from pipelines.worker.failure import Watch
 from pipelines.worker.group import meet, pick_device, process_group
+from pipelines.worker.nearby import ShardCopier
 from pipelines.worker.place import Place
 from pipelines.worker.profile import profiled
 from pipelines.worker.report import Stopwatch, write_metrics
@@ -92,6 +93,8 @@ class Learner:
         self.collator = Collator(self.tokenizer, self.file.config.model)
         self.checkpoints = CheckpointWriter(self.run, self.file)
         self.sharded = isinstance(self.model, FSDPModule)
+        limit = self.file.config.platform.cache_gib * 2**30
+        self.copier = ShardCopier([self.train_shards, self.validate_shards], limit)
 
     @classmethod
     def build(cls, run: RunDir, file: RunFile, place: Place, watch: Watch, device: torch.device) -> Learner:
@@ -127,6 +130,8 @@ class Learner:
     def learn(self) -> None:
         """Take every step that is left, stage by stage."""
         settings = self.file.config.train
+        if self.file.config.platform.cache_gib:
+            self.copier.start()
         steps = settings.profile_steps if self.place.rank == 0 else 0
         with profiled(self.run.profile, steps, self.device) as self.stepped:
             for stage in plan(settings):
@@ -176,6 +181,7 @@ class Learner:
         self.stopwatch.stop(settings.batch_size, report.tokens)
         self.watch.at(done)
         self.checkpoints.check()
+        self.copier.check()
         values: dict[str, float] = {}
         load: dict[str, tuple[float, ...]] = {}
         if last or done % settings.log_every == 0:

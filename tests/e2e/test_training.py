@@ -37,6 +37,7 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
     return runs_in(tmp_path, monkeypatch)
 
 
+AUGMENT = {"scale": [0.5, 1.0], "flip": 0.5, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3}
 # Three ranks: the order in which gradients are added up matters from three terms on.
 WHOLE: dict[str, Any] = {
     "ranks": 3,
@@ -46,6 +47,7 @@ WHOLE: dict[str, Any] = {
     "validate_every": 30,
     "checkpoint_every": 5,
     "profile_steps": 2,
+    "augment": AUGMENT,
 }
 MEASURED = re.compile("per_second|data_wait")
 """Metrics that differ from run to run."""
@@ -155,22 +157,38 @@ def still() -> dict[str, Any]:
     return model
 
 
-def test_ranks_slices_and_parts_of_a_batch_change_nothing_but_rounding(make_run: MakeRun, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"model": still(), "steps": 10, "log_every": 1, "checkpoint_every": 5}
-    settings |= {"optimizer": {"warmup_steps": 2, "ema_decay": 0.5}}
+def test_ranks_slices_parts_of_a_batch_and_copies_of_shards_change_nothing_but_rounding(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near = tmp_path / "near"
+    near.mkdir()
+    monkeypatch.setenv("TMPDIR", str(near))
+    settings: dict[str, Any] = {
+        "model": still(),
+        "steps": 10,
+        "log_every": 1,
+        "checkpoint_every": 5,
+        "augment": AUGMENT,
+        "optimizer": {"warmup_steps": 2, "ema_decay": 0.5},
+    }
     alone = make_run("alone", ranks=1, **settings)
     assert torchrun(alone, 1).returncode == 0
-    ddp, parts = make_run("ddp", **settings), make_run("parts", rows_at_once=1, recompute_blocks=True, **settings)
+    assert not list(near.glob("lakesight-shards-*"))
+    ddp = make_run("ddp", **settings)
+    parts = make_run("parts", rows_at_once=1, recompute_blocks=True, cache_gib=1, **settings)
     fsdp = make_run("fsdp", parallel="fsdp", **settings)
-    ended = torchrun([ddp, parts, fsdp], 2, "several")
+    plain = make_run("plain", **settings | {"augment": None})
+    ended = torchrun([ddp, parts, fsdp, plain], 2, "several")
     assert ended.returncode == 0, ended.stdout
     assert losses(alone) == pytest.approx(losses(ddp), rel=1e-6)
     assert losses(parts) == pytest.approx(losses(ddp), rel=1e-6)
     assert losses(fsdp) == pytest.approx(losses(ddp), rel=1e-5)
+    assert losses(plain) != pytest.approx(losses(ddp), rel=1e-3), "its pictures are the shards'"
     assert list(fsdp.read_samples()) == list(ddp.read_samples())
     averages = [load_file(run.checkpoint(10) / "model.safetensors") for run in (fsdp, ddp)]
     for name, average in averages[0].items():
         torch.testing.assert_close(average, averages[1][name], rtol=1e-4, atol=1e-6)
+    assert list(near.glob("lakesight-shards-*/lock")), "one of them may copy its shards"
 
     # A checkpoint of either is one of the other's, and of any number of ranks.
     crossed = [half_of(run, tmp_path / f"from-{run.path.name}", other) for run, other in ((ddp, "fsdp"), (fsdp, "ddp"))]
