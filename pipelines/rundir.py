@@ -54,6 +54,31 @@ class LauncherFile(Config):
     pid: int
 
 
+class Host(Config):
+    """An interpreter that ranks run in, and its machine. What is not there is empty."""
+
+    name: str
+    cores: int = 0
+    memory_bytes: int = 0
+    executable: str = ""
+    python: str = ""
+    packages: dict[str, str]
+    """Version by distribution; of one that is missing, empty."""
+    cuda: str = ""
+    """What torch was built with."""
+    nccl: str = ""
+    driver: str = ""
+    """Of the GPUs; its error where it does not answer."""
+    gpus: tuple[str, ...] = ()
+    """Names of all that the machine has."""
+
+
+class HostsFile(Config):
+    """hosts.json: where the ranks of an attempt run, each interpreter once. Written by the driver before they start."""
+
+    hosts: tuple[Host, ...]
+
+
 class Heartbeat(NamedTuple):
     """Last sign of life of a rank."""
 
@@ -161,6 +186,11 @@ class RunDir:
         return self.path / "launcher.json"
 
     @property
+    def hosts(self) -> Path:
+        """What the hosts of the ranks are and have."""
+        return self.path / "hosts.json"
+
+    @property
     def checkpoints(self) -> Path:
         """step_000100/ folders."""
         return self.path / "checkpoints"
@@ -256,8 +286,8 @@ class RunDir:
 
         Checkpoints, metrics and samples stay: they belong to the run, whichever attempt wrote them.
         """
-        left = [self.path / name for name in ("failures", "ranks", "heartbeat", "logs", "result.json")]
-        left = [path for path in left if path.exists()]
+        names = ("failures", "ranks", "heartbeat", "logs", "hosts.json", "result.json")
+        left = [path for name in names if (path := self.path / name).exists()]
         if left:
             attempts = self.path / "attempts"
             folder = attempts / str(1 + len(list(attempts.glob("*"))))

@@ -31,6 +31,8 @@ SLOT_SECONDS = 10.0
 """How long executors that have just started may take to report for work."""
 LEAVE_SECONDS = 5.0
 
+GPU_AMOUNT = "spark.task.resource.gpu.amount"
+
 RankEntry = Callable[[str], None]
 
 
@@ -54,11 +56,12 @@ def check_slots(spark: SparkSession, launch: Launch, seconds: float = SLOT_SECON
     deadline = time.monotonic() + seconds
     while (slots := _slots(context)) < needed:
         if time.monotonic() > deadline:
+            per_task = launch.ranks // needed
             raise UserError(
                 "the cluster has too few slots for the ranks",
                 where=f"Spark master {spark.sparkContext.master}",
                 got=f"{slots} tasks at once, {needed} needed for {launch.ranks} ranks",
-                fix=f"start more executors, or lower platform.ranks to {max(1, slots)} or fewer",
+                fix=f"start more executors, or lower platform.ranks to {per_task * max(1, slots)} or fewer",
             )
         time.sleep(0.5)
 
@@ -70,21 +73,24 @@ def _slots(context: object) -> int:
 
 
 def open_distributor(launch: Launch) -> TorchDistributor:
-    """The launcher.
+    """The launcher. Its tasks are as many as the ranks, or fewer where one task has several GPUs: a rank for each.
 
     Raises:
         UserError: the session's GPU settings do not fit the ranks.
     """
     from pyspark.ml.torch.distributor import TorchDistributor
+    from pyspark.sql import SparkSession
 
     try:
         return TorchDistributor(launch.ranks, local_mode=launch.local_mode, use_gpu=launch.use_gpu)
     except (RuntimeError, ValueError) as error:
+        amount = SparkSession.active().conf.get(GPU_AMOUNT, None)
         raise UserError(
             "the Spark session cannot give each rank its GPU",
-            where="platform.ranks, spark.task.resource.gpu.amount",
+            where=f"platform.ranks={launch.ranks}, {GPU_AMOUNT}={amount or ''}",
             got=str(error),
-            fix="a training cluster gives a task whole GPUs; set platform.use_gpu=false to train on CPUs",
+            fix=f"start the training cluster with {GPU_AMOUNT}=1: a share of a GPU is no place for a rank; "
+            "platform.use_gpu=false trains on CPUs",
         ) from None
 
 

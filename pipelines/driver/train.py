@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.config import RunConfig, short_hash
+from pipelines.driver.hosts import check_hosts
 from pipelines.driver.launch import RankEntry, check_slots, only_launch, run_rank, start_ranks
 from pipelines.driver.start import open_start
 from pipelines.driver.verdict import failure_of, root_of, wait_for_words
@@ -106,7 +107,9 @@ def launch(run: RunDir, platform: Platform, spark: SparkSession, entry: RankEntr
         entry: what each rank runs, importable by name in the rank.
 
     Raises:
-        UserError: too few slots, or another process is training this run; nothing was started.
+        UserError: too few slots, hosts on which ranks could not work, or another process is training this run; nothing
+            was started.
+        StageFailed: the executors cannot be asked what they have.
         TrainingFailed: names the root rank, its host and the cause.
         KeyboardInterrupt: the ranks have been ended; the same run can be launched again.
     """
@@ -115,7 +118,7 @@ def launch(run: RunDir, platform: Platform, spark: SparkSession, entry: RankEntr
     with only_launch(run):
         while True:
             try:
-                return _attempt(run, platform.launch, entry)
+                return _attempt(run, platform.launch, spark, entry)
             except TrainingFailed as error:
                 root = root_of(run)
                 if reason := why_not_again(root, before, restarts, run.read_run().config.train.max_restarts):
@@ -142,8 +145,9 @@ def why_not_again(root: Failure | None, before: Failure | None, restarts: int, a
     return f"train.max_restarts is {allowed}" if restarts >= allowed else ""
 
 
-def _attempt(run: RunDir, how: Launch, entry: RankEntry) -> Result:
+def _attempt(run: RunDir, how: Launch, spark: SparkSession, entry: RankEntry) -> Result:
     run.set_aside()
+    check_hosts(run, spark, how)
     damaged = set(run.damaged_checkpoints())
     error = start_ranks(run, how, entry)
     for folder in sorted({*run.damaged_checkpoints()} - damaged):

@@ -193,7 +193,7 @@ class Follower(threading.Thread):
         self.join()
 
     def drain(self, seconds: float) -> None:
-        """Log what is left, with the last load of experts as a picture and the profiler's trace, trying for `seconds`.
+        """Log what is left, with the last load of experts as a picture, the trace and the hosts, trying for `seconds`.
 
         Raises:
             MlflowException, OSError: the last error, when time is up.
@@ -204,8 +204,9 @@ class Follower(threading.Thread):
                 self.catch_up()
                 if self._routed is not None:
                     self._client.log_figure(self._run_id, draw_expert_load(self._routed), LOAD_PICTURE)
-                if self._run.profile.exists():
-                    self._client.log_artifact(self._run_id, str(self._run.profile), "profile")
+                for file, folder in ((self._run.profile, "profile"), (self._run.hosts, None)):
+                    if file.exists():
+                        self._client.log_artifact(self._run_id, str(file), folder)
                 return
             except OUTAGE:
                 if time.monotonic() + pause > deadline:

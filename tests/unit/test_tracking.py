@@ -94,6 +94,7 @@ def test_a_followed_run_has_every_step_once_its_parameters_tags_and_config(platf
             log_step(run, step)
         run.profile.parent.mkdir()
         run.profile.write_bytes(b"a trace")
+        run.hosts.write_bytes(b"two hosts")
         client = runs.connect(platform)
         deadline = time.monotonic() + 30
         while not steps(client, run_id) and time.monotonic() < deadline:
@@ -109,6 +110,7 @@ def test_a_followed_run_has_every_step_once_its_parameters_tags_and_config(platf
     assert logged.inputs.dataset_inputs[0].dataset.digest == run.read_run().content_hash
     assert "run.json" in {artifact.path for artifact in client.list_artifacts(run_id)}
     assert Path(client.download_artifacts(run_id, "profile/rank-0.json.gz")).read_bytes() == b"a trace"
+    assert Path(client.download_artifacts(run_id, "hosts.json")).read_bytes() == b"two hosts"
 
 
 def test_the_load_of_experts_becomes_metrics_and_one_picture_of_the_last(platform: Platform, run: RunDir) -> None:

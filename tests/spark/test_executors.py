@@ -1,0 +1,80 @@
+"""Executors are asked what they have before ranks start on them."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+from pyspark.sql import SparkSession
+
+from pipelines.driver.hosts import check_hosts
+from pipelines.driver.train import launch
+from pipelines.errors import UserError
+from pipelines.platform import Platform
+from pipelines.rundir import HostsFile, RunDir, read_json
+
+
+def make_python(folder: Path, *without: str) -> Path:
+    """An interpreter that has what this one has, but for files and folders whose names begin so."""
+    venv.create(folder, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for installed in Path(sysconfig.get_path("purelib")).iterdir():
+        if not installed.name.startswith(without):
+            (site / installed.name).symlink_to(installed)
+    return folder / "bin" / "python"
+
+
+def test_executors_are_told_in_a_file_and_in_one_line(
+    spark: SparkSession, platform: Platform, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunDir(tmp_path)
+    with caplog.at_level(logging.INFO):
+        check_hosts(run, spark, platform.launch)
+    (host,) = read_json(run.hosts, HostsFile).hosts  # two executors that have the same
+    assert (host.name, host.packages["torch"]) == (socket.gethostname(), torch.__version__)
+    assert f"ranks run on {socket.gethostname()}; " in caplog.text
+
+
+def test_packages_that_are_missing_on_executors_are_named_before_any_rank_starts(
+    spark: SparkSession, platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path / "run")
+    first = make_python(tmp_path / "first", "pydantic")
+    second = make_python(tmp_path / "second", "pipelines", "_editable_impl_lakesight")
+    bare = f"env -u PYTHONPATH {second}"  # which names the checkout
+    monkeypatch.setattr(spark.sparkContext, "pythonExec", either(tmp_path / "either", str(first), bare))
+    with pytest.raises(UserError, match="packages that ranks need are missing") as caught:
+        launch(run, platform, spark)
+    here = socket.gethostname()
+    assert sorted(caught.value.got.split("; ")) == [
+        f"no lakesight on host {here} ({second})",
+        f"no pydantic on host {here} ({first})",
+    ]
+    assert run.read_ranks() == []
+    assert not run.launcher.exists()
+
+
+def test_executors_with_different_versions_of_torch_are_refused(
+    spark: SparkSession, platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pythons = [make_python(tmp_path / version, "torch") for version in ("2.6.0", "2.7.1")]
+    for python in pythons:
+        (site,) = python.parents[1].glob("lib/python*/site-packages")
+        (site / "torch").mkdir()
+        (site / "torch" / "__init__.py").touch()
+        (site / "torch" / "version.py").write_text(f"__version__ = '{python.parents[1].name}'\ncuda = None\n")
+    monkeypatch.setattr(spark.sparkContext, "pythonExec", either(tmp_path / "either", *map(str, pythons)))
+    with pytest.raises(UserError, match=r"different versions of torch.*2\.6\.0 on host .*; 2\.7\.1 on host "):
+        launch(RunDir(tmp_path / "run"), platform, spark)
+
+
+def either(path: Path, first: str, second: str) -> str:
+    """An interpreter that is the first for the executor that starts it first, and the second for the other."""
+    path.write_text(f'#!/bin/sh\nmkdir "$0.taken" 2>/dev/null && exec {first} "$@"\nexec {second} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
