@@ -1,0 +1,94 @@
+"""Launches on clusters as others have them: Spark's own, ones that count GPUs, ones that several runs share."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drivers import places_of, run_drivers, standalone_cluster
+from helpers import MakeRun, is_running, runs_in
+
+from pipelines.rundir import Result, RunDir, read_json
+
+# Sessions of their own, and ranks in each: half a minute where nothing else runs.
+pytestmark = [pytest.mark.faults, pytest.mark.matrix, pytest.mark.timeout(1500)]
+FEW: dict[str, Any] = {"steps": 4, "validate_every": 4}
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
+    return runs_in(tmp_path, monkeypatch)
+
+
+def trained_apart(first: RunDir, second: RunDir) -> None:
+    """Two runs of two ranks that were started at once have each its own result and met at a port of its own."""
+    assert [read_json(run.result, Result).world_size for run in (first, second)] == [2, 2]
+    ports = [{place.port for place in places_of(run)} for run in (first, second)]
+    assert len(ports[0]) == len(ports[1]) == len(ports[0] | ports[1]) - 1 == 1
+    losses = [[metrics.values["train/loss"] for metrics in run.read_metrics()] for run in (first, second)]
+    assert len(losses[0]) == len(losses[1]) == 2
+    assert losses[0] != losses[1]
+
+
+def test_two_runs_at_once_beside_their_drivers_do_not_meet(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run(f"seed-{seed}", seed=seed, **FEW) for seed in range(2)]
+    assert run_drivers(tmp_path / "home", "local[1]", *([run] for run in runs)) == [{}, {}]
+    trained_apart(*runs)
+
+
+def test_two_runs_at_once_on_a_standalone_cluster_do_not_meet(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run(f"seed-{seed}", seed=seed, **FEW) for seed in range(2)]
+    with standalone_cluster(tmp_path, workers=2, cores=2, cores_per_application=2) as master:
+        assert run_drivers(tmp_path / "home", master, *([run] for run in runs)) == [{}, {}]
+    trained_apart(*runs)
+    executors = list((tmp_path / "work").glob("app-*/*"))
+    assert len({executor.parent for executor in executors}) == 2
+    assert all(list(executor.glob("io.delta_delta-spark_*.jar")) for executor in executors)
+    assert not any(is_running(place.agent) for run in runs for place in places_of(run))
+
+
+def gpu_settings(folder: Path, per_task: str) -> dict[str, str]:
+    """Workers of two GPUs each, as far as Spark knows; a task claims so many, or a share of one."""
+    (script := folder / "gpus.sh").write_text("""#!/bin/sh\necho '{"name": "gpu", "addresses": ["0", "1"]}'\n""")
+    script.chmod(0o755)
+    return {
+        "spark.worker.resource.gpu.amount": "2",
+        "spark.worker.resource.gpu.discoveryScript": str(script),
+        "spark.executor.resource.gpu.amount": "2",
+        "spark.task.resource.gpu.amount": per_task,
+    }
+
+
+ONE_EACH = [("0", 0), ("0", 0), ("1", 0), ("1", 0)]
+TWO_EACH = [("0,1", 0), ("0,1", 0), ("0,1", 1), ("0,1", 1)]
+
+
+@pytest.mark.parametrize(
+    ("per_task", "expected", "refusal"),
+    [
+        pytest.param("1", ONE_EACH, "4 tasks at once, 6 needed for 6 ranks.*platform.ranks to 4 or", id="one"),
+        pytest.param("2", TWO_EACH, "2 tasks at once, 3 needed for 6 ranks.*platform.ranks to 4 or", id="two"),
+    ],
+)
+def test_four_ranks_on_two_executors_have_a_gpu_each_however_many_a_task_claims(
+    make_run: MakeRun, tmp_path: Path, per_task: str, expected: list[tuple[str, int]], refusal: str
+) -> None:
+    run, larger = make_run("runs/run", ranks=4, **FEW), make_run("refused/larger", ranks=6)
+    settings = gpu_settings(tmp_path, per_task)
+    (refused,) = run_drivers(tmp_path / "home", "local-cluster[2,4,1024]", [run, larger], settings=settings)
+    assert re.search(refusal, refused["larger"])
+    assert read_json(run.result, Result).world_size == 4
+    places = places_of(run)
+    assert sorted((place.gpus, place.local_rank) for place in places) == expected
+    assert len({place.agent for place in places}) == 4 // int(per_task)
+
+
+def test_a_share_of_a_gpu_is_refused_with_the_setting_to_change(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    settings = gpu_settings(tmp_path, "0.25")
+    ((_, refusal),) = run_drivers(tmp_path / "home", "local-cluster[1,2,1024]", [run], settings=settings)[0].items()
+    assert "cannot give each rank its GPU. Where: platform.ranks=2, spark.task.resource.gpu.amount=0.25" in refusal
+    assert "start the training cluster with spark.task.resource.gpu.amount=1" in refusal
+    assert not run.result.exists()
