@@ -87,7 +87,8 @@ def run_drivers(
             for runs in tasks
         ]
         printed = [driver.communicate()[0] for driver in drivers]
-    assert [driver.returncode for driver in drivers] == [0] * len(drivers)
+    codes = [driver.returncode for driver in drivers]
+    assert not any(codes), f"drivers ended with {codes}; what they said is on stderr"
     return list(map(json.loads, printed))
 
 
