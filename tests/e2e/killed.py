@@ -12,11 +12,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Literal, TypeVar
 
 from helpers import TEST_PATH, tiny_model
 from pictures import as_base64, png, write_csv
@@ -27,6 +27,7 @@ from pipelines.driver.ingest import ingest
 from pipelines.driver.shard import shard
 from pipelines.platform import Platform, local
 
+T = TypeVar("T")
 Victim = Literal["worker", "executor"]
 NAMES = {"worker": "pyspark.daemon", "executor": "CoarseGrainedExecutorBackend"}
 SOURCE = "killed"
@@ -95,6 +96,32 @@ def killer(victim: Victim, after: float, rng: random.Random) -> Iterator[list[in
     finally:
         done.set()
         thread.join()
+
+
+class Pace:
+    """How long kills may wait: somewhat longer than a job takes that nobody kills, as the last such one took."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+
+def struck(victim: Victim, rng: random.Random, pace: Pace, job: Callable[[str], T]) -> T:
+    """What a job returns during which a process was killed at a random moment.
+
+    Args:
+        victim: kind of the process.
+        rng: draws the moment and the process.
+        pace: a job that had ended before its kill corrects it, and another one is begun.
+        job: is given a name of its own each time.
+    """
+    for attempt in range(8):
+        begun = time.monotonic()
+        with killer(victim, rng.uniform(0, pace.seconds), rng) as killed:
+            result = job(f"attempt-{attempt}")
+        if killed:
+            return result
+        pace.seconds = 1.2 * (time.monotonic() - begun)
+    raise AssertionError("eight jobs had ended before their kill")
 
 
 def start(script: ModuleType, home: Path, folder: Path) -> subprocess.Popen[bytes]:

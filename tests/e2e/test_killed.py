@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import killed
 import pytest
 from deltalake import DeltaTable
-from killed import SOURCE, Victim, kill_after, killer, start, work, write_rows
+from killed import SOURCE, Pace, Victim, kill_after, start, struck, work, write_rows
 from pyspark.sql import SparkSession
 
 from pipelines.errors import StageFailed
@@ -21,18 +20,14 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="lo
 ROWS = 60
 SOON = 3.0
 """In which the one kill of `make test` strikes: before the fastest machine is done."""
-COLD = 2.0
-"""What a job takes in a session of its own, once that has begun, over what it takes in a warm one."""
+DRIVER_SECONDS = 15.0
+"""In which a driver is killed, from the start of its session on: about what it takes in one of its own."""
 
 
 @pytest.fixture(scope="module")
-def seconds(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> float:
-    """What an ingest and its shards take here when nobody kills: in which a kill strikes."""
-    write_rows(folder := tmp_path_factory.mktemp("undisturbed"), 1, ROWS)
-    work(spark, platform, "undisturbed-first", folder)
-    begun = time.monotonic()
-    work(spark, platform, "undisturbed", folder)
-    return time.monotonic() - begun
+def pace() -> Pace:
+    """Begins with more seconds than a job takes here."""
+    return Pace(60.0)
 
 
 def demand_everything(home: Path, source: str, expected: dict[str, str]) -> None:
@@ -61,24 +56,24 @@ def insist(spark: SparkSession, platform: Platform, source: str, folder: Path) -
 
 
 def survive(
-    spark: SparkSession, platform: Platform, source: str, folder: Path, victim: Victim, seed: int, seconds: float
+    spark: SparkSession, platform: Platform, source: str, folder: Path, victim: Victim, seed: int, pace: Pace
 ) -> None:
-    rng = random.Random(seed)
     expected = write_rows(folder, 1, ROWS)
-    with killer(victim, rng.uniform(0, seconds), rng) as struck:
-        insist(spark, platform, source, folder)
-    assert struck or seed, "the first seed strikes while the job runs"
-    insist(spark, platform, source, folder)
-    demand_everything(platform.root, source, expected)
-    if not struck:
-        pytest.skip("the job had ended before the kill")
+
+    def job(attempt: str) -> str:
+        insist(spark, platform, f"{source}-{attempt}", folder)
+        return f"{source}-{attempt}"
+
+    name = struck(victim, random.Random(seed), pace, job)
+    insist(spark, platform, name, folder)
+    demand_everything(platform.root, name, expected)
 
 
 @pytest.mark.faults
 def test_no_row_is_lost_or_doubled_when_a_worker_of_an_executor_is_killed(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
-    survive(spark, platform, source, tmp_path, "worker", 0, seconds=SOON)
+    survive(spark, platform, source, tmp_path, "worker", 0, Pace(SOON))
 
 
 @pytest.mark.faults
@@ -86,22 +81,20 @@ def test_no_row_is_lost_or_doubled_when_a_worker_of_an_executor_is_killed(
 @pytest.mark.parametrize("seed", range(1, 36))
 @pytest.mark.parametrize("victim", ["worker", "executor"])
 def test_no_row_is_lost_or_doubled_whenever_a_process_of_an_executor_is_killed(
-    spark: SparkSession, platform: Platform, source: str, tmp_path: Path, victim: Victim, seed: int, seconds: float
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path, victim: Victim, seed: int, pace: Pace
 ) -> None:
-    survive(spark, platform, source, tmp_path, victim, seed, seconds)
+    survive(spark, platform, source, tmp_path, victim, seed, pace)
 
 
 @pytest.mark.faults
 @pytest.mark.matrix
 @pytest.mark.parametrize("seed", range(10))
-def test_no_row_is_lost_or_doubled_when_the_driver_is_killed_time_and_again(
-    tmp_path: Path, seed: int, seconds: float
-) -> None:
+def test_no_row_is_lost_or_doubled_when_the_driver_is_killed_time_and_again(tmp_path: Path, seed: int) -> None:
     rng, expected = random.Random(seed), dict[str, str]()
     (home := tmp_path / "home").mkdir()
     for number in range(3):
         expected |= write_rows(tmp_path / "input", 1 + number * ROWS, ROWS)
-        kill_after(start(killed, home, tmp_path / "input"), home, rng.uniform(0, COLD * seconds))
+        kill_after(start(killed, home, tmp_path / "input"), home, rng.uniform(0, DRIVER_SECONDS))
     assert start(killed, home, tmp_path / "input").wait() == 0, (home / "log").read_text()[-3000:]
     demand_everything(home, SOURCE, expected)
 
