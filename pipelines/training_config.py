@@ -159,8 +159,13 @@ class TrainConfig(Config):
     max_restarts: Annotated[int, Field(ge=0)] = 2
 
     def science(self) -> dict[str, Any]:
-        """The settings that determine what is learned; without `augment` those of runs from before there was any."""
-        return self.model_dump(exclude=set(HOW if self.augment else HOW | {"augment"}))
+        """The settings that determine what is learned; newer ones only where they are used: a run keeps its name."""
+        left_out: dict[str, Any] = dict.fromkeys(HOW, True)
+        if self.augment is None:
+            left_out["augment"] = True
+        if self.optimizer.ema_decay is None:
+            left_out["optimizer"] = {"ema_decay"}
+        return self.model_dump(exclude=left_out)
 
     @model_validator(mode="before")
     @classmethod

@@ -192,5 +192,7 @@ def test_what_cannot_be_meant_is_refused_with_its_name(augment: dict[str, Any], 
 
 
 def test_augmentation_is_science_and_runs_of_before_are_what_they_were() -> None:
-    assert "augment" not in tiny_run().train.science()
+    before = tiny_run().train.science()
+    assert "augment" not in before
+    assert "ema_decay" not in before["optimizer"]
     assert tiny_run(augment={"flip": 0.5}).train.science()["augment"]["flip"] == 0.5
