@@ -9,6 +9,7 @@ The bare loop decodes and generates in batches, and neither reads nor writes a t
 batches of 64, in Spark and in Daft, and once more as pipelines are by default, one picture at a time.
 
 Ratios are of the processor's time, of all processes together: the clock's are only right on a machine of one's own.
+Peaks of resident memory are of two further jobs, over a quarter of the rows and over all.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from deltalake import DeltaTable, write_deltalake
-from measure import processor_seconds
+from measure import peak_of_each, processor_seconds
 from PIL import Image
 from pyspark.sql import DataFrame
 
@@ -245,6 +246,12 @@ def main() -> None:
         rows = DeltaTable(here / "warehouse" / "generated_captions").to_pyarrow_table(columns=["image_id", "caption"])
         assert dict(zip(*rows.to_pydict().values(), strict=True)) == expected, "the captions differ"
         ours.show("lakesight caption, on Spark", f"{ours.processor / loops.processor:.2f} of the loop")
+        for count in (ROWS // 4, ROWS):
+            with peak_of_each() as peaks:
+                few = request.model_copy(update={"where": f"id < '{count:06}'"})
+                caption(spark, platform, files.model_copy(update={"version": f"of {count}"}), few)
+            of_each = ", ".join(f"{kind} {peak / 1e6:,.0f} MB" for kind, peak in peaks.items())
+            print(f"  peak memory captioning {count:,} rows: {of_each}", flush=True)
 
         for batch, count in ((BATCH, ROWS), (1, ROWS // 4)):
             udf = partial(bench_table.their_udf, str(folder), str(exported), batch)
