@@ -77,7 +77,9 @@ def run_lineage(job: Job, image_id: str) -> list[CaptionLineage]:
     """
     import pyarrow.compute as pc
 
-    table = open_table(job, "generated_captions", None).to_pyarrow_dataset()
+    from pipelines.tables import files_of
+
+    table = files_of(open_table(job, "generated_captions", None))
     rows = table.to_table(filter=pc.field("image_id") == image_id).sort_by("captioned_at").to_pylist()
     if not rows:
         raise UserError(

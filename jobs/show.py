@@ -58,6 +58,8 @@ def show(
       lakesight show samples
       lakesight show generated_captions --rows 40 --gallery
     """
+    from pipelines.tables import files_of
+
     with open_job(run, platform, overrides, as_json) as job:
         delta = open_table(job, table, version)
         found = first_rows(delta, rows)
@@ -65,7 +67,7 @@ def show(
         report = TableReport(
             table=table,
             version=delta.version(),
-            num_rows=delta.to_pyarrow_dataset().count_rows(),
+            num_rows=files_of(delta).count_rows(),
             columns={field.name: _type_name(field.type) for field in delta.schema().fields},
             rows=tuple(readable(row) for row in found),
             gallery=str(page) if page else None,
@@ -113,7 +115,9 @@ def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
 
 def first_rows(delta: DeltaTable, count: int) -> list[dict[str, Any]]:
     """The first rows as Python values."""
-    rows: list[dict[str, Any]] = delta.to_pyarrow_dataset().head(count).to_pylist()
+    from pipelines.tables import files_of
+
+    rows: list[dict[str, Any]] = files_of(delta).head(count).to_pylist()
     return rows
 
 
@@ -188,8 +192,10 @@ def write_gallery(job: Job, table: str, version: int, rows: Sequence[Mapping[str
 def _pictures(job: Job, rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
     import pyarrow.compute as pc
 
+    from pipelines.tables import files_of
+
     wanted = pc.field("image_id").isin([row["image_id"] for row in rows])
-    samples = open_table(job, "samples", None).to_pyarrow_dataset()
+    samples = files_of(open_table(job, "samples", None))
     return {row["image_id"]: row["image"] for row in samples.to_table(["image_id", "image"], filter=wanted).to_pylist()}
 
 

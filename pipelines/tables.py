@@ -7,8 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
+    from pyarrow.dataset import Dataset
 
 REASONS = (
     "malformed_record",
@@ -257,3 +262,15 @@ DECISIONS = Table(
 )
 
 TABLES = (SAMPLES, QUARANTINE, INGESTED, GENERATED_CAPTIONS, EVALUATIONS, VERDICTS, DECISIONS)
+
+
+def files_of(table: DeltaTable) -> Dataset:
+    """The rows of a table on a local disk, read by Arrow alone.
+
+    Without a file system of Arrow's own its threads read through Python, and one that is late aborts the process as the
+    interpreter ends: all is printed, and the exit code is 134 (delta-io/delta-rs issue 2184).
+    """
+    from pyarrow.fs import FileSystem, SubTreeFileSystem
+
+    system, root = FileSystem.from_uri(table.table_uri)
+    return table.to_pyarrow_dataset(filesystem=SubTreeFileSystem(root, system))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
+from deltalake import DeltaTable, write_deltalake
+from pyarrow.fs import LocalFileSystem
 
 from pipelines.executor.decode import OUTCOME
-from pipelines.tables import QUARANTINE, REASONS, SAMPLES, TABLES, Table, sql_type
+from pipelines.tables import QUARANTINE, REASONS, SAMPLES, TABLES, Table, files_of, sql_type
 from vlm.errors import IMAGE_REASONS
 
 
@@ -38,3 +42,11 @@ def test_what_executors_yield_has_the_types_of_the_tables_it_goes_to() -> None:
     for table in (SAMPLES, QUARANTINE):
         for column in table.columns:
             assert types.get(column.name, column.type) == column.type, f"{table.name}.{column.name}"
+
+
+def test_a_table_is_read_by_arrow_alone_wherever_it_lies(tmp_path: Path) -> None:
+    """A thread of Arrow's that has to ask Python aborts the process where the interpreter is about to end."""
+    write_deltalake(tmp_path / "a b" / "t", pa.table({"x": [1, 2], "s": ["c d", "e%"]}), partition_by=["s"])
+    found = files_of(DeltaTable(tmp_path / "a b" / "t"))
+    assert isinstance(found.filesystem.base_fs, LocalFileSystem)
+    assert sorted(found.to_table().to_pylist(), key=lambda row: row["x"]) == [{"x": 1, "s": "c d"}, {"x": 2, "s": "e%"}]
