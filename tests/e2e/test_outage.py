@@ -23,7 +23,7 @@ from pipelines.platform import local
 from pipelines.rundir import RunDir
 from pipelines.tracking import runs
 
-STEPS = 1500
+STEPS = 600
 
 
 @contextmanager
@@ -76,11 +76,12 @@ def is_healthy(port: int) -> bool:
 
 
 def last_step(run: RunDir) -> int:
-    return max((metrics.step for metrics in run.read_metrics()), default=0)
+    """By the names of its files: to read them all, ten times a second, would take the core that the rank needs."""
+    return max((int(path.stem) for path in run.metrics(0).parent.glob("*.json")), default=0)
 
 
 def wait_for_step(run: RunDir, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while last_step(run) < step:
         assert time.monotonic() < deadline, f"step {last_step(run)}"
         time.sleep(0.1)
@@ -97,7 +98,7 @@ def test_a_tracking_server_that_is_killed_and_comes_back_has_every_step_once(
         port = probe.getsockname()[1]
     monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
     run = runs_in(tmp_path, monkeypatch)(
-        ranks=1, steps=STEPS, log_every=1, validate_every=500, checkpoint_every=500, batch_size=4
+        ranks=1, steps=STEPS, log_every=1, validate_every=200, checkpoint_every=200, batch_size=4
     )
     platform = replace(local(LocalPlatformConfig()), tracking_uri=f"http://127.0.0.1:{port}")
     config = run.read_run().config
