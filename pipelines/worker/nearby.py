@@ -12,7 +12,6 @@ never make room for each other: each is used as often as any, so that would be c
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -24,6 +23,7 @@ from typing import NamedTuple
 from pipelines.errors import StageFailed
 from pipelines.machine import alone, own_folder
 from pipelines.shards import ShardFile, Shards
+from vlm.digest import file_digest
 
 log = logging.getLogger(__name__)
 
@@ -135,9 +135,7 @@ def _copy(wanted: Wanted) -> None:
     source, partial = wanted.shards.folder / wanted.file.file, wanted.copy.with_suffix(".part")
     try:
         shutil.copyfile(source, partial)
-        with partial.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != wanted.file.sha256:
+        if file_digest(partial) != wanted.file.sha256:
             raise StageFailed(
                 "a training shard is damaged",
                 where=str(source),
