@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines.config import (
+    AugmentConfig,
     Chosen,
     CsvSourceConfig,
     DataConfig,
@@ -35,6 +36,7 @@ from pipelines.shards import (
 )
 from vlm import text
 from vlm.config import Config, ModelConfig
+from vlm.text.base import Tokenizer
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -121,6 +123,44 @@ def write_shards(
         files.append(write_shard_file(folder, number, request, [batch]))
     write_manifest(folder, Manifest(request=request, files=tuple(files)))
     return Shards.open(folder)
+
+
+def global_batches(
+    shards: Shards,
+    tokenizer: Tokenizer,
+    steps: range,
+    *,
+    world_size: int = 1,
+    workers: int = 0,
+    augment: AugmentConfig | None = None,
+) -> list[list[tuple[bytes, str]]]:
+    """Pixels and text of each place of each global batch of eight, whose slices so many ranks have made."""
+    from pipelines.worker.augment import Augmenter
+    from pipelines.worker.batches import Collator, training_batches
+    from vlm.batch import IGNORE
+
+    slices = [
+        training_batches(
+            shards,
+            Collator(tokenizer, tiny_model()),
+            steps=steps,
+            rank=rank,
+            world_size=world_size,
+            batch_size=8,
+            seed=1,
+            workers=workers,
+            augmenter=Augmenter(augment, 1) if augment else None,
+        )
+        for rank in range(world_size)
+    ]
+    return [
+        [
+            (pixels_HWC.numpy().tobytes(), tokenizer.decode(labels_T[labels_T != IGNORE].tolist()))
+            for batch in parts
+            for pixels_HWC, labels_T in zip(batch.pixels_PHWC, batch.labels_BT, strict=True)
+        ]
+        for parts in zip(*slices, strict=True)
+    ]
 
 
 def write_run(folder: Path, config: RunConfig, train: Shards, validate: Shards) -> RunDir:

@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from helpers import tiny_model, tiny_run, write_shards
+from helpers import global_batches, tiny_run, write_shards
 
 from pipelines.config import AugmentConfig, RunConfig
 from pipelines.errors import ConfigError
 from pipelines.shards import Row, Shards
 from pipelines.worker.augment import Augmenter
-from pipelines.worker.batches import Collator, training_batches
 from pipelines.worker.order import Draw
-from vlm.batch import IGNORE
 from vlm.text.chars import CharTokenizer
 
 ALL = AugmentConfig(scale=(0.4, 0.9), flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4)
@@ -41,26 +39,8 @@ def seen(
     shards: Shards, steps: range = range(8), world_size: int = 1, workers: int = 0, config: AugmentConfig | None = ALL
 ) -> list[tuple[bytes, str]]:
     """Pixels and text of each place of each global batch."""
-    slices = [
-        training_batches(
-            shards,
-            Collator(TOKENIZER, tiny_model()),
-            steps=steps,
-            rank=rank,
-            world_size=world_size,
-            batch_size=8,
-            seed=1,
-            workers=workers,
-            augmenter=Augmenter(config, 1) if config else None,
-        )
-        for rank in range(world_size)
-    ]
-    return [
-        (pixels_HWC.numpy().tobytes(), TOKENIZER.decode(labels_T[labels_T != IGNORE].tolist()))
-        for parts in zip(*slices, strict=True)
-        for batch in parts
-        for pixels_HWC, labels_T in zip(batch.pixels_PHWC, batch.labels_BT, strict=True)
-    ]
+    batches = global_batches(shards, TOKENIZER, steps, world_size=world_size, workers=workers, augment=config)
+    return [place for batch in batches for place in batch]
 
 
 @pytest.fixture(scope="module")

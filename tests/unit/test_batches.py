@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_model, write_shards
+from helpers import global_batches, tiny_model, write_shards
 
 from pipelines.driver.shard import Packed, mix
 from pipelines.shards import Row, Shards
@@ -122,35 +122,11 @@ def test_batches_are_the_same_from_the_middle_on_any_number_of_ranks_and_with_an
 ) -> None:
     shards = write_shards(tmp_path / "shards", rows=10, texts=2)
 
-    def said(steps: range, world_size: int, workers: int) -> list[list[tuple[bytes, str]]]:
-        """Picture and text of each place of each global batch."""
-        slices = [
-            training_batches(
-                shards,
-                Collator(TOKENIZER, MODEL),
-                steps=steps,
-                rank=rank,
-                world_size=world_size,
-                batch_size=8,
-                seed=1,
-                workers=workers,
-            )
-            for rank in range(world_size)
-        ]
-        return [
-            [
-                (pixels_HWC.numpy().tobytes(), spell(labels_T))
-                for batch in parts
-                for pixels_HWC, labels_T in zip(batch.pixels_PHWC, batch.labels_BT, strict=True)
-            ]
-            for parts in zip(*slices, strict=True)
-        ]
-
-    whole = said(range(8), 1, 0)
+    whole = global_batches(shards, TOKENIZER, range(8))
     assert len({place for batch in whole for place in batch}) > 10
     for world_size, workers in itertools.product((1, 2, 4), (0, 1, 3)):
-        assert said(range(8), world_size, workers) == whole
-    assert said(range(5, 8), 2, 3) == whole[5:]
+        assert global_batches(shards, TOKENIZER, range(8), world_size=world_size, workers=workers) == whole
+    assert global_batches(shards, TOKENIZER, range(5, 8), world_size=2, workers=3) == whole[5:]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
