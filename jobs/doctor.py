@@ -8,13 +8,12 @@ import shutil
 import sys
 import urllib.error
 import urllib.request
-from pathlib import Path
 from typing import Literal
 
 from jobs.common import MIN_FREE_BYTES, JsonOption, PlatformOption, RunOption, SetOption, open_screen
 from pipelines.config import LocalPlatformConfig, RunConfig, load_run
 from pipelines.errors import StageFailed, UserError
-from pipelines.platform import check_java, open_platform
+from pipelines.platform import check_java, delta_artifact, fetched_jars, open_platform
 from vlm.config import Config
 
 COMFORTABLE_FREE_BYTES = 5 * 2**30
@@ -93,15 +92,12 @@ def java() -> Check:
 def delta_jar() -> Check:
     """Delta's jar in Ivy's cache, or to be had from Maven Central."""
     try:
-        line = ".".join(importlib.metadata.version("pyspark").split(".")[:2])
-        delta = importlib.metadata.version("delta-spark")
+        artifact, delta = delta_artifact()
     except importlib.metadata.PackageNotFoundError:
         return Check(
             name="delta jar", status="fail", found="its package is not installed", fix="pip install 'lakesight[local]'"
         )
-    artifact = f"delta-spark_{line}_2.13"
-    cached = [path for folder in Path.home().glob(".ivy2*") for path in folder.rglob(f"*{artifact}-{delta}.jar")]
-    if cached:
+    if fetched_jars():
         return Check(name="delta jar", status="ok", found=f"{artifact} {delta}, cached")
     url = f"https://repo1.maven.org/maven2/io/delta/{artifact}/{delta}/{artifact}-{delta}.pom"
     try:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +95,27 @@ def test_a_share_of_a_gpu_is_refused_with_the_setting_to_change(make_run: MakeRu
     assert "cannot give each rank its GPU. Where: platform.ranks=2, spark.task.resource.gpu.amount=0.25" in refusal
     assert "start the training cluster with spark.task.resource.gpu.amount=1" in refusal
     assert not run.result.exists()
+
+
+SESSION = """
+from pipelines.config import LocalPlatformConfig
+from pipelines.platform import local
+print(local(LocalPlatformConfig()).open_spark().range(3).count())
+"""
+
+
+def test_sessions_that_start_at_once_on_a_machine_without_jars_fetch_them_one_after_the_other(tmp_path: Path) -> None:
+    (user := tmp_path / "user").mkdir()
+    empty = os.environ | {"HOME": str(user), "JAVA_TOOL_OPTIONS": f"-Duser.home={user}", "TMPDIR": str(tmp_path)}
+    sessions = [
+        subprocess.Popen(
+            [sys.executable, "-c", SESSION],
+            env=empty | {"LAKESIGHT_HOME": str(tmp_path / str(number))},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(3)
+    ]
+    ended = [(*session.communicate(timeout=600), session.returncode) for session in sessions]
+    assert [(out.strip(), code) for out, _, code in ended] == [("3", 0)] * 3, [err for _, err, _ in ended]
