@@ -154,6 +154,11 @@ class CaptionSamples(Config):
     samples: tuple[CaptionSample, ...]
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step of a complete checkpoint folder."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 @dataclass(frozen=True)
 class RunDir:
     """Paths and files of one run folder."""
@@ -245,7 +250,11 @@ class RunDir:
     def finished_checkpoints(self) -> list[Path]:
         """Complete checkpoint folders, oldest first (a folder gets its name when it is complete)."""
         found = [p for p in self.checkpoints.glob("step_*") if p.name.removeprefix("step_").isdigit()]
-        return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+        return sorted(found, key=step_of)
+
+    def checkpointed_step(self) -> int:
+        """The step of the newest complete checkpoint; 0 where there is none."""
+        return max(map(step_of, self.finished_checkpoints()), default=0)
 
     def damaged_checkpoints(self) -> list[Path]:
         """Folders that a resuming rank has found damaged and put aside."""

@@ -8,8 +8,8 @@ sources are mixed, and no pixel is copied.
 
 from __future__ import annotations
 
-import hashlib
 import io
+import time
 import uuid
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -29,6 +29,7 @@ from pipelines.config import Split, short_hash
 from pipelines.errors import StageFailed, UserError
 from pipelines.tables import TEXT_TYPE
 from vlm.config import Config, ImageConfig
+from vlm.digest import file_digest
 
 BATCH_ROWS = 64
 MANIFEST = "manifest.json"
@@ -149,8 +150,7 @@ def write_shard_file(folder: Path, index: int, request: ShardRequest, rows: Iter
             for batch in _rebatch(rows, schema):
                 writer.write_batch(batch)
                 count += batch.num_rows
-        with temporary.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_digest(temporary)
         size = temporary.stat().st_size
         temporary.replace(path)
     finally:
@@ -222,13 +222,19 @@ class Shards:
             path = folder / file.file
             size = path.stat().st_size if path.exists() else -1
             if size != file.bytes:
-                raise StageFailed(
-                    "a training shard is damaged",
-                    where=str(path),
-                    got="no file" if size < 0 else f"{size} bytes, the manifest says {file.bytes}",
-                    fix=f"remove {folder} and run `lakesight shard` again",
-                )
+                raise damaged(path, "no file" if size < 0 else f"{size} bytes, the manifest says {file.bytes}")
         return shards
+
+    def verify(self, seconds: float) -> None:
+        """Compare the content of every file with the manifest, as many as can be read in so many seconds.
+
+        Raises:
+            StageFailed: names the first that is not what the manifest says.
+        """
+        until = time.monotonic() + seconds
+        for file in self.manifest.files:
+            if time.monotonic() < until:
+                verify_file(self.folder / file.file, file)
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -263,12 +269,7 @@ class Shards:
             batches = near.batches if near else self._readers[file]
             return self._read(batches.get_batch(number), offset)
         except (pa.ArrowInvalid, OSError, IndexError) as error:  # a picture's, too: PIL's errors are OSErrors
-            raise StageFailed(
-                "a training shard is damaged",
-                where=f"{path}, row {within}",
-                got=f"{type(error).__name__}: {error}",
-                fix=f"remove {path.parent} and run `lakesight shard` again",
-            ) from error
+            raise damaged(path, f"{type(error).__name__}: {error}", row=within) from error
 
     def read_from(self, file: int, copy: Path) -> None:
         """From now on read the rows of one file, by its number, from a copy; others may read rows meanwhile."""
@@ -294,6 +295,26 @@ class Shards:
                         if pair["prompt"]:
                             yield pair["prompt"]
                         yield pair["text"]
+
+
+def damaged(path: Path, got: str, *, row: int | None = None) -> StageFailed:
+    """The error of a shard file, or of a row in it, that is not what its manifest says."""
+    return StageFailed(
+        "a training shard is damaged",
+        where=str(path) if row is None else f"{path}, row {row}",
+        got=got,
+        fix=f"remove {path.parent} and run `lakesight shard` again",
+    )
+
+
+def verify_file(path: Path, file: ShardFile, copy: Path | None = None) -> None:
+    """Compare the content of a shard file, or of a copy of it, with what its manifest says.
+
+    Raises:
+        StageFailed: they differ.
+    """
+    if file_digest(copy or path) != file.sha256:
+        raise damaged(path, "other content than the manifest says (SHA-256)")
 
 
 def _mapped(path: Path) -> pa.ipc.RecordBatchFileReader:

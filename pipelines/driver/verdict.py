@@ -11,15 +11,23 @@ import re
 import socket
 import time
 from datetime import datetime
+from pathlib import Path
 
-from pipelines.errors import TrainingFailed
+from pipelines.errors import LakesightError, TrainingFailed
 from pipelines.rundir import Failure, RankFile, RunDir
+from pipelines.shards import Shards
 
 HUNG, WAITED = "Hung", "Waited"
 """What the watch over a rank calls it when nothing goes on: by the rank's own doing, or because others did not come."""
 
 LAST_WORDS = re.compile(r"Fatal Python error: .+|Timeout \(.+|rank {rank} ended at step .+")
 """How a rank that could leave no record says on its log, or on the launcher's, what ended it."""
+
+CRASH = re.compile(r"Fatal Python error: (?:Segmentation fault|Bus error)")
+"""What ends a rank that reads a mapped file which was cut off or written over, among other things."""
+
+VERIFY_SECONDS = 60.0
+"""How long shards are looked at then: some tens of gigabytes."""
 
 LOST = re.compile(r"ExecutorLostFailure.*|Lost executor.*|executor \d+ (?:lost|exited).*")
 """How Spark says that the process around a rank is gone."""
@@ -131,13 +139,26 @@ def _lost(run: RunDir, silent: list[RankFile], failures: list[Failure], words: s
 
 def _vanished(run: RunDir, rank: RankFile) -> TrainingFailed:
     last = datetime.fromtimestamp(_last_sign(run, rank)).astimezone().isoformat(timespec="seconds")
-    words = _last_words(run, rank.rank)
+    words, fix = _last_words(run, rank.rank), _how_to_go_on(run)
+    if CRASH.search(words) and (damage := _damaged_shard(run)):
+        words, fix = f"{words}; {damage.what}: {damage.where}, {damage.got}", f"{damage.fix}; {fix}"
     return TrainingFailed(
         f"rank {rank.rank} ended without a word at step {_last_step(run, rank.rank)}",
         where=f"host {rank.host}, process {rank.pid}, log {run.log(rank.rank)}",
         got=words or f"no record of an error, last heartbeat {last}: kill -9, out of memory, os._exit, or it hung",
-        fix=_how_to_go_on(run),
+        fix=fix,
     )
+
+
+def _damaged_shard(run: RunDir) -> LakesightError | None:
+    """What is wrong with the first damaged file of the run's shards."""
+    files = run.read_run()
+    try:
+        for folder in dict.fromkeys((files.train_shards, files.validate_shards)):
+            Shards.open(Path(folder)).verify(VERIFY_SECONDS)
+    except LakesightError as error:
+        return error
+    return None
 
 
 def _nobody(run: RunDir, world_size: int, launcher: BaseException | None) -> TrainingFailed:
@@ -161,8 +182,9 @@ def _last_words(run: RunDir, rank: int) -> str:
 
 
 def _last_step(run: RunDir, rank: int) -> int:
+    """The last step a rank is known to have done: heartbeats are a second apart, and a checkpoint is of all ranks."""
     heartbeat = run.read_heartbeat(rank)
-    return heartbeat.step if heartbeat else 0
+    return max(heartbeat.step if heartbeat else 0, run.checkpointed_step())
 
 
 def _last_sign(run: RunDir, rank: RankFile) -> float:

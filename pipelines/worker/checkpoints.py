@@ -21,7 +21,7 @@ import torch
 from torch import distributed
 
 from pipelines.errors import UserError
-from pipelines.rundir import Metrics, RunDir, RunFile, read_json, write_json
+from pipelines.rundir import Metrics, RunDir, RunFile, read_json, step_of, write_json
 from vlm.checkpoint import verify_folder, whole_folder
 from vlm.config import differences
 from vlm.errors import CheckpointError
@@ -91,11 +91,6 @@ def best_checkpoint(run: RunDir) -> Path | None:
 def _validated(run: RunDir, folder: Path) -> float | None:
     path = run.metrics(step_of(folder))
     return read_json(path, Metrics).values.get("val/loss") if path.exists() else None
-
-
-def step_of(folder: Path) -> int:
-    """The step of a checkpoint folder."""
-    return int(folder.name.removeprefix("step_"))
 
 
 def agree(run: RunDir, rank: int, device: torch.device) -> Path | None:

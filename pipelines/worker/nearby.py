@@ -20,10 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pipelines.errors import StageFailed
 from pipelines.machine import alone, own_folder
-from pipelines.shards import ShardFile, Shards
-from vlm.digest import file_digest
+from pipelines.shards import ShardFile, Shards, verify_file
 
 log = logging.getLogger(__name__)
 
@@ -135,13 +133,7 @@ def _copy(wanted: Wanted) -> None:
     source, partial = wanted.shards.folder / wanted.file.file, wanted.copy.with_suffix(".part")
     try:
         shutil.copyfile(source, partial)
-        if file_digest(partial) != wanted.file.sha256:
-            raise StageFailed(
-                "a training shard is damaged",
-                where=str(source),
-                got="other content than the manifest says (SHA-256)",
-                fix=f"remove {source.parent} and run `lakesight shard` again",
-            )
+        verify_file(source, wanted.file, copy=partial)
         partial.rename(wanted.copy)
     finally:
         partial.unlink(missing_ok=True)

@@ -17,11 +17,11 @@ from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 
 from pipelines.errors import UserError
-from pipelines.rundir import CaptionSamples, Result, RunDir, RunFile, write_json
+from pipelines.rundir import CaptionSamples, Result, RunDir, RunFile, step_of, write_json
 from pipelines.shards import Shards
 from pipelines.worker.augment import Augmenter
 from pipelines.worker.batches import Collator, training_batches
-from pipelines.worker.checkpoints import CheckpointWriter, agree, best_checkpoint, refuse_other_science, step_of
+from pipelines.worker.checkpoints import CheckpointWriter, agree, best_checkpoint, refuse_other_science
 from pipelines.worker.failure import Watch
 from pipelines.worker.group import meet, pick_device, process_group
 from pipelines.worker.nearby import ShardCopier

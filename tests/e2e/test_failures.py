@@ -36,6 +36,7 @@ STOPPED_BOUND = 180.0  # torchrun itself gives a process that does not react 30 
 BESIDE, EXECUTORS = "beside the driver", "on executors"
 
 SILENT = r"rank {rank} (ended without a word at|is missing since) step \d+.*(no record of an error|no word of its own)"
+DAMAGED = r"rank \d (failed|ended without a word) at step [1-9]\d*.*a training shard is damaged.*shard-\d+\.arrow"
 SAID: dict[Kind, str] = {
     "raise": r"rank {rank} failed at step \d+.*ValueError: poison",
     "leave": r"rank {rank} failed at step \d+.*SystemExit: left at step \d+ with exit code 3",
@@ -48,8 +49,8 @@ SAID: dict[Kind, str] = {
     "inf": r"rank {rank} failed at step \d+.*training diverged.*the loss of rank {rank}\. Got: loss inf",
     "out_of_memory": r"rank {rank} failed at step \d+.*allocate memory.*tried to allocate",
     "disk_full": r"rank {rank} .*(failed|ended) .*at step \d+.*File too large",
-    "shards_cut": r"rank \d ended without a word at step \d+.*Fatal Python error: Bus error",
-    "shards_garbled": r"rank \d failed at step \d+.*a training shard is damaged.*shard-",
+    "shards_cut": DAMAGED,
+    "shards_garbled": DAMAGED,
     "executor_lost": r"the executor of rank {rank} was lost at step \d+.*Got: Executor",
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import is_running
+from helpers import is_running, tiny_run, write_run, write_shards
 
 from pipelines.driver.train import why_not_again
 from pipelines.driver.verdict import failure_of, wait_for_words
@@ -208,6 +208,27 @@ def test_without_a_cause_the_silent_rank_is_blamed(run: RunDir) -> None:
     assert "there is no checkpoint yet" in error.fix
 
 
+@pytest.mark.parametrize("damage", ["cut", "written over", "none"])
+def test_where_a_rank_crashes_its_shards_are_looked_at_and_a_damaged_file_is_named(
+    run: RunDir, tmp_path: Path, damage: str
+) -> None:
+    shards = write_shards(tmp_path / "shards", rows=10)
+    write_run(run.path, tiny_run(), shards, shards)
+    started(run, 1, step=2)
+    run.checkpoint(4).mkdir(parents=True)
+    run.log(1).parent.mkdir(parents=True, exist_ok=True)
+    run.log(1).write_text("Fatal Python error: Segmentation fault\n")
+    file = max(shards.folder.glob("*.arrow"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage != "none":
+        file.write_bytes(content[:-1] if damage == "cut" else content)
+    error = failure_of(run, 2, None)
+    assert error.what == "rank 1 ended without a word at step 4"
+    assert ("a training shard is damaged" in error.got) == (str(file) in error.got) == (damage != "none")
+    assert error.got.startswith("Fatal Python error: Segmentation fault")
+
+
 def test_of_two_silent_ranks_the_one_that_fell_silent_first_is_blamed(run: RunDir) -> None:
     started(run, 1)
     time.sleep(0.01)
@@ -243,8 +264,8 @@ def test_the_last_words_of_a_rank_that_left_no_record_are_in_its_log_or_the_laun
     run.launcher_log.parent.mkdir(parents=True)
     run.launcher_log.write_text("rank 0: fine\nrank 1: rank 1 ended at step 7: OSError: No space left on device\nx\n")
     assert failure_of(run, 2, None).got == "rank 1 ended at step 7: OSError: No space left on device"
-    run.log(1).write_text("Fatal Python error: Bus error\n\nThread 0x1:\n")
-    assert failure_of(run, 2, None).got == "Fatal Python error: Bus error"
+    run.log(1).write_text("Fatal Python error: Aborted\n\nThread 0x1:\n")
+    assert failure_of(run, 2, None).got == "Fatal Python error: Aborted"
 
 
 def test_the_executor_that_spark_has_lost_is_named_by_its_rank(run: RunDir) -> None:
