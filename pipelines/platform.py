@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 MIN_JAVA = 17
 LOOPBACK = "127.0.0.1"
-SHORT_JOBS = "-XX:TieredStopAtLevel=1 -XX:+UseParallelGC -XX:MetaspaceSize=256m"
+SHORT_JOBS = "-XX:TieredStopAtLevel=1 -XX:+UseParallelGC -XX:MetaspaceSize=256m -XX:ReservedCodeCacheSize=240m"
 """JVM options for short jobs on few cores: the second compiler would take more time than its code gives back; pictures
 are "humongous" to the default collector, which handles badly what outgrows half of one of its regions; and Spark's
 classes, some 150 MB, would have the whole heap collected each time that their space grows."""
