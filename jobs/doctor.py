@@ -8,12 +8,14 @@ import shutil
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Literal
 
 from jobs.common import MIN_FREE_BYTES, JsonOption, PlatformOption, RunOption, SetOption, open_screen
 from pipelines.config import LocalPlatformConfig, RunConfig, load_run
 from pipelines.errors import StageFailed, UserError
-from pipelines.platform import check_java, delta_artifact, fetched_jars, open_platform
+from pipelines.jars import delta_artifact
+from pipelines.platform import check_java, open_platform
 from vlm.config import Config
 
 COMFORTABLE_FREE_BYTES = 5 * 2**30
@@ -97,7 +99,7 @@ def delta_jar() -> Check:
         return Check(
             name="delta jar", status="fail", found="its package is not installed", fix="pip install 'lakesight[local]'"
         )
-    if fetched_jars():
+    if list(Path.home().glob(f".ivy2*/jars/io.delta_{artifact}-{delta}.jar")):
         return Check(name="delta jar", status="ok", found=f"{artifact} {delta}, cached")
     url = f"https://repo1.maven.org/maven2/io/delta/{artifact}/{delta}/{artifact}-{delta}.pom"
     try:

@@ -65,10 +65,10 @@ def run_ingest(job: Job, *, refresh: bool = False) -> FullReport:
 
 def track(job: Job, report: FullReport, *, good: bool) -> None:
     """Log the report to MLflow where the ingest changed something. The tables are written: an outage is no failure."""
-    from pipelines.tracking.reports import log_stage
-
     if report.nothing_new:
         return
+    from pipelines.tracking.reports import log_stage
+
     try:
         tags = {"source": report.source, "ingest_id": report.ingest_id, "table_version": report.dataset_version}
         name = f"{report.source}-{report.ingest_id}"

@@ -13,16 +13,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipelines.config import DatabricksPlatformConfig, LocalPlatformConfig, PlatformConfig
 from pipelines.errors import UserError
-from pipelines.machine import alone, own_folder
+from pipelines.jars import delta_jars
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -204,8 +202,8 @@ def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
     log.parent.mkdir(parents=True, exist_ok=True)
     logger.info("starting Spark on %s, log in %s (the first start fetches Delta Lake: 90 MB)", config.spark.master, log)
     logging.getLogger("py4j").setLevel(logging.WARNING)  # it reports every closed connection at INFO
-    conf = SparkConf(loadDefaults=False).setAll(list(_session_settings(config, root).items()))
-    with _jars_alone(), log.open("ab") as sink:
+    with delta_jars() as jars, log.open("ab") as sink:
+        conf = SparkConf(loadDefaults=False).setAll(list((_session_settings(config, root) | jars.settings()).items()))
         start = sink.tell()
         try:
             # A JVM that an earlier, stopped session of this process left behind serves the next one too.
@@ -213,34 +211,9 @@ def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
             spark = SparkSession(SparkContext(conf=conf, gateway=gateway))
         except (PySparkRuntimeError, Py4JJavaError) as error:
             raise _start_failure(log, start, error) from None
+        jars.note(spark.sparkContext.getConf().get("spark.jars") or "")
     atexit.register(_stop, spark, config.spark.master, spark.sparkContext.applicationId)
     return spark
-
-
-def delta_artifact() -> tuple[str, str]:
-    """Name and version of the Delta Lake jar for the Spark that is installed.
-
-    Raises:
-        PackageNotFoundError: pyspark or delta-spark is not installed.
-    """
-    line = ".".join(version("pyspark").split(".")[:2])
-    return f"delta-spark_{line}_2.13", version("delta-spark")
-
-
-def fetched_jars() -> list[Path]:
-    """The Delta Lake jar as Spark keeps it for its starts; it is there once all that it needs is."""
-    artifact, number = delta_artifact()
-    return list(Path.home().glob(f".ivy2*/jars/io.delta_{artifact}-{number}.jar"))
-
-
-@contextmanager
-def _jars_alone() -> Iterator[None]:
-    """One process at a time fetches jars, while the others wait: together they would spoil Ivy's cache."""
-    with ExitStack() as stack:
-        stack.enter_context(alone(own_folder("jars")))
-        if fetched_jars():
-            stack.close()
-        yield
 
 
 def _stop(spark: SparkSession, master: str, application: str) -> None:
@@ -275,15 +248,12 @@ def _prepare_environment(master: str) -> None:
 
 
 def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]:
-    artifact, number = delta_artifact()
     partitions = str(config.spark.shuffle_partitions)
     settings = {
         "spark.app.name": "lakesight",
         "spark.master": config.spark.master,
         "spark.driver.memory": config.spark.driver_memory,
         "spark.driver.extraJavaOptions": SHORT_JOBS,
-        "spark.jars.packages": f"io.delta:{artifact}:{number}",
-        "spark.jars.ivySettings": str(Path(__file__).with_name("ivysettings.xml")),
         "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
         "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
         "spark.sql.warehouse.dir": str(root / "warehouse"),

@@ -37,6 +37,9 @@ UPKEEP = frozenset(
 )
 """Commits that change no row."""
 
+CHECK = "delta.constraints."
+"""What the property of a table begins with that holds a check."""
+
 CREATED_IN = 10
 """Seconds from the folder of a table's log to its first commit, at most."""
 
@@ -63,14 +66,15 @@ def ensure_table(spark: SparkSession, platform: Platform, table: Table) -> None:
             spark.sql(f"CREATE TABLE IF NOT EXISTS {name} USING DELTA{location}")
         else:
             spark.sql(_create(name, table, location))
-            add_checks(spark, name, table.checks)
+            if not folder:
+                add_checks(spark, name, table.checks)
     add_columns(spark, platform, table)
 
 
 def add_checks(spark: SparkSession, name: str, checks: Mapping[str, str]) -> tuple[str, ...]:
     """Have Delta demand of every row what it does not yet; the names of these checks."""
     properties = spark.sql(f"SHOW TBLPROPERTIES {name}").collect() if checks else []
-    there = {row["key"].removeprefix("delta.constraints.") for row in properties}
+    there = {row["key"].removeprefix(CHECK) for row in properties}
     lacking = tuple(check for check in checks if check not in there)
     for check in lacking:
         spark.sql(f"ALTER TABLE {name} ADD CONSTRAINT {check} CHECK ({checks[check]})")
@@ -88,7 +92,9 @@ def add_columns(spark: SparkSession, platform: Platform, table: Table) -> None:
 
 def _create(name: str, table: Table, location: str) -> str:
     clustered = f" CLUSTER BY ({', '.join(table.cluster_by)})" if table.cluster_by else ""
-    properties = ", ".join(f"'{key}' = '{value}'" for key, value in table.properties.items())
+    # A plain folder's table has its checks from its first commit on. A catalog may demand a statement for each.
+    checks = {f"{CHECK}{check}": table.checks[check] for check in table.checks if location}
+    properties = ", ".join(f"'{key}' = {_quoted(value)}" for key, value in (table.properties | checks).items())
     return (
         f"CREATE TABLE IF NOT EXISTS {name} ({table.ddl()}) USING DELTA{location} "
         f"COMMENT '{table.comment}' TBLPROPERTIES ({properties}){clustered}"
@@ -114,8 +120,8 @@ def _is_written(folder: Path) -> bool:
     return False
 
 
-def _quoted(path: Path) -> str:
-    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
+def _quoted(value: Path | str) -> str:
+    escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
 
 

@@ -1,0 +1,62 @@
+"""Delta Lake's jars are fetched by one process, and taken from where they are by all later ones."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from pipelines.jars import Jars, delta_jars
+
+
+@pytest.fixture(autouse=True)
+def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
+def jar(folder: Path, name: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    (path := folder / name).touch()
+    return path
+
+
+def test_jars_are_taken_from_where_they_were_found_until_one_is_gone(tmp_path: Path) -> None:
+    paths = [jar(tmp_path / "with space", name) for name in ("a.jar", "b.jar")]
+    with delta_jars() as first:
+        assert "io.delta:delta-spark_" in first.settings()["spark.jars.packages"]
+        first.note(",".join(path.as_uri() for path in paths))
+    with delta_jars() as later:
+        assert later.settings() == {"spark.jars": ",".join(map(str, paths))}
+    paths[1].unlink()
+    with delta_jars() as fetched_again:
+        assert "spark.jars.packages" in fetched_again.settings()
+
+
+def test_while_one_fetches_the_others_wait_and_then_find_what_it_found(tmp_path: Path) -> None:
+    path, found, met = jar(tmp_path, "a.jar"), [], threading.Barrier(2, timeout=30)
+
+    def start() -> None:
+        with delta_jars() as jars:
+            found.append(jars)
+        with delta_jars():
+            met.wait()  # both at once: nobody holds anything any more
+
+    others = [threading.Thread(target=start) for _ in range(2)]
+    with delta_jars() as first:
+        for other in others:
+            other.start()
+        others[0].join(timeout=0.5)
+        assert not found
+        first.note(path.as_uri())
+    for other in others:
+        other.join(timeout=30)
+    assert [jars.paths for jars in found] == [(str(path),)] * 2
+    assert not met.broken
+
+
+def test_a_session_without_jars_leaves_no_list(tmp_path: Path) -> None:
+    jars = Jars(tmp_path / "jars.txt")
+    jars.note("")
+    assert not jars.read().paths
+    assert not jars.noted.exists()
