@@ -1,9 +1,9 @@
 """Shard: the rows of one source and split, at a pinned version of `samples`, as files that ranks read.
 
-Executors decode and resize, Spark's shuffle brings every picture to its file, executors write the files, and the
-driver writes the manifest, last. What a folder holds is determined by its request, and its name is the request's hash:
-the same request finds it again. Two writers of one folder do no harm, because they write the same bytes under the same
-names, each whole.
+Executors decode and resize, Spark's shuffle brings every picture to its file, before that or after, executors write the
+files, and the driver writes the manifest, last. What a folder holds is determined by its request, and its name is the
+request's hash: the same request finds it again. Two writers of one folder do no harm, because they write the same bytes
+under the same names, each whole.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pipelines.driver.session import (
     worker_died,
 )
 from pipelines.errors import StageFailed, UserError
-from pipelines.executor.pack import PIXELS, WRITTEN, pixels_guarded, pixels_of, write_files
+from pipelines.executor.pack import PLACED, WRITTEN, pictures_of, pixels_guarded, pixels_of, write_files
 from pipelines.platform import Platform
 from pipelines.shards import MANIFEST, Manifest, Part, ShardFile, ShardRequest, Shards, write_manifest
 from pipelines.tables import SAMPLES
@@ -41,7 +41,10 @@ logger = logging.getLogger(__name__)
 
 STALE_SECONDS = 3600
 
-PixelsOf = Callable[[Iterator[RecordBatch]], Iterator[RecordBatch]]
+SAMPLED_ROWS = 64
+"""Pictures whose size says whether pictures or pixels travel."""
+
+Place = Callable[..., Iterator[RecordBatch]]
 
 
 class ShardReport(Config):
@@ -199,13 +202,14 @@ def _write(rows: DataFrame, folder: Path, request: ShardRequest) -> None:
     numbered = rows.select("place", (F.row_number().over(Window.orderBy("place")) - 1).alias("number"))
     starts = numbered.filter(F.col("number") % request.rows == 0).orderBy("number").collect()
     firsts = [row["place"] for row in starts]
+    pack = partial(_pack, rows, folder, request, firsts)
     try:
-        found = _pack(rows, folder, request, partial(pixels_of, request=request, firsts=firsts), len(firsts))
+        found = pack(pictures_of) if _pictures_are_smaller(rows, request, len(firsts)) else pack(pixels_of)
     except Exception as error:
         if not worker_died(error):
             raise
         logger.warning("a Python worker died while it decoded: pictures are decoded again in guarded processes")
-        found = _pack(rows, folder, request, partial(pixels_guarded, request=request, firsts=firsts), len(firsts))
+        found = pack(pixels_guarded)
     manifest = Manifest(request=request, files=tuple(found))
     expected = rows.count()
     if manifest.num_rows != expected or any(file.rows != request.rows for file in found[:-1]):
@@ -219,14 +223,23 @@ def _write(rows: DataFrame, folder: Path, request: ShardRequest) -> None:
     write_manifest(folder, manifest)
 
 
-def _pack(rows: DataFrame, folder: Path, request: ShardRequest, pixels: PixelsOf, count: int) -> list[ShardFile]:
-    """Decode, bring every picture to its file, write the files; in the order of their names."""
-    files = partial(write_files, request=request, folder=str(folder))
+def _pictures_are_smaller(rows: DataFrame, request: ShardRequest, files: int) -> bool:
+    """Whether to decode behind the shuffle: where pictures are smaller than their pixels, and a core has a file."""
+    if request.encoding != "raw" or files < rows.sparkSession.sparkContext.defaultParallelism:
+        return False
+    some = rows.select(F.octet_length("image").alias("bytes")).limit(SAMPLED_ROWS).collect()
+    return bool(sum(row["bytes"] for row in some) < len(some) * 3 * request.image.size**2)
+
+
+def _pack(rows: DataFrame, folder: Path, request: ShardRequest, firsts: list[str], place: Place) -> list[ShardFile]:
+    """Bring every picture to its file, and write the files; in the order of their names."""
+    placed = partial(place, request=request, firsts=firsts)
+    files = partial(write_files, request=request, folder=str(folder), decoded=place is not pictures_of)
     with bounded_batches(rows.sparkSession):
         written = (
             rows.select("image_id", "image", "texts")
-            .mapInArrow(pixels, from_arrow_schema(PIXELS))
-            .repartition(count, "file")
+            .mapInArrow(placed, from_arrow_schema(PLACED))
+            .repartition(len(firsts), "file")
             .sortWithinPartitions("file", "place")
             .mapInArrow(files, from_arrow_schema(WRITTEN))
             .collect()

@@ -1,7 +1,8 @@
 """Pictures to pixels, and pixels to shard files: plain functions on Arrow batches, run by executors.
 
-Two steps with Spark's shuffle between them. `pixels_of` makes pictures small before they travel; `write_files` receives
-them in their final order and streams each file to disk, so a task holds batches, never a file.
+Two steps with Spark's shuffle between them. Before it pictures get their place, and become pixels if those are smaller;
+behind it `write_files` receives them in their final order, makes pixels of what is none, and streams each file to disk:
+a task holds batches, never a file.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from pipelines.tables import TEXT_TYPE
 from vlm.errors import ImageError
 from vlm.image import open_image, to_pixels
 
-PIXELS = pa.schema(
+PLACED = pa.schema(
     [
         ("file", pa.int32()),
         ("place", pa.string()),
         ("image_id", pa.string()),
-        ("pixels", pa.binary()),
+        ("image", pa.binary()),  # pixels as the shard stores them, or still a picture file
         ("texts", pa.list_(TEXT_TYPE)),
     ]
 )
@@ -44,7 +45,7 @@ def place_of(image_id: str, seed: int) -> str:
 def pixels_of(
     batches: Iterator[pa.RecordBatch], request: ShardRequest, firsts: Sequence[str]
 ) -> Iterator[pa.RecordBatch]:
-    """Decode and resize pictures; a batch of PIXELS for each batch that came.
+    """Decode and resize pictures; a batch of PLACED, with pixels, for each batch that came.
 
     Args:
         batches: columns image_id, image (the bytes of a picture file), texts.
@@ -54,22 +55,23 @@ def pixels_of(
     Raises:
         StageFailed: a picture that ingest decoded does not decode now.
     """
+    for batch in pictures_of(batches, request, firsts):
+        pixels = pa.array(_pixels(batch, request), pa.binary())
+        columns = [pixels if name == "image" else batch.column(name) for name in PLACED.names]
+        yield pa.RecordBatch.from_arrays(columns, schema=PLACED)
+
+
+def pictures_of(
+    batches: Iterator[pa.RecordBatch], request: ShardRequest, firsts: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
+    """As `pixels_of`, but the pictures stay as they are."""
     for batch in batches:
-        ids = batch.column("image_id").to_pylist()
-        places = [place_of(image_id, request.seed) for image_id in ids]
-        images = batch.column("image").to_pylist()
-        pixels = [_encoded(image_id, image, request) for image_id, image in zip(ids, images, strict=True)]
-        files = [bisect_right(firsts, place) - 1 for place in places]
-        yield pa.RecordBatch.from_pydict(
-            {
-                "file": files,
-                "place": places,
-                "image_id": ids,
-                "pixels": pixels,
-                "texts": batch.column("texts").to_pylist(),
-            },
-            PIXELS,
-        )
+        ids = batch.column("image_id")
+        places = [place_of(image_id, request.seed) for image_id in ids.to_pylist()]
+        files = pa.array([bisect_right(firsts, place) - 1 for place in places], pa.int32())
+        texts = batch.column("texts").cast(PLACED.field("texts").type)
+        columns = [files, pa.array(places, pa.string()), ids, batch.column("image"), texts]
+        yield pa.RecordBatch.from_arrays(columns, schema=PLACED)
 
 
 def pixels_guarded(
@@ -111,17 +113,27 @@ def _encoded(image_id: str, data: bytes, request: ShardRequest) -> bytes:
     return encode_pixels(to_pixels(image, request.image), request.encoding)
 
 
-def write_files(batches: Iterator[pa.RecordBatch], request: ShardRequest, folder: str) -> Iterator[pa.RecordBatch]:
+def _pixels(batch: pa.RecordBatch, request: ShardRequest) -> list[bytes]:
+    rows = zip(batch.column("image_id").to_pylist(), batch.column("image").to_pylist(), strict=True)
+    return [_encoded(image_id, image, request) for image_id, image in rows]
+
+
+def write_files(
+    batches: Iterator[pa.RecordBatch], request: ShardRequest, folder: str, *, decoded: bool
+) -> Iterator[pa.RecordBatch]:
     """Write the shard files whose rows come, sorted by file and place; one WRITTEN row a file.
 
     Args:
-        batches: PIXELS in order; all rows of a file come to one call.
+        batches: PLACED in order; all rows of a file come to one call.
         request: what the shards hold.
         folder: the shard folder, existing, a plain path that every executor sees.
+        decoded: whether pixels came, and not pictures.
+
+    Raises:
+        StageFailed: a picture that ingest decoded does not decode now.
     """
-    schema = shard_schema(request)
     for number, pieces in groupby(_pieces(batches), key=lambda piece: piece[0]):
-        rows = (_as_stored(piece, schema) for _, piece in pieces)
+        rows = (_as_stored(piece, request, decoded=decoded) for _, piece in pieces)
         written = write_shard_file(Path(folder), number, request, rows)
         yield pa.RecordBatch.from_pylist([written.model_dump()], WRITTEN)
 
@@ -135,5 +147,10 @@ def _pieces(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordB
             yield int(files[start]), batch.slice(start, end - start)
 
 
-def _as_stored(piece: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    return pa.RecordBatch.from_pydict({name: piece.column(name).to_pylist() for name in schema.names}, schema)
+def _as_stored(piece: pa.RecordBatch, request: ShardRequest, *, decoded: bool) -> pa.RecordBatch:
+    schema = shard_schema(request)
+    stored = schema.field("pixels").type
+    image = piece.column("image")
+    pixels = image.cast(stored) if decoded else pa.array(_pixels(piece, request), stored)
+    texts = piece.column("texts").cast(schema.field("texts").type)
+    return pa.RecordBatch.from_arrays([piece.column("image_id"), pixels, texts], schema=schema)

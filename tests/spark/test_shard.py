@@ -25,6 +25,8 @@ from vlm.config import ImageConfig
 from vlm.image import to_pixels
 
 IMAGE = ImageConfig(size=16)
+LARGE = ImageConfig(size=96)
+"""Pixels of these are larger than the tests' pictures."""
 COUNT = 150
 
 
@@ -56,12 +58,13 @@ def remove(report: ShardReport) -> None:
         path.unlink()
 
 
+@pytest.mark.parametrize("image", [IMAGE, LARGE], ids=["pixels travel", "pictures travel"])
 def test_every_row_of_the_split_is_there_once_as_its_resized_picture(
-    spark: SparkSession, platform: Platform, filled: tuple[str, Path]
+    spark: SparkSession, platform: Platform, filled: tuple[str, Path], image: ImageConfig
 ) -> None:
     source, path = filled
-    reports = {split: shard(spark, platform, source, config(path), IMAGE, split) for split in ("train", "val")}
-    original = {f"picture {n}": to_pixels(picture(1000 + n), IMAGE) for n in range(COUNT)}
+    reports = {split: shard(spark, platform, source, config(path), image, split) for split in ("train", "val")}
+    original = {f"picture {n}": to_pixels(picture(1000 + n), image) for n in range(COUNT)}
     seen = []
     for split, report in reports.items():
         shards = Shards.open(Path(report.folder))
@@ -106,6 +109,17 @@ def test_content_does_not_depend_on_how_rows_lie_or_how_spark_splits_the_work(
     assert (second.reused, second.folder, second.content_hash) == (False, first.folder, first.content_hash)
     reseeded = shard(spark, platform, source, config(path, seed=3), IMAGE, "train")
     assert reseeded.content_hash != first.content_hash
+
+
+def test_pictures_that_travel_make_the_same_files_as_pixels_that_do(
+    spark: SparkSession, platform: Platform, filled: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, path = filled
+    first = shard(spark, platform, source, config(path, seed=5), LARGE, "train")
+    remove(first)
+    monkeypatch.setattr("pipelines.driver.shard.SAMPLED_ROWS", 0)  # of none, neither is smaller
+    second = shard(spark, platform, source, config(path, seed=5), LARGE, "train")
+    assert (second.reused, second.folder, second.content_hash) == (False, first.folder, first.content_hash)
 
 
 def test_a_folder_that_a_crash_left_is_cleaned_up_and_written_again(
@@ -200,12 +214,13 @@ def test_a_split_without_rows_says_which_splits_have_some(
         shard(spark, platform, "test-never-ingested", config(path), IMAGE, "train")
 
 
+@pytest.mark.parametrize("rows", [50, 1], ids=["pixels travel", "pictures travel"])
 def test_a_picture_that_no_longer_decodes_stops_the_stage_and_is_named(
-    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path, rows: int
 ) -> None:
     path = write_csv(tmp_path / "a.csv", [[as_base64(png(4000 + n)), f"{n}"] for n in range(4)])
     ingest(spark, platform, source, config(path))
     spark.sql(f"UPDATE {platform.table(SAMPLES.name)} SET image = X'00' WHERE source = '{source}'").collect()
     with pytest.raises(StageFailed, match=f"a picture of samples does not decode.*{source}/") as caught:
-        shard(spark, platform, source, config(path), IMAGE, "train")
+        shard(spark, platform, source, config(path, rows=rows), IMAGE, "train")
     assert "\n" not in str(caught.value)
