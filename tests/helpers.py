@@ -156,10 +156,10 @@ def global_batches(
     return [
         [
             (pixels_HWC.numpy().tobytes(), tokenizer.decode(labels_T[labels_T != IGNORE].tolist()))
-            for batch in parts
+            for (batch,) in batches
             for pixels_HWC, labels_T in zip(batch.pixels_PHWC, batch.labels_BT, strict=True)
         ]
-        for parts in zip(*slices, strict=True)
+        for batches in zip(*slices, strict=True)
     ]
 
 

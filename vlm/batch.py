@@ -31,17 +31,16 @@ class Batch:
     prefix_lengths_B: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
+        """The same batch on another device; from pinned memory it is only begun."""
         return Batch(*(t.to(device, non_blocking=True) for t in self.tensors()))
 
     def with_pixels(self, pixels_PHWC: Tensor) -> Batch:
         """The same sequences with other pictures."""
         return Batch(pixels_PHWC, self.tokens_BT, self.labels_BT, self.prefix_lengths_B)
 
-    def split(self, rows: int) -> list[Batch]:
-        """The batch in parts of `rows` rows, the last one shorter; for batches of a picture a row."""
-        assert len(self.pixels_PHWC) == len(self.tokens_BT), "which pictures belong to a row is not known here"
-        return [Batch(*parts) for parts in zip(*(torch.split(t, rows) for t in self.tensors()), strict=True)]
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory, from which a GPU copies while the processor does something else."""
+        return Batch(*(t.pin_memory() for t in self.tensors()))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The four tensors in order."""

@@ -94,6 +94,14 @@ def global_sum(values: Tensor) -> Tensor:
     return total
 
 
+def global_max(values: Tensor) -> Tensor:
+    """The largest values of a tensor on any rank; a new tensor."""
+    largest = values.detach().clone()
+    if world_size() > 1:
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+    return largest
+
+
 def to_host(values: Tensor) -> list[float]:
     """The values of a vector that other ranks have a part in. On a GPU this, not the sum, is where a rank waits."""
     return [float(value) for value in whole(values).tolist()]

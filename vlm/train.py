@@ -7,7 +7,7 @@ rank), so a loop that starts at step k does exactly what an uninterrupted one do
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -57,7 +57,7 @@ class NotFiniteError(LakesightError):
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: Iterable[Batch],
+    batches: Iterable[Sequence[Batch]],
     *,
     start: int,
     lr_of: Callable[[int], float],
@@ -67,14 +67,14 @@ def fit(
     device: torch.device,
     bf16: bool,
     on_step: Callable[[StepReport], None],
-    rows_at_once: int = 2**31,
 ) -> None:
     """Take one optimizer step a batch, from step `start` on.
 
     Args:
         model: called with a Batch, returns logits at its targets; wrapped in DDP where there are several ranks.
         optimizer: of `vlm.optim.build_adamw`.
-        batches: this rank's slice of each global batch, the one of step `start` first.
+        batches: this rank's slice of each global batch, the one of step `start` first, in parts, as many on each rank:
+            one is computed after another, and their gradients are added up, so it is the same step in less memory.
         start: number of the first step.
         lr_of: learning rate of a step; each group of the optimizer takes its share of it.
         grad_clip: largest gradient norm.
@@ -83,8 +83,6 @@ def fit(
         device: where the model is.
         bf16: run the forward pass in bfloat16 autocast.
         on_step: called after every step on every rank.
-        rows_at_once: a larger slice is computed in parts of as many rows, and their gradients added up: the same step
-            in less memory.
 
     Raises:
         NotFiniteError: a loss or gradient that is not finite; the weights are those before the step.
@@ -93,10 +91,9 @@ def fit(
     layers = routed_layers(unwrap(model))
     for step, batch in enumerate(batches, start):
         torch.manual_seed(mix(seed, step, rank))
-        on_device = batch.to(device)
-        tokens = global_sum(num_targets(on_device).double())
+        parts = [part.to(device) for part in batch]
+        tokens = global_sum(torch.stack([num_targets(part) for part in parts]).sum().double())
         own, routers = torch.zeros((), dtype=torch.float64, device=device), []
-        parts = on_device.split(rows_at_once)
         for number, part in enumerate(parts, 1):
             with gradients_stay(model, here=number < len(parts)):
                 loss_sum, router = _backward(model, layers, part, tokens, len(parts), bf16=bf16)

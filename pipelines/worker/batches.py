@@ -46,19 +46,33 @@ class Collator:
 
     def batch(self, rows: Sequence[Row], texts: Sequence[tuple[str, str]]) -> Batch:
         """Rows and the (prompt, text) to learn of each, as tensors padded to the longest."""
-        pairs = [self._sequence(row.image_id, *text) for row, text in zip(rows, texts, strict=True)]
-        longest = max(len(sequence) for sequence, _ in pairs) - 1
+        (batch,) = self.parts(rows, texts, len(rows))
+        return batch
+
+    def parts(self, rows: Sequence[Row], texts: Sequence[tuple[str, str]], rows_at_once: int) -> list[Batch]:
+        """The same in parts of so many rows, the last one shorter, each padded to its own longest.
+
+        Rows of like length come together, so that little is padded; where there is one part they keep their order.
+        """
+        made = [(row, *self._sequence(row.image_id, *text)) for row, text in zip(rows, texts, strict=True)]
+        if len(made) > rows_at_once:
+            made.sort(key=lambda each: len(each[1]))
+        return [self._padded(made[first : first + rows_at_once]) for first in range(0, len(made), rows_at_once)]
+
+    def _padded(self, made: Sequence[tuple[Row, list[int], int]]) -> Batch:
+        """Rows with their sequences and the lengths of their prefixes."""
+        longest = max(len(sequence) for _, sequence, _ in made) - 1
         length = min(self._context, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE)
-        tokens_BT = np.full((len(rows), length), self._tokenizer.pad_id, np.int64)
-        labels_BT = np.full((len(rows), length), IGNORE, np.int64)
-        for b, (sequence, prefix) in enumerate(pairs):
+        tokens_BT = np.full((len(made), length), self._tokenizer.pad_id, np.int64)
+        labels_BT = np.full((len(made), length), IGNORE, np.int64)
+        for b, (_, sequence, prefix) in enumerate(made):
             tokens_BT[b, : len(sequence) - 1] = sequence[:-1]
             labels_BT[b, prefix - 1 : len(sequence) - 1] = sequence[prefix:]
         return Batch(
-            pixels_PHWC=torch.from_numpy(np.stack([row.pixels for row in rows])),
+            pixels_PHWC=torch.from_numpy(np.stack([row.pixels for row, _, _ in made])),
             tokens_BT=torch.from_numpy(tokens_BT),
             labels_BT=torch.from_numpy(labels_BT),
-            prefix_lengths_B=torch.tensor([prefix for _, prefix in pairs]),
+            prefix_lengths_B=torch.tensor([prefix for _, _, prefix in made]),
         )
 
     def _sequence(self, image_id: str, prompt: str, text: str) -> tuple[list[int], int]:
@@ -85,19 +99,22 @@ def training_batches(
     world_size: int,
     batch_size: int,
     seed: int,
+    rows_at_once: int | None = None,
     workers: int = 0,
     augmenter: Augmenter | None = None,
-) -> Iterator[Batch]:
-    """This rank's slice of the global batch of each step; the same whatever the number of workers.
+    pinned: bool = False,
+) -> Iterator[list[Batch]]:
+    """This rank's slice of the global batch of each step, in parts; the same whatever the number of workers.
 
-    A picture with several texts shows one of them an epoch, picked by (seed, epoch, row). Pictures are those of the
-    shards, byte for byte, or what an augmenter makes of them.
+    Parts have `rows_at_once` rows; without it there is one. A picture with several texts shows one of them an epoch,
+    picked by (seed, epoch, row). Pictures are those of the shards, byte for byte, or what an augmenter makes of them.
+    `pinned`: in memory that a GPU copies from by itself.
     """
     parts = shards.manifest.parts
     sizes, draws = [part.rows for part in parts], [part.draws for part in parts]
     num_rows = sum(draws) or len(shards)
 
-    def make(step: int) -> Batch:
+    def make(step: int) -> list[Batch]:
         drawn = draw(step, rank=rank, world_size=world_size, batch_size=batch_size, num_rows=num_rows, seed=seed)
         if parts:
             drawn = mixed(drawn, sizes, draws, seed=seed)
@@ -107,7 +124,9 @@ def training_batches(
             for row, epoch, index in zip(rows, drawn.epochs, drawn.rows, strict=True)
         ]
         texts = [row.texts[pick] for row, pick in zip(rows, picks, strict=True)]
-        return collator.batch(augmenter.rows(rows, texts, drawn) if augmenter else rows, texts)
+        shown = augmenter.rows(rows, texts, drawn) if augmenter else rows
+        made = collator.parts(shown, texts, rows_at_once or len(rows))
+        return [part.pinned() for part in made] if pinned else made
 
     return ahead(make, steps, workers)
 

@@ -52,7 +52,7 @@ class Stopwatch:
         self._seconds, self._samples, self._tokens, self._waited = 0.0, 0, 0, 0.0
         self._resumed = time.perf_counter()
 
-    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def waiting(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
         """The same batches; how long each lets the training wait is added up."""
         while True:
             asked = time.perf_counter()

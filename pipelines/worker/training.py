@@ -26,10 +26,12 @@ from pipelines.worker.failure import Watch
 from pipelines.worker.group import meet, pick_device, process_group
 from pipelines.worker.nearby import ShardCopier
 from pipelines.worker.place import Place
+from pipelines.worker.prefetch import copied_ahead
 from pipelines.worker.profile import profiled
 from pipelines.worker.report import Stopwatch, write_metrics
 from pipelines.worker.stages import Stage, plan, stage_at
 from pipelines.worker.start import Start
+from pipelines.worker.usage import usage
 from pipelines.worker.validation import caption_samples, validate
 from vlm import text
 from vlm.checkpoint import load_state, weights_of
@@ -153,14 +155,16 @@ class Learner:
             world_size=self.place.world_size,
             batch_size=settings.batch_size,
             seed=settings.seed,
+            rows_at_once=settings.rows_at_once,
             workers=settings.loader_workers,
             augmenter=Augmenter(settings.augment, settings.seed) if settings.augment else None,
+            pinned=self.device.type == "cuda",
         )
         self.stopwatch.start()
         fit(
             wrap(self.model, self.device),
             self.optimizer,
-            self.stopwatch.waiting(batches),
+            copied_ahead(self.stopwatch.waiting(batches), self.device),
             start=steps.start,
             lr_of=lambda step: stage.lr_of(step, settings),
             grad_clip=settings.optimizer.grad_clip,
@@ -169,7 +173,6 @@ class Learner:
             device=self.device,
             bf16=settings.precision == "bf16",
             on_step=partial(self.after_step, stage),
-            rows_at_once=settings.rows_at_once or settings.batch_size,
         )
 
     def after_step(self, stage: Stage, report: StepReport) -> None:
@@ -189,7 +192,7 @@ class Learner:
             if report.router is not None:
                 values |= {"router_balance": report.router.balance, "router_z": report.router.z}
                 load = report.router.load
-            values = {f"train/{name}": value for name, value in values.items()}
+            values = {f"train/{name}": value for name, value in values.items()} | usage(self.device)
         if last or done % settings.validate_every == 0:
             with averaged(self.optimizer):
                 values |= self._validate()
@@ -234,13 +237,14 @@ class Learner:
 
     def _validate(self) -> dict[str, float]:
         settings = self.file.config.train
+        rows = settings.batch_size // self.place.world_size
         with mixed_precision(self.device, bf16=settings.precision == "bf16"):
             found = validate(
                 self.model,
                 self.validate_shards,
                 self.collator,
                 num_rows=settings.validate_rows,
-                batch_size=settings.batch_size // self.place.world_size,
+                batch_size=min(rows, settings.rows_at_once or rows),
                 rank=self.place.rank,
                 world_size=self.place.world_size,
                 alive=self.watch.alive,

@@ -111,7 +111,7 @@ def ours(folder: Path, start: int = 0) -> Iterator[torch.Tensor]:
         seed=0,
         workers=WORKERS,
     )
-    return (batch.pixels_PHWC for batch in batches)
+    return (batch.pixels_PHWC for (batch,) in batches)
 
 
 class Mosaic(StreamingDataset):  # type: ignore[misc]

@@ -101,7 +101,7 @@ def ours(model: VisionLanguageModel, batch: Batch, *, bf16: bool) -> Callable[[]
         fit(
             model,
             optimizer,
-            itertools.repeat(batch, STEPS),
+            itertools.repeat([batch], STEPS),
             start=0,
             lr_of=lambda _: settings.lr,
             grad_clip=settings.grad_clip,

@@ -70,7 +70,7 @@ def trained(config: ModelConfig) -> Captioner:
     torch.manual_seed(0)
     model, collator = build_model(config, tokenizer.vocab_size), Collator(tokenizer, config)
     parts = len(scenes.rows) // BATCH
-    batches = (scenes.batch(collator, range(BATCH * (s % parts), BATCH * (s % parts + 1))) for s in range(STEPS))
+    batches = ([scenes.batch(collator, range(BATCH * (s % parts), BATCH * (s % parts + 1)))] for s in range(STEPS))
     fit(
         model,
         build_adamw(model, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05),

@@ -47,7 +47,7 @@ from vlm.image import open_image, to_pixels
 from vlm.text.prompt import prefix_ids
 from vlm.weights.export import export_weights
 
-ROWS, SIZE, BATCH = 1500, (320, 240), 64
+ROWS, SIZE, BATCH = 5000, (320, 240), 64
 SHAPE = (
     "model.image.size=64",
     "model.vision.transformer.width=256",

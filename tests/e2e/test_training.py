@@ -49,7 +49,7 @@ WHOLE: dict[str, Any] = {
     "profile_steps": 2,
     "augment": AUGMENT,
 }
-MEASURED = re.compile("per_second|data_wait")
+MEASURED = re.compile("per_second|data_wait|system/")
 """Metrics that differ from run to run."""
 ENDLESS: dict[str, Any] = {"steps": 100_000, "validate_every": 100_000}
 
@@ -95,6 +95,7 @@ def test_torchrun_alone_trains_to_a_result(whole: RunDir) -> None:
     assert all(rank.ended for rank in whole.read_ranks())
     assert all("from step 0 to 60" in whole.log(rank).read_text() for rank in range(3))
     assert 0 <= result.metrics["train/data_wait"] < 1
+    assert 0.1 < result.metrics["system/memory_gb"] < 4
     with gzip.open(whole.profile) as trace:
         names = {event["name"] for event in json.load(trace)["traceEvents"]}
     assert {"ProfilerStep#5", "ProfilerStep#6", "aten::mm"} <= names

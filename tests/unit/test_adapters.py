@@ -1,6 +1,7 @@
 """An adapter starts as nothing, learns alone, is kept by itself, merges into a plain model, and knows its base."""
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from pipelines.config import TrainConfig
 from pipelines.config import load_model as load_config
 from pipelines.worker.start import Start
 from vlm.adapters import LoraLinear, add_adapter, halve_frozen, load_adapter, merge_adapter, save_adapter
+from vlm.batch import Batch
 from vlm.build import build_model
 from vlm.checkpoint import load_model, load_state, save_model
 from vlm.config import AdapterConfig, ModelConfig
@@ -27,13 +29,18 @@ CPU = torch.device("cpu")
 
 
 def learn(
-    model: VisionLanguageModel, optimizer: torch.optim.Optimizer, batches: object, *, start: int = 0, bf16: bool = False
+    model: VisionLanguageModel,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Batch],
+    *,
+    start: int = 0,
+    bf16: bool = False,
 ) -> list[StepReport]:
     reports: list[StepReport] = []
     fit(
         model,
         optimizer,
-        batches,  # type: ignore[arg-type]
+        ([batch] for batch in batches),
         start=start,
         lr_of=lambda step: 1e-2,
         grad_clip=1.0,

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from helpers import global_batches, tiny_model, write_shards
 from pipelines.driver.shard import Packed, mix
 from pipelines.shards import Row, Shards
 from pipelines.worker.batches import Collator, ahead, training_batches
+from pipelines.worker.prefetch import copied_ahead
 from vlm.batch import IGNORE, Batch
 from vlm.text.chars import CharTokenizer
 
@@ -90,7 +92,7 @@ def test_a_picture_with_several_texts_shows_each_of_them_in_some_epoch(tmp_path:
     shards = write_shards(tmp_path / "shards", rows=4, texts=3)
     collator = Collator(TOKENIZER, MODEL)
     shown: dict[bytes, set[str]] = {}
-    for batch in training_batches(shards, collator, steps=range(20), rank=0, world_size=1, batch_size=4, seed=1):
+    for (batch,) in training_batches(shards, collator, steps=range(20), rank=0, world_size=1, batch_size=4, seed=1):
         for pixels_HWC, labels_T in zip(batch.pixels_PHWC, batch.labels_BT, strict=True):
             shown.setdefault(pixels_HWC.numpy().tobytes(), set()).add(spell(labels_T))
     assert [len(texts) for texts in shown.values()] == [3, 3, 3, 3]
@@ -106,7 +108,7 @@ def test_a_mix_draws_each_source_by_its_share_in_an_order_that_ranks_and_restart
         batches = training_batches(
             shards, collator, steps=steps, rank=rank, world_size=world_size, batch_size=8, seed=3
         )
-        return [pixels_HWC.numpy().tobytes() for batch in batches for pixels_HWC in batch.pixels_PHWC]
+        return [pixels_HWC.numpy().tobytes() for (batch,) in batches for pixels_HWC in batch.pixels_PHWC]
 
     whole = pixels(range(6))
     assert len(whole) == 48, "three epochs of 16 draws"
@@ -115,6 +117,63 @@ def test_a_mix_draws_each_source_by_its_share_in_an_order_that_ranks_and_restart
     assert pixels(range(2, 6)) == whole[16:]
     halves = [pixels(range(6), rank, 2) for rank in range(2)]
     assert [halves[n // 4 % 2][n // 8 * 4 + n % 4] for n in range(48)] == whole
+
+
+def test_parts_of_a_batch_hold_its_rows_by_length_and_each_is_padded_to_its_own_longest(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", rows=16, texts=20)
+
+    def batches(rows_at_once: int | None) -> list[list[Batch]]:
+        return list(
+            training_batches(
+                shards,
+                Collator(TOKENIZER, MODEL),
+                steps=range(3),
+                rank=0,
+                world_size=1,
+                batch_size=16,
+                seed=1,
+                rows_at_once=rows_at_once,
+            )
+        )
+
+    for (whole,), parts in zip(batches(None), batches(6), strict=True):
+        assert [len(part.tokens_BT) for part in parts] == [6, 6, 4]
+        lengths = [(part.labels_BT != IGNORE).sum(1) for part in parts]
+        assert torch.equal(torch.cat(lengths), (whole.labels_BT != IGNORE).sum(1).sort().values)
+        widths = [part.tokens_BT.shape[1] for part in parts]
+        assert widths == [-(-(SLOTS + int(length.max())) // 8) * 8 for length in lengths]
+        assert widths[0] < widths[-1] == whole.tokens_BT.shape[1]
+        shown = [
+            {
+                (pixels.numpy().tobytes(), spell(labels))
+                for b in some
+                for pixels, labels in zip(b.pixels_PHWC, b.labels_BT, strict=True)
+            }
+            for some in ([whole], parts)
+        ]
+        assert shown[0] == shown[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_batches_for_a_gpu_are_there_and_the_same(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", rows=16)
+
+    def batches(*, pinned: bool) -> Iterator[list[Batch]]:
+        return training_batches(
+            shards,
+            Collator(TOKENIZER, MODEL),
+            steps=range(9),
+            rank=0,
+            world_size=1,
+            batch_size=8,
+            seed=1,
+            pinned=pinned,
+        )
+
+    for (there,), (here,) in zip(
+        copied_ahead(batches(pinned=True), torch.device("cuda")), batches(pinned=False), strict=True
+    ):
+        assert all(a.is_cuda and torch.equal(a.cpu(), b) for a, b in zip(there.tensors(), here.tensors(), strict=True))
 
 
 def test_batches_are_the_same_from_the_middle_on_any_number_of_ranks_and_with_any_number_of_workers(

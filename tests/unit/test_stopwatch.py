@@ -23,10 +23,10 @@ def test_a_lap_counts_steps_and_waiting_but_no_pauses(monkeypatch: pytest.Monkey
     monkeypatch.setattr("pipelines.worker.report.time.perf_counter", clock := Clock())
     batch = Batch(*(torch.zeros(1) for _ in Batch.__dataclass_fields__))
 
-    def loaded() -> Iterator[Batch]:
+    def loaded() -> Iterator[list[Batch]]:
         for _ in range(3):
             clock.now += 0.5
-            yield batch
+            yield [batch]
 
     stopwatch = Stopwatch()
     stopwatch.start()

@@ -51,7 +51,7 @@ def run(
     fit(
         model,
         optimizer,
-        batches,
+        (in_parts(batch, rows_at_once) for batch in batches),
         start=start,
         lr_of=lambda step: lr,
         grad_clip=1.0,
@@ -60,9 +60,12 @@ def run(
         device=torch.device("cpu"),
         bf16=False,
         on_step=reports.append,
-        rows_at_once=rows_at_once,
     )
     return reports
+
+
+def in_parts(batch: Batch, rows: int) -> list[Batch]:
+    return [Batch(*parts) for parts in zip(*(torch.split(t, rows) for t in batch.tensors()), strict=True)]
 
 
 def fresh(variant: str, dropout: float = 0.0) -> tuple[VisionLanguageModel, Tokenizer, torch.optim.AdamW]:

@@ -1,0 +1,152 @@
+"""What a run costs beside its steps: a second rank, waiting for data, checkpoints, and the follower of its metrics.
+
+    python tests/benchmarks/bench_ranks.py
+
+`seemore` at its own size on generated pictures, ranks as torchrun starts them, one core and one thread each. Two ranks
+share the batch that one has alone; what two runs of one rank each reach side by side is what the cores can give. A
+checkpoint's cost is told by a run that writes one after every step beside a run that writes one at its end; the
+follower's by logging finished runs, and that is the driver's work, not the ranks'.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from itertools import count, pairwise
+from pathlib import Path
+
+from measure import make, processor_seconds
+
+from pipelines.config import load_run
+from pipelines.driver.ingest import ingest
+from pipelines.driver.shard import shard
+from pipelines.driver.train import prepare
+from pipelines.platform import Platform, open_platform
+from pipelines.rundir import RunDir
+from pipelines.tracking.runs import follow
+
+ROWS, BATCH, STEPS, ROUNDS = 2048, 32, 16, 5
+SETTINGS = (
+    f"train.batch_size={BATCH}",
+    "train.validate_every=100000",
+    "train.log_every=1",
+    "train.keep_checkpoints=1",
+    "data.validate_on=train",
+)
+
+
+class Runs:
+    """Makes run folders, each of its own seed, on the same shards."""
+
+    def __init__(self, file: Path) -> None:
+        self._seeds, self._file = count(), file
+        config = load_run("seemore", overrides=[*SETTINGS, f"data.source.path={file}"])
+        self.platform: Platform = open_platform(config.platform)
+        spark = self.platform.open_spark()
+        ingest(spark, self.platform, "seemore", config.data)
+        self._shards = shard(spark, self.platform, "seemore", config.data, config.model.image, "train")
+        spark.stop()
+
+    def new(self, ranks: int, *, steps: int = STEPS, checkpoint_every: int = 100_000) -> RunDir:
+        """A run that has not begun."""
+        own = [f"train.seed={next(self._seeds)}", f"train.steps={steps}", f"platform.ranks={ranks}"]
+        own += [f"train.checkpoint_every={checkpoint_every}", f"data.source.path={self._file}"]
+        config = load_run("seemore", overrides=[*SETTINGS, *own])
+        return prepare(config, open_platform(config.platform), self._shards, self._shards)
+
+
+def start(run: RunDir, ranks: int, core: int) -> subprocess.Popen[bytes]:
+    """Ranks of one thread each: a rank has as many as its share of the cores that it may use."""
+    command = [
+        "taskset",
+        "-c",
+        f"{core}-{core + ranks - 1}",
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+    ]
+    command += ["-m", "pipelines.worker.main", "--run-dir", str(run.path)]
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+
+def trained(*runs: RunDir, ranks: int = 1) -> float:
+    """Samples a second of all these runs together, at the same time; the first steps do not count."""
+    processes = [start(run, ranks, core) for core, run in enumerate(runs)]
+    assert not any(process.wait() for process in processes), "a run has failed"
+    return sum(BATCH / statistics.median(steps_of(run)) for run in runs)
+
+
+def steps_of(run: RunDir) -> list[float]:
+    """Seconds from one step's end to the next one's, from the fourth on; the last is validated and does not count."""
+    return [after.time - before.time for before, after in pairwise(list(run.read_metrics())[3:-1])]
+
+
+def scaling(runs: Runs) -> None:
+    """One rank, two ranks, and one rank twice."""
+    found: dict[str, list[float]] = {"one rank": [], "two ranks": [], "one rank, twice": []}
+    waits = []
+    for _ in range(ROUNDS):
+        found["one rank"].append(trained(runs.new(1)))
+        both = runs.new(2)
+        found["two ranks"].append(trained(both, ranks=2))
+        waits += [metrics.values["train/data_wait"] for metrics in list(both.read_metrics())[3:]]
+        found["one rank, twice"].append(trained(runs.new(1), runs.new(1)))
+    for name, rates in found.items():
+        times = [rate / alone for rate, alone in zip(rates, found["one rank"], strict=True)]
+        each = ", ".join(f"{ratio:.2f}" for ratio in sorted(times))
+        print(
+            f"{name:16} {statistics.median(rates):6.1f} samples/s  {statistics.median(times):.2f} x ({each})",
+            flush=True,
+        )
+    print(f"waiting for data, two ranks: {statistics.median(waits):.4f} of a step, at most {max(waits):.4f}")
+
+
+def checkpoints(runs: Runs) -> None:
+    """Seconds that a checkpoint adds to a run, by the clock and of the processor."""
+    seconds: dict[int, list[tuple[float, float]]] = {1: [], 100_000: []}
+    for _ in range(3):
+        for every, costs in seconds.items():
+            run, before = runs.new(2, checkpoint_every=every), processor_seconds()
+            trained(run, ranks=2)
+            costs.append((sum(steps_of(run)) / len(steps_of(run)), (processor_seconds() - before) / STEPS))
+    often, once = ([statistics.median(cost) for cost in zip(*costs, strict=True)] for costs in seconds.values())
+    size = sum(path.stat().st_size for path in run.finished_checkpoints()[-1].iterdir())
+    clock, processor = often[0] - once[0], (often[1] - once[1]) * STEPS / (STEPS - 1)
+    print(f"a checkpoint of {size / 1e6:.0f} MB: {clock:.2f} s by the clock, {processor:.2f} s of the processor")
+    print(f"at one a minute: {clock / 60:.2%} of the time, {processor / 120:.2%} of two processors")
+
+
+def follower(runs: Runs) -> None:
+    """What a step that is logged costs the driver, beside what following a run costs whatever its length."""
+    costs = []
+    for steps in (STEPS, STEPS, 5 * STEPS):
+        run = runs.new(2, steps=steps)
+        trained(run, ranks=2)
+        before = processor_seconds()
+        with follow(run, run.read_run().config, runs.platform):
+            pass
+        costs.append(processor_seconds() - before)
+    _, short, long = costs
+    print(f"a logged step costs the driver {(long - short) / (4 * STEPS) * 1000:.1f} ms of its processor")
+
+
+def main() -> None:
+    """Measure all three."""
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["LAKESIGHT_HOME"] = home
+        file = Path(home) / "pictures.csv"
+        make(file, ROWS, 96)
+        runs = Runs(file)
+        print(f"seemore, batch {BATCH}, {STEPS} steps, the median of {ROUNDS} rounds in turn")
+        scaling(runs)
+        checkpoints(runs)
+        follower(runs)
+
+
+if __name__ == "__main__":
+    main()
