@@ -28,9 +28,9 @@ class ColumnNames(Config):
     prompt: str | None = None
 
     @property
-    def wanted(self) -> list[str]:
-        """Every column that is named."""
-        return [name for name in (self.image, self.text, self.id, self.prompt) if name is not None]
+    def wanted(self) -> dict[str, str]:
+        """Every column that is named, by what it is for."""
+        return {purpose: name for purpose, name in self if name is not None}
 
 
 class PlainColumns(ColumnNames):

@@ -242,11 +242,12 @@ def test_any_mixture_of_rows_adds_up_as_counted_by_hand(
         (None, "no such file or folder"),
         ("", "nothing, or empty files alone"),
         (f"{IMAGE},{TEXT}\n", "no rows"),
-        (f"picture,{TEXT}\nx,y\n", f"no column {IMAGE}"),
-        (f"{IMAGE},captions\nx,y\n", "did you mean captions"),
+        (f"picture,{TEXT}\nx,y\n", f"no column {IMAGE}.* --set data.source.columns.image=picture on"),
+        (f"{IMAGE},number,captions\nx,1,y\n", f"no column {TEXT}.* --set data.source.columns.text=captions on"),
+        ("a,b\nx,y\n", "image=COLUMN --set data.source.columns.text=COLUMN on"),
         (f"{IMAGE},{TEXT}\nnothing,good\n", "not one row .* 1 not_an_image"),
     ],
-    ids=["missing", "empty", "header-only", "no-column", "nearest-column", "all-bad"],
+    ids=["missing", "empty", "header-only", "no-column", "nearest-column", "no-columns", "all-bad"],
 )
 def test_an_input_that_cannot_be_used_is_told_in_one_paragraph(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path, content: str | None, message: str

@@ -193,21 +193,24 @@ def demand_columns(config: DataConfig, there: Sequence[str], where: str) -> None
     """Compare the columns that a config names with those that are there.
 
     Raises:
-        UserError: one is missing; names the nearest.
+        UserError: one is missing; says which setting names it, and the likeliest column.
     """
-    wanted = config.source.columns.wanted
+    wanted = {f"data.source.columns.{purpose}": name for purpose, name in config.source.columns.wanted.items()}
     if isinstance(config.split, ColumnSplitConfig):
-        wanted = [*wanted, config.split.column]
-    missing = [f"{name}{_nearest(name, there)}" for name in wanted if name not in there]
+        wanted["data.split.column"] = config.split.column
+    missing = {setting: name for setting, name in wanted.items() if name not in there}
     if missing:
+        free = [column for column in there if column not in wanted.values()]
+        likely = [f"--set {setting}={_likeliest(name, free)}" for setting, name in missing.items()]
         raise UserError(
-            f"the input has no column {'; '.join(missing)}",
+            f"the input has no column {', '.join(missing.values())}",
             where=where,
             got=f"columns {', '.join(column[:80] for column in there[:20])}",
-            fix="name the right ones with --set data.source.columns.image=... (text, id, prompt)",
+            fix=f"name the right one with {' '.join(likely)} on the command",
         )
 
 
-def _nearest(name: str, names: Sequence[str]) -> str:
-    match = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    return f" (did you mean {match[0]}?)" if match else ""
+def _likeliest(name: str, free: Sequence[str]) -> str:
+    """The column that is meant by a name: the nearest, or the only one left."""
+    nearest = difflib.get_close_matches(name, free, n=1, cutoff=0.4)
+    return next(iter(nearest or (free if len(free) == 1 else ())), "COLUMN")
