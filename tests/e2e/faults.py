@@ -147,10 +147,13 @@ def strike(fault: Fault, run: RunDir, *args: Any) -> None:
 
 
 def hold_the_interpreter() -> None:
-    """Sleep in C without letting go of the interpreter: no thread of Python runs meanwhile."""
+    """Wait in C for a lock that this thread has, without letting go of the interpreter: no thread of Python runs
+    meanwhile, and no signal ends the waiting, as it would a sleep's."""
     import ctypes
 
-    ctypes.PyDLL(None).sleep(3600)
+    library, lock = ctypes.PyDLL(None), ctypes.create_string_buffer(128)
+    for _ in range(2):
+        library.pthread_mutex_lock(lock)
 
 
 def executor() -> int:
