@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.progress import progress, training_poll
@@ -10,6 +12,7 @@ from jobs.shard import run_shard
 from vlm.config import Config
 
 if TYPE_CHECKING:
+    from pipelines.rundir import RunDir
     from pipelines.tracking.registry import ModelVersion
 
 SHOWN = ("train/loss", "val/loss", "val/blind_gap")
@@ -30,36 +33,63 @@ class TrainReport(Config):
     metrics: dict[str, float]
 
 
+class PreparedReport(Config):
+    """A run folder whose ranks somebody else starts."""
+
+    run_folder: str
+    ranks: int
+    """How many have to be started: platform.ranks."""
+
+
 def train(
     *,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
     overrides: SetOption = None,
     as_json: JsonOption = False,
+    launch: Annotated[
+        bool,
+        typer.Option("--launch/--no-launch", help="Start the ranks; or write the run folder alone, for torchrun."),
+    ] = True,
 ) -> None:
     """Train on distributed ranks; register the model.
 
-    The same command finds a finished run again, and goes on with an unfinished one from its last checkpoint.
+    The same command finds a finished run again, and goes on with an unfinished one from its last checkpoint. With
+    --no-launch the ranks are yours to start; the same command without it then registers the model.
 
     \b
     Example:
       lakesight train --run demo --set train.steps=2000 --set train.seed=1
     """
     with open_job(run, platform, overrides, as_json) as job:
-        job.finish(run_train(job), "evaluate")
+        if launch:
+            job.finish(run_train(job), "evaluate")
+            return
+        folder, ranks = prepared(job).path, job.config.platform.ranks
+        job.screen.report(PreparedReport(run_folder=str(folder), ranks=ranks))
+        job.screen.line("prepared", f"{folder}, for {ranks} ranks")
+        job.screen.line("next", f"torchrun --nproc-per-node {ranks} -m pipelines.worker.main --run-dir {folder}")
+        job.screen.line("then", job.command("train"))
 
 
-def run_train(job: Job) -> TrainReport:
-    """The stages train and register."""
-    from pipelines.driver.train import finished, launch, prepare
-    from pipelines.tracking.registry import register
-    from pipelines.tracking.runs import follow
+def prepared(job: Job) -> RunDir:
+    """The shards, and the run folder as its ranks need it."""
+    from pipelines.driver.train import prepare
 
     config = job.config
     learn_from = run_shard(job, "train", config.model.image)
     same = config.data.validate_on == "train"  # three pictures to be learned by heart
     validate_on = learn_from if same else run_shard(job, config.data.validate_on, config.model.image)
-    run = prepare(config, job.platform, learn_from, validate_on)
+    return prepare(config, job.platform, learn_from, validate_on)
+
+
+def run_train(job: Job) -> TrainReport:
+    """The stages train and register."""
+    from pipelines.driver.train import finished, launch
+    from pipelines.tracking.registry import register
+    from pipelines.tracking.runs import follow
+
+    config, run = job.config, prepared(job)
     found = finished(run)
     # A finished run is followed too: if MLflow missed the end of it, it hears of it now.
     with (

@@ -8,11 +8,15 @@ sources are mixed, and no pixel is copied.
 
 from __future__ import annotations
 
+import errno
 import io
+import mmap
+import resource
 import time
 import uuid
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -89,7 +93,7 @@ class Manifest(Config):
     files: tuple[ShardFile, ...]
     parts: tuple[Part, ...] = ()
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """Rows in all files."""
         return sum(file.rows for file in self.files)
@@ -101,11 +105,56 @@ class Manifest(Config):
         return short_hash([file.sha256 for file in self.files], *parts)
 
 
-class Near(NamedTuple):
-    """A copy of a shard file, mapped."""
+class Mapped(NamedTuple):
+    """A shard file, or a copy of it, in memory as far as it is read.
+
+    The kernel is told to read nothing beside what is asked for, because the next row is somewhere else; and a picture
+    is asked for at once, not page by page.
+    """
 
     path: Path
+    memory: mmap.mmap
+    address: int
     batches: pa.ipc.RecordBatchFileReader
+
+    @classmethod
+    def of(cls, path: Path) -> Mapped:
+        """Map a file. Not by `pa.memory_map`: it has the kernel read a whole batch at each row that is asked for.
+
+        Raises:
+            StageFailed: it is no shard file.
+            UserError: the process may open no more files.
+        """
+        try:
+            with path.open("rb") as file:
+                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            memory.madvise(mmap.MADV_RANDOM)
+            buffer = pa.py_buffer(memory)
+            return cls(path, memory, buffer.address, pa.ipc.open_file(buffer))
+        except (ValueError, OSError) as error:  # Arrow's errors are ValueErrors; so is that of an empty file
+            if isinstance(error, OSError) and error.errno == errno.EMFILE:
+                raise UserError(
+                    "the shards have more files than a process may open here",
+                    where=str(path.parent),
+                    got=f"a limit of {resource.getrlimit(resource.RLIMIT_NOFILE)[1]:,} open files",
+                    fix="raise it with `ulimit -Hn`, or write fewer and larger files: data.shards.rows",
+                ) from None
+            raise damaged(path, f"{type(error).__name__}: {error}") from error
+
+    def pixels(self, batch: int, offset: int) -> tuple[pa.RecordBatch, pa.Buffer]:
+        """A batch by its number, and what it holds of the picture of one of its rows: a view, not a copy."""
+        rows = self.batches.get_batch(batch)
+        column = rows.column("pixels")
+        *_, places, data = column.buffers()
+        if pa.types.is_fixed_size_binary(column.type):
+            start, end = (column.type.byte_width * row for row in (offset, offset + 1))
+        else:
+            start, end = np.frombuffer(places, np.int32, 2, 4 * offset).tolist()
+        stored = data.slice(start, end - start)
+        place = stored.address - self.address
+        begun = place % mmap.PAGESIZE
+        self.memory.madvise(mmap.MADV_WILLNEED, place - begun, begun + stored.size)
+        return rows, stored
 
 
 class Row(NamedTuple):
@@ -208,7 +257,8 @@ class Shards:
     """Random access to the rows of a shard folder; pickles as its path."""
 
     folder: Path
-    _near: dict[int, Near] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _mapped: dict[int, Mapped] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Files by number, each from its first row on."""
 
     @classmethod
     def open(cls, folder: Path) -> Shards:
@@ -218,6 +268,7 @@ class Shards:
             UserError: no manifest. StageFailed: a file is missing or has another size.
         """
         shards = cls(folder)
+        _let_open(len(shards.manifest.files))
         for file in shards.manifest.files:
             path = folder / file.file
             size = path.stat().st_size if path.exists() else -1
@@ -242,10 +293,6 @@ class Shards:
         return read_manifest(self.folder)
 
     @cached_property
-    def _readers(self) -> list[pa.ipc.RecordBatchFileReader]:
-        return [_mapped(self.folder / file.file) for file in self.manifest.files]
-
-    @cached_property
     def _starts(self) -> list[int]:
         """The first row of each file."""
         return list(accumulate((file.rows for file in self.manifest.files[:-1]), initial=0))
@@ -263,21 +310,25 @@ class Shards:
         file = bisect_right(self._starts, index) - 1
         within = index - self._starts[file]
         number, offset = divmod(within, BATCH_ROWS)
-        near = self._near.get(file)
-        path = near.path if near else self.folder / self.manifest.files[file].file
+        mapped = self._file(file)
         try:
-            batches = near.batches if near else self._readers[file]
-            return self._read(batches.get_batch(number), offset)
+            return self._read(mapped, number, offset)
         except (pa.ArrowInvalid, OSError, IndexError) as error:  # a picture's, too: PIL's errors are OSErrors
-            raise damaged(path, f"{type(error).__name__}: {error}", row=within) from error
+            raise damaged(mapped.path, f"{type(error).__name__}: {error}", row=within) from error
 
     def read_from(self, file: int, copy: Path) -> None:
         """From now on read the rows of one file, by its number, from a copy; others may read rows meanwhile."""
-        self._near[file] = Near(copy, _mapped(copy))
+        self._mapped[file] = Mapped.of(copy)
 
-    def _read(self, batch: pa.RecordBatch, offset: int) -> Row:
+    def _file(self, number: int) -> Mapped:
+        if mapped := self._mapped.get(number):
+            return mapped
+        mapped = Mapped.of(self.folder / self.manifest.files[number].file)
+        return self._mapped.setdefault(number, mapped)  # where others were faster, theirs: a copy may have come
+
+    def _read(self, mapped: Mapped, number: int, offset: int) -> Row:
         request = self.manifest.request
-        stored = batch.column("pixels")[offset].as_buffer()
+        batch, stored = mapped.pixels(number, offset)
         if request.encoding == "raw":
             side = request.image.size
             pixels = np.frombuffer(stored, np.uint8).reshape(side, side, 3)
@@ -288,9 +339,10 @@ class Shards:
 
     def texts(self) -> Iterator[str]:
         """Every prompt and text, in shard order, without touching a pixel: what a tokenizer learns from."""
-        for reader in self._readers:
-            for number in range(reader.num_record_batches):
-                for pairs in reader.get_batch(number).column("texts").to_pylist():
+        for file in range(len(self.manifest.files)):
+            batches = self._file(file).batches
+            for number in range(batches.num_record_batches):
+                for pairs in batches.get_batch(number).column("texts").to_pylist():
                     for pair in pairs:
                         if pair["prompt"]:
                             yield pair["prompt"]
@@ -317,5 +369,10 @@ def verify_file(path: Path, file: ShardFile, copy: Path | None = None) -> None:
         raise damaged(path, "other content than the manifest says (SHA-256)")
 
 
-def _mapped(path: Path) -> pa.ipc.RecordBatchFileReader:
-    return pa.ipc.open_file(pa.memory_map(str(path), "r"))
+def _let_open(files: int) -> None:
+    """Have the system allow this process so many more open files, up to its hard limit: each mapped file is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        limit = soft + files if hard == resource.RLIM_INFINITY else min(soft + files, hard)
+        with suppress(ValueError, OSError):  # macOS promises more than it gives: opening will tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

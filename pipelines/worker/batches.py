@@ -21,7 +21,7 @@ import torch
 
 from pipelines.shards import Row, Shards
 from pipelines.worker.augment import Augmenter
-from pipelines.worker.order import draw, hash64, mixed
+from pipelines.worker.order import bits, draw, mixed
 from vlm.batch import IGNORE, Batch
 from vlm.config import ModelConfig
 from vlm.text.base import Tokenizer
@@ -119,11 +119,9 @@ def training_batches(
         if parts:
             drawn = mixed(drawn, sizes, draws, seed=seed)
         rows = [shards.row(int(index)) for index in drawn.rows]
-        picks = [
-            hash64(seed, int(epoch), int(index)) % len(row.texts)
-            for row, epoch, index in zip(rows, drawn.epochs, drawn.rows, strict=True)
+        texts = [
+            row.texts[pick % len(row.texts)] for row, pick in zip(rows, bits(drawn, seed=seed).tolist(), strict=True)
         ]
-        texts = [row.texts[pick] for row, pick in zip(rows, picks, strict=True)]
         shown = augmenter.rows(rows, texts, drawn) if augmenter else rows
         made = collator.parts(shown, texts, rows_at_once or len(rows))
         return [part.pinned() for part in made] if pinned else made

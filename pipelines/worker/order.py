@@ -109,6 +109,17 @@ def _feistel(values: UInt64s, keys: UInt64s, half: int) -> UInt64s:
     return (left << shift) | right
 
 
+def bits(drawn: Draw, *, seed: int) -> UInt64s:
+    """64 random bits of each row in its epoch.
+
+    Args:
+        drawn: the rows.
+        seed: of the run.
+    """
+    epochs, rows = drawn.epochs.astype(np.uint64), drawn.rows.astype(np.uint64)
+    return hash64s(np.full_like(epochs, seed & _WORD), epochs, rows)
+
+
 def fractions(drawn: Draw, count: int, *, seed: int) -> Float64s:
     """Random numbers of each row in its epoch, uniform in [0, 1): [batch of the rank, count].
 

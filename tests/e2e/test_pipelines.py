@@ -34,10 +34,16 @@ SECRETS = {
 }
 
 ONE_AFTER_ANOTHER = """
-import json, sys
+import json, subprocess, sys
+from pathlib import Path
 from jobs.cli import app
 for command in json.loads(sys.argv[1]):
-    app(command, standalone_mode=False)
+    if command[0] == "torchrun":
+        (folder,) = Path(sys.argv[2]).glob(command.pop())
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *command[1:], folder])
+        assert not done.returncode
+    else:
+        app(command, standalone_mode=False)
 """
 
 
@@ -55,7 +61,7 @@ def run(home: Path, *commands: list[str]) -> Ran:
     # Where tracking is on SQLite as ever, with a password in the address that it does not ask for.
     environment["MLFLOW_TRACKING_URI"] = f"sqlite:///file:{home}/mlflow.db?uri=true&password=c4nary-address"
     done = subprocess.run(
-        [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(commands)],
+        [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(commands), str(home)],
         env=environment | SECRETS,
         cwd=home,
         capture_output=True,
@@ -73,9 +79,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def demos(home: Path) -> Ran:
-    """A demo, the same once more, and the family whose sequence, mask and decoder differ from it all at once."""
+    """A demo, the same once more, and the family whose sequence, mask and decoder differ from it all at once; its ranks
+    are started by torchrun."""
     demo = ["demo", "--scenes", str(SCENES), "--json", *(word for value in QUICK for word in ("--set", value))]
-    return run(home, demo, demo, pipeline("paligemma"))
+    alone = ["train", "--no-launch", "--run", "paligemma", "--json", *PICTURES]
+    ranks = ["torchrun", "--nproc-per-node", "2", "-m", "pipelines.worker.main", "--run-dir", "runs/paligemma-*"]
+    return run(home, demo, demo, alone, ranks, pipeline("paligemma"))
 
 
 def pipeline(family: str) -> list[str]:
@@ -93,7 +102,7 @@ def test_a_demo_does_the_whole_job(demos: Ran) -> None:
 
 
 def test_a_second_demo_finds_everything_done(demos: Ran) -> None:
-    first, second, _ = demos.reports
+    first, second, *_ = demos.reports
     assert second["nothing_new"]
     assert "nothing was new: no row ingested, no step trained, no picture captioned" in demos.said
     assert (second["samples"], second["quarantined"], second["captions"], second["errors"]) == (0, 0, 0, 0)
@@ -103,15 +112,17 @@ def test_a_second_demo_finds_everything_done(demos: Ran) -> None:
 
 
 def learned(report: dict[str, Any], family: str) -> None:
-    assert report["trained"]
     assert report["model_name"] == family
     assert report["blind_gap"] > 0.2
     assert report["captions"] > 0 == report["errors"]
     assert Path(report["gallery"]).is_file()
 
 
-def test_a_family_runs_from_pictures_to_captions(demos: Ran) -> None:
-    learned(demos.reports[2], "paligemma")
+def test_a_family_runs_from_pictures_to_captions_with_ranks_that_somebody_else_has_started(demos: Ran) -> None:
+    prepared, report = demos.reports[2:]
+    learned(report, "paligemma")
+    assert prepared == {"run_folder": report["run_folder"], "ranks": 2}
+    assert not report["trained"], "found finished"
 
 
 @pytest.mark.matrix
@@ -119,6 +130,7 @@ def test_a_family_runs_from_pictures_to_captions(demos: Ran) -> None:
 @pytest.mark.usefixtures("demos")
 def test_every_family_runs_from_pictures_to_captions(home: Path, family: str) -> None:
     (report,) = run(home, pipeline(family)).reports
+    assert report["trained"]
     learned(report, family)
 
 

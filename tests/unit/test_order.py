@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.worker.order import Draw, draw, fractions, hash64, mixed, permute
+from pipelines.worker.order import Draw, bits, draw, fractions, hash64, mixed, permute
 
 seeds = st.integers(-(2**63), 2**64)
 
@@ -127,6 +127,7 @@ def test_the_order_is_the_same_for_ever() -> None:
     assert epoch_of(8, 0, 0) == [6, 4, 5, 2, 1, 7, 0, 3]
     assert hash64(1, -2, 3) == 12056474070484764355
     drawn = Draw(np.array([4, 5]), np.array([0, 1]))
+    assert bits(drawn, seed=-2).tolist() == [hash64(-2, 0, 4), hash64(-2, 1, 5)]
     assert (fractions(drawn, 2, seed=-2) * 1e6).astype(int).tolist() == [[601109, 114547], [1050, 792469]]
 
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 import pickle
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +95,56 @@ def test_any_row_is_found_whatever_the_sizes(
         assert row.texts == [("", f"number {index}"), ("odd?", "yes" if index % 2 else "no")]
     with pytest.raises(IndexError):
         shards.row(total)
+
+
+def test_a_row_is_read_alone_and_not_its_whole_batch(tmp_path: Path) -> None:
+    """Rows are read at random: what is read beside each is read again for the next."""
+    side, count = 224, 2 * BATCH_ROWS
+    wanted = request(image=ImageConfig(size=side), rows=count)
+    shown = np.zeros((side, side, 3), np.uint8).tobytes()
+    rows = [{"image_id": str(n), "pixels": shown, "texts": [{"prompt": "", "text": ""}]} for n in range(count)]
+    batch = pa.RecordBatch.from_pylist(rows, shard_schema(wanted))
+    file = write_shard_file(tmp_path, 0, wanted, [batch])
+    write_manifest(tmp_path, Manifest(request=wanted, files=(file,)))
+    path = tmp_path / file.file
+    with path.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if in_memory(path) > 2**20:
+        pytest.skip("this file system keeps in memory what it is told to let go")
+    row = Shards.open(tmp_path).row(70)
+    assert not row.pixels.any()
+    assert len(shown) <= in_memory(path) < 2**21 < file.bytes / 8
+
+
+def in_memory(path: Path) -> int:
+    """Bytes of a file that the kernel has in its cache."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as memory:
+        pages = ctypes.create_string_buffer(-(-len(memory) // mmap.PAGESIZE))
+        start = ctypes.c_char.from_buffer(memory)
+        assert not ctypes.CDLL(None).mincore(ctypes.byref(start), ctypes.c_size_t(len(memory)), pages)
+        del start
+    return sum(page & 1 for page in pages.raw) * mmap.PAGESIZE
+
+
+READ_ALL = """
+import resource, sys
+from pathlib import Path
+from pipelines.shards import Shards
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))
+shards = Shards.open(Path(sys.argv[1]))
+print(len({shards.row(index).image_id for index in range(len(shards))}))
+"""
+
+
+@pytest.mark.parametrize(("hard", "said"), [(4096, "^150\n$"), (100, "more files than a process may open.*100 open")])
+def test_shards_of_more_files_than_a_process_usually_opens_are_read_or_it_is_said(
+    tmp_path: Path, hard: int, said: str
+) -> None:
+    write(tmp_path, request(rows=1), 150)
+    command = [sys.executable, "-c", READ_ALL, str(tmp_path), str(hard)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert re.search(said, ended.stdout + ended.stderr), ended.stderr
 
 
 def test_a_mix_names_the_files_of_folders_beside_it_and_has_a_hash_of_its_own(tmp_path: Path) -> None:
