@@ -38,7 +38,8 @@ def name_of(page: Path) -> str:
 def test_every_command_shown_exists_with_its_options(page: Path) -> None:
     for words in shown(page):
         assert words[1] in COMMANDS, words
-        options = {option for parameter in COMMANDS[words[1]].params for option in parameter.opts}
+        parameters = COMMANDS[words[1]].params
+        options = {option for each in parameters for option in (*each.opts, *each.secondary_opts)}
         assert {word for word in words if word.startswith("--")} <= options, words
 
 
