@@ -7,8 +7,9 @@ All read the same pictures, 224 x 224, from files of their own making: as JPEG (
 pixels where a format has such. Each hands over shuffled batches of 64 as uint8 tensors, made by two workers: threads of
 ours, processes of torch's DataLoader for the others. Ours makes tokens and labels of the texts too; theirs are strings.
 The clock runs from the first batch on, so that starting processes does not count; how long a start takes is told beside
-it. Then: how long until the first batch when a run goes on at sample 10,000,000, and the loader's own memory (without
-pages of mapped files, which the kernel may take back) for one and for four times the rows.
+it. Then: how long until the first batch when a run goes on at sample 10,000,000; what augmentation costs, batches a
+second of a processor; and the loader's own memory (without pages of mapped files, which the kernel may take back) for
+one and for four times the rows.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 import webdataset  # type: ignore[import-not-found]
+from measure import in_turn
 from PIL import Image
 from streaming import MDSWriter, StreamingDataset  # type: ignore[import-not-found]
 from torch.utils.data import DataLoader
 
-from pipelines.config import load_run
+from pipelines.config import AugmentConfig, load_run
 from pipelines.shards import (
     Manifest,
     ShardRequest,
@@ -48,6 +50,7 @@ from pipelines.shards import (
     write_manifest,
     write_shard_file,
 )
+from pipelines.worker.augment import Augmenter
 from pipelines.worker.batches import Collator, training_batches
 from vlm import text
 
@@ -97,7 +100,9 @@ def write_shards(folder: Path, encoding: Encoding, rows: int = ROWS) -> Path:
     return folder
 
 
-def ours(folder: Path, start: int = 0) -> Iterator[torch.Tensor]:
+def ours(
+    folder: Path, start: int = 0, *, workers: int = WORKERS, augment: AugmentConfig | None = None
+) -> Iterator[torch.Tensor]:
     """An epoch of shards through the loader of a rank."""
     shards, model = Shards.open(folder), load_run("seemore").model
     steps = range(start, start + len(shards) // BATCH)
@@ -109,7 +114,8 @@ def ours(folder: Path, start: int = 0) -> Iterator[torch.Tensor]:
         world_size=1,
         batch_size=BATCH,
         seed=0,
-        workers=WORKERS,
+        workers=workers,
+        augmenter=Augmenter(augment, 0) if augment else None,
     )
     return (batch.pixels_PHWC for (batch,) in batches)
 
@@ -187,6 +193,21 @@ def compare(works: dict[str, Callable[[], Iterator[torch.Tensor]]]) -> None:
         print(f"  {name:22} {rate:8,.0f} samples/s   ours {ours / rate:5.2f} x   first batch after {start:.2f} s")
 
 
+def augmented(folder: Path) -> None:
+    """What is done to pictures, each alone and all together."""
+    light: dict[str, Any] = {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3}
+    kinds: dict[str, dict[str, Any]] = {"crop": {"scale": (0.5, 1.0)}, "mirror": {"flip": 0.5}, "light": light}
+    kinds["all three"] = {name: value for kind in kinds.values() for name, value in kind.items()}
+
+    def epoch(augment: AugmentConfig | None) -> int:
+        return sum(map(len, ours(folder, workers=0, augment=augment)))
+
+    works: dict[str, Callable[[], int]] = {"as they are": partial(epoch, None)}
+    works |= {name: partial(epoch, AugmentConfig.model_validate(kind)) for name, kind in kinds.items()}
+    rates = in_turn(works, ROUNDS, time.process_time)
+    print("  " + ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items()))
+
+
 def own_memory(folder: Path) -> str:
     """Of a fresh process that has read every row of some shards once: memory that no file backs."""
     code = f"from bench_loader import read_all; read_all({str(folder)!r})"
@@ -221,6 +242,10 @@ def main() -> None:
         print(f"at sample {FAR:,}")
         for name, shards in (("JPEG", jpeg), ("raw", raw)):
             print(f"  {name:5} first batch after {timed(ours(shards, FAR // BATCH))[1]:.3f} s")
+        print("augmentation, samples a second of a processor")
+        for shards in (raw, jpeg):
+            print(f"  {shards.name}", end="")
+            augmented(shards)
         print("memory of the loader's own, after every row was read once")
         for rows in (ROWS // 4, ROWS):
             print(own_memory(write_shards(folder / f"memory-{rows}", "raw", rows)), end="")
