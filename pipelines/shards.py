@@ -123,7 +123,7 @@ class Mapped(NamedTuple):
 
         Raises:
             StageFailed: it is no shard file.
-            UserError: the process may open no more files.
+            UserError: the process may open or map no more files.
         """
         try:
             with path.open("rb") as file:
@@ -132,12 +132,13 @@ class Mapped(NamedTuple):
             buffer = pa.py_buffer(memory)
             return cls(path, memory, buffer.address, pa.ipc.open_file(buffer))
         except (ValueError, OSError) as error:  # Arrow's errors are ValueErrors; so is that of an empty file
-            if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
                 raise UserError(
                     "the shards have more files than a process may open here",
                     where=str(path.parent),
-                    got=f"a limit of {resource.getrlimit(resource.RLIMIT_NOFILE)[1]:,} open files",
-                    fix="raise it with `ulimit -Hn`, or write fewer and larger files: data.shards.rows",
+                    got=f"{error.strerror}, with a limit of {limit:,} open files",
+                    fix="raise it (`ulimit -Hn`, vm.max_map_count), or write fewer and larger files: data.shards.rows",
                 ) from None
             raise damaged(path, f"{type(error).__name__}: {error}") from error
 
@@ -313,7 +314,7 @@ class Shards:
         mapped = self._file(file)
         try:
             return self._read(mapped, number, offset)
-        except (pa.ArrowInvalid, OSError, IndexError) as error:  # a picture's, too: PIL's errors are OSErrors
+        except (ValueError, OSError, IndexError) as error:  # Arrow's and Pillow's are among them
             raise damaged(mapped.path, f"{type(error).__name__}: {error}", row=within) from error
 
     def read_from(self, file: int, copy: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 
 import torch
@@ -28,8 +29,17 @@ def usage(device: torch.device) -> dict[str, float]:
         peaks["system/gpu_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
     found = dict(zip(peaks, to_host(global_max(torch.tensor(list(peaks.values()), device=device))), strict=True))
     if device.type == "cuda":
-        asked = find_spec("pynvml") is not None
-        busy = torch.cuda.utilization(device) / 100 if asked else 0.0
-        total, ranks = to_host(global_sum(torch.tensor([busy, float(asked)], device=device)))
+        busy = _busy(device)
+        total, ranks = to_host(global_sum(torch.tensor([busy or 0.0, float(busy is not None)], device=device)))
         found |= {"system/gpu_busy": total / ranks} if ranks else {}
     return found
+
+
+def _busy(device: torch.device) -> float | None:
+    """None where it cannot be asked: without the package, or of a part of a GPU."""
+    if find_spec("pynvml"):
+        from pynvml import NVMLError  # type: ignore[import-not-found]
+
+        with suppress(NVMLError, RuntimeError):
+            return torch.cuda.utilization(device) / 100
+    return None

@@ -127,6 +127,18 @@ def in_memory(path: Path) -> int:
     return sum(page & 1 for page in pages.raw) * mmap.PAGESIZE
 
 
+@pytest.mark.parametrize("places", [(0, 2**31 - 1), (0, 10**6), (-5, 0), (400, 300)])
+def test_a_picture_that_cannot_lie_where_its_file_says_is_damage(tmp_path: Path, places: tuple[int, int]) -> None:
+    shards = write(tmp_path, request(encoding="jpeg"), 10)
+    path, length = tmp_path / shards.manifest.files[0].file, len(encode_pixels(pixels(0), "jpeg"))
+    content = path.read_bytes()
+    there = np.array([0, length], np.int32).tobytes()
+    assert content.count(there) == 1
+    path.write_bytes(content.replace(there, np.array(places, np.int32).tobytes()))
+    with pytest.raises(StageFailed, match=r"damaged.*shard-000000\.arrow, row 0"):
+        Shards.open(tmp_path).row(0)
+
+
 READ_ALL = """
 import resource, sys
 from pathlib import Path
@@ -137,7 +149,9 @@ print(len({shards.row(index).image_id for index in range(len(shards))}))
 """
 
 
-@pytest.mark.parametrize(("hard", "said"), [(4096, "^150\n$"), (100, "more files than a process may open.*100 open")])
+@pytest.mark.parametrize(
+    ("hard", "said"), [(4096, "^150\n$"), (100, "more files than a process may open.*limit of 100 open")]
+)
 def test_shards_of_more_files_than_a_process_usually_opens_are_read_or_it_is_said(
     tmp_path: Path, hard: int, said: str
 ) -> None:
