@@ -1,0 +1,100 @@
+"""What share of a GPU's arithmetic a training step uses, eager and compiled, and the memory it takes.
+
+    python tests/benchmarks/bench_mfu.py [MODEL [ROWS [model.a.b=c ...]]]
+
+The model of a name in conf/model/ (`base`), ROWS of random pictures and of captions of 32 tokens a step (64), bf16, the
+training loop itself with its optimizer, batches pinned and copied ahead as in a run. FLOPs are three forward passes
+(vlm/size.py); the peak is the GPU's dense bf16 rate (`PEAKS` there). Needs no Spark. Where there is no GPU it counts
+FLOPs a second.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from itertools import repeat
+
+import torch
+
+from pipelines.config import load_model
+from pipelines.worker.prefetch import copied_ahead
+from vlm.batch import IGNORE, Batch
+from vlm.build import build_model
+from vlm.config import ModelConfig
+from vlm.model import VisionLanguageModel
+from vlm.optim import build_adamw
+from vlm.size import flops_per_sample, peak_of
+from vlm.text.base import SLOT
+from vlm.train import StepReport, fit
+
+VOCAB, ANSWER, WARM, STEPS = 32_768, 32, 5, 20
+
+
+def batch_of(config: ModelConfig, rows: int) -> Batch:
+    """Random pictures, a slot sequence, and an answer of ANSWER tokens."""
+    side, slots = config.image.size, config.num_slots
+    answers_BT = torch.randint(3, VOCAB, (rows, ANSWER))
+    tokens_BT = torch.cat((torch.full((rows, slots), SLOT), answers_BT), dim=1)
+    labels_BT = torch.cat((torch.full((rows, slots), IGNORE), answers_BT), dim=1)
+    pixels_PHWC = torch.randint(0, 256, (rows, side, side, 3), dtype=torch.uint8)
+    return Batch(pixels_PHWC, tokens_BT, labels_BT, torch.full((rows,), slots))
+
+
+def seconds_a_step(model: VisionLanguageModel, batch: Batch, device: torch.device) -> float:
+    """The mean of STEPS steps after WARM others; the loop itself waits for each."""
+    ended: list[float] = []
+
+    def on_step(_: StepReport) -> None:
+        ended.append(time.perf_counter())
+
+    batches: Iterator[list[Batch]] = repeat([batch], WARM + STEPS)
+    fit(
+        model,
+        build_adamw(model, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1),
+        copied_ahead(batches, device),
+        start=0,
+        lr_of=lambda _: 1e-4,
+        grad_clip=1.0,
+        seed=0,
+        rank=0,
+        device=device,
+        bf16=True,
+        on_step=on_step,
+    )
+    return (ended[-1] - ended[WARM - 1]) / STEPS
+
+
+def main() -> None:
+    """Measure both ways and print a line for each."""
+    given = sys.argv[1:]
+    name, rows, *overrides = (*given, *("base", "64")[len(given) :])
+    config, count = load_model(name, overrides), int(rows)
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    gpu = torch.cuda.get_device_name() if on_gpu else "no GPU"
+    peak = peak_of(gpu)
+    batch = batch_of(config, count)
+    flops = 3 * flops_per_sample(config, VOCAB, ANSWER) * count
+    torch.manual_seed(0)
+    weights = sum(p.numel() for p in build_model(config, VOCAB).parameters())
+    print(f"{name}, {weights / 1e6:,.0f} M weights, {count} rows a step, {flops / 1e12:.2f} TFLOP a step, on {gpu}")
+    for kind in ("eager", "compiled"):
+        model = build_model(config, VOCAB).to(device)
+        if kind == "compiled":
+            model.compile()
+        taken = seconds_a_step(model, batch.pinned() if on_gpu else batch, device)
+        share = f", MFU {flops / taken / peak:.1%}" if peak else ""
+        memory = (
+            torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+        print(
+            f"{kind:9} {count / taken:8.1f} samples/s, {flops / taken / 1e12:.3f} TFLOP/s{share}, "
+            f"peak memory {memory / 1e9:.1f} GB",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
