@@ -6,6 +6,7 @@ two processes that fill it at once.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from pipelines.machine import alone, own_folder
+
+logger = logging.getLogger(__name__)
 
 
 def delta_artifact() -> tuple[str, str]:
@@ -68,6 +71,7 @@ def delta_jars() -> Iterator[Jars]:
     jars = Jars(folder / f"{artifact}-{number}.txt").read()
     with ExitStack() as stack:
         if not jars.paths:
+            logger.info("Delta Lake is fetched, or looked for: 90 MB, once")
             stack.enter_context(alone(folder))
             if (jars := jars.read()).paths:
                 stack.close()

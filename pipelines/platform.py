@@ -200,7 +200,7 @@ def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
     _prepare_environment(config.spark.master)
     log = root / "logs" / "spark.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    logger.info("starting Spark on %s, log in %s (the first start fetches Delta Lake: 90 MB)", config.spark.master, log)
+    logger.info("starting Spark on %s, log in %s", config.spark.master, log)
     logging.getLogger("py4j").setLevel(logging.WARNING)  # it reports every closed connection at INFO
     with delta_jars() as jars, log.open("ab") as sink:
         conf = SparkConf(loadDefaults=False).setAll(list((_session_settings(config, root) | jars.settings()).items()))
