@@ -104,6 +104,7 @@ class Watch:
         """From now on the rank may go without a sign of work for this long."""
         self._limit = seconds
         self.alive()
+        self._arm()
 
     def __enter__(self) -> Self:
         self._run.failure(self._rank).unlink(missing_ok=True)
@@ -139,9 +140,7 @@ class Watch:
 
     def _listen(self) -> None:
         while True:
-            with self._lock:
-                if not self._recorded:
-                    faulthandler.dump_traceback_later(self._limit + 2 * LAST_WORD_SECONDS, exit=True)
+            self._arm()
             ready, _, _ = select.select([self._inbox], [], [], WATCH_SECONDS)
             number = os.read(self._inbox, 1)[0] if ready else 0
             if number in _ENDINGS:
@@ -150,6 +149,12 @@ class Watch:
                 self._end("LauncherGone", "the process that started this rank is gone", 1)
             elif (seconds := time.monotonic() - self._moved) > self._limit:
                 self._run_out(seconds)
+
+    def _arm(self) -> None:
+        """Have the rank ended by a thread in C, should no thread of Python be able to."""
+        with self._lock:
+            if not self._recorded:
+                faulthandler.dump_traceback_later(self._limit + 2 * LAST_WORD_SECONDS, exit=True)
 
     def _run_out(self, seconds: float) -> None:
         """Nothing goes on. A rank that waits gives the one it waits for the first word."""
