@@ -120,6 +120,17 @@ def test_a_rank_that_does_nothing_for_too_long_ends_and_leaves_its_stacks(run: R
     assert "_run_out" in stacks
 
 
+def test_a_rank_whose_interpreter_is_stuck_is_ended_in_the_time_it_was_given_last(run: RunDir) -> None:
+    body = f"""
+    sys.path.insert(0, {str(Path(__file__).parents[1] / "e2e")!r})
+    from faults import hold_the_interpreter
+    watch.allow(0.5)
+    hold_the_interpreter()
+    """
+    assert start(run, body).wait(timeout=60) == 1
+    assert not run.failure(0).exists(), "nothing of Python ran any more"
+
+
 def test_a_thread_that_does_not_stop_keeps_a_failed_rank_a_few_seconds_at_most(run: RunDir) -> None:
     process = start(run, "import threading\nthreading.Thread(target=time.sleep, args=(600,)).start()\nraise ValueError")
     wait_until_started(run, process)
