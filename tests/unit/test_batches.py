@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +34,14 @@ def row(*texts: tuple[str, str]) -> Row:
 
 def collate(*texts: tuple[str, str]) -> Batch:
     return Collator(TOKENIZER, MODEL).batch([row(text) for text in texts], texts)
+
+
+def slices(shards: Shards, batch_size: int, *, steps: int = 3, **settings: Any) -> Iterator[list[Batch]]:
+    """A lone rank's, in parts where the settings say so."""
+    collator = Collator(TOKENIZER, MODEL)
+    return training_batches(
+        shards, collator, steps=range(steps), rank=0, world_size=1, batch_size=batch_size, seed=1, **settings
+    )
 
 
 def spell(ids: torch.Tensor) -> str:
@@ -90,9 +99,8 @@ def test_a_text_that_just_fits_is_whole() -> None:
 
 def test_a_picture_with_several_texts_shows_each_of_them_in_some_epoch(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", rows=4, texts=3)
-    collator = Collator(TOKENIZER, MODEL)
     shown: dict[bytes, set[str]] = {}
-    for (batch,) in training_batches(shards, collator, steps=range(20), rank=0, world_size=1, batch_size=4, seed=1):
+    for (batch,) in slices(shards, 4, steps=20):
         for pixels_HWC, labels_T in zip(batch.pixels_PHWC, batch.labels_BT, strict=True):
             shown.setdefault(pixels_HWC.numpy().tobytes(), set()).add(spell(labels_T))
     assert [len(texts) for texts in shown.values()] == [3, 3, 3, 3]
@@ -122,21 +130,7 @@ def test_a_mix_draws_each_source_by_its_share_in_an_order_that_ranks_and_restart
 def test_parts_of_a_batch_hold_its_rows_by_length_and_each_is_padded_to_its_own_longest(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", rows=16, texts=20)
 
-    def batches(rows_at_once: int | None) -> list[list[Batch]]:
-        return list(
-            training_batches(
-                shards,
-                Collator(TOKENIZER, MODEL),
-                steps=range(3),
-                rank=0,
-                world_size=1,
-                batch_size=16,
-                seed=1,
-                rows_at_once=rows_at_once,
-            )
-        )
-
-    for (whole,), parts in zip(batches(None), batches(6), strict=True):
+    for (whole,), parts in zip(slices(shards, 16), slices(shards, 16, rows_at_once=6), strict=True):
         assert [len(part.tokens_BT) for part in parts] == [6, 6, 4]
         lengths = [(part.labels_BT != IGNORE).sum(1) for part in parts]
         assert torch.equal(torch.cat(lengths), (whole.labels_BT != IGNORE).sum(1).sort().values)
@@ -158,21 +152,8 @@ def test_parts_of_a_batch_hold_its_rows_by_length_and_each_is_padded_to_its_own_
 def test_batches_for_a_gpu_are_there_and_the_same(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", rows=16)
 
-    def batches(*, pinned: bool) -> Iterator[list[Batch]]:
-        return training_batches(
-            shards,
-            Collator(TOKENIZER, MODEL),
-            steps=range(9),
-            rank=0,
-            world_size=1,
-            batch_size=8,
-            seed=1,
-            pinned=pinned,
-        )
-
-    for (there,), (here,) in zip(
-        copied_ahead(batches(pinned=True), torch.device("cuda")), batches(pinned=False), strict=True
-    ):
+    copied = copied_ahead(slices(shards, 8, pinned=True), torch.device("cuda"))
+    for (there,), (here,) in zip(copied, slices(shards, 8), strict=True):
         assert all(a.is_cuda and torch.equal(a.cpu(), b) for a, b in zip(there.tensors(), here.tensors(), strict=True))
 
 
