@@ -99,6 +99,7 @@ class AugmentConfig(Config):
 HOW = frozenset(
     {
         "checkpoint_every",
+        "compile_blocks",
         "keep_checkpoints",
         "loader_workers",
         "max_restarts",
@@ -123,6 +124,8 @@ class TrainConfig(Config):
         rows_at_once: a rank computes as many rows of its slice at once, and adds up their gradients: the same step in
             less memory. All of them without.
         recompute_blocks: keep no activations inside a block: less memory, a third more compute.
+        compile_blocks: compute with kernels that torch.compile makes for the blocks, for a GPU. A resumed run then
+            equals the uninterrupted one up to rounding.
         parallel: `fsdp` leaves each rank a slice of weights, gradients and moments, where a model is too large for all.
         precision: of matrix products: fp32, tf32 (a GPU's, rounded inputs), or bf16 autocast; weights stay fp32.
         start_from: checkpoint folder of the same model, whose weights and tokenizer the run starts from.
@@ -141,6 +144,7 @@ class TrainConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     rows_at_once: PositiveInt | None = None
     recompute_blocks: bool = False
+    compile_blocks: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     start_from: Annotated[str, Field(min_length=1)] | None = None

@@ -35,7 +35,7 @@ from pipelines.worker.usage import usage
 from pipelines.worker.validation import caption_samples, validate
 from vlm import text
 from vlm.checkpoint import load_state, weights_of
-from vlm.layers.block import recompute_blocks
+from vlm.layers.block import compile_blocks, recompute_blocks
 from vlm.model import VisionLanguageModel
 from vlm.optim import averaged, follow_average, swap_average
 from vlm.parallel import shard, whole, wrap
@@ -117,6 +117,8 @@ class Learner:
             origin.fill(checkpoint, model)
         if settings.recompute_blocks:
             recompute_blocks(model)
+        if settings.compile_blocks:
+            compile_blocks(model)
         if settings.parallel == "fsdp":
             shard(model)
         stage = stage_at(plan(settings), start)

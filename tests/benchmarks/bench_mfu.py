@@ -1,4 +1,4 @@
-"""What share of a GPU's arithmetic a training step uses, eager and compiled, and the memory it takes.
+"""What share of a GPU's arithmetic a training step uses, eager and with compiled blocks, and the memory it takes.
 
     python tests/benchmarks/bench_mfu.py [MODEL [ROWS [model.a.b=c ...]]]
 
@@ -23,6 +23,7 @@ from pipelines.worker.prefetch import copied_ahead
 from vlm.batch import IGNORE, Batch
 from vlm.build import build_model
 from vlm.config import ModelConfig
+from vlm.layers.block import compile_blocks
 from vlm.model import VisionLanguageModel
 from vlm.optim import build_adamw
 from vlm.size import flops_per_sample, peak_of
@@ -66,6 +67,19 @@ def seconds_a_step(model: VisionLanguageModel, batch: Batch, device: torch.devic
     return (ended[-1] - ended[WARM - 1]) / STEPS
 
 
+def measured(config: ModelConfig, batch: Batch, device: torch.device, *, compiled: bool) -> tuple[float, float]:
+    """Seconds a step, and the peak of GB: of the GPU's memory, or of the process where there is none."""
+    model = build_model(config, VOCAB).to(device)
+    if compiled:
+        compile_blocks(model)
+    if device.type == "cpu":
+        taken = seconds_a_step(model, batch, device)
+        return taken, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    torch.cuda.reset_peak_memory_stats()
+    taken = seconds_a_step(model, batch.pinned(), device)
+    return taken, torch.cuda.max_memory_allocated() / 1e9
+
+
 def main() -> None:
     """Measure both ways and print a line for each."""
     given = sys.argv[1:]
@@ -81,17 +95,11 @@ def main() -> None:
     weights = sum(p.numel() for p in build_model(config, VOCAB).parameters())
     print(f"{name}, {weights / 1e6:,.0f} M weights, {count} rows a step, {flops / 1e12:.2f} TFLOP a step, on {gpu}")
     for kind in ("eager", "compiled"):
-        model = build_model(config, VOCAB).to(device)
-        if kind == "compiled":
-            model.compile()
-        taken = seconds_a_step(model, batch.pinned() if on_gpu else batch, device)
+        taken, memory = measured(config, batch, device, compiled=kind == "compiled")
         share = f", MFU {flops / taken / peak:.1%}" if peak else ""
-        memory = (
-            torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
         print(
             f"{kind:9} {count / taken:8.1f} samples/s, {flops / taken / 1e12:.3f} TFLOP/s{share}, "
-            f"peak memory {memory / 1e9:.1f} GB",
+            f"peak memory {memory:.1f} GB",
             flush=True,
         )
 

@@ -16,7 +16,9 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz ?\n"
 
 
 def tiny_config(variant: str) -> ModelConfig:
-    """One of VARIANTS: the plain point of every axis, the other point of every axis, or prefix-LM."""
+    """One of VARIANTS: the plain point of every axis, the other point of every axis, prefix-LM, or a rare one."""
+    if variant in RARE:
+        return _rare_config(variant)
     plain = variant == "plain"
     return ModelConfig.model_validate(
         {
@@ -69,8 +71,8 @@ ENCODER_EXPERTS = {"kind": "moe", "num_experts": 3, "expert": {"kind": "plain", 
 DECODER_EXPERTS = {"kind": "moe", "num_experts": 4, "expert": {"kind": "gated", "mlp_width": 16}, "noisy": True}
 
 
-def rare_config(variant: str) -> ModelConfig:
-    """The axes that published families need: what `tiny_config` has not."""
+def _rare_config(variant: str) -> ModelConfig:
+    """The axes that published families need: what plain and other have not."""
     capped = variant == "capped"
     config = tiny_config("prefix" if capped else "plain").model_dump()
     config["vision"] |= VISION.get(variant, {})
@@ -92,7 +94,7 @@ VARIANTS = ("plain", "other", "prefix", *RARE)
 
 def tiny_model(variant: str, seed: int = 1) -> tuple[VisionLanguageModel, Tokenizer]:
     """A tiny model in evaluation mode with weights large enough that its answers differ by picture."""
-    config = rare_config(variant) if variant in RARE else tiny_config(variant)
+    config = tiny_config(variant)
     tokenizer = text.learn(config.text, [])
     torch.manual_seed(seed)
     model = build_model(config, tokenizer.vocab_size).eval()

@@ -77,7 +77,8 @@ class Attention(nn.Module):
         if last:
             q_BHTD, T = q_BHTD[:, :, -1:], 1
             mask = mask[:, :, -1:] if mask is not None else None
-        causal = causal and mask is None and T > 1
+        if mask is not None or T == 1:  # a branch, not an expression: torch.compile would hand a symbol to the kernel
+            causal = False
         if self.soft_cap is None:
             out_BHTD = F.scaled_dot_product_attention(
                 q_BHTD,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ class Block(nn.Module):
 
     Attributes:
         recompute: in training, keep a block's input alone and compute the block once more in the backward pass.
+        compiled: in training, compute with kernels that torch makes for it.
     """
 
     recompute = False
+    compiled = False
 
     def __init__(
         self,
@@ -59,7 +62,8 @@ class Block(nn.Module):
         last: bool = False,
     ) -> Tensor:
         """One block; arguments as in `Attention.forward`."""
-        compute = partial(self._compute, mask=mask, causal=causal, angles=angles, cache=cache, layer=layer, last=last)
+        kernels = _compiled() if self.compiled and self.training else Block._compute
+        compute = partial(kernels, self, mask=mask, causal=causal, angles=angles, cache=cache, layer=layer, last=last)
         if self.recompute and self.training:
             again: Tensor = checkpoint(compute, x_BTW, use_reentrant=False)
             return again
@@ -87,3 +91,19 @@ def recompute_blocks(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, Block):
             part.recompute = True
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Have torch.compile make kernels for the training of all blocks of a model, when each shape is first met.
+
+    What is no training (validation, captions with their caches) stays as it is.
+    """
+    for part in model.modules():
+        if isinstance(part, Block):
+            part.compiled = True
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    """One for all blocks: blocks of a shape share their kernels. Made when it is needed, as the compiler is large."""
+    return torch.compile(Block._compute)
