@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_ranks.py
 
 `seemore` at its own size on generated pictures, ranks as torchrun starts them, one core and one thread each. Two ranks
-share the batch that one has alone; what two runs of one rank each reach side by side is what the cores can give. A
+share the batch that one has alone; what two runs of one rank each reach side by side is what the cores can give, and
+adding up the gradients, with nothing beside it, is what ranks have to do and a rank alone has not. A
 checkpoint's cost is told by a run that writes one after every step beside a run that writes one at its end; the
 follower's by logging finished runs, and that is the driver's work, not the ranks'.
 """
@@ -15,10 +16,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from itertools import count, pairwise
 from pathlib import Path
 
+import torch
 from measure import make, processor_seconds
+from safetensors.torch import load_file
+from torch import distributed
 
 from pipelines.config import load_run
 from pipelines.driver.ingest import ingest
@@ -29,6 +34,8 @@ from pipelines.rundir import RunDir
 from pipelines.tracking.runs import follow
 
 ROWS, BATCH, STEPS, ROUNDS = 2048, 32, 16, 5
+ADD_UP = "add-up"
+"""What this file does as a rank, with the number of gradients after it."""
 SETTINGS = (
     f"train.batch_size={BATCH}",
     "train.validate_every=100000",
@@ -58,7 +65,7 @@ class Runs:
         return prepare(config, open_platform(config.platform), self._shards, self._shards)
 
 
-def start(run: RunDir, ranks: int, core: int) -> subprocess.Popen[bytes]:
+def start(ranks: int, core: int, *work: str) -> subprocess.Popen[bytes]:
     """Ranks of one thread each: a rank has as many as its share of the cores that it may use."""
     command = [
         "taskset",
@@ -70,13 +77,13 @@ def start(run: RunDir, ranks: int, core: int) -> subprocess.Popen[bytes]:
         "--standalone",
         f"--nproc-per-node={ranks}",
     ]
-    command += ["-m", "pipelines.worker.main", "--run-dir", str(run.path)]
-    return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    return subprocess.Popen([*command, *work], stderr=subprocess.DEVNULL)
 
 
 def trained(*runs: RunDir, ranks: int = 1) -> float:
     """Samples a second of all these runs together, at the same time; the first steps do not count."""
-    processes = [start(run, ranks, core) for core, run in enumerate(runs)]
+    worker = ("-m", "pipelines.worker.main", "--run-dir")
+    processes = [start(ranks, core, *worker, str(run.path)) for core, run in enumerate(runs)]
     assert not any(process.wait() for process in processes), "a run has failed"
     return sum(BATCH / statistics.median(steps_of(run)) for run in runs)
 
@@ -103,7 +110,27 @@ def scaling(runs: Runs) -> None:
             f"{name:16} {statistics.median(rates):6.1f} samples/s  {statistics.median(times):.2f} x ({each})",
             flush=True,
         )
-    print(f"waiting for data, two ranks: {statistics.median(waits):.4f} of a step, at most {max(waits):.4f}")
+    print(
+        f"waiting for data, two ranks: {statistics.median(waits):.4f} of a step, at most {max(waits):.4f}", flush=True
+    )
+    weights = load_file(both.finished_checkpoints()[-1] / "model.safetensors")
+    assert not start(2, 0, __file__, ADD_UP, str(sum(weight.numel() for weight in weights.values()))).wait()
+
+
+def add_up(count: int) -> None:
+    """As a rank: tell what it takes to add up so many gradients over the ranks, as DDP does, and nothing beside."""
+    distributed.init_process_group("gloo")
+    buckets = torch.randn(count).split(25 * 2**20 // 4)
+    taken = []
+    for _ in range(4 * STEPS):
+        distributed.barrier()
+        began = time.perf_counter()
+        for sent in [distributed.all_reduce(bucket, async_op=True) for bucket in buckets]:
+            sent.wait()
+        taken.append(time.perf_counter() - began)
+    if distributed.get_rank() == 0:
+        print(f"adding up {4 * count / 1e6:.0f} MB, alone: {statistics.median(taken) * 1000:.0f} ms", flush=True)
+    distributed.destroy_process_group()
 
 
 def checkpoints(runs: Runs) -> None:
@@ -137,6 +164,9 @@ def follower(runs: Runs) -> None:
 
 def main() -> None:
     """Measure all three."""
+    if sys.argv[1:2] == [ADD_UP]:
+        add_up(int(sys.argv[2]))
+        return
     with tempfile.TemporaryDirectory() as home:
         os.environ["LAKESIGHT_HOME"] = home
         file = Path(home) / "pictures.csv"
