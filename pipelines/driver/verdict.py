@@ -2,7 +2,8 @@
 
 When one rank dies, the others lose their connection to it and the launcher ends them, so most records tell of
 consequences. The root is the earliest record that is not one; else, where ranks waited until their time ran out, the
-one that was not waiting with them; else a rank that left no word at all.
+one that was not waiting with them; else a rank that left no word at all. Where all of them waited for each other it is
+none of them, but what is between their hosts.
 """
 
 from __future__ import annotations
@@ -79,10 +80,13 @@ def failure_of(run: RunDir, world_size: int, launcher: BaseException | None) -> 
         error = _lost(run, silent, failures, lost[0])
     elif silent:
         error = _vanished(run, silent[0])
-    elif failures:
+    elif waited and len(run.read_ranks()) == world_size:
+        error = _apart(run, failures, waited)
+    elif failures and not waited:
         error = _raised(run, failures[0])
     else:
-        return _nobody(run, world_size, launcher)
+        words = f"rank {waited.rank} {waited.message}" if waited else str(launcher or "no word from the launcher")
+        error = _too_few(run, world_size, words)
     for failure in failures:
         error.add_note(f"Rank {failure.rank} on {failure.host}, {failure.exception}:\n{failure.traceback}")
     return error
@@ -125,6 +129,18 @@ def _missing(run: RunDir, rank: RankFile, waited: Failure) -> TrainingFailed:
     )
 
 
+def _apart(run: RunDir, failures: list[Failure], waited: Failure) -> TrainingFailed:
+    """All ranks waited, and each had its say: what they send each other did not arrive."""
+    hosts = list(dict.fromkeys(failure.host for failure in failures))
+    between = "the network between these hosts, at any port" if len(hosts) > 1 else "loopback on this host"
+    return TrainingFailed(
+        f"the ranks lost each other at step {waited.step}",
+        where=f"hosts {', '.join(hosts)}",
+        got=f"rank {waited.rank} {waited.message}, and all others waited too",
+        fix=f"look at {between}; {STACKS.format(run.failures)}; {_how_to_go_on(run)}",
+    )
+
+
 def _lost(run: RunDir, silent: list[RankFile], failures: list[Failure], words: str) -> TrainingFailed:
     """A rank whose executor is gone says that its launcher went, or nothing."""
     gone = [failure for failure in failures if failure.exception == "LauncherGone"]
@@ -161,8 +177,8 @@ def _damaged_shard(run: RunDir) -> LakesightError | None:
     return None
 
 
-def _nobody(run: RunDir, world_size: int, launcher: BaseException | None) -> TrainingFailed:
-    last = str(launcher or "no word from the launcher").strip().splitlines()[-1]
+def _too_few(run: RunDir, world_size: int, words: str) -> TrainingFailed:
+    last = words.strip().splitlines()[-1]
     return TrainingFailed(
         f"{len(run.read_ranks())} of {world_size} ranks started, and there is no result",
         where=f"host {socket.gethostname()}, log {run.launcher_log}",

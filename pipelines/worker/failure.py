@@ -107,7 +107,8 @@ class Watch:
         self._arm()
 
     def __enter__(self) -> Self:
-        self._run.failure(self._rank).unlink(missing_ok=True)
+        for left in (self._run.failure(self._rank), self._run.stacks(self._rank)):
+            left.unlink(missing_ok=True)
         self._introduce(ended=False)
         touch_heartbeat(self._run, self._rank, self.step)
         os.set_blocking(self._outbox, False)

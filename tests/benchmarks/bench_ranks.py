@@ -120,7 +120,7 @@ def scaling(runs: Runs) -> None:
 def add_up(count: int) -> None:
     """As a rank: tell what it takes to add up so many gradients over the ranks, as DDP does, and nothing beside."""
     distributed.init_process_group("gloo")
-    buckets = torch.randn(count).split(25 * 2**20 // 4)
+    buckets = torch.split(torch.randn(count), 25 * 2**20 // 4)
     taken = []
     for _ in range(4 * STEPS):
         distributed.barrier()

@@ -71,6 +71,13 @@ def test_an_error_is_on_record_with_step_and_traceback(run: RunDir) -> None:
     assert not failure.consequence
 
 
+def test_a_rank_that_starts_again_takes_its_old_words_away(run: RunDir) -> None:
+    assert start(run, "raise ValueError").wait() == 1
+    assert set(run.failures.iterdir()) == {run.failure(0), run.stacks(0)}
+    assert start(run, "watch.at(7)").wait() == 0
+    assert not list(run.failures.iterdir())
+
+
 @pytest.mark.parametrize("code", [0, 3])
 def test_leaving_by_sys_exit_is_on_record(run: RunDir, code: int) -> None:
     assert start(run, f"watch.at(7)\nsys.exit({code})").wait() == code
@@ -268,6 +275,20 @@ def test_a_rank_that_could_not_be_asked_is_missed(run: RunDir) -> None:
     error = failure_of(run, 2, None)
     assert error.what == "rank 1 is missing since step 5"
     assert "no word of its own: it was stopped" in error.got
+
+
+def test_where_all_ranks_waited_for_each_other_none_is_blamed(run: RunDir) -> None:
+    failed(run, 0, 1.0, consequence=True, exception="Waited", message="waited 60 s for other ranks")
+    failed(run, 1, 2.0, consequence=True, exception="SIGTERM", waiting=True)
+    error = failure_of(run, 2, None)
+    assert error.what == "the ranks lost each other at step 5"
+    assert error.where == "hosts far"
+    assert error.got == "rank 0 waited 60 s for other ranks, and all others waited too"
+    assert len(error.__notes__) == 2
+
+    error = failure_of(run, 3, None)
+    assert error.what == "2 of 3 ranks started, and there is no result"
+    assert error.got == "rank 0 waited 60 s for other ranks"
 
 
 def test_the_last_words_of_a_rank_that_left_no_record_are_in_its_log_or_the_launchers(run: RunDir) -> None:
