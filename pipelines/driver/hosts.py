@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from pipelines.driver.launch import open_distributor
+from pipelines.driver.launch import open_distributor, slots_kept
 from pipelines.driver.session import spark_failures
 from pipelines.errors import UserError
 from pipelines.executor import environment
@@ -40,7 +40,7 @@ def check_hosts(run: RunDir, spark: SparkSession, launch: Launch) -> None:
         UserError: a package is missing somewhere, or torch or Lakesight is not the same everywhere.
         StageFailed: the executors cannot be asked.
     """
-    found = [environment.describe()] if launch.local_mode else _ask_executors(spark, open_distributor(launch).num_tasks)
+    found = [environment.describe()] if launch.local_mode else _ask_executors(spark, launch)
     # Executors that share a machine and an interpreter say the same.
     distinct = {host.model_dump_json(): host for host in map(Host.model_validate, found)}
     hosts = [distinct[key] for key in sorted(distinct)]
@@ -49,7 +49,7 @@ def check_hosts(run: RunDir, spark: SparkSession, launch: Launch) -> None:
     log.info("ranks run on %s", summary(hosts))
 
 
-def _ask_executors(spark: SparkSession, tasks: int) -> list[dict[str, object]]:
+def _ask_executors(spark: SparkSession, launch: Launch) -> list[dict[str, object]]:
     """What is said in each of the places that ranks will have: a barrier stage takes them all at once, as ranks do."""
 
     def look(_: Iterable[int]) -> Iterator[dict[str, object]]:
@@ -61,9 +61,12 @@ def _ask_executors(spark: SparkSession, tasks: int) -> list[dict[str, object]]:
         else:
             yield describe()
 
-    with spark_failures("the executors cannot be asked what they have", where=str(spark.sparkContext.master)):
-        places = spark.sparkContext.parallelize(range(tasks), tasks).barrier()
-        return places.mapPartitions(look).collect()
+    tasks, context = open_distributor(launch).num_tasks, spark.sparkContext
+    with (
+        spark_failures("the executors cannot be asked what they have", where=str(context.master)),
+        slots_kept(spark, launch),
+    ):
+        return context.parallelize(range(tasks), tasks).barrier().mapPartitions(look).collect()
 
 
 def compare(hosts: Sequence[Host], own: str) -> None:
@@ -124,10 +127,10 @@ def _place(host: Host) -> str:
 
 def summary(hosts: Sequence[Host]) -> str:
     """The hosts by name, and what the first has: the others have the same, or it was warned of."""
-    first = hosts[0]
+    first, names = hosts[0], sorted({host.name for host in hosts})
     facts = [
-        ", ".join(sorted({host.name for host in hosts})),
-        f"{first.cores} cores, {first.memory_bytes / 2**30:,.0f} GB",
+        ", ".join(names),
+        f"{first.cores} cores, {first.memory_bytes / 2**30:,.0f} GB" + (" each" if len(names) > 1 else ""),
         *([f"{count} x {name}" for name, count in Counter(first.gpus).items()] or ["no GPU"]),
         f"Python {first.python}, torch {first.packages['torch']}",
         *(f"{name} {value}" for name, value in (("NCCL", first.nccl), ("driver", first.driver)) if value),

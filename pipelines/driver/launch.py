@@ -13,7 +13,9 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -29,6 +31,9 @@ log = logging.getLogger(__name__)
 
 SLOT_SECONDS = 10.0
 """How long executors that have just started may take to report for work."""
+SHORT_SECONDS = 30.0
+"""How long a cluster may have too few slots for a stage that has begun, or is about to."""
+POLL_SECONDS = 1.0
 LEAVE_SECONDS = 5.0
 
 GPU_AMOUNT = "spark.task.resource.gpu.amount"
@@ -70,6 +75,38 @@ def _slots(context: object) -> int:
     """What Spark itself asks before it starts a barrier stage: cores, and GPUs where tasks claim them."""
     profile = context.resourceProfileManager().defaultResourceProfile()  # type: ignore[attr-defined]
     return int(context.maxNumConcurrentTasks(profile))  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def slots_kept(spark: SparkSession, launch: Launch, seconds: float = SHORT_SECONDS) -> Iterator[None]:
+    """Cancel what this thread runs on Spark inside the block, should the cluster be left with too few slots for it.
+
+    Spark counts slots when it takes on a barrier stage and never again: it would wait for ever for a host that is gone.
+    Whoever waits for the stage gets Spark's error, which says how many slots are left.
+    """
+    if launch.local_mode:
+        yield
+        return
+    needed, context = open_distributor(launch).num_tasks, spark.sparkContext
+    tag, done = f"lakesight-{uuid.uuid4().hex}", threading.Event()
+
+    def watch() -> None:
+        enough = time.monotonic()
+        while not done.wait(POLL_SECONDS):
+            if (slots := _slots(context._jsc.sc())) >= needed:
+                enough = time.monotonic()
+            elif time.monotonic() - enough > seconds:
+                context._jsc.sc().cancelJobsWithTag(tag, f"executors are gone: {slots} of {needed} slots are left")
+
+    context.addJobTag(tag)
+    watcher = threading.Thread(target=watch, name="slots", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+        context.removeJobTag(tag)
 
 
 def open_distributor(launch: Launch) -> TorchDistributor:
@@ -118,7 +155,7 @@ def only_launch(run: RunDir) -> Iterator[None]:
         run.launcher.unlink(missing_ok=True)
 
 
-def start_ranks(run: RunDir, launch: Launch, entry: RankEntry) -> Exception | None:
+def start_ranks(run: RunDir, spark: SparkSession, launch: Launch, entry: RankEntry) -> Exception | None:
     """Run every rank to its end; returns what the launcher raised, if it did. No rank on this host outlives the call.
 
     Raises:
@@ -129,7 +166,7 @@ def start_ranks(run: RunDir, launch: Launch, entry: RankEntry) -> Exception | No
 
     distributor = open_distributor(launch)
     try:
-        with _stream_to_file(run, launch):
+        with slots_kept(spark, launch), _stream_to_file(run, launch):
             distributor.run(entry, str(run.path))
     except (RuntimeError, UnicodeDecodeError, PySparkException, Py4JError) as error:
         log.debug("the launcher failed", exc_info=True)

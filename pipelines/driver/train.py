@@ -109,8 +109,7 @@ def launch(run: RunDir, platform: Platform, spark: SparkSession, entry: RankEntr
     Raises:
         UserError: too few slots, hosts on which ranks could not work, or another process is training this run; nothing
             was started.
-        StageFailed: the executors cannot be asked what they have.
-        TrainingFailed: names the root rank, its host and the cause.
+        TrainingFailed: names the root rank, its host and the cause; or the executors cannot be asked what they have.
         KeyboardInterrupt: the ranks have been ended; the same run can be launched again.
     """
     check_slots(spark, platform.launch)
@@ -147,9 +146,12 @@ def why_not_again(root: Failure | None, before: Failure | None, restarts: int, a
 
 def _attempt(run: RunDir, how: Launch, spark: SparkSession, entry: RankEntry) -> Result:
     run.set_aside()
-    check_hosts(run, spark, how)
+    try:
+        check_hosts(run, spark, how)
+    except StageFailed as gone:  # an executor, while it was asked: another may be there for the next attempt
+        raise TrainingFailed(gone.what, where=gone.where, got=gone.got, fix=gone.fix) from gone
     damaged = set(run.damaged_checkpoints())
-    error = start_ranks(run, how, entry)
+    error = start_ranks(run, spark, how, entry)
     for folder in sorted({*run.damaged_checkpoints()} - damaged):
         log.warning("a checkpoint was damaged and is put aside: %s; an earlier one was gone on from", folder)
     result = finished(run)

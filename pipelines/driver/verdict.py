@@ -131,7 +131,7 @@ def _missing(run: RunDir, rank: RankFile, waited: Failure) -> TrainingFailed:
 
 def _apart(run: RunDir, failures: list[Failure], waited: Failure) -> TrainingFailed:
     """All ranks waited, and each had its say: what they send each other did not arrive."""
-    hosts = list(dict.fromkeys(failure.host for failure in failures))
+    hosts = sorted({failure.host for failure in failures})
     between = "the network between these hosts, at any port" if len(hosts) > 1 else "loopback on this host"
     return TrainingFailed(
         f"the ranks lost each other at step {waited.step}",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from drivers import places_of, run_drivers, standalone_cluster
-from helpers import MakeRun, is_running, runs_in
+from drivers import places_of, run_drivers, standalone_cluster, started_processes
+from helpers import TEST_PATH, MakeRun, is_running, runs_in
 
 from pipelines.rundir import Result, RunDir, read_json
 
@@ -95,6 +96,49 @@ def test_a_share_of_a_gpu_is_refused_with_the_setting_to_change(make_run: MakeRu
     assert "cannot give each rank its GPU. Where: platform.ranks=2, spark.task.resource.gpu.amount=0.25" in refusal
     assert "start the training cluster with spark.task.resource.gpu.amount=1" in refusal
     assert not run.result.exists()
+
+
+ASKING = """
+import sys, threading, time
+from pathlib import Path
+from pipelines.config import LocalPlatformConfig, SparkConfig
+from pipelines.driver.hosts import check_hosts
+from pipelines.errors import StageFailed
+from pipelines.platform import local
+from pipelines.rundir import RunDir
+
+platform = local(LocalPlatformConfig(spark=SparkConfig(master=sys.argv[1]), ranks=2))
+context = (spark := platform.open_spark()).sparkContext
+jobs = context.statusTracker()
+busy = context.parallelize(range(1), 1)
+threading.Thread(target=lambda: busy.foreach(lambda _: time.sleep(600)), daemon=True).start()
+
+def waiting():
+    while len(jobs.getActiveJobsIds()) < 2:
+        time.sleep(0.1)
+    print("both have begun", flush=True)
+
+threading.Thread(target=waiting, daemon=True).start()
+try:
+    check_hosts(RunDir(Path(sys.argv[2])), spark, platform.launch)
+except StageFailed as error:
+    print(error, flush=True)
+"""
+
+
+def test_hosts_that_are_gone_while_a_stage_waits_for_its_slots_are_not_waited_for(tmp_path: Path) -> None:
+    one_each = standalone_cluster(tmp_path, workers=2, cores=1, cores_per_application=2)
+    with one_each as master, started_processes() as start:
+        own = {"LAKESIGHT_HOME": str(tmp_path / "home"), "PYTHONPATH": TEST_PATH, "SPARK_LOCAL_IP": "127.0.0.1"}
+        command = [sys.executable, "-c", ASKING, master, str(tmp_path / "run")]
+        asking = start(command, os.environ | own, subprocess.PIPE)
+        assert asking.stdout
+        assert asking.stdout.readline() == b"both have begun\n"
+        worker, _ = subprocess.check_output(["pgrep", "-f", f"deploy.worker.Worker.*{master}"], text=True).split()
+        os.killpg(int(worker), signal.SIGKILL)  # with its executor, as a host goes
+        said = asking.stdout.readline().decode()
+    assert said.startswith("the executors cannot be asked what they have.")
+    assert "executors are gone: 1 of 2 slots are left" in said
 
 
 SESSION = """

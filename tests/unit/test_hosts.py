@@ -60,7 +60,7 @@ def test_equal_hosts_are_taken_without_a_word_and_told_in_one_line(caplog: pytes
     compare(hosts, "0.1.0")
     assert caplog.records == []
     assert summary(hosts) == (
-        "a, b; 16 cores, 64 GB; 2 x NVIDIA H200; Python 3.11.7, torch 2.13.0+cu130; NCCL 2.29.7; driver 580.82"
+        "a, b; 16 cores, 64 GB each; 2 x NVIDIA H200; Python 3.11.7, torch 2.13.0+cu130; NCCL 2.29.7; driver 580.82"
     )
 
 
