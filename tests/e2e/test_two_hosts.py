@@ -1,0 +1,99 @@
+"""Ranks on two hosts, each with a name, an address and a cable of its own: network namespaces of this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from drivers import started_processes
+from faults import wait_for
+from helpers import MakeRun, runs_in
+
+from pipelines.driver.verdict import failure_of
+from pipelines.rundir import RunDir, step_of
+
+# Waiting until a rank's time is up, and two starts: a minute.
+pytestmark = [pytest.mark.faults, pytest.mark.matrix]
+
+NAMES = ("lakesight-a", "lakesight-b")
+ADDRESSES = ("198.18.77.1", "198.18.77.2")  # of those that are kept for tests of networks
+NODE = """hostname "$0" && exec "$@" """
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+def pull_or_plug(state: str) -> None:
+    """The cable between the two: down or up."""
+    ip("-n", NAMES[0], "link", "set", "eth0", state)
+
+
+@pytest.fixture
+def network() -> Iterator[None]:
+    """Two hosts that know each other's name, and a cable between them."""
+    if os.geteuid() or not (shutil.which("ip") and shutil.which("unshare")):
+        pytest.skip("hosts of their own need root, and the programs ip and unshare")
+    files = [Path("/etc/netns", name) for name in NAMES]
+    try:
+        for name in NAMES:
+            ip("netns", "add", name)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"this machine makes no network namespaces: {error.stderr}")
+    try:
+        ip("link", "add", "eth0", "netns", NAMES[0], "type", "veth", "peer", "name", "eth0", "netns", NAMES[1])
+        for name, address, folder in zip(NAMES, ADDRESSES, files, strict=True):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
+            for device in ("lo", "eth0"):
+                ip("-n", name, "link", "set", device, "up")
+            folder.mkdir(parents=True)
+            known = zip(("127.0.0.1", *ADDRESSES), ("localhost", *NAMES), strict=True)
+            (folder / "hosts").write_text("".join(f"{where} {who}\n" for where, who in known))
+        yield
+    finally:
+        for name, folder in zip(NAMES, files, strict=True):
+            ip("netns", "del", name)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def torchrun_on(name: str, run: RunDir) -> list[str]:
+    """The command of docs/training.md, on one of the hosts."""
+    ranks = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{NAMES[0]}:29500"]
+    command = [sys.executable, "-m", "torch.distributed.run", *ranks]
+    worker = ["-m", "pipelines.worker.main", "--run-dir", str(run.path)]
+    return ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", NODE, name, *command, *worker]
+
+
+@pytest.mark.usefixtures("network")
+def test_ranks_whose_network_is_cut_end_in_time_and_go_on_when_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run: MakeRun = runs_in(tmp_path, monkeypatch)
+    run = make_run(steps=100_000, validate_every=100_000, checkpoint_every=20, timeout_seconds=10)
+    with started_processes() as start:
+        for name in NAMES:
+            start(torchrun_on(name, run), dict(os.environ), subprocess.DEVNULL)
+        wait_for(lambda: len(run.finished_checkpoints()) > 0, seconds=120)
+        pull_or_plug("down")
+        wait_for(lambda: len(run.read_failures()) == 2, seconds=60)
+    error = failure_of(run, 2, None)
+    assert re.fullmatch(r"the ranks lost each other at step \d+", error.what)
+    assert error.where == f"hosts {', '.join(NAMES)}"
+    assert re.fullmatch(
+        r"rank \d waited 1\d s for other ranks, which did not come, and all others waited too", error.got
+    )
+
+    pull_or_plug("up")
+    done = step_of(run.finished_checkpoints()[-1])
+    with started_processes() as start:
+        for name in NAMES:
+            start(torchrun_on(name, run), dict(os.environ), subprocess.DEVNULL)
+        wait_for(lambda: step_of(run.finished_checkpoints()[-1]) > done, seconds=120)
+    assert step_of(run.finished_checkpoints()[-1]) > done
+    assert f"2 ranks, this one on cpu: from step {done} to" in run.log(1).read_text()
