@@ -202,6 +202,7 @@ def test_a_batch_in_parts_and_blocks_computed_twice_take_the_same_step(variant: 
         assert ends[2] == pytest.approx(ends[0], rel=1e-5)
 
 
+@pytest.mark.matrix  # half a minute of the C++ compiler
 def test_compiled_blocks_take_the_same_steps_and_are_compiled_for_training_alone() -> None:
     from torch._dynamo.utils import counters  # the compiler: large, and nothing else here needs it
 
