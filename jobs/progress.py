@@ -6,10 +6,12 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TextIO
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import TextIO
 
+from pipelines.beside import beside
 from pipelines.rundir import RunDir
 
 log = logging.getLogger(__name__)
@@ -23,8 +25,7 @@ Poll = Callable[[], tuple[int, str]]
 """Returns how far things are, and a few words on how they go."""
 
 
-@contextmanager
-def progress(label: str, poll: Poll, total: int | None = None) -> Iterator[None]:
+def progress(label: str, poll: Poll, total: int | None = None) -> AbstractContextManager[None]:
     """Show that something is going on for as long as the block runs.
 
     Args:
@@ -32,18 +33,8 @@ def progress(label: str, poll: Poll, total: int | None = None) -> Iterator[None]
         poll: called now and then, from another thread.
         total: what `poll` counts up to; None shows the time alone.
     """
-    stop = threading.Event()
-    args: tuple[Any, ...] = (label, poll, total, stop)
-    if (stream := sys.stderr).isatty():
-        thread = threading.Thread(target=_bar, args=(*args, stream), name=f"progress {label}", daemon=True)
-    else:
-        thread = threading.Thread(target=_lines, args=args, name=f"progress {label}", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    shown = partial(_bar, stream=stream) if (stream := sys.stderr).isatty() else _lines
+    return beside(partial(shown, label, poll, total), f"progress {label}")
 
 
 def waiting(label: str) -> AbstractContextManager[None]:

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vlm.layers.block import Block
+from vlm.layers.block import blocks_of
 
 Parallel = Literal["ddp", "fsdp"]
 
@@ -36,9 +36,8 @@ def shard(model: nn.Module) -> None:
     if world_size() == 1:
         return
     mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
-    for block in model.modules():
-        if isinstance(block, Block):
-            fully_shard(block, mesh=mesh)
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 

@@ -40,7 +40,7 @@ def check_hosts(run: RunDir, spark: SparkSession, launch: Launch) -> None:
         UserError: a package is missing somewhere, or torch or Lakesight is not the same everywhere.
         StageFailed: the executors cannot be asked.
     """
-    found = [environment.describe()] if launch.local_mode else _ask_executors(spark, launch)
+    found = [environment.describe()] if launch.local_mode else _ask_executors(spark, open_distributor(launch).num_tasks)
     # Executors that share a machine and an interpreter say the same.
     distinct = {host.model_dump_json(): host for host in map(Host.model_validate, found)}
     hosts = [distinct[key] for key in sorted(distinct)]
@@ -49,7 +49,7 @@ def check_hosts(run: RunDir, spark: SparkSession, launch: Launch) -> None:
     log.info("ranks run on %s", summary(hosts))
 
 
-def _ask_executors(spark: SparkSession, launch: Launch) -> list[dict[str, object]]:
+def _ask_executors(spark: SparkSession, tasks: int) -> list[dict[str, object]]:
     """What is said in each of the places that ranks will have: a barrier stage takes them all at once, as ranks do."""
 
     def look(_: Iterable[int]) -> Iterator[dict[str, object]]:
@@ -61,11 +61,8 @@ def _ask_executors(spark: SparkSession, launch: Launch) -> list[dict[str, object
         else:
             yield describe()
 
-    tasks, context = open_distributor(launch).num_tasks, spark.sparkContext
-    with (
-        spark_failures("the executors cannot be asked what they have", where=str(context.master)),
-        slots_kept(spark, launch),
-    ):
+    context, what = spark.sparkContext, "the executors cannot be asked what they have"
+    with spark_failures(what, where=str(context.master)), slots_kept(spark, tasks):
         return context.parallelize(range(tasks), tasks).barrier().mapPartitions(look).collect()
 
 

@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from pipelines.beside import beside
 from pipelines.errors import UserError
 from pipelines.platform import Launch
 from pipelines.rundir import LauncherFile, RunDir, read_json, write_json
@@ -78,34 +79,27 @@ def _slots(context: object) -> int:
 
 
 @contextlib.contextmanager
-def slots_kept(spark: SparkSession, launch: Launch, seconds: float = SHORT_SECONDS) -> Iterator[None]:
-    """Cancel what this thread runs on Spark inside the block, should the cluster be left with too few slots for it.
+def slots_kept(spark: SparkSession, tasks: int) -> Iterator[None]:
+    """Cancel what this thread runs on Spark inside the block, should there be too few slots left for so many tasks.
 
     Spark counts slots when it takes on a barrier stage and never again: it would wait for ever for a host that is gone.
     Whoever waits for the stage gets Spark's error, which says how many slots are left.
     """
-    if launch.local_mode:
-        yield
-        return
-    needed, context = open_distributor(launch).num_tasks, spark.sparkContext
-    tag, done = f"lakesight-{uuid.uuid4().hex}", threading.Event()
+    context, tag = spark.sparkContext, f"lakesight-{uuid.uuid4().hex}"
 
-    def watch() -> None:
+    def watch(ended: threading.Event) -> None:
         enough = time.monotonic()
-        while not done.wait(POLL_SECONDS):
-            if (slots := _slots(context._jsc.sc())) >= needed:
+        while not ended.wait(POLL_SECONDS):
+            if (slots := _slots(context._jsc.sc())) >= tasks:
                 enough = time.monotonic()
-            elif time.monotonic() - enough > seconds:
-                context._jsc.sc().cancelJobsWithTag(tag, f"executors are gone: {slots} of {needed} slots are left")
+            elif time.monotonic() - enough > SHORT_SECONDS:
+                context._jsc.sc().cancelJobsWithTag(tag, f"executors are gone: {slots} of {tasks} slots are left")
 
     context.addJobTag(tag)
-    watcher = threading.Thread(target=watch, name="slots", daemon=True)
-    watcher.start()
     try:
-        yield
+        with beside(watch, "slots"):
+            yield
     finally:
-        done.set()
-        watcher.join()
         context.removeJobTag(tag)
 
 
@@ -165,8 +159,9 @@ def start_ranks(run: RunDir, spark: SparkSession, launch: Launch, entry: RankEnt
     from pyspark.errors import PySparkException
 
     distributor = open_distributor(launch)
+    kept = contextlib.nullcontext() if launch.local_mode else slots_kept(spark, distributor.num_tasks)
     try:
-        with slots_kept(spark, launch), _stream_to_file(run, launch):
+        with kept, _stream_to_file(run, launch):
             distributor.run(entry, str(run.path))
     except (RuntimeError, UnicodeDecodeError, PySparkException, Py4JError) as error:
         log.debug("the launcher failed", exc_info=True)

@@ -82,11 +82,12 @@ def failure_of(run: RunDir, world_size: int, launcher: BaseException | None) -> 
         error = _vanished(run, silent[0])
     elif waited and len(run.read_ranks()) == world_size:
         error = _apart(run, failures, waited)
-    elif failures and not waited:
+    elif waited:
+        error = _too_few(run, world_size, f"rank {waited.rank} {waited.message}")
+    elif failures:
         error = _raised(run, failures[0])
     else:
-        words = f"rank {waited.rank} {waited.message}" if waited else str(launcher or "no word from the launcher")
-        error = _too_few(run, world_size, words)
+        error = _too_few(run, world_size, str(launcher or "no word from the launcher"))
     for failure in failures:
         error.add_note(f"Rank {failure.rank} on {failure.host}, {failure.exception}:\n{failure.traceback}")
     return error

@@ -10,7 +10,6 @@ FLOPs a second.
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import torch
 
 from pipelines.config import load_model
 from pipelines.worker.prefetch import copied_ahead
+from pipelines.worker.usage import usage
 from vlm.batch import IGNORE, Batch
 from vlm.build import build_model
 from vlm.config import ModelConfig
@@ -72,12 +72,11 @@ def measured(config: ModelConfig, batch: Batch, device: torch.device, *, compile
     model = build_model(config, VOCAB).to(device)
     if compiled:
         compile_blocks(model)
-    if device.type == "cpu":
-        taken = seconds_a_step(model, batch, device)
-        return taken, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    torch.cuda.reset_peak_memory_stats()
-    taken = seconds_a_step(model, batch.pinned(), device)
-    return taken, torch.cuda.max_memory_allocated() / 1e9
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        batch = batch.pinned()
+    taken, peaks = seconds_a_step(model, batch, device), usage(device)
+    return taken, peaks.get("system/gpu_memory_gb", peaks["system/memory_gb"])
 
 
 def main() -> None:
@@ -85,9 +84,8 @@ def main() -> None:
     given = sys.argv[1:]
     name, rows, *overrides = (*given, *("base", "64")[len(given) :])
     config, count = load_model(name, overrides), int(rows)
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    gpu = torch.cuda.get_device_name() if on_gpu else "no GPU"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
     peak = peak_of(gpu)
     batch = batch_of(config, count)
     flops = 3 * flops_per_sample(config, VOCAB, ANSWER) * count

@@ -10,11 +10,13 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from pipelines.beside import beside
 
 
 def make(path: Path, count: int, side: int, kind: str = "PNG", height: int | None = None, seed: int = 0) -> None:
@@ -59,22 +61,14 @@ def processor_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-@contextmanager
-def watching(look: Callable[[], None]) -> Iterator[None]:
+def watching(look: Callable[[], None]) -> AbstractContextManager[None]:
     """Call `look` five times a second while the block runs."""
-    done = threading.Event()
 
-    def watch() -> None:
-        while not done.wait(0.2):
+    def watch(ended: threading.Event) -> None:
+        while not ended.wait(0.2):
             look()
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
+    return beside(watch, "watching")
 
 
 @contextmanager

@@ -66,6 +66,11 @@ def places_of(run: RunDir) -> list[Place]:
     return [read_json(path, Place) for path in sorted((run.path / "places").glob("[0-9]*"))]
 
 
+def driver_environment(home: Path) -> dict[str, str]:
+    """Of a driver that keeps to itself and to this machine."""
+    return os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": TEST_PATH, "SPARK_LOCAL_IP": "127.0.0.1"}
+
+
 def run_drivers(
     home: Path, master: str, *tasks: Sequence[RunDir], settings: Mapping[str, str] | None = None
 ) -> list[dict[str, str]]:
@@ -75,12 +80,7 @@ def run_drivers(
         By driver, the runs that were refused, by name, and why.
     """
     options = [f"--conf {key}={value}" for key, value in (settings or {}).items()]
-    environment = os.environ | {
-        "LAKESIGHT_HOME": str(home),
-        "PYTHONPATH": TEST_PATH,
-        "SPARK_LOCAL_IP": "127.0.0.1",
-        "PYSPARK_SUBMIT_ARGS": " ".join([*options, "pyspark-shell"]),
-    }
+    environment = driver_environment(home) | {"PYSPARK_SUBMIT_ARGS": " ".join([*options, "pyspark-shell"])}
     with started_processes() as start:
         drivers = [
             start([sys.executable, __file__, master, *(str(run.path) for run in runs)], environment, subprocess.PIPE)

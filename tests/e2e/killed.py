@@ -22,6 +22,7 @@ from helpers import TEST_PATH, tiny_model
 from pictures import as_base64, png, write_csv
 from pyspark.sql import SparkSession
 
+from pipelines.beside import beside
 from pipelines.config import DataConfig, LocalPlatformConfig
 from pipelines.driver.ingest import ingest
 from pipelines.driver.shard import shard
@@ -78,24 +79,19 @@ def _command(pid: int) -> str:
 @contextmanager
 def killer(victim: Victim, after: float, rng: random.Random) -> Iterator[list[int]]:
     """Kill one process of a kind some seconds into the block, or at its first chance then; yields whom it killed."""
-    done, struck = threading.Event(), list[int]()
+    struck = list[int]()
 
-    def strike() -> None:
-        done.wait(after)
-        while not (done.is_set() or struck):
+    def strike(ended: threading.Event) -> None:
+        ended.wait(after)
+        while not (ended.is_set() or struck):
             for pid in rng.sample(found := processes_of(victim), min(1, len(found))):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                     struck.append(pid)
-            done.wait(0.05)
+            ended.wait(0.05)
 
-    thread = threading.Thread(target=strike)
-    thread.start()
-    try:
+    with beside(strike, "killer"):
         yield struck
-    finally:
-        done.set()
-        thread.join()
 
 
 class Pace:

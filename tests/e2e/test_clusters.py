@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drivers import places_of, run_drivers, standalone_cluster, started_processes
-from helpers import TEST_PATH, MakeRun, is_running, runs_in
+from drivers import driver_environment, places_of, run_drivers, standalone_cluster, started_processes
+from helpers import MakeRun, is_running, runs_in
 
 from pipelines.rundir import Result, RunDir, read_json
 
@@ -129,9 +129,8 @@ except StageFailed as error:
 def test_hosts_that_are_gone_while_a_stage_waits_for_its_slots_are_not_waited_for(tmp_path: Path) -> None:
     one_each = standalone_cluster(tmp_path, workers=2, cores=1, cores_per_application=2)
     with one_each as master, started_processes() as start:
-        own = {"LAKESIGHT_HOME": str(tmp_path / "home"), "PYTHONPATH": TEST_PATH, "SPARK_LOCAL_IP": "127.0.0.1"}
         command = [sys.executable, "-c", ASKING, master, str(tmp_path / "run")]
-        asking = start(command, os.environ | own, subprocess.PIPE)
+        asking = start(command, driver_environment(tmp_path / "home"), subprocess.PIPE)
         assert asking.stdout
         assert asking.stdout.readline() == b"both have begun\n"
         worker, _ = subprocess.check_output(["pgrep", "-f", f"deploy.worker.Worker.*{master}"], text=True).split()

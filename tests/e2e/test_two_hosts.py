@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from drivers import started_processes
 from faults import wait_for
-from helpers import MakeRun, runs_in
+from helpers import runs_in
 
 from pipelines.driver.verdict import failure_of
 from pipelines.rundir import RunDir, step_of
@@ -21,7 +22,7 @@ from pipelines.rundir import RunDir, step_of
 # Waiting until a rank's time is up, and two starts: a minute.
 pytestmark = [pytest.mark.faults, pytest.mark.matrix]
 
-NAMES = ("lakesight-a", "lakesight-b")
+NAMES = tuple(f"lakesight-{os.getpid()}-{letter}" for letter in "ab")
 ADDRESSES = ("198.18.77.1", "198.18.77.2")  # of those that are kept for tests of networks
 NODE = """hostname "$0" && exec "$@" """
 
@@ -42,11 +43,11 @@ def network() -> Iterator[None]:
         pytest.skip("hosts of their own need root, and the programs ip and unshare")
     files = [Path("/etc/netns", name) for name in NAMES]
     try:
-        for name in NAMES:
-            ip("netns", "add", name)
+        ip("netns", "add", NAMES[0])
     except subprocess.CalledProcessError as error:
         pytest.skip(f"this machine makes no network namespaces: {error.stderr}")
     try:
+        ip("netns", "add", NAMES[1])
         ip("link", "add", "eth0", "netns", NAMES[0], "type", "veth", "peer", "name", "eth0", "netns", NAMES[1])
         for name, address, folder in zip(NAMES, ADDRESSES, files, strict=True):
             ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
@@ -58,27 +59,29 @@ def network() -> Iterator[None]:
         yield
     finally:
         for name, folder in zip(NAMES, files, strict=True):
-            ip("netns", "del", name)
+            subprocess.run(["ip", "netns", "del", name], check=False)
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def torchrun_on(name: str, run: RunDir) -> list[str]:
-    """The command of docs/training.md, on one of the hosts."""
+@contextmanager
+def torchrun_on_both(run: RunDir) -> Iterator[None]:
+    """The command of docs/training.md, on each host while the block runs."""
     ranks = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{NAMES[0]}:29500"]
     command = [sys.executable, "-m", "torch.distributed.run", *ranks]
     worker = ["-m", "pipelines.worker.main", "--run-dir", str(run.path)]
-    return ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", NODE, name, *command, *worker]
+    with started_processes() as start:
+        for name in NAMES:
+            there = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", NODE, name]
+            start([*there, *command, *worker], dict(os.environ), subprocess.DEVNULL)
+        yield
 
 
 @pytest.mark.usefixtures("network")
 def test_ranks_whose_network_is_cut_end_in_time_and_go_on_when_it_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_run: MakeRun = runs_in(tmp_path, monkeypatch)
-    run = make_run(steps=100_000, validate_every=100_000, checkpoint_every=20, timeout_seconds=10)
-    with started_processes() as start:
-        for name in NAMES:
-            start(torchrun_on(name, run), dict(os.environ), subprocess.DEVNULL)
+    run = runs_in(tmp_path, monkeypatch)(steps=100_000, validate_every=100_000, checkpoint_every=20, timeout_seconds=10)
+    with torchrun_on_both(run):
         wait_for(lambda: len(run.finished_checkpoints()) > 0, seconds=120)
         pull_or_plug("down")
         wait_for(lambda: len(run.read_failures()) == 2, seconds=60)
@@ -91,9 +94,7 @@ def test_ranks_whose_network_is_cut_end_in_time_and_go_on_when_it_is_back(
 
     pull_or_plug("up")
     done = step_of(run.finished_checkpoints()[-1])
-    with started_processes() as start:
-        for name in NAMES:
-            start(torchrun_on(name, run), dict(os.environ), subprocess.DEVNULL)
+    with torchrun_on_both(run):
         wait_for(lambda: step_of(run.finished_checkpoints()[-1]) > done, seconds=120)
     assert step_of(run.finished_checkpoints()[-1]) > done
     assert f"2 ranks, this one on cpu: from step {done} to" in run.log(1).read_text()

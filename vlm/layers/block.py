@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -85,12 +85,16 @@ class Block(nn.Module):
         return self.dropout(branch)
 
 
+def blocks_of(model: nn.Module) -> Iterator[Block]:
+    """All blocks of a model, the encoder's and the decoder's."""
+    return (part for part in model.modules() if isinstance(part, Block))
+
+
 def recompute_blocks(model: nn.Module) -> None:
     """Trade time for memory in all blocks of a model (Chen et al., 2016): about a third more compute, a block's
     activations at a time."""
-    for part in model.modules():
-        if isinstance(part, Block):
-            part.recompute = True
+    for block in blocks_of(model):
+        block.recompute = True
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -98,9 +102,8 @@ def compile_blocks(model: nn.Module) -> None:
 
     What is no training (validation, captions with their caches) stays as it is.
     """
-    for part in model.modules():
-        if isinstance(part, Block):
-            part.compiled = True
+    for block in blocks_of(model):
+        block.compiled = True
 
 
 @cache
