@@ -190,7 +190,7 @@ def stream_answer(
     """
     import torch
 
-    from vlm.generate import Request, stream
+    from vlm.generation.generate import Request, stream
     from vlm.image import to_pixels
     from vlm.text.prompt import prefix_ids
 

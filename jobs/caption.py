@@ -14,8 +14,8 @@ from pipelines.errors import StageFailed, UserError
 from vlm.config import Precision
 
 if TYPE_CHECKING:
-    from pipelines.driver.caption import CaptionReport
-    from pipelines.driver.drift import Drift
+    from pipelines.driver.caption.drift import Drift
+    from pipelines.driver.caption.run import CaptionReport
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
         TooManyErrors: after everything is written.
         StageFailed: likewise, where figures drift and the run's `drift.fail` asks for it.
     """
-    from pipelines.driver.caption import CaptionRequest, TooManyErrors, caption
+    from pipelines.driver.caption.run import CaptionRequest, TooManyErrors, caption
 
     model = open_model(job, which)
     wanted = CaptionRequest.model_validate(request | {"limits": job.config.data.limits})
@@ -104,7 +104,7 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
 
 def with_drift(job: Job, report: CaptionReport, prompt: str) -> CaptionReport:
     """A report with its figures beside those of the version's evaluation."""
-    from pipelines.driver.drift import compare_figures, evaluated
+    from pipelines.driver.caption.drift import compare_figures, evaluated
 
     rows = report.captioned + report.errors
     if rows < job.config.drift.min_rows:

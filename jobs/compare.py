@@ -10,7 +10,7 @@ from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, o
 from jobs.evaluate import SHOWN, measured, open_model, open_split
 
 if TYPE_CHECKING:
-    from pipelines.driver.compare import Comparison
+    from pipelines.driver.evaluate.compare import Comparison
 
 
 def compare(
@@ -37,7 +37,7 @@ def compare(
 
 def run_compare(job: Job, one: str, other: str) -> Comparison:
     """The stage: evaluate both where they are not, and compare."""
-    from pipelines.driver.compare import compare
+    from pipelines.driver.evaluate.compare import compare
 
     models = [open_model(job, which) for which in (one, other)]
     splits = [open_split(job, model) for model in models]

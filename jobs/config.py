@@ -23,7 +23,7 @@ class ModelSize(Config):
         decoder: parameters of the decoder.
         image_size: pixels a side.
         image_slots: places a picture takes in the sequence.
-        flops: of a forward pass over one picture and a text of the greatest length (see `vlm.size`).
+        flops: of a forward pass over one picture and a text of the greatest length (see `vlm.config.size`).
     """
 
     name: str
@@ -85,7 +85,7 @@ def measure(name: str, model: ModelConfig) -> ModelSize:
     import torch
 
     from vlm.build import build_model
-    from vlm.size import flops_per_sample, idle_parameters
+    from vlm.config.size import flops_per_sample, idle_parameters
     from vlm.text import learn
 
     vocab_size = learn(model.text, ()).vocab_size if model.text.kind == "chars" else model.text.vocab_size

@@ -14,8 +14,8 @@ from typing import Literal
 from jobs.common import MIN_FREE_BYTES, JsonOption, PlatformOption, RunOption, SetOption, open_screen
 from pipelines.config import LocalPlatformConfig, RunConfig, load_run
 from pipelines.errors import StageFailed, UserError
-from pipelines.jars import delta_artifact
 from pipelines.platform import check_java, open_platform
+from pipelines.platform.jars import delta_artifact
 from vlm.config import Config
 
 COMFORTABLE_FREE_BYTES = 5 * 2**30

@@ -12,9 +12,9 @@ from jobs.progress import waiting
 from jobs.shard import run_shard
 
 if TYPE_CHECKING:
-    from pipelines.driver.evaluate import EvaluationReport
-    from pipelines.driver.model import ModelFiles
-    from pipelines.shards import Shards
+    from pipelines.driver.evaluate.run import EvaluationReport
+    from pipelines.driver.model_files import ModelFiles
+    from pipelines.formats.shards import Shards
 
 VersionOption = Annotated[str, typer.Option("--version", help="Model version: a number, an alias, or latest.")]
 ByOption = Annotated[
@@ -47,7 +47,7 @@ def evaluate(
       lakesight evaluate --run demo --version champion
       lakesight evaluate --run demo --by format --by source
     """
-    from pipelines.driver.evaluate import COLUMNS
+    from pipelines.driver.evaluate.run import COLUMNS
 
     with open_job(run, platform, overrides, as_json) as job:
         job.finish(run_evaluate(job, version, columns=tuple(by or COLUMNS), with_meteor=True), "promote")
@@ -59,7 +59,7 @@ def open_model(job: Job, which: str) -> ModelFiles:
     Raises:
         UserError: there is no such version; lists what there is.
     """
-    from pipelines.driver.model import ModelFiles
+    from pipelines.driver.model_files import ModelFiles
     from pipelines.tracking.registry import download, resolve
 
     version = resolve(job.platform, job.model_name, which)
@@ -75,7 +75,7 @@ def open_model(job: Job, which: str) -> ModelFiles:
 
 def open_split(job: Job, model: ModelFiles) -> Shards:
     """The split that the run is evaluated on, at a version's resolution."""
-    from pipelines.shards import Shards
+    from pipelines.formats.shards import Shards
 
     return Shards.open(Path(run_shard(job, job.config.data.evaluate_on, model.read_config().image).folder))
 
@@ -84,7 +84,7 @@ def measured(
     job: Job, model: ModelFiles, shards: Shards, columns: tuple[str, ...] | None = None, *, with_meteor: bool = False
 ) -> EvaluationReport:
     """A version's evaluation, made now or found; its figures are in the table, in MLflow and on the version."""
-    from pipelines.driver.evaluate import COLUMNS, evaluate
+    from pipelines.driver.evaluate.run import COLUMNS, evaluate
     from pipelines.tracking.registry import resolve, tag
     from pipelines.tracking.runs import log_report
 

@@ -13,7 +13,7 @@ from jobs.progress import waiting
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
-    from pipelines.driver.report import FullReport
+    from pipelines.driver.ingest.report import FullReport
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +45,9 @@ def run_ingest(job: Job, *, refresh: bool = False) -> FullReport:
     Raises:
         TooManyRefused: after everything is written, the page too.
     """
-    from pipelines.driver.account import TooManyRefused
-    from pipelines.driver.ingest import ingest
-    from pipelines.driver.report import write_report
+    from pipelines.driver.ingest.report import write_report
+    from pipelines.driver.ingest.run import ingest
+    from pipelines.driver.ingest.totals import TooManyRefused
 
     with waiting("ingest"):
         try:

@@ -29,7 +29,7 @@ def maintain(
       lakesight maintain --retain-hours 336
     """
     with open_job(run, platform, overrides, as_json) as job:
-        from pipelines.driver.maintain import maintain as keep_up
+        from pipelines.driver.delta.maintain import maintain as keep_up
 
         with waiting("maintain"):
             report = keep_up(job.spark, job.platform, retain_hours)

@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import TextIO
 
-from pipelines.beside import beside
-from pipelines.rundir import RunDir
+from pipelines.background import beside
+from pipelines.formats.run_folder import RunDir
 
 log = logging.getLogger(__name__)
 

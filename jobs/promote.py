@@ -11,7 +11,7 @@ from pipelines.errors import StageFailed
 from vlm.config import Config
 
 if TYPE_CHECKING:
-    from pipelines.driver.promote import Verdict
+    from pipelines.driver.evaluate.promote import Verdict
     from pipelines.tracking.registry import ModelVersion
 
 
@@ -58,7 +58,7 @@ def run_promote(job: Job, which: str) -> Promotion:
     Raises:
         StageFailed: the version is refused; every reason is told.
     """
-    from pipelines.driver.promote import record
+    from pipelines.driver.evaluate.promote import record
     from pipelines.tracking.registry import CHALLENGER, champion_of, promote, resolve, set_alias, tag
 
     champion = champion_of(job.platform, job.model_name)
@@ -99,8 +99,8 @@ def run_promote(job: Job, which: str) -> Promotion:
 
 def ask_gate(job: Job, version: ModelVersion, champion: ModelVersion | None) -> Verdict:
     """Evaluate the version and the champion where they are not, try the version in a fresh process, and judge."""
-    from pipelines.driver.promote import judge, trial_pictures
-    from pipelines.tracking.trial import try_version
+    from pipelines.driver.evaluate.promote import judge, trial_pictures
+    from pipelines.tracking.smoke_test import try_version
 
     model = open_model(job, version.version)
     shards = open_split(job, model)

@@ -10,7 +10,7 @@ import typer
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.progress import waiting
 from pipelines.errors import UserError
-from pipelines.tables import REASONS
+from pipelines.formats.tables import REASONS
 
 WIDTH = 100
 """Characters of a payload that are shown."""
@@ -65,7 +65,7 @@ def _known(reasons: list[str]) -> list[str]:
 
 
 def _show(job: Job, reasons: list[str], rows: int, *, pictures: bool) -> None:
-    from pipelines.driver.quarantine import look_into
+    from pipelines.driver.ingest.quarantine import look_into
 
     with waiting("quarantine"):
         report = look_into(job.spark, job.platform, reasons, rows, pictures=pictures)
@@ -85,7 +85,7 @@ def _show(job: Job, reasons: list[str], rows: int, *, pictures: bool) -> None:
 
 
 def _replay(job: Job, reasons: list[str]) -> None:
-    from pipelines.driver.replay import replay
+    from pipelines.driver.ingest.replay import replay
 
     if not reasons:
         raise UserError(

@@ -32,7 +32,7 @@ def run_rollback(job: Job) -> str:
     Raises:
         UserError: there is no former champion.
     """
-    from pipelines.driver.promote import record
+    from pipelines.driver.evaluate.promote import record
     from pipelines.tracking.registry import CHAMPION, make_move, plan_rollback, resolve
 
     move = plan_rollback(job.platform, job.model_name)

@@ -58,7 +58,7 @@ def show(
       lakesight show samples
       lakesight show generated_captions --rows 40 --gallery
     """
-    from pipelines.tables import files_of
+    from pipelines.formats.tables import files_of
 
     with open_job(run, platform, overrides, as_json) as job:
         delta = open_table(job, table, version)
@@ -115,7 +115,7 @@ def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
 
 def first_rows(delta: DeltaTable, count: int) -> list[dict[str, Any]]:
     """The first rows as Python values."""
-    from pipelines.tables import files_of
+    from pipelines.formats.tables import files_of
 
     rows: list[dict[str, Any]] = files_of(delta).head(count).to_pylist()
     return rows
@@ -192,7 +192,7 @@ def write_gallery(job: Job, table: str, version: int, rows: Sequence[Mapping[str
 def _pictures(job: Job, rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
     import pyarrow.compute as pc
 
-    from pipelines.tables import files_of
+    from pipelines.formats.tables import files_of
 
     wanted = pc.field("image_id").isin([row["image_id"] for row in rows])
     samples = files_of(open_table(job, "samples", None))

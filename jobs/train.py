@@ -12,7 +12,7 @@ from jobs.shard import run_shard
 from vlm.config import Config
 
 if TYPE_CHECKING:
-    from pipelines.rundir import RunDir
+    from pipelines.formats.run_folder import RunDir
     from pipelines.tracking.registry import ModelVersion
 
 SHOWN = ("train/loss", "val/loss", "val/blind_gap")
@@ -74,7 +74,7 @@ def train(
 
 def prepared(job: Job) -> RunDir:
     """The shards, and the run folder as its ranks need it."""
-    from pipelines.driver.train import prepare
+    from pipelines.driver.train.run import prepare
 
     config = job.config
     learn_from = run_shard(job, "train", config.model.image)
@@ -85,7 +85,7 @@ def prepared(job: Job) -> RunDir:
 
 def run_train(job: Job) -> TrainReport:
     """The stages train and register."""
-    from pipelines.driver.train import finished, launch
+    from pipelines.driver.train.run import finished, launch
     from pipelines.tracking.registry import register
     from pipelines.tracking.runs import follow
 

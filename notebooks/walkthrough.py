@@ -40,7 +40,7 @@ spark = platform.open_spark()
 
 # COMMAND ----------
 
-from pipelines.driver.ingest import ingest
+from pipelines.driver.ingest.run import ingest
 
 ingested = ingest(spark, platform, source, config.data)
 print(ingested)
@@ -72,7 +72,7 @@ print(learn_from)
 
 # COMMAND ----------
 
-from pipelines.driver.train import finished, launch, prepare
+from pipelines.driver.train.run import finished, launch, prepare
 from pipelines.tracking.registry import download, register
 from pipelines.tracking.runs import follow
 
@@ -95,8 +95,8 @@ print(version)
 
 from pathlib import Path
 
-from pipelines.driver.evaluate import evaluate
-from pipelines.driver.model import ModelFiles
+from pipelines.driver.evaluate.run import evaluate
+from pipelines.driver.model_files import ModelFiles
 
 model = ModelFiles(
     folder=download(platform, version), name=version.name, version=version.version, run_id=version.run_id
@@ -115,7 +115,7 @@ print(evaluation.gallery)
 
 # COMMAND ----------
 
-from pipelines.driver.caption import CaptionRequest, caption
+from pipelines.driver.caption.run import CaptionRequest, caption
 
 captioned = caption(spark, platform, model, CaptionRequest(where="split = 'test'"))
 print(captioned)

@@ -249,4 +249,4 @@ BREAKERS: dict[str, Callable[[str, bytes, str], list[str]]] = {
     "too_small": lambda index, png, caption: [index, _base64(_png(Image.new("RGB", (2, 2)))), caption],
     "malformed_record": lambda index, png, caption: [index, _base64(png), caption, "one column too many"],
 }
-"""Ways to break a row, by the reason it should be refused for (`pipelines.tables.REASONS`)."""
+"""Ways to break a row, by the reason it should be refused for (`pipelines.formats.tables.REASONS`)."""

@@ -10,7 +10,7 @@ from helpers import TEST_PATH
 from pyspark.sql import SparkSession
 
 from pipelines.config import LocalPlatformConfig, SparkConfig, short_hash
-from pipelines.driver.session import ensure_tables
+from pipelines.driver.delta.tables import ensure_tables
 from pipelines.platform import Platform, local
 
 

@@ -24,8 +24,8 @@ from pipelines.config import (
     RunConfig,
     TrainConfig,
 )
-from pipelines.rundir import RunDir, RunFile, write_json
-from pipelines.shards import (
+from pipelines.formats.run_folder import RunDir, RunFile, write_json
+from pipelines.formats.shards import (
     Manifest,
     ShardRequest,
     Shards,
@@ -135,8 +135,8 @@ def global_batches(
     augment: AugmentConfig | None = None,
 ) -> list[list[tuple[bytes, str]]]:
     """Pixels and text of each place of each global batch of eight, whose slices so many ranks have made."""
-    from pipelines.worker.augment import Augmenter
-    from pipelines.worker.batches import Collator, training_batches
+    from pipelines.worker.data.augment import Augmenter
+    from pipelines.worker.data.batches import Collator, training_batches
     from vlm.batch import IGNORE
 
     slices = [

@@ -15,17 +15,17 @@ from helpers import COLOURS, tiny_run, write_run
 from PIL import Image
 
 from pipelines.config import RunConfig
+from pipelines.formats.run_folder import Result, write_json
+from pipelines.formats.shards import Shards
+from pipelines.formats.tables import SAMPLES
 from pipelines.platform import Platform
-from pipelines.rundir import Result, write_json
-from pipelines.shards import Shards
-from pipelines.tables import SAMPLES
 from pipelines.tracking import registry, runs
-from pipelines.worker.batches import Collator
+from pipelines.worker.data.batches import Collator
 from vlm import text
 from vlm.build import build_model
 from vlm.checkpoint import save_model
 from vlm.model import VisionLanguageModel
-from vlm.objective import num_targets, token_loss
+from vlm.training.objective import num_targets, token_loss
 
 BATCH, LR = 32, 1e-2
 

@@ -3,11 +3,10 @@
 model.safetensors   every parameter once (tied ones by their first name)
 config.json         the ModelConfig
 tokenizer.json      the tokenizer
-training.safetensors, training.json    optimizer state and step, in training checkpoints only
 files.json          size and SHA-256 of each other file, in training checkpoints only: it tells a checkpoint from what a
                     torn write, a full disk or a flipped bit has left
 
-A training checkpoint is written from a copy of its tensors, so that training can go on meanwhile.
+What a training checkpoint holds besides is in `vlm.training.state`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,14 +27,13 @@ from torch import Tensor, nn
 from vlm import text
 from vlm.build import build_model
 from vlm.config import Config, ModelConfig, why_unreadable
-from vlm.digest import file_digest
 from vlm.errors import CheckpointError
+from vlm.files import file_digest
 from vlm.model import VisionLanguageModel
-from vlm.parallel import sliced_like, whole
 from vlm.text.base import Tokenizer
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
-STATE, STEP, FILES = "training.safetensors", "training.json", "files.json"
+FILES = "files.json"
 MODEL_FILES = (WEIGHTS, CONFIG, TOKENIZER)
 
 
@@ -131,35 +128,6 @@ def fill(own: Mapping[str, Tensor], path: Path) -> None:
             tensor.copy_(loaded[name])
 
 
-@dataclass(frozen=True)
-class TrainingCopy:
-    """What a training goes on from, in host memory of its own: the loop may take further steps while it is written.
-
-    Attributes:
-        weights: by name: of the whole model, or of the part of it that learns.
-        state: of the optimizer, as `<parameter>:<key>`.
-        step: steps taken, the number of the next step.
-    """
-
-    weights: dict[str, Tensor]
-    state: dict[str, Tensor]
-    step: int
-
-
-def copy_training(
-    weights: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, step: int
-) -> TrainingCopy:
-    """Copy weights and optimizer state as they are now, whole; every rank calls this where ranks hold slices.
-
-    Args:
-        weights: what of the model is to be kept; `weights_of(model)` is all of it.
-        model: without its DDP wrapper.
-        optimizer: over the model's parameters.
-        step: steps taken.
-    """
-    return TrainingCopy(_on_host(weights), _on_host(_optimizer_tensors(model, optimizer)), step)
-
-
 class FileFacts(Config):
     """One line of files.json."""
 
@@ -214,58 +182,3 @@ def _damage(path: Path, facts: FileFacts) -> str:
     if (size := path.stat().st_size) != facts.bytes:
         return f"{path.name} has {size} bytes, {facts.bytes} were written"
     return "" if file_digest(path) == facts.sha256 else f"{path.name} has other bytes than were written"
-
-
-def save_state(folder: Path, copy: TrainingCopy) -> None:
-    """Write what a training goes on with besides weights: the optimizer's state and the number of the next step."""
-    save_file(copy.state, folder / STATE)
-    (folder / STEP).write_text(json.dumps({"step": copy.step}), encoding="utf-8")
-
-
-def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Fill an optimizer from a training checkpoint; returns the number of the next step.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged.
-    """
-    try:
-        state = load_file(folder / STATE)
-        step = int(json.loads((folder / STEP).read_text(encoding="utf-8"))["step"])
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            "the training state cannot be read",
-            where=str(folder),
-            got=f"{type(error).__name__}: {error}",
-            fix="resume from an earlier checkpoint: remove this folder",
-        ) from None
-    names = {parameter: name for name, parameter in _parameters(model).items()}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    packed = optimizer.state_dict()
-    packed["state"] = {
-        index: {key: sliced_like(value, p) for key, value in _under(f"{names[p]}:", state).items()}
-        for index, p in enumerate(parameters)
-    }
-    optimizer.load_state_dict(packed)  # moves each tensor to its parameter's device
-    return step
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer state as `<parameter>:<key>` to tensor. AdamW's state is tensors only."""
-    return {
-        f"{name}:{key}": value.contiguous()
-        for name, parameter in _parameters(model).items()
-        if parameter in optimizer.state  # a frozen one has none, and asking would make it one
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: whole(tensor.detach()).to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-
-
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(model.named_parameters())

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vlm.cache import KVCache
 from vlm.fusion import GatedCrossBlock, Media
 from vlm.layers.block import Block
+from vlm.layers.cache import KVCache
 from vlm.layers.mask import within_window
 from vlm.layers.position import Angles, Rotary
 

@@ -10,7 +10,11 @@ A picture comes out as people see it: turned as its EXIF says, transparency over
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
+import re
+import sys
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -42,7 +46,55 @@ FOREIGN = (
 )
 """First bytes of what people send as pictures and Pillow has no name for. ISO media is told by its brand instead."""
 
+URL_SAFE = str.maketrans("-_", "+/")
+DATA_URL = re.compile(r"data:[^,]{0,200};base64,")
+
 WIDE_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
+
+
+def picture_bytes(image: bytes | str | None) -> bytes:
+    """Return the bytes of a picture that is given as bytes or as base64 text.
+
+    Raises:
+        ImageError: reason missing_field (nothing is given), not_an_image (neither bytes nor text) or bad_base64.
+    """
+    if not image:
+        raise ImageError("missing_field", "no picture")
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, str):
+        raise ImageError("not_an_image", f"a {type(image).__name__}, expected bytes or base64 text")
+    return decode_base64(image)
+
+
+def decode_base64(text: str, max_bytes: int = sys.maxsize) -> bytes:
+    """Decode base64, standard or URL-safe; white space, a data-URL prefix and missing padding are accepted.
+
+    Raises:
+        ImageError: reason bad_base64, or too_large for more than `max_bytes` (checked before decoding).
+    """
+    body = text.strip()
+    prefix = DATA_URL.match(body)
+    body = body[prefix.end() :] if prefix else body
+    most = (max_bytes + 2) // 3 * 4
+    if len(body) > most:
+        body = "".join(body.split())
+    if len(body) > most:
+        raise ImageError("too_large", f"{len(body) * 3 // 4} bytes, at most {max_bytes}")
+    try:
+        try:
+            data = _decode_strictly(body)
+        except (binascii.Error, ValueError):  # rare: only then is the text scanned for white space and other letters
+            data = _decode_strictly("".join(body.split()).translate(URL_SAFE))
+    except (binascii.Error, ValueError) as error:
+        raise ImageError("bad_base64", f"{len(body)} characters: {error}") from None
+    if len(data) > max_bytes:
+        raise ImageError("too_large", f"{len(data)} bytes, at most {max_bytes}")
+    return data
+
+
+def _decode_strictly(body: str) -> bytes:
+    return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
 
 
 class ImageInfo(NamedTuple):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from vlm.batch import IGNORE, Batch
-from vlm.cache import KVCache
 from vlm.config import ModelConfig
 from vlm.decoder import Decoder
 from vlm.fusion import CrossFusion, Media, SlotsFusion
+from vlm.layers.cache import KVCache
 from vlm.layers.mask import attention_mask, prefix_marks
 from vlm.text.base import SLOT
 from vlm.vision import VisionEncoder

@@ -21,20 +21,15 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipelines.config import DataConfig, ShardConfig, Split, short_hash
-from pipelines.driver.session import (
-    bounded_batches,
-    ensure_tables,
-    filtered,
-    spark_failures,
-    table_id,
-    versions,
-    worker_died,
-)
+from pipelines.driver.delta.failures import filtered, spark_failures, worker_died
+from pipelines.driver.delta.settings import bounded_batches
+from pipelines.driver.delta.tables import ensure_tables, table_id
+from pipelines.driver.delta.versions import versions
 from pipelines.errors import StageFailed, UserError
-from pipelines.executor.pack import PLACED, WRITTEN, pictures_of, pixels_guarded, pixels_of, write_files
+from pipelines.executor.shard import PLACED, WRITTEN, pictures_of, pixels_guarded, pixels_of, write_files
+from pipelines.formats.shards import MANIFEST, Manifest, Part, ShardFile, ShardRequest, Shards, write_manifest
+from pipelines.formats.tables import SAMPLES
 from pipelines.platform import Platform
-from pipelines.shards import MANIFEST, Manifest, Part, ShardFile, ShardRequest, Shards, write_manifest
-from pipelines.tables import SAMPLES
 from vlm.config import Config, ImageConfig
 
 logger = logging.getLogger(__name__)

@@ -18,14 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.config import LimitsConfig
-from pipelines.executor.weights import on_this_machine
-from pipelines.tables import GENERATED_CAPTIONS
-from pipelines.tally import Tally, total
+from pipelines.executor.model_cache import on_this_machine
+from pipelines.formats.caption_stats import Tally, total
+from pipelines.formats.tables import GENERATED_CAPTIONS
 from vlm.config import Config, GenerationConfig, Precision
 from vlm.image import light_of
 
 if TYPE_CHECKING:
-    from pipelines.worker.caption import Captioner, CaptionResult, Decoded
+    from vlm.captioner import Captioner, CaptionResult, Decoded
 
 STAGED = GENERATED_CAPTIONS.arrow_schema.append(pa.field("unchanged", pa.bool_(), nullable=False))
 """A row of the table; where `unchanged`, the picture is the one that was captioned before, and nothing else is new."""
@@ -71,8 +71,9 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
         batches: columns image_id (string), image (binary, or base64 text) and known (SHA-256 of the picture that was
             captioned before, or null: an equal one is not captioned again).
     """
-    from pipelines.worker.batches import ahead
-    from pipelines.worker.caption import BATCH_ROWS, limit_threads, load_captioner
+    from pipelines.worker.caption import limit_threads, load_captioner
+    from pipelines.worker.data.batches import ahead
+    from vlm.captioner import BATCH_ROWS
 
     limit_threads(job.threads)
     folder = on_this_machine(job.model_folder) if job.remote else job.model_folder
@@ -97,7 +98,14 @@ Picture = tuple[str, "str | None", "Decoded"]
 
 def _decoded(captioner: Captioner, job: CaptionJob, batch: pa.RecordBatch) -> list[Picture]:
     ids, images, known = (batch.column(name).to_pylist() for name in ("image_id", "image", "known"))
-    return list(zip(ids, known, captioner.decode(images, job.limits), strict=True))
+    return list(
+        zip(
+            ids,
+            known,
+            captioner.decode(images, max_pixels=job.limits.max_pixels, min_side=job.limits.min_side),
+            strict=True,
+        )
+    )
 
 
 def _groups(batches: Iterator[list[Picture]], size: int) -> Iterator[list[Picture]]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import binascii
 import io
 from collections.abc import Iterator
 
 import pyarrow as pa
 
 from pipelines.config import LimitsConfig
-from pipelines.executor.decode import Refused, decode_base64
-from pipelines.executor.records import json_object
+from pipelines.executor.ingest.records import json_object
 from vlm.errors import ImageError
-from vlm.image import open_image
+from vlm.image import decode_base64, open_image
 
 SIDE = 200
 """Pixels on the longer side."""
@@ -56,7 +54,7 @@ def picture_in(payload: str) -> bytes | None:
     strings = [value for value in fields.values() if isinstance(value, str)] if isinstance(fields, dict) else []
     try:
         return decode_base64(max(strings, key=len, default=""), LIMITS.max_bytes)
-    except (Refused, binascii.Error):
+    except ImageError:
         return None
 
 

@@ -17,7 +17,7 @@ from deltalake import DeltaTable
 from pydantic import Field, model_validator
 
 from pipelines.errors import UserError
-from pipelines.tables import VERDICTS, files_of
+from pipelines.formats.tables import VERDICTS, files_of
 from vlm.config import Config
 
 KEY = ("image_id", "model_version", "settings_hash")

@@ -37,8 +37,8 @@ from PIL import Image
 import pipelines
 import vlm
 from pipelines.errors import StageFailed, UserError
+from pipelines.formats.run_folder import Result, RunDir, read_json
 from pipelines.platform import Platform, shown_uri
-from pipelines.rundir import Result, RunDir, read_json
 from pipelines.tracking.runs import connect
 from vlm.config import Config
 

@@ -24,10 +24,10 @@ from mlflow.exceptions import MlflowException
 
 from pipelines.config import RunConfig
 from pipelines.errors import StageFailed, UserError
+from pipelines.formats.run_folder import CaptionSamples, Metrics, RunDir, RunFile, read_json, write_json
+from pipelines.formats.shards import Shards
 from pipelines.platform import Platform, shown_uri
-from pipelines.rundir import CaptionSamples, Metrics, RunDir, RunFile, read_json, write_json
-from pipelines.shards import Shards
-from pipelines.tracking.load import draw_expert_load
+from pipelines.tracking.expert_load_plot import draw_expert_load
 from vlm.config import Config
 
 logger = logging.getLogger(__name__)

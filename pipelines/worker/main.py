@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipelines.rundir import RunDir
-from pipelines.worker.failure import Watch
-from pipelines.worker.place import Place
-from pipelines.worker.report import open_log
+from pipelines.formats.run_folder import RunDir
+from pipelines.worker.rank.env import Place
+from pipelines.worker.rank.failure import Watch
+from pipelines.worker.rank.metrics import open_log
 
 
 def run_rank(run_dir: str) -> None:
@@ -26,7 +26,7 @@ def run_rank(run_dir: str) -> None:
     run, place = RunDir(Path(run_dir)), Place.from_environment()
     open_log(run, place.rank)
     with Watch(run, place.rank) as watch:
-        from pipelines.worker.training import train
+        from pipelines.worker.train.learner import train
 
         train(run, place, watch)
 

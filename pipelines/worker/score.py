@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipelines.shards import Row, Shards
-from pipelines.worker.batches import Collator
-from pipelines.worker.caption import Captioner
+from pipelines.formats.shards import Row, Shards
+from pipelines.worker.data.batches import Collator
+from vlm.captioner import Captioner
 from vlm.errors import UserError
-from vlm.generate import Generated
+from vlm.generation.generate import Generated
 from vlm.image import light_of
-from vlm.objective import row_scores
+from vlm.training.objective import row_scores
 
 BATCH_ROWS = 32
 GREY = 128

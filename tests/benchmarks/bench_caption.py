@@ -21,15 +21,16 @@ import torch
 from measure import make, measured
 
 from pipelines.config import DataConfig, LocalPlatformConfig, load_model
-from pipelines.driver.caption import CaptionRequest, caption
-from pipelines.driver.ingest import ingest
-from pipelines.driver.model import ModelFiles
+from pipelines.driver.caption.run import CaptionRequest, caption
+from pipelines.driver.ingest.run import ingest
+from pipelines.driver.model_files import ModelFiles
 from pipelines.platform import local
-from pipelines.worker.caption import Captioner, load_captioner, picture_bytes
+from pipelines.worker.caption import load_captioner
 from vlm import text
 from vlm.build import build_model
+from vlm.captioner import Captioner
 from vlm.checkpoint import save_model
-from vlm.image import open_image, to_pixels
+from vlm.image import open_image, picture_bytes, to_pixels
 from vlm.text.base import NUM_SPECIAL
 from vlm.text.prompt import prefix_ids
 

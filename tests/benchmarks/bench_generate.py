@@ -31,7 +31,7 @@ from pipelines.config import load_model
 from vlm import text
 from vlm.build import build_model
 from vlm.config import GenerationConfig, ModelConfig, Precision
-from vlm.generate import Request, generate
+from vlm.generation.generate import Request, generate
 from vlm.model import VisionLanguageModel
 from vlm.precision import set_precision
 from vlm.text.base import SLOT

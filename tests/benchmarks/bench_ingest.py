@@ -29,7 +29,7 @@ from PIL import Image
 from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig, LocalPlatformConfig
-from pipelines.driver.ingest import ingest
+from pipelines.driver.ingest.run import ingest
 from pipelines.platform import Platform, local
 
 KINDS = {

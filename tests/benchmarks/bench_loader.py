@@ -41,7 +41,7 @@ from streaming import MDSWriter, StreamingDataset  # type: ignore[import-not-fou
 from torch.utils.data import DataLoader
 
 from pipelines.config import AugmentConfig, load_run
-from pipelines.shards import (
+from pipelines.formats.shards import (
     Manifest,
     ShardRequest,
     Shards,
@@ -50,8 +50,8 @@ from pipelines.shards import (
     write_manifest,
     write_shard_file,
 )
-from pipelines.worker.augment import Augmenter
-from pipelines.worker.batches import Collator, training_batches
+from pipelines.worker.data.augment import Augmenter
+from pipelines.worker.data.batches import Collator, training_batches
 from vlm import text
 
 ROWS, SIDE, BATCH, WORKERS, ROUNDS = 8192, 224, 64, 2, 3

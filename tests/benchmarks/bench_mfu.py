@@ -4,7 +4,7 @@
 
 The model of a name in conf/model/ (`base`), ROWS of random pictures and of captions of 32 tokens a step (64), bf16, the
 training loop itself with its optimizer, batches pinned and copied ahead as in a run. FLOPs are three forward passes
-(vlm/size.py); the peak is the GPU's dense bf16 rate (`PEAKS` there). Needs no Spark. Where there is no GPU it counts
+(vlm/config/size.py); the peak is the GPU's dense bf16 rate (`PEAKS` there). Needs no Spark. Without a GPU it counts
 FLOPs a second.
 """
 
@@ -18,17 +18,17 @@ from itertools import repeat
 import torch
 
 from pipelines.config import load_model
-from pipelines.worker.prefetch import copied_ahead
-from pipelines.worker.usage import usage
+from pipelines.worker.data.prefetch import copied_ahead
+from pipelines.worker.rank.usage import usage
 from vlm.batch import IGNORE, Batch
 from vlm.build import build_model
 from vlm.config import ModelConfig
+from vlm.config.size import flops_per_sample, peak_of
 from vlm.layers.block import compile_blocks
 from vlm.model import VisionLanguageModel
-from vlm.optim import build_adamw
-from vlm.size import flops_per_sample, peak_of
 from vlm.text.base import SLOT
-from vlm.train import StepReport, fit
+from vlm.training.loop import StepReport, fit
+from vlm.training.optim import build_adamw
 
 VOCAB, ANSWER, WARM, STEPS = 32_768, 32, 5, 20
 

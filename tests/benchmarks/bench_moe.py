@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.config import load_model, load_run
-from pipelines.shards import Row
-from pipelines.worker.batches import Collator
+from pipelines.formats.shards import Row
+from pipelines.worker.data.batches import Collator
 from vlm import text
 from vlm.batch import Batch
 from vlm.build import build_model
@@ -38,8 +38,8 @@ from vlm.config import ModelConfig
 from vlm.image import open_image, to_pixels
 from vlm.layers.moe import MoeMlp, dispatch, naive_experts
 from vlm.model import VisionLanguageModel
-from vlm.optim import build_adamw
-from vlm.train import fit
+from vlm.training.loop import fit
+from vlm.training.optim import build_adamw
 
 BATCH, STEPS, ROUNDS = 16, 2, 5
 WIDTH, EXPERTS, TOP_K = 128, 8, 2

@@ -22,20 +22,20 @@ import torch
 from torch import Tensor
 
 from pipelines.config import load_model
+from pipelines.formats.shards import Row
 from pipelines.scenes import draw, random_scene
-from pipelines.shards import Row
-from pipelines.worker.batches import Collator
-from pipelines.worker.caption import Captioner
+from pipelines.worker.data.batches import Collator
 from vlm import text
 from vlm.batch import Batch
 from vlm.build import build_model
+from vlm.captioner import Captioner
 from vlm.config import CosineScheduleConfig, ModelConfig, Precision
 from vlm.image import to_pixels
-from vlm.objective import row_losses
-from vlm.optim import build_adamw, schedule
 from vlm.precision import set_precision
 from vlm.text.base import Tokenizer
-from vlm.train import fit
+from vlm.training.loop import fit
+from vlm.training.objective import row_losses
+from vlm.training.optim import build_adamw, schedule
 
 STEPS, BATCH, LEARNED, HELD_OUT, ALONE, ROUNDS, TOKENS = 1600, 64, 9600, 256, 64, 3, 16
 

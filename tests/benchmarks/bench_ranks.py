@@ -26,11 +26,11 @@ from safetensors.torch import load_file
 from torch import distributed
 
 from pipelines.config import load_run
-from pipelines.driver.ingest import ingest
+from pipelines.driver.ingest.run import ingest
 from pipelines.driver.shard import shard
-from pipelines.driver.train import prepare
+from pipelines.driver.train.run import prepare
+from pipelines.formats.run_folder import RunDir
 from pipelines.platform import Platform, open_platform
-from pipelines.rundir import RunDir
 from pipelines.tracking.runs import follow
 
 ROWS, BATCH, STEPS, ROUNDS = 2048, 32, 16, 5

@@ -27,7 +27,7 @@ from measure import make, peak_memory, processor_seconds
 from PIL import Image
 
 from pipelines.config import DataConfig, LocalPlatformConfig
-from pipelines.driver.ingest import ingest
+from pipelines.driver.ingest.run import ingest
 from pipelines.driver.shard import shard
 from pipelines.platform import local
 from vlm.config import ImageConfig

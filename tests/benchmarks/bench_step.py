@@ -25,8 +25,8 @@ from pipelines.config import load_model
 from vlm.batch import IGNORE, Batch
 from vlm.build import build_model
 from vlm.config import ModelConfig
-from vlm.objective import num_targets, token_loss
 from vlm.text.base import SLOT
+from vlm.training.objective import num_targets, token_loss
 
 ANSWER, ROUNDS, IMAGE_TOKEN = 32, 3, 32_767
 

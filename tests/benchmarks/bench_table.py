@@ -36,8 +36,8 @@ from PIL import Image
 from pyspark.sql import DataFrame
 
 from pipelines.config import LocalPlatformConfig, load_model
-from pipelines.driver.caption import CaptionRequest, caption
-from pipelines.driver.model import ModelFiles
+from pipelines.driver.caption.run import CaptionRequest, caption
+from pipelines.driver.model_files import ModelFiles
 from pipelines.platform import local
 from pipelines.worker.caption import limit_threads, load_captioner
 from vlm import text

@@ -25,16 +25,16 @@ import torch
 from measure import in_turn
 
 from pipelines.config import OptimizerConfig, load_run
-from pipelines.driver.ingest import ingest
+from pipelines.driver.ingest.run import ingest
 from pipelines.driver.shard import shard
+from pipelines.formats.shards import Shards
 from pipelines.platform import open_platform
-from pipelines.shards import Shards
-from pipelines.worker.batches import Collator, training_batches
+from pipelines.worker.data.batches import Collator, training_batches
 from vlm import text
 from vlm.build import build_model
 from vlm.config import ModelConfig
-from vlm.optim import build_adamw
-from vlm.train import fit
+from vlm.training.loop import fit
+from vlm.training.optim import build_adamw
 
 BATCH, STEPS, ROUNDS = 16, 10, 5
 

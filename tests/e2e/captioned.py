@@ -16,10 +16,10 @@ from helpers import tiny_model
 from pictures import png
 from pyspark.sql import SparkSession
 
-import pipelines.driver.caption as stage
+import pipelines.driver.caption.run as stage
 from pipelines.config import LocalPlatformConfig
-from pipelines.driver.caption import CaptionReport, CaptionRequest, caption
-from pipelines.driver.model import ModelFiles
+from pipelines.driver.caption.run import CaptionReport, CaptionRequest, caption
+from pipelines.driver.model_files import ModelFiles
 from pipelines.platform import Platform, local
 from vlm import text
 from vlm.build import build_model

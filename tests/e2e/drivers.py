@@ -22,11 +22,11 @@ from faults import wait_for
 from helpers import TEST_PATH
 
 from pipelines.config import LocalPlatformConfig, SparkConfig
-from pipelines.driver.launch import GPU_AMOUNT, run_rank
-from pipelines.driver.train import launch
+from pipelines.driver.train.launch import GPU_AMOUNT, run_rank
+from pipelines.driver.train.run import launch
 from pipelines.errors import UserError
+from pipelines.formats.run_folder import RunDir, read_json, write_json
 from pipelines.platform import local
-from pipelines.rundir import RunDir, read_json, write_json
 from vlm.config import Config
 
 

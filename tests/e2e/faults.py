@@ -18,8 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from pipelines.driver.launch import run_rank
-from pipelines.rundir import RunDir, read_json, write_json
+from pipelines.driver.train.launch import run_rank
+from pipelines.formats.run_folder import RunDir, read_json, write_json
 from vlm.config import Config
 
 Kind = Literal[
@@ -57,9 +57,9 @@ class Fault(Config):
 
 def faulty_rank(run_dir: str) -> None:
     """`run_rank`, and the fault if it is this rank's."""
-    import pipelines.worker.start as writing
-    import pipelines.worker.training as training
-    import vlm.train as loop
+    import pipelines.worker.train.initial_weights as writing
+    import pipelines.worker.train.learner as training
+    import vlm.training.loop as loop
 
     run = RunDir(Path(run_dir))
     fault, rank = read_json(run.path / "fault.json", Fault), int(os.environ["RANK"])

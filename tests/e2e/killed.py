@@ -22,9 +22,9 @@ from helpers import TEST_PATH, tiny_model
 from pictures import as_base64, png, write_csv
 from pyspark.sql import SparkSession
 
-from pipelines.beside import beside
+from pipelines.background import beside
 from pipelines.config import DataConfig, LocalPlatformConfig
-from pipelines.driver.ingest import ingest
+from pipelines.driver.ingest.run import ingest
 from pipelines.driver.shard import shard
 from pipelines.platform import Platform, local
 

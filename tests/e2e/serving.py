@@ -23,8 +23,8 @@ from helpers import COLOURS, write_run, write_shards
 from PIL import Image
 
 from pipelines.config import RunConfig
+from pipelines.formats.run_folder import Result, write_json
 from pipelines.platform import Platform
-from pipelines.rundir import Result, write_json
 from pipelines.tracking import registry, runs
 from vlm import text
 from vlm.build import build_model

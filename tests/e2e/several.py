@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from pipelines.rundir import RunDir
-from pipelines.worker.failure import Watch
-from pipelines.worker.group import process_group
-from pipelines.worker.place import Place
-from pipelines.worker.report import open_log
-from pipelines.worker.training import Learner
+from pipelines.formats.run_folder import RunDir
+from pipelines.worker.rank.env import Place
+from pipelines.worker.rank.failure import Watch
+from pipelines.worker.rank.group import process_group
+from pipelines.worker.rank.metrics import open_log
+from pipelines.worker.train.learner import Learner
 
 
 def main() -> None:

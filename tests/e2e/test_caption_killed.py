@@ -13,7 +13,7 @@ from captioned import BAD, ROWS, found, prepare, work
 from killed import Pace, Victim, kill_after, start, struck
 from pyspark.sql import SparkSession
 
-from pipelines.driver.caption import CaptionReport
+from pipelines.driver.caption.run import CaptionReport
 from pipelines.errors import StageFailed
 from pipelines.platform import Platform
 

@@ -14,7 +14,7 @@ import pytest
 from drivers import driver_environment, places_of, run_drivers, standalone_cluster, started_processes
 from helpers import MakeRun, is_running, runs_in
 
-from pipelines.rundir import Result, RunDir, read_json
+from pipelines.formats.run_folder import Result, RunDir, read_json
 
 # Sessions of their own, and ranks in each: half a minute where nothing else runs.
 pytestmark = [pytest.mark.faults, pytest.mark.matrix, pytest.mark.timeout(1500)]
@@ -102,10 +102,10 @@ ASKING = """
 import sys, threading, time
 from pathlib import Path
 from pipelines.config import LocalPlatformConfig, SparkConfig
-from pipelines.driver.hosts import check_hosts
+from pipelines.driver.train.hosts import check_hosts
 from pipelines.errors import StageFailed
 from pipelines.platform import local
-from pipelines.rundir import RunDir
+from pipelines.formats.run_folder import RunDir
 
 platform = local(LocalPlatformConfig(spark=SparkConfig(master=sys.argv[1]), ranks=2))
 context = (spark := platform.open_spark()).sparkContext

@@ -20,10 +20,10 @@ from faults import Fault, Kind, faulty_rank
 from helpers import MakeRun, is_running, runs_in
 from pyspark.sql import SparkSession
 
-from pipelines.driver.train import launch
+from pipelines.driver.train.run import launch
 from pipelines.errors import TrainingFailed
+from pipelines.formats.run_folder import RunDir
 from pipelines.platform import Launch, Platform
-from pipelines.rundir import RunDir
 
 pytestmark = pytest.mark.faults
 

@@ -13,8 +13,8 @@ from killed import SOURCE, Pace, Victim, kill_after, start, struck, work, write_
 from pyspark.sql import SparkSession
 
 from pipelines.errors import StageFailed
+from pipelines.formats.shards import Shards
 from pipelines.platform import Platform
-from pipelines.shards import Shards
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 ROWS = 60

@@ -19,8 +19,8 @@ import pytest
 from helpers import TEST_PATH, runs_in
 
 from pipelines.config import LocalPlatformConfig
+from pipelines.formats.run_folder import RunDir
 from pipelines.platform import local
-from pipelines.rundir import RunDir
 from pipelines.tracking import runs
 
 STEPS = 600

@@ -24,7 +24,7 @@ from helpers import TEST_PATH
 from pictures import png
 from playwright.sync_api import Page, expect
 
-from pipelines.tables import GENERATED_CAPTIONS, SAMPLES, Table
+from pipelines.formats.tables import GENERATED_CAPTIONS, SAMPLES, Table
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 EVIL = '<img src=x onerror="document.title=1">'

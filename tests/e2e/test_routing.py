@@ -8,7 +8,7 @@ import pytest
 from helpers import tiny_model, tiny_run, torchrun, write_run, write_shards
 from safetensors.numpy import load_file
 
-from pipelines.rundir import Metrics, RunDir
+from pipelines.formats.run_folder import Metrics, RunDir
 
 EXPERTS = {"kind": "moe", "num_experts": 4, "expert": {"kind": "plain", "mlp_width": 16}, "balance_weight": 0.5}
 

@@ -22,11 +22,11 @@ from helpers import MakeRun, is_running, runs_in, tiny_run, torchrun
 from pyspark.sql import SparkSession
 from safetensors.torch import load_file
 
-from pipelines.driver.launch import check_slots
-from pipelines.driver.train import launch
+from pipelines.driver.train.launch import check_slots
+from pipelines.driver.train.run import launch
 from pipelines.errors import UserError
+from pipelines.formats.run_folder import Result, RunDir, read_json, write_json
 from pipelines.platform import Launch, Platform
-from pipelines.rundir import Result, RunDir, read_json, write_json
 from vlm import text
 from vlm.build import build_model
 from vlm.checkpoint import load_model, save_model

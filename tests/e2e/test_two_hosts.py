@@ -16,8 +16,8 @@ from drivers import started_processes
 from faults import wait_for
 from helpers import runs_in
 
-from pipelines.driver.verdict import failure_of
-from pipelines.rundir import RunDir, step_of
+from pipelines.driver.train.failure import failure_of
+from pipelines.formats.run_folder import RunDir, step_of
 
 # Waiting until a rank's time is up, and two starts: a minute.
 pytestmark = [pytest.mark.faults, pytest.mark.matrix]

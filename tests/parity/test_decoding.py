@@ -30,9 +30,9 @@ from transformers.generation.logits_process import (
 
 from vlm.build import build_model
 from vlm.config import GenerationConfig, ModelConfig
-from vlm.generate import Request, generate
+from vlm.generation.generate import Request, generate
+from vlm.generation.sampling import Penalty, narrow
 from vlm.model import VisionLanguageModel
-from vlm.sampling import Penalty, narrow
 from vlm.text.base import SLOT
 from vlm.text.chars import CharTokenizer
 

@@ -11,7 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, 
 
 from vlm.batch import IGNORE, Batch
 from vlm.layers.moe import GatedExperts, MoeMlp
-from vlm.objective import router_loss
+from vlm.training.objective import router_loss
 
 WIDTH, MLP_WIDTH, EXPERTS = 24, 40, 6
 

@@ -19,11 +19,11 @@ from PIL import Image
 from pyspark.sql import SparkSession
 
 from pipelines.config import LimitsConfig
-from pipelines.driver.caption import CaptionReport, CaptionRequest, TooManyErrors, caption
-from pipelines.driver.model import ModelFiles
+from pipelines.driver.caption.run import CaptionReport, CaptionRequest, TooManyErrors, caption
+from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import StageFailed, UserError
+from pipelines.formats.tables import GENERATED_CAPTIONS
 from pipelines.platform import Platform
-from pipelines.tables import GENERATED_CAPTIONS
 from pipelines.worker.caption import load_captioner
 from vlm import text
 from vlm.build import build_model

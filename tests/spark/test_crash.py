@@ -10,7 +10,7 @@ from pictures import as_base64, png, write_csv
 from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig
-from pipelines.driver.ingest import ingest
+from pipelines.driver.ingest.run import ingest
 from pipelines.driver.shard import shard
 from pipelines.errors import StageFailed
 from pipelines.platform import Platform

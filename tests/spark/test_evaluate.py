@@ -11,19 +11,19 @@ from helpers import executed_queries, tiny_model, write_shards
 from PIL import Image
 from pyspark.sql import SparkSession
 
-from pipelines.driver.evaluate import EvaluationReport, evaluate
-from pipelines.driver.model import ModelFiles
+from pipelines.driver.evaluate.run import EvaluationReport, evaluate
+from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import UserError
+from pipelines.formats.shards import Shards, write_manifest
+from pipelines.formats.tables import EVALUATIONS
 from pipelines.platform import Platform
-from pipelines.shards import Shards, write_manifest
-from pipelines.tables import EVALUATIONS
-from pipelines.worker.batches import Collator
 from pipelines.worker.caption import load_captioner
+from pipelines.worker.data.batches import Collator
 from vlm import text
 from vlm.build import build_model
 from vlm.checkpoint import save_model
-from vlm.generate import Generated
-from vlm.objective import row_scores
+from vlm.generation.generate import Generated
+from vlm.training.objective import row_scores
 
 ROWS = 70
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from pyspark.sql import SparkSession
 
-from pipelines.driver.hosts import check_hosts
-from pipelines.driver.train import launch
+from pipelines.driver.train.hosts import check_hosts
+from pipelines.driver.train.run import launch
 from pipelines.errors import UserError
+from pipelines.formats.run_folder import HostsFile, RunDir, read_json
 from pipelines.platform import Platform
-from pipelines.rundir import HostsFile, RunDir, read_json
 
 
 def make_python(folder: Path, *without: str) -> Path:

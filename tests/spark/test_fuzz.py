@@ -11,7 +11,7 @@ from fuzz import MAX_CHARS, MAX_PIXELS, rows, written
 from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig
-from pipelines.driver.ingest import ingest
+from pipelines.driver.ingest.run import ingest
 from pipelines.platform import Platform
 
 

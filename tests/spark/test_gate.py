@@ -26,12 +26,12 @@ from jobs.rollback import run_rollback
 from jobs.screen import Screen
 from jobs.shard import run_shard
 from pipelines.config import DriftConfig
-from pipelines.driver.compare import Comparison
-from pipelines.driver.promote import record
+from pipelines.driver.evaluate.compare import Comparison
+from pipelines.driver.evaluate.promote import record
 from pipelines.errors import StageFailed, UserError
+from pipelines.formats.shards import Shards
+from pipelines.formats.tables import SAMPLES
 from pipelines.platform import Platform
-from pipelines.shards import Shards
-from pipelines.tables import SAMPLES
 from pipelines.tracking import registry
 
 NAME = "gatekept"

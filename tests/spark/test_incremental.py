@@ -15,12 +15,12 @@ from pictures import as_base64, png, write_csv
 from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig
-from pipelines.driver.account import IngestReport
-from pipelines.driver.ingest import ingest, take
-from pipelines.driver.ledger import items_of
-from pipelines.driver.sources import open_source
-from pipelines.driver.waiting import Waiting
-from pipelines.driver.work import Task, Work, settled
+from pipelines.driver.ingest.decode import Task, Work, settled
+from pipelines.driver.ingest.ledger import items_of
+from pipelines.driver.ingest.run import ingest, take
+from pipelines.driver.ingest.sources import open_source
+from pipelines.driver.ingest.spill import Waiting
+from pipelines.driver.ingest.totals import IngestReport
 from pipelines.errors import UserError
 from pipelines.platform import Platform
 

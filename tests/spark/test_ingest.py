@@ -17,12 +17,13 @@ from PIL import Image
 from pyspark.sql import Row, SparkSession
 
 from pipelines.config import DataConfig
-from pipelines.driver.account import IngestReport
-from pipelines.driver.ingest import ingest
-from pipelines.driver.session import UPKEEP, add_columns, commit_note, ensure_table, note_of, versions
+from pipelines.driver.delta.tables import add_columns, ensure_table
+from pipelines.driver.delta.versions import UPKEEP, commit_note, note_of, versions
+from pipelines.driver.ingest.run import ingest
+from pipelines.driver.ingest.totals import IngestReport
 from pipelines.errors import UserError
+from pipelines.formats.tables import SAMPLES
 from pipelines.platform import Platform
-from pipelines.tables import SAMPLES
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

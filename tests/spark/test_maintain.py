@@ -13,13 +13,13 @@ from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig
-from pipelines.driver.ingest import ingest
-from pipelines.driver.maintain import maintain
-from pipelines.driver.session import UPKEEP
+from pipelines.driver.delta.maintain import maintain
+from pipelines.driver.delta.versions import UPKEEP
+from pipelines.driver.ingest.run import ingest
 from pipelines.driver.shard import shard
 from pipelines.errors import UserError
+from pipelines.formats.tables import SAMPLES, TABLES
 from pipelines.platform import Platform
-from pipelines.tables import SAMPLES, TABLES
 from vlm.config import ImageConfig
 
 

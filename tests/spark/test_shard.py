@@ -14,13 +14,13 @@ from pictures import as_base64, encoded, picture, png, write_csv
 from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig
-from pipelines.driver.ingest import ingest
-from pipelines.driver.session import commit_note, note_of
+from pipelines.driver.delta.versions import commit_note, note_of
+from pipelines.driver.ingest.run import ingest
 from pipelines.driver.shard import ShardReport, shard
 from pipelines.errors import StageFailed, UserError
+from pipelines.formats.shards import MANIFEST, Shards
+from pipelines.formats.tables import SAMPLES
 from pipelines.platform import Platform
-from pipelines.shards import MANIFEST, Shards
-from pipelines.tables import SAMPLES
 from vlm.config import ImageConfig
 from vlm.image import to_pixels
 

@@ -20,15 +20,15 @@ from PIL import Image
 from pyspark.sql import Row, SparkSession
 
 from pipelines.config import DataConfig
-from pipelines.driver.account import TooManyRefused
-from pipelines.driver.ingest import ingest
-from pipelines.driver.ledger import items_of
-from pipelines.driver.plan import Totals
-from pipelines.driver.quarantine import look_into
-from pipelines.driver.replay import replay
-from pipelines.driver.report import write_report
-from pipelines.driver.sources import open_source
-from pipelines.driver.work import Task, Work, settled
+from pipelines.driver.ingest.decode import Task, Work, settled
+from pipelines.driver.ingest.ledger import items_of
+from pipelines.driver.ingest.plan import Totals
+from pipelines.driver.ingest.quarantine import look_into
+from pipelines.driver.ingest.replay import replay
+from pipelines.driver.ingest.report import write_report
+from pipelines.driver.ingest.run import ingest
+from pipelines.driver.ingest.sources import open_source
+from pipelines.driver.ingest.totals import TooManyRefused
 from pipelines.platform import Platform
 
 Written = tuple[dict[str, Any], dict[str, int]]

@@ -11,17 +11,18 @@ from safetensors.torch import load_file, save_file
 
 from pipelines.config import TrainConfig
 from pipelines.config import load_model as load_config
-from pipelines.worker.start import Start
-from vlm.adapters import LoraLinear, add_adapter, halve_frozen, load_adapter, merge_adapter, save_adapter
+from pipelines.worker.train.initial_weights import Start
 from vlm.batch import Batch
 from vlm.build import build_model
-from vlm.checkpoint import load_model, load_state, save_model
+from vlm.checkpoint import load_model, save_model
 from vlm.config import AdapterConfig, ModelConfig
-from vlm.digest import file_digest
 from vlm.errors import CheckpointError, ConfigError
+from vlm.files import file_digest
 from vlm.model import VisionLanguageModel
-from vlm.optim import build_adamw
-from vlm.train import StepReport, fit
+from vlm.training.adapters import LoraLinear, add_adapter, halve_frozen, load_adapter, merge_adapter, save_adapter
+from vlm.training.loop import StepReport, fit
+from vlm.training.optim import build_adamw
+from vlm.training.state import load_state
 
 TEXTS = [("", "red car"), ("", "blue bus"), ("", "old iphone")]
 BLOCKS = AdapterConfig(pattern="decoder.blocks.*", rank=4, alpha=8)

@@ -21,7 +21,7 @@ from vlm import text
 from vlm.build import build_model
 from vlm.checkpoint import save_model
 from vlm.config import CharsConfig, JsonTextConfig
-from vlm.generate import Request, generate
+from vlm.generation.generate import Request, generate
 from vlm.image import open_image, to_pixels
 from vlm.model import VisionLanguageModel
 from vlm.text import Tokenizer

@@ -13,9 +13,9 @@ from helpers import global_batches, tiny_run, write_shards
 
 from pipelines.config import AugmentConfig, RunConfig
 from pipelines.errors import ConfigError
-from pipelines.shards import Row, Shards
-from pipelines.worker.augment import Augmenter
-from pipelines.worker.order import Draw
+from pipelines.formats.shards import Row, Shards
+from pipelines.worker.data.augment import Augmenter
+from pipelines.worker.data.order import Draw
 from vlm.text.chars import CharTokenizer
 
 ALL = AugmentConfig(scale=(0.4, 0.9), flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4)

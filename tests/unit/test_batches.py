@@ -17,9 +17,9 @@ import torch
 from helpers import global_batches, tiny_model, write_shards
 
 from pipelines.driver.shard import Packed, mix
-from pipelines.shards import Row, Shards
-from pipelines.worker.batches import Collator, ahead, training_batches
-from pipelines.worker.prefetch import copied_ahead
+from pipelines.formats.shards import Row, Shards
+from pipelines.worker.data.batches import Collator, ahead, training_batches
+from pipelines.worker.data.prefetch import copied_ahead
 from vlm.batch import IGNORE, Batch
 from vlm.text.chars import CharTokenizer
 

@@ -9,13 +9,12 @@ import pytest
 from models import tiny_model, tiny_pixels
 from PIL import Image
 
-from pipelines.config import LimitsConfig
 from pipelines.worker import caption
-from pipelines.worker.caption import Captioner
+from vlm.captioner import Captioner
 from vlm.config import GenerationConfig
 
 SETTINGS = GenerationConfig(max_new_tokens=6)
-LIMITS = LimitsConfig(min_side=8)
+MIN_SIDE = 8
 
 
 def files(count: int) -> list[bytes | str | None]:
@@ -32,9 +31,9 @@ def test_prompts_of_any_length_share_batches_and_change_no_answer(changes: dict[
     captioner = Captioner(*tiny_model("other"))
     settings = SETTINGS.model_copy(update=changes)
     images, prompts = files(12), ["", "what", "a long question", "why"] * 3
-    together = captioner.caption(images, prompts, settings, LIMITS)
+    together = captioner.caption(images, prompts, settings, min_side=MIN_SIDE)
     for image, prompt, result in zip(images, prompts, together, strict=True):
-        (alone,) = captioner.caption([image], [prompt], settings, LIMITS)
+        (alone,) = captioner.caption([image], [prompt], settings, min_side=MIN_SIDE)
         assert (alone.caption, alone.num_tokens, alone.sha256) == (result.caption, result.num_tokens, result.sha256)
         assert alone.mean_logprob == pytest.approx(result.mean_logprob, abs=1e-4)
     assert len({result.caption for result in together}) > 1
@@ -43,7 +42,7 @@ def test_prompts_of_any_length_share_batches_and_change_no_answer(changes: dict[
 def test_a_prompt_too_long_and_a_broken_picture_are_errors_of_their_rows_alone() -> None:
     captioner = Captioner(*tiny_model("other"))
     good, other, broken = *files(2), b"no picture"
-    results = captioner.caption([good, other, broken], ["a", "what" * 20, "a"], SETTINGS, LIMITS)
+    results = captioner.caption([good, other, broken], ["a", "what" * 20, "a"], SETTINGS, min_side=MIN_SIDE)
     assert [result.error is None for result in results] == [True, False, False]
     assert "does not fit the model's context" in str(results[1].error)
     assert "not_an_image" in str(results[2].error)
@@ -52,10 +51,10 @@ def test_a_prompt_too_long_and_a_broken_picture_are_errors_of_their_rows_alone()
 
 def test_the_caption_is_cut_at_a_stop_string() -> None:
     captioner = Captioner(*tiny_model("other"))
-    (free,) = captioner.caption(files(1), [""], SETTINGS, LIMITS)
+    (free,) = captioner.caption(files(1), [""], SETTINGS, min_side=MIN_SIDE)
     assert free.caption is not None
     word = free.caption[2:4]
-    (cut,) = captioner.caption(files(1), [""], SETTINGS.model_copy(update={"stop": (word,)}), LIMITS)
+    (cut,) = captioner.caption(files(1), [""], SETTINGS.model_copy(update={"stop": (word,)}), min_side=MIN_SIDE)
     assert cut.caption == free.caption[: free.caption.index(word)]
 
 

@@ -14,8 +14,8 @@ from torch import distributed
 from torch._C._distributed_c10d import HashStore
 
 from pipelines.errors import UserError
-from pipelines.rundir import Metrics, RunDir, RunFile, write_json
-from pipelines.worker.checkpoints import CheckpointWriter, agree, best_checkpoint, refuse_other_science
+from pipelines.formats.run_folder import Metrics, RunDir, RunFile, write_json
+from pipelines.worker.train.checkpoints import CheckpointWriter, agree, best_checkpoint, refuse_other_science
 from vlm.errors import CheckpointError
 
 CPU = torch.device("cpu")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import signal
@@ -17,17 +16,15 @@ from hypothesis import strategies as st
 from pictures import IMAGE, TEXT, as_base64, encoded, picture, png
 
 from pipelines.config import ColumnNames, ColumnSplitConfig, FileSplitConfig, HashSplitConfig, LimitsConfig
-from pipelines.executor.decode import (
+from pipelines.executor.ingest.decode import (
     FLUSH_BYTES,
-    Refused,
     Rules,
-    decode_base64,
     decode_batches,
     split_of,
     split_of_file,
 )
-from pipelines.executor.records import Fields, Record, Trouble
-from pipelines.tables import REASONS
+from pipelines.executor.ingest.records import Fields, Record, Trouble
+from pipelines.formats.tables import REASONS
 
 LIMITS = LimitsConfig(max_bytes=50_000, max_pixels=10_000, min_side=4, max_text_chars=40)
 RULES = Rules("birds", ColumnNames(), LIMITS, HashSplitConfig(val=0.2, test=0.2))
@@ -167,47 +164,11 @@ def test_the_payload_of_a_refused_row_has_bytes_as_base64_and_can_be_read_again(
     assert one(again)["reason"] == outcome["reason"]
 
 
-def test_more_bytes_than_allowed_are_refused_before_they_are_decoded() -> None:
-    with pytest.raises(Refused) as caught:
-        decode_base64("!" * 80_000, max_bytes=50_000)
-    assert caught.value.reason == "too_large"
-
-
 @pytest.mark.parametrize(
     "text", ["caf\u00e9", "cafe\u0301", "  caf\u00e9 \n", "\0caf\u00e9\x07\x9f", "\rcafe\u0301\r\n"]
 )
 def test_texts_that_look_the_same_are_the_same(text: str) -> None:
     assert one({TEXT: text})["texts"] == [{"prompt": "", "text": "caf\u00e9"}]
-
-
-@given(
-    st.binary(max_size=60),
-    st.sampled_from(["", " ", "\r\n"]),
-    *(st.booleans() for _ in range(3)),
-    st.sampled_from([1, 4, 7, 76, 100]),
-)
-def test_base64_forgives_what_people_do_to_it(
-    data: bytes, space: str, url: bool, padded: bool, safe: bool, width: int
-) -> None:
-    body = base64.urlsafe_b64encode(data).decode() if safe else as_base64(data)
-    body = body if padded else body.rstrip("=")
-    body = space.join(body[at : at + width] for at in range(0, len(body), width))
-    prefix = "data:image/png;base64," if url else ""
-    assert decode_base64(f"{space}{prefix}{body}{space}", max_bytes=60) == data
-
-
-@given(st.text(st.characters(codec="utf-8"), max_size=40))
-def test_base64_is_right_or_refused_never_half_read(text: str) -> None:
-    try:
-        data = decode_base64(text, max_bytes=100)
-    except Refused as refused:
-        reason = refused.reason
-    else:
-        reason = ""
-        body = "".join(text.split()).rpartition(",")[2].rstrip("=")
-        assert len(data) == len(body) * 3 // 4
-        assert base64.urlsafe_b64decode(body.translate(str.maketrans("+/", "-_")) + "=" * (-len(body) % 4)) == data
-    assert reason in ("", "bad_base64")
 
 
 ROWS = st.fixed_dictionaries(

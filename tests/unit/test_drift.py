@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.driver.drift import Evaluated, compare_figures
-from pipelines.gate import DriftConfig
-from pipelines.tally import DRAWN, Tally, total
+from pipelines.config import DriftConfig
+from pipelines.driver.caption.drift import Evaluated, compare_figures
+from pipelines.formats.caption_stats import DRAWN, Tally, total
 from vlm.text.words import words
 
 BEFORE = {

@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 from helpers import is_running, tiny_run, write_run, write_shards
 
-from pipelines.driver.train import why_not_again
-from pipelines.driver.verdict import failure_of, wait_for_words
-from pipelines.rundir import Failure, RankFile, RunDir, read_json, touch_heartbeat, write_json
-from pipelines.worker.failure import is_consequence
+from pipelines.driver.train.failure import failure_of, wait_for_words
+from pipelines.driver.train.run import why_not_again
+from pipelines.formats.run_folder import Failure, RankFile, RunDir, read_json, touch_heartbeat, write_json
+from pipelines.worker.rank.failure import is_consequence
 
 START = """
 import os, sys, time
 from pathlib import Path
 from typing import Any
-from pipelines.rundir import RunDir
-from pipelines.worker.failure import Watch
+from pipelines.formats.run_folder import RunDir
+from pipelines.worker.rank.failure import Watch
 
 run = RunDir(Path(sys.argv[1]))
 """

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from pipelines.config import PICTURE
-from pipelines.executor.files import tar_records, with_pictures
-from pipelines.executor.records import Record, Trouble
+from pipelines.executor.ingest.files import tar_records, with_pictures
+from pipelines.executor.ingest.records import Record, Trouble
 
 IMAGES = ("jpg", "png")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from browser import browsed
 from PIL import Image
 
-from pipelines.driver.bootstrap import Interval
-from pipelines.driver.gallery import Answer, Card, write_html, write_png
+from pipelines.driver.evaluate.bootstrap import Interval
+from pipelines.driver.evaluate.gallery import Answer, Card, write_html, write_png
 
 
 def card(number: int, *, exact: bool, caption: str = "a red square") -> Card:

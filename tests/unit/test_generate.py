@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from vlm.batch import Batch
 from vlm.config import GenerationConfig
 from vlm.errors import UserError
-from vlm.generate import Generated, Request, generate, stream
+from vlm.generation.generate import Generated, Request, generate, stream
+from vlm.generation.sampling import draw
 from vlm.model import VisionLanguageModel
-from vlm.sampling import draw
 from vlm.text.base import NUM_SPECIAL, Tokenizer
 from vlm.text.prompt import prefix_ids
 

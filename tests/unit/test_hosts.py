@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.driver.hosts import compare, summary
+from pipelines.driver.train.hosts import compare, summary
 from pipelines.errors import UserError
-from pipelines.executor.environment import describe
-from pipelines.rundir import Host
+from pipelines.executor.host_info import describe
+from pipelines.formats.run_folder import Host
 
 GPUS = ("NVIDIA H200", "NVIDIA H200")
 
@@ -33,7 +33,7 @@ def test_a_host_tells_its_torch_as_torch_itself_does_without_importing_it() -> N
     assert (told.name, told.executable) == (socket.gethostname(), sys.executable)
     assert (told.packages["torch"], told.cuda) == (torch.__version__, torch.version.cuda or "")
     assert all(told.packages.values())
-    code = "import sys; from pipelines.executor.environment import describe; describe(); print(*sys.modules)"
+    code = "import sys; from pipelines.executor.host_info import describe; describe(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "numpy", "pyarrow", "pydantic"} & set(done.stdout.split())
 

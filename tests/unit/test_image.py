@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import struct
 import zlib
 
@@ -9,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import encoded, picture, png
+from pictures import as_base64, encoded, picture, png
 from PIL import Image
 
 from vlm.config import ImageConfig
 from vlm.errors import IMAGE_REASONS, ImageError
-from vlm.image import FORMATS, ImageInfo, open_image, to_pixels
+from vlm.image import FORMATS, ImageInfo, decode_base64, open_image, to_pixels
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -179,3 +180,39 @@ def test_damaged_bytes_give_a_picture_or_a_reason_and_nothing_else(kind: str, da
         assert image.mode == "RGB"
         assert np.array(image).shape == (image.height, image.width, 3)
     assert reason in ("", *IMAGE_REASONS)
+
+
+def test_more_bytes_than_allowed_are_refused_before_they_are_decoded() -> None:
+    with pytest.raises(ImageError) as caught:
+        decode_base64("!" * 80_000, max_bytes=50_000)
+    assert caught.value.reason == "too_large"
+
+
+@given(
+    st.binary(max_size=60),
+    st.sampled_from(["", " ", "\r\n"]),
+    *(st.booleans() for _ in range(3)),
+    st.sampled_from([1, 4, 7, 76, 100]),
+)
+def test_base64_forgives_what_people_do_to_it(
+    data: bytes, space: str, url: bool, padded: bool, safe: bool, width: int
+) -> None:
+    body = base64.urlsafe_b64encode(data).decode() if safe else as_base64(data)
+    body = body if padded else body.rstrip("=")
+    body = space.join(body[at : at + width] for at in range(0, len(body), width))
+    prefix = "data:image/png;base64," if url else ""
+    assert decode_base64(f"{space}{prefix}{body}{space}", max_bytes=60) == data
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=40))
+def test_base64_is_right_or_refused_never_half_read(text: str) -> None:
+    try:
+        data = decode_base64(text, max_bytes=100)
+    except ImageError as refused:
+        reason = refused.reason
+    else:
+        reason = ""
+        body = "".join(text.split()).rpartition(",")[2].rstrip("=")
+        assert len(data) == len(body) * 3 // 4
+        assert base64.urlsafe_b64decode(body.translate(str.maketrans("+/", "-_")) + "=" * (-len(body) % 4)) == data
+    assert reason in ("", "bad_base64")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.jars import Jars, delta_jars
+from pipelines.platform.jars import Jars, delta_jars
 
 
 @pytest.fixture(autouse=True)

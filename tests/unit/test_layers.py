@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlm.cache import KVCache
 from vlm.layers.attention import Attention
+from vlm.layers.cache import KVCache
 from vlm.layers.mask import attention_mask, prefix_marks, within_window
 from vlm.layers.norm import OffsetRmsNorm
 from vlm.layers.position import Angles, Rotary, turn

@@ -9,7 +9,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.executor.lines import read_lines
+from pipelines.executor.ingest.lines import read_lines
 
 
 @settings(deadline=None)

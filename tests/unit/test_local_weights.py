@@ -13,12 +13,12 @@ import pytest
 from helpers import TEST_PATH
 
 from pipelines.errors import StageFailed
-from pipelines.executor.weights import KEPT, on_this_machine
+from pipelines.executor.model_cache import KEPT, on_this_machine
 
 COPY = """
 import shutil, sys, time
 from pathlib import Path
-from pipelines.executor.weights import on_this_machine
+from pipelines.executor.model_cache import on_this_machine
 whole = shutil.copyfile
 def slowly(source, target):
     print("copies", source.name, flush=True)

@@ -10,8 +10,8 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from pipelines.driver.bootstrap import differences, measure, slices
-from pipelines.driver.metrics import Scored, best_constant, has_java, meteor
+from pipelines.driver.evaluate.bootstrap import differences, measure, slices
+from pipelines.driver.evaluate.metrics import Scored, best_constant, has_java, meteor
 from vlm.text.words import words
 
 TRUTH = [

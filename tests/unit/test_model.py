@@ -8,8 +8,8 @@ from models import VARIANTS, tiny_batch, tiny_config, tiny_model, tiny_pixels
 
 from vlm.batch import IGNORE, Batch
 from vlm.build import build_model
-from vlm.objective import blind_losses, num_targets, row_losses, token_loss
 from vlm.text.base import SLOT
+from vlm.training.objective import blind_losses, num_targets, row_losses, token_loss
 
 TEXTS = [("", "a red car"), ("what?", "bus"), ("", "sky")]
 

@@ -12,8 +12,15 @@ from hypothesis import strategies as st
 from pictures import encoded, picture
 from PIL import Image
 
-from pipelines.driver.near import MASKS
-from pipelines.executor.near import FINGERPRINT_BYTES, MAX_STEPS, STEP_BYTES, alike, fingerprint, near_pairs
+from pipelines.driver.ingest.near_duplicates import MASKS
+from pipelines.executor.ingest.fingerprint import (
+    FINGERPRINT_BYTES,
+    MAX_STEPS,
+    STEP_BYTES,
+    alike,
+    fingerprint,
+    near_pairs,
+)
 
 MASK = (1 << 64) - 1
 

@@ -17,16 +17,16 @@ import pytest
 from helpers import TEST_PATH, write_shards
 
 from pipelines.errors import StageFailed
-from pipelines.shards import Shards
-from pipelines.worker.nearby import ShardCopier
+from pipelines.formats.shards import Shards
+from pipelines.worker.data.shard_cache import ShardCopier
 
 FILES, PLENTY = 4, 2**40
 
 COPY = """
 import re, shutil, sys, time
 from pathlib import Path
-from pipelines.shards import Shards
-from pipelines.worker.nearby import ShardCopier
+from pipelines.formats.shards import Shards
+from pipelines.worker.data.shard_cache import ShardCopier
 far, root, record, seconds = sys.argv[1:]
 whole = shutil.copyfile
 def slowly(source, target):

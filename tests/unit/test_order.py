@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.worker.order import Draw, bits, draw, fractions, hash64, mixed, permute
+from pipelines.worker.data.order import Draw, bits, draw, fractions, hash64, mixed, permute
 
 seeds = st.integers(-(2**63), 2**64)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pictures import encoded, picture
 
-from pipelines.driver.page import Card, Chart, Gallery, Page, write_page
+from pipelines.pages.page import Card, Chart, Gallery, Page, write_page
 
 EVIL = '<script>alert("x")</script>'
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vlm.build import build_model
 from vlm.config import ModelConfig, Precision
 from vlm.errors import UserError
-from vlm.generate import Request, generate
+from vlm.generation.generate import Request, generate
 from vlm.model import VisionLanguageModel
 from vlm.precision import set_precision
 from vlm.text.prompt import prefix_ids

@@ -13,13 +13,13 @@ import pytest
 from helpers import tiny_run, write_shards
 
 from pipelines.config import LocalPlatformConfig
-from pipelines.driver.launch import only_launch
 from pipelines.driver.shard import ShardReport
-from pipelines.driver.train import finished, prepare
+from pipelines.driver.train.launch import only_launch
+from pipelines.driver.train.run import finished, prepare
 from pipelines.errors import UserError
+from pipelines.formats.run_folder import LauncherFile, Result, RunDir, write_json
+from pipelines.formats.shards import Shards
 from pipelines.platform import Platform, local
-from pipelines.rundir import LauncherFile, Result, RunDir, write_json
-from pipelines.shards import Shards
 from vlm import text
 from vlm.config import CharsConfig, ModelConfig
 

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.driver.bootstrap import measure
-from pipelines.driver.evaluate import EvaluationReport
-from pipelines.driver.metrics import Scored
-from pipelines.driver.promote import judge
-from pipelines.driver.scores import SCORES, write_scores
-from pipelines.gate import GateConfig, Trial
+from pipelines.config import GateConfig, Trial
+from pipelines.driver.evaluate.bootstrap import measure
+from pipelines.driver.evaluate.metrics import Scored
+from pipelines.driver.evaluate.promote import judge
+from pipelines.driver.evaluate.run import EvaluationReport
+from pipelines.driver.evaluate.scores import SCORES, write_scores
 
 WELL = Trial(failure="", pictures=4, errors=())
 TRUTH = ("a red square", "a blue circle", "a green dot", "a white line")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.executor.records import (
+from pipelines.executor.ingest.records import (
     FILE,
     Record,
     csv_records,

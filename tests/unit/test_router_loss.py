@@ -15,10 +15,10 @@ from vlm.batch import IGNORE, Batch
 from vlm.build import build_model
 from vlm.layers.moe import MoeMlp, Routing
 from vlm.model import VisionLanguageModel
-from vlm.objective import num_targets, routed_layers, router_loss, token_loss
-from vlm.optim import build_adamw, parameter_groups
 from vlm.text.base import Tokenizer
-from vlm.train import StepReport, fit
+from vlm.training.loop import StepReport, fit
+from vlm.training.objective import num_targets, routed_layers, router_loss, token_loss
+from vlm.training.optim import build_adamw, parameter_groups
 
 TEXTS = [("", "red car"), ("what is it?", "a very long blue bus"), ("", "old iphone")]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.rundir import (
+from pipelines.formats.run_folder import (
     CaptionSample,
     CaptionSamples,
     Failure,

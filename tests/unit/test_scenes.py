@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from pipelines.errors import UserError
+from pipelines.formats.tables import REASONS
 from pipelines.scenes import (
     BREAKERS,
     COLOURS,
@@ -28,7 +29,6 @@ from pipelines.scenes import (
     random_scene,
     write_scenes,
 )
-from pipelines.tables import REASONS
 
 THING = f"a ({'|'.join(RADII)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
 SENTENCE = re.compile(f"{THING} (?:({'|'.join(PLACES)})|({'|'.join(RELATIONS)}) {THING})")

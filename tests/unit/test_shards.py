@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from pipelines.driver.shard import Packed, mix
 from pipelines.errors import StageFailed, UserError
-from pipelines.shards import (
+from pipelines.formats.shards import (
     BATCH_ROWS,
     Manifest,
     ShardRequest,
@@ -142,7 +142,7 @@ def test_a_picture_that_cannot_lie_where_its_file_says_is_damage(tmp_path: Path,
 READ_ALL = """
 import resource, sys
 from pathlib import Path
-from pipelines.shards import Shards
+from pipelines.formats.shards import Shards
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))
 shards = Shards.open(Path(sys.argv[1]))
 print(len({shards.row(index).image_id for index in range(len(shards))}))

@@ -1,4 +1,4 @@
-"""What `vlm.size` says a model computes is what torch counts when it runs."""
+"""What `vlm.config.size` says a model computes is what torch counts when it runs."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from models import VARIANTS, tiny_model, tiny_pixels
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlm.size import flops_per_sample, peak_of
+from vlm.config.size import flops_per_sample, peak_of
 from vlm.text.base import SLOT
 
 

@@ -15,11 +15,11 @@ from torch._C._distributed_c10d import HashStore
 
 from pipelines.config import OptimizerConfig, StageConfig, TrainConfig, load_run
 from pipelines.errors import ConfigError
-from pipelines.rundir import RunDir
-from pipelines.worker.failure import Watch
-from pipelines.worker.place import Place
-from pipelines.worker.stages import plan
-from pipelines.worker.training import Learner
+from pipelines.formats.run_folder import RunDir
+from pipelines.worker.rank.env import Place
+from pipelines.worker.rank.failure import Watch
+from pipelines.worker.train.learner import Learner
+from pipelines.worker.train.stages import plan
 
 PROJECTOR = {"steps": 6, "groups": [{"pattern": "projector.*", "lr": 4e-3}]}
 ALL = {"steps": 8, "groups": [{"pattern": "encoder.*", "lr": 1e-3}, {"pattern": ".*", "lr": 2e-3}]}

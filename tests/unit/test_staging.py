@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.config import LocalPlatformConfig
-from pipelines.driver.waiting import PREFIX, STALE, waiting_rows
-from pipelines.executor.decode import OUTCOME
-from pipelines.executor.staging import NARROW, PLACE, staged, with_wide
+from pipelines.driver.ingest.spill import PREFIX, STALE, waiting_rows
+from pipelines.executor.ingest.decode import OUTCOME
+from pipelines.executor.ingest.spill import NARROW, PLACE, staged, with_wide
 from pipelines.platform import local
 
 Batches = list[list[bytes | None]]

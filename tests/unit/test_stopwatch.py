@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pipelines.worker.report import Stopwatch
+from pipelines.worker.rank.metrics import Stopwatch
 from vlm.batch import Batch
 
 
@@ -20,7 +20,7 @@ class Clock:
 
 
 def test_a_lap_counts_steps_and_waiting_but_no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.worker.report.time.perf_counter", clock := Clock())
+    monkeypatch.setattr("pipelines.worker.rank.metrics.time.perf_counter", clock := Clock())
     batch = Batch(*(torch.zeros(1) for _ in Batch.__dataclass_fields__))
 
     def loaded() -> Iterator[list[Batch]]:

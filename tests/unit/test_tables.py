@@ -9,8 +9,8 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 from pyarrow.fs import LocalFileSystem
 
-from pipelines.executor.decode import OUTCOME
-from pipelines.tables import QUARANTINE, REASONS, SAMPLES, TABLES, Table, files_of, sql_type
+from pipelines.executor.ingest.decode import OUTCOME
+from pipelines.formats.tables import QUARANTINE, REASONS, SAMPLES, TABLES, Table, files_of, sql_type
 from vlm.errors import IMAGE_REASONS
 
 

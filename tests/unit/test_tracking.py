@@ -27,11 +27,11 @@ from PIL import Image
 
 from pipelines.config import LocalPlatformConfig
 from pipelines.errors import TrainingFailed, UserError
+from pipelines.formats.run_folder import CaptionSample, CaptionSamples, Failure, Metrics, Result, RunDir, write_json
 from pipelines.platform import Platform, local
-from pipelines.rundir import CaptionSample, CaptionSamples, Failure, Metrics, Result, RunDir, write_json
 from pipelines.tracking import registry, runs
-from pipelines.tracking.load import draw_expert_load
-from pipelines.tracking.trial import find_pickles, try_folder
+from pipelines.tracking.expert_load_plot import draw_expert_load
+from pipelines.tracking.smoke_test import find_pickles, try_folder
 from vlm import text
 from vlm.build import build_model
 from vlm.checkpoint import save_model

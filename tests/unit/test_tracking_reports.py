@@ -18,8 +18,8 @@ from jobs.common import Job
 from jobs.ingest import track
 from jobs.screen import Screen
 from pipelines.config import load_run
-from pipelines.driver.near import NearReport
-from pipelines.driver.report import Figures, FullReport
+from pipelines.driver.ingest.near_duplicates import NearReport
+from pipelines.driver.ingest.report import Figures, FullReport
 from pipelines.platform import Platform, local
 from pipelines.tracking.runs import connect
 

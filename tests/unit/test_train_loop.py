@@ -13,27 +13,17 @@ from pydantic import TypeAdapter
 
 from vlm.batch import Batch
 from vlm.build import build_model
-from vlm.checkpoint import (
-    copy_training,
-    load_model,
-    load_state,
-    load_weights,
-    save_model,
-    save_state,
-    save_weights,
-    verify_folder,
-    weights_of,
-    whole_folder,
-)
+from vlm.checkpoint import load_model, load_weights, save_model, save_weights, verify_folder, weights_of, whole_folder
 from vlm.config import ScheduleConfig, StableScheduleConfig
 from vlm.errors import CheckpointError, ConfigError
 from vlm.layers.block import compile_blocks, recompute_blocks
 from vlm.model import VisionLanguageModel
-from vlm.objective import blind_losses
-from vlm.optim import averaged, build_adamw, choose_learners, follow_average, parameter_groups, schedule
 from vlm.seeds import mix
 from vlm.text.base import Tokenizer
-from vlm.train import NotFiniteError, StepReport, fit
+from vlm.training.loop import NotFiniteError, StepReport, fit
+from vlm.training.objective import blind_losses
+from vlm.training.optim import averaged, build_adamw, choose_learners, follow_average, parameter_groups, schedule
+from vlm.training.state import copy_training, load_state, save_state
 
 TEXTS = [("", "red car"), ("", "blue bus"), ("", "old iphone")]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm.cache import KVCache
+from vlm.layers.cache import KVCache
 from vlm.layers.position import Angles, turn
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlm.cache import KVCache
 from vlm.layers.attention import Attention
+from vlm.layers.cache import KVCache
 from vlm.layers.position import Angles
 
 

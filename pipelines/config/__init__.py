@@ -1,0 +1,80 @@
+"""A run as data: what the YAML under `conf/` may say, checked and frozen before anything starts.
+
+Start reading in `run.py`, which resolves four names (model, data, train, platform) into one `RunConfig`. Its sections
+are in `data.py`, `train.py` and `gate.py`. Imports only `vlm.config` and the standard library: no torch, Spark or
+MLflow.
+"""
+
+from pipelines.config.data import (
+    PICTURE,
+    ColumnNames,
+    ColumnSplitConfig,
+    CsvSourceConfig,
+    DataConfig,
+    FileSplitConfig,
+    FolderSourceConfig,
+    HashSplitConfig,
+    JsonlSourceConfig,
+    LimitsConfig,
+    ParquetSourceConfig,
+    ShardConfig,
+    SourceConfig,
+    Split,
+    SplitConfig,
+    TableSourceConfig,
+    WebDatasetSourceConfig,
+)
+from pipelines.config.gate import DriftConfig, GateConfig, Trial
+from pipelines.config.run import (
+    Chosen,
+    DatabricksPlatformConfig,
+    LocalPlatformConfig,
+    PlatformConfig,
+    RunConfig,
+    SparkConfig,
+    available,
+    conf_folders,
+    load_model,
+    load_run,
+    short_hash,
+)
+from pipelines.config.train import AugmentConfig, GroupConfig, OptimizerConfig, StageConfig, TrainConfig
+
+__all__ = [
+    "PICTURE",
+    "AugmentConfig",
+    "Chosen",
+    "ColumnNames",
+    "ColumnSplitConfig",
+    "CsvSourceConfig",
+    "DataConfig",
+    "DatabricksPlatformConfig",
+    "DriftConfig",
+    "FileSplitConfig",
+    "FolderSourceConfig",
+    "GateConfig",
+    "GroupConfig",
+    "HashSplitConfig",
+    "JsonlSourceConfig",
+    "LimitsConfig",
+    "LocalPlatformConfig",
+    "OptimizerConfig",
+    "ParquetSourceConfig",
+    "PlatformConfig",
+    "RunConfig",
+    "ShardConfig",
+    "SourceConfig",
+    "SparkConfig",
+    "Split",
+    "SplitConfig",
+    "StageConfig",
+    "TableSourceConfig",
+    "TrainConfig",
+    "Trial",
+    "WebDatasetSourceConfig",
+    "available",
+    "conf_folders",
+    "load_model",
+    "load_run",
+    "short_hash",
+]

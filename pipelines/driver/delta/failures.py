@@ -1,0 +1,53 @@
+"""What fails inside Spark, told in one paragraph: bad SQL of a user, a failed job, a worker that died."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
+from pyspark.errors import AnalysisException, PySparkException
+from pyspark.sql import DataFrame
+
+from pipelines.errors import StageFailed, UserError
+
+DIED = re.compile(r"Python worker exited unexpectedly|ExecutorLostFailure|^(?:Caused by: )?MemoryError", re.MULTILINE)
+
+
+def filtered(frame: DataFrame, condition: str, *, where: str) -> DataFrame:
+    """The rows that meet a user's SQL condition; all of them where it is empty.
+
+    Raises:
+        UserError: it is no SQL on these columns. `where` says where it was written.
+    """
+    try:
+        return frame.filter(condition) if condition else frame
+    except AnalysisException as error:  # a ParseException is one too
+        raise UserError(
+            "the condition cannot be used",
+            where=where,
+            got=f"{condition} ({str(error).strip().splitlines()[0]})",
+            fix=f"write SQL on these columns: {', '.join(frame.columns)}",
+        ) from None
+
+
+@contextmanager
+def spark_failures(what: str, *, where: str) -> Iterator[None]:
+    """Tell what fails in Spark inside as one paragraph; the JVM's and the workers' traces hang on as the cause.
+
+    Raises:
+        StageFailed: Spark, an executor or a Python worker failed.
+    """
+    try:
+        yield
+    except (PySparkException, Py4JJavaError) as error:
+        named = re.findall(r"^(?:: |Caused by: )?([\w.]+(?:Error|Exception|Failed): .+)$", str(error), re.MULTILINE)
+        got = named[-1] if named else str(error).strip().partition("\n")[0]
+        fix = "correct the cause and run the command again: what is done stays done, nothing is doubled"
+        raise StageFailed(what, where=where, got=got[:500], fix=fix) from error
+
+
+def worker_died(error: Exception) -> bool:
+    """Whether Spark failed because a Python worker, or an executor, ended without a word or for want of memory."""
+    return isinstance(error, (PySparkException, Py4JJavaError)) and bool(DIED.search(str(error)))

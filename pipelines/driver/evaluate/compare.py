@@ -1,0 +1,113 @@
+"""Two versions on the same rows: who wins where, and whether the difference is more than chance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pyspark.sql import SparkSession
+
+from pipelines.driver.evaluate.bootstrap import Interval, differences, paired
+from pipelines.driver.evaluate.gallery import GROUP_ROWS, Answer, Card, write_html
+from pipelines.driver.evaluate.metrics import Scored
+from pipelines.driver.evaluate.run import EvaluationReport, thumbnails_of
+from pipelines.errors import StageFailed
+from pipelines.formats.shards import ShardRequest
+from pipelines.platform import Platform
+from vlm.config import Config
+
+Pair = tuple[Scored, Scored]
+
+
+class Comparison(Config):
+    """Version `one` beside version `other`.
+
+    Attributes:
+        rows: that both captioned.
+        differences: each metric of `one` minus that of `other`, with the interval of a paired bootstrap.
+        wins: rows where `one` has the higher word F1.
+        losses: rows where `other` has.
+        ties: the other rows.
+        page: the rows that differ most, side by side.
+    """
+
+    model_name: str
+    one: str
+    other: str
+    source: str
+    split: str
+    rows: int
+    differences: dict[str, Interval]
+    wins: int
+    losses: int
+    ties: int
+    page: Path
+
+
+def compare(
+    spark: SparkSession, platform: Platform, request: ShardRequest, one: EvaluationReport, other: EvaluationReport
+) -> Comparison:
+    """Compare two evaluations of the split that a shard request names, and write the page.
+
+    Raises:
+        StageFailed: there is no row that both captioned.
+    """
+    pairs = list(zip(*paired(one.scores(), other.scores()), strict=True))
+    if not pairs:
+        raise StageFailed(
+            "the versions cannot be compared",
+            where=f"{request.source}, split {request.split}",
+            got=f"no row that versions {one.model_version} and {other.model_version} both captioned",
+            fix="evaluate both on the same table version",
+        )
+    names = (one.model_version, other.model_version)
+    report = Comparison(
+        model_name=one.model_name,
+        one=names[0],
+        other=names[1],
+        source=one.source,
+        split=one.split,
+        rows=len(pairs),
+        differences=differences(one.scores(), other.scores()),
+        wins=sum(a.f1 > b.f1 for a, b in pairs),
+        losses=sum(a.f1 < b.f1 for a, b in pairs),
+        ties=sum(a.f1 == b.f1 for a, b in pairs),
+        page=platform.folder("reports") / f"compare-{one.scores_hash}-{other.scores_hash}.html",
+    )
+    groups = _groups(pairs, names)
+    samples = spark.read.option("versionAsOf", request.table_version).table(request.table)
+    thumbnails = thumbnails_of(samples, [a.image_id for rows in groups.values() for a, _ in rows])
+    title = f"{report.model_name}: version {names[0]} and version {names[1]} on {report.source} ({report.split})"
+    about = (
+        f"Figures are those of version {names[0]} minus those of version {names[1]} on the same {report.rows} rows, "
+        f"with 95 % intervals of a paired bootstrap. By word F1 {report.wins} won, {report.losses} lost, "
+        f"{report.ties} equal; shown are the rows that differ most, and some that do not."
+    )
+    cards = [_card(pair, names, thumbnails[pair[0].image_id], group) for group, rows in groups.items() for pair in rows]
+    write_html(report.page, title, about, report.differences, cards, signed=True)
+    return report
+
+
+def _groups(pairs: Sequence[Pair], names: tuple[str, str]) -> dict[str, list[Pair]]:
+    """The rows to show, the largest difference first."""
+    by_gain = sorted(pairs, key=lambda pair: (pair[1].f1 - pair[0].f1, pair[0].row))
+    better, worse = f"{names[0]}-better", f"{names[1]}-better"
+    return {
+        better: [pair for pair in by_gain if pair[0].f1 > pair[1].f1][:GROUP_ROWS],
+        worse: [pair for pair in reversed(by_gain) if pair[0].f1 < pair[1].f1][:GROUP_ROWS],
+        "equal": [pair for pair in pairs if pair[0].f1 == pair[1].f1][:GROUP_ROWS],
+    }
+
+
+def _card(pair: Pair, names: tuple[str, str], thumbnail: bytes, group: str) -> Card:
+    return Card(
+        image_id=pair[0].image_id,
+        thumbnail=thumbnail,
+        prompt=pair[0].prompt,
+        human=" / ".join(pair[0].references),
+        answers=tuple(
+            Answer(f"Version {name}", item.caption or "", item.exact, item.f1)
+            for name, item in zip(names, pair, strict=True)
+        ),
+        groups=(group,),
+    )
