@@ -1,4 +1,4 @@
-"""Errors of the pipelines, all of the four-part form of `vlm.errors`."""
+"""Errors of the pipelines. They have the four-part messages of `vlm.errors`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ __all__ = ["ConfigError", "LakesightError", "StageFailed", "TrainingFailed", "Us
 
 
 class StageFailed(LakesightError):
-    """A stage that ran and did not end well (not the caller's mistake)."""
+    """Failure of a stage that is not a mistake of the user."""
 
 
 class TrainingFailed(LakesightError):
-    """A training run that did not end green: names the root rank, its host and the cause."""
+    """Failure of a training run. Names the rank that failed first, its host and the cause."""

@@ -11,7 +11,6 @@ import base64
 import csv
 import io
 import math
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from PIL import Image, ImageDraw
 
 from pipelines.errors import UserError
 from vlm.config import Config
+from vlm.files import atomic_write
 
 SIDE = 64
 """Pixels on a side of a finished picture."""
@@ -195,10 +195,8 @@ def write_scenes(path: Path, count: int, seed: int) -> SceneSummary:
     content = buffer.getvalue().encode("ascii")
     try:
         if not path.is_file() or path.read_bytes() != content:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-            temporary.write_bytes(content)
-            temporary.replace(path)
+            with atomic_write(path) as temporary:
+                temporary.write_bytes(content)
     except OSError as error:
         raise UserError(
             "the generated scenes cannot be written",

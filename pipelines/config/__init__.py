@@ -1,8 +1,8 @@
-"""A run as data: what the YAML under `conf/` may say, checked and frozen before anything starts.
+"""Settings of a run: the YAML under `conf/`, validated and frozen before anything starts.
 
 Start reading in `run.py`, which resolves four names (model, data, train, platform) into one `RunConfig`. Its sections
-are in `data.py`, `train.py` and `gate.py`. Imports only `vlm.config` and the standard library: no torch, Spark or
-MLflow.
+are in `data.py`, `train.py` and `gate.py`. This package imports `vlm.config`, `vlm.errors` and pydantic: no torch,
+Spark or MLflow.
 """
 
 from pipelines.config.data import (

@@ -1,7 +1,4 @@
-"""The data section of a run: where samples come from, how they are split, what a row may be, how shards look.
-
-Imported through `pipelines.config.run`, like every other section.
-"""
+"""The `data` section of a run: the source, its columns, the split, limits of a row, and training shards."""
 
 from __future__ import annotations
 
@@ -13,14 +10,14 @@ from vlm.config import Config, Probability
 
 Split = Literal["train", "val", "test"]
 PICTURE = "__picture__"
-"""The field of a record that holds the bytes of a picture which the source keeps beside its row."""
+"""Field of a record with the bytes of a picture that the source stores as a file of its own."""
 
 
 # ------------------------------------------------------------------------------------------------ columns
 
 
 class ColumnNames(Config):
-    """Names of the source's columns. `id` and `prompt` are optional: null means the source has none."""
+    """Names of the source's columns. `id` and `prompt` are optional; null means that the source has none."""
 
     image: str = "b64string_images"
     text: str = "caption"
@@ -28,29 +25,29 @@ class ColumnNames(Config):
     prompt: str | None = None
 
     @property
-    def wanted(self) -> dict[str, str]:
-        """Every column that is named, by what it is for."""
+    def named(self) -> dict[str, str]:
+        """Map the purpose of each named column to its name."""
         return {purpose: name for purpose, name in self if name is not None}
 
 
 class PlainColumns(ColumnNames):
-    """As most tables of pictures call them."""
+    """Column names with the usual defaults of tables and JSON lines."""
 
     image: str = "image"
     text: str = "text"
 
 
 class FolderColumns(ColumnNames):
-    """Columns of a captions file: `image` names the file of a picture, relative to the folder."""
+    """Columns of a captions file. `image` is the column with the picture's path, relative to the folder."""
 
     image: str = "file_name"
     text: str = "text"
 
 
 class MemberColumns(ColumnNames):
-    """Members of a tar, by extension: of several for the picture, parted by semicolons, the first one there.
+    """Members of a tar, by extension. Alternatives are separated by semicolons; the first one that exists counts.
 
-    A key of a `json` member is called json.KEY; the common part of the names is __key__.
+    `json.KEY` is a key of a `json` member. `__key__` is the part that the names of a row's members share.
     """
 
     image: str = "jpg;jpeg;png;webp;gif;tif;tiff;bmp;avif"
@@ -61,26 +58,26 @@ class MemberColumns(ColumnNames):
 
 
 class SourceBase(Config):
-    """What every source has. `path` is a file, a folder or a pattern; `columns` name what is in a row."""
+    """Settings that all sources share. `path` is a file, a folder or a wildcard pattern."""
 
     path: str = ""
     columns: ColumnNames = ColumnNames()
 
     @property
     def record_columns(self) -> ColumnNames:
-        """The columns as the records on executors have them."""
+        """Column names of the records that executors read."""
         return self.columns
 
     @property
     def where(self) -> str:
-        """What a message calls this source."""
+        """The source's name in messages: its path."""
         return self.path
 
 
 class CsvSourceConfig(SourceBase):
-    """Base64 pictures in CSV files. `multiline` allows line breaks inside quotes.
+    """CSV files with base64 pictures. `multiline` allows line breaks inside quotes.
 
-    The path `scenes:COUNT` or `scenes:COUNT:SEED` is a file that Lakesight draws itself.
+    The path `scenes:COUNT` or `scenes:COUNT:SEED` stands for a generated file of COUNT drawn scenes.
     """
 
     kind: Literal["csv"] = "csv"
@@ -88,24 +85,25 @@ class CsvSourceConfig(SourceBase):
 
 
 class JsonlSourceConfig(SourceBase):
-    """Base64 pictures in JSON lines: an object a line."""
+    """JSON lines with base64 pictures, one object per line."""
 
     kind: Literal["jsonl"]
     columns: PlainColumns = PlainColumns()
 
 
 class ParquetSourceConfig(SourceBase):
-    """Parquet files. A picture is binary, base64, or Hugging Face's struct of bytes and path."""
+    """Parquet files. A picture is binary, base64 text, or Hugging Face's struct of bytes and path."""
 
     kind: Literal["parquet"]
     columns: PlainColumns = PlainColumns()
 
 
 class TableSourceConfig(SourceBase):
-    """A Delta table by name or by path, at a version (default: the newest when the ingest begins).
+    """Delta table, by name or by path.
 
     Attributes:
-        filter: SQL condition on the table's rows; empty for all of them.
+        version: version to read; null: the newest version at the start of the ingest.
+        filter: SQL condition on the table's rows; empty: all rows.
     """
 
     kind: Literal["table"]
@@ -117,7 +115,7 @@ class TableSourceConfig(SourceBase):
     @model_validator(mode="after")
     def _named_once(self) -> Self:
         if self.table and self.path:
-            raise ValueError("a table has a name or a path: give one of table and path")
+            raise ValueError("give either table (a name) or path, not both")
         return self
 
     @property
@@ -127,7 +125,7 @@ class TableSourceConfig(SourceBase):
 
 
 class FolderSourceConfig(SourceBase):
-    """A folder of picture files, and a captions file in it: CSV, JSON lines, or COCO captions JSON."""
+    """Folder of picture files with a captions file in it: CSV, JSON lines, or COCO captions JSON."""
 
     kind: Literal["folder"]
     captions: str
@@ -135,19 +133,19 @@ class FolderSourceConfig(SourceBase):
 
     @property
     def record_columns(self) -> ColumnNames:
-        """The picture's bytes stand beside its file's name."""
+        """Column names of the records: the picture's bytes are in a field of their own."""
         return self.columns.model_copy(update={"image": PICTURE})
 
 
 class WebDatasetSourceConfig(SourceBase):
-    """WebDataset tars: members of one name and several extensions are a row."""
+    """WebDataset tars. Members with the same name and different extensions form a row."""
 
     kind: Literal["webdataset"]
     columns: MemberColumns = MemberColumns()
 
     @property
     def record_columns(self) -> ColumnNames:
-        """The picture stands in one field, whichever extension it had."""
+        """Column names of the records: the picture is in one field, whatever its extension."""
         return self.columns.model_copy(update={"image": PICTURE})
 
 
@@ -166,7 +164,7 @@ SourceConfig = Annotated[
 
 
 class HashSplitConfig(Config):
-    """Split by the picture's sha256: stable for ever, equal pictures on one side."""
+    """Split by the SHA-256 of the picture. It never changes, and equal pictures are in the same split."""
 
     kind: Literal["hash"] = "hash"
     val: Probability = 0.05
@@ -175,18 +173,18 @@ class HashSplitConfig(Config):
     @model_validator(mode="after")
     def _something_to_train_on(self) -> Self:
         if self.val + self.test >= 1:
-            raise ValueError("val + test leaves nothing to train on: keep their sum below 1")
+            raise ValueError("val + test leaves no rows to train on: keep their sum below 1")
         return self
 
 
 class FileSplitConfig(Config):
-    """Split given by the source: files named train, val and test."""
+    """Split given by file names: train, val and test."""
 
     kind: Literal["file"]
 
 
 class ColumnSplitConfig(Config):
-    """Split given by the source: a column that says train, val or test (or validation, valid, dev)."""
+    """Split given by a column with the values train, val (or validation, valid, dev) and test."""
 
     kind: Literal["column"]
     column: str = "split"
@@ -199,9 +197,15 @@ SplitConfig = Annotated[HashSplitConfig | FileSplitConfig | ColumnSplitConfig, F
 
 
 class LimitsConfig(Config):
-    """What a row may be at most, and a picture at least; a row beyond is quarantined.
+    """Limits of a row. A row outside them is quarantined.
 
-    `max_bad_share` is of an ingest's rows: with more refused, the job fails after it has written everything.
+    Attributes:
+        max_bytes: largest picture file, bytes.
+        max_pixels: largest width times height.
+        min_side: smallest width and height, pixels.
+        max_decode_seconds: longest time to decode one picture.
+        max_text_chars: longest text, characters.
+        max_bad_share: share of refused rows above which the job fails, after it has written both tables.
     """
 
     max_bytes: PositiveInt = 64 * 2**20
@@ -213,15 +217,15 @@ class LimitsConfig(Config):
 
 
 class ShardConfig(Config):
-    """Training shards: pixels raw (random access, no decoding) or jpeg (small), and rows in one file.
+    """Format of training shards.
 
     Attributes:
-        encoding: of the pixels.
-        rows: in one file.
-        seed: of the order.
-        where: SQL condition on columns of `samples`; rows that do not meet it are left out, of every split.
-        draft: let JPEG's decoder halve large pictures, down to the model's resolution: far faster, and pixels differ a
-            little from those of a picture that is decoded whole, as captioning does.
+        encoding: `raw` pixels (random access without decoding) or `jpeg` (smaller).
+        rows: rows per file.
+        seed: seed of the shuffle.
+        where: SQL condition on columns of `samples`. Rows that do not meet it are left out of every split.
+        draft: let the JPEG decoder halve large pictures until they are near the model's resolution. This is far faster.
+            The pixels differ slightly from those of a full decode, which captioning does.
     """
 
     encoding: Literal["raw", "jpeg"] = "raw"
@@ -235,10 +239,17 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class DataConfig(Config):
-    """Where samples come from (CSV, unless the source says its kind), how they are split, and which split is for what.
+    """Source of samples and how they are used.
 
-    With `near_duplicates`, a new picture that nearly equals another one is flagged, and goes to the same split. `mix`
-    gives other sources of `samples` a share each of what is learned from; the rest is this source's own.
+    Attributes:
+        source: where rows come from; `kind: csv` unless given.
+        split: how rows are divided into train, val and test.
+        near_duplicates: flag a new picture that nearly equals another one, and put both into the same split.
+        limits: limits of a row.
+        shards: format of training shards.
+        validate_on: split for validation during training.
+        evaluate_on: split for evaluation of a registered version.
+        mix: share of the training rows by name of another source in `samples`. The rest comes from this source.
     """
 
     source: SourceConfig = CsvSourceConfig()
@@ -252,20 +263,20 @@ class DataConfig(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _csv_unless_said(cls, raw: Any) -> Any:
+    def _default_to_csv(cls, raw: Any) -> Any:
         source = raw.get("source") if isinstance(raw, dict) else None
         return raw | {"source": {"kind": "csv"} | source} if isinstance(source, dict) else raw
 
     @model_validator(mode="after")
     def _files_say_the_split(self) -> Self:
         if self.split.kind == "file" and self.source.kind == "table":
-            raise ValueError("a table has no files that could say the split: use split kind hash or column")
+            raise ValueError("a table has no file names to split by: use split kind hash or column")
         return self
 
     @model_validator(mode="after")
     def _own_rows_are_left(self) -> Self:
         if sum(self.mix.values()) >= 1:
-            raise ValueError("mix leaves no share to this source itself: keep the sum of its shares below 1")
+            raise ValueError("mix leaves no share for this source itself: keep the sum of its shares below 1")
         if self.mix and "train" in (self.validate_on, self.evaluate_on):
-            raise ValueError("a mix is for learning: validate_on and evaluate_on must be val or test")
+            raise ValueError("a mix changes the train split: validate_on and evaluate_on must be val or test")
         return self

@@ -1,6 +1,6 @@
-"""What a model version must show before it may serve, and while it does: limits of a run, with defaults for most.
+"""Thresholds of a run for promotion and for drift.
 
-They are science and not deployment: which figure counts, and how good is good enough, depends on the data.
+They belong to the run and not to the deployment: which metric counts, and which value suffices, depends on the data.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ Baseline = Literal["constant", "neighbour"]
 
 
 class GateConfig(Config):
-    """The gate of `lakesight promote`.
+    """Conditions that a model version must meet before `lakesight promote` moves the champion alias to it.
 
     Attributes:
-        metric: what versions are compared by, with the baselines and with the champion. Word F1 is defined for every
-            split, and moves before exact match does.
-        min_blind_gap: nats per token that a model gains at least from seeing the right picture.
-        max_error_share: largest share of pictures without a caption.
-        baselines: what a version must beat: the best caption that ignores the picture, and the caption of the training
-            picture that looks most alike. Empty for a run that only shows that things work.
-        trial_pictures: pictures of the split that the version captions in a process of its own.
+        metric: the metric that compares a version with the baselines and with the champion. Word F1 is defined for
+            every split and improves earlier in training than exact match.
+        min_blind_gap: smallest accepted blind gap, in nats per token: the loss with pictures of other rows minus the
+            loss with the right pictures.
+        max_error_share: largest accepted share of pictures without a caption.
+        baselines: what the version must beat. `constant`: the best single caption for all pictures. `neighbour`: the
+            caption of the most similar training picture. Leave it empty for a run that only tests the pipeline.
+        trial_pictures: number of pictures of the split that the version captions in a separate process.
     """
 
     metric: Literal["word_f1", "cider", "exact_match", "rouge_l", "bleu_4"] = "word_f1"
@@ -35,17 +36,17 @@ class GateConfig(Config):
 
 
 class DriftConfig(Config):
-    """How far the figures of a captioning may be from those of the version's evaluation before it alerts.
+    """Largest accepted differences between the statistics of a captioning job and of the version's evaluation.
 
     Attributes:
-        words: words a caption, as a share of the evaluation's.
-        distinct_words: different words among 100 captions, as a share of the evaluation's.
-        mean_logprob: nats per token.
-        error_share: of the pictures.
-        brightness: levels of 0 to 255.
-        contrast: levels of 0 to 255.
-        min_rows: of fewer, on either side, nothing is said: they differ by chance.
-        fail: whether the job ends with exit code 1, else with a warning. All is written either way.
+        words: mean words per caption, as a share of the evaluation's value.
+        distinct_words: distinct words in 100 captions, as a share of the evaluation's value.
+        mean_logprob: mean log-probability, nats per token.
+        error_share: share of pictures without a caption.
+        brightness: mean pixel level, 0 to 255.
+        contrast: standard deviation of pixel levels, 0 to 255.
+        min_rows: with fewer rows on either side, nothing is compared: chance alone would exceed the thresholds.
+        fail: True to end the job with exit code 1 after all captions are written; False to print a warning.
     """
 
     words: PositiveFloat = 0.3
@@ -59,12 +60,12 @@ class DriftConfig(Config):
 
 
 class Trial(Config):
-    """What a fresh process made of a version.
+    """Result of loading a model version and captioning with it in a separate process.
 
     Attributes:
-        failure: why it does not load, or holds what it should not; empty when it works.
-        pictures: it was given.
-        errors: of the pictures it could not caption.
+        failure: why the version cannot be loaded, or which forbidden files it holds; empty if it works.
+        pictures: number of pictures it was given.
+        errors: one message per picture that it could not caption.
     """
 
     failure: str

@@ -1,30 +1,29 @@
-"""RunConfig: four names (model, data, train, platform) resolved into one frozen object, or one error with all problems.
+"""A run: four names (model, data, train, platform) resolved into one frozen RunConfig, or one error with every problem.
 
-Science lives in YAML under conf/, one file a choice; `--set a.b=c` overrides one value. A file in ./conf of the
-working directory comes before the one that ships with the package.
+Settings live in YAML under conf/, one file per name. `--set a.b=c` overrides one value. A file in ./conf of the working
+folder takes precedence over the file of the same name in the package.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 
 from pipelines.config.data import DataConfig
 from pipelines.config.gate import DriftConfig, GateConfig
+from pipelines.config.problems import config_error, describe, validation_error
 from pipelines.config.train import TrainConfig
-from pipelines.errors import ConfigError
 from vlm.config import Config, ModelConfig
+from vlm.errors import did_you_mean
 
-OWN = ("gate", "drift")
-"""Sections that a run holds itself."""
+RUN_SECTIONS = ("gate", "drift")
+"""Sections that are written in the run's own YAML file."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
@@ -34,7 +33,7 @@ Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
 
 
 class SparkConfig(Config):
-    """The local session: master, memory, and partitions of a shuffle."""
+    """Settings of the local Spark session: master, driver memory, and number of shuffle partitions."""
 
     master: Annotated[str, Field(pattern=r"^(local\[[0-9*]+\]|local-cluster\[\d+,\d+,\d+\]|spark://.+)$")] = "local[*]"
     driver_memory: str = "4g"
@@ -42,11 +41,11 @@ class SparkConfig(Config):
 
 
 CacheGib = Annotated[float, Field(ge=0)]
-"""Disk of each machine that copies of shards may take, where their folder is on a network; 0: nothing is copied."""
+"""Local disk in GiB that copies of shards may use on each machine if the shard folder is remote. 0: no copies."""
 
 
 class LocalPlatformConfig(Config):
-    """A laptop: embedded Spark, Delta under .lakesight/, SQLite MLflow, CPU ranks."""
+    """Settings of a laptop: embedded Spark, Delta tables under .lakesight/, MLflow on SQLite, CPU ranks."""
 
     kind: Literal["local"] = "local"
     spark: SparkConfig = SparkConfig()
@@ -55,7 +54,7 @@ class LocalPlatformConfig(Config):
 
 
 class DatabricksPlatformConfig(Config):
-    """A workspace. The deployment (databricks.yml) owns these values and passes them with --set."""
+    """Settings of a Databricks workspace. databricks.yml owns these values and passes them with --set."""
 
     kind: Literal["databricks"]
     catalog: Identifier
@@ -73,7 +72,7 @@ PlatformConfig = Annotated[LocalPlatformConfig | DatabricksPlatformConfig, Field
 
 
 class Chosen(Config):
-    """The names a run was made of, as file stems under conf/."""
+    """The four names of a run, as file stems under conf/."""
 
     model: Name
     data: Name
@@ -82,7 +81,7 @@ class Chosen(Config):
 
 
 class RunConfig(Config):
-    """Everything a run needs to know, resolved. Each layer receives only its own slice."""
+    """All settings of a run, resolved. Each process receives only the section it needs."""
 
     name: Name
     chosen: Chosen
@@ -94,12 +93,12 @@ class RunConfig(Config):
     drift: DriftConfig = DriftConfig()
 
     def to_json(self) -> str:
-        """The resolved config as JSON; `from_json` gives back an equal object."""
+        """Return the resolved config as JSON. `from_json` restores an equal object."""
         return self.model_dump_json(indent=2, by_alias=True)
 
     @classmethod
     def from_json(cls, text: str) -> RunConfig:
-        """Inverse of `to_json`.
+        """Restore a config from the JSON of `to_json`.
 
         Raises:
             ConfigError: the text is not a RunConfig.
@@ -107,76 +106,77 @@ class RunConfig(Config):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            raise _as_config_error(error, cls, "a saved run") from None
+            raise validation_error(error, cls, "a saved run") from None
 
 
 def short_hash(*parts: object) -> str:
-    """The first 16 hex digits of a SHA-256 over the parts as canonical JSON."""
+    """Return the first 16 hex digits of the SHA-256 of the parts as canonical JSON."""
     canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def conf_folders() -> list[Path]:
-    """Folders that hold YAML, first match wins: ./conf, then the one that came with the package."""
+    """Return the folders to search for YAML, in order: ./conf, then the one in the package."""
     shipped = Path(__file__).parents[1] / "conf"
     return [Path("conf"), shipped if shipped.is_dir() else Path(__file__).parents[2] / "conf"]
 
 
 def available(kind: str) -> list[str]:
-    """Names that `conf/<kind>/` offers, sorted."""
+    """Return the names in `conf/<kind>/`, sorted."""
     return sorted({path.stem for folder in conf_folders() for path in (folder / kind).glob("*.yml")})
 
 
 def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = ()) -> RunConfig:
-    """Resolve a run's four names and apply `a.b=c` overrides.
+    """Resolve a run's four names into a RunConfig and apply `a.b=c` overrides.
 
-    A run may hold its data section itself, where it has no other use; then the run's name is the data's name too. What
-    it asks of a version that is to serve, its sections `gate` and `drift`, has no other place.
+    A run's YAML file may hold its data section inline; the data then has the run's name. The file also holds the
+    sections `gate` and `drift`.
 
     Raises:
-        ConfigError: lists every problem: unknown names and keys with the nearest valid one, values of the wrong type.
+        ConfigError: lists every problem: unknown names and keys with the nearest valid name, and values of wrong types.
     """
     problems: list[str] = []
     run = _read("run", name, problems)
     inline = {"data": run["data"]} if isinstance(run.get("data"), dict) else {}
     chosen = {kind: str(run.get(kind, "")) for kind in ("model", "data", "train")} | {"platform": platform}
     chosen |= dict.fromkeys(inline, name)
-    problems += [f"run.{key}: unknown key{_nearest(key, (*chosen, *OWN))}" for key in run if key not in {*chosen, *OWN}]
+    sections = (*chosen, *RUN_SECTIONS)
+    problems += [f"run.{key}: unknown key{did_you_mean(key, sections)}" for key in run if key not in sections]
     problems += [
         f"run.{kind}: missing (one of {', '.join(available(kind))})" for kind in chosen if run and not chosen[kind]
     ]
     elsewhere = [kind for kind in chosen if kind not in inline]
     slices: dict[str, Any] = inline | {k: _read(k, chosen[k], problems) if chosen[k] else {} for k in elsewhere}
-    slices |= {section: run.get(section, {}) for section in OWN}
+    slices |= {section: run.get(section, {}) for section in RUN_SECTIONS}
     for override in overrides:
         _apply(slices, override, problems)
     try:
         config = RunConfig.model_validate({"name": name, "chosen": chosen, **slices})
     except ValidationError as error:
         unread = {kind for kind in chosen if not slices[kind]}
-        problems += [p for p, top in _describe(error, RunConfig) if top not in unread | {"name", "chosen"}]
-        raise _config_error(problems, f"run {name}") from None
+        problems += [p for p, top in describe(error, RunConfig) if top not in unread | {"name", "chosen"}]
+        raise config_error(problems, f"run {name}") from None
     if problems:
-        raise _config_error(problems, f"run {name}")
+        raise config_error(problems, f"run {name}")
     return config
 
 
 def load_model(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
-    """One model of conf/model/ by name, with `model.a.b=c` overrides.
+    """Load a model config from conf/model/ by name and apply `model.a.b=c` overrides.
 
     Raises:
-        ConfigError: no such model, or it does not validate.
+        ConfigError: no model has this name, or its settings are invalid.
     """
     problems: list[str] = []
     slices: dict[str, Any] = {"model": _read("model", name, problems)}
     for override in overrides:
         _apply(slices, override, problems)
     if problems:
-        raise _config_error(problems, f"model {name}")
+        raise config_error(problems, f"model {name}")
     try:
         return ModelConfig.model_validate(slices["model"])
     except ValidationError as error:
-        raise _as_config_error(error, ModelConfig, f"model {name}") from None
+        raise validation_error(error, ModelConfig, f"model {name}") from None
 
 
 def _read(kind: str, name: str, problems: list[str]) -> dict[str, Any]:
@@ -186,14 +186,14 @@ def _read(kind: str, name: str, problems: list[str]) -> dict[str, Any]:
             try:
                 raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
             except yaml.YAMLError as error:
-                problems.append(f"{path}: not YAML ({' '.join(str(error).split())})")
+                problems.append(f"{path}: invalid YAML ({' '.join(str(error).split())})")
                 return {}
             if not isinstance(raw, dict):
                 problems.append(f"{path}: got a {type(raw).__name__}, expected a mapping")
                 return {}
             return raw
     names = available(kind)
-    problems.append(f"{kind}: no {kind} is called {name!r}{_nearest(name, names)} (there are: {', '.join(names)})")
+    problems.append(f"{kind}: no {kind} is called {name!r}{did_you_mean(name, names)} (available: {', '.join(names)})")
     return {}
 
 
@@ -204,7 +204,7 @@ def _apply(slices: dict[str, Any], override: str, problems: list[str]) -> None:
         problems.append(f"--set {override}: expected a.b=value")
         return
     if keys[0] not in slices:
-        problems.append(f"{path}: unknown key {keys[0]!r}{_nearest(keys[0], slices)}")
+        problems.append(f"{path}: unknown key {keys[0]!r}{did_you_mean(keys[0], slices)}")
         return
     node = slices
     for key in keys[:-1]:
@@ -217,77 +217,3 @@ def _apply(slices: dict[str, Any], override: str, problems: list[str]) -> None:
         node[keys[-1]] = yaml.safe_load(text) if structured else text
     except yaml.YAMLError:
         problems.append(f"{path}: {text!r} is not a YAML list or mapping")
-
-
-def _config_error(problems: Iterable[str], where: str) -> ConfigError:
-    listed = list(dict.fromkeys(problems))
-    noun = "problem" if len(listed) == 1 else "problems"
-    return ConfigError(
-        f"the configuration has {len(listed)} {noun}",
-        where=where,
-        got="; ".join(listed),
-        fix="correct the YAML or the --set option named; `lakesight config` prints what a run resolves to",
-    )
-
-
-def _as_config_error(error: ValidationError, root: type[BaseModel], where: str) -> ConfigError:
-    return _config_error((text for text, _ in _describe(error, root)), where)
-
-
-def _describe(error: ValidationError, root: type[BaseModel]) -> Iterator[tuple[str, str]]:
-    """Each pydantic problem as (sentence with path and nearest name, first path element)."""
-    for item in error.errors():
-        path, siblings = _field_path(root, item["loc"])
-        last = str(item["loc"][-1]) if item["loc"] else ""
-        if item["type"] == "extra_forbidden":
-            text = f"unknown key{_nearest(last, siblings)}"
-        elif item["type"] == "missing":
-            text = "missing"
-        elif item["type"] == "union_tag_not_found":
-            text = "kind is missing"
-        elif item["type"] == "union_tag_invalid":
-            context = item["ctx"]
-            tags = [tag.strip(" '") for tag in str(context["expected_tags"]).split(",")]
-            text = f"unknown kind {context['tag']!r}{_nearest(str(context['tag']), tags)} (one of {', '.join(tags)})"
-        else:
-            text = item["msg"].removeprefix("Value error, ")
-            if not isinstance(item["input"], dict):
-                text += f" (got {item['input']!r})"
-        yield f"{path}: {text}" if path else text, path.partition(".")[0]
-
-
-def _field_path(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, list[str]]:
-    """The dotted path as the user wrote it (without union tags) and the names valid at its last step."""
-    candidates: list[type[BaseModel]] = [root]
-    parts: list[str] = []
-    siblings: list[str] = []
-    for step in loc:
-        tagged = [m for m in candidates if _tag(m) == step] if len(candidates) > 1 else []
-        if tagged:
-            candidates = tagged
-            continue
-        siblings = sorted({f.alias or n for model in candidates for n, f in model.model_fields.items()})
-        parts.append(str(step))
-        annotations = [
-            f.annotation for model in candidates for n, f in model.model_fields.items() if step in (n, f.alias)
-        ]
-        candidates = [m for annotation in annotations for m in _models(annotation)]
-    return ".".join(parts), siblings
-
-
-def _tag(model: type[BaseModel]) -> str | None:
-    kind = model.model_fields.get("kind")
-    return get_args(kind.annotation)[0] if kind else None
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) in (Union, UnionType, Annotated):
-        return [model for arg in get_args(annotation) for model in _models(arg)]
-    return []
-
-
-def _nearest(name: str, valid: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f", did you mean {match[0]!r}?" if match else ""

@@ -1,4 +1,4 @@
-"""Training as data: the train section of a run."""
+"""The `train` section of a run: optimizer, schedule, stages, augmentation and checkpoints."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ SIDED_WORDS = (
     *("left", "lefthand", "leftmost", "leftward", "leftwards", "right", "righthand", "rightmost", "rightward"),
     *("rightwards", "clockwise", "counterclockwise", "anticlockwise"),
 )
-"""Words that are no longer true of a mirrored picture."""
+"""Words that may become false when a picture is mirrored."""
 
 
 class OptimizerConfig(Config):
-    """AdamW (Loshchilov and Hutter, 2017): `lr` is reached after `warmup_steps`, then it goes as `schedule` says.
+    """AdamW (Loshchilov and Hutter, 2017). The learning rate rises to `lr` in `warmup_steps`, then follows `schedule`.
 
-    With `ema_decay`, what is validated and registered is an exponential moving average of the weights over steps.
+    With `ema_decay`, validation and registration use an exponential moving average of the weights over steps.
     """
 
     lr: PositiveFloat = 1e-3
@@ -32,18 +32,18 @@ class OptimizerConfig(Config):
 
 
 class GroupConfig(Config):
-    """Parameters whose whole names match `pattern`, and no pattern before it: they learn at `lr`; 0 freezes them."""
+    """Learning rate of the parameters whose full names match `pattern`. The first matching group counts; 0 freezes."""
 
     pattern: Pattern
     lr: Annotated[float, Field(ge=0)]
 
 
 class StageConfig(Config):
-    """A part of a run in which some parameters learn. Warmup, schedule and optimizer begin anew with it.
+    """Stage of a run, in which some parameters learn. Warm-up, schedule and optimizer state start anew in each stage.
 
     Attributes:
-        steps: how long it lasts.
-        groups: in order; a parameter that none matches is frozen.
+        steps: length of the stage in steps.
+        groups: learning rates, the first match counts. A parameter that no group matches is frozen.
     """
 
     steps: PositiveInt
@@ -51,15 +51,15 @@ class StageConfig(Config):
 
     @property
     def rates(self) -> dict[str, float]:
-        """Learning rate by pattern, in order."""
+        """Map each pattern to its learning rate, in order."""
         return {group.pattern: group.lr for group in self.groups}
 
     @model_validator(mode="after")
     def _something_learns(self) -> Self:
         if len(self.rates) < len(self.groups):
-            raise ValueError("a pattern comes twice; its first place counts")
+            raise ValueError("a pattern occurs twice; only the first would count")
         if not max(self.rates.values()):
-            raise ValueError("every group has lr 0: nothing would learn")
+            raise ValueError("every group has lr 0, so no parameter would learn")
         return self
 
 
@@ -67,16 +67,17 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class AugmentConfig(Config):
-    """What is done to pictures while they are learned from, another way each epoch; never to those of a validation.
+    """Random changes of training pictures, drawn anew in each epoch. Validation pictures are never changed.
 
     Attributes:
-        scale: a random crop keeps a share of the picture's area between these, and is enlarged to the whole.
-        flip: share of the pictures that are mirrored left to right, where their text allows it.
-        brightness: pixels are multiplied by up to 1 +- this.
-        contrast: their distance to the picture's mean grey likewise.
-        saturation: their distance to their own grey likewise.
-        sided_words: a picture whose text or prompt has one of these as a whole word, in capitals or not, is not
-            mirrored.
+        scale: smallest and largest share of the picture's area that a random crop keeps. The crop is resized to the
+            full size.
+        flip: share of pictures that are mirrored left to right, if their text allows it.
+        brightness: pixels are multiplied by a factor between 1 - brightness and 1 + brightness.
+        contrast: the distance to the picture's mean grey is scaled in the same way.
+        saturation: the distance of each pixel to its own grey is scaled in the same way.
+        sided_words: a picture is not mirrored if its text or prompt contains one of these as a whole word, in upper or
+            lower case.
     """
 
     scale: tuple[Share, Share] = (1.0, 1.0)
@@ -90,13 +91,13 @@ class AugmentConfig(Config):
     def _changes_something(self) -> Self:
         least, most = self.scale
         if not 0 < least <= most:
-            raise ValueError(f"scale is [{least:g}, {most:g}]: the least share of a picture, above 0, then the most")
+            raise ValueError(f"scale is [{least:g}, {most:g}]: expected the smallest share (above 0), then the largest")
         if least == 1 and not any((self.flip, self.brightness, self.contrast, self.saturation)):
             raise ValueError("augment changes no picture: set scale, flip, brightness, contrast or saturation")
         return self
 
 
-HOW = frozenset(
+EXECUTION_SETTINGS = frozenset(
     {
         "checkpoint_every",
         "compile_blocks",
@@ -110,32 +111,36 @@ HOW = frozenset(
         "timeout_seconds",
     }
 )
-"""Settings of how a run is computed and looked after. They change what it learns no more than the number of ranks does
-(rounding, and which activations are dropped), so they are no part of what it is: a run that did not fit into memory
-goes on with fewer rows at once."""
+"""Settings of how a run is computed and supervised. They do not change what the model learns, beyond rounding, so they
+are not part of the run's identity: a run that ran out of memory resumes with a smaller `rows_at_once`."""
 
 
 class TrainConfig(Config):
-    """One training run. `batch_size` is global: the same whatever the number of ranks.
+    """Settings of a training run.
 
     Attributes:
-        steps: of the whole run; where there are stages, theirs together.
-        stages: what learns when, one after another; without any, everything learns at `optimizer.lr` all the time.
-        rows_at_once: a rank computes as many rows of its slice at once, and adds up their gradients: the same step in
-            less memory. All of them without.
-        recompute_blocks: keep no activations inside a block: less memory, a third more compute.
-        compile_blocks: compute with kernels that torch.compile makes for the blocks, for a GPU. A resumed run then
-            equals the uninterrupted one up to rounding.
-        parallel: `fsdp` leaves each rank a slice of weights, gradients and moments, where a model is too large for all.
-        precision: of matrix products: fp32, tf32 (a GPU's, rounded inputs), or bf16 autocast; weights stay fp32.
-        start_from: checkpoint folder of the same model, whose weights and tokenizer the run starts from.
-        adapter: train low-rank corrections of these weights and nothing else; what is registered has them merged.
-        augment: what is done to its pictures; they are as the shards have them without.
-        loader_workers: threads that make batches ahead of the training; 0 makes each when it is due.
-        keep_checkpoints: newest ones; the one with the lowest validation loss is kept beside them.
-        profile_steps: record as many of rank 0's first steps with torch's profiler, and log the trace.
-        timeout_seconds: how long a rank may go without a sign of work before the run is ended.
-        max_restarts: how often a run that has failed is started again from its last checkpoint, where that may help.
+        steps: length of the run; with `stages`, the sum of their steps.
+        batch_size: rows per step over all ranks, whatever the number of ranks.
+        stages: consecutive stages with their own learning rates. Without stages, every parameter learns at
+            `optimizer.lr` for the whole run.
+        rows_at_once: rows per forward pass of a rank; gradients are accumulated to the full batch. This saves memory
+            and takes the same step. Null: all rows at once.
+        recompute_blocks: drop the activations inside a block and recompute them in the backward pass. This saves memory
+            and costs about a third more compute.
+        compile_blocks: compile each block with torch.compile, for GPUs. A resumed run then equals the uninterrupted run
+            up to rounding.
+        parallel: `ddp` keeps the full model on each rank. `fsdp` keeps a slice of weights, gradients and optimizer
+            state on each rank, for models that do not fit on one.
+        precision: of matrix products: fp32, tf32 (on GPUs, with rounded inputs) or bf16 (autocast). Weights stay fp32.
+        start_from: checkpoint folder of the same model; the run starts from its weights and tokenizer.
+        adapter: train low-rank corrections (LoRA) of the matching weights and nothing else. They are merged into the
+            weights before registration.
+        augment: random changes of training pictures. Null: the pictures of the shards, unchanged.
+        loader_workers: threads that prepare batches ahead of training. 0: each batch is made when it is needed.
+        keep_checkpoints: number of newest checkpoints to keep. The one with the lowest validation loss is kept too.
+        profile_steps: number of rank 0's first steps to record with torch's profiler. The trace is logged to MLflow.
+        timeout_seconds: the run is ended if a rank gives no sign of life for this long.
+        max_restarts: how often a failed run restarts from its last checkpoint, if a restart can help.
     """
 
     seed: int = 0
@@ -163,8 +168,11 @@ class TrainConfig(Config):
     max_restarts: Annotated[int, Field(ge=0)] = 2
 
     def science(self) -> dict[str, Any]:
-        """The settings that determine what is learned; newer ones only where they are used: a run keeps its name."""
-        left_out: dict[str, Any] = dict.fromkeys(HOW, True)
+        """Return the settings that determine what is learned.
+
+        Settings added later are left out while unused, so that the identity of an older run stays the same.
+        """
+        left_out: dict[str, Any] = dict.fromkeys(EXECUTION_SETTINGS, True)
         if self.augment is None:
             left_out["augment"] = True
         if self.optimizer.ema_decay is None:
@@ -174,7 +182,7 @@ class TrainConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _steps_of_stages(cls, given: Any) -> Any:
-        """`steps` may be left out where there are stages. Values are not checked yet: what is wrong is told later."""
+        """Fill in `steps` from the stages. Values are not validated yet; field validation reports bad ones later."""
         stages = given.get("stages") if isinstance(given, dict) else None
         if stages and "steps" not in given:
             with contextlib.suppress(TypeError, KeyError, ValueError, AttributeError):
@@ -184,17 +192,17 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _stages_fit(self) -> Self:
         if self.stages and self.steps != (total := sum(stage.steps for stage in self.stages)):
-            raise ValueError(f"steps is {self.steps}, the stages have {total} together: leave steps out")
+            raise ValueError(f"steps is {self.steps}, but the stages have {total} in total: leave steps out")
         if self.stages and self.adapter:
-            raise ValueError("stages and adapter: an adapter is all that learns, from beginning to end")
+            raise ValueError("stages and adapter exclude each other: with an adapter nothing else learns")
         return self
 
     @model_validator(mode="after")
     def _something_to_adapt(self) -> Self:
         if self.adapter and self.parallel == "fsdp":
             raise ValueError(
-                "adapter and parallel fsdp: frozen weights are in half precision, and slices are of one kind"
+                "adapter and parallel fsdp exclude each other: frozen weights are half precision, fsdp needs one dtype"
             )
         if self.adapter and not self.start_from:
-            raise ValueError("adapter needs start_from: corrections of random weights learn nothing")
+            raise ValueError("adapter needs start_from: corrections of untrained weights are useless")
         return self

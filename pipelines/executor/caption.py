@@ -22,6 +22,7 @@ from pipelines.executor.model_cache import on_this_machine
 from pipelines.formats.caption_stats import Tally, total
 from pipelines.formats.tables import GENERATED_CAPTIONS
 from vlm.config import Config, GenerationConfig, Precision
+from vlm.files import atomic_write
 from vlm.image import light_of
 
 if TYPE_CHECKING:
@@ -151,8 +152,6 @@ def _tally(result: CaptionResult, picture: Decoded, *, changed: bool) -> Tally:
 
 def _written(job: CaptionJob, rows: list[dict[str, Any]], counted: list[Tally]) -> pa.RecordBatch:
     """Write a file, whole or not at all."""
-    name = uuid.uuid4().hex
-    temporary = job.staging / f".{name}.tmp"
-    pq.write_table(pa.Table.from_pylist(rows, STAGED), temporary)
-    temporary.rename(job.staging / f"{name}.parquet")
+    with atomic_write(job.staging / f"{uuid.uuid4().hex}.parquet") as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, STAGED), temporary)
     return pa.RecordBatch.from_pylist([{"tally": total(counted).model_dump_json()}], DONE)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from pydantic import Field, ValidationError
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
 from vlm.config import Config, why_unreadable
+from vlm.files import atomic_write
 
 T = TypeVar("T", bound=Config)
 
@@ -319,15 +319,13 @@ class RunDir:
 
 def write_json(path: Path, content: Config | dict[str, Any]) -> None:
     """Write a file whole or not at all; the folder is created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = (
         content.model_dump_json(indent=2, by_alias=True)
         if isinstance(content, Config)
         else json.dumps(content, indent=2)
     )
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path, kind: type[T]) -> T:
@@ -351,8 +349,5 @@ def read_json(path: Path, kind: type[T]) -> T:
 
 def touch_heartbeat(run: RunDir, rank: int, step: int) -> None:
     """Say that `rank` is alive and has taken `step` steps."""
-    path = run.heartbeat(rank)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(f"{step} {time.time():.3f}", encoding="ascii")
-    temporary.replace(path)
+    with atomic_write(run.heartbeat(rank), sync=False) as temporary:
+        temporary.write_text(f"{step} {time.time():.3f}", encoding="ascii")

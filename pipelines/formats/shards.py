@@ -13,7 +13,6 @@ import io
 import mmap
 import resource
 import time
-import uuid
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -33,7 +32,7 @@ from pipelines.config import Split, short_hash
 from pipelines.errors import StageFailed, UserError
 from pipelines.formats.tables import TEXT_TYPE
 from vlm.config import Config, ImageConfig
-from vlm.files import file_digest
+from vlm.files import atomic_write, file_digest
 
 BATCH_ROWS = 64
 MANIFEST = "manifest.json"
@@ -193,18 +192,14 @@ def write_shard_file(folder: Path, index: int, request: ShardRequest, rows: Iter
     """
     schema = shard_schema(request)
     path = folder / f"shard-{index:06d}.arrow"
-    temporary = folder / f".{path.name}.{uuid.uuid4().hex}.tmp"
     count = 0
-    try:
+    with atomic_write(path) as temporary:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for batch in _rebatch(rows, schema):
                 writer.write_batch(batch)
                 count += batch.num_rows
         digest = file_digest(temporary)
         size = temporary.stat().st_size
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return ShardFile(file=path.name, rows=count, bytes=size, sha256=digest)
 
 
@@ -226,9 +221,8 @@ def _rebatch(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[p
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Commit a shard folder: after this it is complete, before it is rubbish to be cleaned up."""
-    temporary = folder / f".{MANIFEST}.{uuid.uuid4().hex}.tmp"
-    temporary.write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
-    temporary.replace(folder / MANIFEST)
+    with atomic_write(folder / MANIFEST) as temporary:
+        temporary.write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> Manifest:

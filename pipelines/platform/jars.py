@@ -7,7 +7,6 @@ two processes that fill it at once.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from pipelines.host_cache import alone, own_folder
+from vlm.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +58,10 @@ class Jars:
     def note(self, found: str) -> None:
         """Write down where they were found: URLs, with commas between them."""
         if found and not self.paths:
-            temporary = self.noted.with_suffix(f".{os.getpid()}")
-            temporary.write_text("\n".join(unquote(urlsplit(url).path) for url in found.split(",")), encoding="utf-8")
-            temporary.replace(self.noted)
+            with atomic_write(self.noted) as temporary:
+                temporary.write_text(
+                    "\n".join(unquote(urlsplit(url).path) for url in found.split(",")), encoding="utf-8"
+                )
 
 
 @contextmanager

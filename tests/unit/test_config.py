@@ -83,16 +83,16 @@ def test_a_value_may_contain_an_equals_sign() -> None:
         ),
         ("model.decoder.transformer.attention.num_heads=3", "num_heads 3 must be a multiple of num_kv_heads"),
         ("model.image.size=60", "model: image.size 60 is not a multiple of the stem's stride"),
-        ("data.split={kind: hash, val: 0.5, test: 0.5}", "val + test leaves nothing to train on"),
-        ("data.mix={birds: 0.5, cats: 0.5}", "mix leaves no share to this source itself"),
+        ("data.split={kind: hash, val: 0.5, test: 0.5}", "val + test leaves no rows to train on"),
+        ("data.mix={birds: 0.5, cats: 0.5}", "mix leaves no share for this source itself"),
         ("data.mix.birds=1.5", "data.mix.birds: Input should be less than 1"),
         ("train.adapter.pattern=decoder.*", "train: adapter needs start_from"),
         ("train.adapter.pattern=decoder(", "train.adapter.pattern: not a regular expression: missing )"),
         ("data.split={val: 0.1}", "data.split: kind is missing"),
         ("data.source={kind: folder}", "data.source.captions: missing"),
-        ("data.source={kind: table, table: a, path: b}", "give one of table and path"),
+        ("data.source={kind: table, table: a, path: b}", "give either table (a name) or path, not both"),
         ("data.source={kind: table, table: a;drop}", "data.source.table: String should match pattern"),
-        ("data={source: {kind: table}, split: {kind: file}}", "a table has no files that could say the split"),
+        ("data={source: {kind: table}, split: {kind: file}}", "a table has no file names to split by"),
         ("model.image={size: ", "model.image: '{size: ' is not a YAML list or mapping"),
     ],
 )
@@ -108,7 +108,7 @@ def test_one_error_lists_every_problem() -> None:
 @pytest.mark.parametrize(
     ("run", "platform", "expected"),
     [
-        ("demmo", "local", "run: no run is called 'demmo', did you mean 'demo'? (there are: demo"),
+        ("demmo", "local", "run: no run is called 'demmo', did you mean 'demo'? (available: demo"),
         ("demo", "lokal", "platform: no platform is called 'lokal', did you mean 'local'?"),
         ("../run/demo", "local", "no run is called '../run/demo'"),
     ],
@@ -140,7 +140,7 @@ def test_conf_of_the_working_directory_comes_before_the_one_that_ships(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("model: [", "not YAML"),
+        ("model: [", "invalid YAML"),
         ("- demo", "got a list, expected a mapping"),
         ("{model: nano, data: demo}", "run.train: missing (one of"),
         ("{model: nano, data: demo, train: demo, modle: x}", "run.modle: unknown key, did you mean 'model'?"),

@@ -14,7 +14,6 @@ Letters: R rank.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 
 from vlm.checkpoint import fill
 from vlm.config import AdapterConfig, Config, why_unreadable
-from vlm.errors import CheckpointError, ConfigError
+from vlm.errors import CheckpointError, ConfigError, nearest
 from vlm.layers.linear import linear_layers
 from vlm.layers.moe import GroupedLinear
 
@@ -186,7 +185,7 @@ def corrections_of(model: nn.Module) -> dict[str, Tensor]:
 def _no_match(pattern: str, names: Iterable[str]) -> ConfigError:
     """Names with their block numbers as N: a few lines however deep the model is."""
     kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in names))
-    near = difflib.get_close_matches(pattern, kinds, n=3, cutoff=0.3)
+    near = nearest(pattern, kinds, count=3)
     return ConfigError(
         "the adapter's pattern matches no linear layer",
         where="train.adapter.pattern",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vlm.errors import nearest
 from vlm.weights.rules import Rule, Table, expand, side
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def told(what: str, names: Iterable[str], *, near: Iterable[str]) -> list[str]:
     candidates = grouped(near)
     sentences = []
     for template, blocks in grouped(names).items():
-        close = difflib.get_close_matches(template, [name for name in candidates if name != template], n=1)
+        close = nearest(template, [name for name in candidates if name != template])
         hint = f" (nearest: {spelled(close[0], candidates[close[0]])})" if close else ""
         sentences.append(f"{what}: {spelled(template, blocks)}{hint}")
     return sentences

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyspark.errors import AnalysisException
@@ -15,6 +13,7 @@ from pyspark.sql.types import BinaryType, StringType
 from pipelines.driver.delta.failures import filtered
 from pipelines.errors import UserError
 from pipelines.platform import Platform
+from vlm.errors import did_you_mean
 
 TABLE_NAME = re.compile(r"([A-Za-z_]\w*\.){0,2}[A-Za-z_]\w*|delta\.`[^`]+`")
 
@@ -68,7 +67,7 @@ def open_pictures(
                 f"table {name} has no column {column!r}",
                 where=f"version {pinned}",
                 got=column,
-                fix=_nearest(column, frame.columns),
+                fix=f"choose one of {', '.join(frame.columns)}{did_you_mean(column, frame.columns)}",
             )
     kind = frame.schema[image].dataType
     if not isinstance(kind, BinaryType | StringType):
@@ -108,7 +107,7 @@ def _read(spark: SparkSession, platform: Platform, name: str, wanted: int | None
             "the table cannot be read as a Delta table",
             where=name,
             got=_first_line(error),
-            fix=_nearest(name, tables),
+            fix=f"choose one of {', '.join(tables)}{did_you_mean(name, tables)}",
         ) from None
     assert newest is not None
     version = int(newest["version"]) if wanted is None else wanted
@@ -121,11 +120,6 @@ def _read(spark: SparkSession, platform: Platform, name: str, wanted: int | None
             got=_first_line(error),
             fix=f"the newest version is {newest['version']}; DESCRIBE HISTORY lists them",
         ) from None
-
-
-def _nearest(name: str, valid: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"there are: {', '.join(valid)}"
 
 
 def _first_line(error: Exception) -> str:

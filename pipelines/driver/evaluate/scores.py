@@ -7,8 +7,6 @@ the text of the training picture that looks most alike, 8 x 8 colours by 8 x 8 c
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
@@ -30,6 +28,7 @@ from pipelines.driver.model_files import ModelFiles
 from pipelines.executor.evaluate import LOOK_SCHEMA, SCORE_SCHEMA, ScoreJob, look_batches, score_batches
 from pipelines.formats.shards import Shards
 from pipelines.platform import Platform
+from vlm.files import atomic_write
 
 SCORING = 2
 """Raised when the same model and pictures would be scored differently."""
@@ -83,13 +82,8 @@ def write_scores(file: Path, scored: Iterable[Scored]) -> None:
     """Write a scores file, whole or not at all; the folder is created."""
     schema = pa.schema([*SCORE_SCHEMA, pa.field("neighbour", pa.string())])
     assert set(schema.names) == {field.name for field in fields(Scored)}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        pq.write_table(pa.Table.from_pylist([asdict(item) for item in scored], schema), partial_file)
-        os.replace(partial_file, file)  # noqa: PTH105 (the file appears whole or not at all)
-    finally:
-        partial_file.unlink(missing_ok=True)
+    with atomic_write(file) as temporary:
+        pq.write_table(pa.Table.from_pylist([asdict(item) for item in scored], schema), temporary)
 
 
 def _score(spark: SparkSession, model: ModelFiles, shards: Shards) -> list[dict[str, Any]]:

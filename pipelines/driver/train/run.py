@@ -18,6 +18,7 @@ from pipelines.formats.shards import Shards
 from pipelines.platform import Launch, Platform
 from vlm import text
 from vlm.config import differences
+from vlm.files import atomic_write
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -54,12 +55,10 @@ def prepare(config: RunConfig, platform: Platform, train: ShardReport, validate:
     if not run.run.exists():
         _tell_unfinished(run, config)
     if not run.tokenizer.exists():
-        run.path.mkdir(parents=True, exist_ok=True)
-        temporary = run.path / f".{run.tokenizer.name}.tmp"
         learned_from = Shards.open(Path(train.folder))
         tokenizer = text.load(start.tokenizer) if start else text.learn(config.model.text, learned_from.texts())
-        text.save(tokenizer, temporary)
-        temporary.replace(run.tokenizer)
+        with atomic_write(run.tokenizer) as temporary:
+            text.save(tokenizer, temporary)
     if finished(run) is None:
         write_json(
             run.run,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -21,6 +20,7 @@ from pipelines.executor.ingest.decode import split_of_file
 from pipelines.executor.ingest.files import state_of
 from pipelines.executor.ingest.lines import Lines, given_lines, read_lines
 from pipelines.executor.ingest.records import Read
+from vlm.errors import nearest
 
 SET_PATH = "--set data.source.path=FILE_OR_FOLDER"
 PACKED = ("", ".gz", ".bz2", ".zst")
@@ -195,7 +195,7 @@ def demand_columns(config: DataConfig, there: Sequence[str], where: str) -> None
     Raises:
         UserError: one is missing; says which setting names it, and the likeliest column.
     """
-    wanted = {f"data.source.columns.{purpose}": name for purpose, name in config.source.columns.wanted.items()}
+    wanted = {f"data.source.columns.{purpose}": name for purpose, name in config.source.columns.named.items()}
     if isinstance(config.split, ColumnSplitConfig):
         wanted["data.split.column"] = config.split.column
     missing = {setting: name for setting, name in wanted.items() if name not in there}
@@ -212,5 +212,4 @@ def demand_columns(config: DataConfig, there: Sequence[str], where: str) -> None
 
 def _likeliest(name: str, free: Sequence[str]) -> str:
     """The column that is meant by a name: the nearest, or the only one left."""
-    nearest = difflib.get_close_matches(name, free, n=1, cutoff=0.4)
-    return next(iter(nearest or (free if len(free) == 1 else ())), "COLUMN")
+    return next(iter(nearest(name, free) or (free if len(free) == 1 else ())), "COLUMN")
