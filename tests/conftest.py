@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import TEST_PATH
+from processes import TEST_PATH
 from pyspark.sql import SparkSession
 
 from pipelines.config import LocalPlatformConfig, SparkConfig, short_hash

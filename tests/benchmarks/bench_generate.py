@@ -37,8 +37,8 @@ from vlm.precision import set_precision
 from vlm.text.base import SLOT
 from vlm.text.chars import CharTokenizer
 
-sys.path.append(str(Path(__file__).parents[1] / "parity"))
-import copies
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+import reference_conversion
 
 NEW, LAYERS, VOCAB = 24, 4, 32_000
 ROUNDS = {1: 3, 16: 1}
@@ -85,9 +85,9 @@ def vit_gpt2() -> tuple[VisionLanguageModel, Originals]:
     model = build_model(load_model("vit_gpt2"), 50257).eval()
     vit: Any = timm.create_model("vit_mediumd_patch16_reg4_gap_384", pretrained=False)
     gpt2: Any = GPT2LMHeadModel(GPT2Config())
-    state = copies.timm_vit(vit.state_dict(), 20)
+    state = reference_conversion.timm_vit(vit.state_dict(), 20)
     model.encoder.load_state_dict(state)
-    model.decoder.load_state_dict(copies.gpt2(gpt2.state_dict(), 12))
+    model.decoder.load_state_dict(reference_conversion.gpt2(gpt2.state_dict(), 12))
     projector = copy.deepcopy(model.projector)
     for module in (vit, gpt2, projector):
         module.train(False)
@@ -142,7 +142,7 @@ def paligemma() -> tuple[VisionLanguageModel, Originals]:
         )
     )
     theirs.train(False)
-    model.load_state_dict(copies.paligemma(theirs.state_dict(), LAYERS, LAYERS))
+    model.load_state_dict(reference_conversion.paligemma(theirs.state_dict(), LAYERS, LAYERS))
 
     @torch.inference_mode()
     def caption(pixels_PHWC: Tensor) -> list[list[int]]:

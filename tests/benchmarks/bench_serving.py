@@ -19,10 +19,9 @@ import numpy as np
 from pipelines.config import LocalPlatformConfig, load_model
 from pipelines.platform import local
 
-TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS), str(TESTS / "e2e")]
-from helpers import tiny_run  # noqa: E402
-from serving import load, register_random, served  # noqa: E402
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+from model_server import load, register_random, served
+from tiny_runs import tiny_run
 
 REQUESTS = 1000
 CLIENTS = (1, 4)

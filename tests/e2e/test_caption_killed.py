@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import captioned
+import caption_job
 import pytest
-from captioned import BAD, ROWS, found, prepare, work
-from killed import Pace, Victim, kill_after, start, struck
+from caption_job import BAD, ROWS, caption_table, prepare, read_captions
+from process_killer import KillWindow, ProcessKind, kill_after, run_with_kill, start_script
 from pyspark.sql import SparkSession
 
 from pipelines.driver.caption.run import CaptionReport
@@ -20,7 +20,7 @@ from pipelines.platform import Platform
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 
 
-class Undisturbed(NamedTuple):
+class Reference(NamedTuple):
     """What a job leaves that nobody kills, of which folder, and in how many seconds: it is the first of its session."""
 
     folder: Path
@@ -29,72 +29,74 @@ class Undisturbed(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+def reference(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     prepare(folder := tmp_path_factory.mktemp("captioned"))
     begun = time.monotonic()
-    work(spark, platform, folder, "undisturbed")
+    caption_table(spark, platform, folder, "reference")
     seconds = time.monotonic() - begun
-    rows = found(platform.root, folder, "undisturbed")
+    rows = read_captions(platform.root, folder, "reference")
     assert len(rows) == ROWS
     assert sum(row["error"] is not None for row in rows) == BAD
     assert len({row["caption"] for row in rows}) > ROWS // 4, "captions that tell rows apart"
-    return Undisturbed(folder, rows, seconds)
+    return Reference(folder, rows, seconds)
 
 
 @pytest.fixture(scope="module")
-def pace(undisturbed: Undisturbed) -> Pace:
+def window(reference: Reference) -> KillWindow:
     """Begins with what the first job took, more than a later one does."""
-    return Pace(undisturbed.seconds)
+    return KillWindow(reference.seconds)
 
 
-def insist(spark: SparkSession, platform: Platform, folder: Path, version: str) -> CaptionReport:
+def retry(spark: SparkSession, platform: Platform, folder: Path, version: str) -> CaptionReport:
     """Run it again until it ends green, as a job's retries do."""
     for _ in range(3):
         try:
-            return work(spark, platform, folder, version)
+            return caption_table(spark, platform, folder, version)
         except StageFailed:
             continue
-    return work(spark, platform, folder, version)
+    return caption_table(spark, platform, folder, version)
 
 
-def survive(spark: SparkSession, platform: Platform, there: Undisturbed, victim: Victim, seed: int, pace: Pace) -> None:
+def check_after_kill(
+    spark: SparkSession, platform: Platform, reference: Reference, kind: ProcessKind, seed: int, window: KillWindow
+) -> None:
     def job(attempt: str) -> tuple[str, CaptionReport]:
-        version = f"{victim}-{seed}-{attempt}"
-        return version, insist(spark, platform, there.folder, version)
+        version = f"{kind}-{seed}-{attempt}"
+        return version, retry(spark, platform, reference.folder, version)
 
-    version, report = struck(victim, random.Random(seed), pace, job)
+    version, report = run_with_kill(kind, random.Random(seed), window, job)
     assert report.considered == report.already + report.captioned + report.errors == ROWS
-    assert found(platform.root, there.folder, version) == there.rows
-    again = work(spark, platform, there.folder, version)
+    assert read_captions(platform.root, reference.folder, version) == reference.rows
+    again = caption_table(spark, platform, reference.folder, version)
     assert (again.already, again.recovered) == (ROWS, 0)
 
 
 @pytest.mark.faults
 def test_each_row_has_its_caption_once_when_a_worker_is_killed(
-    spark: SparkSession, platform: Platform, undisturbed: Undisturbed
+    spark: SparkSession, platform: Platform, reference: Reference
 ) -> None:
-    survive(spark, platform, undisturbed, "worker", 0, Pace(0.2 * undisturbed.seconds))
+    check_after_kill(spark, platform, reference, "worker", 0, KillWindow(0.2 * reference.seconds))
 
 
 @pytest.mark.faults
 @pytest.mark.matrix
 @pytest.mark.parametrize("seed", range(1, 36))
-@pytest.mark.parametrize("victim", ["worker", "executor"])
+@pytest.mark.parametrize("kind", ["worker", "executor"])
 def test_each_row_has_its_caption_once_whenever_a_process_of_an_executor_is_killed(
-    spark: SparkSession, platform: Platform, undisturbed: Undisturbed, victim: Victim, seed: int, pace: Pace
+    spark: SparkSession, platform: Platform, reference: Reference, kind: ProcessKind, seed: int, window: KillWindow
 ) -> None:
-    survive(spark, platform, undisturbed, victim, seed, pace)
+    check_after_kill(spark, platform, reference, kind, seed, window)
 
 
 @pytest.mark.faults
 @pytest.mark.matrix
 @pytest.mark.parametrize("seed", range(10))
 def test_each_row_has_its_caption_once_when_the_driver_is_killed_time_and_again(
-    undisturbed: Undisturbed, tmp_path: Path, seed: int
+    reference: Reference, tmp_path: Path, seed: int
 ) -> None:
     rng = random.Random(seed)
     (home := tmp_path / "home").mkdir()
     for _ in range(3):
-        kill_after(start(captioned, home, undisturbed.folder), home, rng.uniform(0, undisturbed.seconds))
-    assert start(captioned, home, undisturbed.folder).wait() == 0, (home / "log").read_text()[-3000:]
-    assert found(home, undisturbed.folder, "1") == undisturbed.rows
+        kill_after(start_script(caption_job, home, reference.folder), home, rng.uniform(0, reference.seconds))
+    assert start_script(caption_job, home, reference.folder).wait() == 0, (home / "log").read_text()[-3000:]
+    assert read_captions(home, reference.folder, "1") == reference.rows

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drivers import driver_environment, places_of, run_drivers, standalone_cluster, started_processes
-from helpers import MakeRun, is_running, runs_in
+from processes import is_running
+from spark_drivers import driver_environment, places_of, run_drivers, standalone_cluster, started_processes
+from tiny_runs import MakeRun, runs_in
 
 from pipelines.formats.run_folder import Result, RunDir, read_json
 

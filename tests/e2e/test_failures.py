@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from faults import Fault, Kind, faulty_rank
-from helpers import MakeRun, is_running, runs_in
+from processes import is_running
 from pyspark.sql import SparkSession
+from rank_faults import Fault, Kind, faulty_rank
+from tiny_runs import MakeRun, runs_in
 
 from pipelines.driver.train.run import launch
 from pipelines.errors import TrainingFailed

@@ -6,10 +6,11 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import killed
+import ingest_job
 import pytest
 from deltalake import DeltaTable
-from killed import SOURCE, Pace, Victim, kill_after, start, struck, work, write_rows
+from ingest_job import SOURCE, ingest_and_shard, write_rows
+from process_killer import KillWindow, ProcessKind, kill_after, run_with_kill, start_script
 from pyspark.sql import SparkSession
 
 from pipelines.errors import StageFailed
@@ -25,12 +26,12 @@ DRIVER_SECONDS = 15.0
 
 
 @pytest.fixture(scope="module")
-def pace() -> Pace:
+def window() -> KillWindow:
     """Begins with more seconds than a job takes here."""
-    return Pace(60.0)
+    return KillWindow(60.0)
 
 
-def demand_everything(home: Path, source: str, expected: dict[str, str]) -> None:
+def assert_complete(home: Path, source: str, expected: dict[str, str]) -> None:
     """Every row is in one of the tables, once, and the newest shards hold the pictures."""
     of_source = [("source", "=", source)]
     samples = DeltaTable(home / "warehouse" / "samples").to_pyarrow_table(filters=of_source).to_pylist()
@@ -45,45 +46,51 @@ def demand_everything(home: Path, source: str, expected: dict[str, str]) -> None
     assert shards.manifest.num_rows == len(expected)
 
 
-def insist(spark: SparkSession, platform: Platform, source: str, folder: Path) -> None:
+def retry(spark: SparkSession, platform: Platform, source: str, folder: Path) -> None:
     """Run it again until it ends green, as a job's retries do."""
     for _ in range(3):
         try:
-            return work(spark, platform, source, folder)
+            return ingest_and_shard(spark, platform, source, folder)
         except StageFailed:
             continue
-    return work(spark, platform, source, folder)
+    return ingest_and_shard(spark, platform, source, folder)
 
 
-def survive(
-    spark: SparkSession, platform: Platform, source: str, folder: Path, victim: Victim, seed: int, pace: Pace
+def check_after_kill(
+    spark: SparkSession, platform: Platform, source: str, folder: Path, kind: ProcessKind, seed: int, window: KillWindow
 ) -> None:
     expected = write_rows(folder, 1, ROWS)
 
     def job(attempt: str) -> str:
-        insist(spark, platform, f"{source}-{attempt}", folder)
+        retry(spark, platform, f"{source}-{attempt}", folder)
         return f"{source}-{attempt}"
 
-    name = struck(victim, random.Random(seed), pace, job)
-    insist(spark, platform, name, folder)
-    demand_everything(platform.root, name, expected)
+    name = run_with_kill(kind, random.Random(seed), window, job)
+    retry(spark, platform, name, folder)
+    assert_complete(platform.root, name, expected)
 
 
 @pytest.mark.faults
 def test_no_row_is_lost_or_doubled_when_a_worker_of_an_executor_is_killed(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
-    survive(spark, platform, source, tmp_path, "worker", 0, Pace(SOON))
+    check_after_kill(spark, platform, source, tmp_path, "worker", 0, KillWindow(SOON))
 
 
 @pytest.mark.faults
 @pytest.mark.matrix
 @pytest.mark.parametrize("seed", range(1, 36))
-@pytest.mark.parametrize("victim", ["worker", "executor"])
+@pytest.mark.parametrize("kind", ["worker", "executor"])
 def test_no_row_is_lost_or_doubled_whenever_a_process_of_an_executor_is_killed(
-    spark: SparkSession, platform: Platform, source: str, tmp_path: Path, victim: Victim, seed: int, pace: Pace
+    spark: SparkSession,
+    platform: Platform,
+    source: str,
+    tmp_path: Path,
+    kind: ProcessKind,
+    seed: int,
+    window: KillWindow,
 ) -> None:
-    survive(spark, platform, source, tmp_path, victim, seed, pace)
+    check_after_kill(spark, platform, source, tmp_path, kind, seed, window)
 
 
 @pytest.mark.faults
@@ -94,9 +101,9 @@ def test_no_row_is_lost_or_doubled_when_the_driver_is_killed_time_and_again(tmp_
     (home := tmp_path / "home").mkdir()
     for number in range(3):
         expected |= write_rows(tmp_path / "input", 1 + number * ROWS, ROWS)
-        kill_after(start(killed, home, tmp_path / "input"), home, rng.uniform(0, DRIVER_SECONDS))
-    assert start(killed, home, tmp_path / "input").wait() == 0, (home / "log").read_text()[-3000:]
-    demand_everything(home, SOURCE, expected)
+        kill_after(start_script(ingest_job, home, tmp_path / "input"), home, rng.uniform(0, DRIVER_SECONDS))
+    assert start_script(ingest_job, home, tmp_path / "input").wait() == 0, (home / "log").read_text()[-3000:]
+    assert_complete(home, SOURCE, expected)
 
 
 @pytest.mark.faults
@@ -105,6 +112,6 @@ def test_two_processes_that_ingest_a_folder_at_the_same_time_bring_what_one_woul
     (home := tmp_path / "home").mkdir()
     expected = write_rows(tmp_path / "input", 1, ROWS)
     with ThreadPoolExecutor() as pool:
-        codes = list(pool.map(lambda _: start(killed, home, tmp_path / "input").wait(), range(2)))
+        codes = list(pool.map(lambda _: start_script(ingest_job, home, tmp_path / "input").wait(), range(2)))
     assert codes == [0, 0], (home / "log").read_text()[-3000:]
-    demand_everything(home, SOURCE, expected)
+    assert_complete(home, SOURCE, expected)

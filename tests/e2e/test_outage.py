@@ -16,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import TEST_PATH, runs_in
+from processes import TEST_PATH
+from tiny_runs import runs_in
 
 from pipelines.config import LocalPlatformConfig
 from pipelines.formats.run_folder import RunDir

@@ -20,9 +20,9 @@ import pyarrow as pa
 import pytest
 from browser import browsed
 from deltalake import DeltaTable, write_deltalake
-from helpers import TEST_PATH
 from pictures import png
 from playwright.sync_api import Page, expect
+from processes import TEST_PATH
 
 from pipelines.formats.tables import GENERATED_CAPTIONS, SAMPLES, Table
 

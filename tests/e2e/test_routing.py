@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import tiny_model, tiny_run, torchrun, write_run, write_shards
+from processes import torchrun
 from safetensors.numpy import load_file
+from tiny_runs import tiny_model_config, tiny_run, write_run, write_shards
 
 from pipelines.formats.run_folder import Metrics, RunDir
 
@@ -15,7 +16,7 @@ EXPERTS = {"kind": "moe", "num_experts": 4, "expert": {"kind": "plain", "mlp_wid
 
 def routed_run(folder: Path, ranks: int) -> RunDir:
     """Six steps of a tiny model with experts, nothing random in a step."""
-    model = tiny_model().model_dump()
+    model = tiny_model_config().model_dump()
     for part in (model["vision"], model["decoder"]):
         part["transformer"] |= {"mlp": EXPERTS, "dropout": 0.0}
     config = tiny_run(steps=6, ranks=ranks, model=model, log_every=2)

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import tiny_run
-from serving import ask, load, picture_texts, register_random, served
+from model_server import ask, load, picture_texts, register_random, served
+from tiny_runs import tiny_run
 
 from pipelines.config import LocalPlatformConfig
 from pipelines.platform import Platform, local

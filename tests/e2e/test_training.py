@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from faults import Fault, faulty_rank
-from helpers import MakeRun, is_running, runs_in, tiny_run, torchrun
+from processes import is_running, torchrun
 from pyspark.sql import SparkSession
+from rank_faults import Fault, faulty_rank
 from safetensors.torch import load_file
+from tiny_runs import MakeRun, runs_in, tiny_run
 
 from pipelines.driver.train.launch import check_slots
 from pipelines.driver.train.run import launch
@@ -179,7 +180,7 @@ def test_ranks_slices_parts_of_a_batch_and_copies_of_shards_change_nothing_but_r
     parts = make_run("parts", rows_at_once=1, recompute_blocks=True, cache_gib=1, **settings)
     fsdp = make_run("fsdp", parallel="fsdp", **settings)
     plain = make_run("plain", **settings | {"augment": None})
-    ended = torchrun([ddp, parts, fsdp, plain], 2, "several")
+    ended = torchrun([ddp, parts, fsdp, plain], 2, "train_runs_in_turn")
     assert ended.returncode == 0, ended.stdout
     assert losses(alone) == pytest.approx(losses(ddp), rel=1e-6)
     assert losses(parts) == pytest.approx(losses(ddp), rel=1e-6)
@@ -193,7 +194,7 @@ def test_ranks_slices_parts_of_a_batch_and_copies_of_shards_change_nothing_but_r
 
     # A checkpoint of either is one of the other's, and of any number of ranks.
     crossed = [half_of(run, tmp_path / f"from-{run.path.name}", other) for run, other in ((ddp, "fsdp"), (fsdp, "ddp"))]
-    ended = torchrun(crossed, 2, "several")
+    ended = torchrun(crossed, 2, "train_runs_in_turn")
     assert ended.returncode == 0, ended.stdout
     for run in crossed:
         assert losses(run) == pytest.approx(losses(ddp), rel=1e-5)

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from drivers import started_processes
-from faults import wait_for
-from helpers import runs_in
+from rank_faults import wait_for
+from spark_drivers import started_processes
+from tiny_runs import runs_in
 
 from pipelines.driver.train.failure import failure_of
 from pipelines.formats.run_folder import RunDir, step_of

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import copies
 import pytest
+import reference_conversion
 import torch
 from torch import Tensor
 from transformers import (
@@ -163,11 +163,13 @@ def both(family: str) -> tuple[Any, VisionLanguageModel]:
     state = theirs.state_dict()
     match family:
         case "gpt2":
-            ours.decoder.load_state_dict(copies.gpt2(state, DEPTH))
+            ours.decoder.load_state_dict(reference_conversion.gpt2(state, DEPTH))
         case "gemma" | "gemma2":
-            ours.decoder.load_state_dict(copies.gemma(state, DEPTH, prefix="model.", sandwich=family == "gemma2"))
+            ours.decoder.load_state_dict(
+                reference_conversion.gemma(state, DEPTH, prefix="model.", sandwich=family == "gemma2")
+            )
         case _:
-            ours.load_state_dict(copies.paligemma(state, 1, DEPTH))
+            ours.load_state_dict(reference_conversion.paligemma(state, 1, DEPTH))
     return theirs, ours
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from published import CORPUS, LOC, SEG, byte_fallback, byte_level, word_ends
+from published_tokenizers import CORPUS, LOC, SEG, byte_fallback, byte_level, word_ends
 from transformers import PreTrainedTokenizerFast
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 from transformers.models.gemma.tokenization_gemma import GemmaTokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from originals import PATCH, SIZE, assert_equal, blocks, config, load, pixels, publish, send_back
+from tiny_published_models import PATCH, SIZE, assert_equal, blocks, config, load, pixels, publish, send_back
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 from vlm.config import ModelConfig

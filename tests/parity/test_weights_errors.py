@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from originals import blocks, config, load
 from safetensors.torch import load_file, save_file
+from tiny_published_models import blocks, config, load
 from torch import Tensor
 
 from vlm.checkpoint import save_model

@@ -6,7 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from originals import DEPTH, HEADS, MLP, VOCAB, WIDTH, assert_equal, config, load, logits, publish, send_back, tokens
+from tiny_published_models import (
+    DEPTH,
+    HEADS,
+    MLP,
+    VOCAB,
+    WIDTH,
+    assert_equal,
+    config,
+    load,
+    logits,
+    publish,
+    send_back,
+    tokens,
+)
 from transformers import Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM
 
 from vlm.config import ModelConfig

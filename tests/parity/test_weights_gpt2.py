@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from originals import (
+from safetensors.torch import load_file, save_file
+from tiny_published_models import (
     DEPTH,
     HEADS,
     MLP,
@@ -22,7 +23,6 @@ from originals import (
     send_back,
     tokens,
 )
-from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from vlm.errors import CheckpointError

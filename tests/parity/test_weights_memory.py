@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from originals import blocks, config
+from tiny_published_models import blocks, config
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from vlm.weights.files import write_weights

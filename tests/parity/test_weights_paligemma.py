@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from originals import PATCH, SIZE, VOCAB, WIDTH, assert_equal, blocks, config, load, publish, send_back
-from published import byte_fallback
+from published_tokenizers import byte_fallback
 from safetensors.torch import load_file, save_file
 from test_weights_gemma import SIZES, WINDOW, decoder
+from tiny_published_models import PATCH, SIZE, VOCAB, WIDTH, assert_equal, blocks, config, load, publish, send_back
 from torch import Tensor
 from transformers import AutoTokenizer, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from typer.testing import CliRunner

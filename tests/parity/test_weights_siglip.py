@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from originals import PATCH, SIZE, assert_equal, blocks, config, load, pixels, publish, send_back
+from tiny_published_models import PATCH, SIZE, assert_equal, blocks, config, load, pixels, publish, send_back
 from torch import Tensor
 from transformers import (
     Siglip2VisionConfig,

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from originals import (
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from tiny_published_models import (
     DEPTH,
     HEADS,
     MLP,
@@ -25,9 +28,6 @@ from originals import (
     scramble,
     send_back,
 )
-from safetensors.torch import save_file
-from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 

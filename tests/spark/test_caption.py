@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_model
 from PIL import Image
 from pyspark.sql import SparkSession
+from tiny_runs import tiny_model_config
 
 from pipelines.config import LimitsConfig
 from pipelines.driver.caption.run import CaptionReport, CaptionRequest, TooManyErrors, caption
@@ -34,7 +34,7 @@ from vlm.config import GenerationConfig
 @pytest.fixture
 def model(tmp_path: Path) -> ModelFiles:
     """A random model, registered under a name of this test's own."""
-    config = tiny_model()
+    config = tiny_model_config()
     torch.manual_seed(3)
     tokenizer = text.learn(config.text, [])
     save_model(tmp_path / "model", build_model(config, tokenizer.vocab_size), tokenizer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from crashing import ArmingImage, ArmingLimits, deadly
+from crashing_decoder import ArmingImage, ArmingLimits, deadly
 from pictures import as_base64, png, write_csv
 from pyspark.sql import SparkSession
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import executed_queries, tiny_model, write_shards
 from PIL import Image
 from pyspark.sql import SparkSession
+from spark_session import executed_queries
+from tiny_runs import tiny_model_config, write_shards
 
 from pipelines.driver.evaluate.run import EvaluationReport, evaluate
 from pipelines.driver.model_files import ModelFiles
@@ -32,7 +33,7 @@ ROWS = 70
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
     """A random model with a loud picture: its blind gap is small and not zero."""
     folder = tmp_path_factory.mktemp("model")
-    config = tiny_model()
+    config = tiny_model_config()
     torch.manual_seed(5)
     tokenizer = text.learn(config.text, [])
     network = build_model(config, tokenizer.vocab_size)

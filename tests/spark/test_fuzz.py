@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from fuzz import MAX_CHARS, MAX_PIXELS, rows, written
+from fuzzed_rows import MAX_CHARS, MAX_PIXELS, rows, written
 from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from pictures import encoded
 from PIL import Image, ImageOps
 from pyspark.sql import SparkSession
-from trained import corner_rows, corner_run, register, train
+from trained_models import corner_rows, corner_run, register, train
 
 from jobs.caption import run_caption
 from jobs.common import Job

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import VARIANTS, tiny_batch, tiny_model
 from safetensors.torch import load_file, save_file
+from tiny_models import VARIANTS, tiny_batch, tiny_model
 
 from pipelines.config import TrainConfig
 from pipelines.config import load_model as load_config

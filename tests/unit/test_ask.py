@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from published import byte_fallback
+from published_tokenizers import byte_fallback
 from tokenizers import AddedToken
 
 from jobs.ask import ask

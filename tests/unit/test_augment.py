@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from helpers import global_batches, tiny_run, write_shards
+from tiny_runs import global_batches, tiny_run, write_shards
 
 from pipelines.config import AugmentConfig, RunConfig
 from pipelines.errors import ConfigError

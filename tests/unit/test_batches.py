@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import global_batches, tiny_model, write_shards
+from tiny_runs import global_batches, tiny_model_config, write_shards
 
 from pipelines.driver.shard import Packed, mix
 from pipelines.formats.shards import Row, Shards
@@ -24,7 +24,7 @@ from vlm.batch import IGNORE, Batch
 from vlm.text.chars import CharTokenizer
 
 TOKENIZER = CharTokenizer("abcdefghijklmnopqrstuvwxyz \n?")
-MODEL = tiny_model()
+MODEL = tiny_model_config()
 SLOTS = MODEL.num_slots
 
 

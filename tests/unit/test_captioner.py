@@ -6,8 +6,8 @@ import io
 
 import numpy as np
 import pytest
-from models import tiny_model, tiny_pixels
 from PIL import Image
+from tiny_models import tiny_model, tiny_pixels
 
 from pipelines.worker import caption
 from vlm.captioner import Captioner

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_run, write_run, write_shards
+from tiny_runs import tiny_run, write_run, write_shards
 from torch import distributed
 from torch._C._distributed_c10d import HashStore
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import is_running, tiny_run, write_run, write_shards
+from processes import SUPPORT, is_running
+from tiny_runs import tiny_run, write_run, write_shards
 
 from pipelines.driver.train.failure import failure_of, wait_for_words
 from pipelines.driver.train.run import why_not_again
@@ -129,8 +130,8 @@ def test_a_rank_that_does_nothing_for_too_long_ends_and_leaves_its_stacks(run: R
 
 def test_a_rank_whose_interpreter_is_stuck_is_ended_in_the_time_it_was_given_last(run: RunDir) -> None:
     body = f"""
-    sys.path.insert(0, {str(Path(__file__).parents[1] / "e2e")!r})
-    from faults import hold_the_interpreter
+    sys.path.insert(0, {str(SUPPORT)!r})
+    from rank_faults import hold_the_interpreter
     watch.allow(0.5)
     hold_the_interpreter()
     """

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from models import VARIANTS, tiny_model, tiny_pixels
 from pydantic import ValidationError
+from tiny_models import VARIANTS, tiny_model, tiny_pixels
 
 from vlm.batch import Batch
 from vlm.config import GenerationConfig

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import TEST_PATH
+from processes import TEST_PATH
 
 from pipelines.errors import StageFailed
 from pipelines.executor.model_cache import KEPT, on_this_machine

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from models import VARIANTS, tiny_batch, tiny_config, tiny_model, tiny_pixels
+from tiny_models import VARIANTS, tiny_batch, tiny_config, tiny_model, tiny_pixels
 
 from vlm.batch import IGNORE, Batch
 from vlm.build import build_model

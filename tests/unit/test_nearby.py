@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from helpers import TEST_PATH, write_shards
+from processes import TEST_PATH
+from tiny_runs import write_shards
 
 from pipelines.errors import StageFailed
 from pipelines.formats.shards import Shards

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from models import VARIANTS, tiny_batch, tiny_config, tiny_model, tiny_pixels
+from tiny_models import VARIANTS, tiny_batch, tiny_config, tiny_model, tiny_pixels
 from torch import Tensor, nn
 
 from vlm.build import build_model

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import tiny_run, write_shards
+from tiny_runs import tiny_run, write_shards
 
 from pipelines.config import LocalPlatformConfig
 from pipelines.driver.shard import ShardReport

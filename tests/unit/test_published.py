@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from published import ENDOFTEXT, LOC, MAKE, SEG, STARTOFTEXT, byte_fallback, published
+from published_tokenizers import ENDOFTEXT, LOC, MAKE, SEG, STARTOFTEXT, byte_fallback, published
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 

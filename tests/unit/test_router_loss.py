@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from models import tiny_batch, tiny_model
+from tiny_models import tiny_batch, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 

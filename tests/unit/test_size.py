@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import VARIANTS, tiny_model, tiny_pixels
+from tiny_models import VARIANTS, tiny_model, tiny_pixels
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

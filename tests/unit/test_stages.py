@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_run, write_run, write_shards
 from safetensors.torch import load_file
+from tiny_runs import tiny_run, write_run, write_shards
 from torch import distributed
 from torch._C._distributed_c10d import HashStore
 

@@ -20,10 +20,10 @@ import mlflow
 import pandas as pd
 import pytest
 import torch
-from helpers import tiny_run, write_run, write_shards
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from PIL import Image
+from tiny_runs import tiny_run, write_run, write_shards
 
 from pipelines.config import LocalPlatformConfig
 from pipelines.errors import TrainingFailed, UserError

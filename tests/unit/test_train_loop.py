@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import VARIANTS, tiny_batch, tiny_config, tiny_model
 from pydantic import TypeAdapter
+from tiny_models import VARIANTS, tiny_batch, tiny_config, tiny_model
 
 from vlm.batch import Batch
 from vlm.build import build_model

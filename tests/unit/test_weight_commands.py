@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from models import ALPHABET, tiny_config
+from tiny_models import ALPHABET, tiny_config
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app

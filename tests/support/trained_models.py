@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from helpers import COLOURS, tiny_run, write_run
 from PIL import Image
+from tiny_runs import COLOURS, tiny_run, write_run
 
 from pipelines.config import RunConfig
 from pipelines.formats.run_folder import Result, write_json

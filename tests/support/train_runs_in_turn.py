@@ -1,6 +1,6 @@
-"""Ranks that train several runs one after another: starting them takes longer than tiny runs do.
+"""Ranks that train several runs one after another, because starting ranks takes longer than a tiny run.
 
-torchrun ... -m several --run-dir DIR,DIR,...
+torchrun ... -m train_runs_in_turn --run-dir DIR,DIR,...
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Ranks that go wrong on request: the fault is in fault.json of the run folder, production code knows nothing of it.
 
-torchrun ... -m faults --run-dir DIR        or, as a launcher's entry:  faulty_rank
+torchrun ... -m rank_faults --run-dir DIR        or, as a launcher's entry:  faulty_rank
 
 The faults are real ones: a signal, a limit of the kernel, an allocation that cannot be met, bytes changed in a file.
 They strike where a function of the rank is about to begin.

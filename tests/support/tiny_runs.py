@@ -1,18 +1,15 @@
-"""What several test folders build on: a tiny run on shards that are written without Spark."""
+"""Tiny run folders and shards, written without Spark."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from processes import TEST_PATH
 
 from pipelines.config import (
     AugmentConfig,
@@ -38,16 +35,10 @@ from vlm import text
 from vlm.config import Config, ModelConfig
 from vlm.text.base import Tokenizer
 
-if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
-
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
-TESTS = Path(__file__).parent
-TEST_PATH = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "e2e")))
-"""PYTHONPATH of executors and ranks: this checkout's code, wherever the environment's own copy is, and the tests'."""
 
 
-def tiny_model() -> ModelConfig:
+def tiny_model_config() -> ModelConfig:
     """A model of a few thousand weights that still has every part, dropout included."""
     transformer = {
         "width": 16,
@@ -85,7 +76,7 @@ def tiny_run(
     return RunConfig(
         name="tiny",
         chosen=Chosen(model="tiny", data="tiny", train="tiny", platform="local"),
-        model=ModelConfig.model_validate(model) if model else tiny_model(),
+        model=ModelConfig.model_validate(model) if model else tiny_model_config(),
         data=DataConfig(source=CsvSourceConfig(path="none")),
         train=TrainConfig.model_validate(settings | train),
         platform=LocalPlatformConfig(ranks=ranks, cache_gib=cache_gib),
@@ -102,7 +93,7 @@ def write_shards(
         table_version=0,
         source="tiny",
         split="train",
-        image=tiny_model().image.model_copy(update={"size": size}),
+        image=tiny_model_config().image.model_copy(update={"size": size}),
         encoding="raw",
         rows=rows_per_file,
         seed=0,
@@ -142,7 +133,7 @@ def global_batches(
     slices = [
         training_batches(
             shards,
-            Collator(tokenizer, tiny_model()),
+            Collator(tokenizer, tiny_model_config()),
             steps=steps,
             rank=rank,
             world_size=world_size,
@@ -196,40 +187,3 @@ def runs_in(folder: Path, patch: pytest.MonkeyPatch) -> MakeRun:
         return run
 
     return make
-
-
-def torchrun(
-    run: RunDir | Sequence[RunDir], ranks: int, module: str = "pipelines.worker.main"
-) -> subprocess.CompletedProcess[str]:
-    """Run the ranks to their end as a person without Java would; several runs go to the module `several`."""
-    folders = [run.path] if isinstance(run, RunDir) else [each.path for each in run]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", module, "--run-dir", ",".join(map(str, folders))]
-    environment = os.environ | {"PYTHONPATH": TEST_PATH}
-    return subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, check=False, timeout=300
-    )
-
-
-@contextmanager
-def settings(spark: SparkSession, **values: str) -> Iterator[None]:
-    """Other Spark settings for what runs inside."""
-    before = {key: str(spark.conf.get(key)) for key in values}
-    try:
-        for key, value in values.items():
-            spark.conf.set(key, value)
-        yield
-    finally:
-        for key, value in before.items():
-            spark.conf.set(key, value)
-
-
-def executed_queries(spark: SparkSession) -> int:
-    """How many queries a session has run."""
-    return int(spark._jsparkSession.sharedState().statusStore().executionsCount())
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process is there and not merely waiting to be collected."""
-    status = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
-    return bool(status.strip()) and not status.strip().startswith("Z")

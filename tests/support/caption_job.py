@@ -1,6 +1,6 @@
-"""Captioning under kill -9: a table and a model to do it with, a process that does it, and what must be there after.
+"""A process that captions a table of pictures with a random model; tests kill it.
 
-LAKESIGHT_HOME=HOME python captioned.py FOLDER
+LAKESIGHT_HOME=HOME python caption_job.py FOLDER
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 import torch
 from deltalake import DeltaTable, write_deltalake
-from helpers import tiny_model
 from pictures import png
 from pyspark.sql import SparkSession
+from tiny_runs import tiny_model_config
 
 import pipelines.driver.caption.run as stage
 from pipelines.config import LocalPlatformConfig
@@ -35,13 +35,13 @@ def prepare(folder: Path) -> None:
     pictures = [png(number) for number in range(ROWS - BAD)] + [b"no picture"] * BAD
     table = pa.table({"id": [f"{number:02}" for number in range(ROWS)], "photo": pictures})
     write_deltalake(folder / "photos", table)
-    config = tiny_model()
+    config = tiny_model_config()
     torch.manual_seed(3)
     tokenizer = text.learn(config.text, [])
     save_model(folder / "model", build_model(config, tokenizer.vocab_size), tokenizer)
 
 
-def work(spark: SparkSession, platform: Platform, folder: Path, version: str) -> CaptionReport:
+def caption_table(spark: SparkSession, platform: Platform, folder: Path, version: str) -> CaptionReport:
     """Caption the table, in many small tasks."""
     stage.ROWS_PER_TASK = ROWS_PER_TASK
     model = ModelFiles(folder=folder / "model", name=f"m-{folder.name}", version=version, run_id="r")
@@ -49,7 +49,7 @@ def work(spark: SparkSession, platform: Platform, folder: Path, version: str) ->
     return caption(spark, platform, model, request)
 
 
-def found(home: Path, folder: Path, version: str) -> list[dict[str, Any]]:
+def read_captions(home: Path, folder: Path, version: str) -> list[dict[str, Any]]:
     """Captions of a version in the order of their ids, without what differs from job to job."""
     of_version = [("model_name", "=", f"m-{folder.name}"), ("model_version", "=", version)]
     columns = ["image_id", "caption", "error", "sha256", "num_tokens", "settings_hash"]
@@ -58,8 +58,8 @@ def found(home: Path, folder: Path, version: str) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    here = local(LocalPlatformConfig())
-    session = here.open_spark()
-    (here.root / "started").touch()
-    work(session, here, Path(sys.argv[1]), "1")
+    local_platform = local(LocalPlatformConfig())
+    session = local_platform.open_spark()
+    (local_platform.root / "started").touch()
+    caption_table(session, local_platform, Path(sys.argv[1]), "1")
     session.stop()

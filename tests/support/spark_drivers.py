@@ -1,6 +1,6 @@
 """Drivers of their own: on other masters than the session has that tests share, with GPUs, several at once.
 
-python drivers.py MASTER RUN_DIR...
+python spark_drivers.py MASTER RUN_DIR...
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO
 
 import pyspark
-from faults import wait_for
-from helpers import TEST_PATH
+from processes import TEST_PATH
+from rank_faults import wait_for
 
 from pipelines.config import LocalPlatformConfig, SparkConfig
 from pipelines.driver.train.launch import GPU_AMOUNT, run_rank

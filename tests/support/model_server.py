@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import COLOURS, write_run, write_shards
 from PIL import Image
+from tiny_runs import COLOURS, write_run, write_shards
 
 from pipelines.config import RunConfig
 from pipelines.formats.run_folder import Result, write_json

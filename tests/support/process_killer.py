@@ -1,0 +1,119 @@
+"""SIGKILL for a Spark worker, an executor or a driver at a random moment (Linux)."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Literal, TypeVar
+
+from processes import TEST_PATH
+
+from pipelines.background import beside
+
+T = TypeVar("T")
+ProcessKind = Literal["worker", "executor"]
+COMMANDS = {"worker": "pyspark.daemon", "executor": "CoarseGrainedExecutorBackend"}
+
+
+def spark_processes(kind: ProcessKind) -> list[int]:
+    """List the process ids of one kind among the descendants of this process."""
+    parents, found = {}, []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # the process has ended meanwhile
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    for pid in parents:
+        ancestor, commands = pid, []
+        while ancestor in parents and ancestor != os.getpid():
+            commands.append(_command(ancestor))
+            ancestor = parents[ancestor]
+        # The daemon forks workers, which keep its command line: a worker is a daemon whose parent is a daemon.
+        depth = 2 if kind == "worker" else 1
+        if ancestor == os.getpid() and [COMMANDS[kind] in line for line in commands[:depth]] == [True] * depth:
+            found.append(pid)
+    return found
+
+
+def _command(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
+@contextmanager
+def kill_one(kind: ProcessKind, after: float, rng: random.Random) -> Iterator[list[int]]:
+    """Kill one process of a kind while the block runs.
+
+    Args:
+        kind: of the process.
+        after: seconds into the block. The kill waits longer if no such process runs then.
+        rng: draws the process.
+
+    Yields:
+        The killed process id: a list that is empty until the kill.
+    """
+    killed = list[int]()
+
+    def kill(ended: threading.Event) -> None:
+        ended.wait(after)
+        while not (ended.is_set() or killed):
+            for pid in rng.sample(found := spark_processes(kind), min(1, len(found))):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+            ended.wait(0.05)
+
+    with beside(kill, "killer"):
+        yield killed
+
+
+class KillWindow:
+    """Seconds within which a kill is drawn: 1.2 times the duration of the last job that was not killed."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+
+def run_with_kill(kind: ProcessKind, rng: random.Random, window: KillWindow, job: Callable[[str], T]) -> T:
+    """Run a job, kill one process at a random moment of it, and return the job's result.
+
+    Args:
+        kind: of the process.
+        rng: draws the moment and the process.
+        window: is shortened when a job ends before its kill; another job is started then.
+        job: takes a name that is different for each attempt.
+    """
+    for attempt in range(8):
+        started = time.monotonic()
+        with kill_one(kind, rng.uniform(0, window.seconds), rng) as killed:
+            result = job(f"attempt-{attempt}")
+        if killed:
+            return result
+        window.seconds = 1.2 * (time.monotonic() - started)
+    raise AssertionError("eight jobs ended before their kill")
+
+
+def start_script(script: ModuleType, home: Path, folder: Path) -> subprocess.Popen[bytes]:
+    """Run a module of tests/support as a script on a folder; it creates HOME/started once its session is open."""
+    environment = os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": TEST_PATH}
+    command = [sys.executable, str(script.__file__), str(folder)]
+    with (home / "log").open("ab") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, process_group=0)
+
+
+def kill_after(process: subprocess.Popen[bytes], home: Path, seconds: float) -> None:
+    """Kill a script, its JVM and all their children some seconds after its session was opened."""
+    while not (home / "started").exists() and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    (home / "started").unlink(missing_ok=True)
