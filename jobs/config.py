@@ -85,7 +85,7 @@ def measure(name: str, model: ModelConfig) -> ModelSize:
     import torch
 
     from vlm.build import build_model
-    from vlm.config.size import flops_per_sample, idle_parameters
+    from vlm.config.size import flops_per_sample, inactive_parameters
     from vlm.text import learn
 
     vocab_size = learn(model.text, ()).vocab_size if model.text.kind == "chars" else model.text.vocab_size
@@ -96,7 +96,7 @@ def measure(name: str, model: ModelConfig) -> ModelSize:
     return ModelSize(
         name=name,
         parameters=parameters,
-        active=parameters - idle_parameters(model),
+        active=parameters - inactive_parameters(model),
         encoder=encoder,
         decoder=decoder,
         image_size=model.image.size,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from vlm import text
 from vlm.build import build_model
-from vlm.config import Config, ModelConfig, why_unreadable
+from vlm.config import Config, ModelConfig, read_error_message
 from vlm.errors import CheckpointError
 from vlm.files import file_digest
 from vlm.model import VisionLanguageModel
@@ -81,7 +81,7 @@ def load_config(folder: Path) -> ModelConfig:
         raise CheckpointError(
             "the model's config cannot be read",
             where=str(folder / CONFIG),
-            got=why_unreadable(error),
+            got=read_error_message(error),
             fix="a checkpoint folder holds " + ", ".join(MODEL_FILES),
         ) from None
 

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
-from vlm.config import Config, why_unreadable
+from vlm.config import Config, read_error_message
 from vlm.files import atomic_write
 
 T = TypeVar("T", bound=Config)
@@ -342,7 +342,7 @@ def read_json(path: Path, kind: type[T]) -> T:
         raise UserError(
             f"{path.name} is not a {kind.__name__}",
             where=str(path),
-            got=why_unreadable(error),
+            got=read_error_message(error),
             fix="it was written by another version, or by hand",
         ) from None
 

@@ -23,7 +23,7 @@ from starlette.routing import Route
 from pipelines.config import LimitsConfig
 from pipelines.errors import UserError
 from pipelines.review.verdicts import Review, Show, Verdict, key_of
-from vlm.config import why_unreadable
+from vlm.config import read_error_message
 from vlm.errors import ImageError
 from vlm.image import open_image
 
@@ -82,7 +82,7 @@ def open_app(review: Review, title: str, reviewer: str) -> Starlette:
             said = Verdict.model_validate_json(await request.body())
             await asyncio.to_thread(review.judge, said, reviewer)
         except ValidationError as error:
-            return JSONResponse({"error": why_unreadable(error)}, 422)
+            return JSONResponse({"error": read_error_message(error)}, 422)
         except UserError as error:
             return JSONResponse({"error": str(error)}, 404)
         return JSONResponse({"judged": len(review.judged)})

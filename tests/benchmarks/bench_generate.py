@@ -53,7 +53,7 @@ class Ids(CharTokenizer):
     """Ids without an end among them."""
 
     eos_id = -1
-    silenced_ids: tuple[int, ...] = ()
+    suppressed_ids: tuple[int, ...] = ()
 
     def decode(self, ids: object) -> str:
         """Nothing: only tokens are compared."""

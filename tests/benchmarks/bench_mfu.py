@@ -4,8 +4,8 @@
 
 The model of a name in conf/model/ (`base`), ROWS of random pictures and of captions of 32 tokens a step (64), bf16, the
 training loop itself with its optimizer, batches pinned and copied ahead as in a run. FLOPs are three forward passes
-(vlm/config/size.py); the peak is the GPU's dense bf16 rate (`PEAKS` there). Needs no Spark. Without a GPU it counts
-FLOPs a second.
+(vlm/config/size.py); the peak is the GPU's dense bf16 rate (`PEAK_FLOPS` there). Needs no Spark. Without a GPU it
+counts FLOPs a second.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipelines.worker.rank.usage import usage
 from vlm.batch import IGNORE, Batch
 from vlm.build import build_model
 from vlm.config import ModelConfig
-from vlm.config.size import flops_per_sample, peak_of
+from vlm.config.size import flops_per_sample, peak_flops
 from vlm.layers.block import compile_blocks
 from vlm.model import VisionLanguageModel
 from vlm.text.base import SLOT
@@ -86,7 +86,7 @@ def main() -> None:
     config, count = load_model(name, overrides), int(rows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
-    peak = peak_of(gpu)
+    peak = peak_flops(gpu)
     batch = batch_of(config, count)
     flops = 3 * flops_per_sample(config, VOCAB, ANSWER) * count
     torch.manual_seed(0)

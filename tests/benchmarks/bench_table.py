@@ -163,7 +163,7 @@ def theirs(folder: str, exported: str) -> Callable[[list[bytes]], list[str]]:
             do_sample=False,
             eos_token_id=tokenizer.eos_id,
             pad_token_id=tokenizer.pad_id,
-            suppress_tokens=list(tokenizer.silenced_ids),
+            suppress_tokens=list(tokenizer.suppressed_ids),
         )
         answers = found[:, ids.shape[1] :].tolist()
         return [tokenizer.decode(row[: [*row, tokenizer.eos_id].index(tokenizer.eos_id)]) for row in answers]

@@ -58,7 +58,7 @@ FAMILIES = ("gpt2", "gemma", "gemma2", "paligemma")
 class Ids(CharTokenizer):
     """VOCAB ids of which none is silenced, as in their `generate`."""
 
-    silenced_ids: tuple[int, ...] = ()
+    suppressed_ids: tuple[int, ...] = ()
 
 
 def our_config(family: str) -> ModelConfig:

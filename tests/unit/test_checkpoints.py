@@ -111,4 +111,7 @@ def test_a_checkpoint_of_other_science_is_refused_with_all_that_differs(run: Run
     refuse_other_science(run.checkpoint(1), now(timeout_seconds=7, max_restarts=9, checkpoint_every=1))
     with pytest.raises(UserError) as caught:
         refuse_other_science(run.checkpoint(1), now(seed=1, optimizer={"lr": 0.5, "warmup_steps": 2}))
-    assert caught.value.got == "train.seed is 0 there, 1 in the run; train.optimizer.lr is 0.001 there, 0.5 in the run"
+    assert caught.value.got == (
+        "train.seed is 0 in the saved config, 1 in the run; "
+        "train.optimizer.lr is 0.001 in the saved config, 0.5 in the run"
+    )

@@ -45,7 +45,7 @@ def next_logits(model: VisionLanguageModel, tokenizer: Tokenizer, request: Reque
     row = torch.tensor([[*request.prefix, *answer]])
     batch = Batch(torch.stack(list(request.pixels)), row, row, torch.tensor([len(request.prefix)]))
     logits = model.decoder.logits(model.hidden(batch)[0, -1])
-    logits[list(tokenizer.silenced_ids)] = -torch.inf
+    logits[list(tokenizer.suppressed_ids)] = -torch.inf
     return torch.log_softmax(logits, dim=-1)
 
 
@@ -170,7 +170,7 @@ def test_log_probabilities_are_those_of_the_model_before_any_narrowing(changes: 
 def test_wide_beams_find_what_a_search_through_all_answers_finds(length_penalty: float) -> None:
     model, tokenizer = tiny_model("other")
     words, steps = [tokenizer.eos_id, 7, 11, 20], 3
-    tokenizer.silenced_ids = tuple(i for i in range(tokenizer.vocab_size) if i not in words)
+    tokenizer.suppressed_ids = tuple(i for i in range(tokenizer.vocab_size) if i not in words)
     settings = GenerationConfig(max_new_tokens=steps, num_beams=4**steps, length_penalty=length_penalty)
     for picture in tiny_pixels(4):
         request = ask(model, tokenizer, [picture])
@@ -251,5 +251,5 @@ def test_a_request_whose_slots_are_not_those_of_its_pictures_is_refused() -> Non
 
 
 def test_a_search_does_not_draw() -> None:
-    with pytest.raises(ValidationError, match=r"num_beams 2 searches .* temperature 0.5 draws one"):
+    with pytest.raises(ValidationError, match=r"num_beams 2 and temperature 0.5 exclude each other"):
         GenerationConfig(num_beams=2, temperature=0.5)

@@ -118,8 +118,8 @@ def test_a_folder_without_the_runs_model_is_refused_with_all_that_differs(
     with pytest.raises(UserError) as caught:
         prepare(tiny_run(start_from=str(base)), laptop, report, report)
     message = str(caught.value)
-    assert "model.decoder.transformer.depth is 3 there, 1 in the run" in message
-    assert "model.vision.stem.kind is 'conv' there, 'patch' in the run" in message
+    assert "model.decoder.transformer.depth is 3 in the saved config, 1 in the run" in message
+    assert "model.vision.stem.kind is 'conv' in the saved config, 'patch' in the run" in message
     (base / "config.json").write_text("{}")
     with pytest.raises(UserError, match="model to start from cannot be read"):
         prepare(tiny_run(start_from=str(base)), laptop, report, report)
@@ -178,7 +178,10 @@ def test_other_science_is_another_run_and_what_differs_from_the_unfinished_one_i
     assert prepare(tiny_run(seed=3, steps=20), laptop, report, report) != unfinished
     (said,) = caplog.messages
     assert unfinished.path.name in said
-    assert "train.seed is 0 there, 3 in the run; train.steps is 12 there, 20 in the run" in said
+    assert (
+        "train.seed is 0 in the saved config, 3 in the run; train.steps is 12 in the saved config, 20 in the run"
+        in said
+    )
 
 
 def test_a_run_that_another_process_is_training_is_not_launched_twice(tmp_path: Path) -> None:

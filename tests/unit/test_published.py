@@ -129,8 +129,8 @@ def test_what_is_never_generated_is_padding_and_start_unless_they_end(
     learned: dict[str, Tokenizer], which: str, silenced: int
 ) -> None:
     tokenizer = learned[which]
-    assert set(tokenizer.silenced_ids) == {tokenizer.pad_id, tokenizer.bos_id} - {tokenizer.eos_id}
-    assert len(tokenizer.silenced_ids) == silenced
+    assert set(tokenizer.suppressed_ids) == {tokenizer.pad_id, tokenizer.bos_id} - {tokenizer.eos_id}
+    assert len(tokenizer.suppressed_ids) == silenced
 
 
 @pytest.mark.parametrize("which", MAKE)
@@ -143,8 +143,8 @@ def test_a_checkpoints_copy_needs_the_file_no_more(which: str, tmp_path: Path) -
     said = "a cat " + LOC[7] + " <bos>" + ENDOFTEXT
     assert loaded.encode(said) == tokenizer.encode(said)
     assert loaded.decode(loaded.encode(said)) == tokenizer.decode(tokenizer.encode(said))
-    assert [loaded.vocab_size, loaded.pad_id, loaded.bos_id, loaded.eos_id, loaded.silenced_ids] == [
-        *[tokenizer.vocab_size, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.silenced_ids]
+    assert [loaded.vocab_size, loaded.pad_id, loaded.bos_id, loaded.eos_id, loaded.suppressed_ids] == [
+        *[tokenizer.vocab_size, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.suppressed_ids]
     ]
     assert loaded.to_json() == tokenizer.to_json()
     assert str(tmp_path) not in tokenizer.to_json()
@@ -155,8 +155,8 @@ def test_a_checkpoints_copy_needs_the_file_no_more(which: str, tmp_path: Path) -
     [
         ({"path": ""}, "model.text.path = ''"),
         ({"path": "nowhere/tokenizer.json"}, "No such file"),
-        ({"bos": "<start>"}, "no token is spelled '<start>'"),
-        ({"bos": "<start>", "eos": "</s>"}, "no token is spelled '<start>' or '</s>'"),
+        ({"bos": "<start>"}, "the tokenizer has no token '<start>'"),
+        ({"bos": "<start>", "eos": "</s>"}, "the tokenizer has no token '<start>' or '</s>'"),
         ({"vocab_size": 1000}, "1453 tokens, more than vocab_size 1000"),
     ],
     ids=["empty", "missing", "no-bos", "no-bos-no-eos", "table-too-small"],

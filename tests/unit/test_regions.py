@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlm.config import ImageConfig
 from vlm.image import place, to_pixels
-from vlm.text.regions import BINS, REGION_TOKEN, Box, Region, box_of, regions_of
+from vlm.text.regions import BINS, REGION_TOKEN, Box, Region, parse_regions, to_box
 
 
 def spelled(y0: int, x0: int, y1: int, x1: int) -> str:
@@ -23,7 +23,7 @@ def outline(*codes: int) -> str:
 
 def test_a_detection_is_a_box_and_its_label_several_stand_between_semicolons() -> None:
     text = f"{spelled(102, 307, 922, 716)} cat ; {spelled(0, 0, 511, 1023)} big dog ; {spelled(5, 5, 5, 5)}"
-    assert regions_of(text) == [
+    assert parse_regions(text) == [
         Region(102, 307, 922, 716, "cat"),
         Region(0, 0, 511, 1023, "big dog"),
         Region(5, 5, 5, 5, ""),
@@ -33,7 +33,7 @@ def test_a_detection_is_a_box_and_its_label_several_stand_between_semicolons() -
 def test_a_segmentation_is_a_box_with_sixteen_codes() -> None:
     codes = (*range(15), 127)
     text = f"{spelled(1, 2, 3, 4)} {outline(*codes)} cat ; {spelled(5, 6, 7, 8)}{outline(*codes)} cat"
-    assert regions_of(text) == [Region(1, 2, 3, 4, "cat", codes), Region(5, 6, 7, 8, "cat", codes)]
+    assert parse_regions(text) == [Region(1, 2, 3, 4, "cat", codes), Region(5, 6, 7, 8, "cat", codes)]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_segmentation_is_a_box_with_sixteen_codes() -> None:
     ],
 )
 def test_what_is_no_whole_box_is_left_out(text: str, found: list[Region]) -> None:
-    assert regions_of(text) == found
+    assert parse_regions(text) == found
 
 
 pieces = st.one_of(
@@ -70,8 +70,8 @@ pieces = st.one_of(
 @given(st.lists(pieces, max_size=40).map("".join), st.sampled_from(["stretch", "crop", "pad"]))
 def test_any_text_gives_boxes_inside_the_picture_and_no_error(text: str, resize: str) -> None:
     config = ImageConfig.model_validate({"size": 224, "resize": resize})
-    for region in regions_of(text):
-        box = box_of(region, place(640, 481, config))
+    for region in parse_regions(text):
+        box = to_box(region, place(640, 481, config))
         assert 0 <= box.left <= box.right <= 640
         assert 0 <= box.top <= box.bottom <= 481
         assert len(region.codes) in (0, 16)
@@ -86,7 +86,7 @@ def test_the_tokens_are_the_1024_and_the_128_and_no_others() -> None:
 
 def test_a_stretched_pictures_box_scales() -> None:
     placement = place(1000, 500, ImageConfig(size=224))
-    assert box_of(Region(256, 512, 512, 1023, "cat"), placement) == Box(500, 125, 999, 250)
+    assert to_box(Region(256, 512, 512, 1023, "cat"), placement) == Box(500, 125, 999, 250)
 
 
 @pytest.mark.parametrize("resize", ["stretch", "crop", "pad"])
@@ -101,6 +101,6 @@ def test_a_box_seen_in_the_models_square_is_where_it_is_in_the_picture(size: tup
     pixels = to_pixels(picture, config).astype(int)
     rows, columns = np.nonzero((pixels[:, :, 1] > 128) & (pixels[:, :, 0] < 128))
     y0, x0, y1, x1 = (int(edge * BINS / 64) for edge in (rows.min(), columns.min(), rows.max() + 1, columns.max() + 1))
-    found = box_of(Region(y0, x0, y1, x1, "square"), place(*size, config))
+    found = to_box(Region(y0, x0, y1, x1, "square"), place(*size, config))
     model_pixel = max(size) / 64
     assert np.abs(np.subtract(found, truth)).max() <= model_pixel + 1

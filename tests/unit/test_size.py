@@ -6,7 +6,7 @@ from tiny_models import VARIANTS, tiny_model, tiny_pixels
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlm.config.size import flops_per_sample, peak_of
+from vlm.config.size import flops_per_sample, peak_flops
 from vlm.text.base import SLOT
 
 
@@ -43,4 +43,4 @@ def test_flops_are_those_that_torch_counts(variant: str, given: int | None) -> N
     ],
 )
 def test_the_peak_of_a_gpu_goes_by_its_name(gpu: str, peak: float | None) -> None:
-    assert peak_of(gpu) == peak
+    assert peak_flops(gpu) == peak

@@ -1,11 +1,12 @@
-"""The shape of a model as data: every axis of variation is a small frozen config, picked by `kind`.
+"""Configuration of a model: one small frozen pydantic class per axis, with variants selected by `kind`.
 
-Families are points in this space (YAML under conf/model/), never classes. Imports neither torch nor Spark, so the
-driver, the executors and the command line can read a model's shape for free.
+Import the classes from here, and `flops_per_sample` from `vlm.config.size`. The package imports neither torch nor
+Spark, so the driver, the executors and the commands load it quickly. Start reading at `vlm/config/model.py`, whose
+`ModelConfig` holds all other configs; the models that ship are YAML files in conf/model/.
 """
 
 from vlm.config.adapter import AdapterConfig, Pattern
-from vlm.config.base import Config, Probability, differences, why_unreadable
+from vlm.config.base import Config, Probability, config_differences, read_error_message
 from vlm.config.image import ImageConfig
 from vlm.config.model import (
     CausalMaskConfig,
@@ -103,6 +104,6 @@ __all__ = [
     "TextConfig",
     "TransformerConfig",
     "VisionConfig",
-    "differences",
-    "why_unreadable",
+    "config_differences",
+    "read_error_message",
 ]

@@ -1,4 +1,4 @@
-"""Adapters as data: which layers learn a correction, and how large it may be."""
+"""Config of low-rank adapters: which layers get one, and its rank and scale."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, PositiveFloat, PositiveInt
 from vlm.config.base import Config
 
 
-def _compiles(pattern: str) -> str:
+def _check_regex(pattern: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
@@ -18,18 +18,18 @@ def _compiles(pattern: str) -> str:
     return pattern
 
 
-Pattern = Annotated[str, AfterValidator(_compiles)]
-"""A regular expression, to be matched with the whole of a name."""
+Pattern = Annotated[str, AfterValidator(_check_regex)]
+"""Regular expression that is matched against a whole name (`re.fullmatch`)."""
 
 
 class AdapterConfig(Config):
-    """Low-rank adapters (LoRA; Hu et al., 2021) on linear layers; all other weights stay as they are.
+    """Low-rank adapters (LoRA; Hu et al., 2021) on linear layers. All other weights are frozen.
 
     Attributes:
-        pattern: regular expression; a linear layer is adapted where it matches the whole of its name, such as
-            `decoder.blocks.*` or `decoder.blocks.*(qkv|mlp.out)`.
-        rank: of a layer's correction.
-        alpha: the correction is multiplied by alpha / rank.
+        pattern: regular expression for the full names of the linear layers to adapt, such as `decoder.blocks.*` or
+            `decoder.blocks.*(qkv|mlp.out)`.
+        rank: rank of the update of each layer.
+        alpha: the update is multiplied by alpha / rank.
     """
 
     pattern: Pattern

@@ -1,4 +1,4 @@
-"""What every config is made of."""
+"""Base class of all configs, and messages about configs that cannot be read or that differ."""
 
 from __future__ import annotations
 
@@ -11,28 +11,34 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, unknown keys forbidden."""
+    """Base class of every config: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def why_unreadable(error: OSError | ValueError) -> str:
-    """Why a file does not hold a config, in a line: at most three of its problems, each with its place."""
+def read_error_message(error: OSError | ValueError) -> str:
+    """Describe in one line why a file does not hold a config: at most three problems, each with its config path."""
     if isinstance(error, OSError):
         return (error.strerror or str(error)).lower()
     if not isinstance(error, ValidationError):
         return f"{type(error).__name__}: {error}"
     problems = [(".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors()[:3]]
-    first = [f"{place}: {message}" if place else message for place, message in problems]
+    first = [f"{path}: {message}" if path else message for path, message in problems]
     more = error.error_count() - len(first)
     return "; ".join(first) + (f"; and {more} more" if more else "")
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """Each value that two nested mappings do not share, as `a.b is 1 there, 2 in the run`."""
-    for key in dict.fromkeys((*there, *here)):
-        one, other = there.get(key), here.get(key)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            yield from differences(one, other, f"{path}{key}.")
-        elif one != other:
-            yield f"{path}{key} is {one!r} there, {other!r} in the run"
+def config_differences(saved: Mapping[str, Any], current: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Yield one sentence per value that differs: `a.b is 1 in the saved config, 2 in the run`.
+
+    Args:
+        saved: values of a config that was read from disk.
+        current: values of the run's config.
+        path: prefix of the keys, for the recursion into nested mappings.
+    """
+    for key in dict.fromkeys((*saved, *current)):
+        before, now = saved.get(key), current.get(key)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            yield from config_differences(before, now, f"{path}{key}.")
+        elif before != now:
+            yield f"{path}{key} is {before!r} in the saved config, {now!r} in the run"

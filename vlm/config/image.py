@@ -1,4 +1,4 @@
-"""How a picture becomes pixels."""
+"""Config of picture preprocessing."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from vlm.config.base import Config
 
 
 class ImageConfig(Config):
-    """How a picture becomes pixels. The same numbers serve shards, training and captioning.
+    """Preprocessing of a picture. Shards, training and captioning all use the same values.
 
     Attributes:
-        size: height and width, pixels.
-        resize: `stretch` both sides to size; `crop` the centre after the shorter side is size; `pad` with white after
-            the longer side is size.
-        filter: of the resize; each widens when it shrinks a picture (antialias).
-        crop_start: where a crop begins when its margin is odd: half a pixel `down` (transformers) or to the `even`
-            side (torchvision, timm).
-        mean: of each channel, as a share of full brightness.
-        std: of each channel, likewise.
+        size: height and width of the model's input, in pixels.
+        resize: `stretch` scales both sides to `size`; `crop` scales the shorter side to `size` and keeps the centre;
+            `pad` scales the longer side to `size` and fills the rest with white.
+        filter: interpolation of the resize. All filters are antialiased when a picture shrinks.
+        crop_start: rounding of the crop's offset when an odd number of pixels is cut: `down` to the lower integer
+            (transformers) or to the nearest `even` one (torchvision, timm).
+        mean: mean of each channel, as a fraction of full brightness.
+        std: standard deviation of each channel, as a fraction of full brightness.
     """
 
     size: PositiveInt

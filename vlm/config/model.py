@@ -1,6 +1,6 @@
-"""A whole model as data: decoder, fusion, mask, decoding settings, and how the parts fit.
+"""Config of a whole model: decoder, fusion, attention mask and generation, and the checks that the parts fit together.
 
-Imports neither torch nor Spark, so the driver, the executors and the command line can read a model's shape for free.
+The module imports neither torch nor Spark, so the driver, the executors and the commands load it quickly.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from vlm.config.vision import LinearProjectorConfig, ProjectorConfig, VisionConf
 
 
 class DecoderConfig(Config):
-    """The language model: token table, transformer, output head.
+    """The language model: token embeddings, transformer and output head.
 
     Attributes:
-        context: positions it can hold.
-        transformer: over the sequence.
-        tie_embeddings: the output head is the token table.
-        scale_embeddings: token vectors are multiplied by sqrt(width) (Vaswani et al., 2017); slots are not.
-        soft_cap: logits are squeezed into (-soft_cap, soft_cap) by tanh (Gemma Team, 2024).
+        context: maximum number of positions in a sequence.
+        transformer: the blocks that process the sequence.
+        tie_embeddings: the output head shares its weights with the token embeddings.
+        scale_embeddings: multiply token embeddings, but not picture features, by sqrt(width) (Vaswani et al., 2017).
+        soft_cap: limit logits to (-soft_cap, soft_cap) by tanh (Gemma Team, 2024); null: no limit.
     """
 
     context: PositiveInt
@@ -34,28 +34,29 @@ class DecoderConfig(Config):
     soft_cap: PositiveFloat | None = None
 
     @model_validator(mode="after")
-    def _no_layer_without_past(self) -> Self:
+    def _check_layer_scale(self) -> Self:
         if self.transformer.layer_scale is not None:
-            raise ValueError("layer_scale is an axis of the encoder")
+            raise ValueError("layer_scale is supported in the encoder only: set it to null in the decoder")
         return self
 
 
 class SlotsFusionConfig(Config):
-    """A picture enters the sequence: its features take the places of slots."""
+    """Picture features are inserted into the decoder's sequence, one per image slot."""
 
     kind: Literal["slots"] = "slots"
 
 
 class CrossFusionConfig(Config):
-    """A picture stays outside (Alayrac et al., 2022): one slot marks its place, gated blocks look at its features.
+    """Gated cross-attention blocks read the picture features (Flamingo; Alayrac et al., 2022).
 
-    A position sees the last picture before it. The gates start closed, so that training starts from the bare decoder.
+    One slot in the sequence marks the picture's position. A token attends to the last picture before it. The gates
+    start at zero, so training starts from the unchanged decoder.
 
     Attributes:
-        every: a gated block before every so many blocks of the decoder.
+        every: number of decoder blocks per gated block, which comes before them.
         num_heads: heads of the cross-attention.
         head_dim: width of a head.
-        mlp: of the gated block.
+        mlp: MLP of each gated block.
     """
 
     kind: Literal["cross_attention"]
@@ -69,13 +70,13 @@ FusionConfig = Annotated[SlotsFusionConfig | CrossFusionConfig, Field(discrimina
 
 
 class CausalMaskConfig(Config):
-    """Every position sees itself and what came before."""
+    """Every position attends to itself and to earlier positions."""
 
     kind: Literal["causal"] = "causal"
 
 
 class PrefixMaskConfig(Config):
-    """Picture and prompt see each other freely; the answer is causal (prefix-LM, PaliGemma)."""
+    """Picture and prompt attend to each other in both directions; the answer is causal (prefix-LM, PaliGemma)."""
 
     kind: Literal["prefix"]
 
@@ -84,19 +85,20 @@ MaskConfig = Annotated[CausalMaskConfig | PrefixMaskConfig, Field(discriminator=
 
 
 class GenerationConfig(Config):
-    """Decoding settings; their meaning and order are those of transformers' `generate`.
+    """Generation settings. They have the meaning and the order of application of transformers' `generate`.
 
     Attributes:
-        max_new_tokens: of an answer, the end token included.
-        temperature: scores are divided by it before a draw; 0 is greedy.
-        top_k: draw among the k best.
-        top_p: draw among the best whose probabilities together reach it (Holtzman et al., 2019).
-        min_p: draw among those with at least this share of the best one's probability (Nguyen et al., 2024).
-        repetition_penalty: above 1, tokens of prompt and answer become less likely (Keskar et al., 2019).
-        num_beams: beginnings that a search keeps; 1 is no search.
-        length_penalty: an answer of a search is worth its log-probability / length ** length_penalty.
-        stop: an answer ends once its text contains one of these, and is cut off there.
-        seed: of draws.
+        max_new_tokens: maximum length of an answer in tokens, including the end token.
+        temperature: divisor of the logits before sampling; 0 is greedy decoding.
+        top_k: sample from the k most likely tokens.
+        top_p: sample from the most likely tokens whose probabilities sum to top_p (Holtzman et al., 2019).
+        min_p: sample from tokens with at least this fraction of the highest probability (Nguyen et al., 2024).
+        repetition_penalty: above 1, tokens that occur in the prompt or the answer become less likely (Keskar et al.,
+            2019).
+        num_beams: beams of beam search; 1 turns it off.
+        length_penalty: beam search ranks answers by log-probability / length ** length_penalty.
+        stop: strings that end an answer. The answer is cut before the first of them.
+        seed: seed of sampling.
     """
 
     max_new_tokens: PositiveInt = 48
@@ -111,17 +113,17 @@ class GenerationConfig(Config):
     seed: int = 0
 
     @model_validator(mode="after")
-    def _searches_or_draws(self) -> Self:
+    def _check_beams_or_sampling(self) -> Self:
         if self.num_beams > 1 and self.temperature > 0:
             raise ValueError(
-                f"num_beams {self.num_beams} searches for the likeliest answer, temperature {self.temperature} draws "
-                "one: set num_beams 1 or temperature 0"
+                f"num_beams {self.num_beams} and temperature {self.temperature} exclude each other: beam search does "
+                "not sample. Set num_beams 1 or temperature 0"
             )
         return self
 
 
 class ModelConfig(Config):
-    """A whole vision-language model. With its tokenizer file and weights it is enough to rebuild it anywhere."""
+    """A whole vision-language model. This config, the tokenizer file and the weights are enough to rebuild it."""
 
     image: ImageConfig
     text: TextConfig
@@ -134,12 +136,12 @@ class ModelConfig(Config):
 
     @property
     def num_patches(self) -> int:
-        """Patches of one picture, before any selection."""
+        """Number of patches of one picture, before `vision.select` is applied."""
         return (self.image.size // self.vision.stem.stride) ** 2
 
     @property
     def num_features(self) -> int:
-        """Vectors the projector makes of one picture."""
+        """Number of feature vectors that the projector outputs for one picture."""
         if self.projector.kind == "resampler":
             return self.projector.num_latents
         if self.vision.select != "patches":
@@ -149,11 +151,11 @@ class ModelConfig(Config):
 
     @property
     def num_slots(self) -> int:
-        """Places one picture takes in the decoder's sequence."""
+        """Number of positions that one picture takes in the decoder's sequence."""
         return self.num_features if self.fusion.kind == "slots" else 1
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _check_parts_fit(self) -> Self:
         stride = self.vision.stem.stride
         if self.image.size % stride:
             raise ValueError(f"image.size {self.image.size} is not a multiple of the stem's stride {stride}")
@@ -161,15 +163,16 @@ class ModelConfig(Config):
             side = self.image.size // stride
             if self.vision.select != "patches" or side % self.projector.factor:
                 raise ValueError(
-                    f"projector.factor {self.projector.factor} needs select: patches and divides their grid of {side}"
+                    f"projector.factor {self.projector.factor} needs vision.select: patches, and must divide the side "
+                    f"of the patch grid, {side}"
                 )
         depth = self.decoder.transformer.depth
         if self.fusion.kind == "cross_attention" and depth % self.fusion.every:
             raise ValueError(f"decoder depth {depth} is not a multiple of fusion.every {self.fusion.every}")
-        room = self.decoder.context - self.num_slots - 1
-        if room < self.generation.max_new_tokens:
+        free = self.decoder.context - self.num_slots - 1
+        if free < self.generation.max_new_tokens:
             raise ValueError(
-                f"decoder.context {self.decoder.context} leaves {room} places after {self.num_slots} image slots and "
-                f"the start token, fewer than generation.max_new_tokens {self.generation.max_new_tokens}"
+                f"decoder.context {self.decoder.context} leaves {free} positions after {self.num_slots} image slots "
+                f"and the start token, fewer than generation.max_new_tokens {self.generation.max_new_tokens}"
             )
         return self

@@ -1,4 +1,4 @@
-"""In what numbers a trained model computes."""
+"""Number formats of a trained model's weights and computation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from vlm.errors import UserError
 
 
 class Precision(StrEnum):
-    """Numbers of weights and of what is computed with them.
+    """Number format of weights and computation.
 
-    `int8` and `int4` are weight-only: linear layers are stored so and compute in bf16, everything else is bf16.
+    `int8` and `int4` are weight-only quantization: linear layers store integers and compute in bf16. The rest is bf16.
     """
 
     FP32 = "fp32"
@@ -22,14 +22,14 @@ class Precision(StrEnum):
 
     @property
     def quantized(self) -> bool:
-        """Whether linear layers are stored as integers."""
+        """True if linear layers are stored as integers."""
         return self in (Precision.INT8, Precision.INT4)
 
     def require(self) -> None:
-        """Refuse before any work what this environment cannot do.
+        """Check that the libraries of this precision are installed.
 
         Raises:
-            UserError: it needs a library that is not installed.
+            UserError: torchao is needed and is not installed.
         """
         if self.quantized and importlib.util.find_spec("torchao") is None:
             raise UserError(

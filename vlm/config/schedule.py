@@ -1,4 +1,4 @@
-"""How the learning rate goes: a factor of its peak after warmup, by `kind`."""
+"""Learning rate schedules: the learning rate after warm-up as a fraction of its peak, selected by `kind`."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ Floor = Annotated[float, Field(ge=0, le=1)]
 
 
 class CosineScheduleConfig(Config):
-    """Half a cosine from the peak down to `floor` of it (Loshchilov and Hutter, 2016)."""
+    """Cosine decay from the peak to `floor` * peak (Loshchilov and Hutter, 2016)."""
 
     kind: Literal["cosine"] = "cosine"
     floor: Floor = 0.05
 
 
 class LinearScheduleConfig(Config):
-    """A straight line from the peak down to `floor` of it."""
+    """Linear decay from the peak to `floor` * peak."""
 
     kind: Literal["linear"]
     floor: Floor = 0.0
 
 
 class ConstantScheduleConfig(Config):
-    """The peak, to the end."""
+    """Constant learning rate: the peak until the last step."""
 
     kind: Literal["constant"]
 
 
 class StableScheduleConfig(Config):
-    """The peak, and a straight line down to `floor` of it over the last `decay` of the steps (Hu et al., 2024).
+    """Constant peak, then linear decay to `floor` * peak over the last `decay` fraction of the steps (Hu et al., 2024).
 
-    Training can be gone on with from before the decay, without knowing beforehand how long it will last.
+    A checkpoint from before the decay can be trained further, so the number of steps need not be known in advance.
     """
 
     kind: Literal["warmup_stable_decay"]

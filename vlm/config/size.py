@@ -1,7 +1,7 @@
-"""How large a model is and how much it computes, from its config alone: nothing is built, torch is not needed.
+"""FLOPs and parameter counts of a model, computed from its config without building it and without torch.
 
-FLOPs count two a multiply-add of every matrix product, attention's two included, of one forward pass over one sample:
-one picture and a full text of `generation.max_new_tokens`. A training step is three times that.
+FLOPs are those of one forward pass over one sample: one picture and a text. A multiply-add counts as two. Only matrix
+products count, including the two of attention. A training step takes three times as many.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from vlm.config import AttentionConfig, MlpConfig, ModelConfig, ResamplerProject
 
 
 def flops_per_sample(config: ModelConfig, vocab_size: int, text: int | None = None) -> int:
-    """FLOPs of the forward pass over one picture and a text of so many tokens: the longest answer, where none is given.
+    """Return the FLOPs of one forward pass over one picture and a text. The output head runs on text positions only.
 
-    The head works at the text's positions alone.
+    Args:
+        config: config of the model.
+        vocab_size: rows of the token embedding table.
+        text: length of the text in tokens; None: `generation.max_new_tokens`.
     """
     text = config.generation.max_new_tokens if text is None else text
     return _encoder(config) + _projector(config) + _decoder(config, vocab_size, text)
 
 
-PEAKS = {
+PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -31,16 +34,16 @@ PEAKS = {
     "A10": 125e12,
     "L4": 121e12,
 }
-"""Dense bf16 FLOPs a second of GPUs, by a part of their name, the longer name first (NVIDIA's data sheets)."""
+"""Dense bf16 FLOPs per second of GPUs by a part of their name (NVIDIA's data sheets). Longer names come first."""
 
 
-def peak_of(gpu: str) -> float | None:
-    """Dense bf16 FLOPs a second of a GPU, by the name that CUDA gives it; None where it is not known."""
-    return next((peak for name, peak in PEAKS.items() if name in gpu), None)
+def peak_flops(gpu: str) -> float | None:
+    """Return the dense bf16 FLOPs per second of a GPU by its CUDA device name, or None if it is not in the table."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), None)
 
 
-def idle_parameters(config: ModelConfig) -> int:
-    """Parameters that a token does not meet: those of the experts it is not sent to."""
+def inactive_parameters(config: ModelConfig) -> int:
+    """Return the number of parameters that one token does not use: those of the experts that it is not routed to."""
     return sum(
         stack.depth * (stack.mlp.num_experts - stack.mlp.top_k) * _mlp_parameters(stack.width, stack.mlp.expert)
         for stack in (config.vision.transformer, config.decoder.transformer)
@@ -71,23 +74,23 @@ def _encoder(config: ModelConfig) -> int:
 def _projector(config: ModelConfig) -> int:
     projector, width = config.projector, config.vision.transformer.width
     out_width = config.decoder.transformer.width
-    given = config.num_patches if config.vision.select == "patches" else 1
+    inputs = config.num_patches if config.vision.select == "patches" else 1
     match projector.kind:
         case "linear":
-            return 2 * given * width * out_width
+            return 2 * inputs * width * out_width
         case "mlp":
-            return 2 * given * projector.mlp_width * (width + out_width)
+            return 2 * inputs * projector.mlp_width * (width + out_width)
         case "pixel_shuffle":
             return 2 * config.num_features * projector.factor**2 * width * out_width
         case "resampler":
-            return _resampler(projector, given, width) + 2 * projector.num_latents * width * out_width
+            return _resampler(projector, inputs, width) + 2 * projector.num_latents * width * out_width
 
 
-def _resampler(config: ResamplerProjectorConfig, given: int, width: int) -> int:
+def _resampler(config: ResamplerProjectorConfig, inputs: int, width: int) -> int:
     latents, heads = config.num_latents, config.num_heads * config.head_dim
-    seen = given + latents
-    linear = latents * 2 * width * heads + seen * 2 * width * heads + latents * _mlp_weights(width, config.mlp)
-    return config.depth * (2 * linear + 4 * latents * seen * heads)
+    keys = inputs + latents
+    linear = latents * 2 * width * heads + keys * 2 * width * heads + latents * _mlp_weights(width, config.mlp)
+    return config.depth * (2 * linear + 4 * latents * keys * heads)
 
 
 def _decoder(config: ModelConfig, vocab_size: int, text: int) -> int:
@@ -103,7 +106,7 @@ def _decoder(config: ModelConfig, vocab_size: int, text: int) -> int:
 
 
 def _stack(config: TransformerConfig, tokens: int) -> int:
-    """Blocks over `tokens` positions; attention counted in full, as a kernel without a causal shortcut computes it."""
+    """Return the FLOPs of all blocks over `tokens` positions, with attention over all pairs (no causal saving)."""
     weights = _attention_weights(config.width, config.attention) + _mlp_weights(config.width, config.mlp)
     attention = 4 * tokens**2 * config.attention.num_heads * config.attention.head_dim
     return config.depth * (2 * tokens * weights + attention)
@@ -114,7 +117,7 @@ def _attention_weights(width: int, config: AttentionConfig) -> int:
 
 
 def _mlp_weights(width: int, config: MlpConfig) -> int:
-    """Weights a token is multiplied with."""
+    """Return the number of weights that one token is multiplied with."""
     match config.kind:
         case "plain":
             return 2 * width * config.mlp_width
@@ -125,7 +128,7 @@ def _mlp_weights(width: int, config: MlpConfig) -> int:
 
 
 def _mlp_parameters(width: int, config: MlpConfig) -> int:
-    """Weights and biases of one MLP."""
-    assert config.kind != "moe", "experts are not mixtures themselves"
+    """Return the number of weights and biases of one MLP."""
+    assert config.kind != "moe", "an expert is never a mixture of experts"
     hidden = config.mlp_width * (2 if config.kind == "gated" else 1)
     return _mlp_weights(width, config) + config.bias * (hidden + width)

@@ -1,4 +1,4 @@
-"""Text: how captions become token ids."""
+"""Config of the tokenizer, which turns captions into token ids."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from vlm.config.base import Config
 
 
 class CharsConfig(Config):
-    """One token a character. Characters outside the alphabet become the unknown token."""
+    """One token per character. Characters outside the alphabet become the unknown token."""
 
     kind: Literal["chars"]
     alphabet: Annotated[str, Field(min_length=1)]
 
 
 class BpeConfig(Config):
-    """Byte-level BPE learned from the training captions: no unknown characters, any language."""
+    """Byte-level BPE learned from the training captions. It encodes any text without unknown tokens."""
 
     kind: Literal["bpe"]
     vocab_size: Annotated[int, Field(ge=260)] = 512
 
 
 class JsonTextConfig(Config):
-    """A tokenizer of the `tokenizers` library as published (tokenizer.json), with its own special tokens.
+    """A published tokenizer.json of the `tokenizers` library, with its own special tokens.
 
     Attributes:
-        path: the file; a checkpoint holds a copy and needs it no more.
-        vocab_size: rows of the token table, which publishers round up.
-        bos: spelling of the start token.
-        eos: spelling of the end token.
-        pad: spelling of the padding token.
+        path: path of tokenizer.json. It is read once: checkpoints contain a copy.
+        vocab_size: rows of the token embedding table. Publishers often round it up above the number of tokens.
+        bos: text of the start token.
+        eos: text of the end token.
+        pad: text of the padding token.
     """
 
     kind: Literal["json"]

@@ -1,4 +1,4 @@
-"""The axes of a transformer: norm, position, attention, MLP. The same words for encoder and decoder."""
+"""Config of a transformer: norm, position, attention and MLP. Encoder and decoder use the same classes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LayerNormConfig(Config):
 
 
 class RmsNormConfig(Config):
-    """RMSNorm (Zhang and Sennrich, 2019). With `offset` the weight is stored as its distance from one."""
+    """RMSNorm (Zhang and Sennrich, 2019). With `offset` the layer multiplies by 1 + weight instead of weight."""
 
     kind: Literal["rms"]
     eps: float = 1e-6
@@ -28,7 +28,7 @@ NormConfig = Annotated[LayerNormConfig | RmsNormConfig, Field(discriminator="kin
 
 
 class LearnedPositionConfig(Config):
-    """One learned vector a position, added to the input."""
+    """One learned vector per position, added to the input."""
 
     kind: Literal["learned"] = "learned"
 
@@ -50,10 +50,11 @@ class AttentionConfig(Config):
         num_heads: heads of the queries.
         num_kv_heads: heads of keys and values.
         head_dim: width of a head.
-        bias: of queries, keys, values and output.
-        windows: how far back each layer sees, itself counted; null: all of it. Repeated over the depth.
-        soft_cap: scores are squeezed into (-soft_cap, soft_cap) by tanh (Gemma Team, 2024).
-        scale: what scores are multiplied with; null: head_dim ** -0.5.
+        bias: add a bias to the projections of queries, keys, values and output.
+        windows: number of positions each layer attends to, itself included; null: all positions. The list is repeated
+            over the depth.
+        soft_cap: limit attention scores to (-soft_cap, soft_cap) by tanh (Gemma Team, 2024); null: no limit.
+        scale: factor of the attention scores; null: head_dim ** -0.5.
     """
 
     num_heads: PositiveInt
@@ -65,7 +66,7 @@ class AttentionConfig(Config):
     scale: PositiveFloat | None = None
 
     @model_validator(mode="after")
-    def _grouped(self) -> Self:
+    def _check_groups(self) -> Self:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
         return self
@@ -75,7 +76,7 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 
 
 class PlainMlpConfig(Config):
-    """Two linear layers and an activation."""
+    """Two linear layers with an activation in between."""
 
     kind: Literal["plain"] = "plain"
     mlp_width: PositiveInt
@@ -99,13 +100,13 @@ class MoeMlpConfig(Config):
     """Sparse mixture of experts (Shazeer et al., 2017): a router sends each token to `top_k` of `num_experts` MLPs.
 
     Attributes:
-        num_experts: MLPs a layer.
-        top_k: experts a token; their outputs are weighted by a softmax over the chosen, which a single one would leave
-            without a gradient.
-        expert: the shape of one expert.
+        num_experts: MLPs per layer.
+        top_k: experts per token. Their outputs are weighted by a softmax over the chosen experts. The minimum is 2,
+            because the softmax over one expert is constant and gives the router no gradient.
+        expert: config of one expert.
         noisy: add noise of learned scale to the router's logits, in training only.
-        balance_weight: of the load-balance loss (Fedus et al., 2021), which is 1 a layer where all experts get as much.
-        z_weight: of the router z loss (Zoph et al., 2022).
+        balance_weight: weight of the load-balance loss (Fedus et al., 2021), which is 1 per layer at an even load.
+        z_weight: weight of the router z-loss (Zoph et al., 2022).
     """
 
     kind: Literal["moe"]
@@ -117,7 +118,7 @@ class MoeMlpConfig(Config):
     z_weight: NonNegativeFloat = 0.001
 
     @model_validator(mode="after")
-    def _enough_experts(self) -> Self:
+    def _check_top_k(self) -> Self:
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k {self.top_k} is more than num_experts {self.num_experts}")
         return self
@@ -127,19 +128,19 @@ MlpConfig = Annotated[PlainMlpConfig | GatedMlpConfig | MoeMlpConfig, Field(disc
 
 
 class TransformerConfig(Config):
-    """A stack of blocks; the same words for the encoder and the decoder.
+    """Config of a stack of transformer blocks, used for the encoder and the decoder.
 
     Attributes:
-        width: of the residual stream.
-        depth: blocks.
-        attention: its shape.
-        mlp: its shape.
-        norm: before each branch, and after the last block.
-        sandwich: each branch's output is normalised too, before it is added (Gemma Team, 2024).
-        layer_scale: what a learned factor a channel on each branch's output starts from (Touvron et al., 2021);
-            null: no such factor.
-        position: how a token knows where it stands.
-        dropout: on embeddings, attention weights and branches.
+        width: width of the residual stream.
+        depth: number of blocks.
+        attention: config of the attention layers.
+        mlp: config of the MLPs.
+        norm: norm before each attention and MLP branch, and after the last block.
+        sandwich: also normalise the output of each branch before it is added (Gemma Team, 2024).
+        layer_scale: initial value of a learned factor per channel on each branch's output (Touvron et al., 2021); null:
+            no such factor.
+        position: position encoding.
+        dropout: dropout probability of embeddings, attention weights and branch outputs.
     """
 
     width: PositiveInt
@@ -153,7 +154,7 @@ class TransformerConfig(Config):
     dropout: Probability = 0.0
 
     @model_validator(mode="after")
-    def _rotary_pairs(self) -> Self:
+    def _check_rotary_head_dim(self) -> Self:
         if self.position.kind == "rotary" and self.attention.head_dim % 2:
-            raise ValueError(f"rotary positions turn pairs of channels: head_dim {self.attention.head_dim} is odd")
+            raise ValueError(f"rotary positions need an even head_dim, got {self.attention.head_dim}")
         return self

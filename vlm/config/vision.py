@@ -1,4 +1,4 @@
-"""The eye: stem, encoder, and the projector that hands its features to the decoder."""
+"""Config of the vision encoder, and of the projector from the encoder's width to the decoder's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PatchStemConfig(Config):
 
 
 class ConvStemConfig(Config):
-    """A few stride-2 convolutions (Xiao et al., 2021): trains faster and steadier than one large patch."""
+    """A few stride-2 convolutions (Xiao et al., 2021). It trains faster and more stably than one large patch."""
 
     kind: Literal["conv"]
     channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
@@ -39,18 +39,18 @@ StemConfig = Annotated[PatchStemConfig | ConvStemConfig, Field(discriminator="ki
 
 
 class VisionConfig(Config):
-    """The encoder: stem, class token and registers, transformer, and which outputs the decoder gets to see.
+    """The vision encoder: stem, class token, registers, transformer, and the selection of its output.
 
     Attributes:
-        stem: picture to patches.
-        transformer: over patches.
-        class_token: a learned token in front.
-        registers: learned tokens that no one reads (Darcet et al., 2023), after the class token.
-        position_on: `all` tokens have a position, or the `patches` alone.
-        pre_norm: a norm before the first block (CLIP).
-        post_norm: a norm after the last block.
-        select: what the projector gets: `patches`, their `mean`, the class token (`cls`), or what one learned query
-            attends to (`attention`; Zhai et al., 2022).
+        stem: layers that turn a picture into a grid of patch vectors.
+        transformer: the blocks that process the patch vectors.
+        class_token: prepend a learned token.
+        registers: number of learned tokens after the class token whose output is discarded (Darcet et al., 2023).
+        position_on: add learned positions to `all` tokens, or to the `patches` only.
+        pre_norm: apply a norm before the first block (CLIP).
+        post_norm: apply a norm after the last block.
+        select: output that the projector receives: the `patches`, their `mean`, the class token (`cls`), or the pooled
+            vector of one learned query (`attention`; Zhai et al., 2022).
     """
 
     stem: StemConfig
@@ -63,15 +63,15 @@ class VisionConfig(Config):
     select: Literal["cls", "mean", "patches", "attention"] = "patches"
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_select_and_position(self) -> Self:
         if self.select == "cls" and not self.class_token:
             raise ValueError("select: cls needs class_token: true")
         if self.select == "attention" and self.transformer.mlp.kind != "plain":
-            raise ValueError("select: attention needs mlp.kind: plain, which its own MLP is shaped like")
+            raise ValueError("select: attention needs mlp.kind: plain: the pooling layer uses the same MLP config")
         if self.transformer.position.kind != "learned":
-            raise ValueError("the patch grid takes learned positions: rotary ones here would be one-dimensional")
+            raise ValueError("the encoder needs position.kind: learned, because rotary positions are one-dimensional")
         if self.transformer.attention.windows != (None,):
-            raise ValueError("an encoder sees all of its picture: attention.windows is the decoder's")
+            raise ValueError("attention.windows is supported in the decoder only: set it to [null] in the encoder")
         return self
 
 
@@ -82,7 +82,7 @@ class LinearProjectorConfig(Config):
 
 
 class MlpProjectorConfig(Config):
-    """Linear, activation, linear (LLaVA 1.5)."""
+    """Two linear layers with an activation in between (LLaVA 1.5)."""
 
     kind: Literal["mlp"]
     mlp_width: PositiveInt
@@ -90,14 +90,14 @@ class MlpProjectorConfig(Config):
 
 
 class PixelShuffleProjectorConfig(Config):
-    """Each square of factor x factor patches becomes one slot, channels side by side, then linear (InternVL)."""
+    """Concatenate the channels of each square of factor x factor patches, then apply a linear layer (InternVL)."""
 
     kind: Literal["pixel_shuffle"]
     factor: Annotated[int, Field(ge=2)] = 2
 
 
 class ResamplerProjectorConfig(Config):
-    """Perceiver resampler (Alayrac et al., 2022): `num_latents` learned queries attend to patches and themselves."""
+    """Perceiver resampler (Alayrac et al., 2022): `num_latents` learned queries attend to patches and to each other."""
 
     kind: Literal["resampler"]
     num_latents: PositiveInt = 64

@@ -22,7 +22,7 @@ from vlm.generation.request import Generated, Request, prefill
 from vlm.generation.sampling import Penalty
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
-from vlm.text.stop import stop_at
+from vlm.text.stop import find_stop
 
 
 @torch.inference_mode()
@@ -45,11 +45,11 @@ def beam_search(
     def ends(tokens: list[int]) -> bool:
         if tokens[-1] == tokenizer.eos_id or len(tokens) == settings.max_new_tokens:
             return True
-        return bool(settings.stop) and stop_at(tokenizer.decode(tokens), settings.stop) is not None
+        return bool(settings.stop) and find_stop(tokenizer.decode(tokens), settings.stop) is not None
 
     searches = [_Search(K, ends) for _ in requests]
     going = searches
-    silenced = torch.tensor(tokenizer.silenced_ids, dtype=torch.long, device=device)
+    silenced = torch.tensor(tokenizer.suppressed_ids, dtype=torch.long, device=device)
     while True:
         logits_RV = logits_RV.float().index_fill_(1, silenced, -torch.inf)
         for search, candidates in zip(going, _candidates(logits_RV, going, penalty, settings), strict=True):

@@ -18,7 +18,7 @@ from vlm.generation.request import Generated, Request, check_room, prefill
 from vlm.generation.sampling import Chooser
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
-from vlm.text.stop import settled, stop_at
+from vlm.text.stop import count_safe_tokens, find_stop
 
 __all__ = ["Generated", "Request", "check_room", "generate", "stream"]
 
@@ -40,7 +40,7 @@ def generate(
         *_, answers = _steps(model, tokenizer, requests, settings)
     for answer in answers:
         text = tokenizer.decode(answer.tokens)
-        answer.text = text[: stop_at(text, settings.stop)]
+        answer.text = text[: find_stop(text, settings.stop)]
     return answers
 
 
@@ -61,10 +61,10 @@ def stream(
     given, tokens = 0, list[int]()
     for (answer,) in steps:
         tokens = answer.tokens
-        ready = settled(tokenizer, tokens, given, settings.stop) if settings.stop else len(tokens)
+        ready = count_safe_tokens(tokenizer, tokens, given, settings.stop) if settings.stop else len(tokens)
         yield from tokens[given:ready]
         given = ready
-    if stop_at(tokenizer.decode(tokens), settings.stop) is None:
+    if find_stop(tokenizer.decode(tokens), settings.stop) is None:
         yield from tokens[given:]
 
 
@@ -77,7 +77,7 @@ def _steps(
     choose = Chooser(requests, settings, logits_BV.shape[-1], logits_BV.device)
     answers = [Generated() for _ in requests]
     owners = list(range(len(requests)))
-    silenced = torch.tensor(tokenizer.silenced_ids, dtype=torch.long, device=logits_BV.device)
+    silenced = torch.tensor(tokenizer.suppressed_ids, dtype=torch.long, device=logits_BV.device)
     for position in range(settings.max_new_tokens):
         logits_BV = logits_BV.float().index_fill_(1, silenced, -torch.inf)
         tokens_B = choose(logits_BV, position)
@@ -103,4 +103,4 @@ def _goes_on(answer: Generated, token: int, logprob: float, tokenizer: Tokenizer
     if token == tokenizer.eos_id:
         return False
     answer.tokens.append(token)
-    return not stop or stop_at(tokenizer.decode(answer.tokens), stop) is None
+    return not stop or find_stop(tokenizer.decode(answer.tokens), stop) is None

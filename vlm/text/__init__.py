@@ -1,4 +1,8 @@
-"""Text in and out of the model: tokenizers (characters, byte-level BPE, published), prompt form, regions. No torch."""
+"""Text in and out of the model: tokenizers, prompts, stop strings, regions in answers and words of captions. No torch.
+
+Import `learn`, `save`, `load` and the `Tokenizer` protocol from here, and all else from its module, such as
+`vlm.text.prompt`. Start reading at base.py (the protocol), then prompt.py (how a sequence is laid out).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ __all__ = ["Tokenizer", "learn", "load", "save"]
 
 
 def learn(config: TextConfig, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer a config asks for: BPE learns it from `texts`, an alphabet and a published file are there already.
+    """Build the tokenizer of a config: learn BPE merges from `texts`, or use the config's alphabet or published file.
 
     Raises:
         ConfigError: the published file is missing or does not fit the config.
@@ -32,7 +36,7 @@ def learn(config: TextConfig, texts: Iterable[str]) -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, path: Path) -> None:
-    """Write a tokenizer as JSON."""
+    """Write a tokenizer to a JSON file."""
     path.write_text(tokenizer.to_json(), encoding="utf-8")
 
 
@@ -55,5 +59,5 @@ def load(path: Path) -> Tokenizer:
             "the tokenizer cannot be read",
             where=str(path),
             got=f"{type(error).__name__}: {error}",
-            fix="the file is written beside the weights by training",
+            fix="restore tokenizer.json of this checkpoint: training and import-weights write it next to the weights",
         ) from None

@@ -1,7 +1,7 @@
-"""What every tokenizer here can do, and the special tokens they share.
+"""Protocol of the tokenizers, the special token ids, and the id that marks an image slot.
 
-Special tokens have ids of their own and no spelling: no caption, whatever it contains, can produce an end token. A
-place of a picture is no token at all: it is SLOT, which no vocabulary holds.
+Special tokens have ids but no text form, so no caption can produce an end token. An image slot is not a token: it is
+SLOT, an id outside every vocabulary.
 """
 
 from __future__ import annotations
@@ -10,34 +10,34 @@ from collections.abc import Sequence
 from typing import Protocol
 
 SLOT = -1
-"""In a sequence, a place that a picture takes."""
+"""Id of a sequence position that holds a picture feature instead of a token."""
 
 PAD, BOS, EOS = range(3)
 NUM_SPECIAL = 3
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back."""
+    """Encodes text to token ids and decodes them."""
 
     pad_id: int
     bos_id: int
     eos_id: int
-    silenced_ids: tuple[int, ...]
+    suppressed_ids: tuple[int, ...]
     """Ids that are never generated."""
 
     @property
     def vocab_size(self) -> int:
-        """Rows the model's token table needs."""
+        """Number of rows that the token embedding table needs."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens around it."""
+        """Return the ids of a text, without special tokens."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; special tokens are skipped."""
+        """Return the text of ids. Special tokens are skipped."""
         ...
 
     def to_json(self) -> str:
-        """Everything `vlm.text.load` needs to build an equal tokenizer."""
+        """Return the JSON text from which `vlm.text.load` builds an equal tokenizer."""
         ...

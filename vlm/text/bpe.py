@@ -1,7 +1,7 @@
-"""Byte-level BPE learned from the corpus (Sennrich et al., 2016; GPT-2's bytes), by the `tokenizers` library.
+"""Byte-level BPE learned from the corpus (Sennrich et al., 2016; bytes as in GPT-2), with the `tokenizers` library.
 
-Every byte is a token, so no text is unknown. Ids of the library are shifted by the special tokens, which keeps those
-out of reach of any text.
+Every byte is a token, so every text can be encoded. The library's ids are shifted up by the number of special tokens,
+so no text can encode to a special token.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from vlm.text.base import BOS, EOS, NUM_SPECIAL, PAD
 
 
 class BpeTokenizer:
-    """Byte-level BPE with a table of `vocab_size` rows (the corpus may fill fewer)."""
+    """Byte-level BPE with `vocab_size` ids. A small corpus may produce fewer tokens."""
 
     pad_id, bos_id, eos_id = PAD, BOS, EOS
-    silenced_ids: tuple[int, ...] = (PAD, BOS)
+    suppressed_ids: tuple[int, ...] = (PAD, BOS)
 
     def __init__(self, backend: Backend, vocab_size: int) -> None:
         self._backend = backend
@@ -27,7 +27,7 @@ class BpeTokenizer:
 
     @classmethod
     def learn(cls, texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
-        """Merge the most frequent pairs of the corpus until `vocab_size` ids, special tokens counted, are taken."""
+        """Merge the most frequent pairs of the corpus until there are `vocab_size` ids, including special tokens."""
         backend = Backend(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -41,17 +41,17 @@ class BpeTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the token table, as configured."""
+        """Number of rows of the token embedding table, as configured."""
         return self._vocab_size
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the merges."""
+        """Return the ids of a text."""
         return [i + NUM_SPECIAL for i in self._backend.encode(text, add_special_tokens=False).ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text; bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of ids. Bytes that are not UTF-8 become U+FFFD."""
         return str(self._backend.decode([i - NUM_SPECIAL for i in ids if i >= NUM_SPECIAL]))
 
     def to_json(self) -> str:
-        """The merges, in the library's own form."""
+        """Return the vocabulary size and the tokenizer in the library's own JSON form."""
         return json.dumps({"kind": "bpe", "vocab_size": self._vocab_size, "merges": json.loads(self._backend.to_str())})

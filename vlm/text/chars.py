@@ -1,4 +1,4 @@
-"""One token a character: the smallest tokenizer that works, and the seeds' own."""
+"""Character tokenizer: one token per character of a fixed alphabet, as in seemore."""
 
 from __future__ import annotations
 
@@ -12,35 +12,38 @@ UNKNOWN_CHAR = "\N{REPLACEMENT CHARACTER}"
 
 
 class CharTokenizer:
-    """Characters of a fixed alphabet; any other character becomes one unknown token.
+    """One token per character of a fixed alphabet. Any other character becomes the unknown token.
 
-    Ids: the special tokens, the unknown token, then the alphabet in order.
+    The ids are in this order: special tokens, unknown token, alphabet.
+
+    Raises:
+        ValueError: the alphabet contains a character twice.
     """
 
     pad_id, bos_id, eos_id = PAD, BOS, EOS
-    silenced_ids: tuple[int, ...] = (PAD, BOS)
+    suppressed_ids: tuple[int, ...] = (PAD, BOS)
 
     def __init__(self, alphabet: str) -> None:
         if len(set(alphabet)) != len(alphabet):
-            raise ValueError("an alphabet names each character once")
+            raise ValueError("the alphabet contains a character twice")
         self.alphabet = alphabet
         self._ids = {char: index + UNKNOWN + 1 for index, char in enumerate(alphabet)}
 
     @property
     def vocab_size(self) -> int:
-        """Special tokens, unknown, alphabet."""
+        """Number of special tokens, plus the unknown token, plus the alphabet."""
         return UNKNOWN + 1 + len(self.alphabet)
 
     def encode(self, text: str) -> list[int]:
-        """One id a character."""
+        """Return one id per character."""
         return [self._ids.get(char, UNKNOWN) for char in text]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The characters; unknown ones as U+FFFD."""
+        """Return the characters of ids. The unknown token becomes U+FFFD."""
         return "".join(
             UNKNOWN_CHAR if i == UNKNOWN else self.alphabet[i - UNKNOWN - 1] for i in ids if i >= NUM_SPECIAL
         )
 
     def to_json(self) -> str:
-        """The alphabet."""
+        """Return the alphabet as JSON."""
         return json.dumps({"kind": "chars", "alphabet": self.alphabet})

@@ -1,11 +1,11 @@
-"""The form of a sequence: image slots, start token, prompt, answer, end token.
+"""Layout of a sequence: image slots, start token, prompt, answer, end token.
 
     SLOT x N  <bos>  prompt \\n  answer  <eos>
     '--------- prefix --------' '-- targets --'
 
-Training and generation build the prefix here, so they cannot drift apart. The first answer token is predicted from
-the last token of the prefix: from the pictures and the prompt alone. Several pictures stand in front one after the
-other; without one the start token comes first.
+Training and generation both build the prefix here, so they always use the same layout. The first answer token is
+predicted at the last position of the prefix, from the pictures and the prompt only. Several pictures come one after the
+other at the front. Without a picture the sequence begins with the start token.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from vlm.text.base import SLOT, Tokenizer
 
 
 class Picture:
-    """A picture's place among the texts of an interleaved prompt."""
+    """Placeholder of a picture in the parts of an interleaved prompt."""
 
 
 PICTURE: Final = Picture()
 
 
 def prefix_ids(tokenizer: Tokenizer, num_slots: int, prompt: str, num_images: int = 1) -> list[int]:
-    """Ids before the answer: N slots a picture, the start token, and the prompt with its line break where there is one.
+    """Return the ids before the answer: the slots of the pictures, the start token, and the prompt with a line break.
 
     Args:
-        tokenizer: of the model.
-        num_slots: `ModelConfig.num_slots`.
+        tokenizer: tokenizer of the model.
+        num_slots: slots per picture (`ModelConfig.num_slots`).
         prompt: a question or instruction; empty for a plain caption.
-        num_images: pictures in front.
+        num_images: number of pictures.
     """
     return interleaved_ids(tokenizer, num_slots, [PICTURE] * num_images + ([prompt + "\n"] if prompt else []))
 
 
 def interleaved_ids(tokenizer: Tokenizer, num_slots: int, parts: Sequence[str | Picture]) -> list[int]:
-    """Ids of pictures and texts in any order: the start token stands after the leading pictures, the rest as given."""
+    """Return the ids of pictures and texts in the given order, with the start token after the leading pictures."""
     leading = next((i for i, part in enumerate(parts) if isinstance(part, str)), len(parts))
     ids = [SLOT] * num_slots * leading + [tokenizer.bos_id]
     for part in parts[leading:]:
@@ -45,5 +45,5 @@ def interleaved_ids(tokenizer: Tokenizer, num_slots: int, parts: Sequence[str | 
 
 
 def answer_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of the answer, closed by the end token."""
+    """Return the ids of the answer followed by the end token."""
     return [*tokenizer.encode(text), tokenizer.eos_id]

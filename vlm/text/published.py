@@ -1,9 +1,9 @@
-"""A tokenizer as its authors published it: the tokenizer.json of the `tokenizers` library.
+"""Published tokenizers: a tokenizer.json of the `tokenizers` library.
 
-Such a file has special tokens with a spelling, and two kinds of them are not alike. Control tokens (start, end,
-padding, whatever else the file calls special) mean something that no text may claim: a caption or prompt that spells
-"<eos>" gets its letters. Region tokens (<loc0512>, <seg003>) are text: data may contain them, and decoding keeps them.
-The file's own template, truncation and padding are not used: where a sequence starts and ends is `prompt.py`'s.
+Special tokens of such a file have a text form, and two kinds of them are treated differently. Control tokens (start,
+end, padding, and others that the file marks as special) are never produced by text: "<eos>" in a caption or prompt is
+encoded as ordinary characters. Region tokens (<loc0512>, <seg003>) are text: captions may contain them, and decoding
+keeps them. The file's template, truncation and padding are not used, because `prompt.py` lays out the sequence.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from vlm.text.regions import REGION_TOKEN
 
 
 class PublishedTokenizer:
-    """Text to ids as the file says, with the control tokens out of reach of any text.
+    """Tokenizer of a tokenizer.json in which no text encodes to a control token.
 
     Args:
-        content: a tokenizer.json, parsed.
-        config: the rows of the token table and how the control tokens are spelled.
+        content: the parsed tokenizer.json.
+        config: rows of the token embedding table, and the text of each control token.
 
     Raises:
-        ValueError: the file is no tokenizer, lacks a control token, or has more tokens than the table has rows.
+        ValueError: the content is not a tokenizer, lacks a control token, or has more tokens than the table has rows.
     """
 
     def __init__(self, content: object, config: JsonTextConfig) -> None:
         control = (config.pad, config.bos, config.eos)
-        marked = _marked(_backend(content), control)
-        backend = _backend(marked)
+        flagged = _with_special_flags(_parse(content), control)
+        backend = _parse(flagged)
         ids = backend.get_vocab()
         rows = max(ids.values()) + 1
         if rows > config.vocab_size:
             raise ValueError(f"{rows} tokens, more than vocab_size {config.vocab_size}")
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = True  # the library's name for: as the letters they are spelled with
+        backend.encode_special_tokens = True  # encode special tokens in a text as ordinary characters
         self._backend, self._config = backend, config
         self.pad_id, self.bos_id, self.eos_id = (ids[token] for token in control)
-        self.silenced_ids = tuple(sorted({self.pad_id, self.bos_id} - {self.eos_id}))
-        self._word_end = _word_end(marked)
-        self._letters = {ids[token]: self._letters_of(token) for token in control}
+        self.suppressed_ids = tuple(sorted({self.pad_id, self.bos_id} - {self.eos_id}))
+        self._word_suffix = _word_suffix(flagged)
+        self._replacements = {ids[token]: self._character_ids(token) for token in control}
 
     @classmethod
     def read(cls, config: JsonTextConfig) -> PublishedTokenizer:
-        """The tokenizer of the file at `config.path`.
+        """Read the tokenizer from the file at `config.path`.
 
         Raises:
             ConfigError: the file is missing or does not fit the config.
@@ -68,49 +68,49 @@ class PublishedTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the token table, as configured."""
+        """Number of rows of the token embedding table, as configured."""
         return self._config.vocab_size
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; never a control token."""
+        """Return the ids of a text, which never include a control token."""
         ids = self._backend.encode(text, add_special_tokens=False).ids
-        return [piece for i in ids for piece in self._letters.get(i, (i,))]
+        return [piece for i in ids for piece in self._replacements.get(i, (i,))]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text; control tokens and rows without a token are skipped, region tokens are kept."""
+        """Return the text of ids. Control tokens and ids without a token are skipped; region tokens are kept."""
         text = str(self._backend.decode(list(ids), skip_special_tokens=True))
-        return text.replace(self._word_end, " ").strip() if self._word_end else text
+        return text.replace(self._word_suffix, " ").strip() if self._word_suffix else text
 
     def to_json(self) -> str:
-        """The file whole, and the config without its path."""
+        """Return the whole tokenizer.json and the config without its path, as JSON."""
         config = self._config.model_dump(exclude={"path"})
         return json.dumps({**config, "tokenizer": json.loads(self._backend.to_str())})
 
-    def _letters_of(self, token: str) -> tuple[int, ...]:
-        """What a text gets that spells a control token by the merges themselves: its characters one by one."""
+    def _character_ids(self, token: str) -> tuple[int, ...]:
+        """Return the ids that replace a control token which BPE merges produce from a text: one per character."""
         control = {self.pad_id, self.bos_id, self.eos_id}
         ids = (i for char in token for i in self._backend.encode(char, add_special_tokens=False).ids)
         return tuple(i for i in ids if i not in control)
 
 
-def _backend(content: object) -> Backend:
+def _parse(content: object) -> Backend:
     try:
         return Backend.from_str(json.dumps(content))
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises plain Exception
         raise ValueError(f"not a tokenizer of the tokenizers library: {error}") from error
 
 
-def _marked(backend: Backend, control: Sequence[str]) -> dict[str, Any]:
-    """The file of the same tokenizer with control tokens flagged as special and region tokens not.
+def _with_special_flags(backend: Backend, control: Sequence[str]) -> dict[str, Any]:
+    """Return the tokenizer's JSON with control tokens flagged as special, and region tokens not flagged.
 
-    Publishers flag region tokens either way and leave a control token unflagged where nothing of theirs needs it.
+    Published files differ: some flag region tokens as special, and some do not flag all control tokens.
 
     Raises:
-        ValueError: a control token is missing.
+        ValueError: the tokenizer lacks a control token.
     """
     missing = [token for token in dict.fromkeys(control) if backend.token_to_id(token) is None]
     if missing:
-        raise ValueError(f"no token is spelled {' or '.join(map(repr, missing))}")
+        raise ValueError(f"the tokenizer has no token {' or '.join(map(repr, missing))}")
     backend.add_special_tokens(list(control))
     content: dict[str, Any] = json.loads(backend.to_str())
     for token in content["added_tokens"]:
@@ -118,7 +118,7 @@ def _marked(backend: Backend, control: Sequence[str]) -> dict[str, Any]:
     return content
 
 
-def _word_end(content: dict[str, Any]) -> str:
-    """The mark at the end of a word (Sennrich et al., 2016) that a byte-level decoder leaves to whoever decodes."""
+def _word_suffix(content: dict[str, Any]) -> str:
+    """Return the end-of-word suffix of BPE tokens (Sennrich et al., 2016) that a byte-level decoder does not remove."""
     suffix = content["model"].get("end_of_word_suffix") or ""
     return suffix if (content["decoder"] or {}).get("type") == "ByteLevel" else ""

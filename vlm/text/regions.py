@@ -1,12 +1,12 @@
-"""Regions in a generated text: boxes and outlines spelled as tokens, as detection and segmentation prompts bring them.
+"""Parser of regions in an answer: boxes and outlines as location tokens, the answers to detect and segment prompts.
 
     <loc0102><loc0307><loc0922><loc0716> cat ; <loc0000><loc0000><loc0511><loc1023><seg045>... dog
     '-- y0, x0, y1, x1 of 1024 bins --'  label                                    '16 codes'
 
-A box is the model's picture in 1024 bins each way. Sixteen <seg> codes describe the outline inside the box: indices
-into the codebook of a mask decoder (Ning et al., 2023), which is not part of this library.
+A box gives the edges in 1024 bins per side of the model's input square. Sixteen <seg> codes describe the outline inside
+the box: indices into the codebook of a mask decoder (Ning et al., 2023), which is not part of this library.
 
-A generated text may hold anything: what is no whole box is left out, nothing raises.
+A generated text may contain anything. Incomplete boxes are skipped, and no text raises an error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _REGION = re.compile(rf"((?:{_LOC}\s*){{4}})((?:{_SEG}\s*)*)([^;<]*)", re.ASCII)
 
 
 class Region(NamedTuple):
-    """A labelled box: bins of 1024 of the model's picture, upper edge first, and its outline's codes if it has any."""
+    """A labelled box in bins (0 to 1023) of the model's input square, with the codes of its outline, if any."""
 
     y0: int
     x0: int
@@ -38,7 +38,7 @@ class Region(NamedTuple):
 
 
 class Box(NamedTuple):
-    """A box in pixels of the picture."""
+    """A box in pixels of the original picture."""
 
     left: int
     top: int
@@ -46,8 +46,8 @@ class Box(NamedTuple):
     bottom: int
 
 
-def regions_of(text: str) -> list[Region]:
-    """The regions a text spells, in its order; a box that ends before it starts is none."""
+def parse_regions(text: str) -> list[Region]:
+    """Return the regions of a text in order. A box whose end lies before its start is skipped."""
     found = []
     for boxes, outline, label in _REGION.findall(text):
         y0, x0, y1, x1 = _numbers(boxes)
@@ -57,8 +57,13 @@ def regions_of(text: str) -> list[Region]:
     return found
 
 
-def box_of(region: Region, placement: Placement) -> Box:
-    """The region in pixels of the picture that was placed so; what reaches into padding ends at the border."""
+def to_box(region: Region, placement: Placement) -> Box:
+    """Convert a region to pixels of the original picture, clipped to the picture where it reaches into padding.
+
+    Args:
+        region: region in the model's input square.
+        placement: position and scale of the original picture in that square (`vlm.image.place`).
+    """
     scale = placement.size / BINS
     left, top = placement.to_picture(region.x0 * scale, region.y0 * scale)
     right, bottom = placement.to_picture(region.x1 * scale, region.y1 * scale)

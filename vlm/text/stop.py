@@ -1,4 +1,4 @@
-"""Where an answer stops: at the first place where its text holds a stop string."""
+"""Stop strings: the end of an answer, and the tokens that can be streamed before it is known."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ from collections.abc import Sequence
 from vlm.text.base import Tokenizer
 
 
-def stop_at(text: str, stop: Sequence[str]) -> int | None:
-    """Where the first stop string begins; None where there is none."""
-    return min((place for place in map(text.find, stop) if place >= 0), default=None)
+def find_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Return the index of the first stop string in a text, or None if it contains none."""
+    return min((index for index in map(text.find, stop) if index >= 0), default=None)
 
 
-def settled(tokenizer: Tokenizer, tokens: Sequence[int], given: int, stop: Sequence[str]) -> int:
-    """How many tokens stand before any stop string, even one that has only begun; at least `given`."""
+def count_safe_tokens(tokenizer: Tokenizer, tokens: Sequence[int], sent: int, stop: Sequence[str]) -> int:
+    """Return how many tokens can be streamed: those before a stop string or before a text end that may become one.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        tokens: tokens of the answer so far.
+        sent: number of tokens already streamed, the minimum of the result.
+        stop: stop strings.
+    """
     text = tokenizer.decode(tokens)
-    end = stop_at(text, stop)
+    end = find_stop(text, stop)
     if end is None:
-        begun = (n for word in stop for n in range(1, len(word)) if text.endswith(word[:n]))
-        end = len(text) - max(begun, default=0)
-    while given < len(tokens) and len(tokenizer.decode(tokens[: given + 1])) <= end:
-        given += 1
-    return given
+        partial = (n for word in stop for n in range(1, len(word)) if text.endswith(word[:n]))
+        end = len(text) - max(partial, default=0)
+    while sent < len(tokens) and len(tokenizer.decode(tokens[: sent + 1])) <= end:
+        sent += 1
+    return sent

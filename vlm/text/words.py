@@ -1,4 +1,4 @@
-"""Words of a caption, as every figure here counts them."""
+"""Split of a caption into words, shared by metrics, statistics and drift."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import re
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words without punctuation; punctuation alone where there is no word (an emoticon)."""
+    """Return the lower-case words of a text without punctuation, or its symbols if it has no words (an emoticon)."""
     lowered = text.lower()
     return re.findall(r"\w+(?:'\w+)?", lowered) or re.findall(r"\S", lowered)

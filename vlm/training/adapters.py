@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm.checkpoint import fill
-from vlm.config import AdapterConfig, Config, why_unreadable
+from vlm.config import AdapterConfig, Config, read_error_message
 from vlm.errors import CheckpointError, ConfigError, nearest
 from vlm.layers.linear import linear_layers
 from vlm.layers.moe import GroupedLinear
@@ -159,7 +159,7 @@ def _read(folder: Path, base: str) -> AdapterFile:
         raise CheckpointError(
             "the adapter's config cannot be read",
             where=str(path),
-            got=why_unreadable(error),
+            got=read_error_message(error),
             fix=f"an adapter's folder holds {ADAPTER} and {ADAPTER_CONFIG}",
         ) from None
     if file.base != base:

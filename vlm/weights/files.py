@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlm.config import why_unreadable
+from vlm.config import read_error_message
 from vlm.errors import CheckpointError
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -65,7 +65,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             "the weights have no config that can be read",
             where=str(path),
-            got=why_unreadable(error),
+            got=read_error_message(error),
             fix="name a folder as published: config.json beside model.safetensors",
         ) from None
     if not isinstance(settings, dict):

@@ -17,7 +17,7 @@ from pipelines.formats.run_folder import Failure, Result, RunDir, RunFile, read_
 from pipelines.formats.shards import Shards
 from pipelines.platform import Launch, Platform
 from vlm import text
-from vlm.config import differences
+from vlm.config import config_differences
 from vlm.files import atomic_write
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _tell_unfinished(run: RunDir, config: RunConfig) -> None:
     other = max(started, key=lambda each: each.run.stat().st_mtime)
     before = other.read_run().config
     there, here = ({"model": c.model.model_dump(), "train": c.train.science()} for c in (before, config))
-    found = "; ".join(differences(there, here)) or "the data, or the code, is another"
+    found = "; ".join(config_differences(there, here)) or "the data, or the code, is another"
     log.warning("a new run: %s is unfinished, and not gone on with: %s", other.path.name, found)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pipelines.errors import UserError
-from vlm.config import Config, ModelConfig, differences, why_unreadable
+from vlm.config import Config, ModelConfig, config_differences, read_error_message
 from vlm.files import file_digest
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json")
@@ -51,11 +51,11 @@ def open_start(folder: Path, config: ModelConfig) -> StartFolder:
         raise UserError(
             "the model to start from cannot be read",
             where=str(folder / "config.json"),
-            got=why_unreadable(error),
+            got=read_error_message(error),
             fix="it was written by another version, or by hand",
         ) from None
     there, here = (model.model_dump(exclude={"generation"}) for model in (own, config))
-    differing = list(differences({"model": there}, {"model": here}))
+    differing = list(config_differences({"model": there}, {"model": here}))
     if differing:
         raise UserError(
             "the model to start from is another than the run's",

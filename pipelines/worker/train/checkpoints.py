@@ -23,7 +23,7 @@ from torch import distributed
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import Metrics, RunDir, RunFile, read_json, step_of, write_json
 from vlm.checkpoint import verify_folder, whole_folder
-from vlm.config import differences
+from vlm.config import config_differences
 from vlm.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def refuse_other_science(folder: Path, file: RunFile) -> None:
         UserError: they differ; lists all that does.
     """
     there = read_json(folder / "run.json", RunFile)
-    differing = list(differences(_science(there), _science(file)))
+    differing = list(config_differences(_science(there), _science(file)))
     if differing:
         raise UserError(
             "the checkpoint was learned with other settings than the run has now",

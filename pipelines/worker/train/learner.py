@@ -35,7 +35,7 @@ from pipelines.worker.train.stages import Stage, plan, stage_at
 from pipelines.worker.train.validation import caption_samples, validate
 from vlm import text
 from vlm.checkpoint import weights_of
-from vlm.config.size import flops_per_sample, peak_of
+from vlm.config.size import flops_per_sample, peak_flops
 from vlm.layers.block import compile_blocks, recompute_blocks
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
@@ -233,7 +233,7 @@ class Learner:
         text = round(rates["tokens_per_second"] / rates["samples_per_second"])
         forward = flops_per_sample(self.file.config.model, self.tokenizer.vocab_size, text)
         flops = 3 * forward * rates["samples_per_second"]
-        peak = peak_of(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         bf16 = self.file.config.train.precision == "bf16"
         mfu = {"mfu": flops / (peak * self.place.world_size)} if peak and bf16 else {}
         return {**rates, "tflops_per_second": flops / 1e12, **mfu}
