@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import TextIO
 
-from pipelines.background import beside
+from pipelines.background import in_background
 from pipelines.formats.run_folder import RunDir
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def progress(label: str, poll: Poll, total: int | None = None) -> AbstractContex
         total: what `poll` counts up to; None shows the time alone.
     """
     shown = partial(_bar, stream=stream) if (stream := sys.stderr).isatty() else _lines
-    return beside(partial(shown, label, poll, total), f"progress {label}")
+    return in_background(partial(shown, label, poll, total), f"progress {label}")
 
 
 def waiting(label: str) -> AbstractContextManager[None]:

@@ -13,7 +13,7 @@ import typer
 
 from jobs.common import PlatformOption, RunOption, SetOption, open_job
 from pipelines.errors import StageFailed, UserError
-from pipelines.platform import shown_uri
+from pipelines.platform import redact_uri
 
 HOST = "127.0.0.1"
 
@@ -41,7 +41,7 @@ def ui(
             raise UserError(
                 "there is nothing to serve: runs are tracked by a server already",
                 where="MLFLOW_TRACKING_URI" if platform == "local" else f"platform {platform}",
-                got=shown_uri(uri),
+                got=redact_uri(uri),
                 fix="open that server's own page",
             )
         check_port_free(port)

@@ -1,4 +1,4 @@
-"""Something small that goes on beside something long."""
+"""Run a function in a background thread while a block executes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def beside(work: Callable[[threading.Event], object], name: str) -> Iterator[None]:
-    """Do `work` in a thread while the block runs.
+def in_background(function: Callable[[threading.Event], object], name: str) -> Iterator[None]:
+    """Run `function` in a daemon thread until the block ends, then wait for the thread.
 
     Args:
-        work: called once with an event that is set when the block has ended; it is waited for then.
-        name: of the thread, as stacks show it.
+        function: called once, with an event that is set at the end of the block. It must return soon after that.
+        name: name of the thread in stack traces.
     """
     ended = threading.Event()
-    thread = threading.Thread(target=work, args=(ended,), name=name, daemon=True)
+    thread = threading.Thread(target=function, args=(ended,), name=name, daemon=True)
     thread.start()
     try:
         yield

@@ -1,4 +1,4 @@
-"""What the processes of one user share on one machine: folders for copies of what lies on a network, and a lock."""
+"""Folders on local disk for copies of remote files, shared by all processes of one user, and a lock for each folder."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from pathlib import Path
 from pipelines.errors import StageFailed
 
 
-def own_folder(kind: str, root: Path | None = None) -> Path:
-    """A folder for copies on this machine, made now or found.
+def user_cache_folder(kind: str, root: Path | None = None) -> Path:
+    """Create or find this user's folder for copies on this host.
 
     Args:
-        kind: what is copied; part of its name.
-        root: where it is; among the temporary ones if not given.
+        kind: what is copied; part of the folder's name.
+        root: the folder to use; by default one in the system's temporary folder.
 
     Raises:
-        StageFailed: it belongs to somebody else, who could put other files there.
-        OSError: it cannot be made.
+        StageFailed: the folder belongs to another user, who could put other files into it.
+        OSError: the folder cannot be created.
     """
     root = root or Path(tempfile.gettempdir()) / f"lakesight-{kind}-{os.getuid()}"
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     if root.stat().st_uid != os.getuid():
         raise StageFailed(
-            f"{kind} cannot be copied to this machine",
+            f"{kind} cannot be copied to local disk",
             where=str(root),
-            got="a folder of another user",
+            got="the folder belongs to another user",
             fix="remove it, or set TMPDIR to a folder of your own",
         )
     return root
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """One process at a time works in a folder; a killed one leaves no lock behind."""
+def exclusive_lock(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock while the block runs. The kernel releases the lock of a process that is killed."""
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from pipelines.config import short_hash
-from pipelines.host_cache import alone, own_folder
+from pipelines.host_cache import exclusive_lock, user_cache_folder
 
 KEPT = 3
 """Models whose copies stay. A process has read its own within seconds of asking."""
@@ -29,11 +29,11 @@ def on_this_machine(folder: Path, root: Path | None = None) -> Path:
         StageFailed: the folder for copies belongs to somebody else, who could put another model there.
         OSError: the folder cannot be read, or the disk is full.
     """
-    root = own_folder("models", root)
+    root = user_cache_folder("models", root)
     files = sorted(path for path in folder.iterdir() if path.is_file())
     state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     target = root / short_hash(str(folder), state)
-    with alone(root):
+    with exclusive_lock(root):
         if not target.is_dir():
             _copy(files, target)
         os.utime(target)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def databricks(config: DatabricksPlatformConfig) -> Platform:
-    """A workspace: the running session, Unity Catalog tables, a Volume, the workspace's MLflow."""
+    """Describe a workspace: its running session, Unity Catalog tables, a Volume, and the workspace's MLflow."""
     return Platform(
         kind="databricks",
         open_spark=_running_session,
@@ -30,7 +30,7 @@ def databricks(config: DatabricksPlatformConfig) -> Platform:
 
 
 def _running_session() -> SparkSession:
-    """The session a workspace has started already."""
+    """Return the session that the workspace has started."""
     from pyspark.sql import SparkSession
 
     return SparkSession.getActiveSession() or SparkSession.builder.getOrCreate()

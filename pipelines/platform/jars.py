@@ -1,7 +1,7 @@
-"""Delta Lake's jars for a laptop's Spark: fetched once, and from then on taken from where they were found.
+"""Delta Lake's jars for the local Spark session: downloaded once, then loaded from where they were found.
 
-Spark fetches them by Ivy, which takes two seconds to find out that all of them are there, and whose cache is spoilt by
-two processes that fill it at once.
+Spark resolves them with Ivy. Ivy takes two seconds to find jars that are already there, and two processes that download
+at the same time corrupt its cache. So the paths of the jars are saved, and only one process at a time runs Ivy.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from pipelines.host_cache import alone, own_folder
+from pipelines.host_cache import exclusive_lock, user_cache_folder
 from vlm.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
 
 def delta_artifact() -> tuple[str, str]:
-    """Name and version of the Delta Lake jar for the Spark that is installed.
+    """Return name and version of the Delta Lake jar for the installed Spark.
 
     Raises:
         PackageNotFoundError: pyspark or delta-spark is not installed.
@@ -32,48 +32,47 @@ def delta_artifact() -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Jars:
-    """Delta Lake's jars, as they were found when Spark last looked for them.
+    """Paths of Delta Lake's jars, as an earlier session found them.
 
     Attributes:
-        noted: a file with their paths.
-        paths: those, where all of them are there.
+        record: file that lists the paths, one per line.
+        paths: paths of all jars; empty if one of them is missing.
     """
 
-    noted: Path
+    record: Path
     paths: tuple[str, ...] = ()
 
-    def read(self) -> Jars:
-        """With the paths that are noted, if there are some, and all of them are there."""
-        paths = self.noted.read_text(encoding="utf-8").split("\n") if self.noted.exists() else []
-        return Jars(self.noted, tuple(paths) if all(Path(path).exists() for path in paths) else ())
+    def load(self) -> Jars:
+        """Read the recorded paths. The result has none if there is no record, or if a recorded jar is missing."""
+        paths = self.record.read_text(encoding="utf-8").split("\n") if self.record.exists() else []
+        return Jars(self.record, tuple(paths) if all(Path(path).exists() for path in paths) else ())
 
     def settings(self) -> dict[str, str]:
-        """By which Spark takes them from where they are, or fetches them; to look for them takes it two seconds."""
+        """Return Spark settings that load the recorded jars, or that download them where there is no record."""
         if self.paths:
             return {"spark.jars": ",".join(self.paths)}
         artifact, number = delta_artifact()
         ivy = str(Path(__file__).with_name("ivysettings.xml"))
         return {"spark.jars.packages": f"io.delta:{artifact}:{number}", "spark.jars.ivySettings": ivy}
 
-    def note(self, found: str) -> None:
-        """Write down where they were found: URLs, with commas between them."""
-        if found and not self.paths:
-            with atomic_write(self.noted) as temporary:
-                temporary.write_text(
-                    "\n".join(unquote(urlsplit(url).path) for url in found.split(",")), encoding="utf-8"
-                )
+    def save(self, urls: str) -> None:
+        """Record where a session found the jars. `urls` are comma-separated."""
+        if urls and not self.paths:
+            paths = "\n".join(unquote(urlsplit(url).path) for url in urls.split(","))
+            with atomic_write(self.record) as temporary:
+                temporary.write_text(paths, encoding="utf-8")
 
 
 @contextmanager
 def delta_jars() -> Iterator[Jars]:
-    """One process at a time fetches jars, while others wait: together they would spoil Ivy's cache."""
+    """Yield the jars for a session that starts in the block. While jars are downloaded, other processes wait."""
     artifact, number = delta_artifact()
-    folder = own_folder("jars")
-    jars = Jars(folder / f"{artifact}-{number}.txt").read()
+    folder = user_cache_folder("jars")
+    jars = Jars(folder / f"{artifact}-{number}.txt").load()
     with ExitStack() as stack:
         if not jars.paths:
-            logger.info("Delta Lake is fetched, or looked for: 90 MB, once")
-            stack.enter_context(alone(folder))
-            if (jars := jars.read()).paths:
+            logger.info("resolving Delta Lake's jars; the first time downloads 90 MB")
+            stack.enter_context(exclusive_lock(folder))
+            if (jars := jars.load()).paths:
                 stack.close()
         yield jars

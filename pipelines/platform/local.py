@@ -25,24 +25,27 @@ logger = logging.getLogger(__name__)
 MIN_JAVA = 17
 LOOPBACK = "127.0.0.1"
 SHORT_JOBS = "-XX:TieredStopAtLevel=1 -XX:+UseParallelGC -XX:MetaspaceSize=256m -XX:ReservedCodeCacheSize=240m"
-"""JVM options for short jobs on few cores: the second compiler would take more time than its code gives back; pictures
-are "humongous" to the default collector, which handles badly what outgrows half of one of its regions; and Spark's
-classes, some 150 MB, would have the whole heap collected each time that their space grows."""
+"""JVM options for short jobs on few cores.
+
+The second compiler costs more time than its code saves. The default collector handles pictures badly: objects larger
+than half of one of its regions are "humongous". Spark's classes take about 150 MB; with less metaspace, each growth of
+it collects the whole heap.
+"""
 
 OFF_HEAP = "1g"
-"""Memory of a driver or executor beside its heap."""
+"""Memory of a driver or executor outside its heap."""
 
 
 def home() -> Path:
-    """Where a laptop keeps everything: $LAKESIGHT_HOME, or .lakesight in the working directory."""
+    """Return the folder for all data of a laptop: $LAKESIGHT_HOME, or .lakesight in the working folder."""
     return Path(os.environ.get("LAKESIGHT_HOME") or ".lakesight").absolute()
 
 
 def local(config: LocalPlatformConfig) -> Platform:
-    """A laptop: embedded Spark, Delta and SQLite MLflow, all under `home()`.
+    """Describe a laptop: embedded Spark, Delta tables and MLflow on SQLite, all under `home()`.
 
     Raises:
-        UserError: the home folder cannot be created or written to.
+        UserError: the home folder cannot be created or written.
     """
     root = home()
     try:
@@ -74,14 +77,14 @@ def local(config: LocalPlatformConfig) -> Platform:
 
 
 def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
-    """This process's Spark with Delta, started on first use and stopped at exit.
+    """Return this process's Spark session with Delta. The first call starts it; it is stopped at exit.
 
-    All that the JVM prints goes to `<root>/logs/spark.log`: a newcomer sees no noise, `--json` keeps stdout to itself,
-    and a start that fails is told in one paragraph.
+    The JVM prints to `<root>/logs/spark.log`. So `--json` has stdout to itself, and a failed start is reported in one
+    paragraph.
 
     Raises:
-        UserError: PySpark or Java is missing or too old, the JVM cannot start, or this process already runs the
-            session of another home folder.
+        UserError: PySpark or Java is missing or too old, the JVM cannot start, or this process already runs a session
+            for another home folder.
     """
     try:
         from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
@@ -95,29 +98,29 @@ def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
         ) from None
 
     if SparkContext._active_spark_context is not None:
-        return _of_same_home(SparkSession.builder.getOrCreate(), root)
+        return _require_same_home(SparkSession.builder.getOrCreate(), root)
     check_java()
     _prepare_environment(config.spark.master)
     log = root / "logs" / "spark.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     logger.info("starting Spark on %s, log in %s", config.spark.master, log)
-    logging.getLogger("py4j").setLevel(logging.WARNING)  # it reports every closed connection at INFO
+    logging.getLogger("py4j").setLevel(logging.WARNING)  # it logs every closed connection at INFO
     with delta_jars() as jars, log.open("ab") as sink:
         conf = SparkConf(loadDefaults=False).setAll(list((_session_settings(config, root) | jars.settings()).items()))
         start = sink.tell()
         try:
-            # A JVM that an earlier, stopped session of this process left behind serves the next one too.
+            # The JVM of a stopped session of this process is used again.
             gateway = SparkContext._gateway or launch_gateway(conf, {"stdout": sink, "stderr": sink})  # type: ignore[no-untyped-call]
             spark = SparkSession(SparkContext(conf=conf, gateway=gateway))
         except (PySparkRuntimeError, Py4JJavaError) as error:
             raise _start_failure(log, start, error) from None
-        jars.note(spark.sparkContext.getConf().get("spark.jars") or "")
+        jars.save(spark.sparkContext.getConf().get("spark.jars") or "")
     atexit.register(_stop, spark, config.spark.master, spark.sparkContext.applicationId)
     return spark
 
 
 def _stop(spark: SparkSession, master: str, application: str) -> None:
-    """Stop Spark. Executors of `local-cluster` each leave a copy of all jars inside the installed pyspark: removed."""
+    """Stop Spark and remove the copies of all jars that executors of `local-cluster` leave in the installed pyspark."""
     import pyspark
 
     spark.stop()
@@ -126,20 +129,21 @@ def _stop(spark: SparkSession, master: str, application: str) -> None:
         shutil.rmtree(spark_home / "work" / application, ignore_errors=True)
 
 
-def _of_same_home(spark: SparkSession, root: Path) -> SparkSession:
-    serves = spark.conf.get("spark.lakesight.home", "none")
-    if serves != str(root):
+def _require_same_home(spark: SparkSession, root: Path) -> SparkSession:
+    """Return the running session if it was started for this home folder."""
+    found = spark.conf.get("spark.lakesight.home", "none")
+    if found != str(root):
         raise UserError(
-            "this process already runs a Spark session of another home folder",
+            "this process already runs a Spark session for another home folder",
             where=str(root),
-            got=str(serves),
+            got=str(found),
             fix="stop that session first, or use another process",
         )
     return spark
 
 
 def _prepare_environment(master: str) -> None:
-    """Environment that the JVM and the Python workers inherit; workers would else be the python3 on PATH."""
+    """Set the environment that the JVM and its Python workers inherit. Without it, workers use the python3 on PATH."""
     if master.startswith("spark://"):
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     else:
@@ -160,19 +164,19 @@ def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]
         "spark.sql.session.timeZone": "UTC",
         "spark.sql.shuffle.partitions": partitions,
         "spark.databricks.delta.snapshotPartitions": partitions,
-        # VACUUM lists a table's folder in as many tasks as this says: 10,000, else.
+        # Number of tasks with which VACUUM lists a table's folder; the default is 10,000.
         "spark.sql.sources.parallelPartitionDiscovery.parallelism": partitions,
-        # Rows with pictures, and what sorts and shuffles them, outside the heap: else collecting garbage copies them.
+        # Keep rows with pictures, sorts and shuffles outside the heap, where garbage collection does not copy them.
         "spark.memory.offHeap.enabled": "true",
         "spark.memory.offHeap.size": OFF_HEAP,
         "spark.sql.columnVector.offheap.enabled": "true",
-        # With 100, as it is else, what one query compiles is forgotten by the time that the same query comes again.
+        # The default of 100 evicts compiled code before the same query runs again.
         "spark.sql.codegen.cache.maxEntries": "1000",
-        # Local files have a checksum for as many bytes, and are written by as much at a time: 512, else.
+        # Size of a checksummed block, and of a write, of local files; the default is 512.
         "spark.hadoop.file.bytes-per-checksum": "65536",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
-        # The second in which a session starts names its executors' folder, else: two at once would share one.
+        # By default the start time in seconds names the executors' folder: two sessions could share one.
         "spark.deploy.appIdPattern": f"app-%s-%04d-{os.getpid()}",
         "spark.python.worker.reuse": "true",
         "spark.lakesight.home": str(root),
@@ -180,15 +184,15 @@ def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]
     if not config.spark.master.startswith("spark://"):
         settings |= {"spark.driver.host": LOOPBACK, "spark.driver.bindAddress": LOOPBACK}
         settings |= {"spark.executor.extraJavaOptions": SHORT_JOBS}
-        settings |= {"spark.sql.adaptive.enabled": "false"}  # with few partitions it only makes a job of every stage
+        settings |= {"spark.sql.adaptive.enabled": "false"}  # with few partitions it only turns every stage into a job
     return settings
 
 
 def check_java() -> int:
-    """The major version of the Java that Spark will start.
+    """Return the major version of the Java that Spark will start.
 
     Raises:
-        UserError: none, or one older than Spark can run on. PySpark itself would print a shell error or a traceback.
+        UserError: Java is missing or too old. PySpark alone would print a shell error or a traceback.
     """
     home = os.environ.get("JAVA_HOME")
     java = str(Path(home) / "bin" / "java") if home else "java"
@@ -210,14 +214,14 @@ def check_java() -> int:
 
 
 def _start_failure(log: Path, start: int, error: Exception) -> UserError:
-    """What went wrong, from what the JVM printed since byte `start` of its log."""
+    """Explain a failed start from what the JVM wrote to its log after byte `start`."""
     printed = log.read_bytes()[start:].decode(errors="replace")
     if "unresolved dependency" in printed or "download failed" in printed:
         return UserError(
-            "Spark could not fetch the Delta Lake jars",
+            "Spark could not download the Delta Lake jars",
             where=str(log),
             got="Maven Central did not serve them",
-            fix="the first start needs the internet; later ones take the jars from Ivy's cache in the home folder",
+            fix="connect to the internet for the first start; later starts use Ivy's cache in the home folder",
         )
     lines = [line.strip("# ") for line in printed.splitlines() if re.search(r"Exception|rror:|Could not reserve", line)]
     roots = [line for line in lines if line.startswith("Caused by: ")]
@@ -226,5 +230,5 @@ def _start_failure(log: Path, start: int, error: Exception) -> UserError:
         "Spark did not start",
         where=str(log),
         got=got[:500],
-        fix="correct what it names (memory, master, a full disk); the log has all of it",
+        fix="correct the cause (memory, master, a full disk); the log has the full output",
     )

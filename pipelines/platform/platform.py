@@ -1,6 +1,6 @@
-"""What a laptop and a workspace answer differently: one frozen dataclass, made by `local` or `databricks`.
+"""Everything that differs between a laptop and a Databricks workspace, in one frozen dataclass.
 
-Every question whose answer depends on where a run happens is a field or a method here.
+`local` and `databricks` are its two constructors. Code that depends on where a run happens asks a `Platform`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ FolderKind = Literal["shards", "runs", "models", "reports", "staged", "demo"]
 
 @dataclass(frozen=True)
 class Launch:
-    """How ranks start: how many, beside the driver or on executors, and on what."""
+    """How ranks are launched.
+
+    Attributes:
+        ranks: number of ranks.
+        local_mode: True to start ranks on the driver's host, False to start them on executors.
+        use_gpu: True for one GPU per rank, False for CPUs.
+    """
 
     ranks: int
     local_mode: bool
@@ -28,20 +34,20 @@ class Launch:
 
 @dataclass(frozen=True)
 class Platform:
-    """Answers to every question that a laptop and a workspace answer differently.
+    """Where a run happens.
 
     Attributes:
-        kind: the name given to `--platform`.
-        open_spark: returns the Spark session (starts it locally).
-        namespace: what a table name is prefixed with.
-        root: the folder that holds every other folder.
-        remote: whether its files are on a network, where every reading costs: what many processes read is copied first.
-        tables: folder of the Delta tables as plain files, where there is one; None where a catalog owns them.
-        launch: how ranks start.
+        kind: the value of `--platform`.
+        open_spark: returns the Spark session; on a laptop it starts one.
+        namespace: prefix of table names, without the dot.
+        root: folder that holds all other folders.
+        remote: True if `root` is on a network. Files that many processes read are then copied to local disk first.
+        tables: folder of the Delta tables as plain files; None if a catalog manages them.
+        launch: how ranks are launched.
         tracking_uri: MLflow tracking server.
         registry_uri: MLflow model registry.
-        model_prefix: what a registered model's name is prefixed with.
-        experiment_prefix: what an experiment's name is prefixed with.
+        model_prefix: prefix of registered models' names.
+        experiment_prefix: prefix of experiments' names.
     """
 
     kind: Literal["local", "databricks"]
@@ -57,22 +63,22 @@ class Platform:
     experiment_prefix: str
 
     def table(self, name: str) -> str:
-        """Full name of a table."""
+        """Return the full name of a table."""
         return f"{self.namespace}.{name}"
 
     def folder(self, kind: FolderKind) -> Path:
-        """Folder of files of one kind. It is created by whoever writes into it first."""
+        """Return the folder for one kind of files. Whoever writes into it creates it."""
         return self.root / kind
 
     def model_name(self, run: str) -> str:
-        """Registered model of a run's name."""
+        """Return the name of a run's registered model."""
         return f"{self.model_prefix}{run}"
 
     def experiment(self, run: str) -> str:
-        """MLflow experiment of a run's name."""
+        """Return the name of a run's MLflow experiment."""
         return f"{self.experiment_prefix}{run}"
 
 
-def shown_uri(uri: str) -> str:
-    """A URI, or a message with one, without the password it may hold: before the host, or behind a question mark."""
+def redact_uri(uri: str) -> str:
+    """Remove passwords from a URI or from a message that contains one: user information and query string."""
     return re.sub(r"\?\S*", "", re.sub(r"//[^/\s]*@", "//", uri))

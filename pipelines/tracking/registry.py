@@ -38,7 +38,7 @@ import pipelines
 import vlm
 from pipelines.errors import StageFailed, UserError
 from pipelines.formats.run_folder import Result, RunDir, read_json
-from pipelines.platform import Platform, shown_uri
+from pipelines.platform import Platform, redact_uri
 from pipelines.tracking.runs import connect
 from vlm.config import Config
 
@@ -118,7 +118,7 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
             listed = ", ".join(f"{alias} (= {version})" for alias, version in sorted(aliases.items())) or "none"
             raise UserError(
                 f"model {name} has no version or alias {which!r}",
-                where=shown_uri(platform.registry_uri),
+                where=redact_uri(platform.registry_uri),
                 got=which,
                 fix=f"versions: {', '.join(numbers) or 'none'}; aliases: {listed}",
             )
@@ -218,7 +218,7 @@ def plan_rollback(platform: Platform, name: str) -> Move | None:
     if not {CHAMPION, PREVIOUS} <= aliases.keys():
         raise UserError(
             f"model {name} has no former champion to go back to",
-            where=shown_uri(platform.registry_uri),
+            where=redact_uri(platform.registry_uri),
             got=", ".join(f"{alias} = {version}" for alias, version in sorted(aliases.items())) or "no aliases",
             fix="promote a second version first",
         )
@@ -273,7 +273,7 @@ def _find_model(platform: Platform, client: MlflowClient, name: str) -> dict[str
     models = sorted(model.name for model in client.search_registered_models())
     raise UserError(
         "there is no such registered model",
-        where=shown_uri(platform.registry_uri),
+        where=redact_uri(platform.registry_uri),
         got=name,
         fix=f"registered are: {', '.join(models)}" if models else "train one first: `lakesight pipeline`",
     )
@@ -376,7 +376,7 @@ def _registry_errors(platform: Platform, what: str) -> Iterator[None]:
     except MlflowException as error:
         raise StageFailed(
             "the model registry refused",
-            where=f"{what} in {shown_uri(platform.registry_uri)}",
+            where=f"{what} in {redact_uri(platform.registry_uri)}",
             got=str(error).splitlines()[0],
             fix="check the name, your rights, and that the server is the one you mean",
         ) from error

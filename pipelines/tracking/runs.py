@@ -26,7 +26,7 @@ from pipelines.config import RunConfig
 from pipelines.errors import StageFailed, UserError
 from pipelines.formats.run_folder import CaptionSamples, Metrics, RunDir, RunFile, read_json, write_json
 from pipelines.formats.shards import Shards
-from pipelines.platform import Platform, shown_uri
+from pipelines.platform import Platform, redact_uri
 from pipelines.tracking.expert_load_plot import draw_expert_load
 from vlm.config import Config
 
@@ -124,7 +124,7 @@ def follow(run: RunDir, config: RunConfig, platform: Platform) -> Iterator[str]:
     except OUTAGE as error:
         raise StageFailed(
             "the training went well, but MLflow does not have all of it",
-            where=shown_uri(platform.tracking_uri),
+            where=redact_uri(platform.tracking_uri),
             got=_first_line(error),
             fix=f"start the server and repeat the command: everything is in {run.path}",
         ) from None
@@ -159,7 +159,7 @@ def log_report(
     except OUTAGE as error:
         raise UserError(
             f"the {name} report cannot be logged to MLflow",
-            where=f"run {run_id} on {shown_uri(platform.tracking_uri)}",
+            where=f"run {run_id} on {redact_uri(platform.tracking_uri)}",
             got=_first_line(error),
             fix="check that the server runs and that the run was not deleted there",
         ) from None
@@ -327,7 +327,7 @@ def experiment_id(client: MlflowClient, name: str, platform: Platform) -> str:
     if experiment.lifecycle_stage != "active":
         raise UserError(
             "the MLflow experiment was deleted",
-            where=f"{experiment_name} on {shown_uri(platform.tracking_uri)}",
+            where=f"{experiment_name} on {redact_uri(platform.tracking_uri)}",
             fix=f"restore it: mlflow experiments restore --experiment-id {experiment.experiment_id}",
         )
     return str(experiment.experiment_id)
@@ -384,11 +384,11 @@ def unreachable(platform: Platform, error: Exception) -> UserError:
     """What to say where a request to the tracking server failed."""
     return UserError(
         "the MLflow tracking server cannot be used",
-        where=shown_uri(platform.tracking_uri),
+        where=redact_uri(platform.tracking_uri),
         got=_first_line(error),
         fix="start it, correct MLFLOW_TRACKING_URI, or unset that to track in the Lakesight home folder",
     )
 
 
 def _first_line(error: Exception) -> str:
-    return shown_uri((str(error) or type(error).__name__).splitlines()[0])[:300]
+    return redact_uri((str(error) or type(error).__name__).splitlines()[0])[:300]

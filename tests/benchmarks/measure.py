@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.background import beside
+from pipelines.background import in_background
 
 
 def make(path: Path, count: int, side: int, kind: str = "PNG", height: int | None = None, seed: int = 0) -> None:
@@ -68,7 +68,7 @@ def watching(look: Callable[[], None]) -> AbstractContextManager[None]:
         while not ended.wait(0.2):
             look()
 
-    return beside(watch, "watching")
+    return in_background(watch, "watching")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Literal, TypeVar
 
 from processes import TEST_PATH
 
-from pipelines.background import beside
+from pipelines.background import in_background
 
 T = TypeVar("T")
 ProcessKind = Literal["worker", "executor"]
@@ -71,7 +71,7 @@ def kill_one(kind: ProcessKind, after: float, rng: random.Random) -> Iterator[li
                     killed.append(pid)
             ended.wait(0.05)
 
-    with beside(kill, "killer"):
+    with in_background(kill, "killer"):
         yield killed
 
 

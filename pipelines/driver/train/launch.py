@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from pipelines.background import beside
+from pipelines.background import in_background
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import LauncherFile, RunDir, read_json, write_json
 from pipelines.platform import Launch
@@ -97,7 +97,7 @@ def slots_kept(spark: SparkSession, tasks: int) -> Iterator[None]:
 
     context.addJobTag(tag)
     try:
-        with beside(watch, "slots"):
+        with in_background(watch, "slots"):
             yield
     finally:
         context.removeJobTag(tag)

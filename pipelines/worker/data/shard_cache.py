@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.formats.shards import ShardFile, Shards, verify_file
-from pipelines.host_cache import alone, own_folder
+from pipelines.host_cache import exclusive_lock, user_cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class ShardCopier(threading.Thread):
     def run(self) -> None:
         """Bring all files here; what goes wrong with the disk is said, and rows are read from where they lie."""
         try:
-            self._bring(own_folder("shards", self._root))
+            self._bring(user_cache_folder("shards", self._root))
         except OSError as error:
             log.warning("no more shards are copied to this machine, the rest is read from where it lies: %s", error)
         except Exception as error:  # noqa: BLE001 raised in the training, by `check`
@@ -81,12 +81,12 @@ class ShardCopier(threading.Thread):
             for number, file in enumerate(shards.manifest.files)
         ]
         own = {each.copy for each in wanted}
-        with alone(root):
+        with exclusive_lock(root):
             for partial in root.glob("*.part"):  # of a process that was killed: the lock is ours
                 partial.unlink()
             missing = [each for each in wanted if not _used(each)]
         for count, each in enumerate(missing):
-            with alone(root):
+            with exclusive_lock(root):
                 if _used(each):
                     continue
                 if not _room(root, each.file.bytes, self._limit, own):

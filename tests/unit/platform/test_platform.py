@@ -1,4 +1,4 @@
-"""The seam: both constructors answer every question in the same form, and a laptop that cannot start says why."""
+"""Both platforms have all fields in the same form, and a laptop on which Spark cannot start reports why."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from pipelines.config import DatabricksPlatformConfig, LocalPlatformConfig
 from pipelines.errors import UserError
-from pipelines.platform import Platform, check_java, databricks, local, open_platform, shown_uri
+from pipelines.platform import Platform, check_java, databricks, local, open_platform, redact_uri
 
 WORKSPACE = DatabricksPlatformConfig.model_validate(
     {"kind": "databricks", "catalog": "main", "schema": "vision", "volume": "files", "ranks": 4}
@@ -28,21 +28,21 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(params=["local", "databricks"])
-def either(request: pytest.FixtureRequest, home: Path) -> Platform:
+def any_platform(request: pytest.FixtureRequest, home: Path) -> Platform:
     return open_platform(LocalPlatformConfig() if request.param == "local" else WORKSPACE)
 
 
-def test_both_platforms_answer_every_question(either: Platform) -> None:
-    assert callable(either.open_spark)
-    assert either.table("samples") == f"{either.namespace}.samples"
-    folders = {either.folder(kind) for kind in ("shards", "runs", "models", "reports", "demo")}
+def test_both_platforms_have_every_field(any_platform: Platform) -> None:
+    assert callable(any_platform.open_spark)
+    assert any_platform.table("samples") == f"{any_platform.namespace}.samples"
+    folders = {any_platform.folder(kind) for kind in ("shards", "runs", "models", "reports", "demo")}
     assert len(folders) == 5
-    assert all(folder.is_absolute() and folder.parent == either.root for folder in folders)
-    assert either.launch.ranks >= 1
-    assert either.tracking_uri
-    assert either.registry_uri
-    assert either.model_name("demo").endswith("demo")
-    assert either.experiment("demo").endswith("lakesight/demo")
+    assert all(folder.is_absolute() and folder.parent == any_platform.root for folder in folders)
+    assert any_platform.launch.ranks >= 1
+    assert any_platform.tracking_uri
+    assert any_platform.registry_uri
+    assert any_platform.model_name("demo").endswith("demo")
+    assert any_platform.experiment("demo").endswith("lakesight/demo")
 
 
 def test_a_laptop_keeps_everything_under_its_home(home: Path) -> None:
@@ -51,7 +51,7 @@ def test_a_laptop_keeps_everything_under_its_home(home: Path) -> None:
     assert platform.tables is not None
     assert platform.tables.is_relative_to(home)
     assert platform.tracking_uri == platform.registry_uri == f"sqlite:///{home / 'mlflow.db'}"
-    assert list(home.iterdir()) == [], "nothing is written before it is needed"
+    assert list(home.iterdir()) == [], "files exist before they are needed"
 
 
 def test_a_workspace_names_catalog_and_schema_everywhere() -> None:
@@ -63,13 +63,13 @@ def test_a_workspace_names_catalog_and_schema_everywhere() -> None:
     assert platform.tables is None
 
 
-@pytest.mark.parametrize(("master", "beside"), [("local[2]", True), ("local-cluster[2,1,2048]", False)])
-def test_ranks_run_beside_the_driver_unless_there_are_executors(home: Path, master: str, beside: bool) -> None:
+@pytest.mark.parametrize(("master", "local_mode"), [("local[2]", True), ("local-cluster[2,1,2048]", False)])
+def test_ranks_run_on_the_drivers_host_unless_there_are_executors(home: Path, master: str, local_mode: bool) -> None:
     config = LocalPlatformConfig.model_validate({"spark": {"master": master}})
-    assert local(config).launch.local_mode is beside
+    assert local(config).launch.local_mode is local_mode
 
 
-def test_a_home_that_cannot_be_written_is_the_users_to_correct(home: Path) -> None:
+def test_a_home_folder_that_cannot_be_written_is_a_user_error(home: Path) -> None:
     home.write_text("a file is in the way")
     with pytest.raises(UserError, match="LAKESIGHT_HOME"):
         local(LocalPlatformConfig())
@@ -94,7 +94,7 @@ def fake_java(folder: Path, script: str) -> None:
         ("exit 1", "nothing"),
     ],
 )
-def test_a_java_that_is_too_old_is_told_in_one_paragraph(
+def test_an_old_or_missing_java_is_one_paragraph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, got: str
 ) -> None:
     fake_java(tmp_path, script)
@@ -106,13 +106,13 @@ def test_a_java_that_is_too_old_is_told_in_one_paragraph(
 
 
 @pytest.mark.parametrize("version", ["17", "17.0.15", "21.0.2", "25-ea"])
-def test_java_17_and_later_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+def test_java_17_and_later_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     fake_java(tmp_path, f"""echo 'openjdk version "{version}"' >&2""")
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
     assert check_java() == int(version[:2])
 
 
-def test_no_java_is_said_before_pyspark_prints_a_traceback(tmp_path: Path) -> None:
+def test_a_missing_java_is_reported_before_pyspark_prints_a_traceback(tmp_path: Path) -> None:
     code = (
         "from pipelines.platform import local\nfrom pipelines.config import LocalPlatformConfig\n"
         "from pipelines.errors import UserError\n"
@@ -136,5 +136,5 @@ def test_no_java_is_said_before_pyspark_prints_a_traceback(tmp_path: Path) -> No
         ("sqlite:////data/me@work/mlflow.db", "sqlite:////data/me@work/mlflow.db"),
     ],
 )
-def test_an_address_is_shown_without_the_password_it_holds(uri: str, shown: str) -> None:
-    assert shown_uri(uri) == shown
+def test_a_uri_is_shown_without_its_password(uri: str, shown: str) -> None:
+    assert redact_uri(uri) == shown

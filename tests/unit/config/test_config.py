@@ -1,4 +1,4 @@
-"""One resolved run, or one error that names every problem, its path and the nearest valid name."""
+"""A run resolves to one config, or to one error that lists every problem with its path and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ DEPLOYMENT = [
 
 
 def problems(*overrides: str, run: str = "demo", platform: str = "local") -> str:
-    """What the one error lists."""
+    """Return the problems that the error lists."""
     with pytest.raises(ConfigError) as raised:
         load_run(run, platform=platform, overrides=overrides)
     assert raised.value.exit_code == 2
     return raised.value.got
 
 
-def test_a_run_survives_the_trip_through_json() -> None:
+def test_a_run_is_equal_after_a_round_trip_through_json() -> None:
     for name in available("run"):
         run = load_run(name, overrides=["train.seed=7"])
         assert RunConfig.from_json(run.to_json()) == run
@@ -33,7 +33,7 @@ def test_a_run_survives_the_trip_through_json() -> None:
     assert RunConfig.from_json(workspace.to_json()) == workspace
 
 
-def test_overrides_are_typed_by_the_field_they_land_on() -> None:
+def test_overrides_have_the_type_of_their_field() -> None:
     run = load_run(
         "demo",
         overrides=[
@@ -53,7 +53,7 @@ def test_overrides_are_typed_by_the_field_they_land_on() -> None:
     assert run.train.optimizer.betas == (0.8, 0.9)
 
 
-def test_null_takes_an_optional_value_away() -> None:
+def test_null_clears_an_optional_value() -> None:
     overrides = ["data.source.columns.id=key", "data.source.columns.id=null"]
     assert load_run("demo", overrides=overrides).data.source.columns.id is None
 
@@ -96,7 +96,7 @@ def test_a_value_may_contain_an_equals_sign() -> None:
         ("model.image={size: ", "model.image: '{size: ' is not a YAML list or mapping"),
     ],
 )
-def test_an_override_that_cannot_be_used_is_named_with_the_nearest_valid_one(override: str, expected: str) -> None:
+def test_a_bad_override_is_reported_with_the_nearest_valid_name(override: str, expected: str) -> None:
     assert expected in problems(override)
 
 
@@ -113,7 +113,7 @@ def test_one_error_lists_every_problem() -> None:
         ("../run/demo", "local", "no run is called '../run/demo'"),
     ],
 )
-def test_an_unknown_name_is_answered_with_those_there_are(run: str, platform: str, expected: str) -> None:
+def test_an_unknown_name_is_reported_with_the_available_ones(run: str, platform: str, expected: str) -> None:
     assert expected in problems(run=run, platform=platform)
 
 
@@ -126,7 +126,7 @@ def test_names_that_become_sql_cannot_carry_sql() -> None:
     assert "platform.catalog" in problems(*DEPLOYMENT, "platform.catalog=a;drop", platform="databricks")
 
 
-def test_conf_of_the_working_directory_comes_before_the_one_that_ships(
+def test_conf_of_the_working_folder_takes_precedence_over_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = load_model("nano").model_dump(mode="json") | {"generation": {"max_new_tokens": 3}}
@@ -146,16 +146,14 @@ def test_conf_of_the_working_directory_comes_before_the_one_that_ships(
         ("{model: nano, data: demo, train: demo, modle: x}", "run.modle: unknown key, did you mean 'model'?"),
     ],
 )
-def test_a_run_file_that_cannot_be_used_is_explained(
-    text: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bad_run_file_is_explained(text: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "conf" / "run").mkdir(parents=True)
     (tmp_path / "conf" / "run" / "own.yml").write_text(text)
     monkeypatch.chdir(tmp_path)
     assert expected in problems(run="own")
 
 
-def test_a_run_may_hold_its_data_section_and_is_one_file_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_file_may_hold_its_data_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "conf" / "run").mkdir(parents=True)
     source = "{kind: folder, path: pictures, captions: captions.csv, columns: {text: title}}"
     (tmp_path / "conf" / "run" / "own.yml").write_text(f"model: nano\ntrain: demo\ndata:\n  source: {source}\n")
@@ -168,18 +166,18 @@ def test_a_run_may_hold_its_data_section_and_is_one_file_then(tmp_path: Path, mo
     assert load_run("own", overrides=["data.source={path: x.csv}"]).data.source == CsvSourceConfig(path="x.csv")
 
 
-def test_a_saved_run_of_another_version_is_an_error_and_not_a_guess() -> None:
+def test_a_saved_run_of_another_version_is_an_error() -> None:
     with pytest.raises(ConfigError, match="a saved run"):
         RunConfig.from_json('{"name": "x"}')
 
 
 @given(st.lists(st.integers() | st.text(), min_size=1))
-def test_a_hash_tells_different_things_apart_and_equal_ones_not(parts: list[int | str]) -> None:
+def test_hashes_are_equal_exactly_for_equal_parts(parts: list[int | str]) -> None:
     assert short_hash(parts) == short_hash(list(parts))
     assert short_hash(parts) != short_hash([*parts, "more"])
 
 
-def test_what_a_version_must_show_is_said_by_the_run_and_can_be_overridden() -> None:
+def test_gate_thresholds_are_part_of_the_run_and_can_be_overridden() -> None:
     assert load_run("demo").gate.baselines == ("constant", "neighbour")
     assert load_run("seemoe").gate.baselines == ()
     assert load_run("demo", overrides=["gate.min_blind_gap=0.3"]).gate.min_blind_gap == 0.3

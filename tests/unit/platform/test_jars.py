@@ -1,4 +1,4 @@
-"""Delta Lake's jars are fetched by one process, and taken from where they are by all later ones."""
+"""Delta Lake's jars are downloaded by one process; later sessions load them from the recorded paths."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def jar(folder: Path, name: str) -> Path:
     return path
 
 
-def test_jars_are_taken_from_where_they_were_found_until_one_is_gone(tmp_path: Path) -> None:
+def test_recorded_jars_are_loaded_until_one_is_missing(tmp_path: Path) -> None:
     paths = [jar(tmp_path / "with space", name) for name in ("a.jar", "b.jar")]
     with delta_jars() as first:
         assert "io.delta:delta-spark_" in first.settings()["spark.jars.packages"]
-        first.note(",".join(path.as_uri() for path in paths))
+        first.save(",".join(path.as_uri() for path in paths))
     with delta_jars() as later:
         assert later.settings() == {"spark.jars": ",".join(map(str, paths))}
     paths[1].unlink()
@@ -33,14 +33,14 @@ def test_jars_are_taken_from_where_they_were_found_until_one_is_gone(tmp_path: P
         assert "spark.jars.packages" in fetched_again.settings()
 
 
-def test_while_one_fetches_the_others_wait_and_then_find_what_it_found(tmp_path: Path) -> None:
-    path, found, met = jar(tmp_path, "a.jar"), [], threading.Barrier(2, timeout=30)
+def test_other_processes_wait_for_a_download_and_then_use_its_jars(tmp_path: Path) -> None:
+    path, found, both = jar(tmp_path, "a.jar"), [], threading.Barrier(2, timeout=30)
 
     def start() -> None:
         with delta_jars() as jars:
             found.append(jars)
         with delta_jars():
-            met.wait()  # both at once: nobody holds anything any more
+            both.wait()  # both threads are in the block at once: neither holds the lock
 
     others = [threading.Thread(target=start) for _ in range(2)]
     with delta_jars() as first:
@@ -48,15 +48,15 @@ def test_while_one_fetches_the_others_wait_and_then_find_what_it_found(tmp_path:
             other.start()
         others[0].join(timeout=0.5)
         assert not found
-        first.note(path.as_uri())
+        first.save(path.as_uri())
     for other in others:
         other.join(timeout=30)
     assert [jars.paths for jars in found] == [(str(path),)] * 2
-    assert not met.broken
+    assert not both.broken
 
 
-def test_a_session_without_jars_leaves_no_list(tmp_path: Path) -> None:
+def test_a_session_without_jars_leaves_no_record(tmp_path: Path) -> None:
     jars = Jars(tmp_path / "jars.txt")
-    jars.note("")
-    assert not jars.read().paths
-    assert not jars.noted.exists()
+    jars.save("")
+    assert not jars.load().paths
+    assert not jars.record.exists()
