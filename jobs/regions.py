@@ -37,10 +37,10 @@ class Found(Config):
 
 def regions_in(caption: str, picture: Image, config: ImageConfig) -> tuple[Found, ...]:
     """The regions that an answer names, in pixels of its picture, which became the model's as `config` says."""
-    from vlm.image import place
+    from vlm.image import compute_resize
     from vlm.text.regions import parse_regions, to_box
 
-    placement = place(*picture.size, config)
+    placement = compute_resize(*picture.size, config)
     found = [(region, to_box(region, placement)) for region in parse_regions(caption)]
     return tuple(Found(label=region.label, codes=region.codes, **box._asdict()) for region, box in found)
 

@@ -38,7 +38,7 @@ class Batch:
         """The same sequences with other pictures."""
         return Batch(pixels_PHWC, self.tokens_BT, self.labels_BT, self.prefix_lengths_B)
 
-    def pinned(self) -> Batch:
+    def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which a GPU copies while the processor does something else."""
         return Batch(*(t.pin_memory() for t in self.tensors()))
 

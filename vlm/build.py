@@ -26,7 +26,7 @@ from vlm.decoder import Decoder
 from vlm.fusion import CrossFusion, GatedCrossBlock, SlotsFusion
 from vlm.layers.attention import Attention, CrossAttention
 from vlm.layers.block import Block
-from vlm.layers.mlp import Activate, GatedMlp, PlainMlp
+from vlm.layers.mlp import ActivationFunction, GatedMlp, PlainMlp
 from vlm.layers.moe import GatedExperts, GroupedLinear, MoeMlp, PlainExperts
 from vlm.layers.norm import OffsetRmsNorm
 from vlm.layers.position import Rotary
@@ -39,7 +39,7 @@ def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-_ACTIVATIONS: dict[Activation, Activate] = {
+_ACTIVATIONS: dict[Activation, ActivationFunction] = {
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "quick_gelu": _quick_gelu,
@@ -58,11 +58,11 @@ def build_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
         _decoder(config, vocab_size),
         prefix_lm=config.mask.kind == "prefix",
     )
-    initialize(model)
+    initialize_weights(model)
     return model
 
 
-def initialize(model: VisionLanguageModel) -> None:
+def initialize_weights(model: VisionLanguageModel) -> None:
     """Fresh weights: variance 1/fan_in, outputs into the residual stream divided by sqrt(2 * depth).
 
     Head, token table and learned tokens have standard deviation 0.02 whatever their fan-in, so the first loss is

@@ -17,7 +17,7 @@ import torch
 
 from vlm.config import GenerationConfig
 from vlm.errors import ImageError, UserError
-from vlm.generation.generate import Generated, Request, check_room, generate
+from vlm.generation.generate import Completion, Request, check_length, generate
 from vlm.image import open_image, picture_bytes, to_pixels
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
@@ -49,7 +49,7 @@ class CaptionResult:
     mean_logprob: float | None
 
 
-class Decoded(NamedTuple):
+class DecodedPicture(NamedTuple):
     """A picture on its way to the model: uint8 pixels (H, W, C), or its error; and the SHA-256 of its bytes."""
 
     pixels: npt.NDArray[np.uint8] | None
@@ -86,43 +86,43 @@ class Captioner:
 
     def decode(
         self, images: Sequence[bytes | str | None], *, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
-    ) -> list[Decoded]:
+    ) -> list[DecodedPicture]:
         """Pictures at model resolution, in order; needs no model and may run beside it."""
         return [self._decode(image, max_pixels, min_side) for image in images]
 
-    def _decode(self, image: bytes | str | None, max_pixels: int, min_side: int) -> Decoded:
+    def _decode(self, image: bytes | str | None, max_pixels: int, min_side: int) -> DecodedPicture:
         sha256 = None
         try:
             data = picture_bytes(image)
             sha256 = hashlib.sha256(data).hexdigest()
             picture, _ = open_image(data, max_pixels=max_pixels, min_side=min_side)
-            return Decoded(to_pixels(picture, self.model.config.image), sha256, None)
+            return DecodedPicture(to_pixels(picture, self.model.config.image), sha256, None)
         except ImageError as error:
-            return Decoded(None, sha256, f"{error.reason}: {error.detail}")
+            return DecodedPicture(None, sha256, f"{error.reason}: {error.detail}")
 
     def caption_decoded(
-        self, pictures: Sequence[Decoded], prompts: Sequence[str], settings: GenerationConfig
+        self, pictures: Sequence[DecodedPicture], prompts: Sequence[str], settings: GenerationConfig
     ) -> list[CaptionResult]:
         """One result a picture, in order; what could not be decoded keeps its error."""
         good = {index: picture.pixels for index, picture in enumerate(pictures) if picture.pixels is not None}
-        answers = self.answer(list(good.values()), [prompts[index] for index in good], settings)
+        answers = self.complete(list(good.values()), [prompts[index] for index in good], settings)
         said = dict(zip(good, answers, strict=True))
         return [
             _result(said[index], picture.sha256) if index in said else _failed(picture.error, picture.sha256)
             for index, picture in enumerate(pictures)
         ]
 
-    def answer(
+    def complete(
         self, pictures: Sequence[npt.NDArray[np.uint8]], prompts: Sequence[str], settings: GenerationConfig
-    ) -> list[Generated | UserError]:
+    ) -> list[Completion | UserError]:
         """What is said about each picture at model resolution, in order; the error where its prompt does not fit."""
-        answers: dict[int, Generated | UserError] = {}
+        answers: dict[int, Completion | UserError] = {}
         requests: dict[int, Request] = {}
         for index, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
             prefix = prefix_ids(self.tokenizer, self.model.config.num_slots, prompt)
             request = Request(prefix, (torch.tensor(picture),))
             try:
-                check_room(self.model, request, settings)
+                check_length(self.model, request, settings)
             except UserError as error:
                 answers[index] = error
             else:
@@ -143,7 +143,7 @@ def _batches(requests: Mapping[int, Request], settings: GenerationConfig) -> Ite
         by_length = by_length[rows:]
 
 
-def _result(answer: Generated | UserError, sha256: str | None) -> CaptionResult:
+def _result(answer: Completion | UserError, sha256: str | None) -> CaptionResult:
     if isinstance(answer, UserError):
         return _failed(str(answer), sha256)
     return CaptionResult(answer.text, None, sha256, answer.num_tokens, answer.mean_logprob)

@@ -39,7 +39,7 @@ MODEL_FILES = (WEIGHTS, CONFIG, TOKENIZER)
 
 def save_model(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer) -> None:
     """Write the three files a model is rebuilt from. The folder is created."""
-    save_weights(folder, weights_of(model), model.config, tokenizer)
+    save_weights(folder, model_weights(model), model.config, tokenizer)
 
 
 def save_weights(folder: Path, weights: Mapping[str, Tensor], config: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -50,7 +50,7 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor], config: ModelConfi
     text.save(tokenizer, folder / TOKENIZER)
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
+def model_weights(model: nn.Module) -> dict[str, Tensor]:
     """Parameters by name, tied ones once (torch's `named_parameters` drops repeats); no copies."""
     return {name: p.detach().contiguous() for name, p in model.named_parameters()}
 
@@ -92,10 +92,10 @@ def load_weights(model: VisionLanguageModel, path: Path) -> None:
     Raises:
         CheckpointError: lists all that is missing, left over or of another shape.
     """
-    fill(weights_of(model), path)
+    fill_tensors(model_weights(model), path)
 
 
-def fill(own: Mapping[str, Tensor], path: Path) -> None:
+def fill_tensors(own: Mapping[str, Tensor], path: Path) -> None:
     """Copy a safetensors file into tensors of the same names and shapes: every tensor, every key.
 
     Raises:
@@ -128,7 +128,7 @@ def fill(own: Mapping[str, Tensor], path: Path) -> None:
             tensor.copy_(loaded[name])
 
 
-class FileFacts(Config):
+class ManifestEntry(Config):
     """One line of files.json."""
 
     bytes: int
@@ -136,7 +136,7 @@ class FileFacts(Config):
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """A hidden folder to write into; when the block ends well it takes `folder`'s name and place, with a files.json.
 
     All of it is on the disk before it has its name: a host that loses its power leaves a whole checkpoint, or none.
@@ -163,7 +163,9 @@ def verify_folder(folder: Path) -> None:
     """
     try:
         listed = json.loads((folder / FILES).read_text(encoding="utf-8"))
-        problems = [found for name, facts in listed.items() if (found := _damage(folder / name, FileFacts(**facts)))]
+        problems = [
+            found for name, facts in listed.items() if (found := _damage(folder / name, ManifestEntry(**facts)))
+        ]
     except (OSError, ValueError, TypeError, AttributeError) as error:  # pydantic's and json's are ValueErrors
         problems = [f"{FILES} cannot be read ({type(error).__name__}: {error})"]
     if problems:
@@ -175,7 +177,7 @@ def verify_folder(folder: Path) -> None:
         )
 
 
-def _damage(path: Path, facts: FileFacts) -> str:
+def _damage(path: Path, facts: ManifestEntry) -> str:
     """What is wrong with a file; empty if nothing is."""
     if not path.is_file():
         return f"{path.name} is missing"

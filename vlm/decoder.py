@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vlm.fusion import GatedCrossBlock, Media
 from vlm.layers.block import Block
 from vlm.layers.cache import KVCache
-from vlm.layers.mask import within_window
+from vlm.layers.mask import apply_window
 from vlm.layers.position import Angles, Rotary
 
 
@@ -64,7 +64,7 @@ class Decoder(nn.Module):
         positions_BT: Tensor | None = None,
         media: Media | None = None,
         cache: KVCache | None = None,
-        last: bool = False,
+        last_only: bool = False,
     ) -> Tensor:
         """Hidden states (B, T, W), normalised, ready for `logits`.
 
@@ -74,7 +74,7 @@ class Decoder(nn.Module):
             positions_BT: where each row's tokens stand; None: on from where the cache ends, the same in all rows.
             media: what cross-attention looks at; None: what the cache holds.
             cache: of earlier positions, extended in place.
-            last: only the last position's is wanted, (B, 1, W): the last block then works for that one alone.
+            last_only: only the last position's is wanted, (B, 1, W): the last block then works for that one alone.
         """
         T = x_BTW.shape[1]
         start = cache.length if cache is not None else 0
@@ -98,7 +98,7 @@ class Decoder(nn.Module):
                 angles=angles,
                 cache=cache,
                 layer=layer,
-                last=last and layer == len(self.blocks) - 1,
+                last_only=last_only and layer == len(self.blocks) - 1,
             )
         if cache is not None:
             cache.advance(T)
@@ -111,7 +111,7 @@ class Decoder(nn.Module):
             if window is None or keys <= window:
                 masks[window] = mask
             else:
-                masks[window] = within_window(mask, window, queries=x_BTW.shape[1], keys=keys, device=x_BTW.device)
+                masks[window] = apply_window(mask, window, queries=x_BTW.shape[1], keys=keys, device=x_BTW.device)
         return masks
 
     def _look(self, x_BTW: Tensor, index: int, media: Media | None, cache: KVCache | None) -> Tensor:

@@ -106,7 +106,7 @@ class ImageInfo(NamedTuple):
 
 
 def open_image(
-    data: bytes, *, max_pixels: int, min_side: int, enough: int | None = None
+    data: bytes, *, max_pixels: int, min_side: int, draft_side: int | None = None
 ) -> tuple[Image.Image, ImageInfo]:
     """Decode a picture wholly into RGB.
 
@@ -114,8 +114,8 @@ def open_image(
         data: the bytes of a picture file.
         max_pixels: width times height at most.
         min_side: width and height at least, pixels.
-        enough: pixels a side that are enough: JPEG's decoder then halves a picture, once to three times, for as long as
-            both sides keep as many. Far faster, and nearly the pixels that a resize of the whole picture would give.
+        draft_side: let the JPEG decoder halve the picture up to three times while both sides keep at least this many
+            pixels. This is much faster; the pixels after a resize are nearly the same. None: decode at full size.
 
     Raises:
         ImageError: reason too_large or too_small (by the header, nothing decoded), unsupported_format, not_an_image,
@@ -129,8 +129,8 @@ def open_image(
         raise ImageError("too_small", f"{width} x {height} pixels, at least {min_side} a side")
     format_ = str(image.format)
     try:
-        if enough is not None:
-            image.draft(None, (enough, enough))
+        if draft_side is not None:
+            image.draft(None, (draft_side, draft_side))
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         rgb = _to_rgb(image)
@@ -141,19 +141,19 @@ def open_image(
     return rgb, ImageInfo(format_, *rgb.size)
 
 
-class Light(NamedTuple):
+class PixelStats(NamedTuple):
     """Mean and standard deviation of a picture's levels, 0 to 255."""
 
     brightness: float
     contrast: float
 
 
-def light_of(pixels: npt.NDArray[np.uint8]) -> Light:
+def pixel_stats(pixels: npt.NDArray[np.uint8]) -> PixelStats:
     """The light of a picture of any shape."""
-    return Light(float(pixels.mean()), float(pixels.std()))
+    return PixelStats(float(pixels.mean()), float(pixels.std()))
 
 
-class Placement(NamedTuple):
+class ResizeTransform(NamedTuple):
     """How a picture lies in the model's square: scaled as a whole, then cut from (left, top) on.
 
     Attributes:
@@ -174,7 +174,7 @@ class Placement(NamedTuple):
     left: int
     top: int
 
-    def to_picture(self, x: float, y: float) -> tuple[float, float]:
+    def to_source(self, x: float, y: float) -> tuple[float, float]:
         """The point of the picture that lies at (x, y) of the model's square, or its nearest point.
 
         Edges, not centres, of pixels are counted: 0 is the left or upper border of both.
@@ -184,16 +184,16 @@ class Placement(NamedTuple):
         return min(max(x, 0.0), float(self.width)), min(max(y, 0.0), float(self.height))
 
 
-def place(width: int, height: int, config: ImageConfig) -> Placement:
+def compute_resize(width: int, height: int, config: ImageConfig) -> ResizeTransform:
     """Where a picture of that many pixels comes to lie. Sides round as transformers' and timm's own processors do."""
     size, short, long = config.size, min(width, height), max(width, height)
     if config.resize == "stretch":
-        return Placement(size, width, height, size, size, 0, 0)
+        return ResizeTransform(size, width, height, size, size, 0, 0)
     covering, inside = (size, int(size * long / short)), (max(1, round(size * short / long)), size)
     scaled = covering if config.resize == "crop" else inside
     across, down = scaled if width <= height else scaled[::-1]
     left, top = (_margin(side - size, config) for side in (across, down))
-    return Placement(size, width, height, across, down, left, top)
+    return ResizeTransform(size, width, height, across, down, left, top)
 
 
 def _margin(spare: int, config: ImageConfig) -> int:
@@ -203,9 +203,9 @@ def _margin(spare: int, config: ImageConfig) -> int:
 def to_pixels(image: Image.Image, config: ImageConfig) -> npt.NDArray[np.uint8]:
     """Pixels of an RGB picture at model resolution, HWC uint8, height = width = config.size."""
     size, resampling = (config.size, config.size), FILTERS[config.filter]
-    placed = place(*image.size, config)
+    placed = compute_resize(*image.size, config)
     if max(placed.scaled_width, placed.scaled_height) > MAX_ASPECT * config.size:
-        box = (*placed.to_picture(0, 0), *placed.to_picture(*size))
+        box = (*placed.to_source(0, 0), *placed.to_source(*size))
         return np.array(image.resize(size, resampling, box))
     canvas = Image.new("RGB", size, "white")
     canvas.paste(image.resize((placed.scaled_width, placed.scaled_height), resampling), (-placed.left, -placed.top))

@@ -53,7 +53,7 @@ class VisionLanguageModel(nn.Module):
         """
         return self.fusion(self.decoder.embed(tokens_BT), tokens_BT == SLOT, features_PNW)
 
-    def hidden(self, batch: Batch) -> Tensor:
+    def hidden_states(self, batch: Batch) -> Tensor:
         """Hidden states (B, T, W) of a right-padded batch."""
         x_BTW, media = self.embed(batch.tokens_BT, self.encode(batch.pixels_PHWC))
         # Right padding needs no mask of its own under causal attention: nothing real ever looks at it. Nor under a
@@ -66,7 +66,7 @@ class VisionLanguageModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (targets, V) at the target positions alone, in row-major order: the head skips slots and prompt."""
-        return self.decoder.logits(self.hidden(batch)[batch.labels_BT != IGNORE])
+        return self.decoder.logits(self.hidden_states(batch)[batch.labels_BT != IGNORE])
 
     def prefill(
         self, features_PNW: Tensor, prefix_BT: Tensor, cache: KVCache, padding_B: Tensor | None = None
@@ -91,7 +91,7 @@ class VisionLanguageModel(nn.Module):
             marks = torch.zeros_like if self.prefix_lm else torch.ones_like
             mask = attention_mask(valid_BT, marks(prefix_BT))
         cache.padding_B = padding_B
-        x_B1W = self.decoder(x_BTW, mask=mask, positions_BT=positions_BT, media=media, cache=cache, last=True)
+        x_B1W = self.decoder(x_BTW, mask=mask, positions_BT=positions_BT, media=media, cache=cache, last_only=True)
         return self.decoder.logits(x_B1W[:, 0])
 
     def step(self, tokens_B: Tensor, cache: KVCache) -> Tensor:

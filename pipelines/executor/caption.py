@@ -23,10 +23,10 @@ from pipelines.formats.caption_stats import Tally, total
 from pipelines.formats.tables import GENERATED_CAPTIONS
 from vlm.config import Config, GenerationConfig, Precision
 from vlm.files import atomic_write
-from vlm.image import light_of
+from vlm.image import pixel_stats
 
 if TYPE_CHECKING:
-    from vlm.captioner import Captioner, CaptionResult, Decoded
+    from vlm.captioner import Captioner, CaptionResult, DecodedPicture
 
 STAGED = GENERATED_CAPTIONS.arrow_schema.append(pa.field("unchanged", pa.bool_(), nullable=False))
 """A row of the table; where `unchanged`, the picture is the one that was captioned before, and nothing else is new."""
@@ -93,7 +93,7 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
         yield _written(job, rows, counted)
 
 
-Picture = tuple[str, "str | None", "Decoded"]
+Picture = tuple[str, "str | None", "DecodedPicture"]
 """Id, SHA-256 of what was captioned before, and the picture."""
 
 
@@ -141,12 +141,12 @@ def _captions(captioner: Captioner, job: CaptionJob, pictures: list[Picture]) ->
         yield row | said, _tally(result, picture, changed=known is not None)
 
 
-def _tally(result: CaptionResult, picture: Decoded, *, changed: bool) -> Tally:
+def _tally(result: CaptionResult, picture: DecodedPicture, *, changed: bool) -> Tally:
     if result.caption is None or result.mean_logprob is None:
         tally = Tally(errors=1)
     else:
         tally = Tally.of_caption(result.caption, result.mean_logprob)
-    light = {} if picture.pixels is None else {"pictures": 1, **light_of(picture.pixels)._asdict()}
+    light = {} if picture.pixels is None else {"pictures": 1, **pixel_stats(picture.pixels)._asdict()}
     return tally.model_copy(update={"changed": int(changed), **light})
 
 

@@ -107,7 +107,8 @@ def _crashed(row: pa.RecordBatch, how: str) -> pa.RecordBatch:
 def _encoded(image_id: str, data: bytes, request: ShardRequest) -> bytes:
     enough = request.image.size if request.draft else None
     try:
-        image, _ = open_image(data, max_pixels=sys.maxsize, min_side=1, enough=enough)  # the limits are ingest's to set
+        # Ingest has already applied the limits of pixels and side.
+        image, _ = open_image(data, max_pixels=sys.maxsize, min_side=1, draft_side=enough)
     except ImageError as error:
         raise StageFailed("a picture of samples does not decode", where=image_id, got=str(error)) from error
     return encode_pixels(to_pixels(image, request.image), request.encoding)

@@ -18,8 +18,8 @@ from pipelines.formats.shards import Row, Shards
 from pipelines.worker.data.batches import Collator
 from vlm.captioner import Captioner
 from vlm.errors import UserError
-from vlm.generation.generate import Generated
-from vlm.image import light_of
+from vlm.generation.generate import Completion
+from vlm.image import pixel_stats
 from vlm.training.objective import row_scores
 
 BATCH_ROWS = 32
@@ -94,7 +94,7 @@ def score_rows(captioner: Captioner, shards: Shards, indexes: Sequence[int]) -> 
             blind = _losses(captioner, collator, items, others).losses
         for place, item in enumerate(items):
             made = captions[place]
-            light = light_of(item.row.pixels)
+            light = pixel_stats(item.row.pixels)
             yield RowScore(
                 row=item.number,
                 image_id=item.row.image_id,
@@ -130,10 +130,10 @@ def _noise(item: Item) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     return np.random.default_rng(item.number).integers(0, 256, item.row.pixels.shape, np.uint8)
 
 
-def _captions(captioner: Captioner, items: Sequence[Item]) -> list[Generated | None]:
+def _captions(captioner: Captioner, items: Sequence[Item]) -> list[Completion | None]:
     """Captions by the model's own settings without chance; None where the prompt leaves no room."""
     settings = captioner.model.config.generation.model_copy(update={"temperature": 0.0})
-    answers = captioner.answer([item.row.pixels for item in items], [item.prompt for item in items], settings)
+    answers = captioner.complete([item.row.pixels for item in items], [item.prompt for item in items], settings)
     return [None if isinstance(answer, UserError) else answer for answer in answers]
 
 

@@ -56,7 +56,7 @@ def seconds_a_step(model: VisionLanguageModel, batch: Batch, device: torch.devic
         build_adamw(model, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1),
         copied_ahead(batches, device),
         start=0,
-        lr_of=lambda _: 1e-4,
+        lr_schedule=lambda _: 1e-4,
         grad_clip=1.0,
         seed=0,
         rank=0,
@@ -74,7 +74,7 @@ def measured(config: ModelConfig, batch: Batch, device: torch.device, *, compile
         compile_blocks(model)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        batch = batch.pinned()
+        batch = batch.pin_memory()
     taken, peaks = seconds_a_step(model, batch, device), usage(device)
     return taken, peaks.get("system/gpu_memory_gb", peaks["system/memory_gb"])
 

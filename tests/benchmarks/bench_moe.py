@@ -103,7 +103,7 @@ def ours(model: VisionLanguageModel, batch: Batch, *, bf16: bool) -> Callable[[]
             optimizer,
             itertools.repeat([batch], STEPS),
             start=0,
-            lr_of=lambda _: settings.lr,
+            lr_schedule=lambda _: settings.lr,
             grad_clip=settings.grad_clip,
             seed=0,
             rank=0,

@@ -76,7 +76,7 @@ def trained(config: ModelConfig) -> Captioner:
         build_adamw(model, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05),
         batches,
         start=0,
-        lr_of=lambda step: 2e-3 * schedule(CosineScheduleConfig(), step, steps=STEPS, warmup_steps=60),
+        lr_schedule=lambda step: 2e-3 * schedule(CosineScheduleConfig(), step, steps=STEPS, warmup_steps=60),
         grad_clip=1.0,
         seed=0,
         rank=0,

@@ -91,7 +91,7 @@ def ours(config: ModelConfig, settings: OptimizerConfig, shards: Shards, *, bf16
             optimizer,
             batches,
             start=0,
-            lr_of=lambda _: settings.lr,
+            lr_schedule=lambda _: settings.lr,
             grad_clip=settings.grad_clip,
             seed=0,
             rank=0,

@@ -31,7 +31,7 @@ from transformers.generation.logits_process import (
 from vlm.build import build_model
 from vlm.config import GenerationConfig, ModelConfig
 from vlm.generation.generate import Request, generate
-from vlm.generation.sampling import Penalty, narrow
+from vlm.generation.sampling import RepetitionPenalty, filter_scores
 from vlm.model import VisionLanguageModel
 from vlm.text.base import SLOT
 from vlm.text.chars import CharTokenizer
@@ -255,5 +255,5 @@ def test_the_narrowed_distribution_is_theirs(settings: dict[str, Any]) -> None:
     theirs += [TopPLogitsWarper(settings["top_p"])] if "top_p" in settings else []
     theirs += [MinPLogitsWarper(settings["min_p"])] if "min_p" in settings else []
     expected = theirs(said, scores.clone())
-    penalty = Penalty(1.3, [Request(row) for row in said.tolist()], 40, torch.device("cpu"))
-    assert torch.equal(narrow(penalty(scores), ours), expected)
+    penalty = RepetitionPenalty(1.3, [Request(row) for row in said.tolist()], 40, torch.device("cpu"))
+    assert torch.equal(filter_scores(penalty(scores), ours), expected)

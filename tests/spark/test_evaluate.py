@@ -23,7 +23,7 @@ from pipelines.worker.data.batches import Collator
 from vlm import text
 from vlm.build import build_model
 from vlm.checkpoint import save_model
-from vlm.generation.generate import Generated
+from vlm.generation.generate import Completion
 from vlm.training.objective import row_scores
 
 ROWS = 70
@@ -93,8 +93,8 @@ def test_executors_measure_what_a_plain_loop_measures(
         sums["tokens"] += int(count)
         _, _, correct = row_scores(captioner.model, collator.batch([row], [row.texts[0]]))
         sums["correct"] += int(correct)
-        (answer,) = captioner.answer([row.pixels], [""], captioner.model.config.generation)
-        assert isinstance(answer, Generated)
+        (answer,) = captioner.complete([row.pixels], [""], captioner.model.config.generation)
+        assert isinstance(answer, Completion)
         sums["exact"] += answer.text == row.texts[0][1]
     values = report.values()
     assert values["loss"] == pytest.approx(sums["right"] / sums["tokens"], rel=1e-4)

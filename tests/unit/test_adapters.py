@@ -19,7 +19,14 @@ from vlm.config import AdapterConfig, ModelConfig
 from vlm.errors import CheckpointError, ConfigError
 from vlm.files import file_digest
 from vlm.model import VisionLanguageModel
-from vlm.training.adapters import LoraLinear, add_adapter, halve_frozen, load_adapter, merge_adapter, save_adapter
+from vlm.training.adapters import (
+    LoraLinear,
+    add_adapter,
+    cast_frozen_to_bf16,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+)
 from vlm.training.loop import StepReport, fit
 from vlm.training.optim import build_adamw
 from vlm.training.state import load_state
@@ -43,7 +50,7 @@ def learn(
         optimizer,
         ([batch] for batch in batches),
         start=start,
-        lr_of=lambda step: 1e-2,
+        lr_schedule=lambda step: 1e-2,
         grad_clip=1.0,
         seed=1,
         rank=0,
@@ -233,7 +240,7 @@ def test_frozen_weights_in_half_precision_change_no_number_of_a_run_in_half_prec
         torch.manual_seed(0)
         add_adapter(model, BLOCKS)
         if halved:
-            halve_frozen(model)
+            cast_frozen_to_bf16(model)
             halved_names = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
             assert "decoder.blocks.0.attention.qkv.weight" in halved_names
             assert ("decoder.blocks.0.mlp.experts.out.weight" in halved_names) == (variant == "routed")
@@ -251,7 +258,7 @@ def test_three_billion_weights_are_tuned_in_eight_gigabytes() -> None:
     with torch.device("meta"):
         model = build_model(config, config.text.vocab_size)  # type: ignore[union-attr]
         add_adapter(model, AdapterConfig(pattern="decoder.blocks.*", rank=8))
-        halve_frozen(model)
+        cast_frozen_to_bf16(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     stored = sum(p.numel() * p.element_size() for p in model.parameters())

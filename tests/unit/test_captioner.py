@@ -69,7 +69,7 @@ def test_a_batch_is_bounded_in_rows_and_in_positions_of_all_its_beams(monkeypatc
     for num_beams in (1, 4):
         shapes.clear()
         settings = SETTINGS.model_copy(update={"num_beams": num_beams})
-        answers = Captioner(model, tokenizer).answer(pictures, prompts, settings)
+        answers = Captioner(model, tokenizer).complete(pictures, prompts, settings)
         first_passes = [(rows, length) for rows, length in shapes if length > 1]
         assert sum(rows for rows, _ in first_passes) == len(answers) == 12
         assert all(rows <= 5 for rows, _ in first_passes)

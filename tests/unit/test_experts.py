@@ -113,10 +113,10 @@ def test_the_caption_loss_teaches_the_router_and_its_noise() -> None:
 def test_routing_is_decided_in_fp32_whatever_the_rest_computes_in() -> None:
     layer, x_NW = make_layer(noisy=False).train(), torch.randn(200, 16)
     plain = layer(x_NW)
-    expected = layer.take_routing()
+    expected = layer.pop_routing()
     with torch.autocast("cpu", torch.bfloat16):
         rounded = layer(x_NW)
-    found = layer.take_routing()
+    found = layer.pop_routing()
     assert torch.equal(found.logits_NX, expected.logits_NX)
     assert torch.equal(found.chosen_NK, expected.chosen_NK)
     assert rounded.dtype == torch.bfloat16
@@ -127,8 +127,8 @@ def test_only_a_training_forward_leaves_its_routing_and_only_once() -> None:
     layer = make_layer(noisy=False)
     layer.train()(torch.randn(3, 7, 16))
     layer.eval()(torch.randn(5, 16))
-    assert layer.take_routing().chosen_NK.shape == (21, K)
-    assert layer.take_routing().chosen_NK.shape == (0, K)
+    assert layer.pop_routing().chosen_NK.shape == (21, K)
+    assert layer.pop_routing().chosen_NK.shape == (0, K)
 
 
 def test_the_picture_of_the_load_shows_each_layer_beside_an_even_share() -> None:

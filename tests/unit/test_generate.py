@@ -14,8 +14,8 @@ from tiny_models import VARIANTS, tiny_model, tiny_pixels
 from vlm.batch import Batch
 from vlm.config import GenerationConfig
 from vlm.errors import UserError
-from vlm.generation.generate import Generated, Request, generate, stream
-from vlm.generation.sampling import draw
+from vlm.generation.generate import Completion, Request, generate, stream
+from vlm.generation.sampling import sample_tokens
 from vlm.model import VisionLanguageModel
 from vlm.text.base import NUM_SPECIAL, Tokenizer
 from vlm.text.prompt import prefix_ids
@@ -44,7 +44,7 @@ def next_logits(model: VisionLanguageModel, tokenizer: Tokenizer, request: Reque
     """Log-probabilities of the next token without a cache: the whole sequence again."""
     row = torch.tensor([[*request.prefix, *answer]])
     batch = Batch(torch.stack(list(request.pixels)), row, row, torch.tensor([len(request.prefix)]))
-    logits = model.decoder.logits(model.hidden(batch)[0, -1])
+    logits = model.decoder.logits(model.hidden_states(batch)[0, -1])
     logits[list(tokenizer.suppressed_ids)] = -torch.inf
     return torch.log_softmax(logits, dim=-1)
 
@@ -60,7 +60,7 @@ def slow_greedy(model: VisionLanguageModel, tokenizer: Tokenizer, request: Reque
     return answer
 
 
-def assert_same(found: Generated, expected: Generated) -> None:
+def assert_same(found: Completion, expected: Completion) -> None:
     assert found.tokens == expected.tokens
     assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
 
@@ -140,7 +140,7 @@ def test_sampling_follows_its_seeds_and_top_1_is_greedy() -> None:
 def test_a_draw_goes_by_its_number_and_never_takes_what_has_no_probability() -> None:
     scores = torch.tensor([-torch.inf, 0.0, -torch.inf, math.log(3), -torch.inf]).expand(5, -1)
     numbers = torch.tensor([0.0, 0.2499, 0.2501, 0.9999, 1 - 2**-53], dtype=torch.float64)
-    assert draw(scores, numbers).tolist() == [1, 1, 3, 3, 3]
+    assert sample_tokens(scores, numbers).tolist() == [1, 1, 3, 3, 3]
 
 
 @pytest.mark.parametrize("changes", [{"temperature": 100.0, "top_k": None, "top_p": 1.0}, {"num_beams": 8}])

@@ -130,11 +130,11 @@ def test_a_draft_is_at_least_as_large_as_asked_and_nearly_the_whole_picture_made
     data = encoded(whole, "JPEG", quality=95)
     pixels = []
     for enough, size in ((None, (500, 250)), (200, (500, 250)), (60, (125, 63)), (10, (63, 32))):
-        image, _ = open_image(data, max_pixels=1_000_000, min_side=4, enough=enough)
+        image, _ = open_image(data, max_pixels=1_000_000, min_side=4, draft_side=enough)
         assert image.size == size
         pixels.append(to_pixels(image, config).astype(int))
     assert 0 < np.abs(pixels[2] - pixels[0]).mean() < 3
-    assert open_image(encoded(whole), max_pixels=1_000_000, min_side=4, enough=10)[0].size == (500, 250)
+    assert open_image(encoded(whole), max_pixels=1_000_000, min_side=4, draft_side=10)[0].size == (500, 250)
 
 
 def test_an_animation_is_its_first_frame() -> None:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from vlm.layers.attention import Attention
 from vlm.layers.cache import KVCache
-from vlm.layers.mask import attention_mask, prefix_marks, within_window
+from vlm.layers.mask import apply_window, attention_mask, prefix_marks
 from vlm.layers.norm import OffsetRmsNorm
-from vlm.layers.position import Angles, Rotary, turn
+from vlm.layers.position import Angles, Rotary, apply_rotary
 
 
 def naive_attention(layer: Attention, x_BTW: Tensor, seen_TS: Tensor, angles: Angles | None) -> Tensor:
@@ -22,7 +22,7 @@ def naive_attention(layer: Attention, x_BTW: Tensor, seen_TS: Tensor, angles: An
         shared = h // (H // K)
         q_h, k_h = q[..., h * D : (h + 1) * D], k[..., shared * D : (shared + 1) * D]
         if angles is not None:
-            q_h, k_h = turn(q_h[:, None], angles)[:, 0], turn(k_h[:, None], angles)[:, 0]
+            q_h, k_h = apply_rotary(q_h[:, None], angles)[:, 0], apply_rotary(k_h[:, None], angles)[:, 0]
         scores = q_h @ k_h.transpose(1, 2) / math.sqrt(D)
         if layer.soft_cap is not None:
             scores = layer.soft_cap * torch.tanh(scores / layer.soft_cap)
@@ -76,7 +76,7 @@ def test_rotary_dot_products_depend_on_distance_alone() -> None:
     rotary, q, k = Rotary(8, 64, 10_000.0), torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
     def turned(x: Tensor, at: int) -> Tensor:
-        return turn(x, rotary(slice(at, at + 1), torch.float32))
+        return apply_rotary(x, rotary(slice(at, at + 1), torch.float32))
 
     def dot(at: int, other: int) -> Tensor:
         return (turned(q, at) * turned(k, other)).sum()
@@ -89,9 +89,9 @@ def test_rotary_dot_products_depend_on_distance_alone() -> None:
 def test_positions_given_row_by_row_are_those_of_a_slice() -> None:
     rotary, x = Rotary(8, 64, 10_000.0), torch.randn(2, 3, 5, 8)
     rows = torch.tensor([[4, 5, 6, 7, 8], [0, 0, 0, 1, 2]])
-    by_row = turn(x, rotary(rows, torch.float32))
-    torch.testing.assert_close(by_row[0], turn(x[:1], rotary(slice(4, 9), torch.float32))[0])
-    torch.testing.assert_close(by_row[1, :, 2:], turn(x[1:, :, 2:], rotary(slice(0, 3), torch.float32))[0])
+    by_row = apply_rotary(x, rotary(rows, torch.float32))
+    torch.testing.assert_close(by_row[0], apply_rotary(x[:1], rotary(slice(4, 9), torch.float32))[0])
+    torch.testing.assert_close(by_row[1, :, 2:], apply_rotary(x[1:, :, 2:], rotary(slice(0, 3), torch.float32))[0])
 
 
 def test_an_offset_norm_is_rms_norm_with_weight_one_more() -> None:
@@ -105,7 +105,7 @@ def test_an_offset_norm_is_rms_norm_with_weight_one_more() -> None:
 
 @pytest.mark.parametrize(("queries", "keys"), [(6, 6), (1, 6), (2, 5)])
 def test_a_window_hides_what_is_too_far_back(queries: int, keys: int) -> None:
-    mask = within_window(None, 3, queries=queries, keys=keys, device=torch.device("cpu"))[0, 0]
+    mask = apply_window(None, 3, queries=queries, keys=keys, device=torch.device("cpu"))[0, 0]
     first = keys - queries
     assert mask.tolist() == [[t - 3 < s <= t for s in range(keys)] for t in range(first, keys)]
 

@@ -38,7 +38,7 @@ def test_prefix_lm_lets_the_picture_see_the_prompt_and_causal_does_not() -> None
         model, tokenizer = tiny_model(variant)
         one, two = (tiny_batch(model, tokenizer, [(prompt, "z")]) for prompt in ("abc", "abd"))
         slots = model.config.num_slots
-        same = torch.allclose(model.hidden(one)[:, :slots], model.hidden(two)[:, :slots], atol=1e-6)
+        same = torch.allclose(model.hidden_states(one)[:, :slots], model.hidden_states(two)[:, :slots], atol=1e-6)
         assert same is not sees
 
 

@@ -15,7 +15,7 @@ from pictures import encoded, picture
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from vlm.config import ImageConfig
-from vlm.image import open_image, place, to_pixels
+from vlm.image import compute_resize, open_image, to_pixels
 
 RED, GREEN, GREY, WHITE = (255, 0, 0), (0, 255, 0), (128, 128, 128), (255, 255, 255)
 LIGHT = (191, 191, 191)
@@ -36,26 +36,26 @@ sides = st.integers(1, 3000)
 def test_every_point_of_the_square_is_a_point_of_the_picture(
     width: int, height: int, size: int, how: dict[str, str]
 ) -> None:
-    placed = place(width, height, config(size, how))
+    placed = compute_resize(width, height, config(size, how))
     assert placed.scaled_width > 0
     assert placed.scaled_height > 0
     for x, y in [(0, 0), (size, size), (size / 3, size)]:
-        at_x, at_y = placed.to_picture(x, y)
+        at_x, at_y = placed.to_source(x, y)
         assert 0 <= at_x <= width
         assert 0 <= at_y <= height
-    middle_x, middle_y = placed.to_picture(size / 2, size / 2)
+    middle_x, middle_y = placed.to_source(size / 2, size / 2)
     assert abs(middle_x - width / 2) <= width / placed.scaled_width
     assert abs(middle_y - height / 2) <= height / placed.scaled_height
 
 
 @given(sides, sides, st.integers(8, 900))
 def test_a_crop_fills_the_square_and_padding_shows_the_whole_picture(width: int, height: int, size: int) -> None:
-    crop, pad = (place(width, height, config(size, {"resize": how})) for how in ("crop", "pad"))
+    crop, pad = (compute_resize(width, height, config(size, {"resize": how})) for how in ("crop", "pad"))
     assert min(crop.scaled_width, crop.scaled_height) == size
     assert min(crop.left, crop.top) >= 0
     assert max(pad.scaled_width, pad.scaled_height) == size
     assert max(pad.left, pad.top) <= 0
-    corners = {pad.to_picture(0, 0), pad.to_picture(size, size)}
+    corners = {pad.to_source(0, 0), pad.to_source(size, size)}
     assert corners == {(0, 0), (width, height)}
 
 
@@ -69,8 +69,8 @@ def test_what_is_seen_in_the_square_is_found_in_the_picture(size: tuple[int, int
     settings = config(64, how)
     pixels = to_pixels(painted, settings)
     rows, columns = np.nonzero((pixels[:, :, 1] > 128) & (pixels[:, :, 0] < 128))
-    placed = place(*size, settings)
-    found = [*placed.to_picture(columns.min(), rows.min()), *placed.to_picture(columns.max() + 1, rows.max() + 1)]
+    placed = compute_resize(*size, settings)
+    found = [*placed.to_source(columns.min(), rows.min()), *placed.to_source(columns.max() + 1, rows.max() + 1)]
     model_pixel = max(size[0] / placed.scaled_width, size[1] / placed.scaled_height)
     assert np.abs(np.subtract(found, spot)).max() <= model_pixel
 

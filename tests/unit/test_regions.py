@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlm.config import ImageConfig
-from vlm.image import place, to_pixels
+from vlm.image import compute_resize, to_pixels
 from vlm.text.regions import BINS, REGION_TOKEN, Box, Region, parse_regions, to_box
 
 
@@ -71,7 +71,7 @@ pieces = st.one_of(
 def test_any_text_gives_boxes_inside_the_picture_and_no_error(text: str, resize: str) -> None:
     config = ImageConfig.model_validate({"size": 224, "resize": resize})
     for region in parse_regions(text):
-        box = to_box(region, place(640, 481, config))
+        box = to_box(region, compute_resize(640, 481, config))
         assert 0 <= box.left <= box.right <= 640
         assert 0 <= box.top <= box.bottom <= 481
         assert len(region.codes) in (0, 16)
@@ -85,7 +85,7 @@ def test_the_tokens_are_the_1024_and_the_128_and_no_others() -> None:
 
 
 def test_a_stretched_pictures_box_scales() -> None:
-    placement = place(1000, 500, ImageConfig(size=224))
+    placement = compute_resize(1000, 500, ImageConfig(size=224))
     assert to_box(Region(256, 512, 512, 1023, "cat"), placement) == Box(500, 125, 999, 250)
 
 
@@ -101,6 +101,6 @@ def test_a_box_seen_in_the_models_square_is_where_it_is_in_the_picture(size: tup
     pixels = to_pixels(picture, config).astype(int)
     rows, columns = np.nonzero((pixels[:, :, 1] > 128) & (pixels[:, :, 0] < 128))
     y0, x0, y1, x1 = (int(edge * BINS / 64) for edge in (rows.min(), columns.min(), rows.max() + 1, columns.max() + 1))
-    found = to_box(Region(y0, x0, y1, x1, "square"), place(*size, config))
+    found = to_box(Region(y0, x0, y1, x1, "square"), compute_resize(*size, config))
     model_pixel = max(size) / 64
     assert np.abs(np.subtract(found, truth)).max() <= model_pixel + 1

@@ -44,7 +44,7 @@ def learn(model: VisionLanguageModel, batch: Batch, steps: int) -> list[StepRepo
         build_adamw(model, lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1),
         itertools.repeat([batch], steps),
         start=0,
-        lr_of=lambda step: 5e-3,
+        lr_schedule=lambda step: 5e-3,
         grad_clip=1.0,
         seed=1,
         rank=0,

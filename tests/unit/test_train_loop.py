@@ -13,7 +13,15 @@ from tiny_models import VARIANTS, tiny_batch, tiny_config, tiny_model
 
 from vlm.batch import Batch
 from vlm.build import build_model
-from vlm.checkpoint import load_model, load_weights, save_model, save_weights, verify_folder, weights_of, whole_folder
+from vlm.checkpoint import (
+    atomic_folder,
+    load_model,
+    load_weights,
+    model_weights,
+    save_model,
+    save_weights,
+    verify_folder,
+)
 from vlm.config import ScheduleConfig, StableScheduleConfig
 from vlm.errors import CheckpointError, ConfigError
 from vlm.layers.block import compile_blocks, recompute_blocks
@@ -22,8 +30,8 @@ from vlm.seeds import mix
 from vlm.text.base import Tokenizer
 from vlm.training.loop import NotFiniteError, StepReport, fit
 from vlm.training.objective import blind_losses
-from vlm.training.optim import averaged, build_adamw, choose_learners, follow_average, parameter_groups, schedule
-from vlm.training.state import copy_training, load_state, save_state
+from vlm.training.optim import averaged_weights, build_adamw, parameter_groups, schedule, set_trainable, update_average
+from vlm.training.state import load_state, save_state, snapshot_training
 
 TEXTS = [("", "red car"), ("", "blue bus"), ("", "old iphone")]
 
@@ -43,7 +51,7 @@ def run(
         optimizer,
         (in_parts(batch, rows_at_once) for batch in batches),
         start=start,
-        lr_of=lambda step: lr,
+        lr_schedule=lambda step: lr,
         grad_clip=1.0,
         seed=1,
         rank=0,
@@ -87,9 +95,9 @@ def test_a_loop_resumed_from_a_checkpoint_equals_the_uninterrupted_one_bit_for_b
         batches = [tiny_batch(model, tokenizer, TEXTS, seed=step) for step in range(12)]
         run(model, optimizer, iter(batches[:stop]), start=0, lr=3e-3)
         if stop < 12:
-            copy = copy_training(weights_of(model), model, optimizer, stop)
+            copy = snapshot_training(model_weights(model), model, optimizer, stop)
             run(model, optimizer, iter(batches[stop:]), start=stop, lr=3e-3)  # while it is written, the loop goes on
-            with whole_folder(tmp_path / "step_000005") as folder:
+            with atomic_folder(tmp_path / "step_000005") as folder:
                 save_weights(folder, copy.weights, model.config, tokenizer)
                 save_state(folder, copy)
             model, tokenizer, optimizer = fresh("other", dropout=0.2)
@@ -151,20 +159,20 @@ RATES = {"encoder.*": 0.0, ".*norm.*": 1e-3, "(projector|decoder).*": 4e-3}
 
 def test_what_no_rate_matches_is_frozen_and_the_first_match_counts() -> None:
     model, _, _ = fresh("plain")
-    choose_learners(model, RATES)
+    set_trainable(model, RATES)
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     assert learning == {name for name, _ in model.named_parameters() if not name.startswith("encoder.")}
     groups = build_adamw(model, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1, rates=RATES).param_groups
-    shares = {id(p): group["share"] for group in groups for p in group["params"]}
+    shares = {id(p): group["lr_share"] for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert shares.get(id(parameter)) == (None if name not in learning else 0.25 if "norm" in name else 1.0), name
-    assert [(group["share"], group["weight_decay"]) for group in groups] == [(1.0, 0.1), (1.0, 0.0), (0.25, 0.0)]
-    choose_learners(model, {"encoder.*": 1e-3})
+    assert [(group["lr_share"], group["weight_decay"]) for group in groups] == [(1.0, 0.1), (1.0, 0.0), (0.25, 0.0)]
+    set_trainable(model, {"encoder.*": 1e-3})
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         name for name, _ in model.named_parameters() if name.startswith("encoder.")
     }
     with pytest.raises(ConfigError, match=r"first to match of no parameter.*Got: decoder.head.*, nothing\. Fix"):
-        choose_learners(model, {"decoder.*": 1.0, "decoder.head.*": 1.0, "nothing": 0.0})
+        set_trainable(model, {"decoder.*": 1.0, "decoder.head.*": 1.0, "nothing": 0.0})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -227,7 +235,7 @@ def test_every_parameter_has_a_gradient_of_every_batch_and_ddp_need_not_look_for
 
 def test_frozen_parts_take_no_step_no_moments_and_no_backward() -> None:
     model, tokenizer, _ = fresh("plain")
-    choose_learners(model, RATES)
+    set_trainable(model, RATES)
     optimizer = build_adamw(model, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1, rates=RATES)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     features: list[bool] = []
@@ -269,7 +277,7 @@ def test_weights_of_another_model_are_refused_with_all_that_differs(tmp_path: Pa
 
 def test_a_checkpoint_is_whole_until_a_byte_of_it_changes(tmp_path: Path) -> None:
     def write() -> Path:
-        with whole_folder(tmp_path / "step_000001") as folder:
+        with atomic_folder(tmp_path / "step_000001") as folder:
             (folder / "a").write_bytes(b"aaaa")
             (folder / "b").write_bytes(b"bbbb")
         return tmp_path / "step_000001"
@@ -306,12 +314,12 @@ def test_the_average_of_weights_over_steps_is_that_of_the_formula_and_is_there_t
     for step in range(30):
         weight.grad = torch.randn(3, generator=torch.Generator().manual_seed(step))
         optimizer.step()
-        follow_average(optimizer, 0.6, step)
+        update_average(optimizer, 0.6, step)
         new = weight.detach().double()
         decay = min(0.6, (1 + step) / (10 + step))
         expected = new if expected is None else decay * expected + (1 - decay) * new
     learned = weight.detach().clone()
-    with averaged(optimizer):
+    with averaged_weights(optimizer):
         torch.testing.assert_close(weight.double(), expected)
         assert not torch.allclose(weight, learned, atol=0.05)
         assert torch.equal(idle, torch.ones(2)), "never had a gradient: it is its own average"
@@ -319,5 +327,5 @@ def test_the_average_of_weights_over_steps_is_that_of_the_formula_and_is_there_t
 
     idle.grad = torch.ones(2)  # an expert that is chosen late
     optimizer.step()
-    follow_average(optimizer, 0.6, 30)
+    update_average(optimizer, 0.6, 30)
     assert not torch.equal(idle, torch.ones(2))

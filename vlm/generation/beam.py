@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from vlm.config import GenerationConfig
-from vlm.generation.request import Generated, Request, prefill
-from vlm.generation.sampling import Penalty
+from vlm.generation.request import Completion, Request, prefill
+from vlm.generation.sampling import RepetitionPenalty
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
 from vlm.text.stop import find_stop
@@ -28,7 +28,7 @@ from vlm.text.stop import find_stop
 @torch.inference_mode()
 def beam_search(
     model: VisionLanguageModel, tokenizer: Tokenizer, requests: Sequence[Request], settings: GenerationConfig
-) -> list[Generated]:
+) -> list[Completion]:
     """The best answer of each request; `text` is left to the caller.
 
     Raises:
@@ -40,7 +40,9 @@ def beam_search(
     start, device = cache.length, logits_RV.device
     cache.repeat(K)
     logits_RV = logits_RV.repeat_interleave(K, dim=0)
-    penalty = Penalty(settings.repetition_penalty, [r for r in requests for _ in range(K)], logits_RV.shape[-1], device)
+    penalty = RepetitionPenalty(
+        settings.repetition_penalty, [r for r in requests for _ in range(K)], logits_RV.shape[-1], device
+    )
 
     def ends(tokens: list[int]) -> bool:
         if tokens[-1] == tokenizer.eos_id or len(tokens) == settings.max_new_tokens:
@@ -58,7 +60,7 @@ def beam_search(
         if not any(still):
             break
         if not all(still):
-            kept = cache.keep([goes for goes in still for _ in range(K)])
+            kept = cache.keep_rows([goes for goes in still for _ in range(K)])
             penalty.reorder(torch.tensor(kept, device=device))
             going = [going[row // K] for row in kept[::K]]
         parents_R = torch.tensor([i * K + beam.parent for i, s in enumerate(going) for beam in s.beams], device=device)
@@ -109,14 +111,14 @@ class _Search:
         filler = _Beam(open_beams[0].tokens, open_beams[0].logprobs, _DEAD, _DEAD, open_beams[0].parent)
         self.beams = open_beams + [filler] * (K - len(open_beams))
 
-    def answer(self, eos_id: int) -> Generated:
+    def answer(self, eos_id: int) -> Completion:
         """The best that has ended."""
         best = self._ended[0]
-        return Generated(best.tokens[:-1] if best.tokens[-1] == eos_id else best.tokens, best.logprobs)
+        return Completion(best.tokens[:-1] if best.tokens[-1] == eos_id else best.tokens, best.logprobs)
 
 
 def _candidates(
-    logits_RV: Tensor, going: Sequence[_Search], penalty: Penalty, settings: GenerationConfig
+    logits_RV: Tensor, going: Sequence[_Search], penalty: RepetitionPenalty, settings: GenerationConfig
 ) -> list[list[_Beam]]:
     """The 2 * K best continuations of each request, best first."""
     B, V = len(going), logits_RV.shape[-1]

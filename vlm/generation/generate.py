@@ -14,18 +14,18 @@ import torch
 
 from vlm.config import GenerationConfig
 from vlm.generation.beam import beam_search
-from vlm.generation.request import Generated, Request, check_room, prefill
-from vlm.generation.sampling import Chooser
+from vlm.generation.request import Completion, Request, check_length, prefill
+from vlm.generation.sampling import TokenSampler
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
 from vlm.text.stop import count_safe_tokens, find_stop
 
-__all__ = ["Generated", "Request", "check_room", "generate", "stream"]
+__all__ = ["Completion", "Request", "check_length", "generate", "stream"]
 
 
 def generate(
     model: VisionLanguageModel, tokenizer: Tokenizer, requests: Sequence[Request], settings: GenerationConfig
-) -> list[Generated]:
+) -> list[Completion]:
     """Answers in the order of the requests, which may have prefixes and pictures of any number.
 
     Raises:
@@ -71,11 +71,11 @@ def stream(
 @torch.inference_mode()
 def _steps(
     model: VisionLanguageModel, tokenizer: Tokenizer, requests: Sequence[Request], settings: GenerationConfig
-) -> Iterator[list[Generated]]:
+) -> Iterator[list[Completion]]:
     """All answers as far as they are, after each token."""
     logits_BV, cache = prefill(model, requests, settings)
-    choose = Chooser(requests, settings, logits_BV.shape[-1], logits_BV.device)
-    answers = [Generated() for _ in requests]
+    choose = TokenSampler(requests, settings, logits_BV.shape[-1], logits_BV.device)
+    answers = [Completion() for _ in requests]
     owners = list(range(len(requests)))
     silenced = torch.tensor(tokenizer.suppressed_ids, dtype=torch.long, device=logits_BV.device)
     for position in range(settings.max_new_tokens):
@@ -90,14 +90,14 @@ def _steps(
         if not any(going) or position == settings.max_new_tokens - 1:
             return
         if not all(going):
-            kept = cache.keep(going)
+            kept = cache.keep_rows(going)
             owners = [owners[row] for row in kept]
             tokens_B = tokens_B[kept]
             choose.reorder(torch.tensor(kept, device=tokens_B.device))
         logits_BV = model.step(tokens_B, cache)
 
 
-def _goes_on(answer: Generated, token: int, logprob: float, tokenizer: Tokenizer, stop: Sequence[str]) -> bool:
+def _goes_on(answer: Completion, token: int, logprob: float, tokenizer: Tokenizer, stop: Sequence[str]) -> bool:
     """Add a token to an answer; False where that ends it."""
     answer.logprobs.append(logprob)
     if token == tokenizer.eos_id:

@@ -36,7 +36,7 @@ class Request:
 
 
 @dataclass
-class Generated:
+class Completion:
     """One answer.
 
     Attributes:
@@ -60,7 +60,7 @@ class Generated:
         return sum(self.logprobs) / len(self.logprobs)
 
 
-def check_room(model: VisionLanguageModel, request: Request, settings: GenerationConfig) -> None:
+def check_length(model: VisionLanguageModel, request: Request, settings: GenerationConfig) -> None:
     """Refuse what the model's context cannot hold: an answer is never made from a prompt that was cut.
 
     Raises:
@@ -86,7 +86,7 @@ def prefill(
         ValueError: a request has not as many slots as its pictures take.
     """
     for request in requests:
-        check_room(model, request, settings)
+        check_length(model, request, settings)
         slots = sum(token == SLOT for token in request.prefix)
         if slots != len(request.pixels) * model.config.num_slots:
             raise ValueError(
@@ -117,7 +117,7 @@ def _features(model: VisionLanguageModel, requests: Sequence[Request]) -> Tensor
     return features_PNW if len(order) == len(distinct) else features_PNW[order]
 
 
-def seed_of(request: Request, settings: GenerationConfig) -> int:
+def request_seed(request: Request, settings: GenerationConfig) -> int:
     """A seed that follows from the settings, the request's own seed, its pictures and its prompt, and nothing else."""
     prints = [zlib.crc32(_bytes(picture)) for picture in request.pixels]
     return mix(settings.seed, request.seed, *prints, *(token - SLOT for token in request.prefix))

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from vlm.config import GenerationConfig
-from vlm.generation.request import Request, seed_of
+from vlm.generation.request import Request, request_seed
 from vlm.text.base import SLOT
 
 
-class Chooser:
+class TokenSampler:
     """Chooses the next token of every row: the best where temperature is 0, else one drawn by the row's own numbers.
 
     A row's numbers follow from its request alone, so no answer depends on its batch.
@@ -28,12 +28,12 @@ class Chooser:
         self, requests: Sequence[Request], settings: GenerationConfig, vocab_size: int, device: torch.device
     ) -> None:
         self._settings = settings
-        self._penalty = Penalty(settings.repetition_penalty, requests, vocab_size, device)
+        self._penalty = RepetitionPenalty(settings.repetition_penalty, requests, vocab_size, device)
         numbers = [
             torch.rand(
                 settings.max_new_tokens,
                 dtype=torch.float64,
-                generator=torch.Generator().manual_seed(seed_of(request, settings)),
+                generator=torch.Generator().manual_seed(request_seed(request, settings)),
             )
             for request in requests
         ]
@@ -45,7 +45,7 @@ class Chooser:
         if self._settings.temperature == 0:
             tokens_B = scores_BV.argmax(dim=-1)
         else:
-            tokens_B = draw(narrow(scores_BV, self._settings), self._uniform_BN[:, position])
+            tokens_B = sample_tokens(filter_scores(scores_BV, self._settings), self._uniform_BN[:, position])
         self._penalty.add(tokens_B)
         return tokens_B
 
@@ -55,7 +55,7 @@ class Chooser:
         self._penalty.reorder(rows_B)
 
 
-class Penalty:
+class RepetitionPenalty:
     """Makes tokens that stand in a row's prompt or answer less likely (Keskar et al., 2019).
 
     A positive score is divided by the factor, a negative one multiplied with it; a factor of 1 costs nothing.
@@ -85,7 +85,7 @@ class Penalty:
         self._seen_BV = self._seen_BV[rows_B]
 
 
-def draw(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
+def sample_tokens(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """One token a row, by the softmax of its scores and its number in [0, 1).
 
     One number on the running sum of probabilities: no loop over rows, and the same draw on every device. In double
@@ -95,7 +95,7 @@ def draw(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return torch.searchsorted(sum_BV, uniform_B[:, None] * sum_BV[:, -1:], right=True)[:, 0]
 
 
-def narrow(scores_BV: Tensor, settings: GenerationConfig) -> Tensor:
+def filter_scores(scores_BV: Tensor, settings: GenerationConfig) -> Tensor:
     """Scores divided by the temperature, with everything outside top-k, top-p and min-p at minus infinity.
 
     top-p is the nucleus of Holtzman et al. (2019); min-p a share of the best token's probability (Nguyen et al., 2024).

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm.layers.cache import KVCache
-from vlm.layers.position import Angles, turn
+from vlm.layers.position import Angles, apply_rotary
 
 
 class Attention(nn.Module):
@@ -48,7 +48,7 @@ class Attention(nn.Module):
         angles: Angles | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
-        last: bool = False,
+        last_only: bool = False,
     ) -> Tensor:
         """Attend.
 
@@ -59,7 +59,7 @@ class Attention(nn.Module):
             angles: rotary angles of the positions of x.
             cache: keys and values of earlier positions, extended in place.
             layer: which layer of the cache is ours.
-            last: only what the last position sees is wanted.
+            last_only: only what the last position sees is wanted.
 
         Returns:
             (B, T, W), or (B, 1, W) of the last position.
@@ -71,10 +71,10 @@ class Attention(nn.Module):
             for part in self.qkv(x_BTW).split([n * self.head_dim for n in heads], dim=-1)
         )
         if angles is not None:
-            q_BHTD, k_BKTD = turn(q_BHTD, angles), turn(k_BKTD, angles)
+            q_BHTD, k_BKTD = apply_rotary(q_BHTD, angles), apply_rotary(k_BKTD, angles)
         if cache is not None:
             k_BKTD, v_BKTD = cache.extend(layer, k_BKTD, v_BKTD)
-        if last:
+        if last_only:
             q_BHTD, T = q_BHTD[:, :, -1:], 1
             mask = mask[:, :, -1:] if mask is not None else None
         if mask is not None or T == 1:  # a branch, not an expression: torch.compile would hand a symbol to the kernel

@@ -59,19 +59,21 @@ class Block(nn.Module):
         angles: Angles | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
-        last: bool = False,
+        last_only: bool = False,
     ) -> Tensor:
         """One block; arguments as in `Attention.forward`."""
         kernels = _compiled() if self.compiled and self.training else Block._compute
-        compute = partial(kernels, self, mask=mask, causal=causal, angles=angles, cache=cache, layer=layer, last=last)
+        compute = partial(
+            kernels, self, mask=mask, causal=causal, angles=angles, cache=cache, layer=layer, last_only=last_only
+        )
         if self.recompute and self.training:
             again: Tensor = checkpoint(compute, x_BTW, use_reentrant=False)
             return again
         return compute(x_BTW)
 
-    def _compute(self, x_BTW: Tensor, *, last: bool, **how: Any) -> Tensor:
-        seen = self.attention(self.attention_norm(x_BTW), last=last, **how)
-        if last:
+    def _compute(self, x_BTW: Tensor, *, last_only: bool, **how: Any) -> Tensor:
+        seen = self.attention(self.attention_norm(x_BTW), last_only=last_only, **how)
+        if last_only:
             x_BTW = x_BTW[:, -1:]
         x_BTW = x_BTW + self._finish(seen, self.attention_post_norm, self.attention_scale)
         thought = self.mlp(self.mlp_norm(x_BTW))
@@ -85,7 +87,7 @@ class Block(nn.Module):
         return self.dropout(branch)
 
 
-def blocks_of(model: nn.Module) -> Iterator[Block]:
+def iterate_blocks(model: nn.Module) -> Iterator[Block]:
     """All blocks of a model, the encoder's and the decoder's."""
     return (part for part in model.modules() if isinstance(part, Block))
 
@@ -93,7 +95,7 @@ def blocks_of(model: nn.Module) -> Iterator[Block]:
 def recompute_blocks(model: nn.Module) -> None:
     """Trade time for memory in all blocks of a model (Chen et al., 2016): about a third more compute, a block's
     activations at a time."""
-    for block in blocks_of(model):
+    for block in iterate_blocks(model):
         block.recompute = True
 
 
@@ -102,7 +104,7 @@ def compile_blocks(model: nn.Module) -> None:
 
     What is no training (validation, captions with their caches) stays as it is.
     """
-    for block in blocks_of(model):
+    for block in iterate_blocks(model):
         block.compiled = True
 
 

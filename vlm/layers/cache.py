@@ -68,7 +68,7 @@ class KVCache:
         if self.media_mask is not None:
             self.media_mask = self.media_mask.repeat_interleave(times, dim=0)
 
-    def keep(self, going: Sequence[bool]) -> list[int]:
+    def keep_rows(self, going: Sequence[bool]) -> list[int]:
         """Leave out the rows that do not go on; returns which row each one was.
 
         The last rows move into the gaps: nothing is allocated, and a row that ends costs one row's copy.

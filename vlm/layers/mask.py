@@ -37,7 +37,7 @@ def prefix_marks(prefix_lengths_B: Tensor, length: int) -> Tensor:
     return (torch.arange(length, device=prefix_lengths_B.device)[None] >= prefix_lengths_B[:, None]).long()
 
 
-def within_window(mask: Tensor | None, window: int, *, queries: int, keys: int, device: torch.device) -> Tensor:
+def apply_window(mask: Tensor | None, window: int, *, queries: int, keys: int, device: torch.device) -> Tensor:
     """The mask narrowed to keys less than `window` positions back; without a mask, of causal attention.
 
     Positions that see each other, those of a prefix, do so at any distance, as in transformers. The queries are the

@@ -6,13 +6,15 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-Activate = Callable[[Tensor], Tensor]
+ActivationFunction = Callable[[Tensor], Tensor]
 
 
 class PlainMlp(nn.Module):
     """Linear, activation, linear: (..., width) to (..., out_width)."""
 
-    def __init__(self, width: int, mlp_width: int, activation: Activate, *, bias: bool, out_width: int) -> None:
+    def __init__(
+        self, width: int, mlp_width: int, activation: ActivationFunction, *, bias: bool, out_width: int
+    ) -> None:
         super().__init__()
         self.up = nn.Linear(width, mlp_width, bias=bias)
         self.out = nn.Linear(mlp_width, out_width, bias=bias)
@@ -26,7 +28,7 @@ class PlainMlp(nn.Module):
 class GatedMlp(nn.Module):
     """Gated linear unit (Shazeer, 2020): out(activation(gate(x)) * up(x)); gate and up come from one matrix."""
 
-    def __init__(self, width: int, mlp_width: int, activation: Activate, *, bias: bool) -> None:
+    def __init__(self, width: int, mlp_width: int, activation: ActivationFunction, *, bias: bool) -> None:
         super().__init__()
         self.gate_up = nn.Linear(width, 2 * mlp_width, bias=bias)
         self.out = nn.Linear(mlp_width, width, bias=bias)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm.layers.mlp import Activate
+from vlm.layers.mlp import ActivationFunction
 
 
 class Groups(NamedTuple):
@@ -48,7 +48,9 @@ class GroupedLinear(nn.Module):
 class PlainExperts(nn.Module):
     """`PlainMlp` for each expert."""
 
-    def __init__(self, num_experts: int, width: int, mlp_width: int, activation: Activate, *, bias: bool) -> None:
+    def __init__(
+        self, num_experts: int, width: int, mlp_width: int, activation: ActivationFunction, *, bias: bool
+    ) -> None:
         super().__init__()
         self.up = GroupedLinear(num_experts, width, mlp_width, bias=bias)
         self.out = GroupedLinear(num_experts, mlp_width, width, bias=bias)
@@ -62,7 +64,9 @@ class PlainExperts(nn.Module):
 class GatedExperts(nn.Module):
     """`GatedMlp` for each expert."""
 
-    def __init__(self, num_experts: int, width: int, mlp_width: int, activation: Activate, *, bias: bool) -> None:
+    def __init__(
+        self, num_experts: int, width: int, mlp_width: int, activation: ActivationFunction, *, bias: bool
+    ) -> None:
         super().__init__()
         self.gate_up = GroupedLinear(num_experts, width, 2 * mlp_width, bias=bias)
         self.out = GroupedLinear(num_experts, mlp_width, width, bias=bias)
@@ -133,7 +137,7 @@ class MoeMlp(nn.Module):
             best_NK, chosen_NK = scores_NX.topk(self.top_k, dim=-1)
             return Routing(logits_NX, best_NK.softmax(dim=-1), chosen_NK)
 
-    def take_routing(self) -> Routing:
+    def pop_routing(self) -> Routing:
         """The routing of the last training forward, once; of no tokens where there was none."""
         routing, self.routing = self.routing, None
         if routing is None:

@@ -34,7 +34,7 @@ class Rotary(nn.Module):
         return (cos[:, None], sin[:, None]) if cos.ndim == 3 else (cos, sin)
 
 
-def turn(x_BHTD: Tensor, angles: Angles) -> Tensor:
+def apply_rotary(x_BHTD: Tensor, angles: Angles) -> Tensor:
     """Queries or keys, turned by the angles of their positions."""
     cos, sin = angles
     a, b = x_BHTD.chunk(2, dim=-1)

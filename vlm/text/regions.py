@@ -15,7 +15,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from vlm.image import Placement
+    from vlm.image import ResizeTransform
 
 BINS = 1024
 NUM_CODES = 16
@@ -57,16 +57,16 @@ def parse_regions(text: str) -> list[Region]:
     return found
 
 
-def to_box(region: Region, placement: Placement) -> Box:
+def to_box(region: Region, placement: ResizeTransform) -> Box:
     """Convert a region to pixels of the original picture, clipped to the picture where it reaches into padding.
 
     Args:
         region: region in the model's input square.
-        placement: position and scale of the original picture in that square (`vlm.image.place`).
+        placement: position and scale of the original picture in that square (`vlm.image.compute_resize`).
     """
     scale = placement.size / BINS
-    left, top = placement.to_picture(region.x0 * scale, region.y0 * scale)
-    right, bottom = placement.to_picture(region.x1 * scale, region.y1 * scale)
+    left, top = placement.to_source(region.x0 * scale, region.y0 * scale)
+    right, bottom = placement.to_source(region.x1 * scale, region.y1 * scale)
     return Box(round(left), round(top), round(right), round(bottom))
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm.checkpoint import fill
+from vlm.checkpoint import fill_tensors
 from vlm.config import AdapterConfig, Config, read_error_message
 from vlm.errors import CheckpointError, ConfigError, nearest
 from vlm.layers.linear import linear_layers
@@ -88,7 +88,7 @@ def add_adapter(model: nn.Module, config: AdapterConfig) -> None:
         model.set_submodule(name, LoraLinear(layer, config))
 
 
-def halve_frozen(model: nn.Module) -> None:
+def cast_frozen_to_bf16(model: nn.Module) -> None:
     """Keep frozen linear weights and experts in bf16, in place: for a model that runs under bf16 autocast.
 
     Autocast makes these very numbers of them at every use, so nothing changes but the memory. A weight that is a token
@@ -118,10 +118,10 @@ def save_adapter(folder: Path, model: nn.Module, config: AdapterConfig, base: st
         config: which layers, and how.
         base: SHA-256 of the weights file that the model was filled from (`vlm.files.file_digest`).
     """
-    save_corrections(folder, corrections_of(model), config, base)
+    save_adapter_weights(folder, adapter_weights(model), config, base)
 
 
-def save_corrections(folder: Path, corrections: Mapping[str, Tensor], config: AdapterConfig, base: str) -> None:
+def save_adapter_weights(folder: Path, corrections: Mapping[str, Tensor], config: AdapterConfig, base: str) -> None:
     """`save_adapter` of corrections that have left their model, by name."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in corrections.items()}, folder / ADAPTER)
@@ -142,13 +142,13 @@ def load_adapter(folder: Path, model: nn.Module, base: str) -> None:
     """
     with torch.random.fork_rng(devices=[]):  # fresh corrections are overwritten: leave the caller's generator alone
         add_adapter(model, _read(folder, base).adapter)
-    fill_adapter(folder, model, base)
+    load_adapter_weights(folder, model, base)
 
 
-def fill_adapter(folder: Path, model: nn.Module, base: str) -> None:
+def load_adapter_weights(folder: Path, model: nn.Module, base: str) -> None:
     """Fill the adapter that a model has from a folder; arguments and errors as in `load_adapter`."""
     _read(folder, base)
-    fill(corrections_of(model), folder / ADAPTER)
+    fill_tensors(adapter_weights(model), folder / ADAPTER)
 
 
 def _read(folder: Path, base: str) -> AdapterFile:
@@ -172,7 +172,7 @@ def _read(folder: Path, base: str) -> AdapterFile:
     return file
 
 
-def corrections_of(model: nn.Module) -> dict[str, Tensor]:
+def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
     """`down` and `up` of each adapted layer, by full name; no copies."""
     return {
         f"{name}.{part}": getattr(layer, part).detach()

@@ -19,7 +19,7 @@ from vlm.errors import LakesightError
 from vlm.layers.moe import MoeMlp
 from vlm.seeds import mix
 from vlm.training.objective import RouterReport, num_targets, routed_layers, router_loss, token_loss
-from vlm.training.parallel import global_sum, gradients_stay, to_host, unwrap, whole, world_size
+from vlm.training.parallel import full_tensor, global_sum, gradient_sync, to_host, unwrap_ddp, world_size
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class NotFiniteError(LakesightError):
     """Loss or gradient became NaN or infinite.
 
     Attributes:
-        elsewhere: the loss of this rank was finite, and that of another was not.
+        on_other_rank: the loss of this rank was finite, and that of another was not.
     """
 
-    elsewhere = False
+    on_other_rank = False
 
 
 def fit(
@@ -60,7 +60,7 @@ def fit(
     batches: Iterable[Sequence[Batch]],
     *,
     start: int,
-    lr_of: Callable[[int], float],
+    lr_schedule: Callable[[int], float],
     grad_clip: float,
     seed: int,
     rank: int,
@@ -76,7 +76,7 @@ def fit(
         batches: this rank's slice of each global batch, the one of step `start` first, in parts, as many on each rank:
             one is computed after another, and their gradients are added up, so it is the same step in less memory.
         start: number of the first step.
-        lr_of: learning rate of a step; each group of the optimizer takes its share of it.
+        lr_schedule: learning rate of a step; each group of the optimizer takes its share of it.
         grad_clip: largest gradient norm.
         seed: of the run.
         rank: of this process.
@@ -88,28 +88,28 @@ def fit(
         NotFiniteError: a loss or gradient that is not finite; the weights are those before the step.
     """
     model.train()
-    layers = routed_layers(unwrap(model))
+    layers = routed_layers(unwrap_ddp(model))
     for step, batch in enumerate(batches, start):
         torch.manual_seed(mix(seed, step, rank))
         parts = [part.to(device) for part in batch]
         tokens = global_sum(torch.stack([num_targets(part) for part in parts]).sum().double())
         own, routers = torch.zeros((), dtype=torch.float64, device=device), []
         for number, part in enumerate(parts, 1):
-            with gradients_stay(model, here=number < len(parts)):
+            with gradient_sync(model, here=number < len(parts)):
                 loss_sum, router = _backward(model, layers, part, tokens, len(parts), bf16=bf16)
             own += loss_sum
             routers += [router] if router else []
-        norm = whole(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
+        norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
         total, num_tokens, grad_norm = to_host(torch.stack((global_sum(own), tokens, norm.double())))
         loss = total / num_tokens
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise _diverged(step, loss, grad_norm, rank, own)
         for group in optimizer.param_groups:
-            group["lr"] = lr_of(step) * group["share"]
+            group["lr"] = lr_schedule(step) * group["lr_share"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         met = RouterReport.mean(routers) if routers else None
-        on_step(StepReport(step, loss, lr_of(step), grad_norm, int(num_tokens), met))
+        on_step(StepReport(step, loss, lr_schedule(step), grad_norm, int(num_tokens), met))
 
 
 def _backward(
@@ -139,7 +139,7 @@ def _diverged(step: int, loss: float, grad_norm: float, rank: int, own: Tensor) 
         got=f"loss {loss}, gradient norm {grad_norm}",
         fix="lower train.optimizer.lr or raise train.optimizer.warmup_steps (a new run: it starts over)",
     )
-    error.elsewhere = bool(bad) and rank not in bad
+    error.on_other_rank = bool(bad) and rank not in bad
     return error
 
 

@@ -78,7 +78,7 @@ def router_loss(layers: Mapping[str, MoeMlp], batch: Batch) -> tuple[Tensor, Rou
         This rank's part of the weighted loss (the parts of all ranks add up to it), and what there is to tell.
     """
     real_N = _real_positions(batch).flatten().float()
-    own = [_router_sums(layer.take_routing(), real_N if _reads_text(name) else None) for name, layer in layers.items()]
+    own = [_router_sums(layer.pop_routing(), real_N if _reads_text(name) else None) for name, layer in layers.items()]
     part = torch.zeros((), dtype=torch.float64, device=real_N.device)
     balance, z, load = [], [], {}
     for (name, layer), mine, everyone in zip(layers.items(), own, _over_ranks(own), strict=True):

@@ -19,7 +19,7 @@ AVERAGE = "average"
 """Of a parameter over steps, in the optimizer's state: it is saved, resumed and cut into slices with its moments."""
 
 
-def choose_learners(model: nn.Module, rates: Mapping[str, float]) -> None:
+def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:
     """Freeze what matches a pattern of rate zero, or no pattern; what else was frozen before learns again.
 
     Args:
@@ -51,10 +51,10 @@ def parameter_groups(
     Args:
         model: the parameters that need a gradient are grouped.
         weight_decay: of matrices.
-        rates: learning rate by pattern, as in `choose_learners`; all the same without.
+        rates: learning rate by pattern, as in `set_trainable`; all the same without.
 
     Returns:
-        Groups with `share`: their learning rate in shares of the largest one.
+        Groups with `lr_share`: their learning rate in shares of the largest one.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
@@ -64,7 +64,7 @@ def parameter_groups(
         share = rates[pattern] / max(rates.values()) if rates and pattern else 1.0
         groups.setdefault((share, is_matrix), []).append(parameter)
     return [
-        {"params": groups[share, decays], "weight_decay": weight_decay if decays else 0.0, "share": share}
+        {"params": groups[share, decays], "weight_decay": weight_decay if decays else 0.0, "lr_share": share}
         for share, decays in sorted(groups, reverse=True)
     ]
 
@@ -82,7 +82,7 @@ def build_adamw(
 
 
 @torch.no_grad()
-def follow_average(optimizer: torch.optim.Optimizer, decay: float, step: int) -> None:
+def update_average(optimizer: torch.optim.Optimizer, decay: float, step: int) -> None:
     """Take the weights after a step into their exponential moving average (Polyak and Juditsky, 1992).
 
     Args:
@@ -109,7 +109,7 @@ def swap_average(optimizer: torch.optim.Optimizer) -> None:
 
 
 @contextmanager
-def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """The model has its averaged weights inside the block, where they are kept, and the optimizer those that learn."""
     swap_average(optimizer)
     try:

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vlm.layers.block import blocks_of
+from vlm.layers.block import iterate_blocks
 
 Parallel = Literal["ddp", "fsdp"]
 
@@ -28,7 +28,7 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def shard(model: nn.Module) -> None:
+def shard_parameters(model: nn.Module) -> None:
     """Leave each rank its slice of every parameter, in place; a rank alone keeps all.
 
     After this the model is called as before, on every rank at once; its own methods cannot be.
@@ -36,12 +36,12 @@ def shard(model: nn.Module) -> None:
     if world_size() == 1:
         return
     mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
-    for block in blocks_of(model):
+    for block in iterate_blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
-def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     """The model under DDP where there are several ranks; a sharded one as it is."""
     if world_size() == 1 or isinstance(model, FSDPModule):
         return model
@@ -57,13 +57,13 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     )
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap_ddp(model: nn.Module) -> nn.Module:
     """The model without what `wrap` put around it."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 @contextmanager
-def gradients_stay(model: nn.Module, *, here: bool) -> Iterator[None]:
+def gradient_sync(model: nn.Module, *, here: bool) -> Iterator[None]:
     """Add up gradients on each rank alone while the block runs, or over all ranks where `here` is false."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(not here)
@@ -75,12 +75,12 @@ def gradients_stay(model: nn.Module, *, here: bool) -> Iterator[None]:
         yield
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor that ranks hold slices of, from all of them; any other as it is. Every rank calls this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def sliced_like(tensor: Tensor, other: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     """A tensor that every rank has, cut as another one of its shape is."""
     if not isinstance(other, DTensor) or tensor.shape != other.shape:
         return tensor
@@ -105,4 +105,4 @@ def global_max(values: Tensor) -> Tensor:
 
 def to_host(values: Tensor) -> list[float]:
     """The values of a vector that other ranks have a part in. On a GPU this, not the sum, is where a rank waits."""
-    return [float(value) for value in whole(values).tolist()]
+    return [float(value) for value in full_tensor(values).tolist()]

@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlm.errors import CheckpointError
-from vlm.training.parallel import sliced_like, whole
+from vlm.training.parallel import full_tensor, shard_like
 
 STATE, STEP = "training.safetensors", "training.json"
 
 
 @dataclass(frozen=True)
-class TrainingCopy:
+class TrainingSnapshot:
     """What a training goes on from, in host memory of its own: the loop may take further steps while it is written.
 
     Attributes:
@@ -39,21 +39,21 @@ class TrainingCopy:
     step: int
 
 
-def copy_training(
+def snapshot_training(
     weights: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, step: int
-) -> TrainingCopy:
+) -> TrainingSnapshot:
     """Copy weights and optimizer state as they are now, whole; every rank calls this where ranks hold slices.
 
     Args:
-        weights: what of the model is to be kept; `weights_of(model)` is all of it.
+        weights: what of the model is to be kept; `model_weights(model)` is all of it.
         model: without its DDP wrapper.
         optimizer: over the model's parameters.
         step: steps taken.
     """
-    return TrainingCopy(_on_host(weights), _on_host(_optimizer_tensors(model, optimizer)), step)
+    return TrainingSnapshot(_on_host(weights), _on_host(_optimizer_tensors(model, optimizer)), step)
 
 
-def save_state(folder: Path, copy: TrainingCopy) -> None:
+def save_state(folder: Path, copy: TrainingSnapshot) -> None:
     """Write what a training goes on with besides weights: the optimizer's state and the number of the next step."""
     save_file(copy.state, folder / STATE)
     (folder / STEP).write_text(json.dumps({"step": copy.step}), encoding="utf-8")
@@ -79,7 +79,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     packed = optimizer.state_dict()
     packed["state"] = {
-        index: {key: sliced_like(value, p) for key, value in _under(f"{names[p]}:", state).items()}
+        index: {key: shard_like(value, p) for key, value in _under(f"{names[p]}:", state).items()}
         for index, p in enumerate(parameters)
     }
     optimizer.load_state_dict(packed)  # moves each tensor to its parameter's device
@@ -97,7 +97,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: whole(tensor.detach()).to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return {name: full_tensor(tensor.detach()).to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vlm.build import build_model, initialize
+from vlm.build import build_model, initialize_weights
 from vlm.config import Config, ModelConfig
 from vlm.errors import CheckpointError
 from vlm.model import VisionLanguageModel
@@ -232,7 +232,7 @@ def _make_fresh(model: VisionLanguageModel, filled: set[str], seed: int) -> list
         for module in sorted({name.rpartition(".")[0] for name in absent}):
             model.get_submodule(module).reset_parameters()  # type: ignore[operator]  # what torch.empty filled has it
         with _WithoutMemory():
-            initialize(model)
+            initialize_weights(model)
     return list(fresh)
 
 

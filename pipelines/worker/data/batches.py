@@ -124,7 +124,7 @@ def training_batches(
         ]
         shown = augmenter.rows(rows, texts, drawn) if augmenter else rows
         made = collator.parts(shown, texts, rows_at_once or len(rows))
-        return [part.pinned() for part in made] if pinned else made
+        return [part.pin_memory() for part in made] if pinned else made
 
     return ahead(make, steps, workers)
 

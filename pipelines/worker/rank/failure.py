@@ -59,7 +59,7 @@ _LOST_CONNECTION = (
 def is_consequence(error: BaseException) -> bool:
     """Whether an error only tells of another rank's: a broken collective, a loss that was not finite elsewhere, or an
     interrupt from outside."""
-    if isinstance(error, KeyboardInterrupt) or getattr(error, "elsewhere", False):
+    if isinstance(error, KeyboardInterrupt) or getattr(error, "on_other_rank", False):
         return True
     collective = any(kind.__name__ == "DistError" for kind in type(error).__mro__)  # torch's, without importing it
     text = str(error).lower()

@@ -22,7 +22,7 @@ from torch import distributed
 
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import Metrics, RunDir, RunFile, read_json, step_of, write_json
-from vlm.checkpoint import verify_folder, whole_folder
+from vlm.checkpoint import atomic_folder, verify_folder
 from vlm.config import config_differences
 from vlm.errors import CheckpointError
 
@@ -72,7 +72,7 @@ class CheckpointWriter:
             self._pending.result()
 
     def _write(self, step: int, write: Callable[[Path], None]) -> None:
-        with whole_folder(self._run.checkpoint(step)) as folder:
+        with atomic_folder(self._run.checkpoint(step)) as folder:
             write(folder)
             write_json(folder / "run.json", self._file)
         finished = self._run.finished_checkpoints()

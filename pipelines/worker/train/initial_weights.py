@@ -16,21 +16,21 @@ from torch import Tensor
 
 from pipelines.config import TrainConfig
 from vlm.build import build_model
-from vlm.checkpoint import WEIGHTS, load_weights, save_model, save_weights, weights_of
+from vlm.checkpoint import WEIGHTS, load_weights, model_weights, save_model, save_weights
 from vlm.config import ModelConfig
 from vlm.files import file_digest
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
 from vlm.training.adapters import (
+    adapter_weights,
     add_adapter,
-    corrections_of,
-    fill_adapter,
-    halve_frozen,
+    cast_frozen_to_bf16,
     load_adapter,
+    load_adapter_weights,
     merge_adapter,
-    save_corrections,
+    save_adapter_weights,
 )
-from vlm.training.state import TrainingCopy, copy_training, save_state
+from vlm.training.state import TrainingSnapshot, save_state, snapshot_training
 
 
 class Start:
@@ -51,7 +51,7 @@ class Start:
         if self.settings.adapter:
             add_adapter(model, self.settings.adapter)
             if self.settings.precision == "bf16":
-                halve_frozen(model)
+                cast_frozen_to_bf16(model)
         return model.to(device)
 
     def plain(self, weights: Mapping[str, Tensor], device: torch.device) -> VisionLanguageModel:
@@ -70,7 +70,7 @@ class Start:
             CheckpointError: it is damaged, or of another model or base.
         """
         if self.settings.adapter:
-            fill_adapter(folder, model, self._digest)
+            load_adapter_weights(folder, model, self._digest)
         else:
             load_weights(model, folder / WEIGHTS)
 
@@ -79,15 +79,15 @@ class Start:
     ) -> Callable[[Path], None]:
         """Copy all that a checkpoint holds; returns what writes it into an empty folder, at any later time."""
         adapted = self.settings.adapter is not None
-        copy = copy_training(corrections_of(model) if adapted else weights_of(model), model, optimizer, step)
+        copy = snapshot_training(adapter_weights(model) if adapted else model_weights(model), model, optimizer, step)
         return lambda folder: self._write(folder, copy, last=last)
 
-    def _write(self, folder: Path, copy: TrainingCopy, *, last: bool) -> None:
+    def _write(self, folder: Path, copy: TrainingSnapshot, *, last: bool) -> None:
         save_state(folder, copy)
         if not self.settings.adapter:
             save_weights(folder, copy.weights, self.config, self.tokenizer)
             return
-        save_corrections(folder, copy.weights, self.settings.adapter, self._digest)
+        save_adapter_weights(folder, copy.weights, self.settings.adapter, self._digest)
         if last:
             # From the files, as anybody would: the model that has learned may hold its base in half precision.
             merged = self._base()

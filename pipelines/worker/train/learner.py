@@ -34,14 +34,14 @@ from pipelines.worker.train.initial_weights import Start
 from pipelines.worker.train.stages import Stage, plan, stage_at
 from pipelines.worker.train.validation import caption_samples, validate
 from vlm import text
-from vlm.checkpoint import weights_of
+from vlm.checkpoint import model_weights
 from vlm.config.size import flops_per_sample, peak_flops
 from vlm.layers.block import compile_blocks, recompute_blocks
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
 from vlm.training.loop import StepReport, fit, mixed_precision
-from vlm.training.optim import averaged, follow_average, swap_average
-from vlm.training.parallel import shard, whole, wrap
+from vlm.training.optim import averaged_weights, swap_average, update_average
+from vlm.training.parallel import full_tensor, shard_parameters, wrap_ddp
 from vlm.training.state import load_state
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class Learner:
         if settings.compile_blocks:
             compile_blocks(model)
         if settings.parallel == "fsdp":
-            shard(model)
+            shard_parameters(model)
         stage = stage_at(plan(settings), start)
         optimizer = stage.begin(model, settings)
         if checkpoint and start > stage.first:
@@ -165,11 +165,11 @@ class Learner:
         )
         self.stopwatch.start()
         fit(
-            wrap(self.model, self.device),
+            wrap_ddp(self.model, self.device),
             self.optimizer,
             copied_ahead(self.stopwatch.waiting(batches), self.device),
             start=steps.start,
-            lr_of=lambda step: stage.lr_of(step, settings),
+            lr_schedule=lambda step: stage.lr_of(step, settings),
             grad_clip=settings.optimizer.grad_clip,
             seed=settings.seed,
             rank=self.place.rank,
@@ -182,7 +182,7 @@ class Learner:
         """Heartbeat, metrics, validation, captions, checkpoint. Rank 0 writes the files that belong to the run."""
         settings, done = self.file.config.train, report.step + 1
         if settings.optimizer.ema_decay:
-            follow_average(self.optimizer, settings.optimizer.ema_decay, report.step - stage.first)
+            update_average(self.optimizer, settings.optimizer.ema_decay, report.step - stage.first)
         last, leads = done == settings.steps, self.place.rank == 0
         self.stopwatch.stop(settings.batch_size, report.tokens)
         self.watch.at(done)
@@ -197,14 +197,14 @@ class Learner:
                 load = report.router.load
             values = {f"train/{name}": value for name, value in values.items()} | usage(self.device)
         if last or done % settings.validate_every == 0:
-            with averaged(self.optimizer):
+            with averaged_weights(self.optimizer):
                 values |= self._validate()
                 self._write_samples(done)
         if leads and values:
             write_metrics(self.run, done, values, load)
             log.info("step %d of %d: %s", done, settings.steps, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
         if (leads or self.sharded) and (last or done % settings.checkpoint_every == 0):
-            with averaged(self.optimizer):
+            with averaged_weights(self.optimizer):
                 write = self.origin.copy(self.model, self.optimizer, done, last=last)
             if leads:
                 self.checkpoints.save(done, write)
@@ -261,7 +261,7 @@ class Learner:
         """Rank 0's captions; of a model in slices it makes a whole copy, for which every rank is needed."""
         settings, model = self.file.config.train, self.model
         if self.sharded:
-            weights = {name: whole(tensor) for name, tensor in weights_of(model).items()}
+            weights = {name: full_tensor(tensor) for name, tensor in model_weights(model).items()}
             if self.place.rank == 0:
                 model = self.origin.plain(weights, self.device)
         if self.place.rank == 0:

@@ -14,7 +14,7 @@ import torch
 
 from pipelines.config import TrainConfig
 from vlm.model import VisionLanguageModel
-from vlm.training.optim import build_adamw, choose_learners, schedule
+from vlm.training.optim import build_adamw, schedule, set_trainable
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Stage:
             ConfigError: a pattern matches no parameter that no pattern before it matches.
         """
         if self.rates is not None:
-            choose_learners(model, self.rates)
+            set_trainable(model, self.rates)
         chosen = settings.optimizer
         return build_adamw(model, lr=self.lr, betas=chosen.betas, weight_decay=chosen.weight_decay, rates=self.rates)
 
