@@ -51,4 +51,4 @@ def test_scaling_follows_from_compute_and_bytes(nodes: int) -> None:
 def test_rows_that_cover_the_line_are_counted() -> None:
     base = measure("base", load_model("base"))
     least = 8 * base.parameters / LINE / (3 * base.flops / GPU)
-    assert f"Below {least:.0f} rows a GPU" in PAGE
+    assert f"Below {least:.0f} rows per GPU" in PAGE
