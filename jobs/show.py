@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,15 +12,12 @@ import typer
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from pipelines.errors import UserError
 from vlm.config import Config
-from vlm.errors import ImageError
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
 
 WIDTH = 100
 """Characters of a value that are shown."""
-THUMBNAIL = 160
-"""Pixels on a side of a gallery picture."""
 
 
 class TableReport(Config):
@@ -148,28 +143,17 @@ def _type_name(kind: Any) -> str:
 
 # ------------------------------------------------------------------------------------------------ the gallery
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
-<style>
-  body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; background: #fafafa }
-  main { display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: 1rem }
-  figure { margin: 0; padding: .75rem; background: #fff; border: 1px solid #ddd; border-radius: 6px }
-  img { width: 100%; image-rendering: auto } p { margin: .25rem 0 } small { color: #777; word-break: break-all }
-</style></head>
-<body><h1>{{ title }}</h1><main>
-{% for item in items %}<figure>{% if item.picture %}<img src="{{ item.picture }}" alt="">{% endif %}
-{% for text in item.texts %}<p>{{ text }}</p>{% endfor %}<small>{{ item.image_id }}</small></figure>
-{% endfor %}</main></body></html>
-"""
-
 
 def write_gallery(job: Job, table: str, version: int, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """An HTML page with the rows' pictures (from `samples` where the table has none itself) and texts.
+    """Write an HTML page with the rows' pictures and texts. Return its path.
+
+    A table without a picture column, such as generated_captions, shows the pictures of `samples`.
 
     Raises:
-        UserError: the table knows nothing of pictures.
+        UserError: there are no rows, or the table has no column image_id.
     """
-    from jinja2 import Environment
+    from pipelines.pages.page import Card, CardText, Gallery, Page, write_page
+    from pipelines.pages.thumbnail import make_thumbnail
 
     if not rows or "image_id" not in rows[0]:
         raise UserError(
@@ -177,19 +161,18 @@ def write_gallery(job: Job, table: str, version: int, rows: Sequence[Mapping[str
             got="no rows" if not rows else f"columns {', '.join(rows[0])}",
             fix="--gallery needs rows with an image_id, as in samples and generated_captions",
         )
-    pictures = {row["image_id"]: row["image"] for row in rows if "image" in row} or _pictures(job, rows)
-    items = [
-        {"image_id": row["image_id"], "picture": _data_uri(pictures.get(row["image_id"])), "texts": _texts(row)}
+    pictures = {row["image_id"]: row["image"] for row in rows if "image" in row} or _read_pictures(job, rows)
+    cards = [
+        Card(row["image_id"], make_thumbnail(pictures.get(row["image_id"])), [CardText(text) for text in _texts(row)])
         for row in rows
     ]
-    page = Environment(autoescape=True).from_string(PAGE).render(title=f"{table}, version {version}", items=items)
     path = job.platform.folder("reports") / f"{table}-v{version}.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_page(path, Page(f"{table}, version {version}", f"{len(rows):,} rows", galleries=[Gallery("", cards)]))
     return path
 
 
-def _pictures(job: Job, rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
+def _read_pictures(job: Job, rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
+    """Read the rows' pictures from `samples`, by image_id."""
     import pyarrow.compute as pc
 
     from pipelines.formats.tables import files_of
@@ -200,24 +183,7 @@ def _pictures(job: Job, rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
 
 
 def _texts(row: Mapping[str, Any]) -> list[str]:
+    """Return what people wrote about a row, or its caption or error."""
     if "texts" in row:
         return [f"{pair['prompt']} {pair['text']}".strip() for pair in row["texts"]]
     return [str(row[name]) for name in ("caption", "error") if row.get(name)]
-
-
-def _data_uri(data: bytes | None) -> str | None:
-    """A picture small enough for a page of hundreds; None where there is none, or it cannot be read."""
-    from pipelines.config import LimitsConfig
-    from vlm.image import open_image
-
-    if data is None:
-        return None
-    limits = LimitsConfig()
-    try:
-        image, _ = open_image(data, max_pixels=limits.max_pixels, min_side=1)
-    except ImageError:
-        return None
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -5,8 +5,6 @@ Like captioning, scoring imports its worker module inside the function that runs
 
 from __future__ import annotations
 
-import io
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from pipelines.executor.model_cache import on_this_machine
 from pipelines.formats.shards import Shards
 from pipelines.formats.tables import TEXT_TYPE
 from vlm.config import Config
-from vlm.image import open_image
 
 SCORE_SCHEMA = pa.schema(
     [
@@ -51,11 +48,6 @@ LOOK_SCHEMA = pa.schema(
 )
 LOOK_SIDE = 8
 """A look is a picture of LOOK_SIDE x LOOK_SIDE colours, its bytes."""
-
-THUMBNAIL_SCHEMA = pa.schema(
-    [pa.field("image_id", pa.string(), nullable=False), pa.field("thumbnail", pa.binary(), nullable=False)]
-)
-THUMBNAIL_SIDE = 256
 
 
 class ScoreJob(Config):
@@ -100,18 +92,3 @@ def look_batches(folders: tuple[str, str], batches: Iterator[pa.RecordBatch]) ->
                 {"place": place, "image_id": row.image_id, "look": np.asarray(small).tobytes(), "texts": texts}
             )
         yield pa.RecordBatch.from_pylist(looks, schema=LOOK_SCHEMA)
-
-
-def thumbnail_batches(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """JPEG thumbnails of batches with columns image_id and image (pictures of table samples), as THUMBNAIL_SCHEMA."""
-    for batch in batches:
-        thumbnails = []
-        for image in batch.column("image"):
-            picture, _ = open_image(image.as_py(), max_pixels=sys.maxsize, min_side=1)  # ingest has judged it
-            picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-            buffer = io.BytesIO()
-            picture.save(buffer, "JPEG", quality=88)
-            thumbnails.append(buffer.getvalue())
-        yield pa.RecordBatch.from_arrays(
-            [batch.column("image_id"), pa.array(thumbnails, pa.binary())], schema=THUMBNAIL_SCHEMA
-        )

@@ -1,72 +1,63 @@
-"""Rows with small pictures for people to look at: plain functions on Arrow batches, run by executors."""
+"""Thumbnails of rows: functions on Arrow batches, run by executors."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 
 import pyarrow as pa
 
 from pipelines.config import LimitsConfig
 from pipelines.executor.ingest.records import json_object
+from pipelines.pages.thumbnail import MAX_PIXELS, make_thumbnail
 from vlm.errors import ImageError
-from vlm.image import decode_base64, open_image
+from vlm.image import decode_base64
 
-SIDE = 200
-"""Pixels on the longer side."""
 SHOWN_CHARS = 400
-LIMITS = LimitsConfig()
+"""Characters of a payload that are kept."""
+MAX_BYTES = LimitsConfig().max_bytes
 
 
-def with_thumbnails(batches: Iterator[pa.RecordBatch], column: str) -> Iterator[pa.RecordBatch]:
-    """Rows with a last column `thumbnail`, a JPEG or null, in place of one that holds pictures.
+def with_thumbnails(
+    batches: Iterator[pa.RecordBatch], column: str, max_pixels: int = MAX_PIXELS
+) -> Iterator[pa.RecordBatch]:
+    """Replace a column of pictures by a last column `thumbnail`: a JPEG file, or null if there is no usable picture.
 
     Args:
         batches: any columns.
-        column: the one with pictures (binary), or with payloads of quarantine (strings). Of a payload its beginning
-            stays, as a column of the same name before the thumbnail.
+        column: pictures (binary), or payloads of the quarantine (string). The first SHOWN_CHARS characters of a payload
+            are kept, in a column of the same name before `thumbnail`.
+        max_pixels: width times height of a picture at most; the thumbnail of a larger picture is null.
     """
     for batch in batches:
-        at = batch.schema.get_field_index(column)
-        kept = [n for n in range(batch.num_columns) if n != at]
+        index = batch.schema.get_field_index(column)
+        kept = [n for n in range(batch.num_columns) if n != index]
         columns, names = [batch.column(n) for n in kept], [batch.schema.names[n] for n in kept]
-        values = batch.column(at).to_pylist()
-        shown = _shown(batch)
-        if pa.types.is_string(batch.schema.field(at).type):
+        values = batch.column(index).to_pylist()
+        safe = _safe_to_decode(batch)
+        if pa.types.is_string(batch.schema.field(index).type):
             columns.append(pa.array([value[:SHOWN_CHARS] for value in values], pa.string()))
             names.append(column)
-            values = [picture_in(value) for value in values]
-        small = [thumbnail(value) if show else None for value, show in zip(values, shown, strict=True)]
-        columns.append(pa.array(small, pa.binary()))
+            values = [find_picture(value) for value in values]
+        thumbnails = [
+            make_thumbnail(value, max_pixels=max_pixels) if is_safe else None
+            for value, is_safe in zip(values, safe, strict=True)
+        ]
+        columns.append(pa.array(thumbnails, pa.binary()))
         yield pa.RecordBatch.from_arrays(columns, names=[*names, "thumbnail"])
 
 
-def _shown(batch: pa.RecordBatch) -> list[bool]:
-    """Which rows' pictures may be decoded: of quarantine not those that end the process that does."""
+def _safe_to_decode(batch: pa.RecordBatch) -> list[bool]:
+    """Return for each row whether decoding is safe: not for quarantined pictures that crashed their decoder."""
     if "reason" not in batch.schema.names:
         return [True] * batch.num_rows
     return [reason != "decoder_crash" for reason in batch.column("reason").to_pylist()]
 
 
-def picture_in(payload: str) -> bytes | None:
-    """The picture in a refused row, whatever its column is called: the longest string that is base64."""
+def find_picture(payload: str) -> bytes | None:
+    """Return the picture in the JSON of a refused row: its longest string, decoded as base64. None if there is none."""
     fields = json_object(payload)
     strings = [value for value in fields.values() if isinstance(value, str)] if isinstance(fields, dict) else []
     try:
-        return decode_base64(max(strings, key=len, default=""), LIMITS.max_bytes)
+        return decode_base64(max(strings, key=len, default=""), MAX_BYTES)
     except ImageError:
         return None
-
-
-def thumbnail(data: bytes | None) -> bytes | None:
-    """A small JPEG of a picture, or None where it cannot be shown."""
-    if not data:
-        return None
-    try:
-        image, _ = open_image(data, max_pixels=LIMITS.max_pixels, min_side=1)
-    except ImageError:
-        return None
-    image.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()

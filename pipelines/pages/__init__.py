@@ -1,4 +1,5 @@
-"""HTML pages that people open: one template and one style for every report.
+"""HTML pages of every report, gallery and the review server.
 
-Start reading in `page.py`. Imports Jinja alone: the driver, the review server and commands build pages from it.
+All pages share one base template, one style sheet, one card and one filter (`templates/`). Start reading in `page.py`.
+`thumbnail.py` makes the small pictures. Imports Jinja and Pillow; never pyspark, torch or MLflow.
 """

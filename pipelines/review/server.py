@@ -7,11 +7,8 @@ requests here too: hosts are checked, and a verdict needs a token that only our 
 from __future__ import annotations
 
 import asyncio
-import io
 import secrets
-from importlib import resources
 
-from jinja2 import Environment, StrictUndefined
 from pydantic import TypeAdapter, ValidationError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -20,12 +17,11 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from pipelines.config import LimitsConfig
 from pipelines.errors import UserError
+from pipelines.pages.page import render
+from pipelines.pages.thumbnail import make_thumbnail
 from pipelines.review.verdicts import Review, Show, Verdict, key_of
 from vlm.config import read_error_message
-from vlm.errors import ImageError
-from vlm.image import open_image
 
 A_PAGE = 24
 SIDE = 320
@@ -37,8 +33,6 @@ _SHOW: TypeAdapter[Show] = TypeAdapter(Show)
 def open_app(review: Review, title: str, reviewer: str) -> Starlette:
     """The page and what it calls: GET / (show, words, page), GET /picture?id=, POST /verdict."""
     token = secrets.token_urlsafe(16)
-    source = resources.files("pipelines.review").joinpath("page.html.j2").read_text(encoding="utf-8")
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
 
     async def page(request: Request) -> Response:
         query = request.query_params
@@ -50,7 +44,8 @@ def open_app(review: Review, title: str, reviewer: str) -> Starlette:
         words = query.get("words", "")
         found = review.shown(show, words)
         nonce = secrets.token_urlsafe(12)
-        rendered = template.render(
+        rendered = render(
+            "review.html.j2",
             title=title,
             token=token,
             nonce=nonce,
@@ -72,8 +67,10 @@ def open_app(review: Review, title: str, reviewer: str) -> Starlette:
         return HTMLResponse(rendered, headers={"Content-Security-Policy": policy, "Cache-Control": "no-store"})
 
     async def picture(request: Request) -> Response:
-        data = await asyncio.to_thread(_small, review, request.query_params.get("id", ""))
-        return Response(data, media_type="image/png") if data else PlainTextResponse("no such picture", 404)
+        # Decoded here and not in the browser: the bytes in the table are not trusted.
+        image_id = request.query_params.get("id", "")
+        data = await asyncio.to_thread(lambda: make_thumbnail(review.picture(image_id), side=SIDE))
+        return Response(data, media_type="image/jpeg") if data else PlainTextResponse("no such picture", 404)
 
     async def verdict(request: Request) -> Response:
         if not secrets.compare_digest(request.headers.get("x-lakesight-token", ""), token):
@@ -89,17 +86,3 @@ def open_app(review: Review, title: str, reviewer: str) -> Starlette:
 
     routes = [Route("/", page), Route("/picture", picture), Route("/verdict", verdict, methods=["POST"])]
     return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)])
-
-
-def _small(review: Review, image_id: str) -> bytes | None:
-    """A picture as PNG, no larger than the page shows it: what came from a table is decoded here, not in a browser."""
-    data = review.picture(image_id)
-    limits = LimitsConfig()
-    try:
-        image, _ = open_image(data or b"", max_pixels=limits.max_pixels, min_side=1)
-    except ImageError:
-        return None
-    image.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

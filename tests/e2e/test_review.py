@@ -108,7 +108,7 @@ def test_a_person_judges_captions_on_the_page(page: Page, home: Path, tmp_path: 
     card.nth(0).get_by_role("button", name="Good").click()
     expect(page.locator("#judged")).to_have_text("1")
     card.nth(1).get_by_role("button", name="Save correction").click()  # nothing was changed: nothing is sent
-    assert card.nth(1).locator(".said").inner_text() == "change the words first"
+    assert card.nth(1).locator(".status").inner_text() == "change the words first"
     card.nth(1).locator("textarea").fill("a green circle")
     card.nth(1).get_by_role("button", name="Save correction").click()
     expect(page.locator("#judged")).to_have_text("2")

@@ -322,7 +322,7 @@ def test_show_reads_any_version_without_a_jvm(samples: Callable[..., Any]) -> No
 
 def test_show_gallery_is_one_page_that_escapes_what_people_wrote(samples: Callable[..., Any]) -> None:
     page = Path(samples("--gallery")["gallery"]).read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/jpeg;base64,") == 2
     assert "&lt;two&gt;" in page
     assert "<two>" not in page
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from pyspark.sql import SparkSession
 
 from pipelines.driver.evaluate.bootstrap import Interval, differences, paired
-from pipelines.driver.evaluate.gallery import GROUP_ROWS, Answer, Card, write_html
+from pipelines.driver.evaluate.gallery import GROUP_ROWS, GalleryRow, ModelCaption, write_html
 from pipelines.driver.evaluate.metrics import Scored
-from pipelines.driver.evaluate.run import EvaluationReport, thumbnails_of
+from pipelines.driver.evaluate.run import EvaluationReport, read_thumbnails
 from pipelines.errors import StageFailed
 from pipelines.formats.shards import ShardRequest
 from pipelines.platform import Platform
@@ -76,15 +76,19 @@ def compare(
     )
     groups = _groups(pairs, names)
     samples = spark.read.option("versionAsOf", request.table_version).table(request.table)
-    thumbnails = thumbnails_of(samples, [a.image_id for rows in groups.values() for a, _ in rows])
+    thumbnails = read_thumbnails(samples, [a.image_id for rows in groups.values() for a, _ in rows])
     title = f"{report.model_name}: version {names[0]} and version {names[1]} on {report.source} ({report.split})"
     about = (
         f"Figures are those of version {names[0]} minus those of version {names[1]} on the same {report.rows} rows, "
         f"with 95 % intervals of a paired bootstrap. By word F1 {report.wins} won, {report.losses} lost, "
         f"{report.ties} equal; shown are the rows that differ most, and some that do not."
     )
-    cards = [_card(pair, names, thumbnails[pair[0].image_id], group) for group, rows in groups.items() for pair in rows]
-    write_html(report.page, title, about, report.differences, cards, signed=True)
+    rows = [
+        _gallery_row(pair, names, thumbnails[pair[0].image_id], group)
+        for group, pairs_of_group in groups.items()
+        for pair in pairs_of_group
+    ]
+    write_html(report.page, title, about, report.differences, rows, signed=True)
     return report
 
 
@@ -99,14 +103,14 @@ def _groups(pairs: Sequence[Pair], names: tuple[str, str]) -> dict[str, list[Pai
     }
 
 
-def _card(pair: Pair, names: tuple[str, str], thumbnail: bytes, group: str) -> Card:
-    return Card(
+def _gallery_row(pair: Pair, names: tuple[str, str], thumbnail: bytes | None, group: str) -> GalleryRow:
+    return GalleryRow(
         image_id=pair[0].image_id,
         thumbnail=thumbnail,
         prompt=pair[0].prompt,
         human=" / ".join(pair[0].references),
-        answers=tuple(
-            Answer(f"Version {name}", item.caption or "", item.exact, item.f1)
+        captions=tuple(
+            ModelCaption(f"Version {name}", item.caption or "", item.exact, item.f1)
             for name, item in zip(names, pair, strict=True)
         ),
         groups=(group,),

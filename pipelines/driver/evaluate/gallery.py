@@ -1,32 +1,26 @@
-"""Pictures with what people wrote and what models say, side by side: one HTML file, and PNGs for a README and MLflow.
-
-The HTML holds everything it shows (pictures as data: URIs, its few lines of script too), so it opens offline and
-survives being mailed. Captions come from data and from a model, so the template escapes them.
-"""
+"""Gallery of an evaluation: pictures with human and model captions, as an HTML page and as PNGs."""
 
 from __future__ import annotations
 
-import base64
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from pipelines.driver.evaluate.bootstrap import Interval
 from pipelines.driver.evaluate.metrics import Scored
+from pipelines.pages.page import Card, CardText, FormattedValue, Gallery, Page, ValueTable, write_page
 
 GROUP_ROWS = 16
 """Rows of each group: worst, best, and a sample of the others."""
-PNG_CARDS = 12
+PNG_ROWS = 12
 PNG_COLUMNS = 4
-NAMES = {
+NAMES = {  # metric: its name on pages, in their order
     "exact_match": "exact match",
     "constant_exact_match": "exact match, best constant",
     "neighbour_exact_match": "exact match, nearest neighbour",
@@ -56,8 +50,8 @@ PLOTTED = ("exact_match", "word_f1", "rouge_l", "bleu_4")
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What one model says. `score` is word F1."""
+class ModelCaption:
+    """Caption by the model `label`. `exact`: it equals a reference word for word. `score`: word F1, 0 to 1."""
 
     label: str
     text: str
@@ -66,36 +60,43 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Card:
-    """One picture of the gallery. `thumbnail` is a small JPEG file; `groups` are what the page can be filtered by."""
+class GalleryRow:
+    """One picture of the gallery.
+
+    Attributes:
+        image_id: id of the picture.
+        thumbnail: a small JPEG file; None if the picture cannot be decoded.
+        prompt: empty for a plain caption.
+        human: the references, separated by slashes.
+        captions: one for each model.
+        groups: names by which the page can be filtered.
+    """
 
     image_id: str
-    thumbnail: bytes
+    thumbnail: bytes | None
     prompt: str
     human: str
-    answers: tuple[Answer, ...]
+    captions: tuple[ModelCaption, ...]
     groups: tuple[str, ...]
 
     @property
-    def data_uri(self) -> str:
-        """The thumbnail as a data: URI."""
-        return f"data:image/jpeg;base64,{base64.b64encode(self.thumbnail).decode('ascii')}"
-
-    @property
     def exact(self) -> bool:
-        """Whether every answer is right word for word."""
-        return all(answer.exact for answer in self.answers)
+        """Whether every caption equals a reference word for word."""
+        return all(caption.exact for caption in self.captions)
 
-    @property
-    def text(self) -> str:
-        """What a search looks into."""
-        return " ".join([self.image_id, self.prompt, self.human, *(a.text for a in self.answers)]).lower()
+    def card(self) -> Card:
+        """Return the row as a card of a page."""
+        texts = [CardText(self.prompt, "Prompt")] if self.prompt else []
+        texts.append(CardText(self.human, "Human"))
+        texts += [CardText(each.text, each.label, each.exact, each.score) for each in self.captions]
+        return Card(self.image_id, self.thumbnail, texts, groups=self.groups)
 
 
 def select_rows(scored: Sequence[Scored]) -> list[tuple[Scored, tuple[str, ...]]]:
-    """Rows to show, the worst first, each with its groups: worst, best, and a sample (shards are shuffled: a fair one).
+    """Select the worst rows, the best rows and a sample of the others. Return each with its groups, the worst first.
 
-    Of few rows all are shown, and one may be of several groups.
+    The sample is the first of the other rows: shards are shuffled, so it is fair. A small split is shown whole, and a
+    row of it may be in several groups.
     """
     ordered = sorted(scored, key=lambda item: (item.f1, -item.loss / max(1, item.num_targets), item.row))
     groups = {"worst": ordered[:GROUP_ROWS], "best": ordered[::-1][:GROUP_ROWS]}
@@ -112,59 +113,58 @@ def write_html(
     title: str,
     about: str,
     metrics: Mapping[str, Interval],
-    cards: Sequence[Card],
+    rows: Sequence[GalleryRow],
     *,
     slices: Mapping[str, Mapping[str, Interval]] | None = None,
     signed: bool = False,
 ) -> None:
-    """Write the page: figures, figures of slices, and cards that can be searched and filtered by group.
+    """Write the page: metrics, metrics of slices, and picture cards that can be searched and filtered by group.
 
-    `signed` figures are differences, and tell a gain by its sign.
+    Args:
+        path: HTML file to write.
+        title: heading of the page.
+        about: paragraph below the heading.
+        metrics: metrics of the split, or differences of two models, by name; those in NAMES are shown.
+        rows: pictures to show.
+        slices: metrics of parts of the split, by `column=value`.
+        signed: whether the metrics are differences, whose plus sign is shown.
     """
-    source = resources.files("pipelines.pages").joinpath("gallery.html.j2").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
-    shown = [
-        {"name": name, "value": _figure(metrics[key].value, signed), "range": _range(metrics[key], signed)}
-        for key, name in NAMES.items()
-        if key in metrics
-    ]
-    columns = list(next(iter(slices.values()), {})) if slices else []
-    rows = {
-        name: [(_figure(part[column].value), _range(part[column])) for column in columns]
-        for name, part in (slices or {}).items()
-    }
-    groups = list(dict.fromkeys(group for card in cards for group in card.groups))
-    html = page.render(
-        title=title,
-        about=about,
-        metrics=shown,
-        cards=cards,
-        groups=groups,
-        columns=[NAMES.get(column, column) for column in columns],
-        slices=rows,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, encoding="utf-8")
+    figures = {name: _format(metrics[key], signed) for key, name in NAMES.items() if key in metrics}
+    gallery = Gallery("", [row.card() for row in rows])
+    write_page(path, Page(title, about, figures, _slice_tables(slices or {}), galleries=[gallery]))
 
 
-def write_png(path: Path, title: str, cards: Sequence[Card]) -> None:
-    """Write the first PNG_CARDS pictures as a grid. Not by pyplot, which keeps global state and looks for a display."""
-    shown = cards[:PNG_CARDS]
-    rows = -(-len(shown) // PNG_COLUMNS)
-    figure = Figure(figsize=(3.2 * PNG_COLUMNS, 4.1 * rows + 0.7), dpi=100, layout="constrained")
+def _slice_tables(slices: Mapping[str, Mapping[str, Interval]]) -> list[ValueTable]:
+    """Return one table of all slices, or none if there are no slices."""
+    if not slices:
+        return []
+    columns = list(next(iter(slices.values())))
+    rows = {name: [_format(part[column]) for column in columns] for name, part in slices.items()}
+    return [ValueTable("By slice", [NAMES.get(column, column) for column in columns], rows)]
+
+
+def write_png(path: Path, title: str, rows: Sequence[GalleryRow]) -> None:
+    """Write the first PNG_ROWS pictures as a grid, each with its reference and the first model's caption.
+
+    Uses matplotlib without pyplot, which keeps global state and looks for a display.
+    """
+    shown = rows[:PNG_ROWS]
+    lines = -(-len(shown) // PNG_COLUMNS)
+    figure = Figure(figsize=(3.2 * PNG_COLUMNS, 4.1 * lines + 0.7), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(_plain(title), fontsize=14)
-    for number, axes in enumerate(figure.subplots(rows, PNG_COLUMNS, squeeze=False).flat):
+    figure.suptitle(_escape_dollars(title), fontsize=14)
+    for number, axes in enumerate(figure.subplots(lines, PNG_COLUMNS, squeeze=False).flat):
         axes.set_axis_off()
         if number >= len(shown):
             continue
-        card = shown[number]
-        axes.imshow(Image.open(io.BytesIO(card.thumbnail)).convert("RGB"), interpolation="nearest")
+        row = shown[number]
+        if row.thumbnail:
+            axes.imshow(Image.open(io.BytesIO(row.thumbnail)).convert("RGB"), interpolation="nearest")
         axes.set_anchor("S")
-        axes.set_title(_wrapped(f"human: {card.human}"), loc="left", fontsize=9)
-        colour = "#1a7f45" if card.exact else "#b3341f"
+        axes.set_title(_wrap(f"human: {row.human}"), loc="left", fontsize=9)
+        colour = "#1a7f45" if row.exact else "#b3341f"
         below = {"transform": axes.transAxes, "va": "top", "fontsize": 9, "color": colour}
-        axes.text(0, -0.03, _wrapped(f"model: {card.answers[0].text}"), **below)
+        axes.text(0, -0.03, _wrap(f"model: {row.captions[0].text}"), **below)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -172,7 +172,7 @@ def write_png(path: Path, title: str, cards: Sequence[Card]) -> None:
 def write_figures(
     path: Path, title: str, metrics: Mapping[str, Interval], slices: Mapping[str, Mapping[str, Interval]]
 ) -> None:
-    """Write figures with their intervals beside those of the baselines, and word F1 of each slice, as one picture."""
+    """Write a bar chart of the metrics with intervals, next to the baselines, and of word F1 of each slice."""
     bars = {
         NAMES.get(f"{prefix}{name}", f"{name}, {prefix.rstrip('_')}"): metrics[f"{prefix}{name}"]
         for name in PLOTTED
@@ -187,27 +187,29 @@ def write_figures(
         [max(0.0, bar.value - bar.low) for bar in bars.values()],
         [max(0.0, bar.high - bar.value) for bar in bars.values()],
     ]
-    axes.barh([_plain(name) for name in bars], values, xerr=reach, color="#9db8d6")
+    axes.barh([_escape_dollars(name) for name in bars], values, xerr=reach, color="#9db8d6")
     axes.invert_yaxis()
-    axes.set_title(_plain(title), fontsize=10)
+    axes.set_title(_escape_dollars(title), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
-def _figure(value: float, signed: bool = False) -> str:
-    """Three digits behind the point, none of a number in the hundreds."""
+def _format(metric: Interval, signed: bool = False) -> FormattedValue:
+    """Format a metric and its interval; an interval of zero width is left out."""
+    interval = f"{_digits(metric.low, signed)} to {_digits(metric.high, signed)}" if metric.low < metric.high else ""
+    return FormattedValue(_digits(metric.value, signed), interval)
+
+
+def _digits(value: float, signed: bool) -> str:
+    """Format a number with three decimals, or with none from 100 on."""
     return f"{value:{'+' if signed else ''},.{0 if abs(value) >= 100 else 3}f}"
 
 
-def _range(metric: Interval, signed: bool = False) -> str:
-    return f"{_figure(metric.low, signed)} to {_figure(metric.high, signed)}" if metric.low < metric.high else ""
+def _wrap(text: str) -> str:
+    """Wrap a text into at most four lines of a picture's width."""
+    return _escape_dollars("\n".join(textwrap.wrap(text, 40, max_lines=4, placeholder=" ...")))
 
 
-def _wrapped(text: str) -> str:
-    """At most four lines as wide as a picture."""
-    return _plain("\n".join(textwrap.wrap(text, 40, max_lines=4, placeholder=" ...")))
-
-
-def _plain(text: str) -> str:
-    """Matplotlib reads dollar signs as formulas."""
+def _escape_dollars(text: str) -> str:
+    """Escape dollar signs: matplotlib reads a text between two of them as a formula."""
     return text.replace("$", r"\$")

@@ -9,6 +9,7 @@ runs twice.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -18,17 +19,23 @@ from typing import NamedTuple
 
 from pyspark.sql import DataFrame, SparkSession
 
-from pipelines.driver.delta.executors import spark_schema
 from pipelines.driver.delta.retry import undisturbed
 from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.tables import add_columns, ensure_tables
 from pipelines.driver.evaluate.bootstrap import Interval, measure, slices
-from pipelines.driver.evaluate.gallery import Answer, Card, select_rows, write_figures, write_html, write_png
+from pipelines.driver.evaluate.gallery import (
+    GalleryRow,
+    ModelCaption,
+    select_rows,
+    write_figures,
+    write_html,
+    write_png,
+)
 from pipelines.driver.evaluate.metrics import Scored, captioned, has_java, meteor
 from pipelines.driver.evaluate.scores import SCORES, evaluation_folder, read_scores, score, scores_hash
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import StageFailed, UserError
-from pipelines.executor.evaluate import THUMBNAIL_SCHEMA, thumbnail_batches
+from pipelines.executor.thumbnail import with_thumbnails
 from pipelines.formats.run_folder import read_json, write_json
 from pipelines.formats.shards import ShardRequest, Shards
 from pipelines.formats.tables import EVALUATIONS
@@ -130,10 +137,10 @@ def evaluate(
         wanted = wanted.beside(found)
     ensure_tables(spark, platform)
     add_columns(spark, platform, EVALUATIONS)
-    report, cards = _evaluate(spark, model, (shards, train), folder, wanted)
+    report, rows = _evaluate(spark, model, (shards, train), folder, wanted)
     report = report.model_copy(update={"seconds": time.monotonic() - started})
     undisturbed(partial(_merge, spark, platform, report), where=platform.table(EVALUATIONS.name))
-    _write_pages(report, cards)
+    _write_pages(report, rows)
     write_json(folder / REPORT, report)
     return report
 
@@ -162,7 +169,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 def _evaluate(
     spark: SparkSession, model: ModelFiles, splits: tuple[Shards, Shards], folder: Path, wanted: Wanted
-) -> tuple[EvaluationReport, list[Card]]:
+) -> tuple[EvaluationReport, list[GalleryRow]]:
     """The figures on the first split, and its rows to show; a nearest neighbour copies from the second."""
     shards, train = splits
     request = shards.manifest.request
@@ -201,7 +208,7 @@ def _evaluate(
         seconds=0.0,
         **_files(folder),
     )
-    return report, _cards(samples, good)
+    return report, _gallery_rows(samples, good)
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -265,37 +272,39 @@ def _column_values(
     return values
 
 
-def thumbnails_of(samples: DataFrame, image_ids: Sequence[str]) -> dict[str, bytes]:
-    """Small JPEG files of pictures as they were ingested."""
+def read_thumbnails(samples: DataFrame, image_ids: Sequence[str]) -> dict[str, bytes | None]:
+    """Read pictures of `samples` and return their thumbnails by image_id."""
     wanted = samples.where(samples.image_id.isin(list(image_ids))).select("image_id", "image")
     with bounded_batches(samples.sparkSession):
-        rows = wanted.mapInArrow(thumbnail_batches, spark_schema(THUMBNAIL_SCHEMA)).collect()
-    return {row["image_id"]: bytes(row["thumbnail"]) for row in rows}
+        thumbnails = partial(with_thumbnails, column="image", max_pixels=sys.maxsize)  # ingest has applied its limit
+        rows = wanted.mapInArrow(thumbnails, "image_id string, thumbnail binary").collect()
+    return {row["image_id"]: row["thumbnail"] and bytes(row["thumbnail"]) for row in rows}
 
 
-def _cards(samples: DataFrame, scored: Sequence[Scored]) -> list[Card]:
-    """The worst, the best, and some rows."""
+def _gallery_rows(samples: DataFrame, scored: Sequence[Scored]) -> list[GalleryRow]:
+    """Return the worst rows, the best rows and a sample, with thumbnails."""
     shown = select_rows(scored)
-    thumbnails = thumbnails_of(samples, [item.image_id for item, _ in shown])
+    thumbnails = read_thumbnails(samples, [item.image_id for item, _ in shown])
     return [
-        Card(
+        GalleryRow(
             image_id=item.image_id,
             thumbnail=thumbnails[item.image_id],
             prompt=item.prompt,
             human=" / ".join(item.references),
-            answers=(Answer("Model", item.caption or "", item.exact, item.f1),),
+            captions=(ModelCaption("Model", item.caption or "", item.exact, item.f1),),
             groups=groups,
         )
         for item, groups in shown
     ]
 
 
-def _write_pages(report: EvaluationReport, cards: Sequence[Card]) -> None:
+def _write_pages(report: EvaluationReport, rows: Sequence[GalleryRow]) -> None:
+    """Write the HTML gallery, the PNG gallery of the sample, and the bar chart of the metrics."""
     title = f"{report.model_name} version {report.model_version} on {report.source} ({report.split})"
     about = (
         f"{report.pictures} pictures, table version {report.dataset_version}; ranges are 95 % bootstrap intervals. "
         "Shown are the worst and the best rows by word F1, and a sample that is neither."
     )
-    write_html(report.gallery, title, about, report.metrics, cards, slices=report.slices)
-    write_png(report.gallery_png, title, [card for card in cards if "sample" in card.groups])
+    write_html(report.gallery, title, about, report.metrics, rows, slices=report.slices)
+    write_png(report.gallery_png, title, [row for row in rows if "sample" in row.groups])
     write_figures(report.figures_png, title, report.metrics, report.slices)

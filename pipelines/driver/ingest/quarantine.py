@@ -18,7 +18,7 @@ from pipelines.driver.ingest.decode import Work
 from pipelines.executor.ingest.spill import PLACE
 from pipelines.executor.thumbnail import SHOWN_CHARS, with_thumbnails
 from pipelines.formats.tables import QUARANTINE
-from pipelines.pages.page import Card, Chart, Gallery, Page, write_page
+from pipelines.pages.page import Card, CardText, Chart, Gallery, Page, write_page
 from pipelines.platform import Platform
 from vlm.config import Config
 
@@ -192,7 +192,7 @@ def _shown(rows: DataFrame, *, pictures: bool) -> list[Row]:
 
 def card_of(row: Row) -> Card:
     """The card of a refused row with a thumbnail."""
-    return Card(row["source_row"], row["thumbnail"], [row["payload"]], f"{row['reason']}: {row['detail']}")
+    return Card(row["source_row"], row["thumbnail"], [CardText(row["payload"])], f"{row['reason']}: {row['detail']}")
 
 
 def _is_of(row: Row, count: Refusals) -> bool:

@@ -15,9 +15,9 @@ from pyspark.sql import functions as F
 from pipelines.driver.ingest.commit import rows_of_source
 from pipelines.driver.ingest.quarantine import card_of, some_of
 from pipelines.driver.ingest.totals import IngestReport
-from pipelines.executor.thumbnail import thumbnail
 from pipelines.formats.tables import QUARANTINE, SAMPLES
-from pipelines.pages.page import Card, Chart, Gallery, Page, write_page
+from pipelines.pages.page import Card, CardText, Chart, FormattedValue, Gallery, Page, write_page
+from pipelines.pages.thumbnail import make_thumbnail
 from pipelines.platform import Platform
 from vlm.config import Config
 
@@ -116,12 +116,12 @@ def page_of(report: IngestReport, figures: Figures, galleries: list[Gallery]) ->
         title=f"Ingest of {report.source}",
         about=f"Ingest {report.ingest_id}, samples at version {report.dataset_version}, {report.seconds:,.0f} s. "
         "Rows in = new + further texts + duplicates + quarantined. Pictures are those that this ingest brought.",
-        figures={name: f"{number:,}" for name, number in numbers.items()},
+        figures={name: FormattedValue(f"{number:,}") for name, number in numbers.items()},
         charts=[Chart(title, values) for title, values in charts.items() if values],
         galleries=[gallery for gallery in galleries if gallery.cards],
     )
 
 
 def _card(row: Mapping[str, Any]) -> Card:
-    texts = [f"{text['prompt']} {text['text']}".strip() for text in row["texts"]]
-    return Card(row["image_id"], thumbnail(bytes(row["image"])), texts)
+    texts = [CardText(f"{text['prompt']} {text['text']}".strip()) for text in row["texts"]]
+    return Card(row["image_id"], make_thumbnail(bytes(row["image"])), texts)

@@ -11,14 +11,14 @@ from browser import browsed
 from PIL import Image
 
 from pipelines.driver.evaluate.bootstrap import Interval
-from pipelines.driver.evaluate.gallery import Answer, Card, write_html, write_png
+from pipelines.driver.evaluate.gallery import GalleryRow, ModelCaption, write_html, write_png
 
 
-def card(number: int, *, exact: bool, caption: str = "a red square") -> Card:
+def row(number: int, *, exact: bool, caption: str = "a red square") -> GalleryRow:
     buffer = io.BytesIO()
     Image.new("RGB", (64, 48), (number * 40 % 256, 90, 120)).save(buffer, "JPEG")
-    answer = Answer("Model", caption, exact, float(exact))
-    return Card(f"x/{number}", buffer.getvalue(), "", "a red square", (answer,), ("best" if exact else "worst",))
+    model = ModelCaption("Model", caption, exact, float(exact))
+    return GalleryRow(f"x/{number}", buffer.getvalue(), "", "a red square", (model,), ("best" if exact else "worst",))
 
 
 class Tags(HTMLParser):
@@ -31,14 +31,14 @@ class Tags(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
 
-def write(path: Path, cards: list[Card]) -> str:
+def write(path: Path, rows: list[GalleryRow]) -> str:
     metrics = {"exact_match": Interval(value=0.5, low=0.25, high=0.75)}
-    write_html(path, "tiny version 1", "4 pictures", metrics, cards, slices={"format=<PNG>": metrics})
+    write_html(path, "tiny version 1", "4 pictures", metrics, rows, slices={"format=<PNG>": metrics})
     return path.read_text(encoding="utf-8")
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
-    tags = Tags(write(tmp_path / "deep" / "gallery.html", [card(1, exact=True), card(2, exact=False)])).tags
+    tags = Tags(write(tmp_path / "deep" / "gallery.html", [row(1, exact=True), row(2, exact=False)])).tags
     images = [attributes["src"] or "" for tag, attributes in tags if tag == "img"]
     assert len(images) == 2
     assert all(source.startswith("data:image/jpeg;base64,") for source in images)
@@ -50,14 +50,14 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
 
 def test_captions_cannot_inject_html(tmp_path: Path) -> None:
     evil = '<script>alert("x")</script><img src=x onerror=y>'
-    page = write(tmp_path / "gallery.html", [card(1, exact=False, caption=evil)])
+    page = write(tmp_path / "gallery.html", [row(1, exact=False, caption=evil)])
     assert evil not in page
     assert "&lt;script&gt;" in page
     assert [tag for tag, _ in Tags(page).tags if tag in ("img", "script")] == ["img", "script"]
 
 
 def test_good_and_bad_captions_are_marked_in_words_too(tmp_path: Path) -> None:
-    page = write(tmp_path / "gallery.html", [card(1, exact=True), card(2, exact=False, caption="a blue circle")])
+    page = write(tmp_path / "gallery.html", [row(1, exact=True), row(2, exact=False, caption="a blue circle")])
     figures = [attributes["class"] for tag, attributes in Tags(page).tags if tag == "figure"]
     assert figures == ["good", "bad"]
     assert page.count("word for word") == page.count(">different<") == 1
@@ -66,16 +66,16 @@ def test_good_and_bad_captions_are_marked_in_words_too(tmp_path: Path) -> None:
 
 
 def test_the_picture_shows_captions_of_any_characters(tmp_path: Path) -> None:
-    cards = [card(n, exact=bool(n % 2), caption="$x^{2$ " + "long " * 40) for n in range(5)]
-    write_png(tmp_path / "gallery.png", "tiny $1 version", cards)
+    rows = [row(n, exact=bool(n % 2), caption="$x^{2$ " + "long " * 40) for n in range(5)]
+    write_png(tmp_path / "gallery.png", "tiny $1 version", rows)
     with Image.open(tmp_path / "gallery.png") as image:
         assert image.width == 1280
         assert image.height > 800
 
 
 def test_a_browser_filters_the_cards_and_complains_of_nothing(tmp_path: Path) -> None:
-    cards = [card(n, exact=n == 0, caption="A red square" if n < 3 else "a blue circle") for n in range(5)]
-    write(tmp_path / "gallery.html", cards)
+    rows = [row(n, exact=n == 0, caption="A red square" if n < 3 else "a blue circle") for n in range(5)]
+    write(tmp_path / "gallery.html", rows)
     address = (tmp_path / "gallery.html").as_uri()
     with browsed(f"{address}#group=worst&find=BLUE") as page:
         assert [figure.is_visible() for figure in page.locator("figure").all()] == [False, False, False, True, True]
@@ -84,6 +84,6 @@ def test_a_browser_filters_the_cards_and_complains_of_nothing(tmp_path: Path) ->
         assert page.locator("figure:visible").count() == 4  # what people wrote is looked through too
         page.get_by_label("Show").select_option("all")
         assert page.locator("figure:visible").count() == 5
-        page.get_by_label("only different ones").check()
+        page.get_by_label("only captions that differ").check()
         assert page.locator("figure:visible").count() == 4
         assert page.url == f"{address}#find=red+square&wrong=1"

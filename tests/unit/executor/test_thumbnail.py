@@ -9,7 +9,8 @@ import pyarrow as pa
 from pictures import as_base64, png
 from PIL import Image
 
-from pipelines.executor.thumbnail import SHOWN_CHARS, SIDE, picture_in, with_thumbnails
+from pipelines.executor.thumbnail import SHOWN_CHARS, find_picture, with_thumbnails
+from pipelines.pages.thumbnail import SIDE
 
 
 def test_pictures_become_small_jpegs_and_what_is_none_becomes_null() -> None:
@@ -29,7 +30,7 @@ def test_a_payload_is_cut_and_its_picture_shown() -> None:
     assert out.schema.names == ["reason", "payload", "thumbnail"]
     assert out.column("payload").to_pylist() == [payload[:SHOWN_CHARS] for payload in payloads]
     assert [data is not None for data in out.column("thumbnail").to_pylist()] == [True, False, False]
-    assert picture_in(payloads[0]) == png(1)
+    assert find_picture(payloads[0]) == png(1)
 
 
 def test_a_picture_that_crashes_its_decoder_is_not_decoded_to_be_shown() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pictures import encoded, picture
 
-from pipelines.pages.page import Card, Chart, Gallery, Page, write_page
+from pipelines.pages.page import Card, CardText, Chart, FormattedValue, Gallery, Page, write_page
 
 EVIL = '<script>alert("x")</script>'
 
@@ -19,8 +19,10 @@ def write(path: Path, page: Page) -> str:
 
 def test_a_page_needs_nothing_but_itself_and_data_cannot_inject_html(tmp_path: Path) -> None:
     small = encoded(picture(1), "JPEG")
-    cards = [Card(EVIL, small, [EVIL, "two"]), Card("b", None, [], note=EVIL)]
-    page = Page(EVIL, EVIL, {EVIL: "7"}, [Chart(EVIL, {EVIL: 3})], [Gallery(EVIL, cards)])
+    cards = [Card(EVIL, small, [CardText(EVIL), CardText("two")]), Card("b", None, [], problem=EVIL)]
+    page = Page(
+        EVIL, EVIL, {EVIL: FormattedValue("7")}, charts=[Chart(EVIL, {EVIL: 3})], galleries=[Gallery(EVIL, cards)]
+    )
     html = write(tmp_path / "deep" / "page.html", page)
     assert "<script" not in html
     assert not re.search(r"https?://|<link|<iframe", html)
