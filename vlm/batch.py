@@ -1,4 +1,4 @@
-"""What a training step eats.
+"""Batch of pictures and token sequences, the input of a training step.
 
 Letters: B batch, P pictures, H W pixels, T positions.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-"""Label of a position that is not a target."""
+"""Label of a position that is no target of the loss."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Batch:
 
     Attributes:
         pixels_PHWC: uint8, at model resolution, in the order of their slots: row by row, first to last.
-        tokens_BT: int64, SLOT in the places of pictures.
-        labels_BT: int64, the next token where it is part of the answer, IGNORE elsewhere.
-        prefix_lengths_B: int64, positions before the answer.
+        tokens_BT: int64 token ids; SLOT at the positions of a picture.
+        labels_BT: int64, the next token if it belongs to the answer, otherwise IGNORE.
+        prefix_lengths_B: int64, number of positions before the answer.
     """
 
     pixels_PHWC: Tensor
@@ -31,17 +31,17 @@ class Batch:
     prefix_lengths_B: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device; from pinned memory it is only begun."""
+        """Copy the batch to a device. From pinned memory the copy is asynchronous."""
         return Batch(*(t.to(device, non_blocking=True) for t in self.tensors()))
 
     def with_pixels(self, pixels_PHWC: Tensor) -> Batch:
-        """The same sequences with other pictures."""
+        """Return a batch with the same sequences and other pictures."""
         return Batch(pixels_PHWC, self.tokens_BT, self.labels_BT, self.prefix_lengths_B)
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory, from which a GPU copies while the processor does something else."""
+        """Copy the batch to page-locked memory, which allows asynchronous copies to a GPU."""
         return Batch(*(t.pin_memory() for t in self.tensors()))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four tensors in order."""
+        """Return the four tensors in the order of the constructor."""
         return self.pixels_PHWC, self.tokens_BT, self.labels_BT, self.prefix_lengths_B

@@ -1,4 +1,4 @@
-"""From config to model: the only place that picks a class by `kind`."""
+"""Construction of a model from its config: the only module that chooses a class by `kind`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _ACTIVATIONS: dict[Activation, ActivationFunction] = {
 
 
 def build_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
-    """A model with fresh weights drawn from torch's global generator: seed it first."""
+    """Build a model with fresh weights, drawn from torch's global generator: seed it first."""
     model = VisionLanguageModel(
         config,
         _encoder(config),
@@ -63,17 +63,17 @@ def build_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
 
 
 def initialize_weights(model: VisionLanguageModel) -> None:
-    """Fresh weights: variance 1/fan_in, outputs into the residual stream divided by sqrt(2 * depth).
+    """Initialize the weights in place, with a variance of 1 / fan_in for linear layers.
 
-    Head, token table and learned tokens have standard deviation 0.02 whatever their fan-in, so the first loss is
-    log(vocabulary): a larger head wrecks the start of training. So have routers, which start even: one that starts
-    decided keeps sending to the experts it began with. A table that is multiplied by sqrt(width) on the way in has
-    width^-0.5.
+    - Layers that write into the residual stream are divided by sqrt(2 * depth) too.
+    - The head, the token table and learned tokens have standard deviation 0.02, so that the first loss is
+      log(vocabulary); a larger head makes the start of training unstable.
+    - Routers have standard deviation 0.02 too. A router with large initial weights keeps its initial choice of experts.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | GroupedLinear):
-            one = module.weight[0, 0] if isinstance(module, GroupedLinear) else module.weight[0]
-            nn.init.normal_(module.weight, std=one.numel() ** -0.5)
+            row = module.weight[0, 0] if isinstance(module, GroupedLinear) else module.weight[0]
+            nn.init.normal_(module.weight, std=row.numel() ** -0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):

@@ -1,7 +1,7 @@
-"""Captions for pictures of any origin: one model a process, errors a row each, no answer that depends on its batch.
+"""Captioning of pictures, used by executors, the served model and `lakesight ask` alike.
 
-Executors, the served model and `lakesight ask` all caption through here, so they cannot disagree. A picture is bytes,
-or text that holds base64; whatever is wrong with one picture or prompt is the error of that row alone.
+A picture is given as bytes or as base64 text. A defect of one picture or prompt is an error of its own row, and a
+caption does not depend on the other rows of its batch.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from vlm.text.prompt import prefix_ids
 
 BATCH_ROWS = 64
 BATCH_POSITIONS = 16_384
-"""A batch has no more rows and, over its rows and beams, no more positions: what bounds the memory of the cache."""
+"""Limits of a batch: rows, and positions summed over rows and beams. They bound the memory of the key-value cache."""
 MAX_PIXELS, MIN_SIDE = 64_000_000, 4
-"""What a picture may be, where the caller does not say: width times height at most, and each at least."""
+"""Default limits of a picture: largest width times height, and smallest width and height, in pixels."""
 
 
 @dataclass(frozen=True)
 class CaptionResult:
-    """What became of one picture: a caption or an error, never both.
+    """Result for one picture: either a caption or an error.
 
     Attributes:
-        caption: the text; None where there is an error.
-        error: `<reason>: <detail>`; None where there is a caption.
-        sha256: of the picture's bytes, hex; None without bytes.
-        num_tokens: generated tokens, the end token included.
-        mean_logprob: mean log-probability of these tokens, in nats; None where there is an error.
+        caption: the text; None for an error.
+        error: `<reason>: <detail>`; None for a caption.
+        sha256: SHA-256 of the picture's bytes, hex; None if there are no bytes.
+        num_tokens: number of generated tokens, including the end token.
+        mean_logprob: mean log-probability of these tokens, in nats; None for an error.
     """
 
     caption: str | None
@@ -50,7 +50,7 @@ class CaptionResult:
 
 
 class DecodedPicture(NamedTuple):
-    """A picture on its way to the model: uint8 pixels (H, W, C), or its error; and the SHA-256 of its bytes."""
+    """Picture at model resolution: uint8 pixels (H, W, C) or an error, and the SHA-256 of its bytes."""
 
     pixels: npt.NDArray[np.uint8] | None
     sha256: str | None
@@ -58,7 +58,7 @@ class DecodedPicture(NamedTuple):
 
 
 class Captioner:
-    """A model and its tokenizer, ready to caption."""
+    """Model and tokenizer that caption pictures."""
 
     def __init__(self, model: VisionLanguageModel, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -72,14 +72,14 @@ class Captioner:
         max_pixels: int = MAX_PIXELS,
         min_side: int = MIN_SIDE,
     ) -> list[CaptionResult]:
-        """One result a picture, in order.
+        """Caption pictures; returns one result for each, in order.
 
         Args:
-            images: picture files as bytes, or as base64 text (a `data:` prefix may stand before it).
-            prompts: one a picture; empty for a plain caption.
-            settings: how to decode.
-            max_pixels: width times height at most; a larger picture is an error of its row.
-            min_side: width and height at least, pixels.
+            images: picture files as bytes or as base64 text, optionally with a `data:` prefix.
+            prompts: one prompt for each picture; empty for a plain caption.
+            settings: settings of generation.
+            max_pixels: largest allowed width times height; a larger picture is an error of its row.
+            min_side: smallest allowed width and height, pixels.
         """
         decoded = self.decode(images, max_pixels=max_pixels, min_side=min_side)
         return self.caption_decoded(decoded, prompts, settings)
@@ -87,7 +87,7 @@ class Captioner:
     def decode(
         self, images: Sequence[bytes | str | None], *, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
     ) -> list[DecodedPicture]:
-        """Pictures at model resolution, in order; needs no model and may run beside it."""
+        """Decode pictures to model resolution, in order. It may run in another thread than the model."""
         return [self._decode(image, max_pixels, min_side) for image in images]
 
     def _decode(self, image: bytes | str | None, max_pixels: int, min_side: int) -> DecodedPicture:
@@ -103,20 +103,26 @@ class Captioner:
     def caption_decoded(
         self, pictures: Sequence[DecodedPicture], prompts: Sequence[str], settings: GenerationConfig
     ) -> list[CaptionResult]:
-        """One result a picture, in order; what could not be decoded keeps its error."""
-        good = {index: picture.pixels for index, picture in enumerate(pictures) if picture.pixels is not None}
-        answers = self.complete(list(good.values()), [prompts[index] for index in good], settings)
-        said = dict(zip(good, answers, strict=True))
+        """Caption decoded pictures; returns one result for each, in order. Decoding errors are passed on."""
+        valid = {index: picture.pixels for index, picture in enumerate(pictures) if picture.pixels is not None}
+        results = self.complete(list(valid.values()), [prompts[index] for index in valid], settings)
+        completions = dict(zip(valid, results, strict=True))
         return [
-            _result(said[index], picture.sha256) if index in said else _failed(picture.error, picture.sha256)
+            _to_result(completions[index], picture.sha256)
+            if index in completions
+            else _error_result(picture.error, picture.sha256)
             for index, picture in enumerate(pictures)
         ]
 
     def complete(
         self, pictures: Sequence[npt.NDArray[np.uint8]], prompts: Sequence[str], settings: GenerationConfig
     ) -> list[Completion | UserError]:
-        """What is said about each picture at model resolution, in order; the error where its prompt does not fit."""
-        answers: dict[int, Completion | UserError] = {}
+        """Generate text for pictures at model resolution, in order.
+
+        Returns:
+            A completion for each picture, or the error of a prompt that does not fit the context.
+        """
+        results: dict[int, Completion | UserError] = {}
         requests: dict[int, Request] = {}
         for index, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
             prefix = prefix_ids(self.tokenizer, self.model.config.num_slots, prompt)
@@ -124,17 +130,17 @@ class Captioner:
             try:
                 check_length(self.model, request, settings)
             except UserError as error:
-                answers[index] = error
+                results[index] = error
             else:
                 requests[index] = request
         for batch in _batches(requests, settings):
-            found = generate(self.model, self.tokenizer, [requests[index] for index in batch], settings)
-            answers |= dict(zip(batch, found, strict=True))
-        return [answers[index] for index in range(len(pictures))]
+            completions = generate(self.model, self.tokenizer, [requests[index] for index in batch], settings)
+            results |= dict(zip(batch, completions, strict=True))
+        return [results[index] for index in range(len(pictures))]
 
 
 def _batches(requests: Mapping[int, Request], settings: GenerationConfig) -> Iterator[list[int]]:
-    """Which requests go together: those of about the same length, the longest first."""
+    """Group requests of similar length into batches, the longest first."""
     by_length = sorted(requests, key=lambda index: -len(requests[index].prefix))
     while by_length:
         positions = (len(requests[by_length[0]].prefix) + settings.max_new_tokens) * settings.num_beams
@@ -143,11 +149,11 @@ def _batches(requests: Mapping[int, Request], settings: GenerationConfig) -> Ite
         by_length = by_length[rows:]
 
 
-def _result(answer: Completion | UserError, sha256: str | None) -> CaptionResult:
-    if isinstance(answer, UserError):
-        return _failed(str(answer), sha256)
-    return CaptionResult(answer.text, None, sha256, answer.num_tokens, answer.mean_logprob)
+def _to_result(completion: Completion | UserError, sha256: str | None) -> CaptionResult:
+    if isinstance(completion, UserError):
+        return _error_result(str(completion), sha256)
+    return CaptionResult(completion.text, None, sha256, completion.num_tokens, completion.mean_logprob)
 
 
-def _failed(error: str | None, sha256: str | None) -> CaptionResult:
+def _error_result(error: str | None, sha256: str | None) -> CaptionResult:
     return CaptionResult(None, error, sha256, 0, None)

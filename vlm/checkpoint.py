@@ -1,12 +1,13 @@
-"""Weights on disk: safetensors and JSON, strict in both directions. Nothing here can execute what it loads.
+"""Model checkpoints on disk, as safetensors and JSON. Loading never executes code from a file.
 
-model.safetensors   every parameter once (tied ones by their first name)
+model.safetensors   every parameter once (tied parameters under their first name)
 config.json         the ModelConfig
 tokenizer.json      the tokenizer
-files.json          size and SHA-256 of each other file, in training checkpoints only: it tells a checkpoint from what a
-                    torn write, a full disk or a flipped bit has left
+files.json          size and SHA-256 of each other file, in training checkpoints only; it reveals incomplete writes and
+                    changed bytes
 
-What a training checkpoint holds besides is in `vlm.training.state`.
+Names and shapes must match exactly: a missing tensor and an unexpected tensor are both errors. The optimizer state of a
+training checkpoint is in `vlm.training.state`.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
-FILES = "files.json"
+MANIFEST = "files.json"
 MODEL_FILES = (WEIGHTS, CONFIG, TOKENIZER)
 
 
 def save_model(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer) -> None:
-    """Write the three files a model is rebuilt from. The folder is created."""
+    """Write weights, config and tokenizer of a model into a folder, which is created."""
     save_weights(folder, model_weights(model), model.config, tokenizer)
 
 
 def save_weights(folder: Path, weights: Mapping[str, Tensor], config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """`save_model` of weights that have left their model, by name, tied ones once."""
+    """Write the files of `save_model` from a copy of the weights: tensors by name, tied ones once."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(weights), folder / WEIGHTS)
     (folder / CONFIG).write_text(config.model_dump_json(indent=2), encoding="utf-8")
@@ -51,29 +52,29 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor], config: ModelConfi
 
 
 def model_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by name, tied ones once (torch's `named_parameters` drops repeats); no copies."""
+    """Return the parameters by name, without copying. Tied parameters appear once, as in `named_parameters`."""
     return {name: p.detach().contiguous() for name, p in model.named_parameters()}
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[VisionLanguageModel, Tokenizer]:
-    """The model of a checkpoint folder, in evaluation mode, and its tokenizer.
+    """Load the model of a checkpoint folder, in evaluation mode, and its tokenizer.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or weights and config do not match name by name.
+        CheckpointError: a file is missing or damaged, or the weights do not match the config.
     """
     config = load_config(folder)
     tokenizer = text.load(folder / TOKENIZER)
-    with torch.random.fork_rng(devices=[]):  # the fresh weights are overwritten: leave the caller's generator alone
+    with torch.random.fork_rng(devices=[]):  # the fresh weights are overwritten, so keep the random state
         model = build_model(config, tokenizer.vocab_size)
     load_weights(model, folder / WEIGHTS)
     return model.to(device).eval(), tokenizer
 
 
 def load_config(folder: Path) -> ModelConfig:
-    """The config of a checkpoint folder.
+    """Read the config of a checkpoint folder.
 
     Raises:
-        CheckpointError: it is missing or not a model's config.
+        CheckpointError: the file is missing or no model config.
     """
     try:
         return ModelConfig.model_validate_json((folder / CONFIG).read_text(encoding="utf-8"))
@@ -87,19 +88,23 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def load_weights(model: VisionLanguageModel, path: Path) -> None:
-    """Fill a model from a safetensors file: every parameter, every key, equal shapes.
+    """Load the weights of a safetensors file into a model. Names and shapes must match exactly.
 
     Raises:
-        CheckpointError: lists all that is missing, left over or of another shape.
+        CheckpointError: the file cannot be read, or tensors are missing, unexpected or of another shape (all listed).
     """
     fill_tensors(model_weights(model), path)
 
 
-def fill_tensors(own: Mapping[str, Tensor], path: Path) -> None:
-    """Copy a safetensors file into tensors of the same names and shapes: every tensor, every key.
+def fill_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Copy the tensors of a safetensors file into existing tensors. Names and shapes must match exactly.
+
+    Args:
+        tensors: by name; overwritten in place.
+        path: the safetensors file.
 
     Raises:
-        CheckpointError: lists all that is missing, left over or of another shape.
+        CheckpointError: the file cannot be read, or tensors are missing, unexpected or of another shape (all listed).
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -108,28 +113,28 @@ def fill_tensors(own: Mapping[str, Tensor], path: Path) -> None:
         raise CheckpointError(
             "the weights cannot be read", where=str(path), got=str(error), fix="the file is damaged or not safetensors"
         ) from None
-    problems = [f"missing {name}" for name in own if name not in shapes]
-    problems += [f"left over {name}" for name in shapes if name not in own]
+    problems = [f"missing {name}" for name in tensors if name not in shapes]
+    problems += [f"unexpected {name}" for name in shapes if name not in tensors]
     problems += [
-        f"{name} has shape {shapes[name]}, the model {tuple(own[name].shape)}"
-        for name in own
-        if name in shapes and shapes[name] != tuple(own[name].shape)
+        f"{name} has shape {shapes[name]}, the model {tuple(tensors[name].shape)}"
+        for name in tensors
+        if name in shapes and shapes[name] != tuple(tensors[name].shape)
     ]
     if problems:
         raise CheckpointError(
-            "the weights are of another model",
+            "the weights do not match the model",
             where=str(path),
             got="; ".join(problems),
-            fix="use the config that was saved beside them",
+            fix="use the config that was saved with the weights",
         )
     loaded = load_file(path)
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in tensors.items():
             tensor.copy_(loaded[name])
 
 
 class ManifestEntry(Config):
-    """One line of files.json."""
+    """Entry of files.json: size in bytes and SHA-256 of one file."""
 
     bytes: int
     sha256: str
@@ -137,18 +142,19 @@ class ManifestEntry(Config):
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A hidden folder to write into; when the block ends well it takes `folder`'s name and place, with a files.json.
+    """Yield a temporary folder that replaces `folder` when the block ends without an error.
 
-    All of it is on the disk before it has its name: a host that loses its power leaves a whole checkpoint, or none.
+    Adds files.json and flushes every file to disk before the rename, so that after a crash of the host the folder is
+    either complete or absent.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
     written = sorted(temporary.iterdir())
-    facts = {path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in written}
-    (temporary / FILES).write_text(json.dumps(facts, indent=2), encoding="utf-8")
-    for path in (*written, temporary / FILES):
+    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in written}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    for path in (*written, temporary / MANIFEST):
         with path.open("rb") as file:
             os.fsync(file.fileno())
     shutil.rmtree(folder, ignore_errors=True)
@@ -156,31 +162,30 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def verify_folder(folder: Path) -> None:
-    """Compare every file with what was written, byte for byte.
+    """Compare size and SHA-256 of every file with files.json.
 
     Raises:
-        CheckpointError: lists the files that are missing, cut or changed.
+        CheckpointError: lists the files that are missing, truncated or changed.
     """
     try:
-        listed = json.loads((folder / FILES).read_text(encoding="utf-8"))
-        problems = [
-            found for name, facts in listed.items() if (found := _damage(folder / name, ManifestEntry(**facts)))
-        ]
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # pydantic's and json's are ValueErrors
-        problems = [f"{FILES} cannot be read ({type(error).__name__}: {error})"]
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        entries = {folder / name: ManifestEntry(**entry) for name, entry in manifest.items()}
+        problems = [problem for path, entry in entries.items() if (problem := _describe_damage(path, entry))]
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # errors of pydantic and json are ValueErrors
+        problems = [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
     if problems:
         raise CheckpointError(
             "the checkpoint is damaged",
             where=str(folder),
             got="; ".join(problems),
-            fix="go on from an earlier one: remove this folder",
+            fix="remove this folder to continue from an earlier checkpoint",
         )
 
 
-def _damage(path: Path, facts: ManifestEntry) -> str:
-    """What is wrong with a file; empty if nothing is."""
+def _describe_damage(path: Path, entry: ManifestEntry) -> str:
+    """Return how a file differs from its manifest entry; empty if it does not."""
     if not path.is_file():
         return f"{path.name} is missing"
-    if (size := path.stat().st_size) != facts.bytes:
-        return f"{path.name} has {size} bytes, {facts.bytes} were written"
-    return "" if file_digest(path) == facts.sha256 else f"{path.name} has other bytes than were written"
+    if (size := path.stat().st_size) != entry.bytes:
+        return f"{path.name} has {size} bytes, expected {entry.bytes}"
+    return "" if file_digest(path) == entry.sha256 else f"{path.name} has changed since it was written"

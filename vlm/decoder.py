@@ -1,4 +1,4 @@
-"""The language model: blocks over a sequence of embeddings, whatever they stand for.
+"""Decoder: the transformer that reads embeddings of pictures and tokens and predicts the next token.
 
 Letters: B batch, T positions, S key positions, W width, V vocabulary.
 """
@@ -18,9 +18,9 @@ from vlm.layers.position import Angles, Rotary
 
 
 class Decoder(nn.Module):
-    """Token table, positions (a table, or rotary angles for every block), blocks, norm, output head.
+    """Decoder: token embeddings, positions (a table or rotary angles), blocks, norm, output head.
 
-    Gated cross-attention blocks, where there are any, stand before every `every`-th block.
+    In a model with cross-attention, a gated cross-attention block precedes every n-th block, starting with the first.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class Decoder(nn.Module):
         self.norm, self.head = norm, head
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Vectors (..., W) of token ids; of places that hold no token (below zero) any finite vector."""
+        """Return embeddings (..., W) of token ids. An id below zero (a slot) gets an arbitrary finite vector."""
         vectors = self.tokens(tokens.clamp(min=0))
         return vectors * self.embedding_scale if self.embedding_scale != 1 else vectors
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states."""
+        """Compute logits (..., V) of hidden states."""
         logits = self.head(hidden)
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
@@ -66,15 +66,15 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Hidden states (B, T, W), normalised, ready for `logits`.
+        """Compute normalised hidden states (B, T, W), the input of `logits`.
 
         Args:
             x_BTW: embeddings.
-            mask: bool (B, 1, T, S), True where seen; None: causal.
-            positions_BT: where each row's tokens stand; None: on from where the cache ends, the same in all rows.
-            media: what cross-attention looks at; None: what the cache holds.
-            cache: of earlier positions, extended in place.
-            last_only: only the last position's is wanted, (B, 1, W): the last block then works for that one alone.
+            mask: bool (B, 1, T, S), True where query t attends to key s; None: causal.
+            positions_BT: position of each token; None: the positions after those of the cache, in all rows.
+            media: picture features for cross-attention; None: those of the cache.
+            cache: keys and values of earlier positions, extended in place.
+            last_only: compute the hidden state of the last position alone, (B, 1, W).
         """
         T = x_BTW.shape[1]
         start = cache.length if cache is not None else 0
@@ -84,13 +84,13 @@ class Decoder(nn.Module):
         angles: Angles | None = self.rotary(positions, x_BTW.dtype) if self.rotary is not None else None
         masks = self._masks(mask, x_BTW, start + T)
         if media is not None and cache is not None:
-            cache.media = [self._cross(i).keys_values(media) for i in range(len(self.cross_blocks))]
+            cache.media = [self._cross_block(i).keys_values(media) for i in range(len(self.cross_blocks))]
             cache.media_mask = media.mask_BTS[:, None, -1:]
         x_BTW = self.dropout(x_BTW)
         every = len(self.blocks) // len(self.cross_blocks) if len(self.cross_blocks) else 0
         for layer, block in enumerate(self.blocks):
             if every and layer % every == 0:
-                x_BTW = self._look(x_BTW, layer // every, media, cache)
+                x_BTW = self._cross_attend(x_BTW, layer // every, media, cache)
             x_BTW = block(
                 x_BTW,
                 mask=masks[self.windows[layer]],
@@ -105,7 +105,7 @@ class Decoder(nn.Module):
         return self.norm(x_BTW)
 
     def _masks(self, mask: Tensor | None, x_BTW: Tensor, keys: int) -> dict[int | None, Tensor | None]:
-        """The mask of each width of window among the blocks."""
+        """Return the mask for each window size that the blocks use."""
         masks: dict[int | None, Tensor | None] = {}
         for window in set(self.windows):
             if window is None or keys <= window:
@@ -114,16 +114,16 @@ class Decoder(nn.Module):
                 masks[window] = apply_window(mask, window, queries=x_BTW.shape[1], keys=keys, device=x_BTW.device)
         return masks
 
-    def _look(self, x_BTW: Tensor, index: int, media: Media | None, cache: KVCache | None) -> Tensor:
-        block = self._cross(index)
+    def _cross_attend(self, x_BTW: Tensor, index: int, media: Media | None, cache: KVCache | None) -> Tensor:
+        block = self._cross_block(index)
         if cache is not None:
-            assert cache.media_mask is not None, "the first pass over a cache brings the pictures"
+            assert cache.media_mask is not None, "the first pass with a cache needs the pictures"
             mask = media.mask_BTS[:, None] if media is not None else cache.media_mask
             return block(x_BTW, cache.media[index], mask)
-        assert media is not None, "cross-attention without pictures to look at"
+        assert media is not None, "cross-attention needs pictures"
         return block(x_BTW, block.keys_values(media), media.mask_BTS[:, None])
 
-    def _cross(self, index: int) -> GatedCrossBlock:
+    def _cross_block(self, index: int) -> GatedCrossBlock:
         block = self.cross_blocks[index]
         assert isinstance(block, GatedCrossBlock)
         return block

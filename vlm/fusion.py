@@ -1,7 +1,7 @@
-"""How pictures meet text: as slots of the sequence, or looked at from outside by gated cross-attention.
+"""Fusion of pictures and text: features in slots of the sequence, or gated cross-attention to the features.
 
-Letters: B batch, P pictures of the batch, N features of a picture, T positions, S keys (a row's pictures times N), W
-width.
+Letters: B batch, P pictures of the batch, M most pictures of a row, N features of a picture, T positions, S keys
+(M * N), W width.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from vlm.layers.attention import CrossAttention
 
 @dataclass(frozen=True)
 class Media:
-    """What cross-attention looks at.
+    """Picture features that cross-attention attends to.
 
     Attributes:
-        features_BSW: of a row's pictures, one after the other; zeros where a row has fewer.
-        mask_BTS: bool, True where position t sees feature s: those of the last picture before it.
+        features_BSW: features of each row's pictures, concatenated; zeros in rows with fewer pictures.
+        mask_BTS: bool, True where position t attends to feature s; a position attends to the last picture before it.
     """
 
     features_BSW: Tensor
@@ -28,33 +28,33 @@ class Media:
 
 
 class SlotsFusion(nn.Module):
-    """A picture's features take the places of its slots, in order."""
+    """Fusion that writes the features of a picture into its slots, in order."""
 
     def forward(self, x_BTW: Tensor, is_slot_BT: Tensor, features_PNW: Tensor) -> tuple[Tensor, None]:
-        """Embeddings with features in their slots.
+        """Replace the embeddings of the slots by the features; returns no media.
 
         Raises:
-            ValueError: not as many slots as features.
+            ValueError: the numbers of slots and features differ.
         """
-        _check_places(is_slot_BT, features_PNW.shape[0], features_PNW.shape[1])
+        _check_slots(is_slot_BT, features_PNW.shape[0], features_PNW.shape[1])
         return x_BTW.masked_scatter(is_slot_BT[..., None], features_PNW.to(x_BTW.dtype)), None
 
 
 class CrossFusion(nn.Module):
-    """A picture's place in the sequence is a learned marker; its features stay outside."""
+    """Fusion that puts a learned marker in the slot of a picture and keeps its features for cross-attention."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.marker = nn.Parameter(torch.zeros(width))
 
     def forward(self, x_BTW: Tensor, is_slot_BT: Tensor, features_PNW: Tensor) -> tuple[Tensor, Media]:
-        """Embeddings with markers, and what each position sees.
+        """Replace the embeddings of the slots by the marker; returns the media for cross-attention.
 
         Raises:
-            ValueError: not as many slots as pictures.
+            ValueError: the numbers of slots and pictures differ.
         """
         P, N, W = features_PNW.shape
-        _check_places(is_slot_BT, P, 1)
+        _check_slots(is_slot_BT, P, 1)
         x_BTW = torch.where(is_slot_BT[..., None], self.marker.to(x_BTW.dtype), x_BTW)
         count_BT = torch.cumsum(is_slot_BT.long(), dim=1)
         M = max(1, int(count_BT[:, -1].max()))
@@ -66,9 +66,9 @@ class CrossFusion(nn.Module):
 
 
 class GatedCrossBlock(nn.Module):
-    """x + tanh(g) * cross_attention(norm(x)), then x + tanh(h) * mlp(norm(x)) (Alayrac et al., 2022, figure 4).
+    """Gated cross-attention block: x + tanh(g) * attention(norm(x)), then x + tanh(h) * mlp(norm(x)).
 
-    Both gates start at zero: the decoder around it starts as it was.
+    Both gates start at zero, so that a pretrained decoder starts unchanged. Source: Alayrac et al., 2022, figure 4.
     """
 
     def __init__(self, attention: CrossAttention, mlp: nn.Module, norms: tuple[nn.Module, nn.Module]) -> None:
@@ -79,18 +79,19 @@ class GatedCrossBlock(nn.Module):
         self.mlp_gate = nn.Parameter(torch.zeros(1))
 
     def keys_values(self, media: Media) -> tuple[Tensor, Tensor]:
-        """Keys and values of the pictures, which stay the same while text goes on."""
+        """Compute keys and values of the pictures, which generation caches for all later tokens."""
         return self.attention.keys_values(media.features_BSW)
 
     def forward(self, x_BTW: Tensor, keys_values: tuple[Tensor, Tensor], mask_B1TS: Tensor) -> Tensor:
-        """One gated block; a position before the first picture gets nothing from attention."""
-        sees_any = mask_B1TS.any(dim=-1, keepdim=True)
-        seen = self.attention(self.attention_norm(x_BTW), keys_values, mask_B1TS | ~sees_any)
-        x_BTW = x_BTW + torch.tanh(self.attention_gate) * seen * sees_any[:, 0]
+        """Apply the block. Attention adds nothing to a position before the first picture."""
+        has_picture = mask_B1TS.any(dim=-1, keepdim=True)
+        # A row of the mask without any True would make the softmax NaN: let it attend to all, then drop the result.
+        attended = self.attention(self.attention_norm(x_BTW), keys_values, mask_B1TS | ~has_picture)
+        x_BTW = x_BTW + torch.tanh(self.attention_gate) * attended * has_picture[:, 0]
         return x_BTW + torch.tanh(self.mlp_gate) * self.mlp(self.mlp_norm(x_BTW))
 
 
-def _check_places(is_slot_BT: Tensor, pictures: int, each: int) -> None:
+def _check_slots(is_slot_BT: Tensor, pictures: int, slots_per_picture: int) -> None:
     count = int(is_slot_BT.sum())
-    if count != pictures * each:
-        raise ValueError(f"{count} image slots in a batch of {pictures} pictures with {each} slots each")
+    if count != pictures * slots_per_picture:
+        raise ValueError(f"{count} image slots in a batch of {pictures} pictures with {slots_per_picture} slots each")

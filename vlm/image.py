@@ -1,11 +1,11 @@
-"""A picture from bytes to pixels, one way for shards, training and captioning, so that a model always sees the same.
+"""Decoding and resizing of pictures, the same for shards, training and captioning.
 
-Bytes come from strangers: the header is judged (format, number of pixels, sides) before anything is decoded, only the
-decoders of FORMATS ever run, and whatever is wrong becomes an ImageError with a reason from a closed list. Pillow's
-global settings are left alone; its own guard, which refuses pictures above 178 megapixels, stays in force.
+The bytes are untrusted. The header (format, number of pixels, sides) is checked before anything is decoded, and only
+the decoders of FORMATS run. Every defect becomes an ImageError with a reason from a closed list. Pillow's global
+settings stay as they are, and so does its own limit, which rejects pictures above 178 megapixels.
 
-A picture comes out as people see it: turned as its EXIF says, transparency over white, first frame of an animation,
-16-bit grey scaled to 8 bit, palette and CMYK converted. Colour profiles are ignored.
+A decoded picture looks as in a viewer: rotated according to its EXIF orientation, transparency composed over white,
+first frame of an animation, 16-bit grey scaled to 8 bit, palette and CMYK converted. Colour profiles are ignored.
 """
 
 from __future__ import annotations
@@ -32,31 +32,34 @@ FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "lanczos": Image.Resampling.LANCZOS,
 }
-"""Pillow's filters widen when they shrink a picture (antialias); torch's do not unless asked."""
+"""Filters of the resize. Pillow's filters antialias when they shrink a picture; torch's do so only on request."""
 
 MAX_ASPECT = 16
-"""Above this, what a crop leaves away is never made: 4 x 16,000,000 pixels at 384 would first become 1.8 TB."""
+"""Largest ratio of scaled side to model side at which the whole picture is resized. Above it only the visible part is
+resized: a picture of 4 x 16,000,000 pixels, cropped at size 384, would need 1.8 TB otherwise."""
 
-FOREIGN = (
+UNSUPPORTED_SIGNATURES = (
     (b"%PDF", "PDF"),
     (b"<svg", "SVG"),
     (b"<?xml", "XML or SVG"),
     (b"\xff\x0a", "JPEG XL"),
     (b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
 )
-"""First bytes of what people send as pictures and Pillow has no name for. ISO media is told by its brand instead."""
+"""First bytes of common formats that Pillow does not identify, with their names.
+
+ISO media (HEIF, AVIF) are recognised by their brand instead."""
 
 URL_SAFE = str.maketrans("-_", "+/")
 DATA_URL = re.compile(r"data:[^,]{0,200};base64,")
 
-WIDE_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
+GREY_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 def picture_bytes(image: bytes | str | None) -> bytes:
-    """Return the bytes of a picture that is given as bytes or as base64 text.
+    """Return the bytes of a picture given as bytes or as base64 text.
 
     Raises:
-        ImageError: reason missing_field (nothing is given), not_an_image (neither bytes nor text) or bad_base64.
+        ImageError: reason missing_field (None or empty), not_an_image (neither bytes nor text) or bad_base64.
     """
     if not image:
         raise ImageError("missing_field", "no picture")
@@ -68,7 +71,7 @@ def picture_bytes(image: bytes | str | None) -> bytes:
 
 
 def decode_base64(text: str, max_bytes: int = sys.maxsize) -> bytes:
-    """Decode base64, standard or URL-safe; white space, a data-URL prefix and missing padding are accepted.
+    """Decode standard or URL-safe base64. White space, a data-URL prefix and missing padding are accepted.
 
     Raises:
         ImageError: reason bad_base64, or too_large for more than `max_bytes` (checked before decoding).
@@ -76,15 +79,15 @@ def decode_base64(text: str, max_bytes: int = sys.maxsize) -> bytes:
     body = text.strip()
     prefix = DATA_URL.match(body)
     body = body[prefix.end() :] if prefix else body
-    most = (max_bytes + 2) // 3 * 4
-    if len(body) > most:
+    max_characters = (max_bytes + 2) // 3 * 4
+    if len(body) > max_characters:
         body = "".join(body.split())
-    if len(body) > most:
+    if len(body) > max_characters:
         raise ImageError("too_large", f"{len(body) * 3 // 4} bytes, at most {max_bytes}")
     try:
         try:
             data = _decode_strictly(body)
-        except (binascii.Error, ValueError):  # rare: only then is the text scanned for white space and other letters
+        except (binascii.Error, ValueError):  # rare, so the slower path runs only after a failure
             data = _decode_strictly("".join(body.split()).translate(URL_SAFE))
     except (binascii.Error, ValueError) as error:
         raise ImageError("bad_base64", f"{len(body)} characters: {error}") from None
@@ -98,7 +101,7 @@ def _decode_strictly(body: str) -> bytes:
 
 
 class ImageInfo(NamedTuple):
-    """What was sent: format as Pillow names it, width and height in pixels of the picture as people see it."""
+    """Format (Pillow's name), width and height (pixels, after EXIF rotation) of a decoded picture."""
 
     format: str
     width: int
@@ -108,18 +111,18 @@ class ImageInfo(NamedTuple):
 def open_image(
     data: bytes, *, max_pixels: int, min_side: int, draft_side: int | None = None
 ) -> tuple[Image.Image, ImageInfo]:
-    """Decode a picture wholly into RGB.
+    """Decode a whole picture into RGB.
 
     Args:
-        data: the bytes of a picture file.
-        max_pixels: width times height at most.
-        min_side: width and height at least, pixels.
+        data: bytes of a picture file.
+        max_pixels: largest allowed width times height.
+        min_side: smallest allowed width and height, pixels.
         draft_side: let the JPEG decoder halve the picture up to three times while both sides keep at least this many
             pixels. This is much faster; the pixels after a resize are nearly the same. None: decode at full size.
 
     Raises:
-        ImageError: reason too_large or too_small (by the header, nothing decoded), unsupported_format, not_an_image,
-            or truncated_image (a known format that does not decode to the end).
+        ImageError: reason too_large or too_small (known from the header, before decoding), unsupported_format,
+            not_an_image, or truncated_image (a supported format that does not decode completely).
     """
     image = _open_header(data)
     width, height = image.size
@@ -134,36 +137,36 @@ def open_image(
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         rgb = _to_rgb(image)
-    except (ImageError, MemoryError):  # out of memory is this machine's trouble, not the picture's
+    except (ImageError, MemoryError):  # running out of memory is no defect of the picture
         raise
-    except Exception as error:  # a damaged file breaks decoders in every way there is
+    except Exception as error:  # decoders raise many types of errors for damaged files
         raise ImageError("truncated_image", f"{format_}: {_sentence(error)}") from error
     return rgb, ImageInfo(format_, *rgb.size)
 
 
 class PixelStats(NamedTuple):
-    """Mean and standard deviation of a picture's levels, 0 to 255."""
+    """Brightness (mean) and contrast (standard deviation) of a picture's levels, which range from 0 to 255."""
 
     brightness: float
     contrast: float
 
 
 def pixel_stats(pixels: npt.NDArray[np.uint8]) -> PixelStats:
-    """The light of a picture of any shape."""
+    """Compute brightness and contrast of a picture of any shape."""
     return PixelStats(float(pixels.mean()), float(pixels.std()))
 
 
 class ResizeTransform(NamedTuple):
-    """How a picture lies in the model's square: scaled as a whole, then cut from (left, top) on.
+    """Transform from a picture to the model's square input: scale the picture, then crop or pad it.
 
     Attributes:
-        size: of the square, pixels a side.
-        width: of the picture, pixels.
-        height: of the picture, pixels.
-        scaled_width: of the whole picture at model resolution, pixels.
-        scaled_height: of the whole picture at model resolution, pixels.
-        left: scaled pixels cut away on the left; negative where white is added.
-        top: scaled pixels cut away above; negative where white is added.
+        size: side of the square, pixels.
+        width: width of the picture, pixels.
+        height: height of the picture, pixels.
+        scaled_width: width of the whole picture after scaling, pixels.
+        scaled_height: height of the whole picture after scaling, pixels.
+        left: scaled pixels cropped on the left; negative if white is added.
+        top: scaled pixels cropped at the top; negative if white is added.
     """
 
     size: int
@@ -175,9 +178,9 @@ class ResizeTransform(NamedTuple):
     top: int
 
     def to_source(self, x: float, y: float) -> tuple[float, float]:
-        """The point of the picture that lies at (x, y) of the model's square, or its nearest point.
+        """Map a point of the square to the picture; a point in the padding maps to the nearest border.
 
-        Edges, not centres, of pixels are counted: 0 is the left or upper border of both.
+        Coordinates count edges of pixels, not centres: 0 is the left or upper border.
         """
         x = (x + self.left) * self.width / self.scaled_width
         y = (y + self.top) * self.height / self.scaled_height
@@ -185,35 +188,38 @@ class ResizeTransform(NamedTuple):
 
 
 def compute_resize(width: int, height: int, config: ImageConfig) -> ResizeTransform:
-    """Where a picture of that many pixels comes to lie. Sides round as transformers' and timm's own processors do."""
+    """Compute the resize of a picture of this width and height (pixels).
+
+    Sides are rounded as the image processors of transformers and timm do.
+    """
     size, short, long = config.size, min(width, height), max(width, height)
     if config.resize == "stretch":
         return ResizeTransform(size, width, height, size, size, 0, 0)
-    covering, inside = (size, int(size * long / short)), (max(1, round(size * short / long)), size)
-    scaled = covering if config.resize == "crop" else inside
-    across, down = scaled if width <= height else scaled[::-1]
-    left, top = (_margin(side - size, config) for side in (across, down))
-    return ResizeTransform(size, width, height, across, down, left, top)
+    cover, contain = (size, int(size * long / short)), (max(1, round(size * short / long)), size)
+    scaled = cover if config.resize == "crop" else contain
+    scaled_width, scaled_height = scaled if width <= height else scaled[::-1]
+    left, top = (_margin(side - size, config) for side in (scaled_width, scaled_height))
+    return ResizeTransform(size, width, height, scaled_width, scaled_height, left, top)
 
 
-def _margin(spare: int, config: ImageConfig) -> int:
-    return round(spare / 2) if config.crop_start == "even" else spare // 2
+def _margin(excess: int, config: ImageConfig) -> int:
+    return round(excess / 2) if config.crop_start == "even" else excess // 2
 
 
 def to_pixels(image: Image.Image, config: ImageConfig) -> npt.NDArray[np.uint8]:
-    """Pixels of an RGB picture at model resolution, HWC uint8, height = width = config.size."""
+    """Resize an RGB picture to the model's input: uint8 pixels (config.size, config.size, 3)."""
     size, resampling = (config.size, config.size), FILTERS[config.filter]
-    placed = compute_resize(*image.size, config)
-    if max(placed.scaled_width, placed.scaled_height) > MAX_ASPECT * config.size:
-        box = (*placed.to_source(0, 0), *placed.to_source(*size))
+    resize = compute_resize(*image.size, config)
+    if max(resize.scaled_width, resize.scaled_height) > MAX_ASPECT * config.size:
+        box = (*resize.to_source(0, 0), *resize.to_source(*size))
         return np.array(image.resize(size, resampling, box))
     canvas = Image.new("RGB", size, "white")
-    canvas.paste(image.resize((placed.scaled_width, placed.scaled_height), resampling), (-placed.left, -placed.top))
+    canvas.paste(image.resize((resize.scaled_width, resize.scaled_height), resampling), (-resize.left, -resize.top))
     return np.array(canvas)
 
 
 def _open_header(data: bytes) -> Image.Image:
-    """The picture, recognised and not yet decoded."""
+    """Identify the format of a picture and read its header, without decoding it."""
     try:
         return Image.open(io.BytesIO(data), formats=_decoders())
     except UnidentifiedImageError:
@@ -227,23 +233,23 @@ def _open_header(data: bytes) -> Image.Image:
         raise ImageError("too_large", _sentence(error)) from None
     except MemoryError:
         raise
-    except Exception as error:  # a header parser that met what its author did not think of
+    except Exception as error:  # header parsers raise many types of errors for damaged files
         raise ImageError("truncated_image", f"header: {_sentence(error)}") from error
 
 
 @lru_cache(maxsize=1)
 def _decoders() -> tuple[str, ...]:
-    """FORMATS that this Pillow was built with (AVIF came with 11.3)."""
+    """Return the FORMATS that this build of Pillow supports (AVIF needs 11.3)."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _claimed_format(data: bytes) -> str | None:
-    """What the first bytes claim to be, by signatures alone: no parser outside FORMATS ever sees the data."""
-    start = data[:16].ljust(16, b"\0")  # some of the tests below unpack without looking at the length
+    """Name the format that the first bytes indicate, by signatures alone: no parser outside FORMATS runs."""
+    start = data[:16].ljust(16, b"\0")  # the signature tests of Pillow do not check the length
     if start[4:8] == b"ftyp":
         return {b"avif": "AVIF", b"avis": "AVIF"}.get(start[8:12], "HEIF")
-    for signature, name in FOREIGN:
+    for signature, name in UNSUPPORTED_SIGNATURES:
         if start.startswith(signature):
             return name
     for name, (_, accept) in Image.OPEN.items():
@@ -253,11 +259,11 @@ def _claimed_format(data: bytes) -> str | None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in WIDE_GREY:
+    if image.mode in GREY_16_BIT_MODES:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ImageError("unsupported_format", f"mode {image.mode}: 32 bits a sample have no agreed range")
-    if image.mode == "La":  # grey times alpha, of TIFF: Pillow turns it into LA and into nothing else
+    if image.mode == "La":  # premultiplied grey of TIFF, which Pillow converts only to LA
         image = image.convert("LA")
     if image.has_transparency_data:
         layers = image.convert("RGBA")

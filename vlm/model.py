@@ -1,4 +1,4 @@
-"""The vision-language model as it is drawn: encoder, projector, decoder; pictures enter through slots.
+"""The vision-language model: encoder, projector, fusion and decoder.
 
 Letters: B batch, P pictures, N features of a picture, T positions, W width, V vocabulary.
 """
@@ -19,7 +19,16 @@ from vlm.vision import VisionEncoder
 
 
 class VisionLanguageModel(nn.Module):
-    """Encoder -> projector -> fusion with the decoder's sequence."""
+    """Vision-language model: encoder, then projector, then fusion of features and token embeddings, then decoder.
+
+    Args:
+        config: configuration the parts were built from.
+        encoder: turns pixels into features.
+        projector: maps features to the width of the decoder.
+        fusion: inserts features into the sequence, or prepares them for cross-attention.
+        decoder: language model.
+        prefix_lm: let pictures and prompt attend to each other in both directions.
+    """
 
     def __init__(
         self,
@@ -41,23 +50,23 @@ class VisionLanguageModel(nn.Module):
         self.std: Tensor
 
     def encode(self, pixels_PHWC: Tensor) -> Tensor:
-        """Features (P, N, W) of uint8 pictures at model resolution."""
+        """Compute features (P, N, W) of uint8 pictures at model resolution."""
         pixels_PCHW = (pixels_PHWC.permute(0, 3, 1, 2).to(self.mean.dtype) - self.mean) / self.std
         return self.projector(self.encoder(pixels_PCHW))
 
     def embed(self, tokens_BT: Tensor, features_PNW: Tensor) -> tuple[Tensor, Media | None]:
-        """Embeddings (B, T, W) with the pictures in their places, and what cross-attention looks at.
+        """Return embeddings (B, T, W) that include the pictures, and the media for cross-attention (None with slots).
 
         Raises:
-            ValueError: not as many slots as the pictures take.
+            ValueError: the number of slots does not fit the number of pictures.
         """
         return self.fusion(self.decoder.embed(tokens_BT), tokens_BT == SLOT, features_PNW)
 
     def hidden_states(self, batch: Batch) -> Tensor:
-        """Hidden states (B, T, W) of a right-padded batch."""
+        """Compute hidden states (B, T, W) of a right-padded batch."""
         x_BTW, media = self.embed(batch.tokens_BT, self.encode(batch.pixels_PHWC))
-        # Right padding needs no mask of its own under causal attention: nothing real ever looks at it. Nor under a
-        # prefix mask: padding stands after the answer, so its marks come last.
+        # Right padding needs no mask under causal attention: no real position attends to a later one. The same holds
+        # under a prefix mask, because padding comes after the answer.
         mask = None
         if self.prefix_lm:
             valid_BT = torch.ones_like(batch.tokens_BT, dtype=torch.bool)
@@ -65,19 +74,19 @@ class VisionLanguageModel(nn.Module):
         return self.decoder(x_BTW, mask=mask, media=media)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits (targets, V) at the target positions alone, in row-major order: the head skips slots and prompt."""
+        """Compute logits (targets, V) of the target positions, in row-major order; the head skips slots and prompt."""
         return self.decoder.logits(self.hidden_states(batch)[batch.labels_BT != IGNORE])
 
     def prefill(
         self, features_PNW: Tensor, prefix_BT: Tensor, cache: KVCache, padding_B: Tensor | None = None
     ) -> Tensor:
-        """Logits (B, V) of the first answer token; fills the cache with the prefixes.
+        """Fill the cache with the prefixes and return logits (B, V) of the first answer token.
 
         Args:
-            features_PNW: of all pictures, in the order of their slots.
+            features_PNW: features of all pictures, in the order of their slots.
             prefix_BT: token ids, left-padded.
-            cache: empty.
-            padding_B: how many of a row's first positions are padding; None: none in any row.
+            cache: an empty cache.
+            padding_B: number of padding positions at the start of each row; None: no row is padded.
         """
         x_BTW, media = self.embed(prefix_BT, features_PNW)
         index_T = torch.arange(prefix_BT.shape[1], device=prefix_BT.device)
@@ -95,7 +104,7 @@ class VisionLanguageModel(nn.Module):
         return self.decoder.logits(x_B1W[:, 0])
 
     def step(self, tokens_B: Tensor, cache: KVCache) -> Tensor:
-        """Logits (B, V) after one more token a row."""
+        """Append one token to each row and return logits (B, V) of the next one."""
         mask, positions_BT = None, None
         if cache.padding_B is not None:
             positions_BT = cache.length - cache.padding_B[:, None]
@@ -105,7 +114,7 @@ class VisionLanguageModel(nn.Module):
         return self.decoder.logits(x_B1W[:, 0])
 
     def new_cache(self, batch: int, context: int) -> KVCache:
-        """An empty cache for `batch` sequences of up to `context` positions."""
+        """Create an empty cache for `batch` sequences of up to `context` positions."""
         attention = self.config.decoder.transformer.attention
         return KVCache(
             depth=self.config.decoder.transformer.depth,

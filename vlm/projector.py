@@ -1,4 +1,6 @@
-"""From the encoder's features to the decoder's width, and to fewer of them. (Linear and MLP are plain layers.)
+"""Projectors that map encoder features to the decoder's width and reduce their number.
+
+The linear and the MLP projector are plain layers and need no class here.
 
 Letters: B pictures, N patches, L latents, W width.
 """
@@ -15,9 +17,10 @@ from vlm.layers.attention import CrossAttention
 
 
 class PixelShuffle(nn.Module):
-    """Each square of factor x factor patches side by side, then linear: (B, N, W) to (B, N / factor^2, out_width).
+    """Concatenation of each square of factor x factor patches, then a linear layer: (B, N, W) to
+    (B, N / factor^2, out_width).
 
-    The pixel unshuffle of InternVL (Chen et al., 2024): detail moves from positions to channels.
+    This is the pixel unshuffle of InternVL (Chen et al., 2024): it moves detail from positions to channels.
     """
 
     def __init__(self, width: int, out_width: int, factor: int) -> None:
@@ -26,7 +29,7 @@ class PixelShuffle(nn.Module):
         self.linear = nn.Linear(width * factor**2, out_width, bias=False)
 
     def forward(self, x_BNW: Tensor) -> Tensor:
-        """Fewer, wider features; patches come in rows of a square grid."""
+        """Project patches that are given row by row of a square grid."""
         B, N, W = x_BNW.shape
         side, f = math.isqrt(N) // self.factor, self.factor
         squares = x_BNW.view(B, side, f, side, f, W).transpose(2, 3)
@@ -34,7 +37,7 @@ class PixelShuffle(nn.Module):
 
 
 class ResamplerBlock(nn.Module):
-    """Latents look at the picture and at themselves, then think."""
+    """Block of a resampler: latents attend to the picture and to each other, then pass an MLP."""
 
     def __init__(self, attention: CrossAttention, mlp: nn.Module, *, width: int) -> None:
         super().__init__()
@@ -43,7 +46,7 @@ class ResamplerBlock(nn.Module):
         self.mlp = mlp
 
     def forward(self, latents_BLW: Tensor, x_BNW: Tensor) -> Tensor:
-        """Latents after one block."""
+        """Return the latents after one block."""
         queries_BLW = self.attention_norm(latents_BLW)
         memory = torch.cat((self.memory_norm(x_BNW), queries_BLW), dim=1)
         latents_BLW = latents_BLW + self.attention(queries_BLW, self.attention.keys_values(memory))
@@ -51,7 +54,7 @@ class ResamplerBlock(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Perceiver resampler (Alayrac et al., 2022): however many patches, a fixed number of features."""
+    """Perceiver resampler: turns any number of patches into a fixed number of features (Alayrac et al., 2022)."""
 
     def __init__(self, blocks: Sequence[ResamplerBlock], norm: nn.Module, out: nn.Linear, *, num_latents: int) -> None:
         super().__init__()
@@ -60,7 +63,7 @@ class Resampler(nn.Module):
         self.norm, self.out = norm, out
 
     def forward(self, x_BNW: Tensor) -> Tensor:
-        """(B, N, width) to (B, L, out_width)."""
+        """Resample features (B, N, width) to (B, L, out_width)."""
         latents_BLW = self.latents.expand(len(x_BNW), -1, -1)
         for block in self.blocks:
             latents_BLW = block(latents_BLW, x_BNW)

@@ -1,4 +1,4 @@
-"""The encoder: a picture becomes a sequence of features.
+"""Vision encoder: turns a picture into a sequence of features.
 
 Letters: B batch, C channels, N patches (and class token), W width.
 """
@@ -18,29 +18,33 @@ Select = Literal["cls", "mean", "patches", "attention"]
 
 
 class PatchStem(nn.Conv2d):
-    """One convolution, stride = kernel = patch (Dosovitskiy et al., 2020): (B, 3, H, W) to (B, width, H/p, W/p)."""
+    """Convolution whose stride and kernel are the patch size p: (B, 3, H, W) to (B, width, H/p, W/p).
+
+    Source: Dosovitskiy et al., 2020.
+    """
 
     def __init__(self, patch_size: int, width: int, *, bias: bool) -> None:
         super().__init__(3, width, kernel_size=patch_size, stride=patch_size, bias=bias)
 
 
 class ConvStem(nn.Sequential):
-    """Stride-2 3x3 convolutions, then a 1x1 to the width (Xiao et al., 2021).
+    """3x3 convolutions with stride 2, then a 1x1 convolution to the width (Xiao et al., 2021).
 
-    Group norm instead of batch norm: a picture's features never depend on the batch it came in.
+    Group norm replaces batch norm, so the features of a picture do not depend on its batch.
     """
 
     def __init__(self, channels: Sequence[int], width: int) -> None:
         layers: list[nn.Module] = []
-        before = 3
-        for after in channels:
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.GroupNorm(1, after), nn.GELU()]
-            before = after
-        super().__init__(*layers, nn.Conv2d(before, width, 1))
+        inputs = 3
+        for outputs in channels:
+            convolution = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
+            layers += [convolution, nn.GroupNorm(1, outputs), nn.GELU()]
+            inputs = outputs
+        super().__init__(*layers, nn.Conv2d(inputs, width, 1))
 
 
 class AttentionPool(nn.Module):
-    """One learned query attends to all features, then an MLP (Zhai et al., 2022): (B, N, W) to (B, 1, W)."""
+    """Attention pooling with one learned query, then an MLP: (B, N, W) to (B, 1, W) (Zhai et al., 2022)."""
 
     def __init__(self, attention: CrossAttention, norm: nn.Module, mlp: nn.Module, *, width: int) -> None:
         super().__init__()
@@ -48,16 +52,17 @@ class AttentionPool(nn.Module):
         self.attention, self.norm, self.mlp = attention, norm, mlp
 
     def forward(self, x_BNW: Tensor) -> Tensor:
-        """The one feature."""
+        """Pool all features of each picture into one."""
         query_B1W = self.query.expand(len(x_BNW), -1, -1)
-        seen_B1W = self.attention(query_B1W, self.attention.keys_values(x_BNW))
-        return seen_B1W + self.mlp(self.norm(seen_B1W))
+        pooled_B1W = self.attention(query_B1W, self.attention.keys_values(x_BNW))
+        return pooled_B1W + self.mlp(self.norm(pooled_B1W))
 
 
 class VisionEncoder(nn.Module):
-    """Stem, class token and registers, positions, blocks, norm, selection.
+    """Vision transformer: stem, class token and registers, positions, blocks, norm, selection of the output.
 
-    Positions cover all tokens, or the patches alone; `pre_norm` and `norm` are identities where a model has none.
+    Position embeddings cover all tokens or only the patches. `pre_norm` and `norm` are identities in a model that has
+    no such norm.
     """
 
     def __init__(
@@ -93,7 +98,7 @@ class VisionEncoder(nn.Module):
         self.select = select
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Features of normalised pixels: (B, N, W) patches, or (B, 1, W) for the other selections."""
+        """Compute features of normalised pixels: (B, N, W) for `select: patches`, (B, 1, W) otherwise."""
         x_BNW = self.pre_norm(self.dropout(self._embed(self.stem(pixels_BCHW).flatten(2).transpose(1, 2))))
         for block in self.blocks:
             x_BNW = block(x_BNW, mask=None, causal=False)

@@ -1,4 +1,4 @@
-"""From pictures and prompts to text: requests, greedy decoding, sampling and beam search.
+"""Text generation: requests, greedy decoding, sampling and beam search with a key-value cache.
 
-Start reading in `generate.py`. Plain torch.
+Start reading in `generate.py`; callers import `Request`, `Completion`, `generate` and `stream` from there.
 """

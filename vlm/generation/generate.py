@@ -1,7 +1,7 @@
-"""From pictures and prompts to text: the prefixes once, then one token a row at a time from the cache.
+"""Text generation: one pass over the prefixes, then one token per row and step with the key-value cache.
 
-Rows of a batch never see each other: an answer is the same alone and in any company. A row that has ended leaves the
-batch. Ids that the tokenizer silences have no probability.
+Rows of a batch do not influence each other, so a completion does not depend on its batch. Finished rows leave the
+batch. Suppressed ids of the tokenizer are never generated.
 
 Letters: B rows still in the batch, V vocabulary.
 """
@@ -26,30 +26,31 @@ __all__ = ["Completion", "Request", "check_length", "generate", "stream"]
 def generate(
     model: VisionLanguageModel, tokenizer: Tokenizer, requests: Sequence[Request], settings: GenerationConfig
 ) -> list[Completion]:
-    """Answers in the order of the requests, which may have prefixes and pictures of any number.
+    """Generate a completion for each request, in order. Prefixes may differ in length and number of pictures.
 
     Raises:
         UserError: a request and `max_new_tokens` do not fit the model's context.
-        ValueError: a request has not as many slots as its pictures take.
+        ValueError: the slots of a request do not fit its pictures.
     """
     if not requests:
         return []
     if settings.num_beams > 1:
-        answers = beam_search(model, tokenizer, requests, settings)
+        completions = beam_search(model, tokenizer, requests, settings)
     else:
-        *_, answers = _steps(model, tokenizer, requests, settings)
-    for answer in answers:
-        text = tokenizer.decode(answer.tokens)
-        answer.text = text[: find_stop(text, settings.stop)]
-    return answers
+        *_, completions = _generate_steps(model, tokenizer, requests, settings)
+    for completion in completions:
+        text = tokenizer.decode(completion.tokens)
+        completion.text = text[: find_stop(text, settings.stop)]
+    return completions
 
 
 def stream(
     model: VisionLanguageModel, tokenizer: Tokenizer, request: Request, settings: GenerationConfig
 ) -> Iterator[int]:
-    """Token ids of one answer as they come, the end token left out.
+    """Yield the token ids of one completion as they are generated, without the end token.
 
-    A token is held back while it may belong to a stop string. A search over beams gives its tokens when it is over.
+    A token that may belong to a stop string is held back until this is decided. Beam search yields all tokens at its
+    end.
 
     Raises:
         UserError: the request and `max_new_tokens` do not fit the model's context.
@@ -57,50 +58,52 @@ def stream(
     if settings.num_beams > 1:
         steps = iter([beam_search(model, tokenizer, [request], settings)])
     else:
-        steps = _steps(model, tokenizer, [request], settings)
-    given, tokens = 0, list[int]()
-    for (answer,) in steps:
-        tokens = answer.tokens
-        ready = count_safe_tokens(tokenizer, tokens, given, settings.stop) if settings.stop else len(tokens)
-        yield from tokens[given:ready]
-        given = ready
+        steps = _generate_steps(model, tokenizer, [request], settings)
+    sent, tokens = 0, list[int]()
+    for (completion,) in steps:
+        tokens = completion.tokens
+        safe = count_safe_tokens(tokenizer, tokens, sent, settings.stop) if settings.stop else len(tokens)
+        yield from tokens[sent:safe]
+        sent = safe
     if find_stop(tokenizer.decode(tokens), settings.stop) is None:
-        yield from tokens[given:]
+        yield from tokens[sent:]
 
 
 @torch.inference_mode()
-def _steps(
+def _generate_steps(
     model: VisionLanguageModel, tokenizer: Tokenizer, requests: Sequence[Request], settings: GenerationConfig
 ) -> Iterator[list[Completion]]:
-    """All answers as far as they are, after each token."""
+    """Yield the unfinished completions of all requests after each step; the same objects every time."""
     logits_BV, cache = prefill(model, requests, settings)
-    choose = TokenSampler(requests, settings, logits_BV.shape[-1], logits_BV.device)
-    answers = [Completion() for _ in requests]
+    sampler = TokenSampler(requests, settings, logits_BV.shape[-1], logits_BV.device)
+    completions = [Completion() for _ in requests]
     owners = list(range(len(requests)))
-    silenced = torch.tensor(tokenizer.suppressed_ids, dtype=torch.long, device=logits_BV.device)
+    suppressed = torch.tensor(tokenizer.suppressed_ids, dtype=torch.long, device=logits_BV.device)
     for position in range(settings.max_new_tokens):
-        logits_BV = logits_BV.float().index_fill_(1, silenced, -torch.inf)
-        tokens_B = choose(logits_BV, position)
+        logits_BV = logits_BV.float().index_fill_(1, suppressed, -torch.inf)
+        tokens_B = sampler(logits_BV, position)
         logprobs_B = logits_BV.gather(1, tokens_B[:, None])[:, 0] - logits_BV.logsumexp(dim=-1)
-        going = [
-            _goes_on(answers[owner], token, logprob, tokenizer, settings.stop)
+        active = [
+            _append_token(completions[owner], token, logprob, tokenizer, settings.stop)
             for owner, token, logprob in zip(owners, tokens_B.tolist(), logprobs_B.tolist(), strict=True)
         ]
-        yield answers
-        if not any(going) or position == settings.max_new_tokens - 1:
+        yield completions
+        if not any(active) or position == settings.max_new_tokens - 1:
             return
-        if not all(going):
-            kept = cache.keep_rows(going)
+        if not all(active):
+            kept = cache.keep_rows(active)
             owners = [owners[row] for row in kept]
             tokens_B = tokens_B[kept]
-            choose.reorder(torch.tensor(kept, device=tokens_B.device))
+            sampler.reorder(torch.tensor(kept, device=tokens_B.device))
         logits_BV = model.step(tokens_B, cache)
 
 
-def _goes_on(answer: Completion, token: int, logprob: float, tokenizer: Tokenizer, stop: Sequence[str]) -> bool:
-    """Add a token to an answer; False where that ends it."""
-    answer.logprobs.append(logprob)
+def _append_token(
+    completion: Completion, token: int, logprob: float, tokenizer: Tokenizer, stop: Sequence[str]
+) -> bool:
+    """Append a token to a completion; returns False if the completion is finished."""
+    completion.logprobs.append(logprob)
     if token == tokenizer.eos_id:
         return False
-    answer.tokens.append(token)
-    return not stop or find_stop(tokenizer.decode(answer.tokens), stop) is None
+    completion.tokens.append(token)
+    return not stop or find_stop(tokenizer.decode(completion.tokens), stop) is None

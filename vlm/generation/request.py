@@ -1,4 +1,4 @@
-"""What is asked and what is answered, and the first pass over what is asked: every picture once, every prefix once.
+"""Requests and completions of generation, and the prefill that encodes pictures and prefixes.
 
 Letters: B requests, T positions, P pictures, N features of a picture, W width, V vocabulary.
 """
@@ -22,12 +22,12 @@ from vlm.text.base import SLOT
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to answer.
+    """Request for one completion.
 
     Attributes:
-        prefix: token ids before the answer, SLOT in the places of pictures (`vlm.text.prompt`).
-        pixels: uint8 (H, W, 3) at model resolution, in the order of their slots; none where the prompt is text alone.
-        seed: tells apart several draws for the same pictures and prompt.
+        prefix: token ids of the prompt, with SLOT at the positions of pictures (`vlm.text.prompt`).
+        pixels: pictures, uint8 (H, W, 3) at model resolution, in the order of their slots; empty for a text prompt.
+        seed: seed that distinguishes several samples for the same pictures and prompt.
     """
 
     prefix: Sequence[int]
@@ -37,12 +37,13 @@ class Request:
 
 @dataclass
 class Completion:
-    """One answer.
+    """Generated text of one request.
 
     Attributes:
-        tokens: as generated, without the end token.
-        logprobs: of each token under the model, before any narrowing or penalty, the end token's included, in nats.
-        text: the tokens decoded, cut off where a stop string begins.
+        tokens: generated token ids, without the end token.
+        logprobs: log-probability of each token under the model, in nats, including the end token, before penalty,
+            temperature and filters.
+        text: decoded tokens, cut before the first stop string.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -51,7 +52,7 @@ class Completion:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens generated, the end token included."""
+        """Number of generated tokens, including the end token."""
         return len(self.logprobs)
 
     @property
@@ -61,7 +62,7 @@ class Completion:
 
 
 def check_length(model: VisionLanguageModel, request: Request, settings: GenerationConfig) -> None:
-    """Refuse what the model's context cannot hold: an answer is never made from a prompt that was cut.
+    """Check that prefix and answer of a request fit the context. A prompt is never truncated.
 
     Raises:
         UserError: the prefix and `max_new_tokens` together are longer than the context.
@@ -79,11 +80,11 @@ def check_length(model: VisionLanguageModel, request: Request, settings: Generat
 def prefill(
     model: VisionLanguageModel, requests: Sequence[Request], settings: GenerationConfig
 ) -> tuple[Tensor, KVCache]:
-    """Logits (B, V) of the first tokens, and a cache with the prefixes and room for the answers.
+    """Return logits (B, V) of the first tokens, and a cache that holds the prefixes and has space for the answers.
 
     Raises:
         UserError: a request does not fit the context.
-        ValueError: a request has not as many slots as its pictures take.
+        ValueError: the slots of a request do not fit its pictures.
     """
     for request in requests:
         check_length(model, request, settings)
@@ -102,14 +103,14 @@ def prefill(
 
 
 def _features(model: VisionLanguageModel, requests: Sequence[Request]) -> Tensor:
-    """Features (P, N, W) of all pictures, in the order of their slots; equal pictures pass the encoder once."""
-    places: dict[bytes, int] = {}
+    """Compute features (P, N, W) of all pictures, in the order of their slots. Equal pictures are encoded once."""
+    index_by_content: dict[bytes, int] = {}
     distinct: list[Tensor] = []
     order: list[int] = []
     for picture in (picture for request in requests for picture in request.pixels):
-        place = places.setdefault(_bytes(picture), len(places))
-        order.append(place)
-        if place == len(distinct):
+        index = index_by_content.setdefault(_bytes(picture), len(index_by_content))
+        order.append(index)
+        if index == len(distinct):
             distinct.append(picture)
     if not distinct:
         return model.mean.new_zeros(0, model.config.num_features, model.config.decoder.transformer.width)
@@ -118,9 +119,9 @@ def _features(model: VisionLanguageModel, requests: Sequence[Request]) -> Tensor
 
 
 def request_seed(request: Request, settings: GenerationConfig) -> int:
-    """A seed that follows from the settings, the request's own seed, its pictures and its prompt, and nothing else."""
-    prints = [zlib.crc32(_bytes(picture)) for picture in request.pixels]
-    return mix(settings.seed, request.seed, *prints, *(token - SLOT for token in request.prefix))
+    """Derive a seed from the seed of the settings and from seed, pictures and prompt of the request alone."""
+    checksums = [zlib.crc32(_bytes(picture)) for picture in request.pixels]
+    return mix(settings.seed, request.seed, *checksums, *(token - SLOT for token in request.prefix))
 
 
 def _bytes(picture_HWC: Tensor) -> bytes:

@@ -1,7 +1,7 @@
-"""Which token comes next: scores are penalised and narrowed, then the best is taken or one is drawn.
+"""Choice of the next token: repetition penalty, temperature and filters, then the best token or a random one.
 
-Order and meaning of the settings are those of transformers' `generate`: repetition penalty, temperature, top-k, top-p,
-min-p.
+The settings mean the same as in transformers' `generate` and are applied in the same order: repetition penalty,
+temperature, top-k, top-p, min-p.
 
 Letters: B batch, N new tokens, V vocabulary.
 """
@@ -19,9 +19,9 @@ from vlm.text.base import SLOT
 
 
 class TokenSampler:
-    """Chooses the next token of every row: the best where temperature is 0, else one drawn by the row's own numbers.
+    """Sampler of the next token of every row: the best token at temperature 0, otherwise a random one.
 
-    A row's numbers follow from its request alone, so no answer depends on its batch.
+    The random numbers of a row depend only on its request, so a completion does not depend on its batch.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class TokenSampler:
     ) -> None:
         self._settings = settings
         self._penalty = RepetitionPenalty(settings.repetition_penalty, requests, vocab_size, device)
-        numbers = [
+        random_numbers = [
             torch.rand(
                 settings.max_new_tokens,
                 dtype=torch.float64,
@@ -37,10 +37,10 @@ class TokenSampler:
             )
             for request in requests
         ]
-        self._uniform_BN = torch.stack(numbers).to(device)
+        self._uniform_BN = torch.stack(random_numbers).to(device)
 
     def __call__(self, logits_BV: Tensor, position: int) -> Tensor:
-        """The tokens (B,) at a position of the answers."""
+        """Choose the tokens (B,) at a position of the completions."""
         scores_BV = self._penalty(logits_BV)
         if self._settings.temperature == 0:
             tokens_B = scores_BV.argmax(dim=-1)
@@ -50,15 +50,15 @@ class TokenSampler:
         return tokens_B
 
     def reorder(self, rows_B: Tensor) -> None:
-        """Row i becomes what row `rows_B[i]` was."""
+        """Replace row i by the old row `rows_B[i]`."""
         self._uniform_BN = self._uniform_BN[rows_B]
         self._penalty.reorder(rows_B)
 
 
 class RepetitionPenalty:
-    """Makes tokens that stand in a row's prompt or answer less likely (Keskar et al., 2019).
+    """Penalty for tokens that already occur in the prompt or completion of a row (Keskar et al., 2019).
 
-    A positive score is divided by the factor, a negative one multiplied with it; a factor of 1 costs nothing.
+    A positive score is divided by the factor, a negative one multiplied by it. A factor of 1 disables the penalty.
     """
 
     def __init__(self, factor: float, requests: Sequence[Request], vocab_size: int, device: torch.device) -> None:
@@ -69,36 +69,41 @@ class RepetitionPenalty:
                 seen_V[[token for token in request.prefix if token != SLOT]] = True
 
     def __call__(self, scores_BV: Tensor) -> Tensor:
-        """Scores after the penalty."""
+        """Apply the penalty to the scores."""
         if self._factor == 1:
             return scores_BV
-        less_BV = torch.where(scores_BV < 0, scores_BV * self._factor, scores_BV / self._factor)
-        return torch.where(self._seen_BV, less_BV, scores_BV)
+        penalized_BV = torch.where(scores_BV < 0, scores_BV * self._factor, scores_BV / self._factor)
+        return torch.where(self._seen_BV, penalized_BV, scores_BV)
 
     def add(self, tokens_B: Tensor) -> None:
-        """Note one more token a row."""
+        """Record one more token for each row."""
         if self._factor != 1:
             self._seen_BV.scatter_(1, tokens_B[:, None], True)
 
     def reorder(self, rows_B: Tensor) -> None:
-        """Row i becomes what row `rows_B[i]` was."""
+        """Replace row i by the old row `rows_B[i]`."""
         self._seen_BV = self._seen_BV[rows_B]
 
 
 def sample_tokens(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """One token a row, by the softmax of its scores and its number in [0, 1).
+    """Sample one token for each row from the softmax of its scores, by inverse transform sampling.
 
-    One number on the running sum of probabilities: no loop over rows, and the same draw on every device. In double
-    precision, because a sum over a large vocabulary in single precision loses its rare tokens.
+    The given random numbers make the choice the same on every device. The cumulative sum is in double precision:
+    single precision would lose the rare tokens of a large vocabulary.
+
+    Args:
+        scores_BV: scores of the tokens.
+        uniform_B: one random number in [0, 1) for each row.
     """
     sum_BV = torch.softmax(scores_BV.double(), dim=-1).cumsum(dim=-1)
     return torch.searchsorted(sum_BV, uniform_B[:, None] * sum_BV[:, -1:], right=True)[:, 0]
 
 
 def filter_scores(scores_BV: Tensor, settings: GenerationConfig) -> Tensor:
-    """Scores divided by the temperature, with everything outside top-k, top-p and min-p at minus infinity.
+    """Divide scores by the temperature and set tokens outside top-k, top-p and min-p to minus infinity.
 
-    top-p is the nucleus of Holtzman et al. (2019); min-p a share of the best token's probability (Nguyen et al., 2024).
+    top-p is nucleus sampling (Holtzman et al., 2019). min-p is a fraction of the best token's probability (Nguyen et
+    al., 2024).
     """
     scores_BV = scores_BV / settings.temperature
     if settings.top_k is not None:

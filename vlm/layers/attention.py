@@ -1,4 +1,4 @@
-"""Multi-head attention on torch's fused kernel, with grouped key-value heads, rotary positions and a cache.
+"""Multi-head self-attention and cross-attention, based on the fused kernel of torch.
 
 Letters: B batch, T query, S key, H heads, K kv heads, D head width, W width.
 """
@@ -14,9 +14,10 @@ from vlm.layers.position import Angles, apply_rotary
 
 
 class Attention(nn.Module):
-    """Self-attention; scores are divided by sqrt(head_dim) unless told otherwise, never by sqrt(width).
+    """Self-attention with grouped key-value heads, rotary positions, a sliding window, a soft cap and a cache.
 
-    Queries, keys and values come from one matrix, heads in that order.
+    One matrix computes queries, keys and values, in this order. Scores are multiplied by `scale`, by default
+    1 / sqrt(head_dim).
     """
 
     def __init__(
@@ -50,19 +51,19 @@ class Attention(nn.Module):
         layer: int = 0,
         last_only: bool = False,
     ) -> Tensor:
-        """Attend.
+        """Attend to the positions of x and of the cache.
 
         Args:
             x_BTW: input.
-            mask: bool, broadcastable to (B, H, T, S), True where seen; None: all of the past and present.
-            causal: a position sees itself and what came before (used when there is no mask).
+            mask: bool, broadcastable to (B, H, T, S), True where query t attends to key s; None: `causal` decides.
+            causal: without a mask, attend only to the same and earlier positions; False: attend to all.
             angles: rotary angles of the positions of x.
             cache: keys and values of earlier positions, extended in place.
-            layer: which layer of the cache is ours.
-            last_only: only what the last position sees is wanted.
+            layer: index of this layer in the cache.
+            last_only: compute the output of the last position alone.
 
         Returns:
-            (B, T, W), or (B, 1, W) of the last position.
+            (B, T, W), or (B, 1, W) with `last_only`.
         """
         B, T, _ = x_BTW.shape
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
@@ -77,7 +78,7 @@ class Attention(nn.Module):
         if last_only:
             q_BHTD, T = q_BHTD[:, :, -1:], 1
             mask = mask[:, :, -1:] if mask is not None else None
-        if mask is not None or T == 1:  # a branch, not an expression: torch.compile would hand a symbol to the kernel
+        if mask is not None or T == 1:  # an if statement, so that torch.compile sees a constant
             causal = False
         if self.soft_cap is None:
             out_BHTD = F.scaled_dot_product_attention(
@@ -104,7 +105,7 @@ class Attention(nn.Module):
         causal: bool,
         soft_cap: float,
     ) -> Tensor:
-        """Attention in the open: the fused kernel has no soft cap. Heads of one group share their keys unrepeated."""
+        """Compute attention with a soft cap, which the fused kernel does not support."""
         B, _, T, D = q_BHTD.shape
         grouped = q_BHTD.view(B, self.num_kv_heads, -1, T, D) * self.scale
         scores_BKGTS = soft_cap * torch.tanh(grouped @ k_BKSD[:, :, None].mT / soft_cap)
@@ -118,7 +119,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries of one sequence look at another: (B, T, width) and (B, S, memory_width) to (B, T, width)."""
+    """Cross-attention from x (B, T, width) to a memory (B, S, memory_width), with output (B, T, width)."""
 
     def __init__(self, width: int, memory_width: int, *, num_heads: int, head_dim: int, bias: bool) -> None:
         super().__init__()
@@ -128,14 +129,14 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(num_heads * head_dim, width, bias=bias)
 
     def keys_values(self, memory_BSW: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, H, S, D) each: they can be kept while the queries go on."""
+        """Compute keys and values of the memory, (B, H, S, D) each, which the caller may reuse for later queries."""
         B, S, _ = memory_BSW.shape
         k_BSE, v_BSE = self.kv(memory_BSW).chunk(2, dim=-1)
         k_BHSD, v_BHSD = (part.view(B, S, -1, self.head_dim).transpose(1, 2) for part in (k_BSE, v_BSE))
         return k_BHSD, v_BHSD
 
     def forward(self, x_BTW: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
-        """Attend to what `keys_values` made; mask as in `Attention.forward`."""
+        """Attend to the result of `keys_values`; `mask` as in `Attention.forward`."""
         B, T, _ = x_BTW.shape
         q_BHTD = self.q(x_BTW).view(B, T, -1, self.head_dim).transpose(1, 2)
         out_BHTD = F.scaled_dot_product_attention(q_BHTD, *keys_values, attn_mask=mask)

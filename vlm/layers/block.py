@@ -1,4 +1,4 @@
-"""The pre-norm transformer block, the same for encoder and decoder."""
+"""Pre-norm transformer block of encoder and decoder, with optional recomputation and compilation in training."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vlm.layers.position import Angles
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): the residual stream is never normalised in place.
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    A branch's output may pass a second norm (`post_norms`, one a branch) and a learned factor a channel that starts
-    from `layer_scale`.
+    The output of each branch can pass a second norm (`post_norms`) and a learned scale per channel, which starts at
+    `layer_scale`.
 
     Attributes:
-        recompute: in training, keep a block's input alone and compute the block once more in the backward pass.
-        compiled: in training, compute with kernels that torch makes for it.
+        recompute: in training, store only the input and compute the block again in the backward pass.
+        compiled: in training, run the block through torch.compile.
     """
 
     recompute = False
@@ -61,25 +61,25 @@ class Block(nn.Module):
         layer: int = 0,
         last_only: bool = False,
     ) -> Tensor:
-        """One block; arguments as in `Attention.forward`."""
-        kernels = _compiled() if self.compiled and self.training else Block._compute
+        """Apply the block; arguments as in `Attention.forward`."""
+        function = _compiled_compute() if self.compiled and self.training else Block._compute
         compute = partial(
-            kernels, self, mask=mask, causal=causal, angles=angles, cache=cache, layer=layer, last_only=last_only
+            function, self, mask=mask, causal=causal, angles=angles, cache=cache, layer=layer, last_only=last_only
         )
         if self.recompute and self.training:
-            again: Tensor = checkpoint(compute, x_BTW, use_reentrant=False)
-            return again
+            output: Tensor = checkpoint(compute, x_BTW, use_reentrant=False)
+            return output
         return compute(x_BTW)
 
-    def _compute(self, x_BTW: Tensor, *, last_only: bool, **how: Any) -> Tensor:
-        seen = self.attention(self.attention_norm(x_BTW), last_only=last_only, **how)
+    def _compute(self, x_BTW: Tensor, *, last_only: bool, **options: Any) -> Tensor:
+        attended = self.attention(self.attention_norm(x_BTW), last_only=last_only, **options)
         if last_only:
             x_BTW = x_BTW[:, -1:]
-        x_BTW = x_BTW + self._finish(seen, self.attention_post_norm, self.attention_scale)
-        thought = self.mlp(self.mlp_norm(x_BTW))
-        return x_BTW + self._finish(thought, self.mlp_post_norm, self.mlp_scale)
+        x_BTW = x_BTW + self._finish_branch(attended, self.attention_post_norm, self.attention_scale)
+        transformed = self.mlp(self.mlp_norm(x_BTW))
+        return x_BTW + self._finish_branch(transformed, self.mlp_post_norm, self.mlp_scale)
 
-    def _finish(self, branch: Tensor, post_norm: nn.Module | None, scale: Tensor | None) -> Tensor:
+    def _finish_branch(self, branch: Tensor, post_norm: nn.Module | None, scale: Tensor | None) -> Tensor:
         if post_norm is not None:
             branch = post_norm(branch)
         if scale is not None:
@@ -88,27 +88,32 @@ class Block(nn.Module):
 
 
 def iterate_blocks(model: nn.Module) -> Iterator[Block]:
-    """All blocks of a model, the encoder's and the decoder's."""
+    """Iterate over the blocks of encoder and decoder."""
     return (part for part in model.modules() if isinstance(part, Block))
 
 
 def recompute_blocks(model: nn.Module) -> None:
-    """Trade time for memory in all blocks of a model (Chen et al., 2016): about a third more compute, a block's
-    activations at a time."""
+    """Enable activation recomputation in all blocks (Chen et al., 2016).
+
+    Training computes about a third more and stores the activations of one block at a time.
+    """
     for block in iterate_blocks(model):
         block.recompute = True
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Have torch.compile make kernels for the training of all blocks of a model, when each shape is first met.
+    """Enable torch.compile for the training of all blocks; each new shape is compiled on first use.
 
-    What is no training (validation, captions with their caches) stays as it is.
+    Evaluation and generation keep the eager code.
     """
     for block in iterate_blocks(model):
         block.compiled = True
 
 
 @cache
-def _compiled() -> Callable[..., Tensor]:
-    """One for all blocks: blocks of a shape share their kernels. Made when it is needed, as the compiler is large."""
+def _compiled_compute() -> Callable[..., Tensor]:
+    """Return the compiled `_compute`, shared by all blocks, so that blocks of the same shape share kernels.
+
+    It is created on first use, because importing the compiler is slow.
+    """
     return torch.compile(Block._compute)

@@ -1,4 +1,4 @@
-"""Keys and values of the past, in memory reserved once. The caller owns it; the model only fills it.
+"""Key-value cache for generation. The caller creates and owns it; the model fills it.
 
 Letters: B batch, K kv heads, S key positions, D head width.
 """
@@ -12,16 +12,15 @@ from torch import Tensor
 
 
 class KVCache:
-    """Preallocated keys and values of every layer for up to `context` positions.
+    """Preallocated keys and values of all layers for up to `context` positions.
 
     Memory: 2 * depth * B * K * context * D elements.
 
     Attributes:
-        length: positions stored, the same in every row.
-        padding_B: how many of a row's first positions are padding; None: none in any row.
-        media: keys and values of the pictures, a pair a cross-attention layer, and who is seen from here on; empty
-            where pictures enter as slots.
-        media_mask: bool, broadcastable to (B, H, 1, S).
+        length: number of positions stored, equal in all rows.
+        padding_B: number of padding positions at the start of each row; None: no row is padded.
+        media: keys and values of the pictures, one pair for each cross-attention block; empty without cross-attention.
+        media_mask: bool, broadcastable to (B, H, 1, S): picture features that later tokens attend to.
     """
 
     def __init__(
@@ -44,9 +43,9 @@ class KVCache:
         self.media_mask: Tensor | None = None
 
     def extend(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new positions of one layer and return all of that layer's, old and new: (B, K, S, D) each.
+        """Store the new keys and values of one layer and return all of that layer, (B, K, S, D) each.
 
-        `advance` moves on once every layer has stored the same positions.
+        Call `advance` once after all layers have stored their new positions.
         """
         end = self.length + k_BKTD.shape[2]
         assert end <= self._keys.shape[3], f"{end} positions in a cache of {self._keys.shape[3]}"
@@ -55,11 +54,11 @@ class KVCache:
         return self._keys[layer, :, :, :end], self._values[layer, :, :, :end]
 
     def advance(self, positions: int) -> None:
-        """Count `positions` as stored in every layer."""
+        """Add to the number of positions that every layer has stored."""
         self.length += positions
 
     def repeat(self, times: int) -> None:
-        """Each row becomes `times` rows, side by side."""
+        """Replace each row by `times` adjacent copies."""
         self._keys = self._keys.repeat_interleave(times, dim=1)
         self._values = self._values.repeat_interleave(times, dim=1)
         if self.padding_B is not None:
@@ -68,14 +67,14 @@ class KVCache:
         if self.media_mask is not None:
             self.media_mask = self.media_mask.repeat_interleave(times, dim=0)
 
-    def keep_rows(self, going: Sequence[bool]) -> list[int]:
-        """Leave out the rows that do not go on; returns which row each one was.
+    def keep_rows(self, active: Sequence[bool]) -> list[int]:
+        """Drop the rows that are not active; returns the old index of each remaining row.
 
-        The last rows move into the gaps: nothing is allocated, and a row that ends costs one row's copy.
+        The last active rows move into the gaps, so dropping a row copies at most one row and allocates nothing.
         """
-        count = sum(going)
-        movers = (row for row in range(count, len(going)) if going[row])
-        kept = [row if going[row] else next(movers) for row in range(count)]
+        count = sum(active)
+        movable = (row for row in range(count, len(active)) if active[row])
+        kept = [row if active[row] else next(movable) for row in range(count)]
         for row, source in enumerate(kept):
             if row != source:
                 self._keys[:, row, :, : self.length] = self._keys[:, source, :, : self.length]
@@ -89,6 +88,9 @@ class KVCache:
         return kept
 
     def reorder(self, rows_B: Tensor, start: int) -> None:
-        """From position `start` on, row i becomes what row `rows_B[i]` was; what stands before is the same in both."""
+        """Replace row i by the old row `rows_B[i]` from position `start` on.
+
+        The positions before `start` must be equal in both rows.
+        """
         for stored in (self._keys, self._values):
             stored[:, :, :, start : self.length] = stored[:, rows_B, :, start : self.length]

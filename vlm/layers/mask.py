@@ -1,12 +1,12 @@
-"""Who sees whom: one rule from two marks a position (after big_vision's `make_attn_mask`).
+"""Attention masks from two values per position, validity and an autoregressive mark (after big_vision's
+`make_attn_mask`).
 
-A position sees itself, and another when that is real (not padding) and its running count of autoregressive marks is
-not larger. With S slots, p prompt tokens, a answer tokens:
+A query attends to itself, and to every valid (not padded) key whose cumulative sum of marks is not larger than its own:
 
-    marks            what it is
-    1 1 1 1 1 1      causal: each sees itself and the past
-    0 0 0 0 1 1      prefix-LM: the prefix sees all of itself, the answer is causal
-    0 0 0 0 0 0      full: everybody sees everybody
+    marks            mask
+    1 1 1 1 1 1      causal: each position attends to itself and to earlier ones
+    0 0 0 0 1 1      prefix-LM: the prefix attends to the whole prefix, the answer is causal
+    0 0 0 0 0 0      full: every position attends to every other
 """
 
 from __future__ import annotations
@@ -16,32 +16,41 @@ from torch import Tensor
 
 
 def attention_mask(valid_BT: Tensor, marks_BT: Tensor) -> Tensor:
-    """Boolean mask, True where query t may see key s.
+    """Build a boolean mask, True where query t attends to key s.
 
     Args:
-        valid_BT: bool, False on padding.
-        marks_BT: int, 1 where a position starts a new autoregressive step.
+        valid_BT: bool, False for padding.
+        marks_BT: int, 1 if earlier positions must not attend to this one, else 0.
 
     Returns:
-        mask_B1TS, to be broadcast over heads.
+        Mask (B, 1, T, T), which broadcasts over heads.
     """
     order_BT = torch.cumsum(marks_BT, dim=1)
-    sees_BTS = order_BT[:, None, :] <= order_BT[:, :, None]
-    # Padding sees itself: a row of the softmax that sees nothing would be NaN, and spread.
-    itself_TS = torch.eye(valid_BT.shape[1], dtype=torch.bool, device=valid_BT.device)
-    return (sees_BTS & valid_BT[:, None, :] | itself_TS)[:, None]
+    allowed_BTS = order_BT[:, None, :] <= order_BT[:, :, None]
+    # Padding attends to itself: the softmax of a query without any key would be NaN.
+    identity_TS = torch.eye(valid_BT.shape[1], dtype=torch.bool, device=valid_BT.device)
+    return (allowed_BTS & valid_BT[:, None, :] | identity_TS)[:, None]
 
 
 def prefix_marks(prefix_lengths_B: Tensor, length: int) -> Tensor:
-    """Marks of a prefix-LM: 0 inside each row's prefix, 1 after it. Shape (B, length)."""
+    """Return the marks (B, length) of a prefix-LM: 0 in the prefix of each row, 1 after it."""
     return (torch.arange(length, device=prefix_lengths_B.device)[None] >= prefix_lengths_B[:, None]).long()
 
 
 def apply_window(mask: Tensor | None, window: int, *, queries: int, keys: int, device: torch.device) -> Tensor:
-    """The mask narrowed to keys less than `window` positions back; without a mask, of causal attention.
+    """Restrict a mask to a sliding window: keys less than `window` positions before the query.
 
-    Positions that see each other, those of a prefix, do so at any distance, as in transformers. The queries are the
-    last `queries` of `keys` positions. Shape (1 or B, 1, queries, keys).
+    Positions of a prefix, which attend to each other in both directions, do so at any distance, as in transformers.
+
+    Args:
+        mask: bool (B, 1, queries, keys); None: causal.
+        window: number of keys in the window, including the query's own.
+        queries: number of queries; they are the last of the `keys` positions.
+        keys: number of keys.
+        device: device of the result.
+
+    Returns:
+        Mask (1 or B, 1, queries, keys).
     """
     t = torch.arange(keys - queries, keys, device=device)[:, None]
     s = torch.arange(keys, device=device)[None]

@@ -1,4 +1,4 @@
-"""The feed-forward half of a block: plain (two layers) or gated."""
+"""Feed-forward layers of a block: plain (two linear layers) or gated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ActivationFunction = Callable[[Tensor], Tensor]
 
 
 class PlainMlp(nn.Module):
-    """Linear, activation, linear: (..., width) to (..., out_width)."""
+    """Linear layer, activation, linear layer: (..., width) to (..., out_width)."""
 
     def __init__(
         self, width: int, mlp_width: int, activation: ActivationFunction, *, bias: bool, out_width: int
@@ -26,7 +26,7 @@ class PlainMlp(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """Gated linear unit (Shazeer, 2020): out(activation(gate(x)) * up(x)); gate and up come from one matrix."""
+    """Gated linear unit: out(activation(gate(x)) * up(x)); one matrix computes gate and up (Shazeer, 2020)."""
 
     def __init__(self, width: int, mlp_width: int, activation: ActivationFunction, *, bias: bool) -> None:
         super().__init__()

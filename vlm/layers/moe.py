@@ -1,7 +1,7 @@
 """Sparse mixture of experts: a router sends each token to a few of many MLPs (Shazeer et al., 2017).
 
-No token is dropped and no expert has a capacity: tokens are sorted by expert, and one grouped matrix product serves all
-experts at once. `naive_experts` says the same as a loop over experts; tests compare the two.
+Experts have no capacity limit, so no token is dropped. Tokens are sorted by expert, and one grouped matrix product
+computes all experts. `naive_experts` is the reference implementation, a loop over experts; tests compare the two.
 
 Letters: N tokens, K experts chosen by a token, A = N * K assignments, X experts, W width, I inputs, O outputs.
 """
@@ -18,11 +18,11 @@ from vlm.layers.mlp import ActivationFunction
 
 
 class Groups(NamedTuple):
-    """Rows sorted by the expert they go to.
+    """Grouping of rows that are sorted by expert.
 
     Attributes:
         expert_A: expert of each row, ascending.
-        ends_X: int32, one past the last row of each expert; an expert without rows ends where the one before it does.
+        ends_X: int32, index after the last row of each expert; equal to the previous entry for an expert without rows.
     """
 
     expert_A: Tensor
@@ -30,7 +30,7 @@ class Groups(NamedTuple):
 
 
 class GroupedLinear(nn.Module):
-    """A linear layer for each expert, stacked: each row goes through the one of its group."""
+    """Linear layers of all experts, stacked; each row passes the layer of its expert."""
 
     def __init__(self, num_experts: int, inputs: int, outputs: int, *, bias: bool) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class GroupedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_experts, outputs)) if bias else None
 
     def forward(self, x_AI: Tensor, groups: Groups) -> Tensor:
-        """Rows (A, O) of sorted rows (A, I)."""
+        """Map sorted rows (A, I) to (A, O)."""
         kind = x_AI.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_AI.dtype
         y_AO = grouped_matmul(x_AI.to(dtype), self.weight.to(dtype), groups)
@@ -46,7 +46,7 @@ class GroupedLinear(nn.Module):
 
 
 class PlainExperts(nn.Module):
-    """`PlainMlp` for each expert."""
+    """One `PlainMlp` for each expert."""
 
     def __init__(
         self, num_experts: int, width: int, mlp_width: int, activation: ActivationFunction, *, bias: bool
@@ -57,12 +57,12 @@ class PlainExperts(nn.Module):
         self.activation = activation
 
     def forward(self, x_AW: Tensor, groups: Groups) -> Tensor:
-        """Rows (A, W) of sorted rows."""
+        """Map sorted rows (A, W) to (A, W)."""
         return self.out(self.activation(self.up(x_AW, groups)), groups)
 
 
 class GatedExperts(nn.Module):
-    """`GatedMlp` for each expert."""
+    """One `GatedMlp` for each expert."""
 
     def __init__(
         self, num_experts: int, width: int, mlp_width: int, activation: ActivationFunction, *, bias: bool
@@ -73,18 +73,18 @@ class GatedExperts(nn.Module):
         self.activation = activation
 
     def forward(self, x_AW: Tensor, groups: Groups) -> Tensor:
-        """Rows (A, W) of sorted rows."""
+        """Map sorted rows (A, W) to (A, W)."""
         gate, up = self.gate_up(x_AW, groups).chunk(2, dim=-1)
         return self.out(self.activation(gate) * up, groups)
 
 
 class Routing(NamedTuple):
-    """What a router said about each token.
+    """Decision of a router for each token.
 
     Attributes:
-        logits_NX: fp32, before the noise: what the losses are about.
-        gates_NK: weights of the chosen experts, a softmax over them.
-        chosen_NK: the chosen experts, best first.
+        logits_NX: fp32 logits without noise, the input of the router losses.
+        gates_NK: weights of the chosen experts, a softmax over these experts.
+        chosen_NK: indices of the chosen experts, best first.
     """
 
     logits_NX: Tensor
@@ -93,10 +93,10 @@ class Routing(NamedTuple):
 
 
 class MoeMlp(nn.Module):
-    """Router and experts, in the place of a block's MLP.
+    """Mixture of experts that replaces the MLP of a block: router and experts.
 
-    A training forward leaves its `Routing` in `routing`, for the objective to take: the layer does not know which
-    tokens are real, so its losses are not its own business. At evaluation nothing is left, and there is no noise.
+    A forward pass in training stores its `Routing`, from which the objective computes the router losses. The layer does
+    not compute them because it does not know which tokens are padding. Evaluation stores nothing and adds no noise.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class MoeMlp(nn.Module):
         return dispatch(self.experts, x_NW, routing).view_as(x)
 
     def route(self, x_NW: Tensor) -> Routing:
-        """Choose each token's experts. In fp32 even under autocast: rounded logits send tokens elsewhere."""
+        """Choose the experts of each token, in fp32 even under autocast: rounding would change the choice."""
         with torch.autocast(x_NW.device.type, enabled=False):
             x_NW = x_NW.float()
             logits_NX = scores_NX = F.linear(x_NW, self.router.weight.float())
@@ -138,7 +138,7 @@ class MoeMlp(nn.Module):
             return Routing(logits_NX, best_NK.softmax(dim=-1), chosen_NK)
 
     def pop_routing(self) -> Routing:
-        """The routing of the last training forward, once; of no tokens where there was none."""
+        """Return and clear the routing of the last training pass; a routing of zero tokens if there was none."""
         routing, self.routing = self.routing, None
         if routing is None:
             routing = self.route(self.router.weight.new_zeros(0, self.router.in_features))
@@ -146,27 +146,28 @@ class MoeMlp(nn.Module):
 
     @property
     def out(self) -> GroupedLinear:
-        """What writes into the residual stream."""
+        """Layer that writes into the residual stream."""
         return self.experts.out
 
 
 def dispatch(experts: PlainExperts | GatedExperts, x_NW: Tensor, routing: Routing) -> Tensor:
-    """Sort assignments by expert, apply the experts, put the rows back and add up each token's."""
+    """Sort the assignments by expert, apply the experts, restore the order and sum the outputs of each token."""
     (N, W), K = x_NW.shape, routing.chosen_NK.shape[1]
     expert_A, order_A = routing.chosen_NK.flatten().sort(stable=True)
-    places_A = torch.empty_like(order_A)
-    places_A[order_A] = torch.arange(N * K, device=order_A.device)
-    every_X = torch.arange(len(experts.out.weight), device=order_A.device)
-    groups = Groups(expert_A, torch.searchsorted(expert_A, every_X, right=True, out_int32=True))
+    inverse_A = torch.empty_like(order_A)
+    inverse_A[order_A] = torch.arange(N * K, device=order_A.device)
+    experts_X = torch.arange(len(experts.out.weight), device=order_A.device)
+    groups = Groups(expert_A, torch.searchsorted(expert_A, experts_X, right=True, out_int32=True))
     y_AW = experts(x_NW.index_select(0, order_A // K), groups)
-    y_NKW = y_AW.index_select(0, places_A).view(N, K, W)
+    y_NKW = y_AW.index_select(0, inverse_A).view(N, K, W)
     return (y_NKW * routing.gates_NK[..., None].to(y_NKW.dtype)).sum(dim=1)
 
 
 def grouped_matmul(x_AI: Tensor, weight_XOI: Tensor, groups: Groups) -> Tensor:
-    """Each sorted row times the matrix of its expert: (A, O).
+    """Multiply each sorted row by the matrix of its expert: (A, O).
 
-    One kernel where torch has it (2.10 on) and the rows' strides are whole 16 bytes, else one padded batch.
+    Uses the grouped kernel of torch (2.10 or later) if the strides of the rows are multiples of 16 bytes, otherwise
+    `padded_matmul`.
     """
     aligned = all(size * x_AI.element_size() % 16 == 0 for size in weight_XOI.shape[1:])
     if aligned and hasattr(F, "grouped_mm") and x_AI.dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -175,9 +176,9 @@ def grouped_matmul(x_AI: Tensor, weight_XOI: Tensor, groups: Groups) -> Tensor:
 
 
 def padded_matmul(x_AI: Tensor, weight_XOI: Tensor, groups: Groups) -> Tensor:
-    """`grouped_matmul` for any torch and any width: every expert gets as many rows as the busiest, zeros at the end.
+    """Compute `grouped_matmul` on any version of torch, as a batch in which all experts are padded to the busiest one.
 
-    Costs what X times the busiest expert costs, which is little more while the load is balanced.
+    The cost is X times that of the busiest expert, which is close to optimal for a balanced load.
     """
     X, O, I = weight_XOI.shape  # noqa: E741
     loads_X = torch.diff(groups.ends_X, prepend=groups.ends_X.new_zeros(1))
@@ -189,7 +190,7 @@ def padded_matmul(x_AI: Tensor, weight_XOI: Tensor, groups: Groups) -> Tensor:
 
 
 def naive_experts(experts: PlainExperts | GatedExperts, x_NW: Tensor, routing: Routing) -> Tensor:
-    """The experts as one reads them: each looks for its tokens. The reference of tests and benchmarks."""
+    """Compute the experts in a loop: the reference implementation for tests and benchmarks."""
     y_NW = torch.zeros_like(x_NW)
     for expert in range(len(experts.out.weight)):
         token_A, choice_A = (routing.chosen_NK == expert).nonzero(as_tuple=True)

@@ -1,4 +1,4 @@
-"""RMS norm whose weight is stored as its distance from one. (Plain layer and RMS norms are torch's own.)"""
+"""RMS norm whose weight is stored as its difference from one. Other norms come from torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from torch.nn import functional as F
 
 
 class OffsetRmsNorm(nn.Module):
-    """x / rms(x) * (1 + weight), in fp32 whatever x is (Gemma Team, 2024): weight decay pulls towards the identity."""
+    """RMS norm x / rms(x) * (1 + weight), computed in fp32 for any type of x (Gemma Team, 2024).
+
+    The offset makes weight decay pull the scale towards one instead of zero.
+    """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()

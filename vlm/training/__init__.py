@@ -1,4 +1,5 @@
-"""Training a model: the loop, the loss, the optimizer, ranks and adapters.
+"""Training of a model: the loop, the loss, the optimizer, parallel ranks, adapters and the saved state.
 
-Start reading in `loop.py`. Plain torch: where batches come from and where metrics go is the caller's business.
+The package takes batches from an iterable and reports through a callback: it knows neither shards nor run folders.
+Start reading in `loop.py`.
 """

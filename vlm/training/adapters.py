@@ -1,13 +1,13 @@
-"""Low-rank adapters (LoRA; Hu et al., 2021): a frozen model learns through small corrections of its linear layers.
+"""Low-rank adapters (LoRA; Hu et al., 2021): training of small updates to the linear layers of a frozen model.
 
-An adapted layer computes x W' + (alpha / rank) x A' B', with A (`down`) random and B (`up`) zero at first: an adapter
-that has learned nothing changes nothing, not a bit. `merge_adapter` adds the correction to W and leaves a plain model.
+An adapted layer computes x W' + (alpha / rank) x A' B'. A (`down`) starts random and B (`up`) starts at zero, so that a
+fresh adapter leaves the output exactly unchanged. `merge_adapter` adds the update to W and returns to a plain model.
 
 adapter.safetensors   A and B of each adapted layer
-adapter.json          the AdapterConfig, and the SHA-256 of the weights file that the adapter corrects
+adapter.json          the AdapterConfig, and the SHA-256 of the weights file that the adapter was trained on
 
-The file's digest, not the shapes of its weights: another training of the same shapes would take the adapter without a
-complaint and say nonsense.
+The SHA-256 identifies the base weights. Shapes cannot: another model of the same shapes would load the adapter without
+an error and generate nonsense.
 
 Letters: R rank.
 """
@@ -29,16 +29,17 @@ from vlm.config import AdapterConfig, Config, read_error_message
 from vlm.errors import CheckpointError, ConfigError, nearest
 from vlm.layers.linear import linear_layers
 from vlm.layers.moe import GroupedLinear
+from vlm.training.optim import collapse_names
 
 ADAPTER, ADAPTER_CONFIG = "adapter.safetensors", "adapter.json"
 
 
 class AdapterFile(Config):
-    """adapter.json.
+    """Content of adapter.json.
 
     Attributes:
-        adapter: which layers, and how.
-        base: SHA-256 of the weights file the adapter was trained on.
+        adapter: config of the adapter.
+        base: SHA-256 of the weights file that the adapter was trained on.
     """
 
     adapter: AdapterConfig
@@ -46,7 +47,7 @@ class AdapterFile(Config):
 
 
 class LoraLinear(nn.Linear):
-    """A frozen linear layer and its correction; weight and bias keep their names and their storage."""
+    """Linear layer with a low-rank update; the frozen weight and bias keep their names and storage."""
 
     def __init__(self, base: nn.Linear, config: AdapterConfig) -> None:
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
@@ -58,41 +59,41 @@ class LoraLinear(nn.Linear):
         self.up = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
 
     def forward(self, input: Tensor) -> Tensor:
-        """The layer's output, corrected."""
+        """Compute the output of the layer, including the update."""
         return super().forward(input) + self.scale * F.linear(F.linear(input, self.down), self.up)
 
     def merged(self) -> nn.Linear:
-        """A plain linear layer that computes the same."""
+        """Return a plain linear layer whose weight includes the update."""
         plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        correction = self.scale * (self.up.detach().float() @ self.down.detach().float())
-        plain.weight = nn.Parameter((self.weight.detach().float() + correction).to(self.weight.dtype))
+        update = self.scale * (self.up.detach().float() @ self.down.detach().float())
+        plain.weight = nn.Parameter((self.weight.detach().float() + update).to(self.weight.dtype))
         plain.bias = self.bias
         return plain
 
 
 def add_adapter(model: nn.Module, config: AdapterConfig) -> None:
-    """Freeze a model and give each linear layer that the pattern matches a fresh correction, in place.
+    """Freeze a model and add a fresh update to each linear layer that the pattern matches, in place.
 
     A is drawn from torch's global generator: seed it first.
 
     Raises:
-        ConfigError: the pattern matches no linear layer, or one that shares its weight with another part of the model.
+        ConfigError: the pattern matches no linear layer, or a layer whose weight another part of the model shares.
     """
     linears = linear_layers(model)
     chosen = {name: layer for name, layer in linears.items() if re.fullmatch(config.pattern, name)}
     if not chosen:
-        raise _no_match(config.pattern, linears)
-    _refuse_shared(model, config.pattern, chosen)
+        raise _no_match_error(config.pattern, linears)
+    _reject_shared_weight(model, config.pattern, chosen)
     model.requires_grad_(False)
     for name, layer in chosen.items():
         model.set_submodule(name, LoraLinear(layer, config))
 
 
 def cast_frozen_to_bf16(model: nn.Module) -> None:
-    """Keep frozen linear weights and experts in bf16, in place: for a model that runs under bf16 autocast.
+    """Convert frozen weights of linear layers and experts to bf16, in place, to save memory under bf16 autocast.
 
-    Autocast makes these very numbers of them at every use, so nothing changes but the memory. A weight that is a token
-    table too stays: autocast leaves tables alone. So do routers, which work in fp32.
+    Results do not change, because autocast rounds these weights in the same way at every use. Token tables and routers
+    are not rounded by autocast, so they stay in fp32, as does a head that shares the weight of its table.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     experts = [module for module in model.modules() if isinstance(module, GroupedLinear)]
@@ -102,56 +103,56 @@ def cast_frozen_to_bf16(model: nn.Module) -> None:
 
 
 def merge_adapter(model: nn.Module) -> None:
-    """Add each correction to its weight, in place; what is left is a plain model, trainable as a whole."""
+    """Add all updates to their weights, in place. The result is a plain model with all parameters trainable."""
     for name, layer in linear_layers(model).items():
         if isinstance(layer, LoraLinear):
             model.set_submodule(name, layer.merged())
     model.requires_grad_(True)
 
 
-def save_adapter(folder: Path, model: nn.Module, config: AdapterConfig, base: str) -> None:
-    """Write the adapter of a model that has one; the folder is created.
+def save_adapter(folder: Path, model: nn.Module, config: AdapterConfig, base_sha256: str) -> None:
+    """Write the adapter of a model into a folder, which is created.
 
     Args:
-        folder: of the two files.
-        model: adapted by `config`.
-        config: which layers, and how.
-        base: SHA-256 of the weights file that the model was filled from (`vlm.files.file_digest`).
+        folder: folder for the two files.
+        model: model with an adapter.
+        config: config of the adapter.
+        base_sha256: SHA-256 of the weights file that the model was loaded from (`vlm.files.file_digest`).
     """
-    save_adapter_weights(folder, adapter_weights(model), config, base)
+    save_adapter_weights(folder, adapter_weights(model), config, base_sha256)
 
 
-def save_adapter_weights(folder: Path, corrections: Mapping[str, Tensor], config: AdapterConfig, base: str) -> None:
-    """`save_adapter` of corrections that have left their model, by name."""
+def save_adapter_weights(folder: Path, weights: Mapping[str, Tensor], config: AdapterConfig, base_sha256: str) -> None:
+    """Write the files of `save_adapter` from a copy of the adapter's weights, by name."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in corrections.items()}, folder / ADAPTER)
-    file = AdapterFile(adapter=config, base=base)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / ADAPTER)
+    file = AdapterFile(adapter=config, base=base_sha256)
     (folder / ADAPTER_CONFIG).write_text(file.model_dump_json(indent=2), encoding="utf-8")
 
 
-def load_adapter(folder: Path, model: nn.Module, base: str) -> None:
-    """Give a plain model the adapter of a folder, in place.
+def load_adapter(folder: Path, model: nn.Module, base_sha256: str) -> None:
+    """Add the adapter of a folder to a plain model, in place.
 
     Args:
-        folder: written by `save_adapter`.
-        model: filled from the weights file that the adapter was trained on.
-        base: SHA-256 of that file.
+        folder: folder written by `save_adapter`.
+        model: model loaded from the weights file that the adapter was trained on.
+        base_sha256: SHA-256 of that file.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the adapter is of another base or of other layers.
+        CheckpointError: a file is missing or damaged, or the adapter belongs to other weights or other layers.
     """
-    with torch.random.fork_rng(devices=[]):  # fresh corrections are overwritten: leave the caller's generator alone
-        add_adapter(model, _read(folder, base).adapter)
-    load_adapter_weights(folder, model, base)
+    with torch.random.fork_rng(devices=[]):  # the fresh updates are overwritten, so keep the random state
+        add_adapter(model, _read(folder, base_sha256).adapter)
+    load_adapter_weights(folder, model, base_sha256)
 
 
-def load_adapter_weights(folder: Path, model: nn.Module, base: str) -> None:
-    """Fill the adapter that a model has from a folder; arguments and errors as in `load_adapter`."""
-    _read(folder, base)
+def load_adapter_weights(folder: Path, model: nn.Module, base_sha256: str) -> None:
+    """Load the adapter of a folder into a model with such an adapter; arguments and errors as in `load_adapter`."""
+    _read(folder, base_sha256)
     fill_tensors(adapter_weights(model), folder / ADAPTER)
 
 
-def _read(folder: Path, base: str) -> AdapterFile:
+def _read(folder: Path, base_sha256: str) -> AdapterFile:
     path = folder / ADAPTER_CONFIG
     try:
         file = AdapterFile.model_validate_json(path.read_text(encoding="utf-8"))
@@ -160,20 +161,20 @@ def _read(folder: Path, base: str) -> AdapterFile:
             "the adapter's config cannot be read",
             where=str(path),
             got=read_error_message(error),
-            fix=f"an adapter's folder holds {ADAPTER} and {ADAPTER_CONFIG}",
+            fix=f"the folder of an adapter holds {ADAPTER} and {ADAPTER_CONFIG}",
         ) from None
-    if file.base != base:
+    if file.base != base_sha256:
         raise CheckpointError(
             "the adapter was trained on other weights",
             where=str(path),
-            got=f"weights with SHA-256 {base[:12]}, the adapter's have {file.base[:12]}",
-            fix="load the weights it was trained on: the run's train.start_from names their folder",
+            got=f"weights with SHA-256 {base_sha256[:12]}, the adapter needs {file.base[:12]}",
+            fix="load the weights the adapter was trained on: train.start_from of the run names their folder",
         )
     return file
 
 
 def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
-    """`down` and `up` of each adapted layer, by full name; no copies."""
+    """Return `down` and `up` of each adapted layer by full name, without copying."""
     return {
         f"{name}.{part}": getattr(layer, part).detach()
         for name, layer in linear_layers(model).items()
@@ -182,20 +183,18 @@ def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _no_match(pattern: str, names: Iterable[str]) -> ConfigError:
-    """Names with their block numbers as N: a few lines however deep the model is."""
-    kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in names))
+def _no_match_error(pattern: str, names: Iterable[str]) -> ConfigError:
+    kinds = collapse_names(names)
     near = nearest(pattern, kinds, count=3)
     return ConfigError(
         "the adapter's pattern matches no linear layer",
         where="train.adapter.pattern",
         got=pattern,
-        fix=(f"nearest: {', '.join(near)}; " if near else "")
-        + f"it must match a whole name; there are: {', '.join(kinds)}",
+        fix=(f"nearest: {', '.join(near)}; " if near else "") + f"it must match a whole name of: {', '.join(kinds)}",
     )
 
 
-def _refuse_shared(model: nn.Module, pattern: str, chosen: dict[str, nn.Linear]) -> None:
+def _reject_shared_weight(model: nn.Module, pattern: str, chosen: dict[str, nn.Linear]) -> None:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -205,6 +204,6 @@ def _refuse_shared(model: nn.Module, pattern: str, chosen: dict[str, nn.Linear])
             raise ConfigError(
                 "the adapter's pattern matches a layer that shares its weight",
                 where="train.adapter.pattern",
-                got=f"{pattern} matches {name}, whose weight is {others[0]} too: merging would change both",
+                got=f"{pattern} matches {name}, whose weight is also {others[0]}: merging would change both",
                 fix="narrow the pattern, for example decoder.blocks.*",
             )

@@ -1,7 +1,7 @@
-"""The training loop, and nothing else: where batches come from and where reports go is the caller's business.
+"""Training loop over batches that the caller provides, with a report after each step.
 
-The whole state is weights, optimizer and one integer. Randomness inside a step (dropout) is seeded by (seed, step,
-rank), so a loop that starts at step k does exactly what an uninterrupted one does from step k on.
+The state of training is the weights, the optimizer and the number of the step. Random numbers inside a step (dropout)
+are seeded with (seed, step, rank), so that a resumed loop takes exactly the same steps as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from vlm.training.parallel import full_tensor, global_sum, gradient_sync, to_hos
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step over the global batch.
+    """Report of one optimizer step over the global batch.
 
     Attributes:
-        step: 0-based number of the step just taken.
-        loss: nats per target token of the global batch, before the step.
-        lr: learning rate used: the largest, where groups have their own.
-        grad_norm: global gradient norm before clipping.
-        tokens: target tokens of the global batch.
-        router: what routers did before the step; None for a dense model. Their losses are trained on beside `loss`, and
-            are no part of it.
+        step: number of the step, from 0.
+        loss: loss of the global batch before the step, nats per target token, without the router losses.
+        lr: learning rate of the step; the largest one if parameter groups have their own.
+        grad_norm: gradient norm over all ranks before clipping.
+        tokens: number of target tokens of the global batch.
+        router: router losses and expert load before the step; None for a dense model.
     """
 
     step: int
@@ -45,10 +44,10 @@ class StepReport:
 
 
 class NotFiniteError(LakesightError):
-    """Loss or gradient became NaN or infinite.
+    """Loss or gradient is NaN or infinite.
 
     Attributes:
-        on_other_rank: the loss of this rank was finite, and that of another was not.
+        on_other_rank: True if the loss of this rank is finite and that of another rank is not.
     """
 
     on_other_rank = False
@@ -68,24 +67,24 @@ def fit(
     bf16: bool,
     on_step: Callable[[StepReport], None],
 ) -> None:
-    """Take one optimizer step a batch, from step `start` on.
+    """Take one optimizer step for each batch, from step `start` on.
 
     Args:
-        model: called with a Batch, returns logits at its targets; wrapped in DDP where there are several ranks.
-        optimizer: of `vlm.training.optim.build_adamw`.
-        batches: this rank's slice of each global batch, the one of step `start` first, in parts, as many on each rank:
-            one is computed after another, and their gradients are added up, so it is the same step in less memory.
+        model: returns the logits of the target positions of a Batch; wrapped in DDP if there are several ranks.
+        optimizer: result of `vlm.training.optim.build_adamw`.
+        batches: this rank's slice of each global batch, from step `start` on. Each slice is split into parts, equally
+            many on each rank, whose gradients are accumulated: more parts take the same step in less memory.
         start: number of the first step.
-        lr_schedule: learning rate of a step; each group of the optimizer takes its share of it.
-        grad_clip: largest gradient norm.
-        seed: of the run.
-        rank: of this process.
-        device: where the model is.
-        bf16: run the forward pass in bfloat16 autocast.
-        on_step: called after every step on every rank.
+        lr_schedule: returns the learning rate of a step; each parameter group multiplies it by its `lr_share`.
+        grad_clip: largest gradient norm; larger gradients are scaled down.
+        seed: seed of the run.
+        rank: rank of this process.
+        device: device of the model.
+        bf16: run the forward pass under bfloat16 autocast.
+        on_step: called after every step, on every rank.
 
     Raises:
-        NotFiniteError: a loss or gradient that is not finite; the weights are those before the step.
+        NotFiniteError: loss or gradient is not finite; the weights are still those before the step.
     """
     model.train()
     layers = routed_layers(unwrap_ddp(model))
@@ -93,56 +92,56 @@ def fit(
         torch.manual_seed(mix(seed, step, rank))
         parts = [part.to(device) for part in batch]
         tokens = global_sum(torch.stack([num_targets(part) for part in parts]).sum().double())
-        own, routers = torch.zeros((), dtype=torch.float64, device=device), []
+        rank_loss, routers = torch.zeros((), dtype=torch.float64, device=device), []
         for number, part in enumerate(parts, 1):
-            with gradient_sync(model, here=number < len(parts)):
+            with gradient_sync(model, enabled=number == len(parts)):
                 loss_sum, router = _backward(model, layers, part, tokens, len(parts), bf16=bf16)
-            own += loss_sum
+            rank_loss += loss_sum
             routers += [router] if router else []
         norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
-        total, num_tokens, grad_norm = to_host(torch.stack((global_sum(own), tokens, norm.double())))
+        total, num_tokens, grad_norm = to_host(torch.stack((global_sum(rank_loss), tokens, norm.double())))
         loss = total / num_tokens
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise _diverged(step, loss, grad_norm, rank, own)
+            raise _divergence_error(step, loss, grad_norm, rank, rank_loss)
         for group in optimizer.param_groups:
             group["lr"] = lr_schedule(step) * group["lr_share"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        met = RouterReport.mean(routers) if routers else None
-        on_step(StepReport(step, loss, lr_schedule(step), grad_norm, int(num_tokens), met))
+        router_report = RouterReport.mean(routers) if routers else None
+        on_step(StepReport(step, loss, lr_schedule(step), grad_norm, int(num_tokens), router_report))
 
 
 def _backward(
     model: nn.Module, layers: Mapping[str, MoeMlp], part: Batch, tokens: Tensor, num_parts: int, *, bf16: bool
 ) -> tuple[Tensor, RouterReport | None]:
-    """Gradients of a part of this rank's slice; returns its summed loss, and what its routers did."""
+    """Accumulate the gradients of one part; returns its summed loss and the report of its routers."""
     with mixed_precision(part.tokens_BT.device, bf16=bf16):
         loss_sum = token_loss(model(part), part)
-    # DDP averages gradients over ranks; the losses are means over the tokens of all ranks.
+    # DDP averages gradients over ranks, but the loss is a mean over the tokens of all ranks.
     objectives, report = [loss_sum * (world_size() / tokens).to(loss_sum.dtype)], None
     if layers:
         router_part, report = router_loss(layers, part)
-        if router_part.requires_grad:  # not where an adapter is all that learns, behind the last router
+        if router_part.requires_grad:  # False if only an adapter after the last router is trained
             objectives.append(router_part * (world_size() / num_parts))
     torch.autograd.backward(objectives)
     return loss_sum.detach(), report
 
 
-def _diverged(step: int, loss: float, grad_norm: float, rank: int, own: Tensor) -> NotFiniteError:
-    """The error, with the ranks whose own loss began it. Every rank comes here at the same step."""
-    fine = torch.zeros(world_size(), device=own.device)
-    fine[rank] = own.detach().isfinite()
-    bad = [number for number, is_fine in enumerate(to_host(global_sum(fine))) if not is_fine]
+def _divergence_error(step: int, loss: float, grad_norm: float, rank: int, rank_loss: Tensor) -> NotFiniteError:
+    """Build the error, which names the ranks whose loss is not finite. All ranks call this at the same step."""
+    finite = torch.zeros(world_size(), device=rank_loss.device)
+    finite[rank] = rank_loss.detach().isfinite()
+    bad = [number for number, is_finite in enumerate(to_host(global_sum(finite))) if not is_finite]
     error = NotFiniteError(
         "training diverged",
         where=f"step {step}" + (f", the loss of rank {', '.join(map(str, bad))}" if bad else ""),
         got=f"loss {loss}, gradient norm {grad_norm}",
-        fix="lower train.optimizer.lr or raise train.optimizer.warmup_steps (a new run: it starts over)",
+        fix="lower train.optimizer.lr or raise train.optimizer.warmup_steps (this creates a new run)",
     )
     error.on_other_rank = bool(bad) and rank not in bad
     return error
 
 
 def mixed_precision(device: torch.device, *, bf16: bool) -> AbstractContextManager[object]:
-    """Autocast to bfloat16 where it is asked for."""
+    """Return a context that enables bfloat16 autocast, or changes nothing if `bf16` is False."""
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()

@@ -1,4 +1,4 @@
-"""What training minimises, and the question every captioner must answer: does it look?
+"""Losses: caption loss, router losses, and losses per row for evaluation.
 
 Letters: B batch, T positions, V vocabulary, N tokens, K experts chosen by a token, X experts.
 """
@@ -20,28 +20,28 @@ from vlm.training.parallel import global_sum
 
 
 def token_loss(logits_NV: Tensor, batch: Batch) -> Tensor:
-    """Summed cross entropy, in nats, of the model's logits at the N target positions of a batch.
+    """Compute the summed cross entropy, in nats, of logits at the N target positions of a batch.
 
-    A sum, not a mean: the caller divides by the tokens of the *global* batch, so that a rank with short captions does
-    not count for more.
+    The caller divides the sum by the tokens of the global batch. A mean over each rank's tokens would give more weight
+    to ranks with short captions.
     """
     labels_BT = batch.labels_BT
     return F.cross_entropy(logits_NV.float(), labels_BT[labels_BT != IGNORE], reduction="sum")
 
 
 def num_targets(batch: Batch) -> Tensor:
-    """Target tokens of a batch, a scalar."""
+    """Count the target tokens of a batch; returns a scalar tensor."""
     return (batch.labels_BT != IGNORE).sum()
 
 
 @dataclass(frozen=True)
 class RouterReport:
-    """What the routers of a model did with the real tokens of a global batch.
+    """Router losses and expert load for the tokens of a global batch, without padding.
 
     Attributes:
-        balance: load-balance loss, the mean of the layers; 1 where all experts get as much.
-        z: router z loss, the mean of the layers.
-        load: by layer, the share of each expert in the layer's assignments; a layer's shares add up to 1.
+        balance: load-balance loss, mean over layers; 1 if all experts get equally many tokens.
+        z: router z loss, mean over layers.
+        load: for each layer, the fraction of the assignments that each expert gets; the fractions sum to 1.
     """
 
     balance: float
@@ -50,7 +50,7 @@ class RouterReport:
 
     @classmethod
     def mean(cls, parts: Sequence[RouterReport]) -> RouterReport:
-        """What routers did with the parts of a batch."""
+        """Average the reports of the parts of a batch."""
         count = len(parts)
         load = {
             name: tuple(sum(shares) / count for shares in zip(*(part.load[name] for part in parts), strict=True))
@@ -60,40 +60,43 @@ class RouterReport:
 
 
 def routed_layers(model: nn.Module) -> dict[str, MoeMlp]:
-    """The mixtures of experts of a model, by the name of their block; empty for a dense model."""
+    """Return the mixtures of experts of a model by the name of their block; empty for a dense model."""
     return {name.removesuffix(".mlp"): part for name, part in model.named_modules() if isinstance(part, MoeMlp)}
 
 
 def router_loss(layers: Mapping[str, MoeMlp], batch: Batch) -> tuple[Tensor, RouterReport]:
-    """Load-balance loss (Fedus et al., 2021) and router z loss (Zoph et al., 2022) of the last training forward.
+    """Compute load-balance loss (Fedus et al., 2021) and router z loss (Zoph et al., 2022) of the last training pass.
 
-    The balance is that of the *global* batch's real tokens: an expert's share of the assignments on all ranks, times
-    its mean probability. Balancing each rank's part by itself would ask for more, and differ by the number of ranks.
+    The balance loss is that of the global batch without padding: an expert's fraction of the assignments on all ranks
+    times its mean probability. A balance loss per rank would be stricter and would depend on the number of ranks.
 
     Args:
-        layers: of `routed_layers`, the same on every rank.
-        batch: what the model was called with.
+        layers: result of `routed_layers`, the same on every rank.
+        batch: input of the training pass.
 
     Returns:
-        This rank's part of the weighted loss (the parts of all ranks add up to it), and what there is to tell.
+        This rank's part of the weighted loss (the parts of all ranks sum to the loss), and the report.
     """
-    real_N = _real_positions(batch).flatten().float()
-    own = [_router_sums(layer.pop_routing(), real_N if _reads_text(name) else None) for name, layer in layers.items()]
-    part = torch.zeros((), dtype=torch.float64, device=real_N.device)
+    valid_N = _valid_positions(batch).flatten().float()
+    rank_sums = [
+        _router_sums(layer.pop_routing(), valid_N if _is_decoder_layer(name) else None)
+        for name, layer in layers.items()
+    ]
+    part = torch.zeros((), dtype=torch.float64, device=valid_N.device)
     balance, z, load = [], [], {}
-    for (name, layer), mine, everyone in zip(layers.items(), own, _over_ranks(own), strict=True):
-        tokens = everyone.tokens.clamp(min=1)
-        load_X = everyone.chosen_X / (tokens * layer.top_k)
-        pull_X = len(load_X) * load_X / tokens  # what a unit of an expert's probability costs, whoever's token it is
-        part = part + layer.balance_weight * (pull_X * mine.probability_X).sum() + layer.z_weight * mine.z / tokens
-        balance.append(float((pull_X * everyone.probability_X).sum()))
-        z.append(float(everyone.z / tokens))
+    for (name, layer), local, total in zip(layers.items(), rank_sums, _sum_over_ranks(rank_sums), strict=True):
+        tokens = total.tokens.clamp(min=1)
+        load_X = total.chosen_X / (tokens * layer.top_k)
+        cost_X = len(load_X) * load_X / tokens  # cost of one unit of an expert's probability for any token
+        part = part + layer.balance_weight * (cost_X * local.probability_X).sum() + layer.z_weight * local.z / tokens
+        balance.append(float((cost_X * total.probability_X).sum()))
+        z.append(float(total.z / tokens))
         load[name] = tuple(load_X.tolist())
     return part, RouterReport(sum(balance) / len(balance), sum(z) / len(z), load)
 
 
 class _RouterSums(NamedTuple):
-    """Sums over a layer's real tokens: assignments, probabilities, squared log-partitions, and how many tokens."""
+    """Sums over the valid tokens of a layer: assignments, probabilities, squared log-partitions, number of tokens."""
 
     chosen_X: Tensor
     probability_X: Tensor
@@ -101,45 +104,45 @@ class _RouterSums(NamedTuple):
     tokens: Tensor
 
 
-def _router_sums(routing: Routing, real_N: Tensor | None) -> _RouterSums:
+def _router_sums(routing: Routing, valid_N: Tensor | None) -> _RouterSums:
     logits_NX, K = routing.logits_NX, routing.chosen_NK.shape[1]
-    if real_N is None:
-        real_N = logits_NX.new_ones(len(logits_NX))
+    if valid_N is None:
+        valid_N = logits_NX.new_ones(len(logits_NX))
     chosen_X = logits_NX.new_zeros(logits_NX.shape[1])
-    chosen_X.index_add_(0, routing.chosen_NK.flatten(), real_N.repeat_interleave(K))
+    chosen_X.index_add_(0, routing.chosen_NK.flatten(), valid_N.repeat_interleave(K))
     z_N = logits_NX.logsumexp(dim=-1).square()
-    return _RouterSums(chosen_X, real_N @ logits_NX.softmax(dim=-1), real_N @ z_N, real_N.sum())
+    return _RouterSums(chosen_X, valid_N @ logits_NX.softmax(dim=-1), valid_N @ z_N, valid_N.sum())
 
 
-def _over_ranks(own: list[_RouterSums]) -> list[_RouterSums]:
-    """The sums of all ranks, in one message."""
-    parts = [part for sums in own for part in sums]
+def _sum_over_ranks(rank_sums: list[_RouterSums]) -> list[_RouterSums]:
+    """Add up the sums of all ranks with a single all-reduce."""
+    parts = [part for sums in rank_sums for part in sums]
     totals = global_sum(torch.cat([part.double().flatten() for part in parts]))
-    each = torch.split(totals, [part.numel() for part in parts])
-    shaped = [total.view_as(part) for total, part in zip(each, parts, strict=True)]
+    flat = torch.split(totals, [part.numel() for part in parts])
+    shaped = [total.view_as(part) for total, part in zip(flat, parts, strict=True)]
     return [_RouterSums(*shaped[i : i + 4]) for i in range(0, len(shaped), 4)]
 
 
-def _reads_text(layer: str) -> bool:
-    """Whether a layer's tokens are the positions of the batch (the encoder's are patches, and all of them real)."""
+def _is_decoder_layer(layer: str) -> bool:
+    """Return whether the tokens of a layer are positions of the batch; those of the encoder are patches, all valid."""
     return layer.startswith("decoder.")
 
 
-def _real_positions(batch: Batch) -> Tensor:
-    """True up to a row's last target: what comes after it is padding. Shape (B, T)."""
+def _valid_positions(batch: Batch) -> Tensor:
+    """Return a mask (B, T), True up to the last target of each row; later positions are padding."""
     return (batch.labels_BT != IGNORE).flip(1).cumsum(dim=1).flip(1) > 0
 
 
 @torch.no_grad()
 def row_losses(model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Summed loss and number of target tokens of each row: (B,) each."""
+    """Compute the summed loss and the number of target tokens of each row: (B,) each."""
     losses_B, tokens_B, _ = row_scores(model, batch)
     return losses_B, tokens_B
 
 
 @torch.no_grad()
 def row_scores(model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed loss, target tokens, and those of them that the model holds likeliest, of each row: (B,) each."""
+    """Compute, for each row, summed loss, number of target tokens and number predicted correctly: (B,) each."""
     is_target_BT = batch.labels_BT != IGNORE
     logits_NV, labels_N = model(batch).float(), batch.labels_BT[is_target_BT]
     losses_BT = torch.zeros(is_target_BT.shape, device=labels_N.device)
@@ -151,10 +154,10 @@ def row_scores(model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def blind_losses(model: VisionLanguageModel, batch: Batch, other_pixels_PHWC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses with the right pictures, with the pictures of other rows, and target tokens: (B,) each.
+    """Compute, for each row, the loss with its picture, the loss with another picture, and target tokens: (B,) each.
 
-    The blind gap of any set of rows is (sum of the second - sum of the first) / sum of the third, in nats per token:
-    zero for a model that does not look at its pictures, however good its loss.
+    The blind gap of a set of rows is (sum of the second - sum of the first) / sum of the third, in nats per token.
+    It is zero for a model that ignores its pictures, whatever its loss.
     """
     right_B, tokens_B = row_losses(model, batch)
     wrong_B, _ = row_losses(model, batch.with_pixels(other_pixels_PHWC))

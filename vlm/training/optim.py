@@ -1,10 +1,10 @@
-"""AdamW, its parameter groups and its schedules; what learns, how fast each part, and its average over steps."""
+"""AdamW, its parameter groups, learning rate schedules, frozen parameters and the moving average of the weights."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -13,30 +13,29 @@ from torch import nn
 from vlm.config import ScheduleConfig
 from vlm.errors import ConfigError
 
-FREE = ("bias", "position", "_token")
-"""How the names of parameters end that never decay, whatever their shape."""
+NO_DECAY_SUFFIXES = ("bias", "position", "_token")
+"""Ends of the names of parameters without weight decay, whatever their shape."""
 AVERAGE = "average"
-"""Of a parameter over steps, in the optimizer's state: it is saved, resumed and cut into slices with its moments."""
+"""Key of a parameter's moving average in the optimizer state, which is saved, resumed and sharded with the moments."""
 
 
 def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:
-    """Freeze what matches a pattern of rate zero, or no pattern; what else was frozen before learns again.
+    """Make parameters trainable if their first matching pattern has a rate above zero, and freeze all others.
 
     Args:
-        model: its parameters' names are matched, whole, with each pattern in turn; the first match counts.
+        model: the patterns are matched with the whole names of its parameters, in order.
         rates: learning rate by pattern.
 
     Raises:
-        ConfigError: a pattern is the first match of no parameter.
+        ConfigError: a pattern is not the first match of any parameter.
     """
     matched = {name: _first_match(name, rates) for name, _ in model.named_parameters()}
-    if idle := [pattern for pattern in rates if pattern not in matched.values()]:
+    if unused := [pattern for pattern in rates if pattern not in matched.values()]:
         raise ConfigError(
-            "a pattern is the first to match of no parameter",
+            "a pattern is not the first match of any parameter",
             where="train.stages",
-            got=", ".join(idle),
-            fix="it must match a whole name, and come before a wider one; there are: "
-            + ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in matched)),
+            got=", ".join(unused),
+            fix="put it before wider patterns; it must match a whole name of: " + ", ".join(collapse_names(matched)),
         )
     for name, parameter in model.named_parameters():
         pattern = matched[name]
@@ -46,20 +45,22 @@ def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:
 def parameter_groups(
     model: nn.Module, weight_decay: float, rates: Mapping[str, float] | None = None
 ) -> list[dict[str, object]]:
-    """What learns, two groups a rate: matrices decay; vectors (norms, biases), positions and token tables do not.
+    """Group the trainable parameters by learning rate and weight decay.
+
+    Matrices decay. Vectors (norms, biases), positions and token tables do not.
 
     Args:
-        model: the parameters that need a gradient are grouped.
-        weight_decay: of matrices.
-        rates: learning rate by pattern, as in `set_trainable`; all the same without.
+        model: model whose trainable parameters are grouped.
+        weight_decay: weight decay of matrices.
+        rates: learning rate by pattern, as in `set_trainable`; None: the same rate for all.
 
     Returns:
-        Groups with `lr_share`: their learning rate in shares of the largest one.
+        Groups for the optimizer. `lr_share` is the group's learning rate divided by the largest one.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in _trainable(model):
-        is_matrix = parameter.ndim >= 2 and id(parameter) not in tables and not name.endswith(FREE)
+        is_matrix = parameter.ndim >= 2 and id(parameter) not in tables and not name.endswith(NO_DECAY_SUFFIXES)
         pattern = _first_match(name, rates) if rates else None
         share = rates[pattern] / max(rates.values()) if rates and pattern else 1.0
         groups.setdefault((share, is_matrix), []).append(parameter)
@@ -77,30 +78,31 @@ def build_adamw(
     weight_decay: float,
     rates: Mapping[str, float] | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2017), one fused kernel a group, over what learns."""
+    """Build a fused AdamW (Loshchilov and Hutter, 2017) for the trainable parameters."""
     return torch.optim.AdamW(parameter_groups(model, weight_decay, rates), lr=lr, betas=betas, fused=True)
 
 
 @torch.no_grad()
 def update_average(optimizer: torch.optim.Optimizer, decay: float, step: int) -> None:
-    """Take the weights after a step into their exponential moving average (Polyak and Juditsky, 1992).
+    """Update the exponential moving average of the weights after a step (Polyak and Juditsky, 1992).
 
     Args:
-        optimizer: has just taken the step.
-        decay: share of an average of many steps that stays. A young one moves faster, else it would be fresh weights.
-        step: of this optimizer, from 0.
+        optimizer: optimizer that has just taken the step.
+        decay: weight of the old average. It warms up over the first steps, so that the average forgets initial weights.
+        step: number of the step of this optimizer, from 0.
     """
-    learning = [p for p in _learning(optimizer) if optimizer.state.get(p)]  # without state: it never had a gradient
-    for parameter in learning:
+    # A parameter that never had a gradient has no optimizer state, and needs no average.
+    parameters = [p for p in _parameters(optimizer) if optimizer.state.get(p)]
+    for parameter in parameters:
         optimizer.state[parameter].setdefault(AVERAGE, parameter.detach().clone())
-    averages = [optimizer.state[parameter][AVERAGE] for parameter in learning]
-    torch._foreach_lerp_(averages, [p.detach() for p in learning], 1 - min(decay, (1 + step) / (10 + step)))
+    averages = [optimizer.state[parameter][AVERAGE] for parameter in parameters]
+    torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - min(decay, (1 + step) / (10 + step)))
 
 
 @torch.no_grad()
 def swap_average(optimizer: torch.optim.Optimizer) -> None:
-    """Exchange what learns with its average; what has none stays."""
-    for parameter in _learning(optimizer):
+    """Exchange the parameters with their averages; parameters without an average stay as they are."""
+    for parameter in _parameters(optimizer):
         if AVERAGE in optimizer.state.get(parameter, ()):
             average = optimizer.state[parameter][AVERAGE]
             learned = parameter.detach().clone()
@@ -110,7 +112,10 @@ def swap_average(optimizer: torch.optim.Optimizer) -> None:
 
 @contextmanager
 def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """The model has its averaged weights inside the block, where they are kept, and the optimizer those that learn."""
+    """Use the averaged weights in the block and restore the trained ones afterwards.
+
+    Inside the block the optimizer state holds the trained weights in place of the averages.
+    """
     swap_average(optimizer)
     try:
         yield
@@ -119,13 +124,13 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def schedule(config: ScheduleConfig, step: int, *, steps: int, warmup_steps: int) -> float:
-    """Learning rate of a step in shares of its peak: a straight line up to it, then as the kind says.
+    """Return the learning rate of a step, relative to the peak: linear warm-up, then the schedule of the config.
 
     Args:
-        config: the kind.
-        step: 0 <= step < steps.
-        steps: in all; the last one is at the floor.
-        warmup_steps: the peak is at this step.
+        config: kind and parameters of the schedule.
+        step: number of the step, 0 <= step < steps.
+        steps: number of all steps; the last one has the rate `floor`.
+        warmup_steps: number of warm-up steps; step `warmup_steps` has the peak rate.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -141,11 +146,16 @@ def schedule(config: ScheduleConfig, step: int, *, steps: int, warmup_steps: int
             return 1 - (1 - config.floor) * max(0.0, progress - (1 - config.decay)) / config.decay
 
 
+def collapse_names(names: Iterable[str]) -> list[str]:
+    """Replace the numbers of blocks in names by N and drop repeated names, to list a deep model in few lines."""
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in names))
+
+
 def _first_match(name: str, rates: Mapping[str, float]) -> str | None:
     return next((pattern for pattern in rates if re.fullmatch(pattern, name)), None)
 
 
-def _learning(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 

@@ -1,8 +1,8 @@
-"""Ranks, as the training loop sees them: gradients averaged, sums taken over all of them.
+"""Data parallel training: wrapping and sharding of the model, and reductions over ranks.
 
-DDP keeps all of the model on each rank and adds up gradients. FSDP keeps a slice of each parameter, gradient and moment
-on each rank and gathers a block's parameters when it is their turn: for models that do not fit otherwise. Both compute
-the same.
+DDP keeps the whole model on each rank and averages gradients. FSDP keeps a shard of each parameter, gradient and moment
+on each rank and gathers the parameters of one block at a time, for models that do not fit into memory otherwise. Both
+compute the same steps.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Parallel = Literal["ddp", "fsdp"]
 
 
 def world_size() -> int:
-    """Ranks of the running group; 1 without one."""
+    """Return the number of ranks in the process group; 1 without a group."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def shard_parameters(model: nn.Module) -> None:
-    """Leave each rank its slice of every parameter, in place; a rank alone keeps all.
+    """Shard every parameter over the ranks with FSDP, in place. Does nothing with a single rank.
 
-    After this the model is called as before, on every rank at once; its own methods cannot be.
+    Afterwards all ranks must call the model together, and only through `forward`; other methods would see shards.
     """
     if world_size() == 1:
         return
@@ -42,13 +42,14 @@ def shard_parameters(model: nn.Module) -> None:
 
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model under DDP where there are several ranks; a sharded one as it is."""
+    """Wrap a model in DDP if there are several ranks; a sharded model is returned unchanged."""
     if world_size() == 1 or isinstance(model, FSDPModule):
         return model
     on_gpu = device.type == "cuda"
-    # Every parameter that learns has a gradient, so nobody need look for those without. But DDP groups gradients anew
-    # after its first step unless it looks, and then with three ranks or more a resumed run adds them in another order
-    # than the uninterrupted one did. On CPUs, where the two are equal bit for bit, looking costs nothing measurable.
+    # Every trainable parameter gets a gradient, so DDP need not search for unused ones. Without the search, though, DDP
+    # rebuilds its gradient buckets after the first step. With three or more ranks a resumed run then adds gradients in
+    # another order than the uninterrupted run. On CPUs, where both must be equal bit for bit, the search has no
+    # measurable cost.
     return DistributedDataParallel(
         model,
         device_ids=[device] if on_gpu else None,
@@ -58,17 +59,17 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def unwrap_ddp(model: nn.Module) -> nn.Module:
-    """The model without what `wrap` put around it."""
+    """Return the model inside the wrapper of `wrap_ddp`."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 @contextmanager
-def gradient_sync(model: nn.Module, *, here: bool) -> Iterator[None]:
-    """Add up gradients on each rank alone while the block runs, or over all ranks where `here` is false."""
+def gradient_sync(model: nn.Module, *, enabled: bool) -> Iterator[None]:
+    """Enable or disable the reduction of gradients over ranks in the block. Disabled, each rank accumulates its own."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(not here)
+        model.set_requires_gradient_sync(enabled)
         yield
-    elif here and isinstance(model, DistributedDataParallel):
+    elif not enabled and isinstance(model, DistributedDataParallel):
         with model.no_sync():
             yield
     else:
@@ -76,19 +77,19 @@ def gradient_sync(model: nn.Module, *, here: bool) -> Iterator[None]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor that ranks hold slices of, from all of them; any other as it is. Every rank calls this."""
+    """Gather a sharded tensor from all ranks, which must all call this; any other tensor is returned unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A tensor that every rank has, cut as another one of its shape is."""
+    """Shard a tensor that every rank holds like another tensor of the same shape."""
     if not isinstance(other, DTensor) or tensor.shape != other.shape:
         return tensor
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
 def global_sum(values: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks; a new tensor."""
+    """Return the sum of a tensor over all ranks, as a new tensor."""
     total = values.detach().clone()
     if world_size() > 1:
         distributed.all_reduce(total)
@@ -96,7 +97,7 @@ def global_sum(values: Tensor) -> Tensor:
 
 
 def global_max(values: Tensor) -> Tensor:
-    """The largest values of a tensor on any rank; a new tensor."""
+    """Return the elementwise maximum of a tensor over all ranks, as a new tensor."""
     largest = values.detach().clone()
     if world_size() > 1:
         distributed.all_reduce(largest, distributed.ReduceOp.MAX)
@@ -104,5 +105,5 @@ def global_max(values: Tensor) -> Tensor:
 
 
 def to_host(values: Tensor) -> list[float]:
-    """The values of a vector that other ranks have a part in. On a GPU this, not the sum, is where a rank waits."""
+    """Copy a vector, sharded or not, to the host. On a GPU this call blocks until earlier reductions are done."""
     return [float(value) for value in full_tensor(values).tolist()]

@@ -1,9 +1,9 @@
-"""What a training goes on from besides its weights: the optimizer's state and the step, as safetensors and JSON.
+"""Training state of a checkpoint besides the weights: optimizer state and step, as safetensors and JSON.
 
-training.safetensors   optimizer state as `<parameter>:<key>`
-training.json          the number of the next step
+training.safetensors   optimizer state, with keys `<parameter>:<key>`
+training.json          number of the next step
 
-A training checkpoint is written from a copy of its tensors, so that training can go on meanwhile.
+A checkpoint is written from a snapshot of its tensors, so that training can continue meanwhile.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ STATE, STEP = "training.safetensors", "training.json"
 
 @dataclass(frozen=True)
 class TrainingSnapshot:
-    """What a training goes on from, in host memory of its own: the loop may take further steps while it is written.
+    """Copy of the training state in host memory, which later steps do not change.
 
     Attributes:
-        weights: by name: of the whole model, or of the part of it that learns.
-        state: of the optimizer, as `<parameter>:<key>`.
-        step: steps taken, the number of the next step.
+        weights: weights by name, of the whole model or of its adapter.
+        state: optimizer state, with keys `<parameter>:<key>`.
+        step: number of steps taken, which is the number of the next step.
     """
 
     weights: dict[str, Tensor]
@@ -42,28 +42,28 @@ class TrainingSnapshot:
 def snapshot_training(
     weights: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, step: int
 ) -> TrainingSnapshot:
-    """Copy weights and optimizer state as they are now, whole; every rank calls this where ranks hold slices.
+    """Copy the current weights and optimizer state to host memory. If they are sharded, every rank must call this.
 
     Args:
-        weights: what of the model is to be kept; `model_weights(model)` is all of it.
-        model: without its DDP wrapper.
-        optimizer: over the model's parameters.
-        step: steps taken.
+        weights: weights to keep, by name; `model_weights(model)` for the whole model.
+        model: model without its DDP wrapper.
+        optimizer: optimizer of the model's parameters.
+        step: number of steps taken.
     """
-    return TrainingSnapshot(_on_host(weights), _on_host(_optimizer_tensors(model, optimizer)), step)
+    return TrainingSnapshot(_copy_to_host(weights), _copy_to_host(_optimizer_tensors(model, optimizer)), step)
 
 
-def save_state(folder: Path, copy: TrainingSnapshot) -> None:
-    """Write what a training goes on with besides weights: the optimizer's state and the number of the next step."""
-    save_file(copy.state, folder / STATE)
-    (folder / STEP).write_text(json.dumps({"step": copy.step}), encoding="utf-8")
+def save_state(folder: Path, snapshot: TrainingSnapshot) -> None:
+    """Write the optimizer state and the number of the next step into a folder."""
+    save_file(snapshot.state, folder / STATE)
+    (folder / STEP).write_text(json.dumps({"step": snapshot.step}), encoding="utf-8")
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Fill an optimizer from a training checkpoint; returns the number of the next step.
+    """Load the optimizer state of a training checkpoint; returns the number of the next step.
 
     Raises:
-        CheckpointError: the checkpoint is damaged.
+        CheckpointError: the training state cannot be read.
     """
     try:
         state = load_file(folder / STATE)
@@ -73,13 +73,13 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
             "the training state cannot be read",
             where=str(folder),
             got=f"{type(error).__name__}: {error}",
-            fix="resume from an earlier checkpoint: remove this folder",
+            fix="remove this folder to continue from an earlier checkpoint",
         ) from None
     names = {parameter: name for name, parameter in _parameters(model).items()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     packed = optimizer.state_dict()
     packed["state"] = {
-        index: {key: shard_like(value, p) for key, value in _under(f"{names[p]}:", state).items()}
+        index: {key: shard_like(value, p) for key, value in _strip_prefix(f"{names[p]}:", state).items()}
         for index, p in enumerate(parameters)
     }
     optimizer.load_state_dict(packed)  # moves each tensor to its parameter's device
@@ -87,20 +87,20 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer state as `<parameter>:<key>` to tensor. AdamW's state is tensors only."""
+    """Flatten the optimizer state to `<parameter>:<key>`. The state of AdamW holds only tensors."""
     return {
         f"{name}:{key}": value.contiguous()
         for name, parameter in _parameters(model).items()
-        if parameter in optimizer.state  # a frozen one has none, and asking would make it one
+        if parameter in optimizer.state  # a frozen parameter has no state, and the lookup would create one
         for key, value in optimizer.state[parameter].items()
     }
 
 
-def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _copy_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: full_tensor(tensor.detach()).to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _strip_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 

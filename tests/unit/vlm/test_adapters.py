@@ -1,4 +1,4 @@
-"""An adapter starts as nothing, learns alone, is kept by itself, merges into a plain model, and knows its base."""
+"""Adapters: exact start, training, saving, merging, errors, and runs that train an adapter."""
 
 import itertools
 from collections.abc import Iterable
@@ -71,17 +71,17 @@ def weights(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """Folder of a plain model."""
+    """Return the folder of a plain model."""
     save_model(tmp_path / "base", *tiny_model("plain"))
     return tmp_path / "base"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_an_adapter_begins_as_nothing_and_ends_merged_into_a_plain_model(variant: str) -> None:
-    blown_up, tokenizer = tiny_model(variant)  # rounding errors too: build it anew
-    model = build_model(blown_up.config, tokenizer.vocab_size).eval()
+def test_a_fresh_adapter_changes_no_output_and_a_merged_one_keeps_the_trained_output(variant: str) -> None:
+    scaled, tokenizer = tiny_model(variant)  # scaled weights also scale rounding errors, so build a fresh model
+    model = build_model(scaled.config, tokenizer.vocab_size).eval()
     batch, before = tiny_batch(model, tokenizer, TEXTS), weights(model)
-    plain = model.requires_grad_(False)(batch)  # torch may add up in another order for weights that need no gradient
+    plain = model.requires_grad_(False)(batch)  # torch may sum in another order if no weight needs a gradient
     add_adapter(model, AdapterConfig(pattern="(encoder|projector|decoder.blocks).*"))
     assert torch.equal(model(batch), plain)
     adapted = {name for name, layer in model.named_modules() if isinstance(layer, LoraLinear)}
@@ -92,15 +92,15 @@ def test_an_adapter_begins_as_nothing_and_ends_merged_into_a_plain_model(variant
     for name, parameter in model.named_parameters():
         if name.endswith(".up"):
             torch.nn.init.normal_(parameter, std=0.1)
-    corrected = model(batch)
-    assert not torch.allclose(corrected, plain, atol=1e-3)
+    adapted_output = model(batch)
+    assert not torch.allclose(adapted_output, plain, atol=1e-3)
     merge_adapter(model)
-    torch.testing.assert_close(model(batch), corrected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(batch), adapted_output, atol=1e-5, rtol=1e-5)
     assert weights(model).keys() == before.keys()
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_training_moves_the_adapter_alone_and_the_optimizer_remembers_nothing_else() -> None:
+def test_training_changes_only_the_adapter_and_the_optimizer_holds_only_its_moments() -> None:
     model, tokenizer = tiny_model("plain")
     before = weights(model)
     add_adapter(model, AdapterConfig(pattern="decoder.*", rank=4, alpha=8))
@@ -111,58 +111,58 @@ def test_training_moves_the_adapter_alone_and_the_optimizer_remembers_nothing_el
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     trained = [p for p in model.parameters() if p.requires_grad]
     assert set(optimizer.state) == set(trained)
-    remembered = sum(t.numel() for state in optimizer.state.values() for t in state.values() if t.ndim)
-    assert remembered == 2 * sum(p.numel() for p in trained)
+    num_moments = sum(t.numel() for state in optimizer.state.values() for t in state.values() if t.ndim)
+    assert num_moments == 2 * sum(p.numel() for p in trained)
 
 
-def test_behind_the_last_router_an_adapter_learns_too() -> None:
+def test_an_adapter_after_the_last_router_can_be_trained() -> None:
     model, tokenizer = tiny_model("routed")
     add_adapter(model, AdapterConfig(pattern="decoder.head"))
     reports = learn(model, adamw(model), itertools.repeat(tiny_batch(model, tokenizer, TEXTS), 10))
     assert reports[-1].loss < reports[0].loss
 
 
-def test_a_pattern_that_matches_no_layer_names_those_that_are_near() -> None:
+def test_a_pattern_without_a_match_is_an_error_with_the_nearest_names() -> None:
     model, _ = tiny_model("plain")
     with pytest.raises(ConfigError) as caught:
         add_adapter(model, AdapterConfig(pattern="decoder.blocks.*.atention.qkv"))
     message = str(caught.value)
     assert "matches no linear layer" in message
     assert "nearest: decoder.blocks.N.attention.qkv" in message
-    assert "there are: encoder.blocks.N.attention.qkv" in message
+    assert "a whole name of: encoder.blocks.N.attention.qkv" in message
     with pytest.raises(ConfigError, match="matches no linear layer"):
-        add_adapter(model, AdapterConfig(pattern="qkv"))  # part of a name is not the name
+        add_adapter(model, AdapterConfig(pattern="qkv"))  # a pattern must match the whole name
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_head_that_is_the_token_table_is_not_adapted() -> None:
+def test_a_tied_head_cannot_be_adapted() -> None:
     model, _ = tiny_model("other")
-    with pytest.raises(ConfigError, match=r"decoder.head, whose weight is decoder.tokens.weight too"):
+    with pytest.raises(ConfigError, match=r"decoder.head, whose weight is also decoder.tokens.weight"):
         add_adapter(model, AdapterConfig(pattern="decoder.*"))
 
 
-def test_a_saved_adapter_turns_the_base_into_the_model_that_was_trained(base: Path, tmp_path: Path) -> None:
+def test_a_saved_adapter_restores_the_trained_model_from_its_base(base: Path, tmp_path: Path) -> None:
     model, tokenizer = load_model(base)
     digest = file_digest(base / "model.safetensors")
     add_adapter(model, BLOCKS)
     batch = tiny_batch(model, tokenizer, TEXTS)
     learn(model, adamw(model), itertools.repeat(batch, 5))
     save_adapter(tmp_path / "adapter", model, BLOCKS, digest)
-    again, _ = load_model(base)
+    restored, _ = load_model(base)
     state = torch.get_rng_state()
-    load_adapter(tmp_path / "adapter", again, digest)
+    load_adapter(tmp_path / "adapter", restored, digest)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(again(batch), model.eval()(batch))
+    assert torch.equal(restored(batch), model.eval()(batch))
     assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter.safetensors", "adapter.json"}
 
 
-def test_an_adapter_of_other_weights_or_of_other_layers_is_refused(base: Path, tmp_path: Path) -> None:
+def test_an_adapter_for_other_weights_or_layers_is_rejected(base: Path, tmp_path: Path) -> None:
     digest, folder = file_digest(base / "model.safetensors"), tmp_path / "adapter"
     model, tokenizer = load_model(base)
     add_adapter(model, BLOCKS)
     save_adapter(folder, model, BLOCKS, digest)
 
-    retrained, _ = tiny_model("plain", seed=2)  # every shape is the same
+    retrained, _ = tiny_model("plain", seed=2)  # all shapes are equal
     save_model(tmp_path / "retrained", retrained, tokenizer)
     with pytest.raises(CheckpointError, match=r"trained on other weights.*Got.*Fix: load the weights"):
         load_adapter(folder, retrained, file_digest(tmp_path / "retrained" / "model.safetensors"))
@@ -175,7 +175,7 @@ def test_an_adapter_of_other_weights_or_of_other_layers_is_refused(base: Path, t
         load_adapter(folder, load_model(base)[0], digest)
     for problem in (
         "missing decoder.blocks.0.mlp.up.up",
-        "left over decoder.head.up",
+        "unexpected decoder.head.up",
         "decoder.blocks.1.mlp.up.down has shape (5, 24), the model (4, 24)",
     ):
         assert problem in str(caught.value)
@@ -188,10 +188,10 @@ def test_an_adapter_of_other_weights_or_of_other_layers_is_refused(base: Path, t
         load_adapter(folder, load_model(base)[0], digest)
 
 
-# ------------------------------------------------------------------------------------------------ a run's weights
+# ------------------------------------------------------------------------------------------------ weights of a run
 
 
-def test_a_resumed_adapter_run_equals_the_uninterrupted_one_and_ends_as_a_plain_model(
+def test_a_resumed_adapter_run_equals_the_uninterrupted_run_and_ends_with_a_plain_model(
     base: Path, tmp_path: Path
 ) -> None:
     config = ModelConfig.model_validate_json((base / "config.json").read_text())
@@ -223,7 +223,7 @@ def test_a_resumed_adapter_run_equals_the_uninterrupted_one_and_ends_as_a_plain_
     torch.testing.assert_close(plain(batches[0]), model.eval()(batches[0]), atol=1e-5, rtol=1e-5)
 
 
-def test_a_run_that_starts_from_a_folder_starts_with_its_weights(base: Path) -> None:
+def test_a_run_with_start_from_loads_the_weights_of_the_folder(base: Path) -> None:
     _, tokenizer = tiny_model("plain")
     config = ModelConfig.model_validate_json((base / "config.json").read_text())
     model = Start(config, TrainConfig(start_from=str(base)), tokenizer).model(CPU)
@@ -233,27 +233,27 @@ def test_a_run_that_starts_from_a_folder_starts_with_its_weights(base: Path) -> 
 
 
 @pytest.mark.parametrize("variant", ["plain", "other", "looking", "routed"])
-def test_frozen_weights_in_half_precision_change_no_number_of_a_run_in_half_precision(variant: str) -> None:
+def test_frozen_weights_in_bf16_do_not_change_a_run_under_bf16_autocast(variant: str) -> None:
     ends = []
-    for halved in (False, True):
+    for cast in (False, True):
         model, tokenizer = tiny_model(variant)
         torch.manual_seed(0)
         add_adapter(model, BLOCKS)
-        if halved:
+        if cast:
             cast_frozen_to_bf16(model)
-            halved_names = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
-            assert "decoder.blocks.0.attention.qkv.weight" in halved_names
-            assert ("decoder.blocks.0.mlp.experts.out.weight" in halved_names) == (variant == "routed")
+            bf16_names = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
+            assert "decoder.blocks.0.attention.qkv.weight" in bf16_names
+            assert ("decoder.blocks.0.mlp.experts.out.weight" in bf16_names) == (variant == "routed")
             assert model.decoder.tokens.weight.dtype == torch.float32
         reports = learn(model, adamw(model), [tiny_batch(model, tokenizer, TEXTS)] * 5, bf16=True)
-        corrections = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        ends.append(([report.loss for report in reports], corrections))
+        updates = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        ends.append(([report.loss for report in reports], updates))
     assert ends[0][0] == ends[1][0]
     assert all(torch.equal(ends[0][1][name], ends[1][1][name]) for name in ends[0][1])
 
 
-def test_three_billion_weights_are_tuned_in_eight_gigabytes() -> None:
-    """The arithmetic of docs/training.md#memory, on tensors without storage: weights, adapter, gradients, AdamW."""
+def test_fine_tuning_three_billion_weights_takes_eight_gigabytes() -> None:
+    """Compute the bytes of weights, adapter, gradients and moments (docs/training.md#memory) on meta tensors."""
     config = load_config("paligemma")
     with torch.device("meta"):
         model = build_model(config, config.text.vocab_size)  # type: ignore[union-attr]
@@ -263,4 +263,4 @@ def test_three_billion_weights_are_tuned_in_eight_gigabytes() -> None:
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
     assert (frozen, trained) == (2_923_466_480, 8_921_088)
-    assert stored + trained * (4 + 8) == 7_046_126_528  # a gradient, and AdamW's two moments
+    assert stored + trained * (4 + 8) == 7_046_126_528  # 4 bytes of gradient, 8 bytes of AdamW moments

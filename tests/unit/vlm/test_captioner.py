@@ -1,4 +1,4 @@
-"""Captions of many pictures and prompts: bounded batches, each answer in its place, an error to its own row alone."""
+"""Captioner: bounded batches, results in order, and errors that concern only their own row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from tiny_models import tiny_model, tiny_pixels
 
-from pipelines.worker import caption
+from vlm import captioner as captioner_module
 from vlm.captioner import Captioner
 from vlm.config import GenerationConfig
 
@@ -27,7 +27,7 @@ def files(count: int) -> list[bytes | str | None]:
 
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": 1.0, "seed": 5}, {"num_beams": 3}])
-def test_prompts_of_any_length_share_batches_and_change_no_answer(changes: dict[str, object]) -> None:
+def test_prompts_of_different_lengths_share_batches_without_changing_captions(changes: dict[str, object]) -> None:
     captioner = Captioner(*tiny_model("other"))
     settings = SETTINGS.model_copy(update=changes)
     images, prompts = files(12), ["", "what", "a long question", "why"] * 3
@@ -39,7 +39,7 @@ def test_prompts_of_any_length_share_batches_and_change_no_answer(changes: dict[
     assert len({result.caption for result in together}) > 1
 
 
-def test_a_prompt_too_long_and_a_broken_picture_are_errors_of_their_rows_alone() -> None:
+def test_a_long_prompt_and_a_broken_picture_are_errors_only_of_their_rows() -> None:
     captioner = Captioner(*tiny_model("other"))
     good, other, broken = *files(2), b"no picture"
     results = captioner.caption([good, other, broken], ["a", "what" * 20, "a"], SETTINGS, min_side=MIN_SIDE)
@@ -49,7 +49,7 @@ def test_a_prompt_too_long_and_a_broken_picture_are_errors_of_their_rows_alone()
     assert results[1].sha256 is not None
 
 
-def test_the_caption_is_cut_at_a_stop_string() -> None:
+def test_a_caption_is_cut_before_a_stop_string() -> None:
     captioner = Captioner(*tiny_model("other"))
     (free,) = captioner.caption(files(1), [""], SETTINGS, min_side=MIN_SIDE)
     assert free.caption is not None
@@ -58,9 +58,9 @@ def test_the_caption_is_cut_at_a_stop_string() -> None:
     assert cut.caption == free.caption[: free.caption.index(word)]
 
 
-def test_a_batch_is_bounded_in_rows_and_in_positions_of_all_its_beams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caption, "BATCH_ROWS", 5)
-    monkeypatch.setattr(caption, "BATCH_POSITIONS", 200)
+def test_batches_have_limited_rows_and_limited_positions_over_all_beams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captioner_module, "BATCH_ROWS", 5)
+    monkeypatch.setattr(captioner_module, "BATCH_POSITIONS", 200)
     model, tokenizer = tiny_model("plain")
     shapes: list[tuple[int, int]] = []
     model.decoder.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape[:2])))

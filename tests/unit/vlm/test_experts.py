@@ -1,4 +1,4 @@
-"""Experts: the fast dispatch equals the loop it stands for, and routers do what their docstrings promise."""
+"""Mixture of experts: the fast dispatch equals the reference loop; noise, precision and gradients of routers."""
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,8 @@ from vlm.layers.moe import GatedExperts, MoeMlp, PlainExperts, Routing, dispatch
 X, K = 5, 2
 CHOSEN = {
     "spread": [[n % X, (n * 3 + 1 + n % X) % X] for n in range(23)],
-    "one expert gets nothing": [[(0, 1, 3)[n % 3], 4] for n in range(23)],
-    "all on two": [[2, 1]] * 23,
+    "one expert without tokens": [[(0, 1, 3)[n % 3], 4] for n in range(23)],
+    "two experts for all tokens": [[2, 1]] * 23,
     "one token": [[4, 0]],
 }
 
@@ -41,7 +41,7 @@ def gradients(experts: PlainExperts | GatedExperts, x_NW: Tensor, gates_NK: Tens
     return list(torch.autograd.grad((y_NW * torch.randn_like(y_NW)).sum(), [x_NW, gates_NK, *experts.parameters()]))
 
 
-# Widths whose rows are whole 16 bytes go through torch's grouped product, the others through the padded one.
+# Widths whose rows are multiples of 16 bytes use the grouped kernel of torch, the others the padded product.
 @pytest.mark.parametrize("widths", [(16, 32), (8, 20), (6, 10)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["plain", "gated"])
@@ -73,7 +73,7 @@ def test_a_token_is_the_softmax_weighted_sum_of_its_best_experts() -> None:
     torch.testing.assert_close(layer(x_1W), weight * expert(first) + (1 - weight) * expert(second))
 
 
-def test_noise_is_for_training_alone_and_of_the_seed() -> None:
+def test_noise_is_added_only_in_training_and_follows_the_seed() -> None:
     layer, x = make_layer(noisy=True), torch.randn(2, 40, 16)
     layer.eval()
     state = torch.get_rng_state()
@@ -88,7 +88,7 @@ def test_noise_is_for_training_alone_and_of_the_seed() -> None:
     assert not torch.equal(outputs[0], outputs[2])
 
 
-def test_noise_has_the_scale_it_learns() -> None:
+def test_noise_has_the_learned_scale() -> None:
     layer = make_layer(noisy=True).train()
     assert layer.noise is not None
     x_NW = torch.randn(1, 16).expand(4000, 16)
@@ -101,7 +101,7 @@ def test_noise_has_the_scale_it_learns() -> None:
         assert layer.route(x_NW.abs()).gates_NK.allclose(torch.tensor(0.5))
 
 
-def test_the_caption_loss_teaches_the_router_and_its_noise() -> None:
+def test_router_noise_and_experts_get_gradients() -> None:
     layer = make_layer(noisy=True).train()
     assert layer.noise is not None
     layer(torch.randn(30, 16)).square().sum().backward()
@@ -110,7 +110,7 @@ def test_the_caption_loss_teaches_the_router_and_its_noise() -> None:
         assert parameter.grad.abs().sum() > 0
 
 
-def test_routing_is_decided_in_fp32_whatever_the_rest_computes_in() -> None:
+def test_routing_is_computed_in_fp32_under_autocast() -> None:
     layer, x_NW = make_layer(noisy=False).train(), torch.randn(200, 16)
     plain = layer(x_NW)
     expected = layer.pop_routing()
@@ -123,7 +123,7 @@ def test_routing_is_decided_in_fp32_whatever_the_rest_computes_in() -> None:
     torch.testing.assert_close(rounded.float(), plain, rtol=0.1, atol=0.1)
 
 
-def test_only_a_training_forward_leaves_its_routing_and_only_once() -> None:
+def test_only_a_training_pass_stores_its_routing_and_pop_clears_it() -> None:
     layer = make_layer(noisy=False)
     layer.train()(torch.randn(3, 7, 16))
     layer.eval()(torch.randn(5, 16))
@@ -131,7 +131,7 @@ def test_only_a_training_forward_leaves_its_routing_and_only_once() -> None:
     assert layer.pop_routing().chosen_NK.shape == (0, K)
 
 
-def test_the_picture_of_the_load_shows_each_layer_beside_an_even_share() -> None:
+def test_the_load_plot_shows_each_layer_relative_to_an_even_load() -> None:
     load = {"encoder.blocks.0": (0.1, 0.9), "decoder.blocks.0": (0.25, 0.5, 0.25, 0.0)}
     (axes,) = draw_expert_load(Metrics(step=7, time=0.0, values={}, expert_load=load)).axes
     drawn: npt.NDArray[np.float64] = np.ma.filled(np.ma.asarray(axes.images[0].get_array()), np.nan)

@@ -1,4 +1,4 @@
-"""Generation: neither the cache, nor the batch, nor padding changes an answer."""
+"""Generation: cache, batch and padding do not change a completion; sampling, beam search, stop strings, errors."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def ask(
     return Request(prefix_ids(tokenizer, model.config.num_slots, prompt, len(pictures)), tuple(pictures))
 
 
-def unequal(model: VisionLanguageModel, tokenizer: Tokenizer, count: int) -> list[Request]:
-    """Requests with prompts of many lengths and no, one or two pictures."""
+def mixed_requests(model: VisionLanguageModel, tokenizer: Tokenizer, count: int) -> list[Request]:
+    """Build requests with prompts of different lengths and up to two pictures."""
     pixels = tiny_pixels(2 * count)
     most = 2 if model.config.num_slots < 16 else 1
     pictures = [list(pixels[2 * i : 2 * i + min(i % 3, most)]) for i in range(count)]
@@ -41,7 +41,7 @@ def unequal(model: VisionLanguageModel, tokenizer: Tokenizer, count: int) -> lis
 
 
 def next_logits(model: VisionLanguageModel, tokenizer: Tokenizer, request: Request, answer: list[int]) -> torch.Tensor:
-    """Log-probabilities of the next token without a cache: the whole sequence again."""
+    """Compute log-probabilities of the next token without a cache, from the whole sequence."""
     row = torch.tensor([[*request.prefix, *answer]])
     batch = Batch(torch.stack(list(request.pixels)), row, row, torch.tensor([len(request.prefix)]))
     logits = model.decoder.logits(model.hidden_states(batch)[0, -1])
@@ -74,16 +74,16 @@ def test_cached_generation_equals_uncached_generation(variant: str, prompt: str)
     expected = [slow_greedy(model, tokenizer, request, 12) for request in requests]
     assert [answer.tokens for answer in answers] == expected
     assert [answer.text for answer in answers] == [tokenizer.decode(tokens) for tokens in expected]
-    assert len({round(answer.logprobs[0], 5) for answer in answers}) > 3, "the pictures do not matter"
+    assert len({round(answer.logprobs[0], 5) for answer in answers}) > 3, "the model ignores the pictures"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_an_answer_is_the_same_alone_and_padded_among_sixteen(variant: str) -> None:
+def test_a_completion_is_the_same_alone_and_in_a_padded_batch_of_sixteen(variant: str) -> None:
     model, tokenizer = tiny_model(variant)
-    requests = unequal(model, tokenizer, 16)
+    requests = mixed_requests(model, tokenizer, 16)
     beams = SHORT.model_copy(update={"num_beams": 3})
-    penalised = GREEDY.model_copy(update={"repetition_penalty": 1.5})
-    for settings in (GREEDY, SAMPLED, penalised, beams):
+    penalized = GREEDY.model_copy(update={"repetition_penalty": 1.5})
+    for settings in (GREEDY, SAMPLED, penalized, beams):
         together = generate(model, tokenizer, requests, settings)
         for request, answer in zip(requests, together, strict=True):
             (alone,) = generate(model, tokenizer, [request], settings)
@@ -92,7 +92,7 @@ def test_an_answer_is_the_same_alone_and_padded_among_sixteen(variant: str) -> N
 
 
 @pytest.mark.parametrize("variant", ["plain", "looking"])
-def test_every_picture_of_a_request_counts_and_so_does_their_order(variant: str) -> None:
+def test_every_picture_of_a_request_and_their_order_change_the_completion(variant: str) -> None:
     model, tokenizer = tiny_model(variant)
     one, two, three = tiny_pixels(3)
     rows = [(one, two), (two, one), (one, three), (one,), ()]
@@ -101,19 +101,19 @@ def test_every_picture_of_a_request_counts_and_so_does_their_order(variant: str)
     assert len(firsts) == len(rows)
 
 
-def test_a_picture_passes_the_encoder_once_for_all_beams_and_requests() -> None:
+def test_a_picture_is_encoded_once_for_all_beams_and_requests() -> None:
     model, tokenizer = tiny_model("plain")
     one, two = tiny_pixels(2)
-    seen: list[int] = []
-    model.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    encoded: list[int] = []
+    model.encoder.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
     requests = [ask(model, tokenizer, [p], prompt) for p, prompt in ((one, ""), (two, ""), (one, "a"), (one, "b"))]
     answers = generate(model, tokenizer, requests, SHORT.model_copy(update={"num_beams": 4}))
-    assert seen == [2]
+    assert encoded == [2]
     for request, answer in zip(requests, answers, strict=True):
         assert_same(answer, generate(model, tokenizer, [request], SHORT.model_copy(update={"num_beams": 4}))[0])
 
 
-def test_a_row_that_has_ended_leaves_the_batch() -> None:
+def test_a_finished_row_leaves_the_batch() -> None:
     model, tokenizer = tiny_model("other")
     requests = [ask(model, tokenizer, [picture]) for picture in tiny_pixels(16)]
     rows: list[int] = []
@@ -123,28 +123,28 @@ def test_a_row_that_has_ended_leaves_the_batch() -> None:
     assert rows[-1] < 16
 
 
-def test_sampling_follows_its_seeds_and_top_1_is_greedy() -> None:
+def test_sampling_follows_its_seeds_and_top_1_sampling_is_greedy() -> None:
     model, tokenizer = tiny_model("other")
     requests = [ask(model, tokenizer, [picture]) for picture in tiny_pixels(4)]
 
-    def answers(own_seed: int = 0, **changes: object) -> list[list[int]]:
-        asked = [Request(request.prefix, request.pixels, own_seed) for request in requests]
-        return [a.tokens for a in generate(model, tokenizer, asked, SAMPLED.model_copy(update=changes))]
+    def sampled(request_seed: int = 0, **changes: object) -> list[list[int]]:
+        seeded = [Request(request.prefix, request.pixels, request_seed) for request in requests]
+        return [a.tokens for a in generate(model, tokenizer, seeded, SAMPLED.model_copy(update=changes))]
 
-    assert answers() == answers()
-    assert answers() != answers(seed=4)
-    assert answers() != answers(own_seed=1)
-    assert answers(top_k=1) == answers(temperature=0.0) == answers(top_p=1e-6) == answers(min_p=1.0)
+    assert sampled() == sampled()
+    assert sampled() != sampled(seed=4)
+    assert sampled() != sampled(request_seed=1)
+    assert sampled(top_k=1) == sampled(temperature=0.0) == sampled(top_p=1e-6) == sampled(min_p=1.0)
 
 
-def test_a_draw_goes_by_its_number_and_never_takes_what_has_no_probability() -> None:
+def test_a_sample_follows_its_random_number_and_never_has_probability_zero() -> None:
     scores = torch.tensor([-torch.inf, 0.0, -torch.inf, math.log(3), -torch.inf]).expand(5, -1)
     numbers = torch.tensor([0.0, 0.2499, 0.2501, 0.9999, 1 - 2**-53], dtype=torch.float64)
     assert sample_tokens(scores, numbers).tolist() == [1, 1, 3, 3, 3]
 
 
 @pytest.mark.parametrize("changes", [{"temperature": 100.0, "top_k": None, "top_p": 1.0}, {"num_beams": 8}])
-def test_no_silenced_token_is_ever_generated(changes: dict[str, object]) -> None:
+def test_suppressed_tokens_are_never_generated(changes: dict[str, object]) -> None:
     model, tokenizer = tiny_model("other")
     requests = [ask(model, tokenizer, [picture]) for picture in tiny_pixels(32)]
     settings = SAMPLED.model_copy(update={"temperature": 0.0} | changes)
@@ -153,7 +153,7 @@ def test_no_silenced_token_is_ever_generated(changes: dict[str, object]) -> None
 
 
 @pytest.mark.parametrize("changes", [{}, {"repetition_penalty": 3.0}, {"temperature": 0.0, "num_beams": 3}])
-def test_log_probabilities_are_those_of_the_model_before_any_narrowing(changes: dict[str, object]) -> None:
+def test_log_probabilities_are_those_of_the_model_before_penalty_and_filters(changes: dict[str, object]) -> None:
     model, tokenizer = tiny_model("plain")
     requests = [ask(model, tokenizer, [picture]) for picture in tiny_pixels(4)]
     settings = SAMPLED.model_copy(update=changes)
@@ -167,16 +167,16 @@ def test_log_probabilities_are_those_of_the_model_before_any_narrowing(changes: 
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
-def test_wide_beams_find_what_a_search_through_all_answers_finds(length_penalty: float) -> None:
+def test_wide_beam_search_finds_the_best_completion_of_an_exhaustive_search(length_penalty: float) -> None:
     model, tokenizer = tiny_model("other")
-    words, steps = [tokenizer.eos_id, 7, 11, 20], 3
-    tokenizer.suppressed_ids = tuple(i for i in range(tokenizer.vocab_size) if i not in words)
+    allowed, steps = [tokenizer.eos_id, 7, 11, 20], 3
+    tokenizer.suppressed_ids = tuple(i for i in range(tokenizer.vocab_size) if i not in allowed)
     settings = GenerationConfig(max_new_tokens=steps, num_beams=4**steps, length_penalty=length_penalty)
     for picture in tiny_pixels(4):
         request = ask(model, tokenizer, [picture])
         values: dict[tuple[int, ...], float] = {}
         with torch.inference_mode():
-            for answer in itertools.product(words, repeat=steps):
+            for answer in itertools.product(allowed, repeat=steps):
                 end = answer.index(tokenizer.eos_id) + 1 if tokenizer.eos_id in answer else steps
                 logprobs = [float(next_logits(model, tokenizer, request, [*answer[:i]])[answer[i]]) for i in range(end)]
                 values[answer[:end]] = sum(logprobs) / end**length_penalty
@@ -187,7 +187,7 @@ def test_wide_beams_find_what_a_search_through_all_answers_finds(length_penalty:
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
-def test_an_answer_ends_at_a_stop_string_which_is_cut_off(num_beams: int) -> None:
+def test_a_completion_ends_before_a_stop_string(num_beams: int) -> None:
     model, tokenizer = tiny_model("other")
     settings = GREEDY.model_copy(update={"num_beams": num_beams})
     requests = [ask(model, tokenizer, [picture]) for picture in tiny_pixels(6)]
@@ -204,7 +204,7 @@ def test_an_answer_ends_at_a_stop_string_which_is_cut_off(num_beams: int) -> Non
 
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": 1.0}, {"num_beams": 2}])
-def test_a_stream_gives_the_tokens_of_the_answer(changes: dict[str, object]) -> None:
+def test_a_stream_yields_the_tokens_of_the_completion(changes: dict[str, object]) -> None:
     model, tokenizer = tiny_model("other")
     settings = GREEDY.model_copy(update=changes)
     for picture in tiny_pixels(4):
@@ -213,7 +213,7 @@ def test_a_stream_gives_the_tokens_of_the_answer(changes: dict[str, object]) -> 
         assert list(stream(model, tokenizer, request, settings)) == answer.tokens
 
 
-def test_a_stream_gives_a_token_as_soon_as_it_is_there() -> None:
+def test_a_stream_yields_a_token_after_one_pass_of_the_decoder() -> None:
     model, tokenizer = tiny_model("other")
     passes: list[int] = []
     model.decoder.register_forward_pre_hook(lambda _, inputs: passes.append(1))
@@ -222,27 +222,27 @@ def test_a_stream_gives_a_token_as_soon_as_it_is_there() -> None:
     assert len(passes) == 1
 
 
-def test_a_repetition_penalty_keeps_an_answer_from_repeating_its_prompt_and_itself() -> None:
+def test_a_repetition_penalty_prevents_repeating_the_prompt_and_the_completion() -> None:
     model, tokenizer = tiny_model("plain")
     requests = [ask(model, tokenizer, [picture], "what") for picture in tiny_pixels(8)]
     for answer in generate(model, tokenizer, requests, GREEDY.model_copy(update={"repetition_penalty": 1e6})):
-        said = [*tokenizer.encode("what"), *answer.tokens]
+        tokens = [*tokenizer.encode("what"), *answer.tokens]
         assert len(set(answer.tokens)) == len(answer.tokens)
-        assert len(set(said)) == len(set("what")) + len(answer.tokens)
+        assert len(set(tokens)) == len(set("what")) + len(answer.tokens)
 
 
-def test_no_requests_have_no_answers() -> None:
+def test_no_requests_give_no_completions() -> None:
     assert generate(*tiny_model("plain"), [], GREEDY) == []
 
 
-def test_an_answer_that_cannot_fit_the_context_is_refused_before_it_starts() -> None:
+def test_a_request_that_does_not_fit_the_context_is_rejected() -> None:
     model, tokenizer = tiny_model("plain")
     requests = [ask(model, tokenizer, [tiny_pixels(1)[0]], prompt) for prompt in ("", "what" * 9)]
     with pytest.raises(UserError, match=r"does not fit the model's context.*the context is 48"):
         generate(model, tokenizer, requests, GREEDY)
 
 
-def test_a_request_whose_slots_are_not_those_of_its_pictures_is_refused() -> None:
+def test_a_request_whose_slots_do_not_fit_its_pictures_is_rejected() -> None:
     model, tokenizer = tiny_model("plain")
     one, two = tiny_pixels(2)
     prefix = prefix_ids(tokenizer, model.config.num_slots, "")
@@ -250,6 +250,6 @@ def test_a_request_whose_slots_are_not_those_of_its_pictures_is_refused() -> Non
         generate(model, tokenizer, [Request(prefix, (one, two)), Request(prefix, ())], GREEDY)
 
 
-def test_a_search_does_not_draw() -> None:
+def test_beam_search_and_sampling_exclude_each_other() -> None:
     with pytest.raises(ValidationError, match=r"num_beams 2 and temperature 0.5 exclude each other"):
         GenerationConfig(num_beams=2, temperature=0.5)

@@ -1,4 +1,4 @@
-"""Pictures from strangers: what is accepted, how it looks afterwards, and why the rest is refused."""
+"""Decoding of untrusted pictures: accepted formats, resulting pixels, and reasons of rejection."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def opened(data: bytes) -> tuple[Image.Image, ImageInfo]:
     return open_image(data, max_pixels=1_000_000, min_side=4)
 
 
-def refused(data: bytes, **limits: int) -> str:
+def rejection(data: bytes, **limits: int) -> str:
     with pytest.raises(ImageError) as caught:
         open_image(data, **({"max_pixels": 1_000_000, "min_side": 4} | limits))
     return caught.value.reason
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_format_of_the_list_comes_out_as_rgb(kind: str) -> None:
+def test_every_supported_format_decodes_to_rgb(kind: str) -> None:
     image, info = opened(encoded(Image.new("RGB", (20, 10), RED), kind))
     assert info == ImageInfo(kind, 20, 10)
     assert image.mode == "RGB"
@@ -39,54 +39,54 @@ def test_every_format_of_the_list_comes_out_as_rgb(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PPM", "ICO", "JPEG2000", "PCX", "EPS", "PDF"])
-def test_other_formats_are_named_as_unsupported(kind: str) -> None:
+def test_other_formats_of_pillow_are_unsupported(kind: str) -> None:
     data = encoded(Image.new("RGB", (20, 10), RED), kind)
-    assert refused(data) == "unsupported_format"
+    assert rejection(data) == "unsupported_format"
 
 
 @pytest.mark.parametrize("data", [b"\0\0\0\x18ftypheic" + b"\0" * 20, b"<svg xmlns='x'/>", b"\xff\x0a" + b"\0" * 20])
-def test_formats_that_pillow_cannot_name_are_unsupported_too(data: bytes) -> None:
-    assert refused(data) == "unsupported_format"
+def test_formats_unknown_to_pillow_are_unsupported(data: bytes) -> None:
+    assert rejection(data) == "unsupported_format"
 
 
 @pytest.mark.parametrize("data", [b"", b"x", b"a sentence and no picture"])
-def test_what_is_no_picture_is_said_to_be_none(data: bytes) -> None:
-    assert refused(data) == "not_an_image"
+def test_other_bytes_are_not_an_image(data: bytes) -> None:
+    assert rejection(data) == "not_an_image"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
 @pytest.mark.parametrize("share", [0.03, 0.5, 0.9])
-def test_a_file_cut_short_is_truncated_wherever_it_is_cut(kind: str, share: float) -> None:
+def test_a_file_cut_at_any_point_is_truncated(kind: str, share: float) -> None:
     data = encoded(picture(1, (64, 64)), kind)
-    assert refused(data[: max(12, int(len(data) * share))]) == "truncated_image"
+    assert rejection(data[: max(12, int(len(data) * share))]) == "truncated_image"
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and has no pixels: only its header can be judged."""
+    """Build a PNG with a header that states a size, and without pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 10) + b"IDAT"
 
 
 @pytest.mark.parametrize("side", [1001, 12_000, 30_000])
-def test_too_many_pixels_are_refused_by_the_header_before_anything_is_decoded(side: int) -> None:
-    assert refused(png_header(side, side)) == "too_large"
-    assert Image.MAX_IMAGE_PIXELS == 89_478_485, "Pillow's own guard is left alone"
+def test_too_many_pixels_are_rejected_from_the_header_before_decoding(side: int) -> None:
+    assert rejection(png_header(side, side)) == "too_large"
+    assert Image.MAX_IMAGE_PIXELS == 89_478_485, "the limit of Pillow must not change"
 
 
 def test_limits_are_inclusive() -> None:
     data = png(1, (10, 8))
     assert open_image(data, max_pixels=80, min_side=8)[1] == ImageInfo("PNG", 10, 8)
-    assert refused(data, max_pixels=79) == "too_large"
-    assert refused(data, min_side=9) == "too_small"
+    assert rejection(data, max_pixels=79) == "too_large"
+    assert rejection(data, min_side=9) == "too_small"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_a_picture_is_turned_as_its_exif_says(kind: str) -> None:
+def test_a_picture_is_rotated_by_its_exif_orientation(kind: str) -> None:
     sideways = Image.new("RGB", (40, 20), "white")
     sideways.paste(RED, (0, 0, 40, 8))
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: the top edge is on the right
+    exif[0x0112] = 6  # rotated camera: the top edge of the stored picture is on the right
     image, info = opened(encoded(sideways, kind, exif=exif))
     assert (info.width, info.height) == image.size == (20, 40)
     right, left = np.array(image)[20, 17], np.array(image)[20, 2]
@@ -115,29 +115,29 @@ def clear_palette() -> bytes:
     ],
     ids=["clear", "half-clear", "clear-grey", "colour-key", "clear-gif", "palette", "cmyk", "bits", "16-bit"],
 )
-def test_what_people_see_is_what_comes_out(data: bytes, colour: tuple[int, int, int]) -> None:
+def test_modes_and_transparency_decode_to_the_visible_colour(data: bytes, colour: tuple[int, int, int]) -> None:
     image, _ = opened(data)
     assert np.abs(np.array(image).astype(int) - colour).max() <= 1
 
 
-def test_float_pictures_have_no_agreed_range_and_are_refused() -> None:
-    assert refused(encoded(Image.new("F", (8, 8), 0.5), "TIFF")) == "unsupported_format"
+def test_float_pictures_are_unsupported() -> None:
+    assert rejection(encoded(Image.new("F", (8, 8), 0.5), "TIFF")) == "unsupported_format"
 
 
-def test_a_draft_is_at_least_as_large_as_asked_and_nearly_the_whole_picture_made_small() -> None:
+def test_a_draft_is_at_least_as_large_as_requested_and_resizes_to_nearly_the_same_pixels() -> None:
     config = ImageConfig(size=60)
     whole = picture(3, (500, 250)).resize((60, 30)).resize((500, 250))
     data = encoded(whole, "JPEG", quality=95)
     pixels = []
-    for enough, size in ((None, (500, 250)), (200, (500, 250)), (60, (125, 63)), (10, (63, 32))):
-        image, _ = open_image(data, max_pixels=1_000_000, min_side=4, draft_side=enough)
+    for draft_side, size in ((None, (500, 250)), (200, (500, 250)), (60, (125, 63)), (10, (63, 32))):
+        image, _ = open_image(data, max_pixels=1_000_000, min_side=4, draft_side=draft_side)
         assert image.size == size
         pixels.append(to_pixels(image, config).astype(int))
     assert 0 < np.abs(pixels[2] - pixels[0]).mean() < 3
     assert open_image(encoded(whole), max_pixels=1_000_000, min_side=4, draft_side=10)[0].size == (500, 250)
 
 
-def test_an_animation_is_its_first_frame() -> None:
+def test_an_animation_decodes_to_its_first_frame() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, (0, 0, 255))]
     image, _ = opened(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
     assert image.getpixel((0, 0)) == RED
@@ -147,7 +147,7 @@ def test_an_animation_is_its_first_frame() -> None:
     ("resize", "corner", "middle"),
     [("stretch", RED, (0, 0, 255)), ("crop", (0, 0, 255), (0, 0, 255)), ("pad", WHITE, (0, 0, 255))],
 )
-def test_resize_modes_keep_what_they_promise(
+def test_resize_modes_stretch_crop_or_pad(
     resize: str, corner: tuple[int, int, int], middle: tuple[int, int, int]
 ) -> None:
     wide = Image.new("RGB", (120, 40), RED)
@@ -155,11 +155,13 @@ def test_resize_modes_keep_what_they_promise(
     pixels = to_pixels(wide, ImageConfig.model_validate({"size": 30, "resize": resize}))
     assert pixels.shape == (30, 30, 3)
     assert pixels.dtype == np.uint8
-    assert np.abs(pixels[0, 0].astype(int) - corner).max() <= 12  # the filter reaches a little over a crop's edge
+    assert (
+        np.abs(pixels[0, 0].astype(int) - corner).max() <= 12
+    )  # the filter mixes in a little beyond the edge of a crop
     assert tuple(pixels[15, 15]) == middle
 
 
-def test_shrinking_averages_instead_of_picking_pixels() -> None:
+def test_shrinking_averages_pixels() -> None:
     stripes = Image.fromarray(np.tile(np.array([[0], [255]], np.uint8), (64, 128))).convert("RGB")
     pixels = to_pixels(stripes, ImageConfig(size=8))
     assert np.abs(pixels.astype(int) - 128).max() <= 8
@@ -167,7 +169,7 @@ def test_shrinking_averages_instead_of_picking_pixels() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"]), st.data())
-def test_damaged_bytes_give_a_picture_or_a_reason_and_nothing_else(kind: str, data: st.DataObject) -> None:
+def test_damaged_bytes_give_a_picture_or_an_image_error(kind: str, data: st.DataObject) -> None:
     damaged = bytearray(encoded(picture(5, (16, 16)), kind))
     for _ in range(data.draw(st.integers(1, 6))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
@@ -182,7 +184,7 @@ def test_damaged_bytes_give_a_picture_or_a_reason_and_nothing_else(kind: str, da
     assert reason in ("", *IMAGE_REASONS)
 
 
-def test_more_bytes_than_allowed_are_refused_before_they_are_decoded() -> None:
+def test_base64_of_too_many_bytes_is_rejected_before_decoding() -> None:
     with pytest.raises(ImageError) as caught:
         decode_base64("!" * 80_000, max_bytes=50_000)
     assert caught.value.reason == "too_large"
@@ -194,7 +196,7 @@ def test_more_bytes_than_allowed_are_refused_before_they_are_decoded() -> None:
     *(st.booleans() for _ in range(3)),
     st.sampled_from([1, 4, 7, 76, 100]),
 )
-def test_base64_forgives_what_people_do_to_it(
+def test_base64_accepts_white_space_prefixes_the_url_alphabet_and_missing_padding(
     data: bytes, space: str, url: bool, padded: bool, safe: bool, width: int
 ) -> None:
     body = base64.urlsafe_b64encode(data).decode() if safe else as_base64(data)
@@ -205,11 +207,11 @@ def test_base64_forgives_what_people_do_to_it(
 
 
 @given(st.text(st.characters(codec="utf-8"), max_size=40))
-def test_base64_is_right_or_refused_never_half_read(text: str) -> None:
+def test_base64_is_decoded_completely_or_rejected(text: str) -> None:
     try:
         data = decode_base64(text, max_bytes=100)
-    except ImageError as refused:
-        reason = refused.reason
+    except ImageError as error:
+        reason = error.reason
     else:
         reason = ""
         body = "".join(text.split()).rpartition(",")[2].rstrip("=")

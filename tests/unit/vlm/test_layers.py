@@ -1,4 +1,4 @@
-"""Layers against the formulas they stand for, written out slowly."""
+"""Layers compared with slow reference implementations of their formulas."""
 
 import math
 
@@ -13,8 +13,8 @@ from vlm.layers.norm import OffsetRmsNorm
 from vlm.layers.position import Angles, Rotary, apply_rotary
 
 
-def naive_attention(layer: Attention, x_BTW: Tensor, seen_TS: Tensor, angles: Angles | None) -> Tensor:
-    """Attention head by head, as on the blackboard: softmax(q k / sqrt(head_dim)) v."""
+def naive_attention(layer: Attention, x_BTW: Tensor, mask_TS: Tensor, angles: Angles | None) -> Tensor:
+    """Compute attention head by head: softmax(q k / sqrt(head_dim)) v."""
     H, K, D = layer.num_heads, layer.num_kv_heads, layer.head_dim
     q, k, v = layer.qkv(x_BTW).split([H * D, K * D, K * D], dim=-1)
     heads = []
@@ -26,7 +26,7 @@ def naive_attention(layer: Attention, x_BTW: Tensor, seen_TS: Tensor, angles: An
         scores = q_h @ k_h.transpose(1, 2) / math.sqrt(D)
         if layer.soft_cap is not None:
             scores = layer.soft_cap * torch.tanh(scores / layer.soft_cap)
-        scores = scores.masked_fill(~seen_TS, -torch.inf)
+        scores = scores.masked_fill(~mask_TS, -torch.inf)
         heads.append(scores.softmax(dim=-1) @ v[..., shared * D : (shared + 1) * D])
     return torch.as_tensor(layer.out(torch.cat(heads, dim=-1)))
 
@@ -50,15 +50,17 @@ def angles_of(rotary: bool, start: int, end: int) -> Angles | None:
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
 def test_attention_equals_the_formula(num_kv_heads: int, rotary: bool, soft_cap: float | None) -> None:
     layer, x_BTW, angles = make_attention(num_kv_heads, soft_cap), torch.randn(2, 7, 24), angles_of(rotary, 0, 7)
-    for causal, seen in ((True, torch.ones(7, 7).tril().bool()), (False, torch.ones(7, 7).bool())):
-        expected = naive_attention(layer, x_BTW, seen, angles)
+    for causal, mask in ((True, torch.ones(7, 7).tril().bool()), (False, torch.ones(7, 7).bool())):
+        expected = naive_attention(layer, x_BTW, mask, angles)
         torch.testing.assert_close(layer(x_BTW, mask=None, causal=causal, angles=angles), expected)
-        torch.testing.assert_close(layer(x_BTW, mask=seen[None, None], causal=False, angles=angles), expected)
+        torch.testing.assert_close(layer(x_BTW, mask=mask[None, None], causal=False, angles=angles), expected)
 
 
 @pytest.mark.parametrize("soft_cap", [None, 0.5])
 @pytest.mark.parametrize("rotary", [False, True])
-def test_attention_in_pieces_through_the_cache_equals_attention_at_once(rotary: bool, soft_cap: float | None) -> None:
+def test_attention_in_pieces_with_the_cache_equals_attention_over_the_whole_sequence(
+    rotary: bool, soft_cap: float | None
+) -> None:
     layer, x_BTW = make_attention(2, soft_cap), torch.randn(2, 9, 24)
     cache = KVCache(
         depth=1, batch=2, num_kv_heads=2, context=9, head_dim=6, dtype=torch.float32, device=torch.device("cpu")
@@ -72,21 +74,21 @@ def test_attention_in_pieces_through_the_cache_equals_attention_at_once(rotary: 
     torch.testing.assert_close(torch.cat(outputs, dim=1), whole)
 
 
-def test_rotary_dot_products_depend_on_distance_alone() -> None:
+def test_rotary_dot_products_depend_only_on_distance() -> None:
     rotary, q, k = Rotary(8, 64, 10_000.0), torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
-    def turned(x: Tensor, at: int) -> Tensor:
+    def rotated(x: Tensor, at: int) -> Tensor:
         return apply_rotary(x, rotary(slice(at, at + 1), torch.float32))
 
     def dot(at: int, other: int) -> Tensor:
-        return (turned(q, at) * turned(k, other)).sum()
+        return (rotated(q, at) * rotated(k, other)).sum()
 
     torch.testing.assert_close(dot(5, 2), dot(40, 37))
-    torch.testing.assert_close(turned(q, 7).norm(), q.norm())
+    torch.testing.assert_close(rotated(q, 7).norm(), q.norm())
     assert not torch.isclose(dot(5, 2), dot(5, 4))
 
 
-def test_positions_given_row_by_row_are_those_of_a_slice() -> None:
+def test_positions_per_row_give_the_same_angles_as_a_slice() -> None:
     rotary, x = Rotary(8, 64, 10_000.0), torch.randn(2, 3, 5, 8)
     rows = torch.tensor([[4, 5, 6, 7, 8], [0, 0, 0, 1, 2]])
     by_row = apply_rotary(x, rotary(rows, torch.float32))
@@ -94,7 +96,7 @@ def test_positions_given_row_by_row_are_those_of_a_slice() -> None:
     torch.testing.assert_close(by_row[1, :, 2:], apply_rotary(x[1:, :, 2:], rotary(slice(0, 3), torch.float32))[0])
 
 
-def test_an_offset_norm_is_rms_norm_with_weight_one_more() -> None:
+def test_offset_norm_equals_rms_norm_with_weight_plus_one() -> None:
     offset, plain, x = OffsetRmsNorm(8, 1e-6), torch.nn.RMSNorm(8, 1e-6), torch.randn(3, 8)
     with torch.no_grad():
         offset.weight.normal_()
@@ -104,13 +106,13 @@ def test_an_offset_norm_is_rms_norm_with_weight_one_more() -> None:
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(6, 6), (1, 6), (2, 5)])
-def test_a_window_hides_what_is_too_far_back(queries: int, keys: int) -> None:
+def test_a_window_masks_keys_too_far_before_the_query(queries: int, keys: int) -> None:
     mask = apply_window(None, 3, queries=queries, keys=keys, device=torch.device("cpu"))[0, 0]
     first = keys - queries
     assert mask.tolist() == [[t - 3 < s <= t for s in range(keys)] for t in range(first, keys)]
 
 
-def test_mask_cases_are_those_drawn_in_its_docstring() -> None:
+def test_masks_equal_the_cases_of_the_module_docstring() -> None:
     valid = torch.tensor([[True, True, True, True, False]])
     causal = attention_mask(valid, torch.ones(1, 5, dtype=torch.long))[0, 0]
     assert causal.tolist() == [[s <= t and (s < 4 or s == t) for s in range(5)] for t in range(5)]

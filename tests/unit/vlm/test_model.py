@@ -1,4 +1,4 @@
-"""The model as a whole: who may influence whom, and what a fresh one knows."""
+"""The whole model: which positions influence which, its loss before training, and errors."""
 
 import math
 
@@ -25,21 +25,21 @@ def test_padding_changes_no_logit(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_no_logit_sees_a_later_answer_token(variant: str) -> None:
+def test_no_logit_depends_on_a_later_answer_token(variant: str) -> None:
     model, tokenizer = tiny_model(variant)
     one, two = (tiny_batch(model, tokenizer, [("go?", answer)]) for answer in ("abcd", "abxy"))
-    # Logits of a, b and what follows b come before the difference; the one after it must see it.
+    # The logits that predict a, b and the third letter precede the difference; the next one must depend on it.
     torch.testing.assert_close(model(one)[:3], model(two)[:3])
     assert not torch.allclose(model(one)[3], model(two)[3])
 
 
-def test_prefix_lm_lets_the_picture_see_the_prompt_and_causal_does_not() -> None:
-    for variant, sees in (("other", False), ("prefix", True)):
+def test_picture_positions_attend_to_the_prompt_only_with_prefix_lm() -> None:
+    for variant, attends in (("other", False), ("prefix", True)):
         model, tokenizer = tiny_model(variant)
         one, two = (tiny_batch(model, tokenizer, [(prompt, "z")]) for prompt in ("abc", "abd"))
         slots = model.config.num_slots
         same = torch.allclose(model.hidden_states(one)[:, :slots], model.hidden_states(two)[:, :slots], atol=1e-6)
-        assert same is not sees
+        assert same is not attends
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -51,7 +51,7 @@ def test_the_first_answer_token_is_predicted_from_the_picture(variant: str) -> N
 
 
 @pytest.mark.parametrize("select", ["patches", "mean", "cls"])
-def test_selection_decides_the_number_of_slots(select: str) -> None:
+def test_the_selection_determines_the_number_of_slots(select: str) -> None:
     config = tiny_config("plain")
     vision = config.vision.model_copy(update={"select": select})
     config = config.model_copy(update={"vision": vision})
@@ -74,7 +74,7 @@ def test_a_wrong_number_of_slots_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_fresh_model_starts_at_the_loss_of_guessing(variant: str) -> None:
+def test_the_first_loss_is_that_of_a_uniform_distribution(variant: str) -> None:
     config = tiny_config(variant)
     torch.manual_seed(0)
     model = build_model(config, 34).eval()
@@ -84,7 +84,7 @@ def test_a_fresh_model_starts_at_the_loss_of_guessing(variant: str) -> None:
     assert abs(float(loss) - math.log(34)) < 0.1
 
 
-def test_row_losses_add_up_to_the_batch_loss() -> None:
+def test_row_losses_sum_to_the_batch_loss() -> None:
     model, tokenizer = tiny_model("plain")
     batch = tiny_batch(model, tokenizer, TEXTS)
     sums, counts = row_losses(model, batch)

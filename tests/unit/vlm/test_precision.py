@@ -1,4 +1,4 @@
-"""A smaller model says nearly the same, is as small as promised, and asks for what it needs."""
+"""Lower precision: similar outputs, promised size, exact routers and rotary tables, and a missing library."""
 
 import logging
 import sys
@@ -21,7 +21,7 @@ TEXTS = [("", "red car"), ("", "blue bus"), ("", "old iphone")]
 
 
 def wide_model() -> VisionLanguageModel:
-    """Of widths that int4 can store, except for the encoder's MLPs."""
+    """Build a model whose layers, except the MLPs of the encoder, have widths that int4 supports."""
     config = tiny_config("plain").model_dump()
     for part, width in (("vision", 32), ("decoder", 64)):
         attention = {"num_heads": 4, "num_kv_heads": 4, "head_dim": width // 4}
@@ -36,7 +36,7 @@ def linears(model: VisionLanguageModel) -> dict[str, nn.Linear]:
 
 
 def stored(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a tensor is stored as."""
+    """Yield the plain tensors that a tensor subclass stores its data in."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from stored(getattr(tensor, name))
@@ -47,16 +47,16 @@ def stored(tensor: Tensor) -> Iterator[Tensor]:
 @pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP16, Precision.INT8])
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.inference_mode()
-def test_every_variant_computes_nearly_the_same_in_less(variant: str, precision: Precision) -> None:
-    blown_up, tokenizer = tiny_model(variant)  # rounding errors too: build it anew
-    model = build_model(blown_up.config, tokenizer.vocab_size).eval()
+def test_every_variant_computes_similar_logits_in_lower_precision(variant: str, precision: Precision) -> None:
+    scaled, tokenizer = tiny_model(variant)  # scaled weights also scale rounding errors, so build a fresh model
+    model = build_model(scaled.config, tokenizer.vocab_size).eval()
     batch = tiny_batch(model, tokenizer, TEXTS)
     expected = model(batch)
     set_precision(model, precision)
     logits = model(batch)
     assert logits.dtype == (torch.float16 if precision is Precision.FP16 else torch.bfloat16)
     error = (logits.float() - expected).norm() / expected.norm()
-    slack = 10 if variant == "routed" else 1  # a rounding may send a token to another expert
+    slack = 10 if variant == "routed" else 1  # rounding may send a token to another expert
     assert 0 < error < slack * {Precision.FP16: 0.004, Precision.BF16: 0.025, Precision.INT8: 0.04}[precision]
     prefix = prefix_ids(tokenizer, model.config.num_slots, "")
     requests = [Request(prefix, (picture,)) for picture in tiny_pixels(2)]
@@ -66,7 +66,7 @@ def test_every_variant_computes_nearly_the_same_in_less(variant: str, precision:
 
 @pytest.mark.parametrize(("precision", "bits"), [(Precision.INT8, 8), (Precision.INT4, 4)])
 @torch.inference_mode()
-def test_linear_layers_are_stored_in_as_many_bits_as_promised(precision: Precision, bits: int) -> None:
+def test_linear_layers_take_the_promised_number_of_bits(precision: Precision, bits: int) -> None:
     model = wide_model()
     model.decoder.blocks[0].mlp.up.weight.fill_(0.5)  # type: ignore[union-attr,operator]
     x = torch.randn(5, 64)
@@ -81,7 +81,7 @@ def test_linear_layers_are_stored_in_as_many_bits_as_promised(precision: Precisi
     assert list(stored(layers["decoder.head"].weight)) == [layers["decoder.head"].weight]
 
 
-def test_layers_that_int4_cannot_store_stay_and_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_layers_that_int4_does_not_support_stay_bf16_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     model = wide_model()
     with caplog.at_level(logging.WARNING):
         set_precision(model, Precision.INT4)
@@ -90,7 +90,7 @@ def test_layers_that_int4_cannot_store_stay_and_are_told(caplog: pytest.LogCaptu
     assert len(list(stored(linears(model)["encoder.blocks.0.attention.qkv"].weight))) == 2
 
 
-def test_routers_stay_exact() -> None:
+def test_routers_stay_in_fp32() -> None:
     model, _ = tiny_model("routed")
     set_precision(model, Precision.INT8)
     kept = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
@@ -102,14 +102,14 @@ def test_routers_stay_exact() -> None:
     }
 
 
-def test_rotary_tables_stay_exact() -> None:
+def test_rotary_tables_stay_in_fp32() -> None:
     model, _ = tiny_model("other")
     assert model.decoder.rotary is not None
     set_precision(model, Precision.BF16)
     assert model.decoder.rotary.cos.dtype == torch.float32
 
 
-def test_without_its_library_a_precision_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_precision_without_its_library_is_an_error_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao", None)
     model, _ = tiny_model("plain")
     with pytest.raises(UserError, match=r"int4 needs torchao.*pip install 'lakesight\[quantize\]'"):

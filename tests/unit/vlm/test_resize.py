@@ -1,4 +1,4 @@
-"""Where a picture lies in the model's square, and every mode and orientation that a picture can come in."""
+"""Resize to the model's square input, colour modes and EXIF orientations."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from vlm.image import compute_resize, open_image, to_pixels
 
 RED, GREEN, GREY, WHITE = (255, 0, 0), (0, 255, 0), (128, 128, 128), (255, 255, 255)
 LIGHT = (191, 191, 191)
-"""Grey 64 that half covers white; not multiplied by its alpha yet it would be 159."""
-HOW = [{"resize": "stretch"}, {"resize": "crop"}, {"resize": "crop", "crop_start": "even"}, {"resize": "pad"}]
+"""Premultiplied grey 64 with half coverage over white. Treated as not premultiplied it would be 159."""
+RESIZE_MODES = [{"resize": "stretch"}, {"resize": "crop"}, {"resize": "crop", "crop_start": "even"}, {"resize": "pad"}]
 
 
-def config(size: int, how: dict[str, str]) -> ImageConfig:
-    return ImageConfig.model_validate({"size": size, **how})
+def config(size: int, mode: dict[str, str]) -> ImageConfig:
+    return ImageConfig.model_validate({"size": size, **mode})
 
 
-# ------------------------------------------------------------------------------------------------ placement
+# ------------------------------------------------------------------------------------------------ resize
 
 sides = st.integers(1, 3000)
 
 
-@given(sides, sides, st.integers(8, 900), st.sampled_from(HOW))
-def test_every_point_of_the_square_is_a_point_of_the_picture(
-    width: int, height: int, size: int, how: dict[str, str]
+@given(sides, sides, st.integers(8, 900), st.sampled_from(RESIZE_MODES))
+def test_every_point_of_the_square_maps_into_the_picture(
+    width: int, height: int, size: int, mode: dict[str, str]
 ) -> None:
-    placed = compute_resize(width, height, config(size, how))
-    assert placed.scaled_width > 0
-    assert placed.scaled_height > 0
+    resize = compute_resize(width, height, config(size, mode))
+    assert resize.scaled_width > 0
+    assert resize.scaled_height > 0
     for x, y in [(0, 0), (size, size), (size / 3, size)]:
-        at_x, at_y = placed.to_source(x, y)
+        at_x, at_y = resize.to_source(x, y)
         assert 0 <= at_x <= width
         assert 0 <= at_y <= height
-    middle_x, middle_y = placed.to_source(size / 2, size / 2)
-    assert abs(middle_x - width / 2) <= width / placed.scaled_width
-    assert abs(middle_y - height / 2) <= height / placed.scaled_height
+    middle_x, middle_y = resize.to_source(size / 2, size / 2)
+    assert abs(middle_x - width / 2) <= width / resize.scaled_width
+    assert abs(middle_y - height / 2) <= height / resize.scaled_height
 
 
 @given(sides, sides, st.integers(8, 900))
-def test_a_crop_fills_the_square_and_padding_shows_the_whole_picture(width: int, height: int, size: int) -> None:
-    crop, pad = (compute_resize(width, height, config(size, {"resize": how})) for how in ("crop", "pad"))
+def test_a_crop_fills_the_square_and_padding_keeps_the_whole_picture(width: int, height: int, size: int) -> None:
+    crop, pad = (compute_resize(width, height, config(size, {"resize": mode})) for mode in ("crop", "pad"))
     assert min(crop.scaled_width, crop.scaled_height) == size
     assert min(crop.left, crop.top) >= 0
     assert max(pad.scaled_width, pad.scaled_height) == size
@@ -59,31 +59,33 @@ def test_a_crop_fills_the_square_and_padding_shows_the_whole_picture(width: int,
     assert corners == {(0, 0), (width, height)}
 
 
-@pytest.mark.parametrize("how", HOW, ids=lambda how: "-".join(how.values()))
+@pytest.mark.parametrize("mode", RESIZE_MODES, ids=lambda mode: "-".join(mode.values()))
 @pytest.mark.parametrize("size", [(200, 90), (90, 201), (40, 33)])
-def test_what_is_seen_in_the_square_is_found_in_the_picture(size: tuple[int, int], how: dict[str, str]) -> None:
-    """A spot painted into the picture, looked for in its pixels, and mapped back."""
+def test_a_spot_in_the_square_maps_back_to_its_place_in_the_picture(
+    size: tuple[int, int], mode: dict[str, str]
+) -> None:
+    """Paint a spot, find it in the model's pixels, and map it back to the picture."""
     spot = (round(0.45 * size[0]), round(0.4 * size[1]), round(0.6 * size[0]), round(0.7 * size[1]))
     painted = Image.new("RGB", size, RED)
     painted.paste(GREEN, spot)
-    settings = config(64, how)
+    settings = config(64, mode)
     pixels = to_pixels(painted, settings)
     rows, columns = np.nonzero((pixels[:, :, 1] > 128) & (pixels[:, :, 0] < 128))
-    placed = compute_resize(*size, settings)
-    found = [*placed.to_source(columns.min(), rows.min()), *placed.to_source(columns.max() + 1, rows.max() + 1)]
-    model_pixel = max(size[0] / placed.scaled_width, size[1] / placed.scaled_height)
+    resize = compute_resize(*size, settings)
+    found = [*resize.to_source(columns.min(), rows.min()), *resize.to_source(columns.max() + 1, rows.max() + 1)]
+    model_pixel = max(size[0] / resize.scaled_width, size[1] / resize.scaled_height)
     assert np.abs(np.subtract(found, spot)).max() <= model_pixel
 
 
 @pytest.mark.parametrize("resize", ["crop", "pad"])
-def test_a_picture_like_a_thread_needs_no_memory_of_its_length(resize: str) -> None:
-    thread = Image.new("RGB", (200_000, 1), RED)
-    pixels = to_pixels(thread, ImageConfig.model_validate({"size": 224, "resize": resize}))
+def test_an_extremely_thin_picture_needs_little_memory(resize: str) -> None:
+    line = Image.new("RGB", (200_000, 1), RED)
+    pixels = to_pixels(line, ImageConfig.model_validate({"size": 224, "resize": resize}))
     assert tuple(pixels[112, 112]) == RED
 
 
-def test_a_thin_picture_is_cropped_as_any_other() -> None:
-    """Above an aspect of 16 the middle alone is resized: to what resizing all of it gives."""
+def test_a_thin_picture_is_cropped_like_any_other() -> None:
+    """Above an aspect ratio of 16 only the middle is resized, with the same result as resizing the whole picture."""
     thin = picture(3, (700, 40))
     whole = thin.resize((64 * 700 // 40, 64), Image.Resampling.BICUBIC)
     left = (whole.width - 64) // 2
@@ -92,7 +94,7 @@ def test_a_thin_picture_is_cropped_as_any_other() -> None:
 
 
 @pytest.mark.parametrize("name", ["bicubic", "bilinear", "lanczos"])
-def test_the_filter_is_the_one_named(name: str) -> None:
+def test_the_filter_is_the_configured_one(name: str) -> None:
     image = picture(4, (50, 30))
     expected = np.array(image.resize((16, 16), Image.Resampling[name.upper()]))
     assert (to_pixels(image, ImageConfig.model_validate({"size": 16, "filter": name})) == expected).all()
@@ -102,7 +104,7 @@ def test_the_filter_is_the_one_named(name: str) -> None:
 
 
 def premultiplied(mode: str, colour: tuple[int, ...]) -> bytes:
-    """A TIFF whose colour is multiplied by its alpha already."""
+    """Encode a TIFF with premultiplied alpha."""
     data = encoded(Image.new(mode, (8, 8), colour), "TIFF")
     extra_samples = struct.pack("<HHLHH", 338, 3, 1, 2, 0)
     assert data.count(extra_samples) == 1
@@ -115,7 +117,7 @@ def grey_16_bit(kind: str, mode: str) -> bytes:
 
 
 def clear_palette(kind: str) -> bytes:
-    """Red, but half of it clear: white."""
+    """Encode a red picture whose right half is transparent."""
     image = Image.new("P", (8, 8), 0)
     image.putpalette([*RED, *RED])
     image.paste(1, (4, 0, 8, 8))
@@ -153,7 +155,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_mode_comes_out_as_people_see_it(name: str) -> None:
+def test_every_mode_decodes_to_the_visible_colour(name: str) -> None:
     data, colour = FILES[name]
     image, _ = open_image(data, max_pixels=64, min_side=8)
     assert image.mode == "RGB"
@@ -162,17 +164,17 @@ def test_every_mode_comes_out_as_people_see_it(name: str) -> None:
         assert image.getpixel((6, 4)) == WHITE
 
 
-def test_no_mode_that_pillow_reads_from_these_formats_is_left_out() -> None:
-    refused = {"I", "F"}  # tested with the pictures that are refused
+def test_every_mode_that_pillow_reads_from_tiff_and_png_is_tested() -> None:
+    rejected = {"I", "F"}  # tested in test_image.py
     of_tiff = {mode for mode, _ in TiffImagePlugin.OPEN_INFO.values()}
     of_png = {mode for mode, _ in PngImagePlugin._MODES.values()}
-    assert {f"TIFF {mode}" for mode in of_tiff - refused} <= set(FILES)
-    assert {f"PNG {mode}" for mode in of_png - refused} <= set(FILES)
+    assert {f"TIFF {mode}" for mode in of_tiff - rejected} <= set(FILES)
+    assert {f"PNG {mode}" for mode in of_png - rejected} <= set(FILES)
 
 
 # ------------------------------------------------------------------------------------------------ orientation
 
-TURNED: dict[int, Callable[[Any], Any]] = {
+UPRIGHT: dict[int, Callable[[Any], Any]] = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -182,21 +184,21 @@ TURNED: dict[int, Callable[[Any], Any]] = {
     7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
     8: lambda a: a[:, ::-1].transpose(1, 0, 2),
 }
-"""What to do with stored rows and columns to see the picture upright (Exif 2.3, tag 0x0112)."""
+"""Transform of the stored array that shows the picture upright, by orientation (Exif 2.3, tag 0x0112)."""
 
 
-@pytest.mark.parametrize("orientation", TURNED)
-def test_each_exif_orientation_is_undone(orientation: int) -> None:
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_every_exif_orientation_is_applied(orientation: int) -> None:
     stored = picture(1, (24, 16))
     exif = Image.Exif()
     exif[0x0112] = orientation
     image, info = open_image(encoded(stored, exif=exif), max_pixels=10**6, min_side=1)
-    upright = TURNED[orientation](np.array(stored))
+    upright = UPRIGHT[orientation](np.array(stored))
     assert (info.height, info.width) == upright.shape[:2]
     assert (np.array(image) == upright).all()
 
 
-def test_an_orientation_that_is_none_leaves_the_picture_as_it_is() -> None:
+def test_an_invalid_orientation_leaves_the_picture_unchanged() -> None:
     stored = picture(1, (24, 16))
     exif = Image.Exif()
     exif[0x0112] = 77

@@ -1,4 +1,4 @@
-"""Router losses: of real tokens alone, beside the caption loss and never in it."""
+"""Router losses: padding does not count, and the reported caption loss excludes them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from vlm.training.optim import build_adamw, parameter_groups
 TEXTS = [("", "red car"), ("what is it?", "a very long blue bus"), ("", "old iphone")]
 
 
-def still(model: VisionLanguageModel) -> VisionLanguageModel:
-    """The model in training mode, without noise."""
+def without_noise(model: VisionLanguageModel) -> VisionLanguageModel:
+    """Put the model into training mode, with routers without noise."""
     for layer in routed_layers(model).values():
         layer.noise = None
     return model.train()
 
 
 def padded(batch: Batch, tokenizer: Tokenizer, extra: int) -> Batch:
-    """The same batch with more padding."""
+    """Add padding to a batch."""
     tokens_BT = F.pad(batch.tokens_BT, (0, extra), value=tokenizer.pad_id)
     labels_BT = F.pad(batch.labels_BT, (0, extra), value=IGNORE)
     return Batch(batch.pixels_PHWC, tokens_BT, labels_BT, batch.prefix_lengths_B)
@@ -57,7 +57,7 @@ def learn(model: VisionLanguageModel, batch: Batch, steps: int) -> list[StepRepo
 
 def test_padding_does_not_count() -> None:
     model, tokenizer = tiny_model("routed")
-    batch = tiny_batch(still(model), tokenizer, TEXTS)
+    batch = tiny_batch(without_noise(model), tokenizer, TEXTS)
     layers, found = routed_layers(model), []
     assert list(layers) == [f"{part}.blocks.{i}" for part in ("encoder", "decoder") for i in range(2)]
     routers = [layer.router.weight for layer in layers.values()]
@@ -74,7 +74,7 @@ def test_padding_does_not_count() -> None:
 
 
 def loss_of(logits_NX: Tensor, top_k: int = 2) -> tuple[float, float, float, tuple[float, ...]]:
-    """Weighted loss, balance, z and load of one layer with these logits, all tokens real."""
+    """Compute weighted loss, balance, z and load of one layer with these logits and no padding."""
     model, _ = tiny_model("routed")
     layer = model.decoder.blocks[0].mlp
     assert isinstance(layer, MoeMlp)
@@ -86,7 +86,7 @@ def loss_of(logits_NX: Tensor, top_k: int = 2) -> tuple[float, float, float, tup
     return float(loss), report.balance, report.z, report.load["decoder.blocks.0"]
 
 
-def test_an_even_load_costs_one_and_the_worst_costs_all_experts_over_the_chosen() -> None:
+def test_the_balance_loss_is_one_for_an_even_load_and_experts_over_top_k_for_the_worst() -> None:
     even = torch.eye(4).repeat(5, 1) + torch.eye(4).roll(1, 0).repeat(5, 1)
     loss, balance, z, load = loss_of(even)
     assert load == (0.25, 0.25, 0.25, 0.25)
@@ -98,9 +98,9 @@ def test_an_even_load_costs_one_and_the_worst_costs_all_experts_over_the_chosen(
     assert balance == pytest.approx(2.0)
 
 
-def test_the_reported_loss_is_the_captions_alone() -> None:
+def test_the_reported_loss_is_only_the_caption_loss() -> None:
     model, tokenizer = tiny_model("routed")
-    batch = tiny_batch(still(model), tokenizer, TEXTS)
+    batch = tiny_batch(without_noise(model), tokenizer, TEXTS)
     with torch.no_grad():
         expected = float(token_loss(model(batch), batch) / num_targets(batch))
     (report,) = learn(model, batch, 1)
@@ -110,7 +110,7 @@ def test_the_reported_loss_is_the_captions_alone() -> None:
     assert all(sum(load) == pytest.approx(1) for load in report.router.load.values())
 
 
-def test_training_evens_out_a_router_that_starts_with_favourites() -> None:
+def test_training_with_the_balance_loss_evens_out_an_unbalanced_router() -> None:
     loads = []
     for weight in (0.0, 1.0):
         model, tokenizer = tiny_model("routed")
@@ -123,7 +123,7 @@ def test_training_evens_out_a_router_that_starts_with_favourites() -> None:
     assert loads[1] < 1.3 < loads[0]
 
 
-def test_a_fresh_router_is_undecided_and_experts_are_as_large_as_linear_layers() -> None:
+def test_routers_start_near_zero_and_experts_with_the_scale_of_linear_layers() -> None:
     large, tokenizer = tiny_model("routed")
     model = build_model(large.config, tokenizer.vocab_size)
     for layer, width in zip(routed_layers(model).values(), (16, 16, 24, 24), strict=True):
@@ -132,10 +132,10 @@ def test_a_fresh_router_is_undecided_and_experts_are_as_large_as_linear_layers()
         assert float(layer.noise.weight.std()) == pytest.approx(0.02, rel=0.3)
         up, *_, out = (weight for weight in layer.experts.parameters() if weight.ndim == 3)
         assert float(up.std()) == pytest.approx(width**-0.5, rel=0.1)
-        assert float(out.std()) == pytest.approx((16 * 2 * 2) ** -0.5, rel=0.1)  # depth 2, two branches a block
+        assert float(out.std()) == pytest.approx((16 * 2 * 2) ** -0.5, rel=0.1)  # depth 2, two branches per block
 
 
-def test_a_dense_model_has_nothing_to_tell_of_routers() -> None:
+def test_a_dense_model_has_no_router_report() -> None:
     model, tokenizer = tiny_model("plain")
     assert [report.router for report in learn(model, tiny_batch(model, tokenizer, TEXTS), 2)] == [None, None]
 

@@ -1,4 +1,4 @@
-"""The loop learns, stops at the first NaN, and goes on from a checkpoint as if it had never stopped."""
+"""Training loop, optimizer, schedules, frozen parameters, weight averages and checkpoints."""
 
 import itertools
 import math
@@ -81,25 +81,25 @@ def test_every_variant_learns_its_captions_from_the_pictures(variant: str) -> No
     model, tokenizer, optimizer = fresh(variant)
     batch = tiny_batch(model, tokenizer, TEXTS)
     reports = run(model, optimizer, itertools.repeat(batch, 120), start=0, lr=5e-3)
-    cap = model.config.decoder.soft_cap or math.inf  # two logits are never further apart than twice this
+    cap = model.config.decoder.soft_cap or math.inf  # two logits differ by at most twice the cap
     least = math.log1p((tokenizer.vocab_size - 1) * math.exp(-2 * cap))
     assert least <= reports[-1].loss < least + 0.1
     right, wrong, tokens = blind_losses(model.eval(), batch, batch.pixels_PHWC.roll(1, 0))
     assert float((wrong - right).sum() / tokens.sum()) > 0.5
 
 
-def test_a_loop_resumed_from_a_checkpoint_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+def test_a_resumed_loop_equals_the_uninterrupted_loop_bit_for_bit(tmp_path: Path) -> None:
     ends = []
     for stop in (12, 5):
         model, tokenizer, optimizer = fresh("other", dropout=0.2)
         batches = [tiny_batch(model, tokenizer, TEXTS, seed=step) for step in range(12)]
         run(model, optimizer, iter(batches[:stop]), start=0, lr=3e-3)
         if stop < 12:
-            copy = snapshot_training(model_weights(model), model, optimizer, stop)
-            run(model, optimizer, iter(batches[stop:]), start=stop, lr=3e-3)  # while it is written, the loop goes on
+            snapshot = snapshot_training(model_weights(model), model, optimizer, stop)
+            run(model, optimizer, iter(batches[stop:]), start=stop, lr=3e-3)  # training continues before the write
             with atomic_folder(tmp_path / "step_000005") as folder:
-                save_weights(folder, copy.weights, model.config, tokenizer)
-                save_state(folder, copy)
+                save_weights(folder, snapshot.weights, model.config, tokenizer)
+                save_state(folder, snapshot)
             model, tokenizer, optimizer = fresh("other", dropout=0.2)
             load_weights(model, tmp_path / "step_000005" / "model.safetensors")
             assert load_state(tmp_path / "step_000005", model, optimizer) == stop
@@ -147,7 +147,7 @@ def test_a_schedule_warms_up_peaks_and_ends_at_its_floor(config: Any, halfway: f
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_the_decay_of_a_stable_schedule_begins_where_it_is_told() -> None:
+def test_the_decay_of_a_stable_schedule_starts_at_the_configured_step() -> None:
     stable = StableScheduleConfig(kind="warmup_stable_decay", decay=0.25)
     rates = [schedule(stable, s, steps=101, warmup_steps=0) for s in range(101)]
     assert set(rates[:76]) == {1.0}
@@ -157,7 +157,7 @@ def test_the_decay_of_a_stable_schedule_begins_where_it_is_told() -> None:
 RATES = {"encoder.*": 0.0, ".*norm.*": 1e-3, "(projector|decoder).*": 4e-3}
 
 
-def test_what_no_rate_matches_is_frozen_and_the_first_match_counts() -> None:
+def test_parameters_without_a_matching_rate_are_frozen_and_the_first_match_counts() -> None:
     model, _, _ = fresh("plain")
     set_trainable(model, RATES)
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -171,12 +171,12 @@ def test_what_no_rate_matches_is_frozen_and_the_first_match_counts() -> None:
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         name for name, _ in model.named_parameters() if name.startswith("encoder.")
     }
-    with pytest.raises(ConfigError, match=r"first to match of no parameter.*Got: decoder.head.*, nothing\. Fix"):
+    with pytest.raises(ConfigError, match=r"not the first match of any parameter.*Got: decoder.head.*, nothing\. Fix"):
         set_trainable(model, {"decoder.*": 1.0, "decoder.head.*": 1.0, "nothing": 0.0})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_batch_in_parts_and_blocks_computed_twice_take_the_same_step(variant: str) -> None:
+def test_a_batch_in_parts_and_recomputed_blocks_take_the_same_step(variant: str) -> None:
     ends, saved = [], []
     for rows, recompute in ((9, False), (9, True), (2, True)):
         model, tokenizer, optimizer = fresh(variant)
@@ -196,13 +196,13 @@ def test_a_batch_in_parts_and_blocks_computed_twice_take_the_same_step(variant: 
         saved.append(kept)
     assert ends[1] == ends[0]
     assert saved[1] < 0.8 * saved[0]
-    if variant != "routed":  # where a part's own experts are balanced
+    if variant != "routed":  # there the balance loss is computed per part
         assert ends[2] == pytest.approx(ends[0], rel=1e-5)
 
 
-@pytest.mark.matrix  # half a minute of the C++ compiler
-def test_compiled_blocks_take_the_same_steps_and_are_compiled_for_training_alone() -> None:
-    from torch._dynamo.utils import counters  # the compiler: large, and nothing else here needs it
+@pytest.mark.matrix  # the C++ compiler takes half a minute
+def test_compiled_blocks_take_the_same_steps_and_are_compiled_only_for_training() -> None:
+    from torch._dynamo.utils import counters  # slow import of the compiler, which only this test needs
 
     counters.clear()
     reports = []
@@ -218,22 +218,22 @@ def test_compiled_blocks_take_the_same_steps_and_are_compiled_for_training_alone
     for eager, kernels in zip(*reports, strict=True):
         assert (kernels.loss, kernels.grad_norm) == pytest.approx((eager.loss, eager.grad_norm), rel=1e-4)
     made = counters["stats"]["unique_graphs"]
-    assert made == 2, "the encoder's blocks, and the decoder's at any length"
+    assert made == 2, "one graph for encoder blocks, one for decoder blocks of any length"
     model.eval()(tiny_batch(model, tokenizer, [("", "a length that is new")]))
     assert counters["stats"]["unique_graphs"] == made
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_parameter_has_a_gradient_of_every_batch_and_ddp_need_not_look_for_others(variant: str) -> None:
+def test_every_parameter_gets_a_gradient_from_every_batch_so_that_ddp_need_not_search_unused_ones(variant: str) -> None:
     model, tokenizer, optimizer = fresh(variant, dropout=0.2)
-    met: list[str] = []
+    with_gradient: list[str] = []
     for name, parameter in model.named_parameters():
-        parameter.register_post_accumulate_grad_hook(lambda _, name=name: met.append(name))  # type: ignore[no-untyped-call]
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: with_gradient.append(name))  # type: ignore[no-untyped-call]
     run(model, optimizer, iter([tiny_batch(model, tokenizer, [("", "a")])] * 2), start=0, lr=1e-3)
-    assert sorted(met) == sorted([name for name, _ in model.named_parameters()] * 2)
+    assert sorted(with_gradient) == sorted([name for name, _ in model.named_parameters()] * 2)
 
 
-def test_frozen_parts_take_no_step_no_moments_and_no_backward() -> None:
+def test_frozen_parts_get_no_step_no_moments_and_no_backward_pass() -> None:
     model, tokenizer, _ = fresh("plain")
     set_trainable(model, RATES)
     optimizer = build_adamw(model, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1, rates=RATES)
@@ -247,14 +247,14 @@ def test_frozen_parts_take_no_step_no_moments_and_no_backward() -> None:
     assert features == [False, False]
 
 
-def test_seeds_differ_by_seed_step_and_rank_in_the_bits_torch_looks_at() -> None:
+def test_seeds_differ_by_seed_step_and_rank_in_the_32_bits_that_torch_uses() -> None:
     seeds = [mix(s, t, r) for s in range(8) for t in range(50) for r in range(8)]
     assert len({seed & 0xFFFFFFFF for seed in seeds}) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_saved_model_loads_equal(variant: str, tmp_path: Path) -> None:
+def test_a_loaded_model_equals_the_saved_model(variant: str, tmp_path: Path) -> None:
     model, tokenizer = tiny_model(variant)
     save_model(tmp_path, model, tokenizer)
     loaded, _ = load_model(tmp_path)
@@ -263,7 +263,7 @@ def test_a_saved_model_loads_equal(variant: str, tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
 
 
-def test_weights_of_another_model_are_refused_with_all_that_differs(tmp_path: Path) -> None:
+def test_loading_weights_of_another_model_lists_all_differences(tmp_path: Path) -> None:
     plain, tokenizer = tiny_model("plain")
     save_model(tmp_path, plain, tokenizer)
     other, _ = tiny_model("other")
@@ -271,34 +271,34 @@ def test_weights_of_another_model_are_refused_with_all_that_differs(tmp_path: Pa
         load_weights(other, tmp_path / "model.safetensors")
     message = str(caught.value)
     assert "missing decoder.blocks.0.mlp.gate_up.weight" in message
-    assert "left over decoder.position.weight" in message
+    assert "unexpected decoder.position.weight" in message
     assert "encoder.position has shape (1, 5, 16), the model (1, 16, 16)" in message
 
 
-def test_a_checkpoint_is_whole_until_a_byte_of_it_changes(tmp_path: Path) -> None:
+def test_verification_finds_missing_truncated_and_changed_files(tmp_path: Path) -> None:
     def write() -> Path:
         with atomic_folder(tmp_path / "step_000001") as folder:
             (folder / "a").write_bytes(b"aaaa")
             (folder / "b").write_bytes(b"bbbb")
         return tmp_path / "step_000001"
 
-    def complaint() -> str:
+    def found_damage() -> str:
         with pytest.raises(CheckpointError, match="the checkpoint is damaged") as caught:
             verify_folder(tmp_path / "step_000001")
         return caught.value.got
 
     verify_folder(write())
     (write() / "a").write_bytes(b"aaab")
-    assert complaint() == "a has other bytes than were written"
+    assert found_damage() == "a has changed since it was written"
     (write() / "a").write_bytes(b"aaa")
-    assert complaint() == "a has 3 bytes, 4 were written"
+    assert found_damage() == "a has 3 bytes, expected 4"
     (write() / "b").unlink()
-    assert complaint() == "b is missing"
+    assert found_damage() == "b is missing"
     (write() / "files.json").unlink()
-    assert "files.json cannot be read" in complaint()
+    assert "files.json cannot be read" in found_damage()
 
 
-def test_a_truncated_weights_file_is_a_clear_error(tmp_path: Path) -> None:
+def test_a_truncated_weights_file_is_an_error(tmp_path: Path) -> None:
     model, tokenizer = tiny_model("plain")
     save_model(tmp_path, model, tokenizer)
     path = tmp_path / "model.safetensors"
@@ -307,7 +307,7 @@ def test_a_truncated_weights_file_is_a_clear_error(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-def test_the_average_of_weights_over_steps_is_that_of_the_formula_and_is_there_to_look_at_and_gone_again() -> None:
+def test_the_average_of_weights_equals_the_formula_and_is_swapped_in_only_inside_the_block() -> None:
     weight, idle = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([weight, idle], lr=0.5)
     expected = None
@@ -322,10 +322,10 @@ def test_the_average_of_weights_over_steps_is_that_of_the_formula_and_is_there_t
     with averaged_weights(optimizer):
         torch.testing.assert_close(weight.double(), expected)
         assert not torch.allclose(weight, learned, atol=0.05)
-        assert torch.equal(idle, torch.ones(2)), "never had a gradient: it is its own average"
+        assert torch.equal(idle, torch.ones(2)), "a parameter without a gradient has no average"
     assert torch.equal(weight, learned)
 
-    idle.grad = torch.ones(2)  # an expert that is chosen late
+    idle.grad = torch.ones(2)  # for example an expert that gets its first token late
     optimizer.step()
     update_average(optimizer, 0.6, 30)
     assert not torch.equal(idle, torch.ones(2))
