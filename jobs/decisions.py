@@ -45,8 +45,8 @@ def run_decisions(job: Job) -> list[dict[str, Any]]:
     """
     import pyarrow.compute as pc
 
-    from pipelines.formats.tables import files_of
+    from pipelines.formats.tables import arrow_dataset
 
-    table = files_of(open_table(job, "decisions", None))
+    table = arrow_dataset(open_table(job, "decisions", None))
     rows = table.to_table(filter=pc.field("model_name") == job.model_name).sort_by("decided_at").to_pylist()
     return [row | {"figures": json.loads(row["figures"])} for row in rows]

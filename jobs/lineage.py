@@ -77,9 +77,9 @@ def run_lineage(job: Job, image_id: str) -> list[CaptionLineage]:
     """
     import pyarrow.compute as pc
 
-    from pipelines.formats.tables import files_of
+    from pipelines.formats.tables import arrow_dataset
 
-    table = files_of(open_table(job, "generated_captions", None))
+    table = arrow_dataset(open_table(job, "generated_captions", None))
     rows = table.to_table(filter=pc.field("image_id") == image_id).sort_by("captioned_at").to_pylist()
     if not rows:
         raise UserError(

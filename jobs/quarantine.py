@@ -65,10 +65,10 @@ def _known(reasons: list[str]) -> list[str]:
 
 
 def _show(job: Job, reasons: list[str], rows: int, *, pictures: bool) -> None:
-    from pipelines.driver.ingest.quarantine import look_into
+    from pipelines.driver.ingest.quarantine_report import inspect_quarantine
 
     with waiting("quarantine"):
-        report = look_into(job.spark, job.platform, reasons, rows, pictures=pictures)
+        report = inspect_quarantine(job.spark, job.platform, reasons, rows, pictures=pictures)
     if not report.counts:
         job.screen.line("quarantine", "no rows")
     for count in report.counts:

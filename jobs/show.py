@@ -53,7 +53,7 @@ def show(
       lakesight show samples
       lakesight show generated_captions --rows 40 --gallery
     """
-    from pipelines.formats.tables import files_of
+    from pipelines.formats.tables import arrow_dataset
 
     with open_job(run, platform, overrides, as_json) as job:
         delta = open_table(job, table, version)
@@ -62,7 +62,7 @@ def show(
         report = TableReport(
             table=table,
             version=delta.version(),
-            num_rows=files_of(delta).count_rows(),
+            num_rows=arrow_dataset(delta).count_rows(),
             columns={field.name: _type_name(field.type) for field in delta.schema().fields},
             rows=tuple(readable(row) for row in found),
             gallery=str(page) if page else None,
@@ -110,9 +110,9 @@ def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
 
 def first_rows(delta: DeltaTable, count: int) -> list[dict[str, Any]]:
     """The first rows as Python values."""
-    from pipelines.formats.tables import files_of
+    from pipelines.formats.tables import arrow_dataset
 
-    rows: list[dict[str, Any]] = files_of(delta).head(count).to_pylist()
+    rows: list[dict[str, Any]] = arrow_dataset(delta).head(count).to_pylist()
     return rows
 
 
@@ -175,10 +175,10 @@ def _read_pictures(job: Job, rows: Sequence[Mapping[str, Any]]) -> dict[str, byt
     """Read the rows' pictures from `samples`, by image_id."""
     import pyarrow.compute as pc
 
-    from pipelines.formats.tables import files_of
+    from pipelines.formats.tables import arrow_dataset
 
     wanted = pc.field("image_id").isin([row["image_id"] for row in rows])
-    samples = files_of(open_table(job, "samples", None))
+    samples = arrow_dataset(open_table(job, "samples", None))
     return {row["image_id"]: row["image"] for row in samples.to_table(["image_id", "image"], filter=wanted).to_pylist()}
 
 

@@ -1,8 +1,8 @@
-"""The demo's data: generated pictures of simple scenes, each with the one sentence that describes it.
+"""Data of the demo: generated pictures of simple scenes, each with the one sentence that describes it.
 
-A scene is one thing at a place, or two things in a relation. The sentence is a function of the scene in a canonical
-order (the upper thing first, the left thing first), and everything it says can be seen in the picture, so word-for-word
-agreement means something. Some rows are broken on purpose, so that a first run shows what quarantine is for.
+A scene is one object at a location, or two objects in a relation. The sentence follows from the scene: it names the
+upper or the left object first. All of its words describe something visible in the picture, so exact match is a
+meaningful metric. Some rows are broken on purpose, so that a first run has rows in quarantine.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from vlm.config import Config
 from vlm.files import atomic_write
 
 SIDE = 64
-"""Pixels on a side of a finished picture."""
+"""Width and height of a picture in pixels."""
 OVERSAMPLE = 4
-"""Pictures are drawn this much larger and averaged down, which gives clean edges."""
+"""Factor by which pictures are drawn larger and then averaged down, for smooth edges."""
 
 RADII = {"small": (6.0, 7.5), "large": (12.0, 13.5)}
-"""Pixels from a thing's centre to its rim, lowest and highest."""
+"""Smallest and largest radius of an object in pixels."""
 COLOURS = {
     "red": (206, 28, 36),
     "green": (40, 150, 60),
@@ -38,7 +38,7 @@ COLOURS = {
     "orange": (244, 130, 20),
 }
 SHAPES = ("circle", "square", "triangle", "star")
-PLACES = {
+LOCATIONS = {
     "in the top left corner": (-1, -1),
     "at the top": (0, -1),
     "in the top right corner": (1, -1),
@@ -49,9 +49,9 @@ PLACES = {
     "at the bottom": (0, 1),
     "in the bottom right corner": (1, 1),
 }
-"""Where a single thing can be: phrase to (column, row) of a 3 x 3 grid."""
+"""Locations of a single object: phrase to (column, row) of a 3 x 3 grid."""
 RELATIONS = ("above", "left of")
-"""How the first thing of two stands to the second. Their opposites are never said: one scene, one sentence."""
+"""Relations of the first of two objects to the second. The opposites are not used: each scene has one sentence."""
 
 BROKEN_SHARE = 0.01
 DUPLICATE_SHARE = 0.002
@@ -60,8 +60,8 @@ COLUMNS = ("", "b64string_images", "caption")
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One thing to be drawn: keys of RADII and COLOURS, one of SHAPES."""
+class SceneObject:
+    """One object to draw: a key of RADII, a key of COLOURS, and one of SHAPES."""
 
     size: str
     colour: str
@@ -73,19 +73,19 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One thing at one of PLACES, or two different things in one of RELATIONS."""
+    """One object at one of LOCATIONS, or two different objects in one of RELATIONS."""
 
-    things: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
     relation: str
 
     @property
     def caption(self) -> str:
-        """The scene's sentence."""
-        return " ".join([str(self.things[0]), self.relation, *map(str, self.things[1:])])
+        """The sentence that describes the scene."""
+        return " ".join([str(self.objects[0]), self.relation, *map(str, self.objects[1:])])
 
 
 class SceneSummary(Config):
-    """What `write_scenes` put into the file. `rows` counts all of them, broken ones and duplicates too."""
+    """Counts of the rows that `write_scenes` wrote. `rows` includes broken and duplicate rows."""
 
     rows: int
     broken: int
@@ -96,40 +96,38 @@ class SceneSummary(Config):
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    """A scene drawn at random; two things of one scene are never alike."""
-    first = _random_thing(rng)
+    """Draw a random scene. The two objects of a scene always differ."""
+    first = _random_object(rng)
     if rng.random() >= PAIR_SHARE:
-        return Scene((first,), str(rng.choice(list(PLACES))))
+        return Scene((first,), str(rng.choice(list(LOCATIONS))))
     second = first
     while second == first:
-        second = _random_thing(rng)
+        second = _random_object(rng)
     return Scene((first, second), str(rng.choice(RELATIONS)))
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """The scene as an RGB picture of SIDE x SIDE; place, size and shade vary a little within what the sentence says."""
+    """Draw a scene as an RGB picture of SIDE x SIDE pixels. Position, size and shade vary a little."""
     background = tuple(int(shade) for shade in rng.integers(228, 256, size=3))
     image = Image.new("RGB", (SIDE * OVERSAMPLE, SIDE * OVERSAMPLE), background)
     canvas = ImageDraw.Draw(image)
-    radii = [float(rng.uniform(*RADII[thing.size])) for thing in scene.things]
-    centres = _place_one(scene, radii[0], rng) if len(radii) == 1 else _place_two(scene, radii, rng)
-    for thing, radius, (x, y) in zip(scene.things, radii, centres, strict=True):
-        shade = np.clip(np.array(COLOURS[thing.colour]) + rng.integers(-12, 13, size=3), 0, 255)
+    radii = [float(rng.uniform(*RADII[item.size])) for item in scene.objects]
+    centres = _position_one(scene, radii[0], rng) if len(radii) == 1 else _position_two(scene, radii, rng)
+    for item, radius, (x, y) in zip(scene.objects, radii, centres, strict=True):
+        shade = np.clip(np.array(COLOURS[item.colour]) + rng.integers(-12, 13, size=3), 0, 255)
         fill = (int(shade[0]), int(shade[1]), int(shade[2]))
-        outline = [
-            (OVERSAMPLE * (x + radius * dx), OVERSAMPLE * (y + radius * dy)) for dx, dy in _OUTLINES[thing.shape]
-        ]
+        outline = [(OVERSAMPLE * (x + radius * dx), OVERSAMPLE * (y + radius * dy)) for dx, dy in _OUTLINES[item.shape]]
         canvas.polygon(outline, fill=fill)
     return image.reduce(OVERSAMPLE)
 
 
-def _random_thing(rng: np.random.Generator) -> Thing:
-    return Thing(str(rng.choice(list(RADII))), str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)))
+def _random_object(rng: np.random.Generator) -> SceneObject:
+    return SceneObject(str(rng.choice(list(RADII))), str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)))
 
 
-def _place_one(scene: Scene, radius: float, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """In the grid cell the phrase names: 2 to 6 pixels from an edge, or within 3 pixels of the middle."""
-    column, row = PLACES[scene.relation]
+def _position_one(scene: Scene, radius: float, rng: np.random.Generator) -> list[tuple[float, float]]:
+    """Return a centre in the location's grid cell: 2 to 6 pixels from an edge, or within 3 pixels of the middle."""
+    column, row = LOCATIONS[scene.relation]
     return [(_in_cell(column, radius, rng), _in_cell(row, radius, rng))]
 
 
@@ -140,10 +138,10 @@ def _in_cell(cell: int, radius: float, rng: np.random.Generator) -> float:
     return from_edge if cell < 0 else SIDE - from_edge
 
 
-def _place_two(scene: Scene, radii: list[float], rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Along one axis with a clear gap between them; along the other nearly level."""
-    room = SIDE - 2 * sum(radii)
-    margin, gap = rng.uniform(1, room * 0.3), rng.uniform(room * 0.25, room * 0.6)
+def _position_two(scene: Scene, radii: list[float], rng: np.random.Generator) -> list[tuple[float, float]]:
+    """Return two centres: with a clear gap along the axis of the relation, and nearly level along the other."""
+    free = SIDE - 2 * sum(radii)
+    margin, gap = rng.uniform(1, free * 0.3), rng.uniform(free * 0.25, free * 0.6)
     along = (margin + radii[0], margin + 2 * radii[0] + gap + radii[1])
     across = SIDE / 2 + rng.uniform(-12, 12) + rng.uniform(-3, 3, size=2)
     pairs = zip(across, along, strict=True) if scene.relation == "above" else zip(along, across, strict=True)
@@ -151,7 +149,7 @@ def _place_two(scene: Scene, radii: list[float], rng: np.random.Generator) -> li
 
 
 def _regular(corners: int, turn: float = -0.25, inner: float | None = None) -> list[tuple[float, float]]:
-    """Corners on the unit circle, the first at `turn` of a full turn; with `inner` a star with that inner radius."""
+    """Return corners on the unit circle, the first at `turn` of a full turn. `inner` is the inner radius of a star."""
     steps = corners if inner is None else 2 * corners
     points = []
     for step in range(steps):
@@ -173,15 +171,15 @@ _OUTLINES = {
 
 
 def broken_rows(count: int) -> int:
-    """How many of `count` rows are broken on purpose."""
+    """Return how many of `count` rows are broken on purpose."""
     return math.ceil(count * BROKEN_SHARE)
 
 
 def write_scenes(path: Path, count: int, seed: int) -> SceneSummary:
-    """Write `count` rows as base64 CSV in the seeds' own form: unnamed index, b64string_images, caption.
+    """Write `count` rows as CSV with the columns of seemore's data: unnamed index, b64string_images, caption.
 
-    About one row in a hundred is broken on purpose and one in five hundred repeats an earlier one. The bytes depend
-    on `count` and `seed` alone; a file that already holds them is left untouched, so an ingest recognises it.
+    About one row in a hundred is broken on purpose, and one in five hundred repeats an earlier row. The bytes depend
+    only on `count` and `seed`. A file with the same bytes is not written again, so that an ingest skips it.
 
     Raises:
         UserError: the file cannot be written.
@@ -202,16 +200,20 @@ def write_scenes(path: Path, count: int, seed: int) -> SceneSummary:
             "the generated scenes cannot be written",
             where=str(path),
             got=str(error.strerror or error),
-            fix="free some space, or name a folder you may write to",
+            fix="free some disk space, or choose a writable folder",
         ) from None
     return SceneSummary(rows=count, broken=broken, duplicates=duplicates)
 
 
 def _rows(count: int, broken: int, duplicates: int, seed: int) -> Iterator[list[str]]:
-    """Good rows, with broken rows and copies of an earlier good row strewn in evenly."""
-    breakers = list(BREAKERS.values())
-    bad_at = {(2 * k + 1) * count // (2 * broken): breakers[k % len(breakers)] for k in range(broken)} if broken else {}
-    free = [index for index in range(count) if index not in bad_at]
+    """Yield good rows, with broken rows and copies of earlier good rows at regular intervals."""
+    corruptions = list(CORRUPTIONS.values())
+    broken_at = (
+        {(2 * k + 1) * count // (2 * broken): corruptions[k % len(corruptions)] for k in range(broken)}
+        if broken
+        else {}
+    )
+    free = [index for index in range(count) if index not in broken_at]
     copies_at = {free[(2 * k + 1) * len(free) // (2 * duplicates)] for k in range(duplicates)} if duplicates else set()
     last_good: list[str] = []
     for index in range(count):
@@ -221,8 +223,8 @@ def _rows(count: int, broken: int, duplicates: int, seed: int) -> Iterator[list[
         rng = np.random.default_rng((seed, index))
         scene = random_scene(rng)
         picture = _png(draw(scene, rng))
-        if index in bad_at:
-            yield bad_at[index](str(index), picture, scene.caption)
+        if index in broken_at:
+            yield broken_at[index](str(index), picture, scene.caption)
         else:
             last_good = [str(index), _base64(picture), scene.caption]
             yield last_good
@@ -238,8 +240,8 @@ def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-BREAKERS: dict[str, Callable[[str, bytes, str], list[str]]] = {
-    # 4n + 1 characters are never base64, whatever a decoder forgives.
+CORRUPTIONS: dict[str, Callable[[str, bytes, str], list[str]]] = {
+    # No base64 string has 4n + 1 characters, so every decoder rejects it.
     "bad_base64": lambda index, png, caption: [index, _base64(png)[:401], caption],
     "not_an_image": lambda index, png, caption: [index, _base64(caption.encode()), caption],
     "empty_text": lambda index, png, caption: [index, _base64(png), ""],
@@ -247,4 +249,4 @@ BREAKERS: dict[str, Callable[[str, bytes, str], list[str]]] = {
     "too_small": lambda index, png, caption: [index, _base64(_png(Image.new("RGB", (2, 2)))), caption],
     "malformed_record": lambda index, png, caption: [index, _base64(png), caption, "one column too many"],
 }
-"""Ways to break a row, by the reason it should be refused for (`pipelines.formats.tables.REASONS`)."""
+"""Functions that break a row, by the expected reason of refusal (`pipelines.formats.tables.REASONS`)."""

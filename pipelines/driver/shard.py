@@ -1,9 +1,9 @@
-"""Shard: the rows of one source and split, at a pinned version of `samples`, as files that ranks read.
+"""Shard: write the rows of one source and split, at a pinned version of `samples`, to files that ranks read.
 
-Executors decode and resize, Spark's shuffle brings every picture to its file, before that or after, executors write the
-files, and the driver writes the manifest, last. What a folder holds is determined by its request, and its name is the
-request's hash: the same request finds it again. Two writers of one folder do no harm, because they write the same bytes
-under the same names, each whole.
+Executors decode and resize pictures before or after Spark's shuffle, which brings each picture to its file. Executors
+write the files, and the driver writes the manifest last. The request determines the contents of a folder, and the
+folder's name is a hash of the request, so the same request finds the folder again. Two concurrent writers of one folder
+do no harm: they write the same bytes under the same names, each file atomically.
 """
 
 from __future__ import annotations
@@ -21,12 +21,19 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipelines.config import DataConfig, ShardConfig, Split, short_hash
-from pipelines.driver.delta.failures import filtered, spark_failures, worker_died
+from pipelines.driver.delta.failures import filtered, run_or_guard, spark_failures
 from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.tables import ensure_tables, table_id
 from pipelines.driver.delta.versions import versions
 from pipelines.errors import StageFailed, UserError
-from pipelines.executor.shard import PLACED, WRITTEN, pictures_of, pixels_guarded, pixels_of, write_files
+from pipelines.executor.shard import (
+    SHUFFLED,
+    WRITTEN,
+    assign_files,
+    assign_files_and_decode,
+    assign_files_and_decode_guarded,
+    write_files,
+)
 from pipelines.formats.shards import MANIFEST, Manifest, Part, ShardFile, ShardRequest, Shards, write_manifest
 from pipelines.formats.tables import SAMPLES
 from pipelines.platform import Platform
@@ -35,25 +42,26 @@ from vlm.config import Config, ImageConfig
 logger = logging.getLogger(__name__)
 
 STALE_SECONDS = 3600
-
+"""Age at which a leftover file of a crashed writer is removed."""
 SAMPLED_ROWS = 64
-"""Pictures whose size says whether pictures or pixels travel."""
+"""Pictures whose mean size decides whether to decode before or after the shuffle."""
 
-Place = Callable[..., Iterator[RecordBatch]]
+Assign = Callable[..., Iterator[RecordBatch]]
+"""A function like `executor.shard.assign_files`, which may also decode."""
 
 
 class ShardReport(Config):
-    """A shard folder that is complete.
+    """Report on a complete shard folder.
 
     Attributes:
-        folder: where it is.
+        folder: path of the folder.
         source: name of the data config.
-        split: the split it holds.
-        num_rows: pictures.
-        content_hash: equal for equal training data.
-        dataset_version: the version of `samples` that last changed this source.
-        reused: True when the folder was there and nothing was written.
-        seconds: how long it took.
+        split: split of the rows.
+        num_rows: number of pictures.
+        content_hash: hash of the contents; equal for equal training data.
+        dataset_version: version of `samples` that last changed this source.
+        reused: whether the folder existed already and nothing was written.
+        seconds: duration.
     """
 
     folder: str
@@ -66,60 +74,61 @@ class ShardReport(Config):
     seconds: float
 
 
-class Packed(NamedTuple):
-    """A complete shard folder, and whether it was there."""
+class ShardFolder(NamedTuple):
+    """A complete shard folder. `reused` says whether it existed already."""
 
     folder: Path
     manifest: Manifest
     reused: bool
 
 
-def shard(  # noqa: PLR0917 (each argument is one slice of a run, and none may be left out)
+def shard(  # noqa: PLR0917 (each argument is one part of a run, and all are required)
     spark: SparkSession, platform: Platform, source_name: str, config: DataConfig, image: ImageConfig, split: Split
 ) -> ShardReport:
-    """Write the training shards of one source and split, or find them; of a mix, those of every source to learn from.
+    """Find or write the shards of one source and split. For training on a mix, also those of the other sources.
 
-    A request is pinned to the version that last changed its source (`session.versions`); the rows are read at the
-    newest version, where they are the same, because an old version's files may have been vacuumed away.
+    A request is pinned to the version of `samples` that last changed its source. The rows are read at the newest
+    version, where they are the same, because VACUUM may have removed the files of an old version.
 
     Raises:
-        UserError: the split has no rows, or data.shards.where is no condition. StageFailed: rows were lost or doubled
-            on the way.
+        UserError: the split has no rows, or data.shards.where is not a valid SQL condition.
+        StageFailed: rows were lost or doubled.
     """
     started = time.monotonic()
     ensure_tables(spark, platform)
-    packed = _packed(spark, platform, source_name, config.shards, image, split)
+    found = find_or_write(spark, platform, source_name, config.shards, image, split)
     if split == "train" and config.mix:
-        others = [_packed(spark, platform, other, config.shards, image, split) for other in config.mix]
-        packed = mix([packed, *others], list(config.mix.values()), platform.folder("shards"))
-    manifest = packed.manifest
-    how = "found" if packed.reused else "new"
-    logger.info("%s %s: %d rows in %s (%s)", source_name, split, manifest.num_rows, packed.folder, how)
+        others = [find_or_write(spark, platform, other, config.shards, image, split) for other in config.mix]
+        found = write_mix([found, *others], list(config.mix.values()), platform.folder("shards"))
+    manifest = found.manifest
+    how = "found" if found.reused else "new"
+    logger.info("%s %s: %d rows in %s (%s)", source_name, split, manifest.num_rows, found.folder, how)
     return ShardReport(
-        folder=str(packed.folder),
+        folder=str(found.folder),
         source=source_name,
         split=split,
         num_rows=manifest.num_rows,
         content_hash=manifest.content_hash,
         dataset_version=manifest.request.table_version,
-        reused=packed.reused,
+        reused=found.reused,
         seconds=round(time.monotonic() - started, 3),
     )
 
 
-def mix(parts: Sequence[Packed], shares: Sequence[float], shards: Path) -> Packed:
-    """A folder that names the files of others and how often rows of each are drawn; it holds a manifest alone.
+def write_mix(parts: Sequence[ShardFolder], shares: Sequence[float], shards: Path) -> ShardFolder:
+    """Write a folder that refers to the files of other shard folders. It contains only a manifest.
 
-    An epoch has as many draws as there are rows in all: of part 1 and later by their shares, of part 0 what is left.
+    The manifest says how many rows of each part an epoch draws. An epoch has as many draws as all parts have rows.
+    Parts 1 and later get their shares, and part 0 gets the rest.
 
     Args:
-        parts: folders beside each other.
-        shares: of part 1 and later, each above 0, together below 1.
-        shards: the folder that they are in.
+        parts: shard folders with the same parent folder.
+        shares: shares of parts 1 and later, each above 0, with a sum below 1.
+        shards: the parent folder.
     """
     total = sum(part.manifest.num_rows for part in parts)
-    given = [max(1, round(share * total)) for share in shares]
-    draws = [max(1, total - sum(given)), *given]
+    shared_draws = [max(1, round(share * total)) for share in shares]
+    draws = [max(1, total - sum(shared_draws)), *shared_draws]
     manifest = Manifest(
         request=parts[0].manifest.request,
         files=tuple(
@@ -138,12 +147,13 @@ def mix(parts: Sequence[Packed], shares: Sequence[float], shards: Path) -> Packe
     if not reused:
         folder.mkdir(parents=True, exist_ok=True)
         write_manifest(folder, manifest)
-    return Packed(folder, Shards.open(folder).manifest, reused)
+    return ShardFolder(folder, Shards.open(folder).manifest, reused)
 
 
-def _packed(  # noqa: PLR0917
+def find_or_write(  # noqa: PLR0917 (as for `shard`)
     spark: SparkSession, platform: Platform, source: str, config: ShardConfig, image: ImageConfig, split: Split
-) -> Packed:
+) -> ShardFolder:
+    """Find the shard folder of one source and split at the current version, or write it."""
     version = versions(spark, platform, source)
     request = ShardRequest(
         table=platform.table(SAMPLES.name),
@@ -162,22 +172,22 @@ def _packed(  # noqa: PLR0917
     reused = (folder / MANIFEST).exists()
     if not reused:
         with spark_failures("the shards could not be written", where=str(folder)):
-            _write(_rows(spark, request, version.newest), folder, request)
-    return Packed(folder, Shards.open(folder).manifest, reused)
+            _write_folder(_select_rows(spark, request, version.newest), folder, request)
+    return ShardFolder(folder, Shards.open(folder).manifest, reused)
 
 
-def _rows(spark: SparkSession, request: ShardRequest, version: int) -> DataFrame:
-    """The rows of a source and split that meet the condition, with the place of each in the shuffled order."""
+def _select_rows(spark: SparkSession, request: ShardRequest, version: int) -> DataFrame:
+    """Select the rows of a source and split that meet the condition, with their shuffle keys."""
     samples = spark.read.option("versionAsOf", version).table(request.table).filter(F.col("source") == request.source)
     samples = filtered(samples, request.where, where="data.shards.where")
     rows = samples.filter(F.col("split") == request.split)
     if rows.isEmpty():
         counts = samples.groupBy("split").count().orderBy("split").collect()
-        meeting = " that meet data.shards.where" if request.where else " of this source"
+        selection = " that meet data.shards.where" if request.where else " of this source"
         raise UserError(
             f"the {request.split} split has no rows",
             where=f"{request.table}, source {request.source}",
-            got=", ".join(f"{row['count']} in {row['split']}" for row in counts) or f"no rows{meeting} at all",
+            got=", ".join(f"{row['count']} in {row['split']}" for row in counts) or f"no rows{selection} at all",
             fix="run `lakesight ingest` first, or change data.split, data.shards.where, data.validate_on or "
             "data.evaluate_on",
         )
@@ -185,65 +195,69 @@ def _rows(spark: SparkSession, request: ShardRequest, version: int) -> DataFrame
         "image_id",
         "image",
         "texts",
-        F.sha2(F.concat(F.lit(f"{request.seed}/"), "image_id"), 256).alias("place"),
+        F.sha2(F.concat(F.lit(f"{request.seed}/"), "image_id"), 256).alias("shuffle_key"),
     )
 
 
-def _write(rows: DataFrame, folder: Path, request: ShardRequest) -> None:
-    """Write every file, then the manifest."""
+def _write_folder(rows: DataFrame, folder: Path, request: ShardRequest) -> None:
+    """Write all shard files, then the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Places alone go through one task, to number them: a 64-character string a picture. Pictures go straight to
-    # their files, because the driver knows at which place each file begins.
-    numbered = rows.select("place", (F.row_number().over(Window.orderBy("place")) - 1).alias("number"))
+    # Only the shuffle keys pass through a single task, which numbers them: 64 characters per picture. Pictures go
+    # directly to their files, because the driver knows the first key of each file.
+    numbered = rows.select("shuffle_key", (F.row_number().over(Window.orderBy("shuffle_key")) - 1).alias("number"))
     starts = numbered.filter(F.col("number") % request.rows == 0).orderBy("number").collect()
-    firsts = [row["place"] for row in starts]
-    pack = partial(_pack, rows, folder, request, firsts)
-    try:
-        found = pack(pictures_of) if _pictures_are_smaller(rows, request, len(firsts)) else pack(pixels_of)
-    except Exception as error:
-        if not worker_died(error):
-            raise
-        logger.warning("a Python worker died while it decoded: pictures are decoded again in guarded processes")
-        found = pack(pixels_guarded)
-    manifest = Manifest(request=request, files=tuple(found))
+    first_keys = [row["shuffle_key"] for row in starts]
+    late = _decode_after_shuffle(rows, request, len(first_keys))
+    write = partial(_write_files, rows, folder, request, first_keys)
+    files = run_or_guard(
+        partial(write, assign_files if late else assign_files_and_decode),
+        partial(write, assign_files_and_decode_guarded),
+    )
+    manifest = Manifest(request=request, files=tuple(files))
     expected = rows.count()
-    if manifest.num_rows != expected or any(file.rows != request.rows for file in found[:-1]):
+    if manifest.num_rows != expected or any(file.rows != request.rows for file in files[:-1]):
         raise StageFailed(
             "the shards do not hold the rows of the table",
             where=str(folder),
-            got=f"{manifest.num_rows} rows in {len(found)} files, expected {expected}, {request.rows} a file",
+            got=f"{manifest.num_rows} rows in {len(files)} files, expected {expected}, {request.rows} per file",
             fix="this is a defect of Lakesight: please report it",
         )
-    _remove_leftovers(folder, {file.file for file in found})
+    _remove_leftovers(folder, {file.file for file in files})
     write_manifest(folder, manifest)
 
 
-def _pictures_are_smaller(rows: DataFrame, request: ShardRequest, files: int) -> bool:
-    """Whether to decode behind the shuffle: where pictures are smaller than their pixels, and a core has a file."""
+def _decode_after_shuffle(rows: DataFrame, request: ShardRequest, files: int) -> bool:
+    """Decide whether to shuffle picture files instead of pixels.
+
+    This pays off if picture files are smaller than their pixels and there are at least as many shard files as cores,
+    because the files are then decoded in parallel.
+    """
     if request.encoding != "raw" or files < rows.sparkSession.sparkContext.defaultParallelism:
         return False
-    some = rows.select(F.octet_length("image").alias("bytes")).limit(SAMPLED_ROWS).collect()
-    return bool(sum(row["bytes"] for row in some) < len(some) * 3 * request.image.size**2)
+    sample = rows.select(F.octet_length("image").alias("bytes")).limit(SAMPLED_ROWS).collect()
+    return bool(sum(row["bytes"] for row in sample) < len(sample) * 3 * request.image.size**2)
 
 
-def _pack(rows: DataFrame, folder: Path, request: ShardRequest, firsts: list[str], place: Place) -> list[ShardFile]:
-    """Bring every picture to its file, and write the files; in the order of their names."""
-    placed = partial(place, request=request, firsts=firsts)
-    files = partial(write_files, request=request, folder=str(folder), decoded=place is not pictures_of)
+def _write_files(
+    rows: DataFrame, folder: Path, request: ShardRequest, first_keys: list[str], assign: Assign
+) -> list[ShardFile]:
+    """Shuffle every picture to its file and write the files. Return them in the order of their names."""
+    assigned = partial(assign, request=request, first_keys=first_keys)
+    write = partial(write_files, request=request, folder=str(folder), decoded=assign is not assign_files)
     with bounded_batches(rows.sparkSession):
         written = (
             rows.select("image_id", "image", "texts")
-            .mapInArrow(placed, from_arrow_schema(PLACED))
-            .repartition(len(firsts), "file")
-            .sortWithinPartitions("file", "place")
-            .mapInArrow(files, from_arrow_schema(WRITTEN))
+            .mapInArrow(assigned, from_arrow_schema(SHUFFLED))
+            .repartition(len(first_keys), "file")
+            .sortWithinPartitions("file", "shuffle_key")
+            .mapInArrow(write, from_arrow_schema(WRITTEN))
             .collect()
         )
     return sorted((ShardFile(**row.asDict()) for row in written), key=lambda file: file.file)
 
 
 def _remove_leftovers(folder: Path, keep: set[str]) -> None:
-    """Remove what a crash left behind. Files touched within the hour may be another writer's, at work just now."""
+    """Remove files of crashed writers. Files younger than an hour may belong to a concurrent writer and are kept."""
     for path in folder.iterdir():
         if path.name not in keep and path.name != MANIFEST and time.time() - path.stat().st_mtime > STALE_SECONDS:
             path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Work in a process of its own: a decoder that crashes takes one row with it, and not the task.
+"""Crash isolation: run a function in a child process, so that a crashing decoder costs one row and not the task.
 
-Slow, so it is the second way, taken where a Python worker has died of the first. Items go to a forked child, what it
-makes of them comes back as Arrow; where the child dies, the items are halved until the one is found that kills it.
+This is slow, so it is used only after a Python worker has died. Items are passed to a forked child, which returns
+Arrow batches. If the child dies, the items are bisected until the item that kills it is found.
 """
 
 from __future__ import annotations
@@ -19,76 +19,78 @@ import pyarrow as pa
 
 T = TypeVar("T")
 
-PORTION_ITEMS = 32
-PORTION_BYTES = 16 * 2**20
+CHUNK_ITEMS = 32
+CHUNK_BYTES = 16 * 2**20
 OUT_OF_MEMORY = 77
-"""The exit code of a child that could not have the memory it asked for."""
+"""Exit code of a child that ran out of memory."""
 
-Work = Callable[[Sequence[T]], Iterator[pa.RecordBatch]]
+Function = Callable[[Sequence[T]], Iterator[pa.RecordBatch]]
 
 
-def portions(items: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
-    """The items in lists that are bounded in number and, but for single items, in bytes."""
-    portion: list[T] = []
-    held = 0
+def split_into_chunks(items: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """Group items into lists of at most CHUNK_ITEMS items and CHUNK_BYTES bytes. A larger item gets its own list."""
+    chunk: list[T] = []
+    chunk_size = 0
     for item in items:
         size = size_of(item)
-        if portion and (len(portion) == PORTION_ITEMS or held + size > PORTION_BYTES):
-            yield portion
-            portion, held = [], 0
-        portion.append(item)
-        held += size
-    if portion:
-        yield portion
+        if chunk and (len(chunk) == CHUNK_ITEMS or chunk_size + size > CHUNK_BYTES):
+            yield chunk
+            chunk, chunk_size = [], 0
+        chunk.append(item)
+        chunk_size += size
+    if chunk:
+        yield chunk
 
 
-def guarded(items: Sequence[T], work: Work[T], crashed: Callable[[T, str], pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """What `work` makes of the items, and what `crashed` makes of those at which it dies.
+def run_guarded(
+    items: Sequence[T], function: Function[T], on_crash: Callable[[T, str], pa.RecordBatch]
+) -> Iterator[pa.RecordBatch]:
+    """Run a function on items in a child process, and isolate the items at which it crashes.
 
     Args:
-        items: at least one.
-        work: run in a child, on all items or on some of them in order; gives batches of one schema.
-        crashed: called here, with such an item and how the child ended.
+        items: at least one item.
+        function: runs in the child, on all items or on a slice of them; yields batches of one schema.
+        on_crash: runs in this process, with the item that killed the child and how the child ended.
 
     Raises:
-        Exception: what `work` raised, but for MemoryError, of which the child dies.
+        Exception: any exception that `function` raised, except MemoryError, which counts as a crash.
     """
-    outcome = _in_child(items, work)
+    outcome = _run_in_child(items, function)
     if isinstance(outcome, pa.Table):
         yield from outcome.to_batches()
     elif len(items) == 1:
-        yield crashed(items[0], outcome)
+        yield on_crash(items[0], outcome)
     else:
         half = len(items) // 2
-        yield from guarded(items[:half], work, crashed)
-        yield from guarded(items[half:], work, crashed)
+        yield from run_guarded(items[:half], function, on_crash)
+        yield from run_guarded(items[half:], function, on_crash)
 
 
-def _in_child(items: Sequence[T], work: Work[T]) -> pa.Table | str:
-    """A child's batches, or how it died."""
-    fork = multiprocessing.get_context("fork")  # the items need not travel: the child has them
+def _run_in_child(items: Sequence[T], function: Function[T]) -> pa.Table | str:
+    """Return the child's batches, or a description of how it died."""
+    fork = multiprocessing.get_context("fork")  # a forked child already has the items: nothing is pickled
     reader, writer = fork.Pipe(duplex=False)
-    child = fork.Process(target=_work_in_child, args=(items, work, writer))
+    child = fork.Process(target=_child_main, args=(items, function, writer))
     child.start()
     writer.close()
     with reader:
         try:
             sent = reader.recv()
-        except (EOFError, OSError):  # it died before, or while, it sent
+        except (EOFError, OSError):  # the child died before or while it sent the result
             sent = None
     child.join()
     if isinstance(sent, Exception):
         raise sent
     if sent is not None:
         return pa.ipc.open_stream(sent).read_all()
-    return _end_of(child.exitcode or 0)
+    return _describe_exit(child.exitcode or 0)
 
 
-def _work_in_child(items: Sequence[T], work: Work[T], writer: Connection) -> None:
-    with suppress(OSError):  # Linux: where memory runs out, let this process be the first to go
+def _child_main(items: Sequence[T], function: Function[T], writer: Connection) -> None:
+    with suppress(OSError):  # Linux: if memory runs out, the kernel kills this process first
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     try:
-        table = pa.Table.from_batches(list(work(items)))
+        table = pa.Table.from_batches(list(function(items)))
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as stream:
             stream.write_table(table)
@@ -99,7 +101,7 @@ def _work_in_child(items: Sequence[T], work: Work[T], writer: Connection) -> Non
         writer.send(error)
 
 
-def _end_of(code: int) -> str:
+def _describe_exit(code: int) -> str:
     if code == OUT_OF_MEMORY:
         return "ran out of memory"
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -1,8 +1,10 @@
-"""Pictures to pixels, and pixels to shard files: plain functions on Arrow batches, run by executors.
+"""Shard files: decode pictures of `samples` to pixels, and write them in shuffled order. Plain functions on Arrow
+batches.
 
-Two steps with Spark's shuffle between them. Before it pictures get their place, and become pixels if those are smaller;
-behind it `write_files` receives them in their final order, makes pixels of what is none, and streams each file to disk:
-a task holds batches, never a file.
+There are two steps with Spark's shuffle between them. Before the shuffle, each picture gets its shuffle key and its
+file number. It is also decoded there if its pixels are smaller than its picture file. After the shuffle, `write_files`
+receives the rows in their final order, decodes what is not decoded yet, and streams each file to disk. A task holds
+batches in memory, never a whole file.
 """
 
 from __future__ import annotations
@@ -19,82 +21,86 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.errors import StageFailed
-from pipelines.executor.guard import guarded, portions
+from pipelines.executor.guard import run_guarded, split_into_chunks
 from pipelines.formats.shards import ShardRequest, encode_pixels, shard_schema, write_shard_file
 from pipelines.formats.tables import TEXT_TYPE
 from vlm.errors import ImageError
 from vlm.image import open_image, to_pixels
 
-PLACED = pa.schema(
+SHUFFLED = pa.schema(
     [
         ("file", pa.int32()),
-        ("place", pa.string()),
+        ("shuffle_key", pa.string()),
         ("image_id", pa.string()),
-        ("image", pa.binary()),  # pixels as the shard stores them, or still a picture file
+        ("image", pa.binary()),  # encoded pixels as in a shard file, or a picture file that is not decoded yet
         ("texts", pa.list_(TEXT_TYPE)),
     ]
 )
+"""Rows that pass through Spark's shuffle."""
 WRITTEN = pa.schema([("file", pa.string()), ("rows", pa.int64()), ("bytes", pa.int64()), ("sha256", pa.string())])
 
 
-def place_of(image_id: str, seed: int) -> str:
-    """Where a picture stands in the shuffled order: a hash, so the order is the same however Spark splits the work."""
+def shuffle_key(image_id: str, seed: int) -> str:
+    """Return the key that a picture is sorted by. It is a hash, so the order does not depend on Spark's partitions."""
     return hashlib.sha256(f"{seed}/{image_id}".encode()).hexdigest()
 
 
-def pixels_of(
-    batches: Iterator[pa.RecordBatch], request: ShardRequest, firsts: Sequence[str]
+def assign_files(
+    batches: Iterator[pa.RecordBatch], request: ShardRequest, first_keys: Sequence[str]
 ) -> Iterator[pa.RecordBatch]:
-    """Decode and resize pictures; a batch of PLACED, with pixels, for each batch that came.
+    """Add shuffle keys and file numbers to rows (SHUFFLED). Pictures are not decoded.
 
     Args:
         batches: columns image_id, image (the bytes of a picture file), texts.
-        request: what the shards hold.
-        firsts: the place of each file's first row, in order.
-
-    Raises:
-        StageFailed: a picture that ingest decoded does not decode now.
+        request: contents of the shards.
+        first_keys: shuffle key of the first row of each file, in order.
     """
-    for batch in pictures_of(batches, request, firsts):
-        pixels = pa.array(_pixels(batch, request), pa.binary())
-        columns = [pixels if name == "image" else batch.column(name) for name in PLACED.names]
-        yield pa.RecordBatch.from_arrays(columns, schema=PLACED)
-
-
-def pictures_of(
-    batches: Iterator[pa.RecordBatch], request: ShardRequest, firsts: Sequence[str]
-) -> Iterator[pa.RecordBatch]:
-    """As `pixels_of`, but the pictures stay as they are."""
     for batch in batches:
         ids = batch.column("image_id")
-        places = [place_of(image_id, request.seed) for image_id in ids.to_pylist()]
-        files = pa.array([bisect_right(firsts, place) - 1 for place in places], pa.int32())
-        texts = batch.column("texts").cast(PLACED.field("texts").type)
-        columns = [files, pa.array(places, pa.string()), ids, batch.column("image"), texts]
-        yield pa.RecordBatch.from_arrays(columns, schema=PLACED)
+        keys = [shuffle_key(image_id, request.seed) for image_id in ids.to_pylist()]
+        files = pa.array([bisect_right(first_keys, key) - 1 for key in keys], pa.int32())
+        texts = batch.column("texts").cast(SHUFFLED.field("texts").type)
+        columns = [files, pa.array(keys, pa.string()), ids, batch.column("image"), texts]
+        yield pa.RecordBatch.from_arrays(columns, schema=SHUFFLED)
 
 
-def pixels_guarded(
-    batches: Iterator[pa.RecordBatch], request: ShardRequest, firsts: Sequence[str]
+def assign_files_and_decode(
+    batches: Iterator[pa.RecordBatch], request: ShardRequest, first_keys: Sequence[str]
 ) -> Iterator[pa.RecordBatch]:
-    """As `pixels_of`, in processes of its own: to find the picture at which the decoder crashes.
+    """Add shuffle keys and file numbers to rows, and decode their pictures to pixels.
+
+    Arguments are as for `assign_files`.
 
     Raises:
-        StageFailed: names that picture, or what `pixels_of` names.
+        StageFailed: a picture that ingest decoded cannot be decoded now.
+    """
+    for batch in assign_files(batches, request, first_keys):
+        pixels = pa.array(_decode_batch(batch, request), pa.binary())
+        columns = [pixels if name == "image" else batch.column(name) for name in SHUFFLED.names]
+        yield pa.RecordBatch.from_arrays(columns, schema=SHUFFLED)
+
+
+def assign_files_and_decode_guarded(
+    batches: Iterator[pa.RecordBatch], request: ShardRequest, first_keys: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
+    """Do the same as `assign_files_and_decode` in child processes, to find the picture that crashes the decoder.
+
+    Raises:
+        StageFailed: names the picture that crashes the decoder or cannot be decoded.
     """
     rows = (batch.slice(n, 1) for batch in batches for n in range(batch.num_rows))
-    work = partial(_pixels_of_rows, request=request, firsts=firsts)
-    for portion in portions(rows, lambda row: int(row.nbytes)):
-        yield from guarded(portion, work, _crashed)
+    function = partial(_decode_rows, request=request, first_keys=first_keys)
+    for chunk in split_into_chunks(rows, lambda row: int(row.nbytes)):
+        yield from run_guarded(chunk, function, _fail_on_crash)
 
 
-def _pixels_of_rows(
-    rows: Sequence[pa.RecordBatch], request: ShardRequest, firsts: Sequence[str]
+def _decode_rows(
+    rows: Sequence[pa.RecordBatch], request: ShardRequest, first_keys: Sequence[str]
 ) -> Iterator[pa.RecordBatch]:
-    return pixels_of(iter(rows), request, firsts)
+    return assign_files_and_decode(iter(rows), request, first_keys)
 
 
-def _crashed(row: pa.RecordBatch, how: str) -> pa.RecordBatch:
+def _fail_on_crash(row: pa.RecordBatch, how: str) -> pa.RecordBatch:
     image_id = row.column("image_id")[0].as_py()
     raise StageFailed(
         "a picture of samples crashes its decoder",
@@ -104,7 +110,7 @@ def _crashed(row: pa.RecordBatch, how: str) -> pa.RecordBatch:
     )
 
 
-def _encoded(image_id: str, data: bytes, request: ShardRequest) -> bytes:
+def _decode_picture(image_id: str, data: bytes, request: ShardRequest) -> bytes:
     enough = request.image.size if request.draft else None
     try:
         # Ingest has already applied the limits of pixels and side.
@@ -114,33 +120,33 @@ def _encoded(image_id: str, data: bytes, request: ShardRequest) -> bytes:
     return encode_pixels(to_pixels(image, request.image), request.encoding)
 
 
-def _pixels(batch: pa.RecordBatch, request: ShardRequest) -> list[bytes]:
+def _decode_batch(batch: pa.RecordBatch, request: ShardRequest) -> list[bytes]:
     rows = zip(batch.column("image_id").to_pylist(), batch.column("image").to_pylist(), strict=True)
-    return [_encoded(image_id, image, request) for image_id, image in rows]
+    return [_decode_picture(image_id, image, request) for image_id, image in rows]
 
 
 def write_files(
     batches: Iterator[pa.RecordBatch], request: ShardRequest, folder: str, *, decoded: bool
 ) -> Iterator[pa.RecordBatch]:
-    """Write the shard files whose rows come, sorted by file and place; one WRITTEN row a file.
+    """Write shard files, and yield one WRITTEN row per file.
 
     Args:
-        batches: PLACED in order; all rows of a file come to one call.
-        request: what the shards hold.
-        folder: the shard folder, existing, a plain path that every executor sees.
-        decoded: whether pixels came, and not pictures.
+        batches: SHUFFLED rows, sorted by file and shuffle key. One call receives all rows of a file.
+        request: contents of the shards.
+        folder: the shard folder: an existing plain path that every executor sees.
+        decoded: whether the column `image` holds pixels.
 
     Raises:
-        StageFailed: a picture that ingest decoded does not decode now.
+        StageFailed: a picture that ingest decoded cannot be decoded now.
     """
-    for number, pieces in groupby(_pieces(batches), key=lambda piece: piece[0]):
-        rows = (_as_stored(piece, request, decoded=decoded) for _, piece in pieces)
+    for number, pieces in groupby(_split_by_file(batches), key=lambda piece: piece[0]):
+        rows = (_to_shard_rows(piece, request, decoded=decoded) for _, piece in pieces)
         written = write_shard_file(Path(folder), number, request, rows)
         yield pa.RecordBatch.from_pylist([written.model_dump()], WRITTEN)
 
 
-def _pieces(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Batches cut where the file number changes."""
+def _split_by_file(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Split batches where the file number changes."""
     for batch in batches:
         files = batch.column("file").to_numpy()
         starts = [0, *(np.flatnonzero(np.diff(files)) + 1).tolist()] if len(files) else []
@@ -148,10 +154,11 @@ def _pieces(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordB
             yield int(files[start]), batch.slice(start, end - start)
 
 
-def _as_stored(piece: pa.RecordBatch, request: ShardRequest, *, decoded: bool) -> pa.RecordBatch:
+def _to_shard_rows(piece: pa.RecordBatch, request: ShardRequest, *, decoded: bool) -> pa.RecordBatch:
+    """Convert SHUFFLED rows to the schema of the shard file."""
     schema = shard_schema(request)
-    stored = schema.field("pixels").type
+    pixel_type = schema.field("pixels").type
     image = piece.column("image")
-    pixels = image.cast(stored) if decoded else pa.array(_pixels(piece, request), stored)
+    pixels = image.cast(pixel_type) if decoded else pa.array(_decode_batch(piece, request), pixel_type)
     texts = piece.column("texts").cast(schema.field("texts").type)
     return pa.RecordBatch.from_arrays([piece.column("image_id"), pixels, texts], schema=schema)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from pipelines.config import LimitsConfig
-from pipelines.executor.ingest.records import json_object
+from pipelines.executor.ingest.records.record import parse_json_object
 from pipelines.pages.thumbnail import MAX_PIXELS, make_thumbnail
 from vlm.errors import ImageError
 from vlm.image import decode_base64
@@ -55,7 +55,7 @@ def _safe_to_decode(batch: pa.RecordBatch) -> list[bool]:
 
 def find_picture(payload: str) -> bytes | None:
     """Return the picture in the JSON of a refused row: its longest string, decoded as base64. None if there is none."""
-    fields = json_object(payload)
+    fields = parse_json_object(payload)
     strings = [value for value in fields.values() if isinstance(value, str)] if isinstance(fields, dict) else []
     try:
         return decode_base64(max(strings, key=len, default=""), MAX_BYTES)

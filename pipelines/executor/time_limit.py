@@ -1,4 +1,4 @@
-"""A limit on the time that one row may take, by the process's alarm clock."""
+"""A time limit on a block of code, by the process's interval timer (SIGALRM)."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class TimeUp(BaseException):
-    """The time is up. No Exception: what runs inside the limit may catch those, and decoders' callers do."""
+class TimeLimitExceeded(BaseException):
+    """The block took too long. Not an Exception, because code inside the block (image decoders) may catch those."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """End what runs inside after some seconds, as soon as it is back in Python: a decoder in C is when it returns.
+    """Interrupt the block after some seconds. Code in C is interrupted when it returns to Python.
 
-    An alarm clock belongs to the main thread, where Spark's Python workers run our functions; elsewhere nothing is
-    limited.
+    Signals reach the main thread only, where Spark's Python workers run our functions. In any other thread there is
+    no limit.
 
     Raises:
-        TimeUp: the time is up.
+        TimeLimitExceeded: the block took longer than `seconds`.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def ring(_: int, __: FrameType | None) -> None:
-        raise TimeUp
+    def on_alarm(_: int, __: FrameType | None) -> None:
+        raise TimeLimitExceeded
 
-    before = signal.signal(signal.SIGALRM, ring)
+    previous = signal.signal(signal.SIGALRM, on_alarm)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous)

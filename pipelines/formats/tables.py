@@ -1,6 +1,6 @@
-"""Every table: its columns, their types and what they mean. Columns are named here and nowhere else.
+"""All Delta tables: columns, types and comments. No other module defines a column.
 
-A type is written once, as an Arrow type, because executors speak Arrow; the SQL type is derived from it.
+Each type is given once, as an Arrow type, because executors exchange Arrow batches. The SQL type is derived from it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REASONS = (
     "decode_timeout",
     "decoder_crash",
 )
-"""Why a row is in quarantine: a closed list."""
+"""Reasons for which a row is in `quarantine`. The list is closed."""
 
 TEXT_TYPE = pa.struct([pa.field("prompt", pa.string(), nullable=False), pa.field("text", pa.string(), nullable=False)])
 TIME_TYPE = pa.timestamp("us", tz="UTC")
@@ -38,7 +38,7 @@ TIME_TYPE = pa.timestamp("us", tz="UTC")
 
 @dataclass(frozen=True)
 class Column:
-    """One column: name, Arrow type, meaning."""
+    """A column: name, Arrow type, comment, and whether it may be null."""
 
     name: str
     type: pa.DataType
@@ -46,16 +46,22 @@ class Column:
     nullable: bool = False
 
     def ddl(self) -> str:
-        """The column in a CREATE TABLE statement."""
+        """Return the column's part of a CREATE TABLE statement."""
         return f"{self.name} {sql_type(self.type)}{'' if self.nullable else ' NOT NULL'} COMMENT '{self.comment}'"
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table: name, key, meaning, columns.
+    """A Delta table.
 
-    `checks` are SQL conditions that Delta demands of every row, by name; columns to cluster by are those that stages
-    choose rows by; a followed table has a change data feed.
+    Attributes:
+        name: name without catalog and schema.
+        key: columns that identify a row.
+        comment: what a row is.
+        columns: all columns, in order.
+        checks: CHECK constraints: SQL condition by name.
+        cluster_by: clustering columns, by which stages select rows.
+        followed: whether the table has a change data feed.
     """
 
     name: str
@@ -68,35 +74,36 @@ class Table:
 
     @property
     def properties(self) -> dict[str, str]:
-        """Delta's properties of the table. Without deletion vectors every Delta reader can read it, `deltalake` too.
+        """Delta's table properties.
 
-        Delta counts what columns hold; a picture would be copied for that, to learn that it is not null.
+        Deletion vectors are off, so that every Delta reader can read the table, including `deltalake`. Statistics are
+        limited to scalar columns, because Delta would copy each picture only to count nulls.
         """
         feed = {"delta.enableChangeDataFeed": "true"} if self.followed else {}
-        plain = [c.name for c in self.columns if not (pa.types.is_nested(c.type) or pa.types.is_binary(c.type))]
-        counted = {"delta.dataSkippingStatsColumns": ",".join(plain)}
-        return {"delta.enableDeletionVectors": "false", **counted, **feed}
+        scalar = [c.name for c in self.columns if not (pa.types.is_nested(c.type) or pa.types.is_binary(c.type))]
+        statistics = {"delta.dataSkippingStatsColumns": ",".join(scalar)}
+        return {"delta.enableDeletionVectors": "false", **statistics, **feed}
 
     @property
     def arrow_schema(self) -> pa.Schema:
-        """The Arrow schema, nullability included."""
+        """The Arrow schema, including nullability."""
         return pa.schema([pa.field(c.name, c.type, nullable=c.nullable) for c in self.columns])
 
     @property
     def names(self) -> list[str]:
-        """Column names in order."""
+        """Column names, in order."""
         return [c.name for c in self.columns]
 
     def ddl(self) -> str:
-        """The column list of a CREATE TABLE statement, comments included."""
+        """Return the column list of a CREATE TABLE statement, including comments."""
         return ", ".join(column.ddl() for column in self.columns)
 
 
 def sql_type(arrow: pa.DataType) -> str:
-    """Spark SQL's name of an Arrow type used by a table here.
+    """Return Spark SQL's name of an Arrow type.
 
     Raises:
-        ValueError: a type no table uses yet.
+        ValueError: no table uses this type yet.
     """
     if pa.types.is_struct(arrow):
         return f"STRUCT<{', '.join(f'{f.name}: {sql_type(f.type)}' for f in arrow)}>"
@@ -118,26 +125,31 @@ def sql_type(arrow: pa.DataType) -> str:
 SAMPLES = Table(
     "samples",
     ("image_id",),
-    "One row a picture that can be trained on",
+    "One row per picture that can be trained on",
     (
-        Column("image_id", pa.string(), "<source>/<id>, or <source>/<start of sha256> where the source has no ids"),
-        Column("sha256", pa.string(), "SHA-256 of the image bytes, hex"),
-        Column("image", pa.binary(), "The picture, the bytes as received"),
-        Column("format", pa.string(), "Picture format as Pillow names it, such as PNG"),
-        Column("width", pa.int32(), "Pixels"),
-        Column("height", pa.int32(), "Pixels"),
-        Column("texts", pa.list_(TEXT_TYPE), "Captions (prompt empty) and answers (prompt is the question)"),
+        Column("image_id", pa.string(), "<source>/<id>, or <source>/<start of sha256> if the source has no ids"),
+        Column("sha256", pa.string(), "SHA-256 of the image bytes, hexadecimal"),
+        Column("image", pa.binary(), "Picture file, the bytes as received"),
+        Column("format", pa.string(), "Picture format by Pillow, such as PNG"),
+        Column("width", pa.int32(), "Width in pixels"),
+        Column("height", pa.int32(), "Height in pixels"),
+        Column("texts", pa.list_(TEXT_TYPE), "Captions (empty prompt) and answers (the prompt is the question)"),
         Column(
             "split",
             pa.string(),
-            "train, val or test: from sha256, as a near duplicate has, or given by the source",
+            "train, val or test: from sha256, from a near duplicate, or from the source",
         ),
-        Column("source", pa.string(), "Name of the data config that brought the row"),
-        Column("source_row", pa.string(), "<file>#<hash of the row>: the first row this picture came from"),
-        Column("ingest_id", pa.string(), "Ingest that brought the row: a hash of the source and its files"),
-        Column("ingested_at", TIME_TYPE, "When"),
-        Column("fingerprint", pa.binary(), "What near duplicates share: executor/near.py; null before", nullable=True),
-        Column("near_of", pa.string(), "A picture that this one nearly equals; null: none", nullable=True),
+        Column("source", pa.string(), "Name of the data config that added the row"),
+        Column("source_row", pa.string(), "<file>#<hash of the row>: first source row of the picture"),
+        Column("ingest_id", pa.string(), "Ingest that added the row: hash of the source and its files"),
+        Column("ingested_at", TIME_TYPE, "Time at which the row was added"),
+        Column(
+            "fingerprint",
+            pa.binary(),
+            "Fingerprint for near duplicates (executor/ingest/fingerprint.py); null if not computed",
+            nullable=True,
+        ),
+        Column("near_of", pa.string(), "image_id of a near duplicate; null if there is none", nullable=True),
     ),
     checks={
         "usable": "split IN ('train', 'val', 'test') AND width > 0 AND height > 0 AND size(texts) > 0 "
@@ -149,54 +161,54 @@ SAMPLES = Table(
 QUARANTINE = Table(
     "quarantine",
     ("ingest_id", "source_row"),
-    "One row a source row that was refused, whole, with the reason",
+    "One row per source row that was refused, with its whole content and the reason",
     (
         Column("ingest_id", pa.string(), "Ingest that refused the row"),
         Column("source", pa.string(), "Name of the data config"),
         Column("source_row", pa.string(), "<file>#<hash of the row>"),
-        Column("payload", pa.string(), "All the row had: JSON object of column to string, or the raw line"),
-        Column("stage", pa.string(), "Where it was refused: read, decode or merge"),
+        Column("payload", pa.string(), "Whole row: a JSON object of columns, or the raw line"),
+        Column("stage", pa.string(), "Stage that refused the row: read, decode or merge"),
         Column("reason", pa.string(), f"One of {', '.join(REASONS)}"),
-        Column("detail", pa.string(), "What exactly was wrong"),
-        Column("quarantined_at", TIME_TYPE, "When"),
-        Column("replayed_at", TIME_TYPE, "When a replay accepted it; null before", nullable=True),
+        Column("detail", pa.string(), "Details of the reason"),
+        Column("quarantined_at", TIME_TYPE, "Time at which the row was added"),
+        Column("replayed_at", TIME_TYPE, "Time at which a replay accepted the row; null if none has", nullable=True),
     ),
 )
 
 INGESTED = Table(
     "ingested",
     ("source", "item", "state", "rules"),
-    "One row an item that was taken in whole: as long as it stays as it was, it is not read again",
+    "One row per item that was ingested completely. An unchanged item is not read again",
     (
         Column("source", pa.string(), "Name of the data config"),
-        Column("item", pa.string(), "A file; of a folder, a row of its captions file; or a table, by its id"),
-        Column("state", pa.string(), "Size and time of last change of the file or picture, or version of the table"),
-        Column("rules", pa.string(), "Hash of what decides over a row: columns, limits, split"),
-        Column("ingest_id", pa.string(), "Ingest that took it in"),
-        Column("ingested_at", TIME_TYPE, "When; the same for all that one ingest took in"),
+        Column("item", pa.string(), "A file, a row of a captions file, or the id of a table"),
+        Column("state", pa.string(), "Size and modification time of the file or picture, or version of the table"),
+        Column("rules", pa.string(), "Hash of the settings that decide about a row: columns, limits, split"),
+        Column("ingest_id", pa.string(), "Ingest that read the item"),
+        Column("ingested_at", TIME_TYPE, "Time of the ingest; equal for all of its items"),
     ),
 )
 
 GENERATED_CAPTIONS = Table(
     "generated_captions",
     ("source_table", "image_id", "model_name", "model_version", "settings_hash"),
-    "One row a picture of a table, model version and decoding settings",
+    "One row per picture of a table, model version and decoding settings",
     (
         Column("image_id", pa.string(), "Id of the row in the source table"),
         Column("model_name", pa.string(), "Registered model"),
-        Column("model_version", pa.string(), "Its version"),
+        Column("model_version", pa.string(), "Version of the registered model"),
         Column("settings_hash", pa.string(), "Hash of prompt, decoding settings and precision"),
-        Column("caption", pa.string(), "The caption; null where there is an error", nullable=True),
-        Column("error", pa.string(), "Why there is no caption; null when good", nullable=True),
-        Column("sha256", pa.string(), "SHA-256 of the captioned picture; null without one", nullable=True),
-        Column("prompt", pa.string(), "The prompt; empty for a plain caption"),
-        Column("settings", pa.string(), "Decoding settings and precision, JSON"),
-        Column("num_tokens", pa.int32(), "Generated tokens, end token included"),
+        Column("caption", pa.string(), "Generated caption; null if there is an error", nullable=True),
+        Column("error", pa.string(), "Reason for a missing caption; null if there is a caption", nullable=True),
+        Column("sha256", pa.string(), "SHA-256 of the captioned picture; null if there is no picture", nullable=True),
+        Column("prompt", pa.string(), "Prompt; empty for a plain caption"),
+        Column("settings", pa.string(), "Decoding settings and precision, as JSON"),
+        Column("num_tokens", pa.int32(), "Number of generated tokens, including the end token"),
         Column("mean_logprob", pa.float64(), "Mean log-probability of the generated tokens", nullable=True),
-        Column("source_table", pa.string(), "Table the picture came from"),
-        Column("source_version", pa.int64(), "Version of that table"),
+        Column("source_table", pa.string(), "Table of the picture"),
+        Column("source_version", pa.int64(), "Version of source_table"),
         Column("run_id", pa.string(), "MLflow run that trained the model version"),
-        Column("captioned_at", TIME_TYPE, "When"),
+        Column("captioned_at", TIME_TYPE, "Time of captioning"),
     ),
     checks={"caption_or_error": "(caption IS NULL) != (error IS NULL)"},
 )
@@ -204,42 +216,49 @@ GENERATED_CAPTIONS = Table(
 EVALUATIONS = Table(
     "evaluations",
     ("model_name", "model_version", "source", "dataset_version", "split", "slice", "metric"),
-    "One row a model version, dataset version, split, slice and metric",
+    "One row per model version, dataset version, split, slice and metric",
     (
         Column("model_name", pa.string(), "Registered model"),
-        Column("model_version", pa.string(), "Its version"),
+        Column("model_version", pa.string(), "Version of the registered model"),
         Column("source", pa.string(), "Name of the data config"),
-        Column("dataset_version", pa.int64(), "Version of samples the split was read at"),
-        Column("split", pa.string(), "Split evaluated"),
-        Column("metric", pa.string(), "Metric, such as cider; constant_cider and neighbour_cider are of the baselines"),
+        Column("dataset_version", pa.int64(), "Version of samples that the split was read from"),
+        Column("split", pa.string(), "Evaluated split"),
+        Column("metric", pa.string(), "Metric, such as cider; constant_cider and neighbour_cider are baselines"),
         Column("value", pa.float64(), "Point estimate"),
-        Column("low", pa.float64(), "2.5th percentile of the bootstrap over pictures"),
-        Column("high", pa.float64(), "97.5th percentile"),
-        Column("n", pa.int64(), "Pictures"),
-        Column("evaluated_at", TIME_TYPE, "When"),
+        Column("low", pa.float64(), "Lower bound of the 95% bootstrap confidence interval over pictures"),
+        Column("high", pa.float64(), "Upper bound of the 95% bootstrap confidence interval"),
+        Column("n", pa.int64(), "Number of pictures"),
+        Column("evaluated_at", TIME_TYPE, "Time of the evaluation"),
         Column("run_id", pa.string(), "MLflow run that trained the model version"),
-        Column("slice", pa.string(), "Part of the split, as column=value; null: all of it", nullable=True),
+        Column("slice", pa.string(), "Part of the split, as column=value; null for the whole split", nullable=True),
     ),
 )
 
 VERDICTS = Table(
     "verdicts",
     ("source_table", "image_id", "model_name", "model_version", "settings_hash"),
-    "One row a caption that a person has judged, with its picture: a source to train on",
+    "One row per caption that a person has reviewed, with its picture; can be trained on",
     (
         Column("image_id", pa.string(), "Id of the row in the source table"),
-        Column("source_table", pa.string(), "Table the picture came from"),
-        Column("model_name", pa.string(), "Registered model that wrote the caption"),
-        Column("model_version", pa.string(), "Its version"),
-        Column("settings_hash", pa.string(), "As in generated_captions"),
-        Column("prompt", pa.string(), "The prompt; empty for a plain caption"),
-        Column("caption", pa.string(), "What the model said"),
+        Column("source_table", pa.string(), "Table of the picture"),
+        Column("model_name", pa.string(), "Registered model that generated the caption"),
+        Column("model_version", pa.string(), "Version of the registered model"),
+        Column(
+            "settings_hash", pa.string(), "Hash of prompt, decoding settings and precision, as in generated_captions"
+        ),
+        Column("prompt", pa.string(), "Prompt; empty for a plain caption"),
+        Column("caption", pa.string(), "Caption that the model generated"),
         Column("verdict", pa.string(), "good, bad or corrected"),
-        Column("text", pa.string(), "What is right: the caption, or its correction; null where bad", nullable=True),
-        Column("image", pa.binary(), "The picture as it was judged"),
-        Column("sha256", pa.string(), "SHA-256 of it, hex"),
-        Column("reviewer", pa.string(), "Who"),
-        Column("judged_at", TIME_TYPE, "When"),
+        Column(
+            "text",
+            pa.string(),
+            "Correct text: the caption or its correction; null if the verdict is bad",
+            nullable=True,
+        ),
+        Column("image", pa.binary(), "Picture file as it was reviewed"),
+        Column("sha256", pa.string(), "SHA-256 of image, hexadecimal"),
+        Column("reviewer", pa.string(), "User who reviewed the caption"),
+        Column("judged_at", TIME_TYPE, "Time of the review"),
     ),
     followed=True,
 )
@@ -247,28 +266,28 @@ VERDICTS = Table(
 DECISIONS = Table(
     "decisions",
     ("decision_id",),
-    "One row a decision on which model version serves, in the order of decided_at",
+    "One row per decision about the serving model version, in the order of decided_at",
     (
-        Column("decision_id", pa.string(), "Drawn at random"),
+        Column("decision_id", pa.string(), "Random id"),
         Column("model_name", pa.string(), "Registered model"),
-        Column("model_version", pa.string(), "Version decided on"),
+        Column("model_version", pa.string(), "Model version that the decision is about"),
         Column("action", pa.string(), "promote, refuse or rollback"),
-        Column("champion", pa.string(), "Version that served when it was decided; null: none", nullable=True),
-        Column("reasons", pa.list_(pa.string()), "Why it was refused; empty otherwise"),
-        Column("figures", pa.string(), "What the decision rests on, a JSON object"),
-        Column("decided_by", pa.string(), "User of the process that decided"),
-        Column("decided_at", TIME_TYPE, "When"),
+        Column("champion", pa.string(), "Serving version at that time; null if there was none", nullable=True),
+        Column("reasons", pa.list_(pa.string()), "Reasons for a refusal; empty otherwise"),
+        Column("figures", pa.string(), "Figures that the decision is based on, as a JSON object"),
+        Column("decided_by", pa.string(), "User of the process that made the decision"),
+        Column("decided_at", TIME_TYPE, "Time of the decision"),
     ),
 )
 
 TABLES = (SAMPLES, QUARANTINE, INGESTED, GENERATED_CAPTIONS, EVALUATIONS, VERDICTS, DECISIONS)
 
 
-def files_of(table: DeltaTable) -> Dataset:
-    """The rows of a table on a local disk, read by Arrow alone.
+def arrow_dataset(table: DeltaTable) -> Dataset:
+    """Open a table on a local disk as an Arrow dataset that uses Arrow's own file system.
 
-    Without a file system of Arrow's own its threads read through Python, and one that is late aborts the process as the
-    interpreter ends: all is printed, and the exit code is 134 (delta-io/delta-rs issue 2184).
+    By default, Arrow's threads read through Python. A thread that is still reading when the interpreter exits aborts
+    the process with exit code 134, after all output is printed (delta-io/delta-rs issue 2184).
     """
     from pyarrow.fs import FileSystem, SubTreeFileSystem
 

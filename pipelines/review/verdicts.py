@@ -17,7 +17,7 @@ from deltalake import DeltaTable
 from pydantic import Field, model_validator
 
 from pipelines.errors import UserError
-from pipelines.formats.tables import VERDICTS, files_of
+from pipelines.formats.tables import VERDICTS, arrow_dataset
 from vlm.config import Config
 
 KEY = ("image_id", "model_version", "settings_hash")
@@ -58,13 +58,13 @@ class Review:
 
     def __init__(self, captions: DeltaTable, pictures: DeltaTable, verdicts: Path, *, table: str, model: str) -> None:
         ours = (pc.field("source_table") == table) & (pc.field("model_name") == model) & pc.field("caption").is_valid()
-        found = files_of(captions).to_table(list(SHOWN), filter=ours)
+        found = arrow_dataset(captions).to_table(list(SHOWN), filter=ours)
         self.captions: list[dict[str, Any]] = found.sort_by("mean_logprob").to_pylist()
         self._by_key = {key_of(row): row for row in self.captions}
         self._pictures, self._table, self._model = pictures, table, model
         self._verdicts = open_verdicts(verdicts)
         self._lock = threading.Lock()
-        said = files_of(self._verdicts).to_table(
+        said = arrow_dataset(self._verdicts).to_table(
             ["verdict", "text", *KEY], filter=(pc.field("source_table") == table) & (pc.field("model_name") == model)
         )
         self.judged = {key_of(row): row["verdict"] for row in said.to_pylist()}
@@ -79,7 +79,7 @@ class Review:
 
     def picture(self, image_id: str) -> bytes | None:
         """The bytes of a picture; None where the table has no such row any more."""
-        rows = files_of(self._pictures).to_table(["image"], filter=pc.field("image_id") == image_id)
+        rows = arrow_dataset(self._pictures).to_table(["image"], filter=pc.field("image_id") == image_id)
         return bytes(rows["image"][0].as_py()) if rows.num_rows else None
 
     def judge(self, verdict: Verdict, reviewer: str) -> None:

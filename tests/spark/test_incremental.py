@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from pictures import as_base64, png, write_csv
 from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig
-from pipelines.driver.ingest.decode import Task, Work, settled
-from pipelines.driver.ingest.ledger import items_of
-from pipelines.driver.ingest.run import ingest, take
-from pipelines.driver.ingest.sources import open_source
-from pipelines.driver.ingest.spill import Waiting
+from pipelines.driver.delta.retry import undisturbed
+from pipelines.driver.ingest.commit import write_samples
+from pipelines.driver.ingest.decode import DecodedRows, IngestRequest, decode_rows
+from pipelines.driver.ingest.ledger import items_table
+from pipelines.driver.ingest.plan import plan_ingest
+from pipelines.driver.ingest.run import ingest
+from pipelines.driver.ingest.sources.open import open_source
+from pipelines.driver.ingest.spill import SpillFolder
 from pipelines.driver.ingest.totals import IngestReport
 from pipelines.errors import UserError
 from pipelines.platform import Platform
@@ -78,12 +82,12 @@ def test_of_a_folder_only_rows_are_read_that_are_new_or_whose_picture_changed(
     rows = [[f"{n}.png", f"picture {n}"] for n in range(4)]
     captions = write_csv(tmp_path / "captions.csv", rows, header=("file_name", "text"))
     config = data({"kind": "folder", "path": str(tmp_path), "captions": captions.name})
-    first = open_source(spark, platform, source, config, items_of([]))
+    first = open_source(spark, platform, source, config, items_table([]))
     (tmp_path / "3.png").write_bytes(png(3))
     (tmp_path / "0.png").write_bytes(png(10, (25, 16)))
     write_csv(captions, [*rows, rows[1], ["1.png", "another text"]], header=("file_name", "text"))
-    second = open_source(spark, platform, source, config, first.fresh)
-    assert (len(first.fresh), len(second.fresh), second.unchanged) == (4, 3, 2)
+    second = open_source(spark, platform, source, config, first.pending)
+    assert (len(first.pending), len(second.pending), second.unchanged) == (4, 3, 2)
     assert second.rows is not None
     came = {row["fields"] for row in second.rows.frame.collect()}
     assert len(came) == 3
@@ -118,19 +122,21 @@ def test_an_ingest_that_another_one_overtook_plans_again_and_two_at_once_bring_w
 ) -> None:
     pictures = [[as_base64(png(n % 5)), f"text {n}"] for n in range(6)]
     config = data({"path": str(write_csv(tmp_path / "a.csv", [*pictures, [as_base64(b"words"), "x"]]))})
-    opened = open_source(spark, platform, source, config, items_of([]))
+    opened = open_source(spark, platform, source, config, items_table([]))
     assert opened.rows is not None
     faster = data({"path": str(write_csv(tmp_path / "b.csv", pictures[:2]))})
     planned = []
 
-    def overtaken(work: Work) -> int:
-        planned.append(work.totals.new)
+    def plan_and_write(decoded: DecodedRows) -> int:
+        plan = plan_ingest(spark, platform, decoded)
+        planned.append(plan.totals.new)
         if len(planned) == 1:
             ingest(spark.newSession(), platform, source, faster)
-        take(platform, work, config)
-        return work.totals.brought
+        write_samples(platform, plan)
+        return plan.totals.contributing
 
-    assert settled(spark, platform, Task(source, config, opened.rows, opened.ingest_id), overtaken) == 4
+    with decode_rows(spark, platform, IngestRequest(source, config, opened.rows, opened.ingest_id)) as decoded:
+        assert undisturbed(partial(plan_and_write, decoded)) == 4
     assert planned == [5, 3]
     expected = {0: ["text 0", "text 5"], **{n: [f"text {n}"] for n in range(1, 5)}}
     assert sorted(texts_of(spark, platform, source).values()) == sorted(expected.values())
@@ -148,8 +154,8 @@ def test_an_ingest_that_another_one_overtook_plans_again_and_two_at_once_bring_w
 def test_rows_that_are_kept_are_computed_once_and_stay_as_they_were_whatever_is_written_into_their_table(
     spark: SparkSession, tmp_path: Path
 ) -> None:
-    waiting = Waiting(tmp_path / "a {folder} of [mine] *")
-    waiting.folder.mkdir()
+    spill = SpillFolder(tmp_path / "a {folder} of [mine] *")
+    spill.folder.mkdir()
     path = str(tmp_path / "table")
     spark.range(1).write.format("delta").save(path)
     table = spark.read.format("delta").load(path)
@@ -161,7 +167,7 @@ def test_rows_that_are_kept_are_computed_once_and_stay_as_they_were_whatever_is_
                 file.write("once\n")
             yield batch
 
-    kept = waiting.keep(table.mapInArrow(counting, "id bigint"), "numbers")
+    kept = spill.materialize(table.mapInArrow(counting, "id bigint"), "numbers")
     assert [row["id"] for row in kept.collect()] == [0]
     spark.range(1).write.format("delta").mode("append").save(path)
     assert (table.count(), kept.count(), calls.read_text()) == (2, 1, "once\n")

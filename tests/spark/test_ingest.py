@@ -241,7 +241,7 @@ def test_any_mixture_of_rows_adds_up_as_counted_by_hand(
     ("content", "message"),
     [
         (None, "no such file or folder"),
-        ("", "nothing, or empty files alone"),
+        ("", "no files, or only empty ones"),
         (f"{IMAGE},{TEXT}\n", "no rows"),
         (f"picture,{TEXT}\nx,y\n", f"no column {IMAGE}.* --set data.source.columns.image=picture on"),
         (f"{IMAGE},number,captions\nx,1,y\n", f"no column {TEXT}.* --set data.source.columns.text=captions on"),

@@ -17,17 +17,17 @@ import pytest
 from deltalake import write_deltalake
 from pictures import as_base64, encoded, picture, png, write_csv
 from PIL import Image
-from pyspark.sql import Row, SparkSession
+from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig
-from pipelines.driver.ingest.decode import Task, Work, settled
-from pipelines.driver.ingest.ledger import items_of
-from pipelines.driver.ingest.plan import Totals
-from pipelines.driver.ingest.quarantine import look_into
+from pipelines.driver.ingest.decode import IngestRequest, decode_rows
+from pipelines.driver.ingest.ledger import items_table
+from pipelines.driver.ingest.plan import plan_ingest
+from pipelines.driver.ingest.quarantine_report import inspect_quarantine
 from pipelines.driver.ingest.replay import replay
 from pipelines.driver.ingest.report import write_report
 from pipelines.driver.ingest.run import ingest
-from pipelines.driver.ingest.sources import open_source
+from pipelines.driver.ingest.sources.open import open_source
 from pipelines.driver.ingest.totals import TooManyRefused
 from pipelines.platform import Platform
 
@@ -136,21 +136,20 @@ def test_every_row_of_every_kind_of_source_is_accounted_for(
     data, reasons = write(tmp_path)
     data["source"]["path"] = str(tmp_path)
     config = DataConfig.model_validate({"split": {"kind": "hash", "val": 0, "test": 0}} | data)
-    opened = open_source(spark, platform, source, config, items_of([]))
+    opened = open_source(spark, platform, source, config, items_table([]))
     assert opened.rows is not None
-    assert open_source(spark, platform, source, config, opened.fresh).rows is None, "unchanged"
-
-    def act(work: Work) -> tuple[Totals, list[Row], list[Row]]:
-        return work.totals, work.outcomes.groupBy("reason").count().collect(), work.plan.collect()
-
-    totals, found, plan = settled(spark, platform, Task(source, config, opened.rows, opened.ingest_id), act)
+    assert open_source(spark, platform, source, config, opened.pending).rows is None, "unchanged"
+    with decode_rows(spark, platform, IngestRequest(source, config, opened.rows, opened.ingest_id)) as decoded:
+        plan = plan_ingest(spark, platform, decoded)
+        found, planned = plan.outcomes.groupBy("reason").count().collect(), plan.pictures.collect()
+    totals = plan.totals
     assert {row["reason"]: row["count"] for row in found} == {None: usable} | reasons
-    assert (totals.new, totals.brought, totals.usable, totals.conflicting) == (new, new, usable, 0)
+    assert (totals.new, totals.contributing, totals.usable, totals.conflicting) == (new, new, usable, 0)
     assert totals.rows_in == totals.usable + totals.bad == usable + sum(reasons.values())
-    assert sum(len(row["fresh"]) for row in plan) == texts
-    assert Counter(row["split"] for row in plan) == splits
+    assert sum(len(row["new_texts"]) for row in planned) == texts
+    assert Counter(row["split"] for row in planned) == splits
     if data["source"]["kind"] == "table":
-        assert sorted(row["image_id"] for row in plan) == [f"{source}/{n}" for n in range(3)]
+        assert sorted(row["image_id"] for row in planned) == [f"{source}/{n}" for n in range(3)]
 
 
 def test_refused_rows_are_shown_replayed_after_a_fix_and_too_many_of_them_fail_the_job_once_all_is_written(
@@ -175,10 +174,10 @@ def test_refused_rows_are_shown_replayed_after_a_fix_and_too_many_of_them_fail_t
     page = Path(full.page).read_text()
     assert page.count("<img") == 3
     assert [
-        words for words in ("text_too_long", "not_an_image", "16-31", "Refused", "Taken in") if words not in page
+        words for words in ("text_too_long", "not_an_image", "16-31", "Refused", "Accepted") if words not in page
     ] == []
 
-    found = look_into(spark, platform, ["text_too_long", "not_an_image"], 1, pictures=True)
+    found = inspect_quarantine(spark, platform, ["text_too_long", "not_an_image"], 1, pictures=True)
     counts = {count.reason: (count.rows, count.replayed) for count in found.counts if count.source == source}
     assert counts == {"text_too_long": (2, 0), "not_an_image": (1, 0)}
     assert len([row for row in found.rows if row.source == source]) == 2

@@ -16,7 +16,7 @@ import pytest
 import torch
 from tiny_runs import global_batches, tiny_model_config, write_shards
 
-from pipelines.driver.shard import Packed, mix
+from pipelines.driver.shard import ShardFolder, write_mix
 from pipelines.formats.shards import Row, Shards
 from pipelines.worker.data.batches import Collator, ahead, training_batches
 from pipelines.worker.data.prefetch import copied_ahead
@@ -108,8 +108,8 @@ def test_a_picture_with_several_texts_shows_each_of_them_in_some_epoch(tmp_path:
 
 def test_a_mix_draws_each_source_by_its_share_in_an_order_that_ranks_and_restarts_do_not_change(tmp_path: Path) -> None:
     own, other = (write_shards(tmp_path / str(rows), rows=rows, seed=rows) for rows in (12, 4))
-    packed = [Packed(shards.folder, shards.manifest, reused=True) for shards in (own, other)]
-    shards = Shards.open(mix(packed, [0.5], tmp_path).folder)
+    packed = [ShardFolder(shards.folder, shards.manifest, reused=True) for shards in (own, other)]
+    shards = Shards.open(write_mix(packed, [0.5], tmp_path).folder)
 
     def pixels(steps: range, rank: int = 0, world_size: int = 1) -> list[bytes]:
         collator = Collator(TOKENIZER, MODEL)

@@ -1,4 +1,4 @@
-"""The demo's scenes: one sentence a scene, readable off the picture, and a file that never changes by itself."""
+"""Generated scenes: the sentence of a scene can be read off its picture, and the file is reproducible."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from PIL import Image
 from pipelines.errors import UserError
 from pipelines.formats.tables import REASONS
 from pipelines.scenes import (
-    BREAKERS,
     COLOURS,
-    PLACES,
+    CORRUPTIONS,
+    LOCATIONS,
     RADII,
     RELATIONS,
     SHAPES,
     SIDE,
     Scene,
-    Thing,
+    SceneObject,
     draw,
     random_scene,
     write_scenes,
 )
 
-THING = f"a ({'|'.join(RADII)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
-SENTENCE = re.compile(f"{THING} (?:({'|'.join(PLACES)})|({'|'.join(RELATIONS)}) {THING})")
+OBJECT = f"a ({'|'.join(RADII)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+SENTENCE = re.compile(f"{OBJECT} (?:({'|'.join(LOCATIONS)})|({'|'.join(RELATIONS)}) {OBJECT})")
 
 
 def parse(caption: str) -> Scene:
-    """The scene a sentence of the grammar describes."""
+    """Return the scene that a sentence describes."""
     match = SENTENCE.fullmatch(caption)
     assert match, f"not a sentence of the grammar: {caption!r}"
-    size, colour, shape, place, relation, *second = match.groups()
-    first = Thing(size, colour, shape)
-    return Scene((first, Thing(*second)), relation) if relation else Scene((first,), place)
+    size, colour, shape, location, relation, *second = match.groups()
+    first = SceneObject(size, colour, shape)
+    return Scene((first, SceneObject(*second)), relation) if relation else Scene((first,), location)
 
 
-def look(image: Image.Image) -> tuple[list[tuple[str, str]], str]:
-    """What can be seen without knowing the scene: size and colour of each thing, and the relation or place."""
+def recognise(image: Image.Image) -> tuple[list[tuple[str, str]], str]:
+    """Recognise size and colour of each object, and the relation or location, from the pixels alone."""
     pixels = np.asarray(image).astype(int)
     inked = (np.abs(pixels - pixels[0, 0]) > 60).any(axis=2)
     for axis, relation in ((1, "above"), (0, "left of")):
@@ -57,7 +57,7 @@ def look(image: Image.Image) -> tuple[list[tuple[str, str]], str]:
             return [measure(pixels, part) for part in parts], relation
     columns, rows = runs(inked.any(axis=0))[0], runs(inked.any(axis=1))[0]
     cell = tuple(-1 if sum(span) / 2 < 23 else 1 if sum(span) / 2 > 41 else 0 for span in (columns, rows))
-    return [measure(pixels, inked)], next(phrase for phrase, at in PLACES.items() if at == cell)
+    return [measure(pixels, inked)], next(phrase for phrase, at in LOCATIONS.items() if at == cell)
 
 
 def measure(pixels: npt.NDArray[np.int_], part: npt.NDArray[np.bool_]) -> tuple[str, str]:
@@ -86,15 +86,15 @@ def rows_of(path: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-def test_a_sentence_says_all_of_its_scene_and_parses_back_to_it() -> None:
+def test_caption_parses_back_to_its_scene() -> None:
     for scene, _ in scenes(300):
         assert parse(scene.caption) == scene
 
 
-def test_sizes_colours_and_relation_can_be_read_off_the_picture() -> None:
+def test_sizes_colours_and_relation_can_be_recognised_in_the_picture() -> None:
     for scene, image in scenes(300):
-        things, relation = look(image)
-        assert (things, relation) == ([(t.size, t.colour) for t in scene.things], scene.relation), scene.caption
+        objects, relation = recognise(image)
+        assert (objects, relation) == ([(o.size, o.colour) for o in scene.objects], scene.relation), scene.caption
 
 
 def test_the_same_scene_is_drawn_differently_each_time() -> None:
@@ -103,23 +103,23 @@ def test_the_same_scene_is_drawn_differently_each_time() -> None:
     assert len(pictures) == 50
 
 
-def test_every_place_relation_shape_size_and_colour_occurs() -> None:
+def test_every_location_relation_shape_size_and_colour_occurs() -> None:
     made = [scene for scene, _ in scenes(600)]
-    assert {scene.relation for scene in made} == {*PLACES, *RELATIONS}
-    things = [thing for scene in made for thing in scene.things]
-    assert {thing.size for thing in things} == set(RADII)
-    assert {thing.colour for thing in things} == set(COLOURS)
-    assert {thing.shape for thing in things} == set(SHAPES)
+    assert {scene.relation for scene in made} == {*LOCATIONS, *RELATIONS}
+    objects = [one for scene in made for one in scene.objects]
+    assert {one.size for one in objects} == set(RADII)
+    assert {one.colour for one in objects} == set(COLOURS)
+    assert {one.shape for one in objects} == set(SHAPES)
 
 
-def test_the_file_depends_on_count_and_seed_alone(tmp_path: Path) -> None:
+def test_file_depends_on_count_and_seed_only(tmp_path: Path) -> None:
     for name, seed in (("one", 3), ("two", 3), ("three", 4)):
         write_scenes(tmp_path / name, 200, seed)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     assert (tmp_path / "one").read_bytes() != (tmp_path / "three").read_bytes()
 
 
-def test_a_file_that_is_right_already_is_left_untouched(tmp_path: Path) -> None:
+def test_existing_file_with_the_same_bytes_is_not_written_again(tmp_path: Path) -> None:
     path = tmp_path / "scenes.csv"
     write_scenes(path, 100, 0)
     before = path.stat().st_mtime_ns
@@ -130,7 +130,7 @@ def test_a_file_that_is_right_already_is_left_untouched(tmp_path: Path) -> None:
     assert len(rows_of(path)) == 101
 
 
-def test_rows_add_up_to_good_broken_and_duplicate_ones(tmp_path: Path) -> None:
+def test_summary_counts_good_broken_and_duplicate_rows(tmp_path: Path) -> None:
     summary = write_scenes(tmp_path / "scenes.csv", 1200, 0)
     header, *rows = rows_of(tmp_path / "scenes.csv")
     assert header == ["", "b64string_images", "caption"]
@@ -151,11 +151,11 @@ def is_good(row: list[str]) -> bool:
     return image.size == (SIDE, SIDE) and bool(caption)
 
 
-def test_each_way_to_break_a_row_is_a_reason_of_the_quarantine() -> None:
-    assert set(BREAKERS) <= set(REASONS)
+def test_every_corruption_is_a_quarantine_reason() -> None:
+    assert set(CORRUPTIONS) <= set(REASONS)
 
 
-def test_a_path_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
+def test_unwritable_path_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
         write_scenes(tmp_path / "file" / "scenes.csv", 10, 0)

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.driver.shard import Packed, mix
+from pipelines.driver.shard import ShardFolder, write_mix
 from pipelines.errors import StageFailed, UserError
 from pipelines.formats.shards import (
     BATCH_ROWS,
@@ -163,17 +163,17 @@ def test_shards_of_more_files_than_a_process_usually_opens_are_read_or_it_is_sai
 
 def test_a_mix_names_the_files_of_folders_beside_it_and_has_a_hash_of_its_own(tmp_path: Path) -> None:
     parts = [
-        Packed(tmp_path / name, write(tmp_path / name, request(source=name, rows=rows), total).manifest, False)
+        ShardFolder(tmp_path / name, write(tmp_path / name, request(source=name, rows=rows), total).manifest, False)
         for name, rows, total in (("own", 60, 150), ("other", 7, 15))
     ]
-    first, again = (mix(parts, [0.4], tmp_path) for _ in range(2))
+    first, again = (write_mix(parts, [0.4], tmp_path) for _ in range(2))
     assert (first.reused, again.reused, again.folder) == (False, True, first.folder)
     assert [path.name for path in first.folder.iterdir()] == ["manifest.json"]
     assert [tuple(part.model_dump().values()) for part in first.manifest.parts] == [("own", 150, 99), ("other", 15, 66)]
     mixed = Shards.open(first.folder)
     ids = [f"demo/{n}" for n in [*range(150), *range(15)]]
     assert [mixed.row(index).image_id for index in range(len(mixed))] == ids
-    heavier = mix(parts, [0.5], tmp_path)
+    heavier = write_mix(parts, [0.5], tmp_path)
     assert len({shards.manifest.content_hash for shards in (first, heavier, parts[0])}) == 3
     assert heavier.folder != first.folder
     (tmp_path / "other" / "shard-000001.arrow").unlink()

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
 from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import DataFrame
 
 from pipelines.errors import StageFailed, UserError
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 DIED = re.compile(r"Python worker exited unexpectedly|ExecutorLostFailure|^(?:Caused by: )?MemoryError", re.MULTILINE)
 
@@ -51,3 +57,17 @@ def spark_failures(what: str, *, where: str) -> Iterator[None]:
 def worker_died(error: Exception) -> bool:
     """Whether Spark failed because a Python worker, or an executor, ended without a word or for want of memory."""
     return isinstance(error, (PySparkException, Py4JJavaError)) and bool(DIED.search(str(error)))
+
+
+def run_or_guard(run: Callable[[], Result], run_guarded: Callable[[], Result]) -> Result:
+    """Return the result of `run`; if a Python worker dies in it, the result of `run_guarded`.
+
+    The guarded variant decodes in child processes (`pipelines.executor.guard`) and isolates the row that kills them.
+    """
+    try:
+        return run()
+    except Exception as error:
+        if not worker_died(error):
+            raise
+        logger.warning("a Python worker died while it decoded: its rows are decoded again in guarded processes")
+    return run_guarded()

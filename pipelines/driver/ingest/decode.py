@@ -1,10 +1,7 @@
-"""The work on a source's rows: decoded once by executors, planned by the driver, and settled against the tables.
+"""Decoding: executors decode the raw rows of a source once; wide columns go to spill files.
 
-Pictures never pass through Spark but on their way into the table: until then they wait in files (`executor.staging`).
-
-Two ingests of a source may run at the same time. Delta's commits are atomic, a plan is not: what it calls new may have
-come meanwhile. So a plan is only good as long as no other ingest of its source commits (`session.since`); one that was
-overtaken, or met another commit half-way, writes nothing and is made again. What was decoded is kept.
+Pictures pass through Spark only when they are written to their table. Until then they are in spill files
+(`pipelines.executor.ingest.spill`). Decoded rows are kept when a plan has to be made again.
 """
 
 from __future__ import annotations
@@ -12,128 +9,100 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from typing import TypeVar
 
 from pyarrow import RecordBatch
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipelines.config import DataConfig
-from pipelines.driver.delta.failures import spark_failures, worker_died
-from pipelines.driver.delta.retry import undisturbed
+from pipelines.driver.delta.failures import run_or_guard, spark_failures
 from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.tables import add_columns
-from pipelines.driver.delta.versions import commit_note, note_of, versions
-from pipelines.driver.ingest.commit import Stamp, rows_of_source
-from pipelines.driver.ingest.plan import Totals, counted, plan_of, totals_of
-from pipelines.driver.ingest.sources import Rows
-from pipelines.driver.ingest.spill import Waiting, waiting_rows
-from pipelines.executor.ingest.decode import Rules, decode_batches, decode_guarded
-from pipelines.executor.ingest.spill import NARROW, staged
+from pipelines.driver.delta.versions import commit_note, note_of
+from pipelines.driver.ingest.sources.source import SourceRows
+from pipelines.driver.ingest.spill import SpillFolder, spill_folder
+from pipelines.executor.ingest.decode import DecodeRules, decode_batches, decode_guarded
+from pipelines.executor.ingest.spill import NARROW, decode_and_spill
 from pipelines.formats.tables import SAMPLES
 from pipelines.platform import Platform
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
-
 
 @dataclass(frozen=True)
-class Task:
-    """What is to be worked on.
+class IngestRequest:
+    """Rows to ingest and their settings.
 
     Attributes:
         source: name of the data config.
         config: the data config.
-        rows: what executors read.
-        ingest_id: what rows that are written carry.
-        afresh: plan as if nothing of the source were in `samples`, because what is there will be replaced.
+        rows: raw rows, and the parser that executors apply to them.
+        ingest_id: id that written rows carry.
+        replace: whether the result replaces all rows of the source. Existing rows are then ignored by the plan.
     """
 
     source: str
     config: DataConfig
-    rows: Rows
+    rows: SourceRows
     ingest_id: str
-    afresh: bool = False
+    replace: bool = False
 
 
 @dataclass(frozen=True)
-class Work:
-    """Rows that were decoded and what is to become of them.
+class DecodedRows:
+    """Rows that executors have decoded.
 
     Attributes:
-        outcomes: one row (`staging.NARROW`) a row that came.
-        waiting: their pictures and payloads.
-        known: rows of the source in `samples`.
-        plan: one row a picture (`plan.plan_of`).
-        totals: of both.
-        rules: what made a row a sample.
-        stamp: what every row that is written carries.
+        request: the request that the rows belong to.
+        spill: spill folder with the pictures and payloads.
+        outcomes: one row (`executor.ingest.spill.NARROW`) per raw row.
+        rows_in: number of raw rows.
+        refused: number of rows that executors refused.
     """
 
+    request: IngestRequest
+    spill: SpillFolder
     outcomes: DataFrame
-    waiting: Waiting
-    known: DataFrame
-    plan: DataFrame
-    totals: Totals
-    rules: Rules
-    stamp: Stamp
+    rows_in: int
+    refused: int
 
 
-def settled(spark: SparkSession, platform: Platform, task: Task, act: Callable[[Work], Result]) -> Result:
-    """Decode rows, plan what becomes of them, and act on the plan; again from the plan on if others were faster.
+@contextmanager
+def decode_rows(spark: SparkSession, platform: Platform, request: IngestRequest) -> Iterator[DecodedRows]:
+    """Decode rows into a spill folder that exists while the block runs.
 
-    Args:
-        spark: the session.
-        platform: where the tables are.
-        task: what is to be worked on.
-        act: writes into the tables; what it commits to `samples` is bound to the plan (`merge`).
+    Inside the block, Delta commits carry the source's note and Arrow batches are bounded in size.
 
     Raises:
-        StageFailed: Spark failed, here or in `act`, or others were faster time and again.
+        StageFailed: Spark failed, here or in the block.
     """
     add_columns(spark, platform, SAMPLES)
-    config = task.config
-    rules = Rules(task.source, config.source.record_columns, config.limits, config.split, config.near_duplicates)
     with (
-        spark_failures("the input could not be ingested", where=config.source.where),
+        spark_failures("the input could not be ingested", where=request.config.source.where),
         bounded_batches(spark),
-        commit_note(spark, note_of(task.source)),
-        waiting_rows(platform) as waiting,
+        commit_note(spark, note_of(request.source)),
+        spill_folder(platform) as spill,
     ):
-        outcomes = _survived(task.rows, rules, waiting)
-        came = counted(outcomes)
-
-        def planned() -> Result:
-            stamp = Stamp(
-                task.source, task.ingest_id, datetime.now(UTC), versions(spark, platform, task.source).changed
-            )
-            known = rows_of_source(spark, platform, SAMPLES.name, task.source)
-            known = known.limit(0) if task.afresh else known
-            plan = waiting.keep(plan_of(outcomes, known), "plan")
-            return act(Work(outcomes, waiting, known, plan, totals_of(came, plan), rules, stamp))
-
-        return undisturbed(planned)
+        outcomes = run_or_guard(
+            partial(_decode, request, spill, decode_batches), partial(_decode, request, spill, decode_guarded)
+        )
+        counts = outcomes.agg(F.count("*").alias("rows_in"), F.count("reason").alias("refused")).collect()[0]
+        yield DecodedRows(request, spill, outcomes, **counts.asDict())
 
 
-def _survived(rows: Rows, rules: Rules, waiting: Waiting) -> DataFrame:
-    """Rows decoded; where a worker dies of one of them, once more in guarded processes that find it."""
-    try:
-        return _decoded(rows, rules, waiting, decode_batches)
-    except Exception as error:
-        if not worker_died(error):
-            raise
-        logger.warning("a Python worker died while it decoded: its rows are decoded again in guarded processes")
-        return _decoded(rows, rules, waiting, decode_guarded)
-
-
-def _decoded(rows: Rows, rules: Rules, waiting: Waiting, decoder: Callable[..., Iterator[RecordBatch]]) -> DataFrame:
-    """Rows (`staging.NARROW`), decoded."""
+def _decode(request: IngestRequest, spill: SpillFolder, decoder: Callable[..., Iterator[RecordBatch]]) -> DataFrame:
+    """Decode rows into NARROW rows, which are materialized in the spill folder."""
     started = time.monotonic()
-    decode = partial(staged, decode=partial(decoder, read=rows.read, rules=rules), folder=str(waiting.folder))
-    outcomes = waiting.keep(rows.frame.mapInArrow(decode, from_arrow_schema(NARROW)), "outcomes")
+    config, rows = request.config, request.rows
+    rules = DecodeRules(
+        request.source, config.source.record_columns, config.limits, config.split, config.near_duplicates
+    )
+    decode = partial(decoder, read=rows.read, rules=rules)
+    spilled = partial(decode_and_spill, decode=decode, folder=str(spill.folder))
+    outcomes = spill.materialize(rows.frame.mapInArrow(spilled, from_arrow_schema(NARROW)), "outcomes")
     logger.info("rows decoded in %.1f s", time.monotonic() - started)
     return outcomes

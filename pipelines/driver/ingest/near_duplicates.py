@@ -1,37 +1,39 @@
-"""Near duplicates of an ingest: which new pictures look like another one, and on which side of a split they belong.
+"""Near duplicates of an ingest: new pictures that resemble another picture, and the split that both belong to.
 
-All with all is out of the question. Fingerprints that differ in at most three of 64 steps agree in two of five blocks
-of bits, whichever three differ; so each picture is put under ten keys of 25 bits, and only pictures under one key are
-compared. That is linear in the pictures while keys are rare. Keys that many pictures share (blank ones, a template)
-are left out, and counted.
+Comparing all pairs is too slow. The difference hashes of near duplicates differ in at most three of 64 bits. Cut into
+five blocks, such hashes agree in at least two blocks. So each picture is put under ten keys of 25 or 26 bits, one per
+pair of blocks, and only pictures that share a key are compared. The work is linear in the number of pictures while few
+pictures share a key. Keys that many pictures share (blank pictures, a template) are skipped and counted.
 """
 
 from __future__ import annotations
 
 from itertools import combinations
+from typing import NamedTuple
 
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from pipelines.driver.ingest.plan import held_out_first
-from pipelines.executor.ingest.fingerprint import MAX_STEPS, PAIRS, STEP_BYTES, near_pairs
+from pipelines.driver.ingest.plan import IngestPlan, held_out_rank
+from pipelines.executor.ingest.fingerprint import HASH_BYTES, MAX_DIFFERING_BITS, PAIRS, keep_near_duplicates
 from vlm.config import Config
 
 BLOCKS = (13, 13, 13, 13, 12)
-MAX_UNDER_A_KEY = 500
-LOOKS = ("image_id", "split", "fingerprint", "known")
+"""Bits of each block of the difference hash."""
+MAX_PICTURES_OF_A_KEY = 500
+COMPARED = ("image_id", "split", "fingerprint", "existing")
 
 
 class NearReport(Config):
-    """New pictures that look like another one of their source.
+    """Counts of new pictures that resemble another picture of their source.
 
     Attributes:
-        pictures: how many there are.
-        moved: of these, how many are in another split than their own bytes would say, beside what they look like.
-        across_splits: of these, how many look like a picture in another split: the source gives the splits, or the
-            picture looks like two that had been apart before.
-        not_compared: new pictures that share a key with more than MAX_UNDER_A_KEY others.
+        pictures: new pictures with a near duplicate.
+        moved: of these, pictures that were moved to the split of their near duplicate.
+        across_splits: of these, pictures with a near duplicate in another split. Either the source assigns the splits,
+            or the picture resembles two pictures that were already in different splits.
+        not_compared: new pictures that share a key with more than MAX_PICTURES_OF_A_KEY others.
     """
 
     pictures: int = 0
@@ -40,100 +42,124 @@ class NearReport(Config):
     not_compared: int = 0
 
 
-def _masks() -> list[int]:
-    """The ten pairs of blocks, as signed 64-bit masks."""
+class NearDuplicates(NamedTuple):
+    """Near duplicates of a plan, materialized.
+
+    Attributes:
+        shared: pictures that share a key with others, from `_shared_keys`.
+        pairs: pairs of near duplicates (PAIRS).
+        neighbours: split and near duplicate of each new picture, from `_resolve`.
+    """
+
+    shared: DataFrame
+    pairs: DataFrame
+    neighbours: DataFrame
+
+    def report(self) -> NearReport:
+        """Count the near duplicates."""
+        new = self.neighbours
+        counts = new.agg(F.count("*").alias("pictures"), F.count_if(F.expr("near_split <> split")).alias("moved"))
+        others = new.select(F.col("image_id").alias("other_id"), F.col("near_split").alias("other_near_split"))
+        apart = (
+            self.pairs.join(new.select("image_id", "near_split"), "image_id")
+            .join(others, "other_id", "left")
+            .filter(F.col("near_split") != F.coalesce("other_near_split", "other_split"))
+        )
+        across = apart.agg(F.count_distinct("image_id").alias("across_splits"))
+        crowded = self.shared.filter((F.col("pictures") > MAX_PICTURES_OF_A_KEY) & ~F.col("existing"))
+        not_compared = crowded.agg(F.count_distinct("image_id").alias("not_compared"))
+        return NearReport(**counts.crossJoin(across).crossJoin(not_compared).collect()[0].asDict())
+
+
+def _key_masks() -> list[int]:
+    """Return the ten pairs of blocks as signed 64-bit masks."""
     starts = [sum(BLOCKS[:n]) for n in range(len(BLOCKS))]
     blocks = [((1 << width) - 1) << start for start, width in zip(starts, BLOCKS, strict=True)]
-    pairs = [a | b for a, b in combinations(blocks, len(BLOCKS) - MAX_STEPS)]
+    pairs = [a | b for a, b in combinations(blocks, len(BLOCKS) - MAX_DIFFERING_BITS)]
     return [mask - (1 << 64) if mask >> 63 else mask for mask in pairs]
 
 
-MASKS = _masks()
+KEY_MASKS = _key_masks()
 
 
-def looks_of(plan: DataFrame, known: DataFrame) -> DataFrame:
-    """What near duplicates are looked for among: image_id, split, fingerprint, known (was there before).
+def find_near_duplicates(plan: IngestPlan) -> NearDuplicates:
+    """Compare the new pictures of a plan with each other and with those in `samples`."""
+    pictures = _compared_pictures(plan)
+    shared = plan.spill.materialize(_shared_keys(pictures), "shared")
+    pairs = plan.spill.materialize(_find_pairs(shared, pictures), "pairs")
+    move = plan.request.config.split.kind == "hash"
+    neighbours = plan.spill.materialize(_resolve(pairs, move=move), "neighbours")
+    return NearDuplicates(shared, pairs, neighbours)
 
-    Args:
-        plan: of the ingest.
-        known: rows of the source in `samples`.
+
+def _compared_pictures(plan: IngestPlan) -> DataFrame:
+    """Return new and existing pictures with the columns COMPARED; `existing` says whether one was in `samples`."""
+    new = plan.pictures.filter("NOT conflicting AND is_new").withColumn("existing", F.lit(False)).select(*COMPARED)
+    existing = plan.existing.filter("fingerprint IS NOT NULL").withColumn("existing", F.lit(True)).select(*COMPARED)
+    return new.unionAll(existing)
+
+
+def _shared_keys(pictures: DataFrame) -> DataFrame:
+    """Return one row per picture and key that it shares with others, at least one of them new.
+
+    Columns: image_id, existing, bits (the difference hash), mask (index into KEY_MASKS), key, pictures (number of
+    pictures with the key). The rest of the fingerprint is long, so it is not repeated for each of ten keys.
     """
-    new = plan.filter("NOT conflicting AND is_new").withColumn("known", F.lit(False)).select(*LOOKS)
-    return new.unionAll(known.filter("fingerprint IS NOT NULL").withColumn("known", F.lit(True)).select(*LOOKS))
-
-
-def shared_keys(looks: DataFrame) -> DataFrame:
-    """What new pictures share a key with others: image_id, known, steps, which, key, under.
-
-    A row a picture and key that it shares, and how many are under the key. The steps are the fingerprint's first bytes;
-    the rest of it, which is long, is not put under ten keys.
-    """
-    steps = F.conv(F.hex(F.substring("fingerprint", 1, STEP_BYTES)), 16, -10).cast("bigint")
-    keys = F.array(*(F.col("steps").bitwiseAND(F.lit(mask)) for mask in MASKS))
-    under = Window.partitionBy("which", "key")
+    bits = F.conv(F.hex(F.substring("fingerprint", 1, HASH_BYTES)), 16, -10).cast("bigint")
+    keys = F.array(*(F.col("bits").bitwiseAND(F.lit(mask)) for mask in KEY_MASKS))
+    same_key = Window.partitionBy("mask", "key")
     return (
-        looks.withColumn("steps", steps)
-        .select("image_id", "known", "steps", F.posexplode(keys).alias("which", "key"))
-        .withColumns({"under": F.count("*").over(under), "new": F.count_if(~F.col("known")).over(under)})
-        .filter("under > 1 AND new > 0")
+        pictures.withColumn("bits", bits)
+        .select("image_id", "existing", "bits", F.posexplode(keys).alias("mask", "key"))
+        .withColumns({"pictures": F.count("*").over(same_key), "new": F.count_if(~F.col("existing")).over(same_key)})
+        .filter("pictures > 1 AND new > 0")
         .drop("new")
     )
 
 
-def pairs_of(shared: DataFrame, looks: DataFrame) -> DataFrame:
-    """Pairs of near duplicates (PAIRS), at least one of each pair new; a pair of two new ones is there twice."""
-    compared = shared.filter(F.col("under") <= MAX_UNDER_A_KEY)
-    left, right = compared.filter("NOT known").alias("left"), compared.alias("right")
-    differ = F.col("left.steps").bitwiseXOR(F.col("right.steps"))
+def _find_pairs(shared: DataFrame, pictures: DataFrame) -> DataFrame:
+    """Return pairs of near duplicates (PAIRS). The first of each pair is new; a pair of two new ones appears twice."""
+    compared = shared.filter(F.col("pictures") <= MAX_PICTURES_OF_A_KEY)
+    left, right = compared.filter("NOT existing").alias("left"), compared.alias("right")
+    differing = F.col("left.bits").bitwiseXOR(F.col("right.bits"))
     candidates = left.join(
         right,
-        (F.col("left.which") == F.col("right.which"))
+        (F.col("left.mask") == F.col("right.mask"))
         & (F.col("left.key") == F.col("right.key"))
         & (F.col("left.image_id") != F.col("right.image_id"))
-        & (F.bit_count(differ) <= MAX_STEPS)
-        & (_first_key(differ) == F.col("left.which")),  # a pair may meet under several keys
+        & (F.bit_count(differing) <= MAX_DIFFERING_BITS)
+        & (_first_shared_mask(differing) == F.col("left.mask")),  # a pair that shares several keys is found once
     ).select("left.image_id", F.col("right.image_id").alias("other_id"))
-    others = looks.select(*(F.col(name).alias(f"other_{name.removeprefix('image_')}") for name in LOOKS))
-    both = candidates.join(looks.filter("NOT known").drop("known"), "image_id").join(others, "other_id")
-    return both.mapInArrow(near_pairs, from_arrow_schema(PAIRS))
+    others = pictures.select(*(F.col(name).alias(f"other_{name.removeprefix('image_')}") for name in COMPARED))
+    both = candidates.join(pictures.filter("NOT existing").drop("existing"), "image_id").join(others, "other_id")
+    return both.mapInArrow(keep_near_duplicates, from_arrow_schema(PAIRS))
 
 
-def _first_key(differ: Column) -> Column:
-    """The first key that two fingerprints share, from the bits in which they differ."""
-    first = F.lit(len(MASKS))
-    for which, mask in reversed(list(enumerate(MASKS))):
-        first = F.when(differ.bitwiseAND(F.lit(mask)) == 0, which).otherwise(first)
+def _first_shared_mask(differing: Column) -> Column:
+    """Return the index of the first mask under which two hashes agree, given the bits in which they differ."""
+    first = F.lit(len(KEY_MASKS))
+    for index, mask in reversed(list(enumerate(KEY_MASKS))):
+        first = F.when(differing.bitwiseAND(F.lit(mask)) == 0, index).otherwise(first)
     return first
 
 
-def neighbours_of(pairs: DataFrame, *, move: bool) -> DataFrame:
-    """One row a new picture that has near duplicates: image_id, split, near_of, near_split.
+def _resolve(pairs: DataFrame, *, move: bool) -> DataFrame:
+    """Return the near duplicate and the split of each new picture: image_id, split, near_of, near_split.
 
-    near_of is one that was there before, else the first by its id; null for that one itself. near_split is the split
-    the picture goes to: that of the near duplicates in `samples`, which do not move, else the most held out of those
-    that came together. Without `move`, its own.
+    near_of is a near duplicate that was in `samples` before, or else the first one by id. It is null for the first one
+    itself. near_split is the split of the near duplicates in `samples`, which do not move, or else the split that is
+    held out first among the new ones (test, val, train). Without `move`, near_split is the picture's own split.
     """
     rank = "array_position(array('test', 'val', 'train'), other_split)"
-    first = "min(struct(NOT other_known AS came, other_id)) FILTER (WHERE other_known OR other_id < image_id)"
-    there = f"min_by(other_split, {rank}) FILTER (WHERE other_known)"
+    first = "min(struct(NOT other_existing AS is_new, other_id)) FILTER (WHERE other_existing OR other_id < image_id)"
+    existing = f"min_by(other_split, {rank}) FILTER (WHERE other_existing)"
     found = pairs.groupBy("image_id", "split").agg(
-        F.expr(first).alias("first"), F.expr(there).alias("there"), F.expr(f"min_by(other_split, {rank})").alias("came")
+        F.expr(first).alias("first"),
+        F.expr(existing).alias("existing_split"),
+        F.expr(f"min_by(other_split, {rank})").alias("any_split"),
     )
-    together = F.when(held_out_first("came") < held_out_first("split"), F.col("came")).otherwise(F.col("split"))
-    moved = F.coalesce("there", together) if move else F.col("split")
-    return found.select("image_id", "split", F.col("first.other_id").alias("near_of"), moved.alias("near_split"))
-
-
-def report_of(shared: DataFrame, pairs: DataFrame, neighbours: DataFrame) -> NearReport:
-    """Count what was found."""
-    counted = neighbours.agg(F.count("*").alias("pictures"), F.count_if(F.expr("near_split <> split")).alias("moved"))
-    others = neighbours.select(F.col("image_id").alias("other_id"), F.col("near_split").alias("other_near_split"))
-    apart = (
-        pairs.join(neighbours.select("image_id", "near_split"), "image_id")
-        .join(others, "other_id", "left")
-        .filter(F.col("near_split") != F.coalesce("other_near_split", "other_split"))
+    new_split = F.when(held_out_rank("any_split") < held_out_rank("split"), F.col("any_split")).otherwise(
+        F.col("split")
     )
-    across = apart.agg(F.count_distinct("image_id").alias("across_splits"))
-    crowded = shared.filter((F.col("under") > MAX_UNDER_A_KEY) & ~F.col("known"))
-    not_compared = crowded.agg(F.count_distinct("image_id").alias("not_compared"))
-    return NearReport(**counted.crossJoin(across).crossJoin(not_compared).collect()[0].asDict())
+    near_split = F.coalesce("existing_split", new_split) if move else F.col("split")
+    return found.select("image_id", "split", F.col("first.other_id").alias("near_of"), near_split.alias("near_split"))

@@ -1,23 +1,35 @@
-"""The plan of an ingest: what each picture that came brings, in narrow rows; no picture is in it."""
+"""Plan of an ingest: for each picture of the input, what is new about it. Plans hold narrow rows and no pictures.
+
+Two ingests of one source may run at the same time. Delta commits are atomic, but a plan may be out of date when it is
+committed: another ingest may have added the same pictures. A plan therefore records the version of `samples` that it is
+based on. If another ingest of the source commits after that version, nothing is written (`Overtaken`), and the caller
+makes a new plan from the same decoded rows.
+"""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import NamedTuple
+from datetime import UTC, datetime
 
-from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from pipelines.executor.ingest.spill import PLACE
+from pipelines.driver.delta.versions import versions
+from pipelines.driver.ingest.decode import DecodedRows, IngestRequest
+from pipelines.driver.ingest.spill import SpillFolder
+from pipelines.driver.ingest.table_rows import Stamp, rows_of_source
+from pipelines.executor.ingest.spill import POSITION
+from pipelines.formats.tables import SAMPLES
+from pipelines.platform import Platform
 
 logger = logging.getLogger(__name__)
 
 TEXTS = "array<struct<prompt:string,text:string>>"
-BROUGHT = """
+CONTRIBUTING = """
     aggregate(
-        array_sort(came),
-        named_struct('seen', known, 'rows', 0),
+        array_sort(row_texts),
+        named_struct('seen', known_texts, 'rows', 0),
         (so_far, texts) -> named_struct(
             'seen', array_union(so_far.seen, texts),
             'rows', so_far.rows + IF(size(array_except(texts, so_far.seen)) > 0, 1, 0)
@@ -25,63 +37,22 @@ BROUGHT = """
         so_far -> so_far.rows
     )
 """
-"""Rows that brought a text which neither `samples` nor a row before them has; in order of their texts, so that the
-count depends on the rows alone."""
-
-
-def plan_of(outcomes: DataFrame, known: DataFrame) -> DataFrame:
-    """One narrow row a picture that came: what it is, what of it is new, and whether it fights over its id.
-
-    Columns: image_id, sha256, rows, place (of one of its rows: PLACE, format, width and height), source_row, split,
-    fingerprint, fresh (texts that `samples` lacks), brought (rows that brought some of them), is_new, conflicting.
-
-    Two pictures with one id: the one that `samples` has stays; if it has neither, neither is taken, because which came
-    first depends on the order files are read in. A picture given to two splits is held out: test before val before
-    train.
-    """
-    pictures = (
-        outcomes.filter(F.col("reason").isNull())
-        .groupBy("image_id", "sha256")
-        .agg(
-            F.count("*").alias("rows"),
-            F.min(F.struct(*PLACE.names, "format", "width", "height")).alias("place"),
-            F.min("source_row").alias("source_row"),
-            F.min_by("split", held_out_first("split")).alias("split"),
-            F.min("fingerprint").alias("fingerprint"),
-            F.collect_list("texts").alias("came"),
-        )
-        .withColumn("claims", F.count("*").over(Window.partitionBy("image_id")))
-    )
-    there = known.select("image_id", F.col("sha256").alias("known_sha256"), F.col("texts").alias("known_texts"))
-    joined = pictures.join(there, "image_id", "left").withColumns(
-        {"known": F.coalesce("known_texts", F.array().cast(TEXTS)), "came": F.col("came").cast(f"array<{TEXTS}>")}
-    )
-    return joined.select(
-        "image_id",
-        "sha256",
-        "rows",
-        "place",
-        "source_row",
-        "split",
-        "fingerprint",
-        F.array_except(F.flatten("came"), "known").alias("fresh"),
-        F.expr(BROUGHT).alias("brought"),
-        F.col("known_sha256").isNull().alias("is_new"),
-        F.coalesce(F.col("known_sha256") != F.col("sha256"), F.col("claims") > 1).alias("conflicting"),
-    )
-
-
-def held_out_first(split: str) -> Column:
-    """A number that sorts splits: test, val, train."""
-    return F.array_position(F.array(F.lit("test"), F.lit("val"), F.lit("train")), F.col(split))
+"""Number of rows that add a text which is neither in `samples` nor in an earlier row. Rows are taken in the order of
+their texts, so the number depends on the rows only."""
 
 
 @dataclass(frozen=True)
-class Totals:
-    """Numbers of rows (in; refused by an executor; of pictures that fight over an id; usable) and what is new.
+class PlanTotals:
+    """Counts of a plan.
 
-    `new` counts pictures that `samples` lacks, `updated` those that get a further text, `brought` the rows that brought
-    either.
+    Attributes:
+        rows_in: raw rows.
+        refused: rows refused by executors.
+        conflicting: rows whose picture has the id of another picture.
+        usable: all other rows.
+        new: pictures that `samples` lacks.
+        updated: pictures in `samples` that get a further text.
+        contributing: rows that add a picture or a text.
     """
 
     rows_in: int = 0
@@ -90,7 +61,7 @@ class Totals:
     usable: int = 0
     new: int = 0
     updated: int = 0
-    brought: int = 0
+    contributing: int = 0
 
     @property
     def bad(self) -> int:
@@ -98,39 +69,110 @@ class Totals:
         return self.refused + self.conflicting
 
 
-class Counted(NamedTuple):
-    """Rows that came, and how many of them an executor refused."""
+@dataclass(frozen=True)
+class IngestPlan:
+    """Decoded rows and the decision about each picture.
 
-    rows_in: int
-    refused: int
+    Attributes:
+        request: the request that the rows belong to.
+        spill: spill folder with the pictures and payloads.
+        outcomes: one row (`executor.ingest.spill.NARROW`) per raw row.
+        existing: rows of the source in `samples`.
+        pictures: one row per picture, from `plan_pictures`.
+        totals: counts of both.
+        stamp: values that all written rows carry.
+    """
+
+    request: IngestRequest
+    spill: SpillFolder
+    outcomes: DataFrame
+    existing: DataFrame
+    pictures: DataFrame
+    totals: PlanTotals
+    stamp: Stamp
 
 
-def counted(outcomes: DataFrame) -> Counted:
-    """Count what came."""
-    row = outcomes.agg(F.count("*").alias("rows_in"), F.count("reason").alias("refused")).collect()[0]
-    return Counted(**row.asDict())
+def plan_ingest(spark: SparkSession, platform: Platform, decoded: DecodedRows) -> IngestPlan:
+    """Compare decoded rows with the current rows of their source in `samples`."""
+    request = decoded.request
+    version = versions(spark, platform, request.source).changed
+    stamp = Stamp(request.source, request.ingest_id, datetime.now(UTC), version)
+    existing = rows_of_source(spark, platform, SAMPLES.name, request.source)
+    existing = existing.limit(0) if request.replace else existing
+    pictures = decoded.spill.materialize(plan_pictures(decoded.outcomes, existing), "plan")
+    totals = _count(decoded, pictures)
+    return IngestPlan(request, decoded.spill, decoded.outcomes, existing, pictures, totals, stamp)
 
 
-def totals_of(came: Counted, plan: DataFrame) -> Totals:
-    """Count what of that which came is new."""
+def plan_pictures(outcomes: DataFrame, existing: DataFrame) -> DataFrame:
+    """Return one narrow row per picture of the input.
 
-    def total(what: str, where: str) -> Column:
-        return F.expr(f"coalesce(sum({what}) FILTER (WHERE {where}), 0)")
+    Columns: image_id, sha256, rows (number of raw rows), spilled (one of these rows: POSITION, format, width and
+    height), source_row, split, fingerprint, new_texts (texts that `samples` lacks), contributing (number of rows that
+    add a text), is_new, conflicting (another picture has the same id).
 
-    planned = plan.agg(
+    If two pictures have one id, the one in `samples` stays. If neither is in `samples`, neither is accepted, because
+    which one came first depends on the order in which files are read. A picture in two splits goes to the split that is
+    held out: test before val before train.
+    """
+    pictures = (
+        outcomes.filter(F.col("reason").isNull())
+        .groupBy("image_id", "sha256")
+        .agg(
+            F.count("*").alias("rows"),
+            F.min(F.struct(*POSITION.names, "format", "width", "height")).alias("spilled"),
+            F.min("source_row").alias("source_row"),
+            F.min_by("split", held_out_rank("split")).alias("split"),
+            F.min("fingerprint").alias("fingerprint"),
+            F.collect_list("texts").alias("row_texts"),
+        )
+        .withColumn("pictures_of_id", F.count("*").over(Window.partitionBy("image_id")))
+    )
+    known = existing.select("image_id", F.col("sha256").alias("known_sha256"), F.col("texts").alias("known_texts"))
+    joined = pictures.join(known, "image_id", "left").withColumns(
+        {
+            "known_texts": F.coalesce("known_texts", F.array().cast(TEXTS)),
+            "row_texts": F.col("row_texts").cast(f"array<{TEXTS}>"),
+        }
+    )
+    return joined.select(
+        "image_id",
+        "sha256",
+        "rows",
+        "spilled",
+        "source_row",
+        "split",
+        "fingerprint",
+        F.array_except(F.flatten("row_texts"), "known_texts").alias("new_texts"),
+        F.expr(CONTRIBUTING).alias("contributing"),
+        F.col("known_sha256").isNull().alias("is_new"),
+        F.coalesce(F.col("known_sha256") != F.col("sha256"), F.col("pictures_of_id") > 1).alias("conflicting"),
+    )
+
+
+def held_out_rank(split: str) -> Column:
+    """Return a number that sorts splits: test, val, train."""
+    return F.array_position(F.array(F.lit("test"), F.lit("val"), F.lit("train")), F.col(split))
+
+
+def _count(decoded: DecodedRows, pictures: DataFrame) -> PlanTotals:
+    def total(value: str, condition: str) -> Column:
+        return F.expr(f"coalesce(sum({value}) FILTER (WHERE {condition}), 0)")
+
+    counts = pictures.agg(
         total("rows", "conflicting").alias("conflicting"),
         total("rows", "NOT conflicting").alias("usable"),
         total("1", "NOT conflicting AND is_new").alias("new"),
-        total("1", "NOT conflicting AND NOT is_new AND size(fresh) > 0").alias("updated"),
-        total("brought", "NOT conflicting").alias("brought"),
+        total("1", "NOT conflicting AND NOT is_new AND size(new_texts) > 0").alias("updated"),
+        total("contributing", "NOT conflicting").alias("contributing"),
     ).collect()[0]
-    return Totals(**came._asdict(), **planned.asDict())
+    return PlanTotals(decoded.rows_in, decoded.refused, **counts.asDict())
 
 
-def pictures_across_splits(outcomes: DataFrame) -> int:
-    """Pictures of the input with the same bytes in two splits, where the source gives the splits."""
+def count_pictures_across_splits(outcomes: DataFrame) -> int:
+    """Count the pictures of the input that have the same bytes in two splits, if the source assigns the splits."""
     pictures = outcomes.filter(F.col("reason").isNull()).groupBy("sha256").agg(F.count_distinct("split").alias("n"))
     across = pictures.filter("n > 1").count()
     if across:
-        logger.warning("%d pictures have the same bytes in two splits: the source says so", across)
+        logger.warning("%d pictures have the same bytes in two splits of the source", across)
     return across

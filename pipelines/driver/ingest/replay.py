@@ -1,8 +1,8 @@
-"""Replay: rows of `quarantine` once more through the checks, after what was wrong with them has been mended.
+"""Replay: decode rows of `quarantine` again, after the cause of their refusal has been fixed.
 
-What was wrong may have been a limit, a column's name or the code; what is wrong with a file is mended in the file, and
-the corrected row is a new one. Rows that are accepted now become samples as in any ingest and are marked in
-`quarantine`, in this order: killed in between, the next replay finds duplicates and marks them.
+The cause may have been a limit, a column name or the code. A defect in an input file must be corrected in the file;
+the corrected row is then a new row. Accepted rows are first written to `samples` as in any ingest and then marked in
+`quarantine`. If a replay is killed in between, the next one finds them as duplicates and marks them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -17,29 +18,29 @@ from pyspark.sql import functions as F
 from pipelines.config import DataConfig, short_hash
 from pipelines.driver.delta.retry import undisturbed
 from pipelines.driver.delta.tables import ensure_tables
-from pipelines.driver.ingest.commit import expect, merge_into, rows_of_source
-from pipelines.driver.ingest.decode import Task, Work, settled
-from pipelines.driver.ingest.plan import Totals
-from pipelines.driver.ingest.run import take
-from pipelines.driver.ingest.sources import Rows
-from pipelines.executor.ingest.records import payload_records
+from pipelines.driver.ingest.commit import write_samples
+from pipelines.driver.ingest.decode import DecodedRows, IngestRequest, decode_rows
+from pipelines.driver.ingest.plan import IngestPlan, PlanTotals, plan_ingest
+from pipelines.driver.ingest.sources.source import SourceRows
+from pipelines.driver.ingest.table_rows import merge_into, rows_of_source, verify_merge
+from pipelines.executor.ingest.records.table import payload_records
 from pipelines.formats.tables import QUARANTINE
 from pipelines.platform import Platform
 from vlm.config import Config
 
 
 class ReplayReport(Config):
-    """What became of the rows: rows_in = new + merged + duplicates + the sum of `refused`.
+    """Result of a replay: rows_in = new + merged + duplicates + the sum of `refused`.
 
     Attributes:
         source: name of the data config.
-        reasons: of the rows that were tried.
-        rows_in: rows tried: of these reasons, and not accepted before.
-        new: rows that brought a picture new to `samples`.
-        merged: rows that brought a further text for a picture.
-        duplicates: rows that are good and brought nothing.
-        refused: rows that stay in quarantine, by the reason that they would have now.
-        seconds: how long it took.
+        reasons: reasons of the replayed rows.
+        rows_in: replayed rows: those with these reasons that no earlier replay has accepted.
+        new: rows that added a picture to `samples`.
+        merged: rows that added a text to a picture.
+        duplicates: valid rows that added nothing.
+        refused: rows that stay in quarantine, by the reason that they have now.
+        seconds: duration.
     """
 
     source: str
@@ -52,30 +53,27 @@ class ReplayReport(Config):
     seconds: float
 
 
+class _Replayed(NamedTuple):
+    totals: PlanTotals
+    refused: dict[str, int]
+
+
 def replay(
     spark: SparkSession, platform: Platform, source_name: str, config: DataConfig, reasons: Sequence[str]
 ) -> ReplayReport:
-    """Try a source's rows in `quarantine` again, with the data config as it is now.
+    """Decode rows of a source in `quarantine` again, with the current data config, and write the accepted ones.
 
     Raises:
         StageFailed: Spark failed.
     """
     started = time.monotonic()
     ensure_tables(spark, platform)
-    waiting = rows_of_source(spark, platform, QUARANTINE.name, source_name).filter("replayed_at IS NULL")
-    rows = waiting.filter(F.col("reason").isin(list(reasons))).select("source_row", "payload")
+    pending = rows_of_source(spark, platform, QUARANTINE.name, source_name).filter("replayed_at IS NULL")
+    rows = pending.filter(F.col("reason").isin(list(reasons))).select("source_row", "payload")
     ingest_id = short_hash(source_name, "replay", sorted(reasons), time.time_ns())
-    task = Task(source_name, config, Rows(rows, payload_records), ingest_id)
-
-    def act(work: Work) -> tuple[Totals, dict[str | None, int]]:
-        take(platform, work, config)
-        if work.totals.usable:
-            undisturbed(partial(_mark, platform, work))
-        refused = {row["reason"]: row["count"] for row in work.outcomes.groupBy("reason").count().collect()}
-        return work.totals, refused
-
-    totals, refused = settled(spark, platform, task, act)
-    refused.pop(None, None)
+    request = IngestRequest(source_name, config, SourceRows(rows, payload_records), ingest_id)
+    with decode_rows(spark, platform, request) as decoded:
+        totals, refused = undisturbed(partial(_plan_and_write, spark, platform, decoded))
     if totals.conflicting:
         refused["conflicting_id"] = refused.get("conflicting_id", 0) + totals.conflicting
     return ReplayReport(
@@ -83,21 +81,30 @@ def replay(
         reasons=tuple(reasons),
         rows_in=totals.rows_in,
         new=totals.new,
-        merged=totals.brought - totals.new,
-        duplicates=totals.usable - totals.brought,
+        merged=totals.contributing - totals.new,
+        duplicates=totals.usable - totals.contributing,
         refused=refused,
         seconds=round(time.monotonic() - started, 3),
     )
 
 
-def _mark(platform: Platform, work: Work) -> None:
-    """Note in `quarantine` when each accepted row was accepted."""
-    accepted = _accepted(work).select("source_row")
-    merge = merge_into(platform.table(QUARANTINE.name), accepted, "source_row", work.stamp.source)
-    marked = merge.whenMatchedUpdate(set={"replayed_at": F.lit(work.stamp.at)}).execute()
-    expect(marked, inserted=0, updated=work.totals.usable)
+def _plan_and_write(spark: SparkSession, platform: Platform, decoded: DecodedRows) -> _Replayed:
+    plan = plan_ingest(spark, platform, decoded)
+    write_samples(platform, plan)
+    if plan.totals.usable:
+        undisturbed(partial(_mark_replayed, platform, plan))
+    refused = plan.outcomes.filter(F.col("reason").isNotNull()).groupBy("reason").count().collect()
+    return _Replayed(plan.totals, {row["reason"]: row["count"] for row in refused})
 
 
-def _accepted(work: Work) -> DataFrame:
-    good = work.plan.filter("NOT conflicting").select("image_id", "sha256")
-    return work.outcomes.filter(F.col("reason").isNull()).join(good, ["image_id", "sha256"])
+def _mark_replayed(platform: Platform, plan: IngestPlan) -> None:
+    """Set `replayed_at` of the accepted rows in `quarantine`."""
+    accepted = _accepted_rows(plan).select("source_row")
+    merge = merge_into(platform.table(QUARANTINE.name), accepted, "source_row", plan.stamp.source)
+    metrics = merge.whenMatchedUpdate(set={"replayed_at": F.lit(plan.stamp.at)}).execute()
+    verify_merge(metrics, inserted=0, updated=plan.totals.usable)
+
+
+def _accepted_rows(plan: IngestPlan) -> DataFrame:
+    usable = plan.pictures.filter("NOT conflicting").select("image_id", "sha256")
+    return plan.outcomes.filter(F.col("reason").isNull()).join(usable, ["image_id", "sha256"])

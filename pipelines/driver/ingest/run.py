@@ -1,14 +1,16 @@
-"""Ingest: a source of pictures and texts into `samples` and `quarantine`, every row accounted for.
+"""Ingest: read a source of pictures and texts into `samples` and `quarantine`, and account for every row.
 
-Executors decode (`pipelines.executor.ingest.decode`); the driver plans from narrow columns and merges. Pictures never
-come to the driver. What makes a second run, a run after a crash, or a run beside another one add nothing:
+Executors decode pictures (`pipelines.executor.ingest.decode`). The driver plans with narrow columns and commits;
+pictures never reach the driver. An ingest is idempotent: a second run, a run after a crash, or a concurrent run adds
+nothing twice.
 
-- ids come from content, so the same row is the same row wherever and whenever it is read;
-- what is already in the tables is looked up first, and with nothing new nothing is written, not even an empty version
-  (shards pinned to the last version stay found);
-- a plan that was overtaken by another ingest is made again (`pipelines.driver.ingest.decode`);
-- refusals are written before samples, and the ledger last (`pipelines.driver.ingest.ledger`), each in one Delta commit.
-  Killed in between, the next run reads again what the ledger lacks, finds what is there, and brings the rest.
+- Ids are hashes of content, so the same row has the same id wherever and whenever it is read.
+- The plan looks up what the tables already contain. If nothing is new, nothing is written, not even an empty version,
+  so shards pinned to the last version stay valid.
+- If another ingest of the source commits after the plan was made, the plan is made again (`plan.py`).
+- `quarantine` is written before `samples`, and the ledger last (`ledger.py`), each in one Delta commit. If the process
+  is killed in between, the next run reads every item that the ledger lacks, skips rows that the tables already have,
+  and adds the rest.
 """
 
 from __future__ import annotations
@@ -20,27 +22,28 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from pyspark.sql import SparkSession
-from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig
 from pipelines.driver.delta.retry import undisturbed
 from pipelines.driver.delta.tables import ensure_tables
 from pipelines.driver.delta.versions import commit_note, note_of, versions
-from pipelines.driver.ingest.commit import add_samples, remove_samples, replace_samples, rows_of_source
-from pipelines.driver.ingest.decode import Task, Work, settled
-from pipelines.driver.ingest.ledger import Entry, forget, items_of, rules_of, take_note, taken_in
-from pipelines.driver.ingest.near_duplicates import (
-    NearReport,
-    looks_of,
-    neighbours_of,
-    pairs_of,
-    report_of,
-    shared_keys,
+from pipelines.driver.ingest.commit import remove_samples, write_samples
+from pipelines.driver.ingest.decode import DecodedRows, IngestRequest, decode_rows
+from pipelines.driver.ingest.ledger import (
+    LedgerEntry,
+    append_to_ledger,
+    delete_from_ledger,
+    hash_rules,
+    items_table,
+    read_ledger,
 )
-from pipelines.driver.ingest.plan import Totals, pictures_across_splits
-from pipelines.driver.ingest.quarantine import quarantine, replace_quarantine
-from pipelines.driver.ingest.sources import Source, open_source
-from pipelines.driver.ingest.totals import IngestReport, checked
+from pipelines.driver.ingest.near_duplicates import NearReport
+from pipelines.driver.ingest.plan import PlanTotals, count_pictures_across_splits, plan_ingest
+from pipelines.driver.ingest.quarantine import add_to_quarantine, replace_quarantine
+from pipelines.driver.ingest.sources.open import open_source
+from pipelines.driver.ingest.sources.source import Source
+from pipelines.driver.ingest.table_rows import rows_of_source
+from pipelines.driver.ingest.totals import IngestReport, check_totals
 from pipelines.errors import UserError
 from pipelines.formats.tables import QUARANTINE, SAMPLES
 from pipelines.platform import Platform
@@ -49,151 +52,139 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Came:
-    """What one reading of a source came to.
+class Written:
+    """Counts of one write to both tables.
 
     Attributes:
-        totals: of its rows.
-        reasons: rows newly in `quarantine`, by reason.
+        totals: counts of the plan.
+        reasons: rows added to `quarantine`, by reason.
         near: near duplicates among the new pictures.
         across: pictures with the same bytes in two splits.
-        removed: pictures taken out of `samples`.
     """
 
-    totals: Totals = field(default_factory=Totals)
+    totals: PlanTotals = field(default_factory=PlanTotals)
     reasons: dict[str, int] = field(default_factory=dict)
     near: NearReport = field(default_factory=NearReport)
     across: int = 0
-    removed: int = 0
 
 
 def ingest(
     spark: SparkSession, platform: Platform, source_name: str, config: DataConfig, *, refresh: bool = False
 ) -> IngestReport:
-    """Bring what is new of a source into `samples` and `quarantine`.
+    """Add the new rows of a source to `samples` and `quarantine`.
 
     Args:
-        spark: the session; of two ingests at the same time each needs its own.
-        platform: where the tables are.
-        source_name: the data config's name.
+        spark: the session. Two concurrent ingests need a session each.
+        platform: location of the tables.
+        source_name: name of the data config.
         config: the data config.
-        refresh: read everything, and put it in the place of all that the source has brought before.
+        refresh: read everything, and replace all rows that the source has added before.
 
     Raises:
-        UserError: no such input, a missing column, no rows, or not one row that can be used (they are in `quarantine`).
-        StageFailed: the rows do not add up: some were lost or doubled on the way.
-        TooManyRefused: more of them than `data.limits.max_bad_share` allows; everything is written then.
+        UserError: the input does not exist, lacks a column, has no rows, or has no usable row (all of them are then
+            in `quarantine`).
+        StageFailed: the rows do not add up: some were lost or doubled.
+        TooManyRefused: more rows were refused than `data.limits.max_bad_share` allows; both tables are written.
     """
     started = time.monotonic()
     undisturbed(partial(ensure_tables, spark, platform))
-    rules = rules_of(config)
-    taken = items_of([]) if refresh else taken_in(spark, platform, source_name, rules)
-    source = open_source(spark, platform, source_name, config, taken)
-    replaced = _announced(spark, platform, source_name, source) if refresh else {}
-    came = _brought(spark, platform, source_name, config, source, refresh=refresh)
-    totals, quarantined = came.totals, sum(came.reasons.values())
+    rules = hash_rules(config)
+    ingested = items_table([]) if refresh else read_ledger(spark, platform, source_name, rules)
+    source = open_source(spark, platform, source_name, config, ingested)
+    replaced = _start_refresh(spark, platform, source_name, source) if refresh else {}
+    removed = _remove_stale(spark, platform, source_name, source)
+    written = _ingest_rows(spark, platform, source_name, config, source, refresh=refresh)
+    totals, quarantined = written.totals, sum(written.reasons.values())
     report = IngestReport(
         source=source_name,
         ingest_id=source.ingest_id,
-        items=len(source.fresh),
+        items=len(source.pending),
         unchanged=source.unchanged,
         rows_in=totals.rows_in,
         new=totals.new,
-        merged=totals.brought - totals.new,
-        duplicates=totals.usable - totals.brought + totals.bad - quarantined,
+        merged=totals.contributing - totals.new,
+        duplicates=totals.usable - totals.contributing + totals.bad - quarantined,
         quarantined=quarantined,
         refused=totals.bad,
-        reasons=came.reasons,
-        removed=came.removed,
+        reasons=written.reasons,
+        removed=removed,
         replaced=replaced,
-        splits=splits_of(spark, platform, source_name),
-        equal_pictures_across_splits=came.across,
-        near_duplicates=came.near,
+        splits=count_splits(spark, platform, source_name),
+        equal_pictures_across_splits=written.across,
+        near_duplicates=written.near,
         dataset_version=versions(spark, platform, source_name).changed,
         seconds=round(time.monotonic() - started, 3),
     )
-    checked(report, config)
-    if source.rows:  # only now: what ends red is read again, and is red again
-        entry = Entry(source_name, rules, source.ingest_id)
-        undisturbed(partial(take_note, spark, platform, source.fresh, entry))
+    check_totals(report, config)
+    if source.rows:  # after the check: a failed ingest is read again and fails again
+        entry = LedgerEntry(source_name, rules, source.ingest_id)
+        undisturbed(partial(append_to_ledger, spark, platform, source.pending, entry))
     return report
 
 
-def take(platform: Platform, work: Work, config: DataConfig, *, refresh: bool = False) -> NearReport:
-    """Write what the plan says is good into `samples`, near duplicates on one side of the split.
-
-    Raises:
-        Overtaken: another ingest of the source was faster; nothing is written.
-    """
-    write = replace_samples if refresh else add_samples
-    if not work.totals.brought:
-        return NearReport()
-    if not (work.totals.new and config.near_duplicates):
-        nobody = work.plan.withColumn("near_of", F.lit(None).cast("string"))
-        write(platform, work.waiting, nobody, work.stamp, work.totals)
-        return NearReport()
-    looks = looks_of(work.plan, work.known)
-    shared = work.waiting.keep(shared_keys(looks), "shared")
-    pairs = work.waiting.keep(pairs_of(shared, looks), "pairs")
-    neighbours = work.waiting.keep(neighbours_of(pairs, move=config.split.kind == "hash"), "neighbours")
-    beside = work.plan.join(neighbours.drop("split"), "image_id", "left")
-    plan = beside.withColumn("split", F.coalesce("near_split", "split"))
-    write(platform, work.waiting, plan, work.stamp, work.totals)
-    return report_of(shared, pairs, neighbours)
-
-
-def splits_of(spark: SparkSession, platform: Platform, source: str) -> dict[str, int]:
-    """Pictures of a source in `samples`, by split."""
+def count_splits(spark: SparkSession, platform: Platform, source: str) -> dict[str, int]:
+    """Count the pictures of a source in `samples`, by split."""
     counts = rows_of_source(spark, platform, SAMPLES.name, source).groupBy("split").count()
     return {row["split"]: row["count"] for row in sorted(counts.collect())}
 
 
-def _announced(spark: SparkSession, platform: Platform, name: str, source: Source) -> dict[str, int]:
-    """How many rows of each table a refresh will replace; from here on no item counts as taken in."""
+def _start_refresh(spark: SparkSession, platform: Platform, name: str, source: Source) -> dict[str, int]:
+    """Delete the source's ledger rows, and count the rows of each table that the refresh will replace."""
     tables = (SAMPLES.name, QUARANTINE.name)
     replaced = {table: rows_of_source(spark, platform, table, name).count() for table in tables}
     logger.info(
-        "refresh of %s: reads %d files or rows of captions again, and puts what they hold in the place of %d pictures "
-        "in samples and %d rows in quarantine",
-        *(name, len(source.fresh), *replaced.values()),
+        "refresh of %s: reads %d files or rows of captions again and replaces %d pictures in samples and %d rows in "
+        "quarantine",
+        *(name, len(source.pending), *replaced.values()),
     )
-    undisturbed(partial(forget, spark, platform, name))
+    undisturbed(partial(delete_from_ledger, spark, platform, name))
     return replaced
 
 
-def _brought(
+def _remove_stale(spark: SparkSession, platform: Platform, name: str, source: Source) -> int:
+    """Remove pictures whose rows the source has changed or deleted. Return their number."""
+    if source.rows is None or source.stale_ids is None:
+        return 0
+    with commit_note(spark, note_of(name)):
+        return undisturbed(partial(remove_samples, spark, platform, name, source.stale_ids))
+
+
+def _ingest_rows(
     spark: SparkSession, platform: Platform, name: str, config: DataConfig, source: Source, *, refresh: bool
-) -> Came:
-    """Read what is to be read, and write it."""
+) -> Written:
+    """Decode the pending rows of a source and write them, with a new plan after each conflict."""
     if source.rows is None:
-        return Came()
-    removed = 0
-    if source.gone is not None:
-        with commit_note(spark, note_of(name)):
-            removed = undisturbed(partial(remove_samples, spark, platform, name, source.gone))
-    reasons: Counter[str] = Counter()  # of all tries: what is in quarantine stays there
-
-    def act(work: Work) -> Came:
-        totals = work.totals
-        if refresh:
-            _demand_something(totals, config)
-            reasons.clear()
-            reasons.update(replace_quarantine(platform, work))
-        elif totals.bad:
-            reasons.update(quarantine(platform, work))
-        near = take(platform, work, config, refresh=refresh)
-        across = pictures_across_splits(work.outcomes) if config.split.kind != "hash" else 0
-        return Came(totals=totals, reasons=dict(reasons), near=near, across=across, removed=removed)
-
-    task = Task(name, config, source.rows, source.ingest_id, afresh=refresh)
-    return settled(spark, platform, task, act)
+        return Written()
+    request = IngestRequest(name, config, source.rows, source.ingest_id, replace=refresh)
+    reasons: Counter[str] = Counter()
+    with decode_rows(spark, platform, request) as decoded:
+        return undisturbed(partial(_plan_and_write, spark, platform, decoded, reasons))
 
 
-def _demand_something(totals: Totals, config: DataConfig) -> None:
+def _plan_and_write(spark: SparkSession, platform: Platform, decoded: DecodedRows, reasons: Counter[str]) -> Written:
+    """Make a plan and write it to both tables.
+
+    `reasons` adds up the rows added to `quarantine` over all attempts, because an attempt that is overtaken when it
+    writes `samples` leaves its rows in `quarantine`.
+    """
+    plan = plan_ingest(spark, platform, decoded)
+    if plan.request.replace:
+        _require_usable_rows(plan.totals, plan.request.config)
+        reasons.clear()
+        reasons.update(replace_quarantine(platform, plan))
+    elif plan.totals.bad:
+        reasons.update(add_to_quarantine(platform, plan))
+    near = write_samples(platform, plan)
+    hashed = plan.request.config.split.kind == "hash"
+    across = 0 if hashed else count_pictures_across_splits(plan.outcomes)
+    return Written(totals=plan.totals, reasons=dict(reasons), near=near, across=across)
+
+
+def _require_usable_rows(totals: PlanTotals, config: DataConfig) -> None:
     if not totals.usable:
         raise UserError(
             "a refresh would leave nothing: not one row of the input could be used",
             where=config.source.where,
             got=f"{totals.rows_in} rows, {totals.bad} of them bad",
-            fix="nothing was replaced; ingest without --refresh to have the bad rows in quarantine",
+            fix="nothing was replaced; ingest without --refresh to write the bad rows to quarantine",
         )

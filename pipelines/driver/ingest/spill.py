@@ -1,7 +1,7 @@
-"""What an ingest has found out so far: pictures and payloads that wait for the plan, and the narrow rows it is made of.
+"""Spill folder of one ingest: pictures and payloads until they are written to their table, and intermediate results.
 
-All in files of one folder that executors write and read. Spark's cache would not do for the narrow rows: an executor
-that is lost takes its part along, which means to decode again, and a write into `samples` clears what was made of it.
+Executors write and read the files. Spark's cache is no substitute for them. A lost executor takes its part of the
+cache along, which would have to be decoded again, and a write to `samples` clears every cached result based on it.
 """
 
 from __future__ import annotations
@@ -23,60 +23,57 @@ from pyspark.sql import DataFrame
 from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructType
 
-from pipelines.executor.ingest.spill import PLACE, WIDE, with_wide
+from pipelines.executor.ingest.spill import POSITION, WIDE, restore_wide
 from pipelines.platform import Platform
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "ingest-"
 GLOB = re.compile(r"[\[\]{}*?\\]")
-"""Characters of a path that Spark takes for a pattern when it reads, not when it writes."""
+"""Characters of a path that Spark treats as a pattern when it reads, but not when it writes."""
 FILE_BYTES = 128 * 2**20
-"""Bytes of pictures that go into one file of a table, about."""
+"""Approximate bytes of pictures in one file of a table."""
 STALE = timedelta(days=2)
+"""Age at which a leftover folder of a killed ingest is removed."""
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """Files of one ingest.
-
-    Attributes:
-        folder: where they are; of this ingest alone.
-    """
+class SpillFolder:
+    """A folder of spill files that belongs to one ingest."""
 
     folder: Path
 
-    def keep(self, rows: DataFrame, what: str) -> DataFrame:
-        """Narrow rows, computed now and once, whatever is asked of them later. `what` they are names their files."""
-        path = str(self.folder / f"{what}-{uuid.uuid4().hex}")
+    def materialize(self, rows: DataFrame, name: str) -> DataFrame:
+        """Compute rows once, write them to Parquet files named after `name`, and return a DataFrame on these files."""
+        path = str(self.folder / f"{name}-{uuid.uuid4().hex}")
         rows.write.parquet(path)
         return rows.sparkSession.read.schema(rows.schema).parquet(GLOB.sub(r"\\\g<0>", path))
 
-    def join(self, rows: DataFrame, *names: str) -> DataFrame:
-        """Rows with wide columns of theirs (`staging.WIDE`), in the place of a column `place` (a struct, PLACE first).
+    def restore(self, rows: DataFrame, *names: str) -> DataFrame:
+        """Replace the column `spilled` of rows (a struct that starts with POSITION) by spilled wide columns.
 
-        Nothing wide is shuffled: rows go, a few hundred bytes each, to where a task reads its part of the files.
+        Only the narrow rows are shuffled, a few hundred bytes each. Each task then reads its part of the spill files.
         """
         size = sum(path.stat().st_size for path in self.folder.glob("*.arrow"))
         tasks = max(rows.sparkSession.sparkContext.defaultParallelism, size // FILE_BYTES)
-        placed = rows.select("*", *(f"place.{name}" for name in PLACE.names)).drop("place")
-        parts = placed.repartitionByRange(tasks, *PLACE.names[:2]).sortWithinPartitions(*PLACE.names)
+        narrow = rows.select("*", *(f"spilled.{name}" for name in POSITION.names)).drop("spilled")
+        parts = narrow.repartitionByRange(tasks, *POSITION.names[:2]).sortWithinPartitions(*POSITION.names)
         wide = from_arrow_schema(pa.schema([WIDE.field(name) for name in names]))
-        schema = StructType([*placed.schema.fields[: -len(PLACE)], *wide.fields])
-        return parts.mapInArrow(partial(with_wide, folder=str(self.folder), names=names), schema)
+        schema = StructType([*narrow.schema.fields[: -len(POSITION)], *wide.fields])
+        return parts.mapInArrow(partial(restore_wide, folder=str(self.folder), names=names), schema)
 
 
 @contextmanager
-def waiting_rows(platform: Platform) -> Iterator[Waiting]:
-    """A folder for as long as the block runs. What killed ingests left behind is removed once it is old."""
-    folder = platform.folder("staged").absolute()
-    for path in folder.glob(f"{PREFIX}*"):
+def spill_folder(platform: Platform) -> Iterator[SpillFolder]:
+    """Create a spill folder that exists while the block runs. Old folders of killed ingests are removed first."""
+    parent = platform.folder("staged").absolute()
+    for path in parent.glob(f"{PREFIX}*"):
         if time.time() - path.stat().st_mtime > STALE.total_seconds():
-            logger.info("removing what an ingest left behind when it was killed: %s", path)
+            logger.info("removing %s: the spill folder of an ingest that was killed", path)
             shutil.rmtree(path, ignore_errors=True)
-    waiting = Waiting(folder / f"{PREFIX}{uuid.uuid4().hex}")
-    waiting.folder.mkdir(parents=True)
+    spill = SpillFolder(parent / f"{PREFIX}{uuid.uuid4().hex}")
+    spill.folder.mkdir(parents=True)
     try:
-        yield waiting
+        yield spill
     finally:
-        shutil.rmtree(waiting.folder, ignore_errors=True)
+        shutil.rmtree(spill.folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The account of an ingest: what became of every row, and whether that may end green."""
+"""Totals of an ingest: what became of every row, and the check that the ingest may count as a success."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from vlm.config import Config
 
 
 class IngestReport(Config):
-    """What became of the rows: rows_in = new + merged + duplicates + quarantined.
+    """Result of an ingest: rows_in = new + merged + duplicates + quarantined.
 
     Attributes:
         source: name of the data config.
         ingest_id: hash of the source and its files.
-        items: what was read: files; of a folder, rows of its captions file; or a table.
-        unchanged: what was not read, because it was taken in before and is as it was.
-        rows_in: records read.
-        new: rows that brought a picture new to `samples`, with all their texts.
-        merged: rows that brought a further text for a picture.
-        duplicates: rows that brought nothing: same picture and text, or the same refused row again.
-        quarantined: rows newly in `quarantine`.
-        refused: rows of this input that cannot be samples, those that were in `quarantine` before included.
+        items: items read: files, rows of a folder's captions file, or a table.
+        unchanged: items not read, because they were ingested before and have not changed.
+        rows_in: rows read.
+        new: rows that added a picture to `samples`, with all their texts.
+        merged: rows that added a text to a picture.
+        duplicates: rows that added nothing: same picture and text, or a row that is already in `quarantine`.
+        quarantined: rows added to `quarantine`.
+        refused: rows of this input that cannot be samples, including those already in `quarantine`.
         reasons: `quarantined` by reason.
-        removed: pictures taken out of `samples`: the table they came from changed their rows or has them no more.
-        replaced: by a full refresh, rows of each table that went before its own came.
-        splits: pictures of this source now in `samples`, by split.
-        equal_pictures_across_splits: pictures of this input with the same bytes in two splits (given by the source).
-        near_duplicates: new pictures that nearly equal another one of the source.
-        dataset_version: the version of `samples` that last changed this source.
-        seconds: how long it took.
+        removed: pictures removed from `samples`, because the source table has changed or deleted their rows.
+        replaced: rows of each table that a full refresh has replaced.
+        splits: pictures of this source in `samples`, by split.
+        equal_pictures_across_splits: pictures of this input with the same bytes in two splits of the source.
+        near_duplicates: new pictures that resemble another picture of the source.
+        dataset_version: version of `samples` that last changed this source.
+        seconds: duration.
     """
 
     source: str
@@ -53,7 +53,7 @@ class IngestReport(Config):
 
     @property
     def nothing_new(self) -> bool:
-        """Whether the tables are as they were."""
+        """Whether the ingest left the tables unchanged."""
         return self.rows_in == self.duplicates and not (self.removed or self.replaced)
 
 
@@ -66,24 +66,24 @@ class TooManyRefused(StageFailed):
             "too many rows were refused",
             where=f"{where}, data {report.source}, ingest {report.ingest_id}",
             got=f"{report.refused} of {report.rows_in} rows ({report.refused / report.rows_in:.1%}, "
-            f"data.limits.max_bad_share is {max_bad_share:.1%}); {_newly(report)}",
-            fix="both tables are written: look at the bad rows with `lakesight quarantine`, mend their cause, then "
-            "`lakesight quarantine replay --reason REASON`, or ingest again",
+            f"data.limits.max_bad_share is {max_bad_share:.1%}); {_newly_quarantined(report)}",
+            fix="both tables are written. Inspect the bad rows with `lakesight quarantine`, fix the cause, then run "
+            "`lakesight quarantine replay --reason REASON` or ingest again",
         )
 
 
-def _newly(report: IngestReport) -> str:
+def _newly_quarantined(report: IngestReport) -> str:
     reasons = ", ".join(f"{count} {reason}" for reason, count in report.reasons.items())
-    return f"newly quarantined: {reasons or 'none, all were there before'}"
+    return f"newly quarantined: {reasons or 'none, all were quarantined before'}"
 
 
-def checked(report: IngestReport, config: DataConfig) -> IngestReport:
-    """The report, if its rows add up and enough of them could be used.
+def check_totals(report: IngestReport, config: DataConfig) -> None:
+    """Check that the rows of an ingest add up and that enough of them could be used.
 
     Raises:
-        UserError: no rows at all, or not one that can be used.
-        StageFailed: they do not add up.
-        TooManyRefused: more were refused than is borne.
+        UserError: the input has no rows, or none that can be used.
+        StageFailed: the rows do not add up.
+        TooManyRefused: more rows were refused than data.limits.max_bad_share allows.
     """
     total = report.new + report.merged + report.duplicates + report.quarantined
     if total != report.rows_in:
@@ -95,25 +95,24 @@ def checked(report: IngestReport, config: DataConfig) -> IngestReport:
             fix="this is a defect of Lakesight: please report it with the ingest's log",
         )
     if not any(report.splits.values()):
-        raise _without_samples(report, config)
+        raise _no_samples_error(report, config)
     if report.refused > config.limits.max_bad_share * report.rows_in:
         raise TooManyRefused(report, config.source.where, config.limits.max_bad_share)
-    return report
 
 
-def _without_samples(report: IngestReport, config: DataConfig) -> UserError:
+def _no_samples_error(report: IngestReport, config: DataConfig) -> UserError:
     if report.unchanged:
         return UserError(
-            "all of the input was taken in before, and samples has none of it",
+            "the whole input was ingested before, but samples has no row of it",
             where=config.source.where,
-            got=f"{report.unchanged} files or rows of captions that are as they were",
-            fix="did someone delete them? `lakesight ingest --refresh` reads everything again",
+            got=f"{report.unchanged} unchanged files or rows of captions",
+            fix="if the rows were deleted, `lakesight ingest --refresh` reads everything again",
         )
     if not report.rows_in:
-        return UserError("the input has no rows", where=config.source.where, got="a header", fix="add rows")
+        return UserError("the input has no rows", where=config.source.where, got="only a header", fix="add rows")
     return UserError(
         "not one row of the input could be used",
         where=config.source.where,
-        got=f"{report.rows_in} rows, {_newly(report)}",
-        fix="look at them with `lakesight quarantine`; check data.source.columns",
+        got=f"{report.rows_in} rows, {_newly_quarantined(report)}",
+        fix="inspect them with `lakesight quarantine`; check data.source.columns",
     )

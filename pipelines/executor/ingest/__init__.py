@@ -1,4 +1,5 @@
-"""Ingest in Spark's Python workers: records of files become decoded samples or refusals.
+"""Ingest in Spark's Python workers: raw rows become decoded samples or refusals with a reason.
 
-Start reading in `decode.py`. Plain functions on Arrow batches: neither pyspark nor torch.
+Start reading in `decode.py`. `records/` parses the rows of each kind of source: `records/csv.py` for CSV, and so on.
+Plain functions on Arrow batches: no pyspark, torch or MLflow.
 """

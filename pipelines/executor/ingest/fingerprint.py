@@ -1,8 +1,9 @@
-"""Near duplicates: a picture saved again, in another quality, format or size. Plain functions, run by executors.
+"""Fingerprints that find near duplicates: pictures saved again in another quality, format or size.
 
-A fingerprint has two parts. The steps are a difference hash of 64 bits (which of 9 x 8 grey cells is brighter than the
-one to its left): few bits change when a picture is saved again, so it finds candidates without comparing all with all.
-The colours are the means of 8 x 8 cells: they tell apart pictures that merely have the same shapes.
+A fingerprint has two parts. The first is a difference hash of 64 bits: a bit says whether one of 8 x 8 grey cells is
+brighter than its left neighbour. Few bits change when a picture is saved again, so candidates are found without
+comparing all pairs. The second part holds the mean colours of 8 x 8 cells. They separate pictures that have the same
+shapes but other colours.
 """
 
 from __future__ import annotations
@@ -14,51 +15,53 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-STEP_BYTES = 8
+HASH_BYTES = 8
 GRID = 8
-FINGERPRINT_BYTES = STEP_BYTES + 3 * GRID * GRID
+FINGERPRINT_BYTES = HASH_BYTES + 3 * GRID * GRID
 MARGIN = 2
-"""Grey levels that make a step: less is the noise of an encoder."""
-MAX_STEPS = 3
-"""Steps in which near duplicates differ at most. The driver's blocks of bits count on it."""
-MAX_COLOUR = 12
-"""Levels of 255 in which a cell's mean differs at most."""
+"""Smallest difference in grey levels that sets a bit. Smaller differences are noise of an encoder."""
+MAX_DIFFERING_BITS = 3
+"""Largest number of hash bits in which near duplicates differ. The driver's blocks of bits depend on it."""
+MAX_COLOUR_DIFFERENCE = 12
+"""Largest difference of a cell's mean colour between near duplicates, in levels of 0 to 255."""
 
-SMOOTH = Image.Resampling.BILINEAR
+RESAMPLING = Image.Resampling.BILINEAR
 PAIRS = pa.schema(
     [
         ("image_id", pa.string()),  # a new picture
-        ("split", pa.string()),  # as its own bytes or its source say
-        ("other_id", pa.string()),  # the one that it looks like
+        ("split", pa.string()),  # its split by its own hash or its source
+        ("other_id", pa.string()),  # the picture that it resembles
         ("other_split", pa.string()),
-        ("other_known", pa.bool_()),  # whether that was there before
+        ("other_existing", pa.bool_()),  # whether the other picture was in `samples` before this ingest
     ]
 )
 
 
 def fingerprint(image: Image.Image) -> bytes:
-    """The fingerprint of an RGB picture: FINGERPRINT_BYTES, steps first."""
-    small = image.resize(((GRID + 1) * GRID, GRID * GRID), SMOOTH, reducing_gap=1.0)
-    grey = np.asarray(small.convert("L").resize((GRID + 1, GRID), SMOOTH), dtype=np.int16)
-    steps = np.packbits(grey[:, 1:] > grey[:, :-1] + MARGIN)
-    return steps.tobytes() + small.resize((GRID, GRID), SMOOTH).tobytes()
+    """Compute the fingerprint of an RGB picture: FINGERPRINT_BYTES bytes, the difference hash first."""
+    small = image.resize(((GRID + 1) * GRID, GRID * GRID), RESAMPLING, reducing_gap=1.0)
+    grey = np.asarray(small.convert("L").resize((GRID + 1, GRID), RESAMPLING), dtype=np.int16)
+    bits = np.packbits(grey[:, 1:] > grey[:, :-1] + MARGIN)
+    return bits.tobytes() + small.resize((GRID, GRID), RESAMPLING).tobytes()
 
 
-def alike(left: Sequence[bytes], right: Sequence[bytes]) -> npt.NDArray[np.bool_]:
-    """Which fingerprints, place by place, are of near duplicates."""
+def are_near_duplicates(left: Sequence[bytes], right: Sequence[bytes]) -> npt.NDArray[np.bool_]:
+    """Compare fingerprints pairwise: element i says whether left[i] and right[i] are near duplicates."""
     a, b = (np.frombuffer(b"".join(side), np.uint8).reshape(-1, FINGERPRINT_BYTES) for side in (left, right))
-    steps = np.unpackbits(a[:, :STEP_BYTES] ^ b[:, :STEP_BYTES], axis=1).sum(axis=1)
-    colours = np.abs(a[:, STEP_BYTES:].astype(np.int16) - b[:, STEP_BYTES:]).max(axis=1)
-    near: npt.NDArray[np.bool_] = (steps <= MAX_STEPS) & (colours <= MAX_COLOUR)
+    differing = np.unpackbits(a[:, :HASH_BYTES] ^ b[:, :HASH_BYTES], axis=1).sum(axis=1)
+    colours = np.abs(a[:, HASH_BYTES:].astype(np.int16) - b[:, HASH_BYTES:]).max(axis=1)
+    near: npt.NDArray[np.bool_] = (differing <= MAX_DIFFERING_BITS) & (colours <= MAX_COLOUR_DIFFERENCE)
     return near
 
 
-def near_pairs(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Those of the candidates that are near duplicates, as PAIRS.
+def keep_near_duplicates(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Keep the candidate pairs that are near duplicates, as PAIRS.
 
     Args:
-        batches: columns of PAIRS, and fingerprint and other_fingerprint.
+        batches: the columns of PAIRS, and fingerprint and other_fingerprint.
     """
     for batch in batches:
-        near = alike(batch.column("fingerprint").to_pylist(), batch.column("other_fingerprint").to_pylist())
+        near = are_near_duplicates(
+            batch.column("fingerprint").to_pylist(), batch.column("other_fingerprint").to_pylist()
+        )
         yield batch.select(PAIRS.names).filter(pa.array(near))

@@ -1,4 +1,4 @@
-"""CSV: base64 pictures in files with a header."""
+"""CSV sources: files with a header and base64 pictures."""
 
 from __future__ import annotations
 
@@ -10,35 +10,38 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import StringType, StructField, StructType
 
 from pipelines.config import CsvSourceConfig, DataConfig
-from pipelines.driver.ingest.sources.files import PACKED, Rows, SourceFile, demand_columns, lines_of
+from pipelines.driver.ingest.sources.files import COMPRESSION_SUFFIXES, SourceFile, load_lines
+from pipelines.driver.ingest.sources.source import SourceRows, require_columns
 from pipelines.errors import UserError
-from pipelines.executor.ingest.records import csv_records, parsed_records
+from pipelines.executor.ingest.records.csv import csv_records, spark_csv_records
 
-SUFFIXES = tuple(f".csv{packed}" for packed in PACKED)
+SUFFIXES = tuple(f".csv{compression}" for compression in COMPRESSION_SUFFIXES)
 CORRUPT = "_lakesight_corrupt_record"
 
 
-def rows(spark: SparkSession, source: CsvSourceConfig, config: DataConfig, files: Sequence[SourceFile]) -> Rows:
-    """All records of the files. Each header is read for itself: Spark would take the first file's for all of them.
+def load_rows(
+    spark: SparkSession, source: CsvSourceConfig, config: DataConfig, files: Sequence[SourceFile]
+) -> SourceRows:
+    """Load the rows of the files. Each file's own header is read; Spark would apply the first one to all files.
 
     Raises:
-        UserError: an empty file, or a column that is missing.
+        UserError: a file is empty or lacks a column.
     """
     by_header: dict[tuple[str, ...], list[SourceFile]] = {}
     for file in files:
-        header = header_of(spark, file, multiline=source.multiline)
-        demand_columns(config, header, file.path)
+        header = read_header(spark, file, multiline=source.multiline)
+        require_columns(config, header, file.path)
         by_header.setdefault(header, []).append(file)
     if source.multiline:
-        frames = [parsed(spark, [f.path for f in of_it], header, multiline=True) for header, of_it in by_header.items()]
-        return Rows(reduce(DataFrame.unionAll, frames), parsed_records)
-    numbered = [(file, number) for number, of_it in enumerate(by_header.values()) for file in of_it]
-    frame, lines = lines_of(spark, numbered)
-    return Rows(frame, partial(csv_records, headers=tuple(by_header), lines=lines))
+        frames = [parse(spark, [f.path for f in group], header, multiline=True) for header, group in by_header.items()]
+        return SourceRows(reduce(DataFrame.unionAll, frames), spark_csv_records)
+    indexed = [(file, index) for index, group in enumerate(by_header.values()) for file in group]
+    frame, lines = load_lines(spark, indexed)
+    return SourceRows(frame, partial(csv_records, headers=tuple(by_header), lines=lines))
 
 
-def header_of(spark: SparkSession, file: SourceFile, *, multiline: bool) -> tuple[str, ...]:
-    """Column names of a file.
+def read_header(spark: SparkSession, file: SourceFile, *, multiline: bool) -> tuple[str, ...]:
+    """Read the column names of a file.
 
     Raises:
         UserError: the file is empty.
@@ -49,8 +52,8 @@ def header_of(spark: SparkSession, file: SourceFile, *, multiline: bool) -> tupl
     return header
 
 
-def parsed(spark: SparkSession, paths: list[str], header: tuple[str, ...], *, multiline: bool) -> DataFrame:
-    """Rows for `parsed_records`, taken apart by Spark."""
+def parse(spark: SparkSession, paths: list[str], header: tuple[str, ...], *, multiline: bool) -> DataFrame:
+    """Parse files in Spark, as input of `spark_csv_records`."""
     schema = StructType([StructField(name, StringType()) for name in (*header, CORRUPT)])
     frame = spark.read.csv(
         paths,
@@ -65,5 +68,5 @@ def parsed(spark: SparkSession, paths: list[str], header: tuple[str, ...], *, mu
 
 
 def _dialect(multiline: bool) -> dict[str, str | int | bool]:
-    """RFC 4180: a quote inside quotes is doubled. Fields have no greatest length: pictures are in them."""
+    """Return Spark's options for RFC 4180: a quote inside quotes is doubled. Fields may have any length."""
     return {"quote": '"', "escape": '"', "multiLine": multiline, "maxCharsPerColumn": -1}

@@ -1,6 +1,6 @@
-"""A folder of picture files and a captions file in it: CSV, JSON lines, or COCO captions JSON.
+"""Folder sources: picture files, and a captions file that names them: CSV, JSON lines or COCO captions JSON.
 
-Spark reads the captions; executors open the pictures, so the folder must be one that they all see.
+Spark reads the captions file. Executors open the pictures, so every executor must see the folder.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipelines.config import DataConfig, FolderSourceConfig, short_hash
-from pipelines.driver.ingest.ledger import ITEMS, fresh_of
+from pipelines.driver.ingest.ledger import ITEMS, pending_items
 from pipelines.driver.ingest.sources import csv, jsonl
-from pipelines.driver.ingest.sources.files import Rows, Source, SourceFile, demand_columns, plain_folder, text_of
+from pipelines.driver.ingest.sources.files import SourceFile, load_text, source_folder
+from pipelines.driver.ingest.sources.source import Source, SourceRows, require_columns
 from pipelines.errors import UserError
-from pipelines.executor.ingest.files import LISTED, listed, listed_records, with_pictures
-from pipelines.executor.ingest.records import FILE, Read, json_records, parsed_records, table_records
+from pipelines.executor.ingest.records.csv import spark_csv_records
+from pipelines.executor.ingest.records.folder import CAPTIONS, caption_records, folder_records, list_captions
+from pipelines.executor.ingest.records.jsonl import jsonl_records
+from pipelines.executor.ingest.records.record import Read
+from pipelines.executor.ingest.records.table import FILE, table_records
 
-CAPTION_BYTES_A_TASK = 64 * 1024
-"""Some hundreds of captions, so of pictures: a captions file alone is too small for Spark to spread its rows."""
+CAPTION_BYTES_PER_TASK = 64 * 1024
+"""A few hundred captions, and so pictures, per task. Spark would read a captions file in a single task."""
 MAX_TASKS = 10_000
 COCO = (
     "images array<struct<id: string, file_name: string, height: int, width: int>>, "
@@ -31,36 +35,36 @@ COCO = (
 
 
 def open_folder(
-    spark: SparkSession, name: str, source: FolderSourceConfig, config: DataConfig, taken: pa.Table
+    spark: SparkSession, name: str, source: FolderSourceConfig, config: DataConfig, ingested: pa.Table
 ) -> Source:
-    """A record a row of the captions file, with its picture. Pictures that no row names are left alone.
+    """Open a folder: one record per row of the captions file, with its picture. Pictures without a row are ignored.
 
-    Items are rows of the captions file, and their states those of their pictures: a file to which rows were added, or a
-    folder in which a picture changed, is read there alone.
+    An item is a row of the captions file, and its state is the change token of its picture. Only added rows and rows
+    with a changed picture are read again.
 
     Raises:
-        UserError: no such folder or captions file, not one of the three forms, or a column that is missing.
+        UserError: the folder or captions file does not exist, has an unknown format, or lacks a column.
     """
-    folder = plain_folder(config)
-    file = _captions(folder / source.captions)
-    captions, read = _records(spark, file, source, config)
-    tasks = min(1 + file.size // CAPTION_BYTES_A_TASK, MAX_TASKS)
+    folder = source_folder(config)
+    file = _captions_file(folder / source.captions)
+    captions, read = _load_captions(spark, file, source, config)
+    tasks = min(1 + file.size // CAPTION_BYTES_PER_TASK, MAX_TASKS)
     column = source.columns.image
-    states = partial(listed, read=read, captions=file.path, folder=str(folder), column=column)
-    rows = captions.repartition(tasks).mapInArrow(states, from_arrow_schema(LISTED))
+    list_rows = partial(list_captions, read=read, captions=file.path, folder=str(folder), column=column)
+    rows = captions.repartition(tasks).mapInArrow(list_rows, from_arrow_schema(CAPTIONS))
     items = rows.select(*ITEMS.names).toArrow().cast(ITEMS)
-    fresh = fresh_of(items, taken)
-    all_of_them = items.group_by(ITEMS.names).aggregate([])
-    if 0 < len(fresh) < len(all_of_them):
-        rows = rows.join(F.broadcast(spark.createDataFrame(fresh.select(["item"]))), "item", "left_semi")
-    pictures = partial(
-        with_pictures, read=listed_records, folder=str(folder), column=column, max_bytes=config.limits.max_bytes
+    pending = pending_items(items, ingested)
+    distinct = items.group_by(ITEMS.names).aggregate([])
+    if 0 < len(pending) < len(distinct):
+        rows = rows.join(F.broadcast(spark.createDataFrame(pending.select(["item"]))), "item", "left_semi")
+    parse = partial(
+        folder_records, read=caption_records, folder=str(folder), column=column, max_bytes=config.limits.max_bytes
     )
     ingest_id = short_hash(name, sorted(zip(*items.to_pydict().values(), strict=True)))
-    return Source(Rows(rows, pictures) if len(fresh) else None, ingest_id, fresh, len(all_of_them) - len(fresh))
+    return Source(SourceRows(rows, parse) if len(pending) else None, ingest_id, pending, len(distinct) - len(pending))
 
 
-def _captions(path: Path) -> SourceFile:
+def _captions_file(path: Path) -> SourceFile:
     try:
         found = path.stat()
     except OSError as error:
@@ -73,39 +77,39 @@ def _captions(path: Path) -> SourceFile:
     return SourceFile(str(path), path.name, found.st_size, found.st_mtime_ns // 1000)
 
 
-def _records(
+def _load_captions(
     spark: SparkSession, file: SourceFile, source: FolderSourceConfig, config: DataConfig
 ) -> tuple[DataFrame, Read]:
     name = file.name.lower()
     if name.endswith(csv.SUFFIXES):
-        header = csv.header_of(spark, file, multiline=True)
-        demand_columns(config, header, file.path)
-        return csv.parsed(spark, [file.path], header, multiline=True), parsed_records
+        header = csv.read_header(spark, file, multiline=True)
+        require_columns(config, header, file.path)
+        return csv.parse(spark, [file.path], header, multiline=True), spark_csv_records
     if name.endswith(jsonl.SUFFIXES):
-        rows = text_of(spark, [file.path])
-        demand_columns(config, jsonl.keys_of(rows), file.path)
-        return rows, json_records
+        rows = load_text(spark, [file.path])
+        require_columns(config, jsonl.first_keys(rows), file.path)
+        return rows, jsonl_records
     if name.endswith(".json"):
-        rows = _coco(spark, file, source)
-        demand_columns(config, rows.columns[1:], file.path)
+        rows = _load_coco(spark, file, source)
+        require_columns(config, rows.columns[1:], file.path)
         return rows, partial(table_records, image=source.columns.image)
     raise UserError(
-        "the captions file has no known form",
+        "the captions file has an unknown format",
         where=file.path,
-        got=f"a file called {file.name}",
+        got=f"a file named {file.name}",
         fix="expected CSV (.csv), JSON lines (.jsonl) or COCO captions (.json)",
     )
 
 
-def _coco(spark: SparkSession, file: SourceFile, source: FolderSourceConfig) -> DataFrame:
-    """A row an image, with the captions of its annotations as a list; an annotation without an image is one too."""
+def _load_coco(spark: SparkSession, file: SourceFile, source: FolderSourceConfig) -> DataFrame:
+    """Return one row per image with the list of its captions. An annotation without an image is a row, too."""
     document = spark.read.schema(COCO).json(file.path, multiLine=True)
     parts = document.selectExpr("images IS NOT NULL AND annotations IS NOT NULL AS coco").collect()
     if not (len(parts) == 1 and parts[0]["coco"]):
         raise UserError(
             "the captions file is not COCO captions JSON",
             where=file.path,
-            got="a file without lists called images and annotations",
+            got="a file without the lists images and annotations",
             fix="expected one object with images (id, file_name) and annotations (image_id, caption)",
         )
     captions = (

@@ -1,4 +1,4 @@
-"""JSON lines: an object a line, base64 pictures in it."""
+"""JSON lines sources: one object per line, with base64 pictures."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from functools import partial
 from pyspark.sql import DataFrame, SparkSession
 
 from pipelines.config import DataConfig
-from pipelines.driver.ingest.sources.files import PACKED, Rows, SourceFile, demand_columns, lines_of, text_of
-from pipelines.executor.ingest.records import json_records
+from pipelines.driver.ingest.sources.files import COMPRESSION_SUFFIXES, SourceFile, load_lines, load_text
+from pipelines.driver.ingest.sources.source import SourceRows, require_columns
+from pipelines.executor.ingest.records.jsonl import jsonl_records
 
-SUFFIXES = tuple(f"{name}{packed}" for name in (".jsonl", ".ndjson") for packed in PACKED)
-LOOKED_AT = 20
-"""Lines whose keys are taken for the columns of all: a wrong name should not fill quarantine with every row."""
+SUFFIXES = tuple(f"{name}{compression}" for name in (".jsonl", ".ndjson") for compression in COMPRESSION_SUFFIXES)
+INSPECTED_LINES = 20
+"""Lines whose keys count as the columns of the source. A wrong column name must not quarantine every row."""
 
 
-def rows(spark: SparkSession, config: DataConfig, files: Sequence[SourceFile]) -> Rows:
-    """All lines of the files.
+def load_rows(spark: SparkSession, config: DataConfig, files: Sequence[SourceFile]) -> SourceRows:
+    """Load the lines of the files.
 
     Raises:
-        UserError: none of the first lines has a column that is named.
+        UserError: none of the first lines has a column that the config names.
     """
-    demand_columns(config, keys_of(text_of(spark, [file.path for file in files])), config.source.path)
-    frame, lines = lines_of(spark, [(file, 0) for file in files])
-    return Rows(frame, partial(json_records, lines=lines))
+    require_columns(config, first_keys(load_text(spark, [file.path for file in files])), config.source.path)
+    frame, lines = load_lines(spark, [(file, 0) for file in files])
+    return SourceRows(frame, partial(jsonl_records, lines=lines))
 
 
-def keys_of(rows: DataFrame) -> list[str]:
-    """Keys of the first lines that are objects, in their order."""
+def first_keys(lines: DataFrame) -> list[str]:
+    """Return the keys of the objects in the first lines, in order of appearance."""
     keys: dict[str, None] = {}
-    for row in rows.limit(LOOKED_AT).collect():
+    for row in lines.limit(INSPECTED_LINES).collect():
         try:
             found = json.loads(row["content"])
         except ValueError:

@@ -1,4 +1,4 @@
-"""Parquet: pictures binary, base64, or in Hugging Face's struct of bytes and path."""
+"""Parquet sources: pictures as binary, as base64, or as Hugging Face's struct of bytes and path."""
 
 from __future__ import annotations
 
@@ -10,31 +10,37 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig, ParquetSourceConfig
-from pipelines.driver.ingest.sources.files import Rows, SourceFile, demand_columns
+from pipelines.driver.ingest.sources.files import SourceFile
+from pipelines.driver.ingest.sources.source import SourceRows, require_columns
 from pipelines.errors import UserError
-from pipelines.executor.ingest.records import FILE, table_records
+from pipelines.executor.ingest.records.table import FILE, table_records
 
 SUFFIXES = (".parquet",)
 
 
-def rows(spark: SparkSession, source: ParquetSourceConfig, config: DataConfig, files: Sequence[SourceFile]) -> Rows:
-    """All rows of the files. Files may have more columns than others, but not other types.
+def load_rows(
+    spark: SparkSession, source: ParquetSourceConfig, config: DataConfig, files: Sequence[SourceFile]
+) -> SourceRows:
+    """Load the rows of the files. A file may have more columns than others, but columns must have the same types.
 
     Raises:
-        UserError: files that do not go together, or a column that is missing.
+        UserError: the files have different types, or a column is missing.
     """
     try:
         frame = spark.read.option("mergeSchema", True).parquet(*(file.path for file in files))
     except AnalysisException as error:
         got = str(error).partition("\n")[0]
         raise UserError(
-            "the files cannot be read as one table", where=source.path, got=got[:500], fix="ingest them apart"
+            "the files cannot be read as one table",
+            where=source.path,
+            got=got[:500],
+            fix="ingest files with different schemas separately",
         ) from None
-    demand_columns(config, frame.columns, source.path)
-    named = columns_for_table_records(frame, F.col("_metadata.file_name"))
-    return Rows(named, partial(table_records, image=source.columns.image))
+    require_columns(config, frame.columns, source.path)
+    with_file = prepend_file(frame, F.col("_metadata.file_name"))
+    return SourceRows(with_file, partial(table_records, image=source.columns.image))
 
 
-def columns_for_table_records(frame: DataFrame, file: Column) -> DataFrame:
-    """Rows for `table_records`: what to call the file, then every column."""
+def prepend_file(frame: DataFrame, file: Column) -> DataFrame:
+    """Put the file name before all columns, as input of `table_records`."""
     return frame.select(file.alias(FILE), *(F.col(f"`{name.replace('`', '``')}`") for name in frame.columns))

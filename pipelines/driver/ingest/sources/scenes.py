@@ -1,4 +1,4 @@
-"""Generated scenes: input from nothing but this package, for a first look and for tests."""
+"""Generated scenes as a source: input that needs no files, for a first run and for tests."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from pipelines.scenes import write_scenes
 SCHEME = "scenes:"
 
 
-def with_scenes_drawn(config: DataConfig, platform: Platform) -> DataConfig:
-    """The same data, with a CSV in the place of a path that asks for scenes; written unless it is there.
+def generate_scenes(config: DataConfig, platform: Platform) -> DataConfig:
+    """Generate the CSV file of a path like `scenes:COUNT:SEED`, and return the config with the path of this file.
+
+    Any other path is returned unchanged.
 
     Raises:
-        UserError: the path does not say how many scenes, or the file cannot be written.
+        UserError: the path is malformed, or the file cannot be written.
     """
-    asked = config.source.path
-    if not asked.startswith(SCHEME):
+    requested = config.source.path
+    if not requested.startswith(SCHEME):
         return config
-    match = re.fullmatch(SCHEME + r"([1-9]\d{0,7})(?::(\d{1,9}))?", asked)
+    match = re.fullmatch(SCHEME + r"([1-9]\d{0,7})(?::(\d{1,9}))?", requested)
     if match is None or config.source.kind != "csv":
         raise UserError(
-            "the scenes to draw cannot be understood",
+            "the path of generated scenes is malformed",
             where="data.source.path",
-            got=f"{asked} of kind {config.source.kind}",
-            fix="say scenes:COUNT or scenes:COUNT:SEED, of kind csv",
+            got=f"{requested} of kind {config.source.kind}",
+            fix="use scenes:COUNT or scenes:COUNT:SEED, with kind csv",
         )
     count, seed = int(match[1]), int(match[2] or 0)
     path = platform.folder("demo") / f"scenes-{count}-{seed}.csv"

@@ -1,4 +1,4 @@
-"""WebDataset tars: a task a tar, which executors read as a stream, a row at a time."""
+"""WebDataset sources: tars that executors read as streams, one row at a time."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from pathlib import Path
 from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig, WebDatasetSourceConfig
-from pipelines.driver.ingest.sources.files import SET_PATH, Rows, SourceFile, chosen, plain_folder
+from pipelines.driver.ingest.sources.files import SET_PATH, SourceFile, select_files, source_folder
+from pipelines.driver.ingest.sources.source import SourceRows
 from pipelines.errors import UserError
-from pipelines.executor.ingest.files import tar_records
+from pipelines.executor.ingest.records.webdataset import tar_records
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 
-def files_of(config: DataConfig) -> list[SourceFile]:
-    """The tars of the source's path.
+def list_tars(config: DataConfig) -> list[SourceFile]:
+    """List the tars of the source's path, which may be a file, a folder or a glob pattern.
 
     Raises:
-        UserError: no such file.
+        UserError: there is no such file.
     """
-    return chosen(_listed(plain_folder(config)), config, SUFFIXES)
-
-
-def rows(spark: SparkSession, source: WebDatasetSourceConfig, config: DataConfig, files: Sequence[SourceFile]) -> Rows:
-    """All rows of the tars."""
-    frame = spark.createDataFrame([(file.path,) for file in files], "path string")
-    read = partial(tar_records, images=source.columns.image.split(";"), max_bytes=config.limits.max_bytes)
-    return Rows(frame.coalesce(1).repartition(len(files)), read)
-
-
-def _listed(path: Path) -> list[SourceFile]:
+    path = source_folder(config)
     found = [Path(one) for one in glob(str(path / "*") if path.is_dir() else str(path))]  # noqa: PTH207 (a pattern)
     if not found:
         raise UserError("the input cannot be read", where=str(path), got="no such file or folder", fix=SET_PATH)
     stats = [(one, one.stat()) for one in found if one.is_file()]
-    return [SourceFile(str(one), one.name, stat.st_size, stat.st_mtime_ns // 1000) for one, stat in stats]
+    files = [SourceFile(str(one), one.name, stat.st_size, stat.st_mtime_ns // 1000) for one, stat in stats]
+    return select_files(files, config, SUFFIXES)
+
+
+def load_rows(
+    spark: SparkSession, source: WebDatasetSourceConfig, config: DataConfig, files: Sequence[SourceFile]
+) -> SourceRows:
+    """Return one raw row per tar, and one task per row."""
+    frame = spark.createDataFrame([(file.path,) for file in files], "path string")
+    read = partial(tar_records, images=source.columns.image.split(";"), max_bytes=config.limits.max_bytes)
+    return SourceRows(frame.coalesce(1).repartition(len(files)), read)

@@ -1,4 +1,4 @@
-"""A picture saved again has nearly the same fingerprint; another picture has another; and keys lose no candidate."""
+"""Fingerprints: a picture saved again is a near duplicate, another picture is not, and keys miss no candidate."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from hypothesis import strategies as st
 from pictures import encoded, picture
 from PIL import Image
 
-from pipelines.driver.ingest.near_duplicates import MASKS
+from pipelines.driver.ingest.near_duplicates import KEY_MASKS
 from pipelines.executor.ingest.fingerprint import (
     FINGERPRINT_BYTES,
-    MAX_STEPS,
-    STEP_BYTES,
-    alike,
+    HASH_BYTES,
+    MAX_DIFFERING_BITS,
+    are_near_duplicates,
     fingerprint,
-    near_pairs,
+    keep_near_duplicates,
 )
 
 MASK = (1 << 64) - 1
 
 
 def smooth(seed: int, size: tuple[int, int] = (320, 240)) -> Image.Image:
-    """A picture of soft shapes."""
+    """Return a picture of soft shapes."""
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
 
@@ -40,38 +40,38 @@ SAVED = {
 
 
 @pytest.mark.parametrize("how", SAVED)
-def test_a_picture_saved_again_is_a_near_duplicate(how: str) -> None:
+def test_picture_saved_again_is_a_near_duplicate(how: str) -> None:
     prints = [fingerprint(smooth(seed)) for seed in range(20)]
     again = [fingerprint(Image.open(io.BytesIO(SAVED[how](smooth(seed)))).convert("RGB")) for seed in range(20)]
     assert {len(one) for one in prints} == {FINGERPRINT_BYTES}
-    assert alike(prints, again).all()
-    assert not alike(prints, again[1:] + again[:1]).any()
+    assert are_near_duplicates(prints, again).all()
+    assert not are_near_duplicates(prints, again[1:] + again[:1]).any()
 
 
-def test_the_same_shapes_in_other_colours_are_another_picture() -> None:
+def test_same_shapes_in_other_colours_are_not_near_duplicates() -> None:
     image = smooth(1)
     other = Image.merge("RGB", [image.getchannel("R").point(lambda level: min(level + 20, 255)), *image.split()[1:]])
-    assert fingerprint(image)[:STEP_BYTES] == fingerprint(other)[:STEP_BYTES]
-    assert not alike([fingerprint(image)], [fingerprint(other)]).any()
+    assert fingerprint(image)[:HASH_BYTES] == fingerprint(other)[:HASH_BYTES]
+    assert not are_near_duplicates([fingerprint(image)], [fingerprint(other)]).any()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2000), (5000, 4)])
-def test_any_size_has_a_fingerprint(size: tuple[int, int]) -> None:
+def test_picture_of_any_size_has_a_fingerprint(size: tuple[int, int]) -> None:
     assert len(fingerprint(picture(1, size))) == FINGERPRINT_BYTES
 
 
-@given(st.integers(0, MASK), st.sets(st.integers(0, 63), max_size=MAX_STEPS))
-def test_whichever_steps_differ_two_near_duplicates_have_a_key_in_common(steps: int, differing: set[int]) -> None:
-    other = steps ^ sum(1 << bit for bit in differing)
-    assert any((steps ^ other) & mask & MASK == 0 for mask in MASKS)
-    assert {(mask & MASK).bit_count() for mask in MASKS} <= {25, 26}
+@given(st.integers(0, MASK), st.sets(st.integers(0, 63), max_size=MAX_DIFFERING_BITS))
+def test_hashes_of_near_duplicates_share_a_key(bits: int, differing: set[int]) -> None:
+    other = bits ^ sum(1 << bit for bit in differing)
+    assert any((bits ^ other) & mask & MASK == 0 for mask in KEY_MASKS)
+    assert {(mask & MASK).bit_count() for mask in KEY_MASKS} <= {25, 26}
 
 
-def test_candidates_that_are_none_are_dropped() -> None:
+def test_candidates_that_are_not_near_duplicates_are_dropped() -> None:
     a, b = fingerprint(smooth(1)), fingerprint(smooth(2))
     new = {"image_id": "1", "split": "val", "other_split": "test"}
-    pairs = [new | {"other_id": n, "other_known": n == "3"} for n in "23"]
+    pairs = [new | {"other_id": n, "other_existing": n == "3"} for n in "23"]
     prints = [{"fingerprint": a, "other_fingerprint": other} for other in (b, a)]
     rows = [pair | both for pair, both in zip(pairs, prints, strict=True)]
-    [out] = near_pairs(iter([pa.RecordBatch.from_pylist(rows)]))
+    [out] = keep_near_duplicates(iter([pa.RecordBatch.from_pylist(rows)]))
     assert out.to_pylist() == pairs[1:]

@@ -1,4 +1,4 @@
-"""A row becomes one sample or one refusal with a reason, whatever is in it, and its ids come from its content."""
+"""Decoding: every row becomes one sample or one refusal with a reason, and its ids depend only on its content."""
 
 from __future__ import annotations
 
@@ -16,36 +16,31 @@ from hypothesis import strategies as st
 from pictures import IMAGE, TEXT, as_base64, encoded, picture, png
 
 from pipelines.config import ColumnNames, ColumnSplitConfig, FileSplitConfig, HashSplitConfig, LimitsConfig
-from pipelines.executor.ingest.decode import (
-    FLUSH_BYTES,
-    Rules,
-    decode_batches,
-    split_of,
-    split_of_file,
-)
-from pipelines.executor.ingest.records import Fields, Record, Trouble
+from pipelines.executor.ingest.decode import FLUSH_BYTES, DecodeRules, decode_batches
+from pipelines.executor.ingest.records.record import Fields, Problem, Record
+from pipelines.executor.ingest.splits import split_of_file, split_of_hash
 from pipelines.formats.tables import REASONS
 
 LIMITS = LimitsConfig(max_bytes=50_000, max_pixels=10_000, min_side=4, max_text_chars=40)
-RULES = Rules("birds", ColumnNames(), LIMITS, HashSplitConfig(val=0.2, test=0.2))
+RULES = DecodeRules("birds", ColumnNames(), LIMITS, HashSplitConfig(val=0.2, test=0.2))
 GOOD = as_base64(png(1))
 
 
-def decoded(records: list[Record], rules: Rules = RULES) -> list[pa.RecordBatch]:
+def decoded(records: list[Record], rules: DecodeRules = RULES) -> list[pa.RecordBatch]:
     return list(decode_batches(iter(()), lambda _: iter(records), rules))
 
 
-def decode(rows: list[Fields], rules: Rules = RULES, file: str = "a.csv") -> list[dict[str, Any]]:
+def decode(rows: list[Fields], rules: DecodeRules = RULES, file: str = "a.csv") -> list[dict[str, Any]]:
     return [row for out in decoded([Record(file, fields) for fields in rows], rules) for row in out.to_pylist()]
 
 
-def one(fields: Fields | None = None, rules: Rules = RULES) -> dict[str, Any]:
+def one(fields: Fields | None = None, rules: DecodeRules = RULES) -> dict[str, Any]:
     good: Fields = {IMAGE: GOOD, TEXT: "a bird"}
     [outcome] = decode([good | (fields or {})], rules)
     return outcome
 
 
-def test_a_good_row_keeps_its_bytes_and_is_named_by_them() -> None:
+def test_good_row_keeps_its_bytes_and_gets_an_id_from_their_hash() -> None:
     outcome = one()
     sha256 = hashlib.sha256(png(1)).hexdigest()
     assert outcome["image"] == png(1)
@@ -56,8 +51,8 @@ def test_a_good_row_keeps_its_bytes_and_is_named_by_them() -> None:
     assert outcome["reason"] is None
 
 
-def test_an_id_column_names_the_picture_and_a_prompt_column_asks() -> None:
-    rules = Rules("birds", ColumnNames(id="key", prompt="question"), LIMITS, HashSplitConfig())
+def test_id_column_gives_the_image_id_and_prompt_column_the_prompt() -> None:
+    rules = DecodeRules("birds", ColumnNames(id="key", prompt="question"), LIMITS, HashSplitConfig())
     outcome = one({"key": " 17 ", "question": " which bird? "}, rules)
     assert outcome["image_id"] == "birds/17"
     assert outcome["texts"] == [{"prompt": "which bird?", "text": "a bird"}]
@@ -78,7 +73,7 @@ BAD: dict[str, Fields] = {
 
 
 @pytest.mark.parametrize("reason", BAD)
-def test_a_bad_row_has_its_reason_and_keeps_all_it_had(reason: str) -> None:
+def test_bad_row_has_a_reason_and_keeps_all_its_fields(reason: str) -> None:
     fields: Fields = {"index": "7", IMAGE: GOOD, TEXT: "a bird", **BAD[reason]}
     [outcome] = decode([fields])
     assert outcome["reason"] == reason
@@ -89,33 +84,33 @@ def test_a_bad_row_has_its_reason_and_keeps_all_it_had(reason: str) -> None:
     assert outcome["image_id"] is None
 
 
-def test_what_a_reader_could_not_read_is_kept_as_it_was() -> None:
-    [out] = decoded([Record("a.csv", {IMAGE: None}, "one,two,three", Trouble("malformed_record", "three"))])
+def test_row_that_could_not_be_parsed_keeps_its_raw_text() -> None:
+    [out] = decoded([Record("a.csv", {IMAGE: None}, "one,two,three", Problem("malformed_record", "three"))])
     [outcome] = out.to_pylist()
     assert (outcome["stage"], outcome["reason"], outcome["detail"]) == ("read", "malformed_record", "three")
     assert outcome["payload"] == "one,two,three"
 
 
-def test_a_row_that_has_a_name_keeps_it_whatever_becomes_of_it() -> None:
+def test_existing_source_row_is_kept_by_samples_and_refusals() -> None:
     rows: list[Fields] = [{IMAGE: GOOD, TEXT: "a bird"}, {IMAGE: "?", TEXT: "a bird"}]
     [out] = decoded([Record("a.csv", fields, source_row=f"a.csv#{n}") for n, fields in enumerate(rows)])
     assert out.column("source_row").to_pylist() == ["a.csv#0", "a.csv#1"]
 
 
-def test_what_nobody_foresaw_is_refused_with_its_cause_and_spares_the_rows_beside_it() -> None:
-    rules = Rules("birds", ColumnNames(), cast(LimitsConfig, None), HashSplitConfig())
+def test_unexpected_error_refuses_the_row_with_its_cause() -> None:
+    rules = DecodeRules("birds", ColumnNames(), cast(LimitsConfig, None), HashSplitConfig())
     outcome = one(rules=rules)
     assert outcome["reason"] == "malformed_record"
-    assert "unforeseen AttributeError: " in outcome["detail"]
+    assert "unexpected AttributeError: " in outcome["detail"]
 
 
 def texts(outcome: dict[str, Any]) -> list[tuple[str, str]]:
     return [(pair["prompt"], pair["text"]) for pair in outcome["texts"]]
 
 
-def test_a_row_may_have_many_texts_each_with_a_prompt_of_its_own_or_all_with_one() -> None:
+def test_row_may_have_many_texts_with_one_prompt_each_or_one_for_all() -> None:
     assert texts(one({TEXT: ["a", " b ", None, "", "a", 3]})) == [("", "a"), ("", "b"), ("", "3")]
-    asked = Rules("birds", ColumnNames(prompt="question"), LIMITS, HashSplitConfig())
+    asked = DecodeRules("birds", ColumnNames(prompt="question"), LIMITS, HashSplitConfig())
     answers: Fields = {TEXT: ["yes", "two"]}
     assert texts(one(answers | {"question": ["a bird?", "how many?"]}, asked)) == [
         ("a bird?", "yes"),
@@ -138,26 +133,26 @@ def test_a_row_may_have_many_texts_each_with_a_prompt_of_its_own_or_all_with_one
         ({IMAGE: bytes(50_001)}, "too_large"),
     ],
 )
-def test_values_of_other_kinds_have_reasons_too(fields: Fields, reason: str) -> None:
+def test_values_of_wrong_types_have_a_reason(fields: Fields, reason: str) -> None:
     outcome = one(fields)
     assert outcome["reason"] == reason
-    assert "unforeseen" not in outcome["detail"]
+    assert "unexpected" not in outcome["detail"]
 
 
-def test_a_picture_that_takes_too_long_is_refused_and_the_next_one_has_all_the_time() -> None:
-    rules = Rules("birds", ColumnNames(), LimitsConfig(max_decode_seconds=0.002), HashSplitConfig())
+def test_slow_picture_is_refused_and_the_next_one_has_the_full_time_limit() -> None:
+    rules = DecodeRules("birds", ColumnNames(), LimitsConfig(max_decode_seconds=0.002), HashSplitConfig())
     late = one({IMAGE: encoded(picture(1, (1500, 1500)), "PNG")}, rules)
     assert (late["reason"], late["detail"]) == ("decode_timeout", "more than 0.002 seconds")
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     assert one()["reason"] is None
 
 
-def test_a_picture_that_comes_as_bytes_is_the_one_that_came_as_base64() -> None:
+def test_picture_as_bytes_equals_the_same_picture_as_base64() -> None:
     coded, plain = one(), one({IMAGE: png(1)})
     assert coded == plain
 
 
-def test_the_payload_of_a_refused_row_has_bytes_as_base64_and_can_be_read_again() -> None:
+def test_payload_of_a_refused_row_has_bytes_as_base64_and_can_be_decoded_again() -> None:
     outcome = one({IMAGE: b"words", "when": datetime(2026, 1, 2, tzinfo=UTC), "n": 1.5})
     again = json.loads(outcome["payload"])
     assert again == {IMAGE: as_base64(b"words"), TEXT: "a bird", "when": "2026-01-02 00:00:00+00:00", "n": 1.5}
@@ -167,7 +162,7 @@ def test_the_payload_of_a_refused_row_has_bytes_as_base64_and_can_be_read_again(
 @pytest.mark.parametrize(
     "text", ["caf\u00e9", "cafe\u0301", "  caf\u00e9 \n", "\0caf\u00e9\x07\x9f", "\rcafe\u0301\r\n"]
 )
-def test_texts_that_look_the_same_are_the_same(text: str) -> None:
+def test_texts_that_look_the_same_are_equal(text: str) -> None:
     assert one({TEXT: text})["texts"] == [{"prompt": "", "text": "caf\u00e9"}]
 
 
@@ -181,7 +176,7 @@ ROWS = st.fixed_dictionaries(
 
 @settings(deadline=None)
 @given(st.lists(ROWS, min_size=1, max_size=20))
-def test_every_row_comes_out_once_as_sample_or_refusal(rows: list[Fields]) -> None:
+def test_every_row_is_returned_once_as_sample_or_refusal(rows: list[Fields]) -> None:
     outcomes = decode(rows)
     assert len(outcomes) == len(rows)
     for outcome in outcomes:
@@ -189,7 +184,7 @@ def test_every_row_comes_out_once_as_sample_or_refusal(rows: list[Fields]) -> No
         assert outcome["reason"] is None or outcome["reason"] in REASONS
 
 
-def test_a_row_has_the_same_id_wherever_it_stands_and_however_its_columns_are_ordered() -> None:
+def test_source_row_does_not_depend_on_position_or_column_order() -> None:
     first, second = decode([{IMAGE: "?", TEXT: "a"}, {IMAGE: "?", TEXT: "b"}])
     again, _ = decode([{TEXT: "b", IMAGE: "?"}, {TEXT: "c", IMAGE: "?"}])
     assert first["source_row"] != second["source_row"]
@@ -197,16 +192,16 @@ def test_a_row_has_the_same_id_wherever_it_stands_and_however_its_columns_are_or
     assert second["source_row"].startswith("a.csv#")
 
 
-def test_splits_have_the_shares_asked_for_and_depend_on_the_picture_alone() -> None:
+def test_hash_splits_have_the_configured_shares() -> None:
     hashes = [hashlib.sha256(str(n).encode()).hexdigest() for n in range(20_000)]
-    counts = Counter(split_of(sha256, HashSplitConfig(val=0.1, test=0.2)) for sha256 in hashes)
+    counts = Counter(split_of_hash(sha256, HashSplitConfig(val=0.1, test=0.2)) for sha256 in hashes)
     assert counts["test"] == pytest.approx(4000, rel=0.05)
     assert counts["val"] == pytest.approx(2000, rel=0.07)
-    assert {split_of(sha256, HashSplitConfig(val=0, test=0)) for sha256 in hashes} == {"train"}
+    assert {split_of_hash(sha256, HashSplitConfig(val=0, test=0)) for sha256 in hashes} == {"train"}
 
 
-def test_a_file_may_say_the_split() -> None:
-    rules = Rules("birds", ColumnNames(), LIMITS, FileSplitConfig(kind="file"))
+def test_file_name_may_give_the_split() -> None:
+    rules = DecodeRules("birds", ColumnNames(), LIMITS, FileSplitConfig(kind="file"))
     [outcome] = decode([{IMAGE: GOOD, TEXT: "a bird"}], rules, file="val.csv.gz")
     assert outcome["split"] == "val"
 
@@ -222,14 +217,16 @@ def test_a_file_may_say_the_split() -> None:
         ("captions.csv", None),
     ],
 )
-def test_a_part_of_a_split_is_called_after_it(name: str, split: str | None) -> None:
+def test_split_of_file_ignores_suffixes_and_part_numbers(name: str, split: str | None) -> None:
     assert split_of_file(name) == split
 
 
-def test_a_column_may_say_the_split_and_one_that_says_nonsense_is_refused() -> None:
-    rules = Rules("birds", ColumnNames(), LIMITS, ColumnSplitConfig(kind="column", column="of"))
-    said = {given: one({"of": given}, rules) for given in ("train", " Validation", "dev", "test", "holdout", "", None)}
-    assert {given: outcome.get("split") or outcome["reason"] for given, outcome in said.items()} == {
+def test_column_may_give_the_split_and_an_unknown_split_is_refused() -> None:
+    rules = DecodeRules("birds", ColumnNames(), LIMITS, ColumnSplitConfig(kind="column", column="of"))
+    outcomes = {
+        given: one({"of": given}, rules) for given in ("train", " Validation", "dev", "test", "holdout", "", None)
+    }
+    assert {given: outcome.get("split") or outcome["reason"] for given, outcome in outcomes.items()} == {
         "train": "train",
         " Validation": "val",
         "dev": "val",
@@ -240,13 +237,13 @@ def test_a_column_may_say_the_split_and_one_that_says_nonsense_is_refused() -> N
     }
 
 
-def test_line_breaks_inside_a_text_stay_and_are_all_of_one_kind() -> None:
+def test_line_breaks_inside_a_text_are_kept_as_line_feeds() -> None:
     assert texts(one({TEXT: "a\r\nb\rc\td\x0be"})) == [("", "a\nb\nc\td e")]
 
 
-def test_batches_that_leave_are_bounded_in_bytes_whatever_comes() -> None:
+def test_output_batches_are_bounded_in_bytes() -> None:
     big = LimitsConfig(max_bytes=2**25, max_pixels=2**22)
-    rules = Rules("birds", ColumnNames(), big, HashSplitConfig())
+    rules = DecodeRules("birds", ColumnNames(), big, HashSplitConfig())
     row: Fields = {IMAGE: as_base64(encoded(picture(3, (1200, 1000)), "BMP")), TEXT: "a bird"}
     sizes = [out.nbytes for out in decoded([Record("a.csv", row)] * 12, rules)]
     assert len(sizes) > 1

@@ -1,4 +1,4 @@
-"""Pictures that wait in files come back to their own rows, whichever rows ask for them and in whatever order."""
+"""Spill files: wide columns are restored to their own rows, for any selection of rows in any order."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.config import LocalPlatformConfig
-from pipelines.driver.ingest.spill import PREFIX, STALE, waiting_rows
-from pipelines.executor.ingest.decode import OUTCOME
-from pipelines.executor.ingest.spill import NARROW, PLACE, staged, with_wide
+from pipelines.driver.ingest.spill import PREFIX, STALE, spill_folder
+from pipelines.executor.ingest.outcome import OUTCOME
+from pipelines.executor.ingest.spill import NARROW, POSITION, decode_and_spill, restore_wide
 from pipelines.platform import local
 
 Batches = list[list[bytes | None]]
@@ -24,7 +24,7 @@ PICTURES = st.lists(st.lists(st.none() | st.binary(max_size=20), max_size=6), ma
 
 
 def outcomes(images: Batches) -> Iterator[pa.RecordBatch]:
-    """Rows named by where they are; those without a picture are refused."""
+    """Yield outcomes with their batch and row number as name; those without a picture are refused."""
     for number, batch in enumerate(images):
         names = [f"{number}.{row}" for row in range(len(batch))]
         rows = zip(names, batch, strict=True)
@@ -33,27 +33,27 @@ def outcomes(images: Batches) -> Iterator[pa.RecordBatch]:
         )
 
 
-def rows_staged(images: Batches, folder: Path) -> pa.Table:
-    return pa.Table.from_batches(staged(outcomes(images), iter, str(folder)), NARROW)
+def spill(images: Batches, folder: Path) -> pa.Table:
+    return pa.Table.from_batches(decode_and_spill(outcomes(images), iter, str(folder)), NARROW)
 
 
 @settings(deadline=None)  # the first example loads libraries
 @given(PICTURES, st.randoms(use_true_random=False), st.integers(1, 4))
-def test_every_row_gets_its_own_picture_and_payload_back(
+def test_every_row_gets_its_own_picture_and_payload(
     tmp_path_factory: pytest.TempPathFactory, images: Batches, random: Random, size: int
 ) -> None:
-    folder = tmp_path_factory.mktemp("staging")
-    rows = pa.concat_tables([rows_staged(images, folder), rows_staged(images[::-1], folder)])
+    folder = tmp_path_factory.mktemp("spill")
+    rows = pa.concat_tables([spill(images, folder), spill(images[::-1], folder)])
     names = rows["source_row"].to_pylist()
     expected = [image for batch in [*images, *images[::-1]] for image in batch]
     chosen = random.sample(range(len(expected)), random.randint(0, len(expected)))
-    asked = rows.select(["source_row", *PLACE.names]).take(pa.array(chosen, pa.int64()))
-    batches = with_wide(iter(asked.to_batches(max_chunksize=size)), str(folder), ("payload", "image"))
+    selected = rows.select(["source_row", *POSITION.names]).take(pa.array(chosen, pa.int64()))
+    batches = restore_wide(iter(selected.to_batches(max_chunksize=size)), str(folder), ("payload", "image"))
     back = [tuple(row.values()) for batch in batches for row in batch.to_pylist()]
     assert back == [(names[n], f"of {names[n]}", expected[n]) for n in chosen]
 
 
-def test_the_folder_goes_with_its_ingest_and_old_ones_of_killed_ingests_with_the_next(
+def test_spill_folder_is_removed_at_the_end_and_stale_ones_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path))
@@ -67,7 +67,7 @@ def test_the_folder_goes_with_its_ingest_and_old_ones_of_killed_ingests_with_the
     long_ago = time.time() - STALE.total_seconds() - 60
     for folder in (old, other):
         os.utime(folder, (long_ago, long_ago))
-    with waiting_rows(platform) as waiting:
-        assert sorted(platform.folder("staged").iterdir()) == sorted([other, young, waiting.folder])
-        (waiting.folder / "a.arrow").touch()
+    with spill_folder(platform) as own:
+        assert sorted(platform.folder("staged").iterdir()) == sorted([other, young, own.folder])
+        (own.folder / "a.arrow").touch()
     assert sorted(platform.folder("staged").iterdir()) == sorted([other, young])

@@ -1,4 +1,4 @@
-"""Lines become records by RFC 4180, headers and blank lines do not, and a line that is none is kept as it was."""
+"""Parsers of CSV, JSON lines and tables: every row becomes a record, and a malformed row keeps its raw text."""
 
 from __future__ import annotations
 
@@ -10,16 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.executor.ingest.records import (
-    FILE,
-    Record,
-    csv_records,
-    json_records,
-    parsed_records,
-    payload_records,
-    split_line,
-    table_records,
-)
+from pipelines.executor.ingest.records.csv import csv_records, spark_csv_records, split_line
+from pipelines.executor.ingest.records.jsonl import jsonl_records
+from pipelines.executor.ingest.records.record import Record
+from pipelines.executor.ingest.records.table import FILE, payload_records, table_records
 
 HEADERS = (("id", "text"), ("text", "picture", "id"))
 SCHEMA = pa.schema(
@@ -34,7 +28,7 @@ SCHEMA = pa.schema(
 
 
 def records(*lines: tuple[str, int, int, bytes]) -> list[Record]:
-    """Records of lines given as path, start, header and line, in batches of two."""
+    """Parse lines, given as path, start, header and content, in batches of two."""
     rows = [
         {"path": path, "file": path.rpartition("/")[2], "start": start, "header": header, "content": line}
         for path, start, header, line in lines
@@ -44,14 +38,14 @@ def records(*lines: tuple[str, int, int, bytes]) -> list[Record]:
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\r\n\0", codec="utf-8")), min_size=1))
-def test_what_a_csv_writer_writes_is_read(fields: list[str]) -> None:
+def test_output_of_a_csv_writer_is_split_into_its_fields(fields: list[str]) -> None:
     file = io.StringIO()
     csv.writer(file, lineterminator="").writerow(fields)
     assert split_line(file.getvalue()) == fields
 
 
 @given(st.text(st.sampled_from('",ab '), min_size=1))
-def test_any_line_is_read_as_the_csv_module_reads_it_or_refused(line: str) -> None:
+def test_any_line_is_split_as_by_the_csv_module_or_refused(line: str) -> None:
     fields = split_line(line)
     try:
         [expected] = csv.reader([line], strict=True)
@@ -66,7 +60,7 @@ def test_wrong_quotes_are_refused(line: str) -> None:
     assert split_line(line) is None
 
 
-def test_headers_and_blank_lines_are_no_records() -> None:
+def test_headers_and_blank_lines_are_skipped() -> None:
     lines = [
         ("in/a.csv", 0, 0, b""),
         ("in/a.csv", 0, 0, b"id,text"),
@@ -88,12 +82,12 @@ def test_headers_and_blank_lines_are_no_records() -> None:
 
 
 @pytest.mark.parametrize("line", [b"1", b"1,one,more", b'1,"one', b'"1"x,one'])
-def test_a_line_that_is_no_record_is_kept_as_it_was(line: bytes) -> None:
+def test_malformed_csv_line_keeps_its_raw_text(line: bytes) -> None:
     [record] = records(("a.csv", 7, 0, line))
     assert record.raw == line.decode()
 
 
-def test_bytes_that_are_not_utf_8_stay_in_their_row() -> None:
+def test_invalid_utf_8_is_replaced_in_its_row_only() -> None:
     bad, good = records(("a.csv", 7, 0, b"1,caf\xe9"), ("a.csv", 7, 0, "2,caf\u00e9".encode()))
     assert (bad.fields["text"], good.fields["text"]) == ("caf\ufffd", "caf\u00e9")
 
@@ -104,10 +98,10 @@ def test_bytes_that_are_not_utf_8_stay_in_their_row() -> None:
 def json_lines(*lines: bytes) -> list[Record]:
     rows = [{"path": "a.jsonl", "file": "a.jsonl", "start": 0, "header": 0, "content": line} for line in lines]
     batch = pa.RecordBatch.from_pylist(rows, SCHEMA)
-    return list(json_records(iter([batch])))
+    return list(jsonl_records(iter([batch])))
 
 
-def test_a_line_of_json_is_a_record_as_it_says_and_blank_lines_are_none() -> None:
+def test_json_lines_are_parsed_and_blank_lines_are_skipped() -> None:
     lines = [b'\xef\xbb\xbf{"a": 1, "b": ["x", null]}', b" ", b'{"a": "caf\xe9"}', rb'{"a": "\ud83d\ude00 \ud800"}']
     assert [record.fields for record in json_lines(*lines)] == [
         {"a": 1, "b": ["x", None]},
@@ -117,18 +111,18 @@ def test_a_line_of_json_is_a_record_as_it_says_and_blank_lines_are_none() -> Non
 
 
 @pytest.mark.parametrize("line", [b'{"a": 1', b"[1]", b"7", b"[" * 100_000, b"{'a': 1}"])
-def test_a_line_that_is_no_json_object_is_kept_as_it_was(line: bytes) -> None:
+def test_malformed_json_line_keeps_its_raw_text(line: bytes) -> None:
     bad, good = json_lines(line, b'{"a": 1}')
     assert (bad.raw, bad.fields) == (line.decode(), {})
-    assert bad.trouble is not None
-    assert bad.trouble.reason == "malformed_record"
+    assert bad.problem is not None
+    assert bad.problem.reason == "malformed_record"
     assert good == Record("a.jsonl", {"a": 1})
 
 
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def test_rows_of_a_table_keep_their_types_and_a_struct_of_bytes_and_path_is_two_fields() -> None:
+def test_table_rows_keep_their_types_and_an_image_struct_becomes_two_fields() -> None:
     pictures = [{"bytes": b"p", "path": "a.png"}, {"bytes": None, "path": "b.png"}, None]
     batch = pa.RecordBatch.from_pydict({FILE: ["x"] * 3, "image": pictures, "text": [["a"], None, []], "n": [1, 2, 3]})
     records = list(table_records(iter([batch]), "image"))
@@ -139,21 +133,21 @@ def test_rows_of_a_table_keep_their_types_and_a_struct_of_bytes_and_path_is_two_
     ]
 
 
-def test_a_string_of_a_table_that_is_not_utf_8_stays_in_its_row() -> None:
+def test_invalid_utf_8_of_a_table_is_replaced_in_its_row_only() -> None:
     binary = pa.array([b"caf\xe9", None, b"x"])
-    strings = pa.Array.from_buffers(pa.string(), 3, binary.buffers())  # as Spark hands them over: nobody has looked
+    strings = pa.Array.from_buffers(pa.string(), 3, binary.buffers())  # Spark does not validate UTF-8
     batch = pa.RecordBatch.from_arrays([pa.array(["x"] * 3), strings], names=[FILE, "text"])
     assert [record.fields["text"] for record in table_records(iter([batch]), "image")] == ["caf\ufffd", None, "x"]
 
 
-def test_what_spark_could_not_parse_is_kept_as_it_was_and_quarantined_payloads_are_read_again() -> None:
+def test_rows_that_spark_could_not_parse_keep_their_raw_text_and_payloads_are_parsed_again() -> None:
     rows = [{"file": "a.csv", "raw": raw, "row": [("id", "1"), ("text", None)]} for raw in ('1,"x', None)]
     schema = pa.schema([("file", pa.string()), ("raw", pa.string()), ("row", pa.map_(pa.string(), pa.string()))])
-    bad, good = parsed_records(iter([pa.RecordBatch.from_pylist(rows, schema)]))
+    bad, good = spark_csv_records(iter([pa.RecordBatch.from_pylist(rows, schema)]))
     assert good == Record("a.csv", {"id": "1", "text": None})
-    assert (bad.raw, bad.trouble and bad.trouble.reason) == ('1,"x', "malformed_record")
+    assert (bad.raw, bad.problem and bad.problem.reason) == ('1,"x', "malformed_record")
 
     payloads = {"source_row": ["a#b.csv#0f", "a.csv#1e"], "payload": ['{"id": "1"}', '1,"x']}
-    again, none = payload_records(iter([pa.RecordBatch.from_pydict(payloads)]))
-    assert again == Record("a#b.csv", {"id": "1"}, source_row="a#b.csv#0f")
-    assert (none.raw, none.source_row, none.trouble is None) == ('1,"x', "a.csv#1e", False)
+    good, bad = payload_records(iter([pa.RecordBatch.from_pydict(payloads)]))
+    assert good == Record("a#b.csv", {"id": "1"}, source_row="a#b.csv#0f")
+    assert (bad.raw, bad.source_row, bad.problem is None) == ('1,"x', "a.csv#1e", False)

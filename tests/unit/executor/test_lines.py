@@ -1,4 +1,4 @@
-"""Files in ranges: whatever their size, every line is read once, by the range that it begins in."""
+"""Reading files by ranges: every line is read once, by the range in which it begins."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.executor.ingest.lines import read_lines
+from pipelines.executor.ingest.records.lines import file_lines
 
 
 @settings(deadline=None)
@@ -19,7 +19,7 @@ from pipelines.executor.ingest.lines import read_lines
     st.booleans(),
     st.integers(1, 12),
 )
-def test_every_line_is_read_once_however_a_file_is_cut(lines: list[bytes], end: bytes, ended: bool, size: int) -> None:
+def test_every_line_is_read_once_for_any_range_size(lines: list[bytes], end: bytes, ended: bool, size: int) -> None:
     content = end.join(lines) + (end if ended and lines else b"")
     with TemporaryDirectory() as folder:
         path = Path(folder, "a.csv")
@@ -29,7 +29,7 @@ def test_every_line_is_read_once_however_a_file_is_cut(lines: list[bytes], end: 
             for start in range(0, len(content), size)
         ]
         batches = (pa.RecordBatch.from_pylist([row]) for row in ranges)
-        found = list(read_lines(batches))
+        found = list(file_lines(batches))
     expected = content.replace(b"\r\n", b"\n").split(b"\n")
     assert [line.content for line in found] == (expected if expected[-1] else expected[:-1])
     assert {(line.path, line.file, line.header) for line in found} <= {(str(path), "a.csv", 3)}

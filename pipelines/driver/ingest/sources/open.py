@@ -1,0 +1,55 @@
+"""Choice of the reader for a data config's kind of source."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pyarrow as pa
+from pyspark.sql import SparkSession
+
+from pipelines.config import (
+    CsvSourceConfig,
+    DataConfig,
+    FolderSourceConfig,
+    JsonlSourceConfig,
+    ParquetSourceConfig,
+    TableSourceConfig,
+    WebDatasetSourceConfig,
+)
+from pipelines.driver.ingest.sources import csv, jsonl, parquet, webdataset
+from pipelines.driver.ingest.sources.files import list_files, open_files
+from pipelines.driver.ingest.sources.folder import open_folder
+from pipelines.driver.ingest.sources.scenes import generate_scenes
+from pipelines.driver.ingest.sources.source import Source
+from pipelines.driver.ingest.sources.table import open_table
+from pipelines.platform import Platform
+
+
+def open_source(spark: SparkSession, platform: Platform, name: str, config: DataConfig, ingested: pa.Table) -> Source:
+    """Open the source of a data config.
+
+    Args:
+        spark: the session.
+        platform: location of generated input.
+        name: the data config's name.
+        config: the data config.
+        ingested: items that need not be read again, from `ledger.read_ledger`.
+
+    Raises:
+        UserError: the input does not exist, has no file of this kind, or lacks a column.
+    """
+    config = generate_scenes(config, platform)
+    match config.source:
+        case CsvSourceConfig() as source:
+            files, load = list_files(spark, config, csv.SUFFIXES), partial(csv.load_rows, spark, source, config)
+        case JsonlSourceConfig():
+            files, load = list_files(spark, config, jsonl.SUFFIXES), partial(jsonl.load_rows, spark, config)
+        case ParquetSourceConfig() as source:
+            files, load = list_files(spark, config, parquet.SUFFIXES), partial(parquet.load_rows, spark, source, config)
+        case WebDatasetSourceConfig() as source:
+            files, load = webdataset.list_tars(config), partial(webdataset.load_rows, spark, source, config)
+        case TableSourceConfig() as source:
+            return open_table(spark, name, source, config, ingested)
+        case FolderSourceConfig() as source:
+            return open_folder(spark, name, source, config, ingested)
+    return open_files(name, files, ingested, load)

@@ -1,0 +1,72 @@
+"""The result of opening a source, the same for every kind, and the check of its columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pyarrow as pa
+from pyspark.sql import DataFrame
+
+from pipelines.config import ColumnSplitConfig, DataConfig
+from pipelines.errors import UserError
+from pipelines.executor.ingest.records.record import Read
+from vlm.errors import nearest
+
+
+class SourceRows(NamedTuple):
+    """Raw rows of a source.
+
+    Attributes:
+        frame: the rows, in columns that suit the source.
+        read: parser that converts batches of `frame` to records on an executor.
+    """
+
+    frame: DataFrame
+    read: Read
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened source. Nothing is decoded yet.
+
+    Attributes:
+        rows: rows of the pending items; None if there are none.
+        ingest_id: hash of the source's name and its state. An unchanged source has the same id.
+        pending: items (ledger.ITEMS) that have not been ingested in their current state.
+        unchanged: number of all other items.
+        stale_ids: ids (column `id`) whose rows the source has changed or deleted; None if it cannot tell.
+    """
+
+    rows: SourceRows | None
+    ingest_id: str
+    pending: pa.Table
+    unchanged: int
+    stale_ids: DataFrame | None = None
+
+
+def require_columns(config: DataConfig, found: Sequence[str], where: str) -> None:
+    """Check that a source has all columns that its config names.
+
+    Raises:
+        UserError: a column is missing. The error names the setting and suggests the most similar column.
+    """
+    wanted = {f"data.source.columns.{purpose}": name for purpose, name in config.source.columns.named.items()}
+    if isinstance(config.split, ColumnSplitConfig):
+        wanted["data.split.column"] = config.split.column
+    missing = {setting: name for setting, name in wanted.items() if name not in found}
+    if missing:
+        unused = [column for column in found if column not in wanted.values()]
+        suggestions = [f"--set {setting}={_suggest(name, unused)}" for setting, name in missing.items()]
+        raise UserError(
+            f"the input has no column {', '.join(missing.values())}",
+            where=where,
+            got=f"columns {', '.join(column[:80] for column in found[:20])}",
+            fix=f"name the right one with {' '.join(suggestions)} on the command line",
+        )
+
+
+def _suggest(name: str, unused: Sequence[str]) -> str:
+    """Return the most similar unused column, or the only one, or the placeholder COLUMN."""
+    return next(iter(nearest(name, unused) or (unused if len(unused) == 1 else ())), "COLUMN")

@@ -1,0 +1,70 @@
+"""Rows of one source in a Delta table: read them, merge into them, and verify a write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from delta.tables import DeltaMergeBuilder, DeltaTable
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from pipelines.driver.delta.retry import Overtaken
+from pipelines.platform import Platform
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Values that all rows written by one plan share.
+
+    Attributes:
+        source: name of the data config.
+        ingest_id: hash of the source and its files.
+        at: time of the plan; each plan has a different one.
+        since: version of `samples` that last changed the source when the plan was made.
+    """
+
+    source: str
+    ingest_id: str
+    at: datetime
+    since: int
+
+
+def rows_of_source(spark: SparkSession, platform: Platform, table: str, source: str) -> DataFrame:
+    """Select the rows of a table that belong to one data config."""
+    return spark.table(platform.table(table)).filter(F.col("source") == source)
+
+
+def merge_into(table: str, updates: DataFrame, key: str, source: str) -> DeltaMergeBuilder:
+    """Start a merge of `updates` into the rows of one source in a table; the aliases are `target` and `updates`.
+
+    The source's name in the condition is a literal, so Delta skips the files of other sources.
+    """
+    same = (F.col("target.source") == source) & (F.col(f"target.{key}") == F.col(f"updates.{key}"))
+    return DeltaTable.forName(updates.sparkSession, table).alias("target").merge(updates.alias("updates"), same)
+
+
+def verify_merge(metrics: DataFrame, *, inserted: int, updated: int) -> None:
+    """Compare the row counts that Delta reports for a merge with the plan.
+
+    Raises:
+        Overtaken: the counts differ. Delta skips the merge if another ingest of the source has committed since the
+            plan was made.
+    """
+    row = metrics.head()
+    found = (row["num_inserted_rows"], row["num_updated_rows"]) if row else (0, 0)
+    if found != (inserted, updated):
+        raise Overtaken(f"{found[0]} rows inserted and {found[1]} updated, expected {inserted} and {updated}")
+
+
+def verify_append(spark: SparkSession, table: str, time_column: str, stamp: Stamp, expected: int) -> None:
+    """Compare the number of rows in a table that carry the plan's source and time with the plan.
+
+    Raises:
+        Overtaken: the numbers differ. Delta skips the append if another ingest of the source has committed since the
+            plan was made.
+    """
+    ours = (F.col("source") == stamp.source) & (F.col(time_column) == stamp.at)
+    written = spark.table(table).filter(ours).count()
+    if written != expected:
+        raise Overtaken(f"{table} has {written} rows of this plan, expected {expected}")

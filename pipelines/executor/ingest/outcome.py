@@ -1,0 +1,63 @@
+"""Outcomes of decoding: each row becomes exactly one sample or one refusal, both in the schema OUTCOME."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.formats.tables import TEXT_TYPE
+
+OUTCOME = pa.schema(
+    [
+        ("source_row", pa.string()),  # <file>#<hash of the row's content>
+        ("payload", pa.string()),  # the whole row as JSON; a sample's payload omits the picture, which is in `image`
+        ("image_id", pa.string()),  # from here to fingerprint: null if the row is refused
+        ("sha256", pa.string()),
+        ("image", pa.binary()),
+        ("format", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("texts", pa.list_(TEXT_TYPE)),
+        ("split", pa.string()),
+        ("fingerprint", pa.binary()),
+        ("stage", pa.string()),  # from here on: null if the row is a sample
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+
+
+class Refused(Exception):
+    """A row that cannot be a sample and goes to `quarantine`.
+
+    Attributes:
+        stage: read, decode or merge.
+        reason: one of tables.REASONS.
+        detail: what exactly is wrong.
+    """
+
+    def __init__(self, stage: str, reason: str, detail: str) -> None:
+        super().__init__(stage, reason, detail)
+        self.stage, self.reason, self.detail = stage, reason, detail
+
+
+def outcome_batch(outcomes: Sequence[dict[str, Any]]) -> pa.RecordBatch:
+    """Convert outcomes to one OUTCOME batch. A missing key becomes null.
+
+    Pictures are copied once. Arrow's own builder would copy them again whenever its buffer grows.
+    """
+    columns = {field: [outcome.get(field.name) for outcome in outcomes] for field in OUTCOME}
+    arrays = [_binary_array(c) if field.name == "image" else pa.array(c, field.type) for field, c in columns.items()]
+    return pa.RecordBatch.from_arrays(arrays, schema=OUTCOME)
+
+
+def _binary_array(values: Sequence[bytes | None]) -> pa.Array:
+    parts = [value or b"" for value in values]
+    offsets = np.cumsum([0, *map(len, parts)], dtype=np.int32)
+    validity = pa.array([value is not None for value in values]).buffers()[1]
+    return pa.Array.from_buffers(
+        pa.binary(), len(parts), [validity, pa.py_buffer(offsets), pa.py_buffer(b"".join(parts))]
+    )

@@ -1,0 +1,67 @@
+"""Split of a row: from the hash of its picture, the name of its file, or one of its columns."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+
+from pipelines.config import ColumnSplitConfig, HashSplitConfig, Split, SplitConfig
+from pipelines.executor.ingest.outcome import Refused
+from pipelines.executor.ingest.records.record import Fields
+
+SPLITS: dict[str, Split] = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+}
+"""Names that sources use for splits."""
+PART_NUMBER = re.compile(r"-\d+(-of-\d+)?$")
+
+
+def assign_split(file: str, fields: Fields, sha256: str, config: SplitConfig) -> Split:
+    """Return the split of a row.
+
+    Args:
+        file: name of the row's file.
+        fields: columns of the row.
+        sha256: hash of the picture.
+        config: how splits are assigned.
+
+    Raises:
+        Refused: missing_field (the split column is empty) or malformed_record (unknown split).
+    """
+    if isinstance(config, HashSplitConfig):
+        return split_of_hash(sha256, config)
+    given = str(require_field(fields, config.column)).strip().lower() if isinstance(config, ColumnSplitConfig) else ""
+    split = SPLITS.get(given) if given else split_of_file(file)
+    if split is None:
+        raise Refused("decode", "malformed_record", f"the split {given or file!r} is none of {', '.join(SPLITS)}")
+    return split
+
+
+def split_of_hash(sha256: str, config: HashSplitConfig) -> Split:
+    """Return the split of a picture. It depends on the picture's content only, so equal pictures share a split."""
+    fraction = int(sha256[:13], 16) / 16**13
+    if fraction < config.test:
+        return "test"
+    return "val" if fraction < config.test + config.val else "train"
+
+
+def split_of_file(file: str) -> Split | None:
+    """Return the split that a file name stands for, ignoring suffixes and a part number: `val-00000-of-00005.csv`."""
+    return SPLITS.get(PART_NUMBER.sub("", PurePosixPath(file).name.partition(".")[0]))
+
+
+def require_field(fields: Fields, column: str) -> object:
+    """Return a field's value.
+
+    Raises:
+        Refused: missing_field (the field is missing, null or blank).
+    """
+    value = fields.get(column)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise Refused("decode", "missing_field", f"column {column} is empty")
+    return value
