@@ -21,9 +21,9 @@ from transformers import (
 from pipelines.config import load_model
 from vlm.build import build_model
 from vlm.weights.family import Part, families
-from vlm.weights.files import Header
-from vlm.weights.load import belongs
-from vlm.weights.plan import make_plan
+from vlm.weights.files import TensorHeader
+from vlm.weights.load import in_published_part
+from vlm.weights.plan import plan_load
 
 SO400M = {
     "model_type": "siglip_vision_model",
@@ -87,12 +87,12 @@ def test_a_full_size_model_has_the_originals_tensors(original: Original) -> None
         model, theirs = build_model(config, config.text.vocab_size), original.make()
     (family,) = (f for f in families() if (f.name, f.part) == (original.family, original.part))
     if hasattr(theirs, "config"):
-        assert family.disagreements(config, theirs.config.to_dict()) == []
+        assert family.mismatches(config, theirs.config.to_dict()) == []
     shapes = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
-    names = family.canonical(shapes)
-    headers = {name: Header(shapes[names[name]], "F32", Path()) for name in names}
-    ours = {name: p for name, p in model.named_parameters() if belongs(name, original.part)}
-    plan = make_plan(family.table(config), ours, headers)
+    names = family.canonical_names(shapes)
+    headers = {name: TensorHeader(shapes[names[name]], "F32", Path()) for name in names}
+    ours = {name: p for name, p in model.named_parameters() if in_published_part(name, original.part)}
+    plan = plan_load(family.table(config), ours, headers)
     assert plan.problems == []
     used = {name for rule in plan.rules for name in rule.theirs}
     assert sum(torch.Size(headers[name].shape).numel() for name in used) == sum(p.numel() for p in ours.values())

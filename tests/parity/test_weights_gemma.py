@@ -89,7 +89,7 @@ def test_gemma_of_the_other_version_is_recognised(given: int, wanted: int, tmp_p
     with pytest.raises(CheckpointError) as caught:
         load(ours(wanted), tmp_path / "published", "decoder")
     name, other = ("gemma2", "gemma") if given == 2 else ("gemma", "gemma2")
-    assert f"family {name}, and the decoder of the model is made like {other}." in str(caught.value)
+    assert f"family {name}, but the decoder of the model has the architecture of {other}." in str(caught.value)
     assert "decoder.transformer.sandwich" in str(caught.value)
 
 
@@ -99,7 +99,7 @@ def test_every_value_that_differs_is_named_at_once(tmp_path: Path) -> None:
     settings = tmp_path / "published" / "config.json"
     text = settings.read_text().replace('"sliding_window": 4', '"sliding_window": 5')
     settings.write_text(text.replace('"final_logit_softcapping": 3.0', '"final_logit_softcapping": 4.0'))
-    with pytest.raises(CheckpointError, match="of another size") as caught:
+    with pytest.raises(CheckpointError, match="has other sizes or settings") as caught:
         load(ours(2), tmp_path / "published", "decoder")
     for path in ("position.base", "norm.eps", "attention.windows", "decoder.soft_cap"):
         assert path in str(caught.value)

@@ -172,18 +172,18 @@ def test_what_a_name_of_timm_implies_is_what_timm_builds(architecture: str, tmp_
             },
         }
     )
-    assert disagreements(settings, {"architecture": architecture, "num_features": built.embed_dim}) == []
+    assert mismatches(settings, {"architecture": architecture, "num_features": built.embed_dim}) == []
     wrong = settings.model_dump()
     wrong["vision"]["transformer"]["attention"] |= {"num_heads": 1, "num_kv_heads": 1}
-    said = disagreements(ModelConfig.model_validate(wrong), {"architecture": architecture, "num_features": WIDTH})
+    said = mismatches(ModelConfig.model_validate(wrong), {"architecture": architecture, "num_features": WIDTH})
     assert any("num_heads" in sentence for sentence in said)
 
 
-def disagreements(settings: ModelConfig, published: dict[str, Any]) -> list[str]:
+def mismatches(settings: ModelConfig, published: dict[str, Any]) -> list[str]:
     from vlm.weights.family import families
 
     family = next(family for family in families() if family.name == "timm")
-    return family.disagreements(settings, published)
+    return family.mismatches(settings, published)
 
 
 def test_timm_weights_without_biases_are_refused_with_every_name(tmp_path: Path) -> None:

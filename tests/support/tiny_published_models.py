@@ -78,7 +78,7 @@ def send_back(model: VisionLanguageModel, part: Part, family: str, original: Pat
     export_weights(checkpoint, part, family, exported)
     before, after = load_file(original / "model.safetensors"), load_file(exported / "model.safetensors")
     table = next(known for known in families() if known.name == family)
-    renamed = {name: before[spelled] for name, spelled in table.canonical(before).items()}
+    renamed = {name: before[spelled] for name, spelled in table.canonical_names(before).items()}
     assert {name for name in renamed if name not in after} == set(missing)
     assert set(after) <= set(renamed)
     assert [name for name in after if not torch.equal(after[name], renamed[name])] == []

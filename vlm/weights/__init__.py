@@ -1,11 +1,15 @@
-"""Weights from elsewhere and back: the only place in `vlm` that knows the names of families and of other libraries.
+"""Import of weights published by other libraries, and export to their formats.
 
-rules.py    name maps as data: rename, transpose, concat ..., each with its inverse
-plan.py     a table met with a model and a file: what fills what, or everything that does not fit
-facts.py    what both configs say, each in its own words
-family.py   one family: its facts, its table, how its files are recognised
-files.py    safetensors, one file or shards, read tensor by tensor; pickle is refused
-load.py     from another library's folder to a model
-export.py   from a model to another library's folder
-tables/     the families, one readable file each; a file put there is found
+Only this package knows the names of model families and of other libraries' tensors. Use `load.import_weights` and
+`export.export_weights`; `family.families` lists the families. Start reading at tables/gpt2.py, the description of one
+family, then rules.py and load.py.
+
+rules.py          rules that map tensors by name (rename, transpose, concat, ...), each with its inverse
+config_fields.py  fields that map config values between our config and config.json
+family.py         a family: its config fields, its weight table, and how its files are recognised
+tables/           one module per family; every module in it is found automatically
+plan.py           comparison of a table with a model and a file, and the list of everything that does not fit
+files.py          safetensors files and shards, read tensor by tensor; pickle files are refused
+load.py           from another library's folder to a model
+export.py         from a checkpoint to another library's folder
 """

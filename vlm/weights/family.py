@@ -1,4 +1,4 @@
-"""A family: what its files are called, what its config says, which of its tensors are which of ours."""
+"""Description of a weight family: how to recognise its config.json, and how its settings and tensors map to ours."""
 
 from __future__ import annotations
 
@@ -11,93 +11,116 @@ from typing import Any, Literal
 
 from vlm.config import ModelConfig
 from vlm.weights import tables
-from vlm.weights.facts import Fact, Settings, disagreements, untold, written
-from vlm.weights.rules import Table
+from vlm.weights.config_fields import ConfigField, Settings, build_settings, find_mismatches, unchecked_paths
+from vlm.weights.rules import WeightTable
 
 Part = Literal["model", "encoder", "decoder"]
 
 
 @dataclass(frozen=True)
 class Family:
-    """Weights of one kind, as another library publishes them.
+    """Weights of one architecture in the format of another library.
 
     Attributes:
-        name: what a person calls it.
-        part: what of a model they fill.
-        settings: its part of a config.json; None where that is another family's.
-        defaults: what the library assumes of keys that a config.json leaves out.
-        facts: what both configs say.
-        table: the name map, for a model's config.
-        header: what an exported config.json begins with: the class that opens it.
-        home: prefix of every name, which files of the bare network lack.
-        older: prefixes of other versions, and the ones they became; the first that fits counts.
-        text: section of config.json that has the vocabulary; None: the family has none.
-        image_key: where config.json names the token that marks a picture's places; empty: nowhere.
+        name: name in commands and reports.
+        part: part of our model that the weights fill.
+        select_settings: returns the family's section of a config.json, or None if the file is of another family.
+        fields: mapping of config values.
+        table: returns the mapping of tensors for a model's config.
+        fixed_settings: settings of an exported config.json that are the same for every model, such as its class.
+        defaults: values that the library assumes for keys that config.json lacks.
+        prefix: prefix of all tensor names. Files of the bare network, without a head, may lack it.
+        legacy_prefixes: prefixes in files of other versions, each with the current one. The first match applies.
+        vocab_section: section of config.json that has the vocabulary, empty for the top level; None: no vocabulary.
+        image_id_key: key in config.json of the id that stands for a picture feature; empty: none.
     """
 
     name: str
     part: Part
-    settings: Callable[[Settings], Settings | None]
-    facts: tuple[Fact, ...]
-    table: Callable[[ModelConfig], Table]
-    header: Mapping[str, Any]
+    select_settings: Callable[[Settings], Settings | None]
+    fields: tuple[ConfigField, ...]
+    table: Callable[[ModelConfig], WeightTable]
+    fixed_settings: Mapping[str, Any]
     defaults: Settings = field(default_factory=dict)
-    home: str = ""
-    older: tuple[tuple[str, str], ...] = ()
-    text: str | None = None
-    image_key: str = ""
+    prefix: str = ""
+    legacy_prefixes: tuple[tuple[str, str], ...] = ()
+    vocab_section: str | None = None
+    image_id_key: str = ""
 
-    def disagreements(self, config: ModelConfig, settings: Settings) -> list[str]:
-        """What a config.json and the model's config tell differently, a sentence each."""
-        return disagreements(self.facts, config, self._filled(settings))
+    def mismatches(self, config: ModelConfig, settings: Settings) -> list[str]:
+        """Return one sentence per value in which a config.json and the model's config differ."""
+        return find_mismatches(self.fields, config, self._with_defaults(settings))
 
-    def untold(self, settings: Settings) -> list[str]:
-        """What of the model's config a config.json does not say."""
-        return untold(self.facts, self._filled(settings))
+    def unchecked(self, settings: Settings) -> list[str]:
+        """Return the paths of the model's config that a config.json does not determine."""
+        return unchecked_paths(self.fields, self._with_defaults(settings))
 
-    def _filled(self, settings: Settings) -> Settings:
-        return {**self.defaults, **(self.settings(settings) or {})}
+    def _with_defaults(self, settings: Settings) -> Settings:
+        return {**self.defaults, **(self.select_settings(settings) or {})}
 
-    def fits(self, config: ModelConfig) -> bool:
-        """Whether a model has the make of this family, whatever its sizes."""
-        return not disagreements([fact for fact in self.facts if not fact.keys], config, {})
+    def matches_architecture(self, config: ModelConfig) -> bool:
+        """Return True if a model has the architecture of this family, regardless of its sizes."""
+        return not find_mismatches([each for each in self.fields if not each.keys], config, {})
 
     def to_settings(self, config: ModelConfig) -> dict[str, Any]:
-        """The config.json that the other library needs to build the model's part."""
-        return {**self.header, **written(self.facts, config)}
+        """Return the config.json from which the other library builds the model's part."""
+        return {**self.fixed_settings, **build_settings(self.fields, config)}
 
-    def canonical(self, names: Iterable[str]) -> dict[str, str]:
-        """The file's name of each tensor, by the table's. One that would be the second of a name keeps its own."""
+    def canonical_names(self, names: Iterable[str]) -> dict[str, str]:
+        """Map each name in the form that the table uses to the name in the file.
+
+        If two names of a file have the same canonical form, the second one keeps its own name.
+        """
         names = list(names)
-        home = "" if any(name.startswith(self.home) for name in names) else self.home
-        spelled: dict[str, str] = {}
+        prefix = "" if any(name.startswith(self.prefix) for name in names) else self.prefix
+        by_canonical: dict[str, str] = {}
         for name in names:
-            newest = home + self._newest(name)
-            spelled[name if newest in spelled else newest] = name
-        return spelled
+            canonical = prefix + self._with_current_prefix(name)
+            by_canonical[name if canonical in by_canonical else canonical] = name
+        return by_canonical
 
-    def _newest(self, name: str) -> str:
-        for old, new in self.older:
+    def _with_current_prefix(self, name: str) -> str:
+        for old, new in self.legacy_prefixes:
             if name.startswith(old):
                 return new + name.removeprefix(old)
         return name
 
 
-def by_model_type(sections: Mapping[str, str]) -> Callable[[Settings], Settings | None]:
-    """Families told by `model_type`; the value is the section their settings stand in, empty for the whole file."""
+def transformers_family(
+    name: str,
+    part: Part,
+    *,
+    architecture: str,
+    sections: Mapping[str, str],
+    fields: tuple[ConfigField, ...],
+    table: Callable[[ModelConfig], WeightTable],
+    **options: Any,
+) -> Family:
+    """Return a family that transformers publishes, recognised by the `model_type` of config.json.
 
-    def settings_of(settings: Settings) -> Settings | None:
+    Args:
+        name: name in commands and reports.
+        part: part of our model that the weights fill.
+        architecture: class of transformers that loads an exported folder.
+        sections: section of config.json by `model_type`, empty for the whole file. Export writes the first type.
+        fields: mapping of config values.
+        table: returns the mapping of tensors for a model's config.
+        **options: other attributes of `Family`.
+    """
+
+    def select_settings(settings: Settings) -> Settings | None:
         section = sections.get(str(settings.get("model_type")))
         if section is None:
             return None
         return settings.get(section, {}) if section else settings
 
-    return settings_of
+    fixed = {"architectures": [architecture], "model_type": next(iter(sections))}
+    return Family(name, part, select_settings, fields, table, fixed, **options)
 
 
 @cache
 def families() -> tuple[Family, ...]:
-    """Every family of vlm/weights/tables, by name."""
+    """Return all families of the modules in vlm/weights/tables, sorted by name."""
     names = [found.name for found in pkgutil.iter_modules(tables.__path__)]
     modules = [importlib.import_module(f"{tables.__name__}.{name}") for name in names]
     return tuple(sorted((family for module in modules for family in module.FAMILIES), key=lambda family: family.name))

@@ -1,7 +1,7 @@
-"""Weight files: safetensors, one file or several shards, read and written tensor by tensor.
+"""Weight files: safetensors in one file or several shards, read and written tensor by tensor.
 
-A file is opened anew for each tensor. Tensors are views of the mapped file, and pages once touched count as ours until
-it is closed: held open, reading a model would cost its size twice.
+A file is reopened for each tensor. Tensors are views of the memory-mapped file, and the pages that were read count as
+memory of the process until the file is closed. A file that stayed open would double the memory of loading a model.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
-class Header:
-    """What a file says of a tensor before any of it is read."""
+class TensorHeader:
+    """Shape, type and file of a tensor, read without the tensor's data."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -34,71 +34,71 @@ class Header:
 
 
 class WeightFiles:
-    """The tensors of a folder by name. Opening it reads headers alone.
+    """Tensors of a folder by name. Construction reads the headers only.
 
     Raises:
-        CheckpointError: there are no weights, a shard is missing, a file is damaged, or the weights are pickled.
+        CheckpointError: the folder has no weights, a shard is missing, a file is damaged, or the weights are pickled.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.headers: dict[str, Header] = {}
-        for file in _files(folder):
-            self.headers.update(_headers(file))
+        self.headers: dict[str, TensorHeader] = {}
+        for file in _weight_files(folder):
+            self.headers.update(_read_headers(file))
 
     def read(self, name: str) -> Tensor:
-        """One tensor: a view of the mapped file, so copy what is kept."""
+        """Return one tensor as a view of the memory-mapped file. Copy it to keep it."""
         with safe_open(self.headers[name].file, framework="pt") as file:
             return file.get_tensor(name)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The config.json of a folder.
+    """Read the config.json of a folder.
 
     Raises:
-        CheckpointError: there is none, or it is not a JSON object.
+        CheckpointError: the file is missing or is not a JSON object.
     """
     path = folder / CONFIG
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            "the weights have no config that can be read",
+            "the config of the weights cannot be read",
             where=str(path),
             got=read_error_message(error),
-            fix="name a folder as published: config.json beside model.safetensors",
+            fix="choose a folder with config.json and model.safetensors, as published",
         ) from None
     if not isinstance(settings, dict):
         raise CheckpointError(
-            "the config is not a JSON object",
+            "the config of the weights is not a JSON object",
             where=str(path),
             got=type(settings).__name__,
-            fix="name a folder as published",
+            fix="choose a folder with the config.json as published",
         )
     return settings
 
 
-def _files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights."""
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder: one file, or all shards."""
     if (folder / INDEX).is_file():
         return _shards(folder)
     found = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
         return found
-    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    pickles = [name for name in [*there, folder.name] if name.endswith(PICKLES)]
+    content = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    pickles = [name for name in [*content, folder.name] if name.endswith(PICKLES)]
     if pickles:
         raise CheckpointError(
-            "the weights are pickled, and loading a pickle runs whatever code it holds",
+            "the weights are pickled, and loading a pickle can run any code that it contains",
             where=str(folder),
             got=", ".join(pickles),
-            fix="get the same weights as safetensors; most publishers offer both",
+            fix="get the same weights as safetensors, which most publishers offer too",
         )
     raise CheckpointError(
-        "the folder holds no weights, or several",
+        "the folder has no weights, or several weight files without an index",
         where=str(folder),
-        got=", ".join(there) or "no such folder, or an empty one",
-        fix=f"name a folder with {SINGLE}, or with {INDEX} and its shards",
+        got=", ".join(content) or "the folder is missing or empty",
+        fix=f"choose a folder with {SINGLE}, or with {INDEX} and its shards",
     )
 
 
@@ -108,18 +108,18 @@ def _shards(folder: Path) -> list[Path]:
         names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            "the list of shards cannot be read",
+            "the index of the shards cannot be read",
             where=str(path),
             got=f"{type(error).__name__}: {error}",
-            fix="get the file again: its weight_map names the file of each tensor",
+            fix="download the file again: its weight_map must name the file of each tensor",
         ) from None
     elsewhere = [name for name in names if Path(name).name != name]
     if elsewhere:
         raise CheckpointError(
-            "the list of shards names files that are not in its folder",
+            "the index of the shards names files outside its folder",
             where=str(path),
             got=", ".join(elsewhere),
-            fix="a published folder's shards lie beside their list: get it again, from a publisher that you trust",
+            fix="download the folder again from a trusted publisher: shards must be in the folder of the index",
         )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -127,46 +127,55 @@ def _shards(folder: Path) -> list[Path]:
             "shards of the weights are missing",
             where=str(folder),
             got=f"{len(missing)} of {len(names)}: {', '.join(missing)}",
-            fix="get the whole folder",
+            fix="download the missing files",
         )
     return [folder / name for name in names]
 
 
-def _headers(path: Path) -> dict[str, Header]:
+def _read_headers(path: Path) -> dict[str, TensorHeader]:
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 it is no mapping
-            return {name: Header(tuple(part.get_shape()), str(part.get_dtype()), path) for name, part in slices.items()}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 the file is not a mapping
+            return {
+                name: TensorHeader(tuple(part.get_shape()), str(part.get_dtype()), path)
+                for name, part in slices.items()
+            }
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            "the weights cannot be read",
+            "the weight file cannot be read",
             where=str(path),
             got=str(error),
-            fix="the file is cut short, damaged or not safetensors: get it again",
+            fix="download the file again: it is truncated, damaged or not safetensors",
         ) from None
 
 
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def write_weights(folder: Path, pieces: Iterable[Mapping[str, Tensor]], max_bytes: int = MAX_SHARD_BYTES) -> list[str]:
-    """Write tensors as they come: one file, or shards of about `max_bytes` and an index. Returns the files' names."""
+def write_weights(folder: Path, groups: Iterable[Mapping[str, Tensor]], max_bytes: int = MAX_SHARD_BYTES) -> list[str]:
+    """Write tensors to one file, or to several shards and an index. Return the names of the files.
+
+    Args:
+        folder: folder to write to.
+        groups: tensors by name, a few at a time. A group is never split between shards.
+        max_bytes: maximum size of a shard, exceeded only by a single group that is larger.
+    """
     shards: list[Path] = []
     weight_map: dict[str, int] = {}
-    held: dict[str, Tensor] = {}
+    buffer: dict[str, Tensor] = {}
     total = 0
 
     def flush() -> None:
         shards.append(folder / f".shard-{len(shards)}")
-        save_file({name: tensor.contiguous() for name, tensor in held.items()}, shards[-1], {"format": "pt"})
-        weight_map.update(dict.fromkeys(held, len(shards) - 1))
-        held.clear()
+        save_file({name: tensor.contiguous() for name, tensor in buffer.items()}, shards[-1], {"format": "pt"})
+        weight_map.update(dict.fromkeys(buffer, len(shards) - 1))
+        buffer.clear()
 
-    for piece in pieces:
-        size = sum(tensor.nbytes for tensor in piece.values())
-        if held and size + sum(tensor.nbytes for tensor in held.values()) > max_bytes:
+    for group in groups:
+        size = sum(tensor.nbytes for tensor in group.values())
+        if buffer and size + sum(tensor.nbytes for tensor in buffer.values()) > max_bytes:
             flush()
-        held.update(piece)
+        buffer.update(group)
         total += size
     flush()
     if len(shards) == 1:
@@ -177,7 +186,7 @@ def write_weights(folder: Path, pieces: Iterable[Mapping[str, Tensor]], max_byte
         shard.replace(folder / name)
     index = {
         "metadata": {"total_size": total},
-        "weight_map": {key: names[at] for key, at in sorted(weight_map.items())},
+        "weight_map": {key: names[number] for key, number in sorted(weight_map.items())},
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     return [*names, INDEX]

@@ -1,7 +1,8 @@
-"""From another library's folders to a model: the configs are compared, then names, shapes and types, then tensors move.
+"""Import of another library's weights into a model.
 
-Nothing is read before everything fits. The model is built without memory for its weights; each tensor is copied from
-its file to its place, the largest first, so the peak is the model and little more.
+The configs are compared first, then the names, shapes and types of the tensors. No tensor is read before all of them
+match. The model is built on the meta device, and tensors are copied into it one by one, the largest first, so peak
+memory is only slightly above the size of the weights.
 """
 
 from __future__ import annotations
@@ -22,25 +23,25 @@ from vlm.errors import CheckpointError
 from vlm.model import VisionLanguageModel
 from vlm.weights.family import Family, Part, families
 from vlm.weights.files import WeightFiles, read_settings
-from vlm.weights.plan import Plan, make_plan, together
-from vlm.weights.rules import Rule, resample
+from vlm.weights.plan import LoadPlan, merge_block_names, plan_load
+from vlm.weights.rules import Rule, resample_positions
 
-ADDED = ("decoder.cross_blocks.",)
-"""Parameters inside a part that only a composed model has."""
+FUSION_PREFIXES = ("decoder.cross_blocks.",)
+"""Prefixes of decoder parameters that belong to the fusion, so published decoders lack them."""
 
 
 class PartReport(Config):
-    """What became of one folder's tensors.
+    """Use of the tensors of one folder.
 
     Attributes:
-        part: of the model.
-        family: of the weights.
-        folder: they came from.
-        used: tensors that filled parameters.
-        tied: tensors that repeat another.
-        dropped: why, and the tensors left behind.
-        resampled: positions interpolated for another resolution: from which grid to which.
-        unchecked: what of the model's config the folder's does not say.
+        part: part of the model that they fill.
+        family: family of the weights.
+        folder: folder of the weights.
+        used: number of tensors that fill parameters.
+        tied: tensors that repeat another tensor.
+        dropped: tensors that the model does not need, by reason.
+        resampled: position tables that were interpolated to the model's resolution.
+        unchecked: paths of the model's config that the folder's config.json does not determine.
     """
 
     part: Part
@@ -54,12 +55,12 @@ class PartReport(Config):
 
 
 class ImportReport(Config):
-    """What became of everything.
+    """Result of an import.
 
     Attributes:
-        parameters: of the model.
-        parts: a folder each.
-        fresh: parameters no folder had, drawn anew.
+        parameters: number of parameters of the model.
+        parts: one report per folder.
+        fresh: parameters that no folder has, which are randomly initialised.
     """
 
     parameters: int
@@ -69,32 +70,32 @@ class ImportReport(Config):
 
 @dataclass(frozen=True)
 class Source:
-    """One folder met with the part of the model it fills."""
+    """One folder of weights, and the plan for the part of the model that it fills."""
 
     part: Part
     family: Family
     files: WeightFiles
     names: Mapping[str, str]
-    plan: Plan
+    plan: LoadPlan
     settings: Mapping[str, Any]
 
 
 def import_weights(
     config: ModelConfig, vocab_size: int, folders: Mapping[Part, Path], *, seed: int = 0
 ) -> tuple[VisionLanguageModel, ImportReport]:
-    """A model in evaluation mode whose parts come from published folders; what no folder has is drawn from `seed`.
+    """Build a model with weights from published folders, and return it in evaluation mode with a report.
 
     Args:
-        config: of the model.
-        vocab_size: rows of its token table.
-        folders: by the part they fill: `model`, or `encoder` and `decoder` or one of them.
-        seed: of fresh parameters.
+        config: config of the model.
+        vocab_size: rows of the token embedding table.
+        folders: folders by the part that they fill: `model`, or `encoder`, or `decoder`, or both of these.
+        seed: seed of the parameters that no folder has.
 
     Raises:
-        CheckpointError: a folder cannot be read, is of another family, or does not fit; one error lists all of it.
+        CheckpointError: a folder cannot be read, or does not fit the model. One error lists all mismatches.
     """
-    model = _without_memory(config, vocab_size)
-    sources = [_meet(part, folder, config, model) for part, folder in folders.items()]
+    model = _build_on_meta(config, vocab_size)
+    sources = [_open_source(part, folder, config, model) for part, folder in folders.items()]
     problems = [
         f"[{source.part}] {problem}" if len(sources) > 1 else problem
         for source in sources
@@ -102,99 +103,105 @@ def import_weights(
     ]
     if problems:
         raise CheckpointError(
-            "the weights do not fit the model, and none was read",
+            "the weights do not fit the model",
             where=", ".join(str(source.files.folder) for source in sources),
             got="; ".join(problems),
-            fix="choose the model config of these weights, or the weights of this config",
+            fix="choose the model config that belongs to these weights, or other weights",
         )
-    fresh = _make_fresh(model, {name for source in sources for rule in source.plan.rules for name in rule.ours}, seed)
+    filled = {name for source in sources for rule in source.plan.rules for name in rule.ours}
+    fresh = _initialize_fresh(model, filled, seed)
     for source in sources:
         _check_ties(source)
     steps = [(source, rule) for source in sources for rule in source.plan.rules]
     for source, rule in sorted(steps, key=lambda step: _size(*step), reverse=True):
-        _fill(model, rule.ours, _read(source, rule, model))
+        _set_parameters(model, rule.ours, _read(source, rule, model))
     report = ImportReport(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         parts=tuple(_report(source) for source in sources),
-        fresh=together(fresh),
+        fresh=merge_block_names(fresh),
     )
     return model.eval(), report
 
 
-# ------------------------------------------------------------------------------------------------ before reading
+# ------------------------------------------------------------------------------------------------ check
 
 
-def _meet(part: Part, folder: Path, config: ModelConfig, model: nn.Module) -> Source:
+def _open_source(part: Part, folder: Path, config: ModelConfig, model: nn.Module) -> Source:
     settings = read_settings(folder)
-    family = recognise(settings, folder, part)
-    _compare(family, config, settings, folder)
+    family = find_family(settings, folder, part)
+    _check_config(family, config, settings, folder)
     files = WeightFiles(folder)
-    names = family.canonical(files.headers)
-    ours = {name: parameter for name, parameter in model.named_parameters() if belongs(name, part)}
-    plan = make_plan(family.table(config), ours, {name: files.headers[names[name]] for name in names})
+    names = family.canonical_names(files.headers)
+    ours = {name: parameter for name, parameter in model.named_parameters() if in_published_part(name, part)}
+    plan = plan_load(family.table(config), ours, {name: files.headers[names[name]] for name in names})
     return Source(part, family, files, names, plan, settings)
 
 
-def belongs(name: str, part: Part) -> bool:
-    """Whether a parameter is of a part, as published: what a composed model adds is not."""
-    return part == "model" or (name.startswith(f"{part}.") and not name.startswith(ADDED))
+def in_published_part(name: str, part: Part) -> bool:
+    """Return True if a parameter belongs to a part of the model as published, without the fusion's parameters."""
+    return part == "model" or (name.startswith(f"{part}.") and not name.startswith(FUSION_PREFIXES))
 
 
-def recognise(settings: Mapping[str, Any], folder: Path, part: Part) -> Family:
-    """The family of a folder, by its config.json.
+def find_family(settings: Mapping[str, Any], folder: Path, part: Part) -> Family:
+    """Return the family of a folder, recognised by its config.json.
 
     Raises:
-        CheckpointError: it is of none that is known, or of one that fills another part.
+        CheckpointError: the family is unknown, or fills another part.
     """
-    known = [family for family in families() if family.settings(settings) is not None]
+    known = [family for family in families() if family.select_settings(settings) is not None]
     fitting = [family for family in known if family.part == part]
     if fitting:
         return fitting[0]
-    kind = settings.get("model_type", settings.get("architecture", "nothing"))
+    kind = settings.get("model_type", settings.get("architecture", "no model type"))
     raise CheckpointError(
-        f"the folder holds no {part} of a known family",
+        f"the folder has no {part} of a known family",
         where=str(folder),
-        got=f"its config.json says {kind}" + "".join(f", whose part is the {family.part}" for family in known[:1]),
-        fix=f"families with a {part}: " + ", ".join(family.name for family in families() if family.part == part),
+        got=f"config.json names {kind}" + "".join(f", which is a family for the {family.part}" for family in known[:1]),
+        fix=f"families for the {part}: " + ", ".join(family.name for family in families() if family.part == part),
     )
 
 
-def _compare(family: Family, config: ModelConfig, settings: Mapping[str, Any], folder: Path) -> None:
-    differ = family.disagreements(config, settings)
-    if not differ:
+def _check_config(family: Family, config: ModelConfig, settings: Mapping[str, Any], folder: Path) -> None:
+    mismatches = family.mismatches(config, settings)
+    if not mismatches:
         return
-    wanted = [other.name for other in families() if other.part == family.part and other.fits(config)]
-    make = "is of another size" if family.name in wanted else f"is made like {' or '.join(wanted) or 'none known'}"
+    same_part = [other for other in families() if other.part == family.part]
+    fitting = [other.name for other in same_part if other.matches_architecture(config)]
+    if family.name in fitting:
+        difference = "has other sizes or settings"
+    else:
+        difference = f"has the architecture of {' or '.join(fitting) or 'no known family'}"
     raise CheckpointError(
-        f"the weights are of family {family.name}, and the {family.part} of the model {make}",
+        f"the weights are of family {family.name}, but the {family.part} of the model {difference}",
         where=str(folder),
-        got="; ".join(differ),
-        fix="choose the model config of these weights, or change these values with --set",
+        got="; ".join(mismatches),
+        fix="choose the model config that belongs to these weights, or change these values with --set",
     )
 
 
 def _check_ties(source: Source) -> None:
-    """A tensor that only repeats another must do so: else a head of its own would be lost."""
+    """Check that a tied tensor equals its partner. Otherwise an untied output head would be lost silently."""
     for name, partner in source.plan.tied.items():
         if not torch.equal(*(source.files.read(source.names[key]) for key in (name, partner))):
             raise CheckpointError(
-                "the weights have an output head of their own, which the model ties to its token table",
+                "the weights have a separate output head, but the model ties the head to its token embeddings",
                 where=str(source.files.folder),
                 got=f"{name} differs from {partner}",
                 fix="set decoder.tie_embeddings: false in the model config",
             )
 
 
-# ------------------------------------------------------------------------------------------------ without memory
+# ------------------------------------------------------------------------------------------------ meta device
 
 
-RANDOM = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_)
+RANDOM_INIT = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_)
 
 
-class _WithoutMemory(TorchFunctionMode):
-    """`torch.empty`, which layers make their weights with, takes no memory; tables computed at construction do.
+class _EmptyOnMeta(TorchFunctionMode):
+    """Context in which `torch.empty`, which layers create weights with, returns meta tensors without memory.
 
-    Random values for what has no memory are left out: asking torch for them loads its compiler, 150 MB and seconds.
+    Tables that are computed at construction are real tensors. Random initialisation of meta tensors is skipped, because
+    torch would load its compiler for it, which takes 150 MB and several seconds.
     """
 
     def __torch_function__(
@@ -203,7 +210,7 @@ class _WithoutMemory(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.empty:
             kwargs["device"] = "meta"
-        if func in RANDOM:
+        if func in RANDOM_INIT:
             tensor: Tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
             if tensor.is_meta:
                 return tensor
@@ -211,32 +218,32 @@ class _WithoutMemory(TorchFunctionMode):
 
 
 @contextmanager
-def _own_generator(seed: int) -> Iterator[None]:
-    """Randomness from `seed`, which leaves the caller's generator alone."""
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's random generator inside the block, and restore its state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
-def _without_memory(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
-    with _own_generator(0), _WithoutMemory():
+def _build_on_meta(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
+    with _seeded(0), _EmptyOnMeta():
         return build_model(config, vocab_size)
 
 
-def _make_fresh(model: VisionLanguageModel, filled: set[str], seed: int) -> list[str]:
-    """Give the parameters that no file fills their memory and the values of a new model; returns their names."""
+def _initialize_fresh(model: VisionLanguageModel, filled: set[str], seed: int) -> list[str]:
+    """Allocate the parameters that no file fills, initialise them as in a new model, and return their names."""
     fresh = {name: parameter for name, parameter in model.named_parameters() if name not in filled}
-    absent = {name: torch.empty(parameter.shape) for name, parameter in fresh.items() if parameter.is_meta}
-    _fill(model, list(absent), list(absent.values()))
-    with _own_generator(seed):
-        for module in sorted({name.rpartition(".")[0] for name in absent}):
-            model.get_submodule(module).reset_parameters()  # type: ignore[operator]  # what torch.empty filled has it
-        with _WithoutMemory():
+    allocated = {name: torch.empty(parameter.shape) for name, parameter in fresh.items() if parameter.is_meta}
+    _set_parameters(model, list(allocated), list(allocated.values()))
+    with _seeded(seed):
+        for module in sorted({name.rpartition(".")[0] for name in allocated}):
+            model.get_submodule(module).reset_parameters()  # type: ignore[operator]  # layers with torch.empty have it
+        with _EmptyOnMeta():
             initialize_weights(model)
     return list(fresh)
 
 
-# ------------------------------------------------------------------------------------------------ tensors move
+# ------------------------------------------------------------------------------------------------ copy tensors
 
 
 def _size(source: Source, rule: Rule) -> int:
@@ -248,12 +255,12 @@ def _read(source: Source, rule: Rule, model: nn.Module) -> list[Tensor]:
     if rule in source.plan.resampled:
         assert rule.grid is not None
         rows = model.get_parameter(rule.ours[0]).shape[1]
-        tensors = [resample(tensors[0], rows, rule.grid)]
+        tensors = [resample_positions(tensors[0], rows, rule.grid)]
     return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
 
 
-def _fill(model: nn.Module, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-    """Put tensors in the places of parameters, wherever the same one is used."""
+def _set_parameters(model: nn.Module, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    """Replace parameters by tensors, in every module that shares the parameter."""
     for name, tensor in zip(names, tensors, strict=True):
         old, new = model.get_parameter(name), nn.Parameter(tensor)
         assert old.shape == new.shape
@@ -272,11 +279,11 @@ def _report(source: Source) -> PartReport:
         used=sum(len(rule.theirs) for rule in plan.rules),
         tied=tuple(plan.tied),
         dropped={
-            reason: together(name for name, why in plan.dropped.items() if why == reason)
+            reason: merge_block_names(name for name, why in plan.dropped.items() if why == reason)
             for reason in sorted(set(plan.dropped.values()))
         },
         resampled=tuple(
             f"{rule.ours[0]} from {headers[source.names[rule.theirs[0]]].shape[-2]} rows" for rule in plan.resampled
         ),
-        unchecked=tuple(source.family.untold(source.settings)),
+        unchecked=tuple(source.family.unchecked(source.settings)),
     )

@@ -1,4 +1,4 @@
-"""A table met with a model and a file, before any tensor is read: what fills what, or everything that does not fit."""
+"""Plan of an import: which tensor of a file fills which parameter, and every mismatch, before any tensor is read."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import torch
 from torch import Tensor
 
 from vlm.errors import nearest
-from vlm.weights.rules import Rule, Table, expand, side
+from vlm.weights.rules import Rule, WeightTable, expand_rules, grid_side
 
 if TYPE_CHECKING:
-    from vlm.weights.files import Header
+    from vlm.weights.files import TensorHeader
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 Shape = tuple[int, ...]
 
 
 @dataclass
-class Plan:
-    """What to do with each tensor of a file.
+class LoadPlan:
+    """Use of each tensor of a file.
 
     Attributes:
-        rules: those that stand.
-        tied: a name in the file, and the name it repeats.
-        dropped: a name in the file, and why the model has no place for it.
-        resampled: tables of positions for another resolution.
-        problems: what does not fit, a sentence each; empty where all does.
+        rules: rules that apply, with full names.
+        tied: partner of each tensor in the file that repeats another.
+        dropped: reason for each tensor in the file that the model does not need.
+        resampled: rules of position tables that have another resolution in the file.
+        problems: one sentence per mismatch; empty if everything fits.
     """
 
     rules: list[Rule]
@@ -40,72 +40,86 @@ class Plan:
     problems: list[str] = field(default_factory=list)
 
 
-def make_plan(table: Table, ours: Mapping[str, Tensor], theirs: Mapping[str, Header]) -> Plan:
-    """Meet a table with a model's parameters (on the meta device is enough) and a file's headers, by name."""
-    plan = Plan(list(expand(table.rules, ours)))
-    wanted = [name for rule in plan.rules for name in rule.theirs]
+def plan_load(table: WeightTable, ours: Mapping[str, Tensor], theirs: Mapping[str, TensorHeader]) -> LoadPlan:
+    """Compare a table with a model and a file, and plan what to do with each tensor.
+
+    Args:
+        table: mapping of the family.
+        ours: the model's parameters by name; only their shapes are used, so meta tensors are enough.
+        theirs: headers of the file's tensors by name.
+    """
+    plan = LoadPlan(list(expand_rules(table.rules, ours)))
+    expected = [name for rule in plan.rules for name in rule.theirs]
     for tie in table.ties:
         if tie.theirs in theirs and tie.ours not in ours:
             plan.tied[tie.theirs] = tie.partner
-    left = [name for name in theirs if name not in plan.tied and name not in set(wanted)]
-    for name in left:
+    unused = [name for name in theirs if name not in plan.tied and name not in set(expected)]
+    for name in unused:
         reason = next((drop.reason for drop in table.drops if fnmatchcase(name, drop.pattern)), None)
         if reason is not None:
             plan.dropped[name] = reason
     filled = {name for rule in plan.rules for name in rule.ours}
-    left = [name for name in left if name not in plan.dropped]
-    missing = [name for name in wanted if name not in theirs]
-    plan.problems += told("missing in the file", missing, near=left or theirs)
-    plan.problems += told("left over in the file", left, near=missing or wanted)
-    plan.problems += told("a parameter of the model that the file has no tensor for", set(ours) - filled, near=())
+    unused = [name for name in unused if name not in plan.dropped]
+    missing = [name for name in expected if name not in theirs]
+    plan.problems += describe_names("missing in the file", missing, similar_to=unused or theirs)
+    plan.problems += describe_names("unused in the file", unused, similar_to=missing or expected)
+    plan.problems += describe_names("parameter without a tensor in the file", set(ours) - filled, similar_to=())
     for rule in plan.rules:
         if all(name in theirs for name in rule.theirs):
-            _compare(plan, rule, ours, theirs)
+            _compare_headers(plan, rule, ours, theirs)
     return plan
 
 
-def _compare(plan: Plan, rule: Rule, ours: Mapping[str, Tensor], theirs: Mapping[str, Header]) -> None:
-    """Shapes and types of one rule's tensors: what the model would write is what the file has to hold."""
+def _compare_headers(
+    plan: LoadPlan, rule: Rule, ours: Mapping[str, Tensor], theirs: Mapping[str, TensorHeader]
+) -> None:
+    """Add the problems of one rule's shapes and types. The expected shapes are those that an export would write."""
     written = rule.write([torch.empty(ours[name].shape, device="meta") for name in rule.ours])
-    for name, wants in zip(rule.theirs, (tuple(tensor.shape) for tensor in written), strict=True):
-        has = theirs[name]
-        if has.dtype not in FLOATS:
-            plan.problems.append(f"{name} is of type {has.dtype}: weights are one of {', '.join(sorted(FLOATS))}")
-        if has.shape == wants:
+    for name, expected in zip(rule.theirs, (tuple(tensor.shape) for tensor in written), strict=True):
+        header = theirs[name]
+        if header.dtype not in FLOATS:
+            plan.problems.append(f"{name} has type {header.dtype}, expected one of {', '.join(sorted(FLOATS))}")
+        if header.shape == expected:
             continue
-        if _another_grid(rule, has.shape, wants):
+        if _has_other_resolution(rule, header.shape, expected):
             plan.resampled.append(rule)
         else:
-            plan.problems.append(f"{name} has shape {has.shape}, the model wants {wants}")
+            plan.problems.append(f"{name} has shape {header.shape}, the model needs {expected}")
 
 
-def _another_grid(rule: Rule, has: Shape, wants: Shape) -> bool:
-    if rule.grid is None or len(has) != len(wants) or has[-1] != wants[-1]:
+def _has_other_resolution(rule: Rule, found: Shape, expected: Shape) -> bool:
+    if rule.grid is None or len(found) != len(expected) or found[-1] != expected[-1]:
         return False
-    return all(side(shape[-2], rule.grid) is not None for shape in (has, wants))
+    return all(grid_side(shape[-2], rule.grid) is not None for shape in (found, expected))
 
 
-# ------------------------------------------------------------------------------------------------ saying it shortly
+# ------------------------------------------------------------------------------------------------ short lists of names
 
 
-def told(what: str, names: Iterable[str], *, near: Iterable[str]) -> list[str]:
-    """One sentence a name, blocks together, each with the nearest name there is."""
-    candidates = grouped(near)
+def describe_names(problem: str, names: Iterable[str], *, similar_to: Iterable[str]) -> list[str]:
+    """Return one sentence per name, with names that differ only in the block number merged into one.
+
+    Args:
+        problem: what is wrong with the names, the beginning of each sentence.
+        names: names to describe.
+        similar_to: names among which the most similar one is suggested.
+    """
+    candidates = group_by_block(similar_to)
     sentences = []
-    for template, blocks in grouped(names).items():
+    for template, blocks in group_by_block(names).items():
         close = nearest(template, [name for name in candidates if name != template])
-        hint = f" (nearest: {spelled(close[0], candidates[close[0]])})" if close else ""
-        sentences.append(f"{what}: {spelled(template, blocks)}{hint}")
+        hint = f" (nearest: {format_blocks(close[0], candidates[close[0]])})" if close else ""
+        sentences.append(f"{problem}: {format_blocks(template, blocks)}{hint}")
     return sentences
 
 
-def together(names: Iterable[str]) -> tuple[str, ...]:
-    """Names, those of several blocks as one."""
-    return tuple(spelled(template, blocks) for template, blocks in grouped(names).items())
+def merge_block_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the names, with names that differ only in the block number merged into one: `h.{0..11}.attn.bias`."""
+    return tuple(format_blocks(template, blocks) for template, blocks in group_by_block(names).items())
 
 
-def grouped(names: Iterable[str]) -> dict[str, list[int]]:
-    """Names with `{i}` for the number of a block, and the numbers."""
+def group_by_block(names: Iterable[str]) -> dict[str, list[int]]:
+    """Return block numbers by template: the name with `{i}` in place of the block number."""
     groups: dict[str, list[int]] = {}
     for name in sorted(names):
         number = re.search(r"(?<=\.)\d+(?=\.)", name)
@@ -114,11 +128,11 @@ def grouped(names: Iterable[str]) -> dict[str, list[int]]:
     return groups
 
 
-def spelled(template: str, blocks: Sequence[int]) -> str:
-    """A template with its numbers: `h.{0..11}.attn.bias`, `h.3.attn.bias`."""
+def format_blocks(template: str, blocks: Sequence[int]) -> str:
+    """Fill a template with block numbers: `h.{0..11}.attn.bias`, `h.{0,2}.attn.bias` or `h.3.attn.bias`."""
     if not blocks:
         return template
     low, high = min(blocks), max(blocks)
-    whole = high - low + 1 == len(blocks)
-    numbers = f"{low}..{high}" if whole else ",".join(map(str, sorted(blocks)))
+    contiguous = high - low + 1 == len(blocks)
+    numbers = f"{low}..{high}" if contiguous else ",".join(map(str, sorted(blocks)))
     return template.replace("{i}", str(low) if low == high else "{" + numbers + "}", 1)

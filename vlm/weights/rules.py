@@ -1,7 +1,8 @@
-"""Name maps as data. Each rule says which tensors of another library make which of ours, and how to go back.
+"""Rules that map tensors between another library and our model. Each rule converts in both directions.
 
-Names are templates: `{i}` runs over blocks, `*` over weight and bias. A rule stands where the model has its parameters:
-the config decides how many blocks there are and whether there is a bias, never the file.
+`theirs` are names in the other library's file, `ours` are names of our parameters. Names are templates: `{i}` stands
+for the block number, `*` for weight and bias. A rule applies if the model has all of its parameters, so the config
+decides how many blocks there are and whether a layer has a bias, never the file.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Turn = Callable[[Sequence[Tensor]], list[Tensor]]
+Transform = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Positions of a square of patches, which another resolution resamples.
+class PositionGrid:
+    """Layout of a position embedding table over a square of patches, which can be resampled to another resolution.
 
     Attributes:
         extra: rows before the patches (class token, registers).
-        mode: how to resample, antialiased.
+        mode: interpolation, which is antialiased.
     """
 
     extra: int
@@ -33,34 +34,34 @@ class Grid:
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors of theirs make tensors of ours.
+    """Conversion of tensors of the other library to our parameters.
 
     Attributes:
         theirs: names in the file.
-        ours: names of parameters.
-        read: from theirs to ours.
-        write: its inverse, bit for bit.
-        grid: the parameter is a table of positions.
+        ours: names of our parameters.
+        read: converts their tensors to ours.
+        write: converts our tensors to theirs; the exact inverse of `read`.
+        grid: layout of a position embedding table; None for any other tensor.
     """
 
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
-    read: Turn
-    write: Turn
-    grid: Grid | None = None
+    read: Transform
+    write: Transform
+    grid: PositionGrid | None = None
 
 
 @dataclass(frozen=True)
 class Drop:
-    """Tensors in the file that the model has no place for, and why that is right. `pattern` as in a shell."""
+    """Tensors in the file that the model does not need, by a shell pattern (`fnmatch`), with the reason."""
 
     pattern: str
     reason: str
 
 
 @dataclass(frozen=True)
-class Tied:
-    """Their `theirs` repeats their `partner` where the model has no parameter `ours` of its own."""
+class Tie:
+    """Tensor `theirs` that repeats tensor `partner` of the file if the model has no separate parameter `ours`."""
 
     theirs: str
     partner: str
@@ -68,29 +69,29 @@ class Tied:
 
 
 @dataclass(frozen=True)
-class Table:
-    """A family's whole name map.
+class WeightTable:
+    """Mapping of all tensors of a family.
 
     Attributes:
-        rules: what makes what.
-        drops: what is left behind on purpose.
-        ties: what a file may hold twice.
+        rules: conversions.
+        drops: tensors that import leaves out.
+        ties: tensors that a file may store twice.
     """
 
     rules: tuple[Rule, ...]
     drops: tuple[Drop, ...] = ()
-    ties: tuple[Tied, ...] = ()
+    ties: tuple[Tie, ...] = ()
 
-    def under(self, prefix: str) -> Table:
-        """The same table for files in which its tensors have `prefix`."""
-        return Table(
+    def with_prefix(self, prefix: str) -> WeightTable:
+        """Return the same table for files whose tensor names begin with `prefix`."""
+        return WeightTable(
             tuple(replace(rule, theirs=tuple(prefix + name for name in rule.theirs)) for rule in self.rules),
             tuple(replace(drop, pattern=prefix + drop.pattern) for drop in self.drops),
             tuple(replace(tie, theirs=prefix + tie.theirs, partner=prefix + tie.partner) for tie in self.ties),
         )
 
-    def dropping(self, *drops: Drop) -> Table:
-        """The same table with more to leave behind."""
+    def with_drops(self, *drops: Drop) -> WeightTable:
+        """Return the same table with additional drops."""
         return replace(self, drops=(*self.drops, *drops))
 
 
@@ -98,12 +99,12 @@ class Table:
 
 
 def rename(theirs: str, ours: str) -> Rule:
-    """The same tensor."""
+    """Return a rule for the same tensor under another name."""
     return Rule((theirs,), (ours,), list, list)
 
 
 def add_axes(theirs: str, ours: str, count: int) -> Rule:
-    """Ours has `count` more axes of one in front."""
+    """Return a rule for a tensor to which our model adds `count` leading axes of length 1."""
 
     def read(tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensors[0][(None,) * count]]
@@ -115,7 +116,7 @@ def add_axes(theirs: str, ours: str, count: int) -> Rule:
 
 
 def transpose(theirs: str, ours: str) -> Rule:
-    """Theirs is (in, out); a bias stays as it is."""
+    """Return a rule for a weight that the file stores as (in, out). A bias is not changed."""
 
     def turn(tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensors[0].t()]
@@ -124,17 +125,20 @@ def transpose(theirs: str, ours: str) -> Rule:
 
 
 def concat(theirs: Sequence[str], ours: str, sizes: Sequence[int]) -> Rule:
-    """Several of theirs, of `sizes` rows, make one of ours."""
-    return Rule(tuple(theirs), (ours,), _join, _cut(sizes))
+    """Return a rule that concatenates several of their tensors, of `sizes` rows, to one of ours."""
+    return Rule(tuple(theirs), (ours,), _concatenate, _splitter(sizes))
 
 
 def split(theirs: str, ours: Sequence[str], sizes: Sequence[int]) -> Rule:
-    """One of theirs makes several of ours, of `sizes` rows."""
-    return Rule((theirs,), tuple(ours), _cut(sizes), _join)
+    """Return a rule that splits one of their tensors into several of ours, of `sizes` rows."""
+    return Rule((theirs,), tuple(ours), _splitter(sizes), _concatenate)
 
 
-def patches(theirs: str, ours: str, patch_size: int) -> Rule:
-    """Theirs is a linear layer over the numbers of a patch, (rows, columns, channels); ours a convolution."""
+def patch_projection(theirs: str, ours: str, patch_size: int) -> Rule:
+    """Return a rule for a patch embedding that the file stores as a linear layer and our model as a convolution.
+
+    The linear layer's inputs are the numbers of a patch in the order (rows, columns, channels).
+    """
 
     def read(tensors: Sequence[Tensor]) -> list[Tensor]:
         return [torch.unflatten(tensors[0], 1, (patch_size, patch_size, -1)).permute(0, 3, 1, 2)]
@@ -145,38 +149,43 @@ def patches(theirs: str, ours: str, patch_size: int) -> Rule:
     return Rule((theirs,), (ours,), read, write)
 
 
-def on_grid(rule: Rule, *, extra: int, mode: Literal["bicubic", "bilinear"] = "bicubic") -> Rule:
-    """The rule of a table of positions: `extra` rows, then a square of patches."""
-    return replace(rule, grid=Grid(extra, mode))
+def position_table(rule: Rule, *, extra: int, mode: Literal["bicubic", "bilinear"] = "bicubic") -> Rule:
+    """Return the rule of a position embedding table that can be resampled: `extra` rows, then a square of patches."""
+    return replace(rule, grid=PositionGrid(extra, mode))
 
 
-def _join(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _concatenate(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.cat(list(tensors))]
 
 
-def _cut(sizes: Sequence[int]) -> Turn:
-    def cut(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _splitter(sizes: Sequence[int]) -> Transform:
+    def split_rows(tensors: Sequence[Tensor]) -> list[Tensor]:
         return list(torch.split(tensors[0], list(sizes)))
 
-    return cut
+    return split_rows
 
 
-# ------------------------------------------------------------------------------------------------ names of templates
+# ------------------------------------------------------------------------------------------------ templates
 
 
-def expand(rules: Iterable[Rule], ours: Iterable[str]) -> Iterator[Rule]:
-    """The rules that stand, name by name: those all of whose parameters the model has."""
+def expand_rules(rules: Iterable[Rule], ours: Iterable[str]) -> Iterator[Rule]:
+    """Yield the rules with full names in place of templates, if the model has all parameters of the rule.
+
+    Args:
+        rules: rules with templates.
+        ours: names of the model's parameters.
+    """
     known = set(ours)
-    blocks = 1 + max((int(word) for name in known for word in name.split(".") if word.isdigit()), default=-1)
+    blocks = 1 + max((int(part) for name in known for part in name.split(".") if part.isdigit()), default=-1)
     for rule in rules:
         for index in range(blocks if "{i}" in rule.ours[0] else 1):
             for kind in ("weight", "bias") if "*" in rule.ours[0] else ("",):
-                named = _named(rule, str(index), kind)
+                named = _fill_templates(rule, str(index), kind)
                 if known.issuperset(named.ours):
                     yield named
 
 
-def _named(rule: Rule, index: str, kind: str) -> Rule:
+def _fill_templates(rule: Rule, index: str, kind: str) -> Rule:
     def fill(names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(name.replace("{i}", index).replace("*", kind) for name in names)
 
@@ -186,20 +195,20 @@ def _named(rule: Rule, index: str, kind: str) -> Rule:
 # ------------------------------------------------------------------------------------------------ another resolution
 
 
-def side(rows: int, grid: Grid) -> int | None:
-    """Patches along one side of a table of `rows` positions; None where they make no square."""
+def grid_side(rows: int, grid: PositionGrid) -> int | None:
+    """Return the patches along one side for a position table of `rows` rows, or None if they do not form a square."""
     patches = rows - grid.extra
     root = math.isqrt(max(patches, 0))
     return root if root and root * root == patches else None
 
 
-def resample(table_1NW: Tensor, rows: int, grid: Grid) -> Tensor:
-    """Positions (1, N, W) for a grid of another size, (1, rows, W): the picture between patches is interpolated.
+def resample_positions(table_1NW: Tensor, rows: int, grid: PositionGrid) -> Tensor:
+    """Resample a position table (1, N, W) to (1, rows, W) by interpolating over the square of patches.
 
-    As timm's `resample_abs_pos_embed` does: in fp32, antialiased; the extra rows stay.
+    The interpolation is that of timm's `resample_abs_pos_embed`: fp32 and antialiased. The extra rows are kept.
     """
     extra, patches = torch.split(table_1NW, [grid.extra, table_1NW.shape[1] - grid.extra], dim=1)
-    before, after = side(table_1NW.shape[1], grid), side(rows, grid)
+    before, after = grid_side(table_1NW.shape[1], grid), grid_side(rows, grid)
     assert before is not None
     assert after is not None
     square = torch.unflatten(patches.float(), 1, (before, before)).permute(0, 3, 1, 2)

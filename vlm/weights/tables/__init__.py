@@ -1,1 +1,1 @@
-"""One file a family: facts and rules. Each names its `FAMILIES`."""
+"""One module per weight family: its config fields, weight table and defaults. Each defines the tuple `FAMILIES`."""

@@ -1,15 +1,24 @@
-"""CLIP's eye (Radford et al., 2021), as transformers publishes it: alone, with its projection, or in the whole of CLIP.
+"""CLIP's vision encoder (Radford et al., 2021) in transformers: alone, with its projection, or within a whole CLIP.
 
-A norm before the blocks, a stem without bias. The norm after the blocks is meant for the class token alone: models that
-look at patches leave it out (`post_norm: false`).
+The encoder has a norm before the blocks, and a stem without bias. The norm after the blocks applies to the class token
+only, so models that use the patches omit it (`post_norm: false`).
 """
 
 from __future__ import annotations
 
 from vlm.config import ModelConfig
-from vlm.weights.facts import ACTIVATIONS, Fact, always, at, classic, heads, same, tell
-from vlm.weights.family import Family, by_model_type
-from vlm.weights.rules import Drop, Rule, Table, add_axes, concat, on_grid, rename
+from vlm.weights.config_fields import (
+    ACTIVATIONS,
+    ConfigField,
+    attention_heads,
+    constant,
+    same,
+    standard_transformer,
+    value_at,
+    write_only,
+)
+from vlm.weights.family import transformers_family
+from vlm.weights.rules import Drop, Rule, WeightTable, add_axes, concat, position_table, rename
 
 TRANSFORMER = "vision.transformer"
 DEFAULTS = {
@@ -21,33 +30,33 @@ DEFAULTS = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
-# What CLIP and its relatives have in common.
-TOWER = (
-    *classic(TRANSFORMER),
-    always("vision.stem.kind", "patch"),
-    always("vision.registers", 0),
-    always(f"{TRANSFORMER}.layer_scale", None),
-    always(f"{TRANSFORMER}.attention.bias", True),
+# Fields that CLIP and SigLIP share.
+TOWER_FIELDS = (
+    *standard_transformer(TRANSFORMER),
+    constant("vision.stem.kind", "patch"),
+    constant("vision.registers", 0),
+    constant(f"{TRANSFORMER}.layer_scale", None),
+    constant(f"{TRANSFORMER}.attention.bias", True),
     same(f"{TRANSFORMER}.width", "hidden_size"),
     same(f"{TRANSFORMER}.depth", "num_hidden_layers"),
-    *heads(f"{TRANSFORMER}.attention", "hidden_size", "num_attention_heads"),
+    *attention_heads(f"{TRANSFORMER}.attention", "hidden_size", "num_attention_heads"),
     same(f"{TRANSFORMER}.mlp.mlp_width", "intermediate_size"),
     same(f"{TRANSFORMER}.mlp.activation", "hidden_act", ACTIVATIONS),
     same(f"{TRANSFORMER}.norm.eps", "layer_norm_eps"),
     same("vision.stem.patch_size", "patch_size"),
 )
-FACTS: tuple[Fact, ...] = (
-    *TOWER,
-    always("vision.stem.bias", False),
-    always("vision.class_token", True),
-    always("vision.position_on", "all"),
-    always("vision.pre_norm", True),
-    tell("image_size", at("image.size")),
+FIELDS: tuple[ConfigField, ...] = (
+    *TOWER_FIELDS,
+    constant("vision.stem.bias", False),
+    constant("vision.class_token", True),
+    constant("vision.position_on", "all"),
+    constant("vision.pre_norm", True),
+    write_only("image_size", value_at("image.size")),
 )
 
 
-def layers(config: ModelConfig) -> tuple[Rule, ...]:
-    """The blocks of CLIP and its relatives."""
+def block_rules(config: ModelConfig) -> tuple[Rule, ...]:
+    """Return the rules of the blocks and the last norm, which CLIP and SigLIP share."""
     width = config.vision.transformer.width
     return (
         rename("encoder.layers.{i}.layer_norm1.*", "encoder.blocks.{i}.attention_norm.*"),
@@ -64,37 +73,37 @@ def layers(config: ModelConfig) -> tuple[Rule, ...]:
     )
 
 
-def table(config: ModelConfig) -> Table:
-    """Names of the file and of the encoder."""
-    tower = Table(
+def table(config: ModelConfig) -> WeightTable:
+    """Return the table of the vision encoder."""
+    tower = WeightTable(
         rules=(
             rename("embeddings.patch_embedding.*", "encoder.stem.*"),
             add_axes("embeddings.class_embedding", "encoder.class_token", 2),
-            on_grid(add_axes("embeddings.position_embedding.weight", "encoder.position", 1), extra=1),
+            position_table(add_axes("embeddings.position_embedding.weight", "encoder.position", 1), extra=1),
             rename("pre_layrnorm.*", "encoder.pre_norm.*"),
-            *layers(config),
+            *block_rules(config),
         ),
         drops=(
-            Drop("embeddings.position_ids", "the numbers of the positions, a constant"),
-            Drop("post_layernorm.*", "the norm of the class token alone: the model's post_norm is false"),
+            Drop("embeddings.position_ids", "position indices, a constant"),
+            Drop("post_layernorm.*", "the norm of the class token: the model has vision.post_norm false"),
         ),
     )
-    return tower.under("vision_model.").dropping(
+    return tower.with_prefix("vision_model.").with_drops(
         Drop("text_model.*", "the text tower"),
-        Drop("*_projection.weight", "the way to the space that text and pictures share"),
+        Drop("*_projection.weight", "the projection into the joint space of text and pictures"),
         Drop("logit_scale", "a weight of the contrastive loss"),
     )
 
 
 FAMILIES = (
-    Family(
+    transformers_family(
         "clip",
         "encoder",
-        by_model_type({"clip_vision_model": "", "clip": "vision_config"}),
-        FACTS,
-        table,
-        header={"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model"},
+        architecture="CLIPVisionModel",
+        sections={"clip_vision_model": "", "clip": "vision_config"},
+        fields=FIELDS,
+        table=table,
         defaults=DEFAULTS,
-        home="vision_model.",
+        prefix="vision_model.",
     ),
 )

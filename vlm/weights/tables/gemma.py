@@ -1,7 +1,7 @@
-"""Gemma 1 and 2 (Gemma Team, 2024), as transformers publishes them.
+"""Gemma 1 and 2 (Gemma Team, 2024) in transformers.
 
-Norms are stored as their distance from one, and so are ours. Gemma 2 normalises each branch's output too, caps
-attention scores and logits, and looks through a window in every other layer.
+Norm weights are stored as the difference from one, as with our `norm.offset`. Gemma 2 also normalises the output of
+each branch, caps attention scores and logits, and uses sliding-window attention in every other layer.
 """
 
 from __future__ import annotations
@@ -9,14 +9,23 @@ from __future__ import annotations
 from typing import Any
 
 from vlm.config import AttentionConfig, ModelConfig
-from vlm.weights.facts import Fact, Settings, always, at, same, scale, tell, usual_scale
-from vlm.weights.family import Family, by_model_type
-from vlm.weights.rules import Drop, Table, Tied, concat, rename
+from vlm.weights.config_fields import (
+    ConfigField,
+    Settings,
+    attention_scale,
+    constant,
+    default_attention_scale,
+    same,
+    value_at,
+    write_only,
+)
+from vlm.weights.family import Family, transformers_family
+from vlm.weights.rules import Drop, Tie, WeightTable, concat, rename
 
 TRANSFORMER = "decoder.transformer"
 ATTENTION = f"{TRANSFORMER}.attention"
 
-# Files from before the tanh form had a name say "gelu" and mean it.
+# Files from before transformers had a name for the tanh form say "gelu" for it.
 ACTIVATION = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_tanh"}
 DEFAULTS = {
     "head_dim": 256,
@@ -49,19 +58,19 @@ DEFAULTS_2 = {
 
 
 def rope_base(settings: Settings) -> Any:
-    """Base of the rotary angles, in the words of any version; scaled angles as they are spelled, for the message."""
+    """Return the base of the rotary angles under the keys of any version, or the whole setting if angles are scaled."""
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     return rope.get("rope_theta", settings.get("rope_theta", 10_000.0)) if kind == "default" else rope
 
 
-FACTS = (
-    always(f"{TRANSFORMER}.norm.kind", "rms"),
-    always(f"{TRANSFORMER}.norm.offset", True),
-    always(f"{TRANSFORMER}.position.kind", "rotary"),
-    always(f"{TRANSFORMER}.mlp.kind", "gated"),
-    always(f"{TRANSFORMER}.mlp.bias", False),
-    always("decoder.scale_embeddings", True),
+FIELDS = (
+    constant(f"{TRANSFORMER}.norm.kind", "rms"),
+    constant(f"{TRANSFORMER}.norm.offset", True),
+    constant(f"{TRANSFORMER}.position.kind", "rotary"),
+    constant(f"{TRANSFORMER}.mlp.kind", "gated"),
+    constant(f"{TRANSFORMER}.mlp.bias", False),
+    constant("decoder.scale_embeddings", True),
     same(f"{TRANSFORMER}.width", "hidden_size"),
     same(f"{TRANSFORMER}.depth", "num_hidden_layers"),
     same(f"{ATTENTION}.num_heads", "num_attention_heads"),
@@ -70,36 +79,36 @@ FACTS = (
     same(f"{ATTENTION}.bias", "attention_bias"),
     same(f"{TRANSFORMER}.mlp.mlp_width", "intermediate_size"),
     same(f"{TRANSFORMER}.norm.eps", "rms_norm_eps"),
-    Fact(
+    ConfigField(
         f"{TRANSFORMER}.position.base",
         "rope_parameters",
-        at(f"{TRANSFORMER}.position.base"),
+        value_at(f"{TRANSFORMER}.position.base"),
         rope_base,
         lambda base: {"rope_parameters": {"rope_theta": base, "rope_type": "default"}},
     ),
     same("decoder.tie_embeddings", "tie_word_embeddings"),
-    tell("max_position_embeddings", at("decoder.context")),
+    write_only("max_position_embeddings", value_at("decoder.context")),
 )
-FACTS_1 = (
-    *FACTS,
-    always(f"{TRANSFORMER}.sandwich", False),
-    always(f"{ATTENTION}.windows", (None,)),
-    always(f"{ATTENTION}.soft_cap", None),
-    always("decoder.soft_cap", None),
-    usual_scale(TRANSFORMER),
+FIELDS_1 = (
+    *FIELDS,
+    constant(f"{TRANSFORMER}.sandwich", False),
+    constant(f"{ATTENTION}.windows", (None,)),
+    constant(f"{ATTENTION}.soft_cap", None),
+    constant("decoder.soft_cap", None),
+    default_attention_scale(TRANSFORMER),
     same(f"{TRANSFORMER}.mlp.activation", "hidden_act", ACTIVATION),
 )
 
 
 def windows_of(config: ModelConfig) -> tuple[int | None, ...]:
-    """The window of each layer."""
+    """Return the attention window of each layer of our model."""
     transformer = config.decoder.transformer
     windows = transformer.attention.windows
     return tuple(windows[layer % len(windows)] for layer in range(transformer.depth))
 
 
 def windows_in(settings: Settings) -> tuple[int | None, ...]:
-    """The window of each layer: every other one, unless they are listed."""
+    """Return the attention window of each layer in config.json: every other layer, unless `layer_types` lists them."""
     kinds = settings.get("layer_types") or [
         "full_attention" if layer % 2 else "sliding_attention" for layer in range(settings["num_hidden_layers"])
     ]
@@ -107,7 +116,7 @@ def windows_in(settings: Settings) -> tuple[int | None, ...]:
 
 
 def write_windows(windows: tuple[int | None, ...]) -> dict[str, Any]:
-    """A model has windows of one width; where it has none, any width will do."""
+    """Return the settings of the attention windows. The format needs a width even if the model has no window."""
     return {
         "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
         "sliding_window": next((window for window in windows if window is not None), 4096),
@@ -115,16 +124,16 @@ def write_windows(windows: tuple[int | None, ...]) -> dict[str, Any]:
 
 
 def _scale(config: ModelConfig) -> float:
-    return scale(config.decoder.transformer.attention)
+    return attention_scale(config.decoder.transformer.attention)
 
 
-FACTS_2 = (
-    *FACTS,
-    always(f"{TRANSFORMER}.sandwich", True),
-    Fact(f"{ATTENTION}.windows", "sliding_window, layer_types", windows_of, windows_in, write_windows),
+FIELDS_2 = (
+    *FIELDS,
+    constant(f"{TRANSFORMER}.sandwich", True),
+    ConfigField(f"{ATTENTION}.windows", "sliding_window, layer_types", windows_of, windows_in, write_windows),
     same(f"{ATTENTION}.soft_cap", "attn_logit_softcapping"),
     same("decoder.soft_cap", "final_logit_softcapping"),
-    Fact(
+    ConfigField(
         f"{ATTENTION}.scale",
         "query_pre_attn_scalar",
         _scale,
@@ -136,17 +145,17 @@ FACTS_2 = (
 
 
 def qkv_sizes(attention: AttentionConfig) -> tuple[int, int, int]:
-    """Rows of queries, keys and values."""
+    """Return the rows of queries, keys and values in the joint projection."""
     keys = attention.num_kv_heads * attention.head_dim
     return attention.num_heads * attention.head_dim, keys, keys
 
 
-def table(config: ModelConfig) -> Table:
-    """Names of the file and of the decoder; the norms after a branch are Gemma 2's."""
+def table(config: ModelConfig) -> WeightTable:
+    """Return the table of the decoder. Only Gemma 2 has norms after a branch."""
     transformer = config.decoder.transformer
-    assert transformer.mlp.kind == "gated", "the facts were compared before"
+    assert transformer.mlp.kind == "gated", "the config fields were checked before"
     before_mlp = "pre_feedforward_layernorm" if transformer.sandwich else "post_attention_layernorm"
-    return Table(
+    return WeightTable(
         rules=(
             rename("model.embed_tokens.weight", "decoder.tokens.weight"),
             rename("model.layers.{i}.input_layernorm.weight", "decoder.blocks.{i}.attention_norm.weight"),
@@ -168,32 +177,26 @@ def table(config: ModelConfig) -> Table:
             rename("model.norm.weight", "decoder.norm.weight"),
             rename("lm_head.weight", "decoder.head.weight"),
         ),
-        ties=(Tied("lm_head.weight", "model.embed_tokens.weight", "decoder.head.weight"),),
-        drops=(Drop("model.*rotary_emb.inv_freq", "the frequencies of the rotary angles, a constant"),),
+        ties=(Tie("lm_head.weight", "model.embed_tokens.weight", "decoder.head.weight"),),
+        drops=(Drop("model.*rotary_emb.inv_freq", "frequencies of the rotary angles, a constant"),),
+    )
+
+
+def _version(name: str, architecture: str, fields: tuple[ConfigField, ...], defaults: Settings) -> Family:
+    return transformers_family(
+        name,
+        "decoder",
+        architecture=architecture,
+        sections={name: ""},
+        fields=fields,
+        table=table,
+        defaults=defaults,
+        prefix="model.",
+        vocab_section="",
     )
 
 
 FAMILIES = (
-    Family(
-        "gemma",
-        "decoder",
-        by_model_type({"gemma": ""}),
-        FACTS_1,
-        table,
-        header={"architectures": ["GemmaForCausalLM"], "model_type": "gemma"},
-        defaults=DEFAULTS_1,
-        home="model.",
-        text="",
-    ),
-    Family(
-        "gemma2",
-        "decoder",
-        by_model_type({"gemma2": ""}),
-        FACTS_2,
-        table,
-        header={"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"},
-        defaults=DEFAULTS_2,
-        home="model.",
-        text="",
-    ),
+    _version("gemma", "GemmaForCausalLM", FIELDS_1, DEFAULTS_1),
+    _version("gemma2", "Gemma2ForCausalLM", FIELDS_2, DEFAULTS_2),
 )

@@ -1,11 +1,20 @@
-"""GPT-2 (Radford et al., 2019), as transformers publishes it. Its linear layers are stored (in, out)."""
+"""GPT-2 (Radford et al., 2019), in transformers. Its linear layers are stored as (in, out)."""
 
 from __future__ import annotations
 
 from vlm.config import ModelConfig
-from vlm.weights.facts import ACTIVATIONS, Fact, always, at, classic, heads, only, same
-from vlm.weights.family import Family, by_model_type
-from vlm.weights.rules import Drop, Table, Tied, rename, transpose
+from vlm.weights.config_fields import (
+    ACTIVATIONS,
+    ConfigField,
+    attention_heads,
+    constant,
+    required,
+    same,
+    standard_transformer,
+    value_at,
+)
+from vlm.weights.family import transformers_family
+from vlm.weights.rules import Drop, Tie, WeightTable, rename, transpose
 
 TRANSFORMER = "decoder.transformer"
 DEFAULTS = {
@@ -18,18 +27,18 @@ DEFAULTS = {
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True,
 }
-FACTS = (
-    *classic(TRANSFORMER),
-    always(f"{TRANSFORMER}.attention.bias", True),
-    always("decoder.scale_embeddings", False),
-    always("decoder.soft_cap", None),
+FIELDS = (
+    *standard_transformer(TRANSFORMER),
+    constant(f"{TRANSFORMER}.attention.bias", True),
+    constant("decoder.scale_embeddings", False),
+    constant("decoder.soft_cap", None),
     same(f"{TRANSFORMER}.width", "n_embd"),
     same(f"{TRANSFORMER}.depth", "n_layer"),
-    *heads(f"{TRANSFORMER}.attention", "n_embd", "n_head"),
-    Fact(
+    *attention_heads(f"{TRANSFORMER}.attention", "n_embd", "n_head"),
+    ConfigField(
         f"{TRANSFORMER}.mlp.mlp_width",
         "n_inner",
-        at(f"{TRANSFORMER}.mlp.mlp_width"),
+        value_at(f"{TRANSFORMER}.mlp.mlp_width"),
         lambda settings: settings["n_inner"] or 4 * settings["n_embd"],
         lambda value: {"n_inner": value},
     ),
@@ -37,15 +46,15 @@ FACTS = (
     same(f"{TRANSFORMER}.norm.eps", "layer_norm_epsilon"),
     same("decoder.context", "n_positions"),
     same("decoder.tie_embeddings", "tie_word_embeddings"),
-    only("scale_attn_weights", True),
-    only("scale_attn_by_inverse_layer_idx", False),
-    only("add_cross_attention", False),
+    required("scale_attn_weights", True),
+    required("scale_attn_by_inverse_layer_idx", False),
+    required("add_cross_attention", False),
 )
 
 
-def table(_: ModelConfig) -> Table:
-    """Names of the file and of the decoder."""
-    return Table(
+def table(_: ModelConfig) -> WeightTable:
+    """Return the table of the decoder."""
+    return WeightTable(
         rules=(
             rename("transformer.wte.weight", "decoder.tokens.weight"),
             rename("transformer.wpe.weight", "decoder.position.weight"),
@@ -58,24 +67,24 @@ def table(_: ModelConfig) -> Table:
             rename("transformer.ln_f.*", "decoder.norm.*"),
             rename("lm_head.weight", "decoder.head.weight"),
         ),
-        ties=(Tied("lm_head.weight", "transformer.wte.weight", "decoder.head.weight"),),
+        ties=(Tie("lm_head.weight", "transformer.wte.weight", "decoder.head.weight"),),
         drops=(
             Drop("transformer.h.*.attn.bias", "the causal mask, a constant"),
-            Drop("transformer.h.*.attn.masked_bias", "what the causal mask fills in, a constant"),
+            Drop("transformer.h.*.attn.masked_bias", "the fill value of the causal mask, a constant"),
         ),
     )
 
 
 FAMILIES = (
-    Family(
+    transformers_family(
         "gpt2",
         "decoder",
-        by_model_type({"gpt2": ""}),
-        FACTS,
-        table,
-        header={"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"},
+        architecture="GPT2LMHeadModel",
+        sections={"gpt2": ""},
+        fields=FIELDS,
+        table=table,
         defaults=DEFAULTS,
-        home="transformer.",
-        text="",
+        prefix="transformer.",
+        vocab_section="",
     ),
 )

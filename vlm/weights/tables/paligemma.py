@@ -1,6 +1,7 @@
-"""PaliGemma 1 (Beyer et al., 2024) and 2 (Steiner et al., 2024): SigLIP, one linear layer, Gemma 1 or 2.
+"""PaliGemma 1 (Beyer et al., 2024) and 2 (Steiner et al., 2024): SigLIP, one linear layer, and Gemma 1 or 2.
 
-Names are those of published files; transformers 5 calls the same tensors otherwise in memory, and writes yet others.
+Tensor names are those of the published files. transformers 5 uses other names in memory, and others again in the files
+that it saves; `LEGACY_PREFIXES` maps all of them.
 """
 
 from __future__ import annotations
@@ -8,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vlm.config import ModelConfig
-from vlm.weights.facts import Fact, Settings, always, at, inside, same, tell
+from vlm.weights.config_fields import ConfigField, Settings, constant, in_section, same, value_at, write_only
 from vlm.weights.family import Family
-from vlm.weights.rules import Drop, Table, rename
+from vlm.weights.rules import Drop, WeightTable, rename
 from vlm.weights.tables import gemma, siglip
 
 VISION, TEXT = "vision_tower.vision_model.", "language_model."
-OLDER = (
+LEGACY_PREFIXES = (
     ("model.vision_tower.vision_model.", VISION),
     ("model.vision_tower.", VISION),
     (VISION, VISION),
@@ -25,33 +26,33 @@ OLDER = (
 )
 
 
-def table(config: ModelConfig) -> Table:
-    """Names of the file and of the whole model."""
-    vision, text = siglip.tower(config).under(VISION), gemma.table(config).under(TEXT)
-    return Table(
+def table(config: ModelConfig) -> WeightTable:
+    """Return the table of the whole model."""
+    vision, text = siglip.tower(config).with_prefix(VISION), gemma.table(config).with_prefix(TEXT)
+    return WeightTable(
         rules=(*vision.rules, rename("multi_modal_projector.linear.*", "projector.*"), *text.rules),
-        drops=(*vision.drops, *text.drops, Drop("*.position_ids", "the numbers of the positions, a constant")),
+        drops=(*vision.drops, *text.drops, Drop("*.position_ids", "position indices, a constant")),
         ties=text.ties,
     )
 
 
-def _facts(text: tuple[Fact, ...], text_type: str, defaults: Settings) -> tuple[Fact, ...]:
-    width = at("decoder.transformer.width")
+def _fields(text: tuple[ConfigField, ...], text_type: str, defaults: Settings) -> tuple[ConfigField, ...]:
+    width = value_at("decoder.transformer.width")
     return (
-        always("mask.kind", "prefix"),
-        always("fusion.kind", "slots"),
-        always("projector.kind", "linear"),
+        constant("mask.kind", "prefix"),
+        constant("fusion.kind", "slots"),
+        constant("projector.kind", "linear"),
         same("decoder.transformer.width", "projection_dim"),
-        tell("hidden_size", width),
-        tell("vision_config", lambda _: {"model_type": "siglip_vision_model"}),
-        *inside("vision_config", (*siglip.FACTS, tell("projection_dim", width)), siglip.DEFAULTS),
-        tell("text_config", lambda _: {"model_type": text_type}),
-        *inside("text_config", text, defaults),
+        write_only("hidden_size", width),
+        write_only("vision_config", lambda _: {"model_type": "siglip_vision_model"}),
+        *in_section("vision_config", (*siglip.FIELDS, write_only("projection_dim", width)), siglip.DEFAULTS),
+        write_only("text_config", lambda _: {"model_type": text_type}),
+        *in_section("text_config", text, defaults),
     )
 
 
-def _with(text_type: str) -> Callable[[Settings], Settings | None]:
-    """Both versions say `paligemma`: the decoder tells them apart."""
+def _select_by_text_type(text_type: str) -> Callable[[Settings], Settings | None]:
+    """Return a selector for one version. Both have model_type `paligemma`, so the decoder's type decides."""
 
     def settings_of(settings: Settings) -> Settings | None:
         found = settings.get("text_config", {}).get("model_type", "gemma")
@@ -60,27 +61,27 @@ def _with(text_type: str) -> Callable[[Settings], Settings | None]:
     return settings_of
 
 
-HEADER = {"architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma"}
+FIXED_SETTINGS = {"architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma"}
 DEFAULTS = {"projection_dim": 2048}
 
 
-def _version(name: str, text_type: str, text: tuple[Fact, ...], defaults: Settings) -> Family:
-    """A version by its decoder: all else is the same."""
+def _version(name: str, text_type: str, text: tuple[ConfigField, ...], defaults: Settings) -> Family:
+    """Return the family of one version. The versions differ in the decoder only."""
     return Family(
         name,
         "model",
-        _with(text_type),
-        _facts(text, text_type, defaults),
+        _select_by_text_type(text_type),
+        _fields(text, text_type, defaults),
         table,
-        header=HEADER,
+        FIXED_SETTINGS,
         defaults=DEFAULTS,
-        older=OLDER,
-        text="text_config",
-        image_key="image_token_index",
+        legacy_prefixes=LEGACY_PREFIXES,
+        vocab_section="text_config",
+        image_id_key="image_token_index",
     )
 
 
 FAMILIES = (
-    _version("paligemma", "gemma", gemma.FACTS_1, gemma.DEFAULTS_1),
-    _version("paligemma2", "gemma2", gemma.FACTS_2, gemma.DEFAULTS_2),
+    _version("paligemma", "gemma", gemma.FIELDS_1, gemma.DEFAULTS_1),
+    _version("paligemma2", "gemma2", gemma.FIELDS_2, gemma.DEFAULTS_2),
 )

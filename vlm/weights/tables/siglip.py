@@ -1,17 +1,17 @@
-"""SigLIP's eye (Zhai et al., 2023) and SigLIP 2's (Tschannen et al., 2025), as transformers publishes them.
+"""Vision encoders of SigLIP (Zhai et al., 2023) and SigLIP 2 (Tschannen et al., 2025) in transformers.
 
-No class token; a learned query pools the features where a model asks for it (`select: attention`). SigLIP 2 for any
-aspect ratio stores the stem as a linear layer and resizes positions bilinearly; here it sees square pictures. (SigLIP 2
-of fixed resolution is published as SigLIP.)
+They have no class token. A learned query pools the features if a model selects it (`select: attention`). SigLIP 2 for
+any aspect ratio (NaFlex) stores the stem as a linear layer and resizes positions bilinearly; here its input is square.
+SigLIP 2 of fixed resolution is published as SigLIP.
 """
 
 from __future__ import annotations
 
 from vlm.config import ModelConfig
-from vlm.weights.facts import always, at, tell
-from vlm.weights.family import Family, by_model_type
-from vlm.weights.rules import Drop, Rule, Table, add_axes, on_grid, patches, rename, split
-from vlm.weights.tables.clip import TOWER, layers
+from vlm.weights.config_fields import constant, value_at, write_only
+from vlm.weights.family import transformers_family
+from vlm.weights.rules import Drop, Rule, WeightTable, add_axes, patch_projection, position_table, rename, split
+from vlm.weights.tables.clip import TOWER_FIELDS, block_rules
 
 DEFAULTS = {
     "hidden_size": 768,
@@ -22,23 +22,23 @@ DEFAULTS = {
     "hidden_act": "gelu_pytorch_tanh",
     "layer_norm_eps": 1e-6,
 }
-EITHER = (
-    *TOWER,
-    always("vision.stem.bias", True),
-    always("vision.class_token", False),
-    always("vision.pre_norm", False),
-    always("vision.post_norm", True),
-    tell("vision_use_head", lambda config: config.vision.select == "attention"),
+SHARED_FIELDS = (
+    *TOWER_FIELDS,
+    constant("vision.stem.bias", True),
+    constant("vision.class_token", False),
+    constant("vision.pre_norm", False),
+    constant("vision.post_norm", True),
+    write_only("vision_use_head", lambda config: config.vision.select == "attention"),
 )
-FACTS = (*EITHER, tell("image_size", at("image.size")))
-FACTS_2 = (*EITHER, tell("num_patches", at("num_patches")))
+FIELDS = (*SHARED_FIELDS, write_only("image_size", value_at("image.size")))
+FIELDS_2 = (*SHARED_FIELDS, write_only("num_patches", value_at("num_patches")))
 
 
-def _common(config: ModelConfig) -> tuple[Rule, ...]:
+def _shared_rules(config: ModelConfig) -> tuple[Rule, ...]:
     width = config.vision.transformer.width
     pool = [f"encoder.pool.attention.{part}.*" for part in ("q", "kv")]
     return (
-        *layers(config),
+        *block_rules(config),
         rename("head.probe", "encoder.pool.query"),
         split("head.attention.in_proj_*", pool, (width, 2 * width)),
         rename("head.attention.out_proj.*", "encoder.pool.attention.out.*"),
@@ -49,72 +49,72 @@ def _common(config: ModelConfig) -> tuple[Rule, ...]:
 
 
 DROPS = (
-    Drop("embeddings.position_ids", "the numbers of the positions, a constant"),
-    Drop("head.*", "the pooling query: the model's select is not attention"),
+    Drop("embeddings.position_ids", "position indices, a constant"),
+    Drop("head.*", "the pooling query: vision.select of the model is not attention"),
 )
-WHOLE = (
+WHOLE_MODEL_DROPS = (
     Drop("text_model.*", "the text tower"),
     Drop("logit_*", "a weight of the contrastive loss"),
 )
 
 
-def tower(config: ModelConfig) -> Table:
-    """SigLIP's names, without the prefix of the file they stand in."""
-    return Table(
+def tower(config: ModelConfig) -> WeightTable:
+    """Return the table of SigLIP's vision encoder, with names that have no prefix."""
+    return WeightTable(
         rules=(
             rename("embeddings.patch_embedding.*", "encoder.stem.*"),
-            on_grid(add_axes("embeddings.position_embedding.weight", "encoder.position", 1), extra=0),
-            *_common(config),
+            position_table(add_axes("embeddings.position_embedding.weight", "encoder.position", 1), extra=0),
+            *_shared_rules(config),
         ),
         drops=DROPS,
     )
 
 
-def tower_2(config: ModelConfig) -> Table:
-    """SigLIP 2's names, without the prefix of the file they stand in."""
+def tower_2(config: ModelConfig) -> WeightTable:
+    """Return the table of SigLIP 2's vision encoder, with names that have no prefix."""
     stem = config.vision.stem
-    assert stem.kind == "patch", "the facts were compared before"
+    assert stem.kind == "patch", "the config fields were checked before"
     position = add_axes("embeddings.position_embedding.weight", "encoder.position", 1)
-    return Table(
+    return WeightTable(
         rules=(
-            patches("embeddings.patch_embedding.weight", "encoder.stem.weight", stem.patch_size),
+            patch_projection("embeddings.patch_embedding.weight", "encoder.stem.weight", stem.patch_size),
             rename("embeddings.patch_embedding.bias", "encoder.stem.bias"),
-            on_grid(position, extra=0, mode="bilinear"),
-            *_common(config),
+            position_table(position, extra=0, mode="bilinear"),
+            *_shared_rules(config),
         ),
         drops=DROPS,
     )
 
 
-def table(config: ModelConfig) -> Table:
-    """Names of the file and of the encoder."""
-    return tower(config).under("vision_model.").dropping(*WHOLE)
+def table(config: ModelConfig) -> WeightTable:
+    """Return the table of SigLIP's vision encoder, alone or within the whole model."""
+    return tower(config).with_prefix("vision_model.").with_drops(*WHOLE_MODEL_DROPS)
 
 
-def table_2(config: ModelConfig) -> Table:
-    """Names of the file and of the encoder."""
-    return tower_2(config).under("vision_model.").dropping(*WHOLE)
+def table_2(config: ModelConfig) -> WeightTable:
+    """Return the table of SigLIP 2's vision encoder, alone or within the whole model."""
+    return tower_2(config).with_prefix("vision_model.").with_drops(*WHOLE_MODEL_DROPS)
 
 
 FAMILIES = (
-    Family(
+    transformers_family(
         "siglip",
         "encoder",
-        by_model_type({"siglip_vision_model": "", "siglip": "vision_config"}),
-        FACTS,
-        table,
-        header={"architectures": ["SiglipVisionModel"], "model_type": "siglip_vision_model"},
+        architecture="SiglipVisionModel",
+        sections={"siglip_vision_model": "", "siglip": "vision_config"},
+        fields=FIELDS,
+        table=table,
         defaults=DEFAULTS,
-        home="vision_model.",
+        prefix="vision_model.",
     ),
-    Family(
+    transformers_family(
         "siglip2",
         "encoder",
-        by_model_type({"siglip2_vision_model": "", "siglip2": "vision_config"}),
-        FACTS_2,
-        table_2,
-        header={"architectures": ["Siglip2VisionModel"], "model_type": "siglip2_vision_model"},
+        architecture="Siglip2VisionModel",
+        sections={"siglip2_vision_model": "", "siglip2": "vision_config"},
+        fields=FIELDS_2,
+        table=table_2,
         defaults=DEFAULTS,
-        home="vision_model.",
+        prefix="vision_model.",
     ),
 )

@@ -1,7 +1,8 @@
-"""timm's vision transformers (Wightman, 2019): `vit_*` with class token, registers, layer scale or attention pooling.
+"""Vision transformers of timm (Wightman, 2019): `vit_*` with class token, registers, layer scale or attention pooling.
 
-timm's config.json names an architecture, whose sizes are in timm's code. Most of them show in the tensors. What does
-not is compared where the file spells it out or the name implies it, and is said to be unchecked where neither does.
+timm's config.json names an architecture, whose sizes are in timm's code. The tensors' shapes determine most of them.
+Any other value is compared if the file contains it or the architecture's name implies it; else the import reports it as
+unchecked.
 """
 
 from __future__ import annotations
@@ -10,43 +11,52 @@ from dataclasses import replace
 from typing import Any
 
 from vlm.config import ModelConfig
-from vlm.weights.facts import UNTOLD, Fact, Settings, always, at, classic, same, tell
+from vlm.weights.config_fields import (
+    UNKNOWN,
+    ConfigField,
+    Settings,
+    constant,
+    same,
+    standard_transformer,
+    value_at,
+    write_only,
+)
 from vlm.weights.family import Family
-from vlm.weights.rules import Drop, Table, on_grid, rename
+from vlm.weights.rules import Drop, WeightTable, position_table, rename
 
 TRANSFORMER = "vision.transformer"
 HEADS = f"{TRANSFORMER}.attention"
-# Architectures whose heads are not 64 wide: these widths, and these names.
-SIXTEEN_HEADS = (1152, 1280, 1408, 1664)
-SIXTEEN_HEADS_NAMED = ("vit_base_patch16_gap_", "vit_giantopt_")
+# Widths and names of architectures with 16 heads. All others have heads of width 64.
+WIDTHS_OF_16_HEADS = (1152, 1280, 1408, 1664)
+NAMES_OF_16_HEADS = ("vit_base_patch16_gap_", "vit_giantopt_")
 
 
-def settings_of(settings: Settings) -> Settings | None:
-    """The arguments that a file spells out, beside the architecture's name; None where it is not one of these."""
+def select_settings(settings: Settings) -> Settings | None:
+    """Return the architecture's name and the arguments in a config.json, or None if it is of another architecture."""
     name = str(settings.get("architecture", ""))
     if not name.startswith("vit_"):
         return None
-    given = {"architecture": name, "embed_dim": settings.get("num_features") or UNTOLD}
+    given = {"architecture": name, "embed_dim": settings.get("num_features") or UNKNOWN}
     return {**given, **settings.get("model_args", {})}
 
 
 def num_heads(settings: Settings) -> Any:
-    """Heads, as spelled out or as the name and the width imply."""
+    """Return the number of heads from the arguments, or as the name and the width imply it."""
     name, width = settings["architecture"], settings["embed_dim"]
-    if "num_heads" in settings or width is UNTOLD:
-        return settings.get("num_heads", UNTOLD)
-    return 16 if width in SIXTEEN_HEADS or name.startswith(SIXTEEN_HEADS_NAMED) else width // 64
+    if "num_heads" in settings or width is UNKNOWN:
+        return settings.get("num_heads", UNKNOWN)
+    return 16 if width in WIDTHS_OF_16_HEADS or name.startswith(NAMES_OF_16_HEADS) else width // 64
 
 
 def activation(settings: Settings) -> Any:
-    """The activation, as spelled out or as the name implies; the name of a SigLIP implies neither of two."""
+    """Return the activation from the arguments, or as the name implies it. The name of a SigLIP does not imply one."""
     name = settings["architecture"]
-    implied = "quick_gelu" if "quickgelu" in name else UNTOLD if "siglip" in name else "gelu"
+    implied = "quick_gelu" if "quickgelu" in name else UNKNOWN if "siglip" in name else "gelu"
     return settings.get("act_layer", implied)
 
 
-def pictures(config: ModelConfig) -> dict[str, Any]:
-    """How pictures come in."""
+def pretrained_settings(config: ModelConfig) -> dict[str, Any]:
+    """Return timm's `pretrained_cfg`: preprocessing of pictures, and the names of the first and last layers."""
     size = config.image.size
     return {
         "input_size": [3, size, size],
@@ -59,81 +69,83 @@ def pictures(config: ModelConfig) -> dict[str, Any]:
 
 
 def mlp_ratio(config: ModelConfig) -> float:
-    """The ratio whose product with the width, cut off as timm does, is the width of our MLP."""
-    width, mlp_width = config.vision.transformer.width, at(f"{TRANSFORMER}.mlp.mlp_width")(config)
+    """Return the ratio from which timm computes the width of our MLP: int(width * ratio)."""
+    width, mlp_width = config.vision.transformer.width, value_at(f"{TRANSFORMER}.mlp.mlp_width")(config)
     ratio = float(mlp_width / width)
     return ratio if int(width * ratio) == mlp_width else (mlp_width + 0.5) / width
 
 
-def bare_stem(config: ModelConfig) -> bool:
-    """timm leaves the stem's bias out where a norm follows, and only there."""
-    return bool(at("vision.stem.bias")(config)) != config.vision.pre_norm
+def has_either_bias_or_norm(config: ModelConfig) -> bool:
+    """Return True if the stem has either a bias or a norm after it. timm omits the bias exactly if a norm follows."""
+    return bool(value_at("vision.stem.bias")(config)) != config.vision.pre_norm
 
 
-def in_arguments(fact: Fact) -> Fact:
-    """A fact that is written among the arguments of the architecture."""
-    return replace(fact, write=lambda value: {"model_args": fact.write(value)})
+def in_arguments(field: ConfigField) -> ConfigField:
+    """Return a field that export writes as an argument of the architecture."""
+    return replace(field, write=lambda value: {"model_args": field.write(value)})
 
 
 ARGUMENTS = (
     same(f"{TRANSFORMER}.width", "embed_dim"),
-    Fact(f"{HEADS}.num_heads", "num_heads", at(f"{HEADS}.num_heads"), num_heads, lambda value: {"num_heads": value}),
-    Fact(f"{HEADS}.num_kv_heads", "num_heads", at(f"{HEADS}.num_kv_heads"), num_heads),
-    Fact(
+    ConfigField(
+        f"{HEADS}.num_heads", "num_heads", value_at(f"{HEADS}.num_heads"), num_heads, lambda value: {"num_heads": value}
+    ),
+    ConfigField(f"{HEADS}.num_kv_heads", "num_heads", value_at(f"{HEADS}.num_kv_heads"), num_heads),
+    ConfigField(
         f"{TRANSFORMER}.mlp.activation",
         "act_layer",
-        at(f"{TRANSFORMER}.mlp.activation"),
+        value_at(f"{TRANSFORMER}.mlp.activation"),
         activation,
         lambda value: {"act_layer": value},
     ),
-    tell("depth", at(f"{TRANSFORMER}.depth")),
-    tell("patch_size", at("vision.stem.patch_size")),
-    tell("class_token", at("vision.class_token")),
-    tell("reg_tokens", at("vision.registers")),
-    tell("pre_norm", at("vision.pre_norm")),
-    tell("img_size", at("image.size")),
-    tell("mlp_ratio", mlp_ratio),
-    tell("init_values", at(f"{TRANSFORMER}.layer_scale")),
-    tell("no_embed_class", lambda config: config.vision.position_on == "patches"),
-    tell("final_norm", at("vision.post_norm")),
-    tell("fc_norm", lambda _: False),
-    tell("global_pool", lambda config: "map" if config.vision.select == "attention" else ""),
-    tell("num_classes", lambda _: 0),
+    write_only("depth", value_at(f"{TRANSFORMER}.depth")),
+    write_only("patch_size", value_at("vision.stem.patch_size")),
+    write_only("class_token", value_at("vision.class_token")),
+    write_only("reg_tokens", value_at("vision.registers")),
+    write_only("pre_norm", value_at("vision.pre_norm")),
+    write_only("img_size", value_at("image.size")),
+    write_only("mlp_ratio", mlp_ratio),
+    write_only("init_values", value_at(f"{TRANSFORMER}.layer_scale")),
+    write_only("no_embed_class", lambda config: config.vision.position_on == "patches"),
+    write_only("final_norm", value_at("vision.post_norm")),
+    write_only("fc_norm", lambda _: False),
+    write_only("global_pool", lambda config: "map" if config.vision.select == "attention" else ""),
+    write_only("num_classes", lambda _: 0),
 )
-FACTS = (
-    *classic(TRANSFORMER),
-    always("vision.stem.kind", "patch"),
-    always(f"{HEADS}.bias", True),
-    Fact("vision.stem.bias without vision.pre_norm, or the reverse", "", bare_stem, lambda _: True),
-    Fact(
+FIELDS = (
+    *standard_transformer(TRANSFORMER),
+    constant("vision.stem.kind", "patch"),
+    constant(f"{HEADS}.bias", True),
+    ConfigField("either vision.stem.bias or vision.pre_norm", "", has_either_bias_or_norm, lambda _: True),
+    ConfigField(
         f"{TRANSFORMER}.norm.eps",
         "architecture",
-        at(f"{TRANSFORMER}.norm.eps"),
+        value_at(f"{TRANSFORMER}.norm.eps"),
         lambda settings: 1e-5 if "_clip_" in settings["architecture"] else 1e-6,
         lambda value: {"architecture": "vit_base_patch16_clip_224" if value == 1e-5 else "vit_base_patch16_224"},
     ),
-    Fact(
-        "norms in front of the branches",
+    ConfigField(
+        "norm before each branch",
         "architecture",
         lambda _: True,
         lambda settings: "_rpn_" not in settings["architecture"],
     ),
     *map(in_arguments, ARGUMENTS),
-    tell("num_features", at(f"{TRANSFORMER}.width")),
-    tell("pretrained_cfg", pictures),
+    write_only("num_features", value_at(f"{TRANSFORMER}.width")),
+    write_only("pretrained_cfg", pretrained_settings),
 )
 
 
-def table(config: ModelConfig) -> Table:
-    """Names of the file and of the encoder."""
+def table(config: ModelConfig) -> WeightTable:
+    """Return the table of the encoder."""
     vision = config.vision
     extra = vision.class_token + vision.registers if vision.position_on == "all" else 0
-    return Table(
+    return WeightTable(
         rules=(
             rename("patch_embed.proj.*", "encoder.stem.*"),
             rename("cls_token", "encoder.class_token"),
             rename("reg_token", "encoder.registers"),
-            on_grid(rename("pos_embed", "encoder.position"), extra=extra),
+            position_table(rename("pos_embed", "encoder.position"), extra=extra),
             rename("norm_pre.*", "encoder.pre_norm.*"),
             rename("blocks.{i}.norm1.*", "encoder.blocks.{i}.attention_norm.*"),
             rename("blocks.{i}.attn.qkv.*", "encoder.blocks.{i}.attention.qkv.*"),
@@ -153,11 +165,11 @@ def table(config: ModelConfig) -> Table:
             rename("attn_pool.mlp.fc2.*", "encoder.pool.mlp.out.*"),
         ),
         drops=(
-            Drop("fc_norm.*", "the norm of the mean, for classifying"),
+            Drop("fc_norm.*", "the norm of the pooled mean, used for classification"),
             Drop("head.*", "the head of a classifier"),
-            Drop("attn_pool.*", "the pooling query: the model's select is not attention"),
+            Drop("attn_pool.*", "the pooling query: vision.select of the model is not attention"),
         ),
     )
 
 
-FAMILIES = (Family("timm", "encoder", settings_of, FACTS, table, header={}),)
+FAMILIES = (Family("timm", "encoder", select_settings, FIELDS, table, fixed_settings={}),)

@@ -1,11 +1,19 @@
-"""Vision transformers (Dosovitskiy et al., 2020), as transformers publishes them, bare or with a classifier."""
+"""Vision transformers (Dosovitskiy et al., 2020) in transformers, with or without a classifier."""
 
 from __future__ import annotations
 
 from vlm.config import ModelConfig
-from vlm.weights.facts import ACTIVATIONS, always, at, classic, heads, same, tell
-from vlm.weights.family import Family, by_model_type
-from vlm.weights.rules import Drop, Table, concat, on_grid, rename
+from vlm.weights.config_fields import (
+    ACTIVATIONS,
+    attention_heads,
+    constant,
+    same,
+    standard_transformer,
+    value_at,
+    write_only,
+)
+from vlm.weights.family import transformers_family
+from vlm.weights.rules import Drop, WeightTable, concat, position_table, rename
 
 TRANSFORMER = "vision.transformer"
 DEFAULTS = {
@@ -18,37 +26,37 @@ DEFAULTS = {
     "layer_norm_eps": 1e-12,
     "qkv_bias": True,
 }
-FACTS = (
-    *classic(TRANSFORMER),
-    always("vision.stem.kind", "patch"),
-    always("vision.stem.bias", True),
-    always("vision.class_token", True),
-    always("vision.registers", 0),
-    always("vision.position_on", "all"),
-    always("vision.pre_norm", False),
-    always("vision.post_norm", True),
-    always(f"{TRANSFORMER}.layer_scale", None),
+FIELDS = (
+    *standard_transformer(TRANSFORMER),
+    constant("vision.stem.kind", "patch"),
+    constant("vision.stem.bias", True),
+    constant("vision.class_token", True),
+    constant("vision.registers", 0),
+    constant("vision.position_on", "all"),
+    constant("vision.pre_norm", False),
+    constant("vision.post_norm", True),
+    constant(f"{TRANSFORMER}.layer_scale", None),
     same(f"{TRANSFORMER}.width", "hidden_size"),
     same(f"{TRANSFORMER}.depth", "num_hidden_layers"),
-    *heads(f"{TRANSFORMER}.attention", "hidden_size", "num_attention_heads"),
+    *attention_heads(f"{TRANSFORMER}.attention", "hidden_size", "num_attention_heads"),
     same(f"{TRANSFORMER}.attention.bias", "qkv_bias"),
     same(f"{TRANSFORMER}.mlp.mlp_width", "intermediate_size"),
     same(f"{TRANSFORMER}.mlp.activation", "hidden_act", ACTIVATIONS),
     same(f"{TRANSFORMER}.norm.eps", "layer_norm_eps"),
     same("vision.stem.patch_size", "patch_size"),
-    tell("image_size", at("image.size")),
+    write_only("image_size", value_at("image.size")),
 )
 
 
-def table(config: ModelConfig) -> Table:
-    """Names of the file and of the encoder."""
+def table(config: ModelConfig) -> WeightTable:
+    """Return the table of the encoder."""
     width = config.vision.transformer.width
     attention = "encoder.layer.{i}.attention"
-    names = Table(
+    names = WeightTable(
         rules=(
             rename("embeddings.patch_embeddings.projection.*", "encoder.stem.*"),
             rename("embeddings.cls_token", "encoder.class_token"),
-            on_grid(rename("embeddings.position_embeddings", "encoder.position"), extra=1),
+            position_table(rename("embeddings.position_embeddings", "encoder.position"), extra=1),
             rename("encoder.layer.{i}.layernorm_before.*", "encoder.blocks.{i}.attention_norm.*"),
             concat(
                 [f"{attention}.attention.{part}.*" for part in ("query", "key", "value")],
@@ -61,20 +69,20 @@ def table(config: ModelConfig) -> Table:
             rename("encoder.layer.{i}.output.dense.*", "encoder.blocks.{i}.mlp.out.*"),
             rename("layernorm.*", "encoder.norm.*"),
         ),
-        drops=(Drop("pooler.*", "a layer over the class token, for classifying"),),
+        drops=(Drop("pooler.*", "a layer over the class token, used for classification"),),
     )
-    return names.under("vit.").dropping(Drop("classifier.*", "the head of a classifier"))
+    return names.with_prefix("vit.").with_drops(Drop("classifier.*", "the head of a classifier"))
 
 
 FAMILIES = (
-    Family(
+    transformers_family(
         "vit",
         "encoder",
-        by_model_type({"vit": ""}),
-        FACTS,
-        table,
-        header={"architectures": ["ViTModel"], "model_type": "vit"},
+        architecture="ViTModel",
+        sections={"vit": ""},
+        fields=FIELDS,
+        table=table,
         defaults=DEFAULTS,
-        home="vit.",
+        prefix="vit.",
     ),
 )

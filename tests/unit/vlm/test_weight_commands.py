@@ -109,10 +109,10 @@ MISTAKES = {
         "image.size",
     ),
     "no such folder": (["--encoder", "nowhere", "--model", "mine"], "there is no such folder. Where: --encoder"),
-    "another family": (["--decoder", "vit", "--model", "mine"], "whose part is the encoder"),
+    "another family": (["--decoder", "vit", "--model", "mine"], "which is a family for the encoder"),
     "other sizes": (
         ["--encoder", "vit", "--model", "mine", "--set", "model.vision.transformer.depth=3"],
-        "num_hidden_layers in the file makes it 2, the model has 3",
+        "num_hidden_layers in config.json gives 2, the model has 3",
     ),
     "a tokenizer to be learned": (
         ["--encoder", "vit", "--model", "mine", "--set", "model.text={kind: bpe}"],

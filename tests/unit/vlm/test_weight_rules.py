@@ -12,20 +12,20 @@ from torch import Tensor
 
 from pipelines.config import available, load_model
 from vlm.weights.family import families
-from vlm.weights.files import Header
-from vlm.weights.plan import make_plan, together
+from vlm.weights.files import TensorHeader
+from vlm.weights.plan import merge_block_names, plan_load
 from vlm.weights.rules import (
     Drop,
     Rule,
-    Table,
-    Tied,
+    Tie,
+    WeightTable,
     add_axes,
     concat,
-    expand,
-    on_grid,
-    patches,
+    expand_rules,
+    patch_projection,
+    position_table,
     rename,
-    resample,
+    resample_positions,
     split,
     transpose,
 )
@@ -59,7 +59,7 @@ def test_joined_and_cut_tensors_go_back(sizes: list[int], width: int) -> None:
 @given(out=COUNT, patch=COUNT, channels=COUNT, axes=st.integers(0, 3))
 def test_turned_and_folded_tensors_go_back(out: int, patch: int, channels: int, axes: int) -> None:
     linear = random(out, patch * patch * channels)
-    (convolution,) = assert_two_way(patches("a", "b", patch), [linear])
+    (convolution,) = assert_two_way(patch_projection("a", "b", patch), [linear])
     picture = random(1, channels, patch, patch)
     unrolled = picture.permute(0, 2, 3, 1).flatten()
     torch.testing.assert_close(torch.conv2d(picture, convolution).flatten(), linear @ unrolled)
@@ -72,7 +72,7 @@ def test_turned_and_folded_tensors_go_back(out: int, patch: int, channels: int, 
 def test_rules_stand_where_the_model_has_parameters() -> None:
     rules = [rename("h.{i}.fc.*", "blocks.{i}.up.*"), rename("norm.weight", "norm.weight"), rename("head", "head")]
     ours = ["blocks.0.up.weight", "blocks.0.up.bias", "blocks.1.up.weight", "norm.weight"]
-    assert [rule.theirs[0] for rule in expand(rules, ours)] == [
+    assert [rule.theirs[0] for rule in expand_rules(rules, ours)] == [
         "h.0.fc.weight",
         "h.0.fc.bias",
         "h.1.fc.weight",
@@ -82,19 +82,19 @@ def test_rules_stand_where_the_model_has_parameters() -> None:
 
 @given(before=st.integers(2, 6), after=st.integers(2, 6), extra=st.integers(0, 3))
 def test_positions_keep_their_extra_rows_and_a_plane_stays_a_plane(before: int, after: int, extra: int) -> None:
-    rule = on_grid(rename("a", "b"), extra=extra)
+    rule = position_table(rename("a", "b"), extra=extra)
     assert rule.grid is not None
     table = torch.cat((random(1, extra, 2), torch.full((1, before**2, 2), 3.0)), dim=1)
-    turned = resample(table, extra + after**2, rule.grid)
+    turned = resample_positions(table, extra + after**2, rule.grid)
     assert torch.equal(turned[:, :extra], table[:, :extra])
     torch.testing.assert_close(turned[:, extra:], torch.full((1, after**2, 2), 3.0))
 
 
 def test_a_plan_accounts_for_every_name() -> None:
-    table = Table(
-        (rename("a", "x"), on_grid(rename("p", "position"), extra=1), rename("gone", "z")),
+    table = WeightTable(
+        (rename("a", "x"), position_table(rename("p", "position"), extra=1), rename("gone", "z")),
         drops=(Drop("mask.*", "a constant"),),
-        ties=(Tied("head", "a", "own_head"),),
+        ties=(Tie("head", "a", "own_head"),),
     )
     ours = {"x": torch.zeros(2), "position": torch.zeros(1, 10, 2), "y": torch.zeros(1)}
     theirs = {
@@ -104,23 +104,23 @@ def test_a_plan_accounts_for_every_name() -> None:
         "mask.0": header(1),
         "b": header(1),
     }
-    plan = make_plan(table, ours, theirs)
+    plan = plan_load(table, ours, theirs)
     assert (plan.tied, plan.dropped) == ({"head": "a"}, {"mask.0": "a constant"})
     assert [rule.ours for rule in plan.resampled] == [("position",)]
     assert plan.problems == [
-        "left over in the file: b",
-        "a parameter of the model that the file has no tensor for: y",
+        "unused in the file: b",
+        "parameter without a tensor in the file: y",
     ]
-    assert make_plan(table, ours, theirs | {"p": header(1, 6, 2)}).problems[-1].startswith("p has shape (1, 6, 2)")
+    assert plan_load(table, ours, theirs | {"p": header(1, 6, 2)}).problems[-1].startswith("p has shape (1, 6, 2)")
 
 
-def header(*shape: int) -> Header:
-    return Header(shape, "F32", Path())
+def header(*shape: int) -> TensorHeader:
+    return TensorHeader(shape, "F32", Path())
 
 
 def test_names_of_blocks_are_told_together() -> None:
     names = ["h.0.a", "h.1.a", "h.2.a", "h.0.b", "h.2.b", "h.4.c", "d"]
-    assert together(names) == ("d", "h.{0..2}.a", "h.{0,2}.b", "h.4.c")
+    assert merge_block_names(names) == ("d", "h.{0..2}.a", "h.{0,2}.b", "h.4.c")
 
 
 PARTS = ("encoder", "decoder")
@@ -138,7 +138,7 @@ def test_each_model_made_of_published_parts_fits_their_families(name: str) -> No
     assert name in available("model")
     config = load_model(name)
     for part, names in PUBLISHED[name].items():
-        fitting = [family for family in families() if family.part == part and family.fits(config)]
+        fitting = [family for family in families() if family.part == part and family.matches_architecture(config)]
         assert [family.name for family in fitting if family.name in names] == names
         for family in fitting:
-            assert family.disagreements(config, family.to_settings(config)) == []
+            assert family.mismatches(config, family.to_settings(config)) == []

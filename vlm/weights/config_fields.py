@@ -1,0 +1,222 @@
+"""Mapping between our model config and another library's config.json.
+
+A `ConfigField` reads one value from both configs, and writes the other library's settings from our value. One list of
+fields therefore serves to check a config.json on import and to write one on export.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vlm.config import AttentionConfig, ModelConfig
+
+Settings = Mapping[str, Any]
+"""Content of the other library's config.json, or of a section of it."""
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+"""Names of activations in transformers, and ours. Of several names for one function, export writes the first."""
+
+
+class Unknown:
+    """Type of UNKNOWN."""
+
+
+UNKNOWN = Unknown()
+"""Value of a setting that config.json lacks and that the other library has no default for."""
+
+
+@dataclass(frozen=True)
+class ConfigField:
+    """One value that our config and the other library's config.json both determine.
+
+    Attributes:
+        path: dotted path of the value in our config, for messages.
+        keys: keys of the value in config.json, for messages; empty if the family implies the value.
+        ours: reads our value from the model's config.
+        theirs: reads the same value from config.json with defaults filled in, or returns UNKNOWN.
+        write: returns the settings of config.json for our value.
+    """
+
+    path: str
+    keys: str
+    ours: Callable[[ModelConfig], Any]
+    theirs: Callable[[Settings], Any]
+    write: Callable[[Any], dict[str, Any]] = lambda _: {}
+
+
+def same(path: str, key: str, values: Mapping[str, str] | None = None) -> ConfigField:
+    """Return the field of a value that our config has at `path` and config.json at `key`.
+
+    Args:
+        path: dotted path in our config.
+        key: key in config.json.
+        values: our name by their name, for values that are named differently.
+    """
+    to_ours = values or {}
+    to_theirs = {ours: theirs for theirs, ours in reversed(list(to_ours.items()))}
+
+    def theirs(settings: Settings) -> Any:
+        value = settings.get(key, UNKNOWN)
+        return to_ours.get(value, value) if isinstance(value, str) else value
+
+    def write(value: Any) -> dict[str, Any]:
+        return {key: to_theirs.get(value, value) if isinstance(value, str) else value}
+
+    return ConfigField(path, key, value_at(path), theirs, write)
+
+
+def constant(path: str, value: Any) -> ConfigField:
+    """Return the field of a value in our config that is the same in every model of the family."""
+    return ConfigField(path, "", value_at(path), lambda _: value)
+
+
+def required(key: str, value: Any) -> ConfigField:
+    """Return the field of a setting in config.json that must have this value, the only one supported here."""
+    return ConfigField("supported value", key, lambda _: value, lambda settings: settings.get(key, value))
+
+
+def write_only(key: str, ours: Callable[[ModelConfig], Any]) -> ConfigField:
+    """Return a field that export writes and import does not compare.
+
+    It suits settings that the tensors' shapes already determine, and settings that may differ.
+    """
+    return ConfigField("", key, ours, lambda _: UNKNOWN, lambda value: {key: value})
+
+
+def attention_heads(path: str, width: str, count: str) -> tuple[ConfigField, ...]:
+    """Return the fields of multi-head attention whose heads divide the model's width.
+
+    Args:
+        path: dotted path of our attention config.
+        width: key of the model's width in config.json.
+        count: key of the number of heads in config.json.
+    """
+    return (
+        same(f"{path}.num_heads", count),
+        ConfigField(f"{path}.num_kv_heads", count, value_at(f"{path}.num_kv_heads"), lambda settings: settings[count]),
+        ConfigField(
+            f"{path}.head_dim",
+            f"{width} / {count}",
+            value_at(f"{path}.head_dim"),
+            lambda settings: settings[width] / settings[count],
+        ),
+    )
+
+
+def standard_transformer(path: str) -> tuple[ConfigField, ...]:
+    """Return the fields of a pre-norm transformer as in GPT-2 and ViT: LayerNorm, plain MLPs, learned positions."""
+    return (
+        constant(f"{path}.norm.kind", "layer"),
+        constant(f"{path}.position.kind", "learned"),
+        constant(f"{path}.mlp.kind", "plain"),
+        constant(f"{path}.mlp.bias", True),
+        constant(f"{path}.sandwich", False),
+        constant(f"{path}.attention.soft_cap", None),
+        constant(f"{path}.attention.windows", (None,)),
+        default_attention_scale(path),
+    )
+
+
+def default_attention_scale(path: str) -> ConfigField:
+    """Return the field that requires attention scores to be divided by sqrt(head_dim)."""
+    return ConfigField(
+        f"{path}.attention.scale * sqrt(head_dim)",
+        "",
+        lambda config: (
+            attention_scale(value_at(f"{path}.attention")(config))
+            * value_at(f"{path}.attention.head_dim")(config) ** 0.5
+        ),
+        lambda _: 1.0,
+    )
+
+
+def attention_scale(attention: AttentionConfig) -> float:
+    """Return the factor of the attention scores."""
+    return attention.scale if attention.scale is not None else attention.head_dim**-0.5
+
+
+def in_section(section: str, fields: Iterable[ConfigField], defaults: Settings) -> tuple[ConfigField, ...]:
+    """Return fields that read and write their settings in a section of config.json.
+
+    Args:
+        section: key of the section.
+        fields: fields whose keys are relative to the section.
+        defaults: values of keys that the section lacks.
+    """
+    return tuple(_in_section(section, field, defaults) for field in fields)
+
+
+def _in_section(section: str, field: ConfigField, defaults: Settings) -> ConfigField:
+    return ConfigField(
+        field.path,
+        field.keys and f"{section}.{field.keys}",
+        field.ours,
+        lambda settings: field.theirs({**defaults, **settings.get(section, {})}),
+        lambda value: {section: field.write(value)},
+    )
+
+
+def value_at(path: str) -> Callable[[ModelConfig], Any]:
+    """Return a function that reads the value at a dotted path, or None if the variant (`kind`) lacks that key."""
+
+    def read(config: ModelConfig) -> Any:
+        value: Any = config
+        for name in path.split("."):
+            value = getattr(value, name, None)
+        return value
+
+    return read
+
+
+# ------------------------------------------------------------------------------------------------ compare and write
+
+
+def find_mismatches(fields: Iterable[ConfigField], config: ModelConfig, settings: Settings) -> list[str]:
+    """Return one sentence per field whose values in our config and in config.json differ."""
+    sentences = []
+    for field in fields:
+        ours, theirs = field.ours(config), field.theirs(settings)
+        if theirs is not UNKNOWN and not _equal(ours, theirs):
+            source = f"{field.keys} in config.json gives" if field.keys else "weights of this family have"
+            sentences.append(f"{field.path}: {source} {theirs!r}, the model has {ours!r}")
+    return sentences
+
+
+def unchecked_paths(fields: Iterable[ConfigField], settings: Settings) -> list[str]:
+    """Return the paths of our config that cannot be compared, because config.json lacks the setting."""
+    return [field.path for field in fields if field.path and field.theirs(settings) is UNKNOWN]
+
+
+def build_settings(fields: Iterable[ConfigField], config: ModelConfig) -> dict[str, Any]:
+    """Return the other library's settings for our config."""
+    settings: dict[str, Any] = {}
+    for field in fields:
+        merge_settings(settings, field.write(field.ours(config)))
+    return settings
+
+
+def merge_settings(into: dict[str, Any], new: Settings) -> None:
+    """Add settings to settings, in place and recursively."""
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            merge_settings(into[key], value)
+        else:
+            into[key] = value
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Compare two values; numbers may differ by the rounding of decimal notation."""
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (one, other))
+    return math.isclose(one, other, rel_tol=1e-9) if numbers else bool(one == other)
