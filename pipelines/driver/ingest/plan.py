@@ -37,8 +37,8 @@ CONTRIBUTING = """
         so_far -> so_far.rows
     )
 """
-"""Number of rows that add a text which is neither in `samples` nor in an earlier row. Rows are taken in the order of
-their texts, so the number depends on the rows only."""
+"""Number of rows that add a text which is neither in `samples` nor in an earlier row. Rows are processed in the order
+of their texts, so the number depends on the rows only."""
 
 
 @dataclass(frozen=True)
