@@ -1,0 +1,123 @@
+"""Budgets for files, functions and folders; no import circles; the README shows the real tree."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import grimp
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+MAX_DRIVER_ENTRIES, MAX_MODULES = 9, 14
+CODE = sorted(file for folder in ("vlm", "pipelines", "jobs", "tests") for file in (ROOT / folder).rglob("*.py"))
+PACKAGES = [file.parent for file in CODE if file.name == "__init__.py"]
+LIBRARIES = [folder for folder in PACKAGES if folder != ROOT / "jobs"]
+UNFINISHED = {
+    *("pipelines/config", "pipelines/driver/ingest", "pipelines/driver/ingest/sources", "pipelines/formats"),
+    *("pipelines/platform", "pipelines/review", "pipelines/tracking", "vlm/layers", "vlm/weights"),
+}
+"""Packages whose docstring or imports are being rewritten; this set must become empty."""
+
+
+def relative(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+# ------------------------------------------------------------------------------------------------ size
+
+
+def test_no_file_is_longer_than_400_lines() -> None:
+    lengths = {relative(file): len(file.read_text().splitlines()) for file in CODE}
+    assert {file: count for file, count in lengths.items() if count >= MAX_FILE_LINES} == {}
+
+
+def test_no_function_is_longer_than_60_lines() -> None:
+    long = [
+        f"{relative(file)}:{node.lineno} {node.name}: {node.end_lineno - node.lineno + 1} lines"
+        for file in CODE
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno
+        and node.end_lineno - node.lineno + 1 >= MAX_FUNCTION_LINES
+    ]
+    assert long == []
+
+
+def test_the_driver_has_at_most_nine_entries() -> None:
+    entries = sorted(path.name for path in (ROOT / "pipelines/driver").iterdir() if path.name != "__pycache__")
+    assert len(entries) <= MAX_DRIVER_ENTRIES, entries
+
+
+def test_no_folder_has_more_than_fourteen_modules() -> None:
+    modules = {relative(folder): {*folder.glob("*.py")} - {folder / "__init__.py"} for folder in LIBRARIES}
+    assert {folder: len(files) for folder, files in modules.items() if len(files) > MAX_MODULES} == {}
+
+
+# ------------------------------------------------------------------------------------------------ packages
+
+
+@cache
+def import_graph() -> grimp.ImportGraph:
+    """Build the import graph of `vlm` and `pipelines`, without imports that only type checkers see."""
+    return grimp.build_graph("vlm", "pipelines", exclude_type_checking_imports=True, cache_dir=None)
+
+
+@pytest.mark.parametrize("folder", LIBRARIES, ids=relative)
+def test_modules_and_folders_of_a_package_do_not_import_each_other_in_a_circle(folder: Path) -> None:
+    """A subfolder counts as one unit with everything below it."""
+    if relative(folder) == "vlm/weights" and "vlm/weights" in UNFINISHED:
+        pytest.skip("family.py imports tables/ to find the families, and they import family.py")
+    imports = import_graph().nominate_cycle_breakers(relative(folder).replace("/", "."))
+    assert sorted(imports) == [], "without these imports there would be no circle"
+
+
+@pytest.mark.parametrize("folder", PACKAGES, ids=relative)
+def test_a_package_says_what_it_is_in_two_or_three_sentences(folder: Path) -> None:
+    if relative(folder) in UNFINISHED:
+        pytest.skip("the docstring is being rewritten")
+    docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    sentences = re.findall(r"[.!?](?=\s|$)", docstring)
+    assert 2 <= len(sentences) <= 3, docstring
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+
+def test_code_is_ascii_and_names_no_machine() -> None:
+    for file in CODE:
+        text = file.read_text()
+        assert text.isascii(), relative(file)
+        assert not re.search(r"/(home|Users|work|root)/\w", text), relative(file)
+
+
+def test_the_readme_tree_is_the_real_one() -> None:
+    named = set(tree_paths((ROOT / "README.md").read_text()))
+    assert {path for path in named if not (ROOT / path).exists()} == set()
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=False).stdout.split()
+    folders = {path.partition("/")[0] + "/" for path in listed if "/" in path}
+    assert {folder for folder in folders if folder not in named} == set()
+
+
+def tree_paths(readme: str) -> Iterator[str]:
+    """Yield the paths in the README's annotated tree: the block with a line `vlm/`, indented two spaces per level."""
+    block = next(
+        (b for b in re.findall(r"^```\w*\n(.*?)^```", readme, re.M | re.S) if re.search(r"^vlm/\s", b, re.M)), ""
+    )
+    assert block, "README.md has no annotated tree"
+    parents: list[str] = []
+    for line in filter(str.strip, block.splitlines()):
+        depth = (len(line) - len(line.lstrip())) // 2
+        head, _, note = line.strip().partition("  ")
+        parents[depth:] = []
+        paths = ["".join(parents) + name for name in head.split()]
+        yield from paths
+        if head.endswith("/"):
+            parents.append(head.split()[-1])
+            # Files named in a folder's annotation must exist too.
+            yield from ("".join(parents) + name for name in re.findall(r"(?<!\S)[a-z_]+\.(?:py|md|yml)(?!\S)", note))
