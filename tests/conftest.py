@@ -1,4 +1,4 @@
-"""What all tests share: one torch thread, one Spark session on real executors, one home folder."""
+"""Fixtures for all tests: one torch thread, one Spark session on real executors, one home folder."""
 
 from __future__ import annotations
 
@@ -13,18 +13,27 @@ from pipelines.config import LocalPlatformConfig, SparkConfig, short_hash
 from pipelines.driver.delta.tables import ensure_tables
 from pipelines.platform import Platform, local
 
+LONGEST_FIRST = ("spark in spark", "spark in e2e", "pipelines", "parallel")
+"""Groups of pytest-xdist in the order of their duration: the short tests fill up the process that is done first."""
+
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where two processes share the tests, each takes half of those that need Spark, and has one session for them."""
+    """Put the tests that need Spark into one group per folder, so that two sessions serve them, and sort by group."""
     for item in items:
         if "spark" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group(f"spark in {item.path.parent.name}"))
+    items.sort(key=_rank)  # a stable sort: within a group the order stays
+
+
+def _rank(item: pytest.Item) -> int:
+    marker = item.get_closest_marker("xdist_group")
+    return LONGEST_FIRST.index(marker.args[0]) if marker and marker.args[0] in LONGEST_FIRST else len(LONGEST_FIRST)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Two processes share the tests and the cores: a second thread each would only wait, tiny models most of all."""
+    """Use one torch thread, because two test processes share two cores and tiny models gain nothing from more."""
     import torch
 
     torch.set_num_threads(1)
@@ -32,7 +41,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Platform:
-    """A laptop's platform with two executors, on a fresh home folder that all tests share; sources keep them apart."""
+    """A local platform with two executors and a new home folder. All tests share it and use sources of their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAKESIGHT_HOME", str(tmp_path_factory.mktemp("home")))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -41,12 +50,12 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Platform:
 
 @pytest.fixture(scope="session")
 def spark(platform: Platform) -> Iterator[SparkSession]:
-    """The one Spark session, with every table there."""
+    """The Spark session that all tests of a process share, with all tables created."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", TEST_PATH)  # executors run entries of the tests too
+        patch.setenv("PYTHONPATH", TEST_PATH)  # executors import modules of tests/support
         session = platform.open_spark()
-    # A few rows a query: compiling it to bytecode and planning it again would take longer than running it. The demo's
-    # test does both.
+    # Queries here have few rows: generating code and planning adaptively would take longer than running them. The test
+    # of `lakesight demo` runs with both.
     session.conf.set("spark.sql.codegen.wholeStage", "false")
     session.conf.set("spark.sql.codegen.factoryMode", "NO_CODEGEN")
     session.conf.set("spark.sql.adaptive.enabled", "false")
@@ -57,7 +66,7 @@ def spark(platform: Platform) -> Iterator[SparkSession]:
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Creating MLflow's tables takes seconds; copying them does not."""
+    """An MLflow database without runs, to copy: creating its tables takes seconds."""
     from mlflow import MlflowClient
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
@@ -67,5 +76,5 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def source(request: pytest.FixtureRequest) -> str:
-    """A source name that no other test uses."""
+    """Return a source name that no other test uses."""
     return f"test-{short_hash(request.node.nodeid)}"

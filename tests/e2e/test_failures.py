@@ -96,7 +96,6 @@ def cells() -> Iterator[Cell]:
 
 
 SAMPLE = {
-    Cell("kill", 0, "checkpoint", BESIDE),
     Cell("nan", 1, "step", BESIDE),
     Cell("hang", 1, "step", BESIDE),
     Cell("disk_full", 0, "checkpoint", BESIDE),

@@ -6,6 +6,7 @@ import base64
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,17 +21,21 @@ from pipelines.worker.caption import load_captioner
 CONFIG = tiny_run()
 
 
-@pytest.fixture
-def laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Platform:
-    """A home folder of its own, with its own registry."""
-    monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return local(LocalPlatformConfig())
+pytestmark = pytest.mark.xdist_group("serving")  # one process registers the version
 
 
-@pytest.fixture
-def version(laptop: Platform, tmp_path: Path) -> registry.ModelVersion:
-    return register_random(laptop, tmp_path, CONFIG)
+@pytest.fixture(scope="module")
+def laptop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """A local platform with a home folder and a registry of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAKESIGHT_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield local(LocalPlatformConfig())
+
+
+@pytest.fixture(scope="module")
+def version(laptop: Platform, tmp_path_factory: pytest.TempPathFactory) -> registry.ModelVersion:
+    return register_random(laptop, tmp_path_factory.mktemp("registered"), CONFIG)
 
 
 def test_a_served_version_captions_base64_pictures_over_rest_from_many_clients_at_once(

@@ -1,4 +1,4 @@
-"""Ranks for real: under torchrun, beside the driver, and on executors; and what the driver makes of their deaths."""
+"""Ranks under torchrun and beside the driver: results, checkpoints, and resuming after a kill or an interrupt."""
 
 from __future__ import annotations
 
@@ -16,21 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from processes import is_running, torchrun
 from pyspark.sql import SparkSession
 from rank_faults import Fault, faulty_rank
-from safetensors.torch import load_file
-from tiny_runs import MakeRun, runs_in, tiny_run
+from tiny_runs import MakeRun, runs_in
 
 from pipelines.driver.train.launch import check_slots
 from pipelines.driver.train.run import launch
 from pipelines.errors import UserError
-from pipelines.formats.run_folder import Result, RunDir, read_json, write_json
+from pipelines.formats.run_folder import Result, RunDir, read_json
 from pipelines.platform import Launch, Platform
-from vlm import text
-from vlm.build import build_model
-from vlm.checkpoint import load_model, save_model
+
+# One process runs all of them: it trains the uninterrupted run and starts its Spark session once.
+pytestmark = pytest.mark.xdist_group("spark in e2e")
 
 
 @pytest.fixture
@@ -68,10 +66,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 @pytest.fixture
 def two_ranks(platform: Platform) -> Platform:
     return replace(platform, launch=Launch(2, local_mode=True, use_gpu=False))
-
-
-def losses(run: RunDir) -> list[float]:
-    return [m.values["train/loss"] for m in run.read_metrics() if "train/loss" in m.values]
 
 
 def timeless(run: RunDir) -> list[tuple[int, dict[str, float]]]:
@@ -149,94 +143,6 @@ def assert_equal(whole: RunDir, other: RunDir) -> None:
         assert (whole.checkpoint(60) / name).read_bytes() == (other.checkpoint(60) / name).read_bytes()
     assert timeless(whole) == timeless(other)
     assert list(whole.read_samples()) == list(other.read_samples())
-
-
-def still() -> dict[str, Any]:
-    """The tiny model without dropout: which activations are dropped depends on the rank."""
-    model = tiny_run().model.model_dump()
-    for part in (model["vision"], model["decoder"]):
-        part["transformer"]["dropout"] = 0.0
-    return model
-
-
-def test_ranks_slices_parts_of_a_batch_and_copies_of_shards_change_nothing_but_rounding(
-    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    near = tmp_path / "near"
-    near.mkdir()
-    monkeypatch.setenv("TMPDIR", str(near))
-    settings: dict[str, Any] = {
-        "model": still(),
-        "steps": 10,
-        "log_every": 1,
-        "checkpoint_every": 5,
-        "augment": AUGMENT,
-        "optimizer": {"warmup_steps": 2, "ema_decay": 0.5},
-    }
-    alone = make_run("alone", ranks=1, **settings)
-    assert torchrun(alone, 1).returncode == 0
-    assert not list(near.glob("lakesight-shards-*"))
-    ddp = make_run("ddp", **settings)
-    parts = make_run("parts", rows_at_once=1, recompute_blocks=True, cache_gib=1, **settings)
-    fsdp = make_run("fsdp", parallel="fsdp", **settings)
-    plain = make_run("plain", **settings | {"augment": None})
-    ended = torchrun([ddp, parts, fsdp, plain], 2, "train_runs_in_turn")
-    assert ended.returncode == 0, ended.stdout
-    assert losses(alone) == pytest.approx(losses(ddp), rel=1e-6)
-    assert losses(parts) == pytest.approx(losses(ddp), rel=1e-6)
-    assert losses(fsdp) == pytest.approx(losses(ddp), rel=1e-5)
-    assert losses(plain) != pytest.approx(losses(ddp), rel=1e-3), "its pictures are the shards'"
-    assert list(fsdp.read_samples()) == list(ddp.read_samples())
-    averages = [load_file(run.checkpoint(10) / "model.safetensors") for run in (fsdp, ddp)]
-    for name, average in averages[0].items():
-        torch.testing.assert_close(average, averages[1][name], rtol=1e-4, atol=1e-6)
-    assert list(near.glob("lakesight-shards-*/lock")), "one of them may copy its shards"
-
-    # A checkpoint of either is one of the other's, and of any number of ranks.
-    crossed = [half_of(run, tmp_path / f"from-{run.path.name}", other) for run, other in ((ddp, "fsdp"), (fsdp, "ddp"))]
-    ended = torchrun(crossed, 2, "train_runs_in_turn")
-    assert ended.returncode == 0, ended.stdout
-    for run in crossed:
-        assert losses(run) == pytest.approx(losses(ddp), rel=1e-5)
-
-
-def half_of(run: RunDir, folder: Path, parallel: str) -> RunDir:
-    """A copy of a finished run, back at its first checkpoint, to go on in another way."""
-    half = RunDir(folder)
-    shutil.copytree(run.path, half.path)
-    half.result.unlink(missing_ok=True)
-    shutil.rmtree(half.checkpoint(10))
-    file = half.read_run()
-    train = file.config.train.model_copy(update={"parallel": parallel})
-    write_json(half.run, file.model_copy(update={"config": file.config.model_copy(update={"train": train})}))
-    for step in range(6, 11):
-        half.metrics(step).unlink()
-    return half
-
-
-def test_an_adapter_tunes_a_model_on_two_ranks_and_what_comes_out_is_a_plain_one(
-    make_run: MakeRun, tmp_path: Path
-) -> None:
-    config = tiny_run().model
-    tokenizer = text.learn(config.text, ())
-    torch.manual_seed(0)
-    save_model(tmp_path / "base", build_model(config, tokenizer.vocab_size), tokenizer)
-    adapter = {"pattern": "decoder.*", "rank": 4}
-    optimizer = {"lr": 0.02, "warmup_steps": 2}
-    run = make_run(start_from=str(tmp_path / "base"), adapter=adapter, precision="bf16", optimizer=optimizer, **FEW)
-    ended = torchrun(run, 2)
-    assert ended.returncode == 0, ended.stdout
-    assert losses(run)[-1] < 0.8 * losses(run)[0]
-    before, last = run.finished_checkpoints()
-    assert {path.name for path in before.iterdir()} == {"adapter.json", "adapter.safetensors", *STATE_FILES}
-    base, tuned = (load_model(folder)[0].state_dict() for folder in (tmp_path / "base", last))
-    moved = {name for name in base if not torch.equal(base[name], tuned[name])}
-    assert moved == {f"decoder.{name}.weight" for name in ADAPTED}
-
-
-FEW = {"steps": 30, "validate_every": 30, "checkpoint_every": 15}
-STATE_FILES = {"training.json", "training.safetensors", "files.json", "run.json"}
-ADAPTED = {"head", *(f"blocks.0.{name}" for name in ("attention.qkv", "attention.out", "mlp.up", "mlp.out"))}
 
 
 @pytest.mark.faults

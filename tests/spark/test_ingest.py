@@ -14,6 +14,7 @@ import pytest
 from pictures import IMAGE, TEXT, as_base64, encoded, picture, png, write_csv
 from PIL import Image
 from pyspark.sql import Row, SparkSession
+from shared_data import shared_file
 from spark_session import spark_settings
 
 from pipelines.config import DataConfig
@@ -24,8 +25,6 @@ from pipelines.driver.ingest.totals import IngestReport
 from pipelines.errors import UserError
 from pipelines.formats.tables import SAMPLES
 from pipelines.platform import Platform
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 def config(path: Path, **changes: Any) -> DataConfig:
@@ -264,10 +263,7 @@ def test_an_input_that_cannot_be_used_is_told_in_one_paragraph(
 
 
 def test_the_seeds_own_file_is_read(spark: SparkSession, platform: Platform, source: str) -> None:
-    path = SHARED / "seemore" / "inputs.csv"
-    if not path.exists():
-        pytest.skip("the seeds' pictures are not beside this checkout (../shared/data/seemore)")
-    report = ingest(spark, platform, source, config(path))
+    report = ingest(spark, platform, source, config(shared_file("seemore/inputs.csv")))
     assert parts(report) == (3, 3, 0, 0, 0)
     rows = rows_of(spark, platform, "samples", source)
     assert {(row["format"], row["width"], row["height"], row["split"]) for row in rows} == {
@@ -276,9 +272,7 @@ def test_the_seeds_own_file_is_read(spark: SparkSession, platform: Platform, sou
 
 
 def test_real_pictures_are_read(spark: SparkSession, platform: Platform, source: str) -> None:
-    path = SHARED / "emoji" / "test.csv"
-    if not path.exists():
-        pytest.skip("the emoji pictures are not beside this checkout (../shared/data/emoji)")
+    path = shared_file("emoji/test.csv")
     data = config(path, source={"columns": {"id": "image_id"}}, split={"kind": "file"})
     report = ingest(spark, platform, source, data)
     assert parts(report) == (620, 620, 0, 0, 0)

@@ -214,7 +214,9 @@ def test_a_split_without_rows_says_which_splits_have_some(
         shard(spark, platform, "test-never-ingested", config(path), IMAGE, "train")
 
 
-@pytest.mark.parametrize("rows", [50, 1], ids=["pixels travel", "pictures travel"])
+@pytest.mark.parametrize(
+    "rows", [pytest.param(50, id="pixels travel"), pytest.param(1, id="pictures travel", marks=pytest.mark.matrix)]
+)
 def test_a_picture_that_no_longer_decodes_stops_the_stage_and_is_named(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path, rows: int
 ) -> None:

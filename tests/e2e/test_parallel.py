@@ -1,0 +1,193 @@
+"""Results do not depend on the number of ranks, on how a batch is divided, or on how weights are sharded.
+
+Starting ranks takes longer than tiny runs do, so one launch trains several runs one after another.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from processes import torchrun
+from safetensors.numpy import load_file as load_arrays
+from safetensors.torch import load_file
+from tiny_runs import runs_in, tiny_model_config, tiny_run, write_run, write_shards
+
+from pipelines.formats.run_folder import Metrics, RunDir, write_json
+from vlm import text
+from vlm.build import build_model
+from vlm.checkpoint import load_model, save_model
+
+pytestmark = pytest.mark.xdist_group("parallel")  # one process runs the launches
+
+COPIES = "lakesight-shards-*"
+AUGMENT = {"scale": [0.5, 1.0], "flip": 0.5, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3}
+EXPERTS = {"kind": "moe", "num_experts": 4, "expert": {"kind": "plain", "mlp_width": 16}, "balance_weight": 0.5}
+STATE_FILES = {"training.json", "training.safetensors", "files.json", "run.json"}
+ADAPTED = {"head", *(f"blocks.0.{name}" for name in ("attention.qkv", "attention.out", "mlp.up", "mlp.out"))}
+
+
+class Launched(NamedTuple):
+    """Finished runs by name, and the temporary folder of their ranks.
+
+    Attributes:
+        one_rank: `alone` and `routed`.
+        two_ranks: `ddp`, `parts`, `fsdp`, `plain`, `routed` and `adapted`.
+        copied_by_one_rank: copies of shards that the launch of one rank left in `temporary`.
+    """
+
+    one_rank: dict[str, RunDir]
+    two_ranks: dict[str, RunDir]
+    base: Path
+    temporary: Path
+    copied_by_one_rank: list[Path]
+
+
+def launch(runs: dict[str, RunDir], ranks: int) -> dict[str, RunDir]:
+    """Train the runs one after another on that many ranks."""
+    ended = torchrun(list(runs.values()), ranks, "train_runs_in_turn")
+    assert ended.returncode == 0, ended.stdout
+    return runs
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    folder = tmp_path_factory.mktemp("parallel")
+    (temporary := folder / "temporary").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(temporary))
+        make_run = runs_in(folder, patch)
+        settings: dict[str, Any] = {
+            "model": without_dropout(),
+            "steps": 10,
+            "log_every": 1,
+            "checkpoint_every": 5,
+            "augment": AUGMENT,
+            "optimizer": {"warmup_steps": 2, "ema_decay": 0.5},
+        }
+        alone = make_run("alone", ranks=1, **settings)
+        one_rank = launch({"alone": alone, "routed": routed_run(folder, ranks=1)}, 1)
+        copied = list(temporary.glob(COPIES))
+        two_ranks = {
+            "ddp": make_run("ddp", **settings),
+            "parts": make_run("parts", rows_at_once=1, recompute_blocks=True, cache_gib=1, **settings),
+            "fsdp": make_run("fsdp", parallel="fsdp", **settings),
+            "plain": make_run("plain", **settings | {"augment": None}),
+            "routed": routed_run(folder, ranks=2),
+            "adapted": make_run("adapted", **adapter_settings(save_base(folder / "base"))),
+        }
+        launch(two_ranks, 2)
+    return Launched(one_rank, two_ranks, folder / "base", temporary, copied)
+
+
+def without_dropout() -> dict[str, Any]:
+    """Return the tiny model without dropout, whose random draws depend on the rank."""
+    model = tiny_run().model.model_dump()
+    for part in (model["vision"], model["decoder"]):
+        part["transformer"]["dropout"] = 0.0
+    return model
+
+
+def routed_run(folder: Path, ranks: int) -> RunDir:
+    """Write a run of six steps of a tiny mixture of experts, with nothing random in a step."""
+    model = tiny_model_config().model_dump()
+    for part in (model["vision"], model["decoder"]):
+        part["transformer"] |= {"mlp": EXPERTS, "dropout": 0.0}
+    config = tiny_run(steps=6, ranks=ranks, model=model, log_every=2)
+    # Texts of unequal length, so that the ranks' numbers of tokens differ.
+    shards = write_shards(folder / f"routed-shards-{ranks}", rows=12, texts=3)
+    return write_run(folder / f"routed-{ranks}", config, shards, shards)
+
+
+def save_base(folder: Path) -> Path:
+    """Save a random tiny model to tune."""
+    config = tiny_run().model
+    tokenizer = text.learn(config.text, ())
+    torch.manual_seed(0)
+    save_model(folder, build_model(config, tokenizer.vocab_size), tokenizer)
+    return folder
+
+
+def adapter_settings(base: Path) -> dict[str, Any]:
+    return {
+        "start_from": str(base),
+        "adapter": {"pattern": "decoder.*", "rank": 4},
+        "precision": "bf16",
+        "optimizer": {"lr": 0.02, "warmup_steps": 2},
+        "steps": 30,
+        "validate_every": 30,
+        "checkpoint_every": 15,
+    }
+
+
+def losses(run: RunDir) -> list[float]:
+    return [m.values["train/loss"] for m in run.read_metrics() if "train/loss" in m.values]
+
+
+def test_ranks_microbatches_fsdp_and_local_copies_of_shards_change_nothing_but_rounding(launched: Launched) -> None:
+    alone = launched.one_rank["alone"]
+    ddp, parts, fsdp, plain = (launched.two_ranks[name] for name in ("ddp", "parts", "fsdp", "plain"))
+    assert not launched.copied_by_one_rank
+    assert losses(alone) == pytest.approx(losses(ddp), rel=1e-6)
+    assert losses(parts) == pytest.approx(losses(ddp), rel=1e-6)
+    assert losses(fsdp) == pytest.approx(losses(ddp), rel=1e-5)
+    assert losses(plain) != pytest.approx(losses(ddp), rel=1e-3), "without augmentation the losses differ"
+    assert list(fsdp.read_samples()) == list(ddp.read_samples())
+    averages = [load_file(run.checkpoint(10) / "model.safetensors") for run in (fsdp, ddp)]
+    for name, average in averages[0].items():
+        torch.testing.assert_close(average, averages[1][name], rtol=1e-4, atol=1e-6)
+    assert list(launched.temporary.glob(f"{COPIES}/lock")), "the run with cache_gib copied its shards"
+
+
+def test_a_checkpoint_of_ddp_continues_under_fsdp_and_the_other_way_round(launched: Launched, tmp_path: Path) -> None:
+    ddp, fsdp = launched.two_ranks["ddp"], launched.two_ranks["fsdp"]
+    crossed = {
+        other: back_at_half(run, tmp_path / f"from-{run.path.name}", other)
+        for run, other in ((ddp, "fsdp"), (fsdp, "ddp"))
+    }
+    for run in launch(crossed, 2).values():
+        assert losses(run) == pytest.approx(losses(ddp), rel=1e-5)
+
+
+def back_at_half(run: RunDir, folder: Path, parallel: str) -> RunDir:
+    """Copy a finished run, back at its first checkpoint, with another setting of `parallel`."""
+    half = RunDir(folder)
+    shutil.copytree(run.path, half.path)
+    half.result.unlink(missing_ok=True)
+    shutil.rmtree(half.checkpoint(10))
+    file = half.read_run()
+    train = file.config.train.model_copy(update={"parallel": parallel})
+    write_json(half.run, file.model_copy(update={"config": file.config.model_copy(update={"train": train})}))
+    for step in range(6, 11):
+        half.metrics(step).unlink()
+    return half
+
+
+def test_an_adapter_tunes_a_model_on_two_ranks_and_the_result_is_a_model_without_adapter(launched: Launched) -> None:
+    run = launched.two_ranks["adapted"]
+    assert losses(run)[-1] < 0.8 * losses(run)[0]
+    before, last = run.finished_checkpoints()
+    assert {path.name for path in before.iterdir()} == {"adapter.json", "adapter.safetensors", *STATE_FILES}
+    base, tuned = (load_model(folder)[0].state_dict() for folder in (launched.base, last))
+    moved = {name for name in base if not torch.equal(base[name], tuned[name])}
+    assert moved == {f"decoder.{name}.weight" for name in ADAPTED}
+
+
+def test_experts_learn_and_report_the_same_on_one_rank_and_on_two(launched: Launched) -> None:
+    runs = [launched.one_rank["routed"], launched.two_ranks["routed"]]
+    logged: list[list[Metrics]] = [list(run.read_metrics()) for run in runs]
+    assert [step.step for step in logged[0]] == [2, 4, 6]
+    for alone, together in zip(*logged, strict=True):
+        assert set(alone.expert_load) == {"encoder.blocks.0", "decoder.blocks.0"}
+        assert together.expert_load.keys() == alone.expert_load.keys()
+        for layer, load in alone.expert_load.items():
+            assert sum(load) == pytest.approx(1)
+            assert together.expert_load[layer] == pytest.approx(load)
+        for name in ("train/loss", "train/router_balance", "train/router_z", "train/grad_norm"):
+            assert together.values[name] == pytest.approx(alone.values[name], rel=1e-4), name
+    weights = [load_arrays(run.checkpoint(6) / "model.safetensors") for run in runs]
+    for name, expected in weights[0].items():
+        assert weights[1][name] == pytest.approx(expected, abs=1e-4), name
