@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from processes import is_running
-from spark_drivers import driver_environment, places_of, run_drivers, standalone_cluster, started_processes
+from spark_drivers import driver_environment, placements_of, run_drivers, standalone_cluster, started_processes
 from tiny_runs import MakeRun, runs_in
 
 from pipelines.formats.run_folder import Result, RunDir, read_json
@@ -30,7 +30,7 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
 def trained_apart(first: RunDir, second: RunDir) -> None:
     """Two runs of two ranks that were started at once have each its own result and met at a port of its own."""
     assert [read_json(run.result, Result).world_size for run in (first, second)] == [2, 2]
-    ports = [{place.port for place in places_of(run)} for run in (first, second)]
+    ports = [{place.port for place in placements_of(run)} for run in (first, second)]
     assert len(ports[0]) == len(ports[1]) == len(ports[0] | ports[1]) - 1 == 1
     losses = [[metrics.values["train/loss"] for metrics in run.read_metrics()] for run in (first, second)]
     assert len(losses[0]) == len(losses[1]) == 2
@@ -51,7 +51,7 @@ def test_two_runs_at_once_on_a_standalone_cluster_do_not_meet(make_run: MakeRun,
     executors = list((tmp_path / "work").glob("app-*/*"))
     assert len({executor.parent for executor in executors}) == 2
     assert all(list(executor.glob("io.delta_delta-spark_*.jar")) for executor in executors)
-    assert not any(is_running(place.agent) for run in runs for place in places_of(run))
+    assert not any(is_running(place.agent) for run in runs for place in placements_of(run))
 
 
 def gpu_settings(folder: Path, per_task: str) -> dict[str, str]:
@@ -85,7 +85,7 @@ def test_four_ranks_on_two_executors_have_a_gpu_each_however_many_a_task_claims(
     (refused,) = run_drivers(tmp_path / "home", "local-cluster[2,4,1024]", [run, larger], settings=settings)
     assert re.search(refusal, refused["larger"])
     assert read_json(run.result, Result).world_size == 4
-    places = places_of(run)
+    places = placements_of(run)
     assert sorted((place.gpus, place.local_rank) for place in places) == expected
     assert len({place.agent for place in places}) == 4 // int(per_task)
 

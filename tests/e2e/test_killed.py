@@ -1,4 +1,4 @@
-"""Whatever is killed while rows come in or shards are written: none is lost, none is doubled."""
+"""Ingest and sharding under SIGKILL: no row is lost or duplicated."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from pipelines.errors import StageFailed
 from pipelines.formats.shards import Shards
 from pipelines.platform import Platform
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 ROWS = 60
-SOON = 3.0
-"""In which the one kill of `make test` strikes: before the fastest machine is done."""
+EARLY_SECONDS = 3.0
+"""Window of the one kill in `make test`, shorter than the job on a fast machine."""
 DRIVER_SECONDS = 15.0
-"""In which a driver is killed, from the start of its session on: about what it takes in one of its own."""
+"""Window in which a driver is killed after its session was opened: about the duration of its job."""
 
 
 @pytest.fixture(scope="module")
 def window() -> KillWindow:
-    """Begins with more seconds than a job takes here."""
+    """Start with more seconds than a job takes."""
     return KillWindow(60.0)
 
 
 def assert_complete(home: Path, source: str, expected: dict[str, str]) -> None:
-    """Every row is in one of the tables, once, and the newest shards hold the pictures."""
+    """Check that every row is in one table exactly once and that the newest shards hold all pictures."""
     of_source = [("source", "=", source)]
     samples = DeltaTable(home / "warehouse" / "samples").to_pyarrow_table(filters=of_source).to_pylist()
     found = [(row["texts"][0]["text"], row["image"].hex()) for row in samples]
@@ -47,7 +47,7 @@ def assert_complete(home: Path, source: str, expected: dict[str, str]) -> None:
 
 
 def retry(spark: SparkSession, platform: Platform, source: str, folder: Path) -> None:
-    """Run it again until it ends green, as a job's retries do."""
+    """Run the job until it succeeds, four times at most, as a scheduler does."""
     for _ in range(3):
         try:
             return ingest_and_shard(spark, platform, source, folder)
@@ -74,7 +74,7 @@ def check_after_kill(
 def test_no_row_is_lost_or_doubled_when_a_worker_of_an_executor_is_killed(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
-    check_after_kill(spark, platform, source, tmp_path, "worker", 0, KillWindow(SOON))
+    check_after_kill(spark, platform, source, tmp_path, "worker", 0, KillWindow(EARLY_SECONDS))
 
 
 @pytest.mark.faults
@@ -96,7 +96,7 @@ def test_no_row_is_lost_or_doubled_whenever_a_process_of_an_executor_is_killed(
 @pytest.mark.faults
 @pytest.mark.matrix
 @pytest.mark.parametrize("seed", range(10))
-def test_no_row_is_lost_or_doubled_when_the_driver_is_killed_time_and_again(tmp_path: Path, seed: int) -> None:
+def test_no_row_is_lost_or_doubled_when_the_driver_is_killed_repeatedly(tmp_path: Path, seed: int) -> None:
     rng, expected = random.Random(seed), dict[str, str]()
     (home := tmp_path / "home").mkdir()
     for number in range(3):
@@ -108,7 +108,7 @@ def test_no_row_is_lost_or_doubled_when_the_driver_is_killed_time_and_again(tmp_
 
 @pytest.mark.faults
 @pytest.mark.matrix
-def test_two_processes_that_ingest_a_folder_at_the_same_time_bring_what_one_would(tmp_path: Path) -> None:
+def test_two_processes_that_ingest_a_folder_at_the_same_time_write_each_row_once(tmp_path: Path) -> None:
     (home := tmp_path / "home").mkdir()
     expected = write_rows(tmp_path / "input", 1, ROWS)
     with ThreadPoolExecutor() as pool:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from browser import browsed
+from browser import open_page
 from deltalake import DeltaTable, write_deltalake
 from pictures import png
 from playwright.sync_api import Page, expect
@@ -92,7 +92,7 @@ def verdicts(home: Path) -> dict[str, tuple[str, str | None]]:
 @pytest.fixture
 def page(address: str) -> Iterator[Page]:
     """The page in a real browser."""
-    with browsed(address) as tab:
+    with open_page(address) as tab:
         yield tab
 
 

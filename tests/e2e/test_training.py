@@ -37,7 +37,7 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
 
 
 AUGMENT = {"scale": [0.5, 1.0], "flip": 0.5, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3}
-# Three ranks: the order in which gradients are added up matters from three terms on.
+# Three ranks, because the order of a floating-point sum matters only from three terms on.
 WHOLE: dict[str, Any] = {
     "ranks": 3,
     "batch_size": 6,
@@ -55,7 +55,7 @@ ENDLESS: dict[str, Any] = {"steps": 100_000, "validate_every": 100_000}
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """A run that nothing interrupted."""
+    """A run that was not interrupted."""
     with pytest.MonkeyPatch.context() as patch:
         run = runs_in(tmp_path_factory.mktemp("whole"), patch)(**WHOLE)
     ended = torchrun(run, 3)
@@ -68,8 +68,8 @@ def two_ranks(platform: Platform) -> Platform:
     return replace(platform, launch=Launch(2, local_mode=True, use_gpu=False))
 
 
-def timeless(run: RunDir) -> list[tuple[int, dict[str, float]]]:
-    """Metrics without rates."""
+def without_rates(run: RunDir) -> list[tuple[int, dict[str, float]]]:
+    """Return metrics by step without those that differ from run to run."""
     return [
         (m.step, {key: value for key, value in m.values.items() if not MEASURED.search(key)})
         for m in run.read_metrics()
@@ -106,7 +106,7 @@ KILLS = [(POINTS.randrange(60), POINTS.randrange(3)) for _ in range(20)]
     ("step", "rank"),
     [pytest.param(*kill, marks=pytest.mark.matrix if index else []) for index, kill in enumerate(KILLS)],
 )
-def test_a_run_that_is_killed_and_goes_on_by_itself_equals_the_uninterrupted_one_bit_for_bit(
+def test_a_run_that_is_killed_and_resumes_by_itself_equals_the_uninterrupted_one_bit_for_bit(
     whole: RunDir, make_run: MakeRun, platform: Platform, spark: SparkSession, step: int, rank: int
 ) -> None:
     three_ranks = replace(platform, launch=Launch(3, local_mode=True, use_gpu=False))
@@ -119,9 +119,7 @@ def test_a_run_that_is_killed_and_goes_on_by_itself_equals_the_uninterrupted_one
     assert_equal(whole, broken)
 
 
-def test_a_damaged_checkpoint_is_put_aside_and_the_run_goes_on_from_the_one_before(
-    whole: RunDir, tmp_path: Path
-) -> None:
+def test_a_damaged_checkpoint_is_renamed_and_the_run_resumes_from_the_one_before(whole: RunDir, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "copy")
     shutil.copytree(whole.path, run.path)
     run.result.unlink()
@@ -138,15 +136,15 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_run_goes_on_from_the_one_befo
 
 
 def assert_equal(whole: RunDir, other: RunDir) -> None:
-    """Weights, state and figures, bit for bit."""
+    """Check that weights, optimizer state, metrics and samples are equal bit for bit."""
     for name in ("model.safetensors", "training.safetensors"):
         assert (whole.checkpoint(60) / name).read_bytes() == (other.checkpoint(60) / name).read_bytes()
-    assert timeless(whole) == timeless(other)
+    assert without_rates(whole) == without_rates(other)
     assert list(whole.read_samples()) == list(other.read_samples())
 
 
 @pytest.mark.faults
-def test_interrupting_a_launch_ends_its_ranks_and_leaves_a_run_to_go_on_with(
+def test_interrupting_a_launch_ends_its_ranks_and_leaves_a_run_that_can_be_resumed(
     make_run: MakeRun, two_ranks: Platform, spark: SparkSession
 ) -> None:
     run = make_run(**ENDLESS)
@@ -159,7 +157,7 @@ def test_interrupting_a_launch_ends_its_ranks_and_leaves_a_run_to_go_on_with(
 
 
 def press_ctrl_c(run: RunDir) -> None:
-    """Once the ranks are at work."""
+    """Send SIGINT to this process after the first checkpoint."""
     while not run.finished_checkpoints():
         time.sleep(0.1)
     os.kill(os.getpid(), signal.SIGINT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from crashing_decoder import ArmingImage, ArmingLimits, deadly
+from crashing_decoder import CrashingImage, CrashingLimits, crashing_picture
 from pictures import as_base64, png, write_csv
 from pyspark.sql import SparkSession
 
@@ -18,14 +18,14 @@ from pipelines.platform import Platform
 
 def config(path: Path) -> DataConfig:
     data = DataConfig.model_validate({"source": {"path": str(path)}, "near_duplicates": False})
-    return data.model_copy(update={"limits": ArmingLimits(max_decode_seconds=20)})
+    return data.model_copy(update={"limits": CrashingLimits(max_decode_seconds=20)})
 
 
 def test_a_picture_that_crashes_its_decoder_is_quarantined_by_ingest_and_named_by_shard(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     good = [[as_base64(png(5000 + n)), f"picture {n}"] for n in range(40)]
-    rows = [*good[:33], [as_base64(deadly()), "deadly"], *good[33:], ["?", "bad"]]
+    rows = [*good[:33], [as_base64(crashing_picture()), "deadly"], *good[33:], ["?", "bad"]]
     data = config(write_csv(tmp_path / "a.csv", rows))
     report = ingest(spark, platform, source, data)
     assert (report.rows_in, report.new) == (42, 40)
@@ -33,11 +33,11 @@ def test_a_picture_that_crashes_its_decoder_is_quarantined_by_ingest_and_named_b
     refused = spark.table(platform.table("quarantine")).where(f"source = '{source}' AND reason = 'decoder_crash'")
     [row] = refused.collect()
     assert row["detail"] == "the process that decoded it was ended by SIGSEGV"
-    assert as_base64(deadly()) in row["payload"]
+    assert as_base64(crashing_picture()) in row["payload"]
 
     table = platform.table("samples")
     victim = spark.table(table).where(f"source = '{source}' AND split = 'train'").first()["image_id"]  # type: ignore[index]
-    spark.sql(f"UPDATE {table} SET image = X'{deadly().hex()}' WHERE image_id = '{victim}'").collect()
+    spark.sql(f"UPDATE {table} SET image = X'{crashing_picture().hex()}' WHERE image_id = '{victim}'").collect()
     with pytest.raises(StageFailed, match=f"crashes its decoder.*{victim}.*SIGSEGV.*delete") as caught:
-        shard(spark, platform, source, data, ArmingImage(size=8), "train")
+        shard(spark, platform, source, data, CrashingImage(size=8), "train")
     assert "\n" not in str(caught.value)

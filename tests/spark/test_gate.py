@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from browser import browsed
+from browser import open_page
 from mlflow import MlflowClient
 from pictures import encoded
 from PIL import Image, ImageOps
@@ -187,7 +187,7 @@ def test_the_pages_of_an_evaluation_and_a_comparison_work_in_a_browser(
 ) -> None:
     worse = open_model(job, WORSE)
     gallery = measured(job, worse, open_split(job, worse)).gallery
-    with browsed(gallery.as_uri()) as page:
+    with open_page(gallery.as_uri()) as page:
         assert page.locator("figure").count() == 48
         assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
         page.get_by_text("By slice").click()
@@ -198,7 +198,7 @@ def test_the_pages_of_an_evaluation_and_a_comparison_work_in_a_browser(
         assert page.locator("figure:visible").count() == 15
         assert page.locator("figure:visible .mark").all_inner_texts() == ["DIFFERENT"] * 15
         assert page.locator("#shown").inner_text() == "15 of 48"
-    with browsed(report.page.as_uri()) as page:
+    with open_page(report.page.as_uri()) as page:
         assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
         page.screenshot(path=tmp_path / "compare.png", full_page=True)
         page.get_by_label("Show").select_option(f"{GOOD}-better")

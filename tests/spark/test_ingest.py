@@ -15,9 +15,9 @@ from pictures import IMAGE, TEXT, as_base64, encoded, picture, png, write_csv
 from PIL import Image
 from pyspark.sql import Row, SparkSession
 from shared_data import shared_file
-from spark_session import spark_settings
 
 from pipelines.config import DataConfig
+from pipelines.driver.delta.settings import spark_settings
 from pipelines.driver.delta.tables import add_columns, ensure_table
 from pipelines.driver.delta.versions import UPKEEP, commit_note, note_of, versions
 from pipelines.driver.ingest.run import ingest
@@ -190,7 +190,7 @@ def test_files_of_any_make_are_read_whole_however_spark_splits_them(
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
     other = write_csv(tmp_path / "in" / "spreadsheet.csv", [row[::-1] for row in rows[4:]], header=(TEXT, IMAGE))
     other.write_bytes(other.read_bytes() + b"caf\xe9," + rows[0][0].encode())
-    with spark_settings(spark, **{"spark.sql.files.maxPartitionBytes": "500"}):
+    with spark_settings(spark, {"spark.sql.files.maxPartitionBytes": "500"}):
         report = ingest(spark, platform, source, config(tmp_path / "*"))
     assert parts(report) == (7, 6, 1, 0, 0)
     kept = {text for row in rows_of(spark, platform, "samples", source) for text in texts(row)}

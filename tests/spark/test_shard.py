@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from pictures import as_base64, encoded, picture, png, write_csv
 from pyspark.sql import SparkSession
-from spark_session import spark_settings
 
 from pipelines.config import DataConfig
+from pipelines.driver.delta.settings import spark_settings
 from pipelines.driver.delta.versions import commit_note, note_of
 from pipelines.driver.ingest.run import ingest
 from pipelines.driver.shard import ShardReport, shard
@@ -104,7 +104,7 @@ def test_content_does_not_depend_on_how_rows_lie_or_how_spark_splits_the_work(
     first = shard(spark, platform, source, data, IMAGE, "train")
     remove(first)
     turn_around(spark, platform, source)
-    with spark_settings(spark, **{"spark.sql.shuffle.partitions": "7", "spark.sql.files.maxPartitionBytes": "20000"}):
+    with spark_settings(spark, {"spark.sql.shuffle.partitions": "7", "spark.sql.files.maxPartitionBytes": "20000"}):
         second = shard(spark, platform, source, data, IMAGE, "train")
     assert (second.reused, second.folder, second.content_hash) == (False, first.folder, first.content_hash)
     reseeded = shard(spark, platform, source, config(path, seed=3), IMAGE, "train")

@@ -1,4 +1,4 @@
-"""Pages in a real, headless browser."""
+"""Pages in headless Chromium."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @contextmanager
-def browsed(address: str) -> Iterator[Page]:
-    """A page. Nothing may be written to its console, and nothing be asked of another place."""
+def open_page(address: str) -> Iterator[Page]:
+    """Open an address in headless Chromium.
+
+    At the end of the block the console must be empty, and every request must have gone to the address itself.
+    """
     if CHROMIUM is None:
-        pytest.skip("there is no Chromium on this machine")
+        pytest.skip("Chromium is not installed")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         tab = browser.new_page(viewport={"width": 1280, "height": 900})
-        said: list[str] = []
-        asked: list[str] = []
-        tab.on("console", lambda message: said.append(message.text))
-        tab.on("pageerror", lambda error: said.append(str(error)))
-        tab.on("request", lambda request: asked.append(request.url))
+        console: list[str] = []
+        requested: list[str] = []
+        tab.on("console", lambda message: console.append(message.text))
+        tab.on("pageerror", lambda error: console.append(str(error)))
+        tab.on("request", lambda request: requested.append(request.url))
         tab.goto(address)
         yield tab
         browser.close()
-    assert said == []
-    assert all(url.startswith((address.partition("#")[0], "data:")) for url in asked), asked
+    assert console == []
+    assert all(url.startswith((address.partition("#")[0], "data:")) for url in requested), requested

@@ -27,11 +27,11 @@ from vlm.checkpoint import save_model
 
 ROWS, BAD = 96, 5
 ROWS_PER_TASK = 12
-"""So that there are eight tasks, each with a file of its own."""
+"""Makes eight tasks, each with a spill file of its own."""
 
 
 def prepare(folder: Path) -> None:
-    """A table of pictures, some of which are none, and a random model."""
+    """Write a table of pictures, the last BAD of them invalid, and a random model."""
     pictures = [png(number) for number in range(ROWS - BAD)] + [b"no picture"] * BAD
     table = pa.table({"id": [f"{number:02}" for number in range(ROWS)], "photo": pictures})
     write_deltalake(folder / "photos", table)
@@ -42,7 +42,7 @@ def prepare(folder: Path) -> None:
 
 
 def caption_table(spark: SparkSession, platform: Platform, folder: Path, version: str) -> CaptionReport:
-    """Caption the table, in many small tasks."""
+    """Caption the table in many small tasks."""
     stage.ROWS_PER_TASK = ROWS_PER_TASK
     model = ModelFiles(folder=folder / "model", name=f"m-{folder.name}", version=version, run_id="r")
     request = CaptionRequest(source_table=f"delta.`{folder}/photos`", id_column="id", image_column="photo")
@@ -50,7 +50,7 @@ def caption_table(spark: SparkSession, platform: Platform, folder: Path, version
 
 
 def read_captions(home: Path, folder: Path, version: str) -> list[dict[str, Any]]:
-    """Captions of a version in the order of their ids, without what differs from job to job."""
+    """Return captions of a version sorted by picture id, without columns that differ between jobs."""
     of_version = [("model_name", "=", f"m-{folder.name}"), ("model_version", "=", version)]
     columns = ["image_id", "caption", "error", "sha256", "num_tokens", "settings_hash"]
     table = DeltaTable(home / "warehouse" / "generated_captions").to_pyarrow_table(columns=columns, filters=of_version)

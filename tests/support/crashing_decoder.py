@@ -1,6 +1,7 @@
-"""Importing this arms a process: Pillow's BMP decoder then ends it, by a real segmentation fault, at one picture.
+"""A BMP decoder that ends its process with a segmentation fault on pictures of one size.
 
-Spark's workers import it when they unpickle settings of a class that is at home here.
+Importing this module installs the decoder in Pillow. Spark's workers import it when they unpickle settings whose class
+is defined here.
 """
 
 from __future__ import annotations
@@ -14,37 +15,37 @@ from PIL import BmpImagePlugin, Image
 from pipelines.config import LimitsConfig
 from vlm.config import ImageConfig
 
-DEADLY_SIZE = (41, 43)
+CRASHING_SIZE = (41, 43)
 
 
-def deadly() -> bytes:
-    """A sound picture, at which an armed process dies."""
-    return encoded(picture(41, DEADLY_SIZE), "BMP")
+def crashing_picture() -> bytes:
+    """Return a valid BMP file that crashes a process in which the decoder is installed."""
+    return encoded(picture(41, CRASHING_SIZE), "BMP")
 
 
 class CrashingBmp(BmpImagePlugin.BmpImageFile):
-    """A BMP whose decoder has a defect in C."""
+    """A BMP file whose decoder crashes in C."""
 
     def load(self) -> Any:
-        """Read address zero if it is the picture."""
-        if self.size == DEADLY_SIZE:
+        """Read from address zero if the picture has the crashing size."""
+        if self.size == CRASHING_SIZE:
             ctypes.string_at(0)
         return super().load()
 
 
-class ArmingLimits(LimitsConfig):
-    """Limits of a row. Where they arrive, this module has been imported."""
+class CrashingLimits(LimitsConfig):
+    """Limits of a row that make the receiving process import this module."""
 
 
-class ArmingImage(ImageConfig):
-    """What pictures become. Where it arrives, this module has been imported."""
+class CrashingImage(ImageConfig):
+    """Picture settings that make the receiving process import this module."""
 
 
-def arm() -> None:
-    """Put the decoder with the defect into the place of the sound one."""
+def install() -> None:
+    """Replace Pillow's BMP decoder by the crashing one."""
     Image.init()
     _, accept = Image.OPEN["BMP"]
     Image.register_open("BMP", CrashingBmp, accept)
 
 
-arm()
+install()

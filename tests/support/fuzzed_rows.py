@@ -1,4 +1,4 @@
-"""Rows that something is wrong with, or that only look so: pictures, base64 and CSV lines, drawn by a seed."""
+"""Random CSV rows, valid and invalid: pictures, base64 and lines, reproducible by a seed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ HEADER = b"row,b64string_images,caption\n"
 MAX_PIXELS, MAX_CHARS = 2_000_000, 300
 GOOD: frozenset[str | None] = frozenset({None})
 DAMAGED = frozenset({None, "truncated_image", "not_an_image", "unsupported_format", "too_large", "too_small"})
-"""What may become of a picture with a few bytes changed: decoders forgive some of it."""
+"""Possible results for a picture with a few changed bytes: decoders tolerate some changes."""
 
 
 class Row(NamedTuple):
-    """A line of CSV that begins with its number, what kind it is, and what may become of it (None: a sample)."""
+    """A CSV line that begins with its number, its kind, and the allowed reason codes (None: it becomes a sample)."""
 
     number: int
     kind: str
@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 def rows(count: int, seed: int) -> Iterator[Row]:
-    """That many rows, a third of them as they should be."""
+    """Yield rows, a third of them valid pictures with a valid text."""
     rng = random.Random(seed)
     for number in range(count):
         kind = rng.choice(("good", "damaged", rng.choice(tuple(ODD))))
@@ -49,7 +49,7 @@ def rows(count: int, seed: int) -> Iterator[Row]:
 
 
 def quoted(number: int, image: str, text: str) -> bytes:
-    """A line of CSV, the text in quotes."""
+    """Return a CSV line with the text in quotes."""
     return f'{number},{image},"{text.replace(chr(34), chr(34) * 2)}"'.encode()
 
 
@@ -57,7 +57,7 @@ def quoted(number: int, image: str, text: str) -> bytes:
 
 
 def drawn(rng: random.Random, mode: str = "RGB") -> Image.Image:
-    """A picture of a colour of its own with noise; small, so that thousands are made in seconds."""
+    """Draw a small picture of noise over a random colour."""
     noise = np.random.default_rng(rng.randrange(2**32))
     width, height = rng.randint(8, 40), rng.randint(8, 40)
     field = noise.integers(0, 60, (height, width, 3)) + noise.integers(0, 190, 3)
@@ -71,19 +71,19 @@ def drawn(rng: random.Random, mode: str = "RGB") -> Image.Image:
 
 
 def saved(mode: str, kind: str, **options: object) -> Callable[[random.Random], bytes]:
-    """Draws pictures of one mode and saves them as one format."""
+    """Return a function that draws pictures of one mode and saves them in one format."""
     return lambda rng: encoded(drawn(rng, mode), kind, **options)
 
 
-def turned(rng: random.Random) -> bytes:
-    """A JPEG that its EXIF says to turn."""
+def rotated(rng: random.Random) -> bytes:
+    """Draw a JPEG with an EXIF orientation."""
     exif = Image.Exif()
     exif[0x0112] = rng.randint(2, 8)
     return encoded(drawn(rng), "JPEG", exif=exif)
 
 
 def animated(kind: str) -> Callable[[random.Random], bytes]:
-    """Draws animations of two frames."""
+    """Return a function that draws animations of two frames."""
 
     def draw(rng: random.Random) -> bytes:
         first = drawn(rng)
@@ -97,7 +97,7 @@ PICTURES: dict[str, Callable[[random.Random], bytes]] = {
     "JPEG progressive": saved("RGB", "JPEG", progressive=True),
     "JPEG CMYK": saved("CMYK", "JPEG"),
     "JPEG grey": saved("L", "JPEG", quality=5),
-    "JPEG turned": turned,
+    "JPEG turned": rotated,
     "PNG": saved("RGB", "PNG"),
     "PNG palette": saved("P", "PNG"),
     "PNG palette clear": saved("P", "PNG", transparency=3),
@@ -121,7 +121,7 @@ PICTURES: dict[str, Callable[[random.Random], bytes]] = {
 
 
 def damaged(rng: random.Random, data: bytes) -> bytes:
-    """The bytes with some of them lost, doubled, zeroed, moved or changed; the first hundred more often than others."""
+    """Lose, duplicate, zero, or change some bytes, half of the time among the first hundred."""
     at = rng.randrange(1, min(len(data), 100) if rng.random() < 0.5 else len(data))
     end = min(len(data), at + rng.randint(1, 30))
     match rng.randrange(6):
@@ -144,42 +144,44 @@ def damaged(rng: random.Random, data: bytes) -> bytes:
 Odd = tuple[tuple[str, str] | bytes, frozenset[str | None]]
 
 
-def said(rng: random.Random, number: int) -> tuple[str, str]:
-    """A good picture, coded, and its text."""
+def valid_fields(rng: random.Random, number: int) -> tuple[str, str]:
+    """Return a valid picture as base64, and its text."""
     return as_base64(PICTURES["PNG"](rng)), f"row {number}"
 
 
-def recoded(change: Callable[[random.Random, str], str], *allowed: str | None) -> Callable[[random.Random, int], Odd]:
-    """Rows whose base64 was changed."""
+def with_base64(
+    change: Callable[[random.Random, str], str], *allowed: str | None
+) -> Callable[[random.Random, int], Odd]:
+    """Return a function that makes rows with changed base64."""
 
     def make(rng: random.Random, number: int) -> Odd:
-        image, text = said(rng, number)
+        image, text = valid_fields(rng, number)
         return (change(rng, image), text), frozenset(allowed)
 
     return make
 
 
-def retold(change: Callable[[random.Random, str], str], *allowed: str | None) -> Callable[[random.Random, int], Odd]:
-    """Rows whose text was changed."""
+def with_text(change: Callable[[random.Random, str], str], *allowed: str | None) -> Callable[[random.Random, int], Odd]:
+    """Return a function that makes rows with a changed text."""
 
     def make(rng: random.Random, number: int) -> Odd:
-        image, text = said(rng, number)
+        image, text = valid_fields(rng, number)
         return (image, change(rng, text)), frozenset(allowed)
 
     return make
 
 
-def relined(change: Callable[[bytes], bytes], *allowed: str | None) -> Callable[[random.Random, int], Odd]:
-    """Lines that were changed as such."""
+def with_line(change: Callable[[bytes], bytes], *allowed: str | None) -> Callable[[random.Random, int], Odd]:
+    """Return a function that makes changed CSV lines."""
 
     def make(rng: random.Random, number: int) -> Odd:
-        return change(quoted(number, *said(rng, number))), frozenset(allowed)
+        return change(quoted(number, *valid_fields(rng, number))), frozenset(allowed)
 
     return make
 
 
-def pictured(draw: Callable[[random.Random], bytes], *allowed: str | None) -> Callable[[random.Random, int], Odd]:
-    """Rows with pictures of a special kind."""
+def with_picture(draw: Callable[[random.Random], bytes], *allowed: str | None) -> Callable[[random.Random, int], Odd]:
+    """Return a function that makes rows with a special picture."""
     return lambda rng, number: ((as_base64(draw(rng)), f"row {number}"), frozenset(allowed))
 
 
@@ -188,20 +190,20 @@ def spaced(rng: random.Random, image: str) -> str:
     return rng.choice((" ", "\t", "  ")).join(image[at : at + width] for at in range(0, len(image), width))
 
 
-def struck(rng: random.Random, image: str) -> str:
+def corrupted(rng: random.Random, image: str) -> str:
     at = rng.randrange(len(image))
     return image[:at] + rng.choice("!?*\u00e9\x00.") + image[at + 1 :]
 
 
 def png_claiming(width: int, height: int) -> bytes:
-    """A PNG that claims a size, with a few bytes of pixels."""
+    """Return a PNG whose header states a size, with a few bytes of pixels."""
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(99)))]
     packed = (struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 def bomb(rng: random.Random) -> bytes:
-    """A few kilobytes that would become a great many pixels."""
+    """Return a small file that would decode to very many pixels."""
     side = rng.choice((1_500, 20_000, 65_000))
     match rng.randrange(5):
         case 0:
@@ -221,7 +223,7 @@ def bomb(rng: random.Random) -> bytes:
 
 
 def text_bomb(rng: random.Random) -> bytes:
-    """A good PNG with a compressed text of 5 MB."""
+    """Return a valid PNG with a compressed text chunk of 5 MB."""
     data = encoded(drawn(rng), "PNG")
     body = b"zTXt" + b"Comment\0\0" + zlib.compress(bytes(5_000_000), 9)
     return data[:33] + struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body)) + data[33:]
@@ -236,38 +238,40 @@ def tiny(rng: random.Random) -> bytes:
 
 
 ODD: dict[str, Callable[[random.Random, int], Odd]] = {
-    "url-safe": recoded(lambda _, image: image.replace("+", "-").replace("/", "_"), None),
-    "unpadded": recoded(lambda _, image: image.rstrip("="), None),
-    "data URL": recoded(lambda _, image: image and f'"data:image/png;base64,{image}"', None),
-    "spaced": recoded(spaced, None),
-    "struck": recoded(struck, "bad_base64"),
-    "no picture": recoded(lambda rng, _: rng.choice(("", " ", '""')), "missing_field"),
-    "words": recoded(lambda rng, _: rng.choice(("NaN", "null", "none", "abcd" * 9)), "not_an_image", "bad_base64"),
-    "short code": recoded(lambda rng, image: image[: rng.randint(1, len(image) - 9)], "bad_base64", *DAMAGED),
-    "coded twice": recoded(lambda _, image: as_base64(image.encode()), "not_an_image"),
-    "hex": recoded(lambda _, image: base64.b64decode(image).hex(), "not_an_image", "bad_base64"),
-    "noise": pictured(lambda rng: rng.randbytes(rng.randint(1, 200)), *DAMAGED - GOOD),
-    "bomb": pictured(bomb, "too_large"),
-    "text bomb": pictured(text_bomb, None, "truncated_image"),
-    "foreign": pictured(foreign, "unsupported_format", "not_an_image"),
-    "tiny": pictured(tiny, "too_small"),
-    "no text": retold(lambda rng, _: rng.choice(("", " ", "\t ", "\u00a0", "\x07")), "empty_text"),
-    "long text": retold(lambda _, text: text * MAX_CHARS, "text_too_long"),
-    "quotes": retold(lambda rng, text: rng.choice(('"', '""', ', "a", ', "\\")) + text, None),
-    "any letters": retold(lambda rng, text: text + "".join(chr(rng.randrange(0x20, 0xD800)) for _ in range(9)), None),
-    "controls": retold(lambda rng, text: text + rng.choice("\x00\x01\x0b\x0c\x1b\x7f\x85\u2028"), None),
-    "bytes": relined(lambda line: line[:-1] + b'\xff\xfe\xc3"', None),
-    "fewer columns": relined(lambda line: line.rpartition(b",")[0], "malformed_record"),
-    "more columns": relined(lambda line: line + b",x,y", "malformed_record"),
-    "open quote": relined(lambda line: line[:-1], "malformed_record"),
-    "stray quote": relined(lambda line: line + b"x", "malformed_record"),
-    "spaces and carriage return": relined(lambda line: line + b"\r", None),
-    "blank line before": relined(lambda line: b" \n" + line, None),
+    "url-safe": with_base64(lambda _, image: image.replace("+", "-").replace("/", "_"), None),
+    "unpadded": with_base64(lambda _, image: image.rstrip("="), None),
+    "data URL": with_base64(lambda _, image: image and f'"data:image/png;base64,{image}"', None),
+    "spaced": with_base64(spaced, None),
+    "struck": with_base64(corrupted, "bad_base64"),
+    "no picture": with_base64(lambda rng, _: rng.choice(("", " ", '""')), "missing_field"),
+    "words": with_base64(lambda rng, _: rng.choice(("NaN", "null", "none", "abcd" * 9)), "not_an_image", "bad_base64"),
+    "short code": with_base64(lambda rng, image: image[: rng.randint(1, len(image) - 9)], "bad_base64", *DAMAGED),
+    "coded twice": with_base64(lambda _, image: as_base64(image.encode()), "not_an_image"),
+    "hex": with_base64(lambda _, image: base64.b64decode(image).hex(), "not_an_image", "bad_base64"),
+    "noise": with_picture(lambda rng: rng.randbytes(rng.randint(1, 200)), *DAMAGED - GOOD),
+    "bomb": with_picture(bomb, "too_large"),
+    "text bomb": with_picture(text_bomb, None, "truncated_image"),
+    "foreign": with_picture(foreign, "unsupported_format", "not_an_image"),
+    "tiny": with_picture(tiny, "too_small"),
+    "no text": with_text(lambda rng, _: rng.choice(("", " ", "\t ", "\u00a0", "\x07")), "empty_text"),
+    "long text": with_text(lambda _, text: text * MAX_CHARS, "text_too_long"),
+    "quotes": with_text(lambda rng, text: rng.choice(('"', '""', ', "a", ', "\\")) + text, None),
+    "any letters": with_text(
+        lambda rng, text: text + "".join(chr(rng.randrange(0x20, 0xD800)) for _ in range(9)), None
+    ),
+    "controls": with_text(lambda rng, text: text + rng.choice("\x00\x01\x0b\x0c\x1b\x7f\x85\u2028"), None),
+    "bytes": with_line(lambda line: line[:-1] + b'\xff\xfe\xc3"', None),
+    "fewer columns": with_line(lambda line: line.rpartition(b",")[0], "malformed_record"),
+    "more columns": with_line(lambda line: line + b",x,y", "malformed_record"),
+    "open quote": with_line(lambda line: line[:-1], "malformed_record"),
+    "stray quote": with_line(lambda line: line + b"x", "malformed_record"),
+    "spaces and carriage return": with_line(lambda line: line + b"\r", None),
+    "blank line before": with_line(lambda line: b" \n" + line, None),
 }
 
 
 def written(drawn_rows: list[Row]) -> bytes:
-    """The rows as one CSV file."""
+    """Return the rows as one CSV file."""
     file = io.BytesIO(HEADER)
     file.seek(0, io.SEEK_END)
     file.writelines(row.line + b"\n" for row in drawn_rows)

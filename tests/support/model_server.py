@@ -1,4 +1,4 @@
-"""A registered version behind `mlflow models serve`, and several clients that ask it at once."""
+"""A registered version served by `mlflow models serve`, and clients that send requests in parallel."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from vlm.checkpoint import save_model
 
 Answer = dict[str, Any]
 BAD = {"%%%": "bad_base64", base64.b64encode(b"no picture").decode(): "not_an_image", "": "missing_field"}
-"""What is no picture, and the reason that its row is told."""
+"""Invalid pictures and the reason code that each is answered with."""
 
 
 def register_random(platform: Platform, folder: Path, config: RunConfig) -> registry.ModelVersion:
-    """A random model of a run's shape, registered."""
+    """Register a random model with a run's config."""
     shards = write_shards(folder / "shards", rows=4)
     run = write_run(folder / "runs" / "tiny-0123", config, shards, shards)
     tokenizer = text.load(run.tokenizer)
@@ -51,7 +51,7 @@ def register_random(platform: Platform, folder: Path, config: RunConfig) -> regi
 
 @contextmanager
 def served(platform: Platform, version: registry.ModelVersion, folder: Path) -> Iterator[str]:
-    """The address of a scoring server, started as the documentation says, in a folder without our code."""
+    """Start a scoring server in a folder without our code and yield its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -87,7 +87,7 @@ def _answers(address: str) -> bool:
 
 
 def ask(address: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Answer]:
-    """What the server says about each row. Raises HTTPError where it answers with an error of its own."""
+    """Send rows to the server and return one answer per row. Raises HTTPError if the request itself fails."""
     body = json.dumps({"dataframe_split": {"columns": columns, "data": rows}}).encode()
     request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as response:
@@ -96,7 +96,7 @@ def ask(address: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def picture_texts(side: int = 40) -> list[str]:
-    """Sound pictures as base64."""
+    """Return valid pictures as base64."""
     texts = []
     for colour in COLOURS.values():
         buffer = io.BytesIO()
@@ -106,9 +106,9 @@ def picture_texts(side: int = 40) -> list[str]:
 
 
 def load(address: str, requests: int, clients: int) -> list[float]:
-    """Seconds of each request, from clients that each ask anew as soon as they are answered; answers are checked.
+    """Send requests from parallel clients, check every answer, and return the seconds of each request.
 
-    A request has one to four rows. Of every five rows one is bad, and rows of one request are good and bad mixed.
+    A request has one to four rows. One row in five is invalid, and requests mix valid and invalid rows.
     """
     good = picture_texts()
     expected = {image: ask(address, ["image"], [[image]])[0] for image in good}
@@ -116,7 +116,7 @@ def load(address: str, requests: int, clients: int) -> list[float]:
     rows = [image for turn, bad in enumerate([*BAD] * 4) for image in (*(good[turn % 4 :] + good)[:4], bad)]
 
     def request(number: int) -> float:
-        images = [rows[(3 * number + place) % len(rows)] for place in range(1 + number % 4)]
+        images = [rows[(3 * number + offset) % len(rows)] for offset in range(1 + number % 4)]
         started = time.monotonic()
         answers = ask(address, ["image"], [[image] for image in images])
         seconds = time.monotonic() - started

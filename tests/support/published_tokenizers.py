@@ -1,4 +1,4 @@
-"""Tiny tokenizers with the shape of published ones: their models, normalizers, decoders and special tokens."""
+"""Tiny tokenizers with the models, normalizers, decoders and special tokens of published ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOC, SEG = [f"<loc{i:04d}>" for i in range(1024)], [f"<seg{i:03d}>" for i in ran
 
 
 def byte_level() -> Tokenizer:
-    """As GPT-2: bytes as characters, one special token that is start, end and padding."""
+    """Train a tokenizer like GPT-2's: byte-level BPE; one special token is start, end and padding."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -29,7 +29,7 @@ def byte_level() -> Tokenizer:
 
 
 def byte_fallback(*, special_regions: bool = False) -> Tokenizer:
-    """As Gemma with PaliGemma's regions: spaces as a character, bytes where none is known, merges that spell <bos>."""
+    """Build a tokenizer like PaliGemma's: BPE with byte fallback, region tokens, and merges that spell <bos>."""
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{i:02X}>" for i in range(256))]
     words += [*"<>abcdefghijklmnopqrstuvwxyz;.,\n", SPACE, "bo", "<bo", "s>", "ca", "cat", SPACE + "cat"]
     merges = [("b", "o"), ("<", "bo"), ("s", ">"), ("<bo", "s>"), ("c", "a"), ("ca", "t"), (SPACE, "cat")]
@@ -48,7 +48,7 @@ def byte_fallback(*, special_regions: bool = False) -> Tokenizer:
 
 
 def word_ends() -> Tokenizer:
-    """As CLIP: lower case, words that end in </w>, unknown is the end token."""
+    """Build a tokenizer like CLIP's: lower case, words end in </w>, unknown tokens become the end token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = alphabet + [char + "</w>" for char in alphabet] + ["ca", "cat</w>", STARTOFTEXT, ENDOFTEXT]
     tokenizer = Tokenizer(
@@ -77,7 +77,7 @@ MAKE = {"byte_level": byte_level, "byte_fallback": byte_fallback, "word_ends": w
 
 
 def published(folder: Path, which: str, **changes: Any) -> JsonTextConfig:
-    """Write the tokenizer.json of that kind; the config that reads it, with changes."""
+    """Write a tokenizer.json of one kind and return the config that reads it, with changes."""
     path = folder / f"{which}.json"
     MAKE[which]().save(str(path))
     return JsonTextConfig.model_validate(

@@ -1,9 +1,9 @@
-"""Ranks that go wrong on request: the fault is in fault.json of the run folder, production code knows nothing of it.
+"""Ranks that fail on request: fault.json in the run folder names the fault; production code does not know it.
 
-torchrun ... -m rank_faults --run-dir DIR        or, as a launcher's entry:  faulty_rank
+torchrun ... -m rank_faults --run-dir DIR        or, as the entry of a launch: faulty_rank
 
-The faults are real ones: a signal, a limit of the kernel, an allocation that cannot be met, bytes changed in a file.
-They strike where a function of the rank is about to begin.
+The faults are real: a signal, a kernel limit, an impossible allocation, changed bytes in a file. Each is triggered just
+before a function of the rank is called.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ Kind = Literal[
 
 
 class Fault(Config):
-    """What goes wrong in which rank: before it meets the others, in a step, or while a checkpoint is written.
+    """A fault of one rank: at its start, in a step, or while a checkpoint is written.
 
     Attributes:
-        step: of the run, where it begins at 0; None is the first one that finds a checkpoint.
-        always: in every attempt, not only in the first.
+        step: step of the run, from 0; None is the first step after a checkpoint was finished.
+        always: trigger the fault in every attempt, not only in the first.
     """
 
     kind: Kind
@@ -56,7 +56,7 @@ class Fault(Config):
 
 
 def faulty_rank(run_dir: str) -> None:
-    """`run_rank`, and the fault if it is this rank's."""
+    """Call `run_rank`, and trigger the fault if it belongs to this rank."""
     import pipelines.worker.train.initial_weights as writing
     import pipelines.worker.train.learner as training
     import vlm.training.loop as loop
@@ -147,8 +147,7 @@ def strike(fault: Fault, run: RunDir, *args: Any) -> None:
 
 
 def hold_the_interpreter() -> None:
-    """Wait in C for a lock that this thread has, without letting go of the interpreter: no thread of Python runs
-    meanwhile, and no signal ends the waiting, as it would a sleep's."""
+    """Deadlock in C while holding the interpreter lock: no Python thread runs and no Python signal handler ends it."""
     import ctypes
 
     library, lock = ctypes.PyDLL(None), ctypes.create_string_buffer(128)
@@ -157,7 +156,7 @@ def hold_the_interpreter() -> None:
 
 
 def executor() -> int:
-    """The JVM that this rank's launcher belongs to."""
+    """Return the process id of the executor JVM that started this rank's launcher."""
     pid = os.getpid()
     while "CoarseGrainedExecutorBackend" not in Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "):
         pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

@@ -1,4 +1,4 @@
-"""Weights of transformers' models under our names, written out by hand: independent of the tables of `vlm.weights`."""
+"""Hand-written conversion of transformers' weights to our names, independent of the tables in `vlm.weights`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ State = Mapping[str, Tensor]
 
 
 def gpt2(theirs: State, depth: int) -> dict[str, Tensor]:
-    """Our decoder from GPT2LMHeadModel, whose linear layers are stored (in, out)."""
+    """Convert the decoder from GPT2LMHeadModel, whose linear layers are stored (in, out)."""
     ours = {
         "tokens.weight": theirs["transformer.wte.weight"],
         "head.weight": theirs["transformer.wte.weight"],
@@ -34,7 +34,7 @@ def gpt2(theirs: State, depth: int) -> dict[str, Tensor]:
 
 
 def gemma(theirs: State, depth: int, *, prefix: str, sandwich: bool) -> dict[str, Tensor]:
-    """Our decoder from GemmaForCausalLM, Gemma2ForCausalLM, or the language model of PaliGemma."""
+    """Convert the decoder from GemmaForCausalLM, Gemma2ForCausalLM, or the language model of PaliGemma."""
     ours = dict.fromkeys(("tokens.weight", "head.weight"), theirs[f"{prefix}embed_tokens.weight"])
     ours["norm.weight"] = theirs[f"{prefix}norm.weight"]
     norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
@@ -59,7 +59,7 @@ def gemma(theirs: State, depth: int, *, prefix: str, sandwich: bool) -> dict[str
 
 
 def siglip(theirs: State, depth: int, *, prefix: str) -> dict[str, Tensor]:
-    """Our encoder from SigLIP's vision tower without its pooling head."""
+    """Convert the encoder from SigLIP's vision tower without its pooling head."""
     ours = {"position": theirs[f"{prefix}embeddings.position_embedding.weight"][None]}
     for kind in ("weight", "bias"):
         ours[f"stem.{kind}"] = theirs[f"{prefix}embeddings.patch_embedding.{kind}"]
@@ -80,7 +80,7 @@ def siglip(theirs: State, depth: int, *, prefix: str) -> dict[str, Tensor]:
 
 
 def paligemma(theirs: State, encoder_depth: int, decoder_depth: int) -> dict[str, Tensor]:
-    """All of our model from PaliGemmaForConditionalGeneration."""
+    """Convert the whole model from PaliGemmaForConditionalGeneration."""
     parts = {
         "encoder": siglip(theirs, encoder_depth, prefix="model.vision_tower."),
         "projector": {k: theirs[f"model.multi_modal_projector.linear.{k}"] for k in ("weight", "bias")},
@@ -90,7 +90,7 @@ def paligemma(theirs: State, encoder_depth: int, decoder_depth: int) -> dict[str
 
 
 def timm_vit(theirs: State, depth: int) -> dict[str, Tensor]:
-    """Our encoder from a timm VisionTransformer with registers and layer scale, without its final norm."""
+    """Convert the encoder from a timm VisionTransformer with registers and layer scale, without its final norm."""
     ours = {"position": theirs["pos_embed"], "registers": theirs["reg_token"]}
     for i in range(depth):
         ours[f"blocks.{i}.attention_scale"] = theirs[f"blocks.{i}.ls1.gamma"]

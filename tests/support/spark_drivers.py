@@ -1,4 +1,4 @@
-"""Drivers of their own: on other masters than the session has that tests share, with GPUs, several at once.
+"""Spark drivers in processes of their own: other masters, GPU resources, several drivers at once.
 
 python spark_drivers.py MASTER RUN_DIR...
 """
@@ -30,54 +30,54 @@ from pipelines.platform import local
 from vlm.config import Config
 
 
-class Place(Config):
-    """places/N: where rank N was started."""
+class RankPlacement(Config):
+    """File places/N: where rank N was started."""
 
     agent: int
-    """The process of torchrun that has started it."""
+    """Process id of the torchrun agent."""
     port: str
-    """At which the ranks meet."""
+    """Port of the rendezvous."""
     local_rank: int
     gpus: str
 
 
 def placed_rank(run_dir: str) -> None:
-    """`run_rank`, once this rank and all others, those of the runs beside this one too, have said where they are."""
+    """Write this rank's placement, wait for all ranks of all runs in the parent folder, then call `run_rank`."""
     rank, world_size = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
-    place = Place(
+    placement = RankPlacement(
         agent=os.getppid(),
         port=os.environ["MASTER_PORT"],
         local_rank=int(os.environ["LOCAL_RANK"]),
         gpus=os.environ.get("CUDA_VISIBLE_DEVICES", ""),
     )
-    write_json(Path(run_dir) / "places" / rank, place)
-    beside = [path.parent / "places" for path in Path(run_dir).parent.glob("*/run.json")]
+    write_json(Path(run_dir) / "places" / rank, placement)
+    folders = [path.parent / "places" for path in Path(run_dir).parent.glob("*/run.json")]
 
-    def all_there() -> bool:
-        return all(len(list(places.glob("[0-9]*"))) == world_size for places in beside)
+    def all_started() -> bool:
+        return all(len(list(places.glob("[0-9]*"))) == world_size for places in folders)
 
-    wait_for(all_there, seconds=240)
-    assert all_there(), "ranks of another run have not started"
+    wait_for(all_started, seconds=240)
+    assert all_started(), "ranks of another run have not started"
     run_rank(run_dir)
 
 
-def places_of(run: RunDir) -> list[Place]:
-    """By rank."""
-    return [read_json(path, Place) for path in sorted((run.path / "places").glob("[0-9]*"))]
+def placements_of(run: RunDir) -> list[RankPlacement]:
+    """Read the placements of a run, sorted by rank."""
+    return [read_json(path, RankPlacement) for path in sorted((run.path / "places").glob("[0-9]*"))]
 
 
 def driver_environment(home: Path) -> dict[str, str]:
-    """Of a driver that keeps to itself and to this machine."""
+    """Return the environment of a driver with a home folder of its own, bound to the loopback address."""
     return os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": TEST_PATH, "SPARK_LOCAL_IP": "127.0.0.1"}
 
 
 def run_drivers(
     home: Path, master: str, *tasks: Sequence[RunDir], settings: Mapping[str, str] | None = None
 ) -> list[dict[str, str]]:
-    """Drivers at the same time, each of which launches some runs one after another.
+    """Start drivers at the same time; each launches its runs one after another.
 
     Returns:
-        By driver, the runs that were refused, by name, and why.
+        For each driver, the reason by name of every run that was refused.
     """
     options = [f"--conf {key}={value}" for key, value in (settings or {}).items()]
     environment = driver_environment(home) | {"PYSPARK_SUBMIT_ARGS": " ".join([*options, "pyspark-shell"])}
@@ -88,13 +88,13 @@ def run_drivers(
         ]
         printed = [driver.communicate()[0] for driver in drivers]
     codes = [driver.returncode for driver in drivers]
-    assert not any(codes), f"drivers ended with {codes}; what they said is on stderr"
+    assert not any(codes), f"drivers ended with {codes}; their output is on stderr"
     return list(map(json.loads, printed))
 
 
 @contextmanager
 def standalone_cluster(folder: Path, *, workers: int, cores: int, cores_per_application: int) -> Iterator[str]:
-    """A master of Spark's own cluster manager, and workers on this machine; yields its address."""
+    """Start a standalone Spark cluster on this machine and yield the address of its master."""
     environment = os.environ | {
         "SPARK_HOME": str(Path(pyspark.__file__).parent),
         "SPARK_LOCAL_DIRS": str(folder / "local"),
@@ -115,12 +115,12 @@ def standalone_cluster(folder: Path, *, workers: int, cores: int, cores_per_appl
 
 
 Start = Callable[[list[str], dict[str, str], IO[bytes] | int], subprocess.Popen[bytes]]
-"""Command, environment, and where stdout goes."""
+"""Takes a command, its environment, and the destination of stdout."""
 
 
 @contextmanager
 def started_processes() -> Iterator[Start]:
-    """Starts processes; those that are left at the end of the block are ended, with whatever they have started."""
+    """Yield a function that starts processes; end them and their children at the end of the block."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(command: list[str], environment: dict[str, str], out: IO[bytes] | int) -> subprocess.Popen[bytes]:
@@ -144,11 +144,11 @@ def main() -> None:
     platform = local(LocalPlatformConfig(spark=SparkConfig(master=master, driver_memory="1g")))
     spark, refused = platform.open_spark(), {}
     for run in runs:
-        how = replace(
+        ranks = replace(
             platform.launch, ranks=run.read_run().world_size, use_gpu=spark.conf.get(GPU_AMOUNT, None) is not None
         )
         try:
-            launch(run, replace(platform, launch=how), spark, placed_rank)
+            launch(run, replace(platform, launch=ranks), spark, placed_rank)
         except UserError as error:
             refused[run.path.name] = str(error)
     spark.stop()

@@ -1,4 +1,4 @@
-"""Tiny models and batches for the model library's tests: one of each kind on every axis."""
+"""Tiny models and batches that cover every kind on every axis of the config."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz ?\n"
 
 
 def tiny_config(variant: str) -> ModelConfig:
-    """One of VARIANTS: the plain point of every axis, the other point of every axis, prefix-LM, or a rare one."""
+    """Return the config of one of VARIANTS: the common kinds, the alternative kinds, prefix-LM, or a rare variant."""
     if variant in RARE:
         return _rare_config(variant)
     plain = variant == "plain"
@@ -72,7 +72,7 @@ DECODER_EXPERTS = {"kind": "moe", "num_experts": 4, "expert": {"kind": "gated", 
 
 
 def _rare_config(variant: str) -> ModelConfig:
-    """The axes that published families need: what plain and other have not."""
+    """Return a config with kinds that only some published families use."""
     capped = variant == "capped"
     config = tiny_config("prefix" if capped else "plain").model_dump()
     config["vision"] |= VISION.get(variant, {})
@@ -93,7 +93,7 @@ VARIANTS = ("plain", "other", "prefix", *RARE)
 
 
 def tiny_model(variant: str, seed: int = 1) -> tuple[VisionLanguageModel, Tokenizer]:
-    """A tiny model in evaluation mode with weights large enough that its answers differ by picture."""
+    """Build a model in evaluation mode with weights so large that its answers depend on the picture."""
     config = tiny_config(variant)
     tokenizer = text.learn(config.text, [])
     torch.manual_seed(seed)
@@ -109,13 +109,13 @@ def tiny_model(variant: str, seed: int = 1) -> tuple[VisionLanguageModel, Tokeni
 
 
 def tiny_pixels(count: int, size: int = 16, seed: int = 0) -> torch.Tensor:
-    """Random pictures, (count, size, size, 3) uint8."""
+    """Return random pictures, (count, size, size, 3) uint8."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, size, size, 3), generator=generator, dtype=torch.uint8)
 
 
 def tiny_batch(model: VisionLanguageModel, tokenizer: Tokenizer, texts: list[tuple[str, str]], seed: int = 0) -> Batch:
-    """A right-padded batch of (prompt, answer) pairs with random pictures."""
+    """Return a right-padded batch of (prompt, answer) pairs with random pictures."""
     prefixes = [prefix_ids(tokenizer, model.config.num_slots, prompt) for prompt, _ in texts]
     rows = [prefix + answer_ids(tokenizer, answer) for prefix, (_, answer) in zip(prefixes, texts, strict=True)]
     length = max(len(row) for row in rows) - 1

@@ -1,4 +1,4 @@
-"""Tiny models as other libraries publish them, with random weights, and ours of the same shape."""
+"""Tiny models of other libraries with random weights, and our models of the same shape."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDTH, DEPTH, HEADS, MLP, PATCH, SIZE = 16, 3, 2, 24, 4, 16
 
 
 def blocks(**changes: Any) -> dict[str, Any]:
-    """A transformer of the older make, as our config."""
+    """Return the config of a transformer with biases, plain MLP and LayerNorm."""
     attention = {"num_heads": HEADS, "num_kv_heads": HEADS, "head_dim": WIDTH // HEADS, "bias": True}
     mlp = {"kind": "plain", "mlp_width": MLP, "activation": changes.pop("activation", "gelu")}
     norm = {"kind": "layer", "eps": changes.pop("eps", 1e-5)}
@@ -32,7 +32,7 @@ def blocks(**changes: Any) -> dict[str, Any]:
 def config(
     vision: dict[str, Any] | None = None, decoder: dict[str, Any] | None = None, size: int = SIZE, **others: Any
 ) -> ModelConfig:
-    """A model with this encoder and this decoder; a part that is not given is some other."""
+    """Return a model config with this encoder and this decoder; a part that is not given has default settings."""
     return ModelConfig.model_validate(
         {
             "image": {"size": size},
@@ -46,7 +46,7 @@ def config(
 
 
 def scramble(model: nn.Module, seed: int = 0) -> None:
-    """Random weights that make every part of the network matter: a fresh model's norms and biases are constants."""
+    """Randomise all parameters, including norms and biases, which are constant in a new model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -58,7 +58,7 @@ def scramble(model: nn.Module, seed: int = 0) -> None:
 
 
 def publish(model: Any, folder: Path, seed: int = 0) -> Any:
-    """Scramble one of transformers' models and save it as transformers does. Returns it in evaluation mode."""
+    """Randomise a transformers model, save it with `save_pretrained`, and return it in evaluation mode."""
     scramble(model, seed)
     model.eval().save_pretrained(folder)
     return model
@@ -67,12 +67,12 @@ def publish(model: Any, folder: Path, seed: int = 0) -> Any:
 def load(
     settings: ModelConfig, folder: Path, part: Part, vocab_size: int = VOCAB
 ) -> tuple[VisionLanguageModel, ImportReport]:
-    """Our model with this part from a folder."""
+    """Import one part of our model from a folder."""
     return import_weights(settings, vocab_size, {part: folder})
 
 
 def send_back(model: VisionLanguageModel, part: Part, family: str, original: Path, *missing: str) -> Path:
-    """Our model saved, and exported again: every tensor of the original is there bit for bit, but for `missing`."""
+    """Save and export our model, and check that every tensor but `missing` equals the original bit for bit."""
     checkpoint, exported = original.parent / "checkpoint", original.parent / "exported"
     save_model(checkpoint, model, CharTokenizer("ab"))
     export_weights(checkpoint, part, family, exported)
@@ -86,12 +86,12 @@ def send_back(model: VisionLanguageModel, part: Part, family: str, original: Pat
 
 
 def pixels(count: int = 2, size: int = SIZE, seed: int = 0) -> Tensor:
-    """Normalised pictures (count, 3, size, size)."""
+    """Return normalised pictures (count, 3, size, size)."""
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def tokens(*lengths: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Ids of rows of these lengths, right-padded, and the mask that transformers takes."""
+    """Return random ids of rows of these lengths, right-padded, and the attention mask."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (len(lengths), max(lengths)), generator=generator)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
@@ -99,12 +99,12 @@ def tokens(*lengths: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def logits(model: VisionLanguageModel, ids: Tensor) -> Tensor:
-    """Our decoder's logits (B, T, V) of text alone."""
+    """Return our decoder's logits (B, T, V) for text without a picture."""
     return model.decoder.logits(model.decoder(model.decoder.embed(ids), mask=None))
 
 
 def assert_equal(ours: Tensor, theirs: Tensor, mask: Tensor | None = None) -> None:
-    """Equal up to 1e-5, at real positions; and not trivially so."""
+    """Check that tensors are equal up to 1e-5 where the mask is true, and that they are not nearly constant."""
     assert ours.shape == theirs.shape
     difference = (ours - theirs).abs()
     assert float((difference if mask is None else difference[mask.bool()]).max()) <= 1e-5

@@ -39,7 +39,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), 
 
 
 def tiny_model_config() -> ModelConfig:
-    """A model of a few thousand weights that still has every part, dropout included."""
+    """Return the config of a model with a few thousand weights and every part, including dropout."""
     transformer = {
         "width": 16,
         "depth": 1,
@@ -61,7 +61,7 @@ def tiny_model_config() -> ModelConfig:
 def tiny_run(
     *, steps: int = 12, ranks: int = 2, model: object = None, cache_gib: float = 0, **train: object
 ) -> RunConfig:
-    """A run of a few seconds; `train` overrides its train settings."""
+    """Return the config of a run that takes a few seconds; `train` overrides its train settings."""
     settings: dict[str, object] = {
         "steps": steps,
         "batch_size": 4,
@@ -86,7 +86,7 @@ def tiny_run(
 def write_shards(
     folder: Path, *, rows: int, texts: int = 1, rows_per_file: int = 8, size: int = 16, seed: int = 0
 ) -> Shards:
-    """Plain pictures in four colours, each named by its texts; written by the functions that executors use."""
+    """Write pictures in four plain colours whose texts name the colour, with the functions that executors use."""
     request = ShardRequest(
         table="none",
         table_id="none",
@@ -125,7 +125,7 @@ def global_batches(
     workers: int = 0,
     augment: AugmentConfig | None = None,
 ) -> list[list[tuple[bytes, str]]]:
-    """Pixels and text of each place of each global batch of eight, whose slices so many ranks have made."""
+    """Return pixels and text of every row of each global batch of eight, assembled from the slices of all ranks."""
     from pipelines.worker.data.augment import Augmenter
     from pipelines.worker.data.batches import Collator, training_batches
     from vlm.batch import IGNORE
@@ -155,7 +155,7 @@ def global_batches(
 
 
 def write_run(folder: Path, config: RunConfig, train: Shards, validate: Shards) -> RunDir:
-    """A run folder as the driver leaves it before launch."""
+    """Write a run folder as the driver does before it starts ranks."""
     run = RunDir(folder)
     file = RunFile(
         config=config,
@@ -172,11 +172,11 @@ def write_run(folder: Path, config: RunConfig, train: Shards, validate: Shards) 
 
 
 MakeRun = Callable[..., RunDir]
-"""Name of the folder and the fault that its ranks are to have, if any; settings of `train`."""
+"""Takes the name of the folder, an optional fault for its ranks, and train settings; returns the run folder."""
 
 
 def runs_in(folder: Path, patch: pytest.MonkeyPatch) -> MakeRun:
-    """Writes folders of tiny runs on the same shards; their ranks can import the tests."""
+    """Return a function that writes folders of tiny runs on common shards; their ranks can import tests/support."""
     patch.setenv("PYTHONPATH", TEST_PATH)
     train, validate = write_shards(folder / "train", rows=21), write_shards(folder / "val", rows=6)
 

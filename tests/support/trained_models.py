@@ -1,4 +1,4 @@
-"""Tiny models that are really trained in a second or two: ones that look at their pictures, and one that cannot."""
+"""Tiny models, trained in seconds: some use their pictures, one cannot."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ BATCH, LR = 32, 1e-2
 
 
 def corner_rows(source: str, split: str, count: int) -> list[tuple[Any, ...]]:
-    """Rows of table `samples`: four fields of colour, of which the first alone is told.
+    """Return rows of table `samples`: pictures of four coloured fields whose text names only the first field's colour.
 
-    The others are as large, differ more and say nothing: the picture that looks most alike is right two times of three.
+    The other fields are random and stronger, so the text of the nearest neighbour is right in only two of three cases.
     """
     rng = np.random.default_rng(len(split))
     rows = []
@@ -64,14 +64,14 @@ def corner_rows(source: str, split: str, count: int) -> list[tuple[Any, ...]]:
 def train(
     config: RunConfig, shards: Shards, stops: Sequence[int], *, blind: bool = False, misnamed: str = ""
 ) -> Iterator[VisionLanguageModel]:
-    """A model after so many steps each.
+    """Train a model and yield it after each of the given numbers of steps.
 
     Args:
-        config: of the run.
-        shards: what it learns from.
-        stops: steps, ascending.
-        blind: it is shown the pictures of other rows.
-        misnamed: a colour that it is told is white.
+        config: settings of the run.
+        shards: training data.
+        stops: numbers of steps, ascending.
+        blind: show the model pictures of other rows.
+        misnamed: colour that the texts call white.
     """
     tokenizer = text.learn(config.model.text, [])
     torch.manual_seed(1)
@@ -83,12 +83,12 @@ def train(
     for step in range(1, max(stops) + 1):
         for group in optimizer.param_groups:
             group["lr"] = LR * (1 - step / (max(stops) + 1)) * min(1, step / 20)
-        told = rng.integers(0, len(shards), BATCH)
-        shown = rng.integers(0, len(shards), BATCH) if blind else told
-        texts = [shards.row(int(index)).texts[0] for index in told]
+        texts_from = rng.integers(0, len(shards), BATCH)
+        pictures_from = rng.integers(0, len(shards), BATCH) if blind else texts_from
+        texts = [shards.row(int(index)).texts[0] for index in texts_from]
         if misnamed:
             texts = [(prompt, said.replace(misnamed, "white")) for prompt, said in texts]
-        batch = collator.batch([shards.row(int(index)) for index in shown], texts)
+        batch = collator.batch([shards.row(int(index)) for index in pictures_from], texts)
         torch.autograd.backward(token_loss(model(batch), batch) / num_targets(batch))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -100,7 +100,7 @@ def train(
 def register(
     platform: Platform, folder: Path, config: RunConfig, shards: Shards, model: VisionLanguageModel
 ) -> registry.ModelVersion:
-    """A version of these weights, with a run of its own."""
+    """Register a model as a new version with an MLflow run of its own."""
     run = write_run(folder, config, shards, shards)
     save_model(run.checkpoint(1), model, text.load(run.tokenizer))
     result = Result(status="ok", step=1, world_size=1, checkpoint=str(run.checkpoint(1)), metrics={}, seconds=1.0)
@@ -111,7 +111,7 @@ def register(
 
 
 def corner_run(name: str) -> RunConfig:
-    """A run on corners, whose model's name and source are the same."""
+    """Return the config of a run on corner pictures; its model and its source have the same name."""
     config = tiny_run(ranks=1)
     chosen = config.chosen.model_copy(update={"data": name})
     return config.model_copy(update={"name": name, "chosen": chosen})

@@ -7,7 +7,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from browser import browsed
+from browser import open_page
 from PIL import Image
 
 from pipelines.driver.evaluate.bootstrap import Interval
@@ -77,7 +77,7 @@ def test_a_browser_filters_the_cards_and_complains_of_nothing(tmp_path: Path) ->
     rows = [row(n, exact=n == 0, caption="A red square" if n < 3 else "a blue circle") for n in range(5)]
     write(tmp_path / "gallery.html", rows)
     address = (tmp_path / "gallery.html").as_uri()
-    with browsed(f"{address}#group=worst&find=BLUE") as page:
+    with open_page(f"{address}#group=worst&find=BLUE") as page:
         assert [figure.is_visible() for figure in page.locator("figure").all()] == [False, False, False, True, True]
         assert page.locator("#shown").inner_text() == "2 of 5"
         page.get_by_label("Find").fill("red square")

@@ -1,4 +1,4 @@
-"""Whatever is killed while a table is captioned: each row has one caption, and the one it would have had anyway."""
+"""Captioning under SIGKILL: each row gets one caption, the same as without the kill."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pipelines.driver.caption.run import CaptionReport
 from pipelines.errors import StageFailed
 from pipelines.platform import Platform
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 
 
 class Reference(NamedTuple):
-    """What a job leaves that nobody kills, of which folder, and in how many seconds: it is the first of its session."""
+    """Captions of a job that was not killed, the folder of its table, and its duration in seconds."""
 
     folder: Path
     rows: list[dict[str, Any]]
@@ -31,24 +31,24 @@ class Reference(NamedTuple):
 @pytest.fixture(scope="module")
 def reference(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     prepare(folder := tmp_path_factory.mktemp("captioned"))
-    begun = time.monotonic()
+    started = time.monotonic()
     caption_table(spark, platform, folder, "reference")
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - started
     rows = read_captions(platform.root, folder, "reference")
     assert len(rows) == ROWS
     assert sum(row["error"] is not None for row in rows) == BAD
-    assert len({row["caption"] for row in rows}) > ROWS // 4, "captions that tell rows apart"
+    assert len({row["caption"] for row in rows}) > ROWS // 4, "captions differ between rows"
     return Reference(folder, rows, seconds)
 
 
 @pytest.fixture(scope="module")
 def window(reference: Reference) -> KillWindow:
-    """Begins with what the first job took, more than a later one does."""
+    """Start with the duration of the first job, which is longer than a later one."""
     return KillWindow(reference.seconds)
 
 
 def retry(spark: SparkSession, platform: Platform, folder: Path, version: str) -> CaptionReport:
-    """Run it again until it ends green, as a job's retries do."""
+    """Run the job until it succeeds, four times at most, as a scheduler does."""
     for _ in range(3):
         try:
             return caption_table(spark, platform, folder, version)
@@ -91,7 +91,7 @@ def test_each_row_has_its_caption_once_whenever_a_process_of_an_executor_is_kill
 @pytest.mark.faults
 @pytest.mark.matrix
 @pytest.mark.parametrize("seed", range(10))
-def test_each_row_has_its_caption_once_when_the_driver_is_killed_time_and_again(
+def test_each_row_has_its_caption_once_when_the_driver_is_killed_repeatedly(
     reference: Reference, tmp_path: Path, seed: int
 ) -> None:
     rng = random.Random(seed)
