@@ -1,4 +1,4 @@
-"""The bundle, offline: Databricks' own types on every job, and what their checks let through."""
+"""The Databricks bundle, checked offline: job types, references, clusters, parameters and schedules."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXAMPLE = {
 
 
 def read_job(file: Path) -> tuple[str, Any]:
-    """The one job of a file: its key and its settings."""
+    """Return key and settings of the only job in a file."""
     content = yaml.safe_load(file.read_text())
     assert list(content) == ["resources"]
     assert list(content["resources"]) == ["jobs"]
@@ -47,7 +47,7 @@ def tasks() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def strings(node: Any) -> Iterator[str]:
-    """Every string of a YAML document."""
+    """Yield every string of a YAML document."""
     if isinstance(node, dict):
         node = list(node.values())
     if isinstance(node, list):
@@ -58,7 +58,7 @@ def strings(node: Any) -> Iterator[str]:
 
 
 def references(node: Any) -> set[str]:
-    """Everything a document names as ${...}."""
+    """Return the names in all ${...} references of a document."""
     return {name for text in strings(node) for name in re.findall(r"\$\{([^}]+)\}", text)}
 
 
@@ -117,7 +117,7 @@ def test_every_target_has_a_whole_number_of_ranks_on_each_worker(target: str) ->
         assert re.fullmatch(rf"\d+\.\d+\.x-{kind}-ml-scala2\.13", values[f"{kind}_runtime"])
 
 
-def test_shared_deployments_may_be_managed_by_others_than_who_deployed_them() -> None:
+def test_shared_deployments_can_be_managed_by_every_user() -> None:
     for target in BUNDLE["targets"].values():
         if target["mode"] == "production":
             assert target["workspace"]["root_path"].startswith("/Workspace/Shared/")
@@ -140,12 +140,12 @@ def test_a_task_calls_a_command_with_options_that_exist_and_settings_that_resolv
 
 
 def fill(text: str) -> str:
-    """A parameter with example values in place of references."""
+    """Replace the references in a parameter by example values."""
     text = re.sub(r"\$\{resources\.(\w+)s\.\w+\.name\}", lambda match: EXAMPLE[match[1]], text)
     return re.sub(r"\$\{var\.(\w+)\}", lambda match: EXAMPLE[match[1]], text)
 
 
-def test_unity_catalog_names_come_from_resources_so_that_a_developer_gets_an_own_schema() -> None:
+def test_unity_catalog_names_come_from_resources_so_that_each_developer_has_a_schema() -> None:
     for _, task in tasks():
         parameters = task["python_wheel_task"]["parameters"]
         assert "--set=platform.schema=${resources.schemas.lakesight.name}" in parameters
@@ -173,7 +173,10 @@ def test_a_cron_expression_that_quartz_would_refuse_is_noticed(wrong: str) -> No
 
 
 def quartz_problems(expression: str) -> list[str]:
-    """What Quartz would refuse: six or seven fields, numbers in range, `?` in exactly one of the two day fields."""
+    """Return why Quartz would refuse an expression.
+
+    It needs six or seven fields, numbers in range, and `?` in exactly one of the two day fields.
+    """
     ranges = [
         ("second", 0, 59),
         ("minute", 0, 59),

@@ -1,4 +1,4 @@
-"""What the pages tell people to type can be typed: commands, options, config keys and links exist."""
+"""Commands, options, config keys and links that the documentation shows exist."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
 def shown(page: Path) -> Iterator[list[str]]:
-    """The words of each `lakesight` command on a page, in blocks and in running text."""
+    """Yield the words of each `lakesight` command on a page, in code blocks and in running text."""
     text = page.read_text()
     blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.M | re.S)
     spans = re.findall(r"`(lakesight [^`\n]+)`", text)
     for line in [*(line.strip() for block in blocks for line in block.splitlines()), *spans]:
         if line.startswith("lakesight "):
-            # After two spaces, or after a hash, stands what it is for.
+            # Two spaces or a hash begin the explanation.
             yield shlex.split(re.split(r"\s{2,}|\s#", line)[0])
 
 
@@ -54,7 +54,7 @@ def test_every_config_key_shown_exists(page: Path) -> None:
 
 
 def problems_with(key: str) -> str:
-    """What a run says about one more key; the value may well be wrong."""
+    """Return the error of loading a run with one more key, whose value may be invalid."""
     platform = "databricks" if re.match(r"platform\.(catalog|schema|volume)", key) else "local"
     try:
         load_run("demo", platform=platform, overrides=[f"{key}=x"])
@@ -64,7 +64,7 @@ def problems_with(key: str) -> str:
 
 
 def yaml_files() -> Iterator[tuple[str, str, str]]:
-    """Files of conf/ that the pages show whole: kind, name, content."""
+    """Yield kind, name and content of each conf file that the pages show completely."""
     for page in PAGES:
         for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.M | re.S):
             named = re.match(r"# conf/(run|data)/(\w+)\.yml\n", block)
@@ -73,7 +73,7 @@ def yaml_files() -> Iterator[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize(("kind", "name", "content"), yaml_files())
-def test_every_run_and_data_config_shown_is_one(
+def test_every_run_and_data_config_shown_is_valid(
     kind: str, name: str, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "conf" / kind).mkdir(parents=True)
@@ -84,11 +84,11 @@ def test_every_run_and_data_config_shown_is_one(
         (tmp_path / "conf" / "run").mkdir()
         (tmp_path / "conf" / "run" / "shown.yml").write_text(run)
     assert load_run(name if kind == "run" else "shown").chosen.data == name
-    assert len(content.splitlines()) <= 10, "one YAML of at most ten lines is what the README promises"
+    assert len(content.splitlines()) <= 10, "the README promises one YAML file of at most ten lines"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_link_between_pages_leads_somewhere(page: Path) -> None:
+def test_every_link_between_pages_exists(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
     missing = {link for link in links if "://" not in link and not (page.parent / link).exists()}
     assert missing == set()

@@ -78,7 +78,7 @@ def test_every_import_contract_is_kept() -> None:
 
 
 @pytest.mark.parametrize("contract", BREACHES)
-def test_a_breach_of_an_import_contract_is_noticed(contract: str, tmp_path: Path) -> None:
+def test_a_breach_of_an_import_contract_is_reported(contract: str, tmp_path: Path) -> None:
     for name in ("vlm", "pipelines", "jobs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

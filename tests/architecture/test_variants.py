@@ -57,7 +57,7 @@ def test_the_name_of_a_model_occurs_in_conf_and_nowhere_else() -> None:
 ORDINARY = {"vit", "clip", "nano", "base", "tiny", "emoji"}
 
 
-def test_no_family_is_known_to_the_model_library_outside_its_weights() -> None:
+def test_the_model_library_names_no_family_outside_its_weights() -> None:
     tables = {file.stem for file in (ROOT / "vlm/weights/tables").glob("[a-z]*.py")}
     families = {part for name in {*available("model"), *tables} for part in name.split("_")} - ORDINARY
     assert {"gpt2", "gemma", "siglip"} <= families

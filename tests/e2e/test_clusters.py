@@ -1,4 +1,4 @@
-"""Launches on clusters as others have them: Spark's own, ones that count GPUs, ones that several runs share."""
+"""Launches on a standalone Spark cluster, on executors with GPUs, and of two runs at the same time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tiny_runs import MakeRun, runs_in
 
 from pipelines.formats.run_folder import Result, RunDir, read_json
 
-# Sessions of their own, and ranks in each: half a minute where nothing else runs.
+# Each test starts sessions and ranks of its own: 30 seconds on an idle machine.
 pytestmark = [pytest.mark.faults, pytest.mark.matrix, pytest.mark.timeout(1500)]
 FEW: dict[str, Any] = {"steps": 4, "validate_every": 4}
 
@@ -27,8 +27,8 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
     return runs_in(tmp_path, monkeypatch)
 
 
-def trained_apart(first: RunDir, second: RunDir) -> None:
-    """Two runs of two ranks that were started at once have each its own result and met at a port of its own."""
+def assert_trained_separately(first: RunDir, second: RunDir) -> None:
+    """Check that two runs of two ranks have separate results and used separate rendezvous ports."""
     assert [read_json(run.result, Result).world_size for run in (first, second)] == [2, 2]
     ports = [{place.port for place in placements_of(run)} for run in (first, second)]
     assert len(ports[0]) == len(ports[1]) == len(ports[0] | ports[1]) - 1 == 1
@@ -37,17 +37,17 @@ def trained_apart(first: RunDir, second: RunDir) -> None:
     assert losses[0] != losses[1]
 
 
-def test_two_runs_at_once_beside_their_drivers_do_not_meet(make_run: MakeRun, tmp_path: Path) -> None:
+def test_two_runs_at_once_beside_their_drivers_stay_separate(make_run: MakeRun, tmp_path: Path) -> None:
     runs = [make_run(f"seed-{seed}", seed=seed, **FEW) for seed in range(2)]
     assert run_drivers(tmp_path / "home", "local[1]", *([run] for run in runs)) == [{}, {}]
-    trained_apart(*runs)
+    assert_trained_separately(*runs)
 
 
-def test_two_runs_at_once_on_a_standalone_cluster_do_not_meet(make_run: MakeRun, tmp_path: Path) -> None:
+def test_two_runs_at_once_on_a_standalone_cluster_stay_separate(make_run: MakeRun, tmp_path: Path) -> None:
     runs = [make_run(f"seed-{seed}", seed=seed, **FEW) for seed in range(2)]
     with standalone_cluster(tmp_path, workers=2, cores=2, cores_per_application=2) as master:
         assert run_drivers(tmp_path / "home", master, *([run] for run in runs)) == [{}, {}]
-    trained_apart(*runs)
+    assert_trained_separately(*runs)
     executors = list((tmp_path / "work").glob("app-*/*"))
     assert len({executor.parent for executor in executors}) == 2
     assert all(list(executor.glob("io.delta_delta-spark_*.jar")) for executor in executors)
@@ -55,7 +55,7 @@ def test_two_runs_at_once_on_a_standalone_cluster_do_not_meet(make_run: MakeRun,
 
 
 def gpu_settings(folder: Path, per_task: str) -> dict[str, str]:
-    """Workers of two GPUs each, as far as Spark knows; a task claims so many, or a share of one."""
+    """Return Spark settings that claim two GPUs per worker and the given amount per task."""
     (script := folder / "gpus.sh").write_text("""#!/bin/sh\necho '{"name": "gpu", "addresses": ["0", "1"]}'\n""")
     script.chmod(0o755)
     return {
@@ -99,7 +99,7 @@ def test_a_share_of_a_gpu_is_refused_with_the_setting_to_change(make_run: MakeRu
     assert not run.result.exists()
 
 
-ASKING = """
+CHECK_HOSTS = """
 import sys, threading, time
 from pathlib import Path
 from pipelines.config import LocalPlatformConfig, SparkConfig
@@ -117,7 +117,7 @@ threading.Thread(target=lambda: busy.foreach(lambda _: time.sleep(600)), daemon=
 def waiting():
     while len(jobs.getActiveJobsIds()) < 2:
         time.sleep(0.1)
-    print("both have begun", flush=True)
+    print("both jobs run", flush=True)
 
 threading.Thread(target=waiting, daemon=True).start()
 try:
@@ -127,16 +127,16 @@ except StageFailed as error:
 """
 
 
-def test_hosts_that_are_gone_while_a_stage_waits_for_its_slots_are_not_waited_for(tmp_path: Path) -> None:
+def test_a_stage_that_waits_for_slots_fails_when_a_host_is_lost(tmp_path: Path) -> None:
     one_each = standalone_cluster(tmp_path, workers=2, cores=1, cores_per_application=2)
     with one_each as master, started_processes() as start:
-        command = [sys.executable, "-c", ASKING, master, str(tmp_path / "run")]
-        asking = start(command, driver_environment(tmp_path / "home"), subprocess.PIPE)
-        assert asking.stdout
-        assert asking.stdout.readline() == b"both have begun\n"
+        command = [sys.executable, "-c", CHECK_HOSTS, master, str(tmp_path / "run")]
+        check = start(command, driver_environment(tmp_path / "home"), subprocess.PIPE)
+        assert check.stdout
+        assert check.stdout.readline() == b"both jobs run\n"
         worker, _ = subprocess.check_output(["pgrep", "-f", f"deploy.worker.Worker.*{master}"], text=True).split()
-        os.killpg(int(worker), signal.SIGKILL)  # with its executor, as a host goes
-        said = asking.stdout.readline().decode()
+        os.killpg(int(worker), signal.SIGKILL)  # with its executor, as when a host is lost
+        said = check.stdout.readline().decode()
     assert said.startswith("the executors cannot be asked what they have.")
     assert "executors are gone: 1 of 2 slots are left" in said
 
@@ -148,7 +148,7 @@ print(local(LocalPlatformConfig()).open_spark().range(3).count())
 """
 
 
-def test_sessions_that_start_at_once_on_a_machine_without_jars_fetch_them_one_after_the_other(tmp_path: Path) -> None:
+def test_sessions_that_start_at_once_without_cached_jars_download_them_one_after_the_other(tmp_path: Path) -> None:
     (user := tmp_path / "user").mkdir()
     empty = os.environ | {"HOME": str(user), "JAVA_TOOL_OPTIONS": f"-Duser.home={user}", "TMPDIR": str(tmp_path)}
     sessions = [

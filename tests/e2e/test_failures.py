@@ -1,7 +1,7 @@
-"""The failure matrix: what may happen to a rank, to which, when, and where it runs. Each cell is a run that fails.
+"""The failure matrix: kind of fault, rank, moment, and place of the ranks. Each cell is a run that fails.
 
-However it ends, the launch is over in bounded time, its error names rank, host, cause and what to do, and no process is
-left. A few cells run with the other tests; `make faults` runs them all.
+The launch must end within a time limit, its error must name rank, host, cause and fix, and no process may be left.
+`make test` runs a few cells, `make faults` runs all of them.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ pytestmark = pytest.mark.faults
 
 ENDLESS: dict[str, Any] = {"steps": 100_000, "validate_every": 100_000}
 WAITS: tuple[Kind, ...] = ("hang", "stop", "deaf")
-TIMEOUT = 20  # where others wait for a rank; elsewhere they need not
-BOUND = 120.0  # seconds here; on a machine with nothing else to do it is fewer than 20
-STOPPED_BOUND = 180.0  # torchrun itself gives a process that does not react 30 seconds
+TIMEOUT = 20  # seconds; needed only where other ranks wait for the faulty one
+BOUND = 120.0  # seconds; fewer than 20 on an idle machine
+STOPPED_BOUND = 180.0  # torchrun waits 30 seconds for a process that does not react
 
 BESIDE, EXECUTORS = "beside the driver", "on executors"
 
@@ -57,7 +57,7 @@ SAID: dict[Kind, str] = {
 
 
 class Cell(NamedTuple):
-    """One run that fails."""
+    """A run that fails: kind of fault, rank, moment, and where ranks run."""
 
     kind: Kind
     rank: int
@@ -73,7 +73,7 @@ IN_A_STEP: tuple[Kind, ...] = ("hang", "stop", "nan", "inf")
 
 
 def cells() -> Iterator[Cell]:
-    """The table."""
+    """Yield all cells of the matrix."""
     for rank, place in itertools.product((0, 1), ("start", "step", "checkpoint")):
         yield from (Cell(kind, rank, place, BESIDE) for kind in ANYWHERE)
     for rank in (0, 1):
@@ -136,11 +136,11 @@ def test_a_run_that_fails_ends_in_time_names_rank_and_cause_and_leaves_no_proces
         assert all("Thread 0x" in text for text in stacks)
         assert "in strike" in stacks[cell.rank]
         assert "in strike" not in stacks[1 - cell.rank]
-    assert left_over(run) == []
+    assert remaining_processes(run) == []
 
 
-def left_over(run: RunDir) -> list[int]:
-    """Ranks and launchers that are still there, a few seconds after all is over."""
+def remaining_processes(run: RunDir) -> list[int]:
+    """Return process ids of ranks and launchers that still run ten seconds after the launch."""
     pids = [int(pid) for path in (run.path / "processes").iterdir() for pid in path.read_text().split()]
     deadline = time.monotonic() + 10
     while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""The walk-through notebook runs as it stands, and is what Databricks takes for a notebook."""
+"""The walk-through notebook runs unchanged and has the format of a Databricks notebook."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_the_walkthrough_is_a_notebook_for_databricks() -> None:
     assert source.startswith("# Databricks notebook source\n")
     cells = source.split("\n# COMMAND ----------\n")
     assert len(cells) > 10
-    assert not re.search(r"^\s*(def|class) ", source, re.M), "a notebook calls the packages and defines nothing"
+    assert not re.search(r"^\s*(def|class) ", source, re.M), "the notebook calls the packages and defines nothing"
 
 
 def test_the_walkthrough_runs_from_pictures_to_captions(

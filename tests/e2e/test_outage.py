@@ -1,4 +1,4 @@
-"""A tracking server that is killed while a run is trained, and comes back minutes later as far as the run can tell."""
+"""A tracking server that is killed during training and restarted later."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STEPS = 600
 
 @contextmanager
 def tracking_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A real one, on a database that outlives it, leading a process group of its own."""
+    """Start `mlflow server` in a process group of its own, on a database that outlives it."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "kept")]
     with (
@@ -46,7 +46,7 @@ def tracking_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]
 
 @contextmanager
 def rank_of(run: RunDir) -> Iterator[subprocess.Popen[bytes]]:
-    """The one rank of a run, at work."""
+    """Start the only rank of a run."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "-m", "pipelines.worker.main"]
     environment = os.environ | {"PYTHONPATH": TEST_PATH, "OMP_NUM_THREADS": "1"}
     with (run.path / "rank.log").open("ab") as log:
@@ -59,7 +59,7 @@ def rank_of(run: RunDir) -> Iterator[subprocess.Popen[bytes]]:
 
 @contextmanager
 def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """Kill it and all that it started after the block, where that is not done yet."""
+    """Kill the process and its children at the end of the block."""
     try:
         yield process
     finally:
@@ -77,7 +77,7 @@ def is_healthy(port: int) -> bool:
 
 
 def last_step(run: RunDir) -> int:
-    """By the names of its files: to read them all, ten times a second, would take the core that the rank needs."""
+    """Return the last step by file names: reading the files ten times a second would slow the rank down."""
     return max((int(path.stem) for path in run.metrics(0).parent.glob("*.json")), default=0)
 
 
@@ -110,7 +110,7 @@ def test_a_tracking_server_that_is_killed_and_comes_back_has_every_step_once(
             os.killpg(server.pid, signal.SIGKILL)
             without = last_step(run) + STEPS // 2
             wait_for_step(run, without)
-            assert not is_healthy(port), "half of the steps were made without a server"
+            assert not is_healthy(port), "half of the steps ran without a server"
             servers.enter_context(tracking_server(tmp_path, port))
             assert rank.wait(timeout=300) == 0
         client = runs.connect(platform)

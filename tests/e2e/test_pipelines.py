@@ -1,4 +1,4 @@
-"""Whole jobs by their commands: a demo, a second one that finds everything done, and families on its pictures."""
+"""Whole pipelines by command: a demo, the same demo again, and other model families on its pictures."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any, NamedTuple
 
 import pytest
 
-# One process runs them: the fixture is most of the work, two minutes of it where nothing else runs.
+# One process runs them: nearly all of the time is spent in one fixture.
 pytestmark = [pytest.mark.xdist_group("pipelines"), pytest.mark.timeout(1500)]
 
 SCENES = 400
 PICTURES = ("--set", f"data.source.path=scenes:{SCENES}:0")
-"""The demo's own."""
+"""Options that select the pictures of the demo."""
 QUICK = (
     "train.steps=250",
     "train.batch_size=32",
     "train.optimizer.warmup_steps=20",
     "train.validate_every=250",
     "train.checkpoint_every=250",
-    "gate.baselines=[]",  # so few steps on so few scenes need not beat a copied sentence
+    "gate.baselines=[]",  # after so few steps the model need not beat a constant caption
 )
 SECRETS = {
     "DATABRICKS_TOKEN": "c4nary-workspace",
@@ -33,7 +33,7 @@ SECRETS = {
     "PYSPARK_SUBMIT_ARGS": "--conf spark.hadoop.fs.s3a.secret.key=c4nary-spark pyspark-shell",
 }
 
-ONE_AFTER_ANOTHER = """
+RUN_COMMANDS = """
 import json, subprocess, sys
 from pathlib import Path
 from jobs.cli import app
@@ -48,20 +48,20 @@ for command in json.loads(sys.argv[1]):
 
 
 class Ran(NamedTuple):
-    """The reports of some commands in order, and what all of them said on stdout and stderr."""
+    """Reports of the commands in order, and their whole output on stdout and stderr."""
 
     reports: list[dict[str, Any]]
     printed: str
-    said: str
+    log: str
 
 
 def run(home: Path, *commands: list[str]) -> Ran:
-    """Run commands in one process, whose JVM is warm after the first. Session and catalog are new each time."""
+    """Run commands in one process, so that only the first starts a JVM. Each has a session of its own."""
     environment = os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
-    # Where tracking is on SQLite as ever, with a password in the address that it does not ask for.
+    # SQLite ignores the password in the address; it is there to be found if it leaks.
     environment["MLFLOW_TRACKING_URI"] = f"sqlite:///file:{home}/mlflow.db?uri=true&password=c4nary-address"
     done = subprocess.run(
-        [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(commands), str(home)],
+        [sys.executable, "-c", RUN_COMMANDS, json.dumps(commands), str(home)],
         env=environment | SECRETS,
         cwd=home,
         capture_output=True,
@@ -79,12 +79,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def demos(home: Path) -> Ran:
-    """A demo, the same once more, and the family whose sequence, mask and decoder differ from it all at once; its ranks
-    are started by torchrun."""
+    """Run a demo twice, then PaliGemma, which differs in sequence, mask and decoder; torchrun starts its ranks."""
     demo = ["demo", "--scenes", str(SCENES), "--json", *(word for value in QUICK for word in ("--set", value))]
-    alone = ["train", "--no-launch", "--run", "paligemma", "--json", *PICTURES]
+    prepare = ["train", "--no-launch", "--run", "paligemma", "--json", *PICTURES]
     ranks = ["torchrun", "--nproc-per-node", "2", "-m", "pipelines.worker.main", "--run-dir", "runs/paligemma-*"]
-    return run(home, demo, demo, alone, ranks, pipeline("paligemma"))
+    return run(home, demo, demo, prepare, ranks, pipeline("paligemma"))
 
 
 def pipeline(family: str) -> list[str]:
@@ -104,25 +103,25 @@ def test_a_demo_does_the_whole_job(demos: Ran) -> None:
 def test_a_second_demo_finds_everything_done(demos: Ran) -> None:
     first, second, *_ = demos.reports
     assert second["nothing_new"]
-    assert "nothing was new: no row ingested, no step trained, no picture captioned" in demos.said
+    assert "nothing was new: no row ingested, no step trained, no picture captioned" in demos.log
     assert (second["samples"], second["quarantined"], second["captions"], second["errors"]) == (0, 0, 0, 0)
-    assert second["rows_in"] == second["duplicates"] == 0, "unchanged: not even read"
+    assert second["rows_in"] == second["duplicates"] == 0, "unchanged files are not read"
     assert second["captioned_before"] == first["captions"]
     assert (second["model_version"], second["metrics"]) == (first["model_version"], first["metrics"])
 
 
-def learned(report: dict[str, Any], family: str) -> None:
+def assert_learned(report: dict[str, Any], family: str) -> None:
     assert report["model_name"] == family
     assert report["blind_gap"] > 0.2
     assert report["captions"] > 0 == report["errors"]
     assert Path(report["gallery"]).is_file()
 
 
-def test_a_family_runs_from_pictures_to_captions_with_ranks_that_somebody_else_has_started(demos: Ran) -> None:
+def test_a_family_runs_from_pictures_to_captions_with_ranks_started_by_torchrun(demos: Ran) -> None:
     prepared, report = demos.reports[2:]
-    learned(report, "paligemma")
+    assert_learned(report, "paligemma")
     assert prepared == {"run_folder": report["run_folder"], "ranks": 2}
-    assert not report["trained"], "found finished"
+    assert not report["trained"], "the finished run is found"
 
 
 @pytest.mark.matrix
@@ -131,13 +130,13 @@ def test_a_family_runs_from_pictures_to_captions_with_ranks_that_somebody_else_h
 def test_every_family_runs_from_pictures_to_captions(home: Path, family: str) -> None:
     (report,) = run(home, pipeline(family)).reports
     assert report["trained"]
-    learned(report, family)
+    assert_learned(report, family)
 
 
-def test_no_secret_of_the_environment_is_written_into_any_file_or_said(demos: Ran, home: Path) -> None:
-    """Run folders, MLflow's database and artifacts, registered models, tables, logs, reports."""
+def test_no_secret_of_the_environment_is_written_to_a_file_or_printed(demos: Ran, home: Path) -> None:
+    """Search run folders, MLflow's database and artifacts, registered models, tables, logs and reports."""
     files = [path for path in home.rglob("*") if path.is_file()]
     kinds = {path.relative_to(home).parts[0] for path in files}
     assert kinds >= {"runs", "models", "mlflow.db", "mlartifacts", "warehouse", "logs", "reports"}
     assert [str(path.relative_to(home)) for path in files if b"c4nary" in path.read_bytes()] == []
-    assert "c4nary" not in demos.printed + demos.said
+    assert "c4nary" not in demos.printed + demos.log

@@ -1,4 +1,4 @@
-"""`lakesight review` in a real browser: the page, its filter, a verdict a click, and who may not click."""
+"""`lakesight review` in a browser: the page, its filter, verdicts, and requests that are refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write(home: Path, table: Table, rows: list[dict[str, Any]]) -> None:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """Captions of 30 pictures, and the pictures."""
+    """A home folder with 30 pictures and their captions."""
     ids = [f"demo/{n:02}" for n in range(len(CAPTIONS))]
     samples = [
         {"image_id": image_id, "sha256": "0" * 64, "image": png(n), "format": "PNG", "width": 8, "height": 8}
@@ -57,7 +57,7 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def address(home: Path) -> Iterator[str]:
-    """Where `lakesight review` listens."""
+    """Start `lakesight review` and yield its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -91,13 +91,13 @@ def verdicts(home: Path) -> dict[str, tuple[str, str | None]]:
 
 @pytest.fixture
 def page(address: str) -> Iterator[Page]:
-    """The page in a real browser."""
+    """The page in Chromium."""
     with open_page(address) as tab:
         yield tab
 
 
 def test_a_person_judges_captions_on_the_page(page: Page, home: Path, tmp_path: Path) -> None:
-    assert page.locator("article").count() == 24  # the least certain first, a page at a time
+    assert page.locator("article").count() == 24  # one page, the least certain first
     assert page.locator("article").first.locator("textarea").input_value() == "a red square"
     assert page.locator("article").nth(2).locator("textarea").input_value() == EVIL
     assert page.title() == "Captions of demo"
@@ -107,14 +107,14 @@ def test_a_person_judges_captions_on_the_page(page: Page, home: Path, tmp_path: 
     card = page.locator("article")
     card.nth(0).get_by_role("button", name="Good").click()
     expect(page.locator("#judged")).to_have_text("1")
-    card.nth(1).get_by_role("button", name="Save correction").click()  # nothing was changed: nothing is sent
+    card.nth(1).get_by_role("button", name="Save correction").click()  # without a change nothing is sent
     assert card.nth(1).locator(".status").inner_text() == "change the words first"
     card.nth(1).locator("textarea").fill("a green circle")
     card.nth(1).get_by_role("button", name="Save correction").click()
     expect(page.locator("#judged")).to_have_text("2")
     card.nth(3).get_by_role("button", name="Good").click()
     expect(page.locator("#judged")).to_have_text("3")
-    card.nth(3).get_by_role("button", name="Bad").click()  # the last word counts
+    card.nth(3).get_by_role("button", name="Bad").click()  # the last verdict counts
     expect(card.nth(3)).to_have_attribute("data-verdict", "bad")
     assert verdicts(home) == {
         "demo/00": ("good", "a red square"),
@@ -133,7 +133,7 @@ def test_a_person_judges_captions_on_the_page(page: Page, home: Path, tmp_path: 
     assert page.locator("article").count() == 3
 
 
-def test_only_the_page_itself_may_judge(address: str, home: Path) -> None:
+def test_requests_without_the_token_of_the_page_are_refused(address: str, home: Path) -> None:
     said = {"image_id": "demo/00", "model_version": "1", "settings_hash": "h", "verdict": "good"}
 
     def answer(path: str, body: object = None, **headers: str) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""`mlflow models serve` on a registered version: a base64 picture in, a caption out, over REST."""
+"""Registered versions served over REST by `mlflow models serve`: base64 pictures in, captions out."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_served_version_captions_base64_pictures_over_rest_from_many_clients_a
 def test_a_loaded_version_runs_the_code_it_was_registered_with(
     laptop: Platform, version: registry.ModelVersion, tmp_path: Path
 ) -> None:
-    """In an environment that has other versions of the packages installed: this one."""
+    """The test's environment has the packages installed; the version must load its own copy of them."""
     script = (
         f"import mlflow; mlflow.pyfunc.load_model('models:/{version.name}/1', dst_path=r'{tmp_path}')\n"
         "import sys; print([sys.modules[name].__file__ for name in ('vlm.model', 'pipelines.worker.caption')])"

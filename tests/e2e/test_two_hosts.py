@@ -1,4 +1,4 @@
-"""Ranks on two hosts, each with a name, an address and a cable of its own: network namespaces of this machine."""
+"""Ranks on two hosts, simulated by two network namespaces with a virtual cable between them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tiny_runs import runs_in
 from pipelines.driver.train.failure import failure_of
 from pipelines.formats.run_folder import RunDir, step_of
 
-# Waiting until a rank's time is up, and two starts: a minute.
+# Two starts of ranks and one timeout: a minute.
 pytestmark = [pytest.mark.faults, pytest.mark.matrix]
 
 NAMES = tuple(f"lakesight-{os.getpid()}-{letter}" for letter in "ab")
-ADDRESSES = ("198.18.77.1", "198.18.77.2")  # of those that are kept for tests of networks
+ADDRESSES = ("198.18.77.1", "198.18.77.2")  # from the range that RFC 2544 reserves for network tests
 NODE = """hostname "$0" && exec "$@" """
 
 
@@ -31,21 +31,21 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
 
 
-def pull_or_plug(state: str) -> None:
-    """The cable between the two: down or up."""
+def set_link(state: str) -> None:
+    """Set the link between the hosts `down` or `up`."""
     ip("-n", NAMES[0], "link", "set", "eth0", state)
 
 
 @pytest.fixture
 def network() -> Iterator[None]:
-    """Two hosts that know each other's name, and a cable between them."""
+    """Create two network namespaces that resolve each other's name, connected by a veth pair."""
     if os.geteuid() or not (shutil.which("ip") and shutil.which("unshare")):
-        pytest.skip("hosts of their own need root, and the programs ip and unshare")
+        pytest.skip("network namespaces need root and the programs ip and unshare")
     files = [Path("/etc/netns", name) for name in NAMES]
     try:
         ip("netns", "add", NAMES[0])
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"this machine makes no network namespaces: {error.stderr}")
+        pytest.skip(f"network namespaces cannot be created: {error.stderr}")
     try:
         ip("netns", "add", NAMES[1])
         ip("link", "add", "eth0", "netns", NAMES[0], "type", "veth", "peer", "name", "eth0", "netns", NAMES[1])
@@ -65,25 +65,25 @@ def network() -> Iterator[None]:
 
 @contextmanager
 def torchrun_on_both(run: RunDir) -> Iterator[None]:
-    """The command of docs/training.md, on each host while the block runs."""
+    """Run the command of docs/training.md on each host during the block."""
     ranks = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{NAMES[0]}:29500"]
     command = [sys.executable, "-m", "torch.distributed.run", *ranks]
     worker = ["-m", "pipelines.worker.main", "--run-dir", str(run.path)]
     with started_processes() as start:
         for name in NAMES:
-            there = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", NODE, name]
-            start([*there, *command, *worker], dict(os.environ), subprocess.DEVNULL)
+            in_namespace = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", NODE, name]
+            start([*in_namespace, *command, *worker], dict(os.environ), subprocess.DEVNULL)
         yield
 
 
 @pytest.mark.usefixtures("network")
-def test_ranks_whose_network_is_cut_end_in_time_and_go_on_when_it_is_back(
+def test_ranks_that_lose_their_network_end_in_time_and_resume_when_it_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = runs_in(tmp_path, monkeypatch)(steps=100_000, validate_every=100_000, checkpoint_every=20, timeout_seconds=10)
     with torchrun_on_both(run):
         wait_for(lambda: len(run.finished_checkpoints()) > 0, seconds=120)
-        pull_or_plug("down")
+        set_link("down")
         wait_for(lambda: len(run.read_failures()) == 2, seconds=60)
     error = failure_of(run, 2, None)
     assert re.fullmatch(r"the ranks lost each other at step \d+", error.what)
@@ -92,7 +92,7 @@ def test_ranks_whose_network_is_cut_end_in_time_and_go_on_when_it_is_back(
         r"rank \d waited 1\d s for other ranks, which did not come, and all others waited too", error.got
     )
 
-    pull_or_plug("up")
+    set_link("up")
     done = step_of(run.finished_checkpoints()[-1])
     with torchrun_on_both(run):
         wait_for(lambda: step_of(run.finished_checkpoints()[-1]) > done, seconds=120)

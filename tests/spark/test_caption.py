@@ -1,4 +1,4 @@
-"""Captioning a Delta table: every row once, errors in their rows, the model run once."""
+"""Captioning a Delta table: each row is captioned once, and errors are stored in their rows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from vlm.config import GenerationConfig
 
 @pytest.fixture
 def model(tmp_path: Path) -> ModelFiles:
-    """A random model, registered under a name of this test's own."""
+    """A random model with a name that no other test uses."""
     config = tiny_model_config()
     torch.manual_seed(3)
     tokenizer = text.learn(config.text, [])
@@ -92,14 +92,14 @@ def test_every_row_is_captioned_once_with_lineage_and_bad_pictures_have_an_error
         assert (row["source_table"], row["source_version"], row["run_id"]) == (table, 0, "r")
     captioner = load_captioner(str(model.folder))
     settings = captioner.model.config.generation
-    for number, data in good[:5]:  # the same caption alone as in a batch on an executor
+    for number, data in good[:5]:  # a picture alone gets the same caption as in a batch on an executor
         (alone,) = captioner.caption([data], [""], settings)
         row = rows[str(number)]
         assert (row["caption"], row["sha256"], row["num_tokens"]) == (alone.caption, alone.sha256, alone.num_tokens)
         assert row["mean_logprob"] == pytest.approx(alone.mean_logprob, abs=1e-4)
     before = commits(spark, platform)
     assert numbers(caption(spark, platform, model, request(table))) == (73, 73, 0, 0)
-    assert commits(spark, platform) == before  # nothing to do, nothing written
+    assert commits(spark, platform) == before  # without new rows nothing is written
 
 
 def test_only_new_rows_new_settings_or_a_new_version_are_captioned(
@@ -125,7 +125,7 @@ def test_only_new_rows_new_settings_or_a_new_version_are_captioned(
     assert (model.folder / "model.safetensors").read_bytes() in [copy.read_bytes() for copy in copies]
 
 
-def test_base64_text_is_captioned_like_its_bytes_and_equal_ids_of_two_tables_do_not_hide_each_other(
+def test_base64_text_is_captioned_like_its_bytes_and_equal_ids_in_two_tables_stay_separate(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     encoded = [(n, base64.b64encode(picture(n)).decode()) for n in range(3)]
@@ -168,15 +168,17 @@ def test_a_changed_picture_is_captioned_again_and_a_moved_one_is_not(
     assert second["1"]["sha256"] != first["1"]["sha256"]
     assert (second["4"]["error"], second["4"]["caption"] is None) == (None, False)
     assert {second[same]["captioned_at"] == first[same]["captioned_at"] for same in "023"} == {True}
-    assert second["0"]["source_version"] == report.source_version  # in another file now, and looked at
-    assert second["2"]["source_version"] == first["2"]["source_version"]  # in the file it was in
+    assert (
+        second["0"]["source_version"] == report.source_version
+    )  # the row was rewritten to another file, which was read
+    assert second["2"]["source_version"] == first["2"]["source_version"]  # the file of this row was not rewritten
 
     before = commits(spark, platform)
     assert numbers(caption(spark, platform, model, request(table))) == (5, 5, 0, 0)
     assert commits(spark, platform) == before
 
 
-def test_errors_are_tried_again_when_asked_and_too_many_fail_the_job_once_all_is_written(
+def test_errors_are_retried_on_request_and_too_many_fail_the_job_after_all_rows_are_written(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     table = write(spark, tmp_path / "photos", [(0, picture(0)), (1, picture(1)), (2, b"no picture")])
@@ -220,7 +222,7 @@ def test_two_jobs_at_once_and_one_that_was_cancelled_make_each_caption_once(
 
 @pytest.fixture(scope="module")
 def one_photo(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A table that nobody captions."""
+    """A table that no test captions."""
     return write(spark, tmp_path_factory.mktemp("tables") / "photos", [(1, picture(1))])
 
 
@@ -238,7 +240,7 @@ def one_photo(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> 
         ({"prompt": "a very long question about it"}, "leaves no room"),
     ],
 )
-def test_a_request_that_cannot_be_met_is_the_users_mistake(
+def test_an_invalid_request_is_a_user_error(
     spark: SparkSession,
     platform: Platform,
     model: ModelFiles,
@@ -251,7 +253,7 @@ def test_a_request_that_cannot_be_met_is_the_users_mistake(
 
 
 @pytest.mark.parametrize("ids", [(1, 1), (1, None)])
-def test_ids_that_do_not_tell_rows_apart_are_refused(
+def test_null_and_duplicate_ids_are_refused(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path, ids: tuple[int | None, ...]
 ) -> None:
     table = write(spark, tmp_path / "photos", [(identity, picture(1)) for identity in ids])

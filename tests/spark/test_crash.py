@@ -1,4 +1,4 @@
-"""A decoder that crashes: its worker really dies, and still no other row is lost and the row that did it is known."""
+"""A decoder that crashes its Python worker: no other row is lost, and the row that caused it is named."""
 
 from __future__ import annotations
 

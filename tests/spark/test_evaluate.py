@@ -1,4 +1,4 @@
-"""Evaluation on executors: the numbers a plain loop gives, written once, shown in a gallery."""
+"""Evaluation on executors: equal to a plain loop, written once, shown in a gallery."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROWS = 70
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
-    """A random model with a loud picture: its blind gap is small and not zero."""
+    """A random model with a scaled output layer, so that its blind gap is not zero."""
     folder = tmp_path_factory.mktemp("model")
     config = tiny_model_config()
     torch.manual_seed(5)
@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 
 
 def dataset(spark: SparkSession, folder: Path, rows: int) -> Path:
-    """Shards, and the Delta table with the same pictures that their manifest names."""
+    """Write shards, and the Delta table of the same pictures that their manifest names."""
     shards = write_shards(folder / "shards", rows=rows, texts=1)
     pictures = []
     for index in range(rows):
@@ -110,13 +110,13 @@ def test_executors_measure_what_a_plain_loop_measures(
 
 
 def test_the_neighbour_is_the_training_picture_that_looks_most_alike(report: EvaluationReport, shards: Path) -> None:
-    """Here the split is its own training split: of each picture another one, and plain colours tell them apart."""
+    """The split serves as its own training split; the neighbour of a picture is another one of the same colour."""
     assert report.values()["neighbour_exact_match"] == 1
     assert report.values()["constant_exact_match"] == pytest.approx(18 / ROWS)
     assert [row.neighbour for row in report.scores()[:4]] == ["red", "green", "blue", "white"]
 
 
-def test_the_metrics_are_in_the_table_once_and_are_not_made_twice(
+def test_metrics_are_written_once_and_not_computed_again(
     spark: SparkSession, platform: Platform, model: ModelFiles, shards: Path, report: EvaluationReport
 ) -> None:
     whole = {(None, name): value for name, value in report.values().items()}
@@ -127,12 +127,12 @@ def test_the_metrics_are_in_the_table_once_and_are_not_made_twice(
     seen = executed_queries(spark)
     again = evaluate(spark, platform, model, shards, shards)
     assert (again.metrics, again.slices, again.reused) == (report.metrics, report.slices, True)
-    assert executed_queries(spark) == seen, "a second evaluation asks Spark for nothing"
+    assert executed_queries(spark) == seen, "a second evaluation runs no query"
     scores = (report.folder / "scores.parquet").stat().st_mtime_ns
     further = evaluate(spark, platform, model, shards, shards, columns=["height"])
     assert {part.partition("=")[0] for part in further.slices} == {"format", "size", "height"}
     assert further.metrics == report.metrics
-    assert (report.folder / "scores.parquet").stat().st_mtime_ns == scores, "no model runs for one more slice"
+    assert (report.folder / "scores.parquet").stat().st_mtime_ns == scores, "another slice does not run the model"
     assert stored(spark, platform, report).items() > (whole | parts).items()
     with pytest.raises(UserError, match=r"Got: colour\. Fix: there are: image_id"):
         evaluate(spark, platform, model, shards, shards, columns=["colour"])
@@ -160,7 +160,7 @@ def test_one_picture_has_no_blind_gap(
     assert report.values()["loss"] > 0
 
 
-def test_an_empty_split_is_the_users_mistake(
+def test_an_empty_split_is_a_user_error(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     shards = write_shards(tmp_path / "none", rows=0)
@@ -168,7 +168,7 @@ def test_an_empty_split_is_the_users_mistake(
         evaluate(spark, platform, model, shards.folder, shards.folder)
 
 
-def test_a_folder_without_a_model_is_the_users_mistake(
+def test_a_folder_without_a_model_is_a_user_error(
     spark: SparkSession, platform: Platform, model: ModelFiles, shards: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="config cannot be read"):

@@ -1,4 +1,4 @@
-"""Executors are asked what they have before ranks start on them."""
+"""Packages and hardware of executors are checked before ranks start on them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipelines.platform import Platform
 
 
 def make_python(folder: Path, *without: str) -> Path:
-    """An interpreter that has what this one has, but for files and folders whose names begin so."""
+    """Create an interpreter with the packages of this one except those whose names begin with a prefix."""
     venv.create(folder, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
     for installed in Path(sysconfig.get_path("purelib")).iterdir():
@@ -29,13 +29,13 @@ def make_python(folder: Path, *without: str) -> Path:
     return folder / "bin" / "python"
 
 
-def test_executors_are_told_in_a_file_and_in_one_line(
+def test_executors_are_described_in_a_file_and_in_one_log_line(
     spark: SparkSession, platform: Platform, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = RunDir(tmp_path)
     with caplog.at_level(logging.INFO):
         check_hosts(run, spark, platform.launch)
-    (host,) = read_json(run.hosts, HostsFile).hosts  # two executors that have the same
+    (host,) = read_json(run.hosts, HostsFile).hosts  # both executors have the same
     assert (host.name, host.packages["torch"]) == (socket.gethostname(), torch.__version__)
     assert f"ranks run on {socket.gethostname()}; " in caplog.text
 
@@ -46,7 +46,7 @@ def test_packages_that_are_missing_on_executors_are_named_before_any_rank_starts
     run = RunDir(tmp_path / "run")
     first = make_python(tmp_path / "first", "pydantic")
     second = make_python(tmp_path / "second", "pipelines", "_editable_impl_lakesight")
-    bare = f"env -u PYTHONPATH {second}"  # which names the checkout
+    bare = f"env -u PYTHONPATH {second}"  # PYTHONPATH names the checkout
     monkeypatch.setattr(spark.sparkContext, "pythonExec", either(tmp_path / "either", str(first), bare))
     with pytest.raises(UserError, match="packages that ranks need are missing") as caught:
         launch(run, platform, spark)
@@ -60,7 +60,7 @@ def test_packages_that_are_missing_on_executors_are_named_before_any_rank_starts
 
 
 def either(path: Path, first: str, second: str) -> str:
-    """An interpreter that is the first for the executor that starts one first, and the second for the other."""
+    """Create a command that runs one interpreter on the executor that starts first, and another one on the other."""
     path.write_text(f'#!/bin/sh\nmkdir "$0.taken" 2>/dev/null && exec {first} "$@"\nexec {second} "$@"\n')
     path.chmod(0o755)
     return str(path)

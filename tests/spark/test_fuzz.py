@@ -1,4 +1,4 @@
-"""Thousands of rows with something wrong: none crashes the job, none is lost, each ends where it should."""
+"""Random invalid rows: none crashes the job, none is lost, and each has an allowed result."""
 
 from __future__ import annotations
 
@@ -51,5 +51,5 @@ REACHED = {
 
 
 def number_in(payload: str) -> int:
-    """The row's number: the first field of a payload that is no record, a column of one that is."""
+    """Return the row's number from a payload, which is a JSON record or a raw CSV line."""
     return int(json.loads(payload)["row"]) if payload.startswith("{") else int(payload.partition(",")[0])

@@ -1,4 +1,4 @@
-"""The gate with everything real: trained models, Spark, the registry on SQLite, a fresh process, captions."""
+"""The promotion gate with trained models, Spark, a registry on SQLite, fresh processes and captions."""
 
 from __future__ import annotations
 
@@ -40,11 +40,13 @@ GOOD, BETTER, WORSE, BLIND = "1", "2", "3", "4"
 
 @pytest.fixture(scope="module")
 def job(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """Four versions: one that looks, once more after further steps, one that was told wrong names of a colour, and one
-    that was trained with shuffled pictures."""
+    """Register four versions: a good one, the same after more steps, one with wrong colour names, and a blind one.
+
+    The blind one was trained with shuffled pictures.
+    """
     config = corner_run(NAME).model_copy(update={"drift": DriftConfig(min_rows=10)})
     job = Job(config, platform, (), Screen(io.StringIO(), as_json=False))
-    job.__dict__["spark"] = spark  # as if it had been started
+    job.__dict__["spark"] = spark  # instead of starting one
     rows = corner_rows(NAME, "train", 200) + corner_rows(NAME, "test", 60)
     new = spark.createDataFrame(rows, SAMPLES.ddl())
     new.coalesce(1).writeTo(platform.table(SAMPLES.name)).append()
@@ -126,7 +128,7 @@ def test_blind_and_worse_versions_are_refused_with_all_reasons_and_rollback_rest
     assert all(row["decided_by"] for row in trail)
 
 
-def test_pictures_that_are_not_as_they_were_evaluated_alert_and_fail_the_job_where_asked(
+def test_drift_of_pictures_is_logged_and_fails_the_job_if_configured(
     job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     measured(job, good := open_model(job, GOOD), open_split(job, good))
@@ -159,7 +161,7 @@ def test_pictures_that_are_not_as_they_were_evaluated_alert_and_fail_the_job_whe
 
 @pytest.fixture(scope="module")
 def report(job: Job) -> Comparison:
-    """The version that looks, beside the one that was told wrong names."""
+    """Compare the good version with the one trained on wrong colour names."""
     return run_compare(job, GOOD, WORSE)
 
 
@@ -194,7 +196,7 @@ def test_the_pages_of_an_evaluation_and_a_comparison_work_in_a_browser(
         assert page.get_by_role("row", name="format=GIF").is_visible()
         page.screenshot(path=tmp_path / "gallery.png", full_page=True)
         page.get_by_label("Show").select_option("worst")
-        page.get_by_label("Find").fill("red corner")  # it calls them white
+        page.get_by_label("Find").fill("red corner")  # version WORSE calls them white
         assert page.locator("figure:visible").count() == 15
         assert page.locator("figure:visible .mark").all_inner_texts() == ["DIFFERENT"] * 15
         assert page.locator("#shown").inner_text() == "15 of 48"
@@ -210,7 +212,7 @@ def test_the_pages_of_an_evaluation_and_a_comparison_work_in_a_browser(
         assert gained.inner_text().startswith(f"+{report.differences['exact_match'].value:.3f}")
 
 
-def test_lineage_and_decisions_are_told_without_a_jvm(job: Job) -> None:
+def test_lineage_and_decisions_are_shown_without_a_jvm(job: Job) -> None:
     run_caption(job, GOOD, where=f"image_id = '{NAME}/test0'")
     version = registry.resolve(job.platform, NAME, GOOD)
     shell = Job(job.config, job.platform, (), job.screen)

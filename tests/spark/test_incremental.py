@@ -1,4 +1,4 @@
-"""Ingest a second time: what changed is read, nothing else; and of two at the same time each row comes in once."""
+"""Incremental and concurrent ingest: only changed input is read, and each row is written once."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def parts(report: IngestReport) -> tuple[int, int, int, int, int]:
 
 def texts_of(spark: SparkSession, platform: Platform, source: str) -> dict[str, list[str]]:
     rows = spark.table(platform.table("samples")).where(f"source = '{source}'").select("image_id", "texts").collect()
-    assert len({row["image_id"] for row in rows}) == len(rows), "no picture is doubled"
+    assert len({row["image_id"] for row in rows}) == len(rows), "no picture is duplicated"
     return {row["image_id"].partition("/")[2]: [pair["text"] for pair in row["texts"]] for row in rows}
 
 
-def test_new_and_rewritten_files_are_read_alone_and_a_refresh_replaces_what_the_input_has_no_more(
+def test_only_new_and_rewritten_files_are_read_and_a_refresh_removes_rows_that_the_input_lacks(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     config = data({"path": str(tmp_path)})
@@ -54,12 +54,12 @@ def test_new_and_rewritten_files_are_read_alone_and_a_refresh_replaces_what_the_
     first = ingest(spark, platform, source, config)
     assert (first.items, first.unchanged, parts(first)) == (2, 0, (3, 2, 0, 0, 1))
 
-    changed = second.stat().st_mtime_ns + 2_000_000  # Spark sees milliseconds
+    changed = second.stat().st_mtime_ns + 2_000_000  # Spark reads times in milliseconds
     write_csv(second, [[as_base64(png(2)), "d"]])
     os.utime(second, ns=(changed, changed))
     write_csv(tmp_path / "c.csv", [[as_base64(png(3)), "e"]])
     later = ingest(spark, platform, source, config)
-    assert (later.items, later.unchanged, parts(later)) == (2, 1, (2, 1, 1, 0, 0)), "as large as before, but rewritten"
+    assert (later.items, later.unchanged, parts(later)) == (2, 1, (2, 1, 1, 0, 0)), "same size, but rewritten"
     assert sorted(texts_of(spark, platform, source).values()) == [["a"], ["c", "d"], ["e"]]
 
     (tmp_path / "c.csv").unlink()
@@ -74,7 +74,7 @@ def test_new_and_rewritten_files_are_read_alone_and_a_refresh_replaces_what_the_
     assert len(texts_of(spark, platform, source)) == 2
 
 
-def test_of_a_folder_only_rows_are_read_that_are_new_or_whose_picture_changed(
+def test_only_new_rows_and_changed_pictures_of_a_folder_are_read(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     for n in range(3):
@@ -117,7 +117,7 @@ def test_a_table_with_a_change_data_feed_is_followed_row_by_row(
     assert texts_of(spark, platform, source) == {"1": ["x1"], "2": ["corrected"], "4": ["x4"], "5": ["better"]}
 
 
-def test_an_ingest_that_another_one_overtook_plans_again_and_two_at_once_bring_what_one_would(
+def test_an_ingest_that_loses_a_race_plans_again_and_two_at_once_write_what_one_would(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     pictures = [[as_base64(png(n % 5)), f"text {n}"] for n in range(6)]
@@ -173,8 +173,8 @@ def test_rows_that_are_kept_are_computed_once_and_stay_as_they_were_whatever_is_
     assert (table.count(), kept.count(), calls.read_text()) == (2, 1, "once\n")
 
 
-def test_a_session_started_in_the_same_second_as_another_has_a_folder_for_its_executors_of_its_own(
+def test_two_sessions_started_in_the_same_second_have_separate_executor_folders(
     spark: SparkSession,
 ) -> None:
-    """Whoever ends first removes its folder: executors whose working directory is gone cannot import anything."""
+    """A session removes its folder at its end; executors whose working directory is removed cannot import modules."""
     assert spark.sparkContext.applicationId.endswith(f"-{os.getpid()}")

@@ -1,4 +1,4 @@
-"""Ingest with real Spark and Delta: every row accounted for, and a second run adds nothing."""
+"""Ingest with Spark and Delta: every row is counted, and a second run adds nothing."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ BAD = {
 }
 
 
-def test_every_kind_of_bad_row_is_quarantined_whole_and_good_rows_go_on(
+def test_every_kind_of_bad_row_is_quarantined_completely_and_good_rows_are_kept(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     good = [[as_base64(png(n)), f'picture "{n}", with a comma'] for n in range(10, 14)]
@@ -92,7 +92,7 @@ def test_every_kind_of_bad_row_is_quarantined_whole_and_good_rows_go_on(
     assert bytes(kept['picture "11", with a comma']["image"]) == png(11)
 
 
-def test_a_second_run_adds_nothing_not_even_a_version_and_a_file_that_grew_only_what_is_new(
+def test_a_second_run_adds_no_row_and_no_version_and_a_grown_file_adds_only_its_new_rows(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     rows = [[as_base64(png(n)), f"picture {n}"] for n in range(30, 33)]
@@ -125,7 +125,7 @@ def test_a_second_run_adds_nothing_not_even_a_version_and_a_file_that_grew_only_
     assert {row["ingest_id"] for row in kept.values()} == {first.ingest_id, second.ingest_id}
 
 
-def test_texts_of_one_picture_are_gathered_whichever_row_they_came_in(
+def test_texts_of_one_picture_are_merged_from_all_its_rows(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     image = as_base64(png(40))
@@ -138,7 +138,7 @@ def test_texts_of_one_picture_are_gathered_whichever_row_they_came_in(
     assert pairs == [("", "a"), ("what?", "a"), ("what?", "b")]
 
 
-def test_pictures_that_fight_over_an_id_are_quarantined_and_the_one_already_there_stays(
+def test_pictures_that_claim_the_same_id_are_quarantined_and_the_stored_one_stays(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     header = ("key", IMAGE, TEXT)
@@ -160,7 +160,7 @@ def test_pictures_that_fight_over_an_id_are_quarantined_and_the_one_already_ther
     assert sorted(payloads, key=lambda row: str(row[TEXT])) == [dict(zip(header, row, strict=True)) for row in fights]
 
 
-def test_files_may_say_the_split_and_lists_beside_them_are_left_alone(
+def test_file_names_may_set_the_split_and_other_csv_files_are_ignored(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     header = (TEXT, IMAGE)
@@ -169,11 +169,11 @@ def test_files_may_say_the_split_and_lists_beside_them_are_left_alone(
     write_csv(tmp_path / "captions.csv", [["x", "y"]], header=("something", "else"))
     report = ingest(spark, platform, source, config(tmp_path, split={"kind": "file"}))
     assert parts(report) == (4, 3, 0, 1, 0)
-    assert report.splits == {"test": 2, "train": 1}, "the picture of both files is held out"
+    assert report.splits == {"test": 2, "train": 1}, "the picture that is in both files is in the test split"
     assert report.equal_pictures_across_splits == 1
 
 
-def test_line_breaks_inside_quotes_need_multiline_and_lose_nothing_without_it(
+def test_line_breaks_inside_quotes_are_read_with_multiline(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     path = write_csv(tmp_path / "a.csv", [[as_base64(png(70)), "two\nlines"], [as_base64(png(71)), "one line"]])
@@ -182,7 +182,7 @@ def test_line_breaks_inside_quotes_need_multiline_and_lose_nothing_without_it(
     assert sorted(texts(row)[0] for row in rows_of(spark, platform, "samples", source)) == ["one line", "two\nlines"]
 
 
-def test_files_of_any_make_are_read_whole_however_spark_splits_them(
+def test_csv_dialects_are_read_completely_however_spark_splits_the_files(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     rows = [[as_base64(png(72 + n)), f'"{n}", a picture'] for n in range(6)]
@@ -197,7 +197,7 @@ def test_files_of_any_make_are_read_whole_however_spark_splits_them(
     assert kept == {text for _, text in rows} | {"caf\ufffd"}
 
 
-def test_a_row_of_50_megabytes_passes_good_or_bad(
+def test_rows_of_50_megabytes_are_ingested_or_quarantined(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     large = encoded(Image.new("RGB", (4200, 4000)), "BMP")
@@ -211,7 +211,7 @@ def test_a_row_of_50_megabytes_passes_good_or_bad(
     assert json.loads(refused["payload"]) == {IMAGE: rows[2][0], TEXT: "large and bad"}
 
 
-def test_any_mixture_of_rows_adds_up_as_counted_by_hand(
+def test_counts_of_random_rows_equal_a_count_by_hand(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     rng = random.Random(7)
@@ -249,7 +249,7 @@ def test_any_mixture_of_rows_adds_up_as_counted_by_hand(
     ],
     ids=["missing", "empty", "header-only", "no-column", "nearest-column", "no-columns", "all-bad"],
 )
-def test_an_input_that_cannot_be_used_is_told_in_one_paragraph(
+def test_an_unusable_input_is_an_error_of_one_paragraph(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path, content: str | None, message: str
 ) -> None:
     path = tmp_path / "a.csv"
@@ -262,7 +262,7 @@ def test_an_input_that_cannot_be_used_is_told_in_one_paragraph(
     assert newest(spark, platform) == before
 
 
-def test_the_seeds_own_file_is_read(spark: SparkSession, platform: Platform, source: str) -> None:
+def test_the_file_of_seemore_is_read(spark: SparkSession, platform: Platform, source: str) -> None:
     report = ingest(spark, platform, source, config(shared_file("seemore/inputs.csv")))
     assert parts(report) == (3, 3, 0, 0, 0)
     rows = rows_of(spark, platform, "samples", source)
@@ -279,7 +279,7 @@ def test_real_pictures_are_read(spark: SparkSession, platform: Platform, source:
     assert report.splits == {"test": 620}
 
 
-def test_the_pin_of_a_source_moves_with_its_own_rows_and_with_changes_by_hand_only(
+def test_the_version_of_a_source_changes_with_its_own_rows_and_with_manual_changes_only(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     path = write_csv(tmp_path / "a.csv", [[as_base64(png(80)), "a"], [as_base64(png(81)), "b"]])
@@ -297,7 +297,7 @@ def test_the_pin_of_a_source_moves_with_its_own_rows_and_with_changes_by_hand_on
     assert versions(spark, platform, source).changed == newest(spark, platform)
 
 
-def test_a_table_of_an_earlier_version_gets_the_columns_that_it_lacks_and_keeps_its_rows(
+def test_a_table_of_an_earlier_release_gets_the_missing_columns_and_keeps_its_rows(
     spark: SparkSession, platform: Platform, tmp_path: Path
 ) -> None:
     old = replace(platform, namespace="lakesight_old", tables=tmp_path)
@@ -311,7 +311,7 @@ def test_a_table_of_an_earlier_version_gets_the_columns_that_it_lacks_and_keeps_
     assert [commit["operation"] in UPKEEP for commit in history] == [True, False]
 
 
-def test_a_table_that_was_being_created_when_its_process_was_killed_is_created_anew(
+def test_a_table_whose_creation_was_killed_is_created_again(
     spark: SparkSession, platform: Platform, tmp_path: Path
 ) -> None:
     killed = replace(platform, namespace="lakesight_killed", tables=tmp_path)

@@ -1,4 +1,4 @@
-"""Maintenance with real Delta: fewer files, old ones gone, the same rows and the same shards."""
+"""Maintenance of Delta tables: fewer files, old files removed, the same rows and the same shards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vlm.config import ImageConfig
 
 @pytest.mark.faults
 @pytest.mark.matrix
-def test_maintenance_leaves_rows_and_shards_as_they_are_and_takes_old_files_away(
+def test_maintenance_removes_old_files_and_changes_no_row_and_no_shard(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     rows = [[as_base64(png(7000 + n)), f"picture {n}"] for n in range(12)]
@@ -62,7 +62,7 @@ def test_files_that_a_reader_may_need_are_not_removed(spark: SparkSession, platf
         maintain(spark, platform, retain_hours=167)
 
 
-def test_delta_refuses_rows_that_nobody_could_train_on(spark: SparkSession, platform: Platform) -> None:
+def test_delta_constraints_refuse_rows_without_a_text_or_with_an_unknown_split(spark: SparkSession, platform: Platform) -> None:
     texts = "array(named_struct('prompt', '', 'text', 'a'))"
     for wrong in (f"8 AS width, {texts} AS texts, 'tset' AS split", "8 AS width, array() AS texts, 'test' AS split"):
         values = f"'a' AS image_id, repeat('0', 64) AS sha256, X'00' AS image, 'PNG' AS format, 8 AS height, {wrong}"
@@ -73,7 +73,7 @@ def test_delta_refuses_rows_that_nobody_could_train_on(spark: SparkSession, plat
             )
 
 
-def test_tables_are_created_with_what_is_known_of_them(spark: SparkSession, platform: Platform) -> None:
+def test_tables_are_created_with_their_properties(spark: SparkSession, platform: Platform) -> None:
     detail = spark.sql(f"DESCRIBE DETAIL {platform.table(SAMPLES.name)}").collect()[0]
     assert detail["description"] == SAMPLES.comment
     assert detail["clusteringColumns"] == list(SAMPLES.cluster_by)

@@ -1,4 +1,4 @@
-"""Shards with real Spark and Delta: the right rows, the same bytes however the work is split, found again."""
+"""Shards with Spark and Delta: the rows of the split, the same bytes for any partitioning, reused if present."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vlm.image import to_pixels
 
 IMAGE = ImageConfig(size=16)
 LARGE = ImageConfig(size=96)
-"""Pixels of these are larger than the tests' pictures."""
+"""At this size, pixels are larger than the encoded pictures of the tests."""
 COUNT = 150
 
 
@@ -38,15 +38,15 @@ def config(path: Path, **shards: Any) -> DataConfig:
 
 @pytest.fixture(scope="module")
 def filled(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A source of many pictures, ingested once: its name and file."""
+    """Name and file of a source with COUNT pictures, ingested once."""
     rows = [[as_base64(png(1000 + n)), f"picture {n}"] for n in range(COUNT)]
     path = write_csv(tmp_path_factory.mktemp("filled") / "a.csv", rows)
     ingest(spark, platform, "test-filled", config(path))
     return "test-filled", path
 
 
-def turn_around(spark: SparkSession, platform: Platform, source: str) -> None:
-    """Write a source's rows again in another order, as a commit that says it concerns another source."""
+def reorder(spark: SparkSession, platform: Platform, source: str) -> None:
+    """Rewrite a source's rows in another order, in a commit that is attributed to another source."""
     table = platform.table(SAMPLES.name)
     rows = spark.table(table).where(f"source = '{source}'").repartition(3, "sha256").sortWithinPartitions("sha256")
     with commit_note(spark, note_of("test-another")):
@@ -58,7 +58,7 @@ def remove(report: ShardReport) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("image", [IMAGE, LARGE], ids=["pixels travel", "pictures travel"])
+@pytest.mark.parametrize("image", [IMAGE, LARGE], ids=["shuffled pixels", "shuffled pictures"])
 def test_every_row_of_the_split_is_there_once_as_its_resized_picture(
     spark: SparkSession, platform: Platform, filled: tuple[str, Path], image: ImageConfig
 ) -> None:
@@ -96,14 +96,14 @@ def test_the_same_request_finds_the_folder_and_writes_nothing(
     assert {file.name: file.stat().st_mtime_ns for file in Path(again.folder).iterdir()} == changed
 
 
-def test_content_does_not_depend_on_how_rows_lie_or_how_spark_splits_the_work(
+def test_content_does_not_depend_on_row_order_or_partitioning(
     spark: SparkSession, platform: Platform, filled: tuple[str, Path]
 ) -> None:
     source, path = filled
     data = config(path, seed=2)
     first = shard(spark, platform, source, data, IMAGE, "train")
     remove(first)
-    turn_around(spark, platform, source)
+    reorder(spark, platform, source)
     with spark_settings(spark, {"spark.sql.shuffle.partitions": "7", "spark.sql.files.maxPartitionBytes": "20000"}):
         second = shard(spark, platform, source, data, IMAGE, "train")
     assert (second.reused, second.folder, second.content_hash) == (False, first.folder, first.content_hash)
@@ -111,18 +111,18 @@ def test_content_does_not_depend_on_how_rows_lie_or_how_spark_splits_the_work(
     assert reseeded.content_hash != first.content_hash
 
 
-def test_pictures_that_travel_make_the_same_files_as_pixels_that_do(
+def test_shuffling_pictures_writes_the_same_files_as_shuffling_pixels(
     spark: SparkSession, platform: Platform, filled: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, path = filled
     first = shard(spark, platform, source, config(path, seed=5), LARGE, "train")
     remove(first)
-    monkeypatch.setattr("pipelines.driver.shard.SAMPLED_ROWS", 0)  # of none, neither is smaller
+    monkeypatch.setattr("pipelines.driver.shard.SAMPLED_ROWS", 0)  # without a sample, pictures are shuffled
     second = shard(spark, platform, source, config(path, seed=5), LARGE, "train")
     assert (second.reused, second.folder, second.content_hash) == (False, first.folder, first.content_hash)
 
 
-def test_a_folder_that_a_crash_left_is_cleaned_up_and_written_again(
+def test_a_folder_left_by_a_crash_is_cleaned_and_written_again(
     spark: SparkSession, platform: Platform, filled: tuple[str, Path]
 ) -> None:
     source, path = filled
@@ -138,7 +138,7 @@ def test_a_folder_that_a_crash_left_is_cleaned_up_and_written_again(
     second = shard(spark, platform, source, data, IMAGE, "val")
     assert (second.reused, second.content_hash) == (False, first.content_hash)
     assert not old.exists()
-    assert fresh.exists(), "another writer may be at work on it"
+    assert fresh.exists(), "another writer may be writing it"
 
 
 def test_new_rows_make_new_shards_and_leave_the_old_ones(
@@ -204,7 +204,7 @@ def test_rows_are_chosen_by_a_condition_and_mixed_with_those_of_another_source(
         shard(spark, platform, source, wrong, IMAGE, "train")
 
 
-def test_a_split_without_rows_says_which_splits_have_some(
+def test_an_empty_split_is_an_error_that_names_the_splits_with_rows(
     spark: SparkSession, platform: Platform, filled: tuple[str, Path]
 ) -> None:
     source, path = filled
@@ -215,7 +215,7 @@ def test_a_split_without_rows_says_which_splits_have_some(
 
 
 @pytest.mark.parametrize(
-    "rows", [pytest.param(50, id="pixels travel"), pytest.param(1, id="pictures travel", marks=pytest.mark.matrix)]
+    "rows", [pytest.param(50, id="shuffled pixels"), pytest.param(1, id="shuffled pictures", marks=pytest.mark.matrix)]
 )
 def test_a_picture_that_no_longer_decodes_stops_the_stage_and_is_named(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path, rows: int

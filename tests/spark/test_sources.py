@@ -1,4 +1,4 @@
-"""Every kind of source, with real files and bad rows in each: all rows are accounted for, and twice is once."""
+"""Every kind of source with valid and invalid rows: all rows are counted, and ingest is idempotent."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from pipelines.driver.ingest.totals import TooManyRefused
 from pipelines.platform import Platform
 
 Written = tuple[dict[str, Any], dict[str, int]]
-"""A data config's source and split, and the reasons of the bad rows."""
+"""Source and split of a data config, and the reason codes of the invalid rows."""
 
 
 def two_texts(n: int) -> list[str]:
@@ -40,7 +40,7 @@ def two_texts(n: int) -> list[str]:
 
 
 def smooth(seed: int) -> Image.Image:
-    """A picture of soft shapes, as photographs have them: noise alone would not survive an encoder."""
+    """Draw soft shapes, which survive lossy encoding; noise would not."""
     return picture(seed, (5, 4)).resize((160, 120), Image.Resampling.BICUBIC)
 
 
@@ -122,7 +122,7 @@ def write_webdataset(folder: Path) -> Written:
     ],
     ids=["jsonl", "parquet", "table", "folder", "coco", "webdataset"],
 )
-def test_every_row_of_every_kind_of_source_is_accounted_for(
+def test_every_row_of_every_kind_of_source_is_counted(
     spark: SparkSession,
     platform: Platform,
     source: str,
@@ -152,7 +152,7 @@ def test_every_row_of_every_kind_of_source_is_accounted_for(
         assert sorted(row["image_id"] for row in planned) == [f"{source}/{n}" for n in range(3)]
 
 
-def test_refused_rows_are_shown_replayed_after_a_fix_and_too_many_of_them_fail_the_job_once_all_is_written(
+def test_refused_rows_are_shown_and_replayed_and_too_many_fail_the_job_after_all_rows_are_written(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     said = [["a", "b"], ["b"], ["b", "c", "y" * 30]]
@@ -199,7 +199,7 @@ def test_refused_rows_are_shown_replayed_after_a_fix_and_too_many_of_them_fail_t
     assert [pair["text"] for pair in kept["texts"]] == ["a", "b", "c", "y" * 30]
 
 
-def test_a_picture_that_was_saved_again_is_flagged_and_stays_on_its_side_of_the_split(
+def test_a_picture_that_was_saved_again_is_flagged_and_stays_in_the_split_of_the_original(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     table = platform.table("samples")
@@ -218,7 +218,7 @@ def test_a_picture_that_was_saved_again_is_flagged_and_stays_on_its_side_of_the_
     near = {row["image_id"]: row["near_of"] for row in rows if row["near_of"]}
     assert [report.pictures for report in reports] == [2, 4]
     assert [report.across_splits for report in reports] == [0, 0]
-    assert reports[1].moved > 0, "with these pictures some of them would have gone elsewhere"
+    assert reports[1].moved > 0, "some of these pictures would otherwise be in another split"
     names = [f"{source}/{sha256(data).hexdigest()[:24]}" for data in first]
     assert len(near) == 5
     assert {split[name] == split[other] for name, other in near.items()} == {True}
