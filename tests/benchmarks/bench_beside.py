@@ -1,4 +1,4 @@
-"""Ingest beside Daft and Hugging Face datasets, which do the same to the same rows on the same cores.
+"""Ingest compared with Daft and Hugging Face datasets, on the same rows and cores.
 
     pip install daft datasets
     python tests/benchmarks/bench_beside.py
@@ -41,7 +41,7 @@ CORES = len(os.sched_getaffinity(0))
 
 
 def row(text: str) -> dict[str, Any]:
-    """A picture, decoded, and what a table wants to know of it."""
+    """Decode a picture and return the columns that a table stores."""
     data = base64.b64decode(text)
     image = Image.open(io.BytesIO(data))
     format_ = str(image.format)
@@ -51,7 +51,7 @@ def row(text: str) -> dict[str, Any]:
 
 
 def by_daft(path: Path, out: Path) -> None:
-    """Daft; whether it runs Python in threads or in processes is its own choice."""
+    """Run Daft, which chooses itself between threads and processes for Python."""
     struct = daft.DataType.struct({name: daft.DataType.infer_from_type(type_) for name, type_ in FIELDS.items()})
     decoded = daft.func(row, return_dtype=struct)
     frame = daft.read_csv(str(path)).into_batches(64)
@@ -61,7 +61,7 @@ def by_daft(path: Path, out: Path) -> None:
 
 
 def by_datasets(path: Path, out: Path) -> None:
-    """Hugging Face datasets, in as many processes as there are cores."""
+    """Run Hugging Face datasets with one process per core."""
     rows = datasets.load_dataset("csv", data_files=str(path), split="train", cache_dir=str(out))
     mapped = rows.map(
         row, input_columns="b64string_images", remove_columns="b64string_images", num_proc=CORES, writer_batch_size=64
@@ -70,7 +70,7 @@ def by_datasets(path: Path, out: Path) -> None:
 
 
 def main() -> None:
-    """Run every kind through every tool."""
+    """Run every tool on every kind of picture."""
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LAKESIGHT_HOME"] = folder

@@ -1,4 +1,4 @@
-"""Captions a second beside a naive loop, same weights, same rows, as many cores; and the texts must be equal.
+"""Captions per second compared with a naive loop, with equal weights, rows, cores and texts.
 
     python tests/benchmarks/bench_caption.py
 
@@ -39,7 +39,7 @@ ROWS, SIDE = 2000, 64
 
 @torch.inference_mode()
 def naive(captioner: Captioner, images: list[bytes]) -> list[str]:
-    """One picture at a time, no cache."""
+    """Caption one picture at a time without a KV cache."""
     model, tokenizer = captioner.model, captioner.tokenizer
     settings = model.config.generation
     captions = []

@@ -1,4 +1,4 @@
-"""Captions a second beside transformers' `generate` and beside seemore's own loop: same weights, threads and tokens.
+"""Captions per second compared with transformers' `generate` and seemore's loop: same weights, threads and tokens.
 
     pip install transformers timm
     python tests/benchmarks/bench_generate.py vit_gpt2 paligemma
@@ -46,22 +46,22 @@ ROUNDS = {1: 3, 16: 1}
 PROMPT = [100, 200, 300, 400, 500]
 Caption = Callable[[Tensor], list[list[int]]]
 Originals = tuple[Caption, list[torch.nn.Module]]
-"""What captions, and what it is made of."""
+"""A function that captions pictures, and its modules."""
 
 
 class Ids(CharTokenizer):
-    """Ids without an end among them."""
+    """A tokenizer without an end token, so that every caption has the same length."""
 
     eos_id = -1
     suppressed_ids: tuple[int, ...] = ()
 
     def decode(self, ids: object) -> str:
-        """Nothing: only tokens are compared."""
+        """Return an empty string, because only tokens are compared."""
         return ""
 
 
 def ours(model: VisionLanguageModel) -> Caption:
-    """Captions by our `generate`."""
+    """Return a function that captions with our `generate`."""
     settings = GenerationConfig(max_new_tokens=NEW)
     prefix = [SLOT] * model.config.num_slots + PROMPT
 
@@ -73,12 +73,12 @@ def ours(model: VisionLanguageModel) -> Caption:
 
 
 def normalised(model: VisionLanguageModel, pixels_PHWC: Tensor) -> Tensor:
-    """What their towers eat."""
+    """Normalise pictures for the other library's encoder."""
     return (pixels_PHWC.permute(0, 3, 1, 2).float() - model.mean) / model.std
 
 
 def vit_gpt2() -> tuple[VisionLanguageModel, Originals]:
-    """Our model, and the same in timm and transformers."""
+    """Build our model, and the same model from timm and transformers."""
     import timm
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -110,7 +110,7 @@ def vit_gpt2() -> tuple[VisionLanguageModel, Originals]:
 
 
 def paligemma() -> tuple[VisionLanguageModel, Originals]:
-    """Our model with a few layers, and the same in transformers."""
+    """Build our model with a few layers, and the same model from transformers."""
     from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
     shape: dict[str, Any] = load_model("paligemma").model_dump()
@@ -162,7 +162,7 @@ def paligemma() -> tuple[VisionLanguageModel, Originals]:
 
 
 def beside_transformers(name: str) -> None:
-    """Both in turn, at batch 1 and 16; in fp32, then in bf16."""
+    """Measure both in turn at batch 1 and 16, in fp32 and then in bf16."""
     torch.manual_seed(0)
     model, (theirs, modules) = {"vit_gpt2": vit_gpt2, "paligemma": paligemma}[name]()
     mine, size = ours(model), model.config.image.size
@@ -183,16 +183,16 @@ def beside_transformers(name: str) -> None:
 
 
 def show(what: str, rates: dict[str, float], peak: int) -> None:
-    """One line a side."""
+    """Print one line for each side."""
     for side, rate in rates.items():
         ratio = rates["lakesight"] / rate
         print(f"{what:28} {side:22} {rate:8.3f} captions a second of processor time  lakesight is {ratio:5.2f} of it")
     print(f"{what:28} {peak / 1e9:.1f} GB with both models")
 
 
-def beside_seemore(folder: Path) -> None:
-    """Our model of its size beside its own loop, 30 tokens: what its positions hold after picture and first token."""
-    os.chdir(folder)  # it reads ./input.txt
+def compare_with_seemore(folder: Path) -> None:
+    """Compare with seemore's loop at 30 tokens, which is all that its positions hold after picture and first token."""
+    os.chdir(folder)  # seemore reads ./input.txt
     sys.path.insert(0, str(folder))
     their: Any = importlib.import_module("seemore")
     theirs: Any = their.VisionLanguageModel(
@@ -243,7 +243,7 @@ def beside_seemore(folder: Path) -> None:
 
 
 def main() -> None:
-    """Each argument is a case of ours or the folder of seemore."""
+    """Run each argument: the name of a case, or the folder of seemore."""
     torch.set_num_threads(1)
     if not sys.argv[1:]:
         print("skipped: it needs transformers and timm, or a clone of the original\n", __doc__)
@@ -251,7 +251,7 @@ def main() -> None:
         if argument in ("vit_gpt2", "paligemma"):
             beside_transformers(argument)
         else:
-            beside_seemore(Path(argument).absolute())
+            compare_with_seemore(Path(argument).absolute())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ingest beside a bare Pillow loop on the same rows and as many cores, for three kinds of pictures.
+"""Ingest compared with a plain Pillow loop on the same rows and cores, for three kinds of pictures.
 
     python tests/benchmarks/bench_ingest.py
 
@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from measure import make, peak_of_each, processor_seconds
+from measure import make, peak_by_process, processor_seconds
 from PIL import Image
 from pyspark.sql import SparkSession
 
@@ -37,11 +37,11 @@ KINDS = {
     "field, 1024 x 1024 PNG": (150, {"side": 1024, "kind": "PNG"}),
     "emoji, 72 x 72 PNG": (5000, {"side": 72, "kind": "PNG"}),
 }
-"""Pictures of the smaller size, and what they are like."""
+"""Number of pictures of the small file, and options of `make`."""
 
 
 class Took(NamedTuple):
-    """What some work took: seconds, seconds of the processor, peaks of resident memory in bytes by kind of process."""
+    """Cost of some work: wall seconds, CPU seconds, and peak resident memory in bytes by kind of process."""
 
     wall: float
     processor: float
@@ -49,12 +49,12 @@ class Took(NamedTuple):
 
 
 def bare(text: str) -> tuple[int, int]:
-    """What a loop without a lakehouse does with one row."""
+    """Decode one row as a loop without a lakehouse would."""
     return Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB").size
 
 
 def loop(path: Path, cores: int) -> int:
-    """The bare loop over a CSV file; the number of pictures."""
+    """Run the plain loop over a CSV file and return the number of pictures."""
     csv.field_size_limit(sys.maxsize)
     with path.open(newline="") as file, multiprocessing.get_context("fork").Pool(cores) as pool:
         texts = (row["b64string_images"] for row in csv.DictReader(file))
@@ -62,15 +62,15 @@ def loop(path: Path, cores: int) -> int:
 
 
 def took(work: Callable[[], object]) -> Took:
-    """Do some work and say what it took."""
-    with peak_of_each() as peaks:
+    """Run a function and measure its cost."""
+    with peak_by_process() as peaks:
         wall, processor = time.monotonic(), processor_seconds()
         work()
         return Took(time.monotonic() - wall, processor_seconds() - processor, peaks)
 
 
 def ingested(spark: SparkSession, platform: Platform, path: Path) -> Took:
-    """What the ingest of a file took."""
+    """Measure the ingest of a file."""
     config = DataConfig.model_validate({"source": {"path": str(path)}})
     return took(lambda: ingest(spark, platform, path.stem, config))
 

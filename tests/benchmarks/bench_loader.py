@@ -1,4 +1,4 @@
-"""The training loader beside mosaicml-streaming, WebDataset and Hugging Face datasets: samples a second, and memory.
+"""The training loader compared with mosaicml-streaming, WebDataset and datasets: samples per second and memory.
 
     pip install mosaicml-streaming webdataset datasets
     python tests/benchmarks/bench_loader.py
@@ -62,7 +62,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def pictures(rows: int) -> Iterator[Pixels]:
-    """Smooth colour fields with a little noise."""
+    """Generate smooth colour fields with a little noise."""
     rng = np.random.default_rng(0)
     for _ in range(rows):
         coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
@@ -75,7 +75,7 @@ def decoded(data: bytes) -> Pixels:
 
 
 def write_shards(folder: Path, encoding: Encoding, rows: int = ROWS) -> Path:
-    """Ours."""
+    """Write our shards."""
     image = load_run("seemore").model.image.model_copy(update={"size": SIDE})
     request = ShardRequest(
         table="none",
@@ -103,7 +103,7 @@ def write_shards(folder: Path, encoding: Encoding, rows: int = ROWS) -> Path:
 def ours(
     folder: Path, start: int = 0, *, workers: int = WORKERS, augment: AugmentConfig | None = None
 ) -> Iterator[torch.Tensor]:
-    """An epoch of shards through the loader of a rank."""
+    """Read one epoch of shards with the loader of a rank."""
     shards, model = Shards.open(folder), load_run("seemore").model
     steps = range(start, start + len(shards) // BATCH)
     batches = training_batches(
@@ -172,7 +172,7 @@ def loaded(rows: Any) -> Iterator[torch.Tensor]:
 
 
 def timed(batches: Iterator[torch.Tensor]) -> tuple[float, float]:
-    """Samples a second from the first batch on, and seconds until it was there."""
+    """Return samples per second from the first batch on, and seconds until the first batch."""
     begun = time.monotonic()
     first = next(batches)
     assert first.shape[1:] == (SIDE, SIDE, 3)
@@ -194,7 +194,7 @@ def compare(works: dict[str, Callable[[], Iterator[torch.Tensor]]]) -> None:
 
 
 def augmented(folder: Path) -> None:
-    """What is done to pictures, each alone and all together."""
+    """Measure each augmentation alone and all together."""
     light: dict[str, Any] = {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3}
     kinds: dict[str, dict[str, Any]] = {"crop": {"scale": (0.5, 1.0)}, "mirror": {"flip": 0.5}, "light": light}
     kinds["all three"] = {name: value for kind in kinds.values() for name, value in kind.items()}
@@ -209,7 +209,7 @@ def augmented(folder: Path) -> None:
 
 
 def own_memory(folder: Path) -> str:
-    """Of a fresh process that has read every row of some shards once: memory that no file backs."""
+    """Return the anonymous memory of a new process that has read every row of some shards once."""
     code = f"from bench_loader import read_all; read_all({str(folder)!r})"
     here = Path(__file__).parent
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=here).stdout

@@ -18,7 +18,7 @@ STAGES = ("ingest", "shard", "train", "evaluate", "promote", "caption")
 
 
 def main() -> None:
-    """Run each stage as a command of its own and print the table."""
+    """Run each stage as a separate command and print the table."""
     scenes = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
     with tempfile.TemporaryDirectory() as home:
         print(f"{scenes} scenes")

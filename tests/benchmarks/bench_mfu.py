@@ -1,4 +1,4 @@
-"""What share of a GPU's arithmetic a training step uses, eager and with compiled blocks, and the memory it takes.
+"""Model FLOPs utilisation and memory of a training step, eager and with compiled blocks.
 
     python tests/benchmarks/bench_mfu.py [MODEL [ROWS [model.a.b=c ...]]]
 
@@ -34,7 +34,7 @@ VOCAB, ANSWER, WARM, STEPS = 32_768, 32, 5, 20
 
 
 def batch_of(config: ModelConfig, rows: int) -> Batch:
-    """Random pictures, a slot sequence, and an answer of ANSWER tokens."""
+    """Return a batch of random pictures, slots, and answers of ANSWER tokens."""
     side, slots = config.image.size, config.num_slots
     answers_BT = torch.randint(3, VOCAB, (rows, ANSWER))
     tokens_BT = torch.cat((torch.full((rows, slots), SLOT), answers_BT), dim=1)
@@ -44,7 +44,7 @@ def batch_of(config: ModelConfig, rows: int) -> Batch:
 
 
 def seconds_a_step(model: VisionLanguageModel, batch: Batch, device: torch.device) -> float:
-    """The mean of STEPS steps after WARM others; the loop itself waits for each."""
+    """Return the mean seconds of STEPS steps after WARM warm-up steps; the loop waits for each step."""
     ended: list[float] = []
 
     def on_step(_: StepReport) -> None:
@@ -68,7 +68,7 @@ def seconds_a_step(model: VisionLanguageModel, batch: Batch, device: torch.devic
 
 
 def measured(config: ModelConfig, batch: Batch, device: torch.device, *, compiled: bool) -> tuple[float, float]:
-    """Seconds a step, and the peak of GB: of the GPU's memory, or of the process where there is none."""
+    """Return seconds per step and peak memory in GB: of the GPU, or of the process without one."""
     model = build_model(config, VOCAB).to(device)
     if compiled:
         compile_blocks(model)
@@ -80,7 +80,7 @@ def measured(config: ModelConfig, batch: Batch, device: torch.device, *, compile
 
 
 def main() -> None:
-    """Measure both ways and print a line for each."""
+    """Measure eager and compiled and print a line for each."""
     given = sys.argv[1:]
     name, rows, *overrides = (*given, *("base", "64")[len(given) :])
     config, count = load_model(name, overrides), int(rows)

@@ -1,4 +1,4 @@
-"""Training steps of `seemoe` beside the original's, same sizes and captions; and the mixture alone three ways.
+"""Training steps of `seemoe` compared with the original's, and the mixture of experts alone in three versions.
 
     git clone https://github.com/AviSoori1x/seemore && pip install torchvision
     python tests/benchmarks/bench_moe.py FOLDER_OF_SEEMORE FILE.csv
@@ -46,8 +46,8 @@ WIDTH, EXPERTS, TOP_K = 128, 8, 2
 
 
 def original(folder: Path, rows: pd.DataFrame) -> tuple[Callable[[], int], nn.Module]:
-    """The original's training step, and its mixture of experts. The sizes are those of its `__main__`."""
-    os.chdir(folder)  # it reads ./input.txt
+    """Return the original's training step and mixture of experts, in the sizes of its `__main__`."""
+    os.chdir(folder)  # seemoe reads ./input.txt
     sys.path.insert(0, str(folder))
     their: Any = importlib.import_module("seeMoE")
     their.device, their.dropout = "cpu", 0.1  # globals that only its `__main__` sets
@@ -82,7 +82,7 @@ def original(folder: Path, rows: pd.DataFrame) -> tuple[Callable[[], int], nn.Mo
 
 
 def batch_of(config: ModelConfig, rows: pd.DataFrame) -> tuple[Batch, int]:
-    """BATCH rows as our loader would give them, and the vocabulary's size."""
+    """Return BATCH rows as our loader yields them, and the vocabulary size."""
     tokenizer = text.learn(config.text, rows["caption"])
     made = []
     for number, (data, caption) in enumerate(zip(rows["b64string_images"], rows["caption"], strict=True)):
@@ -93,7 +93,7 @@ def batch_of(config: ModelConfig, rows: pd.DataFrame) -> tuple[Batch, int]:
 
 
 def ours(model: VisionLanguageModel, batch: Batch, *, bf16: bool) -> Callable[[], int]:
-    """Our training step."""
+    """Return our training step."""
     settings = load_run("seemore").train.optimizer
     optimizer = build_adamw(model, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
 
@@ -117,7 +117,7 @@ def ours(model: VisionLanguageModel, batch: Batch, *, bf16: bool) -> Callable[[]
 
 
 def one_mixture(layer: MoeMlp, theirs: nn.Module, tokens: int) -> dict[str, Callable[[], int]]:
-    """Forward and backward of one mixture over random tokens: ours, ours in bf16, ours as a loop, the original's."""
+    """Return forward and backward of one mixture: ours, ours in bf16, ours as a loop, and the original's."""
     x_NW = torch.randn(tokens, WIDTH, requires_grad=True)
 
     def both_ways(forward: Callable[[], Tensor]) -> Callable[[], int]:
@@ -142,19 +142,19 @@ def one_mixture(layer: MoeMlp, theirs: nn.Module, tokens: int) -> dict[str, Call
 
 
 def grouped_flops(left: torch.Size, right: torch.Size, *_: object, **__: object) -> int:
-    """Multiply-adds times two of a grouped product, forward or backward: torch has no count of its own."""
+    """Count the FLOPs of a grouped product, forward or backward, which torch does not count."""
     return 2 * left.numel() * right[-1]
 
 
 def flops(work: Callable[[], int]) -> float:
-    """FLOPs of an item (a sample, or a token)."""
+    """Return the FLOPs of an item (a sample or a token)."""
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops}) as counter:
         count = work()
     return float(counter.get_total_flops()) / count
 
 
 def matmul_rate(dtype: torch.dtype) -> float:
-    """FLOPs a second of a large product."""
+    """Measure FLOPs per second of a large matrix product."""
     a = torch.randn(1024, 1024, dtype=dtype)
     a @ a
     started = time.process_time()
@@ -179,7 +179,7 @@ def report(works: dict[str, Callable[[], int]], against: str, unit: str) -> None
 
 
 def main() -> None:
-    """Steps of whole models, then of one mixture."""
+    """Measure steps of whole models, then of one mixture."""
     if len(sys.argv) != 3:
         print("skipped: it needs a clone of the original and a file in its form\n", __doc__)
         return

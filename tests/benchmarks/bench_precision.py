@@ -1,4 +1,4 @@
-"""What each precision costs and gives: size, captions a second, and how far its captions are from fp32's.
+"""Size, captions per second, and deviation from fp32's captions of each precision.
 
     pip install 'lakesight[quantize]'
     python tests/benchmarks/bench_precision.py
@@ -41,7 +41,7 @@ STEPS, BATCH, LEARNED, HELD_OUT, ALONE, ROUNDS, TOKENS = 1600, 64, 9600, 256, 64
 
 
 class Scenes:
-    """The demo's pictures without Spark: PNG bytes, pixels and sentence, drawn by a seed."""
+    """Generate the demo's pictures without Spark: PNG bytes, pixels and sentence."""
 
     def __init__(self, config: ModelConfig, count: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
@@ -59,12 +59,12 @@ class Scenes:
         ]
 
     def batch(self, collator: Collator, places: range) -> Batch:
-        """Rows of these places, each with its sentence."""
+        """Return a batch of the rows at these indices."""
         return collator.batch([self.rows[i] for i in places], [("", self.texts[i]) for i in places])
 
 
 def trained(config: ModelConfig) -> Captioner:
-    """`nano` trained as the demo trains it."""
+    """Train `nano` as the demo does."""
     scenes = Scenes(config, LEARNED, seed=0)
     tokenizer = text.learn(config.text, scenes.texts)
     torch.manual_seed(0)
@@ -88,26 +88,26 @@ def trained(config: ModelConfig) -> Captioner:
 
 
 def as_precision(captioner: Captioner, precision: Precision) -> Captioner:
-    """A copy in another precision."""
+    """Return a copy of the model in another precision."""
     model = copy.deepcopy(captioner.model)
     set_precision(model, precision)
     return Captioner(model, captioner.tokenizer)
 
 
 def said(captioner: Captioner, files: list[bytes]) -> list[str | None]:
-    """Captions."""
+    """Return captions of the pictures."""
     results = captioner.caption(files, [""] * len(files), captioner.model.config.generation)
     return [result.caption for result in results]
 
 
 def stored_bytes(captioner: Captioner) -> int:
-    """Bytes of the weights as they are stored, each once."""
+    """Count the bytes of all stored weights; shared weights count once."""
     tensors = {t.data_ptr(): t.numel() * t.element_size() for p in captioner.model.parameters() for t in parts(p)}
     return sum(tensors.values())
 
 
 def parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a tensor is stored as."""
+    """Return the plain tensors in which a quantized tensor is stored."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from parts(getattr(tensor, name))
@@ -133,12 +133,12 @@ def agreement() -> None:
 
 
 def same(left: list[str | None], right: list[str | None]) -> float:
-    """Share of equal captions."""
+    """Return the share of equal captions."""
     return float(np.mean([a == b for a, b in zip(left, right, strict=True)]))
 
 
 def speed() -> None:
-    """Print size and captions a CPU second of each precision."""
+    """Print size and captions per CPU second of each precision."""
     config = load_model("base")
     generation = config.generation.model_copy(update={"max_new_tokens": TOKENS})
     config = config.model_copy(update={"generation": generation})

@@ -1,4 +1,4 @@
-"""What a run costs beside its steps: a second rank, waiting for data, checkpoints, and the follower of its metrics.
+"""Overhead of a run: a second rank, waiting for data, checkpoints, and following its metrics.
 
     python tests/benchmarks/bench_ranks.py
 
@@ -35,7 +35,7 @@ from pipelines.tracking.runs import follow
 
 ROWS, BATCH, STEPS, ROUNDS = 2048, 32, 16, 5
 ADD_UP = "add-up"
-"""What this file does as a rank, with the number of gradients after it."""
+"""Argument that makes this file act as a rank; the number of gradients follows it."""
 SETTINGS = (
     f"train.batch_size={BATCH}",
     "train.validate_every=100000",
@@ -46,7 +46,7 @@ SETTINGS = (
 
 
 class Runs:
-    """Makes run folders, each of its own seed, on the same shards."""
+    """Writes run folders with different seeds on common shards."""
 
     def __init__(self, file: Path) -> None:
         self._seeds, self._file = count(), file
@@ -58,7 +58,7 @@ class Runs:
         spark.stop()
 
     def new(self, ranks: int, *, steps: int = STEPS, checkpoint_every: int = 100_000) -> RunDir:
-        """A run that has not begun."""
+        """Write the folder of a new run."""
         own = [f"train.seed={next(self._seeds)}", f"train.steps={steps}", f"platform.ranks={ranks}"]
         own += [f"train.checkpoint_every={checkpoint_every}", f"data.source.path={self._file}"]
         config = load_run("seemore", overrides=[*SETTINGS, *own])
@@ -66,7 +66,7 @@ class Runs:
 
 
 def start(ranks: int, core: int, *work: str) -> subprocess.Popen[bytes]:
-    """Ranks of one thread each: a rank has as many as its share of the cores that it may use."""
+    """Limit each rank to one core, and so to one thread."""
     command = [
         "taskset",
         "-c",
@@ -81,7 +81,7 @@ def start(ranks: int, core: int, *work: str) -> subprocess.Popen[bytes]:
 
 
 def trained(*runs: RunDir, ranks: int = 1) -> float:
-    """Samples a second of all these runs together, at the same time; the first steps do not count."""
+    """Train all runs at the same time and return their samples per second, without the first steps."""
     worker = ("-m", "pipelines.worker.main", "--run-dir")
     processes = [start(ranks, core, *worker, str(run.path)) for core, run in enumerate(runs)]
     assert not any(process.wait() for process in processes), "a run has failed"
@@ -89,12 +89,12 @@ def trained(*runs: RunDir, ranks: int = 1) -> float:
 
 
 def steps_of(run: RunDir) -> list[float]:
-    """Seconds from one step's end to the next one's, from the fourth on; the last is validated and does not count."""
+    """Return the seconds of each step from the fourth on, without the last, which validates."""
     return [after.time - before.time for before, after in pairwise(list(run.read_metrics())[3:-1])]
 
 
 def scaling(runs: Runs) -> None:
-    """One rank, two ranks, and one rank twice."""
+    """Measure one rank, two ranks, and two runs of one rank at once."""
     found: dict[str, list[float]] = {"one rank": [], "two ranks": [], "one rank, twice": []}
     waits = []
     for _ in range(ROUNDS):
@@ -118,7 +118,7 @@ def scaling(runs: Runs) -> None:
 
 
 def add_up(count: int) -> None:
-    """As a rank: tell what it takes to add up so many gradients over the ranks, as DDP does, and nothing beside."""
+    """Act as a rank: measure the all-reduce of so many gradients, as DDP does it, and nothing else."""
     distributed.init_process_group("gloo")
     buckets = torch.split(torch.randn(count), 25 * 2**20 // 4)
     taken = []
@@ -134,7 +134,7 @@ def add_up(count: int) -> None:
 
 
 def checkpoints(runs: Runs) -> None:
-    """Seconds that a checkpoint adds to a run, by the clock and of the processor."""
+    """Measure the wall and CPU seconds that a checkpoint adds to a run."""
     seconds: dict[int, list[tuple[float, float]]] = {1: [], 100_000: []}
     for _ in range(3):
         for every, costs in seconds.items():
@@ -149,7 +149,7 @@ def checkpoints(runs: Runs) -> None:
 
 
 def follower(runs: Runs) -> None:
-    """What a step that is logged costs the driver, beside what following a run costs whatever its length."""
+    """Measure the driver's cost per logged step, and its fixed cost of following a run."""
     costs = []
     for steps in (STEPS, STEPS, 5 * STEPS):
         run = runs.new(2, steps=steps)
@@ -163,7 +163,7 @@ def follower(runs: Runs) -> None:
 
 
 def main() -> None:
-    """Measure all three."""
+    """Measure all of them."""
     if sys.argv[1:2] == [ADD_UP]:
         add_up(int(sys.argv[2]))
         return

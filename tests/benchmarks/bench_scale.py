@@ -1,4 +1,4 @@
-"""What an ingest of a few new rows and a whole shard cost as the table grows: figures for the plan in docs/data.md.
+"""Cost of ingesting a few new rows and of sharding as the table grows: figures for docs/data.md.
 
     python tests/benchmarks/bench_scale.py [ROWS ...]
 
@@ -33,7 +33,7 @@ NEW = 200
 
 
 def fill(spark: SparkSession, platform: Platform, rows: int) -> int:
-    """Copies of the rows that are there, under ids of their own, until there are `rows`; in one commit."""
+    """Copy the rows of a table under new ids until it has `rows` rows, in one commit."""
     table = platform.table("samples")
     there = spark.table(table)
     count = there.count()
@@ -48,14 +48,14 @@ def fill(spark: SparkSession, platform: Platform, rows: int) -> int:
 
 
 def timed(work: Callable[[], object]) -> str:
-    """Processor's and wall-clock seconds of some work."""
+    """Return the CPU and wall seconds of a function."""
     before, started = processor_seconds(), time.monotonic()
     work()
     return f"{processor_seconds() - before:6.1f} / {time.monotonic() - started:.1f} s"
 
 
 def main() -> None:
-    """Run every size and print a line each."""
+    """Measure every size and print a line for each."""
     sizes = [int(word) for word in sys.argv[1:]] or list(SIZES)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LAKESIGHT_HOME"] = folder

@@ -1,9 +1,9 @@
-"""A thousand requests to `mlflow models serve` on loopback: latencies, and no error.
+"""Latency of a thousand requests to `mlflow models serve` over loopback.
 
     python tests/benchmarks/bench_serving.py
 
-Weights of `nano` are fresh and generate to the end of their 40 tokens. A request has one to four rows, a fifth of all
-rows is no picture, and each answer is compared with the one the picture got alone.
+The model is `nano` with random weights, which generates all of its 40 tokens. A request has one to four rows, a fifth
+of all rows are invalid, and each answer is compared with that of the picture alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CLIENTS = (1, 4)
 
 
 def main() -> None:
-    """Serve, ask, and print the table."""
+    """Start a server, send requests, and print the table."""
     with tempfile.TemporaryDirectory() as home:
         os.environ["LAKESIGHT_HOME"] = home
         platform = local(LocalPlatformConfig())

@@ -1,4 +1,4 @@
-"""Shards at model resolution beside a bare loop that decodes and resizes the same pictures on as many cores.
+"""Sharding compared with a plain loop that decodes and resizes the same pictures on the same cores.
 
     python tests/benchmarks/bench_shard.py
 
@@ -38,7 +38,7 @@ SIDES = {"JPEG": (640, 480), "PNG": (1024, 1024)}
 
 
 class Cost(NamedTuple):
-    """Processor's seconds a picture, seconds whatever the number, and the peak of memory in MB."""
+    """CPU seconds per picture, fixed seconds, and peak memory in MB."""
 
     picture: float
     fixed: float
@@ -46,20 +46,20 @@ class Cost(NamedTuple):
 
 
 def bare(data: bytes) -> int:
-    """What a loop without a lakehouse does with one picture."""
+    """Decode and resize one picture as a loop without a lakehouse would."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     return len(np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
 
 
 def loop(images: list[bytes], cores: int) -> None:
-    """The bare loop over some pictures, in one process a core."""
+    """Run the plain loop over pictures with one process per core."""
     with multiprocessing.get_context("fork").Pool(cores) as pool:
         for _ in pool.imap_unordered(bare, images, chunksize=8):
             pass
 
 
 def cost(work: Callable[[int], object], counts: tuple[int, int]) -> Cost:
-    """What `work` on a number of pictures costs."""
+    """Measure the cost of `work` for several numbers of pictures."""
     used = []
     with peak_memory() as samples:
         for count in counts:
@@ -71,7 +71,7 @@ def cost(work: Callable[[int], object], counts: tuple[int, int]) -> Cost:
 
 
 def main() -> None:
-    """Run everything for each kind of picture, and print the table."""
+    """Measure each kind of picture and print the table."""
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LAKESIGHT_HOME"] = folder

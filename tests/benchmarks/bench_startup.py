@@ -1,4 +1,4 @@
-"""What a Python worker waits for before its first caption: libraries, weights, and a copy of these where they are far.
+"""Start-up of a Python worker before its first caption: libraries, weights, and a local copy of remote weights.
 
     python tests/benchmarks/bench_startup.py
 
@@ -23,7 +23,7 @@ from vlm.checkpoint import save_model
 
 ROUNDS = 5
 SHAPE = ("model.decoder.transformer.depth=2", "model.vision.transformer.depth=2")
-"""Of `base`: about 200 MB in fp32."""
+"""Config of the model: about 200 MB in fp32."""
 WORKER = """
 import json, sys, time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A training step beside the same shapes built from timm's and transformers' modules: samples a second.
+"""A training step compared with models of the same shape from timm and transformers: samples per second.
 
     python tests/benchmarks/bench_step.py [vit_gpt2] [paligemma]
 
@@ -32,7 +32,7 @@ ANSWER, ROUNDS, IMAGE_TOKEN = 32, 3, 32_767
 
 
 class TimmAndGpt2(nn.Module):
-    """The blog's model: a timm ViT, an MLP, GPT-2 over picture features and text."""
+    """A timm ViT, an MLP, and GPT-2 over picture features and text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class TimmAndGpt2(nn.Module):
         self.decoder = GPT2LMHeadModel(GPT2Config())
 
     def forward(self, pixels_BCHW: Tensor, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        """Mean loss, as `GPT2LMHeadModel` computes it."""
+        """Return the mean loss as `GPT2LMHeadModel` computes it."""
         slots_BNW = self.projector(self.encoder.forward_features(pixels_BCHW)[:, 4:])
         text_BTW = self.decoder.transformer.wte(tokens_BT)
         ignored = labels_BT.new_full(slots_BNW.shape[:2], IGNORE)
@@ -52,7 +52,7 @@ class TimmAndGpt2(nn.Module):
 
 
 def small_paligemma() -> tuple[PaliGemmaForConditionalGeneration, ModelConfig]:
-    """PaliGemma's widths, 2 blocks a tower, on both sides."""
+    """Build PaliGemma with its widths and 2 blocks per tower, from both libraries."""
     text = {
         "model_type": "gemma",
         "hidden_size": 2048,
@@ -82,7 +82,7 @@ def small_paligemma() -> tuple[PaliGemmaForConditionalGeneration, ModelConfig]:
 
 
 def data(config: ModelConfig, vocab_size: int, batch: int) -> Batch:
-    """Pictures and answers of ANSWER tokens after the start token."""
+    """Return pictures, and answers of ANSWER tokens after the start token."""
     generator = torch.Generator().manual_seed(0)
     size, slots = config.image.size, config.num_slots
     pixels = torch.randint(0, 256, (batch, size, size, 3), generator=generator, dtype=torch.uint8)
@@ -93,7 +93,7 @@ def data(config: ModelConfig, vocab_size: int, batch: int) -> Batch:
 
 
 def learner(model: nn.Module, loss_of: Callable[[], Tensor], batch: int) -> Callable[[], int]:
-    """One optimizer step a call."""
+    """Return a function that takes one optimizer step per call."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
@@ -107,7 +107,7 @@ def learner(model: nn.Module, loss_of: Callable[[], Tensor], batch: int) -> Call
 
 
 def ours(config: ModelConfig, vocab_size: int, batch: Batch) -> Callable[[], int]:
-    """Our step."""
+    """Return our training step."""
     model = build_model(config, vocab_size)
 
     def loss() -> Tensor:
@@ -129,7 +129,7 @@ def compare(name: str, mine: Callable[[], int], theirs: Callable[[], int]) -> No
 
 
 def vit_gpt2() -> tuple[Callable[[], int], Callable[[], int]]:
-    """Our step and theirs."""
+    """Return our step and the other library's."""
     config = load_model("vit_gpt2")
     batch, slots = data(config, 50_257, 2), config.num_slots
     original = TimmAndGpt2()
@@ -139,7 +139,7 @@ def vit_gpt2() -> tuple[Callable[[], int], Callable[[], int]]:
 
 
 def paligemma() -> tuple[Callable[[], int], Callable[[], int]]:
-    """Our step and theirs."""
+    """Return our step and the other library's."""
     original, config = small_paligemma()
     batch = data(config, IMAGE_TOKEN, 2)
     tokens = batch.tokens_BT.masked_fill(batch.tokens_BT == SLOT, IMAGE_TOKEN)
@@ -158,7 +158,7 @@ SHAPES = {"vit_gpt2": vit_gpt2, "paligemma": paligemma}
 
 
 def main() -> None:
-    """The shapes named, one after the other; all of them where none is."""
+    """Measure the named shapes one after the other, or all of them."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(f"batch 2, one thread, seconds of the processor, median of {ROUNDS} rounds")

@@ -1,4 +1,4 @@
-"""Captioning a table: through Spark, beside a bare loop, and a UDF around transformers' generate in Spark and in Daft.
+"""Captioning a table compared with a plain loop and with UDFs around transformers' `generate` in Spark and Daft.
 
     pip install transformers daft
     python tests/benchmarks/bench_table.py
@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from deltalake import DeltaTable, write_deltalake
-from measure import peak_of_each, processor_seconds
+from measure import peak_by_process, processor_seconds
 from PIL import Image
 from pyspark.sql import DataFrame
 
@@ -61,29 +61,29 @@ SHAPE = (
     "model.decoder.transformer.mlp.mlp_width=1024",
     "model.generation.max_new_tokens=24",
 )
-"""Of PaliGemma's kind, 7 M weights, 64 slots."""
+"""A small PaliGemma: 7 M weights, 64 slots."""
 
 
 class Rates(NamedTuple):
-    """Captions a second, by the clock and of the processor."""
+    """Captions per wall second and per CPU second."""
 
     clock: float
     processor: float
 
     def show(self, name: str, beside: str = "") -> None:
-        """One line of the table."""
+        """Return one line of the table."""
         print(f"{name:<32} {self.clock:7.1f}/s  {self.processor:7.1f} a processor's second  {beside}", flush=True)
 
 
 def timed(work: Callable[[], int]) -> Rates:
-    """Run it; it says how many captions it made."""
+    """Measure a function that returns its number of captions."""
     clock, processor = time.monotonic(), processor_seconds()
     count = work()
     return Rates(count / (time.monotonic() - clock), count / (processor_seconds() - processor))
 
 
 def pictures(count: int) -> list[bytes]:
-    """JPEG files of smooth colour fields with noise."""
+    """Write JPEG files of smooth colour fields with noise."""
     rng = np.random.default_rng(0)
     files = []
     for _ in range(count):
@@ -95,11 +95,11 @@ def pictures(count: int) -> list[bytes]:
     return files
 
 
-# ------------------------------------------------------------------------------------------------ the bare loop
+# ------------------------------------------------------------------------------------------------ the plain loop
 
 
 def loop(folder: str, images: list[bytes], ready: Barrier, answers: Any) -> None:
-    """A process: decode and generate, batch by batch."""
+    """Decode and caption batch by batch, in one process."""
     limit_threads(1)
     captioner = load_captioner(folder)
     settings = captioner.model.config.generation
@@ -113,7 +113,7 @@ def loop(folder: str, images: list[bytes], ready: Barrier, answers: Any) -> None
 
 
 def bare(folder: Path, images: list[bytes], processes: int) -> tuple[Rates, list[str]]:
-    """One process a core, and the captions."""
+    """Run the loop with one process per core and return the captions."""
     context = multiprocessing.get_context("spawn")
     ready, answers = context.Barrier(processes + 1), context.SimpleQueue()
     parts = [images[number::processes] for number in range(processes)]
@@ -139,7 +139,7 @@ def bare(folder: Path, images: list[bytes], processes: int) -> tuple[Rates, list
 
 @lru_cache(maxsize=1)
 def theirs(folder: str, exported: str) -> Callable[[list[bytes]], list[str]]:
-    """What captions by transformers, with our exported weights; loaded once a process."""
+    """Return a function that captions with transformers and our exported weights; each process loads it once."""
     from transformers import PaliGemmaForConditionalGeneration
 
     torch.set_num_threads(1)
@@ -172,7 +172,7 @@ def theirs(folder: str, exported: str) -> Callable[[list[bytes]], list[str]]:
 
 
 def their_udf(folder: str, exported: str, batch: int, frames: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-    """What is run in Python workers: the model once a process, so many pictures at a time."""
+    """Caption batches in a Python worker; the model is loaded once per process."""
     captioned = theirs(folder, exported)
     for frame in frames:
         images = frame["image"].tolist()
@@ -181,13 +181,13 @@ def their_udf(folder: str, exported: str, batch: int, frames: Iterator[pd.DataFr
 
 
 def route(table: DataFrame, udf: Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]], out: Path) -> int:
-    """Caption a table into Parquet; returns how many rows."""
+    """Caption a table into Parquet and return the number of rows."""
     table.mapInPandas(udf, "id STRING, caption STRING").write.mode("overwrite").parquet(str(out))
     return len(read(out))
 
 
 def daft_route(folder: str, exported: str, table: Path, least: str, out: Path, processes: int) -> int:
-    """Caption the rows of a Delta table below an id into Parquet, by Daft; returns how many rows."""
+    """Caption the rows of a Delta table below an id with Daft into Parquet and return the number of rows."""
     import daft  # type: ignore[import-not-found]
 
     @daft.cls(max_concurrency=processes, use_process=True)
@@ -208,14 +208,14 @@ def daft_route(folder: str, exported: str, table: Path, least: str, out: Path, p
 
 
 def read(files: Path) -> dict[str, str]:
-    """Captions by id."""
+    """Return captions by id."""
     rows = pq.read_table(files).to_pydict()
     return dict(zip(rows["id"], rows["caption"], strict=True))
 
 
 def main() -> None:
-    """Run all and print the table."""
-    import bench_table  # by name, so that Spark's workers import it and keep the model
+    """Measure all of them and print the table."""
+    import bench_table  # as a module, so that Spark's workers import it and keep the model
 
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -247,7 +247,7 @@ def main() -> None:
         assert dict(zip(*rows.to_pydict().values(), strict=True)) == expected, "the captions differ"
         ours.show("lakesight caption, on Spark", f"{ours.processor / loops.processor:.2f} of the loop")
         for count in (ROWS // 4, ROWS):
-            with peak_of_each() as peaks:
+            with peak_by_process() as peaks:
                 few = request.model_copy(update={"where": f"id < '{count:06}'"})
                 caption(spark, platform, files.model_copy(update={"version": f"of {count}"}), few)
             of_each = ", ".join(f"{kind} {peak / 1e6:,.0f} MB" for kind, peak in peaks.items())

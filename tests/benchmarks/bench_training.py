@@ -1,4 +1,4 @@
-"""Training steps of `seemore` beside the original's, at the same sizes, on the same rows and threads: samples a second.
+"""Training steps of `seemore` compared with the original's: same sizes, rows and threads; samples per second.
 
     git clone https://github.com/AviSoori1x/seemore && pip install torchvision
     python tests/benchmarks/bench_training.py FOLDER_OF_SEEMORE FILE.csv
@@ -40,8 +40,8 @@ BATCH, STEPS, ROUNDS = 16, 10, 5
 
 
 def original(folder: Path, rows: pd.DataFrame) -> dict[str, Callable[[], int]]:
-    """The original's training step, with its own loading and without."""
-    os.chdir(folder)  # it reads ./input.txt
+    """Return the original's training step, with and without its own data loading."""
+    os.chdir(folder)  # seemore reads ./input.txt
     sys.path.insert(0, str(folder))
     their: Any = importlib.import_module("seemore")
     model = their.VisionLanguageModel(
@@ -76,7 +76,7 @@ def original(folder: Path, rows: pd.DataFrame) -> dict[str, Callable[[], int]]:
 
 
 def ours(config: ModelConfig, settings: OptimizerConfig, shards: Shards, *, bf16: bool) -> Callable[[], int]:
-    """Our training step, from shards to optimizer."""
+    """Return our training step, from shards to optimizer."""
     tokenizer = text.learn(config.text, shards.texts())
     model = build_model(config, tokenizer.vocab_size)
     optimizer = build_adamw(model, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)

@@ -1,4 +1,4 @@
-"""What benchmarks share: resident memory of a process tree, made pictures, and A beside B in turn."""
+"""Helpers of the benchmarks: resident memory of a process tree, generated pictures, and measuring in turn."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from pipelines.background import in_background
 
 
 def make(path: Path, count: int, side: int, kind: str = "PNG", height: int | None = None, seed: int = 0) -> None:
-    """A CSV of pictures: smooth colour fields with a little noise. PNG packs them like photographs' flat parts.
+    """Write a CSV of pictures: smooth colour fields with a little noise, like flat parts of photographs.
 
-    They are `side` pixels wide, and as high unless `height` says otherwise.
+    They are `side` pixels wide, and `side` or `height` pixels high.
     """
     options: dict[str, int] = {"compress_level": 1} if kind == "PNG" else {"quality": 90}
     rng = np.random.default_rng(seed)
@@ -39,10 +39,10 @@ def make(path: Path, count: int, side: int, kind: str = "PNG", height: int | Non
 
 
 def family() -> dict[int, list[str]]:
-    """What /proc says of this process and all below it, from the third field of `stat` on, by its number (Linux)."""
+    """Return fields 3 and later of /proc/PID/stat of this process and its descendants, by process id (Linux)."""
     stats = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+        with suppress(FileNotFoundError, ProcessLookupError):  # the process has ended meanwhile
             stats[int(stat.parent.name)] = stat.read_text().rpartition(")")[2].split()
     ours = {os.getpid()}
     while more := {pid for pid, fields in stats.items() if int(fields[1]) in ours} - ours:
@@ -51,54 +51,56 @@ def family() -> dict[int, list[str]]:
 
 
 def resident() -> int:
-    """Resident bytes of this process and all below it (Linux)."""
+    """Return the resident bytes of this process and its descendants (Linux)."""
     return sum(int(fields[21]) for fields in family().values()) * os.sysconf("SC_PAGE_SIZE")
 
 
 def processor_seconds() -> float:
-    """Seconds of the processor that this process and all below it, the ended ones too, have had (Linux)."""
+    """Return the CPU seconds of this process and its descendants, including ended ones (Linux)."""
     ticks = sum(int(field) for fields in family().values() for field in fields[11:15])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def watching(look: Callable[[], None]) -> AbstractContextManager[None]:
-    """Call `look` five times a second while the block runs."""
+def sampling(sample: Callable[[], None]) -> AbstractContextManager[None]:
+    """Call `sample` five times a second while the block runs."""
 
     def watch(ended: threading.Event) -> None:
         while not ended.wait(0.2):
-            look()
+            sample()
 
-    return in_background(watch, "watching")
+    return in_background(watch, "sampling")
 
 
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """Samples of `resident` taken five times a second while the block runs."""
+    """Sample `resident` five times a second while the block runs."""
     samples = [resident()]
-    with watching(lambda: samples.append(resident())):
+    with sampling(lambda: samples.append(resident())):
         yield samples
 
 
 @contextmanager
-def peak_of_each() -> Iterator[dict[str, int]]:
-    """Peaks of resident memory while the block runs: of the driver, of its JVM, and of the largest Python worker."""
+def peak_by_process() -> Iterator[dict[str, int]]:
+    """Measure peaks of resident memory during the block: driver, its JVM, and the largest Python worker."""
     peaks = dict.fromkeys(("driver", "JVM", "worker"), 0)
 
-    def look() -> None:
+    def sample() -> None:
         for pid, fields in family().items():
-            with suppress(OSError):  # it ended meanwhile
+            with suppress(OSError):  # the process has ended meanwhile
                 name = Path(f"/proc/{pid}/cmdline").read_text()
                 kinds = {"driver": pid == os.getpid(), "JVM": "java" in name, "worker": "pyspark.daemon" in name}
-                kind = next((kind for kind, is_it in kinds.items() if is_it), None)  # else the JVM's, about to be ls
+                kind = next(
+                    (kind for kind, is_it in kinds.items() if is_it), None
+                )  # None: a child of the JVM before its exec
                 if kind:
                     peaks[kind] = max(peaks[kind], int(fields[21]) * os.sysconf("SC_PAGE_SIZE"))
 
-    with watching(look):
+    with sampling(sample):
         yield peaks
 
 
 def measured(work: Callable[[], int]) -> tuple[float, float]:
-    """Items a second, and the peak of resident memory in MB."""
+    """Return items per second and peak resident memory in MB."""
     with peak_memory() as samples:
         started = time.monotonic()
         count = work()
@@ -109,7 +111,7 @@ def measured(work: Callable[[], int]) -> tuple[float, float]:
 def in_turn(
     works: dict[str, Callable[[], int]], rounds: int, clock: Callable[[], float] = time.monotonic
 ) -> dict[str, float]:
-    """Items a second of each, the median of several rounds; A B A B, because a machine's speed drifts."""
+    """Return the median items per second of each; rounds alternate, because a machine's speed drifts."""
     rates: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():

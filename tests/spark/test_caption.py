@@ -80,6 +80,7 @@ def test_every_row_is_captioned_once_with_lineage_and_bad_pictures_have_an_error
     table = write(spark, tmp_path / "photos", [*good, (70, b"no picture"), (71, None), (72, picture(1)[:90])])
     report = caption(spark, platform, model, request(table))
     assert numbers(report) == (73, 0, 70, 3)
+    assert report.settings_hash == "1dd86ab5a8514f8c", "captions that an earlier release stored must be found"
     rows = stored(spark, platform, model)
     assert len(rows) == 73
     assert [rows[str(n)]["error"].partition(":")[0] for n in (70, 71, 72)] == [

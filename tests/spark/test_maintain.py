@@ -62,7 +62,9 @@ def test_files_that_a_reader_may_need_are_not_removed(spark: SparkSession, platf
         maintain(spark, platform, retain_hours=167)
 
 
-def test_delta_constraints_refuse_rows_without_a_text_or_with_an_unknown_split(spark: SparkSession, platform: Platform) -> None:
+def test_delta_constraints_refuse_rows_without_a_text_or_with_an_unknown_split(
+    spark: SparkSession, platform: Platform
+) -> None:
     texts = "array(named_struct('prompt', '', 'text', 'a'))"
     for wrong in (f"8 AS width, {texts} AS texts, 'tset' AS split", "8 AS width, array() AS texts, 'test' AS split"):
         values = f"'a' AS image_id, repeat('0', 64) AS sha256, X'00' AS image, 'PNG' AS format, 8 AS height, {wrong}"
