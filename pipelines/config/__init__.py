@@ -1,8 +1,8 @@
 """Settings of a run: the YAML under `conf/`, validated and frozen before anything starts.
 
-Start reading in `run.py`, which resolves four names (model, data, train, platform) into one `RunConfig`. Its sections
-are in `data.py`, `train.py` and `gate.py`. This package imports `vlm.config`, `vlm.errors` and pydantic: no torch,
-Spark or MLflow.
+Start reading in `run.py`, which resolves four names (model, data, train, platform) into one `RunConfig` with the
+sections in `data.py`, `train.py` and `gate.py`. Imports `vlm.config`, `vlm.errors` and pydantic; never torch, Spark or
+MLflow.
 """
 
 from pipelines.config.data import (

@@ -1,5 +1,5 @@
-"""What is stored, and how: columns of tables, training shards, the run folder, counts of captions.
+"""Formats that processes share: columns of tables, training shards, the run folder, statistics of captions.
 
-The packages meet in these formats and nowhere else. Start reading in `tables.py`; `run_folder.py` is how a training run
-travels. Imports `pipelines.config` and `vlm` alone: no torch, Spark or MLflow.
+Start reading in `tables.py`; `run_folder.py` describes the files of a training run. Imports `pipelines.config` and
+`vlm` only: no torch, Spark or MLflow.
 """

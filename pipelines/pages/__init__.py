@@ -1,5 +1,5 @@
-"""HTML pages of every report, gallery and the review server.
+"""HTML pages of every report, gallery and the review server, from one base template, style sheet, card and filter.
 
-All pages share one base template, one style sheet, one card and one filter (`templates/`). Start reading in `page.py`.
-`thumbnail.py` makes the small pictures. Imports Jinja and Pillow; never pyspark, torch or MLflow.
+Start reading in `page.py`; `thumbnail.py` makes the small pictures. Imports Jinja and Pillow; never pyspark, torch or
+MLflow.
 """

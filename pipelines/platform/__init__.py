@@ -1,7 +1,7 @@
 """Where a run happens: the only package that distinguishes a laptop from a Databricks workspace.
 
-Start reading in `platform.py`; `local.py` and `databricks.py` construct its `Platform`. The user chooses with
-`--platform`; nothing is guessed from the environment. pyspark is imported only inside functions.
+Start reading in `platform.py`; `local.py` and `databricks.py` construct its `Platform`, which the user chooses with
+`--platform`. pyspark is imported only inside functions.
 """
 
 from pipelines.config import LocalPlatformConfig, PlatformConfig

@@ -1,7 +1,7 @@
-"""Talks to MLflow: runs, the registry, the model as an artifact. The only room that imports mlflow.
+"""MLflow tracking: runs, the model registry, and the model as an artifact.
 
-MLflow reads some switches while it is imported, so they are set here, before any module of this room imports it. A
-value that the environment already has stays.
+This is the only package that imports MLflow. MLflow reads some environment variables on import, so they are set here
+first, unless the environment has them already.
 """
 
 import os

@@ -15,7 +15,7 @@ from tiny_runs import write_shards
 
 from pipelines.config import available, load_model, load_run, short_hash
 from pipelines.driver.evaluate.scores import scores_hash
-from pipelines.driver.ingest.ledger import rules_of
+from pipelines.driver.ingest.ledger import hash_rules
 from pipelines.driver.model_files import ModelFiles
 from pipelines.driver.shard import ShardReport
 from pipelines.driver.train.run import prepare
@@ -155,7 +155,7 @@ def test_a_run_folder_keeps_its_name(name: str, platform: Platform, tmp_path: Pa
 
 @pytest.mark.parametrize("name", RUNS)
 def test_ingest_rules_keep_their_hash(name: str) -> None:
-    assert rules_of(load_run(name).data) == RUNS[name].rules
+    assert hash_rules(load_run(name).data) == RUNS[name].rules
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -20,10 +20,11 @@ from transformers import (
 
 from pipelines.config import load_model
 from vlm.build import build_model
-from vlm.weights.family import Part, families
+from vlm.weights.family import Part
 from vlm.weights.files import TensorHeader
 from vlm.weights.load import in_published_part
 from vlm.weights.plan import plan_load
+from vlm.weights.tables import families
 
 SO400M = {
     "model_type": "siglip_vision_model",

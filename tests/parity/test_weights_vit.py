@@ -180,7 +180,7 @@ def test_what_a_name_of_timm_implies_is_what_timm_builds(architecture: str, tmp_
 
 
 def mismatches(settings: ModelConfig, published: dict[str, Any]) -> list[str]:
-    from vlm.weights.family import families
+    from vlm.weights.tables import families
 
     family = next(family for family in families() if family.name == "timm")
     return family.mismatches(settings, published)

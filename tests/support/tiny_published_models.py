@@ -14,8 +14,9 @@ from vlm.config import ModelConfig
 from vlm.model import VisionLanguageModel
 from vlm.text.chars import CharTokenizer
 from vlm.weights.export import export_weights
-from vlm.weights.family import Part, families
+from vlm.weights.family import Part
 from vlm.weights.load import ImportReport, import_weights
+from vlm.weights.tables import families
 
 VOCAB = 40
 WIDTH, DEPTH, HEADS, MLP, PATCH, SIZE = 16, 3, 2, 24, 4, 16

@@ -1,8 +1,7 @@
 """Configuration of a model: one small frozen pydantic class per axis, with variants selected by `kind`.
 
-Import the classes from here, and `flops_per_sample` from `vlm.config.size`. The package imports neither torch nor
-Spark, so the driver, the executors and the commands load it quickly. Start reading at `vlm/config/model.py`, whose
-`ModelConfig` holds all other configs; the models that ship are YAML files in conf/model/.
+Start reading in `model.py`, whose `ModelConfig` holds all other configs; the models that ship are YAML files in
+conf/model/. Imports neither torch nor Spark, so that the driver, the executors and the commands load it quickly.
 """
 
 from vlm.config.adapter import AdapterConfig, Pattern

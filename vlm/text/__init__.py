@@ -1,7 +1,7 @@
-"""Text in and out of the model: tokenizers, prompts, stop strings, regions in answers and words of captions. No torch.
+"""Text in and out of the model: tokenizers, prompts, stop strings, regions in answers and words of captions.
 
-Import `learn`, `save`, `load` and the `Tokenizer` protocol from here, and all else from its module, such as
-`vlm.text.prompt`. Start reading at base.py (the protocol), then prompt.py (how a sequence is laid out).
+Import `learn`, `save`, `load` and the `Tokenizer` protocol from here, and everything else from its module. Start
+reading in `base.py` (the protocol), then `prompt.py` (the layout of a sequence); nothing here imports torch.
 """
 
 from __future__ import annotations

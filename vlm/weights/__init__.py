@@ -1,8 +1,8 @@
 """Import of weights published by other libraries, and export to their formats.
 
-Only this package knows the names of model families and of other libraries' tensors. Use `load.import_weights` and
-`export.export_weights`; `family.families` lists the families. Start reading at tables/gpt2.py, the description of one
-family, then rules.py and load.py.
+Only this package knows the names of model families and of other libraries' tensors: `load.import_weights` and
+`export.export_weights` use them, `tables.families` lists them. Start reading in `tables/gpt2.py`, the description of
+one family, then `rules.py` and `load.py`.
 
 rules.py          rules that map tensors by name (rename, transpose, concat, ...), each with its inverse
 config_fields.py  fields that map config values between our config and config.json

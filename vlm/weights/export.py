@@ -18,11 +18,12 @@ from vlm.checkpoint import CONFIG, TOKENIZER, load_config
 from vlm.config import Config, ModelConfig
 from vlm.errors import CheckpointError
 from vlm.weights.config_fields import merge_settings
-from vlm.weights.family import Family, Part, families
+from vlm.weights.family import Family, Part
 from vlm.weights.files import MAX_SHARD_BYTES, WeightFiles, write_weights
 from vlm.weights.load import in_published_part
 from vlm.weights.plan import describe_names
 from vlm.weights.rules import Rule, expand_rules
+from vlm.weights.tables import families
 
 IMAGE_MARKER = "<image>"
 """Token of published tokenizers that stands for a picture feature."""

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Literal
 
 from vlm.config import ModelConfig
-from vlm.weights import tables
 from vlm.weights.config_fields import ConfigField, Settings, build_settings, find_mismatches, unchecked_paths
 from vlm.weights.rules import WeightTable
 
@@ -116,11 +112,3 @@ def transformers_family(
 
     fixed = {"architectures": [architecture], "model_type": next(iter(sections))}
     return Family(name, part, select_settings, fields, table, fixed, **options)
-
-
-@cache
-def families() -> tuple[Family, ...]:
-    """Return all families of the modules in vlm/weights/tables, sorted by name."""
-    names = [found.name for found in pkgutil.iter_modules(tables.__path__)]
-    modules = [importlib.import_module(f"{tables.__name__}.{name}") for name in names]
-    return tuple(sorted((family for module in modules for family in module.FAMILIES), key=lambda family: family.name))

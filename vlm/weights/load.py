@@ -21,10 +21,11 @@ from vlm.build import build_model, initialize_weights
 from vlm.config import Config, ModelConfig
 from vlm.errors import CheckpointError
 from vlm.model import VisionLanguageModel
-from vlm.weights.family import Family, Part, families
+from vlm.weights.family import Family, Part
 from vlm.weights.files import WeightFiles, read_settings
 from vlm.weights.plan import LoadPlan, merge_block_names, plan_load
 from vlm.weights.rules import Rule, resample_positions
+from vlm.weights.tables import families
 
 FUSION_PREFIXES = ("decoder.cross_blocks.",)
 """Prefixes of decoder parameters that belong to the fusion, so published decoders lack them."""

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipelines.config import available, load_model
-from vlm.weights.family import families
 from vlm.weights.files import TensorHeader
 from vlm.weights.plan import merge_block_names, plan_load
 from vlm.weights.rules import (
@@ -29,6 +28,7 @@ from vlm.weights.rules import (
     split,
     transpose,
 )
+from vlm.weights.tables import families
 
 SIZES = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 COUNT = st.integers(1, 4)

@@ -1,1 +1,20 @@
-"""One module per weight family: its config fields, weight table and defaults. Each defines the tuple `FAMILIES`."""
+"""One module per weight family: its config fields, weight table and defaults.
+
+Each module defines the tuple `FAMILIES`; `families` finds every module in this folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+
+from vlm.weights.family import Family
+
+
+@cache
+def families() -> tuple[Family, ...]:
+    """Return the families of all modules in this folder, sorted by name."""
+    names = [found.name for found in pkgutil.iter_modules(__path__)]
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    return tuple(sorted((family for module in modules for family in module.FAMILIES), key=lambda family: family.name))
