@@ -42,7 +42,7 @@ def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
     spark, table = pictures.sparkSession, platform.table(SAMPLES.name)
     changed = pictures.filter("NOT conflicting AND size(new_texts) > 0")
     rows = _sample_rows(plan, changed.filter("is_new"))
-    with stored_as_they_are(spark), since(spark, stamp.source, stamp.since):
+    with stored_as_they_are(spark), since(spark, stamp.source, stamp.base_version):
         if totals.updated:
             texts = changed.filter("NOT is_new").select("image_id", F.col("new_texts").alias("texts"))
             merge = merge_into(table, rows.unionByName(texts, allowMissingColumns=True), "image_id", stamp.source)
@@ -61,7 +61,7 @@ def _replace(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
     stamp, totals = plan.stamp, plan.totals
     spark, table = pictures.sparkSession, platform.table(SAMPLES.name)
     rows = _sample_rows(plan, pictures.filter("NOT conflicting"))
-    with stored_as_they_are(spark), since(spark, stamp.source, stamp.since):
+    with stored_as_they_are(spark), since(spark, stamp.source, stamp.base_version):
         rows.writeTo(table).overwrite(F.col("source") == stamp.source)
     verify_append(spark, table, "ingested_at", stamp, totals.new)
     logger.info("%d pictures replace the earlier ones", totals.new)
@@ -74,7 +74,7 @@ def _sample_rows(plan: IngestPlan, pictures: DataFrame) -> DataFrame:
         F.array_sort("new_texts").alias("texts"),
         *("split", "source_row", "fingerprint", "near_of"),
     )
-    constants = {"source": plan.stamp.source, "ingest_id": plan.stamp.ingest_id, "ingested_at": plan.stamp.at}
+    constants = {"source": plan.stamp.source, "ingest_id": plan.stamp.ingest_id, "ingested_at": plan.stamp.planned_at}
     stamped = {name: F.lit(value) for name, value in constants.items()}
     return plan.spill.restore(rows, "image").withColumns(stamped).select(SAMPLES.names)
 

@@ -85,7 +85,7 @@ def _quarantine_rows(refused: DataFrame, plan: IngestPlan) -> DataFrame:
         "source_row",
         _payload_with_image(image).alias("payload") if conflicts else "payload",
         *("stage", "reason", "detail"),
-        F.lit(plan.stamp.at).alias("quarantined_at"),
+        F.lit(plan.stamp.planned_at).alias("quarantined_at"),
         F.lit(None).cast("timestamp").alias("replayed_at"),
     )
 

@@ -101,7 +101,7 @@ def _mark_replayed(platform: Platform, plan: IngestPlan) -> None:
     """Set `replayed_at` of the accepted rows in `quarantine`."""
     accepted = _accepted_rows(plan).select("source_row")
     merge = merge_into(platform.table(QUARANTINE.name), accepted, "source_row", plan.stamp.source)
-    metrics = merge.whenMatchedUpdate(set={"replayed_at": F.lit(plan.stamp.at)}).execute()
+    metrics = merge.whenMatchedUpdate(set={"replayed_at": F.lit(plan.stamp.planned_at)}).execute()
     verify_merge(metrics, inserted=0, updated=plan.totals.usable)
 
 

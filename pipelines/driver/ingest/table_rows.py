@@ -20,14 +20,14 @@ class Stamp:
     Attributes:
         source: name of the data config.
         ingest_id: hash of the source and its files.
-        at: time of the plan; each plan has a different one.
-        since: version of `samples` that last changed the source when the plan was made.
+        planned_at: time of the plan, different for each plan. Written rows carry it.
+        base_version: version of `samples` that last changed the source when the plan was made.
     """
 
     source: str
     ingest_id: str
-    at: datetime
-    since: int
+    planned_at: datetime
+    base_version: int
 
 
 def rows_of_source(spark: SparkSession, platform: Platform, table: str, source: str) -> DataFrame:
@@ -64,7 +64,7 @@ def verify_append(spark: SparkSession, table: str, time_column: str, stamp: Stam
         Overtaken: the numbers differ. Delta skips the append if another ingest of the source has committed since the
             plan was made.
     """
-    ours = (F.col("source") == stamp.source) & (F.col(time_column) == stamp.at)
+    ours = (F.col("source") == stamp.source) & (F.col(time_column) == stamp.planned_at)
     written = spark.table(table).filter(ours).count()
     if written != expected:
         raise Overtaken(f"{table} has {written} rows of this plan, expected {expected}")
