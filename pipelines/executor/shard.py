@@ -1,5 +1,4 @@
-"""Shard files: decode pictures of `samples` to pixels, and write them in shuffled order. Plain functions on Arrow
-batches.
+"""Shard files: decode pictures of `samples` to pixels, and write them in shuffled order.
 
 There are two steps with Spark's shuffle between them. Before the shuffle, each picture gets its shuffle key and its
 file number. It is also decoded there if its pixels are smaller than its picture file. After the shuffle, `write_files`
