@@ -12,7 +12,7 @@ from functools import partial
 from typing import TextIO
 
 from pipelines.background import in_background
-from pipelines.formats.run_folder import RunDir
+from pipelines.formats.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def waiting(label: str) -> AbstractContextManager[None]:
     return progress(label, lambda: (0, ""))
 
 
-def training_poll(run: RunDir) -> Poll:
+def training_poll(run: RunFolder) -> Poll:
     """Reads how far a training run is from the metric files of its run folder."""
     last = -1
     text = ""

@@ -12,7 +12,7 @@ from jobs.shard import run_shard
 from vlm.config import Config
 
 if TYPE_CHECKING:
-    from pipelines.formats.run_folder import RunDir
+    from pipelines.formats.run_folder import RunFolder
     from pipelines.tracking.registry import ModelVersion
 
 SHOWN = ("train/loss", "val/loss", "val/blind_gap")
@@ -72,7 +72,7 @@ def train(
         job.screen.line("then", job.command("train"))
 
 
-def prepared(job: Job) -> RunDir:
+def prepared(job: Job) -> RunFolder:
     """The shards, and the run folder as its ranks need it."""
     from pipelines.driver.train.run import prepare
 
@@ -85,12 +85,12 @@ def prepared(job: Job) -> RunDir:
 
 def run_train(job: Job) -> TrainReport:
     """The stages train and register."""
-    from pipelines.driver.train.run import finished, launch
+    from pipelines.driver.train.run import finished_result, launch
     from pipelines.tracking.registry import register
     from pipelines.tracking.runs import follow
 
     config, run = job.config, prepared(job)
-    found = finished(run)
+    found = finished_result(run)
     # A finished run is followed too: if MLflow missed the end of it, it hears of it now.
     with (
         follow(run, config, job.platform) as run_id,

@@ -72,13 +72,13 @@ print(learn_from)
 
 # COMMAND ----------
 
-from pipelines.driver.train.run import finished, launch, prepare
+from pipelines.driver.train.run import finished_result, launch, prepare
 from pipelines.tracking.registry import download, register
 from pipelines.tracking.runs import follow
 
 run = prepare(config, platform, learn_from, validate_on)
 with follow(run, config, platform) as run_id:
-    result = finished(run) or launch(run, platform, spark)
+    result = finished_result(run) or launch(run, platform, spark)
 version = register(run, run_id, platform)
 print(result.metrics)
 print(version)

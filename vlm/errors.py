@@ -21,7 +21,7 @@ class LakesightError(Exception):
     """
 
     exit_code = 1
-    lasting = False
+    permanent = False
     """True if a retry without a change would fail in the same way."""
 
     def __init__(self, what: str, *, where: str = "", got: str = "", fix: str = "") -> None:
@@ -45,7 +45,7 @@ class UserError(LakesightError):
     """Mistake of the user: exit code 2, one paragraph, no traceback."""
 
     exit_code = 2
-    lasting = True
+    permanent = True
 
 
 class ConfigError(UserError):
@@ -74,7 +74,7 @@ IMAGE_REASONS = (
 class CheckpointError(LakesightError):
     """Checkpoint that is missing, incomplete or of another model."""
 
-    lasting = True
+    permanent = True
 
 
 def nearest(name: str, valid: Iterable[str], count: int = 1) -> list[str]:

@@ -1,19 +1,38 @@
-"""Seeds from what they are for, so that no random state needs saving."""
+"""Seeds computed from what they are used for, so that no random state needs saving."""
 
 from __future__ import annotations
 
-_MASK = (1 << 64) - 1
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Word = TypeVar("Word", int, npt.NDArray[Any])
+
+
+def splitmix64(word: Word) -> Word:
+    """Hash 64 bits with one step of SplitMix64 (Steele et al., "Fast Splittable Pseudorandom Number Generators", 2014).
+
+    Args:
+        word: an integer of any size and sign, taken modulo 2**64, or a uint64 array, hashed element by element.
+    """
+    word = _wrap(word + 0x9E3779B97F4A7C15)
+    word = _wrap((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9)
+    word = _wrap((word ^ (word >> 27)) * 0x94D049BB133111EB)
+    return word ^ (word >> 31)
+
+
+def _wrap(word: Word) -> Word:
+    """Reduce an integer modulo 2**64; uint64 arrays wrap around by themselves."""
+    return word & (2**64 - 1) if isinstance(word, int) else word
 
 
 def mix(*numbers: int) -> int:
-    """A 63-bit seed that differs, in all its bits, for every tuple of numbers (splitmix64 finaliser, number by number).
+    """Compute a 63-bit seed that differs in all its bits for every tuple of numbers.
 
-    Torch's CPU generator looks at the low 32 bits of a seed alone, so sums and shifts of small numbers will not do.
+    Sums and shifts of small numbers are not enough: torch's CPU generator uses only the low 32 bits of a seed.
     """
-    x = 0
+    state = 0
     for number in numbers:
-        x = (x + number + 0x9E3779B97F4A7C15) & _MASK
-        for shift, multiplier in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            x = ((x ^ (x >> shift)) * multiplier) & _MASK
-        x ^= x >> 31
-    return x >> 1
+        state = splitmix64(state + number)
+    return state >> 1

@@ -34,7 +34,7 @@ from pipelines.executor.shard import (
     assign_files_and_decode_guarded,
     write_files,
 )
-from pipelines.formats.shards import MANIFEST, Manifest, Part, ShardFile, ShardRequest, Shards, write_manifest
+from pipelines.formats.shards import MANIFEST, Manifest, MixPart, ShardFile, ShardRequest, Shards, write_manifest
 from pipelines.formats.tables import SAMPLES
 from pipelines.platform import Platform
 from vlm.config import Config, ImageConfig
@@ -137,7 +137,7 @@ def write_mix(parts: Sequence[ShardFolder], shares: Sequence[float], shards: Pat
             for file in part.manifest.files
         ),
         parts=tuple(
-            Part(source=part.manifest.request.source, rows=part.manifest.num_rows, draws=number)
+            MixPart(source=part.manifest.request.source, rows=part.manifest.num_rows, draws=number)
             for part, number in zip(parts, draws, strict=True)
         ),
     )

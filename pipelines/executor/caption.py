@@ -73,7 +73,7 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
             captioned before, or null: an equal one is not captioned again).
     """
     from pipelines.worker.caption import limit_threads, load_captioner
-    from pipelines.worker.data.batches import ahead
+    from pipelines.worker.data.batches import map_ahead
     from vlm.captioner import BATCH_ROWS
 
     limit_threads(job.threads)
@@ -81,7 +81,7 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
     captioner = load_captioner(str(folder), job.precision)
     rows: list[dict[str, Any]] = []
     counted: list[Tally] = []
-    decoded = ahead(partial(_decoded, captioner, job), batches, workers=1)
+    decoded = map_ahead(partial(_decoded, captioner, job), batches, workers=1)
     for pictures in _groups(decoded, BATCH_ROWS):
         for row, tally in _captions(captioner, job, pictures):
             rows.append(row)

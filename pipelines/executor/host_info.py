@@ -1,7 +1,7 @@
-"""What a Python has to train with, and the machine below it, told without importing any of it.
+"""Description of a host: its Python packages, CPU, memory and GPUs, collected with the standard library only.
 
-The standard library alone is needed, so that a host on which everything else is missing can still say so; and torch,
-whose import takes seconds and would stay in the executor's worker for good, is read from its files.
+No package is imported, so a host that lacks packages can still report which. Torch's versions are read from its files,
+because importing torch takes seconds and its memory would stay in the executor's Python worker.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 PACKAGES = {
     "lakesight": "pipelines",
     "numpy": "numpy",
-    "pandas": "pandas",  # TorchDistributor's own need, on executors
+    "pandas": "pandas",  # required by TorchDistributor on executors
     "pillow": "PIL",
     "pyarrow": "pyarrow",
     "pydantic": "pydantic",
@@ -30,42 +30,42 @@ PACKAGES = {
     "tokenizers": "tokenizers",
     "torch": "torch",
 }
-"""What a rank imports: distributions, and a module of each."""
+"""Distributions that a rank imports, with a module of each."""
 
 UNKNOWN = "unknown"
 GPU_SECONDS = 20.0
-"""How long a host's GPU driver may take to answer."""
+"""Timeout of nvidia-smi."""
 
 
-def describe() -> dict[str, object]:
-    """This interpreter and its machine: the fields of a `pipelines.formats.run_folder.Host`."""
+def describe_host() -> dict[str, object]:
+    """Describe this interpreter and its host, with the fields of `pipelines.formats.run_folder.Host`."""
     packages = {name: _version(name) if find_spec(module) else "" for name, module in PACKAGES.items()}
-    told = _told_by_torch() if packages["torch"] else {}
-    driver, gpus = _ask_driver()
+    torch_version = _torch_version() if packages["torch"] else {}
+    driver, gpus = _query_gpus()
     return {
         "name": socket.gethostname(),
         "cores": os.cpu_count() or 1,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "executable": sys.executable,
         "python": platform.python_version(),
-        "packages": packages | ({"torch": told["__version__"]} if told else {}),
-        "cuda": told.get("cuda") or "",
-        "nccl": _nccl() if told.get("cuda") else "",
+        "packages": packages | ({"torch": torch_version["__version__"]} if torch_version else {}),
+        "cuda": torch_version.get("cuda") or "",
+        "nccl": _nccl() if torch_version.get("cuda") else "",
         "driver": driver,
         "gpus": gpus,
     }
 
 
 def _version(distribution: str) -> str:
-    """Of a distribution that is there, if only as modules on the path."""
+    """Return the version of an importable distribution, or UNKNOWN if it is on the path without metadata."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return UNKNOWN
 
 
-def _told_by_torch() -> dict[str, str | None]:
-    """The names that torch/version.py defines: the version with its build, and the CUDA it was built with."""
+def _torch_version() -> dict[str, str | None]:
+    """Run torch/version.py; return its variables, among them `__version__` with its build, and `cuda`."""
     spec = find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
@@ -73,7 +73,10 @@ def _told_by_torch() -> dict[str, str | None]:
 
 
 def _nccl() -> str:
-    """Torch's wheels leave NCCL to a distribution of its own; builds that hold it do not tell without being loaded."""
+    """Return the version of the NCCL distribution that torch requires.
+
+    Builds of torch that contain NCCL report its version only when imported; for them it is UNKNOWN.
+    """
     try:
         needed = metadata.requires("torch") or []
     except metadata.PackageNotFoundError:
@@ -82,8 +85,8 @@ def _nccl() -> str:
     return _version(names[0]) if names else UNKNOWN
 
 
-def _ask_driver() -> tuple[str, list[str]]:
-    """Version of the GPU driver and names of the GPUs; the error of a driver that does not answer is its version."""
+def _query_gpus() -> tuple[str, list[str]]:
+    """Return the version of the GPU driver and the names of the GPUs; on failure an error message and no names."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return "", []

@@ -1,7 +1,8 @@
-"""The layout of a run folder, and the atomic write and read of each file in it.
+"""Layout of a run folder, and atomic reads and writes of its files.
 
-A run leaves the driver as this folder and comes back as this folder: the driver writes `run.json` before launch, ranks
-write everything else, `result.json` comes last. Every JSON file appears whole or not at all (temporary name, rename).
+The run folder is the only interface between the driver and the ranks. The driver writes `run.json`, `tokenizer.json`,
+`hosts.json` and `launcher.json`; ranks write everything else; `result.json` is written last. Every JSON file is written
+atomically: under a temporary name, then renamed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ T = TypeVar("T", bound=Config)
 
 
 class RunFile(Config):
-    """run.json: all a rank needs besides the files it names. Written by the driver before launch."""
+    """run.json: the resolved run and the paths of other files a rank needs. Written by the driver before launch."""
 
     config: RunConfig
     code_version: str
@@ -37,25 +38,25 @@ class RunFile(Config):
 
 
 class RankFile(Config):
-    """ranks/rank-N.json: who a rank is, written when it starts, and again when it has done all it had to do."""
+    """ranks/rank-N.json: host and process of a rank. Written when the rank starts, and again when it has finished."""
 
     rank: int
     host: str
     pid: int
     started_at: float
     ended: bool = False
-    """True after a clean end; a rank that has neither this nor a failure record was killed or left without a word."""
+    """True after a clean exit. A rank with neither `ended` nor a failure record was killed or called os._exit."""
 
 
 class LauncherFile(Config):
-    """launcher.json: the process that is training the run, for as long as it does."""
+    """launcher.json: lock file that names the process currently training the run."""
 
     host: str
     pid: int
 
 
 class Host(Config):
-    """An interpreter that ranks run in, and its machine. What is not there is empty."""
+    """Hardware and software of a host, as seen by one Python interpreter of the ranks. Missing values are empty."""
 
     name: str
     cores: int = 0
@@ -63,31 +64,31 @@ class Host(Config):
     executable: str = ""
     python: str = ""
     packages: dict[str, str]
-    """Version by distribution; of one that is missing, empty."""
+    """Version by distribution name; empty for a distribution that is not installed."""
     cuda: str = ""
-    """What torch was built with."""
+    """CUDA version that torch was built with."""
     nccl: str = ""
     driver: str = ""
-    """Of the GPUs; its error where it does not answer."""
+    """Version of the GPU driver, or the error message of nvidia-smi."""
     gpus: tuple[str, ...] = ()
-    """Names of all that the machine has."""
+    """Name of each GPU of the host."""
 
 
 class HostsFile(Config):
-    """hosts.json: where the ranks of an attempt run, each interpreter once. Written by the driver before they start."""
+    """hosts.json: hosts of an attempt's ranks, one entry per interpreter. Written by the driver before ranks start."""
 
     hosts: tuple[Host, ...]
 
 
 class Heartbeat(NamedTuple):
-    """Last sign of life of a rank."""
+    """Last step of a rank and the time it was written, in seconds since the epoch."""
 
     step: int
     time: float
 
 
 class Failure(Config):
-    """failures/rank-N.json: how a rank ended that did not end well."""
+    """failures/rank-N.json: record of a rank that failed or was terminated. Written by the rank itself."""
 
     rank: int
     host: str
@@ -98,11 +99,11 @@ class Failure(Config):
     step: int
     failed_at: float
     consequence: bool
-    """True when the rank was only told of another rank's death (lost connection, SIGTERM): not the root."""
+    """True when another rank's failure caused this one (lost connection, SIGTERM), so it is not the root cause."""
     waiting: bool = False
-    """True when it was ended from outside while it waited for other ranks."""
-    lasting: bool = False
-    """True when the same run would end here again: a setting, a folder or a file has to be put right first."""
+    """True when the rank was terminated while it waited for other ranks."""
+    permanent: bool = Field(default=False, alias="lasting")
+    """True when a restart would fail in the same way until a setting, folder or file is corrected."""
 
 
 class Result(Config):
@@ -115,21 +116,21 @@ class Result(Config):
     metrics: dict[str, float]
     seconds: float
     best_checkpoint: str = ""
-    """The one with the lowest validation loss, of those whose step was validated; results of before do not tell."""
+    """Checkpoint with the lowest validation loss; empty in results written by older versions."""
 
 
 class Metrics(Config):
-    """metrics/<step>.json: one log step."""
+    """metrics/<step>.json: metrics logged at one step."""
 
     step: int
     time: float
     values: dict[str, float]
     expert_load: dict[str, tuple[float, ...]] = Field(default_factory=dict)
-    """By layer, the share of each expert in the tokens of the step; empty for a model without experts."""
+    """Share of the step's tokens routed to each expert, by layer name; empty for a model without experts."""
 
     @property
     def points(self) -> dict[str, float]:
-        """Every number of the step by the name it has in MLflow."""
+        """All values of the step, by MLflow metric name."""
         load = {
             f"expert_load/{layer}.expert_{expert}": share
             for layer, shares in self.expert_load.items()
@@ -139,7 +140,7 @@ class Metrics(Config):
 
 
 class CaptionSample(Config):
-    """One picture of a samples file: its row in the validation shards, what it should say, what the model says."""
+    """One captioned picture: its row in the validation shards, its reference text, and the model's caption."""
 
     row: int
     image_id: str
@@ -148,177 +149,177 @@ class CaptionSample(Config):
 
 
 class CaptionSamples(Config):
-    """samples/<step>.json: what the model says about a few validation pictures."""
+    """samples/<step>.json: the model's captions of a few validation pictures."""
 
     step: int
     samples: tuple[CaptionSample, ...]
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step of a complete checkpoint folder."""
+    """Parse the step from the name of a complete checkpoint folder."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 @dataclass(frozen=True)
-class RunDir:
-    """Paths and files of one run folder."""
+class RunFolder:
+    """Paths of one run folder's files, and readers of them."""
 
     path: Path
 
     @property
-    def run(self) -> Path:
-        """The resolved run, written by the driver."""
+    def run_file(self) -> Path:
+        """Path of run.json, the resolved run."""
         return self.path / "run.json"
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer, written by the driver."""
+        """Path of tokenizer.json."""
         return self.path / "tokenizer.json"
 
     @property
     def result(self) -> Path:
-        """Written last, by rank 0; its presence with status ok is the only proof of success."""
+        """Path of result.json. Its presence with status "ok" is the only proof of success."""
         return self.path / "result.json"
 
     @property
     def tracking(self) -> Path:
-        """Id of the MLflow run, so that a resumed run goes on in it."""
+        """Path of tracking.json, which holds the id of the MLflow run that a resumed run continues."""
         return self.path / "tracking.json"
 
     @property
     def launcher(self) -> Path:
-        """Who is training the run at the moment."""
+        """Path of launcher.json, the lock file of the launching process."""
         return self.path / "launcher.json"
 
     @property
     def hosts(self) -> Path:
-        """What the hosts of the ranks are and have."""
+        """Path of hosts.json, the hardware and software of the ranks' hosts."""
         return self.path / "hosts.json"
 
     @property
     def checkpoints(self) -> Path:
-        """step_000100/ folders."""
+        """Folder of the checkpoints, each a folder such as step_000100/."""
         return self.path / "checkpoints"
 
     @property
     def failures(self) -> Path:
-        """rank-N.json of ranks that failed."""
+        """Folder of the failure records."""
         return self.path / "failures"
 
     @property
     def profile(self) -> Path:
-        """Trace of some of rank 0's steps, where one was asked for."""
+        """Path of the profiler trace of rank 0, written when `train.profile_steps` is set."""
         return self.path / "profile" / "rank-0.json.gz"
 
     @property
     def launcher_log(self) -> Path:
-        """What the launcher printed: torchrun's own words, and a rank's before it opened its log."""
+        """Log of the launcher: output of torchrun, and of each rank before it opened its own log."""
         return self.path / "logs" / "launcher.log"
 
     def metrics(self, step: int) -> Path:
-        """One log step; the names sort by step."""
+        """Path of the metrics of a step; file names sort by step."""
         return self.path / "metrics" / f"{step:010d}.json"
 
     def samples(self, step: int) -> Path:
-        """Sample captions of one validation."""
+        """Path of the sample captions of a validation step."""
         return self.path / "samples" / f"{step:010d}.json"
 
     def heartbeat(self, rank: int) -> Path:
-        """Step and time of the rank's last sign of life."""
+        """Path of the rank's heartbeat, one line "step time"."""
         return self.path / "heartbeat" / f"rank-{rank}"
 
     def rank(self, rank: int) -> Path:
-        """Who the rank is."""
+        """Path of the rank's RankFile."""
         return self.path / "ranks" / f"rank-{rank}.json"
 
     def failure(self, rank: int) -> Path:
-        """How the rank failed."""
+        """Path of the rank's failure record."""
         return self.failures / f"rank-{rank}.json"
 
     def stacks(self, rank: int) -> Path:
-        """Where each thread of the rank was when it failed or was ended."""
+        """Path of the stack traces of all threads of a failed rank."""
         return self.failures / f"rank-{rank}.stacks.txt"
 
     def log(self, rank: int) -> Path:
-        """The rank's full log."""
+        """Path of the rank's full log."""
         return self.path / "logs" / f"rank-{rank}.log"
 
     def checkpoint(self, step: int) -> Path:
-        """The checkpoint folder of a step."""
+        """Path of the checkpoint folder of a step."""
         return self.checkpoints / f"step_{step:06d}"
 
     def finished_checkpoints(self) -> list[Path]:
-        """Complete checkpoint folders, oldest first (a folder gets its name when it is complete)."""
+        """List complete checkpoint folders, oldest first. A folder gets its final name when it is complete."""
         found = [p for p in self.checkpoints.glob("step_*") if p.name.removeprefix("step_").isdigit()]
         return sorted(found, key=step_of)
 
-    def checkpointed_step(self) -> int:
-        """The step of the newest complete checkpoint; 0 where there is none."""
+    def last_checkpoint_step(self) -> int:
+        """Return the step of the newest complete checkpoint, or 0 if there is none."""
         return max(map(step_of, self.finished_checkpoints()), default=0)
 
     def damaged_checkpoints(self) -> list[Path]:
-        """Folders that a resuming rank has found damaged and put aside."""
+        """List checkpoint folders that a resuming rank found damaged and renamed."""
         return sorted(self.checkpoints.glob("damaged_step_*"))
 
-    def put_aside(self, checkpoint: Path) -> None:
-        """Take a damaged checkpoint out of the finished ones; it stays to be looked at."""
-        aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        checkpoint.replace(aside)
+    def mark_damaged(self, checkpoint: Path) -> None:
+        """Rename a damaged checkpoint to damaged_step_N, so that no run resumes from it; keep it for inspection."""
+        renamed = checkpoint.with_name(f"damaged_{checkpoint.name}")
+        shutil.rmtree(renamed, ignore_errors=True)
+        checkpoint.replace(renamed)
 
     def read_run(self) -> RunFile:
-        """run.json.
+        """Read run.json.
 
         Raises:
-            UserError: it is missing or not a run.
+            UserError: the file is missing or does not hold a run.
         """
-        return read_json(self.run, RunFile)
+        return read_json(self.run_file, RunFile)
 
     def read_failures(self) -> list[Failure]:
-        """Failure records, earliest first."""
+        """Read all failure records, earliest first."""
         return sorted((read_json(p, Failure) for p in self.failures.glob("rank-*.json")), key=lambda f: f.failed_at)
 
     def read_ranks(self) -> list[RankFile]:
-        """Ranks that have started, by number."""
+        """Read the RankFile of every rank that has started, ordered by rank."""
         return sorted((read_json(p, RankFile) for p in (self.path / "ranks").glob("rank-*.json")), key=lambda r: r.rank)
 
     def read_heartbeat(self, rank: int) -> Heartbeat | None:
-        """Last sign of life of a rank, None before its first."""
+        """Read a rank's heartbeat; None before its first."""
         try:
             step, seconds = self.heartbeat(rank).read_text(encoding="ascii").split()
         except FileNotFoundError:
             return None
         return Heartbeat(int(step), float(seconds))
 
-    def set_aside(self) -> None:
-        """Move what an earlier attempt left about its ranks to attempts/N, so that a new one starts without a past.
+    def archive_attempt(self) -> None:
+        """Move the previous attempt's rank files, logs and failure records to attempts/N.
 
         Checkpoints, metrics and samples stay: they belong to the run, whichever attempt wrote them.
         """
         names = ("failures", "ranks", "heartbeat", "logs", "hosts.json", "result.json")
-        left = [path for name in names if (path := self.path / name).exists()]
-        if left:
+        found = [path for name in names if (path := self.path / name).exists()]
+        if found:
             attempts = self.path / "attempts"
             folder = attempts / str(1 + len(list(attempts.glob("*"))))
             folder.mkdir(parents=True)
-            for path in left:
+            for path in found:
                 path.replace(folder / path.name)
 
     def read_metrics(self, after: int = -1) -> Iterator[Metrics]:
-        """Log steps beyond `after`, in order."""
+        """Read the metrics of steps after `after`, in step order."""
         for path in sorted((self.path / "metrics").glob("[0-9]*.json")):
             if int(path.stem) > after:
                 yield read_json(path, Metrics)
 
     def read_samples(self, after: int = -1) -> Iterator[CaptionSamples]:
-        """Sample captions beyond step `after`, in order."""
+        """Read the sample captions of steps after `after`, in step order."""
         for path in sorted((self.path / "samples").glob("[0-9]*.json")):
             if int(path.stem) > after:
                 yield read_json(path, CaptionSamples)
 
 
 def write_json(path: Path, content: Config | dict[str, Any]) -> None:
-    """Write a file whole or not at all; the folder is created."""
+    """Write a JSON file atomically, creating its folder."""
     text = (
         content.model_dump_json(indent=2, by_alias=True)
         if isinstance(content, Config)
@@ -329,25 +330,27 @@ def write_json(path: Path, content: Config | dict[str, Any]) -> None:
 
 
 def read_json(path: Path, kind: type[T]) -> T:
-    """Read a file written by `write_json`.
+    """Read and validate a file written by `write_json`.
 
     Raises:
-        UserError: the file is missing or holds something else.
+        UserError: the file is missing or has other fields than `kind`.
     """
     try:
         return kind.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path.name} is missing", where=str(path.parent), fix="is this a run folder?") from None
+        raise UserError(
+            f"{path.name} is missing", where=str(path.parent), fix="give the path of a run folder"
+        ) from None
     except ValidationError as error:
         raise UserError(
             f"{path.name} is not a {kind.__name__}",
             where=str(path),
             got=read_error_message(error),
-            fix="it was written by another version, or by hand",
+            fix="the file was written by another version or edited by hand: restore it or start a new run",
         ) from None
 
 
-def touch_heartbeat(run: RunDir, rank: int, step: int) -> None:
-    """Say that `rank` is alive and has taken `step` steps."""
+def write_heartbeat(run: RunFolder, rank: int, step: int) -> None:
+    """Write the rank's heartbeat: the number of steps taken and the current time."""
     with atomic_write(run.heartbeat(rank), sync=False) as temporary:
         temporary.write_text(f"{step} {time.time():.3f}", encoding="ascii")

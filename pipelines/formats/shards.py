@@ -1,9 +1,9 @@
-"""The training-shard format: a folder of Arrow IPC files and a manifest, written last.
+"""Training-shard format: a folder of Arrow IPC files, and a manifest that is written last.
 
-A rank memory-maps the files and reads any row at once: its file is found by bisection, and every record batch of a
-file has BATCH_ROWS rows but the last. With `raw` encoding a row's pixels are its bytes; nothing is decoded. The
-folder's name is a hash of what determines its content. A manifest may name files of folders beside its own: so several
-sources are mixed, and no pixel is copied.
+A rank memory-maps the files and reads any row in constant time: it finds the file by bisection, and every record batch
+except a file's last has BATCH_ROWS rows. With `raw` encoding the stored bytes are the pixels, so nothing is decoded.
+The folder's name contains a hash of everything that determines its content. The manifest of a mix names files in other
+shard folders, so several sources are mixed without copying pixels.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FORMAT: Literal[2] = 2
 
 
 class ShardRequest(Config):
-    """What determines the content of a shard folder."""
+    """Everything that determines the content of a shard folder."""
 
     table: str
     table_id: str
@@ -56,12 +56,12 @@ class ShardRequest(Config):
 
     @property
     def folder_name(self) -> str:
-        """`<source>-<split>-<hash>`: the same request finds the same folder."""
+        """Folder name `<source>-<split>-<hash>`: equal requests give equal names."""
         return f"{self.source}-{self.split}-{short_hash(FORMAT, self.model_dump())}"
 
 
 class ShardFile(Config):
-    """One file of a shard folder, or of a folder beside it: its path from there."""
+    """One shard file: its path relative to the shard folder, its rows, size in bytes and SHA-256."""
 
     file: str
     rows: int
@@ -69,8 +69,14 @@ class ShardFile(Config):
     sha256: str
 
 
-class Part(Config):
-    """One source of a mix: its rows follow those of the parts before it. `draws` of them are shown in an epoch."""
+class MixPart(Config):
+    """One source of a mix.
+
+    Attributes:
+        source: name of the source.
+        rows: rows of the source; they follow the rows of the parts before it.
+        draws: rows of the source that are shown in each epoch of the mix.
+    """
 
     source: str
     rows: int
@@ -78,37 +84,37 @@ class Part(Config):
 
 
 class Manifest(Config):
-    """What a shard folder holds; its presence says the folder is complete.
+    """Content of a shard folder. The manifest is written last, so its presence means that the folder is complete.
 
     Attributes:
-        format: of the folder.
-        request: what its rows were asked for by; of a mix, the first part's.
-        files: in order.
-        parts: of a mix; else none.
+        format: version of the shard format.
+        request: request that the folder answers; for a mix, the request of its first part.
+        files: shard files in row order.
+        parts: sources of a mix; empty for a single source.
     """
 
     format: Literal[2] = FORMAT
     request: ShardRequest
     files: tuple[ShardFile, ...]
-    parts: tuple[Part, ...] = ()
+    parts: tuple[MixPart, ...] = ()
 
     @cached_property
     def num_rows(self) -> int:
-        """Rows in all files."""
+        """Number of rows in all files."""
         return sum(file.rows for file in self.files)
 
     @property
     def content_hash(self) -> str:
-        """A hash of every file's content: equal hashes mean equal training data."""
+        """Hash of the content of all files: equal hashes mean equal training data."""
         parts = [(part.rows, part.draws) for part in self.parts]
         return short_hash([file.sha256 for file in self.files], *parts)
 
 
-class Mapped(NamedTuple):
-    """A shard file, or a copy of it, in memory as far as it is read.
+class MappedFile(NamedTuple):
+    """A memory-mapped shard file, or local copy of one.
 
-    The kernel is told to read nothing beside what is asked for, because the next row is somewhere else; and a picture
-    is asked for at once, not page by page.
+    Rows are read at random, so read-ahead is disabled for the mapping. Each picture is requested from the kernel as one
+    range instead of page by page.
     """
 
     path: Path
@@ -117,12 +123,14 @@ class Mapped(NamedTuple):
     batches: pa.ipc.RecordBatchFileReader
 
     @classmethod
-    def of(cls, path: Path) -> Mapped:
-        """Map a file. Not by `pa.memory_map`: it has the kernel read a whole batch at each row that is asked for.
+    def of(cls, path: Path) -> MappedFile:
+        """Map a shard file.
+
+        `pa.memory_map` is not used because it makes the kernel read a whole record batch for each row.
 
         Raises:
-            StageFailed: it is no shard file.
-            UserError: the process may open or map no more files.
+            StageFailed: the file is not a shard file.
+            UserError: the process has reached its limit of open or mapped files.
         """
         try:
             with path.open("rb") as file:
@@ -130,30 +138,35 @@ class Mapped(NamedTuple):
             memory.madvise(mmap.MADV_RANDOM)
             buffer = pa.py_buffer(memory)
             return cls(path, memory, buffer.address, pa.ipc.open_file(buffer))
-        except (ValueError, OSError) as error:  # Arrow's errors are ValueErrors; so is that of an empty file
+        except (ValueError, OSError) as error:  # Arrow's errors and the error of an empty file are ValueErrors
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
                 raise UserError(
-                    "the shards have more files than a process may open here",
+                    "the shards have more files than a process may open on this host",
                     where=str(path.parent),
                     got=f"{error.strerror}, with a limit of {limit:,} open files",
-                    fix="raise it (`ulimit -Hn`, vm.max_map_count), or write fewer and larger files: data.shards.rows",
+                    fix="raise the limit (`ulimit -Hn`, vm.max_map_count), or data.shards.rows, for fewer files",
                 ) from None
-            raise damaged(path, f"{type(error).__name__}: {error}") from error
+            raise damaged_shard(path, f"{type(error).__name__}: {error}") from error
 
     def pixels(self, batch: int, offset: int) -> tuple[pa.RecordBatch, pa.Buffer]:
-        """A batch by its number, and what it holds of the picture of one of its rows: a view, not a copy."""
+        """Return a record batch and the stored picture of one of its rows, as a view of the mapping.
+
+        Args:
+            batch: number of the record batch in the file.
+            offset: row within the batch.
+        """
         rows = self.batches.get_batch(batch)
         column = rows.column("pixels")
-        *_, places, data = column.buffers()
+        *_, offsets, data = column.buffers()
         if pa.types.is_fixed_size_binary(column.type):
             start, end = (column.type.byte_width * row for row in (offset, offset + 1))
         else:
-            start, end = np.frombuffer(places, np.int32, 2, 4 * offset).tolist()
+            start, end = np.frombuffer(offsets, np.int32, 2, 4 * offset).tolist()
         stored = data.slice(start, end - start)
-        place = stored.address - self.address
-        begun = place % mmap.PAGESIZE
-        self.memory.madvise(mmap.MADV_WILLNEED, place - begun, begun + stored.size)
+        position = stored.address - self.address
+        into_page = position % mmap.PAGESIZE  # madvise takes a page-aligned start
+        self.memory.madvise(mmap.MADV_WILLNEED, position - into_page, into_page + stored.size)
         return rows, stored
 
 
@@ -166,14 +179,14 @@ class Row(NamedTuple):
 
 
 def shard_schema(request: ShardRequest) -> pa.Schema:
-    """Columns of a shard file: image_id, pixels (fixed-size bytes for raw), texts."""
+    """Return the columns of a shard file: image_id, pixels (fixed-size binary for raw), texts."""
     side = request.image.size
     pixels = pa.binary(side * side * 3) if request.encoding == "raw" else pa.binary()
     return pa.schema([("image_id", pa.string()), ("pixels", pixels), ("texts", pa.list_(TEXT_TYPE))])
 
 
 def encode_pixels(pixels: npt.NDArray[np.uint8], encoding: Literal["raw", "jpeg"]) -> bytes:
-    """Pixels (HWC, uint8) as a shard stores them."""
+    """Encode pixels (HWC, uint8) as a shard stores them."""
     if encoding == "raw":
         return pixels.tobytes()
     buffer = io.BytesIO()
@@ -182,13 +195,13 @@ def encode_pixels(pixels: npt.NDArray[np.uint8], encoding: Literal["raw", "jpeg"
 
 
 def write_shard_file(folder: Path, index: int, request: ShardRequest, rows: Iterable[pa.RecordBatch]) -> ShardFile:
-    """Write one shard file atomically (temporary name, then rename): a retried task repeats it without harm.
+    """Write one shard file atomically. Writing is idempotent, so a Spark task may be retried.
 
     Args:
-        folder: the shard folder, existing.
-        index: the file's number.
-        request: what the folder holds.
-        rows: batches of `shard_schema`, any sizes, in order.
+        folder: an existing shard folder.
+        index: number of the file.
+        request: request of the folder.
+        rows: record batches of `shard_schema`, of any size, in row order.
     """
     schema = shard_schema(request)
     path = folder / f"shard-{index:06d}.arrow"
@@ -204,7 +217,7 @@ def write_shard_file(folder: Path, index: int, request: ShardRequest, rows: Iter
 
 
 def _rebatch(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """The same rows in batches of exactly BATCH_ROWS, the last one shorter."""
+    """Regroup rows into batches of exactly BATCH_ROWS; the last may be shorter."""
     pending: list[pa.RecordBatch] = []
     held = 0
     for batch in batches:
@@ -220,16 +233,16 @@ def _rebatch(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[p
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Commit a shard folder: after this it is complete, before it is rubbish to be cleaned up."""
+    """Write the manifest atomically, which marks the shard folder as complete."""
     with atomic_write(folder / MANIFEST) as temporary:
         temporary.write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a complete shard folder.
+    """Read the manifest of a complete shard folder.
 
     Raises:
-        UserError: no folder, no manifest, or one of another format.
+        UserError: the folder or manifest is missing, or the manifest has another format.
     """
     path = folder / MANIFEST
     try:
@@ -240,7 +253,7 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     except ValidationError as error:
         raise UserError(
-            "the shards' manifest cannot be read",
+            "the manifest of the shards cannot be read",
             where=str(path),
             got=f"{error.error_count()} problems",
             fix=f"remove the folder and run `lakesight shard` again (this version reads format {FORMAT})",
@@ -249,47 +262,48 @@ def read_manifest(folder: Path) -> Manifest:
 
 @dataclass(frozen=True)
 class Shards:
-    """Random access to the rows of a shard folder; pickles as its path."""
+    """Random access to the rows of a shard folder. Pickled as the folder's path."""
 
     folder: Path
-    _mapped: dict[int, Mapped] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Files by number, each from its first row on."""
+    _mapped: dict[int, MappedFile] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Mapped files by number; a file is mapped when its first row is read."""
 
     @classmethod
     def open(cls, folder: Path) -> Shards:
-        """Open a folder and check that every file the manifest names is there, whole.
+        """Open a folder and check that every file in the manifest exists with the expected size.
 
         Raises:
-            UserError: no manifest. StageFailed: a file is missing or has another size.
+            UserError: there is no manifest.
+            StageFailed: a file is missing or has another size.
         """
         shards = cls(folder)
-        _let_open(len(shards.manifest.files))
+        _raise_open_file_limit(len(shards.manifest.files))
         for file in shards.manifest.files:
             path = folder / file.file
             size = path.stat().st_size if path.exists() else -1
             if size != file.bytes:
-                raise damaged(path, "no file" if size < 0 else f"{size} bytes, the manifest says {file.bytes}")
+                raise damaged_shard(path, "no file" if size < 0 else f"{size} bytes instead of {file.bytes}")
         return shards
 
     def verify(self, seconds: float) -> None:
-        """Compare the content of every file with the manifest, as many as can be read in so many seconds.
+        """Compare file digests with the manifest, file by file, until `seconds` have passed.
 
         Raises:
-            StageFailed: names the first that is not what the manifest says.
+            StageFailed: names the first file whose content differs.
         """
-        until = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         for file in self.manifest.files:
-            if time.monotonic() < until:
+            if time.monotonic() < deadline:
                 verify_file(self.folder / file.file, file)
 
     @cached_property
     def manifest(self) -> Manifest:
-        """The folder's manifest."""
+        """Manifest of the folder."""
         return read_manifest(self.folder)
 
     @cached_property
     def _starts(self) -> list[int]:
-        """The first row of each file."""
+        """Index of the first row of each file."""
         return list(accumulate((file.rows for file in self.manifest.files[:-1]), initial=0))
 
     def __len__(self) -> int:
@@ -299,7 +313,12 @@ class Shards:
         return Shards, (self.folder,)
 
     def row(self, index: int) -> Row:
-        """Row `index` (0 <= index < len): one bisection, one division and a read of that row alone."""
+        """Read one row in constant time, without reading its neighbours.
+
+        Raises:
+            IndexError: `index` is outside [0, len).
+            StageFailed: the file or the row is damaged.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         file = bisect_right(self._starts, index) - 1
@@ -308,20 +327,20 @@ class Shards:
         mapped = self._file(file)
         try:
             return self._read(mapped, number, offset)
-        except (ValueError, OSError, IndexError) as error:  # Arrow's and Pillow's are among them
-            raise damaged(mapped.path, f"{type(error).__name__}: {error}", row=within) from error
+        except (ValueError, OSError, IndexError) as error:  # includes the errors of Arrow and Pillow
+            raise damaged_shard(mapped.path, f"{type(error).__name__}: {error}", row=within) from error
 
-    def read_from(self, file: int, copy: Path) -> None:
-        """From now on read the rows of one file, by its number, from a copy; others may read rows meanwhile."""
-        self._mapped[file] = Mapped.of(copy)
+    def use_copy(self, file: int, copy: Path) -> None:
+        """Read the rows of one file from a local copy from now on. Safe while other threads read rows."""
+        self._mapped[file] = MappedFile.of(copy)
 
-    def _file(self, number: int) -> Mapped:
+    def _file(self, number: int) -> MappedFile:
         if mapped := self._mapped.get(number):
             return mapped
-        mapped = Mapped.of(self.folder / self.manifest.files[number].file)
-        return self._mapped.setdefault(number, mapped)  # where others were faster, theirs: a copy may have come
+        mapped = MappedFile.of(self.folder / self.manifest.files[number].file)
+        return self._mapped.setdefault(number, mapped)  # another thread may have mapped the file or its copy
 
-    def _read(self, mapped: Mapped, number: int, offset: int) -> Row:
+    def _read(self, mapped: MappedFile, number: int, offset: int) -> Row:
         request = self.manifest.request
         batch, stored = mapped.pixels(number, offset)
         if request.encoding == "raw":
@@ -333,7 +352,7 @@ class Shards:
         return Row(batch.column("image_id")[offset].as_py(), pixels, texts)
 
     def texts(self) -> Iterator[str]:
-        """Every prompt and text, in shard order, without touching a pixel: what a tokenizer learns from."""
+        """Iterate over all prompts and texts in row order, without reading pixels. Tokenizers are trained on them."""
         for file in range(len(self.manifest.files)):
             batches = self._file(file).batches
             for number in range(batches.num_record_batches):
@@ -344,8 +363,8 @@ class Shards:
                         yield pair["text"]
 
 
-def damaged(path: Path, got: str, *, row: int | None = None) -> StageFailed:
-    """The error of a shard file, or of a row in it, that is not what its manifest says."""
+def damaged_shard(path: Path, got: str, *, row: int | None = None) -> StageFailed:
+    """Build the error for a shard file, or a row of it, that differs from its manifest."""
     return StageFailed(
         "a training shard is damaged",
         where=str(path) if row is None else f"{path}, row {row}",
@@ -355,19 +374,19 @@ def damaged(path: Path, got: str, *, row: int | None = None) -> StageFailed:
 
 
 def verify_file(path: Path, file: ShardFile, copy: Path | None = None) -> None:
-    """Compare the content of a shard file, or of a copy of it, with what its manifest says.
+    """Compare the SHA-256 of a shard file, or of a copy of it, with its manifest entry.
 
     Raises:
-        StageFailed: they differ.
+        StageFailed: the digests differ.
     """
     if file_digest(copy or path) != file.sha256:
-        raise damaged(path, "other content than the manifest says (SHA-256)")
+        raise damaged_shard(path, "its SHA-256 differs from the manifest's")
 
 
-def _let_open(files: int) -> None:
-    """Have the system allow this process so many more open files, up to its hard limit: each mapped file is one."""
+def _raise_open_file_limit(files: int) -> None:
+    """Raise the process's soft limit of open files by `files`, up to the hard limit. Each mapped file counts as one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
         limit = soft + files if hard == resource.RLIM_INFINITY else min(soft + files, hard)
-        with suppress(ValueError, OSError):  # macOS promises more than it gives: opening will tell
+        with suppress(ValueError, OSError):  # macOS may reject a limit it reports; mapping then fails with a UserError
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -37,7 +37,7 @@ from PIL import Image
 import pipelines
 import vlm
 from pipelines.errors import StageFailed, UserError
-from pipelines.formats.run_folder import Result, RunDir, read_json
+from pipelines.formats.run_folder import Result, RunFolder, read_json
 from pipelines.platform import Platform, redact_uri
 from pipelines.tracking.runs import connect
 from vlm.config import Config
@@ -75,7 +75,7 @@ class Move(Config):
     previous: str | None
 
 
-def register(run: RunDir, run_id: str, platform: Platform) -> ModelVersion:
+def register(run: RunFolder, run_id: str, platform: Platform) -> ModelVersion:
     """The registered version of a finished run: made now, or the one that this run already has.
 
     Raises:

@@ -24,7 +24,7 @@ from mlflow.exceptions import MlflowException
 
 from pipelines.config import RunConfig
 from pipelines.errors import StageFailed, UserError
-from pipelines.formats.run_folder import CaptionSamples, Metrics, RunDir, RunFile, read_json, write_json
+from pipelines.formats.run_folder import CaptionSamples, Metrics, RunFile, RunFolder, read_json, write_json
 from pipelines.formats.shards import Shards
 from pipelines.platform import Platform, redact_uri
 from pipelines.tracking.expert_load_plot import draw_expert_load
@@ -86,7 +86,7 @@ def unchanged_environment(*names: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def run_id_of(run: RunDir) -> str:
+def run_id_of(run: RunFolder) -> str:
     """The MLflow run that a run folder was logged to.
 
     Raises:
@@ -96,7 +96,7 @@ def run_id_of(run: RunDir) -> str:
 
 
 @contextmanager
-def follow(run: RunDir, config: RunConfig, platform: Platform) -> Iterator[str]:
+def follow(run: RunFolder, config: RunConfig, platform: Platform) -> Iterator[str]:
     """Log a run to MLflow while the body trains it; yields the MLflow run id.
 
     Starts an MLflow run, or goes on in the one that the folder's tracking.json names. When the body ends, what is left
@@ -168,7 +168,7 @@ def log_report(
 class Follower(threading.Thread):
     """Carries metric and sample files of a run folder into MLflow, in order, each once."""
 
-    def __init__(self, client: MlflowClient, run: RunDir, run_id: str) -> None:
+    def __init__(self, client: MlflowClient, run: RunFolder, run_id: str) -> None:
         super().__init__(name="lakesight-mlflow-follower", daemon=True)
         self._client, self._run, self._run_id = client, run, run_id
         self._stopping = threading.Event()
@@ -271,7 +271,7 @@ def _table_steps(client: MlflowClient, run_id: str) -> set[int]:
     return {int(row[column]) for row in table["data"]}
 
 
-def _open_run(client: MlflowClient, run: RunDir, config: RunConfig, platform: Platform) -> str:
+def _open_run(client: MlflowClient, run: RunFolder, config: RunConfig, platform: Platform) -> str:
     file = run.read_run()
     try:
         tracked = _tracked_run(client, run)
@@ -288,7 +288,7 @@ def _open_run(client: MlflowClient, run: RunDir, config: RunConfig, platform: Pl
     return str(tracked.info.run_id)
 
 
-def _tracked_run(client: MlflowClient, run: RunDir) -> Run | None:
+def _tracked_run(client: MlflowClient, run: RunFolder) -> Run | None:
     """The MLflow run that the folder names, unless it was deleted or lives on another server."""
     if not run.tracking.exists():
         return None
@@ -333,7 +333,7 @@ def experiment_id(client: MlflowClient, name: str, platform: Platform) -> str:
     return str(experiment.experiment_id)
 
 
-def _describe(client: MlflowClient, tracked: Run, run: RunDir, file: RunFile, config: RunConfig) -> None:
+def _describe(client: MlflowClient, tracked: Run, run: RunFolder, file: RunFile, config: RunConfig) -> None:
     """Parameters, tags, run.json and the dataset. A parameter cannot change, so a resumed run adds only new ones."""
     run_id = tracked.info.run_id
     request = Shards(Path(file.train_shards)).manifest.request
@@ -352,7 +352,7 @@ def _describe(client: MlflowClient, tracked: Run, run: RunDir, file: RunFile, co
         params=[Param(key, value) for key, value in params.items() if key not in tracked.data.params],
         tags=[RunTag(key, value) for key, value in tags.items()],
     )
-    client.log_artifact(run_id, str(run.run))
+    client.log_artifact(run_id, str(run.run_file))
     source = json.dumps({"delta_table_name": request.table, "delta_table_version": file.dataset_version})
     dataset = Dataset(request.table, file.content_hash, "delta_table", source)
     client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
@@ -367,7 +367,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _close_badly(client: MlflowClient, run: RunDir, run_id: str, follower: Follower, cause: BaseException) -> None:
+def _close_badly(client: MlflowClient, run: RunFolder, run_id: str, follower: Follower, cause: BaseException) -> None:
     """Mark the run FAILED or KILLED. The cause is already on its way up: an outage here must not hide it."""
     killed = isinstance(cause, KeyboardInterrupt)
     try:

@@ -1,4 +1,4 @@
-"""The captioner of a process: one model, loaded once, on the cores or the GPU that the process was given."""
+"""Captioning model of a process, loaded once, on the GPU or the cores assigned to the process."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from vlm.precision import set_precision
 
 @functools.lru_cache(maxsize=1)
 def load_captioner(folder: str, precision: Precision = Precision.FP32) -> Captioner:
-    """The model of a folder, on the GPU where there is one; loaded once a process.
+    """Load the model of a folder, on a GPU if there is one. The model is cached for the process.
 
     Raises:
-        CheckpointError: the folder does not hold a model.
+        CheckpointError: the folder does not contain a model.
         UserError: the precision needs a library that is not installed.
     """
     model, tokenizer = load_model(Path(folder), "cuda" if torch.cuda.is_available() else "cpu")
@@ -27,5 +27,5 @@ def load_captioner(folder: str, precision: Precision = Precision.FP32) -> Captio
 
 
 def limit_threads(threads: int) -> None:
-    """Keep torch to the cores that this process was given: its neighbours on the machine have models of their own."""
+    """Limit torch to the cores assigned to this process, because other processes of the host run models too."""
     torch.set_num_threads(threads)

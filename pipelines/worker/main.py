@@ -1,9 +1,9 @@
-"""The entry of a rank: `run_rank(run_dir)`, or under plain torchrun, on a machine without Java:
+"""Entry point of a rank: `run_rank(run_folder)`, or with torchrun on a host without Java:
 
     torchrun --nproc-per-node 2 -m pipelines.worker.main --run-dir DIR
 
-Everything a rank needs is in the run folder and in what torchrun puts into the environment. The watch over the rank
-opens before torch is imported, so that a broken installation is on record too.
+A rank reads only the run folder, the files that it names, and the environment variables of torchrun. The rank's monitor
+starts before torch is imported, so that a broken installation is recorded too.
 """
 
 from __future__ import annotations
@@ -11,30 +11,33 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipelines.formats.run_folder import RunDir
-from pipelines.worker.rank.env import Place
-from pipelines.worker.rank.failure import Watch
+from pipelines.formats.run_folder import RunFolder
+from pipelines.worker.rank.env import RankEnv
+from pipelines.worker.rank.failure import RankMonitor
 from pipelines.worker.rank.metrics import open_log
 
 
-def run_rank(run_dir: str) -> None:
-    """Train as one rank of the run in `run_dir`, from its last checkpoint to its end.
+def run_rank(run_folder: str) -> None:
+    """Train as one rank of a run, from its last checkpoint to its end.
+
+    Args:
+        run_folder: path of the run folder.
 
     Raises:
-        LakesightError, RuntimeError, ...: whatever went wrong, after it is in failures/rank-N.json.
+        LakesightError, RuntimeError, ...: any error, after it is recorded in failures/rank-N.json.
     """
-    run, place = RunDir(Path(run_dir)), Place.from_environment()
-    open_log(run, place.rank)
-    with Watch(run, place.rank) as watch:
-        from pipelines.worker.train.learner import train
+    run, env = RunFolder(Path(run_folder)), RankEnv.from_environment()
+    open_log(run, env.rank)
+    with RankMonitor(run, env.rank) as monitor:
+        from pipelines.worker.train.trainer import train
 
-        train(run, place, watch)
+        train(run, env, monitor)
 
 
 def main() -> None:
-    """Parse --run-dir and run."""
-    parser = argparse.ArgumentParser(prog="pipelines.worker.main", description=run_rank.__doc__)
-    parser.add_argument("--run-dir", required=True, help="the run folder, with run.json and tokenizer.json in it")
+    """Run `run_rank` with the folder given by --run-dir."""
+    parser = argparse.ArgumentParser(prog="pipelines.worker.main", description="Train as one rank of a run.")
+    parser.add_argument("--run-dir", required=True, help="run folder that contains run.json and tokenizer.json")
     run_rank(parser.parse_args().run_dir)
 
 

@@ -1,7 +1,10 @@
-"""What a model makes of a range of shard rows: its caption, and the loss with the right picture and with wrong ones.
+"""Scores of a model on shard rows: its caption, and the loss with the right picture and with three wrong ones.
 
-Wrong pictures are three. That of another row: row (i + n // 2) mod n for row i, never its own, the same on every
-machine, and with shuffled shards as good as drawn by chance. A grey one. And noise, drawn by the number of the row.
+The wrong pictures are:
+    the picture of another row: row (i + n // 2) mod n for row i. It is never the row's own, it is the same on every
+        host, and shards are shuffled, so it is as good as a random one;
+    a grey picture;
+    noise, seeded by the index of the row.
 """
 
 from __future__ import annotations
@@ -27,9 +30,9 @@ GREY = 128
 
 
 class Item(NamedTuple):
-    """A picture and one of its prompts."""
+    """A picture, one of its prompts, and all reference texts of that prompt."""
 
-    number: int
+    row_index: int
     row: Row
     prompt: str
     references: list[str]
@@ -37,11 +40,21 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class RowScore:
-    """One picture and prompt; losses are sums over the `num_targets` tokens of all references, in nats.
+    """Scores of one picture and prompt. Losses are sums over the target tokens of all references, in nats.
 
-    `blind_loss` is None where the split has no other picture, `caption` where the prompt leaves no room for one.
-    `num_correct` counts the target tokens that the model holds likeliest; `seconds` is the row's share of the time its
-    batch took to caption. `mean_logprob` is of the caption's tokens; brightness and contrast are the picture's.
+    Attributes:
+        row: index of the row in the shards.
+        references: reference texts of the prompt.
+        caption: the model's caption; None if the prompt leaves no space for one.
+        loss: loss with the right picture.
+        blind_loss: loss with another row's picture; None if the split has only one row.
+        blank_loss: loss with a grey picture.
+        noise_loss: loss with a picture of noise.
+        num_targets: number of target tokens.
+        num_correct: number of target tokens to which the model gives the highest probability.
+        num_tokens: number of tokens of the caption.
+        seconds: captioning time of the batch, divided by its rows.
+        mean_logprob: mean log-probability of the caption's tokens.
     """
 
     row: int
@@ -63,7 +76,7 @@ class RowScore:
 
 
 class _Losses(NamedTuple):
-    """Sums over the references of each item."""
+    """Loss, number of targets and number of correct targets of each item, summed over its references."""
 
     losses: list[float]
     targets: list[int]
@@ -71,84 +84,86 @@ class _Losses(NamedTuple):
 
 
 def score_rows(captioner: Captioner, shards: Shards, indexes: Sequence[int]) -> Iterator[RowScore]:
-    """Scores of rows by index, one for each picture and distinct prompt, in order."""
+    """Score rows by index, one score per picture and distinct prompt, in order."""
     collator = Collator(captioner.tokenizer, captioner.model.config)
     for start in range(0, len(indexes), BATCH_ROWS):
         items = [
             Item(index, row, prompt, references)
             for index in indexes[start : start + BATCH_ROWS]
             for row in [shards.row(index)]
-            for prompt, references in _by_prompt(row).items()
+            for prompt, references in _references_by_prompt(row).items()
         ]
         started = time.perf_counter()
-        captions = _captions(captioner, items)
+        captions = _caption(captioner, items)
         seconds = (time.perf_counter() - started) / len(items)
         right = _losses(captioner, collator, items, [item.row for item in items])
-        grey = [_painted(item.row, np.full_like(item.row.pixels, GREY)) for item in items]
-        noise = [_painted(item.row, _noise(item)) for item in items]
+        grey = [_replace_pixels(item.row, np.full_like(item.row.pixels, GREY)) for item in items]
+        noise = [_replace_pixels(item.row, _noise(item)) for item in items]
         blank = _losses(captioner, collator, items, grey).losses
         noisy = _losses(captioner, collator, items, noise).losses
         blind: Sequence[float | None] = [None] * len(items)
         if len(shards) > 1:
-            others = [shards.row((item.number + len(shards) // 2) % len(shards)) for item in items]
+            others = [shards.row((item.row_index + len(shards) // 2) % len(shards)) for item in items]
             blind = _losses(captioner, collator, items, others).losses
-        for place, item in enumerate(items):
-            made = captions[place]
+        for number, item in enumerate(items):
+            generated = captions[number]
             light = pixel_stats(item.row.pixels)
             yield RowScore(
-                row=item.number,
+                row=item.row_index,
                 image_id=item.row.image_id,
                 prompt=item.prompt,
                 references=item.references,
-                caption=made.text if made else None,
-                loss=right.losses[place],
-                blind_loss=blind[place],
-                blank_loss=blank[place],
-                noise_loss=noisy[place],
-                num_targets=right.targets[place],
-                num_correct=right.correct[place],
-                num_tokens=made.num_tokens if made else 0,
+                caption=generated.text if generated else None,
+                loss=right.losses[number],
+                blind_loss=blind[number],
+                blank_loss=blank[number],
+                noise_loss=noisy[number],
+                num_targets=right.targets[number],
+                num_correct=right.correct[number],
+                num_tokens=generated.num_tokens if generated else 0,
                 seconds=seconds,
-                mean_logprob=made.mean_logprob if made else None,
+                mean_logprob=generated.mean_logprob if generated else None,
                 brightness=light.brightness,
                 contrast=light.contrast,
             )
 
 
-def _by_prompt(row: Row) -> dict[str, list[str]]:
+def _references_by_prompt(row: Row) -> dict[str, list[str]]:
     grouped: dict[str, list[str]] = defaultdict(list)
     for prompt, text in row.texts:
         grouped[prompt].append(text)
     return grouped
 
 
-def _painted(row: Row, pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Row:
+def _replace_pixels(row: Row, pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Row:
     return row._replace(pixels=pixels)
 
 
 def _noise(item: Item) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    return np.random.default_rng(item.number).integers(0, 256, item.row.pixels.shape, np.uint8)
+    return np.random.default_rng(item.row_index).integers(0, 256, item.row.pixels.shape, np.uint8)
 
 
-def _captions(captioner: Captioner, items: Sequence[Item]) -> list[Completion | None]:
-    """Captions by the model's own settings without chance; None where the prompt leaves no room."""
+def _caption(captioner: Captioner, items: Sequence[Item]) -> list[Completion | None]:
+    """Caption with the model's own settings at temperature 0; None if the prompt leaves no space for a caption."""
     settings = captioner.model.config.generation.model_copy(update={"temperature": 0.0})
     answers = captioner.complete([item.row.pixels for item in items], [item.prompt for item in items], settings)
     return [None if isinstance(answer, UserError) else answer for answer in answers]
 
 
 def _losses(captioner: Captioner, collator: Collator, items: Sequence[Item], pictures: Sequence[Row]) -> _Losses:
-    """Losses of the items, given the picture at the same place."""
+    """Compute the losses of the items, each with the picture of the same position in `pictures`."""
     found = _Losses([0.0] * len(items), [0] * len(items), [0] * len(items))
-    flat = [(place, item.prompt, text) for place, item in enumerate(items) for text in item.references]
+    flat = [(number, item.prompt, text) for number, item in enumerate(items) for text in item.references]
     for start in range(0, len(flat), BATCH_ROWS):
         chunk = flat[start : start + BATCH_ROWS]
-        batch = collator.batch(
-            [pictures[place] for place, _, _ in chunk], [(prompt, text) for _, prompt, text in chunk]
+        batch = collator.collate(
+            [pictures[number] for number, _, _ in chunk], [(prompt, text) for _, prompt, text in chunk]
         )
         sums = row_scores(captioner.model, batch.to(captioner.model.mean.device))
-        for (place, _, _), loss, targets, correct in zip(chunk, *(values_B.tolist() for values_B in sums), strict=True):
-            found.losses[place] += loss
-            found.targets[place] += targets
-            found.correct[place] += correct
+        for (number, _, _), loss, targets, correct in zip(
+            chunk, *(values_B.tolist() for values_B in sums), strict=True
+        ):
+            found.losses[number] += loss
+            found.targets[number] += targets
+            found.correct[number] += correct
     return found

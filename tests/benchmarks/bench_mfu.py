@@ -18,8 +18,8 @@ from itertools import repeat
 import torch
 
 from pipelines.config import load_model
-from pipelines.worker.data.prefetch import copied_ahead
-from pipelines.worker.rank.usage import usage
+from pipelines.worker.data.prefetch import prefetch_to_device
+from pipelines.worker.rank.usage import measure_usage
 from vlm.batch import IGNORE, Batch
 from vlm.build import build_model
 from vlm.config import ModelConfig
@@ -54,7 +54,7 @@ def seconds_a_step(model: VisionLanguageModel, batch: Batch, device: torch.devic
     fit(
         model,
         build_adamw(model, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1),
-        copied_ahead(batches, device),
+        prefetch_to_device(batches, device),
         start=0,
         lr_schedule=lambda _: 1e-4,
         grad_clip=1.0,
@@ -75,7 +75,7 @@ def measured(config: ModelConfig, batch: Batch, device: torch.device, *, compile
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         batch = batch.pin_memory()
-    taken, peaks = seconds_a_step(model, batch, device), usage(device)
+    taken, peaks = seconds_a_step(model, batch, device), measure_usage(device)
     return taken, peaks.get("system/gpu_memory_gb", peaks["system/memory_gb"])
 
 

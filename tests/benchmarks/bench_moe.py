@@ -89,7 +89,7 @@ def batch_of(config: ModelConfig, rows: pd.DataFrame) -> tuple[Batch, int]:
         picture, _ = open_image(base64.b64decode(data), max_pixels=10**8, min_side=1)
         made.append(Row(image_id=str(number), pixels=to_pixels(picture, config.image), texts=[("", caption)]))
     chosen = list(itertools.islice(itertools.cycle(made), BATCH))
-    return Collator(tokenizer, config).batch(chosen, [row.texts[0] for row in chosen]), tokenizer.vocab_size
+    return Collator(tokenizer, config).collate(chosen, [row.texts[0] for row in chosen]), tokenizer.vocab_size
 
 
 def ours(model: VisionLanguageModel, batch: Batch, *, bf16: bool) -> Callable[[], int]:

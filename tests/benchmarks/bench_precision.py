@@ -60,7 +60,7 @@ class Scenes:
 
     def batch(self, collator: Collator, places: range) -> Batch:
         """Return a batch of the rows at these indices."""
-        return collator.batch([self.rows[i] for i in places], [("", self.texts[i]) for i in places])
+        return collator.collate([self.rows[i] for i in places], [("", self.texts[i]) for i in places])
 
 
 def trained(config: ModelConfig) -> Captioner:

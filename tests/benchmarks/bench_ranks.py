@@ -29,7 +29,7 @@ from pipelines.config import load_run
 from pipelines.driver.ingest.run import ingest
 from pipelines.driver.shard import shard
 from pipelines.driver.train.run import prepare
-from pipelines.formats.run_folder import RunDir
+from pipelines.formats.run_folder import RunFolder
 from pipelines.platform import Platform, open_platform
 from pipelines.tracking.runs import follow
 
@@ -57,7 +57,7 @@ class Runs:
         self._shards = shard(spark, self.platform, "seemore", config.data, config.model.image, "train")
         spark.stop()
 
-    def new(self, ranks: int, *, steps: int = STEPS, checkpoint_every: int = 100_000) -> RunDir:
+    def new(self, ranks: int, *, steps: int = STEPS, checkpoint_every: int = 100_000) -> RunFolder:
         """Write the folder of a new run."""
         own = [f"train.seed={next(self._seeds)}", f"train.steps={steps}", f"platform.ranks={ranks}"]
         own += [f"train.checkpoint_every={checkpoint_every}", f"data.source.path={self._file}"]
@@ -80,7 +80,7 @@ def start(ranks: int, core: int, *work: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([*command, *work], stderr=subprocess.DEVNULL)
 
 
-def trained(*runs: RunDir, ranks: int = 1) -> float:
+def trained(*runs: RunFolder, ranks: int = 1) -> float:
     """Train all runs at the same time and return their samples per second, without the first steps."""
     worker = ("-m", "pipelines.worker.main", "--run-dir")
     processes = [start(ranks, core, *worker, str(run.path)) for core, run in enumerate(runs)]
@@ -88,7 +88,7 @@ def trained(*runs: RunDir, ranks: int = 1) -> float:
     return sum(BATCH / statistics.median(steps_of(run)) for run in runs)
 
 
-def steps_of(run: RunDir) -> list[float]:
+def steps_of(run: RunFolder) -> list[float]:
     """Return the seconds of each step from the fourth on, without the last, which validates."""
     return [after.time - before.time for before, after in pairwise(list(run.read_metrics())[3:-1])]
 

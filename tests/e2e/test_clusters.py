@@ -15,7 +15,7 @@ from processes import is_running
 from spark_drivers import driver_environment, placements_of, run_drivers, standalone_cluster, started_processes
 from tiny_runs import MakeRun, runs_in
 
-from pipelines.formats.run_folder import Result, RunDir, read_json
+from pipelines.formats.run_folder import Result, RunFolder, read_json
 
 # Each test starts sessions and ranks of its own: 30 seconds on an idle machine.
 pytestmark = [pytest.mark.faults, pytest.mark.matrix, pytest.mark.timeout(1500)]
@@ -27,7 +27,7 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
     return runs_in(tmp_path, monkeypatch)
 
 
-def assert_trained_separately(first: RunDir, second: RunDir) -> None:
+def assert_trained_separately(first: RunFolder, second: RunFolder) -> None:
     """Check that two runs of two ranks have separate results and used separate rendezvous ports."""
     assert [read_json(run.result, Result).world_size for run in (first, second)] == [2, 2]
     ports = [{place.port for place in placements_of(run)} for run in (first, second)]
@@ -106,7 +106,7 @@ from pipelines.config import LocalPlatformConfig, SparkConfig
 from pipelines.driver.train.hosts import check_hosts
 from pipelines.errors import StageFailed
 from pipelines.platform import local
-from pipelines.formats.run_folder import RunDir
+from pipelines.formats.run_folder import RunFolder
 
 platform = local(LocalPlatformConfig(spark=SparkConfig(master=sys.argv[1]), ranks=2))
 context = (spark := platform.open_spark()).sparkContext
@@ -121,7 +121,7 @@ def waiting():
 
 threading.Thread(target=waiting, daemon=True).start()
 try:
-    check_hosts(RunDir(Path(sys.argv[2])), spark, platform.launch)
+    check_hosts(RunFolder(Path(sys.argv[2])), spark, platform.launch)
 except StageFailed as error:
     print(error, flush=True)
 """
@@ -137,8 +137,8 @@ def test_a_stage_that_waits_for_slots_fails_when_a_host_is_lost(tmp_path: Path) 
         worker, _ = subprocess.check_output(["pgrep", "-f", f"deploy.worker.Worker.*{master}"], text=True).split()
         os.killpg(int(worker), signal.SIGKILL)  # with its executor, as when a host is lost
         said = check.stdout.readline().decode()
-    assert said.startswith("the executors cannot be asked what they have.")
-    assert "executors are gone: 1 of 2 slots are left" in said
+    assert said.startswith("the executors cannot describe their hosts.")
+    assert "executors were lost: 1 of 2 slots are left" in said
 
 
 SESSION = """

@@ -23,7 +23,7 @@ from tiny_runs import MakeRun, runs_in
 
 from pipelines.driver.train.run import launch
 from pipelines.errors import TrainingFailed
-from pipelines.formats.run_folder import RunDir
+from pipelines.formats.run_folder import RunFolder
 from pipelines.platform import Launch, Platform
 
 pytestmark = pytest.mark.faults
@@ -36,15 +36,18 @@ STOPPED_BOUND = 180.0  # torchrun waits 30 seconds for a process that does not r
 
 BESIDE, EXECUTORS = "beside the driver", "on executors"
 
-SILENT = r"rank {rank} (ended without a word at|is missing since) step \d+.*(no record of an error|no word of its own)"
-DAMAGED = r"rank \d (failed|ended without a word) at step [1-9]\d*.*a training shard is damaged.*shard-\d+\.arrow"
+SILENT = (
+    r"rank {rank} (ended without a record at|has not responded since) step \d+"
+    r".*(no error in its log|it wrote no record)"
+)
+DAMAGED = r"rank \d (failed|ended without a record) at step [1-9]\d*.*a training shard is damaged.*shard-\d+\.arrow"
 SAID: dict[Kind, str] = {
     "raise": r"rank {rank} failed at step \d+.*ValueError: poison",
-    "leave": r"rank {rank} failed at step \d+.*SystemExit: left at step \d+ with exit code 3",
+    "leave": r"rank {rank} failed at step \d+.*SystemExit: exited at step \d+ with exit code 3",
     "exit": SILENT,
     "kill": SILENT,
-    "stop": r"rank {rank} is missing since step \d+.*rank \d waited .* s for other ranks.*it was stopped",
-    "hang": r"rank {rank} hung at step \d+.*did nothing for \d\d s",
+    "stop": r"rank {rank} has not responded since step \d+.*rank \d waited .* s for other ranks.*it was stopped",
+    "hang": r"rank {rank} hung at step \d+.*made no progress for \d\d s",
     "deaf": r"rank {rank} hung at step \d+.*Timeout \(0:00:2",
     "nan": r"rank {rank} failed at step \d+.*training diverged.*the loss of rank {rank}\. Got: loss nan",
     "inf": r"rank {rank} failed at step \d+.*training diverged.*the loss of rank {rank}\. Got: loss inf",
@@ -130,7 +133,7 @@ def test_a_run_that_fails_ends_in_time_names_rank_and_cause_and_leaves_no_proces
     print(f"{cell}: {took:.1f} s after the fault, {time.monotonic() - started:.1f} s in all\n  {error}")
     assert took < (STOPPED_BOUND if cell.kind in ("stop", "deaf") else BOUND)
     assert f"host {socket.gethostname()}" in error.where
-    assert "starts over" in error.fix if cell.place == "start" else "it goes on from" in error.fix
+    assert "starts over" in error.fix if cell.place == "start" else "the run resumes from" in error.fix
     if cell.kind == "hang":
         stacks = [run.stacks(rank).read_text() for rank in range(2)]
         assert all("Thread 0x" in text for text in stacks)
@@ -139,7 +142,7 @@ def test_a_run_that_fails_ends_in_time_names_rank_and_cause_and_leaves_no_proces
     assert remaining_processes(run) == []
 
 
-def remaining_processes(run: RunDir) -> list[int]:
+def remaining_processes(run: RunFolder) -> list[int]:
     """Return process ids of ranks and launchers that still run ten seconds after the launch."""
     pids = [int(pid) for path in (run.path / "processes").iterdir() for pid in path.read_text().split()]
     deadline = time.monotonic() + 10

@@ -20,7 +20,7 @@ from processes import TEST_PATH
 from tiny_runs import runs_in
 
 from pipelines.config import LocalPlatformConfig
-from pipelines.formats.run_folder import RunDir
+from pipelines.formats.run_folder import RunFolder
 from pipelines.platform import local
 from pipelines.tracking import runs
 
@@ -45,7 +45,7 @@ def tracking_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]
 
 
 @contextmanager
-def rank_of(run: RunDir) -> Iterator[subprocess.Popen[bytes]]:
+def rank_of(run: RunFolder) -> Iterator[subprocess.Popen[bytes]]:
     """Start the only rank of a run."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "-m", "pipelines.worker.main"]
     environment = os.environ | {"PYTHONPATH": TEST_PATH, "OMP_NUM_THREADS": "1"}
@@ -76,12 +76,12 @@ def is_healthy(port: int) -> bool:
         return False
 
 
-def last_step(run: RunDir) -> int:
+def last_step(run: RunFolder) -> int:
     """Return the last step by file names: reading the files ten times a second would slow the rank down."""
     return max((int(path.stem) for path in run.metrics(0).parent.glob("*.json")), default=0)
 
 
-def wait_for_step(run: RunDir, step: int) -> None:
+def wait_for_step(run: RunFolder, step: int) -> None:
     deadline = time.monotonic() + 240
     while last_step(run) < step:
         assert time.monotonic() < deadline, f"step {last_step(run)}"

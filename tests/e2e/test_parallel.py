@@ -16,7 +16,7 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 from tiny_runs import runs_in, tiny_model_config, tiny_run, write_run, write_shards
 
-from pipelines.formats.run_folder import Metrics, RunDir, write_json
+from pipelines.formats.run_folder import Metrics, RunFolder, write_json
 from vlm import text
 from vlm.build import build_model
 from vlm.checkpoint import load_model, save_model
@@ -39,14 +39,14 @@ class Launched(NamedTuple):
         copied_by_one_rank: copies of shards that the launch of one rank left in `temporary`.
     """
 
-    one_rank: dict[str, RunDir]
-    two_ranks: dict[str, RunDir]
+    one_rank: dict[str, RunFolder]
+    two_ranks: dict[str, RunFolder]
     base: Path
     temporary: Path
     copied_by_one_rank: list[Path]
 
 
-def launch(runs: dict[str, RunDir], ranks: int) -> dict[str, RunDir]:
+def launch(runs: dict[str, RunFolder], ranks: int) -> dict[str, RunFolder]:
     """Train the runs one after another on that many ranks."""
     ended = torchrun(list(runs.values()), ranks, "train_runs_in_turn")
     assert ended.returncode == 0, ended.stdout
@@ -91,7 +91,7 @@ def without_dropout() -> dict[str, Any]:
     return model
 
 
-def routed_run(folder: Path, ranks: int) -> RunDir:
+def routed_run(folder: Path, ranks: int) -> RunFolder:
     """Write a run of six steps of a tiny mixture of experts, with nothing random in a step."""
     model = tiny_model_config().model_dump()
     for part in (model["vision"], model["decoder"]):
@@ -123,7 +123,7 @@ def adapter_settings(base: Path) -> dict[str, Any]:
     }
 
 
-def losses(run: RunDir) -> list[float]:
+def losses(run: RunFolder) -> list[float]:
     return [m.values["train/loss"] for m in run.read_metrics() if "train/loss" in m.values]
 
 
@@ -152,15 +152,15 @@ def test_a_checkpoint_of_ddp_continues_under_fsdp_and_the_other_way_round(launch
         assert losses(run) == pytest.approx(losses(ddp), rel=1e-5)
 
 
-def back_at_half(run: RunDir, folder: Path, parallel: str) -> RunDir:
+def back_at_half(run: RunFolder, folder: Path, parallel: str) -> RunFolder:
     """Copy a finished run, back at its first checkpoint, with another setting of `parallel`."""
-    half = RunDir(folder)
+    half = RunFolder(folder)
     shutil.copytree(run.path, half.path)
     half.result.unlink(missing_ok=True)
     shutil.rmtree(half.checkpoint(10))
     file = half.read_run()
     train = file.config.train.model_copy(update={"parallel": parallel})
-    write_json(half.run, file.model_copy(update={"config": file.config.model_copy(update={"train": train})}))
+    write_json(half.run_file, file.model_copy(update={"config": file.config.model_copy(update={"train": train})}))
     for step in range(6, 11):
         half.metrics(step).unlink()
     return half

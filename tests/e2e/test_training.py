@@ -24,7 +24,7 @@ from tiny_runs import MakeRun, runs_in
 from pipelines.driver.train.launch import check_slots
 from pipelines.driver.train.run import launch
 from pipelines.errors import UserError
-from pipelines.formats.run_folder import Result, RunDir, read_json
+from pipelines.formats.run_folder import Result, RunFolder, read_json
 from pipelines.platform import Launch, Platform
 
 # One process runs all of them: it trains the uninterrupted run and starts its Spark session once.
@@ -54,7 +54,7 @@ ENDLESS: dict[str, Any] = {"steps": 100_000, "validate_every": 100_000}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run that was not interrupted."""
     with pytest.MonkeyPatch.context() as patch:
         run = runs_in(tmp_path_factory.mktemp("whole"), patch)(**WHOLE)
@@ -68,7 +68,7 @@ def two_ranks(platform: Platform) -> Platform:
     return replace(platform, launch=Launch(2, local_mode=True, use_gpu=False))
 
 
-def without_rates(run: RunDir) -> list[tuple[int, dict[str, float]]]:
+def without_rates(run: RunFolder) -> list[tuple[int, dict[str, float]]]:
     """Return metrics by step without those that differ from run to run."""
     return [
         (m.step, {key: value for key, value in m.values.items() if not MEASURED.search(key)})
@@ -76,7 +76,7 @@ def without_rates(run: RunDir) -> list[tuple[int, dict[str, float]]]:
     ]
 
 
-def test_torchrun_alone_trains_to_a_result(whole: RunDir) -> None:
+def test_torchrun_alone_trains_to_a_result(whole: RunFolder) -> None:
     result = read_json(whole.result, Result)
     assert (result.status, result.step, result.world_size) == ("ok", 60, 3)
     assert {"train/loss", "train/lr", "train/grad_norm", "val/loss", "val/blind_gap"} <= result.metrics.keys()
@@ -107,7 +107,7 @@ KILLS = [(POINTS.randrange(60), POINTS.randrange(3)) for _ in range(20)]
     [pytest.param(*kill, marks=pytest.mark.matrix if index else []) for index, kill in enumerate(KILLS)],
 )
 def test_a_run_that_is_killed_and_resumes_by_itself_equals_the_uninterrupted_one_bit_for_bit(
-    whole: RunDir, make_run: MakeRun, platform: Platform, spark: SparkSession, step: int, rank: int
+    whole: RunFolder, make_run: MakeRun, platform: Platform, spark: SparkSession, step: int, rank: int
 ) -> None:
     three_ranks = replace(platform, launch=Launch(3, local_mode=True, use_gpu=False))
     broken = make_run(fault=Fault(kind="kill", rank=rank, step=step), max_restarts=1, **WHOLE)
@@ -119,8 +119,10 @@ def test_a_run_that_is_killed_and_resumes_by_itself_equals_the_uninterrupted_one
     assert_equal(whole, broken)
 
 
-def test_a_damaged_checkpoint_is_renamed_and_the_run_resumes_from_the_one_before(whole: RunDir, tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "copy")
+def test_a_damaged_checkpoint_is_renamed_and_the_run_resumes_from_the_one_before(
+    whole: RunFolder, tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "copy")
     shutil.copytree(whole.path, run.path)
     run.result.unlink()
     state = run.checkpoint(60) / "training.safetensors"
@@ -135,7 +137,7 @@ def test_a_damaged_checkpoint_is_renamed_and_the_run_resumes_from_the_one_before
     assert_equal(whole, run)
 
 
-def assert_equal(whole: RunDir, other: RunDir) -> None:
+def assert_equal(whole: RunFolder, other: RunFolder) -> None:
     """Check that weights, optimizer state, metrics and samples are equal bit for bit."""
     for name in ("model.safetensors", "training.safetensors"):
         assert (whole.checkpoint(60) / name).read_bytes() == (other.checkpoint(60) / name).read_bytes()
@@ -156,7 +158,7 @@ def test_interrupting_a_launch_ends_its_ranks_and_leaves_a_run_that_can_be_resum
     assert not run.result.exists()
 
 
-def press_ctrl_c(run: RunDir) -> None:
+def press_ctrl_c(run: RunFolder) -> None:
     """Send SIGINT to this process after the first checkpoint."""
     while not run.finished_checkpoints():
         time.sleep(0.1)

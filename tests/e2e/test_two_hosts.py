@@ -16,8 +16,8 @@ from rank_faults import wait_for
 from spark_drivers import started_processes
 from tiny_runs import runs_in
 
-from pipelines.driver.train.failure import failure_of
-from pipelines.formats.run_folder import RunDir, step_of
+from pipelines.driver.train.failure import diagnose_failure
+from pipelines.formats.run_folder import RunFolder, step_of
 
 # Two starts of ranks and one timeout: a minute.
 pytestmark = [pytest.mark.faults, pytest.mark.matrix]
@@ -64,7 +64,7 @@ def network() -> Iterator[None]:
 
 
 @contextmanager
-def torchrun_on_both(run: RunDir) -> Iterator[None]:
+def torchrun_on_both(run: RunFolder) -> Iterator[None]:
     """Run the command of docs/training.md on each host during the block."""
     ranks = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{NAMES[0]}:29500"]
     command = [sys.executable, "-m", "torch.distributed.run", *ranks]
@@ -85,11 +85,11 @@ def test_ranks_that_lose_their_network_end_in_time_and_resume_when_it_is_back(
         wait_for(lambda: len(run.finished_checkpoints()) > 0, seconds=120)
         set_link("down")
         wait_for(lambda: len(run.read_failures()) == 2, seconds=60)
-    error = failure_of(run, 2, None)
-    assert re.fullmatch(r"the ranks lost each other at step \d+", error.what)
+    error = diagnose_failure(run, 2, None)
+    assert re.fullmatch(r"the ranks lost their connections at step \d+", error.what)
     assert error.where == f"hosts {', '.join(NAMES)}"
     assert re.fullmatch(
-        r"rank \d waited 1\d s for other ranks, which did not come, and all others waited too", error.got
+        r"rank \d waited 1\d s for other ranks in a collective, and all other ranks waited too", error.got
     )
 
     set_link("up")

@@ -88,10 +88,10 @@ def test_executors_measure_what_a_plain_loop_measures(
         row, other = opened.row(index), opened.row((index + ROWS // 2) % ROWS)
         grey = row._replace(pixels=np.full_like(row.pixels, 128))
         for name, picture in {"right": row, "wrong": other, "grey": grey}.items():
-            loss, count, correct = row_scores(captioner.model, collator.batch([picture], [row.texts[0]]))
+            loss, count, correct = row_scores(captioner.model, collator.collate([picture], [row.texts[0]]))
             sums[name] += loss.item()
         sums["tokens"] += int(count)
-        _, _, correct = row_scores(captioner.model, collator.batch([row], [row.texts[0]]))
+        _, _, correct = row_scores(captioner.model, collator.collate([row], [row.texts[0]]))
         sums["correct"] += int(correct)
         (answer,) = captioner.complete([row.pixels], [""], captioner.model.config.generation)
         assert isinstance(answer, Completion)

@@ -15,7 +15,7 @@ from pyspark.sql import SparkSession
 from pipelines.driver.train.hosts import check_hosts
 from pipelines.driver.train.run import launch
 from pipelines.errors import UserError
-from pipelines.formats.run_folder import HostsFile, RunDir, read_json
+from pipelines.formats.run_folder import HostsFile, RunFolder, read_json
 from pipelines.platform import Platform
 
 
@@ -32,7 +32,7 @@ def make_python(folder: Path, *without: str) -> Path:
 def test_executors_are_described_in_a_file_and_in_one_log_line(
     spark: SparkSession, platform: Platform, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = RunDir(tmp_path)
+    run = RunFolder(tmp_path)
     with caplog.at_level(logging.INFO):
         check_hosts(run, spark, platform.launch)
     (host,) = read_json(run.hosts, HostsFile).hosts  # both executors have the same
@@ -43,7 +43,7 @@ def test_executors_are_described_in_a_file_and_in_one_log_line(
 def test_packages_that_are_missing_on_executors_are_named_before_any_rank_starts(
     spark: SparkSession, platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = RunDir(tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
     first = make_python(tmp_path / "first", "pydantic")
     second = make_python(tmp_path / "second", "pipelines", "_editable_impl_lakesight")
     bare = f"env -u PYTHONPATH {second}"  # PYTHONPATH names the checkout

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.formats.run_folder import RunDir
+from pipelines.formats.run_folder import RunFolder
 
 SUPPORT = Path(__file__).parent
 TEST_PATH = os.pathsep.join(map(str, (SUPPORT.parents[1], SUPPORT)))
@@ -16,10 +16,10 @@ TEST_PATH = os.pathsep.join(map(str, (SUPPORT.parents[1], SUPPORT)))
 
 
 def torchrun(
-    run: RunDir | Sequence[RunDir], ranks: int, module: str = "pipelines.worker.main"
+    run: RunFolder | Sequence[RunFolder], ranks: int, module: str = "pipelines.worker.main"
 ) -> subprocess.CompletedProcess[str]:
     """Run the ranks to their end without Spark; several runs need the module `train_runs_in_turn`."""
-    folders = [run.path] if isinstance(run, RunDir) else [each.path for each in run]
+    folders = [run.path] if isinstance(run, RunFolder) else [each.path for each in run]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", module, "--run-dir", ",".join(map(str, folders))]
     environment = os.environ | {"PYTHONPATH": TEST_PATH}

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from pipelines.driver.train.launch import run_rank
-from pipelines.formats.run_folder import RunDir, read_json, write_json
+from pipelines.formats.run_folder import RunFolder, read_json, write_json
 from vlm.config import Config
 
 Kind = Literal[
@@ -58,10 +58,10 @@ class Fault(Config):
 def faulty_rank(run_dir: str) -> None:
     """Call `run_rank`, and trigger the fault if it belongs to this rank."""
     import pipelines.worker.train.initial_weights as writing
-    import pipelines.worker.train.learner as training
+    import pipelines.worker.train.trainer as training
     import vlm.training.loop as loop
 
-    run = RunDir(Path(run_dir))
+    run = RunFolder(Path(run_dir))
     fault, rank = read_json(run.path / "fault.json", Fault), int(os.environ["RANK"])
     struck = run.path / "struck.json"
     processes = run.path / "processes" / str(rank)
@@ -100,13 +100,13 @@ def wait_for(happened: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.01)
 
 
-def due(fault: Fault, run: RunDir, step: int) -> bool:
+def due(fault: Fault, run: RunFolder, step: int) -> bool:
     if fault.place == "checkpoint":
         return bool(run.finished_checkpoints()) and any(run.checkpoints.glob(".step_*.tmp"))
     return bool(run.finished_checkpoints()) if fault.step is None else step == fault.step
 
 
-def strike(fault: Fault, run: RunDir, *args: Any) -> None:
+def strike(fault: Fault, run: RunFolder, *args: Any) -> None:
     write_json(run.path / "struck.json", {"time": time.time(), "pid": os.getpid()})
     match fault.kind:
         case "raise":

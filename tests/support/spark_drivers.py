@@ -25,7 +25,7 @@ from pipelines.config import LocalPlatformConfig, SparkConfig
 from pipelines.driver.train.launch import GPU_AMOUNT, run_rank
 from pipelines.driver.train.run import launch
 from pipelines.errors import UserError
-from pipelines.formats.run_folder import RunDir, read_json, write_json
+from pipelines.formats.run_folder import RunFolder, read_json, write_json
 from pipelines.platform import local
 from vlm.config import Config
 
@@ -61,7 +61,7 @@ def placed_rank(run_dir: str) -> None:
     run_rank(run_dir)
 
 
-def placements_of(run: RunDir) -> list[RankPlacement]:
+def placements_of(run: RunFolder) -> list[RankPlacement]:
     """Read the placements of a run, sorted by rank."""
     return [read_json(path, RankPlacement) for path in sorted((run.path / "places").glob("[0-9]*"))]
 
@@ -72,7 +72,7 @@ def driver_environment(home: Path) -> dict[str, str]:
 
 
 def run_drivers(
-    home: Path, master: str, *tasks: Sequence[RunDir], settings: Mapping[str, str] | None = None
+    home: Path, master: str, *tasks: Sequence[RunFolder], settings: Mapping[str, str] | None = None
 ) -> list[dict[str, str]]:
     """Start drivers at the same time; each launches its runs one after another.
 
@@ -140,7 +140,7 @@ def started_processes() -> Iterator[Start]:
 
 def main() -> None:
     master, *folders = sys.argv[1:]
-    runs = [RunDir(Path(folder)) for folder in folders]
+    runs = [RunFolder(Path(folder)) for folder in folders]
     platform = local(LocalPlatformConfig(spark=SparkConfig(master=master, driver_memory="1g")))
     spark, refused = platform.open_spark(), {}
     for run in runs:

@@ -21,7 +21,7 @@ from pipelines.config import (
     RunConfig,
     TrainConfig,
 )
-from pipelines.formats.run_folder import RunDir, RunFile, write_json
+from pipelines.formats.run_folder import RunFile, RunFolder, write_json
 from pipelines.formats.shards import (
     Manifest,
     ShardRequest,
@@ -154,9 +154,9 @@ def global_batches(
     ]
 
 
-def write_run(folder: Path, config: RunConfig, train: Shards, validate: Shards) -> RunDir:
+def write_run(folder: Path, config: RunConfig, train: Shards, validate: Shards) -> RunFolder:
     """Write a run folder as the driver does before it starts ranks."""
-    run = RunDir(folder)
+    run = RunFolder(folder)
     file = RunFile(
         config=config,
         code_version="test",
@@ -166,12 +166,12 @@ def write_run(folder: Path, config: RunConfig, train: Shards, validate: Shards) 
         content_hash=train.manifest.content_hash,
         world_size=config.platform.ranks,
     )
-    write_json(run.run, file)
+    write_json(run.run_file, file)
     text.save(text.learn(config.model.text, train.texts()), run.tokenizer)
     return run
 
 
-MakeRun = Callable[..., RunDir]
+MakeRun = Callable[..., RunFolder]
 """Takes the name of the folder, an optional fault for its ranks, and train settings; returns the run folder."""
 
 
@@ -180,7 +180,7 @@ def runs_in(folder: Path, patch: pytest.MonkeyPatch) -> MakeRun:
     patch.setenv("PYTHONPATH", TEST_PATH)
     train, validate = write_shards(folder / "train", rows=21), write_shards(folder / "val", rows=6)
 
-    def make(name: str = "run", fault: Config | None = None, **settings: Any) -> RunDir:
+    def make(name: str = "run", fault: Config | None = None, **settings: Any) -> RunFolder:
         run = write_run(folder / name, tiny_run(**settings), train, validate)
         if fault:
             write_json(run.path / "fault.json", fault)

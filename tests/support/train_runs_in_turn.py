@@ -11,23 +11,23 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from pipelines.formats.run_folder import RunDir
-from pipelines.worker.rank.env import Place
-from pipelines.worker.rank.failure import Watch
+from pipelines.formats.run_folder import RunFolder
+from pipelines.worker.rank.env import RankEnv
+from pipelines.worker.rank.failure import RankMonitor
 from pipelines.worker.rank.group import process_group
 from pipelines.worker.rank.metrics import open_log
-from pipelines.worker.train.learner import Learner
+from pipelines.worker.train.trainer import Trainer
 
 
 def main() -> None:
-    place, device = Place.from_environment(), torch.device("cpu")
+    env, device = RankEnv.from_environment(), torch.device("cpu")
     with process_group(device, timeout_seconds=300):
         for folder in sys.argv[sys.argv.index("--run-dir") + 1].split(","):
-            run = RunDir(Path(folder))
-            open_log(run, place.rank)
-            learner = Learner.build(run, run.read_run(), place, Watch(run, place.rank), device)
-            learner.learn()
-            learner.checkpoints.wait()
+            run = RunFolder(Path(folder))
+            open_log(run, env.rank)
+            trainer = Trainer.build(run, run.read_run(), env, RankMonitor(run, env.rank), device)
+            trainer.train()
+            trainer.checkpoints.wait()
             distributed.barrier()
 
 

@@ -88,7 +88,7 @@ def train(
         texts = [shards.row(int(index)).texts[0] for index in texts_from]
         if misnamed:
             texts = [(prompt, said.replace(misnamed, "white")) for prompt, said in texts]
-        batch = collator.batch([shards.row(int(index)) for index in pictures_from], texts)
+        batch = collator.collate([shards.row(int(index)) for index in pictures_from], texts)
         torch.autograd.backward(token_loss(model(batch), batch) / num_targets(batch))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

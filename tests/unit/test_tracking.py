@@ -27,7 +27,7 @@ from tiny_runs import tiny_run, write_run, write_shards
 
 from pipelines.config import LocalPlatformConfig
 from pipelines.errors import TrainingFailed, UserError
-from pipelines.formats.run_folder import CaptionSample, CaptionSamples, Failure, Metrics, Result, RunDir, write_json
+from pipelines.formats.run_folder import CaptionSample, CaptionSamples, Failure, Metrics, Result, RunFolder, write_json
 from pipelines.platform import Platform, local
 from pipelines.tracking import registry, runs
 from pipelines.tracking.expert_load_plot import draw_expert_load
@@ -49,21 +49,21 @@ def platform(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunDir:
+def run(tmp_path: Path) -> RunFolder:
     shards = write_shards(tmp_path / "shards", rows=6)
     return write_run(tmp_path / "runs" / "tiny-0123", CONFIG, shards, shards)
 
 
-def log_step(run: RunDir, step: int) -> None:
+def log_step(run: RunFolder, step: int) -> None:
     write_json(run.metrics(step), Metrics(step=step, time=1_700_000_000 + step, values={"loss": 1 / (step + 1)}))
 
 
-def log_samples(run: RunDir, step: int) -> None:
+def log_samples(run: RunFolder, step: int) -> None:
     samples = tuple(CaptionSample(row=r, image_id=f"tiny/{r}", text="red", caption=f"at {step}") for r in range(2))
     write_json(run.samples(step), CaptionSamples(step=step, samples=samples))
 
 
-def finish(run: RunDir, *, blind_gap: float = 0.5) -> None:
+def finish(run: RunFolder, *, blind_gap: float = 0.5) -> None:
     """Leave what a training that went well leaves, with random weights."""
     tokenizer = text.load(run.tokenizer)
     torch.manual_seed(0)
@@ -88,7 +88,7 @@ def picture(colour: str = "red") -> bytes:
 # ------------------------------------------------------------------------------------------------ runs
 
 
-def test_a_followed_run_has_every_step_once_its_parameters_tags_and_config(platform: Platform, run: RunDir) -> None:
+def test_a_followed_run_has_every_step_once_its_parameters_tags_and_config(platform: Platform, run: RunFolder) -> None:
     with runs.follow(run, CONFIG, platform) as run_id:
         for step in range(0, 30, 2):
             log_step(run, step)
@@ -113,7 +113,7 @@ def test_a_followed_run_has_every_step_once_its_parameters_tags_and_config(platf
     assert Path(client.download_artifacts(run_id, "hosts.json")).read_bytes() == b"two hosts"
 
 
-def test_the_load_of_experts_becomes_metrics_and_one_picture_of_the_last(platform: Platform, run: RunDir) -> None:
+def test_the_load_of_experts_becomes_metrics_and_one_picture_of_the_last(platform: Platform, run: RunFolder) -> None:
     for step, load in {2: (0.5, 0.25, 0.25, 0.0), 4: (0.25, 0.25, 0.25, 0.25)}.items():
         with runs.follow(run, CONFIG, platform) as run_id:  # the second time the run goes on
             metrics = Metrics(step=step, time=1_700_000_000, values={}, expert_load={"decoder.blocks.0": load})
@@ -126,7 +126,7 @@ def test_the_load_of_experts_becomes_metrics_and_one_picture_of_the_last(platfor
         assert picture.tobytes() == last.tobytes()
 
 
-def test_sample_captions_become_a_picture_table(platform: Platform, run: RunDir) -> None:
+def test_sample_captions_become_a_picture_table(platform: Platform, run: RunFolder) -> None:
     with runs.follow(run, CONFIG, platform) as run_id:
         log_samples(run, 6)
     with runs.follow(run, CONFIG, platform):
@@ -138,7 +138,7 @@ def test_sample_captions_become_a_picture_table(platform: Platform, run: RunDir)
     assert Image.open(path).size == (16, 16)
 
 
-def test_a_resumed_run_goes_on_in_its_mlflow_run_and_doubles_no_step(platform: Platform, run: RunDir) -> None:
+def test_a_resumed_run_goes_on_in_its_mlflow_run_and_doubles_no_step(platform: Platform, run: RunFolder) -> None:
     log_step(run, 0)
     log_step(run, 2)
     with pytest.raises(KeyboardInterrupt), runs.follow(run, CONFIG, platform) as first:
@@ -154,7 +154,7 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run_and_doubles_no_step(platform: P
     assert runs.CAUSE_TAG not in client.get_run(first).data.tags
 
 
-def test_a_failed_run_carries_its_cause_and_its_failure_records(platform: Platform, run: RunDir) -> None:
+def test_a_failed_run_carries_its_cause_and_its_failure_records(platform: Platform, run: RunFolder) -> None:
     record = {"rank": 1, "host": "h", "pid": 1, "exception": "ValueError", "message": "m", "traceback": "t", "step": 3}
     write_json(run.failure(1), Failure.model_validate(record | {"failed_at": 1.0, "consequence": False}))
     with pytest.raises(TrainingFailed), runs.follow(run, CONFIG, platform) as run_id:
@@ -165,7 +165,7 @@ def test_a_failed_run_carries_its_cause_and_its_failure_records(platform: Platfo
     assert [a.path for a in runs.connect(platform).list_artifacts(run_id, "failures")] == ["failures/rank-1.json"]
 
 
-def test_an_outage_in_the_middle_loses_nothing(platform: Platform, run: RunDir) -> None:
+def test_an_outage_in_the_middle_loses_nothing(platform: Platform, run: RunFolder) -> None:
     database = Path(platform.tracking_uri.removeprefix("sqlite:///"))
     with runs.follow(run, CONFIG, platform) as run_id:
         log_step(run, 0)
@@ -182,7 +182,7 @@ def test_an_outage_in_the_middle_loses_nothing(platform: Platform, run: RunDir) 
     assert steps(client, run_id) == [0, 2, 4]
 
 
-def test_a_server_that_kept_half_of_a_failed_request_is_not_told_twice(run: RunDir) -> None:
+def test_a_server_that_kept_half_of_a_failed_request_is_not_told_twice(run: RunFolder) -> None:
     """SQLite drops a repeated point by itself; a stand-in shows that we do not rely on that."""
     client = create_autospec(MlflowClient, instance=True)
     client.get_run.return_value.data.metrics = {"loss": 0.5}
@@ -201,7 +201,7 @@ def test_a_server_that_kept_half_of_a_failed_request_is_not_told_twice(run: RunD
     assert told == [[4], [6]]
 
 
-def test_a_run_deleted_in_mlflow_starts_a_new_one_with_all_steps(platform: Platform, run: RunDir) -> None:
+def test_a_run_deleted_in_mlflow_starts_a_new_one_with_all_steps(platform: Platform, run: RunFolder) -> None:
     with runs.follow(run, CONFIG, platform) as first:
         log_step(run, 0)
     client = runs.connect(platform)
@@ -213,7 +213,7 @@ def test_a_run_deleted_in_mlflow_starts_a_new_one_with_all_steps(platform: Platf
 
 
 def test_a_tracking_server_that_is_down_is_named_without_its_password(
-    platform: Platform, run: RunDir, monkeypatch: pytest.MonkeyPatch
+    platform: Platform, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -224,7 +224,7 @@ def test_a_tracking_server_that_is_down_is_named_without_its_password(
 
 
 def test_no_token_reaches_parameters_tags_or_artifacts(
-    platform: Platform, run: RunDir, monkeypatch: pytest.MonkeyPatch
+    platform: Platform, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "t0ken-value")
     monkeypatch.setenv("DATABRICKS_TOKEN", "t0ken-value")
@@ -235,7 +235,7 @@ def test_no_token_reaches_parameters_tags_or_artifacts(
     assert not [p for p in (platform.root / "mlartifacts").rglob("*") if p.is_file() and b"t0ken" in p.read_bytes()]
 
 
-def test_tracking_prints_nothing(platform: Platform, run: RunDir, capfd: pytest.CaptureFixture[str]) -> None:
+def test_tracking_prints_nothing(platform: Platform, run: RunFolder, capfd: pytest.CaptureFixture[str]) -> None:
     with runs.follow(run, CONFIG, platform) as run_id:
         log_step(run, 0)
     finish(run)
@@ -250,7 +250,7 @@ def test_tracking_leaves_no_address_in_the_environment(platform: Platform) -> No
     assert not {"MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"} & set(os.environ)
 
 
-def test_a_report_is_logged_under_its_stage(platform: Platform, run: RunDir, tmp_path: Path) -> None:
+def test_a_report_is_logged_under_its_stage(platform: Platform, run: RunFolder, tmp_path: Path) -> None:
     page = tmp_path / "gallery.html"
     page.write_text("<p>", encoding="utf-8")
     with runs.follow(run, CONFIG, platform) as run_id:
@@ -272,7 +272,7 @@ def test_a_report_is_logged_under_its_stage(platform: Platform, run: RunDir, tmp
 
 
 @pytest.fixture
-def registered(platform: Platform, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> registry.ModelVersion:
+def registered(platform: Platform, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> registry.ModelVersion:
     monkeypatch.setattr(sys, "dont_write_bytecode", False)  # as it is unless the environment says otherwise
     finish(run)
     with runs.follow(run, CONFIG, platform) as run_id:
@@ -281,7 +281,7 @@ def registered(platform: Platform, run: RunDir, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_registering_a_run_twice_gives_one_version_with_its_lineage(
-    platform: Platform, run: RunDir, registered: registry.ModelVersion
+    platform: Platform, run: RunFolder, registered: registry.ModelVersion
 ) -> None:
     assert registry.register(run, registered.run_id, platform) == registered
     assert registered.version == "1"
@@ -382,7 +382,7 @@ def test_a_version_is_tried_in_a_fresh_process_with_its_own_files(
     assert try_folder(folder, []).failure == "it holds pickles: artifacts/weights.dat"
 
 
-def test_a_run_that_is_not_finished_is_not_registered(platform: Platform, run: RunDir) -> None:
+def test_a_run_that_is_not_finished_is_not_registered(platform: Platform, run: RunFolder) -> None:
     with runs.follow(run, CONFIG, platform) as run_id:
         pass
     with pytest.raises(UserError, match=r"result\.json is missing"):

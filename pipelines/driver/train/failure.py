@@ -1,9 +1,11 @@
-"""Why a training run failed, from what its ranks left behind: the root, not the noise around it.
+"""Diagnosis of a failed training run from the records of its ranks: the root cause, not its consequences.
 
-When one rank dies, the others lose their connection to it and the launcher ends them, so most records tell of
-consequences. The root is the earliest record that is not one; else, where ranks waited until their time ran out, the
-one that was not waiting with them; else a rank that left no word at all. Where all of them waited for each other it is
-none of them, but what is between their hosts.
+When one rank dies, the others lose their connection to it and the launcher terminates them, so most failure records are
+consequences. The root cause is, in this order:
+    1. the earliest record that is not a consequence;
+    2. if ranks timed out waiting: the rank that was not waiting with them;
+    3. a rank that has left no record at all.
+If all ranks waited for each other, the fault is in the network between their hosts.
 """
 
 from __future__ import annotations
@@ -15,58 +17,58 @@ from datetime import datetime
 from pathlib import Path
 
 from pipelines.errors import LakesightError, TrainingFailed
-from pipelines.formats.run_folder import Failure, RankFile, RunDir
+from pipelines.formats.run_folder import Failure, RankFile, RunFolder
 from pipelines.formats.shards import Shards
 
 HUNG, WAITED = "Hung", "Waited"
-"""What the watch over a rank calls it when nothing goes on: by the rank's own doing, or because others did not come."""
+"""Exception names in records of a timeout: the rank itself hung, or it waited for other ranks."""
 
-LAST_WORDS = re.compile(r"Fatal Python error: .+|Timeout \(.+|rank {rank} ended at step .+")
-"""How a rank that could leave no record says on its log, or on the launcher's, what ended it."""
+LAST_LOG_LINE = re.compile(r"Fatal Python error: .+|Timeout \(.+|rank {rank} ended at step .+")
+"""Lines in the log of a rank, or of the launcher, that name the cause if the rank could not write a record."""
 
 CRASH = re.compile(r"Fatal Python error: (?:Segmentation fault|Bus error)")
-"""What ends a rank that reads a mapped file which was cut off or written over, among other things."""
+"""Log lines of a crash that may be caused by reading a mapped file that was truncated or overwritten."""
 
 VERIFY_SECONDS = 60.0
-"""How long shards are looked at then: some tens of gigabytes."""
+"""Time limit for verifying shards after such a crash; enough for some tens of gigabytes."""
 
 LOST = re.compile(r"ExecutorLostFailure.*|Lost executor.*|executor \d+ (?:lost|exited).*")
-"""How Spark says that the process around a rank is gone."""
+"""Spark's messages for an executor that was lost."""
 
-STACKS = "where each thread of each rank was is in {}/rank-*.stacks.txt"
+STACKS = "see the stack traces of each rank's threads in {}/rank-*.stacks.txt"
 
-WORD_SECONDS = 15.0
-"""How long ranks that are being ended on other hosts have to leave their record."""
+RECORD_SECONDS = 15.0
+"""How long to wait for the records of ranks that are being terminated on other hosts."""
 
 
-def wait_for_words(run: RunDir) -> None:
-    """Wait until the records tell the root: one names a cause of its own, or no rank that could still speak is silent.
+def wait_for_failure_records(run: RunFolder) -> None:
+    """Wait until a record names the root cause, or no rank on another host can still write one.
 
-    Ranks on this host cannot: the launch has ended them.
+    Ranks on this host are not waited for: `run_ranks` has ended them already.
     """
-    deadline = time.monotonic() + WORD_SECONDS
+    deadline = time.monotonic() + RECORD_SECONDS
     while time.monotonic() < deadline:
         if any(not failure.consequence for failure in run.read_failures()):
             return
-        if all(rank.host == socket.gethostname() for rank in _silent(run)):
+        if all(rank.host == socket.gethostname() for rank in _ranks_without_record(run)):
             return
         time.sleep(0.2)
 
 
-def root_of(run: RunDir) -> Failure | None:
-    """The record that names the cause; None where no rank has left one."""
+def root_failure(run: RunFolder) -> Failure | None:
+    """Return the record of the root cause; None if no rank has written one."""
     return next((failure for failure in run.read_failures() if not failure.consequence), None)
 
 
-def failure_of(run: RunDir, world_size: int, launcher: BaseException | None) -> TrainingFailed:
-    """The error that names rank, host and cause.
+def diagnose_failure(run: RunFolder, world_size: int, launcher: BaseException | None) -> TrainingFailed:
+    """Build the error that names the rank, host and cause of a failed run.
 
     Args:
-        run: the run, after the launcher has returned and every rank had its chance to speak.
-        world_size: ranks that should have been there.
-        launcher: what the launcher raised, if it did.
+        run: the run folder, after `wait_for_failure_records`.
+        world_size: number of ranks that were launched.
+        launcher: exception raised by the launcher, if any.
     """
-    failures, silent, root = run.read_failures(), _silent(run), root_of(run)
+    failures, silent, root = run.read_failures(), _ranks_without_record(run), root_failure(run)
     waited = next((failure for failure in failures if failure.exception == WAITED), None)
     missed = [failure for failure in failures if failure.exception == "SIGTERM" and not failure.waiting]
     lost = LOST.search(str(launcher))
@@ -77,98 +79,99 @@ def failure_of(run: RunDir, world_size: int, launcher: BaseException | None) -> 
     elif waited and silent:
         error = _missing(run, silent[0], waited)
     elif lost and (silent or failures):
-        error = _lost(run, silent, failures, lost[0])
+        error = _executor_lost(run, silent, failures, lost[0])
     elif silent:
-        error = _vanished(run, silent[0])
+        error = _unexplained(run, silent[0])
     elif waited and len(run.read_ranks()) == world_size:
-        error = _apart(run, failures, waited)
+        error = _disconnected(run, failures, waited)
     elif waited:
         error = _too_few(run, world_size, f"rank {waited.rank} {waited.message}")
     elif failures:
         error = _raised(run, failures[0])
     else:
-        error = _too_few(run, world_size, str(launcher or "no word from the launcher"))
+        error = _too_few(run, world_size, str(launcher or "the launcher reported no error"))
     for failure in failures:
         error.add_note(f"Rank {failure.rank} on {failure.host}, {failure.exception}:\n{failure.traceback}")
     return error
 
 
-def _silent(run: RunDir) -> list[RankFile]:
-    """Ranks that started and left no word on how they ended, the one first that was silent first."""
-    told = {failure.rank for failure in run.read_failures()}
-    silent = [rank for rank in run.read_ranks() if not rank.ended and rank.rank not in told]
-    return sorted(silent, key=lambda rank: _last_sign(run, rank))
+def _ranks_without_record(run: RunFolder) -> list[RankFile]:
+    """Return ranks that started but neither finished nor wrote a record, earliest last heartbeat first."""
+    recorded = {failure.rank for failure in run.read_failures()}
+    silent = [rank for rank in run.read_ranks() if not rank.ended and rank.rank not in recorded]
+    return sorted(silent, key=lambda rank: _last_heartbeat(run, rank))
 
 
-def _raised(run: RunDir, failure: Failure) -> TrainingFailed:
+def _raised(run: RunFolder, failure: Failure) -> TrainingFailed:
     return TrainingFailed(
         f"rank {failure.rank} failed at step {failure.step}",
         where=f"host {failure.host}, log {run.log(failure.rank)}",
         got=f"{failure.exception}: {failure.message}".rstrip(": "),
-        fix=_how_to_go_on(run),
+        fix=_restart_hint(run),
     )
 
 
-def _hung(run: RunDir, rank: Failure, got: str) -> TrainingFailed:
+def _hung(run: RunFolder, rank: Failure, got: str) -> TrainingFailed:
     return TrainingFailed(
         f"rank {rank.rank} hung at step {rank.step}",
         where=f"host {rank.host}, log {run.log(rank.rank)}",
         got=got,
-        fix=f"{STACKS.format(run.failures)}; {_how_to_go_on(run)}",
+        fix=f"{STACKS.format(run.failures)}; {_restart_hint(run)}",
     )
 
 
-def _missing(run: RunDir, rank: RankFile, waited: Failure) -> TrainingFailed:
-    """A rank that others waited for, and that could not be asked: its interpreter was stuck, or all of it was."""
-    words = _last_words(run, rank.rank)
+def _missing(run: RunFolder, rank: RankFile, waited: Failure) -> TrainingFailed:
+    """Describe a rank that others waited for and that wrote no record: its interpreter or its process was stuck."""
+    log_line = _last_log_line(run, rank.rank)
     return TrainingFailed(
-        f"rank {rank.rank} {'hung at' if words else 'is missing since'} step {_last_step(run, rank.rank)}",
+        f"rank {rank.rank} {'hung at' if log_line else 'has not responded since'} step {_last_step(run, rank.rank)}",
         where=f"host {rank.host}, log {run.log(rank.rank)}",
         got=f"rank {waited.rank} {waited.message}; "
-        + (words or "no word of its own: it was stopped, left by os._exit, or its host is gone"),
-        fix=f"{STACKS.format(run.failures)}; {_how_to_go_on(run)}",
+        + (log_line or "it wrote no record: it was stopped, called os._exit, or its host is down"),
+        fix=f"{STACKS.format(run.failures)}; {_restart_hint(run)}",
     )
 
 
-def _apart(run: RunDir, failures: list[Failure], waited: Failure) -> TrainingFailed:
-    """All ranks waited, and each had its say: what they send each other did not arrive."""
+def _disconnected(run: RunFolder, failures: list[Failure], waited: Failure) -> TrainingFailed:
+    """Describe a run whose ranks all waited for each other: their messages did not arrive."""
     hosts = sorted({failure.host for failure in failures})
-    between = "the network between these hosts, at any port" if len(hosts) > 1 else "loopback on this host"
+    network = "the network between these hosts, on all ports" if len(hosts) > 1 else "the loopback device of this host"
     return TrainingFailed(
-        f"the ranks lost each other at step {waited.step}",
+        f"the ranks lost their connections at step {waited.step}",
         where=f"hosts {', '.join(hosts)}",
-        got=f"rank {waited.rank} {waited.message}, and all others waited too",
-        fix=f"look at {between}; {STACKS.format(run.failures)}; {_how_to_go_on(run)}",
+        got=f"rank {waited.rank} {waited.message}, and all other ranks waited too",
+        fix=f"check {network}; {STACKS.format(run.failures)}; {_restart_hint(run)}",
     )
 
 
-def _lost(run: RunDir, silent: list[RankFile], failures: list[Failure], words: str) -> TrainingFailed:
-    """A rank whose executor is gone says that its launcher went, or nothing."""
-    gone = [failure for failure in failures if failure.exception == "LauncherGone"]
-    rank = (gone or silent or failures)[0]
+def _executor_lost(run: RunFolder, silent: list[RankFile], failures: list[Failure], message: str) -> TrainingFailed:
+    """Describe a lost executor. Its rank has recorded that its launcher died, or nothing."""
+    orphaned = [failure for failure in failures if failure.exception == "LauncherGone"]
+    rank = (orphaned or silent or failures)[0]
     return TrainingFailed(
         f"the executor of rank {rank.rank} was lost at step {_last_step(run, rank.rank)}",
         where=f"host {rank.host}, log {run.log(rank.rank)}",
-        got=words[:500],
-        fix=_how_to_go_on(run),
+        got=message[:500],
+        fix=_restart_hint(run),
     )
 
 
-def _vanished(run: RunDir, rank: RankFile) -> TrainingFailed:
-    last = datetime.fromtimestamp(_last_sign(run, rank)).astimezone().isoformat(timespec="seconds")
-    words, fix = _last_words(run, rank.rank), _how_to_go_on(run)
-    if CRASH.search(words) and (damage := _damaged_shard(run)):
-        words, fix = f"{words}; {damage.what}: {damage.where}, {damage.got}", f"{damage.fix}; {fix}"
+def _unexplained(run: RunFolder, rank: RankFile) -> TrainingFailed:
+    """Describe a rank that ended without a record, and verify the shards if it crashed."""
+    last = datetime.fromtimestamp(_last_heartbeat(run, rank)).astimezone().isoformat(timespec="seconds")
+    log_line, fix = _last_log_line(run, rank.rank), _restart_hint(run)
+    if CRASH.search(log_line) and (damage := _damaged_shard(run)):
+        log_line, fix = f"{log_line}; {damage.what}: {damage.where}, {damage.got}", f"{damage.fix}; {fix}"
     return TrainingFailed(
-        f"rank {rank.rank} ended without a word at step {_last_step(run, rank.rank)}",
+        f"rank {rank.rank} ended without a record at step {_last_step(run, rank.rank)}",
         where=f"host {rank.host}, process {rank.pid}, log {run.log(rank.rank)}",
-        got=words or f"no record of an error, last heartbeat {last}: kill -9, out of memory, os._exit, or it hung",
+        got=log_line or f"no error in its log, last heartbeat {last}: kill -9, out of memory, os._exit, or it hung",
         fix=fix,
     )
 
 
-def _damaged_shard(run: RunDir) -> LakesightError | None:
-    """What is wrong with the first damaged file of the run's shards."""
+def _damaged_shard(run: RunFolder) -> LakesightError | None:
+    """Verify the run's shards; return the error of the first damaged file, or None."""
     files = run.read_run()
     try:
         for folder in dict.fromkeys((files.train_shards, files.validate_shards)):
@@ -178,19 +181,19 @@ def _damaged_shard(run: RunDir) -> LakesightError | None:
     return None
 
 
-def _too_few(run: RunDir, world_size: int, words: str) -> TrainingFailed:
-    last = words.strip().splitlines()[-1]
+def _too_few(run: RunFolder, world_size: int, message: str) -> TrainingFailed:
+    last = message.strip().splitlines()[-1]
     return TrainingFailed(
-        f"{len(run.read_ranks())} of {world_size} ranks started, and there is no result",
+        f"{len(run.read_ranks())} of {world_size} ranks started, and none wrote a result",
         where=f"host {socket.gethostname()}, log {run.launcher_log}",
         got=last[:500],
-        fix="the log has what the launcher said; every host needs this package and sees the run folder",
+        fix="read the log; check that every host has this package installed and can see the run folder",
     )
 
 
-def _last_words(run: RunDir, rank: int) -> str:
-    """What a rank without a record has said on its log, or on the launcher's where it could not write any more."""
-    pattern = re.compile(LAST_WORDS.pattern.replace("{rank}", str(rank)))
+def _last_log_line(run: RunFolder, rank: int) -> str:
+    """Find the cause that a rank without a record has written to its log or the launcher's log; empty if none."""
+    pattern = re.compile(LAST_LOG_LINE.pattern.replace("{rank}", str(rank)))
     for path in (run.log(rank), run.launcher_log):
         found = pattern.findall(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else []
         if found:
@@ -198,19 +201,24 @@ def _last_words(run: RunDir, rank: int) -> str:
     return ""
 
 
-def _last_step(run: RunDir, rank: int) -> int:
-    """The last step a rank is known to have done: heartbeats are a second apart, and a checkpoint is of all ranks."""
+def _last_step(run: RunFolder, rank: int) -> int:
+    """Return the last step a rank is known to have taken.
+
+    A checkpoint can be newer than the heartbeat, which is written once a second; all ranks reach its step.
+    """
     heartbeat = run.read_heartbeat(rank)
-    return max(heartbeat.step if heartbeat else 0, run.checkpointed_step())
+    return max(heartbeat.step if heartbeat else 0, run.last_checkpoint_step())
 
 
-def _last_sign(run: RunDir, rank: RankFile) -> float:
+def _last_heartbeat(run: RunFolder, rank: RankFile) -> float:
+    """Return the time of the rank's last heartbeat, or of its start."""
     heartbeat = run.read_heartbeat(rank.rank)
     return heartbeat.time if heartbeat else rank.started_at
 
 
-def _how_to_go_on(run: RunDir) -> str:
+def _restart_hint(run: RunFolder) -> str:
+    """Say how to restart the run, and from which checkpoint it resumes."""
     checkpoints = run.finished_checkpoints()
     if not checkpoints:
-        return "remove the cause and run the same command again (there is no checkpoint yet: it starts over)"
-    return f"remove the cause and run the same command again: it goes on from {checkpoints[-1]}"
+        return "fix the cause and repeat the same command (there is no checkpoint yet, so the run starts over)"
+    return f"fix the cause and repeat the same command: the run resumes from {checkpoints[-1]}"

@@ -1,7 +1,7 @@
-"""What the hosts of a run's ranks are and have: asked before any rank starts, refused where ranks could not work.
+"""Check of the hosts of a run's ranks, before any rank starts: installed packages, versions and GPUs.
 
-A rank that lacks a package dies after a minute of starting and says so in its log; ranks of two versions of torch hang,
-or fail in each other's collectives. Asked here, it is one sentence that names host and package.
+Without this check, a rank that lacks a package fails after a minute with an error in its log only, and ranks with
+different versions of torch hang or fail in collectives. The check reports the host and the package in one sentence.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from pipelines.driver.delta.failures import spark_failures
-from pipelines.driver.train.launch import open_distributor, slots_kept
+from pipelines.driver.train.launch import cancel_if_slots_are_lost, open_distributor
 from pipelines.errors import UserError
 from pipelines.executor import host_info
-from pipelines.formats.run_folder import Host, HostsFile, RunDir, write_json
+from pipelines.formats.run_folder import Host, HostsFile, RunFolder, write_json
 from pipelines.platform import Launch
 
 if TYPE_CHECKING:
@@ -27,103 +27,106 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EQUAL = ("torch", "lakesight")
-"""Packages of which there must be one version."""
+"""Packages whose version must be equal on all hosts."""
 
-Told = tuple[str, str]
-"""A version, or what there is instead, and the place that has it."""
+HostValue = tuple[str, str]
+"""A version or other value, and the host that reports it."""
 
 
-def check_hosts(run: RunDir, spark: SparkSession, launch: Launch) -> None:
-    """Ask every host that ranks will run on what it has, demand what they need, and write hosts.json.
+def check_hosts(run: RunFolder, spark: SparkSession, launch: Launch) -> None:
+    """Describe every host that ranks will run on, check that ranks can work together there, and write hosts.json.
 
     Raises:
-        UserError: a package is missing somewhere, or torch or Lakesight is not the same everywhere.
-        StageFailed: the executors cannot be asked.
+        UserError: a package is missing on a host, or the versions of torch or Lakesight differ.
+        StageFailed: the executors did not answer.
     """
-    found = [host_info.describe()] if launch.local_mode else _ask_executors(spark, open_distributor(launch).num_tasks)
-    # Executors that share a machine and an interpreter say the same.
-    distinct = {host.model_dump_json(): host for host in map(Host.model_validate, found)}
+    if launch.local_mode:
+        described = [host_info.describe_host()]
+    else:
+        described = _describe_executors(spark, open_distributor(launch).num_tasks)
+    # Executors that share a host and an interpreter give equal answers.
+    distinct = {host.model_dump_json(): host for host in map(Host.model_validate, described)}
     hosts = [distinct[key] for key in sorted(distinct)]
-    compare(hosts, version("lakesight"))
+    check_compatible(hosts, version("lakesight"))
     write_json(run.hosts, HostsFile(hosts=tuple(hosts)))
-    log.info("ranks run on %s", summary(hosts))
+    log.info("ranks run on %s", summarize(hosts))
 
 
-def _ask_executors(spark: SparkSession, tasks: int) -> list[dict[str, object]]:
-    """What is said in each of the places that ranks will have: a barrier stage takes them all at once, as ranks do."""
+def _describe_executors(spark: SparkSession, tasks: int) -> list[dict[str, object]]:
+    """Describe the host of each task, in a barrier stage, which occupies all slots at once as ranks do."""
 
-    def look(_: Iterable[int]) -> Iterator[dict[str, object]]:
-        # A function inside a function travels as code, not by name: what it is a part of may be missing there.
+    def describe_task(_: Iterable[int]) -> Iterator[dict[str, object]]:
+        # A nested function is pickled by value, so it also runs where this package is not installed.
         try:
-            from pipelines.executor.host_info import describe
+            from pipelines.executor.host_info import describe_host
         except ImportError:
             yield {"name": socket.gethostname(), "executable": sys.executable, "packages": {"lakesight": ""}}
         else:
-            yield describe()
+            yield describe_host()
 
-    context, what = spark.sparkContext, "the executors cannot be asked what they have"
-    with spark_failures(what, where=str(context.master)), slots_kept(spark, tasks):
-        return context.parallelize(range(tasks), tasks).barrier().mapPartitions(look).collect()
+    context, failure = spark.sparkContext, "the executors cannot describe their hosts"
+    with spark_failures(failure, where=str(context.master)), cancel_if_slots_are_lost(spark, tasks):
+        return context.parallelize(range(tasks), tasks).barrier().mapPartitions(describe_task).collect()
 
 
-def compare(hosts: Sequence[Host], own: str) -> None:
-    """Refuse hosts on which the ranks of one run cannot work together; warn of other differences.
+def check_compatible(hosts: Sequence[Host], driver_version: str) -> None:
+    """Check that the ranks of one run can work together on these hosts; warn of other differences.
 
     Args:
-        hosts: each interpreter once.
-        own: the driver's version of Lakesight: ranks read the files that it writes.
+        hosts: one entry per interpreter.
+        driver_version: the driver's version of Lakesight; it must equal the ranks', which read the driver's files.
 
     Raises:
-        UserError: they cannot.
+        UserError: a package is missing, or the versions of torch or Lakesight differ.
     """
-    lacking = [(host, [name for name, there in host.packages.items() if not there]) for host in hosts]
+    lacking = [(host, [name for name, found in host.packages.items() if not found]) for host in hosts]
     if any(names for _, names in lacking):
         raise UserError(
             "packages that ranks need are missing",
-            where="the Python of the ranks",
-            got="; ".join(f"no {', '.join(names)} on {_place(host)}" for host, names in lacking if names),
-            fix=f"install lakesight {own} and torch for that Python, on every host",
+            where="the Python interpreters of the ranks",
+            got="; ".join(f"no {', '.join(names)} on {_host_label(host)}" for host, names in lacking if names),
+            fix=f"install lakesight {driver_version} and torch for that interpreter, on every host",
         )
     versions = _versions(hosts)
     for name in EQUAL:
-        there = versions.pop(name) + ([(own, "the driver")] if name == "lakesight" else [])
-        if _differ(there):
+        reported = versions.pop(name) + ([(driver_version, "the driver")] if name == "lakesight" else [])
+        if _differ(reported):
             raise UserError(
                 f"the ranks would have different versions of {name}",
-                where="the Python of the ranks",
-                got=_listed(there),
+                where="the Python interpreters of the ranks",
+                got=_format_values(reported),
                 fix="install the same version on every host",
             )
-    for name, there in versions.items():
-        if _differ(there):
-            log.warning("the hosts of the ranks differ in %s: %s", name, _listed(there))
+    for name, reported in versions.items():
+        if _differ(reported):
+            log.warning("the hosts of the ranks differ in %s: %s", name, _format_values(reported))
 
 
-def _versions(hosts: Sequence[Host]) -> dict[str, list[Told]]:
-    """Whatever has a version, and the GPUs, by name."""
-    told = {name: [(host.packages[name], _place(host)) for host in hosts] for name in hosts[0].packages}
+def _versions(hosts: Sequence[Host]) -> dict[str, list[HostValue]]:
+    """Collect the versions of packages, Python, CUDA, NCCL and driver, and the GPUs, by name."""
+    values = {name: [(host.packages[name], _host_label(host)) for host in hosts] for name in hosts[0].packages}
     for name in ("python", "cuda", "nccl", "driver"):
-        told[name] = [(getattr(host, name), _place(host)) for host in hosts]
-    told["GPUs"] = [(", ".join(host.gpus), _place(host)) for host in hosts]
-    return told
+        values[name] = [(getattr(host, name), _host_label(host)) for host in hosts]
+    values["GPUs"] = [(", ".join(host.gpus), _host_label(host)) for host in hosts]
+    return values
 
 
-def _differ(told: Sequence[Told]) -> bool:
-    return len({value for value, _ in told}) > 1
+def _differ(reported: Sequence[HostValue]) -> bool:
+    return len({value for value, _ in reported}) > 1
 
 
-def _listed(told: Sequence[Told]) -> str:
-    """Each value once, with the places that have it."""
-    places = {value: [place for each, place in told if each == value] for value, _ in told}
-    return "; ".join(f"{value or 'none'} on {', '.join(there)}" for value, there in places.items())
+def _format_values(reported: Sequence[HostValue]) -> str:
+    """Format each distinct value with the hosts that report it."""
+    hosts = {value: [host for each, host in reported if each == value] for value, _ in reported}
+    return "; ".join(f"{value or 'none'} on {', '.join(names)}" for value, names in hosts.items())
 
 
-def _place(host: Host) -> str:
+def _host_label(host: Host) -> str:
     return f"host {host.name} ({host.executable})"
 
 
-def summary(hosts: Sequence[Host]) -> str:
-    """The hosts by name, and what the first has: the others have the same, or it was warned of."""
+def summarize(hosts: Sequence[Host]) -> str:
+    """Summarize the hosts in one line: their names, and the properties of the first. Differences are logged before."""
     first, names = hosts[0], sorted({host.name for host in hosts})
     facts = [
         ", ".join(names),

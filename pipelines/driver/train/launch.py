@@ -1,8 +1,8 @@
-"""Start ranks with TorchDistributor and come back: with their slots checked before, and nobody left behind after.
+"""Launch of ranks with TorchDistributor, with a check of free slots before and a cleanup of processes after.
 
-Unusual: TorchDistributor is trusted with starting processes, and with nothing else. It notices missing slots after ten
-minutes, says nothing about causes, and prints what ranks print wherever it likes; so slots are counted here, causes
-are read from the run folder, and its stream goes into a file there.
+TorchDistributor is used only to start processes. It would notice missing slots after ten minutes, it does not report
+causes of failures, and it prints the output of ranks to the terminal. So slots are counted here, causes are read from
+the run folder, and the launcher's output is written to a file in the run folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.background import in_background
 from pipelines.errors import UserError
-from pipelines.formats.run_folder import LauncherFile, RunDir, read_json, write_json
+from pipelines.formats.run_folder import LauncherFile, RunFolder, read_json, write_json
 from pipelines.platform import Launch
 
 if TYPE_CHECKING:
@@ -31,29 +31,35 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SLOT_SECONDS = 10.0
-"""How long executors that have just started may take to report for work."""
-SHORT_SECONDS = 30.0
-"""How long a cluster may have too few slots for a stage that has begun, or is about to."""
+"""How long executors that have just started may take to register."""
+SHORTAGE_SECONDS = 30.0
+"""How long a cluster may have too few slots for a stage before its jobs are cancelled."""
 POLL_SECONDS = 1.0
-LEAVE_SECONDS = 5.0
+EXIT_SECONDS = 5.0
+"""How long a rank may take to exit after SIGTERM, and after SIGKILL."""
 
 GPU_AMOUNT = "spark.task.resource.gpu.amount"
 
 RankEntry = Callable[[str], None]
 
 
-def run_rank(run_dir: str) -> None:
-    """What TorchDistributor calls in each rank. By name only: this module is the driver's and never sees torch."""
-    importlib.import_module("pipelines.worker.main").run_rank(run_dir)
+def run_rank(run_folder: str) -> None:
+    """Run one rank; TorchDistributor calls this in each. The import by name keeps torch out of the driver."""
+    importlib.import_module("pipelines.worker.main").run_rank(run_folder)
 
 
 def check_slots(spark: SparkSession, launch: Launch, seconds: float = SLOT_SECONDS) -> None:
-    """Compare ranks with the tasks that the cluster can run at once. Ranks beside the driver need no slot.
+    """Check that the cluster can run all tasks of the ranks at once. Ranks on the driver's host need no slots.
 
-    Executors that are about to report for work are waited for, `seconds` at most.
+    Spark itself would retry for ten minutes before it reports missing slots.
+
+    Args:
+        spark: the session whose executors run the ranks.
+        launch: number and location of the ranks.
+        seconds: how long to wait for executors that are about to register.
 
     Raises:
-        UserError: too few. Spark would try for ten minutes before it says so.
+        UserError: the cluster has too few slots.
     """
     if launch.local_mode:
         return
@@ -73,41 +79,41 @@ def check_slots(spark: SparkSession, launch: Launch, seconds: float = SLOT_SECON
 
 
 def _slots(context: object) -> int:
-    """What Spark itself asks before it starts a barrier stage: cores, and GPUs where tasks claim them."""
+    """Return how many tasks can run at once. Spark checks the same number before it starts a barrier stage."""
     profile = context.resourceProfileManager().defaultResourceProfile()  # type: ignore[attr-defined]
     return int(context.maxNumConcurrentTasks(profile))  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
-def slots_kept(spark: SparkSession, tasks: int) -> Iterator[None]:
-    """Cancel what this thread runs on Spark inside the block, should there be too few slots left for so many tasks.
+def cancel_if_slots_are_lost(spark: SparkSession, tasks: int) -> Iterator[None]:
+    """Cancel the Spark jobs started inside the block if the cluster no longer has `tasks` slots.
 
-    Spark counts slots when it takes on a barrier stage and never again: it would wait for ever for a host that is gone.
-    Whoever waits for the stage gets Spark's error, which says how many slots are left.
+    Spark counts slots only when it accepts a barrier stage, so it would wait forever for a host that is lost. The
+    thread that waits for the stage receives Spark's error with the number of remaining slots.
     """
     context, tag = spark.sparkContext, f"lakesight-{uuid.uuid4().hex}"
 
-    def watch(ended: threading.Event) -> None:
-        enough = time.monotonic()
+    def watch_slots(ended: threading.Event) -> None:
+        enough_at = time.monotonic()
         while not ended.wait(POLL_SECONDS):
             if (slots := _slots(context._jsc.sc())) >= tasks:
-                enough = time.monotonic()
-            elif time.monotonic() - enough > SHORT_SECONDS:
-                context._jsc.sc().cancelJobsWithTag(tag, f"executors are gone: {slots} of {tasks} slots are left")
+                enough_at = time.monotonic()
+            elif time.monotonic() - enough_at > SHORTAGE_SECONDS:
+                context._jsc.sc().cancelJobsWithTag(tag, f"executors were lost: {slots} of {tasks} slots are left")
 
     context.addJobTag(tag)
     try:
-        with in_background(watch, "slots"):
+        with in_background(watch_slots, "slots"):
             yield
     finally:
         context.removeJobTag(tag)
 
 
 def open_distributor(launch: Launch) -> TorchDistributor:
-    """The launcher. Its tasks are as many as the ranks, or fewer where one task has several GPUs: a rank for each.
+    """Create the launcher. It runs one task per rank, or one per group of ranks if a task has several GPUs.
 
     Raises:
-        UserError: the session's GPU settings do not fit the ranks.
+        UserError: the session's GPU settings do not allow one GPU per rank.
     """
     from pyspark.ml.torch.distributor import TorchDistributor
     from pyspark.sql import SparkSession
@@ -120,62 +126,62 @@ def open_distributor(launch: Launch) -> TorchDistributor:
             "the Spark session cannot give each rank its GPU",
             where=f"platform.ranks={launch.ranks}, {GPU_AMOUNT}={amount or ''}",
             got=str(error),
-            fix=f"start the training cluster with {GPU_AMOUNT}=1: a share of a GPU is no place for a rank; "
-            "platform.use_gpu=false trains on CPUs",
+            fix=f"start the training cluster with {GPU_AMOUNT}=1, because ranks cannot share a GPU; "
+            "or train on CPUs with platform.use_gpu=false",
         ) from None
 
 
 @contextlib.contextmanager
-def only_launch(run: RunDir) -> Iterator[None]:
-    """Keep a second launch from this host off the run folder: its ranks would meet those of the first in their files.
+def lock_run(run: RunFolder) -> Iterator[None]:
+    """Lock the run folder against a second launch from this host, whose ranks would overwrite the same files.
 
     Raises:
-        UserError: another living process holds the run.
+        UserError: another running process holds the lock.
     """
-    here, own = socket.gethostname(), os.getpid()
+    host, pid = socket.gethostname(), os.getpid()
     if run.launcher.exists():
-        held = read_json(run.launcher, LauncherFile)
-        if held.host == here and held.pid != own and _signal(held.pid, 0):
+        holder = read_json(run.launcher, LauncherFile)
+        if holder.host == host and holder.pid != pid and _signal(holder.pid, 0):
             raise UserError(
-                "this run is being trained already",
+                "this run is already being trained",
                 where=str(run.path),
-                got=f"process {held.pid} on this host holds it",
-                fix=f"wait for it or end it; if it is something else by now, remove {run.launcher}",
+                got=f"process {holder.pid} on this host holds the run",
+                fix=f"wait for the process or end it; if it is an unrelated process, remove {run.launcher}",
             )
-    write_json(run.launcher, LauncherFile(host=here, pid=own))
+    write_json(run.launcher, LauncherFile(host=host, pid=pid))
     try:
         yield
     finally:
         run.launcher.unlink(missing_ok=True)
 
 
-def start_ranks(run: RunDir, spark: SparkSession, launch: Launch, entry: RankEntry) -> Exception | None:
-    """Run every rank to its end; returns what the launcher raised, if it did. No rank on this host outlives the call.
+def run_ranks(run: RunFolder, spark: SparkSession, launch: Launch, entry: RankEntry) -> Exception | None:
+    """Run all ranks to their end; return the launcher's exception, if any. No rank on this host outlives the call.
 
     Raises:
-        KeyboardInterrupt: the user's; the ranks have ended then too.
+        KeyboardInterrupt: interrupted by the user; the ranks have been ended.
     """
     from py4j.protocol import Py4JError  # type: ignore[import-untyped]
     from pyspark.errors import PySparkException
 
     distributor = open_distributor(launch)
-    kept = contextlib.nullcontext() if launch.local_mode else slots_kept(spark, distributor.num_tasks)
+    guard = contextlib.nullcontext() if launch.local_mode else cancel_if_slots_are_lost(spark, distributor.num_tasks)
     try:
-        with kept, _stream_to_file(run, launch):
+        with guard, _stream_to_file(run, launch):
             distributor.run(entry, str(run.path))
     except (RuntimeError, UnicodeDecodeError, PySparkException, Py4JError) as error:
         log.debug("the launcher failed", exc_info=True)
         return error
     finally:
-        _end_leftovers(run)
+        _kill_leftover_ranks(run)
     return None
 
 
 @contextlib.contextmanager
-def _stream_to_file(run: RunDir, launch: Launch) -> Iterator[None]:
-    """Send to a file what the launcher prints: on stdout beside the driver, on stderr from executors.
+def _stream_to_file(run: RunFolder, launch: Launch) -> Iterator[None]:
+    """Redirect the launcher's output to launcher.log: stdout for local ranks, stderr for ranks on executors.
 
-    Who wants the terminal meanwhile holds on to the stream it had before, as logging handlers do.
+    Logging handlers keep the stream that they opened before, so log lines still reach the terminal.
     """
     run.launcher_log.parent.mkdir(parents=True, exist_ok=True)
     redirect = contextlib.redirect_stdout if launch.local_mode else contextlib.redirect_stderr
@@ -183,19 +189,19 @@ def _stream_to_file(run: RunDir, launch: Launch) -> Iterator[None]:
         yield
 
 
-def _end_leftovers(run: RunDir) -> None:
-    """End ranks on this host that the launcher left running: it gives them half a second, a network less."""
-    left = [rank.pid for rank in run.read_ranks() if rank.host == socket.gethostname() and not rank.ended]
+def _kill_leftover_ranks(run: RunFolder) -> None:
+    """End ranks on this host that the launcher has left running, with SIGTERM and then SIGKILL."""
+    pids = [rank.pid for rank in run.read_ranks() if rank.host == socket.gethostname() and not rank.ended]
     for number in (signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + LEAVE_SECONDS
-        left = [pid for pid in left if _signal(pid, number)]
-        while left and time.monotonic() < deadline:
+        deadline = time.monotonic() + EXIT_SECONDS
+        pids = [pid for pid in pids if _signal(pid, number)]
+        while pids and time.monotonic() < deadline:
             time.sleep(0.1)
-            left = [pid for pid in left if _signal(pid, 0)]
+            pids = [pid for pid in pids if _signal(pid, 0)]
 
 
 def _signal(pid: int, number: int) -> bool:
-    """Send a signal, or with 0 none; False when there is no such process any more."""
+    """Send a signal to a process (0 only tests for it); return False if there is no such process."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:

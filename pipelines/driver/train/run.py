@@ -1,4 +1,4 @@
-"""Train: resolve a run into a folder, start its ranks on it, and believe only what the folder says afterwards."""
+"""Training in the driver: prepare the run folder, launch ranks on it, and read the result from it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.config import RunConfig, short_hash
-from pipelines.driver.train.failure import failure_of, root_of, wait_for_words
+from pipelines.driver.train.failure import diagnose_failure, root_failure, wait_for_failure_records
 from pipelines.driver.train.hosts import check_hosts
-from pipelines.driver.train.launch import RankEntry, check_slots, only_launch, run_rank, start_ranks
-from pipelines.driver.train.start_from import open_start
+from pipelines.driver.train.launch import RankEntry, check_slots, lock_run, run_rank, run_ranks
+from pipelines.driver.train.start_from import open_start_folder
 from pipelines.errors import StageFailed, TrainingFailed, UserError
-from pipelines.formats.run_folder import Failure, Result, RunDir, RunFile, read_json, write_json
+from pipelines.formats.run_folder import Failure, Result, RunFile, RunFolder, read_json, write_json
 from pipelines.formats.shards import Shards
 from pipelines.platform import Launch, Platform
 from vlm import text
@@ -28,40 +28,45 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RETURN_SECONDS = 120.0
-"""How long a cluster may take to replace an executor that was lost."""
+"""How long a cluster may take to replace a lost executor before a restart."""
 
 
-def prepare(config: RunConfig, platform: Platform, train: ShardReport, validate: ShardReport) -> RunDir:
-    """Write the run folder: run.json and the tokenizer, learned from the texts of the training shards, or the one of
-    the weights that the run starts from.
+def prepare(config: RunConfig, platform: Platform, train: ShardReport, validate: ShardReport) -> RunFolder:
+    """Create or find the run folder, with run.json and the tokenizer.
 
-    The folder's name is a hash of what determines the outcome, so the same command finds the same run: finished, or to
-    be gone on with.
+    The tokenizer is trained on the texts of the training shards, or copied from `train.start_from`. The folder's name
+    contains a hash of everything that determines the outcome, so the same command finds the same run, finished or not.
+
+    Args:
+        config: the resolved run.
+        platform: where run folders are, and how many ranks start.
+        train: training shards.
+        validate: validation shards.
 
     Raises:
-        UserError: nothing to learn from or to validate on, a batch that cannot be shared among the ranks, or a folder
-            to start from that does not hold the run's model.
+        UserError: a split has no rows, the batch cannot be divided among the ranks, or `train.start_from` does not
+            contain the run's model.
     """
-    _refuse(config, train, validate)
+    _check_inputs(config, train, validate)
     code = version("lakesight")
     settings, start = config.train.science(), None
     if config.train.start_from:
-        start = open_start(Path(config.train.start_from), config.model)
-        settings["start_from"] = start.digest  # what is in the folder, not where it lies
+        start = open_start_folder(Path(config.train.start_from), config.model)
+        settings["start_from"] = start.digest  # the weights determine the outcome, not the path
         resolved = config.train.model_copy(update={"start_from": str(start.folder)})
         config = config.model_copy(update={"train": resolved})
     identity = short_hash(config.model.model_dump(), settings, train.content_hash, validate.content_hash, code)
-    run = RunDir(platform.folder("runs") / f"{config.name}-{identity}")
-    if not run.run.exists():
-        _tell_unfinished(run, config)
+    run = RunFolder(platform.folder("runs") / f"{config.name}-{identity}")
+    if not run.run_file.exists():
+        _warn_of_unfinished_run(run, config)
     if not run.tokenizer.exists():
-        learned_from = Shards.open(Path(train.folder))
-        tokenizer = text.load(start.tokenizer) if start else text.learn(config.model.text, learned_from.texts())
+        shards = Shards.open(Path(train.folder))
+        tokenizer = text.load(start.tokenizer) if start else text.learn(config.model.text, shards.texts())
         with atomic_write(run.tokenizer) as temporary:
             text.save(tokenizer, temporary)
-    if finished(run) is None:
+    if finished_result(run) is None:
         write_json(
-            run.run,
+            run.run_file,
             RunFile(
                 config=config,
                 code_version=code,
@@ -75,114 +80,121 @@ def prepare(config: RunConfig, platform: Platform, train: ShardReport, validate:
     return run
 
 
-def _tell_unfinished(run: RunDir, config: RunConfig) -> None:
-    """A new run: say how it differs from the newest unfinished one of its name, which is not gone on with."""
-    others = [RunDir(path) for path in run.path.parent.glob(f"{config.name}-*") if (path / "run.json").exists()]
-    started = [other for other in others if finished(other) is None and other.finished_checkpoints()]
-    if not started:
+def _warn_of_unfinished_run(run: RunFolder, config: RunConfig) -> None:
+    """Log how a new run differs from the newest unfinished run of the same name, which is not resumed."""
+    others = [RunFolder(path) for path in run.path.parent.glob(f"{config.name}-*") if (path / "run.json").exists()]
+    unfinished = [other for other in others if finished_result(other) is None and other.finished_checkpoints()]
+    if not unfinished:
         return
-    other = max(started, key=lambda each: each.run.stat().st_mtime)
-    before = other.read_run().config
-    there, here = ({"model": c.model.model_dump(), "train": c.train.science()} for c in (before, config))
-    found = "; ".join(config_differences(there, here)) or "the data, or the code, is another"
-    log.warning("a new run: %s is unfinished, and not gone on with: %s", other.path.name, found)
+    newest = max(unfinished, key=lambda each: each.run_file.stat().st_mtime)
+    configs = (newest.read_run().config, config)
+    before, now = ({"model": c.model.model_dump(), "train": c.train.science()} for c in configs)
+    changes = "; ".join(config_differences(before, now)) or "the data or the code has changed"
+    log.warning("starting a new run; the unfinished %s is not resumed: %s", newest.path.name, changes)
 
 
-def finished(run: RunDir) -> Result | None:
-    """The result of a run that has ended well."""
+def finished_result(run: RunFolder) -> Result | None:
+    """Return the result of a finished run; None if the run is not finished or its last checkpoint is missing."""
     if not run.result.exists():
         return None
     result = read_json(run.result, Result)
     return result if run.checkpoint(result.step).is_dir() else None
 
 
-def launch(run: RunDir, platform: Platform, spark: SparkSession, entry: RankEntry = run_rank) -> Result:
-    """Train on the platform's ranks, from the run's last checkpoint to its end; start again what may go better then.
+def launch(run: RunFolder, platform: Platform, spark: SparkSession, entry: RankEntry = run_rank) -> Result:
+    """Train on the platform's ranks, from the run's last checkpoint to its end, and restart after transient failures.
 
     Args:
         run: a folder made by `prepare`.
-        platform: says how many ranks start, where, and on what.
-        spark: the session whose executors the ranks run on, or beside.
-        entry: what each rank runs, importable by name in the rank.
+        platform: number, location and device of the ranks.
+        spark: the session whose executors run the ranks, unless they run on the driver's host.
+        entry: function that each rank runs; ranks import it by name.
 
     Raises:
-        UserError: too few slots, hosts on which ranks could not work, or another process is training this run; nothing
-            was started.
-        TrainingFailed: names the root rank, its host and the cause; or the executors cannot be asked what they have.
-        KeyboardInterrupt: the ranks have been ended; the same run can be launched again.
+        UserError: the cluster has too few slots, a host lacks packages, or another process is training this run. No
+            rank was started.
+        TrainingFailed: names the rank at fault, its host and the cause; or the executors cannot describe their hosts.
+        KeyboardInterrupt: the ranks have been ended; the run can be launched again.
     """
     check_slots(spark, platform.launch)
-    restarts, before = 0, None
-    with only_launch(run):
+    restarts, previous = 0, None
+    with lock_run(run):
         while True:
             try:
-                return _attempt(run, platform.launch, spark, entry)
+                return _run_attempt(run, platform.launch, spark, entry)
             except TrainingFailed as error:
-                root = root_of(run)
-                if reason := why_not_again(root, before, restarts, run.read_run().config.train.max_restarts):
-                    error.add_note(f"Started {restarts + 1} times; not again: {reason}")
+                root = root_failure(run)
+                if reason := reason_not_to_restart(root, previous, restarts, run.read_run().config.train.max_restarts):
+                    error.add_note(f"Attempts: {restarts + 1}. Not restarted: {reason}")
                     raise
-                log.warning("%s Starting again (%d).", error, restarts + 1)
+                log.warning("%s Restarting (%d).", error, restarts + 1)
             check_slots(spark, platform.launch, RETURN_SECONDS)
-            restarts, before = restarts + 1, root
+            restarts, previous = restarts + 1, root
 
 
-def why_not_again(root: Failure | None, before: Failure | None, restarts: int, allowed: int) -> str:
-    """Why a failed run is not worth another start; empty if it is.
+def reason_not_to_restart(root: Failure | None, previous: Failure | None, restarts: int, allowed: int) -> str:
+    """Return why a failed run must not be restarted; empty if it may be.
 
     Args:
-        root: what the failed attempt has left on its cause, if anything.
-        before: the same of the attempt before it.
-        restarts: how often the run was started again already.
-        allowed: how often it may be.
+        root: record of the root cause of the failed attempt, if any.
+        previous: record of the root cause of the attempt before it, if any.
+        restarts: number of restarts so far.
+        allowed: largest number of restarts.
     """
-    if root and root.lasting:
-        return "it would fail in the same way until its cause is removed"
-    if root and before and (root.exception, root.step) == (before.exception, before.step):
-        return f"{root.exception} at step {root.step} came twice"
+    if root and root.permanent:
+        return "the run would fail in the same way until its cause is fixed"
+    if root and previous and (root.exception, root.step) == (previous.exception, previous.step):
+        return f"{root.exception} at step {root.step} occurred twice"
     return f"train.max_restarts is {allowed}" if restarts >= allowed else ""
 
 
-def _attempt(run: RunDir, how: Launch, spark: SparkSession, entry: RankEntry) -> Result:
-    run.set_aside()
+def _run_attempt(run: RunFolder, settings: Launch, spark: SparkSession, entry: RankEntry) -> Result:
+    """Run all ranks once and return their result.
+
+    Raises:
+        TrainingFailed: there is no result; names the cause.
+        StageFailed: ranks of the run have formed more than one group.
+    """
+    run.archive_attempt()
     try:
-        check_hosts(run, spark, how)
-    except StageFailed as gone:  # an executor, while it was asked: another may be there for the next attempt
-        raise TrainingFailed(gone.what, where=gone.where, got=gone.got, fix=gone.fix) from gone
+        check_hosts(run, spark, settings)
+    except StageFailed as lost:  # an executor was lost meanwhile; the next attempt may have another
+        raise TrainingFailed(lost.what, where=lost.where, got=lost.got, fix=lost.fix) from lost
     damaged = set(run.damaged_checkpoints())
-    error = start_ranks(run, spark, how, entry)
+    error = run_ranks(run, spark, settings, entry)
     for folder in sorted({*run.damaged_checkpoints()} - damaged):
-        log.warning("a checkpoint was damaged and is put aside: %s; an earlier one was gone on from", folder)
-    result = finished(run)
+        log.warning("a damaged checkpoint was renamed to %s; the run resumed from an earlier one", folder)
+    result = finished_result(run)
     if result is None:
-        wait_for_words(run)
-        raise failure_of(run, how.ranks, error) from error
-    if result.world_size != how.ranks:
+        wait_for_failure_records(run)
+        raise diagnose_failure(run, settings.ranks, error) from error
+    if result.world_size != settings.ranks:
         raise StageFailed(
             "the ranks did not form one group",
             where=str(run.result),
             got=f"a result of {result.world_size} ranks",
-            fix=f"{how.ranks} were started; this is a defect of the launcher or of the network",
+            fix=f"{settings.ranks} ranks were started: check the network between the hosts, then repeat the command",
         )
     if error is not None:
-        log.warning("the run is finished, but the launcher reported an error afterwards: see %s", run.launcher_log)
+        log.warning("the run is finished, but the launcher has reported an error: see %s", run.launcher_log)
     return result
 
 
-def _refuse(config: RunConfig, train: ShardReport, validate: ShardReport) -> None:
+def _check_inputs(config: RunConfig, train: ShardReport, validate: ShardReport) -> None:
+    """Check that the ranks can divide the batch, and that both splits have rows."""
     ranks, batch_size = config.platform.ranks, config.train.batch_size
     if batch_size % ranks:
         raise UserError(
-            "the global batch cannot be shared among the ranks",
+            "the global batch cannot be divided among the ranks",
             where="train.batch_size, platform.ranks",
             got=f"{batch_size} rows for {ranks} ranks",
             fix=f"for example --set train.batch_size={ranks * -(-batch_size // ranks)}",
         )
-    for purpose, report in (("learn from", train), ("validate on", validate)):
+    for purpose, report in (("train on", train), ("validate on", validate)):
         if not report.num_rows:
             raise UserError(
-                f"there is nothing to {purpose}",
+                f"there are no rows to {purpose}",
                 where=str(report.folder),
-                got="no rows",
-                fix="`lakesight ingest` reports why rows are missing; data.split says how many go where",
+                got="0 rows",
+                fix="read in the report of `lakesight ingest` why rows are missing, or change the shares of data.split",
             )

@@ -1,4 +1,4 @@
-"""The checkpoint folder that a run starts from: it must hold the very model that the run is to train."""
+"""Validation of `train.start_from`, the folder whose weights a run starts from."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ FILES = ("model.safetensors", "config.json", "tokenizer.json")
 
 
 class StartFolder(Config):
-    """A folder of weights, config and tokenizer.
+    """A folder with weights, config and tokenizer of a model.
 
     Attributes:
-        folder: absolute, for ranks have a working directory of their own.
-        digest: SHA-256 of the weights.
+        folder: absolute path, because ranks may have another working directory.
+        digest: SHA-256 of the weights file.
     """
 
     folder: Path
@@ -26,15 +26,15 @@ class StartFolder(Config):
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer that the weights were trained with."""
+        """Path of the tokenizer that the weights were trained with."""
         return self.folder / "tokenizer.json"
 
 
-def open_start(folder: Path, config: ModelConfig) -> StartFolder:
-    """The folder, if its model is the one a run is to train. How either generates may differ.
+def open_start_folder(folder: Path, config: ModelConfig) -> StartFolder:
+    """Check that a folder contains the model that a run trains; generation settings may differ.
 
     Raises:
-        UserError: the folder does not hold a whole model, or holds another one; lists what differs.
+        UserError: the folder lacks a file of a model, or contains another model; lists each difference.
     """
     folder = folder.absolute()
     missing = [name for name in FILES if not (folder / name).is_file()]
@@ -43,24 +43,24 @@ def open_start(folder: Path, config: ModelConfig) -> StartFolder:
             "there is no model to start from",
             where="train.start_from",
             got=f"{folder} has no {', no '.join(missing)}",
-            fix="name the folder of a whole model: a run's last checkpoint, or a version in the home folder's models/",
+            fix="give a folder with a complete model: a run's last checkpoint, or a version in models/ of the home",
         )
     try:
-        own = ModelConfig.model_validate_json((folder / "config.json").read_text(encoding="utf-8"))
+        saved = ModelConfig.model_validate_json((folder / "config.json").read_text(encoding="utf-8"))
     except ValidationError as error:
         raise UserError(
             "the model to start from cannot be read",
             where=str(folder / "config.json"),
             got=read_error_message(error),
-            fix="it was written by another version, or by hand",
+            fix="choose a folder written by this version and not edited by hand",
         ) from None
-    there, here = (model.model_dump(exclude={"generation"}) for model in (own, config))
-    differing = list(config_differences({"model": there}, {"model": here}))
+    saved_model, run_model = (model.model_dump(exclude={"generation"}) for model in (saved, config))
+    differing = list(config_differences({"model": saved_model}, {"model": run_model}))
     if differing:
         raise UserError(
-            "the model to start from is another than the run's",
+            "the model to start from differs from the run's model",
             where=f"train.start_from: {folder}",
             got="; ".join(differing),
-            fix="choose the run whose model it is, or --set these values of the run as they are there",
+            fix="choose the run config of that model, or change these values of the run with --set",
         )
     return StartFolder(folder=folder, digest=file_digest(folder / FILES[0]))

@@ -1,4 +1,4 @@
-"""Rows for a rank: their order, batches, augmentation, and copies of shards on a local disk.
+"""Training data of a rank: row order, batches, augmentation, copies to the GPU, and the cache of shard files.
 
-Start reading in `order.py`, a pure function. May import torch; never pyspark, MLflow or Delta.
+Start reading in `order.py`, which picks the rows of each step. May import torch; never pyspark, MLflow or Delta.
 """

@@ -1,11 +1,11 @@
-"""A picture as one epoch shows it: a part of it, mirrored, in another light.
+"""Random augmentation of training pictures: crop, horizontal flip, brightness, contrast and saturation.
 
-What is done to a row follows from (seed, epoch, row) alone, so it is the same on any number of ranks, with any number
-of loader workers, and after a restart. Crop, mirror and light are three calls of Pillow, which lets go of the
-interpreter: brightness, contrast and saturation together are one matrix, rounded and cut off once.
+The augmentation of a row depends only on (seed, epoch, row). So it is the same for any number of ranks and loader
+workers, and after a restart. Crop, flip and colour are one Pillow call each, and Pillow releases the GIL. Brightness,
+contrast and saturation are combined into one matrix, so values are rounded and clipped once.
 
-A text that says left or right is true of one of two mirrored pictures, and a box in a text is true of no other crop:
-the text that a picture is shown with decides what may be done to it.
+The text shown with a picture limits its augmentation. A text with "left" or "right" would be false of the flipped
+picture, and boxes in a text would be false of any crop.
 
 Letters: B rows, H W pixels.
 """
@@ -21,37 +21,37 @@ from PIL import Image
 
 from pipelines.config import AugmentConfig
 from pipelines.formats.shards import Row
-from pipelines.worker.data.order import Draw, fractions
+from pipelines.worker.data.order import RowPicks, random_fractions
 from vlm.text.regions import REGION_TOKEN
 
 WIDEST = 4 / 3
-"""Width by height of a crop is between this and its inverse (as Szegedy et al., 2015)."""
+"""Largest aspect ratio (width / height) of a crop; the smallest is its inverse (Szegedy et al., 2015)."""
 LUMA = np.array([0.299, 0.587, 0.114])
-"""How much of a pixel's grey is red, green and blue (ITU-R BT.601, as Pillow's)."""
+"""Weights of red, green and blue in a pixel's grey value (ITU-R BT.601, as in Pillow)."""
 NUMBERS = 8
-"""Random numbers of a row: area, shape and place of its crop (2), side, brightness, contrast, saturation."""
+"""Random numbers per row: crop area, crop shape, crop position (2), flip, brightness, contrast, saturation."""
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
 
 
 class Augmenter:
-    """Changes the pictures of a run's rows as its config says."""
+    """Augments the pictures of training rows as `train.augment` configures."""
 
     def __init__(self, config: AugmentConfig, seed: int) -> None:
         self._config, self._seed = config, seed
         sided = "|".join(map(re.escape, config.sided_words))
         self._sided = re.compile(rf"\b(?:{sided})\b", re.IGNORECASE)
 
-    def rows(self, rows: Sequence[Row], texts: Sequence[tuple[str, str]], drawn: Draw) -> list[Row]:
-        """The rows with other pixels, of the same shapes.
+    def rows(self, rows: Sequence[Row], texts: Sequence[tuple[str, str]], picks: RowPicks) -> list[Row]:
+        """Return the rows with augmented pixels of unchanged shape.
 
         Args:
-            rows: B of them.
-            texts: the (prompt, text) that each is shown with.
-            drawn: which rows of the shards these are, and in which epoch.
+            rows: B rows.
+            texts: the (prompt, text) shown with each row.
+            picks: index and epoch of each row.
         """
-        numbers_BN = fractions(drawn, NUMBERS, seed=self._seed)
+        numbers_BN = random_fractions(picks, NUMBERS, seed=self._seed)
         return [
             row._replace(pixels=self._pixels(row.pixels, "\n".join(text), numbers))
             for row, text, numbers in zip(rows, texts, numbers_BN, strict=True)
@@ -66,14 +66,14 @@ class Augmenter:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         strengths = np.array([config.brightness, config.contrast, config.saturation])
         if strengths.any():
-            image = _lit(image, *(1 + strengths * (2 * numbers[5:] - 1)))
+            image = _adjust_colours(image, *(1 + strengths * (2 * numbers[5:] - 1)))
         return np.asarray(image)
 
 
 def _crop(width: int, height: int, scale: tuple[float, float], numbers: Floats) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of a crop, whose area is a share of the picture's within `scale`.
+    """Return left, top, right and bottom of a crop whose area, as a fraction of the picture's, is within `scale`.
 
-    The shape is drawn among those that fit: none is drawn in vain, so every row takes as many numbers.
+    The shape is drawn only from shapes that fit. There is no rejection, so every row uses the same count of numbers.
     """
     area = scale[0] + numbers[0] * (scale[1] - scale[0])
     ratio = min(WIDEST, 1 / area) ** (2 * numbers[1] - 1)
@@ -82,9 +82,11 @@ def _crop(width: int, height: int, scale: tuple[float, float], numbers: Floats) 
     return left, top, min(left + across, width), min(top + down, height)
 
 
-def _lit(image: Image.Image, brightness: float, contrast: float, saturation: float) -> Image.Image:
-    """Each pixel moved from its own grey by `saturation`, from the picture's grey by `contrast`, then times
-    `brightness`; 1 leaves it as it is."""
+def _adjust_colours(image: Image.Image, brightness: float, contrast: float, saturation: float) -> Image.Image:
+    """Scale each pixel's distance to its own grey, then its distance to the mean grey, then its value.
+
+    The factors are `saturation`, `contrast` and `brightness`, in that order; a factor of 1 changes nothing.
+    """
     grey = np.asarray(image.reduce(image.size))[0, 0] @ LUMA
     colours = saturation * np.eye(3) + (1 - saturation) * LUMA
     matrix = brightness * np.column_stack([contrast * colours, np.full(3, (1 - contrast) * grey)])

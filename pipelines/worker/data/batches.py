@@ -1,7 +1,7 @@
-"""From rows of the shards to tensors, a few batches ahead of the training loop.
+"""Training batches: rows of the shards as tensors, loaded a few batches ahead of the training loop.
 
-    SLOT x N     <bos>  prompt \\n  answer  <eos>      tokens are all but the last, labels all but the first;
-    '----------- prefix ----------' '-- targets --'   a label inside the prefix is IGNORE
+    SLOT x N     <bos>  prompt \\n  answer  <eos>      tokens: all but the last; labels: all but the first,
+    '----------- prefix ----------' '-- targets --'   with IGNORE for labels inside the prefix
 
 Letters: B batch, H W pixels, T positions.
 """
@@ -21,7 +21,7 @@ import torch
 
 from pipelines.formats.shards import Row, Shards
 from pipelines.worker.data.augment import Augmenter
-from pipelines.worker.data.order import bits, draw, mixed
+from pipelines.worker.data.order import pick_mix_rows, pick_rows, random_bits
 from vlm.batch import IGNORE, Batch
 from vlm.config import ModelConfig
 from vlm.text.base import Tokenizer
@@ -33,26 +33,31 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 PAD_MULTIPLE = 8
-"""Lengths are rounded up to it: fewer shapes, and kernels like it."""
+"""Sequence lengths are rounded up to a multiple of it, for fewer distinct shapes and faster kernels."""
 
 
 class Collator:
-    """Makes batches for one model; counts the texts that did not fit its context."""
+    """Collates rows into batches for one model, and counts texts truncated to the model's context."""
 
     def __init__(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
-        self.cut = 0
-        self._counting = threading.Lock()
+        self.num_truncated = 0
+        self._count_lock = threading.Lock()
         self._tokenizer, self._num_slots, self._context = tokenizer, config.num_slots, config.decoder.context
 
-    def batch(self, rows: Sequence[Row], texts: Sequence[tuple[str, str]]) -> Batch:
-        """Rows and the (prompt, text) to learn of each, as tensors padded to the longest."""
-        (batch,) = self.parts(rows, texts, len(rows))
+    def collate(self, rows: Sequence[Row], texts: Sequence[tuple[str, str]]) -> Batch:
+        """Collate rows into one batch, padded to the longest sequence.
+
+        Args:
+            rows: B rows.
+            texts: the (prompt, text) of each row to train on.
+        """
+        (batch,) = self.collate_parts(rows, texts, len(rows))
         return batch
 
-    def parts(self, rows: Sequence[Row], texts: Sequence[tuple[str, str]], rows_at_once: int) -> list[Batch]:
-        """The same in parts of so many rows, the last one shorter, each padded to its own longest.
+    def collate_parts(self, rows: Sequence[Row], texts: Sequence[tuple[str, str]], rows_at_once: int) -> list[Batch]:
+        """Collate rows into parts of `rows_at_once` rows, each padded to its own longest sequence.
 
-        Rows of like length come together, so that little is padded; where there is one part they keep their order.
+        Rows are sorted by length to reduce padding. If all rows fit one part, they keep their order.
         """
         made = [(row, *self._sequence(row.image_id, *text)) for row, text in zip(rows, texts, strict=True)]
         if len(made) > rows_at_once:
@@ -60,7 +65,7 @@ class Collator:
         return [self._padded(made[first : first + rows_at_once]) for first in range(0, len(made), rows_at_once)]
 
     def _padded(self, made: Sequence[tuple[Row, list[int], int]]) -> Batch:
-        """Rows with their sequences and the lengths of their prefixes."""
+        """Pad rows, given with their token sequences and prefix lengths, into a batch."""
         longest = max(len(sequence) for _, sequence, _ in made) - 1
         length = min(self._context, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE)
         tokens_BT = np.full((len(made), length), self._tokenizer.pad_id, np.int64)
@@ -76,17 +81,17 @@ class Collator:
         )
 
     def _sequence(self, image_id: str, prompt: str, text: str) -> tuple[list[int], int]:
-        """Ids of one sample and the length of its prefix, cut to the context (then without an end token).
+        """Return the token ids of one sample and the length of its prefix, truncated to the context.
 
-        At least one target is kept: of a prompt that fills the context, the beginning.
+        A truncated sequence has no end token. At least one target is kept: a prompt that fills the context is cut.
         """
         prefix = prefix_ids(self._tokenizer, self._num_slots, prompt)
         sequence = prefix[: self._context] + answer_ids(self._tokenizer, text)
         if len(prefix) > self._context or len(sequence) > self._context + 1:
-            with self._counting:
-                self.cut += 1
-            if self.cut == 1:
-                log.warning("%s: its text does not fit the context and is cut (said once, counted)", image_id)
+            with self._count_lock:
+                self.num_truncated += 1
+            if self.num_truncated == 1:
+                log.warning("the text of %s exceeds the context and is truncated (logged for the first only)", image_id)
         return sequence[: self._context + 1], min(len(prefix), self._context)
 
 
@@ -104,52 +109,66 @@ def training_batches(
     augmenter: Augmenter | None = None,
     pinned: bool = False,
 ) -> Iterator[list[Batch]]:
-    """This rank's slice of the global batch of each step, in parts; the same whatever the number of workers.
+    """Yield this rank's slice of the global batch of each step, in parts.
 
-    Parts have `rows_at_once` rows; without it there is one. A picture with several texts shows one of them an epoch,
-    picked by (seed, epoch, row). Pictures are those of the shards, byte for byte, or what an augmenter makes of them.
-    `pinned`: in memory that a GPU copies from by itself.
+    The batches do not depend on the number of workers. A picture with several texts is shown with one of them per
+    epoch, chosen by (seed, epoch, row).
+
+    Args:
+        shards: training shards.
+        collator: collator of the model.
+        steps: steps to yield batches for.
+        rank: 0 <= rank < world_size.
+        world_size: number of ranks, a divisor of `batch_size`.
+        batch_size: rows of all ranks together.
+        seed: seed of the run.
+        rows_at_once: rows per part; None for a single part.
+        workers: loader threads; 0 loads each batch when it is requested.
+        augmenter: augments the pictures; without one their pixels are those of the shards.
+        pinned: whether to place batches in pinned memory, from which a GPU copies asynchronously.
     """
     parts = shards.manifest.parts
     sizes, draws = [part.rows for part in parts], [part.draws for part in parts]
     num_rows = sum(draws) or len(shards)
 
     def make(step: int) -> list[Batch]:
-        drawn = draw(step, rank=rank, world_size=world_size, batch_size=batch_size, num_rows=num_rows, seed=seed)
+        picks = pick_rows(step, rank=rank, world_size=world_size, batch_size=batch_size, num_rows=num_rows, seed=seed)
         if parts:
-            drawn = mixed(drawn, sizes, draws, seed=seed)
-        rows = [shards.row(int(index)) for index in drawn.rows]
+            picks = pick_mix_rows(picks, sizes, draws, seed=seed)
+        rows = [shards.row(int(index)) for index in picks.rows]
         texts = [
-            row.texts[pick % len(row.texts)] for row, pick in zip(rows, bits(drawn, seed=seed).tolist(), strict=True)
+            row.texts[number % len(row.texts)]
+            for row, number in zip(rows, random_bits(picks, seed=seed).tolist(), strict=True)
         ]
-        shown = augmenter.rows(rows, texts, drawn) if augmenter else rows
-        made = collator.parts(shown, texts, rows_at_once or len(rows))
+        shown = augmenter.rows(rows, texts, picks) if augmenter else rows
+        made = collator.collate_parts(shown, texts, rows_at_once or len(rows))
         return [part.pin_memory() for part in made] if pinned else made
 
-    return ahead(make, steps, workers)
+    return map_ahead(make, steps, workers)
 
 
-def ahead(make: Callable[[S], T], items: Iterable[S], workers: int) -> Iterator[T]:
-    """What `make` makes of each item, in order, made by threads a few items ahead; its errors are raised here.
+def map_ahead(make: Callable[[S], T], items: Iterable[S], workers: int) -> Iterator[T]:
+    """Apply `make` to each item in threads, a few items ahead, and yield the results in order.
 
-    Threads, not processes: a raw row is a view of a mapped file, decoding JPEG lets go of the interpreter, and a thread
-    hands its batch over without a copy.
+    Errors of `make` are raised to the consumer when the item's result is due. Threads are used instead of processes
+    because rows are views of mapped files, JPEG decoding releases the GIL, and threads hand over results without a
+    copy.
 
     Args:
-        make: a pure function; called in any order.
-        items: in order.
-        workers: threads; each makes whole items. 0: each is made when it is asked for.
+        make: a pure function; items may be made in any order.
+        items: the items, in the order of the results.
+        workers: number of threads; 0 makes each item when its result is requested.
     """
     if not workers:
         yield from map(make, items)
         return
-    left = iter(items)
+    remaining = iter(items)
     with ThreadPoolExecutor(workers, thread_name_prefix="loader") as threads:
-        pending = deque(threads.submit(make, item) for item in islice(left, workers + 1))
+        pending = deque(threads.submit(make, item) for item in islice(remaining, workers + 1))
         try:
             while pending:
                 made = pending.popleft().result()
-                pending.extend(threads.submit(make, item) for item in islice(left, 1))
+                pending.extend(threads.submit(make, item) for item in islice(remaining, 1))
                 yield made
         finally:
             for future in pending:

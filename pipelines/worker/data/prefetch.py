@@ -1,4 +1,4 @@
-"""Batches to a GPU while it computes: the copy of the next one has a stream of its own."""
+"""Copy of the next batch to the GPU on a separate CUDA stream, while the current step computes."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import torch
 from vlm.batch import Batch
 
 
-def copied_ahead(batches: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
-    """The same batches; those for a GPU are there already, copied during the step before theirs.
+def prefetch_to_device(batches: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
+    """Yield the batches on the device; on a GPU, each is copied during the step before its own.
 
     Args:
-        batches: in parts; pinned where the device is a GPU.
-        device: where the model is. On a CPU the batches are handed on as they are.
+        batches: batches in parts; in pinned memory if the device is a GPU.
+        device: device of the model. Batches for a CPU are yielded unchanged.
     """
     if device.type != "cuda":
         yield from batches
         return
-    beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     computing = torch.cuda.current_stream(device)
 
-    def begun() -> list[Batch] | None:
+    def start_copy() -> list[Batch] | None:
         batch = next(batches, None)
-        with torch.cuda.stream(beside):
+        with torch.cuda.stream(copying):
             return batch and [part.to(device) for part in batch]
 
-    coming = begun()
-    while coming:
-        computing.wait_stream(beside)
-        batch, coming = coming, begun()
+    following = start_copy()
+    while following:
+        computing.wait_stream(copying)
+        batch, following = following, start_copy()
         for part in batch:
             for tensor in part.tensors():
-                tensor.record_stream(computing)  # its memory is not given away before the step is through with it
+                tensor.record_stream(computing)  # keeps its memory from reuse until the step is done
         yield batch

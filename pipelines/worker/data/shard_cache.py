@@ -1,13 +1,16 @@
-"""Copies of shards on a disk of this machine, made while the training goes on.
+"""Cache of shard files on a disk of the host, filled in the background during training.
 
-Rows come from all over the shards, so to wait for a file on its first use would be to wait for nearly all of them
-before the first step. Instead rows are read from where they lie until their file is here. A thread of each rank goes
-through the files; all ranks of a machine take turns under one lock, so each file is copied once, and the network is
-left to the rows that are read meanwhile. A copy is named by its SHA-256, as the manifest has it, and has that name when
-it is what the manifest says; whoever is killed leaves no lock, and a `.part` that the next one to start removes.
+Rows are read in random order, so waiting for each file on its first use would delay the first step until nearly all
+files were copied. Instead rows are read from the original file until its copy is complete. A thread in each rank copies
+the files. The ranks of a host take turns under one lock, so each file is copied once and most of the network bandwidth
+is left to reads of rows.
 
-For room, files that belong to other runs go, those used longest ago first; who has them mapped reads on. One's own
-never make room for each other: each is used as often as any, so that would be copying without end.
+A copy is named by its SHA-256 and gets that name after its content has been verified. A killed process leaves no lock,
+and its partial `.part` file is removed by the next process that starts.
+
+To make room, files of other runs are removed, least recently used first; processes that have them mapped can still
+read them. Files of the run itself are never evicted for each other: all are used equally often, so evicting one would
+mean copying it again without end.
 """
 
 from __future__ import annotations
@@ -26,11 +29,11 @@ from pipelines.host_cache import exclusive_lock, user_cache_folder
 log = logging.getLogger(__name__)
 
 SPARE = 0.1
-"""Share of the disk that is left to others."""
+"""Fraction of the disk that is kept free for other programs."""
 
 
-class Wanted(NamedTuple):
-    """A file of some shards, by its number, and where its copy is to be."""
+class CacheEntry(NamedTuple):
+    """A shard file, given by its shards and its number in them, and the path of its copy."""
 
     shards: Shards
     number: int
@@ -39,101 +42,110 @@ class Wanted(NamedTuple):
 
 
 class ShardCopier(threading.Thread):
-    """Copies shards to this machine, as far as there is room, and has their rows read from there.
+    """Thread that copies shard files to this host, as far as there is room, and redirects reads to the copies.
 
-    A daemon: a run that ends does not wait for it.
+    It is a daemon thread, so a run that ends does not wait for it.
     """
 
     def __init__(self, shards: Sequence[Shards], limit: float, root: Path | None = None) -> None:
-        """Nothing is done before `start`.
+        """Create the thread; copying begins with `start`.
 
         Args:
-            shards: all that this process reads.
-            limit: bytes that all copies on this machine may have together.
-            root: where copies are; this user's own folder among the temporary ones if not given.
+            shards: all shards that this process reads.
+            limit: total size of all copies on this host, in bytes.
+            root: folder of the copies; by default the user's own folder under the temporary directory.
         """
         super().__init__(name="shard-copier", daemon=True)
         self._shards, self._limit, self._root = shards, limit, root
         self._failure: Exception | None = None
 
     def check(self) -> None:
-        """Look whether it has failed, without waiting.
+        """Raise the error of the thread if it has failed; do not wait for it.
 
         Raises:
-            StageFailed, ...: a shard is not what its manifest says, or the folder of copies is somebody else's.
+            StageFailed: a shard file differs from its manifest, or the folder of the copies is another user's.
         """
         if self._failure:
             raise self._failure
 
     def run(self) -> None:
-        """Bring all files here; what goes wrong with the disk is said, and rows are read from where they lie."""
+        """Copy all files. Disk errors are logged, and the remaining rows are read from the original files."""
         try:
-            self._bring(user_cache_folder("shards", self._root))
+            self._copy_all(user_cache_folder("shards", self._root))
         except OSError as error:
-            log.warning("no more shards are copied to this machine, the rest is read from where it lies: %s", error)
-        except Exception as error:  # noqa: BLE001 raised in the training, by `check`
+            log.warning(
+                "copying shards to this host has stopped; other rows are read from the original files: %s", error
+            )
+        except Exception as error:  # noqa: BLE001 raised in the training loop by `check`
             self._failure = error
 
-    def _bring(self, root: Path) -> None:
-        wanted = [
-            Wanted(shards, number, file, root / f"{file.sha256}.arrow")
+    def _copy_all(self, root: Path) -> None:
+        entries = [
+            CacheEntry(shards, number, file, root / f"{file.sha256}.arrow")
             for shards in self._shards
             for number, file in enumerate(shards.manifest.files)
         ]
-        own = {each.copy for each in wanted}
+        own = {entry.copy for entry in entries}
         with exclusive_lock(root):
-            for partial in root.glob("*.part"):  # of a process that was killed: the lock is ours
+            for partial in root.glob("*.part"):  # left by a killed process: this process holds the lock
                 partial.unlink()
-            missing = [each for each in wanted if not _used(each)]
-        for count, each in enumerate(missing):
+            missing = [entry for entry in entries if not _use_copy(entry)]
+        for count, entry in enumerate(missing):
             with exclusive_lock(root):
-                if _used(each):
+                if _use_copy(entry):
                     continue
-                if not _room(root, each.file.bytes, self._limit, own):
-                    here = len(wanted) - len(missing) + count
-                    log.warning("there is room for %d of %d shard files in %s", here, len(wanted), root)
+                if not _make_room(root, entry.file.bytes, self._limit, own):
+                    copied = len(entries) - len(missing) + count
+                    log.warning("there is room for %d of %d shard files in %s", copied, len(entries), root)
                     return
-                _copy(each)
-                _used(each)
-        log.info("all %d shard files are in %s", len(wanted), root)
+                _copy(entry)
+                _use_copy(entry)
+        log.info("all %d shard files are in %s", len(entries), root)
 
 
-def _used(wanted: Wanted) -> bool:
-    """Have rows read from a copy, if it is there; the lock keeps it there."""
-    if not wanted.copy.exists() or wanted.copy.stat().st_size != wanted.file.bytes:
+def _use_copy(entry: CacheEntry) -> bool:
+    """Redirect reads to the file's copy if it exists. The caller holds the lock, so the copy cannot be removed."""
+    if not entry.copy.exists() or entry.copy.stat().st_size != entry.file.bytes:
         return False
-    os.utime(wanted.copy)
-    wanted.shards.read_from(wanted.number, wanted.copy)
+    os.utime(entry.copy)
+    entry.shards.use_copy(entry.number, entry.copy)
     return True
 
 
-def _room(root: Path, needed: int, limit: float, own: set[Path]) -> bool:
-    """Make room for a file, if removing those of other runs is enough for it."""
+def _make_room(root: Path, needed: int, limit: float, own: set[Path]) -> bool:
+    """Remove copies of other runs until a file fits; remove nothing and return False if that would not be enough.
+
+    Args:
+        root: folder of the copies.
+        needed: size of the file, in bytes.
+        limit: total size of all copies, in bytes.
+        own: copies of this run, which are kept.
+    """
     copies = {path: path.stat() for path in root.glob("*.arrow")}
     disk = shutil.disk_usage(root)
-    room = min(limit - sum(state.st_size for state in copies.values()), disk.free - SPARE * disk.total) - needed
+    free_bytes = min(limit - sum(state.st_size for state in copies.values()), disk.free - SPARE * disk.total) - needed
     others = sorted(copies.keys() - own, key=lambda path: copies[path].st_mtime)
-    if room + sum(copies[path].st_size for path in others) < 0:
+    if free_bytes + sum(copies[path].st_size for path in others) < 0:
         return False
     for path in others:
-        if room >= 0:
+        if free_bytes >= 0:
             break
         path.unlink()
-        room += copies[path].st_size
+        free_bytes += copies[path].st_size
     return True
 
 
-def _copy(wanted: Wanted) -> None:
-    """Copy a file whole or not at all.
+def _copy(entry: CacheEntry) -> None:
+    """Copy a file atomically, and verify its content.
 
     Raises:
-        StageFailed: it is not what the manifest says.
-        OSError: it cannot be read, or the disk is full.
+        StageFailed: the content differs from the manifest.
+        OSError: the file cannot be read, or the disk is full.
     """
-    source, partial = wanted.shards.folder / wanted.file.file, wanted.copy.with_suffix(".part")
+    source, partial = entry.shards.folder / entry.file.file, entry.copy.with_suffix(".part")
     try:
         shutil.copyfile(source, partial)
-        verify_file(source, wanted.file, copy=partial)
-        partial.rename(wanted.copy)
+        verify_file(source, entry.file, copy=partial)
+        partial.rename(entry.copy)
     finally:
         partial.unlink(missing_ok=True)

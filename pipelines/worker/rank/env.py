@@ -1,4 +1,4 @@
-"""Which of the ranks this process is."""
+"""Rank and world size of this process, from the environment variables that torchrun sets."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pipelines.errors import UserError
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which rank this process is, as torchrun says."""
+class RankEnv:
+    """Position of this process among all ranks, and among the ranks of its host."""
 
     rank: int
     world_size: int
@@ -18,18 +18,18 @@ class Place:
     local_world_size: int
 
     @classmethod
-    def from_environment(cls) -> Place:
+    def from_environment(cls) -> RankEnv:
         """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
 
         Raises:
-            UserError: the process was not started by torchrun.
+            UserError: a variable is missing because the process was not started by torchrun.
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         missing = [name for name in names if name not in os.environ]
         if missing:
             raise UserError(
-                "a rank does not know who it is",
-                where="environment",
+                "the process was not started as a rank",
+                where="environment variables",
                 got=f"no {', '.join(missing)}",
                 fix="start it with `torchrun --nproc-per-node N -m pipelines.worker.main --run-dir DIR`",
             )

@@ -1,14 +1,16 @@
-"""How a rank ends, written down by the rank itself, whatever ends it.
+"""Monitor of a rank: heartbeat, timeout, and a failure record written by the rank itself.
 
-A launcher only ever says "exit code 1, see the logs". Here a rank leaves a record that tells the root of a failure from
-its consequences: a rank that was told to stop, or lost its connection because another one died, says so.
+A launcher reports only "exit code 1, see the logs". The failure record of a rank says more: it tells the root cause
+from consequences, such as a signal from the launcher or a connection lost because another rank died.
 
-Unusual: SIGTERM and SIGINT are not handled where Python handles signals, in the main thread, because that thread sits
-in a C++ collective when another rank has died and would not come back. The signal's number is written to a pipe by
-the C-level handler, and a thread that reads the pipe leaves the record and ends the process. The same thread notices
-that the launcher is gone, so no rank outlives it, and that nothing goes on any more: when a rank hangs, the others wait
-for it, so all of them run out of time at once, and each leaves the stacks of its threads. Who waits in a collective is
-not to blame. A thread in C, which needs no interpreter, ends a rank whose interpreter itself is stuck.
+Python's signal handlers are not used for SIGTERM and SIGINT. They run in the main thread, which is blocked in a C++
+collective when another rank has died, and would never run. Instead the C-level handler writes the signal's number to a
+pipe; a thread reads the pipe, writes the failure record and exits the process.
+
+The same thread detects two more conditions. If the launcher has died, the rank exits, so no rank outlives its launcher.
+If there is no progress for `train.timeout_seconds`, the rank writes the stacks of all threads and exits. When one rank
+hangs, the others wait for it and time out at the same moment, so a rank that is inside a collective is recorded as
+waiting, not as the cause. If the interpreter itself is stuck, faulthandler's C thread ends the rank.
 """
 
 from __future__ import annotations
@@ -27,21 +29,22 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from pipelines.errors import LakesightError
-from pipelines.formats.run_folder import Failure, RankFile, RunDir, touch_heartbeat, write_json
+from pipelines.formats.run_folder import Failure, RankFile, RunFolder, write_heartbeat, write_json
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
 WATCH_SECONDS = 1.0
-LEAVE_SECONDS = 5
-LAST_WORD_SECONDS = 3.0
-"""How much longer a rank waits that waits for others, so that who hangs speaks first."""
+EXIT_SECONDS = 5
+"""How long a failed rank may take to exit after its record is written."""
+WAITING_EXTRA_SECONDS = 3.0
+"""How much longer a rank inside a collective waits, so that the rank that hangs writes its record first."""
 START_SECONDS = 600.0
-"""How long a rank may take until it knows `train.timeout_seconds`: torch is imported in that time."""
-_ENDINGS = (signal.SIGTERM, signal.SIGINT)
+"""Timeout until the rank has read `train.timeout_seconds`; covers the import of torch."""
+_TERMINATING = (signal.SIGTERM, signal.SIGINT)
 
-_WAITING = ("torch/distributed/", "torch/nn/parallel/", "torch/autograd/", "vlm/training/parallel.py")
-"""Files whose functions wait for other ranks; in `backward` DDP adds up gradients."""
+_COLLECTIVE_FILES = ("torch/distributed/", "torch/nn/parallel/", "torch/autograd/", "vlm/training/parallel.py")
+"""Files whose functions wait for other ranks. Autograd is among them because DDP reduces gradients in `backward`."""
 
 _LOST_CONNECTION = (
     "connection closed by peer",
@@ -57,65 +60,67 @@ _LOST_CONNECTION = (
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Whether an error only tells of another rank's: a broken collective, a loss that was not finite elsewhere, or an
-    interrupt from outside."""
+    """Return whether an error was caused by another rank or by an interrupt.
+
+    Such errors are a broken collective, a loss that was not finite on another rank, and KeyboardInterrupt.
+    """
     if isinstance(error, KeyboardInterrupt) or getattr(error, "on_other_rank", False):
         return True
-    collective = any(kind.__name__ == "DistError" for kind in type(error).__mro__)  # torch's, without importing it
+    # Torch's class is compared by name, because this module must not import torch.
+    collective = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
     text = str(error).lower()
     return collective or (isinstance(error, RuntimeError) and any(sign in text for sign in _LOST_CONNECTION))
 
 
-class Watch:
-    """Watches over one rank, as a context manager around everything it does.
+class RankMonitor:
+    """Context manager around all the work of one rank.
 
-    It says who the rank is at the start and that it is done at the end, counts its steps, keeps its heartbeat, ends it
-    when nothing goes on for too long, and records any other way in which it ends. An error goes on its way after it is
-    recorded; the process has five seconds to follow, because a thread or a communicator that does not stop must not
-    keep the launcher waiting.
+    It writes the rank's RankFile at start and end, writes heartbeats, ends the rank after a timeout, and records every
+    failure. Errors are recorded and raised again. The process then has EXIT_SECONDS to exit, so that a thread or
+    communicator that does not stop cannot block the launcher.
     """
 
-    def __init__(self, run: RunDir, rank: int) -> None:
+    def __init__(self, run: RunFolder, rank: int) -> None:
         self.step = 0
-        """Steps the run has taken; part of every record."""
+        """Steps taken by the run, written into the failure record."""
         self._run, self._rank = run, rank
         self._started = time.time()
-        self._beaten = 0.0
-        self._limit, self._moved = START_SECONDS, time.monotonic()
+        self._heartbeat_at = 0.0
+        self._timeout, self._progress_at = START_SECONDS, time.monotonic()
         self._lock = threading.Lock()
         self._recorded = False
         self._launcher = os.getppid()
-        self._inbox, self._outbox = os.pipe()
+        self._read_end, self._write_end = os.pipe()
 
-    def at(self, step: int) -> None:
-        """Say that the rank is alive and the run has taken `step` steps; reaches the disk at most once a second."""
+    def report_step(self, step: int) -> None:
+        """Report that the run has taken `step` steps; writes a heartbeat at most once per HEARTBEAT_SECONDS."""
         self.step = step
-        self.alive()
+        self.report_progress()
         now = time.monotonic()
-        if now - self._beaten >= HEARTBEAT_SECONDS:
-            self._beaten = now
-            touch_heartbeat(self._run, self._rank, step)
+        if now - self._heartbeat_at >= HEARTBEAT_SECONDS:
+            self._heartbeat_at = now
+            write_heartbeat(self._run, self._rank, step)
 
-    def alive(self) -> None:
-        """Say that work goes on, where it does without a step: while a model is read, or captions are made."""
-        self._moved = time.monotonic()
+    def report_progress(self) -> None:
+        """Restart the timeout during work that takes no training step, such as loading a model or validation."""
+        self._progress_at = time.monotonic()
 
-    def allow(self, seconds: float) -> None:
-        """From now on the rank may go without a sign of work for this long."""
-        self._limit = seconds
-        self.alive()
-        self._arm()
+    def set_timeout(self, seconds: float) -> None:
+        """Set how long the rank may go without reporting progress."""
+        self._timeout = seconds
+        self.report_progress()
+        self._arm_watchdog()
 
     def __enter__(self) -> Self:
-        for left in (self._run.failure(self._rank), self._run.stacks(self._rank)):
-            left.unlink(missing_ok=True)
-        self._introduce(ended=False)
-        touch_heartbeat(self._run, self._rank, self.step)
-        os.set_blocking(self._outbox, False)
-        for number in _ENDINGS:
-            signal.signal(number, _leave_to_thread)
-        signal.set_wakeup_fd(self._outbox, warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, name="watch", daemon=True).start()
+        for stale in (self._run.failure(self._rank), self._run.stacks(self._rank)):
+            stale.unlink(missing_ok=True)
+        self._write_rank_file(ended=False)
+        write_heartbeat(self._run, self._rank, self.step)
+        os.set_blocking(self._write_end, False)
+        for number in _TERMINATING:
+            signal.signal(number, _ignore_in_main_thread)
+        signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        threading.Thread(target=self._monitor, name="monitor", daemon=True).start()
         return self
 
     def __exit__(
@@ -125,58 +130,59 @@ class Watch:
             with self._lock:
                 self._recorded = True
                 faulthandler.cancel_dump_traceback_later()
-            touch_heartbeat(self._run, self._rank, self.step)
-            self._introduce(ended=True)
+            write_heartbeat(self._run, self._rank, self.step)
+            self._write_rank_file(ended=True)
             return
         message = str(error)
         if isinstance(error, SystemExit):
-            message = f"left at step {self.step} with exit code {error.code}"
+            message = f"exited at step {self.step} with exit code {error.code}"
         self._record(
             type(error).__name__,
             message,
             "".join(traceback.format_exception(error)),
             consequence=is_consequence(error),
-            lasting=isinstance(error, LakesightError) and error.lasting,
+            lasting=isinstance(error, LakesightError) and error.permanent,
         )
 
-    def _listen(self) -> None:
+    def _monitor(self) -> None:
+        """Wait for signals, a dead launcher or a timeout, in a thread."""
         while True:
-            self._arm()
-            ready, _, _ = select.select([self._inbox], [], [], WATCH_SECONDS)
-            number = os.read(self._inbox, 1)[0] if ready else 0
-            if number in _ENDINGS:
-                self._end(signal.Signals(number).name, "the launcher ended this rank", 128 + number)
+            self._arm_watchdog()
+            ready, _, _ = select.select([self._read_end], [], [], WATCH_SECONDS)
+            number = os.read(self._read_end, 1)[0] if ready else 0
+            if number in _TERMINATING:
+                self._end(signal.Signals(number).name, "the rank was terminated by the launcher", 128 + number)
             elif os.getppid() != self._launcher:
-                self._end("LauncherGone", "the process that started this rank is gone", 1)
-            elif (seconds := time.monotonic() - self._moved) > self._limit:
-                self._run_out(seconds)
+                self._end("LauncherGone", "the process that started this rank has died", 1)
+            elif (seconds := time.monotonic() - self._progress_at) > self._timeout:
+                self._handle_timeout(seconds)
 
-    def _arm(self) -> None:
-        """Have the rank ended by a thread in C, should no thread of Python be able to."""
+    def _arm_watchdog(self) -> None:
+        """Let faulthandler's C thread end the rank if the interpreter is stuck and no Python thread can run."""
         with self._lock:
             if not self._recorded:
-                faulthandler.dump_traceback_later(self._limit + 2 * LAST_WORD_SECONDS, exit=True)
+                faulthandler.dump_traceback_later(self._timeout + 2 * WAITING_EXTRA_SECONDS, exit=True)
 
-    def _run_out(self, seconds: float) -> None:
-        """Nothing goes on. A rank that waits gives the one it waits for the first word."""
-        if not _waits(_main_frame()):
-            self._end("Hung", f"did nothing for {seconds:.0f} s (train.timeout_seconds)", 1, consequence=False)
-        if seconds > self._limit + LAST_WORD_SECONDS:
-            self._end("Waited", f"waited {seconds:.0f} s for other ranks, which did not come", 1)
+    def _handle_timeout(self, seconds: float) -> None:
+        """End the rank: at once if it hangs, after WAITING_EXTRA_SECONDS if it waits for another rank."""
+        if not _is_waiting(_main_frame()):
+            self._end("Hung", f"made no progress for {seconds:.0f} s (train.timeout_seconds)", 1, consequence=False)
+        if seconds > self._timeout + WAITING_EXTRA_SECONDS:
+            self._end("Waited", f"waited {seconds:.0f} s for other ranks in a collective", 1)
 
     def _end(self, name: str, message: str, code: int, *, consequence: bool = True) -> None:
         frame = _main_frame()
         stack = "".join(traceback.format_stack(frame))
-        self._record(name, message, stack, consequence=consequence, waiting=_waits(frame))
+        self._record(name, message, stack, consequence=consequence, waiting=_is_waiting(frame))
         os._exit(code)
 
     def _record(self, name: str, message: str, trace: str, *, consequence: bool, **more: bool) -> None:
-        with self._lock:  # the first reason counts: a rank that is told to stop while it fails has failed
+        with self._lock:  # keep the first reason: a rank that receives a signal while it fails has failed
             if self._recorded:
                 return
             self._recorded = True
-            faulthandler.dump_traceback_later(LEAVE_SECONDS, exit=True)
-            # First where a full disk does not matter: the launcher's stream reaches the driver.
+            faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True)
+            # Log before writing the record: the launcher's stream reaches the driver even if the disk is full.
             log.error("rank %d ended at step %d: %s: %s\n%s", self._rank, self.step, name, message, trace)
             failure = Failure(
                 rank=self._rank,
@@ -194,22 +200,22 @@ class Watch:
             with self._run.stacks(self._rank).open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
 
-    def _introduce(self, *, ended: bool) -> None:
-        who = RankFile(
+    def _write_rank_file(self, *, ended: bool) -> None:
+        content = RankFile(
             rank=self._rank, host=socket.gethostname(), pid=os.getpid(), started_at=self._started, ended=ended
         )
-        write_json(self._run.rank(self._rank), who)
+        write_json(self._run.rank(self._rank), content)
 
 
 def _main_frame() -> FrameType:
-    """Where the main thread is."""
+    """Return the current stack frame of the main thread."""
     return sys._current_frames()[threading.main_thread().ident or 0]
 
 
-def _waits(frame: FrameType) -> bool:
-    """Whether the innermost function is one that waits for other ranks."""
-    return any(part in frame.f_code.co_filename for part in _WAITING)
+def _is_waiting(frame: FrameType) -> bool:
+    """Return whether the innermost function waits for other ranks."""
+    return any(part in frame.f_code.co_filename for part in _COLLECTIVE_FILES)
 
 
-def _leave_to_thread(number: int, frame: FrameType | None) -> None:
-    """The signal's number is in the pipe already; see the module's docstring."""
+def _ignore_in_main_thread(number: int, frame: FrameType | None) -> None:
+    """Do nothing: the C-level handler has written the signal's number to the pipe (see the module's docstring)."""

@@ -1,4 +1,4 @@
-"""The ranks of a run as a group: what they run on, how they find each other, how they share a host."""
+"""Process group of all ranks: device of each rank, checks of the group, and cores per rank."""
 
 from __future__ import annotations
 
@@ -14,36 +14,42 @@ from torch import distributed
 
 from pipelines.config import DatabricksPlatformConfig, PlatformConfig
 from pipelines.errors import UserError
-from pipelines.formats.run_folder import RunDir
-from pipelines.worker.rank.env import Place
+from pipelines.formats.run_folder import RunFolder
+from pipelines.worker.rank.env import RankEnv
 
 
-def pick_device(platform: PlatformConfig, place: Place) -> torch.device:
-    """A GPU a rank where this host has that many, else the CPU for all.
+def pick_device(platform: PlatformConfig, env: RankEnv) -> torch.device:
+    """Choose the rank's GPU if the host has one for each of its ranks, else the CPU.
 
     Raises:
-        UserError: the platform promises GPUs and there are too few.
+        UserError: the platform requires GPUs and the host has too few.
     """
-    if torch.cuda.device_count() >= place.local_world_size:
-        torch.cuda.set_device(place.local_rank)
-        return torch.device("cuda", place.local_rank)
+    if torch.cuda.device_count() >= env.local_world_size:
+        torch.cuda.set_device(env.local_rank)
+        return torch.device("cuda", env.local_rank)
     if isinstance(platform, DatabricksPlatformConfig) and platform.use_gpu:
         raise UserError(
             "a rank has no GPU",
             where=f"host {socket.gethostname()}",
-            got=f"{torch.cuda.device_count()} GPUs for {place.local_world_size} ranks",
+            got=f"{torch.cuda.device_count()} GPUs for {env.local_world_size} ranks",
             fix="run on a GPU cluster, or set platform.use_gpu=false",
         )
     return torch.device("cpu")
 
 
 GRACE_SECONDS = 30
-"""What a collective waits longer than the watch over the rank, which knows more about who is to blame."""
+"""How much longer a collective waits than `train.timeout_seconds`, in seconds.
+
+The rank's monitor times out first, because it can tell which rank is at fault.
+"""
 
 
 @contextmanager
 def process_group(device: torch.device, timeout_seconds: int) -> Iterator[None]:
-    """The group of all ranks. After an error it is left as it is: taking it down waits for ranks that are gone."""
+    """Open the process group of all ranks, and destroy it after a normal exit.
+
+    After an error the group is not destroyed, because that would wait for ranks that have failed.
+    """
     on_gpu = device.type == "cuda"
     distributed.init_process_group(
         "nccl" if on_gpu else "gloo",
@@ -54,32 +60,40 @@ def process_group(device: torch.device, timeout_seconds: int) -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-def meet(run: RunDir, device: torch.device) -> None:
-    """Make sure that all ranks are of one run, and share the host's cores fairly.
+def check_group(run: RunFolder, device: torch.device) -> int:
+    """Check that all ranks belong to the same run; return how many of them run on this host.
 
-    Launchers pick ports and rendezvous names that two runs on one host may have in common; and torchrun allows a rank
-    one thread, whatever the host has.
+    Two runs on one host may choose the same port or rendezvous name, so a group could mix their ranks.
 
     Args:
         run: the run folder as this rank sees it.
-        device: where collectives take place.
+        device: device of the collectives.
 
     Raises:
-        UserError: a rank of another run is in the group.
+        UserError: the group contains a rank of another run.
     """
-    own = torch.tensor([_digest(socket.gethostname()), _digest(run.run.read_text("utf-8"))], device=device)
-    gathered = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(gathered, own)
+    local = torch.tensor([_digest(socket.gethostname()), _digest(run.run_file.read_text("utf-8"))], device=device)
+    gathered = [torch.empty_like(local) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(gathered, local)
     hosts, identities = torch.stack(gathered).T.tolist()
     if len(set(identities)) > 1:
         raise UserError(
-            "the ranks are not of one run",
+            "the ranks do not belong to one run",
             where=str(run.path),
             got=f"{len(set(identities))} different run.json files among {len(identities)} ranks",
-            fix="all ranks must see the same run folder; start the run again",
+            fix="make the same run folder visible to all ranks, then start the run again",
         )
+    return hosts.count(hosts[distributed.get_rank()])
+
+
+def divide_cores(ranks_on_host: int) -> None:
+    """Give torch an equal share of the host's cores. Torchrun's default is one thread per rank.
+
+    Args:
+        ranks_on_host: ranks of the group that run on this host.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // hosts.count(hosts[distributed.get_rank()])))
+    torch.set_num_threads(max(1, cores // ranks_on_host))
 
 
 def _digest(text: str) -> int:

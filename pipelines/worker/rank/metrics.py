@@ -1,8 +1,8 @@
-"""What a rank says: its log, and (rank 0) the metric files that others follow.
+"""Log of a rank, throughput of its training steps, and the metric files that rank 0 writes.
 
-Everything a rank prints goes into its own log file, C++ libraries and crash dumps included, because the launcher's
-stream is cut at 4,000 characters a line and breaks at the first byte that is not UTF-8.
-The terminal gets log lines only.
+All output of a rank goes into its own log file, including output of C++ libraries and crash dumps. The launcher's
+stream is not used for it: that stream cuts lines at 4,000 characters and fails at the first byte that is not UTF-8.
+The terminal receives log lines only.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import sys
 import time
 from collections.abc import Iterator
 
-from pipelines.formats.run_folder import Metrics, RunDir, write_json
+from pipelines.formats.run_folder import Metrics, RunFolder, write_json
 from vlm.batch import Batch
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-def open_log(run: RunDir, rank: int) -> None:
-    """Send stdout, stderr and logging into logs/rank-N.log; log lines go to the terminal too, above rank 0 warnings."""
+def open_log(run: RunFolder, rank: int) -> None:
+    """Redirect stdout, stderr and logging to logs/rank-N.log.
+
+    The terminal receives rank 0's log from INFO on, and other ranks' warnings and errors.
+    """
     path = run.log(rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     terminal = io.TextIOWrapper(
@@ -38,32 +41,38 @@ def open_log(run: RunDir, rank: int) -> None:
         stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format=_FORMAT, stream=sys.stderr, force=True)
-    people = logging.StreamHandler(terminal)
-    people.setLevel(logging.WARNING if rank else logging.INFO)
-    people.setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
-    logging.getLogger().addHandler(people)
+    console = logging.StreamHandler(terminal)
+    console.setLevel(logging.WARNING if rank else logging.INFO)
+    console.setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
+    logging.getLogger().addHandler(console)
 
 
 class Stopwatch:
-    """Rates over the training steps since the last lap; pauses (validation, checkpoints) do not count."""
+    """Throughput of the training steps since the last lap, excluding pauses for validation and checkpoints."""
 
     def __init__(self) -> None:
         self.total = 0.0
+        """Seconds of all training steps so far."""
         self._seconds, self._samples, self._tokens, self._waited = 0.0, 0, 0, 0.0
         self._resumed = time.perf_counter()
 
-    def waiting(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
-        """The same batches; how long each lets the training wait is added up."""
+    def time_waits(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+        """Yield the batches unchanged, adding up how long the training waits for each."""
         while True:
-            asked = time.perf_counter()
+            requested = time.perf_counter()
             batch = next(batches, None)
-            self._waited += time.perf_counter() - asked
+            self._waited += time.perf_counter() - requested
             if batch is None:
                 return
             yield batch
 
     def stop(self, samples: int, tokens: int) -> None:
-        """A step over `samples` pictures and `tokens` target tokens has ended."""
+        """Record the end of a step.
+
+        Args:
+            samples: pictures of the step.
+            tokens: target tokens of the step.
+        """
         elapsed = time.perf_counter() - self._resumed
         self.total += elapsed
         self._seconds, self._samples, self._tokens = (
@@ -73,11 +82,15 @@ class Stopwatch:
         )
 
     def start(self) -> None:
-        """The next step begins."""
+        """Record the start of a step."""
         self._resumed = time.perf_counter()
 
     def lap(self) -> dict[str, float]:
-        """Since the last lap: samples_per_second, tokens_per_second, and data_wait, the share of time spent waiting."""
+        """Return the rates since the last lap, and start a new lap.
+
+        Returns:
+            samples_per_second, tokens_per_second, and data_wait: the fraction of time spent waiting for batches.
+        """
         rates = {
             "samples_per_second": self._samples / self._seconds,
             "tokens_per_second": self._tokens / self._seconds,
@@ -87,6 +100,8 @@ class Stopwatch:
         return rates
 
 
-def write_metrics(run: RunDir, step: int, values: dict[str, float], expert_load: dict[str, tuple[float, ...]]) -> None:
-    """One log step, for whoever follows the run."""
+def write_metrics(
+    run: RunFolder, step: int, values: dict[str, float], expert_load: dict[str, tuple[float, ...]]
+) -> None:
+    """Write the metrics of one step, which the driver forwards to MLflow."""
     write_json(run.metrics(step), Metrics(step=step, time=time.time(), values=values, expert_load=expert_load))

@@ -1,4 +1,4 @@
-"""A trace of some training steps, on request, for `chrome://tracing` or https://ui.perfetto.dev."""
+"""Optional profiler trace of a few training steps, for `chrome://tracing` or https://ui.perfetto.dev."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-SKIPPED = 4
-"""First steps, in which memory is found and kernels are chosen; one more has the profiler run idle."""
+SKIPPED_STEPS = 4
+"""Steps before the profiler's own warm-up step: in them memory is allocated and kernels are selected."""
 
 
 @contextmanager
-def profiled(path: Path, steps: int, device: torch.device) -> Iterator[Callable[[], None]]:
-    """Record steps taken inside the block; yields what to call after each.
+def profile_steps(path: Path, steps: int, device: torch.device) -> Iterator[Callable[[], None]]:
+    """Profile training steps taken inside the block; yield a function to call after each step.
 
     Args:
-        path: the trace to write; nothing is left there half-written.
-        steps: how many, from step SKIPPED + 1 on; none where it is 0.
-        device: whose kernels are recorded, beside those of the CPU.
+        path: trace file, written atomically.
+        steps: number of steps to record after SKIPPED_STEPS and one warm-up step; 0 disables profiling.
+        device: device whose kernels are recorded in addition to the CPU's operators.
     """
     if not steps:
         yield lambda: None
@@ -33,6 +33,6 @@ def profiled(path: Path, steps: int, device: torch.device) -> Iterator[Callable[
         part.replace(path)
 
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    when = schedule(wait=SKIPPED, warmup=1, active=steps, repeat=1)
+    when = schedule(wait=SKIPPED_STEPS, warmup=1, active=steps, repeat=1)
     with profile(activities=kinds, schedule=when, on_trace_ready=write) as trace:
         yield trace.step

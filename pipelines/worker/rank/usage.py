@@ -1,4 +1,4 @@
-"""What ranks take of their machines, told with the metrics of a step."""
+"""Memory and GPU utilisation of the ranks, logged with the metrics of a step."""
 
 from __future__ import annotations
 
@@ -11,32 +11,35 @@ import torch
 
 from vlm.training.parallel import global_max, global_sum, to_host
 
-UNIT = 1 if sys.platform == "darwin" else 1024
-"""Bytes in what the system calls a resident set's size."""
+MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
+"""Bytes per unit of `ru_maxrss`, the peak resident set size."""
 
 
-def usage(device: torch.device) -> dict[str, float]:
-    """Peaks of memory, of the rank that has taken most, and how busy the GPUs are, the mean of all ranks.
+def measure_usage(device: torch.device) -> dict[str, float]:
+    """Measure the peak memory of all ranks and their mean GPU utilisation.
 
-    Every rank calls this at the same step. The prefix is MLflow's: it shows such figures on a page of their own.
+    This is a collective: every rank calls it at the same step. MLflow shows metrics with the prefix `system/` on a
+    separate page.
 
     Returns:
-        system/memory_gb, resident; on GPUs system/gpu_memory_gb, allocated, and system/gpu_busy, the share of the last
-        moment (a sixth of a second to a second) in which a kernel ran, where nvidia-ml-py is installed.
+        system/memory_gb: largest peak of resident memory of any rank, in GB.
+        system/gpu_memory_gb: largest peak of allocated GPU memory of any rank, in GB; GPUs only.
+        system/gpu_busy: mean fraction of the driver's last sampling period (1/6 s to 1 s) in which a kernel ran;
+            GPUs only, and only with nvidia-ml-py installed.
     """
-    peaks = {"system/memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT / 1e9}
+    peaks = {"system/memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES / 1e9}
     if device.type == "cuda":
         peaks["system/gpu_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
     found = dict(zip(peaks, to_host(global_max(torch.tensor(list(peaks.values()), device=device))), strict=True))
     if device.type == "cuda":
-        busy = _busy(device)
+        busy = _gpu_utilisation(device)
         total, ranks = to_host(global_sum(torch.tensor([busy or 0.0, float(busy is not None)], device=device)))
         found |= {"system/gpu_busy": total / ranks} if ranks else {}
     return found
 
 
-def _busy(device: torch.device) -> float | None:
-    """None where it cannot be asked: without the package, or of a part of a GPU."""
+def _gpu_utilisation(device: torch.device) -> float | None:
+    """Read the utilisation of a GPU; None without nvidia-ml-py or on a MIG slice, which reports none."""
     if find_spec("pynvml"):
         from pynvml import NVMLError  # type: ignore[import-not-found]
 

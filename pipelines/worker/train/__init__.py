@@ -1,4 +1,5 @@
-"""A rank's training: the learner, its stages, checkpoints and validation.
+"""Training in a rank: the trainer, its stages, initial weights, checkpoints and validation.
 
-Start reading in `learner.py`; the loop itself is `vlm.training.loop`. May import torch; never pyspark, MLflow or Delta.
+Start reading in `trainer.py`; the training loop itself is `vlm.training.loop`. May import torch; never pyspark, MLflow
+or Delta.
 """

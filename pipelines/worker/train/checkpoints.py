@@ -1,11 +1,11 @@
-"""A run's checkpoints: written by a thread while training goes on, kept a few, found again after a failure.
+"""Checkpoints of a run: written in a background thread, pruned, and verified when a run resumes.
 
-The training loop waits for two things alone: the copy of its tensors, and the writing of the checkpoint before, so at
-most one copy lies in memory. What goes wrong in the thread is raised in the rank at its next step: a run that can write
-no checkpoint is not a run that goes well.
+The training loop waits only for the copy of its tensors and for the previous checkpoint to be written, so at most one
+copy is in memory. An error in the thread is raised in the rank at its next step, because a run that cannot write
+checkpoints must fail.
 
-Kept are the newest few, and the one whose step had the lowest `val/loss`. Which that is, the metric files say: nothing
-is remembered, so a restart keeps the same ones.
+The newest `train.keep_checkpoints` are kept, and the one with the lowest `val/loss`. The losses are read from the
+metric files, so a restarted run keeps the same checkpoints.
 """
 
 from __future__ import annotations
@@ -21,52 +21,52 @@ import torch
 from torch import distributed
 
 from pipelines.errors import UserError
-from pipelines.formats.run_folder import Metrics, RunDir, RunFile, read_json, step_of, write_json
+from pipelines.formats.run_folder import Metrics, RunFile, RunFolder, read_json, step_of, write_json
 from vlm.checkpoint import atomic_folder, verify_folder
 from vlm.config import config_differences
 from vlm.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-NONE = -1
-"""Instead of a step: there is no checkpoint."""
+NO_CHECKPOINT = -1
+"""Broadcast instead of a step if there is no checkpoint."""
 
 
 class CheckpointWriter:
-    """Rank 0's: writes checkpoints one after another in a thread of its own."""
+    """Writes checkpoints one after another in a background thread; used by rank 0 only."""
 
-    def __init__(self, run: RunDir, file: RunFile) -> None:
+    def __init__(self, run: RunFolder, file: RunFile) -> None:
         self._run, self._file, self._keep = run, file, file.config.train.keep_checkpoints
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Start writing the checkpoint of a step, when the one before is written.
+        """Wait for the previous checkpoint, then start writing the one of this step.
 
         Args:
-            step: steps taken.
+            step: number of steps taken.
             write: writes the files of a checkpoint into an empty folder.
 
         Raises:
-            OSError, ...: the one before could not be written.
+            OSError, ...: the previous checkpoint could not be written.
         """
         self.wait()
         self._pending = self._thread.submit(self._write, step, write)
 
     def check(self) -> None:
-        """Look whether writing has failed, without waiting.
+        """Raise the error of a failed write; do not wait for a write in progress.
 
         Raises:
-            OSError, ...: it has.
+            OSError, ...: the checkpoint could not be written.
         """
         if self._pending and self._pending.done():
             self._pending.result()
 
     def wait(self) -> None:
-        """Return when everything is written.
+        """Wait until the last checkpoint is written.
 
         Raises:
-            OSError, ...: it could not be.
+            OSError, ...: the checkpoint could not be written.
         """
         if self._pending:
             self._pending.result()
@@ -82,84 +82,89 @@ class CheckpointWriter:
                 shutil.rmtree(folder)
 
 
-def best_checkpoint(run: RunDir) -> Path | None:
-    """The checkpoint whose step was validated with the lowest loss; None where no step with a checkpoint was."""
-    losses = {folder: loss for folder in run.finished_checkpoints() if (loss := _validated(run, folder)) is not None}
+def best_checkpoint(run: RunFolder) -> Path | None:
+    """Return the checkpoint with the lowest validation loss; None if no checkpointed step was validated."""
+    losses = {
+        folder: loss for folder in run.finished_checkpoints() if (loss := _validation_loss(run, folder)) is not None
+    }
     return min(losses, key=losses.__getitem__) if losses else None
 
 
-def _validated(run: RunDir, folder: Path) -> float | None:
+def _validation_loss(run: RunFolder, folder: Path) -> float | None:
     path = run.metrics(step_of(folder))
     return read_json(path, Metrics).values.get("val/loss") if path.exists() else None
 
 
-def agree(run: RunDir, rank: int, device: torch.device) -> Path | None:
-    """The checkpoint that all ranks go on from: the newest one that is whole, or None where there is none yet.
+def find_common_checkpoint(run: RunFolder, rank: int, device: torch.device) -> Path | None:
+    """Return the newest intact checkpoint, from which all ranks resume, or None if there is none yet.
 
-    Rank 0 compares every byte of it with what was written, and puts aside what is damaged.
+    This is a collective. Rank 0 verifies the digest of every file, and renames damaged checkpoints.
 
     Raises:
-        CheckpointError: there are checkpoints, and not one of them is whole.
-        UserError: this rank does not see the checkpoint that rank 0 has found.
+        CheckpointError: there are checkpoints, but none is intact.
+        UserError: this rank cannot see the checkpoint that rank 0 has found.
     """
-    step = torch.tensor(NONE, device=device)
-    if rank == 0 and (found := _newest_whole(run)):
+    step = torch.tensor(NO_CHECKPOINT, device=device)
+    if rank == 0 and (found := _newest_intact(run)):
         step.fill_(step_of(found))
     distributed.broadcast(step, src=0)
-    if int(step) == NONE:
+    if int(step) == NO_CHECKPOINT:
         return None
     folder = run.checkpoint(int(step))
     if not folder.is_dir():
         raise UserError(
-            "a rank does not see the checkpoint that the others go on from",
+            "a rank cannot see the checkpoint that the other ranks resume from",
             where=str(folder),
             got="no such folder on this host",
-            fix="all ranks must see the same run folder; start the run again",
+            fix="make the same run folder visible to all ranks, then start the run again",
         )
     return folder
 
 
-def _newest_whole(run: RunDir) -> Path | None:
+def _newest_intact(run: RunFolder) -> Path | None:
     finished, problems = run.finished_checkpoints(), []
     for folder in reversed(finished):
         try:
             verify_folder(folder)
         except CheckpointError as error:
-            log.warning("%s; it is put aside, and an earlier one is looked for", error)
+            log.warning("%s The checkpoint is renamed, and an earlier one is tried.", error)
             problems.append(f"{folder.name}: {error.got}")
             continue
         for damaged in finished[finished.index(folder) + 1 :]:
-            run.put_aside(damaged)
+            run.mark_damaged(damaged)
         return folder
     if problems:
         raise CheckpointError(
-            "no checkpoint of the run is whole",
+            "no checkpoint of the run is intact",
             where=str(run.checkpoints),
             got="; ".join(problems),
-            fix="copy one back from a backup, or remove that folder: then the run starts over",
+            fix="restore a checkpoint from a backup, or remove that folder to start the run from step 0",
         )
     return None
 
 
-def refuse_other_science(folder: Path, file: RunFile) -> None:
-    """Compare what a checkpoint was learned with to what the run is to go on with.
+def check_settings(folder: Path, file: RunFile) -> None:
+    """Check that a checkpoint was trained with the settings and data of the run.
 
     Raises:
-        UserError: they differ; lists all that does.
+        UserError: some differ; lists each difference.
     """
-    there = read_json(folder / "run.json", RunFile)
-    differing = list(config_differences(_science(there), _science(file)))
+    saved = read_json(folder / "run.json", RunFile)
+    differing = list(config_differences(_outcome_settings(saved), _outcome_settings(file)))
     if differing:
         raise UserError(
-            "the checkpoint was learned with other settings than the run has now",
+            "the checkpoint was trained with other settings than the run has now",
             where=str(folder),
             got="; ".join(differing),
-            fix="`lakesight train` gives other settings a folder of their own; put run.json back as it was",
+            fix="restore run.json to these settings; `lakesight train` creates a separate folder for other settings",
         )
 
 
-def _science(file: RunFile) -> dict[str, Any]:
-    """What determines the outcome of a run. The weights it starts from matter to its first step alone."""
+def _outcome_settings(file: RunFile) -> dict[str, Any]:
+    """Return the settings and the data hash that determine the outcome of a run.
+
+    `train.start_from` is left out, because it only sets the weights of step 0.
+    """
     train = file.config.train.science()
     train.pop("start_from")
     return {"model": file.config.model.model_dump(), "train": train, "shards": file.content_hash}

@@ -1,8 +1,8 @@
-"""Where a run's weights come from, and what its checkpoints hold of them.
+"""Initial weights of a run, and the weights in its checkpoints.
 
-Without an adapter a checkpoint holds the whole model. With one it holds the adapter alone, a few hundredths of the
-size, because the rest lies in `train.start_from`; the last one holds the merged model beside it, so whoever evaluates,
-captions or serves the run finds a plain model and need not know.
+Without an adapter a checkpoint contains the whole model. With an adapter it contains only the adapter, a few percent of
+the size, because the base weights are in `train.start_from`. The last checkpoint of an adapter run also contains the
+merged model, so evaluation, captioning and serving load it like any other model.
 """
 
 from __future__ import annotations
@@ -33,21 +33,23 @@ from vlm.training.adapters import (
 from vlm.training.state import TrainingSnapshot, save_state, snapshot_training
 
 
-class Start:
-    """Makes the model that a run begins with, and reads and writes the run's checkpoints."""
+class ModelBuilder:
+    """Builds the model of a run with its initial weights, and loads and saves weights of checkpoints."""
 
     def __init__(self, config: ModelConfig, settings: TrainConfig, tokenizer: Tokenizer) -> None:
         self.config, self.settings, self.tokenizer = config, settings, tokenizer
         self.weights = Path(settings.start_from) / WEIGHTS if settings.start_from else None
 
     def model(self, device: torch.device) -> VisionLanguageModel:
-        """Fresh or given weights, and a fresh adapter where there is to be one; torch's generator draws.
+        """Build the model with new or loaded weights, and with a new adapter if one is configured.
+
+        New weights are drawn from torch's global generator.
 
         Raises:
-            CheckpointError: the weights to start from cannot be read or are of another model.
-            ConfigError: the adapter's pattern matches nothing that can be adapted.
+            CheckpointError: the weights in `train.start_from` cannot be read or belong to another model.
+            ConfigError: the adapter's pattern matches no layer that can be adapted.
         """
-        model = self._base()
+        model = self._base_model()
         if self.settings.adapter:
             add_adapter(model, self.settings.adapter)
             if self.settings.precision == "bf16":
@@ -55,19 +57,19 @@ class Start:
         return model.to(device)
 
     def plain(self, weights: Mapping[str, Tensor], device: torch.device) -> VisionLanguageModel:
-        """A whole model with these weights, by name."""
-        with torch.random.fork_rng(devices=[]):  # its fresh weights are overwritten: leave the caller's generator alone
+        """Build an unsharded model from weights by name, without advancing torch's random generator."""
+        with torch.random.fork_rng(devices=[]):
             model = build_model(self.config, self.tokenizer.vocab_size).to(device)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(weights[name])
         return model
 
-    def fill(self, folder: Path, model: VisionLanguageModel) -> None:
-        """Give a model the weights that a checkpoint of the run holds.
+    def load(self, folder: Path, model: VisionLanguageModel) -> None:
+        """Load the weights of a checkpoint into the model.
 
         Raises:
-            CheckpointError: it is damaged, or of another model or base.
+            CheckpointError: the checkpoint is damaged, or belongs to another model or base.
         """
         if self.settings.adapter:
             load_adapter_weights(folder, model, self._digest)
@@ -77,7 +79,10 @@ class Start:
     def copy(
         self, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, step: int, *, last: bool
     ) -> Callable[[Path], None]:
-        """Copy all that a checkpoint holds; returns what writes it into an empty folder, at any later time."""
+        """Copy the state of the training; return a function that writes it as a checkpoint into an empty folder.
+
+        The function may be called later, while training continues.
+        """
         adapted = self.settings.adapter is not None
         copy = snapshot_training(adapter_weights(model) if adapted else model_weights(model), model, optimizer, step)
         return lambda folder: self._write(folder, copy, last=last)
@@ -89,13 +94,13 @@ class Start:
             return
         save_adapter_weights(folder, copy.weights, self.settings.adapter, self._digest)
         if last:
-            # From the files, as anybody would: the model that has learned may hold its base in half precision.
-            merged = self._base()
+            # Merge from the files, because the trained model may hold its base weights in half precision.
+            merged = self._base_model()
             load_adapter(folder, merged, self._digest)
             merge_adapter(merged)
             save_model(folder, merged, self.tokenizer)
 
-    def _base(self) -> VisionLanguageModel:
+    def _base_model(self) -> VisionLanguageModel:
         model = build_model(self.config, self.tokenizer.vocab_size)
         if self.weights:
             load_weights(model, self.weights)

@@ -1,7 +1,7 @@
-"""The stages of a run: from which step to which what learns, and at which rate.
+"""Stages of a training run: the steps of each, its trainable parameters and their learning rates.
 
-A stage begins with a fresh optimizer over what learns in it, so a frozen parameter has neither a gradient nor moments,
-and a run that is resumed at the first step of a stage needs nothing but weights.
+A stage starts with a new optimizer over its trainable parameters. So frozen parameters have neither gradients nor
+moments, and a run resumed at the first step of a stage needs only the weights.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Stage:
     """Steps [first, end) of a run.
 
     Attributes:
-        first: number of its first step.
-        end: number of the first step after it.
-        lr: the largest learning rate.
-        rates: by pattern of parameters' names; None where all that may learn does so at `lr`.
+        first: its first step.
+        end: the first step after it.
+        lr: largest learning rate of any parameter.
+        rates: learning rate by pattern of parameter names; None trains all trainable parameters at `lr`.
     """
 
     first: int
@@ -33,26 +33,26 @@ class Stage:
     lr: float
     rates: Mapping[str, float] | None
 
-    def begin(self, model: VisionLanguageModel, settings: TrainConfig) -> torch.optim.Optimizer:
-        """Freeze what does not learn in this stage; returns a fresh optimizer over what does.
+    def start(self, model: VisionLanguageModel, settings: TrainConfig) -> torch.optim.Optimizer:
+        """Freeze the parameters that this stage does not train; return a new optimizer over the others.
 
         Raises:
-            ConfigError: a pattern matches no parameter that no pattern before it matches.
+            ConfigError: a pattern matches no parameter that is still unmatched by the patterns before it.
         """
         if self.rates is not None:
             set_trainable(model, self.rates)
-        chosen = settings.optimizer
-        return build_adamw(model, lr=self.lr, betas=chosen.betas, weight_decay=chosen.weight_decay, rates=self.rates)
+        config = settings.optimizer
+        return build_adamw(model, lr=self.lr, betas=config.betas, weight_decay=config.weight_decay, rates=self.rates)
 
     def lr_of(self, step: int, settings: TrainConfig) -> float:
-        """The largest learning rate at a step of the run."""
-        chosen = settings.optimizer
+        """Return the largest learning rate at a step of the run."""
+        config = settings.optimizer
         length = self.end - self.first
-        return self.lr * schedule(chosen.schedule, step - self.first, steps=length, warmup_steps=chosen.warmup_steps)
+        return self.lr * schedule(config.schedule, step - self.first, steps=length, warmup_steps=config.warmup_steps)
 
 
-def plan(settings: TrainConfig) -> list[Stage]:
-    """The stages of a run, one after another; a run without any is one."""
+def plan_stages(settings: TrainConfig) -> list[Stage]:
+    """Return the stages of a run in order; a run without configured stages has a single one."""
     if not settings.stages:
         return [Stage(0, settings.steps, settings.optimizer.lr, None)]
     ends = list(itertools.accumulate(stage.steps for stage in settings.stages))
@@ -63,5 +63,5 @@ def plan(settings: TrainConfig) -> list[Stage]:
 
 
 def stage_at(stages: list[Stage], step: int) -> Stage:
-    """The stage that takes a step; the last one, where none is left."""
+    """Return the stage that contains a step, or the last stage if the step is after all of them."""
     return next((stage for stage in stages if step < stage.end), stages[-1])

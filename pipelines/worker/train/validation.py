@@ -1,4 +1,4 @@
-"""What a model is worth on pictures it does not learn from: loss, blind gap, and a few captions to read."""
+"""Validation on pictures not trained on: loss, blind gap, and sample captions."""
 
 from __future__ import annotations
 
@@ -28,30 +28,40 @@ def validate(
     batch_size: int,
     rank: int,
     world_size: int,
-    alive: Callable[[], None],
+    report_progress: Callable[[], None],
 ) -> dict[str, float]:
-    """val/loss (nats per token) and val/blind_gap over the first rows of the shards, shared among the ranks.
+    """Compute val/loss (nats per token) and val/blind_gap on the first rows of the shards, divided among the ranks.
 
-    The blind gap is the loss with the picture of the next row instead of the right one, minus the loss: zero for a
-    model that does not look. A single row has no other picture, and then there is no gap to report.
+    The blind gap is the loss with the picture of the next row, minus the loss with the right picture. It is zero for a
+    model that ignores the picture. With a single row there is no other picture, and no gap is reported.
 
-    Every rank calls this at the same step, and gets the same values; `alive` is called after each batch.
+    This is a collective: every rank calls it at the same step and gets the same values.
+
+    Args:
+        model: the model; put into training mode afterwards.
+        shards: validation shards.
+        collator: collator of the model.
+        num_rows: largest number of rows to validate on.
+        batch_size: rows per batch of a rank.
+        rank: 0 <= rank < world_size.
+        world_size: number of ranks.
+        report_progress: called after each batch.
     """
     total = min(num_rows, len(shards))
-    own = np.array_split(np.arange(total), world_size)[rank].tolist()
+    rank_rows = np.array_split(np.arange(total), world_size)[rank].tolist()
     device = model.mean.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     model.eval()
     for first in range(0, -(-total // world_size), batch_size):
-        # A model in slices is called by all ranks equally often: one that has no rows left looks at the first again.
-        indexes = own[first : first + batch_size]
+        # All ranks must call a sharded model equally often: a rank without rows left computes row 0 and discards it.
+        indexes = rank_rows[first : first + batch_size]
         counts, indexes = bool(indexes), indexes or [0]
         rows = [shards.row(index) for index in indexes]
-        batch = collator.batch(rows, [row.texts[0] for row in rows]).to(device)
+        batch = collator.collate(rows, [row.texts[0] for row in rows]).to(device)
         others = np.stack([shards.row((index + 1) % total).pixels for index in indexes])
         losses = blind_losses(model, batch, torch.from_numpy(others).to(device))
         sums += counts * torch.stack([values_B.double().sum() for values_B in losses])
-        alive()
+        report_progress()
     model.train()
     right, wrong, tokens = global_sum(sums).tolist()
     values = {"val/loss": right / tokens}
@@ -63,18 +73,18 @@ def validate(
 def caption_samples(
     model: VisionLanguageModel, tokenizer: Tokenizer, shards: Shards, count: int
 ) -> tuple[CaptionSample, ...]:
-    """What the model says about the first pictures of the shards. Rows whose prompt leaves no room are left out."""
+    """Caption the first pictures of the shards, skipping rows whose prompt leaves no space for a caption."""
     config = model.config
-    room = config.decoder.context - config.generation.max_new_tokens
+    max_prefix = config.decoder.context - config.generation.max_new_tokens
     samples = []
     model.eval()
     for index in range(min(count, len(shards))):
         row = shards.row(index)
         prompt, text = row.texts[0]
         prefix = prefix_ids(tokenizer, config.num_slots, prompt)
-        if len(prefix) <= room:
+        if len(prefix) <= max_prefix:
             request = Request(prefix, (torch.tensor(row.pixels),))
-            (answer,) = generate(model, tokenizer, [request], config.generation)
-            samples.append(CaptionSample(row=index, image_id=row.image_id, text=text, caption=answer.text))
+            (generated,) = generate(model, tokenizer, [request], config.generation)
+            samples.append(CaptionSample(row=index, image_id=row.image_id, text=text, caption=generated.text))
     model.train()
     return tuple(samples)

@@ -11,7 +11,7 @@ from tiny_models import VARIANTS, tiny_batch, tiny_model
 
 from pipelines.config import TrainConfig
 from pipelines.config import load_model as load_config
-from pipelines.worker.train.initial_weights import Start
+from pipelines.worker.train.initial_weights import ModelBuilder
 from vlm.batch import Batch
 from vlm.build import build_model
 from vlm.checkpoint import load_model, save_model
@@ -196,7 +196,7 @@ def test_a_resumed_adapter_run_equals_the_uninterrupted_run_and_ends_with_a_plai
 ) -> None:
     config = ModelConfig.model_validate_json((base / "config.json").read_text())
     _, tokenizer = tiny_model("plain")
-    start = Start(config, TrainConfig(start_from=str(base), adapter=BLOCKS), tokenizer)
+    start = ModelBuilder(config, TrainConfig(start_from=str(base), adapter=BLOCKS), tokenizer)
     ends = []
     for stop in (8, 3):
         torch.manual_seed(0)
@@ -211,7 +211,7 @@ def test_a_resumed_adapter_run_equals_the_uninterrupted_run_and_ends_with_a_plai
             torch.manual_seed(9)
             model = start.model(CPU)
             optimizer = adamw(model)
-            start.fill(tmp_path / "middle", model)
+            start.load(tmp_path / "middle", model)
             assert load_state(tmp_path / "middle", model, optimizer) == stop
             learn(model, optimizer, iter(batches[stop:]), start=stop)
         (tmp_path / f"end-{stop}").mkdir()
@@ -226,7 +226,7 @@ def test_a_resumed_adapter_run_equals_the_uninterrupted_run_and_ends_with_a_plai
 def test_a_run_with_start_from_loads_the_weights_of_the_folder(base: Path) -> None:
     _, tokenizer = tiny_model("plain")
     config = ModelConfig.model_validate_json((base / "config.json").read_text())
-    model = Start(config, TrainConfig(start_from=str(base)), tokenizer).model(CPU)
+    model = ModelBuilder(config, TrainConfig(start_from=str(base)), tokenizer).model(CPU)
     given, _ = load_model(base)
     assert all(torch.equal(tensor, weights(given)[name]) for name, tensor in weights(model).items())
     assert all(p.requires_grad for p in model.parameters())

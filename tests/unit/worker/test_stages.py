@@ -1,4 +1,4 @@
-"""A run in stages: the projector learns first, then all; resumed anywhere it ends the same."""
+"""Training in stages: frozen parameters, learning rates per stage, and resumption in any stage."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from torch._C._distributed_c10d import HashStore
 
 from pipelines.config import OptimizerConfig, StageConfig, TrainConfig, load_run
 from pipelines.errors import ConfigError
-from pipelines.formats.run_folder import RunDir
-from pipelines.worker.rank.env import Place
-from pipelines.worker.rank.failure import Watch
-from pipelines.worker.train.learner import Learner
-from pipelines.worker.train.stages import plan
+from pipelines.formats.run_folder import RunFolder
+from pipelines.worker.rank.env import RankEnv
+from pipelines.worker.rank.failure import RankMonitor
+from pipelines.worker.train.stages import plan_stages
+from pipelines.worker.train.trainer import Trainer
 
 PROJECTOR = {"steps": 6, "groups": [{"pattern": "projector.*", "lr": 4e-3}]}
 ALL = {"steps": 8, "groups": [{"pattern": "encoder.*", "lr": 1e-3}, {"pattern": ".*", "lr": 2e-3}]}
 
 
 class Killed(BaseException):
-    """Ends a rank in the middle."""
+    """Raised to end a rank in the middle of a run."""
 
 
-class Fuse(Watch):
-    """A watch that ends the rank after some steps."""
+class KillingMonitor(RankMonitor):
+    """A monitor that ends the rank at a given step."""
 
-    def __init__(self, run: RunDir, after: int) -> None:
+    def __init__(self, run: RunFolder, after: int) -> None:
         super().__init__(run, 0)
         self.after = after
 
-    def at(self, step: int) -> None:
+    def report_step(self, step: int) -> None:
         if step == self.after:
             raise Killed
 
 
 @pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    """A group of one rank."""
+def group_of_one() -> Iterator[None]:
+    """Open a process group with one rank."""
     distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
@@ -56,26 +56,26 @@ def make_run(tmp_path: Path) -> Any:
     return lambda name, **more: write_run(tmp_path / name, tiny_run(steps=14, **settings, **more), *shards)
 
 
-def train(run: RunDir, after: int = 99) -> None:
-    """From the last checkpoint until the fuse goes."""
-    learner = Learner.build(run, run.read_run(), Place(0, 1, 0, 1), Fuse(run, after), torch.device("cpu"))
-    torch.set_num_threads(1)  # the rank has taken the host's cores for itself; here other tests run beside it
+def train(run: RunFolder, after: int = 99) -> None:
+    """Train from the last checkpoint to the end, or until `after` steps are taken."""
+    trainer = Trainer.build(run, run.read_run(), RankEnv(0, 1, 0, 1), KillingMonitor(run, after), torch.device("cpu"))
+    torch.set_num_threads(1)  # `build` sets it to all cores of the host, which other tests use too
     try:
-        learner.learn()
+        trainer.train()
     finally:
-        learner.checkpoints.wait()
+        trainer.checkpoints.wait()
 
 
-def weights(run: RunDir, step: int) -> dict[str, torch.Tensor]:
+def weights(run: RunFolder, step: int) -> dict[str, torch.Tensor]:
     return load_file(run.checkpoint(step) / "model.safetensors")
 
 
-def learning_rates(run: RunDir) -> list[float]:
+def learning_rates(run: RunFolder) -> list[float]:
     return [metrics.values["train/lr"] for metrics in run.read_metrics()]
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
-def test_what_is_frozen_keeps_its_bits_and_a_run_resumed_in_any_stage_ends_the_same(
+def test_frozen_parameters_do_not_change_and_a_resumed_run_ends_with_equal_weights(
     make_run: Any, ema_decay: float | None
 ) -> None:
     optimizer = OptimizerConfig(warmup_steps=2, ema_decay=ema_decay)
@@ -86,9 +86,9 @@ def test_what_is_frozen_keeps_its_bits_and_a_run_resumed_in_any_stage_ends_the_s
     assert moved == {name for name in first if name.startswith("projector.")}
     assert {name for name in first if not torch.equal(middle[name], last[name])} == set(first)
     state = {name.partition(":")[0] for name in load_file(whole.checkpoint(6) / "training.safetensors")}
-    assert state == moved  # no moments for the rest
+    assert state == moved  # frozen parameters have no optimizer state
 
-    for after in (5, 8, 11):  # goes on from the middle of a stage, from a boundary, from the middle of the next stage
+    for after in (5, 8, 11):  # resumes within a stage, at a boundary, and within the next stage
         broken = make_run(f"broken-{after}", optimizer=optimizer)
         with pytest.raises(Killed):
             train(broken, after)
@@ -101,14 +101,14 @@ def test_what_is_frozen_keeps_its_bits_and_a_run_resumed_in_any_stage_ends_the_s
 
 def test_each_stage_has_its_own_warmup_and_decay(make_run: Any) -> None:
     settings = make_run("run").read_run().config.train
-    first, second = plan(settings)
+    first, second = plan_stages(settings)
     assert [(s.first, s.end, s.lr) for s in (first, second)] == [(0, 6, 4e-3), (6, 14, 2e-3)]
     assert [first.lr_of(step, settings) for step in (0, 2)] == [2e-3, 4e-3]  # warmup_steps: 2
     assert [second.lr_of(step, settings) for step in (6, 8)] == [1e-3, 2e-3]
     assert first.lr_of(5, settings) == pytest.approx(0.05 * 4e-3)
 
 
-def test_stages_say_how_long_a_run_is() -> None:
+def test_the_stages_define_the_steps_of_the_run() -> None:
     assert TrainConfig.model_validate({"stages": [PROJECTOR, ALL]}).steps == 14
     assert TrainConfig.model_validate({"stages": [StageConfig.model_validate(ALL)]}).steps == 8
 
@@ -116,15 +116,18 @@ def test_stages_say_how_long_a_run_is() -> None:
 @pytest.mark.parametrize(
     ("setting", "problem"),
     [
-        ("train.steps=20", "steps is 20, the stages have 450 together: leave steps out"),
-        ("train.stages=[{steps: 5, groups: [{pattern: '.*', lr: 0}]}]", "every group has lr 0: nothing would learn"),
+        ("train.steps=20", "steps is 20, but the stages have 450 in total: leave steps out"),
+        (
+            "train.stages=[{steps: 5, groups: [{pattern: '.*', lr: 0}]}]",
+            "every group has lr 0, so no parameter would learn",
+        ),
         ("train.stages=[{steps: 5, groups: []}]", "train.stages.0.groups"),
         ("train.stages=[{steps: 5, groups: [{pattern: '(', lr: 1}]}]", "not a regular expression"),
         ("train.stages=[{groups: [{pattern: '.*', lr: 1}]}]", "train.stages.0.steps: missing"),
-        ("train.stages=[{steps: 5, groups: [{pattern: a, lr: 1}, {pattern: a, lr: 2}]}]", "a pattern comes twice"),
+        ("train.stages=[{steps: 5, groups: [{pattern: a, lr: 1}, {pattern: a, lr: 2}]}]", "a pattern occurs twice"),
     ],
 )
-def test_stages_that_cannot_be_are_refused(setting: str, problem: str) -> None:
+def test_invalid_stages_are_refused(setting: str, problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_run("staged", overrides=[setting])
     assert problem in str(caught.value)

@@ -1,4 +1,4 @@
-"""What a rank says of its speed: steps count, pauses do not, and waiting for batches is told apart."""
+"""Stopwatch: rates count training steps and waits for batches, but not pauses."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Clock:
         return self.now
 
 
-def test_a_lap_counts_steps_and_waiting_but_no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lap_counts_steps_and_waits_but_no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.worker.rank.metrics.time.perf_counter", clock := Clock())
     batch = Batch(*(torch.zeros(1) for _ in Batch.__dataclass_fields__))
 
-    def loaded() -> Iterator[list[Batch]]:
+    def batches() -> Iterator[list[Batch]]:
         for _ in range(3):
             clock.now += 0.5
             yield [batch]
@@ -31,7 +31,7 @@ def test_a_lap_counts_steps_and_waiting_but_no_pauses(monkeypatch: pytest.Monkey
     stopwatch = Stopwatch()
     stopwatch.start()
     laps = []
-    for _ in stopwatch.waiting(loaded()):
+    for _ in stopwatch.time_waits(batches()):
         clock.now += 1.5
         stopwatch.stop(samples=8, tokens=24)
         laps.append(stopwatch.lap())

@@ -1,4 +1,4 @@
-"""The shard format: any row in O(1), whole files or none, damage noticed, equal hashes for equal data."""
+"""Shard format: reads of single rows, atomic writes, damaged files, and content hashes."""
 
 from __future__ import annotations
 
@@ -56,34 +56,34 @@ def pixels(index: int) -> npt.NDArray[np.uint8]:
     return np.full((SIDE, SIDE, 3), index % 251, np.uint8)
 
 
-def batches(wanted: ShardRequest, first: int, count: int, size: int = 17) -> Iterator[pa.RecordBatch]:
+def batches(template: ShardRequest, first: int, count: int, size: int = 17) -> Iterator[pa.RecordBatch]:
     for start in range(first, first + count, size):
         numbers = range(start, min(start + size, first + count))
         rows = [
             {
                 "image_id": f"demo/{n}",
-                "pixels": encode_pixels(pixels(n), wanted.encoding),
+                "pixels": encode_pixels(pixels(n), template.encoding),
                 "texts": [{"prompt": "", "text": f"number {n}"}, {"prompt": "odd?", "text": "yes" if n % 2 else "no"}],
             }
             for n in numbers
         ]
-        yield pa.RecordBatch.from_pylist(rows, shard_schema(wanted))
+        yield pa.RecordBatch.from_pylist(rows, shard_schema(template))
 
 
-def write(folder: Path, wanted: ShardRequest, total: int, size: int = 17) -> Shards:
+def write(folder: Path, template: ShardRequest, total: int, size: int = 17) -> Shards:
     folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, total, wanted.rows)
+    starts = range(0, total, template.rows)
     files = [
-        write_shard_file(folder, i, wanted, batches(wanted, start, min(wanted.rows, total - start), size))
+        write_shard_file(folder, i, template, batches(template, start, min(template.rows, total - start), size))
         for i, start in enumerate(starts)
     ]
-    write_manifest(folder, Manifest(request=wanted, files=tuple(files)))
+    write_manifest(folder, Manifest(request=template, files=tuple(files)))
     return Shards.open(folder)
 
 
 @settings(deadline=None, max_examples=15)
 @given(total=st.integers(1, 400), rows=st.sampled_from([1, 63, BATCH_ROWS, 65, 150]), size=st.integers(1, 90))
-def test_any_row_is_found_whatever_the_sizes(
+def test_every_row_is_found_for_all_file_and_batch_sizes(
     tmp_path_factory: pytest.TempPathFactory, total: int, rows: int, size: int
 ) -> None:
     shards = write(tmp_path_factory.mktemp("shards"), request(rows=rows), total, size)
@@ -97,28 +97,28 @@ def test_any_row_is_found_whatever_the_sizes(
         shards.row(total)
 
 
-def test_a_row_is_read_alone_and_not_its_whole_batch(tmp_path: Path) -> None:
-    """Rows are read at random: what is read beside each is read again for the next."""
+def test_reading_a_row_does_not_read_its_whole_record_batch(tmp_path: Path) -> None:
+    """Rows are read in random order, so reading more than one at a time would multiply the bytes read."""
     side, count = 224, 2 * BATCH_ROWS
-    wanted = request(image=ImageConfig(size=side), rows=count)
+    template = request(image=ImageConfig(size=side), rows=count)
     shown = np.zeros((side, side, 3), np.uint8).tobytes()
     rows = [{"image_id": str(n), "pixels": shown, "texts": [{"prompt": "", "text": ""}]} for n in range(count)]
-    batch = pa.RecordBatch.from_pylist(rows, shard_schema(wanted))
-    file = write_shard_file(tmp_path, 0, wanted, [batch])
-    write_manifest(tmp_path, Manifest(request=wanted, files=(file,)))
+    batch = pa.RecordBatch.from_pylist(rows, shard_schema(template))
+    file = write_shard_file(tmp_path, 0, template, [batch])
+    write_manifest(tmp_path, Manifest(request=template, files=(file,)))
     path = tmp_path / file.file
     with path.open("rb") as opened:
         os.fsync(opened.fileno())
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if in_memory(path) > 2**20:
-        pytest.skip("this file system keeps in memory what it is told to let go")
+        pytest.skip("this file system ignores POSIX_FADV_DONTNEED")
     row = Shards.open(tmp_path).row(70)
     assert not row.pixels.any()
     assert len(shown) <= in_memory(path) < 2**21 < file.bytes / 8
 
 
 def in_memory(path: Path) -> int:
-    """Bytes of a file that the kernel has in its cache."""
+    """Bytes of a file that are in the page cache."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as memory:
         pages = ctypes.create_string_buffer(-(-len(memory) // mmap.PAGESIZE))
         start = ctypes.c_char.from_buffer(memory)
@@ -127,14 +127,14 @@ def in_memory(path: Path) -> int:
     return sum(page & 1 for page in pages.raw) * mmap.PAGESIZE
 
 
-@pytest.mark.parametrize("places", [(0, 2**31 - 1), (0, 10**6), (-5, 0), (400, 300)])
-def test_a_picture_that_cannot_lie_where_its_file_says_is_damage(tmp_path: Path, places: tuple[int, int]) -> None:
+@pytest.mark.parametrize("offsets", [(0, 2**31 - 1), (0, 10**6), (-5, 0), (400, 300)])
+def test_impossible_offsets_of_a_picture_are_reported_as_damage(tmp_path: Path, offsets: tuple[int, int]) -> None:
     shards = write(tmp_path, request(encoding="jpeg"), 10)
     path, length = tmp_path / shards.manifest.files[0].file, len(encode_pixels(pixels(0), "jpeg"))
     content = path.read_bytes()
-    there = np.array([0, length], np.int32).tobytes()
-    assert content.count(there) == 1
-    path.write_bytes(content.replace(there, np.array(places, np.int32).tobytes()))
+    stored = np.array([0, length], np.int32).tobytes()
+    assert content.count(stored) == 1
+    path.write_bytes(content.replace(stored, np.array(offsets, np.int32).tobytes()))
     with pytest.raises(StageFailed, match=r"damaged.*shard-000000\.arrow, row 0"):
         Shards.open(tmp_path).row(0)
 
@@ -150,18 +150,17 @@ print(len({shards.row(index).image_id for index in range(len(shards))}))
 
 
 @pytest.mark.parametrize(
-    ("hard", "said"), [(4096, "^150\n$"), (100, "more files than a process may open.*limit of 100 open")]
+    ("hard", "expected"),
+    [(4096, "^150\n$"), (100, "more files than a process may open on this host.*limit of 100 open")],
 )
-def test_shards_of_more_files_than_a_process_usually_opens_are_read_or_it_is_said(
-    tmp_path: Path, hard: int, said: str
-) -> None:
+def test_the_limit_of_open_files_is_raised_or_reported(tmp_path: Path, hard: int, expected: str) -> None:
     write(tmp_path, request(rows=1), 150)
     command = [sys.executable, "-c", READ_ALL, str(tmp_path), str(hard)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert re.search(said, ended.stdout + ended.stderr), ended.stderr
+    assert re.search(expected, ended.stdout + ended.stderr), ended.stderr
 
 
-def test_a_mix_names_the_files_of_folders_beside_it_and_has_a_hash_of_its_own(tmp_path: Path) -> None:
+def test_a_mix_refers_to_files_of_other_shard_folders_and_has_its_own_hash(tmp_path: Path) -> None:
     parts = [
         ShardFolder(tmp_path / name, write(tmp_path / name, request(source=name, rows=rows), total).manifest, False)
         for name, rows, total in (("own", 60, 150), ("other", 7, 15))
@@ -181,18 +180,18 @@ def test_a_mix_names_the_files_of_folders_beside_it_and_has_a_hash_of_its_own(tm
         Shards.open(first.folder)
 
 
-def test_content_does_not_depend_on_the_batches_it_came_in(tmp_path: Path) -> None:
+def test_content_does_not_depend_on_the_input_batches(tmp_path: Path) -> None:
     one, other = (write(tmp_path / str(size), request(), 310, size) for size in (17, 64))
     assert one.manifest.content_hash == other.manifest.content_hash
     assert one.manifest == other.manifest
 
 
-def test_jpeg_shards_are_nearly_the_pixels(tmp_path: Path) -> None:
+def test_jpeg_shards_keep_pixels_within_two_levels(tmp_path: Path) -> None:
     shards = write(tmp_path, request(encoding="jpeg"), 70)
     assert np.abs(shards.row(69).pixels.astype(int) - pixels(69)).max() <= 2
 
 
-def test_texts_come_in_order_with_their_prompts(tmp_path: Path) -> None:
+def test_texts_are_read_in_row_order_with_their_prompts(tmp_path: Path) -> None:
     assert list(write(tmp_path, request(rows=2), 3).texts()) == [
         *("number 0", "odd?", "no"),
         *("number 1", "odd?", "yes"),
@@ -200,15 +199,15 @@ def test_texts_come_in_order_with_their_prompts(tmp_path: Path) -> None:
     ]
 
 
-def test_shards_travel_to_another_process_as_their_path(tmp_path: Path) -> None:
+def test_shards_are_pickled_as_their_path(tmp_path: Path) -> None:
     shards = write(tmp_path, request(), 10)
     shards.row(0)
-    travelled = pickle.dumps(shards)
-    assert len(travelled) < 500
-    assert np.array_equal(pickle.loads(travelled).row(7).pixels, pixels(7))
+    pickled = pickle.dumps(shards)
+    assert len(pickled) < 500
+    assert np.array_equal(pickle.loads(pickled).row(7).pixels, pixels(7))
 
 
-def test_a_write_that_fails_leaves_no_file(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_no_file(tmp_path: Path) -> None:
     def broken() -> Iterator[pa.RecordBatch]:
         yield from batches(request(), 0, 100)
         raise OSError("no space left")
@@ -218,14 +217,14 @@ def test_a_write_that_fails_leaves_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_without_a_manifest_is_not_there(tmp_path: Path) -> None:
+def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
     write_shard_file(tmp_path, 0, request(), batches(request(), 0, 5))
     with pytest.raises(UserError, match="no training shards"):
         Shards.open(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["shortened", "missing"])
-def test_a_damaged_folder_is_refused_when_it_is_opened(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_folder_is_refused_on_opening(tmp_path: Path, damage: str) -> None:
     write(tmp_path, request(), 200)
     victim = tmp_path / "shard-000001.arrow"
     if damage == "shortened":
@@ -240,11 +239,11 @@ def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
     write(tmp_path, request(), 5)
     path = tmp_path / "manifest.json"
     path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
-    with pytest.raises(UserError, match="manifest cannot be read"):
+    with pytest.raises(UserError, match="manifest of the shards cannot be read"):
         read_manifest(tmp_path)
 
 
-def test_the_name_of_a_folder_says_everything_that_determines_its_content() -> None:
+def test_the_folder_name_depends_on_every_field_of_the_request() -> None:
     changes: list[dict[str, object]] = [
         {"table": "other.samples"},
         {"table_id": "recreated"},

@@ -1,4 +1,4 @@
-"""The order of samples: a permutation an epoch, the same sequence whatever the world size."""
+"""Row order: one permutation per epoch, and the same sequence for every world size."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.worker.data.order import Draw, bits, draw, fractions, hash64, mixed, permute
+from pipelines.worker.data.order import (
+    RowPicks,
+    hash64,
+    permute,
+    pick_mix_rows,
+    pick_rows,
+    random_bits,
+    random_fractions,
+)
 
 seeds = st.integers(-(2**63), 2**64)
 
 
 def epoch_of(num_rows: int, epoch: int, seed: int) -> list[int]:
-    places = np.arange(num_rows)
-    return [int(row) for row in permute(places, np.full(num_rows, epoch), num_rows=num_rows, seed=seed)]
+    positions = np.arange(num_rows)
+    return [int(row) for row in permute(positions, np.full(num_rows, epoch), num_rows=num_rows, seed=seed)]
 
 
 @given(num_rows=st.integers(1, 3000), epoch=st.integers(0, 2**40), seed=seeds)
@@ -28,14 +36,14 @@ def test_every_epoch_visits_every_row_once(num_rows: int, epoch: int, seed: int)
 
 @given(num_rows=st.integers(2**40, 2**46), seed=seeds)
 @settings(max_examples=20, deadline=None)
-def test_a_place_among_trillions_costs_no_memory(num_rows: int, seed: int) -> None:
-    places = np.array([0, 1, num_rows // 2, num_rows - 1])
-    rows = permute(places, np.zeros(4, np.int64), num_rows=num_rows, seed=seed)
+def test_a_position_among_trillions_needs_no_memory(num_rows: int, seed: int) -> None:
+    positions = np.array([0, 1, num_rows // 2, num_rows - 1])
+    rows = permute(positions, np.zeros(4, np.int64), num_rows=num_rows, seed=seed)
     assert len(set(rows.tolist())) == 4
     assert ((rows >= 0) & (rows < num_rows)).all()
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+def test_every_epoch_and_seed_has_its_own_order() -> None:
     orders = {tuple(epoch_of(100, epoch, seed)) for epoch in range(5) for seed in range(5)}
     assert len(orders) == 25
 
@@ -66,37 +74,39 @@ def test_neighbours_do_not_stay_neighbours() -> None:
     seed=st.integers(0, 9),
 )
 @settings(max_examples=50, deadline=None)
-def test_the_ranks_slices_make_the_batch_that_one_rank_would_see(
+def test_slices_of_all_ranks_make_the_batch_of_a_single_rank(
     step: int, share: int, world_size: int, num_rows: int, seed: int
 ) -> None:
     batch_size = 12 * share
     common = {"step": step, "batch_size": batch_size, "num_rows": num_rows, "seed": seed}
-    alone = draw(rank=0, world_size=1, **common)
-    slices = [draw(rank=rank, world_size=world_size, **common) for rank in range(world_size)]
-    assert np.concatenate([part.rows for part in slices]).tolist() == alone.rows.tolist()
-    assert np.concatenate([part.epochs for part in slices]).tolist() == alone.epochs.tolist()
+    single = pick_rows(rank=0, world_size=1, **common)
+    slices = [pick_rows(rank=rank, world_size=world_size, **common) for rank in range(world_size)]
+    assert np.concatenate([part.rows for part in slices]).tolist() == single.rows.tolist()
+    assert np.concatenate([part.epochs for part in slices]).tolist() == single.epochs.tolist()
 
 
-def test_512_ranks_share_a_billion_rows_and_256_go_on_where_they_ended() -> None:
-    """docs/training.md plans by this: no rank knows more than its number, and none has a shuffled list."""
+def test_512_ranks_share_a_billion_rows_and_256_ranks_continue_from_there() -> None:
+    """The cluster plan in docs/training.md relies on this: a rank needs its number only, not a shuffled list."""
     common = {"batch_size": 16_384, "num_rows": 10**9, "seed": 5}
     end_of_epoch = 10**9 // 16_384
-    before = [draw(end_of_epoch - 4 + n, rank=rank, world_size=512, **common) for n in range(4) for rank in range(512)]
-    after = [draw(end_of_epoch + n, rank=rank, world_size=256, **common) for n in range(4) for rank in range(256)]
+    before = [
+        pick_rows(end_of_epoch - 4 + n, rank=rank, world_size=512, **common) for n in range(4) for rank in range(512)
+    ]
+    after = [pick_rows(end_of_epoch + n, rank=rank, world_size=256, **common) for n in range(4) for rank in range(256)]
     rows, epochs = (np.concatenate(parts) for parts in zip(*before, *after, strict=True))
     positions = np.arange((end_of_epoch - 4) * 16_384, (end_of_epoch + 4) * 16_384)
     assert (epochs == positions // 10**9).all()
-    assert (rows == permute(positions % 10**9, epochs, num_rows=10**9, seed=5)).all(), "one sequence, whoever asks"
+    assert (rows == permute(positions % 10**9, epochs, num_rows=10**9, seed=5)).all(), "one sequence"
     for epoch in range(2):
         mine = rows[epochs == epoch]
         assert len(np.unique(mine)) == len(mine)
-        assert 0 <= mine.min() < 10**9 // 1000 < 999 * 10**9 // 1000 < mine.max() < 10**9, "from all over the data"
+        assert 0 <= mine.min() < 10**9 // 1000 < 999 * 10**9 // 1000 < mine.max() < 10**9, "from all data"
 
 
-def test_batches_go_on_across_the_end_of_an_epoch() -> None:
-    drawn = [draw(step, rank=0, world_size=1, batch_size=4, num_rows=6, seed=3) for step in range(3)]
-    assert [part.epochs.tolist() for part in drawn] == [[0, 0, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]]
-    rows = np.concatenate([part.rows for part in drawn])
+def test_batches_continue_across_the_end_of_an_epoch() -> None:
+    picks = [pick_rows(step, rank=0, world_size=1, batch_size=4, num_rows=6, seed=3) for step in range(3)]
+    assert [part.epochs.tolist() for part in picks] == [[0, 0, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]]
+    rows = np.concatenate([part.rows for part in picks])
     assert sorted(rows[:6]) == sorted(rows[6:]) == list(range(6))
 
 
@@ -105,13 +115,13 @@ parts = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, 
 
 @given(parts=parts, seed=st.integers(0, 9))
 @settings(max_examples=40, deadline=None)
-def test_a_mix_draws_each_part_as_often_as_it_should_and_wholly_before_a_row_comes_again(
+def test_a_mix_draws_each_part_by_its_share_and_all_its_rows_before_any_row_repeats(
     parts: list[tuple[int, int]], seed: int
 ) -> None:
     sizes, draws = ([pair[n] for pair in parts] for n in range(2))
     epoch, epochs = sum(draws), 5
-    drawn = draw(0, rank=0, world_size=1, batch_size=epoch * epochs, num_rows=epoch, seed=seed)
-    found = mixed(drawn, sizes, draws, seed=seed)
+    picks = pick_rows(0, rank=0, world_size=1, batch_size=epoch * epochs, num_rows=epoch, seed=seed)
+    found = pick_mix_rows(picks, sizes, draws, seed=seed)
     for first, size, share in zip(np.cumsum([0, *sizes]), sizes, draws, strict=False):
         mine = (found.rows >= first) & (found.rows < first + size)
         assert mine.reshape(epochs, epoch).sum(axis=1).tolist() == [share] * epochs
@@ -122,20 +132,20 @@ def test_a_mix_draws_each_part_as_often_as_it_should_and_wholly_before_a_row_com
         assert counts == [size] * whole + [rest]
 
 
-def test_the_order_is_the_same_for_ever() -> None:
-    """A change here breaks the resumption of every run that exists: do not update the numbers, keep the order."""
+def test_the_order_never_changes() -> None:
+    """Another order would break the resumption of every existing run: do not update these numbers."""
     assert epoch_of(8, 0, 0) == [6, 4, 5, 2, 1, 7, 0, 3]
     assert hash64(1, -2, 3) == 12056474070484764355
-    drawn = Draw(np.array([4, 5]), np.array([0, 1]))
-    assert bits(drawn, seed=-2).tolist() == [hash64(-2, 0, 4), hash64(-2, 1, 5)]
-    assert (fractions(drawn, 2, seed=-2) * 1e6).astype(int).tolist() == [[601109, 114547], [1050, 792469]]
+    picks = RowPicks(np.array([4, 5]), np.array([0, 1]))
+    assert random_bits(picks, seed=-2).tolist() == [hash64(-2, 0, 4), hash64(-2, 1, 5)]
+    assert (random_fractions(picks, 2, seed=-2) * 1e6).astype(int).tolist() == [[601109, 114547], [1050, 792469]]
 
 
-def test_random_numbers_of_a_row_are_its_own_and_spread_evenly() -> None:
-    rows, epochs = (places.ravel() for places in np.meshgrid(np.arange(100), np.arange(20)))
-    numbers = fractions(Draw(rows, epochs), 8, seed=1)
+def test_random_numbers_of_rows_are_distinct_and_uniform() -> None:
+    rows, epochs = (positions.ravel() for positions in np.meshgrid(np.arange(100), np.arange(20)))
+    numbers = random_fractions(RowPicks(rows, epochs), 8, seed=1)
     assert len(np.unique(numbers)) == numbers.size
-    assert (fractions(Draw(rows[7:9], epochs[7:9]), 3, seed=1) == numbers[7:9, :3]).all()
+    assert (random_fractions(RowPicks(rows[7:9], epochs[7:9]), 3, seed=1) == numbers[7:9, :3]).all()
     counts, _ = np.histogram(numbers, bins=20, range=(0, 1))
     assert ((counts - numbers.size / 20) ** 2 / (numbers.size / 20)).sum() < 19 + 4 * 38**0.5
     assert np.abs(np.corrcoef(numbers.T) - np.eye(8)).max() < 0.1

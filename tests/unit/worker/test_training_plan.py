@@ -1,4 +1,4 @@
-"""The plan in docs/training.md counts what the code sends: its figures are counted again here."""
+"""Figures of the cluster plan in docs/training.md equal those computed from the model configs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 from jobs.config import measure
 from pipelines.config import load_model
 
-PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
-GPU, GPUS, ROWS, LINE = 400e12, 8, 512, 100e9 / 8
-"""What the page assumes: operations a second that a GPU reaches, GPUs a node, rows a GPU, bytes a second of a line."""
+PAGE = (Path(__file__).parents[3] / "docs" / "training.md").read_text()
+GPU, GPUS, ROWS, LINK = 400e12, 8, 512, 100e9 / 8
+"""Assumptions of the page: FLOP/s of a GPU, GPUs per node, rows per GPU, bytes per second of a network link."""
 
 
 def row_of(name: str) -> list[str]:
@@ -36,7 +36,7 @@ def test_bytes_of_a_step_and_of_a_checkpoint_follow_from_the_weights(name: str) 
 def test_scaling_follows_from_compute_and_bytes(nodes: int) -> None:
     base = measure("base", load_model("base"))
     compute = ROWS * 3 * base.flops / GPU
-    sending = 8 * base.parameters * (nodes - 1) / nodes / LINE
+    sending = 8 * base.parameters * (nodes - 1) / nodes / LINK
     batch = nodes * GPUS * ROWS
     assert row_of(str(nodes)) == [
         f"{nodes * GPUS}",
@@ -48,7 +48,7 @@ def test_scaling_follows_from_compute_and_bytes(nodes: int) -> None:
     ]
 
 
-def test_rows_that_cover_the_line_are_counted() -> None:
+def test_the_smallest_rows_per_gpu_that_hide_communication_are_stated() -> None:
     base = measure("base", load_model("base"))
-    least = 8 * base.parameters / LINE / (3 * base.flops / GPU)
+    least = 8 * base.parameters / LINK / (3 * base.flops / GPU)
     assert f"Below {least:.0f} rows per GPU" in PAGE

@@ -1,4 +1,4 @@
-"""Batches: what is a target and what is not, which text a picture shows, and order under workers."""
+"""Batches: targets, the text shown with a picture, parts, mixes, and order with loader threads."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tiny_runs import global_batches, tiny_model_config, write_shards
 
 from pipelines.driver.shard import ShardFolder, write_mix
 from pipelines.formats.shards import Row, Shards
-from pipelines.worker.data.batches import Collator, ahead, training_batches
-from pipelines.worker.data.prefetch import copied_ahead
+from pipelines.worker.data.batches import Collator, map_ahead, training_batches
+from pipelines.worker.data.prefetch import prefetch_to_device
 from vlm.batch import IGNORE, Batch
 from vlm.text.chars import CharTokenizer
 
@@ -33,11 +33,11 @@ def row(*texts: tuple[str, str]) -> Row:
 
 
 def collate(*texts: tuple[str, str]) -> Batch:
-    return Collator(TOKENIZER, MODEL).batch([row(text) for text in texts], texts)
+    return Collator(TOKENIZER, MODEL).collate([row(text) for text in texts], texts)
 
 
-def slices(shards: Shards, batch_size: int, *, steps: int = 3, **settings: Any) -> Iterator[list[Batch]]:
-    """A lone rank's, in parts where the settings say so."""
+def single_rank_batches(shards: Shards, batch_size: int, *, steps: int = 3, **settings: Any) -> Iterator[list[Batch]]:
+    """Batches of a single rank."""
     collator = Collator(TOKENIZER, MODEL)
     return training_batches(
         shards, collator, steps=range(steps), rank=0, world_size=1, batch_size=batch_size, seed=1, **settings
@@ -48,7 +48,7 @@ def spell(ids: torch.Tensor) -> str:
     return TOKENIZER.decode(ids[ids != IGNORE].tolist())
 
 
-def test_targets_are_the_answer_and_its_end_and_nothing_else() -> None:
+def test_targets_are_the_answer_and_its_end_token_only() -> None:
     batch = collate(("what?", "a cat"), ("", "dog"))
     labels = batch.labels_BT
     assert [spell(row_T) for row_T in labels] == ["a cat", "dog"]
@@ -60,15 +60,15 @@ def test_targets_are_the_answer_and_its_end_and_nothing_else() -> None:
 def test_each_label_is_the_next_token() -> None:
     batch = collate(("", "a cat"), ("", "elephant"))
     for tokens_T, labels_T in zip(batch.tokens_BT, batch.labels_BT, strict=True):
-        (places,) = torch.where(labels_T[:-1] != IGNORE)
-        inside = places[labels_T[places] != TOKENIZER.eos_id]
+        (positions,) = torch.where(labels_T[:-1] != IGNORE)
+        inside = positions[labels_T[positions] != TOKENIZER.eos_id]
         assert (tokens_T[inside + 1] == labels_T[inside]).all()
 
 
 def test_the_first_answer_token_is_predicted_from_the_last_of_the_prefix() -> None:
     batch = collate(("", "cat"))
-    (places,) = torch.where(batch.labels_BT[0] != IGNORE)
-    assert places[0] == SLOTS
+    (positions,) = torch.where(batch.labels_BT[0] != IGNORE)
+    assert positions[0] == SLOTS
     assert batch.tokens_BT[0, SLOTS] == TOKENIZER.bos_id
 
 
@@ -79,34 +79,34 @@ def test_batches_are_padded_to_a_multiple_of_eight_and_never_beyond_the_context(
 
 
 @pytest.mark.parametrize("text", [("", "x" * 100), ("y" * 100, "cat")])
-def test_what_does_not_fit_the_context_is_cut_counted_and_said_once(
+def test_a_text_beyond_the_context_is_truncated_counted_and_logged_once(
     text: tuple[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     collator = Collator(TOKENIZER, MODEL)
     with caplog.at_level(logging.WARNING):
-        batch = collator.batch([row(text), row(text)], [text, text])
+        batch = collator.collate([row(text), row(text)], [text, text])
     assert batch.tokens_BT.shape == (2, MODEL.decoder.context)
     assert (batch.labels_BT != IGNORE).any(dim=1).all()
-    assert TOKENIZER.eos_id not in batch.labels_BT  # the end of a cut text is not where it ends
-    assert collator.cut == 2
+    assert TOKENIZER.eos_id not in batch.labels_BT  # a truncated text has no end token
+    assert collator.num_truncated == 2
     assert len(caplog.records) == 1
 
 
-def test_a_text_that_just_fits_is_whole() -> None:
+def test_a_text_that_exactly_fits_is_not_truncated() -> None:
     text = "x" * (MODEL.decoder.context - SLOTS - 1)
     assert spell(collate(("", text)).labels_BT[0]) == text
 
 
-def test_a_picture_with_several_texts_shows_each_of_them_in_some_epoch(tmp_path: Path) -> None:
+def test_a_picture_with_several_texts_is_shown_with_each_in_some_epoch(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", rows=4, texts=3)
     shown: dict[bytes, set[str]] = {}
-    for (batch,) in slices(shards, 4, steps=20):
+    for (batch,) in single_rank_batches(shards, 4, steps=20):
         for pixels_HWC, labels_T in zip(batch.pixels_PHWC, batch.labels_BT, strict=True):
             shown.setdefault(pixels_HWC.numpy().tobytes(), set()).add(spell(labels_T))
     assert [len(texts) for texts in shown.values()] == [3, 3, 3, 3]
 
 
-def test_a_mix_draws_each_source_by_its_share_in_an_order_that_ranks_and_restarts_do_not_change(tmp_path: Path) -> None:
+def test_a_mix_draws_each_source_by_its_share_in_an_order_independent_of_ranks_and_restarts(tmp_path: Path) -> None:
     own, other = (write_shards(tmp_path / str(rows), rows=rows, seed=rows) for rows in (12, 4))
     packed = [ShardFolder(shards.folder, shards.manifest, reused=True) for shards in (own, other)]
     shards = Shards.open(write_mix(packed, [0.5], tmp_path).folder)
@@ -127,10 +127,11 @@ def test_a_mix_draws_each_source_by_its_share_in_an_order_that_ranks_and_restart
     assert [halves[n // 4 % 2][n // 8 * 4 + n % 4] for n in range(48)] == whole
 
 
-def test_parts_of_a_batch_hold_its_rows_by_length_and_each_is_padded_to_its_own_longest(tmp_path: Path) -> None:
+def test_parts_of_a_batch_are_sorted_by_length_and_padded_separately(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", rows=16, texts=20)
 
-    for (whole,), parts in zip(slices(shards, 16), slices(shards, 16, rows_at_once=6), strict=True):
+    in_parts = single_rank_batches(shards, 16, rows_at_once=6)
+    for (whole,), parts in zip(single_rank_batches(shards, 16), in_parts, strict=True):
         assert [len(part.tokens_BT) for part in parts] == [6, 6, 4]
         lengths = [(part.labels_BT != IGNORE).sum(1) for part in parts]
         assert torch.equal(torch.cat(lengths), (whole.labels_BT != IGNORE).sum(1).sort().values)
@@ -140,60 +141,61 @@ def test_parts_of_a_batch_hold_its_rows_by_length_and_each_is_padded_to_its_own_
         shown = [
             {
                 (pixels.numpy().tobytes(), spell(labels))
-                for b in some
+                for b in batches
                 for pixels, labels in zip(b.pixels_PHWC, b.labels_BT, strict=True)
             }
-            for some in ([whole], parts)
+            for batches in ([whole], parts)
         ]
         assert shown[0] == shown[1]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_batches_for_a_gpu_are_there_and_the_same(tmp_path: Path) -> None:
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_prefetched_batches_are_on_the_gpu_and_unchanged(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", rows=16)
 
-    copied = copied_ahead(slices(shards, 8, pinned=True), torch.device("cuda"))
-    for (there,), (here,) in zip(copied, slices(shards, 8), strict=True):
-        assert all(a.is_cuda and torch.equal(a.cpu(), b) for a, b in zip(there.tensors(), here.tensors(), strict=True))
+    copied = prefetch_to_device(single_rank_batches(shards, 8, pinned=True), torch.device("cuda"))
+    for (on_gpu,), (on_cpu,) in zip(copied, single_rank_batches(shards, 8), strict=True):
+        tensors = list(zip(on_gpu.tensors(), on_cpu.tensors(), strict=True))
+        assert all(copy.is_cuda and torch.equal(copy.cpu(), original) for copy, original in tensors)
 
 
-def test_batches_are_the_same_from_the_middle_on_any_number_of_ranks_and_with_any_number_of_workers(
+def test_batches_do_not_depend_on_the_first_step_the_ranks_or_the_workers(
     tmp_path: Path,
 ) -> None:
     shards = write_shards(tmp_path / "shards", rows=10, texts=2)
 
     whole = global_batches(shards, TOKENIZER, range(8))
-    assert len({place for batch in whole for place in batch}) > 10
+    assert len({sample for batch in whole for sample in batch}) > 10
     for world_size, workers in itertools.product((1, 2, 4), (0, 1, 3)):
         assert global_batches(shards, TOKENIZER, range(8), world_size=world_size, workers=workers) == whole
     assert global_batches(shards, TOKENIZER, range(5, 8), world_size=2, workers=3) == whole[5:]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_an_error_of_a_worker_is_raised_where_the_batch_was_due(workers: int) -> None:
+def test_an_error_of_a_loader_thread_is_raised_when_its_batch_is_due(workers: int) -> None:
     def make(item: int) -> int:
         if item == 3:
             raise RuntimeError("the shard is gone")
-        time.sleep(0.01 * (3 - item))  # the first ones take longest
+        time.sleep(0.01 * (3 - item))  # the first items take longest
         return item
 
-    fetched = ahead(make, range(9), workers)
+    fetched = map_ahead(make, range(9), workers)
     assert [next(fetched) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(RuntimeError, match="the shard is gone"):
         next(fetched)
 
 
-def test_workers_are_a_few_batches_ahead_at_once_and_leave_no_thread_behind() -> None:
+def test_loader_threads_work_in_parallel_a_few_items_ahead_and_end_with_the_iterator() -> None:
     before, made = threading.active_count(), []
-    meeting = threading.Barrier(2, timeout=20)
+    barrier = threading.Barrier(2, timeout=20)
 
     def make(item: int) -> int:
         if item < 2:
-            meeting.wait()  # two of them at the same time
+            barrier.wait()  # both threads are here at the same time
         made.append(item)
         return item
 
-    fetched = ahead(make, range(1000), workers=2)
+    fetched = map_ahead(make, range(1000), workers=2)
     assert next(fetched) == 0
     fetched.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before

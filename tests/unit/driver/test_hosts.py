@@ -1,4 +1,4 @@
-"""What a host says of itself, and which hosts ranks can work on together."""
+"""Description of a host, and the check that ranks can work together on several hosts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.driver.train.hosts import compare, summary
+from pipelines.driver.train.hosts import check_compatible, summarize
 from pipelines.errors import UserError
-from pipelines.executor.host_info import describe
+from pipelines.executor.host_info import describe_host
 from pipelines.formats.run_folder import Host
 
 GPUS = ("NVIDIA H200", "NVIDIA H200")
@@ -28,12 +28,12 @@ def host(name: str = "a", torch: str = "2.13.0+cu130", **fields: Any) -> Host:
     return Host.model_validate({"name": name, "packages": packages} | common | fields)
 
 
-def test_a_host_tells_its_torch_as_torch_itself_does_without_importing_it() -> None:
-    told = Host.model_validate(describe())
-    assert (told.name, told.executable) == (socket.gethostname(), sys.executable)
-    assert (told.packages["torch"], told.cuda) == (torch.__version__, torch.version.cuda or "")
-    assert all(told.packages.values())
-    code = "import sys; from pipelines.executor.host_info import describe; describe(); print(*sys.modules)"
+def test_a_host_reports_the_version_of_torch_without_importing_it() -> None:
+    described = Host.model_validate(describe_host())
+    assert (described.name, described.executable) == (socket.gethostname(), sys.executable)
+    assert (described.packages["torch"], described.cuda) == (torch.__version__, torch.version.cuda or "")
+    assert all(described.packages.values())
+    code = "import sys; from pipelines.executor.host_info import describe_host; describe_host(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "numpy", "pyarrow", "pydantic"} & set(done.stdout.split())
 
@@ -45,21 +45,21 @@ def test_a_host_tells_its_torch_as_torch_itself_does_without_importing_it() -> N
         ("echo 'Failed to initialize NVML' >&2; exit 9", "nvidia-smi failed: Failed to initialize NVML", ()),
     ],
 )
-def test_a_host_tells_its_gpus_or_why_their_driver_does_not(
+def test_a_host_reports_its_gpus_or_the_error_of_their_driver(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, driver: str, gpus: tuple[str, ...]
 ) -> None:
     (smi := tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    told = Host.model_validate(describe())
-    assert (told.driver, told.gpus) == (driver, gpus)
+    described = Host.model_validate(describe_host())
+    assert (described.driver, described.gpus) == (driver, gpus)
 
 
-def test_equal_hosts_are_taken_without_a_word_and_told_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_equal_hosts_pass_without_a_warning_and_are_summarized_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     hosts = [host("a"), host("b")]
-    compare(hosts, "0.1.0")
+    check_compatible(hosts, "0.1.0")
     assert caplog.records == []
-    assert summary(hosts) == (
+    assert summarize(hosts) == (
         "a, b; 16 cores, 64 GB each; 2 x NVIDIA H200; Python 3.11.7, torch 2.13.0+cu130; NCCL 2.29.7; driver 580.82"
     )
 
@@ -81,17 +81,17 @@ def test_equal_hosts_are_taken_without_a_word_and_told_in_one_line(caplog: pytes
         ),
     ],
 )
-def test_hosts_on_which_ranks_cannot_work_together_are_refused_by_name(hosts: list[Host], message: str) -> None:
+def test_incompatible_hosts_are_refused_by_name(hosts: list[Host], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        compare(hosts, "0.1.0")
+        check_compatible(hosts, "0.1.0")
 
 
-def test_other_differences_between_hosts_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_other_differences_between_hosts_cause_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        compare([host("a"), host("b", packages={"numpy": "1.26.4"}, driver="550.54", gpus=())], "0.1.0")
-    place = "(python3)"
+        check_compatible([host("a"), host("b", packages={"numpy": "1.26.4"}, driver="550.54", gpus=())], "0.1.0")
+    python = "(python3)"
     assert caplog.messages == [
-        f"the hosts of the ranks differ in numpy: 2.4.6 on host a {place}; 1.26.4 on host b {place}",
-        f"the hosts of the ranks differ in driver: 580.82 on host a {place}; 550.54 on host b {place}",
-        f"the hosts of the ranks differ in GPUs: NVIDIA H200, NVIDIA H200 on host a {place}; none on host b {place}",
+        f"the hosts of the ranks differ in numpy: 2.4.6 on host a {python}; 1.26.4 on host b {python}",
+        f"the hosts of the ranks differ in driver: 580.82 on host a {python}; 550.54 on host b {python}",
+        f"the hosts of the ranks differ in GPUs: NVIDIA H200, NVIDIA H200 on host a {python}; none on host b {python}",
     ]

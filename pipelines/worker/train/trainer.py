@@ -1,8 +1,8 @@
-"""One rank's work: meet the others, build the model, go on from the last checkpoint, train, report.
+"""Training in one rank: join the process group, build the model, resume from the last checkpoint, train, report.
 
-The loop itself is `vlm.training.loop.fit`; this module gives it batches and does what is due after each step. The
-checkpoint holds all that is carried from step to step: weights, optimizer, and the number of the next step, from which
-the samples, the learning rate and every random number follow.
+The training loop is `vlm.training.loop.fit`. This module gives it batches and does the work after each step: metrics,
+validation and checkpoints. A checkpoint contains all state carried between steps: weights, optimizer state, and the
+number of the next step, which determines the rows, the learning rate and every random number.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 
 from pipelines.errors import UserError
-from pipelines.formats.run_folder import CaptionSamples, Result, RunDir, RunFile, step_of, write_json
+from pipelines.formats.run_folder import CaptionSamples, Result, RunFile, RunFolder, step_of, write_json
 from pipelines.formats.shards import Shards
 from pipelines.worker.data.augment import Augmenter
 from pipelines.worker.data.batches import Collator, training_batches
-from pipelines.worker.data.prefetch import copied_ahead
+from pipelines.worker.data.prefetch import prefetch_to_device
 from pipelines.worker.data.shard_cache import ShardCopier
-from pipelines.worker.rank.env import Place
-from pipelines.worker.rank.failure import Watch
-from pipelines.worker.rank.group import meet, pick_device, process_group
+from pipelines.worker.rank.env import RankEnv
+from pipelines.worker.rank.failure import RankMonitor
+from pipelines.worker.rank.group import check_group, divide_cores, pick_device, process_group
 from pipelines.worker.rank.metrics import Stopwatch, write_metrics
-from pipelines.worker.rank.profile import profiled
-from pipelines.worker.rank.usage import usage
-from pipelines.worker.train.checkpoints import CheckpointWriter, agree, best_checkpoint, refuse_other_science
-from pipelines.worker.train.initial_weights import Start
-from pipelines.worker.train.stages import Stage, plan, stage_at
+from pipelines.worker.rank.profile import profile_steps
+from pipelines.worker.rank.usage import measure_usage
+from pipelines.worker.train.checkpoints import CheckpointWriter, best_checkpoint, check_settings, find_common_checkpoint
+from pipelines.worker.train.initial_weights import ModelBuilder
+from pipelines.worker.train.stages import Stage, plan_stages, stage_at
 from pipelines.worker.train.validation import caption_samples, validate
 from vlm import text
 from vlm.checkpoint import model_weights
@@ -47,47 +47,47 @@ from vlm.training.state import load_state
 log = logging.getLogger(__name__)
 
 
-def train(run: RunDir, place: Place, watch: Watch) -> None:
+def train(run: RunFolder, env: RankEnv, monitor: RankMonitor) -> None:
     """Train from the last checkpoint to the end; rank 0 writes result.json when every rank is done.
 
     Raises:
-        UserError: the ranks cannot share the batch, have no GPU where the platform promises one, or are not of one run.
-        LakesightError: damaged shards or checkpoint, a loss that is not finite.
+        UserError: the batch size is not a multiple of the ranks, a rank lacks its GPU, or the group has foreign ranks.
+        LakesightError: shards or checkpoints are damaged, or a loss is not finite.
     """
     file = run.read_run()
     settings = file.config.train
-    if settings.batch_size % place.world_size:
+    if settings.batch_size % env.world_size:
         raise UserError(
-            "the global batch cannot be shared among the ranks",
+            "the global batch cannot be divided among the ranks",
             where="train.batch_size",
-            got=f"{settings.batch_size} rows for {place.world_size} ranks",
+            got=f"{settings.batch_size} rows for {env.world_size} ranks",
             fix="choose a multiple of the number of ranks",
         )
-    watch.allow(settings.timeout_seconds)
-    device = pick_device(file.config.platform, place)
+    monitor.set_timeout(settings.timeout_seconds)
+    device = pick_device(file.config.platform, env)
     with process_group(device, settings.timeout_seconds):
-        learner = Learner.build(run, file, place, watch, device)
-        learner.learn()
-        learner.checkpoints.wait()
+        trainer = Trainer.build(run, file, env, monitor, device)
+        trainer.train()
+        trainer.checkpoints.wait()
         distributed.barrier()
-        if place.rank == 0:
-            learner.finish()
+        if env.rank == 0:
+            trainer.write_result()
 
 
 @dataclass
-class Learner:
-    """A rank with its model: learns, and does what is due after each step."""
+class Trainer:
+    """Training state of one rank, and the work after each training step."""
 
-    run: RunDir
+    run: RunFolder
     file: RunFile
-    place: Place
-    watch: Watch
+    env: RankEnv
+    monitor: RankMonitor
     device: torch.device
-    start: int
+    resume_step: int
     model: VisionLanguageModel
     optimizer: torch.optim.Optimizer
     tokenizer: Tokenizer
-    origin: Start
+    builder: ModelBuilder
     train_shards: Shards
     validate_shards: Shards
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
@@ -100,62 +100,77 @@ class Learner:
         self.copier = ShardCopier([self.train_shards, self.validate_shards], limit)
 
     @classmethod
-    def build(cls, run: RunDir, file: RunFile, place: Place, watch: Watch, device: torch.device) -> Learner:
-        """The same model on every rank, fresh from the seed or as the last checkpoint left it."""
-        meet(run, device)
-        checkpoint = agree(run, place.rank, device)
+    def build(cls, run: RunFolder, file: RunFile, env: RankEnv, monitor: RankMonitor, device: torch.device) -> Trainer:
+        """Build the same model on every rank, from the seed or from the last checkpoint."""
+        divide_cores(check_group(run, device))
+        checkpoint = find_common_checkpoint(run, env.rank, device)
         if checkpoint:
-            refuse_other_science(checkpoint, file)
+            check_settings(checkpoint, file)
         settings = file.config.train
         tokenizer = text.load(run.tokenizer)
-        origin = Start(file.config.model, settings, tokenizer)
+        builder = ModelBuilder(file.config.model, settings, tokenizer)
         torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
         torch.manual_seed(settings.seed)
-        model = origin.model(device)
-        watch.alive()
-        start = step_of(checkpoint) if checkpoint else 0
+        model = builder.model(device)
+        monitor.report_progress()
+        resume_step = step_of(checkpoint) if checkpoint else 0
         if checkpoint:
-            origin.fill(checkpoint, model)
+            builder.load(checkpoint, model)
         if settings.recompute_blocks:
             recompute_blocks(model)
         if settings.compile_blocks:
             compile_blocks(model)
         if settings.parallel == "fsdp":
             shard_parameters(model)
-        stage = stage_at(plan(settings), start)
-        optimizer = stage.begin(model, settings)
-        if checkpoint and start > stage.first:
+        stage = stage_at(plan_stages(settings), resume_step)
+        optimizer = stage.start(model, settings)
+        if checkpoint and resume_step > stage.first:
             load_state(checkpoint, model, optimizer)
             swap_average(optimizer)
-        watch.at(start)
-        log.info("%d ranks, this one on %s: from step %d to %d", place.world_size, device, start, settings.steps)
-        learned, held_out = Shards.open(Path(file.train_shards)), Shards.open(Path(file.validate_shards))
-        return cls(run, file, place, watch, device, start, model, optimizer, tokenizer, origin, learned, held_out)
+        monitor.report_step(resume_step)
+        log.info(
+            "training on %d ranks, this one on %s, from step %d to %d",
+            *(env.world_size, device, resume_step, settings.steps),
+        )
+        return cls(
+            run=run,
+            file=file,
+            env=env,
+            monitor=monitor,
+            device=device,
+            resume_step=resume_step,
+            model=model,
+            optimizer=optimizer,
+            tokenizer=tokenizer,
+            builder=builder,
+            train_shards=Shards.open(Path(file.train_shards)),
+            validate_shards=Shards.open(Path(file.validate_shards)),
+        )
 
-    def learn(self) -> None:
-        """Take every step that is left, stage by stage."""
+    def train(self) -> None:
+        """Take all remaining steps, stage by stage."""
         settings = self.file.config.train
         if self.file.config.platform.cache_gib:
             self.copier.start()
-        steps = settings.profile_steps if self.place.rank == 0 else 0
-        with profiled(self.run.profile, steps, self.device) as self.stepped:
-            for stage in plan(settings):
-                if stage.first > self.start:
-                    swap_average(self.optimizer)  # the next stage goes on from what the last one has come to
-                    self.optimizer = stage.begin(self.model, settings)
-                if stage.end > self.start:
-                    self._learn(stage, range(max(stage.first, self.start), stage.end))
-        if self.collator.cut:
-            log.warning("%d texts did not fit the context and were cut", self.collator.cut)
+        steps = settings.profile_steps if self.env.rank == 0 else 0
+        with profile_steps(self.run.profile, steps, self.device) as self.stepped:
+            for stage in plan_stages(settings):
+                if stage.first > self.resume_step:
+                    swap_average(self.optimizer)  # the next stage starts from the averaged weights
+                    self.optimizer = stage.start(self.model, settings)
+                if stage.end > self.resume_step:
+                    self._train_stage(stage, range(max(stage.first, self.resume_step), stage.end))
+        if self.collator.num_truncated:
+            log.warning("%d texts exceeded the context and were truncated", self.collator.num_truncated)
 
-    def _learn(self, stage: Stage, steps: range) -> None:
+    def _train_stage(self, stage: Stage, steps: range) -> None:
         settings = self.file.config.train
         batches = training_batches(
             self.train_shards,
             self.collator,
             steps=steps,
-            rank=self.place.rank,
-            world_size=self.place.world_size,
+            rank=self.env.rank,
+            world_size=self.env.world_size,
             batch_size=settings.batch_size,
             seed=settings.seed,
             rows_at_once=settings.rows_at_once,
@@ -167,59 +182,62 @@ class Learner:
         fit(
             wrap_ddp(self.model, self.device),
             self.optimizer,
-            copied_ahead(self.stopwatch.waiting(batches), self.device),
+            prefetch_to_device(self.stopwatch.time_waits(batches), self.device),
             start=steps.start,
             lr_schedule=lambda step: stage.lr_of(step, settings),
             grad_clip=settings.optimizer.grad_clip,
             seed=settings.seed,
-            rank=self.place.rank,
+            rank=self.env.rank,
             device=self.device,
             bf16=settings.precision == "bf16",
             on_step=partial(self.after_step, stage),
         )
 
     def after_step(self, stage: Stage, report: StepReport) -> None:
-        """Heartbeat, metrics, validation, captions, checkpoint. Rank 0 writes the files that belong to the run."""
+        """Report the step and, when due, write metrics, validate, caption samples and save a checkpoint.
+
+        Rank 0 writes the files of the run. Validation, and a checkpoint of a sharded model, involve all ranks.
+        """
         settings, done = self.file.config.train, report.step + 1
         if settings.optimizer.ema_decay:
             update_average(self.optimizer, settings.optimizer.ema_decay, report.step - stage.first)
-        last, leads = done == settings.steps, self.place.rank == 0
+        last, is_rank_0 = done == settings.steps, self.env.rank == 0
         self.stopwatch.stop(settings.batch_size, report.tokens)
-        self.watch.at(done)
+        self.monitor.report_step(done)
         self.checkpoints.check()
         self.copier.check()
         values: dict[str, float] = {}
         load: dict[str, tuple[float, ...]] = {}
         if last or done % settings.log_every == 0:
-            values |= {"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm, **self._speed()}
+            values |= {"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm, **self._throughput()}
             if report.router is not None:
                 values |= {"router_balance": report.router.balance, "router_z": report.router.z}
                 load = report.router.load
-            values = {f"train/{name}": value for name, value in values.items()} | usage(self.device)
+            values = {f"train/{name}": value for name, value in values.items()} | measure_usage(self.device)
         if last or done % settings.validate_every == 0:
             with averaged_weights(self.optimizer):
                 values |= self._validate()
                 self._write_samples(done)
-        if leads and values:
+        if is_rank_0 and values:
             write_metrics(self.run, done, values, load)
             log.info("step %d of %d: %s", done, settings.steps, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
-        if (leads or self.sharded) and (last or done % settings.checkpoint_every == 0):
+        if (is_rank_0 or self.sharded) and (last or done % settings.checkpoint_every == 0):
             with averaged_weights(self.optimizer):
-                write = self.origin.copy(self.model, self.optimizer, done, last=last)
-            if leads:
+                write = self.builder.copy(self.model, self.optimizer, done, last=last)
+            if is_rank_0:
                 self.checkpoints.save(done, write)
         self.stepped()
         self.stopwatch.start()
 
-    def finish(self) -> None:
-        """Write result.json: every rank is done, the last checkpoint and the last metrics are in their places."""
+    def write_result(self) -> None:
+        """Write result.json. All ranks have finished, and the last checkpoint and metrics are written."""
         *_, last = self.run.read_metrics()
         best = best_checkpoint(self.run)
-        assert best, "the last step has a checkpoint and is validated"
+        assert best, "the last step is always validated and has a checkpoint"
         result = Result(
             status="ok",
             step=self.file.config.train.steps,
-            world_size=self.place.world_size,
+            world_size=self.env.world_size,
             checkpoint=str(self.run.finished_checkpoints()[-1]),
             best_checkpoint=str(best),
             metrics=last.values,
@@ -227,20 +245,20 @@ class Learner:
         )
         write_json(self.run.result, result)
 
-    def _speed(self) -> dict[str, float]:
-        """Rates since the last lap, tflops_per_second of all ranks, and mfu: its share of what the GPUs can."""
+    def _throughput(self) -> dict[str, float]:
+        """Return the rates since the last lap, tflops_per_second of all ranks, and mfu (model FLOPs utilisation)."""
         rates = self.stopwatch.lap()
-        text = round(rates["tokens_per_second"] / rates["samples_per_second"])
-        forward = flops_per_sample(self.file.config.model, self.tokenizer.vocab_size, text)
+        text_tokens = round(rates["tokens_per_second"] / rates["samples_per_second"])
+        forward = flops_per_sample(self.file.config.model, self.tokenizer.vocab_size, text_tokens)
         flops = 3 * forward * rates["samples_per_second"]
         peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         bf16 = self.file.config.train.precision == "bf16"
-        mfu = {"mfu": flops / (peak * self.place.world_size)} if peak and bf16 else {}
+        mfu = {"mfu": flops / (peak * self.env.world_size)} if peak and bf16 else {}
         return {**rates, "tflops_per_second": flops / 1e12, **mfu}
 
     def _validate(self) -> dict[str, float]:
         settings = self.file.config.train
-        rows = settings.batch_size // self.place.world_size
+        rows = settings.batch_size // self.env.world_size
         with mixed_precision(self.device, bf16=settings.precision == "bf16"):
             found = validate(
                 self.model,
@@ -248,23 +266,23 @@ class Learner:
                 self.collator,
                 num_rows=settings.validate_rows,
                 batch_size=min(rows, settings.rows_at_once or rows),
-                rank=self.place.rank,
-                world_size=self.place.world_size,
-                alive=self.watch.alive,
+                rank=self.env.rank,
+                world_size=self.env.world_size,
+                report_progress=self.monitor.report_progress,
             )
         if isinstance(self.model, FSDPModule):
-            # It keeps what it has gathered until a backward pass: the next step would use these weights, not its own.
+            # FSDP keeps gathered weights until a backward pass. Free them, or the next step would use stale weights.
             self.model.reshard()
         return found
 
     def _write_samples(self, done: int) -> None:
-        """Rank 0's captions; of a model in slices it makes a whole copy, for which every rank is needed."""
+        """Write sample captions in rank 0. Gathering the weights of a sharded model for it is a collective."""
         settings, model = self.file.config.train, self.model
         if self.sharded:
             weights = {name: full_tensor(tensor) for name, tensor in model_weights(model).items()}
-            if self.place.rank == 0:
-                model = self.origin.plain(weights, self.device)
-        if self.place.rank == 0:
+            if self.env.rank == 0:
+                model = self.builder.plain(weights, self.device)
+        if self.env.rank == 0:
             with mixed_precision(self.device, bf16=settings.precision == "bf16"):
                 samples = caption_samples(model, self.tokenizer, self.validate_shards, settings.caption_samples)
             write_json(self.run.samples(done), CaptionSamples(step=done, samples=samples))

@@ -1,4 +1,4 @@
-"""A run folder before launch: found again by what determines the run, refused when it cannot work."""
+"""Preparation of a run folder: its identity, `train.start_from`, and refused inputs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tiny_runs import tiny_run, write_shards
 
 from pipelines.config import LocalPlatformConfig
 from pipelines.driver.shard import ShardReport
-from pipelines.driver.train.launch import only_launch
-from pipelines.driver.train.run import finished, prepare
+from pipelines.driver.train.launch import lock_run
+from pipelines.driver.train.run import finished_result, prepare
 from pipelines.errors import UserError
-from pipelines.formats.run_folder import LauncherFile, Result, RunDir, write_json
+from pipelines.formats.run_folder import LauncherFile, Result, RunFolder, write_json
 from pipelines.formats.shards import Shards
 from pipelines.platform import Platform, local
 from vlm import text
@@ -48,13 +48,11 @@ def as_report(shards: Shards) -> ShardReport:
     )
 
 
-def test_the_same_run_is_found_again_and_another_one_is_not(
-    laptop: Platform, report: ShardReport, tmp_path: Path
-) -> None:
+def test_equal_runs_share_a_folder_and_other_runs_do_not(laptop: Platform, report: ShardReport, tmp_path: Path) -> None:
     run = prepare(tiny_run(), laptop, report, report)
     other_data = as_report(write_shards(tmp_path / "other", rows=9))
     assert prepare(tiny_run(), laptop, report, report) == run
-    assert prepare(tiny_run(ranks=1), laptop, report, report) == run  # ranks change how fast, not what
+    assert prepare(tiny_run(ranks=1), laptop, report, report) == run  # the number of ranks does not change the outcome
     others = [
         prepare(tiny_run(seed=1), laptop, report, report),
         prepare(tiny_run(), laptop, other_data, report),
@@ -65,7 +63,7 @@ def test_the_same_run_is_found_again_and_another_one_is_not(
     assert run.path.name.startswith("tiny-")
 
 
-def test_run_and_tokenizer_are_all_a_rank_needs(laptop: Platform, report: ShardReport) -> None:
+def test_the_folder_has_the_run_and_the_tokenizer(laptop: Platform, report: ShardReport) -> None:
     run = prepare(tiny_run(), laptop, report, report)
     file = run.read_run()
     assert file.config == tiny_run()
@@ -78,7 +76,7 @@ def test_run_and_tokenizer_are_all_a_rank_needs(laptop: Platform, report: ShardR
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A checkpoint folder of the tiny model, with a tokenizer of its own; its weights are a few bytes."""
+    """Checkpoint folder of the tiny model, with another tokenizer; the weights file is only a few bytes."""
     config = tiny_run().model
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")
@@ -87,7 +85,7 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def test_a_run_that_starts_from_a_folder_is_found_by_what_the_folder_holds(
+def test_the_content_of_the_start_folder_is_part_of_the_run_identity(
     laptop: Platform, report: ShardReport, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh = prepare(tiny_run(), laptop, report, report)
@@ -104,11 +102,11 @@ def test_a_run_that_starts_from_a_folder_is_found_by_what_the_folder_holds(
 
     monkeypatch.chdir(tmp_path)
     relative = prepare(tiny_run(start_from="base"), laptop, report, report)
-    assert relative.read_run().config.train.start_from == str(base)  # a rank may stand in another folder
+    assert relative.read_run().config.train.start_from == str(base)  # ranks may have another working directory
     assert relative.tokenizer.read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
-def test_a_folder_without_the_runs_model_is_refused_with_all_that_differs(
+def test_a_start_folder_with_another_model_is_refused_with_all_differences(
     laptop: Platform, report: ShardReport, base: Path
 ) -> None:
     other = tiny_run().model.model_dump()
@@ -128,46 +126,44 @@ def test_a_folder_without_the_runs_model_is_refused_with_all_that_differs(
         prepare(tiny_run(start_from=str(base)), laptop, report, report)
 
 
-def test_how_the_other_model_generates_does_not_matter(laptop: Platform, report: ShardReport, base: Path) -> None:
+def test_generation_settings_of_the_start_folder_may_differ(laptop: Platform, report: ShardReport, base: Path) -> None:
     other = tiny_run().model.model_dump() | {"generation": {"max_new_tokens": 3}}
     (base / "config.json").write_text(ModelConfig.model_validate(other).model_dump_json())
     assert prepare(tiny_run(start_from=str(base)), laptop, report, report).tokenizer.exists()
 
 
-# ------------------------------------------------------------------------------------------------ what cannot work
+# ------------------------------------------------------------------------------------------------ refused inputs
 
 
-def test_a_batch_that_ranks_cannot_share_is_refused_with_one_that_they_can(
-    laptop: Platform, report: ShardReport
-) -> None:
+def test_a_batch_that_ranks_cannot_divide_is_refused_with_a_valid_one(laptop: Platform, report: ShardReport) -> None:
     with pytest.raises(UserError, match=r"5 rows for 2 ranks.*train\.batch_size=6"):
         prepare(tiny_run(batch_size=5), laptop, report, report)
     assert not laptop.folder("runs").exists()
 
 
-@pytest.mark.parametrize(("train_rows", "validate_rows", "purpose"), [(0, 8, "learn from"), (8, 0, "validate on")])
+@pytest.mark.parametrize(("train_rows", "validate_rows", "purpose"), [(0, 8, "train on"), (8, 0, "validate on")])
 def test_an_empty_split_is_refused(
     laptop: Platform, report: ShardReport, train_rows: int, validate_rows: int, purpose: str
 ) -> None:
     train, validate = (report.model_copy(update={"num_rows": rows}) for rows in (train_rows, validate_rows))
-    with pytest.raises(UserError, match=f"there is nothing to {purpose}"):
+    with pytest.raises(UserError, match=f"there are no rows to {purpose}"):
         prepare(tiny_run(), laptop, train, validate)
 
 
-def test_a_run_is_finished_when_its_result_and_its_checkpoint_are_there(laptop: Platform, report: ShardReport) -> None:
+def test_a_run_is_finished_if_its_result_and_its_checkpoint_exist(laptop: Platform, report: ShardReport) -> None:
     run = prepare(tiny_run(), laptop, report, report)
-    assert finished(run) is None
+    assert finished_result(run) is None
     result = Result(status="ok", step=12, world_size=2, checkpoint=str(run.checkpoint(12)), metrics={}, seconds=1.0)
     write_json(run.result, result)
-    assert finished(run) is None
+    assert finished_result(run) is None
     run.checkpoint(12).mkdir(parents=True)
-    assert finished(run) == result
-    before = run.run.read_bytes()
+    assert finished_result(run) == result
+    before = run.run_file.read_bytes()
     prepare(tiny_run(ranks=1), laptop, report, report)
-    assert run.run.read_bytes() == before  # what a finished run says of itself stays true
+    assert run.run_file.read_bytes() == before  # the file of a finished run never changes
 
 
-def test_other_science_is_another_run_and_what_differs_from_the_unfinished_one_is_said(
+def test_other_settings_make_another_run_and_differences_to_the_unfinished_run_are_logged(
     laptop: Platform, report: ShardReport, caplog: pytest.LogCaptureFixture
 ) -> None:
     unfinished = prepare(tiny_run(), laptop, report, report)
@@ -176,22 +172,22 @@ def test_other_science_is_another_run_and_what_differs_from_the_unfinished_one_i
     assert same == unfinished
     assert caplog.messages == []
     assert prepare(tiny_run(seed=3, steps=20), laptop, report, report) != unfinished
-    (said,) = caplog.messages
-    assert unfinished.path.name in said
+    (message,) = caplog.messages
+    assert unfinished.path.name in message
     assert (
         "train.seed is 0 in the saved config, 3 in the run; train.steps is 12 in the saved config, 20 in the run"
-        in said
+        in message
     )
 
 
-def test_a_run_that_another_process_is_training_is_not_launched_twice(tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "run")
+def test_a_run_locked_by_another_process_is_not_launched(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     write_json(run.launcher, LauncherFile(host=socket.gethostname(), pid=sleeper.pid))
-    with pytest.raises(UserError, match=f"process {sleeper.pid} on this host holds it"), only_launch(run):
+    with pytest.raises(UserError, match=f"process {sleeper.pid} on this host holds the run"), lock_run(run):
         pass
     sleeper.kill()
     sleeper.wait()
-    with only_launch(run):
+    with lock_run(run):
         assert f'"pid": {os.getpid()}' in run.launcher.read_text()
     assert not run.launcher.exists()

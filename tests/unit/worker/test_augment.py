@@ -1,4 +1,4 @@
-"""Augmentation: the same pictures whoever makes them, none that its text forbids, none where nobody asks."""
+"""Augmentation: reproducible pictures, limited by the text shown with them, and off by default."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.config import AugmentConfig, RunConfig
 from pipelines.errors import ConfigError
 from pipelines.formats.shards import Row, Shards
 from pipelines.worker.data.augment import Augmenter
-from pipelines.worker.data.order import Draw
+from pipelines.worker.data.order import RowPicks
 from vlm.text.chars import CharTokenizer
 
 ALL = AugmentConfig(scale=(0.4, 0.9), flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4)
@@ -23,24 +23,24 @@ TOKENIZER = CharTokenizer("abcdefghijklmnopqrstuvwxyz ")
 EPOCHS = 40
 SLOPE = np.linspace(0, 255, 16 * 24).astype(np.uint8).reshape(16, 24)
 PICTURE = np.stack([SLOPE // 2 + 60, SLOPE, 255 - SLOPE], axis=-1)
-"""Brighter to the right and below, in green; 16 pixels high, 24 wide."""
+"""A gradient in green that grows to the right and downwards; 16 pixels high, 24 wide."""
 
 Pixels = npt.NDArray[np.uint8]
 
 
-def shown(config: AugmentConfig, text: str = "a cat", prompt: str = "", picture: Pixels = PICTURE) -> list[Pixels]:
-    """The picture with that text in some epochs."""
-    drawn = Draw(np.full(EPOCHS, 7), np.arange(EPOCHS))
+def augmented(config: AugmentConfig, text: str = "a cat", prompt: str = "", picture: Pixels = PICTURE) -> list[Pixels]:
+    """The augmented picture in each of EPOCHS epochs."""
+    picks = RowPicks(np.full(EPOCHS, 7), np.arange(EPOCHS))
     texts = [(prompt, text)] * EPOCHS
-    return [row.pixels for row in Augmenter(config, 3).rows([Row("a/1", picture, texts)] * EPOCHS, texts, drawn)]
+    return [row.pixels for row in Augmenter(config, 3).rows([Row("a/1", picture, texts)] * EPOCHS, texts, picks)]
 
 
-def seen(
+def samples(
     shards: Shards, steps: range = range(8), world_size: int = 1, workers: int = 0, config: AugmentConfig | None = ALL
 ) -> list[tuple[bytes, str]]:
-    """Pixels and text of each place of each global batch."""
+    """Pixels and text of each sample of each global batch."""
     batches = global_batches(shards, TOKENIZER, steps, world_size=world_size, workers=workers, augment=config)
-    return [place for batch in batches for place in batch]
+    return [sample for batch in batches for sample in batch]
 
 
 @pytest.fixture(scope="module")
@@ -48,25 +48,25 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
     return write_shards(tmp_path_factory.mktemp("augment") / "shards", rows=10, texts=2)
 
 
-def test_pictures_are_the_same_on_any_number_of_ranks_with_any_number_of_workers_and_from_the_middle_on(
+def test_pictures_do_not_depend_on_the_ranks_the_workers_or_the_first_step(
     shards: Shards,
 ) -> None:
-    whole = seen(shards)
-    assert len({pixels for pixels, _ in whole}) > 50, "each row another way in each epoch; bright ones may end white"
+    whole = samples(shards)
+    assert len({pixels for pixels, _ in whole}) > 50, "rows differ by epoch; bright ones may all be white"
     for world_size, workers in itertools.product((1, 2, 4), (0, 1, 3)):
-        assert seen(shards, world_size=world_size, workers=workers) == whole
-    assert seen(shards, range(5, 8), 2, 3) == whole[5 * 8 :]
+        assert samples(shards, world_size=world_size, workers=workers) == whole
+    assert samples(shards, range(5, 8), 2, 3) == whole[5 * 8 :]
 
 
-def test_without_augmentation_pictures_are_the_bytes_of_the_shards(shards: Shards) -> None:
+def test_without_augmentation_pixels_equal_those_of_the_shards(shards: Shards) -> None:
     stored = {shards.row(index).pixels.tobytes() for index in range(len(shards))}
-    assert {pixels for pixels, _ in seen(shards, config=None)} == stored
+    assert {pixels for pixels, _ in samples(shards, config=None)} == stored
     assert tiny_run().train.augment is None
 
 
-def test_the_text_that_is_shown_decides_and_not_the_other_texts_of_the_picture(shards: Shards) -> None:
+def test_only_the_text_shown_limits_augmentation_not_other_texts_of_the_picture(shards: Shards) -> None:
     stored = {shards.row(index).pixels.tobytes() for index in range(len(shards))}
-    pictures = seen(shards, config=AugmentConfig(flip=1, sided_words=("x",)))
+    pictures = samples(shards, config=AugmentConfig(flip=1, sided_words=("x",)))
     assert {text.endswith(" x") for _, text in pictures} == {True, False}
     assert all((pixels in stored) == text.endswith(" x") for pixels, text in pictures)
 
@@ -81,28 +81,28 @@ def test_the_text_that_is_shown_decides_and_not_the_other_texts_of_the_picture(s
         ("detect cat", "<loc0102><loc0307><loc0922><loc0716> cat"),
     ],
 )
-def test_a_picture_whose_text_tells_left_from_right_is_never_mirrored(prompt: str, text: str) -> None:
-    assert all((pixels == PICTURE).all() for pixels in shown(AugmentConfig(flip=1), text, prompt))
+def test_a_picture_whose_text_names_a_side_is_never_flipped(prompt: str, text: str) -> None:
+    assert all((pixels == PICTURE).all() for pixels in augmented(AugmentConfig(flip=1), text, prompt))
 
 
 @pytest.mark.parametrize("text", ["a cat", "he is upright, and bright", "leftover pizza"])
-def test_another_picture_is_mirrored_sometimes(text: str) -> None:
-    mirrored = [(pixels == PICTURE[:, ::-1]).all() for pixels in shown(AugmentConfig(flip=0.5), text)]
-    same = [(pixels == PICTURE).all() for pixels in shown(AugmentConfig(flip=0.5), text)]
-    assert all(one != other for one, other in zip(mirrored, same, strict=True))
-    assert EPOCHS / 4 < sum(mirrored) < EPOCHS * 3 / 4
+def test_other_pictures_are_sometimes_flipped(text: str) -> None:
+    flipped = [(pixels == PICTURE[:, ::-1]).all() for pixels in augmented(AugmentConfig(flip=0.5), text)]
+    same = [(pixels == PICTURE).all() for pixels in augmented(AugmentConfig(flip=0.5), text)]
+    assert all(one != other for one, other in zip(flipped, same, strict=True))
+    assert EPOCHS / 4 < sum(flipped) < EPOCHS * 3 / 4
 
 
-def test_other_languages_have_words_of_their_own() -> None:
+def test_sided_words_can_be_set_for_other_languages() -> None:
     config = AugmentConfig(flip=1, sided_words=("links", "nach rechts"))
-    assert [(pixels == PICTURE).all() for pixels in shown(config, "Er schaut nach rechts")] == [True] * EPOCHS
-    assert [(pixels == PICTURE).all() for pixels in shown(config, "Er hat recht")] == [False] * EPOCHS
+    assert [(pixels == PICTURE).all() for pixels in augmented(config, "Er schaut nach rechts")] == [True] * EPOCHS
+    assert [(pixels == PICTURE).all() for pixels in augmented(config, "Er hat recht")] == [False] * EPOCHS
 
 
-def test_a_crop_keeps_a_share_within_the_scale_and_not_always_the_same_place() -> None:
+def test_a_crop_has_an_area_within_the_scale_and_a_varying_position() -> None:
     row = np.linspace(0, 255, 96)
     picture = np.stack([np.tile(row, (96, 1)), np.tile(row, (96, 1)).T, np.zeros((96, 96))], axis=-1).astype(np.uint8)
-    crops = shown(AugmentConfig(scale=(0.25, 0.64)), picture=picture)
+    crops = augmented(AugmentConfig(scale=(0.25, 0.64)), picture=picture)
     across = np.array([float(pixels[:, -1, 0].mean()) - float(pixels[:, 0, 0].mean()) for pixels in crops]) / 255
     down = np.array([float(pixels[-1, :, 1].mean()) - float(pixels[0, :, 1].mean()) for pixels in crops]) / 255
     assert (across * down > 0.22).all()
@@ -113,14 +113,14 @@ def test_a_crop_keeps_a_share_within_the_scale_and_not_always_the_same_place() -
     assert min(lefts) < 20 < 80 < max(lefts)
 
 
-def test_a_picture_with_boxes_in_its_text_is_not_cropped_and_may_be_in_another_light() -> None:
+def test_a_picture_with_boxes_in_its_text_is_not_cropped_but_its_colours_may_change() -> None:
     boxed = "<loc0102><loc0307><loc0922><loc0716> cat"
-    assert all((pixels == PICTURE).all() for pixels in shown(AugmentConfig(scale=(0.2, 0.5)), boxed))
-    assert not any((pixels == PICTURE).all() for pixels in shown(AugmentConfig(brightness=0.5), boxed))
+    assert all((pixels == PICTURE).all() for pixels in augmented(AugmentConfig(scale=(0.2, 0.5)), boxed))
+    assert not any((pixels == PICTURE).all() for pixels in augmented(AugmentConfig(brightness=0.5), boxed))
 
 
 def measured(pixels: Pixels) -> tuple[float, float, float]:
-    """Mean grey, spread of greys, and mean distance of a pixel to its own grey."""
+    """Mean grey, standard deviation of greys, and mean distance of a pixel to its own grey."""
     grey = pixels @ np.array([0.299, 0.587, 0.114])
     return float(grey.mean()), float(grey.std()), float(np.abs(pixels - grey[:, :, None]).mean())
 
@@ -132,19 +132,19 @@ def measured(pixels: Pixels) -> tuple[float, float, float]:
 def test_each_strength_changes_its_own_property_within_its_bounds(
     strength: str, changed: list[int], kept: list[int]
 ) -> None:
-    middle = PICTURE // 2 + 64  # no level is cut off
+    middle = PICTURE // 2 + 64  # no value is clipped
     config = AugmentConfig.model_validate({strength: 0.3})
-    values = np.array([measured(pixels) for pixels in shown(config, picture=middle)]) / measured(middle)
+    values = np.array([measured(pixels) for pixels in augmented(config, picture=middle)]) / measured(middle)
     assert np.abs(values[:, kept] - 1).max(initial=0) < 0.02
     assert (np.abs(values[:, changed] - 1) < 0.32).all()
     assert (values[:, changed].min(axis=0) < 0.8).all()
     assert (values[:, changed].max(axis=0) > 1.2).all()
 
 
-def test_shape_and_type_stay_and_the_picture_of_the_shard_is_not_touched() -> None:
+def test_shape_and_type_are_kept_and_the_pixels_of_the_shard_are_not_modified() -> None:
     before = PICTURE.copy()
-    before.flags.writeable = False  # as a mapped file's
-    for pixels in shown(ALL, picture=before):
+    before.flags.writeable = False  # like the pixels of a mapped file
+    for pixels in augmented(ALL, picture=before):
         assert pixels.shape == PICTURE.shape
         assert pixels.dtype == np.uint8
     assert (before == PICTURE).all()
@@ -156,14 +156,14 @@ def test_shape_and_type_stay_and_the_picture_of_the_shard_is_not_touched() -> No
         ({"brightness": 1.5}, "train.augment.brightness: Input should be less than 1 (got 1.5)"),
         ({"contrast": -0.1}, "train.augment.contrast: Input should be greater than or equal to 0 (got -0.1)"),
         ({"flip": 2}, "train.augment.flip: Input should be less than or equal to 1 (got 2)"),
-        ({"scale": [0.9, 0.5]}, "train.augment: scale is [0.9, 0.5]: the least share of a picture, above 0, then"),
+        ({"scale": [0.9, 0.5]}, "train.augment: scale is [0.9, 0.5]: expected the smallest share (above 0), then"),
         ({"scale": [0, 0.5]}, "train.augment: scale is [0, 0.5]"),
         ({"hue": 0.1}, "train.augment.hue: unknown key"),
         ({}, "train.augment: augment changes no picture"),
         ({"flip": 0.5, "sided_words": []}, "train.augment.sided_words"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_with_its_name(augment: dict[str, Any], problem: str) -> None:
+def test_an_invalid_setting_is_refused_by_name(augment: dict[str, Any], problem: str) -> None:
     run = tiny_run().model_dump(mode="json", by_alias=True)
     run["train"]["augment"] = augment
     with pytest.raises(ConfigError) as caught:
@@ -171,7 +171,7 @@ def test_what_cannot_be_meant_is_refused_with_its_name(augment: dict[str, Any], 
     assert problem in caught.value.got
 
 
-def test_augmentation_is_science_and_runs_of_before_are_what_they_were() -> None:
+def test_augmentation_changes_the_run_identity_only_when_it_is_set() -> None:
     before = tiny_run().train.science()
     assert "augment" not in before
     assert "ema_decay" not in before["optimizer"]
