@@ -1,4 +1,4 @@
-"""Resampler, gated cross-attention and pixel shuffle against Idefics, the open reproduction of Flamingo."""
+"""Parity of resampler, gated cross-attention and pixel shuffle with Idefics, the open reproduction of Flamingo."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from vlm.text.base import SLOT
 
 WIDTH, LATENTS, VOCAB = 24, 3, 40
 MARKER = 7
-"""The token that stands for a picture in their sequences."""
+"""Id of the token that stands for a picture in Idefics' sequences."""
 
 
 def theirs() -> IdeficsForVisionText2Text:
@@ -107,7 +107,7 @@ def fill(module: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def copy_resampler(mine: nn.Module, original: nn.Module) -> None:
-    """Idefics hands its latents on as they are: our output layer becomes the identity."""
+    """Copy the resampler's weights. Idefics has no output layer, so ours becomes the identity."""
     state = original.state_dict()
     values = {"latents": state["latents"], "out.weight": torch.eye(WIDTH), "out.bias": torch.zeros(WIDTH)}
     values |= {f"norm.{end}": state[f"layer_norm.{end}"] for end in ("weight", "bias")}
@@ -151,7 +151,7 @@ def copy_decoder(mine: nn.Module, original: IdeficsForVisionText2Text) -> None:
 
 
 def shared(state: dict[str, Tensor], layer: str, block: str) -> dict[str, Tensor]:
-    """Norms and gated MLP, which both kinds of block have."""
+    """Return the norms and the gated MLP, which both kinds of block have."""
     return {
         f"{block}.attention_norm.weight": state[f"{layer}.input_layernorm.weight"],
         f"{block}.mlp_norm.weight": state[f"{layer}.post_attention_layernorm.weight"],
@@ -161,7 +161,7 @@ def shared(state: dict[str, Tensor], layer: str, block: str) -> dict[str, Tensor
 
 
 @pytest.mark.parametrize("patches", [4, 9])
-def test_the_resampler_equals_idefics_resampler(patches: int) -> None:
+def test_resampler_equals_that_of_idefics(patches: int) -> None:
     original, model = theirs().model.perceiver_resampler, ours()
     assert isinstance(original, IdeficsPerceiverResampler)
     copy_resampler(model.projector, original)
@@ -169,28 +169,28 @@ def test_the_resampler_equals_idefics_resampler(patches: int) -> None:
     torch.testing.assert_close(model.projector(x_BNW), original(x_BNW), atol=1e-5, rtol=0)
 
 
-# Which token of a row is a picture's place: interleaved, one, none before the end, two at once.
+# Positions of the pictures in each row: interleaved with text, at the start, near the end, two in a row.
 ROWS = ([0, 3], [0], [5], [0, 1])
 
 
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:1], ROWS[1:3]])
-def test_interleaved_pictures_and_text_give_idefics_logits(rows: tuple[list[int], ...]) -> None:
+def test_interleaved_pictures_and_text_give_the_logits_of_idefics(rows: tuple[list[int], ...]) -> None:
     original, model = theirs(), ours()
     copy_decoder(model.decoder, original)
-    T, most = 8, max(len(places) for places in rows)
+    T, most = 8, max(len(positions) for positions in rows)
     tokens_BT = torch.randint(8, VOCAB, (len(rows), T))
-    for row, places in enumerate(rows):
-        tokens_BT[row, places] = MARKER
+    for row, positions in enumerate(rows):
+        tokens_BT[row, positions] = MARKER
     features_PNW = torch.randn(sum(map(len, rows)), LATENTS, WIDTH)
     padded = torch.zeros(len(rows), most, LATENTS, WIDTH)
-    seen_BTM = torch.zeros(len(rows), T, most, dtype=torch.long)
+    mask_BTM = torch.zeros(len(rows), T, most, dtype=torch.long)
     features = iter(features_PNW)
-    for row, places in enumerate(rows):
-        for number, place in enumerate(places):
+    for row, positions in enumerate(rows):
+        for number, position in enumerate(positions):
             padded[row, number] = next(features)
-            seen_BTM[row, place : [*places, T][number + 1], number] = 1
+            mask_BTM[row, position : [*positions, T][number + 1], number] = 1
     with torch.inference_mode():
-        expected = original(input_ids=tokens_BT, perceiver_embeddings=padded, image_attention_mask=seen_BTM).logits
+        expected = original(input_ids=tokens_BT, perceiver_embeddings=padded, image_attention_mask=mask_BTM).logits
         model.fusion.marker.copy_(model.decoder.tokens.weight[MARKER])  # type: ignore[operator]
         x_BTW, media = model.embed(tokens_BT.masked_fill(tokens_BT == MARKER, SLOT), features_PNW)
         logits = model.decoder.logits(model.decoder(x_BTW, mask=None, media=media))
@@ -198,7 +198,7 @@ def test_interleaved_pictures_and_text_give_idefics_logits(rows: tuple[list[int]
 
 
 @pytest.mark.parametrize("factor", [2, 3])
-def test_pixel_shuffle_equals_idefics_3(factor: int) -> None:
+def test_pixel_shuffle_equals_that_of_idefics_3(factor: int) -> None:
     config = Idefics3Config(
         scale_factor=factor,
         vision_config={"hidden_size": 8, "num_attention_heads": 4},
@@ -211,7 +211,7 @@ def test_pixel_shuffle_equals_idefics_3(factor: int) -> None:
     torch.testing.assert_close(mine(x_BNW), original(x_BNW), atol=1e-5, rtol=0)
 
 
-def test_closed_gates_leave_the_decoder_as_it_was() -> None:
+def test_gates_at_zero_leave_the_decoder_unchanged() -> None:
     model, tokens = ours(), torch.tensor([[SLOT, 1, 2, 3]])
     with torch.inference_mode():
         one, two = (

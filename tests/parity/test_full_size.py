@@ -1,4 +1,4 @@
-"""Full-size YAMLs against the original's own config classes: every tensor by name and shape, nothing allocated."""
+"""Parity of the full-size models with the originals: every tensor by name and shape, on the meta device."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ GEMMA_2B = {
     "num_key_value_heads": 1,
     "vocab_size": 257216,
 }
-GEMMA2_2B = {"model_type": "gemma2", "vocab_size": 257216}  # the class's defaults are its smallest model
+GEMMA2_2B = {"model_type": "gemma2", "vocab_size": 257216}  # the defaults of the config class are those of Gemma 2 2B
 
 
 def paligemma(text: dict[str, Any], width: int) -> Callable[[], Any]:
@@ -60,7 +60,7 @@ GPT2_MEDIUM = GPT2Config(n_embd=1024, n_layer=24, n_head=16)
 
 
 class Original(NamedTuple):
-    """A published part: the model that has it, which part, by which family's table, and the original itself."""
+    """A published part of a model, its family, and a function that builds the original."""
 
     model: str
     part: Part
@@ -81,7 +81,7 @@ ORIGINALS = (
 
 
 @pytest.mark.parametrize("original", ORIGINALS, ids=lambda original: f"{original.model}-{original.part}")
-def test_a_full_size_model_has_the_originals_tensors(original: Original) -> None:
+def test_full_size_model_has_the_tensors_of_the_original(original: Original) -> None:
     config = load_model(original.model)
     assert config.text.kind == "json"
     with torch.device("meta"):
@@ -100,7 +100,7 @@ def test_a_full_size_model_has_the_originals_tensors(original: Original) -> None
     assert set(headers) == used | set(plan.tied) | set(plan.dropped)
 
 
-def test_the_sizes_are_those_that_are_published() -> None:
+def test_parameter_counts_equal_the_published_ones() -> None:
     published = {"vit_gpt2": 190, "clip_gpt2": 214, "paligemma": 2_923, "paligemma2": 3_032, "base": 214}
     for name, millions in published.items():
         config = load_model(name)

@@ -1,4 +1,4 @@
-"""The mixture of experts beside that of transformers (Mixtral's): same weights, same numbers, same gradients."""
+"""Parity of the mixture of experts with Mixtral in transformers: same weights, same outputs, same gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH, MLP_WIDTH, EXPERTS = 24, 40, 6
 
 
 def both(top_k: int) -> tuple[MoeMlp, nn.Module]:
-    """Our layer and theirs with the same random weights."""
+    """Return our layer and Mixtral's with the same random weights."""
     config = MixtralConfig(
         hidden_size=WIDTH, intermediate_size=MLP_WIDTH, num_local_experts=EXPERTS, num_experts_per_tok=top_k
     )
@@ -40,7 +40,7 @@ def both(top_k: int) -> tuple[MoeMlp, nn.Module]:
 
 
 def gradients(layer: nn.Module, x_BTW: Tensor, y_BTW: Tensor) -> dict[tuple[int, ...], Tensor]:
-    """By shape: names differ."""
+    """Return the gradients by shape, because the names differ."""
     torch.manual_seed(2)
     given = [x_BTW, *layer.parameters()]
     found = torch.autograd.grad((y_BTW * torch.randn_like(y_BTW)).sum(), given)
@@ -48,18 +48,18 @@ def gradients(layer: nn.Module, x_BTW: Tensor, y_BTW: Tensor) -> dict[tuple[int,
 
 
 @pytest.mark.parametrize("top_k", [2, 3])
-def test_the_layer_equals_mixtrals_sparse_block(top_k: int) -> None:
+def test_layer_equals_the_sparse_block_of_mixtral(top_k: int) -> None:
     ours, theirs = both(top_k)
     x_BTW = torch.randn(3, 17, WIDTH, requires_grad=True)
     mine, expected = ours(x_BTW), theirs(x_BTW)
     torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
-    found, wanted = gradients(ours, x_BTW, mine), gradients(theirs, x_BTW, expected)
+    found, reference = gradients(ours, x_BTW, mine), gradients(theirs, x_BTW, expected)
     assert len(found) == 4
-    for shape, gradient in wanted.items():
+    for shape, gradient in reference.items():
         torch.testing.assert_close(found[shape], gradient, rtol=1e-5, atol=1e-5)
 
 
-def test_the_balance_loss_is_that_of_transformers_over_real_tokens() -> None:
+def test_balance_loss_equals_that_of_transformers_over_real_tokens() -> None:
     ours, _ = both(2)
     real_BT = torch.arange(17) < torch.tensor([[17], [9], [12]])
     labels_BT = torch.where(real_BT, 1, IGNORE)
@@ -68,7 +68,7 @@ def test_the_balance_loss_is_that_of_transformers_over_real_tokens() -> None:
     loss, report = router_loss({"decoder.blocks.0": ours}, Batch(*3 * (labels_BT,), torch.zeros(3)))
     (mine,) = torch.autograd.grad(loss, logits_NX)
     logits_NX = logits_NX.detach().requires_grad_()
-    # Theirs is top_k where the load is even, ours is 1.
+    # At an even load, the loss of transformers is top_k and ours is 1.
     expected = load_balancing_loss_func((logits_NX,), EXPERTS, 2, real_BT) / 2
     assert isinstance(expected, Tensor)
     assert report.balance == pytest.approx(float(expected), rel=1e-5)

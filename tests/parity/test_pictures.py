@@ -1,8 +1,8 @@
-"""Pictures become the numbers that each family's own processor makes of them: pixels of a shard, mean and std included.
+"""Parity of picture preprocessing with each family's own processor, including mean and standard deviation.
 
-The originals here are transformers' Pillow and numpy processors and timm's evaluation transform, met bit for bit. Their
-torchvision siblings resample in another order of passes, and what a first bicubic pass overshoots is clipped before
-the second sees it: with those, equality is a tolerance on pictures without noise.
+Pixels equal those of transformers' Pillow and numpy processors and of timm's evaluation transform exactly. The
+torchvision processors run the two passes of a resize in another order, and clip overshoot of the first bicubic pass
+before the second one. For them the test allows a tolerance, and uses pictures without noise.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CLIP = ImageConfig(
 TIMM = ImageConfig(size=SIZE, resize="crop", crop_start="even")
 
 SIZES = [(64, 64), (200, 90), (90, 200), (129, 77), (67, 64), (64, 71), (33, 91), (5, 3), (1, 7), (641, 480), (300, 20)]
-"""Width, height: the model's own, wide, tall, odd margins of both kinds, smaller, tiny, larger, and nearly a line."""
+"""Width and height: the model's own, wide, tall, with odd margins, smaller, tiny, larger, and very elongated."""
 
 
 def of_transformers(processor: Any) -> Processor:
@@ -69,7 +69,7 @@ def normalised(image: Image.Image, config: ImageConfig) -> Array:
 
 
 def levels_apart(image: Image.Image, config: ImageConfig, processor: Processor) -> Array:
-    """Difference to what a processor makes of the picture, in levels of 255."""
+    """Return the absolute difference from the processor's pixels, in levels of 255."""
     apart = np.abs(normalised(image, config) - processor(image))
     return np.asarray(255 * apart * np.array(config.std).reshape(3, 1, 1))
 
@@ -90,8 +90,10 @@ def noise(size: tuple[int, int]) -> Image.Image:
     ids=["siglip", "vit", "clip", "timm"],
 )
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-def test_every_pixel_is_the_processors(size: tuple[int, int], config: ImageConfig, processor: Processor) -> None:
-    """Half a thousandth of a level is float32's own rounding of (x - mean) / std."""
+def test_every_pixel_equals_that_of_the_processor(
+    size: tuple[int, int], config: ImageConfig, processor: Processor
+) -> None:
+    """The bound of 0.0005 levels allows for float32 rounding of (x - mean) / std."""
     assert levels_apart(noise(size), config, processor).max() < 5e-4
 
 
@@ -105,7 +107,7 @@ def test_every_pixel_is_the_processors(size: tuple[int, int], config: ImageConfi
     ids=["siglip", "vit", "clip"],
 )
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-def test_torchvisions_pixels_are_a_level_or_two_away(
+def test_pixels_differ_from_torchvision_by_at_most_two_levels(
     size: tuple[int, int], config: ImageConfig, processor: Processor, most: int
 ) -> None:
     smooth = noise((5, 4)).resize(size, Image.Resampling.BICUBIC)
@@ -123,7 +125,7 @@ def test_torchvisions_pixels_are_a_level_or_two_away(
     ],
     ids=["siglip", "vit", "clip"],
 )
-def test_mean_std_and_filter_are_the_processors_defaults(config: ImageConfig, processor: Any) -> None:
+def test_mean_std_and_filter_equal_the_defaults_of_the_processor(config: ImageConfig, processor: Any) -> None:
     assert (config.mean, config.std) == (tuple(processor.image_mean), tuple(processor.image_std))
     assert config.filter == processor.resample.name.lower()
 
@@ -132,5 +134,5 @@ def test_mean_std_and_filter_are_the_processors_defaults(config: ImageConfig, pr
     ("name", "config"),
     [("paligemma", SIGLIP), ("paligemma2", SIGLIP), ("clip_gpt2", CLIP), ("flamingo", CLIP), ("vit_gpt2", TIMM)],
 )
-def test_a_family_takes_its_pictures_as_its_encoders_processor(name: str, config: ImageConfig) -> None:
+def test_model_preprocesses_pictures_like_the_processor_of_its_encoder(name: str, config: ImageConfig) -> None:
     assert load_model(name).image.model_copy(update={"size": SIZE}) == config

@@ -1,6 +1,6 @@
-"""Published tokenizers read by us and by transformers: the same ids, the same text.
+"""Parity of published tokenizers with transformers: same ids, same text.
 
-The tokenizers are transformers' own classes on tiny vocabularies, saved as they save themselves.
+The tokenizers are transformers' own classes with tiny vocabularies, saved by `save_pretrained`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from vlm.text.base import Tokenizer
 
 TEXTS = [*CORPUS[:5], "", " two  spaces ", "line\nbreak", "\u00e9\u4e2d\U0001f600", "A Cat!", "it's 3 cats, isn't it"]
 TEXTS += [LOC[5] + LOC[6] + LOC[7] + LOC[1023] + " cat ; " + SEG[0] + "dog", "the x of <x>"]
-SPELLED = ["<eos>", "the <unk> of", "a <pad> cat", "<image><image>", "<|endoftext|> cat", "<|startoftext|>"]
-"""What transformers takes as special tokens unless it is told to split them."""
+SPECIAL_TEXTS = ["<eos>", "the <unk> of", "a <pad> cat", "<image><image>", "<|endoftext|> cat", "<|startoftext|>"]
+"""Texts that transformers encodes as special tokens unless `split_special_tokens` is set."""
 
 
 def vocabulary(tokenizer: Any) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def clip() -> Any:
 
 @pytest.fixture(scope="module", params=[gpt2, gemma_with_regions, clip])
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Tokenizer]:
-    """Theirs, and ours from the file that theirs saves."""
+    """Return transformers' tokenizer, and ours read from the file that it saves."""
     make: Callable[[], Any] = request.param
     theirs, folder = make(), tmp_path_factory.mktemp(make.__name__)
     theirs.save_pretrained(folder)
@@ -65,7 +65,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return theirs, text.learn(config, ())
 
 
-def test_ids_of_a_text_and_text_of_the_ids_are_theirs(both: tuple[Any, Tokenizer]) -> None:
+def test_ids_and_decoded_text_equal_those_of_transformers(both: tuple[Any, Tokenizer]) -> None:
     theirs, ours = both
     for written in TEXTS:
         ids = theirs.encode(written, add_special_tokens=False)
@@ -74,19 +74,19 @@ def test_ids_of_a_text_and_text_of_the_ids_are_theirs(both: tuple[Any, Tokenizer
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def test_special_tokens_in_a_text_are_letters_as_theirs_when_told_to_split_them(both: tuple[Any, Tokenizer]) -> None:
+def test_special_tokens_in_a_text_are_split_as_by_transformers(both: tuple[Any, Tokenizer]) -> None:
     theirs, ours = both
-    for written in SPELLED:
+    for written in SPECIAL_TEXTS:
         assert ours.encode(written) == theirs.encode(written, add_special_tokens=False, split_special_tokens=True)
 
 
-def test_control_tokens_are_theirs(both: tuple[Any, Tokenizer]) -> None:
+def test_control_token_ids_equal_those_of_transformers(both: tuple[Any, Tokenizer]) -> None:
     theirs, ours = both
     assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
     assert ours.pad_id == (theirs.pad_token_id if theirs.pad_token else theirs.eos_token_id)
 
 
-def test_a_checkpoints_copy_holds_a_file_that_transformers_reads(both: tuple[Any, Tokenizer], tmp_path: Path) -> None:
+def test_tokenizer_of_a_checkpoint_can_be_read_by_transformers(both: tuple[Any, Tokenizer], tmp_path: Path) -> None:
     theirs, ours = both
     (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(ours.to_json())["tokenizer"]), encoding="utf-8")
     again = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))

@@ -1,4 +1,4 @@
-"""CLIP's eye from transformers: the same features, and back again."""
+"""Parity of CLIP's vision encoder with transformers: same features after import, and after export."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ours(**changes: Any) -> ModelConfig:
     return config(vision=vision | changes)
 
 
-def test_clip_patches_are_the_originals_and_go_back(tmp_path: Path) -> None:
+def test_clip_patch_features_equal_the_original_after_import_and_export(tmp_path: Path) -> None:
     original = publish(CLIPVisionModel(CLIPVisionConfig(**VISION)), tmp_path / "published")
     model, report = load(ours(), tmp_path / "published", "encoder")
     theirs = original(pixels()).last_hidden_state[:, 1:]
@@ -37,7 +37,7 @@ def test_clip_patches_are_the_originals_and_go_back(tmp_path: Path) -> None:
     assert_equal(CLIPVisionModel.from_pretrained(exported)(pixels()).last_hidden_state[:, 1:], theirs)
 
 
-def test_clip_pooled_is_the_originals_and_goes_back(tmp_path: Path) -> None:
+def test_clip_pooled_feature_equals_the_original_after_import_and_export(tmp_path: Path) -> None:
     original = publish(CLIPVisionModel(CLIPVisionConfig(**VISION)), tmp_path / "published")
     model, _ = load(ours(post_norm=True, select="cls"), tmp_path / "published", "encoder")
     theirs = original(pixels()).pooler_output
@@ -46,17 +46,17 @@ def test_clip_pooled_is_the_originals_and_goes_back(tmp_path: Path) -> None:
     assert_equal(CLIPVisionModel.from_pretrained(exported)(pixels()).pooler_output, theirs)
 
 
-def test_clip_whole_leaves_its_text_tower_behind(tmp_path: Path) -> None:
+def test_import_of_a_whole_clip_drops_its_text_tower(tmp_path: Path) -> None:
     original = publish(CLIPModel(CLIPConfig(text_config=TOWER, vision_config=VISION)), tmp_path / "published")
     model, report = load(ours(), tmp_path / "published", "encoder")
     assert_equal(model.encoder(pixels()), original.vision_model(pixels()).last_hidden_state[:, 1:])
     assert {"the text tower", "a weight of the contrastive loss"} <= set(report.parts[0].dropped)
 
 
-@pytest.mark.parametrize(("activation", "said"), [("gelu", "hidden_act"), ("relu", "hidden_act")])
-def test_clip_of_another_activation_is_refused(activation: str, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("activation", "message"), [("gelu", "hidden_act"), ("relu", "hidden_act")])
+def test_clip_with_another_activation_is_refused(activation: str, message: str, tmp_path: Path) -> None:
     from vlm.errors import CheckpointError
 
     publish(CLIPVisionModel(CLIPVisionConfig(**VISION, hidden_act=activation)), tmp_path / "published")
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         load(ours(), tmp_path / "published", "encoder")

@@ -1,4 +1,4 @@
-"""A wrong folder gives one error that lists all that is wrong, before any tensor is read."""
+"""Import of a folder that does not fit raises one error that lists every mismatch, before any tensor is read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OURS = config(decoder={"transformer": blocks(activation="gelu_tanh"), "tie_embed
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A GPT-2 as published."""
+    """Return a folder with a GPT-2 as transformers publishes it."""
     model, _ = import_weights(OURS, 40, {})
     save_model(tmp_path / "checkpoint", model, CharTokenizer("ab"))
     export_weights(tmp_path / "checkpoint", "decoder", "gpt2", tmp_path / "gpt2")
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refused(folder: Path, part: Part = "decoder") -> str:
-    """What the error says; all four parts of it are there."""
+    """Return the error message of an import, and check that it has all four parts."""
     with pytest.raises(CheckpointError) as caught:
         load(OURS, folder, part)
     error = caught.value
@@ -41,13 +41,13 @@ def refused(folder: Path, part: Part = "decoder") -> str:
     return str(error)
 
 
-def change(folder: Path, how: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
     tensors = load_file(folder / "model.safetensors")
-    save_file(how(tensors), folder / "model.safetensors")
+    save_file(edit(tensors), folder / "model.safetensors")
 
 
-def test_all_that_does_not_fit_is_listed_at_once_with_the_nearest_names(folder: Path) -> None:
-    def spoil(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def test_error_lists_all_mismatches_with_the_nearest_names(folder: Path) -> None:
+    def damage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for layer in range(3):
             tensors[f"transformer.h.{layer}.ln1.weight"] = tensors.pop(f"transformer.h.{layer}.ln_1.weight")
         del tensors["transformer.ln_f.bias"]
@@ -55,8 +55,8 @@ def test_all_that_does_not_fit_is_listed_at_once_with_the_nearest_names(folder: 
         tensors["transformer.h.1.mlp.c_fc.bias"] = tensors["transformer.h.1.mlp.c_fc.bias"].to(torch.int8)
         return tensors
 
-    change(folder, spoil)
-    said = refused(folder)
+    edit_tensors(folder, damage)
+    message = refused(folder)
     for sentence in (
         "missing in the file: transformer.h.{0..2}.ln_1.weight (nearest: transformer.h.{0..2}.ln1.weight)",
         "unused in the file: transformer.h.{0..2}.ln1.weight (nearest: transformer.h.{0..2}.ln_1.weight)",
@@ -64,10 +64,10 @@ def test_all_that_does_not_fit_is_listed_at_once_with_the_nearest_names(folder: 
         "transformer.wpe.weight has shape (50, 16), the model needs (48, 16)",
         "transformer.h.1.mlp.c_fc.bias has type I8",
     ):
-        assert sentence in said
+        assert sentence in message
 
 
-def test_a_parameter_that_no_file_of_the_family_has_is_named(folder: Path) -> None:
+def test_error_names_a_parameter_that_no_file_of_the_family_has(folder: Path) -> None:
     pooled = config(vision={"select": "attention", "post_norm": True, "class_token": True})
     vit = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 4}
     (folder / "config.json").write_text(json.dumps({**vit, "intermediate_size": 24, "layer_norm_eps": 1e-5}))
@@ -76,38 +76,38 @@ def test_a_parameter_that_no_file_of_the_family_has_is_named(folder: Path) -> No
     assert "parameter without a tensor in the file: encoder.pool.query" in str(caught.value)
 
 
-def test_an_encoder_is_no_decoder(folder: Path) -> None:
-    said = refused(folder, "encoder")
-    assert "config.json names gpt2, which is a family for the decoder" in said
-    assert "clip, siglip, siglip2, timm, vit" in said
+def test_decoder_weights_are_refused_for_the_encoder(folder: Path) -> None:
+    message = refused(folder, "encoder")
+    assert "config.json names gpt2, which is a family for the decoder" in message
+    assert "clip, siglip, siglip2, timm, vit" in message
 
 
-def test_a_family_nobody_knows_is_refused_with_those_that_are_known(folder: Path) -> None:
+def test_unknown_family_is_refused_with_the_list_of_known_ones(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "mamba"}')
     assert "config.json names mamba. Fix: families for the decoder: gemma, gemma2, gpt2" in refused(folder)
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, -1])
-def test_a_file_cut_short_is_refused(size: int, folder: Path) -> None:
+def test_truncated_file_is_refused(size: int, folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:size])
     assert "truncated, damaged or not safetensors" in refused(folder)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.ckpt", "model.pth"])
-def test_a_pickle_is_refused_unopened_with_the_reason(name: str, folder: Path) -> None:
+def test_pickle_is_refused_without_loading_it(name: str, folder: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
             return pytest.fail, ()
 
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(pickle.dumps(Trap()))
-    said = refused(folder)
-    assert "loading a pickle can run any code that it contains" in said
-    assert name in said
+    message = refused(folder)
+    assert "loading a pickle can run any code that it contains" in message
+    assert name in message
 
 
-def test_a_folder_without_weights_or_config_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_folder_without_weights_or_config_is_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert "has no weights" in refused(folder)
     (folder / "config.json").write_text("[1]")
@@ -117,7 +117,7 @@ def test_a_folder_without_weights_or_config_is_refused(folder: Path, tmp_path: P
     assert "config of the weights cannot be read" in refused(tmp_path / "nowhere")
 
 
-def test_missing_shards_are_named(folder: Path, tmp_path: Path) -> None:
+def test_error_names_missing_shards(folder: Path, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     report = export_weights(tmp_path / "checkpoint", "decoder", "gpt2", shards, max_bytes=4000)
     names = [name for name in report.files if name.endswith(".safetensors")]
@@ -138,7 +138,7 @@ def weights(model: torch.nn.Module) -> list[Tensor]:
     return [parameter for name, parameter in model.named_parameters() if name.startswith("decoder.")]
 
 
-def test_what_no_family_can_express_is_not_exported(tmp_path: Path) -> None:
+def test_export_refuses_a_model_that_the_family_cannot_represent(tmp_path: Path) -> None:
     windowed = OURS.model_dump()
     windowed["decoder"]["transformer"]["attention"]["windows"] = [8]
     model, _ = import_weights(type(OURS).model_validate(windowed), 40, {})
@@ -150,7 +150,7 @@ def test_what_no_family_can_express_is_not_exported(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_parameter_that_another_library_has_no_place_for_is_not_lost(tmp_path: Path) -> None:
+def test_export_refuses_to_omit_a_parameter(tmp_path: Path) -> None:
     pooled = config(vision={"class_token": True, "select": "attention"})
     model, _ = import_weights(pooled, 40, {})
     save_model(tmp_path / "checkpoint", model, CharTokenizer("ab"))

@@ -1,4 +1,4 @@
-"""Gemma 1 and 2 from transformers: the same logits, past the window too, and back again."""
+"""Parity of Gemma 1 and 2 with transformers: same logits after import and export, also beyond the attention window."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WINDOW = 4
 
 
 def decoder(version: int) -> dict[str, Any]:
-    """Our decoder of Gemma's make; the second has a window shorter than the texts, and both soft caps bite."""
+    """Return our config of Gemma's decoder. In version 2 the window is shorter than the texts and caps are active."""
     attention: dict[str, Any] = {"num_heads": HEADS, "num_kv_heads": 1, "head_dim": 6}
     if version == 2:
         attention |= {"windows": [WINDOW, None], "soft_cap": 2.0, "scale": 1 / 3}
@@ -72,7 +72,7 @@ def original_of(version: int, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_gemma_logits_are_the_originals_and_go_back(version: int, tmp_path: Path) -> None:
+def test_gemma_logits_equal_the_original_after_import_and_export(version: int, tmp_path: Path) -> None:
     original = publish(original_of(version), tmp_path / "published")
     model, _ = load(ours(version), tmp_path / "published", "decoder")
     ids, mask = tokens(12, 3, 7)
@@ -83,17 +83,17 @@ def test_gemma_logits_are_the_originals_and_go_back(version: int, tmp_path: Path
     assert_equal(again(input_ids=ids, attention_mask=mask).logits, theirs, mask)
 
 
-@pytest.mark.parametrize(("given", "wanted"), [(2, 1), (1, 2)])
-def test_gemma_of_the_other_version_is_recognised(given: int, wanted: int, tmp_path: Path) -> None:
-    publish(original_of(given), tmp_path / "published")
+@pytest.mark.parametrize(("published", "expected"), [(2, 1), (1, 2)])
+def test_gemma_of_the_other_version_is_refused_by_name(published: int, expected: int, tmp_path: Path) -> None:
+    publish(original_of(published), tmp_path / "published")
     with pytest.raises(CheckpointError) as caught:
-        load(ours(wanted), tmp_path / "published", "decoder")
-    name, other = ("gemma2", "gemma") if given == 2 else ("gemma", "gemma2")
+        load(ours(expected), tmp_path / "published", "decoder")
+    name, other = ("gemma2", "gemma") if published == 2 else ("gemma", "gemma2")
     assert f"family {name}, but the decoder of the model has the architecture of {other}." in str(caught.value)
     assert "decoder.transformer.sandwich" in str(caught.value)
 
 
-def test_every_value_that_differs_is_named_at_once(tmp_path: Path) -> None:
+def test_error_lists_every_value_that_differs(tmp_path: Path) -> None:
     rope = {"rope_type": "default", "rope_theta": 500.0}
     publish(original_of(2, rope_parameters=rope, rms_norm_eps=1e-5), tmp_path / "published")
     settings = tmp_path / "published" / "config.json"
@@ -105,7 +105,7 @@ def test_every_value_that_differs_is_named_at_once(tmp_path: Path) -> None:
         assert path in str(caught.value)
 
 
-def test_stretched_rotary_angles_are_refused(tmp_path: Path) -> None:
+def test_scaled_rotary_angles_are_refused(tmp_path: Path) -> None:
     rope = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
     publish(original_of(1, rope_parameters=rope), tmp_path / "published")
     with pytest.raises(CheckpointError, match="linear"):

@@ -1,4 +1,4 @@
-"""Loading takes the memory of the weights and little more."""
+"""Memory of an import: peak memory is only slightly above the size of the weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ print(json.dumps({"weights": weights, "peak": memory("VmHWM") - before}))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_peak_is_within_15_percent_of_the_weights(tmp_path: Path) -> None:
+def test_peak_memory_is_within_15_percent_of_the_weights(tmp_path: Path) -> None:
     sizes = {"n_embd": WIDTH, "n_layer": DEPTH, "n_head": 16, "n_positions": 64, "vocab_size": VOCAB}
     with torch.device("meta"):
         names = GPT2LMHeadModel(GPT2Config(**sizes)).state_dict()

@@ -1,4 +1,4 @@
-"""PaliGemma 1 and 2 from transformers: the same logits over pictures, prompts and answers, and back again."""
+"""Parity of PaliGemma 1 and 2 with transformers: same logits after import and export, for pictures with prompts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vlm.text.base import SLOT
 
 SLOTS = (SIZE // PATCH) ** 2
 MARK = VOCAB
-"""The token that marks a picture's places in theirs: behind the table, as it has no row of ours."""
+"""Id of transformers' image token. It is after the last row of the table, because our models have no such token."""
 
 
 def ours(version: int) -> ModelConfig:
@@ -60,7 +60,7 @@ def original_of(version: int, vocab_size: int = VOCAB, mark: int | None = MARK) 
 
 
 class Rows:
-    """Two rows of a picture, a prompt and an answer, of unequal lengths, in our words and in theirs."""
+    """Two rows of a picture, a prompt and an answer, of unequal lengths, as input for both libraries."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -88,7 +88,7 @@ class Rows:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_paligemma_logits_are_the_originals_and_go_back(version: int, tmp_path: Path) -> None:
+def test_paligemma_logits_equal_the_original_after_import_and_export(version: int, tmp_path: Path) -> None:
     original, rows = publish(original_of(version), tmp_path / "published"), Rows()
     model, report = load(ours(version), tmp_path / "published", "model")
     assert (report.fresh, report.parts[0].unchecked) == ((), ())
@@ -99,9 +99,9 @@ def test_paligemma_logits_are_the_originals_and_go_back(version: int, tmp_path: 
     assert_equal(rows.theirs(again), theirs, rows.mask)
 
 
-SPELLINGS = {
+NAME_VERSIONS = {
     "as published": (("vision_tower.", "vision_tower.vision_model."),),
-    "as transformers 5 has them in memory": (
+    "in memory of transformers 5": (
         ("vision_tower.", "model.vision_tower."),
         ("multi_modal_projector.", "model.multi_modal_projector."),
         ("language_model.model.", "model.language_model."),
@@ -109,13 +109,13 @@ SPELLINGS = {
 }
 
 
-@pytest.mark.parametrize("names", SPELLINGS)
-def test_paligemma_loads_under_every_name_its_files_have_had(names: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", NAME_VERSIONS)
+def test_paligemma_loads_with_all_versions_of_its_tensor_names(names: str, tmp_path: Path) -> None:
     original, rows = publish(original_of(1), tmp_path / "published"), Rows()
     file = tmp_path / "published" / "model.safetensors"
     tensors = load_file(file)
     tied = tensors["language_model.model.embed_tokens.weight"].clone()
-    for old, new in SPELLINGS[names]:
+    for old, new in NAME_VERSIONS[names]:
         tensors = {name.replace(old, new, 1) if name.startswith(old) else name: t for name, t in tensors.items()}
     head = "language_model.lm_head.weight" if names == "as published" else "lm_head.weight"
     save_file(tensors | {head: tied}, file)
@@ -125,13 +125,13 @@ def test_paligemma_loads_under_every_name_its_files_have_had(names: str, tmp_pat
 
 
 def lakesight(*arguments: str) -> Any:
-    """The report of a command."""
+    """Run a command and return its JSON report."""
     done = CliRunner().invoke(app, [*arguments, "--json"])
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
 
 
-def test_the_commands_take_a_whole_model_with_its_tokenizer_there_and_back(
+def test_commands_import_and_export_a_whole_model_with_its_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

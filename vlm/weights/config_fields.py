@@ -29,6 +29,15 @@ ACTIVATIONS = {
 """Names of activations in transformers, and ours. Of several names for one function, export writes the first."""
 
 
+VISION_DEFAULTS = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+}
+"""Sizes that ViT, CLIP and SigLIP have in transformers if config.json lacks them."""
+
+
 class Unknown:
     """Type of UNKNOWN."""
 
@@ -126,6 +135,24 @@ def standard_transformer(path: str) -> tuple[ConfigField, ...]:
         constant(f"{path}.attention.soft_cap", None),
         constant(f"{path}.attention.windows", (None,)),
         default_attention_scale(path),
+    )
+
+
+def vision_transformer() -> tuple[ConfigField, ...]:
+    """Return the fields of a vision transformer under the keys that ViT, CLIP and SigLIP share in transformers."""
+    path = "vision.transformer"
+    return (
+        *standard_transformer(path),
+        constant("vision.stem.kind", "patch"),
+        constant("vision.registers", 0),
+        constant(f"{path}.layer_scale", None),
+        same(f"{path}.width", "hidden_size"),
+        same(f"{path}.depth", "num_hidden_layers"),
+        *attention_heads(f"{path}.attention", "hidden_size", "num_attention_heads"),
+        same(f"{path}.mlp.mlp_width", "intermediate_size"),
+        same(f"{path}.mlp.activation", "hidden_act", ACTIVATIONS),
+        same(f"{path}.norm.eps", "layer_norm_eps"),
+        same("vision.stem.patch_size", "patch_size"),
     )
 
 

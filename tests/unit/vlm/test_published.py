@@ -1,4 +1,4 @@
-"""Published tokenizers: what they say is kept, control tokens stay out of reach of data, region tokens do not."""
+"""Published tokenizers: text never encodes to control tokens, and region tokens are ordinary text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vlm.text.base import Tokenizer
 
 
 @pytest.fixture(scope="module")
-def learned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     folder = tmp_path_factory.mktemp("published")
     return {which: text.learn(published(folder, which), ()) for which in MAKE}
 
@@ -45,43 +45,43 @@ pieces = st.sampled_from(
         SEG[0],
     ]
 )
-written = st.lists(pieces | st.text(max_size=4)).map("".join)
+texts = st.lists(pieces | st.text(max_size=4)).map("".join)
 
 
 @pytest.mark.parametrize("which", MAKE)
-@given(given=written)
-def test_no_text_makes_a_control_token(learned: dict[str, Tokenizer], which: str, given: str) -> None:
-    tokenizer = learned[which]
-    ids = tokenizer.encode(given.encode("utf-8", "ignore").decode())
+@given(caption=texts)
+def test_no_text_encodes_to_a_control_token(tokenizers: dict[str, Tokenizer], which: str, caption: str) -> None:
+    tokenizer = tokenizers[which]
+    ids = tokenizer.encode(caption.encode("utf-8", "ignore").decode())
     assert not control_ids(tokenizer) & set(ids)
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
 
 
 @pytest.mark.parametrize("which", ["byte_level", "byte_fallback"])
-@given(given=written)
-def test_any_text_comes_back_control_tokens_that_it_spells_included(
-    learned: dict[str, Tokenizer], which: str, given: str
+@given(caption=texts)
+def test_decoding_restores_any_text_even_with_names_of_control_tokens(
+    tokenizers: dict[str, Tokenizer], which: str, caption: str
 ) -> None:
-    """CLIP's kind writes lower case and puts spaces of its own: it cannot."""
-    given = given.encode("utf-8", "ignore").decode().replace("\N{LOWER ONE EIGHTH BLOCK}", "")
-    tokenizer = learned[which]
-    assert tokenizer.decode(tokenizer.encode(given)) == given
+    """CLIP's tokenizer is not tested: it converts to lower case and changes spaces."""
+    caption = caption.encode("utf-8", "ignore").decode().replace("\N{LOWER ONE EIGHTH BLOCK}", "")
+    tokenizer = tokenizers[which]
+    assert tokenizer.decode(tokenizer.encode(caption)) == caption
 
 
 @pytest.mark.parametrize("which", MAKE)
-def test_nothing_said_is_an_empty_text(learned: dict[str, Tokenizer], which: str) -> None:
-    tokenizer = learned[which]
+def test_empty_text_and_no_ids_convert_to_each_other(tokenizers: dict[str, Tokenizer], which: str) -> None:
+    tokenizer = tokenizers[which]
     assert tokenizer.encode("") == []
     assert tokenizer.decode([]) == tokenizer.decode([tokenizer.bos_id, tokenizer.eos_id]) == ""
 
 
-def test_words_that_end_with_a_mark_are_given_back_as_words(learned: dict[str, Tokenizer]) -> None:
-    tokenizer = learned["word_ends"]
+def test_end_of_word_suffixes_decode_to_spaces(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers["word_ends"]
     assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("a  Cat\nsat"), tokenizer.eos_id]) == "a cat sat"
 
 
 @pytest.mark.parametrize("special", [False, True], ids=["plain", "flagged-special"])
-def test_regions_are_one_token_each_from_data_and_back(tmp_path: Path, special: bool) -> None:
+def test_each_region_token_in_a_text_is_one_id_and_survives_decoding(tmp_path: Path, special: bool) -> None:
     config = published(tmp_path, "byte_fallback")
     byte_fallback(special_regions=special).save(config.path)
     tokenizer = text.learn(config, ())
@@ -91,21 +91,21 @@ def test_regions_are_one_token_each_from_data_and_back(tmp_path: Path, special: 
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id, tokenizer.pad_id]) == answer
 
 
-def test_other_special_tokens_are_letters_in_a_text_and_skipped_in_an_answer(learned: dict[str, Tokenizer]) -> None:
-    tokenizer = learned["byte_fallback"]
+def test_other_special_tokens_are_split_in_a_text_and_skipped_in_an_answer(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers["byte_fallback"]
     image_id = len(byte_fallback().get_vocab()) - 1
     assert image_id not in tokenizer.encode("<image>")
     assert tokenizer.decode([image_id, *tokenizer.encode("a cat"), tokenizer.vocab_size - 1]) == "a cat"
 
 
-def test_the_files_own_truncation_padding_and_start_token_are_not_used(learned: dict[str, Tokenizer]) -> None:
-    tokenizer = learned["byte_fallback"]
+def test_truncation_padding_and_start_token_of_the_file_are_not_used(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers["byte_fallback"]
     assert len(tokenizer.encode("a b c d e f g h")) > 7
     assert tokenizer.bos_id not in tokenizer.encode("a")
 
 
 @pytest.mark.parametrize("added", [False, True])
-def test_a_control_token_that_the_file_does_not_flag_is_one_all_the_same(tmp_path: Path, added: bool) -> None:
+def test_control_token_without_special_flag_in_the_file_is_treated_as_one(tmp_path: Path, added: bool) -> None:
     config = published(tmp_path, "byte_fallback", pad="<mask>")
     if added:
         backend = byte_fallback()
@@ -117,32 +117,32 @@ def test_a_control_token_that_the_file_does_not_flag_is_one_all_the_same(tmp_pat
     assert tokenizer.decode([4, *tokenizer.encode("cat"), 4]) == "cat"
 
 
-def test_an_unknown_character_is_left_out_where_the_file_would_make_it_the_end(tmp_path: Path) -> None:
+def test_unknown_character_is_omitted_if_the_file_maps_it_to_the_end_token(tmp_path: Path) -> None:
     config = published(tmp_path, "word_ends")
     vocab = {"a": 0, "b": 1, STARTOFTEXT: 2, ENDOFTEXT: 3}
     Backend(models.BPE(vocab=vocab, merges=[], unk_token=ENDOFTEXT)).save(config.path)
     assert text.learn(config, ()).encode("a\u00e9b") == [0, 1]
 
 
-@pytest.mark.parametrize(("which", "silenced"), [("byte_level", 0), ("byte_fallback", 2), ("word_ends", 1)], ids=str)
-def test_what_is_never_generated_is_padding_and_start_unless_they_end(
-    learned: dict[str, Tokenizer], which: str, silenced: int
+@pytest.mark.parametrize(("which", "count"), [("byte_level", 0), ("byte_fallback", 2), ("word_ends", 1)], ids=str)
+def test_padding_and_start_token_are_suppressed_unless_they_are_the_end_token(
+    tokenizers: dict[str, Tokenizer], which: str, count: int
 ) -> None:
-    tokenizer = learned[which]
+    tokenizer = tokenizers[which]
     assert set(tokenizer.suppressed_ids) == {tokenizer.pad_id, tokenizer.bos_id} - {tokenizer.eos_id}
-    assert len(tokenizer.suppressed_ids) == silenced
+    assert len(tokenizer.suppressed_ids) == count
 
 
 @pytest.mark.parametrize("which", MAKE)
-def test_a_checkpoints_copy_needs_the_file_no_more(which: str, tmp_path: Path) -> None:
+def test_saved_tokenizer_does_not_need_the_original_file(which: str, tmp_path: Path) -> None:
     config = published(tmp_path, which)
     tokenizer = text.learn(config, ())
     text.save(tokenizer, tmp_path / "tokenizer.json")
     Path(config.path).unlink()
     loaded = text.load(tmp_path / "tokenizer.json")
-    said = "a cat " + LOC[7] + " <bos>" + ENDOFTEXT
-    assert loaded.encode(said) == tokenizer.encode(said)
-    assert loaded.decode(loaded.encode(said)) == tokenizer.decode(tokenizer.encode(said))
+    caption = "a cat " + LOC[7] + " <bos>" + ENDOFTEXT
+    assert loaded.encode(caption) == tokenizer.encode(caption)
+    assert loaded.decode(loaded.encode(caption)) == tokenizer.decode(tokenizer.encode(caption))
     assert [loaded.vocab_size, loaded.pad_id, loaded.bos_id, loaded.eos_id, loaded.suppressed_ids] == [
         *[tokenizer.vocab_size, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.suppressed_ids]
     ]
@@ -151,7 +151,7 @@ def test_a_checkpoints_copy_needs_the_file_no_more(which: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"path": ""}, "model.text.path = ''"),
         ({"path": "nowhere/tokenizer.json"}, "No such file"),
@@ -161,24 +161,26 @@ def test_a_checkpoints_copy_needs_the_file_no_more(which: str, tmp_path: Path) -
     ],
     ids=["empty", "missing", "no-bos", "no-bos-no-eos", "table-too-small"],
 )
-def test_a_file_that_does_not_fit_is_one_clear_error(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_file_that_does_not_fit_is_an_error_that_names_the_config_path(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     config = published(tmp_path, "byte_fallback", **change)
     with pytest.raises(ConfigError) as caught:
         text.learn(config, ())
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "model.text.path" in caught.value.where
     assert "--set model.text.path=FILE" in caught.value.fix
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", '{"model": null}', "\x00\x01"])
-def test_a_file_that_is_no_tokenizer_is_one_clear_error(content: str, tmp_path: Path) -> None:
+def test_file_without_a_tokenizer_is_an_error(content: str, tmp_path: Path) -> None:
     config = published(tmp_path, "byte_level")
     Path(config.path).write_text(content)
     with pytest.raises(ConfigError, match="the model's tokenizer cannot be used"):
         text.learn(config, ())
 
 
-def test_a_damaged_copy_is_a_checkpoints_error(tmp_path: Path) -> None:
+def test_damaged_tokenizer_of_a_checkpoint_is_a_checkpoint_error(tmp_path: Path) -> None:
     content = json.loads(text.learn(published(tmp_path, "byte_level"), ()).to_json())
     damages: list[dict[str, object]] = [{"tokenizer": {}}, {"eos": "</s>"}, {"vocab_size": 3}, {"surprise": 1}]
     for damage in damages:

@@ -1,4 +1,4 @@
-"""Regions that a text spells: boxes in pixels of the picture, labels, codes, and patience with anything else."""
+"""Parser of regions: boxes in pixels of the picture, labels and outline codes; any other text is ignored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlm.image import compute_resize, to_pixels
 from vlm.text.regions import BINS, REGION_TOKEN, Box, Region, parse_regions, to_box
 
 
-def spelled(y0: int, x0: int, y1: int, x1: int) -> str:
+def box_tokens(y0: int, x0: int, y1: int, x1: int) -> str:
     return f"<loc{y0:04d}><loc{x0:04d}><loc{y1:04d}><loc{x1:04d}>"
 
 
@@ -21,8 +21,8 @@ def outline(*codes: int) -> str:
     return "".join(f"<seg{code:03d}>" for code in codes)
 
 
-def test_a_detection_is_a_box_and_its_label_several_stand_between_semicolons() -> None:
-    text = f"{spelled(102, 307, 922, 716)} cat ; {spelled(0, 0, 511, 1023)} big dog ; {spelled(5, 5, 5, 5)}"
+def test_detections_are_boxes_with_labels_separated_by_semicolons() -> None:
+    text = f"{box_tokens(102, 307, 922, 716)} cat ; {box_tokens(0, 0, 511, 1023)} big dog ; {box_tokens(5, 5, 5, 5)}"
     assert parse_regions(text) == [
         Region(102, 307, 922, 716, "cat"),
         Region(0, 0, 511, 1023, "big dog"),
@@ -30,9 +30,9 @@ def test_a_detection_is_a_box_and_its_label_several_stand_between_semicolons() -
     ]
 
 
-def test_a_segmentation_is_a_box_with_sixteen_codes() -> None:
+def test_segmentation_is_a_box_with_sixteen_codes() -> None:
     codes = (*range(15), 127)
-    text = f"{spelled(1, 2, 3, 4)} {outline(*codes)} cat ; {spelled(5, 6, 7, 8)}{outline(*codes)} cat"
+    text = f"{box_tokens(1, 2, 3, 4)} {outline(*codes)} cat ; {box_tokens(5, 6, 7, 8)}{outline(*codes)} cat"
     assert parse_regions(text) == [Region(1, 2, 3, 4, "cat", codes), Region(5, 6, 7, 8, "cat", codes)]
 
 
@@ -44,18 +44,18 @@ def test_a_segmentation_is_a_box_with_sixteen_codes() -> None:
         ("<loc0001><loc0002><loc0003> cat", []),
         ("<loc0001><loc0002><loc0003><loc1024> cat", []),
         ("<loc0001><loc0002><loc0003><loc004> cat", []),
-        (f"{spelled(9, 0, 3, 4)} upside down", []),
-        (f"{spelled(0, 9, 3, 4)} inside out", []),
-        (f"I see {spelled(1, 2, 3, 4)} cat", [Region(1, 2, 3, 4, "cat")]),
-        (f"<loc0001> ; {spelled(1, 2, 3, 4)} cat", [Region(1, 2, 3, 4, "cat")]),
+        (f"{box_tokens(9, 0, 3, 4)} upside down", []),
+        (f"{box_tokens(0, 9, 3, 4)} inside out", []),
+        (f"I see {box_tokens(1, 2, 3, 4)} cat", [Region(1, 2, 3, 4, "cat")]),
+        (f"<loc0001> ; {box_tokens(1, 2, 3, 4)} cat", [Region(1, 2, 3, 4, "cat")]),
         ("<loc0001> <loc0002> <loc0003> <loc0004> cat", [Region(1, 2, 3, 4, "cat")]),
-        (f"{spelled(1, 2, 3, 4)}{outline(1, 2, 3)} cat", [Region(1, 2, 3, 4, "cat")]),
-        (f"{spelled(1, 2, 3, 4)}{outline(*[1] * 17)} cat", [Region(1, 2, 3, 4, "cat")]),
-        (f"{spelled(1, 2, 3, 4)}<seg128> cat", [Region(1, 2, 3, 4, "")]),
-        (f"{spelled(1, 2, 3, 4)}{spelled(5, 6, 7, 8)} cat", [Region(1, 2, 3, 4, ""), Region(5, 6, 7, 8, "cat")]),
+        (f"{box_tokens(1, 2, 3, 4)}{outline(1, 2, 3)} cat", [Region(1, 2, 3, 4, "cat")]),
+        (f"{box_tokens(1, 2, 3, 4)}{outline(*[1] * 17)} cat", [Region(1, 2, 3, 4, "cat")]),
+        (f"{box_tokens(1, 2, 3, 4)}<seg128> cat", [Region(1, 2, 3, 4, "")]),
+        (f"{box_tokens(1, 2, 3, 4)}{box_tokens(5, 6, 7, 8)} cat", [Region(1, 2, 3, 4, ""), Region(5, 6, 7, 8, "cat")]),
     ],
 )
-def test_what_is_no_whole_box_is_left_out(text: str, found: list[Region]) -> None:
+def test_incomplete_boxes_are_skipped(text: str, found: list[Region]) -> None:
     assert parse_regions(text) == found
 
 
@@ -77,22 +77,22 @@ def test_any_text_gives_boxes_inside_the_picture_and_no_error(text: str, resize:
         assert len(region.codes) in (0, 16)
 
 
-def test_the_tokens_are_the_1024_and_the_128_and_no_others() -> None:
+def test_region_tokens_are_exactly_1024_locations_and_128_codes() -> None:
     names = [f"<loc{n:04d}>" for n in range(10_000)] + [f"<seg{n:03d}>" for n in range(1000)]
     assert sum(REGION_TOKEN.fullmatch(name) is not None for name in names) == 1024 + 128
     assert REGION_TOKEN.fullmatch("<loc1023>")
     assert REGION_TOKEN.fullmatch("<seg127>")
 
 
-def test_a_stretched_pictures_box_scales() -> None:
+def test_box_in_a_stretched_picture_is_scaled() -> None:
     placement = compute_resize(1000, 500, ImageConfig(size=224))
     assert to_box(Region(256, 512, 512, 1023, "cat"), placement) == Box(500, 125, 999, 250)
 
 
 @pytest.mark.parametrize("resize", ["stretch", "crop", "pad"])
 @pytest.mark.parametrize("size", [(400, 200), (201, 399)])
-def test_a_box_seen_in_the_models_square_is_where_it_is_in_the_picture(size: tuple[int, int], resize: str) -> None:
-    """A green square on red, found in the model's pixels, spelled in bins, and mapped back."""
+def test_box_in_the_input_square_maps_to_its_position_in_the_picture(size: tuple[int, int], resize: str) -> None:
+    """Find a green square on red in the model's input, convert its edges to bins, and map them back."""
     middle_x, middle_y = size[0] // 2, size[1] // 2
     truth = Box(middle_x - 30, middle_y - 50, middle_x + 60, middle_y + 40)
     picture = Image.new("RGB", size, (255, 0, 0))

@@ -1,4 +1,4 @@
-"""What `vlm.config.size` says a model computes is what torch counts when it runs."""
+"""FLOPs computed from the config equal those that torch counts in a forward pass."""
 
 import pytest
 import torch
@@ -11,22 +11,22 @@ from vlm.text.base import SLOT
 
 
 def grouped_flops(rows: torch.Size, weights: torch.Size, *_: object, **__: object) -> int:
-    """Rows (A, I) by one of X matrices (X, I, O) each: torch has no count of its own for it."""
+    """Return the FLOPs of a grouped matrix product, (A, I) by (X, I, O), which torch does not count itself."""
     return 2 * rows.numel() * weights[-1]
 
 
-@pytest.mark.parametrize("given", [None, 3])
+@pytest.mark.parametrize("text_length", [None, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_flops_are_those_that_torch_counts(variant: str, given: int | None) -> None:
+def test_flops_equal_those_counted_by_torch(variant: str, text_length: int | None) -> None:
     model, tokenizer = tiny_model(variant)
-    text = given or model.config.generation.max_new_tokens
+    text = text_length or model.config.generation.max_new_tokens
     tokens = torch.tensor([[SLOT] * model.config.num_slots + [5] * text])
-    # The plain kernel: torch counts its matrix products one by one, over all pairs of positions.
+    # torch counts every matrix product of the math kernel, over all pairs of positions.
     grouped = {torch.ops.aten._grouped_mm: grouped_flops} if hasattr(torch.ops.aten, "_grouped_mm") else {}
     with FlopCounterMode(display=False, custom_mapping=grouped) as counter, sdpa_kernel(SDPBackend.MATH):
         x, media = model.embed(tokens, model.encode(tiny_pixels(1)))
         model.decoder.logits(model.decoder(x, mask=None, media=media)[:, -text:])
-    assert flops_per_sample(model.config, tokenizer.vocab_size, given) == counter.get_total_flops()
+    assert flops_per_sample(model.config, tokenizer.vocab_size, text_length) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(
@@ -42,5 +42,5 @@ def test_flops_are_those_that_torch_counts(variant: str, given: int | None) -> N
         ("Tesla T4", None),
     ],
 )
-def test_the_peak_of_a_gpu_goes_by_its_name(gpu: str, peak: float | None) -> None:
+def test_peak_flops_are_looked_up_by_the_name_of_the_gpu(gpu: str, peak: float | None) -> None:
     assert peak_flops(gpu) == peak

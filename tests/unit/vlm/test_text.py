@@ -1,4 +1,4 @@
-"""Tokenizers: what goes in comes out, and no text can speak a special token."""
+"""Tokenizers: decoding restores the text, and no text encodes to a special token."""
 
 from pathlib import Path
 
@@ -19,44 +19,44 @@ CHARS = text.learn(CharsConfig(kind="chars", alphabet="abcdr e"), [])
 
 
 @given(st.text())
-def test_bpe_gives_back_any_text(written: str) -> None:
-    written = written.encode("utf-8", "ignore").decode()
-    assert BPE.decode(BPE.encode(written)) == written
+def test_bpe_decodes_any_text_it_encoded(caption: str) -> None:
+    caption = caption.encode("utf-8", "ignore").decode()
+    assert BPE.decode(BPE.encode(caption)) == caption
 
 
 @pytest.mark.parametrize("tokenizer", [BPE, CHARS])
-def test_no_text_spells_a_special_token(tokenizer: Tokenizer) -> None:
+def test_no_text_encodes_to_a_special_token(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("<image><bos><eos><pad> a \x00\x01")
     assert min(ids) >= NUM_SPECIAL
     assert max(ids) < tokenizer.vocab_size
 
 
-def test_bpe_learns_the_same_merges_twice_and_shortens_what_is_frequent() -> None:
+def test_bpe_training_is_deterministic_and_shortens_frequent_words() -> None:
     again = text.learn(BpeConfig(kind="bpe", vocab_size=300), CORPUS)
     assert again.to_json() == BPE.to_json()
     assert len(BPE.encode("a red car")) < len("a red car") / 2
 
 
-def test_a_character_outside_the_alphabet_is_unknown_and_seen_as_such() -> None:
+def test_character_outside_the_alphabet_becomes_the_unknown_token() -> None:
     assert CHARS.encode("ax") == [CHARS.encode("a")[0], UNKNOWN]
     assert CHARS.decode(CHARS.encode("ax")) == "a\N{REPLACEMENT CHARACTER}"
 
 
 @pytest.mark.parametrize("tokenizer", [BPE, CHARS])
-def test_a_saved_tokenizer_loads_equal(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_saved_tokenizer_loads_as_an_equal_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
     text.save(tokenizer, tmp_path / "tokenizer.json")
     loaded = text.load(tmp_path / "tokenizer.json")
     assert loaded.encode("a red car") == tokenizer.encode("a red car")
     assert loaded.vocab_size == tokenizer.vocab_size
 
 
-def test_a_damaged_tokenizer_is_a_clear_error(tmp_path: Path) -> None:
+def test_damaged_tokenizer_file_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"kind": "bpe"}')
     with pytest.raises(CheckpointError, match=r"tokenizer cannot be read.*tokenizer\.json"):
         text.load(tmp_path / "tokenizer.json")
 
 
-def test_the_prefix_is_slots_start_and_prompt_and_the_answer_ends() -> None:
+def test_prefix_is_slots_start_token_and_prompt_and_the_answer_has_an_end_token() -> None:
     prefix = prefix_ids(CHARS, 3, "red")
     assert prefix == [SLOT] * 3 + [CHARS.bos_id] + CHARS.encode("red\n")
     assert prefix_ids(CHARS, 2, "") == [SLOT] * 2 + [CHARS.bos_id]

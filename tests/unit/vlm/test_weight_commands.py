@@ -1,4 +1,4 @@
-"""`lakesight import-weights` and `export-weights`: from a published folder to a checkpoint that captions, and back."""
+"""Commands `import-weights` and `export-weights`: from a published folder to a working checkpoint, and back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENCODER, DECODER = ("--part", "encoder", "--as", "vit"), ("--part", "decoder", "
 
 @pytest.fixture(autouse=True)
 def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
-    """A working directory with a model of its own, `conf/model/mine.yml`, and a checkpoint of it in `trained`."""
+    """Create a working directory with a model in `conf/model/mine.yml` and its checkpoint in `trained`."""
     monkeypatch.chdir(tmp_path)
     raw = tiny_config("plain").model_dump(mode="json")
     raw["decoder"]["tie_embeddings"] = True
@@ -54,7 +54,7 @@ def refused(*arguments: str) -> str:
     return str(done.exception)
 
 
-def test_parts_go_out_and_come_back_and_the_rest_is_fresh() -> None:
+def test_exported_parts_can_be_imported_and_other_parameters_are_fresh() -> None:
     report("export-weights", "trained", *ENCODER, "--out", "vit")
     report("export-weights", "trained", *DECODER, "--out", "gpt2")
     done = lakesight(
@@ -68,7 +68,7 @@ def test_parts_go_out_and_come_back_and_the_rest_is_fresh() -> None:
     assert differ == ["projector.weight"]
 
 
-def test_the_seed_decides_what_is_fresh_and_nothing_else_does() -> None:
+def test_fresh_parameters_depend_on_the_seed_only() -> None:
     report("export-weights", "trained", *DECODER, "--out", "gpt2")
     weights = {}
     for seed, out in ((1, "a"), (1, "b"), (2, "c")):
@@ -79,17 +79,17 @@ def test_the_seed_decides_what_is_fresh_and_nothing_else_does() -> None:
     assert not torch.equal(weights["a"], weights["c"])
 
 
-def test_another_resolution_is_said_in_the_report() -> None:
+def test_report_names_positions_resampled_to_another_resolution() -> None:
     report("export-weights", "trained", *ENCODER, "--out", "vit")
-    said = report(
+    imported = report(
         "import-weights", "--model", "mine", "--set", "model.image.size=32", "--encoder", "vit", "--out", "larger"
     )
-    assert said["parts"][0]["resampled"] == ["encoder.position from 5 rows"]
+    assert imported["parts"][0]["resampled"] == ["encoder.position from 5 rows"]
     assert load_model(Path("larger"))[0].encoder.position.shape == (1, 17, 16)
 
 
-def test_fresh_parameters_are_those_of_a_new_model(trained: ModelConfig) -> None:
-    """Norms at one, biases at zero, weights of the model's own scheme: nothing is left as memory happened to be."""
+def test_fresh_parameters_are_distributed_as_in_a_new_model(trained: ModelConfig) -> None:
+    """Norms are one, biases zero, and weights follow the model's scheme: no parameter is uninitialised memory."""
     report("export-weights", "trained", *ENCODER, "--out", "vit")
     report("import-weights", "--model", "mine", "--encoder", "vit", "--seed", "3", "--out", "out")
     torch.manual_seed(3)
@@ -102,7 +102,7 @@ def test_fresh_parameters_are_those_of_a_new_model(trained: ModelConfig) -> None
 
 MISTAKES = {
     "no folder": (["--model", "mine"], "no folder"),
-    "two ways at once": (["vit", "--model", "mine", "--encoder", "vit"], "beside one for a part"),
+    "whole model and part": (["vit", "--model", "mine", "--encoder", "vit"], "beside one for a part"),
     "no such model": (["vit", "--model", "mime"], "did you mean 'mine'?"),
     "a value of the wrong type": (
         ["--encoder", "vit", "--model", "mine", "--set", "model.image.size=big"],
@@ -114,7 +114,7 @@ MISTAKES = {
         ["--encoder", "vit", "--model", "mine", "--set", "model.vision.transformer.depth=3"],
         "num_hidden_layers in config.json gives 2, the model has 3",
     ),
-    "a tokenizer to be learned": (
+    "tokenizer to be learned": (
         ["--encoder", "vit", "--model", "mine", "--set", "model.text={kind: bpe}"],
         "text.kind",
     ),
@@ -122,14 +122,14 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_said_and_nothing_is_written(mistake: str) -> None:
+def test_mistake_is_an_error_and_writes_nothing(mistake: str) -> None:
     report("export-weights", "trained", *ENCODER, "--out", "vit")
-    arguments, said = MISTAKES[mistake]
-    assert said in refused("import-weights", *arguments, "--out", "out")
+    arguments, message = MISTAKES[mistake]
+    assert message in refused("import-weights", *arguments, "--out", "out")
     assert not Path("out").exists()
 
 
-def test_nothing_is_overwritten() -> None:
+def test_existing_files_are_not_overwritten() -> None:
     assert "is not empty" in refused("export-weights", "trained", *ENCODER, "--out", "trained")
     assert "is not empty" in refused("import-weights", "trained", "--model", "mine", "--out", "trained")
     assert "gemma, gemma2, gpt2" in refused(
@@ -144,7 +144,7 @@ def test_nothing_is_overwritten() -> None:
     )
 
 
-def test_the_alphabet_of_a_model_is_enough_for_a_tokenizer() -> None:
+def test_import_builds_the_tokenizer_from_the_alphabet_of_the_model() -> None:
     report("export-weights", "trained", *DECODER, "--out", "gpt2")
     report("import-weights", "--model", "mine", "--decoder", "gpt2", "--out", "out")
     assert load_model(Path("out"))[1].encode(ALPHABET)

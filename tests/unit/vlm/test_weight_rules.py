@@ -1,4 +1,4 @@
-"""Rules of weight tables: each goes both ways bit for bit, and a table accounts for every name."""
+"""Rules of weight tables: export exactly inverts import, and a plan accounts for every tensor."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def assert_two_way(rule: Rule, theirs: list[Tensor]) -> list[Tensor]:
+def assert_invertible(rule: Rule, theirs: list[Tensor]) -> list[Tensor]:
     ours = rule.read(theirs)
     back = rule.write(ours)
     assert all(torch.equal(one, other) for one, other in zip(theirs, back, strict=True))
@@ -46,30 +46,30 @@ def assert_two_way(rule: Rule, theirs: list[Tensor]) -> list[Tensor]:
 
 
 @given(sizes=SIZES, width=COUNT)
-def test_joined_and_cut_tensors_go_back(sizes: list[int], width: int) -> None:
+def test_concat_and_split_are_invertible(sizes: list[int], width: int) -> None:
     parts, whole = [random(size, width) for size in sizes], random(sum(sizes), width)
     names = [f"part{index}" for index in range(len(sizes))]
-    joined = assert_two_way(concat(names, "whole", sizes), parts)
+    joined = assert_invertible(concat(names, "whole", sizes), parts)
     assert torch.equal(joined[0][: sizes[0]], parts[0])
-    pieces = assert_two_way(split("whole", names, sizes), [whole])
+    pieces = assert_invertible(split("whole", names, sizes), [whole])
     assert [len(piece) for piece in pieces] == sizes
 
 
-@settings(deadline=None)  # the first convolution of a process takes a second
+@settings(deadline=None)  # the first convolution in a process takes a second
 @given(out=COUNT, patch=COUNT, channels=COUNT, axes=st.integers(0, 3))
-def test_turned_and_folded_tensors_go_back(out: int, patch: int, channels: int, axes: int) -> None:
+def test_transpose_patch_projection_and_add_axes_are_invertible(out: int, patch: int, channels: int, axes: int) -> None:
     linear = random(out, patch * patch * channels)
-    (convolution,) = assert_two_way(patch_projection("a", "b", patch), [linear])
+    (convolution,) = assert_invertible(patch_projection("a", "b", patch), [linear])
     picture = random(1, channels, patch, patch)
     unrolled = picture.permute(0, 2, 3, 1).flatten()
     torch.testing.assert_close(torch.conv2d(picture, convolution).flatten(), linear @ unrolled)
-    assert assert_two_way(transpose("a", "b"), [linear])[0].shape == linear.shape[::-1]
-    assert assert_two_way(transpose("a", "b"), [linear[0]])[0].shape == linear.shape[1:]
-    assert assert_two_way(add_axes("a", "b", axes), [linear])[0].ndim == 2 + axes
-    assert_two_way(rename("a", "b"), [linear])
+    assert assert_invertible(transpose("a", "b"), [linear])[0].shape == linear.shape[::-1]
+    assert assert_invertible(transpose("a", "b"), [linear[0]])[0].shape == linear.shape[1:]
+    assert assert_invertible(add_axes("a", "b", axes), [linear])[0].ndim == 2 + axes
+    assert_invertible(rename("a", "b"), [linear])
 
 
-def test_rules_stand_where_the_model_has_parameters() -> None:
+def test_rules_apply_only_to_parameters_of_the_model() -> None:
     rules = [rename("h.{i}.fc.*", "blocks.{i}.up.*"), rename("norm.weight", "norm.weight"), rename("head", "head")]
     ours = ["blocks.0.up.weight", "blocks.0.up.bias", "blocks.1.up.weight", "norm.weight"]
     assert [rule.theirs[0] for rule in expand_rules(rules, ours)] == [
@@ -81,16 +81,16 @@ def test_rules_stand_where_the_model_has_parameters() -> None:
 
 
 @given(before=st.integers(2, 6), after=st.integers(2, 6), extra=st.integers(0, 3))
-def test_positions_keep_their_extra_rows_and_a_plane_stays_a_plane(before: int, after: int, extra: int) -> None:
+def test_resampled_positions_keep_extra_rows_and_constant_values(before: int, after: int, extra: int) -> None:
     rule = position_table(rename("a", "b"), extra=extra)
     assert rule.grid is not None
     table = torch.cat((random(1, extra, 2), torch.full((1, before**2, 2), 3.0)), dim=1)
-    turned = resample_positions(table, extra + after**2, rule.grid)
-    assert torch.equal(turned[:, :extra], table[:, :extra])
-    torch.testing.assert_close(turned[:, extra:], torch.full((1, after**2, 2), 3.0))
+    resampled = resample_positions(table, extra + after**2, rule.grid)
+    assert torch.equal(resampled[:, :extra], table[:, :extra])
+    torch.testing.assert_close(resampled[:, extra:], torch.full((1, after**2, 2), 3.0))
 
 
-def test_a_plan_accounts_for_every_name() -> None:
+def test_plan_accounts_for_every_tensor() -> None:
     table = WeightTable(
         (rename("a", "x"), position_table(rename("p", "position"), extra=1), rename("gone", "z")),
         drops=(Drop("mask.*", "a constant"),),
@@ -118,7 +118,7 @@ def header(*shape: int) -> TensorHeader:
     return TensorHeader(shape, "F32", Path())
 
 
-def test_names_of_blocks_are_told_together() -> None:
+def test_names_that_differ_in_the_block_number_are_merged() -> None:
     names = ["h.0.a", "h.1.a", "h.2.a", "h.0.b", "h.2.b", "h.4.c", "d"]
     assert merge_block_names(names) == ("d", "h.{0..2}.a", "h.{0,2}.b", "h.4.c")
 
@@ -134,7 +134,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_each_model_made_of_published_parts_fits_their_families(name: str) -> None:
+def test_model_of_published_parts_matches_their_families(name: str) -> None:
     assert name in available("model")
     config = load_model(name)
     for part, names in PUBLISHED[name].items():

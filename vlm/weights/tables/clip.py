@@ -8,43 +8,24 @@ from __future__ import annotations
 
 from vlm.config import ModelConfig
 from vlm.weights.config_fields import (
-    ACTIVATIONS,
+    VISION_DEFAULTS,
     ConfigField,
-    attention_heads,
     constant,
-    same,
-    standard_transformer,
     value_at,
+    vision_transformer,
     write_only,
 )
 from vlm.weights.family import transformers_family
 from vlm.weights.rules import Drop, Rule, WeightTable, add_axes, concat, position_table, rename
 
-TRANSFORMER = "vision.transformer"
 DEFAULTS = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
+    **VISION_DEFAULTS,
     "patch_size": 32,
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
 # Fields that CLIP and SigLIP share.
-TOWER_FIELDS = (
-    *standard_transformer(TRANSFORMER),
-    constant("vision.stem.kind", "patch"),
-    constant("vision.registers", 0),
-    constant(f"{TRANSFORMER}.layer_scale", None),
-    constant(f"{TRANSFORMER}.attention.bias", True),
-    same(f"{TRANSFORMER}.width", "hidden_size"),
-    same(f"{TRANSFORMER}.depth", "num_hidden_layers"),
-    *attention_heads(f"{TRANSFORMER}.attention", "hidden_size", "num_attention_heads"),
-    same(f"{TRANSFORMER}.mlp.mlp_width", "intermediate_size"),
-    same(f"{TRANSFORMER}.mlp.activation", "hidden_act", ACTIVATIONS),
-    same(f"{TRANSFORMER}.norm.eps", "layer_norm_eps"),
-    same("vision.stem.patch_size", "patch_size"),
-)
+TOWER_FIELDS = (*vision_transformer(), constant("vision.transformer.attention.bias", True))
 FIELDS: tuple[ConfigField, ...] = (
     *TOWER_FIELDS,
     constant("vision.stem.bias", False),

@@ -8,16 +8,13 @@ SigLIP 2 of fixed resolution is published as SigLIP.
 from __future__ import annotations
 
 from vlm.config import ModelConfig
-from vlm.weights.config_fields import constant, value_at, write_only
+from vlm.weights.config_fields import VISION_DEFAULTS, constant, value_at, write_only
 from vlm.weights.family import transformers_family
 from vlm.weights.rules import Drop, Rule, WeightTable, add_axes, patch_projection, position_table, rename, split
 from vlm.weights.tables.clip import TOWER_FIELDS, block_rules
 
 DEFAULTS = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
+    **VISION_DEFAULTS,
     "patch_size": 16,
     "hidden_act": "gelu_pytorch_tanh",
     "layer_norm_eps": 1e-6,

@@ -4,46 +4,31 @@ from __future__ import annotations
 
 from vlm.config import ModelConfig
 from vlm.weights.config_fields import (
-    ACTIVATIONS,
-    attention_heads,
+    VISION_DEFAULTS,
     constant,
     same,
-    standard_transformer,
     value_at,
+    vision_transformer,
     write_only,
 )
 from vlm.weights.family import transformers_family
 from vlm.weights.rules import Drop, WeightTable, concat, position_table, rename
 
-TRANSFORMER = "vision.transformer"
 DEFAULTS = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
+    **VISION_DEFAULTS,
     "patch_size": 16,
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-12,
     "qkv_bias": True,
 }
 FIELDS = (
-    *standard_transformer(TRANSFORMER),
-    constant("vision.stem.kind", "patch"),
+    *vision_transformer(),
     constant("vision.stem.bias", True),
     constant("vision.class_token", True),
-    constant("vision.registers", 0),
     constant("vision.position_on", "all"),
     constant("vision.pre_norm", False),
     constant("vision.post_norm", True),
-    constant(f"{TRANSFORMER}.layer_scale", None),
-    same(f"{TRANSFORMER}.width", "hidden_size"),
-    same(f"{TRANSFORMER}.depth", "num_hidden_layers"),
-    *attention_heads(f"{TRANSFORMER}.attention", "hidden_size", "num_attention_heads"),
-    same(f"{TRANSFORMER}.attention.bias", "qkv_bias"),
-    same(f"{TRANSFORMER}.mlp.mlp_width", "intermediate_size"),
-    same(f"{TRANSFORMER}.mlp.activation", "hidden_act", ACTIVATIONS),
-    same(f"{TRANSFORMER}.norm.eps", "layer_norm_eps"),
-    same("vision.stem.patch_size", "patch_size"),
+    same("vision.transformer.attention.bias", "qkv_bias"),
     write_only("image_size", value_at("image.size")),
 )
 
