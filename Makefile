@@ -1,4 +1,4 @@
-# Every target works on a fresh clone: the environment is made once, in .venv/.
+# Every target works in a fresh clone. The first target run creates the Python environment in .venv/.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -7,16 +7,16 @@ STAMP  := $(VENV)/.installed
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench faults ui
 
-help:  ## Say what there is to make
+help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(STAMP)  ## Ingest, train, register and caption generated scenes: the whole job
+demo: $(STAMP)  ## Run every stage on generated pictures
 	$(BIN)/lakesight demo
 
-test: check  ## Run every check and every test
+test: check  ## Run all checks and tests
 	$(BIN)/pytest -n 2 --dist loadgroup
 
-check: $(STAMP)  ## Lint, formatting, types and import contracts
+check: $(STAMP)  ## Check lint, formatting, types and import contracts
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -25,10 +25,10 @@ check: $(STAMP)  ## Lint, formatting, types and import contracts
 bench: $(STAMP)  ## Measure the ratios of docs/benchmarks.md
 	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-faults: $(STAMP)  ## Kill ranks and processes on purpose, and look what is left; and every test that takes long
+faults: $(STAMP)  ## Run the slow tests, and those that kill ranks and processes
 	$(BIN)/pytest -m "faults or matrix"
 
-ui: $(STAMP)  ## Open the MLflow UI on what was tracked here
+ui: $(STAMP)  ## Serve the MLflow UI
 	$(BIN)/lakesight ui
 
 $(STAMP): pyproject.toml constraints.txt

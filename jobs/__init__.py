@@ -1,5 +1,5 @@
-"""The commands: one thin module each (parse, load the config, open the platform, call), beside its deployed job.
+"""Commands of `lakesight`, one module per command, next to the job files that deploy them on Databricks.
 
-Only this room composes the others: the driver must not know MLflow, tracking must not know Spark jobs. Nothing heavy is
-imported at module level, so that `lakesight --help` answers at once.
+Each command parses its options, loads the config, opens the platform and calls the other packages. Commands import
+heavy libraries inside functions, so that `lakesight --help` prints at once.
 """

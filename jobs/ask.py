@@ -1,4 +1,4 @@
-"""`lakesight ask`: what a model says about pictures, printed as it is generated. No Spark."""
+"""`lakesight ask`: caption pictures or answer a question, printing tokens as they are generated. Needs no Spark."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, PrecisionOption, RunOption, SetOption, open_job
 from jobs.evaluate import VersionOption, open_model
-from jobs.regions import Found, check_drawing, draw_regions, regions_in
+from jobs.regions import FoundRegion, check_drawing_path, draw_regions, find_regions
 from pipelines.errors import StageFailed, UserError
 from vlm.config import Config, Precision
 from vlm.errors import CheckpointError, ImageError
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from vlm.text import Tokenizer
 
 
-class Answer(Config):
-    """What the model said.
+class AskReport(Config):
+    """Report of `lakesight ask`.
 
     Attributes:
-        images: the pictures' files, in the order the model saw them.
-        model: name and version, or the checkpoint's folder.
-        prompt: as asked.
-        precision: what the model computed in.
-        caption: the answer.
-        num_tokens: of the answer.
-        regions: that the answer names in the one picture; none where there are several.
-        drawn: the file with the regions drawn on the picture, where it was asked for and there are any.
+        images: picture files, in the order the model saw them.
+        model: name and version of the model, or its checkpoint folder.
+        prompt: the question; empty for a caption.
+        precision: number format of the model.
+        caption: the model's answer.
+        num_tokens: number of tokens in the answer.
+        regions: regions that the answer names; empty unless there is exactly one picture.
+        drawn: file of the picture with the regions drawn on it; null if nothing was drawn.
     """
 
     images: tuple[str, ...]
@@ -42,23 +42,31 @@ class Answer(Config):
     precision: Precision
     caption: str
     num_tokens: int
-    regions: tuple[Found, ...]
+    regions: tuple[FoundRegion, ...]
     drawn: str | None
 
 
 def ask(
     images: Annotated[
         list[Path] | None,
-        typer.Argument(help="Picture files, in the order the model shall see them; none to ask in text alone."),
+        typer.Argument(
+            help="Picture files, in the order the model sees them. None: ask in text alone.", metavar="FILE"
+        ),
     ] = None,
     *,
-    prompt: Annotated[str, typer.Option("--prompt", help="A question; empty asks for a caption.")] = "",
+    prompt: Annotated[
+        str, typer.Option("--prompt", help="Question to ask. Empty: caption the picture.", metavar="TEXT")
+    ] = "",
     draw: Annotated[
-        Path | None, typer.Option("--draw", help="Draw the boxes that the answer names on the picture, into this file.")
+        Path | None,
+        typer.Option(
+            "--draw", help="Save the picture with the answer's boxes drawn on it to this file.", metavar="FILE"
+        ),
     ] = None,
     version: VersionOption = "champion",
     checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="A checkpoint folder instead of a version.")
+        Path | None,
+        typer.Option("--checkpoint", help="Checkpoint folder to use instead of a version.", metavar="FOLDER"),
     ] = None,
     precision: PrecisionOption = Precision.FP32,
     run: RunOption = "demo",
@@ -66,13 +74,13 @@ def ask(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Caption a picture, or ask about one, several or none.
+    """Caption a picture, or ask a question about pictures.
 
     \b
     Examples:
       lakesight ask cat.png
       lakesight ask cat.png --run demo --version 3 --precision bf16
-      lakesight ask cat.png --checkpoint .lakesight/runs/demo-0123/checkpoints/step_001200
+      lakesight ask cat.png --checkpoint weights/paligemma
       lakesight ask before.png after.png --prompt "what has changed?"
       lakesight ask cat.png --prompt "detect cat" --draw boxes.png
     """
@@ -83,13 +91,13 @@ def ask(
         folder, name = (checkpoint, str(checkpoint)) if checkpoint else _model_folder(job, version)
         model, tokenizer = load_checkpoint(folder, precision)
         caption, num_tokens = stream_answer(job, model, tokenizer, pictures, prompt)
-        regions = regions_in(caption, pictures[0], model.config.image) if len(pictures) == 1 else ()
+        regions = find_regions(caption, pictures[0], model.config.image) if len(pictures) == 1 else ()
         drawn = str(draw) if draw and regions else None
         if drawn:
             draw_regions(pictures[0], regions).save(drawn)
             job.screen.line("drawn", drawn)
         job.screen.report(
-            Answer(
+            AskReport(
                 images=tuple(str(file) for file in files),
                 model=name,
                 prompt=prompt,
@@ -101,23 +109,23 @@ def ask(
             )
         )
     if draw and not drawn:
-        raise _nothing_to_draw(files[0], caption)
+        raise _no_region_error(files[0], caption)
 
 
-def _nothing_to_draw(picture: Path, caption: str) -> StageFailed:
+def _no_region_error(picture: Path, caption: str) -> StageFailed:
     return StageFailed(
         "the answer names no region, so nothing was drawn",
         where=str(picture),
         got=caption,
-        fix="ask a model that was trained to, in the words it was trained with, such as --prompt 'detect cat'",
+        fix="use a model trained to detect objects, with the prompts it was trained on, such as --prompt 'detect cat'",
     )
 
 
 def _check_question(files: Sequence[Path], prompt: str, draw: Path | None) -> None:
-    """Find out before the model is loaded what cannot be done after.
+    """Check the arguments before the model is loaded.
 
     Raises:
-        UserError: nothing is asked, or it cannot be drawn.
+        UserError: there is neither a picture nor a prompt, or the drawing cannot be made.
     """
     if not files and not prompt:
         raise UserError(
@@ -128,17 +136,17 @@ def _check_question(files: Sequence[Path], prompt: str, draw: Path | None) -> No
             "boxes are drawn on one picture",
             where=f"--draw {draw}",
             got=f"{len(files)} pictures",
-            fix="name the one picture, or leave --draw out",
+            fix="name exactly one picture, or omit --draw",
         )
     if draw:
-        check_drawing(draw)
+        check_drawing_path(draw)
 
 
 def read_picture(job: Job, path: Path) -> Image:
-    """The picture, under the same limits as an ingested one.
+    """Read a picture file under the limits that the run sets for ingested pictures.
 
     Raises:
-        UserError: the file is missing, or is no picture that can be used.
+        UserError: the file is missing, is not a picture, or exceeds the limits.
     """
     from vlm.image import open_image
 
@@ -164,10 +172,10 @@ def _model_folder(job: Job, which: str) -> tuple[Path, str]:
 
 
 def load_checkpoint(folder: Path, precision: Precision) -> tuple[VisionLanguageModel, Tokenizer]:
-    """The model and tokenizer of a checkpoint folder.
+    """Load the model and tokenizer of a checkpoint folder.
 
     Raises:
-        UserError: the folder holds no model, or the precision needs a library that is not installed.
+        UserError: the folder is not a checkpoint, or the precision needs a library that is not installed.
     """
     from vlm.checkpoint import load_model
     from vlm.precision import set_precision
@@ -183,10 +191,10 @@ def load_checkpoint(folder: Path, precision: Precision) -> tuple[VisionLanguageM
 def stream_answer(
     job: Job, model: VisionLanguageModel, tokenizer: Tokenizer, pictures: Sequence[Image], prompt: str
 ) -> tuple[str, int]:
-    """Print the answer token by token; returns the whole of it and its number of tokens.
+    """Generate an answer, print it token by token, and return it with its number of tokens.
 
     Raises:
-        UserError: pictures, prompt and answer do not fit the model's context.
+        UserError: the pictures, prompt and answer do not fit into the model's context.
     """
     import torch
 
@@ -200,7 +208,7 @@ def stream_answer(
     shown = ""
     for token in stream(model, tokenizer, request, model.config.generation):
         ids.append(token)
-        # A token may end in the middle of a character; it is shown once its other bytes are there.
+        # A token may end inside a multi-byte character: print the character once its other bytes have arrived.
         text = tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")
         job.screen.text(text[len(shown) :], end="")
         shown = text

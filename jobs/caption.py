@@ -1,4 +1,4 @@
-"""`lakesight caption`: captions for the rows of a Delta table that a model version has not captioned yet."""
+"""`lakesight caption`: caption the rows of a Delta table that a model version has not captioned yet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, PrecisionOption, RunOption, SetOption, open_job
 from jobs.evaluate import VersionOption, open_model
-from jobs.progress import progress
+from jobs.progress import show_progress
 from pipelines.errors import StageFailed, UserError
 from vlm.config import Precision
 
@@ -22,34 +22,48 @@ logger = logging.getLogger(__name__)
 
 def caption(
     *,
-    table: Annotated[str, typer.Option("--table", help="Delta table with the pictures.")] = "samples",
-    id_column: Annotated[str, typer.Option("--id-column", help="Its column of unique ids.")] = "image_id",
-    image_column: Annotated[str, typer.Option("--image-column", help="Its pictures, binary or base64 text.")] = "image",
-    where: Annotated[str, typer.Option("--where", help="SQL condition on its rows; empty for all.")] = "",
-    prompt: Annotated[str, typer.Option("--prompt", help="A question; empty asks for a caption.")] = "",
+    table: Annotated[str, typer.Option("--table", help="Delta table with the pictures.", metavar="TABLE")] = "samples",
+    id_column: Annotated[str, typer.Option("--id-column", help="Column of unique ids.", metavar="COLUMN")] = "image_id",
+    image_column: Annotated[
+        str, typer.Option("--image-column", help="Column of pictures (binary or base64).", metavar="COLUMN")
+    ] = "image",
+    where: Annotated[
+        str, typer.Option("--where", help="SQL condition that selects rows. Empty: all rows.", metavar="SQL")
+    ] = "",
+    prompt: Annotated[
+        str, typer.Option("--prompt", help="Question to ask. Empty: caption the picture.", metavar="TEXT")
+    ] = "",
     version: VersionOption = "champion",
     precision: PrecisionOption = Precision.FP32,
-    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Try rows again that have an error.")] = False,
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Retry rows that have an error.")] = False,
     remove_deleted: Annotated[
         bool, typer.Option("--remove-deleted", help="Remove captions of rows that the table no longer has.")
     ] = False,
     max_error_share: Annotated[
-        float, typer.Option("--max-error-share", min=0, max=1, help="More errors fail the job, after all is written.")
+        float,
+        typer.Option(
+            "--max-error-share",
+            min=0,
+            max=1,
+            help="Fail if a larger share of rows has errors.",
+            metavar="SHARE",
+        ),
     ] = 1.0,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Caption what a version has not captioned yet, and pictures that have changed.
+    """Caption new and changed pictures of a table.
 
-    A job that was killed goes on where it ended. Figures of what was captioned stand beside those of the version's
-    evaluation; beyond the limits of the run's drift section they are a warning.
+    Pictures that the version has captioned already are skipped, and a killed job resumes where it stopped. Statistics
+    of the captions are compared with the version's evaluation. Drift beyond the limits of the run's drift section is
+    reported as a warning.
 
     \b
     Examples:
-      lakesight caption --run demo
-      lakesight caption --run demo --table shop.products --id-column sku --image-column photo --max-error-share 0.1
+      lakesight caption --run demo --max-error-share 0.1
+      lakesight caption --table products --id-column sku --image-column photo
     """
     with open_job(run, platform, overrides, as_json) as job:
         report = run_caption(
@@ -70,40 +84,45 @@ def caption(
 
 
 def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
-    """The stage, under the run's limits on pictures and on drift; `request` as in CaptionRequest.
+    """Run the caption stage; returns its report with drift.
+
+    Args:
+        job: running command; its run config sets the limits on pictures and on drift.
+        which: model version: a number, an alias, or latest.
+        request: fields of CaptionRequest.
 
     Raises:
-        TooManyErrors: after everything is written.
-        StageFailed: likewise, where figures drift and the run's `drift.fail` asks for it.
+        TooManyErrors: too many rows failed; everything is written before.
+        StageFailed: drift exceeds its limits and the run sets `drift.fail`; everything is written before.
     """
     from pipelines.driver.caption.run import CaptionRequest, TooManyErrors, caption
 
     model = open_model(job, which)
-    wanted = CaptionRequest.model_validate(request | {"limits": job.config.data.limits})
+    caption_request = CaptionRequest.model_validate(request | {"limits": job.config.data.limits})
     try:
         done = caption(
             job.spark,
             job.platform,
             model,
-            wanted,
-            lambda count, total: progress("caption", lambda: (count(), ""), total),
+            caption_request,
+            lambda count, total: show_progress("caption", lambda: (count(), ""), total),
         )
     except TooManyErrors as error:
-        report = with_drift(job, error.report, wanted.prompt)
-        _say(job, report)
-        track(job, report, good=False)
+        report = with_drift(job, error.report, caption_request.prompt)
+        _print_report(job, report)
+        log_to_mlflow(job, report, good=False)
         raise
-    report = with_drift(job, done, wanted.prompt)
-    _say(job, report)
-    beyond = {name: drift for name, drift in report.drift.items() if drift.beyond}
-    track(job, report, good=not (beyond and job.config.drift.fail))
-    if beyond:
-        _alert(job, report, beyond)
+    report = with_drift(job, done, caption_request.prompt)
+    _print_report(job, report)
+    drifted = {name: drift for name, drift in report.drift.items() if drift.beyond}
+    log_to_mlflow(job, report, good=not (drifted and job.config.drift.fail))
+    if drifted:
+        _report_drift(job, report, drifted)
     return report
 
 
 def with_drift(job: Job, report: CaptionReport, prompt: str) -> CaptionReport:
-    """A report with its figures beside those of the version's evaluation."""
+    """Add the drift from the version's evaluation to a report, unless too few rows were captioned."""
     from pipelines.driver.caption.drift import compare_figures, evaluated
 
     rows = report.captioned + report.errors
@@ -121,8 +140,11 @@ def with_drift(job: Job, report: CaptionReport, prompt: str) -> CaptionReport:
     return report.model_copy(update={"drift": drift})
 
 
-def track(job: Job, report: CaptionReport, *, good: bool) -> None:
-    """Log the report to MLflow where something was captioned. The table is written: an outage is no failure."""
+def log_to_mlflow(job: Job, report: CaptionReport, *, good: bool) -> None:
+    """Log a caption report to MLflow if any row was captioned; warn if the tracking server does not answer.
+
+    The table is written before this, so an outage of MLflow does not fail the job.
+    """
     from pipelines.tracking.reports import log_stage
 
     if report.considered == report.already:
@@ -134,41 +156,41 @@ def track(job: Job, report: CaptionReport, *, good: bool) -> None:
     try:
         log_stage(job.platform, "caption", name, report.model_dump(), tags=tags, good=good)
     except UserError as error:
-        logger.warning("the captions are written, but the report is not in MLflow: %s", error)
+        logger.warning("the captions are written, but the report could not be logged to MLflow: %s", error)
 
 
-def _alert(job: Job, report: CaptionReport, beyond: dict[str, Drift]) -> None:
-    """Warn of drift, or fail, as the run asks."""
-    found = "; ".join(f"{name} {_figures(drift)}" for name, drift in beyond.items())
+def _report_drift(job: Job, report: CaptionReport, drifted: dict[str, Drift]) -> None:
+    """Log a warning about drift, or raise StageFailed if the run sets `drift.fail`."""
+    found = "; ".join(f"{name} {_format_drift(drift)}" for name, drift in drifted.items())
     if job.config.drift.fail:
         raise StageFailed(
-            "what was captioned is not like what was evaluated",
+            "captions or pictures differ too much from the version's evaluation (drift)",
             where=f"{report.source_table} by model {report.model_name} version {report.model_version}",
             got=found,
-            fix="everything is written: look at the pictures (`lakesight show generated_captions --gallery`); train on "
-            "such pictures, or widen the run's drift section",
+            fix="the captions are written: view them with `lakesight show generated_captions --gallery`, then train on "
+            "such pictures or raise the limits of the run's drift section",
         )
-    logger.warning("drift: what was captioned is not like what was evaluated: %s", found)
+    logger.warning("captions or pictures differ too much from the version's evaluation (drift): %s", found)
 
 
-def _figures(drift: Drift) -> str:
+def _format_drift(drift: Drift) -> str:
     return f"{drift.value:.3g}, evaluated {drift.evaluated:.3g} (change {drift.change:+.3g}, limit {drift.limit:.3g})"
 
 
-def _say(job: Job, report: CaptionReport) -> None:
+def _print_report(job: Job, report: CaptionReport) -> None:
     job.screen.line(
         "caption",
         f"{report.considered:,} rows of {report.source_table} = {report.captioned:,} captioned + "
         f"{report.errors:,} errors + {report.already:,} already there",
     )
-    for number, what in (
-        (report.recovered, "captions of a job that had not ended, from its files"),
-        (report.changed, "pictures had changed"),
-        (report.removed, "captions removed, whose rows are gone"),
+    for count, description in (
+        (report.recovered, "captions recovered from the files of an interrupted job"),
+        (report.changed, "changed pictures captioned again"),
+        (report.removed, "captions removed because their rows were deleted"),
     ):
-        if number:
-            job.screen.line("", f"{number:,} {what}")
+        if count:
+            job.screen.line("", f"{count:,} {description}")
     if report.considered == report.already:
         job.screen.line("", "nothing new")
     for name, drift in report.drift.items():
-        job.screen.line("drift" if drift.beyond else "", f"{name:<15}{_figures(drift)}")
+        job.screen.line("drift" if drift.beyond else "", f"{name:<15}{_format_drift(drift)}")

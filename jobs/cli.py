@@ -1,7 +1,7 @@
-"""The `lakesight` command: what each word calls, and how an error reaches a person.
+"""The `lakesight` command line: its commands, and how errors are printed.
 
-Exit codes: 0 good, 1 failed, 2 the user's mistake. A good end returns instead of calling sys.exit, because a Databricks
-wheel task takes any SystemExit for a failure.
+Exit codes: 0 for success, 1 for a failure, 2 for a user's mistake. On success `main` returns instead of calling
+`sys.exit`, because a Databricks wheel task counts any SystemExit as a failure.
 """
 
 from __future__ import annotations
@@ -38,22 +38,27 @@ from jobs.train import train
 from jobs.ui import ui
 from pipelines.errors import LakesightError, UserError
 
-STAGES = (ingest, quarantine, shard, train, evaluate, compare, promote, rollback, caption, pipeline, maintain)
-FOR_PEOPLE = (demo, ask, show, lineage, decisions, review, config, doctor, ui)
-FOR_WEIGHTS = (import_weights, export_weights)
+STAGE_COMMANDS = (ingest, quarantine, shard, train, evaluate, compare, promote, rollback, caption, pipeline, maintain)
+INSPECTION_COMMANDS = (demo, ask, show, lineage, decisions, review, config, doctor, ui)
+WEIGHT_COMMANDS = (import_weights, export_weights)
 
-JAVA_MAY_NOT_WRITE = ("(Permission denied)", "(Read-only file system)", "DELTA_CANNOT_CREATE_LOG_PATH")
+JAVA_PERMISSION_ERRORS = ("(Permission denied)", "(Read-only file system)", "DELTA_CANNOT_CREATE_LOG_PATH")
+"""Texts of Java exceptions that mean a file or folder is not writable."""
 
 
 class Interrupted(LakesightError):
-    """Ctrl-C. What was committed stays, and the same command goes on from there."""
+    """The user pressed Ctrl-C. Committed work stays, and the same command resumes from it."""
 
 
 class Commands(TyperGroup):
-    """Lists commands in the order of a day's work, and turns Ctrl-C into an error that says how to go on."""
+    """Group of commands, listed in the order of registration. Ctrl-C becomes an error that says how to resume."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that was asked for."""
+        """Run the chosen command.
+
+        Raises:
+            Interrupted: the user pressed Ctrl-C.
+        """
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -69,17 +74,17 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _command in (*STAGES, *FOR_PEOPLE, *FOR_WEIGHTS):
+for _command in (*STAGE_COMMANDS, *INSPECTION_COMMANDS, *WEIGHT_COMMANDS):
     app.command()(_command)
 
 
 def main() -> None:
-    """Run the command line: what the console script and a Databricks wheel task call."""
+    """Run the command line. Entry point of the console script and of Databricks wheel tasks."""
     run(app)
 
 
 def run(commands: typer.Typer) -> None:
-    """Run commands, and end the process as their exit code says unless they end well."""
+    """Run a group of commands; on an error print it and exit with its code."""
     try:
         commands()
     except SystemExit as end:
@@ -87,9 +92,9 @@ def run(commands: typer.Typer) -> None:
             raise
     except LakesightError as error:
         _fail(str(error), error.exit_code)
-    except Exception as error:  # noqa: BLE001 the outermost caller: whatever it is, say it shortly and show where
-        if trouble := _trouble_with_files(error):
-            _fail(str(trouble), trouble.exit_code)
+    except Exception as error:  # noqa: BLE001 outermost caller: every error gets a short message
+        if file_error := _file_error(error):
+            _fail(str(file_error), file_error.exit_code)
         traceback.print_exc()
         _fail(f"\nlakesight failed with {type(error).__name__}: {_first_line(error)}", 1)
 
@@ -100,24 +105,27 @@ def _fail(message: str, code: int) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """What an error says; of a Java exception what Java says, not that a call failed."""
+    """Return the first line of an error message; for a Java exception the Java message, not the Py4J one."""
     lines = str(error).strip().splitlines()
     java = [line.removeprefix(": ") for line in lines if line.startswith(": ")]
     return next(iter(java + lines), "no message")
 
 
-def _trouble_with_files(error: Exception) -> UserError | None:
-    """A full disk or a folder that may not be written, also where Spark reports it as the text of a Java exception."""
+def _file_error(error: Exception) -> UserError | None:
+    """Return a short error for a full disk or a missing write permission, None for anything else.
+
+    Spark reports both as the text of a Java exception, so the text is searched too.
+    """
     number = error.errno if isinstance(error, OSError) else None
     got = _first_line(error)
     if number == errno.ENOSPC or "No space left on device" in str(error):
-        return UserError("the disk is full", got=got, fix="free some room and run the same command again")
+        return UserError("the disk is full", got=got, fix="free disk space and run the same command again")
     where = str(error.filename or "") if isinstance(error, OSError) else ""
-    if number in {errno.EACCES, errno.EPERM, errno.EROFS} or any(sign in str(error) for sign in JAVA_MAY_NOT_WRITE):
+    if number in {errno.EACCES, errno.EPERM, errno.EROFS} or any(sign in str(error) for sign in JAVA_PERMISSION_ERRORS):
         return UserError(
-            "a file or folder may not be written",
+            "a file or folder is not writable",
             where=where,
             got=str(error.strerror) if isinstance(error, OSError) else got,
-            fix="change its permissions, or set LAKESIGHT_HOME to a folder you may write to",
+            fix="change its permissions, or set LAKESIGHT_HOME to a writable folder",
         )
     return None

@@ -1,4 +1,4 @@
-"""What commands share: the common options, and the job they open from them."""
+"""Options that commands share, and the `Job` that a command opens from them."""
 
 from __future__ import annotations
 
@@ -23,26 +23,24 @@ from vlm.config import Precision
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-RunOption = Annotated[str, typer.Option("--run", help="Which run: a file of conf/run/.", metavar="NAME")]
-PlatformOption = Annotated[str, typer.Option("--platform", help="Where: local or databricks.", metavar="NAME")]
+RunOption = Annotated[str, typer.Option("--run", help="Run to use: a file name in conf/run/.", metavar="NAME")]
+PlatformOption = Annotated[str, typer.Option("--platform", help="Where to run: local or databricks.", metavar="NAME")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", help="Override one value of the run, such as train.steps=500. Repeatable.", metavar="KEY=VALUE"
-    ),
+    typer.Option("--set", help="Override one setting, for example train.steps=500. Repeatable.", metavar="KEY=VALUE"),
 ]
 PrecisionOption = Annotated[
-    Precision, typer.Option("--precision", help="What the model computes in; int8 and int4 need lakesight[quantize].")
+    Precision, typer.Option("--precision", help="Number format of the model; int8 and int4 need lakesight[quantize].")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object on stdout.")]
 
 MIN_FREE_BYTES = 256 * 2**20
-"""Free room below which no command starts: a full disk in the middle leaves a mess that Spark explains badly."""
+"""Free disk space that a command needs to start. Spark's own errors about a full disk are hard to read."""
 
 
 @dataclass
 class Job:
-    """One command at work: the resolved run, where it runs, and what to print with."""
+    """A running command: the resolved run config, its platform and its output."""
 
     config: RunConfig
     platform: Platform
@@ -56,16 +54,16 @@ class Job:
 
     @property
     def source(self) -> str:
-        """Name of the data config: what rows of `samples` carry as their source."""
+        """Name of the data config. Rows of table `samples` carry it in column `source`."""
         return self.config.chosen.data
 
     @property
     def model_name(self) -> str:
-        """The registered model that this run's versions belong to."""
+        """Full name of the run's registered model."""
         return self.platform.model_name(self.config.name)
 
     def command(self, name: str) -> str:
-        """A further command on the same run, as the user would type it."""
+        """Return the command line that runs command `name` on the same run with the same overrides."""
         words = ["lakesight", name, "--run", self.config.name]
         if self.platform.kind != "local":
             words += ["--platform", self.platform.kind]
@@ -74,24 +72,24 @@ class Job:
         return shlex.join(words)
 
     def override(self, setting: str) -> None:
-        """Resolve the run anew with one more `a.b=c`."""
+        """Add one override `key=value` and resolve the run config again."""
         self.overrides = (*self.overrides, setting)
         self.config = load_run(self.config.name, platform=self.config.chosen.platform, overrides=self.overrides)
 
     def finish(self, report: object, next_command: str) -> None:
-        """End a command: its report for scripts, and for people what one would do next."""
+        """Print the report as JSON if requested, then the command to run next."""
         self.screen.report(report)
         self.screen.line("next", self.command(next_command))
 
     def stop(self) -> None:
-        """End a session this command started: a local one is ours, a workspace's is not."""
+        """Stop the Spark session if this command started it. A workspace's session is left running."""
         if "spark" in self.__dict__ and self.platform.kind == "local":
             self.spark.stop()
 
 
 @contextmanager
 def open_screen(*, as_json: bool) -> Iterator[Screen]:
-    """Logs to stderr and a screen on the real stdout, for as long as a command runs."""
+    """Send logs to stderr and yield a screen that prints on the real stdout, for the duration of a command."""
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.WARNING,
@@ -99,36 +97,36 @@ def open_screen(*, as_json: bool) -> Iterator[Screen]:
         datefmt="%H:%M:%S",
         force=True,
     )
-    for room in ("vlm", "pipelines", "jobs"):
-        logging.getLogger(room).setLevel(logging.INFO)
+    for package in ("vlm", "pipelines", "jobs"):
+        logging.getLogger(package).setLevel(logging.INFO)
     with reserved_stdout() as out:
         yield Screen(out, as_json=as_json)
 
 
 @contextmanager
 def open_job(run: str, platform: str, overrides: Sequence[str] | None, as_json: bool) -> Iterator[Job]:
-    """Resolve a run and open its platform; the session, if one was started, ends with the block.
+    """Resolve a run config and open its platform. A Spark session started by the block is stopped at its end.
 
     Raises:
-        UserError: the configuration or the platform cannot be used.
+        UserError: the config is invalid, the platform cannot be opened, or the disk is almost full.
     """
     with open_screen(as_json=as_json) as screen:
         config = load_run(run, platform=platform, overrides=tuple(overrides or ()))
         job = Job(config, open_platform(config.platform), tuple(overrides or ()), screen)
-        _check_room(job.platform)
+        _check_free_space(job.platform)
         try:
             yield job
         finally:
             job.stop()
 
 
-def _check_room(platform: Platform) -> None:
+def _check_free_space(platform: Platform) -> None:
     if platform.kind != "local":
         return
     free = shutil.disk_usage(platform.root).free
     if free < MIN_FREE_BYTES:
         raise UserError(
-            "there is too little room on the disk",
+            "there is too little free disk space",
             where=str(platform.root),
             got=f"{free / 2**20:.0f} MB free",
             fix=f"free at least {MIN_FREE_BYTES / 2**20:.0f} MB, or set LAKESIGHT_HOME to a folder on another disk",

@@ -1,4 +1,4 @@
-"""`lakesight config`: what a run resolves to, or which models there are."""
+"""`lakesight config`: print a resolved run config, or list the models."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from vlm.config import Config, ModelConfig
 
 
 class ModelSize(Config):
-    """One model of conf/model/ and how large it is.
+    """Size of one model of conf/model/.
 
     Attributes:
-        name: of its file.
-        parameters: in all.
-        active: that one token meets; fewer where experts share the work.
+        name: file name in conf/model/, without `.yml`.
+        parameters: total number of parameters.
+        active: parameters used for one token; fewer than `parameters` in a mixture of experts.
         encoder: parameters of the encoder.
         decoder: parameters of the decoder.
-        image_size: pixels a side.
-        image_slots: places a picture takes in the sequence.
-        flops: of a forward pass over one picture and a text of the greatest length (see `vlm.config.size`).
+        image_size: height and width of the input picture, pixels.
+        image_slots: sequence positions that one picture takes.
+        flops: FLOPs of a forward pass over one picture and a text of maximum length (see `vlm.config.size`).
     """
 
     name: str
@@ -38,7 +38,7 @@ class ModelSize(Config):
 
 def config(
     what: Annotated[
-        Literal["run", "models"], typer.Argument(help="The resolved run, or the models of conf/model/.")
+        Literal["run", "models"], typer.Argument(help="run: the resolved run. models: the models of conf/model/.")
     ] = "run",
     *,
     run: RunOption = "demo",
@@ -46,7 +46,9 @@ def config(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print what a run resolves to, or the models.
+    """Print a resolved run config, or list the models.
+
+    A resolved config contains every setting of the run after defaults and overrides are applied.
 
     \b
     Examples:
@@ -69,7 +71,7 @@ def _print_run(screen: Screen, run: str, platform: str, overrides: list[str]) ->
 
 
 def _print_models(screen: Screen) -> None:
-    models = [measure(name, load_model(name)) for name in available("model")]
+    models = [measure_model(name, load_model(name)) for name in available("model")]
     screen.text(
         f"{'model':<16} {'parameters':>13} {'active':>13} {'encoder':>11} {'decoder':>13} {'GFLOP/sample':>12}  picture"
     )
@@ -80,8 +82,8 @@ def _print_models(screen: Screen) -> None:
     screen.report({"models": models})
 
 
-def measure(name: str, model: ModelConfig) -> ModelSize:
-    """Count a model's parameters without allocating them."""
+def measure_model(name: str, model: ModelConfig) -> ModelSize:
+    """Count the parameters and FLOPs of a model without allocating its weights."""
     import torch
 
     from vlm.build import build_model

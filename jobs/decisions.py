@@ -1,4 +1,4 @@
-"""`lakesight decisions`: which versions were promoted, refused and rolled back to: who, when, and why."""
+"""`lakesight decisions`: list promotions, refusals and rollbacks of a model: who, when and why."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def decisions(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show who decided which version serves.
+    """List promotions, refusals and rollbacks.
 
-    Every promotion, refusal and rollback of the run's model, the newest last: who, when, why, and the figures.
+    For each decision on the run's model, newest last: time, action, version, user, reasons and metrics.
 
     \b
     Example:
@@ -27,9 +27,9 @@ def decisions(
     with open_job(run, platform, overrides, as_json) as job:
         found = run_decisions(job)
         for row in found:
-            after = f" (serving: {row['champion']})" if row["champion"] else ""
+            champion = f" (serving: {row['champion']})" if row["champion"] else ""
             job.screen.text(
-                f"{row['decided_at']:%Y-%m-%d %H:%M}  {row['action']:<8} version {row['model_version']}{after}, "
+                f"{row['decided_at']:%Y-%m-%d %H:%M}  {row['action']:<8} version {row['model_version']}{champion}, "
                 f"by {row['decided_by']}"
             )
             for reason in row["reasons"]:
@@ -38,10 +38,10 @@ def decisions(
 
 
 def run_decisions(job: Job) -> list[dict[str, Any]]:
-    """The rows of the run's model, the newest last.
+    """Return the decisions on the run's model, newest last.
 
     Raises:
-        UserError: tables here are no files, or there is no such table yet.
+        UserError: table `decisions` does not exist, or the platform's tables are not readable as files.
     """
     import pyarrow.compute as pc
 

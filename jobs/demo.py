@@ -1,4 +1,4 @@
-"""`lakesight demo`: the whole job on generated pictures, from nothing but this package."""
+"""`lakesight demo`: run every stage on generated pictures. Needs no data and no downloads."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from jobs.pipeline import PipelineReport, held_out, run_pipeline
 from pipelines.scenes import broken_rows
 
 RUN = "demo"
-SHOWN = 5
-"""Captions printed at the end."""
+SHOWN_CAPTIONS = 5
+"""Number of captions printed at the end."""
 
 
 def demo(
     *,
-    scenes: Annotated[int, typer.Option("--scenes", min=200, help="Pictures to generate.")] = 10_000,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the pictures.")] = 0,
+    scenes: Annotated[
+        int, typer.Option("--scenes", min=200, help="Number of pictures to generate.", metavar="N")
+    ] = 10_000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Random seed of the pictures.", metavar="N")] = 0,
     platform: PlatformOption = "local",
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run every stage on generated pictures.
 
-    The pictures show simple scenes, one sentence describes each.
-
-    Some rows are broken on purpose, so that quarantine has something to show. A second demo finds everything done.
+    The pictures show simple scenes, each described by one sentence. Some rows are broken on purpose, so that there
+    are quarantined rows to look at. A second demo finds all work done and repeats none of it.
 
     \b
     Examples:
@@ -50,13 +51,13 @@ def demo(
 
 
 def _show_captions(job: Job, report: PipelineReport) -> None:
-    """A few pictures of the held-out split: what a person says, and what the model says."""
+    """Print the human text and the generated caption of a few held-out pictures."""
     from pyspark.sql import functions as F
 
     generated = job.spark.table(job.platform.table("generated_captions")).where(
         (F.col("model_name") == report.model_name) & (F.col("model_version") == report.model_version)
     )
     samples = job.spark.table(job.platform.table("samples")).where(held_out(job)).select("image_id", "texts")
-    rows = generated.join(samples, "image_id").select("texts", "caption").orderBy("image_id").limit(SHOWN).collect()
-    for row in rows:
+    both = generated.join(samples, "image_id").select("texts", "caption").orderBy("image_id")
+    for row in both.limit(SHOWN_CAPTIONS).collect():
         job.screen.text(f"\n  human      {row['texts'][0]['text']}\n  generated  {row['caption']}")

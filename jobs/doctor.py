@@ -1,4 +1,4 @@
-"""`lakesight doctor`: is this machine ready, and if not, what to do about it."""
+"""`lakesight doctor`: check that this machine can run Lakesight, and print a fix for each problem."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from pipelines.platform import check_java, open_platform
 from pipelines.platform.jars import delta_artifact
 from vlm.config import Config
 
-COMFORTABLE_FREE_BYTES = 5 * 2**30
-COMFORTABLE_MEMORY_BYTES = 6 * 2**30
-SECONDS_FOR_MAVEN = 5
+RECOMMENDED_FREE_BYTES = 5 * 2**30
+RECOMMENDED_MEMORY_BYTES = 6 * 2**30
+MAVEN_TIMEOUT_SECONDS = 5
+INSTALL = "pip install 'lakesight[local]'"
 PACKAGES = ("pyspark", "delta-spark", "deltalake", "mlflow", "torch", "pyarrow")
 
 
-class Check(Config):
-    """One thing looked at. `fix` is empty where nothing needs doing."""
+class DoctorCheck(Config):
+    """Result of one check. `fix` is empty if nothing needs to be done."""
 
     name: str
     status: Literal["ok", "warn", "fail"]
@@ -40,9 +41,9 @@ def doctor(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check this machine, and say how to fix it.
+    """Check this machine and print fixes.
 
-    Java, packages, Delta's jars, slots, GPU, memory, disk and the home folder.
+    Checks Java, packages, Delta's jars, task slots, GPU, memory, disk space and the home folder.
 
     \b
     Example:
@@ -50,7 +51,7 @@ def doctor(
     """
     with open_screen(as_json=as_json) as screen:
         config = load_run(run, platform=platform, overrides=overrides or ())
-        checks = examine(config)
+        checks = run_checks(config)
         for check in checks:
             screen.line(check.name, f"{check.status:<5} {check.found}")
             if check.fix:
@@ -58,57 +59,62 @@ def doctor(
         failed = [check.name for check in checks if check.status == "fail"]
         screen.report({"ready": not failed, "checks": checks})
         if failed:
-            raise StageFailed("this machine is not ready", got=", ".join(failed), fix="do what the lines above say")
+            raise StageFailed("this machine is not ready", got=", ".join(failed), fix="apply the fixes printed above")
 
 
-def examine(config: RunConfig) -> list[Check]:
-    """Every check, in the order in which a run would stumble over them."""
+def run_checks(config: RunConfig) -> list[DoctorCheck]:
+    """Run all checks, in the order in which a run would meet the problems."""
     checks = [check_python(), *(check_package(name) for name in PACKAGES)]
     if isinstance(config.platform, LocalPlatformConfig):
-        checks += [java(), delta_jar(), slots(config.platform)]
-    checks += [gpu(), memory(), home(config)]
+        checks += [check_java_version(), check_delta_jar(), check_task_slots(config.platform)]
+    checks += [check_gpu(), check_memory(), check_home(config)]
     return checks
 
 
-def check_python() -> Check:
-    """Python's version (pip refuses older ones already; this is for the record)."""
-    return Check(name="python", status="ok", found=f"{sys.version.split()[0]} at {sys.executable}")
+def check_python() -> DoctorCheck:
+    """Report the Python version. It always passes: pip refuses older versions at installation."""
+    return DoctorCheck(name="python", status="ok", found=f"{sys.version.split()[0]} at {sys.executable}")
 
 
-def check_package(name: str) -> Check:
-    """The version of an installed package."""
+def check_package(name: str) -> DoctorCheck:
+    """Check that a package is installed, and report its version."""
     try:
-        return Check(name=name, status="ok", found=importlib.metadata.version(name))
+        return DoctorCheck(name=name, status="ok", found=importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
-        return Check(name=name, status="fail", found="not installed", fix="pip install 'lakesight[local]'")
+        return DoctorCheck(name=name, status="fail", found="not installed", fix=INSTALL)
 
 
-def java() -> Check:
-    """The Java that Spark would start."""
+def check_java_version() -> DoctorCheck:
+    """Check the version of the Java that Spark would start."""
     try:
-        return Check(name="java", status="ok", found=str(check_java()))
+        return DoctorCheck(name="java", status="ok", found=str(check_java()))
     except UserError as error:
-        return Check(name="java", status="fail", found=error.got or error.what, fix=error.fix)
+        return DoctorCheck(name="java", status="fail", found=error.got or error.what, fix=error.fix)
 
 
-def delta_jar() -> Check:
-    """Delta's jar in Ivy's cache, or to be had from Maven Central."""
+def check_delta_jar() -> DoctorCheck:
+    """Check that Delta's jar is in Ivy's cache, or that Maven Central can be reached to download it."""
     try:
         artifact, delta = delta_artifact()
     except importlib.metadata.PackageNotFoundError:
-        return Check(
-            name="delta jar", status="fail", found="its package is not installed", fix="pip install 'lakesight[local]'"
+        return DoctorCheck(
+            name="delta jar",
+            status="fail",
+            found="delta-spark is not installed",
+            fix=INSTALL,
         )
     if list(Path.home().glob(f".ivy2*/jars/io.delta_{artifact}-{delta}.jar")):
-        return Check(name="delta jar", status="ok", found=f"{artifact} {delta}, cached")
+        return DoctorCheck(name="delta jar", status="ok", found=f"{artifact} {delta}, cached")
     url = f"https://repo1.maven.org/maven2/io/delta/{artifact}/{delta}/{artifact}-{delta}.pom"
     try:
-        with urllib.request.urlopen(url, timeout=SECONDS_FOR_MAVEN):
-            return Check(
-                name="delta jar", status="ok", found=f"{artifact} {delta}, to be fetched at the first start (90 MB)"
+        with urllib.request.urlopen(url, timeout=MAVEN_TIMEOUT_SECONDS):
+            return DoctorCheck(
+                name="delta jar",
+                status="ok",
+                found=f"{artifact} {delta}, to be downloaded at the first start (90 MB)",
             )
     except (urllib.error.URLError, TimeoutError) as error:
-        return Check(
+        return DoctorCheck(
             name="delta jar",
             status="fail",
             found=f"not cached, and {url} does not answer: {error}",
@@ -116,57 +122,65 @@ def delta_jar() -> Check:
         )
 
 
-def slots(platform: LocalPlatformConfig) -> Check:
-    """Places for the ranks that training starts at once: cores beside the driver, or the master's task slots."""
+def check_task_slots(platform: LocalPlatformConfig) -> DoctorCheck:
+    """Compare the number of training ranks with the machine's cores and the task slots of the Spark master."""
     cores, ranks, master = os.cpu_count() or 1, platform.ranks, platform.spark.master
     if master.startswith("local-cluster"):
         executors, cores_each, _ = master.partition("[")[2].rstrip("]").split(",")
-        there = int(executors) * int(cores_each)
-        if there < ranks:
-            found = f"{there} in {master}, fewer than {ranks} ranks"
-            return Check(
-                name="slots", status="fail", found=found, fix=f"--set platform.ranks={there}, or a larger master"
+        slots = int(executors) * int(cores_each)
+        if slots < ranks:
+            found = f"{slots} slots in {master}, fewer than {ranks} ranks"
+            return DoctorCheck(
+                name="slots", status="fail", found=found, fix=f"--set platform.ranks={slots}, or use a larger master"
             )
     if cores < ranks:
-        fix = f"ranks share cores: --set platform.ranks={cores} is faster"
-        return Check(name="slots", status="warn", found=f"{cores} cores for {ranks} ranks", fix=fix)
-    return Check(name="slots", status="ok", found=f"{cores} cores for {ranks} ranks")
+        fix = f"--set platform.ranks={cores} is faster, because each rank then has a core of its own"
+        return DoctorCheck(name="slots", status="warn", found=f"{cores} cores for {ranks} ranks", fix=fix)
+    return DoctorCheck(name="slots", status="ok", found=f"{cores} cores for {ranks} ranks")
 
 
-def gpu() -> Check:
-    """GPUs that torch can use. A laptop trains on its CPU, so none is no fault."""
+def check_gpu() -> DoctorCheck:
+    """List the GPUs that torch can use. None is no problem: a laptop trains on its CPU."""
     try:
         import torch
     except ImportError:
-        return Check(name="gpu", status="warn", found="torch is not installed", fix="pip install 'lakesight[local]'")
+        return DoctorCheck(name="gpu", status="warn", found="torch is not installed", fix=INSTALL)
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return Check(name="gpu", status="ok", found=", ".join(names) or "none; training uses the CPU")
+    return DoctorCheck(name="gpu", status="ok", found=", ".join(names) or "none; training uses the CPU")
 
 
-def memory() -> Check:
-    """Memory of the machine."""
+def check_memory() -> DoctorCheck:
+    """Check the machine's memory against the recommended minimum."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found = f"{total / 2**30:.1f} GB"
-    if total < COMFORTABLE_MEMORY_BYTES:
-        return Check(name="memory", status="warn", found=found, fix="--set platform.spark.driver_memory=1g")
-    return Check(name="memory", status="ok", found=found)
+    if total < RECOMMENDED_MEMORY_BYTES:
+        return DoctorCheck(name="memory", status="warn", found=found, fix="--set platform.spark.driver_memory=1g")
+    return DoctorCheck(name="memory", status="ok", found=found)
 
 
-def home(config: RunConfig) -> Check:
-    """The folder everything is kept in: writable, and with room."""
+def check_home(config: RunConfig) -> DoctorCheck:
+    """Check that the home folder is writable and its disk has enough free space."""
     try:
         root = open_platform(config.platform).root
     except UserError as error:
-        return Check(name="home", status="fail", found=f"{error.where}: {error.got}", fix=error.fix)
+        return DoctorCheck(name="home", status="fail", found=f"{error.where}: {error.got}", fix=error.fix)
     try:
         free = shutil.disk_usage(root).free
     except OSError as error:
-        return Check(name="home", status="fail", found=f"{root}: {error.strerror}", fix="name a folder that exists")
+        return DoctorCheck(
+            name="home",
+            status="fail",
+            found=f"{root}: {error.strerror}",
+            fix="name a folder that exists",
+        )
     found = f"{root}, {free / 2**30:.1f} GB free"
     if free < MIN_FREE_BYTES:
-        return Check(
-            name="home", status="fail", found=found, fix="free some room, or set LAKESIGHT_HOME to another disk"
+        return DoctorCheck(
+            name="home",
+            status="fail",
+            found=found,
+            fix="free disk space, or set LAKESIGHT_HOME to another disk",
         )
-    if free < COMFORTABLE_FREE_BYTES:
-        return Check(name="home", status="warn", found=found, fix="5 GB leave room for shards, runs and models")
-    return Check(name="home", status="ok", found=found)
+    if free < RECOMMENDED_FREE_BYTES:
+        return DoctorCheck(name="home", status="warn", found=found, fix="have 5 GB free for shards, runs and models")
+    return DoctorCheck(name="home", status="ok", found=found)

@@ -1,4 +1,4 @@
-"""`lakesight evaluate`: a model version against the split that no training has seen."""
+"""`lakesight evaluate`: measure a model version on a split that training has not seen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
-from jobs.progress import waiting
+from jobs.progress import show_elapsed
 from jobs.shard import run_shard
 
 if TYPE_CHECKING:
@@ -16,15 +16,20 @@ if TYPE_CHECKING:
     from pipelines.driver.model_files import ModelFiles
     from pipelines.formats.shards import Shards
 
-VersionOption = Annotated[str, typer.Option("--version", help="Model version: a number, an alias, or latest.")]
+VersionOption = Annotated[
+    str, typer.Option("--version", help="Model version: a number, an alias, or latest.", metavar="VERSION")
+]
 ByOption = Annotated[
     list[str] | None,
-    typer.Option("--by", help="Cut slices by this column of samples, by size or by length. Repeatable."),
+    typer.Option(
+        "--by", help="Column of table samples, size or length to report slices by. Repeatable.", metavar="COLUMN"
+    ),
 ]
-SHOWN = ("exact_match", "word_f1", "cider", "bleu_4", "rouge_l", "meteor", "loss", "blind_gap", "error_share")
-TAGGED = ("exact_match", "word_f1", "cider", "bleu_4", "rouge_l", "loss", "blind_gap", "error_share")
-"""Figures that a version carries in the registry. Unity Catalog takes few tags."""
+SHOWN_METRICS = ("exact_match", "word_f1", "cider", "bleu_4", "rouge_l", "meteor", "loss", "blind_gap", "error_share")
+TAGGED_METRICS = ("exact_match", "word_f1", "cider", "bleu_4", "rouge_l", "loss", "blind_gap", "error_share")
+"""Metrics stored as tags of a model version. Unity Catalog limits the number of tags."""
 LOGGED_ROWS = 1000
+"""Number of rows logged to MLflow as a table."""
 
 
 def evaluate(
@@ -38,9 +43,9 @@ def evaluate(
 ) -> None:
     """Measure a model version on unseen pictures.
 
-    BLEU, ROUGE-L, CIDEr, METEOR where there is Java, exact match, token accuracy and blind gaps, with intervals, by
-    slice, beside what the best constant caption and the nearest neighbour score; and a gallery of the worst and best
-    rows. What was evaluated before is found.
+    Computes BLEU, ROUGE-L, CIDEr, METEOR (with Java), exact match, token accuracy and blind gap, each with a
+    confidence interval, in total and per slice. Two baselines are measured too: the best constant caption and the
+    nearest neighbour's caption. Writes a gallery of the worst and best rows. An existing evaluation is reused.
 
     \b
     Examples:
@@ -54,10 +59,10 @@ def evaluate(
 
 
 def open_model(job: Job, which: str) -> ModelFiles:
-    """A model version of this run, with its files on disk.
+    """Resolve a model version of this run and download its files.
 
     Raises:
-        UserError: there is no such version; lists what there is.
+        UserError: there is no such version; the error lists those that exist.
     """
     from pipelines.driver.model_files import ModelFiles
     from pipelines.tracking.registry import download, resolve
@@ -74,22 +79,22 @@ def open_model(job: Job, which: str) -> ModelFiles:
 
 
 def open_split(job: Job, model: ModelFiles) -> Shards:
-    """The split that the run is evaluated on, at a version's resolution."""
+    """Open the shards of the run's evaluation split at the model's image size, writing them if necessary."""
     from pipelines.formats.shards import Shards
 
     return Shards.open(Path(run_shard(job, job.config.data.evaluate_on, model.read_config().image).folder))
 
 
-def measured(
+def evaluate_version(
     job: Job, model: ModelFiles, shards: Shards, columns: tuple[str, ...] | None = None, *, with_meteor: bool = False
 ) -> EvaluationReport:
-    """A version's evaluation, made now or found; its figures are in the table, in MLflow and on the version."""
+    """Evaluate a version or reuse its evaluation; log metrics to MLflow and to the version's tags if they are new."""
     from pipelines.driver.evaluate.run import COLUMNS, evaluate
     from pipelines.tracking.registry import resolve, tag
     from pipelines.tracking.runs import log_report
 
     train = run_shard(job, "train", model.read_config().image)
-    with waiting("evaluate"):
+    with show_elapsed("evaluate"):
         report = evaluate(
             job.spark,
             job.platform,
@@ -108,15 +113,15 @@ def measured(
             "evaluate",
             values,
             [report.gallery, report.gallery_png, report.figures_png],
-            tables={f"rows-{report.scores_hash}.json": logged_rows(report)},
+            tables={f"rows-{report.scores_hash}.json": rows_by_column(report)},
         )
-        tags = {name: f"{values[name]:.6g}" for name in TAGGED if name in values}
+        tags = {name: f"{values[name]:.6g}" for name in TAGGED_METRICS if name in values}
         tag(job.platform, version, tags | {"evaluation": report.scores_hash})
     return report
 
 
-def logged_rows(report: EvaluationReport) -> dict[str, list[object]]:
-    """Rows as columns of a table for MLflow."""
+def rows_by_column(report: EvaluationReport) -> dict[str, list[object]]:
+    """Convert the first rows of an evaluation to columns, as MLflow's `log_table` takes them."""
     names = ("image_id", "prompt", "references", "caption", "neighbour", "f1", "loss", "blind_loss")
     rows = report.scores()[:LOGGED_ROWS]
     return {
@@ -127,22 +132,22 @@ def logged_rows(report: EvaluationReport) -> dict[str, list[object]]:
 def run_evaluate(
     job: Job, which: str, *, columns: tuple[str, ...] | None = None, with_meteor: bool = False
 ) -> EvaluationReport:
-    """The stage: measure a version, and say what it is worth."""
+    """Run the evaluate stage: evaluate a version, then print its metrics and baselines."""
     model = open_model(job, which)
-    report = measured(job, model, open_split(job, model), columns, with_meteor=with_meteor)
-    found = ", found again" if report.reused else ""
+    report = evaluate_version(job, model, open_split(job, model), columns, with_meteor=with_meteor)
+    reused = ", reused" if report.reused else ""
     job.screen.line(
         "evaluate",
-        f"{report.model_name} version {report.model_version}, {report.pictures:,} {report.split} pictures{found}",
+        f"{report.model_name} version {report.model_version}, {report.pictures:,} {report.split} pictures{reused}",
     )
-    for name in SHOWN:
+    for name in SHOWN_METRICS:
         if name in report.metrics:
             metric = report.metrics[name]
-            floors = "  ".join(
+            baselines = "  ".join(
                 f"{baseline} {report.metrics[key].value:.3f}"
                 for baseline in ("constant", "neighbour")
                 if (key := f"{baseline}_{name}") in report.metrics
             )
-            job.screen.line("", f"{name:<12} {metric.value:7.3f}  ({metric.low:.3f} to {metric.high:.3f})  {floors}")
+            job.screen.line("", f"{name:<12} {metric.value:7.3f}  ({metric.low:.3f} to {metric.high:.3f})  {baselines}")
     job.screen.line("gallery", str(report.gallery))
     return report

@@ -1,4 +1,4 @@
-"""`lakesight export-weights`: a checkpoint as a folder that another library loads. No Spark, no run."""
+"""`lakesight export-weights`: write a checkpoint in the format of another library. Needs neither Spark nor a run."""
 
 from __future__ import annotations
 
@@ -9,31 +9,37 @@ from typing import Annotated, Literal
 import typer
 
 from jobs.common import JsonOption, open_screen
-from jobs.import_weights import OutOption, check_new
+from jobs.import_weights import OutOption, check_output_folder
 from pipelines.errors import UserError
 from vlm.errors import CheckpointError
 
 
 def export_weights(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.", metavar="CHECKPOINT")],
     *,
-    part: Annotated[Literal["model", "encoder", "decoder"], typer.Option("--part", help="What of it to write.")],
-    family: Annotated[str, typer.Option("--as", help="Whose names and config to write.", metavar="FAMILY")],
+    part: Annotated[Literal["model", "encoder", "decoder"], typer.Option("--part", help="Part of the model to write.")],
+    family: Annotated[
+        str,
+        typer.Option("--as", help="Model family to write for, such as gpt2.", metavar="FAMILY"),
+    ],
     out: OutOption,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a checkpoint, or a part of one, as another library publishes it (config.json and safetensors).
+    """Write a checkpoint for another library.
+
+    Writes the whole model, its encoder or its decoder as config.json and safetensors files.
 
     \b
     Example:
-      lakesight export-weights weights/vit_gpt2 --part decoder --as gpt2 --out exported/gpt2
+      lakesight export-weights weights/vit_gpt2 --part decoder --as gpt2 \\
+        --out exported/gpt2
     """
-    from vlm.weights.export import export_weights as write
+    from vlm.weights.export import export_weights as write_weights
 
     with open_screen(as_json=as_json) as screen:
-        check_new(out)
+        check_output_folder(out)
         try:
-            report = write(checkpoint, part, family, out)
+            report = write_weights(checkpoint, part, family, out)
         except CheckpointError as error:
             raise UserError(error.what, where=error.where, got=error.got, fix=error.fix) from None
         screen.line(report.part, f"{report.tensors} tensors in {report.folder} ({report.family})")
@@ -41,6 +47,6 @@ def export_weights(
         for reason, names in report.without.items():
             screen.line("without", f"{', '.join(names)}: {reason}")
         screen.report(report)
-        back = ["lakesight", "import-weights", "--model", "NAME", "--out", "FOLDER"]
-        back += [str(out)] if part == "model" else [f"--{part}", str(out)]
-        screen.line("next", f"load it there, or bring it back: {shlex.join(back)}")
+        import_command = ["lakesight", "import-weights", "--model", "NAME", "--out", "FOLDER"]
+        import_command += [str(out)] if part == "model" else [f"--{part}", str(out)]
+        screen.line("next", f"load it in the other library, or import it again: {shlex.join(import_command)}")

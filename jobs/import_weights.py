@@ -1,4 +1,4 @@
-"""`lakesight import-weights`: a checkpoint from published weights. No Spark, no run."""
+"""`lakesight import-weights`: make a checkpoint from published weights. Needs neither Spark nor a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.common import JsonOption, SetOption, open_screen
-from jobs.progress import waiting
+from jobs.progress import show_elapsed
 from jobs.screen import Screen
 from pipelines.config import load_model
 from pipelines.errors import UserError
@@ -21,35 +21,48 @@ if TYPE_CHECKING:
     from vlm.weights.family import Part
     from vlm.weights.load import ImportReport
 
-OutOption = Annotated[Path, typer.Option("--out", help="A folder to write; it must be new or empty.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder to write; it must be new or empty.", metavar="FOLDER")]
 
 
 def import_weights(
-    folder: Annotated[Path | None, typer.Argument(help="A published folder that holds all of the model.")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(help="Published folder of the whole model.", metavar="FOLDER")
+    ] = None,
     *,
-    model: Annotated[str, typer.Option("--model", help="Which model: a file of conf/model/.", metavar="NAME")],
+    model: Annotated[str, typer.Option("--model", help="Model to use: a file name in conf/model/.", metavar="NAME")],
     out: OutOption,
-    encoder: Annotated[Path | None, typer.Option("--encoder", help="A published folder for the encoder.")] = None,
-    decoder: Annotated[Path | None, typer.Option("--decoder", help="A published folder for the decoder.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the weights that no folder has.")] = 0,
+    encoder: Annotated[
+        Path | None, typer.Option("--encoder", help="Published folder of the encoder.", metavar="FOLDER")
+    ] = None,
+    decoder: Annotated[
+        Path | None, typer.Option("--decoder", help="Published folder of the decoder.", metavar="FOLDER")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Random seed of the weights that no folder has.", metavar="N")
+    ] = 0,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a checkpoint from weights that another library published (config.json and safetensors).
+    """Make a checkpoint from published weights.
+
+    Reads config.json and safetensors files of another library: one folder of the whole model, or a folder for the
+    encoder, the decoder, or each. Weights that no folder has are initialised at random.
 
     \b
     Examples:
-      lakesight import-weights paligemma-3b-pt-224 --model paligemma --out weights/paligemma
-      lakesight import-weights --model vit_gpt2 --encoder vit_mediumd --decoder gpt2 --out weights/vit_gpt2
+      lakesight import-weights paligemma-3b-pt-224 --model paligemma \\
+        --out weights/paligemma
+      lakesight import-weights --model vit_gpt2 --encoder vit_mediumd \\
+        --decoder gpt2 --out weights/vit_gpt2
     """
     with open_screen(as_json=as_json) as screen:
         parts: dict[Part, Path | None] = {"model": folder, "encoder": encoder, "decoder": decoder}
         folders = {part: path for part, path in parts.items() if path is not None}
         _check_parts(folders)
-        check_new(out)
+        check_output_folder(out)
         config = load_model(model, overrides or ())
         report = _write(config, folders, out, seed)
-        _show(screen, report)
+        _print_report(screen, report)
         screen.report(report)
         screen.line("next", shlex.join(["lakesight", "ask", "PICTURE", "--checkpoint", str(out)]))
 
@@ -57,21 +70,21 @@ def import_weights(
 def _check_parts(folders: dict[Part, Path]) -> None:
     if not folders or ("model" in folders and len(folders) > 1):
         raise UserError(
-            "the weights to import are not clear",
-            got="a folder for the whole model beside one for a part" if folders else "no folder",
-            fix="name one folder for the whole model, or --encoder, or --decoder, or both of these",
+            "the weights to import are ambiguous",
+            got="a folder of the whole model and a folder of a part" if folders else "no folder",
+            fix="name one folder of the whole model, or use --encoder, --decoder or both",
         )
     for part, path in folders.items():
         if not path.is_dir():
             where = "the folder of the whole model" if part == "model" else f"--{part}"
-            raise UserError("there is no such folder", where=where, got=str(path), fix="name a folder as published")
+            raise UserError("there is no such folder", where=where, got=str(path), fix="name an existing folder")
 
 
-def check_new(out: Path) -> None:
-    """Nothing is overwritten.
+def check_output_folder(out: Path) -> None:
+    """Check that the output folder is new or empty, so that nothing is overwritten.
 
     Raises:
-        UserError: there is something at `out`.
+        UserError: `out` is a file or a folder that is not empty.
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError("the folder to write is not empty", where=str(out), fix="name a new folder, or remove this one")
@@ -79,12 +92,12 @@ def check_new(out: Path) -> None:
 
 def _write(config: ModelConfig, folders: dict[Part, Path], out: Path, seed: int) -> ImportReport:
     from vlm.checkpoint import save_model
-    from vlm.weights.load import import_weights as load
+    from vlm.weights.load import import_weights as load_weights
 
     tokenizer = _tokenizer(config, folders)
     try:
-        with waiting("reading weights"):
-            model, report = load(config, tokenizer.vocab_size, folders, seed=seed)
+        with show_elapsed("reading weights"):
+            model, report = load_weights(config, tokenizer.vocab_size, folders, seed=seed)
     except CheckpointError as error:
         raise UserError(error.what, where=error.where, got=error.got, fix=error.fix) from None
     save_model(out, model, tokenizer)
@@ -92,7 +105,11 @@ def _write(config: ModelConfig, folders: dict[Part, Path], out: Path, seed: int)
 
 
 def _tokenizer(config: ModelConfig, folders: dict[Part, Path]) -> Tokenizer:
-    """The tokenizer published beside the decoder, where the model takes a published one and none is named."""
+    """Build the model's tokenizer, by default from the `tokenizer.json` next to the decoder's weights.
+
+    Raises:
+        UserError: the model's tokenizer is learned from training texts.
+    """
     from vlm import text
 
     source = folders.get("decoder", folders.get("model"))
@@ -100,15 +117,15 @@ def _tokenizer(config: ModelConfig, folders: dict[Part, Path]) -> Tokenizer:
         return text.learn(config.text.model_copy(update={"path": str(source / "tokenizer.json")}), ())
     if config.text.kind == "bpe":
         raise UserError(
-            "the model learns its tokens from training texts, which an import does not have",
+            "the model learns its tokenizer from training texts, and an import has none",
             where="model.text.kind",
             got="bpe",
-            fix="choose a model with text.kind json or chars",
+            fix="choose a model whose text.kind is json or chars",
         )
     return text.learn(config.text, ())
 
 
-def _show(screen: Screen, report: ImportReport) -> None:
+def _print_report(screen: Screen, report: ImportReport) -> None:
     for part in report.parts:
         screen.line(part.part, f"{part.used} tensors of {part.folder} ({part.family})")
         for reason, names in part.dropped.items():

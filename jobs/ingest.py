@@ -1,4 +1,4 @@
-"""`lakesight ingest`: pictures and texts into the samples table, bad rows into quarantine, a page that shows both."""
+"""`lakesight ingest`: read pictures and texts into table `samples`, bad rows into `quarantine`, and write a report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
-from jobs.progress import waiting
+from jobs.progress import show_elapsed
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,14 +21,17 @@ logger = logging.getLogger(__name__)
 def ingest(
     *,
     refresh: Annotated[
-        bool, typer.Option("--refresh", help="Read everything again, and replace all that this data brought before.")
+        bool,
+        typer.Option("--refresh", help="Read all files again and replace the data's earlier rows."),
     ] = False,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read new and changed files into table samples, bad rows into quarantine.
+    """Read new and changed pictures into table samples.
+
+    Bad rows go to table quarantine with a reason. Unchanged files are skipped. Writes an HTML report of both tables.
 
     \b
     Example:
@@ -40,31 +43,34 @@ def ingest(
 
 
 def run_ingest(job: Job, *, refresh: bool = False) -> FullReport:
-    """The stage: read the run's source, say what became of each row, and write the page that shows it.
+    """Run the ingest stage: read the run's source, write the tables and the report page, and print the counts.
 
     Raises:
-        TooManyRefused: after everything is written, the page too.
+        TooManyRefused: too many rows were refused; tables and page are written before.
     """
     from pipelines.driver.ingest.report import write_report
     from pipelines.driver.ingest.run import ingest
     from pipelines.driver.ingest.totals import TooManyRefused
 
-    with waiting("ingest"):
+    with show_elapsed("ingest"):
         try:
             done = ingest(job.spark, job.platform, job.source, job.config.data, refresh=refresh)
         except TooManyRefused as error:
             report = write_report(job.spark, job.platform, error.report)
-            _say(job, report)
-            track(job, report, good=False)
+            _print_report(job, report)
+            log_to_mlflow(job, report, good=False)
             raise
         report = write_report(job.spark, job.platform, done)
-    _say(job, report)
-    track(job, report, good=True)
+    _print_report(job, report)
+    log_to_mlflow(job, report, good=True)
     return report
 
 
-def track(job: Job, report: FullReport, *, good: bool) -> None:
-    """Log the report to MLflow where the ingest changed something. The tables are written: an outage is no failure."""
+def log_to_mlflow(job: Job, report: FullReport, *, good: bool) -> None:
+    """Log an ingest report to MLflow if the ingest changed anything; warn if the tracking server does not answer.
+
+    The tables are written before this, so an outage of MLflow does not fail the ingest.
+    """
     if report.nothing_new:
         return
     from pipelines.tracking.reports import log_stage
@@ -74,10 +80,10 @@ def track(job: Job, report: FullReport, *, good: bool) -> None:
         name = f"{report.source}-{report.ingest_id}"
         log_stage(job.platform, "ingest", name, report.model_dump(), tags=tags, pages=[Path(report.page)], good=good)
     except UserError as error:
-        logger.warning("the tables are written, but the report is not in MLflow: %s", error)
+        logger.warning("the tables are written, but the report could not be logged to MLflow: %s", error)
 
 
-def _say(job: Job, report: FullReport) -> None:
+def _print_report(job: Job, report: FullReport) -> None:
     job.screen.line(
         "ingest",
         f"{report.rows_in:,} rows = {report.new:,} new + {report.merged:,} merged + "
@@ -85,11 +91,11 @@ def _say(job: Job, report: FullReport) -> None:
     )
     if report.near_duplicates.pictures:
         near = report.near_duplicates
-        job.screen.line("", f"{near.pictures:,} nearly equal others; {near.across_splits:,} of these across splits")
+        job.screen.line("", f"{near.pictures:,} near-duplicates, {near.across_splits:,} of them across splits")
     if report.unchanged:
-        job.screen.line("", f"{report.unchanged:,} files or rows of captions unchanged and not read")
+        job.screen.line("", f"{report.unchanged:,} unchanged files or caption rows skipped")
     if report.removed:
-        job.screen.line("", f"{report.removed:,} pictures removed: their rows in the table were changed or deleted")
+        job.screen.line("", f"{report.removed:,} pictures removed because their source rows were changed or deleted")
     if report.nothing_new:
         job.screen.line("", "nothing new")
     job.screen.line("", report.page)

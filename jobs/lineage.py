@@ -1,4 +1,4 @@
-"""`lakesight lineage`: where the captions of a picture come from, without starting Spark."""
+"""`lakesight lineage`: print the model, data and code that produced a picture's captions. Needs no Spark."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from jobs.show import open_table
 from pipelines.errors import UserError
 from vlm.config import Config
 
-GONE = "unknown: the version is not in the registry any more"
+UNKNOWN = "unknown: the version is no longer in the registry"
 
 
 class CaptionLineage(Config):
-    """Where one caption comes from.
+    """Model, data and code that produced one caption.
 
     Attributes:
-        caption: null where there is an error.
-        source_table: table of the picture, and `source_version` of it.
-        trained_on: version of `samples` that the model learned from.
-        manifest_hash: of the shards that it learned from: equal hashes mean equal training data.
-        code_version: of Lakesight, in training.
-        settings: how it was decoded, JSON.
+        caption: the caption; null if there is an error.
+        source_table: table that holds the picture.
+        source_version: version of that table.
+        trained_on: version of table `samples` that the model was trained on.
+        manifest_hash: hash of the training shards; equal hashes mean equal training data.
+        code_version: version of Lakesight that trained the model.
+        settings: decoding settings, JSON.
     """
 
     caption: str | None
@@ -44,16 +45,16 @@ class CaptionLineage(Config):
 
 
 def lineage(
-    image_id: Annotated[str, typer.Argument(help="Picture, as table generated_captions names it.")],
+    image_id: Annotated[str, typer.Argument(help="Id of the picture in table generated_captions.", metavar="IMAGE_ID")],
     *,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say where the captions of a picture come from.
+    """Show how a picture's captions were made.
 
-    For each caption: model version, run, data version, code version and settings. Captions of all runs are told.
+    For each caption, of any run: model version, training run, data version, code version and decoding settings.
 
     \b
     Example:
@@ -70,10 +71,10 @@ def lineage(
 
 
 def run_lineage(job: Job, image_id: str) -> list[CaptionLineage]:
-    """Every caption of a picture, the newest last.
+    """Return the lineage of every caption of a picture, newest last.
 
     Raises:
-        UserError: the picture has no caption, or tables here are no files.
+        UserError: the picture has no caption, or the platform's tables are not readable as files.
     """
     import pyarrow.compute as pc
 
@@ -86,7 +87,7 @@ def run_lineage(job: Job, image_id: str) -> list[CaptionLineage]:
             "this picture has no caption",
             where="table generated_captions",
             got=image_id,
-            fix="`lakesight show generated_captions` shows ids; `lakesight caption` captions what has none",
+            fix="list ids with `lakesight show generated_captions`, or caption new pictures with `lakesight caption`",
         )
     versions = {(row["model_name"], row["model_version"]) for row in rows}
     tags = {version: _tags(job, *version) for version in versions}
@@ -96,14 +97,14 @@ def run_lineage(job: Job, image_id: str) -> list[CaptionLineage]:
 def _lineage(row: Mapping[str, Any], tags: Mapping[str, str]) -> CaptionLineage:
     return CaptionLineage(
         **{name: row[name] for name in CaptionLineage.model_fields if name in row},
-        trained_on=tags.get("table_version", GONE),
-        manifest_hash=tags.get("manifest_hash", GONE),
-        code_version=tags.get("code_version", GONE),
+        trained_on=tags.get("table_version", UNKNOWN),
+        manifest_hash=tags.get("manifest_hash", UNKNOWN),
+        code_version=tags.get("code_version", UNKNOWN),
     )
 
 
 def _tags(job: Job, name: str, number: str) -> dict[str, str]:
-    """What a version says of itself; nothing where the registry has lost it."""
+    """Return the tags of a model version; none if the registry no longer has it."""
     from pipelines.tracking.registry import resolve
 
     try:

@@ -1,4 +1,4 @@
-"""`lakesight maintain`: tables put in order, with nothing in them changed."""
+"""`lakesight maintain`: compact and vacuum all tables. No row changes."""
 
 from __future__ import annotations
 
@@ -7,36 +7,39 @@ from typing import Annotated
 import typer
 
 from jobs.common import JsonOption, PlatformOption, RunOption, SetOption, open_job
-from jobs.progress import waiting
+from jobs.progress import show_elapsed
 
 
 def maintain(
     *,
     retain_hours: Annotated[
-        int, typer.Option("--retain-hours", help="Keep files that versions of the last so many hours need.")
+        int,
+        typer.Option("--retain-hours", help="Keep files that table versions of the last N hours need.", metavar="N"),
     ] = 168,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Put small files of every table together, and remove files that no reader needs.
+    """Compact and vacuum all tables.
 
-    No row changes, and shards stay found. It may run beside any other command.
+    Merges small files and removes files that no reader needs. No row changes, existing shards stay valid, and other
+    commands may run at the same time.
 
     \b
     Example:
       lakesight maintain --retain-hours 336
     """
     with open_job(run, platform, overrides, as_json) as job:
-        from pipelines.driver.delta.maintain import maintain as keep_up
+        from pipelines.driver.delta.maintain import maintain as maintain_tables
 
-        with waiting("maintain"):
-            report = keep_up(job.spark, job.platform, retain_hours)
+        with show_elapsed("maintain"):
+            report = maintain_tables(job.spark, job.platform, retain_hours)
         for table in report.tables:
             job.screen.line("maintain", f"{table.table}: {table.files:,} files, {table.bytes / 2**20:,.0f} MB")
             if table.postponed:
-                job.screen.line("", f"postponed, it is being written to: {table.postponed}")
+                job.screen.line("", f"postponed to the next run, because another job writes to it: {table.postponed}")
             else:
-                job.screen.line("", f"{table.rewritten:,} files became {table.written:,}; {table.removed:,} removed")
+                merged = f"{table.rewritten:,} files merged into {table.written:,}"
+                job.screen.line("", f"{merged}; {table.removed:,} removed")
         job.screen.report(report)

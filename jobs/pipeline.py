@@ -1,4 +1,4 @@
-"""`lakesight pipeline`: every stage of a run, in order."""
+"""`lakesight pipeline`: run every stage in order."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from vlm.config import Config
 
 
 class PipelineReport(Config):
-    """What a pipeline did.
+    """Report of `lakesight pipeline` and `lakesight demo`.
 
     Attributes:
         rows_in: rows read = samples + duplicates + quarantined.
-        samples: rows that brought something new to the samples table.
-        duplicates: rows that brought nothing new.
-        quarantined: rows newly in quarantine.
-        trained: whether ranks ran; False where a finished run was found.
-        exact_match: share of the evaluated pictures captioned word for word.
-        blind_gap: nats per token; None where the split has a single picture.
-        captions: pictures captioned now.
-        captioned_before: pictures that this version had captioned already.
+        samples: rows that added a picture or a text to table `samples`.
+        duplicates: rows that added nothing.
+        quarantined: rows added to table `quarantine`.
+        trained: whether training ran; false if a finished run was reused.
+        exact_match: share of the evaluated pictures whose caption equals a human text.
+        blind_gap: increase of the loss with wrong pictures, nats per token; null if the split has a single picture.
+        captions: pictures captioned by this command.
+        captioned_before: pictures that this version had captioned before.
         errors: pictures that could not be captioned.
-        nothing_new: whether everything had been done already.
-        seconds: of the whole command.
+        nothing_new: whether all work had been done before.
+        seconds: duration of the whole command.
     """
 
     run: str
@@ -59,9 +59,8 @@ def pipeline(
 ) -> None:
     """Run every stage, from pictures to captions.
 
-    Ingest, shard, train, register, evaluate, promote, and caption the split that was evaluated.
-
-    What is done already is found and not done again, so the same command goes on after whatever stopped it.
+    Ingests, shards, trains, registers, evaluates and promotes, then captions the evaluation split. Finished work is
+    not repeated, so run the same command again after an interruption.
 
     \b
     Example:
@@ -73,17 +72,16 @@ def pipeline(
 
 
 def run_pipeline(job: Job) -> PipelineReport:
-    """All stages, each with its line."""
+    """Run all stages in order; each prints its own results."""
     ingested = run_ingest(job)
     trained = run_train(job)
     evaluated = run_evaluate(job, trained.model_version)
     run_promote(job, trained.model_version)
     captioned = run_caption(job, trained.model_version, where=held_out(job))
     metrics = evaluated.values()
-    worked = trained.trained or captioned.captioned or captioned.errors
-    nothing_new = ingested.nothing_new and not worked
+    nothing_new = ingested.nothing_new and not (trained.trained or captioned.captioned or captioned.errors)
     if nothing_new:
-        job.screen.line("done", "nothing was new: no row ingested, no step trained, no picture captioned")
+        job.screen.line("done", "nothing new: no row ingested, no step trained, no picture captioned")
     return PipelineReport(
         run=job.config.name,
         rows_in=ingested.rows_in,
@@ -108,5 +106,5 @@ def run_pipeline(job: Job) -> PipelineReport:
 
 
 def held_out(job: Job) -> str:
-    """SQL condition for the pictures that the run is evaluated on."""
+    """Return the SQL condition that selects the run's evaluation split in table `samples`."""
     return f"source = '{job.source}' AND split = '{job.config.data.evaluate_on}'"

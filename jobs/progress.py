@@ -1,4 +1,4 @@
-"""Progress of a wait on stderr: a bar on a terminal, a log line now and then otherwise."""
+"""Progress of a long step on stderr: a bar on a terminal, otherwise a log line every few seconds."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from pipelines.formats.run_folder import RunFolder
 log = logging.getLogger(__name__)
 
 BAR_AFTER = 2.0
-"""Seconds that may pass before a bar appears."""
+"""Seconds before a bar appears."""
 LINE_EVERY = 10.0
 """Seconds between log lines."""
 
 Poll = Callable[[], tuple[int, str]]
-"""Returns how far things are, and a few words on how they go."""
+"""Function that returns the current count and a short status text."""
 
 
-def progress(label: str, poll: Poll, total: int | None = None) -> AbstractContextManager[None]:
-    """Show that something is going on for as long as the block runs.
+def show_progress(label: str, poll: Poll, total: int | None = None) -> AbstractContextManager[None]:
+    """Show the progress of a step while a block executes.
 
     Args:
-        label: what is going on.
-        poll: called now and then, from another thread.
-        total: what `poll` counts up to; None shows the time alone.
+        label: name of the step.
+        poll: returns the current progress; called repeatedly from another thread.
+        total: count at which the step is complete; None shows the elapsed time only.
     """
     shown = partial(_bar, stream=stream) if (stream := sys.stderr).isatty() else _lines
     return in_background(partial(shown, label, poll, total), f"progress {label}")
 
 
-def waiting(label: str) -> AbstractContextManager[None]:
-    """`progress` of something that cannot be counted."""
-    return progress(label, lambda: (0, ""))
+def show_elapsed(label: str) -> AbstractContextManager[None]:
+    """Show the elapsed time of a step without a countable progress while a block executes."""
+    return show_progress(label, lambda: (0, ""))
 
 
-def training_poll(run: RunFolder) -> Poll:
-    """Reads how far a training run is from the metric files of its run folder."""
+def poll_training(run: RunFolder) -> Poll:
+    """Return a poll function that reads the step and metrics of a training from its run folder."""
     last = -1
     text = ""
 
@@ -51,13 +51,13 @@ def training_poll(run: RunFolder) -> Poll:
         nonlocal last, text
         for metrics in run.read_metrics(after=last):
             last = metrics.step
-            text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.values.items() if name in SHOWN)
+            text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.values.items() if name in SHOWN_METRICS)
         return max(last, 0), text
 
     return poll
 
 
-SHOWN = ("train/loss", "train/samples_per_second")
+SHOWN_METRICS = ("train/loss", "train/samples_per_second")
 
 
 def _bar(label: str, poll: Poll, total: int | None, stop: threading.Event, stream: TextIO) -> None:

@@ -1,4 +1,4 @@
-"""`lakesight promote`: let a model version serve, if it passes the gate."""
+"""`lakesight promote`: make a model version the champion if it passes the gate."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
-from jobs.evaluate import VersionOption, measured, open_model, open_split
+from jobs.evaluate import VersionOption, evaluate_version, open_model, open_split
 from pipelines.errors import StageFailed
 from vlm.config import Config
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from pipelines.tracking.registry import ModelVersion
 
 
-class Promotion(Config):
-    """What became of a promotion that was not refused.
+class PromotionReport(Config):
+    """Report of a promotion that was not refused.
 
     Attributes:
-        already: whether the version was the champion before; then it was not asked again.
-        found: what the gate found, by check.
+        already: whether the version was the champion before; then no check runs.
+        found: result of each check of the gate, by name.
     """
 
     model_name: str
@@ -37,11 +37,11 @@ def promote(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a model version the champion, if it passes the gate.
+    """Make a version the champion if it passes the gate.
 
-    It must load in a fresh process without unpickling, caption with few errors, look at its pictures, say more than the
-    best constant caption and the nearest neighbour, and be no worse than the champion on the same pictures. What is not
-    evaluated yet is evaluated first. The gate section of the run holds the limits.
+    The version must load in a fresh process without unpickling, caption with few errors, use its pictures (blind
+    gap), beat the best constant caption and the nearest neighbour's caption, and be no worse than the champion on the
+    same pictures. Versions without an evaluation are evaluated first. The run's gate section sets the limits.
 
     \b
     Examples:
@@ -52,23 +52,23 @@ def promote(
         job.finish(run_promote(job, version), "caption")
 
 
-def run_promote(job: Job, which: str) -> Promotion:
-    """The stage: ask the gate, write the decision down, then move the aliases.
+def run_promote(job: Job, which: str) -> PromotionReport:
+    """Run the promote stage: check the gate, record the decision, then move the aliases.
 
     Raises:
-        StageFailed: the version is refused; every reason is told.
+        StageFailed: the version is refused; the error lists every reason.
     """
     from pipelines.driver.evaluate.promote import record
-    from pipelines.tracking.registry import CHALLENGER, champion_of, promote, resolve, set_alias, tag
+    from pipelines.tracking.registry import CHALLENGER, find_champion, promote, resolve, set_alias, tag
 
-    champion = champion_of(job.platform, job.model_name)
+    champion = find_champion(job.platform, job.model_name)
     version = resolve(job.platform, job.model_name, which)
     label = f"{version.name} version {version.version}"
     if champion and champion.version == version.version:
         job.screen.line("promote", f"{label} is the champion already")
-        return Promotion(model_name=version.name, model_version=version.version, already=True, found={})
+        return PromotionReport(model_name=version.name, model_version=version.version, already=True, found={})
     version = set_alias(job.platform, version, CHALLENGER)
-    verdict = ask_gate(job, version, champion)
+    verdict = check_gate(job, version, champion)
     tags = {f"gate_{name}": f"{'ok' if c.passed else 'refused'}: {c.found}" for name, c in verdict.checks.items()}
     tag(job.platform, version, tags | {"gate": "refused" if verdict.reasons else "passed"})
     record(
@@ -86,29 +86,30 @@ def run_promote(job: Job, which: str) -> Promotion:
             f"the version is not promoted, for {len(verdict.reasons)} reason{'s' * (len(verdict.reasons) > 1)}",
             where=f"model {label}",
             got="; ".join(verdict.reasons),
-            fix="a result, not a fault: look at the evaluation's gallery, train longer or with another seed, give the "
-            "decoder more of the picture (vision.select: patches); the limits are the run's gate section",
+            fix="look at the evaluation's gallery; train longer, use another seed, or show the decoder more of the "
+            "picture (vision.select: patches); the run's gate section sets the limits",
         )
     promote(job.platform, version)
     job.screen.line("promote", f"{label} is the champion now" + (f", after {champion.version}" if champion else ""))
     for check in verdict.checks.values():
         job.screen.line("", check.found)
     found = {name: check.found for name, check in verdict.checks.items()}
-    return Promotion(model_name=version.name, model_version=version.version, already=False, found=found)
+    return PromotionReport(model_name=version.name, model_version=version.version, already=False, found=found)
 
 
-def ask_gate(job: Job, version: ModelVersion, champion: ModelVersion | None) -> Verdict:
-    """Evaluate the version and the champion where they are not, try the version in a fresh process, and judge."""
+def check_gate(job: Job, version: ModelVersion, champion: ModelVersion | None) -> Verdict:
+    """Evaluate the version and the champion, smoke-test the version in a fresh process, and apply the gate."""
     from pipelines.driver.evaluate.promote import judge, trial_pictures
-    from pipelines.tracking.smoke_test import try_version
+    from pipelines.tracking.smoke_test import smoke_test_version
 
     model = open_model(job, version.version)
     shards = open_split(job, model)
-    report = measured(job, model, shards)
-    beside = None
+    report = evaluate_version(job, model, shards)
+    champion_report = None
     if champion:
-        serving = open_model(job, champion.version)
-        same = serving.read_config().image == model.read_config().image
-        beside = measured(job, serving, shards if same else open_split(job, serving))
+        champion_model = open_model(job, champion.version)
+        same_size = champion_model.read_config().image == model.read_config().image
+        champion_shards = shards if same_size else open_split(job, champion_model)
+        champion_report = evaluate_version(job, champion_model, champion_shards)
     pictures = trial_pictures(job.spark, shards, job.config.gate.trial_pictures)
-    return judge(job.config.gate, report, beside, try_version(job.platform, version, pictures))
+    return judge(job.config.gate, report, champion_report, smoke_test_version(job.platform, version, pictures))

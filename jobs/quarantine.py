@@ -1,4 +1,4 @@
-"""`lakesight quarantine`: rows that were refused, by reason, with their pictures; and their way back."""
+"""`lakesight quarantine`: show rows refused by ingest, by reason, or process them again."""
 
 from __future__ import annotations
 
@@ -8,66 +8,68 @@ from typing import Annotated
 import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
-from jobs.progress import waiting
+from jobs.progress import show_elapsed
 from pipelines.errors import UserError
 from pipelines.formats.tables import REASONS
 
 WIDTH = 100
-"""Characters of a payload that are shown."""
+"""Maximum number of characters shown of a payload."""
 
 
 class Action(StrEnum):
-    """What to do with the rows."""
+    """What the command does with quarantined rows."""
 
     SHOW = "show"
     REPLAY = "replay"
 
 
 def quarantine(
-    action: Annotated[Action, typer.Argument(help="show them, or replay those of the run's data.")] = Action.SHOW,
+    action: Annotated[Action, typer.Argument(help="show rows, or replay those of the run's data.")] = Action.SHOW,
     *,
     reason: Annotated[
-        list[str] | None, typer.Option("--reason", help="Only rows of this reason. Repeatable.", metavar="REASON")
+        list[str] | None, typer.Option("--reason", help="Only rows with this reason. Repeatable.", metavar="REASON")
     ] = None,
-    rows: Annotated[int, typer.Option("--rows", min=0, help="Rows to show of each source and reason.")] = 2,
-    gallery: Annotated[bool, typer.Option("--gallery", help="Write an HTML page of the rows' pictures.")] = False,
+    rows: Annotated[
+        int, typer.Option("--rows", min=0, help="Number of rows to show per source and reason.", metavar="N")
+    ] = 2,
+    gallery: Annotated[bool, typer.Option("--gallery", help="Write an HTML page with the rows' pictures.")] = False,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show refused rows by reason, or try them again.
+    """Show quarantined rows, or process them again.
 
-    Replay puts the rows of the run's data through the checks once more, after their cause is mended (a limit, say).
-
-    What is accepted goes into samples and is marked; the rest stays.
+    Use replay after the cause is fixed, for example a limit that was too low. It checks the quarantined rows of the
+    run's data again. Accepted rows are added to table samples and marked as replayed; the others stay.
 
     \b
     Examples:
       lakesight quarantine --gallery
-      lakesight quarantine replay --reason text_too_long --set data.limits.max_text_chars=5000
+      lakesight quarantine replay --reason text_too_long \\
+        --set data.limits.max_text_chars=5000
     """
-    reasons = _known(reason or [])
+    reasons = _check_reasons(reason or [])
     with open_job(run, platform, overrides, as_json) as job:
         if action is Action.REPLAY:
             _replay(job, reasons)
         else:
-            _show(job, reasons, rows, pictures=gallery)
+            _show_rows(job, reasons, rows, pictures=gallery)
 
 
-def _known(reasons: list[str]) -> list[str]:
+def _check_reasons(reasons: list[str]) -> list[str]:
     unknown = sorted(set(reasons) - set(REASONS))
     if unknown:
         raise UserError(
-            f"there is no reason {', '.join(unknown)}", where="--reason", fix=f"one of {', '.join(REASONS)}"
+            f"unknown quarantine reason: {', '.join(unknown)}", where="--reason", fix=f"one of {', '.join(REASONS)}"
         )
     return reasons
 
 
-def _show(job: Job, reasons: list[str], rows: int, *, pictures: bool) -> None:
+def _show_rows(job: Job, reasons: list[str], rows: int, *, pictures: bool) -> None:
     from pipelines.driver.ingest.quarantine_report import inspect_quarantine
 
-    with waiting("quarantine"):
+    with show_elapsed("quarantine"):
         report = inspect_quarantine(job.spark, job.platform, reasons, rows, pictures=pictures)
     if not report.counts:
         job.screen.line("quarantine", "no rows")
@@ -89,15 +91,15 @@ def _replay(job: Job, reasons: list[str]) -> None:
 
     if not reasons:
         raise UserError(
-            "replay needs to know which rows", where="--reason", got="none", fix=f"one of {', '.join(REASONS)}"
+            "replay needs at least one reason", where="--reason", got="none", fix=f"one of {', '.join(REASONS)}"
         )
-    with waiting("replay"):
+    with show_elapsed("replay"):
         report = replay(job.spark, job.platform, job.source, job.config.data, reasons)
-    stayed = sum(report.refused.values())
-    still = ", ".join(f"{count:,} {reason}" for reason, count in report.refused.items())
+    num_refused = sum(report.refused.values())
+    by_reason = ", ".join(f"{count:,} {reason}" for reason, count in report.refused.items())
     job.screen.line(
         "replay",
         f"{report.rows_in:,} rows = {report.new:,} new + {report.merged:,} merged + "
-        f"{report.duplicates:,} duplicates + {stayed:,} still refused{f' ({still})' if still else ''}",
+        f"{report.duplicates:,} duplicates + {num_refused:,} still refused{f' ({by_reason})' if by_reason else ''}",
     )
     job.finish(report, "shard" if report.new or report.merged else "quarantine")

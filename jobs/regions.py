@@ -1,4 +1,4 @@
-"""The regions that an answer names: in pixels of its picture, and drawn on it."""
+"""Regions that a model's answer names: boxes in pixels of the picture, and how to draw them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
 
 
-class Found(Config):
-    """A region that an answer names: a box in pixels of the picture as people see it.
+class FoundRegion(Config):
+    """Box of a region that an answer names, in pixels of the upright picture.
 
     Attributes:
-        label: what it is, in the model's words.
-        left: edge of the box, pixels; so the others.
-        top: edge.
-        right: edge.
-        bottom: edge.
-        codes: sixteen of them where the answer holds an outline too (see `vlm.text.regions`).
+        label: name of the region, as the model wrote it.
+        left: left edge, pixels.
+        top: top edge, pixels.
+        right: right edge, pixels.
+        bottom: bottom edge, pixels.
+        codes: sixteen codes of the outline if the answer has one, else empty (see `vlm.text.regions`).
     """
 
     label: str
@@ -35,27 +35,33 @@ class Found(Config):
     codes: tuple[int, ...]
 
 
-def regions_in(caption: str, picture: Image, config: ImageConfig) -> tuple[Found, ...]:
-    """The regions that an answer names, in pixels of its picture, which became the model's as `config` says."""
+def find_regions(caption: str, picture: Image, config: ImageConfig) -> tuple[FoundRegion, ...]:
+    """Find the regions that an answer names and convert them to pixels of the picture.
+
+    Args:
+        caption: the model's answer.
+        picture: the picture the model was asked about.
+        config: how the picture was resized for the model.
+    """
     from vlm.image import compute_resize
     from vlm.text.regions import parse_regions, to_box
 
     placement = compute_resize(*picture.size, config)
     found = [(region, to_box(region, placement)) for region in parse_regions(caption)]
-    return tuple(Found(label=region.label, codes=region.codes, **box._asdict()) for region, box in found)
+    return tuple(FoundRegion(label=region.label, codes=region.codes, **box._asdict()) for region, box in found)
 
 
-def check_drawing(path: Path) -> None:
-    """See that a picture can be written there, before a model is loaded for it.
+def check_drawing_path(path: Path) -> None:
+    """Check that a picture can be written to a path, before a model is loaded.
 
     Raises:
-        UserError: the folder is missing, or no picture format has that ending.
+        UserError: the folder does not exist, or no picture format has the path's suffix.
     """
     from PIL import Image
 
     if not path.parent.is_dir():
         raise UserError(
-            "the drawing cannot be written", where=str(path), got="no such folder", fix=f"make {path.parent} first"
+            "the drawing cannot be written", where=str(path), got="no such folder", fix=f"create {path.parent} first"
         )
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise UserError(
@@ -66,8 +72,8 @@ def check_drawing(path: Path) -> None:
         )
 
 
-def draw_regions(picture: Image, regions: Sequence[Found]) -> Image:
-    """A copy of an RGB picture with each box outlined and labelled; boxes of one label share a colour."""
+def draw_regions(picture: Image, regions: Sequence[FoundRegion]) -> Image:
+    """Return a copy of an RGB picture with each box outlined and labelled. Equal labels have equal colours."""
     from PIL import ImageDraw, ImageFont
 
     drawn = picture.copy()
@@ -77,11 +83,11 @@ def draw_regions(picture: Image, regions: Sequence[Found]) -> Image:
     labels = list(dict.fromkeys(region.label for region in regions))
     for region in regions:
         colour = COLOURS[labels.index(region.label) % len(COLOURS)]
-        # Pillow counts the last pixel in, a box counts edges; a box of no width is still a line.
+        # Pillow includes the last pixel and a box excludes it; a box of zero width is drawn as a line.
         right, bottom = max(region.left, region.right - 1), max(region.top, region.bottom - 1)
         pen.rectangle((region.left, region.top, right, bottom), outline=colour, width=max(1, side // 150))
         if region.label:
-            ground = pen.textbbox((region.left, region.top), region.label, font=font)
-            pen.rectangle(ground, fill=colour)
+            background = pen.textbbox((region.left, region.top), region.label, font=font)
+            pen.rectangle(background, fill=colour)
             pen.text((region.left, region.top), region.label, fill="white", font=font)
     return drawn

@@ -1,4 +1,4 @@
-"""`lakesight review`: a page on which people say whether captions are good."""
+"""`lakesight review`: serve a web page on which people judge captions."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from pipelines.errors import UserError
 
 def review(
     *,
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 5002,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.", metavar="PORT")] = 5002,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
     overrides: SetOption = None,
 ) -> None:
-    """Judge captions on a page: good, bad, or what they should say.
+    """Judge captions on a local web page.
 
-    Verdicts are rows of the table `verdicts`, with their pictures; `lakesight ingest --run reviewed` learns from them.
+    Mark captions as good or bad, or correct them. Verdicts are stored in table verdicts with their pictures. To train
+    on them, run lakesight ingest --run reviewed.
 
     \b
     Example:
@@ -35,18 +36,18 @@ def review(
         from pipelines.review.verdicts import Review
 
         captions, samples = (open_table(job, name, None) for name in ("generated_captions", "samples"))
-        assert job.platform.tables, "open_table refuses platforms without"
-        own = job.platform.table("samples")
-        found = Review(captions, samples, job.platform.tables / "verdicts", table=own, model=job.model_name)
-        if not found.captions:
+        assert job.platform.tables, "open_table raises an error if the platform has no tables folder"
+        table = job.platform.table("samples")
+        reviewed = Review(captions, samples, job.platform.tables / "verdicts", table=table, model=job.model_name)
+        if not reviewed.captions:
             raise UserError(
                 "there are no captions to judge",
-                where=f"generated_captions, of {own} by model {job.model_name}",
+                where=f"generated_captions, source table {table}, model {job.model_name}",
                 fix=f"run `{job.command('caption')}` first",
             )
         check_port_free(port)
-        job.screen.line("review", f"http://{HOST}:{port}  (Ctrl-C ends it)")
-        app = open_app(found, f"Captions of {job.model_name}", getpass.getuser())
+        job.screen.line("review", f"http://{HOST}:{port}  (Ctrl-C stops it)")
+        app = open_app(reviewed, f"Captions of {job.model_name}", getpass.getuser())
         uvicorn.run(app, host=HOST, port=port, log_level="warning")
-        job.screen.line("judged", f"{len(found.judged):,} of {len(found.captions):,} captions")
+        job.screen.line("judged", f"{len(reviewed.judged):,} of {len(reviewed.captions):,} captions")
         job.screen.line("next", "lakesight show verdicts, or lakesight ingest --run reviewed")

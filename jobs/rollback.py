@@ -1,4 +1,4 @@
-"""`lakesight rollback`: back to the champion before this one."""
+"""`lakesight rollback`: make the previous champion the champion again."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def rollback(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let the former champion serve again.
+    """Make the previous champion the champion again.
 
-    Doing it twice swaps them back.
+    The two versions swap aliases, so a second rollback undoes the first.
 
     \b
     Example:
@@ -27,13 +27,13 @@ def rollback(
 
 
 def run_rollback(job: Job) -> str:
-    """The stage: write the decision down, then move the aliases; returns the version that serves now.
+    """Run the rollback: record the decision, then swap the aliases; returns the new champion's version.
 
     Raises:
-        UserError: there is no former champion.
+        UserError: there is no previous champion.
     """
     from pipelines.driver.evaluate.promote import record
-    from pipelines.tracking.registry import CHAMPION, make_move, plan_rollback, resolve
+    from pipelines.tracking.registry import CHAMPION, move_aliases, plan_rollback, resolve
 
     move = plan_rollback(job.platform, job.model_name)
     if move is not None:
@@ -45,5 +45,5 @@ def run_rollback(job: Job) -> str:
             action="rollback",
             champion=move.previous,
         )
-        make_move(job.platform, job.model_name, move)
+        move_aliases(job.platform, job.model_name, move)
     return resolve(job.platform, job.model_name, CHAMPION).version

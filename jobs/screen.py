@@ -1,7 +1,7 @@
-"""What a command says, and where: its report on stdout, everything else on stderr.
+"""Output of a command: its report on stdout, everything else on stderr.
 
-Spark's JVM, torchrun and libraries write to the process's own stdout (file descriptor 1), so redirecting `sys.stdout`
-alone would not keep a JSON report clean: the descriptor is redirected too, for as long as a command runs.
+Spark's JVM, torchrun and libraries write directly to file descriptor 1. While a command runs, both `sys.stdout` and
+that descriptor are redirected to stderr, so that a JSON report on stdout stays valid.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ class Screen:
 
     @property
     def seconds(self) -> float:
-        """Since the command began."""
+        """Seconds since the command began."""
         return time.monotonic() - self._started
 
     def line(self, label: str, text: str) -> None:
-        """One line for people: a label in a column of its own, and what happened."""
+        """Print one line for people: a label in a column of fixed width, then a text."""
         self.text(f"{label:<12}{text}")
 
     def text(self, text: str, end: str = "\n") -> None:
-        """Text for people, as it is."""
+        """Print a text for people unchanged."""
         print(text, end=end, file=sys.stderr if self._as_json else self._out, flush=True)
 
     def report(self, report: object) -> None:
-        """The command's report, where scripts asked for it: a pydantic model, or a mapping with some in it."""
+        """Print the command's report as JSON if `as_json` is set: a pydantic model, or a mapping of models."""
         if self._as_json:
             print(to_json(report, by_alias=True, inf_nan_mode="null").decode(), file=self._out, flush=True)
 
 
 @contextmanager
 def reserved_stdout() -> Iterator[TextIO]:
-    """Yield the real stdout; meanwhile whatever else is printed, by this process or a child, goes to stderr."""
+    """Yield the real stdout; inside the block all other output of this process and its children goes to stderr."""
     real = sys.stdout
     real.flush()
     try:
         real.fileno()
-    except OSError:  # a notebook's or a test's stdout is no file: then children do not inherit it either
+    except OSError:  # in a notebook or a test, stdout has no file descriptor and children do not inherit it
         with redirect_stdout(sys.stderr):
             yield real
         return

@@ -1,11 +1,11 @@
-"""`lakesight shard`: samples at a pinned version into training shards."""
+"""`lakesight shard`: write a pinned version of table `samples` as training shards."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
-from jobs.progress import waiting
+from jobs.progress import show_elapsed
 
 if TYPE_CHECKING:
     from pipelines.config import Split
@@ -22,7 +22,7 @@ def shard(
 ) -> None:
     """Write training shards of table samples.
 
-    The same request finds the shards that are there and writes nothing.
+    Existing shards with the same content and settings are reused.
 
     \b
     Example:
@@ -35,11 +35,11 @@ def shard(
 
 
 def run_shard(job: Job, split: Split, image: ImageConfig) -> ShardReport:
-    """The stage, for one split at one model's resolution."""
+    """Run the shard stage for one split at one model's image size."""
     from pipelines.driver.shard import shard
 
-    with waiting(f"shard {split}"):
+    with show_elapsed(f"shard {split}"):
         report = shard(job.spark, job.platform, job.source, job.config.data, image, split)
-    found = "found again" if report.reused else "written"
-    job.screen.line("shard", f"{report.num_rows:,} {split} rows of version {report.dataset_version}, {found}")
+    outcome = "reused" if report.reused else "written"
+    job.screen.line("shard", f"{report.num_rows:,} {split} rows of version {report.dataset_version}, {outcome}")
     return report

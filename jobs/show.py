@@ -1,4 +1,4 @@
-"""`lakesight show`: rows of a table, any version of it, and its pictures, without starting Spark."""
+"""`lakesight show`: print rows of any version of a table, with a page of pictures on request. Needs no Spark."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from deltalake import DeltaTable
 
 WIDTH = 100
-"""Characters of a value that are shown."""
+"""Maximum number of characters shown of a value."""
 
 
 class TableReport(Config):
-    """What `show` found; `rows` are the first ones, binary values told by their size."""
+    """Report of `lakesight show`. `rows` holds the first rows; a binary value is replaced by its size."""
 
     table: str
     version: int
@@ -32,13 +32,16 @@ class TableReport(Config):
 
 
 def show(
-    table: Annotated[str, typer.Argument(help="Table, such as samples, quarantine, generated_captions, evaluations.")],
+    table: Annotated[
+        str,
+        typer.Argument(help="Table, such as samples, quarantine, generated_captions or evaluations.", metavar="TABLE"),
+    ],
     *,
-    rows: Annotated[int, typer.Option("--rows", min=0, help="Rows to show.")] = 5,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="Number of rows to show.", metavar="N")] = 5,
     version: Annotated[
-        int | None, typer.Option("--version", min=0, help="Version of the table; default the latest.")
+        int | None, typer.Option("--version", min=0, help="Version of the table. Default: the latest.", metavar="N")
     ] = None,
-    gallery: Annotated[bool, typer.Option("--gallery", help="Write an HTML page of the rows' pictures.")] = False,
+    gallery: Annotated[bool, typer.Option("--gallery", help="Write an HTML page with the rows' pictures.")] = False,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
     overrides: SetOption = None,
@@ -46,7 +49,7 @@ def show(
 ) -> None:
     """Show rows and pictures of a table.
 
-    Its version, row count, columns and first rows; with --gallery a page of pictures.
+    Prints the table's version, row count, columns and first rows. With --gallery, writes an HTML page of pictures.
 
     \b
     Examples:
@@ -72,27 +75,27 @@ def show(
 
 
 def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
-    """One of the platform's tables at a version.
+    """Open a table of the platform at a version; None opens the latest.
 
     Raises:
-        UserError: tables here are no files, or there is no such table or version.
+        UserError: the platform's tables are not readable as files, or the table or version does not exist.
     """
     from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError
 
     if job.platform.tables is None:
         raise UserError(
-            "show reads tables as files, and here a catalog owns them",
+            "show cannot read the tables of a catalog; it reads local Delta files only",
             where=f"platform {job.platform.kind}",
             fix=f"open {job.platform.table(name)} in Catalog Explorer or in a notebook",
         )
-    there = sorted(path.parent.name for path in job.platform.tables.glob("*/_delta_log"))
-    if name not in there:
+    names = sorted(path.parent.name for path in job.platform.tables.glob("*/_delta_log"))
+    if name not in names:
         raise UserError(
             f"there is no table {name!r}",
             where=str(job.platform.tables),
-            got=f"tables: {', '.join(there)}" if there else "no tables at all",
-            fix="name one of these" if there else "run `lakesight demo` or `lakesight ingest` first",
+            got=f"tables: {', '.join(names)}" if names else "no tables at all",
+            fix="name one of these tables" if names else "run `lakesight demo` or `lakesight ingest` first",
         )
     latest = DeltaTable(job.platform.tables / name)
     if version is None or version == latest.version():
@@ -104,12 +107,12 @@ def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
             f"table {name!r} has no version {version}",
             where=str(job.platform.tables / name),
             got=str(error).splitlines()[0],
-            fix=f"the latest is {latest.version()}",
+            fix=f"the latest version is {latest.version()}",
         ) from None
 
 
 def first_rows(delta: DeltaTable, count: int) -> list[dict[str, Any]]:
-    """The first rows as Python values."""
+    """Return the first rows as Python values."""
     from pipelines.formats.tables import arrow_dataset
 
     rows: list[dict[str, Any]] = arrow_dataset(delta).head(count).to_pylist()
@@ -117,7 +120,7 @@ def first_rows(delta: DeltaTable, count: int) -> list[dict[str, Any]]:
 
 
 def readable(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with binary values told by their size."""
+    """Replace the binary values of a row by their sizes."""
     return {name: f"<{len(value):,} bytes>" if isinstance(value, bytes) else value for name, value in row.items()}
 
 
@@ -136,7 +139,7 @@ def _print(job: Job, report: TableReport) -> None:
 
 
 def _type_name(kind: Any) -> str:
-    """Delta's name of a type: primitive ones by name, nested ones by what they are."""
+    """Return Delta's name of a column type, for example `string`, `struct` or `array`."""
     described = json.loads(kind.to_json())
     return described if isinstance(described, str) else str(described["type"])
 

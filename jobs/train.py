@@ -1,4 +1,4 @@
-"""`lakesight train`: distributed training of the run's model, tracked and registered."""
+"""`lakesight train`: train the run's model on distributed ranks, track it in MLflow and register it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
-from jobs.progress import progress, training_poll
+from jobs.progress import poll_training, show_progress
 from jobs.shard import run_shard
 from vlm.config import Config
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from pipelines.formats.run_folder import RunFolder
     from pipelines.tracking.registry import ModelVersion
 
-SHOWN = ("train/loss", "val/loss", "val/blind_gap")
+SHOWN_METRICS = ("train/loss", "val/loss", "val/blind_gap")
 
 
 class TrainReport(Config):
-    """A finished run and the model version it became."""
+    """Report of a finished run and its registered model version."""
 
     run_folder: str
     run_id: str
     model_name: str
     model_version: str
     trained: bool
-    """False when a finished run of the same model, data and settings was found."""
+    """False if a finished run with the same model, data and settings was reused."""
     steps: int
     world_size: int
     train_seconds: float
@@ -34,11 +34,11 @@ class TrainReport(Config):
 
 
 class PreparedReport(Config):
-    """A run folder whose ranks somebody else starts."""
+    """Report of `lakesight train --no-launch`: a run folder whose ranks the user starts."""
 
     run_folder: str
     ranks: int
-    """How many have to be started: platform.ranks."""
+    """Number of ranks to start: platform.ranks."""
 
 
 def train(
@@ -49,13 +49,14 @@ def train(
     as_json: JsonOption = False,
     launch: Annotated[
         bool,
-        typer.Option("--launch/--no-launch", help="Start the ranks; or write the run folder alone, for torchrun."),
+        typer.Option("--launch/--no-launch", help="Start the ranks, or only write the run folder for torchrun."),
     ] = True,
 ) -> None:
     """Train on distributed ranks; register the model.
 
-    The same command finds a finished run again, and goes on with an unfinished one from its last checkpoint. With
-    --no-launch the ranks are yours to start; the same command without it then registers the model.
+    Run the same command again to resume an interrupted run from its last checkpoint; a finished run is reused. With
+    --no-launch you start the ranks yourself with torchrun; afterwards run the command without it to register the
+    model.
 
     \b
     Example:
@@ -65,41 +66,43 @@ def train(
         if launch:
             job.finish(run_train(job), "evaluate")
             return
-        folder, ranks = prepared(job).path, job.config.platform.ranks
+        folder, ranks = prepare_run(job).path, job.config.platform.ranks
         job.screen.report(PreparedReport(run_folder=str(folder), ranks=ranks))
         job.screen.line("prepared", f"{folder}, for {ranks} ranks")
-        job.screen.line("next", f"torchrun --nproc-per-node {ranks} -m pipelines.worker.main --run-dir {folder}")
+        # PYTHONSAFEPATH: else a folder `pipelines` in the working folder would be imported instead of this package.
+        torchrun = f"torchrun --nproc-per-node {ranks} -m pipelines.worker.main --run-dir {folder}"
+        job.screen.line("next", f"PYTHONSAFEPATH=1 {torchrun}")
         job.screen.line("then", job.command("train"))
 
 
-def prepared(job: Job) -> RunFolder:
-    """The shards, and the run folder as its ranks need it."""
+def prepare_run(job: Job) -> RunFolder:
+    """Write the training and validation shards, then the run folder that ranks start from."""
     from pipelines.driver.train.run import prepare
 
     config = job.config
-    learn_from = run_shard(job, "train", config.model.image)
-    same = config.data.validate_on == "train"  # three pictures to be learned by heart
-    validate_on = learn_from if same else run_shard(job, config.data.validate_on, config.model.image)
-    return prepare(config, job.platform, learn_from, validate_on)
+    train_shards = run_shard(job, "train", config.model.image)
+    same_split = config.data.validate_on == "train"  # run seemore memorises three pictures
+    validation_shards = train_shards if same_split else run_shard(job, config.data.validate_on, config.model.image)
+    return prepare(config, job.platform, train_shards, validation_shards)
 
 
 def run_train(job: Job) -> TrainReport:
-    """The stages train and register."""
+    """Run the train stage: train or reuse the run, log it to MLflow and register its model."""
     from pipelines.driver.train.run import finished_result, launch
     from pipelines.tracking.registry import register
     from pipelines.tracking.runs import follow
 
-    config, run = job.config, prepared(job)
-    found = finished_result(run)
-    # A finished run is followed too: if MLflow missed the end of it, it hears of it now.
+    config, run = job.config, prepare_run(job)
+    reused = finished_result(run)
+    # A finished run is logged too, in case MLflow did not receive its last metrics.
     with (
         follow(run, config, job.platform) as run_id,
-        progress("train", training_poll(run), config.train.steps),
+        show_progress("train", poll_training(run), config.train.steps),
     ):
-        result = found or launch(run, job.platform, job.spark)
-    figures = "  ".join(f"{name} {result.metrics[name]:.3f}" for name in SHOWN if name in result.metrics)
-    how = f"found finished in {run.path}" if found else f"{result.world_size} ranks, {result.seconds:.0f} s"
-    job.screen.line("train", f"{result.step:,} steps, {how}")
+        result = reused or launch(run, job.platform, job.spark)
+    figures = "  ".join(f"{name} {result.metrics[name]:.3f}" for name in SHOWN_METRICS if name in result.metrics)
+    detail = f"finished run reused: {run.path}" if reused else f"{result.world_size} ranks, {result.seconds:.0f} s"
+    job.screen.line("train", f"{result.step:,} steps, {detail}")
     job.screen.line("", figures)
     version: ModelVersion = register(run, run_id, job.platform)
     job.screen.line("register", f"{version.name} version {version.version}")
@@ -108,7 +111,7 @@ def run_train(job: Job) -> TrainReport:
         run_id=run_id,
         model_name=version.name,
         model_version=version.version,
-        trained=found is None,
+        trained=reused is None,
         steps=result.step,
         world_size=result.world_size,
         train_seconds=result.seconds,

@@ -1,8 +1,8 @@
-"""`lakesight ui`: MLflow's own web page on what was tracked on this laptop."""
+"""`lakesight ui`: serve the MLflow UI on the runs of the home folder."""
 
 from __future__ import annotations
 
-import logging
+import os
 import socket
 import subprocess
 import sys
@@ -17,19 +17,17 @@ from pipelines.platform import redact_uri
 
 HOST = "127.0.0.1"
 
-log = logging.getLogger(__name__)
-
 
 def ui(
     *,
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 5000,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.", metavar="PORT")] = 5000,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
     overrides: SetOption = None,
 ) -> None:
     """Serve the MLflow UI until Ctrl-C.
 
-    It shows what was tracked in this home folder, to this machine alone.
+    Shows the runs and models of the home folder. The server accepts connections from this machine only.
 
     \b
     Example:
@@ -39,13 +37,13 @@ def ui(
         uri = job.platform.tracking_uri
         if not uri.startswith("sqlite:"):
             raise UserError(
-                "there is nothing to serve: runs are tracked by a server already",
+                "there is nothing to serve: a tracking server is in use",
                 where="MLFLOW_TRACKING_URI" if platform == "local" else f"platform {platform}",
                 got=redact_uri(uri),
-                fix="open that server's own page",
+                fix="open the page of that server",
             )
         check_port_free(port)
-        job.screen.line("ui", f"http://{HOST}:{port}  (Ctrl-C ends it)")
+        job.screen.line("ui", f"http://{HOST}:{port}  (Ctrl-C stops it)")
         command = [
             sys.executable,
             "-m",
@@ -58,19 +56,21 @@ def ui(
             "--port",
             str(port),
         ]
-        with suppress(KeyboardInterrupt):  # the ordinary way to end a server
-            code = subprocess.call(command)  # noqa: S603 our own arguments
-            raise StageFailed("the MLflow UI ended by itself", got=f"exit code {code}", fix="see its messages above")
+        # `python -m` would put the working folder first on the search path, and a module there could replace MLflow's.
+        environment = os.environ | {"PYTHONSAFEPATH": "1"}
+        with suppress(KeyboardInterrupt):  # the usual way to stop a server
+            code = subprocess.call(command, env=environment)  # noqa: S603 our own arguments
+            raise StageFailed("the MLflow UI stopped", got=f"exit code {code}", fix="read its messages above")
 
 
 def check_port_free(port: int) -> None:
-    """Refuse a port that something listens on, before anything starts.
+    """Check that a port can be used, before a server starts.
 
     Raises:
-        UserError: the port is taken, or not ours to take.
+        UserError: the port is in use, or this user may not listen on it.
     """
     with socket.socket() as probe:
-        # As the server itself does: a port that a just ended server leaves behind in TIME_WAIT counts as free.
+        # As the server does: a port in state TIME_WAIT, left by a server that has just stopped, counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
@@ -79,5 +79,5 @@ def check_port_free(port: int) -> None:
                 "the port cannot be used",
                 where=f"{HOST}:{port}",
                 got=str(error.strerror or error),
-                fix=f"end what listens there, or choose another: lakesight ui --port {port % 65535 + 1}",
+                fix=f"stop the process that uses it, or choose another port: --port {port % 65535 + 1}",
             ) from None

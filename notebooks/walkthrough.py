@@ -2,31 +2,32 @@
 # MAGIC %md
 # MAGIC # Lakesight, step by step
 # MAGIC
-# MAGIC From base64 pictures in a CSV to captions in a Delta table, one call a cell, at a size that takes a minute or two.
+# MAGIC From base64 pictures in a CSV to captions in a Delta table, one call per cell. It takes a minute or two.
 # MAGIC
-# MAGIC * **On a laptop** run the file as it is: `python notebooks/walkthrough.py`, or open it as a notebook in your editor.
-# MAGIC * **In a workspace** install the wheel first (`%pip install /Volumes/.../lakesight-0.1.0-py3-none-any.whl`), use a
-# MAGIC   cluster with an ML runtime in dedicated access mode, and set the two values of the next cell.
+# MAGIC * **On a laptop**, run the file: `python notebooks/walkthrough.py`, or open it as a notebook in your editor.
+# MAGIC * **In a workspace**, use a cluster with an ML runtime in dedicated access mode. Install the wheel
+# MAGIC   (`%pip install /Volumes/.../lakesight-0.1.0-py3-none-any.whl`) and set the first two values of the next cell.
 
 # COMMAND ----------
 
 PLATFORM = "local"  # in a workspace: "databricks"
-WHERE = []  # in a workspace: ["platform.catalog=main", "platform.schema=you", "platform.volume=files", "platform.ranks=2"]
+# In a workspace: ["platform.catalog=main", "platform.schema=you", "platform.volume=files", "platform.ranks=2"]
+WORKSPACE = []
 SMALL = ["train.steps=40", "train.validate_every=20", "train.checkpoint_every=40", "train.validate_rows=16"]
 
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC ## A run is four names
-# MAGIC Model, data, train and platform: YAML files under `conf/`, resolved into one frozen object. Anything can be
-# MAGIC overridden, and a misspelled key is an error that names the nearest valid one.
+# MAGIC ## Load the config of a run
+# MAGIC A run names four YAML files under `conf/`: model, data, train and platform. They are resolved into one immutable
+# MAGIC object. Every setting can be overridden; a misspelled key raises an error that names the nearest valid key.
 
 # COMMAND ----------
 
 from pipelines.config import load_run
 from pipelines.platform import open_platform
 
-config = load_run("demo", platform=PLATFORM, overrides=[*WHERE, *SMALL, "data.source.path=scenes:300"])
+config = load_run("demo", platform=PLATFORM, overrides=[*WORKSPACE, *SMALL, "data.source.path=scenes:300"])
 platform = open_platform(config.platform)
 source = config.chosen.data
 spark = platform.open_spark()
@@ -35,8 +36,8 @@ spark = platform.open_spark()
 
 # MAGIC %md
 # MAGIC ## Ingest
-# MAGIC Executors decode the pictures. Good rows go to `samples`, bad ones to `quarantine` with the reason, and the report
-# MAGIC adds up: rows in = new + merged + duplicates + quarantined. Run the cell twice: the second time nothing is new.
+# MAGIC Executors decode the pictures. Good rows go to table `samples`, bad rows to `quarantine` with a reason. The
+# MAGIC counts add up: rows in = new + merged + duplicates + quarantined. If you run the cell again, it adds no row.
 
 # COMMAND ----------
 
@@ -49,26 +50,27 @@ spark.table(platform.table("quarantine")).groupBy("reason").count().show()
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC ## Shards
-# MAGIC `samples` at a pinned version becomes Arrow files that every rank maps into memory. The folder's name is a hash of what
-# MAGIC determines its content, so asking twice writes once.
+# MAGIC ## Write shards
+# MAGIC A pinned version of `samples` is written as Arrow files, which every rank maps into memory. The folder is named
+# MAGIC by a hash of its inputs, so existing shards are reused.
 
 # COMMAND ----------
 
 from pipelines.driver.shard import shard
 
-learn_from, validate_on, evaluate_on = (
+train_shards, validation_shards, evaluation_shards = (
     shard(spark, platform, source, config.data, config.model.image, split)
     for split in ("train", config.data.validate_on, config.data.evaluate_on)
 )
-print(learn_from)
+print(train_shards)
 
 # COMMAND ----------
 
 # MAGIC %md
 # MAGIC ## Train
-# MAGIC TorchDistributor starts the ranks; they learn from the shards and write into the run folder. The driver follows the
-# MAGIC metric files into MLflow and believes nothing but `result.json`. Run the cell again: the finished run is found.
+# MAGIC TorchDistributor starts the ranks. They train on the shards and write metrics and checkpoints to the run folder.
+# MAGIC The driver logs the metric files to MLflow; the run is finished once `result.json` exists. If you run the cell
+# MAGIC again, the finished run is reused.
 
 # COMMAND ----------
 
@@ -76,7 +78,7 @@ from pipelines.driver.train.run import finished_result, launch, prepare
 from pipelines.tracking.registry import download, register
 from pipelines.tracking.runs import follow
 
-run = prepare(config, platform, learn_from, validate_on)
+run = prepare(config, platform, train_shards, validation_shards)
 with follow(run, config, platform) as run_id:
     result = finished_result(run) or launch(run, platform, spark)
 version = register(run, run_id, platform)
@@ -87,9 +89,10 @@ print(version)
 
 # MAGIC %md
 # MAGIC ## Evaluate
-# MAGIC Captions and losses on pictures that no rank has seen. The *blind gap* is how much worse the model fares with somebody
-# MAGIC else's picture: a model with a gap near zero does not look, and `lakesight promote` refuses it. After so few steps
-# MAGIC this one is about there. What needs no model is measured too: one caption for all, and the nearest neighbour's.
+# MAGIC Captions and losses are computed on pictures that training has not seen. The *blind gap* is the increase of the
+# MAGIC loss when the model gets the picture of another row. A model with a gap near zero does not use its pictures, and
+# MAGIC `lakesight promote` refuses it; after so few steps, this model's gap is near zero. Two baselines are measured
+# MAGIC too: the best constant caption and the nearest neighbour's caption.
 
 # COMMAND ----------
 
@@ -101,7 +104,7 @@ from pipelines.driver.model_files import ModelFiles
 model = ModelFiles(
     folder=download(platform, version), name=version.name, version=version.version, run_id=version.run_id
 )
-evaluation = evaluate(spark, platform, model, Path(evaluate_on.folder), Path(learn_from.folder))
+evaluation = evaluate(spark, platform, model, Path(evaluation_shards.folder), Path(train_shards.folder))
 for metric, interval in evaluation.metrics.items():
     print(f"{metric:<18} {interval.value:8.3f}  ({interval.low:.3f} to {interval.high:.3f})")
 print(evaluation.gallery)
@@ -110,8 +113,8 @@ print(evaluation.gallery)
 
 # MAGIC %md
 # MAGIC ## Caption
-# MAGIC A Spark job captions the rows that this version has not captioned yet, with lineage and an error column. It works on
-# MAGIC any Delta table with an id and a picture column.
+# MAGIC A Spark job captions the rows that this version has not captioned yet, and stores lineage and errors with the
+# MAGIC captions. It works on any Delta table with an id column and a picture column.
 
 # COMMAND ----------
 
@@ -123,9 +126,9 @@ print(captioned)
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC ## Look
-# MAGIC What people wrote, and what the model writes. After 40 steps it has found the grammar, not yet the picture:
-# MAGIC `lakesight demo` trains long enough.
+# MAGIC ## Compare with human texts
+# MAGIC After 40 steps the captions are grammatical but do not describe the pictures. `lakesight demo` trains long
+# MAGIC enough.
 
 # COMMAND ----------
 

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 MIN_JAVA = 17
 LOOPBACK = "127.0.0.1"
+SAFE_PATH = "PYTHONSAFEPATH"
 SHORT_JOBS = "-XX:TieredStopAtLevel=1 -XX:+UseParallelGC -XX:MetaspaceSize=256m -XX:ReservedCodeCacheSize=240m"
 """JVM options for short jobs on few cores.
 
@@ -143,7 +144,13 @@ def _require_same_home(spark: SparkSession, root: Path) -> SparkSession:
 
 
 def _prepare_environment(master: str) -> None:
-    """Set the environment that the JVM and its Python workers inherit. Without it, workers use the python3 on PATH."""
+    """Set environment variables that the JVM, Spark's Python workers and ranks inherit.
+
+    PYSPARK_PYTHON makes workers use this Python instead of the `python3` on PATH. PYTHONSAFEPATH keeps the working
+    folder off their module search path: they start with `python -m`, so a user's `pipelines`, `vlm` or `jobs` in the
+    working folder would be imported instead of ours. PYTHONPATH still applies.
+    """
+    os.environ.setdefault(SAFE_PATH, "1")
     if master.startswith("spark://"):
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     else:
@@ -179,6 +186,7 @@ def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]
         # By default the start time in seconds names the executors' folder: two sessions could share one.
         "spark.deploy.appIdPattern": f"app-%s-%04d-{os.getpid()}",
         "spark.python.worker.reuse": "true",
+        f"spark.executorEnv.{SAFE_PATH}": os.environ[SAFE_PATH],
         "spark.lakesight.home": str(root),
     }
     if not config.spark.master.startswith("spark://"):

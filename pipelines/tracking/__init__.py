@@ -1,17 +1,17 @@
-"""MLflow tracking: runs, the model registry, and the model as an artifact.
+"""MLflow: tracking of runs, the model registry, and the served model. The only package that imports mlflow.
 
-This is the only package that imports MLflow. MLflow reads some environment variables on import, so they are set here
-first, unless the environment has them already.
+MLflow reads some environment variables when it is imported, so this file sets them before any module of the package
+imports it. Variables that are already set keep their values.
 """
 
 import os
 
-_QUIET = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # a training job reports to nobody but its own tracking server
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout belongs to the command: --json must stay JSON
+_DEFAULTS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # nothing is reported to third parties
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # with --json, stdout must be valid JSON
     "MLFLOW_PRINT_MODEL_URLS_ON_CREATION": "false",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the follower retries by itself; a person waits seconds, not minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # `Follower` retries by itself, and users should not wait for minutes
 }
-for _name, _value in _QUIET.items():
+for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)

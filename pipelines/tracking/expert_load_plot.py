@@ -1,4 +1,4 @@
-"""The load of experts as a picture: who of a mixture does the work, layer by layer."""
+"""Plot of the expert load: the share of tokens that each expert of each layer receives."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 def draw_expert_load(metrics: Metrics) -> Figure:
-    """A heat map of one log step: a row a layer, a column an expert, a cell the share of the layer's assignments.
+    """Draw a heat map of one log step: one row per layer, one column per expert, each cell the share of tokens.
 
-    White is an even share; blue gets less, red gets twice as much or more.
+    White is an even share, blue is less, and full red is twice an even share or more.
     """
-    from matplotlib.figure import Figure  # half a second that a dense model need not wait
+    from matplotlib.figure import Figure  # takes half a second to import, and dense models never need it
 
     layers = list(metrics.expert_load)
     widest = max(map(len, metrics.expert_load.values()))
     figure = Figure(figsize=(2.4 + 0.7 * widest, 1.2 + 0.4 * len(layers)), layout="constrained")
     axes = figure.add_subplot()
-    even_LX = np.full((len(layers), widest), np.nan)  # a layer with fewer experts leaves the rest of its row empty
+    even_LX = np.full((len(layers), widest), np.nan)  # cells beyond the experts of a layer stay empty
     for row, load in enumerate(metrics.expert_load.values()):
         even_LX[row, : len(load)] = np.array(load) * len(load)
         for column, share in enumerate(load):

@@ -1,9 +1,9 @@
-"""The captioner as MLflow serves it: this file is the model's code, the weights are safetensors beside it.
+"""The registered model: an MLflow `PythonModel` that captions pictures with the weights of one checkpoint.
 
-MLflow runs this file when the model is loaded ("models from code"), so nothing is pickled. Input: column `image` and
-optionally column `prompt`. The schema calls `image` a string, which REST needs: base64, and a `data:` prefix may stand
-before it. In Python the same column also takes bytes, because MLflow passes object columns through as they are.
-Output: one row a picture with `caption` and `error`, one of them null: a bad picture never fails its neighbours.
+MLflow executes this file to load the model ("models from code"), so nothing is pickled. Input is a DataFrame with
+column `image` and optionally column `prompt`. REST clients send each image as base64 text, with or without a `data:`
+prefix. Python callers may also pass bytes, because MLflow does not convert object columns. Output is a DataFrame with
+columns `caption` and `error`; exactly one of the two is null in each row, so a bad picture does not fail other rows.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 
 class CaptionModel(PythonModel):
-    """Captions DataFrames of pictures; the artifacts are the files of one checkpoint folder."""
+    """Model that captions DataFrames of pictures. Its artifacts are the files of one checkpoint folder."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the weights (needs torch, which importing this file does not)."""
+        """Load the weights. Only this method needs torch; importing the file does not."""
         from pipelines.worker.caption import load_captioner
 
         self._captioner = load_captioner(str(Path(context.artifacts["model.safetensors"]).parent))
@@ -28,9 +28,9 @@ class CaptionModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """Columns image and optionally prompt in; columns caption and error out, row by row."""
-        images = [_value(image) for image in model_input["image"]]
-        prompts = [str(_value(prompt) or "") for prompt in model_input.get("prompt", [""] * len(images))]
+        """Caption the pictures in column `image`; returns columns `caption` and `error` with the same index."""
+        images = [_none_if_missing(image) for image in model_input["image"]]
+        prompts = [str(_none_if_missing(prompt) or "") for prompt in model_input.get("prompt", [""] * len(images))]
         results = self._captioner.caption(images, prompts, self._captioner.model.config.generation)
         return pd.DataFrame(
             {"caption": [r.caption for r in results], "error": [r.error for r in results]},
@@ -39,8 +39,8 @@ class CaptionModel(PythonModel):
         )
 
 
-def _value(cell: Any) -> Any:
-    """None where pandas says NaN, NA or None."""
+def _none_if_missing(cell: Any) -> Any:
+    """Return None for a cell that is NaN, NA or None, else the cell."""
     return None if pd.api.types.is_scalar(cell) and pd.isna(cell) else cell
 
 

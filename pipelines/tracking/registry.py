@@ -1,12 +1,12 @@
-"""The model registry: versions made from run folders, aliases that say which one serves, weights on disk.
+"""MLflow model registry: register the model of a run folder, download versions, and move aliases.
 
-A version is self-contained: safetensors, the model's config and tokenizer, the code that runs them, requirements with
-exact versions. `champion` is the alias that captioning uses, `previous` the one it had before, `challenger` the last
-one that asked to be promoted.
+A version is self-contained: safetensors, the model's config and tokenizer, the code that runs them, and requirements
+with exact versions. Captioning uses alias `champion`. Alias `previous` names the champion before it, and `challenger`
+the version that was last submitted for promotion.
 
-A registry has no transactions, so an alias that moves is announced first, in a tag of the model, and the tag goes when
-both aliases are where they belong. Whoever comes next reads the tag and ends a move that was interrupted. `champion`
-moves first: until then nothing has happened, from then on the move is as good as done.
+A promotion moves two aliases, and a registry has no transactions. So a tag of the registered model records the move
+before it starts and is deleted when both aliases are set. The next process that finds the tag completes an interrupted
+move. `champion` moves first: if it has not moved, the move is dropped; if it has, the move is completed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ import vlm
 from pipelines.errors import StageFailed, UserError
 from pipelines.formats.run_folder import Result, RunFolder, read_json
 from pipelines.platform import Platform, redact_uri
-from pipelines.tracking.runs import connect
+from pipelines.tracking.server import connect
 from vlm.config import Config
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ SIGNATURE = ModelSignature(
 
 
 class ModelVersion(Config):
-    """A version of a registered model; tags without their `lakesight_` prefix."""
+    """Version of a registered model. The keys of `tags` lack the prefix `lakesight_`."""
 
     name: str
     version: str
@@ -67,8 +67,8 @@ class ModelVersion(Config):
     aliases: tuple[str, ...]
 
 
-class Move(Config):
-    """An alias move that was begun: which versions `champion` and `previous` shall be."""
+class AliasMove(Config):
+    """Target versions of the aliases `champion` and `previous`. Stored as JSON in a tag while the move runs."""
 
     kind: Literal["promote", "rollback"]
     champion: str
@@ -76,11 +76,11 @@ class Move(Config):
 
 
 def register(run: RunFolder, run_id: str, platform: Platform) -> ModelVersion:
-    """The registered version of a finished run: made now, or the one that this run already has.
+    """Register the model of a finished run, or return the version registered earlier for the same MLflow run.
 
     Raises:
-        UserError: the run is not finished, or its checkpoint is gone.
-        StageFailed: the registry refuses.
+        UserError: the run is not finished, or its checkpoint is incomplete.
+        StageFailed: the registry rejects the request.
     """
     client = connect(platform)
     file, result = run.read_run(), read_json(run.result, Result)
@@ -89,7 +89,7 @@ def register(run: RunFolder, run_id: str, platform: Platform) -> ModelVersion:
         _create_model(client, name)
         for version in _versions(client, name):
             if version.run_id == run_id:
-                return _details(client, name, version.version)
+                return _read_version(client, name, version.version)
         model_id = _log_model(client, run.path / "checkpoints" / Path(result.checkpoint).name, run_id)
         tags = {
             "run": run.path.name,
@@ -100,18 +100,23 @@ def register(run: RunFolder, run_id: str, platform: Platform) -> ModelVersion:
         created = client.create_model_version(
             name, f"models:/{model_id}", run_id=run_id, tags=_prefixed(tags), model_id=model_id
         )
-    return _details(client, name, created.version)
+    return _read_version(client, name, created.version)
 
 
 def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
-    """The version of model `name` (as registered) that a number, an alias, or `latest` means.
+    """Look up a version of a registered model by number, alias or `latest`.
+
+    Args:
+        platform: platform with the registry.
+        name: full name of the registered model.
+        which: version number, alias, or `latest`.
 
     Raises:
-        UserError: no such model, version or alias; lists what there is.
+        UserError: the model, version or alias does not exist; the error lists those that do.
     """
     client = connect(platform)
     with _registry_errors(platform, f"model {name}"):
-        aliases = _find_model(platform, client, name)
+        aliases = _read_aliases(platform, client, name)
         numbers = [str(version.version) for version in _versions(client, name)]
         number = numbers[-1] if which == "latest" and numbers else aliases.get(which, which)
         if number not in numbers:
@@ -122,14 +127,14 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
                 got=which,
                 fix=f"versions: {', '.join(numbers) or 'none'}; aliases: {listed}",
             )
-        return _details(client, name, number)
+        return _read_version(client, name, number)
 
 
 def download(platform: Platform, version: ModelVersion) -> Path:
-    """The folder of a version's weights, config and tokenizer; fetched once, then found again.
+    """Download the weights, config and tokenizer of a version once; returns their folder.
 
     Raises:
-        StageFailed: the registry does not deliver them.
+        StageFailed: the files cannot be downloaded from the registry.
     """
     target = platform.folder("models") / version.name / version.version
     if target.is_dir():
@@ -137,25 +142,25 @@ def download(platform: Platform, version: ModelVersion) -> Path:
     partial = target.with_name(f".{version.version}.{uuid.uuid4().hex}.tmp")
     try:
         with tempfile.TemporaryDirectory() as local:
-            model = fetch(platform, version, Path(local))
+            model = download_files(platform, version, Path(local))
             partial.mkdir(parents=True)
             for file in MODEL_FILES:
                 shutil.copyfile(model / "artifacts" / file, partial / file)
         try:
             partial.rename(target)
         except OSError:
-            if not target.is_dir():  # else another process was faster: its copy is as good as ours
+            if not target.is_dir():  # if it is, another process has just downloaded the same files
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
-def fetch(platform: Platform, version: ModelVersion, folder: Path) -> Path:
-    """All files of a version, copied into a folder; returns where its MLmodel lies.
+def download_files(platform: Platform, version: ModelVersion, folder: Path) -> Path:
+    """Download all files of a version into a folder; returns the folder that holds `MLmodel`.
 
     Raises:
-        StageFailed: the registry does not deliver them.
+        StageFailed: the files cannot be downloaded from the registry.
     """
     connect(platform)
     with _registry_errors(platform, _label(version)):
@@ -164,83 +169,85 @@ def fetch(platform: Platform, version: ModelVersion, folder: Path) -> Path:
 
 
 def tag(platform: Platform, version: ModelVersion, tags: Mapping[str, str]) -> ModelVersion:
-    """Add tags to a version; returns it anew."""
+    """Add tags to a version; returns the updated version."""
     client = connect(platform)
     with _registry_errors(platform, _label(version)):
         for key, value in _prefixed(tags).items():
             client.set_model_version_tag(version.name, version.version, key, value)
-        return _details(client, version.name, version.version)
+        return _read_version(client, version.name, version.version)
 
 
 def set_alias(platform: Platform, version: ModelVersion, alias: str) -> ModelVersion:
-    """Let `alias` mean this version, and no other of its model; returns it anew."""
+    """Point an alias to a version; returns the updated version."""
     client = connect(platform)
     with _registry_errors(platform, _label(version)):
         client.set_registered_model_alias(version.name, alias, version.version)
-        return _details(client, version.name, version.version)
+        return _read_version(client, version.name, version.version)
 
 
-def champion_of(platform: Platform, name: str) -> ModelVersion | None:
-    """The version that serves, if one does; a move that was interrupted is ended first."""
+def find_champion(platform: Platform, name: str) -> ModelVersion | None:
+    """Return the champion, or None if there is none. Completes an interrupted alias move first."""
     client = connect(platform)
     with _registry_errors(platform, f"model {name}"):
-        _settle(client, platform, name)
-        number = _find_model(platform, client, name).get(CHAMPION)
-        return None if number is None else _details(client, name, number)
+        _finish_interrupted_move(client, platform, name)
+        number = _read_aliases(platform, client, name).get(CHAMPION)
+        return None if number is None else _read_version(client, name, number)
 
 
 def promote(platform: Platform, version: ModelVersion) -> ModelVersion:
-    """Make a version the champion; the former champion becomes `previous`. Promoting the champion changes nothing.
+    """Make a version the champion, and the old champion `previous`. Promoting the champion changes nothing.
 
-    The caller has asked the gate (`driver.promote.judge`) first.
+    The caller checks the gate first (`jobs.promote.check_gate`).
     """
     client = connect(platform)
     with _registry_errors(platform, _label(version)):
-        _settle(client, platform, version.name)
-        former = _find_model(platform, client, version.name).get(CHAMPION)
-        if former != version.version:
-            _move(client, version.name, Move(kind="promote", champion=version.version, previous=former))
-        return _details(client, version.name, version.version)
+        _finish_interrupted_move(client, platform, version.name)
+        old_champion = _read_aliases(platform, client, version.name).get(CHAMPION)
+        if old_champion != version.version:
+            _move(client, version.name, AliasMove(kind="promote", champion=version.version, previous=old_champion))
+        return _read_version(client, version.name, version.version)
 
 
-def plan_rollback(platform: Platform, name: str) -> Move | None:
-    """The move that swaps champion and previous; None where a rollback was interrupted, which is ended now instead.
+def plan_rollback(platform: Platform, name: str) -> AliasMove | None:
+    """Return the move that swaps `champion` and `previous`.
+
+    Returns None after completing a rollback that was interrupted before: swapping again would undo it.
 
     Raises:
         UserError: there is no previous champion.
     """
     client = connect(platform)
     with _registry_errors(platform, f"model {name}"):
-        ended = _settle(client, platform, name)
-        if ended is not None and ended.kind == "rollback":
+        completed = _finish_interrupted_move(client, platform, name)
+        if completed is not None and completed.kind == "rollback":
             return None
-        aliases = _find_model(platform, client, name)
+        aliases = _read_aliases(platform, client, name)
     if not {CHAMPION, PREVIOUS} <= aliases.keys():
         raise UserError(
-            f"model {name} has no former champion to go back to",
+            f"model {name} has no previous champion to roll back to",
             where=redact_uri(platform.registry_uri),
             got=", ".join(f"{alias} = {version}" for alias, version in sorted(aliases.items())) or "no aliases",
             fix="promote a second version first",
         )
-    return Move(kind="rollback", champion=aliases[PREVIOUS], previous=aliases[CHAMPION])
+    return AliasMove(kind="rollback", champion=aliases[PREVIOUS], previous=aliases[CHAMPION])
 
 
-def make_move(platform: Platform, name: str, move: Move) -> None:
-    """Move both aliases."""
+def move_aliases(platform: Platform, name: str, move: AliasMove) -> None:
+    """Move both aliases as planned by `plan_rollback`."""
     client = connect(platform)
     with _registry_errors(platform, f"model {name}"):
         _move(client, name, move)
 
 
-def _move(client: MlflowClient, name: str, move: Move) -> None:
-    """Announce a move, and make it."""
+def _move(client: MlflowClient, name: str, move: AliasMove) -> None:
+    """Record a move in a tag, then move the aliases and delete the tag."""
     client.set_registered_model_tag(name, MOVE_TAG, move.model_dump_json())
     client.set_registered_model_alias(name, CHAMPION, move.champion)
-    _end(client, name, move)
+    _finish_move(client, name, move)
 
 
-def _end(client: MlflowClient, name: str, move: Move) -> None:
-    """What is left to do once `champion` has moved; doing it twice changes nothing."""
+def _finish_move(client: MlflowClient, name: str, move: AliasMove) -> None:
+    """Complete a move whose `champion` alias has moved already. Idempotent."""
     if move.previous is not None:
         client.set_registered_model_alias(name, PREVIOUS, move.previous)
     if str(client.get_registered_model(name).aliases.get(CHALLENGER)) == move.champion:
@@ -248,23 +255,30 @@ def _end(client: MlflowClient, name: str, move: Move) -> None:
     client.delete_registered_model_tag(name, MOVE_TAG)
 
 
-def _settle(client: MlflowClient, platform: Platform, name: str) -> Move | None:
-    """End the move that an interrupted process announced, if `champion` has moved; returns what was ended."""
-    aliases = _find_model(platform, client, name)
-    announced = client.get_registered_model(name).tags.get(MOVE_TAG)
-    if announced is None:
+def _finish_interrupted_move(client: MlflowClient, platform: Platform, name: str) -> AliasMove | None:
+    """Complete a move that was interrupted after `champion` moved, or drop one interrupted before; returns the former.
+
+    Returns None if there was no move to complete.
+    """
+    aliases = _read_aliases(platform, client, name)
+    recorded = client.get_registered_model(name).tags.get(MOVE_TAG)
+    if recorded is None:
         return None
-    move = Move.model_validate_json(announced)
+    move = AliasMove.model_validate_json(recorded)
     if aliases.get(CHAMPION) != move.champion:
         client.delete_registered_model_tag(name, MOVE_TAG)
         return None
-    logger.info("ending a %s of model %s that was interrupted", move.kind, name)
-    _end(client, name, move)
+    logger.info("completing an interrupted %s of model %s", move.kind, name)
+    _finish_move(client, name, move)
     return move
 
 
-def _find_model(platform: Platform, client: MlflowClient, name: str) -> dict[str, str]:
-    """Aliases of a registered model, each with its version."""
+def _read_aliases(platform: Platform, client: MlflowClient, name: str) -> dict[str, str]:
+    """Return the aliases of a registered model with their version numbers.
+
+    Raises:
+        UserError: there is no such model.
+    """
     try:
         return {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
     except MlflowException as error:
@@ -275,7 +289,7 @@ def _find_model(platform: Platform, client: MlflowClient, name: str) -> dict[str
         "there is no such registered model",
         where=redact_uri(platform.registry_uri),
         got=name,
-        fix=f"registered are: {', '.join(models)}" if models else "train one first: `lakesight pipeline`",
+        fix=f"registered models: {', '.join(models)}" if models else "train one first: `lakesight pipeline`",
     )
 
 
@@ -292,7 +306,7 @@ def _create_model(client: MlflowClient, name: str) -> None:
 
 
 def _versions(client: MlflowClient, name: str) -> list[MlflowVersion]:
-    """All versions, oldest first, without aliases (Unity Catalog's search does not return them)."""
+    """List all versions of a model, oldest first, without aliases: Unity Catalog's search does not return them."""
     found: list[MlflowVersion] = []
     token: str | None = None
     while token != "":
@@ -302,7 +316,7 @@ def _versions(client: MlflowClient, name: str) -> list[MlflowVersion]:
     return sorted(found, key=lambda version: int(version.version))
 
 
-def _details(client: MlflowClient, name: str, number: str) -> ModelVersion:
+def _read_version(client: MlflowClient, name: str, number: str) -> ModelVersion:
     found = client.get_model_version(name, number)
     return ModelVersion(
         name=name,
@@ -314,14 +328,14 @@ def _details(client: MlflowClient, name: str, number: str) -> ModelVersion:
 
 
 def _log_model(client: MlflowClient, checkpoint: Path, run_id: str) -> str:
-    """Log the model of a checkpoint under the run; returns the id of the logged model."""
+    """Log the model of a checkpoint to an MLflow run; returns the id of the logged model."""
     missing = [file for file in MODEL_FILES if not (checkpoint / file).is_file()]
     if missing:
         raise UserError(
-            "the run's final checkpoint is not complete",
+            "the run's final checkpoint is incomplete",
             where=str(checkpoint),
             got=f"missing {', '.join(missing)}",
-            fix="train again: the run goes on from its last complete checkpoint",
+            fix="train again: the run resumes from its last complete checkpoint",
         )
     experiment_id = client.get_run(run_id).info.experiment_id
     logged = client.create_logged_model(experiment_id, name="model", source_run_id=run_id)
@@ -343,7 +357,7 @@ def _log_model(client: MlflowClient, checkpoint: Path, run_id: str) -> str:
 
 @contextmanager
 def _without_bytecode() -> Iterator[None]:
-    """MLflow tries the model from the folder that it logs: Python would leave bytecode of its own version there."""
+    """Keep Python from writing bytecode files into the model's folder while MLflow tests the model there."""
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         yield
@@ -352,31 +366,31 @@ def _without_bytecode() -> Iterator[None]:
 
 
 def _example() -> pd.DataFrame:
-    """A grey picture, as REST takes it."""
+    """Return an input example: one grey picture as base64, as a REST client sends it."""
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), "grey").save(buffer, "PNG")
     return pd.DataFrame({"image": [base64.b64encode(buffer.getvalue()).decode("ascii")]})
 
 
 def _public_version(package: str) -> str:
-    """The installed version without its build label: an index serves torch 2.13.0, not 2.13.0+cpu."""
+    """Return the installed version without its build label: package indexes have torch 2.13.0, not 2.13.0+cpu."""
     return importlib.metadata.version(package).partition("+")[0]
 
 
 def _prefixed(tags: Mapping[str, str]) -> dict[str, str]:
-    """Tags as Unity Catalog takes them: no `. , - = / :` in a key, at most 1,000 characters in a value."""
+    """Prefix and sanitise tags for Unity Catalog: no `. , - = / :` in keys, at most 1,000 characters per value."""
     return {f"{TAG_PREFIX}{re.sub('[.,=/: -]', '_', key)}": text[:MAX_TAG_CHARS].strip() for key, text in tags.items()}
 
 
 @contextmanager
-def _registry_errors(platform: Platform, what: str) -> Iterator[None]:
-    """MLflow's errors in our form."""
+def _registry_errors(platform: Platform, model: str) -> Iterator[None]:
+    """Convert errors of MLflow to StageFailed."""
     try:
         yield
     except MlflowException as error:
         raise StageFailed(
-            "the model registry refused",
-            where=f"{what} in {redact_uri(platform.registry_uri)}",
+            "the model registry rejected a request",
+            where=f"{model} in {redact_uri(platform.registry_uri)}",
             got=str(error).splitlines()[0],
-            fix="check the name, your rights, and that the server is the one you mean",
+            fix="check the model's name, your permissions, and the address of the registry",
         ) from error

@@ -1,7 +1,7 @@
-"""A stage's report in MLflow: a run of its own kind, with the report's figures as metrics and its pages as artifacts.
+"""Reports of ingest and caption jobs in MLflow: each is one run with metrics, tags and HTML pages.
 
-Ingests of all sources are in one experiment, captionings of all tables in another, apart from trainings: they belong
-to data that many runs share.
+All ingests share one experiment and all caption jobs another. They are separate from training runs, because many
+training runs share the same data.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 from mlflow.entities import Metric, RunTag
 
 from pipelines.platform import Platform
-from pipelines.tracking.runs import OUTAGE, connect, experiment_id, unchanged_environment, unreachable
+from pipelines.tracking.server import REQUEST_ERRORS, connect, experiment_id, unchanged_environment, unreachable
 
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 
@@ -31,22 +31,22 @@ def log_stage(
     pages: Sequence[Path] = (),
     good: bool,
 ) -> str:
-    """Log a stage's report and pages; returns the MLflow run's id.
+    """Log the report and pages of a stage as a new MLflow run; returns the run id.
 
-    A server that does not answer is asked again twice, not for minutes as MLflow would: the tables are written, and
-    somebody waits.
+    A server that does not answer is retried twice only, while MLflow by default retries for minutes: the tables are
+    written, and a user waits for the command to end.
 
     Args:
-        platform: where the tracking server is.
-        kind: of the stage; its experiment is called so.
-        name: of the run.
-        report: every number in it, however deep, becomes a metric.
-        tags: what the runs are looked for by.
-        pages: HTML pages.
-        good: whether the run ends FINISHED, else FAILED.
+        platform: platform with the tracking server.
+        kind: name of the stage and of its experiment.
+        name: name of the run.
+        report: the report; every number in it, at any depth, becomes a metric.
+        tags: tags to search runs by, without the prefix `lakesight.`.
+        pages: HTML pages, logged as artifacts.
+        good: whether the run's final status is FINISHED; else it is FAILED.
 
     Raises:
-        UserError: the server does not answer, or its experiment of that kind was deleted.
+        UserError: the server does not answer, or the experiment was deleted.
     """
     with unchanged_environment(RETRIES):
         os.environ.setdefault(RETRIES, "2")
@@ -63,13 +63,13 @@ def log_stage(
             for page in pages:
                 client.log_artifact(run_id, str(page))
             client.set_terminated(run_id, "FINISHED" if good else "FAILED")
-        except OUTAGE as error:
+        except REQUEST_ERRORS as error:
             raise unreachable(platform, error) from None
     return run_id
 
 
 def _numbers(report: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Numbers of nested mappings by their paths, as MLflow allows metrics to be called."""
+    """Collect the numbers of a nested mapping by path, keys joined with `/` as MLflow metric names allow."""
     found: dict[str, float] = {}
     for key, value in report.items():
         if isinstance(value, Mapping):

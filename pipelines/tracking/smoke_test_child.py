@@ -1,9 +1,9 @@
-"""A registered version in a process of its own: does it load without unpickling, and what does it say?
+"""Child process of the smoke test: load a registered version without unpickling and caption pictures.
 
     python -P smoke_test_child.py FOLDER < {"image": [base64, ...], "prompt": [...]}
 
-Prints one JSON object, the errors of the pictures (null for a caption), last on stdout. This file is run, not imported:
-it must not load any module of ours, because the version brings the code that it was registered with.
+The last line on stdout is a JSON object with the error of each picture, null for a captioned one. This script must not
+import any Lakesight package, because the version contains the code it was registered with.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 
 
 def main(folder: str) -> None:
-    """Load the model of a folder as a server does, and caption what stdin holds."""
+    """Load the model of a folder as a model server does, and caption the pictures given on stdin."""
     import mlflow.pyfunc
     import pandas as pd
     import torch
@@ -28,7 +28,7 @@ def main(folder: str) -> None:
     model = mlflow.pyfunc.load_model(folder)
     answers = model.predict(pd.DataFrame(json.load(sys.stdin)))
     errors = [None if pd.isna(error) else str(error) for error in answers["error"]]
-    print(json.dumps({"errors": errors}))  # noqa: T201 (what the parent reads)
+    print(json.dumps({"errors": errors}))  # noqa: T201 (read by the parent process)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Entry point of a rank: `run_rank(run_folder)`, or with torchrun on a host without Java:
 
-    torchrun --nproc-per-node 2 -m pipelines.worker.main --run-dir DIR
+    PYTHONSAFEPATH=1 torchrun --nproc-per-node 2 -m pipelines.worker.main --run-dir DIR
 
 A rank reads only the run folder, the files that it names, and the environment variables of torchrun. The rank's monitor
 starts before torch is imported, so that a broken installation is recorded too.

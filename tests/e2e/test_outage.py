@@ -23,6 +23,7 @@ from pipelines.config import LocalPlatformConfig
 from pipelines.formats.run_folder import RunFolder
 from pipelines.platform import local
 from pipelines.tracking import runs
+from pipelines.tracking.server import connect
 
 STEPS = 600
 
@@ -113,7 +114,7 @@ def test_a_tracking_server_that_is_killed_and_comes_back_has_every_step_once(
             assert not is_healthy(port), "half of the steps ran without a server"
             servers.enter_context(tracking_server(tmp_path, port))
             assert rank.wait(timeout=300) == 0
-        client = runs.connect(platform)
+        client = connect(platform)
         logged = client.get_run(run_id)
         history = Counter(point.step for point in client.get_metric_history(run_id, "train/loss"))
     assert history == Counter(range(1, STEPS + 1))

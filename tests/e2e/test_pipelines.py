@@ -55,15 +55,18 @@ class Ran(NamedTuple):
     log: str
 
 
-def run(home: Path, *commands: list[str]) -> Ran:
-    """Run commands in one process, so that only the first starts a JVM. Each has a session of its own."""
+def run(home: Path, *commands: list[str], folder: Path | None = None) -> Ran:
+    """Run commands in one process, so the JVM is warm after the first. Each command has a new session and catalog.
+
+    The working folder is `folder`, or the home folder. As in the installed command, it is not on the search path.
+    """
     environment = os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
     # SQLite ignores the password in the address; it is there to be found if it leaks.
     environment["MLFLOW_TRACKING_URI"] = f"sqlite:///file:{home}/mlflow.db?uri=true&password=c4nary-address"
     done = subprocess.run(
-        [sys.executable, "-c", RUN_COMMANDS, json.dumps(commands), str(home)],
+        [sys.executable, "-P", "-c", RUN_COMMANDS, json.dumps(commands), str(home)],
         env=environment | SECRETS,
-        cwd=home,
+        cwd=folder or home,
         capture_output=True,
         text=True,
         check=False,
@@ -78,12 +81,24 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def demos(home: Path) -> Ran:
-    """Run a demo twice, then PaliGemma, which differs in sequence, mask and decoder; torchrun starts its ranks."""
+def user_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with modules of the user that have our names. Importing one leaves a file and fails."""
+    folder = tmp_path_factory.mktemp("user")
+    for module in ("vlm/__init__.py", "pipelines/__init__.py", "jobs.py"):
+        (folder / module).parent.mkdir(exist_ok=True)
+        (folder / module).write_text(
+            "import pathlib\npathlib.Path(__file__).with_suffix('.imported').touch()\nraise ImportError(__file__)\n"
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demos(home: Path, user_folder: Path) -> Ran:
+    """Two equal demos, then a family whose sequence, mask and decoder differ from the demo's, trained by torchrun."""
     demo = ["demo", "--scenes", str(SCENES), "--json", *(word for value in QUICK for word in ("--set", value))]
     prepare = ["train", "--no-launch", "--run", "paligemma", "--json", *PICTURES]
     ranks = ["torchrun", "--nproc-per-node", "2", "-m", "pipelines.worker.main", "--run-dir", "runs/paligemma-*"]
-    return run(home, demo, demo, prepare, ranks, pipeline("paligemma"))
+    return run(home, demo, demo, prepare, ranks, pipeline("paligemma"), folder=user_folder)
 
 
 def pipeline(family: str) -> list[str]:
@@ -103,7 +118,7 @@ def test_a_demo_does_the_whole_job(demos: Ran) -> None:
 def test_a_second_demo_finds_everything_done(demos: Ran) -> None:
     first, second, *_ = demos.reports
     assert second["nothing_new"]
-    assert "nothing was new: no row ingested, no step trained, no picture captioned" in demos.log
+    assert "nothing new: no row ingested, no step trained, no picture captioned" in demos.log
     assert (second["samples"], second["quarantined"], second["captions"], second["errors"]) == (0, 0, 0, 0)
     assert second["rows_in"] == second["duplicates"] == 0, "unchanged files are not read"
     assert second["captioned_before"] == first["captions"]
@@ -122,6 +137,12 @@ def test_a_family_runs_from_pictures_to_captions_with_ranks_started_by_torchrun(
     assert_learned(report, "paligemma")
     assert prepared == {"run_folder": report["run_folder"], "ranks": 2}
     assert not report["trained"], "the finished run is found"
+
+
+def test_modules_in_the_working_folder_with_our_names_are_not_imported(demos: Ran, user_folder: Path) -> None:
+    """Neither by the driver, nor by Spark's Python workers, ranks, or the smoke test of a model version."""
+    assert list(user_folder.rglob("*.imported")) == []
+    assert "PYTHONSAFEPATH=1 torchrun --nproc-per-node 2 -m pipelines.worker.main --run-dir " in demos.log
 
 
 @pytest.mark.matrix

@@ -19,7 +19,7 @@ from jobs.caption import run_caption
 from jobs.common import Job
 from jobs.compare import run_compare
 from jobs.decisions import run_decisions
-from jobs.evaluate import measured, open_model, open_split
+from jobs.evaluate import evaluate_version, open_model, open_split
 from jobs.lineage import run_lineage
 from jobs.promote import run_promote
 from jobs.rollback import run_rollback
@@ -131,7 +131,7 @@ def test_blind_and_worse_versions_are_refused_with_all_reasons_and_rollback_rest
 def test_drift_of_pictures_is_logged_and_fails_the_job_if_configured(
     job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    measured(job, good := open_model(job, GOOD), open_split(job, good))
+    evaluate_version(job, good := open_model(job, GOOD), open_split(job, good))
     rows = [
         (f"night/{row[0]}", ImageOps.invert(Image.open(io.BytesIO(row[2])))) for row in corner_rows(NAME, "test", 12)
     ]
@@ -155,7 +155,7 @@ def test_drift_of_pictures_is_logged_and_fails_the_job_if_configured(
     strict = job.config.drift.model_copy(update={"fail": True})
     failing = Job(job.config.model_copy(update={"drift": strict}), job.platform, (), job.screen)
     failing.__dict__["spark"] = job.spark
-    with pytest.raises(StageFailed, match=r"not like what was evaluated.*brightness .*evaluated"):
+    with pytest.raises(StageFailed, match=r"differ too much from the version's evaluation.*brightness .*evaluated"):
         run_caption(failing, GOOD, prompt="what", source_table=f"delta.`{tmp_path}/night`")
 
 
@@ -172,7 +172,7 @@ def test_two_versions_are_compared_on_the_same_rows_and_nothing_is_evaluated_twi
     assert report.wins > report.losses
     assert report.differences["word_f1"].low > 0
     models = [open_model(job, number) for number in (GOOD, WORSE)]
-    good, worse = (measured(job, model, open_split(job, model)) for model in models)
+    good, worse = (evaluate_version(job, model, open_split(job, model)) for model in models)
     assert good.reused
     for name in ("word_f1", "loss", "blind_gap", "bleu_2"):
         apart = good.metrics[name].value - worse.metrics[name].value
@@ -188,7 +188,7 @@ def test_the_pages_of_an_evaluation_and_a_comparison_work_in_a_browser(
     job: Job, report: Comparison, tmp_path: Path
 ) -> None:
     worse = open_model(job, WORSE)
-    gallery = measured(job, worse, open_split(job, worse)).gallery
+    gallery = evaluate_version(job, worse, open_split(job, worse)).gallery
     with open_page(gallery.as_uri()) as page:
         assert page.locator("figure").count() == 48
         assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")

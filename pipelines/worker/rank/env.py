@@ -31,6 +31,7 @@ class RankEnv:
                 "the process was not started as a rank",
                 where="environment variables",
                 got=f"no {', '.join(missing)}",
-                fix="start it with `torchrun --nproc-per-node N -m pipelines.worker.main --run-dir DIR`",
+                fix="start it with "
+                "`PYTHONSAFEPATH=1 torchrun --nproc-per-node N -m pipelines.worker.main --run-dir DIR`",
             )
         return cls(*(int(os.environ[name]) for name in names))

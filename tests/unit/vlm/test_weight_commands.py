@@ -102,7 +102,10 @@ def test_fresh_parameters_are_distributed_as_in_a_new_model(trained: ModelConfig
 
 MISTAKES = {
     "no folder": (["--model", "mine"], "no folder"),
-    "whole model and part": (["vit", "--model", "mine", "--encoder", "vit"], "beside one for a part"),
+    "whole model and part": (
+        ["vit", "--model", "mine", "--encoder", "vit"],
+        "a folder of the whole model and a folder of a part",
+    ),
     "no such model": (["vit", "--model", "mime"], "did you mean 'mine'?"),
     "a value of the wrong type": (
         ["--encoder", "vit", "--model", "mine", "--set", "model.image.size=big"],

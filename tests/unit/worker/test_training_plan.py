@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.config import measure
+from jobs.config import measure_model
 from pipelines.config import load_model
 
 PAGE = (Path(__file__).parents[3] / "docs" / "training.md").read_text()
@@ -21,7 +21,7 @@ def row_of(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ["base", "flamingo", "paligemma"])
 def test_bytes_of_a_step_and_of_a_checkpoint_follow_from_the_weights(name: str) -> None:
-    weights = measure(name, load_model(name)).parameters
+    weights = measure_model(name, load_model(name)).parameters
     seconds = ", ".join(f"{8 * weights / (rate / 8):.2f}" for rate in (25e9, 100e9, 400e9))
     assert row_of(f"`{name}`") == [
         f"{weights / 1e6:,.0f} M",
@@ -34,7 +34,7 @@ def test_bytes_of_a_step_and_of_a_checkpoint_follow_from_the_weights(name: str) 
 
 @pytest.mark.parametrize("nodes", [1, 2, 4, 8, 16, 32, 64])
 def test_scaling_follows_from_compute_and_bytes(nodes: int) -> None:
-    base = measure("base", load_model("base"))
+    base = measure_model("base", load_model("base"))
     compute = ROWS * 3 * base.flops / GPU
     sending = 8 * base.parameters * (nodes - 1) / nodes / LINK
     batch = nodes * GPUS * ROWS
@@ -49,6 +49,6 @@ def test_scaling_follows_from_compute_and_bytes(nodes: int) -> None:
 
 
 def test_the_smallest_rows_per_gpu_that_hide_communication_are_stated() -> None:
-    base = measure("base", load_model("base"))
+    base = measure_model("base", load_model("base"))
     least = 8 * base.parameters / LINK / (3 * base.flops / GPU)
     assert f"Below {least:.0f} rows per GPU" in PAGE

@@ -1,4 +1,4 @@
-"""Runs and the registry against a real MLflow on SQLite."""
+"""Tests of training runs and the model registry with MLflow on SQLite."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from pipelines.formats.run_folder import CaptionSample, CaptionSamples, Failure,
 from pipelines.platform import Platform, local
 from pipelines.tracking import registry, runs
 from pipelines.tracking.expert_load_plot import draw_expert_load
-from pipelines.tracking.smoke_test import find_pickles, try_folder
+from pipelines.tracking.server import connect
+from pipelines.tracking.smoke_test import find_pickles, smoke_test_folder
 from vlm import text
 from vlm.build import build_model
 from vlm.checkpoint import save_model
@@ -64,7 +65,7 @@ def log_samples(run: RunFolder, step: int) -> None:
 
 
 def finish(run: RunFolder, *, blind_gap: float = 0.5) -> None:
-    """Leave what a training that went well leaves, with random weights."""
+    """Write the files of a successful training, with random weights."""
     tokenizer = text.load(run.tokenizer)
     torch.manual_seed(0)
     save_model(run.checkpoint(12), build_model(CONFIG.model, tokenizer.vocab_size), tokenizer)
@@ -88,18 +89,18 @@ def picture(colour: str = "red") -> bytes:
 # ------------------------------------------------------------------------------------------------ runs
 
 
-def test_a_followed_run_has_every_step_once_its_parameters_tags_and_config(platform: Platform, run: RunFolder) -> None:
+def test_a_followed_run_has_every_step_once_with_parameters_tags_and_config(platform: Platform, run: RunFolder) -> None:
     with runs.follow(run, CONFIG, platform) as run_id:
         for step in range(0, 30, 2):
             log_step(run, step)
         run.profile.parent.mkdir()
         run.profile.write_bytes(b"a trace")
         run.hosts.write_bytes(b"two hosts")
-        client = runs.connect(platform)
+        client = connect(platform)
         deadline = time.monotonic() + 30
         while not steps(client, run_id) and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert steps(client, run_id), "nothing arrived while the training went on"
+        assert steps(client, run_id), "no metric was logged during training"
     logged = client.get_run(run_id)
     assert steps(client, run_id) == list(range(0, 30, 2))
     assert logged.info.status == "FINISHED"
@@ -113,20 +114,20 @@ def test_a_followed_run_has_every_step_once_its_parameters_tags_and_config(platf
     assert Path(client.download_artifacts(run_id, "hosts.json")).read_bytes() == b"two hosts"
 
 
-def test_the_load_of_experts_becomes_metrics_and_one_picture_of_the_last(platform: Platform, run: RunFolder) -> None:
+def test_the_expert_load_becomes_metrics_and_a_plot_of_the_last_step(platform: Platform, run: RunFolder) -> None:
     for step, load in {2: (0.5, 0.25, 0.25, 0.0), 4: (0.25, 0.25, 0.25, 0.25)}.items():
-        with runs.follow(run, CONFIG, platform) as run_id:  # the second time the run goes on
+        with runs.follow(run, CONFIG, platform) as run_id:  # the second time the run is resumed
             metrics = Metrics(step=step, time=1_700_000_000, values={}, expert_load={"decoder.blocks.0": load})
             write_json(run.metrics(step), metrics)
-    history = runs.connect(platform).get_metric_history(run_id, "expert_load/decoder.blocks.0.expert_0")
+    history = connect(platform).get_metric_history(run_id, "expert_load/decoder.blocks.0.expert_0")
     assert [(point.step, point.value) for point in history] == [(2, 0.5), (4, 0.25)]
     draw_expert_load(metrics).savefig(expected := io.BytesIO())
-    found = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=runs.LOAD_PICTURE)
+    found = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=runs.EXPERT_LOAD_PLOT)
     with Image.open(found) as picture, Image.open(expected) as last:
         assert picture.tobytes() == last.tobytes()
 
 
-def test_sample_captions_become_a_picture_table(platform: Platform, run: RunFolder) -> None:
+def test_sample_captions_become_a_table_with_pictures(platform: Platform, run: RunFolder) -> None:
     with runs.follow(run, CONFIG, platform) as run_id:
         log_samples(run, 6)
     with runs.follow(run, CONFIG, platform):
@@ -138,12 +139,12 @@ def test_sample_captions_become_a_picture_table(platform: Platform, run: RunFold
     assert Image.open(path).size == (16, 16)
 
 
-def test_a_resumed_run_goes_on_in_its_mlflow_run_and_doubles_no_step(platform: Platform, run: RunFolder) -> None:
+def test_a_resumed_run_continues_its_mlflow_run_and_repeats_no_step(platform: Platform, run: RunFolder) -> None:
     log_step(run, 0)
     log_step(run, 2)
     with pytest.raises(KeyboardInterrupt), runs.follow(run, CONFIG, platform) as first:
         raise KeyboardInterrupt
-    client = runs.connect(platform)
+    client = connect(platform)
     assert client.get_run(first).info.status == "KILLED"
     other_ranks = CONFIG.model_copy(update={"platform": LocalPlatformConfig(ranks=1)})
     with runs.follow(run, other_ranks, platform) as second:
@@ -154,25 +155,25 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run_and_doubles_no_step(platform: P
     assert runs.CAUSE_TAG not in client.get_run(first).data.tags
 
 
-def test_a_failed_run_carries_its_cause_and_its_failure_records(platform: Platform, run: RunFolder) -> None:
+def test_a_failed_run_has_its_cause_and_failure_records(platform: Platform, run: RunFolder) -> None:
     record = {"rank": 1, "host": "h", "pid": 1, "exception": "ValueError", "message": "m", "traceback": "t", "step": 3}
     write_json(run.failure(1), Failure.model_validate(record | {"failed_at": 1.0, "consequence": False}))
     with pytest.raises(TrainingFailed), runs.follow(run, CONFIG, platform) as run_id:
         raise TrainingFailed("rank 1 raised ValueError", where="host h")
-    logged = runs.connect(platform).get_run(run_id)
+    logged = connect(platform).get_run(run_id)
     assert logged.info.status == "FAILED"
     assert "rank 1 raised ValueError" in logged.data.tags[runs.CAUSE_TAG]
-    assert [a.path for a in runs.connect(platform).list_artifacts(run_id, "failures")] == ["failures/rank-1.json"]
+    assert [a.path for a in connect(platform).list_artifacts(run_id, "failures")] == ["failures/rank-1.json"]
 
 
-def test_an_outage_in_the_middle_loses_nothing(platform: Platform, run: RunFolder) -> None:
+def test_an_outage_during_training_loses_no_metric(platform: Platform, run: RunFolder) -> None:
     database = Path(platform.tracking_uri.removeprefix("sqlite:///"))
     with runs.follow(run, CONFIG, platform) as run_id:
         log_step(run, 0)
-        with sqlite3.connect(database) as connection:  # a server that answers every request with an error
+        with sqlite3.connect(database) as connection:  # now the server predictions every request with an error
             connection.execute("ALTER TABLE metrics RENAME TO metrics_away")
         log_step(run, 2)
-        client = runs.connect(platform)
+        client = connect(platform)
         follower = runs.Follower(client, run, run_id)
         with pytest.raises(mlflow.MlflowException):
             follower.catch_up()
@@ -182,8 +183,8 @@ def test_an_outage_in_the_middle_loses_nothing(platform: Platform, run: RunFolde
     assert steps(client, run_id) == [0, 2, 4]
 
 
-def test_a_server_that_kept_half_of_a_failed_request_is_not_told_twice(run: RunFolder) -> None:
-    """SQLite drops a repeated point by itself; a stand-in shows that we do not rely on that."""
+def test_points_that_a_failed_request_has_stored_are_not_logged_again(run: RunFolder) -> None:
+    """SQLite drops repeated points by itself, so a mock client shows that none are sent."""
     client = create_autospec(MlflowClient, instance=True)
     client.get_run.return_value.data.metrics = {"loss": 0.5}
     client.get_metric_history.return_value = [Metric("loss", 1.0, 0, step) for step in (0, 2)]
@@ -197,14 +198,14 @@ def test_a_server_that_kept_half_of_a_failed_request_is_not_told_twice(run: RunF
     client.get_metric_history.return_value.append(Metric("loss", 1.0, 0, 4))
     log_step(run, 6)
     follower.catch_up()
-    told = [[point.step for point in call.kwargs["metrics"]] for call in client.log_batch.call_args_list]
-    assert told == [[4], [6]]
+    sent = [[point.step for point in call.kwargs["metrics"]] for call in client.log_batch.call_args_list]
+    assert sent == [[4], [6]]
 
 
 def test_a_run_deleted_in_mlflow_starts_a_new_one_with_all_steps(platform: Platform, run: RunFolder) -> None:
     with runs.follow(run, CONFIG, platform) as first:
         log_step(run, 0)
-    client = runs.connect(platform)
+    client = connect(platform)
     client.delete_run(first)
     with runs.follow(run, CONFIG, platform) as second:
         log_step(run, 2)
@@ -212,7 +213,7 @@ def test_a_run_deleted_in_mlflow_starts_a_new_one_with_all_steps(platform: Platf
     assert steps(client, second) == [0, 2]
 
 
-def test_a_tracking_server_that_is_down_is_named_without_its_password(
+def test_an_unreachable_tracking_server_is_reported_without_its_password(
     platform: Platform, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
@@ -230,7 +231,7 @@ def test_no_token_reaches_parameters_tags_or_artifacts(
     monkeypatch.setenv("DATABRICKS_TOKEN", "t0ken-value")
     with runs.follow(run, CONFIG, platform) as run_id:
         log_step(run, 0)
-    logged = runs.connect(platform).get_run(run_id)
+    logged = connect(platform).get_run(run_id)
     assert "t0ken-value" not in json.dumps(logged.to_dictionary())
     assert not [p for p in (platform.root / "mlartifacts").rglob("*") if p.is_file() and b"t0ken" in p.read_bytes()]
 
@@ -245,20 +246,20 @@ def test_tracking_prints_nothing(platform: Platform, run: RunFolder, capfd: pyte
     assert captured.err == ""
 
 
-def test_tracking_leaves_no_address_in_the_environment(platform: Platform) -> None:
-    runs.connect(platform)
+def test_tracking_leaves_environment_variables_unchanged(platform: Platform) -> None:
+    connect(platform)
     assert not {"MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"} & set(os.environ)
 
 
-def test_a_report_is_logged_under_its_stage(platform: Platform, run: RunFolder, tmp_path: Path) -> None:
+def test_a_report_is_logged_under_the_name_of_its_stage(platform: Platform, run: RunFolder, tmp_path: Path) -> None:
     page = tmp_path / "gallery.html"
     page.write_text("<p>", encoding="utf-8")
     with runs.follow(run, CONFIG, platform) as run_id:
         pass
-    for _ in range(2):  # the second time, rows are not added to the table once more
+    for _ in range(2):  # the second time, no row is added to the table
         tables: dict[str, dict[str, list[object]]] = {"rows.json": {"image_id": ["a", "b"], "loss": [0.5, 1.5]}}
         runs.log_report(platform, run_id, "evaluate", {"cider": 1.25}, [page], tables=tables)
-    client = runs.connect(platform)
+    client = connect(platform)
     assert client.get_run(run_id).data.metrics["evaluate/cider"] == 1.25
     assert [a.path for a in client.list_artifacts(run_id, "evaluate")] == [
         "evaluate/gallery.html",
@@ -273,7 +274,7 @@ def test_a_report_is_logged_under_its_stage(platform: Platform, run: RunFolder, 
 
 @pytest.fixture
 def registered(platform: Platform, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> registry.ModelVersion:
-    monkeypatch.setattr(sys, "dont_write_bytecode", False)  # as it is unless the environment says otherwise
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)  # the default of Python
     finish(run)
     with runs.follow(run, CONFIG, platform) as run_id:
         pass
@@ -291,11 +292,9 @@ def test_registering_a_run_twice_gives_one_version_with_its_lineage(
     assert registered.tags["training_blind_gap"] == "0.5"
 
 
-def test_tags_of_a_version_are_such_as_unity_catalog_takes(
-    platform: Platform, registered: registry.ModelVersion
-) -> None:
+def test_tags_of_a_version_are_valid_in_unity_catalog(platform: Platform, registered: registry.ModelVersion) -> None:
     registry.tag(platform, registered, {"val/blind-gap.x": "0.5", "gate_looks": "no " * 1000})
-    tags = runs.connect(platform).get_model_version(registered.name, registered.version).tags
+    tags = connect(platform).get_model_version(registered.name, registered.version).tags
     assert tags["lakesight_val_blind_gap_x"] == "0.5"
     assert all(re.fullmatch(r"\w{1,255}", key) and len(value) <= 1000 for key, value in tags.items())
     assert len(tags) <= 50
@@ -324,26 +323,28 @@ def test_the_model_loads_without_unpickling_and_captions_bytes_and_base64_alike(
     monkeypatch.setattr(pickle, "loads", refuse)
     monkeypatch.setattr(pickle, "Unpickler", refuse)
     monkeypatch.setattr(torch, "load", refuse)
-    runs.connect(platform)
+    connect(platform)
     model = mlflow.pyfunc.load_model(f"models:/{registered.name}/{registered.version}")
     encoded = base64.b64encode(picture()).decode()
     table = pd.DataFrame({"image": [picture(), encoded, f"data:image/png;base64,{encoded}"]})
-    answers = model.predict(table)
-    assert answers["error"].isna().all()
-    assert answers["caption"].nunique() == 1
+    predictions = model.predict(table)
+    assert predictions["error"].isna().all()
+    assert predictions["caption"].nunique() == 1
     assert list(model.predict(table.assign(prompt="a"))["error"].isna()) == [True] * 3
 
 
-def test_a_bad_picture_is_an_error_in_its_row_alone(platform: Platform, registered: registry.ModelVersion) -> None:
-    runs.connect(platform)
+def test_a_bad_picture_gives_an_error_in_its_own_row_only(
+    platform: Platform, registered: registry.ModelVersion
+) -> None:
+    connect(platform)
     model = mlflow.pyfunc.load_model(f"models:/{registered.name}/1")
     good = picture("blue")
-    answers = model.predict(pd.DataFrame({"image": [b"no picture", good, "%%%", None, good[:60]]}))
-    reasons = [None if pd.isna(error) else str(error).partition(":")[0] for error in answers["error"]]
+    predictions = model.predict(pd.DataFrame({"image": [b"no picture", good, "%%%", None, good[:60]]}))
+    reasons = [None if pd.isna(error) else str(error).partition(":")[0] for error in predictions["error"]]
     assert reasons == ["not_an_image", None, "bad_base64", "missing_field", "truncated_image"]
-    assert answers["caption"].isna().tolist() == [True, False, True, True, True]
+    assert predictions["caption"].isna().tolist() == [True, False, True, True, True]
     alone = model.predict(pd.DataFrame({"image": [good]}))
-    assert alone["caption"][0] == answers["caption"][1]
+    assert alone["caption"][0] == predictions["caption"][1]
 
 
 def test_download_fetches_the_weights_once(platform: Platform, registered: registry.ModelVersion) -> None:
@@ -356,30 +357,30 @@ def test_download_fetches_the_weights_once(platform: Platform, registered: regis
     assert [path.name for path in folder.parent.iterdir()] == ["1"]
 
 
-def test_an_unknown_model_version_or_alias_lists_what_there_is(
+def test_an_unknown_model_version_or_alias_lists_those_that_exist(
     platform: Platform, registered: registry.ModelVersion
 ) -> None:
     registry.set_alias(platform, registered, "champion")
     assert registry.resolve(platform, "tiny", "champion").version == "1"
     assert registry.resolve(platform, "tiny", "latest").version == "1"
-    with pytest.raises(UserError, match="registered are: tiny"):
+    with pytest.raises(UserError, match="registered models: tiny"):
         registry.resolve(platform, "tyni", "1")
     for which in ("7", "challenger"):
         with pytest.raises(UserError, match=r"versions: 1; aliases: champion \(= 1\)"):
             registry.resolve(platform, "tiny", which)
 
 
-def test_a_version_is_tried_in_a_fresh_process_with_its_own_files(
+def test_the_smoke_test_runs_in_a_fresh_process_and_finds_pickles(
     platform: Platform, registered: registry.ModelVersion, tmp_path: Path
 ) -> None:
-    folder = registry.fetch(platform, registered, tmp_path)
-    tried = try_folder(folder, [(picture(), ""), (b"no picture", "a")])
-    assert (tried.failure, tried.pictures) == ("", 2)
-    assert [error.partition(":")[0] for error in tried.errors] == ["not_an_image"]
+    folder = registry.download_files(platform, registered, tmp_path)
+    trial = smoke_test_folder(folder, [(picture(), ""), (b"no picture", "a")])
+    assert (trial.failure, trial.pictures) == ("", 2)
+    assert [error.partition(":")[0] for error in trial.errors] == ["not_an_image"]
     (folder / "artifacts" / "weights.pt").write_bytes(pickle.dumps(["anything"]))
-    assert try_folder(folder, []).failure == "it holds pickles: artifacts/weights.pt"
+    assert smoke_test_folder(folder, []).failure == "it holds pickles: artifacts/weights.pt"
     (folder / "artifacts" / "weights.pt").rename(folder / "artifacts" / "weights.dat")
-    assert try_folder(folder, []).failure == "it holds pickles: artifacts/weights.dat"
+    assert smoke_test_folder(folder, []).failure == "it holds pickles: artifacts/weights.dat"
 
 
 def test_a_run_that_is_not_finished_is_not_registered(platform: Platform, run: RunFolder) -> None:

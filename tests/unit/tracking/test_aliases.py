@@ -1,4 +1,4 @@
-"""Aliases when a promotion or a rollback ends at any moment: they mean versions, and the next run mends them."""
+"""Tests of alias moves that are interrupted at any moment: aliases stay valid and the next run completes the move."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from mlflow import MlflowClient
 
 from pipelines.config import LocalPlatformConfig
 from pipelines.platform import Platform, local
-from pipelines.tracking import registry, runs
+from pipelines.tracking import registry
+from pipelines.tracking.server import connect
 
 NAME = "m"
 Kind = Literal["promote", "rollback"]
@@ -28,10 +29,10 @@ WRITES = ("set_registered_model_tag", "set_registered_model_alias", "delete_regi
 
 @pytest.fixture(scope="module")
 def three_versions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A registry with three versions of a model, the second of which was promoted after the first."""
+    """Create a registry with three versions of a model; returns the path of its SQLite file."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     uri = f"sqlite:///{path}"
-    client = MlflowClient(uri, registry_uri=uri)  # not the registry that a test before has set for the process
+    client = MlflowClient(uri, registry_uri=uri)  # the process-wide registry may be that of an earlier test
     client.create_registered_model(NAME)
     for number in range(3):
         client.create_model_version(NAME, f"file:///{number}")
@@ -48,7 +49,7 @@ def laptop(tmp_path: Path, three_versions: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def reset(platform: Platform) -> None:
-    client = runs.connect(platform)
+    client = connect(platform)
     for alias, number in BEFORE.items():
         client.set_registered_model_alias(NAME, alias, number)
     client.set_registered_model_alias(NAME, "challenger", "3")
@@ -58,31 +59,31 @@ def move(platform: Platform, kind: Kind) -> None:
     if kind == "promote":
         registry.promote(platform, registry.resolve(platform, NAME, "3"))
     elif (planned := registry.plan_rollback(platform, NAME)) is not None:
-        registry.make_move(platform, NAME, planned)
+        registry.move_aliases(platform, NAME, planned)
 
 
 def state(platform: Platform) -> tuple[dict[str, str], bool]:
-    """Aliases that serve, and whether a move is announced."""
-    model = runs.connect(platform).get_registered_model(NAME)
+    """Return `champion` and `previous` with their versions, and whether a move is recorded."""
+    model = connect(platform).get_registered_model(NAME)
     aliases = {alias: str(number) for alias, number in model.aliases.items()}
     return {alias: aliases[alias] for alias in BEFORE}, registry.MOVE_TAG in model.tags
 
 
-def check_and_mend(platform: Platform, kind: Kind) -> None:
-    """What is left after a kill is one of three states, and a second run ends in the one that was wanted."""
-    found, announced = state(platform)
+def check_and_complete(platform: Platform, kind: Kind) -> None:
+    """Assert that a kill left one of three valid states, and that running the move again completes it."""
+    found, recorded = state(platform)
     assert found in (BEFORE, BEFORE | {"champion": AFTER[kind]["champion"]}, AFTER[kind])
-    if found != AFTER[kind] or announced:  # a rollback that was done would be undone
+    if found != AFTER[kind] or recorded:  # repeating a completed rollback would undo it
         move(platform, kind)
     assert state(platform) == (AFTER[kind], False)
 
 
-class Ended(BaseException):
-    """The process is gone."""
+class Killed(BaseException):
+    """Stands for the end of the process."""
 
 
-class EndingClient:
-    """A client whose process ends before write number `last`."""
+class KilledClient:
+    """Client that raises Killed instead of executing write number `last`, counted from 0."""
 
     def __init__(self, client: MlflowClient, last: int) -> None:
         self._client, self._left = client, last
@@ -90,46 +91,46 @@ class EndingClient:
     def __getattr__(self, name: str) -> Any:
         if name in WRITES:
             if self._left == 0:
-                raise Ended
+                raise Killed
             self._left -= 1
         return getattr(self._client, name)
 
 
-def move_and_end(platform: Platform, kind: Kind, last: int) -> bool:
-    """Begin a move in a process that ends before write number `last`; whether it ended early."""
+def move_and_kill(platform: Platform, kind: Kind, last: int) -> bool:
+    """Run a move that is killed before write number `last`; returns whether it was killed before completion."""
     with pytest.MonkeyPatch.context() as patch:
-        client = EndingClient(runs.connect(platform), last)
+        client = KilledClient(connect(platform), last)
         patch.setattr(registry, "connect", lambda _: client)
         try:
             move(platform, kind)
-        except Ended:
+        except Killed:
             return True
     return False
 
 
 @pytest.mark.parametrize("kind", ["promote", "rollback"])
-def test_a_move_that_ends_between_any_two_writes_is_mended_by_the_next(laptop: Platform, kind: Kind) -> None:
-    ended = 0
+def test_a_move_killed_between_any_two_writes_is_completed_by_the_next_run(laptop: Platform, kind: Kind) -> None:
+    kills = 0
     for last in range(6):
         reset(laptop)
-        ended += move_and_end(laptop, kind, last)
-        check_and_mend(laptop, kind)
-    assert 4 <= ended < 6
+        kills += move_and_kill(laptop, kind, last)
+        check_and_complete(laptop, kind)
+    assert 4 <= kills < 6
 
 
 def test_an_interrupted_promotion_can_be_rolled_back(laptop: Platform) -> None:
     reset(laptop)
-    assert move_and_end(laptop, "promote", 2)
+    assert move_and_kill(laptop, "promote", 2)
     assert state(laptop) == ({"champion": "3", "previous": "1"}, True)
     move(laptop, "rollback")
     assert state(laptop) == ({"champion": "2", "previous": "3"}, False)
 
 
-def test_a_move_that_was_announced_and_never_made_is_forgotten(laptop: Platform) -> None:
+def test_a_move_that_was_recorded_but_not_started_is_dropped(laptop: Platform) -> None:
     reset(laptop)
-    assert move_and_end(laptop, "promote", 1)
+    assert move_and_kill(laptop, "promote", 1)
     assert state(laptop) == (BEFORE, True)
-    champion = registry.champion_of(laptop, NAME)
+    champion = registry.find_champion(laptop, NAME)
     assert champion is not None
     assert champion.version == "2"
     assert state(laptop) == (BEFORE, False)
@@ -138,10 +139,10 @@ def test_a_move_that_was_announced_and_never_made_is_forgotten(laptop: Platform)
 # ------------------------------------------------------------------------------------------------ real kills
 
 
-def in_child(root: str, kind: Kind, ready: Event, go: Event) -> None:
+def move_in_child(root: str, kind: Kind, ready: Event, go: Event) -> None:
     os.environ["LAKESIGHT_HOME"] = root
     platform = local(LocalPlatformConfig())
-    state(platform)  # what a first use has to load
+    state(platform)  # loads everything that the first request needs
     ready.set()
     go.wait()
     move(platform, kind)
@@ -158,15 +159,15 @@ def kill_at_random_moments(platform: Platform, kind: Kind, kills: int) -> None:
     for _ in range(kills):
         reset(platform)
         ready, go = processes.Event(), processes.Event()
-        child = processes.Process(target=in_child, args=(str(platform.root), kind, ready, go))
+        child = processes.Process(target=move_in_child, args=(str(platform.root), kind, ready, go))
         child.start()
         assert ready.wait(120)
         go.set()
         time.sleep(rng.uniform(0, longest))
-        with suppress(ProcessLookupError):  # it was done already
+        with suppress(ProcessLookupError):  # the process has ended already
             child.kill()
         child.join()
-        check_and_mend(platform, kind)
+        check_and_complete(platform, kind)
 
 
 def test_aliases_survive_a_kill_at_a_random_moment(laptop: Platform) -> None:

@@ -1,4 +1,4 @@
-"""A stage's report in a real MLflow on SQLite, and what is said where there is no server."""
+"""Tests of stage reports in MLflow on SQLite, and of the warning when no server answers."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import mlflow
 import pytest
 
 from jobs.common import Job
-from jobs.ingest import track
+from jobs.ingest import log_to_mlflow
 from jobs.screen import Screen
 from pipelines.config import load_run
 from pipelines.driver.ingest.near_duplicates import NearReport
 from pipelines.driver.ingest.report import Figures, FullReport
 from pipelines.platform import Platform, local
-from pipelines.tracking.runs import connect
+from pipelines.tracking.server import connect
 
 
 @pytest.fixture
 def job(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
-    """A command on a home folder of its own; nothing is started."""
+    """Return a job on a home folder of its own, without a Spark session."""
     monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = load_run("demo")
@@ -61,10 +61,10 @@ def report(page: Path, *, rows_in: int = 9) -> FullReport:
     )
 
 
-def test_a_report_becomes_a_run_of_its_kind_with_figures_and_page(job: Job, tmp_path: Path) -> None:
+def test_a_report_becomes_an_mlflow_run_with_metrics_tags_and_page(job: Job, tmp_path: Path) -> None:
     done = report(tmp_path / "ingest-birds.html")
-    track(job, done, good=True)
-    track(job, done, good=False)
+    log_to_mlflow(job, done, good=True)
+    log_to_mlflow(job, done, good=False)
     client = connect(job.platform)
     experiment = client.get_experiment_by_name("lakesight/ingest")
     assert experiment is not None
@@ -72,28 +72,28 @@ def test_a_report_becomes_a_run_of_its_kind_with_figures_and_page(job: Job, tmp_
     assert (bad.info.status, good.info.status) == ("FAILED", "FINISHED")
     assert good.data.tags["lakesight.kind"] == "ingest"
     assert good.data.tags["lakesight.table_version"] == "7"
-    wanted = {"rows_in": 9, "reasons/too_small": 1, "near_duplicates/pictures": 2, "figures/sides/64-127": 5}
-    assert wanted.items() <= good.data.metrics.items()
+    expected = {"rows_in": 9, "reasons/too_small": 1, "near_duplicates/pictures": 2, "figures/sides/64-127": 5}
+    assert expected.items() <= good.data.metrics.items()
     assert {file.path for file in client.list_artifacts(good.info.run_id)} == {"ingest.json", "ingest-birds.html"}
     document = mlflow.artifacts.load_dict(f"runs:/{good.info.run_id}/ingest.json")
     assert document == json.loads(done.model_dump_json())
 
 
-def test_a_server_that_is_away_is_one_warning_and_soon_over(
+def test_an_unreachable_server_gives_one_warning_within_a_minute(
     job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     job.platform = replace(job.platform, tracking_uri="http://user:secret@127.0.0.1:9")
     started, before = time.monotonic(), dict(os.environ)
     with caplog.at_level(logging.WARNING):
-        track(job, report(tmp_path / "page.html"), good=True)
-    [said] = [record.getMessage() for record in caplog.records]
-    assert "the tables are written, but the report is not in MLflow" in said
-    assert "secret" not in said
+        log_to_mlflow(job, report(tmp_path / "page.html"), good=True)
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert "the tables are written, but the report could not be logged to MLflow" in warning
+    assert "secret" not in warning
     assert time.monotonic() - started < 60
     assert dict(os.environ) == before
 
 
-def test_an_ingest_that_brought_nothing_makes_no_run(job: Job, tmp_path: Path) -> None:
+def test_an_ingest_without_new_rows_creates_no_run(job: Job, tmp_path: Path) -> None:
     nothing = report(tmp_path / "page.html", rows_in=4).model_copy(update={"duplicates": 4})
-    track(job, nothing, good=True)
+    log_to_mlflow(job, nothing, good=True)
     assert connect(job.platform).get_experiment_by_name("lakesight/ingest") is None

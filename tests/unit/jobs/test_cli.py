@@ -1,4 +1,4 @@
-"""The command line as a person or a script meets it: help, exit codes, one paragraph an error, JSON alone on stdout."""
+"""Tests of the command line: help, exit codes, errors of one paragraph, and JSON reports on stdout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import typer
 from deltalake import write_deltalake
 from PIL import Image
 
-from jobs.cli import FOR_PEOPLE, FOR_WEIGHTS, STAGES, Commands, app, main, run
+from jobs.cli import INSPECTION_COMMANDS, STAGE_COMMANDS, WEIGHT_COMMANDS, Commands, app, main, run
 from pipelines.config import load_model
 from pipelines.errors import StageFailed
 from vlm import text
@@ -27,20 +27,20 @@ from vlm.build import build_model
 from vlm.checkpoint import save_model
 from vlm.config import CharsConfig
 
-COMMANDS = [command.__name__ for command in (*STAGES, *FOR_PEOPLE)]
-ON_FOLDERS = [command.__name__.replace("_", "-") for command in FOR_WEIGHTS]
+COMMANDS = [command.__name__ for command in (*STAGE_COMMANDS, *INSPECTION_COMMANDS)]
+WEIGHT_COMMAND_NAMES = [command.__name__.replace("_", "-") for command in WEIGHT_COMMANDS]
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Lakesight home and a working directory of the test's own."""
+    """Use a Lakesight home folder and a working folder of the test's own."""
     monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "home"
 
 
 def lakesight(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
+    """Run the command in a new process."""
     code = "from jobs.cli import main; main()"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment
     return subprocess.run(
@@ -48,12 +48,12 @@ def lakesight(*arguments: str, **environment: str) -> subprocess.CompletedProces
     )
 
 
-def assert_users_mistake(done: subprocess.CompletedProcess[str], *said: str) -> None:
-    """Exit code 2, one paragraph on stderr with the words expected, nothing on stdout, no traceback."""
+def assert_user_error(done: subprocess.CompletedProcess[str], *expected: str) -> None:
+    """Assert exit code 2, one paragraph on stderr that contains the expected texts, and an empty stdout."""
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "Fix: " in done.stderr
-    assert [words for words in said if words not in done.stderr] == [], done.stderr
+    assert [text for text in expected if text not in done.stderr] == [], done.stderr
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -62,7 +62,7 @@ def assert_users_mistake(done: subprocess.CompletedProcess[str], *said: str) -> 
 def test_help_lists_every_command_and_how_to_start() -> None:
     done = lakesight("--help")
     assert done.returncode == 0
-    assert [name for name in COMMANDS + ON_FOLDERS if f"\n  {name}" not in done.stdout] == []
+    assert [name for name in COMMANDS + WEIGHT_COMMAND_NAMES if f"\n  {name}" not in done.stdout] == []
     assert "lakesight demo" in done.stdout
 
 
@@ -78,8 +78,8 @@ def test_every_command_takes_the_common_options_and_shows_an_example(
     assert "--json" in options or name in ("ui", "review"), "a server reports nothing"
 
 
-@pytest.mark.parametrize("name", ON_FOLDERS)
-def test_a_command_on_folders_needs_no_run_and_shows_an_example(name: str) -> None:
+@pytest.mark.parametrize("name", WEIGHT_COMMAND_NAMES)
+def test_a_weight_command_takes_no_run_and_shows_an_example(name: str) -> None:
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
     assert f"\n  lakesight {name}" in command.help
     options = {option for parameter in command.params for option in parameter.opts}
@@ -96,13 +96,13 @@ def test_a_command_line_that_cannot_be_parsed_exits_2(arguments: list[str]) -> N
     assert "Usage: " in done.stderr
 
 
-def test_a_good_end_returns_and_raises_no_system_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_successful_command_returns_without_system_exit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["lakesight", "config"])
     main()
 
 
 def failing(error: BaseException) -> typer.Typer:
-    """A command line whose one command raises."""
+    """Return a command line with one command, which raises an error."""
     commands = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
 
     def fail() -> None:
@@ -114,7 +114,7 @@ def failing(error: BaseException) -> typer.Typer:
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "expected"),
     [
         (KeyboardInterrupt(), 1, "interrupted; run the same command again to resume"),
         (StageFailed("the ranks failed", where="rank 1"), 1, "the ranks failed. Where: rank 1."),
@@ -125,18 +125,18 @@ def failing(error: BaseException) -> typer.Typer:
     ],
 )
 def test_an_error_is_one_paragraph_and_an_exit_code(
-    error: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: BaseException, code: int, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["lakesight", "fail"])
     with pytest.raises(SystemExit) as end:
         run(failing(error))
     assert end.value.code == code
     shown = capsys.readouterr().err
-    assert said in shown
+    assert expected in shown
     assert len(shown.strip().splitlines()) == 1
 
 
-def test_an_unexpected_error_shows_where_and_ends_with_what(
+def test_an_unexpected_error_prints_a_traceback_and_a_last_line_with_its_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["lakesight", "fail"])
@@ -148,7 +148,7 @@ def test_an_unexpected_error_shows_where_and_ends_with_what(
     assert shown.strip().splitlines()[-1] == "lakesight failed with ValueError: wrong"
 
 
-def test_stdout_carries_the_report_alone_whoever_else_prints() -> None:
+def test_only_the_report_goes_to_stdout_even_if_child_processes_print() -> None:
     code = (
         "import subprocess\nfrom jobs.common import open_screen\n"
         "with open_screen(as_json=True) as screen:\n"
@@ -157,17 +157,17 @@ def test_stdout_carries_the_report_alone_whoever_else_prints() -> None:
         "print('after')"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[3], check=False
     )
     assert done.stdout == '{"value":null}\nafter\n', done.stderr
     assert all(noise in done.stderr for noise in ("python noise", "child noise", "stage       for people"))
 
 
-# ------------------------------------------------------------------------------------------------ bad input
+# ------------------------------------------------------------------------------------------------ invalid input
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["config", "--run", "demmo"], ["no run is called 'demmo'", "did you mean 'demo'?"]),
         (["train", "--set", "train.stepz=1", "--set", "model.no=1"], ["2 problems", "train.stepz", "model.no"]),
@@ -183,17 +183,17 @@ def test_stdout_carries_the_report_alone_whoever_else_prints() -> None:
         (["ask", "no-such.png"], ["the picture cannot be read", "no-such.png", "No such file"]),
     ],
 )
-def test_bad_input_is_one_paragraph_with_exit_code_2(arguments: list[str], said: list[str]) -> None:
-    assert_users_mistake(lakesight(*arguments), *said)
+def test_invalid_input_prints_one_paragraph_and_exits_2(arguments: list[str], expected: list[str]) -> None:
+    assert_user_error(lakesight(*arguments), *expected)
 
 
-def test_a_home_that_cannot_be_written_is_said_before_anything_starts(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
+def test_a_home_folder_that_is_not_writable_is_reported_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file, not a folder")
     done = lakesight("ingest", LAKESIGHT_HOME=str(tmp_path / "file" / "home"))
-    assert_users_mistake(done, "home folder cannot be written", "LAKESIGHT_HOME")
+    assert_user_error(done, "home folder cannot be written", "LAKESIGHT_HOME")
 
 
-def test_no_java_is_said_with_how_to_get_it(home: Path) -> None:
+def test_missing_java_is_reported_with_how_to_install_it(home: Path) -> None:
     done = lakesight("ingest", "--set", "data.source.path=x.csv", JAVA_HOME="/nonexistent")
     assert done.returncode == 2
     assert "Java 17" in done.stderr
@@ -201,19 +201,19 @@ def test_no_java_is_said_with_how_to_get_it(home: Path) -> None:
     assert not (home / "warehouse").exists()
 
 
-def test_a_taken_port_is_said_before_anything_starts() -> None:
+def test_a_port_in_use_is_reported_before_anything_starts() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        assert_users_mistake(lakesight("ui", "--port", str(port)), f"127.0.0.1:{port}", "Address already in use")
+        assert_user_error(lakesight("ui", "--port", str(port)), f"127.0.0.1:{port}", "Address already in use")
 
 
-def test_ui_names_another_server_without_its_password() -> None:
+def test_ui_reports_the_address_of_another_server_without_its_password() -> None:
     done = lakesight("ui", MLFLOW_TRACKING_URI="https://me:secret@mlflow.example/x?token=secret")
-    assert_users_mistake(done, "https://mlflow.example/x")
+    assert_user_error(done, "https://mlflow.example/x")
     assert "secret" not in done.stderr
 
 
-def test_doctor_exits_1_and_says_what_fails_and_how_to_fix_it() -> None:
+def test_doctor_exits_1_and_reports_failed_checks_with_fixes() -> None:
     done = lakesight("doctor", "--json", JAVA_HOME="/nonexistent")
     report = json.loads(done.stdout)
     checks = {check["name"]: check for check in report["checks"]}
@@ -223,7 +223,7 @@ def test_doctor_exits_1_and_says_what_fails_and_how_to_fix_it() -> None:
     assert done.stderr.strip().splitlines()[-1].startswith("this machine is not ready. Got: java")
 
 
-def test_doctor_compares_slots_with_ranks() -> None:
+def test_doctor_compares_task_slots_with_ranks() -> None:
     overrides = ["--set", "platform.spark.master=local-cluster[1,1,1024]", "--set", "platform.ranks=3"]
     done = lakesight("doctor", "--json", *overrides)
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
@@ -234,7 +234,7 @@ def test_doctor_compares_slots_with_ranks() -> None:
 # ------------------------------------------------------------------------------------------------ config
 
 
-def test_config_prints_a_run_that_conf_would_accept(tmp_path: Path) -> None:
+def test_config_prints_a_valid_resolved_run(tmp_path: Path) -> None:
     import yaml
 
     done = lakesight("config", "--run", "demo", "--set", "train.steps=5")
@@ -243,7 +243,7 @@ def test_config_prints_a_run_that_conf_would_accept(tmp_path: Path) -> None:
     assert json.loads(lakesight("config", "--set", "train.steps=5", "--json").stdout) == resolved
 
 
-def test_config_models_counts_the_parameters_that_a_built_model_has() -> None:
+def test_config_models_counts_the_parameters_of_a_built_model() -> None:
     listed = json.loads(lakesight("config", "models", "--json").stdout)["models"]
     nano = load_model("nano")
     built = build_model(nano, vocab_size=nano.text.vocab_size)  # type: ignore[union-attr]
@@ -256,7 +256,7 @@ def test_config_models_counts_the_parameters_that_a_built_model_has() -> None:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A model with random weights."""
+    """Save a model with random weights; returns its checkpoint folder."""
     tokenizer = text.learn(CharsConfig(kind="chars", alphabet="abc "), ())
     torch.manual_seed(1)
     save_model(tmp_path / "checkpoint", build_model(load_model("nano"), tokenizer.vocab_size), tokenizer)
@@ -272,7 +272,7 @@ def test_ask_answers_from_a_checkpoint_without_spark_or_a_registry(checkpoint: P
     assert report["num_tokens"] > 0
 
 
-def test_ask_answers_in_another_precision_and_refuses_one_there_is_not(checkpoint: Path, tmp_path: Path) -> None:
+def test_ask_supports_other_precisions_and_refuses_unknown_ones(checkpoint: Path, tmp_path: Path) -> None:
     Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
     command = ["ask", "red.png", "--checkpoint", str(checkpoint), "--json", "--precision"]
     quantized = lakesight(*command, "int8")
@@ -283,12 +283,14 @@ def test_ask_answers_in_another_precision_and_refuses_one_there_is_not(checkpoin
     assert (refused.returncode, "int3" in refused.stderr, "int4" in refused.stderr) == (2, True, True)
 
 
-def test_ask_refuses_what_is_no_picture_and_what_is_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+def test_ask_refuses_a_file_that_is_not_a_picture_and_a_folder_that_is_not_a_checkpoint(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     (tmp_path / "note.png").write_text("not a picture")
-    assert_users_mistake(lakesight("ask", "note.png", "--checkpoint", str(checkpoint)), "note.png", "not_an_image")
+    assert_user_error(lakesight("ask", "note.png", "--checkpoint", str(checkpoint)), "note.png", "not_an_image")
     Image.new("RGB", (32, 32)).save(tmp_path / "black.png")
     done = lakesight("ask", "black.png", "--checkpoint", str(tmp_path / "nowhere"))
-    assert_users_mistake(done, "nowhere", "config.json")
+    assert_user_error(done, "nowhere", "config.json")
 
 
 # ------------------------------------------------------------------------------------------------ show
@@ -296,7 +298,7 @@ def test_ask_refuses_what_is_no_picture_and_what_is_no_checkpoint(checkpoint: Pa
 
 @pytest.fixture
 def samples(home: Path, tmp_path: Path) -> Callable[..., Any]:
-    """A table of two versions, and `lakesight show` on it, as JSON."""
+    """Write table `samples` with two versions; returns a function that runs `lakesight show samples --json`."""
     Image.new("RGB", (8, 8), "blue").save(tmp_path / "blue.png")
     picture = (tmp_path / "blue.png").read_bytes()
     for name in ("one", "<two>"):
@@ -320,13 +322,13 @@ def test_show_reads_any_version_without_a_jvm(samples: Callable[..., Any]) -> No
     assert (first["num_rows"], first["rows"]) == (1, [])
 
 
-def test_show_gallery_is_one_page_that_escapes_what_people_wrote(samples: Callable[..., Any]) -> None:
+def test_show_gallery_is_one_page_that_escapes_texts(samples: Callable[..., Any]) -> None:
     page = Path(samples("--gallery")["gallery"]).read_text()
     assert page.count("data:image/jpeg;base64,") == 2
     assert "&lt;two&gt;" in page
     assert "<two>" not in page
 
 
-def test_show_lists_tables_and_versions_there_are(samples: Callable[..., Any]) -> None:
-    assert_users_mistake(lakesight("show", "sample"), "no table 'sample'", "tables: samples")
-    assert_users_mistake(lakesight("show", "samples", "--version", "9"), "no version 9", "the latest is 1")
+def test_show_lists_existing_tables_and_versions(samples: Callable[..., Any]) -> None:
+    assert_user_error(lakesight("show", "sample"), "no table 'sample'", "tables: samples")
+    assert_user_error(lakesight("show", "samples", "--version", "9"), "no version 9", "the latest version is 1")

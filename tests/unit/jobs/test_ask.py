@@ -1,4 +1,4 @@
-"""`lakesight ask` about one picture, several or none, and the boxes it finds."""
+"""Tests of `lakesight ask` with one, several or no pictures, and of the boxes that answers name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from published_tokenizers import byte_fallback
 from tokenizers import AddedToken
 
 from jobs.ask import ask
-from jobs.regions import Found, draw_regions
+from jobs.regions import FoundRegion, draw_regions
 from pipelines.config import load_model
 from pipelines.errors import StageFailed, UserError
 from vlm import text
@@ -32,45 +32,48 @@ CAT, DOG = ("<loc0256><loc0512><loc0768><loc0896> " + name for name in ("cat ; "
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Lakesight home and a working directory of the test's own, with two pictures in it."""
+    """Use a Lakesight home folder and a working folder of the test's own, with two pictures."""
     monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (400, 200), "black").save("wide.png")
     Image.new("RGB", (50, 60), "red").save("red.png")
 
 
-Told = Callable[..., dict[str, Any]]
+AskInProcess = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def told(capsys: pytest.CaptureFixture[str]) -> Told:
-    """Ask in this process; the report."""
+def ask_in_process(capsys: pytest.CaptureFixture[str]) -> AskInProcess:
+    """Return a function that runs `ask` in this process and returns its JSON report."""
 
-    def told(*files: str, **options: Any) -> dict[str, Any]:
+    def run(*files: str, **options: Any) -> dict[str, Any]:
         capsys.readouterr()
         ask([Path(file) for file in files], as_json=True, **options)
         report: dict[str, Any] = json.loads(capsys.readouterr().out)
         return report
 
-    return told
+    return run
 
 
 @pytest.fixture
-def chatty(tmp_path: Path) -> tuple[Path, VisionLanguageModel, Tokenizer]:
-    """A model with random weights that draws its words by its pictures: in another order it draws others."""
+def random_model(tmp_path: Path) -> tuple[Path, VisionLanguageModel, Tokenizer]:
+    """Build a model with random weights, whose sampled answer depends on the pictures and their order."""
     tokenizer = text.learn(CharsConfig(kind="chars", alphabet="abc "), ())
     config = load_model("nano_tiny")
     generation = config.generation.model_copy(update={"max_new_tokens": 12, "temperature": 1.0})
     config = config.model_copy(update={"generation": generation})
     torch.manual_seed(1)
     model = build_model(config, tokenizer.vocab_size).eval()
-    save_model(tmp_path / "chatty", model, tokenizer)
-    return tmp_path / "chatty", model, tokenizer
+    save_model(tmp_path / "random_model", model, tokenizer)
+    return tmp_path / "random_model", model, tokenizer
 
 
 @pytest.fixture
 def detector(tmp_path: Path) -> Path:
-    """A model that can only say a cat's box or a dog's: their rows of the head are opposite, all others zero."""
+    """Save a model that only generates the box of a cat or of a dog.
+
+    The head's rows of these two tokens are opposite, and all other rows are zero.
+    """
     backend = byte_fallback()
     backend.add_tokens([AddedToken(token, normalized=False) for token in (CAT, DOG)])
     backend.save(str(tmp_path / "published.json"))
@@ -97,28 +100,33 @@ def detector(tmp_path: Path) -> Path:
     [(("red.png",), ""), (("wide.png", "red.png"), ""), (("red.png", "wide.png"), "a cab"), ((), "a cab")],
     ids=["one", "two", "two-and-a-prompt", "none"],
 )
-def test_pictures_reach_the_model_in_the_order_named(
-    files: tuple[str, ...], prompt: str, chatty: tuple[Path, VisionLanguageModel, Tokenizer], told: Told
+def test_pictures_reach_the_model_in_the_given_order(
+    files: tuple[str, ...],
+    prompt: str,
+    random_model: tuple[Path, VisionLanguageModel, Tokenizer],
+    ask_in_process: AskInProcess,
 ) -> None:
-    folder, model, tokenizer = chatty
+    folder, model, tokenizer = random_model
     seen = [open_image(Path(file).read_bytes(), max_pixels=10**6, min_side=1)[0] for file in files]
     pixels = tuple(torch.from_numpy(to_pixels(picture, model.config.image)) for picture in seen)
     prefix = prefix_ids(tokenizer, model.config.num_slots, prompt, len(files))
     (expected,) = generate(model, tokenizer, [Request(prefix, pixels)], model.config.generation)
-    report = told(*files, prompt=prompt, checkpoint=folder)
+    report = ask_in_process(*files, prompt=prompt, checkpoint=folder)
     assert report["caption"] == expected.text
     assert report["images"] == list(files)
     assert (report["regions"], report["drawn"]) == ([], None)
 
 
-def test_too_many_pictures_for_the_context_is_said(chatty: tuple[Path, VisionLanguageModel, Tokenizer]) -> None:
+def test_too_many_pictures_for_the_context_are_refused(
+    random_model: tuple[Path, VisionLanguageModel, Tokenizer],
+) -> None:
     with pytest.raises(UserError, match="does not fit the model's context"):
-        ask([Path("red.png")] * 9, checkpoint=chatty[0])
+        ask([Path("red.png")] * 9, checkpoint=random_model[0])
 
 
-def test_boxes_are_found_where_they_are_in_the_picture_and_drawn_there(detector: Path, told: Told) -> None:
-    """The model sees the middle 200 of 400 pixels: half of its width is 100 + 100."""
-    report = told("wide.png", prompt="detect cat", checkpoint=detector, draw=Path("boxes.png"))
+def test_boxes_are_reported_in_pixels_of_the_picture_and_drawn(detector: Path, ask_in_process: AskInProcess) -> None:
+    """The model sees the central 200 of 400 columns, so half of its width is column 100 + 100 of the picture."""
+    report = ask_in_process("wide.png", prompt="detect cat", checkpoint=detector, draw=Path("boxes.png"))
     assert report["regions"]
     for region in report["regions"]:
         assert region.pop("label") in ("cat", "dog")
@@ -126,39 +134,39 @@ def test_boxes_are_found_where_they_are_in_the_picture_and_drawn_there(detector:
     assert report["drawn"] == "boxes.png"
     with Image.open("boxes.png") as drawn:
         assert drawn.size == (400, 200)
-        coloured = [x for x in range(210, 400) if drawn.getpixel((x, 120)) != (0, 0, 0)]
-        assert coloured == [274], "the last pixel before the right edge"
+        box_columns = [x for x in range(210, 400) if drawn.getpixel((x, 120)) != (0, 0, 0)]
+        assert box_columns == [274], "the last pixel before the right edge"
 
 
-def test_several_pictures_have_no_boxes_for_none_says_whose_they_are(detector: Path, told: Told) -> None:
-    report = told("wide.png", "red.png", checkpoint=detector)
+def test_with_several_pictures_no_boxes_are_reported(detector: Path, ask_in_process: AskInProcess) -> None:
+    report = ask_in_process("wide.png", "red.png", checkpoint=detector)
     assert "<loc0256>" in report["caption"]
     assert report["regions"] == []
 
 
-def test_an_answer_without_a_box_is_printed_draws_nothing_and_fails(
-    chatty: tuple[Path, VisionLanguageModel, Tokenizer], capsys: pytest.CaptureFixture[str]
+def test_draw_prints_an_answer_without_boxes_and_fails(
+    random_model: tuple[Path, VisionLanguageModel, Tokenizer], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(StageFailed, match="names no region, so nothing was drawn") as caught:
-        ask([Path("red.png")], checkpoint=chatty[0], draw=Path("boxes.png"), as_json=True)
+        ask([Path("red.png")], checkpoint=random_model[0], draw=Path("boxes.png"), as_json=True)
     assert json.loads(capsys.readouterr().out)["caption"] == caught.value.got
     assert caught.value.exit_code == 1
     assert not Path("boxes.png").exists()
 
 
-def test_labels_share_a_colour_and_any_box_of_the_picture_can_be_drawn() -> None:
+def test_equal_labels_have_equal_colours_and_degenerate_boxes_can_be_drawn() -> None:
     picture = Image.new("RGB", (300, 300), "white")
     corners = [(0, 0, 300, 300), (299, 299, 300, 300), (300, 300, 300, 300), (7, 7, 7, 7)]
     labels = ["a", "b", "", "a\N{SNOWMAN}"]
     found = [
-        Found(label=label, left=x0, top=y0, right=x1, bottom=y1, codes=())
+        FoundRegion(label=label, left=x0, top=y0, right=x1, bottom=y1, codes=())
         for label, (x0, y0, x1, y1) in zip(labels, corners, strict=True)
     ]
     assert draw_regions(picture, found).size == (300, 300)
-    assert picture.getcolors() == [(90_000, (255, 255, 255))], "the picture itself is left alone"
+    assert picture.getcolors() == [(90_000, (255, 255, 255))], "the original picture is unchanged"
     boxes = [(40, 40, 90, 90), (140, 40, 190, 90), (40, 140, 90, 190)]
     same = [
-        Found(label=label, left=x0, top=y0, right=x1, bottom=y1, codes=())
+        FoundRegion(label=label, left=x0, top=y0, right=x1, bottom=y1, codes=())
         for label, (x0, y0, x1, y1) in zip(["cat", "cat", "dog"], boxes, strict=True)
     ]
     drawn = draw_regions(picture, same)

@@ -1,0 +1,96 @@
+"""Connection to the MLflow tracking server and registry of a platform."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from pipelines.errors import UserError
+from pipelines.platform import Platform, redact_uri
+
+REQUEST_ERRORS = (MlflowException, OSError)
+"""Exceptions of a failed request to the tracking server. Exceptions of `requests` are subclasses of OSError."""
+
+
+def connect(platform: Platform) -> MlflowClient:
+    """Point MLflow to the platform's tracking server and registry; returns a client.
+
+    Raises:
+        UserError: the server does not answer.
+    """
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # its warnings repeat our errors
+    # MLflow also sets the environment variables, which `platform.local` and child processes would take for settings
+    # of the user.
+    with unchanged_environment("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        mlflow.set_tracking_uri(platform.tracking_uri)
+        mlflow.set_registry_uri(platform.registry_uri)
+    try:
+        client = MlflowClient()
+        client.search_experiments(max_results=1)
+    except REQUEST_ERRORS as error:
+        raise unreachable(platform, error) from None
+    return client
+
+
+@contextmanager
+def unchanged_environment(*names: str) -> Iterator[None]:
+    """Restore the named environment variables after the block."""
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def experiment_id(client: MlflowClient, name: str, platform: Platform) -> str:
+    """Return the id of an experiment, creating the experiment if necessary.
+
+    Raises:
+        UserError: the experiment was deleted.
+    """
+    experiment_name = platform.experiment(name)
+    experiment = client.get_experiment_by_name(experiment_name)
+    if experiment is None:
+        # A server has an artifact location of its own; with a plain SQLite file, artifacts go to the home folder.
+        is_sqlite = platform.tracking_uri.startswith("sqlite:")
+        location = (platform.root / "mlartifacts").as_uri() if is_sqlite else None
+        try:
+            return str(client.create_experiment(experiment_name, artifact_location=location))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(experiment_name)  # another process has just created it
+            assert experiment is not None
+    if experiment.lifecycle_stage != "active":
+        raise UserError(
+            "the MLflow experiment was deleted",
+            where=f"{experiment_name} on {redact_uri(platform.tracking_uri)}",
+            fix=f"restore it: mlflow experiments restore --experiment-id {experiment.experiment_id}",
+        )
+    return str(experiment.experiment_id)
+
+
+def unreachable(platform: Platform, error: Exception) -> UserError:
+    """Return the error for a failed request to the tracking server."""
+    return UserError(
+        "the MLflow tracking server cannot be used",
+        where=redact_uri(platform.tracking_uri),
+        got=first_line(error),
+        fix="start it, correct MLFLOW_TRACKING_URI, or unset MLFLOW_TRACKING_URI to track in the Lakesight home folder",
+    )
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error message, without passwords, at most 300 characters."""
+    return redact_uri((str(error) or type(error).__name__).splitlines()[0])[:300]
