@@ -108,11 +108,11 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
             lambda count, total: show_progress("caption", lambda: (count(), ""), total),
         )
     except TooManyErrors as error:
-        report = with_drift(job, error.report, caption_request.prompt)
+        report = add_drift(job, error.report, caption_request.prompt)
         _print_report(job, report)
         log_to_mlflow(job, report, good=False)
         raise
-    report = with_drift(job, done, caption_request.prompt)
+    report = add_drift(job, done, caption_request.prompt)
     _print_report(job, report)
     drifted = {name: drift for name, drift in report.drift.items() if drift.beyond}
     log_to_mlflow(job, report, good=not (drifted and job.config.drift.fail))
@@ -121,14 +121,14 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
     return report
 
 
-def with_drift(job: Job, report: CaptionReport, prompt: str) -> CaptionReport:
+def add_drift(job: Job, report: CaptionReport, prompt: str) -> CaptionReport:
     """Add the drift from the version's evaluation to a report, unless too few rows were captioned."""
     from pipelines.driver.caption.drift import compare_figures, evaluated
 
     rows = report.captioned + report.errors
     if rows < job.config.drift.min_rows:
         return report
-    measure = evaluated(
+    evaluation = evaluated(
         job.spark,
         job.platform,
         model=report.model_name,
@@ -136,7 +136,7 @@ def with_drift(job: Job, report: CaptionReport, prompt: str) -> CaptionReport:
         source=job.source,
         split=job.config.data.evaluate_on,
     )
-    drift = compare_figures(report.figures, rows, measure, job.config.drift, prompt=prompt)
+    drift = compare_figures(report.figures, rows, evaluation, job.config.drift, prompt=prompt)
     return report.model_copy(update={"drift": drift})
 
 
@@ -181,7 +181,7 @@ def _print_report(job: Job, report: CaptionReport) -> None:
     job.screen.line(
         "caption",
         f"{report.considered:,} rows of {report.source_table} = {report.captioned:,} captioned + "
-        f"{report.errors:,} errors + {report.already:,} already there",
+        f"{report.errors:,} errors + {report.already:,} captioned before",
     )
     for count, description in (
         (report.recovered, "captions recovered from the files of an interrupted job"),
