@@ -39,7 +39,7 @@ from jobs.ui import ui
 from pipelines.errors import LakesightError, UserError
 
 STAGE_COMMANDS = (ingest, quarantine, shard, train, evaluate, compare, promote, rollback, caption, pipeline, maintain)
-INSPECTION_COMMANDS = (demo, ask, show, lineage, decisions, review, config, doctor, ui)
+INTERACTIVE_COMMANDS = (demo, ask, show, lineage, decisions, review, config, doctor, ui)
 WEIGHT_COMMANDS = (import_weights, export_weights)
 
 JAVA_PERMISSION_ERRORS = ("(Permission denied)", "(Read-only file system)", "DELTA_CANNOT_CREATE_LOG_PATH")
@@ -74,7 +74,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _command in (*STAGE_COMMANDS, *INSPECTION_COMMANDS, *WEIGHT_COMMANDS):
+for _command in (*STAGE_COMMANDS, *INTERACTIVE_COMMANDS, *WEIGHT_COMMANDS):
     app.command()(_command)
 
 

@@ -72,7 +72,7 @@ def run_checks(config: RunConfig) -> list[DoctorCheck]:
 
 
 def check_python() -> DoctorCheck:
-    """Report the Python version. It always passes: pip refuses older versions at installation."""
+    """Report the Python version. The check always passes, because pip refuses older versions."""
     return DoctorCheck(name="python", status="ok", found=f"{sys.version.split()[0]} at {sys.executable}")
 
 
@@ -154,7 +154,9 @@ def check_memory() -> DoctorCheck:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found = f"{total / 2**30:.1f} GB"
     if total < RECOMMENDED_MEMORY_BYTES:
-        return DoctorCheck(name="memory", status="warn", found=found, fix="--set platform.spark.driver_memory=1g")
+        return DoctorCheck(
+            name="memory", status="warn", found=found, fix="run commands with --set platform.spark.driver_memory=1g"
+        )
     return DoctorCheck(name="memory", status="ok", found=found)
 
 
@@ -171,7 +173,7 @@ def check_home(config: RunConfig) -> DoctorCheck:
             name="home",
             status="fail",
             found=f"{root}: {error.strerror}",
-            fix="name a folder that exists",
+            fix="name an existing folder",
         )
     found = f"{root}, {free / 2**30:.1f} GB free"
     if free < MIN_FREE_BYTES:
@@ -182,5 +184,5 @@ def check_home(config: RunConfig) -> DoctorCheck:
             fix="free disk space, or set LAKESIGHT_HOME to another disk",
         )
     if free < RECOMMENDED_FREE_BYTES:
-        return DoctorCheck(name="home", status="warn", found=found, fix="have 5 GB free for shards, runs and models")
+        return DoctorCheck(name="home", status="warn", found=found, fix="free 5 GB for shards, runs and models")
     return DoctorCheck(name="home", status="ok", found=found)

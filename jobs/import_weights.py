@@ -26,27 +26,25 @@ OutOption = Annotated[Path, typer.Option("--out", help="Folder to write; it must
 
 def import_weights(
     folder: Annotated[
-        Path | None, typer.Argument(help="Published folder of the whole model.", metavar="FOLDER")
+        Path | None, typer.Argument(help="Folder of published weights of the whole model.", metavar="FOLDER")
     ] = None,
     *,
     model: Annotated[str, typer.Option("--model", help="Model to use: a file name in conf/model/.", metavar="NAME")],
     out: OutOption,
     encoder: Annotated[
-        Path | None, typer.Option("--encoder", help="Published folder of the encoder.", metavar="FOLDER")
+        Path | None, typer.Option("--encoder", help="Folder of published weights of the encoder.", metavar="FOLDER")
     ] = None,
     decoder: Annotated[
-        Path | None, typer.Option("--decoder", help="Published folder of the decoder.", metavar="FOLDER")
+        Path | None, typer.Option("--decoder", help="Folder of published weights of the decoder.", metavar="FOLDER")
     ] = None,
-    seed: Annotated[
-        int, typer.Option("--seed", help="Random seed of the weights that no folder has.", metavar="N")
-    ] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed of weights that are in no folder.", metavar="N")] = 0,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a checkpoint from published weights.
 
     Reads config.json and safetensors files of another library: one folder of the whole model, or a folder for the
-    encoder, the decoder, or each. Weights that no folder has are initialised at random.
+    encoder, the decoder, or both. Weights that are in none of the folders are initialised at random.
 
     \b
     Examples:
@@ -61,7 +59,7 @@ def import_weights(
         _check_parts(folders)
         check_output_folder(out)
         config = load_model(model, overrides or ())
-        report = _write(config, folders, out, seed)
+        report = _write_checkpoint(config, folders, out, seed)
         _print_report(screen, report)
         screen.report(report)
         screen.line("next", shlex.join(["lakesight", "ask", "PICTURE", "--checkpoint", str(out)]))
@@ -70,9 +68,9 @@ def import_weights(
 def _check_parts(folders: dict[Part, Path]) -> None:
     if not folders or ("model" in folders and len(folders) > 1):
         raise UserError(
-            "the weights to import are ambiguous",
+            "an import needs one folder of the whole model, or folders of its parts",
             got="a folder of the whole model and a folder of a part" if folders else "no folder",
-            fix="name one folder of the whole model, or use --encoder, --decoder or both",
+            fix="name one folder, or use --encoder, --decoder or both",
         )
     for part, path in folders.items():
         if not path.is_dir():
@@ -90,11 +88,11 @@ def check_output_folder(out: Path) -> None:
         raise UserError("the folder to write is not empty", where=str(out), fix="name a new folder, or remove this one")
 
 
-def _write(config: ModelConfig, folders: dict[Part, Path], out: Path, seed: int) -> ImportReport:
+def _write_checkpoint(config: ModelConfig, folders: dict[Part, Path], out: Path, seed: int) -> ImportReport:
     from vlm.checkpoint import save_model
     from vlm.weights.load import import_weights as load_weights
 
-    tokenizer = _tokenizer(config, folders)
+    tokenizer = _build_tokenizer(config, folders)
     try:
         with show_elapsed("reading weights"):
             model, report = load_weights(config, tokenizer.vocab_size, folders, seed=seed)
@@ -104,7 +102,7 @@ def _write(config: ModelConfig, folders: dict[Part, Path], out: Path, seed: int)
     return report
 
 
-def _tokenizer(config: ModelConfig, folders: dict[Part, Path]) -> Tokenizer:
+def _build_tokenizer(config: ModelConfig, folders: dict[Part, Path]) -> Tokenizer:
     """Build the model's tokenizer, by default from the `tokenizer.json` next to the decoder's weights.
 
     Raises:

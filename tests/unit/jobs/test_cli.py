@@ -19,7 +19,7 @@ import typer
 from deltalake import write_deltalake
 from PIL import Image
 
-from jobs.cli import INSPECTION_COMMANDS, STAGE_COMMANDS, WEIGHT_COMMANDS, Commands, app, main, run
+from jobs.cli import INTERACTIVE_COMMANDS, STAGE_COMMANDS, WEIGHT_COMMANDS, Commands, app, main, run
 from pipelines.config import load_model
 from pipelines.errors import StageFailed
 from vlm import text
@@ -27,7 +27,7 @@ from vlm.build import build_model
 from vlm.checkpoint import save_model
 from vlm.config import CharsConfig
 
-COMMANDS = [command.__name__ for command in (*STAGE_COMMANDS, *INSPECTION_COMMANDS)]
+COMMANDS = [command.__name__ for command in (*STAGE_COMMANDS, *INTERACTIVE_COMMANDS)]
 WEIGHT_COMMAND_NAMES = [command.__name__.replace("_", "-") for command in WEIGHT_COMMANDS]
 
 
