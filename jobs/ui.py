@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -56,10 +55,8 @@ def ui(
             "--port",
             str(port),
         ]
-        # `python -m` would put the working folder first on the search path, and a module there could replace MLflow's.
-        environment = os.environ | {"PYTHONSAFEPATH": "1"}
         with suppress(KeyboardInterrupt):  # the usual way to stop a server
-            code = subprocess.call(command, env=environment)  # noqa: S603 our own arguments
+            code = subprocess.call(command)  # noqa: S603 our own arguments
             raise StageFailed("the MLflow UI stopped", got=f"exit code {code}", fix="read its messages above")
 
 
