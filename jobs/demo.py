@@ -42,7 +42,8 @@ def demo(
         _show_captions(job, report)
         job.screen.text("")
         job.screen.line(
-            "unseen", f"{report.exact_match:.0%} of the scenes captioned word for word; all in {report.seconds:.0f} s"
+            "unseen",
+            f"{report.exact_match:.0%} of the unseen scenes have an exact caption; total {report.seconds:.0f} s",
         )
         job.screen.line("gallery", report.gallery)
         job.screen.line("mlflow", "lakesight ui")
