@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.common import Job, JsonOption, PlatformOption, PrecisionOption, RunOption, SetOption, open_job
+from jobs.common import Job, JsonOption, PlatformOption, PrecisionOption, PromptOption, RunOption, SetOption, open_job
 from jobs.evaluate import VersionOption, open_model
 from jobs.regions import FoundRegion, check_drawing_path, draw_regions, find_regions
 from pipelines.errors import StageFailed, UserError
@@ -49,19 +49,13 @@ class AskReport(Config):
 def ask(
     images: Annotated[
         list[Path] | None,
-        typer.Argument(
-            help="Picture files, in the order the model sees them. None: ask in text alone.", metavar="FILE"
-        ),
+        typer.Argument(help="Picture files in order. None: ask in text alone.", metavar="FILE"),
     ] = None,
     *,
-    prompt: Annotated[
-        str, typer.Option("--prompt", help="Question to ask. Empty: caption the picture.", metavar="TEXT")
-    ] = "",
+    prompt: PromptOption = "",
     draw: Annotated[
         Path | None,
-        typer.Option(
-            "--draw", help="Save the picture with the answer's boxes drawn on it to this file.", metavar="FILE"
-        ),
+        typer.Option("--draw", help="Save the picture with the answer's boxes to this file.", metavar="FILE"),
     ] = None,
     version: VersionOption = "champion",
     checkpoint: Annotated[

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.common import Job, JsonOption, PlatformOption, PrecisionOption, RunOption, SetOption, open_job
+from jobs.common import Job, JsonOption, PlatformOption, PrecisionOption, PromptOption, RunOption, SetOption, open_job
 from jobs.evaluate import VersionOption, open_model
 from jobs.progress import show_progress
 from pipelines.errors import StageFailed, UserError
@@ -30,9 +30,7 @@ def caption(
     where: Annotated[
         str, typer.Option("--where", help="SQL condition that selects rows. Empty: all rows.", metavar="SQL")
     ] = "",
-    prompt: Annotated[
-        str, typer.Option("--prompt", help="Question to ask. Empty: caption the picture.", metavar="TEXT")
-    ] = "",
+    prompt: PromptOption = "",
     version: VersionOption = "champion",
     precision: PrecisionOption = Precision.FP32,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Retry rows that have an error.")] = False,
@@ -41,13 +39,7 @@ def caption(
     ] = False,
     max_error_share: Annotated[
         float,
-        typer.Option(
-            "--max-error-share",
-            min=0,
-            max=1,
-            help="Fail if a larger share of rows has errors.",
-            metavar="SHARE",
-        ),
+        typer.Option("--max-error-share", min=0, max=1, help="Fail if more rows have errors.", metavar="SHARE"),
     ] = 1.0,
     run: RunOption = "demo",
     platform: PlatformOption = "local",

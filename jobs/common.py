@@ -32,6 +32,9 @@ SetOption = Annotated[
 PrecisionOption = Annotated[
     Precision, typer.Option("--precision", help="Number format of the model; int8 and int4 need lakesight[quantize].")
 ]
+PromptOption = Annotated[
+    str, typer.Option("--prompt", help="Question to ask. Empty: caption the picture.", metavar="TEXT")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object on stdout.")]
 
 MIN_FREE_BYTES = 256 * 2**20

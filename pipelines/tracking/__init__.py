@@ -1,7 +1,6 @@
-"""MLflow: tracking of runs, the model registry, and the served model. The only package that imports mlflow.
+"""MLflow tracking: runs, the model registry, and the registered model. Only this package imports mlflow.
 
-MLflow reads some environment variables when it is imported, so this file sets them before any module of the package
-imports it. Variables that are already set keep their values.
+MLflow reads some environment variables on import, so this file sets those that are not set yet.
 """
 
 import os
