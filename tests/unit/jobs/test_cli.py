@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 import torch
 import typer
+from command_server import run_command
 from deltalake import write_deltalake
 from PIL import Image
 
@@ -40,12 +41,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def lakesight(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a new process."""
-    code = "from jobs.cli import main; main()"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=env, check=False
-    )
+    """Run the command in a process forked from one that has imported torch."""
+    return run_command(*arguments, environment=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment)
+
+
+def lakesight_in_new_interpreter(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as its console script does."""
+    command = [sys.executable, "-c", "from jobs.cli import main; main()", *arguments]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 def assert_user_error(done: subprocess.CompletedProcess[str], *expected: str) -> None:
@@ -60,7 +64,7 @@ def assert_user_error(done: subprocess.CompletedProcess[str], *expected: str) ->
 
 
 def test_help_lists_every_command_and_how_to_start() -> None:
-    done = lakesight("--help")
+    done = lakesight_in_new_interpreter("--help")
     assert done.returncode == 0
     assert [name for name in COMMANDS + WEIGHT_COMMAND_NAMES if f"\n  {name}" not in done.stdout] == []
     assert "lakesight demo" in done.stdout

@@ -1,0 +1,95 @@
+"""Runs `lakesight` commands in processes forked from one process that has torch and deltalake imported already.
+
+Importing them takes longer than most commands do. Each command still has a process, an environment and a working folder
+of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from processes import TEST_PATH
+
+
+def run_command(*arguments: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run `lakesight` with these arguments in the current folder."""
+    server = _start_server()
+    assert server.stdin
+    assert server.stdout
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        request = {
+            "arguments": arguments,
+            "environment": dict(environment),
+            "folder": str(Path.cwd()),
+            "out": str(out),
+            "err": str(err),
+        }
+        print(json.dumps(request), file=server.stdin, flush=True)
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(("lakesight", *arguments), code, out.read_text(), err.read_text())
+
+
+@cache
+def _start_server() -> subprocess.Popen[str]:
+    """Start the server; it ends when this process closes its stdin by ending."""
+    environment = os.environ | {"PYTHONPATH": TEST_PATH}
+    return subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def serve() -> None:
+    """Fork a process for each request on stdin, wait for it, and print its exit code."""
+    import deltalake
+    import torch
+
+    import jobs.cli
+
+    assert deltalake
+    assert torch
+    assert jobs.cli
+    for line in sys.stdin:
+        pid = os.fork()
+        if not pid:
+            os._exit(_run(json.loads(line)))
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _run(request: dict[str, Any]) -> int:
+    """Run one command in this process and return its exit code."""
+    from jobs.cli import main
+
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = ["lakesight", *request["arguments"]]
+    try:
+        main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # noqa: BLE001 (as the interpreter would)
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+if __name__ == "__main__":
+    serve()
