@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import TextIO
 
-from pipelines.background import in_background
+from pipelines.background_thread import in_background
 from pipelines.formats.run_folder import RunFolder
 
 log = logging.getLogger(__name__)

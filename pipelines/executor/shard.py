@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.errors import StageFailed
-from pipelines.executor.guard import run_guarded, split_into_chunks
+from pipelines.executor.crash_guard import run_guarded, split_into_chunks
 from pipelines.formats.shards import ShardRequest, encode_pixels, shard_schema, write_shard_file
 from pipelines.formats.tables import TEXT_TYPE
 from vlm.errors import ImageError

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.background import in_background
+from pipelines.background_thread import in_background
 
 
 def make(path: Path, count: int, side: int, kind: str = "PNG", height: int | None = None, seed: int = 0) -> None:

@@ -17,7 +17,7 @@ from typing import Literal, TypeVar
 
 from processes import TEST_PATH
 
-from pipelines.background import in_background
+from pipelines.background_thread import in_background
 
 T = TypeVar("T")
 ProcessKind = Literal["worker", "executor"]

@@ -62,7 +62,8 @@ def worker_died(error: Exception) -> bool:
 def run_or_guard(run: Callable[[], Result], run_guarded: Callable[[], Result]) -> Result:
     """Return the result of `run`; if a Python worker dies in it, the result of `run_guarded`.
 
-    The guarded variant decodes in child processes (`pipelines.executor.guard`) and isolates the row that kills them.
+    The guarded variant decodes in child processes (`pipelines.executor.crash_guard`) and isolates the row that kills
+    them.
     """
     try:
         return run()

@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from pipelines.background import in_background
+from pipelines.background_thread import in_background
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import LauncherFile, RunFolder, read_json, write_json
 from pipelines.platform import Launch

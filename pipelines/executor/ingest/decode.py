@@ -22,7 +22,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines.config import ColumnNames, LimitsConfig, SplitConfig
-from pipelines.executor.guard import run_guarded, split_into_chunks
+from pipelines.executor.crash_guard import run_guarded, split_into_chunks
 from pipelines.executor.ingest.fingerprint import fingerprint
 from pipelines.executor.ingest.outcome import Refused, outcome_batch
 from pipelines.executor.ingest.records.record import Fields, Read, Record
