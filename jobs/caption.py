@@ -39,7 +39,7 @@ def caption(
     ] = False,
     max_error_share: Annotated[
         float,
-        typer.Option("--max-error-share", min=0, max=1, help="Fail if more rows have errors.", metavar="SHARE"),
+        typer.Option("--max-error-share", min=0, max=1, help="Fail if a larger share of rows fails.", metavar="SHARE"),
     ] = 1.0,
     run: RunOption = "demo",
     platform: PlatformOption = "local",

@@ -142,7 +142,7 @@ def test_drift_of_pictures_is_logged_and_fails_the_job_if_configured(
         dark = run_caption(job, GOOD, source_table=f"delta.`{tmp_path}/night`")
     beyond = {name for name, drift in dark.drift.items() if drift.beyond}
     assert {"brightness", "contrast", "error_share"} <= beyond
-    [said] = [record.getMessage() for record in caplog.records if record.getMessage().startswith("drift")]
+    [said] = [record.getMessage() for record in caplog.records if "(drift)" in record.getMessage()]
     assert f"brightness {dark.figures['brightness']:.3g}, evaluated 1" in said
     [run] = mlflow.search_runs(
         experiment_names=["lakesight/caption"],
