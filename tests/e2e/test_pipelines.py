@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ QUICK = (
     "train.checkpoint_every=250",
     "gate.baselines=[]",  # after so few steps the model need not beat a constant caption
 )
+SHORT = ("--set", "train.steps=20", "--set", "train.validate_every=20", "--set", "train.checkpoint_every=20")
+TORCHRUN = ["torchrun", "--nproc-per-node", "2", "-m", "pipelines.worker.main", "--run-dir", "runs/paligemma-*"]
 SECRETS = {
     "DATABRICKS_TOKEN": "c4nary-workspace",
     "MLFLOW_TRACKING_TOKEN": "c4nary-tracking",
@@ -94,11 +97,10 @@ def user_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def demos(home: Path, user_folder: Path) -> Ran:
-    """Two equal demos, then a family whose sequence, mask and decoder differ from the demo's, trained by torchrun."""
+    """Run a demo twice, then a short run of PaliGemma whose ranks are started by torchrun."""
     demo = ["demo", "--scenes", str(SCENES), "--json", *(word for value in QUICK for word in ("--set", value))]
-    prepare = ["train", "--no-launch", "--run", "paligemma", "--json", *PICTURES]
-    ranks = ["torchrun", "--nproc-per-node", "2", "-m", "pipelines.worker.main", "--run-dir", "runs/paligemma-*"]
-    return run(home, demo, demo, prepare, ranks, pipeline("paligemma"), folder=user_folder)
+    train = ["train", "--run", "paligemma", "--json", *PICTURES, *SHORT]
+    return run(home, demo, demo, [*train, "--no-launch"], TORCHRUN, train, folder=user_folder)
 
 
 def pipeline(family: str) -> list[str]:
@@ -132,8 +134,21 @@ def assert_learned(report: dict[str, Any], family: str) -> None:
     assert Path(report["gallery"]).is_file()
 
 
-def test_a_family_runs_from_pictures_to_captions_with_ranks_started_by_torchrun(demos: Ran) -> None:
+def test_train_finds_and_registers_a_run_whose_ranks_were_started_by_torchrun(demos: Ran) -> None:
     prepared, report = demos.reports[2:]
+    assert prepared == {"run_folder": report["run_folder"], "ranks": 2}
+    assert not report["trained"], "the finished run is found"
+    assert (report["model_name"], report["steps"], report["world_size"]) == ("paligemma", 20, 2)
+
+
+@pytest.mark.matrix
+@pytest.mark.usefixtures("demos")
+def test_a_family_runs_from_pictures_to_captions_with_ranks_started_by_torchrun(home: Path) -> None:
+    """PaliGemma differs from the demo's family in sequence, mask and decoder."""
+    prepare = ["train", "--no-launch", "--run", "paligemma", "--json", *PICTURES]
+    for folder in home.glob("runs/paligemma-*"):  # of the short run
+        shutil.rmtree(folder)
+    prepared, report = run(home, prepare, TORCHRUN, pipeline("paligemma")).reports
     assert_learned(report, "paligemma")
     assert prepared == {"run_folder": report["run_folder"], "ranks": 2}
     assert not report["trained"], "the finished run is found"
