@@ -115,12 +115,12 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
 
 def add_drift(job: Job, report: CaptionReport, prompt: str) -> CaptionReport:
     """Add the drift from the version's evaluation to a report, unless too few rows were captioned."""
-    from pipelines.driver.caption.drift import compare_figures, evaluated
+    from pipelines.driver.caption.drift import compare_figures, read_evaluation_figures
 
     rows = report.captioned + report.errors
     if rows < job.config.drift.min_rows:
         return report
-    evaluation = evaluated(
+    evaluation = read_evaluation_figures(
         job.spark,
         job.platform,
         model=report.model_name,

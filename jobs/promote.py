@@ -11,7 +11,7 @@ from pipelines.errors import StageFailed
 from vlm.config import Config
 
 if TYPE_CHECKING:
-    from pipelines.driver.evaluate.promote import Verdict
+    from pipelines.driver.evaluate.promote import GateResult
     from pipelines.tracking.registry import ModelVersion
 
 
@@ -58,7 +58,7 @@ def run_promote(job: Job, which: str) -> PromotionReport:
     Raises:
         StageFailed: the version is refused; the error lists every reason.
     """
-    from pipelines.driver.evaluate.promote import record
+    from pipelines.driver.evaluate.promote import record_decision
     from pipelines.tracking.registry import CHALLENGER, find_champion, promote, resolve, set_alias, tag
 
     champion = find_champion(job.platform, job.model_name)
@@ -71,7 +71,7 @@ def run_promote(job: Job, which: str) -> PromotionReport:
     verdict = check_gate(job, version, champion)
     tags = {f"gate_{name}": f"{'ok' if c.passed else 'refused'}: {c.found}" for name, c in verdict.checks.items()}
     tag(job.platform, version, tags | {"gate": "refused" if verdict.reasons else "passed"})
-    record(
+    record_decision(
         job.spark,
         job.platform,
         model=version.name,
@@ -97,9 +97,9 @@ def run_promote(job: Job, which: str) -> PromotionReport:
     return PromotionReport(model_name=version.name, model_version=version.version, already=False, found=found)
 
 
-def check_gate(job: Job, version: ModelVersion, champion: ModelVersion | None) -> Verdict:
+def check_gate(job: Job, version: ModelVersion, champion: ModelVersion | None) -> GateResult:
     """Evaluate the version and the champion, smoke-test the version in a fresh process, and apply the gate."""
-    from pipelines.driver.evaluate.promote import judge, trial_pictures
+    from pipelines.driver.evaluate.promote import apply_gate, read_trial_pictures
     from pipelines.tracking.smoke_test import smoke_test_version
 
     model = open_model(job, version.version)
@@ -111,5 +111,5 @@ def check_gate(job: Job, version: ModelVersion, champion: ModelVersion | None) -
         same_size = champion_model.read_config().image == model.read_config().image
         champion_shards = shards if same_size else open_split(job, champion_model)
         champion_report = evaluate_version(job, champion_model, champion_shards)
-    pictures = trial_pictures(job.spark, shards, job.config.gate.trial_pictures)
-    return judge(job.config.gate, report, champion_report, smoke_test_version(job.platform, version, pictures))
+    pictures = read_trial_pictures(job.spark, shards, job.config.gate.trial_pictures)
+    return apply_gate(job.config.gate, report, champion_report, smoke_test_version(job.platform, version, pictures))

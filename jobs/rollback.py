@@ -32,12 +32,12 @@ def run_rollback(job: Job) -> str:
     Raises:
         UserError: there is no previous champion.
     """
-    from pipelines.driver.evaluate.promote import record
+    from pipelines.driver.evaluate.promote import record_decision
     from pipelines.tracking.registry import CHAMPION, move_aliases, plan_rollback, resolve
 
     move = plan_rollback(job.platform, job.model_name)
     if move is not None:
-        record(
+        record_decision(
             job.spark,
             job.platform,
             model=job.model_name,

@@ -21,10 +21,10 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipelines.config import DataConfig, ShardConfig, Split, short_hash
-from pipelines.driver.delta.failures import filtered, run_or_guard, spark_failures
 from pipelines.driver.delta.settings import bounded_batches
+from pipelines.driver.delta.spark_errors import filter_rows, run_or_guard, translate_spark_errors
 from pipelines.driver.delta.tables import ensure_tables, table_id
-from pipelines.driver.delta.versions import versions
+from pipelines.driver.delta.versions import read_versions
 from pipelines.errors import StageFailed, UserError
 from pipelines.executor.shard import (
     SHUFFLED,
@@ -154,11 +154,11 @@ def find_or_write(  # noqa: PLR0917 (as for `shard`)
     spark: SparkSession, platform: Platform, source: str, config: ShardConfig, image: ImageConfig, split: Split
 ) -> ShardFolder:
     """Find the shard folder of one source and split at the current version, or write it."""
-    version = versions(spark, platform, source)
+    version = read_versions(spark, platform, source)
     request = ShardRequest(
         table=platform.table(SAMPLES.name),
         table_id=table_id(spark, platform, SAMPLES),
-        table_version=version.changed,
+        table_version=version.last_change,
         source=source,
         split=split,
         image=image,
@@ -171,7 +171,7 @@ def find_or_write(  # noqa: PLR0917 (as for `shard`)
     folder = platform.folder("shards") / request.folder_name
     reused = (folder / MANIFEST).exists()
     if not reused:
-        with spark_failures("the shards could not be written", where=str(folder)):
+        with translate_spark_errors("the shards could not be written", where=str(folder)):
             _write_folder(_select_rows(spark, request, version.newest), folder, request)
     return ShardFolder(folder, Shards.open(folder).manifest, reused)
 
@@ -179,7 +179,7 @@ def find_or_write(  # noqa: PLR0917 (as for `shard`)
 def _select_rows(spark: SparkSession, request: ShardRequest, version: int) -> DataFrame:
     """Select the rows of a source and split that meet the condition, with their shuffle keys."""
     samples = spark.read.option("versionAsOf", version).table(request.table).filter(F.col("source") == request.source)
-    samples = filtered(samples, request.where, where="data.shards.where")
+    samples = filter_rows(samples, request.where, where="data.shards.where")
     rows = samples.filter(F.col("split") == request.split)
     if rows.isEmpty():
         counts = samples.groupBy("split").count().orderBy("split").collect()

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipelines.executor.model_cache import on_this_machine
+from pipelines.executor.model_cache import local_copy
 from pipelines.formats.shards import Shards
 from pipelines.formats.tables import TEXT_TYPE
 from vlm.config import Config
@@ -68,7 +68,7 @@ def score_batches(job: ScoreJob, batches: Iterator[pa.RecordBatch]) -> Iterator[
     from pipelines.worker.score import score_rows
 
     limit_threads(job.threads)
-    folder = on_this_machine(job.model_folder) if job.remote else job.model_folder
+    folder = local_copy(job.model_folder) if job.remote else job.model_folder
     captioner = load_captioner(str(folder))
     shards = Shards.open(Path(job.shards_folder))
     for batch in batches:

@@ -18,7 +18,7 @@ KEPT = 3
 """Models whose copies stay. A process has read its own within seconds of asking."""
 
 
-def on_this_machine(folder: Path, root: Path | None = None) -> Path:
+def local_copy(folder: Path, root: Path | None = None) -> Path:
     """A copy of a folder's files on this machine, made now or found.
 
     Args:

@@ -1,7 +1,7 @@
-"""What is counted of captions and their pictures while they are made: sums that add up, and figures of them.
+"""Statistics of captions and their pictures: sums that can be added, and figures computed from the sums.
 
-An executor counts one file of captions, the driver adds the files of a job, an evaluation counts its rows: three times
-the same function, so that the figures of a night can be laid beside those of the evaluation.
+An executor counts one file of captions, the driver adds the files of a job, an evaluation counts its rows. All use
+`CaptionStats`, so the figures of a caption job compare with those of the model's evaluation.
 """
 
 from __future__ import annotations
@@ -15,76 +15,81 @@ from pydantic import Field
 from vlm.config import Config
 from vlm.text.words import words
 
-DRAWN = 100
-"""Captions among which different words are counted: their number grows with the captions, so it is asked of as many."""
+SAMPLED_CAPTIONS = 100
+"""Sample size of `distinct_words`. The number of distinct words grows with the captions, so the size is fixed."""
 
 
-class Tally(Config):
+class CaptionStats(Config):
     """Sums over rows.
 
     Attributes:
         captioned: rows with a caption.
-        errors: rows without.
-        changed: rows whose picture was another when it was captioned before.
-        words: of all captions.
-        saying: for each word, how many captions have it.
-        logprobs: sum of the captions' mean log-probabilities a token, in nats.
-        pictures: that could be decoded.
-        brightness: sum of their mean levels, 0 to 255.
-        contrast: sum of the standard deviations of their levels.
+        errors: rows without a caption.
+        changed: rows whose picture was captioned before and has changed since.
+        words: words of all captions.
+        captions_with_word: for each word, the number of captions that contain it.
+        logprobs: sum of the captions' mean log-probabilities per token, in nats.
+        pictures: pictures that could be decoded.
+        brightness: sum of the pictures' mean levels, 0 to 255.
+        contrast: sum of the standard deviations of the pictures' levels.
     """
 
     captioned: int = 0
     errors: int = 0
     changed: int = 0
     words: int = 0
-    saying: dict[str, int] = Field(default_factory=dict)
+    captions_with_word: dict[str, int] = Field(default_factory=dict)
     logprobs: float = 0.0
     pictures: int = 0
     brightness: float = 0.0
     contrast: float = 0.0
 
     @classmethod
-    def of_caption(cls, caption: str, logprob: float) -> Tally:
-        """One caption."""
-        said = words(caption)
-        return cls(captioned=1, words=len(said), saying=dict.fromkeys(said, 1), logprobs=logprob)
+    def from_caption(cls, caption: str, logprob: float) -> CaptionStats:
+        """Count one caption, given its mean log-probability per token in nats."""
+        caption_words = words(caption)
+        counts = dict.fromkeys(caption_words, 1)
+        return cls(captioned=1, words=len(caption_words), captions_with_word=counts, logprobs=logprob)
 
     def figures(self) -> dict[str, float]:
-        """What can be told of the rows.
+        """Compute figures from the sums. A figure without data is left out.
 
-        words (mean number in a caption), distinct_words (different ones expected among DRAWN captions; left out where
-        there are fewer), mean_logprob (mean over captions), error_share, brightness and contrast (means over pictures).
+        words (mean number per caption), distinct_words (expected number of different words in SAMPLED_CAPTIONS
+        captions; left out if there are fewer captions), mean_logprob (mean over captions), error_share, brightness and
+        contrast (means over pictures).
         """
         found = {}
         if rows := self.captioned + self.errors:
             found["error_share"] = self.errors / rows
         if self.captioned:
             found |= {"words": self.words / self.captioned, "mean_logprob": self.logprobs / self.captioned}
-        if self.captioned >= DRAWN:
+        if self.captioned >= SAMPLED_CAPTIONS:
             found["distinct_words"] = self._distinct_words()
         if self.pictures:
             found |= {"brightness": self.brightness / self.pictures, "contrast": self.contrast / self.pictures}
         return found
 
     def _distinct_words(self) -> float:
-        """Expected number of different words in DRAWN captions without replacement (rarefaction; Hurlbert, 1971)."""
-        none = math.lgamma(self.captioned + 1) - math.lgamma(self.captioned - DRAWN + 1)
+        """Compute the expected number of different words in SAMPLED_CAPTIONS captions drawn without replacement.
 
-        def missed(having: int) -> float:
-            others = self.captioned - having
-            if others < DRAWN:
+        This is rarefaction (Hurlbert, 1971).
+        """
+        log_samples = math.lgamma(self.captioned + 1) - math.lgamma(self.captioned - SAMPLED_CAPTIONS + 1)
+
+        def probability_of_none(with_word: int) -> float:
+            others = self.captioned - with_word
+            if others < SAMPLED_CAPTIONS:
                 return 0.0
-            return math.exp(math.lgamma(others + 1) - math.lgamma(others - DRAWN + 1) - none)
+            return math.exp(math.lgamma(others + 1) - math.lgamma(others - SAMPLED_CAPTIONS + 1) - log_samples)
 
-        return sum(1 - missed(having) for having in self.saying.values())
+        return sum(1 - probability_of_none(count) for count in self.captions_with_word.values())
 
 
-def total(tallies: Iterable[Tally]) -> Tally:
-    """The sums of several tallies."""
+def sum_stats(stats: Iterable[CaptionStats]) -> CaptionStats:
+    """Add statistics field by field."""
     sums: Counter[str] = Counter()
-    saying: Counter[str] = Counter()
-    for tally in tallies:
-        sums.update(tally.model_dump(exclude={"saying"}))
-        saying.update(tally.saying)
-    return Tally.model_validate({**sums, "saying": saying})
+    captions_with_word: Counter[str] = Counter()
+    for each in stats:
+        sums.update(each.model_dump(exclude={"captions_with_word"}))
+        captions_with_word.update(each.captions_with_word)
+    return CaptionStats.model_validate({**sums, "captions_with_word": captions_with_word})

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from pipelines.errors import UserError
 from pipelines.pages.page import render
 from pipelines.pages.thumbnail import make_thumbnail
-from pipelines.review.verdicts import Review, Show, Verdict, key_of
+from pipelines.review.verdicts import CaptionVerdict, Review, Show, key_of
 from vlm.config import read_error_message
 
 A_PAGE = 24
@@ -76,8 +76,8 @@ def open_app(review: Review, title: str, reviewer: str) -> Starlette:
         if not secrets.compare_digest(request.headers.get("x-lakesight-token", ""), token):
             return JSONResponse({"error": "this page is of another server: reload it"}, 403)
         try:
-            said = Verdict.model_validate_json(await request.body())
-            await asyncio.to_thread(review.judge, said, reviewer)
+            said = CaptionVerdict.model_validate_json(await request.body())
+            await asyncio.to_thread(review.save_verdict, said, reviewer)
         except ValidationError as error:
             return JSONResponse({"error": read_error_message(error)}, 422)
         except UserError as error:

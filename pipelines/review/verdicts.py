@@ -27,7 +27,7 @@ Show = Literal["open", "judged", "all"]
 Key = tuple[str, str, str]
 
 
-class Verdict(Config):
+class CaptionVerdict(Config):
     """One click. `text` is what the caption should have been, where it was corrected."""
 
     image_id: Annotated[str, Field(min_length=1)]
@@ -82,7 +82,7 @@ class Review:
         rows = arrow_dataset(self._pictures).to_table(["image"], filter=pc.field("image_id") == image_id)
         return bytes(rows["image"][0].as_py()) if rows.num_rows else None
 
-    def judge(self, verdict: Verdict, reviewer: str) -> None:
+    def save_verdict(self, verdict: CaptionVerdict, reviewer: str) -> None:
         """Write a verdict down; one on the same caption is replaced.
 
         Raises:

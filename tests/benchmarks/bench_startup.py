@@ -29,11 +29,11 @@ import json, sys, time
 from pathlib import Path
 folder, root, begun = Path(sys.argv[1]), Path(sys.argv[2]), time.monotonic()
 from pipelines.executor.caption import caption_batches
-from pipelines.executor.model_cache import on_this_machine
+from pipelines.executor.model_cache import local_copy
 from pipelines.worker.caption import limit_threads, load_captioner
 limit_threads(1)
 imported = time.monotonic()
-near = on_this_machine(folder, root)
+near = local_copy(folder, root)
 copied = time.monotonic()
 load_captioner(str(near))
 print(json.dumps([imported - begun, copied - imported, time.monotonic() - copied]))

@@ -258,5 +258,5 @@ def test_null_and_duplicate_ids_are_refused(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path, ids: tuple[int | None, ...]
 ) -> None:
     table = write(spark, tmp_path / "photos", [(identity, picture(1)) for identity in ids])
-    with pytest.raises(UserError, match="do not tell the rows apart"):
+    with pytest.raises(UserError, match="ids are not unique"):
         caption(spark, platform, model, request(table))

@@ -27,7 +27,7 @@ from jobs.screen import Screen
 from jobs.shard import run_shard
 from pipelines.config import DriftConfig
 from pipelines.driver.evaluate.compare import Comparison
-from pipelines.driver.evaluate.promote import record
+from pipelines.driver.evaluate.promote import record_decision
 from pipelines.errors import StageFailed, UserError
 from pipelines.formats.shards import Shards
 from pipelines.formats.tables import SAMPLES
@@ -223,7 +223,9 @@ def test_lineage_and_decisions_are_shown_without_a_jvm(job: Job) -> None:
     assert "max_new_tokens" in found.settings
     with pytest.raises(UserError, match="has no caption"):
         run_lineage(shell, "nobody/0")
-    record(job.spark, job.platform, model="other", version="7", action="refuse", champion=None, reasons=["why not"])
+    record_decision(
+        job.spark, job.platform, model="other", version="7", action="refuse", champion=None, reasons=["why not"]
+    )
     other = Job(corner_run("other"), job.platform, (), job.screen)
     (told,) = run_decisions(other)
     assert (told["action"], told["model_version"], told["reasons"]) == ("refuse", "7", ["why not"])

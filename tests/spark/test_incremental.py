@@ -16,7 +16,7 @@ from pictures import as_base64, png, write_csv
 from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig
-from pipelines.driver.delta.retry import undisturbed
+from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.ingest.commit import write_samples
 from pipelines.driver.ingest.decode import DecodedRows, IngestRequest, decode_rows
 from pipelines.driver.ingest.ledger import items_table
@@ -136,7 +136,7 @@ def test_an_ingest_that_loses_a_race_plans_again_and_two_at_once_write_what_one_
         return plan.totals.contributing
 
     with decode_rows(spark, platform, IngestRequest(source, config, opened.rows, opened.ingest_id)) as decoded:
-        assert undisturbed(partial(plan_and_write, decoded)) == 4
+        assert retry_on_conflict(partial(plan_and_write, decoded)) == 4
     assert planned == [5, 3]
     expected = {0: ["text 0", "text 5"], **{n: [f"text {n}"] for n in range(1, 5)}}
     assert sorted(texts_of(spark, platform, source).values()) == sorted(expected.values())

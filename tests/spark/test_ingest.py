@@ -19,7 +19,7 @@ from shared_data import shared_file
 from pipelines.config import DataConfig
 from pipelines.driver.delta.settings import spark_settings
 from pipelines.driver.delta.tables import add_columns, ensure_table
-from pipelines.driver.delta.versions import UPKEEP, commit_note, note_of, versions
+from pipelines.driver.delta.versions import MAINTENANCE_OPERATIONS, commit_note, read_versions, source_note
 from pipelines.driver.ingest.run import ingest
 from pipelines.driver.ingest.totals import IngestReport
 from pipelines.errors import UserError
@@ -287,14 +287,14 @@ def test_the_version_of_a_source_changes_with_its_own_rows_and_with_manual_chang
     ingest(spark, platform, f"{source}-other", config(path))
     table = platform.table(SAMPLES.name)
     spark.sql(f"OPTIMIZE {table}").collect()
-    assert versions(spark, platform, source).changed == pinned
-    assert versions(spark, platform, source).newest > pinned + 1
+    assert read_versions(spark, platform, source).last_change == pinned
+    assert read_versions(spark, platform, source).newest > pinned + 1
 
-    with commit_note(spark, note_of(f"{source}-other")):
+    with commit_note(spark, source_note(f"{source}-other")):
         spark.sql(f"DELETE FROM {table} WHERE source = '{source}-other'").collect()
-    assert versions(spark, platform, source).changed == pinned
+    assert read_versions(spark, platform, source).last_change == pinned
     spark.sql(f"DELETE FROM {table} WHERE source = '{source}' AND texts[0].text = 'a'").collect()
-    assert versions(spark, platform, source).changed == newest(spark, platform)
+    assert read_versions(spark, platform, source).last_change == newest(spark, platform)
 
 
 def test_a_table_of_an_earlier_release_gets_the_missing_columns_and_keeps_its_rows(
@@ -308,7 +308,7 @@ def test_a_table_of_an_earlier_release_gets_the_missing_columns_and_keeps_its_ro
     [row] = spark.table("lakesight_old.samples").collect()
     assert row.asDict() == {"image_id": "a", "sha256": "b", "fingerprint": None, "near_of": None}
     history = spark.sql("DESCRIBE HISTORY lakesight_old.samples").collect()
-    assert [commit["operation"] in UPKEEP for commit in history] == [True, False]
+    assert [commit["operation"] in MAINTENANCE_OPERATIONS for commit in history] == [True, False]
 
 
 def test_a_table_whose_creation_was_killed_is_created_again(

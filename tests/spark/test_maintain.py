@@ -14,7 +14,7 @@ from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig
 from pipelines.driver.delta.maintain import maintain
-from pipelines.driver.delta.versions import UPKEEP
+from pipelines.driver.delta.versions import MAINTENANCE_OPERATIONS
 from pipelines.driver.ingest.run import ingest
 from pipelines.driver.shard import shard
 from pipelines.errors import UserError
@@ -52,7 +52,7 @@ def test_maintenance_removes_old_files_and_changes_no_row_and_no_shard(
     assert (samples.removed, orphan.exists()) == (1, False)
     assert spark.table(table).where(f"source = '{source}'").orderBy("image_id").collect() == before
     history = spark.sql(f"DESCRIBE HISTORY {table}").where(f"version > {newest}").collect()
-    assert {commit["operation"] for commit in history} <= UPKEEP
+    assert {commit["operation"] for commit in history} <= MAINTENANCE_OPERATIONS
     again = shard(spark, platform, source, data, ImageConfig(size=8), "train")
     assert (again.reused, again.folder) == (True, first.folder)
 

@@ -14,7 +14,7 @@ from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig
 from pipelines.driver.delta.settings import spark_settings
-from pipelines.driver.delta.versions import commit_note, note_of
+from pipelines.driver.delta.versions import commit_note, source_note
 from pipelines.driver.ingest.run import ingest
 from pipelines.driver.shard import ShardReport, shard
 from pipelines.errors import StageFailed, UserError
@@ -49,7 +49,7 @@ def reorder(spark: SparkSession, platform: Platform, source: str) -> None:
     """Rewrite a source's rows in another order, in a commit that is attributed to another source."""
     table = platform.table(SAMPLES.name)
     rows = spark.table(table).where(f"source = '{source}'").repartition(3, "sha256").sortWithinPartitions("sha256")
-    with commit_note(spark, note_of("test-another")):
+    with commit_note(spark, source_note("test-another")):
         rows.write.format("delta").mode("overwrite").option("replaceWhere", f"source = '{source}'").saveAsTable(table)
 
 

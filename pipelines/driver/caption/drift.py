@@ -1,7 +1,7 @@
-"""Is what is captioned still what was evaluated? Figures of a captioning beside those of its version's evaluation.
+"""Drift: figures of a caption job compared with those of the same model version's evaluation.
 
-Both sides count with `pipelines.formats.caption_stats`. The version's own evaluation is the measure and not another
-version's: what changed is then the pictures, and not the model.
+Both sides count with `pipelines.formats.caption_stats`. The model version is the same on both sides, so a difference
+comes from the pictures and not from the model.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from pipelines.formats.tables import EVALUATIONS
 from pipelines.platform import Platform
 from vlm.config import Config
 
-SHARES = ("words", "distinct_words")
-"""Figures whose limit is a share of the evaluation's figure; of the others it is a difference."""
-OF_ANY_PROMPT = ("error_share", "brightness", "contrast")
-FIGURES = ("words", "distinct_words", "mean_logprob", *OF_ANY_PROMPT)
+RELATIVE = ("words", "distinct_words")
+"""Figures whose limit is relative to the evaluation's figure. The limit of the other figures is a difference."""
+PROMPT_INDEPENDENT = ("error_share", "brightness", "contrast")
+"""Figures that do not depend on the prompt."""
+FIGURES = ("words", "distinct_words", "mean_logprob", *PROMPT_INDEPENDENT)
 
 
 class Drift(Config):
-    """A figure now and at the evaluation; `change` is a share or a difference, as its limit is."""
+    """A figure of the caption job and of the evaluation. `change` is relative or a difference, like its limit."""
 
     value: float
     evaluated: float
@@ -32,17 +33,17 @@ class Drift(Config):
     beyond: bool
 
 
-class Evaluated(Config):
-    """Figures of a version's evaluation, and of how many pictures."""
+class EvaluationFigures(Config):
+    """Figures of a version's evaluation, and the number of pictures evaluated."""
 
     figures: dict[str, float]
     rows: int
 
 
-def evaluated(
+def read_evaluation_figures(
     spark: SparkSession, platform: Platform, *, model: str, version: str, source: str, split: str
-) -> Evaluated:
-    """Figures of a version's last evaluation on a split; none where it was not evaluated."""
+) -> EvaluationFigures:
+    """Read the figures of a version's last evaluation on a split; no figures if it was not evaluated."""
     rows = (
         spark.table(platform.table(EVALUATIONS.name))
         .where((F.col("model_name") == model) & (F.col("model_version") == version) & F.col("slice").isNull())
@@ -52,31 +53,35 @@ def evaluated(
     )
     newest = max((row["dataset_version"] for row in rows), default=None)
     last = [row for row in rows if row["dataset_version"] == newest]
-    return Evaluated(
+    return EvaluationFigures(
         figures={row["metric"]: row["value"] for row in last}, rows=min((row["n"] for row in last), default=0)
     )
 
 
 def compare_figures(
-    figures: Mapping[str, float], rows: int, measure: Evaluated, limits: DriftConfig, *, prompt: str
+    figures: Mapping[str, float], rows: int, evaluation: EvaluationFigures, limits: DriftConfig, *, prompt: str
 ) -> dict[str, Drift]:
-    """Each figure beside that of the evaluation; empty where there are too few rows on either side.
+    """Compare each figure with that of the evaluation. Return nothing if either side has too few rows.
 
     Args:
-        figures: of the rows captioned now.
-        rows: how many.
-        measure: the evaluation.
-        limits: of the changes.
-        prompt: of the captions. Answers to a question are no captions: then only pictures and errors are compared.
+        figures: figures of the caption job.
+        rows: rows captioned by the job.
+        evaluation: figures of the evaluation.
+        limits: minimum number of rows, and the largest allowed change of each figure.
+        prompt: prompt of the job. The evaluation has plain captions, so a job with a prompt compares only pictures and
+            errors.
     """
-    if min(rows, measure.rows) < limits.min_rows:
+    if min(rows, evaluation.rows) < limits.min_rows:
         return {}
-    names = [name for name in (OF_ANY_PROMPT if prompt else FIGURES) if name in figures and name in measure.figures]
-    return {name: _drift(name, figures[name], measure.figures[name], getattr(limits, name)) for name in names}
+    names = [
+        name for name in (PROMPT_INDEPENDENT if prompt else FIGURES) if name in figures and name in evaluation.figures
+    ]
+    return {name: _drift(name, figures[name], evaluation.figures[name], getattr(limits, name)) for name in names}
 
 
-def _drift(name: str, value: float, before: float, limit: float) -> Drift:
-    change = value - before
-    if name in SHARES:
-        change = change / before if before else float(value > 0)
-    return Drift(value=value, evaluated=before, change=change, limit=limit, beyond=abs(change) > limit)
+def _drift(name: str, value: float, evaluated: float, limit: float) -> Drift:
+    """Compare one figure with that of the evaluation."""
+    change = value - evaluated
+    if name in RELATIVE:
+        change = change / evaluated if evaluated else float(value > 0)
+    return Drift(value=value, evaluated=evaluated, change=change, limit=limit, beyond=abs(change) > limit)

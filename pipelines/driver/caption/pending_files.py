@@ -1,8 +1,8 @@
-"""Captions on their way into the table: files that executors wrote, merged by whichever driver finds them.
+"""Files of captions that executors wrote and that are not yet merged into `generated_captions`.
 
 A folder belongs to one key (table, model version, settings), not to one job. A job that is killed leaves files, and the
-next one of its key merges them. Two jobs of one key at the same time merge each other's: a row is merged twice as it
-is once, and a file that has gone was merged by the other.
+next job with the same key merges them. Two jobs with one key may run at the same time and merge each other's files:
+merging is idempotent, and a file that is missing was merged by the other job.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ from delta.tables import DeltaTable
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from pipelines.driver.delta.retry import undisturbed
-from pipelines.executor.caption import STAGED
+from pipelines.driver.delta.retry import retry_on_conflict
+from pipelines.executor.caption import PENDING_SCHEMA
 from pipelines.formats.tables import GENERATED_CAPTIONS
 from pipelines.platform import Platform
 
 logger = logging.getLogger(__name__)
 
-MERGED_ROWS = 100_000
-"""Rows of one commit, about: they pass through the driver, some hundred bytes each."""
+ROWS_PER_COMMIT = 100_000
+"""Approximate rows per commit. They pass through the driver, a few hundred bytes each."""
 STALE = timedelta(days=1)
+"""Age from which a temporary file counts as left over by a killed task."""
 
 
 @dataclass(frozen=True)
-class Staged:
-    """The files of one key.
+class PendingFiles:
+    """Files of one key.
 
     Attributes:
-        folder: where they are.
+        folder: folder of the files.
         key: columns and values that all rows share.
     """
 
@@ -46,41 +47,41 @@ class Staged:
     key: dict[str, str]
 
     def open(self) -> None:
-        """Make the folder, and remove what writers left behind that did not live to finish a file."""
+        """Create the folder, and remove temporary files that killed tasks left."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob(".*.tmp"):
             if time.time() - path.stat().st_mtime > STALE.total_seconds():
                 path.unlink(missing_ok=True)
 
     def files(self) -> list[Path]:
-        """Complete files."""
+        """List the complete files."""
         return sorted(self.folder.glob("*.parquet"))
 
     def num_rows(self) -> int:
-        """Rows in them, by their footers: asked twice a second while a job runs."""
+        """Count the rows by the files' footers. This is cheap: a progress bar calls it twice a second."""
         total = 0
         for path in self.files():
-            with suppress(FileNotFoundError):  # another driver has merged it meanwhile
+            with suppress(FileNotFoundError):  # another driver merged it
                 total += pq.read_metadata(path).num_rows
         return total
 
     def merge(self, spark: SparkSession, platform: Platform) -> int:
-        """Bring all files into `generated_captions` and remove them; returns how many rows they had.
+        """Merge all files into `generated_captions` and remove them. Return the number of rows in the files.
 
         Raises:
-            StageFailed: other writers were faster time and again; nothing is lost.
+            StageFailed: every attempt conflicted with other writers. The files stay, so nothing is lost.
         """
         total, chunk, files = 0, [], []
-        for path, rows in self._tables():
+        for path, rows in self._read_files():
             chunk.append(rows)
             files.append(path)
-            if sum(map(len, chunk)) >= MERGED_ROWS:
+            if sum(map(len, chunk)) >= ROWS_PER_COMMIT:
                 total += self._commit(spark, platform, chunk, files)
                 chunk, files = [], []
         return total + self._commit(spark, platform, chunk, files)
 
-    def _tables(self) -> Iterator[tuple[Path, pa.Table]]:
-        """Each file and its rows; files that another driver has merged meanwhile are passed over."""
+    def _read_files(self) -> Iterator[tuple[Path, pa.Table]]:
+        """Yield each file and its rows. Skip files that another driver merged since they were listed."""
         for path in self.files():
             try:
                 yield path, pq.read_table(path)
@@ -88,42 +89,47 @@ class Staged:
                 continue
 
     def _commit(self, spark: SparkSession, platform: Platform, chunk: list[pa.Table], files: list[Path]) -> int:
-        rows = pa.concat_tables([STAGED.empty_table(), *chunk])
+        """Merge the rows of some files in one commit, then remove the files. Return the number of rows."""
+        rows = pa.concat_tables([PENDING_SCHEMA.empty_table(), *chunk])
         if rows.num_rows:
-            came = _newest(spark.createDataFrame(rows))
+            new = _newest_rows(spark.createDataFrame(rows))
             table = platform.table(GENERATED_CAPTIONS.name)
-            undisturbed(lambda: _merge(spark, table, came, self.key), where=table)
+            retry_on_conflict(lambda: _merge(spark, table, new, self.key), where=table)
         for path in files:
             path.unlink(missing_ok=True)
         return int(rows.num_rows)
 
 
-def of_key(key: dict[str, str]) -> Column:
-    """Whether a row of the table, known as `there`, has these values; as literals they let Delta skip files."""
+def matches_key(key: dict[str, str]) -> Column:
+    """Return the condition that a row of the table, under the alias `old`, has these values.
+
+    The values are literals, so Delta can skip files.
+    """
     condition = F.lit(True)
     for column, value in key.items():
-        condition &= F.col(f"there.{column}") == value
+        condition &= F.col(f"old.{column}") == value
     return condition
 
 
-def _newest(rows: DataFrame) -> DataFrame:
-    """One row a picture: a retried task or a second job may have written it too."""
+def _newest_rows(rows: DataFrame) -> DataFrame:
+    """Keep the newest row of each picture. A retried task or a second job may have written it more than once."""
     order = Window.partitionBy("image_id").orderBy(F.desc("captioned_at"), F.desc("source_version"), "sha256")
-    return rows.withColumn("nth", F.row_number().over(order)).filter("nth = 1").drop("nth")
+    return rows.withColumn("rank", F.row_number().over(order)).filter("rank = 1").drop("rank")
 
 
-def _merge(spark: SparkSession, name: str, came: DataFrame, key: dict[str, str]) -> None:
-    same = of_key(key) & (F.col("there.image_id") == F.col("came.image_id"))
-    columns: dict[str, str | Column] = {name: f"came.{name}" for name in GENERATED_CAPTIONS.names}
-    newer = "came.captioned_at > there.captioned_at"
-    other = f"NOT came.unchanged AND {newer} AND (there.error IS NOT NULL OR NOT (there.sha256 <=> came.sha256))"
-    table = DeltaTable.forName(spark, name).alias("there")
+def _merge(spark: SparkSession, name: str, new: DataFrame, key: dict[str, str]) -> None:
+    """Insert new captions, and update rows that had an error or whose picture changed."""
+    same_row = matches_key(key) & (F.col("old.image_id") == F.col("new.image_id"))
+    columns: dict[str, str | Column] = {name: f"new.{name}" for name in GENERATED_CAPTIONS.names}
+    is_newer = "new.captioned_at > old.captioned_at"
+    replaces = f"NOT new.unchanged AND {is_newer} AND (old.error IS NOT NULL OR NOT (old.sha256 <=> new.sha256))"
+    table = DeltaTable.forName(spark, name).alias("old")
     (
-        table.merge(came.alias("came"), same)
-        .whenMatchedUpdate(condition=other, set=columns)
+        table.merge(new.alias("new"), same_row)
+        .whenMatchedUpdate(condition=replaces, set=columns)
         .whenMatchedUpdate(
-            condition="came.source_version > there.source_version", set={"source_version": "came.source_version"}
+            condition="new.source_version > old.source_version", set={"source_version": "new.source_version"}
         )
-        .whenNotMatchedInsert(condition="NOT came.unchanged", values=columns)
+        .whenNotMatchedInsert(condition="NOT new.unchanged", values=columns)
         .execute()
     )

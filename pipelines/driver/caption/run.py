@@ -1,8 +1,9 @@
-"""Captions for the rows of a Delta table that this model version has not captioned yet.
+"""Caption job: captions for the rows of a Delta table that a model version has not captioned yet.
 
-Pictures go from the table to the executors and nowhere else. The plan is: merge what an earlier job left in files,
-count what is missing by id alone (no picture is read), stop when that is nothing, else read the missing pictures once
-and caption them into files (`executor.caption`), and merge these (`driver.staged`).
+1. Merge files that an earlier job left (`pending_files.py`).
+2. Count the rows without a caption by id only: no picture is read. Stop if there are none.
+3. Executors read the remaining pictures once and caption them into files (`pipelines.executor.caption`).
+4. Merge these files into `generated_captions`.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from pyspark.sql import functions as F
 
 from pipelines.config import LimitsConfig, short_hash
 from pipelines.driver.caption.drift import Drift
-from pipelines.driver.caption.pending_files import Staged, of_key
-from pipelines.driver.caption.source_table import Pictures, files_at, open_pictures
-from pipelines.driver.delta.executors import spark_schema, task_threads
-from pipelines.driver.delta.failures import spark_failures
-from pipelines.driver.delta.retry import undisturbed
+from pipelines.driver.caption.pending_files import PendingFiles, matches_key
+from pipelines.driver.caption.source_table import SourceTable, files_at, open_source_table
+from pipelines.driver.delta.map_in_arrow import spark_schema, task_threads
+from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.settings import bounded_batches
+from pipelines.driver.delta.spark_errors import translate_spark_errors
 from pipelines.driver.delta.tables import ensure_tables
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import StageFailed, UserError
-from pipelines.executor.caption import DONE, CaptionJob, caption_batches
-from pipelines.formats.caption_stats import Tally, total
+from pipelines.executor.caption import FILE_STATS_SCHEMA, CaptionJob, caption_batches
+from pipelines.formats.caption_stats import CaptionStats, sum_stats
 from pipelines.formats.tables import GENERATED_CAPTIONS
 from pipelines.platform import Platform
 from vlm import text
@@ -42,26 +43,28 @@ from vlm.text.prompt import prefix_ids
 
 logger = logging.getLogger(__name__)
 
-ROWS_PER_TASK = 512
+ROWS_PER_FILE = 512
+"""Rows per file of captions, and approximate rows per task."""
 
 
 class CaptionRequest(Config):
-    """What to caption, and how.
+    """Table to caption, and settings of the captions.
 
     Attributes:
         source_table: a Delta table: `table` (of the platform's own schema), `schema.table`, `catalog.schema.table`, or
             delta.`/path`.
-        source_version: of that table; None means the newest.
-        id_column: its values are unique and not null.
-        image_column: pictures, as binary or as base64 text: the column's type says which.
+        source_version: version of that table; None means the newest.
+        id_column: column of unique, non-null ids.
+        image_column: column of pictures, binary or base64 text.
         prompt: empty for a plain caption.
         where: SQL condition on the table's columns; empty for all rows.
-        settings: how to decode; None means as the model's own config says.
-        precision: what the model computes in.
-        limits: what a picture may be; one beyond becomes a row with an error.
-        retry_errors: try rows again that have an error.
-        remove_deleted: remove captions of rows that the table no longer has, of every model.
-        max_error_share: of the rows looked at now; beyond it the job fails, after everything is written.
+        settings: decoding settings; None means those of the model's config.
+        precision: number format in which the model computes.
+        limits: limits on a picture; a picture beyond them becomes a row with an error.
+        retry_errors: caption rows again that have an error.
+        remove_deleted: remove captions of rows that the table no longer has, of all models.
+        max_error_share: largest share of errors among the rows processed now. Beyond it the job fails after everything
+            is written.
     """
 
     source_table: str = "samples"
@@ -79,15 +82,18 @@ class CaptionRequest(Config):
 
 
 class CaptionReport(Config):
-    """What a captioning job did: considered = already + captioned + errors.
+    """Result of a caption job. considered = already + captioned + errors.
 
     Attributes:
-        already: rows whose picture had a caption or an error, those found in files of an earlier job included.
-        changed: of the captioned and errors, rows whose picture was another before.
-        recovered: captions in files that an earlier job had left, merged first.
-        removed: captions of rows that the table no longer has.
-        figures: of what was captioned now, as in `Tally.figures`.
-        drift: by figure, how it lies beside that of the version's evaluation; empty where they were not compared.
+        considered: rows that meet the condition.
+        already: rows that already had a caption or an error, including those in files of an earlier job.
+        captioned: rows captioned by this job.
+        errors: rows that this job could not caption.
+        changed: those of `captioned` and `errors` whose picture has changed since it was captioned before.
+        recovered: captions in files of an earlier job, which were merged first.
+        removed: captions removed because the table no longer has the row.
+        figures: figures of the rows captioned now, as in `CaptionStats.figures`.
+        drift: comparison of each figure with the version's evaluation; empty if they were not compared.
     """
 
     source_table: str
@@ -108,22 +114,23 @@ class CaptionReport(Config):
 
 
 class TooManyErrors(StageFailed):
-    """More pictures could not be captioned than `max_error_share` allows. Everything is written, as `report` says."""
+    """The share of errors exceeds `max_error_share`. All rows are written; `report` has the numbers."""
 
     def __init__(self, report: CaptionReport, max_error_share: float) -> None:
         self.report = report
-        tried = report.captioned + report.errors
+        processed = report.captioned + report.errors
         super().__init__(
             "too many pictures could not be captioned",
             where=f"{report.source_table} version {report.source_version}",
-            got=f"{report.errors} of {tried} rows ({report.errors / tried:.1%}, allowed are {max_error_share:.1%})",
-            fix="everything is written: look at `error` in generated_captions, mend the cause, and try these rows "
-            "again with --retry-errors",
+            got=f"{report.errors} of {processed} rows ({report.errors / processed:.1%}, "
+            f"allowed are {max_error_share:.1%})",
+            fix="all rows are written: read `error` in generated_captions, correct the cause, and run again with "
+            "--retry-errors",
         )
 
 
-Watch = Callable[[Callable[[], int], int], AbstractContextManager[None]]
-"""Given what counts rows done, and how many there are to do: shows it for as long as its block runs."""
+Progress = Callable[[Callable[[], int], int], AbstractContextManager[None]]
+"""Shows progress while its block runs. Arguments: a function that counts the finished rows, and the number of rows."""
 
 
 def caption(
@@ -131,42 +138,49 @@ def caption(
     platform: Platform,
     model: ModelFiles,
     request: CaptionRequest,
-    watch: Watch = lambda count, total: nullcontext(),
+    progress: Progress = lambda count, total: nullcontext(),
 ) -> CaptionReport:
-    """Caption the rows that `generated_captions` does not have for this model version and these settings.
+    """Caption the rows that have no caption of this model version and these settings in `generated_captions`.
 
-    A row whose picture has changed since is captioned again. A row whose picture cannot be used is written too, with
-    its error, and not tried again unless asked. When there is nothing to do, nothing is written.
+    A row whose picture has changed is captioned again. A row whose picture cannot be decoded is written with its error,
+    and is captioned again only with `retry_errors`. If no row is left, nothing is written.
+
+    Args:
+        spark: the session.
+        platform: platform of the tables.
+        model: the model version.
+        request: table and settings.
+        progress: shows progress while executors run.
 
     Raises:
-        UserError: no such table, version or column, a condition that is not SQL, ids that are not unique, a prompt
-            that leaves no room for a caption, or a precision that needs a library that is not installed.
-        StageFailed: Spark failed; the next job goes on where this one ended.
-        TooManyErrors: more errors than `max_error_share` allows; everything is written then.
+        UserError: no such table, version or column, a condition that is not valid SQL, ids that are not unique, a
+            prompt too long to leave space for a caption, or a precision whose library is not installed.
+        StageFailed: Spark failed. The next job continues where this one ended.
+        TooManyErrors: more errors than `max_error_share` allows. All rows are written.
     """
     started = time.monotonic()
     request.precision.require()
     _check_prompt(model, request)
     ensure_tables(spark, platform)
     columns = (request.id_column, request.image_column)
-    pictures = open_pictures(
+    source = open_source_table(
         spark, platform, request.source_table, request.source_version, columns=columns, where=request.where
     )
-    job, key = _job(spark, platform, model, request, pictures)
-    staged = Staged(job.staging, key)
-    staged.open()
-    with spark_failures("the table could not be captioned", where=pictures.name):
-        recovered = staged.merge(spark, platform)
-        todo, counts = _plan(spark, platform, pictures, key, request)
-        done = Tally()
+    job, key = _create_job(spark, platform, model, request, source)
+    pending = PendingFiles(job.output_folder, key)
+    pending.open()
+    with translate_spark_errors("the table could not be captioned", where=source.name):
+        recovered = pending.merge(spark, platform)
+        todo, counts = _find_uncaptioned_rows(spark, platform, source, key, request)
+        done = CaptionStats()
         if counts.todo:
-            with watch(staged.num_rows, counts.todo):
-                done = _run(spark, todo, counts.todo, job)
-            staged.merge(spark, platform)
-        removed = _remove_deleted(spark, platform, pictures) if request.remove_deleted else 0
+            with progress(pending.num_rows, counts.todo):
+                done = _run_executors(spark, todo, counts.todo, job)
+            pending.merge(spark, platform)
+        removed = _remove_deleted(spark, platform, source) if request.remove_deleted else 0
     report = CaptionReport(
         **key,
-        source_version=pictures.version,
+        source_version=source.version,
         considered=counts.rows,
         already=counts.rows - done.captioned - done.errors,
         captioned=done.captioned,
@@ -177,22 +191,24 @@ def caption(
         figures=done.figures(),
         seconds=time.monotonic() - started,
     )
-    return _checked(report, request)
+    if report.errors > request.max_error_share * (report.captioned + report.errors):
+        raise TooManyErrors(report, request.max_error_share)
+    return report
 
 
-def _job(
-    spark: SparkSession, platform: Platform, model: ModelFiles, request: CaptionRequest, pictures: Pictures
+def _create_job(
+    spark: SparkSession, platform: Platform, model: ModelFiles, request: CaptionRequest, source: SourceTable
 ) -> tuple[CaptionJob, dict[str, str]]:
-    """What executors are told, and what of it every row's key has."""
+    """Return the job for the executors, and the key that all of its rows share."""
     settings = request.settings or model.read_config().generation
-    told = settings.model_dump() | {"precision": request.precision}
+    decoding = settings.model_dump() | {"precision": request.precision}
     key = {
-        "source_table": pictures.name,
+        "source_table": source.name,
         "model_name": model.name,
         "model_version": model.version,
-        "settings_hash": short_hash(request.prompt, told),
+        "settings_hash": short_hash(request.prompt, decoding),
     }
-    constants = {"prompt": request.prompt, "settings": json.dumps(told), "source_version": pictures.version}
+    constants = {"prompt": request.prompt, "settings": json.dumps(decoding), "source_version": source.version}
     job = CaptionJob(
         model_folder=model.folder,
         remote=model.remote,
@@ -201,95 +217,90 @@ def _job(
         settings=settings,
         limits=request.limits,
         threads=task_threads(spark),
-        staging=(platform.folder("staged") / f"captions-{short_hash(key)}").absolute(),
-        rows=ROWS_PER_TASK,
+        output_folder=(platform.folder("staged") / f"captions-{short_hash(key)}").absolute(),
+        rows_per_file=ROWS_PER_FILE,
         constants=key | constants | {"run_id": model.run_id},
-        at=datetime.now(UTC),
+        started_at=datetime.now(UTC),
     )
     return job, key
 
 
-def _checked(report: CaptionReport, request: CaptionRequest) -> CaptionReport:
-    if report.errors > request.max_error_share * (report.captioned + report.errors):
-        raise TooManyErrors(report, request.max_error_share)
-    return report
-
-
-class Counts(NamedTuple):
-    """Rows, and rows to look at: those without a caption, and those that may have another picture now."""
+class RowCounts(NamedTuple):
+    """Number of rows, and of rows to process: those without a caption, and those whose picture may have changed."""
 
     rows: int
     todo: int
 
 
-def _plan(
-    spark: SparkSession, platform: Platform, pictures: Pictures, key: dict[str, str], request: CaptionRequest
-) -> tuple[DataFrame, Counts]:
-    """Rows to look at (image_id, image, known), and how many; counted by ids alone, so that no picture is read."""
-    table = spark.table(platform.table(GENERATED_CAPTIONS.name)).alias("there").where(of_key(key))
-    there = table.where("error IS NULL") if request.retry_errors else table
-    done = there.select("image_id", "sha256", "source_version", F.lit(True).alias("is_there"))
-    kept = _kept_files(spark, pictures, done)
-    marked = pictures.rows.join(done, "image_id", "left").join(F.broadcast(kept), ["source_version", "file"], "left")
-    same = (F.col("source_version") == pictures.version) | F.col("is_kept")
-    suspect = F.col("is_there") & ~F.coalesce(same, F.lit(False))
-    marked = marked.withColumn("suspect", F.coalesce(suspect, F.lit(False)))
+def _find_uncaptioned_rows(
+    spark: SparkSession, platform: Platform, source: SourceTable, key: dict[str, str], request: CaptionRequest
+) -> tuple[DataFrame, RowCounts]:
+    """Return the rows to process (image_id, image, known), and counts. Counting reads ids only, no pictures."""
+    table = spark.table(platform.table(GENERATED_CAPTIONS.name)).alias("old").where(matches_key(key))
+    old = table.where("error IS NULL") if request.retry_errors else table
+    done = old.select("image_id", "sha256", "source_version", F.lit(True).alias("is_done"))
+    unchanged = _unchanged_files(spark, source, done)
+    marked = source.rows.join(done, "image_id", "left").join(F.broadcast(unchanged), ["source_version", "file"], "left")
+    same = (F.col("source_version") == source.version) | F.col("is_unchanged")
+    may_differ = F.col("is_done") & ~F.coalesce(same, F.lit(False))
+    marked = marked.withColumn("may_differ", F.coalesce(may_differ, F.lit(False)))
     counts = marked.agg(
         F.count("*").alias("rows"),
         F.count("image_id").alias("ids"),
         F.countDistinct("image_id").alias("distinct"),
-        F.count_if(F.expr("is_there IS NULL OR suspect")).alias("todo"),
+        F.count_if(F.expr("is_done IS NULL OR may_differ")).alias("todo"),
     ).head()
     assert counts is not None
     if not counts["rows"] == counts["ids"] == counts["distinct"]:
         raise UserError(
-            "the ids do not tell the rows apart",
-            where=f"column {request.id_column} of table {pictures.name}",
-            got=f"{counts['rows']} rows, {counts['ids']} ids that are not null, {counts['distinct']} distinct ones",
-            fix="name a column whose values are unique, or leave rows out with a condition",
+            "the ids are not unique",
+            where=f"column {request.id_column} of table {source.name}",
+            got=f"{counts['rows']} rows, {counts['ids']} non-null ids, {counts['distinct']} distinct ids",
+            fix="name a column of unique values, or exclude rows with a condition",
         )
-    todo = marked.where("is_there IS NULL OR suspect").select("image_id", "image", F.col("sha256").alias("known"))
-    return todo, Counts(counts["rows"], counts["todo"])
+    todo = marked.where("is_done IS NULL OR may_differ").select("image_id", "image", F.col("sha256").alias("known"))
+    return todo, RowCounts(counts["rows"], counts["todo"])
 
 
-def _kept_files(spark: SparkSession, pictures: Pictures, done: DataFrame) -> DataFrame:
-    """Columns source_version, file, is_kept: files that the table has now and had at the versions captioned before."""
-    seen = [row[0] for row in done.select("source_version").distinct().collect() if row[0] != pictures.version]
-    now = files_at(spark, pictures.name, pictures.version) if seen else set()
-    pairs = [(version, file, True) for version in seen for file in now & files_at(spark, pictures.name, version)]
-    return spark.createDataFrame(pairs, "source_version BIGINT, file STRING, is_kept BOOLEAN")
+def _unchanged_files(spark: SparkSession, source: SourceTable, done: DataFrame) -> DataFrame:
+    """Return the data files that the table has now and had at a version captioned before: columns source_version, file,
+    is_unchanged."""
+    earlier = [row[0] for row in done.select("source_version").distinct().collect() if row[0] != source.version]
+    now = files_at(spark, source.name, source.version) if earlier else set()
+    pairs = [(version, file, True) for version in earlier for file in now & files_at(spark, source.name, version)]
+    return spark.createDataFrame(pairs, "source_version BIGINT, file STRING, is_unchanged BOOLEAN")
 
 
-def _run(spark: SparkSession, todo: DataFrame, rows: int, job: CaptionJob) -> Tally:
-    """Caption the rows into files; returns what they count for."""
-    # A small table is one file and would be one task: spread it. By id, so that a retried task gets the same rows.
-    # In whole rounds: three tasks on two cores take as long as four.
+def _run_executors(spark: SparkSession, todo: DataFrame, rows: int, job: CaptionJob) -> CaptionStats:
+    """Caption the rows into files on executors. Return the statistics of the rows."""
+    # Repartition, because a small table is one file and would be one task. By id, so that a retried task gets the same
+    # rows. The number of tasks is a multiple of the cores: three tasks on two cores take as long as four.
     cores = spark.sparkContext.defaultParallelism
-    tasks = cores * -(-rows // (job.rows * cores))
+    tasks = cores * -(-rows // (job.rows_per_file * cores))
     with bounded_batches(spark):
         written = (
             todo.repartition(min(tasks, rows), "image_id")
-            .mapInArrow(partial(caption_batches, job), spark_schema(DONE))
+            .mapInArrow(partial(caption_batches, job), spark_schema(FILE_STATS_SCHEMA))
             .collect()
         )
-    return total(Tally.model_validate_json(row["tally"]) for row in written)
+    return sum_stats(CaptionStats.model_validate_json(row["stats"]) for row in written)
 
 
-def _remove_deleted(spark: SparkSession, platform: Platform, pictures: Pictures) -> int:
-    """Remove captions of rows that the table does not have; returns how many."""
+def _remove_deleted(spark: SparkSession, platform: Platform, source: SourceTable) -> int:
+    """Remove captions of rows that the table no longer has. Return the number removed."""
     name = platform.table(GENERATED_CAPTIONS.name)
-    gone = of_key({"source_table": pictures.name})
+    of_table = matches_key({"source_table": source.name})
     merge = (
         DeltaTable.forName(spark, name)
-        .alias("there")
-        .merge(pictures.ids.alias("came"), gone & (F.col("there.image_id") == F.col("came.image_id")))
-        .whenNotMatchedBySourceDelete(condition=gone)
+        .alias("old")
+        .merge(source.ids.alias("new"), of_table & (F.col("old.image_id") == F.col("new.image_id")))
+        .whenNotMatchedBySourceDelete(condition=of_table)
     )
-    return undisturbed(lambda: int(merge.execute().collect()[0]["num_deleted_rows"]), where=name)
+    return retry_on_conflict(lambda: int(merge.execute().collect()[0]["num_deleted_rows"]), where=name)
 
 
 def _check_prompt(model: ModelFiles, request: CaptionRequest) -> None:
-    """Refuse here what every executor would refuse."""
+    """Raise UserError if the prompt is too long, before executors start."""
     config = model.read_config()
     settings = request.settings or config.generation
     prefix = prefix_ids(text.load(model.folder / "tokenizer.json"), config.num_slots, request.prompt)
@@ -297,6 +308,6 @@ def _check_prompt(model: ModelFiles, request: CaptionRequest) -> None:
         raise UserError(
             "the prompt leaves no room for a caption",
             where=f"model {model.name} version {model.version}",
-            got=f"{len(prefix)} places for picture and prompt, and max_new_tokens {settings.max_new_tokens}",
+            got=f"{len(prefix)} positions for picture and prompt, and max_new_tokens {settings.max_new_tokens}",
             fix=f"shorten the prompt or lower max_new_tokens: the context is {config.decoder.context}",
         )

@@ -1,4 +1,4 @@
-"""Any Delta table with an id and a picture column, as rows to caption: pinned to a version, and checked."""
+"""Source table of a caption job: any Delta table with an id and a picture column, validated and pinned to a version."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import BinaryType, StringType
 
-from pipelines.driver.delta.failures import filtered
+from pipelines.driver.delta.spark_errors import filter_rows
 from pipelines.errors import UserError
 from pipelines.platform import Platform
 from vlm.errors import did_you_mean
@@ -19,14 +19,15 @@ TABLE_NAME = re.compile(r"([A-Za-z_]\w*\.){0,2}[A-Za-z_]\w*|delta\.`[^`]+`")
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Rows of a table at a version.
+class SourceTable:
+    """A table at one version.
 
     Attributes:
         name: full name of the table.
-        version: of the table.
-        rows: columns image_id (string), image (binary, or base64 text) and file (name of the data file it lies in).
-        ids: column image_id of the whole table, whatever condition `rows` has.
+        version: version of the table.
+        rows: rows that meet the request's condition: image_id (string), image (binary, or base64 text) and file (name
+            of the row's data file).
+        ids: column image_id of all rows of the table.
     """
 
     name: str
@@ -35,25 +36,26 @@ class Pictures:
     ids: DataFrame
 
 
-def open_pictures(
+def open_source_table(
     spark: SparkSession, platform: Platform, table: str, version: int | None, *, columns: tuple[str, str], where: str
-) -> Pictures:
-    """The rows that a request means.
+) -> SourceTable:
+    """Open the table that a request names, and check its columns.
 
     Args:
         spark: the session.
-        platform: where a table without a schema is.
-        table: its name.
-        version: of it; None means the newest.
-        columns: with ids, and with pictures.
-        where: SQL condition; empty for all rows.
+        platform: its schema holds a table that is named without a schema.
+        table: name of the table.
+        version: version of the table; None means the newest.
+        columns: names of the id column and of the picture column.
+        where: SQL condition on the rows; empty for all rows.
 
     Raises:
-        UserError: no such table, version or column, no pictures in it, or a condition that is not SQL.
+        UserError: no such table, version or column, the column's type cannot hold pictures, or the condition is not
+            valid SQL.
     """
     if not TABLE_NAME.fullmatch(table):
         raise UserError(
-            "this is not a table name",
+            "not a table name",
             where="the table to caption",
             got=table,
             fix="name it as table, schema.table, catalog.schema.table, or delta.`/path`",
@@ -79,14 +81,14 @@ def open_pictures(
         )
     identity = frame[identity_column].cast("string").alias("image_id")
     file = F.col("_metadata.file_name").alias("file")
-    rows = filtered(frame, where, where=f"table {name}").select(identity, frame[image].alias("image"), file)
-    return Pictures(name, pinned, rows, frame.select(identity))
+    rows = filter_rows(frame, where, where=f"table {name}").select(identity, frame[image].alias("image"), file)
+    return SourceTable(name, pinned, rows, frame.select(identity))
 
 
 def files_at(spark: SparkSession, name: str, version: int) -> set[str]:
-    """Names of a table's data files at a version; none where Delta has forgotten that version.
+    """Return the names of a table's data files at a version; none if Delta no longer has that version.
 
-    Delta never changes a file: a row that lies in the same file at two versions is the same row.
+    Delta never changes a data file: a row that is in the same file at two versions is unchanged.
     """
     try:
         found = spark.read.option("versionAsOf", version).table(name).inputFiles()
@@ -95,8 +97,8 @@ def files_at(spark: SparkSession, name: str, version: int) -> set[str]:
     return {path.rpartition("/")[2] for path in found}
 
 
-def _read(spark: SparkSession, platform: Platform, name: str, wanted: int | None) -> tuple[int, DataFrame]:
-    """The table's version and rows: the version wanted, or the newest, pinned, so that a job sees one state."""
+def _read(spark: SparkSession, platform: Platform, name: str, version: int | None) -> tuple[int, DataFrame]:
+    """Read the table at a version, or at the newest, which is then pinned. Return the version and the rows."""
     try:
         newest = spark.sql(f"DESCRIBE HISTORY {name} LIMIT 1").head()
     except AnalysisException as error:
@@ -110,12 +112,12 @@ def _read(spark: SparkSession, platform: Platform, name: str, wanted: int | None
             fix=f"choose one of {', '.join(tables)}{did_you_mean(name, tables)}",
         ) from None
     assert newest is not None
-    version = int(newest["version"]) if wanted is None else wanted
+    pinned = int(newest["version"]) if version is None else version
     try:
-        return version, spark.read.option("versionAsOf", version).table(name)
+        return pinned, spark.read.option("versionAsOf", pinned).table(name)
     except AnalysisException as error:
         raise UserError(
-            f"table {name} cannot be read at version {version}",
+            f"table {name} cannot be read at version {pinned}",
             where=name,
             got=_first_line(error),
             fix=f"the newest version is {newest['version']}; DESCRIBE HISTORY lists them",

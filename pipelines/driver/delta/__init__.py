@@ -1,4 +1,5 @@
-"""What every stage asks of Delta: tables, their versions, retries, Spark settings, and `maintain`.
+"""Delta tables and Spark, as every stage of the driver uses them.
 
-Start reading in `tables.py`. May import pyspark and delta; never torch or MLflow, and no stage of the driver.
+`tables.py` creates and upgrades tables, `retry.py` retries a write that conflicts with another writer, `versions.py`
+finds the version to pin, `maintain.py` compacts and vacuums. Imports pyspark and delta; never torch or MLflow.
 """

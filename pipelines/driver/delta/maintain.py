@@ -1,9 +1,8 @@
-"""Maintain: what every Delta table wants now and then. Columns and checks of this version, fewer and larger files, and
-files that no reader needs any more taken off the disk.
+"""Maintenance of the Delta tables: missing columns and constraints, compaction (OPTIMIZE) and VACUUM.
 
-Nothing here changes a row, and every commit is one of `session.UPKEEP`: shards that are pinned to a version stay found.
-Beside a stage that writes at the same time, either its commit or ours is refused by Delta; ours is tried again, and at
-last left to the next time.
+Maintenance changes no row: every commit is one of `versions.MAINTENANCE_OPERATIONS`, so shards that are pinned to a
+version stay valid. A stage that writes at the same time may conflict with OPTIMIZE. OPTIMIZE is tried three times, then
+skipped until the next run.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from collections.abc import Mapping
 from pyspark.sql import Row, SparkSession
 from pyspark.sql import functions as F
 
-from pipelines.driver.delta.failures import spark_failures
 from pipelines.driver.delta.retry import CONFLICTS
-from pipelines.driver.delta.settings import logged_vacuum, stored_as_they_are
+from pipelines.driver.delta.settings import uncompressed_parquet, vacuum_logging
+from pipelines.driver.delta.spark_errors import translate_spark_errors
 from pipelines.driver.delta.tables import add_checks, ensure_tables
 from pipelines.errors import UserError
 from pipelines.formats.tables import TABLES
@@ -27,22 +26,22 @@ from vlm.config import Config
 logger = logging.getLogger(__name__)
 
 MIN_RETAIN_HOURS = 168
-"""A week: Delta's own bound. A caption job or an evaluation that began before may still read the files."""
+"""One week, Delta's own minimum: a running caption job or evaluation may still read older files."""
 ATTEMPTS = 3
 
 
-class TableUpkeep(Config):
-    """What was done to one table.
+class TableMaintenance(Config):
+    """Maintenance of one table.
 
     Attributes:
-        table: its full name.
-        checks_added: constraints that it lacked.
-        rewritten: files that were put together.
-        written: files that hold their rows now.
-        removed: files that no version within the retention needs, taken off the disk.
-        files: of the newest version, afterwards.
-        bytes: of these files.
-        postponed: why it was left to the next time; null when it was not.
+        table: full name of the table.
+        checks_added: names of the constraints that were missing.
+        rewritten: small files that OPTIMIZE replaced.
+        written: larger files that OPTIMIZE wrote.
+        removed: files that VACUUM deleted: no version within the retention uses them.
+        files: number of files of the newest version afterwards.
+        bytes: size of these files.
+        postponed: why maintenance was skipped until the next run; None if it was not.
     """
 
     table: str
@@ -56,66 +55,67 @@ class TableUpkeep(Config):
 
 
 class MaintainReport(Config):
-    """What was done to every table, and in how many seconds."""
+    """Maintenance of every table, and its duration in seconds."""
 
-    tables: tuple[TableUpkeep, ...]
+    tables: tuple[TableMaintenance, ...]
     seconds: float
 
 
 def maintain(spark: SparkSession, platform: Platform, retain_hours: int = MIN_RETAIN_HOURS) -> MaintainReport:
-    """Bring every table into order.
+    """Upgrade, compact and vacuum every table.
 
     Args:
         spark: the session.
-        platform: where the tables are.
-        retain_hours: files that versions of the last so many hours need stay.
+        platform: platform of the tables.
+        retain_hours: VACUUM keeps files that versions of the last `retain_hours` hours use.
 
     Raises:
-        UserError: fewer hours than readers may need. StageFailed: Spark failed.
+        UserError: `retain_hours` is below MIN_RETAIN_HOURS.
+        StageFailed: Spark failed.
     """
     if retain_hours < MIN_RETAIN_HOURS:
         raise UserError(
-            "files may not be removed so soon",
+            "the retention is too short",
             where="--retain-hours",
             got=f"{retain_hours}",
-            fix=f"at least {MIN_RETAIN_HOURS}: whoever reads an older version now would lose its files",
+            fix=f"at least {MIN_RETAIN_HOURS}: a job that reads an older version now would lose its files",
         )
     started = time.monotonic()
     ensure_tables(spark, platform)
-    done = []
+    maintained = []
     for table in TABLES:
         name = platform.table(table.name)
-        with spark_failures("a table could not be maintained", where=name), stored_as_they_are(spark):
-            done.append(_maintained(spark, name, table.checks, retain_hours))
-    return MaintainReport(tables=tuple(done), seconds=round(time.monotonic() - started, 3))
+        with translate_spark_errors("a table could not be maintained", where=name), uncompressed_parquet(spark):
+            maintained.append(_maintain_table(spark, name, table.checks, retain_hours))
+    return MaintainReport(tables=tuple(maintained), seconds=round(time.monotonic() - started, 3))
 
 
-def _maintained(spark: SparkSession, name: str, checks: Mapping[str, str], retain_hours: int) -> TableUpkeep:
+def _maintain_table(spark: SparkSession, name: str, checks: Mapping[str, str], retain_hours: int) -> TableMaintenance:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             added = add_checks(spark, name, checks)
-            packed = spark.sql(f"OPTIMIZE {name}").collect()[0]["metrics"]
+            optimized = spark.sql(f"OPTIMIZE {name}").collect()[0]["metrics"]
             break
         except CONFLICTS as error:
-            logger.info("%s is being written to (attempt %d of %d)", name, attempt, ATTEMPTS)
+            logger.info("%s: conflict with another writer, attempt %d of %d", name, attempt, ATTEMPTS)
             if attempt == ATTEMPTS:
-                return TableUpkeep(table=name, postponed=str(error).partition("\n")[0][:300])
-    with logged_vacuum(spark):
+                return TableMaintenance(table=name, postponed=str(error).partition("\n")[0][:300])
+    with vacuum_logging(spark):
         spark.sql(f"VACUUM {name} RETAIN {retain_hours} HOURS").collect()
     detail: Row = spark.sql(f"DESCRIBE DETAIL {name}").collect()[0]
-    return TableUpkeep(
+    return TableMaintenance(
         table=name,
         checks_added=added,
-        rewritten=packed["numFilesRemoved"],
-        written=packed["numFilesAdded"],
-        removed=_removed(spark, name),
+        rewritten=optimized["numFilesRemoved"],
+        written=optimized["numFilesAdded"],
+        removed=_count_removed(spark, name),
         files=detail["numFiles"],
         bytes=detail["sizeInBytes"],
     )
 
 
-def _removed(spark: SparkSession, name: str) -> int:
-    """Files that the last VACUUM took off the disk: it says so in its commit."""
+def _count_removed(spark: SparkSession, name: str) -> int:
+    """Return how many files the last VACUUM deleted, from its commit in the history."""
     ended = spark.sql(f"DESCRIBE HISTORY {name} LIMIT 5").filter(F.col("operation") == "VACUUM END")
     commits = ended.orderBy(F.desc("version")).select("operationMetrics").collect()
     return int(commits[0]["operationMetrics"]["numDeletedFiles"]) if commits else 0

@@ -1,4 +1,4 @@
-"""Several writers of one Delta table: whoever meets another's commit half-way has written nothing, and tries again."""
+"""Retry of Delta writes that lose a race to another writer (optimistic concurrency)."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-class Overtaken(Exception):
-    """Another writer committed after this one had made its plan; nothing was written."""
+class WriteConflict(Exception):
+    """Another writer committed after this one planned its write. Nothing was written."""
 
 
 CONFLICTS = (
-    Overtaken,
+    WriteConflict,
     ConcurrentAppendException,
     ConcurrentDeleteDeleteException,
     ConcurrentDeleteReadException,
@@ -39,32 +39,31 @@ CONFLICTS = (
     MetadataChangedException,
     ProtocolChangedException,
 )
-"""Another writer was faster; nothing was written. Delta gives them no common class."""
-TRIES = 12
+"""Errors after which nothing was written because another writer committed first. Delta gives them no common class."""
+MAX_ATTEMPTS = 12
 
 
-def undisturbed(act: Callable[[], Result], where: str = "the tables it writes") -> Result:
-    """What `act` returns once no other writer comes between.
+def retry_on_conflict(write: Callable[[], Result], where: str = "the tables it writes") -> Result:
+    """Call `write` until it does not conflict with another writer, at most MAX_ATTEMPTS times. Return its result.
 
     Args:
-        act: writes, all or nothing.
-        where: the table.
+        write: writes everything in one commit, or nothing.
+        where: the table, for the error message.
 
     Raises:
-        StageFailed: others were faster time and again.
+        StageFailed: every attempt conflicted.
     """
-    for number in range(1, TRIES):
+    for attempt in range(1, MAX_ATTEMPTS + 1):
         try:
-            return act()
-        except CONFLICTS as conflict:
-            logger.info("another writer was faster (%s): try %d of %d", type(conflict).__name__, number + 1, TRIES)
-            time.sleep(random.uniform(0, 0.5 * number))  # noqa: S311 (it parts those that met)
-    try:
-        return act()
-    except CONFLICTS as conflict:
-        raise StageFailed(
-            f"other writers were faster {TRIES} times",
-            where=where,
-            got=f"{type(conflict).__name__}: {conflict}"[:500],
-            fix="run it again when fewer of them run at the same time: what is there is not doubled",
-        ) from conflict
+            return write()
+        except CONFLICTS as error:
+            conflict = error
+            logger.info("write conflict (%s), attempt %d of %d", type(error).__name__, attempt, MAX_ATTEMPTS)
+            if attempt < MAX_ATTEMPTS:
+                time.sleep(random.uniform(0, 0.5 * attempt))  # noqa: S311 (jitter, so that writers do not meet again)
+    raise StageFailed(
+        f"the write conflicted with other writers {MAX_ATTEMPTS} times",
+        where=where,
+        got=f"{type(conflict).__name__}: {conflict}"[:500],
+        fix="run it again when fewer writers run at the same time: finished work is kept and no row is duplicated",
+    ) from conflict

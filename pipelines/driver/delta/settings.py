@@ -1,4 +1,4 @@
-"""Spark settings that hold while a block runs, and are put back after it."""
+"""Context managers that change Spark settings for the duration of a block."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ MAX_BATCH_ROWS = 32
 
 @contextmanager
 def spark_settings(spark: SparkSession, values: dict[str, str]) -> Iterator[None]:
-    """Set Spark settings while the block runs, and put back what they were."""
-    before = {key: spark.conf.get(key, None) for key in values}
+    """Set Spark settings while the block runs, then restore the previous values."""
+    previous = {key: spark.conf.get(key, None) for key in values}
     for key, value in values.items():
         spark.conf.set(key, value)
     try:
         yield
     finally:
-        for key, earlier in before.items():
-            if earlier is None:
+        for key, previous_value in previous.items():
+            if previous_value is None:
                 spark.conf.unset(key)
             else:
-                spark.conf.set(key, earlier)
+                spark.conf.set(key, previous_value)
 
 
 @contextmanager
 def bounded_batches(spark: SparkSession) -> Iterator[None]:
-    """Bound the batches that queries run inside read from Parquet, and the Arrow batches that Python workers receive.
+    """Limit the size of Parquet and Arrow batches of queries that run in the block.
 
-    Spark's default of 10,000 rows is 17 GB of megapixel pictures. Spark 4.1 and later also obey the bound in bytes;
-    4.0 knows only the bound in rows, which is therefore small: 32 rows of the largest usual pictures are 50 MB.
+    Spark's default of 10,000 rows is 17 GB of megapixel pictures. Spark 4.1 and later also apply the limit in bytes.
+    Spark 4.0 has only the limit in rows, so it is small: 32 of the largest usual pictures are 50 MB.
     """
     with spark_settings(
         spark,
@@ -46,10 +46,10 @@ def bounded_batches(spark: SparkSession) -> Iterator[None]:
 
 
 @contextmanager
-def stored_as_they_are(spark: SparkSession) -> Iterator[None]:
-    """Write pictures and payloads inside without compressing them again, or looking for two that are the same.
+def uncompressed_parquet(spark: SparkSession) -> Iterator[None]:
+    """Write Parquet files in the block without compression, and pictures and payloads without dictionary encoding.
 
-    A row of 50 MB would be copied for each.
+    Pictures are compressed already, and each encoding step would copy a row of up to 50 MB.
     """
     settings = {"spark.sql.parquet.compression.codec": "uncompressed"}
     with spark_settings(
@@ -59,7 +59,7 @@ def stored_as_they_are(spark: SparkSession) -> Iterator[None]:
 
 
 @contextmanager
-def logged_vacuum(spark: SparkSession) -> Iterator[None]:
-    """Have VACUUM say in the table's history what it did."""
+def vacuum_logging(spark: SparkSession) -> Iterator[None]:
+    """Make VACUUM commands in the block log their metrics in the table's history."""
     with spark_settings(spark, {"spark.databricks.delta.vacuum.logging.enabled": "true"}):
         yield

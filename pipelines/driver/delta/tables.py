@@ -1,7 +1,4 @@
-"""The project's Delta tables: created where they are missing, and brought up to date where they are old.
-
-The session itself comes from `Platform.open_spark`; nothing here starts one.
-"""
+"""Creation and schema upgrade of the project's Delta tables. Sessions come from `Platform.open_spark`."""
 
 from __future__ import annotations
 
@@ -19,17 +16,17 @@ from pipelines.platform import Platform
 
 logger = logging.getLogger(__name__)
 
-CHECK = "delta.constraints."
-"""What the property of a table begins with that holds a check."""
+CONSTRAINT_PREFIX = "delta.constraints."
+"""Prefix of the table properties in which Delta stores CHECK constraints."""
 
-CREATED_IN = 10
-"""Seconds from the folder of a table's log to its first commit, at most."""
+CREATION_TIMEOUT_S = 10
+"""Seconds after which a Delta log without a commit counts as left over by a killed process."""
 
 
 def ensure_tables(spark: SparkSession, platform: Platform) -> None:
-    """Create the Delta tables that do not exist yet, and give those of an earlier version the columns that they lack.
+    """Create the Delta tables that do not exist, and add missing columns to those of an earlier version.
 
-    A laptop's catalog lives in memory: there, tables that an earlier process wrote are registered again, as they are.
+    The catalog of the local platform is in memory, so tables that an earlier process wrote are registered again.
     """
     if platform.tables is not None:
         spark.sql(f"CREATE SCHEMA IF NOT EXISTS {platform.namespace} LOCATION {_quoted(platform.tables)}")
@@ -38,11 +35,11 @@ def ensure_tables(spark: SparkSession, platform: Platform) -> None:
 
 
 def ensure_table(spark: SparkSession, platform: Platform, table: Table) -> None:
-    """Create one table, or bring it up to date, as `ensure_tables` does."""
+    """Create one table or add its missing columns, as `ensure_tables` does."""
     name, folder = platform.table(table.name), platform.tables and platform.tables / table.name
     if not spark.catalog.tableExists(name):
         location = f" LOCATION {_quoted(folder)}" if folder else ""
-        if folder and _is_written(folder):
+        if folder and _has_commits(folder):
             spark.sql(f"CREATE TABLE IF NOT EXISTS {name} USING DELTA{location}")
         else:
             spark.sql(_create(name, table, location))
@@ -52,28 +49,28 @@ def ensure_table(spark: SparkSession, platform: Platform, table: Table) -> None:
 
 
 def add_checks(spark: SparkSession, name: str, checks: Mapping[str, str]) -> tuple[str, ...]:
-    """Have Delta demand of every row what it does not yet; the names of these checks."""
+    """Add the CHECK constraints that a table lacks. Return the names of those added."""
     properties = spark.sql(f"SHOW TBLPROPERTIES {name}").collect() if checks else []
-    there = {row["key"].removeprefix(CHECK) for row in properties}
-    lacking = tuple(check for check in checks if check not in there)
-    for check in lacking:
+    existing = {row["key"].removeprefix(CONSTRAINT_PREFIX) for row in properties}
+    missing = tuple(check for check in checks if check not in existing)
+    for check in missing:
         spark.sql(f"ALTER TABLE {name} ADD CONSTRAINT {check} CHECK ({checks[check]})")
-    return lacking
+    return missing
 
 
 def add_columns(spark: SparkSession, platform: Platform, table: Table) -> None:
-    """Add the columns that a table of an earlier version lacks. Such columns are nullable."""
+    """Add the columns that a table of an earlier version lacks, as nullable columns."""
     name = platform.table(table.name)
-    there = set(spark.table(name).columns)
-    further = [column.ddl() for column in table.columns if column.name not in there]
-    if further:
-        spark.sql(f"ALTER TABLE {name} ADD COLUMNS ({', '.join(further)})")
+    existing = set(spark.table(name).columns)
+    missing = [column.ddl() for column in table.columns if column.name not in existing]
+    if missing:
+        spark.sql(f"ALTER TABLE {name} ADD COLUMNS ({', '.join(missing)})")
 
 
 def _create(name: str, table: Table, location: str) -> str:
     clustered = f" CLUSTER BY ({', '.join(table.cluster_by)})" if table.cluster_by else ""
-    # A plain folder's table has its checks from its first commit on. A catalog may demand a statement for each.
-    checks = {f"{CHECK}{check}": table.checks[check] for check in table.checks if location}
+    # A table in a folder gets its constraints with its first commit. A catalog may require one statement for each.
+    checks = {f"{CONSTRAINT_PREFIX}{check}": table.checks[check] for check in table.checks if location}
     properties = ", ".join(f"'{key}' = {_quoted(value)}" for key, value in (table.properties | checks).items())
     return (
         f"CREATE TABLE IF NOT EXISTS {name} ({table.ddl()}) USING DELTA{location} "
@@ -81,19 +78,19 @@ def _create(name: str, table: Table, location: str) -> str:
     )
 
 
-def _is_written(folder: Path) -> bool:
-    """Whether a folder holds a Delta table.
+def _has_commits(folder: Path) -> bool:
+    """Return whether a folder holds a Delta table with at least one commit.
 
-    A log without a commit is either another process's that creates the table just now, which is waited for, or what was
-    left when one was killed at it: Delta would take neither table nor empty folder for it, so it is removed.
+    A log folder without a commit has two causes. Another process may be creating the table: wait for its first commit.
+    Or a process was killed while creating it: remove the log folder, because Delta fails on it.
     """
     log = folder / "_delta_log"
     while log.is_dir():
         if any(log.glob("[0-9]*.json")) or any(log.glob("[0-9]*.parquet")):
             return True
-        with suppress(FileNotFoundError):  # another process has removed it meanwhile
-            if time.time() - log.stat().st_mtime > CREATED_IN:
-                logger.warning("removing %s: it was begun %s seconds ago or more, and has no commit", log, CREATED_IN)
+        with suppress(FileNotFoundError):  # another process removed it
+            if time.time() - log.stat().st_mtime > CREATION_TIMEOUT_S:
+                logger.warning("removing %s: it is at least %s seconds old and has no commit", log, CREATION_TIMEOUT_S)
                 shutil.rmtree(log)
             else:
                 time.sleep(0.1)
@@ -106,5 +103,5 @@ def _quoted(value: Path | str) -> str:
 
 
 def table_id(spark: SparkSession, platform: Platform, table: Table) -> str:
-    """Delta's own id of a table: a table dropped and created again has another."""
+    """Return Delta's own id of a table. It changes when a table is dropped and created again."""
     return str(spark.sql(f"DESCRIBE DETAIL {platform.table(table.name)}").head()["id"])  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""Versions of a table: which commit last changed the rows of a source, and writes that a newer commit makes void."""
+"""Versions of a table that many sources share: the last change of a source, and writes that a newer change cancels."""
 
 from __future__ import annotations
 
@@ -12,66 +12,76 @@ from pipelines.driver.delta.settings import spark_settings
 from pipelines.formats.tables import SAMPLES, Table
 from pipelines.platform import Platform
 
-NOTE = "lakesight ingest "
+NOTE_PREFIX = "lakesight ingest "
 NOTE_CONF = "spark.databricks.delta.commitInfo.userMetadata"
 TXN_CONF = "spark.databricks.delta.write.txn"
 
-UPKEEP = frozenset(
+MAINTENANCE_OPERATIONS = frozenset(
     {
         *("OPTIMIZE", "VACUUM START", "VACUUM END", "CLUSTER BY", "ADD COLUMNS", "ADD CONSTRAINT", "DROP CONSTRAINT"),
         *("SET TBLPROPERTIES", "UNSET TBLPROPERTIES"),
     }
 )
-"""Commits that change no row."""
+"""Operations whose commits change no row."""
 
 
-class Versions(NamedTuple):
-    """Versions of a table: the newest, and the last that changed a row of a source (of `samples`: dataset_version)."""
+class TableVersions(NamedTuple):
+    """Versions of a table for one source.
+
+    Attributes:
+        newest: latest version of the table.
+        last_change: latest version that changed a row of the source; of `samples`, its dataset_version.
+    """
 
     newest: int
-    changed: int
+    last_change: int
 
 
-def versions(spark: SparkSession, platform: Platform, source: str, table: Table = SAMPLES) -> Versions:
-    """Where `samples` is, and the version to pin a source to; or another table that all sources share.
+def read_versions(spark: SparkSession, platform: Platform, source: str, table: Table = SAMPLES) -> TableVersions:
+    """Read the newest version of a table, and the version to pin a source to.
 
-    All sources share one table, so its newest version moves when any of them is ingested; a pin to that would make
-    every source's shards stale. Each ingest notes its source in its commit (`commit_note`), and this walks back over
-    the commits of other sources and over upkeep. A commit without a note (a DELETE by hand) counts as a change, and so
-    does the oldest commit once Delta has expired those before it: the pin may be later than need be, never earlier
-    than right. Both come from one look at the history, so rows of `source` at `newest` are those at `changed`.
+    All sources share one table. Its newest version grows when any source is ingested, so a pin to it would make every
+    source's shards stale. Each ingest writes its source into its commit (`commit_note`); commits of other sources and
+    maintenance commits are skipped. A commit without a note, such as a DELETE by hand, counts as a change. So does the
+    oldest commit that Delta still keeps: the pin may be later than necessary, never too early.
+
+    Both versions come from one read of the history, so rows of `source` are equal at `newest` and at `last_change`.
     """
     history = spark.sql(f"DESCRIBE HISTORY {platform.table(table.name)}")
     commits = history.select("version", "operation", "userMetadata").collect()
     commits.sort(key=lambda commit: commit["version"], reverse=True)
     changed = (
-        c["version"] for c in commits if c["operation"] not in UPKEEP and _may_concern(source, c["userMetadata"])
+        c["version"]
+        for c in commits
+        if c["operation"] not in MAINTENANCE_OPERATIONS and _may_change(source, c["userMetadata"])
     )
-    return Versions(commits[0]["version"], next(changed, commits[-1]["version"]))
+    return TableVersions(commits[0]["version"], next(changed, commits[-1]["version"]))
 
 
-def _may_concern(source: str, note: str | None) -> bool:
-    return note is None or not note.startswith(NOTE) or note == note_of(source)
+def _may_change(source: str, note: str | None) -> bool:
+    """Return whether a commit with this note may have changed rows of `source`."""
+    return note is None or not note.startswith(NOTE_PREFIX) or note == source_note(source)
 
 
-def note_of(source: str) -> str:
-    """What a commit that changes rows of `source`, and of no other, says in its user metadata."""
-    return f"{NOTE}{source}"
+def source_note(source: str) -> str:
+    """Return the user metadata of a commit that changes rows of `source` only."""
+    return f"{NOTE_PREFIX}{source}"
 
 
 @contextmanager
 def commit_note(spark: SparkSession, note: str) -> Iterator[None]:
-    """Write `note` into the user metadata of the Delta commits made inside."""
+    """Write `note` into the user metadata of Delta commits made in the block."""
     with spark_settings(spark, {NOTE_CONF: note}):
         yield
 
 
 @contextmanager
-def since(spark: SparkSession, source: str, version: int) -> Iterator[None]:
-    """Have Delta skip a write inside if a commit of `source` came after `version`, the last to change it when planned.
+def skip_if_changed_since(spark: SparkSession, source: str, version: int) -> Iterator[None]:
+    """Make Delta skip a write in the block if another such write to `source` was planned at `version` or later.
 
-    Delta notes a number for the source with each such commit, and skips a write whose number is not above the one that
-    is noted. Writers that planned at the same version have the same number: the first of them commits.
+    Uses Delta's idempotent writes (txnAppId, txnVersion). The application is the source. The transaction version is
+    `version`: the last change of the source when the write was planned. Delta skips a write whose transaction version
+    is not above the last one committed. Of two writers that planned at the same version, the first commits.
     """
-    with spark_settings(spark, {f"{TXN_CONF}AppId": note_of(source), f"{TXN_CONF}Version": str(version)}):
+    with spark_settings(spark, {f"{TXN_CONF}AppId": source_note(source), f"{TXN_CONF}Version": str(version)}):
         yield

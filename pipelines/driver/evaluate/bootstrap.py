@@ -10,7 +10,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pipelines.driver.evaluate.metrics import Floats, Metric, Scored, baseline_metrics, captioned, model_metrics, ratio
+from pipelines.driver.evaluate.metrics import (
+    Floats,
+    Metric,
+    ScoredRow,
+    baseline_metrics,
+    captioned,
+    model_metrics,
+    ratio,
+)
 from vlm.config import Config
 
 RESAMPLES = 200
@@ -27,7 +35,7 @@ class Interval(Config):
     high: float
 
 
-def draw_weights(scored: Sequence[Scored], *, seed: int = 0) -> Floats:
+def draw_weights(scored: Sequence[ScoredRow], *, seed: int = 0) -> Floats:
     """How often each row counts, (RESAMPLES + 1, rows): once each, then as its picture is drawn with replacement."""
     pictures = np.unique([item.row for item in scored], return_inverse=True)[1]
     count = int(pictures.max()) + 1
@@ -42,7 +50,7 @@ def interval_of(values_S: Floats) -> Interval:
 
 
 def measure(
-    scored: Sequence[Scored], *, further: Mapping[str, Metric] | None = None, seed: int = 0
+    scored: Sequence[ScoredRow], *, further: Mapping[str, Metric] | None = None, seed: int = 0
 ) -> dict[str, Interval]:
     """All metrics of a split: `error_share`, and of the captioned rows those of the model and of the baselines.
 
@@ -59,7 +67,7 @@ def measure(
     return metrics | {"error_share": interval_of(failed(draw_weights(scored, seed=seed)))}
 
 
-def paired(one: Sequence[Scored], other: Sequence[Scored]) -> tuple[list[Scored], list[Scored]]:
+def paired(one: Sequence[ScoredRow], other: Sequence[ScoredRow]) -> tuple[list[ScoredRow], list[ScoredRow]]:
     """The rows that both captioned, in the same order."""
     second = {item.key: item for item in captioned(other)}
     shared = sorted((item for item in captioned(one) if item.key in second), key=lambda item: item.key)
@@ -67,7 +75,7 @@ def paired(one: Sequence[Scored], other: Sequence[Scored]) -> tuple[list[Scored]
 
 
 def differences(
-    one: Sequence[Scored], other: Sequence[Scored], *, names: Sequence[str] = (), seed: int = 0
+    one: Sequence[ScoredRow], other: Sequence[ScoredRow], *, names: Sequence[str] = (), seed: int = 0
 ) -> dict[str, Interval]:
     """Each metric of `one` minus that of `other` on the rows that both captioned, under the same draws.
 
@@ -87,7 +95,7 @@ def differences(
 
 
 def slices(
-    scored: Sequence[Scored], columns: Mapping[str, Mapping[str, object]], *, names: Sequence[str], seed: int = 0
+    scored: Sequence[ScoredRow], columns: Mapping[str, Mapping[str, object]], *, names: Sequence[str], seed: int = 0
 ) -> dict[str, dict[str, Interval]]:
     """Metrics of parts of the split, by `column=value`.
 

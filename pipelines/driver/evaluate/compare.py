@@ -9,14 +9,14 @@ from pyspark.sql import SparkSession
 
 from pipelines.driver.evaluate.bootstrap import Interval, differences, paired
 from pipelines.driver.evaluate.gallery import GROUP_ROWS, GalleryRow, ModelCaption, write_html
-from pipelines.driver.evaluate.metrics import Scored
+from pipelines.driver.evaluate.metrics import ScoredRow
 from pipelines.driver.evaluate.run import EvaluationReport, read_thumbnails
 from pipelines.errors import StageFailed
 from pipelines.formats.shards import ShardRequest
 from pipelines.platform import Platform
 from vlm.config import Config
 
-Pair = tuple[Scored, Scored]
+Pair = tuple[ScoredRow, ScoredRow]
 
 
 class Comparison(Config):

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pipelines.driver.evaluate.bootstrap import Interval
-from pipelines.driver.evaluate.metrics import Scored
+from pipelines.driver.evaluate.metrics import ScoredRow
 from pipelines.pages.page import Card, CardText, FormattedValue, Gallery, Page, ValueTable, write_page
 
 GROUP_ROWS = 16
@@ -92,7 +92,7 @@ class GalleryRow:
         return Card(self.image_id, self.thumbnail, texts, groups=self.groups)
 
 
-def select_rows(scored: Sequence[Scored]) -> list[tuple[Scored, tuple[str, ...]]]:
+def select_rows(scored: Sequence[ScoredRow]) -> list[tuple[ScoredRow, tuple[str, ...]]]:
     """Select the worst rows, the best rows and a sample of the others. Return each with its groups, the worst first.
 
     The sample is the first of the other rows: shards are shuffled, so it is fair. A small split is shown whole, and a

@@ -23,7 +23,7 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 
-from pipelines.formats.caption_stats import DRAWN, Tally, total
+from pipelines.formats.caption_stats import SAMPLED_CAPTIONS, CaptionStats, sum_stats
 from vlm.text.words import words
 
 Floats = npt.NDArray[np.float64]
@@ -36,7 +36,7 @@ MAX_CONSTANTS = 256
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredRow:
     """What a model made of one picture and prompt. Losses are sums over the references' tokens, in nats.
 
     Attributes:
@@ -103,7 +103,7 @@ def best_f1(caption: Sequence[str], references: Iterable[Sequence[str]]) -> floa
     return max(map(f1, references))
 
 
-def captioned(scored: Sequence[Scored]) -> list[Scored]:
+def captioned(scored: Sequence[ScoredRow]) -> list[ScoredRow]:
     """The rows that have a caption."""
     return [item for item in scored if item.caption is not None]
 
@@ -111,7 +111,7 @@ def captioned(scored: Sequence[Scored]) -> list[Scored]:
 # ------------------------------------------------------------------------------------------------ metrics
 
 
-def model_metrics(scored: Sequence[Scored]) -> dict[str, Metric]:
+def model_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     """The metrics of rows that all have a caption; weights follow their order.
 
     loss (nats per token), token_accuracy, blind_gap (nats per token, with the picture of another row; left out where
@@ -140,7 +140,7 @@ def model_metrics(scored: Sequence[Scored]) -> dict[str, Metric]:
     return metrics | caption_metrics(scored) | _distinct([item.caption or "" for item in scored])
 
 
-def baseline_metrics(scored: Sequence[Scored]) -> dict[str, Metric]:
+def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     """The metrics of captions alone, for captions that need no model: constant_* (the best caption that ignores the
     picture) and neighbour_* (what people wrote about the most similar picture of the training split)."""
     return {
@@ -157,7 +157,7 @@ def ratio(numerators_R: Sequence[float], denominators_R: Sequence[float] | None 
     return lambda weights_SR: (weights_SR @ numerator_R) / (weights_SR @ denominator_R)
 
 
-def caption_metrics(scored: Sequence[Scored]) -> dict[str, Metric]:
+def caption_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     """Metrics that need nothing but captions and references: exact_match, word_f1, rouge_l, words, cider, bleu_1..4."""
     captions = [words(item.caption or "") for item in scored]
     references = [[words(reference) for reference in item.references] for item in scored]
@@ -178,7 +178,7 @@ def caption_metrics(scored: Sequence[Scored]) -> dict[str, Metric]:
     return metrics | _bleu(captions, references)
 
 
-def meteor(scored: Sequence[Scored]) -> Metric:
+def meteor(scored: Sequence[ScoredRow]) -> Metric:
     """METEOR (Denkowski and Lavie, 2014), the mean over rows; by the Java program that pycocoevalcap brings."""
     captions = [words(item.caption or "") for item in scored]
     references = [[words(reference) for reference in item.references] for item in scored]
@@ -208,8 +208,8 @@ def _distinct(texts: Sequence[str]) -> dict[str, Metric]:
     for n in range(1, MAX_DISTINCT + 1):
         grams = [tuple(caption[i : i + n]) for caption in captions for i in range(len(caption) - n + 1)]
         metrics[f"distinct_{n}"] = constant(len(set(grams)) / max(1, len(grams)))
-    if len(texts) >= DRAWN:
-        counted = total(Tally.of_caption(text, 0.0) for text in texts)
+    if len(texts) >= SAMPLED_CAPTIONS:
+        counted = sum_stats(CaptionStats.from_caption(text, 0.0) for text in texts)
         metrics["distinct_words"] = constant(counted.figures()["distinct_words"])
     return metrics
 
@@ -240,7 +240,7 @@ def _bleu(captions: Sequence[list[str]], references: Sequence[list[list[str]]]) 
 # ------------------------------------------------------------------------------------------------ baselines
 
 
-def baselines(scored: Sequence[Scored]) -> dict[str, list[Scored]]:
+def baselines(scored: Sequence[ScoredRow]) -> dict[str, list[ScoredRow]]:
     """The rows with the captions of what needs no model: `constant`, and `neighbour` where every row has one."""
     constant = best_constant(scored)
     rows = {"constant": [replace(item, caption=constant) for item in scored]}
@@ -249,7 +249,7 @@ def baselines(scored: Sequence[Scored]) -> dict[str, list[Scored]]:
     return rows
 
 
-def best_constant(scored: Sequence[Scored]) -> str:
+def best_constant(scored: Sequence[ScoredRow]) -> str:
     """The caption that is best by word F1 when said of every picture, of the MAX_CONSTANTS most frequent references.
 
     Between equals the more frequent one.

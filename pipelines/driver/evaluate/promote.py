@@ -29,17 +29,17 @@ from vlm.config import Config
 BASELINES = {"constant": "the best caption that ignores the picture", "neighbour": "the nearest neighbour's caption"}
 
 
-class Check(Config):
+class GateCheck(Config):
     """One question of the gate, and what was found."""
 
     passed: bool
     found: str
 
 
-class Verdict(Config):
+class GateResult(Config):
     """All checks of a version, by name, and the figures they rest on."""
 
-    checks: dict[str, Check]
+    checks: dict[str, GateCheck]
     figures: dict[str, Interval]
 
     @property
@@ -48,7 +48,9 @@ class Verdict(Config):
         return tuple(check.found for check in self.checks.values() if not check.passed)
 
 
-def judge(gate: GateConfig, report: EvaluationReport, champion: EvaluationReport | None, trial: Trial) -> Verdict:
+def check_gate(
+    gate: GateConfig, report: EvaluationReport, champion: EvaluationReport | None, trial: Trial
+) -> GateResult:
     """Put a version's evaluation and trial to every check.
 
     A figure that is missing or not a number passes no check.
@@ -63,7 +65,7 @@ def judge(gate: GateConfig, report: EvaluationReport, champion: EvaluationReport
     shown: tuple[str, ...] = (gate.metric, "loss", "blind_gap", "error_share")
     figures = {name: metrics[name] for name in shown if name in metrics}
     checks = {
-        "loads": Check(passed=not trial.failure, found=trial.failure or "it loads in a fresh process"),
+        "loads": GateCheck(passed=not trial.failure, found=trial.failure or "it loads in a fresh process"),
         "errors": _errors(gate, metrics["error_share"].value, trial),
         "looks": _looks(gate, metrics.get("blind_gap")),
     }
@@ -80,10 +82,10 @@ def judge(gate: GateConfig, report: EvaluationReport, champion: EvaluationReport
         checks["champion"] = _not_worse(gate, difference, champion.model_version, rows)
         if difference:
             figures["over_champion"] = difference
-    return Verdict(checks=checks, figures=figures)
+    return GateResult(checks=checks, figures=figures)
 
 
-def _errors(gate: GateConfig, share: float, trial: Trial) -> Check:
+def _errors(gate: GateConfig, share: float, trial: Trial) -> GateCheck:
     tried = len(trial.errors) / trial.pictures if trial.pictures else 0.0
     found = (
         f"no caption for a share of {share:.3g} of the split and for {len(trial.errors)} of {trial.pictures} pictures "
@@ -91,46 +93,48 @@ def _errors(gate: GateConfig, share: float, trial: Trial) -> Check:
     )
     if trial.errors:
         found += f" ({trial.errors[0]})"
-    return Check(passed=max(share, tried) <= gate.max_error_share, found=found)
+    return GateCheck(passed=max(share, tried) <= gate.max_error_share, found=found)
 
 
-def _looks(gate: GateConfig, gap: Interval | None) -> Check:
+def _looks(gate: GateConfig, gap: Interval | None) -> GateCheck:
     if gap is None:
         found = "nobody knows whether it looks at its pictures: a split of one picture has no blind gap"
-        return Check(passed=False, found=found)
+        return GateCheck(passed=False, found=found)
     passed = gap.value >= gate.min_blind_gap
     found = f"a blind gap of {gap.value:.3f} nats per token, limit {gate.min_blind_gap:g}"
-    return Check(passed=passed, found=found if passed else f"it does not look at its pictures: {found}")
+    return GateCheck(passed=passed, found=found if passed else f"it does not look at its pictures: {found}")
 
 
-def _beats(gate: GateConfig, gain: Interval | None, what: str) -> Check:
+def _beats(gate: GateConfig, gain: Interval | None, what: str) -> GateCheck:
     """Better is what even the lower end of the interval calls better: guessing beats a constant half of the time."""
     if gain is None:
-        return Check(
+        return GateCheck(
             passed=False, found=f"nobody knows whether it is better than {what}: {gate.metric} is not measured"
         )
     passed = gain.low > 0
     than = "better than" if passed else "no better than"
-    return Check(passed=passed, found=f"{than} {what}: {gate.metric} {_told(gain)}")
+    return GateCheck(passed=passed, found=f"{than} {what}: {gate.metric} {_told(gain)}")
 
 
 def _told(gain: Interval) -> str:
     return f"{gain.value:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"
 
 
-def _not_worse(gate: GateConfig, difference: Interval | None, version: str, rows: int) -> Check:
+def _not_worse(gate: GateConfig, difference: Interval | None, version: str, rows: int) -> GateCheck:
     """Worse is what even the upper end of the interval calls worse: chance alone refuses one version in forty."""
     if difference is None:
-        return Check(passed=False, found=f"it cannot be compared with the champion, version {version}: no common rows")
+        return GateCheck(
+            passed=False, found=f"it cannot be compared with the champion, version {version}: no common rows"
+        )
     passed = difference.high >= 0
     found = f"{gate.metric} {_told(difference)} against the champion, version {version}, on the same {rows} rows"
-    return Check(passed=passed, found=found if passed else f"worse than the champion: {found}")
+    return GateCheck(passed=passed, found=found if passed else f"worse than the champion: {found}")
 
 
 # ------------------------------------------------------------------------------------------------ pictures and trail
 
 
-def trial_pictures(spark: SparkSession, shards: Shards, count: int) -> list[tuple[bytes, str]]:
+def read_trial_pictures(spark: SparkSession, shards: Shards, count: int) -> list[tuple[bytes, str]]:
     """The first pictures of a split as they were ingested, each with a prompt of its."""
     rows = [shards.row(index) for index in range(min(count, len(shards)))]
     request = shards.manifest.request
@@ -140,7 +144,7 @@ def trial_pictures(spark: SparkSession, shards: Shards, count: int) -> list[tupl
     return [(images[row.image_id], row.texts[0][0]) for row in rows]
 
 
-def record(
+def record_decision(
     spark: SparkSession,
     platform: Platform,
     *,

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from pyspark.sql import DataFrame, SparkSession
 
-from pipelines.driver.delta.retry import undisturbed
+from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.tables import add_columns, ensure_tables
 from pipelines.driver.evaluate.bootstrap import Interval, measure, slices
@@ -31,7 +31,7 @@ from pipelines.driver.evaluate.gallery import (
     write_html,
     write_png,
 )
-from pipelines.driver.evaluate.metrics import Scored, captioned, has_java, meteor
+from pipelines.driver.evaluate.metrics import ScoredRow, captioned, has_java, meteor
 from pipelines.driver.evaluate.scores import SCORES, evaluation_folder, read_scores, score, scores_hash
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import StageFailed, UserError
@@ -93,7 +93,7 @@ class EvaluationReport(Config):
         """Metrics without their intervals."""
         return {name: interval.value for name, interval in self.metrics.items()}
 
-    def scores(self) -> list[Scored]:
+    def scores(self) -> list[ScoredRow]:
         """The rows."""
         return read_scores(self.folder / SCORES)
 
@@ -139,7 +139,7 @@ def evaluate(
     add_columns(spark, platform, EVALUATIONS)
     report, rows = _evaluate(spark, model, (shards, train), folder, wanted)
     report = report.model_copy(update={"seconds": time.monotonic() - started})
-    undisturbed(partial(_merge, spark, platform, report), where=platform.table(EVALUATIONS.name))
+    retry_on_conflict(partial(_merge, spark, platform, report), where=platform.table(EVALUATIONS.name))
     _write_pages(report, rows)
     write_json(folder / REPORT, report)
     return report
@@ -255,7 +255,7 @@ def _check_columns(samples: DataFrame, request: ShardRequest, columns: Sequence[
 
 
 def _column_values(
-    samples: DataFrame, scored: Sequence[Scored], columns: Sequence[str], known: Sequence[str]
+    samples: DataFrame, scored: Sequence[ScoredRow], columns: Sequence[str], known: Sequence[str]
 ) -> dict[str, dict[str, object]]:
     """By column, the value of each picture."""
     values: dict[str, dict[str, object]] = {name: {} for name in columns}
@@ -281,7 +281,7 @@ def read_thumbnails(samples: DataFrame, image_ids: Sequence[str]) -> dict[str, b
     return {row["image_id"]: row["thumbnail"] and bytes(row["thumbnail"]) for row in rows}
 
 
-def _gallery_rows(samples: DataFrame, scored: Sequence[Scored]) -> list[GalleryRow]:
+def _gallery_rows(samples: DataFrame, scored: Sequence[ScoredRow]) -> list[GalleryRow]:
     """Return the worst rows, the best rows and a sample, with thumbnails."""
     shown = select_rows(scored)
     thumbnails = read_thumbnails(samples, [item.image_id for item, _ in shown])

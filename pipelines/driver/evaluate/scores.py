@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 from pyspark.sql import SparkSession
 
 from pipelines.config import short_hash
-from pipelines.driver.delta.executors import spark_schema, task_threads
-from pipelines.driver.delta.failures import spark_failures
-from pipelines.driver.evaluate.metrics import Scored
+from pipelines.driver.delta.map_in_arrow import spark_schema, task_threads
+from pipelines.driver.delta.spark_errors import translate_spark_errors
+from pipelines.driver.evaluate.metrics import ScoredRow
 from pipelines.driver.model_files import ModelFiles
 from pipelines.executor.evaluate import LOOK_SCHEMA, SCORE_SCHEMA, ScoreJob, look_batches, score_batches
 from pipelines.formats.shards import Shards
@@ -56,7 +56,7 @@ def evaluation_folder(platform: Platform, model: ModelFiles, shards: Shards, tra
     return platform.folder("reports") / name
 
 
-def score(spark: SparkSession, model: ModelFiles, shards: Shards, train: Shards, folder: Path) -> list[Scored]:
+def score(spark: SparkSession, model: ModelFiles, shards: Shards, train: Shards, folder: Path) -> list[ScoredRow]:
     """Scores of all rows, in order: made now, or those that `folder` has.
 
     Raises:
@@ -64,24 +64,26 @@ def score(spark: SparkSession, model: ModelFiles, shards: Shards, train: Shards,
     """
     file = folder / SCORES
     if not file.exists():
-        with spark_failures("the model could not be evaluated", where=f"model {model.name} version {model.version}"):
+        with translate_spark_errors(
+            "the model could not be evaluated", where=f"model {model.name} version {model.version}"
+        ):
             rows = _score(spark, model, shards)
             texts = _neighbours(spark, train, shards)
-        scored = [Scored(**row, neighbour=texts.get((row["image_id"], row["prompt"]))) for row in rows]
+        scored = [ScoredRow(**row, neighbour=texts.get((row["image_id"], row["prompt"]))) for row in rows]
         write_scores(file, scored)
     return read_scores(file)
 
 
-def read_scores(file: Path) -> list[Scored]:
+def read_scores(file: Path) -> list[ScoredRow]:
     """The rows of a scores file."""
     rows = pq.read_table(file).to_pylist()
-    return [Scored(**{**row, "references": tuple(row["references"])}) for row in rows]
+    return [ScoredRow(**{**row, "references": tuple(row["references"])}) for row in rows]
 
 
-def write_scores(file: Path, scored: Iterable[Scored]) -> None:
+def write_scores(file: Path, scored: Iterable[ScoredRow]) -> None:
     """Write a scores file, whole or not at all; the folder is created."""
     schema = pa.schema([*SCORE_SCHEMA, pa.field("neighbour", pa.string())])
-    assert set(schema.names) == {field.name for field in fields(Scored)}
+    assert set(schema.names) == {field.name for field in fields(ScoredRow)}
     with atomic_write(file) as temporary:
         pq.write_table(pa.Table.from_pylist([asdict(item) for item in scored], schema), temporary)
 

@@ -7,8 +7,8 @@ import logging
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from pipelines.driver.delta.settings import stored_as_they_are
-from pipelines.driver.delta.versions import since
+from pipelines.driver.delta.settings import uncompressed_parquet
+from pipelines.driver.delta.versions import skip_if_changed_since
 from pipelines.driver.ingest.near_duplicates import NearReport, find_near_duplicates
 from pipelines.driver.ingest.plan import IngestPlan
 from pipelines.driver.ingest.table_rows import merge_into, rows_of_source, verify_append, verify_merge
@@ -22,7 +22,7 @@ def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:
     """Write the usable pictures of a plan to `samples`, with near duplicates in the same split.
 
     Raises:
-        Overtaken: another ingest of the source has committed since the plan was made; nothing is written.
+        WriteConflict: another ingest of the source has committed since the plan was made; nothing is written.
     """
     write = _replace if plan.request.replace else _add
     if not plan.totals.contributing:
@@ -42,7 +42,7 @@ def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
     spark, table = pictures.sparkSession, platform.table(SAMPLES.name)
     changed = pictures.filter("NOT conflicting AND size(new_texts) > 0")
     rows = _sample_rows(plan, changed.filter("is_new"))
-    with stored_as_they_are(spark), since(spark, stamp.source, stamp.base_version):
+    with uncompressed_parquet(spark), skip_if_changed_since(spark, stamp.source, stamp.base_version):
         if totals.updated:
             texts = changed.filter("NOT is_new").select("image_id", F.col("new_texts").alias("texts"))
             merge = merge_into(table, rows.unionByName(texts, allowMissingColumns=True), "image_id", stamp.source)
@@ -61,7 +61,7 @@ def _replace(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
     stamp, totals = plan.stamp, plan.totals
     spark, table = pictures.sparkSession, platform.table(SAMPLES.name)
     rows = _sample_rows(plan, pictures.filter("NOT conflicting"))
-    with stored_as_they_are(spark), since(spark, stamp.source, stamp.base_version):
+    with uncompressed_parquet(spark), skip_if_changed_since(spark, stamp.source, stamp.base_version):
         rows.writeTo(table).overwrite(F.col("source") == stamp.source)
     verify_append(spark, table, "ingested_at", stamp, totals.new)
     logger.info("%d pictures replace the earlier ones", totals.new)

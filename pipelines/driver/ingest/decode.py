@@ -19,10 +19,10 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipelines.config import DataConfig
-from pipelines.driver.delta.failures import run_or_guard, spark_failures
 from pipelines.driver.delta.settings import bounded_batches
+from pipelines.driver.delta.spark_errors import run_or_guard, translate_spark_errors
 from pipelines.driver.delta.tables import add_columns
-from pipelines.driver.delta.versions import commit_note, note_of
+from pipelines.driver.delta.versions import commit_note, source_note
 from pipelines.driver.ingest.sources.source import SourceRows
 from pipelines.driver.ingest.spill import SpillFolder, spill_folder
 from pipelines.executor.ingest.decode import DecodeRules, decode_batches, decode_guarded
@@ -82,9 +82,9 @@ def decode_rows(spark: SparkSession, platform: Platform, request: IngestRequest)
     """
     add_columns(spark, platform, SAMPLES)
     with (
-        spark_failures("the input could not be ingested", where=request.config.source.where),
+        translate_spark_errors("the input could not be ingested", where=request.config.source.where),
         bounded_batches(spark),
-        commit_note(spark, note_of(request.source)),
+        commit_note(spark, source_note(request.source)),
         spill_folder(platform) as spill,
     ):
         outcomes = run_or_guard(

@@ -2,8 +2,8 @@
 
 Two ingests of one source may run at the same time. Delta commits are atomic, but a plan may be out of date when it is
 committed: another ingest may have added the same pictures. A plan therefore records the version of `samples` that it is
-based on. If another ingest of the source commits after that version, nothing is written (`Overtaken`), and the caller
-makes a new plan from the same decoded rows.
+based on. If another ingest of the source commits after that version, nothing is written (`WriteConflict`), and the
+caller makes a new plan from the same decoded rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from pipelines.driver.delta.versions import versions
+from pipelines.driver.delta.versions import read_versions
 from pipelines.driver.ingest.decode import DecodedRows, IngestRequest
 from pipelines.driver.ingest.spill import SpillFolder
 from pipelines.driver.ingest.table_rows import Stamp, rows_of_source
@@ -95,7 +95,7 @@ class IngestPlan:
 def plan_ingest(spark: SparkSession, platform: Platform, decoded: DecodedRows) -> IngestPlan:
     """Compare decoded rows with the current rows of their source in `samples`."""
     request = decoded.request
-    version = versions(spark, platform, request.source).changed
+    version = read_versions(spark, platform, request.source).last_change
     stamp = Stamp(request.source, request.ingest_id, datetime.now(UTC), version)
     existing = rows_of_source(spark, platform, SAMPLES.name, request.source)
     existing = existing.limit(0) if request.replace else existing

@@ -7,8 +7,8 @@ import logging
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from pipelines.driver.delta.settings import stored_as_they_are
-from pipelines.driver.delta.versions import since, versions
+from pipelines.driver.delta.settings import uncompressed_parquet
+from pipelines.driver.delta.versions import read_versions, skip_if_changed_since
 from pipelines.driver.ingest.plan import IngestPlan
 from pipelines.driver.ingest.table_rows import rows_of_source, verify_append
 from pipelines.executor.ingest.spill import POSITION
@@ -46,15 +46,15 @@ def add_to_quarantine(platform: Platform, plan: IngestPlan) -> dict[str, int]:
     A row is identified by its content (`source` and `source_row`), so the bad rows of a growing file are added once.
 
     Raises:
-        Overtaken: another ingest of the source has added refused rows in the meantime; nothing is written.
+        WriteConflict: another ingest of the source has added refused rows in the meantime; nothing is written.
     """
     spark, source, table = plan.pictures.sparkSession, plan.stamp.source, platform.table(QUARANTINE.name)
-    version = versions(spark, platform, source, QUARANTINE).changed
+    version = read_versions(spark, platform, source, QUARANTINE).last_change
     existing = rows_of_source(spark, platform, QUARANTINE.name, source).select("source_row")
     new = refused_rows(plan).join(existing, "source_row", "left_anti").dropDuplicates(["source_row"])
     reasons = _count_by_reason(new)
     if reasons:
-        with stored_as_they_are(spark), since(spark, source, version):
+        with uncompressed_parquet(spark), skip_if_changed_since(spark, source, version):
             _quarantine_rows(new, plan).writeTo(table).append()
         verify_append(spark, table, "quarantined_at", plan.stamp, sum(reasons.values()))
         logger.info("%d rows quarantined: %s", sum(reasons.values()), reasons)
@@ -64,7 +64,7 @@ def add_to_quarantine(platform: Platform, plan: IngestPlan) -> dict[str, int]:
 def replace_quarantine(platform: Platform, plan: IngestPlan) -> dict[str, int]:
     """Replace all rows of the source in `quarantine` by the refused rows. Return their number by reason."""
     new = refused_rows(plan).dropDuplicates(["source_row"])
-    with stored_as_they_are(plan.pictures.sparkSession):
+    with uncompressed_parquet(plan.pictures.sparkSession):
         table = platform.table(QUARANTINE.name)
         _quarantine_rows(new, plan).writeTo(table).overwrite(F.col("source") == plan.stamp.source)
     return _count_by_reason(new)

@@ -16,7 +16,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig, short_hash
-from pipelines.driver.delta.retry import undisturbed
+from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.tables import ensure_tables
 from pipelines.driver.ingest.commit import write_samples
 from pipelines.driver.ingest.decode import DecodedRows, IngestRequest, decode_rows
@@ -73,7 +73,7 @@ def replay(
     ingest_id = short_hash(source_name, "replay", sorted(reasons), time.time_ns())
     request = IngestRequest(source_name, config, SourceRows(rows, payload_records), ingest_id)
     with decode_rows(spark, platform, request) as decoded:
-        totals, refused = undisturbed(partial(_plan_and_write, spark, platform, decoded))
+        totals, refused = retry_on_conflict(partial(_plan_and_write, spark, platform, decoded))
     if totals.conflicting:
         refused["conflicting_id"] = refused.get("conflicting_id", 0) + totals.conflicting
     return ReplayReport(
@@ -92,7 +92,7 @@ def _plan_and_write(spark: SparkSession, platform: Platform, decoded: DecodedRow
     plan = plan_ingest(spark, platform, decoded)
     write_samples(platform, plan)
     if plan.totals.usable:
-        undisturbed(partial(_mark_replayed, platform, plan))
+        retry_on_conflict(partial(_mark_replayed, platform, plan))
     refused = plan.outcomes.filter(F.col("reason").isNotNull()).groupBy("reason").count().collect()
     return _Replayed(plan.totals, {row["reason"]: row["count"] for row in refused})
 

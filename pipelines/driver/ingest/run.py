@@ -24,9 +24,9 @@ from functools import partial
 from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig
-from pipelines.driver.delta.retry import undisturbed
+from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.tables import ensure_tables
-from pipelines.driver.delta.versions import commit_note, note_of, versions
+from pipelines.driver.delta.versions import commit_note, read_versions, source_note
 from pipelines.driver.ingest.commit import remove_samples, write_samples
 from pipelines.driver.ingest.decode import DecodedRows, IngestRequest, decode_rows
 from pipelines.driver.ingest.ledger import (
@@ -87,7 +87,7 @@ def ingest(
         TooManyRefused: more rows were refused than `data.limits.max_bad_share` allows; both tables are written.
     """
     started = time.monotonic()
-    undisturbed(partial(ensure_tables, spark, platform))
+    retry_on_conflict(partial(ensure_tables, spark, platform))
     rules = hash_rules(config)
     ingested = items_table([]) if refresh else read_ledger(spark, platform, source_name, rules)
     source = open_source(spark, platform, source_name, config, ingested)
@@ -112,13 +112,13 @@ def ingest(
         splits=count_splits(spark, platform, source_name),
         equal_pictures_across_splits=written.across,
         near_duplicates=written.near,
-        dataset_version=versions(spark, platform, source_name).changed,
+        dataset_version=read_versions(spark, platform, source_name).last_change,
         seconds=round(time.monotonic() - started, 3),
     )
     check_totals(report, config)
     if source.rows:  # after the check: a failed ingest is read again and fails again
         entry = LedgerEntry(source_name, rules, source.ingest_id)
-        undisturbed(partial(append_to_ledger, spark, platform, source.pending, entry))
+        retry_on_conflict(partial(append_to_ledger, spark, platform, source.pending, entry))
     return report
 
 
@@ -137,7 +137,7 @@ def _start_refresh(spark: SparkSession, platform: Platform, name: str, source: S
         "quarantine",
         *(name, len(source.pending), *replaced.values()),
     )
-    undisturbed(partial(delete_from_ledger, spark, platform, name))
+    retry_on_conflict(partial(delete_from_ledger, spark, platform, name))
     return replaced
 
 
@@ -145,8 +145,8 @@ def _remove_stale(spark: SparkSession, platform: Platform, name: str, source: So
     """Remove pictures whose rows the source has changed or deleted. Return their number."""
     if source.rows is None or source.stale_ids is None:
         return 0
-    with commit_note(spark, note_of(name)):
-        return undisturbed(partial(remove_samples, spark, platform, name, source.stale_ids))
+    with commit_note(spark, source_note(name)):
+        return retry_on_conflict(partial(remove_samples, spark, platform, name, source.stale_ids))
 
 
 def _ingest_rows(
@@ -158,7 +158,7 @@ def _ingest_rows(
     request = IngestRequest(name, config, source.rows, source.ingest_id, replace=refresh)
     reasons: Counter[str] = Counter()
     with decode_rows(spark, platform, request) as decoded:
-        return undisturbed(partial(_plan_and_write, spark, platform, decoded, reasons))
+        return retry_on_conflict(partial(_plan_and_write, spark, platform, decoded, reasons))
 
 
 def _plan_and_write(spark: SparkSession, platform: Platform, decoded: DecodedRows, reasons: Counter[str]) -> Written:

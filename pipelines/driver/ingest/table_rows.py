@@ -9,7 +9,7 @@ from delta.tables import DeltaMergeBuilder, DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from pipelines.driver.delta.retry import Overtaken
+from pipelines.driver.delta.retry import WriteConflict
 from pipelines.platform import Platform
 
 
@@ -48,23 +48,23 @@ def verify_merge(metrics: DataFrame, *, inserted: int, updated: int) -> None:
     """Compare the row counts that Delta reports for a merge with the plan.
 
     Raises:
-        Overtaken: the counts differ. Delta skips the merge if another ingest of the source has committed since the
+        WriteConflict: the counts differ. Delta skips the merge if another ingest of the source has committed since the
             plan was made.
     """
     row = metrics.head()
     found = (row["num_inserted_rows"], row["num_updated_rows"]) if row else (0, 0)
     if found != (inserted, updated):
-        raise Overtaken(f"{found[0]} rows inserted and {found[1]} updated, expected {inserted} and {updated}")
+        raise WriteConflict(f"{found[0]} rows inserted and {found[1]} updated, expected {inserted} and {updated}")
 
 
 def verify_append(spark: SparkSession, table: str, time_column: str, stamp: Stamp, expected: int) -> None:
     """Compare the number of rows in a table that carry the plan's source and time with the plan.
 
     Raises:
-        Overtaken: the numbers differ. Delta skips the append if another ingest of the source has committed since the
-            plan was made.
+        WriteConflict: the numbers differ. Delta skips the append if another ingest of the source has committed since
+            the plan was made.
     """
     ours = (F.col("source") == stamp.source) & (F.col(time_column) == stamp.planned_at)
     written = spark.table(table).filter(ours).count()
     if written != expected:
-        raise Overtaken(f"{table} has {written} rows of this plan, expected {expected}")
+        raise WriteConflict(f"{table} has {written} rows of this plan, expected {expected}")

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from pipelines.driver.delta.failures import spark_failures
+from pipelines.driver.delta.spark_errors import translate_spark_errors
 from pipelines.driver.train.launch import cancel_if_slots_are_lost, open_distributor
 from pipelines.errors import UserError
 from pipelines.executor import host_info
@@ -65,7 +65,7 @@ def _describe_executors(spark: SparkSession, tasks: int) -> list[dict[str, objec
             yield describe_host()
 
     context, failure = spark.sparkContext, "the executors cannot describe their hosts"
-    with spark_failures(failure, where=str(context.master)), cancel_if_slots_are_lost(spark, tasks):
+    with translate_spark_errors(failure, where=str(context.master)), cancel_if_slots_are_lost(spark, tasks):
         return context.parallelize(range(tasks), tasks).barrier().mapPartitions(describe_task).collect()
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.config import DriftConfig
-from pipelines.driver.caption.drift import Evaluated, compare_figures
-from pipelines.formats.caption_stats import DRAWN, Tally, total
+from pipelines.driver.caption.drift import EvaluationFigures, compare_figures
+from pipelines.formats.caption_stats import SAMPLED_CAPTIONS, CaptionStats, sum_stats
 from vlm.text.words import words
 
 BEFORE = {
@@ -27,12 +27,12 @@ SAID = st.lists(
 
 @given(st.lists(SAID, min_size=1, max_size=5))
 def test_sums_of_parts_are_those_of_the_whole(parts: list[list[str]]) -> None:
-    tallies = [[Tally.of_caption(text, -0.25) for text in part] for part in parts]
-    whole = total(tally for part in tallies for tally in part)
-    assert total(map(total, tallies)) == whole
-    assert Tally.model_validate_json(whole.model_dump_json()) == whole
+    tallies = [[CaptionStats.from_caption(text, -0.25) for text in part] for part in parts]
+    whole = sum_stats(tally for part in tallies for tally in part)
+    assert sum_stats(map(sum_stats, tallies)) == whole
+    assert CaptionStats.model_validate_json(whole.model_dump_json()) == whole
     flat = [text for part in parts for text in part]
-    assert whole.saying.get("no", 0) == flat.count("no no no"), "captions, not words"
+    assert whole.captions_with_word.get("no", 0) == flat.count("no no no"), "captions, not words"
     assert whole.captioned == len(flat)
     assert whole.figures()["words"] == pytest.approx(np.mean([len(words(text)) for text in flat]))
     assert whole.figures()["mean_logprob"] == pytest.approx(-0.25)
@@ -42,16 +42,22 @@ def test_distinct_words_are_those_that_as_many_drawn_captions_have() -> None:
     rng = np.random.default_rng(0)
     captions = [f"a w{rng.geometric(0.05)} v{number % 7}" for number in range(500)]
     expected = np.mean(
-        [len({w for place in rng.permutation(500)[:DRAWN] for w in captions[place].split()}) for _ in range(400)]
+        [
+            len({w for place in rng.permutation(500)[:SAMPLED_CAPTIONS] for w in captions[place].split()})
+            for _ in range(400)
+        ]
     )
-    figures = total(Tally.of_caption(text, 0.0) for text in captions).figures()
+    figures = sum_stats(CaptionStats.from_caption(text, 0.0) for text in captions).figures()
     assert figures["distinct_words"] == pytest.approx(expected, rel=0.02)
-    assert "distinct_words" not in total(Tally.of_caption(text, 0.0) for text in captions[: DRAWN - 1]).figures()
+    assert (
+        "distinct_words"
+        not in sum_stats(CaptionStats.from_caption(text, 0.0) for text in captions[: SAMPLED_CAPTIONS - 1]).figures()
+    )
 
 
 def test_nothing_captioned_has_no_figures_and_errors_alone_their_share() -> None:
-    assert Tally().figures() == total([]).figures() == {}
-    assert Tally(errors=3).figures() == {"error_share": 1.0}
+    assert CaptionStats().figures() == sum_stats([]).figures() == {}
+    assert CaptionStats(errors=3).figures() == {"error_share": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -68,17 +74,17 @@ def test_nothing_captioned_has_no_figures_and_errors_alone_their_share() -> None
     ],
 )
 def test_what_is_beyond_its_limit_is_told(now: dict[str, float], beyond: set[str]) -> None:
-    found = compare_figures(BEFORE | now, 500, Evaluated(figures=BEFORE, rows=300), DriftConfig(), prompt="")
+    found = compare_figures(BEFORE | now, 500, EvaluationFigures(figures=BEFORE, rows=300), DriftConfig(), prompt="")
     assert set(found) == set(BEFORE)
     assert {name for name, drift in found.items() if drift.beyond} == beyond
 
 
 def test_too_few_rows_are_not_judged_and_answers_to_a_question_only_by_their_pictures() -> None:
     dark, limits = BEFORE | {"brightness": 0.0, "words": 1.0}, DriftConfig()
-    measure = Evaluated(figures=BEFORE, rows=300)
+    measure = EvaluationFigures(figures=BEFORE, rows=300)
     assert compare_figures(dark, 99, measure, limits, prompt="") == {}
-    assert compare_figures(dark, 500, Evaluated(figures=BEFORE, rows=99), limits, prompt="") == {}
-    assert compare_figures(dark, 500, Evaluated(figures={}, rows=0), limits, prompt="") == {}
+    assert compare_figures(dark, 500, EvaluationFigures(figures=BEFORE, rows=99), limits, prompt="") == {}
+    assert compare_figures(dark, 500, EvaluationFigures(figures={}, rows=0), limits, prompt="") == {}
     asked = compare_figures(dark, 500, measure, limits, prompt="what colour is it")
     assert {name: drift.beyond for name, drift in asked.items()} == {
         "error_share": False,

@@ -11,7 +11,7 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
 from pipelines.driver.evaluate.bootstrap import differences, measure, slices
-from pipelines.driver.evaluate.metrics import Scored, best_constant, has_java, meteor
+from pipelines.driver.evaluate.metrics import ScoredRow, best_constant, has_java, meteor
 from vlm.text.words import words
 
 TRUTH = [
@@ -23,9 +23,9 @@ TRUTH = [
 MADE = ["a red square left of a circle", "a small green triangle", "a dog runs on a beach", "a red square"]
 
 
-def scored(truth: list[list[str]], made: list[str], *, gap: float | None = 1.0, tokens: int = 5) -> list[Scored]:
+def scored(truth: list[list[str]], made: list[str], *, gap: float | None = 1.0, tokens: int = 5) -> list[ScoredRow]:
     return [
-        Scored(
+        ScoredRow(
             row=row,
             image_id=f"x/{row}",
             prompt="",
@@ -76,8 +76,8 @@ def test_an_empty_caption_is_measured_and_not_an_error() -> None:
 
 def test_losses_weigh_by_token_and_not_by_picture() -> None:
     short, long = scored([["a"], ["b"]], ["a", "b"])
-    short = Scored(**vars(short) | {"loss": 3.0, "blind_loss": 3.0, "num_targets": 1})
-    long = Scored(**vars(long) | {"loss": 9.0, "blind_loss": 18.0, "num_targets": 9})
+    short = ScoredRow(**vars(short) | {"loss": 3.0, "blind_loss": 3.0, "num_targets": 1})
+    long = ScoredRow(**vars(long) | {"loss": 9.0, "blind_loss": 18.0, "num_targets": 9})
     metrics = measure([short, long])
     assert metrics["loss"].value == pytest.approx(1.2)
     assert metrics["blind_gap"].value == pytest.approx(0.9)
@@ -92,7 +92,7 @@ def test_one_picture_has_no_blind_gap_and_no_cider() -> None:
 def test_intervals_cover_the_value_repeat_by_seed_and_shrink_with_more_pictures() -> None:
     rng = np.random.default_rng(0)
 
-    def sample(n: int) -> list[Scored]:
+    def sample(n: int) -> list[ScoredRow]:
         return scored([["yes"]] * n, ["yes" if rng.random() < 0.7 else "no" for _ in range(n)])
 
     few, many = sample(20), sample(2000)
@@ -107,7 +107,9 @@ def test_intervals_cover_the_value_repeat_by_seed_and_shrink_with_more_pictures(
 
 
 def test_questions_about_one_picture_are_resampled_together() -> None:
-    items = [Scored(**vars(item) | {"row": item.row // 10}) for item in scored([["y"]] * 100, ["y"] * 50 + ["n"] * 50)]
+    items = [
+        ScoredRow(**vars(item) | {"row": item.row // 10}) for item in scored([["y"]] * 100, ["y"] * 50 + ["n"] * 50)
+    ]
     alone = scored([["y"]] * 100, ["y"] * 50 + ["n"] * 50)
     together, apart = measure(items)["exact_match"], measure(alone)["exact_match"]
     assert together.value == apart.value == 0.5

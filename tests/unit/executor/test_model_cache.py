@@ -13,12 +13,12 @@ import pytest
 from processes import TEST_PATH
 
 from pipelines.errors import StageFailed
-from pipelines.executor.model_cache import KEPT, on_this_machine
+from pipelines.executor.model_cache import KEPT, local_copy
 
 COPY = """
 import shutil, sys, time
 from pathlib import Path
-from pipelines.executor.model_cache import on_this_machine
+from pipelines.executor.model_cache import local_copy
 whole = shutil.copyfile
 def slowly(source, target):
     print("copies", source.name, flush=True)
@@ -26,7 +26,7 @@ def slowly(source, target):
     return whole(source, target)
 shutil.copyfile = slowly
 print("asks", flush=True)
-print(on_this_machine(Path(sys.argv[1]), Path(sys.argv[2])), flush=True)
+print(local_copy(Path(sys.argv[1]), Path(sys.argv[2])), flush=True)
 """
 
 
@@ -52,25 +52,25 @@ def line(process: subprocess.Popen[str]) -> str:
 
 def test_a_model_is_copied_once_and_one_that_was_replaced_again(tmp_path: Path) -> None:
     folder, root = model(tmp_path / "far"), tmp_path / "near"
-    copy = on_this_machine(folder, root)
+    copy = local_copy(folder, root)
     assert {path.name: path.read_text() for path in copy.iterdir()} == {
         "model.safetensors": "weights",
         "config.json": "{}",
     }
     (copy / "mark").touch()
-    assert on_this_machine(folder, root) == copy
+    assert local_copy(folder, root) == copy
     assert (copy / "mark").exists(), "copied a second time"
     (folder / "model.safetensors").write_text("others")
-    assert (on_this_machine(folder, root) / "model.safetensors").read_text() == "others"
+    assert (local_copy(folder, root) / "model.safetensors").read_text() == "others"
 
 
 def test_only_the_models_asked_for_last_stay(tmp_path: Path) -> None:
     folders = [model(tmp_path / f"far-{number}") for number in range(KEPT + 2)]
     copies = []
     for number, folder in enumerate(folders):
-        copies.append(on_this_machine(folder, tmp_path / "near"))
+        copies.append(local_copy(folder, tmp_path / "near"))
         os.utime(copies[-1], (number, number))
-    assert on_this_machine(folders[-KEPT], tmp_path / "near") == copies[-KEPT]
+    assert local_copy(folders[-KEPT], tmp_path / "near") == copies[-KEPT]
     assert [copy.exists() for copy in copies] == [False, False] + [True] * KEPT
 
 
@@ -98,4 +98,4 @@ def test_a_folder_of_somebody_else_is_not_trusted(tmp_path: Path) -> None:
     (tmp_path / "near").mkdir()
     os.chown(tmp_path / "near", 12345, 12345)
     with pytest.raises(StageFailed, match="another user"):
-        on_this_machine(model(tmp_path / "far"), tmp_path / "near")
+        local_copy(model(tmp_path / "far"), tmp_path / "near")

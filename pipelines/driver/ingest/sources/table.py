@@ -16,7 +16,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig, TableSourceConfig, short_hash
-from pipelines.driver.delta.failures import filtered
+from pipelines.driver.delta.spark_errors import filter_rows
 from pipelines.driver.ingest.ledger import items_table
 from pipelines.driver.ingest.sources.files import absolute_path
 from pipelines.driver.ingest.sources.parquet import prepend_file
@@ -51,7 +51,7 @@ def open_table(
     """
     frame, table_id, version = _read_version(spark, source)
     require_columns(config, frame.columns, source.where)
-    frame = filtered(frame, source.filter, where="data.source.filter")
+    frame = filter_rows(frame, source.filter, where="data.source.filter")
     ingest_id = short_hash(name, table_id, version)
     states = [row["state"] for row in ingested.to_pylist() if row["item"] == table_id]
     versions = [int(state.removeprefix(VERSION)) for state in states]
@@ -107,7 +107,7 @@ def _select_changed(
 ) -> tuple[DataFrame, DataFrame | None]:
     """Return the rows to read, and the ids of updated and deleted rows. All current rows with these ids are read."""
     added = changes.filter("_change_type IN ('insert', 'update_postimage')").select(*frame.columns)
-    added = filtered(added, source.filter, where="data.source.filter")
+    added = filter_rows(added, source.filter, where="data.source.filter")
     id_name = source.columns.id
     if id_name is None:
         return added, None

@@ -1,4 +1,4 @@
-"""What a stage needs to run a function of Arrow batches on executors: its result as SQL columns, its share of cores."""
+"""Helpers for `DataFrame.mapInArrow`: the schema of the result as SQL, and torch threads of a task."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pipelines.formats.tables import sql_type
 
 
 def task_threads(spark: SparkSession) -> int:
-    """Threads for torch in one task: the cores that Spark itself counts for it."""
+    """Return how many threads torch may use in one task: spark.task.cpus."""
     return int(spark.conf.get("spark.task.cpus", "1") or 1)
 
 
 def spark_schema(schema: pa.Schema) -> str:
-    """The column list of a mapInArrow result."""
+    """Return an Arrow schema as the SQL column list that mapInArrow takes."""
     columns = (f"`{field.name}` {sql_type(field.type)}{'' if field.nullable else ' NOT NULL'}" for field in schema)
     return ", ".join(columns)

@@ -1,4 +1,4 @@
-"""What fails inside Spark, told in one paragraph: bad SQL of a user, a failed job, a worker that died."""
+"""Spark errors as errors of this project: a user's invalid SQL, a failed job, a Python worker that died."""
 
 from __future__ import annotations
 
@@ -18,18 +18,25 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-DIED = re.compile(r"Python worker exited unexpectedly|ExecutorLostFailure|^(?:Caused by: )?MemoryError", re.MULTILINE)
+WORKER_DIED = re.compile(
+    r"Python worker exited unexpectedly|ExecutorLostFailure|^(?:Caused by: )?MemoryError", re.MULTILINE
+)
 
 
-def filtered(frame: DataFrame, condition: str, *, where: str) -> DataFrame:
-    """The rows that meet a user's SQL condition; all of them where it is empty.
+def filter_rows(frame: DataFrame, condition: str, *, where: str) -> DataFrame:
+    """Return the rows that meet a user's SQL condition; all rows if the condition is empty.
+
+    Args:
+        frame: rows to filter.
+        condition: SQL on the columns of `frame`.
+        where: where the user wrote the condition, for the error message.
 
     Raises:
-        UserError: it is no SQL on these columns. `where` says where it was written.
+        UserError: the condition is not valid SQL on these columns.
     """
     try:
         return frame.filter(condition) if condition else frame
-    except AnalysisException as error:  # a ParseException is one too
+    except AnalysisException as error:  # includes ParseException
         raise UserError(
             "the condition cannot be used",
             where=where,
@@ -39,8 +46,12 @@ def filtered(frame: DataFrame, condition: str, *, where: str) -> DataFrame:
 
 
 @contextmanager
-def spark_failures(what: str, *, where: str) -> Iterator[None]:
-    """Tell what fails in Spark inside as one paragraph; the JVM's and the workers' traces hang on as the cause.
+def translate_spark_errors(what: str, *, where: str) -> Iterator[None]:
+    """Raise StageFailed with a one-paragraph message if Spark fails in the block. The Spark error is its cause.
+
+    Args:
+        what: what failed, for the error message.
+        where: the table, folder or model, for the error message.
 
     Raises:
         StageFailed: Spark, an executor or a Python worker failed.
@@ -50,13 +61,13 @@ def spark_failures(what: str, *, where: str) -> Iterator[None]:
     except (PySparkException, Py4JJavaError) as error:
         named = re.findall(r"^(?:: |Caused by: )?([\w.]+(?:Error|Exception|Failed): .+)$", str(error), re.MULTILINE)
         got = named[-1] if named else str(error).strip().partition("\n")[0]
-        fix = "correct the cause and run the command again: what is done stays done, nothing is doubled"
+        fix = "correct the cause and run the command again: finished work is kept and no row is duplicated"
         raise StageFailed(what, where=where, got=got[:500], fix=fix) from error
 
 
 def worker_died(error: Exception) -> bool:
-    """Whether Spark failed because a Python worker, or an executor, ended without a word or for want of memory."""
-    return isinstance(error, (PySparkException, Py4JJavaError)) and bool(DIED.search(str(error)))
+    """Return whether Spark failed because a Python worker or an executor died without an error or ran out of memory."""
+    return isinstance(error, (PySparkException, Py4JJavaError)) and bool(WORKER_DIED.search(str(error)))
 
 
 def run_or_guard(run: Callable[[], Result], run_guarded: Callable[[], Result]) -> Result:
