@@ -1,4 +1,4 @@
-"""A registered model version whose weights are on disk: what the driver needs to know of the registry."""
+"""Files of a registered model version, as the driver uses them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from vlm.config import Config, ModelConfig
 
 
 class ModelFiles(Config):
-    """A version by name, and the folder (visible to executors) of its weights, config and tokenizer.
+    """A model version and the folder of its files.
 
-    `remote` says that the folder is on a network: each machine copies it once.
+    Attributes:
+        folder: weights, config and tokenizer; visible to executors under the same path.
+        name: name of the registered model.
+        version: version of the registered model.
+        run_id: MLflow run that trained the version.
+        remote: whether the folder is on a network; each host then copies it once.
     """
 
     folder: Path
@@ -23,7 +28,7 @@ class ModelFiles(Config):
     remote: bool = False
 
     def read_config(self) -> ModelConfig:
-        """The model's config.
+        """Read the model's config.
 
         Raises:
             UserError: the folder does not hold a model.
@@ -36,5 +41,5 @@ class ModelFiles(Config):
                 "the model's config cannot be read",
                 where=str(path),
                 got=type(error).__name__,
-                fix=f"remove {self.folder}: the next command fetches it from the registry again",
+                fix=f"remove {self.folder}: the next command downloads it from the registry again",
             ) from None

@@ -1,6 +1,7 @@
-"""Evaluation as Spark runs it: numbers of shard rows in, scores and looks out; pictures in, thumbnails out.
+"""Evaluation on executors: indices of shard rows in, scores or colour grids out.
 
-Like captioning, scoring imports its worker module inside the function that runs on the executor.
+The worker modules, which import torch, are imported inside the functions, so the driver can import this module without
+torch.
 """
 
 from __future__ import annotations
@@ -38,22 +39,26 @@ SCORE_SCHEMA = pa.schema(
     ]
 )
 
-LOOK_SCHEMA = pa.schema(
+COLOUR_GRID_SCHEMA = pa.schema(
     [
-        pa.field("place", pa.int64(), nullable=False),
+        pa.field("index", pa.int64(), nullable=False),
         pa.field("image_id", pa.string(), nullable=False),
-        pa.field("look", pa.binary(), nullable=False),
+        pa.field("grid", pa.binary(), nullable=False),
         pa.field("texts", pa.list_(TEXT_TYPE), nullable=False),
     ]
 )
-LOOK_SIDE = 8
-"""A look is a picture of LOOK_SIDE x LOOK_SIDE colours, its bytes."""
+GRID_SIDE = 8
+"""A colour grid is a picture scaled to GRID_SIDE x GRID_SIDE pixels, as RGB bytes."""
 
 
 class ScoreJob(Config):
-    """What an executor needs to know: folders of the model and of the shards, and how many cores it has.
+    """Settings of a scoring job that executors need.
 
-    `remote` says that the model's folder is on a network.
+    Attributes:
+        model_folder: folder of weights, config and tokenizer.
+        remote: whether that folder is on a network.
+        shards_folder: folder of the split.
+        threads: torch threads per task.
     """
 
     model_folder: Path
@@ -63,7 +68,7 @@ class ScoreJob(Config):
 
 
 def score_batches(job: ScoreJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Scores of the shard rows that batches with a column `id` number, as SCORE_SCHEMA."""
+    """Score the shard rows whose indices are in column `id`. Yield SCORE_SCHEMA batches."""
     from pipelines.worker.caption import limit_threads, load_captioner
     from pipelines.worker.score import score_rows
 
@@ -76,19 +81,19 @@ def score_batches(job: ScoreJob, batches: Iterator[pa.RecordBatch]) -> Iterator[
         yield pa.RecordBatch.from_pylist([vars(score) for score in scores], schema=SCORE_SCHEMA)
 
 
-def look_batches(folders: tuple[str, str], batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Looks of the rows of two shard folders, one after the other, as LOOK_SCHEMA.
+def colour_grid_batches(folders: tuple[str, str], batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Compute colour grids of rows of two shard folders. Yield COLOUR_GRID_SCHEMA batches.
 
-    A batch's column `id` numbers rows: those of the first folder by their number, of the second by -1 minus it.
+    Column `id` of a batch has the indices: n >= 0 is row n of the first folder, n < 0 is row -1 - n of the second.
     """
     first, second = (Shards.open(Path(folder)) for folder in folders)
     for batch in batches:
-        looks = []
-        for place in batch.column("id").to_pylist():
-            row = first.row(place) if place >= 0 else second.row(-1 - place)
-            small = Image.fromarray(row.pixels).resize((LOOK_SIDE, LOOK_SIDE), Image.Resampling.BOX)
+        grids = []
+        for index in batch.column("id").to_pylist():
+            row = first.row(index) if index >= 0 else second.row(-1 - index)
+            small = Image.fromarray(row.pixels).resize((GRID_SIDE, GRID_SIDE), Image.Resampling.BOX)
             texts = [{"prompt": prompt, "text": text} for prompt, text in row.texts]
-            looks.append(
-                {"place": place, "image_id": row.image_id, "look": np.asarray(small).tobytes(), "texts": texts}
+            grids.append(
+                {"index": index, "image_id": row.image_id, "grid": np.asarray(small).tobytes(), "texts": texts}
             )
-        yield pa.RecordBatch.from_pylist(looks, schema=LOOK_SCHEMA)
+        yield pa.RecordBatch.from_pylist(grids, schema=COLOUR_GRID_SCHEMA)

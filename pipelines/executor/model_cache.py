@@ -1,8 +1,8 @@
-"""A model's files on a disk of this machine: copied there once, however many processes want them.
+"""Cache of model files on the host's local disk, shared by all processes of the host.
 
-Whoever comes first holds a lock while it copies, and the others wait for it; a copy gets its name when it is complete,
-so one that was killed leaves nothing that could be taken for it. The name tells which files were copied, by size and
-time of change. Only the last few models stay.
+The first process copies the files under a lock; the others wait. A copy gets its final name when it is complete, so a
+killed process leaves no copy that looks complete. The name is a hash of the files' names, sizes and modification times.
+Only the most recently used models are kept.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from pipelines.config import short_hash
 from pipelines.host_cache import exclusive_lock, user_cache_folder
 
 KEPT = 3
-"""Models whose copies stay. A process has read its own within seconds of asking."""
+"""Models that are kept. A process reads its copy within seconds after requesting it."""
 
 
 def local_copy(folder: Path, root: Path | None = None) -> Path:
-    """A copy of a folder's files on this machine, made now or found.
+    """Return a local copy of a model's folder. Copy the files if they are not in the cache.
 
     Args:
-        folder: on a network, complete, and never changed.
-        root: where copies are; this user's own folder among the temporary ones if not given.
+        folder: complete model folder on a network; its files never change.
+        root: folder of the cache; by default a folder of this user in the system's temporary folder.
 
     Raises:
-        StageFailed: the folder for copies belongs to somebody else, who could put another model there.
-        OSError: the folder cannot be read, or the disk is full.
+        StageFailed: the cache folder belongs to another user, who could replace models.
+        OSError: the model's folder cannot be read, or the disk is full.
     """
     root = user_cache_folder("models", root)
     files = sorted(path for path in folder.iterdir() if path.is_file())
@@ -43,7 +43,7 @@ def local_copy(folder: Path, root: Path | None = None) -> Path:
 
 def _copy(files: list[Path], target: Path) -> None:
     partial = target.with_suffix(".part")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: the lock is ours
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process: this process holds the lock
     partial.mkdir()
     for path in files:
         shutil.copyfile(path, partial / path.name)
@@ -51,7 +51,7 @@ def _copy(files: list[Path], target: Path) -> None:
 
 
 def _remove_others(root: Path) -> None:
-    """Remove all but the copies that were asked for last, and what was never completed."""
+    """Remove incomplete copies, and all but the KEPT most recently used complete ones."""
     copies = sorted((path for path in root.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
     complete = [path for path in copies if not path.suffix]
     for path in {*copies} - {*complete[-KEPT:]}:

@@ -1,7 +1,7 @@
-"""The review page: captions beside their pictures, and a verdict a click.
+"""The review server: a page of captions with their pictures, on which one click saves a verdict.
 
-It answers this machine alone. A page of another site, which a reviewer may have open in the same browser, can send
-requests here too: hosts are checked, and a verdict needs a token that only our own page knows.
+The server listens on this host only. A page of another site that is open in the reviewer's browser could send requests
+too. Therefore the Host header is checked, and a verdict needs a token that only the server's own page contains.
 """
 
 from __future__ import annotations
@@ -23,15 +23,22 @@ from pipelines.pages.thumbnail import make_thumbnail
 from pipelines.review.verdicts import CaptionVerdict, Review, Show, key_of
 from vlm.config import read_error_message
 
-A_PAGE = 24
+PAGE_SIZE = 24
+"""Captions per page."""
 SIDE = 320
-"""Pixels of a picture's longer side on the page."""
+"""Longer side of a picture on the page, pixels."""
 HOSTS = ["127.0.0.1", "localhost"]
 _SHOW: TypeAdapter[Show] = TypeAdapter(Show)
 
 
 def open_app(review: Review, title: str, reviewer: str) -> Starlette:
-    """The page and what it calls: GET / (show, words, page), GET /picture?id=, POST /verdict."""
+    """Create the server's application: GET / (show, words, page), GET /picture?id=, POST /verdict.
+
+    Args:
+        review: captions and verdicts.
+        title: heading of the page.
+        reviewer: user name that verdicts are saved under.
+    """
     token = secrets.token_urlsafe(16)
 
     async def page(request: Request) -> Response:
@@ -40,9 +47,9 @@ def open_app(review: Review, title: str, reviewer: str) -> Starlette:
             show = _SHOW.validate_python(query.get("show", "open"))
             number = max(1, int(query.get("page", "1")))
         except ValueError:
-            return PlainTextResponse("show is open, judged or all; page is a number", 400)
+            return PlainTextResponse("show must be open, judged or all; page must be a number", 400)
         words = query.get("words", "")
-        found = review.shown(show, words)
+        found = review.find(show, words)
         nonce = secrets.token_urlsafe(12)
         rendered = render(
             "review.html.j2",
@@ -52,9 +59,9 @@ def open_app(review: Review, title: str, reviewer: str) -> Starlette:
             show=show,
             words=words,
             page=number,
-            pages=max(1, -(-len(found) // A_PAGE)),
-            rows=[row | {"verdict": review.judged.get(key_of(row), "")} for row in found[A_PAGE * (number - 1) :]][
-                :A_PAGE
+            pages=max(1, -(-len(found) // PAGE_SIZE)),
+            rows=[row | {"verdict": review.judged.get(key_of(row), "")} for row in found[PAGE_SIZE * (number - 1) :]][
+                :PAGE_SIZE
             ],
             judged=len(review.judged),
             total=len(review.captions),
@@ -74,10 +81,10 @@ def open_app(review: Review, title: str, reviewer: str) -> Starlette:
 
     async def verdict(request: Request) -> Response:
         if not secrets.compare_digest(request.headers.get("x-lakesight-token", ""), token):
-            return JSONResponse({"error": "this page is of another server: reload it"}, 403)
+            return JSONResponse({"error": "the page was loaded from another server process: reload it"}, 403)
         try:
-            said = CaptionVerdict.model_validate_json(await request.body())
-            await asyncio.to_thread(review.save_verdict, said, reviewer)
+            posted = CaptionVerdict.model_validate_json(await request.body())
+            await asyncio.to_thread(review.save_verdict, posted, reviewer)
         except ValidationError as error:
             return JSONResponse({"error": read_error_message(error)}, 422)
         except UserError as error:

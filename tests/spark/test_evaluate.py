@@ -164,7 +164,7 @@ def test_an_empty_split_is_a_user_error(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     shards = write_shards(tmp_path / "none", rows=0)
-    with pytest.raises(UserError, match="nothing to evaluate on"):
+    with pytest.raises(UserError, match="the split to evaluate on is empty"):
         evaluate(spark, platform, model, shards.folder, shards.folder)
 
 

@@ -84,7 +84,7 @@ def test_blind_and_worse_versions_are_refused_with_all_reasons_and_rollback_rest
     said = refusal(job, BLIND)
     assert "for 4 reasons" in said
     for reason in (
-        "it does not look at its pictures: a blind gap of",
+        "it does not use its pictures: a blind gap of",
         "no better than the best caption that ignores the picture",
         "no better than the nearest neighbour's caption",
         "worse than the champion: word_f1 -",

@@ -1,4 +1,5 @@
-"""Evaluation in the driver: scores of a model version, metrics with intervals, comparison and the promotion gate.
+"""Evaluation in the driver: metrics of a model version with confidence intervals, and the promotion gate.
 
-Start reading in `run.py`. May import pyspark; never torch or MLflow.
+Start reading in `run.py`. New metrics go into `metrics.py`, the gate is `promote.py`, two versions are compared in
+`compare.py`. Imports pyspark; never torch or MLflow.
 """

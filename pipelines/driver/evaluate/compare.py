@@ -1,4 +1,4 @@
-"""Two versions on the same rows: who wins where, and whether the difference is more than chance."""
+"""Comparison of two model versions on the same rows, with a paired bootstrap."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pyspark.sql import SparkSession
 
-from pipelines.driver.evaluate.bootstrap import Interval, differences, paired
+from pipelines.driver.evaluate.bootstrap import Interval, metric_differences, pair_rows
 from pipelines.driver.evaluate.gallery import GROUP_ROWS, GalleryRow, ModelCaption, write_html
 from pipelines.driver.evaluate.metrics import ScoredRow
 from pipelines.driver.evaluate.run import EvaluationReport, read_thumbnails
@@ -20,15 +20,15 @@ Pair = tuple[ScoredRow, ScoredRow]
 
 
 class Comparison(Config):
-    """Version `one` beside version `other`.
+    """Comparison of version `one` with version `other`.
 
     Attributes:
-        rows: that both captioned.
+        rows: rows that both captioned.
         differences: each metric of `one` minus that of `other`, with the interval of a paired bootstrap.
         wins: rows where `one` has the higher word F1.
-        losses: rows where `other` has.
-        ties: the other rows.
-        page: the rows that differ most, side by side.
+        losses: rows where `other` has the higher word F1.
+        ties: rows with equal word F1.
+        page: HTML page of the rows that differ most.
     """
 
     model_name: str
@@ -50,9 +50,9 @@ def compare(
     """Compare two evaluations of the split that a shard request names, and write the page.
 
     Raises:
-        StageFailed: there is no row that both captioned.
+        StageFailed: no row was captioned by both.
     """
-    pairs = list(zip(*paired(one.scores(), other.scores()), strict=True))
+    pairs = list(zip(*pair_rows(one.scores(), other.scores()), strict=True))
     if not pairs:
         raise StageFailed(
             "the versions cannot be compared",
@@ -68,7 +68,7 @@ def compare(
         source=one.source,
         split=one.split,
         rows=len(pairs),
-        differences=differences(one.scores(), other.scores()),
+        differences=metric_differences(one.scores(), other.scores()),
         wins=sum(a.f1 > b.f1 for a, b in pairs),
         losses=sum(a.f1 < b.f1 for a, b in pairs),
         ties=sum(a.f1 == b.f1 for a, b in pairs),
@@ -79,9 +79,9 @@ def compare(
     thumbnails = read_thumbnails(samples, [a.image_id for rows in groups.values() for a, _ in rows])
     title = f"{report.model_name}: version {names[0]} and version {names[1]} on {report.source} ({report.split})"
     about = (
-        f"Figures are those of version {names[0]} minus those of version {names[1]} on the same {report.rows} rows, "
-        f"with 95 % intervals of a paired bootstrap. By word F1 {report.wins} won, {report.losses} lost, "
-        f"{report.ties} equal; shown are the rows that differ most, and some that do not."
+        f"Metrics of version {names[0]} minus those of version {names[1]} on the same {report.rows} rows, with 95 % "
+        f"intervals of a paired bootstrap. Rows by word F1: {report.wins} won, {report.losses} lost, {report.ties} "
+        "equal. The page shows the rows that differ most, and some that are equal."
     )
     rows = [
         _gallery_row(pair, names, thumbnails[pair[0].image_id], group)
@@ -93,7 +93,7 @@ def compare(
 
 
 def _groups(pairs: Sequence[Pair], names: tuple[str, str]) -> dict[str, list[Pair]]:
-    """The rows to show, the largest difference first."""
+    """Select the rows to show, by group, the largest difference first."""
     by_gain = sorted(pairs, key=lambda pair: (pair[1].f1 - pair[0].f1, pair[0].row))
     better, worse = f"{names[0]}-better", f"{names[1]}-better"
     return {

@@ -1,9 +1,11 @@
-"""What a caption is worth: the figures of a split as functions of how often each row counts.
+"""Metrics of captions as functions of row weights.
 
-A metric here takes weights (S resamples, R rows) and gives S values, so an interval, a slice of the rows and the paired
-difference of two models are one thing each: other weights (`driver/bootstrap.py`). BLEU, ROUGE-L and CIDEr count as
-pycocoevalcap does, METEOR is the program it comes with; what differs is the tokenizer: COCO's is a Java program, ours
-is `vlm.text.words`, so scores compare between runs here and not with the COCO leaderboard.
+A metric takes weights (S resamples, R rows) and returns S values. An interval, a slice and the paired difference of two
+models are the same metric with other weights (`bootstrap.py`). A new metric goes into `model_metrics` or, if it needs
+only captions and references, into `caption_metrics`.
+
+BLEU, ROUGE-L and CIDEr are computed by pycocoevalcap, METEOR by the Java program that it contains. The tokenizer is
+`vlm.text.words` instead of COCO's Java tokenizer, so scores compare between runs but not with the COCO leaderboard.
 
 Letters: R rows (a picture and a prompt), S resamples.
 """
@@ -28,7 +30,7 @@ from vlm.text.words import words
 
 Floats = npt.NDArray[np.float64]
 Metric = Callable[[Floats], Floats]
-"""Weights (S, R) to values (S,)."""
+"""Function from weights (S, R) to values (S,)."""
 
 MAX_ORDER = 4
 MAX_DISTINCT = 2
@@ -37,26 +39,26 @@ MAX_CONSTANTS = 256
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """What a model made of one picture and prompt. Losses are sums over the references' tokens, in nats.
+    """Scores of one row: a picture and a prompt. Losses are sums over the references' tokens, in nats.
 
     Attributes:
-        row: row of the picture in the shards; rows with the same number are one picture.
-        image_id: the picture.
+        row: row of the picture in the shards; rows with the same number have the same picture.
+        image_id: id of the picture.
         prompt: empty for a plain caption.
-        references: what people wrote, at least one.
-        caption: what the model wrote; None where the prompt leaves no room for a caption.
-        neighbour: what people wrote about the most similar picture of the training split; None without one.
-        loss: given the picture.
-        blind_loss: given another picture; None where the split has no other.
-        blank_loss: given a grey picture.
-        noise_loss: given noise.
-        num_targets: tokens of the references, end tokens included.
-        num_correct: those of them that the model holds likeliest, given the picture and the tokens before.
-        num_tokens: tokens of the caption, end token included.
-        seconds: this row's share of the time its batch took to caption.
-        mean_logprob: of the caption's tokens, in nats; None without one.
+        references: human captions, at least one.
+        caption: the model's caption; None if the prompt leaves no room for one.
+        neighbour: human caption of the most similar training picture; None if there is none.
+        loss: loss given the picture.
+        blind_loss: loss given another picture; None if the split has only one picture.
+        blank_loss: loss given a grey picture.
+        noise_loss: loss given a picture of noise.
+        num_targets: tokens of the references, including end tokens.
+        num_correct: target tokens that the model ranks first, given the picture and the preceding tokens.
+        num_tokens: tokens of the caption, including the end token.
+        seconds: captioning time of the row's batch divided by the batch size.
+        mean_logprob: mean log-probability of the caption's tokens, in nats; None without a caption.
         brightness: mean level of the picture at model resolution, 0 to 255.
-        contrast: standard deviation of its levels.
+        contrast: standard deviation of the picture's levels.
     """
 
     row: int
@@ -79,22 +81,22 @@ class ScoredRow:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What tells the row apart, whatever the model."""
+        """Key of the row, equal for all models: image_id and prompt."""
         return self.image_id, self.prompt
 
     @property
     def exact(self) -> bool:
-        """Whether the caption is one of the references, word for word."""
+        """Whether the caption equals one of the references."""
         return _exact(self.caption or "", self.references)
 
     @property
     def f1(self) -> float:
-        """Word F1 of the caption and the reference that is most like it."""
+        """Word F1 of the caption with the best matching reference."""
         return best_f1(words(self.caption or ""), [words(reference) for reference in self.references])
 
 
 def best_f1(caption: Sequence[str], references: Iterable[Sequence[str]]) -> float:
-    """Harmonic mean of the shares of words in common, counted with repeats; of the best reference."""
+    """Compute word F1 with the best reference: harmonic mean of precision and recall of words, with multiplicity."""
 
     def f1(reference: Sequence[str]) -> float:
         total = len(caption) + len(reference)
@@ -104,7 +106,7 @@ def best_f1(caption: Sequence[str], references: Iterable[Sequence[str]]) -> floa
 
 
 def captioned(scored: Sequence[ScoredRow]) -> list[ScoredRow]:
-    """The rows that have a caption."""
+    """Return the rows that have a caption."""
     return [item for item in scored if item.caption is not None]
 
 
@@ -112,15 +114,17 @@ def captioned(scored: Sequence[ScoredRow]) -> list[ScoredRow]:
 
 
 def model_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
-    """The metrics of rows that all have a caption; weights follow their order.
+    """Return the metrics of rows that all have a caption. The weights are in the order of the rows.
 
-    loss (nats per token), token_accuracy, blind_gap (nats per token, with the picture of another row; left out where
-    the split has one picture), blank_gap and noise_gap (with a grey picture, with noise), exact_match, word_f1,
-    bleu_1..4, rouge_l, cider (left out for one row: it weighs words by how few rows have them), words and tokens (mean
-    length of a caption), captions_per_second (of one process), distinct (share of captions that are different),
-    distinct_1..2 (share of word n-grams that are different), distinct_words (different ones among 100 captions; left
-    out where there are fewer), mean_logprob (nats per token, mean over captions), brightness and contrast (of pictures,
-    in levels of 0 to 255).
+    - loss: nats per target token. token_accuracy: share of target tokens ranked first.
+    - blind_gap, blank_gap, noise_gap: loss with the picture of another row, a grey picture or noise, minus loss, in
+      nats per token. blind_gap is left out if the split has one picture.
+    - exact_match, word_f1, bleu_1..4, rouge_l, cider. CIDEr is left out for one row: its word weights need several.
+    - words, tokens: mean length of a caption. captions_per_second: throughput of one process.
+    - distinct: share of different captions. distinct_1..2: share of different word n-grams.
+    - distinct_words: expected number of different words in 100 captions; left out if there are fewer captions.
+    - mean_logprob: nats per token, mean over captions.
+    - brightness, contrast: mean over pictures, in levels of 0 to 255.
     """
     tokens = [float(item.num_targets) for item in scored]
     metrics: dict[str, Metric] = {
@@ -141,8 +145,11 @@ def model_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
 
 
 def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
-    """The metrics of captions alone, for captions that need no model: constant_* (the best caption that ignores the
-    picture) and neighbour_* (what people wrote about the most similar picture of the training split)."""
+    """Return the caption metrics of the baselines, which need no model.
+
+    constant_*: the best caption that ignores the picture. neighbour_*: the human caption of the most similar training
+    picture.
+    """
     return {
         f"{name}_{metric}": function
         for name, rows in baselines(scored).items()
@@ -151,27 +158,27 @@ def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
 
 
 def ratio(numerators_R: Sequence[float], denominators_R: Sequence[float] | None = None) -> Metric:
-    """A sum over rows divided by another; a mean without the other."""
+    """Return the metric sum of numerators / sum of denominators; without denominators, the mean."""
     numerator_R = np.asarray(numerators_R, float)
     denominator_R = np.ones_like(numerator_R) if denominators_R is None else np.asarray(denominators_R, float)
     return lambda weights_SR: (weights_SR @ numerator_R) / (weights_SR @ denominator_R)
 
 
 def caption_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
-    """Metrics that need nothing but captions and references: exact_match, word_f1, rouge_l, words, cider, bleu_1..4."""
+    """Return the metrics of captions and references: exact_match, word_f1, rouge_l, words, cider, bleu_1..4."""
     captions = [words(item.caption or "") for item in scored]
     references = [[words(reference) for reference in item.references] for item in scored]
     rouge = Rouge()
     metrics = {
         "exact_match": ratio([float(item.exact) for item in scored]),
-        "word_f1": ratio([best_f1(made, group) for made, group in zip(captions, references, strict=True)]),
+        "word_f1": ratio([best_f1(caption, group) for caption, group in zip(captions, references, strict=True)]),
         "rouge_l": ratio(
             [
-                rouge.calc_score([" ".join(made)], [" ".join(reference) for reference in group])
-                for made, group in zip(captions, references, strict=True)
+                rouge.calc_score([" ".join(caption)], [" ".join(reference) for reference in group])
+                for caption, group in zip(captions, references, strict=True)
             ]
         ),
-        "words": ratio([float(len(made)) for made in captions]),
+        "words": ratio([float(len(caption)) for caption in captions]),
     }
     if len(scored) > 1:
         metrics["cider"] = ratio(Cider().compute_score(*_as_coco(captions, references))[1])
@@ -179,26 +186,27 @@ def caption_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
 
 
 def meteor(scored: Sequence[ScoredRow]) -> Metric:
-    """METEOR (Denkowski and Lavie, 2014), the mean over rows; by the Java program that pycocoevalcap brings."""
+    """Return METEOR (Denkowski and Lavie, 2014), mean over rows, computed by pycocoevalcap's Java program."""
     captions = [words(item.caption or "") for item in scored]
     references = [[words(reference) for reference in item.references] for item in scored]
     return ratio(Meteor().compute_score(*_as_coco(captions, references))[1])
 
 
 def has_java() -> bool:
-    """Whether METEOR can run here."""
+    """Return whether Java, which METEOR needs, is installed."""
     return shutil.which("java") is not None
 
 
 def _as_coco(
     captions: Sequence[list[str]], references: Sequence[list[list[str]]]
 ) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """Return references and captions as pycocoevalcap takes them: lists of texts by row number."""
     truth = {i: [" ".join(reference) for reference in group] for i, group in enumerate(references)}
     return truth, {i: [" ".join(caption)] for i, caption in enumerate(captions)}
 
 
 def _distinct(texts: Sequence[str]) -> dict[str, Metric]:
-    """Shares of what is different; of all rows, whatever the weights."""
+    """Return the diversity metrics. They are over all rows and ignore the weights."""
 
     def constant(value: float) -> Metric:
         return lambda weights_SR: np.full(len(weights_SR), value)
@@ -215,7 +223,7 @@ def _distinct(texts: Sequence[str]) -> dict[str, Metric]:
 
 
 def _bleu(captions: Sequence[list[str]], references: Sequence[list[list[str]]]) -> dict[str, Metric]:
-    """Corpus BLEU (Papineni et al., 2002) from pycocoevalcap's counts; the reference closest in length counts."""
+    """Return corpus BLEU (Papineni et al., 2002) from pycocoevalcap's counts, with the reference closest in length."""
     cooked: list[dict[str, Any]] = [
         cook_test(" ".join(caption), cook_refs([" ".join(reference) for reference in group]), eff="closest")
         for caption, group in zip(captions, references, strict=True)
@@ -223,16 +231,16 @@ def _bleu(captions: Sequence[list[str]], references: Sequence[list[list[str]]]) 
     lengths_2R = np.array([[c["testlen"] for c in cooked], [c["reflen"] for c in cooked]], float)
     correct_NR = np.array([[c["correct"][n] for c in cooked] for n in range(MAX_ORDER)], float)
     guessed_NR = np.array([[c["guess"][n] for c in cooked] for n in range(MAX_ORDER)], float)
-    tiny, small = 1e-15, 1e-9  # pycocoevalcap's: no match at all scores zero, not an error
+    tiny, small = 1e-15, 1e-9  # pycocoevalcap's values: no match gives zero and not an error
 
     def bleu(order: int) -> Metric:
-        def of(weights_SR: Floats) -> Floats:
-            made_S, wanted_S = lengths_2R @ weights_SR.T
+        def metric(weights_SR: Floats) -> Floats:
+            caption_S, reference_S = lengths_2R @ weights_SR.T
             precision_NS = (correct_NR[:order] @ weights_SR.T + tiny) / (guessed_NR[:order] @ weights_SR.T + small)
-            brevity_S = np.exp(np.minimum(0, 1 - (wanted_S + small) / (made_S + tiny)))
+            brevity_S = np.exp(np.minimum(0, 1 - (reference_S + small) / (caption_S + tiny)))
             return np.asarray(brevity_S * precision_NS.prod(axis=0) ** (1 / order))
 
-        return of
+        return metric
 
     return {f"bleu_{order}": bleu(order) for order in range(1, MAX_ORDER + 1)}
 
@@ -241,7 +249,7 @@ def _bleu(captions: Sequence[list[str]], references: Sequence[list[list[str]]]) 
 
 
 def baselines(scored: Sequence[ScoredRow]) -> dict[str, list[ScoredRow]]:
-    """The rows with the captions of what needs no model: `constant`, and `neighbour` where every row has one."""
+    """Return the rows with the captions of each baseline: `constant`, and `neighbour` if every row has a neighbour."""
     constant = best_constant(scored)
     rows = {"constant": [replace(item, caption=constant) for item in scored]}
     if all(item.neighbour is not None for item in scored):
@@ -250,9 +258,9 @@ def baselines(scored: Sequence[ScoredRow]) -> dict[str, list[ScoredRow]]:
 
 
 def best_constant(scored: Sequence[ScoredRow]) -> str:
-    """The caption that is best by word F1 when said of every picture, of the MAX_CONSTANTS most frequent references.
+    """Return the single caption with the highest mean word F1 over all pictures.
 
-    Between equals the more frequent one.
+    The candidates are the MAX_CONSTANTS most frequent references. Of equal ones the more frequent wins.
     """
     references = [[words(reference) for reference in item.references] for item in scored]
     spelled = Counter(reference.strip() for item in scored for reference in item.references)
@@ -261,7 +269,7 @@ def best_constant(scored: Sequence[ScoredRow]) -> str:
 
 
 def _constant_f1(candidates: Sequence[list[str]], references: Sequence[list[list[str]]]) -> Floats:
-    """Word F1 of every candidate on every row: (candidates, rows)."""
+    """Compute word F1 of every candidate on every row, shape (candidates, rows)."""
     flat = [(row, reference) for row, group in enumerate(references) for reference in group]
     index = {word: i for i, word in enumerate(sorted({w for _, reference in flat for w in reference}))}
     counts = np.zeros((len(flat), len(index)))
@@ -271,8 +279,8 @@ def _constant_f1(candidates: Sequence[list[str]], references: Sequence[list[list
     rows = np.array([row for row, _ in flat])
     scores = np.zeros((len(candidates), len(references)))
     for i, candidate in enumerate(candidates):
-        own = Counter(index[word] for word in candidate)
-        columns, repeats = list(own), np.array(list(own.values()))
+        repeats_by_word = Counter(index[word] for word in candidate)
+        columns, repeats = list(repeats_by_word), np.array(list(repeats_by_word.values()))
         common = np.minimum(counts[:, columns], repeats).sum(axis=1)
         totals = np.maximum(1, counts.sum(axis=1) + len(candidate))
         np.maximum.at(scores[i], rows, 2 * common / totals)

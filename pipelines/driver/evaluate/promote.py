@@ -1,9 +1,9 @@
-"""May a model version serve? The gate that a version passes before it becomes the champion.
+"""Promotion gate: checks that a model version must pass before it becomes the champion.
 
-A small captioning model easily learns to write a plausible caption without looking: its loss is beautiful and its blind
-gap (loss with the pictures of other rows, minus loss with the right ones) is zero. And a model that looks may still say
-less than a copied sentence does, or less than the model that serves now. Every check is made and told, not the first
-that fails.
+A small captioning model easily learns to write plausible captions without using the picture. Its loss is good, but its
+blind gap (loss with the pictures of other rows, minus loss with the right ones) is zero. A model that uses the picture
+may still be worse than a copied caption, or than the current champion. The gate runs every check and reports all
+failures, not only the first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pyspark.sql import functions as F
 
 from pipelines.config import GateConfig, Trial
 from pipelines.driver.delta.tables import ensure_tables
-from pipelines.driver.evaluate.bootstrap import Interval, differences, paired
+from pipelines.driver.evaluate.bootstrap import Interval, metric_differences, pair_rows
 from pipelines.driver.evaluate.metrics import baselines, captioned
 from pipelines.driver.evaluate.run import EvaluationReport
 from pipelines.formats.shards import Shards
@@ -30,62 +30,61 @@ BASELINES = {"constant": "the best caption that ignores the picture", "neighbour
 
 
 class GateCheck(Config):
-    """One question of the gate, and what was found."""
+    """Result of one check of the gate, and its description."""
 
     passed: bool
     found: str
 
 
 class GateResult(Config):
-    """All checks of a version, by name, and the figures they rest on."""
+    """Results of all checks of a version, by name, and the metrics they used."""
 
     checks: dict[str, GateCheck]
     figures: dict[str, Interval]
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why the version may not serve; empty when it may."""
+        """Descriptions of the failed checks; empty if the version passed."""
         return tuple(check.found for check in self.checks.values() if not check.passed)
 
 
 def check_gate(
     gate: GateConfig, report: EvaluationReport, champion: EvaluationReport | None, trial: Trial
 ) -> GateResult:
-    """Put a version's evaluation and trial to every check.
-
-    A figure that is missing or not a number passes no check.
+    """Run every check of the gate. A metric that is missing or NaN fails its check.
 
     Args:
-        gate: the limits.
-        report: of the version.
-        champion: of the version that serves, on the same split; None where none does.
-        trial: of the version, in a fresh process.
+        gate: limits of the checks.
+        report: evaluation of the version.
+        champion: evaluation of the current champion on the same split; None if there is no champion.
+        trial: result of loading and running the version in a fresh process.
     """
     metrics = report.metrics
     shown: tuple[str, ...] = (gate.metric, "loss", "blind_gap", "error_share")
     figures = {name: metrics[name] for name in shown if name in metrics}
     checks = {
         "loads": GateCheck(passed=not trial.failure, found=trial.failure or "it loads in a fresh process"),
-        "errors": _errors(gate, metrics["error_share"].value, trial),
-        "looks": _looks(gate, metrics.get("blind_gap")),
+        "errors": _check_errors(gate, metrics["error_share"].value, trial),
+        "looks": _check_blind_gap(gate, metrics.get("blind_gap")),
     }
     scored = report.scores()
-    there = baselines(captioned(scored))
+    rows_of = baselines(captioned(scored))
     for name in gate.baselines:
-        if name in there:
-            gain = differences(scored, there[name], names=[gate.metric]).get(gate.metric)
-            checks[name] = _beats(gate, gain, BASELINES[name])
+        if name in rows_of:
+            gain = metric_differences(scored, rows_of[name], names=[gate.metric]).get(gate.metric)
+            checks[name] = _check_baseline(gate, gain, BASELINES[name])
             figures |= {f"over_{name}": gain} if gain else {}
     if champion:
-        difference = differences(scored, champion.scores(), names=[gate.metric]).get(gate.metric)
-        rows = len(paired(scored, champion.scores())[0])
-        checks["champion"] = _not_worse(gate, difference, champion.model_version, rows)
+        difference = metric_differences(scored, champion.scores(), names=[gate.metric]).get(gate.metric)
+        rows = len(pair_rows(scored, champion.scores())[0])
+        checks["champion"] = _check_champion(gate, difference, champion.model_version, rows)
         if difference:
             figures["over_champion"] = difference
     return GateResult(checks=checks, figures=figures)
 
 
-def _errors(gate: GateConfig, share: float, trial: Trial) -> GateCheck:
+def _check_errors(gate: GateConfig, share: float, trial: Trial) -> GateCheck:
+    """Check the share of errors, both of the evaluation and of the trial."""
     tried = len(trial.errors) / trial.pictures if trial.pictures else 0.0
     found = (
         f"no caption for a share of {share:.3g} of the split and for {len(trial.errors)} of {trial.pictures} pictures "
@@ -96,51 +95,57 @@ def _errors(gate: GateConfig, share: float, trial: Trial) -> GateCheck:
     return GateCheck(passed=max(share, tried) <= gate.max_error_share, found=found)
 
 
-def _looks(gate: GateConfig, gap: Interval | None) -> GateCheck:
+def _check_blind_gap(gate: GateConfig, gap: Interval | None) -> GateCheck:
+    """Check that the model uses its pictures."""
     if gap is None:
-        found = "nobody knows whether it looks at its pictures: a split of one picture has no blind gap"
+        found = "the blind gap is unknown: a split of one picture has none"
         return GateCheck(passed=False, found=found)
     passed = gap.value >= gate.min_blind_gap
     found = f"a blind gap of {gap.value:.3f} nats per token, limit {gate.min_blind_gap:g}"
-    return GateCheck(passed=passed, found=found if passed else f"it does not look at its pictures: {found}")
+    return GateCheck(passed=passed, found=found if passed else f"it does not use its pictures: {found}")
 
 
-def _beats(gate: GateConfig, gain: Interval | None, what: str) -> GateCheck:
-    """Better is what even the lower end of the interval calls better: guessing beats a constant half of the time."""
+def _check_baseline(gate: GateConfig, gain: Interval | None, baseline: str) -> GateCheck:
+    """Check that the version is better than a baseline even at the lower end of the interval.
+
+    The value alone is not enough: by chance, a model as good as the baseline is better in half of the cases.
+    """
     if gain is None:
-        return GateCheck(
-            passed=False, found=f"nobody knows whether it is better than {what}: {gate.metric} is not measured"
-        )
+        return GateCheck(passed=False, found=f"it cannot be compared with {baseline}: {gate.metric} is not measured")
     passed = gain.low > 0
     than = "better than" if passed else "no better than"
-    return GateCheck(passed=passed, found=f"{than} {what}: {gate.metric} {_told(gain)}")
+    return GateCheck(passed=passed, found=f"{than} {baseline}: {gate.metric} {_format_difference(gain)}")
 
 
-def _told(gain: Interval) -> str:
-    return f"{gain.value:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"
+def _format_difference(difference: Interval) -> str:
+    return f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
 
 
-def _not_worse(gate: GateConfig, difference: Interval | None, version: str, rows: int) -> GateCheck:
-    """Worse is what even the upper end of the interval calls worse: chance alone refuses one version in forty."""
+def _check_champion(gate: GateConfig, difference: Interval | None, version: str, rows: int) -> GateCheck:
+    """Check that the version is not worse than the champion at the upper end of the interval.
+
+    By chance, this refuses one in forty versions that are as good as the champion.
+    """
     if difference is None:
         return GateCheck(
             passed=False, found=f"it cannot be compared with the champion, version {version}: no common rows"
         )
     passed = difference.high >= 0
-    found = f"{gate.metric} {_told(difference)} against the champion, version {version}, on the same {rows} rows"
+    change = f"{gate.metric} {_format_difference(difference)}"
+    found = f"{change} against the champion, version {version}, on the same {rows} rows"
     return GateCheck(passed=passed, found=found if passed else f"worse than the champion: {found}")
 
 
-# ------------------------------------------------------------------------------------------------ pictures and trail
+# ------------------------------------------------------------------------------------------------ trial and decisions
 
 
 def read_trial_pictures(spark: SparkSession, shards: Shards, count: int) -> list[tuple[bytes, str]]:
-    """The first pictures of a split as they were ingested, each with a prompt of its."""
+    """Read the first pictures of a split as they were ingested, each with its first prompt."""
     rows = [shards.row(index) for index in range(min(count, len(shards)))]
     request = shards.manifest.request
     samples = spark.read.option("versionAsOf", request.table_version).table(request.table)
-    wanted = samples.where(samples.image_id.isin([row.image_id for row in rows])).select("image_id", "image")
-    images = {row["image_id"]: bytes(row["image"]) for row in wanted.collect()}
+    chosen = samples.where(samples.image_id.isin([row.image_id for row in rows])).select("image_id", "image")
+    images = {row["image_id"]: bytes(row["image"]) for row in chosen.collect()}
     return [(images[row.image_id], row.texts[0][0]) for row in rows]
 
 
@@ -155,17 +160,17 @@ def record_decision(
     reasons: Sequence[str] = (),
     figures: str = "{}",
 ) -> None:
-    """Append a decision to table `decisions`, before it takes effect: what is done was always written down first.
+    """Append a decision to table `decisions`. Call it before the decision takes effect, so that the log is complete.
 
     Args:
-        spark: the session, whose user is who decided.
-        platform: where.
-        model: registered model.
-        version: decided on.
-        action: what was decided.
-        champion: version that serves now; None where none does.
-        reasons: why it was refused.
-        figures: what the decision rests on, a JSON object.
+        spark: the session; its user is recorded as the decider.
+        platform: platform of the table.
+        model: name of the registered model.
+        version: version that the decision is about.
+        action: the decision.
+        champion: current champion version; None if there is none.
+        reasons: why the version was refused.
+        figures: metrics that the decision is based on, as a JSON object.
     """
     ensure_tables(spark, platform)
     row = {

@@ -1,9 +1,8 @@
-"""How good is a model version? Executors caption a split and score it, the driver turns the scores into metrics.
+"""Evaluation of a model version: executors caption and score a split, the driver computes metrics from the scores.
 
-What comes back to the driver is text and numbers, a few hundred bytes a picture; pictures come back as thumbnails, and
-only those the gallery shows. Everything is kept in one folder a version and split, and `report.json` is written last: a
-second evaluation reads it and does nothing else, one that asks for more figures starts from the scores, and no model
-runs twice.
+The driver receives text and numbers, a few hundred bytes per picture, and thumbnails of the pictures in the gallery.
+Each version and split has one folder, and `report.json` is written last. A second evaluation only reads it. An
+evaluation that asks for more metrics starts from the stored scores, so no model runs twice.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.tables import add_columns, ensure_tables
-from pipelines.driver.evaluate.bootstrap import Interval, measure, slices
+from pipelines.driver.evaluate.bootstrap import Interval, measure, slice_metrics
 from pipelines.driver.evaluate.gallery import (
     GalleryRow,
     ModelCaption,
@@ -32,7 +31,7 @@ from pipelines.driver.evaluate.gallery import (
     write_png,
 )
 from pipelines.driver.evaluate.metrics import ScoredRow, captioned, has_java, meteor
-from pipelines.driver.evaluate.scores import SCORES, evaluation_folder, read_scores, score, scores_hash
+from pipelines.driver.evaluate.scores import SCORES, evaluation_folder, read_scores, score_split, scores_hash
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import StageFailed, UserError
 from pipelines.executor.thumbnail import with_thumbnails
@@ -46,28 +45,29 @@ from vlm.text.words import words
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("format", "size", "length")
-"""What slices are cut by: columns of `samples`, the longer side, the words of the first reference."""
-SLICED = ("exact_match", "word_f1", "rouge_l", "cider", "loss", "token_accuracy", "blind_gap")
+"""Columns by which slices are made: columns of `samples`, size (longer side), length (words of the first reference)."""
+SLICE_METRICS = ("exact_match", "word_f1", "rouge_l", "cider", "loss", "token_accuracy", "blind_gap")
 REPORT = "report.json"
 
 
 class EvaluationReport(Config):
-    """What a model version is worth on a split.
+    """Metrics of a model version on a split.
 
     Attributes:
         source: name of the data config.
-        dataset_version: of `samples`, that last changed the source.
+        dataset_version: version of `samples` that last changed the source.
         scores_hash: equal for equal scores.
-        pictures: of the split.
-        left_out: picture-prompt pairs whose prompt leaves no room for a caption: `error_share` alone knows them.
-        metrics: of the whole split, those of the baselines (constant_*, neighbour_*) too.
-        columns: what the slices are cut by.
-        slices: metrics of a part of the split, by `column=value`.
-        folder: the scores, the report and the pages.
-        gallery: page of worst and best rows.
-        gallery_png: a picture of some rows.
-        figures_png: a picture of the figures.
-        reused: whether everything was there already.
+        pictures: number of pictures of the split.
+        left_out: rows whose prompt leaves no room for a caption. Only `error_share` counts them.
+        metrics: metrics of the whole split, including those of the baselines (constant_*, neighbour_*).
+        columns: columns by which slices are made.
+        slices: metrics of each slice, by `column=value`.
+        folder: folder of the scores, the report and the pages.
+        gallery: HTML page of the worst and best rows and a sample.
+        gallery_png: PNG of the sample.
+        figures_png: PNG of a bar chart of the metrics.
+        reused: whether the whole report was read from an earlier evaluation.
+        seconds: duration of the evaluation that computed the report.
     """
 
     model_name: str
@@ -94,7 +94,7 @@ class EvaluationReport(Config):
         return {name: interval.value for name, interval in self.metrics.items()}
 
     def scores(self) -> list[ScoredRow]:
-        """The rows."""
+        """Read the scores of all rows."""
         return read_scores(self.folder / SCORES)
 
 
@@ -108,36 +108,34 @@ def evaluate(
     columns: Sequence[str] = COLUMNS,
     with_meteor: bool = False,
 ) -> EvaluationReport:
-    """Measure a model version on the split that a shard folder holds.
-
-    Writes table `evaluations` and the gallery. The metrics are those of `bootstrap.measure`.
+    """Compute the metrics of a model version on a split, and write table `evaluations` and the gallery.
 
     Args:
         spark: the session.
-        platform: where.
-        model: the version.
-        shards_folder: the split.
-        train_folder: the split that a nearest neighbour may copy from.
-        columns: what slices are cut by.
-        with_meteor: METEOR too, where there is Java: it takes seconds to start.
+        platform: platform of the tables and reports.
+        model: the model version.
+        shards_folder: shards of the split.
+        train_folder: shards of the training split, for the nearest-neighbour baseline.
+        columns: columns by which slices are made.
+        with_meteor: compute METEOR too if Java is installed; Java takes seconds to start.
 
     Raises:
-        UserError: the split is empty, or the folders do not hold what they should, or there is no such column.
+        UserError: the split is empty, a folder does not hold a model or shards, or a column does not exist.
         StageFailed: no prompt of the split leaves room for a caption, or an executor failed.
     """
     started = time.monotonic()
     model.read_config()
     shards, train = Shards.open(shards_folder), Shards.open(train_folder)
     folder = evaluation_folder(platform, model, shards, train)
-    wanted = Wanted(tuple(columns), with_meteor and has_java())
+    requested = RequestedMetrics(tuple(columns), with_meteor and has_java())
     if (folder / REPORT).exists():
-        found = read_json(folder / REPORT, EvaluationReport).model_copy(update=_files(folder) | {"reused": True})
-        if wanted.within(found):
+        found = read_json(folder / REPORT, EvaluationReport).model_copy(update=_report_paths(folder) | {"reused": True})
+        if requested.included_in(found):
             return found
-        wanted = wanted.beside(found)
+        requested = requested.merged_with(found)
     ensure_tables(spark, platform)
     add_columns(spark, platform, EVALUATIONS)
-    report, rows = _evaluate(spark, model, (shards, train), folder, wanted)
+    report, rows = _evaluate(spark, model, (shards, train), folder, requested)
     report = report.model_copy(update={"seconds": time.monotonic() - started})
     retry_on_conflict(partial(_merge, spark, platform, report), where=platform.table(EVALUATIONS.name))
     _write_pages(report, rows)
@@ -145,48 +143,48 @@ def evaluate(
     return report
 
 
-class Wanted(NamedTuple):
-    """Which figures: what slices are cut by, and whether METEOR."""
+class RequestedMetrics(NamedTuple):
+    """Optional metrics of an evaluation: columns by which slices are made, and whether METEOR is computed."""
 
     columns: tuple[str, ...]
     meteor: bool
 
-    def within(self, report: EvaluationReport) -> bool:
-        """Whether a report has them."""
+    def included_in(self, report: EvaluationReport) -> bool:
+        """Return whether a report has these metrics."""
         return set(self.columns) <= set(report.columns) and self.meteor <= ("meteor" in report.metrics)
 
-    def beside(self, report: EvaluationReport) -> Wanted:
-        """These and those that a report has."""
+    def merged_with(self, report: EvaluationReport) -> RequestedMetrics:
+        """Return these metrics and those that a report has."""
         columns = tuple(dict.fromkeys((*report.columns, *self.columns)))
-        return Wanted(columns, self.meteor or "meteor" in report.metrics)
+        return RequestedMetrics(columns, self.meteor or "meteor" in report.metrics)
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """The paths of a report."""
+def _report_paths(folder: Path) -> dict[str, Path]:
+    """Return the paths of a report, by field name."""
     pages = {"gallery": "gallery.html", "gallery_png": "gallery.png", "figures_png": "figures.png"}
     return {"folder": folder} | {field: folder / name for field, name in pages.items()}
 
 
 def _evaluate(
-    spark: SparkSession, model: ModelFiles, splits: tuple[Shards, Shards], folder: Path, wanted: Wanted
+    spark: SparkSession, model: ModelFiles, splits: tuple[Shards, Shards], folder: Path, requested: RequestedMetrics
 ) -> tuple[EvaluationReport, list[GalleryRow]]:
-    """The figures on the first split, and its rows to show; a nearest neighbour copies from the second."""
+    """Compute the report and the rows of its gallery. `splits` are the evaluated split and the training split."""
     shards, train = splits
     request = shards.manifest.request
     if len(shards) == 0:
         raise UserError(
-            "there is nothing to evaluate on",
+            "the split to evaluate on is empty",
             where=str(shards.folder),
             got=f"no picture of {request.source} is in split {request.split}",
             fix="set data.evaluate_on to another split, or give data.split.test a larger share",
         )
     samples = spark.read.option("versionAsOf", request.table_version).table(request.table)
-    known = _check_columns(samples, request, wanted.columns)
-    scored = score(spark, model, shards, train, folder)
-    good = captioned(scored)
-    if not good:
+    table_columns = _check_columns(samples, request, requested.columns)
+    scored = score_split(spark, model, shards, train, folder)
+    with_caption = captioned(scored)
+    if not with_caption:
         raise StageFailed(
-            "no caption can be made",
+            "no row can be captioned",
             where=f"{request.source}, split {request.split}",
             got="every prompt is too long for the model's context",
             fix="raise model.decoder.context, or lower model.generation.max_new_tokens, and train again",
@@ -200,22 +198,24 @@ def _evaluate(
         dataset_version=request.table_version,
         scores_hash=scores_hash(model, shards, train),
         pictures=len(shards),
-        left_out=len(scored) - len(good),
-        metrics=measure(scored, further={"meteor": meteor(good)} if wanted.meteor else None),
-        columns=wanted.columns,
-        slices=slices(scored, _column_values(samples, good, wanted.columns, known), names=SLICED),
+        left_out=len(scored) - len(with_caption),
+        metrics=measure(scored, further={"meteor": meteor(with_caption)} if requested.meteor else None),
+        columns=requested.columns,
+        slices=slice_metrics(
+            scored, _column_values(samples, with_caption, requested.columns, table_columns), names=SLICE_METRICS
+        ),
         reused=False,
         seconds=0.0,
-        **_files(folder),
+        **_report_paths(folder),
     )
-    return report, _gallery_rows(samples, good)
+    return report, _gallery_rows(samples, with_caption)
 
 
 # ------------------------------------------------------------------------------------------------ the table
 
 
 def _rows(report: EvaluationReport) -> Iterator[dict[str, object]]:
-    """Rows of table `evaluations`."""
+    """Yield the report as rows of table `evaluations`."""
     parts: list[tuple[str | None, Mapping[str, Interval]]] = [(None, report.metrics), *report.slices.items()]
     shared = {name: getattr(report, name) for name in EVALUATIONS.names if name in EvaluationReport.model_fields}
     for part, metrics in parts:
@@ -224,7 +224,7 @@ def _rows(report: EvaluationReport) -> Iterator[dict[str, object]]:
 
 
 def _merge(spark: SparkSession, platform: Platform, report: EvaluationReport) -> None:
-    """Write rows; one that is in the table already with the same numbers stays as it is."""
+    """Merge the report into table `evaluations`. Rows with unchanged numbers are not written."""
     now = datetime.now(UTC)
     rows = [tuple((row | {"evaluated_at": now})[name] for name in EVALUATIONS.names) for row in _rows(report)]
     new = spark.createDataFrame(rows, EVALUATIONS.ddl())
@@ -241,29 +241,33 @@ def _merge(spark: SparkSession, platform: Platform, report: EvaluationReport) ->
 
 
 def _check_columns(samples: DataFrame, request: ShardRequest, columns: Sequence[str]) -> list[str]:
-    """Those that are columns of the table."""
-    own = {"size": {"width", "height"}, "length": set()}
-    missing = [name for name in columns if not own.get(name, {name}) <= set(samples.columns)]
+    """Return the names that are columns of the table.
+
+    Raises:
+        UserError: a name is neither a column of the table nor a computed column.
+    """
+    computed = {"size": {"width", "height"}, "length": set()}
+    missing = [name for name in columns if not computed.get(name, {name}) <= set(samples.columns)]
     if missing:
         raise UserError(
-            "slices cannot be cut by a column that is not there",
+            "slices need a column of the table",
             where=request.table,
             got=", ".join(missing),
-            fix=f"there are: {', '.join([*samples.columns, *own])}",
+            fix=f"choose from: {', '.join([*samples.columns, *computed])}",
         )
-    return [name for name in columns if name not in own]
+    return [name for name in columns if name not in computed]
 
 
 def _column_values(
-    samples: DataFrame, scored: Sequence[ScoredRow], columns: Sequence[str], known: Sequence[str]
+    samples: DataFrame, scored: Sequence[ScoredRow], columns: Sequence[str], table_columns: Sequence[str]
 ) -> dict[str, dict[str, object]]:
-    """By column, the value of each picture."""
+    """Return the value of each picture, by column and image_id."""
     values: dict[str, dict[str, object]] = {name: {} for name in columns}
-    wanted = [*known, *(["width", "height"] if "size" in columns else [])]
-    if wanted:
+    needed = [*table_columns, *(["width", "height"] if "size" in columns else [])]
+    if needed:
         ids = samples.sparkSession.createDataFrame([(item.image_id,) for item in scored], "image_id STRING")
-        for row in samples.join(ids.distinct(), "image_id", "left_semi").select("image_id", *set(wanted)).collect():
-            for name in known:
+        for row in samples.join(ids.distinct(), "image_id", "left_semi").select("image_id", *set(needed)).collect():
+            for name in table_columns:
                 values[name][row["image_id"]] = row[name]
             if "size" in columns:
                 values["size"][row["image_id"]] = max(row["width"], row["height"])
@@ -274,10 +278,10 @@ def _column_values(
 
 def read_thumbnails(samples: DataFrame, image_ids: Sequence[str]) -> dict[str, bytes | None]:
     """Read pictures of `samples` and return their thumbnails by image_id."""
-    wanted = samples.where(samples.image_id.isin(list(image_ids))).select("image_id", "image")
+    chosen = samples.where(samples.image_id.isin(list(image_ids))).select("image_id", "image")
     with bounded_batches(samples.sparkSession):
         thumbnails = partial(with_thumbnails, column="image", max_pixels=sys.maxsize)  # ingest has applied its limit
-        rows = wanted.mapInArrow(thumbnails, "image_id string, thumbnail binary").collect()
+        rows = chosen.mapInArrow(thumbnails, "image_id string, thumbnail binary").collect()
     return {row["image_id"]: row["thumbnail"] and bytes(row["thumbnail"]) for row in rows}
 
 
@@ -302,8 +306,8 @@ def _write_pages(report: EvaluationReport, rows: Sequence[GalleryRow]) -> None:
     """Write the HTML gallery, the PNG gallery of the sample, and the bar chart of the metrics."""
     title = f"{report.model_name} version {report.model_version} on {report.source} ({report.split})"
     about = (
-        f"{report.pictures} pictures, table version {report.dataset_version}; ranges are 95 % bootstrap intervals. "
-        "Shown are the worst and the best rows by word F1, and a sample that is neither."
+        f"{report.pictures} pictures, table version {report.dataset_version}. Intervals are 95 % bootstrap intervals. "
+        "The page shows the worst and the best rows by word F1, and a sample of the others."
     )
     write_html(report.gallery, title, about, report.metrics, rows, slices=report.slices)
     write_png(report.gallery_png, title, [row for row in rows if "sample" in row.groups])

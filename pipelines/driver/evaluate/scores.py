@@ -1,8 +1,8 @@
-"""Scores of every row of a split by one model version: made once by executors, then a file.
+"""Scores of every row of a split by one model version, computed once by executors and kept in a file.
 
-The file's folder is named by what determines its content (model version, pictures, how scoring works), so the same
-question finds it again and no model runs. Beside each row's score stands what the nearest neighbour would have said:
-the text of the training picture that looks most alike, 8 x 8 colours by 8 x 8 colours.
+The name of the file's folder is a hash of everything that determines the scores (model version, pictures, scoring
+method). A second evaluation finds the folder and runs no model. The file also has each row's nearest-neighbour caption:
+the human caption of the most similar training picture, by 8 x 8 colours.
 """
 
 from __future__ import annotations
@@ -25,39 +25,40 @@ from pipelines.driver.delta.map_in_arrow import spark_schema, task_threads
 from pipelines.driver.delta.spark_errors import translate_spark_errors
 from pipelines.driver.evaluate.metrics import ScoredRow
 from pipelines.driver.model_files import ModelFiles
-from pipelines.executor.evaluate import LOOK_SCHEMA, SCORE_SCHEMA, ScoreJob, look_batches, score_batches
+from pipelines.executor.evaluate import COLOUR_GRID_SCHEMA, SCORE_SCHEMA, ScoreJob, colour_grid_batches, score_batches
 from pipelines.formats.shards import Shards
 from pipelines.platform import Platform
 from vlm.files import atomic_write
 
 SCORING = 2
-"""Raised when the same model and pictures would be scored differently."""
+"""Version of the scoring method. Increase it when the same model and pictures get other scores."""
 ROWS_PER_TASK = 128
 MAX_NEIGHBOURS = 20_000
-"""Training pictures that are looked at. Shards are shuffled, so the first are a fair sample."""
+"""Training pictures that are compared at most. Shards are shuffled, so the first ones are a fair sample."""
 BLOCK_ROWS = 512
+"""Rows per block of the distance matrix."""
 SCORES = "scores.parquet"
 
-Looks = npt.NDArray[np.float32]
-Looked = tuple[str, bytes, str]
-"""image_id, look and text of a picture."""
+ColourGrids = npt.NDArray[np.float32]
+GridAndText = tuple[str, bytes, str]
+"""image_id, colour grid and text of a picture."""
 
 
 def scores_hash(model: ModelFiles, shards: Shards, train: Shards) -> str:
-    """Equal for equal scores."""
+    """Return a hash that is equal for equal scores."""
     pictures = [each.manifest.content_hash for each in (shards, train)]
     return short_hash(SCORING, model.name, model.version, model.run_id, pictures)
 
 
 def evaluation_folder(platform: Platform, model: ModelFiles, shards: Shards, train: Shards) -> Path:
-    """Where all that is known of a version on a split lies."""
+    """Return the folder of a version's scores, report and pages on a split."""
     request = shards.manifest.request
     name = f"{model.name}-{model.version}-{request.source}-{request.split}-{scores_hash(model, shards, train)}"
     return platform.folder("reports") / name
 
 
-def score(spark: SparkSession, model: ModelFiles, shards: Shards, train: Shards, folder: Path) -> list[ScoredRow]:
-    """Scores of all rows, in order: made now, or those that `folder` has.
+def score_split(spark: SparkSession, model: ModelFiles, shards: Shards, train: Shards, folder: Path) -> list[ScoredRow]:
+    """Return the scores of all rows, in order. Compute them if `folder` does not have them.
 
     Raises:
         StageFailed: an executor failed.
@@ -67,15 +68,15 @@ def score(spark: SparkSession, model: ModelFiles, shards: Shards, train: Shards,
         with translate_spark_errors(
             "the model could not be evaluated", where=f"model {model.name} version {model.version}"
         ):
-            rows = _score(spark, model, shards)
-            texts = _neighbours(spark, train, shards)
+            rows = _run_model(spark, model, shards)
+            texts = _neighbour_captions(spark, train, shards)
         scored = [ScoredRow(**row, neighbour=texts.get((row["image_id"], row["prompt"]))) for row in rows]
         write_scores(file, scored)
     return read_scores(file)
 
 
 def read_scores(file: Path) -> list[ScoredRow]:
-    """The rows of a scores file."""
+    """Read a scores file."""
     rows = pq.read_table(file).to_pylist()
     return [ScoredRow(**{**row, "references": tuple(row["references"])}) for row in rows]
 
@@ -88,7 +89,8 @@ def write_scores(file: Path, scored: Iterable[ScoredRow]) -> None:
         pq.write_table(pa.Table.from_pylist([asdict(item) for item in scored], schema), temporary)
 
 
-def _score(spark: SparkSession, model: ModelFiles, shards: Shards) -> list[dict[str, Any]]:
+def _run_model(spark: SparkSession, model: ModelFiles, shards: Shards) -> list[dict[str, Any]]:
+    """Score all rows of a split on executors. Return SCORE_SCHEMA rows, in order."""
     job = ScoreJob(
         model_folder=model.folder,
         remote=model.remote,
@@ -104,44 +106,47 @@ def _score(spark: SparkSession, model: ModelFiles, shards: Shards) -> list[dict[
 # ------------------------------------------------------------------------------------------------ neighbours
 
 
-def _neighbours(spark: SparkSession, train: Shards, shards: Shards) -> dict[tuple[str, str], str]:
-    """By picture and prompt, the text of the training picture that looks most alike and has that prompt.
+def _neighbour_captions(spark: SparkSession, train: Shards, shards: Shards) -> dict[tuple[str, str], str]:
+    """Find the text of the most similar training picture for each picture and prompt, by image_id and prompt.
 
-    Where none has it, of any that looks most alike; of a picture that is in the training split itself, of another one.
+    The training picture has the same prompt; if none has the prompt, it may have any. A picture that is in the training
+    split itself gets the text of another picture.
     """
     known = min(len(train), MAX_NEIGHBOURS)
     ids = spark.range(-known, len(shards), 1, min(spark.sparkContext.defaultParallelism, known + len(shards)))
     folders = (str(shards.folder), str(train.folder))
-    looks = ids.mapInArrow(partial(look_batches, folders), spark_schema(LOOK_SCHEMA)).orderBy("place").collect()
-    asked: dict[str, list[Looked]] = defaultdict(list)
-    answers: dict[str, list[Looked]] = defaultdict(list)
-    for row in looks:
+    grids = ids.mapInArrow(partial(colour_grid_batches, folders), spark_schema(COLOUR_GRID_SCHEMA))
+    evaluated: dict[str, list[GridAndText]] = defaultdict(list)
+    training: dict[str, list[GridAndText]] = defaultdict(list)
+    for row in grids.orderBy("index").collect():
         for prompt, text in {pair["prompt"]: pair["text"] for pair in reversed(row["texts"])}.items():
-            (asked if row["place"] >= 0 else answers)[prompt].append((row["image_id"], row["look"], text))
-    anything = [answer for answers_of_one in answers.values() for answer in answers_of_one]
+            (evaluated if row["index"] >= 0 else training)[prompt].append((row["image_id"], row["grid"], text))
+    any_prompt = [item for items in training.values() for item in items]
     found = {}
-    for prompt, rows in asked.items():
-        for (image_id, _, _), text in zip(rows, _nearest(rows, answers[prompt] or anything), strict=True):
+    for prompt, rows in evaluated.items():
+        for (image_id, _, _), text in zip(rows, _nearest_texts(rows, training[prompt] or any_prompt), strict=True):
             if text is not None:
                 found[image_id, prompt] = text
     return found
 
 
-def _nearest(rows: Sequence[Looked], answers: Sequence[Looked]) -> Iterable[str | None]:
-    """For each row the text of the nearest answer of another picture; None where there is none."""
-    if not answers:
+def _nearest_texts(rows: Sequence[GridAndText], candidates: Sequence[GridAndText]) -> Iterable[str | None]:
+    """Return for each row the text of the nearest candidate with another image_id; None if there is none."""
+    if not candidates:
         return [None] * len(rows)
-    there, names = _as_array(answers), np.array([image_id for image_id, _, _ in answers])
-    lengths = (there**2).sum(axis=1)
+    grids, names = _as_array(candidates), np.array([image_id for image_id, _, _ in candidates])
+    squared_norms = (grids**2).sum(axis=1)
     nearest: list[str | None] = []
     for start in range(0, len(rows), BLOCK_ROWS):
         block = rows[start : start + BLOCK_ROWS]
-        distances = lengths - 2 * _as_array(block) @ there.T  # less what is the same for all answers
+        distances = (
+            squared_norms - 2 * _as_array(block) @ grids.T
+        )  # without the row's own norm: equal for all candidates
         distances[np.array([image_id for image_id, _, _ in block])[:, None] == names] = np.inf
-        for place, best in enumerate(distances.argmin(axis=1)):
-            nearest.append(answers[best][2] if np.isfinite(distances[place, best]) else None)
+        for line, best in enumerate(distances.argmin(axis=1)):
+            nearest.append(candidates[best][2] if np.isfinite(distances[line, best]) else None)
     return nearest
 
 
-def _as_array(rows: Sequence[Looked]) -> Looks:
-    return np.stack([np.frombuffer(look, np.uint8) for _, look, _ in rows]).astype(np.float32)
+def _as_array(rows: Sequence[GridAndText]) -> ColourGrids:
+    return np.stack([np.frombuffer(grid, np.uint8) for _, grid, _ in rows]).astype(np.float32)

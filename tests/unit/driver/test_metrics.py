@@ -10,7 +10,7 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from pipelines.driver.evaluate.bootstrap import differences, measure, slices
+from pipelines.driver.evaluate.bootstrap import measure, metric_differences, slice_metrics
 from pipelines.driver.evaluate.metrics import ScoredRow, best_constant, has_java, meteor
 from vlm.text.words import words
 
@@ -174,26 +174,28 @@ def test_a_paired_difference_is_surer_than_two_figures() -> None:
     easy = rng.random(100) < 0.5
     worse = scored([["y"]] * 100, ["y" if e and n >= 10 else "n" for n, e in enumerate(easy)])
     better = scored([["y"]] * 100, ["y" if e or n < 10 else "n" for n, e in enumerate(easy)])
-    gain = differences(better, list(reversed(worse)))["exact_match"]
+    gain = metric_differences(better, list(reversed(worse)))["exact_match"]
     apart = measure(better)["exact_match"], measure(worse)["exact_match"]
     assert gain.value == pytest.approx(apart[0].value - apart[1].value) == pytest.approx(0.1)
     assert gain.low > 0
     assert apart[0].low < apart[1].high  # their own intervals overlap
-    assert differences(worse, better)["exact_match"].high < 0
-    assert differences(better, better)["bleu_1"].model_dump() == {"value": 0, "low": 0, "high": 0}
+    assert metric_differences(worse, better)["exact_match"].high < 0
+    assert metric_differences(better, better)["bleu_1"].model_dump() == {"value": 0, "low": 0, "high": 0}
 
 
 def test_rows_that_one_of_two_did_not_caption_do_not_count() -> None:
     one, other = scored(TRUTH, MADE), scored(TRUTH, [group[0] for group in TRUTH])
     failed = [replace(other[0], caption=None), *other[1:3]]
-    assert differences(one, failed) == differences(one[1:3], other[1:3])
-    assert differences(one[:1], other[1:]) == {}
+    assert metric_differences(one, failed) == metric_differences(one[1:3], other[1:3])
+    assert metric_differences(one[:1], other[1:]) == {}
 
 
 def test_slices_add_up_to_the_whole_and_many_numbers_become_quarters() -> None:
     rows = scored([["y"]] * 40, ["y" if n % 4 == 0 else "n" for n in range(40)])
     formats = {f"x/{n}": "PNG" if n % 4 == 0 else "JPEG" for n in range(40)}
-    found = slices(rows, {"format": formats, "size": {f"x/{n}": n for n in range(40)}}, names=["exact_match", "loss"])
+    found = slice_metrics(
+        rows, {"format": formats, "size": {f"x/{n}": n for n in range(40)}}, names=["exact_match", "loss"]
+    )
     assert {name: part["exact_match"].value for name, part in found.items() if "format" in name} == {
         "format=JPEG": 0,
         "format=PNG": 1,
@@ -202,4 +204,4 @@ def test_slices_add_up_to_the_whole_and_many_numbers_become_quarters() -> None:
     assert len(quarters) == 4
     assert np.mean(quarters) == pytest.approx(measure(rows)["exact_match"].value, abs=0.01)
     assert all(part["loss"].value == 0.5 for part in found.values())
-    assert slices(rows, {"source": dict.fromkeys(formats, "one")}, names=["loss"]) == {}
+    assert slice_metrics(rows, {"source": dict.fromkeys(formats, "one")}, names=["loss"]) == {}
