@@ -26,7 +26,7 @@ from vlm.build import build_model
 from vlm.checkpoint import save_model
 
 ROWS, BAD = 96, 5
-ROWS_PER_TASK = 12
+ROWS_PER_FILE = 12
 """Makes eight tasks, each with a spill file of its own."""
 
 
@@ -43,7 +43,7 @@ def prepare(folder: Path) -> None:
 
 def caption_table(spark: SparkSession, platform: Platform, folder: Path, version: str) -> CaptionReport:
     """Caption the table in many small tasks."""
-    stage.ROWS_PER_TASK = ROWS_PER_TASK
+    stage.ROWS_PER_FILE = ROWS_PER_FILE
     model = ModelFiles(folder=folder / "model", name=f"m-{folder.name}", version=version, run_id="r")
     request = CaptionRequest(source_table=f"delta.`{folder}/photos`", id_column="id", image_column="photo")
     return caption(spark, platform, model, request)

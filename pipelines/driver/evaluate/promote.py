@@ -48,7 +48,7 @@ class GateResult(Config):
         return tuple(check.found for check in self.checks.values() if not check.passed)
 
 
-def check_gate(
+def apply_gate(
     gate: GateConfig, report: EvaluationReport, champion: EvaluationReport | None, trial: Trial
 ) -> GateResult:
     """Run every check of the gate. A metric that is missing or NaN fails its check.

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipelines.config import GateConfig, Trial
 from pipelines.driver.evaluate.bootstrap import measure
 from pipelines.driver.evaluate.metrics import ScoredRow
-from pipelines.driver.evaluate.promote import check_gate
+from pipelines.driver.evaluate.promote import apply_gate
 from pipelines.driver.evaluate.run import EvaluationReport
 from pipelines.driver.evaluate.scores import SCORES, write_scores
 
@@ -77,7 +77,7 @@ def good(count: int = 40, wrong: int = 4) -> list[str | None]:
 
 
 def test_a_good_version_passes_with_every_check_told(tmp_path: Path) -> None:
-    result = check_gate(GateConfig(), evaluated(tmp_path, scored(good())), None, WELL)
+    result = apply_gate(GateConfig(), evaluated(tmp_path, scored(good())), None, WELL)
     assert result.reasons == ()
     assert list(result.checks) == ["loads", "errors", "looks", "constant", "neighbour"]
     assert result.figures["word_f1"].value == pytest.approx(0.94)
@@ -87,7 +87,7 @@ def test_a_bad_version_is_told_every_reason_and_not_the_first(tmp_path: Path) ->
     captions: list[str | None] = ["a thing"] * 38 + [None, None]
     champion = evaluated(tmp_path, scored(good()), "1")
     trial = Trial(failure="it does not load in a fresh process: boom", pictures=0, errors=())
-    result = check_gate(GateConfig(), evaluated(tmp_path, scored(captions, gap=0.04)), champion, trial)
+    result = apply_gate(GateConfig(), evaluated(tmp_path, scored(captions, gap=0.04)), champion, trial)
     for reason, word in zip(
         result.reasons,
         ("boom", "share of 0.05", "gap of 0.040", "ignores the picture", "nearest neighbour", "same 38 rows"),
@@ -106,33 +106,33 @@ def test_a_bad_version_is_told_every_reason_and_not_the_first(tmp_path: Path) ->
     ],
 )
 def test_limits_are_those_of_the_run(tmp_path: Path, gate: dict[str, object], trial: Trial, refused: list[str]) -> None:
-    result = check_gate(GateConfig.model_validate(gate), evaluated(tmp_path, scored(good())), None, trial)
+    result = apply_gate(GateConfig.model_validate(gate), evaluated(tmp_path, scored(good())), None, trial)
     assert [name for name, check in result.checks.items() if not check.passed] == refused
 
 
 def test_a_version_no_better_than_a_baseline_is_refused_unless_the_run_does_not_ask(tmp_path: Path) -> None:
     report = evaluated(tmp_path, [replace(row, caption=row.neighbour) for row in scored(good())])
     assert [
-        name for name, check in check_gate(GateConfig(), report, None, WELL).checks.items() if not check.passed
+        name for name, check in apply_gate(GateConfig(), report, None, WELL).checks.items() if not check.passed
     ] == ["neighbour"]
-    assert check_gate(GateConfig(baselines=("constant",)), report, None, WELL).reasons == ()
+    assert apply_gate(GateConfig(baselines=("constant",)), report, None, WELL).reasons == ()
 
 
 def test_a_split_of_one_picture_and_a_figure_that_is_no_number_pass_no_check(tmp_path: Path) -> None:
     (row,) = scored(["a red square"])
-    alone = check_gate(GateConfig(), evaluated(tmp_path, [replace(row, blind_loss=None)]), None, WELL)
+    alone = apply_gate(GateConfig(), evaluated(tmp_path, [replace(row, blind_loss=None)]), None, WELL)
     assert any("the blind gap is unknown" in reason for reason in alone.reasons)
-    broken = check_gate(GateConfig(), evaluated(tmp_path, scored(good(), gap=math.nan)), None, WELL)
+    broken = apply_gate(GateConfig(), evaluated(tmp_path, scored(good(), gap=math.nan)), None, WELL)
     assert any("a blind gap of nan" in reason for reason in broken.reasons)
 
 
 def test_a_champion_is_compared_on_the_rows_that_both_have(tmp_path: Path) -> None:
     champion = evaluated(tmp_path, scored(good(60, wrong=0))[20:], "1")
-    result = check_gate(GateConfig(), evaluated(tmp_path, scored(good(40, wrong=0))), champion, WELL)
+    result = apply_gate(GateConfig(), evaluated(tmp_path, scored(good(40, wrong=0))), champion, WELL)
     assert result.reasons == ()
     assert "on the same 20 rows" in result.checks["champion"].found
     apart = evaluated(tmp_path, scored(good(80))[40:], "3")
-    assert "no common rows" in check_gate(GateConfig(), evaluated(tmp_path, scored(good())), apart, WELL).reasons[0]
+    assert "no common rows" in apply_gate(GateConfig(), evaluated(tmp_path, scored(good())), apart, WELL).reasons[0]
 
 
 @settings(max_examples=20, deadline=None)
@@ -140,6 +140,6 @@ def test_a_champion_is_compared_on_the_rows_that_both_have(tmp_path: Path) -> No
 def test_no_version_is_worse_than_itself(tmp_path_factory: pytest.TempPathFactory, right: list[bool]) -> None:
     folder = tmp_path_factory.mktemp("same")
     rows = scored([TRUTH[n % 4] if is_right else "a thing" for n, is_right in enumerate(right)])
-    result = check_gate(GateConfig(), evaluated(folder, rows), evaluated(folder, rows, "1"), WELL)
+    result = apply_gate(GateConfig(), evaluated(folder, rows), evaluated(folder, rows, "1"), WELL)
     assert result.checks["champion"].passed
     assert result.figures["over_champion"].value == 0
