@@ -34,10 +34,7 @@ _SHOW: TypeAdapter[Show] = TypeAdapter(Show)
 def open_app(review: Review, title: str, reviewer: str) -> Starlette:
     """Create the server's application: GET / (show, words, page), GET /picture?id=, POST /verdict.
 
-    Args:
-        review: captions and verdicts.
-        title: heading of the page.
-        reviewer: user name that verdicts are saved under.
+    Verdicts are saved under the user name `reviewer`.
     """
     token = secrets.token_urlsafe(16)
 

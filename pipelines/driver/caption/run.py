@@ -145,12 +145,7 @@ def caption(
     A row whose picture has changed is captioned again. A row whose picture cannot be decoded is written with its error,
     and is captioned again only with `retry_errors`. If no row is left, nothing is written.
 
-    Args:
-        spark: the session.
-        platform: platform of the tables.
-        model: the model version.
-        request: table and settings.
-        progress: shows progress while executors run.
+    `progress` shows progress while executors run.
 
     Raises:
         UserError: no such table, version or column, a condition that is not valid SQL, ids that are not unique, a
