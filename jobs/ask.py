@@ -89,8 +89,8 @@ def ask(
         drawn = str(draw) if draw and regions else None
         if drawn:
             draw_regions(pictures[0], regions).save(drawn)
-            job.screen.line("drawn", drawn)
-        job.screen.report(
+            job.output.line("drawn", drawn)
+        job.output.report(
             AskReport(
                 images=tuple(str(file) for file in files),
                 model=name,
@@ -204,8 +204,8 @@ def stream_answer(
         ids.append(token)
         # A token may end inside a multi-byte character: print the character once its other bytes have arrived.
         text = tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")
-        job.screen.text(text[len(shown) :], end="")
+        job.output.text(text[len(shown) :], end="")
         shown = text
     caption = tokenizer.decode(ids)
-    job.screen.text(caption[len(shown) :])
+    job.output.text(caption[len(shown) :])
     return caption, len(ids)

@@ -71,8 +71,8 @@ def caption(
             remove_deleted=remove_deleted,
             max_error_share=max_error_share,
         )
-        job.screen.report(report)
-        job.screen.line("next", "lakesight show generated_captions --gallery")
+        job.output.report(report)
+        job.output.line("next", "lakesight show generated_captions --gallery")
 
 
 def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
@@ -170,7 +170,7 @@ def _format_drift(drift: Drift) -> str:
 
 
 def _print_report(job: Job, report: CaptionReport) -> None:
-    job.screen.line(
+    job.output.line(
         "caption",
         f"{report.considered:,} rows of {report.source_table} = {report.captioned:,} captioned + "
         f"{report.errors:,} errors + {report.already:,} captioned before",
@@ -181,8 +181,8 @@ def _print_report(job: Job, report: CaptionReport) -> None:
         (report.removed, "captions removed because their rows were deleted"),
     ):
         if count:
-            job.screen.line("", f"{count:,} {description}")
+            job.output.line("", f"{count:,} {description}")
     if report.considered == report.already:
-        job.screen.line("", "nothing new")
+        job.output.line("", "nothing new")
     for name, drift in report.drift.items():
-        job.screen.line("drift" if drift.beyond else "", f"{name:<15}{_format_drift(drift)}")
+        job.output.line("drift" if drift.beyond else "", f"{name:<15}{_format_drift(drift)}")

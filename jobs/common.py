@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.screen import Screen, reserved_stdout
+from jobs.output import CommandOutput, reserved_stdout
 from pipelines.config import RunConfig, load_run
 from pipelines.errors import UserError
 from pipelines.platform import Platform, open_platform
@@ -48,7 +48,7 @@ class Job:
     config: RunConfig
     platform: Platform
     overrides: tuple[str, ...]
-    screen: Screen
+    output: CommandOutput
 
     @cached_property
     def spark(self) -> SparkSession:
@@ -81,8 +81,8 @@ class Job:
 
     def finish(self, report: object, next_command: str) -> None:
         """Print the report as JSON if requested, then the command to run next."""
-        self.screen.report(report)
-        self.screen.line("next", self.command(next_command))
+        self.output.report(report)
+        self.output.line("next", self.command(next_command))
 
     def stop(self) -> None:
         """Stop the Spark session if this command started it. A workspace's session is left running."""
@@ -91,8 +91,8 @@ class Job:
 
 
 @contextmanager
-def open_screen(*, as_json: bool) -> Iterator[Screen]:
-    """Send logs to stderr and yield a screen that prints on the real stdout, for the duration of a command."""
+def open_output(*, as_json: bool) -> Iterator[CommandOutput]:
+    """Send logs to stderr and yield an output that prints on the real stdout, for the duration of a command."""
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.WARNING,
@@ -103,7 +103,7 @@ def open_screen(*, as_json: bool) -> Iterator[Screen]:
     for package in ("vlm", "pipelines", "jobs"):
         logging.getLogger(package).setLevel(logging.INFO)
     with reserved_stdout() as out:
-        yield Screen(out, as_json=as_json)
+        yield CommandOutput(out, as_json=as_json)
 
 
 @contextmanager
@@ -113,9 +113,9 @@ def open_job(run: str, platform: str, overrides: Sequence[str] | None, as_json: 
     Raises:
         UserError: the config is invalid, the platform cannot be opened, or the disk is almost full.
     """
-    with open_screen(as_json=as_json) as screen:
+    with open_output(as_json=as_json) as output:
         config = load_run(run, platform=platform, overrides=tuple(overrides or ()))
-        job = Job(config, open_platform(config.platform), tuple(overrides or ()), screen)
+        job = Job(config, open_platform(config.platform), tuple(overrides or ()), output)
         _check_free_space(job.platform)
         try:
             yield job

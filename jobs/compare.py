@@ -43,14 +43,14 @@ def run_compare(job: Job, one: str, other: str) -> Comparison:
     splits = [open_split(job, model) for model in models]
     first, second = (evaluate_version(job, model, shards) for model, shards in zip(models, splits, strict=True))
     report = compare(job.spark, job.platform, splits[0].manifest.request, first, second)
-    job.screen.line("compare", f"{report.model_name}, version {report.one} minus version {report.other}")
+    job.output.line("compare", f"{report.model_name}, version {report.one} minus version {report.other}")
     for name in SHOWN_METRICS:
         if name in report.differences:
             difference = report.differences[name]
             interval = f"({difference.low:+.3f} to {difference.high:+.3f})"
-            job.screen.line("", f"{name:<12} {difference.value:+7.3f}  {interval}")
-    job.screen.line(
+            job.output.line("", f"{name:<12} {difference.value:+7.3f}  {interval}")
+    job.output.line(
         "rows", f"{report.rows:,} = {report.wins:,} won + {report.losses:,} lost + {report.ties:,} equal, by word F1"
     )
-    job.screen.line("page", str(report.page))
+    job.output.line("page", str(report.page))
     return report

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from jobs.common import JsonOption, PlatformOption, RunOption, SetOption, open_screen
-from jobs.screen import Screen
+from jobs.common import JsonOption, PlatformOption, RunOption, SetOption, open_output
+from jobs.output import CommandOutput
 from pipelines.config import available, load_model, load_run
 from vlm.config import Config, ModelConfig
 
@@ -55,31 +55,31 @@ def config(
       lakesight config --run seemore --set train.steps=500
       lakesight config models
     """
-    with open_screen(as_json=as_json) as screen:
+    with open_output(as_json=as_json) as output:
         if what == "models":
-            _print_models(screen)
+            _print_models(output)
         else:
-            _print_run(screen, run, platform, overrides or [])
+            _print_run(output, run, platform, overrides or [])
 
 
-def _print_run(screen: Screen, run: str, platform: str, overrides: list[str]) -> None:
+def _print_run(output: CommandOutput, run: str, platform: str, overrides: list[str]) -> None:
     import yaml
 
     resolved = load_run(run, platform=platform, overrides=overrides)
-    screen.text(yaml.safe_dump(resolved.model_dump(mode="json", by_alias=True), sort_keys=False, width=100), end="")
-    screen.report(resolved)
+    output.text(yaml.safe_dump(resolved.model_dump(mode="json", by_alias=True), sort_keys=False, width=100), end="")
+    output.report(resolved)
 
 
-def _print_models(screen: Screen) -> None:
+def _print_models(output: CommandOutput) -> None:
     models = [measure_model(name, load_model(name)) for name in available("model")]
-    screen.text(
+    output.text(
         f"{'model':<16} {'parameters':>13} {'active':>13} {'encoder':>11} {'decoder':>13} {'GFLOP/sample':>12}  picture"
     )
     for model in models:
         counts = f"{model.parameters:>13,} {model.active:>13,} {model.encoder:>11,} {model.decoder:>13,}"
         picture = f"{model.image_size} px in {model.image_slots} slot{'s' * (model.image_slots > 1)}"
-        screen.text(f"{model.name:<16} {counts} {model.flops / 1e9:>12,.3f}  {picture}")
-    screen.report({"models": models})
+        output.text(f"{model.name:<16} {counts} {model.flops / 1e9:>12,.3f}  {picture}")
+    output.report({"models": models})
 
 
 def measure_model(name: str, model: ModelConfig) -> ModelSize:

@@ -28,13 +28,13 @@ def decisions(
         found = run_decisions(job)
         for row in found:
             champion = f" (serving: {row['champion']})" if row["champion"] else ""
-            job.screen.text(
+            job.output.text(
                 f"{row['decided_at']:%Y-%m-%d %H:%M}  {row['action']:<8} version {row['model_version']}{champion}, "
                 f"by {row['decided_by']}"
             )
             for reason in row["reasons"]:
-                job.screen.text(f"    {reason}")
-        job.screen.report({"decisions": found})
+                job.output.text(f"    {reason}")
+        job.output.report({"decisions": found})
 
 
 def run_decisions(job: Job) -> list[dict[str, Any]]:

@@ -37,18 +37,18 @@ def demo(
     """
     with open_job(RUN, platform, overrides, as_json) as job:
         job.override(f"data.source.path=scenes:{scenes}:{seed}")
-        job.screen.line("scenes", f"{scenes:,} rows, {broken_rows(scenes):,} of them broken on purpose")
+        job.output.line("scenes", f"{scenes:,} rows, {broken_rows(scenes):,} of them broken on purpose")
         report = run_pipeline(job)
         _show_captions(job, report)
-        job.screen.text("")
-        job.screen.line(
+        job.output.text("")
+        job.output.line(
             "unseen",
             f"{report.exact_match:.0%} of the unseen scenes have an exact caption; total {report.seconds:.0f} s",
         )
-        job.screen.line("gallery", report.gallery)
-        job.screen.line("mlflow", "lakesight ui")
-        job.screen.line("next", "lakesight show quarantine, or lakesight ask PICTURE")
-        job.screen.report(report)
+        job.output.line("gallery", report.gallery)
+        job.output.line("mlflow", "lakesight ui")
+        job.output.line("next", "lakesight show quarantine, or lakesight ask PICTURE")
+        job.output.report(report)
 
 
 def _show_captions(job: Job, report: PipelineReport) -> None:
@@ -61,4 +61,4 @@ def _show_captions(job: Job, report: PipelineReport) -> None:
     samples = job.spark.table(job.platform.table("samples")).where(held_out(job)).select("image_id", "texts")
     both = generated.join(samples, "image_id").select("texts", "caption").orderBy("image_id")
     for row in both.limit(SHOWN_CAPTIONS).collect():
-        job.screen.text(f"\n  human      {row['texts'][0]['text']}\n  generated  {row['caption']}")
+        job.output.text(f"\n  human      {row['texts'][0]['text']}\n  generated  {row['caption']}")

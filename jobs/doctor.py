@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 from typing import Literal
 
-from jobs.common import MIN_FREE_BYTES, JsonOption, PlatformOption, RunOption, SetOption, open_screen
+from jobs.common import MIN_FREE_BYTES, JsonOption, PlatformOption, RunOption, SetOption, open_output
 from pipelines.config import LocalPlatformConfig, RunConfig, load_run
 from pipelines.errors import StageFailed, UserError
 from pipelines.platform import check_java, open_platform
@@ -49,15 +49,15 @@ def doctor(
     Example:
       lakesight doctor
     """
-    with open_screen(as_json=as_json) as screen:
+    with open_output(as_json=as_json) as output:
         config = load_run(run, platform=platform, overrides=overrides or ())
         checks = run_checks(config)
         for check in checks:
-            screen.line(check.name, f"{check.status:<5} {check.found}")
+            output.line(check.name, f"{check.status:<5} {check.found}")
             if check.fix:
-                screen.line("", f"      fix: {check.fix}")
+                output.line("", f"      fix: {check.fix}")
         failed = [check.name for check in checks if check.status == "fail"]
-        screen.report({"ready": not failed, "checks": checks})
+        output.report({"ready": not failed, "checks": checks})
         if failed:
             raise StageFailed("this machine is not ready", got=", ".join(failed), fix="apply the fixes printed above")
 

@@ -136,7 +136,7 @@ def run_evaluate(
     model = open_model(job, which)
     report = evaluate_version(job, model, open_split(job, model), columns, with_meteor=with_meteor)
     reused = ", reused" if report.reused else ""
-    job.screen.line(
+    job.output.line(
         "evaluate",
         f"{report.model_name} version {report.model_version}, {report.pictures:,} {report.split} pictures{reused}",
     )
@@ -148,6 +148,6 @@ def run_evaluate(
                 for baseline in ("constant", "neighbour")
                 if (key := f"{baseline}_{name}") in report.metrics
             )
-            job.screen.line("", f"{name:<12} {metric.value:7.3f}  ({metric.low:.3f} to {metric.high:.3f})  {baselines}")
-    job.screen.line("gallery", str(report.gallery))
+            job.output.line("", f"{name:<12} {metric.value:7.3f}  ({metric.low:.3f} to {metric.high:.3f})  {baselines}")
+    job.output.line("gallery", str(report.gallery))
     return report

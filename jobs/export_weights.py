@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from jobs.common import JsonOption, open_screen
+from jobs.common import JsonOption, open_output
 from jobs.import_weights import OutOption, check_output_folder
 from pipelines.errors import UserError
 from vlm.errors import CheckpointError
@@ -36,17 +36,17 @@ def export_weights(
     """
     from vlm.weights.export import export_weights as write_weights
 
-    with open_screen(as_json=as_json) as screen:
+    with open_output(as_json=as_json) as output:
         check_output_folder(out)
         try:
             report = write_weights(checkpoint, part, family, out)
         except CheckpointError as error:
             raise UserError(error.what, where=error.where, got=error.got, fix=error.fix) from None
-        screen.line(report.part, f"{report.tensors} tensors in {report.folder} ({report.family})")
-        screen.line("files", ", ".join(report.files))
+        output.line(report.part, f"{report.tensors} tensors in {report.folder} ({report.family})")
+        output.line("files", ", ".join(report.files))
         for reason, names in report.without.items():
-            screen.line("without", f"{', '.join(names)}: {reason}")
-        screen.report(report)
+            output.line("without", f"{', '.join(names)}: {reason}")
+        output.report(report)
         import_command = ["lakesight", "import-weights", "--model", "NAME", "--out", "FOLDER"]
         import_command += [str(out)] if part == "model" else [f"--{part}", str(out)]
-        screen.line("next", f"load it in the other library, or import it again: {shlex.join(import_command)}")
+        output.line("next", f"load it in the other library, or import it again: {shlex.join(import_command)}")

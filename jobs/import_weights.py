@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.common import JsonOption, SetOption, open_screen
+from jobs.common import JsonOption, SetOption, open_output
+from jobs.output import CommandOutput
 from jobs.progress import show_elapsed
-from jobs.screen import Screen
 from pipelines.config import load_model
 from pipelines.errors import UserError
 from vlm.config import ModelConfig
@@ -53,16 +53,16 @@ def import_weights(
       lakesight import-weights --model vit_gpt2 --encoder vit_mediumd \\
         --decoder gpt2 --out weights/vit_gpt2
     """
-    with open_screen(as_json=as_json) as screen:
+    with open_output(as_json=as_json) as output:
         parts: dict[Part, Path | None] = {"model": folder, "encoder": encoder, "decoder": decoder}
         folders = {part: path for part, path in parts.items() if path is not None}
         _check_parts(folders)
         check_output_folder(out)
         config = load_model(model, overrides or ())
         report = _write_checkpoint(config, folders, out, seed)
-        _print_report(screen, report)
-        screen.report(report)
-        screen.line("next", shlex.join(["lakesight", "ask", "PICTURE", "--checkpoint", str(out)]))
+        _print_report(output, report)
+        output.report(report)
+        output.line("next", shlex.join(["lakesight", "ask", "PICTURE", "--checkpoint", str(out)]))
 
 
 def _check_parts(folders: dict[Part, Path]) -> None:
@@ -123,14 +123,14 @@ def _build_tokenizer(config: ModelConfig, folders: dict[Part, Path]) -> Tokenize
     return text.learn(config.text, ())
 
 
-def _print_report(screen: Screen, report: ImportReport) -> None:
+def _print_report(output: CommandOutput, report: ImportReport) -> None:
     for part in report.parts:
-        screen.line(part.part, f"{part.used} tensors of {part.folder} ({part.family})")
+        output.line(part.part, f"{part.used} tensors of {part.folder} ({part.family})")
         for reason, names in part.dropped.items():
-            screen.line("  dropped", f"{', '.join(names)}: {reason}")
+            output.line("  dropped", f"{', '.join(names)}: {reason}")
         for label, names in (("  tied", part.tied), ("  resampled", part.resampled), ("  unchecked", part.unchecked)):
             if names:
-                screen.line(label, ", ".join(names))
+                output.line(label, ", ".join(names))
     if report.fresh:
-        screen.line("fresh", ", ".join(report.fresh))
-    screen.line("model", f"{report.parameters:,} parameters")
+        output.line("fresh", ", ".join(report.fresh))
+    output.line("model", f"{report.parameters:,} parameters")

@@ -84,18 +84,18 @@ def log_to_mlflow(job: Job, report: FullReport, *, good: bool) -> None:
 
 
 def _print_report(job: Job, report: FullReport) -> None:
-    job.screen.line(
+    job.output.line(
         "ingest",
         f"{report.rows_in:,} rows = {report.new:,} new + {report.merged:,} merged + "
         f"{report.duplicates:,} duplicates + {report.quarantined:,} quarantined",
     )
     if report.near_duplicates.pictures:
         near = report.near_duplicates
-        job.screen.line("", f"{near.pictures:,} near-duplicates, {near.across_splits:,} of them across splits")
+        job.output.line("", f"{near.pictures:,} near-duplicates, {near.across_splits:,} of them across splits")
     if report.unchanged:
-        job.screen.line("", f"{report.unchanged:,} unchanged files or caption rows skipped")
+        job.output.line("", f"{report.unchanged:,} unchanged files or caption rows skipped")
     if report.removed:
-        job.screen.line("", f"{report.removed:,} pictures removed because their source rows were changed or deleted")
+        job.output.line("", f"{report.removed:,} pictures removed because their source rows were changed or deleted")
     if report.nothing_new:
-        job.screen.line("", "nothing new")
-    job.screen.line("", report.page)
+        job.output.line("", "nothing new")
+    job.output.line("", report.page)

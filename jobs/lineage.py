@@ -63,11 +63,11 @@ def lineage(
     with open_job(run, platform, overrides, as_json) as job:
         found = run_lineage(job, image_id)
         for number, item in enumerate(found, 1):
-            job.screen.text(f"\ncaption {number}")
+            job.output.text(f"\ncaption {number}")
             for name, value in item.model_dump().items():
                 if value is not None:
-                    job.screen.line(f"  {name:<16}", str(value))
-        job.screen.report({"image_id": image_id, "captions": found})
+                    job.output.line(f"  {name:<16}", str(value))
+        job.output.report({"image_id": image_id, "captions": found})
 
 
 def run_lineage(job: Job, image_id: str) -> list[CaptionLineage]:

@@ -36,10 +36,10 @@ def maintain(
         with show_elapsed("maintain"):
             report = maintain_tables(job.spark, job.platform, retain_hours)
         for table in report.tables:
-            job.screen.line("maintain", f"{table.table}: {table.files:,} files, {table.bytes / 2**20:,.0f} MB")
+            job.output.line("maintain", f"{table.table}: {table.files:,} files, {table.bytes / 2**20:,.0f} MB")
             if table.postponed:
-                job.screen.line("", f"postponed to the next run, because another job writes to it: {table.postponed}")
+                job.output.line("", f"postponed to the next run, because another job writes to it: {table.postponed}")
             else:
                 merged = f"{table.rewritten:,} files merged into {table.written:,}"
-                job.screen.line("", f"{merged}; {table.removed:,} removed")
-        job.screen.report(report)
+                job.output.line("", f"{merged}; {table.removed:,} removed")
+        job.output.report(report)

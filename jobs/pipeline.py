@@ -67,8 +67,8 @@ def pipeline(
       lakesight pipeline --run seemore --set data.source.path=inputs.csv
     """
     with open_job(run, platform, overrides, as_json) as job:
-        job.screen.report(run_pipeline(job))
-        job.screen.line("next", "lakesight show generated_captions --gallery, or lakesight ui")
+        job.output.report(run_pipeline(job))
+        job.output.line("next", "lakesight show generated_captions --gallery, or lakesight ui")
 
 
 def run_pipeline(job: Job) -> PipelineReport:
@@ -81,7 +81,7 @@ def run_pipeline(job: Job) -> PipelineReport:
     metrics = evaluated.values()
     nothing_new = ingested.nothing_new and not (trained.trained or captioned.captioned or captioned.errors)
     if nothing_new:
-        job.screen.line("done", "nothing new: no row ingested, no step trained, no picture captioned")
+        job.output.line("done", "nothing new: no row ingested, no step trained, no picture captioned")
     return PipelineReport(
         run=job.config.name,
         rows_in=ingested.rows_in,
@@ -101,7 +101,7 @@ def run_pipeline(job: Job) -> PipelineReport:
         errors=captioned.errors,
         gallery=str(evaluated.gallery),
         nothing_new=nothing_new,
-        seconds=round(job.screen.seconds, 1),
+        seconds=round(job.output.seconds, 1),
     )
 
 

@@ -11,7 +11,7 @@ from pipelines.errors import StageFailed
 from vlm.config import Config
 
 if TYPE_CHECKING:
-    from pipelines.driver.evaluate.promote import GateResult
+    from pipelines.driver.evaluate.gate import GateResult
     from pipelines.tracking.registry import ModelVersion
 
 
@@ -58,14 +58,14 @@ def run_promote(job: Job, which: str) -> PromotionReport:
     Raises:
         StageFailed: the version is refused; the error lists every reason.
     """
-    from pipelines.driver.evaluate.promote import record_decision
+    from pipelines.driver.evaluate.gate import record_decision
     from pipelines.tracking.registry import CHALLENGER, find_champion, promote, resolve, set_alias, tag
 
     champion = find_champion(job.platform, job.model_name)
     version = resolve(job.platform, job.model_name, which)
     label = f"{version.name} version {version.version}"
     if champion and champion.version == version.version:
-        job.screen.line("promote", f"{label} is the champion already")
+        job.output.line("promote", f"{label} is the champion already")
         return PromotionReport(model_name=version.name, model_version=version.version, already=True, found={})
     version = set_alias(job.platform, version, CHALLENGER)
     verdict = check_gate(job, version, champion)
@@ -90,16 +90,16 @@ def run_promote(job: Job, which: str) -> PromotionReport:
             "picture (vision.select: patches); the run's gate section sets the limits",
         )
     promote(job.platform, version)
-    job.screen.line("promote", f"{label} is the champion now" + (f", after {champion.version}" if champion else ""))
+    job.output.line("promote", f"{label} is the champion now" + (f", after {champion.version}" if champion else ""))
     for check in verdict.checks.values():
-        job.screen.line("", check.found)
+        job.output.line("", check.found)
     found = {name: check.found for name, check in verdict.checks.items()}
     return PromotionReport(model_name=version.name, model_version=version.version, already=False, found=found)
 
 
 def check_gate(job: Job, version: ModelVersion, champion: ModelVersion | None) -> GateResult:
     """Evaluate the version and the champion, smoke-test the version in a fresh process, and apply the gate."""
-    from pipelines.driver.evaluate.promote import apply_gate, read_trial_pictures
+    from pipelines.driver.evaluate.gate import apply_gate, read_trial_pictures
     from pipelines.tracking.smoke_test import smoke_test_version
 
     model = open_model(job, version.version)

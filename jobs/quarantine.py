@@ -72,18 +72,18 @@ def _show_rows(job: Job, reasons: list[str], rows: int, *, pictures: bool) -> No
     with show_elapsed("quarantine"):
         report = inspect_quarantine(job.spark, job.platform, reasons, rows, pictures=pictures)
     if not report.counts:
-        job.screen.line("quarantine", "no rows")
+        job.output.line("quarantine", "no rows")
     for count in report.counts:
         replayed = f", {count.replayed:,} of them replayed" if count.replayed else ""
         latest = f"the latest {count.latest:%Y-%m-%d %H:%M}"
-        job.screen.line(count.source, f"{count.rows:>8,} {count.reason}{replayed}, {latest}")
+        job.output.line(count.source, f"{count.rows:>8,} {count.reason}{replayed}, {latest}")
         for row in report.rows:
             if (row.source, row.reason) == (count.source, count.reason):
                 payload = row.payload if len(row.payload) <= WIDTH else row.payload[: WIDTH - 3] + "..."
-                job.screen.text(f"    {row.source_row}  {row.detail}\n      {payload}")
+                job.output.text(f"    {row.source_row}  {row.detail}\n      {payload}")
     if report.gallery:
-        job.screen.line("gallery", report.gallery)
-    job.screen.report(report)
+        job.output.line("gallery", report.gallery)
+    job.output.report(report)
 
 
 def _replay(job: Job, reasons: list[str]) -> None:
@@ -97,7 +97,7 @@ def _replay(job: Job, reasons: list[str]) -> None:
         report = replay(job.spark, job.platform, job.source, job.config.data, reasons)
     num_refused = sum(report.refused.values())
     by_reason = ", ".join(f"{count:,} {reason}" for reason, count in report.refused.items())
-    job.screen.line(
+    job.output.line(
         "replay",
         f"{report.rows_in:,} rows = {report.new:,} new + {report.merged:,} merged + "
         f"{report.duplicates:,} duplicates + {num_refused:,} still refused{f' ({by_reason})' if by_reason else ''}",

@@ -46,8 +46,8 @@ def review(
                 fix=f"run `{job.command('caption')}` first",
             )
         check_port_free(port)
-        job.screen.line("review", f"http://{HOST}:{port}  (Ctrl-C stops it)")
+        job.output.line("review", f"http://{HOST}:{port}  (Ctrl-C stops it)")
         app = open_app(reviewed, f"Captions of {job.model_name}", getpass.getuser())
         uvicorn.run(app, host=HOST, port=port, log_level="warning")
-        job.screen.line("judged", f"{len(reviewed.judged):,} of {len(reviewed.captions):,} captions")
-        job.screen.line("next", "lakesight show verdicts, or lakesight ingest --run reviewed")
+        job.output.line("judged", f"{len(reviewed.judged):,} of {len(reviewed.captions):,} captions")
+        job.output.line("next", "lakesight show verdicts, or lakesight ingest --run reviewed")

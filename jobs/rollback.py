@@ -22,7 +22,7 @@ def rollback(
     """
     with open_job(run, platform, overrides, as_json) as job:
         champion = run_rollback(job)
-        job.screen.line("rollback", f"{job.model_name} version {champion} is the champion again")
+        job.output.line("rollback", f"{job.model_name} version {champion} is the champion again")
         job.finish({"model_name": job.model_name, "model_version": champion}, "caption")
 
 
@@ -32,7 +32,7 @@ def run_rollback(job: Job) -> str:
     Raises:
         UserError: there is no previous champion.
     """
-    from pipelines.driver.evaluate.promote import record_decision
+    from pipelines.driver.evaluate.gate import record_decision
     from pipelines.tracking.registry import CHAMPION, move_aliases, plan_rollback, resolve
 
     move = plan_rollback(job.platform, job.model_name)

@@ -41,5 +41,5 @@ def run_shard(job: Job, split: Split, image: ImageConfig) -> ShardReport:
     with show_elapsed(f"shard {split}"):
         report = shard(job.spark, job.platform, job.source, job.config.data, image, split)
     outcome = "reused" if report.reused else "written"
-    job.screen.line("shard", f"{report.num_rows:,} {split} rows of version {report.dataset_version}, {outcome}")
+    job.output.line("shard", f"{report.num_rows:,} {split} rows of version {report.dataset_version}, {outcome}")
     return report

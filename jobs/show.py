@@ -71,7 +71,7 @@ def show(
             gallery=str(page) if page else None,
         )
         _print(job, report)
-        job.screen.report(report)
+        job.output.report(report)
 
 
 def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
@@ -125,17 +125,17 @@ def readable(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _print(job: Job, report: TableReport) -> None:
-    job.screen.line("table", f"{report.table}, version {report.version}, {report.num_rows:,} rows")
-    job.screen.line("columns", ", ".join(f"{name} {kind}" for name, kind in report.columns.items()))
+    job.output.line("table", f"{report.table}, version {report.version}, {report.num_rows:,} rows")
+    job.output.line("columns", ", ".join(f"{name} {kind}" for name, kind in report.columns.items()))
     width = max(map(len, report.columns), default=0)
     for number, row in enumerate(report.rows, 1):
-        job.screen.text(f"\nrow {number}")
+        job.output.text(f"\nrow {number}")
         for name, value in row.items():
             text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False).strip('"')
-            job.screen.text(f"  {name:<{width}}  {text if len(text) <= WIDTH else text[: WIDTH - 3] + '...'}")
+            job.output.text(f"  {name:<{width}}  {text if len(text) <= WIDTH else text[: WIDTH - 3] + '...'}")
     if report.gallery:
-        job.screen.text("")
-        job.screen.line("gallery", report.gallery)
+        job.output.text("")
+        job.output.line("gallery", report.gallery)
 
 
 def _type_name(kind: Any) -> str:

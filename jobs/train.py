@@ -67,12 +67,12 @@ def train(
             job.finish(run_train(job), "evaluate")
             return
         folder, ranks = prepare_run(job).path, job.config.platform.ranks
-        job.screen.report(PreparedReport(run_folder=str(folder), ranks=ranks))
-        job.screen.line("prepared", f"{folder}, for {ranks} ranks")
+        job.output.report(PreparedReport(run_folder=str(folder), ranks=ranks))
+        job.output.line("prepared", f"{folder}, for {ranks} ranks")
         # PYTHONSAFEPATH: else a folder `pipelines` in the working folder would be imported instead of this package.
         torchrun = f"torchrun --nproc-per-node {ranks} -m pipelines.worker.main --run-dir {folder}"
-        job.screen.line("next", f"PYTHONSAFEPATH=1 {torchrun}")
-        job.screen.line("then", job.command("train"))
+        job.output.line("next", f"PYTHONSAFEPATH=1 {torchrun}")
+        job.output.line("then", job.command("train"))
 
 
 def prepare_run(job: Job) -> RunFolder:
@@ -102,10 +102,10 @@ def run_train(job: Job) -> TrainReport:
         result = reused or launch(run, job.platform, job.spark)
     figures = "  ".join(f"{name} {result.metrics[name]:.3f}" for name in SHOWN_METRICS if name in result.metrics)
     detail = f"finished run reused: {run.path}" if reused else f"{result.world_size} ranks, {result.seconds:.0f} s"
-    job.screen.line("train", f"{result.step:,} steps, {detail}")
-    job.screen.line("", figures)
+    job.output.line("train", f"{result.step:,} steps, {detail}")
+    job.output.line("", figures)
     version: ModelVersion = register(run, run_id, job.platform)
-    job.screen.line("register", f"{version.name} version {version.version}")
+    job.output.line("register", f"{version.name} version {version.version}")
     return TrainReport(
         run_folder=str(run.path),
         run_id=run_id,

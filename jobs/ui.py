@@ -42,7 +42,7 @@ def ui(
                 fix="open the page of that server",
             )
         check_port_free(port)
-        job.screen.line("ui", f"http://{HOST}:{port}  (Ctrl-C stops it)")
+        job.output.line("ui", f"http://{HOST}:{port}  (Ctrl-C stops it)")
         command = [
             sys.executable,
             "-m",

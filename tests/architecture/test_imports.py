@@ -35,7 +35,7 @@ BREACHES = {
     "model": ("vlm/layers/norm.py", "import vlm.model"),
     "library": ("vlm/training/optim.py", "import pyspark"),
     "light": ("vlm/text/bpe.py", "import torch"),
-    "driver": ("pipelines/driver/evaluate/promote.py", "import torch"),
+    "driver": ("pipelines/driver/evaluate/gate.py", "import torch"),
     "executor": ("pipelines/executor/caption.py", "import pyspark"),
     "worker": ("pipelines/worker/data/order.py", "import mlflow"),
     "review": ("pipelines/review/server.py", "import pyspark"),

@@ -21,13 +21,13 @@ from jobs.compare import run_compare
 from jobs.decisions import run_decisions
 from jobs.evaluate import evaluate_version, open_model, open_split
 from jobs.lineage import run_lineage
+from jobs.output import CommandOutput
 from jobs.promote import run_promote
 from jobs.rollback import run_rollback
-from jobs.screen import Screen
 from jobs.shard import run_shard
 from pipelines.config import DriftConfig
 from pipelines.driver.evaluate.compare import Comparison
-from pipelines.driver.evaluate.promote import record_decision
+from pipelines.driver.evaluate.gate import record_decision
 from pipelines.errors import StageFailed, UserError
 from pipelines.formats.shards import Shards
 from pipelines.formats.tables import SAMPLES
@@ -45,7 +45,7 @@ def job(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.TempPa
     The blind one was trained with shuffled pictures.
     """
     config = corner_run(NAME).model_copy(update={"drift": DriftConfig(min_rows=10)})
-    job = Job(config, platform, (), Screen(io.StringIO(), as_json=False))
+    job = Job(config, platform, (), CommandOutput(io.StringIO(), as_json=False))
     job.__dict__["spark"] = spark  # instead of starting one
     rows = corner_rows(NAME, "train", 200) + corner_rows(NAME, "test", 60)
     new = spark.createDataFrame(rows, SAMPLES.ddl())
@@ -153,7 +153,7 @@ def test_drift_of_pictures_is_logged_and_fails_the_job_if_configured(
     assert run.data.metrics["figures/words"] == dark.figures["words"]
     assert "brightness" in run.data.tags["lakesight.drifted"]
     strict = job.config.drift.model_copy(update={"fail": True})
-    failing = Job(job.config.model_copy(update={"drift": strict}), job.platform, (), job.screen)
+    failing = Job(job.config.model_copy(update={"drift": strict}), job.platform, (), job.output)
     failing.__dict__["spark"] = job.spark
     with pytest.raises(StageFailed, match=r"differ too much from the version's evaluation.*brightness .*evaluated"):
         run_caption(failing, GOOD, prompt="what", source_table=f"delta.`{tmp_path}/night`")
@@ -215,7 +215,7 @@ def test_the_pages_of_an_evaluation_and_a_comparison_work_in_a_browser(
 def test_lineage_and_decisions_are_shown_without_a_jvm(job: Job) -> None:
     run_caption(job, GOOD, where=f"image_id = '{NAME}/test0'")
     version = registry.resolve(job.platform, NAME, GOOD)
-    shell = Job(job.config, job.platform, (), job.screen)
+    shell = Job(job.config, job.platform, (), job.output)
     found = {item.model_version: item for item in run_lineage(shell, f"{NAME}/test0")}[GOOD]
     assert (found.run_id, found.code_version) == (version.run_id, version.tags["code_version"])
     assert (found.trained_on, found.manifest_hash) == (version.tags["table_version"], version.tags["manifest_hash"])
@@ -226,7 +226,7 @@ def test_lineage_and_decisions_are_shown_without_a_jvm(job: Job) -> None:
     record_decision(
         job.spark, job.platform, model="other", version="7", action="refuse", champion=None, reasons=["why not"]
     )
-    other = Job(corner_run("other"), job.platform, (), job.screen)
+    other = Job(corner_run("other"), job.platform, (), job.output)
     (told,) = run_decisions(other)
     assert (told["action"], told["model_version"], told["reasons"]) == ("refuse", "7", ["why not"])
     assert not {"spark"} & {*shell.__dict__, *other.__dict__}

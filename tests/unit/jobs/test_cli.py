@@ -154,10 +154,10 @@ def test_an_unexpected_error_prints_a_traceback_and_a_last_line_with_its_message
 
 def test_only_the_report_goes_to_stdout_even_if_child_processes_print() -> None:
     code = (
-        "import subprocess\nfrom jobs.common import open_screen\n"
-        "with open_screen(as_json=True) as screen:\n"
+        "import subprocess\nfrom jobs.common import open_output\n"
+        "with open_output(as_json=True) as output:\n"
         "    print('python noise')\n    subprocess.run(['echo', 'child noise'])\n"
-        "    screen.line('stage', 'for people')\n    screen.report({'value': float('nan')})\n"
+        "    output.line('stage', 'for people')\n    output.report({'value': float('nan')})\n"
         "print('after')"
     )
     done = subprocess.run(

@@ -16,7 +16,7 @@ import pytest
 
 from jobs.common import Job
 from jobs.ingest import log_to_mlflow
-from jobs.screen import Screen
+from jobs.output import CommandOutput
 from pipelines.config import load_run
 from pipelines.driver.ingest.near_duplicates import NearReport
 from pipelines.driver.ingest.report import Figures, FullReport
@@ -32,7 +32,7 @@ def job(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -
     config = load_run("demo")
     platform: Platform = local(config.platform)  # type: ignore[arg-type]
     shutil.copy(empty_database, platform.root / "mlflow.db")
-    return Job(config, platform, (), Screen(io.StringIO(), as_json=False))
+    return Job(config, platform, (), CommandOutput(io.StringIO(), as_json=False))
 
 
 def report(page: Path, *, rows_in: int = 9) -> FullReport:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from pipelines.config import GateConfig, Trial
 from pipelines.driver.evaluate.bootstrap import measure
+from pipelines.driver.evaluate.gate import apply_gate
 from pipelines.driver.evaluate.metrics import ScoredRow
-from pipelines.driver.evaluate.promote import apply_gate
 from pipelines.driver.evaluate.run import EvaluationReport
 from pipelines.driver.evaluate.scores import SCORES, write_scores
 

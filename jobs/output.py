@@ -16,7 +16,7 @@ from typing import TextIO
 from pydantic_core import to_json
 
 
-class Screen:
+class CommandOutput:
     """Prints aligned lines for people or, with `as_json`, one JSON object for scripts.
 
     Args:
