@@ -134,7 +134,7 @@ def test_metrics_are_written_once_and_not_computed_again(
     assert further.metrics == report.metrics
     assert (report.folder / "scores.parquet").stat().st_mtime_ns == scores, "another slice does not run the model"
     assert stored(spark, platform, report).items() > (whole | parts).items()
-    with pytest.raises(UserError, match=r"Got: colour\. Fix: there are: image_id"):
+    with pytest.raises(UserError, match=r"Got: colour\. Fix: choose from: image_id"):
         evaluate(spark, platform, model, shards, shards, columns=["colour"])
 
 

@@ -93,7 +93,7 @@ def test_blind_and_worse_versions_are_refused_with_all_reasons_and_rollback_rest
     tags = registry.resolve(job.platform, NAME, BLIND).tags
     assert tags["gate"] == "refused"
     assert tags["gate_loads"] == "ok: it loads in a fresh process"
-    assert tags["gate_looks"].startswith("refused: it does not look")
+    assert tags["gate_looks"].startswith("refused: it does not use its pictures")
     assert {key for key in tags if key.startswith("gate_")} == {
         f"gate_{name}" for name in ("loads", "errors", "looks", "constant", "neighbour", "champion")
     }
