@@ -49,7 +49,7 @@ class AskReport(Config):
 def ask(
     images: Annotated[
         list[Path] | None,
-        typer.Argument(help="Picture files in order. None: ask in text alone.", metavar="FILE"),
+        typer.Argument(help="Picture files, in order. Without one: text only.", metavar="FILE"),
     ] = None,
     *,
     prompt: PromptOption = "",

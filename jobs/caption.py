@@ -28,14 +28,14 @@ def caption(
         str, typer.Option("--image-column", help="Column of pictures (binary or base64).", metavar="COLUMN")
     ] = "image",
     where: Annotated[
-        str, typer.Option("--where", help="SQL condition that selects rows. Empty: all rows.", metavar="SQL")
+        str, typer.Option("--where", help="SQL condition that selects rows. Without it: all rows.", metavar="SQL")
     ] = "",
     prompt: PromptOption = "",
     version: VersionOption = "champion",
     precision: PrecisionOption = Precision.FP32,
-    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Retry rows that have an error.")] = False,
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Caption rows with an error again.")] = False,
     remove_deleted: Annotated[
-        bool, typer.Option("--remove-deleted", help="Remove captions of rows that the table no longer has.")
+        bool, typer.Option("--remove-deleted", help="Remove captions of rows deleted from the table.")
     ] = False,
     max_error_share: Annotated[
         float,

@@ -23,17 +23,19 @@ from vlm.config import Precision
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-RunOption = Annotated[str, typer.Option("--run", help="Run to use: a file name in conf/run/.", metavar="NAME")]
-PlatformOption = Annotated[str, typer.Option("--platform", help="Where to run: local or databricks.", metavar="NAME")]
+RunOption = Annotated[str, typer.Option("--run", help="Name of a run: a file in conf/run/.", metavar="NAME")]
+PlatformOption = Annotated[
+    str, typer.Option("--platform", help="Platform to run on: local or databricks.", metavar="NAME")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override one setting, for example train.steps=500. Repeatable.", metavar="KEY=VALUE"),
 ]
 PrecisionOption = Annotated[
-    Precision, typer.Option("--precision", help="Number format of the model; int8 and int4 need lakesight[quantize].")
+    Precision, typer.Option("--precision", help="Number format of the weights; int8 and int4 need lakesight[quantize].")
 ]
 PromptOption = Annotated[
-    str, typer.Option("--prompt", help="Question to ask. Empty: caption the picture.", metavar="TEXT")
+    str, typer.Option("--prompt", help="Question about the picture. Without it: a caption.", metavar="TEXT")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object on stdout.")]
 

@@ -38,7 +38,8 @@ class ModelSize(Config):
 
 def config(
     what: Annotated[
-        Literal["run", "models"], typer.Argument(help="run: the resolved run. models: the models of conf/model/.")
+        Literal["run", "models"],
+        typer.Argument(help="run: print the run config. models: list the models of conf/model/."),
     ] = "run",
     *,
     run: RunOption = "demo",

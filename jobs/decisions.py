@@ -18,7 +18,7 @@ def decisions(
 ) -> None:
     """List promotions, refusals and rollbacks.
 
-    For each decision on the run's model, newest last: time, action, version, user, reasons and metrics.
+    Prints time, action, version, user, reasons and metrics of each decision on the run's model, newest last.
 
     \b
     Example:

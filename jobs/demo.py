@@ -27,8 +27,8 @@ def demo(
 ) -> None:
     """Run every stage on generated pictures.
 
-    The pictures show simple scenes, each described by one sentence. Some rows are broken on purpose, so that there
-    are quarantined rows to look at. A second demo finds all work done and repeats none of it.
+    The pictures show simple scenes, each described by one sentence. Some rows are broken on purpose: ingest
+    quarantines them. If you run the demo again, it skips all finished work.
 
     \b
     Examples:

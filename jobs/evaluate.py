@@ -22,7 +22,9 @@ VersionOption = Annotated[
 ByOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--by", help="Column of table samples, size or length to report slices by. Repeatable.", metavar="COLUMN"
+        "--by",
+        help="Report metrics for each value of a column of samples, or of size or length. Repeatable.",
+        metavar="COLUMN",
     ),
 ]
 SHOWN_METRICS = ("exact_match", "word_f1", "cider", "bleu_4", "rouge_l", "meteor", "loss", "blind_gap", "error_share")

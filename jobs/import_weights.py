@@ -29,7 +29,7 @@ def import_weights(
         Path | None, typer.Argument(help="Folder of published weights of the whole model.", metavar="FOLDER")
     ] = None,
     *,
-    model: Annotated[str, typer.Option("--model", help="Model to use: a file name in conf/model/.", metavar="NAME")],
+    model: Annotated[str, typer.Option("--model", help="Name of a model: a file in conf/model/.", metavar="NAME")],
     out: OutOption,
     encoder: Annotated[
         Path | None, typer.Option("--encoder", help="Folder of published weights of the encoder.", metavar="FOLDER")
@@ -37,7 +37,9 @@ def import_weights(
     decoder: Annotated[
         Path | None, typer.Option("--decoder", help="Folder of published weights of the decoder.", metavar="FOLDER")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Random seed of weights that are in no folder.", metavar="N")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Random seed for weights that no folder contains.", metavar="N")
+    ] = 0,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -22,7 +22,7 @@ def ingest(
     *,
     refresh: Annotated[
         bool,
-        typer.Option("--refresh", help="Read all files again and replace the data's earlier rows."),
+        typer.Option("--refresh", help="Read all input again and replace the source's rows."),
     ] = False,
     run: RunOption = "demo",
     platform: PlatformOption = "local",

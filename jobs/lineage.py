@@ -45,7 +45,7 @@ class CaptionLineage(Config):
 
 
 def lineage(
-    image_id: Annotated[str, typer.Argument(help="Id of the picture in table generated_captions.", metavar="IMAGE_ID")],
+    image_id: Annotated[str, typer.Argument(help="Value of image_id in table generated_captions.", metavar="IMAGE_ID")],
     *,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
@@ -54,11 +54,11 @@ def lineage(
 ) -> None:
     """Show how a picture's captions were made.
 
-    For each caption, of any run: model version, training run, data version, code version and decoding settings.
+    Prints model version, training run, data version, code version and decoding settings of each caption, of all runs.
 
     \b
     Example:
-      lakesight lineage demo/scene7
+      lakesight lineage demo/0123456789abcdef01234567
     """
     with open_job(run, platform, overrides, as_json) as job:
         found = run_lineage(job, image_id)

@@ -14,7 +14,7 @@ def maintain(
     *,
     retain_hours: Annotated[
         int,
-        typer.Option("--retain-hours", help="Keep files that table versions of the last N hours need.", metavar="N"),
+        typer.Option("--retain-hours", help="Keep files of table versions of the last N hours.", metavar="N"),
     ] = 168,
     run: RunOption = "demo",
     platform: PlatformOption = "local",

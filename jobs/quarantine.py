@@ -24,7 +24,9 @@ class Action(StrEnum):
 
 
 def quarantine(
-    action: Annotated[Action, typer.Argument(help="show rows, or replay those of the run's data.")] = Action.SHOW,
+    action: Annotated[
+        Action, typer.Argument(help="show: rows of all sources. replay: check rows of the run's data again.")
+    ] = Action.SHOW,
     *,
     reason: Annotated[
         list[str] | None, typer.Option("--reason", help="Only rows with this reason. Repeatable.", metavar="REASON")
@@ -41,12 +43,12 @@ def quarantine(
     """Show quarantined rows, or process them again.
 
     Use replay after the cause is fixed, for example a limit that was too low. It checks the quarantined rows of the
-    run's data again. Accepted rows are added to table samples and marked as replayed; the others stay.
+    run's data again. Accepted rows are added to table samples and get a time in replayed_at.
 
     \b
     Examples:
       lakesight quarantine --gallery
-      lakesight quarantine replay --reason text_too_long \\
+      lakesight quarantine replay --run birds --reason text_too_long \\
         --set data.limits.max_text_chars=5000
     """
     reasons = _check_reasons(reason or [])

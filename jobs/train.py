@@ -55,8 +55,8 @@ def train(
     """Train on distributed ranks; register the model.
 
     Run the same command again to resume an interrupted run from its last checkpoint; a finished run is reused. With
-    --no-launch you start the ranks yourself with torchrun; afterwards run the command without it to register the
-    model.
+    --no-launch, start the ranks yourself with torchrun; then run the command again without --no-launch to register
+    the model.
 
     \b
     Example:
