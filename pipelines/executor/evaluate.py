@@ -14,30 +14,10 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines.executor.model_cache import local_copy
+from pipelines.formats.row_scores import SCORE_SCHEMA
 from pipelines.formats.shards import Shards
 from pipelines.formats.tables import TEXT_TYPE
 from vlm.config import Config
-
-SCORE_SCHEMA = pa.schema(
-    [
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),
-        pa.field("references", pa.list_(pa.string()), nullable=False),
-        pa.field("caption", pa.string()),
-        pa.field("loss", pa.float64(), nullable=False),
-        pa.field("blind_loss", pa.float64()),
-        pa.field("blank_loss", pa.float64(), nullable=False),
-        pa.field("noise_loss", pa.float64(), nullable=False),
-        pa.field("num_targets", pa.int64(), nullable=False),
-        pa.field("num_correct", pa.int64(), nullable=False),
-        pa.field("num_tokens", pa.int64(), nullable=False),
-        pa.field("seconds", pa.float64(), nullable=False),
-        pa.field("mean_logprob", pa.float64()),
-        pa.field("brightness", pa.float64(), nullable=False),
-        pa.field("contrast", pa.float64(), nullable=False),
-    ]
-)
 
 COLOUR_GRID_SCHEMA = pa.schema(
     [

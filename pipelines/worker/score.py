@@ -12,11 +12,11 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from pipelines.formats.row_scores import RowScore
 from pipelines.formats.shards import Row, Shards
 from pipelines.worker.data.batches import Collator
 from vlm.captioner import Captioner
@@ -36,43 +36,6 @@ class Item(NamedTuple):
     row: Row
     prompt: str
     references: list[str]
-
-
-@dataclass(frozen=True)
-class RowScore:
-    """Scores of one picture and prompt. Losses are sums over the target tokens of all references, in nats.
-
-    Attributes:
-        row: index of the row in the shards.
-        references: reference texts of the prompt.
-        caption: the model's caption; None if the prompt leaves no space for one.
-        loss: loss with the right picture.
-        blind_loss: loss with another row's picture; None if the split has only one row.
-        blank_loss: loss with a grey picture.
-        noise_loss: loss with a picture of noise.
-        num_targets: number of target tokens.
-        num_correct: number of target tokens to which the model gives the highest probability.
-        num_tokens: number of tokens of the caption.
-        seconds: captioning time of the batch, divided by its rows.
-        mean_logprob: mean log-probability of the caption's tokens.
-    """
-
-    row: int
-    image_id: str
-    prompt: str
-    references: list[str]
-    caption: str | None
-    loss: float
-    blind_loss: float | None
-    blank_loss: float
-    noise_loss: float
-    num_targets: int
-    num_correct: int
-    num_tokens: int
-    seconds: float
-    mean_logprob: float | None
-    brightness: float
-    contrast: float
 
 
 class _Losses(NamedTuple):
@@ -112,7 +75,7 @@ def score_rows(captioner: Captioner, shards: Shards, indexes: Sequence[int]) -> 
                 row=item.row_index,
                 image_id=item.row.image_id,
                 prompt=item.prompt,
-                references=item.references,
+                references=tuple(item.references),
                 caption=generated.text if generated else None,
                 loss=right.losses[number],
                 blind_loss=blind[number],

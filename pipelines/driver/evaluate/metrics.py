@@ -26,6 +26,7 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 
 from pipelines.formats.caption_stats import SAMPLED_CAPTIONS, CaptionStats, sum_stats
+from pipelines.formats.row_scores import RowScore
 from vlm.text.words import words
 
 Floats = npt.NDArray[np.float64]
@@ -38,46 +39,14 @@ MAX_CONSTANTS = 256
 
 
 @dataclass(frozen=True)
-class ScoredRow:
-    """Scores of one row: a picture and a prompt. Losses are sums over the references' tokens, in nats.
+class ScoredRow(RowScore):
+    """Scores of one row, with the caption of the nearest-neighbour baseline.
 
     Attributes:
-        row: row of the picture in the shards; rows with the same number have the same picture.
-        image_id: id of the picture.
-        prompt: empty for a plain caption.
-        references: human captions, at least one.
-        caption: the model's caption; None if the prompt leaves no room for one.
         neighbour: human caption of the most similar training picture; None if there is none.
-        loss: loss given the picture.
-        blind_loss: loss given another picture; None if the split has only one picture.
-        blank_loss: loss given a grey picture.
-        noise_loss: loss given a picture of noise.
-        num_targets: tokens of the references, including end tokens.
-        num_correct: target tokens that the model ranks first, given the picture and the preceding tokens.
-        num_tokens: tokens of the caption, including the end token.
-        seconds: captioning time of the row's batch divided by the batch size.
-        mean_logprob: mean log-probability of the caption's tokens, in nats; None without a caption.
-        brightness: mean level of the picture at model resolution, 0 to 255.
-        contrast: standard deviation of the picture's levels.
     """
 
-    row: int
-    image_id: str
-    prompt: str
-    references: tuple[str, ...]
-    caption: str | None
     neighbour: str | None
-    loss: float
-    blind_loss: float | None
-    blank_loss: float
-    noise_loss: float
-    num_targets: int
-    num_correct: int
-    num_tokens: int
-    seconds: float
-    mean_logprob: float | None
-    brightness: float
-    contrast: float
 
     @property
     def key(self) -> tuple[str, str]:

@@ -25,7 +25,8 @@ from pipelines.driver.delta.map_in_arrow import spark_schema, task_threads
 from pipelines.driver.delta.spark_errors import translate_spark_errors
 from pipelines.driver.evaluate.metrics import ScoredRow
 from pipelines.driver.model_files import ModelFiles
-from pipelines.executor.evaluate import COLOUR_GRID_SCHEMA, SCORE_SCHEMA, ScoreJob, colour_grid_batches, score_batches
+from pipelines.executor.evaluate import COLOUR_GRID_SCHEMA, ScoreJob, colour_grid_batches, score_batches
+from pipelines.formats.row_scores import SCORE_SCHEMA
 from pipelines.formats.shards import Shards
 from pipelines.platform import Platform
 from vlm.files import atomic_write
