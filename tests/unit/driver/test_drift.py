@@ -1,4 +1,4 @@
-"""Figures of captions made, beside those of the evaluation: counted alike, and told where they are beyond a limit."""
+"""Drift: statistics of a captioning job are counted like those of the evaluation and compared with limits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAID = st.lists(
 
 
 @given(st.lists(SAID, min_size=1, max_size=5))
-def test_sums_of_parts_are_those_of_the_whole(parts: list[list[str]]) -> None:
+def test_statistics_of_parts_add_up_to_those_of_the_whole(parts: list[list[str]]) -> None:
     tallies = [[CaptionStats.from_caption(text, -0.25) for text in part] for part in parts]
     whole = sum_stats(tally for part in tallies for tally in part)
     assert sum_stats(map(sum_stats, tallies)) == whole
@@ -38,7 +38,7 @@ def test_sums_of_parts_are_those_of_the_whole(parts: list[list[str]]) -> None:
     assert whole.figures()["mean_logprob"] == pytest.approx(-0.25)
 
 
-def test_distinct_words_are_those_that_as_many_drawn_captions_have() -> None:
+def test_distinct_words_are_counted_in_a_fixed_number_of_captions() -> None:
     rng = np.random.default_rng(0)
     captions = [f"a w{rng.geometric(0.05)} v{number % 7}" for number in range(500)]
     expected = np.mean(
@@ -55,7 +55,7 @@ def test_distinct_words_are_those_that_as_many_drawn_captions_have() -> None:
     )
 
 
-def test_nothing_captioned_has_no_figures_and_errors_alone_their_share() -> None:
+def test_no_captions_have_no_statistics_and_only_errors_have_their_share() -> None:
     assert CaptionStats().figures() == sum_stats([]).figures() == {}
     assert CaptionStats(errors=3).figures() == {"error_share": 1.0}
 
@@ -73,13 +73,13 @@ def test_nothing_captioned_has_no_figures_and_errors_alone_their_share() -> None
         ({"brightness": 80.0, "contrast": 10.0}, {"brightness", "contrast"}),
     ],
 )
-def test_what_is_beyond_its_limit_is_told(now: dict[str, float], beyond: set[str]) -> None:
+def test_differences_beyond_their_limits_are_reported(now: dict[str, float], beyond: set[str]) -> None:
     found = compare_figures(BEFORE | now, 500, EvaluationFigures(figures=BEFORE, rows=300), DriftConfig(), prompt="")
     assert set(found) == set(BEFORE)
     assert {name for name, drift in found.items() if drift.beyond} == beyond
 
 
-def test_too_few_rows_are_not_judged_and_answers_to_a_question_only_by_their_pictures() -> None:
+def test_few_rows_are_not_compared_and_prompted_captions_only_by_their_pictures() -> None:
     dark, limits = BEFORE | {"brightness": 0.0, "words": 1.0}, DriftConfig()
     measure = EvaluationFigures(figures=BEFORE, rows=300)
     assert compare_figures(dark, 99, measure, limits, prompt="") == {}

@@ -1,4 +1,4 @@
-"""What the gate says: every reason, from figures on the same rows."""
+"""The gate reports every reason, from metrics on the same rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRUTH = ("a red square", "a blue circle", "a green dot", "a white line")
 
 
 def scored(captions: list[str | None], *, gap: float = 1.0) -> list[ScoredRow]:
-    """Rows of four kinds; what the nearest neighbour says of them is half right."""
+    """Make rows of four kinds. The neighbour baseline is right for three of them."""
     return [
         ScoredRow(
             row=row,
@@ -72,18 +72,18 @@ def evaluated(folder: Path, rows: list[ScoredRow], version: str = "2") -> Evalua
 
 
 def good(count: int = 40, wrong: int = 4) -> list[str | None]:
-    """Captions that are right but for some."""
+    """Make right captions, except for the first `wrong` rows."""
     return ["a thing" if row < wrong else TRUTH[row % 4] for row in range(count)]
 
 
-def test_a_good_version_passes_with_every_check_told(tmp_path: Path) -> None:
+def test_a_good_version_passes_and_every_check_is_reported(tmp_path: Path) -> None:
     result = apply_gate(GateConfig(), evaluated(tmp_path, scored(good())), None, WELL)
     assert result.reasons == ()
     assert list(result.checks) == ["loads", "errors", "looks", "constant", "neighbour"]
     assert result.figures["word_f1"].value == pytest.approx(0.94)
 
 
-def test_a_bad_version_is_told_every_reason_and_not_the_first(tmp_path: Path) -> None:
+def test_a_bad_version_is_refused_with_every_reason(tmp_path: Path) -> None:
     captions: list[str | None] = ["a thing"] * 38 + [None, None]
     champion = evaluated(tmp_path, scored(good()), "1")
     trial = Trial(failure="it does not load in a fresh process: boom", pictures=0, errors=())
@@ -105,12 +105,14 @@ def test_a_bad_version_is_told_every_reason_and_not_the_first(tmp_path: Path) ->
         ({"min_blind_gap": 1.5, "baselines": []}, WELL, ["looks"]),
     ],
 )
-def test_limits_are_those_of_the_run(tmp_path: Path, gate: dict[str, object], trial: Trial, refused: list[str]) -> None:
+def test_thresholds_come_from_the_run(
+    tmp_path: Path, gate: dict[str, object], trial: Trial, refused: list[str]
+) -> None:
     result = apply_gate(GateConfig.model_validate(gate), evaluated(tmp_path, scored(good())), None, trial)
     assert [name for name, check in result.checks.items() if not check.passed] == refused
 
 
-def test_a_version_no_better_than_a_baseline_is_refused_unless_the_run_does_not_ask(tmp_path: Path) -> None:
+def test_a_version_no_better_than_a_baseline_is_refused_if_the_run_has_the_baseline(tmp_path: Path) -> None:
     report = evaluated(tmp_path, [replace(row, caption=row.neighbour) for row in scored(good())])
     assert [
         name for name, check in apply_gate(GateConfig(), report, None, WELL).checks.items() if not check.passed
@@ -118,7 +120,7 @@ def test_a_version_no_better_than_a_baseline_is_refused_unless_the_run_does_not_
     assert apply_gate(GateConfig(baselines=("constant",)), report, None, WELL).reasons == ()
 
 
-def test_a_split_of_one_picture_and_a_figure_that_is_no_number_pass_no_check(tmp_path: Path) -> None:
+def test_one_picture_or_a_nan_metric_passes_no_check(tmp_path: Path) -> None:
     (row,) = scored(["a red square"])
     alone = apply_gate(GateConfig(), evaluated(tmp_path, [replace(row, blind_loss=None)]), None, WELL)
     assert any("the blind gap is unknown" in reason for reason in alone.reasons)
@@ -126,7 +128,7 @@ def test_a_split_of_one_picture_and_a_figure_that_is_no_number_pass_no_check(tmp
     assert any("a blind gap of nan" in reason for reason in broken.reasons)
 
 
-def test_a_champion_is_compared_on_the_rows_that_both_have(tmp_path: Path) -> None:
+def test_a_champion_is_compared_on_common_rows(tmp_path: Path) -> None:
     champion = evaluated(tmp_path, scored(good(60, wrong=0))[20:], "1")
     result = apply_gate(GateConfig(), evaluated(tmp_path, scored(good(40, wrong=0))), champion, WELL)
     assert result.reasons == ()

@@ -1,4 +1,4 @@
-"""Metrics: the numbers of pycocoevalcap, honest intervals, honest baselines, slices and paired differences."""
+"""Metrics equal pycocoevalcap; intervals, baselines, slices and paired differences are correct."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def scored(truth: list[list[str]], made: list[str], *, gap: float | None = 1.0, 
     ]
 
 
-def test_scores_are_those_of_pycocoevalcap() -> None:
+def test_scores_equal_pycocoevalcap() -> None:
     metrics = measure(scored(TRUTH, MADE))
     truth = {i: [" ".join(words(t)) for t in group] for i, group in enumerate(TRUTH)}
     made = {i: [" ".join(words(caption))] for i, caption in enumerate(MADE)}
@@ -58,7 +58,7 @@ def test_scores_are_those_of_pycocoevalcap() -> None:
     assert metrics["rouge_l"].value == pytest.approx(Rouge().compute_score(truth, made)[0])
 
 
-def test_perfect_captions_score_full_marks_and_hopeless_ones_zero() -> None:
+def test_perfect_captions_have_the_best_score_and_unrelated_ones_zero() -> None:
     perfect = measure(scored(TRUTH, [group[0] for group in TRUTH]))
     assert perfect["exact_match"].value == perfect["word_f1"].value == perfect["rouge_l"].value == 1
     assert perfect["bleu_1"].value == pytest.approx(1)
@@ -68,13 +68,13 @@ def test_perfect_captions_score_full_marks_and_hopeless_ones_zero() -> None:
     assert hopeless["distinct"].value == 0.25
 
 
-def test_an_empty_caption_is_measured_and_not_an_error() -> None:
+def test_an_empty_caption_is_scored_and_no_error() -> None:
     metrics = measure(scored(TRUTH, ["", "", "", ""]))
     assert metrics["words"].value == metrics["exact_match"].value == 0
     assert all(np.isfinite([m.value, m.low, m.high]).all() for m in metrics.values())
 
 
-def test_losses_weigh_by_token_and_not_by_picture() -> None:
+def test_losses_are_averaged_over_tokens() -> None:
     short, long = scored([["a"], ["b"]], ["a", "b"])
     short = ScoredRow(**vars(short) | {"loss": 3.0, "blind_loss": 3.0, "num_targets": 1})
     long = ScoredRow(**vars(long) | {"loss": 9.0, "blind_loss": 18.0, "num_targets": 9})
@@ -100,7 +100,7 @@ def test_intervals_cover_the_value_repeat_by_seed_and_shrink_with_more_pictures(
     for interval in (small, large):
         assert interval.low <= interval.value <= interval.high
     assert large.high - large.low < (small.high - small.low) / 4
-    # A proportion's own theory: 1.96 standard errors either side.
+    # The normal approximation of a proportion: 1.96 standard errors on either side.
     assert large.high - large.low == pytest.approx(2 * 1.96 * (0.7 * 0.3 / 2000) ** 0.5, rel=0.25)
     assert measure(few) == measure(few)
     assert measure(few, seed=1)["exact_match"] != small
@@ -116,7 +116,7 @@ def test_questions_about_one_picture_are_resampled_together() -> None:
     assert together.high - together.low > 2 * (apart.high - apart.low)
 
 
-def test_the_constant_is_the_best_caption_that_ignores_the_picture() -> None:
+def test_the_constant_baseline_is_the_best_single_caption() -> None:
     truth = [["a cat"], ["a cat"], ["a dog"], ["a big red cat"]]
     metrics = measure(scored(truth, ["a dog"] * 4))
     assert metrics["constant_exact_match"].value == 0.5
@@ -140,7 +140,7 @@ def test_words_are_lower_case_and_without_punctuation(text: str, expected: list[
     assert words(text) == expected
 
 
-def test_what_a_caption_costs_and_how_often_a_token_is_right() -> None:
+def test_tokens_seconds_and_token_accuracy_are_measured() -> None:
     metrics = measure([*scored(TRUTH, MADE), replace(scored(TRUTH, MADE)[0], row=9, caption=None)])
     wanted = {"token_accuracy": 0.8, "blank_gap": 0.25, "noise_gap": 1.0, "tokens": 6.0, "captions_per_second": 4.0}
     assert {name: metrics[name].value for name in wanted} == pytest.approx(wanted)
@@ -154,7 +154,7 @@ def test_distinct_counts_different_captions_words_and_pairs() -> None:
     assert metrics["distinct_2"].value == pytest.approx(2 / 3)
 
 
-def test_the_neighbour_is_scored_like_a_model_and_left_out_where_one_is_missing() -> None:
+def test_the_neighbour_baseline_is_scored_like_a_model_and_left_out_if_incomplete() -> None:
     rows = scored(TRUTH, MADE)
     metrics, same = measure(rows), measure([replace(row, caption=row.neighbour) for row in rows])
     assert metrics["neighbour_cider"] == same["cider"]
@@ -162,14 +162,14 @@ def test_the_neighbour_is_scored_like_a_model_and_left_out_where_one_is_missing(
 
 
 @pytest.mark.skipif(not has_java(), reason="METEOR is a Java program")
-def test_meteor_is_that_of_its_program() -> None:
+def test_meteor_equals_the_original_program() -> None:
     rows = scored([["a red square"], ["two dogs run"]], ["a red square", "cats"])
     measured = measure(rows, further={"meteor": meteor(rows)})["meteor"]
-    assert measured.value == pytest.approx(0.5, abs=0.01)  # a perfect caption and a hopeless one
+    assert measured.value == pytest.approx(0.5, abs=0.01)  # a perfect and an unrelated caption
 
 
-def test_a_paired_difference_is_surer_than_two_figures() -> None:
-    """Hard pictures are hard for both: the same 10 of 100 more are right, whatever the other 90 are."""
+def test_the_interval_of_a_paired_difference_is_narrower() -> None:
+    """Both models have 90 rows in common; one model has 10 more of 100 rows right."""
     rng = np.random.default_rng(3)
     easy = rng.random(100) < 0.5
     worse = scored([["y"]] * 100, ["y" if e and n >= 10 else "n" for n, e in enumerate(easy)])
@@ -178,19 +178,19 @@ def test_a_paired_difference_is_surer_than_two_figures() -> None:
     apart = measure(better)["exact_match"], measure(worse)["exact_match"]
     assert gain.value == pytest.approx(apart[0].value - apart[1].value) == pytest.approx(0.1)
     assert gain.low > 0
-    assert apart[0].low < apart[1].high  # their own intervals overlap
+    assert apart[0].low < apart[1].high  # the intervals of the two models overlap
     assert metric_differences(worse, better)["exact_match"].high < 0
     assert metric_differences(better, better)["bleu_1"].model_dump() == {"value": 0, "low": 0, "high": 0}
 
 
-def test_rows_that_one_of_two_did_not_caption_do_not_count() -> None:
+def test_rows_without_a_caption_of_both_models_are_not_compared() -> None:
     one, other = scored(TRUTH, MADE), scored(TRUTH, [group[0] for group in TRUTH])
     failed = [replace(other[0], caption=None), *other[1:3]]
     assert metric_differences(one, failed) == metric_differences(one[1:3], other[1:3])
     assert metric_differences(one[:1], other[1:]) == {}
 
 
-def test_slices_add_up_to_the_whole_and_many_numbers_become_quarters() -> None:
+def test_slices_add_up_to_the_whole_and_numbers_are_grouped_by_quartile() -> None:
     rows = scored([["y"]] * 40, ["y" if n % 4 == 0 else "n" for n in range(40)])
     formats = {f"x/{n}": "PNG" if n % 4 == 0 else "JPEG" for n in range(40)}
     found = slice_metrics(

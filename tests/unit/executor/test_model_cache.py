@@ -1,4 +1,4 @@
-"""A model's files on this machine: copied once, whole, by whoever comes first, and not for ever."""
+"""Local copies of a model's files: made once by the first process, complete, and removed when unused."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ def model(folder: Path, said: str = "weights") -> Path:
 
 
 def start(folder: Path, root: Path, seconds: float) -> subprocess.Popen[str]:
-    """A process that copies, each file no faster than this."""
+    """Start a process that copies files, with a minimum time per file."""
     environment = os.environ | {"PYTHONPATH": TEST_PATH}
     command = [sys.executable, "-c", COPY, str(folder), str(root), str(seconds)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def line(process: subprocess.Popen[str]) -> str:
-    """The next one it prints."""
+    """Return the next line that the process prints."""
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
 
-def test_a_model_is_copied_once_and_one_that_was_replaced_again(tmp_path: Path) -> None:
+def test_a_model_is_copied_once_and_again_after_it_was_replaced(tmp_path: Path) -> None:
     folder, root = model(tmp_path / "far"), tmp_path / "near"
     copy = local_copy(folder, root)
     assert {path.name: path.read_text() for path in copy.iterdir()} == {
@@ -64,7 +64,7 @@ def test_a_model_is_copied_once_and_one_that_was_replaced_again(tmp_path: Path) 
     assert (local_copy(folder, root) / "model.safetensors").read_text() == "others"
 
 
-def test_only_the_models_asked_for_last_stay(tmp_path: Path) -> None:
+def test_only_the_most_recently_used_models_are_kept(tmp_path: Path) -> None:
     folders = [model(tmp_path / f"far-{number}") for number in range(KEPT + 2)]
     copies = []
     for number, folder in enumerate(folders):
@@ -74,7 +74,7 @@ def test_only_the_models_asked_for_last_stay(tmp_path: Path) -> None:
     assert [copy.exists() for copy in copies] == [False, False] + [True] * KEPT
 
 
-def test_two_processes_copy_once_and_a_killed_one_leaves_no_half_copy(tmp_path: Path) -> None:
+def test_two_processes_copy_once_and_a_killed_one_leaves_no_partial_copy(tmp_path: Path) -> None:
     folder, root = model(tmp_path / "far"), tmp_path / "near"
     victim = start(folder, root, 60)
     assert [line(victim), line(victim)] == ["asks", "copies config.json"]
@@ -94,7 +94,7 @@ def test_two_processes_copy_once_and_a_killed_one_leaves_no_half_copy(tmp_path: 
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
-def test_a_folder_of_somebody_else_is_not_trusted(tmp_path: Path) -> None:
+def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
     (tmp_path / "near").mkdir()
     os.chown(tmp_path / "near", 12345, 12345)
     with pytest.raises(StageFailed, match="another user"):

@@ -1,4 +1,4 @@
-"""Small pictures of rows, wherever in a row they are; and none where there is none."""
+"""Thumbnails of rows, from any column that holds a picture; null without one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipelines.executor.thumbnail import SHOWN_CHARS, find_picture, with_thumbna
 from pipelines.pages.thumbnail import SIDE
 
 
-def test_pictures_become_small_jpegs_and_what_is_none_becomes_null() -> None:
+def test_pictures_become_small_jpegs_and_other_bytes_become_null() -> None:
     batch = pa.RecordBatch.from_pydict({"image": [png(1, (900, 450)), b"words", None], "name": ["a", "b", "c"]})
     [out] = with_thumbnails(iter([batch]), "image")
     assert out.schema.names == ["name", "thumbnail"]
@@ -23,7 +23,7 @@ def test_pictures_become_small_jpegs_and_what_is_none_becomes_null() -> None:
     assert none == [None, None]
 
 
-def test_a_payload_is_cut_and_its_picture_shown() -> None:
+def test_a_payload_is_truncated_and_its_picture_becomes_a_thumbnail() -> None:
     payloads = [json.dumps({"text": "a bird", "photo": as_base64(png(1)), "x": 1}), "1,not json", '{"a": 1}']
     batch = pa.RecordBatch.from_pydict({"payload": payloads, "reason": ["x"] * 3})
     [out] = with_thumbnails(iter([batch]), "payload")
@@ -33,7 +33,7 @@ def test_a_payload_is_cut_and_its_picture_shown() -> None:
     assert find_picture(payloads[0]) == png(1)
 
 
-def test_a_picture_that_crashes_its_decoder_is_not_decoded_to_be_shown() -> None:
+def test_a_picture_that_crashes_its_decoder_gets_no_thumbnail() -> None:
     payload = json.dumps({"photo": as_base64(png(1))})
     batch = pa.RecordBatch.from_pydict({"payload": [payload] * 2, "reason": ["decoder_crash", "too_small"]})
     [out] = with_thumbnails(iter([batch]), "payload")

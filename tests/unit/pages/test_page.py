@@ -1,4 +1,4 @@
-"""The page of an ingest: self-contained, and what comes from data is escaped."""
+"""A page is self-contained and escapes everything that comes from data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def write(path: Path, page: Page) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def test_a_page_needs_nothing_but_itself_and_data_cannot_inject_html(tmp_path: Path) -> None:
+def test_a_page_is_self_contained_and_data_cannot_inject_html(tmp_path: Path) -> None:
     small = encoded(picture(1), "JPEG")
     cards = [Card(EVIL, small, [CardText(EVIL), CardText("two")]), Card("b", None, [], problem=EVIL)]
     page = Page(
@@ -31,7 +31,7 @@ def test_a_page_needs_nothing_but_itself_and_data_cannot_inject_html(tmp_path: P
     assert re.findall(r'<figure class="(\w+)"', html) == ["good", "bad"]
 
 
-def test_bars_are_as_long_as_their_numbers_and_none_divides_by_zero(tmp_path: Path) -> None:
+def test_bar_lengths_are_proportional_and_zero_is_allowed(tmp_path: Path) -> None:
     chart = Chart("rows", {"a": 4000, "b": 1000, "c": 0})
     assert list(chart.bars) == [("a", "4,000", 100.0), ("b", "1,000", 25.0), ("c", "0", 0.0)]
     assert list(Chart("none", {}).bars) == []
