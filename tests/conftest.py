@@ -1,4 +1,4 @@
-"""Fixtures for all tests: one torch thread, one Spark session on real executors, one home folder."""
+"""Fixtures for all tests: one torch thread, one Spark session on two executors, and one home folder."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pipelines.driver.delta.tables import ensure_tables
 from pipelines.platform import Platform, local
 
 LONGEST_FIRST = ("spark in spark", "spark in e2e", "pipelines", "parallel")
-"""Groups of pytest-xdist in the order of their duration: the short tests fill up the process that is done first."""
+"""Groups of pytest-xdist, longest first. Tests without a group run last, in the process that becomes free first."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
+@pytest.hookimpl(tryfirst=True)  # this hook must run before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests that need Spark into one group per folder, so that two sessions serve them, and sort by group."""
+    """Put the tests of a folder that need Spark into one group with one Spark session, and sort all tests by group."""
     for item in items:
         if "spark" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group(f"spark in {item.path.parent.name}"))
-    items.sort(key=_rank)  # a stable sort: within a group the order stays
+    items.sort(key=_rank)  # the sort is stable: tests of a group keep their order
 
 
 def _rank(item: pytest.Item) -> int:
@@ -41,7 +41,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Platform:
-    """A local platform with two executors and a new home folder. All tests share it and use sources of their own."""
+    """A local platform with two executors and a new home folder. All tests share it, each with its own source name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAKESIGHT_HOME", str(tmp_path_factory.mktemp("home")))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -54,8 +54,8 @@ def spark(platform: Platform) -> Iterator[SparkSession]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", TEST_PATH)  # executors import modules of tests/support
         session = platform.open_spark()
-    # Queries here have few rows: generating code and planning adaptively would take longer than running them. The test
-    # of `lakesight demo` runs with both.
+    # Tests query few rows: code generation and adaptive planning would take longer than the queries. The test of
+    # `lakesight demo` uses Spark's defaults, with code generation and adaptive planning.
     session.conf.set("spark.sql.codegen.wholeStage", "false")
     session.conf.set("spark.sql.codegen.factoryMode", "NO_CODEGEN")
     session.conf.set("spark.sql.adaptive.enabled", "false")
@@ -66,7 +66,7 @@ def spark(platform: Platform) -> Iterator[SparkSession]:
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without runs, to copy: creating its tables takes seconds."""
+    """An MLflow database without runs. Tests copy it, because creating the tables of a database takes seconds."""
     from mlflow import MlflowClient
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"

@@ -29,7 +29,7 @@ EXAMPLE = {
 
 
 def read_job(file: Path) -> tuple[str, Any]:
-    """Return key and settings of the only job in a file."""
+    """Return the key and the settings of the only job in a job file."""
     content = yaml.safe_load(file.read_text())
     assert list(content) == ["resources"]
     assert list(content["resources"]) == ["jobs"]
@@ -58,12 +58,12 @@ def strings(node: Any) -> Iterator[str]:
 
 
 def references(node: Any) -> set[str]:
-    """Return the names in all ${...} references of a document."""
+    """Return the names in all ${...} references of a YAML document."""
     return {name for text in strings(node) for name in re.findall(r"\$\{([^}]+)\}", text)}
 
 
 @pytest.mark.parametrize("file", JOB_FILES, ids=lambda file: file.name)
-def test_a_job_file_holds_one_job_of_the_same_name_that_databricks_types_accept(file: Path) -> None:
+def test_a_job_file_contains_one_valid_job_with_the_name_of_the_file(file: Path) -> None:
     key, settings = read_job(file)
     assert file.name == f"{key}.job.yml"
     job = Job.from_dict(settings)
@@ -97,7 +97,7 @@ def test_every_variable_is_declared_has_a_value_and_is_used() -> None:
         assert [name for name, variable in declared.items() if "default" not in variable and name not in given] == []
 
 
-def test_every_reference_to_a_resource_is_to_one_that_the_bundle_has() -> None:
+def test_every_referenced_resource_exists_in_the_bundle() -> None:
     for name in references([BUNDLE, JOBS]):
         kind, _, rest = name.partition(".")
         if kind == "resources":
@@ -140,7 +140,7 @@ def test_a_task_calls_a_command_with_options_that_exist_and_settings_that_resolv
 
 
 def fill(text: str) -> str:
-    """Replace the references in a parameter by example values."""
+    """Replace the ${...} references in a job parameter by example values."""
     text = re.sub(r"\$\{resources\.(\w+)s\.\w+\.name\}", lambda match: EXAMPLE[match[1]], text)
     return re.sub(r"\$\{var\.(\w+)\}", lambda match: EXAMPLE[match[1]], text)
 
@@ -152,7 +152,7 @@ def test_unity_catalog_names_come_from_resources_so_that_each_developer_has_a_sc
         assert "--set=platform.volume=${resources.volumes.lakesight.name}" in parameters
 
 
-def test_training_ranks_have_whole_gpus() -> None:
+def test_each_training_rank_has_a_whole_gpu() -> None:
     (cluster,) = [c for c in JOBS["pipeline"]["job_clusters"] if c["job_cluster_key"] == "gpu"]
     assert cluster["new_cluster"]["spark_conf"]["spark.task.resource.gpu.amount"] == "1"
     assert {task["job_cluster_key"] for name, task in tasks() if name == "train"} == {"gpu"}
@@ -168,14 +168,14 @@ def test_schedules_are_quartz_expressions() -> None:
 @pytest.mark.parametrize(
     "wrong", ["0 3 * * *", "0 0 3 * * *", "0 0 24 * * ?", "0 60 3 * * ?", "0 0 3 ? * ?", "0 0 3 * 13 ?"]
 )
-def test_a_cron_expression_that_quartz_would_refuse_is_noticed(wrong: str) -> None:
+def test_a_cron_expression_that_quartz_would_refuse_is_reported(wrong: str) -> None:
     assert quartz_problems(wrong)
 
 
 def quartz_problems(expression: str) -> list[str]:
     """Return why Quartz would refuse an expression.
 
-    It needs six or seven fields, numbers in range, and `?` in exactly one of the two day fields.
+    An expression needs six or seven fields, numbers in range, and `?` in exactly one of the two day fields.
     """
     ranges = [
         ("second", 0, 59),

@@ -1,4 +1,4 @@
-"""Commands, options, config keys and links that the documentation shows exist."""
+"""The commands, options, config keys and links shown in the documentation exist."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def shown(page: Path) -> Iterator[list[str]]:
     spans = re.findall(r"`(lakesight [^`\n]+)`", text)
     for line in [*(line.strip() for block in blocks for line in block.splitlines()), *spans]:
         if line.startswith("lakesight "):
-            # Two spaces or a hash begin the explanation.
+            # The explanation of a command begins after two spaces or a hash.
             yield shlex.split(re.split(r"\s{2,}|\s#", line)[0])
 
 
@@ -35,7 +35,7 @@ def name_of(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_command_shown_exists_with_its_options(page: Path) -> None:
+def test_every_command_on_a_page_exists_with_its_options(page: Path) -> None:
     for words in shown(page):
         assert words[1] in COMMANDS, words
         parameters = COMMANDS[words[1]].params
@@ -44,7 +44,7 @@ def test_every_command_shown_exists_with_its_options(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_config_key_shown_exists(page: Path) -> None:
+def test_every_config_key_on_a_page_exists(page: Path) -> None:
     text = page.read_text()
     keys = {
         *re.findall(r"--set '?([a-z_.]+)=", text),
@@ -54,7 +54,7 @@ def test_every_config_key_shown_exists(page: Path) -> None:
 
 
 def problems_with(key: str) -> str:
-    """Return the error of loading a run with one more key, whose value may be invalid."""
+    """Return the error from loading a run with one additional config key, whose value may be invalid."""
     platform = "databricks" if re.match(r"platform\.(catalog|schema|volume)", key) else "local"
     try:
         load_run("demo", platform=platform, overrides=[f"{key}=x"])
@@ -73,7 +73,7 @@ def yaml_files() -> Iterator[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize(("kind", "name", "content"), yaml_files())
-def test_every_run_and_data_config_shown_is_valid(
+def test_every_run_and_data_config_on_a_page_is_valid(
     kind: str, name: str, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "conf" / kind).mkdir(parents=True)

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "pyspark", "delta", "deltalake", "mlflow"}
 
-# Files whose import loads none of the heavy libraries but the ones given here. Files with equal rights are imported by
-# one process: importing torch takes seconds.
+# For each group: file patterns, and the heavy libraries that importing these files may load. All files of a group are
+# imported by one process, because importing torch takes seconds.
 LOADED = {
     "nothing": (
         [
@@ -28,7 +28,7 @@ LOADED = {
     "deltalake": (["pipelines/review/*.py"], {"deltalake"}),
 }
 
-# Id of a contract in pyproject.toml, and an import that breaks it.
+# For the id of each contract in pyproject.toml: a file, and an import statement in it that breaks the contract.
 BREACHES = {
     "layers": ("pipelines/formats/tables.py", "import pipelines.driver.delta.tables"),
     "stages": ("pipelines/driver/shard.py", "import pipelines.driver.ingest.run"),
@@ -60,7 +60,7 @@ def test_a_package_loads_no_library_that_its_process_lacks(libraries: str) -> No
     assert done.stdout.split() == []
 
 
-def test_help_and_config_load_nothing_heavy() -> None:
+def test_help_and_config_load_no_heavy_library() -> None:
     code = (
         "import sys; sys.argv = ['lakesight', *sys.argv[1:]]; from jobs.cli import main; main(); "
         f"print('loaded:', *sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)"
@@ -90,7 +90,7 @@ def test_a_breach_of_an_import_contract_is_reported(contract: str, tmp_path: Pat
 
 
 def lint(folder: Path, *contracts: str) -> subprocess.CompletedProcess[str]:
-    """Check the packages in a folder with import-linter, against the given contracts or all."""
+    """Check the packages in a folder with import-linter, against the given contracts or against all contracts."""
     code = (
         "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports; "
         f"sys.exit(lint_imports(limit_to_contracts={contracts!r}, no_cache=True))"

@@ -1,4 +1,4 @@
-"""Budgets for files, functions and folders; no import circles; the README shows the real tree."""
+"""Limits for files, functions and folders, import circles, and the folder tree in the README."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def import_graph() -> grimp.ImportGraph:
 
 @pytest.mark.parametrize("folder", LIBRARIES, ids=relative)
 def test_modules_and_folders_of_a_package_do_not_import_each_other_in_a_circle(folder: Path) -> None:
-    """A subfolder counts as one unit with everything below it."""
+    """A subfolder and everything below it count as one unit."""
     imports = import_graph().nominate_cycle_breakers(relative(folder).replace("/", "."))
     assert sorted(imports) == [], "without these imports there would be no circle"
 
@@ -110,5 +110,5 @@ def tree_paths(readme: str) -> Iterator[str]:
         yield from paths
         if head.endswith("/"):
             parents.append(head.split()[-1])
-            # Files named in a folder's annotation must exist too.
+            # The files that the annotation of a folder names must exist too.
             yield from ("".join(parents) + name for name in re.findall(r"(?<!\S)[a-z_]+\.(?:py|md|yml)(?!\S)", note))

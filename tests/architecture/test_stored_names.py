@@ -24,12 +24,12 @@ from pipelines.platform import Platform
 
 
 class StoredNames(NamedTuple):
-    """What a shipped run is stored under.
+    """Names and hashes under which a shipped run and its data are stored.
 
     Attributes:
-        run: name of the run folder for content hashes `training rows` and `validation rows` and version 0.1.0.
-        rules: column `rules` of table `ingested`.
-        captions: column `settings_hash` of table `generated_captions` for an empty prompt.
+        run: name of the run folder of version 0.1.0 for the content hashes `training rows` and `validation rows`.
+        rules: value of column `rules` in table `ingested`.
+        captions: value of column `settings_hash` in table `generated_captions` for an empty prompt.
         shards: name of the shard folder of version 3 of a table with id `table`.
     """
 
@@ -111,7 +111,7 @@ MODELS = {
     "vit_gpt2": "ba51d03a81a5bde2",
     "vit_gpt2_tiny": "5ec83f7ebcb9e70d",
 }
-"""Hash of all settings of each shipped model: a part of the run folder's name."""
+"""Hash of all settings of each shipped model. The name of a run folder depends on this hash."""
 
 
 def request_of(name: str) -> ShardRequest:

@@ -1,4 +1,4 @@
-"""Variants are data: models, runs and their parts are named in conf/ and in the weight tables, never in code."""
+"""Models and runs are defined as data: only conf/ and the weight tables name models, never the code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def relative(file: Path) -> str:
 
 
 def words_of(file: Path) -> Iterator[str]:
-    """Yield every identifier and every word of a string literal; comments and docstrings may give examples."""
+    """Yield every identifier and every word of a string literal in a file, without comments and docstrings."""
     tree = ast.parse(file.read_text())
     docstrings = {
         id(node.body[0].value)
@@ -43,7 +43,7 @@ def words_of(file: Path) -> Iterator[str]:
 
 
 def test_the_name_of_a_model_occurs_in_conf_and_nowhere_else() -> None:
-    models = set(available("model")) - {"base"}  # also a parameter of rotary positions
+    models = set(available("model")) - {"base"}  # `base` is also a parameter of rotary positions
     assert models
     named = {
         relative(file): sorted(models & {word.lower() for word in words_of(file)})
@@ -53,7 +53,7 @@ def test_the_name_of_a_model_occurs_in_conf_and_nowhere_else() -> None:
     assert {file: found for file, found in named.items() if found} == {}
 
 
-# Parts of model names that are also ordinary terms: gradients are clipped, rotary positions have a base.
+# Parts of model names that are also ordinary words: for example, gradients are clipped.
 ORDINARY = {"vit", "clip", "nano", "base", "tiny", "emoji"}
 
 
@@ -77,14 +77,14 @@ def test_every_model_of_conf_loads(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(available("model")) - {"emoji"}))
-def test_every_family_has_a_tiny_twin_of_the_same_kinds(name: str) -> None:
+def test_every_model_has_a_tiny_version_with_parts_of_the_same_kinds(name: str) -> None:
     twin = name if name.endswith("_tiny") else f"{name}_tiny"
     original, tiny = (kinds_of(load_model(each).model_dump(exclude={"text"})) for each in (name, twin))
     assert original == tiny
 
 
 def kinds_of(node: Any) -> Any:
-    """Replace every number of a config by the word `number`: kinds, switches and strings remain."""
+    """Replace every number of a config by the word `number`, and keep strings and booleans."""
     if isinstance(node, dict):
         return {key: kinds_of(value) for key, value in node.items()}
     return node if isinstance(node, str | bool | None) else "number"

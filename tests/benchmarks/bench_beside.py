@@ -1,13 +1,13 @@
-"""Ingest compared with Daft and Hugging Face datasets, on the same rows and cores.
+"""Speed of ingest compared with Daft and Hugging Face datasets, on the same rows and cores.
 
     pip install daft datasets
     python tests/benchmarks/bench_beside.py
 
-Each reads a CSV of base64 pictures, decodes base64 and picture, and writes Parquet with the bytes, their SHA-256,
-format, width, height and text. What is done with a row is one Python function for both of the others, the bare minimum;
-ingest also refuses bad rows, finds duplicates and near duplicates, plans against what is there, and commits to Delta.
-Every tool runs twice: on a few rows first, so that what it costs to start is not counted. Seconds of the clock, and of
-the processor, of all processes together.
+Each tool reads a CSV file of base64 pictures, decodes the base64 text and the picture, and writes the picture's bytes,
+SHA-256, format, width, height and text. Daft and datasets run the same minimal Python function on each row and write
+Parquet. Ingest also refuses bad rows, finds duplicates and near duplicates, compares the input with existing rows, and
+commits to Delta. Every tool runs twice: the first run on a few rows excludes the start-up time from the measurement.
+The output is wall seconds and the CPU seconds of all processes together.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def row(text: str) -> dict[str, Any]:
 
 
 def by_daft(path: Path, out: Path) -> None:
-    """Run Daft, which chooses itself between threads and processes for Python."""
+    """Run Daft, which decides whether to run Python functions in threads or in processes."""
     struct = daft.DataType.struct({name: daft.DataType.infer_from_type(type_) for name, type_ in FIELDS.items()})
     decoded = daft.func(row, return_dtype=struct)
     frame = daft.read_csv(str(path)).into_batches(64)
@@ -70,7 +70,7 @@ def by_datasets(path: Path, out: Path) -> None:
 
 
 def main() -> None:
-    """Run every tool on every kind of picture."""
+    """Measure every tool on every kind of picture and print the times."""
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LAKESIGHT_HOME"] = folder
@@ -89,7 +89,7 @@ def main() -> None:
             for tool, run in tools.items():
                 run(few)
                 wall, processor, _ = run(many)
-                print(f"  {tool:10}{wall:6.1f} s, {processor:6.1f} s of the processor", flush=True)
+                print(f"  {tool:10}{wall:6.1f} s, {processor:6.1f} s of CPU time", flush=True)
         spark.stop()
 
 

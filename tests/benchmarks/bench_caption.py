@@ -2,10 +2,10 @@
 
     python tests/benchmarks/bench_caption.py
 
-The naive loop is what the seeds do: one picture at a time, and for each new token the whole sequence through the
-decoder again, without a cache. Beside it: our captioner in one process, and a captioning job as it runs in production
-(Spark reads the table, executors caption, Delta merges the captions). Weights of `nano` are fresh and generate to the
-end of their 40 tokens: more work a caption than a trained model has, and the same for all.
+The naive loop captions one picture at a time and has no KV cache: for each new token, the decoder processes the whole
+sequence again. The loop is compared with our captioner in one process, and with a captioning job as in production
+(Spark reads the table, executors caption, Delta merges the captions). The model is `nano` with random weights. Every
+caption therefore has the full 40 tokens, which is more work per caption than for a trained model.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def naive(captioner: Captioner, images: list[bytes]) -> list[str]:
 
 
 def main() -> None:
-    """Run all three and print the table."""
+    """Measure the naive loop, the captioner and the captioning job, and print a table."""
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -100,9 +100,7 @@ def main() -> None:
         caption(spark, platform, model, CaptionRequest(where="split = 'val'"))  # warms up the Python workers
         job_rate, job_peak = measured(lambda: caption(spark, platform, model, CaptionRequest()).captioned)
         spark.stop()
-    print(
-        f"{ROWS} pictures of {SIDE} px, {threads} cores, {np.mean([len(c) for c in expected]):.0f} characters a caption"
-    )
+    print(f"{ROWS} pictures of {SIDE} px, {threads} cores, {np.mean([len(c) for c in expected]):.0f} characters each")
     print(f"naive loop, no cache         {naive_rate:7.1f} captions/s")
     print(f"captioner in one process     {rate:7.1f} captions/s  ratio {rate / naive_rate:.2f}")
     print(

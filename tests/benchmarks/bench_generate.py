@@ -1,15 +1,15 @@
-"""Captions per second compared with transformers' `generate` and seemore's loop: same weights, threads and tokens.
+"""Captions per second compared with transformers' `generate` and seemore's generation loop, with the same weights.
 
     pip install transformers timm
     python tests/benchmarks/bench_generate.py vit_gpt2 paligemma
     git clone https://github.com/AviSoori1x/seemore && python tests/benchmarks/bench_generate.py FOLDER_OF_SEEMORE
 
-Greedy, random weights; both sides begin at uint8 pictures and give 24 tokens (no end token: the work is equal). First
-both in fp32, where the tokens are compared, then both in bf16. One thread, and the processor's time instead of the
-clock's: a machine that others use too gives the same ratio then. vit_gpt2: timm's ViT, the projector, and
-GPT2LMHeadModel.generate(inputs_embeds=...). paligemma: PaliGemmaForConditionalGeneration with 4 layers in either tower
-and a vocabulary of 32,000, because the whole does not fit the machine. Our vision tower sees a picture once; so does
-theirs.
+Both libraries start from uint8 pictures and generate 24 tokens greedily with random weights. There is no end token, so
+that both libraries do the same work. The first measurement is in fp32, where the tokens are also compared, the second
+in bf16. The benchmark uses one thread and measures CPU time, because other work on the machine then does not change the
+ratio. Case `vit_gpt2` is timm's ViT, the projector, and GPT2LMHeadModel.generate(inputs_embeds=...). Case `paligemma`
+is PaliGemmaForConditionalGeneration with 4 layers in each tower and a vocabulary of 32,000, because the full model does
+not fit into memory. In both libraries, the vision tower encodes each picture only once.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ import reference_conversion
 
 NEW, LAYERS, VOCAB = 24, 4, 32_000
 ROUNDS = {1: 3, 16: 1}
-"""A round at batch 16 takes minutes."""
+"""Number of rounds by batch size. A round at batch size 16 takes minutes."""
 PROMPT = [100, 200, 300, 400, 500]
 Caption = Callable[[Tensor], list[list[int]]]
 Originals = tuple[Caption, list[torch.nn.Module]]
-"""A function that captions pictures, and its modules."""
+"""A function that captions pictures with another library, and the modules that it uses."""
 
 
 class Ids(CharTokenizer):
@@ -162,7 +162,7 @@ def paligemma() -> tuple[VisionLanguageModel, Originals]:
 
 
 def beside_transformers(name: str) -> None:
-    """Measure both in turn at batch 1 and 16, in fp32 and then in bf16."""
+    """Measure our model and the other library's in turn at batch sizes 1 and 16, in fp32 and then in bf16."""
     torch.manual_seed(0)
     model, (theirs, modules) = {"vit_gpt2": vit_gpt2, "paligemma": paligemma}[name]()
     mine, size = ours(model), model.config.image.size
@@ -183,15 +183,15 @@ def beside_transformers(name: str) -> None:
 
 
 def show(what: str, rates: dict[str, float], peak: int) -> None:
-    """Print one line for each side."""
+    """Print one line for each program, then the peak memory."""
     for side, rate in rates.items():
         ratio = rates["lakesight"] / rate
-        print(f"{what:28} {side:22} {rate:8.3f} captions a second of processor time  lakesight is {ratio:5.2f} of it")
+        print(f"{what:28} {side:22} {rate:8.3f} captions per CPU second  lakesight is {ratio:5.2f} of it")
     print(f"{what:28} {peak / 1e9:.1f} GB with both models")
 
 
 def compare_with_seemore(folder: Path) -> None:
-    """Compare with seemore's loop at 30 tokens, which is all that its positions hold after picture and first token."""
+    """Compare with seemore's generation loop at 30 tokens, the most that its position table allows."""
     os.chdir(folder)  # seemore reads ./input.txt
     sys.path.insert(0, str(folder))
     their: Any = importlib.import_module("seemore")
@@ -243,7 +243,7 @@ def compare_with_seemore(folder: Path) -> None:
 
 
 def main() -> None:
-    """Run each argument: the name of a case, or the folder of seemore."""
+    """Run the benchmark of each argument: the name of a case, or the folder of seemore."""
     torch.set_num_threads(1)
     if not sys.argv[1:]:
         print("skipped: it needs transformers and timm, or a clone of the original\n", __doc__)

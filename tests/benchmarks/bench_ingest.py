@@ -1,13 +1,14 @@
-"""Ingest compared with a plain Pillow loop on the same rows and cores, for three kinds of pictures.
+"""Speed of ingest compared with a plain Pillow loop on the same rows and cores, for three kinds of pictures.
 
     python tests/benchmarks/bench_ingest.py
 
-The loop reads the CSV, decodes base64 and decodes the picture to RGB, in one process a core; ingest does all that, and
-hashes, checks, plans and writes Delta. Each kind is ingested at two sizes, the larger four times the smaller: what an
-ingest costs whatever its size is told apart from what a further picture costs, which is what the ratio is of. Both are
-also given in seconds of the processor, of all processes together, because those do not depend on who else is at work.
-One more of the smaller size goes before, because the first one makes Spark's heap grow and its code be
-compiled. Memory is resident memory, sampled five times a second from /proc (Linux).
+The loop reads the CSV file, decodes the base64 text and decodes the picture to RGB, with one process per core. Ingest
+does the same work, and also hashes, checks and plans rows and writes them to Delta. Each kind of picture is ingested
+at two sizes, of which the larger is four times the smaller. The difference of the two costs is the cost of the further
+pictures, and the ratio compares this cost with the loop. The remaining cost of an ingest does not depend on its size.
+Costs are given in wall seconds and in CPU seconds of all processes together, because CPU seconds depend less on other
+work on the machine. Before the measurement, one more ingest of the smaller size warms up Spark's JVM (heap and compiled
+code). Memory is resident memory, sampled five times a second from /proc (Linux).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ KINDS = {
 
 
 class Took(NamedTuple):
-    """Cost of some work: wall seconds, CPU seconds, and peak resident memory in bytes by kind of process."""
+    """Cost of a function call: wall seconds, CPU seconds, and peak resident memory in bytes by kind of process."""
 
     wall: float
     processor: float
@@ -49,7 +50,7 @@ class Took(NamedTuple):
 
 
 def bare(text: str) -> tuple[int, int]:
-    """Decode one row as a loop without a lakehouse would."""
+    """Decode the picture of one row to RGB, as a plain Python loop would."""
     return Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB").size
 
 
@@ -76,7 +77,7 @@ def ingested(spark: SparkSession, platform: Platform, path: Path) -> Took:
 
 
 def compare(spark: SparkSession, platform: Platform, folder: Path, name: str, cores: int) -> None:
-    """Measure one kind of pictures and print its lines."""
+    """Measure one kind of pictures and print the results."""
     count, options = KINDS[name]
     small, large = folder / f"{name[:5]}-1.csv", folder / f"{name[:5]}-4.csv"
     make(small, count, **options)  # type: ignore[arg-type]
@@ -90,16 +91,16 @@ def compare(spark: SparkSession, platform: Platform, folder: Path, name: str, co
     wall, processor = (max(b - a, 1e-9) / further for a, b in zip(once[:2], four[:2], strict=True))
     loop_wall, loop_processor = alone.wall / (4 * count), alone.processor / (4 * count)
     print(f"{name}, {count} and {4 * count} of them, {cores} cores")
-    print(f"  bare Pillow loop {1 / loop_wall:8.1f} /s  {1e3 * loop_processor:6.2f} ms of the processor a picture")
-    print(f"  lakesight ingest {1 / wall:8.1f} /s  {1e3 * processor:6.2f} ms of the processor a picture")
-    print(f"  ratio {loop_wall / wall:.2f}, of the processor {loop_processor / processor:.2f}")
-    print(f"  whatever the size {once.wall - wall * count:.1f} s; unchanged again {again.wall:.1f} s")
+    print(f"  bare Pillow loop {1 / loop_wall:8.1f} /s  {1e3 * loop_processor:6.2f} ms of CPU time per picture")
+    print(f"  lakesight ingest {1 / wall:8.1f} /s  {1e3 * processor:6.2f} ms of CPU time per picture")
+    print(f"  ratio of wall time {loop_wall / wall:.2f}, of CPU time {loop_processor / processor:.2f}")
+    print(f"  fixed cost of an ingest {once.wall - wall * count:.1f} s; ingesting it again {again.wall:.1f} s")
     grown = (f"{kind} {peak / 1e6:.0f}, {four.peaks[kind] / 1e6:.0f}" for kind, peak in once.peaks.items())
     print(f"  peak memory in MB, and at four times the size: {'; '.join(grown)}", flush=True)
 
 
 def main() -> None:
-    """Run all kinds."""
+    """Measure every kind of pictures."""
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LAKESIGHT_HOME"] = folder

@@ -1,15 +1,16 @@
-"""The training loader compared with mosaicml-streaming, WebDataset and datasets: samples per second and memory.
+"""Samples per second and memory of the training loader compared with mosaicml-streaming, WebDataset and datasets.
 
     pip install mosaicml-streaming webdataset datasets
     python tests/benchmarks/bench_loader.py
 
-All read the same pictures, 224 x 224, from files of their own making: as JPEG (the same bytes in each), and as raw
-pixels where a format has such. Each hands over shuffled batches of 64 as uint8 tensors, made by two workers: threads of
-ours, processes of torch's DataLoader for the others. Ours makes tokens and labels of the texts too; theirs are strings.
-The clock runs from the first batch on, so that starting processes does not count; how long a start takes is told beside
-it. Then: how long until the first batch when a run goes on at sample 10,000,000; what augmentation costs, batches a
-second of a processor; and the loader's own memory (without pages of mapped files, which the kernel may take back) for
-one and for four times the rows.
+All loaders read the same pictures of 224 x 224 pixels, each from files in its own format: as JPEG (with the same bytes
+in each format), and as raw pixels if the format supports raw pixels. Each loader yields shuffled batches of 64 uint8
+tensors that two workers prepare. The workers are threads in our loader and processes of torch's DataLoader in the other
+loaders. Our loader also tokenizes the texts and makes labels, while the other loaders yield strings. The measured time
+begins with the first batch, so that starting processes does not count; the start-up time is printed separately.
+The benchmark then measures three more things: the time to the first batch when a run resumes at sample 10,000,000, the
+samples per CPU second with augmentation, and the loader's own memory for one and for four times the rows. The
+loader's own memory excludes pages of memory-mapped files, which the kernel can reclaim.
 """
 
 from __future__ import annotations
@@ -194,7 +195,7 @@ def compare(works: dict[str, Callable[[], Iterator[torch.Tensor]]]) -> None:
 
 
 def augmented(folder: Path) -> None:
-    """Measure each augmentation alone and all together."""
+    """Measure each augmentation alone, then all augmentations together, and print the speeds."""
     light: dict[str, Any] = {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3}
     kinds: dict[str, dict[str, Any]] = {"crop": {"scale": (0.5, 1.0)}, "mirror": {"flip": 0.5}, "light": light}
     kinds["all three"] = {name: value for kind in kinds.values() for name, value in kind.items()}
@@ -242,11 +243,11 @@ def main() -> None:
         print(f"at sample {FAR:,}")
         for name, shards in (("JPEG", jpeg), ("raw", raw)):
             print(f"  {name:5} first batch after {timed(ours(shards, FAR // BATCH))[1]:.3f} s")
-        print("augmentation, samples a second of a processor")
+        print("augmentation: samples per CPU second")
         for shards in (raw, jpeg):
             print(f"  {shards.name}", end="")
             augmented(shards)
-        print("memory of the loader's own, after every row was read once")
+        print("memory of the loader itself, after every row was read once")
         for rows in (ROWS // 4, ROWS):
             print(own_memory(write_shards(folder / f"memory-{rows}", "raw", rows)), end="")
 

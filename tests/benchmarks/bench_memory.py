@@ -1,7 +1,9 @@
-"""Peak resident memory of each stage of the demo: all processes of the command together (driver, JVM, Python workers,
-ranks), sampled five times a second.
+"""Peak resident memory of each stage of the demo.
 
     python tests/benchmarks/bench_memory.py [SCENES]
+
+The memory is that of all processes of the command together (driver, JVM, Python workers, ranks), sampled five times a
+second.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
     python tests/benchmarks/bench_mfu.py [MODEL [ROWS [model.a.b=c ...]]]
 
-The model of a name in conf/model/ (`base`), ROWS of random pictures and of captions of 32 tokens a step (64), bf16, the
-training loop itself with its optimizer, batches pinned and copied ahead as in a run. FLOPs are three forward passes
-(vlm/config/size.py); the peak is the GPU's dense bf16 rate (`PEAK_FLOPS` there). Needs no Spark. Without a GPU it
-counts FLOPs a second.
+MODEL is a name in conf/model/ (default: `base`), and ROWS is the number of rows per step (default: 64). Each row is a
+random picture with a caption of 32 random tokens. The benchmark runs the real training loop and optimizer in bf16, with
+pinned batches that are copied ahead as in a run. The FLOPs of a step are those of three forward passes
+(vlm/config/size.py). The peak is the GPU's dense bf16 rate (`PEAK_FLOPS` in the same file). The benchmark does not need
+Spark. Without a GPU, the benchmark prints FLOPs per second instead of the utilisation.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def main() -> None:
     flops = 3 * flops_per_sample(config, VOCAB, ANSWER) * count
     torch.manual_seed(0)
     weights = sum(p.numel() for p in build_model(config, VOCAB).parameters())
-    print(f"{name}, {weights / 1e6:,.0f} M weights, {count} rows a step, {flops / 1e12:.2f} TFLOP a step, on {gpu}")
+    print(f"{name}, {weights / 1e6:,.0f} M weights, {count} rows per step, {flops / 1e12:.2f} TFLOP per step, on {gpu}")
     for kind in ("eager", "compiled"):
         taken, memory = measured(config, batch, device, compiled=kind == "compiled")
         share = f", MFU {flops / taken / peak:.1%}" if peak else ""

@@ -1,13 +1,14 @@
-"""Training steps of `seemoe` compared with the original's, and the mixture of experts alone in three versions.
+"""Speed of training steps of `seemoe` and of its mixture of experts, compared with the original code in seemore.
 
     git clone https://github.com/AviSoori1x/seemore && pip install torchvision
     python tests/benchmarks/bench_moe.py FOLDER_OF_SEEMORE FILE.csv
 
-FILE.csv is in the original's form (b64string_images, caption). Batch 16, pictures decoded beforehand on both sides; one
-thread, and seconds of the processor, so that other work on the machine does not count. The original passes one class
-token to its decoder where ours passes 36 patches, so ours is there twice: as it ships, and with one slot, which is the
-original's work. The limit is matrix multiplication: FLOPs of a step as torch counts them, at the rate of a large
-product.
+FILE.csv has the columns of the original's input file (b64string_images, caption). Each step has a batch of 16 pictures
+that were decoded beforehand. The benchmark uses one thread and measures CPU seconds, so that other work on the machine
+does not count. The original passes one class token to its decoder, and our model passes 36 patches. Our model is
+therefore measured twice: with its shipped config, and with one image slot, which is the same work as the original's.
+The limit is the speed of matrix multiplication: the FLOPs of a step as torch counts them, divided by the FLOPs per
+second of a large matrix product.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ WIDTH, EXPERTS, TOP_K = 128, 8, 2
 
 
 def original(folder: Path, rows: pd.DataFrame) -> tuple[Callable[[], int], nn.Module]:
-    """Return the original's training step and mixture of experts, in the sizes of its `__main__`."""
+    """Return the original's training step and its mixture of experts, with the sizes of seemore's `__main__` block."""
     os.chdir(folder)  # seemoe reads ./input.txt
     sys.path.insert(0, str(folder))
     their: Any = importlib.import_module("seeMoE")
-    their.device, their.dropout = "cpu", 0.1  # globals that only its `__main__` sets
+    their.device, their.dropout = "cpu", 0.1  # global variables that only the original's `__main__` block sets
     model = their.VisionMoELanguageModel(
         n_embd=WIDTH,
         image_embed_dim=512,
@@ -117,7 +118,7 @@ def ours(model: VisionLanguageModel, batch: Batch, *, bf16: bool) -> Callable[[]
 
 
 def one_mixture(layer: MoeMlp, theirs: nn.Module, tokens: int) -> dict[str, Callable[[], int]]:
-    """Return forward and backward of one mixture: ours, ours in bf16, ours as a loop, and the original's."""
+    """Return functions that run one mixture of experts forward and backward: three of ours, and the original's."""
     x_NW = torch.randn(tokens, WIDTH, requires_grad=True)
 
     def both_ways(forward: Callable[[], Tensor]) -> Callable[[], int]:
@@ -142,12 +143,12 @@ def one_mixture(layer: MoeMlp, theirs: nn.Module, tokens: int) -> dict[str, Call
 
 
 def grouped_flops(left: torch.Size, right: torch.Size, *_: object, **__: object) -> int:
-    """Count the FLOPs of a grouped product, forward or backward, which torch does not count."""
+    """Count the FLOPs of a grouped matrix product, forward or backward, because torch does not count them."""
     return 2 * left.numel() * right[-1]
 
 
 def flops(work: Callable[[], int]) -> float:
-    """Return the FLOPs of an item (a sample or a token)."""
+    """Return the FLOPs of one item: a sample or a token."""
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops}) as counter:
         count = work()
     return float(counter.get_total_flops()) / count
@@ -164,7 +165,7 @@ def matmul_rate(dtype: torch.dtype) -> float:
 
 
 def report(works: dict[str, Callable[[], int]], against: str, unit: str) -> None:
-    """Run all in turn and print the table."""
+    """Measure all functions in turn and print a table."""
     for work in works.values():
         work()
     limits = {bf16: matmul_rate(torch.bfloat16 if bf16 else torch.float32) for bf16 in (False, True)}
@@ -179,7 +180,7 @@ def report(works: dict[str, Callable[[], int]], against: str, unit: str) -> None
 
 
 def main() -> None:
-    """Measure steps of whole models, then of one mixture."""
+    """Measure training steps of whole models, then one mixture of experts."""
     if len(sys.argv) != 3:
         print("skipped: it needs a clone of the original and a file in its form\n", __doc__)
         return

@@ -3,11 +3,12 @@
     pip install 'lakesight[quantize]'
     python tests/benchmarks/bench_precision.py
 
-Speed and size are of `base` (214 M weights) with fresh weights, one picture at a time and sixteen at once: each caption
-is 16 tokens long. Agreement is of `nano`, trained on the demo's scenes as the demo does: captions equal word for
-word with fp32's, with the truth, and with those of the same pictures captioned one by one; and the mean absolute
-difference of the log-probability of the true captions, a token. Seconds are CPU seconds of one thread, the least of
-some rounds in turn, so that neighbours on the machine count for little.
+Speed and size are measured on `base` (214 M weights) with random weights, with one picture at a time and with batches
+of sixteen pictures. Each caption is 16 tokens long. Agreement is measured on `nano`, which is trained on the demo's
+scenes as in the demo. Each precision's captions are compared word for word with the captions of fp32, with the true
+captions, and with the captions of the same pictures captioned one by one. The benchmark also prints the mean absolute
+difference per token between the log-probabilities of the true captions in this precision and in fp32. Times are CPU
+seconds of one thread: the minimum of several rounds, so that other work on the machine has little influence.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def as_precision(captioner: Captioner, precision: Precision) -> Captioner:
 
 
 def said(captioner: Captioner, files: list[bytes]) -> list[str | None]:
-    """Return captions of the pictures."""
+    """Caption the pictures and return the captions."""
     results = captioner.caption(files, [""] * len(files), captioner.model.config.generation)
     return [result.caption for result in results]
 
@@ -122,7 +123,7 @@ def agreement() -> None:
     scenes = Scenes(config, HELD_OUT, seed=1)
     batch = scenes.batch(Collator(exact.tokenizer, config), range(HELD_OUT))
     expected, (losses, counts) = said(exact, scenes.files), row_losses(exact.model, batch)
-    print(f"{'':6}equal to fp32  right  |difference| of log-probability a token  alone as in a batch")
+    print(f"{'':6}equal to fp32  right  |difference| of log-probability per token  alone as in a batch")
     for precision in Precision:
         captioner = as_precision(exact, precision)
         captions = said(captioner, scenes.files)

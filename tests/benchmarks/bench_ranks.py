@@ -1,12 +1,13 @@
-"""Overhead of a run: a second rank, waiting for data, checkpoints, and following its metrics.
+"""Overhead of a run: a second rank, waiting for data, checkpoints, and following the run's metrics.
 
     python tests/benchmarks/bench_ranks.py
 
-`seemore` at its own size on generated pictures, ranks as torchrun starts them, one core and one thread each. Two ranks
-share the batch that one has alone; what two runs of one rank each reach side by side is what the cores can give, and
-adding up the gradients, with nothing beside it, is what ranks have to do and a rank alone has not. A
-checkpoint's cost is told by a run that writes one after every step beside a run that writes one at its end; the
-follower's by logging finished runs, and that is the driver's work, not the ranks'.
+The model is `seemore` at its full size on generated pictures. torchrun starts the ranks, each with one core and one
+thread. Two ranks divide between them the batch that a single rank processes alone. Two runs of one rank each, at the
+same time, show how fast the cores can be without communication. An all-reduce of the gradients without any other work
+shows the cost of communication. The cost of a checkpoint is the difference between a run that writes a checkpoint after
+every step and a run that writes a single checkpoint at the end. The cost of following metrics is measured by logging
+finished runs; the driver has this cost, not the ranks.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from pipelines.tracking.runs import follow
 
 ROWS, BATCH, STEPS, ROUNDS = 2048, 32, 16, 5
 ADD_UP = "add-up"
-"""Argument that makes this file act as a rank; the number of gradients follows it."""
+"""Command-line argument that makes this script act as a rank; the next argument is the number of gradients."""
 SETTINGS = (
     f"train.batch_size={BATCH}",
     "train.validate_every=100000",
@@ -46,7 +47,7 @@ SETTINGS = (
 
 
 class Runs:
-    """Writes run folders with different seeds on common shards."""
+    """Ingested pictures and their shards, from which run folders with different seeds are made."""
 
     def __init__(self, file: Path) -> None:
         self._seeds, self._file = count(), file
@@ -66,7 +67,7 @@ class Runs:
 
 
 def start(ranks: int, core: int, *work: str) -> subprocess.Popen[bytes]:
-    """Limit each rank to one core, and so to one thread."""
+    """Start ranks with torchrun, each limited to one core and therefore to one thread."""
     command = [
         "taskset",
         "-c",
@@ -81,7 +82,7 @@ def start(ranks: int, core: int, *work: str) -> subprocess.Popen[bytes]:
 
 
 def trained(*runs: RunFolder, ranks: int = 1) -> float:
-    """Train all runs at the same time and return their samples per second, without the first steps."""
+    """Train all runs at the same time and return the sum of their samples per second, without the first steps."""
     worker = ("-m", "pipelines.worker.main", "--run-dir")
     processes = [start(ranks, core, *worker, str(run.path)) for core, run in enumerate(runs)]
     assert not any(process.wait() for process in processes), "a run has failed"
@@ -89,7 +90,7 @@ def trained(*runs: RunFolder, ranks: int = 1) -> float:
 
 
 def steps_of(run: RunFolder) -> list[float]:
-    """Return the seconds of each step from the fourth on, without the last, which validates."""
+    """Return the seconds of each step, without the first three steps and the last step, which validates."""
     return [after.time - before.time for before, after in pairwise(list(run.read_metrics())[3:-1])]
 
 
@@ -118,7 +119,7 @@ def scaling(runs: Runs) -> None:
 
 
 def add_up(count: int) -> None:
-    """Act as a rank: measure the all-reduce of so many gradients, as DDP does it, and nothing else."""
+    """Act as a rank: measure only the all-reduce of `count` gradients, in buckets of DDP's size."""
     distributed.init_process_group("gloo")
     buckets = torch.split(torch.randn(count), 25 * 2**20 // 4)
     taken = []
@@ -129,7 +130,7 @@ def add_up(count: int) -> None:
             sent.wait()
         taken.append(time.perf_counter() - began)
     if distributed.get_rank() == 0:
-        print(f"adding up {4 * count / 1e6:.0f} MB, alone: {statistics.median(taken) * 1000:.0f} ms", flush=True)
+        print(f"all-reduce of {4 * count / 1e6:.0f} MB alone: {statistics.median(taken) * 1000:.0f} ms", flush=True)
     distributed.destroy_process_group()
 
 
@@ -144,8 +145,8 @@ def checkpoints(runs: Runs) -> None:
     often, once = ([statistics.median(cost) for cost in zip(*costs, strict=True)] for costs in seconds.values())
     size = sum(path.stat().st_size for path in run.finished_checkpoints()[-1].iterdir())
     clock, processor = often[0] - once[0], (often[1] - once[1]) * STEPS / (STEPS - 1)
-    print(f"a checkpoint of {size / 1e6:.0f} MB: {clock:.2f} s by the clock, {processor:.2f} s of the processor")
-    print(f"at one a minute: {clock / 60:.2%} of the time, {processor / 120:.2%} of two processors")
+    print(f"a checkpoint of {size / 1e6:.0f} MB: {clock:.2f} s of wall time, {processor:.2f} s of CPU time")
+    print(f"at one checkpoint per minute: {clock / 60:.2%} of the wall time, {processor / 120:.2%} of two cores")
 
 
 def follower(runs: Runs) -> None:
@@ -159,11 +160,11 @@ def follower(runs: Runs) -> None:
             pass
         costs.append(processor_seconds() - before)
     _, short, long = costs
-    print(f"a logged step costs the driver {(long - short) / (4 * STEPS) * 1000:.1f} ms of its processor")
+    print(f"a logged step costs the driver {(long - short) / (4 * STEPS) * 1000:.1f} ms of CPU time")
 
 
 def main() -> None:
-    """Measure all of them."""
+    """Measure the scaling, the checkpoints and the following of metrics, or act as a rank."""
     if sys.argv[1:2] == [ADD_UP]:
         add_up(int(sys.argv[2]))
         return

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/bench_scale.py [ROWS ...]
 
-The table is filled with rows of one source that share a small picture of 24 x 16; then 200 new rows are ingested, and
-the train split is sharded at 16 x 16; at the end the tables are maintained. Seconds are the processor's, of all
-processes together, and wall-clock seconds after the slash. One size after the other in one table, so that Spark is warm
-from the second on.
+The benchmark fills the table with rows of one source that share a small picture of 24 x 16 pixels. Then it ingests 200
+new rows, and writes shards of the train split at 16 x 16 pixels. At the end, it runs the maintenance of the tables.
+Figures before the slash are CPU seconds of all processes together, figures after the slash are wall seconds. The sizes
+are measured one after another in one table, so Spark is warmed up from the second size on.
 """
 
 from __future__ import annotations

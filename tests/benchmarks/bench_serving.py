@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_serving.py
 
-The model is `nano` with random weights, which generates all of its 40 tokens. A request has one to four rows, a fifth
-of all rows are invalid, and each answer is compared with that of the picture alone.
+The model is `nano` with random weights, which generates all of its 40 tokens. A request has one to four rows, and a
+fifth of all rows are invalid. Each answer is compared with the answer for the same picture in a request of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
         os.environ["LAKESIGHT_HOME"] = home
         platform = local(LocalPlatformConfig())
         version = register_random(platform, Path(home), tiny_run(model=load_model("nano")))
-        print(f"{REQUESTS} requests of 1 to 4 rows, a fifth of them bad; seconds")
+        print(f"{REQUESTS} requests of 1 to 4 rows, a fifth of the rows invalid; seconds")
         started = time.monotonic()
         with served(platform, version, Path(home)) as address:
             print(f"up after {time.monotonic() - started:.1f} s")

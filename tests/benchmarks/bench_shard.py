@@ -1,12 +1,13 @@
-"""Sharding compared with a plain loop that decodes and resizes the same pictures on the same cores.
+"""Speed of sharding compared with a plain loop that decodes and resizes the same pictures on the same cores.
 
     python tests/benchmarks/bench_shard.py
 
-Pictures of 640 x 480 (JPEG) and of 1024 x 1024 (PNG), to 224 x 224. The loop has the pictures' bytes in memory and
-throws the pixels away; shard reads them from Delta, brings them into their order and writes files. Each is done for a
-third of the pictures and for all of them: what the second costs more is the cost of pictures, apart from what a command
-costs whatever it does. Seconds are the processor's, of all processes together, so that other work on the machine counts
-for nothing. Memory is resident memory of all processes together, sampled five times a second from /proc (Linux).
+Pictures of 640 x 480 (JPEG) and of 1024 x 1024 (PNG) are resized to 224 x 224 pixels. The loop has the encoded pictures
+in memory and discards the decoded pixels. Sharding reads the pictures from Delta, sorts them and writes files. The loop
+and sharding are measured with a part of the pictures and with all of them: the difference is the cost of the
+further pictures, without the fixed cost of a command. Times are CPU seconds of all processes together, so that other
+work on the machine does not count. Memory is the resident memory of all processes together, sampled five times a
+second from /proc (Linux).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Cost(NamedTuple):
 
 
 def bare(data: bytes) -> int:
-    """Decode and resize one picture as a loop without a lakehouse would."""
+    """Decode and resize one picture, as a plain Python loop would."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     return len(np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
 
@@ -99,7 +100,7 @@ def main() -> None:
             print(f"{counts[1]} {kind} of {SIDES[kind][0]} x {SIDES[kind][1]} to {SIZE} x {SIZE}, {cores} cores")
             for name, (picture, fixed, peak) in costs.items():
                 ratio = costs["bare loop"].picture / picture
-                print(f"{name:16} {picture * 1e3:7.2f} ms a picture, {fixed:5.1f} s, {peak:6.0f} MB, ratio {ratio:.2f}")
+                print(f"{name:16} {picture * 1e3:7.2f} ms/picture, {fixed:5.1f} s, {peak:6.0f} MB, ratio {ratio:.2f}")
         spark.stop()
 
 

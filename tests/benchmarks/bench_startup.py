@@ -1,9 +1,9 @@
-"""Start-up of a Python worker before its first caption: libraries, weights, and a local copy of remote weights.
+"""Start-up time of a Python worker before its first caption: libraries, weights, and a local copy of remote weights.
 
     python tests/benchmarks/bench_startup.py
 
-A fresh process each time, as Spark starts one, with one thread. The files are in the page cache; a network would add
-what it takes to read them, once a machine.
+Each measurement starts a new process with one thread, as Spark does. The files are in the page cache. On network
+storage, each machine also needs the time to read the files once.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A training step compared with models of the same shape from timm and transformers: samples per second.
+"""Samples per second of a training step compared with models of the same shape from timm and transformers.
 
     python tests/benchmarks/bench_step.py [vit_gpt2] [paligemma]
 
-Two shapes, random weights, fp32, both sides with torch's fused AdamW and the attention each has by itself: vit_gpt2
-as it is (384 px, 576 slots), and PaliGemma's with 2 blocks of each tower and a vocabulary of 32,768 (two copies with
-optimizer state have to fit into memory). Same pictures, token ids and targets; that both compute the same is shown by
-tests/parity.
+Shape `vit_gpt2` is the shipped config (384 pixels, 576 slots). Shape `paligemma` has 2 blocks in each tower and a
+vocabulary of 32,768, because two copies with their optimizer state must fit into memory. The weights are random and in
+fp32. Both libraries use torch's fused AdamW and their own default attention, and get the same pictures, token ids and
+targets. The tests in tests/parity show that both libraries compute the same numbers.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def ours(config: ModelConfig, vocab_size: int, batch: Batch) -> Callable[[], int
 
 
 def compare(name: str, mine: Callable[[], int], theirs: Callable[[], int]) -> None:
-    """Run both in turn and print the ratio."""
+    """Measure our step and the other library's in turn, and print the ratio."""
     works = {"lakesight": mine, "transformers": theirs}
     for work in works.values():
         work()
@@ -161,7 +161,7 @@ def main() -> None:
     """Measure the named shapes one after the other, or all of them."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(f"batch 2, one thread, seconds of the processor, median of {ROUNDS} rounds")
+    print(f"batch 2, one thread, CPU seconds, median of {ROUNDS} rounds")
     for name in sys.argv[1:] or SHAPES:
         compare(name, *SHAPES[name]())
 

@@ -1,15 +1,16 @@
-"""Captioning a table compared with a plain loop and with UDFs around transformers' `generate` in Spark and Daft.
+"""Speed of captioning a table compared with a plain loop and with UDFs around transformers' `generate`.
 
     pip install transformers daft
     python tests/benchmarks/bench_table.py
 
-The same rows of a Delta table, weights (exported as transformers loads them) and tokens; the texts are compared and
-equal. One process a core with one thread each, all of them started and with the model loaded before the clock runs.
-The bare loop decodes and generates in batches, and neither reads nor writes a table. The UDF is written well, with
-batches of 64, in Spark and in Daft, and once more as pipelines are by default, one picture at a time.
+All programs caption the same rows of a Delta table with the same weights (exported for transformers) and the same
+number of tokens. The benchmark checks that their texts are equal. Each program has one process per core with one thread
+each, and the processes have loaded the model before the measurement begins. The plain loop decodes and generates in
+batches, and neither reads nor writes a table. The UDF runs in Spark and in Daft, with batches of 64 pictures and, as
+transformers' pipelines do by default, with one picture at a time.
 
-Ratios are of the processor's time, of all processes together: the clock's are only right on a machine of one's own.
-Peaks of resident memory are of two further jobs, over a quarter of the rows and over all.
+Ratios compare the CPU time of all processes together, because wall time is only meaningful on an otherwise idle
+machine. Peaks of resident memory are measured in two further jobs: on a quarter of the rows, and on all rows.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ class Rates(NamedTuple):
     processor: float
 
     def show(self, name: str, beside: str = "") -> None:
-        """Return one line of the table."""
-        print(f"{name:<32} {self.clock:7.1f}/s  {self.processor:7.1f} a processor's second  {beside}", flush=True)
+        """Return one line of the printed table."""
+        print(f"{name:<32} {self.clock:7.1f}/s  {self.processor:7.1f} per CPU second  {beside}", flush=True)
 
 
 def timed(work: Callable[[], int]) -> Rates:
@@ -208,14 +209,14 @@ def daft_route(folder: str, exported: str, table: Path, least: str, out: Path, p
 
 
 def read(files: Path) -> dict[str, str]:
-    """Return captions by id."""
+    """Return the captions by row id."""
     rows = pq.read_table(files).to_pydict()
     return dict(zip(rows["id"], rows["caption"], strict=True))
 
 
 def main() -> None:
-    """Measure all of them and print the table."""
-    import bench_table  # as a module, so that Spark's workers import it and keep the model
+    """Measure all programs and print a table."""
+    import bench_table  # imported as a module, so that Spark's workers import this file too
 
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

@@ -1,13 +1,13 @@
-"""Training steps of `seemore` compared with the original's: same sizes, rows and threads; samples per second.
+"""Samples per second of training steps of `seemore` compared with the original code: same sizes, rows and threads.
 
     git clone https://github.com/AviSoori1x/seemore && pip install torchvision
     python tests/benchmarks/bench_training.py FOLDER_OF_SEEMORE FILE.csv
 
-FILE.csv is in the original's form (b64string_images, caption). The original's step decodes its pictures from base64
-each time; ours reads shards. So the original's step is there twice: as it is, and on pictures decoded beforehand
-(model against model). Ours computes more: 36 patches reach the decoder where the original passes one class token. So
-ours is there as it ships and with one slot, each in fp32 and in bf16, always through its loader. All learn in one
-process, batch 16.
+FILE.csv has the columns of the original's input file (b64string_images, caption). The original's training step decodes
+its pictures from base64 each time, and our training step reads shards. The original's step is therefore measured twice:
+unchanged, and on pictures decoded beforehand, which compares only the models. Our model computes more: its decoder gets
+36 patches, and the original's decoder gets one class token. Our step is therefore measured with the shipped config and
+with one image slot, each in fp32 and in bf16, always with our loader. All steps run in one process with batches of 16.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def ours(config: ModelConfig, settings: OptimizerConfig, shards: Shards, *, bf16
 
 
 def main() -> None:
-    """Run all in turn and print the table."""
+    """Measure all training steps in turn and print a table."""
     if len(sys.argv) != 3:
         print("skipped: it needs a clone of the original and a file in its form\n", __doc__)
         return

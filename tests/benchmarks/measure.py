@@ -1,4 +1,4 @@
-"""Helpers of the benchmarks: resident memory of a process tree, generated pictures, and measuring in turn."""
+"""Helpers of the benchmarks: memory of a process tree, generated pictures, and measuring functions in turn."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipelines.background_thread import in_background
 def make(path: Path, count: int, side: int, kind: str = "PNG", height: int | None = None, seed: int = 0) -> None:
     """Write a CSV of pictures: smooth colour fields with a little noise, like flat parts of photographs.
 
-    They are `side` pixels wide, and `side` or `height` pixels high.
+    The pictures are `side` pixels wide and `height` pixels high; without `height` they are square.
     """
     options: dict[str, int] = {"compress_level": 1} if kind == "PNG" else {"quality": 90}
     rng = np.random.default_rng(seed)
@@ -89,9 +89,8 @@ def peak_by_process() -> Iterator[dict[str, int]]:
             with suppress(OSError):  # the process has ended meanwhile
                 name = Path(f"/proc/{pid}/cmdline").read_text()
                 kinds = {"driver": pid == os.getpid(), "JVM": "java" in name, "worker": "pyspark.daemon" in name}
-                kind = next(
-                    (kind for kind, is_it in kinds.items() if is_it), None
-                )  # None: a child of the JVM before its exec
+                # The kind of a child of the JVM is None until the child calls exec.
+                kind = next((kind for kind, is_it in kinds.items() if is_it), None)
                 if kind:
                     peaks[kind] = max(peaks[kind], int(fields[21]) * os.sysconf("SC_PAGE_SIZE"))
 
@@ -111,7 +110,7 @@ def measured(work: Callable[[], int]) -> tuple[float, float]:
 def in_turn(
     works: dict[str, Callable[[], int]], rounds: int, clock: Callable[[], float] = time.monotonic
 ) -> dict[str, float]:
-    """Return the median items per second of each; rounds alternate, because a machine's speed drifts."""
+    """Return the median items per second of each function. Functions run in turn because a machine's speed drifts."""
     rates: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():

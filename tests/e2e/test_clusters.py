@@ -1,4 +1,4 @@
-"""Launches on a standalone Spark cluster, on executors with GPUs, and of two runs at the same time."""
+"""Training is launched on a standalone Spark cluster, on executors with GPUs, and for two runs at the same time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tiny_runs import MakeRun, runs_in
 
 from pipelines.formats.run_folder import Result, RunFolder, read_json
 
-# Each test starts sessions and ranks of its own: 30 seconds on an idle machine.
+# Each test starts its own Spark sessions and ranks, which takes 30 seconds on an idle machine.
 pytestmark = [pytest.mark.faults, pytest.mark.matrix, pytest.mark.timeout(1500)]
 FEW: dict[str, Any] = {"steps": 4, "validate_every": 4}
 
@@ -55,7 +55,7 @@ def test_two_runs_at_once_on_a_standalone_cluster_stay_separate(make_run: MakeRu
 
 
 def gpu_settings(folder: Path, per_task: str) -> dict[str, str]:
-    """Return Spark settings that claim two GPUs per worker and the given amount per task."""
+    """Return Spark settings with two GPUs per worker and the given amount of GPUs per task."""
     (script := folder / "gpus.sh").write_text("""#!/bin/sh\necho '{"name": "gpu", "addresses": ["0", "1"]}'\n""")
     script.chmod(0o755)
     return {
@@ -135,7 +135,7 @@ def test_a_stage_that_waits_for_slots_fails_when_a_host_is_lost(tmp_path: Path) 
         assert check.stdout
         assert check.stdout.readline() == b"both jobs run\n"
         worker, _ = subprocess.check_output(["pgrep", "-f", f"deploy.worker.Worker.*{master}"], text=True).split()
-        os.killpg(int(worker), signal.SIGKILL)  # with its executor, as when a host is lost
+        os.killpg(int(worker), signal.SIGKILL)  # kills the worker and its executor, like the loss of a host
         said = check.stdout.readline().decode()
     assert said.startswith("the executors cannot describe their hosts.")
     assert "executors were lost: 1 of 2 slots are left" in said

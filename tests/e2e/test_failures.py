@@ -1,7 +1,7 @@
-"""The failure matrix: kind of fault, rank, moment, and place of the ranks. Each cell is a run that fails.
+"""Failure matrix of training: kind of fault, faulty rank, moment of the fault, and place of the ranks.
 
-The launch must end within a time limit, its error must name rank, host, cause and fix, and no process may be left.
-`make test` runs a few cells, `make faults` runs all of them.
+Each cell of the matrix is a run that fails. The launch of the run must end within a time limit, its error must name
+rank, host, cause and fix, and no process may be left. `make test` runs a few cells, `make faults` runs all cells.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ pytestmark = pytest.mark.faults
 
 ENDLESS: dict[str, Any] = {"steps": 100_000, "validate_every": 100_000}
 WAITS: tuple[Kind, ...] = ("hang", "stop", "deaf")
-TIMEOUT = 20  # seconds; needed only where other ranks wait for the faulty one
-BOUND = 120.0  # seconds; fewer than 20 on an idle machine
+TIMEOUT = 20  # seconds; only reached by faults for which other ranks wait
+BOUND = 120.0  # seconds; a launch takes fewer than 20 s on an idle machine
 STOPPED_BOUND = 180.0  # torchrun waits 30 seconds for a process that does not react
 
 BESIDE, EXECUTORS = "beside the driver", "on executors"
@@ -60,7 +60,7 @@ SAID: dict[Kind, str] = {
 
 
 class Cell(NamedTuple):
-    """A run that fails: kind of fault, rank, moment, and where ranks run."""
+    """Cell of the matrix, a run that fails: kind of fault, faulty rank, moment of the fault, and where ranks run."""
 
     kind: Kind
     rank: int
@@ -76,7 +76,7 @@ IN_A_STEP: tuple[Kind, ...] = ("hang", "stop", "nan", "inf")
 
 
 def cells() -> Iterator[Cell]:
-    """Yield all cells of the matrix."""
+    """Yield all cells of the failure matrix."""
     for rank, place in itertools.product((0, 1), ("start", "step", "checkpoint")):
         yield from (Cell(kind, rank, place, BESIDE) for kind in ANYWHERE)
     for rank in (0, 1):
@@ -111,7 +111,7 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
     return runs_in(tmp_path, monkeypatch)
 
 
-def test_the_matrix_has_its_forty_cells() -> None:
+def test_the_failure_matrix_has_forty_cells() -> None:
     assert len(set(cells())) == len(list(cells())) >= 40
     assert set(cells()) > SAMPLE
 
@@ -119,7 +119,7 @@ def test_the_matrix_has_its_forty_cells() -> None:
 @pytest.mark.parametrize(
     "cell", [pytest.param(c, id=str(c), marks=[] if c in SAMPLE else pytest.mark.matrix) for c in cells()]
 )
-def test_a_run_that_fails_ends_in_time_names_rank_and_cause_and_leaves_no_process(
+def test_a_failing_run_ends_in_time_with_an_error_that_names_rank_and_cause_and_leaves_no_process(
     make_run: MakeRun, platform: Platform, spark: SparkSession, cell: Cell
 ) -> None:
     how = Launch(2, local_mode=True, use_gpu=False) if cell.where == BESIDE else platform.launch
@@ -143,7 +143,7 @@ def test_a_run_that_fails_ends_in_time_names_rank_and_cause_and_leaves_no_proces
 
 
 def remaining_processes(run: RunFolder) -> list[int]:
-    """Return process ids of ranks and launchers that still run ten seconds after the launch."""
+    """Return the ids of rank and launcher processes that still run ten seconds after the launch ended."""
     pids = [int(pid) for path in (run.path / "processes").iterdir() for pid in path.read_text().split()]
     deadline = time.monotonic() + 10
     while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < deadline:

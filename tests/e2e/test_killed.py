@@ -17,17 +17,17 @@ from pipelines.errors import StageFailed
 from pipelines.formats.shards import Shards
 from pipelines.platform import Platform
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the test finds processes in /proc")
 ROWS = 60
 EARLY_SECONDS = 3.0
-"""Window of the one kill in `make test`, shorter than the job on a fast machine."""
+"""Time window of the single kill in `make test`, in seconds; a job takes longer even on a fast machine."""
 DRIVER_SECONDS = 15.0
-"""Window in which a driver is killed after its session was opened: about the duration of its job."""
+"""Time window in which a driver is killed after it opened its Spark session, in seconds: about the job's duration."""
 
 
 @pytest.fixture(scope="module")
 def window() -> KillWindow:
-    """Start with more seconds than a job takes."""
+    """Return a time window for kills that is longer than a job takes."""
     return KillWindow(60.0)
 
 
@@ -47,7 +47,7 @@ def assert_complete(home: Path, source: str, expected: dict[str, str]) -> None:
 
 
 def retry(spark: SparkSession, platform: Platform, source: str, folder: Path) -> None:
-    """Run the job until it succeeds, four times at most, as a scheduler does."""
+    """Run ingest and sharding until they succeed, at most four times, as a job scheduler does."""
     for _ in range(3):
         try:
             return ingest_and_shard(spark, platform, source, folder)

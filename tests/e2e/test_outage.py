@@ -1,4 +1,4 @@
-"""A tracking server that is killed during training and restarted later."""
+"""Training continues while the tracking server is killed and restarted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STEPS = 600
 
 @contextmanager
 def tracking_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Start `mlflow server` in a process group of its own, on a database that outlives it."""
+    """Start `mlflow server` in a separate process group, on a database that is kept when the server is killed."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "kept")]
     with (
@@ -78,7 +78,7 @@ def is_healthy(port: int) -> bool:
 
 
 def last_step(run: RunFolder) -> int:
-    """Return the last step by file names: reading the files ten times a second would slow the rank down."""
+    """Return the last step from the names of the metric files, because reading the files would slow the rank down."""
     return max((int(path.stem) for path in run.metrics(0).parent.glob("*.json")), default=0)
 
 
@@ -91,7 +91,7 @@ def wait_for_step(run: RunFolder, step: int) -> None:
 
 @pytest.mark.faults
 @pytest.mark.matrix
-def test_a_tracking_server_that_is_killed_and_comes_back_has_every_step_once(
+def test_every_step_is_logged_once_if_the_tracking_server_is_killed_and_restarted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path
 ) -> None:
     (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())

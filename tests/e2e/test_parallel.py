@@ -1,6 +1,6 @@
 """Results do not depend on the number of ranks, on how a batch is divided, or on how weights are sharded.
 
-Starting ranks takes longer than tiny runs do, so one launch trains several runs one after another.
+Starting ranks takes longer than training a tiny run, so one launch of ranks trains several runs one after another.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vlm import text
 from vlm.build import build_model
 from vlm.checkpoint import load_model, save_model
 
-pytestmark = pytest.mark.xdist_group("parallel")  # one process runs the launches
+pytestmark = pytest.mark.xdist_group("parallel")  # one process runs all tests, which share the trained runs
 
 COPIES = "lakesight-shards-*"
 AUGMENT = {"scale": [0.5, 1.0], "flip": 0.5, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3}
@@ -34,9 +34,9 @@ class Launched(NamedTuple):
     """Finished runs by name, and the temporary folder of their ranks.
 
     Attributes:
-        one_rank: `alone` and `routed`.
-        two_ranks: `ddp`, `parts`, `fsdp`, `plain`, `routed` and `adapted`.
-        copied_by_one_rank: copies of shards that the launch of one rank left in `temporary`.
+        one_rank: runs `alone` and `routed`, trained on one rank.
+        two_ranks: runs `ddp`, `parts`, `fsdp`, `plain`, `routed` and `adapted`, trained on two ranks.
+        copied_by_one_rank: copies of shards that the training on one rank left in folder `temporary`.
     """
 
     one_rank: dict[str, RunFolder]
@@ -47,7 +47,7 @@ class Launched(NamedTuple):
 
 
 def launch(runs: dict[str, RunFolder], ranks: int) -> dict[str, RunFolder]:
-    """Train the runs one after another on that many ranks."""
+    """Train the runs one after another on the given number of ranks."""
     ended = torchrun(list(runs.values()), ranks, "train_runs_in_turn")
     assert ended.returncode == 0, ended.stdout
     return runs
@@ -84,7 +84,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
 
 
 def without_dropout() -> dict[str, Any]:
-    """Return the tiny model without dropout, whose random draws depend on the rank."""
+    """Return the config of the tiny model without dropout, because the random numbers of dropout depend on the rank."""
     model = tiny_run().model.model_dump()
     for part in (model["vision"], model["decoder"]):
         part["transformer"]["dropout"] = 0.0
@@ -92,18 +92,18 @@ def without_dropout() -> dict[str, Any]:
 
 
 def routed_run(folder: Path, ranks: int) -> RunFolder:
-    """Write a run of six steps of a tiny mixture of experts, with nothing random in a step."""
+    """Write a run of six steps that trains a tiny mixture of experts without randomness."""
     model = tiny_model_config().model_dump()
     for part in (model["vision"], model["decoder"]):
         part["transformer"] |= {"mlp": EXPERTS, "dropout": 0.0}
     config = tiny_run(steps=6, ranks=ranks, model=model, log_every=2)
-    # Texts of unequal length, so that the ranks' numbers of tokens differ.
+    # The texts have unequal lengths, so that ranks have different numbers of tokens.
     shards = write_shards(folder / f"routed-shards-{ranks}", rows=12, texts=3)
     return write_run(folder / f"routed-{ranks}", config, shards, shards)
 
 
 def save_base(folder: Path) -> Path:
-    """Save a random tiny model to tune."""
+    """Save a tiny model with random weights, which an adapter will tune."""
     config = tiny_run().model
     tokenizer = text.learn(config.text, ())
     torch.manual_seed(0)
@@ -127,7 +127,7 @@ def losses(run: RunFolder) -> list[float]:
     return [m.values["train/loss"] for m in run.read_metrics() if "train/loss" in m.values]
 
 
-def test_ranks_microbatches_fsdp_and_local_copies_of_shards_change_nothing_but_rounding(launched: Launched) -> None:
+def test_ranks_microbatches_fsdp_and_local_copies_of_shards_change_losses_only_by_rounding(launched: Launched) -> None:
     alone = launched.one_rank["alone"]
     ddp, parts, fsdp, plain = (launched.two_ranks[name] for name in ("ddp", "parts", "fsdp", "plain"))
     assert not launched.copied_by_one_rank
@@ -142,7 +142,7 @@ def test_ranks_microbatches_fsdp_and_local_copies_of_shards_change_nothing_but_r
     assert list(launched.temporary.glob(f"{COPIES}/lock")), "the run with cache_gib copied its shards"
 
 
-def test_a_checkpoint_of_ddp_continues_under_fsdp_and_the_other_way_round(launched: Launched, tmp_path: Path) -> None:
+def test_a_checkpoint_of_ddp_continues_under_fsdp_and_vice_versa(launched: Launched, tmp_path: Path) -> None:
     ddp, fsdp = launched.two_ranks["ddp"], launched.two_ranks["fsdp"]
     crossed = {
         other: back_at_half(run, tmp_path / f"from-{run.path.name}", other)
@@ -153,7 +153,7 @@ def test_a_checkpoint_of_ddp_continues_under_fsdp_and_the_other_way_round(launch
 
 
 def back_at_half(run: RunFolder, folder: Path, parallel: str) -> RunFolder:
-    """Copy a finished run, back at its first checkpoint, with another setting of `parallel`."""
+    """Copy a finished run, reset it to its first checkpoint, and change its setting `train.parallel`."""
     half = RunFolder(folder)
     shutil.copytree(run.path, half.path)
     half.result.unlink(missing_ok=True)
@@ -176,7 +176,7 @@ def test_an_adapter_tunes_a_model_on_two_ranks_and_the_result_is_a_model_without
     assert moved == {f"decoder.{name}.weight" for name in ADAPTED}
 
 
-def test_experts_learn_and_report_the_same_on_one_rank_and_on_two(launched: Launched) -> None:
+def test_a_mixture_of_experts_has_the_same_metrics_and_weights_on_one_rank_and_on_two_ranks(launched: Launched) -> None:
     runs = [launched.one_rank["routed"], launched.two_ranks["routed"]]
     logged: list[list[Metrics]] = [list(run.read_metrics()) for run in runs]
     assert [step.step for step in logged[0]] == [2, 4, 6]

@@ -1,4 +1,4 @@
-"""Whole pipelines by command: a demo, the same demo again, and other model families on its pictures."""
+"""Whole pipelines by command: a demo, the same demo again, and other model families on the demo's pictures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-# One process runs them: nearly all of the time is spent in one fixture.
+# One process runs all tests of this file, because nearly all of the time is spent in one shared fixture.
 pytestmark = [pytest.mark.xdist_group("pipelines"), pytest.mark.timeout(1500)]
 
 SCENES = 400
@@ -24,7 +24,7 @@ QUICK = (
     "train.optimizer.warmup_steps=20",
     "train.validate_every=250",
     "train.checkpoint_every=250",
-    "gate.baselines=[]",  # after so few steps the model need not beat a constant caption
+    "gate.baselines=[]",  # after 250 steps, the model may be worse than a constant caption
 )
 SHORT = ("--set", "train.steps=20", "--set", "train.validate_every=20", "--set", "train.checkpoint_every=20")
 TORCHRUN = ["torchrun", "--nproc-per-node", "2", "-m", "pipelines.worker.main", "--run-dir", "runs/paligemma-*"]
@@ -51,7 +51,7 @@ for command in json.loads(sys.argv[1]):
 
 
 class Ran(NamedTuple):
-    """Reports of the commands in order, and their whole output on stdout and stderr."""
+    """Result of a series of commands: their JSON reports in order, and their complete stdout and stderr."""
 
     reports: list[dict[str, Any]]
     printed: str
@@ -59,12 +59,12 @@ class Ran(NamedTuple):
 
 
 def run(home: Path, *commands: list[str], folder: Path | None = None) -> Ran:
-    """Run commands in one process, so the JVM is warm after the first. Each command has a new session and catalog.
+    """Run commands in one process, which starts one JVM. Each command has a new Spark session and catalog.
 
-    The working folder is `folder`, or the home folder. As in the installed command, it is not on the search path.
+    The working folder is `folder`, or the home folder. As in the installed command, it is not in `sys.path`.
     """
     environment = os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
-    # SQLite ignores the password in the address; it is there to be found if it leaks.
+    # SQLite ignores the password in the address. The test looks for this password in all files and output.
     environment["MLFLOW_TRACKING_URI"] = f"sqlite:///file:{home}/mlflow.db?uri=true&password=c4nary-address"
     done = subprocess.run(
         [sys.executable, "-P", "-c", RUN_COMMANDS, json.dumps(commands), str(home)],
@@ -85,7 +85,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def user_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with modules of the user that have our names. Importing one leaves a file and fails."""
+    """A working folder with user modules that have the names of our packages. Importing such a module writes a file."""
     folder = tmp_path_factory.mktemp("user")
     for module in ("vlm/__init__.py", "pipelines/__init__.py", "jobs.py"):
         (folder / module).parent.mkdir(exist_ok=True)
@@ -107,17 +107,17 @@ def pipeline(family: str) -> list[str]:
     return ["pipeline", "--run", family, "--json", *PICTURES]
 
 
-def test_a_demo_does_the_whole_job(demos: Ran) -> None:
+def test_a_demo_runs_every_stage(demos: Ran) -> None:
     report = demos.reports[0]
     assert report["rows_in"] == SCENES == report["samples"] + report["duplicates"] + report["quarantined"]
     assert report["quarantined"] > 0
     assert report["trained"]
     assert report["captions"] > 0 == report["errors"]
-    assert report["blind_gap"] > 0.2  # twice what promote asks for
+    assert report["blind_gap"] > 0.2  # twice the minimum of the gate
     assert Path(report["gallery"]).stat().st_size > 10_000
 
 
-def test_a_second_demo_finds_everything_done(demos: Ran) -> None:
+def test_a_second_demo_repeats_no_work(demos: Ran) -> None:
     first, second, *_ = demos.reports
     assert second["nothing_new"]
     assert "nothing new: no row ingested, no step trained, no picture captioned" in demos.log
@@ -144,9 +144,9 @@ def test_train_finds_and_registers_a_run_whose_ranks_were_started_by_torchrun(de
 @pytest.mark.matrix
 @pytest.mark.usefixtures("demos")
 def test_a_family_runs_from_pictures_to_captions_with_ranks_started_by_torchrun(home: Path) -> None:
-    """PaliGemma differs from the demo's family in sequence, mask and decoder."""
+    """PaliGemma has another token sequence, another attention mask and another decoder than the demo's model."""
     prepare = ["train", "--no-launch", "--run", "paligemma", "--json", *PICTURES]
-    for folder in home.glob("runs/paligemma-*"):  # of the short run
+    for folder in home.glob("runs/paligemma-*"):  # delete the folder of the short run
         shutil.rmtree(folder)
     prepared, report = run(home, prepare, TORCHRUN, pipeline("paligemma")).reports
     assert_learned(report, "paligemma")
@@ -155,7 +155,7 @@ def test_a_family_runs_from_pictures_to_captions_with_ranks_started_by_torchrun(
 
 
 def test_modules_in_the_working_folder_with_our_names_are_not_imported(demos: Ran, user_folder: Path) -> None:
-    """Neither by the driver, nor by Spark's Python workers, ranks, or the smoke test of a model version."""
+    """Neither the driver, Spark's Python workers, ranks, nor the smoke test of a version imports such a module."""
     assert list(user_folder.rglob("*.imported")) == []
     assert "PYTHONSAFEPATH=1 torchrun --nproc-per-node 2 -m pipelines.worker.main --run-dir " in demos.log
 

@@ -1,4 +1,4 @@
-"""`lakesight review` in a browser: the page, its filter, verdicts, and requests that are refused."""
+"""Tests of `lakesight review` in a browser: the page, its filter, verdicts, and requests that are refused."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def address(home: Path) -> Iterator[str]:
-    """Start `lakesight review` and yield its address."""
+    """Start `lakesight review` and yield the address of its web page."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -91,13 +91,13 @@ def verdicts(home: Path) -> dict[str, tuple[str, str | None]]:
 
 @pytest.fixture
 def page(address: str) -> Iterator[Page]:
-    """The page in Chromium."""
+    """The review page, opened in Chromium."""
     with open_page(address) as tab:
         yield tab
 
 
 def test_a_person_judges_captions_on_the_page(page: Page, home: Path, tmp_path: Path) -> None:
-    assert page.locator("article").count() == 24  # one page, the least certain first
+    assert page.locator("article").count() == 24  # one page of captions, the least certain captions first
     assert page.locator("article").first.locator("textarea").input_value() == "a red square"
     assert page.locator("article").nth(2).locator("textarea").input_value() == EVIL
     assert page.title() == "Captions of demo"
@@ -107,14 +107,14 @@ def test_a_person_judges_captions_on_the_page(page: Page, home: Path, tmp_path: 
     card = page.locator("article")
     card.nth(0).get_by_role("button", name="Good").click()
     expect(page.locator("#judged")).to_have_text("1")
-    card.nth(1).get_by_role("button", name="Save correction").click()  # without a change nothing is sent
+    card.nth(1).get_by_role("button", name="Save correction").click()  # an unchanged text is not sent
     assert card.nth(1).locator(".status").inner_text() == "change the words first"
     card.nth(1).locator("textarea").fill("a green circle")
     card.nth(1).get_by_role("button", name="Save correction").click()
     expect(page.locator("#judged")).to_have_text("2")
     card.nth(3).get_by_role("button", name="Good").click()
     expect(page.locator("#judged")).to_have_text("3")
-    card.nth(3).get_by_role("button", name="Bad").click()  # the last verdict counts
+    card.nth(3).get_by_role("button", name="Bad").click()  # a second verdict replaces the first
     expect(card.nth(3)).to_have_attribute("data-verdict", "bad")
     assert verdicts(home) == {
         "demo/00": ("good", "a red square"),

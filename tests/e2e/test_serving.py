@@ -21,12 +21,12 @@ from pipelines.worker.caption import load_captioner
 CONFIG = tiny_run()
 
 
-pytestmark = pytest.mark.xdist_group("serving")  # one process registers the version
+pytestmark = pytest.mark.xdist_group("serving")  # one process runs all tests, which share a registered version
 
 
 @pytest.fixture(scope="module")
 def laptop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    """A local platform with a home folder and a registry of its own."""
+    """A local platform with a new home folder and a new model registry."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAKESIGHT_HOME", str(tmp_path_factory.mktemp("home")))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -59,7 +59,7 @@ def test_a_served_version_captions_base64_pictures_over_rest_from_many_clients_a
 def test_a_loaded_version_runs_the_code_it_was_registered_with(
     laptop: Platform, version: registry.ModelVersion, tmp_path: Path
 ) -> None:
-    """The test's environment has the packages installed; the version must load its own copy of them."""
+    """Our packages are installed in the test's environment, but the version must load its own copies."""
     script = (
         f"import mlflow; mlflow.pyfunc.load_model('models:/{version.name}/1', dst_path=r'{tmp_path}')\n"
         "import sys; print([sys.modules[name].__file__ for name in ('vlm.model', 'pipelines.worker.caption')])"

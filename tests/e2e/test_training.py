@@ -27,7 +27,7 @@ from pipelines.errors import UserError
 from pipelines.formats.run_folder import Result, RunFolder, read_json
 from pipelines.platform import Launch, Platform
 
-# One process runs all of them: it trains the uninterrupted run and starts its Spark session once.
+# One process runs all tests of this file, so that the uninterrupted run is trained only once.
 pytestmark = pytest.mark.xdist_group("spark in e2e")
 
 
@@ -37,7 +37,7 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
 
 
 AUGMENT = {"scale": [0.5, 1.0], "flip": 0.5, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3}
-# Three ranks, because the order of a floating-point sum matters only from three terms on.
+# There are three ranks, because the order of a floating-point sum matters only from three terms on.
 WHOLE: dict[str, Any] = {
     "ranks": 3,
     "batch_size": 6,
@@ -49,13 +49,13 @@ WHOLE: dict[str, Any] = {
     "augment": AUGMENT,
 }
 MEASURED = re.compile("per_second|data_wait|system/")
-"""Metrics that differ from run to run."""
+"""Pattern of the metrics that differ between two equal runs."""
 ENDLESS: dict[str, Any] = {"steps": 100_000, "validate_every": 100_000}
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A run that was not interrupted."""
+    """A finished run that was never interrupted."""
     with pytest.MonkeyPatch.context() as patch:
         run = runs_in(tmp_path_factory.mktemp("whole"), patch)(**WHOLE)
     ended = torchrun(run, 3)
@@ -69,14 +69,14 @@ def two_ranks(platform: Platform) -> Platform:
 
 
 def without_rates(run: RunFolder) -> list[tuple[int, dict[str, float]]]:
-    """Return metrics by step without those that differ from run to run."""
+    """Return the metrics of each step, without the metrics that differ between two equal runs."""
     return [
         (m.step, {key: value for key, value in m.values.items() if not MEASURED.search(key)})
         for m in run.read_metrics()
     ]
 
 
-def test_torchrun_alone_trains_to_a_result(whole: RunFolder) -> None:
+def test_ranks_started_by_torchrun_write_results_metrics_and_checkpoints(whole: RunFolder) -> None:
     result = read_json(whole.result, Result)
     assert (result.status, result.step, result.world_size) == ("ok", 60, 3)
     assert {"train/loss", "train/lr", "train/grad_norm", "val/loss", "val/blind_gap"} <= result.metrics.keys()
@@ -106,7 +106,7 @@ KILLS = [(POINTS.randrange(60), POINTS.randrange(3)) for _ in range(20)]
     ("step", "rank"),
     [pytest.param(*kill, marks=pytest.mark.matrix if index else []) for index, kill in enumerate(KILLS)],
 )
-def test_a_run_that_is_killed_and_resumes_by_itself_equals_the_uninterrupted_one_bit_for_bit(
+def test_a_run_that_is_killed_and_restarts_equals_the_uninterrupted_run_bit_for_bit(
     whole: RunFolder, make_run: MakeRun, platform: Platform, spark: SparkSession, step: int, rank: int
 ) -> None:
     three_ranks = replace(platform, launch=Launch(3, local_mode=True, use_gpu=False))
@@ -119,7 +119,7 @@ def test_a_run_that_is_killed_and_resumes_by_itself_equals_the_uninterrupted_one
     assert_equal(whole, broken)
 
 
-def test_a_damaged_checkpoint_is_renamed_and_the_run_resumes_from_the_one_before(
+def test_a_damaged_checkpoint_is_renamed_and_the_run_resumes_from_the_previous_checkpoint(
     whole: RunFolder, tmp_path: Path
 ) -> None:
     run = RunFolder(tmp_path / "copy")
@@ -138,7 +138,7 @@ def test_a_damaged_checkpoint_is_renamed_and_the_run_resumes_from_the_one_before
 
 
 def assert_equal(whole: RunFolder, other: RunFolder) -> None:
-    """Check that weights, optimizer state, metrics and samples are equal bit for bit."""
+    """Check that two runs have the same weights, optimizer state, metrics and sample captions, bit for bit."""
     for name in ("model.safetensors", "training.safetensors"):
         assert (whole.checkpoint(60) / name).read_bytes() == (other.checkpoint(60) / name).read_bytes()
     assert without_rates(whole) == without_rates(other)
@@ -165,7 +165,7 @@ def press_ctrl_c(run: RunFolder) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_too_few_slots_are_refused_before_anything_starts(platform: Platform, spark: SparkSession) -> None:
+def test_too_few_task_slots_are_refused_before_ranks_start(platform: Platform, spark: SparkSession) -> None:
     assert not platform.launch.local_mode
     with pytest.raises(UserError, match=r"too few slots for the ranks.*2 tasks at once, 3 needed"):
         check_slots(spark, replace(platform.launch, ranks=3), seconds=0.5)

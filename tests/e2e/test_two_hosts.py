@@ -19,11 +19,11 @@ from tiny_runs import runs_in
 from pipelines.driver.train.failure import diagnose_failure
 from pipelines.formats.run_folder import RunFolder, step_of
 
-# Two starts of ranks and one timeout: a minute.
+# The test starts ranks twice and waits for one timeout, which takes a minute.
 pytestmark = [pytest.mark.faults, pytest.mark.matrix]
 
 NAMES = tuple(f"lakesight-{os.getpid()}-{letter}" for letter in "ab")
-ADDRESSES = ("198.18.77.1", "198.18.77.2")  # from the range that RFC 2544 reserves for network tests
+ADDRESSES = ("198.18.77.1", "198.18.77.2")  # addresses that RFC 2544 reserves for network tests
 NODE = """hostname "$0" && exec "$@" """
 
 
@@ -32,13 +32,13 @@ def ip(*words: str) -> None:
 
 
 def set_link(state: str) -> None:
-    """Set the link between the hosts `down` or `up`."""
+    """Set the network link between the two hosts to the state `down` or `up`."""
     ip("-n", NAMES[0], "link", "set", "eth0", state)
 
 
 @pytest.fixture
 def network() -> Iterator[None]:
-    """Create two network namespaces that resolve each other's name, connected by a veth pair."""
+    """Create two network namespaces, connected by a veth pair, that can resolve the host names of both."""
     if os.geteuid() or not (shutil.which("ip") and shutil.which("unshare")):
         pytest.skip("network namespaces need root and the programs ip and unshare")
     files = [Path("/etc/netns", name) for name in NAMES]
@@ -65,7 +65,7 @@ def network() -> Iterator[None]:
 
 @contextmanager
 def torchrun_on_both(run: RunFolder) -> Iterator[None]:
-    """Run the command of docs/training.md on each host during the block."""
+    """Run the torchrun command of docs/training.md on each of the two hosts during the block."""
     ranks = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{NAMES[0]}:29500"]
     command = [sys.executable, "-m", "torch.distributed.run", *ranks]
     worker = ["-m", "pipelines.worker.main", "--run-dir", str(run.path)]
@@ -77,7 +77,7 @@ def torchrun_on_both(run: RunFolder) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("network")
-def test_ranks_that_lose_their_network_end_in_time_and_resume_when_it_is_back(
+def test_ranks_that_lose_their_network_end_in_time_and_resume_when_the_network_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = runs_in(tmp_path, monkeypatch)(steps=100_000, validate_every=100_000, checkpoint_every=20, timeout_seconds=10)

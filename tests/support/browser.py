@@ -1,4 +1,4 @@
-"""Pages in headless Chromium."""
+"""Web pages opened in headless Chromium."""
 
 from __future__ import annotations
 

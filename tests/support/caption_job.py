@@ -1,4 +1,4 @@
-"""A process that captions a table of pictures with a random model; tests kill it.
+"""Script that captions a table of pictures with a random model. Tests kill its process.
 
 LAKESIGHT_HOME=HOME python caption_job.py FOLDER
 """
@@ -27,11 +27,11 @@ from vlm.checkpoint import save_model
 
 ROWS, BAD = 96, 5
 ROWS_PER_FILE = 12
-"""Makes eight tasks, each with a spill file of its own."""
+"""Rows per file of captions: the table is captioned in eight tasks, each with a separate spill file."""
 
 
 def prepare(folder: Path) -> None:
-    """Write a table of pictures, the last BAD of them invalid, and a random model."""
+    """Write a random model and a table of pictures, of which the last BAD are invalid."""
     pictures = [png(number) for number in range(ROWS - BAD)] + [b"no picture"] * BAD
     table = pa.table({"id": [f"{number:02}" for number in range(ROWS)], "photo": pictures})
     write_deltalake(folder / "photos", table)

@@ -41,7 +41,7 @@ def run_command(*arguments: str, environment: Mapping[str, str]) -> subprocess.C
 
 @cache
 def _start_server() -> subprocess.Popen[str]:
-    """Start the server; it ends when this process closes its stdin by ending."""
+    """Start the server. When this process ends, the server's stdin is closed and the server ends."""
     environment = os.environ | {"PYTHONPATH": TEST_PATH}
     return subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

@@ -1,7 +1,7 @@
 """A BMP decoder that ends its process with a segmentation fault on pictures of one size.
 
-Importing this module installs the decoder in Pillow. Spark's workers import it when they unpickle settings whose class
-is defined here.
+Importing this module installs the decoder in Pillow. Spark's workers import this module
+when they unpickle settings whose class is defined here.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class CrashingImage(ImageConfig):
 
 
 def install() -> None:
-    """Replace Pillow's BMP decoder by the crashing one."""
+    """Replace Pillow's BMP decoder by the decoder that crashes."""
     Image.init()
     _, accept = Image.OPEN["BMP"]
     Image.register_open("BMP", CrashingBmp, accept)

@@ -22,7 +22,7 @@ DAMAGED = frozenset({None, "truncated_image", "not_an_image", "unsupported_forma
 
 
 class Row(NamedTuple):
-    """A CSV line that begins with its number, its kind, and the allowed reason codes (None: it becomes a sample)."""
+    """A CSV line with its number, its kind, and its allowed reason codes (None: the line may become a sample)."""
 
     number: int
     kind: str
@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 def rows(count: int, seed: int) -> Iterator[Row]:
-    """Yield rows, a third of them valid pictures with a valid text."""
+    """Yield rows, of which about a third have a valid picture and a valid text."""
     rng = random.Random(seed)
     for number in range(count):
         kind = rng.choice(("good", "damaged", rng.choice(tuple(ODD))))
@@ -121,7 +121,7 @@ PICTURES: dict[str, Callable[[random.Random], bytes]] = {
 
 
 def damaged(rng: random.Random, data: bytes) -> bytes:
-    """Lose, duplicate, zero, or change some bytes, half of the time among the first hundred."""
+    """Delete, duplicate, zero, or change some bytes; in half of the cases the bytes are among the first hundred."""
     at = rng.randrange(1, min(len(data), 100) if rng.random() < 0.5 else len(data))
     end = min(len(data), at + rng.randint(1, 30))
     match rng.randrange(6):

@@ -1,4 +1,4 @@
-"""A process that ingests a folder of CSV files and writes shards; tests kill it.
+"""Script that ingests a folder of CSV files and writes shards. Tests kill its process.
 
 LAKESIGHT_HOME=HOME python ingest_job.py FOLDER
 """
@@ -21,10 +21,10 @@ SOURCE = "killed"
 
 
 def write_rows(folder: Path, first: int, count: int) -> dict[str, str]:
-    """Write a CSV file of good rows, with a bad row after every tenth.
+    """Write a CSV file of good rows, with a bad row after every tenth good row.
 
     Returns:
-        The picture's bytes in hexadecimal by the row's text, without the bad rows.
+        A dict from the text of each good row to its picture's bytes in hexadecimal.
     """
     rows = []
     for n in range(first, first + count):

@@ -32,11 +32,11 @@ from vlm.checkpoint import save_model
 
 Answer = dict[str, Any]
 BAD = {"%%%": "bad_base64", base64.b64encode(b"no picture").decode(): "not_an_image", "": "missing_field"}
-"""Invalid pictures and the reason code that each is answered with."""
+"""Invalid pictures, and the reason code in the answer to each picture."""
 
 
 def register_random(platform: Platform, folder: Path, config: RunConfig) -> registry.ModelVersion:
-    """Register a random model with a run's config."""
+    """Register a model with random weights and the config of a run."""
     shards = write_shards(folder / "shards", rows=4)
     run = write_run(folder / "runs" / "tiny-0123", config, shards, shards)
     tokenizer = text.load(run.tokenizer)
@@ -51,7 +51,7 @@ def register_random(platform: Platform, folder: Path, config: RunConfig) -> regi
 
 @contextmanager
 def served(platform: Platform, version: registry.ModelVersion, folder: Path) -> Iterator[str]:
-    """Start a scoring server in a folder without our code and yield its address."""
+    """Start a scoring server in a folder that does not contain our code, and yield the server's address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

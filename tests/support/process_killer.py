@@ -35,7 +35,7 @@ def spark_processes(kind: ProcessKind) -> list[int]:
         while ancestor in parents and ancestor != os.getpid():
             commands.append(_command(ancestor))
             ancestor = parents[ancestor]
-        # The daemon forks workers, which keep its command line: a worker is a daemon whose parent is a daemon.
+        # Workers are forked from the daemon and keep its command line: a worker is a "daemon" whose parent is a daemon.
         depth = 2 if kind == "worker" else 1
         if ancestor == os.getpid() and [COMMANDS[kind] in line for line in commands[:depth]] == [True] * depth:
             found.append(pid)
@@ -53,12 +53,12 @@ def kill_one(kind: ProcessKind, after: float, rng: random.Random) -> Iterator[li
     """Kill one process of a kind while the block runs.
 
     Args:
-        kind: of the process.
-        after: seconds into the block. The kill waits longer if no such process runs then.
-        rng: draws the process.
+        kind: kind of the process.
+        after: seconds from the start of the block to the kill, or longer if no process of the kind runs then.
+        rng: random generator that draws the process.
 
     Yields:
-        The killed process id: a list that is empty until the kill.
+        A list that is empty before the kill and contains the id of the killed process after it.
     """
     killed = list[int]()
 
@@ -76,20 +76,20 @@ def kill_one(kind: ProcessKind, after: float, rng: random.Random) -> Iterator[li
 
 
 class KillWindow:
-    """Seconds within which a kill is drawn: 1.2 times the duration of the last job that was not killed."""
+    """Time window of a random kill, in seconds: 1.2 times the duration of the last job that was not killed."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
 
 def run_with_kill(kind: ProcessKind, rng: random.Random, window: KillWindow, job: Callable[[str], T]) -> T:
-    """Run a job, kill one process at a random moment of it, and return the job's result.
+    """Run a job, kill one process at a random moment during the job, and return the job's result.
 
     Args:
-        kind: of the process.
-        rng: draws the moment and the process.
-        window: is shortened when a job ends before its kill; another job is started then.
-        job: takes a name that is different for each attempt.
+        kind: kind of the process.
+        rng: random generator that draws the moment and the process.
+        window: time window of the kill; if a job ends before its kill, the window is shortened and a new job is run.
+        job: function to run, called with a name that is different for each attempt.
     """
     for attempt in range(8):
         started = time.monotonic()
@@ -102,7 +102,7 @@ def run_with_kill(kind: ProcessKind, rng: random.Random, window: KillWindow, job
 
 
 def start_script(script: ModuleType, home: Path, folder: Path) -> subprocess.Popen[bytes]:
-    """Run a module of tests/support as a script on a folder; it creates HOME/started once its session is open."""
+    """Start a module of tests/support as a script. The script creates HOME/started once its Spark session is open."""
     environment = os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": TEST_PATH}
     command = [sys.executable, str(script.__file__), str(folder)]
     with (home / "log").open("ab") as log:
@@ -110,7 +110,7 @@ def start_script(script: ModuleType, home: Path, folder: Path) -> subprocess.Pop
 
 
 def kill_after(process: subprocess.Popen[bytes], home: Path, seconds: float) -> None:
-    """Kill a script, its JVM and all their children some seconds after its session was opened."""
+    """Kill a script and all its child processes some seconds after the script opened its Spark session."""
     while not (home / "started").exists() and process.poll() is None:
         time.sleep(0.05)
     time.sleep(seconds)

@@ -1,4 +1,4 @@
-"""Processes that tests start: their PYTHONPATH, torchrun, and whether a process still runs."""
+"""Helpers for processes that tests start: PYTHONPATH, torchrun, and a check whether a process still runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEST_PATH = os.pathsep.join(map(str, (SUPPORT.parents[1], SUPPORT)))
 def torchrun(
     run: RunFolder | Sequence[RunFolder], ranks: int, module: str = "pipelines.worker.main"
 ) -> subprocess.CompletedProcess[str]:
-    """Run the ranks to their end without Spark; several runs need the module `train_runs_in_turn`."""
+    """Run ranks with torchrun until they end, without Spark. Several runs need the module `train_runs_in_turn`."""
     folders = [run.path] if isinstance(run, RunFolder) else [each.path for each in run]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", module, "--run-dir", ",".join(map(str, folders))]

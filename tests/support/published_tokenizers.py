@@ -1,4 +1,4 @@
-"""Tiny tokenizers with the models, normalizers, decoders and special tokens of published ones."""
+"""Tiny tokenizers with the models, normalizers, decoders and special tokens of published tokenizers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOC, SEG = [f"<loc{i:04d}>" for i in range(1024)], [f"<seg{i:03d}>" for i in ran
 
 
 def byte_level() -> Tokenizer:
-    """Train a tokenizer like GPT-2's: byte-level BPE; one special token is start, end and padding."""
+    """Train a byte-level BPE tokenizer like GPT-2's, in which one special token marks start, end and padding."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,9 +1,9 @@
-"""Ranks that fail on request: fault.json in the run folder names the fault; production code does not know it.
+"""Ranks that fail on request. The file fault.json in the run folder names the fault; only tests read this file.
 
-torchrun ... -m rank_faults --run-dir DIR        or, as the entry of a launch: faulty_rank
+A test runs `torchrun ... -m rank_faults --run-dir DIR`, or passes `faulty_rank` to `launch` as the function of a rank.
 
-The faults are real: a signal, a kernel limit, an impossible allocation, changed bytes in a file. Each is triggered just
-before a function of the rank is called.
+The faults are real: a signal, a kernel limit, an impossible allocation, changed bytes in a file. A fault is
+triggered just before a certain function of the rank is called.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Fault(Config):
     """A fault of one rank: at its start, in a step, or while a checkpoint is written.
 
     Attributes:
-        step: step of the run, from 0; None is the first step after a checkpoint was finished.
-        always: trigger the fault in every attempt, not only in the first.
+        step: number of the step that fails, from 0; None for the first step after a finished checkpoint.
+        always: whether the fault is triggered in every attempt, not only in the first.
     """
 
     kind: Kind
@@ -78,13 +78,13 @@ def faulty_rank(run_dir: str) -> None:
                 loop, "token_loss", lambda *args: strike(fault, run, *args) if due(fault, run, next(steps)) else None
             )
         elif rank == 0 and fault.place == "checkpoint":
-            # Another rank's, meanwhile.
+            # Another rank has the fault: rank 0 waits in its checkpoint until the fault is triggered.
             before(writing, "save_state", lambda *args: wait_for(struck.exists) if run.finished_checkpoints() else None)
     run_rank(run_dir)
 
 
 def before(module: ModuleType, name: str, act: Callable[..., object]) -> None:
-    """Act each time a function is about to begin."""
+    """Replace a function of a module by a wrapper that calls an action first."""
     original = getattr(module, name)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Data sets that are too large for the repository; they lie in ../shared/data, beside the checkout."""
+"""Data sets that are too large for the repository, in the folder ../shared/data next to the checkout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spark drivers in processes of their own: other masters, GPU resources, several drivers at once.
+"""Spark drivers in separate processes, with other masters, with GPU resources, or several drivers at the same time.
 
 python spark_drivers.py MASTER RUN_DIR...
 """
@@ -31,12 +31,12 @@ from vlm.config import Config
 
 
 class RankPlacement(Config):
-    """File places/N: where rank N was started."""
+    """Content of the file places/N: where rank N was started."""
 
     agent: int
     """Process id of the torchrun agent."""
     port: str
-    """Port of the rendezvous."""
+    """Port of the rendezvous of torchrun."""
     local_rank: int
     gpus: str
 
@@ -74,10 +74,10 @@ def driver_environment(home: Path) -> dict[str, str]:
 def run_drivers(
     home: Path, master: str, *tasks: Sequence[RunFolder], settings: Mapping[str, str] | None = None
 ) -> list[dict[str, str]]:
-    """Start drivers at the same time; each launches its runs one after another.
+    """Start drivers at the same time. Each driver launches its runs one after another.
 
     Returns:
-        For each driver, the reason by name of every run that was refused.
+        For each driver, a dict from the name of each refused run to the error message.
     """
     options = [f"--conf {key}={value}" for key, value in (settings or {}).items()]
     environment = driver_environment(home) | {"PYSPARK_SUBMIT_ARGS": " ".join([*options, "pyspark-shell"])}
@@ -115,12 +115,12 @@ def standalone_cluster(folder: Path, *, workers: int, cores: int, cores_per_appl
 
 
 Start = Callable[[list[str], dict[str, str], IO[bytes] | int], subprocess.Popen[bytes]]
-"""Takes a command, its environment, and the destination of stdout."""
+"""Function that starts a process; takes the command, its environment, and the destination of stdout."""
 
 
 @contextmanager
 def started_processes() -> Iterator[Start]:
-    """Yield a function that starts processes; end them and their children at the end of the block."""
+    """Yield a function that starts processes. All started processes and their children are ended after the block."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(command: list[str], environment: dict[str, str], out: IO[bytes] | int) -> subprocess.Popen[bytes]:

@@ -1,4 +1,4 @@
-"""Counters of a Spark session."""
+"""A counter of the queries of a Spark session."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models and batches that cover every kind on every axis of the config."""
+"""Tiny models and batches. Together, the models cover every `kind` of every part of the config."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz ?\n"
 
 
 def tiny_config(variant: str) -> ModelConfig:
-    """Return the config of one of VARIANTS: the common kinds, the alternative kinds, prefix-LM, or a rare variant."""
+    """Return the config of one name of VARIANTS: common kinds, alternative kinds, prefix-LM, or a rare variant."""
     if variant in RARE:
         return _rare_config(variant)
     plain = variant == "plain"
@@ -72,7 +72,7 @@ DECODER_EXPERTS = {"kind": "moe", "num_experts": 4, "expert": {"kind": "gated", 
 
 
 def _rare_config(variant: str) -> ModelConfig:
-    """Return a config with kinds that only some published families use."""
+    """Return a config with kinds that only some published model families use."""
     capped = variant == "capped"
     config = tiny_config("prefix" if capped else "plain").model_dump()
     config["vision"] |= VISION.get(variant, {})

@@ -23,7 +23,7 @@ WIDTH, DEPTH, HEADS, MLP, PATCH, SIZE = 16, 3, 2, 24, 4, 16
 
 
 def blocks(**changes: Any) -> dict[str, Any]:
-    """Return the config of a transformer with biases, plain MLP and LayerNorm."""
+    """Return the config of a transformer with biases, plain MLPs and LayerNorm."""
     attention = {"num_heads": HEADS, "num_kv_heads": HEADS, "head_dim": WIDTH // HEADS, "bias": True}
     mlp = {"kind": "plain", "mlp_width": MLP, "activation": changes.pop("activation", "gelu")}
     norm = {"kind": "layer", "eps": changes.pop("eps", 1e-5)}
@@ -33,7 +33,7 @@ def blocks(**changes: Any) -> dict[str, Any]:
 def config(
     vision: dict[str, Any] | None = None, decoder: dict[str, Any] | None = None, size: int = SIZE, **others: Any
 ) -> ModelConfig:
-    """Return a model config with this encoder and this decoder; a part that is not given has default settings."""
+    """Return a model config with the given encoder and decoder. A part that is not given has default settings."""
     return ModelConfig.model_validate(
         {
             "image": {"size": size},
@@ -105,7 +105,7 @@ def logits(model: VisionLanguageModel, ids: Tensor) -> Tensor:
 
 
 def assert_equal(ours: Tensor, theirs: Tensor, mask: Tensor | None = None) -> None:
-    """Check that tensors are equal up to 1e-5 where the mask is true, and that they are not nearly constant."""
+    """Check that tensors are equal up to 1e-5 where the mask is true, and that their values are not nearly constant."""
     assert ours.shape == theirs.shape
     difference = (ours - theirs).abs()
     assert float((difference if mask is None else difference[mask.bool()]).max()) <= 1e-5

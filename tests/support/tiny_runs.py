@@ -86,7 +86,7 @@ def tiny_run(
 def write_shards(
     folder: Path, *, rows: int, texts: int = 1, rows_per_file: int = 8, size: int = 16, seed: int = 0
 ) -> Shards:
-    """Write pictures in four plain colours whose texts name the colour, with the functions that executors use."""
+    """Write shards of plain pictures in four colours, whose texts name the colour, with the functions of executors."""
     request = ShardRequest(
         table="none",
         table_id="none",
@@ -155,7 +155,7 @@ def global_batches(
 
 
 def write_run(folder: Path, config: RunConfig, train: Shards, validate: Shards) -> RunFolder:
-    """Write a run folder as the driver does before it starts ranks."""
+    """Write a run folder with the files that the driver writes before it starts ranks."""
     run = RunFolder(folder)
     file = RunFile(
         config=config,
@@ -172,11 +172,11 @@ def write_run(folder: Path, config: RunConfig, train: Shards, validate: Shards) 
 
 
 MakeRun = Callable[..., RunFolder]
-"""Takes the name of the folder, an optional fault for its ranks, and train settings; returns the run folder."""
+"""Function that writes a run folder and returns it; takes the folder's name, a fault (optional) and train settings."""
 
 
 def runs_in(folder: Path, patch: pytest.MonkeyPatch) -> MakeRun:
-    """Return a function that writes folders of tiny runs on common shards; their ranks can import tests/support."""
+    """Return a function that writes folders of tiny runs that share their shards. Ranks can import tests/support."""
     patch.setenv("PYTHONPATH", TEST_PATH)
     train, validate = write_shards(folder / "train", rows=21), write_shards(folder / "val", rows=6)
 

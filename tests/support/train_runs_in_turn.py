@@ -1,4 +1,4 @@
-"""Ranks that train several runs one after another, because starting ranks takes longer than a tiny run.
+"""Ranks that train several runs one after another. Starting ranks takes longer than training a tiny run.
 
 torchrun ... -m train_runs_in_turn --run-dir DIR,DIR,...
 """

@@ -1,4 +1,4 @@
-"""Tiny models, trained in seconds: some use their pictures, one cannot."""
+"""Tiny models that are trained in seconds: some models use their pictures, and one model cannot."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ BATCH, LR = 32, 1e-2
 def corner_rows(source: str, split: str, count: int) -> list[tuple[Any, ...]]:
     """Return rows of table `samples`: pictures of four coloured fields whose text names only the first field's colour.
 
-    The other fields are random and stronger, so the text of the nearest neighbour is right in only two of three cases.
+    The other three fields have stronger, random colours. The nearest neighbour's text is therefore right in only two
+    of three cases.
     """
     rng = np.random.default_rng(len(split))
     rows = []
@@ -69,9 +70,9 @@ def train(
     Args:
         config: settings of the run.
         shards: training data.
-        stops: numbers of steps, ascending.
-        blind: show the model pictures of other rows.
-        misnamed: colour that the texts call white.
+        stops: numbers of steps after which the model is yielded, ascending.
+        blind: whether each text is trained with the picture of another row.
+        misnamed: name of a colour that is replaced by `white` in the texts.
     """
     tokenizer = text.learn(config.model.text, [])
     torch.manual_seed(1)
@@ -111,7 +112,7 @@ def register(
 
 
 def corner_run(name: str) -> RunConfig:
-    """Return the config of a run on corner pictures; its model and its source have the same name."""
+    """Return the config of a run on corner pictures; the run's model and its data source are both called `name`."""
     config = tiny_run(ranks=1)
     chosen = config.chosen.model_copy(update={"data": name})
     return config.model_copy(update={"name": name, "chosen": chosen})

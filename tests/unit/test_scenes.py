@@ -1,4 +1,4 @@
-"""Generated scenes: the sentence of a scene can be read off its picture, and the file is reproducible."""
+"""Generated scenes: each sentence describes its picture correctly, and the generated file is reproducible."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def parse(caption: str) -> Scene:
 
 
 def recognise(image: Image.Image) -> tuple[list[tuple[str, str]], str]:
-    """Recognise size and colour of each object, and the relation or location, from the pixels alone."""
+    """Recognise the size and colour of each object, and the objects' relation or location, from the pixels alone."""
     pixels = np.asarray(image).astype(int)
     inked = (np.abs(pixels - pixels[0, 0]) > 60).any(axis=2)
     for axis, relation in ((1, "above"), (0, "left of")):
@@ -86,7 +86,7 @@ def rows_of(path: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-def test_caption_parses_back_to_its_scene() -> None:
+def test_scene_can_be_parsed_from_its_caption() -> None:
     for scene, _ in scenes(300):
         assert parse(scene.caption) == scene
 
@@ -103,7 +103,7 @@ def test_the_same_scene_is_drawn_differently_each_time() -> None:
     assert len(pictures) == 50
 
 
-def test_every_location_relation_shape_size_and_colour_occurs() -> None:
+def test_every_location_relation_shape_size_and_colour_is_generated() -> None:
     made = [scene for scene, _ in scenes(600)]
     assert {scene.relation for scene in made} == {*LOCATIONS, *RELATIONS}
     objects = [one for scene in made for one in scene.objects]
@@ -112,7 +112,7 @@ def test_every_location_relation_shape_size_and_colour_occurs() -> None:
     assert {one.shape for one in objects} == set(SHAPES)
 
 
-def test_file_depends_on_count_and_seed_only(tmp_path: Path) -> None:
+def test_generated_file_depends_only_on_count_and_seed(tmp_path: Path) -> None:
     for name, seed in (("one", 3), ("two", 3), ("three", 4)):
         write_scenes(tmp_path / name, 200, seed)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
@@ -151,7 +151,7 @@ def is_good(row: list[str]) -> bool:
     return image.size == (SIDE, SIDE) and bool(caption)
 
 
-def test_every_corruption_is_a_quarantine_reason() -> None:
+def test_every_kind_of_broken_row_has_a_quarantine_reason() -> None:
     assert set(CORRUPTIONS) <= set(REASONS)
 
 

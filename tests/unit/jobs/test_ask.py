@@ -32,7 +32,7 @@ CAT, DOG = ("<loc0256><loc0512><loc0768><loc0896> " + name for name in ("cat ; "
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use a Lakesight home folder and a working folder of the test's own, with two pictures."""
+    """Use a new Lakesight home folder and a new working folder with two pictures."""
     monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (400, 200), "black").save("wide.png")
@@ -72,7 +72,7 @@ def random_model(tmp_path: Path) -> tuple[Path, VisionLanguageModel, Tokenizer]:
 def detector(tmp_path: Path) -> Path:
     """Save a model that only generates the box of a cat or of a dog.
 
-    The head's rows of these two tokens are opposite, and all other rows are zero.
+    The output head has opposite weights for the tokens of the two boxes, and zero weights for all other tokens.
     """
     backend = byte_fallback()
     backend.add_tokens([AddedToken(token, normalized=False) for token in (CAT, DOG)])
@@ -125,7 +125,7 @@ def test_too_many_pictures_for_the_context_are_refused(
 
 
 def test_boxes_are_reported_in_pixels_of_the_picture_and_drawn(detector: Path, ask_in_process: AskInProcess) -> None:
-    """The model sees the central 200 of 400 columns, so half of its width is column 100 + 100 of the picture."""
+    """The model sees columns 100 to 300 of the picture. Half of the model's input width is therefore column 200."""
     report = ask_in_process("wide.png", prompt="detect cat", checkpoint=detector, draw=Path("boxes.png"))
     assert report["regions"]
     for region in report["regions"]:

@@ -34,19 +34,19 @@ WEIGHT_COMMAND_NAMES = [command.__name__.replace("_", "-") for command in WEIGHT
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Use a Lakesight home folder and a working folder of the test's own."""
+    """Use a new Lakesight home folder and a new working folder."""
     monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "home"
 
 
 def lakesight(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process forked from one that has imported torch."""
+    """Run a `lakesight` command in a process that is forked from a process with torch already imported."""
     return run_command(*arguments, environment=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment)
 
 
 def lakesight_in_new_interpreter(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command as its console script does."""
+    """Run a `lakesight` command in a new process, as the console script does."""
     command = [sys.executable, "-c", "from jobs.cli import main; main()", *arguments]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -63,7 +63,7 @@ def assert_user_error(done: subprocess.CompletedProcess[str], *expected: str) ->
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-def test_help_lists_every_command_and_how_to_start() -> None:
+def test_help_lists_every_command_and_a_first_command_to_run() -> None:
     done = lakesight_in_new_interpreter("--help")
     assert done.returncode == 0
     assert [name for name in COMMANDS + WEIGHT_COMMAND_NAMES if f"\n  {name}" not in done.stdout] == []
@@ -106,7 +106,7 @@ def test_a_successful_command_returns_without_system_exit(monkeypatch: pytest.Mo
 
 
 def failing(error: BaseException) -> typer.Typer:
-    """Return a command line with one command, which raises an error."""
+    """Return a command line app whose only command raises the given error."""
     commands = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
 
     def fail() -> None:
@@ -191,7 +191,7 @@ def test_invalid_input_prints_one_paragraph_and_exits_2(arguments: list[str], ex
     assert_user_error(lakesight(*arguments), *expected)
 
 
-def test_a_home_folder_that_is_not_writable_is_reported_before_anything_starts(tmp_path: Path) -> None:
+def test_a_home_folder_that_is_not_writable_is_reported_before_work_starts(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file, not a folder")
     done = lakesight("ingest", LAKESIGHT_HOME=str(tmp_path / "file" / "home"))
     assert_user_error(done, "home folder cannot be written", "LAKESIGHT_HOME")
@@ -205,7 +205,7 @@ def test_missing_java_is_reported_with_how_to_install_it(home: Path) -> None:
     assert not (home / "warehouse").exists()
 
 
-def test_a_port_in_use_is_reported_before_anything_starts() -> None:
+def test_a_port_in_use_is_reported_before_a_server_starts() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         assert_user_error(lakesight("ui", "--port", str(port)), f"127.0.0.1:{port}", "Address already in use")
@@ -260,7 +260,7 @@ def test_config_models_counts_the_parameters_of_a_built_model() -> None:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """Save a model with random weights; returns its checkpoint folder."""
+    """Save a model with random weights and return its checkpoint folder."""
     tokenizer = text.learn(CharsConfig(kind="chars", alphabet="abc "), ())
     torch.manual_seed(1)
     save_model(tmp_path / "checkpoint", build_model(load_model("nano"), tokenizer.vocab_size), tokenizer)
@@ -302,7 +302,7 @@ def test_ask_refuses_a_file_that_is_not_a_picture_and_a_folder_that_is_not_a_che
 
 @pytest.fixture
 def samples(home: Path, tmp_path: Path) -> Callable[..., Any]:
-    """Write table `samples` with two versions; returns a function that runs `lakesight show samples --json`."""
+    """Write two versions of table `samples` and return a function that runs `lakesight show samples --json`."""
     Image.new("RGB", (8, 8), "blue").save(tmp_path / "blue.png")
     picture = (tmp_path / "blue.png").read_bytes()
     for name in ("one", "<two>"):
