@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-"""Label of a position that is no target of the loss."""
+"""Label of a position that does not count in the loss."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures and sequences, right-padded.
+    """Pictures and right-padded token sequences of a training step.
 
     Attributes:
-        pixels_PHWC: uint8, at model resolution, in the order of their slots: row by row, first to last.
-        tokens_BT: int64 token ids; SLOT at the positions of a picture.
-        labels_BT: int64, the next token if it belongs to the answer, otherwise IGNORE.
-        prefix_lengths_B: int64, number of positions before the answer.
+        pixels_PHWC: uint8 pictures at model resolution, in the order of their slots in `tokens_BT`, row by row.
+        tokens_BT: int64 token ids, with the id SLOT at the positions of a picture.
+        labels_BT: int64 labels; the label of a position is the next token if the next token belongs to the answer, and
+            IGNORE otherwise.
+        prefix_lengths_B: int64 number of positions before the answer, for each row.
     """
 
     pixels_PHWC: Tensor
@@ -31,11 +32,11 @@ class Batch:
     prefix_lengths_B: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
-        """Copy the batch to a device. From pinned memory the copy is asynchronous."""
+        """Copy the batch to a device. A copy from pinned memory to a GPU is asynchronous."""
         return Batch(*(t.to(device, non_blocking=True) for t in self.tensors()))
 
     def with_pixels(self, pixels_PHWC: Tensor) -> Batch:
-        """Return a batch with the same sequences and other pictures."""
+        """Return a batch with the same token sequences and the given pictures."""
         return Batch(pixels_PHWC, self.tokens_BT, self.labels_BT, self.prefix_lengths_B)
 
     def pin_memory(self) -> Batch:
@@ -43,5 +44,5 @@ class Batch:
         return Batch(*(t.pin_memory() for t in self.tensors()))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the four tensors in the order of the constructor."""
+        """Return the four tensors in the order of the constructor's arguments."""
         return self.pixels_PHWC, self.tokens_BT, self.labels_BT, self.prefix_lengths_B

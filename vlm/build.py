@@ -1,4 +1,4 @@
-"""Construction of a model from its config: the only module that chooses a class by `kind`."""
+"""Construction of a model from its config. No other module chooses a class by the `kind` of a config."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _ACTIVATIONS: dict[Activation, ActivationFunction] = {
 
 
 def build_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
-    """Build a model with fresh weights, drawn from torch's global generator: seed it first."""
+    """Build a model with random weights from torch's global random generator, which the caller seeds first."""
     model = VisionLanguageModel(
         config,
         _encoder(config),
@@ -63,12 +63,12 @@ def build_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
 
 
 def initialize_weights(model: VisionLanguageModel) -> None:
-    """Initialize the weights in place, with a variance of 1 / fan_in for linear layers.
+    """Initialize the weights in place. The weights of linear layers get a variance of 1 / fan_in.
 
-    - Layers that write into the residual stream are divided by sqrt(2 * depth) too.
-    - The head, the token table and learned tokens have standard deviation 0.02, so that the first loss is
-      log(vocabulary); a larger head makes the start of training unstable.
-    - Routers have standard deviation 0.02 too. A router with large initial weights keeps its initial choice of experts.
+    - The weights of layers that write into the residual stream are also divided by sqrt(2 * depth).
+    - The output head, the embedding table and learned tokens get a standard deviation of 0.02, so that the first loss
+      is log(vocabulary size). A larger standard deviation of the head makes the start of training unstable.
+    - Routers also get a standard deviation of 0.02. A router with large weights would keep its first choice of experts.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | GroupedLinear):

@@ -1,7 +1,7 @@
-"""Captioning of pictures, used by executors, the served model and `lakesight ask` alike.
+"""Captioning of pictures. Spark executors, the served model and `lakesight ask` all use this module.
 
-A picture is given as bytes or as base64 text. A defect of one picture or prompt is an error of its own row, and a
-caption does not depend on the other rows of its batch.
+A picture is given as bytes or as base64 text. A defect of a picture or of its prompt is an error of its row alone, and
+a caption does not depend on the other rows of its batch.
 """
 
 from __future__ import annotations
@@ -25,21 +25,23 @@ from vlm.text.prompt import prefix_ids
 
 BATCH_ROWS = 64
 BATCH_POSITIONS = 16_384
-"""Limits of a batch: rows, and positions summed over rows and beams. They bound the memory of the key-value cache."""
+"""Largest number of rows of a batch, and largest number of positions, summed over the rows and beams of a batch.
+
+The two limits bound the memory of the key-value cache."""
 MAX_PIXELS, MIN_SIDE = 64_000_000, 4
-"""Default limits of a picture: largest width times height, and smallest width and height, in pixels."""
+"""Default limits of a picture: largest number of pixels (width times height), and smallest side in pixels."""
 
 
 @dataclass(frozen=True)
 class CaptionResult:
-    """Result for one picture: either a caption or an error.
+    """Result for one picture, which is either a caption or an error.
 
     Attributes:
-        caption: the text; None for an error.
-        error: `<reason>: <detail>`; None for a caption.
-        sha256: SHA-256 of the picture's bytes, hex; None if there are no bytes.
+        caption: generated caption; None if there is an error.
+        error: error message of the form `<reason>: <detail>`; None if there is a caption.
+        sha256: SHA-256 of the picture's bytes, in hex; None if the row has no bytes.
         num_tokens: number of generated tokens, including the end token.
-        mean_logprob: mean log-probability of these tokens, in nats; None for an error.
+        mean_logprob: mean log-probability of the generated tokens, in nats; None if there is an error.
     """
 
     caption: str | None
@@ -50,7 +52,7 @@ class CaptionResult:
 
 
 class DecodedPicture(NamedTuple):
-    """Picture at model resolution: uint8 pixels (H, W, C) or an error, and the SHA-256 of its bytes."""
+    """Pixels (H, W, C) of a picture at model resolution, or a decoding error, and the SHA-256 of the picture file."""
 
     pixels: npt.NDArray[np.uint8] | None
     sha256: str | None
@@ -72,14 +74,14 @@ class Captioner:
         max_pixels: int = MAX_PIXELS,
         min_side: int = MIN_SIDE,
     ) -> list[CaptionResult]:
-        """Caption pictures; returns one result for each, in order.
+        """Caption pictures, and return one result for each picture, in the order of the pictures.
 
         Args:
             images: picture files as bytes or as base64 text, optionally with a `data:` prefix.
-            prompts: one prompt for each picture; empty for a plain caption.
-            settings: settings of generation.
-            max_pixels: largest allowed width times height; a larger picture is an error of its row.
-            min_side: smallest allowed width and height, pixels.
+            prompts: one prompt for each picture; an empty prompt asks for a plain caption.
+            settings: generation settings, such as the temperature.
+            max_pixels: largest allowed number of pixels (width times height); a larger picture is an error of its row.
+            min_side: smallest allowed width and height, in pixels; a smaller picture is an error of its row.
         """
         decoded = self.decode(images, max_pixels=max_pixels, min_side=min_side)
         return self.caption_decoded(decoded, prompts, settings)
@@ -87,7 +89,7 @@ class Captioner:
     def decode(
         self, images: Sequence[bytes | str | None], *, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
     ) -> list[DecodedPicture]:
-        """Decode pictures to model resolution, in order. It may run in another thread than the model."""
+        """Decode pictures and resize them to model resolution. This method may run in a thread while the model works."""
         return [self._decode(image, max_pixels, min_side) for image in images]
 
     def _decode(self, image: bytes | str | None, max_pixels: int, min_side: int) -> DecodedPicture:
@@ -103,7 +105,7 @@ class Captioner:
     def caption_decoded(
         self, pictures: Sequence[DecodedPicture], prompts: Sequence[str], settings: GenerationConfig
     ) -> list[CaptionResult]:
-        """Caption decoded pictures; returns one result for each, in order. Decoding errors are passed on."""
+        """Caption decoded pictures, and return one result for each picture. The result contains any decoding error."""
         valid = {index: picture.pixels for index, picture in enumerate(pictures) if picture.pixels is not None}
         results = self.complete(list(valid.values()), [prompts[index] for index in valid], settings)
         completions = dict(zip(valid, results, strict=True))
@@ -117,10 +119,10 @@ class Captioner:
     def complete(
         self, pictures: Sequence[npt.NDArray[np.uint8]], prompts: Sequence[str], settings: GenerationConfig
     ) -> list[Completion | UserError]:
-        """Generate text for pictures at model resolution, in order.
+        """Generate one text for each picture, from pictures at model resolution.
 
         Returns:
-            A completion for each picture, or the error of a prompt that does not fit the context.
+            For each picture, a completion, or an error if the prompt does not fit the model's context.
         """
         results: dict[int, Completion | UserError] = {}
         requests: dict[int, Request] = {}
@@ -140,7 +142,7 @@ class Captioner:
 
 
 def _batches(requests: Mapping[int, Request], settings: GenerationConfig) -> Iterator[list[int]]:
-    """Group requests of similar length into batches, the longest first."""
+    """Group requests of similar length into batches, starting with the longest requests."""
     by_length = sorted(requests, key=lambda index: -len(requests[index].prefix))
     while by_length:
         positions = (len(requests[by_length[0]].prefix) + settings.max_new_tokens) * settings.num_beams

@@ -1,13 +1,13 @@
-"""Model checkpoints on disk, as safetensors and JSON. Loading never executes code from a file.
+"""Model checkpoints, stored as safetensors and JSON. Loading a checkpoint never executes code from a file.
 
-model.safetensors   every parameter once (tied parameters under their first name)
-config.json         the ModelConfig
-tokenizer.json      the tokenizer
-files.json          size and SHA-256 of each other file, in training checkpoints only; it reveals incomplete writes and
-                    changed bytes
+model.safetensors   every parameter; tied parameters are stored once, under their first name
+config.json         the ModelConfig as JSON
+tokenizer.json      the tokenizer as JSON
+files.json          size and SHA-256 of each other file, to detect incomplete writes and changed bytes; only in
+                    training checkpoints
 
-Names and shapes must match exactly: a missing tensor and an unexpected tensor are both errors. The optimizer state of a
-training checkpoint is in `vlm.training.state`.
+Names and shapes of the tensors must match the model exactly. A missing tensor and an unexpected tensor are both errors.
+The module `vlm.training.state` saves the optimizer state of a training checkpoint.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ MODEL_FILES = (WEIGHTS, CONFIG, TOKENIZER)
 
 
 def save_model(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer) -> None:
-    """Write weights, config and tokenizer of a model into a folder, which is created."""
+    """Write the weights, the config and the tokenizer of a model into a folder. Create the folder if it is missing."""
     save_weights(folder, model_weights(model), model.config, tokenizer)
 
 
 def save_weights(folder: Path, weights: Mapping[str, Tensor], config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Write the files of `save_model` from a copy of the weights: tensors by name, tied ones once."""
+    """Write the same files as `save_model`, from a dict of tensors in which tied weights appear once."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(weights), folder / WEIGHTS)
     (folder / CONFIG).write_text(config.model_dump_json(indent=2), encoding="utf-8")
@@ -52,19 +52,19 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor], config: ModelConfi
 
 
 def model_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters by name, without copying. Tied parameters appear once, as in `named_parameters`."""
+    """Return the parameters by name, without a copy. Tied parameters appear once, as in `named_parameters`."""
     return {name: p.detach().contiguous() for name, p in model.named_parameters()}
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[VisionLanguageModel, Tokenizer]:
-    """Load the model of a checkpoint folder, in evaluation mode, and its tokenizer.
+    """Load the model and the tokenizer of a checkpoint folder. The model is in evaluation mode.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not match the config.
     """
     config = load_config(folder)
     tokenizer = text.load(folder / TOKENIZER)
-    with torch.random.fork_rng(devices=[]):  # the fresh weights are overwritten, so keep the random state
+    with torch.random.fork_rng(devices=[]):  # building a model must not change the caller's random state
         model = build_model(config, tokenizer.vocab_size)
     load_weights(model, folder / WEIGHTS)
     return model.to(device).eval(), tokenizer
@@ -74,7 +74,7 @@ def load_config(folder: Path) -> ModelConfig:
     """Read the config of a checkpoint folder.
 
     Raises:
-        CheckpointError: the file is missing or no model config.
+        CheckpointError: the config file is missing or does not hold a valid model config.
     """
     try:
         return ModelConfig.model_validate_json((folder / CONFIG).read_text(encoding="utf-8"))
@@ -88,23 +88,25 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def load_weights(model: VisionLanguageModel, path: Path) -> None:
-    """Load the weights of a safetensors file into a model. Names and shapes must match exactly.
+    """Load the weights of a safetensors file into a model. The names and shapes of both must match exactly.
 
     Raises:
-        CheckpointError: the file cannot be read, or tensors are missing, unexpected or of another shape (all listed).
+        CheckpointError: the file cannot be read, or tensors are missing, unexpected or of another shape; the message
+            lists all such tensors.
     """
     fill_tensors(model_weights(model), path)
 
 
 def fill_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copy the tensors of a safetensors file into existing tensors. Names and shapes must match exactly.
+    """Copy the tensors of a safetensors file into existing tensors. Names and shapes of both must match exactly.
 
     Args:
-        tensors: by name; overwritten in place.
-        path: the safetensors file.
+        tensors: tensors by name, which are overwritten in place.
+        path: path of the safetensors file.
 
     Raises:
-        CheckpointError: the file cannot be read, or tensors are missing, unexpected or of another shape (all listed).
+        CheckpointError: the file cannot be read, or tensors are missing, unexpected or of another shape; the message
+            lists all such tensors.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -134,7 +136,7 @@ def fill_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 class ManifestEntry(Config):
-    """Entry of files.json: size in bytes and SHA-256 of one file."""
+    """Entry of files.json, with the size in bytes and the SHA-256 of one file."""
 
     bytes: int
     sha256: str
@@ -142,10 +144,10 @@ class ManifestEntry(Config):
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `folder` when the block ends without an error.
+    """Yield a temporary folder that replaces `folder` when the `with` block ends without an error.
 
-    Adds files.json and flushes every file to disk before the rename, so that after a crash of the host the folder is
-    either complete or absent.
+    This function adds files.json to the folder and flushes every file to disk before it renames the folder. After a
+    crash of the host, the folder is therefore either complete or absent.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -162,16 +164,16 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def verify_folder(folder: Path) -> None:
-    """Compare size and SHA-256 of every file with files.json.
+    """Compare the size and the SHA-256 of every file of a folder with files.json.
 
     Raises:
-        CheckpointError: lists the files that are missing, truncated or changed.
+        CheckpointError: a file is missing, truncated or changed; the message lists all such files.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         entries = {folder / name: ManifestEntry(**entry) for name, entry in manifest.items()}
         problems = [problem for path, entry in entries.items() if (problem := _describe_damage(path, entry))]
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # errors of pydantic and json are ValueErrors
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # pydantic and json raise ValueErrors
         problems = [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
     if problems:
         raise CheckpointError(
@@ -183,7 +185,7 @@ def verify_folder(folder: Path) -> None:
 
 
 def _describe_damage(path: Path, entry: ManifestEntry) -> str:
-    """Return how a file differs from its manifest entry; empty if it does not."""
+    """Return how a file differs from its manifest entry, or an empty string if the two agree."""
     if not path.is_file():
         return f"{path.name} is missing"
     if (size := path.stat().st_size) != entry.bytes:

@@ -1,4 +1,4 @@
-"""Decoder: the transformer that reads embeddings of pictures and tokens and predicts the next token.
+"""Decoder, a transformer that reads the embeddings of pictures and tokens and predicts the next token.
 
 Letters: B batch, T positions, S key positions, W width, V vocabulary.
 """
@@ -18,9 +18,10 @@ from vlm.layers.position import Angles, Rotary
 
 
 class Decoder(nn.Module):
-    """Decoder: token embeddings, positions (a table or rotary angles), blocks, norm, output head.
+    """Transformer with token embeddings, learned or rotary positions, blocks, a final norm and an output head.
 
-    In a model with cross-attention, a gated cross-attention block precedes every n-th block, starting with the first.
+    In a model with cross-attention, a gated cross-attention block runs before every n-th block, starting with the first
+    block.
     """
 
     def __init__(
@@ -47,12 +48,12 @@ class Decoder(nn.Module):
         self.norm, self.head = norm, head
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Return embeddings (..., W) of token ids. An id below zero (a slot) gets an arbitrary finite vector."""
+        """Return the embeddings (..., W) of token ids. The negative id of a slot gets an arbitrary finite vector."""
         vectors = self.tokens(tokens.clamp(min=0))
         return vectors * self.embedding_scale if self.embedding_scale != 1 else vectors
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Compute logits (..., V) of hidden states."""
+        """Compute the logits (..., V) of hidden states, with the soft cap if the model has a cap."""
         logits = self.head(hidden)
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
@@ -66,15 +67,15 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Compute normalised hidden states (B, T, W), the input of `logits`.
+        """Compute the hidden states (B, T, W) after the final norm, which are the input of `logits`.
 
         Args:
-            x_BTW: embeddings.
-            mask: bool (B, 1, T, S), True where query t attends to key s; None: causal.
-            positions_BT: position of each token; None: the positions after those of the cache, in all rows.
-            media: picture features for cross-attention; None: those of the cache.
-            cache: keys and values of earlier positions, extended in place.
-            last_only: compute the hidden state of the last position alone, (B, 1, W).
+            x_BTW: embeddings of the new positions.
+            mask: bool mask (B, 1, T, S), True where query t attends to key s; None for a causal mask.
+            positions_BT: position of each token; None to continue after the positions of the cache in all rows.
+            media: picture features for cross-attention; None to use the picture features of the cache.
+            cache: keys and values of earlier positions, to which this call adds the new positions.
+            last_only: True to compute only the hidden state of the last position, with shape (B, 1, W).
         """
         T = x_BTW.shape[1]
         start = cache.length if cache is not None else 0
@@ -105,7 +106,7 @@ class Decoder(nn.Module):
         return self.norm(x_BTW)
 
     def _masks(self, mask: Tensor | None, x_BTW: Tensor, keys: int) -> dict[int | None, Tensor | None]:
-        """Return the mask for each window size that the blocks use."""
+        """Return a dict with one attention mask for each window size that the blocks use."""
         masks: dict[int | None, Tensor | None] = {}
         for window in set(self.windows):
             if window is None or keys <= window:

@@ -1,7 +1,7 @@
-"""Errors whose message says how to continue, in four parts.
+"""Errors whose message has four parts and says how to continue.
 
-The parts are: what failed, where, what was got, and what was expected or how to fix it. The class decides the exit code
-of the command that shows the error: 1 for a failure, 2 for a mistake of the user.
+The four parts say what failed, where it failed, what was found, and what was expected or how to fix the problem. The
+class of an error decides the exit code of the command that shows the error: 1 for a failure, 2 for a user error.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ class LakesightError(Exception):
 
     Args:
         what: what failed, as a clause ("the picture cannot be decoded").
-        where: the file, row, table, rank or config path it happened at.
-        got: the value or state that was found.
-        fix: what was expected, or what to do next.
+        where: file, row, table, rank or config path at which the failure happened.
+        got: value or state that was found.
+        fix: what was expected, or what the user should do next.
     """
 
     exit_code = 1
     permanent = False
-    """True if a retry without a change would fail in the same way."""
+    """True if the same operation would fail again in a retry."""
 
     def __init__(self, what: str, *, where: str = "", got: str = "", fix: str = "") -> None:
         self.what, self.where, self.got, self.fix = what, where, got, fix
@@ -30,7 +30,7 @@ class LakesightError(Exception):
         super().__init__(". ".join(part.rstrip(".") for part in parts if part) + ".")
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickle with all attributes, so that an error crosses processes unchanged."""
+        """Pickle the error with all its attributes, so that another process receives the same error."""
         return _rebuild, (type(self), self.__dict__.copy(), self.args)
 
 
@@ -42,7 +42,7 @@ def _rebuild(cls: type[LakesightError], state: dict[str, object], args: tuple[ob
 
 
 class UserError(LakesightError):
-    """Mistake of the user: exit code 2, one paragraph, no traceback."""
+    """Mistake of the user. A command shows the message without a traceback and exits with code 2."""
 
     exit_code = 2
     permanent = True
@@ -53,7 +53,7 @@ class ConfigError(UserError):
 
 
 class ImageError(LakesightError):
-    """Picture that cannot be used. `reason` is one of IMAGE_REASONS."""
+    """Picture that cannot be used. The attribute `reason` is one of IMAGE_REASONS."""
 
     def __init__(self, reason: str, detail: str) -> None:
         self.reason, self.detail = reason, detail
@@ -72,16 +72,16 @@ IMAGE_REASONS = (
 
 
 class CheckpointError(LakesightError):
-    """Checkpoint that is missing, incomplete or of another model."""
+    """Checkpoint that is missing or incomplete, or that belongs to another model."""
 
     permanent = True
 
 
 def nearest(name: str, valid: Iterable[str], count: int = 1) -> list[str]:
-    """Return the valid names most similar to a misspelled one, the most similar first; none if none is similar."""
+    """Return up to `count` valid names that are similar to a misspelled name, the most similar name first."""
     return difflib.get_close_matches(name, list(valid), n=count, cutoff=0.4)
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """Return ", did you mean 'x'?" for a misspelled name, or nothing if no valid name is similar."""
+    """Return ", did you mean 'x'?" for a misspelled name, or an empty string if no valid name is similar."""
     return "".join(f", did you mean {match!r}?" for match in nearest(name, valid))

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and the digest of a file's content."""
+"""Atomic writes of files, and the SHA-256 of a file's content."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:
-    """Yield a temporary path in the same folder, and rename it to `path` when the block ends without an error.
+    """Yield a temporary path in the same folder, and rename it to `path` when the `with` block ends without an error.
 
-    A reader sees the old file or the new one, never a part of either. The folder is created. Several processes may
-    write the same file at once: each has its own temporary name, and the last rename wins.
+    A reader sees the whole old file or the whole new file, never a part of a file. The folder is created if it is
+    missing. Several processes may write the same file at once: each process uses its own temporary name, and the last
+    rename wins.
 
     Args:
-        path: the file to write.
-        sync: flush the bytes to disk before the rename, so that a power failure leaves no empty file. False suits files
-            that are worthless after a crash, such as heartbeats.
+        path: path of the file to write.
+        sync: True to flush the bytes to disk before the rename, so that a power failure leaves no empty file; False for
+            files that are useless after a crash, such as heartbeats.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")

@@ -1,7 +1,7 @@
-"""Fusion of pictures and text: features in slots of the sequence, or gated cross-attention to the features.
+"""Fusion of pictures and text, either by picture features in slots of the sequence or by gated cross-attention.
 
-Letters: B batch, P pictures of the batch, M most pictures of a row, N features of a picture, T positions, S keys
-(M * N), W width.
+Letters: B batch, P pictures of the batch, M largest number of pictures of a row, N features of a picture,
+T positions, S keys (M * N), W width.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ class Media:
     """Picture features that cross-attention attends to.
 
     Attributes:
-        features_BSW: features of each row's pictures, concatenated; zeros in rows with fewer pictures.
-        mask_BTS: bool, True where position t attends to feature s; a position attends to the last picture before it.
+        features_BSW: concatenated features of each row's pictures; zeros fill up rows with fewer than M pictures.
+        mask_BTS: bool mask, True where position t attends to feature s; a position attends only to the features of the
+            last picture whose slot is at or before this position.
     """
 
     features_BSW: Tensor
@@ -28,10 +29,10 @@ class Media:
 
 
 class SlotsFusion(nn.Module):
-    """Fusion that writes the features of a picture into its slots, in order."""
+    """Fusion that writes the features of each picture into the slots of the picture."""
 
     def forward(self, x_BTW: Tensor, is_slot_BT: Tensor, features_PNW: Tensor) -> tuple[Tensor, None]:
-        """Replace the embeddings of the slots by the features; returns no media.
+        """Replace the embeddings of the slots by picture features. The second result, the media, is always None.
 
         Raises:
             ValueError: the numbers of slots and features differ.
@@ -41,14 +42,14 @@ class SlotsFusion(nn.Module):
 
 
 class CrossFusion(nn.Module):
-    """Fusion that puts a learned marker in the slot of a picture and keeps its features for cross-attention."""
+    """Fusion that puts a learned marker into the slot of a picture and gives the features to cross-attention."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.marker = nn.Parameter(torch.zeros(width))
 
     def forward(self, x_BTW: Tensor, is_slot_BT: Tensor, features_PNW: Tensor) -> tuple[Tensor, Media]:
-        """Replace the embeddings of the slots by the marker; returns the media for cross-attention.
+        """Replace the embeddings of the slots by the marker, and return the media for cross-attention.
 
         Raises:
             ValueError: the numbers of slots and pictures differ.
@@ -68,7 +69,8 @@ class CrossFusion(nn.Module):
 class GatedCrossBlock(nn.Module):
     """Gated cross-attention block: x + tanh(g) * attention(norm(x)), then x + tanh(h) * mlp(norm(x)).
 
-    Both gates start at zero, so that a pretrained decoder starts unchanged. Source: Alayrac et al., 2022, figure 4.
+    Both gates g and h start at zero, so that a pretrained decoder initially computes the same output as without the
+    block. The block follows figure 4 of Alayrac et al., 2022.
     """
 
     def __init__(self, attention: CrossAttention, mlp: nn.Module, norms: tuple[nn.Module, nn.Module]) -> None:
@@ -79,13 +81,14 @@ class GatedCrossBlock(nn.Module):
         self.mlp_gate = nn.Parameter(torch.zeros(1))
 
     def keys_values(self, media: Media) -> tuple[Tensor, Tensor]:
-        """Compute keys and values of the pictures, which generation caches for all later tokens."""
+        """Compute the keys and values of the pictures. Generation caches the result for all later tokens."""
         return self.attention.keys_values(media.features_BSW)
 
     def forward(self, x_BTW: Tensor, keys_values: tuple[Tensor, Tensor], mask_B1TS: Tensor) -> Tensor:
-        """Apply the block. Attention adds nothing to a position before the first picture."""
+        """Apply the block. The attention adds nothing to a position before the first picture."""
         has_picture = mask_B1TS.any(dim=-1, keepdim=True)
-        # A row of the mask without any True would make the softmax NaN: let it attend to all, then drop the result.
+        # The softmax of a position that attends to nothing is NaN. Such a position attends to all keys here, and the
+        # result is multiplied by zero below.
         attended = self.attention(self.attention_norm(x_BTW), keys_values, mask_B1TS | ~has_picture)
         x_BTW = x_BTW + torch.tanh(self.attention_gate) * attended * has_picture[:, 0]
         return x_BTW + torch.tanh(self.mlp_gate) * self.mlp(self.mlp_norm(x_BTW))

@@ -1,11 +1,12 @@
-"""Decoding and resizing of pictures, the same for shards, training and captioning.
+"""Decoding and resizing of pictures. Shard writing, training and captioning all use this module.
 
-The bytes are untrusted. The header (format, number of pixels, sides) is checked before anything is decoded, and only
-the decoders of FORMATS run. Every defect becomes an ImageError with a reason from a closed list. Pillow's global
-settings stay as they are, and so does its own limit, which rejects pictures above 178 megapixels.
+The bytes of a picture are untrusted. The header (format, number of pixels, sides) is checked before any pixel is
+decoded, and only the decoders of FORMATS run. Every defect becomes an ImageError whose reason is one of IMAGE_REASONS.
+This module changes no global setting of Pillow. Pillow's own limit rejects pictures above 178 megapixels.
 
-A decoded picture looks as in a viewer: rotated according to its EXIF orientation, transparency composed over white,
-first frame of an animation, 16-bit grey scaled to 8 bit, palette and CMYK converted. Colour profiles are ignored.
+A decoded picture looks as in an image viewer. It is rotated according to its EXIF orientation, transparent pixels are
+composed over white, and an animation is represented by its first frame. Grey levels of 16 bits are scaled to 8 bits,
+and palette and CMYK colours are converted to RGB. Colour profiles are ignored.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "lanczos": Image.Resampling.LANCZOS,
 }
-"""Filters of the resize. Pillow's filters antialias when they shrink a picture; torch's do so only on request."""
+"""Resize filters by config value. Pillow's filters always antialias when a picture shrinks."""
 
 MAX_ASPECT = 16
-"""Largest ratio of scaled side to model side at which the whole picture is resized. Above it only the visible part is
-resized: a picture of 4 x 16,000,000 pixels, cropped at size 384, would need 1.8 TB otherwise."""
+"""Largest ratio of scaled side to model side at which the whole picture is resized.
+
+Above this ratio, only the visible part of the picture is resized. Resizing a whole picture of 4 x 16,000,000 pixels for
+a crop of side 384 would need 1.8 TB of memory."""
 
 UNSUPPORTED_SIGNATURES = (
     (b"%PDF", "PDF"),
@@ -45,9 +48,9 @@ UNSUPPORTED_SIGNATURES = (
     (b"\xff\x0a", "JPEG XL"),
     (b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
 )
-"""First bytes of common formats that Pillow does not identify, with their names.
+"""First bytes and names of common formats that Pillow does not identify.
 
-ISO media (HEIF, AVIF) are recognised by their brand instead."""
+The formats HEIF and AVIF are not in this list, because `_claimed_format` recognises them by their ISO media brand."""
 
 URL_SAFE = str.maketrans("-_", "+/")
 DATA_URL = re.compile(r"data:[^,]{0,200};base64,")
@@ -59,7 +62,7 @@ def picture_bytes(image: bytes | str | None) -> bytes:
     """Return the bytes of a picture given as bytes or as base64 text.
 
     Raises:
-        ImageError: reason missing_field (None or empty), not_an_image (neither bytes nor text) or bad_base64.
+        ImageError: the reason is missing_field (None or empty), not_an_image (neither bytes nor text) or bad_base64.
     """
     if not image:
         raise ImageError("missing_field", "no picture")
@@ -71,10 +74,11 @@ def picture_bytes(image: bytes | str | None) -> bytes:
 
 
 def decode_base64(text: str, max_bytes: int = sys.maxsize) -> bytes:
-    """Decode standard or URL-safe base64. White space, a data-URL prefix and missing padding are accepted.
+    """Decode standard or URL-safe base64. White space, a data-URL prefix and missing padding are allowed.
 
     Raises:
-        ImageError: reason bad_base64, or too_large for more than `max_bytes` (checked before decoding).
+        ImageError: the reason is bad_base64, or too_large if the data has more than `max_bytes` bytes, which is checked
+            before decoding.
     """
     body = text.strip()
     prefix = DATA_URL.match(body)
@@ -87,7 +91,7 @@ def decode_base64(text: str, max_bytes: int = sys.maxsize) -> bytes:
     try:
         try:
             data = _decode_strictly(body)
-        except (binascii.Error, ValueError):  # rare, so the slower path runs only after a failure
+        except (binascii.Error, ValueError):  # rare case, so only after a failure of the fast path
             data = _decode_strictly("".join(body.split()).translate(URL_SAFE))
     except (binascii.Error, ValueError) as error:
         raise ImageError("bad_base64", f"{len(body)} characters: {error}") from None
@@ -101,7 +105,7 @@ def _decode_strictly(body: str) -> bytes:
 
 
 class ImageInfo(NamedTuple):
-    """Format (Pillow's name), width and height (pixels, after EXIF rotation) of a decoded picture."""
+    """Pillow's format name of a decoded picture, and its width and height in pixels after EXIF rotation."""
 
     format: str
     width: int
@@ -111,18 +115,19 @@ class ImageInfo(NamedTuple):
 def open_image(
     data: bytes, *, max_pixels: int, min_side: int, draft_side: int | None = None
 ) -> tuple[Image.Image, ImageInfo]:
-    """Decode a whole picture into RGB.
+    """Decode a picture file to RGB, and return the picture with its format and size.
 
     Args:
         data: bytes of a picture file.
-        max_pixels: largest allowed width times height.
-        min_side: smallest allowed width and height, pixels.
-        draft_side: let the JPEG decoder halve the picture up to three times while both sides keep at least this many
-            pixels. This is much faster; the pixels after a resize are nearly the same. None: decode at full size.
+        max_pixels: largest allowed number of pixels (width times height).
+        min_side: smallest allowed width and height, in pixels.
+        draft_side: smallest side, in pixels, to which the JPEG decoder may shrink the picture; the decoder halves both
+            sides up to three times, which is much faster and hardly changes the pixels after a resize; None to decode
+            at full size.
 
     Raises:
-        ImageError: reason too_large or too_small (known from the header, before decoding), unsupported_format,
-            not_an_image, or truncated_image (a supported format that does not decode completely).
+        ImageError: the reason is too_large or too_small (both known from the header, before decoding),
+            unsupported_format, not_an_image, or truncated_image (a supported format that does not decode completely).
     """
     image = _open_header(data)
     width, height = image.size
@@ -137,7 +142,7 @@ def open_image(
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         rgb = _to_rgb(image)
-    except (ImageError, MemoryError):  # running out of memory is no defect of the picture
+    except (ImageError, MemoryError):  # too little memory is no defect of the picture
         raise
     except Exception as error:  # decoders raise many types of errors for damaged files
         raise ImageError("truncated_image", f"{format_}: {_sentence(error)}") from error
@@ -145,28 +150,28 @@ def open_image(
 
 
 class PixelStats(NamedTuple):
-    """Brightness (mean) and contrast (standard deviation) of a picture's levels, which range from 0 to 255."""
+    """Brightness (mean) and contrast (standard deviation) of a picture's pixel values, which range from 0 to 255."""
 
     brightness: float
     contrast: float
 
 
 def pixel_stats(pixels: npt.NDArray[np.uint8]) -> PixelStats:
-    """Compute brightness and contrast of a picture of any shape."""
+    """Compute the brightness and the contrast of a picture from its pixel values."""
     return PixelStats(float(pixels.mean()), float(pixels.std()))
 
 
 class ResizeTransform(NamedTuple):
-    """Transform from a picture to the model's square input: scale the picture, then crop or pad it.
+    """Transform from a picture to the model's square input: the picture is scaled and then cropped or padded.
 
     Attributes:
-        size: side of the square, pixels.
-        width: width of the picture, pixels.
-        height: height of the picture, pixels.
-        scaled_width: width of the whole picture after scaling, pixels.
-        scaled_height: height of the whole picture after scaling, pixels.
-        left: scaled pixels cropped on the left; negative if white is added.
-        top: scaled pixels cropped at the top; negative if white is added.
+        size: side of the square, in pixels.
+        width: width of the picture, in pixels.
+        height: height of the picture, in pixels.
+        scaled_width: width of the whole picture after scaling, in pixels.
+        scaled_height: height of the whole picture after scaling, in pixels.
+        left: number of scaled pixels cropped on the left; negative if white padding is added.
+        top: number of scaled pixels cropped at the top; negative if white padding is added.
     """
 
     size: int
@@ -178,9 +183,9 @@ class ResizeTransform(NamedTuple):
     top: int
 
     def to_source(self, x: float, y: float) -> tuple[float, float]:
-        """Map a point of the square to the picture; a point in the padding maps to the nearest border.
+        """Map a point of the square to the picture. A point in the padding maps to the nearest border of the picture.
 
-        Coordinates count edges of pixels, not centres: 0 is the left or upper border.
+        Coordinates count the edges of pixels, not their centres, so 0 is the left or upper border.
         """
         x = (x + self.left) * self.width / self.scaled_width
         y = (y + self.top) * self.height / self.scaled_height
@@ -188,9 +193,9 @@ class ResizeTransform(NamedTuple):
 
 
 def compute_resize(width: int, height: int, config: ImageConfig) -> ResizeTransform:
-    """Compute the resize of a picture of this width and height (pixels).
+    """Compute the transform that resizes a picture of the given width and height, in pixels.
 
-    Sides are rounded as the image processors of transformers and timm do.
+    The scaled sides are rounded in the same way as in the image processors of transformers and timm.
     """
     size, short, long = config.size, min(width, height), max(width, height)
     if config.resize == "stretch":
@@ -207,7 +212,7 @@ def _margin(excess: int, config: ImageConfig) -> int:
 
 
 def to_pixels(image: Image.Image, config: ImageConfig) -> npt.NDArray[np.uint8]:
-    """Resize an RGB picture to the model's input: uint8 pixels (config.size, config.size, 3)."""
+    """Resize an RGB picture to the model's input, an array of uint8 pixels (config.size, config.size, 3)."""
     size, resampling = (config.size, config.size), FILTERS[config.filter]
     resize = compute_resize(*image.size, config)
     if max(resize.scaled_width, resize.scaled_height) > MAX_ASPECT * config.size:
@@ -219,7 +224,7 @@ def to_pixels(image: Image.Image, config: ImageConfig) -> npt.NDArray[np.uint8]:
 
 
 def _open_header(data: bytes) -> Image.Image:
-    """Identify the format of a picture and read its header, without decoding it."""
+    """Identify the format of a picture and read its header, without decoding the pixels."""
     try:
         return Image.open(io.BytesIO(data), formats=_decoders())
     except UnidentifiedImageError:
@@ -239,14 +244,14 @@ def _open_header(data: bytes) -> Image.Image:
 
 @lru_cache(maxsize=1)
 def _decoders() -> tuple[str, ...]:
-    """Return the FORMATS that this build of Pillow supports (AVIF needs 11.3)."""
+    """Return the formats of FORMATS that the installed Pillow can decode. AVIF needs Pillow 11.3."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _claimed_format(data: bytes) -> str | None:
-    """Name the format that the first bytes indicate, by signatures alone: no parser outside FORMATS runs."""
-    start = data[:16].ljust(16, b"\0")  # the signature tests of Pillow do not check the length
+    """Return the name of the format whose signature the first bytes match, or None. No parser runs."""
+    start = data[:16].ljust(16, b"\0")  # Pillow's signature tests expect enough bytes
     if start[4:8] == b"ftyp":
         return {b"avif": "AVIF", b"avis": "AVIF"}.get(start[8:12], "HEIF")
     for signature, name in UNSUPPORTED_SIGNATURES:

@@ -1,4 +1,4 @@
-"""The vision-language model: encoder, projector, fusion and decoder.
+"""The vision-language model, which consists of an encoder, a projector, a fusion and a decoder.
 
 Letters: B batch, P pictures, N features of a picture, T positions, W width, V vocabulary.
 """
@@ -19,15 +19,15 @@ from vlm.vision import VisionEncoder
 
 
 class VisionLanguageModel(nn.Module):
-    """Vision-language model: encoder, then projector, then fusion of features and token embeddings, then decoder.
+    """Vision-language model that runs encoder, projector, fusion of features and token embeddings, and decoder.
 
     Args:
-        config: configuration the parts were built from.
-        encoder: turns pixels into features.
-        projector: maps features to the width of the decoder.
-        fusion: inserts features into the sequence, or prepares them for cross-attention.
+        config: model config from which the other parts were built.
+        encoder: module that turns pixels into features.
+        projector: module that maps features to the width of the decoder.
+        fusion: module that inserts features into the sequence or prepares the features for cross-attention.
         decoder: language model.
-        prefix_lm: let pictures and prompt attend to each other in both directions.
+        prefix_lm: True to let the positions of pictures and prompt attend to each other in both directions.
     """
 
     def __init__(
@@ -50,23 +50,23 @@ class VisionLanguageModel(nn.Module):
         self.std: Tensor
 
     def encode(self, pixels_PHWC: Tensor) -> Tensor:
-        """Compute features (P, N, W) of uint8 pictures at model resolution."""
+        """Compute the features (P, N, W) of uint8 pictures at model resolution."""
         pixels_PCHW = (pixels_PHWC.permute(0, 3, 1, 2).to(self.mean.dtype) - self.mean) / self.std
         return self.projector(self.encoder(pixels_PCHW))
 
     def embed(self, tokens_BT: Tensor, features_PNW: Tensor) -> tuple[Tensor, Media | None]:
-        """Return embeddings (B, T, W) that include the pictures, and the media for cross-attention (None with slots).
+        """Return embeddings (B, T, W) of pictures and tokens, and the media for cross-attention (None for slots).
 
         Raises:
-            ValueError: the number of slots does not fit the number of pictures.
+            ValueError: the number of slots does not match the number of pictures.
         """
         return self.fusion(self.decoder.embed(tokens_BT), tokens_BT == SLOT, features_PNW)
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Compute hidden states (B, T, W) of a right-padded batch."""
         x_BTW, media = self.embed(batch.tokens_BT, self.encode(batch.pixels_PHWC))
-        # Right padding needs no mask under causal attention: no real position attends to a later one. The same holds
-        # under a prefix mask, because padding comes after the answer.
+        # Right padding needs no mask under causal attention, because no token attends to a later position. The same
+        # holds under a prefix mask, because padding comes after the answer.
         mask = None
         if self.prefix_lm:
             valid_BT = torch.ones_like(batch.tokens_BT, dtype=torch.bool)
@@ -74,19 +74,19 @@ class VisionLanguageModel(nn.Module):
         return self.decoder(x_BTW, mask=mask, media=media)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Compute logits (targets, V) of the target positions, in row-major order; the head skips slots and prompt."""
+        """Compute the logits (targets, V) of the target positions in row-major order. Other positions skip the head."""
         return self.decoder.logits(self.hidden_states(batch)[batch.labels_BT != IGNORE])
 
     def prefill(
         self, features_PNW: Tensor, prefix_BT: Tensor, cache: KVCache, padding_B: Tensor | None = None
     ) -> Tensor:
-        """Fill the cache with the prefixes and return logits (B, V) of the first answer token.
+        """Fill the cache with the prefixes, and return the logits (B, V) of the first answer token.
 
         Args:
-            features_PNW: features of all pictures, in the order of their slots.
-            prefix_BT: token ids, left-padded.
-            cache: an empty cache.
-            padding_B: number of padding positions at the start of each row; None: no row is padded.
+            features_PNW: features of all pictures, in the order of the pictures' slots.
+            prefix_BT: left-padded token ids of the prefixes.
+            cache: empty key-value cache.
+            padding_B: number of padding positions at the start of each row; None if no row is padded.
         """
         x_BTW, media = self.embed(prefix_BT, features_PNW)
         index_T = torch.arange(prefix_BT.shape[1], device=prefix_BT.device)
@@ -104,7 +104,7 @@ class VisionLanguageModel(nn.Module):
         return self.decoder.logits(x_B1W[:, 0])
 
     def step(self, tokens_B: Tensor, cache: KVCache) -> Tensor:
-        """Append one token to each row and return logits (B, V) of the next one."""
+        """Append one token to each row, and return the logits (B, V) of the next token."""
         mask, positions_BT = None, None
         if cache.padding_B is not None:
             positions_BT = cache.length - cache.padding_B[:, None]
@@ -114,7 +114,7 @@ class VisionLanguageModel(nn.Module):
         return self.decoder.logits(x_B1W[:, 0])
 
     def new_cache(self, batch: int, context: int) -> KVCache:
-        """Create an empty cache for `batch` sequences of up to `context` positions."""
+        """Create an empty key-value cache for `batch` sequences of up to `context` positions."""
         attention = self.config.decoder.transformer.attention
         return KVCache(
             depth=self.config.decoder.transformer.depth,

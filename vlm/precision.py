@@ -1,7 +1,8 @@
-"""Lower precision for inference: 16-bit weights, or linear layers quantized to 8 or 4 bits with torchao.
+"""Lower precision for inference, with 16-bit weights or with linear layers that torchao quantizes to 8 or 4 bits.
 
-The conversion changes a model in memory; checkpoint files keep the trained weights. The output head is not quantized:
-its error would go directly into the logits, and a head tied to the token table would need a second copy.
+The conversion changes a model in memory. Checkpoint files keep the trained weights. The output head is not quantized,
+because its rounding errors would go directly into the logits, and because the weight of a tied head would be stored
+twice.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from vlm.model import VisionLanguageModel
 log = logging.getLogger(__name__)
 
 INT4_GROUP_SIZE = 32
-"""Input channels that share an int4 scale and zero point. These take 32 bits, so a weight takes 5 bits in all."""
+"""Number of input channels that share an int4 scale and zero point.
+
+Scale and zero point together take 32 bits, so an int4 weight takes 5 bits in all."""
 INT4_OUTPUT_MULTIPLE = 16
-"""The int4 kernel for CPUs needs a multiple of this many output channels."""
+"""Number that must divide the number of output channels for the int4 kernel for CPUs."""
 
 
 def set_precision(model: VisionLanguageModel, precision: Precision) -> None:
-    """Convert a model for inference, in place, on its device. Rotary tables and routers stay in fp32.
+    """Convert the weights of a model in place, for inference only. Rotary tables and routers stay in fp32.
 
     Raises:
-        UserError: the precision needs torchao, which is not installed.
+        UserError: the precision needs torchao, and torchao is not installed.
     """
     if precision is Precision.FP32:
         return
@@ -44,7 +47,7 @@ def set_precision(model: VisionLanguageModel, precision: Precision) -> None:
 
 
 def _quantize(model: VisionLanguageModel, precision: Precision) -> None:
-    # torch logs a warning about the way torchao registers its types, which users cannot act on.
+    # torch warns about how torchao registers its types. A user can do nothing about this warning, so hide it.
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     from torchao.quantization import quantize_
 
@@ -71,7 +74,7 @@ def _supports_int4(layer: nn.Linear) -> bool:
 
 
 def _torchao_config(precision: Precision, device: torch.device) -> Any:
-    """Return the weight-only config for the device's kernel. torchao must not change global compiler settings."""
+    """Return torchao's weight-only config for a device. torchao must not change global compiler settings."""
     from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
 

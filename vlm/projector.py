@@ -1,6 +1,6 @@
-"""Projectors that map encoder features to the decoder's width and reduce their number.
+"""Projectors that map encoder features to the decoder's width and reduce the number of features.
 
-The linear and the MLP projector are plain layers and need no class here.
+The linear projector and the MLP projector are plain layers and need no class in this module.
 
 Letters: B pictures, N patches, L latents, W width.
 """
@@ -17,10 +17,10 @@ from vlm.layers.attention import CrossAttention
 
 
 class PixelShuffle(nn.Module):
-    """Concatenation of each square of factor x factor patches, then a linear layer: (B, N, W) to
-    (B, N / factor^2, out_width).
+    """Projector that concatenates each square of factor x factor patches and then applies a linear layer.
 
-    This is the pixel unshuffle of InternVL (Chen et al., 2024): it moves detail from positions to channels.
+    The layer maps (B, N, W) to (B, N / factor^2, out_width). This pixel unshuffle of InternVL (Chen et al., 2024) moves
+    detail from positions to channels.
     """
 
     def __init__(self, width: int, out_width: int, factor: int) -> None:
@@ -29,7 +29,7 @@ class PixelShuffle(nn.Module):
         self.linear = nn.Linear(width * factor**2, out_width, bias=False)
 
     def forward(self, x_BNW: Tensor) -> Tensor:
-        """Project patches that are given row by row of a square grid."""
+        """Project the patches of a square grid, which are given row by row."""
         B, N, W = x_BNW.shape
         side, f = math.isqrt(N) // self.factor, self.factor
         squares = x_BNW.view(B, side, f, side, f, W).transpose(2, 3)
@@ -37,7 +37,7 @@ class PixelShuffle(nn.Module):
 
 
 class ResamplerBlock(nn.Module):
-    """Block of a resampler: latents attend to the picture and to each other, then pass an MLP."""
+    """Block of a resampler, in which the latents attend to the picture and to each other and then go through an MLP."""
 
     def __init__(self, attention: CrossAttention, mlp: nn.Module, *, width: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class ResamplerBlock(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Perceiver resampler: turns any number of patches into a fixed number of features (Alayrac et al., 2022)."""
+    """Perceiver resampler that turns any number of patches into a fixed number of features (Alayrac et al., 2022)."""
 
     def __init__(self, blocks: Sequence[ResamplerBlock], norm: nn.Module, out: nn.Linear, *, num_latents: int) -> None:
         super().__init__()

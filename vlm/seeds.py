@@ -1,4 +1,4 @@
-"""Seeds computed from what they are used for, so that no random state needs saving."""
+"""Hash functions that compute a seed from numbers such as step and rank, so that no random state needs to be saved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def splitmix64(word: Word) -> Word:
     """Hash 64 bits with one step of SplitMix64 (Steele et al., "Fast Splittable Pseudorandom Number Generators", 2014).
 
     Args:
-        word: an integer of any size and sign, taken modulo 2**64, or a uint64 array, hashed element by element.
+        word: integer of any size and sign, which is reduced modulo 2**64, or uint64 array, which is hashed elementwise.
     """
     word = _wrap(word + 0x9E3779B97F4A7C15)
     word = _wrap((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9)
@@ -23,14 +23,14 @@ def splitmix64(word: Word) -> Word:
 
 
 def _wrap(word: Word) -> Word:
-    """Reduce an integer modulo 2**64; uint64 arrays wrap around by themselves."""
+    """Reduce an integer modulo 2**64. A uint64 array is returned unchanged, because numpy wraps it around already."""
     return word & (2**64 - 1) if isinstance(word, int) else word
 
 
 def mix(*numbers: int) -> int:
-    """Compute a 63-bit seed that differs in all its bits for every tuple of numbers.
+    """Compute a 63-bit seed from several numbers, such that another tuple of numbers changes about half of the bits.
 
-    Sums and shifts of small numbers are not enough: torch's CPU generator uses only the low 32 bits of a seed.
+    A sum of shifted numbers would not be enough, because torch's CPU generator uses only the low 32 bits of a seed.
     """
     state = 0
     for number in numbers:

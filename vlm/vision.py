@@ -1,6 +1,6 @@
-"""Vision encoder: turns a picture into a sequence of features.
+"""Vision encoder, which turns a picture into a sequence of features.
 
-Letters: B batch, C channels, N patches (and class token), W width.
+Letters: B batch, C channels, N patches (plus class token and registers), W width.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Select = Literal["cls", "mean", "patches", "attention"]
 
 
 class PatchStem(nn.Conv2d):
-    """Convolution whose stride and kernel are the patch size p: (B, 3, H, W) to (B, width, H/p, W/p).
+    """Convolution whose kernel size and stride are the patch size p (Dosovitskiy et al., 2020).
 
-    Source: Dosovitskiy et al., 2020.
+    The layer maps (B, 3, H, W) to (B, width, H/p, W/p).
     """
 
     def __init__(self, patch_size: int, width: int, *, bias: bool) -> None:
@@ -28,9 +28,9 @@ class PatchStem(nn.Conv2d):
 
 
 class ConvStem(nn.Sequential):
-    """3x3 convolutions with stride 2, then a 1x1 convolution to the width (Xiao et al., 2021).
+    """Stem of 3x3 convolutions with stride 2 and a final 1x1 convolution to the width (Xiao et al., 2021).
 
-    Group norm replaces batch norm, so the features of a picture do not depend on its batch.
+    Group norm replaces batch norm, so the features of a picture do not depend on the other pictures of the batch.
     """
 
     def __init__(self, channels: Sequence[int], width: int) -> None:
@@ -44,7 +44,7 @@ class ConvStem(nn.Sequential):
 
 
 class AttentionPool(nn.Module):
-    """Attention pooling with one learned query, then an MLP: (B, N, W) to (B, 1, W) (Zhai et al., 2022)."""
+    """Attention pooling from (B, N, W) to (B, 1, W), with one learned query and an MLP (Zhai et al., 2022)."""
 
     def __init__(self, attention: CrossAttention, norm: nn.Module, mlp: nn.Module, *, width: int) -> None:
         super().__init__()
@@ -52,17 +52,17 @@ class AttentionPool(nn.Module):
         self.attention, self.norm, self.mlp = attention, norm, mlp
 
     def forward(self, x_BNW: Tensor) -> Tensor:
-        """Pool all features of each picture into one."""
+        """Pool all features of each picture into a single feature."""
         query_B1W = self.query.expand(len(x_BNW), -1, -1)
         pooled_B1W = self.attention(query_B1W, self.attention.keys_values(x_BNW))
         return pooled_B1W + self.mlp(self.norm(pooled_B1W))
 
 
 class VisionEncoder(nn.Module):
-    """Vision transformer: stem, class token and registers, positions, blocks, norm, selection of the output.
+    """Vision transformer with stem, class token, registers, position embeddings, blocks, norms and an output selection.
 
-    Position embeddings cover all tokens or only the patches. `pre_norm` and `norm` are identities in a model that has
-    no such norm.
+    Position embeddings are added to all tokens or only to the patches. The modules `pre_norm` and `norm` are identities
+    in a model that has no such norm.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class VisionEncoder(nn.Module):
         self.select = select
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Compute features of normalised pixels: (B, N, W) for `select: patches`, (B, 1, W) otherwise."""
+        """Compute the features of normalised pixels, (B, N, W) with `select: patches` and (B, 1, W) otherwise."""
         x_BNW = self.pre_norm(self.dropout(self._embed(self.stem(pixels_BCHW).flatten(2).transpose(1, 2))))
         for block in self.blocks:
             x_BNW = block(x_BNW, mask=None, causal=False)
