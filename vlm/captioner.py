@@ -89,7 +89,7 @@ class Captioner:
     def decode(
         self, images: Sequence[bytes | str | None], *, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
     ) -> list[DecodedPicture]:
-        """Decode pictures and resize them to model resolution. This method may run in a thread while the model works."""
+        """Decode pictures and resize them to model resolution. This method may run in another thread."""
         return [self._decode(image, max_pixels, min_side) for image in images]
 
     def _decode(self, image: bytes | str | None, max_pixels: int, min_side: int) -> DecodedPicture:

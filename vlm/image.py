@@ -91,7 +91,7 @@ def decode_base64(text: str, max_bytes: int = sys.maxsize) -> bytes:
     try:
         try:
             data = _decode_strictly(body)
-        except (binascii.Error, ValueError):  # rare case, so only after a failure of the fast path
+        except (binascii.Error, ValueError):  # white space or URL-safe base64 is rare, so try it last
             data = _decode_strictly("".join(body.split()).translate(URL_SAFE))
     except (binascii.Error, ValueError) as error:
         raise ImageError("bad_base64", f"{len(body)} characters: {error}") from None

@@ -1,4 +1,4 @@
-"""Text generation: requests, greedy decoding, sampling and beam search with a key-value cache.
+"""Text generation with a key-value cache: requests, greedy decoding, sampling and beam search.
 
-Start reading in `generate.py`; callers import `Request`, `Completion`, `generate` and `stream` from there.
+Start reading in `generate.py`. Callers import `Request`, `Completion`, `generate` and `stream` from that module.
 """

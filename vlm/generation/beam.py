@@ -1,13 +1,14 @@
-"""Beam search: extends the most likely partial completions in parallel and returns the best finished one.
+"""Beam search, which extends the most likely partial completions in parallel and returns the best finished completion.
 
-The rules are those of transformers' `generate` with `early_stopping=False`, so that both return the same tokens:
+The search has the same rules as transformers' `generate` with `early_stopping=False`, so that both return the same
+tokens:
 
 - Each step considers twice as many candidates as beams. A finished candidate counts only among the first `num_beams`.
 - The normalized score of a candidate is its log-probability divided by length ** length_penalty.
 - A search ends when it holds `num_beams` finished candidates and the best open beam has no higher normalized score than
-  the worst of them.
+  the worst finished candidate.
 
-Letters: B requests still searched, K beams, C candidates, R = B * K rows, X = K * V continuations, V vocabulary.
+Letters: B active requests, K beams, C candidates, R = B * K rows, X = K * V continuations, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from vlm.text.stop import find_stop
 def beam_search(
     model: VisionLanguageModel, tokenizer: Tokenizer, requests: Sequence[Request], settings: GenerationConfig
 ) -> list[Completion]:
-    """Find the best completion of each request, without its `text`.
+    """Find the best completion of each request. The field `text` of the completions stays empty.
 
     Raises:
-        UserError: a request does not fit the context.
-        ValueError: the slots of a request do not fit its pictures.
+        UserError: a request does not fit the model's context.
+        ValueError: the number of slots of a request does not match its pictures.
     """
     K = settings.num_beams
     logits_RV, cache = prefill(model, requests, settings)
@@ -76,14 +77,14 @@ def beam_search(
 
 @dataclass(frozen=True)
 class _Beam:
-    """Partial completion.
+    """Partial completion of a request.
 
     Attributes:
-        tokens: token ids.
+        tokens: token ids of the completion so far.
         logprobs: log-probability of each token under the model.
         score: sum of the log-probabilities after the repetition penalty.
         normalized_score: score divided by length ** length_penalty.
-        parent: index of the beam that this one extends.
+        parent: index of the beam that this beam extends.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -94,21 +95,21 @@ class _Beam:
 
 
 _IMPOSSIBLE = -math.inf
-"""Score of a beam that only fills the batch."""
+"""Score of a filler beam, which keeps the number of beams of a request constant."""
 
 
 class _Search:
-    """Beam search of one request."""
+    """State of the beam search of one request."""
 
     def __init__(self, num_beams: int, is_finished: Callable[[list[int]], bool]) -> None:
         self._is_finished = is_finished
-        # All beams start equal. Only the first is viable, or the first step would choose the same token for each beam.
+        # All beams start equal. Only the first beam is viable, because equal beams would all choose the same token.
         self.beams = [_Beam()] + [_Beam(score=_IMPOSSIBLE)] * (num_beams - 1)
         self.done = False
         self._finished: list[_Beam] = []
 
     def advance(self, candidates: Sequence[_Beam]) -> None:
-        """Take one step: divide the candidates, which come best first, into finished and open beams."""
+        """Divide the candidates of one step, sorted from best to worst, into finished and open beams."""
         K = len(self.beams)
         finished = [self._is_finished(candidate.tokens) for candidate in candidates]
         viable = [c.score > _IMPOSSIBLE for c in candidates]
@@ -132,7 +133,7 @@ class _Search:
 def _rank_candidates(
     logits_RV: Tensor, searches: Sequence[_Search], penalty: RepetitionPenalty, settings: GenerationConfig
 ) -> list[list[_Beam]]:
-    """Return the 2 * K best continuations of each request, best first."""
+    """Return the 2 * K best continuations of each request, starting with the best continuation."""
     B, V = len(searches), logits_RV.shape[-1]
     logprobs_RV = torch.log_softmax(logits_RV, dim=-1)
     scores_R = torch.tensor([beam.score for search in searches for beam in search.beams], device=logits_RV.device)

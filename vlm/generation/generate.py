@@ -1,9 +1,9 @@
-"""Text generation: one pass over the prefixes, then one token per row and step with the key-value cache.
+"""Text generation. One forward pass reads the prefixes, and each later step adds one token to each row.
 
-Rows of a batch do not influence each other, so a completion does not depend on its batch. Finished rows leave the
-batch. Suppressed ids of the tokenizer are never generated.
+Rows of a batch do not influence each other, so a completion does not depend on the other rows. A finished row leaves
+the batch. The suppressed ids of the tokenizer are never generated.
 
-Letters: B rows still in the batch, V vocabulary.
+Letters: B unfinished rows of the batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ __all__ = ["Completion", "Request", "check_length", "generate", "stream"]
 def generate(
     model: VisionLanguageModel, tokenizer: Tokenizer, requests: Sequence[Request], settings: GenerationConfig
 ) -> list[Completion]:
-    """Generate a completion for each request, in order. Prefixes may differ in length and number of pictures.
+    """Generate one completion for each request. Prefixes may differ in length and in the number of pictures.
 
     Raises:
         UserError: a request and `max_new_tokens` do not fit the model's context.
-        ValueError: the slots of a request do not fit its pictures.
+        ValueError: the number of slots of a request does not match its pictures.
     """
     if not requests:
         return []
@@ -49,8 +49,8 @@ def stream(
 ) -> Iterator[int]:
     """Yield the token ids of one completion as they are generated, without the end token.
 
-    A token that may belong to a stop string is held back until this is decided. Beam search yields all tokens at its
-    end.
+    A token that may belong to a stop string is held back until later tokens show whether it does. Beam search yields
+    all tokens when the search has ended.
 
     Raises:
         UserError: the request and `max_new_tokens` do not fit the model's context.
@@ -73,7 +73,7 @@ def stream(
 def _generate_steps(
     model: VisionLanguageModel, tokenizer: Tokenizer, requests: Sequence[Request], settings: GenerationConfig
 ) -> Iterator[list[Completion]]:
-    """Yield the unfinished completions of all requests after each step; the same objects every time."""
+    """Yield the partial completions of all requests after each step. Every step yields the same objects, updated."""
     logits_BV, cache = prefill(model, requests, settings)
     sampler = TokenSampler(requests, settings, logits_BV.shape[-1], logits_BV.device)
     completions = [Completion() for _ in requests]
@@ -101,7 +101,7 @@ def _generate_steps(
 def _append_token(
     completion: Completion, token: int, logprob: float, tokenizer: Tokenizer, stop: Sequence[str]
 ) -> bool:
-    """Append a token to a completion; returns False if the completion is finished."""
+    """Append a token to a completion, and return False if the completion is finished."""
     completion.logprobs.append(logprob)
     if token == tokenizer.eos_id:
         return False

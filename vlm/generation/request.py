@@ -1,4 +1,4 @@
-"""Requests and completions of generation, and the prefill that encodes pictures and prefixes.
+"""Requests and completions of text generation, and the prefill step, which encodes pictures and prefixes.
 
 Letters: B requests, T positions, P pictures, N features of a picture, W width, V vocabulary.
 """
@@ -26,8 +26,9 @@ class Request:
 
     Attributes:
         prefix: token ids of the prompt, with SLOT at the positions of pictures (`vlm.text.prompt`).
-        pixels: pictures, uint8 (H, W, 3) at model resolution, in the order of their slots; empty for a text prompt.
-        seed: seed that distinguishes several samples for the same pictures and prompt.
+        pixels: uint8 pictures (H, W, 3) at model resolution, in the order of their slots; empty for a prompt without
+            pictures.
+        seed: seed of the request; requests with the same pictures and prompt but other seeds give other samples.
     """
 
     prefix: Sequence[int]
@@ -37,13 +38,13 @@ class Request:
 
 @dataclass
 class Completion:
-    """Generated text of one request.
+    """Generated tokens and text of one request.
 
     Attributes:
         tokens: generated token ids, without the end token.
-        logprobs: log-probability of each token under the model, in nats, including the end token, before penalty,
-            temperature and filters.
-        text: decoded tokens, cut before the first stop string.
+        logprobs: log-probability, in nats, of each generated token and of the end token under the model, before
+            repetition penalty, temperature and filters.
+        text: text of the decoded tokens, cut before the first stop string.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -57,12 +58,12 @@ class Completion:
 
     @property
     def mean_logprob(self) -> float:
-        """Mean log-probability of these tokens, in nats."""
+        """Mean log-probability of the generated tokens, in nats, including the end token."""
         return sum(self.logprobs) / len(self.logprobs)
 
 
 def check_length(model: VisionLanguageModel, request: Request, settings: GenerationConfig) -> None:
-    """Check that prefix and answer of a request fit the context. A prompt is never truncated.
+    """Check that the prefix and the answer of a request fit the model's context. A prompt is never truncated.
 
     Raises:
         UserError: the prefix and `max_new_tokens` together are longer than the context.
@@ -80,11 +81,11 @@ def check_length(model: VisionLanguageModel, request: Request, settings: Generat
 def prefill(
     model: VisionLanguageModel, requests: Sequence[Request], settings: GenerationConfig
 ) -> tuple[Tensor, KVCache]:
-    """Return logits (B, V) of the first tokens, and a cache that holds the prefixes and has space for the answers.
+    """Return the logits (B, V) of the first tokens, and a cache that holds the prefixes and has space for the answers.
 
     Raises:
-        UserError: a request does not fit the context.
-        ValueError: the slots of a request do not fit its pictures.
+        UserError: a request does not fit the model's context.
+        ValueError: the number of slots of a request does not match its pictures.
     """
     for request in requests:
         check_length(model, request, settings)
@@ -103,7 +104,7 @@ def prefill(
 
 
 def _features(model: VisionLanguageModel, requests: Sequence[Request]) -> Tensor:
-    """Compute features (P, N, W) of all pictures, in the order of their slots. Equal pictures are encoded once."""
+    """Compute features (P, N, W) of all pictures, in the order of their slots. Equal pictures are encoded only once."""
     index_by_content: dict[bytes, int] = {}
     distinct: list[Tensor] = []
     order: list[int] = []
@@ -119,7 +120,7 @@ def _features(model: VisionLanguageModel, requests: Sequence[Request]) -> Tensor
 
 
 def request_seed(request: Request, settings: GenerationConfig) -> int:
-    """Derive a seed from the seed of the settings and from seed, pictures and prompt of the request alone."""
+    """Derive a seed from the settings' seed and from the seed, the pictures and the prompt of a request."""
     checksums = [zlib.crc32(_bytes(picture)) for picture in request.pixels]
     return mix(settings.seed, request.seed, *checksums, *(token - SLOT for token in request.prefix))
 

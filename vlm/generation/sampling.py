@@ -1,6 +1,6 @@
-"""Choice of the next token: repetition penalty, temperature and filters, then the best token or a random one.
+"""Choice of the next token, either the best token or a random token, after repetition penalty, temperature and filters.
 
-The settings mean the same as in transformers' `generate` and are applied in the same order: repetition penalty,
+The settings have the same meaning as in transformers' `generate` and are applied in the same order: repetition penalty,
 temperature, top-k, top-p, min-p.
 
 Letters: B batch, N new tokens, V vocabulary.
@@ -19,9 +19,10 @@ from vlm.text.base import SLOT
 
 
 class TokenSampler:
-    """Sampler of the next token of every row: the best token at temperature 0, otherwise a random one.
+    """Sampler that chooses the best next token of every row at temperature 0, and a random next token otherwise.
 
-    The random numbers of a row depend only on its request, so a completion does not depend on its batch.
+    The random numbers of a row depend only on the request and the settings, so a completion does not depend on the
+    other rows of the batch.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class TokenSampler:
         self._uniform_BN = torch.stack(random_numbers).to(device)
 
     def __call__(self, logits_BV: Tensor, position: int) -> Tensor:
-        """Choose the tokens (B,) at a position of the completions."""
+        """Choose the next tokens (B,), which are at index `position` of the completions."""
         scores_BV = self._penalty(logits_BV)
         if self._settings.temperature == 0:
             tokens_B = scores_BV.argmax(dim=-1)
@@ -50,7 +51,7 @@ class TokenSampler:
         return tokens_B
 
     def reorder(self, rows_B: Tensor) -> None:
-        """Replace row i by the old row `rows_B[i]`."""
+        """Replace each row i by a copy of the old row `rows_B[i]`."""
         self._uniform_BN = self._uniform_BN[rows_B]
         self._penalty.reorder(rows_B)
 
@@ -58,7 +59,8 @@ class TokenSampler:
 class RepetitionPenalty:
     """Penalty for tokens that already occur in the prompt or completion of a row (Keskar et al., 2019).
 
-    A positive score is divided by the factor, a negative one multiplied by it. A factor of 1 disables the penalty.
+    A positive score is divided by the factor, and a negative score is multiplied by the factor. A factor of 1 disables
+    the penalty.
     """
 
     def __init__(self, factor: float, requests: Sequence[Request], vocab_size: int, device: torch.device) -> None:
@@ -69,31 +71,31 @@ class RepetitionPenalty:
                 seen_V[[token for token in request.prefix if token != SLOT]] = True
 
     def __call__(self, scores_BV: Tensor) -> Tensor:
-        """Apply the penalty to the scores."""
+        """Apply the repetition penalty to the scores of all tokens."""
         if self._factor == 1:
             return scores_BV
         penalized_BV = torch.where(scores_BV < 0, scores_BV * self._factor, scores_BV / self._factor)
         return torch.where(self._seen_BV, penalized_BV, scores_BV)
 
     def add(self, tokens_B: Tensor) -> None:
-        """Record one more token for each row."""
+        """Record the next token of each row as seen."""
         if self._factor != 1:
             self._seen_BV.scatter_(1, tokens_B[:, None], True)
 
     def reorder(self, rows_B: Tensor) -> None:
-        """Replace row i by the old row `rows_B[i]`."""
+        """Replace each row i by a copy of the old row `rows_B[i]`."""
         self._seen_BV = self._seen_BV[rows_B]
 
 
 def sample_tokens(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Sample one token for each row from the softmax of its scores, by inverse transform sampling.
+    """Sample one token for each row from the softmax of the row's scores, by inverse transform sampling.
 
-    The given random numbers make the choice the same on every device. The cumulative sum is in double precision:
-    single precision would lose the rare tokens of a large vocabulary.
+    The caller provides the random numbers, so the choice is the same on every device. The cumulative sum has double
+    precision, because single precision would lose the rare tokens of a large vocabulary.
 
     Args:
         scores_BV: scores of the tokens.
-        uniform_B: one random number in [0, 1) for each row.
+        uniform_B: random number in [0, 1) for each row.
     """
     sum_BV = torch.softmax(scores_BV.double(), dim=-1).cumsum(dim=-1)
     return torch.searchsorted(sum_BV, uniform_B[:, None] * sum_BV[:, -1:], right=True)[:, 0]
@@ -102,8 +104,8 @@ def sample_tokens(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
 def filter_scores(scores_BV: Tensor, settings: GenerationConfig) -> Tensor:
     """Divide scores by the temperature and set tokens outside top-k, top-p and min-p to minus infinity.
 
-    top-p is nucleus sampling (Holtzman et al., 2019). min-p is a fraction of the best token's probability (Nguyen et
-    al., 2024).
+    The top-p filter is nucleus sampling (Holtzman et al., 2019). The min-p filter removes tokens whose probability is
+    below `min_p` times the probability of the best token (Nguyen et al., 2024).
     """
     scores_BV = scores_BV / settings.temperature
     if settings.top_k is not None:

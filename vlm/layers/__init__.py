@@ -1,4 +1,5 @@
-"""Layers of the transformers: attention, masks, rotary positions, MLPs, mixture of experts and the key-value cache.
+"""Layers of a transformer: attention, masks, rotary positions, MLPs, mixture of experts and the key-value cache.
 
-They take and return tensors and import only torch and each other, no configuration. Start reading in `block.py`.
+The layers take and return tensors. The modules of this package import torch and each other, but no configuration. Start
+reading in `block.py`.
 """

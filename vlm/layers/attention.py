@@ -16,8 +16,8 @@ from vlm.layers.position import Angles, apply_rotary
 class Attention(nn.Module):
     """Self-attention with grouped key-value heads, rotary positions, a sliding window, a soft cap and a cache.
 
-    One matrix computes queries, keys and values, in this order. Scores are multiplied by `scale`, by default
-    1 / sqrt(head_dim).
+    One weight matrix computes queries, keys and values, in this order. The attention scores are multiplied by `scale`,
+    which is 1 / sqrt(head_dim) by default.
     """
 
     def __init__(
@@ -51,19 +51,19 @@ class Attention(nn.Module):
         layer: int = 0,
         last_only: bool = False,
     ) -> Tensor:
-        """Attend to the positions of x and of the cache.
+        """Compute the attention of the positions of x to the positions of x and of the cache.
 
         Args:
-            x_BTW: input.
-            mask: bool, broadcastable to (B, H, T, S), True where query t attends to key s; None: `causal` decides.
-            causal: without a mask, attend only to the same and earlier positions; False: attend to all.
+            x_BTW: input of the layer.
+            mask: bool mask, broadcastable to (B, H, T, S), True where query t attends to key s; None to use `causal`.
+            causal: without a mask, True to attend only to the same and earlier positions, False to attend to all.
             angles: rotary angles of the positions of x.
-            cache: keys and values of earlier positions, extended in place.
+            cache: keys and values of earlier positions, to which this call adds the new positions.
             layer: index of this layer in the cache.
-            last_only: compute the output of the last position alone.
+            last_only: True to compute only the output of the last position.
 
         Returns:
-            (B, T, W), or (B, 1, W) with `last_only`.
+            Output of shape (B, T, W), or (B, 1, W) with `last_only`.
         """
         B, T, _ = x_BTW.shape
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         if last_only:
             q_BHTD, T = q_BHTD[:, :, -1:], 1
             mask = mask[:, :, -1:] if mask is not None else None
-        if mask is not None or T == 1:  # an if statement, so that torch.compile sees a constant
+        if mask is not None or T == 1:  # torch.compile needs a constant here, so this is an if statement
             causal = False
         if self.soft_cap is None:
             out_BHTD = F.scaled_dot_product_attention(
@@ -129,14 +129,14 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(num_heads * head_dim, width, bias=bias)
 
     def keys_values(self, memory_BSW: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute keys and values of the memory, (B, H, S, D) each, which the caller may reuse for later queries."""
+        """Compute keys (B, H, S, D) and values (B, H, S, D) of the memory, which can be reused for later queries."""
         B, S, _ = memory_BSW.shape
         k_BSE, v_BSE = self.kv(memory_BSW).chunk(2, dim=-1)
         k_BHSD, v_BHSD = (part.view(B, S, -1, self.head_dim).transpose(1, 2) for part in (k_BSE, v_BSE))
         return k_BHSD, v_BHSD
 
     def forward(self, x_BTW: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
-        """Attend to the result of `keys_values`; `mask` as in `Attention.forward`."""
+        """Compute the attention of x to the result of `keys_values`. The mask works as in `Attention.forward`."""
         B, T, _ = x_BTW.shape
         q_BHTD = self.q(x_BTW).view(B, T, -1, self.head_dim).transpose(1, 2)
         out_BHTD = F.scaled_dot_product_attention(q_BHTD, *keys_values, attn_mask=mask)

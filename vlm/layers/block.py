@@ -16,14 +16,15 @@ from vlm.layers.position import Angles
 
 
 class Block(nn.Module):
-    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)).
+    """Pre-norm block, which computes x + attention(norm(x)) and then x + mlp(norm(x)).
 
-    The output of each branch can pass a second norm (`post_norms`) and a learned scale per channel, which starts at
-    `layer_scale`.
+    The output of each branch can go through a second norm (`post_norms`) and a learned scale per channel, which starts
+    at `layer_scale`.
 
     Attributes:
-        recompute: in training, store only the input and compute the block again in the backward pass.
-        compiled: in training, run the block through torch.compile.
+        recompute: True to store only the input of the block in training and to compute the block again in the backward
+            pass.
+        compiled: True to run the block through torch.compile in training.
     """
 
     recompute = False
@@ -61,7 +62,7 @@ class Block(nn.Module):
         layer: int = 0,
         last_only: bool = False,
     ) -> Tensor:
-        """Apply the block; arguments as in `Attention.forward`."""
+        """Apply the block. The arguments are the same as in `Attention.forward`."""
         function = _compiled_compute() if self.compiled and self.training else Block._compute
         compute = partial(
             function, self, mask=mask, causal=causal, angles=angles, cache=cache, layer=layer, last_only=last_only
@@ -88,23 +89,23 @@ class Block(nn.Module):
 
 
 def iterate_blocks(model: nn.Module) -> Iterator[Block]:
-    """Iterate over the blocks of encoder and decoder."""
+    """Iterate over the transformer blocks of the encoder and the decoder."""
     return (part for part in model.modules() if isinstance(part, Block))
 
 
 def recompute_blocks(model: nn.Module) -> None:
     """Enable activation recomputation in all blocks (Chen et al., 2016).
 
-    Training computes about a third more and stores the activations of one block at a time.
+    A training step then computes about a third more, but stores the activations of only one block at a time.
     """
     for block in iterate_blocks(model):
         block.recompute = True
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Enable torch.compile for the training of all blocks; each new shape is compiled on first use.
+    """Enable torch.compile for all blocks in training. A new input shape is compiled on first use.
 
-    Evaluation and generation keep the eager code.
+    Evaluation and generation run the blocks without torch.compile.
     """
     for block in iterate_blocks(model):
         block.compiled = True
@@ -112,8 +113,8 @@ def compile_blocks(model: nn.Module) -> None:
 
 @cache
 def _compiled_compute() -> Callable[..., Tensor]:
-    """Return the compiled `_compute`, shared by all blocks, so that blocks of the same shape share kernels.
+    """Return the compiled `_compute`. All blocks share this function, so blocks of the same shape share kernels.
 
-    It is created on first use, because importing the compiler is slow.
+    The function is compiled on first use, because importing the compiler is slow.
     """
     return torch.compile(Block._compute)

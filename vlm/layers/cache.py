@@ -1,4 +1,4 @@
-"""Key-value cache for generation. The caller creates and owns it; the model fills it.
+"""Key-value cache for generation. The caller creates the cache, and the model fills it.
 
 Letters: B batch, K kv heads, S key positions, D head width.
 """
@@ -14,13 +14,13 @@ from torch import Tensor
 class KVCache:
     """Preallocated keys and values of all layers for up to `context` positions.
 
-    Memory: 2 * depth * B * K * context * D elements.
+    The cache stores 2 * depth * B * K * context * D numbers.
 
     Attributes:
-        length: number of positions stored, equal in all rows.
-        padding_B: number of padding positions at the start of each row; None: no row is padded.
-        media: keys and values of the pictures, one pair for each cross-attention block; empty without cross-attention.
-        media_mask: bool, broadcastable to (B, H, 1, S): picture features that later tokens attend to.
+        length: number of stored positions, which is the same in all rows.
+        padding_B: number of padding positions at the start of each row; None if no row is padded.
+        media: keys and values of the pictures for each cross-attention block; empty without cross-attention.
+        media_mask: bool mask, broadcastable to (B, H, 1, S), True for the picture features that later tokens attend to.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class KVCache:
         self.media_mask: Tensor | None = None
 
     def extend(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values of one layer and return all of that layer, (B, K, S, D) each.
+        """Store new keys and values of a layer, and return all keys (B, K, S, D) and values (B, K, S, D) of that layer.
 
-        Call `advance` once after all layers have stored their new positions.
+        The caller calls `advance` once after all layers have stored their new positions.
         """
         end = self.length + k_BKTD.shape[2]
         assert end <= self._keys.shape[3], f"{end} positions in a cache of {self._keys.shape[3]}"
@@ -54,7 +54,7 @@ class KVCache:
         return self._keys[layer, :, :, :end], self._values[layer, :, :, :end]
 
     def advance(self, positions: int) -> None:
-        """Add to the number of positions that every layer has stored."""
+        """Increase `length` by the number of new positions, which every layer has stored."""
         self.length += positions
 
     def repeat(self, times: int) -> None:
@@ -68,9 +68,10 @@ class KVCache:
             self.media_mask = self.media_mask.repeat_interleave(times, dim=0)
 
     def keep_rows(self, active: Sequence[bool]) -> list[int]:
-        """Drop the rows that are not active; returns the old index of each remaining row.
+        """Drop the rows that are not active, and return the old index of each remaining row.
 
-        The last active rows move into the gaps, so dropping a row copies at most one row and allocates nothing.
+        The last active rows move into the gaps. Dropping a row therefore copies the keys and values of at most one row
+        and allocates no new keys and values.
         """
         count = sum(active)
         movable = (row for row in range(count, len(active)) if active[row])
@@ -88,7 +89,7 @@ class KVCache:
         return kept
 
     def reorder(self, rows_B: Tensor, start: int) -> None:
-        """Replace row i by the old row `rows_B[i]` from position `start` on.
+        """Replace each row i by a copy of the old row `rows_B[i]`, from position `start` on.
 
         The positions before `start` must be equal in both rows.
         """

@@ -8,7 +8,7 @@ from vlm.layers.moe import MoeMlp
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linear layers by name, without routers, whose weights must stay in fp32."""
+    """Return the linear layers by name, except the routers of experts, whose weights must stay in fp32."""
     routers = router_layers(model)
     return {
         name: module
@@ -18,6 +18,6 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def router_layers(model: nn.Module) -> list[nn.Linear]:
-    """Return the router and noise layers of all mixtures of experts."""
+    """Return the router layers and the noise layers of all mixtures of experts."""
     mixtures = [module for module in model.modules() if isinstance(module, MoeMlp)]
     return [layer for mixture in mixtures for layer in (mixture.router, mixture.noise) if layer is not None]

@@ -1,12 +1,12 @@
-"""Attention masks from two values per position, validity and an autoregressive mark (after big_vision's
-`make_attn_mask`).
+"""Attention masks, built from a validity flag and an autoregressive mark for each position.
 
-A query attends to itself, and to every valid (not padded) key whose cumulative sum of marks is not larger than its own:
+The method is the same as `make_attn_mask` in big_vision. A query attends to itself and to every valid (not padded) key
+whose cumulative sum of marks is not larger than the cumulative sum of the query:
 
     marks            mask
-    1 1 1 1 1 1      causal: each position attends to itself and to earlier ones
-    0 0 0 0 1 1      prefix-LM: the prefix attends to the whole prefix, the answer is causal
-    0 0 0 0 0 0      full: every position attends to every other
+    1 1 1 1 1 1      causal: every position attends to itself and to earlier positions
+    0 0 0 0 1 1      prefix-LM: the prefix attends to the whole prefix, and the answer is causal
+    0 0 0 0 0 0      full: every position attends to all positions
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ def attention_mask(valid_BT: Tensor, marks_BT: Tensor) -> Tensor:
     """Build a boolean mask, True where query t attends to key s.
 
     Args:
-        valid_BT: bool, False for padding.
-        marks_BT: int, 1 if earlier positions must not attend to this one, else 0.
+        valid_BT: bool, False at padding positions.
+        marks_BT: autoregressive marks; 1 if earlier positions must not attend to a position, else 0.
 
     Returns:
-        Mask (B, 1, T, T), which broadcasts over heads.
+        Mask of shape (B, 1, T, T), which broadcasts over heads.
     """
     order_BT = torch.cumsum(marks_BT, dim=1)
     allowed_BTS = order_BT[:, None, :] <= order_BT[:, :, None]
-    # Padding attends to itself: the softmax of a query without any key would be NaN.
+    # A padding position attends to itself, because the softmax of a query without any key would be NaN.
     identity_TS = torch.eye(valid_BT.shape[1], dtype=torch.bool, device=valid_BT.device)
     return (allowed_BTS & valid_BT[:, None, :] | identity_TS)[:, None]
 
 
 def prefix_marks(prefix_lengths_B: Tensor, length: int) -> Tensor:
-    """Return the marks (B, length) of a prefix-LM: 0 in the prefix of each row, 1 after it."""
+    """Return the marks (B, length) of a prefix-LM, which are 0 in the prefix of each row and 1 after the prefix."""
     return (torch.arange(length, device=prefix_lengths_B.device)[None] >= prefix_lengths_B[:, None]).long()
 
 
 def apply_window(mask: Tensor | None, window: int, *, queries: int, keys: int, device: torch.device) -> Tensor:
-    """Restrict a mask to a sliding window: keys less than `window` positions before the query.
+    """Restrict a mask to a sliding window, which contains the keys less than `window` positions before the query.
 
-    Positions of a prefix, which attend to each other in both directions, do so at any distance, as in transformers.
+    As in transformers, two positions of a prefix attend to each other at any distance.
 
     Args:
-        mask: bool (B, 1, queries, keys); None: causal.
-        window: number of keys in the window, including the query's own.
-        queries: number of queries; they are the last of the `keys` positions.
+        mask: bool mask (B, 1, queries, keys); None for a causal mask.
+        window: number of keys in the window, including the key at the position of the query.
+        queries: number of queries; the queries are the last `queries` of the `keys` positions.
         keys: number of keys.
-        device: device of the result.
+        device: device of the resulting mask.
 
     Returns:
-        Mask (1 or B, 1, queries, keys).
+        Mask of shape (1 or B, 1, queries, keys).
     """
     t = torch.arange(keys - queries, keys, device=device)[:, None]
     s = torch.arange(keys, device=device)[None]

@@ -1,4 +1,4 @@
-"""Feed-forward layers of a block: plain (two linear layers) or gated."""
+"""Feed-forward layers of a transformer block, either plain (two linear layers) or gated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ActivationFunction = Callable[[Tensor], Tensor]
 
 
 class PlainMlp(nn.Module):
-    """Linear layer, activation, linear layer: (..., width) to (..., out_width)."""
+    """MLP of a linear layer, an activation and a linear layer, from (..., width) to (..., out_width)."""
 
     def __init__(
         self, width: int, mlp_width: int, activation: ActivationFunction, *, bias: bool, out_width: int
@@ -21,12 +21,12 @@ class PlainMlp(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply to the last dimension."""
+        """Apply the MLP to the last dimension."""
         return self.out(self.activation(self.up(x)))
 
 
 class GatedMlp(nn.Module):
-    """Gated linear unit: out(activation(gate(x)) * up(x)); one matrix computes gate and up (Shazeer, 2020)."""
+    """Gated linear unit out(activation(gate(x)) * up(x)) (Shazeer, 2020). One matrix computes gate and up."""
 
     def __init__(self, width: int, mlp_width: int, activation: ActivationFunction, *, bias: bool) -> None:
         super().__init__()
@@ -35,6 +35,6 @@ class GatedMlp(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply to the last dimension."""
+        """Apply the gated MLP to the last dimension."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.out(self.activation(gate) * up)

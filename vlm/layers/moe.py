@@ -1,9 +1,10 @@
-"""Sparse mixture of experts: a router sends each token to a few of many MLPs (Shazeer et al., 2017).
+"""Sparse mixture of experts, in which a router sends each token to a few of many MLPs (Shazeer et al., 2017).
 
 Experts have no capacity limit, so no token is dropped. Tokens are sorted by expert, and one grouped matrix product
-computes all experts. `naive_experts` is the reference implementation, a loop over experts; tests compare the two.
+computes all experts. The function `naive_experts` is a slow reference implementation with a loop over the experts.
+Tests compare both implementations.
 
-Letters: N tokens, K experts chosen by a token, A = N * K assignments, X experts, W width, I inputs, O outputs.
+Letters: N tokens, K chosen experts of a token, A = N * K assignments, X experts, W width, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class Groups(NamedTuple):
     """Grouping of rows that are sorted by expert.
 
     Attributes:
-        expert_A: expert of each row, ascending.
-        ends_X: int32, index after the last row of each expert; equal to the previous entry for an expert without rows.
+        expert_A: index of the expert of each row, in ascending order.
+        ends_X: int32 index after the last row of each expert; an expert without rows repeats the previous index.
     """
 
     expert_A: Tensor
@@ -30,7 +31,7 @@ class Groups(NamedTuple):
 
 
 class GroupedLinear(nn.Module):
-    """Linear layers of all experts, stacked; each row passes the layer of its expert."""
+    """Stacked linear layers of all experts. Each row goes through the linear layer of its expert."""
 
     def __init__(self, num_experts: int, inputs: int, outputs: int, *, bias: bool) -> None:
         super().__init__()
@@ -38,7 +39,7 @@ class GroupedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_experts, outputs)) if bias else None
 
     def forward(self, x_AI: Tensor, groups: Groups) -> Tensor:
-        """Map sorted rows (A, I) to (A, O)."""
+        """Map rows (A, I) that are sorted by expert to rows (A, O)."""
         kind = x_AI.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_AI.dtype
         y_AO = grouped_matmul(x_AI.to(dtype), self.weight.to(dtype), groups)
@@ -46,7 +47,7 @@ class GroupedLinear(nn.Module):
 
 
 class PlainExperts(nn.Module):
-    """One `PlainMlp` for each expert."""
+    """Experts that are each a `PlainMlp`, with stacked weights."""
 
     def __init__(
         self, num_experts: int, width: int, mlp_width: int, activation: ActivationFunction, *, bias: bool
@@ -57,12 +58,12 @@ class PlainExperts(nn.Module):
         self.activation = activation
 
     def forward(self, x_AW: Tensor, groups: Groups) -> Tensor:
-        """Map sorted rows (A, W) to (A, W)."""
+        """Apply each expert to its rows. The rows (A, W) are sorted by expert."""
         return self.out(self.activation(self.up(x_AW, groups)), groups)
 
 
 class GatedExperts(nn.Module):
-    """One `GatedMlp` for each expert."""
+    """Experts that are each a `GatedMlp`, with stacked weights."""
 
     def __init__(
         self, num_experts: int, width: int, mlp_width: int, activation: ActivationFunction, *, bias: bool
@@ -73,18 +74,18 @@ class GatedExperts(nn.Module):
         self.activation = activation
 
     def forward(self, x_AW: Tensor, groups: Groups) -> Tensor:
-        """Map sorted rows (A, W) to (A, W)."""
+        """Apply each expert to its rows. The rows (A, W) are sorted by expert."""
         gate, up = self.gate_up(x_AW, groups).chunk(2, dim=-1)
         return self.out(self.activation(gate) * up, groups)
 
 
 class Routing(NamedTuple):
-    """Decision of a router for each token.
+    """Choice of experts by a router, for each token.
 
     Attributes:
-        logits_NX: fp32 logits without noise, the input of the router losses.
-        gates_NK: weights of the chosen experts, a softmax over these experts.
-        chosen_NK: indices of the chosen experts, best first.
+        logits_NX: fp32 logits of the router without noise, which are the input of the router losses.
+        gates_NK: weights of the chosen experts, from a softmax over the chosen experts.
+        chosen_NK: indices of the chosen experts, with the best expert first.
     """
 
     logits_NX: Tensor
@@ -93,10 +94,11 @@ class Routing(NamedTuple):
 
 
 class MoeMlp(nn.Module):
-    """Mixture of experts that replaces the MLP of a block: router and experts.
+    """Mixture of experts (a router and its experts), which replaces the MLP of a block.
 
-    A forward pass in training stores its `Routing`, from which the objective computes the router losses. The layer does
-    not compute them because it does not know which tokens are padding. Evaluation stores nothing and adds no noise.
+    A forward pass in training stores its `Routing`, from which `vlm.training.objective` computes the router losses. The
+    layer does not compute the losses itself, because the layer does not know which tokens are padding. A forward pass
+    in evaluation mode stores no `Routing` and adds no noise.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class MoeMlp(nn.Module):
         self.routing: Routing | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply to the last dimension."""
+        """Apply the mixture of experts to the last dimension."""
         x_NW = x.reshape(-1, x.shape[-1])
         routing = self.route(x_NW)
         if self.training:
@@ -127,7 +129,7 @@ class MoeMlp(nn.Module):
         return dispatch(self.experts, x_NW, routing).view_as(x)
 
     def route(self, x_NW: Tensor) -> Routing:
-        """Choose the experts of each token, in fp32 even under autocast: rounding would change the choice."""
+        """Choose the experts of each token. The router computes in fp32, because rounding would change the choice."""
         with torch.autocast(x_NW.device.type, enabled=False):
             x_NW = x_NW.float()
             logits_NX = scores_NX = F.linear(x_NW, self.router.weight.float())
@@ -138,7 +140,7 @@ class MoeMlp(nn.Module):
             return Routing(logits_NX, best_NK.softmax(dim=-1), chosen_NK)
 
     def pop_routing(self) -> Routing:
-        """Return and clear the routing of the last training pass; a routing of zero tokens if there was none."""
+        """Return and clear the routing of the last training pass, or a routing of zero tokens if no pass is stored."""
         routing, self.routing = self.routing, None
         if routing is None:
             routing = self.route(self.router.weight.new_zeros(0, self.router.in_features))
@@ -146,12 +148,12 @@ class MoeMlp(nn.Module):
 
     @property
     def out(self) -> GroupedLinear:
-        """Layer that writes into the residual stream."""
+        """Linear layer of the experts that writes into the residual stream."""
         return self.experts.out
 
 
 def dispatch(experts: PlainExperts | GatedExperts, x_NW: Tensor, routing: Routing) -> Tensor:
-    """Sort the assignments by expert, apply the experts, restore the order and sum the outputs of each token."""
+    """Sort the tokens by expert, apply the experts, and sum the outputs of the chosen experts of each token."""
     (N, W), K = x_NW.shape, routing.chosen_NK.shape[1]
     expert_A, order_A = routing.chosen_NK.flatten().sort(stable=True)
     inverse_A = torch.empty_like(order_A)
@@ -164,10 +166,10 @@ def dispatch(experts: PlainExperts | GatedExperts, x_NW: Tensor, routing: Routin
 
 
 def grouped_matmul(x_AI: Tensor, weight_XOI: Tensor, groups: Groups) -> Tensor:
-    """Multiply each sorted row by the matrix of its expert: (A, O).
+    """Multiply each row by the matrix of its expert, and return rows (A, O). The rows are sorted by expert.
 
-    Uses the grouped kernel of torch (2.10 or later) if the strides of the rows are multiples of 16 bytes, otherwise
-    `padded_matmul`.
+    This function uses torch's grouped kernel (torch 2.10 or later) if the strides of the rows are multiples of 16
+    bytes, and `padded_matmul` otherwise.
     """
     aligned = all(size * x_AI.element_size() % 16 == 0 for size in weight_XOI.shape[1:])
     if aligned and hasattr(F, "grouped_mm") and x_AI.dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -176,9 +178,9 @@ def grouped_matmul(x_AI: Tensor, weight_XOI: Tensor, groups: Groups) -> Tensor:
 
 
 def padded_matmul(x_AI: Tensor, weight_XOI: Tensor, groups: Groups) -> Tensor:
-    """Compute `grouped_matmul` on any version of torch, as a batch in which all experts are padded to the busiest one.
+    """Compute `grouped_matmul` on any version of torch, with all experts padded to the rows of the busiest expert.
 
-    The cost is X times that of the busiest expert, which is close to optimal for a balanced load.
+    The cost is X times the cost of the busiest expert, which is close to optimal for a balanced load.
     """
     X, O, I = weight_XOI.shape  # noqa: E741
     loads_X = torch.diff(groups.ends_X, prepend=groups.ends_X.new_zeros(1))
@@ -190,7 +192,7 @@ def padded_matmul(x_AI: Tensor, weight_XOI: Tensor, groups: Groups) -> Tensor:
 
 
 def naive_experts(experts: PlainExperts | GatedExperts, x_NW: Tensor, routing: Routing) -> Tensor:
-    """Compute the experts in a loop: the reference implementation for tests and benchmarks."""
+    """Compute the experts in a loop. Tests and benchmarks use this function as the reference implementation."""
     y_NW = torch.zeros_like(x_NW)
     for expert in range(len(experts.out.weight)):
         token_A, choice_A = (routing.chosen_NK == expert).nonzero(as_tuple=True)

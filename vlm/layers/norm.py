@@ -1,4 +1,4 @@
-"""RMS norm whose weight is stored as its difference from one. Other norms come from torch."""
+"""RMS norm whose scale is stored as its difference from one. The model takes all other norms from torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 
 class OffsetRmsNorm(nn.Module):
-    """RMS norm x / rms(x) * (1 + weight), computed in fp32 for any type of x (Gemma Team, 2024).
+    """RMS norm x / rms(x) * (1 + weight), which is computed in fp32 for any dtype of x (Gemma Team, 2024).
 
-    The offset makes weight decay pull the scale towards one instead of zero.
+    Because of the offset, weight decay pulls the scale towards one instead of zero.
     """
 
     def __init__(self, width: int, eps: float) -> None:

@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys. Learned positions are a plain embedding table.
+"""Rotary position embedding of queries and keys. Learned positions are a plain embedding table and not in this module.
 
 Letters: B batch, H heads, T query, D head width.
 """
@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, nn
 
 Angles = tuple[Tensor, Tensor]
-"""Cosine and sine for each position and pair of channels, (..., T, D/2) each. All layers of a pass share them."""
+"""Cosines (..., T, D/2) and sines (..., T, D/2) for each position and each pair of channels.
+
+All layers of a forward pass share the same tensors."""
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding (Su et al., 2021), half-split form.
+    """Rotary position embedding (Su et al., 2021) in its half-split form.
 
     Channels i and i + D/2 are rotated by the angle position * base^(-2i/D). The dot product of a query and a key then
-    depends only on their distance. The table holds cosine and sine of every position of the context, computed in fp32.
+    depends only on the distance of their positions. The tables hold the cosine and the sine of the angles of every
+    position of the context, computed in fp32.
     """
 
     def __init__(self, head_dim: int, context: int, base: float) -> None:
@@ -29,7 +32,7 @@ class Rotary(nn.Module):
         self.sin: Tensor
 
     def forward(self, positions: Tensor | slice, dtype: torch.dtype) -> Angles:
-        """Return the angles of positions: (T, D/2) for a slice, (B, 1, T, D/2) for positions (B, T) of each row."""
+        """Return the angles of positions: (T, D/2) for a slice, or (B, 1, T, D/2) for a tensor of positions (B, T)."""
         cos, sin = self.cos[positions].to(dtype), self.sin[positions].to(dtype)
         return (cos[:, None], sin[:, None]) if cos.ndim == 3 else (cos, sin)
 

@@ -1,5 +1,6 @@
-"""Training of a model: the loop, the loss, the optimizer, parallel ranks, adapters and the saved state.
+"""Training of a model: the training loop, losses, the optimizer, parallel ranks, adapters and the training state.
 
-The package takes batches from an iterable and reports through a callback: it knows neither shards nor run folders.
+The training loop takes batches from an iterable and reports through a callback. The package knows neither shards nor
+run folders.
 Start reading in `loop.py`.
 """

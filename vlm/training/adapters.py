@@ -1,13 +1,13 @@
-"""Low-rank adapters (LoRA; Hu et al., 2021): training of small updates to the linear layers of a frozen model.
+"""Low-rank adapters (LoRA; Hu et al., 2021), which are small trained updates to the linear layers of a frozen model.
 
-An adapted layer computes x W' + (alpha / rank) x A' B'. A (`down`) starts random and B (`up`) starts at zero, so that a
-fresh adapter leaves the output exactly unchanged. `merge_adapter` adds the update to W and returns to a plain model.
+An adapted layer computes x W' + (alpha / rank) x A' B'. A (`down`) starts at random values and B (`up`) starts at zero,
+so a fresh adapter leaves the output exactly unchanged. `merge_adapter` adds the update to W and restores a plain model.
 
-adapter.safetensors   A and B of each adapted layer
+adapter.safetensors   the matrices A and B of each adapted layer
 adapter.json          the AdapterConfig, and the SHA-256 of the weights file that the adapter was trained on
 
-The SHA-256 identifies the base weights. Shapes cannot: another model of the same shapes would load the adapter without
-an error and generate nonsense.
+The SHA-256 identifies the base weights. Shapes of tensors are not enough: another model with the same shapes would load
+the adapter without an error and generate nonsense.
 
 Letters: R rank.
 """
@@ -47,7 +47,7 @@ class AdapterFile(Config):
 
 
 class LoraLinear(nn.Linear):
-    """Linear layer with a low-rank update; the frozen weight and bias keep their names and storage."""
+    """Linear layer with a low-rank update. The frozen weight and bias keep their parameter names and their storage."""
 
     def __init__(self, base: nn.Linear, config: AdapterConfig) -> None:
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
@@ -59,11 +59,11 @@ class LoraLinear(nn.Linear):
         self.up = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute the output of the layer, including the update."""
+        """Compute the output of the linear layer, including the low-rank update."""
         return super().forward(input) + self.scale * F.linear(F.linear(input, self.down), self.up)
 
     def merged(self) -> nn.Linear:
-        """Return a plain linear layer whose weight includes the update."""
+        """Return a plain linear layer whose weight includes the low-rank update."""
         plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         update = self.scale * (self.up.detach().float() @ self.down.detach().float())
         plain.weight = nn.Parameter((self.weight.detach().float() + update).to(self.weight.dtype))
@@ -72,12 +72,12 @@ class LoraLinear(nn.Linear):
 
 
 def add_adapter(model: nn.Module, config: AdapterConfig) -> None:
-    """Freeze a model and add a fresh update to each linear layer that the pattern matches, in place.
+    """Freeze a model and add a fresh low-rank update to each linear layer whose name matches the pattern, in place.
 
-    A is drawn from torch's global generator: seed it first.
+    The matrices A come from torch's global random generator, which the caller seeds first.
 
     Raises:
-        ConfigError: the pattern matches no linear layer, or a layer whose weight another part of the model shares.
+        ConfigError: the pattern matches no linear layer, or matches a layer that shares its weight with another layer.
     """
     linears = linear_layers(model)
     chosen = {name: layer for name, layer in linears.items() if re.fullmatch(config.pattern, name)}
@@ -92,8 +92,9 @@ def add_adapter(model: nn.Module, config: AdapterConfig) -> None:
 def cast_frozen_to_bf16(model: nn.Module) -> None:
     """Convert frozen weights of linear layers and experts to bf16, in place, to save memory under bf16 autocast.
 
-    Results do not change, because autocast rounds these weights in the same way at every use. Token tables and routers
-    are not rounded by autocast, so they stay in fp32, as does a head that shares the weight of its table.
+    Results do not change, because autocast would round these weights in the same way at every use. Autocast does not
+    round embedding tables and routers, so the weights of both stay in fp32. A head that shares the weight of an
+    embedding table also stays in fp32.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     experts = [module for module in model.modules() if isinstance(module, GroupedLinear)]
@@ -103,7 +104,7 @@ def cast_frozen_to_bf16(model: nn.Module) -> None:
 
 
 def merge_adapter(model: nn.Module) -> None:
-    """Add all updates to their weights, in place. The result is a plain model with all parameters trainable."""
+    """Add each low-rank update to the weight of its layer, in place. All parameters of the model become trainable."""
     for name, layer in linear_layers(model).items():
         if isinstance(layer, LoraLinear):
             model.set_submodule(name, layer.merged())
@@ -111,10 +112,10 @@ def merge_adapter(model: nn.Module) -> None:
 
 
 def save_adapter(folder: Path, model: nn.Module, config: AdapterConfig, base_sha256: str) -> None:
-    """Write the adapter of a model into a folder, which is created.
+    """Write the adapter of a model into a folder. Create the folder if it is missing.
 
     Args:
-        folder: folder for the two files.
+        folder: folder for adapter.safetensors and adapter.json.
         model: model with an adapter.
         config: config of the adapter.
         base_sha256: SHA-256 of the weights file that the model was loaded from (`vlm.files.file_digest`).
@@ -123,7 +124,7 @@ def save_adapter(folder: Path, model: nn.Module, config: AdapterConfig, base_sha
 
 
 def save_adapter_weights(folder: Path, weights: Mapping[str, Tensor], config: AdapterConfig, base_sha256: str) -> None:
-    """Write the files of `save_adapter` from a copy of the adapter's weights, by name."""
+    """Write the same files as `save_adapter`, from a dict of the adapter's weights by name."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / ADAPTER)
     file = AdapterFile(adapter=config, base=base_sha256)
@@ -134,20 +135,22 @@ def load_adapter(folder: Path, model: nn.Module, base_sha256: str) -> None:
     """Add the adapter of a folder to a plain model, in place.
 
     Args:
-        folder: folder written by `save_adapter`.
-        model: model loaded from the weights file that the adapter was trained on.
-        base_sha256: SHA-256 of that file.
+        folder: folder that `save_adapter` wrote.
+        model: plain model that was loaded from the weights file that the adapter was trained on.
+        base_sha256: SHA-256 of the weights file that `model` was loaded from.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the adapter belongs to other weights or other layers.
+        CheckpointError: a file is missing or damaged, or the adapter was trained on other weights or has other layers.
     """
-    with torch.random.fork_rng(devices=[]):  # the fresh updates are overwritten, so keep the random state
+    with torch.random.fork_rng(devices=[]):  # building an adapter must not change the caller's random state
         add_adapter(model, _read(folder, base_sha256).adapter)
     load_adapter_weights(folder, model, base_sha256)
 
 
 def load_adapter_weights(folder: Path, model: nn.Module, base_sha256: str) -> None:
-    """Load the adapter of a folder into a model with such an adapter; arguments and errors as in `load_adapter`."""
+    """Load the weights of a saved adapter into a model that already has an adapter with the same config.
+
+    The arguments and the errors are the same as in `load_adapter`."""
     _read(folder, base_sha256)
     fill_tensors(adapter_weights(model), folder / ADAPTER)
 
@@ -174,7 +177,7 @@ def _read(folder: Path, base_sha256: str) -> AdapterFile:
 
 
 def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return `down` and `up` of each adapted layer by full name, without copying."""
+    """Return the weights `down` and `up` of each adapted layer by full parameter name, without a copy."""
     return {
         f"{name}.{part}": getattr(layer, part).detach()
         for name, layer in linear_layers(model).items()

@@ -1,7 +1,8 @@
 """Training loop over batches that the caller provides, with a report after each step.
 
-The state of training is the weights, the optimizer and the number of the step. Random numbers inside a step (dropout)
-are seeded with (seed, step, rank), so that a resumed loop takes exactly the same steps as an uninterrupted one.
+The training state consists of the weights, the optimizer state and the number of the next step. Random numbers inside a
+step, such as dropout, are seeded with (seed, step, rank), so that a resumed run takes exactly the same steps as an
+uninterrupted run.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ class StepReport:
     """Report of one optimizer step over the global batch.
 
     Attributes:
-        step: number of the step, from 0.
-        loss: loss of the global batch before the step, nats per target token, without the router losses.
-        lr: learning rate of the step; the largest one if parameter groups have their own.
-        grad_norm: gradient norm over all ranks before clipping.
+        step: number of the step; the first step has number 0.
+        loss: caption loss of the global batch before the step, in nats per target token, without router losses.
+        lr: learning rate of the step; the largest learning rate if parameter groups have different rates.
+        grad_norm: norm of the global gradient before clipping.
         tokens: number of target tokens of the global batch.
         router: router losses and expert load before the step; None for a dense model.
     """
@@ -44,10 +45,10 @@ class StepReport:
 
 
 class NotFiniteError(LakesightError):
-    """Loss or gradient is NaN or infinite.
+    """Error for a loss or gradient that is NaN or infinite.
 
     Attributes:
-        on_other_rank: True if the loss of this rank is finite and that of another rank is not.
+        on_other_rank: True if the loss of this rank is finite and the loss of another rank is not.
     """
 
     on_other_rank = False
@@ -67,24 +68,24 @@ def fit(
     bf16: bool,
     on_step: Callable[[StepReport], None],
 ) -> None:
-    """Take one optimizer step for each batch, from step `start` on.
+    """Take one optimizer step for each batch, starting with step number `start`.
 
     Args:
-        model: returns the logits of the target positions of a Batch; wrapped in DDP if there are several ranks.
-        optimizer: result of `vlm.training.optim.build_adamw`.
-        batches: this rank's slice of each global batch, from step `start` on. Each slice is split into parts, equally
-            many on each rank, whose gradients are accumulated: more parts take the same step in less memory.
+        model: model that returns the logits of the target positions of a Batch; wrapped in DDP for several ranks.
+        optimizer: optimizer from `vlm.training.optim.build_adamw`.
+        batches: this rank's slice of the global batch of each step. A slice is split into parts whose gradients are
+            accumulated; all ranks have the same number of parts, and more parts need less memory.
         start: number of the first step.
-        lr_schedule: returns the learning rate of a step; each parameter group multiplies it by its `lr_share`.
-        grad_clip: largest gradient norm; larger gradients are scaled down.
-        seed: seed of the run.
+        lr_schedule: function from a step to its learning rate, which is multiplied by `lr_share` of each group.
+        grad_clip: largest gradient norm; a larger gradient is scaled down to this norm.
+        seed: seed of the training run.
         rank: rank of this process.
         device: device of the model.
-        bf16: run the forward pass under bfloat16 autocast.
-        on_step: called after every step, on every rank.
+        bf16: True to run the forward pass under bfloat16 autocast.
+        on_step: function that is called after every step, on every rank.
 
     Raises:
-        NotFiniteError: loss or gradient is not finite; the weights are still those before the step.
+        NotFiniteError: the loss or the gradient is not finite. The optimizer has not changed the weights in this step.
     """
     model.train()
     layers = routed_layers(unwrap_ddp(model))
@@ -114,21 +115,21 @@ def fit(
 def _backward(
     model: nn.Module, layers: Mapping[str, MoeMlp], part: Batch, tokens: Tensor, num_parts: int, *, bf16: bool
 ) -> tuple[Tensor, RouterReport | None]:
-    """Accumulate the gradients of one part; returns its summed loss and the report of its routers."""
+    """Accumulate the gradients of one part of a batch, and return the summed loss and the router report of the part."""
     with mixed_precision(part.tokens_BT.device, bf16=bf16):
         loss_sum = token_loss(model(part), part)
-    # DDP averages gradients over ranks, but the loss is a mean over the tokens of all ranks.
+    # The loss is a mean over the tokens of all ranks, but DDP averages over ranks, so multiply by the number of ranks.
     objectives, report = [loss_sum * (world_size() / tokens).to(loss_sum.dtype)], None
     if layers:
         router_part, report = router_loss(layers, part)
-        if router_part.requires_grad:  # False if only an adapter after the last router is trained
+        if router_part.requires_grad:  # False if all trained weights come after the last router
             objectives.append(router_part * (world_size() / num_parts))
     torch.autograd.backward(objectives)
     return loss_sum.detach(), report
 
 
 def _divergence_error(step: int, loss: float, grad_norm: float, rank: int, rank_loss: Tensor) -> NotFiniteError:
-    """Build the error, which names the ranks whose loss is not finite. All ranks call this at the same step."""
+    """Build an error that names the ranks whose loss is not finite. All ranks must call this function together."""
     finite = torch.zeros(world_size(), device=rank_loss.device)
     finite[rank] = rank_loss.detach().isfinite()
     bad = [number for number, is_finite in enumerate(to_host(global_sum(finite))) if not is_finite]
@@ -143,5 +144,5 @@ def _divergence_error(step: int, loss: float, grad_norm: float, rank: int, rank_
 
 
 def mixed_precision(device: torch.device, *, bf16: bool) -> AbstractContextManager[object]:
-    """Return a context that enables bfloat16 autocast, or changes nothing if `bf16` is False."""
+    """Return a context that enables bfloat16 autocast, or an empty context if `bf16` is False."""
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()

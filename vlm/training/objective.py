@@ -1,6 +1,6 @@
-"""Losses: caption loss, router losses, and losses per row for evaluation.
+"""Caption loss and router losses for training, and losses per row for evaluation.
 
-Letters: B batch, T positions, V vocabulary, N tokens, K experts chosen by a token, X experts.
+Letters: B batch, T positions, V vocabulary, N tokens, K chosen experts of a token, X experts.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from vlm.training.parallel import global_sum
 
 
 def token_loss(logits_NV: Tensor, batch: Batch) -> Tensor:
-    """Compute the summed cross entropy, in nats, of logits at the N target positions of a batch.
+    """Compute the summed cross entropy, in nats, of the logits at the N target positions of a batch.
 
-    The caller divides the sum by the tokens of the global batch. A mean over each rank's tokens would give more weight
-    to ranks with short captions.
+    The caller divides the sum by the number of target tokens of the global batch. A mean over the tokens of each rank
+    would give more weight to ranks with short captions.
     """
     labels_BT = batch.labels_BT
     return F.cross_entropy(logits_NV.float(), labels_BT[labels_BT != IGNORE], reduction="sum")
 
 
 def num_targets(batch: Batch) -> Tensor:
-    """Count the target tokens of a batch; returns a scalar tensor."""
+    """Count the target tokens of a batch, and return the number as a scalar tensor."""
     return (batch.labels_BT != IGNORE).sum()
 
 
 @dataclass(frozen=True)
 class RouterReport:
-    """Router losses and expert load for the tokens of a global batch, without padding.
+    """Router losses and expert load for the tokens of a global batch, without padding tokens.
 
     Attributes:
-        balance: load-balance loss, mean over layers; 1 if all experts get equally many tokens.
-        z: router z loss, mean over layers.
-        load: for each layer, the fraction of the assignments that each expert gets; the fractions sum to 1.
+        balance: load-balance loss, averaged over layers; 1 if all experts get equally many tokens.
+        z: router z loss, averaged over layers.
+        load: fraction of a layer's token assignments that each expert gets, by layer name; each layer sums to 1.
     """
 
     balance: float
@@ -50,7 +50,7 @@ class RouterReport:
 
     @classmethod
     def mean(cls, parts: Sequence[RouterReport]) -> RouterReport:
-        """Average the reports of the parts of a batch."""
+        """Average the router reports of the parts of a batch."""
         count = len(parts)
         load = {
             name: tuple(sum(shares) / count for shares in zip(*(part.load[name] for part in parts), strict=True))
@@ -60,22 +60,23 @@ class RouterReport:
 
 
 def routed_layers(model: nn.Module) -> dict[str, MoeMlp]:
-    """Return the mixtures of experts of a model by the name of their block; empty for a dense model."""
+    """Return the mixtures of experts of a model by block name. A dense model has none and gives an empty dict."""
     return {name.removesuffix(".mlp"): part for name, part in model.named_modules() if isinstance(part, MoeMlp)}
 
 
 def router_loss(layers: Mapping[str, MoeMlp], batch: Batch) -> tuple[Tensor, RouterReport]:
     """Compute load-balance loss (Fedus et al., 2021) and router z loss (Zoph et al., 2022) of the last training pass.
 
-    The balance loss is that of the global batch without padding: an expert's fraction of the assignments on all ranks
-    times its mean probability. A balance loss per rank would be stricter and would depend on the number of ranks.
+    The balance loss covers the global batch without padding. It sums, over experts, the expert's fraction of the
+    assignments times its mean probability, times the number of experts. A balance loss per rank would be stricter and
+    would depend on the number of ranks.
 
     Args:
-        layers: result of `routed_layers`, the same on every rank.
-        batch: input of the training pass.
+        layers: result of `routed_layers`, which must be the same on every rank.
+        batch: input batch of the last training pass.
 
     Returns:
-        This rank's part of the weighted loss (the parts of all ranks sum to the loss), and the report.
+        This rank's part of the weighted router loss, and the router report. The parts of all ranks sum to the loss.
     """
     valid_N = _valid_positions(batch).flatten().float()
     rank_sums = [
@@ -87,7 +88,7 @@ def router_loss(layers: Mapping[str, MoeMlp], batch: Batch) -> tuple[Tensor, Rou
     for (name, layer), local, total in zip(layers.items(), rank_sums, _sum_over_ranks(rank_sums), strict=True):
         tokens = total.tokens.clamp(min=1)
         load_X = total.chosen_X / (tokens * layer.top_k)
-        cost_X = len(load_X) * load_X / tokens  # cost of one unit of an expert's probability for any token
+        cost_X = len(load_X) * load_X / tokens  # weight of an expert's probability in the balance loss
         part = part + layer.balance_weight * (cost_X * local.probability_X).sum() + layer.z_weight * local.z / tokens
         balance.append(float((cost_X * total.probability_X).sum()))
         z.append(float(total.z / tokens))
@@ -96,7 +97,7 @@ def router_loss(layers: Mapping[str, MoeMlp], batch: Batch) -> tuple[Tensor, Rou
 
 
 class _RouterSums(NamedTuple):
-    """Sums over the valid tokens of a layer: assignments, probabilities, squared log-partitions, number of tokens."""
+    """Sums of assignments, probabilities, squared log-partitions and tokens over the valid tokens of a layer."""
 
     chosen_X: Tensor
     probability_X: Tensor
@@ -115,7 +116,7 @@ def _router_sums(routing: Routing, valid_N: Tensor | None) -> _RouterSums:
 
 
 def _sum_over_ranks(rank_sums: list[_RouterSums]) -> list[_RouterSums]:
-    """Add up the sums of all ranks with a single all-reduce."""
+    """Add up the router sums of all ranks with a single all-reduce."""
     parts = [part for sums in rank_sums for part in sums]
     totals = global_sum(torch.cat([part.double().flatten() for part in parts]))
     flat = torch.split(totals, [part.numel() for part in parts])
@@ -124,25 +125,25 @@ def _sum_over_ranks(rank_sums: list[_RouterSums]) -> list[_RouterSums]:
 
 
 def _is_decoder_layer(layer: str) -> bool:
-    """Return whether the tokens of a layer are positions of the batch; those of the encoder are patches, all valid."""
+    """Return whether a layer belongs to the decoder. The tokens of an encoder layer are patches, and all are valid."""
     return layer.startswith("decoder.")
 
 
 def _valid_positions(batch: Batch) -> Tensor:
-    """Return a mask (B, T), True up to the last target of each row; later positions are padding."""
+    """Return a mask (B, T) that is True up to the last target of each row. The later positions are padding."""
     return (batch.labels_BT != IGNORE).flip(1).cumsum(dim=1).flip(1) > 0
 
 
 @torch.no_grad()
 def row_losses(model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Compute the summed loss and the number of target tokens of each row: (B,) each."""
+    """Compute the summed loss (B,) and the number of target tokens (B,) of each row."""
     losses_B, tokens_B, _ = row_scores(model, batch)
     return losses_B, tokens_B
 
 
 @torch.no_grad()
 def row_scores(model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute, for each row, summed loss, number of target tokens and number predicted correctly: (B,) each."""
+    """Compute summed loss, number of target tokens and number of correctly predicted tokens of each row, (B,) each."""
     is_target_BT = batch.labels_BT != IGNORE
     logits_NV, labels_N = model(batch).float(), batch.labels_BT[is_target_BT]
     losses_BT = torch.zeros(is_target_BT.shape, device=labels_N.device)
@@ -154,10 +155,11 @@ def row_scores(model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def blind_losses(model: VisionLanguageModel, batch: Batch, other_pixels_PHWC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute, for each row, the loss with its picture, the loss with another picture, and target tokens: (B,) each.
+    """Compute, for each row, the loss with its picture, the loss with another picture, and the number of target tokens.
 
-    The blind gap of a set of rows is (sum of the second - sum of the first) / sum of the third, in nats per token.
-    It is zero for a model that ignores its pictures, whatever its loss.
+    Each of the three results has shape (B,). The losses are sums over target tokens. The blind gap of a set of rows, in
+    nats per token, is the total loss with other pictures minus the total loss with the right pictures, divided by the
+    number of target tokens. The blind gap of a model that ignores its pictures is zero, whatever the model's loss.
     """
     right_B, tokens_B = row_losses(model, batch)
     wrong_B, _ = row_losses(model, batch.with_pixels(other_pixels_PHWC))

@@ -1,4 +1,4 @@
-"""AdamW, its parameter groups, learning rate schedules, frozen parameters and the moving average of the weights."""
+"""AdamW and its parameter groups, learning rate schedules, frozen parameters and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from vlm.config import ScheduleConfig
 from vlm.errors import ConfigError
 
 NO_DECAY_SUFFIXES = ("bias", "position", "_token")
-"""Ends of the names of parameters without weight decay, whatever their shape."""
+"""Suffixes of the names of parameters that have no weight decay, whatever the shape of the parameter."""
 AVERAGE = "average"
-"""Key of a parameter's moving average in the optimizer state, which is saved, resumed and sharded with the moments."""
+"""Key of a parameter's moving average in the optimizer state.
+
+The average is saved, resumed and sharded in the same way as the AdamW moments."""
 
 
 def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:
-    """Make parameters trainable if their first matching pattern has a rate above zero, and freeze all others.
+    """Make a parameter trainable if its first matching pattern has a rate above zero, and freeze it otherwise.
 
     Args:
-        model: the patterns are matched with the whole names of its parameters, in order.
-        rates: learning rate by pattern.
+        model: model whose parameters become trainable or frozen.
+        rates: learning rate by pattern; a pattern must match the whole name of a parameter, and the first match counts.
 
     Raises:
         ConfigError: a pattern is not the first match of any parameter.
@@ -47,15 +49,15 @@ def parameter_groups(
 ) -> list[dict[str, object]]:
     """Group the trainable parameters by learning rate and weight decay.
 
-    Matrices decay. Vectors (norms, biases), positions and token tables do not.
+    Matrices have weight decay. Vectors (norms and biases), position embeddings and embedding tables do not have any.
 
     Args:
         model: model whose trainable parameters are grouped.
         weight_decay: weight decay of matrices.
-        rates: learning rate by pattern, as in `set_trainable`; None: the same rate for all.
+        rates: learning rate by pattern, as in `set_trainable`; None for the same learning rate for all parameters.
 
     Returns:
-        Groups for the optimizer. `lr_share` is the group's learning rate divided by the largest one.
+        Parameter groups for the optimizer. `lr_share` is the learning rate of a group divided by the largest rate.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
@@ -88,10 +90,11 @@ def update_average(optimizer: torch.optim.Optimizer, decay: float, step: int) ->
 
     Args:
         optimizer: optimizer that has just taken the step.
-        decay: weight of the old average. It warms up over the first steps, so that the average forgets initial weights.
-        step: number of the step of this optimizer, from 0.
+        decay: largest weight of the old average; the first steps use a smaller weight, so that the average forgets the
+            initial weights.
+        step: number of the step of this optimizer; the first step has number 0.
     """
-    # A parameter that never had a gradient has no optimizer state, and needs no average.
+    # A parameter that never had a gradient has no optimizer state and needs no average.
     parameters = [p for p in _parameters(optimizer) if optimizer.state.get(p)]
     for parameter in parameters:
         optimizer.state[parameter].setdefault(AVERAGE, parameter.detach().clone())
@@ -101,7 +104,7 @@ def update_average(optimizer: torch.optim.Optimizer, decay: float, step: int) ->
 
 @torch.no_grad()
 def swap_average(optimizer: torch.optim.Optimizer) -> None:
-    """Exchange the parameters with their averages; parameters without an average stay as they are."""
+    """Exchange each parameter with its average. A parameter without an average does not change."""
     for parameter in _parameters(optimizer):
         if AVERAGE in optimizer.state.get(parameter, ()):
             average = optimizer.state[parameter][AVERAGE]
@@ -112,9 +115,9 @@ def swap_average(optimizer: torch.optim.Optimizer) -> None:
 
 @contextmanager
 def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Use the averaged weights in the block and restore the trained ones afterwards.
+    """Use the averaged weights in the `with` block, and restore the trained weights afterwards.
 
-    Inside the block the optimizer state holds the trained weights in place of the averages.
+    Inside the block, the optimizer state holds the trained weights in place of the averages.
     """
     swap_average(optimizer)
     try:
@@ -124,13 +127,13 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def schedule(config: ScheduleConfig, step: int, *, steps: int, warmup_steps: int) -> float:
-    """Return the learning rate of a step, relative to the peak: linear warm-up, then the schedule of the config.
+    """Return the learning rate of a step relative to the peak rate. Linear warm-up precedes the configured schedule.
 
     Args:
         config: kind and parameters of the schedule.
         step: number of the step, 0 <= step < steps.
-        steps: number of all steps; the last one has the rate `floor`.
-        warmup_steps: number of warm-up steps; step `warmup_steps` has the peak rate.
+        steps: number of all steps; the last step has the rate `floor`.
+        warmup_steps: number of warm-up steps; step number `warmup_steps` has the peak rate.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -147,7 +150,7 @@ def schedule(config: ScheduleConfig, step: int, *, steps: int, warmup_steps: int
 
 
 def collapse_names(names: Iterable[str]) -> list[str]:
-    """Replace the numbers of blocks in names by N and drop repeated names, to list a deep model in few lines."""
+    """Replace block numbers in parameter names by N and drop repeated names, to list a deep model in few lines."""
     return list(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in names))
 
 

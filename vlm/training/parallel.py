@@ -1,8 +1,8 @@
-"""Data parallel training: wrapping and sharding of the model, and reductions over ranks.
+"""Data-parallel training: wrapping and sharding of the model, and reductions over ranks.
 
-DDP keeps the whole model on each rank and averages gradients. FSDP keeps a shard of each parameter, gradient and moment
-on each rank and gathers the parameters of one block at a time, for models that do not fit into memory otherwise. Both
-compute the same steps.
+DDP keeps the whole model on each rank and averages the gradients. FSDP keeps a shard of each parameter, gradient and
+optimizer moment on each rank and gathers the parameters of one block at a time. FSDP is for models that do not fit into
+the memory of a rank. DDP and FSDP compute the same steps.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ Parallel = Literal["ddp", "fsdp"]
 
 
 def world_size() -> int:
-    """Return the number of ranks in the process group; 1 without a group."""
+    """Return the number of ranks in the process group, or 1 without a process group."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def shard_parameters(model: nn.Module) -> None:
-    """Shard every parameter over the ranks with FSDP, in place. Does nothing with a single rank.
+    """Shard every parameter over the ranks with FSDP, in place. With a single rank, the model does not change.
 
-    Afterwards all ranks must call the model together, and only through `forward`; other methods would see shards.
+    After sharding, all ranks must call the model together, and only through `forward`. Other methods of the model would
+    see the shards instead of the whole parameters.
     """
     if world_size() == 1:
         return
@@ -42,14 +43,14 @@ def shard_parameters(model: nn.Module) -> None:
 
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
-    """Wrap a model in DDP if there are several ranks; a sharded model is returned unchanged."""
+    """Wrap a model in DDP if there are several ranks. A sharded model is returned unchanged."""
     if world_size() == 1 or isinstance(model, FSDPModule):
         return model
     on_gpu = device.type == "cuda"
-    # Every trainable parameter gets a gradient, so DDP need not search for unused ones. Without the search, though, DDP
-    # rebuilds its gradient buckets after the first step. With three or more ranks a resumed run then adds gradients in
-    # another order than the uninterrupted run. On CPUs, where both must be equal bit for bit, the search has no
-    # measurable cost.
+    # Every trainable parameter gets a gradient, so DDP need not search for unused parameters. But without the search,
+    # DDP rebuilds its gradient buckets after the first step. With three or more ranks, a resumed run would then add
+    # gradients in another order than the uninterrupted run. On CPUs, both runs must be equal bit for bit, and the
+    # search has no measurable cost.
     return DistributedDataParallel(
         model,
         device_ids=[device] if on_gpu else None,
@@ -65,7 +66,9 @@ def unwrap_ddp(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def gradient_sync(model: nn.Module, *, enabled: bool) -> Iterator[None]:
-    """Enable or disable the reduction of gradients over ranks in the block. Disabled, each rank accumulates its own."""
+    """Enable or disable the reduction of gradients over ranks in the `with` block.
+
+    While the reduction is disabled, each rank accumulates its own gradients."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
         yield
@@ -77,12 +80,12 @@ def gradient_sync(model: nn.Module, *, enabled: bool) -> Iterator[None]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor from all ranks, which must all call this; any other tensor is returned unchanged."""
+    """Gather a sharded tensor from all ranks, and return any other tensor unchanged. All ranks must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Shard a tensor that every rank holds like another tensor of the same shape."""
+    """Shard a tensor in the same way as another tensor of the same shape. Every rank holds the whole input tensor."""
     if not isinstance(other, DTensor) or tensor.shape != other.shape:
         return tensor
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
@@ -105,5 +108,5 @@ def global_max(values: Tensor) -> Tensor:
 
 
 def to_host(values: Tensor) -> list[float]:
-    """Copy a vector, sharded or not, to the host. On a GPU this call blocks until earlier reductions are done."""
+    """Copy a vector, which may be sharded, to the host. On a GPU, this call waits until earlier reductions are done."""
     return [float(value) for value in full_tensor(values).tolist()]

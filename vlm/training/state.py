@@ -1,9 +1,9 @@
-"""Training state of a checkpoint besides the weights: optimizer state and step, as safetensors and JSON.
+"""Optimizer state and step number of a training checkpoint, stored as safetensors and JSON.
 
-training.safetensors   optimizer state, with keys `<parameter>:<key>`
+training.safetensors   optimizer state; the name of each tensor is `<parameter>:<key>`
 training.json          number of the next step
 
-A checkpoint is written from a snapshot of its tensors, so that training can continue meanwhile.
+A checkpoint is written from a snapshot of its tensors, so that training can continue during the write.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ STATE, STEP = "training.safetensors", "training.json"
 
 @dataclass(frozen=True)
 class TrainingSnapshot:
-    """Copy of the training state in host memory, which later steps do not change.
+    """Copy of the training state in host memory. Later training steps do not change the copy.
 
     Attributes:
-        weights: weights by name, of the whole model or of its adapter.
-        state: optimizer state, with keys `<parameter>:<key>`.
-        step: number of steps taken, which is the number of the next step.
+        weights: weights of the whole model or of its adapter, by name.
+        state: tensors of the optimizer state, by names of the form `<parameter>:<key>`.
+        step: number of completed steps, which is also the number of the next step.
     """
 
     weights: dict[str, Tensor]
@@ -42,13 +42,13 @@ class TrainingSnapshot:
 def snapshot_training(
     weights: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, step: int
 ) -> TrainingSnapshot:
-    """Copy the current weights and optimizer state to host memory. If they are sharded, every rank must call this.
+    """Copy the weights and the optimizer state to host memory. If the model is sharded, all ranks must call this.
 
     Args:
-        weights: weights to keep, by name; `model_weights(model)` for the whole model.
+        weights: weights to copy, by name; `model_weights(model)` for the whole model.
         model: model without its DDP wrapper.
         optimizer: optimizer of the model's parameters.
-        step: number of steps taken.
+        step: number of completed steps.
     """
     return TrainingSnapshot(_copy_to_host(weights), _copy_to_host(_optimizer_tensors(model, optimizer)), step)
 
@@ -60,7 +60,7 @@ def save_state(folder: Path, snapshot: TrainingSnapshot) -> None:
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load the optimizer state of a training checkpoint; returns the number of the next step.
+    """Load the optimizer state of a training checkpoint, and return the number of the next step.
 
     Raises:
         CheckpointError: the training state cannot be read.
@@ -82,16 +82,16 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         index: {key: shard_like(value, p) for key, value in _strip_prefix(f"{names[p]}:", state).items()}
         for index, p in enumerate(parameters)
     }
-    optimizer.load_state_dict(packed)  # moves each tensor to its parameter's device
+    optimizer.load_state_dict(packed)  # also moves each tensor to its parameter's device
     return step
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Flatten the optimizer state to `<parameter>:<key>`. The state of AdamW holds only tensors."""
+    """Return the tensors of the optimizer state by names `<parameter>:<key>`. The state of AdamW holds only tensors."""
     return {
         f"{name}:{key}": value.contiguous()
         for name, parameter in _parameters(model).items()
-        if parameter in optimizer.state  # a frozen parameter has no state, and the lookup would create one
+        if parameter in optimizer.state  # a lookup would create a state for a frozen parameter
         for key, value in optimizer.state[parameter].items()
     }
 
