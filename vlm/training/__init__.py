@@ -1,6 +1,6 @@
 """Training of a model: the training loop, losses, the optimizer, parallel ranks, adapters and the training state.
 
-The training loop takes batches from an iterable and reports through a callback. The package knows neither shards nor
+The training loop takes batches from an iterable and reports through a callback, so the package knows neither shards nor
 run folders.
 Start reading in `loop.py`.
 """
