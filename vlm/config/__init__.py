@@ -1,7 +1,8 @@
-"""Configuration of a model: one small frozen pydantic class per axis, with variants selected by `kind`.
+"""Configuration of a model: one small frozen pydantic class for each part, with variants selected by `kind`.
 
-Start reading in `model.py`, whose `ModelConfig` holds all other configs; the models that ship are YAML files in
-conf/model/. Imports neither torch nor Spark, so that the driver, the executors and the commands load it quickly.
+Start reading in `model.py`, whose `ModelConfig` holds all other configs. The models that ship with Lakesight are YAML
+files in conf/model/. This package imports neither torch nor Spark, so the driver, the executors and the commands load
+the package quickly.
 """
 
 from vlm.config.adapter import AdapterConfig, Pattern

@@ -1,4 +1,4 @@
-"""Config of low-rank adapters: which layers get one, and its rank and scale."""
+"""Config of low-rank adapters: which linear layers get an adapter, and the adapter's rank and scale."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class AdapterConfig(Config):
     Attributes:
         pattern: regular expression for the full names of the linear layers to adapt, such as `decoder.blocks.*` or
             `decoder.blocks.*(qkv|mlp.out)`.
-        rank: rank of the update of each layer.
-        alpha: the update is multiplied by alpha / rank.
+        rank: rank of each adapter.
+        alpha: scale of the adapters; the output of an adapter is multiplied by alpha / rank.
     """
 
     pattern: Pattern

@@ -1,4 +1,4 @@
-"""Base class of all configs, and messages about configs that cannot be read or that differ."""
+"""Base class of all configs, and functions that describe invalid configs and differences between configs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Config(BaseModel):
-    """Base class of every config: frozen, and unknown keys are errors."""
+    """Base class of all configs. A config cannot be changed, and a key that its class does not define is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def read_error_message(error: OSError | ValueError) -> str:
-    """Describe in one line why a file does not hold a config: at most three problems, each with its config path."""
+    """Return one line that says why a config file is invalid, with the config paths of at most three problems."""
     if isinstance(error, OSError):
         return (error.strerror or str(error)).lower()
     if not isinstance(error, ValidationError):
@@ -29,12 +29,12 @@ def read_error_message(error: OSError | ValueError) -> str:
 
 
 def config_differences(saved: Mapping[str, Any], current: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """Yield one sentence per value that differs: `a.b is 1 in the saved config, 2 in the run`.
+    """Yield one sentence per value that differs, such as `a.b is 1 in the saved config, 2 in the run`.
 
     Args:
         saved: values of a config that was read from disk.
         current: values of the run's config.
-        path: prefix of the keys, for the recursion into nested mappings.
+        path: prefix of the keys in the sentences; empty except in recursive calls.
     """
     for key in dict.fromkeys((*saved, *current)):
         before, now = saved.get(key), current.get(key)

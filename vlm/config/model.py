@@ -1,6 +1,6 @@
-"""Config of a whole model: decoder, fusion, attention mask and generation, and the checks that the parts fit together.
+"""Config of a whole model, and of its decoder, fusion, attention mask and generation.
 
-The module imports neither torch nor Spark, so the driver, the executors and the commands load it quickly.
+The validators check that the parts fit together.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ class DecoderConfig(Config):
 
     Attributes:
         context: maximum number of positions in a sequence.
-        transformer: the blocks that process the sequence.
-        tie_embeddings: the output head shares its weights with the token embeddings.
-        scale_embeddings: multiply token embeddings, but not picture features, by sqrt(width) (Vaswani et al., 2017).
-        soft_cap: limit logits to (-soft_cap, soft_cap) by tanh (Gemma Team, 2024); null: no limit.
+        transformer: config of the transformer blocks.
+        tie_embeddings: true if the output head shares its weights with the token embeddings.
+        scale_embeddings: true if token embeddings, but not picture features, are multiplied by sqrt(width) (Vaswani et
+            al., 2017).
+        soft_cap: bound of the logits, which tanh limits to (-soft_cap, soft_cap) (Gemma Team, 2024); null: no limit.
     """
 
     context: PositiveInt
@@ -53,10 +54,10 @@ class CrossFusionConfig(Config):
     start at zero, so training starts from the unchanged decoder.
 
     Attributes:
-        every: number of decoder blocks per gated block, which comes before them.
-        num_heads: heads of the cross-attention.
+        every: number of decoder blocks that follow each gated block.
+        num_heads: number of heads of the cross-attention.
         head_dim: width of a head.
-        mlp: MLP of each gated block.
+        mlp: config of the MLP of each gated block.
     """
 
     kind: Literal["cross_attention"]
@@ -76,7 +77,7 @@ class CausalMaskConfig(Config):
 
 
 class PrefixMaskConfig(Config):
-    """Picture and prompt attend to each other in both directions; the answer is causal (prefix-LM, PaliGemma)."""
+    """Picture and prompt attend to each other in both directions. The answer is causal (prefix-LM, as in PaliGemma)."""
 
     kind: Literal["prefix"]
 
@@ -85,20 +86,21 @@ MaskConfig = Annotated[CausalMaskConfig | PrefixMaskConfig, Field(discriminator=
 
 
 class GenerationConfig(Config):
-    """Generation settings. They have the meaning and the order of application of transformers' `generate`.
+    """Generation settings, with the same meaning and the same order of application as in transformers' `generate`.
 
     Attributes:
         max_new_tokens: maximum length of an answer in tokens, including the end token.
         temperature: divisor of the logits before sampling; 0 is greedy decoding.
-        top_k: sample from the k most likely tokens.
-        top_p: sample from the most likely tokens whose probabilities sum to top_p (Holtzman et al., 2019).
-        min_p: sample from tokens with at least this fraction of the highest probability (Nguyen et al., 2024).
-        repetition_penalty: above 1, tokens that occur in the prompt or the answer become less likely (Keskar et al.,
-            2019).
-        num_beams: beams of beam search; 1 turns it off.
-        length_penalty: beam search ranks answers by log-probability / length ** length_penalty.
-        stop: strings that end an answer. The answer is cut before the first of them.
-        seed: seed of sampling.
+        top_k: number of most likely tokens that sampling chooses from; null: all tokens.
+        top_p: total probability of the most likely tokens that sampling chooses from (Holtzman et al., 2019).
+        min_p: lowest probability of a token that sampling chooses from, as a fraction of the highest probability
+            (Nguyen et al., 2024).
+        repetition_penalty: penalty on tokens of the prompt and the answer; above 1, these tokens become less likely
+            (Keskar et al., 2019).
+        num_beams: number of beams of beam search; 1 turns beam search off.
+        length_penalty: exponent of the length when beam search ranks answers by log-probability / length ** exponent.
+        stop: strings that end an answer. The answer is cut before the first stop string.
+        seed: random seed of sampling.
     """
 
     max_new_tokens: PositiveInt = 48
@@ -123,7 +125,7 @@ class GenerationConfig(Config):
 
 
 class ModelConfig(Config):
-    """A whole vision-language model. This config, the tokenizer file and the weights are enough to rebuild it."""
+    """Config of a whole vision-language model. Config, tokenizer file and weights are enough to rebuild the model."""
 
     image: ImageConfig
     text: TextConfig

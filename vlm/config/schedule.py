@@ -1,4 +1,4 @@
-"""Learning rate schedules: the learning rate after warm-up as a fraction of its peak, selected by `kind`."""
+"""Learning rate schedules, selected by `kind`: how the learning rate falls from its peak after the warm-up."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ Floor = Annotated[float, Field(ge=0, le=1)]
 
 
 class CosineScheduleConfig(Config):
-    """Cosine decay from the peak to `floor` * peak (Loshchilov and Hutter, 2016)."""
+    """Cosine decay of the learning rate from its peak to `floor` * peak (Loshchilov and Hutter, 2016)."""
 
     kind: Literal["cosine"] = "cosine"
     floor: Floor = 0.05
 
 
 class LinearScheduleConfig(Config):
-    """Linear decay from the peak to `floor` * peak."""
+    """Linear decay of the learning rate from its peak to `floor` * peak."""
 
     kind: Literal["linear"]
     floor: Floor = 0.0
 
 
 class ConstantScheduleConfig(Config):
-    """Constant learning rate: the peak until the last step."""
+    """Constant learning rate, which stays at its peak until the last step."""
 
     kind: Literal["constant"]
 
 
 class StableScheduleConfig(Config):
-    """Constant peak, then linear decay to `floor` * peak over the last `decay` fraction of the steps (Hu et al., 2024).
+    """Constant learning rate, then linear decay from its peak to `floor` * peak (Hu et al., 2024).
 
-    A checkpoint from before the decay can be trained further, so the number of steps need not be known in advance.
+    `decay` is the fraction of all steps, at the end of the training, in which the learning rate decays. A checkpoint
+    from before the decay can be trained further, so the number of steps need not be known in advance.
     """
 
     kind: Literal["warmup_stable_decay"]

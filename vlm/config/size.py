@@ -1,7 +1,8 @@
 """FLOPs and parameter counts of a model, computed from its config without building it and without torch.
 
-FLOPs are those of one forward pass over one sample: one picture and a text. A multiply-add counts as two. Only matrix
-products count, including the two of attention. A training step takes three times as many.
+The functions count the FLOPs of one forward pass over one sample, which is one picture and a text. A multiply-add
+counts as two FLOPs. Only matrix products count, including the two matrix products of attention. A training step takes
+three times the FLOPs of a forward pass.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ def flops_per_sample(config: ModelConfig, vocab_size: int, text: int | None = No
 
     Args:
         config: config of the model.
-        vocab_size: rows of the token embedding table.
-        text: length of the text in tokens; None: `generation.max_new_tokens`.
+        vocab_size: number of rows of the token embedding table.
+        text: length of the text in tokens; None for `generation.max_new_tokens`.
     """
     text = config.generation.max_new_tokens if text is None else text
     return _encoder(config) + _projector(config) + _decoder(config, vocab_size, text)
@@ -34,16 +35,19 @@ PEAK_FLOPS = {
     "A10": 125e12,
     "L4": 121e12,
 }
-"""Dense bf16 FLOPs per second of GPUs by a part of their name (NVIDIA's data sheets). Longer names come first."""
+"""Peak FLOPs per second of GPUs for dense bf16, by a part of the GPU's name (NVIDIA's data sheets).
+
+If a name contains another name, the longer name comes first.
+"""
 
 
 def peak_flops(gpu: str) -> float | None:
-    """Return the dense bf16 FLOPs per second of a GPU by its CUDA device name, or None if it is not in the table."""
+    """Return the peak dense bf16 FLOPs per second for a CUDA device name, or None if the GPU is not in `PEAK_FLOPS`."""
     return next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), None)
 
 
 def inactive_parameters(config: ModelConfig) -> int:
-    """Return the number of parameters that one token does not use: those of the experts that it is not routed to."""
+    """Return the number of parameters of the experts to which the router does not send a token."""
     return sum(
         stack.depth * (stack.mlp.num_experts - stack.mlp.top_k) * _mlp_parameters(stack.width, stack.mlp.expert)
         for stack in (config.vision.transformer, config.decoder.transformer)
@@ -106,7 +110,7 @@ def _decoder(config: ModelConfig, vocab_size: int, text: int) -> int:
 
 
 def _stack(config: TransformerConfig, tokens: int) -> int:
-    """Return the FLOPs of all blocks over `tokens` positions, with attention over all pairs (no causal saving)."""
+    """Return the FLOPs of all blocks over `tokens` positions. Attention counts all pairs, even with a causal mask."""
     weights = _attention_weights(config.width, config.attention) + _mlp_weights(config.width, config.mlp)
     attention = 4 * tokens**2 * config.attention.num_heads * config.attention.head_dim
     return config.depth * (2 * tokens * weights + attention)
@@ -117,7 +121,7 @@ def _attention_weights(width: int, config: AttentionConfig) -> int:
 
 
 def _mlp_weights(width: int, config: MlpConfig) -> int:
-    """Return the number of weights that one token is multiplied with."""
+    """Return the number of MLP weights that one token is multiplied by."""
     match config.kind:
         case "plain":
             return 2 * width * config.mlp_width

@@ -10,25 +10,26 @@ from vlm.config.base import Config
 
 
 class CharsConfig(Config):
-    """One token per character. Characters outside the alphabet become the unknown token."""
+    """Config of a tokenizer with one token per character. Characters outside the alphabet become the unknown token."""
 
     kind: Literal["chars"]
     alphabet: Annotated[str, Field(min_length=1)]
 
 
 class BpeConfig(Config):
-    """Byte-level BPE learned from the training captions. It encodes any text without unknown tokens."""
+    """Config of a byte-level BPE tokenizer that is learned from the training captions. BPE can encode any text."""
 
     kind: Literal["bpe"]
     vocab_size: Annotated[int, Field(ge=260)] = 512
 
 
 class JsonTextConfig(Config):
-    """A published tokenizer.json of the `tokenizers` library, with its own special tokens.
+    """Config of a tokenizer read from a published tokenizer.json of the `tokenizers` library.
 
     Attributes:
-        path: path of tokenizer.json. It is read once: checkpoints contain a copy.
-        vocab_size: rows of the token embedding table. Publishers often round it up above the number of tokens.
+        path: path of tokenizer.json. The file is read only once, because checkpoints contain a copy.
+        vocab_size: number of rows of the token embedding table. Publishers often choose a rounded number above the
+            number of tokens.
         bos: text of the start token.
         eos: text of the end token.
         pad: text of the padding token.

@@ -1,4 +1,4 @@
-"""Config of a transformer: norm, position, attention and MLP. Encoder and decoder use the same classes."""
+"""Configs of a transformer's norm, position, attention and MLP. Encoder and decoder use the same config classes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LayerNormConfig(Config):
 
 
 class RmsNormConfig(Config):
-    """RMSNorm (Zhang and Sennrich, 2019). With `offset` the layer multiplies by 1 + weight instead of weight."""
+    """RMSNorm (Zhang and Sennrich, 2019). With `offset`, the layer multiplies by 1 + weight instead of the weight."""
 
     kind: Literal["rms"]
     eps: float = 1e-6
@@ -28,13 +28,13 @@ NormConfig = Annotated[LayerNormConfig | RmsNormConfig, Field(discriminator="kin
 
 
 class LearnedPositionConfig(Config):
-    """One learned vector per position, added to the input."""
+    """Position encoding by one learned vector per position, which is added to the input."""
 
     kind: Literal["learned"] = "learned"
 
 
 class RotaryPositionConfig(Config):
-    """Rotary embedding of queries and keys (Su et al., 2021)."""
+    """Position encoding by rotation of queries and keys (Su et al., 2021)."""
 
     kind: Literal["rotary"]
     base: float = 10_000.0
@@ -44,17 +44,18 @@ PositionConfig = Annotated[LearnedPositionConfig | RotaryPositionConfig, Field(d
 
 
 class AttentionConfig(Config):
-    """Multi-head attention; fewer key-value heads than heads is grouped-query attention.
+    """Multi-head attention, or grouped-query attention if `num_kv_heads` is less than `num_heads`.
 
     Attributes:
-        num_heads: heads of the queries.
-        num_kv_heads: heads of keys and values.
+        num_heads: number of query heads.
+        num_kv_heads: number of key-value heads.
         head_dim: width of a head.
-        bias: add a bias to the projections of queries, keys, values and output.
-        windows: number of positions each layer attends to, itself included; null: all positions. The list is repeated
-            over the depth.
-        soft_cap: limit attention scores to (-soft_cap, soft_cap) by tanh (Gemma Team, 2024); null: no limit.
-        scale: factor of the attention scores; null: head_dim ** -0.5.
+        bias: true if the projections of queries, keys, values and output have a bias.
+        windows: attention window of each layer, in positions including the current position; null: all positions. If
+            the list has fewer entries than the transformer has layers, the list is repeated.
+        soft_cap: bound of the attention scores, which tanh limits to (-soft_cap, soft_cap) (Gemma Team, 2024); null: no
+            limit.
+        scale: factor by which attention scores are multiplied; null: head_dim ** -0.5.
     """
 
     num_heads: PositiveInt
@@ -85,7 +86,7 @@ class PlainMlpConfig(Config):
 
 
 class GatedMlpConfig(Config):
-    """Gated linear unit (Shazeer, 2020): SwiGLU with silu, GeGLU with gelu_tanh."""
+    """MLP with a gated linear unit (Shazeer, 2020), called SwiGLU with silu and GeGLU with gelu_tanh."""
 
     kind: Literal["gated"]
     mlp_width: PositiveInt
@@ -100,11 +101,11 @@ class MoeMlpConfig(Config):
     """Sparse mixture of experts (Shazeer et al., 2017): a router sends each token to `top_k` of `num_experts` MLPs.
 
     Attributes:
-        num_experts: MLPs per layer.
-        top_k: experts per token. Their outputs are weighted by a softmax over the chosen experts. The minimum is 2,
-            because the softmax over one expert is constant and gives the router no gradient.
-        expert: config of one expert.
-        noisy: add noise of learned scale to the router's logits, in training only.
+        num_experts: number of experts (MLPs) per layer.
+        top_k: number of experts per token. The experts' outputs are weighted by a softmax over the chosen experts. The
+            minimum is 2, because the softmax over one expert is constant and gives the router no gradient.
+        expert: config of the MLP of one expert.
+        noisy: true if noise of a learned scale is added to the router's logits during training.
         balance_weight: weight of the load-balance loss (Fedus et al., 2021), which is 1 per layer at an even load.
         z_weight: weight of the router z-loss (Zoph et al., 2022).
     """
@@ -135,11 +136,11 @@ class TransformerConfig(Config):
         depth: number of blocks.
         attention: config of the attention layers.
         mlp: config of the MLPs.
-        norm: norm before each attention and MLP branch, and after the last block.
-        sandwich: also normalise the output of each branch before it is added (Gemma Team, 2024).
-        layer_scale: initial value of a learned factor per channel on each branch's output (Touvron et al., 2021); null:
-            no such factor.
-        position: position encoding.
+        norm: config of the norm before each attention and MLP branch, and after the last block.
+        sandwich: true if the output of each branch is also normalised, before the residual sum (Gemma Team, 2024).
+        layer_scale: initial value of the learned factors, one per channel, that multiply the output of each branch
+            (Touvron et al., 2021); null: no factors.
+        position: config of the position encoding.
         dropout: dropout probability of embeddings, attention weights and branch outputs.
     """
 

@@ -1,4 +1,4 @@
-"""Config of the vision encoder, and of the projector from the encoder's width to the decoder's."""
+"""Configs of the vision encoder, and of the projector from the encoder's width to the decoder's width."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlm.config.transformer import Activation, DenseMlpConfig, TransformerConfig
 
 
 class PatchStemConfig(Config):
-    """One convolution with stride = kernel = patch_size (Dosovitskiy et al., 2020)."""
+    """Stem of one convolution, whose stride and kernel size are both `patch_size` (Dosovitskiy et al., 2020)."""
 
     kind: Literal["patch"]
     patch_size: PositiveInt
@@ -24,7 +24,7 @@ class PatchStemConfig(Config):
 
 
 class ConvStemConfig(Config):
-    """A few stride-2 convolutions (Xiao et al., 2021). It trains faster and more stably than one large patch."""
+    """Stem of several stride-2 convolutions, which trains faster and more stably than one (Xiao et al., 2021)."""
 
     kind: Literal["conv"]
     channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
@@ -39,18 +39,18 @@ StemConfig = Annotated[PatchStemConfig | ConvStemConfig, Field(discriminator="ki
 
 
 class VisionConfig(Config):
-    """The vision encoder: stem, class token, registers, transformer, and the selection of its output.
+    """Config of the vision encoder: stem, class token, registers, transformer, and the choice of the encoder's output.
 
     Attributes:
-        stem: layers that turn a picture into a grid of patch vectors.
-        transformer: the blocks that process the patch vectors.
-        class_token: prepend a learned token.
+        stem: config of the layers that turn a picture into a grid of patch vectors.
+        transformer: config of the blocks that process the patch vectors.
+        class_token: true if a learned class token comes before the patches.
         registers: number of learned tokens after the class token whose output is discarded (Darcet et al., 2023).
-        position_on: add learned positions to `all` tokens, or to the `patches` only.
-        pre_norm: apply a norm before the first block (CLIP).
-        post_norm: apply a norm after the last block.
-        select: output that the projector receives: the `patches`, their `mean`, the class token (`cls`), or the pooled
-            vector of one learned query (`attention`; Zhai et al., 2022).
+        position_on: tokens to which learned positions are added: `all` tokens, or only the `patches`.
+        pre_norm: true if a norm comes before the first block (CLIP).
+        post_norm: true if a norm comes after the last block.
+        select: output that the projector receives: the `patches`, the `mean` of the patches, the class token (`cls`),
+            or the pooled vector of one learned query (`attention`; Zhai et al., 2022).
     """
 
     stem: StemConfig
@@ -76,13 +76,13 @@ class VisionConfig(Config):
 
 
 class LinearProjectorConfig(Config):
-    """One linear layer from encoder width to decoder width."""
+    """Projector of one linear layer, from encoder width to decoder width."""
 
     kind: Literal["linear"] = "linear"
 
 
 class MlpProjectorConfig(Config):
-    """Two linear layers with an activation in between (LLaVA 1.5)."""
+    """Projector of two linear layers with an activation in between (LLaVA 1.5)."""
 
     kind: Literal["mlp"]
     mlp_width: PositiveInt
@@ -90,7 +90,7 @@ class MlpProjectorConfig(Config):
 
 
 class PixelShuffleProjectorConfig(Config):
-    """Concatenate the channels of each square of factor x factor patches, then apply a linear layer (InternVL)."""
+    """Projector that concatenates the channels of factor x factor patches, then applies a linear layer (InternVL)."""
 
     kind: Literal["pixel_shuffle"]
     factor: Annotated[int, Field(ge=2)] = 2

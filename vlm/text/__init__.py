@@ -1,7 +1,8 @@
-"""Text in and out of the model: tokenizers, prompts, stop strings, regions in answers and words of captions.
+"""Text that the model reads and writes: tokenizers, prompts, stop strings, regions in answers and words of captions.
 
-Import `learn`, `save`, `load` and the `Tokenizer` protocol from here, and everything else from its module. Start
-reading in `base.py` (the protocol), then `prompt.py` (the layout of a sequence); nothing here imports torch.
+Import `learn`, `save`, `load` and the `Tokenizer` protocol from `vlm.text`, and any other name from its own module.
+Start reading in `base.py` (the protocol), then read `prompt.py` (the layout of a sequence). No module of this package
+imports torch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["Tokenizer", "learn", "load", "save"]
 
 
 def learn(config: TextConfig, texts: Iterable[str]) -> Tokenizer:
-    """Build the tokenizer of a config: learn BPE merges from `texts`, or use the config's alphabet or published file.
+    """Build a tokenizer from merges learned from `texts`, from the config's alphabet, or from a published file.
 
     Raises:
         ConfigError: the published file is missing or does not fit the config.

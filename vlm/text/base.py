@@ -1,7 +1,7 @@
 """Protocol of the tokenizers, the special token ids, and the id that marks an image slot.
 
-Special tokens have ids but no text form, so no caption can produce an end token. An image slot is not a token: it is
-SLOT, an id outside every vocabulary.
+Special tokens have ids but no text form, so no caption can produce an end token. An image slot is not a token. Its id
+is SLOT, which is not in any vocabulary.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ NUM_SPECIAL = 3
 
 
 class Tokenizer(Protocol):
-    """Encodes text to token ids and decodes them."""
+    """Protocol of a tokenizer, which encodes text to token ids and decodes token ids to text."""
 
     pad_id: int
     bos_id: int
     eos_id: int
     suppressed_ids: tuple[int, ...]
-    """Ids that are never generated."""
+    """Token ids that generation never produces."""
 
     @property
     def vocab_size(self) -> int:
@@ -31,11 +31,11 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without special tokens."""
+        """Return the token ids of a text, without special tokens."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids. Special tokens are skipped."""
+        """Return the text of token ids. Special tokens are skipped."""
         ...
 
     def to_json(self) -> str:

@@ -1,7 +1,7 @@
-"""Byte-level BPE learned from the corpus (Sennrich et al., 2016; bytes as in GPT-2), with the `tokenizers` library.
+"""Byte-level BPE tokenizer learned from captions (Sennrich et al., 2016), built with the `tokenizers` library.
 
-Every byte is a token, so every text can be encoded. The library's ids are shifted up by the number of special tokens,
-so no text can encode to a special token.
+As in GPT-2, every byte is a token, so every text can be encoded. The library's ids are shifted up by the number of
+special tokens, so no text can encode to a special token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vlm.text.base import BOS, EOS, NUM_SPECIAL, PAD
 
 
 class BpeTokenizer:
-    """Byte-level BPE with `vocab_size` ids. A small corpus may produce fewer tokens."""
+    """Byte-level BPE tokenizer with `vocab_size` ids. A small corpus may produce fewer tokens than `vocab_size`."""
 
     pad_id, bos_id, eos_id = PAD, BOS, EOS
     suppressed_ids: tuple[int, ...] = (PAD, BOS)
@@ -27,7 +27,7 @@ class BpeTokenizer:
 
     @classmethod
     def learn(cls, texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
-        """Merge the most frequent pairs of the corpus until there are `vocab_size` ids, including special tokens."""
+        """Merge the most frequent token pairs of `texts` until there are `vocab_size` ids, including special tokens."""
         backend = Backend(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -45,13 +45,13 @@ class BpeTokenizer:
         return self._vocab_size
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text."""
+        """Return the token ids of a text."""
         return [i + NUM_SPECIAL for i in self._backend.encode(text, add_special_tokens=False).ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids. Bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of token ids. Bytes that are not UTF-8 become U+FFFD."""
         return str(self._backend.decode([i - NUM_SPECIAL for i in ids if i >= NUM_SPECIAL]))
 
     def to_json(self) -> str:
-        """Return the vocabulary size and the tokenizer in the library's own JSON form."""
+        """Return JSON text with the vocabulary size and the tokenizer in the format of the `tokenizers` library."""
         return json.dumps({"kind": "bpe", "vocab_size": self._vocab_size, "merges": json.loads(self._backend.to_str())})

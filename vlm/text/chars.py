@@ -12,9 +12,9 @@ UNKNOWN_CHAR = "\N{REPLACEMENT CHARACTER}"
 
 
 class CharTokenizer:
-    """One token per character of a fixed alphabet. Any other character becomes the unknown token.
+    """Tokenizer with one token per character of a fixed alphabet. Any other character becomes the unknown token.
 
-    The ids are in this order: special tokens, unknown token, alphabet.
+    The special tokens have the lowest ids. The unknown token follows, then the characters of the alphabet.
 
     Raises:
         ValueError: the alphabet contains a character twice.
@@ -31,19 +31,19 @@ class CharTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of special tokens, plus the unknown token, plus the alphabet."""
+        """Number of all tokens: special tokens, the unknown token and the characters of the alphabet."""
         return UNKNOWN + 1 + len(self.alphabet)
 
     def encode(self, text: str) -> list[int]:
-        """Return one id per character."""
+        """Return one token id per character of a text."""
         return [self._ids.get(char, UNKNOWN) for char in text]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the characters of ids. The unknown token becomes U+FFFD."""
+        """Return the text of token ids. The unknown token becomes U+FFFD."""
         return "".join(
             UNKNOWN_CHAR if i == UNKNOWN else self.alphabet[i - UNKNOWN - 1] for i in ids if i >= NUM_SPECIAL
         )
 
     def to_json(self) -> str:
-        """Return the alphabet as JSON."""
+        """Return JSON text with the alphabet."""
         return json.dumps({"kind": "chars", "alphabet": self.alphabet})

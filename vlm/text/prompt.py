@@ -1,11 +1,11 @@
-"""Layout of a sequence: image slots, start token, prompt, answer, end token.
+"""Layout of a sequence, which consists of image slots, start token, prompt, answer and end token.
 
     SLOT x N  <bos>  prompt \\n  answer  <eos>
     '--------- prefix --------' '-- targets --'
 
-Training and generation both build the prefix here, so they always use the same layout. The first answer token is
-predicted at the last position of the prefix, from the pictures and the prompt only. Several pictures come one after the
-other at the front. Without a picture the sequence begins with the start token.
+Training and generation both build the prefix with this module, so the layout is always the same. The first answer token
+is predicted at the last position of the prefix, from the pictures and the prompt only. All pictures come before the
+start token. Without a picture, the sequence begins with the start token.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def prefix_ids(tokenizer: Tokenizer, num_slots: int, prompt: str, num_images: in
 
     Args:
         tokenizer: tokenizer of the model.
-        num_slots: slots per picture (`ModelConfig.num_slots`).
+        num_slots: number of image slots per picture (`ModelConfig.num_slots`).
         prompt: a question or instruction; empty for a plain caption.
         num_images: number of pictures.
     """
@@ -36,7 +36,7 @@ def prefix_ids(tokenizer: Tokenizer, num_slots: int, prompt: str, num_images: in
 
 
 def interleaved_ids(tokenizer: Tokenizer, num_slots: int, parts: Sequence[str | Picture]) -> list[int]:
-    """Return the ids of pictures and texts in the given order, with the start token after the leading pictures."""
+    """Return the ids of pictures and texts in the given order, with the start token before the first text."""
     leading = next((i for i, part in enumerate(parts) if isinstance(part, str)), len(parts))
     ids = [SLOT] * num_slots * leading + [tokenizer.bos_id]
     for part in parts[leading:]:

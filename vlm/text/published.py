@@ -1,9 +1,10 @@
-"""Published tokenizers: a tokenizer.json of the `tokenizers` library.
+"""Tokenizer read from a published tokenizer.json of the `tokenizers` library.
 
-Special tokens of such a file have a text form, and two kinds of them are treated differently. Control tokens (start,
-end, padding, and others that the file marks as special) are never produced by text: "<eos>" in a caption or prompt is
-encoded as ordinary characters. Region tokens (<loc0512>, <seg003>) are text: captions may contain them, and decoding
-keeps them. The file's template, truncation and padding are not used, because `prompt.py` lays out the sequence.
+Special tokens of a tokenizer.json have a text form. This module treats two kinds of special tokens differently. No text
+encodes to a control token (start, end, padding, and other tokens that the file marks as special): "<eos>" in a caption
+or prompt is encoded as ordinary characters. Region tokens (<loc0512>, <seg003>) are text: captions may contain region
+tokens, and decoding keeps region tokens. The file's template, truncation and padding are not used, because `prompt.py`
+builds the sequence.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from vlm.text.regions import REGION_TOKEN
 
 
 class PublishedTokenizer:
-    """Tokenizer of a tokenizer.json in which no text encodes to a control token.
+    """Tokenizer read from a tokenizer.json. No text encodes to a control token.
 
     Args:
         content: the parsed tokenizer.json.
-        config: rows of the token embedding table, and the text of each control token.
+        config: number of rows of the token embedding table, and the text of each control token.
 
     Raises:
-        ValueError: the content is not a tokenizer, lacks a control token, or has more tokens than the table has rows.
+        ValueError: the content is not a tokenizer, has no token for a control token's text, or has more tokens than the
+            token embedding table has rows.
     """
 
     def __init__(self, content: object, config: JsonTextConfig) -> None:
@@ -72,22 +74,25 @@ class PublishedTokenizer:
         return self._config.vocab_size
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, which never include a control token."""
+        """Return the token ids of a text, which never include a control token."""
         ids = self._backend.encode(text, add_special_tokens=False).ids
         return [piece for i in ids for piece in self._replacements.get(i, (i,))]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids. Control tokens and ids without a token are skipped; region tokens are kept."""
+        """Return the text of token ids. Control tokens and ids without a token are skipped; region tokens are kept."""
         text = str(self._backend.decode(list(ids), skip_special_tokens=True))
         return text.replace(self._word_suffix, " ").strip() if self._word_suffix else text
 
     def to_json(self) -> str:
-        """Return the whole tokenizer.json and the config without its path, as JSON."""
+        """Return JSON text with the whole tokenizer.json and the config without `path`."""
         config = self._config.model_dump(exclude={"path"})
         return json.dumps({**config, "tokenizer": json.loads(self._backend.to_str())})
 
     def _character_ids(self, token: str) -> tuple[int, ...]:
-        """Return the ids that replace a control token which BPE merges produce from a text: one per character."""
+        """Return the ids of the single characters of a control token's text.
+
+        These ids replace a control token that BPE merges produce from a text.
+        """
         control = {self.pad_id, self.bos_id, self.eos_id}
         ids = (i for char in token for i in self._backend.encode(char, add_special_tokens=False).ids)
         return tuple(i for i in ids if i not in control)
@@ -101,9 +106,9 @@ def _parse(content: object) -> Backend:
 
 
 def _with_special_flags(backend: Backend, control: Sequence[str]) -> dict[str, Any]:
-    """Return the tokenizer's JSON with control tokens flagged as special, and region tokens not flagged.
+    """Return the tokenizer's JSON with control tokens flagged as special, and region tokens flagged as not special.
 
-    Published files differ: some flag region tokens as special, and some do not flag all control tokens.
+    Some published files flag region tokens as special, and some files do not flag all control tokens as special.
 
     Raises:
         ValueError: the tokenizer lacks a control token.

@@ -1,12 +1,11 @@
-"""Parser of regions in an answer: boxes and outlines as location tokens, the answers to detect and segment prompts.
+"""Parser of regions, which are the boxes and outlines that a model answers to `detect` and `segment` prompts.
 
     <loc0102><loc0307><loc0922><loc0716> cat ; <loc0000><loc0000><loc0511><loc1023><seg045>... dog
     '-- y0, x0, y1, x1 of 1024 bins --'  label                                    '16 codes'
 
-A box gives the edges in 1024 bins per side of the model's input square. Sixteen <seg> codes describe the outline inside
-the box: indices into the codebook of a mask decoder (Ning et al., 2023), which is not part of this library.
-
-A generated text may contain anything. Incomplete boxes are skipped, and no text raises an error.
+Four <loc> tokens are the edges of a box, in 1024 bins per side of the model's input square. Sixteen <seg> tokens
+describe the outline inside the box. Their numbers are indices into the codebook of a mask decoder (Ning et al., 2023),
+which is not part of this library. Incomplete boxes are skipped, and no text raises an error.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class Box(NamedTuple):
 
 
 def parse_regions(text: str) -> list[Region]:
-    """Return the regions of a text in order. A box whose end lies before its start is skipped."""
+    """Return the regions of a text in order. Skip a box whose right or lower edge is before its left or upper edge."""
     found = []
     for boxes, outline, label in _REGION.findall(text):
         y0, x0, y1, x1 = _numbers(boxes)
@@ -58,11 +57,11 @@ def parse_regions(text: str) -> list[Region]:
 
 
 def to_box(region: Region, placement: ResizeTransform) -> Box:
-    """Convert a region to pixels of the original picture, clipped to the picture where it reaches into padding.
+    """Convert the box of a region to pixels of the original picture. A box that reaches into padding is clipped.
 
     Args:
         region: region in the model's input square.
-        placement: position and scale of the original picture in that square (`vlm.image.compute_resize`).
+        placement: position and scale of the original picture in the input square (`vlm.image.compute_resize`).
     """
     scale = placement.size / BINS
     left, top = placement.to_source(region.x0 * scale, region.y0 * scale)

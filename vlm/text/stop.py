@@ -1,4 +1,4 @@
-"""Stop strings: the end of an answer, and the tokens that can be streamed before it is known."""
+"""Functions for stop strings, which find the end of an answer and the tokens that can already be streamed."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from vlm.text.base import Tokenizer
 
 
 def find_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Return the index of the first stop string in a text, or None if it contains none."""
+    """Return the index of the first stop string in a text, or None if the text contains no stop string."""
     return min((index for index in map(text.find, stop) if index >= 0), default=None)
 
 
 def count_safe_tokens(tokenizer: Tokenizer, tokens: Sequence[int], sent: int, stop: Sequence[str]) -> int:
-    """Return how many tokens can be streamed: those before a stop string or before a text end that may become one.
+    """Return how many tokens of an unfinished answer can be streamed.
+
+    Tokens after the start of a stop string are not counted, even if the answer contains only a part of the stop string.
 
     Args:
         tokenizer: tokenizer of the model.
         tokens: tokens of the answer so far.
-        sent: number of tokens already streamed, the minimum of the result.
+        sent: number of tokens that were already streamed, which is the minimum of the result.
         stop: stop strings.
     """
     text = tokenizer.decode(tokens)

@@ -1,7 +1,7 @@
 """Mapping between our model config and another library's config.json.
 
-A `ConfigField` reads one value from both configs, and writes the other library's settings from our value. One list of
-fields therefore serves to check a config.json on import and to write one on export.
+A `ConfigField` reads one value from both configs, and writes the other library's settings from our value. An import
+checks config.json with the same list of fields with which an export writes config.json.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from vlm.config import AttentionConfig, ModelConfig
 
 Settings = Mapping[str, Any]
-"""Content of the other library's config.json, or of a section of it."""
+"""Content of the other library's config.json, or content of one section of config.json."""
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -26,7 +26,10 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-"""Names of activations in transformers, and ours. Of several names for one function, export writes the first."""
+"""Our name of each activation function, by the function's name in transformers.
+
+If transformers has several names for a function, an export writes the first name.
+"""
 
 
 VISION_DEFAULTS = {
@@ -35,7 +38,7 @@ VISION_DEFAULTS = {
     "num_attention_heads": 12,
     "intermediate_size": 3072,
 }
-"""Sizes that ViT, CLIP and SigLIP have in transformers if config.json lacks them."""
+"""Sizes that transformers uses for ViT, CLIP and SigLIP if the sizes are not in config.json."""
 
 
 class Unknown:
@@ -43,19 +46,19 @@ class Unknown:
 
 
 UNKNOWN = Unknown()
-"""Value of a setting that config.json lacks and that the other library has no default for."""
+"""Marker of a setting that is not in config.json and has no default in the other library."""
 
 
 @dataclass(frozen=True)
 class ConfigField:
-    """One value that our config and the other library's config.json both determine.
+    """One value that both our config and the other library's config.json determine.
 
     Attributes:
         path: dotted path of the value in our config, for messages.
         keys: keys of the value in config.json, for messages; empty if the family implies the value.
-        ours: reads our value from the model's config.
-        theirs: reads the same value from config.json with defaults filled in, or returns UNKNOWN.
-        write: returns the settings of config.json for our value.
+        ours: function that reads our value from the model's config.
+        theirs: function that reads the same value from config.json, with defaults filled in, or returns UNKNOWN.
+        write: function that returns the settings of config.json for our value.
     """
 
     path: str
@@ -66,12 +69,12 @@ class ConfigField:
 
 
 def same(path: str, key: str, values: Mapping[str, str] | None = None) -> ConfigField:
-    """Return the field of a value that our config has at `path` and config.json at `key`.
+    """Return the config field of a value that is at `path` in our config and at `key` in config.json.
 
     Args:
         path: dotted path in our config.
         key: key in config.json.
-        values: our name by their name, for values that are named differently.
+        values: our name of each value, by the value's name in config.json; None if the names are the same.
     """
     to_ours = values or {}
     to_theirs = {ours: theirs for theirs, ours in reversed(list(to_ours.items()))}
@@ -87,25 +90,25 @@ def same(path: str, key: str, values: Mapping[str, str] | None = None) -> Config
 
 
 def constant(path: str, value: Any) -> ConfigField:
-    """Return the field of a value in our config that is the same in every model of the family."""
+    """Return the config field of a value that all models of a family share and that config.json does not contain."""
     return ConfigField(path, "", value_at(path), lambda _: value)
 
 
 def required(key: str, value: Any) -> ConfigField:
-    """Return the field of a setting in config.json that must have this value, the only one supported here."""
+    """Return the config field of a setting in config.json for which Lakesight supports only one value."""
     return ConfigField("supported value", key, lambda _: value, lambda settings: settings.get(key, value))
 
 
 def write_only(key: str, ours: Callable[[ModelConfig], Any]) -> ConfigField:
-    """Return a field that export writes and import does not compare.
+    """Return a config field that an export writes and an import does not compare.
 
-    It suits settings that the tensors' shapes already determine, and settings that may differ.
+    Use the field for a setting that the shapes of the tensors already determine, or for a setting that may differ.
     """
     return ConfigField("", key, ours, lambda _: UNKNOWN, lambda value: {key: value})
 
 
 def attention_heads(path: str, width: str, count: str) -> tuple[ConfigField, ...]:
-    """Return the fields of multi-head attention whose heads divide the model's width.
+    """Return the config fields of multi-head attention in which the model's width is split evenly over the heads.
 
     Args:
         path: dotted path of our attention config.
@@ -125,7 +128,7 @@ def attention_heads(path: str, width: str, count: str) -> tuple[ConfigField, ...
 
 
 def standard_transformer(path: str) -> tuple[ConfigField, ...]:
-    """Return the fields of a pre-norm transformer as in GPT-2 and ViT: LayerNorm, plain MLPs, learned positions."""
+    """Return the config fields that GPT-2 and ViT share: LayerNorm before each branch, plain MLPs, learned positions."""
     return (
         constant(f"{path}.norm.kind", "layer"),
         constant(f"{path}.position.kind", "learned"),
@@ -139,7 +142,7 @@ def standard_transformer(path: str) -> tuple[ConfigField, ...]:
 
 
 def vision_transformer() -> tuple[ConfigField, ...]:
-    """Return the fields of a vision transformer under the keys that ViT, CLIP and SigLIP share in transformers."""
+    """Return the config fields of a vision transformer whose keys are the same for ViT, CLIP and SigLIP."""
     path = "vision.transformer"
     return (
         *standard_transformer(path),
@@ -157,7 +160,7 @@ def vision_transformer() -> tuple[ConfigField, ...]:
 
 
 def default_attention_scale(path: str) -> ConfigField:
-    """Return the field that requires attention scores to be divided by sqrt(head_dim)."""
+    """Return the config field which requires that attention scores are divided by sqrt(head_dim)."""
     return ConfigField(
         f"{path}.attention.scale * sqrt(head_dim)",
         "",
@@ -170,17 +173,17 @@ def default_attention_scale(path: str) -> ConfigField:
 
 
 def attention_scale(attention: AttentionConfig) -> float:
-    """Return the factor of the attention scores."""
+    """Return the factor by which attention scores are multiplied."""
     return attention.scale if attention.scale is not None else attention.head_dim**-0.5
 
 
 def in_section(section: str, fields: Iterable[ConfigField], defaults: Settings) -> tuple[ConfigField, ...]:
-    """Return fields that read and write their settings in a section of config.json.
+    """Return copies of config fields that read and write one section of config.json.
 
     Args:
         section: key of the section.
-        fields: fields whose keys are relative to the section.
-        defaults: values of keys that the section lacks.
+        fields: config fields whose keys are relative to the section.
+        defaults: values of the keys that are not in the section.
     """
     return tuple(_in_section(section, field, defaults) for field in fields)
 
@@ -196,7 +199,10 @@ def _in_section(section: str, field: ConfigField, defaults: Settings) -> ConfigF
 
 
 def value_at(path: str) -> Callable[[ModelConfig], Any]:
-    """Return a function that reads the value at a dotted path, or None if the variant (`kind`) lacks that key."""
+    """Return a function that reads the value at a dotted path of a model config.
+
+    The function returns None if the variant (`kind`) of a model part does not have the key.
+    """
 
     def read(config: ModelConfig) -> Any:
         value: Any = config
@@ -211,7 +217,7 @@ def value_at(path: str) -> Callable[[ModelConfig], Any]:
 
 
 def find_mismatches(fields: Iterable[ConfigField], config: ModelConfig, settings: Settings) -> list[str]:
-    """Return one sentence per field whose values in our config and in config.json differ."""
+    """Return one sentence for each field whose value in our config differs from its value in config.json."""
     sentences = []
     for field in fields:
         ours, theirs = field.ours(config), field.theirs(settings)
@@ -222,7 +228,7 @@ def find_mismatches(fields: Iterable[ConfigField], config: ModelConfig, settings
 
 
 def unchecked_paths(fields: Iterable[ConfigField], settings: Settings) -> list[str]:
-    """Return the paths of our config that cannot be compared, because config.json lacks the setting."""
+    """Return the paths of our config values that cannot be compared, because the setting is not in config.json."""
     return [field.path for field in fields if field.path and field.theirs(settings) is UNKNOWN]
 
 
@@ -235,7 +241,7 @@ def build_settings(fields: Iterable[ConfigField], config: ModelConfig) -> dict[s
 
 
 def merge_settings(into: dict[str, Any], new: Settings) -> None:
-    """Add settings to settings, in place and recursively."""
+    """Merge the settings `new` into the settings `into`, in place and recursively."""
     for key, value in new.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             merge_settings(into[key], value)
@@ -244,6 +250,6 @@ def merge_settings(into: dict[str, Any], new: Settings) -> None:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Compare two values; numbers may differ by the rounding of decimal notation."""
+    """Return True if two values are equal. Numbers may differ by the rounding error of decimal notation."""
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (one, other))
     return math.isclose(one, other, rel_tol=1e-9) if numbers else bool(one == other)

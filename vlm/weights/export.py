@@ -1,6 +1,7 @@
 """Export of a Lakesight checkpoint to a folder that another library loads.
 
-Export uses the same tables as import, in the other direction. Tensors are copied from file to file, one rule at a time.
+An export applies the rules of the weight tables in the opposite direction of an import. The tensors of one rule are
+read and converted at a time.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ class ExportReport(Config):
     """Result of an export.
 
     Attributes:
-        part: part of the model.
-        family: family that it was written as.
-        folder: folder of the files.
-        files: names of the files.
-        tensors: number of tensors in the files.
-        left_out: number of parameters of the checkpoint that belong to other parts.
-        without: names in the other library's own files that this export lacks, by reason. The library computes or
-            initialises these tensors itself.
+        part: part of the model that was exported.
+        family: name of the family in whose format the part was written.
+        folder: folder of the written files.
+        files: names of the written files.
+        tensors: number of tensors in the written files.
+        left_out: number of parameters of the checkpoint that belong to other parts of the model.
+        without: tensors that the other library's own files have and this export does not have, by reason. The other
+            library computes or initialises these tensors itself.
     """
 
     part: Part
@@ -60,9 +61,9 @@ def export_weights(
     Args:
         checkpoint: a folder written by training or by an import.
         part: `model`, `encoder` or `decoder`.
-        family_name: family whose tensor names and config are written.
-        out: folder to write to. It is created.
-        max_bytes: maximum size of a weight file. Larger weights are split into shards.
+        family_name: name of the family whose tensor names and config are written.
+        out: folder to create and write to.
+        max_bytes: maximum size of a weight file, in bytes. Larger weights are split into shards.
 
     Raises:
         CheckpointError: the family is unknown, or cannot represent the model. One error lists all mismatches.
@@ -79,7 +80,7 @@ def export_weights(
             f"{family.name} has no tensor for some parameters of this {part}",
             where=str(checkpoint),
             got="; ".join(describe_names("no tensor for", unmapped, similar_to=())),
-            fix="export another part, or as another family",
+            fix="export another part of the model, or choose another family",
         )
     out.mkdir(parents=True, exist_ok=True)
     written = write_weights(out, _convert(files, rules), max_bytes)
@@ -106,7 +107,7 @@ def _find_family(name: str, part: Part, config: ModelConfig, checkpoint: Path) -
     family = next((family for family in candidates if family.name == name), None)
     if family is None:
         raise CheckpointError(
-            f"no family of that name has a {part}",
+            f"a {part} cannot be exported as a family of this name",
             where="--as",
             got=name,
             fix="choose one of " + ", ".join(f.name for f in candidates),
@@ -124,7 +125,7 @@ def _find_family(name: str, part: Part, config: ModelConfig, checkpoint: Path) -
 
 
 def _convert(files: WeightFiles, rules: list[Rule]) -> Iterator[Mapping[str, Tensor]]:
-    """Yield the other library's tensors by name, those of one rule at a time."""
+    """Yield one dict per rule, from tensor names of the other library to tensors."""
     for rule in rules:
         yield dict(zip(rule.theirs, rule.write([files.read(name) for name in rule.ours]), strict=True))
 
@@ -136,17 +137,17 @@ def _add_token_settings(settings: dict[str, Any], family: Family, checkpoint: Pa
     section = {"vocab_size": rows, **ids}
     merge_settings(settings, {family.vocab_section: section} if family.vocab_section else section)
     if family.image_id_key:
-        # Our models have no image token. The other library never looks up its embedding, so an id after the last row
-        # of the table is valid.
+        # Our models have no image token. The other library never looks up the embedding of the image token, so the
+        # token's id may lie after the last row of the embedding table.
         published = _read_published_tokenizer(checkpoint)
         found = Backend.from_str(json.dumps(published["tokenizer"])).token_to_id(IMAGE_MARKER) if published else None
         settings[family.image_id_key] = rows if found is None else found
 
 
 def _write_tokenizer(checkpoint: Path, out: Path) -> list[str]:
-    """Write the checkpoint's published tokenizer and return the names of the files.
+    """Write the published tokenizer of a checkpoint, and return the names of the written files.
 
-    A tokenizer of our own is not written, because its special tokens have no text form in the other library.
+    A character tokenizer or learned BPE tokenizer is not written, because its special tokens have no text form.
     """
     published = _read_published_tokenizer(checkpoint)
     if not published:

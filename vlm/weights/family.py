@@ -1,4 +1,4 @@
-"""Description of a weight family: how to recognise its config.json, and how its settings and tensors map to ours."""
+"""Description of a weight family: how its config.json is recognised, and how its tensors become our parameters."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ class Family:
     Attributes:
         name: name in commands and reports.
         part: part of our model that the weights fill.
-        select_settings: returns the family's section of a config.json, or None if the file is of another family.
-        fields: mapping of config values.
-        table: returns the mapping of tensors for a model's config.
-        fixed_settings: settings of an exported config.json that are the same for every model, such as its class.
-        defaults: values that the library assumes for keys that config.json lacks.
-        prefix: prefix of all tensor names. Files of the bare network, without a head, may lack it.
-        legacy_prefixes: prefixes in files of other versions, each with the current one. The first match applies.
-        vocab_section: section of config.json that has the vocabulary, empty for the top level; None: no vocabulary.
-        image_id_key: key in config.json of the id that stands for a picture feature; empty: none.
+        select_settings: function that returns the family's section of a config.json, or None for another family's file.
+        fields: config fields, which map values between config.json and our config.
+        table: function that returns the weight table for a model's config.
+        fixed_settings: settings of an exported config.json that all models share, such as the name of the model class.
+        defaults: values that the other library assumes for keys that are not in config.json.
+        prefix: prefix of all tensor names. Files of a network without an output head may omit the prefix.
+        legacy_prefixes: pairs of a prefix from another version and the current prefix. The first match applies.
+        vocab_section: section of config.json with the vocabulary size; empty for the top level; None if there is no
+            vocabulary.
+        image_id_key: key of the image token's id in config.json; empty for a family without image token.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Family:
     image_id_key: str = ""
 
     def mismatches(self, config: ModelConfig, settings: Settings) -> list[str]:
-        """Return one sentence per value in which a config.json and the model's config differ."""
+        """Return one sentence for each value in which a config.json differs from the model's config."""
         return find_mismatches(self.fields, config, self._with_defaults(settings))
 
     def unchecked(self, settings: Settings) -> list[str]:
@@ -63,9 +64,9 @@ class Family:
         return {**self.fixed_settings, **build_settings(self.fields, config)}
 
     def canonical_names(self, names: Iterable[str]) -> dict[str, str]:
-        """Map each name in the form that the table uses to the name in the file.
+        """Return a dict from the canonical form of each tensor name, which weight tables use, to the name in the file.
 
-        If two names of a file have the same canonical form, the second one keeps its own name.
+        If two names of a file have the same canonical form, the second name is not changed.
         """
         names = list(names)
         prefix = "" if any(name.startswith(self.prefix) for name in names) else self.prefix
@@ -92,15 +93,16 @@ def transformers_family(
     table: Callable[[ModelConfig], WeightTable],
     **options: Any,
 ) -> Family:
-    """Return a family that transformers publishes, recognised by the `model_type` of config.json.
+    """Return a family of the transformers library, which is recognised by `model_type` in config.json.
 
     Args:
         name: name in commands and reports.
         part: part of our model that the weights fill.
         architecture: class of transformers that loads an exported folder.
-        sections: section of config.json by `model_type`, empty for the whole file. Export writes the first type.
-        fields: mapping of config values.
-        table: returns the mapping of tensors for a model's config.
+        sections: section of config.json for each `model_type`; empty for the whole file. An export writes the first
+            `model_type`.
+        fields: config fields, which map values between config.json and our config.
+        table: function that returns the weight table for a model's config.
         **options: other attributes of `Family`.
     """
 

@@ -1,7 +1,7 @@
-"""Weight files: safetensors in one file or several shards, read and written tensor by tensor.
+"""Functions that read and write safetensors weights, in one file or in several shards.
 
 A file is reopened for each tensor. Tensors are views of the memory-mapped file, and the pages that were read count as
-memory of the process until the file is closed. A file that stayed open would double the memory of loading a model.
+memory of the process until the file is closed. If a file stayed open, loading a model would need twice the memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TensorHeader:
 
 
 class WeightFiles:
-    """Tensors of a folder by name. Construction reads the headers only.
+    """All tensors in the weight files of a folder. The constructor reads only the headers of the files.
 
     Raises:
         CheckpointError: the folder has no weights, a shard is missing, a file is damaged, or the weights are pickled.
@@ -47,7 +47,7 @@ class WeightFiles:
             self.headers.update(_read_headers(file))
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor as a view of the memory-mapped file. Copy it to keep it."""
+        """Return one tensor as a view of the memory-mapped file. A caller that keeps the tensor must copy it."""
         with safe_open(self.headers[name].file, framework="pt") as file:
             return file.get_tensor(name)
 
@@ -153,12 +153,12 @@ def _read_headers(path: Path) -> dict[str, TensorHeader]:
 
 
 def write_weights(folder: Path, groups: Iterable[Mapping[str, Tensor]], max_bytes: int = MAX_SHARD_BYTES) -> list[str]:
-    """Write tensors to one file, or to several shards and an index. Return the names of the files.
+    """Write tensors to one file, or to several shards and an index, and return the names of the written files.
 
     Args:
         folder: folder to write to.
-        groups: tensors by name, a few at a time. A group is never split between shards.
-        max_bytes: maximum size of a shard, exceeded only by a single group that is larger.
+        groups: dicts from names to tensors. The tensors of one dict are written to the same shard.
+        max_bytes: maximum size of a shard, in bytes. A dict that is larger gets a shard of its own.
     """
     shards: list[Path] = []
     weight_map: dict[str, int] = {}

@@ -1,8 +1,8 @@
 """Import of another library's weights into a model.
 
-The configs are compared first, then the names, shapes and types of the tensors. No tensor is read before all of them
-match. The model is built on the meta device, and tensors are copied into it one by one, the largest first, so peak
-memory is only slightly above the size of the weights.
+The configs are compared first, then the names, shapes and types of the tensors. No tensor is read before the configs
+and all names, shapes and types match. The model is built on the meta device, and tensors are copied into the model one
+by one, the largest first. Peak memory is therefore only slightly above the size of the weights.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from vlm.weights.rules import Rule, resample_positions
 from vlm.weights.tables import families
 
 FUSION_PREFIXES = ("decoder.cross_blocks.",)
-"""Prefixes of decoder parameters that belong to the fusion, so published decoders lack them."""
+"""Name prefixes of decoder parameters that belong to the fusion. Published decoders do not have these parameters."""
 
 
 class PartReport(Config):
-    """Use of the tensors of one folder.
+    """Report on the tensors of one folder.
 
     Attributes:
-        part: part of the model that they fill.
+        part: part of the model that the tensors fill.
         family: family of the weights.
         folder: folder of the weights.
         used: number of tensors that fill parameters.
-        tied: tensors that repeat another tensor.
+        tied: tensors that repeat another tensor of the folder.
         dropped: tensors that the model does not need, by reason.
-        resampled: position tables that were interpolated to the model's resolution.
+        resampled: position embedding tables that were interpolated to the model's resolution.
         unchecked: paths of the model's config that the folder's config.json does not determine.
     """
 
@@ -61,7 +61,7 @@ class ImportReport(Config):
     Attributes:
         parameters: number of parameters of the model.
         parts: one report per folder.
-        fresh: parameters that no folder has, which are randomly initialised.
+        fresh: parameters that no folder contains and that were randomly initialised.
     """
 
     parameters: int
@@ -71,7 +71,7 @@ class ImportReport(Config):
 
 @dataclass(frozen=True)
 class Source:
-    """One folder of weights, and the plan for the part of the model that it fills."""
+    """One folder of weights, and the plan for filling one part of the model from the folder."""
 
     part: Part
     family: Family
@@ -89,8 +89,8 @@ def import_weights(
     Args:
         config: config of the model.
         vocab_size: rows of the token embedding table.
-        folders: folders by the part that they fill: `model`, or `encoder`, or `decoder`, or both of these.
-        seed: seed of the parameters that no folder has.
+        folders: folder for each part of the model: for `model`, for `encoder`, for `decoder`, or for the last two.
+        seed: random seed for initialising the parameters that no folder contains.
 
     Raises:
         CheckpointError: a folder cannot be read, or does not fit the model. One error lists all mismatches.
@@ -139,15 +139,15 @@ def _open_source(part: Part, folder: Path, config: ModelConfig, model: nn.Module
 
 
 def in_published_part(name: str, part: Part) -> bool:
-    """Return True if a parameter belongs to a part of the model as published, without the fusion's parameters."""
+    """Return True if a parameter belongs to a part of the model. Fusion parameters belong only to the part `model`."""
     return part == "model" or (name.startswith(f"{part}.") and not name.startswith(FUSION_PREFIXES))
 
 
 def find_family(settings: Mapping[str, Any], folder: Path, part: Part) -> Family:
-    """Return the family of a folder, recognised by its config.json.
+    """Return the family that the config.json of a folder belongs to.
 
     Raises:
-        CheckpointError: the family is unknown, or fills another part.
+        CheckpointError: the family is unknown, or is a family for another part of the model.
     """
     known = [family for family in families() if family.select_settings(settings) is not None]
     fitting = [family for family in known if family.part == part]
@@ -181,7 +181,7 @@ def _check_config(family: Family, config: ModelConfig, settings: Mapping[str, An
 
 
 def _check_ties(source: Source) -> None:
-    """Check that a tied tensor equals its partner. Otherwise an untied output head would be lost silently."""
+    """Check that each tied tensor equals the tensor that it repeats. Otherwise an untied output head would be lost."""
     for name, partner in source.plan.tied.items():
         if not torch.equal(*(source.files.read(source.names[key]) for key in (name, partner))):
             raise CheckpointError(
@@ -199,10 +199,11 @@ RANDOM_INIT = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tens
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Context in which `torch.empty`, which layers create weights with, returns meta tensors without memory.
+    """Context in which `torch.empty` returns meta tensors, which take no memory.
 
-    Tables that are computed at construction are real tensors. Random initialisation of meta tensors is skipped, because
-    torch would load its compiler for it, which takes 150 MB and several seconds.
+    Layers create their weights with `torch.empty`. Tables that layers compute in their constructors are real tensors.
+    Random initialisation of meta tensors is skipped, because torch would first load its compiler, which takes 150 MB
+    and several seconds.
     """
 
     def __torch_function__(
@@ -238,7 +239,7 @@ def _initialize_fresh(model: VisionLanguageModel, filled: set[str], seed: int) -
     _set_parameters(model, list(allocated), list(allocated.values()))
     with _seeded(seed):
         for module in sorted({name.rpartition(".")[0] for name in allocated}):
-            model.get_submodule(module).reset_parameters()  # type: ignore[operator]  # layers with torch.empty have it
+            model.get_submodule(module).reset_parameters()  # type: ignore[operator]  # all such layers have this method
         with _EmptyOnMeta():
             initialize_weights(model)
     return list(fresh)
@@ -261,7 +262,7 @@ def _read(source: Source, rule: Rule, model: nn.Module) -> list[Tensor]:
 
 
 def _set_parameters(model: nn.Module, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-    """Replace parameters by tensors, in every module that shares the parameter."""
+    """Replace parameters with tensors. A shared parameter is replaced in every module that has the parameter."""
     for name, tensor in zip(names, tensors, strict=True):
         old, new = model.get_parameter(name), nn.Parameter(tensor)
         assert old.shape == new.shape

@@ -1,4 +1,4 @@
-"""Plan of an import: which tensor of a file fills which parameter, and every mismatch, before any tensor is read."""
+"""Plan of an import, made before any tensor is read: which tensor fills which parameter, and all mismatches."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Shape = tuple[int, ...]
 
 @dataclass
 class LoadPlan:
-    """Use of each tensor of a file.
+    """Plan for each tensor of a weight file.
 
     Attributes:
-        rules: rules that apply, with full names.
-        tied: partner of each tensor in the file that repeats another.
-        dropped: reason for each tensor in the file that the model does not need.
-        resampled: rules of position tables that have another resolution in the file.
-        problems: one sentence per mismatch; empty if everything fits.
+        rules: rules that apply to the model, with full tensor names instead of templates.
+        tied: for each tensor that repeats another tensor of the file, the name of that other tensor.
+        dropped: for each tensor that the model does not need, the reason.
+        resampled: rules of position embedding tables that have another resolution in the file than in the model.
+        problems: one sentence per mismatch; empty if the file fits the model.
     """
 
     rules: list[Rule]
@@ -41,11 +41,11 @@ class LoadPlan:
 
 
 def plan_load(table: WeightTable, ours: Mapping[str, Tensor], theirs: Mapping[str, TensorHeader]) -> LoadPlan:
-    """Compare a table with a model and a file, and plan what to do with each tensor.
+    """Compare a weight table with a model and a file, and return the plan for each tensor of the file.
 
     Args:
-        table: mapping of the family.
-        ours: the model's parameters by name; only their shapes are used, so meta tensors are enough.
+        table: weight table of the family.
+        ours: the model's parameters by name; only the shapes are used, so meta tensors are enough.
         theirs: headers of the file's tensors by name.
     """
     plan = LoadPlan(list(expand_rules(table.rules, ours)))
@@ -73,7 +73,10 @@ def plan_load(table: WeightTable, ours: Mapping[str, Tensor], theirs: Mapping[st
 def _compare_headers(
     plan: LoadPlan, rule: Rule, ours: Mapping[str, Tensor], theirs: Mapping[str, TensorHeader]
 ) -> None:
-    """Add the problems of one rule's shapes and types. The expected shapes are those that an export would write."""
+    """Add the mismatches in shape and type of one rule's tensors to the plan.
+
+    The expected shapes are the shapes that an export of the model would write.
+    """
     written = rule.write([torch.empty(ours[name].shape, device="meta") for name in rule.ours])
     for name, expected in zip(rule.theirs, (tuple(tensor.shape) for tensor in written), strict=True):
         header = theirs[name]
@@ -97,12 +100,12 @@ def _has_other_resolution(rule: Rule, found: Shape, expected: Shape) -> bool:
 
 
 def describe_names(problem: str, names: Iterable[str], *, similar_to: Iterable[str]) -> list[str]:
-    """Return one sentence per name, with names that differ only in the block number merged into one.
+    """Return one sentence per name. Names that differ only in the block number are merged into one name.
 
     Args:
-        problem: what is wrong with the names, the beginning of each sentence.
-        names: names to describe.
-        similar_to: names among which the most similar one is suggested.
+        problem: beginning of each sentence, which says what is wrong with the name.
+        names: tensor names to describe.
+        similar_to: tensor names from which each sentence suggests the most similar name.
     """
     candidates = group_by_block(similar_to)
     sentences = []
@@ -114,12 +117,12 @@ def describe_names(problem: str, names: Iterable[str], *, similar_to: Iterable[s
 
 
 def merge_block_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the names, with names that differ only in the block number merged into one: `h.{0..11}.attn.bias`."""
+    """Merge names that differ only in the block number into one name, such as `h.{0..11}.attn.bias`."""
     return tuple(format_blocks(template, blocks) for template, blocks in group_by_block(names).items())
 
 
 def group_by_block(names: Iterable[str]) -> dict[str, list[int]]:
-    """Return block numbers by template: the name with `{i}` in place of the block number."""
+    """Return the block numbers of each template. A template is a name with `{i}` in place of the block number."""
     groups: dict[str, list[int]] = {}
     for name in sorted(names):
         number = re.search(r"(?<=\.)\d+(?=\.)", name)
@@ -129,7 +132,7 @@ def group_by_block(names: Iterable[str]) -> dict[str, list[int]]:
 
 
 def format_blocks(template: str, blocks: Sequence[int]) -> str:
-    """Fill a template with block numbers: `h.{0..11}.attn.bias`, `h.{0,2}.attn.bias` or `h.3.attn.bias`."""
+    """Insert block numbers into a template, as in `h.{0..11}.attn.bias`, `h.{0,2}.attn.bias` or `h.3.attn.bias`."""
     if not blocks:
         return template
     low, high = min(blocks), max(blocks)

@@ -1,8 +1,8 @@
-"""Rules that map tensors between another library and our model. Each rule converts in both directions.
+"""Rules that convert another library's tensors to our model's parameters, and back.
 
 `theirs` are names in the other library's file, `ours` are names of our parameters. Names are templates: `{i}` stands
-for the block number, `*` for weight and bias. A rule applies if the model has all of its parameters, so the config
-decides how many blocks there are and whether a layer has a bias, never the file.
+for the block number, and `*` stands for `weight` or `bias`. A rule applies if the model has all parameters in `ours`.
+The model config therefore decides how many blocks there are and whether a layer has a bias. The file never decides.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ Transform = Callable[[Sequence[Tensor]], list[Tensor]]
 
 @dataclass(frozen=True)
 class PositionGrid:
-    """Layout of a position embedding table over a square of patches, which can be resampled to another resolution.
+    """Layout of a position embedding table that can be resampled to another picture resolution.
+
+    The table has `extra` rows first, then one row per patch of a square grid.
 
     Attributes:
-        extra: rows before the patches (class token, registers).
-        mode: interpolation, which is antialiased.
+        extra: number of rows before the rows of the patches (class token, registers).
+        mode: interpolation method, which is used with antialiasing.
     """
 
     extra: int
@@ -34,13 +36,13 @@ class PositionGrid:
 
 @dataclass(frozen=True)
 class Rule:
-    """Conversion of tensors of the other library to our parameters.
+    """Conversion of some tensors of the other library to some of our parameters, and back.
 
     Attributes:
-        theirs: names in the file.
+        theirs: names of the tensors in the other library's file.
         ours: names of our parameters.
-        read: converts their tensors to ours.
-        write: converts our tensors to theirs; the exact inverse of `read`.
+        read: function that converts the other library's tensors to our parameters.
+        write: function that converts our parameters to the other library's tensors; the exact inverse of `read`.
         grid: layout of a position embedding table; None for any other tensor.
     """
 
@@ -53,7 +55,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Drop:
-    """Tensors in the file that the model does not need, by a shell pattern (`fnmatch`), with the reason."""
+    """Shell pattern (`fnmatch`) for names of tensors in the file that the model does not need, and the reason."""
 
     pattern: str
     reason: str
@@ -61,7 +63,7 @@ class Drop:
 
 @dataclass(frozen=True)
 class Tie:
-    """Tensor `theirs` that repeats tensor `partner` of the file if the model has no separate parameter `ours`."""
+    """Two tensors of a file, `theirs` and `partner`, that must be equal if the model has no parameter `ours`."""
 
     theirs: str
     partner: str
@@ -70,11 +72,11 @@ class Tie:
 
 @dataclass(frozen=True)
 class WeightTable:
-    """Mapping of all tensors of a family.
+    """Mapping between all tensors of a family and our parameters.
 
     Attributes:
-        rules: conversions.
-        drops: tensors that import leaves out.
+        rules: rules that convert tensors.
+        drops: patterns of the tensors that an import leaves out.
         ties: tensors that a file may store twice.
     """
 
@@ -99,12 +101,12 @@ class WeightTable:
 
 
 def rename(theirs: str, ours: str) -> Rule:
-    """Return a rule for the same tensor under another name."""
+    """Return a rule that gives a tensor another name and does not change the tensor."""
     return Rule((theirs,), (ours,), list, list)
 
 
 def add_axes(theirs: str, ours: str, count: int) -> Rule:
-    """Return a rule for a tensor to which our model adds `count` leading axes of length 1."""
+    """Return a rule that adds `count` leading axes of length 1 to a tensor of the file."""
 
     def read(tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensors[0][(None,) * count]]
@@ -116,7 +118,7 @@ def add_axes(theirs: str, ours: str, count: int) -> Rule:
 
 
 def transpose(theirs: str, ours: str) -> Rule:
-    """Return a rule for a weight that the file stores as (in, out). A bias is not changed."""
+    """Return a rule that transposes a weight, which the file stores as (inputs, outputs). A bias is not changed."""
 
     def turn(tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensors[0].t()]
@@ -125,19 +127,19 @@ def transpose(theirs: str, ours: str) -> Rule:
 
 
 def concat(theirs: Sequence[str], ours: str, sizes: Sequence[int]) -> Rule:
-    """Return a rule that concatenates several of their tensors, of `sizes` rows, to one of ours."""
+    """Return a rule that concatenates several tensors of the file, which have `sizes` rows, to one parameter."""
     return Rule(tuple(theirs), (ours,), _concatenate, _splitter(sizes))
 
 
 def split(theirs: str, ours: Sequence[str], sizes: Sequence[int]) -> Rule:
-    """Return a rule that splits one of their tensors into several of ours, of `sizes` rows."""
+    """Return a rule that splits one tensor of the file into several parameters, which have `sizes` rows."""
     return Rule((theirs,), tuple(ours), _splitter(sizes), _concatenate)
 
 
 def patch_projection(theirs: str, ours: str, patch_size: int) -> Rule:
-    """Return a rule for a patch embedding that the file stores as a linear layer and our model as a convolution.
+    """Return a rule for a patch embedding that is a linear layer in the file and a convolution in our model.
 
-    The linear layer's inputs are the numbers of a patch in the order (rows, columns, channels).
+    The inputs of the linear layer are the values of one patch in the order (row, column, channel).
     """
 
     def read(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -150,7 +152,10 @@ def patch_projection(theirs: str, ours: str, patch_size: int) -> Rule:
 
 
 def position_table(rule: Rule, *, extra: int, mode: Literal["bicubic", "bilinear"] = "bicubic") -> Rule:
-    """Return the rule of a position embedding table that can be resampled: `extra` rows, then a square of patches."""
+    """Return the rule of a position embedding table that can be resampled.
+
+    The table has `extra` rows first, then one row per patch of a square grid.
+    """
     return replace(rule, grid=PositionGrid(extra, mode))
 
 
@@ -169,7 +174,7 @@ def _splitter(sizes: Sequence[int]) -> Transform:
 
 
 def expand_rules(rules: Iterable[Rule], ours: Iterable[str]) -> Iterator[Rule]:
-    """Yield the rules with full names in place of templates, if the model has all parameters of the rule.
+    """Yield each rule with full names in place of templates, if the model has all parameters of the rule.
 
     Args:
         rules: rules with templates.
@@ -196,16 +201,16 @@ def _fill_templates(rule: Rule, index: str, kind: str) -> Rule:
 
 
 def grid_side(rows: int, grid: PositionGrid) -> int | None:
-    """Return the patches along one side for a position table of `rows` rows, or None if they do not form a square."""
+    """Return the number of patches along one side of the square grid, or None if `rows` does not fit a square grid."""
     patches = rows - grid.extra
     root = math.isqrt(max(patches, 0))
     return root if root and root * root == patches else None
 
 
 def resample_positions(table_1NW: Tensor, rows: int, grid: PositionGrid) -> Tensor:
-    """Resample a position table (1, N, W) to (1, rows, W) by interpolating over the square of patches.
+    """Resample a position embedding table (1, N, W) to (1, rows, W) by interpolating over the square grid of patches.
 
-    The interpolation is that of timm's `resample_abs_pos_embed`: fp32 and antialiased. The extra rows are kept.
+    As in timm's `resample_abs_pos_embed`, the interpolation is antialiased and runs in fp32. The extra rows are kept.
     """
     extra, patches = torch.split(table_1NW, [grid.extra, table_1NW.shape[1] - grid.extra], dim=1)
     before, after = grid_side(table_1NW.shape[1], grid), grid_side(rows, grid)

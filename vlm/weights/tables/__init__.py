@@ -1,6 +1,6 @@
-"""One module per weight family: its config fields, weight table and defaults.
+"""Weight families. Each module contains the config fields, the weight table and the defaults of one family.
 
-Each module defines the tuple `FAMILIES`; `families` finds every module in this folder.
+Each module also defines the tuple `FAMILIES`. The function `families` finds every module in this folder.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""CLIP's vision encoder (Radford et al., 2021) in transformers: alone, with its projection, or within a whole CLIP.
+"""Vision encoder of CLIP (Radford et al., 2021) in transformers: alone, with its projection, or in a whole CLIP model.
 
 The encoder has a norm before the blocks, and a stem without bias. The norm after the blocks applies to the class token
-only, so models that use the patches omit it (`post_norm: false`).
+only, so models that use the patches omit this norm (`post_norm: false`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DEFAULTS = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
-# Fields that CLIP and SigLIP share.
+# Config fields that CLIP and SigLIP share.
 TOWER_FIELDS = (*vision_transformer(), constant("vision.transformer.attention.bias", True))
 FIELDS: tuple[ConfigField, ...] = (
     *TOWER_FIELDS,
@@ -55,7 +55,7 @@ def block_rules(config: ModelConfig) -> tuple[Rule, ...]:
 
 
 def table(config: ModelConfig) -> WeightTable:
-    """Return the table of the vision encoder."""
+    """Return the weight table of the vision encoder."""
     tower = WeightTable(
         rules=(
             rename("embeddings.patch_embedding.*", "encoder.stem.*"),

@@ -1,7 +1,7 @@
 """Gemma 1 and 2 (Gemma Team, 2024) in transformers.
 
-Norm weights are stored as the difference from one, as with our `norm.offset`. Gemma 2 also normalises the output of
-each branch, caps attention scores and logits, and uses sliding-window attention in every other layer.
+Norm weights are stored as the difference from one, which our config calls `norm.offset`. Gemma 2 also normalises the
+output of each branch, caps attention scores and logits, and uses sliding-window attention in every other layer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vlm.weights.rules import Drop, Tie, WeightTable, concat, rename
 TRANSFORMER = "decoder.transformer"
 ATTENTION = f"{TRANSFORMER}.attention"
 
-# Files from before transformers had a name for the tanh form say "gelu" for it.
+# Old config files call the tanh form "gelu", because transformers had no separate name for the tanh form at that time.
 ACTIVATION = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_tanh"}
 DEFAULTS = {
     "head_dim": 256,
@@ -58,7 +58,7 @@ DEFAULTS_2 = {
 
 
 def rope_base(settings: Settings) -> Any:
-    """Return the base of the rotary angles under the keys of any version, or the whole setting if angles are scaled."""
+    """Return the base of the rotary angles. If the angles are scaled, return all settings of the angles instead."""
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     return rope.get("rope_theta", settings.get("rope_theta", 10_000.0)) if kind == "default" else rope
@@ -108,7 +108,7 @@ def windows_of(config: ModelConfig) -> tuple[int | None, ...]:
 
 
 def windows_in(settings: Settings) -> tuple[int | None, ...]:
-    """Return the attention window of each layer in config.json: every other layer, unless `layer_types` lists them."""
+    """Return the attention window of each layer in config.json. By default, every other layer has a window."""
     kinds = settings.get("layer_types") or [
         "full_attention" if layer % 2 else "sliding_attention" for layer in range(settings["num_hidden_layers"])
     ]
@@ -116,7 +116,7 @@ def windows_in(settings: Settings) -> tuple[int | None, ...]:
 
 
 def write_windows(windows: tuple[int | None, ...]) -> dict[str, Any]:
-    """Return the settings of the attention windows. The format needs a width even if the model has no window."""
+    """Return the settings of the attention windows. config.json needs a window size even if the model has no window."""
     return {
         "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
         "sliding_window": next((window for window in windows if window is not None), 4096),
@@ -145,13 +145,13 @@ FIELDS_2 = (
 
 
 def qkv_sizes(attention: AttentionConfig) -> tuple[int, int, int]:
-    """Return the rows of queries, keys and values in the joint projection."""
+    """Return the numbers of rows of queries, keys and values in the joint projection."""
     keys = attention.num_kv_heads * attention.head_dim
     return attention.num_heads * attention.head_dim, keys, keys
 
 
 def table(config: ModelConfig) -> WeightTable:
-    """Return the table of the decoder. Only Gemma 2 has norms after a branch."""
+    """Return the weight table of the decoder. Only Gemma 2 has norms after a branch."""
     transformer = config.decoder.transformer
     assert transformer.mlp.kind == "gated", "the config fields were checked before"
     before_mlp = "pre_feedforward_layernorm" if transformer.sandwich else "post_attention_layernorm"

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al., 2019), in transformers. Its linear layers are stored as (in, out)."""
+"""GPT-2 (Radford et al., 2019) in transformers. GPT-2 stores the weights of linear layers as (inputs, outputs)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ FIELDS = (
 
 
 def table(_: ModelConfig) -> WeightTable:
-    """Return the table of the decoder."""
+    """Return the weight table of the decoder."""
     return WeightTable(
         rules=(
             rename("transformer.wte.weight", "decoder.tokens.weight"),

@@ -1,7 +1,7 @@
 """PaliGemma 1 (Beyer et al., 2024) and 2 (Steiner et al., 2024): SigLIP, one linear layer, and Gemma 1 or 2.
 
-Tensor names are those of the published files. transformers 5 uses other names in memory, and others again in the files
-that it saves; `LEGACY_PREFIXES` maps all of them.
+The weight table uses the tensor names of the published files. transformers 5 uses a second set of names in memory, and
+a third set of names in the files that it saves. `LEGACY_PREFIXES` maps both sets to the published names.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LEGACY_PREFIXES = (
 
 
 def table(config: ModelConfig) -> WeightTable:
-    """Return the table of the whole model."""
+    """Return the weight table of the whole model."""
     vision, text = siglip.tower(config).with_prefix(VISION), gemma.table(config).with_prefix(TEXT)
     return WeightTable(
         rules=(*vision.rules, rename("multi_modal_projector.linear.*", "projector.*"), *text.rules),
@@ -52,7 +52,7 @@ def _fields(text: tuple[ConfigField, ...], text_type: str, defaults: Settings) -
 
 
 def _select_by_text_type(text_type: str) -> Callable[[Settings], Settings | None]:
-    """Return a selector for one version. Both have model_type `paligemma`, so the decoder's type decides."""
+    """Return the `select_settings` of one PaliGemma version. The decoder's `model_type` tells the versions apart."""
 
     def settings_of(settings: Settings) -> Settings | None:
         found = settings.get("text_config", {}).get("model_type", "gemma")
@@ -66,7 +66,7 @@ DEFAULTS = {"projection_dim": 2048}
 
 
 def _version(name: str, text_type: str, text: tuple[ConfigField, ...], defaults: Settings) -> Family:
-    """Return the family of one version. The versions differ in the decoder only."""
+    """Return the family of one PaliGemma version. The versions differ in the decoder only."""
     return Family(
         name,
         "model",

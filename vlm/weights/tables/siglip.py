@@ -1,8 +1,8 @@
 """Vision encoders of SigLIP (Zhai et al., 2023) and SigLIP 2 (Tschannen et al., 2025) in transformers.
 
-They have no class token. A learned query pools the features if a model selects it (`select: attention`). SigLIP 2 for
-any aspect ratio (NaFlex) stores the stem as a linear layer and resizes positions bilinearly; here its input is square.
-SigLIP 2 of fixed resolution is published as SigLIP.
+Neither encoder has a class token. If a model has `select: attention`, a learned query pools the features. SigLIP 2 for
+any aspect ratio (NaFlex) stores the stem as a linear layer and resizes positions bilinearly; Lakesight gives it square
+pictures only. SigLIP 2 with a fixed resolution is published in the format of SigLIP.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ WHOLE_MODEL_DROPS = (
 
 
 def tower(config: ModelConfig) -> WeightTable:
-    """Return the table of SigLIP's vision encoder, with names that have no prefix."""
+    """Return the weight table of SigLIP's vision encoder, with tensor names without a prefix."""
     return WeightTable(
         rules=(
             rename("embeddings.patch_embedding.*", "encoder.stem.*"),
@@ -68,7 +68,7 @@ def tower(config: ModelConfig) -> WeightTable:
 
 
 def tower_2(config: ModelConfig) -> WeightTable:
-    """Return the table of SigLIP 2's vision encoder, with names that have no prefix."""
+    """Return the weight table of SigLIP 2's vision encoder, with tensor names without a prefix."""
     stem = config.vision.stem
     assert stem.kind == "patch", "the config fields were checked before"
     position = add_axes("embeddings.position_embedding.weight", "encoder.position", 1)
@@ -84,12 +84,12 @@ def tower_2(config: ModelConfig) -> WeightTable:
 
 
 def table(config: ModelConfig) -> WeightTable:
-    """Return the table of SigLIP's vision encoder, alone or within the whole model."""
+    """Return the weight table of SigLIP's vision encoder, alone or in a whole SigLIP model."""
     return tower(config).with_prefix("vision_model.").with_drops(*WHOLE_MODEL_DROPS)
 
 
 def table_2(config: ModelConfig) -> WeightTable:
-    """Return the table of SigLIP 2's vision encoder, alone or within the whole model."""
+    """Return the weight table of SigLIP 2's vision encoder, alone or in a whole SigLIP 2 model."""
     return tower_2(config).with_prefix("vision_model.").with_drops(*WHOLE_MODEL_DROPS)
 
 

@@ -1,8 +1,8 @@
 """Vision transformers of timm (Wightman, 2019): `vit_*` with class token, registers, layer scale or attention pooling.
 
-timm's config.json names an architecture, whose sizes are in timm's code. The tensors' shapes determine most of them.
-Any other value is compared if the file contains it or the architecture's name implies it; else the import reports it as
-unchecked.
+timm's config.json contains the name of an architecture, and the sizes of the architecture are in timm's code. The
+shapes of the tensors determine most sizes. An import checks any other value if config.json contains the value or the
+architecture's name implies the value. Otherwise the import reports the value as unchecked.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from vlm.weights.rules import Drop, WeightTable, position_table, rename
 
 TRANSFORMER = "vision.transformer"
 HEADS = f"{TRANSFORMER}.attention"
-# Widths and names of architectures with 16 heads. All others have heads of width 64.
+# Widths and names of architectures with 16 heads. All other architectures have heads of width 64.
 WIDTHS_OF_16_HEADS = (1152, 1280, 1408, 1664)
 NAMES_OF_16_HEADS = ("vit_base_patch16_gap_", "vit_giantopt_")
 
 
 def select_settings(settings: Settings) -> Settings | None:
-    """Return the architecture's name and the arguments in a config.json, or None if it is of another architecture."""
+    """Return the architecture's name and arguments from config.json, or None if the architecture is not a `vit_*`."""
     name = str(settings.get("architecture", ""))
     if not name.startswith("vit_"):
         return None
@@ -41,7 +41,7 @@ def select_settings(settings: Settings) -> Settings | None:
 
 
 def num_heads(settings: Settings) -> Any:
-    """Return the number of heads from the arguments, or as the name and the width imply it."""
+    """Return the number of heads that the arguments contain, or that the architecture's name and width imply."""
     name, width = settings["architecture"], settings["embed_dim"]
     if "num_heads" in settings or width is UNKNOWN:
         return settings.get("num_heads", UNKNOWN)
@@ -49,14 +49,17 @@ def num_heads(settings: Settings) -> Any:
 
 
 def activation(settings: Settings) -> Any:
-    """Return the activation from the arguments, or as the name implies it. The name of a SigLIP does not imply one."""
+    """Return the activation that the arguments contain or the architecture's name implies.
+
+    The name of a SigLIP architecture does not imply an activation.
+    """
     name = settings["architecture"]
     implied = "quick_gelu" if "quickgelu" in name else UNKNOWN if "siglip" in name else "gelu"
     return settings.get("act_layer", implied)
 
 
 def pretrained_settings(config: ModelConfig) -> dict[str, Any]:
-    """Return timm's `pretrained_cfg`: preprocessing of pictures, and the names of the first and last layers."""
+    """Return timm's `pretrained_cfg`, with the picture preprocessing and the names of the first and last layers."""
     size = config.image.size
     return {
         "input_size": [3, size, size],
@@ -69,19 +72,19 @@ def pretrained_settings(config: ModelConfig) -> dict[str, Any]:
 
 
 def mlp_ratio(config: ModelConfig) -> float:
-    """Return the ratio from which timm computes the width of our MLP: int(width * ratio)."""
+    """Return the ratio from which timm computes our MLP width as int(width * ratio)."""
     width, mlp_width = config.vision.transformer.width, value_at(f"{TRANSFORMER}.mlp.mlp_width")(config)
     ratio = float(mlp_width / width)
     return ratio if int(width * ratio) == mlp_width else (mlp_width + 0.5) / width
 
 
 def has_either_bias_or_norm(config: ModelConfig) -> bool:
-    """Return True if the stem has either a bias or a norm after it. timm omits the bias exactly if a norm follows."""
+    """Return True if the stem has a bias or is followed by a norm, but not both. timm never builds both or neither."""
     return bool(value_at("vision.stem.bias")(config)) != config.vision.pre_norm
 
 
 def in_arguments(field: ConfigField) -> ConfigField:
-    """Return a field that export writes as an argument of the architecture."""
+    """Return a copy of a config field that an export writes as an argument of the architecture."""
     return replace(field, write=lambda value: {"model_args": field.write(value)})
 
 
@@ -137,7 +140,7 @@ FIELDS = (
 
 
 def table(config: ModelConfig) -> WeightTable:
-    """Return the table of the encoder."""
+    """Return the weight table of the encoder."""
     vision = config.vision
     extra = vision.class_token + vision.registers if vision.position_on == "all" else 0
     return WeightTable(

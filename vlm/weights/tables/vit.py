@@ -34,7 +34,7 @@ FIELDS = (
 
 
 def table(config: ModelConfig) -> WeightTable:
-    """Return the table of the encoder."""
+    """Return the weight table of the encoder."""
     width = config.vision.transformer.width
     attention = "encoder.layer.{i}.attention"
     names = WeightTable(
