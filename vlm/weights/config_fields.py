@@ -128,7 +128,7 @@ def attention_heads(path: str, width: str, count: str) -> tuple[ConfigField, ...
 
 
 def standard_transformer(path: str) -> tuple[ConfigField, ...]:
-    """Return the config fields that GPT-2 and ViT share: LayerNorm before each branch, plain MLPs, learned positions."""
+    """Return the config fields that GPT-2 and ViT share: LayerNorm, plain MLPs and learned positions."""
     return (
         constant(f"{path}.norm.kind", "layer"),
         constant(f"{path}.position.kind", "learned"),
