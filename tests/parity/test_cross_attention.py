@@ -1,4 +1,4 @@
-"""Parity of resampler, gated cross-attention and pixel shuffle with Idefics, the open reproduction of Flamingo."""
+"""The resampler, gated cross-attention and pixel shuffle give the outputs of Idefics, an open Flamingo."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from vlm.text.base import SLOT
 
 WIDTH, LATENTS, VOCAB = 24, 3, 40
 MARKER = 7
-"""Id of the token that stands for a picture in Idefics' sequences."""
+"""Id of the token that stands for a picture in a sequence of Idefics."""
 
 
 def theirs() -> IdeficsForVisionText2Text:
@@ -107,7 +107,7 @@ def fill(module: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def copy_resampler(mine: nn.Module, original: nn.Module) -> None:
-    """Copy the resampler's weights. Idefics has no output layer, so ours becomes the identity."""
+    """Copy the weights of Idefics' resampler. Idefics has no output layer, so our output layer becomes the identity."""
     state = original.state_dict()
     values = {"latents": state["latents"], "out.weight": torch.eye(WIDTH), "out.bias": torch.zeros(WIDTH)}
     values |= {f"norm.{end}": state[f"layer_norm.{end}"] for end in ("weight", "bias")}
@@ -151,7 +151,7 @@ def copy_decoder(mine: nn.Module, original: IdeficsForVisionText2Text) -> None:
 
 
 def shared(state: dict[str, Tensor], layer: str, block: str) -> dict[str, Tensor]:
-    """Return the norms and the gated MLP, which both kinds of block have."""
+    """Return the weights of the norms and the gated MLP, which decoder blocks and gated blocks both have."""
     return {
         f"{block}.attention_norm.weight": state[f"{layer}.input_layernorm.weight"],
         f"{block}.mlp_norm.weight": state[f"{layer}.post_attention_layernorm.weight"],
@@ -161,7 +161,7 @@ def shared(state: dict[str, Tensor], layer: str, block: str) -> dict[str, Tensor
 
 
 @pytest.mark.parametrize("patches", [4, 9])
-def test_resampler_equals_that_of_idefics(patches: int) -> None:
+def test_resampler_gives_the_outputs_of_the_idefics_resampler(patches: int) -> None:
     original, model = theirs().model.perceiver_resampler, ours()
     assert isinstance(original, IdeficsPerceiverResampler)
     copy_resampler(model.projector, original)
@@ -169,12 +169,13 @@ def test_resampler_equals_that_of_idefics(patches: int) -> None:
     torch.testing.assert_close(model.projector(x_BNW), original(x_BNW), atol=1e-5, rtol=0)
 
 
-# Positions of the pictures in each row: interleaved with text, at the start, near the end, two in a row.
+# Positions of the pictures in each row of the batch. The pictures are, in this order: interleaved with text, at the
+# start, near the end, one directly after the other.
 ROWS = ([0, 3], [0], [5], [0, 1])
 
 
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:1], ROWS[1:3]])
-def test_interleaved_pictures_and_text_give_the_logits_of_idefics(rows: tuple[list[int], ...]) -> None:
+def test_interleaved_pictures_and_text_give_the_same_logits_as_in_idefics(rows: tuple[list[int], ...]) -> None:
     original, model = theirs(), ours()
     copy_decoder(model.decoder, original)
     T, most = 8, max(len(positions) for positions in rows)
@@ -198,7 +199,7 @@ def test_interleaved_pictures_and_text_give_the_logits_of_idefics(rows: tuple[li
 
 
 @pytest.mark.parametrize("factor", [2, 3])
-def test_pixel_shuffle_equals_that_of_idefics_3(factor: int) -> None:
+def test_pixel_shuffle_gives_the_outputs_of_the_idefics_3_pixel_shuffle(factor: int) -> None:
     config = Idefics3Config(
         scale_factor=factor,
         vision_config={"hidden_size": 8, "num_attention_heads": 4},
@@ -211,7 +212,7 @@ def test_pixel_shuffle_equals_that_of_idefics_3(factor: int) -> None:
     torch.testing.assert_close(mine(x_BNW), original(x_BNW), atol=1e-5, rtol=0)
 
 
-def test_gates_at_zero_leave_the_decoder_unchanged() -> None:
+def test_cross_attention_gates_at_zero_do_not_change_the_logits_of_the_decoder() -> None:
     model, tokens = ours(), torch.tensor([[SLOT, 1, 2, 3]])
     with torch.inference_mode():
         one, two = (

@@ -1,4 +1,4 @@
-"""Parity of generation with transformers' `generate`: same weights, same prompts, same tokens."""
+"""Generation gives the same tokens as transformers' `generate` for the same weights and the same prompts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from vlm.text.chars import CharTokenizer
 VOCAB, WIDTH, DEPTH, STEPS, CONTEXT = 24, 24, 2, 16, 64
 ALPHABET = "abcdefghijklmnopqrst"
 IMAGE = VOCAB
-"""Id of the token that stands for a picture feature in transformers' sequences."""
+"""Id of the token that stands for a picture feature in a sequence of transformers."""
 GEMMA: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": WIDTH,
@@ -56,7 +56,7 @@ FAMILIES = ("gpt2", "gemma", "gemma2", "paligemma")
 
 
 class Ids(CharTokenizer):
-    """Tokenizer of VOCAB ids that suppresses none of them, as in transformers' `generate`."""
+    """Tokenizer with VOCAB ids that lets generation produce every id, as transformers' `generate` does."""
 
     suppressed_ids: tuple[int, ...] = ()
 
@@ -151,14 +151,14 @@ def their_model(family: str) -> Any:
 
 @functools.cache
 def both(family: str) -> tuple[Any, VisionLanguageModel]:
-    """Return transformers' model with large random weights, and ours with a copy of them."""
+    """Return a model of transformers with large random weights, and our model with a copy of the same weights."""
     torch.manual_seed(0)
     theirs = their_model(family)
     theirs.train(False)
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
-        theirs.get_input_embeddings().weight[2] *= 2  # makes some answers end early
+        theirs.get_input_embeddings().weight[2] *= 2  # a likely end token ends some answers early
     ours = build_model(our_config(family), VOCAB).eval()
     state = theirs.state_dict()
     match family:
@@ -174,7 +174,7 @@ def both(family: str) -> tuple[Any, VisionLanguageModel]:
 
 
 def requests(family: str) -> list[Request]:
-    """Return prompts of unequal length, each with a picture if the family takes pictures."""
+    """Return requests whose prompts have different lengths. Each has a picture if the model family takes pictures."""
     generator = torch.Generator().manual_seed(2)
     found = []
     for length in (5, 1, 9, 5, 7, 2, 12, 3):
@@ -186,7 +186,7 @@ def requests(family: str) -> list[Request]:
 
 
 def their_tokens(family: str, asked: list[Request], **settings: Any) -> list[list[int]]:
-    """Return the tokens of transformers' `generate` over the left-padded batch, up to the end token."""
+    """Return the tokens, up to the end token, that transformers' `generate` gives for the batch with left padding."""
     theirs, ours = both(family)
     longest = max(len(request.prefix) for request in asked)
     rows = [[0] * (longest - len(r.prefix)) + [IMAGE if i == SLOT else i for i in r.prefix] for r in asked]
@@ -207,7 +207,7 @@ def our_tokens(family: str, asked: list[Request], **settings: Any) -> list[list[
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_equal_those_of_transformers(family: str) -> None:
+def test_greedy_decoding_gives_the_same_tokens_as_transformers(family: str) -> None:
     asked = requests(family)
     expected = their_tokens(family, asked)
     assert our_tokens(family, asked) == expected
@@ -218,7 +218,7 @@ def test_greedy_tokens_equal_those_of_transformers(family: str) -> None:
 @pytest.mark.parametrize("length_penalty", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("num_beams", [3, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_beam_search_tokens_equal_those_of_transformers(family: str, num_beams: int, length_penalty: float) -> None:
+def test_beam_search_gives_the_same_tokens_as_transformers(family: str, num_beams: int, length_penalty: float) -> None:
     asked, settings = requests(family), {"num_beams": num_beams, "length_penalty": length_penalty}
     expected = their_tokens(family, asked, **settings)
     assert our_tokens(family, asked, **settings) == expected
@@ -226,7 +226,7 @@ def test_beam_search_tokens_equal_those_of_transformers(family: str, num_beams: 
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_tokens_with_a_repetition_penalty_equal_those_of_transformers(num_beams: int) -> None:
+def test_repetition_penalty_gives_the_same_tokens_as_transformers(num_beams: int) -> None:
     asked = [request for request in requests("gpt2") if len(request.prefix) == 5]  # transformers also penalises padding
     expected = their_tokens("gpt2", asked, num_beams=num_beams, repetition_penalty=1.4)
     assert our_tokens("gpt2", asked, num_beams=num_beams, repetition_penalty=1.4) == expected
@@ -246,7 +246,7 @@ def test_tokens_with_a_repetition_penalty_equal_those_of_transformers(num_beams:
         {"temperature": 1.6, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
     ],
 )
-def test_filtered_distribution_equals_that_of_transformers(settings: dict[str, Any]) -> None:
+def test_sampling_distribution_equals_the_sampling_distribution_of_transformers(settings: dict[str, Any]) -> None:
     ours = GenerationConfig.model_validate({"temperature": 1.0, "repetition_penalty": 1.3} | settings)
     torch.manual_seed(0)
     scores, context = 3 * torch.randn(64, 40), torch.randint(0, 40, (64, 12))

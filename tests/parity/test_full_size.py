@@ -1,4 +1,4 @@
-"""Parity of the full-size models with the originals: every tensor by name and shape, on the meta device."""
+"""Full-size models have tensors with the same names and shapes as the originals, checked on the meta device."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ GPT2_MEDIUM = GPT2Config(n_embd=1024, n_layer=24, n_head=16)
 
 
 class Original(NamedTuple):
-    """A published part of a model, its family, and a function that builds the original."""
+    """A part of a model that was published, its weight family, and a function that builds the original network."""
 
     model: str
     part: Part
@@ -81,7 +81,7 @@ ORIGINALS = (
 
 
 @pytest.mark.parametrize("original", ORIGINALS, ids=lambda original: f"{original.model}-{original.part}")
-def test_full_size_model_has_the_tensors_of_the_original(original: Original) -> None:
+def test_full_size_model_has_the_same_tensors_as_the_original_model(original: Original) -> None:
     config = load_model(original.model)
     assert config.text.kind == "json"
     with torch.device("meta"):
@@ -100,7 +100,7 @@ def test_full_size_model_has_the_tensors_of_the_original(original: Original) -> 
     assert set(headers) == used | set(plan.tied) | set(plan.dropped)
 
 
-def test_parameter_counts_equal_the_published_ones() -> None:
+def test_parameter_counts_equal_the_published_parameter_counts() -> None:
     published = {"vit_gpt2": 190, "clip_gpt2": 214, "paligemma": 2_923, "paligemma2": 3_032, "base": 214}
     for name, millions in published.items():
         config = load_model(name)

@@ -1,4 +1,4 @@
-"""Parity of the mixture of experts with Mixtral in transformers: same weights, same outputs, same gradients."""
+"""The mixture of experts gives the same outputs and gradients as Mixtral in transformers with the same weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH, MLP_WIDTH, EXPERTS = 24, 40, 6
 
 
 def both(top_k: int) -> tuple[MoeMlp, nn.Module]:
-    """Return our layer and Mixtral's with the same random weights."""
+    """Return our mixture-of-experts layer and Mixtral's layer, with the same random weights."""
     config = MixtralConfig(
         hidden_size=WIDTH, intermediate_size=MLP_WIDTH, num_local_experts=EXPERTS, num_experts_per_tok=top_k
     )
@@ -40,7 +40,7 @@ def both(top_k: int) -> tuple[MoeMlp, nn.Module]:
 
 
 def gradients(layer: nn.Module, x_BTW: Tensor, y_BTW: Tensor) -> dict[tuple[int, ...], Tensor]:
-    """Return the gradients by shape, because the names differ."""
+    """Return a layer's gradients by shape, because our parameter names differ from Mixtral's."""
     torch.manual_seed(2)
     given = [x_BTW, *layer.parameters()]
     found = torch.autograd.grad((y_BTW * torch.randn_like(y_BTW)).sum(), given)
@@ -48,7 +48,7 @@ def gradients(layer: nn.Module, x_BTW: Tensor, y_BTW: Tensor) -> dict[tuple[int,
 
 
 @pytest.mark.parametrize("top_k", [2, 3])
-def test_layer_equals_the_sparse_block_of_mixtral(top_k: int) -> None:
+def test_mixture_of_experts_gives_the_outputs_and_gradients_of_mixtral(top_k: int) -> None:
     ours, theirs = both(top_k)
     x_BTW = torch.randn(3, 17, WIDTH, requires_grad=True)
     mine, expected = ours(x_BTW), theirs(x_BTW)
@@ -59,7 +59,7 @@ def test_layer_equals_the_sparse_block_of_mixtral(top_k: int) -> None:
         torch.testing.assert_close(found[shape], gradient, rtol=1e-5, atol=1e-5)
 
 
-def test_balance_loss_equals_that_of_transformers_over_real_tokens() -> None:
+def test_load_balance_loss_over_real_tokens_equals_the_loss_of_transformers() -> None:
     ours, _ = both(2)
     real_BT = torch.arange(17) < torch.tensor([[17], [9], [12]])
     labels_BT = torch.where(real_BT, 1, IGNORE)
@@ -68,7 +68,7 @@ def test_balance_loss_equals_that_of_transformers_over_real_tokens() -> None:
     loss, report = router_loss({"decoder.blocks.0": ours}, Batch(*3 * (labels_BT,), torch.zeros(3)))
     (mine,) = torch.autograd.grad(loss, logits_NX)
     logits_NX = logits_NX.detach().requires_grad_()
-    # At an even load, the loss of transformers is top_k and ours is 1.
+    # At an even load, transformers' loss equals top_k (here 2), and our loss equals 1.
     expected = load_balancing_loss_func((logits_NX,), EXPERTS, 2, real_BT) / 2
     assert isinstance(expected, Tensor)
     assert report.balance == pytest.approx(float(expected), rel=1e-5)

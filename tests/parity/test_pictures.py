@@ -1,8 +1,8 @@
-"""Parity of picture preprocessing with each family's own processor, including mean and standard deviation.
+"""Picture preprocessing gives the same pixels as each family's own processor, after mean and standard deviation.
 
-Pixels equal those of transformers' Pillow and numpy processors and of timm's evaluation transform exactly. The
-torchvision processors run the two passes of a resize in another order, and clip overshoot of the first bicubic pass
-before the second one. For them the test allows a tolerance, and uses pictures without noise.
+Every pixel equals the pixel that transformers' Pillow processors and timm's evaluation transform compute. The
+torchvision processors of transformers run the two passes of a resize in another order, and clip values after the first
+bicubic pass. The tests of the torchvision processors therefore allow a tolerance and use pictures without noise.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CLIP = ImageConfig(
 TIMM = ImageConfig(size=SIZE, resize="crop", crop_start="even")
 
 SIZES = [(64, 64), (200, 90), (90, 200), (129, 77), (67, 64), (64, 71), (33, 91), (5, 3), (1, 7), (641, 480), (300, 20)]
-"""Width and height: the model's own, wide, tall, with odd margins, smaller, tiny, larger, and very elongated."""
+"""Picture sizes (width, height): the model's input size, wide, tall, odd margins, small, tiny, large, very wide."""
 
 
 def of_transformers(processor: Any) -> Processor:
@@ -69,7 +69,7 @@ def normalised(image: Image.Image, config: ImageConfig) -> Array:
 
 
 def levels_apart(image: Image.Image, config: ImageConfig, processor: Processor) -> Array:
-    """Return the absolute difference from the processor's pixels, in levels of 255."""
+    """Return the absolute difference between our pixels and the processor's pixels, in levels (0 to 255)."""
     apart = np.abs(normalised(image, config) - processor(image))
     return np.asarray(255 * apart * np.array(config.std).reshape(3, 1, 1))
 
@@ -90,10 +90,10 @@ def noise(size: tuple[int, int]) -> Image.Image:
     ids=["siglip", "vit", "clip", "timm"],
 )
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-def test_every_pixel_equals_that_of_the_processor(
+def test_every_pixel_equals_the_pixel_of_the_original_processor(
     size: tuple[int, int], config: ImageConfig, processor: Processor
 ) -> None:
-    """The bound of 0.0005 levels allows for float32 rounding of (x - mean) / std."""
+    """Allow a difference of 0.0005 levels, because float32 rounds (x - mean) / std."""
     assert levels_apart(noise(size), config, processor).max() < 5e-4
 
 
@@ -107,7 +107,7 @@ def test_every_pixel_equals_that_of_the_processor(
     ids=["siglip", "vit", "clip"],
 )
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-def test_pixels_differ_from_torchvision_by_at_most_two_levels(
+def test_pixels_differ_from_the_torchvision_processor_by_at_most_two_levels(
     size: tuple[int, int], config: ImageConfig, processor: Processor, most: int
 ) -> None:
     smooth = noise((5, 4)).resize(size, Image.Resampling.BICUBIC)
@@ -125,7 +125,9 @@ def test_pixels_differ_from_torchvision_by_at_most_two_levels(
     ],
     ids=["siglip", "vit", "clip"],
 )
-def test_mean_std_and_filter_equal_the_defaults_of_the_processor(config: ImageConfig, processor: Any) -> None:
+def test_mean_std_and_resize_filter_equal_the_defaults_of_the_original_processor(
+    config: ImageConfig, processor: Any
+) -> None:
     assert (config.mean, config.std) == (tuple(processor.image_mean), tuple(processor.image_std))
     assert config.filter == processor.resample.name.lower()
 

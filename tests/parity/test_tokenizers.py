@@ -1,4 +1,4 @@
-"""Parity of published tokenizers with transformers: same ids, same text.
+"""Published tokenizers give the same ids and the same text as transformers.
 
 The tokenizers are transformers' own classes with tiny vocabularies, saved by `save_pretrained`.
 """
@@ -50,7 +50,7 @@ def clip() -> Any:
 
 @pytest.fixture(scope="module", params=[gpt2, gemma_with_regions, clip])
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Tokenizer]:
-    """Return transformers' tokenizer, and ours read from the file that it saves."""
+    """Return a tokenizer of transformers, and our tokenizer read from the file that transformers saves."""
     make: Callable[[], Any] = request.param
     theirs, folder = make(), tmp_path_factory.mktemp(make.__name__)
     theirs.save_pretrained(folder)
@@ -65,7 +65,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return theirs, text.learn(config, ())
 
 
-def test_ids_and_decoded_text_equal_those_of_transformers(both: tuple[Any, Tokenizer]) -> None:
+def test_token_ids_and_decoded_text_are_the_same_as_in_transformers(both: tuple[Any, Tokenizer]) -> None:
     theirs, ours = both
     for written in TEXTS:
         ids = theirs.encode(written, add_special_tokens=False)
@@ -74,19 +74,19 @@ def test_ids_and_decoded_text_equal_those_of_transformers(both: tuple[Any, Token
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def test_special_tokens_in_a_text_are_split_as_by_transformers(both: tuple[Any, Tokenizer]) -> None:
+def test_special_tokens_in_a_text_are_split_into_the_same_ids_as_in_transformers(both: tuple[Any, Tokenizer]) -> None:
     theirs, ours = both
     for written in SPECIAL_TEXTS:
         assert ours.encode(written) == theirs.encode(written, add_special_tokens=False, split_special_tokens=True)
 
 
-def test_control_token_ids_equal_those_of_transformers(both: tuple[Any, Tokenizer]) -> None:
+def test_ids_of_control_tokens_are_the_same_as_in_transformers(both: tuple[Any, Tokenizer]) -> None:
     theirs, ours = both
     assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
     assert ours.pad_id == (theirs.pad_token_id if theirs.pad_token else theirs.eos_token_id)
 
 
-def test_tokenizer_of_a_checkpoint_can_be_read_by_transformers(both: tuple[Any, Tokenizer], tmp_path: Path) -> None:
+def test_transformers_can_read_the_tokenizer_of_a_checkpoint(both: tuple[Any, Tokenizer], tmp_path: Path) -> None:
     theirs, ours = both
     (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(ours.to_json())["tokenizer"]), encoding="utf-8")
     again = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))

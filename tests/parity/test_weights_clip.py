@@ -1,4 +1,4 @@
-"""Parity of CLIP's vision encoder with transformers: same features after import, and after export."""
+"""CLIP's vision encoder gives the same features as in transformers, after import and after export."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ours(**changes: Any) -> ModelConfig:
     return config(vision=vision | changes)
 
 
-def test_clip_patch_features_equal_the_original_after_import_and_export(tmp_path: Path) -> None:
+def test_clip_encoder_gives_the_original_patch_features_after_import_and_export(tmp_path: Path) -> None:
     original = publish(CLIPVisionModel(CLIPVisionConfig(**VISION)), tmp_path / "published")
     model, report = load(ours(), tmp_path / "published", "encoder")
     theirs = original(pixels()).last_hidden_state[:, 1:]
@@ -37,7 +37,7 @@ def test_clip_patch_features_equal_the_original_after_import_and_export(tmp_path
     assert_equal(CLIPVisionModel.from_pretrained(exported)(pixels()).last_hidden_state[:, 1:], theirs)
 
 
-def test_clip_pooled_feature_equals_the_original_after_import_and_export(tmp_path: Path) -> None:
+def test_clip_encoder_gives_the_original_pooled_feature_after_import_and_export(tmp_path: Path) -> None:
     original = publish(CLIPVisionModel(CLIPVisionConfig(**VISION)), tmp_path / "published")
     model, _ = load(ours(post_norm=True, select="cls"), tmp_path / "published", "encoder")
     theirs = original(pixels()).pooler_output
@@ -46,7 +46,7 @@ def test_clip_pooled_feature_equals_the_original_after_import_and_export(tmp_pat
     assert_equal(CLIPVisionModel.from_pretrained(exported)(pixels()).pooler_output, theirs)
 
 
-def test_import_of_a_whole_clip_drops_its_text_tower(tmp_path: Path) -> None:
+def test_import_of_a_whole_clip_model_leaves_out_the_text_encoder(tmp_path: Path) -> None:
     original = publish(CLIPModel(CLIPConfig(text_config=TOWER, vision_config=VISION)), tmp_path / "published")
     model, report = load(ours(), tmp_path / "published", "encoder")
     assert_equal(model.encoder(pixels()), original.vision_model(pixels()).last_hidden_state[:, 1:])
@@ -54,7 +54,7 @@ def test_import_of_a_whole_clip_drops_its_text_tower(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("activation", "message"), [("gelu", "hidden_act"), ("relu", "hidden_act")])
-def test_clip_with_another_activation_is_refused(activation: str, message: str, tmp_path: Path) -> None:
+def test_import_refuses_clip_weights_with_another_activation(activation: str, message: str, tmp_path: Path) -> None:
     from vlm.errors import CheckpointError
 
     publish(CLIPVisionModel(CLIPVisionConfig(**VISION, hidden_act=activation)), tmp_path / "published")

@@ -1,4 +1,4 @@
-"""Import of a folder that does not fit raises one error that lists every mismatch, before any tensor is read."""
+"""Importing weights that do not fit the model raises one error that lists every mismatch, before any tensor is read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OURS = config(decoder={"transformer": blocks(activation="gelu_tanh"), "tie_embed
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Return a folder with a GPT-2 as transformers publishes it."""
+    """Return a folder with a GPT-2 model in the format in which transformers publishes models."""
     model, _ = import_weights(OURS, 40, {})
     save_model(tmp_path / "checkpoint", model, CharTokenizer("ab"))
     export_weights(tmp_path / "checkpoint", "decoder", "gpt2", tmp_path / "gpt2")
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refused(folder: Path, part: Part = "decoder") -> str:
-    """Return the error message of an import, and check that it has all four parts."""
+    """Run a weight import that must fail, and return the error message after checking its four parts."""
     with pytest.raises(CheckpointError) as caught:
         load(OURS, folder, part)
     error = caught.value
@@ -46,7 +46,7 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], dict[str, Ten
     save_file(edit(tensors), folder / "model.safetensors")
 
 
-def test_error_lists_all_mismatches_with_the_nearest_names(folder: Path) -> None:
+def test_import_error_lists_all_mismatches_with_the_nearest_tensor_names(folder: Path) -> None:
     def damage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for layer in range(3):
             tensors[f"transformer.h.{layer}.ln1.weight"] = tensors.pop(f"transformer.h.{layer}.ln_1.weight")
@@ -67,7 +67,7 @@ def test_error_lists_all_mismatches_with_the_nearest_names(folder: Path) -> None
         assert sentence in message
 
 
-def test_error_names_a_parameter_that_no_file_of_the_family_has(folder: Path) -> None:
+def test_import_error_names_a_parameter_that_no_file_of_the_family_contains(folder: Path) -> None:
     pooled = config(vision={"select": "attention", "post_norm": True, "class_token": True})
     vit = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 4}
     (folder / "config.json").write_text(json.dumps({**vit, "intermediate_size": 24, "layer_norm_eps": 1e-5}))
@@ -76,26 +76,26 @@ def test_error_names_a_parameter_that_no_file_of_the_family_has(folder: Path) ->
     assert "parameter without a tensor in the file: encoder.pool.query" in str(caught.value)
 
 
-def test_decoder_weights_are_refused_for_the_encoder(folder: Path) -> None:
+def test_import_refuses_decoder_weights_for_the_encoder(folder: Path) -> None:
     message = refused(folder, "encoder")
     assert "config.json names gpt2, which is a family for the decoder" in message
     assert "clip, siglip, siglip2, timm, vit" in message
 
 
-def test_unknown_family_is_refused_with_the_list_of_known_ones(folder: Path) -> None:
+def test_import_error_for_an_unknown_family_lists_the_known_families(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "mamba"}')
     assert "config.json names mamba. Fix: families for the decoder: gemma, gemma2, gpt2" in refused(folder)
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, -1])
-def test_truncated_file_is_refused(size: int, folder: Path) -> None:
+def test_import_refuses_a_truncated_weight_file(size: int, folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:size])
     assert "truncated, damaged or not safetensors" in refused(folder)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.ckpt", "model.pth"])
-def test_pickle_is_refused_without_loading_it(name: str, folder: Path) -> None:
+def test_import_refuses_a_pickle_file_without_loading_the_file(name: str, folder: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
             return pytest.fail, ()
@@ -107,7 +107,7 @@ def test_pickle_is_refused_without_loading_it(name: str, folder: Path) -> None:
     assert name in message
 
 
-def test_folder_without_weights_or_config_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_import_refuses_a_folder_without_weights_or_config(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert "has no weights" in refused(folder)
     (folder / "config.json").write_text("[1]")
@@ -117,7 +117,7 @@ def test_folder_without_weights_or_config_is_refused(folder: Path, tmp_path: Pat
     assert "config of the weights cannot be read" in refused(tmp_path / "nowhere")
 
 
-def test_error_names_missing_shards(folder: Path, tmp_path: Path) -> None:
+def test_import_error_names_missing_shards(folder: Path, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     report = export_weights(tmp_path / "checkpoint", "decoder", "gpt2", shards, max_bytes=4000)
     names = [name for name in report.files if name.endswith(".safetensors")]

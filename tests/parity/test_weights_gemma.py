@@ -1,4 +1,4 @@
-"""Parity of Gemma 1 and 2 with transformers: same logits after import and export, also beyond the attention window."""
+"""Gemma 1 and 2 give the same logits as in transformers after import and export, also beyond the attention window."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_gemma_logits_equal_the_original_after_import_and_export(version: int, t
 
 
 @pytest.mark.parametrize(("published", "expected"), [(2, 1), (1, 2)])
-def test_gemma_of_the_other_version_is_refused_by_name(published: int, expected: int, tmp_path: Path) -> None:
+def test_import_error_names_the_other_gemma_version(published: int, expected: int, tmp_path: Path) -> None:
     publish(original_of(published), tmp_path / "published")
     with pytest.raises(CheckpointError) as caught:
         load(ours(expected), tmp_path / "published", "decoder")
@@ -93,7 +93,7 @@ def test_gemma_of_the_other_version_is_refused_by_name(published: int, expected:
     assert "decoder.transformer.sandwich" in str(caught.value)
 
 
-def test_error_lists_every_value_that_differs(tmp_path: Path) -> None:
+def test_import_error_lists_every_config_value_that_differs(tmp_path: Path) -> None:
     rope = {"rope_type": "default", "rope_theta": 500.0}
     publish(original_of(2, rope_parameters=rope, rms_norm_eps=1e-5), tmp_path / "published")
     settings = tmp_path / "published" / "config.json"
@@ -105,7 +105,7 @@ def test_error_lists_every_value_that_differs(tmp_path: Path) -> None:
         assert path in str(caught.value)
 
 
-def test_scaled_rotary_angles_are_refused(tmp_path: Path) -> None:
+def test_import_refuses_gemma_weights_with_scaled_rotary_angles(tmp_path: Path) -> None:
     rope = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
     publish(original_of(1, rope_parameters=rope), tmp_path / "published")
     with pytest.raises(CheckpointError, match="linear"):

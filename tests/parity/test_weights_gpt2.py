@@ -1,4 +1,4 @@
-"""Parity of GPT-2 with transformers: same logits after import, and after export."""
+"""GPT-2 gives the same logits as in transformers, after import and after export."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_gpt2_logits_equal_the_original_after_import_and_export(tmp_path: Path) 
     assert_equal(again(input_ids=ids, attention_mask=mask).logits, theirs, mask)
 
 
-def test_gpt2_keeps_an_untied_output_head(tmp_path: Path) -> None:
+def test_import_and_export_of_gpt2_keep_an_untied_output_head(tmp_path: Path) -> None:
     original = publish(GPT2LMHeadModel(gpt2(tie_word_embeddings=False)), tmp_path / "published")
     untied = OURS.model_copy(update={"decoder": OURS.decoder.model_copy(update={"tie_embeddings": False})})
     model, _ = load(untied, tmp_path / "published", "decoder")
@@ -64,8 +64,8 @@ def test_gpt2_keeps_an_untied_output_head(tmp_path: Path) -> None:
     assert_equal(GPT2LMHeadModel.from_pretrained(exported)(input_ids=ids).logits, theirs, mask)
 
 
-def test_first_published_format_of_gpt2_loads(tmp_path: Path) -> None:
-    """The file has names without a prefix, and masks stored as buffers."""
+def test_import_reads_the_first_published_format_of_gpt2(tmp_path: Path) -> None:
+    """Load a file of the first format, in which tensor names have no prefix and causal masks are stored as buffers."""
     original = publish(GPT2Model(gpt2()), tmp_path / "published")
     file = tmp_path / "published" / "model.safetensors"
     tensors = load_file(file)
@@ -83,7 +83,7 @@ def test_first_published_format_of_gpt2_loads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_stored_head_of_a_tied_model_must_equal_the_token_embeddings(same: bool, tmp_path: Path) -> None:
+def test_output_head_in_the_file_of_a_tied_model_must_equal_the_token_embeddings(same: bool, tmp_path: Path) -> None:
     publish(GPT2LMHeadModel(gpt2()), tmp_path / "published")
     file = tmp_path / "published" / "model.safetensors"
     tensors = load_file(file)

@@ -1,4 +1,4 @@
-"""Memory of an import: peak memory is only slightly above the size of the weights."""
+"""The peak memory of a weight import is only slightly above the size of the weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ print(json.dumps({"weights": weights, "peak": memory("VmHWM") - before}))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_peak_memory_is_within_15_percent_of_the_weights(tmp_path: Path) -> None:
+def test_peak_memory_of_an_import_is_less_than_15_percent_above_the_size_of_the_weights(tmp_path: Path) -> None:
     sizes = {"n_embd": WIDTH, "n_layer": DEPTH, "n_head": 16, "n_positions": 64, "vocab_size": VOCAB}
     with torch.device("meta"):
         names = GPT2LMHeadModel(GPT2Config(**sizes)).state_dict()

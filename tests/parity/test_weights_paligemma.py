@@ -1,4 +1,4 @@
-"""Parity of PaliGemma 1 and 2 with transformers: same logits after import and export, for pictures with prompts."""
+"""PaliGemma 1 and 2 give the same logits as in transformers after import and export, for pictures with prompts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vlm.text.base import SLOT
 
 SLOTS = (SIZE // PATCH) ** 2
 MARK = VOCAB
-"""Id of transformers' image token. It is after the last row of the table, because our models have no such token."""
+"""Id of transformers' image token, which our models do not have. The id is after the last row of the token table."""
 
 
 def ours(version: int) -> ModelConfig:
@@ -60,7 +60,7 @@ def original_of(version: int, vocab_size: int = VOCAB, mark: int | None = MARK) 
 
 
 class Rows:
-    """Two rows of a picture, a prompt and an answer, of unequal lengths, as input for both libraries."""
+    """Input of both libraries: two rows of unequal length, each with a picture, a prompt and an answer."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -110,7 +110,7 @@ NAME_VERSIONS = {
 
 
 @pytest.mark.parametrize("names", NAME_VERSIONS)
-def test_paligemma_loads_with_all_versions_of_its_tensor_names(names: str, tmp_path: Path) -> None:
+def test_import_reads_all_published_versions_of_paligemma_tensor_names(names: str, tmp_path: Path) -> None:
     original, rows = publish(original_of(1), tmp_path / "published"), Rows()
     file = tmp_path / "published" / "model.safetensors"
     tensors = load_file(file)
@@ -125,7 +125,7 @@ def test_paligemma_loads_with_all_versions_of_its_tensor_names(names: str, tmp_p
 
 
 def lakesight(*arguments: str) -> Any:
-    """Run a command and return its JSON report."""
+    """Run a `lakesight` command and return the command's JSON report."""
     done = CliRunner().invoke(app, [*arguments, "--json"])
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)

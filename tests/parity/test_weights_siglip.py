@@ -1,4 +1,4 @@
-"""Parity of the vision encoders of SigLIP and SigLIP 2 with transformers: same features after import and export."""
+"""The vision encoders of SigLIP and SigLIP 2 give the same features as in transformers after import and export."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def selected(output: Any, select: str) -> Tensor:
 
 
 def naflex(model: Any, size: int = SIZE) -> Any:
-    """Run SigLIP 2, whose inputs are flattened patches in row order and the number of patches per side."""
+    """Run transformers' SigLIP 2 encoder on pictures, which it takes as flattened patches and patches per side."""
     side = size // PATCH
     squares = pixels(size=size).unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 4, 5, 1)
     patches = squares.reshape(2, side * side, -1)
@@ -49,7 +49,7 @@ def naflex(model: Any, size: int = SIZE) -> Any:
 
 
 @pytest.mark.parametrize("select", ["patches", "attention"])
-def test_siglip_features_equal_the_original_after_import_and_export(select: str, tmp_path: Path) -> None:
+def test_siglip_encoder_gives_the_original_features_after_import_and_export(select: str, tmp_path: Path) -> None:
     original = publish(SiglipVisionModel(SiglipVisionConfig(**VISION)), tmp_path / "published")
     model, _ = load(ours(select), tmp_path / "published", "encoder")
     theirs = selected(original(pixels()), select)
@@ -59,7 +59,7 @@ def test_siglip_features_equal_the_original_after_import_and_export(select: str,
     assert_equal(selected(SiglipVisionModel.from_pretrained(exported)(pixels()), select), theirs)
 
 
-def test_import_of_a_whole_siglip_drops_its_text_tower(tmp_path: Path) -> None:
+def test_import_of_a_whole_siglip_model_leaves_out_the_text_encoder(tmp_path: Path) -> None:
     original = publish(SiglipModel(SiglipConfig(text_config=TOWER, vision_config=VISION)), tmp_path / "published")
     model, report = load(ours("attention"), tmp_path / "published", "encoder")
     assert_equal(model.encoder(pixels()), selected(original.vision_model(pixels()), "attention"))
@@ -67,7 +67,7 @@ def test_import_of_a_whole_siglip_drops_its_text_tower(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("select", ["patches", "attention"])
-def test_siglip2_features_equal_the_original_after_import_and_export(select: str, tmp_path: Path) -> None:
+def test_siglip2_encoder_gives_the_original_features_after_import_and_export(select: str, tmp_path: Path) -> None:
     settings = Siglip2VisionConfig(**TOWER, patch_size=PATCH, num_patches=SIDE**2)
     original = publish(Siglip2VisionModel(settings), tmp_path / "published")
     model, _ = load(ours(select), tmp_path / "published", "encoder")
@@ -79,7 +79,7 @@ def test_siglip2_features_equal_the_original_after_import_and_export(select: str
 
 
 @pytest.mark.parametrize("size", [SIZE - PATCH, SIZE + 2 * PATCH])
-def test_siglip2_features_equal_the_original_at_another_resolution(size: int, tmp_path: Path) -> None:
+def test_siglip2_encoder_gives_the_original_features_at_another_resolution(size: int, tmp_path: Path) -> None:
     settings = Siglip2VisionConfig(**TOWER, patch_size=PATCH, num_patches=SIDE**2)
     original = publish(Siglip2VisionModel(settings), tmp_path / "published")
     model, report = load(ours("patches", size), tmp_path / "published", "encoder")

@@ -1,4 +1,4 @@
-"""Parity of vision transformers with transformers and timm: same features after import, export and resampling."""
+"""Vision transformers give the features of transformers and timm after import, after export and after resampling."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ VISION: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("bare", [True, False])
-def test_vit_features_equal_the_original_after_import_and_export(bare: bool, tmp_path: Path) -> None:
+def test_vit_encoder_gives_the_original_features_after_import_and_export(bare: bool, tmp_path: Path) -> None:
     original = publish((ViTModel if bare else ViTForImageClassification)(ViTConfig(**VISION)), tmp_path / "published")
     settings = config(vision={"class_token": True, "transformer": blocks(eps=1e-12)})
     model, _ = load(settings, tmp_path / "published", "encoder")
@@ -60,7 +60,7 @@ def test_vit_features_equal_the_original_after_import_and_export(bare: bool, tmp
 
 
 def publish_timm(folder: Path, **arguments: Any) -> VisionTransformer:
-    """Save a tiny timm model in the format of its hub: the architecture's name and the arguments that differ."""
+    """Save a tiny timm model as timm publishes models, with the architecture's name and only some arguments."""
     sizes = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
     model = VisionTransformer(**sizes, mlp_ratio=MLP / WIDTH, num_classes=3, **arguments).eval()
     scramble(model)
@@ -72,7 +72,7 @@ def publish_timm(folder: Path, **arguments: Any) -> VisionTransformer:
 
 
 def features(model: VisionTransformer, size: int = SIZE) -> Tensor:
-    """Return the output of timm's encoder: patches, or the pooled vector of its query."""
+    """Return the output of a timm encoder: the patch vectors, or the vector of the pooling query."""
     hidden = model.forward_features(pixels(size=size))
     selected: Tensor = hidden[:, model.num_prefix_tokens :] if model.attn_pool is None else model.pool(hidden)[:, None]
     return selected
@@ -113,7 +113,7 @@ TIMM = {
 
 
 @pytest.mark.parametrize("make", TIMM)
-def test_timm_features_equal_the_original_after_import_and_export(make: str, tmp_path: Path) -> None:
+def test_timm_encoder_gives_the_original_features_after_import_and_export(make: str, tmp_path: Path) -> None:
     arguments, vision, missing = TIMM[make]
     original = publish_timm(tmp_path / "published", **arguments)
     model, report = load(config(vision=vision), tmp_path / "published", "encoder")
@@ -126,7 +126,7 @@ def test_timm_features_equal_the_original_after_import_and_export(make: str, tmp
 
 @pytest.mark.parametrize("size", [SIZE - PATCH, SIZE + 2 * PATCH])
 @pytest.mark.parametrize("make", ["registers and layer scale", "registers with positions"])
-def test_timm_features_equal_the_original_at_another_resolution(make: str, size: int, tmp_path: Path) -> None:
+def test_timm_encoder_gives_the_original_features_at_another_resolution(make: str, size: int, tmp_path: Path) -> None:
     arguments, vision, _ = TIMM[make]
     original = publish_timm(tmp_path / "published", **arguments)
     extra = 0 if original.no_embed_class else original.num_prefix_tokens
@@ -153,7 +153,9 @@ ARCHITECTURES = (
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_values_implied_by_a_timm_architecture_equal_those_that_timm_builds(architecture: str, tmp_path: Path) -> None:
+def test_config_values_implied_by_a_timm_architecture_equal_the_values_in_timm(
+    architecture: str, tmp_path: Path
+) -> None:
     with torch.device("meta"):
         built = timm.create_model(architecture)
     attention, mlp = built.blocks[0].attn, built.blocks[0].mlp
@@ -186,7 +188,7 @@ def mismatches(settings: ModelConfig, published: dict[str, Any]) -> list[str]:
     return family.mismatches(settings, published)
 
 
-def test_timm_weights_without_biases_are_refused_with_all_names(tmp_path: Path) -> None:
+def test_import_error_for_timm_weights_without_biases_names_all_missing_biases(tmp_path: Path) -> None:
     publish_timm(tmp_path / "published", **GAP, qkv_bias=False)
     with pytest.raises(CheckpointError) as caught:
         load(config(vision={**OUR_GAP, "transformer": blocks(eps=1e-6)}), tmp_path / "published", "encoder")

@@ -1,7 +1,7 @@
 """Text that the model reads and writes: tokenizers, prompts, stop strings, regions in answers and words of captions.
 
 Import `learn`, `save`, `load` and the `Tokenizer` protocol from `vlm.text`, and any other name from its own module.
-Start reading in `base.py` (the protocol), then read `prompt.py` (the layout of a sequence). No module of this package
+Start reading in `base.py` (the protocol), then read `prompt.py` (the layout of a sequence); no module of this package
 imports torch.
 """
 

@@ -59,17 +59,19 @@ def test_no_text_encodes_to_a_control_token(tokenizers: dict[str, Tokenizer], wh
 
 @pytest.mark.parametrize("which", ["byte_level", "byte_fallback"])
 @given(caption=texts)
-def test_decoding_restores_any_text_even_with_names_of_control_tokens(
+def test_decoding_restores_any_text_even_if_the_text_contains_control_tokens(
     tokenizers: dict[str, Tokenizer], which: str, caption: str
 ) -> None:
-    """CLIP's tokenizer is not tested: it converts to lower case and changes spaces."""
+    """Decode encoded texts, but not with CLIP's tokenizer, because CLIP's tokenizer changes case and spaces."""
     caption = caption.encode("utf-8", "ignore").decode().replace("\N{LOWER ONE EIGHTH BLOCK}", "")
     tokenizer = tokenizers[which]
     assert tokenizer.decode(tokenizer.encode(caption)) == caption
 
 
 @pytest.mark.parametrize("which", MAKE)
-def test_empty_text_and_no_ids_convert_to_each_other(tokenizers: dict[str, Tokenizer], which: str) -> None:
+def test_empty_text_encodes_to_no_ids_and_no_ids_decode_to_empty_text(
+    tokenizers: dict[str, Tokenizer], which: str
+) -> None:
     tokenizer = tokenizers[which]
     assert tokenizer.encode("") == []
     assert tokenizer.decode([]) == tokenizer.decode([tokenizer.bos_id, tokenizer.eos_id]) == ""
@@ -91,7 +93,9 @@ def test_each_region_token_in_a_text_is_one_id_and_survives_decoding(tmp_path: P
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id, tokenizer.pad_id]) == answer
 
 
-def test_other_special_tokens_are_split_in_a_text_and_skipped_in_an_answer(tokenizers: dict[str, Tokenizer]) -> None:
+def test_special_tokens_of_the_file_are_split_in_a_text_and_skipped_in_an_answer(
+    tokenizers: dict[str, Tokenizer],
+) -> None:
     tokenizer = tokenizers["byte_fallback"]
     image_id = len(byte_fallback().get_vocab()) - 1
     assert image_id not in tokenizer.encode("<image>")
@@ -105,7 +109,7 @@ def test_truncation_padding_and_start_token_of_the_file_are_not_used(tokenizers:
 
 
 @pytest.mark.parametrize("added", [False, True])
-def test_control_token_without_special_flag_in_the_file_is_treated_as_one(tmp_path: Path, added: bool) -> None:
+def test_control_token_without_special_flag_in_the_file_is_still_a_control_token(tmp_path: Path, added: bool) -> None:
     config = published(tmp_path, "byte_fallback", pad="<mask>")
     if added:
         backend = byte_fallback()
@@ -125,7 +129,7 @@ def test_unknown_character_is_omitted_if_the_file_maps_it_to_the_end_token(tmp_p
 
 
 @pytest.mark.parametrize(("which", "count"), [("byte_level", 0), ("byte_fallback", 2), ("word_ends", 1)], ids=str)
-def test_padding_and_start_token_are_suppressed_unless_they_are_the_end_token(
+def test_suppressed_ids_are_padding_and_start_token_but_never_the_end_token(
     tokenizers: dict[str, Tokenizer], which: str, count: int
 ) -> None:
     tokenizer = tokenizers[which]
@@ -161,7 +165,7 @@ def test_saved_tokenizer_does_not_need_the_original_file(which: str, tmp_path: P
     ],
     ids=["empty", "missing", "no-bos", "no-bos-no-eos", "table-too-small"],
 )
-def test_file_that_does_not_fit_is_an_error_that_names_the_config_path(
+def test_error_for_a_tokenizer_file_that_does_not_fit_names_the_config_path(
     change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     config = published(tmp_path, "byte_fallback", **change)
@@ -173,14 +177,14 @@ def test_file_that_does_not_fit_is_an_error_that_names_the_config_path(
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", '{"model": null}', "\x00\x01"])
-def test_file_without_a_tokenizer_is_an_error(content: str, tmp_path: Path) -> None:
+def test_file_that_contains_no_tokenizer_is_a_config_error(content: str, tmp_path: Path) -> None:
     config = published(tmp_path, "byte_level")
     Path(config.path).write_text(content)
     with pytest.raises(ConfigError, match="the model's tokenizer cannot be used"):
         text.learn(config, ())
 
 
-def test_damaged_tokenizer_of_a_checkpoint_is_a_checkpoint_error(tmp_path: Path) -> None:
+def test_damaged_tokenizer_file_in_a_checkpoint_raises_a_checkpoint_error(tmp_path: Path) -> None:
     content = json.loads(text.learn(published(tmp_path, "byte_level"), ()).to_json())
     damages: list[dict[str, object]] = [{"tokenizer": {}}, {"eos": "</s>"}, {"vocab_size": 3}, {"surprise": 1}]
     for damage in damages:

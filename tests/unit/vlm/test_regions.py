@@ -1,4 +1,4 @@
-"""Parser of regions: boxes in pixels of the picture, labels and outline codes; any other text is ignored."""
+"""The parser of regions finds boxes, labels and outline codes, and ignores any other text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def outline(*codes: int) -> str:
     return "".join(f"<seg{code:03d}>" for code in codes)
 
 
-def test_detections_are_boxes_with_labels_separated_by_semicolons() -> None:
+def test_detect_answer_is_boxes_with_labels_separated_by_semicolons() -> None:
     text = f"{box_tokens(102, 307, 922, 716)} cat ; {box_tokens(0, 0, 511, 1023)} big dog ; {box_tokens(5, 5, 5, 5)}"
     assert parse_regions(text) == [
         Region(102, 307, 922, 716, "cat"),
@@ -30,7 +30,7 @@ def test_detections_are_boxes_with_labels_separated_by_semicolons() -> None:
     ]
 
 
-def test_segmentation_is_a_box_with_sixteen_codes() -> None:
+def test_segment_answer_is_a_box_with_sixteen_outline_codes() -> None:
     codes = (*range(15), 127)
     text = f"{box_tokens(1, 2, 3, 4)} {outline(*codes)} cat ; {box_tokens(5, 6, 7, 8)}{outline(*codes)} cat"
     assert parse_regions(text) == [Region(1, 2, 3, 4, "cat", codes), Region(5, 6, 7, 8, "cat", codes)]
@@ -68,7 +68,7 @@ pieces = st.one_of(
 
 
 @given(st.lists(pieces, max_size=40).map("".join), st.sampled_from(["stretch", "crop", "pad"]))
-def test_any_text_gives_boxes_inside_the_picture_and_no_error(text: str, resize: str) -> None:
+def test_parser_finds_only_boxes_inside_the_picture_in_any_text(text: str, resize: str) -> None:
     config = ImageConfig.model_validate({"size": 224, "resize": resize})
     for region in parse_regions(text):
         box = to_box(region, compute_resize(640, 481, config))
@@ -92,7 +92,7 @@ def test_box_in_a_stretched_picture_is_scaled() -> None:
 @pytest.mark.parametrize("resize", ["stretch", "crop", "pad"])
 @pytest.mark.parametrize("size", [(400, 200), (201, 399)])
 def test_box_in_the_input_square_maps_to_its_position_in_the_picture(size: tuple[int, int], resize: str) -> None:
-    """Find a green square on red in the model's input, convert its edges to bins, and map them back."""
+    """Find a green box in the model's input, convert its edges to bins, and map the bins back to the picture."""
     middle_x, middle_y = size[0] // 2, size[1] // 2
     truth = Box(middle_x - 30, middle_y - 50, middle_x + 60, middle_y + 40)
     picture = Image.new("RGB", size, (255, 0, 0))

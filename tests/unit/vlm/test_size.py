@@ -11,17 +11,19 @@ from vlm.text.base import SLOT
 
 
 def grouped_flops(rows: torch.Size, weights: torch.Size, *_: object, **__: object) -> int:
-    """Return the FLOPs of a grouped matrix product, (A, I) by (X, I, O), which torch does not count itself."""
+    """Return the FLOPs of a grouped matrix product, (A, I) by (X, I, O). torch's FLOP counter does not count them."""
     return 2 * rows.numel() * weights[-1]
 
 
 @pytest.mark.parametrize("text_length", [None, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_flops_equal_those_counted_by_torch(variant: str, text_length: int | None) -> None:
+def test_flops_computed_from_the_config_equal_the_flops_that_torch_counts(
+    variant: str, text_length: int | None
+) -> None:
     model, tokenizer = tiny_model(variant)
     text = text_length or model.config.generation.max_new_tokens
     tokens = torch.tensor([[SLOT] * model.config.num_slots + [5] * text])
-    # torch counts every matrix product of the math kernel, over all pairs of positions.
+    # With the math kernel, torch counts every matrix product of attention over all pairs of positions.
     grouped = {torch.ops.aten._grouped_mm: grouped_flops} if hasattr(torch.ops.aten, "_grouped_mm") else {}
     with FlopCounterMode(display=False, custom_mapping=grouped) as counter, sdpa_kernel(SDPBackend.MATH):
         x, media = model.embed(tokens, model.encode(tiny_pixels(1)))

@@ -1,4 +1,4 @@
-"""Tokenizers: decoding restores the text, and no text encodes to a special token."""
+"""The decoding of tokenizers restores an encoded text, and no text encodes to a special token."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ CHARS = text.learn(CharsConfig(kind="chars", alphabet="abcdr e"), [])
 
 
 @given(st.text())
-def test_bpe_decodes_any_text_it_encoded(caption: str) -> None:
+def test_bpe_decoding_restores_any_encoded_text(caption: str) -> None:
     caption = caption.encode("utf-8", "ignore").decode()
     assert BPE.decode(BPE.encode(caption)) == caption
 
@@ -43,20 +43,20 @@ def test_character_outside_the_alphabet_becomes_the_unknown_token() -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [BPE, CHARS])
-def test_saved_tokenizer_loads_as_an_equal_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_saved_tokenizer_loads_as_an_equal_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
     text.save(tokenizer, tmp_path / "tokenizer.json")
     loaded = text.load(tmp_path / "tokenizer.json")
     assert loaded.encode("a red car") == tokenizer.encode("a red car")
     assert loaded.vocab_size == tokenizer.vocab_size
 
 
-def test_damaged_tokenizer_file_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+def test_error_for_a_damaged_tokenizer_file_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"kind": "bpe"}')
     with pytest.raises(CheckpointError, match=r"tokenizer cannot be read.*tokenizer\.json"):
         text.load(tmp_path / "tokenizer.json")
 
 
-def test_prefix_is_slots_start_token_and_prompt_and_the_answer_has_an_end_token() -> None:
+def test_sequence_has_image_slots_start_token_prompt_answer_and_end_token() -> None:
     prefix = prefix_ids(CHARS, 3, "red")
     assert prefix == [SLOT] * 3 + [CHARS.bos_id] + CHARS.encode("red\n")
     assert prefix_ids(CHARS, 2, "") == [SLOT] * 2 + [CHARS.bos_id]

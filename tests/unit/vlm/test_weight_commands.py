@@ -1,4 +1,4 @@
-"""Commands `import-weights` and `export-weights`: from a published folder to a working checkpoint, and back."""
+"""The commands `import-weights` and `export-weights` convert a published folder to a checkpoint, and back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENCODER, DECODER = ("--part", "encoder", "--as", "vit"), ("--part", "decoder", "
 
 @pytest.fixture(autouse=True)
 def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
-    """Create a working directory with a model in `conf/model/mine.yml` and its checkpoint in `trained`."""
+    """Create a working directory with a model config in `conf/model/mine.yml` and a checkpoint in `trained`."""
     monkeypatch.chdir(tmp_path)
     raw = tiny_config("plain").model_dump(mode="json")
     raw["decoder"]["tie_embeddings"] = True
@@ -54,7 +54,7 @@ def refused(*arguments: str) -> str:
     return str(done.exception)
 
 
-def test_exported_parts_can_be_imported_and_other_parameters_are_fresh() -> None:
+def test_exported_parts_can_be_imported_and_all_other_parameters_are_initialised() -> None:
     report("export-weights", "trained", *ENCODER, "--out", "vit")
     report("export-weights", "trained", *DECODER, "--out", "gpt2")
     done = lakesight(
@@ -68,7 +68,7 @@ def test_exported_parts_can_be_imported_and_other_parameters_are_fresh() -> None
     assert differ == ["projector.weight"]
 
 
-def test_fresh_parameters_depend_on_the_seed_only() -> None:
+def test_initialised_parameters_depend_on_the_seed_only() -> None:
     report("export-weights", "trained", *DECODER, "--out", "gpt2")
     weights = {}
     for seed, out in ((1, "a"), (1, "b"), (2, "c")):
@@ -79,7 +79,7 @@ def test_fresh_parameters_depend_on_the_seed_only() -> None:
     assert not torch.equal(weights["a"], weights["c"])
 
 
-def test_report_names_positions_resampled_to_another_resolution() -> None:
+def test_import_report_names_a_resampled_position_table() -> None:
     report("export-weights", "trained", *ENCODER, "--out", "vit")
     imported = report(
         "import-weights", "--model", "mine", "--set", "model.image.size=32", "--encoder", "vit", "--out", "larger"
@@ -88,8 +88,8 @@ def test_report_names_positions_resampled_to_another_resolution() -> None:
     assert load_model(Path("larger"))[0].encoder.position.shape == (1, 17, 16)
 
 
-def test_fresh_parameters_are_distributed_as_in_a_new_model(trained: ModelConfig) -> None:
-    """Norms are one, biases zero, and weights follow the model's scheme: no parameter is uninitialised memory."""
+def test_initialised_parameters_have_the_same_distribution_as_in_a_new_model(trained: ModelConfig) -> None:
+    """Check mean and deviation of each initialised parameter, so that no parameter is uninitialised memory."""
     report("export-weights", "trained", *ENCODER, "--out", "vit")
     report("import-weights", "--model", "mine", "--encoder", "vit", "--seed", "3", "--out", "out")
     torch.manual_seed(3)
@@ -125,14 +125,14 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistake_is_an_error_and_writes_nothing(mistake: str) -> None:
+def test_wrong_arguments_of_import_weights_are_an_error_and_write_no_file(mistake: str) -> None:
     report("export-weights", "trained", *ENCODER, "--out", "vit")
     arguments, message = MISTAKES[mistake]
     assert message in refused("import-weights", *arguments, "--out", "out")
     assert not Path("out").exists()
 
 
-def test_existing_files_are_not_overwritten() -> None:
+def test_weight_commands_do_not_overwrite_existing_files() -> None:
     assert "is not empty" in refused("export-weights", "trained", *ENCODER, "--out", "trained")
     assert "is not empty" in refused("import-weights", "trained", "--model", "mine", "--out", "trained")
     assert "gemma, gemma2, gpt2" in refused(

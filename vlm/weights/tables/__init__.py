@@ -1,6 +1,6 @@
-"""Weight families. Each module contains the config fields, the weight table and the defaults of one family.
+"""Weight families, one module per family, which contains the family's config fields, weight table and defaults.
 
-Each module also defines the tuple `FAMILIES`. The function `families` finds every module in this folder.
+Each module defines the tuple `FAMILIES`. The function `families` finds all modules in this folder.
 """
 
 from __future__ import annotations
