@@ -1,4 +1,4 @@
-# Every target works in a fresh clone. The first target run creates the Python environment in .venv/.
+# Every target works in a fresh clone. The first target that runs creates the Python environment in .venv/.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -22,10 +22,10 @@ check: $(STAMP)  ## Check lint, formatting, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP)  ## Measure the ratios of docs/benchmarks.md
+bench: $(STAMP)  ## Run all benchmarks of docs/benchmarks.md
 	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-faults: $(STAMP)  ## Run the slow tests, and those that kill ranks and processes
+faults: $(STAMP)  ## Run the slow tests and the tests that kill ranks and processes
 	$(BIN)/pytest -m "faults or matrix"
 
 ui: $(STAMP)  ## Serve the MLflow UI

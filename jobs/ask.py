@@ -1,4 +1,6 @@
-"""`lakesight ask`: caption pictures or answer a question, printing tokens as they are generated. Needs no Spark."""
+"""`lakesight ask`: caption pictures or answer a question, and print each token when it is generated. The command
+needs no Spark.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,14 @@ class AskReport(Config):
     """Report of `lakesight ask`.
 
     Attributes:
-        images: picture files, in the order the model saw them.
+        images: paths of the picture files, in the order in which the model gets the pictures.
         model: name and version of the model, or its checkpoint folder.
-        prompt: the question; empty for a caption.
+        prompt: question about the pictures; empty for a caption.
         precision: number format of the model.
         caption: the model's answer.
         num_tokens: number of tokens in the answer.
         regions: regions that the answer names; empty unless there is exactly one picture.
-        drawn: file of the picture with the regions drawn on it; null if nothing was drawn.
+        drawn: path of the picture file with the regions drawn on it; null if nothing was drawn.
     """
 
     images: tuple[str, ...]
@@ -49,7 +51,7 @@ class AskReport(Config):
 def ask(
     images: Annotated[
         list[Path] | None,
-        typer.Argument(help="Picture files, in order. Without one: text only.", metavar="FILE"),
+        typer.Argument(help="Picture files, in order. Without a file, the prompt has no picture.", metavar="FILE"),
     ] = None,
     *,
     prompt: PromptOption = "",
@@ -119,7 +121,7 @@ def _check_question(files: Sequence[Path], prompt: str, draw: Path | None) -> No
     """Check the arguments before the model is loaded.
 
     Raises:
-        UserError: there is neither a picture nor a prompt, or the drawing cannot be made.
+        UserError: there is neither a picture nor a prompt, or the boxes cannot be drawn.
     """
     if not files and not prompt:
         raise UserError(
@@ -137,7 +139,7 @@ def _check_question(files: Sequence[Path], prompt: str, draw: Path | None) -> No
 
 
 def read_picture(job: Job, path: Path) -> Image:
-    """Read a picture file under the limits that the run sets for ingested pictures.
+    """Read a picture file, with the limits of the run for ingested pictures.
 
     Raises:
         UserError: the file is missing, is not a picture, or exceeds the limits.
@@ -185,7 +187,7 @@ def load_checkpoint(folder: Path, precision: Precision) -> tuple[VisionLanguageM
 def stream_answer(
     job: Job, model: VisionLanguageModel, tokenizer: Tokenizer, pictures: Sequence[Image], prompt: str
 ) -> tuple[str, int]:
-    """Generate an answer, print it token by token, and return it with its number of tokens.
+    """Generate an answer, print the answer token by token, and return it with its number of tokens.
 
     Raises:
         UserError: the pictures, prompt and answer do not fit into the model's context.
@@ -202,7 +204,7 @@ def stream_answer(
     shown = ""
     for token in stream(model, tokenizer, request, model.config.generation):
         ids.append(token)
-        # A token may end inside a multi-byte character: print the character once its other bytes have arrived.
+        # A token may end inside a multi-byte character, which is then printed with the token that completes it.
         text = tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")
         job.output.text(text[len(shown) :], end="")
         shown = text

@@ -28,7 +28,7 @@ def caption(
         str, typer.Option("--image-column", help="Column of pictures (binary or base64).", metavar="COLUMN")
     ] = "image",
     where: Annotated[
-        str, typer.Option("--where", help="SQL condition that selects rows. Without it: all rows.", metavar="SQL")
+        str, typer.Option("--where", help="SQL condition that selects rows. Default: all rows.", metavar="SQL")
     ] = "",
     prompt: PromptOption = "",
     version: VersionOption = "champion",
@@ -48,9 +48,9 @@ def caption(
 ) -> None:
     """Caption new and changed pictures of a table.
 
-    Pictures that the version has captioned already are skipped, and a killed job resumes where it stopped. Statistics
-    of the captions are compared with the version's evaluation. Drift beyond the limits of the run's drift section is
-    reported as a warning.
+    Pictures that the model version has already captioned are skipped, so a killed job can be run again. The command
+    compares statistics of the captions with the version's evaluation, and logs a warning if a difference (drift)
+    exceeds the limits in the run's drift section.
 
     \b
     Examples:
@@ -76,16 +76,16 @@ def caption(
 
 
 def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
-    """Run the caption stage; returns its report with drift.
+    """Run the caption stage and return its report with the drift.
 
     Args:
-        job: running command; its run config sets the limits on pictures and on drift.
+        job: running command, whose run config has the limits for pictures and for drift.
         which: model version: a number, an alias, or latest.
-        request: fields of CaptionRequest.
+        request: values of the fields of CaptionRequest.
 
     Raises:
-        TooManyErrors: too many rows failed; everything is written before.
-        StageFailed: drift exceeds its limits and the run sets `drift.fail`; everything is written before.
+        TooManyErrors: too many rows failed. The captions and errors are written before.
+        StageFailed: the drift exceeds its limits and the run sets `drift.fail`. The captions are written before.
     """
     from pipelines.driver.caption.run import CaptionRequest, TooManyErrors, caption
 
@@ -114,7 +114,7 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
 
 
 def add_drift(job: Job, report: CaptionReport, prompt: str) -> CaptionReport:
-    """Add the drift from the version's evaluation to a report, unless too few rows were captioned."""
+    """Add the drift (the difference from the version's evaluation) to a report, unless too few rows were captioned."""
     from pipelines.driver.caption.drift import compare_figures, read_evaluation_figures
 
     rows = report.captioned + report.errors
@@ -135,7 +135,7 @@ def add_drift(job: Job, report: CaptionReport, prompt: str) -> CaptionReport:
 def log_to_mlflow(job: Job, report: CaptionReport, *, good: bool) -> None:
     """Log a caption report to MLflow if any row was captioned; warn if the tracking server does not answer.
 
-    The table is written before this, so an outage of MLflow does not fail the job.
+    The captions are written before this call, so an outage of MLflow does not fail the job.
     """
     from pipelines.tracking.reports import log_stage
 

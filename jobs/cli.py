@@ -1,7 +1,7 @@
-"""The `lakesight` command line: its commands, and how errors are printed.
+"""The command line app `lakesight`: registers all commands and prints errors.
 
-Exit codes: 0 for success, 1 for a failure, 2 for a user's mistake. On success `main` returns instead of calling
-`sys.exit`, because a Databricks wheel task counts any SystemExit as a failure.
+The exit code is 0 for success, 1 for a failure, and 2 for a user's mistake. On success `main` returns instead of
+calling `sys.exit`, because a Databricks wheel task counts any SystemExit as a failure.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ INTERACTIVE_COMMANDS = (demo, ask, show, lineage, decisions, review, config, doc
 WEIGHT_COMMANDS = (import_weights, export_weights)
 
 JAVA_PERMISSION_ERRORS = ("(Permission denied)", "(Read-only file system)", "DELTA_CANNOT_CREATE_LOG_PATH")
-"""Texts of Java exceptions that mean a file or folder is not writable."""
+"""Texts of Java exceptions for a file or folder that is not writable."""
 
 
 class Interrupted(LakesightError):
-    """The user pressed Ctrl-C. Committed work stays, and the same command resumes from it."""
+    """The user pressed Ctrl-C. Committed work is kept, and the same command resumes from the committed work."""
 
 
 class Commands(TyperGroup):
-    """Group of commands, listed in the order of registration. Ctrl-C becomes an error that says how to resume."""
+    """Group of commands, listed in the order of registration. Ctrl-C is reported as an error with the way to resume."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command.
@@ -79,12 +79,12 @@ for _command in (*STAGE_COMMANDS, *INTERACTIVE_COMMANDS, *WEIGHT_COMMANDS):
 
 
 def main() -> None:
-    """Run the command line. Entry point of the console script and of Databricks wheel tasks."""
+    """Run the command line app: the entry point of the console script and of Databricks wheel tasks."""
     run(app)
 
 
 def run(commands: typer.Typer) -> None:
-    """Run a group of commands; on an error print it and exit with its code."""
+    """Run a group of commands. If a command raises an error, print the error and exit with the error's exit code."""
     try:
         commands()
     except SystemExit as end:
@@ -105,16 +105,16 @@ def _fail(message: str, code: int) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of an error message; for a Java exception the Java message, not the Py4J one."""
+    """Return the first line of an error message. For a Java exception, return the Java message, not Py4J's message."""
     lines = str(error).strip().splitlines()
     java = [line.removeprefix(": ") for line in lines if line.startswith(": ")]
     return next(iter(java + lines), "no message")
 
 
 def _file_error(error: Exception) -> UserError | None:
-    """Return a short error for a full disk or a missing write permission, None for anything else.
+    """Return a short error if the cause is a full disk or a missing write permission, and None otherwise.
 
-    Spark reports both as the text of a Java exception, so the text is searched too.
+    Spark reports these two causes only in the text of a Java exception, so this function also searches the text.
     """
     number = error.errno if isinstance(error, OSError) else None
     got = _first_line(error)

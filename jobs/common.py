@@ -1,4 +1,4 @@
-"""Options that commands share, and the `Job` that a command opens from them."""
+"""Command-line options that commands share, and class `Job`, which a command opens from these options."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ PrecisionOption = Annotated[
     Precision, typer.Option("--precision", help="Number format of the weights; int8 and int4 need lakesight[quantize].")
 ]
 PromptOption = Annotated[
-    str, typer.Option("--prompt", help="Question about the picture. Without it: a caption.", metavar="TEXT")
+    str, typer.Option("--prompt", help="Question about the picture. Default: ask for a caption.", metavar="TEXT")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object on stdout.")]
 
 MIN_FREE_BYTES = 256 * 2**20
-"""Free disk space that a command needs to start. Spark's own errors about a full disk are hard to read."""
+"""Minimum free disk space, in bytes, to start a command. The check exists because Spark's disk errors are unclear."""
 
 
 @dataclass
@@ -54,12 +54,12 @@ class Job:
 
     @cached_property
     def spark(self) -> SparkSession:
-        """The Spark session, started on first use."""
+        """The Spark session, which is started on first use."""
         return self.platform.open_spark()
 
     @property
     def source(self) -> str:
-        """Name of the data config. Rows of table `samples` carry it in column `source`."""
+        """Name of the data config. Rows of table `samples` have this name in column `source`."""
         return self.config.chosen.data
 
     @property
@@ -87,14 +87,14 @@ class Job:
         self.output.line("next", self.command(next_command))
 
     def stop(self) -> None:
-        """Stop the Spark session if this command started it. A workspace's session is left running."""
+        """Stop the Spark session if this command started the session. The session of a workspace keeps running."""
         if "spark" in self.__dict__ and self.platform.kind == "local":
             self.spark.stop()
 
 
 @contextmanager
 def open_output(*, as_json: bool) -> Iterator[CommandOutput]:
-    """Send logs to stderr and yield an output that prints on the real stdout, for the duration of a command."""
+    """Send logs to stderr and yield an output that prints to the real stdout while a command runs."""
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.WARNING,
@@ -110,7 +110,7 @@ def open_output(*, as_json: bool) -> Iterator[CommandOutput]:
 
 @contextmanager
 def open_job(run: str, platform: str, overrides: Sequence[str] | None, as_json: bool) -> Iterator[Job]:
-    """Resolve a run config and open its platform. A Spark session started by the block is stopped at its end.
+    """Resolve a run config and open its platform. A Spark session that the block starts is stopped after the block.
 
     Raises:
         UserError: the config is invalid, the platform cannot be opened, or the disk is almost full.

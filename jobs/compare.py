@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def compare(
     one: Annotated[str, typer.Argument(help="Model version: a number, an alias, or latest.", metavar="VERSION")],
-    other: Annotated[str, typer.Argument(help="Model version to compare it with.", metavar="OTHER")],
+    other: Annotated[str, typer.Argument(help="Model version to compare the first version with.", metavar="OTHER")],
     *,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
@@ -24,8 +24,9 @@ def compare(
 ) -> None:
     """Compare two model versions on the same rows.
 
-    Prints metric differences with paired bootstrap confidence intervals, and counts wins and losses. Writes an HTML
-    page of pictures with both captions. A version that has no evaluation yet is evaluated first.
+    The command prints metric differences with paired bootstrap confidence intervals, and the number of rows on which
+    each version is better. It also writes an HTML page of pictures with both captions. A version that has no
+    evaluation yet is evaluated first.
 
     \b
     Example:

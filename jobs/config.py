@@ -1,4 +1,4 @@
-"""`lakesight config`: print a resolved run config, or list the models."""
+"""`lakesight config`: print a resolved run config, or list the models of conf/model/."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from vlm.config import Config, ModelConfig
 
 
 class ModelSize(Config):
-    """Size of one model of conf/model/.
+    """Size of one model config in conf/model/.
 
     Attributes:
-        name: file name in conf/model/, without `.yml`.
+        name: name of the config file in conf/model/, without `.yml`.
         parameters: total number of parameters.
-        active: parameters used for one token; fewer than `parameters` in a mixture of experts.
-        encoder: parameters of the encoder.
-        decoder: parameters of the decoder.
-        image_size: height and width of the input picture, pixels.
-        image_slots: sequence positions that one picture takes.
-        flops: FLOPs of a forward pass over one picture and a text of maximum length (see `vlm.config.size`).
+        active: number of parameters used for one token; smaller than `parameters` in a mixture of experts.
+        encoder: number of parameters of the encoder.
+        decoder: number of parameters of the decoder.
+        image_size: height and width of the input picture, in pixels.
+        image_slots: number of sequence positions for one picture.
+        flops: FLOPs of a forward pass with one picture and a text of maximum length (see `vlm.config.size`).
     """
 
     name: str
@@ -49,7 +49,7 @@ def config(
 ) -> None:
     """Print a resolved run config, or list the models.
 
-    A resolved config contains every setting of the run after defaults and overrides are applied.
+    A resolved run config contains every setting of the run after defaults and overrides are applied.
 
     \b
     Examples:

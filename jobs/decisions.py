@@ -1,4 +1,4 @@
-"""`lakesight decisions`: list promotions, refusals and rollbacks of a model: who, when and why."""
+"""`lakesight decisions`: list promotions, refusals and rollbacks of a model, with user, time and reasons."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def decisions(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List promotions, refusals and rollbacks.
+    """List promotions, refusals and rollbacks of a model.
 
-    Prints time, action, version, user, reasons and metrics of each decision on the run's model, newest last.
+    The command prints time, action, version, user and reasons of each decision on the run's model, newest last.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""`lakesight demo`: run every stage on generated pictures. Needs no data and no downloads."""
+"""`lakesight demo`: run every stage on generated pictures. The command needs no input data."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def demo(
 ) -> None:
     """Run every stage on generated pictures.
 
-    The pictures show simple scenes, each described by one sentence. Some rows are broken on purpose: ingest
-    quarantines them. If you run the demo again, it skips all finished work.
+    The pictures show simple scenes, each described by one sentence. Some rows are broken on purpose, and ingest moves
+    these rows to table quarantine. A second demo skips all work that the first demo finished.
 
     \b
     Examples:

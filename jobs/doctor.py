@@ -26,7 +26,7 @@ PACKAGES = ("pyspark", "delta-spark", "deltalake", "mlflow", "torch", "pyarrow")
 
 
 class DoctorCheck(Config):
-    """Result of one check. `fix` is empty if nothing needs to be done."""
+    """Result of one check of the machine. `fix` is empty if the user need not do anything."""
 
     name: str
     status: Literal["ok", "warn", "fail"]
@@ -43,7 +43,7 @@ def doctor(
 ) -> None:
     """Check this machine and print fixes.
 
-    Checks Java, packages, Delta's jars, task slots, GPU, memory, disk space and the home folder.
+    The command checks Java, packages, Delta's jars, task slots, GPU, memory, disk space and the home folder.
 
     \b
     Example:
@@ -63,7 +63,7 @@ def doctor(
 
 
 def run_checks(config: RunConfig) -> list[DoctorCheck]:
-    """Run all checks, in the order in which a run would meet the problems."""
+    """Run all checks, in the order in which a training run would meet the problems."""
     checks = [check_python(), *(check_package(name) for name in PACKAGES)]
     if isinstance(config.platform, LocalPlatformConfig):
         checks += [check_java_version(), check_delta_jar(), check_task_slots(config.platform)]
@@ -85,7 +85,7 @@ def check_package(name: str) -> DoctorCheck:
 
 
 def check_java_version() -> DoctorCheck:
-    """Check the version of the Java that Spark would start."""
+    """Check the version of Java that Spark would start."""
     try:
         return DoctorCheck(name="java", status="ok", found=str(check_java()))
     except UserError as error:
@@ -140,7 +140,7 @@ def check_task_slots(platform: LocalPlatformConfig) -> DoctorCheck:
 
 
 def check_gpu() -> DoctorCheck:
-    """List the GPUs that torch can use. None is no problem: a laptop trains on its CPU."""
+    """List the GPUs that torch can use. The check passes without a GPU, because a laptop can train on its CPU."""
     try:
         import torch
     except ImportError:

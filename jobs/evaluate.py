@@ -1,4 +1,4 @@
-"""`lakesight evaluate`: measure a model version on a split that training has not seen."""
+"""`lakesight evaluate`: measure a model version on a data split that was not used for training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ByOption = Annotated[
     list[str] | None,
     typer.Option(
         "--by",
-        help="Report metrics for each value of a column of samples, or of size or length. Repeatable.",
+        help="Also report metrics for each value of a column of table samples, or of size or length. Repeatable.",
         metavar="COLUMN",
     ),
 ]
@@ -31,7 +31,7 @@ SHOWN_METRICS = ("exact_match", "word_f1", "cider", "bleu_4", "rouge_l", "meteor
 TAGGED_METRICS = ("exact_match", "word_f1", "cider", "bleu_4", "rouge_l", "loss", "blind_gap", "error_share")
 """Metrics stored as tags of a model version. Unity Catalog limits the number of tags."""
 LOGGED_ROWS = 1000
-"""Number of rows logged to MLflow as a table."""
+"""Maximum number of evaluated rows that are logged to MLflow as a table."""
 
 
 def evaluate(
@@ -45,9 +45,10 @@ def evaluate(
 ) -> None:
     """Measure a model version on unseen pictures.
 
-    Computes BLEU, ROUGE-L, CIDEr, METEOR (with Java), exact match, token accuracy and blind gap, each with a
-    confidence interval, in total and per slice. Two baselines are measured too: the best constant caption and the
-    nearest neighbour's caption. Writes a gallery of the worst and best rows. An existing evaluation is reused.
+    The command computes BLEU, ROUGE-L, CIDEr, METEOR (with Java), exact match, token accuracy and blind gap, each
+    with a confidence interval, for all rows and for groups of rows (--by). The command also measures two baselines:
+    the best constant caption and the nearest neighbour's caption. It writes an HTML page of the worst and best
+    captions. An existing evaluation is reused.
 
     \b
     Examples:
@@ -64,7 +65,7 @@ def open_model(job: Job, which: str) -> ModelFiles:
     """Resolve a model version of this run and download its files.
 
     Raises:
-        UserError: there is no such version; the error lists those that exist.
+        UserError: there is no such version. The error lists the existing versions.
     """
     from pipelines.driver.model_files import ModelFiles
     from pipelines.tracking.registry import download, resolve
@@ -81,7 +82,7 @@ def open_model(job: Job, which: str) -> ModelFiles:
 
 
 def open_split(job: Job, model: ModelFiles) -> Shards:
-    """Open the shards of the run's evaluation split at the model's image size, writing them if necessary."""
+    """Open the shards of the run's evaluation split at the model's image size. Missing shards are written first."""
     from pipelines.formats.shards import Shards
 
     return Shards.open(Path(run_shard(job, job.config.data.evaluate_on, model.read_config().image).folder))
@@ -90,7 +91,7 @@ def open_split(job: Job, model: ModelFiles) -> Shards:
 def evaluate_version(
     job: Job, model: ModelFiles, shards: Shards, columns: tuple[str, ...] | None = None, *, with_meteor: bool = False
 ) -> EvaluationReport:
-    """Evaluate a version or reuse its evaluation; log metrics to MLflow and to the version's tags if they are new."""
+    """Evaluate a version or reuse its evaluation. Log new metrics to MLflow and store them as tags of the version."""
     from pipelines.driver.evaluate.run import COLUMNS, evaluate
     from pipelines.tracking.registry import resolve, tag
     from pipelines.tracking.runs import log_report
@@ -123,7 +124,7 @@ def evaluate_version(
 
 
 def rows_by_column(report: EvaluationReport) -> dict[str, list[object]]:
-    """Convert the first rows of an evaluation to columns, as MLflow's `log_table` takes them."""
+    """Convert the first rows of an evaluation to a dict of columns for MLflow's `log_table`."""
     names = ("image_id", "prompt", "references", "caption", "neighbour", "f1", "loss", "blind_loss")
     rows = report.scores()[:LOGGED_ROWS]
     return {
@@ -134,7 +135,7 @@ def rows_by_column(report: EvaluationReport) -> dict[str, list[object]]:
 def run_evaluate(
     job: Job, which: str, *, columns: tuple[str, ...] | None = None, with_meteor: bool = False
 ) -> EvaluationReport:
-    """Run the evaluate stage: evaluate a version, then print its metrics and baselines."""
+    """Run the evaluate stage: evaluate a version, then print the version's metrics and the baselines."""
     model = open_model(job, which)
     report = evaluate_version(job, model, open_split(job, model), columns, with_meteor=with_meteor)
     reused = ", reused" if report.reused else ""

@@ -1,4 +1,6 @@
-"""`lakesight export-weights`: write a checkpoint in the format of another library. Needs neither Spark nor a run."""
+"""`lakesight export-weights`: write a checkpoint in the format of another library. The command
+needs neither Spark nor a run config.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,14 @@ def export_weights(
     part: Annotated[Literal["model", "encoder", "decoder"], typer.Option("--part", help="Part of the model to write.")],
     family: Annotated[
         str,
-        typer.Option("--as", help="Model family to write for, such as gpt2.", metavar="FAMILY"),
+        typer.Option("--as", help="Model family whose format is written, such as gpt2.", metavar="FAMILY"),
     ],
     out: OutOption,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a checkpoint for another library.
+    """Write a checkpoint in the format of another library.
 
-    Writes the whole model, its encoder or its decoder as config.json and safetensors files.
+    The command writes the whole model, its encoder or its decoder as config.json and safetensors files.
 
     \b
     Example:

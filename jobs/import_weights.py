@@ -1,4 +1,6 @@
-"""`lakesight import-weights`: make a checkpoint from published weights. Needs neither Spark nor a run."""
+"""`lakesight import-weights`: make a checkpoint from published weights. The command needs
+neither Spark nor a run config.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from vlm.weights.family import Part
     from vlm.weights.load import ImportReport
 
-OutOption = Annotated[Path, typer.Option("--out", help="Folder to write; it must be new or empty.", metavar="FOLDER")]
+OutOption = Annotated[Path, typer.Option("--out", help="Output folder, which must be new or empty.", metavar="FOLDER")]
 
 
 def import_weights(
@@ -45,8 +47,8 @@ def import_weights(
 ) -> None:
     """Make a checkpoint from published weights.
 
-    Reads config.json and safetensors files of another library: one folder of the whole model, or a folder for the
-    encoder, the decoder, or both. Weights that are in none of the folders are initialised at random.
+    The command reads config.json and safetensors files of another library: one folder of the whole model, or a folder
+    for the encoder, the decoder, or both. Weights that are in none of the folders are initialised at random.
 
     \b
     Examples:
@@ -108,7 +110,7 @@ def _build_tokenizer(config: ModelConfig, folders: dict[Part, Path]) -> Tokenize
     """Build the model's tokenizer, by default from the `tokenizer.json` next to the decoder's weights.
 
     Raises:
-        UserError: the model's tokenizer is learned from training texts.
+        UserError: the model learns its tokenizer from training texts, which an import does not have.
     """
     from vlm import text
 

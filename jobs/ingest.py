@@ -1,4 +1,4 @@
-"""`lakesight ingest`: read pictures and texts into table `samples`, bad rows into `quarantine`, and write a report."""
+"""`lakesight ingest`: add pictures and texts to table `samples` and bad rows to `quarantine`, and write a report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def ingest(
     *,
     refresh: Annotated[
         bool,
-        typer.Option("--refresh", help="Read all input again and replace the source's rows."),
+        typer.Option("--refresh", help="Read all input files again and replace all rows of the source."),
     ] = False,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
@@ -31,7 +31,8 @@ def ingest(
 ) -> None:
     """Read new and changed pictures into table samples.
 
-    Bad rows go to table quarantine with a reason. Unchanged files are skipped. Writes an HTML report of both tables.
+    Bad rows are added to table quarantine with a reason. Unchanged files are skipped. The command also writes an HTML
+    report of both tables.
 
     \b
     Example:
@@ -46,7 +47,7 @@ def run_ingest(job: Job, *, refresh: bool = False) -> FullReport:
     """Run the ingest stage: read the run's source, write the tables and the report page, and print the counts.
 
     Raises:
-        TooManyRefused: too many rows were refused; tables and page are written before.
+        TooManyRefused: too many rows were refused. The tables and the report page are written before.
     """
     from pipelines.driver.ingest.report import write_report
     from pipelines.driver.ingest.run import ingest
@@ -69,7 +70,7 @@ def run_ingest(job: Job, *, refresh: bool = False) -> FullReport:
 def log_to_mlflow(job: Job, report: FullReport, *, good: bool) -> None:
     """Log an ingest report to MLflow if the ingest changed anything; warn if the tracking server does not answer.
 
-    The tables are written before this, so an outage of MLflow does not fail the ingest.
+    The tables are written before this call, so an outage of MLflow does not fail the ingest.
     """
     if report.nothing_new:
         return

@@ -1,4 +1,6 @@
-"""`lakesight lineage`: print the model, data and code that produced a picture's captions. Needs no Spark."""
+"""`lakesight lineage`: print the model, data and code that produced a picture's captions. The command
+needs no Spark.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,13 @@ class CaptionLineage(Config):
     """Model, data and code that produced one caption.
 
     Attributes:
-        caption: the caption; null if there is an error.
-        source_table: table that holds the picture.
-        source_version: version of that table.
+        caption: generated caption; null if the picture has an error instead.
+        source_table: table that contains the picture.
+        source_version: version of `source_table` when the picture was captioned.
         trained_on: version of table `samples` that the model was trained on.
         manifest_hash: hash of the training shards; equal hashes mean equal training data.
         code_version: version of Lakesight that trained the model.
-        settings: decoding settings, JSON.
+        settings: decoding settings, in JSON.
     """
 
     caption: str | None
@@ -54,7 +56,8 @@ def lineage(
 ) -> None:
     """Show how a picture's captions were made.
 
-    Prints model version, training run, data version, code version and decoding settings of each caption, of all runs.
+    For each caption of the picture, the command prints model version, training run, data version, code version and
+    decoding settings. Captions by models of all runs are listed.
 
     \b
     Example:
@@ -104,7 +107,7 @@ def _lineage(row: Mapping[str, Any], tags: Mapping[str, str]) -> CaptionLineage:
 
 
 def _tags(job: Job, name: str, number: str) -> dict[str, str]:
-    """Return the tags of a model version; none if the registry no longer has it."""
+    """Return the tags of a model version, or an empty dict if the version is no longer in the registry."""
     from pipelines.tracking.registry import resolve
 
     try:

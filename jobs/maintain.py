@@ -23,8 +23,8 @@ def maintain(
 ) -> None:
     """Compact and vacuum all tables.
 
-    Merges small files and removes files that no reader needs. No row changes, existing shards stay valid, and other
-    commands may run at the same time.
+    The command merges small files of the Delta tables and removes files that no reader needs. It changes no rows,
+    existing shards stay valid, and other commands may run at the same time.
 
     \b
     Example:

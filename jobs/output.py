@@ -1,7 +1,7 @@
-"""Output of a command: its report on stdout, everything else on stderr.
+"""Output of a command: the command's report goes to stdout, all other output to stderr.
 
 Spark's JVM, torchrun and libraries write directly to file descriptor 1. While a command runs, both `sys.stdout` and
-that descriptor are redirected to stderr, so that a JSON report on stdout stays valid.
+file descriptor 1 are redirected to stderr, so that a JSON report on stdout stays valid.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pydantic_core import to_json
 
 
 class CommandOutput:
-    """Prints aligned lines for people or, with `as_json`, one JSON object for scripts.
+    """Printer of a command: prints aligned lines for people or, with `as_json`, one JSON object for scripts.
 
     Args:
-        out: the real stdout.
-        as_json: print the report as JSON on `out`, and the lines for people on stderr.
+        out: real stdout of the process.
+        as_json: whether the report is printed as JSON to `out`, and the lines for people to stderr.
     """
 
     def __init__(self, out: TextIO, *, as_json: bool) -> None:
@@ -39,23 +39,23 @@ class CommandOutput:
         self.text(f"{label:<12}{text}")
 
     def text(self, text: str, end: str = "\n") -> None:
-        """Print a text for people unchanged."""
+        """Print a text for people without changes."""
         print(text, end=end, file=sys.stderr if self._as_json else self._out, flush=True)
 
     def report(self, report: object) -> None:
-        """Print the command's report as JSON if `as_json` is set: a pydantic model, or a mapping of models."""
+        """Print the command's report (a pydantic model, or a mapping of models) as JSON if `as_json` is set."""
         if self._as_json:
             print(to_json(report, by_alias=True, inf_nan_mode="null").decode(), file=self._out, flush=True)
 
 
 @contextmanager
 def reserved_stdout() -> Iterator[TextIO]:
-    """Yield the real stdout; inside the block all other output of this process and its children goes to stderr."""
+    """Yield the real stdout. In the block, all other output of this process and its children goes to stderr."""
     real = sys.stdout
     real.flush()
     try:
         real.fileno()
-    except OSError:  # in a notebook or a test, stdout has no file descriptor and children do not inherit it
+    except OSError:  # in a notebook or a test, stdout has no file descriptor that children could inherit
         with redirect_stdout(sys.stderr):
             yield real
         return

@@ -15,18 +15,18 @@ class PipelineReport(Config):
     """Report of `lakesight pipeline` and `lakesight demo`.
 
     Attributes:
-        rows_in: rows read = samples + duplicates + quarantined.
-        samples: rows that added a picture or a text to table `samples`.
-        duplicates: rows that added nothing.
-        quarantined: rows added to table `quarantine`.
+        rows_in: number of rows read, the sum of `samples`, `duplicates` and `quarantined`.
+        samples: number of rows that added a picture or a text to table `samples`.
+        duplicates: number of rows whose picture and text were already in table `samples`.
+        quarantined: number of rows added to table `quarantine`.
         trained: whether training ran; false if a finished run was reused.
         exact_match: share of the evaluated pictures whose caption equals a human text.
-        blind_gap: increase of the loss with wrong pictures, nats per token; null if the split has a single picture.
-        captions: pictures captioned by this command.
-        captioned_before: pictures that this version had captioned before.
-        errors: pictures that could not be captioned.
-        nothing_new: whether all work had been done before.
-        seconds: duration of the whole command.
+        blind_gap: increase of the loss with wrong pictures, in nats per token; null if there is only one picture.
+        captions: number of pictures captioned by this command.
+        captioned_before: number of pictures that this model version had captioned before.
+        errors: number of pictures that could not be captioned.
+        nothing_new: whether all work had been done by earlier commands.
+        seconds: duration of the whole command, in seconds.
     """
 
     run: str
@@ -59,8 +59,8 @@ def pipeline(
 ) -> None:
     """Run every stage, from pictures to captions.
 
-    Ingests, shards, trains, registers, evaluates and promotes, then captions the evaluation split. Finished work is
-    not repeated, so run the same command again after an interruption.
+    The stages are ingest, shard, train, evaluate, promote and caption. The last stage captions the evaluation split.
+    Finished work is not repeated, so run the same command again after an interruption.
 
     \b
     Example:
@@ -72,7 +72,7 @@ def pipeline(
 
 
 def run_pipeline(job: Job) -> PipelineReport:
-    """Run all stages in order; each prints its own results."""
+    """Run all stages in order. Each stage prints its own results."""
     ingested = run_ingest(job)
     trained = run_train(job)
     evaluated = run_evaluate(job, trained.model_version)

@@ -17,9 +17,9 @@ from pipelines.formats.run_folder import RunFolder
 log = logging.getLogger(__name__)
 
 BAR_AFTER = 2.0
-"""Seconds before a bar appears."""
+"""Seconds after which a progress bar appears."""
 LINE_EVERY = 10.0
-"""Seconds between log lines."""
+"""Seconds between two progress lines in the log."""
 
 Poll = Callable[[], tuple[int, str]]
 """Function that returns the current count and a short status text."""
@@ -30,15 +30,15 @@ def show_progress(label: str, poll: Poll, total: int | None = None) -> AbstractC
 
     Args:
         label: name of the step.
-        poll: returns the current progress; called repeatedly from another thread.
-        total: count at which the step is complete; None shows the elapsed time only.
+        poll: function that returns the current progress, called repeatedly from another thread.
+        total: count at which the step is complete; None to show only the elapsed time.
     """
     shown = partial(_bar, stream=stream) if (stream := sys.stderr).isatty() else _lines
     return in_background(partial(shown, label, poll, total), f"progress {label}")
 
 
 def show_elapsed(label: str) -> AbstractContextManager[None]:
-    """Show the elapsed time of a step without a countable progress while a block executes."""
+    """Show the elapsed time of a step while a block executes, for a step whose progress cannot be counted."""
     return show_progress(label, lambda: (0, ""))
 
 

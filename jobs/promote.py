@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class PromotionReport(Config):
-    """Report of a promotion that was not refused.
+    """Report of `lakesight promote` for a version that was not refused.
 
     Attributes:
-        already: whether the version was the champion before; then no check runs.
-        found: result of each check of the gate, by name.
+        already: whether the version was already the champion, in which case no check runs.
+        found: result of each check of the gate, by the name of the check.
     """
 
     model_name: str
@@ -56,7 +56,7 @@ def run_promote(job: Job, which: str) -> PromotionReport:
     """Run the promote stage: check the gate, record the decision, then move the aliases.
 
     Raises:
-        StageFailed: the version is refused; the error lists every reason.
+        StageFailed: the version is refused. The error lists every reason.
     """
     from pipelines.driver.evaluate.gate import record_decision
     from pipelines.tracking.registry import CHALLENGER, find_champion, promote, resolve, set_alias, tag

@@ -13,11 +13,11 @@ from pipelines.errors import UserError
 from pipelines.formats.tables import REASONS
 
 WIDTH = 100
-"""Maximum number of characters shown of a payload."""
+"""Maximum number of characters shown of a quarantined row's payload."""
 
 
 class Action(StrEnum):
-    """What the command does with quarantined rows."""
+    """Action of the command on quarantined rows."""
 
     SHOW = "show"
     REPLAY = "replay"
@@ -42,8 +42,9 @@ def quarantine(
 ) -> None:
     """Show quarantined rows, or process them again.
 
-    Use replay after the cause is fixed, for example a limit that was too low. It checks the quarantined rows of the
-    run's data again. Accepted rows are added to table samples and get a time in replayed_at.
+    Use replay after the cause is fixed, for example a limit that was too low. The command then checks
+    the quarantined rows of the run's data again. Accepted rows are added to table samples, and column replayed_at is
+    set to the time of the replay.
 
     \b
     Examples:
@@ -93,7 +94,10 @@ def _replay(job: Job, reasons: list[str]) -> None:
 
     if not reasons:
         raise UserError(
-            "replay needs at least one reason", where="--reason", got="none", fix=f"one of {', '.join(REASONS)}"
+            "replay needs at least one quarantine reason",
+            where="--reason",
+            got="none",
+            fix=f"one of {', '.join(REASONS)}",
         )
     with show_elapsed("replay"):
         report = replay(job.spark, job.platform, job.source, job.config.data, reasons)

@@ -1,4 +1,4 @@
-"""Regions that a model's answer names: boxes in pixels of the picture, and how to draw them."""
+"""Regions that a model's answer names: functions that convert them to boxes in pixels and draw the boxes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class FoundRegion(Config):
 
     Attributes:
         label: name of the region, as the model wrote it.
-        left: left edge, pixels.
-        top: top edge, pixels.
-        right: right edge, pixels.
-        bottom: bottom edge, pixels.
-        codes: sixteen codes of the outline if the answer has one, else empty (see `vlm.text.regions`).
+        left: left edge of the box, in pixels.
+        top: top edge of the box, in pixels.
+        right: right edge of the box, in pixels.
+        bottom: bottom edge of the box, in pixels.
+        codes: sixteen codes of the region's outline; empty if the answer has no outline (see `vlm.text.regions`).
     """
 
     label: str
@@ -39,9 +39,9 @@ def find_regions(caption: str, picture: Image, config: ImageConfig) -> tuple[Fou
     """Find the regions that an answer names and convert them to pixels of the picture.
 
     Args:
-        caption: the model's answer.
-        picture: the picture the model was asked about.
-        config: how the picture was resized for the model.
+        caption: answer of the model.
+        picture: picture that the model has described.
+        config: settings with which the picture was resized for the model.
     """
     from vlm.image import compute_resize
     from vlm.text.regions import parse_regions, to_box
@@ -83,7 +83,7 @@ def draw_regions(picture: Image, regions: Sequence[FoundRegion]) -> Image:
     labels = list(dict.fromkeys(region.label for region in regions))
     for region in regions:
         colour = COLOURS[labels.index(region.label) % len(COLOURS)]
-        # Pillow includes the last pixel and a box excludes it; a box of zero width is drawn as a line.
+        # Pillow's coordinates include the last pixel, but a box excludes it. A box of zero width is drawn as a line.
         right, bottom = max(region.left, region.right - 1), max(region.top, region.bottom - 1)
         pen.rectangle((region.left, region.top, right, bottom), outline=colour, width=max(1, side // 150))
         if region.label:

@@ -27,7 +27,7 @@ def rollback(
 
 
 def run_rollback(job: Job) -> str:
-    """Run the rollback: record the decision, then swap the aliases; returns the new champion's version.
+    """Record the rollback, swap the two aliases, and return the version of the new champion.
 
     Raises:
         UserError: there is no previous champion.

@@ -20,7 +20,7 @@ def shard(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write training shards of table samples.
+    """Write training shards from table samples.
 
     Existing shards with the same content and settings are reused.
 
@@ -35,7 +35,7 @@ def shard(
 
 
 def run_shard(job: Job, split: Split, image: ImageConfig) -> ShardReport:
-    """Run the shard stage for one split at one model's image size."""
+    """Run the shard stage for one data split, with the image settings of one model."""
     from pipelines.driver.shard import shard
 
     with show_elapsed(f"shard {split}"):

@@ -1,4 +1,4 @@
-"""`lakesight show`: print rows of any version of a table, with a page of pictures on request. Needs no Spark."""
+"""`lakesight show`: print rows of a table version, and write a page of their pictures if requested. Needs no Spark."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WIDTH = 100
 
 
 class TableReport(Config):
-    """Report of `lakesight show`. `rows` holds the first rows; a binary value is replaced by its size."""
+    """Report of `lakesight show`. Field `rows` has the first rows, with sizes instead of binary values."""
 
     table: str
     version: int
@@ -49,7 +49,8 @@ def show(
 ) -> None:
     """Show rows and pictures of a table.
 
-    Prints the table's version, row count, columns and first rows. With --gallery, writes an HTML page of pictures.
+    The command prints the table's version, row count, columns and first rows. With --gallery, it also writes an HTML
+    page of the rows' pictures.
 
     \b
     Examples:
@@ -75,7 +76,7 @@ def show(
 
 
 def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
-    """Open a table of the platform at a version; None opens the latest.
+    """Open a table of the platform at a version. None opens the latest version.
 
     Raises:
         UserError: the platform's tables are not readable as files, or the table or version does not exist.
@@ -112,7 +113,7 @@ def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
 
 
 def first_rows(delta: DeltaTable, count: int) -> list[dict[str, Any]]:
-    """Return the first rows as Python values."""
+    """Return the first rows of a table as dicts of Python values."""
     from pipelines.formats.tables import arrow_dataset
 
     rows: list[dict[str, Any]] = arrow_dataset(delta).head(count).to_pylist()
@@ -120,7 +121,7 @@ def first_rows(delta: DeltaTable, count: int) -> list[dict[str, Any]]:
 
 
 def readable(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace the binary values of a row by their sizes."""
+    """Replace each binary value of a row by a text with its size."""
     return {name: f"<{len(value):,} bytes>" if isinstance(value, bytes) else value for name, value in row.items()}
 
 
@@ -148,7 +149,7 @@ def _type_name(kind: Any) -> str:
 
 
 def write_gallery(job: Job, table: str, version: int, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write an HTML page with the rows' pictures and texts. Return its path.
+    """Write an HTML page with the rows' pictures and texts, and return the path of the page.
 
     A table without a picture column, such as generated_captions, shows the pictures of `samples`.
 
@@ -175,7 +176,7 @@ def write_gallery(job: Job, table: str, version: int, rows: Sequence[Mapping[str
 
 
 def _read_pictures(job: Job, rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
-    """Read the rows' pictures from `samples`, by image_id."""
+    """Read the pictures of the rows from table `samples`, by image_id."""
     import pyarrow.compute as pc
 
     from pipelines.formats.tables import arrow_dataset
@@ -186,7 +187,7 @@ def _read_pictures(job: Job, rows: Sequence[Mapping[str, Any]]) -> dict[str, byt
 
 
 def _texts(row: Mapping[str, Any]) -> list[str]:
-    """Return what people wrote about a row, or its caption or error."""
+    """Return the human texts of a row or, if the row has no column `texts`, its caption or error."""
     if "texts" in row:
         return [f"{pair['prompt']} {pair['text']}".strip() for pair in row["texts"]]
     return [str(row[name]) for name in ("caption", "error") if row.get(name)]

@@ -1,4 +1,4 @@
-"""`lakesight train`: train the run's model on distributed ranks, track it in MLflow and register it."""
+"""`lakesight train`: train the run's model on distributed ranks, log the run to MLflow and register the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHOWN_METRICS = ("train/loss", "val/loss", "val/blind_gap")
 
 
 class TrainReport(Config):
-    """Report of a finished run and its registered model version."""
+    """Report of `lakesight train`: a finished run and its registered model version."""
 
     run_folder: str
     run_id: str
@@ -34,11 +34,11 @@ class TrainReport(Config):
 
 
 class PreparedReport(Config):
-    """Report of `lakesight train --no-launch`: a run folder whose ranks the user starts."""
+    """Report of `lakesight train --no-launch`: a run folder for ranks that the user starts."""
 
     run_folder: str
     ranks: int
-    """Number of ranks to start: platform.ranks."""
+    """Number of ranks to start, from the setting platform.ranks."""
 
 
 def train(
@@ -52,11 +52,11 @@ def train(
         typer.Option("--launch/--no-launch", help="Start the ranks, or only write the run folder for torchrun."),
     ] = True,
 ) -> None:
-    """Train on distributed ranks; register the model.
+    """Train on distributed ranks and register the model.
 
     Run the same command again to resume an interrupted run from its last checkpoint; a finished run is reused. With
-    --no-launch, start the ranks yourself with torchrun; then run the command again without --no-launch to register
-    the model.
+    --no-launch, the command only writes the run folder. Start the ranks with torchrun, then run the command again
+    without --no-launch to register the model.
 
     \b
     Example:
@@ -69,7 +69,7 @@ def train(
         folder, ranks = prepare_run(job).path, job.config.platform.ranks
         job.output.report(PreparedReport(run_folder=str(folder), ranks=ranks))
         job.output.line("prepared", f"{folder}, for {ranks} ranks")
-        # PYTHONSAFEPATH: else a folder `pipelines` in the working folder would be imported instead of this package.
+        # Without PYTHONSAFEPATH, a folder `pipelines` in the working folder would be imported instead of this package.
         torchrun = f"torchrun --nproc-per-node {ranks} -m pipelines.worker.main --run-dir {folder}"
         job.output.line("next", f"PYTHONSAFEPATH=1 {torchrun}")
         job.output.line("then", job.command("train"))
@@ -81,7 +81,7 @@ def prepare_run(job: Job) -> RunFolder:
 
     config = job.config
     train_shards = run_shard(job, "train", config.model.image)
-    same_split = config.data.validate_on == "train"  # run seemore memorises three pictures
+    same_split = config.data.validate_on == "train"  # for example in run seemore, which memorises three pictures
     validation_shards = train_shards if same_split else run_shard(job, config.data.validate_on, config.model.image)
     return prepare(config, job.platform, train_shards, validation_shards)
 

@@ -26,7 +26,7 @@ def ui(
 ) -> None:
     """Serve the MLflow UI until Ctrl-C.
 
-    Shows the runs and models of the home folder. The server accepts connections from this machine only.
+    The MLflow UI shows the runs and models of the home folder. The server accepts connections from this machine only.
 
     \b
     Example:
@@ -55,9 +55,9 @@ def ui(
             "--port",
             str(port),
         ]
-        with suppress(KeyboardInterrupt):  # the usual way to stop a server
+        with suppress(KeyboardInterrupt):  # Ctrl-C is the usual way to stop a server
             code = subprocess.call(command)  # noqa: S603 our own arguments
-            raise StageFailed("the MLflow UI stopped", got=f"exit code {code}", fix="read its messages above")
+            raise StageFailed("the MLflow UI stopped", got=f"exit code {code}", fix="read the MLflow messages above")
 
 
 def check_port_free(port: int) -> None:
@@ -67,7 +67,7 @@ def check_port_free(port: int) -> None:
         UserError: the port is in use, or this user may not listen on it.
     """
     with socket.socket() as probe:
-        # As the server does: a port in state TIME_WAIT, left by a server that has just stopped, counts as free.
+        # As in the server, a port counts as free in state TIME_WAIT, that is, if a server has just stopped.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))

@@ -2,9 +2,10 @@
 # MAGIC %md
 # MAGIC # Lakesight, step by step
 # MAGIC
-# MAGIC From base64 pictures in a CSV to captions in a Delta table, one call per cell. It takes a minute or two.
+# MAGIC This notebook goes from base64 pictures in a CSV file to captions in a Delta table, with one stage per section.
+# MAGIC It runs for a minute or two.
 # MAGIC
-# MAGIC * **On a laptop**, run the file: `python notebooks/walkthrough.py`, or open it as a notebook in your editor.
+# MAGIC * **On a laptop**, run `python notebooks/walkthrough.py`, or open the file as a notebook in your editor.
 # MAGIC * **In a workspace**, use a cluster with an ML runtime in dedicated access mode. Install the wheel
 # MAGIC   (`%pip install /Volumes/.../lakesight-0.1.0-py3-none-any.whl`) and set the first two values of the next cell.
 
@@ -19,8 +20,9 @@ SMALL = ["train.steps=40", "train.validate_every=20", "train.checkpoint_every=40
 
 # MAGIC %md
 # MAGIC ## Load the config of a run
-# MAGIC A run names four YAML files under `conf/`: model, data, train and platform. They are resolved into one immutable
-# MAGIC object. Every setting can be overridden; a misspelled key raises an error that names the nearest valid key.
+# MAGIC A run names four YAML files under `conf/`: model, data, train and platform. `load_run` resolves these files
+# MAGIC into one immutable object. Every setting can be overridden. A misspelled key raises an error that names the
+# MAGIC nearest valid key.
 
 # COMMAND ----------
 
@@ -36,8 +38,8 @@ spark = platform.open_spark()
 
 # MAGIC %md
 # MAGIC ## Ingest
-# MAGIC Executors decode the pictures. Good rows go to table `samples`, bad rows to `quarantine` with a reason. The
-# MAGIC counts add up: rows in = new + merged + duplicates + quarantined. If you run the cell again, it adds no row.
+# MAGIC Executors decode the pictures. Good rows go to table `samples`, bad rows to `quarantine` with a reason. In
+# MAGIC the report, rows in = new + merged + duplicates + quarantined. If you run the cell again, no row is added.
 
 # COMMAND ----------
 
@@ -51,8 +53,8 @@ spark.table(platform.table("quarantine")).groupBy("reason").count().show()
 
 # MAGIC %md
 # MAGIC ## Write shards
-# MAGIC A pinned version of `samples` is written as Arrow files, which every rank maps into memory. The folder is named
-# MAGIC by a hash of its inputs, so existing shards are reused.
+# MAGIC `shard` writes a pinned version of table `samples` as Arrow files, which every rank maps into memory. The name
+# MAGIC of the folder is a hash of the inputs, so existing shards are reused.
 
 # COMMAND ----------
 
@@ -68,9 +70,9 @@ print(train_shards)
 
 # MAGIC %md
 # MAGIC ## Train
-# MAGIC TorchDistributor starts the ranks. They train on the shards and write metrics and checkpoints to the run folder.
-# MAGIC The driver logs the metric files to MLflow; the run is finished once `result.json` exists. If you run the cell
-# MAGIC again, the finished run is reused.
+# MAGIC TorchDistributor starts the ranks. The ranks train on the shards and write metrics and checkpoints to the run
+# MAGIC folder. The driver logs the metrics to MLflow. The run is finished when the file `result.json` exists. If you
+# MAGIC run the cell again, the finished run is reused.
 
 # COMMAND ----------
 
@@ -91,8 +93,8 @@ print(version)
 # MAGIC ## Evaluate
 # MAGIC Captions and losses are computed on pictures that training has not seen. The *blind gap* is the increase of the
 # MAGIC loss when the model gets the picture of another row. A model with a gap near zero does not use its pictures, and
-# MAGIC `lakesight promote` refuses it; after so few steps, this model's gap is near zero. Two baselines are measured
-# MAGIC too: the best constant caption and the nearest neighbour's caption.
+# MAGIC `lakesight promote` refuses such a model. After only 40 steps, the gap of this model is near zero. Evaluation
+# MAGIC also measures two baselines: the best constant caption and the nearest neighbour's caption.
 
 # COMMAND ----------
 
@@ -113,8 +115,8 @@ print(evaluation.gallery)
 
 # MAGIC %md
 # MAGIC ## Caption
-# MAGIC A Spark job captions the rows that this version has not captioned yet, and stores lineage and errors with the
-# MAGIC captions. It works on any Delta table with an id column and a picture column.
+# MAGIC A Spark job captions the rows that this model version has not captioned yet, and stores lineage and errors with
+# MAGIC the captions. The job can caption any Delta table with an id column and a picture column.
 
 # COMMAND ----------
 
@@ -127,8 +129,8 @@ print(captioned)
 
 # MAGIC %md
 # MAGIC ## Compare with human texts
-# MAGIC After 40 steps the captions are grammatical but do not describe the pictures. `lakesight demo` trains long
-# MAGIC enough.
+# MAGIC After 40 steps, the captions are grammatical but do not describe the pictures. `lakesight demo` trains longer,
+# MAGIC and its captions describe the pictures.
 
 # COMMAND ----------
 
