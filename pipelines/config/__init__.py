@@ -1,8 +1,7 @@
 """Settings of a run: the YAML under `conf/`, validated and frozen before anything starts.
 
 Start reading in `run.py`, which resolves four names (model, data, train, platform) into one `RunConfig` with the
-sections in `data.py`, `train.py` and `gate.py`. Imports `vlm.config`, `vlm.errors` and pydantic; never torch, Spark or
-MLflow.
+sections that `data.py`, `train.py` and `gate.py` define. The package never imports torch, Spark or MLflow.
 """
 
 from pipelines.config.data import (

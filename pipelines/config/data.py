@@ -1,4 +1,4 @@
-"""The `data` section of a run: the source, its columns, the split, limits of a row, and training shards."""
+"""The `data` section of a run: the source and its columns, the split, the limits of a row, and the training shards."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from vlm.config import Config, Probability
 
 Split = Literal["train", "val", "test"]
 PICTURE = "__picture__"
-"""Field of a record with the bytes of a picture that the source stores as a file of its own."""
+"""Name of the record field that holds the bytes of a picture which the source stores as a separate file."""
 
 
 # ------------------------------------------------------------------------------------------------ columns
 
 
 class ColumnNames(Config):
-    """Names of the source's columns. `id` and `prompt` are optional; null means that the source has none."""
+    """Names of the source's columns. `id` and `prompt` are null if the source has no such column."""
 
     image: str = "b64string_images"
     text: str = "caption"
@@ -26,7 +26,7 @@ class ColumnNames(Config):
 
     @property
     def named(self) -> dict[str, str]:
-        """Map the purpose of each named column to its name."""
+        """Map each purpose (image, text, id, prompt) to the name of the column, without the columns that are null."""
         return {purpose: name for purpose, name in self if name is not None}
 
 
@@ -45,9 +45,10 @@ class FolderColumns(ColumnNames):
 
 
 class MemberColumns(ColumnNames):
-    """Members of a tar, by extension. Alternatives are separated by semicolons; the first one that exists counts.
+    """Members of a tar that serve as columns, named by their file extensions.
 
-    `json.KEY` is a key of a `json` member. `__key__` is the part that the names of a row's members share.
+    Alternative extensions are separated by semicolons, and the first extension that a row has is used. `json.KEY` is a
+    key of a `json` member. `__key__` is the part that the names of a row's members share.
     """
 
     image: str = "jpg;jpeg;png;webp;gif;tif;tiff;bmp;avif"
@@ -70,12 +71,12 @@ class SourceBase(Config):
 
     @property
     def where(self) -> str:
-        """The source's name in messages: its path."""
+        """Name of the source in messages, which is its path."""
         return self.path
 
 
 class CsvSourceConfig(SourceBase):
-    """CSV files with base64 pictures. `multiline` allows line breaks inside quotes.
+    """CSV files with base64 pictures. `multiline` allows line breaks inside quoted fields.
 
     The path `scenes:COUNT` or `scenes:COUNT:SEED` stands for a generated file of COUNT drawn scenes.
     """
@@ -85,25 +86,25 @@ class CsvSourceConfig(SourceBase):
 
 
 class JsonlSourceConfig(SourceBase):
-    """JSON lines with base64 pictures, one object per line."""
+    """JSON lines files with base64 pictures and one JSON object per line."""
 
     kind: Literal["jsonl"]
     columns: PlainColumns = PlainColumns()
 
 
 class ParquetSourceConfig(SourceBase):
-    """Parquet files. A picture is binary, base64 text, or Hugging Face's struct of bytes and path."""
+    """Parquet files. A picture is stored as binary, as base64 text, or as Hugging Face's struct of bytes and path."""
 
     kind: Literal["parquet"]
     columns: PlainColumns = PlainColumns()
 
 
 class TableSourceConfig(SourceBase):
-    """Delta table, by name or by path.
+    """Delta table, given by name or by path.
 
     Attributes:
-        version: version to read; null: the newest version at the start of the ingest.
-        filter: SQL condition on the table's rows; empty: all rows.
+        version: table version to read, or null for the newest version at the start of the ingest.
+        filter: SQL condition on the table's rows, or empty to read all rows.
     """
 
     kind: Literal["table"]
@@ -120,12 +121,12 @@ class TableSourceConfig(SourceBase):
 
     @property
     def where(self) -> str:
-        """The table's name, or its path."""
+        """Name of the source in messages, which is the table's name or its path."""
         return self.table or self.path
 
 
 class FolderSourceConfig(SourceBase):
-    """Folder of picture files with a captions file in it: CSV, JSON lines, or COCO captions JSON."""
+    """Folder that holds picture files and a captions file in the format CSV, JSON lines or COCO captions."""
 
     kind: Literal["folder"]
     captions: str
@@ -133,19 +134,19 @@ class FolderSourceConfig(SourceBase):
 
     @property
     def record_columns(self) -> ColumnNames:
-        """Column names of the records: the picture's bytes are in a field of their own."""
+        """Column names of the records. The bytes of the picture are in the field PICTURE."""
         return self.columns.model_copy(update={"image": PICTURE})
 
 
 class WebDatasetSourceConfig(SourceBase):
-    """WebDataset tars. Members with the same name and different extensions form a row."""
+    """WebDataset tars, in which members with the same name and different extensions form a row."""
 
     kind: Literal["webdataset"]
     columns: MemberColumns = MemberColumns()
 
     @property
     def record_columns(self) -> ColumnNames:
-        """Column names of the records: the picture is in one field, whatever its extension."""
+        """Column names of the records. The picture is in the field PICTURE, whatever its file extension."""
         return self.columns.model_copy(update={"image": PICTURE})
 
 
@@ -164,7 +165,7 @@ SourceConfig = Annotated[
 
 
 class HashSplitConfig(Config):
-    """Split by the SHA-256 of the picture. It never changes, and equal pictures are in the same split."""
+    """Split by the SHA-256 of the picture. A picture's split never changes, and equal pictures share a split."""
 
     kind: Literal["hash"] = "hash"
     val: Probability = 0.05
@@ -178,7 +179,7 @@ class HashSplitConfig(Config):
 
 
 class FileSplitConfig(Config):
-    """Split given by file names: train, val and test."""
+    """Split given by the names of the source's files, such as `train.csv` or `val.csv`."""
 
     kind: Literal["file"]
 
@@ -197,15 +198,15 @@ SplitConfig = Annotated[HashSplitConfig | FileSplitConfig | ColumnSplitConfig, F
 
 
 class LimitsConfig(Config):
-    """Limits of a row. A row outside them is quarantined.
+    """Limits of a row. A row that exceeds a limit is quarantined.
 
     Attributes:
-        max_bytes: largest picture file, bytes.
-        max_pixels: largest width times height.
-        min_side: smallest width and height, pixels.
-        max_decode_seconds: longest time to decode one picture.
-        max_text_chars: longest text, characters.
-        max_bad_share: share of refused rows above which the job fails, after it has written both tables.
+        max_bytes: largest size of a picture file, in bytes.
+        max_pixels: largest width times height of a picture, in pixels.
+        min_side: smallest width and smallest height of a picture, in pixels.
+        max_decode_seconds: longest time to decode one picture, in seconds.
+        max_text_chars: largest length of a text, in characters.
+        max_bad_share: share of refused rows above which the ingest fails, after `samples` and `quarantine` are written.
     """
 
     max_bytes: PositiveInt = 64 * 2**20
@@ -221,11 +222,11 @@ class ShardConfig(Config):
 
     Attributes:
         encoding: `raw` pixels (random access without decoding) or `jpeg` (smaller).
-        rows: rows per file.
+        rows: number of rows per shard file.
         seed: seed of the shuffle.
-        where: SQL condition on columns of `samples`. Rows that do not meet it are left out of every split.
-        draft: let the JPEG decoder halve large pictures until they are near the model's resolution. This is far faster.
-            The pixels differ slightly from those of a full decode, which captioning does.
+        where: SQL condition on columns of `samples`. Rows that do not meet the condition are left out of every split.
+        draft: whether the JPEG decoder shrinks large pictures to near the model's resolution while it decodes. This is
+            far faster, but the pixels differ slightly from a full decode, which captioning uses.
     """
 
     encoding: Literal["raw", "jpeg"] = "raw"
@@ -239,17 +240,18 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class DataConfig(Config):
-    """Source of samples and how they are used.
+    """Source of samples and how the samples are used.
 
     Attributes:
-        source: where rows come from; `kind: csv` unless given.
-        split: how rows are divided into train, val and test.
-        near_duplicates: flag a new picture that nearly equals another one, and put both into the same split.
+        source: source of the rows. The default of `kind` is csv.
+        split: rule that divides rows into train, val and test.
+        near_duplicates: whether to flag a new picture that nearly equals another picture, and put both into one split.
         limits: limits of a row.
         shards: format of training shards.
         validate_on: split for validation during training.
-        evaluate_on: split for evaluation of a registered version.
-        mix: share of the training rows by name of another source in `samples`. The rest comes from this source.
+        evaluate_on: split for the evaluation of a registered model version.
+        mix: shares of the training rows that come from other sources in `samples`, by the name of the source. All other
+            training rows come from this source.
     """
 
     source: SourceConfig = CsvSourceConfig()

@@ -1,6 +1,6 @@
 """Thresholds of a run for promotion and for drift.
 
-They belong to the run and not to the deployment: which metric counts, and which value suffices, depends on the data.
+Thresholds belong to the run and not to the deployment, because the right metric and value depend on the data.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ class GateConfig(Config):
     """Conditions that a model version must meet before `lakesight promote` moves the champion alias to it.
 
     Attributes:
-        metric: the metric that compares a version with the baselines and with the champion. Word F1 is defined for
-            every split and improves earlier in training than exact match.
-        min_blind_gap: smallest accepted blind gap, in nats per token: the loss with pictures of other rows minus the
-            loss with the right pictures.
+        metric: metric by which a model version is compared with the baselines and with the champion. Word F1 is defined
+            for every split and improves earlier in training than exact match.
+        min_blind_gap: smallest accepted blind gap, in nats per token. The blind gap is the loss with pictures of other
+            rows minus the loss with the right pictures.
         max_error_share: largest accepted share of pictures without a caption.
-        baselines: what the version must beat. `constant`: the best single caption for all pictures. `neighbour`: the
-            caption of the most similar training picture. Leave it empty for a run that only tests the pipeline.
-        trial_pictures: number of pictures of the split that the version captions in a separate process.
+        baselines: baselines that the model version must beat. `constant` is the best single caption for all pictures.
+            `neighbour` is the caption of the most similar training picture. A run that only tests the pipeline needs
+            no baselines.
+        trial_pictures: number of pictures of the split that the model version captions in a separate process.
     """
 
     metric: Literal["word_f1", "cider", "exact_match", "rouge_l", "bleu_4"] = "word_f1"
@@ -36,17 +37,19 @@ class GateConfig(Config):
 
 
 class DriftConfig(Config):
-    """Largest accepted differences between the statistics of a captioning job and of the version's evaluation.
+    """Largest accepted differences between a captioning job and the evaluation of the same model version.
 
     Attributes:
-        words: mean words per caption, as a share of the evaluation's value.
-        distinct_words: distinct words in 100 captions, as a share of the evaluation's value.
-        mean_logprob: mean log-probability, nats per token.
-        error_share: share of pictures without a caption.
-        brightness: mean pixel level, 0 to 255.
-        contrast: standard deviation of pixel levels, 0 to 255.
-        min_rows: with fewer rows on either side, nothing is compared: chance alone would exceed the thresholds.
-        fail: True to end the job with exit code 1 after all captions are written; False to print a warning.
+        words: difference in mean words per caption, as a share of the evaluation's value.
+        distinct_words: difference in distinct words in 100 captions, as a share of the evaluation's value.
+        mean_logprob: difference in mean log-probability, in nats per token.
+        error_share: difference in the share of pictures without a caption.
+        brightness: difference in mean pixel level, in levels of 0 to 255.
+        contrast: difference in the standard deviation of pixel levels, in levels of 0 to 255.
+        min_rows: smallest number of rows that the job and the evaluation need to be compared. With fewer rows, chance
+            alone would exceed the thresholds.
+        fail: whether drift ends the job with exit code 1, after all captions are written. If false, a warning is
+            printed.
     """
 
     words: PositiveFloat = 0.3
@@ -63,9 +66,9 @@ class Trial(Config):
     """Result of loading a model version and captioning with it in a separate process.
 
     Attributes:
-        failure: why the version cannot be loaded, or which forbidden files it holds; empty if it works.
-        pictures: number of pictures it was given.
-        errors: one message per picture that it could not caption.
+        failure: why the model version cannot be loaded, or which forbidden files it holds. Empty if the version works.
+        pictures: number of pictures that the model version was given.
+        errors: error messages, one per picture that the model version could not caption.
     """
 
     failure: str

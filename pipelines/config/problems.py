@@ -1,4 +1,4 @@
-"""Configuration errors as sentences: the path as the user wrote it, the problem, and the nearest valid name."""
+"""Functions that turn configuration errors into sentences of a path, the problem, and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def validation_error(error: ValidationError, root: type[BaseModel], where: str) 
 
 
 def describe(error: ValidationError, root: type[BaseModel]) -> Iterator[tuple[str, str]]:
-    """Yield each pydantic problem as a sentence, and the first element of its path."""
+    """Yield each pydantic problem as a sentence, together with the first element of the problem's path."""
     for item in error.errors():
         path, siblings = _field_path(root, item["loc"])
         last = str(item["loc"][-1]) if item["loc"] else ""
@@ -51,7 +51,7 @@ def describe(error: ValidationError, root: type[BaseModel]) -> Iterator[tuple[st
 
 
 def _field_path(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, list[str]]:
-    """Return the dotted path as the user wrote it, without union tags, and the valid names of its last element."""
+    """Return the dotted path as the user wrote it (without union tags), and the valid names for its last element."""
     candidates: list[type[BaseModel]] = [root]
     parts: list[str] = []
     siblings: list[str] = []
@@ -70,7 +70,7 @@ def _field_path(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, l
 
 
 def _tag(model: type[BaseModel]) -> str | None:
-    """Return the value of a model's `kind`, by which its union is discriminated."""
+    """Return the value of a pydantic model's field `kind`, which selects the model in a union, or None."""
     kind = model.model_fields.get("kind")
     return get_args(kind.annotation)[0] if kind else None
 

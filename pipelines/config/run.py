@@ -1,7 +1,8 @@
-"""A run: four names (model, data, train, platform) resolved into one frozen RunConfig, or one error with every problem.
+"""The config of a run: four names (model, data, train, platform) are resolved into one frozen RunConfig.
 
-Settings live in YAML under conf/, one file per name. `--set a.b=c` overrides one value. A file in ./conf of the working
-folder takes precedence over the file of the same name in the package.
+Invalid settings raise one error that lists every problem. Settings are stored in YAML files under conf/, one file per
+name. `--set a.b=c` overrides one value. A file in ./conf of the working folder takes precedence over the file of the
+same name in the package.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from vlm.config import Config, ModelConfig
 from vlm.errors import did_you_mean
 
 RUN_SECTIONS = ("gate", "drift")
-"""Sections that are written in the run's own YAML file."""
+"""Sections of the config that are written in the YAML file of the run."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
@@ -41,11 +42,11 @@ class SparkConfig(Config):
 
 
 CacheGib = Annotated[float, Field(ge=0)]
-"""Local disk in GiB that copies of shards may use on each machine if the shard folder is remote. 0: no copies."""
+"""Disk space on each host for local copies of remote shards, in GiB. With 0, shards are not copied."""
 
 
 class LocalPlatformConfig(Config):
-    """Settings of a laptop: embedded Spark, Delta tables under .lakesight/, MLflow on SQLite, CPU ranks."""
+    """Settings of a laptop with embedded Spark, Delta tables under .lakesight/, MLflow on SQLite, and CPU ranks."""
 
     kind: Literal["local"] = "local"
     spark: SparkConfig = SparkConfig()
@@ -54,7 +55,7 @@ class LocalPlatformConfig(Config):
 
 
 class DatabricksPlatformConfig(Config):
-    """Settings of a Databricks workspace. databricks.yml owns these values and passes them with --set."""
+    """Settings of a Databricks workspace. The file databricks.yml holds these values and passes them with --set."""
 
     kind: Literal["databricks"]
     catalog: Identifier
@@ -72,7 +73,7 @@ PlatformConfig = Annotated[LocalPlatformConfig | DatabricksPlatformConfig, Field
 
 
 class Chosen(Config):
-    """The four names of a run, as file stems under conf/."""
+    """The four names of a run. A name is the name of a YAML file under conf/ without `.yml`."""
 
     model: Name
     data: Name
@@ -81,7 +82,7 @@ class Chosen(Config):
 
 
 class RunConfig(Config):
-    """All settings of a run, resolved. Each process receives only the section it needs."""
+    """All settings of a run after names and overrides are resolved."""
 
     name: Name
     chosen: Chosen
@@ -116,24 +117,24 @@ def short_hash(*parts: object) -> str:
 
 
 def conf_folders() -> list[Path]:
-    """Return the folders to search for YAML, in order: ./conf, then the one in the package."""
+    """Return the folders that are searched for YAML files, in order: ./conf, then the conf folder of the package."""
     shipped = Path(__file__).parents[1] / "conf"
     return [Path("conf"), shipped if shipped.is_dir() else Path(__file__).parents[2] / "conf"]
 
 
 def available(kind: str) -> list[str]:
-    """Return the names in `conf/<kind>/`, sorted."""
+    """Return the names of the YAML files in `conf/<kind>/` without `.yml`, sorted."""
     return sorted({path.stem for folder in conf_folders() for path in (folder / kind).glob("*.yml")})
 
 
 def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = ()) -> RunConfig:
     """Resolve a run's four names into a RunConfig and apply `a.b=c` overrides.
 
-    A run's YAML file may hold its data section inline; the data then has the run's name. The file also holds the
-    sections `gate` and `drift`.
+    The YAML file of a run may contain the data section itself. The data section then has the name of the run. The file
+    may also contain the sections `gate` and `drift`.
 
     Raises:
-        ConfigError: lists every problem: unknown names and keys with the nearest valid name, and values of wrong types.
+        ConfigError: a name or key is unknown, or a value is invalid. The error lists every problem.
     """
     problems: list[str] = []
     run = _read("run", name, problems)

@@ -19,7 +19,7 @@ SIDED_WORDS = (
 class OptimizerConfig(Config):
     """AdamW (Loshchilov and Hutter, 2017). The learning rate rises to `lr` in `warmup_steps`, then follows `schedule`.
 
-    With `ema_decay`, validation and registration use an exponential moving average of the weights over steps.
+    If `ema_decay` is set, validation and registration use an exponential moving average of the weights over steps.
     """
 
     lr: PositiveFloat = 1e-3
@@ -32,7 +32,7 @@ class OptimizerConfig(Config):
 
 
 class GroupConfig(Config):
-    """Learning rate of the parameters whose full names match `pattern`. The first matching group counts; 0 freezes."""
+    """Learning rate of the parameters whose full names match `pattern`. A learning rate of 0 freezes the parameters."""
 
     pattern: Pattern
     lr: Annotated[float, Field(ge=0)]
@@ -42,8 +42,9 @@ class StageConfig(Config):
     """Stage of a run, in which some parameters learn. Warm-up, schedule and optimizer state start anew in each stage.
 
     Attributes:
-        steps: length of the stage in steps.
-        groups: learning rates, the first match counts. A parameter that no group matches is frozen.
+        steps: length of the stage, in training steps.
+        groups: parameter groups with their learning rates. A parameter belongs to the first group that matches its
+            name. A parameter that no group matches is frozen.
     """
 
     steps: PositiveInt
@@ -51,7 +52,7 @@ class StageConfig(Config):
 
     @property
     def rates(self) -> dict[str, float]:
-        """Map each pattern to its learning rate, in order."""
+        """Map the pattern of each group to the learning rate of the group, in the order of the groups."""
         return {group.pattern: group.lr for group in self.groups}
 
     @model_validator(mode="after")
@@ -71,13 +72,14 @@ class AugmentConfig(Config):
 
     Attributes:
         scale: smallest and largest share of the picture's area that a random crop keeps. The crop is resized to the
-            full size.
-        flip: share of pictures that are mirrored left to right, if their text allows it.
-        brightness: pixels are multiplied by a factor between 1 - brightness and 1 + brightness.
-        contrast: the distance to the picture's mean grey is scaled in the same way.
-        saturation: the distance of each pixel to its own grey is scaled in the same way.
-        sided_words: a picture is not mirrored if its text or prompt contains one of these as a whole word, in upper or
-            lower case.
+            size of the picture.
+        flip: share of pictures that are mirrored left to right, unless the text contains one of `sided_words`.
+        brightness: largest change of the factor by which pixels are multiplied. The factor is between 1 - brightness
+            and 1 + brightness.
+        contrast: largest change of the factor by which the distance of pixels to the picture's mean grey is scaled.
+        saturation: largest change of the factor by which the distance of each pixel to its own grey is scaled.
+        sided_words: words that prevent mirroring. A picture is not mirrored if its text or prompt contains one of these
+            words as a whole word, in upper or lower case.
     """
 
     scale: tuple[Share, Share] = (1.0, 1.0)
@@ -111,36 +113,40 @@ EXECUTION_SETTINGS = frozenset(
         "timeout_seconds",
     }
 )
-"""Settings of how a run is computed and supervised. They do not change what the model learns, beyond rounding, so they
-are not part of the run's identity: a run that ran out of memory resumes with a smaller `rows_at_once`."""
+"""Settings of how a run is computed and supervised. These settings change what the model learns only by rounding, so
+they are not part of the run's identity. For example, a run that ran out of memory can resume with a smaller
+`rows_at_once`."""
 
 
 class TrainConfig(Config):
     """Settings of a training run.
 
     Attributes:
-        steps: length of the run; with `stages`, the sum of their steps.
-        batch_size: rows per step over all ranks, whatever the number of ranks.
+        steps: number of training steps, by default the sum of the steps of all stages if `stages` is set.
+        batch_size: number of rows per step over all ranks together.
         stages: consecutive stages with their own learning rates. Without stages, every parameter learns at
             `optimizer.lr` for the whole run.
-        rows_at_once: rows per forward pass of a rank; gradients are accumulated to the full batch. This saves memory
-            and takes the same step. Null: all rows at once.
-        recompute_blocks: drop the activations inside a block and recompute them in the backward pass. This saves memory
-            and costs about a third more compute.
-        compile_blocks: compile each block with torch.compile, for GPUs. A resumed run then equals the uninterrupted run
-            up to rounding.
-        parallel: `ddp` keeps the full model on each rank. `fsdp` keeps a slice of weights, gradients and optimizer
-            state on each rank, for models that do not fit on one.
-        precision: of matrix products: fp32, tf32 (on GPUs, with rounded inputs) or bf16 (autocast). Weights stay fp32.
-        start_from: checkpoint folder of the same model; the run starts from its weights and tokenizer.
-        adapter: train low-rank corrections (LoRA) of the matching weights and nothing else. They are merged into the
-            weights before registration.
-        augment: random changes of training pictures. Null: the pictures of the shards, unchanged.
-        loader_workers: threads that prepare batches ahead of training. 0: each batch is made when it is needed.
-        keep_checkpoints: number of newest checkpoints to keep. The one with the lowest validation loss is kept too.
+        rows_at_once: number of rows per forward pass of a rank, or null for all rows at once. A smaller number saves
+            memory, because gradients are accumulated to the full batch, and does not change the training step.
+        recompute_blocks: whether to drop the activations inside a block and recompute them in the backward pass. This
+            saves memory and costs about a third more compute.
+        compile_blocks: whether to compile each block with torch.compile, for GPUs. A resumed run then equals the
+            uninterrupted run up to rounding.
+        parallel: how ranks share the model. With `ddp` each rank holds the full model. With `fsdp` each rank holds a
+            slice of weights, gradients and optimizer state, so the model may be larger than the memory of a GPU.
+        precision: precision of matrix products: fp32, tf32 (rounded inputs on GPUs) or bf16 (autocast). Weights stay
+            fp32.
+        start_from: checkpoint folder of the same model, from which the run takes its initial weights and tokenizer.
+        adapter: low-rank corrections (LoRA) of the matching weights. If set, nothing else is trained. The corrections
+            are merged into the weights before registration.
+        augment: random changes of training pictures, or null to train on the unchanged pictures of the shards.
+        loader_workers: number of threads that prepare batches ahead of training. With 0, a batch is made when it is
+            needed.
+        keep_checkpoints: number of newest checkpoints to keep. The checkpoint with the lowest validation loss is kept
+            too.
         profile_steps: number of rank 0's first steps to record with torch's profiler. The trace is logged to MLflow.
-        timeout_seconds: the run is ended if a rank gives no sign of life for this long.
-        max_restarts: how often a failed run restarts from its last checkpoint, if a restart can help.
+        timeout_seconds: time in seconds without a sign of life from a rank after which the run is ended.
+        max_restarts: largest number of restarts of a failed run from its last checkpoint, if a restart can help.
     """
 
     seed: int = 0
@@ -168,9 +174,10 @@ class TrainConfig(Config):
     max_restarts: Annotated[int, Field(ge=0)] = 2
 
     def science(self) -> dict[str, Any]:
-        """Return the settings that determine what is learned.
+        """Return the settings that determine what the model learns.
 
-        Settings added later are left out while unused, so that the identity of an older run stays the same.
+        A setting that was added in a later version is left out while it is null, so that the identity of an older run
+        stays the same.
         """
         left_out: dict[str, Any] = dict.fromkeys(EXECUTION_SETTINGS, True)
         if self.augment is None:
@@ -182,7 +189,7 @@ class TrainConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _steps_of_stages(cls, given: Any) -> Any:
-        """Fill in `steps` from the stages. Values are not validated yet; field validation reports bad ones later."""
+        """Set `steps` to the sum over the stages. Invalid values are ignored here and reported by field validation."""
         stages = given.get("stages") if isinstance(given, dict) else None
         if stages and "steps" not in given:
             with contextlib.suppress(TypeError, KeyError, ValueError, AttributeError):

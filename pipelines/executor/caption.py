@@ -1,8 +1,9 @@
-"""Captioning on executors: Arrow batches of pictures in, Parquet files of captions out.
+"""Captioning on executors: a task receives Arrow batches of pictures and writes Parquet files of captions.
 
-A task writes its captions to a file of the job's folder before it reports them. If the job is killed afterwards, the
-next job finds the file and does not run the model again. The worker modules, which import torch, are imported inside
-the functions, so the driver can import this module without torch.
+A Spark task writes a file of captions to the job's folder before it reports the file to the driver. If the job is
+killed afterwards, the next job finds the file and does not caption its pictures again. The modules of
+`pipelines.worker`, which import torch, are imported inside the functions, so the driver can import this module without
+torch.
 """
 
 from __future__ import annotations
@@ -29,25 +30,26 @@ if TYPE_CHECKING:
     from vlm.captioner import Captioner, CaptionResult, DecodedPicture
 
 PENDING_SCHEMA = GENERATED_CAPTIONS.arrow_schema.append(pa.field("unchanged", pa.bool_(), nullable=False))
-"""A row of `generated_captions`. `unchanged`: the picture equals the one captioned before; there is no new caption."""
+"""Columns of `generated_captions`, and `unchanged`: true if the picture already has a caption, so the row has none."""
 FILE_STATS_SCHEMA = pa.schema([pa.field("stats", pa.string(), nullable=False)])
-"""Result of one file: its CaptionStats as JSON."""
+"""A row for each written file: the CaptionStats of the file as JSON."""
 
 
 class CaptionJob(Config):
     """Settings of a captioning job that executors need.
 
     Attributes:
-        model_folder: folder of weights, config and tokenizer.
-        remote: whether that folder is on a network.
+        model_folder: folder of the model's weights, config and tokenizer.
+        remote: whether `model_folder` is on a network.
         precision: number format in which the model computes.
         prompt: prompt for every picture.
         settings: decoding settings.
-        limits: limits on a picture.
+        limits: limits on the size of a picture.
         threads: torch threads per task.
-        output_folder: folder of the files; every executor sees it under the same path.
-        rows_per_file: rows of a file at most. A killed task loses at most its last file.
-        constants: columns that have the same value in all rows.
+        output_folder: folder of the caption files, which has the same path on every executor.
+        rows_per_file: number of rows after which a file is written. A killed task loses only the rows after its last
+            file.
+        constants: values of the columns that are equal in all rows, by column name.
         started_at: start of the job.
     """
 
@@ -65,12 +67,12 @@ class CaptionJob(Config):
 
 
 def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Caption pictures into files. Yield a FILE_STATS_SCHEMA row for each file.
+    """Caption pictures and write the captions to files. Yield a FILE_STATS_SCHEMA row for each file.
 
     Args:
         job: settings of the job.
-        batches: columns image_id (string), image (binary, or base64 text) and known (SHA-256 of the picture that was
-            captioned before, or null). A picture whose SHA-256 equals `known` is not captioned again.
+        batches: batches with the columns image_id (string), image (binary, or base64 text) and known (SHA-256 of the
+            picture at its last captioning, or null). A picture whose SHA-256 equals `known` is not captioned again.
     """
     from pipelines.worker.caption import limit_threads, load_captioner
     from pipelines.worker.data.batches import map_ahead
@@ -94,7 +96,7 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
 
 
 Picture = tuple[str, "str | None", "DecodedPicture"]
-"""Id, SHA-256 of the picture that was captioned before, and the decoded picture."""
+"""A picture's id, the SHA-256 that it had at its last captioning (or None), and the decoded picture."""
 
 
 def _decode_batch(captioner: Captioner, job: CaptionJob, batch: pa.RecordBatch) -> list[Picture]:
@@ -104,7 +106,7 @@ def _decode_batch(captioner: Captioner, job: CaptionJob, batch: pa.RecordBatch) 
 
 
 def _join_batches(batches: Iterator[list[Picture]], size: int) -> Iterator[list[Picture]]:
-    """Join batches until they have `size` rows. Arrow batches are limited in bytes; the model needs more rows."""
+    """Join batches until they have `size` rows, because an Arrow batch may have too few rows for the model."""
     group: list[Picture] = []
     for batch in batches:
         group += batch
@@ -118,7 +120,7 @@ def _join_batches(batches: Iterator[list[Picture]], size: int) -> Iterator[list[
 def _caption_pictures(
     captioner: Captioner, job: CaptionJob, pictures: list[Picture]
 ) -> Iterator[tuple[dict[str, Any], CaptionStats]]:
-    """Caption pictures. Yield a PENDING_SCHEMA row and its statistics for each; an unchanged picture counts nothing."""
+    """Yield a PENDING_SCHEMA row and statistics for each picture. The statistics of an unchanged picture are zero."""
     changed = [picture for _, known, picture in pictures if known is None or known != picture.sha256]
     results = iter(captioner.caption_decoded(changed, [job.prompt] * len(changed), job.settings))
     for image_id, known, picture in pictures:
@@ -138,7 +140,7 @@ def _caption_pictures(
 
 
 def _count(result: CaptionResult, picture: DecodedPicture, *, changed: bool) -> CaptionStats:
-    """Count one picture that was captioned or has an error."""
+    """Return the statistics of one picture that was captioned or has an error."""
     if result.caption is None or result.mean_logprob is None:
         stats = CaptionStats(errors=1)
     else:
@@ -148,7 +150,7 @@ def _count(result: CaptionResult, picture: DecodedPicture, *, changed: bool) -> 
 
 
 def _write_file(job: CaptionJob, rows: list[dict[str, Any]], stats: list[CaptionStats]) -> pa.RecordBatch:
-    """Write a file atomically and return its FILE_STATS_SCHEMA row."""
+    """Write a caption file atomically and return its FILE_STATS_SCHEMA row."""
     with atomic_write(job.output_folder / f"{uuid.uuid4().hex}.parquet") as temporary:
         pq.write_table(pa.Table.from_pylist(rows, PENDING_SCHEMA), temporary)
     return pa.RecordBatch.from_pylist([{"stats": sum_stats(stats).model_dump_json()}], FILE_STATS_SCHEMA)

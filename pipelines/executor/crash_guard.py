@@ -1,7 +1,7 @@
 """Crash isolation: run a function in a child process, so that a crashing decoder costs one row and not the task.
 
-This is slow, so it is used only after a Python worker has died. Items are passed to a forked child, which returns
-Arrow batches. If the child dies, the items are bisected until the item that kills it is found.
+A child process is slow, so one is used only after a Python worker of Spark has died. The forked child inherits the
+items and returns Arrow batches. If the child dies, the items are bisected until the item that kills it is found.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Function = Callable[[Sequence[T]], Iterator[pa.RecordBatch]]
 
 
 def split_into_chunks(items: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
-    """Group items into lists of at most CHUNK_ITEMS items and CHUNK_BYTES bytes. A larger item gets its own list."""
+    """Group items into lists of at most CHUNK_ITEMS items and CHUNK_BYTES bytes; a larger item gets its own list."""
     chunk: list[T] = []
     chunk_size = 0
     for item in items:
@@ -45,12 +45,12 @@ def split_into_chunks(items: Iterable[T], size_of: Callable[[T], int]) -> Iterat
 def run_guarded(
     items: Sequence[T], function: Function[T], on_crash: Callable[[T, str], pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
-    """Run a function on items in a child process, and isolate the items at which it crashes.
+    """Run a function on items in a child process, and isolate the items at which the function crashes.
 
     Args:
-        items: at least one item.
-        function: runs in the child, on all items or on a slice of them; yields batches of one schema.
-        on_crash: runs in this process, with the item that killed the child and how the child ended.
+        items: list of at least one item.
+        function: function that the child runs on all items or on a slice of the items, and that yields batches.
+        on_crash: function that this process calls with the item that killed the child and how the child ended.
 
     Raises:
         Exception: any exception that `function` raised, except MemoryError, which counts as a crash.
@@ -67,7 +67,7 @@ def run_guarded(
 
 
 def _run_in_child(items: Sequence[T], function: Function[T]) -> pa.Table | str:
-    """Return the child's batches, or a description of how it died."""
+    """Return the child's batches, or a description of how the child died."""
     fork = multiprocessing.get_context("fork")  # a forked child already has the items: nothing is pickled
     reader, writer = fork.Pipe(duplex=False)
     child = fork.Process(target=_child_main, args=(items, function, writer))

@@ -1,7 +1,7 @@
-"""Evaluation on executors: indices of shard rows in, scores or colour grids out.
+"""Evaluation on executors: functions that receive indices of shard rows and yield scores or colour grids.
 
-The worker modules, which import torch, are imported inside the functions, so the driver can import this module without
-torch.
+The modules of `pipelines.worker`, which import torch, are imported inside the functions, so the driver can import this
+module without torch.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ COLOUR_GRID_SCHEMA = pa.schema(
     ]
 )
 GRID_SIDE = 8
-"""A colour grid is a picture scaled to GRID_SIDE x GRID_SIDE pixels, as RGB bytes."""
+"""Side of a colour grid in pixels. A colour grid is a small copy of a picture, stored as RGB bytes."""
 
 
 class ScoreJob(Config):
     """Settings of a scoring job that executors need.
 
     Attributes:
-        model_folder: folder of weights, config and tokenizer.
-        remote: whether that folder is on a network.
-        shards_folder: folder of the split.
+        model_folder: folder of the model's weights, config and tokenizer.
+        remote: whether `model_folder` is on a network.
+        shards_folder: shard folder of the split.
         threads: torch threads per task.
     """
 
@@ -62,9 +62,10 @@ def score_batches(job: ScoreJob, batches: Iterator[pa.RecordBatch]) -> Iterator[
 
 
 def colour_grid_batches(folders: tuple[str, str], batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Compute colour grids of rows of two shard folders. Yield COLOUR_GRID_SCHEMA batches.
+    """Compute the colour grids of pictures in two shard folders. Yield COLOUR_GRID_SCHEMA batches.
 
-    Column `id` of a batch has the indices: n >= 0 is row n of the first folder, n < 0 is row -1 - n of the second.
+    Column `id` of a batch holds row indices: n >= 0 is row n of the first folder, and n < 0 is row -1 - n of the second
+    folder.
     """
     first, second = (Shards.open(Path(folder)) for folder in folders)
     for batch in batches:

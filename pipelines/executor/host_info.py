@@ -1,7 +1,8 @@
 """Description of a host: its Python packages, CPU, memory and GPUs, collected with the standard library only.
 
-No package is imported, so a host that lacks packages can still report which. Torch's versions are read from its files,
-because importing torch takes seconds and its memory would stay in the executor's Python worker.
+No package is imported, so a host that lacks packages can still report which packages are missing. The versions of torch
+and CUDA are read from torch's files, because importing torch takes seconds and its memory would stay in the executor's
+Python worker.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ PACKAGES = {
     "tokenizers": "tokenizers",
     "torch": "torch",
 }
-"""Distributions that a rank imports, with a module of each."""
+"""Distributions that a rank imports, each with the name of one of its modules."""
 
 UNKNOWN = "unknown"
 GPU_SECONDS = 20.0
-"""Timeout of nvidia-smi."""
+"""Timeout of nvidia-smi, in seconds."""
 
 
 def describe_host() -> dict[str, object]:
@@ -57,7 +58,7 @@ def describe_host() -> dict[str, object]:
 
 
 def _version(distribution: str) -> str:
-    """Return the version of an importable distribution, or UNKNOWN if it is on the path without metadata."""
+    """Return the version of an importable distribution, or UNKNOWN if the distribution has no metadata."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -65,7 +66,7 @@ def _version(distribution: str) -> str:
 
 
 def _torch_version() -> dict[str, str | None]:
-    """Run torch/version.py; return its variables, among them `__version__` with its build, and `cuda`."""
+    """Run torch/version.py and return its variables, such as `cuda` and `__version__` (which names the build)."""
     spec = find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
@@ -75,7 +76,8 @@ def _torch_version() -> dict[str, str | None]:
 def _nccl() -> str:
     """Return the version of the NCCL distribution that torch requires.
 
-    Builds of torch that contain NCCL report its version only when imported; for them it is UNKNOWN.
+    A build of torch that contains NCCL reports the version of NCCL only when torch is imported. For such a build the
+    result is UNKNOWN.
     """
     try:
         needed = metadata.requires("torch") or []
@@ -86,7 +88,7 @@ def _nccl() -> str:
 
 
 def _query_gpus() -> tuple[str, list[str]]:
-    """Return the version of the GPU driver and the names of the GPUs; on failure an error message and no names."""
+    """Return the version of the GPU driver and the names of the GPUs, or an error message and no names."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return "", []

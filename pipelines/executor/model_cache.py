@@ -1,8 +1,8 @@
-"""Cache of model files on the host's local disk, shared by all processes of the host.
+"""Cache of model files on the host's local disk, shared by all processes of the user on the host.
 
-The first process copies the files under a lock; the others wait. A copy gets its final name when it is complete, so a
-killed process leaves no copy that looks complete. The name is a hash of the files' names, sizes and modification times.
-Only the most recently used models are kept.
+The first process copies the files under a lock, and other processes wait for the lock. A copy gets its final name when
+the copy is complete, so a killed process leaves no copy that looks complete. The name is a hash of the model folder's
+path and of the names, sizes and modification times of its files. Only the most recently used models are kept.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pipelines.config import short_hash
 from pipelines.host_cache import exclusive_lock, user_cache_folder
 
 KEPT = 3
-"""Models that are kept. A process reads its copy within seconds after requesting it."""
+"""Number of models that are kept. A process reads its copy within seconds, so an older copy can be removed."""
 
 
 def local_copy(folder: Path, root: Path | None = None) -> Path:
     """Return a local copy of a model's folder. Copy the files if they are not in the cache.
 
     Args:
-        folder: complete model folder on a network; its files never change.
-        root: folder of the cache; by default a folder of this user in the system's temporary folder.
+        folder: complete model folder on a network, whose files never change.
+        root: folder of the cache, by default a folder of this user in the system's temporary folder.
 
     Raises:
         StageFailed: the cache folder belongs to another user, who could replace models.
@@ -43,7 +43,7 @@ def local_copy(folder: Path, root: Path | None = None) -> Path:
 
 def _copy(files: list[Path], target: Path) -> None:
     partial = target.with_suffix(".part")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process: this process holds the lock
+    shutil.rmtree(partial, ignore_errors=True)  # no running process writes it, because this process holds the lock
     partial.mkdir()
     for path in files:
         shutil.copyfile(path, partial / path.name)
@@ -51,7 +51,7 @@ def _copy(files: list[Path], target: Path) -> None:
 
 
 def _remove_others(root: Path) -> None:
-    """Remove incomplete copies, and all but the KEPT most recently used complete ones."""
+    """Remove incomplete copies, and all complete copies except the KEPT most recently used."""
     copies = sorted((path for path in root.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
     complete = [path for path in copies if not path.suffix]
     for path in {*copies} - {*complete[-KEPT:]}:

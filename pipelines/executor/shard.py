@@ -1,9 +1,9 @@
-"""Shard files: decode pictures of `samples` to pixels, and write them in shuffled order.
+"""Functions that decode the pictures of `samples` to pixels and write the pixels to shard files in shuffled order.
 
-There are two steps with Spark's shuffle between them. Before the shuffle, each picture gets its shuffle key and its
-file number. It is also decoded there if its pixels are smaller than its picture file. After the shuffle, `write_files`
-receives the rows in their final order, decodes what is not decoded yet, and streams each file to disk. A task holds
-batches in memory, never a whole file.
+Sharding has two steps with Spark's shuffle between them. Before the shuffle, each picture gets its shuffle key and its
+file number. If pixels are smaller than picture files, pictures are also decoded before the shuffle. After the shuffle,
+`write_files` receives the rows in their final order, decodes pictures that are not decoded yet, and streams each file
+to disk. A task holds batches in memory, never a whole file.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ SHUFFLED = pa.schema(
         ("file", pa.int32()),
         ("shuffle_key", pa.string()),
         ("image_id", pa.string()),
-        ("image", pa.binary()),  # encoded pixels as in a shard file, or a picture file that is not decoded yet
+        ("image", pa.binary()),  # pixels, encoded as in a shard file, or a picture file that is not decoded yet
         ("texts", pa.list_(TEXT_TYPE)),
     ]
 )
-"""Rows that pass through Spark's shuffle."""
+"""Schema of the rows that pass through Spark's shuffle."""
 WRITTEN = pa.schema([("file", pa.string()), ("rows", pa.int64()), ("bytes", pa.int64()), ("sha256", pa.string())])
 
 
 def shuffle_key(image_id: str, seed: int) -> str:
-    """Return the key that a picture is sorted by. It is a hash, so the order does not depend on Spark's partitions."""
+    """Return a picture's sort key, a hash of its id and the seed. The order does not depend on Spark's partitions."""
     return hashlib.sha256(f"{seed}/{image_id}".encode()).hexdigest()
 
 
 def assign_files(
     batches: Iterator[pa.RecordBatch], request: ShardRequest, first_keys: Sequence[str]
 ) -> Iterator[pa.RecordBatch]:
-    """Add shuffle keys and file numbers to rows (SHUFFLED). Pictures are not decoded.
+    """Add shuffle keys and file numbers to rows, without decoding pictures. Yield SHUFFLED batches.
 
     Args:
-        batches: columns image_id, image (the bytes of a picture file), texts.
-        request: contents of the shards.
-        first_keys: shuffle key of the first row of each file, in order.
+        batches: batches with the columns image_id, image (the bytes of a picture file) and texts.
+        request: description of the content of the shards.
+        first_keys: shuffle keys of the first row of each file, in ascending order.
     """
     for batch in batches:
         ids = batch.column("image_id")
@@ -68,7 +68,7 @@ def assign_files_and_decode(
 ) -> Iterator[pa.RecordBatch]:
     """Add shuffle keys and file numbers to rows, and decode their pictures to pixels.
 
-    Arguments are as for `assign_files`.
+    The arguments are those of `assign_files`.
 
     Raises:
         StageFailed: a picture that ingest decoded cannot be decoded now.
@@ -85,7 +85,7 @@ def assign_files_and_decode_guarded(
     """Do the same as `assign_files_and_decode` in child processes, to find the picture that crashes the decoder.
 
     Raises:
-        StageFailed: names the picture that crashes the decoder or cannot be decoded.
+        StageFailed: a picture crashes the decoder or cannot be decoded. The error names the picture.
     """
     rows = (batch.slice(n, 1) for batch in batches for n in range(batch.num_rows))
     function = partial(_decode_rows, request=request, first_keys=first_keys)
@@ -112,7 +112,7 @@ def _fail_on_crash(row: pa.RecordBatch, how: str) -> pa.RecordBatch:
 def _decode_picture(image_id: str, data: bytes, request: ShardRequest) -> bytes:
     enough = request.image.size if request.draft else None
     try:
-        # Ingest has already applied the limits of pixels and side.
+        # Ingest has already refused pictures with too many pixels or a side that is too short.
         image, _ = open_image(data, max_pixels=sys.maxsize, min_side=1, draft_side=enough)
     except ImageError as error:
         raise StageFailed("a picture of samples does not decode", where=image_id, got=str(error)) from error
@@ -130,9 +130,9 @@ def write_files(
     """Write shard files, and yield one WRITTEN row per file.
 
     Args:
-        batches: SHUFFLED rows, sorted by file and shuffle key. One call receives all rows of a file.
-        request: contents of the shards.
-        folder: the shard folder: an existing plain path that every executor sees.
+        batches: batches of SHUFFLED rows, sorted by file and shuffle key. One call receives all rows of a file.
+        request: description of the content of the shards.
+        folder: shard folder, an existing folder that has the same path on every executor.
         decoded: whether the column `image` holds pixels.
 
     Raises:
@@ -145,7 +145,7 @@ def write_files(
 
 
 def _split_by_file(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Split batches where the file number changes."""
+    """Split batches where the file number changes. Yield each file number with its rows."""
     for batch in batches:
         files = batch.column("file").to_numpy()
         starts = [0, *(np.flatnonzero(np.diff(files)) + 1).tolist()] if len(files) else []

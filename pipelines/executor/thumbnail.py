@@ -1,4 +1,4 @@
-"""Thumbnails of rows: functions on Arrow batches, run by executors."""
+"""Functions with which executors make thumbnails of the pictures in Arrow batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlm.errors import ImageError
 from vlm.image import decode_base64
 
 SHOWN_CHARS = 400
-"""Characters of a payload that are kept."""
+"""Number of characters of a payload that are kept."""
 MAX_BYTES = LimitsConfig().max_bytes
 
 
@@ -23,10 +23,10 @@ def with_thumbnails(
     """Replace a column of pictures by a last column `thumbnail`: a JPEG file, or null if there is no usable picture.
 
     Args:
-        batches: any columns.
-        column: pictures (binary), or payloads of the quarantine (string). The first SHOWN_CHARS characters of a payload
-            are kept, in a column of the same name before `thumbnail`.
-        max_pixels: width times height of a picture at most; the thumbnail of a larger picture is null.
+        batches: batches with `column` and any other columns.
+        column: name of a column of pictures (binary) or of quarantine payloads (string). The first SHOWN_CHARS
+            characters of a payload are kept, in a column of the same name before `thumbnail`.
+        max_pixels: largest width times height of a picture. The thumbnail of a larger picture is null.
     """
     for batch in batches:
         index = batch.schema.get_field_index(column)
@@ -47,14 +47,14 @@ def with_thumbnails(
 
 
 def _safe_to_decode(batch: pa.RecordBatch) -> list[bool]:
-    """Return for each row whether decoding is safe: not for quarantined pictures that crashed their decoder."""
+    """Return for each row whether decoding is safe. Decoding a picture that once crashed its decoder is not safe."""
     if "reason" not in batch.schema.names:
         return [True] * batch.num_rows
     return [reason != "decoder_crash" for reason in batch.column("reason").to_pylist()]
 
 
 def find_picture(payload: str) -> bytes | None:
-    """Return the picture in the JSON of a refused row: its longest string, decoded as base64. None if there is none."""
+    """Return the longest string in the JSON of a refused row, decoded as base64, or None if it is not base64."""
     fields = parse_json_object(payload)
     strings = [value for value in fields.values() if isinstance(value, str)] if isinstance(fields, dict) else []
     try:

@@ -1,4 +1,4 @@
-"""A time limit on a block of code, by the process's interval timer (SIGALRM)."""
+"""A time limit on a block of code, set with the interval timer of the process (SIGALRM)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from types import FrameType
 
 
 class TimeLimitExceeded(BaseException):
-    """The block took too long. Not an Exception, because code inside the block (image decoders) may catch those."""
+    """The block took too long. The base class is BaseException, because image decoders may catch every Exception."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Interrupt the block after some seconds. Code in C is interrupted when it returns to Python.
+    """Interrupt the block after a number of seconds. C code in the block is interrupted when it returns to Python.
 
-    Signals reach the main thread only, where Spark's Python workers run our functions. In any other thread there is
-    no limit.
+    Signals reach only the main thread, in which Spark's Python workers run our functions. In any other thread the block
+    has no time limit.
 
     Raises:
         TimeLimitExceeded: the block took longer than `seconds`.

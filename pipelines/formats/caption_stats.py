@@ -1,7 +1,7 @@
 """Statistics of captions and their pictures: sums that can be added, and figures computed from the sums.
 
-An executor counts one file of captions, the driver adds the files of a job, an evaluation counts its rows. All use
-`CaptionStats`, so the figures of a caption job compare with those of the model's evaluation.
+An executor counts one file of captions, the driver adds the counts of all files of a job, and an evaluation counts its
+rows. Caption jobs and evaluations both use `CaptionStats`, so their figures can be compared.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from vlm.config import Config
 from vlm.text.words import words
 
 SAMPLED_CAPTIONS = 100
-"""Sample size of `distinct_words`. The number of distinct words grows with the captions, so the size is fixed."""
+"""Number of captions for `distinct_words`. It is fixed, because more captions contain more distinct words."""
 
 
 class CaptionStats(Config):
-    """Sums over rows.
+    """Sums over rows, where a row is a picture with a caption or with an error.
 
     Attributes:
-        captioned: rows with a caption.
-        errors: rows without a caption.
-        changed: rows whose picture was captioned before and has changed since.
-        words: words of all captions.
+        captioned: number of rows with a caption.
+        errors: number of rows without a caption.
+        changed: number of rows whose picture was captioned before and has changed since.
+        words: number of words in all captions.
         captions_with_word: for each word, the number of captions that contain it.
         logprobs: sum of the captions' mean log-probabilities per token, in nats.
-        pictures: pictures that could be decoded.
-        brightness: sum of the pictures' mean levels, 0 to 255.
-        contrast: sum of the standard deviations of the pictures' levels.
+        pictures: number of pictures that could be decoded.
+        brightness: sum of the mean pixel levels of the pictures, where a level is 0 to 255.
+        contrast: sum of the standard deviations of the pixel levels of the pictures.
     """
 
     captioned: int = 0
@@ -46,7 +46,7 @@ class CaptionStats(Config):
 
     @classmethod
     def from_caption(cls, caption: str, logprob: float) -> CaptionStats:
-        """Count one caption, given its mean log-probability per token in nats."""
+        """Return the sums for one caption with its mean log-probability per token, in nats."""
         caption_words = words(caption)
         counts = dict.fromkeys(caption_words, 1)
         return cls(captioned=1, words=len(caption_words), captions_with_word=counts, logprobs=logprob)
@@ -54,9 +54,9 @@ class CaptionStats(Config):
     def figures(self) -> dict[str, float]:
         """Compute figures from the sums. A figure without data is left out.
 
-        words (mean number per caption), distinct_words (expected number of different words in SAMPLED_CAPTIONS
-        captions; left out if there are fewer captions), mean_logprob (mean over captions), error_share, brightness and
-        contrast (means over pictures).
+        The figures are words (mean number per caption), distinct_words (expected number of different words in
+        SAMPLED_CAPTIONS captions; left out if there are fewer captions), mean_logprob (mean over captions),
+        error_share, brightness (mean over pictures) and contrast (mean over pictures).
         """
         found = {}
         if rows := self.captioned + self.errors:
@@ -72,7 +72,7 @@ class CaptionStats(Config):
     def _distinct_words(self) -> float:
         """Compute the expected number of different words in SAMPLED_CAPTIONS captions drawn without replacement.
 
-        This is rarefaction (Hurlbert, 1971).
+        The method is called rarefaction (Hurlbert, 1971).
         """
         log_samples = math.lgamma(self.captioned + 1) - math.lgamma(self.captioned - SAMPLED_CAPTIONS + 1)
 

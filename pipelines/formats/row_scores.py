@@ -1,4 +1,4 @@
-"""Scores of one row of a split by one model: what ranks or executors compute and what evaluation stores."""
+"""Scores of one row of a split by one model. Executors and ranks compute the scores, and evaluation stores them."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import pyarrow as pa
 
 @dataclass(frozen=True)
 class RowScore:
-    """Scores of one row: a picture and a prompt. Losses are sums over the tokens of all references, in nats.
+    """Scores of a picture with one of its prompts. A loss is a sum over the tokens of all references, in nats.
 
     Attributes:
-        row: index of the picture in the shards; rows with the same index have the same picture.
+        row: index of the picture in the shards. Scores with the same index belong to the same picture.
         image_id: id of the picture.
-        prompt: empty for a plain caption.
-        references: human captions, at least one.
-        caption: the model's caption; None if the prompt leaves no room for one.
+        prompt: prompt, or an empty string for a plain caption.
+        references: reference texts of the prompt, at least one.
+        caption: caption that the model generated, or None if the prompt leaves no room for a caption.
         loss: loss given the picture.
-        blind_loss: loss given another picture; None if the split has only one picture.
+        blind_loss: loss given another picture, or None if the split has only one picture.
         blank_loss: loss given a grey picture.
         noise_loss: loss given a picture of noise.
-        num_targets: tokens of the references, including end tokens.
-        num_correct: target tokens that the model ranks first, given the picture and the preceding tokens.
-        num_tokens: tokens of the caption, including the end token.
-        seconds: captioning time of the row's batch divided by the batch size.
-        mean_logprob: mean log-probability of the caption's tokens, in nats; None without a caption.
-        brightness: mean level of the picture at model resolution, 0 to 255.
-        contrast: standard deviation of the picture's levels.
+        num_targets: number of tokens in the references, including end tokens.
+        num_correct: number of target tokens that the model ranks first, given the picture and the preceding tokens.
+        num_tokens: number of tokens in the caption, including the end token.
+        seconds: captioning time of the row's batch divided by the batch size, in seconds.
+        mean_logprob: mean log-probability of the caption's tokens, in nats, or None without a caption.
+        brightness: mean pixel level (0 to 255) of the picture at the model's resolution.
+        contrast: standard deviation of the picture's pixel levels.
     """
 
     row: int

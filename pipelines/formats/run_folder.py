@@ -1,8 +1,8 @@
-"""Layout of a run folder, and atomic reads and writes of its files.
+"""Layout of a run folder, and functions that read and atomically write its files.
 
 The run folder is the only interface between the driver and the ranks. The driver writes `run.json`, `tokenizer.json`,
-`hosts.json` and `launcher.json`; ranks write everything else; `result.json` is written last. Every JSON file is written
-atomically: under a temporary name, then renamed.
+`hosts.json`, `launcher.json` and `tracking.json`. Ranks write all other files, and `result.json` is the last file. A
+JSON file is written atomically: it is created under a temporary name and then renamed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T", bound=Config)
 
 
 class RunFile(Config):
-    """run.json: the resolved run and the paths of other files a rank needs. Written by the driver before launch."""
+    """run.json: the resolved run and the paths of the shards. The driver writes this file before it starts ranks."""
 
     config: RunConfig
     code_version: str
@@ -38,7 +38,7 @@ class RunFile(Config):
 
 
 class RankFile(Config):
-    """ranks/rank-N.json: host and process of a rank. Written when the rank starts, and again when it has finished."""
+    """ranks/rank-N.json: host and process of a rank. The rank writes this file when it starts and when it finishes."""
 
     rank: int
     host: str
@@ -49,14 +49,14 @@ class RankFile(Config):
 
 
 class LauncherFile(Config):
-    """launcher.json: lock file that names the process currently training the run."""
+    """launcher.json: lock file that names the driver process that is training the run."""
 
     host: str
     pid: int
 
 
 class Host(Config):
-    """Hardware and software of a host, as seen by one Python interpreter of the ranks. Missing values are empty."""
+    """Hardware and software of a host, as seen by a rank's Python interpreter. A value that is not known is empty."""
 
     name: str
     cores: int = 0
@@ -64,7 +64,7 @@ class Host(Config):
     executable: str = ""
     python: str = ""
     packages: dict[str, str]
-    """Version by distribution name; empty for a distribution that is not installed."""
+    """Version of each distribution by name. The version is empty if the distribution is not installed."""
     cuda: str = ""
     """CUDA version that torch was built with."""
     nccl: str = ""
@@ -75,20 +75,20 @@ class Host(Config):
 
 
 class HostsFile(Config):
-    """hosts.json: hosts of an attempt's ranks, one entry per interpreter. Written by the driver before ranks start."""
+    """hosts.json: hosts of an attempt's ranks, one per interpreter. The driver writes this file before ranks start."""
 
     hosts: tuple[Host, ...]
 
 
 class Heartbeat(NamedTuple):
-    """Last step of a rank and the time it was written, in seconds since the epoch."""
+    """Number of steps that a rank has taken, and the time of the heartbeat in seconds since the epoch."""
 
     step: int
     time: float
 
 
 class Failure(Config):
-    """failures/rank-N.json: record of a rank that failed or was terminated. Written by the rank itself."""
+    """failures/rank-N.json: record of a rank that failed or was terminated. The rank itself writes this file."""
 
     rank: int
     host: str
@@ -99,7 +99,7 @@ class Failure(Config):
     step: int
     failed_at: float
     consequence: bool
-    """True when another rank's failure caused this one (lost connection, SIGTERM), so it is not the root cause."""
+    """True when the failure of another rank caused this failure (lost connection or SIGTERM)."""
     waiting: bool = False
     """True when the rank was terminated while it waited for other ranks."""
     permanent: bool = Field(default=False, alias="lasting")
@@ -107,7 +107,7 @@ class Failure(Config):
 
 
 class Result(Config):
-    """result.json: written last, by rank 0."""
+    """result.json: result of a finished run. Rank 0 writes this file last."""
 
     status: Literal["ok"]
     step: int
@@ -126,11 +126,11 @@ class Metrics(Config):
     time: float
     values: dict[str, float]
     expert_load: dict[str, tuple[float, ...]] = Field(default_factory=dict)
-    """Share of the step's tokens routed to each expert, by layer name; empty for a model without experts."""
+    """Shares of the step's tokens that were routed to each expert, by layer name. Empty for a model without experts."""
 
     @property
     def points(self) -> dict[str, float]:
-        """All values of the step, by MLflow metric name."""
+        """All values of the step by MLflow metric name, including the expert load."""
         load = {
             f"expert_load/{layer}.expert_{expert}": share
             for layer, shares in self.expert_load.items()
@@ -162,7 +162,7 @@ def step_of(checkpoint: Path) -> int:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of one run folder's files, and readers of them."""
+    """Paths of the files in a run folder, and methods that read these files."""
 
     path: Path
 
@@ -178,17 +178,17 @@ class RunFolder:
 
     @property
     def result(self) -> Path:
-        """Path of result.json. Its presence with status "ok" is the only proof of success."""
+        """Path of result.json. A run has succeeded only if this file exists and has the status "ok"."""
         return self.path / "result.json"
 
     @property
     def tracking(self) -> Path:
-        """Path of tracking.json, which holds the id of the MLflow run that a resumed run continues."""
+        """Path of tracking.json, which names the MLflow run that a resumed training run continues."""
         return self.path / "tracking.json"
 
     @property
     def launcher(self) -> Path:
-        """Path of launcher.json, the lock file of the launching process."""
+        """Path of launcher.json, the lock file of the driver process that trains the run."""
         return self.path / "launcher.json"
 
     @property
@@ -198,7 +198,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the checkpoints, each a folder such as step_000100/."""
+        """Folder that contains a folder such as step_000100/ for each checkpoint."""
         return self.path / "checkpoints"
 
     @property
@@ -208,16 +208,16 @@ class RunFolder:
 
     @property
     def profile(self) -> Path:
-        """Path of the profiler trace of rank 0, written when `train.profile_steps` is set."""
+        """Path of the profiler trace that rank 0 writes if `train.profile_steps` is set."""
         return self.path / "profile" / "rank-0.json.gz"
 
     @property
     def launcher_log(self) -> Path:
-        """Log of the launcher: output of torchrun, and of each rank before it opened its own log."""
+        """Path of the launcher's log: output of torchrun, and output of each rank before the rank opens its own log."""
         return self.path / "logs" / "launcher.log"
 
     def metrics(self, step: int) -> Path:
-        """Path of the metrics of a step; file names sort by step."""
+        """Path of the metrics of a step. The step in the name has ten digits, so names sort by step."""
         return self.path / "metrics" / f"{step:010d}.json"
 
     def samples(self, step: int) -> Path:
@@ -225,7 +225,7 @@ class RunFolder:
         return self.path / "samples" / f"{step:010d}.json"
 
     def heartbeat(self, rank: int) -> Path:
-        """Path of the rank's heartbeat, one line "step time"."""
+        """Path of the rank's heartbeat file, which holds one line: the step, a space and the time."""
         return self.path / "heartbeat" / f"rank-{rank}"
 
     def rank(self, rank: int) -> Path:
@@ -249,7 +249,7 @@ class RunFolder:
         return self.checkpoints / f"step_{step:06d}"
 
     def finished_checkpoints(self) -> list[Path]:
-        """List complete checkpoint folders, oldest first. A folder gets its final name when it is complete."""
+        """List the folders of complete checkpoints, oldest first. Only a complete folder has the name step_N."""
         found = [p for p in self.checkpoints.glob("step_*") if p.name.removeprefix("step_").isdigit()]
         return sorted(found, key=step_of)
 
@@ -262,7 +262,7 @@ class RunFolder:
         return sorted(self.checkpoints.glob("damaged_step_*"))
 
     def mark_damaged(self, checkpoint: Path) -> None:
-        """Rename a damaged checkpoint to damaged_step_N, so that no run resumes from it; keep it for inspection."""
+        """Rename a damaged checkpoint to damaged_step_N, so that no run resumes from it. The files are not deleted."""
         renamed = checkpoint.with_name(f"damaged_{checkpoint.name}")
         shutil.rmtree(renamed, ignore_errors=True)
         checkpoint.replace(renamed)
@@ -271,7 +271,7 @@ class RunFolder:
         """Read run.json.
 
         Raises:
-            UserError: the file is missing or does not hold a run.
+            UserError: the file run.json is missing or does not describe a run.
         """
         return read_json(self.run_file, RunFile)
 
@@ -284,7 +284,7 @@ class RunFolder:
         return sorted((read_json(p, RankFile) for p in (self.path / "ranks").glob("rank-*.json")), key=lambda r: r.rank)
 
     def read_heartbeat(self, rank: int) -> Heartbeat | None:
-        """Read a rank's heartbeat; None before its first."""
+        """Read a rank's heartbeat, or return None if the rank has not written a heartbeat yet."""
         try:
             step, seconds = self.heartbeat(rank).read_text(encoding="ascii").split()
         except FileNotFoundError:
@@ -294,7 +294,7 @@ class RunFolder:
     def archive_attempt(self) -> None:
         """Move the previous attempt's rank files, logs and failure records to attempts/N.
 
-        Checkpoints, metrics and samples stay: they belong to the run, whichever attempt wrote them.
+        Checkpoints, metrics and sample captions are not moved, because they belong to the run and not to an attempt.
         """
         names = ("failures", "ranks", "heartbeat", "logs", "hosts.json", "result.json")
         found = [path for name in names if (path := self.path / name).exists()]
@@ -319,7 +319,7 @@ class RunFolder:
 
 
 def write_json(path: Path, content: Config | dict[str, Any]) -> None:
-    """Write a JSON file atomically, creating its folder."""
+    """Write a JSON file atomically. Create its folder if the folder does not exist."""
     text = (
         content.model_dump_json(indent=2, by_alias=True)
         if isinstance(content, Config)
@@ -333,7 +333,7 @@ def read_json(path: Path, kind: type[T]) -> T:
     """Read and validate a file written by `write_json`.
 
     Raises:
-        UserError: the file is missing or has other fields than `kind`.
+        UserError: the file is missing, or its content does not fit `kind`.
     """
     try:
         return kind.model_validate_json(path.read_text(encoding="utf-8"))

@@ -1,9 +1,9 @@
-"""Training-shard format: a folder of Arrow IPC files, and a manifest that is written last.
+"""Format of training shards: a folder of Arrow IPC files, and a manifest that is written last.
 
-A rank memory-maps the files and reads any row in constant time: it finds the file by bisection, and every record batch
-except a file's last has BATCH_ROWS rows. With `raw` encoding the stored bytes are the pixels, so nothing is decoded.
-The folder's name contains a hash of everything that determines its content. The manifest of a mix names files in other
-shard folders, so several sources are mixed without copying pixels.
+A rank memory-maps the files and finds any row fast: the file by bisection, and the record batch by division, because
+every record batch except a file's last one has BATCH_ROWS rows. With `raw` encoding the stored bytes are the pixels, so
+nothing is decoded. The name of a shard folder contains a hash of everything that determines the folder's content. The
+manifest of a mix names files in other shard folders, so several sources are mixed without copying pixels.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class ShardRequest(Config):
 
     @property
     def folder_name(self) -> str:
-        """Folder name `<source>-<split>-<hash>`: equal requests give equal names."""
+        """Folder name `<source>-<split>-<hash>`. Equal requests have equal folder names."""
         return f"{self.source}-{self.split}-{short_hash(FORMAT, self.model_dump())}"
 
 
 class ShardFile(Config):
-    """One shard file: its path relative to the shard folder, its rows, size in bytes and SHA-256."""
+    """Entry of a shard file: path relative to the shard folder, number of rows, size in bytes, and SHA-256."""
 
     file: str
     rows: int
@@ -70,12 +70,12 @@ class ShardFile(Config):
 
 
 class MixPart(Config):
-    """One source of a mix.
+    """One source of a mix. The rows of the parts follow one another in the order of the parts.
 
     Attributes:
         source: name of the source.
-        rows: rows of the source; they follow the rows of the parts before it.
-        draws: rows of the source that are shown in each epoch of the mix.
+        rows: number of rows that the source has.
+        draws: number of rows of the source that are shown in each epoch of the mix.
     """
 
     source: str
@@ -84,13 +84,13 @@ class MixPart(Config):
 
 
 class Manifest(Config):
-    """Content of a shard folder. The manifest is written last, so its presence means that the folder is complete.
+    """Content of a shard folder. The manifest is written last, so a folder with a manifest is complete.
 
     Attributes:
         format: version of the shard format.
-        request: request that the folder answers; for a mix, the request of its first part.
-        files: shard files in row order.
-        parts: sources of a mix; empty for a single source.
+        request: request from which the folder was made, or for a mix the request of its first part.
+        files: entries of the shard files, in row order.
+        parts: sources of a mix, or empty if there is only one source.
     """
 
     format: Literal[2] = FORMAT
@@ -105,16 +105,16 @@ class Manifest(Config):
 
     @property
     def content_hash(self) -> str:
-        """Hash of the content of all files: equal hashes mean equal training data."""
+        """Hash of the content of all files. Equal hashes mean equal training data."""
         parts = [(part.rows, part.draws) for part in self.parts]
         return short_hash([file.sha256 for file in self.files], *parts)
 
 
 class MappedFile(NamedTuple):
-    """A memory-mapped shard file, or local copy of one.
+    """A memory-mapped shard file or a memory-mapped local copy of a shard file.
 
-    Rows are read at random, so read-ahead is disabled for the mapping. Each picture is requested from the kernel as one
-    range instead of page by page.
+    Rows are read in random order, so read-ahead is disabled for the mapping. The kernel is asked to read each picture
+    as one range instead of page by page.
     """
 
     path: Path
@@ -150,11 +150,11 @@ class MappedFile(NamedTuple):
             raise damaged_shard(path, f"{type(error).__name__}: {error}") from error
 
     def pixels(self, batch: int, offset: int) -> tuple[pa.RecordBatch, pa.Buffer]:
-        """Return a record batch and the stored picture of one of its rows, as a view of the mapping.
+        """Return a record batch, and the stored picture of one of its rows as a view of the memory-mapped file.
 
         Args:
             batch: number of the record batch in the file.
-            offset: row within the batch.
+            offset: number of the row in the record batch.
         """
         rows = self.batches.get_batch(batch)
         column = rows.column("pixels")
@@ -171,7 +171,7 @@ class MappedFile(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One training row: id, pixels (HWC, uint8), and (prompt, text) pairs."""
+    """A row of the shards: the picture's id, its pixels (HWC, uint8), and its (prompt, text) pairs."""
 
     image_id: str
     pixels: npt.NDArray[np.uint8]
@@ -179,14 +179,14 @@ class Row(NamedTuple):
 
 
 def shard_schema(request: ShardRequest) -> pa.Schema:
-    """Return the columns of a shard file: image_id, pixels (fixed-size binary for raw), texts."""
+    """Return the schema of a shard file. The column `pixels` has fixed-size values if the encoding is raw."""
     side = request.image.size
     pixels = pa.binary(side * side * 3) if request.encoding == "raw" else pa.binary()
     return pa.schema([("image_id", pa.string()), ("pixels", pixels), ("texts", pa.list_(TEXT_TYPE))])
 
 
 def encode_pixels(pixels: npt.NDArray[np.uint8], encoding: Literal["raw", "jpeg"]) -> bytes:
-    """Encode pixels (HWC, uint8) as a shard stores them."""
+    """Encode pixels (HWC, uint8) as raw bytes or as a JPEG file."""
     if encoding == "raw":
         return pixels.tobytes()
     buffer = io.BytesIO()
@@ -195,13 +195,13 @@ def encode_pixels(pixels: npt.NDArray[np.uint8], encoding: Literal["raw", "jpeg"
 
 
 def write_shard_file(folder: Path, index: int, request: ShardRequest, rows: Iterable[pa.RecordBatch]) -> ShardFile:
-    """Write one shard file atomically. Writing is idempotent, so a Spark task may be retried.
+    """Write one shard file atomically. A retried Spark task writes the same file again.
 
     Args:
-        folder: an existing shard folder.
+        folder: shard folder, which exists.
         index: number of the file.
-        request: request of the folder.
-        rows: record batches of `shard_schema`, of any size, in row order.
+        request: request from which the folder is made.
+        rows: record batches with the columns of `shard_schema`, of any size, in row order.
     """
     schema = shard_schema(request)
     path = folder / f"shard-{index:06d}.arrow"
@@ -217,7 +217,7 @@ def write_shard_file(folder: Path, index: int, request: ShardRequest, rows: Iter
 
 
 def _rebatch(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Regroup rows into batches of exactly BATCH_ROWS; the last may be shorter."""
+    """Regroup rows into record batches of exactly BATCH_ROWS rows. The last batch may have fewer rows."""
     pending: list[pa.RecordBatch] = []
     held = 0
     for batch in batches:
@@ -233,7 +233,7 @@ def _rebatch(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[p
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest atomically, which marks the shard folder as complete."""
+    """Write the manifest atomically. The manifest marks the shard folder as complete."""
     with atomic_write(folder / MANIFEST) as temporary:
         temporary.write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
 
@@ -262,19 +262,19 @@ def read_manifest(folder: Path) -> Manifest:
 
 @dataclass(frozen=True)
 class Shards:
-    """Random access to the rows of a shard folder. Pickled as the folder's path."""
+    """Random access to the rows of a shard folder. A pickle of this object contains only the path of the folder."""
 
     folder: Path
     _mapped: dict[int, MappedFile] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Mapped files by number; a file is mapped when its first row is read."""
+    """Memory-mapped files by file number. A file is mapped when a row of the file is read for the first time."""
 
     @classmethod
     def open(cls, folder: Path) -> Shards:
-        """Open a folder and check that every file in the manifest exists with the expected size.
+        """Open a shard folder and check that every file in the manifest exists with the expected size.
 
         Raises:
-            UserError: there is no manifest.
-            StageFailed: a file is missing or has another size.
+            UserError: the shard folder has no manifest, or a manifest in another format.
+            StageFailed: a shard file is missing or has another size.
         """
         shards = cls(folder)
         _raise_open_file_limit(len(shards.manifest.files))
@@ -286,10 +286,10 @@ class Shards:
         return shards
 
     def verify(self, seconds: float) -> None:
-        """Compare file digests with the manifest, file by file, until `seconds` have passed.
+        """Compare the SHA-256 of each file with the manifest, file by file, until `seconds` have passed.
 
         Raises:
-            StageFailed: names the first file whose content differs.
+            StageFailed: a file differs from the manifest. The error names the first such file.
         """
         deadline = time.monotonic() + seconds
         for file in self.manifest.files:
@@ -298,7 +298,7 @@ class Shards:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """Manifest of the folder."""
+        """Manifest of the shard folder."""
         return read_manifest(self.folder)
 
     @cached_property
@@ -316,7 +316,7 @@ class Shards:
         """Read one row in constant time, without reading its neighbours.
 
         Raises:
-            IndexError: `index` is outside [0, len).
+            IndexError: `index` is not in [0, number of rows).
             StageFailed: the file or the row is damaged.
         """
         if not 0 <= index < len(self):
@@ -327,11 +327,11 @@ class Shards:
         mapped = self._file(file)
         try:
             return self._read(mapped, number, offset)
-        except (ValueError, OSError, IndexError) as error:  # includes the errors of Arrow and Pillow
+        except (ValueError, OSError, IndexError) as error:  # errors of Arrow and Pillow are subclasses of these
             raise damaged_shard(mapped.path, f"{type(error).__name__}: {error}", row=within) from error
 
     def use_copy(self, file: int, copy: Path) -> None:
-        """Read the rows of one file from a local copy from now on. Safe while other threads read rows."""
+        """Read the rows of one file from a local copy from now on. Other threads may read rows during this call."""
         self._mapped[file] = MappedFile.of(copy)
 
     def _file(self, number: int) -> MappedFile:
@@ -352,7 +352,7 @@ class Shards:
         return Row(batch.column("image_id")[offset].as_py(), pixels, texts)
 
     def texts(self) -> Iterator[str]:
-        """Iterate over all prompts and texts in row order, without reading pixels. Tokenizers are trained on them."""
+        """Yield all prompts and texts in row order, without reading pixels. Tokenizers are trained on these strings."""
         for file in range(len(self.manifest.files)):
             batches = self._file(file).batches
             for number in range(batches.num_record_batches):
@@ -364,7 +364,7 @@ class Shards:
 
 
 def damaged_shard(path: Path, got: str, *, row: int | None = None) -> StageFailed:
-    """Build the error for a shard file, or a row of it, that differs from its manifest."""
+    """Build the error for a shard file that differs from its manifest or has a row that cannot be read."""
     return StageFailed(
         "a training shard is damaged",
         where=str(path) if row is None else f"{path}, row {row}",
@@ -374,17 +374,17 @@ def damaged_shard(path: Path, got: str, *, row: int | None = None) -> StageFaile
 
 
 def verify_file(path: Path, file: ShardFile, copy: Path | None = None) -> None:
-    """Compare the SHA-256 of a shard file, or of a copy of it, with its manifest entry.
+    """Compare the SHA-256 of a shard file or its copy with the manifest entry of the shard file.
 
     Raises:
-        StageFailed: the digests differ.
+        StageFailed: the SHA-256 differs from the manifest entry.
     """
     if file_digest(copy or path) != file.sha256:
         raise damaged_shard(path, "its SHA-256 differs from the manifest's")
 
 
 def _raise_open_file_limit(files: int) -> None:
-    """Raise the process's soft limit of open files by `files`, up to the hard limit. Each mapped file counts as one."""
+    """Raise the soft limit of open files by `files`, up to the hard limit. A mapped file counts as an open file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
         limit = soft + files if hard == resource.RLIM_INFINITY else min(soft + files, hard)

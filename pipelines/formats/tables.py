@@ -1,6 +1,7 @@
-"""All Delta tables: columns, types and comments. No other module defines a column.
+"""Definitions of all Delta tables: columns, types and comments. No other module defines a column.
 
-Each type is given once, as an Arrow type, because executors exchange Arrow batches. The SQL type is derived from it.
+The type of a column is given once, as an Arrow type, because executors exchange Arrow batches. The SQL type is derived
+from the Arrow type.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ REASONS = (
     "decode_timeout",
     "decoder_crash",
 )
-"""Reasons for which a row is in `quarantine`. The list is closed."""
+"""Reasons for which a row can be in `quarantine`. There are no other reasons."""
 
 TEXT_TYPE = pa.struct([pa.field("prompt", pa.string(), nullable=False), pa.field("text", pa.string(), nullable=False)])
 TIME_TYPE = pa.timestamp("us", tz="UTC")
@@ -38,7 +39,7 @@ TIME_TYPE = pa.timestamp("us", tz="UTC")
 
 @dataclass(frozen=True)
 class Column:
-    """A column: name, Arrow type, comment, and whether it may be null."""
+    """A column of a table: name, Arrow type, comment, and whether a value may be null."""
 
     name: str
     type: pa.DataType
@@ -55,12 +56,12 @@ class Table:
     """A Delta table.
 
     Attributes:
-        name: name without catalog and schema.
-        key: columns that identify a row.
-        comment: what a row is.
+        name: name of the table without catalog and schema.
+        key: names of the columns that identify a row.
+        comment: description of a row.
         columns: all columns, in order.
-        checks: CHECK constraints: SQL condition by name.
-        cluster_by: clustering columns, by which stages select rows.
+        checks: SQL conditions of the CHECK constraints, by the name of the constraint.
+        cluster_by: names of the clustering columns, by which pipeline stages select rows.
         followed: whether the table has a change data feed.
     """
 
@@ -74,10 +75,10 @@ class Table:
 
     @property
     def properties(self) -> dict[str, str]:
-        """Delta's table properties.
+        """Table properties for Delta.
 
-        Deletion vectors are off, so that every Delta reader can read the table, including `deltalake`. Statistics are
-        limited to scalar columns, because Delta would copy each picture only to count nulls.
+        Deletion vectors are off, so that every Delta reader can read the table, including the package `deltalake`.
+        Delta collects statistics of scalar columns only, because it would copy each picture just to count nulls.
         """
         feed = {"delta.enableChangeDataFeed": "true"} if self.followed else {}
         scalar = [c.name for c in self.columns if not (pa.types.is_nested(c.type) or pa.types.is_binary(c.type))]
@@ -86,7 +87,7 @@ class Table:
 
     @property
     def arrow_schema(self) -> pa.Schema:
-        """The Arrow schema, including nullability."""
+        """Arrow schema of the table, which also says which columns may be null."""
         return pa.schema([pa.field(c.name, c.type, nullable=c.nullable) for c in self.columns])
 
     @property
@@ -100,10 +101,10 @@ class Table:
 
 
 def sql_type(arrow: pa.DataType) -> str:
-    """Return Spark SQL's name of an Arrow type.
+    """Return the name of an Arrow type in Spark SQL.
 
     Raises:
-        ValueError: no table uses this type yet.
+        ValueError: this function knows no SQL name for the Arrow type.
     """
     if pa.types.is_struct(arrow):
         return f"STRUCT<{', '.join(f'{f.name}: {sql_type(f.type)}' for f in arrow)}>"
@@ -286,8 +287,8 @@ TABLES = (SAMPLES, QUARANTINE, INGESTED, GENERATED_CAPTIONS, EVALUATIONS, VERDIC
 def arrow_dataset(table: DeltaTable) -> Dataset:
     """Open a table on a local disk as an Arrow dataset that uses Arrow's own file system.
 
-    By default, Arrow's threads read through Python. A thread that is still reading when the interpreter exits aborts
-    the process with exit code 134, after all output is printed (delta-io/delta-rs issue 2184).
+    By default, Arrow's threads read files through Python code of `deltalake`. A thread that is still reading when the
+    interpreter exits aborts the process with exit code 134 (delta-io/delta-rs issue 2184).
     """
     from pyarrow.fs import FileSystem, SubTreeFileSystem
 

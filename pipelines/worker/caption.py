@@ -1,4 +1,4 @@
-"""Captioning model of a process, loaded once, on the GPU or the cores assigned to the process."""
+"""Functions that load the captioning model of a process, and limit the process to its share of the cores."""
 
 from __future__ import annotations
 

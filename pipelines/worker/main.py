@@ -1,9 +1,9 @@
-"""Entry point of a rank: `run_rank(run_folder)`, or with torchrun on a host without Java:
+"""Entry point of a rank: `run_rank(run_folder)`. On a host without Java, torchrun can start the ranks:
 
     PYTHONSAFEPATH=1 torchrun --nproc-per-node 2 -m pipelines.worker.main --run-dir DIR
 
-A rank reads only the run folder, the files that it names, and the environment variables of torchrun. The rank's monitor
-starts before torch is imported, so that a broken installation is recorded too.
+A rank reads only the run folder, the files that the run folder names, and the environment variables of torchrun. The
+rank's monitor starts before torch is imported, so that a broken torch installation is recorded too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipelines.worker.rank.metrics import open_log
 
 
 def run_rank(run_folder: str) -> None:
-    """Train as one rank of a run, from its last checkpoint to its end.
+    """Train as one rank of a run, from the last checkpoint to the last step of the run.
 
     Args:
         run_folder: path of the run folder.

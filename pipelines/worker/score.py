@@ -1,10 +1,10 @@
-"""Scores of a model on shard rows: its caption, and the loss with the right picture and with three wrong ones.
+"""Scores of a model on shard rows: the caption, the loss with the right picture, and losses with three wrong pictures.
 
 The wrong pictures are:
-    the picture of another row: row (i + n // 2) mod n for row i. It is never the row's own, it is the same on every
-        host, and shards are shuffled, so it is as good as a random one;
+    the picture of another row: row (i + n // 2) mod n for row i. Shards are shuffled, so this row is as good as a
+        random row, and it is the same row on every host;
     a grey picture;
-    noise, seeded by the index of the row.
+    a picture of noise, seeded by the index of the row.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Item(NamedTuple):
 
 
 class _Losses(NamedTuple):
-    """Loss, number of targets and number of correct targets of each item, summed over its references."""
+    """Loss, number of targets and number of correct targets of each item, summed over the references of the item."""
 
     losses: list[float]
     targets: list[int]
@@ -47,7 +47,7 @@ class _Losses(NamedTuple):
 
 
 def score_rows(captioner: Captioner, shards: Shards, indexes: Sequence[int]) -> Iterator[RowScore]:
-    """Score rows by index, one score per picture and distinct prompt, in order."""
+    """Score the rows with these indices. Yield one score per picture and distinct prompt, in order."""
     collator = Collator(captioner.tokenizer, captioner.model.config)
     for start in range(0, len(indexes), BATCH_ROWS):
         items = [
@@ -107,14 +107,14 @@ def _noise(item: Item) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
 
 
 def _caption(captioner: Captioner, items: Sequence[Item]) -> list[Completion | None]:
-    """Caption with the model's own settings at temperature 0; None if the prompt leaves no space for a caption."""
+    """Caption items at temperature 0. The result of an item is None if its prompt leaves no room for a caption."""
     settings = captioner.model.config.generation.model_copy(update={"temperature": 0.0})
     answers = captioner.complete([item.row.pixels for item in items], [item.prompt for item in items], settings)
     return [None if isinstance(answer, UserError) else answer for answer in answers]
 
 
 def _losses(captioner: Captioner, collator: Collator, items: Sequence[Item], pictures: Sequence[Row]) -> _Losses:
-    """Compute the losses of the items, each with the picture of the same position in `pictures`."""
+    """Compute the losses of the items, where item i gets the pixels of pictures[i]."""
     found = _Losses([0.0] * len(items), [0] * len(items), [0] * len(items))
     flat = [(number, item.prompt, text) for number, item in enumerate(items) for text in item.references]
     for start in range(0, len(flat), BATCH_ROWS):

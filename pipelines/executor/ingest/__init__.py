@@ -1,5 +1,5 @@
 """Ingest in Spark's Python workers: raw rows become decoded samples or refusals with a reason.
 
-Start reading in `decode.py`; `records/` parses the rows of each kind of source, such as `records/csv.py` for CSV.
-Plain functions on Arrow batches: no pyspark, torch or MLflow.
+Start reading in `decode.py`; the folder `records/` has one parser for each kind of source, such as `records/csv.py`.
+The modules contain plain functions on Arrow batches and do not import pyspark, torch or MLflow.
 """

@@ -1,11 +1,11 @@
 """Decoding: each raw row becomes exactly one sample or one refusal with a reason from a closed list.
 
-A bad row never raises an exception: an unexpected error is also a refusal, with the exception in `detail`. A problem
-of the machine (out of memory) or a crash of the image decoder fails the task, and Spark retries it. If all retries
-fail, the driver has the rows decoded again in guarded processes (`decode_guarded`).
+A bad row never raises an exception: an unexpected error is also a refusal, with the exception in `detail`. If the
+machine runs out of memory or the image decoder crashes, the task fails, and Spark retries the task. If all retries
+fail, the driver has the rows decoded again in child processes (`decode_guarded`).
 
-A row's identifier is a hash of its content, not its position. The same row gets the same identifier however Spark
-splits the files and however often they are read.
+A row's identifier is a hash of the row's content, not its position. The same row gets the same identifier however Spark
+splits the files and however often the files are read.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ FLUSH_ROWS = 256
 
 @dataclass(frozen=True)
 class DecodeRules:
-    """Settings that decide whether a row becomes a sample, and which one.
+    """Settings that decide whether a row becomes a sample, and what the sample contains.
 
     Attributes:
-        source: name of the data config, the prefix of image ids.
+        source: name of the data config, which is the prefix of image ids.
         columns: names of the source's columns.
-        limits: largest sizes and longest times of a row.
-        split: how splits are assigned.
-        near_duplicates: whether to compute fingerprints.
+        limits: limits on the size of a picture, the length of a text and the decoding time.
+        split: rule that assigns a row to a split.
+        near_duplicates: whether to compute the fingerprints that find near duplicates.
     """
 
     source: str
@@ -59,9 +59,9 @@ def decode_batches(batches: Iterator[pa.RecordBatch], read: Read, rules: DecodeR
     """Decode rows into OUTCOME batches of bounded size, one outcome per record.
 
     Args:
-        batches: raw rows, the input of `read`.
-        read: the parser of the source.
-        rules: what makes a record a sample.
+        batches: batches of raw rows, the input of `read`.
+        read: parser of the source.
+        rules: settings that decide whether a record becomes a sample.
     """
     yield from _decode_records(read(batches), rules)
 
@@ -95,13 +95,13 @@ def _decode_records(records: Iterable[Record], rules: DecodeRules) -> Iterator[p
 
 
 def decode_record(record: Record, rules: DecodeRules) -> dict[str, Any]:
-    """Decode one record. The result has the columns of OUTCOME that are not null."""
+    """Decode one record and return the columns of OUTCOME that are not null."""
     try:
         sample = _decode_or_refuse(record, rules)
     except Refused as refused:
         return _refusal(record, refused)
     payload = _to_json({name: value for name, value in record.fields.items() if name != rules.columns.image})
-    # The hash of the picture stands for its base64, which would take a tenth of the decoding time to hash.
+    # The hash of the picture replaces its base64 here, because hashing base64 would take a tenth of the decoding time.
     name = record.source_row or _source_row(record.file, payload + sample["sha256"])
     return {"source_row": name, "payload": payload, **sample}
 
@@ -121,7 +121,7 @@ def _decode_or_refuse(record: Record, rules: DecodeRules) -> dict[str, Any]:
 
     Raises:
         Refused: anything is wrong with the row.
-        MemoryError: the machine is out of memory. This is not the row's fault, so Spark retries the task.
+        MemoryError: the machine is out of memory. The row is not refused, and Spark retries the task.
     """
     if record.problem:
         raise Refused("read", *record.problem)
@@ -155,10 +155,10 @@ def _decode_sample(file: str, fields: Fields, rules: DecodeRules) -> dict[str, A
 
 
 def _image_bytes(value: object, column: str, max_bytes: int) -> bytes:
-    """Return the bytes of a picture file, given as bytes or as base64.
+    """Return the bytes of a picture file from a value that holds bytes or base64.
 
     Raises:
-        Refused: bad_base64, too_large, or malformed_record for any other type.
+        Refused: bad_base64, too_large, or malformed_record if the value is neither bytes nor a string.
     """
     if isinstance(value, str):
         try:

@@ -1,9 +1,9 @@
-"""Fingerprints that find near duplicates: pictures saved again in another quality, format or size.
+"""Fingerprints find near duplicates: pictures that were saved again in another quality, format or size.
 
-A fingerprint has two parts. The first is a difference hash of 64 bits: a bit says whether one of 8 x 8 grey cells is
-brighter than its left neighbour. Few bits change when a picture is saved again, so candidates are found without
-comparing all pairs. The second part holds the mean colours of 8 x 8 cells. They separate pictures that have the same
-shapes but other colours.
+A fingerprint has two parts. The first part is a difference hash of 64 bits: a bit says whether one of 8 x 8 grey cells
+is brighter than its left neighbour. Few bits change when a picture is saved again, so candidate pairs are found without
+comparing all pairs. The second part holds the mean colours of 8 x 8 cells. The mean colours separate pictures that have
+the same shapes but other colours.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ HASH_BYTES = 8
 GRID = 8
 FINGERPRINT_BYTES = HASH_BYTES + 3 * GRID * GRID
 MARGIN = 2
-"""Smallest difference in grey levels that sets a bit. Smaller differences are noise of an encoder."""
+"""A bit is set if the difference exceeds MARGIN grey levels. Smaller differences come from the noise of an encoder."""
 MAX_DIFFERING_BITS = 3
-"""Largest number of hash bits in which near duplicates differ. The driver's blocks of bits depend on it."""
+"""Largest number of hash bits in which near duplicates differ. The driver's search for candidates relies on it."""
 MAX_COLOUR_DIFFERENCE = 12
-"""Largest difference of a cell's mean colour between near duplicates, in levels of 0 to 255."""
+"""Largest difference between the mean colours of a cell in two near duplicates, in levels of 0 to 255."""
 
 RESAMPLING = Image.Resampling.BILINEAR
 PAIRS = pa.schema(
     [
         ("image_id", pa.string()),  # a new picture
-        ("split", pa.string()),  # its split by its own hash or its source
+        ("split", pa.string()),  # the new picture's split by its own hash or its source
         ("other_id", pa.string()),  # the picture that it resembles
         ("other_split", pa.string()),
         ("other_existing", pa.bool_()),  # whether the other picture was in `samples` before this ingest
@@ -38,7 +38,7 @@ PAIRS = pa.schema(
 
 
 def fingerprint(image: Image.Image) -> bytes:
-    """Compute the fingerprint of an RGB picture: FINGERPRINT_BYTES bytes, the difference hash first."""
+    """Compute the fingerprint of an RGB picture: FINGERPRINT_BYTES bytes that begin with the difference hash."""
     small = image.resize(((GRID + 1) * GRID, GRID * GRID), RESAMPLING, reducing_gap=1.0)
     grey = np.asarray(small.convert("L").resize((GRID + 1, GRID), RESAMPLING), dtype=np.int16)
     bits = np.packbits(grey[:, 1:] > grey[:, :-1] + MARGIN)
@@ -46,7 +46,7 @@ def fingerprint(image: Image.Image) -> bytes:
 
 
 def are_near_duplicates(left: Sequence[bytes], right: Sequence[bytes]) -> npt.NDArray[np.bool_]:
-    """Compare fingerprints pairwise: element i says whether left[i] and right[i] are near duplicates."""
+    """Compare fingerprints pairwise. Element i of the result says whether left[i] and right[i] are near duplicates."""
     a, b = (np.frombuffer(b"".join(side), np.uint8).reshape(-1, FINGERPRINT_BYTES) for side in (left, right))
     differing = np.unpackbits(a[:, :HASH_BYTES] ^ b[:, :HASH_BYTES], axis=1).sum(axis=1)
     colours = np.abs(a[:, HASH_BYTES:].astype(np.int16) - b[:, HASH_BYTES:]).max(axis=1)
@@ -55,10 +55,10 @@ def are_near_duplicates(left: Sequence[bytes], right: Sequence[bytes]) -> npt.ND
 
 
 def keep_near_duplicates(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Keep the candidate pairs that are near duplicates, as PAIRS.
+    """Keep the candidate pairs that are near duplicates. Yield PAIRS batches.
 
     Args:
-        batches: the columns of PAIRS, and fingerprint and other_fingerprint.
+        batches: batches with the columns of PAIRS and the columns `fingerprint` and `other_fingerprint`.
     """
     for batch in batches:
         near = are_near_duplicates(

@@ -1,4 +1,4 @@
-"""Outcomes of decoding: each row becomes exactly one sample or one refusal, both in the schema OUTCOME."""
+"""Outcomes of decoding: each row becomes exactly one sample or one refusal. Both have the schema OUTCOME."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OUTCOME = pa.schema(
     [
         ("source_row", pa.string()),  # <file>#<hash of the row's content>
         ("payload", pa.string()),  # the whole row as JSON; a sample's payload omits the picture, which is in `image`
-        ("image_id", pa.string()),  # from here to fingerprint: null if the row is refused
+        ("image_id", pa.string()),  # the columns from image_id to fingerprint are null if the row is refused
         ("sha256", pa.string()),
         ("image", pa.binary()),
         ("format", pa.string()),
@@ -23,7 +23,7 @@ OUTCOME = pa.schema(
         ("texts", pa.list_(TEXT_TYPE)),
         ("split", pa.string()),
         ("fingerprint", pa.binary()),
-        ("stage", pa.string()),  # from here on: null if the row is a sample
+        ("stage", pa.string()),  # stage, reason and detail are null if the row is a sample
         ("reason", pa.string()),
         ("detail", pa.string()),
     ]
@@ -34,9 +34,9 @@ class Refused(Exception):
     """A row that cannot be a sample and goes to `quarantine`.
 
     Attributes:
-        stage: read, decode or merge.
+        stage: step of ingest that refused the row: read, decode or merge.
         reason: one of tables.REASONS.
-        detail: what exactly is wrong.
+        detail: description of what exactly is wrong.
     """
 
     def __init__(self, stage: str, reason: str, detail: str) -> None:
@@ -47,7 +47,7 @@ class Refused(Exception):
 def outcome_batch(outcomes: Sequence[dict[str, Any]]) -> pa.RecordBatch:
     """Convert outcomes to one OUTCOME batch. A missing key becomes null.
 
-    Pictures are copied once. Arrow's own builder would copy them again whenever its buffer grows.
+    This function copies each picture once. Arrow's own builder would copy pictures again whenever its buffer grows.
     """
     columns = {field: [outcome.get(field.name) for outcome in outcomes] for field in OUTCOME}
     arrays = [_binary_array(c) if field.name == "image" else pa.array(c, field.type) for field, c in columns.items()]

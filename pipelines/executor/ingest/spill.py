@@ -1,9 +1,9 @@
-"""Spill files: pictures and payloads are written to Arrow files between decoding and the write to their table.
+"""Spill files: pictures and payloads are kept in Arrow files from decoding until they are written to their table.
 
-The driver decides about a row only after all rows are planned. If Spark kept the pictures until then, it would copy
-each one about ten times inside the JVM, which takes longer than decoding it. So Python workers write the wide columns
-to files, Spark moves narrow rows that carry a position in these files, and the wide columns are read back when a row
-is written to its table. Plain functions on Arrow batches.
+The driver decides about a row only after all rows are decoded. If Spark kept the pictures until then, Spark would copy
+each picture about ten times inside the JVM, which takes longer than decoding the picture. So Python workers write the
+wide columns (picture and payload) to files, Spark moves narrow rows that carry a position in the files, and the wide
+columns are read back when a row is written to its table.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import pyarrow as pa
 from pipelines.executor.ingest.outcome import OUTCOME
 
 WIDE = pa.schema([OUTCOME.field("image"), OUTCOME.field("payload")])
-"""Columns that are spilled."""
+"""Columns that are written to spill files."""
 POSITION = pa.schema([("file", pa.string()), ("batch", pa.int32()), ("row", pa.int32())])
-"""Position of a row's wide columns: file in the spill folder, record batch in the file, row in the batch."""
+"""Position of a row's wide columns: file in the spill folder, record batch in the file, and row in the batch."""
 NARROW = pa.schema([*(field for field in OUTCOME if field.name not in WIDE.names), *POSITION])
 """OUTCOME with POSITION instead of the wide columns."""
 
@@ -30,12 +30,13 @@ Decode = Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
 
 
 def decode_and_spill(batches: Iterator[pa.RecordBatch], decode: Decode, folder: str) -> Iterator[pa.RecordBatch]:
-    """Decode rows, write their wide columns to a new file, and yield the rest as NARROW.
+    """Decode rows, write their wide columns to a new file, and yield the remaining columns as NARROW batches.
 
     Args:
-        batches: the input of `decode`.
-        decode: yields OUTCOME batches.
-        folder: the spill folder: an existing plain path that every executor sees. A retried task writes another file.
+        batches: input of `decode`.
+        decode: function that yields OUTCOME batches.
+        folder: spill folder, an existing folder that has the same path on every executor. A retried task writes a new
+            file.
     """
     with ExitStack() as stack:
         path, writer = Path(folder) / f"{uuid.uuid4().hex}.arrow", None
@@ -50,12 +51,13 @@ def decode_and_spill(batches: Iterator[pa.RecordBatch], decode: Decode, folder: 
 
 
 def restore_wide(batches: Iterator[pa.RecordBatch], folder: str, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Replace the POSITION columns of rows by the wide columns that are spilled there.
+    """Replace the POSITION columns of rows by the wide columns that are stored at that position.
 
     Args:
-        batches: rows whose last columns are POSITION. If they are sorted by POSITION, each spilled batch is read once.
-        folder: the spill folder.
-        names: the wide columns to read.
+        batches: batches of rows whose last columns are POSITION. If the rows are sorted by POSITION, each record batch
+            of the spill files is read once.
+        folder: spill folder.
+        names: names of the wide columns to read.
     """
     read = lru_cache(maxsize=1)(_read_batch)
     for rows in batches:
@@ -73,7 +75,7 @@ def _read_batch(path: Path, number: int) -> pa.RecordBatch:
 
 
 def _runs(rows: pa.RecordBatch) -> Iterator[tuple[int, int]]:
-    """Yield start and end of each run of rows whose wide columns are in the same spilled batch."""
+    """Yield start and end of each sequence of rows whose wide columns are in the same record batch of a spill file."""
     file, batch = (rows.column(name).to_numpy(zero_copy_only=False) for name in POSITION.names[:2])
     changes = np.flatnonzero((file[1:] != file[:-1]) | (batch[1:] != batch[:-1])) + 1
     starts = [0, *changes.tolist()] if rows.num_rows else []

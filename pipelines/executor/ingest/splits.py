@@ -1,4 +1,4 @@
-"""Split of a row: from the hash of its picture, the name of its file, or one of its columns."""
+"""The split of a row is derived from the hash of its picture, from the name of its file, or from one of its columns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPLITS: dict[str, Split] = {
     "dev": "val",
     "test": "test",
 }
-"""Names that sources use for splits."""
+"""Our split for each name of a split that sources use."""
 PART_NUMBER = re.compile(r"-\d+(-of-\d+)?$")
 
 
@@ -26,9 +26,9 @@ def assign_split(file: str, fields: Fields, sha256: str, config: SplitConfig) ->
 
     Args:
         file: name of the row's file.
-        fields: columns of the row.
-        sha256: hash of the picture.
-        config: how splits are assigned.
+        fields: values of the row by column name.
+        sha256: SHA-256 of the picture file, hexadecimal.
+        config: rule that assigns a row to a split.
 
     Raises:
         Refused: missing_field (the split column is empty) or malformed_record (unknown split).
@@ -43,7 +43,7 @@ def assign_split(file: str, fields: Fields, sha256: str, config: SplitConfig) ->
 
 
 def split_of_hash(sha256: str, config: HashSplitConfig) -> Split:
-    """Return the split of a picture. It depends on the picture's content only, so equal pictures share a split."""
+    """Return the split of a picture. The split depends only on the picture's content, so equal pictures share one."""
     fraction = int(sha256[:13], 16) / 16**13
     if fraction < config.test:
         return "test"
@@ -51,7 +51,7 @@ def split_of_hash(sha256: str, config: HashSplitConfig) -> Split:
 
 
 def split_of_file(file: str) -> Split | None:
-    """Return the split that a file name stands for, ignoring suffixes and a part number: `val-00000-of-00005.csv`."""
+    """Return the split that a file name stands for, such as val for `val-00000-of-00005.csv`."""
     return SPLITS.get(PART_NUMBER.sub("", PurePosixPath(file).name.partition(".")[0]))
 
 

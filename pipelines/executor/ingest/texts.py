@@ -1,4 +1,4 @@
-"""Texts of a row: validation and normalisation."""
+"""Validation and normalisation of the texts of a row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipelines.executor.ingest.outcome import Refused
 from pipelines.executor.ingest.records.record import Fields
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Control characters other than tab and line feed."""
+"""Pattern of the control characters other than tab and line feed."""
 
 
 def extract_texts(fields: Fields, columns: ColumnNames, max_chars: int) -> list[dict[str, str]]:
@@ -22,8 +22,8 @@ def extract_texts(fields: Fields, columns: ColumnNames, max_chars: int) -> list[
     one prompt per text. Empty texts are dropped.
 
     Raises:
-        Refused: empty_text (no text is left), text_too_long, or malformed_record (a value is neither text nor number,
-            or the numbers of prompts and texts differ).
+        Refused: empty_text (all texts are empty), text_too_long, or malformed_record (a value is neither text nor
+            number, or the number of prompts differs from the number of texts).
     """
     texts = _to_strings(fields.get(columns.text), columns.text)
     prompts = _to_strings(fields.get(columns.prompt), columns.prompt) if columns.prompt else [""]
@@ -52,8 +52,8 @@ def _to_strings(value: Any, column: str) -> list[str]:
 def normalize_text(text: str, max_chars: int) -> str:
     """Normalise a text so that texts that look the same are equal.
 
-    The result is in Unicode NFC, has line feeds as its only line breaks, no other control characters than tabs, and no
-    white space at either end.
+    The result is in Unicode NFC, contains no control characters except line feeds and tabs, and has no white space at
+    either end.
 
     Raises:
         Refused: text_too_long.

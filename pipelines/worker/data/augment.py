@@ -1,13 +1,13 @@
 """Random augmentation of training pictures: crop, horizontal flip, brightness, contrast and saturation.
 
-The augmentation of a row depends only on (seed, epoch, row). So it is the same for any number of ranks and loader
-workers, and after a restart. Crop, flip and colour are one Pillow call each, and Pillow releases the GIL. Brightness,
-contrast and saturation are combined into one matrix, so values are rounded and clipped once.
+The augmentation of a row depends only on (seed, epoch, row), so it is the same for any number of ranks and loader
+threads, and after a restart. Crop, flip and colour change take one Pillow call each, and Pillow releases the GIL.
+Brightness, contrast and saturation are combined into one matrix, so pixel values are rounded and clipped once.
 
-The text shown with a picture limits its augmentation. A text with "left" or "right" would be false of the flipped
-picture, and boxes in a text would be false of any crop.
+The text shown with a picture limits its augmentation. A text with "left" or "right" would be wrong for the flipped
+picture, and boxes in a text would be wrong for any crop.
 
-Letters: B rows, H W pixels.
+Letters in tensor names: B rows, N random numbers, H W pixels, C channels.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from pipelines.worker.data.order import RowPicks, random_fractions
 from vlm.text.regions import REGION_TOKEN
 
 WIDEST = 4 / 3
-"""Largest aspect ratio (width / height) of a crop; the smallest is its inverse (Szegedy et al., 2015)."""
+"""Largest aspect ratio (width / height) of a crop. The smallest aspect ratio is 1 / WIDEST (Szegedy et al., 2015)."""
 LUMA = np.array([0.299, 0.587, 0.114])
 """Weights of red, green and blue in a pixel's grey value (ITU-R BT.601, as in Pillow)."""
 NUMBERS = 8
-"""Random numbers per row: crop area, crop shape, crop position (2), flip, brightness, contrast, saturation."""
+"""Number of random numbers per row: crop area, shape and position (2), flip, brightness, contrast, and saturation."""
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
 
 
 class Augmenter:
-    """Augments the pictures of training rows as `train.augment` configures."""
+    """Augments the pictures of training rows with the settings of `train.augment`."""
 
     def __init__(self, config: AugmentConfig, seed: int) -> None:
         self._config, self._seed = config, seed
@@ -47,8 +47,8 @@ class Augmenter:
         """Return the rows with augmented pixels of unchanged shape.
 
         Args:
-            rows: B rows.
-            texts: the (prompt, text) shown with each row.
+            rows: list of B rows.
+            texts: (prompt, text) that is shown with each row.
             picks: index and epoch of each row.
         """
         numbers_BN = random_fractions(picks, NUMBERS, seed=self._seed)
@@ -71,9 +71,10 @@ class Augmenter:
 
 
 def _crop(width: int, height: int, scale: tuple[float, float], numbers: Floats) -> tuple[float, float, float, float]:
-    """Return left, top, right and bottom of a crop whose area, as a fraction of the picture's, is within `scale`.
+    """Return left, top, right and bottom of a random crop. Its share of the picture's area is within `scale`.
 
-    The shape is drawn only from shapes that fit. There is no rejection, so every row uses the same count of numbers.
+    The shape is drawn only from shapes that fit into the picture. No draw is rejected, so every row uses the same
+    number of random numbers.
     """
     area = scale[0] + numbers[0] * (scale[1] - scale[0])
     ratio = min(WIDEST, 1 / area) ** (2 * numbers[1] - 1)
@@ -85,7 +86,7 @@ def _crop(width: int, height: int, scale: tuple[float, float], numbers: Floats) 
 def _adjust_colours(image: Image.Image, brightness: float, contrast: float, saturation: float) -> Image.Image:
     """Scale each pixel's distance to its own grey, then its distance to the mean grey, then its value.
 
-    The factors are `saturation`, `contrast` and `brightness`, in that order; a factor of 1 changes nothing.
+    The factors of the three steps are `saturation`, `contrast` and `brightness`. A factor of 1 changes nothing.
     """
     grey = np.asarray(image.reduce(image.size))[0, 0] @ LUMA
     colours = saturation * np.eye(3) + (1 - saturation) * LUMA

@@ -1,9 +1,12 @@
 """Training batches: rows of the shards as tensors, loaded a few batches ahead of the training loop.
 
-    SLOT x N     <bos>  prompt \\n  answer  <eos>      tokens: all but the last; labels: all but the first,
-    '----------- prefix ----------' '-- targets --'   with IGNORE for labels inside the prefix
+    SLOT x N     <bos>  prompt \\n  answer  <eos>
+    '----------- prefix ----------' '-- targets --'
 
-Letters: B batch, H W pixels, T positions.
+The tokens of a batch are this sequence without its last token. The labels are this sequence without its first token,
+and labels inside the prefix are IGNORE.
+
+Letters in tensor names: B rows, P pictures, H W pixels, C channels, T positions.
 """
 
 from __future__ import annotations
@@ -33,11 +36,11 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 PAD_MULTIPLE = 8
-"""Sequence lengths are rounded up to a multiple of it, for fewer distinct shapes and faster kernels."""
+"""Sequence lengths are rounded up to a multiple of this number, for fewer distinct shapes and faster kernels."""
 
 
 class Collator:
-    """Collates rows into batches for one model, and counts texts truncated to the model's context."""
+    """Collates rows into batches for one model, and counts the texts that are truncated to the model's context."""
 
     def __init__(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
         self.num_truncated = 0
@@ -48,16 +51,16 @@ class Collator:
         """Collate rows into one batch, padded to the longest sequence.
 
         Args:
-            rows: B rows.
-            texts: the (prompt, text) of each row to train on.
+            rows: list of B rows.
+            texts: (prompt, text) to train on, for each row.
         """
         (batch,) = self.collate_parts(rows, texts, len(rows))
         return batch
 
     def collate_parts(self, rows: Sequence[Row], texts: Sequence[tuple[str, str]], rows_at_once: int) -> list[Batch]:
-        """Collate rows into parts of `rows_at_once` rows, each padded to its own longest sequence.
+        """Collate rows into parts of `rows_at_once` rows. A part is padded to the longest sequence of the part.
 
-        Rows are sorted by length to reduce padding. If all rows fit one part, they keep their order.
+        Rows are sorted by length to reduce padding. If all rows fit into one part, the rows keep their order.
         """
         made = [(row, *self._sequence(row.image_id, *text)) for row, text in zip(rows, texts, strict=True)]
         if len(made) > rows_at_once:
@@ -65,7 +68,7 @@ class Collator:
         return [self._padded(made[first : first + rows_at_once]) for first in range(0, len(made), rows_at_once)]
 
     def _padded(self, made: Sequence[tuple[Row, list[int], int]]) -> Batch:
-        """Pad rows, given with their token sequences and prefix lengths, into a batch."""
+        """Pad rows to a batch. Each row is given with its token sequence and the length of its prefix."""
         longest = max(len(sequence) for _, sequence, _ in made) - 1
         length = min(self._context, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE)
         tokens_BT = np.full((len(made), length), self._tokenizer.pad_id, np.int64)
@@ -83,7 +86,8 @@ class Collator:
     def _sequence(self, image_id: str, prompt: str, text: str) -> tuple[list[int], int]:
         """Return the token ids of one sample and the length of its prefix, truncated to the context.
 
-        A truncated sequence has no end token. At least one target is kept: a prompt that fills the context is cut.
+        A truncated sequence has no end token. If the prefix is longer than the context, it is cut so that one target
+        token remains.
         """
         prefix = prefix_ids(self._tokenizer, self._num_slots, prompt)
         sequence = prefix[: self._context] + answer_ids(self._tokenizer, text)
@@ -109,22 +113,22 @@ def training_batches(
     augmenter: Augmenter | None = None,
     pinned: bool = False,
 ) -> Iterator[list[Batch]]:
-    """Yield this rank's slice of the global batch of each step, in parts.
+    """Yield this rank's slice of the global batch of each step, as a list of parts.
 
-    The batches do not depend on the number of workers. A picture with several texts is shown with one of them per
-    epoch, chosen by (seed, epoch, row).
+    The batches do not depend on the number of loader threads. A picture with several texts is shown with one text per
+    epoch. The choice of the text depends on (seed, epoch, row).
 
     Args:
         shards: training shards.
         collator: collator of the model.
-        steps: steps to yield batches for.
-        rank: 0 <= rank < world_size.
+        steps: steps for which batches are made.
+        rank: number of this rank, 0 <= rank < world_size.
         world_size: number of ranks, a divisor of `batch_size`.
-        batch_size: rows of all ranks together.
+        batch_size: number of rows per step over all ranks together.
         seed: seed of the run.
-        rows_at_once: rows per part; None for a single part.
-        workers: loader threads; 0 loads each batch when it is requested.
-        augmenter: augments the pictures; without one their pixels are those of the shards.
+        rows_at_once: number of rows per part, or None for a single part.
+        workers: number of loader threads. With 0, a batch is made when it is requested.
+        augmenter: augmenter of the pictures, or None to use the pixels of the shards unchanged.
         pinned: whether to place batches in pinned memory, from which a GPU copies asynchronously.
     """
     parts = shards.manifest.parts
@@ -148,16 +152,16 @@ def training_batches(
 
 
 def map_ahead(make: Callable[[S], T], items: Iterable[S], workers: int) -> Iterator[T]:
-    """Apply `make` to each item in threads, a few items ahead, and yield the results in order.
+    """Apply `make` to each item in threads, a few items ahead, and yield the results in the order of the items.
 
-    Errors of `make` are raised to the consumer when the item's result is due. Threads are used instead of processes
-    because rows are views of mapped files, JPEG decoding releases the GIL, and threads hand over results without a
-    copy.
+    An error of `make` is raised in the consumer when the item's result is due. Threads are used instead of processes
+    because rows are views of memory-mapped files, JPEG decoding releases the GIL, and threads hand over results
+    without a copy.
 
     Args:
-        make: a pure function; items may be made in any order.
-        items: the items, in the order of the results.
-        workers: number of threads; 0 makes each item when its result is requested.
+        make: pure function that is called with an item, in any order of the items.
+        items: items in the order of the results.
+        workers: number of threads. With 0, `make` is called when the item's result is requested.
     """
     if not workers:
         yield from map(make, items)

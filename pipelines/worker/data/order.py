@@ -1,14 +1,15 @@
-"""Selection of the rows a rank reads at a step, as a pure function, so the data state of a run is one integer.
+"""Selection of the rows that a rank reads at a step. It is a pure function, so a run resumes from the step alone.
 
 Position k of epoch e is row `permute(k)`, where the permutation is keyed by (seed, e) and computed per position in
-O(1) time and memory. Nothing is shuffled, stored or replayed: every rank, at every step, after every restart and at
-every world size computes its slice of the same infinite sequence.
+O(1) time and memory. No list is shuffled, stored or replayed. At any step, after any restart and at any world size, a
+rank computes its slice of the same infinite sequence of rows.
 
 The permutation is a Feistel network over the next power of four. A position that maps outside [0, n) is mapped again
-until it lands inside, known as cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+until it is inside. This method is called cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite Domains",
+2002).
 
-A mix permutes the positions of its epochs in the same way. Each position is one draw of one part. Its row follows from
-the number of the draw, because each part has permutations of its own rows.
+A mix permutes the positions of its epochs in the same way. Each position is one draw from one part of the mix. The
+number of the draw determines the row, because the rows of each part are permuted in the same way.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ Float64s = npt.NDArray[np.float64]
 
 ROUNDS = 6
 MIN_HALF_BITS = 4
-"""Halves of one or two bits cannot produce most permutations of a few rows; cycle walking is cheap at this size."""
+"""Smallest number of bits in a half of the Feistel network. Shorter halves cannot produce most permutations."""
 
 _WORD = 2**64 - 1
 
 
 class RowPicks(NamedTuple):
-    """Rows that a rank reads at a step, and the epoch of each. Both have the shape [batch of the rank]."""
+    """Rows that a rank reads at a step, and the epoch of each row. Both arrays have the shape [batch of the rank]."""
 
     rows: Int64s
     epochs: Int64s
@@ -42,14 +43,14 @@ class RowPicks(NamedTuple):
 def pick_rows(step: int, *, rank: int, world_size: int, batch_size: int, num_rows: int, seed: int) -> RowPicks:
     """Pick the rank's contiguous slice of the global batch, positions [step * batch_size, (step + 1) * batch_size).
 
-    A batch continues across the end of an epoch, so every batch is full, even if it is larger than the data.
+    A batch continues across the end of an epoch, so every batch is full, even if the batch is larger than the data.
 
     Args:
-        step: counted from 0.
-        rank: 0 <= rank < world_size.
-        world_size: a divisor of batch_size; the sequence of global batches does not depend on it.
-        batch_size: rows of all ranks together.
-        num_rows: rows of the training shards, at least 1.
+        step: number of the step, counted from 0.
+        rank: number of this rank, 0 <= rank < world_size.
+        world_size: number of ranks, a divisor of batch_size. The global batches do not depend on this number.
+        batch_size: number of rows per step over all ranks together.
+        num_rows: number of rows in the training shards, at least 1.
         seed: seed of the run.
     """
     assert batch_size % world_size == 0, "prepare() and run_rank() refuse this"
@@ -60,18 +61,18 @@ def pick_rows(step: int, *, rank: int, world_size: int, batch_size: int, num_row
 
 
 def pick_mix_rows(picks: RowPicks, rows: Sequence[int], draws: Sequence[int], *, seed: int) -> RowPicks:
-    """Map draws of a mix to rows of its parts, which are numbered one part after another.
+    """Map draws of a mix to rows of its parts. The rows of the parts are numbered one part after another.
 
-    All rows of a part are drawn once, in a new order each time, before any of them is drawn again.
+    Each pass over a part draws every row of the part once, in a new order.
 
     Args:
-        picks: picks among sum(draws) positions, from `pick_rows`.
-        rows: rows of each part, at least 1.
-        draws: draws of each part per epoch, at least 1.
+        picks: result of `pick_rows` with num_rows = sum(draws).
+        rows: number of rows in each part, at least 1.
+        draws: number of draws from each part per epoch of the mix, at least 1.
         seed: seed of the run.
 
     Returns:
-        The rows; their epochs count the complete passes over the part before each draw.
+        Rows of the draws, and as epoch of a row the number of complete passes over its part before the draw.
     """
     found, rounds = np.empty_like(picks.rows), np.empty_like(picks.epochs)
     first_row = first_draw = 0
@@ -86,13 +87,13 @@ def pick_mix_rows(picks: RowPicks, rows: Sequence[int], draws: Sequence[int], *,
 
 
 def permute(positions: Int64s, epochs: Int64s, *, num_rows: int, seed: int) -> Int64s:
-    """Map each position of each epoch to a row: a bijection of [0, num_rows) for every seed and epoch.
+    """Map each position of each epoch to a row. For every seed and epoch, the map is a bijection of [0, num_rows).
 
     Args:
-        positions: 0 <= position < num_rows.
-        epochs: epoch of each position, same shape.
-        num_rows: at least 1.
-        seed: any integer.
+        positions: positions in the epoch, 0 <= position < num_rows.
+        epochs: epoch of each position, in the same shape as `positions`.
+        num_rows: number of rows, at least 1.
+        seed: seed of the permutations, any integer.
     """
     half = max(MIN_HALF_BITS, -(-(num_rows - 1).bit_length() // 2))
     keys = hash64s(np.full(epochs.shape, seed & _WORD, np.uint64), epochs.astype(np.uint64))
@@ -103,7 +104,7 @@ def permute(positions: Int64s, epochs: Int64s, *, num_rows: int, seed: int) -> I
 
 
 def _feistel(values: UInt64s, keys: UInt64s, half: int) -> UInt64s:
-    """Apply a keyed bijection of [0, 4**half). Each round can be inverted, whatever the hash function."""
+    """Apply a keyed bijection of [0, 4**half). Each round can be inverted, whatever hash function the round uses."""
     shift, mask = np.uint64(half), np.uint64(2**half - 1)
     left, right = values >> shift, values & mask
     for number in range(ROUNDS):
@@ -115,7 +116,7 @@ def random_bits(picks: RowPicks, *, seed: int) -> UInt64s:
     """Compute 64 random bits for each row in its epoch.
 
     Args:
-        picks: the rows and their epochs.
+        picks: rows and their epochs.
         seed: seed of the run.
     """
     epochs, rows = picks.epochs.astype(np.uint64), picks.rows.astype(np.uint64)
@@ -123,11 +124,11 @@ def random_bits(picks: RowPicks, *, seed: int) -> UInt64s:
 
 
 def random_fractions(picks: RowPicks, count: int, *, seed: int) -> Float64s:
-    """Compute random numbers for each row in its epoch, uniform in [0, 1): [batch of the rank, count].
+    """Compute random numbers in [0, 1) for each row in its epoch, in the shape [batch of the rank, count].
 
     Args:
-        picks: the rows and their epochs.
-        count: numbers per row; a larger count leaves the first numbers unchanged.
+        picks: rows and their epochs.
+        count: number of random numbers per row. A larger count does not change the first numbers.
         seed: seed of the run.
     """
     number = np.arange(count, dtype=np.uint64)
@@ -138,7 +139,7 @@ def random_fractions(picks: RowPicks, count: int, *, seed: int) -> Float64s:
 
 
 def hash64s(*columns: UInt64s) -> UInt64s:
-    """Hash each row of several columns of equal shape to 64 bits, chaining SplitMix64."""
+    """Hash the values at each position of several equally shaped arrays to 64 bits with a chain of SplitMix64."""
     state = np.zeros_like(columns[0])
     for column in columns:
         state = splitmix64(state ^ column)
@@ -146,7 +147,7 @@ def hash64s(*columns: UInt64s) -> UInt64s:
 
 
 def hash64(*values: int) -> int:
-    """Hash integers of any sign to 64 bits, equally on every machine and in every process."""
+    """Hash integers of any sign to 64 bits. The result is the same on every machine and in every process."""
     state = 0
     for value in values:
         state = splitmix64(state ^ (value & _WORD))

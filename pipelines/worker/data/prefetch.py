@@ -10,10 +10,10 @@ from vlm.batch import Batch
 
 
 def prefetch_to_device(batches: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
-    """Yield the batches on the device; on a GPU, each is copied during the step before its own.
+    """Yield the batches on the device. The next batch is copied to a GPU while the step of this batch computes.
 
     Args:
-        batches: batches in parts; in pinned memory if the device is a GPU.
+        batches: batches as lists of parts, in pinned memory if the device is a GPU.
         device: device of the model. Batches for a CPU are yielded unchanged.
     """
     if device.type != "cuda":
@@ -33,5 +33,5 @@ def prefetch_to_device(batches: Iterator[list[Batch]], device: torch.device) -> 
         batch, following = following, start_copy()
         for part in batch:
             for tensor in part.tensors():
-                tensor.record_stream(computing)  # keeps its memory from reuse until the step is done
+                tensor.record_stream(computing)  # the memory of the tensor is not reused until the step is done
         yield batch

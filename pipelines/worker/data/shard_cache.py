@@ -1,16 +1,16 @@
 """Cache of shard files on a disk of the host, filled in the background during training.
 
-Rows are read in random order, so waiting for each file on its first use would delay the first step until nearly all
-files were copied. Instead rows are read from the original file until its copy is complete. A thread in each rank copies
-the files. The ranks of a host take turns under one lock, so each file is copied once and most of the network bandwidth
-is left to reads of rows.
+Rows are read in random order. If a rank waited for the copy of each file, nearly all files would have to be copied
+before the first step. Instead a rank reads rows from the original file until the copy of the file is complete. A thread
+in each rank copies files. The ranks of a host take turns under one lock, so each file is copied once, and most of the
+network bandwidth remains for reading rows.
 
-A copy is named by its SHA-256 and gets that name after its content has been verified. A killed process leaves no lock,
-and its partial `.part` file is removed by the next process that starts.
+The name of a copy is its SHA-256. A copy gets this name after its content has been verified. A killed process leaves no
+lock, and its incomplete `.part` file is removed by the next process that starts.
 
-To make room, files of other runs are removed, least recently used first; processes that have them mapped can still
-read them. Files of the run itself are never evicted for each other: all are used equally often, so evicting one would
-mean copying it again without end.
+To make room, copies that belong to other runs are removed, and the least recently used copy is removed first. A process
+that has mapped a removed copy can still read it. A copy that belongs to this run is never removed, because all shard
+files of a run are used equally often and the removed file would have to be copied again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SPARE = 0.1
 
 
 class CacheEntry(NamedTuple):
-    """A shard file, given by its shards and its number in them, and the path of its copy."""
+    """A shard file (the shards that contain the file, its number and its manifest entry) and the path of its copy."""
 
     shards: Shards
     number: int
@@ -42,28 +42,28 @@ class CacheEntry(NamedTuple):
 
 
 class ShardCopier(threading.Thread):
-    """Thread that copies shard files to this host, as far as there is room, and redirects reads to the copies.
+    """Thread that copies shard files to this host while there is room, and redirects reads to the copies.
 
-    It is a daemon thread, so a run that ends does not wait for it.
+    The thread is a daemon thread, so a run that ends does not wait for the thread.
     """
 
     def __init__(self, shards: Sequence[Shards], limit: float, root: Path | None = None) -> None:
-        """Create the thread; copying begins with `start`.
+        """Create the thread. Copying begins when `start` is called.
 
         Args:
             shards: all shards that this process reads.
-            limit: total size of all copies on this host, in bytes.
-            root: folder of the copies; by default the user's own folder under the temporary directory.
+            limit: largest total size of all copies on this host, in bytes.
+            root: folder of the copies, by default a folder of this user in the system's temporary folder.
         """
         super().__init__(name="shard-copier", daemon=True)
         self._shards, self._limit, self._root = shards, limit, root
         self._failure: Exception | None = None
 
     def check(self) -> None:
-        """Raise the error of the thread if it has failed; do not wait for it.
+        """Raise the error of the thread if the thread has failed. This method does not wait for the thread.
 
         Raises:
-            StageFailed: a shard file differs from its manifest, or the folder of the copies is another user's.
+            StageFailed: a shard file differs from its manifest, or the folder of the copies belongs to another user.
         """
         if self._failure:
             raise self._failure
@@ -87,7 +87,7 @@ class ShardCopier(threading.Thread):
         ]
         own = {entry.copy for entry in entries}
         with exclusive_lock(root):
-            for partial in root.glob("*.part"):  # left by a killed process: this process holds the lock
+            for partial in root.glob("*.part"):  # no running process writes them, because this process holds the lock
                 partial.unlink()
             missing = [entry for entry in entries if not _use_copy(entry)]
         for count, entry in enumerate(missing):
@@ -104,7 +104,7 @@ class ShardCopier(threading.Thread):
 
 
 def _use_copy(entry: CacheEntry) -> bool:
-    """Redirect reads to the file's copy if it exists. The caller holds the lock, so the copy cannot be removed."""
+    """Redirect reads to the file's copy if the copy exists, and return whether it does. The caller holds the lock."""
     if not entry.copy.exists() or entry.copy.stat().st_size != entry.file.bytes:
         return False
     os.utime(entry.copy)
@@ -113,13 +113,13 @@ def _use_copy(entry: CacheEntry) -> bool:
 
 
 def _make_room(root: Path, needed: int, limit: float, own: set[Path]) -> bool:
-    """Remove copies of other runs until a file fits; remove nothing and return False if that would not be enough.
+    """Remove copies of other runs until a file fits. If the file cannot fit, remove nothing and return False.
 
     Args:
         root: folder of the copies.
         needed: size of the file, in bytes.
-        limit: total size of all copies, in bytes.
-        own: copies of this run, which are kept.
+        limit: largest total size of all copies, in bytes.
+        own: paths of the copies that belong to this run and are kept.
     """
     copies = {path: path.stat() for path in root.glob("*.arrow")}
     disk = shutil.disk_usage(root)
@@ -136,7 +136,7 @@ def _make_room(root: Path, needed: int, limit: float, own: set[Path]) -> bool:
 
 
 def _copy(entry: CacheEntry) -> None:
-    """Copy a file atomically, and verify its content.
+    """Copy a shard file atomically, and verify the content of the copy.
 
     Raises:
         StageFailed: the content differs from the manifest.

@@ -1,4 +1,4 @@
-"""A rank as a process: its environment, process group, failure record, log, metrics and profile.
+"""The process of a rank: environment, process group, failure record, log, metrics and profile.
 
-Start reading in `env.py`, then `failure.py`. May import torch; never pyspark, MLflow or Delta.
+Start reading in `env.py`, then `failure.py`. The package may import torch, but never pyspark, MLflow or Delta.
 """

@@ -1,16 +1,16 @@
 """Monitor of a rank: heartbeat, timeout, and a failure record written by the rank itself.
 
-A launcher reports only "exit code 1, see the logs". The failure record of a rank says more: it tells the root cause
-from consequences, such as a signal from the launcher or a connection lost because another rank died.
+torchrun reports only "exit code 1, see the logs". The failure record of a rank says more: it separates the root cause
+from consequences, such as a signal from the launcher or a connection that was lost because another rank died.
 
-Python's signal handlers are not used for SIGTERM and SIGINT. They run in the main thread, which is blocked in a C++
-collective when another rank has died, and would never run. Instead the C-level handler writes the signal's number to a
-pipe; a thread reads the pipe, writes the failure record and exits the process.
+Python's signal handlers are not used for SIGTERM and SIGINT. Such a handler runs in the main thread. When another rank
+has died, the main thread is blocked in a C++ collective, so the handler would never run. Instead the C-level handler
+writes the signal's number to a pipe. A thread reads the pipe, writes the failure record and exits the process.
 
 The same thread detects two more conditions. If the launcher has died, the rank exits, so no rank outlives its launcher.
 If there is no progress for `train.timeout_seconds`, the rank writes the stacks of all threads and exits. When one rank
-hangs, the others wait for it and time out at the same moment, so a rank that is inside a collective is recorded as
-waiting, not as the cause. If the interpreter itself is stuck, faulthandler's C thread ends the rank.
+hangs, all other ranks wait for it and time out at the same moment. A rank that is inside a collective is therefore
+recorded as waiting, not as the cause. If the interpreter itself is stuck, faulthandler's C thread ends the rank.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
 WATCH_SECONDS = 1.0
 EXIT_SECONDS = 5
-"""How long a failed rank may take to exit after its record is written."""
+"""Seconds that a failed rank may take to exit after its failure record is written."""
 WAITING_EXTRA_SECONDS = 3.0
-"""How much longer a rank inside a collective waits, so that the rank that hangs writes its record first."""
+"""Seconds that a rank inside a collective waits longer, so that a rank that hangs writes its failure record first."""
 START_SECONDS = 600.0
-"""Timeout until the rank has read `train.timeout_seconds`; covers the import of torch."""
+"""Timeout in seconds before the rank has read `train.timeout_seconds`, for example while torch is imported."""
 _TERMINATING = (signal.SIGTERM, signal.SIGINT)
 
 _COLLECTIVE_FILES = ("torch/distributed/", "torch/nn/parallel/", "torch/autograd/", "vlm/training/parallel.py")
-"""Files whose functions wait for other ranks. Autograd is among them because DDP reduces gradients in `backward`."""
+"""Files whose functions wait for other ranks. The list has autograd because DDP reduces gradients in `backward`."""
 
 _LOST_CONNECTION = (
     "connection closed by peer",
@@ -62,7 +62,7 @@ _LOST_CONNECTION = (
 def is_consequence(error: BaseException) -> bool:
     """Return whether an error was caused by another rank or by an interrupt.
 
-    Such errors are a broken collective, a loss that was not finite on another rank, and KeyboardInterrupt.
+    Examples are a broken collective, a loss that was not finite on another rank, and KeyboardInterrupt.
     """
     if isinstance(error, KeyboardInterrupt) or getattr(error, "on_other_rank", False):
         return True
@@ -75,14 +75,14 @@ def is_consequence(error: BaseException) -> bool:
 class RankMonitor:
     """Context manager around all the work of one rank.
 
-    It writes the rank's RankFile at start and end, writes heartbeats, ends the rank after a timeout, and records every
-    failure. Errors are recorded and raised again. The process then has EXIT_SECONDS to exit, so that a thread or
-    communicator that does not stop cannot block the launcher.
+    The monitor writes the rank's RankFile at start and end, writes heartbeats, ends the rank after a timeout, and
+    records every failure. An error is recorded and raised again. The process then has EXIT_SECONDS to exit, so that a
+    thread or communicator that does not stop cannot block the launcher.
     """
 
     def __init__(self, run: RunFolder, rank: int) -> None:
         self.step = 0
-        """Steps taken by the run, written into the failure record."""
+        """Number of steps that the run has taken, which is written into the failure record."""
         self._run, self._rank = run, rank
         self._started = time.time()
         self._heartbeat_at = 0.0
@@ -93,7 +93,7 @@ class RankMonitor:
         self._read_end, self._write_end = os.pipe()
 
     def report_step(self, step: int) -> None:
-        """Report that the run has taken `step` steps; writes a heartbeat at most once per HEARTBEAT_SECONDS."""
+        """Report that the run has taken `step` steps. Write a heartbeat if the last one is HEARTBEAT_SECONDS old."""
         self.step = step
         self.report_progress()
         now = time.monotonic()
@@ -102,11 +102,11 @@ class RankMonitor:
             write_heartbeat(self._run, self._rank, step)
 
     def report_progress(self) -> None:
-        """Restart the timeout during work that takes no training step, such as loading a model or validation."""
+        """Restart the timeout. Called during work that is not a training step, such as validation."""
         self._progress_at = time.monotonic()
 
     def set_timeout(self, seconds: float) -> None:
-        """Set how long the rank may go without reporting progress."""
+        """Set the number of seconds that the rank may go without reporting progress."""
         self._timeout = seconds
         self.report_progress()
         self._arm_watchdog()
@@ -145,7 +145,7 @@ class RankMonitor:
         )
 
     def _monitor(self) -> None:
-        """Wait for signals, a dead launcher or a timeout, in a thread."""
+        """Wait for signals, the death of the launcher, or a timeout. Runs in a thread."""
         while True:
             self._arm_watchdog()
             ready, _, _ = select.select([self._read_end], [], [], WATCH_SECONDS)
@@ -164,7 +164,7 @@ class RankMonitor:
                 faulthandler.dump_traceback_later(self._timeout + 2 * WAITING_EXTRA_SECONDS, exit=True)
 
     def _handle_timeout(self, seconds: float) -> None:
-        """End the rank: at once if it hangs, after WAITING_EXTRA_SECONDS if it waits for another rank."""
+        """End a rank that hangs at once, and a rank that waits for other ranks after WAITING_EXTRA_SECONDS."""
         if not _is_waiting(_main_frame()):
             self._end("Hung", f"made no progress for {seconds:.0f} s (train.timeout_seconds)", 1, consequence=False)
         if seconds > self._timeout + WAITING_EXTRA_SECONDS:
@@ -177,12 +177,12 @@ class RankMonitor:
         os._exit(code)
 
     def _record(self, name: str, message: str, trace: str, *, consequence: bool, **more: bool) -> None:
-        with self._lock:  # keep the first reason: a rank that receives a signal while it fails has failed
+        with self._lock:  # only the first reason is recorded, even if a failing rank also receives a signal
             if self._recorded:
                 return
             self._recorded = True
             faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True)
-            # Log before writing the record: the launcher's stream reaches the driver even if the disk is full.
+            # Log before the record is written, because log lines reach the driver even if the disk is full.
             log.error("rank %d ended at step %d: %s: %s\n%s", self._rank, self.step, name, message, trace)
             failure = Failure(
                 rank=self._rank,
@@ -213,9 +213,9 @@ def _main_frame() -> FrameType:
 
 
 def _is_waiting(frame: FrameType) -> bool:
-    """Return whether the innermost function waits for other ranks."""
+    """Return whether the function of a stack frame waits for other ranks."""
     return any(part in frame.f_code.co_filename for part in _COLLECTIVE_FILES)
 
 
 def _ignore_in_main_thread(number: int, frame: FrameType | None) -> None:
-    """Do nothing: the C-level handler has written the signal's number to the pipe (see the module's docstring)."""
+    """Do nothing, because the C-level handler has already written the number of the signal to the pipe."""

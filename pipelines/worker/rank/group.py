@@ -1,4 +1,4 @@
-"""Process group of all ranks: device of each rank, checks of the group, and cores per rank."""
+"""Functions that open and check the process group of all ranks, and assign a device and CPU cores to each rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipelines.worker.rank.env import RankEnv
 
 
 def pick_device(platform: PlatformConfig, env: RankEnv) -> torch.device:
-    """Choose the rank's GPU if the host has one for each of its ranks, else the CPU.
+    """Choose the rank's GPU if the host has a GPU for each of its ranks, else the CPU.
 
     Raises:
         UserError: the platform requires GPUs and the host has too few.
@@ -38,9 +38,9 @@ def pick_device(platform: PlatformConfig, env: RankEnv) -> torch.device:
 
 
 GRACE_SECONDS = 30
-"""How much longer a collective waits than `train.timeout_seconds`, in seconds.
+"""Seconds by which the timeout of a collective is longer than `train.timeout_seconds`.
 
-The rank's monitor times out first, because it can tell which rank is at fault.
+The rank's monitor must time out first, because it can tell which rank is at fault.
 """
 
 
@@ -48,7 +48,7 @@ The rank's monitor times out first, because it can tell which rank is at fault.
 def process_group(device: torch.device, timeout_seconds: int) -> Iterator[None]:
     """Open the process group of all ranks, and destroy it after a normal exit.
 
-    After an error the group is not destroyed, because that would wait for ranks that have failed.
+    After an error the process group is not destroyed, because destroying the group would wait for failed ranks.
     """
     on_gpu = device.type == "cuda"
     distributed.init_process_group(
@@ -61,16 +61,16 @@ def process_group(device: torch.device, timeout_seconds: int) -> Iterator[None]:
 
 
 def check_group(run: RunFolder, device: torch.device) -> int:
-    """Check that all ranks belong to the same run; return how many of them run on this host.
+    """Check that all ranks belong to the same run, and return the number of ranks on this host.
 
-    Two runs on one host may choose the same port or rendezvous name, so a group could mix their ranks.
+    Two runs on one host may choose the same port or rendezvous name, so a process group could mix ranks of two runs.
 
     Args:
-        run: the run folder as this rank sees it.
+        run: run folder as this rank sees it.
         device: device of the collectives.
 
     Raises:
-        UserError: the group contains a rank of another run.
+        UserError: the process group contains a rank of another run.
     """
     local = torch.tensor([_digest(socket.gethostname()), _digest(run.run_file.read_text("utf-8"))], device=device)
     gathered = [torch.empty_like(local) for _ in range(distributed.get_world_size())]
@@ -87,10 +87,10 @@ def check_group(run: RunFolder, device: torch.device) -> int:
 
 
 def divide_cores(ranks_on_host: int) -> None:
-    """Give torch an equal share of the host's cores. Torchrun's default is one thread per rank.
+    """Let torch use an equal share of the host's cores. The default of torchrun is one thread per rank.
 
     Args:
-        ranks_on_host: ranks of the group that run on this host.
+        ranks_on_host: number of ranks that run on this host.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // ranks_on_host))

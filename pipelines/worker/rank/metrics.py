@@ -1,8 +1,7 @@
-"""Log of a rank, throughput of its training steps, and the metric files that rank 0 writes.
+"""Functions for the log of a rank, the throughput of its training steps, and the metric files that rank 0 writes.
 
-All output of a rank goes into its own log file, including output of C++ libraries and crash dumps. The launcher's
-stream is not used for it: that stream cuts lines at 4,000 characters and fails at the first byte that is not UTF-8.
-The terminal receives log lines only.
+All output of a rank goes into its own log file, including output of C++ libraries and crash dumps. The stream to the
+launcher receives only log lines, because it cuts lines at 4,000 characters and fails at a byte that is not UTF-8.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class Stopwatch:
         self._resumed = time.perf_counter()
 
     def time_waits(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
-        """Yield the batches unchanged, adding up how long the training waits for each."""
+        """Yield the batches unchanged, and measure how long the training loop waits for batches."""
         while True:
             requested = time.perf_counter()
             batch = next(batches, None)
@@ -70,8 +69,8 @@ class Stopwatch:
         """Record the end of a step.
 
         Args:
-            samples: pictures of the step.
-            tokens: target tokens of the step.
+            samples: number of pictures in the step.
+            tokens: number of target tokens in the step.
         """
         elapsed = time.perf_counter() - self._resumed
         self.total += elapsed

@@ -10,16 +10,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 SKIPPED_STEPS = 4
-"""Steps before the profiler's own warm-up step: in them memory is allocated and kernels are selected."""
+"""Steps before the profiler's warm-up step. In these steps torch allocates memory and selects kernels."""
 
 
 @contextmanager
 def profile_steps(path: Path, steps: int, device: torch.device) -> Iterator[Callable[[], None]]:
-    """Profile training steps taken inside the block; yield a function to call after each step.
+    """Profile training steps that are taken inside the block. Yield a function to call after each step.
 
     Args:
-        path: trace file, written atomically.
-        steps: number of steps to record after SKIPPED_STEPS and one warm-up step; 0 disables profiling.
+        path: path of the trace file, which is written atomically.
+        steps: number of steps to record after SKIPPED_STEPS and one warm-up step. 0 disables profiling.
         device: device whose kernels are recorded in addition to the CPU's operators.
     """
     if not steps:

@@ -18,14 +18,14 @@ MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 def measure_usage(device: torch.device) -> dict[str, float]:
     """Measure the peak memory of all ranks and their mean GPU utilisation.
 
-    This is a collective: every rank calls it at the same step. MLflow shows metrics with the prefix `system/` on a
-    separate page.
+    This function is a collective: every rank must call it at the same step. MLflow shows metrics with the prefix
+    `system/` on a separate page.
 
     Returns:
         system/memory_gb: largest peak of resident memory of any rank, in GB.
-        system/gpu_memory_gb: largest peak of allocated GPU memory of any rank, in GB; GPUs only.
-        system/gpu_busy: mean fraction of the driver's last sampling period (1/6 s to 1 s) in which a kernel ran;
-            GPUs only, and only with nvidia-ml-py installed.
+        system/gpu_memory_gb: largest peak of allocated GPU memory of any rank, in GB. Missing on CPUs.
+        system/gpu_busy: mean fraction of the driver's last sampling period (1/6 s to 1 s) in which a kernel ran.
+            Missing on CPUs and without the package nvidia-ml-py.
     """
     peaks = {"system/memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES / 1e9}
     if device.type == "cuda":
@@ -39,7 +39,7 @@ def measure_usage(device: torch.device) -> dict[str, float]:
 
 
 def _gpu_utilisation(device: torch.device) -> float | None:
-    """Read the utilisation of a GPU; None without nvidia-ml-py or on a MIG slice, which reports none."""
+    """Read the utilisation of a GPU. Return None without nvidia-ml-py or on a MIG slice, which reports no value."""
     if find_spec("pynvml"):
         from pynvml import NVMLError  # type: ignore[import-not-found]
 

@@ -1,11 +1,11 @@
-"""Checkpoints of a run: written in a background thread, pruned, and verified when a run resumes.
+"""Functions that write checkpoints in a background thread, remove old checkpoints, and find one to resume from.
 
-The training loop waits only for the copy of its tensors and for the previous checkpoint to be written, so at most one
-copy is in memory. An error in the thread is raised in the rank at its next step, because a run that cannot write
-checkpoints must fail.
+The training loop waits only until its tensors are copied and until the previous checkpoint is written, so at most one
+copy of the tensors is in memory. An error in the thread is raised in the rank at its next step, because a run that
+cannot write checkpoints must fail.
 
-The newest `train.keep_checkpoints` are kept, and the one with the lowest `val/loss`. The losses are read from the
-metric files, so a restarted run keeps the same checkpoints.
+The newest `train.keep_checkpoints` checkpoints and the checkpoint with the lowest `val/loss` are kept. The losses are
+read from the metric files, so a restarted run keeps the same checkpoints.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from vlm.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 NO_CHECKPOINT = -1
-"""Broadcast instead of a step if there is no checkpoint."""
+"""Number that rank 0 broadcasts instead of a step if there is no checkpoint."""
 
 
 class CheckpointWriter:
-    """Writes checkpoints one after another in a background thread; used by rank 0 only."""
+    """Writes checkpoints one after another in a background thread. Only rank 0 saves checkpoints."""
 
     def __init__(self, run: RunFolder, file: RunFile) -> None:
         self._run, self._file, self._keep = run, file, file.config.train.keep_checkpoints
@@ -41,11 +41,11 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Wait for the previous checkpoint, then start writing the one of this step.
+        """Wait until the previous checkpoint is written, then start to write the checkpoint of this step.
 
         Args:
             step: number of steps taken.
-            write: writes the files of a checkpoint into an empty folder.
+            write: function that writes the files of a checkpoint into an empty folder.
 
         Raises:
             OSError, ...: the previous checkpoint could not be written.
@@ -54,7 +54,7 @@ class CheckpointWriter:
         self._pending = self._thread.submit(self._write, step, write)
 
     def check(self) -> None:
-        """Raise the error of a failed write; do not wait for a write in progress.
+        """Raise the error of a checkpoint that could not be written. Do not wait for a write in progress.
 
         Raises:
             OSError, ...: the checkpoint could not be written.
@@ -83,7 +83,7 @@ class CheckpointWriter:
 
 
 def best_checkpoint(run: RunFolder) -> Path | None:
-    """Return the checkpoint with the lowest validation loss; None if no checkpointed step was validated."""
+    """Return the checkpoint with the lowest validation loss, or None if no checkpoint has a validation loss."""
     losses = {
         folder: loss for folder in run.finished_checkpoints() if (loss := _validation_loss(run, folder)) is not None
     }
@@ -96,12 +96,12 @@ def _validation_loss(run: RunFolder, folder: Path) -> float | None:
 
 
 def find_common_checkpoint(run: RunFolder, rank: int, device: torch.device) -> Path | None:
-    """Return the newest intact checkpoint, from which all ranks resume, or None if there is none yet.
+    """Return the newest intact checkpoint, from which all ranks resume, or None if the run has no checkpoint yet.
 
-    This is a collective. Rank 0 verifies the digest of every file, and renames damaged checkpoints.
+    This function is a collective. Rank 0 verifies the SHA-256 of every file, and renames damaged checkpoints.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is intact.
+        CheckpointError: all checkpoints of the run are damaged.
         UserError: this rank cannot see the checkpoint that rank 0 has found.
     """
     step = torch.tensor(NO_CHECKPOINT, device=device)
@@ -147,7 +147,7 @@ def check_settings(folder: Path, file: RunFile) -> None:
     """Check that a checkpoint was trained with the settings and data of the run.
 
     Raises:
-        UserError: some differ; lists each difference.
+        UserError: a setting or the data differs. The error lists each difference.
     """
     saved = read_json(folder / "run.json", RunFile)
     differing = list(config_differences(_outcome_settings(saved), _outcome_settings(file)))

@@ -1,8 +1,9 @@
 """Initial weights of a run, and the weights in its checkpoints.
 
-Without an adapter a checkpoint contains the whole model. With an adapter it contains only the adapter, a few percent of
-the size, because the base weights are in `train.start_from`. The last checkpoint of an adapter run also contains the
-merged model, so evaluation, captioning and serving load it like any other model.
+Without an adapter, a checkpoint contains the weights of the whole model. With an adapter, a checkpoint contains only
+the adapter, a few percent of the model's size, because the base weights are in `train.start_from`. The last checkpoint
+of an adapter run also contains the merged model, so evaluation, captioning and serving can load the checkpoint like any
+other model.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from vlm.training.state import TrainingSnapshot, save_state, snapshot_training
 
 
 class ModelBuilder:
-    """Builds the model of a run with its initial weights, and loads and saves weights of checkpoints."""
+    """Builds the model of a run with its initial weights, and loads and saves the weights in checkpoints."""
 
     def __init__(self, config: ModelConfig, settings: TrainConfig, tokenizer: Tokenizer) -> None:
         self.config, self.settings, self.tokenizer = config, settings, tokenizer
@@ -57,7 +58,7 @@ class ModelBuilder:
         return model.to(device)
 
     def plain(self, weights: Mapping[str, Tensor], device: torch.device) -> VisionLanguageModel:
-        """Build an unsharded model from weights by name, without advancing torch's random generator."""
+        """Build an unsharded model from a dict of weights, without changing the state of torch's random generator."""
         with torch.random.fork_rng(devices=[]):
             model = build_model(self.config, self.tokenizer.vocab_size).to(device)
         with torch.no_grad():
@@ -69,7 +70,7 @@ class ModelBuilder:
         """Load the weights of a checkpoint into the model.
 
         Raises:
-            CheckpointError: the checkpoint is damaged, or belongs to another model or base.
+            CheckpointError: the checkpoint is damaged, or belongs to another model or other base weights.
         """
         if self.settings.adapter:
             load_adapter_weights(folder, model, self._digest)
@@ -79,9 +80,9 @@ class ModelBuilder:
     def copy(
         self, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, step: int, *, last: bool
     ) -> Callable[[Path], None]:
-        """Copy the state of the training; return a function that writes it as a checkpoint into an empty folder.
+        """Copy the training state. Return a function that writes the copy as a checkpoint into an empty folder.
 
-        The function may be called later, while training continues.
+        The returned function may be called later, while training continues.
         """
         adapted = self.settings.adapter is not None
         copy = snapshot_training(adapter_weights(model) if adapted else model_weights(model), model, optimizer, step)

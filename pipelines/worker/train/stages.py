@@ -1,7 +1,7 @@
-"""Stages of a training run: the steps of each, its trainable parameters and their learning rates.
+"""Stages of a training run: the steps, the trainable parameters and the learning rates of each stage.
 
-A stage starts with a new optimizer over its trainable parameters. So frozen parameters have neither gradients nor
-moments, and a run resumed at the first step of a stage needs only the weights.
+A stage starts with a new optimizer for the stage's trainable parameters. So frozen parameters have neither gradients
+nor optimizer state, and a run that resumes at the first step of a stage needs only the weights.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from vlm.training.optim import build_adamw, schedule, set_trainable
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps [first, end) of a run.
+    """Stage of a run that consists of the steps [first, end).
 
     Attributes:
-        first: its first step.
-        end: the first step after it.
+        first: first step of the stage.
+        end: first step after the stage.
         lr: largest learning rate of any parameter.
-        rates: learning rate by pattern of parameter names; None trains all trainable parameters at `lr`.
+        rates: learning rate by pattern of parameter names, or None to train all trainable parameters at `lr`.
     """
 
     first: int
@@ -34,10 +34,10 @@ class Stage:
     rates: Mapping[str, float] | None
 
     def start(self, model: VisionLanguageModel, settings: TrainConfig) -> torch.optim.Optimizer:
-        """Freeze the parameters that this stage does not train; return a new optimizer over the others.
+        """Freeze the parameters that this stage does not train. Return a new optimizer for the trainable parameters.
 
         Raises:
-            ConfigError: a pattern matches no parameter that is still unmatched by the patterns before it.
+            ConfigError: a pattern matches no parameter, except parameters that an earlier pattern matches.
         """
         if self.rates is not None:
             set_trainable(model, self.rates)
@@ -52,7 +52,7 @@ class Stage:
 
 
 def plan_stages(settings: TrainConfig) -> list[Stage]:
-    """Return the stages of a run in order; a run without configured stages has a single one."""
+    """Return the stages of a run in order. A run without configured stages has a single stage."""
     if not settings.stages:
         return [Stage(0, settings.steps, settings.optimizer.lr, None)]
     ends = list(itertools.accumulate(stage.steps for stage in settings.stages))
@@ -63,5 +63,5 @@ def plan_stages(settings: TrainConfig) -> list[Stage]:
 
 
 def stage_at(stages: list[Stage], step: int) -> Stage:
-    """Return the stage that contains a step, or the last stage if the step is after all of them."""
+    """Return the stage that contains a step, or the last stage if the step is after the last stage."""
     return next((stage for stage in stages if step < stage.end), stages[-1])

@@ -1,8 +1,9 @@
 """Training in one rank: join the process group, build the model, resume from the last checkpoint, train, report.
 
-The training loop is `vlm.training.loop.fit`. This module gives it batches and does the work after each step: metrics,
-validation and checkpoints. A checkpoint contains all state carried between steps: weights, optimizer state, and the
-number of the next step, which determines the rows, the learning rate and every random number.
+The training loop is `vlm.training.loop.fit`. This module supplies the training loop with batches, and after each step
+it does what is due: metrics, validation and checkpoints. A checkpoint contains all state carried between steps: the
+weights, the optimizer state, and the number of the next step. The number of a step determines its rows, its learning
+rate and its random numbers.
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ log = logging.getLogger(__name__)
 
 
 def train(run: RunFolder, env: RankEnv, monitor: RankMonitor) -> None:
-    """Train from the last checkpoint to the end; rank 0 writes result.json when every rank is done.
+    """Train from the last checkpoint to the last step. Rank 0 writes result.json when every rank is done.
 
     Raises:
-        UserError: the batch size is not a multiple of the ranks, a rank lacks its GPU, or the group has foreign ranks.
+        UserError: the batch size cannot be divided by the number of ranks, a rank has no GPU, or the process group
+            contains a rank of another run.
         LakesightError: shards or checkpoints are damaged, or a loss is not finite.
     """
     file = run.read_run()
@@ -156,7 +158,7 @@ class Trainer:
         with profile_steps(self.run.profile, steps, self.device) as self.stepped:
             for stage in plan_stages(settings):
                 if stage.first > self.resume_step:
-                    swap_average(self.optimizer)  # the next stage starts from the averaged weights
+                    swap_average(self.optimizer)  # so that the next stage starts from the averaged weights
                     self.optimizer = stage.start(self.model, settings)
                 if stage.end > self.resume_step:
                     self._train_stage(stage, range(max(stage.first, self.resume_step), stage.end))
@@ -196,7 +198,7 @@ class Trainer:
     def after_step(self, stage: Stage, report: StepReport) -> None:
         """Report the step and, when due, write metrics, validate, caption samples and save a checkpoint.
 
-        Rank 0 writes the files of the run. Validation, and a checkpoint of a sharded model, involve all ranks.
+        Only rank 0 writes files of the run. All ranks take part in validation and in checkpoints of a sharded model.
         """
         settings, done = self.file.config.train, report.step + 1
         if settings.optimizer.ema_decay:
@@ -230,7 +232,7 @@ class Trainer:
         self.stopwatch.start()
 
     def write_result(self) -> None:
-        """Write result.json. All ranks have finished, and the last checkpoint and metrics are written."""
+        """Write result.json. Called after all ranks have finished and the last checkpoint and metrics are written."""
         *_, last = self.run.read_metrics()
         best = best_checkpoint(self.run)
         assert best, "the last step is always validated and has a checkpoint"
@@ -246,7 +248,7 @@ class Trainer:
         write_json(self.run.result, result)
 
     def _throughput(self) -> dict[str, float]:
-        """Return the rates since the last lap, tflops_per_second of all ranks, and mfu (model FLOPs utilisation)."""
+        """Return the rates since the last lap, the TFLOP/s of all ranks together, and the model FLOPs utilisation."""
         rates = self.stopwatch.lap()
         text_tokens = round(rates["tokens_per_second"] / rates["samples_per_second"])
         forward = flops_per_sample(self.file.config.model, self.tokenizer.vocab_size, text_tokens)
@@ -276,7 +278,7 @@ class Trainer:
         return found
 
     def _write_samples(self, done: int) -> None:
-        """Write sample captions in rank 0. Gathering the weights of a sharded model for it is a collective."""
+        """Write sample captions in rank 0. All ranks call this method, because a sharded model must be gathered."""
         settings, model = self.file.config.train, self.model
         if self.sharded:
             weights = {name: full_tensor(tensor) for name, tensor in model_weights(model).items()}

@@ -1,4 +1,4 @@
-"""Validation on pictures not trained on: loss, blind gap, and sample captions."""
+"""Validation on pictures that the model is not trained on: loss, blind gap, and sample captions."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def validate(
 ) -> dict[str, float]:
     """Compute val/loss (nats per token) and val/blind_gap on the first rows of the shards, divided among the ranks.
 
-    The blind gap is the loss with the picture of the next row, minus the loss with the right picture. It is zero for a
-    model that ignores the picture. With a single row there is no other picture, and no gap is reported.
+    The blind gap is the loss with the picture of the next row, minus the loss with the right picture. The gap is zero
+    for a model that ignores the picture. If there is only one row, no gap is computed.
 
-    This is a collective: every rank calls it at the same step and gets the same values.
+    This function is a collective: every rank must call it at the same step and gets the same values.
 
     Args:
-        model: the model; put into training mode afterwards.
+        model: model to validate, which is in training mode afterwards.
         shards: validation shards.
         collator: collator of the model.
         num_rows: largest number of rows to validate on.
-        batch_size: rows per batch of a rank.
-        rank: 0 <= rank < world_size.
+        batch_size: number of rows per batch of a rank.
+        rank: number of this rank, 0 <= rank < world_size.
         world_size: number of ranks.
-        report_progress: called after each batch.
+        report_progress: function to call after each batch.
     """
     total = min(num_rows, len(shards))
     rank_rows = np.array_split(np.arange(total), world_size)[rank].tolist()
@@ -53,7 +53,7 @@ def validate(
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     model.eval()
     for first in range(0, -(-total // world_size), batch_size):
-        # All ranks must call a sharded model equally often: a rank without rows left computes row 0 and discards it.
+        # All ranks must call a sharded model equally often. A rank without rows computes row 0 and drops its losses.
         indexes = rank_rows[first : first + batch_size]
         counts, indexes = bool(indexes), indexes or [0]
         rows = [shards.row(index) for index in indexes]
@@ -73,7 +73,7 @@ def validate(
 def caption_samples(
     model: VisionLanguageModel, tokenizer: Tokenizer, shards: Shards, count: int
 ) -> tuple[CaptionSample, ...]:
-    """Caption the first pictures of the shards, skipping rows whose prompt leaves no space for a caption."""
+    """Caption the first pictures of the shards. Skip rows whose prompt leaves no room for a caption."""
     config = model.config
     max_prefix = config.decoder.context - config.generation.max_new_tokens
     samples = []

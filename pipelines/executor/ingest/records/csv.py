@@ -1,7 +1,7 @@
 """Parsers of CSV rows.
 
-Spark's own CSV parser takes half as long as decoding the pictures in its fields. Python workers therefore receive
-lines as bytes and split them here. Spark parses a file only if its quoted fields may contain line breaks.
+Parsing a row with Spark's CSV parser takes half as long as decoding the row's picture. Python workers therefore receive
+lines as bytes and split the lines here. Spark parses a CSV file only if its quoted fields may contain line breaks.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pipelines.executor.ingest.records.record import Problem, Record
 def csv_records(
     batches: Iterator[pa.RecordBatch], headers: Sequence[tuple[str, ...]], lines: Lines = spark_lines
 ) -> Iterator[Record]:
-    """Parse CSV lines. Blank lines and the header (the first other line of a file) are skipped.
+    """Parse CSV lines. Blank lines and the header (the first line of a file that is not blank) are skipped.
 
     Args:
-        batches: the input of `lines`.
-        headers: column names; `Line.header` is an index into them.
-        lines: reads lines from the batches.
+        batches: input of `lines`.
+        headers: list of headers, each a tuple of column names; `Line.header` is an index into the list.
+        lines: function that reads lines from the batches.
     """
     part = None
     for line in lines(batches):
@@ -44,7 +44,8 @@ def spark_csv_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
     """Convert CSV rows that Spark has parsed to records.
 
     Args:
-        batches: columns `file`, `raw` (the line, if it could not be parsed) and `row` (a map of column to string).
+        batches: batches with the columns `file`, `raw` (the line if Spark could not parse the line, else null) and
+            `row` (a map from column name to string).
     """
     for batch in batches:
         for row in batch.to_pylist():
@@ -53,10 +54,10 @@ def spark_csv_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
 
 
 def split_line(line: str) -> list[str] | None:
-    """Split a line into fields by RFC 4180. Return None if its quotes are wrong.
+    """Split a line into fields by RFC 4180. Return None if the quotes of the line are wrong.
 
-    This function searches for commas and quotes only. The csv module looks at every character, which is many times
-    slower on base64 pictures.
+    This function jumps from one comma or quote to the next. Python's csv module looks at every character, so it is many
+    times slower on base64 pictures.
     """
     fields, at = [], 0
     while True:

@@ -1,7 +1,8 @@
-"""Parser of folder sources: rows of a captions file, each of which names a picture file in the same folder.
+"""Parser of folder sources: each row of a captions file names a picture file in the same folder.
 
 A picture file that is missing or too large is a problem of its row. Any other disk error is a problem of the machine:
-it fails the task, and Spark retries the task. A network drive that is offline for a minute must not fill `quarantine`.
+the error fails the task, and Spark retries the task. A network drive that is offline for a minute must not fill
+`quarantine`.
 """
 
 from __future__ import annotations
@@ -23,40 +24,40 @@ from pipelines.executor.ingest.records.record import Problem, Read, Record
 
 NOT_FOUND = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
 NO_PICTURE = "no picture"
-"""State of an item whose picture cannot be found. Stored in the ledger."""
+"""Value of the column `state` of the table `ingested` for a row whose picture cannot be found."""
 
 CAPTION_ROWS = 1024
-"""Rows of a batch of CAPTIONS."""
+"""Number of rows in a CAPTIONS batch."""
 CAPTIONS = pa.schema(
     [
         ("item", pa.string()),  # <captions file>#<hash of the row>
         ("state", pa.string()),  # change token of the picture
-        ("file", pa.string()),  # from here on: the record
+        ("file", pa.string()),  # the columns from `file` to `detail` hold the record
         ("fields", pa.string()),  # JSON
         ("raw", pa.string()),
         ("reason", pa.string()),
         ("detail", pa.string()),
     ]
 )
-"""Rows of a captions file with the change tokens of their pictures."""
+"""Schema of the rows of a captions file, with the change tokens of their pictures."""
 
 
 def change_token(size: int, modified: int) -> str:
-    """Return a file's change token: its size in bytes and its modification time, given in microseconds."""
+    """Return a file's change token, a text of the size in bytes and the modification time (given in microseconds)."""
     return f"{size} bytes, {datetime.fromtimestamp(modified / 1e6, UTC):%Y-%m-%dT%H:%M:%S}.{modified % 1_000_000:06d}Z"
 
 
 def list_captions(
     batches: Iterator[pa.RecordBatch], read: Read, captions: str, folder: str, column: str
 ) -> Iterator[pa.RecordBatch]:
-    """List the rows of a captions file with the change tokens of their pictures, as CAPTIONS. No picture is opened.
+    """Yield the rows of a captions file with the change tokens of their pictures, without opening a picture.
 
     Args:
-        batches: the input of `read`.
-        read: the parser of the captions file.
+        batches: input of `read`.
+        read: parser of the captions file.
         captions: path of the captions file.
         folder: folder of the pictures.
-        column: the field that names a picture file.
+        column: field that names a picture file.
     """
     records = read(batches)
     while rows := [_caption_row(record, captions, folder, column) for record in islice(records, CAPTION_ROWS)]:
@@ -72,7 +73,7 @@ def _caption_row(record: Record, captions: str, folder: str, column: str) -> dic
 
 
 def caption_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
-    """Restore the records of CAPTIONS rows."""
+    """Convert CAPTIONS rows back to the records from which the rows were made."""
     for batch in batches:
         for row in batch.to_pylist():
             problem = Problem(row["reason"], row["detail"]) if row["reason"] else None
@@ -82,14 +83,14 @@ def caption_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
 def folder_records(
     batches: Iterator[pa.RecordBatch], read: Read, folder: str, column: str, max_bytes: int
 ) -> Iterator[Record]:
-    """Add the bytes of the named picture to each record, as the field PICTURE.
+    """Add the bytes of the named picture file to each record, as the field PICTURE.
 
     Args:
-        batches: the input of `read`.
-        read: yields records of the captions file.
+        batches: input of `read`.
+        read: function that yields records of the captions file.
         folder: folder of the pictures.
-        column: the field that names a picture file, relative to the folder.
-        max_bytes: largest file to read.
+        column: field that names a picture file, relative to the folder.
+        max_bytes: largest size of a picture file to read, in bytes.
     """
     for record in read(batches):
         if record.problem:
@@ -115,7 +116,7 @@ def _picture_state(folder: str, name: object) -> str:
 
 
 def _find_picture(folder: str, name: object) -> os.stat_result | Problem:
-    """Find a file in the folder or below it. Paths that lead outside the folder are refused."""
+    """Find a file in the folder or in its subfolders. A path that leads outside the folder is a Problem."""
     if not isinstance(name, str) or not name.strip():
         return Problem("missing_field", "no file is named")
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:

@@ -1,4 +1,4 @@
-"""Parser of JSON lines: one object per line."""
+"""Parser of JSON lines files, which hold one JSON object per line."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def jsonl_records(batches: Iterator[pa.RecordBatch], lines: Lines = spark_lines)
     """Parse JSON lines. Blank lines are skipped.
 
     Args:
-        batches: the input of `lines`.
-        lines: reads lines from the batches.
+        batches: input of `lines`.
+        lines: function that reads lines from the batches.
     """
     for line in lines(batches):
         text = line.content.decode("utf-8", errors="replace").removeprefix("\ufeff")

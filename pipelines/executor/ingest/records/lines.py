@@ -1,8 +1,8 @@
-"""Readers of text lines: from Spark's text reader, or directly from the file.
+"""Readers of text lines: `spark_lines` takes lines from Spark's text reader, and `file_lines` reads the file itself.
 
-A line may hold megabytes of base64. Spark's text reader copies it about six times inside the JVM, which takes half as
-long as decoding its picture. Python workers therefore read plain files themselves, range by range. Spark reads only
-compressed files and files on storage that cannot be opened as plain files.
+A line may hold megabytes of base64. Spark's text reader copies each line about six times inside the JVM, which takes
+half as long as decoding the picture in the line. Python workers therefore read plain files themselves, one byte range
+after the other. Spark reads only compressed files and files on storage that cannot be opened as plain files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 LINE_ENDS = b"\r\n"
-"""Characters stripped from the end of a line, however many there are: some spreadsheets write two carriage returns."""
+"""Characters that are stripped from the end of a line. Some spreadsheets write two carriage returns."""
 
 
 class Line(NamedTuple):
@@ -25,7 +25,7 @@ class Line(NamedTuple):
         file: name of the file.
         start: byte offset of the range of the file that contains the line.
         header: index of the file's header in the source's list of headers.
-        content: UTF-8 bytes, without the line end.
+        content: UTF-8 bytes of the line, without its line end.
     """
 
     path: str
@@ -42,7 +42,7 @@ def spark_lines(batches: Iterator[pa.RecordBatch]) -> Iterator[Line]:
     """Yield lines that Spark's text reader has read.
 
     Args:
-        batches: columns of Line.
+        batches: batches with the fields of Line as columns.
     """
     for batch in batches:
         path, file, start, header = (batch.column(name).to_pylist() for name in Line._fields[:-1])
@@ -54,7 +54,8 @@ def file_lines(batches: Iterator[pa.RecordBatch]) -> Iterator[Line]:
     """Read the lines of file ranges, one line in memory at a time. A line belongs to the range in which it begins.
 
     Args:
-        batches: columns of Line except `content`, and `end`: the byte offset at which the next range begins.
+        batches: batches with the fields of Line as columns, but with `end` (the byte offset at which the next range
+            begins) instead of `content`.
     """
     for batch in batches:
         for row in batch.to_pylist():

@@ -1,4 +1,4 @@
-"""A record: one row of a source, parsed but not yet validated."""
+"""A record is one row of a source that is parsed but not yet validated."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 Fields = dict[str, Any]
-"""Columns of a row by name. Values have the source's types: strings, numbers, bytes, lists and dictionaries."""
+"""Values of a row by column name. A value has the type that the source gives it, such as str, bytes or list."""
 
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
-"""A JSON escape of half a UTF-16 surrogate pair."""
+"""Pattern of a JSON escape of a UTF-16 surrogate."""
 
 
 class Problem(NamedTuple):
-    """Why a row could not be parsed: one of tables.REASONS, and the details."""
+    """Why a row could not be parsed or its picture could not be read: one of tables.REASONS, and details."""
 
     reason: str
     detail: str
@@ -28,10 +28,10 @@ class Record(NamedTuple):
 
     Attributes:
         file: name of the row's file.
-        fields: columns of the row.
-        raw: the unparsed row, if it could not be parsed.
-        problem: why the row could not be parsed.
-        source_row: the row's identifier, if it already has one (a replayed row of `quarantine`).
+        fields: values of the row by column name.
+        raw: text of the unparsed row, or None if the row could be parsed.
+        problem: why the row cannot become a sample, or None.
+        source_row: identifier of a replayed row of `quarantine`, or None for a row that has no identifier yet.
     """
 
     file: str
@@ -42,11 +42,11 @@ class Record(NamedTuple):
 
 
 Read = Callable[[Iterator[pa.RecordBatch]], Iterator[Record]]
-"""A parser: it maps batches of a source's raw rows to records. The columns of the batches depend on the source."""
+"""A parser maps batches of a source's raw rows to records. The columns of the batches depend on the source."""
 
 
 def parse_json_object(text: str) -> Fields | Problem:
-    """Parse a JSON object. Lone UTF-16 surrogates become U+FFFD, because UTF-8 cannot encode them."""
+    """Parse a JSON object. A lone UTF-16 surrogate becomes U+FFFD, because UTF-8 cannot encode a lone surrogate."""
     try:
         fields = json.loads(text)
         if SURROGATE_ESCAPE.search(text):

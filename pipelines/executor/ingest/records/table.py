@@ -10,15 +10,15 @@ import pyarrow as pa
 from pipelines.executor.ingest.records.record import Problem, Record, parse_json_object
 
 FILE = "_lakesight_file"
-"""The column that holds the name of a row's file."""
+"""Name of the column that holds the file name of a row."""
 
 
 def table_records(batches: Iterator[pa.RecordBatch], image: str) -> Iterator[Record]:
     """Convert table rows to records. An image struct of bytes and path becomes two fields: IMAGE and IMAGE.path.
 
     Args:
-        batches: the file name as first column, then the table's own columns.
-        image: name of the image column.
+        batches: batches in which the first column is the file name and the next columns are those of the table.
+        image: name of the image column (IMAGE).
     """
     for batch in batches:
         names = batch.schema.names[1:]
@@ -31,7 +31,7 @@ def table_records(batches: Iterator[pa.RecordBatch], image: str) -> Iterator[Rec
 
 
 def _to_python(column: pa.Array) -> list[Any]:
-    """Convert a column to Python values. Spark accepts strings that are not UTF-8; invalid bytes are replaced."""
+    """Convert a column to Python values. Invalid UTF-8, which Spark accepts in a string, becomes U+FFFD."""
     try:
         values: list[Any] = column.to_pylist()
     except UnicodeDecodeError:
@@ -42,10 +42,10 @@ def _to_python(column: pa.Array) -> list[Any]:
 
 
 def payload_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
-    """Restore the original records of `quarantine` rows. A row that could not be parsed then is refused again.
+    """Restore the original records of `quarantine` rows. A row that ingest could not parse is refused again.
 
     Args:
-        batches: columns `source_row` and `payload`.
+        batches: batches with the columns `source_row` and `payload`.
     """
     for batch in batches:
         for name, payload in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):

@@ -1,4 +1,4 @@
-"""Parser of WebDataset tars: members with the same key form one row."""
+"""Parser of WebDataset tars, in which the members with the same key form one row."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from pipelines.executor.ingest.records.record import Fields, Problem, Record, pa
 
 TAR_ERRORS = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
 MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
-"""<key>.<extension>. The extension begins at the first dot of the file name; hidden files do not match."""
+"""Pattern of <key>.<extension>. The extension begins after the first dot of the name; hidden files do not match."""
 
 
 def tar_records(batches: Iterator[pa.RecordBatch], images: Sequence[str], max_bytes: int) -> Iterator[Record]:
     """Read the rows of WebDataset tars as streams, one row in memory at a time.
 
-    Fields: __key__; PICTURE and __member__ (name of the picture's member); one field per further member, named by its
-    extension; and json.KEY for each key of a `json` member.
+    A record has the fields __key__, PICTURE, __member__ (the name of the picture's member), one field per further
+    member (named by its extension), and json.KEY for each key of a `json` member.
 
     Args:
-        batches: column `path`.
-        images: extensions of pictures. If a row has several, the first one in this order is its picture.
-        max_bytes: largest member to read.
+        batches: batches with the column `path`, the path of a tar.
+        images: file extensions of pictures. If a row has several pictures, the extension that is first in this order
+            decides which picture is used.
+        max_bytes: largest size of a tar member to read, in bytes.
     """
     for batch in batches:
         for path in batch.column("path").to_pylist():
@@ -61,7 +62,7 @@ def _read_tar(path: Path, images: Sequence[str], max_bytes: int) -> Iterator[Rec
 
 
 class _TarRow:
-    """The members of one key, collected in the order of the tar."""
+    """The members of a tar that have the same key, in the order of the tar."""
 
     def __init__(self, key: str) -> None:
         self.key = key
