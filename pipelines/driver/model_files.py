@@ -11,14 +11,14 @@ from vlm.config import Config, ModelConfig
 
 
 class ModelFiles(Config):
-    """A model version and the folder of its files.
+    """A version of a registered model, and the folder of its files.
 
     Attributes:
-        folder: weights, config and tokenizer; visible to executors under the same path.
+        folder: folder with the weights, config and tokenizer; executors see the folder under the same path.
         name: name of the registered model.
         version: version of the registered model.
-        run_id: MLflow run that trained the version.
-        remote: whether the folder is on a network; each host then copies it once.
+        run_id: id of the MLflow run that trained the version.
+        remote: whether the folder is on a network drive. If so, each host copies the folder once.
     """
 
     folder: Path
@@ -31,7 +31,7 @@ class ModelFiles(Config):
         """Read the model's config.
 
         Raises:
-            UserError: the folder does not hold a model.
+            UserError: the folder has no valid config.json.
         """
         path = self.folder / "config.json"
         try:

@@ -1,9 +1,9 @@
-"""Shard: write the rows of one source and split, at a pinned version of `samples`, to files that ranks read.
+"""Shard stage: write the rows of one source and split, at a pinned version of `samples`, to files that ranks read.
 
-Executors decode and resize pictures before or after Spark's shuffle, which brings each picture to its file. Executors
-write the files, and the driver writes the manifest last. The request determines the contents of a folder, and the
-folder's name is a hash of the request, so the same request finds the folder again. Two concurrent writers of one folder
-do no harm: they write the same bytes under the same names, each file atomically.
+Spark's shuffle brings each picture to its file. Executors decode and resize the pictures before or after the shuffle,
+and write the files. The driver writes the manifest last. The request determines the contents of a shard folder, and the
+folder's name is a hash of the request, so the same request finds the folder again. Two processes may write the same
+folder at the same time, because both write the same bytes under the same names, and write each file atomically.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from vlm.config import Config, ImageConfig
 logger = logging.getLogger(__name__)
 
 STALE_SECONDS = 3600
-"""Age at which a leftover file of a crashed writer is removed."""
+"""Age in seconds at which a leftover file of a crashed writer is removed."""
 SAMPLED_ROWS = 64
-"""Pictures whose mean size decides whether to decode before or after the shuffle."""
+"""Number of pictures whose mean size decides whether to decode pictures before or after the shuffle."""
 
 Assign = Callable[..., Iterator[RecordBatch]]
 """A function like `executor.shard.assign_files`, which may also decode."""
@@ -58,10 +58,10 @@ class ShardReport(Config):
         source: name of the data config.
         split: split of the rows.
         num_rows: number of pictures.
-        content_hash: hash of the contents; equal for equal training data.
+        content_hash: hash of the contents; equal training data has an equal hash.
         dataset_version: version of `samples` that last changed this source.
         reused: whether the folder existed already and nothing was written.
-        seconds: duration.
+        seconds: duration of the stage, in seconds.
     """
 
     folder: str
@@ -75,7 +75,7 @@ class ShardReport(Config):
 
 
 class ShardFolder(NamedTuple):
-    """A complete shard folder. `reused` says whether it existed already."""
+    """A complete shard folder. `reused` says whether the folder existed already."""
 
     folder: Path
     manifest: Manifest
@@ -85,14 +85,15 @@ class ShardFolder(NamedTuple):
 def shard(  # noqa: PLR0917 (each argument is one part of a run, and all are required)
     spark: SparkSession, platform: Platform, source_name: str, config: DataConfig, image: ImageConfig, split: Split
 ) -> ShardReport:
-    """Find or write the shards of one source and split. For training on a mix, also those of the other sources.
+    """Find or write the shards of one source and split, and for a training mix the shards of the other sources too.
 
     A request is pinned to the version of `samples` that last changed its source. The rows are read at the newest
-    version, where they are the same, because VACUUM may have removed the files of an old version.
+    version, because VACUUM may have removed the files of the pinned version. Both versions have the same rows of the
+    source.
 
     Raises:
         UserError: the split has no rows, or data.shards.where is not a valid SQL condition.
-        StageFailed: rows were lost or doubled.
+        StageFailed: rows were lost or written twice.
     """
     started = time.monotonic()
     ensure_tables(spark, platform)
@@ -116,15 +117,15 @@ def shard(  # noqa: PLR0917 (each argument is one part of a run, and all are req
 
 
 def write_mix(parts: Sequence[ShardFolder], shares: Sequence[float], shards: Path) -> ShardFolder:
-    """Write a folder that refers to the files of other shard folders. It contains only a manifest.
+    """Write a folder that contains only a manifest, which refers to the files of other shard folders.
 
     The manifest says how many rows of each part an epoch draws. An epoch has as many draws as all parts have rows.
-    Parts 1 and later get their shares, and part 0 gets the rest.
+    Each part after the first gets its share of the draws, and the first part gets the remaining draws.
 
     Args:
         parts: shard folders with the same parent folder.
-        shares: shares of parts 1 and later, each above 0, with a sum below 1.
-        shards: the parent folder.
+        shares: shares of all parts after the first part. Each share is above 0, and their sum is below 1.
+        shards: parent folder of the shard folders.
     """
     total = sum(part.manifest.num_rows for part in parts)
     shared_draws = [max(1, round(share * total)) for share in shares]
@@ -153,7 +154,7 @@ def write_mix(parts: Sequence[ShardFolder], shares: Sequence[float], shards: Pat
 def find_or_write(  # noqa: PLR0917 (as for `shard`)
     spark: SparkSession, platform: Platform, source: str, config: ShardConfig, image: ImageConfig, split: Split
 ) -> ShardFolder:
-    """Find the shard folder of one source and split at the current version, or write it."""
+    """Find or write the shard folder of one source and split, pinned to the last change of the source."""
     version = read_versions(spark, platform, source)
     request = ShardRequest(
         table=platform.table(SAMPLES.name),
@@ -202,8 +203,8 @@ def _select_rows(spark: SparkSession, request: ShardRequest, version: int) -> Da
 def _write_folder(rows: DataFrame, folder: Path, request: ShardRequest) -> None:
     """Write all shard files, then the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Only the shuffle keys pass through a single task, which numbers them: 64 characters per picture. Pictures go
-    # directly to their files, because the driver knows the first key of each file.
+    # A single task numbers the shuffle keys, which have 64 characters per picture. Pictures do not pass through that
+    # task. They go directly to their files, because the driver knows the first shuffle key of each file.
     numbered = rows.select("shuffle_key", (F.row_number().over(Window.orderBy("shuffle_key")) - 1).alias("number"))
     starts = numbered.filter(F.col("number") % request.rows == 0).orderBy("number").collect()
     first_keys = [row["shuffle_key"] for row in starts]
@@ -227,10 +228,10 @@ def _write_folder(rows: DataFrame, folder: Path, request: ShardRequest) -> None:
 
 
 def _decode_after_shuffle(rows: DataFrame, request: ShardRequest, files: int) -> bool:
-    """Decide whether to shuffle picture files instead of pixels.
+    """Return whether to shuffle encoded pictures and decode them after the shuffle.
 
-    This pays off if picture files are smaller than their pixels and there are at least as many shard files as cores,
-    because the files are then decoded in parallel.
+    Decoding after the shuffle is faster if encoded pictures are smaller than their pixels, and if there are at least as
+    many shard files as cores, so that all cores decode.
     """
     if request.encoding != "raw" or files < rows.sparkSession.sparkContext.defaultParallelism:
         return False
@@ -241,7 +242,7 @@ def _decode_after_shuffle(rows: DataFrame, request: ShardRequest, files: int) ->
 def _write_files(
     rows: DataFrame, folder: Path, request: ShardRequest, first_keys: list[str], assign: Assign
 ) -> list[ShardFile]:
-    """Shuffle every picture to its file and write the files. Return them in the order of their names."""
+    """Shuffle every picture to its shard file and write the shard files. Return the files sorted by name."""
     assigned = partial(assign, request=request, first_keys=first_keys)
     write = partial(write_files, request=request, folder=str(folder), decoded=assign is not assign_files)
     with bounded_batches(rows.sparkSession):

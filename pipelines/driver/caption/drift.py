@@ -1,7 +1,7 @@
-"""Drift: figures of a caption job compared with those of the same model version's evaluation.
+"""Drift: comparison of the figures of a caption job with the figures of an evaluation of the same model version.
 
-Both sides count with `pipelines.formats.caption_stats`. The model version is the same on both sides, so a difference
-comes from the pictures and not from the model.
+Caption jobs and evaluations both count with `pipelines.formats.caption_stats`. The model version is the same, so a
+difference comes from the pictures and not from the model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FIGURES = ("words", "distinct_words", "mean_logprob", *PROMPT_INDEPENDENT)
 
 
 class Drift(Config):
-    """A figure of the caption job and of the evaluation. `change` is relative or a difference, like its limit."""
+    """A figure of a caption job and of an evaluation. `change` and `limit` are both relative or both a difference."""
 
     value: float
     evaluated: float
@@ -34,7 +34,7 @@ class Drift(Config):
 
 
 class EvaluationFigures(Config):
-    """Figures of a version's evaluation, and the number of pictures evaluated."""
+    """Figures of the evaluation of a model version, and the number of pictures evaluated."""
 
     figures: dict[str, float]
     rows: int
@@ -43,7 +43,7 @@ class EvaluationFigures(Config):
 def read_evaluation_figures(
     spark: SparkSession, platform: Platform, *, model: str, version: str, source: str, split: str
 ) -> EvaluationFigures:
-    """Read the figures of a version's last evaluation on a split; no figures if it was not evaluated."""
+    """Read the figures of a model version's last evaluation on a split; return no figures if it was not evaluated."""
     rows = (
         spark.table(platform.table(EVALUATIONS.name))
         .where((F.col("model_name") == model) & (F.col("model_version") == version) & F.col("slice").isNull())
@@ -61,15 +61,15 @@ def read_evaluation_figures(
 def compare_figures(
     figures: Mapping[str, float], rows: int, evaluation: EvaluationFigures, limits: DriftConfig, *, prompt: str
 ) -> dict[str, Drift]:
-    """Compare each figure with that of the evaluation. Return nothing if either side has too few rows.
+    """Compare each figure of a caption job with the evaluation. Return an empty dict if either has too few rows.
 
     Args:
         figures: figures of the caption job.
-        rows: rows captioned by the job.
+        rows: number of rows that the job captioned.
         evaluation: figures of the evaluation.
         limits: minimum number of rows, and the largest allowed change of each figure.
-        prompt: prompt of the job. The evaluation has plain captions, so a job with a prompt compares only pictures and
-            errors.
+        prompt: prompt of the job. An evaluation uses no prompt, so for a job with a prompt only the figures of
+            pictures and errors are compared.
     """
     if min(rows, evaluation.rows) < limits.min_rows:
         return {}
@@ -80,7 +80,7 @@ def compare_figures(
 
 
 def _drift(name: str, value: float, evaluated: float, limit: float) -> Drift:
-    """Compare one figure with that of the evaluation."""
+    """Compare one figure of the caption job with the same figure of the evaluation."""
     change = value - evaluated
     if name in RELATIVE:
         change = change / evaluated if evaluated else float(value > 0)

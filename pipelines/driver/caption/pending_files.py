@@ -1,8 +1,8 @@
 """Files of captions that executors wrote and that are not yet merged into `generated_captions`.
 
 A folder belongs to one key (table, model version, settings), not to one job. A job that is killed leaves files, and the
-next job with the same key merges them. Two jobs with one key may run at the same time and merge each other's files:
-merging is idempotent, and a file that is missing was merged by the other job.
+next job with the same key merges these files. Two jobs with the same key may run at the same time and merge each
+other's files, because merging is idempotent and each job skips the files that the other job has merged.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from pipelines.platform import Platform
 logger = logging.getLogger(__name__)
 
 ROWS_PER_COMMIT = 100_000
-"""Approximate rows per commit. They pass through the driver, a few hundred bytes each."""
+"""Approximate rows per commit. All rows of a commit pass through the driver; a row has a few hundred bytes."""
 STALE = timedelta(days=1)
 """Age from which a temporary file counts as left over by a killed task."""
 
 
 @dataclass(frozen=True)
 class PendingFiles:
-    """Files of one key.
+    """Files of captions that belong to one key.
 
     Attributes:
         folder: folder of the files.
-        key: columns and values that all rows share.
+        key: columns of `generated_captions`, and the value that all rows of the files have in each column.
     """
 
     folder: Path
     key: dict[str, str]
 
     def open(self) -> None:
-        """Create the folder, and remove temporary files that killed tasks left."""
+        """Create the folder, and remove temporary files that killed tasks have left there."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob(".*.tmp"):
             if time.time() - path.stat().st_mtime > STALE.total_seconds():
@@ -58,7 +58,7 @@ class PendingFiles:
         return sorted(self.folder.glob("*.parquet"))
 
     def num_rows(self) -> int:
-        """Count the rows by the files' footers. This is cheap: a progress bar calls it twice a second."""
+        """Count the rows of all files from the Parquet footers. A progress bar calls this method twice a second."""
         total = 0
         for path in self.files():
             with suppress(FileNotFoundError):  # another driver merged it
@@ -69,7 +69,7 @@ class PendingFiles:
         """Merge all files into `generated_captions` and remove them. Return the number of rows in the files.
 
         Raises:
-            StageFailed: every attempt conflicted with other writers. The files stay, so nothing is lost.
+            StageFailed: every attempt to merge conflicted with other writers. The files stay, so no caption is lost.
         """
         total, chunk, files = 0, [], []
         for path, rows in self._read_files():
@@ -101,9 +101,9 @@ class PendingFiles:
 
 
 def matches_key(key: dict[str, str]) -> Column:
-    """Return the condition that a row of the table, under the alias `old`, has these values.
+    """Return the condition that a row of the table, under the alias `old`, has the values of the key.
 
-    The values are literals, so Delta can skip files.
+    The condition contains the values as literals, so Delta can skip files.
     """
     condition = F.lit(True)
     for column, value in key.items():
@@ -112,13 +112,13 @@ def matches_key(key: dict[str, str]) -> Column:
 
 
 def _newest_rows(rows: DataFrame) -> DataFrame:
-    """Keep the newest row of each picture. A retried task or a second job may have written it more than once."""
+    """Keep the newest row of each picture. A retried task or a second job may have written a picture more than once."""
     order = Window.partitionBy("image_id").orderBy(F.desc("captioned_at"), F.desc("source_version"), "sha256")
     return rows.withColumn("rank", F.row_number().over(order)).filter("rank = 1").drop("rank")
 
 
 def _merge(spark: SparkSession, name: str, new: DataFrame, key: dict[str, str]) -> None:
-    """Insert new captions, and update rows that had an error or whose picture changed."""
+    """Insert new captions, and update rows that had an error or whose picture has changed."""
     same_row = matches_key(key) & (F.col("old.image_id") == F.col("new.image_id"))
     columns: dict[str, str | Column] = {name: f"new.{name}" for name in GENERATED_CAPTIONS.names}
     is_newer = "new.captioned_at > old.captioned_at"

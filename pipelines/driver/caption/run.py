@@ -1,9 +1,9 @@
-"""Caption job: captions for the rows of a Delta table that a model version has not captioned yet.
+"""Caption job: caption the rows of a Delta table that a model version has not captioned yet.
 
-1. Merge files that an earlier job left (`pending_files.py`).
-2. Count the rows without a caption by id only: no picture is read. Stop if there are none.
-3. Executors read the remaining pictures once and caption them into files (`pipelines.executor.caption`).
-4. Merge these files into `generated_captions`.
+1. The driver merges the files that an earlier job left (`pending_files.py`).
+2. The driver counts the rows without a caption. The count reads ids and no pictures. Without such a row the job ends.
+3. Executors read the remaining pictures once and write their captions to files (`pipelines.executor.caption`).
+4. The driver merges these files into `generated_captions`.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ class CaptionRequest(Config):
     """Table to caption, and settings of the captions.
 
     Attributes:
-        source_table: a Delta table: `table` (of the platform's own schema), `schema.table`, `catalog.schema.table`, or
-            delta.`/path`.
-        source_version: version of that table; None means the newest.
-        id_column: column of unique, non-null ids.
-        image_column: column of pictures, binary or base64 text.
-        prompt: empty for a plain caption.
-        where: SQL condition on the table's columns; empty for all rows.
-        settings: decoding settings; None means those of the model's config.
+        source_table: name of a Delta table, as `table` (in the platform's own schema), `schema.table`,
+            `catalog.schema.table`, or delta.`/path`.
+        source_version: version of the source table; None means the newest version.
+        id_column: name of a column of unique, non-null ids.
+        image_column: name of a column of pictures, as binary or base64 text.
+        prompt: text before the caption; an empty prompt gives a plain caption.
+        where: SQL condition on the table's columns; an empty condition selects all rows.
+        settings: decoding settings; None means the decoding settings of the model's config.
         precision: number format in which the model computes.
-        limits: limits on a picture; a picture beyond them becomes a row with an error.
-        retry_errors: caption rows again that have an error.
-        remove_deleted: remove captions of rows that the table no longer has, of all models.
-        max_error_share: largest share of errors among the rows processed now. Beyond it the job fails after everything
-            is written.
+        limits: size limits of a picture; a picture that exceeds a limit becomes a row with an error.
+        retry_errors: whether to caption rows again that have an error.
+        remove_deleted: whether to remove the captions, by any model, of rows that the table no longer has.
+        max_error_share: largest allowed share of errors among the rows that this job processes. If the share is larger,
+            the job writes all rows and then fails.
     """
 
     source_table: str = "samples"
@@ -82,18 +82,18 @@ class CaptionRequest(Config):
 
 
 class CaptionReport(Config):
-    """Result of a caption job. considered = already + captioned + errors.
+    """Result of a caption job, with considered = already + captioned + errors.
 
     Attributes:
-        considered: rows that meet the condition.
-        already: rows that already had a caption or an error, including those in files of an earlier job.
-        captioned: rows captioned by this job.
-        errors: rows that this job could not caption.
-        changed: those of `captioned` and `errors` whose picture has changed since it was captioned before.
-        recovered: captions in files of an earlier job, which were merged first.
-        removed: captions removed because the table no longer has the row.
-        figures: figures of the rows captioned now, as in `CaptionStats.figures`.
-        drift: comparison of each figure with the version's evaluation; empty if they were not compared.
+        considered: number of rows that meet the SQL condition.
+        already: number of rows that already had a caption or an error, also if only in a file of an earlier job.
+        captioned: number of rows that this job captioned.
+        errors: number of rows that this job could not caption.
+        changed: number of rows in `captioned` and `errors` that were captioned before, with another picture.
+        recovered: number of captions that were merged from files of an earlier job.
+        removed: number of captions removed because the table no longer has their rows.
+        figures: figures of the rows that this job captioned, as in `CaptionStats.figures`.
+        drift: comparison of each figure with the evaluation of the model version; empty if nothing was compared.
     """
 
     source_table: str
@@ -130,7 +130,7 @@ class TooManyErrors(StageFailed):
 
 
 Progress = Callable[[Callable[[], int], int], AbstractContextManager[None]]
-"""Shows progress while its block runs. Arguments: a function that counts the finished rows, and the number of rows."""
+"""Context manager that shows progress. Its arguments are a function that counts finished rows, and the row count."""
 
 
 def caption(
@@ -143,15 +143,15 @@ def caption(
     """Caption the rows that have no caption of this model version and these settings in `generated_captions`.
 
     A row whose picture has changed is captioned again. A row whose picture cannot be decoded is written with its error,
-    and is captioned again only with `retry_errors`. If no row is left, nothing is written.
+    and is captioned again only with `retry_errors`. If no row is left to caption, nothing is written.
 
     `progress` shows progress while executors run.
 
     Raises:
-        UserError: no such table, version or column, a condition that is not valid SQL, ids that are not unique, a
-            prompt too long to leave space for a caption, or a precision whose library is not installed.
-        StageFailed: Spark failed. The next job continues where this one ended.
-        TooManyErrors: more errors than `max_error_share` allows. All rows are written.
+        UserError: the table, the version or a column does not exist, the condition is not valid SQL, the ids are not
+            unique, the prompt leaves no space for a caption, or the library for the precision is not installed.
+        StageFailed: Spark failed. The next job continues where this job ended.
+        TooManyErrors: the share of errors is larger than `max_error_share`. All rows are written.
     """
     started = time.monotonic()
     request.precision.require()
@@ -194,7 +194,7 @@ def caption(
 def _create_job(
     spark: SparkSession, platform: Platform, model: ModelFiles, request: CaptionRequest, source: SourceTable
 ) -> tuple[CaptionJob, dict[str, str]]:
-    """Return the job for the executors, and the key that all of its rows share."""
+    """Return the job for the executors, and the key that all rows of the job share."""
     settings = request.settings or model.read_config().generation
     decoding = settings.model_dump() | {"precision": request.precision}
     key = {
@@ -221,7 +221,7 @@ def _create_job(
 
 
 class RowCounts(NamedTuple):
-    """Number of rows, and of rows to process: those without a caption, and those whose picture may have changed."""
+    """Number of rows, and number of rows to process: rows without a caption, or whose picture may have changed."""
 
     rows: int
     todo: int
@@ -230,7 +230,7 @@ class RowCounts(NamedTuple):
 def _find_uncaptioned_rows(
     spark: SparkSession, platform: Platform, source: SourceTable, key: dict[str, str], request: CaptionRequest
 ) -> tuple[DataFrame, RowCounts]:
-    """Return the rows to process (image_id, image, known), and counts. Counting reads ids only, no pictures."""
+    """Return the rows to process (columns image_id, image, known) and the row counts, which need no picture."""
     table = spark.table(platform.table(GENERATED_CAPTIONS.name)).alias("old").where(matches_key(key))
     old = table.where("error IS NULL") if request.retry_errors else table
     done = old.select("image_id", "sha256", "source_version", F.lit(True).alias("is_done"))
@@ -258,8 +258,10 @@ def _find_uncaptioned_rows(
 
 
 def _unchanged_files(spark: SparkSession, source: SourceTable, done: DataFrame) -> DataFrame:
-    """Return the data files that the table has now and had at a version captioned before: columns source_version, file,
-    is_unchanged."""
+    """Return the data files of the pinned version that an earlier captioned version also has.
+
+    The columns are source_version (the earlier version), file and is_unchanged (always true).
+    """
     earlier = [row[0] for row in done.select("source_version").distinct().collect() if row[0] != source.version]
     now = files_at(spark, source.name, source.version) if earlier else set()
     pairs = [(version, file, True) for version in earlier for file in now & files_at(spark, source.name, version)]
@@ -268,8 +270,9 @@ def _unchanged_files(spark: SparkSession, source: SourceTable, done: DataFrame) 
 
 def _run_executors(spark: SparkSession, todo: DataFrame, rows: int, job: CaptionJob) -> CaptionStats:
     """Caption the rows into files on executors. Return the statistics of the rows."""
-    # Repartition, because a small table is one file and would be one task. By id, so that a retried task gets the same
-    # rows. The number of tasks is a multiple of the cores: three tasks on two cores take as long as four.
+    # The rows are repartitioned, because a small table is one file and would be one task. The key is the id, so that a
+    # retried task gets the same rows. The number of tasks is a multiple of the number of cores, because three tasks on
+    # two cores take as long as four tasks.
     cores = spark.sparkContext.defaultParallelism
     tasks = cores * -(-rows // (job.rows_per_file * cores))
     with bounded_batches(spark):
@@ -282,7 +285,7 @@ def _run_executors(spark: SparkSession, todo: DataFrame, rows: int, job: Caption
 
 
 def _remove_deleted(spark: SparkSession, platform: Platform, source: SourceTable) -> int:
-    """Remove captions of rows that the table no longer has. Return the number removed."""
+    """Remove captions of rows that the table no longer has. Return the number of removed captions."""
     name = platform.table(GENERATED_CAPTIONS.name)
     of_table = matches_key({"source_table": source.name})
     merge = (
@@ -295,7 +298,7 @@ def _remove_deleted(spark: SparkSession, platform: Platform, source: SourceTable
 
 
 def _check_prompt(model: ModelFiles, request: CaptionRequest) -> None:
-    """Raise UserError if the prompt is too long, before executors start."""
+    """Raise UserError if the prompt is too long. This check runs before executors start."""
     config = model.read_config()
     settings = request.settings or config.generation
     prefix = prefix_ids(text.load(model.folder / "tokenizer.json"), config.num_slots, request.prompt)

@@ -1,4 +1,4 @@
-"""Source table of a caption job: any Delta table with an id and a picture column, validated and pinned to a version."""
+"""Source table of a caption job: a Delta table with an id column and a picture column, read at one pinned version."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ TABLE_NAME = re.compile(r"([A-Za-z_]\w*\.){0,2}[A-Za-z_]\w*|delta\.`[^`]+`")
 
 @dataclass(frozen=True)
 class SourceTable:
-    """A table at one version.
+    """The table to caption, at one version.
 
     Attributes:
         name: full name of the table.
         version: version of the table.
-        rows: rows that meet the request's condition: image_id (string), image (binary, or base64 text) and file (name
-            of the row's data file).
-        ids: column image_id of all rows of the table.
+        rows: rows that meet the SQL condition of the request, with the columns image_id (string), image (binary, or
+            base64 text) and file (name of the data file that contains the row).
+        ids: the column image_id of all rows of the table.
     """
 
     name: str
@@ -42,16 +42,16 @@ def open_source_table(
     """Open the table that a request names, and check its columns.
 
     Args:
-        spark: the session.
-        platform: its schema holds a table that is named without a schema.
+        spark: Spark session.
+        platform: platform whose schema holds the table if `table` names no schema.
         table: name of the table.
-        version: version of the table; None means the newest.
+        version: version of the table; None means the newest version.
         columns: names of the id column and of the picture column.
-        where: SQL condition on the rows; empty for all rows.
+        where: SQL condition on the rows; an empty condition selects all rows.
 
     Raises:
-        UserError: no such table, version or column, the column's type cannot hold pictures, or the condition is not
-            valid SQL.
+        UserError: the table, the version or a column does not exist, the type of the picture column cannot hold
+            pictures, or the condition is not valid SQL.
     """
     if not TABLE_NAME.fullmatch(table):
         raise UserError(
@@ -86,9 +86,9 @@ def open_source_table(
 
 
 def files_at(spark: SparkSession, name: str, version: int) -> set[str]:
-    """Return the names of a table's data files at a version; none if Delta no longer has that version.
+    """Return the names of a table's data files at a version, or no names if Delta no longer has that version.
 
-    Delta never changes a data file: a row that is in the same file at two versions is unchanged.
+    Delta never changes a data file, so a row that is in the same data file at two versions is unchanged.
     """
     try:
         found = spark.read.option("versionAsOf", version).table(name).inputFiles()
@@ -98,7 +98,7 @@ def files_at(spark: SparkSession, name: str, version: int) -> set[str]:
 
 
 def _read(spark: SparkSession, platform: Platform, name: str, version: int | None) -> tuple[int, DataFrame]:
-    """Read the table at a version, or at the newest, which is then pinned. Return the version and the rows."""
+    """Read the table at a version, or at the newest version if `version` is None. Return the version and the rows."""
     try:
         newest = spark.sql(f"DESCRIBE HISTORY {name} LIMIT 1").head()
     except AnalysisException as error:

@@ -1,8 +1,8 @@
-"""Maintenance of the Delta tables: missing columns and constraints, compaction (OPTIMIZE) and VACUUM.
+"""Maintenance of the Delta tables: adding missing columns and constraints, compaction (OPTIMIZE) and VACUUM.
 
-Maintenance changes no row: every commit is one of `versions.MAINTENANCE_OPERATIONS`, so shards that are pinned to a
-version stay valid. A stage that writes at the same time may conflict with OPTIMIZE. OPTIMIZE is tried three times, then
-skipped until the next run.
+Maintenance changes no row: the operation of every commit is in `versions.MAINTENANCE_OPERATIONS`, so shards that are
+pinned to a table version stay valid. A stage that writes at the same time may conflict with OPTIMIZE. After three
+conflicts, the maintenance of that table is skipped until the next run.
 """
 
 from __future__ import annotations
@@ -26,22 +26,21 @@ from vlm.config import Config
 logger = logging.getLogger(__name__)
 
 MIN_RETAIN_HOURS = 168
-"""One week, Delta's own minimum: a running caption job or evaluation may still read older files."""
+"""Delta's own minimum of one week, because a running caption job or evaluation may still read older files."""
 ATTEMPTS = 3
 
 
 class TableMaintenance(Config):
-    """Maintenance of one table.
-
+    """Report on the maintenance of one table.
     Attributes:
         table: full name of the table.
-        checks_added: names of the constraints that were missing.
-        rewritten: small files that OPTIMIZE replaced.
-        written: larger files that OPTIMIZE wrote.
-        removed: files that VACUUM deleted: no version within the retention uses them.
-        files: number of files of the newest version afterwards.
-        bytes: size of these files.
-        postponed: why maintenance was skipped until the next run; None if it was not.
+        checks_added: names of the constraints that were missing and have been added.
+        rewritten: number of small files that OPTIMIZE replaced.
+        written: number of larger files that OPTIMIZE wrote.
+        removed: number of files that VACUUM deleted because no table version within the retention time uses them.
+        files: number of files of the newest table version after the maintenance.
+        bytes: total size of the files of that version, in bytes.
+        postponed: reason why maintenance was skipped until the next run; None if maintenance was not skipped.
     """
 
     table: str
@@ -55,7 +54,7 @@ class TableMaintenance(Config):
 
 
 class MaintainReport(Config):
-    """Maintenance of every table, and its duration in seconds."""
+    """Report on the maintenance of every table, and the duration in seconds."""
 
     tables: tuple[TableMaintenance, ...]
     seconds: float
@@ -65,9 +64,9 @@ def maintain(spark: SparkSession, platform: Platform, retain_hours: int = MIN_RE
     """Upgrade, compact and vacuum every table.
 
     Args:
-        spark: the session.
+        spark: Spark session.
         platform: platform of the tables.
-        retain_hours: VACUUM keeps files that versions of the last `retain_hours` hours use.
+        retain_hours: retention time in hours. VACUUM keeps files that a table version of this time uses.
 
     Raises:
         UserError: `retain_hours` is below MIN_RETAIN_HOURS.
@@ -115,7 +114,7 @@ def _maintain_table(spark: SparkSession, name: str, checks: Mapping[str, str], r
 
 
 def _count_removed(spark: SparkSession, name: str) -> int:
-    """Return how many files the last VACUUM deleted, from its commit in the history."""
+    """Return how many files the last VACUUM deleted, as its commit in the table history says."""
     ended = spark.sql(f"DESCRIBE HISTORY {name} LIMIT 5").filter(F.col("operation") == "VACUUM END")
     commits = ended.orderBy(F.desc("version")).select("operationMetrics").collect()
     return int(commits[0]["operationMetrics"]["numDeletedFiles"]) if commits else 0

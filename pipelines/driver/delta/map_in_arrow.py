@@ -1,4 +1,4 @@
-"""Helpers for `DataFrame.mapInArrow`: the schema of the result as SQL, and torch threads of a task."""
+"""Helpers for `DataFrame.mapInArrow`: the result schema as SQL, and the number of torch threads of a task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipelines.formats.tables import sql_type
 
 
 def task_threads(spark: SparkSession) -> int:
-    """Return how many threads torch may use in one task: spark.task.cpus."""
+    """Return how many threads torch may use in one Spark task, which is the value of spark.task.cpus."""
     return int(spark.conf.get("spark.task.cpus", "1") or 1)
 
 

@@ -1,4 +1,4 @@
-"""Retry of Delta writes that lose a race to another writer (optimistic concurrency)."""
+"""Retry of Delta writes that fail because another writer committed first (optimistic concurrency)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 
 class WriteConflict(Exception):
-    """Another writer committed after this one planned its write. Nothing was written."""
+    """A write was given up because another writer has committed since the write was planned. Nothing was written."""
 
 
 CONFLICTS = (
@@ -39,19 +39,19 @@ CONFLICTS = (
     MetadataChangedException,
     ProtocolChangedException,
 )
-"""Errors after which nothing was written because another writer committed first. Delta gives them no common class."""
+"""Errors of a write that wrote nothing because another writer committed first. They have no common base class."""
 MAX_ATTEMPTS = 12
 
 
 def retry_on_conflict(write: Callable[[], Result], where: str = "the tables it writes") -> Result:
-    """Call `write` until it does not conflict with another writer, at most MAX_ATTEMPTS times. Return its result.
+    """Call `write` until it has no conflict with another writer, at most MAX_ATTEMPTS times. Return its result.
 
     Args:
-        write: writes everything in one commit, or nothing.
-        where: the table, for the error message.
+        write: function that writes everything in one commit, or nothing.
+        where: name of the table, for the error message.
 
     Raises:
-        StageFailed: every attempt conflicted.
+        StageFailed: every call of `write` conflicted with another writer.
     """
     for attempt in range(1, MAX_ATTEMPTS + 1):
         try:
@@ -60,7 +60,7 @@ def retry_on_conflict(write: Callable[[], Result], where: str = "the tables it w
             conflict = error
             logger.info("write conflict (%s), attempt %d of %d", type(error).__name__, attempt, MAX_ATTEMPTS)
             if attempt < MAX_ATTEMPTS:
-                time.sleep(random.uniform(0, 0.5 * attempt))  # noqa: S311 (jitter, so that writers do not meet again)
+                time.sleep(random.uniform(0, 0.5 * attempt))  # noqa: S311 (a random wait keeps writers apart)
     raise StageFailed(
         f"the write conflicted with other writers {MAX_ATTEMPTS} times",
         where=where,

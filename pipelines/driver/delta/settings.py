@@ -29,10 +29,11 @@ def spark_settings(spark: SparkSession, values: dict[str, str]) -> Iterator[None
 
 @contextmanager
 def bounded_batches(spark: SparkSession) -> Iterator[None]:
-    """Limit the size of Parquet and Arrow batches of queries that run in the block.
+    """Limit the size of Parquet and Arrow batches in queries that run in the block.
 
-    Spark's default of 10,000 rows is 17 GB of megapixel pictures. Spark 4.1 and later also apply the limit in bytes.
-    Spark 4.0 has only the limit in rows, so it is small: 32 of the largest usual pictures are 50 MB.
+    At Spark's default limit of 10,000 rows, a batch of megapixel pictures has 17 GB. Spark 4.1 and later also apply
+    the limit in bytes. Spark 4.0 has only the limit in rows. That limit is 32 rows, because 32 of the largest usual
+    pictures have 50 MB.
     """
     with spark_settings(
         spark,
@@ -47,7 +48,7 @@ def bounded_batches(spark: SparkSession) -> Iterator[None]:
 
 @contextmanager
 def uncompressed_parquet(spark: SparkSession) -> Iterator[None]:
-    """Write Parquet files in the block without compression, and pictures and payloads without dictionary encoding.
+    """Turn off Parquet compression in the block, and the dictionary encoding of columns `image` and `payload`.
 
     Pictures are compressed already, and each encoding step would copy a row of up to 50 MB.
     """
@@ -60,6 +61,6 @@ def uncompressed_parquet(spark: SparkSession) -> Iterator[None]:
 
 @contextmanager
 def vacuum_logging(spark: SparkSession) -> Iterator[None]:
-    """Make VACUUM commands in the block log their metrics in the table's history."""
+    """Make the VACUUM commands in the block write their metrics to the table history."""
     with spark_settings(spark, {"spark.databricks.delta.vacuum.logging.enabled": "true"}):
         yield

@@ -1,4 +1,4 @@
-"""Spark errors as errors of this project: a user's invalid SQL, a failed job, a Python worker that died."""
+"""Translation of Spark errors (invalid SQL of a user, a failed job, a dead Python worker) to errors of this project."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ WORKER_DIED = re.compile(
 
 
 def filter_rows(frame: DataFrame, condition: str, *, where: str) -> DataFrame:
-    """Return the rows that meet a user's SQL condition; all rows if the condition is empty.
+    """Return the rows that meet a user's SQL condition, or all rows if the condition is empty.
 
     Args:
         frame: rows to filter.
-        condition: SQL on the columns of `frame`.
-        where: where the user wrote the condition, for the error message.
+        condition: SQL condition on the columns of `frame`.
+        where: name of the place where the user wrote the condition, for the error message.
 
     Raises:
         UserError: the condition is not valid SQL on these columns.
@@ -47,11 +47,11 @@ def filter_rows(frame: DataFrame, condition: str, *, where: str) -> DataFrame:
 
 @contextmanager
 def translate_spark_errors(what: str, *, where: str) -> Iterator[None]:
-    """Raise StageFailed with a one-paragraph message if Spark fails in the block. The Spark error is its cause.
+    """Raise StageFailed from the Spark error, with a message of one paragraph, if Spark fails in the block.
 
     Args:
-        what: what failed, for the error message.
-        where: the table, folder or model, for the error message.
+        what: sentence that says what failed, for the error message.
+        where: name of the table, folder or model, for the error message.
 
     Raises:
         StageFailed: Spark, an executor or a Python worker failed.
@@ -71,10 +71,9 @@ def worker_died(error: Exception) -> bool:
 
 
 def run_or_guard(run: Callable[[], Result], run_guarded: Callable[[], Result]) -> Result:
-    """Return the result of `run`; if a Python worker dies in it, the result of `run_guarded`.
+    """Return the result of `run`, or the result of `run_guarded` if a Python worker dies during `run`.
 
-    The guarded variant decodes in child processes (`pipelines.executor.crash_guard`) and isolates the row that kills
-    them.
+    `run_guarded` decodes in child processes (`pipelines.executor.crash_guard`) and finds the row that kills a process.
     """
     try:
         return run()

@@ -1,4 +1,4 @@
-"""Creation and schema upgrade of the project's Delta tables. Sessions come from `Platform.open_spark`."""
+"""Creation and schema upgrade of the project's Delta tables. `Platform.open_spark` opens the Spark sessions."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ CONSTRAINT_PREFIX = "delta.constraints."
 """Prefix of the table properties in which Delta stores CHECK constraints."""
 
 CREATION_TIMEOUT_S = 10
-"""Seconds after which a Delta log without a commit counts as left over by a killed process."""
+"""Age in seconds from which a Delta log without a commit counts as a leftover of a killed process."""
 
 
 def ensure_tables(spark: SparkSession, platform: Platform) -> None:
-    """Create the Delta tables that do not exist, and add missing columns to those of an earlier version.
+    """Create the Delta tables that do not exist, and add missing columns to tables of an earlier Lakesight version.
 
-    The catalog of the local platform is in memory, so tables that an earlier process wrote are registered again.
+    The local platform has its catalog in memory, so tables that an earlier process wrote are registered again.
     """
     if platform.tables is not None:
         spark.sql(f"CREATE SCHEMA IF NOT EXISTS {platform.namespace} LOCATION {_quoted(platform.tables)}")
@@ -35,7 +35,7 @@ def ensure_tables(spark: SparkSession, platform: Platform) -> None:
 
 
 def ensure_table(spark: SparkSession, platform: Platform, table: Table) -> None:
-    """Create one table or add its missing columns, as `ensure_tables` does."""
+    """Create one table, or add the columns that the existing table lacks, as `ensure_tables` does."""
     name, folder = platform.table(table.name), platform.tables and platform.tables / table.name
     if not spark.catalog.tableExists(name):
         location = f" LOCATION {_quoted(folder)}" if folder else ""
@@ -49,7 +49,7 @@ def ensure_table(spark: SparkSession, platform: Platform, table: Table) -> None:
 
 
 def add_checks(spark: SparkSession, name: str, checks: Mapping[str, str]) -> tuple[str, ...]:
-    """Add the CHECK constraints that a table lacks. Return the names of those added."""
+    """Add the CHECK constraints that a table lacks. Return the names of the added constraints."""
     properties = spark.sql(f"SHOW TBLPROPERTIES {name}").collect() if checks else []
     existing = {row["key"].removeprefix(CONSTRAINT_PREFIX) for row in properties}
     missing = tuple(check for check in checks if check not in existing)
@@ -59,7 +59,7 @@ def add_checks(spark: SparkSession, name: str, checks: Mapping[str, str]) -> tup
 
 
 def add_columns(spark: SparkSession, platform: Platform, table: Table) -> None:
-    """Add the columns that a table of an earlier version lacks, as nullable columns."""
+    """Add the columns that a table of an earlier Lakesight version lacks, as nullable columns."""
     name = platform.table(table.name)
     existing = set(spark.table(name).columns)
     missing = [column.ddl() for column in table.columns if column.name not in existing]
@@ -69,7 +69,7 @@ def add_columns(spark: SparkSession, platform: Platform, table: Table) -> None:
 
 def _create(name: str, table: Table, location: str) -> str:
     clustered = f" CLUSTER BY ({', '.join(table.cluster_by)})" if table.cluster_by else ""
-    # A table in a folder gets its constraints with its first commit. A catalog may require one statement for each.
+    # A table in a folder gets its constraints with its first commit. A catalog may require a statement per constraint.
     checks = {f"{CONSTRAINT_PREFIX}{check}": table.checks[check] for check in table.checks if location}
     properties = ", ".join(f"'{key}' = {_quoted(value)}" for key, value in (table.properties | checks).items())
     return (
@@ -81,8 +81,9 @@ def _create(name: str, table: Table, location: str) -> str:
 def _has_commits(folder: Path) -> bool:
     """Return whether a folder holds a Delta table with at least one commit.
 
-    A log folder without a commit has two causes. Another process may be creating the table: wait for its first commit.
-    Or a process was killed while creating it: remove the log folder, because Delta fails on it.
+    A log folder without a commit has two causes. Either another process is creating the table, and this function waits
+    for the first commit. Or a process was killed while creating the table, and this function removes the log folder,
+    because Delta cannot open a table whose log folder has no commit.
     """
     log = folder / "_delta_log"
     while log.is_dir():

@@ -1,4 +1,4 @@
-"""Versions of a table that many sources share: the last change of a source, and writes that a newer change cancels."""
+"""Versions of a table that many sources share: which version last changed a source, and which writes are outdated."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ MAINTENANCE_OPERATIONS = frozenset(
 
 
 class TableVersions(NamedTuple):
-    """Versions of a table for one source.
+    """Two versions of a table: the newest version, and the last version that changed one source.
 
     Attributes:
-        newest: latest version of the table.
-        last_change: latest version that changed a row of the source; of `samples`, its dataset_version.
+        newest: newest version of the table.
+        last_change: newest version that changed a row of the source. For table `samples`, this is the dataset_version.
     """
 
     newest: int
@@ -40,10 +40,11 @@ class TableVersions(NamedTuple):
 def read_versions(spark: SparkSession, platform: Platform, source: str, table: Table = SAMPLES) -> TableVersions:
     """Read the newest version of a table, and the version to pin a source to.
 
-    All sources share one table. Its newest version grows when any source is ingested, so a pin to it would make every
-    source's shards stale. Each ingest writes its source into its commit (`commit_note`); commits of other sources and
-    maintenance commits are skipped. A commit without a note, such as a DELETE by hand, counts as a change. So does the
-    oldest commit that Delta still keeps: the pin may be later than necessary, never too early.
+    All sources share one table. The newest version of the table grows when any source is ingested, so a pin to the
+    newest version would make the shards of every source stale. Each ingest writes the name of its source into its
+    commit (`commit_note`), and this function skips commits of other sources and maintenance commits. A commit without
+    a note, such as a DELETE by hand, counts as a change of every source. The oldest commit that Delta still keeps also
+    counts as a change, so the pin may be later than necessary, but never too early.
 
     Both versions come from one read of the history, so rows of `source` are equal at `newest` and at `last_change`.
     """
@@ -70,18 +71,19 @@ def source_note(source: str) -> str:
 
 @contextmanager
 def commit_note(spark: SparkSession, note: str) -> Iterator[None]:
-    """Write `note` into the user metadata of Delta commits made in the block."""
+    """Write `note` into the user metadata of the Delta commits that are made in the block."""
     with spark_settings(spark, {NOTE_CONF: note}):
         yield
 
 
 @contextmanager
 def skip_if_changed_since(spark: SparkSession, source: str, version: int) -> Iterator[None]:
-    """Make Delta skip a write in the block if another such write to `source` was planned at `version` or later.
+    """Make Delta skip a write in the block if another guarded write to `source` was planned at `version` or later.
 
-    Uses Delta's idempotent writes (txnAppId, txnVersion). The application is the source. The transaction version is
-    `version`: the last change of the source when the write was planned. Delta skips a write whose transaction version
-    is not above the last one committed. Of two writers that planned at the same version, the first commits.
+    This function uses Delta's idempotent writes (txnAppId, txnVersion). The application is the source. The transaction
+    version is `version`: the last change of the source when the write was planned. Delta skips a write whose
+    transaction version is not above the last committed transaction version. If two writers planned at the same version,
+    the first of them commits, and Delta skips the write of the second.
     """
     with spark_settings(spark, {f"{TXN_CONF}AppId": source_note(source), f"{TXN_CONF}Version": str(version)}):
         yield

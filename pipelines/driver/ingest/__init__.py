@@ -1,5 +1,5 @@
-"""Ingest in the driver: read a source of pictures and texts into the tables `samples` and `quarantine`.
+"""The driver's part of an ingest, which reads a source of pictures and texts into tables `samples` and `quarantine`.
 
-Start reading in `run.py`, which calls `sources/`, `decode.py`, `plan.py`, `commit.py` and `ledger.py` in this order;
-executors run `pipelines.executor.ingest`. May import pyspark and delta; never torch or MLflow.
+Start reading in `run.py`, which calls `sources/`, `decode.py`, `plan.py`, `commit.py` and `ledger.py` in this order.
+Executors run `pipelines.executor.ingest`. This package may import pyspark and delta, but never torch or MLflow.
 """

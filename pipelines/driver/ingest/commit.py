@@ -1,4 +1,4 @@
-"""Writes to `samples`: each is one Delta commit, and its row counts are verified against the plan."""
+"""Functions that write to `samples`. Each write is one Delta commit, whose row counts are checked against the plan."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:
-    """Write the usable pictures of a plan to `samples`, with near duplicates in the same split.
+    """Write the usable pictures of a plan to `samples`. Near duplicates are written with the same split.
 
     Raises:
-        WriteConflict: another ingest of the source has committed since the plan was made; nothing is written.
+        WriteConflict: another ingest of the source has committed since the plan was made. Nothing is written.
     """
     write = _replace if plan.request.replace else _add
     if not plan.totals.contributing:
@@ -37,7 +37,7 @@ def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:
 
 
 def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
-    """Insert new pictures and add new texts to existing ones, in one commit. `pictures` has a column `near_of`."""
+    """Insert new pictures and add new texts to existing pictures in one commit. `pictures` has a column `near_of`."""
     stamp, totals = plan.stamp, plan.totals
     spark, table = pictures.sparkSession, platform.table(SAMPLES.name)
     changed = pictures.filter("NOT conflicting AND size(new_texts) > 0")
@@ -50,14 +50,14 @@ def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
             merge = merge.whenMatchedUpdate(set={"texts": union})
             metrics = merge.whenNotMatchedInsertAll(condition="updates.image IS NOT NULL").execute()
             verify_merge(metrics, inserted=totals.new, updated=totals.updated)
-        else:  # an append, because a merge would join all rows with the table once more, pictures included
+        else:  # append, because a merge would join all rows and pictures with the table once more
             rows.writeTo(table).append()
             verify_append(spark, table, "ingested_at", stamp, totals.new)
     logger.info("%d new pictures, %d with new texts", totals.new, totals.updated)
 
 
 def _replace(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
-    """Replace all pictures of the source by the planned ones, in one commit. `pictures` has a column `near_of`."""
+    """Replace all pictures of the source by the planned pictures in one commit. `pictures` has a column `near_of`."""
     stamp, totals = plan.stamp, plan.totals
     spark, table = pictures.sparkSession, platform.table(SAMPLES.name)
     rows = _sample_rows(plan, pictures.filter("NOT conflicting"))
@@ -68,7 +68,7 @@ def _replace(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
 
 
 def _sample_rows(plan: IngestPlan, pictures: DataFrame) -> DataFrame:
-    """Convert planned pictures to rows of `samples`, in the order of its columns."""
+    """Convert planned pictures to rows of `samples`, with the columns in the order of the table."""
     rows = pictures.select(
         *("image_id", "sha256", "spilled", "spilled.format", "spilled.width", "spilled.height"),
         F.array_sort("new_texts").alias("texts"),
@@ -80,7 +80,7 @@ def _sample_rows(plan: IngestPlan, pictures: DataFrame) -> DataFrame:
 
 
 def remove_samples(spark: SparkSession, platform: Platform, source: str, ids: DataFrame) -> int:
-    """Delete the pictures of a source whose ids are in `ids` (column `id`, as in the source). Return their number."""
+    """Delete the pictures of a source whose ids are in column `id` of `ids`. Return the number of deleted pictures."""
     existing = rows_of_source(spark, platform, SAMPLES.name, source).select("image_id")
     image_ids = F.concat(F.lit(f"{source}/"), F.trim(F.col("id").cast("string"))).alias("image_id")
     deleted = existing.join(ids.select(image_ids), "image_id", "left_semi")

@@ -1,7 +1,7 @@
-"""Decoding: executors decode the raw rows of a source once; wide columns go to spill files.
+"""Decoding in an ingest: executors decode the raw rows of a source once, and write wide columns to spill files.
 
-Pictures pass through Spark only when they are written to their table. Until then they are in spill files
-(`pipelines.executor.ingest.spill`). Decoded rows are kept when a plan has to be made again.
+Pictures pass through Spark only when they are written to their table. Until then the pictures are in spill files
+(`pipelines.executor.ingest.spill`). If a plan has to be made again, the decoded rows are used again.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class IngestRequest:
-    """Rows to ingest and their settings.
+    """Rows to ingest, and the settings for these rows.
 
     Attributes:
         source: name of the data config.
-        config: the data config.
-        rows: raw rows, and the parser that executors apply to them.
-        ingest_id: id that written rows carry.
-        replace: whether the result replaces all rows of the source. Existing rows are then ignored by the plan.
+        config: data config of the source.
+        rows: raw rows, and the parser that executors apply to the raw rows.
+        ingest_id: id of the ingest, which all written rows carry.
+        replace: whether the result replaces all rows of the source. If so, the plan ignores existing rows.
     """
 
     source: str
@@ -57,9 +57,9 @@ class DecodedRows:
     """Rows that executors have decoded.
 
     Attributes:
-        request: the request that the rows belong to.
+        request: ingest request that the rows belong to.
         spill: spill folder with the pictures and payloads.
-        outcomes: one row (`executor.ingest.spill.NARROW`) per raw row.
+        outcomes: decoded rows without wide columns (`executor.ingest.spill.NARROW`), one per raw row.
         rows_in: number of raw rows.
         refused: number of rows that executors refused.
     """
@@ -75,10 +75,10 @@ class DecodedRows:
 def decode_rows(spark: SparkSession, platform: Platform, request: IngestRequest) -> Iterator[DecodedRows]:
     """Decode rows into a spill folder that exists while the block runs.
 
-    Inside the block, Delta commits carry the source's note and Arrow batches are bounded in size.
+    Inside the block, Delta commits carry the note of the source, and Arrow batches have a limited size.
 
     Raises:
-        StageFailed: Spark failed, here or in the block.
+        StageFailed: Spark failed in this function or in the block.
     """
     add_columns(spark, platform, SAMPLES)
     with (
@@ -95,7 +95,7 @@ def decode_rows(spark: SparkSession, platform: Platform, request: IngestRequest)
 
 
 def _decode(request: IngestRequest, spill: SpillFolder, decoder: Callable[..., Iterator[RecordBatch]]) -> DataFrame:
-    """Decode rows into NARROW rows, which are materialized in the spill folder."""
+    """Decode raw rows, and write the resulting NARROW rows to the spill folder."""
     started = time.monotonic()
     config, rows = request.config, request.rows
     rules = DecodeRules(

@@ -1,8 +1,8 @@
-"""Ledger: the items of a source that have been ingested completely and need not be read again (table `ingested`).
+"""Ledger (table `ingested`): the items of a source that have been ingested completely and need not be read again.
 
-The ledger only saves time. Rows are identified by their content, so an item that is read twice adds nothing. It may
-therefore be written last, after `samples` and `quarantine`, and it is only appended to. If an ingest is killed or runs
-twice, the worst case is that an item is read again.
+The ledger only saves time. Rows are identified by their content, so an item that is read twice adds nothing. The ledger
+may therefore be written last, after `samples` and `quarantine`, and an ingest only appends to the ledger. If an ingest
+is killed or runs twice, the worst case is that an item is read again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipelines.formats.tables import INGESTED
 from pipelines.platform import Platform
 
 ITEMS = pa.schema([("item", pa.string()), ("state", pa.string())])
-"""An item (a file, a row of a captions file, or a table) and its change token or version."""
+"""Schema of an item (a file, a row of a captions file, or a table) and its state (a change token or a version)."""
 
 
 class LedgerEntry(NamedTuple):
@@ -30,7 +30,7 @@ class LedgerEntry(NamedTuple):
     Attributes:
         source: name of the data config.
         rules: hash of the settings, from `hash_rules`.
-        ingest_id: the ingest.
+        ingest_id: id of the ingest.
     """
 
     source: str
@@ -39,7 +39,7 @@ class LedgerEntry(NamedTuple):
 
 
 def hash_rules(config: DataConfig) -> str:
-    """Hash the settings that decide what a row becomes.
+    """Hash the settings that decide how a raw row is converted to a sample.
 
     The location of the input and the tolerated share of bad rows are not part of the hash.
     """
@@ -54,7 +54,7 @@ def items_table(rows: list[tuple[str, str]]) -> pa.Table:
 
 
 def read_ledger(spark: SparkSession, platform: Platform, source: str, rules: str) -> pa.Table:
-    """Read the ITEMS of a source that have been ingested with these rules."""
+    """Read the ITEMS of a source that have been ingested with the settings whose hash is `rules`."""
     rows = rows_of_source(spark, platform, INGESTED.name, source).filter(F.col("rules") == rules)
     return rows.select(*ITEMS.names).toArrow()
 
@@ -66,12 +66,12 @@ def pending_items(items: pa.Table, ingested: pa.Table) -> pa.Table:
 
 
 def append_to_ledger(spark: SparkSession, platform: Platform, items: pa.Table, entry: LedgerEntry) -> None:
-    """Record ITEMS as ingested, in one commit. An append conflicts with no other commit."""
+    """Append ITEMS to the ledger in one commit. An append has no conflict with other commits."""
     columns = entry._asdict() | {"ingested_at": datetime.now(UTC)}
     rows = spark.createDataFrame(items).withColumns({name: F.lit(value) for name, value in columns.items()})
     rows.select(*INGESTED.names).writeTo(platform.table(INGESTED.name)).append()
 
 
 def delete_from_ledger(spark: SparkSession, platform: Platform, source: str) -> None:
-    """Delete the ledger rows of a source, so that the next ingest reads all of its items."""
+    """Delete the ledger rows of a source, so that the next ingest reads all items of the source."""
     DeltaTable.forName(spark, platform.table(INGESTED.name)).delete(F.col("source") == source)

@@ -1,9 +1,10 @@
-"""Near duplicates of an ingest: new pictures that resemble another picture, and the split that both belong to.
+"""Near duplicates of an ingest: find new pictures that resemble another picture, and put both into the same split.
 
-Comparing all pairs is too slow. The difference hashes of near duplicates differ in at most three of 64 bits. Cut into
-five blocks, such hashes agree in at least two blocks. So each picture is put under ten keys of 25 or 26 bits, one per
-pair of blocks, and only pictures that share a key are compared. The work is linear in the number of pictures while few
-pictures share a key. Keys that many pictures share (blank pictures, a template) are skipped and counted.
+Comparing all pairs of pictures is too slow. The difference hashes of near duplicates differ in at most three of 64
+bits. If the bits are cut into five blocks, the hashes of near duplicates agree in at least two blocks. So each picture
+gets ten keys of 25 or 26 bits, one key per pair of blocks, and only pictures that share a key are compared. The work is
+linear in the number of pictures if few pictures share a key. Keys that many pictures share, such as keys of blank
+pictures or of a template, are skipped, and the skipped pictures are counted.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pipelines.executor.ingest.fingerprint import HASH_BYTES, MAX_DIFFERING_BITS
 from vlm.config import Config
 
 BLOCKS = (13, 13, 13, 13, 12)
-"""Bits of each block of the difference hash."""
+"""Number of bits of each block of the difference hash."""
 MAX_PICTURES_OF_A_KEY = 500
 COMPARED = ("image_id", "split", "fingerprint", "existing")
 
@@ -29,11 +30,11 @@ class NearReport(Config):
     """Counts of new pictures that resemble another picture of their source.
 
     Attributes:
-        pictures: new pictures with a near duplicate.
-        moved: of these, pictures that were moved to the split of their near duplicate.
-        across_splits: of these, pictures with a near duplicate in another split. Either the source assigns the splits,
-            or the picture resembles two pictures that were already in different splits.
-        not_compared: new pictures that share a key with more than MAX_PICTURES_OF_A_KEY others.
+        pictures: number of new pictures with a near duplicate.
+        moved: number of new pictures that were moved to the split of their near duplicate.
+        across_splits: number of new pictures with a near duplicate in another split. Either the source assigns the
+            splits, or the picture resembles two pictures that were already in different splits.
+        not_compared: number of new pictures with a key that more than MAX_PICTURES_OF_A_KEY pictures share.
     """
 
     pictures: int = 0
@@ -43,12 +44,12 @@ class NearReport(Config):
 
 
 class NearDuplicates(NamedTuple):
-    """Near duplicates of a plan, materialized.
+    """Near duplicates among the pictures of a plan, read from files in the spill folder.
 
     Attributes:
-        shared: pictures that share a key with others, from `_shared_keys`.
-        pairs: pairs of near duplicates (PAIRS).
-        neighbours: split and near duplicate of each new picture, from `_resolve`.
+        shared: pictures that share a key with other pictures, from `_shared_keys`.
+        pairs: pairs of near duplicates, with the schema PAIRS.
+        neighbours: split and near duplicate of each new picture that has a near duplicate, from `_resolve`.
     """
 
     shared: DataFrame
@@ -83,7 +84,7 @@ KEY_MASKS = _key_masks()
 
 
 def find_near_duplicates(plan: IngestPlan) -> NearDuplicates:
-    """Compare the new pictures of a plan with each other and with those in `samples`."""
+    """Compare the new pictures of a plan with each other and with the pictures of the source in `samples`."""
     pictures = _compared_pictures(plan)
     shared = plan.spill.materialize(_shared_keys(pictures), "shared")
     pairs = plan.spill.materialize(_find_pairs(shared, pictures), "pairs")
@@ -93,17 +94,17 @@ def find_near_duplicates(plan: IngestPlan) -> NearDuplicates:
 
 
 def _compared_pictures(plan: IngestPlan) -> DataFrame:
-    """Return new and existing pictures with the columns COMPARED; `existing` says whether one was in `samples`."""
+    """Return new pictures and pictures of `samples`, with the columns COMPARED. `existing` is true for the latter."""
     new = plan.pictures.filter("NOT conflicting AND is_new").withColumn("existing", F.lit(False)).select(*COMPARED)
     existing = plan.existing.filter("fingerprint IS NOT NULL").withColumn("existing", F.lit(True)).select(*COMPARED)
     return new.unionAll(existing)
 
 
 def _shared_keys(pictures: DataFrame) -> DataFrame:
-    """Return one row per picture and key that it shares with others, at least one of them new.
+    """Return one row per picture and key, for keys that a new picture shares with another picture.
 
-    Columns: image_id, existing, bits (the difference hash), mask (index into KEY_MASKS), key, pictures (number of
-    pictures with the key). The rest of the fingerprint is long, so it is not repeated for each of ten keys.
+    The columns are image_id, existing, bits (the difference hash), mask (index into KEY_MASKS), key and pictures
+    (number of pictures with the key). The fingerprint is long, so a row contains only its difference hash.
     """
     bits = F.conv(F.hex(F.substring("fingerprint", 1, HASH_BYTES)), 16, -10).cast("bigint")
     keys = F.array(*(F.col("bits").bitwiseAND(F.lit(mask)) for mask in KEY_MASKS))
@@ -118,7 +119,7 @@ def _shared_keys(pictures: DataFrame) -> DataFrame:
 
 
 def _find_pairs(shared: DataFrame, pictures: DataFrame) -> DataFrame:
-    """Return pairs of near duplicates (PAIRS). The first of each pair is new; a pair of two new ones appears twice."""
+    """Return pairs of near duplicates. The first picture of a pair is new. A pair of new pictures appears twice."""
     compared = shared.filter(F.col("pictures") <= MAX_PICTURES_OF_A_KEY)
     left, right = compared.filter("NOT existing").alias("left"), compared.alias("right")
     differing = F.col("left.bits").bitwiseXOR(F.col("right.bits"))
@@ -128,7 +129,7 @@ def _find_pairs(shared: DataFrame, pictures: DataFrame) -> DataFrame:
         & (F.col("left.key") == F.col("right.key"))
         & (F.col("left.image_id") != F.col("right.image_id"))
         & (F.bit_count(differing) <= MAX_DIFFERING_BITS)
-        & (_first_shared_mask(differing) == F.col("left.mask")),  # a pair that shares several keys is found once
+        & (_first_shared_mask(differing) == F.col("left.mask")),  # finds a pair with several shared keys only once
     ).select("left.image_id", F.col("right.image_id").alias("other_id"))
     others = pictures.select(*(F.col(name).alias(f"other_{name.removeprefix('image_')}") for name in COMPARED))
     both = candidates.join(pictures.filter("NOT existing").drop("existing"), "image_id").join(others, "other_id")
@@ -136,7 +137,7 @@ def _find_pairs(shared: DataFrame, pictures: DataFrame) -> DataFrame:
 
 
 def _first_shared_mask(differing: Column) -> Column:
-    """Return the index of the first mask under which two hashes agree, given the bits in which they differ."""
+    """Return the index of the first key mask that has none of the bits in which two difference hashes differ."""
     first = F.lit(len(KEY_MASKS))
     for index, mask in reversed(list(enumerate(KEY_MASKS))):
         first = F.when(differing.bitwiseAND(F.lit(mask)) == 0, index).otherwise(first)
@@ -144,11 +145,12 @@ def _first_shared_mask(differing: Column) -> Column:
 
 
 def _resolve(pairs: DataFrame, *, move: bool) -> DataFrame:
-    """Return the near duplicate and the split of each new picture: image_id, split, near_of, near_split.
+    """Return the near duplicate and the split of each new picture, in columns image_id, split, near_of, near_split.
 
-    near_of is a near duplicate that was in `samples` before, or else the first one by id. It is null for the first one
-    itself. near_split is the split of the near duplicates in `samples`, which do not move, or else the split that is
-    held out first among the new ones (test, val, train). Without `move`, near_split is the picture's own split.
+    near_of is a near duplicate that was in `samples` before. If `samples` has none, near_of is the near duplicate with
+    the smallest id, and null for the picture with the smallest id. near_split is the split of the near duplicates in
+    `samples`, because pictures in `samples` do not move. If `samples` has none, near_split is the first of test, val
+    and train that a picture or its near duplicates have. Without `move`, near_split is the picture's own split.
     """
     rank = "array_position(array('test', 'val', 'train'), other_split)"
     first = "min(struct(NOT other_existing AS is_new, other_id)) FILTER (WHERE other_existing OR other_id < image_id)"

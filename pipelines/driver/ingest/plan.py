@@ -1,9 +1,9 @@
-"""Plan of an ingest: for each picture of the input, what is new about it. Plans hold narrow rows and no pictures.
+"""Plan of an ingest: find out what each picture of the input adds. A plan has narrow rows without the pictures.
 
 Two ingests of one source may run at the same time. Delta commits are atomic, but a plan may be out of date when it is
-committed: another ingest may have added the same pictures. A plan therefore records the version of `samples` that it is
-based on. If another ingest of the source commits after that version, nothing is written (`WriteConflict`), and the
-caller makes a new plan from the same decoded rows.
+committed, because another ingest may have added the same pictures. A plan therefore records the version of `samples`
+that the plan is based on. If another ingest of the source commits after that version, nothing is written
+(`WriteConflict`), and the caller makes a new plan from the same decoded rows.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ CONTRIBUTING = """
         so_far -> so_far.rows
     )
 """
-"""Number of rows that add a text which is neither in `samples` nor in an earlier row. Rows are processed in the order
-of their texts, so the number depends on the rows only."""
+"""SQL for the number of rows that add a text which is neither in `samples` nor in an earlier row. The rows are
+processed in the order of their texts, so the number does not depend on the order in which rows are read."""
 
 
 @dataclass(frozen=True)
 class PlanTotals:
-    """Counts of a plan.
+    """Row counts and picture counts of a plan.
 
     Attributes:
-        rows_in: raw rows.
-        refused: rows refused by executors.
-        conflicting: rows whose picture has the id of another picture.
-        usable: all other rows.
-        new: pictures that `samples` lacks.
-        updated: pictures in `samples` that get a further text.
-        contributing: rows that add a picture or a text.
+        rows_in: number of raw rows.
+        refused: number of rows that executors refused.
+        conflicting: number of rows whose picture has the id of another picture.
+        usable: number of rows that are neither refused nor conflicting.
+        new: number of pictures that `samples` lacks.
+        updated: number of pictures in `samples` that get another text.
+        contributing: number of rows that add a picture or a text.
     """
 
     rows_in: int = 0
@@ -65,21 +65,21 @@ class PlanTotals:
 
     @property
     def bad(self) -> int:
-        """Rows that cannot be samples."""
+        """Number of rows that cannot become samples."""
         return self.refused + self.conflicting
 
 
 @dataclass(frozen=True)
 class IngestPlan:
-    """Decoded rows and the decision about each picture.
+    """Decoded rows, and what each picture adds to `samples`.
 
     Attributes:
-        request: the request that the rows belong to.
+        request: ingest request that the rows belong to.
         spill: spill folder with the pictures and payloads.
-        outcomes: one row (`executor.ingest.spill.NARROW`) per raw row.
+        outcomes: decoded rows without wide columns (`executor.ingest.spill.NARROW`), one per raw row.
         existing: rows of the source in `samples`.
-        pictures: one row per picture, from `plan_pictures`.
-        totals: counts of both.
+        pictures: planned pictures, one row per picture, from `plan_pictures`.
+        totals: row counts and picture counts.
         stamp: values that all written rows carry.
     """
 
@@ -107,13 +107,13 @@ def plan_ingest(spark: SparkSession, platform: Platform, decoded: DecodedRows) -
 def plan_pictures(outcomes: DataFrame, existing: DataFrame) -> DataFrame:
     """Return one narrow row per picture of the input.
 
-    Columns: image_id, sha256, rows (number of raw rows), spilled (one of these rows: POSITION, format, width and
-    height), source_row, split, fingerprint, new_texts (texts that `samples` lacks), contributing (number of rows that
-    add a text), is_new, conflicting (another picture has the same id).
+    The columns are image_id, sha256, rows (number of raw rows), spilled (POSITION, format, width and height of the
+    picture), source_row, split, fingerprint, new_texts (texts that `samples` lacks), contributing (number of rows that
+    add a text), is_new and conflicting (whether another picture has the same id).
 
-    If two pictures have one id, the one in `samples` stays. If neither is in `samples`, neither is accepted, because
-    which one came first depends on the order in which files are read. A picture in two splits goes to the split that is
-    held out: test before val before train.
+    If two pictures have the same id, the picture in `samples` stays. If neither picture is in `samples`, both are
+    refused, because files have no fixed order in which one picture would come first. A picture in several splits goes
+    to the first of test, val and train.
     """
     pictures = (
         outcomes.filter(F.col("reason").isNull())
@@ -151,7 +151,7 @@ def plan_pictures(outcomes: DataFrame, existing: DataFrame) -> DataFrame:
 
 
 def held_out_rank(split: str) -> Column:
-    """Return a number that sorts splits: test, val, train."""
+    """Return a column of numbers that sort the splits in the order test, val, train."""
     return F.array_position(F.array(F.lit("test"), F.lit("val"), F.lit("train")), F.col(split))
 
 
@@ -170,7 +170,7 @@ def _count(decoded: DecodedRows, pictures: DataFrame) -> PlanTotals:
 
 
 def count_pictures_across_splits(outcomes: DataFrame) -> int:
-    """Count the pictures of the input that have the same bytes in two splits, if the source assigns the splits."""
+    """Count the pictures of the input that the source has put, with the same bytes, into two splits."""
     pictures = outcomes.filter(F.col("reason").isNull()).groupBy("sha256").agg(F.count_distinct("split").alias("n"))
     across = pictures.filter("n > 1").count()
     if across:

@@ -1,4 +1,4 @@
-"""Writes to `quarantine`: rows that cannot be samples, with their whole content and the reason."""
+"""Functions that write rows that cannot become samples to `quarantine`, with their whole content and the reason."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ REFUSED = ("source_row", "stage", "reason", "detail", "spilled")
 
 
 def refused_rows(plan: IngestPlan) -> DataFrame:
-    """Return the rows that cannot be samples: refused by an executor, or with the id of another picture.
+    """Return the rows that an executor has refused, and the rows whose picture has the id of another picture.
 
-    Columns: REFUSED. The payloads are in the spill folder, at the position `spilled`.
+    The columns are REFUSED. The payloads are in the spill folder, at the position `spilled`.
     """
     outcomes = plan.outcomes.withColumn("spilled", F.struct(*POSITION.names))
     refused = outcomes.filter(F.col("reason").isNotNull()).select(*REFUSED)
@@ -41,12 +41,12 @@ def refused_rows(plan: IngestPlan) -> DataFrame:
 
 
 def add_to_quarantine(platform: Platform, plan: IngestPlan) -> dict[str, int]:
-    """Append refused rows that `quarantine` lacks, in one commit. Return their number by reason.
+    """Append the refused rows that `quarantine` lacks in one commit. Return the number of added rows by reason.
 
-    A row is identified by its content (`source` and `source_row`), so the bad rows of a growing file are added once.
+    A row is identified by its content (`source` and `source_row`), so a bad row of a growing file is added only once.
 
     Raises:
-        WriteConflict: another ingest of the source has added refused rows in the meantime; nothing is written.
+        WriteConflict: another ingest of the source has added refused rows in the meantime. Nothing is written.
     """
     spark, source, table = plan.pictures.sparkSession, plan.stamp.source, platform.table(QUARANTINE.name)
     version = read_versions(spark, platform, source, QUARANTINE).last_change
@@ -62,7 +62,7 @@ def add_to_quarantine(platform: Platform, plan: IngestPlan) -> dict[str, int]:
 
 
 def replace_quarantine(platform: Platform, plan: IngestPlan) -> dict[str, int]:
-    """Replace all rows of the source in `quarantine` by the refused rows. Return their number by reason."""
+    """Replace all rows of the source in `quarantine` by the refused rows. Return the number of new rows by reason."""
     new = refused_rows(plan).dropDuplicates(["source_row"])
     with uncompressed_parquet(plan.pictures.sparkSession):
         table = platform.table(QUARANTINE.name)
@@ -76,7 +76,7 @@ def _count_by_reason(refused: DataFrame) -> dict[str, int]:
 
 
 def _quarantine_rows(refused: DataFrame, plan: IngestPlan) -> DataFrame:
-    """Convert refused rows to rows of `quarantine`, with their whole content."""
+    """Convert refused rows to rows of `quarantine`, which have the whole content of the refused rows."""
     conflicts = plan.totals.conflicting > 0
     image = plan.request.config.source.record_columns.image
     return plan.spill.restore(refused, "payload", *(["image"] if conflicts else [])).select(
@@ -91,7 +91,7 @@ def _quarantine_rows(refused: DataFrame, plan: IngestPlan) -> DataFrame:
 
 
 def _payload_with_image(column: str) -> Column:
-    """Return the payload; for rows with a conflicting id, with the picture added back as base64 in `column`."""
+    """Return the payload. The payload of a row with a conflicting id gets the picture as base64 text in `column`."""
     name = column.replace("\\", "\\\\").replace('"', '\\"')
     rest = F.expr("substring(payload, 1, length(payload) - 1)")
     encoded = F.translate(F.base64("image"), "\r\n", "")  # some Spark versions break base64 into lines of 76

@@ -1,4 +1,4 @@
-"""Report on `quarantine`: counts by source and reason, some rows of each, and a page with their pictures."""
+"""Report on table `quarantine`: row counts by source and reason, example rows, and a page with pictures of the rows."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from vlm.config import Config
 
 
 class QuarantineCount(Config):
-    """Rows of one source in `quarantine` with one reason.
+    """Number of rows of one source in `quarantine` with one reason.
 
     Attributes:
         source: name of the data config.
-        reason: one of tables.REASONS.
+        reason: quarantine reason, one of tables.REASONS.
         rows: number of rows.
-        replayed: rows that a replay has accepted.
-        latest: time at which the last of them was quarantined.
+        replayed: number of rows that a replay has accepted.
+        latest: time at which the newest row was quarantined.
     """
 
     source: str
@@ -47,12 +47,12 @@ class RefusedRow(Config):
 
 
 class QuarantineReport(Config):
-    """Contents of `quarantine`.
+    """Report on the contents of `quarantine`.
 
     Attributes:
         counts: number of rows by source and reason.
-        rows: some rows of each source and reason.
-        gallery: path of the page with their pictures; null if it was not requested.
+        rows: example rows of each source and reason.
+        gallery: path of the page with pictures of the example rows; None if no page was requested.
     """
 
     counts: tuple[QuarantineCount, ...]
@@ -63,12 +63,12 @@ class QuarantineReport(Config):
 def inspect_quarantine(
     spark: SparkSession, platform: Platform, reasons: Sequence[str], rows: int, *, pictures: bool
 ) -> QuarantineReport:
-    """Count the rows of `quarantine` and select some of each source and reason.
+    """Count the rows of `quarantine` and select example rows of each source and reason.
 
     Args:
-        spark: the session.
+        spark: Spark session.
         platform: location of tables and reports.
-        reasons: reasons to include; all if empty.
+        reasons: quarantine reasons to include; an empty sequence includes every reason.
         rows: number of rows to select per source and reason.
         pictures: whether to write a page with the pictures of the selected rows.
     """
@@ -96,9 +96,9 @@ def inspect_quarantine(
 
 
 def select_examples(table: DataFrame, rows: int, *, pictures: bool) -> list[Row]:
-    """Select some rows of each source and reason.
+    """Select up to `rows` rows of each source and reason.
 
-    Columns: source, source_row, reason, detail, payload (its beginning), and thumbnail if `pictures` is set.
+    The columns are source, source_row, reason, detail, payload (only the beginning), and, with `pictures`, thumbnail.
     """
     rank = F.row_number().over(Window.partitionBy("source", "reason").orderBy("source_row"))
     chosen = table.select("source", "source_row", "reason", rank.alias("rank")).filter(F.col("rank") <= rows)
@@ -114,7 +114,7 @@ def select_examples(table: DataFrame, rows: int, *, pictures: bool) -> list[Row]
 
 
 def card_of(row: Row) -> Card:
-    """Return the page card of a refused row with a thumbnail."""
+    """Return the page card of a refused row that has a thumbnail."""
     return Card(row["source_row"], row["thumbnail"], [CardText(row["payload"])], f"{row['reason']}: {row['detail']}")
 
 

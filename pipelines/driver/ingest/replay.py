@@ -1,8 +1,9 @@
-"""Replay: decode rows of `quarantine` again, after the cause of their refusal has been fixed.
+"""Replay of rows in `quarantine`: decode these rows again, after the cause of their refusal has been fixed.
 
-The cause may have been a limit, a column name or the code. A defect in an input file must be corrected in the file;
-the corrected row is then a new row. Accepted rows are first written to `samples` as in any ingest and then marked in
-`quarantine`. If a replay is killed in between, the next one finds them as duplicates and marks them.
+The cause may have been a limit, a column name or the code. A defect in an input file must be corrected in the file, and
+the corrected row is then a new row. Accepted rows are first written to `samples`, as in any ingest, and then marked in
+`quarantine`. If a replay is killed before the rows are marked, the next replay finds that they are duplicates and marks
+them.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ from vlm.config import Config
 
 
 class ReplayReport(Config):
-    """Result of a replay: rows_in = new + merged + duplicates + the sum of `refused`.
+    """Result of a replay, with rows_in = new + merged + duplicates + the sum of `refused`.
 
     Attributes:
         source: name of the data config.
-        reasons: reasons of the replayed rows.
-        rows_in: replayed rows: those with these reasons that no earlier replay has accepted.
-        new: rows that added a picture to `samples`.
-        merged: rows that added a text to a picture.
-        duplicates: valid rows that added nothing.
-        refused: rows that stay in quarantine, by the reason that they have now.
-        seconds: duration.
+        reasons: quarantine reasons of the replayed rows.
+        rows_in: number of replayed rows, which have one of the reasons and were not accepted by an earlier replay.
+        new: number of rows that added a picture to `samples`.
+        merged: number of rows that added a text to a picture.
+        duplicates: number of valid rows that added nothing.
+        refused: number of rows that were refused again, by the reason of the new refusal.
+        seconds: duration of the replay, in seconds.
     """
 
     source: str
@@ -61,7 +62,7 @@ class _Replayed(NamedTuple):
 def replay(
     spark: SparkSession, platform: Platform, source_name: str, config: DataConfig, reasons: Sequence[str]
 ) -> ReplayReport:
-    """Decode rows of a source in `quarantine` again, with the current data config, and write the accepted ones.
+    """Decode rows of a source in `quarantine` again, with the current data config, and write the accepted rows.
 
     Raises:
         StageFailed: Spark failed.
@@ -98,7 +99,7 @@ def _plan_and_write(spark: SparkSession, platform: Platform, decoded: DecodedRow
 
 
 def _mark_replayed(platform: Platform, plan: IngestPlan) -> None:
-    """Set `replayed_at` of the accepted rows in `quarantine`."""
+    """Set the column `replayed_at` of the accepted rows in `quarantine` to the time of the plan."""
     accepted = _accepted_rows(plan).select("source_row")
     merge = merge_into(platform.table(QUARANTINE.name), accepted, "source_row", plan.stamp.source)
     metrics = merge.whenMatchedUpdate(set={"replayed_at": F.lit(plan.stamp.planned_at)}).execute()

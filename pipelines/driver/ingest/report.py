@@ -1,6 +1,6 @@
-"""Report of an ingest: counts, distributions, and an HTML page with some accepted and refused rows.
+"""Report of an ingest: row counts, distributions, and an HTML page with some accepted rows and some refused rows.
 
-The report reads the rows of the ingest from `samples` and `quarantine`, after both are written.
+The report reads the rows of the ingest from `samples` and `quarantine`, after both tables are written.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ REFUSED_ROWS_PER_REASON = 3
 
 
 class Figures(Config):
-    """Distributions of the pictures that an ingest added. Numbers are grouped into ranges such as `64-127`.
+    """Distributions of the pictures that an ingest added. Sides and lengths are grouped into ranges such as `64-127`.
 
     Attributes:
-        formats: pictures by format.
-        sides: pictures by longer side, in pixels.
-        texts: pictures by number of texts.
-        chars: texts by length, in characters.
+        formats: number of pictures by file format.
+        sides: number of pictures by longer side, in pixels.
+        texts: number of pictures by number of texts.
+        chars: number of texts by length, in characters.
     """
 
     formats: dict[str, int]
@@ -42,14 +42,14 @@ class Figures(Config):
 
 
 class FullReport(IngestReport):
-    """Report of an ingest with its distributions and the path of its HTML page."""
+    """Report of an ingest, with the distributions and the path of the HTML page."""
 
     figures: Figures
     page: str
 
 
 def write_report(spark: SparkSession, platform: Platform, report: IngestReport) -> FullReport:
-    """Compute the distributions and write the page. An ingest that added nothing keeps an existing page."""
+    """Compute the distributions and write the page. If the ingest added nothing, an existing page is kept."""
     samples = _of_ingest(rows_of_source(spark, platform, SAMPLES.name, report.source), report)
     figures = figures_of(samples)
     path = platform.folder("reports") / f"ingest-{report.source}-{report.ingest_id}.html"
@@ -96,7 +96,7 @@ def figures_of(samples: DataFrame) -> Figures:
 
 
 def page_of(report: IngestReport, figures: Figures, galleries: list[Gallery]) -> Page:
-    """Return the contents of the HTML page."""
+    """Return the contents of the HTML page of an ingest."""
     near = report.near_duplicates
     numbers = {
         "rows in": report.rows_in,

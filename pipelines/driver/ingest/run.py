@@ -1,16 +1,16 @@
-"""Ingest: read a source of pictures and texts into `samples` and `quarantine`, and account for every row.
+"""Ingest stage: read a source of pictures and texts into `samples` and `quarantine`, and account for every row.
 
-Executors decode pictures (`pipelines.executor.ingest.decode`). The driver plans with narrow columns and commits;
+Executors decode pictures (`pipelines.executor.ingest.decode`). The driver plans with narrow columns and commits, and
 pictures never reach the driver. An ingest is idempotent: a second run, a run after a crash, or a concurrent run adds
 nothing twice.
 
-- Ids are hashes of content, so the same row has the same id wherever and whenever it is read.
+- Ids are hashes of content, so the same row has the same id wherever and whenever the row is read.
 - The plan looks up what the tables already contain. If nothing is new, nothing is written, not even an empty version,
-  so shards pinned to the last version stay valid.
+  so shards that are pinned to the last version stay valid.
 - If another ingest of the source commits after the plan was made, the plan is made again (`plan.py`).
-- `quarantine` is written before `samples`, and the ledger last (`ledger.py`), each in one Delta commit. If the process
-  is killed in between, the next run reads every item that the ledger lacks, skips rows that the tables already have,
-  and adds the rest.
+- `quarantine` is written first, then `samples`, and then the ledger (`ledger.py`). Each write is one Delta commit. If
+  the process is killed between two writes, the next run reads every item that the ledger lacks, skips rows that the
+  tables already have, and adds the missing rows.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Written:
-    """Counts of one write to both tables.
+    """Counts of one write to `quarantine` and `samples`.
 
     Attributes:
-        totals: counts of the plan.
-        reasons: rows added to `quarantine`, by reason.
-        near: near duplicates among the new pictures.
-        across: pictures with the same bytes in two splits.
+        totals: row counts and picture counts of the plan.
+        reasons: number of rows added to `quarantine`, by reason.
+        near: counts of near duplicates among the new pictures.
+        across: number of pictures with the same bytes in two splits.
     """
 
     totals: PlanTotals = field(default_factory=PlanTotals)
@@ -74,17 +74,17 @@ def ingest(
     """Add the new rows of a source to `samples` and `quarantine`.
 
     Args:
-        spark: the session. Two concurrent ingests need a session each.
+        spark: Spark session. Two concurrent ingests need two Spark sessions.
         platform: location of the tables.
         source_name: name of the data config.
-        config: the data config.
-        refresh: read everything, and replace all rows that the source has added before.
+        config: data config of the source.
+        refresh: whether to read all items again and replace all rows that the source has added before.
 
     Raises:
-        UserError: the input does not exist, lacks a column, has no rows, or has no usable row (all of them are then
-            in `quarantine`).
-        StageFailed: the rows do not add up: some were lost or doubled.
-        TooManyRefused: more rows were refused than `data.limits.max_bad_share` allows; both tables are written.
+        UserError: the input does not exist, lacks a column, has no rows, or has no usable row. Unusable rows are in
+            `quarantine`.
+        StageFailed: the row counts do not add up, because rows were lost or counted twice.
+        TooManyRefused: more rows were refused than `data.limits.max_bad_share` allows. Both tables are written.
     """
     started = time.monotonic()
     retry_on_conflict(partial(ensure_tables, spark, platform))
@@ -129,7 +129,7 @@ def count_splits(spark: SparkSession, platform: Platform, source: str) -> dict[s
 
 
 def _start_refresh(spark: SparkSession, platform: Platform, name: str, source: Source) -> dict[str, int]:
-    """Delete the source's ledger rows, and count the rows of each table that the refresh will replace."""
+    """Delete the ledger rows of the source, and count the rows of each table that the refresh will replace."""
     tables = (SAMPLES.name, QUARANTINE.name)
     replaced = {table: rows_of_source(spark, platform, table, name).count() for table in tables}
     logger.info(
@@ -142,7 +142,7 @@ def _start_refresh(spark: SparkSession, platform: Platform, name: str, source: S
 
 
 def _remove_stale(spark: SparkSession, platform: Platform, name: str, source: Source) -> int:
-    """Remove pictures whose rows the source has changed or deleted. Return their number."""
+    """Remove pictures whose rows the source has changed or deleted. Return the number of removed pictures."""
     if source.rows is None or source.stale_ids is None:
         return 0
     with commit_note(spark, source_note(name)):
@@ -152,7 +152,7 @@ def _remove_stale(spark: SparkSession, platform: Platform, name: str, source: So
 def _ingest_rows(
     spark: SparkSession, platform: Platform, name: str, config: DataConfig, source: Source, *, refresh: bool
 ) -> Written:
-    """Decode the pending rows of a source and write them, with a new plan after each conflict."""
+    """Decode the pending rows of a source and write them. After a conflict with another ingest, make a new plan."""
     if source.rows is None:
         return Written()
     request = IngestRequest(name, config, source.rows, source.ingest_id, replace=refresh)
@@ -162,9 +162,9 @@ def _ingest_rows(
 
 
 def _plan_and_write(spark: SparkSession, platform: Platform, decoded: DecodedRows, reasons: Counter[str]) -> Written:
-    """Make a plan and write it to both tables.
+    """Make a plan and write its rows to `quarantine` and `samples`.
 
-    `reasons` adds up the rows added to `quarantine` over all attempts, because an attempt that is overtaken when it
+    `reasons` sums the rows added to `quarantine` over all attempts, because an attempt that has a conflict when it
     writes `samples` leaves its rows in `quarantine`.
     """
     plan = plan_ingest(spark, platform, decoded)

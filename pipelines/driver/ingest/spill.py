@@ -1,7 +1,8 @@
-"""Spill folder of one ingest: pictures and payloads until they are written to their table, and intermediate results.
+"""Spill folder of one ingest, with intermediate results and with pictures and payloads that are not in a table yet.
 
-Executors write and read the files. Spark's cache is no substitute for them. A lost executor takes its part of the
-cache along, which would have to be decoded again, and a write to `samples` clears every cached result based on it.
+Executors write and read the files of the folder. Spark's cache is no substitute for the files. If an executor is lost,
+its part of the cache is lost too and would have to be decoded again. A write to `samples` also clears every cached
+result that is based on `samples`.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "ingest-"
 GLOB = re.compile(r"[\[\]{}*?\\]")
-"""Characters of a path that Spark treats as a pattern when it reads, but not when it writes."""
+"""Characters that Spark treats as a pattern in a path to read, but not in a path to write."""
 FILE_BYTES = 128 * 2**20
-"""Approximate bytes of pictures in one file of a table."""
+"""Approximate size of the pictures in one data file of a table, in bytes."""
 STALE = timedelta(days=2)
 """Age at which a leftover folder of a killed ingest is removed."""
 
@@ -44,15 +45,16 @@ class SpillFolder:
     folder: Path
 
     def materialize(self, rows: DataFrame, name: str) -> DataFrame:
-        """Compute rows once, write them to Parquet files named after `name`, and return a DataFrame on these files."""
+        """Compute rows once, write them to Parquet files, and return a DataFrame that reads these files."""
         path = str(self.folder / f"{name}-{uuid.uuid4().hex}")
         rows.write.parquet(path)
         return rows.sparkSession.read.schema(rows.schema).parquet(GLOB.sub(r"\\\g<0>", path))
 
     def restore(self, rows: DataFrame, *names: str) -> DataFrame:
-        """Replace the column `spilled` of rows (a struct that starts with POSITION) by spilled wide columns.
+        """Replace the column `spilled` of rows (a struct that starts with POSITION) by the wide columns `names`.
 
-        Only the narrow rows are shuffled, a few hundred bytes each. Each task then reads its part of the spill files.
+        Only the narrow rows are shuffled, which have a few hundred bytes. Each task then reads its part of the spill
+        files.
         """
         size = sum(path.stat().st_size for path in self.folder.glob("*.arrow"))
         tasks = max(rows.sparkSession.sparkContext.defaultParallelism, size // FILE_BYTES)

@@ -1,4 +1,4 @@
-"""Rows of one source in a Delta table: read them, merge into them, and verify a write."""
+"""Functions for the rows of one source in a Delta table: read the rows, merge into the rows, and verify a write."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Stamp:
     Attributes:
         source: name of the data config.
         ingest_id: hash of the source and its files.
-        planned_at: time of the plan, different for each plan. Written rows carry it.
+        planned_at: time of the plan, which all written rows carry and which is different for each plan.
         base_version: version of `samples` that last changed the source when the plan was made.
     """
 
@@ -36,20 +36,20 @@ def rows_of_source(spark: SparkSession, platform: Platform, table: str, source: 
 
 
 def merge_into(table: str, updates: DataFrame, key: str, source: str) -> DeltaMergeBuilder:
-    """Start a merge of `updates` into the rows of one source in a table; the aliases are `target` and `updates`.
+    """Start a merge of `updates` into the rows of one source in a table. The aliases are `target` and `updates`.
 
-    The source's name in the condition is a literal, so Delta skips the files of other sources.
+    The name of the source is a literal in the merge condition, so Delta skips the files of other sources.
     """
     same = (F.col("target.source") == source) & (F.col(f"target.{key}") == F.col(f"updates.{key}"))
     return DeltaTable.forName(updates.sparkSession, table).alias("target").merge(updates.alias("updates"), same)
 
 
 def verify_merge(metrics: DataFrame, *, inserted: int, updated: int) -> None:
-    """Compare the row counts that Delta reports for a merge with the plan.
+    """Compare the row counts that Delta reports for a merge with the counts of the plan.
 
     Raises:
-        WriteConflict: the counts differ. Delta skips the merge if another ingest of the source has committed since the
-            plan was made.
+        WriteConflict: the counts differ, because Delta skips the merge if another ingest of the source has committed
+            since the plan was made.
     """
     row = metrics.head()
     found = (row["num_inserted_rows"], row["num_updated_rows"]) if row else (0, 0)
@@ -58,11 +58,11 @@ def verify_merge(metrics: DataFrame, *, inserted: int, updated: int) -> None:
 
 
 def verify_append(spark: SparkSession, table: str, time_column: str, stamp: Stamp, expected: int) -> None:
-    """Compare the number of rows in a table that carry the plan's source and time with the plan.
+    """Check that a table has the expected number of rows with the source and the time of a plan.
 
     Raises:
-        WriteConflict: the numbers differ. Delta skips the append if another ingest of the source has committed since
-            the plan was made.
+        WriteConflict: the numbers differ, because Delta skips the append if another ingest of the source has committed
+            since the plan was made.
     """
     ours = (F.col("source") == stamp.source) & (F.col(time_column) == stamp.planned_at)
     written = spark.table(table).filter(ours).count()

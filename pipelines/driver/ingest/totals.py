@@ -1,4 +1,4 @@
-"""Totals of an ingest: what became of every row, and the check that the ingest may count as a success."""
+"""Totals of an ingest: how many rows were added, duplicate or quarantined, and whether the ingest is a success."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from vlm.config import Config
 
 
 class IngestReport(Config):
-    """Result of an ingest: rows_in = new + merged + duplicates + quarantined.
+    """Result of an ingest, with rows_in = new + merged + duplicates + quarantined.
 
     Attributes:
         source: name of the data config.
         ingest_id: hash of the source and its files.
-        items: items read: files, rows of a folder's captions file, or a table.
-        unchanged: items not read, because they were ingested before and have not changed.
-        rows_in: rows read.
-        new: rows that added a picture to `samples`, with all their texts.
-        merged: rows that added a text to a picture.
-        duplicates: rows that added nothing: same picture and text, or a row that is already in `quarantine`.
-        quarantined: rows added to `quarantine`.
-        refused: rows of this input that cannot be samples, including those already in `quarantine`.
-        reasons: `quarantined` by reason.
-        removed: pictures removed from `samples`, because the source table has changed or deleted their rows.
-        replaced: rows of each table that a full refresh has replaced.
-        splits: pictures of this source in `samples`, by split.
-        equal_pictures_across_splits: pictures of this input with the same bytes in two splits of the source.
-        near_duplicates: new pictures that resemble another picture of the source.
+        items: number of items that were read. An item is a file, a row of a folder's captions file, or a table.
+        unchanged: number of items that were not read, because they were ingested before and have not changed.
+        rows_in: number of raw rows that were read.
+        new: number of rows that added a picture to `samples`, with all texts of the row.
+        merged: number of rows that added a text to a picture.
+        duplicates: number of rows that added nothing, because `samples` or `quarantine` already has their content.
+        quarantined: number of rows added to `quarantine`.
+        refused: number of rows that cannot become samples, including rows that were already in `quarantine`.
+        reasons: number of rows added to `quarantine`, by reason.
+        removed: number of pictures removed from `samples`, because the source table has changed or deleted their rows.
+        replaced: number of rows of each table that a full refresh has replaced.
+        splits: number of pictures of this source in `samples`, by split.
+        equal_pictures_across_splits: number of input pictures with the same bytes in two splits of the source.
+        near_duplicates: counts of new pictures that resemble another picture of the source.
         dataset_version: version of `samples` that last changed this source.
-        seconds: duration.
+        seconds: duration of the ingest, in seconds.
     """
 
     source: str
@@ -78,11 +78,11 @@ def _newly_quarantined(report: IngestReport) -> str:
 
 
 def check_totals(report: IngestReport, config: DataConfig) -> None:
-    """Check that the rows of an ingest add up and that enough of them could be used.
+    """Check that the row counts of an ingest add up and that enough rows could be used.
 
     Raises:
-        UserError: the input has no rows, or none that can be used.
-        StageFailed: the rows do not add up.
+        UserError: the input has no rows, or no usable row.
+        StageFailed: the row counts do not add up.
         TooManyRefused: more rows were refused than data.limits.max_bad_share allows.
     """
     total = report.new + report.merged + report.duplicates + report.quarantined

@@ -1,4 +1,5 @@
 """Training in the driver: prepare a run folder, check hosts, launch ranks, and diagnose their failures.
 
-Start reading in `run.py`; the code that runs in ranks is `pipelines.worker`. May import pyspark; never torch or MLflow.
+Start reading in `run.py`. The code that runs in ranks is `pipelines.worker`. This package may import pyspark, but never
+torch or MLflow.
 """

@@ -1,10 +1,10 @@
-"""Diagnosis of a failed training run from the records of its ranks: the root cause, not its consequences.
+"""Diagnosis of a failed training run: find the root cause in the failure records of the ranks.
 
-When one rank dies, the others lose their connection to it and the launcher terminates them, so most failure records are
-consequences. The root cause is, in this order:
-    1. the earliest record that is not a consequence;
-    2. if ranks timed out waiting: the rank that was not waiting with them;
-    3. a rank that has left no record at all.
+When one rank dies, all other ranks lose their connection to the dead rank and the launcher terminates them, so most
+failure records are consequences. The first of these rules that applies gives the root cause:
+    1. The root cause is the earliest failure record that is not a consequence.
+    2. If ranks timed out while they waited, the root cause is in the rank that was not waiting with them.
+    3. Otherwise, the root cause is in a rank that has left no failure record.
 If all ranks waited for each other, the fault is in the network between their hosts.
 """
 
@@ -21,30 +21,30 @@ from pipelines.formats.run_folder import Failure, RankFile, RunFolder
 from pipelines.formats.shards import Shards
 
 HUNG, WAITED = "Hung", "Waited"
-"""Exception names in records of a timeout: the rank itself hung, or it waited for other ranks."""
+"""Exception names in the failure records of a timeout: the rank itself hung, or the rank waited for other ranks."""
 
 LAST_LOG_LINE = re.compile(r"Fatal Python error: .+|Timeout \(.+|rank {rank} ended at step .+")
-"""Lines in the log of a rank, or of the launcher, that name the cause if the rank could not write a record."""
+"""Lines in the log of a rank or of the launcher that name the cause if the rank could not write a failure record."""
 
 CRASH = re.compile(r"Fatal Python error: (?:Segmentation fault|Bus error)")
 """Log lines of a crash that may be caused by reading a mapped file that was truncated or overwritten."""
 
 VERIFY_SECONDS = 60.0
-"""Time limit for verifying shards after such a crash; enough for some tens of gigabytes."""
+"""Time limit for verifying shards after a crash; in this time some tens of gigabytes can be verified."""
 
 LOST = re.compile(r"ExecutorLostFailure.*|Lost executor.*|executor \d+ (?:lost|exited).*")
-"""Spark's messages for an executor that was lost."""
+"""Messages in which Spark reports a lost executor."""
 
 STACKS = "see the stack traces of each rank's threads in {}/rank-*.stacks.txt"
 
 RECORD_SECONDS = 15.0
-"""How long to wait for the records of ranks that are being terminated on other hosts."""
+"""Time to wait for the failure records of ranks that are being terminated on other hosts."""
 
 
 def wait_for_failure_records(run: RunFolder) -> None:
-    """Wait until a record names the root cause, or no rank on another host can still write one.
+    """Wait until a failure record names the root cause, or until no rank on another host can still write a record.
 
-    Ranks on this host are not waited for: `run_ranks` has ended them already.
+    There is no need to wait for ranks on this host, because `run_ranks` has already ended them.
     """
     deadline = time.monotonic() + RECORD_SECONDS
     while time.monotonic() < deadline:
@@ -56,7 +56,7 @@ def wait_for_failure_records(run: RunFolder) -> None:
 
 
 def root_failure(run: RunFolder) -> Failure | None:
-    """Return the record of the root cause; None if no rank has written one."""
+    """Return the failure record of the root cause; None if no rank has written such a record."""
     return next((failure for failure in run.read_failures() if not failure.consequence), None)
 
 
@@ -64,7 +64,7 @@ def diagnose_failure(run: RunFolder, world_size: int, launcher: BaseException | 
     """Build the error that names the rank, host and cause of a failed run.
 
     Args:
-        run: the run folder, after `wait_for_failure_records`.
+        run: run folder, after a call of `wait_for_failure_records`.
         world_size: number of ranks that were launched.
         launcher: exception raised by the launcher, if any.
     """
@@ -96,7 +96,7 @@ def diagnose_failure(run: RunFolder, world_size: int, launcher: BaseException | 
 
 
 def _ranks_without_record(run: RunFolder) -> list[RankFile]:
-    """Return ranks that started but neither finished nor wrote a record, earliest last heartbeat first."""
+    """Return the ranks that neither finished nor wrote a failure record, sorted by the time of their last heartbeat."""
     recorded = {failure.rank for failure in run.read_failures()}
     silent = [rank for rank in run.read_ranks() if not rank.ended and rank.rank not in recorded]
     return sorted(silent, key=lambda rank: _last_heartbeat(run, rank))
@@ -121,7 +121,7 @@ def _hung(run: RunFolder, rank: Failure, got: str) -> TrainingFailed:
 
 
 def _missing(run: RunFolder, rank: RankFile, waited: Failure) -> TrainingFailed:
-    """Describe a rank that others waited for and that wrote no record: its interpreter or its process was stuck."""
+    """Describe a rank that other ranks waited for and that wrote no failure record, because its process was stuck."""
     log_line = _last_log_line(run, rank.rank)
     return TrainingFailed(
         f"rank {rank.rank} {'hung at' if log_line else 'has not responded since'} step {_last_step(run, rank.rank)}",
@@ -133,7 +133,7 @@ def _missing(run: RunFolder, rank: RankFile, waited: Failure) -> TrainingFailed:
 
 
 def _disconnected(run: RunFolder, failures: list[Failure], waited: Failure) -> TrainingFailed:
-    """Describe a run whose ranks all waited for each other: their messages did not arrive."""
+    """Describe a run whose ranks all waited for each other, because messages between them did not arrive."""
     hosts = sorted({failure.host for failure in failures})
     network = "the network between these hosts, on all ports" if len(hosts) > 1 else "the loopback device of this host"
     return TrainingFailed(
@@ -145,7 +145,7 @@ def _disconnected(run: RunFolder, failures: list[Failure], waited: Failure) -> T
 
 
 def _executor_lost(run: RunFolder, silent: list[RankFile], failures: list[Failure], message: str) -> TrainingFailed:
-    """Describe a lost executor. Its rank has recorded that its launcher died, or nothing."""
+    """Describe a lost executor. The rank of that executor has recorded that its launcher died, or has no record."""
     orphaned = [failure for failure in failures if failure.exception == "LauncherGone"]
     rank = (orphaned or silent or failures)[0]
     return TrainingFailed(
@@ -157,7 +157,7 @@ def _executor_lost(run: RunFolder, silent: list[RankFile], failures: list[Failur
 
 
 def _unexplained(run: RunFolder, rank: RankFile) -> TrainingFailed:
-    """Describe a rank that ended without a record, and verify the shards if it crashed."""
+    """Describe a rank that ended without a failure record, and verify the shards if the rank crashed."""
     last = datetime.fromtimestamp(_last_heartbeat(run, rank)).astimezone().isoformat(timespec="seconds")
     log_line, fix = _last_log_line(run, rank.rank), _restart_hint(run)
     if CRASH.search(log_line) and (damage := _damaged_shard(run)):
@@ -171,7 +171,7 @@ def _unexplained(run: RunFolder, rank: RankFile) -> TrainingFailed:
 
 
 def _damaged_shard(run: RunFolder) -> LakesightError | None:
-    """Verify the run's shards; return the error of the first damaged file, or None."""
+    """Verify the shards of a run. Return the error of the first damaged file, or None if no file is damaged."""
     files = run.read_run()
     try:
         for folder in dict.fromkeys((files.train_shards, files.validate_shards)):
@@ -192,7 +192,7 @@ def _too_few(run: RunFolder, world_size: int, message: str) -> TrainingFailed:
 
 
 def _last_log_line(run: RunFolder, rank: int) -> str:
-    """Find the cause that a rank without a record has written to its log or the launcher's log; empty if none."""
+    """Return the log line that names the cause if a rank has no failure record; empty if no log line does so."""
     pattern = re.compile(LAST_LOG_LINE.pattern.replace("{rank}", str(rank)))
     for path in (run.log(rank), run.launcher_log):
         found = pattern.findall(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else []
@@ -202,22 +202,23 @@ def _last_log_line(run: RunFolder, rank: int) -> str:
 
 
 def _last_step(run: RunFolder, rank: int) -> int:
-    """Return the last step a rank is known to have taken.
+    """Return the last step that a rank is known to have taken.
 
-    A checkpoint can be newer than the heartbeat, which is written once a second; all ranks reach its step.
+    The heartbeat is written once a second, so the last checkpoint can be newer. All ranks have reached the step of that
+    checkpoint.
     """
     heartbeat = run.read_heartbeat(rank)
     return max(heartbeat.step if heartbeat else 0, run.last_checkpoint_step())
 
 
 def _last_heartbeat(run: RunFolder, rank: RankFile) -> float:
-    """Return the time of the rank's last heartbeat, or of its start."""
+    """Return the time of the last heartbeat of a rank, or the start time of a rank without a heartbeat."""
     heartbeat = run.read_heartbeat(rank.rank)
     return heartbeat.time if heartbeat else rank.started_at
 
 
 def _restart_hint(run: RunFolder) -> str:
-    """Say how to restart the run, and from which checkpoint it resumes."""
+    """Return a sentence that says how to restart the run, and from which checkpoint the run resumes."""
     checkpoints = run.finished_checkpoints()
     if not checkpoints:
         return "fix the cause and repeat the same command (there is no checkpoint yet, so the run starts over)"

@@ -1,7 +1,8 @@
-"""Check of the hosts of a run's ranks, before any rank starts: installed packages, versions and GPUs.
+"""Check of the hosts on which ranks will run: installed packages, versions and GPUs.
 
-Without this check, a rank that lacks a package fails after a minute with an error in its log only, and ranks with
-different versions of torch hang or fail in collectives. The check reports the host and the package in one sentence.
+Without this check, a rank that lacks a package fails after a minute and writes its error to its log only, and ranks
+with different versions of torch hang or fail in collectives. The check runs before any rank starts and reports the host
+and the package in one sentence.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ EQUAL = ("torch", "lakesight")
 """Packages whose version must be equal on all hosts."""
 
 HostValue = tuple[str, str]
-"""A version or other value, and the host that reports it."""
+"""A pair of a value, such as a package version, and the host that reports the value."""
 
 
 def check_hosts(run: RunFolder, spark: SparkSession, launch: Launch) -> None:
-    """Describe every host that ranks will run on, check that ranks can work together there, and write hosts.json.
+    """Describe every host that ranks will run on, check that the hosts are compatible, and write hosts.json.
 
     Raises:
         UserError: a package is missing on a host, or the versions of torch or Lakesight differ.
-        StageFailed: the executors did not answer.
+        StageFailed: the executors did not describe their hosts.
     """
     if launch.local_mode:
         described = [host_info.describe_host()]
@@ -53,7 +54,7 @@ def check_hosts(run: RunFolder, spark: SparkSession, launch: Launch) -> None:
 
 
 def _describe_executors(spark: SparkSession, tasks: int) -> list[dict[str, object]]:
-    """Describe the host of each task, in a barrier stage, which occupies all slots at once as ranks do."""
+    """Describe the host of each task of a barrier stage. Like ranks, such a stage occupies all slots at once."""
 
     def describe_task(_: Iterable[int]) -> Iterator[dict[str, object]]:
         # A nested function is pickled by value, so it also runs where this package is not installed.
@@ -70,11 +71,12 @@ def _describe_executors(spark: SparkSession, tasks: int) -> list[dict[str, objec
 
 
 def check_compatible(hosts: Sequence[Host], driver_version: str) -> None:
-    """Check that the ranks of one run can work together on these hosts; warn of other differences.
+    """Check that the ranks of one run can work together on these hosts, and log a warning of other differences.
 
     Args:
-        hosts: one entry per interpreter.
-        driver_version: the driver's version of Lakesight; it must equal the ranks', which read the driver's files.
+        hosts: descriptions of the hosts, one per Python interpreter.
+        driver_version: Lakesight version of the driver. Ranks need the same version, because they read files that the
+            driver writes.
 
     Raises:
         UserError: a package is missing, or the versions of torch or Lakesight differ.
@@ -103,7 +105,7 @@ def check_compatible(hosts: Sequence[Host], driver_version: str) -> None:
 
 
 def _versions(hosts: Sequence[Host]) -> dict[str, list[HostValue]]:
-    """Collect the versions of packages, Python, CUDA, NCCL and driver, and the GPUs, by name."""
+    """Collect the values of all hosts, by name: versions of packages, Python, CUDA, NCCL and GPU driver, and GPUs."""
     values = {name: [(host.packages[name], _host_label(host)) for host in hosts] for name in hosts[0].packages}
     for name in ("python", "cuda", "nccl", "driver"):
         values[name] = [(getattr(host, name), _host_label(host)) for host in hosts]
@@ -116,7 +118,7 @@ def _differ(reported: Sequence[HostValue]) -> bool:
 
 
 def _format_values(reported: Sequence[HostValue]) -> str:
-    """Format each distinct value with the hosts that report it."""
+    """Format each distinct value with the names of the hosts that report this value."""
     hosts = {value: [host for each, host in reported if each == value] for value, _ in reported}
     return "; ".join(f"{value or 'none'} on {', '.join(names)}" for value, names in hosts.items())
 
@@ -126,7 +128,7 @@ def _host_label(host: Host) -> str:
 
 
 def summarize(hosts: Sequence[Host]) -> str:
-    """Summarize the hosts in one line: their names, and the properties of the first. Differences are logged before."""
+    """Summarize the hosts in one line that gives the names of all hosts and the properties of the first host."""
     first, names = hosts[0], sorted({host.name for host in hosts})
     facts = [
         ", ".join(names),

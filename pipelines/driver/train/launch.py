@@ -1,8 +1,8 @@
-"""Launch of ranks with TorchDistributor, with a check of free slots before and a cleanup of processes after.
+"""Launch of ranks with TorchDistributor. Slots are checked before the launch, and leftover processes are killed after.
 
-TorchDistributor is used only to start processes. It would notice missing slots after ten minutes, it does not report
-causes of failures, and it prints the output of ranks to the terminal. So slots are counted here, causes are read from
-the run folder, and the launcher's output is written to a file in the run folder.
+TorchDistributor is used only to start processes. TorchDistributor would notice missing slots after ten minutes, reports
+no causes of failures, and prints the output of ranks to the terminal. So this module counts the slots and writes the
+output of TorchDistributor (the launcher) to a file in the run folder, and `failure.py` finds the causes of failures.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SLOT_SECONDS = 10.0
-"""How long executors that have just started may take to register."""
+"""Time that executors may take to register after their start, in seconds."""
 SHORTAGE_SECONDS = 30.0
-"""How long a cluster may have too few slots for a stage before its jobs are cancelled."""
+"""Time in seconds for which a cluster may have too few slots for a stage. After that time the jobs are cancelled."""
 POLL_SECONDS = 1.0
 EXIT_SECONDS = 5.0
-"""How long a rank may take to exit after SIGTERM, and after SIGKILL."""
+"""Time that a rank may take to exit after SIGTERM, and again after SIGKILL, in seconds."""
 
 GPU_AMOUNT = "spark.task.resource.gpu.amount"
 
@@ -44,7 +44,7 @@ RankEntry = Callable[[str], None]
 
 
 def run_rank(run_folder: str) -> None:
-    """Run one rank; TorchDistributor calls this in each. The import by name keeps torch out of the driver."""
+    """Run one rank. TorchDistributor calls this function in each rank. A late import keeps torch out of the driver."""
     importlib.import_module("pipelines.worker.main").run_rank(run_folder)
 
 
@@ -54,9 +54,9 @@ def check_slots(spark: SparkSession, launch: Launch, seconds: float = SLOT_SECON
     Spark itself would retry for ten minutes before it reports missing slots.
 
     Args:
-        spark: the session whose executors run the ranks.
+        spark: Spark session whose executors run the ranks.
         launch: number and location of the ranks.
-        seconds: how long to wait for executors that are about to register.
+        seconds: time to wait for executors that have not registered yet, in seconds.
 
     Raises:
         UserError: the cluster has too few slots.
@@ -79,7 +79,7 @@ def check_slots(spark: SparkSession, launch: Launch, seconds: float = SLOT_SECON
 
 
 def _slots(context: object) -> int:
-    """Return how many tasks can run at once. Spark checks the same number before it starts a barrier stage."""
+    """Return how many tasks can run at once. Spark checks the same number before Spark starts a barrier stage."""
     profile = context.resourceProfileManager().defaultResourceProfile()  # type: ignore[attr-defined]
     return int(context.maxNumConcurrentTasks(profile))  # type: ignore[attr-defined]
 
@@ -88,8 +88,8 @@ def _slots(context: object) -> int:
 def cancel_if_slots_are_lost(spark: SparkSession, tasks: int) -> Iterator[None]:
     """Cancel the Spark jobs started inside the block if the cluster no longer has `tasks` slots.
 
-    Spark counts slots only when it accepts a barrier stage, so it would wait forever for a host that is lost. The
-    thread that waits for the stage receives Spark's error with the number of remaining slots.
+    Spark counts slots only when a barrier stage starts, so Spark would wait forever for a lost host. The thread that
+    waits for the stage receives a Spark error with the number of remaining slots.
     """
     context, tag = spark.sparkContext, f"lakesight-{uuid.uuid4().hex}"
 
@@ -110,10 +110,10 @@ def cancel_if_slots_are_lost(spark: SparkSession, tasks: int) -> Iterator[None]:
 
 
 def open_distributor(launch: Launch) -> TorchDistributor:
-    """Create the launcher. It runs one task per rank, or one per group of ranks if a task has several GPUs.
+    """Create the launcher. The launcher runs one task per rank, or one task per several ranks if a task has more GPUs.
 
     Raises:
-        UserError: the session's GPU settings do not allow one GPU per rank.
+        UserError: the GPU settings of the Spark session do not allow one GPU per rank.
     """
     from pyspark.ml.torch.distributor import TorchDistributor
     from pyspark.sql import SparkSession
@@ -133,7 +133,7 @@ def open_distributor(launch: Launch) -> TorchDistributor:
 
 @contextlib.contextmanager
 def lock_run(run: RunFolder) -> Iterator[None]:
-    """Lock the run folder against a second launch from this host, whose ranks would overwrite the same files.
+    """Lock the run folder, because the ranks of a second launch from this host would overwrite the same files.
 
     Raises:
         UserError: another running process holds the lock.
@@ -156,10 +156,10 @@ def lock_run(run: RunFolder) -> Iterator[None]:
 
 
 def run_ranks(run: RunFolder, spark: SparkSession, launch: Launch, entry: RankEntry) -> Exception | None:
-    """Run all ranks to their end; return the launcher's exception, if any. No rank on this host outlives the call.
+    """Run all ranks to their end. Return the exception of the launcher, if any. No rank on this host outlives the call.
 
     Raises:
-        KeyboardInterrupt: interrupted by the user; the ranks have been ended.
+        KeyboardInterrupt: the user interrupted the run. The ranks on this host have been ended.
     """
     from py4j.protocol import Py4JError  # type: ignore[import-untyped]
     from pyspark.errors import PySparkException
@@ -179,9 +179,10 @@ def run_ranks(run: RunFolder, spark: SparkSession, launch: Launch, entry: RankEn
 
 @contextlib.contextmanager
 def _stream_to_file(run: RunFolder, launch: Launch) -> Iterator[None]:
-    """Redirect the launcher's output to launcher.log: stdout for local ranks, stderr for ranks on executors.
+    """Redirect the launcher's output to launcher.log.
 
-    Logging handlers keep the stream that they opened before, so log lines still reach the terminal.
+    The launcher writes to stdout for local ranks, and to stderr for ranks on executors. Logging handlers keep the
+    stream that they opened before, so log lines of the driver still reach the terminal.
     """
     run.launcher_log.parent.mkdir(parents=True, exist_ok=True)
     redirect = contextlib.redirect_stdout if launch.local_mode else contextlib.redirect_stderr
@@ -190,7 +191,7 @@ def _stream_to_file(run: RunFolder, launch: Launch) -> Iterator[None]:
 
 
 def _kill_leftover_ranks(run: RunFolder) -> None:
-    """End ranks on this host that the launcher has left running, with SIGTERM and then SIGKILL."""
+    """End the ranks that the launcher has left running on this host, first with SIGTERM and then with SIGKILL."""
     pids = [rank.pid for rank in run.read_ranks() if rank.host == socket.gethostname() and not rank.ended]
     for number in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + EXIT_SECONDS
@@ -201,7 +202,7 @@ def _kill_leftover_ranks(run: RunFolder) -> None:
 
 
 def _signal(pid: int, number: int) -> bool:
-    """Send a signal to a process (0 only tests for it); return False if there is no such process."""
+    """Send a signal to a process, and return whether the process exists. Signal 0 only tests whether it exists."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:

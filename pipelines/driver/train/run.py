@@ -1,4 +1,4 @@
-"""Training in the driver: prepare the run folder, launch ranks on it, and read the result from it."""
+"""The driver's part of training: prepare the run folder, launch the ranks, and read the result of the run."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RETURN_SECONDS = 120.0
-"""How long a cluster may take to replace a lost executor before a restart."""
+"""Time that a cluster may take to replace a lost executor before a restart of the run, in seconds."""
 
 
 def prepare(config: RunConfig, platform: Platform, train: ShardReport, validate: ShardReport) -> RunFolder:
-    """Create or find the run folder, with run.json and the tokenizer.
+    """Find or create the run folder, and write run.json and the tokenizer into the folder.
 
     The tokenizer is trained on the texts of the training shards, or copied from `train.start_from`. The folder's name
-    contains a hash of everything that determines the outcome, so the same command finds the same run, finished or not.
+    contains a hash of everything that determines the outcome of the run. So the same command finds the same run
+    folder, whether the run is finished or not.
 
     Args:
-        config: the resolved run.
-        platform: where run folders are, and how many ranks start.
-        train: training shards.
-        validate: validation shards.
+        config: resolved run config.
+        platform: location of the run folders, and number of ranks.
+        train: report on the training shards.
+        validate: report on the validation shards.
 
     Raises:
         UserError: a split has no rows, the batch cannot be divided among the ranks, or `train.start_from` does not
@@ -52,7 +53,7 @@ def prepare(config: RunConfig, platform: Platform, train: ShardReport, validate:
     settings, start = config.train.science(), None
     if config.train.start_from:
         start = open_start_folder(Path(config.train.start_from), config.model)
-        settings["start_from"] = start.digest  # the weights determine the outcome, not the path
+        settings["start_from"] = start.digest  # the weights determine the outcome
         resolved = config.train.model_copy(update={"start_from": str(start.folder)})
         config = config.model_copy(update={"train": resolved})
     identity = short_hash(config.model.model_dump(), settings, train.content_hash, validate.content_hash, code)
@@ -81,7 +82,7 @@ def prepare(config: RunConfig, platform: Platform, train: ShardReport, validate:
 
 
 def _warn_of_unfinished_run(run: RunFolder, config: RunConfig) -> None:
-    """Log how a new run differs from the newest unfinished run of the same name, which is not resumed."""
+    """Log how a new run differs from the newest unfinished run of the same name. The unfinished run is not resumed."""
     others = [RunFolder(path) for path in run.path.parent.glob(f"{config.name}-*") if (path / "run.json").exists()]
     unfinished = [other for other in others if finished_result(other) is None and other.finished_checkpoints()]
     if not unfinished:
@@ -94,7 +95,7 @@ def _warn_of_unfinished_run(run: RunFolder, config: RunConfig) -> None:
 
 
 def finished_result(run: RunFolder) -> Result | None:
-    """Return the result of a finished run; None if the run is not finished or its last checkpoint is missing."""
+    """Return the result of a finished run, or None if the run is not finished or the last checkpoint is missing."""
     if not run.result.exists():
         return None
     result = read_json(run.result, Result)
@@ -102,19 +103,20 @@ def finished_result(run: RunFolder) -> Result | None:
 
 
 def launch(run: RunFolder, platform: Platform, spark: SparkSession, entry: RankEntry = run_rank) -> Result:
-    """Train on the platform's ranks, from the run's last checkpoint to its end, and restart after transient failures.
+    """Train from the last checkpoint to the end of the run, and restart the ranks after transient failures.
 
     Args:
-        run: a folder made by `prepare`.
+        run: run folder made by `prepare`.
         platform: number, location and device of the ranks.
-        spark: the session whose executors run the ranks, unless they run on the driver's host.
-        entry: function that each rank runs; ranks import it by name.
+        spark: Spark session whose executors run the ranks, unless the ranks run on the driver's host.
+        entry: function that each rank runs; each rank imports the function by name.
 
     Raises:
         UserError: the cluster has too few slots, a host lacks packages, or another process is training this run. No
             rank was started.
-        TrainingFailed: names the rank at fault, its host and the cause; or the executors cannot describe their hosts.
-        KeyboardInterrupt: the ranks have been ended; the run can be launched again.
+        TrainingFailed: a rank failed, or the executors cannot describe their hosts. The message names the rank, its
+            host and the cause.
+        KeyboardInterrupt: the user interrupted the run. The ranks have been ended, and the run can be launched again.
     """
     check_slots(spark, platform.launch)
     restarts, previous = 0, None
@@ -133,11 +135,11 @@ def launch(run: RunFolder, platform: Platform, spark: SparkSession, entry: RankE
 
 
 def reason_not_to_restart(root: Failure | None, previous: Failure | None, restarts: int, allowed: int) -> str:
-    """Return why a failed run must not be restarted; empty if it may be.
+    """Return why a failed run must not be restarted, or an empty string if the run may be restarted.
 
     Args:
-        root: record of the root cause of the failed attempt, if any.
-        previous: record of the root cause of the attempt before it, if any.
+        root: failure record of the root cause of the failed attempt, if any.
+        previous: failure record of the root cause of the previous attempt, if any.
         restarts: number of restarts so far.
         allowed: largest number of restarts.
     """
@@ -149,16 +151,16 @@ def reason_not_to_restart(root: Failure | None, previous: Failure | None, restar
 
 
 def _run_attempt(run: RunFolder, settings: Launch, spark: SparkSession, entry: RankEntry) -> Result:
-    """Run all ranks once and return their result.
+    """Run all ranks once and return the result of the run.
 
     Raises:
-        TrainingFailed: there is no result; names the cause.
-        StageFailed: ranks of the run have formed more than one group.
+        TrainingFailed: the ranks wrote no result. The message names the cause.
+        StageFailed: the ranks of the run have formed more than one group.
     """
     run.archive_attempt()
     try:
         check_hosts(run, spark, settings)
-    except StageFailed as lost:  # an executor was lost meanwhile; the next attempt may have another
+    except StageFailed as lost:  # an executor was lost; the next attempt may get a new executor
         raise TrainingFailed(lost.what, where=lost.where, got=lost.got, fix=lost.fix) from lost
     damaged = set(run.damaged_checkpoints())
     error = run_ranks(run, spark, settings, entry)

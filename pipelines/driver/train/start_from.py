@@ -1,4 +1,4 @@
-"""Validation of `train.start_from`, the folder whose weights a run starts from."""
+"""Validation of `train.start_from`, the folder that contains the initial weights of a run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ FILES = ("model.safetensors", "config.json", "tokenizer.json")
 
 
 class StartFolder(Config):
-    """A folder with weights, config and tokenizer of a model.
+    """A folder with the weights, the config and the tokenizer of a model.
 
     Attributes:
-        folder: absolute path, because ranks may have another working directory.
+        folder: absolute path of the folder, because ranks may have another working directory.
         digest: SHA-256 of the weights file.
     """
 
@@ -26,15 +26,15 @@ class StartFolder(Config):
 
     @property
     def tokenizer(self) -> Path:
-        """Path of the tokenizer that the weights were trained with."""
+        """Path of the tokenizer with which the weights were trained."""
         return self.folder / "tokenizer.json"
 
 
 def open_start_folder(folder: Path, config: ModelConfig) -> StartFolder:
-    """Check that a folder contains the model that a run trains; generation settings may differ.
+    """Check that a folder contains the model that a run trains. The generation settings of the model may differ.
 
     Raises:
-        UserError: the folder lacks a file of a model, or contains another model; lists each difference.
+        UserError: the folder lacks a file of a model, or contains another model. The message lists each difference.
     """
     folder = folder.absolute()
     missing = [name for name in FILES if not (folder / name).is_file()]

@@ -22,7 +22,7 @@ CORRUPT = "_lakesight_corrupt_record"
 def load_rows(
     spark: SparkSession, source: CsvSourceConfig, config: DataConfig, files: Sequence[SourceFile]
 ) -> SourceRows:
-    """Load the rows of the files. Each file's own header is read; Spark would apply the first one to all files.
+    """Load the rows of the files. Each file is read with its own header, because Spark uses one header for all files.
 
     Raises:
         UserError: a file is empty or lacks a column.
@@ -53,7 +53,7 @@ def read_header(spark: SparkSession, file: SourceFile, *, multiline: bool) -> tu
 
 
 def parse(spark: SparkSession, paths: list[str], header: tuple[str, ...], *, multiline: bool) -> DataFrame:
-    """Parse files in Spark, as input of `spark_csv_records`."""
+    """Parse CSV files in Spark, and return rows in the format that `spark_csv_records` expects."""
     schema = StructType([StructField(name, StringType()) for name in (*header, CORRUPT)])
     frame = spark.read.csv(
         paths,
@@ -68,5 +68,5 @@ def parse(spark: SparkSession, paths: list[str], header: tuple[str, ...], *, mul
 
 
 def _dialect(multiline: bool) -> dict[str, str | int | bool]:
-    """Return Spark's options for RFC 4180: a quote inside quotes is doubled. Fields may have any length."""
+    """Return Spark's CSV options for RFC 4180, in which a quote inside quotes is doubled and fields have any length."""
     return {"quote": '"', "escape": '"', "multiLine": multiline, "maxCharsPerColumn": -1}

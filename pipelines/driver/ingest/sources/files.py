@@ -1,4 +1,4 @@
-"""Sources that consist of files: list them, select the pending ones, and load files of lines."""
+"""Functions for sources that consist of files: list the files, select the pending files, and load files of lines."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from pipelines.executor.ingest.splits import split_of_file
 
 SET_PATH = "--set data.source.path=FILE_OR_FOLDER"
 COMPRESSION_SUFFIXES = ("", ".gz", ".bz2", ".zst")
-"""Suffixes of files of lines by compression; the first one stands for none."""
+"""Suffixes of compressed files of lines. The empty suffix stands for no compression."""
 RANGE_BYTES = 32 * 2**20
-"""Bytes of a file of lines that one task reads."""
+"""Number of bytes of a file of lines that one task reads."""
 
 
 class SourceFile(NamedTuple):
@@ -44,7 +44,7 @@ class SourceFile(NamedTuple):
 
     @property
     def state(self) -> str:
-        """Change token: size and modification time."""
+        """Change token of the file, which contains the size and the modification time."""
         return change_token(self.size, self.modified)
 
 
@@ -64,10 +64,10 @@ def _hash_files(name: str, files: Sequence[SourceFile]) -> str:
 
 
 def list_files(spark: SparkSession, config: DataConfig, suffixes: tuple[str, ...]) -> list[SourceFile]:
-    """List the files of the source's path through Spark, and select those of the source (`select_files`).
+    """List the files at the path of the source through Spark, and select the files to read (`select_files`).
 
     Raises:
-        UserError: no path is set, it does not exist, or no file is selected.
+        UserError: no path is set, the path does not exist, or no file is selected.
     """
     path = config.source.path
     if not path:
@@ -84,9 +84,9 @@ def list_files(spark: SparkSession, config: DataConfig, suffixes: tuple[str, ...
 
 
 def select_files(found: Sequence[SourceFile], config: DataConfig, suffixes: tuple[str, ...]) -> list[SourceFile]:
-    """Select the files that have one of the suffixes, sorted.
+    """Select the files that have one of the suffixes, and sort these files.
 
-    With split kind `file`, select only files named train, val or test. Such folders often hold other lists as well.
+    With split kind `file`, select only files named train, val or test, because such a folder often has other files.
 
     Raises:
         UserError: no file is selected.
@@ -105,11 +105,11 @@ def select_files(found: Sequence[SourceFile], config: DataConfig, suffixes: tupl
 
 
 def load_lines(spark: SparkSession, files: Sequence[tuple[SourceFile, int]]) -> tuple[DataFrame, Lines]:
-    """Return raw rows of files of lines, and the function that executors read lines with.
+    """Return the raw rows of files of lines, and the function with which executors read the lines.
 
     Args:
-        spark: the session.
-        files: each file with the index of its header.
+        spark: Spark session.
+        files: pairs of a file and the index of its header.
     """
     paths = [_filesystem_path(file.path) for file, _ in files]
     if None in paths or any(file.name.endswith(COMPRESSION_SUFFIXES[1:]) for file, _ in files):
@@ -129,7 +129,7 @@ def load_lines(spark: SparkSession, files: Sequence[tuple[SourceFile, int]]) -> 
 
 
 def load_text(spark: SparkSession, paths: list[str], header: int = 0) -> DataFrame:
-    """Read lines through Spark, as input of `spark_lines`. Lines are bytes, because Python rejects invalid UTF-8."""
+    """Read lines through Spark in the format of `spark_lines`. Lines are bytes, because a line may be invalid UTF-8."""
     return spark.read.text(paths, lineSep="\n").select(
         F.col("_metadata.file_path").alias("path"),
         F.col("_metadata.file_name").alias("file"),
@@ -140,22 +140,22 @@ def load_text(spark: SparkSession, paths: list[str], header: int = 0) -> DataFra
 
 
 def _filesystem_path(path: str) -> str | None:
-    """Convert a path as Spark reports it to a path that executors can open; None if they cannot."""
+    """Convert a path that Spark reports to a path that Python can open; None if there is no such path."""
     if path.startswith("file:/"):
         return f"/{path.removeprefix('file:').lstrip('/')}"
     return path.removeprefix("dbfs:") if path.startswith("dbfs:/Volumes/") else None
 
 
 def absolute_path(path: str) -> str:
-    """Make a path independent of the JVM's working directory. URLs and dbfs paths are returned unchanged."""
+    """Return the absolute path, which does not depend on the JVM's working directory. Return URLs unchanged."""
     return path if "://" in path or path.startswith("dbfs:") else str(Path(path).absolute())
 
 
 def source_folder(config: DataConfig) -> Path:
-    """Return the source's path as a plain path that executors can open.
+    """Return the path of the source as a plain path that executors can open.
 
     Raises:
-        UserError: no path is set, or it is a URL.
+        UserError: no path is set, or the path is a URL.
     """
     path = config.source.path.removeprefix("dbfs:")
     if not path:

@@ -1,6 +1,7 @@
-"""Folder sources: picture files, and a captions file that names them: CSV, JSON lines or COCO captions JSON.
+"""Folder sources: a folder of picture files, and a captions file that names the picture files.
 
-Spark reads the captions file. Executors open the pictures, so every executor must see the folder.
+The captions file is CSV, JSON lines or COCO captions JSON. Spark reads the captions file. Executors open the pictures,
+so every executor must see the folder.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pipelines.executor.ingest.records.record import Read
 from pipelines.executor.ingest.records.table import FILE, table_records
 
 CAPTION_BYTES_PER_TASK = 64 * 1024
-"""A few hundred captions, and so pictures, per task. Spark would read a captions file in a single task."""
+"""Bytes of the captions file per task: a few hundred captions. Spark itself would read the file in a single task."""
 MAX_TASKS = 10_000
 COCO = (
     "images array<struct<id: string, file_name: string, height: int, width: int>>, "
@@ -37,13 +38,13 @@ COCO = (
 def open_folder(
     spark: SparkSession, name: str, source: FolderSourceConfig, config: DataConfig, ingested: pa.Table
 ) -> Source:
-    """Open a folder: one record per row of the captions file, with its picture. Pictures without a row are ignored.
+    """Open a folder. Each row of the captions file is one record. Pictures that no row names are ignored.
 
-    An item is a row of the captions file, and its state is the change token of its picture. Only added rows and rows
-    with a changed picture are read again.
+    An item of the ledger is a row of the captions file, and its state is the change token of its picture. Only added
+    rows and rows with a changed picture are read again.
 
     Raises:
-        UserError: the folder or captions file does not exist, has an unknown format, or lacks a column.
+        UserError: the captions file does not exist, has an unknown format, or lacks a column.
     """
     folder = source_folder(config)
     file = _captions_file(folder / source.captions)
@@ -102,7 +103,7 @@ def _load_captions(
 
 
 def _load_coco(spark: SparkSession, file: SourceFile, source: FolderSourceConfig) -> DataFrame:
-    """Return one row per image with the list of its captions. An annotation without an image is a row, too."""
+    """Return one row per image with a list of captions. An annotation without an image also becomes a row."""
     document = spark.read.schema(COCO).json(file.path, multiLine=True)
     parts = document.selectExpr("images IS NOT NULL AND annotations IS NOT NULL AS coco").collect()
     if not (len(parts) == 1 and parts[0]["coco"]):

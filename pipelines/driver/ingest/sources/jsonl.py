@@ -1,4 +1,4 @@
-"""JSON lines sources: one object per line, with base64 pictures."""
+"""JSON lines sources: files that have one JSON object per line, with base64 pictures."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pipelines.executor.ingest.records.jsonl import jsonl_records
 
 SUFFIXES = tuple(f"{name}{compression}" for name in (".jsonl", ".ndjson") for compression in COMPRESSION_SUFFIXES)
 INSPECTED_LINES = 20
-"""Lines whose keys count as the columns of the source. A wrong column name must not quarantine every row."""
+"""Number of lines whose keys are the columns of the source. A wrong column name must not quarantine every row."""
 
 
 def load_rows(spark: SparkSession, config: DataConfig, files: Sequence[SourceFile]) -> SourceRows:
     """Load the lines of the files.
 
     Raises:
-        UserError: none of the first lines has a column that the config names.
+        UserError: the first lines lack a column that the data config names.
     """
     require_columns(config, first_keys(load_text(spark, [file.path for file in files])), config.source.path)
     frame, lines = load_lines(spark, [(file, 0) for file in files])

@@ -1,4 +1,4 @@
-"""Choice of the reader for a data config's kind of source."""
+"""Choice of the module that reads the kind of source that a data config names."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def open_source(spark: SparkSession, platform: Platform, name: str, config: Data
     """Open the source of a data config.
 
     Args:
-        spark: the session.
+        spark: Spark session.
         platform: location of generated input.
-        name: the data config's name.
-        config: the data config.
+        name: name of the data config.
+        config: data config of the source.
         ingested: items that need not be read again, from `ledger.read_ledger`.
 
     Raises:

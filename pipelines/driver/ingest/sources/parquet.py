@@ -1,4 +1,4 @@
-"""Parquet sources: pictures as binary, as base64, or as Hugging Face's struct of bytes and path."""
+"""Parquet sources: files with pictures as binary, as base64 text, or as Hugging Face's struct of bytes and path."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SUFFIXES = (".parquet",)
 def load_rows(
     spark: SparkSession, source: ParquetSourceConfig, config: DataConfig, files: Sequence[SourceFile]
 ) -> SourceRows:
-    """Load the rows of the files. A file may have more columns than others, but columns must have the same types.
+    """Load the rows of the files. Files may have different columns, but equal columns must have the same type.
 
     Raises:
-        UserError: the files have different types, or a column is missing.
+        UserError: a column has different types in different files, or a column is missing.
     """
     try:
         frame = spark.read.option("mergeSchema", True).parquet(*(file.path for file in files))
@@ -42,5 +42,5 @@ def load_rows(
 
 
 def prepend_file(frame: DataFrame, file: Column) -> DataFrame:
-    """Put the file name before all columns, as input of `table_records`."""
+    """Put a column with the file name before all other columns, as `table_records` expects."""
     return frame.select(file.alias(FILE), *(F.col(f"`{name.replace('`', '``')}`") for name in frame.columns))

@@ -1,4 +1,4 @@
-"""Generated scenes as a source: input that needs no files, for a first run and for tests."""
+"""Generated scenes as a source: Lakesight writes the input itself, for a first run and for tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The result of opening a source, the same for every kind, and the check of its columns."""
+"""The class `Source`, which every kind of source returns when it is opened, and the check of the source's columns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SourceRows(NamedTuple):
     """Raw rows of a source.
 
     Attributes:
-        frame: the rows, in columns that suit the source.
+        frame: raw rows, with columns that depend on the kind of source.
         read: parser that converts batches of `frame` to records on an executor.
     """
 
@@ -29,14 +29,14 @@ class SourceRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """An opened source. Nothing is decoded yet.
+    """An opened source, whose rows are not decoded yet.
 
     Attributes:
-        rows: rows of the pending items; None if there are none.
-        ingest_id: hash of the source's name and its state. An unchanged source has the same id.
+        rows: raw rows of the pending items; None if no item is pending.
+        ingest_id: hash of the name and the state of the source. An unchanged source has the same id.
         pending: items (ledger.ITEMS) that have not been ingested in their current state.
-        unchanged: number of all other items.
-        stale_ids: ids (column `id`) whose rows the source has changed or deleted; None if it cannot tell.
+        unchanged: number of items that have been ingested in their current state.
+        stale_ids: ids (column `id`) of rows that the source has changed or deleted; None if these ids are unknown.
     """
 
     rows: SourceRows | None
@@ -68,5 +68,5 @@ def require_columns(config: DataConfig, found: Sequence[str], where: str) -> Non
 
 
 def _suggest(name: str, unused: Sequence[str]) -> str:
-    """Return the most similar unused column, or the only one, or the placeholder COLUMN."""
+    """Return the most similar unused column, or the only unused column, or else the placeholder COLUMN."""
     return next(iter(nearest(name, unused) or (unused if len(unused) == 1 else ())), "COLUMN")

@@ -1,7 +1,7 @@
-"""Delta table sources: a table by name or path, read at one version, and from then on only its changes.
+"""Delta table sources: the first ingest reads one version of a table, and later ingests read only the changes.
 
-Changes come from the table's change data feed. A table without a feed is read completely whenever it has a new
-version. This adds nothing twice, but takes longer.
+The changes come from the table's change data feed. A table without a change data feed is read completely whenever the
+table has a new version. A complete read adds nothing twice, but takes longer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipelines.executor.ingest.records.table import table_records
 logger = logging.getLogger(__name__)
 
 VERSION = "version "
-"""Prefix of a table's state in the ledger."""
+"""Prefix of the state of a table in the ledger; the version number follows."""
 
 
 class _TableVersion(NamedTuple):
@@ -41,10 +41,11 @@ class _TableVersion(NamedTuple):
 def open_table(
     spark: SparkSession, name: str, source: TableSourceConfig, config: DataConfig, ingested: pa.Table
 ) -> Source:
-    """Open the configured version of a table, or its newest one, and select rows added since the ingested version.
+    """Open the configured or newest version of a table, and select the rows added since the last ingested version.
 
     If the table has a change data feed and its rows have ids, the ids of updated and deleted rows are `stale_ids`, and
-    updated rows are read again. Without ids, another row may have the same picture, so no picture is removed.
+    updated rows are read again. If the rows have no ids, no picture is removed, because another row may have the same
+    picture.
 
     Raises:
         UserError: no table is named, the table or version does not exist, or a column is missing.
@@ -88,13 +89,13 @@ def _read_version(spark: SparkSession, source: TableSourceConfig) -> _TableVersi
 
 
 def _read_changes(spark: SparkSession, source: TableSourceConfig, first: int, last: int) -> DataFrame | None:
-    """Read the table's change data feed; None if there is no feed from version `first` on."""
+    """Read the change data feed of the table; return None if the table has no feed from version `first` on."""
     reader = spark.read.option("readChangeFeed", "true").option("startingVersion", first).option("endingVersion", last)
     try:
         changes = (
             reader.table(source.table) if source.table else reader.format("delta").load(absolute_path(source.path))
         )
-        changes.limit(1).collect()  # a missing feed is only noticed when it is read
+        changes.limit(1).collect()  # Spark notices a missing feed only when rows are read
     except PySparkException as error:
         logger.info("%s has no change data feed from version %d on: all rows are read", source.where, first)
         logger.debug("%s", error)
@@ -105,7 +106,7 @@ def _read_changes(spark: SparkSession, source: TableSourceConfig, first: int, la
 def _select_changed(
     frame: DataFrame, changes: DataFrame, source: TableSourceConfig
 ) -> tuple[DataFrame, DataFrame | None]:
-    """Return the rows to read, and the ids of updated and deleted rows. All current rows with these ids are read."""
+    """Return the rows to read, and the ids of updated and deleted rows. All current rows with such an id are read."""
     added = changes.filter("_change_type IN ('insert', 'update_postimage')").select(*frame.columns)
     added = filter_rows(added, source.filter, where="data.source.filter")
     id_name = source.columns.id

@@ -1,4 +1,4 @@
-"""WebDataset sources: tars that executors read as streams, one row at a time."""
+"""WebDataset sources: tar files that executors read as streams, one row at a time."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 
 def list_tars(config: DataConfig) -> list[SourceFile]:
-    """List the tars of the source's path, which may be a file, a folder or a glob pattern.
+    """List the tar files at the path of the source, which may be a file, a folder or a glob pattern.
 
     Raises:
-        UserError: there is no such file.
+        UserError: no tar file has this path.
     """
     path = source_folder(config)
     found = [Path(one) for one in glob(str(path / "*") if path.is_dir() else str(path))]  # noqa: PTH207 (a pattern)
@@ -36,7 +36,7 @@ def list_tars(config: DataConfig) -> list[SourceFile]:
 def load_rows(
     spark: SparkSession, source: WebDatasetSourceConfig, config: DataConfig, files: Sequence[SourceFile]
 ) -> SourceRows:
-    """Return one raw row per tar, and one task per row."""
+    """Return one raw row per tar file. Each raw row is read by a separate task."""
     frame = spark.createDataFrame([(file.path,) for file in files], "path string")
     read = partial(tar_records, images=source.columns.image.split(";"), max_bytes=config.limits.max_bytes)
     return SourceRows(frame.coalesce(1).repartition(len(files)), read)
