@@ -1,5 +1,5 @@
-"""Evaluation in the driver: metrics of a model version with confidence intervals, and the promotion gate.
+"""The driver's part of an evaluation: metrics of a model version with confidence intervals, and the promotion gate.
 
-Start reading in `run.py`: new metrics go into `metrics.py`, the gate is `promote.py`, two versions are compared in
-`compare.py`. Imports pyspark; never torch or MLflow.
+Start reading in `run.py`. New metrics go into `metrics.py`, `gate.py` is the promotion gate, and `compare.py` compares
+two model versions. This package imports pyspark, but never torch or MLflow.
 """

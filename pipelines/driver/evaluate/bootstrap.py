@@ -1,7 +1,8 @@
-"""Bootstrap confidence intervals of metrics: of one model, of the difference of two models, and of slices.
+"""Bootstrap confidence intervals of the metrics of a model, of metric differences of two models, and of slices.
 
-The bootstrap resamples pictures, not rows, so all questions about a picture are drawn together. Two models are compared
-on the same resamples (paired bootstrap), so the difficulty of a picture affects both and cancels.
+The bootstrap resamples pictures and not rows, so all questions about a picture are drawn together. Two models are
+compared on the same resamples (paired bootstrap), so the difficulty of a picture affects both models and cancels
+in the difference.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from vlm.config import Config
 
 RESAMPLES = 200
 MAX_VALUES = 8
-"""A column with more distinct numbers is sliced by quartile; of a column of text, the most frequent values are kept."""
+"""A column with more distinct numbers is sliced by quartile. A column of text keeps this many most frequent values."""
 MIN_SLICE_ROWS = 2
 
 
 class Interval(Config):
-    """Value of a metric and its 95 % bootstrap interval: the 2.5th and 97.5th percentile over resamples."""
+    """Value of a metric, and the 95 % bootstrap interval from the 2.5th to the 97.5th percentile of the resamples."""
 
     value: float
     low: float
@@ -36,10 +37,10 @@ class Interval(Config):
 
 
 def draw_weights(scored: Sequence[ScoredRow], *, seed: int = 0) -> Floats:
-    """Draw the weights of the rows in each resample, shape (RESAMPLES + 1, rows).
+    """Draw the weights of the rows in each resample, as an array of shape (RESAMPLES + 1, rows).
 
-    The first line is the original sample: every weight is 1. In the others a row's weight is the number of times that
-    its picture was drawn with replacement.
+    The first line of the array is the original sample, in which every weight is 1. In each other line the weight of a
+    row is the number of times that the picture of the row was drawn with replacement.
     """
     pictures = np.unique([item.row for item in scored], return_inverse=True)[1]
     count = int(pictures.max()) + 1
@@ -48,7 +49,7 @@ def draw_weights(scored: Sequence[ScoredRow], *, seed: int = 0) -> Floats:
 
 
 def interval_from_resamples(values_S: Floats) -> Interval:
-    """Compute the interval of a metric from its value on the original sample, followed by those on the resamples."""
+    """Compute the interval of a metric from its values on the original sample (first value) and on the resamples."""
     low, high = np.percentile(values_S[1:], [2.5, 97.5])
     return Interval(value=float(values_S[0]), low=float(low), high=float(high))
 
@@ -58,11 +59,11 @@ def measure(
 ) -> dict[str, Interval]:
     """Compute all metrics of a split, with intervals.
 
-    `error_share` is over all rows; the metrics of the model and of the baselines are over the rows with a caption.
+    `error_share` is computed over all rows. All other metrics are computed over the rows with a caption.
 
     Args:
-        scored: rows of the split; at least one has a caption.
-        further: more metrics of the rows with a caption, by name.
+        scored: rows of the split; at least one row has a caption.
+        further: additional metrics to compute over the rows with a caption, by name.
         seed: seed of the resampling.
     """
     failed = ratio([float(item.caption is None) for item in scored])
@@ -83,13 +84,13 @@ def pair_rows(one: Sequence[ScoredRow], other: Sequence[ScoredRow]) -> tuple[lis
 def metric_differences(
     one: Sequence[ScoredRow], other: Sequence[ScoredRow], *, names: Sequence[str] = (), seed: int = 0
 ) -> dict[str, Interval]:
-    """Compute each metric of `one` minus that of `other` on the rows that both captioned, by a paired bootstrap.
+    """Compute the metric differences of two models (`one` minus `other`) on the rows that both models captioned.
 
     Args:
-        one: rows of a model.
-        other: rows of another model.
-        names: metrics to compute; by default all that both models have.
-        seed: seed of the resampling.
+        one: scored rows of a model.
+        other: scored rows of another model.
+        names: names of the metrics to compare; by default all metrics that both models have.
+        seed: seed of the resampling in the paired bootstrap.
     """
     first, second = pair_rows(one, other)
     if not first:
@@ -103,14 +104,14 @@ def metric_differences(
 def slice_metrics(
     scored: Sequence[ScoredRow], columns: Mapping[str, Mapping[str, object]], *, names: Sequence[str], seed: int = 0
 ) -> dict[str, dict[str, Interval]]:
-    """Compute metrics of slices of the split, by `column=value`.
+    """Compute metrics of each slice of the split. The key of a slice is `column=value`.
 
-    CIDEr uses the word weights of the whole split, so that its values compare between slices.
+    CIDEr uses the word weights of the whole split, so that the CIDEr values of different slices can be compared.
 
     Args:
-        scored: rows of the split; at least one has a caption.
-        columns: for each column name, the value of each image_id.
-        names: metrics to compute.
+        scored: rows of the split; at least one row has a caption.
+        columns: value of each picture, by column name and image_id.
+        names: names of the metrics to compute.
         seed: seed of the resampling.
     """
     with_caption = captioned(scored)
@@ -132,10 +133,10 @@ def slice_metrics(
 
 
 def _labels(values: Sequence[object]) -> list[str]:
-    """Return a label for each value.
+    """Return the slice label of each value.
 
-    More than MAX_VALUES distinct numbers become quartiles. Of other values the MAX_VALUES most frequent keep their own
-    label, the rest become `other`.
+    If a column has more than MAX_VALUES distinct numbers, the labels are quartiles. In all other columns the MAX_VALUES
+    most frequent values keep their own label, and all other values get the label `other`.
     """
     numbers = [value for value in values if isinstance(value, int | float)]
     if len(numbers) == len(values) and len(set(numbers)) > MAX_VALUES:

@@ -20,15 +20,15 @@ Pair = tuple[ScoredRow, ScoredRow]
 
 
 class Comparison(Config):
-    """Comparison of version `one` with version `other`.
+    """Comparison of model version `one` with model version `other`.
 
     Attributes:
-        rows: rows that both captioned.
-        differences: each metric of `one` minus that of `other`, with the interval of a paired bootstrap.
-        wins: rows where `one` has the higher word F1.
-        losses: rows where `other` has the higher word F1.
-        ties: rows with equal word F1.
-        page: HTML page of the rows that differ most.
+        rows: number of rows that both versions captioned.
+        differences: metric differences (`one` minus `other`), with the interval of a paired bootstrap.
+        wins: number of rows where `one` has the higher word F1.
+        losses: number of rows where `other` has the higher word F1.
+        ties: number of rows with equal word F1.
+        page: path of the HTML page that shows the rows with the largest differences.
     """
 
     model_name: str
@@ -47,10 +47,10 @@ class Comparison(Config):
 def compare(
     spark: SparkSession, platform: Platform, request: ShardRequest, one: EvaluationReport, other: EvaluationReport
 ) -> Comparison:
-    """Compare two evaluations of the split that a shard request names, and write the page.
+    """Compare two evaluations of the split that a shard request names, and write the HTML page.
 
     Raises:
-        StageFailed: no row was captioned by both.
+        StageFailed: the two versions have no captioned row in common.
     """
     pairs = list(zip(*pair_rows(one.scores(), other.scores()), strict=True))
     if not pairs:
@@ -93,7 +93,7 @@ def compare(
 
 
 def _groups(pairs: Sequence[Pair], names: tuple[str, str]) -> dict[str, list[Pair]]:
-    """Select the rows to show, by group, the largest difference first."""
+    """Select the rows to show, by group. The rows with the largest difference come first."""
     by_gain = sorted(pairs, key=lambda pair: (pair[1].f1 - pair[0].f1, pair[0].row))
     better, worse = f"{names[0]}-better", f"{names[1]}-better"
     return {

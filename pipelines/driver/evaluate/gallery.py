@@ -1,4 +1,4 @@
-"""Gallery of an evaluation: pictures with human and model captions, as an HTML page and as PNGs."""
+"""Gallery of an evaluation: pictures with human captions and model captions, as an HTML page and as PNG files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from pipelines.driver.evaluate.metrics import ScoredRow
 from pipelines.pages.page import Card, CardText, FormattedValue, Gallery, Page, ValueTable, write_page
 
 GROUP_ROWS = 16
-"""Rows of each group: worst, best, and a sample of the others."""
+"""Number of rows in each of the groups worst, best and sample."""
 PNG_ROWS = 12
 PNG_COLUMNS = 4
-NAMES = {  # metric: its name on pages, in their order
+NAMES = {  # name of each metric on pages, in the order of the page
     "exact_match": "exact match",
     "constant_exact_match": "exact match, best constant",
     "neighbour_exact_match": "exact match, nearest neighbour",
@@ -51,7 +51,7 @@ PLOTTED = ("exact_match", "word_f1", "rouge_l", "bleu_4")
 
 @dataclass(frozen=True)
 class ModelCaption:
-    """Caption by the model `label`. `exact`: it equals a reference word for word. `score`: word F1, 0 to 1."""
+    """Caption by the model `label`. `exact` says whether `text` equals a reference. `score` is word F1 from 0 to 1."""
 
     label: str
     text: str
@@ -65,11 +65,11 @@ class GalleryRow:
 
     Attributes:
         image_id: id of the picture.
-        thumbnail: a small JPEG file; None if the picture cannot be decoded.
-        prompt: empty for a plain caption.
-        human: the references, separated by slashes.
-        captions: one for each model.
-        groups: names by which the page can be filtered.
+        thumbnail: small JPEG file; None if the picture cannot be decoded.
+        prompt: text before the caption; a plain caption has an empty prompt.
+        human: human captions (references), separated by slashes.
+        captions: captions by the models, one caption per model.
+        groups: names of the groups by which a reader can filter the page.
     """
 
     image_id: str
@@ -93,10 +93,10 @@ class GalleryRow:
 
 
 def select_rows(scored: Sequence[ScoredRow]) -> list[tuple[ScoredRow, tuple[str, ...]]]:
-    """Select the worst rows, the best rows and a sample of the others. Return each with its groups, the worst first.
+    """Select the worst rows, the best rows and a sample of all other rows. Return the rows with their group names.
 
-    The sample is the first of the other rows: shards are shuffled, so it is fair. A small split is shown whole, and a
-    row of it may be in several groups.
+    The worst row comes first. The sample consists of the first of all other rows, which is fair because shards are
+    shuffled. A small split is shown completely, and then a row may be in several groups.
     """
     ordered = sorted(scored, key=lambda item: (item.f1, -item.loss / max(1, item.num_targets), item.row))
     groups = {"worst": ordered[:GROUP_ROWS], "best": ordered[::-1][:GROUP_ROWS]}
@@ -118,16 +118,16 @@ def write_html(
     slices: Mapping[str, Mapping[str, Interval]] | None = None,
     signed: bool = False,
 ) -> None:
-    """Write the page: metrics, metrics of slices, and picture cards that can be searched and filtered by group.
+    """Write the HTML page with metrics, metrics of slices, and picture cards that a reader can search and filter.
 
     Args:
-        path: HTML file to write.
+        path: path of the HTML file to write.
         title: heading of the page.
         about: paragraph below the heading.
-        metrics: metrics of the split, or differences of two models, by name; those in NAMES are shown.
+        metrics: metrics of the split or metric differences, by name. The page shows only metrics in NAMES.
         rows: pictures to show.
-        slices: metrics of parts of the split, by `column=value`.
-        signed: whether the metrics are differences, whose plus sign is shown.
+        slices: metrics of each slice of the split, by `column=value`.
+        signed: whether the metrics are differences, which are shown with a plus or minus sign.
     """
     figures = {name: _format(metrics[key], signed) for key, name in NAMES.items() if key in metrics}
     gallery = Gallery("", [row.card() for row in rows])
@@ -135,7 +135,7 @@ def write_html(
 
 
 def _slice_tables(slices: Mapping[str, Mapping[str, Interval]]) -> list[ValueTable]:
-    """Return one table of all slices, or none if there are no slices."""
+    """Return a list with one table of all slices, or an empty list if there are no slices."""
     if not slices:
         return []
     columns = list(next(iter(slices.values())))
@@ -144,9 +144,9 @@ def _slice_tables(slices: Mapping[str, Mapping[str, Interval]]) -> list[ValueTab
 
 
 def write_png(path: Path, title: str, rows: Sequence[GalleryRow]) -> None:
-    """Write the first PNG_ROWS pictures as a grid, each with its reference and the first model's caption.
+    """Write a PNG file that shows the first PNG_ROWS pictures in a grid, with the human caption and the model caption.
 
-    Uses matplotlib without pyplot, which keeps global state and looks for a display.
+    This function uses matplotlib without pyplot, because pyplot keeps global state and looks for a display.
     """
     shown = rows[:PNG_ROWS]
     lines = -(-len(shown) // PNG_COLUMNS)
@@ -172,7 +172,7 @@ def write_png(path: Path, title: str, rows: Sequence[GalleryRow]) -> None:
 def write_figures(
     path: Path, title: str, metrics: Mapping[str, Interval], slices: Mapping[str, Mapping[str, Interval]]
 ) -> None:
-    """Write a bar chart of the metrics with intervals, next to the baselines, and of word F1 of each slice."""
+    """Write a bar chart that shows the metrics of the model and the baselines, and word F1 of each slice."""
     bars = {
         NAMES.get(f"{prefix}{name}", f"{name}, {prefix.rstrip('_')}"): metrics[f"{prefix}{name}"]
         for name in PLOTTED
@@ -195,21 +195,21 @@ def write_figures(
 
 
 def _format(metric: Interval, signed: bool = False) -> FormattedValue:
-    """Format a metric and its interval; an interval of zero width is left out."""
+    """Format a metric and its interval. An interval of zero width is not shown."""
     interval = f"{_digits(metric.low, signed)} to {_digits(metric.high, signed)}" if metric.low < metric.high else ""
     return FormattedValue(_digits(metric.value, signed), interval)
 
 
 def _digits(value: float, signed: bool) -> str:
-    """Format a number with three decimals, or with none from 100 on."""
+    """Format a number with three decimals, or without decimals if the number is 100 or more."""
     return f"{value:{'+' if signed else ''},.{0 if abs(value) >= 100 else 3}f}"
 
 
 def _wrap(text: str) -> str:
-    """Wrap a text into at most four lines of a picture's width."""
+    """Wrap a text into at most four lines that are as wide as a picture."""
     return _escape_dollars("\n".join(textwrap.wrap(text, 40, max_lines=4, placeholder=" ...")))
 
 
 def _escape_dollars(text: str) -> str:
-    """Escape dollar signs: matplotlib reads a text between two of them as a formula."""
+    """Escape dollar signs, because matplotlib reads a text between two dollar signs as a formula."""
     return text.replace("$", r"\$")

@@ -1,9 +1,9 @@
 """Promotion gate: checks that a model version must pass before it becomes the champion.
 
-A small captioning model easily learns to write plausible captions without using the picture. Its loss is good, but its
-blind gap (loss with the pictures of other rows, minus loss with the right ones) is zero. A model that uses the picture
-may still be worse than a copied caption, or than the current champion. The gate runs every check and reports all
-failures, not only the first.
+A small captioning model easily learns to write plausible captions without using the picture. The loss of such a model
+is good, but its blind gap (loss with the pictures of other rows, minus loss with the right pictures) is zero. A model
+that uses the picture may still be worse than a copied caption or the current champion. The gate runs every check and
+reports all failures, not only the first failure.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ BASELINES = {"constant": "the best caption that ignores the picture", "neighbour
 
 
 class GateCheck(Config):
-    """Result of one check of the gate, and its description."""
+    """Result of one check of the gate, and a description of what the check found."""
 
     passed: bool
     found: str
 
 
 class GateResult(Config):
-    """Results of all checks of a version, by name, and the metrics they used."""
+    """Results of all checks of a model version, by name, and the metrics that the checks used."""
 
     checks: dict[str, GateCheck]
     figures: dict[str, Interval]
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Descriptions of the failed checks; empty if the version passed."""
+        """Descriptions of the failed checks; empty if the model version passed every check."""
         return tuple(check.found for check in self.checks.values() if not check.passed)
 
 
 def apply_gate(
     gate: GateConfig, report: EvaluationReport, champion: EvaluationReport | None, trial: Trial
 ) -> GateResult:
-    """Run every check of the gate. A metric that is missing or NaN fails its check.
+    """Run every check of the gate. If a metric is missing or NaN, the check of that metric fails.
 
     Args:
         gate: limits of the checks.
-        report: evaluation of the version.
+        report: evaluation of the model version.
         champion: evaluation of the current champion on the same split; None if there is no champion.
-        trial: result of loading and running the version in a fresh process.
+        trial: result of loading and running the model version in a fresh process.
     """
     metrics = report.metrics
     shown: tuple[str, ...] = (gate.metric, "loss", "blind_gap", "error_share")
@@ -84,7 +84,7 @@ def apply_gate(
 
 
 def _check_errors(gate: GateConfig, share: float, trial: Trial) -> GateCheck:
-    """Check the share of errors, both of the evaluation and of the trial."""
+    """Check the share of errors in the evaluation and the share of errors in the trial."""
     tried = len(trial.errors) / trial.pictures if trial.pictures else 0.0
     found = (
         f"no caption for a share of {share:.3g} of the split and for {len(trial.errors)} of {trial.pictures} pictures "
@@ -96,7 +96,7 @@ def _check_errors(gate: GateConfig, share: float, trial: Trial) -> GateCheck:
 
 
 def _check_blind_gap(gate: GateConfig, gap: Interval | None) -> GateCheck:
-    """Check that the model uses its pictures."""
+    """Check that the model uses its pictures, which means that its blind gap is large enough."""
     if gap is None:
         found = "the blind gap is unknown: a split of one picture has none"
         return GateCheck(passed=False, found=found)
@@ -106,9 +106,10 @@ def _check_blind_gap(gate: GateConfig, gap: Interval | None) -> GateCheck:
 
 
 def _check_baseline(gate: GateConfig, gain: Interval | None, baseline: str) -> GateCheck:
-    """Check that the version is better than a baseline even at the lower end of the interval.
+    """Check that the model version is better than a baseline even at the lower end of the interval.
 
-    The value alone is not enough: by chance, a model as good as the baseline is better in half of the cases.
+    The value alone is not enough, because a model that is as good as the baseline has a better value in half of the
+    cases by chance.
     """
     if gain is None:
         return GateCheck(passed=False, found=f"it cannot be compared with {baseline}: {gate.metric} is not measured")
@@ -122,9 +123,9 @@ def _format_difference(difference: Interval) -> str:
 
 
 def _check_champion(gate: GateConfig, difference: Interval | None, version: str, rows: int) -> GateCheck:
-    """Check that the version is not worse than the champion at the upper end of the interval.
+    """Check that the model version is not worse than the champion at the upper end of the interval.
 
-    By chance, this refuses one in forty versions that are as good as the champion.
+    By chance, this check refuses one in forty model versions that are as good as the champion.
     """
     if difference is None:
         return GateCheck(
@@ -140,7 +141,7 @@ def _check_champion(gate: GateConfig, difference: Interval | None, version: str,
 
 
 def read_trial_pictures(spark: SparkSession, shards: Shards, count: int) -> list[tuple[bytes, str]]:
-    """Read the first pictures of a split as they were ingested, each with its first prompt."""
+    """Read the original files of the first pictures of a split. Return pairs of a picture and its first prompt."""
     rows = [shards.row(index) for index in range(min(count, len(shards)))]
     request = shards.manifest.request
     samples = spark.read.option("versionAsOf", request.table_version).table(request.table)
@@ -160,16 +161,16 @@ def record_decision(
     reasons: Sequence[str] = (),
     figures: str = "{}",
 ) -> None:
-    """Append a decision to table `decisions`. Call it before the decision takes effect, so that the log is complete.
+    """Append a decision to table `decisions`. Call this function before the decision takes effect.
 
     Args:
-        spark: the session; its user is recorded as the decider.
+        spark: Spark session, whose user is recorded as the person who decided.
         platform: platform of the table.
         model: name of the registered model.
-        version: version that the decision is about.
-        action: the decision.
-        champion: current champion version; None if there is none.
-        reasons: why the version was refused.
+        version: model version that the decision is about.
+        action: decision about the model version.
+        champion: version of the current champion; None if there is no champion.
+        reasons: reasons why the model version was refused.
         figures: metrics that the decision is based on, as a JSON object.
     """
     ensure_tables(spark, platform)

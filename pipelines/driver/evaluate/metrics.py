@@ -1,13 +1,13 @@
 """Metrics of captions as functions of row weights.
 
-A metric takes weights (S resamples, R rows) and returns S values. An interval, a slice and the paired difference of two
-models are the same metric with other weights (`bootstrap.py`). A new metric goes into `model_metrics` or, if it needs
-only captions and references, into `caption_metrics`.
+A metric takes weights (S resamples, R rows) and returns S values. Intervals, slices and paired differences of two
+models are computed by calling the same metric with other weights (`bootstrap.py`). A new metric goes into
+`model_metrics`. A new metric that needs only captions and references goes into `caption_metrics`.
 
-BLEU, ROUGE-L and CIDEr are computed by pycocoevalcap, METEOR by the Java program that it contains. The tokenizer is
-`vlm.text.words` instead of COCO's Java tokenizer, so scores compare between runs but not with the COCO leaderboard.
+pycocoevalcap computes BLEU, ROUGE-L and CIDEr, and its Java program computes METEOR. The tokenizer is `vlm.text.words`
+instead of COCO's Java tokenizer, so scores can be compared between runs, but not with the COCO leaderboard.
 
-Letters: R rows (a picture and a prompt), S resamples.
+In the names of arrays, R stands for rows (a picture and a prompt) and S stands for resamples.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vlm.text.words import words
 
 Floats = npt.NDArray[np.float64]
 Metric = Callable[[Floats], Floats]
-"""Function from weights (S, R) to values (S,)."""
+"""Function that takes weights of shape (S, R) and returns values of shape (S,)."""
 
 MAX_ORDER = 4
 MAX_DISTINCT = 2
@@ -40,7 +40,7 @@ MAX_CONSTANTS = 256
 
 @dataclass(frozen=True)
 class ScoredRow(RowScore):
-    """Scores of one row, with the caption of the nearest-neighbour baseline.
+    """Scores of one row, and the caption of the nearest-neighbour baseline for this row.
 
     Attributes:
         neighbour: human caption of the most similar training picture; None if there is none.
@@ -50,7 +50,7 @@ class ScoredRow(RowScore):
 
     @property
     def key(self) -> tuple[str, str]:
-        """Key of the row, equal for all models: image_id and prompt."""
+        """Key of the row (image_id and prompt), which is the same for all models."""
         return self.image_id, self.prompt
 
     @property
@@ -65,7 +65,7 @@ class ScoredRow(RowScore):
 
 
 def best_f1(caption: Sequence[str], references: Iterable[Sequence[str]]) -> float:
-    """Compute word F1 with the best reference: harmonic mean of precision and recall of words, with multiplicity."""
+    """Compute word F1 with the best reference. Word F1 is the harmonic mean of word precision and word recall."""
 
     def f1(reference: Sequence[str]) -> float:
         total = len(caption) + len(reference)
@@ -85,15 +85,16 @@ def captioned(scored: Sequence[ScoredRow]) -> list[ScoredRow]:
 def model_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     """Return the metrics of rows that all have a caption. The weights are in the order of the rows.
 
-    - loss: nats per target token. token_accuracy: share of target tokens ranked first.
-    - blind_gap, blank_gap, noise_gap: loss with the picture of another row, a grey picture or noise, minus loss, in
-      nats per token. blind_gap is left out if the split has one picture.
-    - exact_match, word_f1, bleu_1..4, rouge_l, cider. CIDEr is left out for one row: its word weights need several.
-    - words, tokens: mean length of a caption. captions_per_second: throughput of one process.
-    - distinct: share of different captions. distinct_1..2: share of different word n-grams.
-    - distinct_words: expected number of different words in 100 captions; left out if there are fewer captions.
-    - mean_logprob: nats per token, mean over captions.
-    - brightness, contrast: mean over pictures, in levels of 0 to 255.
+    - loss is in nats per target token. token_accuracy is the share of target tokens that the model ranks first.
+    - blind_gap, blank_gap and noise_gap are the loss with the picture of another row, a grey picture or noise, minus
+      the loss, in nats per token. A split of one picture has no blind_gap.
+    - exact_match, word_f1, bleu_1..4, rouge_l and cider compare captions with references. A single row has no cider,
+      because the word weights of CIDEr need several rows.
+    - words and tokens are the mean length of a caption. captions_per_second is the throughput of one process.
+    - distinct is the share of different captions. distinct_1..2 are the share of different word n-grams.
+    - distinct_words is the expected number of different words in 100 captions. Fewer captions have no distinct_words.
+    - mean_logprob is the mean over captions of the log-probability, in nats per token.
+    - brightness and contrast are means over pictures, in levels of 0 to 255.
     """
     tokens = [float(item.num_targets) for item in scored]
     metrics: dict[str, Metric] = {
@@ -116,8 +117,8 @@ def model_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
 def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     """Return the caption metrics of the baselines, which need no model.
 
-    constant_*: the best caption that ignores the picture. neighbour_*: the human caption of the most similar training
-    picture.
+    Metrics `constant_*` are for the best caption that ignores the picture. Metrics `neighbour_*` are for the human
+    caption of the most similar training picture.
     """
     return {
         f"{name}_{metric}": function
@@ -127,14 +128,14 @@ def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
 
 
 def ratio(numerators_R: Sequence[float], denominators_R: Sequence[float] | None = None) -> Metric:
-    """Return the metric sum of numerators / sum of denominators; without denominators, the mean."""
+    """Return the metric "weighted sum of numerators / weighted sum of denominators". A denominator is 1 by default."""
     numerator_R = np.asarray(numerators_R, float)
     denominator_R = np.ones_like(numerator_R) if denominators_R is None else np.asarray(denominators_R, float)
     return lambda weights_SR: (weights_SR @ numerator_R) / (weights_SR @ denominator_R)
 
 
 def caption_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
-    """Return the metrics of captions and references: exact_match, word_f1, rouge_l, words, cider, bleu_1..4."""
+    """Return the metrics that need only captions and references, such as word_f1 and cider."""
     captions = [words(item.caption or "") for item in scored]
     references = [[words(reference) for reference in item.references] for item in scored]
     rouge = Rouge()
@@ -155,7 +156,7 @@ def caption_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
 
 
 def meteor(scored: Sequence[ScoredRow]) -> Metric:
-    """Return METEOR (Denkowski and Lavie, 2014), mean over rows, computed by pycocoevalcap's Java program."""
+    """Return the mean METEOR (Denkowski and Lavie, 2014) over rows, which pycocoevalcap's Java program computes."""
     captions = [words(item.caption or "") for item in scored]
     references = [[words(reference) for reference in item.references] for item in scored]
     return ratio(Meteor().compute_score(*_as_coco(captions, references))[1])
@@ -169,13 +170,13 @@ def has_java() -> bool:
 def _as_coco(
     captions: Sequence[list[str]], references: Sequence[list[list[str]]]
 ) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """Return references and captions as pycocoevalcap takes them: lists of texts by row number."""
+    """Return references and captions in the format of pycocoevalcap, which is lists of texts by row number."""
     truth = {i: [" ".join(reference) for reference in group] for i, group in enumerate(references)}
     return truth, {i: [" ".join(caption)] for i, caption in enumerate(captions)}
 
 
 def _distinct(texts: Sequence[str]) -> dict[str, Metric]:
-    """Return the diversity metrics. They are over all rows and ignore the weights."""
+    """Return the diversity metrics, which are computed over all rows and ignore the weights."""
 
     def constant(value: float) -> Metric:
         return lambda weights_SR: np.full(len(weights_SR), value)
@@ -192,7 +193,7 @@ def _distinct(texts: Sequence[str]) -> dict[str, Metric]:
 
 
 def _bleu(captions: Sequence[list[str]], references: Sequence[list[list[str]]]) -> dict[str, Metric]:
-    """Return corpus BLEU (Papineni et al., 2002) from pycocoevalcap's counts, with the reference closest in length."""
+    """Return corpus BLEU (Papineni et al., 2002) from pycocoevalcap's counts, for the reference closest in length."""
     cooked: list[dict[str, Any]] = [
         cook_test(" ".join(caption), cook_refs([" ".join(reference) for reference in group]), eff="closest")
         for caption, group in zip(captions, references, strict=True)
@@ -218,7 +219,7 @@ def _bleu(captions: Sequence[list[str]], references: Sequence[list[list[str]]]) 
 
 
 def baselines(scored: Sequence[ScoredRow]) -> dict[str, list[ScoredRow]]:
-    """Return the rows with the captions of each baseline: `constant`, and `neighbour` if every row has a neighbour."""
+    """Return the rows with captions of baseline `constant`, and of `neighbour` if every row has a neighbour."""
     constant = best_constant(scored)
     rows = {"constant": [replace(item, caption=constant) for item in scored]}
     if all(item.neighbour is not None for item in scored):
@@ -229,7 +230,8 @@ def baselines(scored: Sequence[ScoredRow]) -> dict[str, list[ScoredRow]]:
 def best_constant(scored: Sequence[ScoredRow]) -> str:
     """Return the single caption with the highest mean word F1 over all pictures.
 
-    The candidates are the MAX_CONSTANTS most frequent references. Of equal ones the more frequent wins.
+    The candidates are the MAX_CONSTANTS most frequent references. Of two equally good candidates, the more frequent
+    candidate is returned.
     """
     references = [[words(reference) for reference in item.references] for item in scored]
     spelled = Counter(reference.strip() for item in scored for reference in item.references)
@@ -238,7 +240,7 @@ def best_constant(scored: Sequence[ScoredRow]) -> str:
 
 
 def _constant_f1(candidates: Sequence[list[str]], references: Sequence[list[list[str]]]) -> Floats:
-    """Compute word F1 of every candidate on every row, shape (candidates, rows)."""
+    """Compute word F1 of every candidate on every row. The result has the shape (candidates, rows)."""
     flat = [(row, reference) for row, group in enumerate(references) for reference in group]
     index = {word: i for i, word in enumerate(sorted({w for _, reference in flat for w in reference}))}
     counts = np.zeros((len(flat), len(index)))

@@ -1,8 +1,8 @@
-"""Evaluation of a model version: executors caption and score a split, the driver computes metrics from the scores.
+"""Evaluation of a model version: executors caption and score a split, and the driver computes metrics from the scores.
 
-The driver receives text and numbers, a few hundred bytes per picture, and thumbnails of the pictures in the gallery.
-Each version and split has one folder, and `report.json` is written last. A second evaluation only reads it. An
-evaluation that asks for more metrics starts from the stored scores, so no model runs twice.
+The driver receives a few hundred bytes of text and numbers per picture, and thumbnails of the pictures in the gallery.
+Each model version and split has one folder, and `report.json` is written last. A second evaluation only reads
+`report.json`. An evaluation that asks for more metrics starts from the stored scores, so no model runs twice.
 """
 
 from __future__ import annotations
@@ -45,29 +45,29 @@ from vlm.text.words import words
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("format", "size", "length")
-"""Columns by which slices are made: columns of `samples`, size (longer side), length (words of the first reference)."""
+"""Default columns by which slices are made. size is the longer side, length the words of the first reference."""
 SLICE_METRICS = ("exact_match", "word_f1", "rouge_l", "cider", "loss", "token_accuracy", "blind_gap")
 REPORT = "report.json"
 
 
 class EvaluationReport(Config):
-    """Metrics of a model version on a split.
+    """Report on the evaluation of a model version on a split.
 
     Attributes:
         source: name of the data config.
         dataset_version: version of `samples` that last changed the source.
-        scores_hash: equal for equal scores.
+        scores_hash: hash of the scores; equal scores have an equal hash.
         pictures: number of pictures of the split.
-        left_out: rows whose prompt leaves no room for a caption. Only `error_share` counts them.
-        metrics: metrics of the whole split, including those of the baselines (constant_*, neighbour_*).
+        left_out: number of rows whose prompt leaves no room for a caption. Only `error_share` counts these rows.
+        metrics: metrics of the whole split, including the metrics of the baselines (constant_*, neighbour_*).
         columns: columns by which slices are made.
         slices: metrics of each slice, by `column=value`.
         folder: folder of the scores, the report and the pages.
-        gallery: HTML page of the worst and best rows and a sample.
-        gallery_png: PNG of the sample.
-        figures_png: PNG of a bar chart of the metrics.
+        gallery: HTML page that shows the worst rows, the best rows and a sample of all other rows.
+        gallery_png: PNG file that shows the sample.
+        figures_png: PNG file with a bar chart of the metrics.
         reused: whether the whole report was read from an earlier evaluation.
-        seconds: duration of the evaluation that computed the report.
+        seconds: duration of the evaluation that computed the report, in seconds.
     """
 
     model_name: str
@@ -90,7 +90,7 @@ class EvaluationReport(Config):
     seconds: float
 
     def values(self) -> dict[str, float]:
-        """Metrics without their intervals."""
+        """Return the values of the metrics, without the intervals."""
         return {name: interval.value for name, interval in self.metrics.items()}
 
     def scores(self) -> list[ScoredRow]:
@@ -108,16 +108,16 @@ def evaluate(
     columns: Sequence[str] = COLUMNS,
     with_meteor: bool = False,
 ) -> EvaluationReport:
-    """Compute the metrics of a model version on a split, and write table `evaluations` and the gallery.
+    """Compute the metrics of a model version on a split, and write them to table `evaluations` and to the gallery.
 
     Args:
-        spark: the session.
+        spark: Spark session.
         platform: platform of the tables and reports.
-        model: the model version.
-        shards_folder: shards of the split.
-        train_folder: shards of the training split, for the nearest-neighbour baseline.
+        model: files of the model version.
+        shards_folder: shard folder of the split.
+        train_folder: shard folder of the training split, for the nearest-neighbour baseline.
         columns: columns by which slices are made.
-        with_meteor: compute METEOR too if Java is installed; Java takes seconds to start.
+        with_meteor: whether to compute METEOR too if Java is installed. Java takes seconds to start.
 
     Raises:
         UserError: the split is empty, a folder does not hold a model or shards, or a column does not exist.
@@ -144,23 +144,23 @@ def evaluate(
 
 
 class RequestedMetrics(NamedTuple):
-    """Optional metrics of an evaluation: columns by which slices are made, and whether METEOR is computed."""
+    """Optional metrics of an evaluation: the columns by which slices are made, and whether METEOR is computed."""
 
     columns: tuple[str, ...]
     meteor: bool
 
     def included_in(self, report: EvaluationReport) -> bool:
-        """Return whether a report has these metrics."""
+        """Return whether a report has all of these optional metrics."""
         return set(self.columns) <= set(report.columns) and self.meteor <= ("meteor" in report.metrics)
 
     def merged_with(self, report: EvaluationReport) -> RequestedMetrics:
-        """Return these metrics and those that a report has."""
+        """Return these optional metrics together with the optional metrics that a report has."""
         columns = tuple(dict.fromkeys((*report.columns, *self.columns)))
         return RequestedMetrics(columns, self.meteor or "meteor" in report.metrics)
 
 
 def _report_paths(folder: Path) -> dict[str, Path]:
-    """Return the paths of a report, by field name."""
+    """Return the paths of the files of a report, by field name."""
     pages = {"gallery": "gallery.html", "gallery_png": "gallery.png", "figures_png": "figures.png"}
     return {"folder": folder} | {field: folder / name for field, name in pages.items()}
 
@@ -168,7 +168,7 @@ def _report_paths(folder: Path) -> dict[str, Path]:
 def _evaluate(
     spark: SparkSession, model: ModelFiles, splits: tuple[Shards, Shards], folder: Path, requested: RequestedMetrics
 ) -> tuple[EvaluationReport, list[GalleryRow]]:
-    """Compute the report and the rows of its gallery. `splits` are the evaluated split and the training split."""
+    """Compute the report and the rows of the gallery. `splits` are the evaluated split and the training split."""
     shards, train = splits
     request = shards.manifest.request
     if len(shards) == 0:
@@ -241,7 +241,7 @@ def _merge(spark: SparkSession, platform: Platform, report: EvaluationReport) ->
 
 
 def _check_columns(samples: DataFrame, request: ShardRequest, columns: Sequence[str]) -> list[str]:
-    """Return the names that are columns of the table.
+    """Check the names of the columns by which slices are made. Return the names that are columns of the table.
 
     Raises:
         UserError: a name is neither a column of the table nor a computed column.
@@ -261,7 +261,7 @@ def _check_columns(samples: DataFrame, request: ShardRequest, columns: Sequence[
 def _column_values(
     samples: DataFrame, scored: Sequence[ScoredRow], columns: Sequence[str], table_columns: Sequence[str]
 ) -> dict[str, dict[str, object]]:
-    """Return the value of each picture, by column and image_id."""
+    """Return the values by which slices are made, by column name and image_id."""
     values: dict[str, dict[str, object]] = {name: {} for name in columns}
     needed = [*table_columns, *(["width", "height"] if "size" in columns else [])]
     if needed:
@@ -277,7 +277,7 @@ def _column_values(
 
 
 def read_thumbnails(samples: DataFrame, image_ids: Sequence[str]) -> dict[str, bytes | None]:
-    """Read pictures of `samples` and return their thumbnails by image_id."""
+    """Make thumbnails of pictures in `samples` on executors. Return the thumbnails by image_id."""
     chosen = samples.where(samples.image_id.isin(list(image_ids))).select("image_id", "image")
     with bounded_batches(samples.sparkSession):
         thumbnails = partial(with_thumbnails, column="image", max_pixels=sys.maxsize)  # ingest has applied its limit
@@ -286,7 +286,7 @@ def read_thumbnails(samples: DataFrame, image_ids: Sequence[str]) -> dict[str, b
 
 
 def _gallery_rows(samples: DataFrame, scored: Sequence[ScoredRow]) -> list[GalleryRow]:
-    """Return the worst rows, the best rows and a sample, with thumbnails."""
+    """Return the worst rows, the best rows and a sample of all other rows, with their thumbnails."""
     shown = select_rows(scored)
     thumbnails = read_thumbnails(samples, [item.image_id for item, _ in shown])
     return [

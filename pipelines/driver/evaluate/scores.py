@@ -1,8 +1,8 @@
-"""Scores of every row of a split by one model version, computed once by executors and kept in a file.
+"""Scores of one model version for every row of a split. Executors compute the scores once, and a file keeps them.
 
-The name of the file's folder is a hash of everything that determines the scores (model version, pictures, scoring
-method). A second evaluation finds the folder and runs no model. The file also has each row's nearest-neighbour caption:
-the human caption of the most similar training picture, by 8 x 8 colours.
+The name of the file's folder contains a hash of everything that determines the scores (model version, pictures, scoring
+method). A second evaluation finds the folder and runs no model. The file also has the nearest-neighbour caption of each
+row, which is the human caption of the training picture with the most similar grid of 8 x 8 colours.
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ from pipelines.platform import Platform
 from vlm.files import atomic_write
 
 SCORING = 2
-"""Version of the scoring method. Increase it when the same model and pictures get other scores."""
+"""Version of the scoring method. Increase this number when the same model and pictures get other scores."""
 ROWS_PER_TASK = 128
 MAX_NEIGHBOURS = 20_000
-"""Training pictures that are compared at most. Shards are shuffled, so the first ones are a fair sample."""
+"""Largest number of training pictures to compare. Shards are shuffled, so the first pictures are a fair sample."""
 BLOCK_ROWS = 512
-"""Rows per block of the distance matrix."""
+"""Number of rows in a block of the distance matrix."""
 SCORES = "scores.parquet"
 
 ColourGrids = npt.NDArray[np.float32]
 GridAndText = tuple[str, bytes, str]
-"""image_id, colour grid and text of a picture."""
+"""Tuple of the image_id, the colour grid and the text of a picture."""
 
 
 def scores_hash(model: ModelFiles, shards: Shards, train: Shards) -> str:
-    """Return a hash that is equal for equal scores."""
+    """Return a hash of everything that determines the scores of a model version on a split."""
     pictures = [each.manifest.content_hash for each in (shards, train)]
     return short_hash(SCORING, model.name, model.version, model.run_id, pictures)
 
 
 def evaluation_folder(platform: Platform, model: ModelFiles, shards: Shards, train: Shards) -> Path:
-    """Return the folder of a version's scores, report and pages on a split."""
+    """Return the folder of the scores, the report and the pages of a model version on a split."""
     request = shards.manifest.request
     name = f"{model.name}-{model.version}-{request.source}-{request.split}-{scores_hash(model, shards, train)}"
     return platform.folder("reports") / name
 
 
 def score_split(spark: SparkSession, model: ModelFiles, shards: Shards, train: Shards, folder: Path) -> list[ScoredRow]:
-    """Return the scores of all rows, in order. Compute them if `folder` does not have them.
+    """Return the scores of all rows, in order. Compute the scores if `folder` has no scores file.
 
     Raises:
         StageFailed: an executor failed.
@@ -83,7 +83,7 @@ def read_scores(file: Path) -> list[ScoredRow]:
 
 
 def write_scores(file: Path, scored: Iterable[ScoredRow]) -> None:
-    """Write a scores file, whole or not at all; the folder is created."""
+    """Create the folder of a scores file, and write the file atomically."""
     schema = pa.schema([*SCORE_SCHEMA, pa.field("neighbour", pa.string())])
     assert set(schema.names) == {field.name for field in fields(ScoredRow)}
     with atomic_write(file) as temporary:
@@ -91,7 +91,7 @@ def write_scores(file: Path, scored: Iterable[ScoredRow]) -> None:
 
 
 def _run_model(spark: SparkSession, model: ModelFiles, shards: Shards) -> list[dict[str, Any]]:
-    """Score all rows of a split on executors. Return SCORE_SCHEMA rows, in order."""
+    """Score all rows of a split on executors. Return the scores, sorted, as dicts with the keys of SCORE_SCHEMA."""
     job = ScoreJob(
         model_folder=model.folder,
         remote=model.remote,
@@ -108,10 +108,10 @@ def _run_model(spark: SparkSession, model: ModelFiles, shards: Shards) -> list[d
 
 
 def _neighbour_captions(spark: SparkSession, train: Shards, shards: Shards) -> dict[tuple[str, str], str]:
-    """Find the text of the most similar training picture for each picture and prompt, by image_id and prompt.
+    """Find the text of the most similar training picture. Return the texts by image_id and prompt of the row.
 
-    The training picture has the same prompt; if none has the prompt, it may have any. A picture that is in the training
-    split itself gets the text of another picture.
+    Only training pictures with the prompt of the row are compared, or all training pictures if no training picture has
+    that prompt. A picture that is in the training split itself gets the text of another picture.
     """
     known = min(len(train), MAX_NEIGHBOURS)
     ids = spark.range(-known, len(shards), 1, min(spark.sparkContext.defaultParallelism, known + len(shards)))
@@ -132,7 +132,7 @@ def _neighbour_captions(spark: SparkSession, train: Shards, shards: Shards) -> d
 
 
 def _nearest_texts(rows: Sequence[GridAndText], candidates: Sequence[GridAndText]) -> Iterable[str | None]:
-    """Return for each row the text of the nearest candidate with another image_id; None if there is none."""
+    """Return the text of the nearest candidate with another image_id for each row, or None without a candidate."""
     if not candidates:
         return [None] * len(rows)
     grids, names = _as_array(candidates), np.array([image_id for image_id, _, _ in candidates])
