@@ -1,4 +1,4 @@
-"""Captioning a Delta table: each row is captioned once, and errors are stored in their rows."""
+"""Caption jobs on Delta tables: each row is captioned once, and a row with a bad picture stores its error."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from vlm.config import GenerationConfig
 
 @pytest.fixture
 def model(tmp_path: Path) -> ModelFiles:
-    """A random model with a name that no other test uses."""
+    """Create a model with random weights and with a name that no other test uses."""
     config = tiny_model_config()
     torch.manual_seed(3)
     tokenizer = text.learn(config.text, [])
@@ -73,7 +73,7 @@ def numbers(report: CaptionReport) -> tuple[int, int, int, int]:
     return report.considered, report.already, report.captioned, report.errors
 
 
-def test_every_row_is_captioned_once_with_lineage_and_bad_pictures_have_an_error(
+def test_every_row_is_captioned_once_with_its_lineage_and_rows_with_bad_pictures_have_an_error(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     good = [(n, picture(n)) for n in range(70)]
@@ -93,17 +93,17 @@ def test_every_row_is_captioned_once_with_lineage_and_bad_pictures_have_an_error
         assert (row["source_table"], row["source_version"], row["run_id"]) == (table, 0, "r")
     captioner = load_captioner(str(model.folder))
     settings = captioner.model.config.generation
-    for number, data in good[:5]:  # a picture alone gets the same caption as in a batch on an executor
+    for number, data in good[:5]:  # a single picture gets the same caption as on an executor
         (alone,) = captioner.caption([data], [""], settings)
         row = rows[str(number)]
         assert (row["caption"], row["sha256"], row["num_tokens"]) == (alone.caption, alone.sha256, alone.num_tokens)
         assert row["mean_logprob"] == pytest.approx(alone.mean_logprob, abs=1e-4)
     before = commits(spark, platform)
     assert numbers(caption(spark, platform, model, request(table))) == (73, 73, 0, 0)
-    assert commits(spark, platform) == before  # without new rows nothing is written
+    assert commits(spark, platform) == before  # a job without new rows writes nothing
 
 
-def test_only_new_rows_new_settings_or_a_new_version_are_captioned(
+def test_only_rows_without_a_caption_of_the_model_version_and_the_settings_are_captioned(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     table = write(spark, tmp_path / "photos", [(n, picture(n)) for n in range(4)])
@@ -126,7 +126,7 @@ def test_only_new_rows_new_settings_or_a_new_version_are_captioned(
     assert (model.folder / "model.safetensors").read_bytes() in [copy.read_bytes() for copy in copies]
 
 
-def test_base64_text_is_captioned_like_its_bytes_and_equal_ids_in_two_tables_stay_separate(
+def test_base64_text_gets_the_caption_of_its_picture_and_equal_ids_in_two_tables_stay_separate(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     encoded = [(n, base64.b64encode(picture(n)).decode()) for n in range(3)]
@@ -139,7 +139,7 @@ def test_base64_text_is_captioned_like_its_bytes_and_equal_ids_in_two_tables_sta
     assert numbers(caption(spark, platform, model, request(other))) == (1, 0, 1, 0)
 
 
-def test_a_sampled_caption_does_not_depend_on_its_batch(model: ModelFiles) -> None:
+def test_the_sampled_caption_of_a_picture_does_not_depend_on_the_batch(model: ModelFiles) -> None:
     captioner = load_captioner(str(model.folder))
     settings = GenerationConfig(max_new_tokens=8, temperature=1.5, seed=7)
     images = [picture(n) for n in range(6)]
@@ -148,7 +148,7 @@ def test_a_sampled_caption_does_not_depend_on_its_batch(model: ModelFiles) -> No
         assert captioner.caption([image], [prompt], settings)[0].caption == result.caption
 
 
-def test_a_changed_picture_is_captioned_again_and_a_moved_one_is_not(
+def test_a_changed_picture_is_captioned_again_and_a_picture_moved_to_another_data_file_is_not(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     table = write(spark, tmp_path / "photos", [(n, picture(n)) for n in range(4)])
@@ -169,17 +169,15 @@ def test_a_changed_picture_is_captioned_again_and_a_moved_one_is_not(
     assert second["1"]["sha256"] != first["1"]["sha256"]
     assert (second["4"]["error"], second["4"]["caption"] is None) == (None, False)
     assert {second[same]["captioned_at"] == first[same]["captioned_at"] for same in "023"} == {True}
-    assert (
-        second["0"]["source_version"] == report.source_version
-    )  # the row was rewritten to another file, which was read
-    assert second["2"]["source_version"] == first["2"]["source_version"]  # the file of this row was not rewritten
+    assert second["0"]["source_version"] == report.source_version  # the UPDATE moved this row to another data file
+    assert second["2"]["source_version"] == first["2"]["source_version"]  # this row is in the same data file
 
     before = commits(spark, platform)
     assert numbers(caption(spark, platform, model, request(table))) == (5, 5, 0, 0)
     assert commits(spark, platform) == before
 
 
-def test_errors_are_retried_on_request_and_too_many_fail_the_job_after_all_rows_are_written(
+def test_rows_with_errors_are_captioned_again_on_request_and_too_many_errors_fail_the_job(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     table = write(spark, tmp_path / "photos", [(0, picture(0)), (1, picture(1)), (2, b"no picture")])
@@ -196,7 +194,7 @@ def test_errors_are_retried_on_request_and_too_many_fail_the_job_after_all_rows_
     assert {number for number, row in stored(spark, platform, model).items() if row["error"]} == {"2"}
 
 
-def test_two_jobs_at_once_and_one_that_was_cancelled_make_each_caption_once(
+def test_two_concurrent_jobs_after_a_cancelled_job_write_each_caption_once(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     pictures = [picture(n) for n in range(8)]
@@ -223,7 +221,7 @@ def test_two_jobs_at_once_and_one_that_was_cancelled_make_each_caption_once(
 
 @pytest.fixture(scope="module")
 def one_photo(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A table that no test captions."""
+    """Write a Delta table whose row no test captions. Return the name of the table."""
     return write(spark, tmp_path_factory.mktemp("tables") / "photos", [(1, picture(1))])
 
 
@@ -241,7 +239,7 @@ def one_photo(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> 
         ({"prompt": "a very long question about it"}, "leaves no room"),
     ],
 )
-def test_an_invalid_request_is_a_user_error(
+def test_an_invalid_caption_request_raises_a_user_error(
     spark: SparkSession,
     platform: Platform,
     model: ModelFiles,

@@ -1,4 +1,4 @@
-"""Captioning under SIGKILL: each row gets one caption, the same as without the kill."""
+"""Caption jobs with processes killed by SIGKILL: each row gets one caption, the same as without a kill."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="fi
 
 
 class Reference(NamedTuple):
-    """Captions of a job that was not killed, the folder of its table, and its duration in seconds."""
+    """Captions by a caption job without a kill, the folder of the source table, and the duration in seconds."""
 
     folder: Path
     rows: list[dict[str, Any]]
@@ -43,12 +43,12 @@ def reference(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.
 
 @pytest.fixture(scope="module")
 def window(reference: Reference) -> KillWindow:
-    """Start with the duration of the first job, which is longer than a later one."""
+    """Create the time window of the kills. The first window depends on the duration of the job without a kill."""
     return KillWindow(reference.seconds)
 
 
 def retry(spark: SparkSession, platform: Platform, folder: Path, version: str) -> CaptionReport:
-    """Run the job until it succeeds, four times at most, as a scheduler does."""
+    """Run the caption job until the job succeeds, at most four times, as a scheduler does."""
     for _ in range(3):
         try:
             return caption_table(spark, platform, folder, version)
@@ -72,7 +72,7 @@ def check_after_kill(
 
 
 @pytest.mark.faults
-def test_each_row_has_its_caption_once_when_a_worker_is_killed(
+def test_each_row_has_exactly_one_caption_after_a_python_worker_is_killed(
     spark: SparkSession, platform: Platform, reference: Reference
 ) -> None:
     check_after_kill(spark, platform, reference, "worker", 0, KillWindow(0.2 * reference.seconds))
@@ -82,7 +82,7 @@ def test_each_row_has_its_caption_once_when_a_worker_is_killed(
 @pytest.mark.matrix
 @pytest.mark.parametrize("seed", range(1, 36))
 @pytest.mark.parametrize("kind", ["worker", "executor"])
-def test_each_row_has_its_caption_once_whenever_a_process_of_an_executor_is_killed(
+def test_each_row_has_exactly_one_caption_after_an_executor_process_is_killed_at_a_random_time(
     spark: SparkSession, platform: Platform, reference: Reference, kind: ProcessKind, seed: int, window: KillWindow
 ) -> None:
     check_after_kill(spark, platform, reference, kind, seed, window)
@@ -91,7 +91,7 @@ def test_each_row_has_its_caption_once_whenever_a_process_of_an_executor_is_kill
 @pytest.mark.faults
 @pytest.mark.matrix
 @pytest.mark.parametrize("seed", range(10))
-def test_each_row_has_its_caption_once_when_the_driver_is_killed_repeatedly(
+def test_each_row_has_exactly_one_caption_after_the_driver_is_killed_three_times(
     reference: Reference, tmp_path: Path, seed: int
 ) -> None:
     rng = random.Random(seed)

@@ -1,4 +1,4 @@
-"""A decoder that crashes its Python worker: no other row is lost, and the row that caused it is named."""
+"""Pictures that crash the decoder and its Python worker: the bad row is named, and no other row is lost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def config(path: Path) -> DataConfig:
     return data.model_copy(update={"limits": CrashingLimits(max_decode_seconds=20)})
 
 
-def test_a_picture_that_crashes_its_decoder_is_quarantined_by_ingest_and_named_by_shard(
+def test_a_picture_that_crashes_the_decoder_is_quarantined_by_ingest_and_named_in_the_error_of_shard(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     good = [[as_base64(png(5000 + n)), f"picture {n}"] for n in range(40)]

@@ -1,4 +1,4 @@
-"""Evaluation on executors: equal to a plain loop, written once, shown in a gallery."""
+"""Evaluation on executors: metrics equal a plain loop, are written once, and are shown in a gallery."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROWS = 70
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
-    """A random model with a scaled output layer, so that its blind gap is not zero."""
+    """Save a model with random weights. Its output layer is scaled, so that the blind gap is not zero."""
     folder = tmp_path_factory.mktemp("model")
     config = tiny_model_config()
     torch.manual_seed(5)
@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 
 
 def dataset(spark: SparkSession, folder: Path, rows: int) -> Path:
-    """Write shards, and the Delta table of the same pictures that their manifest names."""
+    """Write a shard folder, and a Delta table of the same pictures. The manifest of the shards names the table."""
     shards = write_shards(folder / "shards", rows=rows, texts=1)
     pictures = []
     for index in range(rows):
@@ -77,7 +77,7 @@ def stored(spark: SparkSession, platform: Platform, report: EvaluationReport) ->
     return {(row["slice"], row["metric"]): row["value"] for row in rows}
 
 
-def test_executors_measure_what_a_plain_loop_measures(
+def test_metrics_from_executors_equal_the_metrics_of_a_plain_loop_over_the_rows(
     report: EvaluationReport, model: ModelFiles, shards: Path
 ) -> None:
     captioner = load_captioner(str(model.folder))
@@ -109,14 +109,16 @@ def test_executors_measure_what_a_plain_loop_measures(
     assert (report.pictures, report.left_out) == (ROWS, 0)
 
 
-def test_the_neighbour_is_the_training_picture_that_looks_most_alike(report: EvaluationReport, shards: Path) -> None:
-    """The split serves as its own training split; the neighbour of a picture is another one of the same colour."""
+def test_the_neighbour_of_a_picture_is_the_most_similar_training_picture(
+    report: EvaluationReport, shards: Path
+) -> None:
+    """The training split is the evaluated split, so the neighbour is another picture of the same colour."""
     assert report.values()["neighbour_exact_match"] == 1
     assert report.values()["constant_exact_match"] == pytest.approx(18 / ROWS)
     assert [row.neighbour for row in report.scores()[:4]] == ["red", "green", "blue", "white"]
 
 
-def test_metrics_are_written_once_and_not_computed_again(
+def test_metrics_are_written_once_and_a_second_evaluation_does_not_compute_them_again(
     spark: SparkSession, platform: Platform, model: ModelFiles, shards: Path, report: EvaluationReport
 ) -> None:
     whole = {(None, name): value for name, value in report.values().items()}
@@ -138,7 +140,9 @@ def test_metrics_are_written_once_and_not_computed_again(
         evaluate(spark, platform, model, shards, shards, columns=["colour"])
 
 
-def test_the_gallery_shows_the_worst_the_best_and_others_of_the_original_pictures(report: EvaluationReport) -> None:
+def test_the_gallery_shows_the_worst_pictures_the_best_pictures_and_a_sample_of_all_other_pictures(
+    report: EvaluationReport,
+) -> None:
     page = report.gallery.read_text(encoding="utf-8")
     assert page.count("data:image/jpeg;base64,") == 48
     for group in ("worst", "best", "sample"):
@@ -150,7 +154,7 @@ def test_the_gallery_shows_the_worst_the_best_and_others_of_the_original_picture
             assert np.asarray(image.convert("L")).std() > 5
 
 
-def test_one_picture_has_no_blind_gap(
+def test_a_split_of_one_picture_has_no_blind_gap(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     folder = dataset(spark, tmp_path / "set", 1)
@@ -160,7 +164,7 @@ def test_one_picture_has_no_blind_gap(
     assert report.values()["loss"] > 0
 
 
-def test_an_empty_split_is_a_user_error(
+def test_evaluating_an_empty_split_raises_a_user_error(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     shards = write_shards(tmp_path / "none", rows=0)
@@ -168,7 +172,7 @@ def test_an_empty_split_is_a_user_error(
         evaluate(spark, platform, model, shards.folder, shards.folder)
 
 
-def test_a_folder_without_a_model_is_a_user_error(
+def test_evaluating_a_folder_without_a_model_raises_a_user_error(
     spark: SparkSession, platform: Platform, model: ModelFiles, shards: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="config cannot be read"):

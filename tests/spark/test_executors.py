@@ -1,4 +1,4 @@
-"""Packages and hardware of executors are checked before ranks start on them."""
+"""Check of the packages and the hardware of executors, before ranks start on the executors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipelines.platform import Platform
 
 
 def make_python(folder: Path, *without: str) -> Path:
-    """Create an interpreter with the packages of this one except those whose names begin with a prefix."""
+    """Create a Python interpreter with the installed packages, except packages whose names start with `without`."""
     venv.create(folder, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
     for installed in Path(sysconfig.get_path("purelib")).iterdir():
@@ -29,13 +29,13 @@ def make_python(folder: Path, *without: str) -> Path:
     return folder / "bin" / "python"
 
 
-def test_executors_are_described_in_a_file_and_in_one_log_line(
+def test_the_hosts_of_executors_are_described_in_a_file_and_in_one_log_line(
     spark: SparkSession, platform: Platform, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = RunFolder(tmp_path)
     with caplog.at_level(logging.INFO):
         check_hosts(run, spark, platform.launch)
-    (host,) = read_json(run.hosts, HostsFile).hosts  # both executors have the same
+    (host,) = read_json(run.hosts, HostsFile).hosts  # the two executors have equal descriptions
     assert (host.name, host.packages["torch"]) == (socket.gethostname(), torch.__version__)
     assert f"ranks run on {socket.gethostname()}; " in caplog.text
 
@@ -46,7 +46,7 @@ def test_packages_that_are_missing_on_executors_are_named_before_any_rank_starts
     run = RunFolder(tmp_path / "run")
     first = make_python(tmp_path / "first", "pydantic")
     second = make_python(tmp_path / "second", "pipelines", "_editable_impl_lakesight")
-    bare = f"env -u PYTHONPATH {second}"  # PYTHONPATH names the checkout
+    bare = f"env -u PYTHONPATH {second}"  # PYTHONPATH would add the source folder
     monkeypatch.setattr(spark.sparkContext, "pythonExec", either(tmp_path / "either", str(first), bare))
     with pytest.raises(UserError, match="packages that ranks need are missing") as caught:
         launch(run, platform, spark)
@@ -60,7 +60,7 @@ def test_packages_that_are_missing_on_executors_are_named_before_any_rank_starts
 
 
 def either(path: Path, first: str, second: str) -> str:
-    """Create a command that runs one interpreter on the executor that starts first, and another one on the other."""
+    """Create a script that runs interpreter `first` on the executor that starts first, and otherwise `second`."""
     path.write_text(f'#!/bin/sh\nmkdir "$0.taken" 2>/dev/null && exec {first} "$@"\nexec {second} "$@"\n')
     path.chmod(0o755)
     return str(path)

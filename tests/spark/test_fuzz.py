@@ -1,4 +1,4 @@
-"""Random invalid rows: none crashes the job, none is lost, and each has an allowed result."""
+"""Ingest of random invalid rows: no row crashes the job, no row is lost, and every row has an allowed result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipelines.platform import Platform
 
 
 @pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=[pytest.mark.faults, pytest.mark.matrix])])
-def test_every_fuzzed_row_is_a_sample_or_refused_for_a_plausible_reason(
+def test_every_random_row_becomes_a_sample_or_is_refused_for_an_allowed_reason(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path, count: int
 ) -> None:
     drawn = list(rows(count, seed=6))
@@ -51,5 +51,5 @@ REACHED = {
 
 
 def number_in(payload: str) -> int:
-    """Return the row's number from a payload, which is a JSON record or a raw CSV line."""
+    """Return the number of a row from its payload, which is a JSON record or a raw CSV line."""
     return int(json.loads(payload)["row"]) if payload.startswith("{") else int(payload.partition(",")[0])

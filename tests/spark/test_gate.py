@@ -1,4 +1,4 @@
-"""The promotion gate with trained models, Spark, a registry on SQLite, fresh processes and captions."""
+"""Test of the promotion gate with trained models, Spark, a registry on SQLite, fresh processes and caption jobs."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ GOOD, BETTER, WORSE, BLIND = "1", "2", "3", "4"
 
 @pytest.fixture(scope="module")
 def job(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """Register four versions: a good one, the same after more steps, one with wrong colour names, and a blind one.
+    """Register four model versions.
 
-    The blind one was trained with shuffled pictures.
+    Version GOOD is a good model. Version BETTER is the same model after more steps. Version WORSE was trained on wrong
+    colour names. Version BLIND was trained with shuffled pictures.
     """
     config = corner_run(NAME).model_copy(update={"drift": DriftConfig(min_rows=10)})
     job = Job(config, platform, (), CommandOutput(io.StringIO(), as_json=False))
-    job.__dict__["spark"] = spark  # instead of starting one
+    job.__dict__["spark"] = spark  # the job starts no Spark session
     rows = corner_rows(NAME, "train", 200) + corner_rows(NAME, "test", 60)
     new = spark.createDataFrame(rows, SAMPLES.ddl())
     new.coalesce(1).writeTo(platform.table(SAMPLES.name)).append()
@@ -77,7 +78,9 @@ def refusal(job: Job, version: str) -> str:
 
 
 @pytest.mark.timeout(900)
-def test_blind_and_worse_versions_are_refused_with_all_reasons_and_rollback_restores_the_champion(job: Job) -> None:
+def test_blind_and_worse_model_versions_are_refused_with_all_reasons_and_a_rollback_restores_the_champion(
+    job: Job,
+) -> None:
     run_promote(job, GOOD)
     assert alias(job, "champion") == GOOD
 
@@ -128,7 +131,7 @@ def test_blind_and_worse_versions_are_refused_with_all_reasons_and_rollback_rest
     assert all(row["decided_by"] for row in trail)
 
 
-def test_drift_of_pictures_is_logged_and_fails_the_job_if_configured(
+def test_drift_of_pictures_is_logged_and_fails_the_caption_job_if_the_config_says_so(
     job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     evaluate_version(job, good := open_model(job, GOOD), open_split(job, good))
@@ -161,11 +164,11 @@ def test_drift_of_pictures_is_logged_and_fails_the_job_if_configured(
 
 @pytest.fixture(scope="module")
 def report(job: Job) -> Comparison:
-    """Compare the good version with the one trained on wrong colour names."""
+    """Compare version GOOD with version WORSE, which was trained on wrong colour names."""
     return run_compare(job, GOOD, WORSE)
 
 
-def test_two_versions_are_compared_on_the_same_rows_and_nothing_is_evaluated_twice(
+def test_two_model_versions_are_compared_on_the_same_rows_and_no_model_version_is_evaluated_twice(
     job: Job, report: Comparison
 ) -> None:
     assert report.wins + report.losses + report.ties == report.rows == 60
@@ -196,7 +199,7 @@ def test_the_pages_of_an_evaluation_and_a_comparison_work_in_a_browser(
         assert page.get_by_role("row", name="format=GIF").is_visible()
         page.screenshot(path=tmp_path / "gallery.png", full_page=True)
         page.get_by_label("Show").select_option("worst")
-        page.get_by_label("Find").fill("red corner")  # version WORSE calls them white
+        page.get_by_label("Find").fill("red corner")  # version WORSE calls red corners white
         assert page.locator("figure:visible").count() == 15
         assert page.locator("figure:visible .mark").all_inner_texts() == ["DIFFERENT"] * 15
         assert page.locator("#shown").inner_text() == "15 of 48"
@@ -212,7 +215,7 @@ def test_the_pages_of_an_evaluation_and_a_comparison_work_in_a_browser(
         assert gained.inner_text().startswith(f"+{report.differences['exact_match'].value:.3f}")
 
 
-def test_lineage_and_decisions_are_shown_without_a_jvm(job: Job) -> None:
+def test_lineage_and_decisions_are_shown_without_starting_a_jvm(job: Job) -> None:
     run_caption(job, GOOD, where=f"image_id = '{NAME}/test0'")
     version = registry.resolve(job.platform, NAME, GOOD)
     shell = Job(job.config, job.platform, (), job.output)

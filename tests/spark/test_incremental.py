@@ -1,4 +1,4 @@
-"""Incremental and concurrent ingest: only changed input is read, and each row is written once."""
+"""Incremental ingests and concurrent ingests: only changed input is read, and each row is written once."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_only_new_and_rewritten_files_are_read_and_a_refresh_removes_rows_that_t
     first = ingest(spark, platform, source, config)
     assert (first.items, first.unchanged, parts(first)) == (2, 0, (3, 2, 0, 0, 1))
 
-    changed = second.stat().st_mtime_ns + 2_000_000  # Spark reads times in milliseconds
+    changed = second.stat().st_mtime_ns + 2_000_000  # Spark reads modification times in milliseconds
     write_csv(second, [[as_base64(png(2)), "d"]])
     os.utime(second, ns=(changed, changed))
     write_csv(tmp_path / "c.csv", [[as_base64(png(3)), "e"]])
@@ -94,7 +94,7 @@ def test_only_new_rows_and_changed_pictures_of_a_folder_are_read(
     assert not [fields for fields in came if "picture 1" in fields or "picture 2" in fields]
 
 
-def test_a_table_with_a_change_data_feed_is_followed_row_by_row(
+def test_only_changed_rows_of_a_table_with_a_change_data_feed_are_read(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     def rows(*numbers: int, text: str = "x") -> pa.Table:
@@ -117,7 +117,7 @@ def test_a_table_with_a_change_data_feed_is_followed_row_by_row(
     assert texts_of(spark, platform, source) == {"1": ["x1"], "2": ["corrected"], "4": ["x4"], "5": ["better"]}
 
 
-def test_an_ingest_that_loses_a_race_plans_again_and_two_at_once_write_what_one_would(
+def test_an_ingest_makes_a_new_plan_after_a_conflict_and_two_concurrent_ingests_write_each_row_once(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     pictures = [[as_base64(png(n % 5)), f"text {n}"] for n in range(6)]
@@ -151,7 +151,7 @@ def test_an_ingest_that_loses_a_race_plans_again_and_two_at_once_write_what_one_
     assert spark.table(platform.table("quarantine")).where(f"source = '{twice}'").count() == 1
 
 
-def test_rows_that_are_kept_are_computed_once_and_stay_as_they_were_whatever_is_written_into_their_table(
+def test_rows_in_the_spill_folder_are_computed_once_and_stay_the_same_when_their_table_changes(
     spark: SparkSession, tmp_path: Path
 ) -> None:
     spill = SpillFolder(tmp_path / "a {folder} of [mine] *")
@@ -173,8 +173,12 @@ def test_rows_that_are_kept_are_computed_once_and_stay_as_they_were_whatever_is_
     assert (table.count(), kept.count(), calls.read_text()) == (2, 1, "once\n")
 
 
-def test_two_sessions_started_in_the_same_second_have_separate_executor_folders(
+def test_two_spark_sessions_started_in_the_same_second_have_separate_executor_folders(
     spark: SparkSession,
 ) -> None:
-    """A session removes its folder at its end; executors whose working directory is removed cannot import modules."""
+    """Check that the application id contains the process id, because Spark names executor folders by the id.
+
+    A Spark session removes its executor folders when it ends. Executors whose working directory is removed cannot
+    import modules.
+    """
     assert spark.sparkContext.applicationId.endswith(f"-{os.getpid()}")

@@ -92,7 +92,7 @@ def test_every_kind_of_bad_row_is_quarantined_completely_and_good_rows_are_kept(
     assert bytes(kept['picture "11", with a comma']["image"]) == png(11)
 
 
-def test_a_second_run_adds_no_row_and_no_version_and_a_grown_file_adds_only_its_new_rows(
+def test_a_second_ingest_adds_no_row_and_no_table_version_and_a_grown_file_adds_only_its_new_rows(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     rows = [[as_base64(png(n)), f"picture {n}"] for n in range(30, 33)]
@@ -125,7 +125,7 @@ def test_a_second_run_adds_no_row_and_no_version_and_a_grown_file_adds_only_its_
     assert {row["ingest_id"] for row in kept.values()} == {first.ingest_id, second.ingest_id}
 
 
-def test_texts_of_one_picture_are_merged_from_all_its_rows(
+def test_the_texts_of_all_rows_of_a_picture_are_merged(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     image = as_base64(png(40))
@@ -138,7 +138,7 @@ def test_texts_of_one_picture_are_merged_from_all_its_rows(
     assert pairs == [("", "a"), ("what?", "a"), ("what?", "b")]
 
 
-def test_pictures_that_claim_the_same_id_are_quarantined_and_the_stored_one_stays(
+def test_different_pictures_with_the_same_id_are_quarantined_and_the_picture_in_samples_stays(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     header = ("key", IMAGE, TEXT)
@@ -173,7 +173,7 @@ def test_file_names_may_set_the_split_and_other_csv_files_are_ignored(
     assert report.equal_pictures_across_splits == 1
 
 
-def test_line_breaks_inside_quotes_are_read_with_multiline(
+def test_line_breaks_inside_quotes_are_read_if_multiline_is_set(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     path = write_csv(tmp_path / "a.csv", [[as_base64(png(70)), "two\nlines"], [as_base64(png(71)), "one line"]])
@@ -182,7 +182,7 @@ def test_line_breaks_inside_quotes_are_read_with_multiline(
     assert sorted(texts(row)[0] for row in rows_of(spark, platform, "samples", source)) == ["one line", "two\nlines"]
 
 
-def test_csv_dialects_are_read_completely_however_spark_splits_the_files(
+def test_all_rows_of_every_csv_dialect_are_read_however_spark_splits_the_files(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     rows = [[as_base64(png(72 + n)), f'"{n}", a picture'] for n in range(6)]
@@ -211,7 +211,7 @@ def test_rows_of_50_megabytes_are_ingested_or_quarantined(
     assert json.loads(refused["payload"]) == {IMAGE: rows[2][0], TEXT: "large and bad"}
 
 
-def test_counts_of_random_rows_equal_a_count_by_hand(
+def test_the_ingest_counts_of_random_rows_equal_the_counts_of_a_simple_loop(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     rng = random.Random(7)
@@ -249,7 +249,7 @@ def test_counts_of_random_rows_equal_a_count_by_hand(
     ],
     ids=["missing", "empty", "header-only", "no-column", "nearest-column", "no-columns", "all-bad"],
 )
-def test_an_unusable_input_is_an_error_of_one_paragraph(
+def test_an_unusable_input_raises_an_error_whose_message_is_one_paragraph(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path, content: str | None, message: str
 ) -> None:
     path = tmp_path / "a.csv"
@@ -262,7 +262,7 @@ def test_an_unusable_input_is_an_error_of_one_paragraph(
     assert newest(spark, platform) == before
 
 
-def test_the_file_of_seemore_is_read(spark: SparkSession, platform: Platform, source: str) -> None:
+def test_the_csv_file_of_seemore_is_read(spark: SparkSession, platform: Platform, source: str) -> None:
     report = ingest(spark, platform, source, config(shared_file("seemore/inputs.csv")))
     assert parts(report) == (3, 3, 0, 0, 0)
     rows = rows_of(spark, platform, "samples", source)
@@ -271,7 +271,7 @@ def test_the_file_of_seemore_is_read(spark: SparkSession, platform: Platform, so
     }
 
 
-def test_real_pictures_are_read(spark: SparkSession, platform: Platform, source: str) -> None:
+def test_the_emoji_pictures_are_read(spark: SparkSession, platform: Platform, source: str) -> None:
     path = shared_file("emoji/test.csv")
     data = config(path, source={"columns": {"id": "image_id"}}, split={"kind": "file"})
     report = ingest(spark, platform, source, data)
@@ -279,7 +279,7 @@ def test_real_pictures_are_read(spark: SparkSession, platform: Platform, source:
     assert report.splits == {"test": 620}
 
 
-def test_the_version_of_a_source_changes_with_its_own_rows_and_with_manual_changes_only(
+def test_the_dataset_version_of_a_source_changes_only_with_rows_of_the_source_and_with_manual_changes(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     path = write_csv(tmp_path / "a.csv", [[as_base64(png(80)), "a"], [as_base64(png(81)), "b"]])
@@ -311,7 +311,7 @@ def test_a_table_of_an_earlier_release_gets_the_missing_columns_and_keeps_its_ro
     assert [commit["operation"] in MAINTENANCE_OPERATIONS for commit in history] == [True, False]
 
 
-def test_a_table_whose_creation_was_killed_is_created_again(
+def test_a_table_is_created_again_if_the_process_that_created_the_table_was_killed(
     spark: SparkSession, platform: Platform, tmp_path: Path
 ) -> None:
     killed = replace(platform, namespace="lakesight_killed", tables=tmp_path)

@@ -1,4 +1,4 @@
-"""Maintenance of Delta tables: fewer files, old files removed, the same rows and the same shards."""
+"""Maintenance of Delta tables: small files are merged, old files are removed, and all rows and shards stay the same."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_maintenance_removes_old_files_and_changes_no_row_and_no_shard(
     assert (again.reused, again.folder) == (True, first.folder)
 
 
-def test_files_that_a_reader_may_need_are_not_removed(spark: SparkSession, platform: Platform) -> None:
+def test_a_retention_time_below_one_week_is_refused(spark: SparkSession, platform: Platform) -> None:
     with pytest.raises(UserError, match=r"--retain-hours.*167.*at least 168"):
         maintain(spark, platform, retain_hours=167)
 
@@ -75,7 +75,9 @@ def test_delta_constraints_refuse_rows_without_a_text_or_with_an_unknown_split(
             )
 
 
-def test_tables_are_created_with_their_properties(spark: SparkSession, platform: Platform) -> None:
+def test_tables_are_created_with_their_comments_clustering_columns_and_properties(
+    spark: SparkSession, platform: Platform
+) -> None:
     detail = spark.sql(f"DESCRIBE DETAIL {platform.table(SAMPLES.name)}").collect()[0]
     assert detail["description"] == SAMPLES.comment
     assert detail["clusteringColumns"] == list(SAMPLES.cluster_by)

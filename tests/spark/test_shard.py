@@ -1,4 +1,4 @@
-"""Shards with Spark and Delta: the rows of the split, the same bytes for any partitioning, reused if present."""
+"""Shards of a Delta table: they contain all rows of a split, with the same bytes for any partitioning of the table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vlm.image import to_pixels
 
 IMAGE = ImageConfig(size=16)
 LARGE = ImageConfig(size=96)
-"""At this size, pixels are larger than the encoded pictures of the tests."""
+"""Size at which the pixels of a picture have more bytes than the encoded picture."""
 COUNT = 150
 
 
@@ -38,7 +38,7 @@ def config(path: Path, **shards: Any) -> DataConfig:
 
 @pytest.fixture(scope="module")
 def filled(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """Name and file of a source with COUNT pictures, ingested once."""
+    """Ingest a source with COUNT pictures. Return the name and the file of the source."""
     rows = [[as_base64(png(1000 + n)), f"picture {n}"] for n in range(COUNT)]
     path = write_csv(tmp_path_factory.mktemp("filled") / "a.csv", rows)
     ingest(spark, platform, "test-filled", config(path))
@@ -46,7 +46,7 @@ def filled(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.Tem
 
 
 def reorder(spark: SparkSession, platform: Platform, source: str) -> None:
-    """Rewrite a source's rows in another order, in a commit that is attributed to another source."""
+    """Rewrite the rows of a source in another order, in a commit whose note names another source."""
     table = platform.table(SAMPLES.name)
     rows = spark.table(table).where(f"source = '{source}'").repartition(3, "sha256").sortWithinPartitions("sha256")
     with commit_note(spark, source_note("test-another")):
@@ -59,7 +59,7 @@ def remove(report: ShardReport) -> None:
 
 
 @pytest.mark.parametrize("image", [IMAGE, LARGE], ids=["shuffled pixels", "shuffled pictures"])
-def test_every_row_of_the_split_is_there_once_as_its_resized_picture(
+def test_shards_contain_every_row_of_the_split_once_with_its_resized_picture(
     spark: SparkSession, platform: Platform, filled: tuple[str, Path], image: ImageConfig
 ) -> None:
     source, path = filled
@@ -80,7 +80,7 @@ def test_every_row_of_the_split_is_there_once_as_its_resized_picture(
     assert seen != sorted(seen, key=lambda text: int(text.split()[1])), "rows are shuffled"
 
 
-def test_the_same_request_finds_the_folder_and_writes_nothing(
+def test_a_repeated_shard_request_finds_the_shard_folder_and_writes_nothing(
     spark: SparkSession, platform: Platform, filled: tuple[str, Path], tmp_path: Path
 ) -> None:
     source, path = filled
@@ -96,7 +96,7 @@ def test_the_same_request_finds_the_folder_and_writes_nothing(
     assert {file.name: file.stat().st_mtime_ns for file in Path(again.folder).iterdir()} == changed
 
 
-def test_content_does_not_depend_on_row_order_or_partitioning(
+def test_the_content_of_shards_does_not_depend_on_row_order_or_partitioning(
     spark: SparkSession, platform: Platform, filled: tuple[str, Path]
 ) -> None:
     source, path = filled
@@ -117,12 +117,12 @@ def test_shuffling_pictures_writes_the_same_files_as_shuffling_pixels(
     source, path = filled
     first = shard(spark, platform, source, config(path, seed=5), LARGE, "train")
     remove(first)
-    monkeypatch.setattr("pipelines.driver.shard.SAMPLED_ROWS", 0)  # without a sample, pictures are shuffled
+    monkeypatch.setattr("pipelines.driver.shard.SAMPLED_ROWS", 0)  # makes Spark shuffle encoded pictures
     second = shard(spark, platform, source, config(path, seed=5), LARGE, "train")
     assert (second.reused, second.folder, second.content_hash) == (False, first.folder, first.content_hash)
 
 
-def test_a_folder_left_by_a_crash_is_cleaned_and_written_again(
+def test_a_shard_folder_left_by_a_crash_is_cleaned_and_written_again(
     spark: SparkSession, platform: Platform, filled: tuple[str, Path]
 ) -> None:
     source, path = filled
@@ -141,7 +141,7 @@ def test_a_folder_left_by_a_crash_is_cleaned_and_written_again(
     assert fresh.exists(), "another writer may be writing it"
 
 
-def test_new_rows_make_new_shards_and_leave_the_old_ones(
+def test_new_rows_lead_to_a_new_shard_folder_and_the_old_shard_folder_stays(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     rows = [[as_base64(png(3000 + n)), f"picture {n}"] for n in range(12)]
@@ -156,7 +156,7 @@ def test_new_rows_make_new_shards_and_leave_the_old_ones(
     assert len(Shards.open(Path(first.folder))) == first.num_rows < second.num_rows
 
 
-def test_jpeg_shards_are_smaller_and_nearly_the_same(
+def test_jpeg_shards_are_smaller_than_raw_shards_and_have_nearly_the_same_pixels(
     spark: SparkSession, platform: Platform, filled: tuple[str, Path]
 ) -> None:
     source, path = filled
@@ -171,7 +171,7 @@ def test_jpeg_shards_are_smaller_and_nearly_the_same(
         assert np.abs(jpeg.row(index).pixels.astype(int) - raw.row(index).pixels).mean() < 8
 
 
-def test_rows_are_chosen_by_a_condition_and_mixed_with_those_of_another_source(
+def test_a_condition_selects_rows_and_a_mix_adds_rows_of_another_source(
     spark: SparkSession, platform: Platform, source: str, filled: tuple[str, Path], tmp_path: Path
 ) -> None:
     photos = [[as_base64(encoded(picture(6000 + n, (90, 70)), "JPEG")), f"photo {n}"] for n in range(6)]
@@ -204,7 +204,7 @@ def test_rows_are_chosen_by_a_condition_and_mixed_with_those_of_another_source(
         shard(spark, platform, source, wrong, IMAGE, "train")
 
 
-def test_an_empty_split_is_an_error_that_names_the_splits_with_rows(
+def test_sharding_an_empty_split_raises_an_error_that_names_the_splits_with_rows(
     spark: SparkSession, platform: Platform, filled: tuple[str, Path]
 ) -> None:
     source, path = filled
@@ -217,7 +217,7 @@ def test_an_empty_split_is_an_error_that_names_the_splits_with_rows(
 @pytest.mark.parametrize(
     "rows", [pytest.param(50, id="shuffled pixels"), pytest.param(1, id="shuffled pictures", marks=pytest.mark.matrix)]
 )
-def test_a_picture_that_no_longer_decodes_stops_the_stage_and_is_named(
+def test_a_picture_that_cannot_be_decoded_stops_the_shard_stage_and_is_named_in_the_error(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path, rows: int
 ) -> None:
     path = write_csv(tmp_path / "a.csv", [[as_base64(png(4000 + n)), f"{n}"] for n in range(4)])

@@ -1,4 +1,4 @@
-"""Every kind of source with valid and invalid rows: all rows are counted, and ingest is idempotent."""
+"""Ingest of every kind of source, with valid and invalid rows: all rows are counted, and ingest is idempotent."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from pipelines.driver.ingest.totals import TooManyRefused
 from pipelines.platform import Platform
 
 Written = tuple[dict[str, Any], dict[str, int]]
-"""Source and split of a data config, and the reason codes of the invalid rows."""
+"""Pair of the source and split settings of a data config, and the number of invalid rows by quarantine reason."""
 
 
 def two_texts(n: int) -> list[str]:
@@ -40,7 +40,7 @@ def two_texts(n: int) -> list[str]:
 
 
 def smooth(seed: int) -> Image.Image:
-    """Draw soft shapes, which survive lossy encoding; noise would not."""
+    """Draw a picture of soft shapes, which lossy encoding changes only a little."""
     return picture(seed, (5, 4)).resize((160, 120), Image.Resampling.BICUBIC)
 
 
@@ -152,7 +152,7 @@ def test_every_row_of_every_kind_of_source_is_counted(
         assert sorted(row["image_id"] for row in planned) == [f"{source}/{n}" for n in range(3)]
 
 
-def test_refused_rows_are_shown_and_replayed_and_too_many_fail_the_job_after_all_rows_are_written(
+def test_refused_rows_are_shown_and_replayed_and_too_many_refused_rows_fail_the_job_after_all_rows_are_written(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     said = [["a", "b"], ["b"], ["b", "c", "y" * 30]]
@@ -199,7 +199,7 @@ def test_refused_rows_are_shown_and_replayed_and_too_many_fail_the_job_after_all
     assert [pair["text"] for pair in kept["texts"]] == ["a", "b", "c", "y" * 30]
 
 
-def test_a_picture_that_was_saved_again_is_flagged_and_stays_in_the_split_of_the_original(
+def test_a_picture_that_was_saved_again_is_a_near_duplicate_and_gets_the_split_of_the_original(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     table = platform.table("samples")

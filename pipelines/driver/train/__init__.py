@@ -1,5 +1,5 @@
-"""Training in the driver: prepare a run folder, check hosts, launch ranks, and diagnose their failures.
+"""The driver's part of training: prepare a run folder, check hosts, launch ranks, and diagnose their failures.
 
-Start reading in `run.py`. The code that runs in ranks is `pipelines.worker`. This package may import pyspark, but never
-torch or MLflow.
+Start reading in `run.py`, and for the code that runs in ranks in `pipelines.worker`. This package may import pyspark,
+but never torch or MLflow.
 """

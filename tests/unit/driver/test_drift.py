@@ -1,4 +1,4 @@
-"""Drift: statistics of a captioning job are counted like those of the evaluation and compared with limits."""
+"""Drift: the statistics of a caption job, and their comparison with an evaluation of the model version."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAID = st.lists(
 
 
 @given(st.lists(SAID, min_size=1, max_size=5))
-def test_statistics_of_parts_add_up_to_those_of_the_whole(parts: list[list[str]]) -> None:
+def test_the_statistics_of_parts_add_up_to_the_statistics_of_the_whole(parts: list[list[str]]) -> None:
     tallies = [[CaptionStats.from_caption(text, -0.25) for text in part] for part in parts]
     whole = sum_stats(tally for part in tallies for tally in part)
     assert sum_stats(map(sum_stats, tallies)) == whole
@@ -55,7 +55,7 @@ def test_distinct_words_are_counted_in_a_fixed_number_of_captions() -> None:
     )
 
 
-def test_no_captions_have_no_statistics_and_only_errors_have_their_share() -> None:
+def test_a_job_without_rows_has_no_figures_and_a_job_with_only_errors_has_only_error_share() -> None:
     assert CaptionStats().figures() == sum_stats([]).figures() == {}
     assert CaptionStats(errors=3).figures() == {"error_share": 1.0}
 
@@ -73,13 +73,15 @@ def test_no_captions_have_no_statistics_and_only_errors_have_their_share() -> No
         ({"brightness": 80.0, "contrast": 10.0}, {"brightness", "contrast"}),
     ],
 )
-def test_differences_beyond_their_limits_are_reported(now: dict[str, float], beyond: set[str]) -> None:
+def test_figures_that_differ_by_more_than_their_limit_are_reported_as_drift(
+    now: dict[str, float], beyond: set[str]
+) -> None:
     found = compare_figures(BEFORE | now, 500, EvaluationFigures(figures=BEFORE, rows=300), DriftConfig(), prompt="")
     assert set(found) == set(BEFORE)
     assert {name for name, drift in found.items() if drift.beyond} == beyond
 
 
-def test_few_rows_are_not_compared_and_prompted_captions_only_by_their_pictures() -> None:
+def test_few_rows_are_not_compared_and_for_captions_with_a_prompt_only_pictures_and_errors_are_compared() -> None:
     dark, limits = BEFORE | {"brightness": 0.0, "words": 1.0}, DriftConfig()
     measure = EvaluationFigures(figures=BEFORE, rows=300)
     assert compare_figures(dark, 99, measure, limits, prompt="") == {}

@@ -1,4 +1,4 @@
-"""The gallery is self-contained, escapes data, and marks right and wrong captions."""
+"""The gallery page refers to no other file, escapes texts, and marks right and wrong captions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write(path: Path, rows: list[GalleryRow]) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def test_the_page_is_self_contained(tmp_path: Path) -> None:
+def test_the_gallery_page_refers_to_no_other_file_or_address(tmp_path: Path) -> None:
     tags = Tags(write(tmp_path / "deep" / "gallery.html", [row(1, exact=True), row(2, exact=False)])).tags
     images = [attributes["src"] or "" for tag, attributes in tags if tag == "img"]
     assert len(images) == 2
@@ -65,7 +65,7 @@ def test_good_and_bad_captions_are_marked_in_text_and_colour(tmp_path: Path) -> 
     assert "format=&lt;PNG&gt;" in page
 
 
-def test_the_png_accepts_captions_with_any_characters(tmp_path: Path) -> None:
+def test_the_png_gallery_accepts_captions_with_any_characters(tmp_path: Path) -> None:
     rows = [row(n, exact=bool(n % 2), caption="$x^{2$ " + "long " * 40) for n in range(5)]
     write_png(tmp_path / "gallery.png", "tiny $1 version", rows)
     with Image.open(tmp_path / "gallery.png") as image:
@@ -73,7 +73,7 @@ def test_the_png_accepts_captions_with_any_characters(tmp_path: Path) -> None:
         assert image.height > 800
 
 
-def test_a_browser_filters_the_cards_without_errors(tmp_path: Path) -> None:
+def test_the_filters_of_the_gallery_page_work_in_a_browser(tmp_path: Path) -> None:
     rows = [row(n, exact=n == 0, caption="A red square" if n < 3 else "a blue circle") for n in range(5)]
     write(tmp_path / "gallery.html", rows)
     address = (tmp_path / "gallery.html").as_uri()
@@ -81,7 +81,7 @@ def test_a_browser_filters_the_cards_without_errors(tmp_path: Path) -> None:
         assert [figure.is_visible() for figure in page.locator("figure").all()] == [False, False, False, True, True]
         assert page.locator("#shown").inner_text() == "2 of 5"
         page.get_by_label("Find").fill("red square")
-        assert page.locator("figure:visible").count() == 4  # the search includes the references
+        assert page.locator("figure:visible").count() == 4  # the search also finds words of the human captions
         page.get_by_label("Show").select_option("all")
         assert page.locator("figure:visible").count() == 5
         page.get_by_label("only captions that differ").check()

@@ -1,4 +1,4 @@
-"""The gate reports every reason, from metrics on the same rows."""
+"""The promotion gate compares metrics on the same rows, and reports every reason for a refusal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRUTH = ("a red square", "a blue circle", "a green dot", "a white line")
 
 
 def scored(captions: list[str | None], *, gap: float = 1.0) -> list[ScoredRow]:
-    """Make rows of four kinds. The neighbour baseline is right for three of them."""
+    """Make scored rows with four kinds of references. The neighbour baseline is right for three kinds."""
     return [
         ScoredRow(
             row=row,
@@ -72,18 +72,18 @@ def evaluated(folder: Path, rows: list[ScoredRow], version: str = "2") -> Evalua
 
 
 def good(count: int = 40, wrong: int = 4) -> list[str | None]:
-    """Make right captions, except for the first `wrong` rows."""
+    """Make captions for `count` rows. The first `wrong` captions are wrong, and all other captions are right."""
     return ["a thing" if row < wrong else TRUTH[row % 4] for row in range(count)]
 
 
-def test_a_good_version_passes_and_every_check_is_reported(tmp_path: Path) -> None:
+def test_a_good_model_version_passes_and_every_check_is_reported(tmp_path: Path) -> None:
     result = apply_gate(GateConfig(), evaluated(tmp_path, scored(good())), None, WELL)
     assert result.reasons == ()
     assert list(result.checks) == ["loads", "errors", "looks", "constant", "neighbour"]
     assert result.figures["word_f1"].value == pytest.approx(0.94)
 
 
-def test_a_bad_version_is_refused_with_every_reason(tmp_path: Path) -> None:
+def test_a_bad_model_version_is_refused_with_every_reason(tmp_path: Path) -> None:
     captions: list[str | None] = ["a thing"] * 38 + [None, None]
     champion = evaluated(tmp_path, scored(good()), "1")
     trial = Trial(failure="it does not load in a fresh process: boom", pictures=0, errors=())
@@ -105,14 +105,16 @@ def test_a_bad_version_is_refused_with_every_reason(tmp_path: Path) -> None:
         ({"min_blind_gap": 1.5, "baselines": []}, WELL, ["looks"]),
     ],
 )
-def test_thresholds_come_from_the_run(
+def test_the_limits_of_the_checks_come_from_the_gate_config(
     tmp_path: Path, gate: dict[str, object], trial: Trial, refused: list[str]
 ) -> None:
     result = apply_gate(GateConfig.model_validate(gate), evaluated(tmp_path, scored(good())), None, trial)
     assert [name for name, check in result.checks.items() if not check.passed] == refused
 
 
-def test_a_version_no_better_than_a_baseline_is_refused_if_the_run_has_the_baseline(tmp_path: Path) -> None:
+def test_a_model_version_that_is_no_better_than_a_baseline_is_refused_if_the_gate_has_the_baseline(
+    tmp_path: Path,
+) -> None:
     report = evaluated(tmp_path, [replace(row, caption=row.neighbour) for row in scored(good())])
     assert [
         name for name, check in apply_gate(GateConfig(), report, None, WELL).checks.items() if not check.passed
@@ -120,7 +122,7 @@ def test_a_version_no_better_than_a_baseline_is_refused_if_the_run_has_the_basel
     assert apply_gate(GateConfig(baselines=("constant",)), report, None, WELL).reasons == ()
 
 
-def test_one_picture_or_a_nan_metric_passes_no_check(tmp_path: Path) -> None:
+def test_the_blind_gap_check_fails_if_the_blind_gap_is_missing_or_nan(tmp_path: Path) -> None:
     (row,) = scored(["a red square"])
     alone = apply_gate(GateConfig(), evaluated(tmp_path, [replace(row, blind_loss=None)]), None, WELL)
     assert any("the blind gap is unknown" in reason for reason in alone.reasons)
@@ -128,7 +130,7 @@ def test_one_picture_or_a_nan_metric_passes_no_check(tmp_path: Path) -> None:
     assert any("a blind gap of nan" in reason for reason in broken.reasons)
 
 
-def test_a_champion_is_compared_on_common_rows(tmp_path: Path) -> None:
+def test_a_model_version_and_the_champion_are_compared_on_common_rows(tmp_path: Path) -> None:
     champion = evaluated(tmp_path, scored(good(60, wrong=0))[20:], "1")
     result = apply_gate(GateConfig(), evaluated(tmp_path, scored(good(40, wrong=0))), champion, WELL)
     assert result.reasons == ()
@@ -139,7 +141,7 @@ def test_a_champion_is_compared_on_common_rows(tmp_path: Path) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.booleans(), min_size=4, max_size=30))
-def test_no_version_is_worse_than_itself(tmp_path_factory: pytest.TempPathFactory, right: list[bool]) -> None:
+def test_no_model_version_is_worse_than_itself(tmp_path_factory: pytest.TempPathFactory, right: list[bool]) -> None:
     folder = tmp_path_factory.mktemp("same")
     rows = scored([TRUTH[n % 4] if is_right else "a thing" for n, is_right in enumerate(right)])
     result = apply_gate(GateConfig(), evaluated(folder, rows), evaluated(folder, rows, "1"), WELL)

@@ -28,7 +28,7 @@ def host(name: str = "a", torch: str = "2.13.0+cu130", **fields: Any) -> Host:
     return Host.model_validate({"name": name, "packages": packages} | common | fields)
 
 
-def test_a_host_reports_the_version_of_torch_without_importing_it() -> None:
+def test_the_description_of_a_host_has_the_torch_version_without_importing_torch() -> None:
     described = Host.model_validate(describe_host())
     assert (described.name, described.executable) == (socket.gethostname(), sys.executable)
     assert (described.packages["torch"], described.cuda) == (torch.__version__, torch.version.cuda or "")
@@ -45,7 +45,7 @@ def test_a_host_reports_the_version_of_torch_without_importing_it() -> None:
         ("echo 'Failed to initialize NVML' >&2; exit 9", "nvidia-smi failed: Failed to initialize NVML", ()),
     ],
 )
-def test_a_host_reports_its_gpus_or_the_error_of_their_driver(
+def test_the_description_of_a_host_has_its_gpus_or_the_error_of_the_gpu_driver(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, driver: str, gpus: tuple[str, ...]
 ) -> None:
     (smi := tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
@@ -81,12 +81,12 @@ def test_equal_hosts_pass_without_a_warning_and_are_summarized_in_one_line(caplo
         ),
     ],
 )
-def test_incompatible_hosts_are_refused_by_name(hosts: list[Host], message: str) -> None:
+def test_incompatible_hosts_are_refused_and_named_in_the_error(hosts: list[Host], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_compatible(hosts, "0.1.0")
 
 
-def test_other_differences_between_hosts_cause_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_harmless_differences_between_hosts_are_logged_as_warnings(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         check_compatible([host("a"), host("b", packages={"numpy": "1.26.4"}, driver="550.54", gpus=())], "0.1.0")
     python = "(python3)"

@@ -1,4 +1,4 @@
-"""Metrics equal pycocoevalcap; intervals, baselines, slices and paired differences are correct."""
+"""Metrics of captions: comparison with pycocoevalcap, and intervals, baselines, slices and paired differences."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def scored(truth: list[list[str]], made: list[str], *, gap: float | None = 1.0, 
     ]
 
 
-def test_scores_equal_pycocoevalcap() -> None:
+def test_metrics_equal_the_scores_of_pycocoevalcap() -> None:
     metrics = measure(scored(TRUTH, MADE))
     truth = {i: [" ".join(words(t)) for t in group] for i, group in enumerate(TRUTH)}
     made = {i: [" ".join(words(caption))] for i, caption in enumerate(MADE)}
@@ -58,7 +58,7 @@ def test_scores_equal_pycocoevalcap() -> None:
     assert metrics["rouge_l"].value == pytest.approx(Rouge().compute_score(truth, made)[0])
 
 
-def test_perfect_captions_have_the_best_score_and_unrelated_ones_zero() -> None:
+def test_perfect_captions_have_the_best_scores_and_unrelated_captions_have_scores_of_zero() -> None:
     perfect = measure(scored(TRUTH, [group[0] for group in TRUTH]))
     assert perfect["exact_match"].value == perfect["word_f1"].value == perfect["rouge_l"].value == 1
     assert perfect["bleu_1"].value == pytest.approx(1)
@@ -68,13 +68,13 @@ def test_perfect_captions_have_the_best_score_and_unrelated_ones_zero() -> None:
     assert hopeless["distinct"].value == 0.25
 
 
-def test_an_empty_caption_is_scored_and_no_error() -> None:
+def test_empty_captions_have_finite_metrics() -> None:
     metrics = measure(scored(TRUTH, ["", "", "", ""]))
     assert metrics["words"].value == metrics["exact_match"].value == 0
     assert all(np.isfinite([m.value, m.low, m.high]).all() for m in metrics.values())
 
 
-def test_losses_are_averaged_over_tokens() -> None:
+def test_losses_are_averaged_over_tokens_and_not_over_rows() -> None:
     short, long = scored([["a"], ["b"]], ["a", "b"])
     short = ScoredRow(**vars(short) | {"loss": 3.0, "blind_loss": 3.0, "num_targets": 1})
     long = ScoredRow(**vars(long) | {"loss": 9.0, "blind_loss": 18.0, "num_targets": 9})
@@ -83,13 +83,13 @@ def test_losses_are_averaged_over_tokens() -> None:
     assert metrics["blind_gap"].value == pytest.approx(0.9)
 
 
-def test_one_picture_has_no_blind_gap_and_no_cider() -> None:
+def test_a_split_of_one_picture_has_no_blind_gap_and_no_cider() -> None:
     metrics = measure(scored(TRUTH[:1], MADE[:1], gap=None))
     assert not {"blind_gap", "cider", "constant_cider"} & set(metrics)
     assert metrics["exact_match"].value == 0
 
 
-def test_intervals_cover_the_value_repeat_by_seed_and_shrink_with_more_pictures() -> None:
+def test_intervals_contain_the_value_and_depend_on_the_seed_and_shrink_with_more_pictures() -> None:
     rng = np.random.default_rng(0)
 
     def sample(n: int) -> list[ScoredRow]:
@@ -100,7 +100,7 @@ def test_intervals_cover_the_value_repeat_by_seed_and_shrink_with_more_pictures(
     for interval in (small, large):
         assert interval.low <= interval.value <= interval.high
     assert large.high - large.low < (small.high - small.low) / 4
-    # The normal approximation of a proportion: 1.96 standard errors on either side.
+    # The expected width comes from the normal approximation: 1.96 standard errors on either side of the share.
     assert large.high - large.low == pytest.approx(2 * 1.96 * (0.7 * 0.3 / 2000) ** 0.5, rel=0.25)
     assert measure(few) == measure(few)
     assert measure(few, seed=1)["exact_match"] != small
@@ -147,14 +147,14 @@ def test_tokens_seconds_and_token_accuracy_are_measured() -> None:
     assert metrics["error_share"].value == pytest.approx(0.2)
 
 
-def test_distinct_counts_different_captions_words_and_pairs() -> None:
+def test_the_distinct_metrics_are_shares_of_different_captions_words_and_word_pairs() -> None:
     metrics = measure(scored([["x"]] * 3, ["a b", "a b", "a c"]))
     assert metrics["distinct"].value == pytest.approx(2 / 3)
     assert metrics["distinct_1"].value == pytest.approx(3 / 6)
     assert metrics["distinct_2"].value == pytest.approx(2 / 3)
 
 
-def test_the_neighbour_baseline_is_scored_like_a_model_and_left_out_if_incomplete() -> None:
+def test_the_neighbour_baseline_is_scored_like_a_model_and_left_out_if_a_row_has_no_neighbour() -> None:
     rows = scored(TRUTH, MADE)
     metrics, same = measure(rows), measure([replace(row, caption=row.neighbour) for row in rows])
     assert metrics["neighbour_cider"] == same["cider"]
@@ -162,14 +162,14 @@ def test_the_neighbour_baseline_is_scored_like_a_model_and_left_out_if_incomplet
 
 
 @pytest.mark.skipif(not has_java(), reason="METEOR is a Java program")
-def test_meteor_equals_the_original_program() -> None:
+def test_meteor_equals_the_score_of_the_original_program() -> None:
     rows = scored([["a red square"], ["two dogs run"]], ["a red square", "cats"])
     measured = measure(rows, further={"meteor": meteor(rows)})["meteor"]
-    assert measured.value == pytest.approx(0.5, abs=0.01)  # a perfect and an unrelated caption
+    assert measured.value == pytest.approx(0.5, abs=0.01)  # one caption is perfect, the other caption unrelated
 
 
-def test_the_interval_of_a_paired_difference_is_narrower() -> None:
-    """Both models have 90 rows in common; one model has 10 more of 100 rows right."""
+def test_the_interval_of_a_paired_difference_excludes_zero_although_the_intervals_of_the_models_overlap() -> None:
+    """Compare two models whose captions are the same in 90 of 100 rows and differ in the first 10 rows."""
     rng = np.random.default_rng(3)
     easy = rng.random(100) < 0.5
     worse = scored([["y"]] * 100, ["y" if e and n >= 10 else "n" for n, e in enumerate(easy)])
@@ -183,14 +183,14 @@ def test_the_interval_of_a_paired_difference_is_narrower() -> None:
     assert metric_differences(better, better)["bleu_1"].model_dump() == {"value": 0, "low": 0, "high": 0}
 
 
-def test_rows_without_a_caption_of_both_models_are_not_compared() -> None:
+def test_rows_that_only_one_model_captioned_are_not_compared() -> None:
     one, other = scored(TRUTH, MADE), scored(TRUTH, [group[0] for group in TRUTH])
     failed = [replace(other[0], caption=None), *other[1:3]]
     assert metric_differences(one, failed) == metric_differences(one[1:3], other[1:3])
     assert metric_differences(one[:1], other[1:]) == {}
 
 
-def test_slices_add_up_to_the_whole_and_numbers_are_grouped_by_quartile() -> None:
+def test_slices_cover_all_rows_and_columns_of_numbers_are_sliced_by_quartile() -> None:
     rows = scored([["y"]] * 40, ["y" if n % 4 == 0 else "n" for n in range(40)])
     formats = {f"x/{n}": "PNG" if n % 4 == 0 else "JPEG" for n in range(40)}
     found = slice_metrics(

@@ -1,4 +1,4 @@
-"""Preparation of a run folder: its identity, `train.start_from`, and refused inputs."""
+"""Preparation of a run folder: the name of the folder, `train.start_from`, and refused inputs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def as_report(shards: Shards) -> ShardReport:
     )
 
 
-def test_equal_runs_share_a_folder_and_other_runs_do_not(laptop: Platform, report: ShardReport, tmp_path: Path) -> None:
+def test_equal_runs_share_a_run_folder_and_different_runs_have_different_run_folders(
+    laptop: Platform, report: ShardReport, tmp_path: Path
+) -> None:
     run = prepare(tiny_run(), laptop, report, report)
     other_data = as_report(write_shards(tmp_path / "other", rows=9))
     assert prepare(tiny_run(), laptop, report, report) == run
@@ -63,7 +65,7 @@ def test_equal_runs_share_a_folder_and_other_runs_do_not(laptop: Platform, repor
     assert run.path.name.startswith("tiny-")
 
 
-def test_the_folder_has_the_run_and_the_tokenizer(laptop: Platform, report: ShardReport) -> None:
+def test_the_run_folder_contains_the_run_file_and_the_tokenizer(laptop: Platform, report: ShardReport) -> None:
     run = prepare(tiny_run(), laptop, report, report)
     file = run.read_run()
     assert file.config == tiny_run()
@@ -76,7 +78,7 @@ def test_the_folder_has_the_run_and_the_tokenizer(laptop: Platform, report: Shar
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """Checkpoint folder of the tiny model, with another tokenizer; the weights file is only a few bytes."""
+    """Write a checkpoint folder of the tiny model, with another tokenizer and a weights file of a few bytes."""
     config = tiny_run().model
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")
@@ -126,7 +128,9 @@ def test_a_start_folder_with_another_model_is_refused_with_all_differences(
         prepare(tiny_run(start_from=str(base)), laptop, report, report)
 
 
-def test_generation_settings_of_the_start_folder_may_differ(laptop: Platform, report: ShardReport, base: Path) -> None:
+def test_generation_settings_of_the_start_folder_may_differ_from_the_run(
+    laptop: Platform, report: ShardReport, base: Path
+) -> None:
     other = tiny_run().model.model_dump() | {"generation": {"max_new_tokens": 3}}
     (base / "config.json").write_text(ModelConfig.model_validate(other).model_dump_json())
     assert prepare(tiny_run(start_from=str(base)), laptop, report, report).tokenizer.exists()
@@ -135,14 +139,16 @@ def test_generation_settings_of_the_start_folder_may_differ(laptop: Platform, re
 # ------------------------------------------------------------------------------------------------ refused inputs
 
 
-def test_a_batch_that_ranks_cannot_divide_is_refused_with_a_valid_one(laptop: Platform, report: ShardReport) -> None:
+def test_a_batch_size_that_ranks_cannot_divide_is_refused_and_the_error_names_a_valid_batch_size(
+    laptop: Platform, report: ShardReport
+) -> None:
     with pytest.raises(UserError, match=r"5 rows for 2 ranks.*train\.batch_size=6"):
         prepare(tiny_run(batch_size=5), laptop, report, report)
     assert not laptop.folder("runs").exists()
 
 
 @pytest.mark.parametrize(("train_rows", "validate_rows", "purpose"), [(0, 8, "train on"), (8, 0, "validate on")])
-def test_an_empty_split_is_refused(
+def test_training_or_validating_on_an_empty_split_is_refused(
     laptop: Platform, report: ShardReport, train_rows: int, validate_rows: int, purpose: str
 ) -> None:
     train, validate = (report.model_copy(update={"num_rows": rows}) for rows in (train_rows, validate_rows))
@@ -150,7 +156,9 @@ def test_an_empty_split_is_refused(
         prepare(tiny_run(), laptop, train, validate)
 
 
-def test_a_run_is_finished_if_its_result_and_its_checkpoint_exist(laptop: Platform, report: ShardReport) -> None:
+def test_a_run_is_finished_only_if_its_result_and_its_last_checkpoint_exist(
+    laptop: Platform, report: ShardReport
+) -> None:
     run = prepare(tiny_run(), laptop, report, report)
     assert finished_result(run) is None
     result = Result(status="ok", step=12, world_size=2, checkpoint=str(run.checkpoint(12)), metrics={}, seconds=1.0)
@@ -160,10 +168,10 @@ def test_a_run_is_finished_if_its_result_and_its_checkpoint_exist(laptop: Platfo
     assert finished_result(run) == result
     before = run.run_file.read_bytes()
     prepare(tiny_run(ranks=1), laptop, report, report)
-    assert run.run_file.read_bytes() == before  # the file of a finished run never changes
+    assert run.run_file.read_bytes() == before  # run.json of a finished run never changes
 
 
-def test_other_settings_make_another_run_and_differences_to_the_unfinished_run_are_logged(
+def test_other_settings_make_another_run_and_the_differences_to_the_unfinished_run_are_logged(
     laptop: Platform, report: ShardReport, caplog: pytest.LogCaptureFixture
 ) -> None:
     unfinished = prepare(tiny_run(), laptop, report, report)

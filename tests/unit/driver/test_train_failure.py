@@ -1,4 +1,4 @@
-"""Diagnosis of a failed run: which rank is at fault, and whether the run is restarted."""
+"""Diagnosis of a failed training run: which rank is at fault, and whether the run is restarted."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_the_root_cause_is_the_earliest_record_that_is_not_a_consequence(run: Ru
     assert "the traceback" in error.__notes__[0]
 
 
-def test_without_such_a_record_the_root_cause_is_the_rank_without_a_record(run: RunFolder) -> None:
+def test_if_all_records_are_consequences_the_root_cause_is_the_rank_without_a_record(run: RunFolder) -> None:
     write_failed_rank(run, 0, 1.0, consequence=True)
     write_started_rank(run, 1, step=9)
     write_started_rank(run, 2, ended=True)
@@ -111,14 +111,14 @@ def test_after_a_crash_the_shards_are_verified_and_a_damaged_file_is_named(
     assert error.got.startswith("Fatal Python error: Segmentation fault")
 
 
-def test_of_two_ranks_without_a_record_the_one_with_the_earlier_heartbeat_is_at_fault(run: RunFolder) -> None:
+def test_of_two_ranks_without_a_record_the_rank_with_the_earlier_heartbeat_is_at_fault(run: RunFolder) -> None:
     write_started_rank(run, 1)
     time.sleep(0.01)
     write_started_rank(run, 0)
     assert diagnose_failure(run, 2, None).what.startswith("rank 1 ended without a record")
 
 
-def test_a_rank_that_others_waited_for_has_hung(run: RunFolder) -> None:
+def test_a_rank_that_all_other_ranks_waited_for_is_reported_as_hung(run: RunFolder) -> None:
     write_failed_rank(run, 0, 1.0, consequence=True, exception="Waited", message="waited 60 s for other ranks")
     write_failed_rank(run, 1, 2.0, consequence=True, exception="SIGTERM", waiting=True)
     write_failed_rank(run, 2, 3.0, consequence=True, exception="SIGTERM")
@@ -133,7 +133,7 @@ def test_a_rank_that_others_waited_for_has_hung(run: RunFolder) -> None:
     ]
 
 
-def test_a_rank_that_others_waited_for_without_a_record_has_not_responded(run: RunFolder) -> None:
+def test_a_rank_without_a_record_that_other_ranks_waited_for_is_reported_as_not_responding(run: RunFolder) -> None:
     write_failed_rank(run, 0, 1.0, consequence=True, exception="Waited", message="waited 60 s for other ranks")
     write_started_rank(run, 1)
     error = diagnose_failure(run, 2, None)
@@ -155,7 +155,7 @@ def test_if_all_ranks_waited_for_each_other_the_network_is_at_fault(run: RunFold
     assert error.got == "rank 0 waited 60 s for other ranks"
 
 
-def test_the_cause_of_a_rank_without_a_record_is_read_from_its_log_or_the_launchers_log(run: RunFolder) -> None:
+def test_the_cause_of_a_rank_without_a_record_is_read_from_the_log_of_the_rank_or_the_launcher(run: RunFolder) -> None:
     write_started_rank(run, 1)
     run.launcher_log.parent.mkdir(parents=True)
     run.launcher_log.write_text("rank 0: fine\nrank 1: rank 1 ended at step 7: OSError: No space left on device\nx\n")
@@ -164,7 +164,7 @@ def test_the_cause_of_a_rank_without_a_record_is_read_from_its_log_or_the_launch
     assert diagnose_failure(run, 2, None).got == "Fatal Python error: Aborted"
 
 
-def test_a_lost_executor_is_named_by_its_rank(run: RunFolder) -> None:
+def test_a_lost_executor_is_reported_with_its_rank(run: RunFolder) -> None:
     write_failed_rank(run, 0, 1.0, consequence=True)
     write_failed_rank(run, 1, 2.0, consequence=True, exception="LauncherGone")
     spark = RuntimeError("Job aborted: ExecutorLostFailure (executor 1 exited) Reason: code 137\nDriver stacktrace:")
@@ -195,13 +195,13 @@ def test_a_failed_run_is_restarted_only_after_a_transient_failure(
     assert bool(found) == bool(reason)
 
 
-def test_ranks_that_never_started_are_reported_with_the_launchers_error(run: RunFolder) -> None:
+def test_ranks_that_never_started_are_reported_with_the_error_of_the_launcher(run: RunFolder) -> None:
     error = diagnose_failure(run, 2, RuntimeError("first line\nNo module named 'pipelines'"))
     assert error.what == "0 of 2 ranks started, and none wrote a result"
     assert "No module named" in error.got
 
 
-def test_the_driver_waits_for_records_of_ranks_on_other_hosts_but_not_of_ended_ranks_on_its_own(run: RunFolder) -> None:
+def test_the_driver_waits_for_records_of_ranks_on_other_hosts_but_not_of_ranks_on_its_own_host(run: RunFolder) -> None:
     write_started_rank(run, 0)
     before = time.monotonic()
     wait_for_failure_records(run)
