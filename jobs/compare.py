@@ -25,8 +25,8 @@ def compare(
     """Compare two model versions on the same rows.
 
     The command prints metric differences with paired bootstrap confidence intervals, and the number of rows on which
-    each version is better. It also writes an HTML page of pictures with both captions. A version that has no
-    evaluation yet is evaluated first.
+    each version is better. The command also writes an HTML page of pictures with the captions of both
+    versions. A version that has no evaluation yet is evaluated first.
 
     \b
     Example:

@@ -38,7 +38,7 @@ def maintain(
         for table in report.tables:
             job.output.line("maintain", f"{table.table}: {table.files:,} files, {table.bytes / 2**20:,.0f} MB")
             if table.postponed:
-                job.output.line("", f"postponed to the next run, because another job writes to it: {table.postponed}")
+                job.output.line("", f"postponed to the next run: another job writes to the table: {table.postponed}")
             else:
                 merged = f"{table.rewritten:,} files merged into {table.written:,}"
                 job.output.line("", f"{merged}; {table.removed:,} removed")

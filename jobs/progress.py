@@ -43,7 +43,7 @@ def show_elapsed(label: str) -> AbstractContextManager[None]:
 
 
 def poll_training(run: RunFolder) -> Poll:
-    """Return a poll function that reads the step and metrics of a training from its run folder."""
+    """Return a poll function that reads the current step and metrics of a training run from the run folder."""
     last = -1
     text = ""
 

@@ -1,4 +1,4 @@
-"""`lakesight quarantine`: show rows refused by ingest, by reason, or process them again."""
+"""`lakesight quarantine`: show the rows that ingest refused, by quarantine reason, or process these rows again."""
 
 from __future__ import annotations
 

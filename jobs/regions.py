@@ -1,4 +1,4 @@
-"""Regions that a model's answer names: functions that convert them to boxes in pixels and draw the boxes."""
+"""Find the regions that a model's answer names, convert the regions to boxes in pixels, and draw the boxes."""
 
 from __future__ import annotations
 

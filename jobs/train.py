@@ -76,7 +76,7 @@ def train(
 
 
 def prepare_run(job: Job) -> RunFolder:
-    """Write the training and validation shards, then the run folder that ranks start from."""
+    """Write the shards for training and validation, then the run folder from which ranks start."""
     from pipelines.driver.train.run import prepare
 
     config = job.config
@@ -87,7 +87,7 @@ def prepare_run(job: Job) -> RunFolder:
 
 
 def run_train(job: Job) -> TrainReport:
-    """Run the train stage: train or reuse the run, log it to MLflow and register its model."""
+    """Run the train stage: train the model or reuse a finished run, log the run to MLflow and register the model."""
     from pipelines.driver.train.run import finished_result, launch
     from pipelines.tracking.registry import register
     from pipelines.tracking.runs import follow

@@ -41,7 +41,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Platform:
-    """A local platform with two executors and a new home folder. All tests share it, each with its own source name."""
+    """A local platform with two executors and a new home folder. All tests share the platform."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAKESIGHT_HOME", str(tmp_path_factory.mktemp("home")))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -66,7 +66,7 @@ def spark(platform: Platform) -> Iterator[SparkSession]:
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without runs. Tests copy it, because creating the tables of a database takes seconds."""
+    """An MLflow database without runs. Tests copy this file, because creating an MLflow database takes seconds."""
     from mlflow import MlflowClient
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"

@@ -77,7 +77,7 @@ def test_every_include_pattern_finds_files_and_every_job_file_is_included() -> N
 
 
 @pytest.mark.parametrize("key", JOBS)
-def test_tasks_depend_on_tasks_and_run_on_clusters_that_exist(key: str) -> None:
+def test_every_task_depends_on_existing_tasks_and_runs_on_an_existing_cluster(key: str) -> None:
     job = JOBS[key]
     names = [task["task_key"] for task in job["tasks"]]
     clusters = [cluster["job_cluster_key"] for cluster in job["job_clusters"]]
@@ -125,9 +125,7 @@ def test_shared_deployments_can_be_managed_by_every_user() -> None:
 
 
 @pytest.mark.parametrize(("name", "task"), tasks())
-def test_a_task_calls_a_command_with_options_that_exist_and_settings_that_resolve(
-    name: str, task: dict[str, Any]
-) -> None:
+def test_every_task_calls_a_command_with_valid_options_and_settings(name: str, task: dict[str, Any]) -> None:
     wheel = PythonWheelTask.from_dict(task["python_wheel_task"])
     assert (wheel.package_name, wheel.entry_point) == ("lakesight", "lakesight")
     assert task["libraries"] == [{"whl": "../dist/*.whl"}]
@@ -145,7 +143,7 @@ def fill(text: str) -> str:
     return re.sub(r"\$\{var\.(\w+)\}", lambda match: EXAMPLE[match[1]], text)
 
 
-def test_unity_catalog_names_come_from_resources_so_that_each_developer_has_a_schema() -> None:
+def test_names_in_unity_catalog_refer_to_resources_so_that_each_developer_has_a_schema() -> None:
     for _, task in tasks():
         parameters = task["python_wheel_task"]["parameters"]
         assert "--set=platform.schema=${resources.schemas.lakesight.name}" in parameters
@@ -158,7 +156,7 @@ def test_each_training_rank_has_a_whole_gpu() -> None:
     assert {task["job_cluster_key"] for name, task in tasks() if name == "train"} == {"gpu"}
 
 
-def test_schedules_are_quartz_expressions() -> None:
+def test_every_schedule_is_a_valid_quartz_expression() -> None:
     schedules = [job["schedule"]["quartz_cron_expression"] for job in JOBS.values() if "schedule" in job]
     assert schedules
     for expression in schedules:

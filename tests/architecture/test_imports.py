@@ -1,4 +1,4 @@
-"""Imports of heavy libraries: the contracts of import-linter, and the modules that a new interpreter has loaded."""
+"""Tests of imports: import-linter checks the import contracts, and a new interpreter loads no forbidden library."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ BREACHES = {
 
 
 def modules(patterns: list[str]) -> list[str]:
-    """Return the dotted names of the modules that match the patterns."""
+    """Return the dotted names of the modules whose files match the patterns."""
     files = sorted({file for pattern in patterns for file in ROOT.glob(pattern)})
     names = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
     assert names, patterns

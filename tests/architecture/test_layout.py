@@ -44,7 +44,7 @@ def test_no_function_is_longer_than_60_lines() -> None:
     assert long == []
 
 
-def test_the_driver_has_at_most_nine_entries() -> None:
+def test_the_driver_package_has_at_most_nine_modules_and_folders() -> None:
     entries = sorted(path.name for path in (ROOT / "pipelines/driver").iterdir() if path.name != "__pycache__")
     assert len(entries) <= MAX_DRIVER_ENTRIES, entries
 
@@ -64,14 +64,14 @@ def import_graph() -> grimp.ImportGraph:
 
 
 @pytest.mark.parametrize("folder", LIBRARIES, ids=relative)
-def test_modules_and_folders_of_a_package_do_not_import_each_other_in_a_circle(folder: Path) -> None:
+def test_modules_and_folders_of_a_package_have_no_circular_imports(folder: Path) -> None:
     """A subfolder and everything below it count as one unit."""
     imports = import_graph().nominate_cycle_breakers(relative(folder).replace("/", "."))
     assert sorted(imports) == [], "without these imports there would be no circle"
 
 
 @pytest.mark.parametrize("folder", PACKAGES, ids=relative)
-def test_a_package_says_what_it_is_in_two_or_three_sentences(folder: Path) -> None:
+def test_the_docstring_of_a_package_has_two_or_three_sentences(folder: Path) -> None:
     docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
     sentences = re.findall(r"[.!?](?=\s|$)", docstring)
     assert 2 <= len(sentences) <= 3, docstring
@@ -80,14 +80,14 @@ def test_a_package_says_what_it_is_in_two_or_three_sentences(folder: Path) -> No
 # ------------------------------------------------------------------------------------------------ text
 
 
-def test_code_is_ascii_and_names_no_machine() -> None:
+def test_code_is_ascii_and_contains_no_path_of_a_home_folder() -> None:
     for file in CODE:
         text = file.read_text()
         assert text.isascii(), relative(file)
         assert not re.search(r"/(home|Users|work|root)/\w", text), relative(file)
 
 
-def test_the_readme_tree_is_the_real_one() -> None:
+def test_the_folder_tree_in_the_readme_matches_the_repository() -> None:
     named = set(tree_paths((ROOT / "README.md").read_text()))
     assert {path for path in named if not (ROOT / path).exists()} == set()
     listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=False).stdout.split()

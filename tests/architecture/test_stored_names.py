@@ -1,7 +1,7 @@
-"""Hashes that name what is stored: a home folder written by an earlier version is found again only if they stay equal.
+"""Stored data is found by hashes. Data of an earlier version is found again only if these hashes stay equal.
 
-The expected values were computed with the code before its modules were moved. Never edit them to make a test pass:
-a changed value means that rows are ingested, shards written, models trained or pictures captioned again.
+The expected values were computed with an earlier version of the code. Never edit these values to make a test pass: a
+changed value means that existing rows, shards, models or captions are no longer found and are computed again.
 """
 
 from __future__ import annotations
@@ -128,13 +128,13 @@ def request_of(name: str) -> ShardRequest:
     )
 
 
-def test_every_shipped_run_and_model_has_its_stored_names() -> None:
+def test_this_file_lists_every_shipped_run_and_model() -> None:
     assert set(RUNS) == set(available("run"))
     assert set(MODELS) == set(available("model"))
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_folder_keeps_its_name(name: str, platform: Platform, tmp_path: Path) -> None:
+def test_the_name_of_a_run_folder_does_not_change(name: str, platform: Platform, tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", rows=64)
 
     def report(content_hash: str) -> ShardReport:
@@ -154,28 +154,28 @@ def test_a_run_folder_keeps_its_name(name: str, platform: Platform, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_ingest_rules_keep_their_hash(name: str) -> None:
+def test_the_hash_of_ingest_rules_does_not_change(name: str) -> None:
     assert hash_rules(load_run(name).data) == RUNS[name].rules
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_caption_settings_keep_their_hash(name: str) -> None:
-    """tests/spark/test_caption.py holds the hash that a caption job writes."""
+def test_the_hash_of_caption_settings_does_not_change(name: str) -> None:
+    """tests/spark/test_caption.py tests the hash that a captioning job writes."""
     settings = load_run(name).model.generation.model_dump() | {"precision": "fp32"}
     assert short_hash("", settings) == RUNS[name].captions
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_shard_folder_keeps_its_name(name: str) -> None:
+def test_the_name_of_a_shard_folder_does_not_change(name: str) -> None:
     assert request_of(name).folder_name == RUNS[name].shards
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_keeps_its_hash(name: str) -> None:
+def test_the_hash_of_a_model_config_does_not_change(name: str) -> None:
     assert short_hash(load_model(name).model_dump()) == MODELS[name]
 
 
-def test_content_and_scores_keep_their_hashes() -> None:
+def test_the_hashes_of_content_and_scores_do_not_change() -> None:
     file = ShardFile(file="shard-00000.arrow", rows=8, bytes=100, sha256="ab" * 32)
     shards: Any = SimpleNamespace(manifest=Manifest(request=request_of("demo"), files=(file,)))
     assert shards.manifest.content_hash == "90dadf2b170ae61d"

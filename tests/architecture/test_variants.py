@@ -42,7 +42,7 @@ def words_of(file: Path) -> Iterator[str]:
             yield from re.findall(r"\w+", node.value)
 
 
-def test_the_name_of_a_model_occurs_in_conf_and_nowhere_else() -> None:
+def test_names_of_models_occur_only_in_conf_and_not_in_code() -> None:
     models = set(available("model")) - {"base"}  # `base` is also a parameter of rotary positions
     assert models
     named = {
@@ -57,7 +57,7 @@ def test_the_name_of_a_model_occurs_in_conf_and_nowhere_else() -> None:
 ORDINARY = {"vit", "clip", "nano", "base", "tiny", "emoji"}
 
 
-def test_the_model_library_names_no_family_outside_its_weights() -> None:
+def test_the_model_library_names_model_families_only_in_vlm_weights() -> None:
     tables = {file.stem for file in (ROOT / "vlm/weights/tables").glob("[a-z]*.py")}
     families = {part for name in {*available("model"), *tables} for part in name.split("_")} - ORDINARY
     assert {"gpt2", "gemma", "siglip"} <= families
@@ -67,12 +67,12 @@ def test_the_model_library_names_no_family_outside_its_weights() -> None:
 
 
 def parts_of(word: str) -> set[str]:
-    """Split an identifier into its words in lower case: load_NameBlock into load, name and block."""
+    """Split an identifier into lower-case words. For example, load_NameBlock becomes load, name and block."""
     return {part.lower() for part in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+", word)}
 
 
 @pytest.mark.parametrize("name", available("model"))
-def test_every_model_of_conf_loads(name: str) -> None:
+def test_every_model_config_in_conf_is_valid(name: str) -> None:
     load_model(name)
 
 
@@ -91,14 +91,14 @@ def kinds_of(node: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", available("run"))
-def test_every_run_of_conf_resolves(name: str) -> None:
+def test_every_run_config_in_conf_is_valid(name: str) -> None:
     deployment = {"catalog": "main", "schema": "vision", "volume": "files", "ranks": "2"}
     load_run(name)
     load_run(name, platform="databricks", overrides=[f"platform.{key}={value}" for key, value in deployment.items()])
 
 
 @pytest.mark.parametrize("kind", ["data", "train", "platform"])
-def test_every_file_of_conf_is_used_by_a_run(kind: str) -> None:
+def test_every_config_file_in_conf_is_used_by_a_run(kind: str) -> None:
     used = {"local", "databricks"} if kind == "platform" else set()
     used |= {getattr(load_run(run).chosen, kind) for run in available("run")}
     assert set(available(kind)) <= used

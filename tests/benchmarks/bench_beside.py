@@ -7,7 +7,7 @@ Each tool reads a CSV file of base64 pictures, decodes the base64 text and the p
 SHA-256, format, width, height and text. Daft and datasets run the same minimal Python function on each row and write
 Parquet. Ingest also refuses bad rows, finds duplicates and near duplicates, compares the input with existing rows, and
 commits to Delta. Every tool runs twice: the first run on a few rows excludes the start-up time from the measurement.
-The output is wall seconds and the CPU seconds of all processes together.
+The benchmark prints wall seconds, and the CPU seconds of all processes together.
 """
 
 from __future__ import annotations

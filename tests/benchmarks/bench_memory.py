@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_memory.py [SCENES]
 
-The memory is that of all processes of the command together (driver, JVM, Python workers, ranks), sampled five times a
-second.
+The benchmark sums the memory of all processes of the command (driver, JVM, Python workers, ranks), sampled five
+times a second.
 """
 
 from __future__ import annotations

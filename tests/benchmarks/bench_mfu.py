@@ -45,7 +45,7 @@ def batch_of(config: ModelConfig, rows: int) -> Batch:
 
 
 def seconds_a_step(model: VisionLanguageModel, batch: Batch, device: torch.device) -> float:
-    """Return the mean seconds of STEPS steps after WARM warm-up steps; the loop waits for each step."""
+    """Return the mean seconds per step of STEPS steps after WARM warm-up steps, waiting for the end of each step."""
     ended: list[float] = []
 
     def on_step(_: StepReport) -> None:
@@ -69,7 +69,7 @@ def seconds_a_step(model: VisionLanguageModel, batch: Batch, device: torch.devic
 
 
 def measured(config: ModelConfig, batch: Batch, device: torch.device, *, compiled: bool) -> tuple[float, float]:
-    """Return seconds per step and peak memory in GB: of the GPU, or of the process without one."""
+    """Return the seconds per step, and the peak memory of the GPU (or of the process if there is no GPU) in GB."""
     model = build_model(config, VOCAB).to(device)
     if compiled:
         compile_blocks(model)
@@ -81,7 +81,7 @@ def measured(config: ModelConfig, batch: Batch, device: torch.device, *, compile
 
 
 def main() -> None:
-    """Measure eager and compiled and print a line for each."""
+    """Measure the eager and the compiled training step, and print a line for each."""
     given = sys.argv[1:]
     name, rows, *overrides = (*given, *("base", "64")[len(given) :])
     config, count = load_model(name, overrides), int(rows)

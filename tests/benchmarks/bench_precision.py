@@ -1,4 +1,4 @@
-"""Size, captions per second, and deviation from fp32's captions of each precision.
+"""For each precision: model size, captions per second, and how much the captions differ from the captions in fp32.
 
     pip install 'lakesight[quantize]'
     python tests/benchmarks/bench_precision.py
@@ -108,7 +108,7 @@ def stored_bytes(captioner: Captioner) -> int:
 
 
 def parts(tensor: Tensor) -> Iterator[Tensor]:
-    """Return the plain tensors in which a quantized tensor is stored."""
+    """Return the plain tensors of which a quantized tensor consists."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from parts(getattr(tensor, name))
@@ -117,7 +117,7 @@ def parts(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def agreement() -> None:
-    """Print how each precision's captions differ from fp32's."""
+    """Print for each precision how much the captions differ from the captions in fp32."""
     config = load_model("nano")
     exact = trained(config)
     scenes = Scenes(config, HELD_OUT, seed=1)
@@ -139,7 +139,7 @@ def same(left: list[str | None], right: list[str | None]) -> float:
 
 
 def speed() -> None:
-    """Print size and captions per CPU second of each precision."""
+    """Print the model size and the captions per CPU second of each precision."""
     config = load_model("base")
     generation = config.generation.model_copy(update={"max_new_tokens": TOKENS})
     config = config.model_copy(update={"generation": generation})

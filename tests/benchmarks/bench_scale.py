@@ -55,7 +55,7 @@ def timed(work: Callable[[], object]) -> str:
 
 
 def main() -> None:
-    """Measure every size and print a line for each."""
+    """Measure every table size and print a line for each size."""
     sizes = [int(word) for word in sys.argv[1:]] or list(SIZES)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LAKESIGHT_HOME"] = folder

@@ -52,7 +52,7 @@ class TimmAndGpt2(nn.Module):
 
 
 def small_paligemma() -> tuple[PaliGemmaForConditionalGeneration, ModelConfig]:
-    """Build PaliGemma with its widths and 2 blocks per tower, from both libraries."""
+    """Build PaliGemma with the published widths and 2 blocks per tower, from our library and from transformers."""
     text = {
         "model_type": "gemma",
         "hidden_size": 2048,
@@ -93,7 +93,7 @@ def data(config: ModelConfig, vocab_size: int, batch: int) -> Batch:
 
 
 def learner(model: nn.Module, loss_of: Callable[[], Tensor], batch: int) -> Callable[[], int]:
-    """Return a function that takes one optimizer step per call."""
+    """Return a function that runs one training step per call."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
@@ -158,7 +158,7 @@ SHAPES = {"vit_gpt2": vit_gpt2, "paligemma": paligemma}
 
 
 def main() -> None:
-    """Measure the named shapes one after the other, or all of them."""
+    """Measure the shapes named on the command line, or all shapes, one after another."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(f"batch 2, one thread, CPU seconds, median of {ROUNDS} rounds")

@@ -4,10 +4,10 @@
     python tests/benchmarks/bench_table.py
 
 All programs caption the same rows of a Delta table with the same weights (exported for transformers) and the same
-number of tokens. The benchmark checks that their texts are equal. Each program has one process per core with one thread
-each, and the processes have loaded the model before the measurement begins. The plain loop decodes and generates in
-batches, and neither reads nor writes a table. The UDF runs in Spark and in Daft, with batches of 64 pictures and, as
-transformers' pipelines do by default, with one picture at a time.
+number of tokens. The benchmark checks that the programs generate equal texts. Each program has one process
+per core with one thread each, and the processes have loaded the model before the measurement begins. The plain loop
+decodes and generates in batches, and neither reads nor writes a table. The UDF runs in Spark and in Daft, with batches
+of 64 pictures and, as transformers' pipelines do by default, with one picture at a time.
 
 Ratios compare the CPU time of all processes together, because wall time is only meaningful on an otherwise idle
 machine. Peaks of resident memory are measured in two further jobs: on a quarter of the rows, and on all rows.
@@ -77,7 +77,7 @@ class Rates(NamedTuple):
 
 
 def timed(work: Callable[[], int]) -> Rates:
-    """Measure a function that returns its number of captions."""
+    """Measure the speed of a function that returns the number of its captions."""
     clock, processor = time.monotonic(), processor_seconds()
     count = work()
     return Rates(count / (time.monotonic() - clock), count / (processor_seconds() - processor))
@@ -140,7 +140,7 @@ def bare(folder: Path, images: list[bytes], processes: int) -> tuple[Rates, list
 
 @lru_cache(maxsize=1)
 def theirs(folder: str, exported: str) -> Callable[[list[bytes]], list[str]]:
-    """Return a function that captions with transformers and our exported weights; each process loads it once."""
+    """Return a function that captions with transformers and our exported weights. Each process loads the model once."""
     from transformers import PaliGemmaForConditionalGeneration
 
     torch.set_num_threads(1)

@@ -39,7 +39,7 @@ def make(path: Path, count: int, side: int, kind: str = "PNG", height: int | Non
 
 
 def family() -> dict[int, list[str]]:
-    """Return fields 3 and later of /proc/PID/stat of this process and its descendants, by process id (Linux)."""
+    """Return fields 3 and later of /proc/PID/stat by process id, for this process and its descendants (Linux)."""
     stats = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):  # the process has ended meanwhile

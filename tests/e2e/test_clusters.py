@@ -37,13 +37,13 @@ def assert_trained_separately(first: RunFolder, second: RunFolder) -> None:
     assert losses[0] != losses[1]
 
 
-def test_two_runs_at_once_beside_their_drivers_stay_separate(make_run: MakeRun, tmp_path: Path) -> None:
+def test_two_runs_at_the_same_time_with_ranks_on_the_driver_stay_separate(make_run: MakeRun, tmp_path: Path) -> None:
     runs = [make_run(f"seed-{seed}", seed=seed, **FEW) for seed in range(2)]
     assert run_drivers(tmp_path / "home", "local[1]", *([run] for run in runs)) == [{}, {}]
     assert_trained_separately(*runs)
 
 
-def test_two_runs_at_once_on_a_standalone_cluster_stay_separate(make_run: MakeRun, tmp_path: Path) -> None:
+def test_two_runs_at_the_same_time_on_a_standalone_cluster_stay_separate(make_run: MakeRun, tmp_path: Path) -> None:
     runs = [make_run(f"seed-{seed}", seed=seed, **FEW) for seed in range(2)]
     with standalone_cluster(tmp_path, workers=2, cores=2, cores_per_application=2) as master:
         assert run_drivers(tmp_path / "home", master, *([run] for run in runs)) == [{}, {}]
@@ -77,7 +77,7 @@ TWO_EACH = [("0,1", 0), ("0,1", 0), ("0,1", 1), ("0,1", 1)]
         pytest.param("2", TWO_EACH, "2 tasks at once, 3 needed for 6 ranks.*platform.ranks to 4 or", id="two"),
     ],
 )
-def test_four_ranks_on_two_executors_have_a_gpu_each_however_many_a_task_claims(
+def test_each_of_four_ranks_on_two_executors_has_its_own_gpu(
     make_run: MakeRun, tmp_path: Path, per_task: str, expected: list[tuple[str, int]], refusal: str
 ) -> None:
     run, larger = make_run("runs/run", ranks=4, **FEW), make_run("refused/larger", ranks=6)
@@ -90,7 +90,9 @@ def test_four_ranks_on_two_executors_have_a_gpu_each_however_many_a_task_claims(
     assert len({place.agent for place in places}) == 4 // int(per_task)
 
 
-def test_a_share_of_a_gpu_is_refused_with_the_setting_to_change(make_run: MakeRun, tmp_path: Path) -> None:
+def test_a_fraction_of_a_gpu_per_rank_is_refused_and_the_error_names_the_setting(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
     run = make_run()
     settings = gpu_settings(tmp_path, "0.25")
     ((_, refusal),) = run_drivers(tmp_path / "home", "local-cluster[1,2,1024]", [run], settings=settings)[0].items()
@@ -127,7 +129,7 @@ except StageFailed as error:
 """
 
 
-def test_a_stage_that_waits_for_slots_fails_when_a_host_is_lost(tmp_path: Path) -> None:
+def test_a_spark_stage_that_waits_for_task_slots_fails_when_a_host_is_lost(tmp_path: Path) -> None:
     one_each = standalone_cluster(tmp_path, workers=2, cores=1, cores_per_application=2)
     with one_each as master, started_processes() as start:
         command = [sys.executable, "-c", CHECK_HOSTS, master, str(tmp_path / "run")]
@@ -148,7 +150,7 @@ print(local(LocalPlatformConfig()).open_spark().range(3).count())
 """
 
 
-def test_sessions_that_start_at_once_without_cached_jars_download_them_one_after_the_other(tmp_path: Path) -> None:
+def test_spark_sessions_that_start_at_the_same_time_download_missing_jars_one_after_another(tmp_path: Path) -> None:
     (user := tmp_path / "user").mkdir()
     empty = os.environ | {"HOME": str(user), "JAVA_TOOL_OPTIONS": f"-Duser.home={user}", "TMPDIR": str(tmp_path)}
     sessions = [

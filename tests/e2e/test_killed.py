@@ -71,7 +71,7 @@ def check_after_kill(
 
 
 @pytest.mark.faults
-def test_no_row_is_lost_or_doubled_when_a_worker_of_an_executor_is_killed(
+def test_no_row_is_lost_or_duplicated_when_a_python_worker_of_an_executor_is_killed(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     check_after_kill(spark, platform, source, tmp_path, "worker", 0, KillWindow(EARLY_SECONDS))
@@ -81,7 +81,7 @@ def test_no_row_is_lost_or_doubled_when_a_worker_of_an_executor_is_killed(
 @pytest.mark.matrix
 @pytest.mark.parametrize("seed", range(1, 36))
 @pytest.mark.parametrize("kind", ["worker", "executor"])
-def test_no_row_is_lost_or_doubled_whenever_a_process_of_an_executor_is_killed(
+def test_no_row_is_lost_or_duplicated_whenever_a_process_of_an_executor_is_killed(
     spark: SparkSession,
     platform: Platform,
     source: str,
@@ -96,7 +96,7 @@ def test_no_row_is_lost_or_doubled_whenever_a_process_of_an_executor_is_killed(
 @pytest.mark.faults
 @pytest.mark.matrix
 @pytest.mark.parametrize("seed", range(10))
-def test_no_row_is_lost_or_doubled_when_the_driver_is_killed_repeatedly(tmp_path: Path, seed: int) -> None:
+def test_no_row_is_lost_or_duplicated_when_the_driver_is_killed_repeatedly(tmp_path: Path, seed: int) -> None:
     rng, expected = random.Random(seed), dict[str, str]()
     (home := tmp_path / "home").mkdir()
     for number in range(3):

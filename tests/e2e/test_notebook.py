@@ -14,7 +14,7 @@ from pipelines.platform import Platform
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "walkthrough.py"
 
 
-def test_the_walkthrough_is_a_notebook_for_databricks() -> None:
+def test_the_walkthrough_has_the_format_of_a_databricks_notebook() -> None:
     source = NOTEBOOK.read_text()
     assert source.startswith("# Databricks notebook source\n")
     cells = source.split("\n# COMMAND ----------\n")

@@ -143,7 +143,7 @@ def test_train_finds_and_registers_a_run_whose_ranks_were_started_by_torchrun(de
 
 @pytest.mark.matrix
 @pytest.mark.usefixtures("demos")
-def test_a_family_runs_from_pictures_to_captions_with_ranks_started_by_torchrun(home: Path) -> None:
+def test_a_pipeline_with_ranks_started_by_torchrun_runs_from_pictures_to_captions(home: Path) -> None:
     """PaliGemma has another token sequence, another attention mask and another decoder than the demo's model."""
     prepare = ["train", "--no-launch", "--run", "paligemma", "--json", *PICTURES]
     for folder in home.glob("runs/paligemma-*"):  # delete the folder of the short run
@@ -154,7 +154,9 @@ def test_a_family_runs_from_pictures_to_captions_with_ranks_started_by_torchrun(
     assert not report["trained"], "the finished run is found"
 
 
-def test_modules_in_the_working_folder_with_our_names_are_not_imported(demos: Ran, user_folder: Path) -> None:
+def test_modules_in_the_working_folder_with_names_of_our_packages_are_not_imported(
+    demos: Ran, user_folder: Path
+) -> None:
     """Neither the driver, Spark's Python workers, ranks, nor the smoke test of a version imports such a module."""
     assert list(user_folder.rglob("*.imported")) == []
     assert "PYTHONSAFEPATH=1 torchrun --nproc-per-node 2 -m pipelines.worker.main --run-dir " in demos.log
@@ -163,14 +165,14 @@ def test_modules_in_the_working_folder_with_our_names_are_not_imported(demos: Ra
 @pytest.mark.matrix
 @pytest.mark.parametrize("family", ["seemoe", "vit_gpt2"])
 @pytest.mark.usefixtures("demos")
-def test_every_family_runs_from_pictures_to_captions(home: Path, family: str) -> None:
+def test_the_pipeline_of_every_model_family_runs_from_pictures_to_captions(home: Path, family: str) -> None:
     (report,) = run(home, pipeline(family)).reports
     assert report["trained"]
     assert_learned(report, family)
 
 
-def test_no_secret_of_the_environment_is_written_to_a_file_or_printed(demos: Ran, home: Path) -> None:
-    """Search run folders, MLflow's database and artifacts, registered models, tables, logs and reports."""
+def test_no_secret_in_environment_variables_is_written_to_a_file_or_printed(demos: Ran, home: Path) -> None:
+    """Search for secrets in run folders, MLflow's database and artifacts, model versions, tables, logs and reports."""
     files = [path for path in home.rglob("*") if path.is_file()]
     kinds = {path.relative_to(home).parts[0] for path in files}
     assert kinds >= {"runs", "models", "mlflow.db", "mlartifacts", "warehouse", "logs", "reports"}

@@ -1,4 +1,4 @@
-"""Registered versions served over REST by `mlflow models serve`: base64 pictures in, captions out."""
+"""Registered model versions are served over REST by `mlflow models serve` and caption base64 pictures."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_served_version_captions_base64_pictures_over_rest_from_many_clients_a
         assert len(load(address, requests=60, clients=4)) == 60  # a thousand: tests/benchmarks/bench_serving.py
 
 
-def test_a_loaded_version_runs_the_code_it_was_registered_with(
+def test_a_loaded_version_runs_the_code_that_was_registered_with_it(
     laptop: Platform, version: registry.ModelVersion, tmp_path: Path
 ) -> None:
     """Our packages are installed in the test's environment, but the version must load its own copies."""

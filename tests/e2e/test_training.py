@@ -1,4 +1,4 @@
-"""Ranks under torchrun and beside the driver: results, checkpoints, and resuming after a kill or an interrupt."""
+"""Training with torchrun or with ranks on the driver: results, checkpoints, resuming after a kill or an interrupt."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def caption_table(spark: SparkSession, platform: Platform, folder: Path, version
 
 
 def read_captions(home: Path, folder: Path, version: str) -> list[dict[str, Any]]:
-    """Return captions of a version sorted by picture id, without columns that differ between jobs."""
+    """Return the captions of a model version, sorted by picture id, without columns that differ between jobs."""
     of_version = [("model_name", "=", f"m-{folder.name}"), ("model_version", "=", version)]
     columns = ["image_id", "caption", "error", "sha256", "num_tokens", "settings_hash"]
     table = DeltaTable(home / "warehouse" / "generated_captions").to_pyarrow_table(columns=columns, filters=of_version)

@@ -1,6 +1,7 @@
-"""Runs `lakesight` commands in processes forked from one process that has torch and deltalake imported already.
+"""Runs `lakesight` commands in processes that are forked from a process with torch and deltalake already imported.
 
-Importing them takes longer than most commands do. Each command still has a process, an environment and a working folder
+Importing these libraries takes longer than most
+commands do. Each command still has a process, an environment and a working folder
 of its own.
 """
 
@@ -49,7 +50,7 @@ def _start_server() -> subprocess.Popen[str]:
 
 
 def serve() -> None:
-    """Fork a process for each request on stdin, wait for it, and print its exit code."""
+    """For each request on stdin, fork a process, wait until the process ends, and print its exit code."""
     import deltalake
     import torch
 

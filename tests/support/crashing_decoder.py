@@ -1,4 +1,4 @@
-"""A BMP decoder that ends its process with a segmentation fault on pictures of one size.
+"""A BMP decoder that crashes its process with a segmentation fault if a picture has a certain size.
 
 Importing this module installs the decoder in Pillow. Spark's workers import this module
 when they unpickle settings whose class is defined here.

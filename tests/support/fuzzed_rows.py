@@ -203,7 +203,7 @@ def png_claiming(width: int, height: int) -> bytes:
 
 
 def bomb(rng: random.Random) -> bytes:
-    """Return a small file that would decode to very many pixels."""
+    """Return a small picture file that would be decoded to very many pixels."""
     side = rng.choice((1_500, 20_000, 65_000))
     match rng.randrange(5):
         case 0:

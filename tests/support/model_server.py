@@ -1,4 +1,4 @@
-"""A registered version served by `mlflow models serve`, and clients that send requests in parallel."""
+"""A server of a registered model version (`mlflow models serve`), and clients that send requests in parallel."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ COMMANDS = {"worker": "pyspark.daemon", "executor": "CoarseGrainedExecutorBacken
 
 
 def spark_processes(kind: ProcessKind) -> list[int]:
-    """List the process ids of one kind among the descendants of this process."""
+    """List the ids of the descendant processes of this process that have the given kind."""
     parents, found = {}, []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # the process has ended meanwhile

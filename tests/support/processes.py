@@ -12,7 +12,7 @@ from pipelines.formats.run_folder import RunFolder
 
 SUPPORT = Path(__file__).parent
 TEST_PATH = os.pathsep.join(map(str, (SUPPORT.parents[1], SUPPORT)))
-"""PYTHONPATH of executors and ranks: this checkout's code, not an installed copy, and the modules of tests/support."""
+"""PYTHONPATH of executors and ranks: the code of this checkout (not an installed copy) and tests/support."""
 
 
 def torchrun(

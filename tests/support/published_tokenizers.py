@@ -48,7 +48,7 @@ def byte_fallback(*, special_regions: bool = False) -> Tokenizer:
 
 
 def word_ends() -> Tokenizer:
-    """Build a tokenizer like CLIP's: lower case, words end in </w>, unknown tokens become the end token."""
+    """Build a tokenizer like CLIP's: texts are lower case, words end in </w>, the unknown token is the end token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = alphabet + [char + "</w>" for char in alphabet] + ["ca", "cat</w>", STARTOFTEXT, ENDOFTEXT]
     tokenizer = Tokenizer(
@@ -77,7 +77,7 @@ MAKE = {"byte_level": byte_level, "byte_fallback": byte_fallback, "word_ends": w
 
 
 def published(folder: Path, which: str, **changes: Any) -> JsonTextConfig:
-    """Write a tokenizer.json of one kind and return the config that reads it, with changes."""
+    """Write a tokenizer.json of one kind, and return a config that reads the file, with some fields changed."""
     path = folder / f"{which}.json"
     MAKE[which]().save(str(path))
     return JsonTextConfig.model_validate(

@@ -41,7 +41,7 @@ Kind = Literal[
 
 
 class Fault(Config):
-    """A fault of one rank: at its start, in a step, or while a checkpoint is written.
+    """A fault of one rank. The fault happens when the rank starts, in a step, or while a checkpoint is written.
 
     Attributes:
         step: number of the step that fails, from 0; None for the first step after a finished checkpoint.
@@ -147,7 +147,7 @@ def strike(fault: Fault, run: RunFolder, *args: Any) -> None:
 
 
 def hold_the_interpreter() -> None:
-    """Deadlock in C while holding the interpreter lock: no Python thread runs and no Python signal handler ends it."""
+    """Block in C code with the interpreter lock held, so that no Python thread and no Python signal handler can run."""
     import ctypes
 
     library, lock = ctypes.PyDLL(None), ctypes.create_string_buffer(128)

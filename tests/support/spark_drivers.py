@@ -67,7 +67,7 @@ def placements_of(run: RunFolder) -> list[RankPlacement]:
 
 
 def driver_environment(home: Path) -> dict[str, str]:
-    """Return the environment of a driver with a home folder of its own, bound to the loopback address."""
+    """Return the environment variables of a driver with its own home folder, bound to the loopback address."""
     return os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": TEST_PATH, "SPARK_LOCAL_IP": "127.0.0.1"}
 
 

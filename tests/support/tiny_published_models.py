@@ -73,7 +73,7 @@ def load(
 
 
 def send_back(model: VisionLanguageModel, part: Part, family: str, original: Path, *missing: str) -> Path:
-    """Save and export our model, and check that every tensor but `missing` equals the original bit for bit."""
+    """Save and export our model, and check that all tensors except `missing` equal the original tensors bit for bit."""
     checkpoint, exported = original.parent / "checkpoint", original.parent / "exported"
     save_model(checkpoint, model, CharTokenizer("ab"))
     export_weights(checkpoint, part, family, exported)

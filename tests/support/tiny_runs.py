@@ -61,7 +61,7 @@ def tiny_model_config() -> ModelConfig:
 def tiny_run(
     *, steps: int = 12, ranks: int = 2, model: object = None, cache_gib: float = 0, **train: object
 ) -> RunConfig:
-    """Return the config of a run that takes a few seconds; `train` overrides its train settings."""
+    """Return the config of a run that takes a few seconds; `train` overrides the train settings."""
     settings: dict[str, object] = {
         "steps": steps,
         "batch_size": 4,
@@ -125,7 +125,7 @@ def global_batches(
     workers: int = 0,
     augment: AugmentConfig | None = None,
 ) -> list[list[tuple[bytes, str]]]:
-    """Return pixels and text of every row of each global batch of eight, assembled from the slices of all ranks."""
+    """Return pixels and text of all rows of each global batch of eight rows, collected from the slices of all ranks."""
     from pipelines.worker.data.augment import Augmenter
     from pipelines.worker.data.batches import Collator, training_batches
     from vlm.batch import IGNORE

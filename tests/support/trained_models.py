@@ -65,7 +65,7 @@ def corner_rows(source: str, split: str, count: int) -> list[tuple[Any, ...]]:
 def train(
     config: RunConfig, shards: Shards, stops: Sequence[int], *, blind: bool = False, misnamed: str = ""
 ) -> Iterator[VisionLanguageModel]:
-    """Train a model and yield it after each of the given numbers of steps.
+    """Train a model, and yield the model after each of the given numbers of steps.
 
     Args:
         config: settings of the run.

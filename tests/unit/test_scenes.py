@@ -97,7 +97,7 @@ def test_sizes_colours_and_relation_can_be_recognised_in_the_picture() -> None:
         assert (objects, relation) == ([(o.size, o.colour) for o in scene.objects], scene.relation), scene.caption
 
 
-def test_the_same_scene_is_drawn_differently_each_time() -> None:
+def test_pictures_of_the_same_scene_differ() -> None:
     scene = parse("a small red circle above a large blue square")
     pictures = {draw(scene, np.random.default_rng(seed)).tobytes() for seed in range(50)}
     assert len(pictures) == 50
@@ -119,7 +119,7 @@ def test_generated_file_depends_only_on_count_and_seed(tmp_path: Path) -> None:
     assert (tmp_path / "one").read_bytes() != (tmp_path / "three").read_bytes()
 
 
-def test_existing_file_with_the_same_bytes_is_not_written_again(tmp_path: Path) -> None:
+def test_an_existing_file_with_the_same_bytes_is_not_written_again(tmp_path: Path) -> None:
     path = tmp_path / "scenes.csv"
     write_scenes(path, 100, 0)
     before = path.stat().st_mtime_ns
@@ -130,7 +130,7 @@ def test_existing_file_with_the_same_bytes_is_not_written_again(tmp_path: Path) 
     assert len(rows_of(path)) == 101
 
 
-def test_summary_counts_good_broken_and_duplicate_rows(tmp_path: Path) -> None:
+def test_the_summary_counts_good_rows_broken_rows_and_duplicates(tmp_path: Path) -> None:
     summary = write_scenes(tmp_path / "scenes.csv", 1200, 0)
     header, *rows = rows_of(tmp_path / "scenes.csv")
     assert header == ["", "b64string_images", "caption"]
@@ -155,7 +155,7 @@ def test_every_kind_of_broken_row_has_a_quarantine_reason() -> None:
     assert set(CORRUPTIONS) <= set(REASONS)
 
 
-def test_unwritable_path_is_a_user_error(tmp_path: Path) -> None:
+def test_a_path_that_is_not_writable_raises_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
         write_scenes(tmp_path / "file" / "scenes.csv", 10, 0)

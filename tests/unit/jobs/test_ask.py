@@ -1,4 +1,4 @@
-"""Tests of `lakesight ask` with one, several or no pictures, and of the boxes that answers name."""
+"""Tests of `lakesight ask` with one, several or no pictures, and tests of the boxes in an answer."""
 
 from __future__ import annotations
 
@@ -124,7 +124,9 @@ def test_too_many_pictures_for_the_context_are_refused(
         ask([Path("red.png")] * 9, checkpoint=random_model[0])
 
 
-def test_boxes_are_reported_in_pixels_of_the_picture_and_drawn(detector: Path, ask_in_process: AskInProcess) -> None:
+def test_boxes_are_reported_in_pixels_of_the_picture_and_are_drawn(
+    detector: Path, ask_in_process: AskInProcess
+) -> None:
     """The model sees columns 100 to 300 of the picture. Half of the model's input width is therefore column 200."""
     report = ask_in_process("wide.png", prompt="detect cat", checkpoint=detector, draw=Path("boxes.png"))
     assert report["regions"]
@@ -144,7 +146,7 @@ def test_with_several_pictures_no_boxes_are_reported(detector: Path, ask_in_proc
     assert report["regions"] == []
 
 
-def test_draw_prints_an_answer_without_boxes_and_fails(
+def test_ask_with_draw_fails_and_prints_the_answer_if_the_answer_has_no_boxes(
     random_model: tuple[Path, VisionLanguageModel, Tokenizer], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(StageFailed, match="names no region, so nothing was drawn") as caught:

@@ -71,7 +71,7 @@ def test_help_lists_every_command_and_a_first_command_to_run() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_takes_the_common_options_and_shows_an_example(
+def test_every_command_has_the_common_options_and_shows_an_example(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
@@ -83,7 +83,7 @@ def test_every_command_takes_the_common_options_and_shows_an_example(
 
 
 @pytest.mark.parametrize("name", WEIGHT_COMMAND_NAMES)
-def test_a_weight_command_takes_no_run_and_shows_an_example(name: str) -> None:
+def test_weight_commands_have_no_run_option_and_show_an_example(name: str) -> None:
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
     assert f"\n  lakesight {name}" in command.help
     options = {option for parameter in command.params for option in parameter.opts}
@@ -128,7 +128,7 @@ def failing(error: BaseException) -> typer.Typer:
         (RuntimeError("Py4J:\n: java.io.IOException: x (Permission denied)"), 2, "Got: java.io.IOException: x (Perm"),
     ],
 )
-def test_an_error_is_one_paragraph_and_an_exit_code(
+def test_an_error_is_printed_as_one_paragraph_and_sets_the_exit_code(
     error: BaseException, code: int, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["lakesight", "fail"])
@@ -197,7 +197,7 @@ def test_a_home_folder_that_is_not_writable_is_reported_before_work_starts(tmp_p
     assert_user_error(done, "home folder cannot be written", "LAKESIGHT_HOME")
 
 
-def test_missing_java_is_reported_with_how_to_install_it(home: Path) -> None:
+def test_the_error_about_missing_java_says_how_to_install_java(home: Path) -> None:
     done = lakesight("ingest", "--set", "data.source.path=x.csv", JAVA_HOME="/nonexistent")
     assert done.returncode == 2
     assert "Java 17" in done.stderr
@@ -211,7 +211,7 @@ def test_a_port_in_use_is_reported_before_a_server_starts() -> None:
         assert_user_error(lakesight("ui", "--port", str(port)), f"127.0.0.1:{port}", "Address already in use")
 
 
-def test_ui_reports_the_address_of_another_server_without_its_password() -> None:
+def test_ui_prints_the_address_of_the_tracking_server_without_the_password() -> None:
     done = lakesight("ui", MLFLOW_TRACKING_URI="https://me:secret@mlflow.example/x?token=secret")
     assert_user_error(done, "https://mlflow.example/x")
     assert "secret" not in done.stderr
@@ -276,7 +276,7 @@ def test_ask_answers_from_a_checkpoint_without_spark_or_a_registry(checkpoint: P
     assert report["num_tokens"] > 0
 
 
-def test_ask_supports_other_precisions_and_refuses_unknown_ones(checkpoint: Path, tmp_path: Path) -> None:
+def test_ask_supports_other_precisions_and_refuses_unknown_precisions(checkpoint: Path, tmp_path: Path) -> None:
     Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
     command = ["ask", "red.png", "--checkpoint", str(checkpoint), "--json", "--precision"]
     quantized = lakesight(*command, "int8")
@@ -326,7 +326,7 @@ def test_show_reads_any_version_without_a_jvm(samples: Callable[..., Any]) -> No
     assert (first["num_rows"], first["rows"]) == (1, [])
 
 
-def test_show_gallery_is_one_page_that_escapes_texts(samples: Callable[..., Any]) -> None:
+def test_show_gallery_writes_one_html_page_with_escaped_texts(samples: Callable[..., Any]) -> None:
     page = Path(samples("--gallery")["gallery"]).read_text()
     assert page.count("data:image/jpeg;base64,") == 2
     assert "&lt;two&gt;" in page
