@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -56,7 +57,9 @@ def ui(
             str(port),
         ]
         with suppress(KeyboardInterrupt):  # Ctrl-C is the usual way to stop a server
-            code = subprocess.call(command)  # noqa: S603 our own arguments
+            # The server puts its working folder first on sys.path. No file in the home folder can shadow a module.
+            environment = os.environ | {"PYTHONSAFEPATH": "1"}
+            code = subprocess.call(command, env=environment, cwd=job.platform.root)  # noqa: S603 our own arguments
             raise StageFailed("the MLflow UI stopped", got=f"exit code {code}", fix="read the MLflow messages above")
 
 

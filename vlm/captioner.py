@@ -127,9 +127,9 @@ class Captioner:
         results: dict[int, Completion | UserError] = {}
         requests: dict[int, Request] = {}
         for index, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
-            prefix = prefix_ids(self.tokenizer, self.model.config.num_slots, prompt)
-            request = Request(prefix, (torch.tensor(picture),))
             try:
+                prefix = prefix_ids(self.tokenizer, self.model.config.num_slots, prompt)
+                request = Request(prefix, (torch.tensor(picture),))
                 check_length(self.model, request, settings)
             except UserError as error:
                 results[index] = error

@@ -27,7 +27,7 @@ class LakesightError(Exception):
     def __init__(self, what: str, *, where: str = "", got: str = "", fix: str = "") -> None:
         self.what, self.where, self.got, self.fix = what, where, got, fix
         parts = [what, where and f"Where: {where}", got and f"Got: {got}", fix and f"Fix: {fix}"]
-        super().__init__(". ".join(part.rstrip(".") for part in parts if part) + ".")
+        super().__init__(" ".join(part if part.endswith("?") else f"{part.rstrip('.')}." for part in parts if part))
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle the error with all its attributes, so that another process receives the same error."""
@@ -79,7 +79,8 @@ class CheckpointError(LakesightError):
 
 def nearest(name: str, valid: Iterable[str], count: int = 1) -> list[str]:
     """Return up to `count` valid names that are similar to a misspelled name, the most similar name first."""
-    return difflib.get_close_matches(name, list(valid), n=count, cutoff=0.4)
+    by_folded = {each.casefold(): each for each in valid}
+    return [by_folded[match] for match in difflib.get_close_matches(name.casefold(), by_folded, n=count, cutoff=0.6)]
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:
             files that are useless after a crash, such as heartbeats.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # without the name: it may already have the longest length
     try:
         yield temporary
         if sync:

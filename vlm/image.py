@@ -18,6 +18,7 @@ import re
 import sys
 from functools import lru_cache
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +54,7 @@ UNSUPPORTED_SIGNATURES = (
 The formats HEIF and AVIF are not in this list, because `_claimed_format` recognises them by their ISO media brand."""
 
 URL_SAFE = str.maketrans("-_", "+/")
-DATA_URL = re.compile(r"data:[^,]{0,200};base64,")
+DATA_URL = re.compile(r"data:[^,]{0,1000};\s*base64\s*,", re.IGNORECASE)
 
 GREY_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 
@@ -62,9 +63,10 @@ def picture_bytes(image: bytes | str | None) -> bytes:
     """Return the bytes of a picture given as bytes or as base64 text.
 
     Raises:
-        ImageError: the reason is missing_field (None or empty), not_an_image (neither bytes nor text) or bad_base64.
+        ImageError: the reason is missing_field (None, empty or white space), not_an_image (neither bytes nor text) or
+            bad_base64.
     """
-    if not image:
+    if image is None or (isinstance(image, str | bytes) and not image.strip()):
         raise ImageError("missing_field", "no picture")
     if isinstance(image, bytes):
         return image
@@ -74,13 +76,15 @@ def picture_bytes(image: bytes | str | None) -> bytes:
 
 
 def decode_base64(text: str, max_bytes: int = sys.maxsize) -> bytes:
-    """Decode standard or URL-safe base64. White space, a data-URL prefix and missing padding are allowed.
+    """Decode standard or URL-safe base64.
+
+    White space, a data-URL prefix, percent-encoding, a byte-order mark, and missing or excess padding are accepted.
 
     Raises:
         ImageError: the reason is bad_base64, or too_large if the data has more than `max_bytes` bytes, which is checked
             before decoding.
     """
-    body = text.strip()
+    body = text.strip().removeprefix("\ufeff")
     prefix = DATA_URL.match(body)
     body = body[prefix.end() :] if prefix else body
     max_characters = (max_bytes + 2) // 3 * 4
@@ -91,8 +95,8 @@ def decode_base64(text: str, max_bytes: int = sys.maxsize) -> bytes:
     try:
         try:
             data = _decode_strictly(body)
-        except (binascii.Error, ValueError):  # white space or URL-safe base64 is rare, so try it last
-            data = _decode_strictly("".join(body.split()).translate(URL_SAFE))
+        except (binascii.Error, ValueError):  # the slower path is rare, so it runs only after a failure
+            data = _decode_strictly("".join(unquote(body).split()).rstrip("=").translate(URL_SAFE))
     except (binascii.Error, ValueError) as error:
         raise ImageError("bad_base64", f"{len(body)} characters: {error}") from None
     if len(data) > max_bytes:

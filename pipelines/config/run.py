@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -124,7 +125,7 @@ def conf_folders() -> list[Path]:
 
 def available(kind: str) -> list[str]:
     """Return the names of the YAML files in `conf/<kind>/` without `.yml`, sorted."""
-    return sorted({path.stem for folder in conf_folders() for path in (folder / kind).glob("*.yml")})
+    return sorted({path.stem for folder in conf_folders() for path in (folder / kind).glob("*.yml") if path.is_file()})
 
 
 def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = ()) -> RunConfig:
@@ -183,14 +184,17 @@ def load_model(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
 def _read(kind: str, name: str, problems: list[str]) -> dict[str, Any]:
     for folder in conf_folders():
         path = folder / kind / f"{name}.yml"
-        if Path(name).name == name and path.is_file():
+        if re.fullmatch(NAME_PATTERN, name) and path.is_file():
             try:
                 raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-            except yaml.YAMLError as error:
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
                 problems.append(f"{path}: invalid YAML ({' '.join(str(error).split())})")
                 return {}
             if not isinstance(raw, dict):
                 problems.append(f"{path}: got a {type(raw).__name__}, expected a mapping")
+                return {}
+            if wrong := [key for key in raw if not isinstance(key, str)]:
+                problems.append(f"{path}: key {wrong[0]!r} is not a string, write it in quotes")
                 return {}
             return raw
     names = available(kind)

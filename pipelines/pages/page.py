@@ -13,6 +13,8 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from vlm.files import atomic_write
+
 
 @dataclass(frozen=True)
 class FormattedValue:
@@ -124,8 +126,8 @@ class Page:
 def write_page(path: Path, page: Page) -> None:
     """Write a page as one HTML file and create its folder."""
     html = render("page.html.j2", title=page.title, nonce="", page=page)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(html, encoding="utf-8")
 
 
 def render(template: str, **values: object) -> str:

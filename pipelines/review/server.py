@@ -77,7 +77,7 @@ def open_app(review: Review, title: str, reviewer: str) -> Starlette:
         return Response(data, media_type="image/jpeg") if data else PlainTextResponse("no such picture", 404)
 
     async def verdict(request: Request) -> Response:
-        if not secrets.compare_digest(request.headers.get("x-lakesight-token", ""), token):
+        if not secrets.compare_digest(request.headers.get("x-lakesight-token", "").encode(), token.encode()):
             return JSONResponse({"error": "the page was loaded from another server process: reload it"}, 403)
         try:
             posted = CaptionVerdict.model_validate_json(await request.body())

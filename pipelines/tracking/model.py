@@ -30,7 +30,7 @@ class CaptionModel(PythonModel):
     ) -> pd.DataFrame:
         """Caption the pictures in column `image`; returns columns `caption` and `error` with the same index."""
         images = [_none_if_missing(image) for image in model_input["image"]]
-        prompts = [str(_none_if_missing(prompt) or "") for prompt in model_input.get("prompt", [""] * len(images))]
+        prompts = [_prompt_text(prompt) for prompt in model_input.get("prompt", [""] * len(images))]
         results = self._captioner.caption(images, prompts, self._captioner.model.config.generation)
         return pd.DataFrame(
             {"caption": [r.caption for r in results], "error": [r.error for r in results]},
@@ -42,6 +42,12 @@ class CaptionModel(PythonModel):
 def _none_if_missing(cell: Any) -> Any:
     """Return None for a cell that is NaN, NA or None, else the cell."""
     return None if pd.api.types.is_scalar(cell) and pd.isna(cell) else cell
+
+
+def _prompt_text(cell: Any) -> str:
+    """Return the prompt of a cell; empty if the cell has no value."""
+    value = _none_if_missing(cell)
+    return "" if value is None else str(value)
 
 
 set_model(CaptionModel())

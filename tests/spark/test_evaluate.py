@@ -130,6 +130,9 @@ def test_metrics_are_written_once_and_a_second_evaluation_does_not_compute_them_
     again = evaluate(spark, platform, model, shards, shards)
     assert (again.metrics, again.slices, again.reused) == (report.metrics, report.slices, True)
     assert executed_queries(spark) == seen, "a second evaluation runs no query"
+    report.gallery_png.unlink()
+    evaluate(spark, platform, model, shards, shards)
+    assert report.gallery_png.exists(), "a missing page is written again"
     scores = (report.folder / "scores.parquet").stat().st_mtime_ns
     further = evaluate(spark, platform, model, shards, shards, columns=["height"])
     assert {part.partition("=")[0] for part in further.slices} == {"format", "size", "height"}

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+from vlm.errors import UserError
 from vlm.text.base import SLOT, Tokenizer
 
 
@@ -36,12 +37,31 @@ def prefix_ids(tokenizer: Tokenizer, num_slots: int, prompt: str, num_images: in
 
 
 def interleaved_ids(tokenizer: Tokenizer, num_slots: int, parts: Sequence[str | Picture]) -> list[int]:
-    """Return the ids of pictures and texts in the given order, with the start token before the first text."""
+    """Return the ids of pictures and texts in the given order, with the start token before the first text.
+
+    Raises:
+        UserError: a text contains a surrogate, which no tokenizer can encode.
+    """
+    for part in parts:
+        if isinstance(part, str) and not _is_unicode(part):
+            raise UserError(
+                "the prompt is not valid Unicode",
+                got=ascii(part)[:80],
+                fix="decode the prompt as UTF-8",
+            )
     leading = next((i for i, part in enumerate(parts) if isinstance(part, str)), len(parts))
     ids = [SLOT] * num_slots * leading + [tokenizer.bos_id]
     for part in parts[leading:]:
         ids += tokenizer.encode(part) if isinstance(part, str) else [SLOT] * num_slots
     return ids
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def answer_ids(tokenizer: Tokenizer, text: str) -> list[int]:

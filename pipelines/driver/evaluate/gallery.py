@@ -15,6 +15,7 @@ from PIL import Image
 from pipelines.driver.evaluate.bootstrap import Interval
 from pipelines.driver.evaluate.metrics import ScoredRow
 from pipelines.pages.page import Card, CardText, FormattedValue, Gallery, Page, ValueTable, write_page
+from vlm.files import atomic_write
 
 GROUP_ROWS = 16
 """Number of rows in each of the groups worst, best and sample."""
@@ -165,8 +166,8 @@ def write_png(path: Path, title: str, rows: Sequence[GalleryRow]) -> None:
         colour = "#1a7f45" if row.exact else "#b3341f"
         below = {"transform": axes.transAxes, "va": "top", "fontsize": 9, "color": colour}
         axes.text(0, -0.03, _wrap(f"model: {row.captions[0].text}"), **below)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def write_figures(
@@ -190,8 +191,8 @@ def write_figures(
     axes.barh([_escape_dollars(name) for name in bars], values, xerr=reach, color="#9db8d6")
     axes.invert_yaxis()
     axes.set_title(_escape_dollars(title), fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _format(metric: Interval, signed: bool = False) -> FormattedValue:

@@ -130,7 +130,7 @@ def evaluate(
     requested = RequestedMetrics(tuple(columns), with_meteor and has_java())
     if (folder / REPORT).exists():
         found = read_json(folder / REPORT, EvaluationReport).model_copy(update=_report_paths(folder) | {"reused": True})
-        if requested.included_in(found):
+        if requested.included_in(found) and all(path.exists() for path in _report_paths(folder).values()):
             return found
         requested = requested.merged_with(found)
     ensure_tables(spark, platform)

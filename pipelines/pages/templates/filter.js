@@ -8,7 +8,7 @@ function apply() {
   let count = 0;
   for (const card of cards) {
     const matches = words.every(word => (card.dataset.text || "").includes(word))
-      && (!group.value || (card.dataset.groups || "").split(" ").includes(group.value))
+      && (!group.value || (card.dataset.groups || "").split("|").includes(group.value))
       && (!wrong.checked || card.classList.contains("bad"));
     card.hidden = !matches;
     count += matches;

@@ -110,6 +110,9 @@ def test_one_error_lists_every_problem() -> None:
     [
         ("demmo", "local", "run: no run is called 'demmo', did you mean 'demo'? (available: demo"),
         ("demo", "lokal", "platform: no platform is called 'lokal', did you mean 'local'?"),
+        ("DEMO", "local", "no run is called 'DEMO', did you mean 'demo'?"),
+        ("zebra", "local", "no run is called 'zebra' (available"),
+        ("x" * 300, "local", "no run is called 'xxx"),
         ("../run/demo", "local", "no run is called '../run/demo'"),
     ],
 )
@@ -141,6 +144,8 @@ def test_conf_of_the_working_folder_takes_precedence_over_the_package(
     ("text", "expected"),
     [
         ("model: [", "invalid YAML"),
+        ("model: caf\udce9", "invalid YAML"),
+        ("on: nano", "key True is not a string, write it in quotes"),
         ("- demo", "got a list, expected a mapping"),
         ("{model: nano, data: demo}", "run.train: missing (one of"),
         ("{model: nano, data: demo, train: demo, modle: x}", "run.modle: unknown key, did you mean 'model'?"),
@@ -148,7 +153,7 @@ def test_conf_of_the_working_folder_takes_precedence_over_the_package(
 )
 def test_a_bad_run_file_is_explained(text: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "conf" / "run").mkdir(parents=True)
-    (tmp_path / "conf" / "run" / "own.yml").write_text(text)
+    (tmp_path / "conf" / "run" / "own.yml").write_bytes(text.encode("utf-8", "surrogateescape"))
     monkeypatch.chdir(tmp_path)
     assert expected in problems(run="own")
 

@@ -49,6 +49,13 @@ def test_a_long_prompt_and_a_broken_picture_are_errors_only_of_their_rows() -> N
     assert results[1].sha256 is not None
 
 
+def test_a_prompt_that_is_not_unicode_is_an_error_only_of_its_row() -> None:
+    captioner = Captioner(*tiny_model("other"))
+    good, bad = captioner.caption(files(2), ["what", "\ud800"], SETTINGS, min_side=MIN_SIDE)
+    assert (good.error, bad.caption) == (None, None)
+    assert "not valid Unicode" in str(bad.error)
+
+
 def test_a_caption_is_cut_before_a_stop_string() -> None:
     captioner = Captioner(*tiny_model("other"))
     (free,) = captioner.caption(files(1), [""], SETTINGS, min_side=MIN_SIDE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import struct
 import zlib
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 
 from vlm.config import ImageConfig
 from vlm.errors import IMAGE_REASONS, ImageError
-from vlm.image import FORMATS, ImageInfo, decode_base64, open_image, to_pixels
+from vlm.image import FORMATS, ImageInfo, decode_base64, open_image, picture_bytes, to_pixels
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -206,6 +207,29 @@ def test_base64_accepts_white_space_prefixes_the_url_alphabet_and_missing_paddin
     assert decode_base64(f"{space}{prefix}{body}{space}", max_bytes=60) == data
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "AAE=",
+        "AAE",
+        "AAE===",
+        "AAE%3D",
+        "\ufeffAAE=",
+        "DATA:image/png;BASE64,AAE=",
+        "data:image/png;name=a b;charset=utf-8; base64,AAE=",
+    ],
+)
+def test_base64_is_accepted_in_the_forms_that_people_paste(text: str) -> None:
+    assert picture_bytes(text) == b"\x00\x01"
+
+
+@pytest.mark.parametrize("empty", [None, "", " \n", b""])
+def test_an_empty_cell_is_a_missing_field(empty: str | bytes | None) -> None:
+    with pytest.raises(ImageError) as caught:
+        picture_bytes(empty)
+    assert caught.value.reason == "missing_field"
+
+
 @given(st.text(st.characters(codec="utf-8"), max_size=40))
 def test_base64_is_decoded_completely_or_rejected(text: str) -> None:
     try:
@@ -214,7 +238,7 @@ def test_base64_is_decoded_completely_or_rejected(text: str) -> None:
         reason = error.reason
     else:
         reason = ""
-        body = "".join(text.split()).rpartition(",")[2].rstrip("=")
+        body = "".join(unquote(text.strip().removeprefix("\ufeff")).split()).rpartition(",")[2].rstrip("=")
         assert len(data) == len(body) * 3 // 4
         assert base64.urlsafe_b64decode(body.translate(str.maketrans("+/", "-_")) + "=" * (-len(body) % 4)) == data
     assert reason in ("", "bad_base64")
