@@ -1,4 +1,4 @@
-"""Run a function in a background thread while a block executes."""
+"""A context manager that runs a function in a background thread while a block executes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ def in_background(function: Callable[[threading.Event], object], name: str) -> I
     """Run `function` in a daemon thread until the block ends, then wait for the thread.
 
     Args:
-        function: called once, with an event that is set at the end of the block. It must return soon after that.
+        function: function that is called once with an event. It must return soon after the event is set, which happens
+            at the end of the block.
         name: name of the thread in stack traces.
     """
     ended = threading.Event()

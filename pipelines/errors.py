@@ -1,4 +1,4 @@
-"""Errors of the pipelines. They have the four-part messages of `vlm.errors`."""
+"""Errors of the pipelines, which have the four-part messages of `vlm.errors`."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ class StageFailed(LakesightError):
 
 
 class TrainingFailed(LakesightError):
-    """Failure of a training run. Names the rank that failed first, its host and the cause."""
+    """Failure of a training run. The message names the rank that failed first, the host of this rank, and the cause."""

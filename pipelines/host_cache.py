@@ -1,4 +1,4 @@
-"""Folders on local disk for copies of remote files, shared by all processes of one user, and a lock for each folder."""
+"""Folders on local disk in which all processes of a user share copies of remote files, and a lock for each folder."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pipelines.errors import StageFailed
 
 
 def user_cache_folder(kind: str, root: Path | None = None) -> Path:
-    """Create or find this user's folder for copies on this host.
+    """Return this user's folder for copies on this host. Create the folder if it does not exist.
 
     Args:
-        kind: what is copied; part of the folder's name.
-        root: the folder to use; by default one in the system's temporary folder.
+        kind: kind of the copied files, which is part of the folder's name.
+        root: folder to use, by default a folder in the system's temporary folder.
 
     Raises:
         StageFailed: the folder belongs to another user, who could put other files into it.

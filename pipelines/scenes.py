@@ -1,7 +1,7 @@
-"""Data of the demo: generated pictures of simple scenes, each with the one sentence that describes it.
+"""Data of the demo: generated pictures of simple scenes, each with one sentence that describes the scene.
 
-A scene is one object at a location, or two objects in a relation. The sentence follows from the scene: it names the
-upper or the left object first. All of its words describe something visible in the picture, so exact match is a
+A scene is one object at a location, or two objects in a relation. The scene determines its sentence, which names the
+upper or the left object first. All words of the sentence describe something visible in the picture, so exact match is a
 meaningful metric. Some rows are broken on purpose, so that a first run has rows in quarantine.
 """
 
@@ -25,10 +25,10 @@ from vlm.files import atomic_write
 SIDE = 64
 """Width and height of a picture in pixels."""
 OVERSAMPLE = 4
-"""Factor by which pictures are drawn larger and then averaged down, for smooth edges."""
+"""Factor by which a picture is drawn larger and then scaled down, for smooth edges."""
 
 RADII = {"small": (6.0, 7.5), "large": (12.0, 13.5)}
-"""Smallest and largest radius of an object in pixels."""
+"""Smallest and largest radius in pixels of a small and of a large object."""
 COLOURS = {
     "red": (206, 28, 36),
     "green": (40, 150, 60),
@@ -49,9 +49,9 @@ LOCATIONS = {
     "at the bottom": (0, 1),
     "in the bottom right corner": (1, 1),
 }
-"""Locations of a single object: phrase to (column, row) of a 3 x 3 grid."""
+"""Phrase for each location of a single object, with the (column, row) of the location in a 3 x 3 grid."""
 RELATIONS = ("above", "left of")
-"""Relations of the first of two objects to the second. The opposites are not used: each scene has one sentence."""
+"""Relations of the first object to the second object. There are no opposites, so a scene has only one sentence."""
 
 BROKEN_SHARE = 0.01
 DUPLICATE_SHARE = 0.002
@@ -61,7 +61,7 @@ COLUMNS = ("", "b64string_images", "caption")
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object to draw: a key of RADII, a key of COLOURS, and one of SHAPES."""
+    """An object to draw: size (a key of RADII), colour (a key of COLOURS), and shape (an element of SHAPES)."""
 
     size: str
     colour: str
@@ -73,19 +73,19 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """One object at one of LOCATIONS, or two different objects in one of RELATIONS."""
+    """One object at a location (a key of LOCATIONS), or two different objects in a relation of RELATIONS."""
 
     objects: tuple[SceneObject, ...]
     relation: str
 
     @property
     def caption(self) -> str:
-        """The sentence that describes the scene."""
+        """Sentence that describes the scene."""
         return " ".join([str(self.objects[0]), self.relation, *map(str, self.objects[1:])])
 
 
 class SceneSummary(Config):
-    """Counts of the rows that `write_scenes` wrote. `rows` includes broken and duplicate rows."""
+    """Numbers of rows that `write_scenes` has written. `rows` includes broken and duplicate rows."""
 
     rows: int
     broken: int
@@ -126,7 +126,7 @@ def _random_object(rng: np.random.Generator) -> SceneObject:
 
 
 def _position_one(scene: Scene, radius: float, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Return a centre in the location's grid cell: 2 to 6 pixels from an edge, or within 3 pixels of the middle."""
+    """Return a random centre of an object in the grid cell of the scene's location."""
     column, row = LOCATIONS[scene.relation]
     return [(_in_cell(column, radius, rng), _in_cell(row, radius, rng))]
 
@@ -139,7 +139,7 @@ def _in_cell(cell: int, radius: float, rng: np.random.Generator) -> float:
 
 
 def _position_two(scene: Scene, radii: list[float], rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Return two centres: with a clear gap along the axis of the relation, and nearly level along the other."""
+    """Return the centres of two objects, with a clear gap along the axis of the relation."""
     free = SIDE - 2 * sum(radii)
     margin, gap = rng.uniform(1, free * 0.3), rng.uniform(free * 0.25, free * 0.6)
     along = (margin + radii[0], margin + 2 * radii[0] + gap + radii[1])
@@ -149,7 +149,10 @@ def _position_two(scene: Scene, radii: list[float], rng: np.random.Generator) ->
 
 
 def _regular(corners: int, turn: float = -0.25, inner: float | None = None) -> list[tuple[float, float]]:
-    """Return corners on the unit circle, the first at `turn` of a full turn. `inner` is the inner radius of a star."""
+    """Return the corners of a regular polygon, or of a star with the inner radius `inner`, on the unit circle.
+
+    The first corner is at the fraction `turn` of a full turn.
+    """
     steps = corners if inner is None else 2 * corners
     points = []
     for step in range(steps):
@@ -176,10 +179,10 @@ def broken_rows(count: int) -> int:
 
 
 def write_scenes(path: Path, count: int, seed: int) -> SceneSummary:
-    """Write `count` rows as CSV with the columns of seemore's data: unnamed index, b64string_images, caption.
+    """Write `count` rows as CSV with the columns of seemore's data: an unnamed index, b64string_images, and caption.
 
-    About one row in a hundred is broken on purpose, and one in five hundred repeats an earlier row. The bytes depend
-    only on `count` and `seed`. A file with the same bytes is not written again, so that an ingest skips it.
+    About one row in 100 is broken on purpose, and one row in 500 repeats an earlier row. The bytes of the file depend
+    only on `count` and `seed`. A file with the same bytes is not written again, so that an ingest skips the file.
 
     Raises:
         UserError: the file cannot be written.
@@ -249,4 +252,4 @@ CORRUPTIONS: dict[str, Callable[[str, bytes, str], list[str]]] = {
     "too_small": lambda index, png, caption: [index, _base64(_png(Image.new("RGB", (2, 2)))), caption],
     "malformed_record": lambda index, png, caption: [index, _base64(png), caption, "one column too many"],
 }
-"""Functions that break a row, by the expected reason of refusal (`pipelines.formats.tables.REASONS`)."""
+"""Functions that break a row, by the reason (`pipelines.formats.tables.REASONS`) for which ingest refuses the row."""

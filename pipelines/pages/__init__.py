@@ -1,5 +1,4 @@
-"""HTML pages of every report, gallery and the review server, from one base template, style sheet, card and filter.
+"""HTML pages of reports, galleries and the review server, all made from one base template and one style sheet.
 
-Start reading in `page.py`; `thumbnail.py` makes the small pictures. Imports Jinja and Pillow; never pyspark, torch or
-MLflow.
+Start reading in `page.py`; `thumbnail.py` makes the small pictures. The package never imports pyspark, torch or MLflow.
 """

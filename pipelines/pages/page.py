@@ -1,6 +1,7 @@
 """One self-contained HTML page of figures, tables, bar charts and picture cards.
 
-The file needs no network: pictures are data: URIs, style and script are inline. The templates escape all data.
+A page needs no network, because its pictures are data: URIs and its style and script are inline. The templates escape
+all data.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from vlm.files import atomic_write
 
 @dataclass(frozen=True)
 class FormattedValue:
-    """A number as text, with its confidence interval as text if it has one."""
+    """A number as text, and its confidence interval as text (empty if there is no interval)."""
 
     text: str
     interval: str = ""
@@ -42,7 +43,7 @@ class Chart:
 
     @property
     def bars(self) -> Iterator[tuple[str, str, float]]:
-        """Name, count with thousands separators, and percent of the largest count."""
+        """Name, count with thousands separators, and percentage of the largest count, for each bar."""
         largest = max(self.values.values(), default=0) or 1
         return ((name, f"{value:,}", round(100 * value / largest, 1)) for name, value in self.values.items())
 
@@ -52,10 +53,10 @@ class CardText:
     """A text below a picture.
 
     Attributes:
-        text: the text itself.
-        label: who wrote it, such as Human or Model; empty for no label.
-        exact: whether a caption equals a reference word for word; None for a text that is not compared.
-        score: word F1 of a caption, 0 to 1; None for a text that is not compared.
+        text: text to show.
+        label: author of the text, such as Human or Model, or empty to show no label.
+        exact: whether a caption equals a reference word for word, or None for a text that is not compared.
+        score: word F1 of a caption (0 to 1), or None for a text that is not compared.
     """
 
     text: str
@@ -70,9 +71,9 @@ class Card:
 
     Attributes:
         name: id of the picture, shown below the texts.
-        thumbnail: a small JPEG file; None shows "no picture".
-        texts: from top to bottom.
-        problem: why the row was refused; empty if it was not.
+        thumbnail: small JPEG file, or None to show "no picture".
+        texts: texts below the picture, from top to bottom.
+        problem: reason for which the row was refused, or empty if the row was not refused.
         groups: names by which the page's filter selects the card.
     """
 
@@ -84,7 +85,7 @@ class Card:
 
     @property
     def data_uri(self) -> str:
-        """The thumbnail as a data: URI; empty without a thumbnail."""
+        """Thumbnail as a data: URI, or an empty string without a thumbnail."""
         return f"data:image/jpeg;base64,{base64.b64encode(self.thumbnail).decode('ascii')}" if self.thumbnail else ""
 
     @property
@@ -94,13 +95,13 @@ class Card:
 
     @property
     def search_text(self) -> str:
-        """Lower-case text that the page's filter searches."""
+        """Lower-case text of the card in which the page's filter searches."""
         return " ".join([self.name, *(text.text for text in self.texts)]).lower()
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Cards under one title; an empty title shows no heading."""
+    """Cards under one title. If the title is empty, the cards have no heading."""
 
     title: str
     cards: Sequence[Card]
@@ -108,7 +109,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Page:
-    """Contents of a page, from top to bottom. Cards with groups give the page a filter."""
+    """Contents of a page, from top to bottom. The page has a filter if a card has groups."""
 
     title: str
     about: str
@@ -124,7 +125,7 @@ class Page:
 
 
 def write_page(path: Path, page: Page) -> None:
-    """Write a page as one HTML file and create its folder."""
+    """Write a page as one HTML file. Create the folder of the file if it does not exist."""
     html = render("page.html.j2", title=page.title, nonce="", page=page)
     with atomic_write(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
@@ -135,8 +136,8 @@ def render(template: str, **values: object) -> str:
 
     Args:
         template: file name in `templates/`.
-        values: variables of the template. Every template needs `title` and `nonce` (Content Security Policy nonce of
-            style and script; empty for a page that is a file).
+        values: variables of the template. Every template needs `title` and `nonce`, the nonce of style and script for
+            the Content Security Policy. The nonce is empty for a page that is a file.
     """
     return _environment().get_template(template).render(values)
 

@@ -1,4 +1,4 @@
-"""Thumbnails: small JPEG files for people to look at."""
+"""Thumbnails: small JPEG copies of pictures for people to look at."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from vlm.errors import ImageError
 from vlm.image import open_image
 
 SIDE = 256
-"""Pixels of the longer side."""
+"""Length of the longer side of a thumbnail, in pixels."""
 MAX_PIXELS = LimitsConfig().max_pixels
 
 
 def make_thumbnail(data: bytes | None, *, side: int = SIDE, max_pixels: int = MAX_PIXELS) -> bytes | None:
-    """Encode a small JPEG of a picture file. Return None without data or if the picture cannot be decoded.
+    """Encode a small JPEG copy of a picture. Return None without data or if the picture cannot be decoded.
 
     Args:
-        data: bytes of a picture file.
-        side: longer side of the result at most, pixels.
-        max_pixels: width times height of the picture at most; a larger picture is not decoded.
+        data: bytes of a picture file, or None.
+        side: largest length of the thumbnail's longer side, in pixels.
+        max_pixels: largest width times height of the picture. A larger picture is not decoded.
     """
     if not data:
         return None

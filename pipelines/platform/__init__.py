@@ -1,7 +1,7 @@
-"""Where a run happens: the only package that distinguishes a laptop from a Databricks workspace.
+"""Description of the place where a run happens: a laptop or a Databricks workspace.
 
-Start reading in `platform.py`; `local.py` and `databricks.py` construct its `Platform`, which the user chooses with
-`--platform`. pyspark is imported only inside functions.
+Start reading in `platform.py`, which defines `Platform`; `local.py` and `databricks.py` each construct a `Platform`.
+pyspark is imported only inside functions.
 """
 
 from pipelines.config import LocalPlatformConfig, PlatformConfig
@@ -13,5 +13,5 @@ __all__ = ["FolderKind", "Launch", "Platform", "check_java", "databricks", "loca
 
 
 def open_platform(config: PlatformConfig) -> Platform:
-    """Construct the platform that a resolved config names."""
+    """Construct the platform that the platform config describes."""
     return local(config) if isinstance(config, LocalPlatformConfig) else databricks(config)

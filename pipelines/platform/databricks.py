@@ -1,4 +1,4 @@
-"""A Databricks workspace as a platform: the running session, Unity Catalog, a Volume and the workspace's MLflow."""
+"""Construction of the `Platform` for a Databricks workspace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def databricks(config: DatabricksPlatformConfig) -> Platform:
-    """Describe a workspace: its running session, Unity Catalog tables, a Volume, and the workspace's MLflow."""
+    """Describe a workspace: its running Spark session, tables in Unity Catalog, a Volume, and its MLflow server."""
     return Platform(
         kind="databricks",
         open_spark=_running_session,
@@ -30,7 +30,7 @@ def databricks(config: DatabricksPlatformConfig) -> Platform:
 
 
 def _running_session() -> SparkSession:
-    """Return the session that the workspace has started."""
+    """Return the Spark session that the workspace has started."""
     from pyspark.sql import SparkSession
 
     return SparkSession.getActiveSession() or SparkSession.builder.getOrCreate()

@@ -1,7 +1,8 @@
-"""Delta Lake's jars for the local Spark session: downloaded once, then loaded from where they were found.
+"""Delta Lake's jars for the local Spark session, which are downloaded once and then loaded from recorded paths.
 
-Spark resolves them with Ivy. Ivy takes two seconds to find jars that are already there, and two processes that download
-at the same time corrupt its cache. So the paths of the jars are saved, and only one process at a time runs Ivy.
+Spark finds and downloads the jars with Ivy. Ivy takes two seconds to find jars that are already downloaded, and two
+processes that download at the same time corrupt Ivy's cache. So the paths of the jars are recorded in a file, and only
+one process at a time runs Ivy.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def delta_artifact() -> tuple[str, str]:
-    """Return name and version of the Delta Lake jar for the installed Spark.
+    """Return the name and version of the Delta Lake jar for the installed version of Spark.
 
     Raises:
         PackageNotFoundError: pyspark or delta-spark is not installed.
@@ -32,23 +33,23 @@ def delta_artifact() -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Jars:
-    """Paths of Delta Lake's jars, as an earlier session found them.
+    """Paths of Delta Lake's jars, as an earlier Spark session found them.
 
     Attributes:
-        record: file that lists the paths, one per line.
-        paths: paths of all jars; empty if one of them is missing.
+        record: file that lists the paths of the jars, one per line.
+        paths: paths of all jars, or empty if a jar is missing.
     """
 
     record: Path
     paths: tuple[str, ...] = ()
 
     def load(self) -> Jars:
-        """Read the recorded paths. The result has none if there is no record, or if a recorded jar is missing."""
+        """Read the recorded paths. The result has no paths if there is no record or if a recorded jar is missing."""
         paths = self.record.read_text(encoding="utf-8").split("\n") if self.record.exists() else []
         return Jars(self.record, tuple(paths) if all(Path(path).exists() for path in paths) else ())
 
     def settings(self) -> dict[str, str]:
-        """Return Spark settings that load the recorded jars, or that download them where there is no record."""
+        """Return Spark settings that load the recorded jars, or that download the jars if there are no paths."""
         if self.paths:
             return {"spark.jars": ",".join(self.paths)}
         artifact, number = delta_artifact()
@@ -56,7 +57,7 @@ class Jars:
         return {"spark.jars.packages": f"io.delta:{artifact}:{number}", "spark.jars.ivySettings": ivy}
 
     def save(self, urls: str) -> None:
-        """Record where a session found the jars. `urls` are comma-separated."""
+        """Record the paths at which a Spark session found the jars. `urls` is a comma-separated list."""
         if urls and not self.paths:
             paths = "\n".join(unquote(urlsplit(url).path) for url in urls.split(","))
             with atomic_write(self.record) as temporary:
@@ -65,7 +66,7 @@ class Jars:
 
 @contextmanager
 def delta_jars() -> Iterator[Jars]:
-    """Yield the jars for a session that starts in the block. While jars are downloaded, other processes wait."""
+    """Yield the jars for a Spark session that starts in the block. During a download, other processes wait."""
     artifact, number = delta_artifact()
     folder = user_cache_folder("jars")
     jars = Jars(folder / f"{artifact}-{number}.txt").load()

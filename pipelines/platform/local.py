@@ -1,4 +1,4 @@
-"""A laptop as a platform: embedded Spark with Delta, SQLite MLflow and CPU ranks, all in one home folder."""
+"""Construction of the `Platform` for a laptop, and start of its Spark session."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ SAFE_PATH = "PYTHONSAFEPATH"
 SHORT_JOBS = "-XX:TieredStopAtLevel=1 -XX:+UseParallelGC -XX:MetaspaceSize=256m -XX:ReservedCodeCacheSize=240m"
 """JVM options for short jobs on few cores.
 
-The second compiler costs more time than its code saves. The default collector handles pictures badly: objects larger
-than half of one of its regions are "humongous". Spark's classes take about 150 MB; with less metaspace, each growth of
-it collects the whole heap.
+The JVM's second compiler takes more time than its faster code saves. The default garbage collector (G1) is slow with
+objects larger than half a region, such as pictures. Spark's classes need about 150 MB of metaspace, and a metaspace
+that has to grow triggers collections of the whole heap.
 """
 
 OFF_HEAP = "1g"
-"""Memory of a driver or executor outside its heap."""
+"""Memory that a Spark driver or executor uses outside its JVM heap."""
 
 
 def home() -> Path:
-    """Return the folder for all data of a laptop: $LAKESIGHT_HOME, or .lakesight in the working folder."""
+    """Return the folder for all data on a laptop: $LAKESIGHT_HOME, or .lakesight in the working folder."""
     return Path(os.environ.get("LAKESIGHT_HOME") or ".lakesight").absolute()
 
 
 def local(config: LocalPlatformConfig) -> Platform:
-    """Describe a laptop: embedded Spark, Delta tables and MLflow on SQLite, all under `home()`.
+    """Describe a laptop: embedded Spark, Delta tables and MLflow on SQLite, with all files under `home()`.
 
     Raises:
         UserError: the home folder cannot be created or written.
@@ -78,14 +78,14 @@ def local(config: LocalPlatformConfig) -> Platform:
 
 
 def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
-    """Return this process's Spark session with Delta. The first call starts it; it is stopped at exit.
+    """Return this process's Spark session with Delta. The first call starts the session, which is stopped at exit.
 
-    The JVM prints to `<root>/logs/spark.log`. So `--json` has stdout to itself, and a failed start is reported in one
-    paragraph.
+    The JVM prints to `<root>/logs/spark.log`, so that stdout contains only the JSON of `--json`, and a failed start is
+    reported in one paragraph.
 
     Raises:
-        UserError: PySpark or Java is missing or too old, the JVM cannot start, or this process already runs a session
-            for another home folder.
+        UserError: PySpark is missing, Java is missing or too old, the JVM cannot start, or this process already runs a
+            Spark session for another home folder.
     """
     try:
         from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
@@ -105,12 +105,12 @@ def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
     log = root / "logs" / "spark.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     logger.info("starting Spark on %s, log in %s", config.spark.master, log)
-    logging.getLogger("py4j").setLevel(logging.WARNING)  # it logs every closed connection at INFO
+    logging.getLogger("py4j").setLevel(logging.WARNING)  # py4j logs every closed connection at INFO
     with delta_jars() as jars, log.open("ab") as sink:
         conf = SparkConf(loadDefaults=False).setAll(list((_session_settings(config, root) | jars.settings()).items()))
         start = sink.tell()
         try:
-            # The JVM of a stopped session of this process is used again.
+            # If this process has stopped a Spark session before, the JVM of that session is used again.
             gateway = SparkContext._gateway or launch_gateway(conf, {"stdout": sink, "stderr": sink})  # type: ignore[no-untyped-call]
             spark = SparkSession(SparkContext(conf=conf, gateway=gateway))
         except (PySparkRuntimeError, Py4JJavaError) as error:
@@ -121,7 +121,7 @@ def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
 
 
 def _stop(spark: SparkSession, master: str, application: str) -> None:
-    """Stop Spark and remove the copies of all jars that executors of `local-cluster` leave in the installed pyspark."""
+    """Stop Spark, and remove the copies of jars that `local-cluster` executors leave in the pyspark package."""
     import pyspark
 
     spark.stop()
@@ -131,7 +131,7 @@ def _stop(spark: SparkSession, master: str, application: str) -> None:
 
 
 def _require_same_home(spark: SparkSession, root: Path) -> SparkSession:
-    """Return the running session if it was started for this home folder."""
+    """Return the running Spark session, or raise a UserError if it was started for another home folder."""
     found = spark.conf.get("spark.lakesight.home", "none")
     if found != str(root):
         raise UserError(
@@ -146,9 +146,9 @@ def _require_same_home(spark: SparkSession, root: Path) -> SparkSession:
 def _prepare_environment(master: str) -> None:
     """Set environment variables that the JVM, Spark's Python workers and ranks inherit.
 
-    PYSPARK_PYTHON makes workers use this Python instead of the `python3` on PATH. PYTHONSAFEPATH keeps the working
-    folder off their module search path: they start with `python -m`, so a user's `pipelines`, `vlm` or `jobs` in the
-    working folder would be imported instead of ours. PYTHONPATH still applies.
+    PYSPARK_PYTHON makes Python workers use this Python instead of the `python3` on PATH. PYTHONSAFEPATH removes the
+    working folder from the module search path of processes started with `python -m`. Otherwise a folder `pipelines`,
+    `vlm` or `jobs` of the user would be imported instead of ours. PYTHONPATH still applies.
     """
     os.environ.setdefault(SAFE_PATH, "1")
     if master.startswith("spark://"):
@@ -171,19 +171,19 @@ def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]
         "spark.sql.session.timeZone": "UTC",
         "spark.sql.shuffle.partitions": partitions,
         "spark.databricks.delta.snapshotPartitions": partitions,
-        # Number of tasks with which VACUUM lists a table's folder; the default is 10,000.
+        # Number of tasks with which VACUUM lists the folder of a table. The default is 10,000.
         "spark.sql.sources.parallelPartitionDiscovery.parallelism": partitions,
         # Keep rows with pictures, sorts and shuffles outside the heap, where garbage collection does not copy them.
         "spark.memory.offHeap.enabled": "true",
         "spark.memory.offHeap.size": OFF_HEAP,
         "spark.sql.columnVector.offheap.enabled": "true",
-        # The default of 100 evicts compiled code before the same query runs again.
+        # With the default of 100 entries, compiled code is evicted before the same query runs again.
         "spark.sql.codegen.cache.maxEntries": "1000",
-        # Size of a checksummed block, and of a write, of local files; the default is 512.
+        # Number of bytes per checksum and per write call for local files. The default is 512.
         "spark.hadoop.file.bytes-per-checksum": "65536",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
-        # By default the start time in seconds names the executors' folder: two sessions could share one.
+        # By default the start time in seconds names the executors' folder, so two Spark sessions could share a folder.
         "spark.deploy.appIdPattern": f"app-%s-%04d-{os.getpid()}",
         "spark.python.worker.reuse": "true",
         f"spark.executorEnv.{SAFE_PATH}": os.environ[SAFE_PATH],
@@ -192,7 +192,7 @@ def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]
     if not config.spark.master.startswith("spark://"):
         settings |= {"spark.driver.host": LOOPBACK, "spark.driver.bindAddress": LOOPBACK}
         settings |= {"spark.executor.extraJavaOptions": SHORT_JOBS}
-        settings |= {"spark.sql.adaptive.enabled": "false"}  # with few partitions it only turns every stage into a job
+        settings |= {"spark.sql.adaptive.enabled": "false"}  # saves no time with few partitions, and runs more jobs
     return settings
 
 
@@ -200,7 +200,7 @@ def check_java() -> int:
     """Return the major version of the Java that Spark will start.
 
     Raises:
-        UserError: Java is missing or too old. PySpark alone would print a shell error or a traceback.
+        UserError: Java is missing or too old. Without this check, PySpark would print a shell error or a traceback.
     """
     home = os.environ.get("JAVA_HOME")
     java = str(Path(home) / "bin" / "java") if home else "java"
@@ -222,7 +222,7 @@ def check_java() -> int:
 
 
 def _start_failure(log: Path, start: int, error: Exception) -> UserError:
-    """Explain a failed start from what the JVM wrote to its log after byte `start`."""
+    """Return an error that explains a failed start with the lines that the JVM logged after byte `start`."""
     printed = log.read_bytes()[start:].decode(errors="replace")
     if "unresolved dependency" in printed or "download failed" in printed:
         return UserError(

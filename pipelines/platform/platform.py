@@ -1,6 +1,7 @@
 """Everything that differs between a laptop and a Databricks workspace, in one frozen dataclass.
 
-`local` and `databricks` are its two constructors. Code that depends on where a run happens asks a `Platform`.
+The functions `local` and `databricks` construct a `Platform`. Code that depends on where a run happens asks the
+`Platform`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ FolderKind = Literal["shards", "runs", "models", "reports", "staged", "demo"]
 
 @dataclass(frozen=True)
 class Launch:
-    """How ranks are launched.
+    """Settings with which TorchDistributor launches ranks.
 
     Attributes:
         ranks: number of ranks.
-        local_mode: True to start ranks on the driver's host, False to start them on executors.
-        use_gpu: True for one GPU per rank, False for CPUs.
+        local_mode: whether ranks start on the driver's host. If false, ranks start on executors.
+        use_gpu: whether each rank gets a GPU. If false, ranks use CPUs.
     """
 
     ranks: int
@@ -34,20 +35,20 @@ class Launch:
 
 @dataclass(frozen=True)
 class Platform:
-    """Where a run happens.
+    """Description of the place where a run happens.
 
     Attributes:
-        kind: the value of `--platform`.
-        open_spark: returns the Spark session; on a laptop it starts one.
+        kind: value of `--platform`.
+        open_spark: function that returns the Spark session, and on a laptop starts it.
         namespace: prefix of table names, without the dot.
         root: folder that holds all other folders.
-        remote: True if `root` is on a network. Files that many processes read are then copied to local disk first.
-        tables: folder of the Delta tables as plain files; None if a catalog manages them.
-        launch: how ranks are launched.
-        tracking_uri: MLflow tracking server.
-        registry_uri: MLflow model registry.
-        model_prefix: prefix of registered models' names.
-        experiment_prefix: prefix of experiments' names.
+        remote: whether `root` is on a network. Files on a network are copied to local disk if many processes read them.
+        tables: folder of the Delta tables as plain files, or None if a catalog manages the tables.
+        launch: settings with which ranks are launched.
+        tracking_uri: URI of the MLflow tracking server.
+        registry_uri: URI of the MLflow model registry.
+        model_prefix: prefix of the names of registered models.
+        experiment_prefix: prefix of the names of MLflow experiments.
     """
 
     kind: Literal["local", "databricks"]
@@ -67,7 +68,7 @@ class Platform:
         return f"{self.namespace}.{name}"
 
     def folder(self, kind: FolderKind) -> Path:
-        """Return the folder for one kind of files. Whoever writes into it creates it."""
+        """Return the folder for one kind of files. The code that writes files into the folder must create it."""
         return self.root / kind
 
     def model_name(self, run: str) -> str:
@@ -80,5 +81,5 @@ class Platform:
 
 
 def redact_uri(uri: str) -> str:
-    """Remove passwords from a URI or from a message that contains one: user information and query string."""
+    """Remove passwords (user information and query string) from a URI or from a message that contains a URI."""
     return re.sub(r"\?\S*", "", re.sub(r"//[^/\s]*@", "//", uri))

@@ -1,7 +1,7 @@
 """The review server: a page of captions with their pictures, on which one click saves a verdict.
 
-The server listens on this host only. A page of another site that is open in the reviewer's browser could send requests
-too. Therefore the Host header is checked, and a verdict needs a token that only the server's own page contains.
+The server listens on this host only. But a page of another site in the reviewer's browser could also send requests to
+the server. Therefore the Host header is checked, and a verdict needs a token that only the server's own page contains.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from pipelines.review.verdicts import CaptionVerdict, Review, Show, key_of
 from vlm.config import read_error_message
 
 PAGE_SIZE = 24
-"""Captions per page."""
+"""Number of captions per page."""
 SIDE = 320
-"""Longer side of a picture on the page, pixels."""
+"""Largest length of a picture's longer side on the page, in pixels."""
 HOSTS = ["127.0.0.1", "localhost"]
 _SHOW: TypeAdapter[Show] = TypeAdapter(Show)
 
 
 def open_app(review: Review, title: str, reviewer: str) -> Starlette:
-    """Create the server's application: GET / (show, words, page), GET /picture?id=, POST /verdict.
+    """Create the server's application, which saves verdicts under the user name `reviewer`.
 
-    Verdicts are saved under the user name `reviewer`.
+    The routes are GET / (with the parameters show, words and page), GET /picture?id= and POST /verdict.
     """
     token = secrets.token_urlsafe(16)
 
@@ -71,7 +71,7 @@ def open_app(review: Review, title: str, reviewer: str) -> Starlette:
         return HTMLResponse(rendered, headers={"Content-Security-Policy": policy, "Cache-Control": "no-store"})
 
     async def picture(request: Request) -> Response:
-        # Decoded here and not in the browser: the bytes in the table are not trusted.
+        # Pictures are decoded here and not in the browser, because the bytes in the table are not trusted.
         image_id = request.query_params.get("id", "")
         data = await asyncio.to_thread(lambda: make_thumbnail(review.picture(image_id), side=SIDE))
         return Response(data, media_type="image/jpeg") if data else PlainTextResponse("no such picture", 404)

@@ -1,6 +1,6 @@
-"""Verdicts of people on captions: table `verdicts`, one row per caption. A later verdict replaces an earlier one.
+"""Verdicts of people on captions, in the table `verdicts`. A later verdict on a caption replaces the earlier verdict.
 
-Tables are read and written as files, without Spark, so that the page answers within milliseconds.
+Tables are read and written as files, without Spark, so that the server answers within milliseconds.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from pipelines.formats.tables import VERDICTS, arrow_dataset
 from vlm.config import Config
 
 KEY = ("image_id", "model_version", "settings_hash")
-"""Key of a caption within one table and model."""
+"""Columns that identify a caption of one source table and one model."""
 CAPTION_COLUMNS = ("caption", "error", "prompt", "mean_logprob", *KEY)
 Show = Literal["open", "judged", "all"]
 Key = tuple[str, str, str]
 
 
 class CaptionVerdict(Config):
-    """Verdict on one caption. `text` is the corrected caption; empty unless `verdict` is corrected."""
+    """Verdict on one caption. `text` is the corrected caption, or empty if `verdict` is not `corrected`."""
 
     image_id: Annotated[str, Field(min_length=1)]
     model_version: Annotated[str, Field(min_length=1)]
@@ -52,8 +52,9 @@ class Review:
     """Captions of one model and table, their pictures and their verdicts.
 
     Attributes:
-        captions: rows of `generated_captions` that have a caption. The least likely come first: they need review most.
-        judged: verdict of each judged caption, by key.
+        captions: rows of `generated_captions` that have a caption. The least likely caption is first, because it needs
+            a review most.
+        judged: verdict of each judged caption, by the key of the caption.
     """
 
     def __init__(self, captions: DeltaTable, pictures: DeltaTable, verdicts: Path, *, table: str, model: str) -> None:
@@ -72,7 +73,7 @@ class Review:
         self.judged = {key_of(row): row["verdict"] for row in judged.to_pylist()}
 
     def find(self, show: Show, words: str) -> list[dict[str, Any]]:
-        """Return the captions that contain `words` and have no verdict (open), have one (judged), or either (all)."""
+        """Return the captions that contain `words` and have no verdict (open) or a verdict (judged), or all of them."""
         judged = {"open": (False,), "judged": (True,), "all": (False, True)}[show]
         text = words.lower()
         return [
@@ -80,12 +81,12 @@ class Review:
         ]
 
     def picture(self, image_id: str) -> bytes | None:
-        """Read a picture file; None if the table no longer has the row."""
+        """Read a picture file, or return None if the table no longer contains the row."""
         rows = arrow_dataset(self._pictures).to_table(["image"], filter=pc.field("image_id") == image_id)
         return bytes(rows["image"][0].as_py()) if rows.num_rows else None
 
     def save_verdict(self, verdict: CaptionVerdict, reviewer: str) -> None:
-        """Write a verdict to the table. It replaces an earlier verdict on the same caption.
+        """Write a verdict to the table. The new verdict replaces an earlier verdict on the same caption.
 
         Raises:
             UserError: the caption or its picture does not exist.
@@ -123,7 +124,7 @@ def key_of(row: dict[str, Any]) -> Key:
 
 
 def open_verdicts(folder: Path) -> DeltaTable:
-    """Open table `verdicts`. Create it if it does not exist."""
+    """Open the table `verdicts`. Create the table if it does not exist."""
     return DeltaTable.create(
         folder,
         VERDICTS.arrow_schema,

@@ -1,12 +1,12 @@
 """MLflow tracking: runs, the model registry, and the registered model. Only this package imports mlflow.
 
-MLflow reads some environment variables on import, so this file sets those that are not set yet.
+MLflow reads some environment variables when it is imported, so this file sets defaults for these variables.
 """
 
 import os
 
 _DEFAULTS = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # nothing is reported to third parties
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # MLflow must not report usage to third parties
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # with --json, stdout must be valid JSON
     "MLFLOW_PRINT_MODEL_URLS_ON_CREATION": "false",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",

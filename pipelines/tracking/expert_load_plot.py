@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 
 def draw_expert_load(metrics: Metrics) -> Figure:
-    """Draw a heat map of one log step: one row per layer, one column per expert, each cell the share of tokens.
+    """Draw a heat map of the tokens' shares at one step, with one row per layer and one column per expert.
 
-    White is an even share, blue is less, and full red is twice an even share or more.
+    A white cell has an even share of the tokens, a blue cell has less, and a fully red cell has at least twice an even
+    share.
     """
     from matplotlib.figure import Figure  # takes half a second to import, and dense models never need it
 

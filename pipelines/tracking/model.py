@@ -1,9 +1,10 @@
 """The registered model: an MLflow `PythonModel` that captions pictures with the weights of one checkpoint.
 
-MLflow executes this file to load the model ("models from code"), so nothing is pickled. Input is a DataFrame with
-column `image` and optionally column `prompt`. REST clients send each image as base64 text, with or without a `data:`
-prefix. Python callers may also pass bytes, because MLflow does not convert object columns. Output is a DataFrame with
-columns `caption` and `error`; exactly one of the two is null in each row, so a bad picture does not fail other rows.
+MLflow executes this file to load the model ("models from code"), so nothing is pickled. The input is a DataFrame with
+the column `image` and an optional column `prompt`. REST clients send each picture as base64 text, with or without a
+`data:` prefix. Python callers may also pass bytes, because MLflow does not convert object columns. The output is a
+DataFrame with the columns `caption` and `error`. In each row one of the two columns is null, so a bad picture does not
+fail other rows.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 
 class CaptionModel(PythonModel):
-    """Model that captions DataFrames of pictures. Its artifacts are the files of one checkpoint folder."""
+    """Model that captions DataFrames of pictures. Its MLflow artifacts are the files of one checkpoint folder."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the weights. Only this method needs torch; importing the file does not."""
+        """Load the weights. Torch is imported here, so that importing this file does not need torch."""
         from pipelines.worker.caption import load_captioner
 
         self._captioner = load_captioner(str(Path(context.artifacts["model.safetensors"]).parent))
@@ -28,7 +29,7 @@ class CaptionModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """Caption the pictures in column `image`; returns columns `caption` and `error` with the same index."""
+        """Caption the pictures in column `image`. Return columns `caption` and `error` with the index of the input."""
         images = [_none_if_missing(image) for image in model_input["image"]]
         prompts = [_prompt_text(prompt) for prompt in model_input.get("prompt", [""] * len(images))]
         results = self._captioner.caption(images, prompts, self._captioner.model.config.generation)

@@ -1,12 +1,12 @@
-"""MLflow model registry: register the model of a run folder, download versions, and move aliases.
+"""Functions that register the model of a run folder in MLflow's model registry, download versions, and move aliases.
 
-A version is self-contained: safetensors, the model's config and tokenizer, the code that runs them, and requirements
-with exact versions. Captioning uses alias `champion`. Alias `previous` names the champion before it, and `challenger`
-the version that was last submitted for promotion.
+A version contains weights, config and tokenizer, the code of the model, and requirements with exact versions. The alias
+`champion` names the version that captions, `previous` names the champion before it, and `challenger` names the version
+that was last submitted for promotion.
 
 A promotion moves two aliases, and a registry has no transactions. So a tag of the registered model records the move
-before it starts and is deleted when both aliases are set. The next process that finds the tag completes an interrupted
-move. `champion` moves first: if it has not moved, the move is dropped; if it has, the move is completed.
+before the move starts, and the tag is deleted when both aliases are set. The next process that finds the tag completes
+the move if `champion` has moved already, and drops the move otherwise.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ModelVersion(Config):
 
 
 class AliasMove(Config):
-    """Target versions of the aliases `champion` and `previous`. Stored as JSON in a tag while the move runs."""
+    """Target versions of the aliases `champion` and `previous`, stored as JSON in a tag while the aliases move."""
 
     kind: Literal["promote", "rollback"]
     champion: str
@@ -76,7 +76,7 @@ class AliasMove(Config):
 
 
 def register(run: RunFolder, run_id: str, platform: Platform) -> ModelVersion:
-    """Register the model of a finished run, or return the version registered earlier for the same MLflow run.
+    """Register the model of a finished run, or return the version that was registered before for the same MLflow run.
 
     Raises:
         UserError: the run is not finished, or its checkpoint is incomplete.
@@ -112,7 +112,7 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
         which: version number, alias, or `latest`.
 
     Raises:
-        UserError: the model, version or alias does not exist; the error lists those that do.
+        UserError: the model, version or alias does not exist. The error lists the existing versions and aliases.
     """
     client = connect(platform)
     with _registry_errors(platform, f"model {name}"):
@@ -131,7 +131,7 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
 
 
 def download(platform: Platform, version: ModelVersion) -> Path:
-    """Download the weights, config and tokenizer of a version once; returns their folder.
+    """Download the weights, config and tokenizer of a version once, and return the folder of these files.
 
     Raises:
         StageFailed: the files cannot be downloaded from the registry.
@@ -149,7 +149,7 @@ def download(platform: Platform, version: ModelVersion) -> Path:
         try:
             partial.rename(target)
         except OSError:
-            if not target.is_dir():  # if it is, another process has just downloaded the same files
+            if not target.is_dir():  # otherwise another process has just downloaded the same files
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -157,7 +157,7 @@ def download(platform: Platform, version: ModelVersion) -> Path:
 
 
 def download_files(platform: Platform, version: ModelVersion, folder: Path) -> Path:
-    """Download all files of a version into a folder; returns the folder that holds `MLmodel`.
+    """Download all files of a version into a folder, and return the subfolder that contains `MLmodel`.
 
     Raises:
         StageFailed: the files cannot be downloaded from the registry.
@@ -169,7 +169,7 @@ def download_files(platform: Platform, version: ModelVersion, folder: Path) -> P
 
 
 def tag(platform: Platform, version: ModelVersion, tags: Mapping[str, str]) -> ModelVersion:
-    """Add tags to a version; returns the updated version."""
+    """Add tags to a version and return the updated version."""
     client = connect(platform)
     with _registry_errors(platform, _label(version)):
         for key, value in _prefixed(tags).items():
@@ -178,7 +178,7 @@ def tag(platform: Platform, version: ModelVersion, tags: Mapping[str, str]) -> M
 
 
 def set_alias(platform: Platform, version: ModelVersion, alias: str) -> ModelVersion:
-    """Point an alias to a version; returns the updated version."""
+    """Point an alias to a version and return the updated version."""
     client = connect(platform)
     with _registry_errors(platform, _label(version)):
         client.set_registered_model_alias(version.name, alias, version.version)
@@ -186,7 +186,7 @@ def set_alias(platform: Platform, version: ModelVersion, alias: str) -> ModelVer
 
 
 def find_champion(platform: Platform, name: str) -> ModelVersion | None:
-    """Return the champion, or None if there is none. Completes an interrupted alias move first."""
+    """Complete an interrupted alias move, then return the champion, or None if there is no champion."""
     client = connect(platform)
     with _registry_errors(platform, f"model {name}"):
         _finish_interrupted_move(client, platform, name)
@@ -195,9 +195,9 @@ def find_champion(platform: Platform, name: str) -> ModelVersion | None:
 
 
 def promote(platform: Platform, version: ModelVersion) -> ModelVersion:
-    """Make a version the champion, and the old champion `previous`. Promoting the champion changes nothing.
+    """Point `champion` to a version and `previous` to the old champion. Promoting the champion changes nothing.
 
-    The caller checks the gate first (`jobs.promote.check_gate`).
+    The caller must check the conditions of promotion before this call (`jobs.promote.check_gate`).
     """
     client = connect(platform)
     with _registry_errors(platform, _label(version)):
@@ -211,10 +211,10 @@ def promote(platform: Platform, version: ModelVersion) -> ModelVersion:
 def plan_rollback(platform: Platform, name: str) -> AliasMove | None:
     """Return the move that swaps `champion` and `previous`.
 
-    Returns None after completing a rollback that was interrupted before: swapping again would undo it.
+    If an interrupted rollback has just been completed, return None, because another swap would undo the rollback.
 
     Raises:
-        UserError: there is no previous champion.
+        UserError: the model has no previous champion.
     """
     client = connect(platform)
     with _registry_errors(platform, f"model {name}"):
@@ -247,7 +247,7 @@ def _move(client: MlflowClient, name: str, move: AliasMove) -> None:
 
 
 def _finish_move(client: MlflowClient, name: str, move: AliasMove) -> None:
-    """Complete a move whose `champion` alias has moved already. Idempotent."""
+    """Complete a move whose `champion` alias has moved already. This function may be repeated."""
     if move.previous is not None:
         client.set_registered_model_alias(name, PREVIOUS, move.previous)
     if str(client.get_registered_model(name).aliases.get(CHALLENGER)) == move.champion:
@@ -256,9 +256,9 @@ def _finish_move(client: MlflowClient, name: str, move: AliasMove) -> None:
 
 
 def _finish_interrupted_move(client: MlflowClient, platform: Platform, name: str) -> AliasMove | None:
-    """Complete a move that was interrupted after `champion` moved, or drop one interrupted before; returns the former.
+    """Complete and return an interrupted move if `champion` has moved already. Otherwise drop the move.
 
-    Returns None if there was no move to complete.
+    Return None if no move was completed.
     """
     aliases = _read_aliases(platform, client, name)
     recorded = client.get_registered_model(name).tags.get(MOVE_TAG)
@@ -277,7 +277,7 @@ def _read_aliases(platform: Platform, client: MlflowClient, name: str) -> dict[s
     """Return the aliases of a registered model with their version numbers.
 
     Raises:
-        UserError: there is no such model.
+        UserError: the registry has no model of this name.
     """
     try:
         return {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
@@ -306,7 +306,7 @@ def _create_model(client: MlflowClient, name: str) -> None:
 
 
 def _versions(client: MlflowClient, name: str) -> list[MlflowVersion]:
-    """List all versions of a model, oldest first, without aliases: Unity Catalog's search does not return them."""
+    """List all versions of a model, oldest first, but without their aliases (Unity Catalog's search omits aliases)."""
     found: list[MlflowVersion] = []
     token: str | None = None
     while token != "":
@@ -328,7 +328,7 @@ def _read_version(client: MlflowClient, name: str, number: str) -> ModelVersion:
 
 
 def _log_model(client: MlflowClient, checkpoint: Path, run_id: str) -> str:
-    """Log the model of a checkpoint to an MLflow run; returns the id of the logged model."""
+    """Log the model of a checkpoint to an MLflow run, and return the id of the logged model."""
     missing = [file for file in MODEL_FILES if not (checkpoint / file).is_file()]
     if missing:
         raise UserError(
@@ -357,7 +357,7 @@ def _log_model(client: MlflowClient, checkpoint: Path, run_id: str) -> str:
 
 @contextmanager
 def _without_bytecode() -> Iterator[None]:
-    """Keep Python from writing bytecode files into the model's folder while MLflow tests the model there."""
+    """Prevent Python from writing bytecode files into the model's folder while MLflow tests the model in the folder."""
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         yield
@@ -366,19 +366,19 @@ def _without_bytecode() -> Iterator[None]:
 
 
 def _example() -> pd.DataFrame:
-    """Return an input example: one grey picture as base64, as a REST client sends it."""
+    """Return an example of the model's input: one grey picture as base64, as a REST client sends a picture."""
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), "grey").save(buffer, "PNG")
     return pd.DataFrame({"image": [base64.b64encode(buffer.getvalue()).decode("ascii")]})
 
 
 def _public_version(package: str) -> str:
-    """Return the installed version without its build label: package indexes have torch 2.13.0, not 2.13.0+cpu."""
+    """Return the installed version without its build label, because package indexes have 2.13.0 but not 2.13.0+cpu."""
     return importlib.metadata.version(package).partition("+")[0]
 
 
 def _prefixed(tags: Mapping[str, str]) -> dict[str, str]:
-    """Prefix and sanitise tags for Unity Catalog: no `. , - = / :` in keys, at most 1,000 characters per value."""
+    """Add the prefix to keys, and make tags valid in Unity Catalog: no `. , - = / :` in a key, no long values."""
     return {f"{TAG_PREFIX}{re.sub('[.,=/: -]', '_', key)}": text[:MAX_TAG_CHARS].strip() for key, text in tags.items()}
 
 

@@ -1,7 +1,7 @@
-"""Reports of ingest and caption jobs in MLflow: each is one run with metrics, tags and HTML pages.
+"""Reports of ingest and caption jobs in MLflow. A report becomes one MLflow run with metrics, tags and HTML pages.
 
-All ingests share one experiment and all caption jobs another. They are separate from training runs, because many
-training runs share the same data.
+All ingests share one MLflow experiment, and all caption jobs share another experiment. Both are separate from training
+runs, because many training runs use the same data.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ def log_stage(
     pages: Sequence[Path] = (),
     good: bool,
 ) -> str:
-    """Log the report and pages of a stage as a new MLflow run; returns the run id.
+    """Log the report and pages of a stage as a new MLflow run, and return the id of the run.
 
-    A server that does not answer is retried twice only, while MLflow by default retries for minutes: the tables are
-    written, and a user waits for the command to end.
+    A request to a server that does not answer is retried only twice, because a user waits for the command to end. By
+    default, MLflow would retry for minutes.
 
     Args:
         platform: platform with the tracking server.
         kind: name of the stage and of its experiment.
-        name: name of the run.
-        report: the report; every number in it, at any depth, becomes a metric.
-        tags: tags to search runs by, without the prefix `lakesight.`.
-        pages: HTML pages, logged as artifacts.
-        good: whether the run's final status is FINISHED; else it is FAILED.
+        name: name of the MLflow run.
+        report: report as a nested mapping. Every number in the report, at any depth, becomes a metric.
+        tags: tags by which runs can be searched, without the prefix `lakesight.`.
+        pages: paths of HTML pages, which are logged as artifacts.
+        good: whether the final status of the run is FINISHED. If false, the status is FAILED.
 
     Raises:
         UserError: the server does not answer, or the experiment was deleted.
@@ -69,7 +69,7 @@ def log_stage(
 
 
 def _numbers(report: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Collect the numbers of a nested mapping by path, keys joined with `/` as MLflow metric names allow."""
+    """Return the numbers in a nested mapping. The key of a number is its path of keys, joined with `/`."""
     found: dict[str, float] = {}
     for key, value in report.items():
         if isinstance(value, Mapping):

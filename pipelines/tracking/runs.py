@@ -1,9 +1,9 @@
 """Training runs in MLflow: parameters, tags, metrics and sample captions.
 
-Ranks never talk to MLflow. They write small immutable files into the run folder, and a thread of the driver, the
-`Follower`, logs them in order. No metric is lost in an outage of the server: the files stay, and afterwards the
-follower asks MLflow which points it has and logs the others. A resumed run continues its MLflow run in the same way,
-without gaps or repeated points.
+Ranks never talk to MLflow. Rank 0 writes small immutable files into the run folder, and a thread of the driver, the
+`Follower`, logs the files in order. No metric is lost in an outage of the server, because the files stay. After the
+outage the follower asks MLflow which points are stored, and logs the missing points. A resumed run continues its MLflow
+run in the same way, without gaps or repeated points.
 """
 
 from __future__ import annotations
@@ -44,27 +44,28 @@ MAX_TAG_CHARS = 5000
 
 
 class Tracking(Config):
-    """File tracking.json: the MLflow run that this run folder is logged to."""
+    """tracking.json: id of the MLflow run to which a run folder is logged."""
 
     run_id: str
 
 
 def run_id_of(run: RunFolder) -> str:
-    """Return the id of the MLflow run that a run folder was logged to.
+    """Return the id of the MLflow run to which a run folder was logged.
 
     Raises:
-        UserError: the folder was never logged, for example because only torchrun has trained it.
+        UserError: the run folder was never logged, for example because the ranks were started with torchrun.
     """
     return read_json(run.tracking, Tracking).run_id
 
 
 @contextmanager
 def follow(run: RunFolder, config: RunConfig, platform: Platform) -> Iterator[str]:
-    """Log a training run to MLflow while the block executes; yields the MLflow run id.
+    """Log a training run to MLflow while the block executes. Yield the id of the MLflow run.
 
-    Starts an MLflow run, or continues the one that the folder's tracking.json names. After the block, the remaining
-    metric files are logged and the run's status becomes FINISHED, KILLED (KeyboardInterrupt) or FAILED (any other
-    exception). The exception's message is logged as a tag, and failure records are logged as artifacts.
+    This function starts an MLflow run, or continues the MLflow run that the folder's tracking.json names. After the
+    block, the remaining metric files are logged and the status of the MLflow run becomes FINISHED, KILLED
+    (KeyboardInterrupt) or FAILED (any other exception). The message of the exception is logged as a tag, and failure
+    records are logged as artifacts.
 
     Raises:
         UserError: the tracking server does not answer at the start.
@@ -104,11 +105,11 @@ def log_report(
 ) -> None:
     """Log a stage's report to an existing MLflow run.
 
-    Metrics are logged as `<name>/<metric>`, files and tables in artifact folder `name`. A table that the run already
-    has is skipped, because MLflow would append its rows again.
+    Metrics are logged as `<name>/<metric>`. Files and tables are logged in the artifact folder `name`. A table that the
+    run already has is skipped, because MLflow would append the rows of the table again.
 
     Raises:
-        UserError: the server does not answer, or has no such run.
+        UserError: the server does not answer or does not have the MLflow run.
     """
     client = connect(platform)
     now = int(time.time() * 1000)
@@ -130,7 +131,7 @@ def log_report(
 
 
 class Follower(threading.Thread):
-    """Thread that logs the metric and sample files of a run folder to MLflow, in order and each once."""
+    """Thread that logs the metric and sample files of a run folder to MLflow. Each file is logged once, in order."""
 
     def __init__(self, client: MlflowClient, run: RunFolder, run_id: str) -> None:
         super().__init__(name="lakesight-mlflow-follower", daemon=True)
@@ -138,10 +139,10 @@ class Follower(threading.Thread):
         self._stopping = threading.Event()
         self._metrics_step = self._samples_step = -1
         self._last_expert_load: Metrics | None = None  # last metrics file with an expert load
-        self._in_sync = False  # False if MLflow may have points we do not know of: at the start and after an error
+        self._in_sync = False  # False at the start and after an error, because MLflow may have unknown points
 
     def run(self) -> None:
-        """Log new files until stopped. After an error, wait with exponential backoff."""
+        """Log new files until `stop` is called. After an error, wait with exponential backoff."""
         pause = POLL_SECONDS
         while not self._stopping.wait(pause):
             try:
@@ -157,10 +158,10 @@ class Follower(threading.Thread):
         self.join()
 
     def drain(self, seconds: float) -> None:
-        """Log the remaining files, the expert load plot, the profile and the hosts, retrying for `seconds`.
+        """Log the remaining files, the expert load plot, the profile and the hosts. Retry for `seconds` after an error.
 
         Raises:
-            MlflowException, OSError: the last error after `seconds`.
+            MlflowException, OSError: requests still fail after `seconds`.
         """
         deadline, pause = time.monotonic() + seconds, POLL_SECONDS
         while True:
@@ -182,7 +183,7 @@ class Follower(threading.Thread):
         """Log every file that MLflow does not have yet.
 
         Raises:
-            MlflowException, OSError: a request failed; the next call logs the remaining files.
+            MlflowException, OSError: a request failed. The next call logs the remaining files.
         """
         points = set() if self._in_sync else _logged_points(self._client, self._run_id)
         sample_steps = set() if self._in_sync else _logged_sample_steps(self._client, self._run_id)
@@ -257,7 +258,7 @@ def _open_run(client: MlflowClient, run: RunFolder, config: RunConfig, platform:
 
 
 def _tracked_run(client: MlflowClient, run: RunFolder) -> Run | None:
-    """Return the MLflow run that the folder's tracking.json names; None if this server does not have it."""
+    """Return the MLflow run that the folder's tracking.json names, or None if the server does not have this run."""
     if not run.tracking.exists():
         return None
     run_id = run_id_of(run)
@@ -274,7 +275,7 @@ def _tracked_run(client: MlflowClient, run: RunFolder) -> Run | None:
 
 
 def _log_description(client: MlflowClient, tracked: Run, run: RunFolder, file: RunFile, config: RunConfig) -> None:
-    """Log parameters, tags, run.json and the dataset. MLflow parameters are immutable, so only new ones are logged."""
+    """Log tags, run.json, the dataset, and new parameters (existing parameters are immutable in MLflow)."""
     run_id = tracked.info.run_id
     request = Shards(Path(file.train_shards)).manifest.request
     params = {key: value[:MAX_PARAM_CHARS] for key, value in flatten(json.loads(config.to_json())).items()}
@@ -299,7 +300,7 @@ def _log_description(client: MlflowClient, tracked: Run, run: RunFolder, file: R
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten nested mappings to dotted names with values as text."""
+    """Flatten a nested mapping. The keys of the result are dotted names, and the values are texts."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -308,7 +309,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _mark_failed(client: MlflowClient, run: RunFolder, run_id: str, follower: Follower, cause: BaseException) -> None:
-    """Set the run's status to FAILED or KILLED. A failed request only logs a warning, so that `cause` is raised."""
+    """Set the status of an MLflow run to FAILED or KILLED. If a request fails, only log a warning."""
     killed = isinstance(cause, KeyboardInterrupt)
     try:
         client.set_tag(run_id, CAUSE_TAG, (str(cause) or type(cause).__name__)[:MAX_TAG_CHARS])

@@ -1,4 +1,4 @@
-"""Connection to the MLflow tracking server and registry of a platform."""
+"""Functions that connect to the MLflow tracking server and model registry of a platform."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pipelines.errors import UserError
 from pipelines.platform import Platform, redact_uri
 
 REQUEST_ERRORS = (MlflowException, OSError)
-"""Exceptions of a failed request to the tracking server. Exceptions of `requests` are subclasses of OSError."""
+"""Exceptions of a failed request to the tracking server. Exceptions of the package `requests` are OSErrors."""
 
 
 def connect(platform: Platform) -> MlflowClient:
-    """Point MLflow to the platform's tracking server and registry; returns a client.
+    """Point MLflow to the platform's tracking server and model registry, and return a client.
 
     Raises:
         UserError: the server does not answer.
@@ -27,8 +27,8 @@ def connect(platform: Platform) -> MlflowClient:
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # its warnings repeat our errors
-    # MLflow also sets the environment variables, which `platform.local` and child processes would take for settings
-    # of the user.
+    # MLflow also sets these environment variables. `platform.local` and child processes would mistake the variables for
+    # settings of the user.
     with unchanged_environment("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         mlflow.set_tracking_uri(platform.tracking_uri)
         mlflow.set_registry_uri(platform.registry_uri)
@@ -54,7 +54,7 @@ def unchanged_environment(*names: str) -> Iterator[None]:
 
 
 def experiment_id(client: MlflowClient, name: str, platform: Platform) -> str:
-    """Return the id of an experiment, creating the experiment if necessary.
+    """Return the id of an MLflow experiment. Create the experiment if it does not exist.
 
     Raises:
         UserError: the experiment was deleted.
@@ -62,7 +62,7 @@ def experiment_id(client: MlflowClient, name: str, platform: Platform) -> str:
     experiment_name = platform.experiment(name)
     experiment = client.get_experiment_by_name(experiment_name)
     if experiment is None:
-        # A server has an artifact location of its own; with a plain SQLite file, artifacts go to the home folder.
+        # A tracking server has its own artifact location. With a SQLite file, artifacts go to the home folder.
         is_sqlite = platform.tracking_uri.startswith("sqlite:")
         location = (platform.root / "mlartifacts").as_uri() if is_sqlite else None
         try:
@@ -92,5 +92,5 @@ def unreachable(platform: Platform, error: Exception) -> UserError:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error message, without passwords, at most 300 characters."""
+    """Return the first line of an error message without passwords, cut after 300 characters."""
     return redact_uri((str(error) or type(error).__name__).splitlines()[0])[:300]

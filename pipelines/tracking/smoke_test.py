@@ -1,4 +1,4 @@
-"""Smoke test of a registered model version: load it in a fresh process with its own code, and caption pictures."""
+"""Smoke test that loads a registered model version in a fresh process, with its own code, and captions pictures."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from pipelines.tracking.registry import ModelVersion, download_files
 CHILD_SCRIPT = Path(__file__).with_name("smoke_test_child.py")
 TIMEOUT_SECONDS = 600
 PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
-"""First bytes of pickles, and of the zip archives that torch.save writes."""
+"""First bytes of pickle files and of the zip archives that torch.save writes."""
 SUFFIXES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
 
 
 def smoke_test_version(platform: Platform, version: ModelVersion, pictures: Sequence[tuple[bytes, str]]) -> Trial:
-    """Download a version, check that it holds no pickles, then load it in a fresh process and caption pictures.
+    """Download a version, check that it contains no pickles, then load it in a fresh process and caption pictures.
 
-    The process reads a local folder and needs no access to the registry.
+    The fresh process reads a local folder and needs no access to the registry.
 
     Args:
         platform: platform with the registry.
-        version: version to test.
-        pictures: content of each picture file, with its prompt.
+        version: model version to test.
+        pictures: bytes and prompt of each picture file.
 
     Raises:
         StageFailed: the version cannot be downloaded from the registry.
@@ -39,14 +39,14 @@ def smoke_test_version(platform: Platform, version: ModelVersion, pictures: Sequ
 
 
 def smoke_test_folder(folder: Path, pictures: Sequence[tuple[bytes, str]]) -> Trial:
-    """Smoke-test a version whose files are in a local folder; see `smoke_test_version`."""
+    """Run the smoke test on a version whose files are in a local folder (see `smoke_test_version`)."""
     if pickles := find_pickles(folder):
         return Trial(failure=f"it holds pickles: {', '.join(pickles)}", pictures=0, errors=())
     requests = {
         "image": [base64.b64encode(data).decode("ascii") for data, _ in pictures],
         "prompt": [prompt for _, prompt in pictures],
     }
-    # -P: modules next to the script or in the working folder must not replace those of the version.
+    # With -P, modules next to the script or in the working folder do not replace modules of the version.
     command = [sys.executable, "-P", str(CHILD_SCRIPT), str(folder)]
     try:
         done = subprocess.run(  # noqa: S603
@@ -62,7 +62,7 @@ def smoke_test_folder(folder: Path, pictures: Sequence[tuple[bytes, str]]) -> Tr
 
 
 def find_pickles(folder: Path) -> list[str]:
-    """List the files of a folder that are pickles, judged by suffix and by first bytes."""
+    """List the files of a folder whose suffix or first bytes are those of a pickle file."""
     found = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:

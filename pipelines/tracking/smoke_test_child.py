@@ -2,8 +2,8 @@
 
     python -P smoke_test_child.py FOLDER < {"image": [base64, ...], "prompt": [...]}
 
-The last line on stdout is a JSON object with the error of each picture, null for a captioned one. This script must not
-import any Lakesight package, because the version contains the code it was registered with.
+The last line on stdout is a JSON object with the error of each picture, which is null if the picture was captioned.
+This script must not import any Lakesight package, because the version brings its own copy of the code.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A run resolves to one config, or to one error that lists every problem with its path and the nearest valid name."""
+"""Tests that a run resolves to one config, or to one error that lists every problem with its path."""
 
 from __future__ import annotations
 
@@ -116,11 +116,11 @@ def test_one_error_lists_every_problem() -> None:
         ("../run/demo", "local", "no run is called '../run/demo'"),
     ],
 )
-def test_an_unknown_name_is_reported_with_the_available_ones(run: str, platform: str, expected: str) -> None:
+def test_an_unknown_name_is_reported_with_the_available_names(run: str, platform: str, expected: str) -> None:
     assert expected in problems(run=run, platform=platform)
 
 
-def test_a_workspace_needs_the_values_that_the_deployment_owns() -> None:
+def test_a_databricks_config_needs_the_values_that_databricks_yml_holds() -> None:
     listed = problems(platform="databricks")
     assert all(f"platform.{key}: missing" in listed for key in ("catalog", "schema", "volume", "ranks"))
 
@@ -129,7 +129,7 @@ def test_names_that_become_sql_cannot_carry_sql() -> None:
     assert "platform.catalog" in problems(*DEPLOYMENT, "platform.catalog=a;drop", platform="databricks")
 
 
-def test_conf_of_the_working_folder_takes_precedence_over_the_package(
+def test_conf_in_the_working_folder_takes_precedence_over_conf_in_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = load_model("nano").model_dump(mode="json") | {"generation": {"max_new_tokens": 3}}
@@ -151,7 +151,9 @@ def test_conf_of_the_working_folder_takes_precedence_over_the_package(
         ("{model: nano, data: demo, train: demo, modle: x}", "run.modle: unknown key, did you mean 'model'?"),
     ],
 )
-def test_a_bad_run_file_is_explained(text: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_bad_run_file_names_the_problem(
+    text: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "conf" / "run").mkdir(parents=True)
     (tmp_path / "conf" / "run" / "own.yml").write_bytes(text.encode("utf-8", "surrogateescape"))
     monkeypatch.chdir(tmp_path)
@@ -171,13 +173,13 @@ def test_a_run_file_may_hold_its_data_section(tmp_path: Path, monkeypatch: pytes
     assert load_run("own", overrides=["data.source={path: x.csv}"]).data.source == CsvSourceConfig(path="x.csv")
 
 
-def test_a_saved_run_of_another_version_is_an_error() -> None:
+def test_loading_a_saved_run_of_another_version_is_an_error() -> None:
     with pytest.raises(ConfigError, match="a saved run"):
         RunConfig.from_json('{"name": "x"}')
 
 
 @given(st.lists(st.integers() | st.text(), min_size=1))
-def test_hashes_are_equal_exactly_for_equal_parts(parts: list[int | str]) -> None:
+def test_short_hashes_are_equal_exactly_if_their_parts_are_equal(parts: list[int | str]) -> None:
     assert short_hash(parts) == short_hash(list(parts))
     assert short_hash(parts) != short_hash([*parts, "more"])
 

@@ -1,4 +1,4 @@
-"""Decoding: every row becomes one sample or one refusal with a reason, and its ids depend only on its content."""
+"""Tests that every row becomes one sample or one refusal, and that a row's ids depend only on the row's content."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def one(fields: Fields | None = None, rules: DecodeRules = RULES) -> dict[str, A
     return outcome
 
 
-def test_good_row_keeps_its_bytes_and_gets_an_id_from_their_hash() -> None:
+def test_good_row_keeps_its_picture_bytes_and_gets_an_id_from_the_hash_of_the_bytes() -> None:
     outcome = one()
     sha256 = hashlib.sha256(png(1)).hexdigest()
     assert outcome["image"] == png(1)
@@ -51,7 +51,7 @@ def test_good_row_keeps_its_bytes_and_gets_an_id_from_their_hash() -> None:
     assert outcome["reason"] is None
 
 
-def test_id_column_gives_the_image_id_and_prompt_column_the_prompt() -> None:
+def test_image_id_comes_from_the_id_column_and_prompt_comes_from_the_prompt_column() -> None:
     rules = DecodeRules("birds", ColumnNames(id="key", prompt="question"), LIMITS, HashSplitConfig())
     outcome = one({"key": " 17 ", "question": " which bird? "}, rules)
     assert outcome["image_id"] == "birds/17"
@@ -91,7 +91,7 @@ def test_row_that_could_not_be_parsed_keeps_its_raw_text() -> None:
     assert outcome["payload"] == "one,two,three"
 
 
-def test_existing_source_row_is_kept_by_samples_and_refusals() -> None:
+def test_samples_and_refusals_keep_an_existing_source_row_identifier() -> None:
     rows: list[Fields] = [{IMAGE: GOOD, TEXT: "a bird"}, {IMAGE: "?", TEXT: "a bird"}]
     [out] = decoded([Record("a.csv", fields, source_row=f"a.csv#{n}") for n, fields in enumerate(rows)])
     assert out.column("source_row").to_pylist() == ["a.csv#0", "a.csv#1"]
@@ -108,7 +108,7 @@ def texts(outcome: dict[str, Any]) -> list[tuple[str, str]]:
     return [(pair["prompt"], pair["text"]) for pair in outcome["texts"]]
 
 
-def test_row_may_have_many_texts_with_one_prompt_each_or_one_for_all() -> None:
+def test_row_may_have_many_texts_with_one_prompt_per_text_or_one_prompt_for_all_texts() -> None:
     assert texts(one({TEXT: ["a", " b ", None, "", "a", 3]})) == [("", "a"), ("", "b"), ("", "3")]
     asked = DecodeRules("birds", ColumnNames(prompt="question"), LIMITS, HashSplitConfig())
     answers: Fields = {TEXT: ["yes", "two"]}
@@ -133,13 +133,13 @@ def test_row_may_have_many_texts_with_one_prompt_each_or_one_for_all() -> None:
         ({IMAGE: bytes(50_001)}, "too_large"),
     ],
 )
-def test_values_of_wrong_types_have_a_reason(fields: Fields, reason: str) -> None:
+def test_row_with_a_value_of_a_wrong_type_is_refused_with_a_reason(fields: Fields, reason: str) -> None:
     outcome = one(fields)
     assert outcome["reason"] == reason
     assert "unexpected" not in outcome["detail"]
 
 
-def test_slow_picture_is_refused_and_the_next_one_has_the_full_time_limit() -> None:
+def test_slow_picture_is_refused_and_the_next_picture_has_the_full_time_limit() -> None:
     rules = DecodeRules("birds", ColumnNames(), LimitsConfig(max_decode_seconds=0.002), HashSplitConfig())
     late = one({IMAGE: encoded(picture(1, (1500, 1500)), "PNG")}, rules)
     assert (late["reason"], late["detail"]) == ("decode_timeout", "more than 0.002 seconds")
@@ -200,7 +200,7 @@ def test_hash_splits_have_the_configured_shares() -> None:
     assert {split_of_hash(sha256, HashSplitConfig(val=0, test=0)) for sha256 in hashes} == {"train"}
 
 
-def test_file_name_may_give_the_split() -> None:
+def test_split_may_come_from_the_file_name() -> None:
     rules = DecodeRules("birds", ColumnNames(), LIMITS, FileSplitConfig(kind="file"))
     [outcome] = decode([{IMAGE: GOOD, TEXT: "a bird"}], rules, file="val.csv.gz")
     assert outcome["split"] == "val"
@@ -221,7 +221,7 @@ def test_split_of_file_ignores_suffixes_and_part_numbers(name: str, split: str |
     assert split_of_file(name) == split
 
 
-def test_column_may_give_the_split_and_an_unknown_split_is_refused() -> None:
+def test_split_may_come_from_a_column_and_an_unknown_split_is_refused() -> None:
     rules = DecodeRules("birds", ColumnNames(), LIMITS, ColumnSplitConfig(kind="column", column="of"))
     outcomes = {
         given: one({"of": given}, rules) for given in ("train", " Validation", "dev", "test", "holdout", "", None)
@@ -241,7 +241,7 @@ def test_line_breaks_inside_a_text_are_kept_as_line_feeds() -> None:
     assert texts(one({TEXT: "a\r\nb\rc\td\x0be"})) == [("", "a\nb\nc\td e")]
 
 
-def test_output_batches_are_bounded_in_bytes() -> None:
+def test_output_batches_have_a_limited_size_in_bytes() -> None:
     big = LimitsConfig(max_bytes=2**25, max_pixels=2**22)
     rules = DecodeRules("birds", ColumnNames(), big, HashSplitConfig())
     row: Fields = {IMAGE: as_base64(encoded(picture(3, (1200, 1000)), "BMP")), TEXT: "a bird"}

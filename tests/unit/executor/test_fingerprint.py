@@ -1,4 +1,4 @@
-"""Fingerprints: a picture saved again is a near duplicate, another picture is not, and keys miss no candidate."""
+"""Tests of fingerprints: a picture that was saved again is a near duplicate, and candidate keys miss no pair."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_picture_saved_again_is_a_near_duplicate(how: str) -> None:
     assert not are_near_duplicates(prints, again[1:] + again[:1]).any()
 
 
-def test_same_shapes_in_other_colours_are_not_near_duplicates() -> None:
+def test_pictures_of_the_same_shapes_in_other_colours_are_not_near_duplicates() -> None:
     image = smooth(1)
     other = Image.merge("RGB", [image.getchannel("R").point(lambda level: min(level + 20, 255)), *image.split()[1:]])
     assert fingerprint(image)[:HASH_BYTES] == fingerprint(other)[:HASH_BYTES]
@@ -61,13 +61,13 @@ def test_picture_of_any_size_has_a_fingerprint(size: tuple[int, int]) -> None:
 
 
 @given(st.integers(0, MASK), st.sets(st.integers(0, 63), max_size=MAX_DIFFERING_BITS))
-def test_hashes_of_near_duplicates_share_a_key(bits: int, differing: set[int]) -> None:
+def test_hashes_of_near_duplicates_share_a_candidate_key(bits: int, differing: set[int]) -> None:
     other = bits ^ sum(1 << bit for bit in differing)
     assert any((bits ^ other) & mask & MASK == 0 for mask in KEY_MASKS)
     assert {(mask & MASK).bit_count() for mask in KEY_MASKS} <= {25, 26}
 
 
-def test_candidates_that_are_not_near_duplicates_are_dropped() -> None:
+def test_candidate_pairs_that_are_not_near_duplicates_are_dropped() -> None:
     a, b = fingerprint(smooth(1)), fingerprint(smooth(2))
     new = {"image_id": "1", "split": "val", "other_split": "test"}
     pairs = [new | {"other_id": n, "other_existing": n == "3"} for n in "23"]

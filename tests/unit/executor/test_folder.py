@@ -1,4 +1,4 @@
-"""Folder sources: named pictures are read, missing ones are problems of their row, and paths stay in the folder."""
+"""Tests of folder sources: named pictures are read, and a missing picture is a problem of its row only."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def test_picture_is_added_to_the_fields_of_its_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["b.png", "", None, 7, "in", "../secret.png", "/etc/hostname", "in/../../secret.png", "a\0b", "x" * 300]
 )
-def test_file_that_is_missing_or_outside_the_folder_is_a_problem_of_its_row(tmp_path: Path, name: object) -> None:
+def test_picture_file_that_is_missing_or_outside_the_folder_is_a_problem_of_its_row(
+    tmp_path: Path, name: object
+) -> None:
     (tmp_path / "folder" / "in").mkdir(parents=True)
     (tmp_path / "secret.png").write_bytes(b"secret")
     record = read_picture(tmp_path / "folder", name)
@@ -42,13 +44,13 @@ def test_file_that_is_missing_or_outside_the_folder_is_a_problem_of_its_row(tmp_
     assert record.problem.reason == "missing_field"
 
 
-def test_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+def test_picture_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(bytes(101))
     record = read_picture(tmp_path, "a.png")
     assert (record.fields[PICTURE], record.problem) == (None, Problem("too_large", "101 bytes, at most 100"))
 
 
-def test_row_that_could_not_be_parsed_reads_no_file(tmp_path: Path) -> None:
+def test_no_picture_file_is_read_for_a_row_that_could_not_be_parsed(tmp_path: Path) -> None:
     problem = Problem("malformed_record", "x")
     assert read_picture(tmp_path, "a.png", problem) == Record(
         "captions.csv", {"file_name": "a.png", "text": "x"}, None, problem
@@ -56,6 +58,6 @@ def test_row_that_could_not_be_parsed_reads_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that exists and cannot be read")
-def test_disk_error_fails_the_task_instead_of_the_row() -> None:
+def test_disk_error_fails_the_task_and_does_not_refuse_the_row() -> None:
     with pytest.raises(OSError, match="Input/output error"):
         read_picture(Path("/proc/self"), "mem")

@@ -1,4 +1,4 @@
-"""Reading files by ranges: every line is read once, by the range in which it begins."""
+"""Tests that every line of a file is read once when the file is read in byte ranges."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from pipelines.executor.ingest.records.lines import file_lines
     st.booleans(),
     st.integers(1, 12),
 )
-def test_every_line_is_read_once_for_any_range_size(lines: list[bytes], end: bytes, ended: bool, size: int) -> None:
+def test_every_line_of_a_file_is_read_once_whatever_the_size_of_the_ranges(
+    lines: list[bytes], end: bytes, ended: bool, size: int
+) -> None:
     content = end.join(lines) + (end if ended and lines else b"")
     with TemporaryDirectory() as folder:
         path = Path(folder, "a.csv")

@@ -1,4 +1,4 @@
-"""Local copies of a model's files: made once by the first process, complete, and removed when unused."""
+"""Tests of local copies of a model's files: the first process makes a complete copy, and unused copies are removed."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_only_the_most_recently_used_models_are_kept(tmp_path: Path) -> None:
     assert [copy.exists() for copy in copies] == [False, False] + [True] * KEPT
 
 
-def test_two_processes_copy_once_and_a_killed_one_leaves_no_partial_copy(tmp_path: Path) -> None:
+def test_two_processes_copy_a_model_once_and_a_killed_process_leaves_no_partial_copy(tmp_path: Path) -> None:
     folder, root = model(tmp_path / "far"), tmp_path / "near"
     victim = start(folder, root, 60)
     assert [line(victim), line(victim)] == ["asks", "copies config.json"]
@@ -94,7 +94,7 @@ def test_two_processes_copy_once_and_a_killed_one_leaves_no_partial_copy(tmp_pat
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
-def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
+def test_a_cache_folder_of_another_user_is_refused(tmp_path: Path) -> None:
     (tmp_path / "near").mkdir()
     os.chown(tmp_path / "near", 12345, 12345)
     with pytest.raises(StageFailed, match="another user"):

@@ -1,4 +1,4 @@
-"""Parsers of CSV, JSON lines and tables: every row becomes a record, and a malformed row keeps its raw text."""
+"""Tests of the parsers of CSV, JSON lines and tables: every row becomes a record, and a bad row keeps its raw text."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_output_of_a_csv_writer_is_split_into_its_fields(fields: list[str]) -> N
 
 
 @given(st.text(st.sampled_from('",ab '), min_size=1))
-def test_any_line_is_split_as_by_the_csv_module_or_refused(line: str) -> None:
+def test_any_line_is_split_as_the_csv_module_splits_it_or_not_at_all(line: str) -> None:
     fields = split_line(line)
     try:
         [expected] = csv.reader([line], strict=True)
@@ -56,11 +56,11 @@ def test_any_line_is_split_as_by_the_csv_module_or_refused(line: str) -> None:
 
 
 @pytest.mark.parametrize("line", ['"', '"a', 'a,"b', '"a"b', '"a" ,b', '"""'])
-def test_wrong_quotes_are_refused(line: str) -> None:
+def test_a_csv_line_with_wrong_quotes_is_not_split(line: str) -> None:
     assert split_line(line) is None
 
 
-def test_headers_and_blank_lines_are_skipped() -> None:
+def test_csv_headers_and_blank_csv_lines_are_skipped() -> None:
     lines = [
         ("in/a.csv", 0, 0, b""),
         ("in/a.csv", 0, 0, b"id,text"),
@@ -87,7 +87,7 @@ def test_malformed_csv_line_keeps_its_raw_text(line: bytes) -> None:
     assert record.raw == line.decode()
 
 
-def test_invalid_utf_8_is_replaced_in_its_row_only() -> None:
+def test_invalid_utf_8_in_a_csv_line_changes_only_the_row_of_this_line() -> None:
     bad, good = records(("a.csv", 7, 0, b"1,caf\xe9"), ("a.csv", 7, 0, "2,caf\u00e9".encode()))
     assert (bad.fields["text"], good.fields["text"]) == ("caf\ufffd", "caf\u00e9")
 
@@ -133,7 +133,7 @@ def test_table_rows_keep_their_types_and_an_image_struct_becomes_two_fields() ->
     ]
 
 
-def test_invalid_utf_8_of_a_table_is_replaced_in_its_row_only() -> None:
+def test_invalid_utf_8_in_a_table_changes_only_its_own_row() -> None:
     binary = pa.array([b"caf\xe9", None, b"x"])
     strings = pa.Array.from_buffers(pa.string(), 3, binary.buffers())  # Spark does not validate UTF-8
     batch = pa.RecordBatch.from_arrays([pa.array(["x"] * 3), strings], names=[FILE, "text"])

@@ -1,4 +1,4 @@
-"""Spill files: wide columns are restored to their own rows, for any selection of rows in any order."""
+"""Tests that spill files restore the wide columns of a row, for any selection of rows in any order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PICTURES = st.lists(st.lists(st.none() | st.binary(max_size=20), max_size=6), ma
 
 
 def outcomes(images: Batches) -> Iterator[pa.RecordBatch]:
-    """Yield outcomes with their batch and row number as name; those without a picture are refused."""
+    """Yield outcomes that are named by batch and row number. An outcome without a picture is a refusal."""
     for number, batch in enumerate(images):
         names = [f"{number}.{row}" for row in range(len(batch))]
         rows = zip(names, batch, strict=True)
@@ -37,7 +37,7 @@ def spill(images: Batches, folder: Path) -> pa.Table:
     return pa.Table.from_batches(decode_and_spill(outcomes(images), iter, str(folder)), NARROW)
 
 
-@settings(deadline=None)  # the first example loads libraries
+@settings(deadline=None)  # the first example takes longer, because it loads libraries
 @given(PICTURES, st.randoms(use_true_random=False), st.integers(1, 4))
 def test_every_row_gets_its_own_picture_and_payload(
     tmp_path_factory: pytest.TempPathFactory, images: Batches, random: Random, size: int
@@ -53,7 +53,7 @@ def test_every_row_gets_its_own_picture_and_payload(
     assert back == [(names[n], f"of {names[n]}", expected[n]) for n in chosen]
 
 
-def test_spill_folder_is_removed_at_the_end_and_stale_ones_at_the_next_start(
+def test_spill_folder_is_removed_at_the_end_and_stale_spill_folders_are_removed_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Thumbnails of rows, from any column that holds a picture; null without one."""
+"""Tests that rows get thumbnails of their pictures, and null if a row has no picture."""
 
 from __future__ import annotations
 

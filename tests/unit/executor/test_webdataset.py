@@ -1,4 +1,4 @@
-"""WebDataset tars: members with the same key form a row, and a damaged tar loses no complete row."""
+"""Tests of WebDataset tars: members with the same key form a row, and a damaged tar keeps its complete rows."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_members_with_the_same_key_form_a_row(tmp_path: Path) -> None:
     assert [record.problem for record in (first, second, third)] == [None] * 3
 
 
-def test_tars_may_be_compressed_and_a_task_may_read_several(tmp_path: Path) -> None:
+def test_tars_may_be_compressed_and_a_task_may_read_several_tars(tmp_path: Path) -> None:
     paths = write_tar(tmp_path / "x.tar.gz", ROWS, "w:gz"), write_tar(tmp_path / "y.tar", ROWS)
     assert [record.fields["__key__"] for record in rows_of(*paths)] == ["in/a", "in/b", "in/c"] * 2
 
@@ -66,7 +66,9 @@ def test_tars_may_be_compressed_and_a_task_may_read_several(tmp_path: Path) -> N
     ],
     ids=["large", "twice", "not-json", "no-object"],
 )
-def test_problem_of_a_member_affects_its_row_only(tmp_path: Path, members: dict[str, bytes], reason: str) -> None:
+def test_problem_of_a_tar_member_affects_only_the_row_of_the_member(
+    tmp_path: Path, members: dict[str, bytes], reason: str
+) -> None:
     bad, good = rows_of(write_tar(tmp_path / "x.tar", members | {"b.png": b"p"}))
     assert bad.problem is not None
     assert bad.problem.reason == reason
@@ -74,7 +76,9 @@ def test_problem_of_a_member_affects_its_row_only(tmp_path: Path, members: dict[
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_truncated_tar_keeps_complete_rows_and_reports_the_rest(tmp_path: Path, mode: str) -> None:
+def test_complete_rows_of_a_truncated_tar_are_kept_and_one_refused_row_reports_the_damage(
+    tmp_path: Path, mode: str
+) -> None:
     members = {f"{n}.{extension}": bytes([n]) * 700 for n in range(4) for extension in IMAGES}
     path = write_tar(tmp_path / "x.tar", members, mode)
     content, rows = path.read_bytes(), rows_of(path)
@@ -90,7 +94,7 @@ def test_truncated_tar_keeps_complete_rows_and_reports_the_rest(tmp_path: Path, 
             assert last.fields.items() <= rows[len(before)].fields.items()
 
 
-def test_file_that_is_not_a_tar_is_one_refused_row(tmp_path: Path) -> None:
+def test_file_that_is_not_a_tar_becomes_one_refused_row(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"hello " * 200)
     [record] = rows_of(tmp_path / "x.tar")
     assert record.problem is not None

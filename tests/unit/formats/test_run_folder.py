@@ -1,4 +1,4 @@
-"""Run folder: atomic writes, and reads in the order of steps."""
+"""Tests that files of a run folder are written atomically and read in the order of steps."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def failure(rank: int, failed_at: float) -> Failure:
     )
 
 
-def test_a_written_file_reads_back_equal(run: RunFolder) -> None:
+def test_reading_a_written_json_file_gives_an_equal_object(run: RunFolder) -> None:
     content = RankFile(rank=1, host="a", pid=7, started_at=1.5)
     write_json(run.rank(1), content)
     assert read_json(run.rank(1), RankFile) == content
@@ -55,7 +55,7 @@ def test_a_failed_write_keeps_the_previous_file(run: RunFolder) -> None:
     assert [path.name for path in run.path.iterdir()] == ["tracking.json"]
 
 
-def test_a_missing_or_foreign_file_is_a_user_error(run: RunFolder) -> None:
+def test_reading_a_missing_file_or_a_file_of_another_kind_is_a_user_error(run: RunFolder) -> None:
     with pytest.raises(UserError, match=r"run\.json is missing"):
         run.read_run()
     write_json(run.run_file, {"rank": "x"})
@@ -80,13 +80,13 @@ def test_only_complete_checkpoints_are_listed_in_step_order(run: RunFolder) -> N
     assert [path.name for path in run.finished_checkpoints()] == ["step_000200", "step_1000000"]
 
 
-def test_failures_are_read_earliest_first(run: RunFolder) -> None:
+def test_failure_records_are_read_in_the_order_of_their_time(run: RunFolder) -> None:
     for rank, failed_at in ((0, 3.0), (1, 1.0), (2, 2.0)):
         write_json(run.failure(rank), failure(rank, failed_at))
     assert [f.rank for f in run.read_failures()] == [1, 2, 0]
 
 
-def test_a_heartbeat_has_step_and_time(run: RunFolder) -> None:
+def test_a_heartbeat_contains_the_step_and_the_time(run: RunFolder) -> None:
     assert run.read_heartbeat(0) is None
     write_heartbeat(run, 0, 12)
     beat = run.read_heartbeat(0)
@@ -94,7 +94,7 @@ def test_a_heartbeat_has_step_and_time(run: RunFolder) -> None:
     assert beat.step == 12
 
 
-def test_archiving_an_attempt_keeps_the_files_of_the_run(run: RunFolder) -> None:
+def test_archiving_an_attempt_does_not_move_checkpoints_metrics_and_samples(run: RunFolder) -> None:
     for attempt in (1, 2):
         write_json(run.failure(0), failure(0, attempt))
         write_json(run.metrics(1), Metrics(step=1, time=0.0, values={}))

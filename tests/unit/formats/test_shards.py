@@ -1,4 +1,4 @@
-"""Shard format: reads of single rows, atomic writes, damaged files, and content hashes."""
+"""Tests of the shard format: reading single rows, writing atomically, damaged files, and content hashes."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_every_row_is_found_for_all_file_and_batch_sizes(
 
 
 def test_reading_a_row_does_not_read_its_whole_record_batch(tmp_path: Path) -> None:
-    """Rows are read in random order, so reading more than one at a time would multiply the bytes read."""
+    """Rows are read in random order, so reading a whole record batch for each row would multiply the bytes read."""
     side, count = 224, 2 * BATCH_ROWS
     template = request(image=ImageConfig(size=side), rows=count)
     shown = np.zeros((side, side, 3), np.uint8).tobytes()
@@ -118,7 +118,7 @@ def test_reading_a_row_does_not_read_its_whole_record_batch(tmp_path: Path) -> N
 
 
 def in_memory(path: Path) -> int:
-    """Bytes of a file that are in the page cache."""
+    """Return the number of bytes of a file that are in the page cache."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as memory:
         pages = ctypes.create_string_buffer(-(-len(memory) // mmap.PAGESIZE))
         start = ctypes.c_char.from_buffer(memory)
@@ -128,7 +128,9 @@ def in_memory(path: Path) -> int:
 
 
 @pytest.mark.parametrize("offsets", [(0, 2**31 - 1), (0, 10**6), (-5, 0), (400, 300)])
-def test_impossible_offsets_of_a_picture_are_reported_as_damage(tmp_path: Path, offsets: tuple[int, int]) -> None:
+def test_a_shard_with_impossible_offsets_of_a_picture_is_reported_as_damaged(
+    tmp_path: Path, offsets: tuple[int, int]
+) -> None:
     shards = write(tmp_path, request(encoding="jpeg"), 10)
     path, length = tmp_path / shards.manifest.files[0].file, len(encode_pixels(pixels(0), "jpeg"))
     content = path.read_bytes()
@@ -160,7 +162,7 @@ def test_the_limit_of_open_files_is_raised_or_reported(tmp_path: Path, hard: int
     assert re.search(expected, ended.stdout + ended.stderr), ended.stderr
 
 
-def test_a_mix_refers_to_files_of_other_shard_folders_and_has_its_own_hash(tmp_path: Path) -> None:
+def test_the_manifest_of_a_mix_names_files_in_other_shard_folders_and_has_its_own_content_hash(tmp_path: Path) -> None:
     parts = [
         ShardFolder(tmp_path / name, write(tmp_path / name, request(source=name, rows=rows), total).manifest, False)
         for name, rows, total in (("own", 60, 150), ("other", 7, 15))
@@ -180,13 +182,13 @@ def test_a_mix_refers_to_files_of_other_shard_folders_and_has_its_own_hash(tmp_p
         Shards.open(first.folder)
 
 
-def test_content_does_not_depend_on_the_input_batches(tmp_path: Path) -> None:
+def test_the_content_of_a_shard_file_does_not_depend_on_the_sizes_of_the_input_batches(tmp_path: Path) -> None:
     one, other = (write(tmp_path / str(size), request(), 310, size) for size in (17, 64))
     assert one.manifest.content_hash == other.manifest.content_hash
     assert one.manifest == other.manifest
 
 
-def test_jpeg_shards_keep_pixels_within_two_levels(tmp_path: Path) -> None:
+def test_pixels_of_jpeg_shards_differ_from_the_originals_by_two_levels_at_most(tmp_path: Path) -> None:
     shards = write(tmp_path, request(encoding="jpeg"), 70)
     assert np.abs(shards.row(69).pixels.astype(int) - pixels(69)).max() <= 2
 
@@ -199,7 +201,7 @@ def test_texts_are_read_in_row_order_with_their_prompts(tmp_path: Path) -> None:
     ]
 
 
-def test_shards_are_pickled_as_their_path(tmp_path: Path) -> None:
+def test_a_pickle_of_shards_contains_only_their_path(tmp_path: Path) -> None:
     shards = write(tmp_path, request(), 10)
     shards.row(0)
     pickled = pickle.dumps(shards)
@@ -207,7 +209,7 @@ def test_shards_are_pickled_as_their_path(tmp_path: Path) -> None:
     assert np.array_equal(pickle.loads(pickled).row(7).pixels, pixels(7))
 
 
-def test_a_failed_write_leaves_no_file(tmp_path: Path) -> None:
+def test_a_failed_write_of_a_shard_file_leaves_no_file(tmp_path: Path) -> None:
     def broken() -> Iterator[pa.RecordBatch]:
         yield from batches(request(), 0, 100)
         raise OSError("no space left")

@@ -1,4 +1,4 @@
-"""Definitions of tables: keys are columns, types have SQL names, and comments are valid in SQL."""
+"""Tests of the table definitions: keys are columns, types have SQL names, and comments are valid in SQL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlm.errors import IMAGE_REASONS
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
-def test_table_is_well_formed(table: Table) -> None:
+def test_keys_types_and_comments_of_a_table_are_valid(table: Table) -> None:
     assert len(set(table.names)) == len(table.names)
     assert set(table.key) <= set(table.names)
     nullable = {column.name for column in table.columns if column.nullable}
@@ -39,14 +39,14 @@ def test_every_image_reason_is_a_quarantine_reason() -> None:
     assert len(set(REASONS)) == len(REASONS)
 
 
-def test_columns_of_outcomes_have_the_types_of_their_tables() -> None:
+def test_columns_of_outcomes_have_the_types_of_the_table_columns_of_the_same_name() -> None:
     types = {field.name: field.type for field in OUTCOME}
     for table in (SAMPLES, QUARANTINE):
         for column in table.columns:
             assert types.get(column.name, column.type) == column.type, f"{table.name}.{column.name}"
 
 
-def test_table_is_read_through_a_file_system_of_arrow(tmp_path: Path) -> None:
+def test_arrow_dataset_reads_a_table_through_a_file_system_of_arrow(tmp_path: Path) -> None:
     """An Arrow thread that calls Python while the interpreter exits would abort the process."""
     write_deltalake(tmp_path / "a b" / "t", pa.table({"x": [1, 2], "s": ["c d", "e%"]}), partition_by=["s"])
     found = arrow_dataset(DeltaTable(tmp_path / "a b" / "t"))

@@ -1,4 +1,4 @@
-"""A page is self-contained and escapes everything that comes from data."""
+"""Tests that a page is self-contained and escapes all text that comes from data."""
 
 from __future__ import annotations
 

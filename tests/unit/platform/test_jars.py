@@ -1,4 +1,4 @@
-"""Delta Lake's jars are downloaded by one process; later sessions load them from the recorded paths."""
+"""Tests that one process downloads Delta Lake's jars, and later Spark sessions load jars from the recorded paths."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def jar(folder: Path, name: str) -> Path:
     return path
 
 
-def test_recorded_jars_are_loaded_until_one_is_missing(tmp_path: Path) -> None:
+def test_recorded_jars_are_loaded_until_a_jar_is_missing(tmp_path: Path) -> None:
     paths = [jar(tmp_path / "with space", name) for name in ("a.jar", "b.jar")]
     with delta_jars() as first:
         assert "io.delta:delta-spark_" in first.settings()["spark.jars.packages"]
@@ -40,7 +40,7 @@ def test_other_processes_wait_for_a_download_and_then_use_its_jars(tmp_path: Pat
         with delta_jars() as jars:
             found.append(jars)
         with delta_jars():
-            both.wait()  # both threads are in the block at once: neither holds the lock
+            both.wait()  # both threads are in the block at once, so neither thread holds the lock
 
     others = [threading.Thread(target=start) for _ in range(2)]
     with delta_jars() as first:
@@ -55,7 +55,7 @@ def test_other_processes_wait_for_a_download_and_then_use_its_jars(tmp_path: Pat
     assert not both.broken
 
 
-def test_a_session_without_jars_leaves_no_record(tmp_path: Path) -> None:
+def test_a_spark_session_without_jars_leaves_no_record_of_jars(tmp_path: Path) -> None:
     jars = Jars(tmp_path / "jars.txt")
     jars.save("")
     assert not jars.load().paths

@@ -1,4 +1,4 @@
-"""Both platforms have all fields in the same form, and a laptop on which Spark cannot start reports why."""
+"""Tests that both platforms have all fields in the same form, and that a failed start of Spark is explained."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_both_platforms_have_every_field(any_platform: Platform) -> None:
     assert any_platform.experiment("demo").endswith("lakesight/demo")
 
 
-def test_a_laptop_keeps_everything_under_its_home(home: Path) -> None:
+def test_all_folders_of_a_laptop_are_under_its_home_folder(home: Path) -> None:
     platform = local(LocalPlatformConfig())
     assert platform.root == home
     assert platform.tables is not None
@@ -54,7 +54,7 @@ def test_a_laptop_keeps_everything_under_its_home(home: Path) -> None:
     assert list(home.iterdir()) == [], "files exist before they are needed"
 
 
-def test_a_workspace_names_catalog_and_schema_everywhere() -> None:
+def test_all_names_in_a_workspace_contain_catalog_and_schema() -> None:
     platform = databricks(WORKSPACE)
     assert platform.table("samples") == "main.vision.samples"
     assert platform.folder("shards") == Path("/Volumes/main/vision/files/shards")
@@ -64,7 +64,7 @@ def test_a_workspace_names_catalog_and_schema_everywhere() -> None:
 
 
 @pytest.mark.parametrize(("master", "local_mode"), [("local[2]", True), ("local-cluster[2,1,2048]", False)])
-def test_ranks_run_on_the_drivers_host_unless_there_are_executors(home: Path, master: str, local_mode: bool) -> None:
+def test_ranks_run_on_the_drivers_host_unless_spark_has_executors(home: Path, master: str, local_mode: bool) -> None:
     config = LocalPlatformConfig.model_validate({"spark": {"master": master}})
     assert local(config).launch.local_mode is local_mode
 
@@ -94,7 +94,7 @@ def fake_java(folder: Path, script: str) -> None:
         ("exit 1", "nothing"),
     ],
 )
-def test_an_old_or_missing_java_is_one_paragraph(
+def test_the_error_for_an_old_or_missing_java_is_one_paragraph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, got: str
 ) -> None:
     fake_java(tmp_path, script)

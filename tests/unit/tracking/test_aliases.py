@@ -29,10 +29,10 @@ WRITES = ("set_registered_model_tag", "set_registered_model_alias", "delete_regi
 
 @pytest.fixture(scope="module")
 def three_versions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Create a registry with three versions of a model; returns the path of its SQLite file."""
+    """Create a registry with three versions of a model, and return the path of the registry's SQLite file."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     uri = f"sqlite:///{path}"
-    client = MlflowClient(uri, registry_uri=uri)  # the process-wide registry may be that of an earlier test
+    client = MlflowClient(uri, registry_uri=uri)  # an earlier test may have set the registry of this process
     client.create_registered_model(NAME)
     for number in range(3):
         client.create_model_version(NAME, f"file:///{number}")
@@ -63,7 +63,7 @@ def move(platform: Platform, kind: Kind) -> None:
 
 
 def state(platform: Platform) -> tuple[dict[str, str], bool]:
-    """Return `champion` and `previous` with their versions, and whether a move is recorded."""
+    """Return the aliases `champion` and `previous` with their versions, and whether a move is recorded."""
     model = connect(platform).get_registered_model(NAME)
     aliases = {alias: str(number) for alias, number in model.aliases.items()}
     return {alias: aliases[alias] for alias in BEFORE}, registry.MOVE_TAG in model.tags
@@ -79,7 +79,7 @@ def check_and_complete(platform: Platform, kind: Kind) -> None:
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """Exception that stands for the sudden end of the process."""
 
 
 class KilledClient:
@@ -97,7 +97,7 @@ class KilledClient:
 
 
 def move_and_kill(platform: Platform, kind: Kind, last: int) -> bool:
-    """Run a move that is killed before write number `last`; returns whether it was killed before completion."""
+    """Run a move that is killed before write number `last`. Return whether the move was killed before its end."""
     with pytest.MonkeyPatch.context() as patch:
         client = KilledClient(connect(platform), last)
         patch.setattr(registry, "connect", lambda _: client)

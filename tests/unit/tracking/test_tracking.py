@@ -89,7 +89,9 @@ def picture(colour: str = "red") -> bytes:
 # ------------------------------------------------------------------------------------------------ runs
 
 
-def test_a_followed_run_has_every_step_once_with_parameters_tags_and_config(platform: Platform, run: RunFolder) -> None:
+def test_the_mlflow_run_of_a_training_run_has_every_step_once_and_parameters_tags_and_config(
+    platform: Platform, run: RunFolder
+) -> None:
     with runs.follow(run, CONFIG, platform) as run_id:
         for step in range(0, 30, 2):
             log_step(run, step)
@@ -155,7 +157,9 @@ def test_a_resumed_run_continues_its_mlflow_run_and_repeats_no_step(platform: Pl
     assert runs.CAUSE_TAG not in client.get_run(first).data.tags
 
 
-def test_a_failed_run_has_its_cause_and_failure_records(platform: Platform, run: RunFolder) -> None:
+def test_the_mlflow_run_of_a_failed_training_has_the_cause_and_the_failure_records(
+    platform: Platform, run: RunFolder
+) -> None:
     record = {"rank": 1, "host": "h", "pid": 1, "exception": "ValueError", "message": "m", "traceback": "t", "step": 3}
     write_json(run.failure(1), Failure.model_validate(record | {"failed_at": 1.0, "consequence": False}))
     with pytest.raises(TrainingFailed), runs.follow(run, CONFIG, platform) as run_id:
@@ -224,7 +228,7 @@ def test_an_unreachable_tracking_server_is_reported_without_its_password(
     assert "secret" not in str(error.value)
 
 
-def test_no_token_reaches_parameters_tags_or_artifacts(
+def test_mlflow_parameters_tags_and_artifacts_contain_no_token(
     platform: Platform, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "t0ken-value")
@@ -236,7 +240,9 @@ def test_no_token_reaches_parameters_tags_or_artifacts(
     assert not [p for p in (platform.root / "mlartifacts").rglob("*") if p.is_file() and b"t0ken" in p.read_bytes()]
 
 
-def test_tracking_prints_nothing(platform: Platform, run: RunFolder, capfd: pytest.CaptureFixture[str]) -> None:
+def test_logging_to_mlflow_prints_nothing(
+    platform: Platform, run: RunFolder, capfd: pytest.CaptureFixture[str]
+) -> None:
     with runs.follow(run, CONFIG, platform) as run_id:
         log_step(run, 0)
     finish(run)
@@ -300,7 +306,7 @@ def test_tags_of_a_version_are_valid_in_unity_catalog(platform: Platform, regist
     assert len(tags) <= 50
 
 
-def test_the_version_is_self_contained_and_holds_no_pickle(
+def test_a_registered_version_is_self_contained_and_contains_no_pickle(
     platform: Platform, registered: registry.ModelVersion, tmp_path: Path
 ) -> None:
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/{registered.name}/1", dst_path=str(tmp_path / "got")))
@@ -357,7 +363,7 @@ def test_download_fetches_the_weights_once(platform: Platform, registered: regis
     assert [path.name for path in folder.parent.iterdir()] == ["1"]
 
 
-def test_an_unknown_model_version_or_alias_lists_those_that_exist(
+def test_the_error_for_an_unknown_model_version_or_alias_lists_the_existing_ones(
     platform: Platform, registered: registry.ModelVersion
 ) -> None:
     registry.set_alias(platform, registered, "champion")

@@ -26,7 +26,7 @@ from pipelines.tracking.server import connect
 
 @pytest.fixture
 def job(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
-    """Return a job on a home folder of its own, without a Spark session."""
+    """Return a job with its own home folder and without a Spark session."""
     monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = load_run("demo")

@@ -1,4 +1,4 @@
-"""Augmentation: reproducible pictures, limited by the text shown with them, and off by default."""
+"""Tests of augmentation, which is reproducible, limited by the text shown with a picture, and off by default."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ TOKENIZER = CharTokenizer("abcdefghijklmnopqrstuvwxyz ")
 EPOCHS = 40
 SLOPE = np.linspace(0, 255, 16 * 24).astype(np.uint8).reshape(16, 24)
 PICTURE = np.stack([SLOPE // 2 + 60, SLOPE, 255 - SLOPE], axis=-1)
-"""A gradient in green that grows to the right and downwards; 16 pixels high, 24 wide."""
+"""Picture, 16 pixels high and 24 pixels wide, with a green gradient that grows to the right and downwards."""
 
 Pixels = npt.NDArray[np.uint8]
 
 
 def augmented(config: AugmentConfig, text: str = "a cat", prompt: str = "", picture: Pixels = PICTURE) -> list[Pixels]:
-    """The augmented picture in each of EPOCHS epochs."""
+    """Return the augmented picture of each of EPOCHS epochs."""
     picks = RowPicks(np.full(EPOCHS, 7), np.arange(EPOCHS))
     texts = [(prompt, text)] * EPOCHS
     return [row.pixels for row in Augmenter(config, 3).rows([Row("a/1", picture, texts)] * EPOCHS, texts, picks)]
@@ -38,7 +38,7 @@ def augmented(config: AugmentConfig, text: str = "a cat", prompt: str = "", pict
 def samples(
     shards: Shards, steps: range = range(8), world_size: int = 1, workers: int = 0, config: AugmentConfig | None = ALL
 ) -> list[tuple[bytes, str]]:
-    """Pixels and text of each sample of each global batch."""
+    """Return pixels and text of each sample in each global batch."""
     batches = global_batches(shards, TOKENIZER, steps, world_size=world_size, workers=workers, augment=config)
     return [sample for batch in batches for sample in batch]
 
@@ -64,7 +64,7 @@ def test_without_augmentation_pixels_equal_those_of_the_shards(shards: Shards) -
     assert tiny_run().train.augment is None
 
 
-def test_only_the_text_shown_limits_augmentation_not_other_texts_of_the_picture(shards: Shards) -> None:
+def test_augmentation_is_limited_by_the_shown_text_and_not_by_other_texts_of_the_picture(shards: Shards) -> None:
     stored = {shards.row(index).pixels.tobytes() for index in range(len(shards))}
     pictures = samples(shards, config=AugmentConfig(flip=1, sided_words=("x",)))
     assert {text.endswith(" x") for _, text in pictures} == {True, False}
@@ -86,14 +86,14 @@ def test_a_picture_whose_text_names_a_side_is_never_flipped(prompt: str, text: s
 
 
 @pytest.mark.parametrize("text", ["a cat", "he is upright, and bright", "leftover pizza"])
-def test_other_pictures_are_sometimes_flipped(text: str) -> None:
+def test_pictures_whose_text_names_no_side_are_sometimes_flipped(text: str) -> None:
     flipped = [(pixels == PICTURE[:, ::-1]).all() for pixels in augmented(AugmentConfig(flip=0.5), text)]
     same = [(pixels == PICTURE).all() for pixels in augmented(AugmentConfig(flip=0.5), text)]
     assert all(one != other for one, other in zip(flipped, same, strict=True))
     assert EPOCHS / 4 < sum(flipped) < EPOCHS * 3 / 4
 
 
-def test_sided_words_can_be_set_for_other_languages() -> None:
+def test_words_that_prevent_flipping_can_be_set_for_other_languages() -> None:
     config = AugmentConfig(flip=1, sided_words=("links", "nach rechts"))
     assert [(pixels == PICTURE).all() for pixels in augmented(config, "Er schaut nach rechts")] == [True] * EPOCHS
     assert [(pixels == PICTURE).all() for pixels in augmented(config, "Er hat recht")] == [False] * EPOCHS
@@ -120,7 +120,7 @@ def test_a_picture_with_boxes_in_its_text_is_not_cropped_but_its_colours_may_cha
 
 
 def measured(pixels: Pixels) -> tuple[float, float, float]:
-    """Mean grey, standard deviation of greys, and mean distance of a pixel to its own grey."""
+    """Return the mean grey, the standard deviation of greys, and the mean distance of a pixel to its own grey."""
     grey = pixels @ np.array([0.299, 0.587, 0.114])
     return float(grey.mean()), float(grey.std()), float(np.abs(pixels - grey[:, :, None]).mean())
 
@@ -129,7 +129,7 @@ def measured(pixels: Pixels) -> tuple[float, float, float]:
     ("strength", "changed", "kept"),
     [("brightness", [0, 1, 2], []), ("contrast", [1, 2], [0]), ("saturation", [2], [0, 1])],
 )
-def test_each_strength_changes_its_own_property_within_its_bounds(
+def test_brightness_contrast_and_saturation_each_change_only_their_own_property(
     strength: str, changed: list[int], kept: list[int]
 ) -> None:
     middle = PICTURE // 2 + 64  # no value is clipped
@@ -171,7 +171,7 @@ def test_an_invalid_setting_is_refused_by_name(augment: dict[str, Any], problem:
     assert problem in caught.value.got
 
 
-def test_augmentation_changes_the_run_identity_only_when_it_is_set() -> None:
+def test_augment_settings_change_the_identity_of_a_run_only_when_they_are_set() -> None:
     before = tiny_run().train.science()
     assert "augment" not in before
     assert "ema_decay" not in before["optimizer"]

@@ -1,4 +1,4 @@
-"""Batches: targets, the text shown with a picture, parts, mixes, and order with loader threads."""
+"""Tests of batches: labels, the text shown with a picture, parts, mixes, and the order with loader threads."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def collate(*texts: tuple[str, str]) -> Batch:
 
 
 def single_rank_batches(shards: Shards, batch_size: int, *, steps: int = 3, **settings: Any) -> Iterator[list[Batch]]:
-    """Batches of a single rank."""
+    """Return the batches of a single rank."""
     collator = Collator(TOKENIZER, MODEL)
     return training_batches(
         shards, collator, steps=range(steps), rank=0, world_size=1, batch_size=batch_size, seed=1, **settings
@@ -48,7 +48,7 @@ def spell(ids: torch.Tensor) -> str:
     return TOKENIZER.decode(ids[ids != IGNORE].tolist())
 
 
-def test_targets_are_the_answer_and_its_end_token_only() -> None:
+def test_labels_are_the_answer_and_the_end_token_and_nothing_else() -> None:
     batch = collate(("what?", "a cat"), ("", "dog"))
     labels = batch.labels_BT
     assert [spell(row_T) for row_T in labels] == ["a cat", "dog"]
@@ -65,7 +65,7 @@ def test_each_label_is_the_next_token() -> None:
         assert (tokens_T[inside + 1] == labels_T[inside]).all()
 
 
-def test_the_first_answer_token_is_predicted_from_the_last_of_the_prefix() -> None:
+def test_the_first_answer_token_is_predicted_at_the_last_token_of_the_prefix() -> None:
     batch = collate(("", "cat"))
     (positions,) = torch.where(batch.labels_BT[0] != IGNORE)
     assert positions[0] == SLOTS
@@ -97,7 +97,7 @@ def test_a_text_that_exactly_fits_is_not_truncated() -> None:
     assert spell(collate(("", text)).labels_BT[0]) == text
 
 
-def test_a_picture_with_several_texts_is_shown_with_each_in_some_epoch(tmp_path: Path) -> None:
+def test_a_picture_with_several_texts_is_shown_with_each_text_in_some_epoch(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", rows=4, texts=3)
     shown: dict[bytes, set[str]] = {}
     for (batch,) in single_rank_batches(shards, 4, steps=20):
@@ -185,7 +185,7 @@ def test_an_error_of_a_loader_thread_is_raised_when_its_batch_is_due(workers: in
         next(fetched)
 
 
-def test_loader_threads_work_in_parallel_a_few_items_ahead_and_end_with_the_iterator() -> None:
+def test_loader_threads_work_in_parallel_a_few_items_ahead_and_stop_when_the_iterator_is_closed() -> None:
     before, made = threading.active_count(), []
     barrier = threading.Barrier(2, timeout=20)
 

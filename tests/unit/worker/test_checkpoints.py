@@ -1,4 +1,4 @@
-"""Checkpoints: background writes, pruning, and verification when a run resumes."""
+"""Tests of checkpoints: writing in the background, removing old checkpoints, and verification on resumption."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def checkpoint_writer(step: int, after: Callable[[], object] = lambda: None) -> 
 
 
 def write_checkpoints(run: RunFolder, *steps: int) -> list[int]:
-    """Write checkpoints of these steps; return the steps whose checkpoints are kept."""
+    """Write checkpoints of these steps, and return the steps whose checkpoints are kept."""
     writer = CheckpointWriter(run, run.read_run())
     for step in steps:
         writer.save(step, checkpoint_writer(step))
@@ -51,7 +51,7 @@ def write_checkpoints(run: RunFolder, *steps: int) -> list[int]:
     return [int(folder.name[5:]) for folder in run.finished_checkpoints()]
 
 
-def test_the_newest_checkpoints_and_the_best_one_are_kept(run: RunFolder) -> None:
+def test_the_newest_checkpoints_and_the_best_checkpoint_are_kept(run: RunFolder) -> None:
     assert best_checkpoint(run) is None
     for step, loss in ((4, 3.0), (8, 1.0), (12, 2.0), (14, 0.5)):  # there is no checkpoint of step 14
         write_json(run.metrics(step), Metrics(step=step, time=0.0, values={"val/loss": loss}))
@@ -60,7 +60,7 @@ def test_the_newest_checkpoints_and_the_best_one_are_kept(run: RunFolder) -> Non
     assert best_checkpoint(run) == run.checkpoint(8)
 
 
-def test_a_checkpoint_is_written_in_the_background_and_the_next_one_waits_for_it(run: RunFolder) -> None:
+def test_a_checkpoint_is_written_in_the_background_and_the_next_checkpoint_waits_for_it(run: RunFolder) -> None:
     may_continue = threading.Event()
     writer = CheckpointWriter(run, run.read_run())
     writer.save(1, checkpoint_writer(1, lambda: may_continue.wait(30)))

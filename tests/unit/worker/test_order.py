@@ -1,4 +1,4 @@
-"""Row order: one permutation per epoch, and the same sequence for every world size."""
+"""Tests of the row order: each epoch is a permutation, and the sequence is the same for every world size."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def test_every_epoch_visits_every_row_once(num_rows: int, epoch: int, seed: int)
 
 @given(num_rows=st.integers(2**40, 2**46), seed=seeds)
 @settings(max_examples=20, deadline=None)
-def test_a_position_among_trillions_needs_no_memory(num_rows: int, seed: int) -> None:
+def test_permuting_one_position_among_trillions_takes_almost_no_memory(num_rows: int, seed: int) -> None:
     positions = np.array([0, 1, num_rows // 2, num_rows - 1])
     rows = permute(positions, np.zeros(4, np.int64), num_rows=num_rows, seed=seed)
     assert len(set(rows.tolist())) == 4
     assert ((rows >= 0) & (rows < num_rows)).all()
 
 
-def test_every_epoch_and_seed_has_its_own_order() -> None:
+def test_every_epoch_and_every_seed_has_its_own_row_order() -> None:
     orders = {tuple(epoch_of(100, epoch, seed)) for epoch in range(5) for seed in range(5)}
     assert len(orders) == 25
 
 
 @pytest.mark.parametrize("num_rows", [2, 3, 4, 5])
-def test_all_orders_of_a_few_rows_are_equally_likely(num_rows: int) -> None:
+def test_all_permutations_of_a_few_rows_are_equally_likely(num_rows: int) -> None:
     epochs = 24_000
     rows = permute(
         np.tile(np.arange(num_rows), epochs), np.repeat(np.arange(epochs), num_rows), num_rows=num_rows, seed=1
@@ -61,7 +61,7 @@ def test_all_orders_of_a_few_rows_are_equally_likely(num_rows: int) -> None:
     assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
 
 
-def test_neighbours_do_not_stay_neighbours() -> None:
+def test_neighbouring_rows_are_not_neighbours_in_the_row_order() -> None:
     order = np.array(epoch_of(10_000, 0, 7))
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.05
 
@@ -85,8 +85,8 @@ def test_slices_of_all_ranks_make_the_batch_of_a_single_rank(
     assert np.concatenate([part.epochs for part in slices]).tolist() == single.epochs.tolist()
 
 
-def test_512_ranks_share_a_billion_rows_and_256_ranks_continue_from_there() -> None:
-    """The cluster plan in docs/training.md relies on this: a rank needs its number only, not a shuffled list."""
+def test_512_ranks_share_a_billion_rows_and_256_ranks_continue_with_the_next_step() -> None:
+    """The cluster plan in docs/training.md relies on ranks that need only their number, not a shuffled list."""
     common = {"batch_size": 16_384, "num_rows": 10**9, "seed": 5}
     end_of_epoch = 10**9 // 16_384
     before = [
@@ -132,7 +132,7 @@ def test_a_mix_draws_each_part_by_its_share_and_all_its_rows_before_any_row_repe
         assert counts == [size] * whole + [rest]
 
 
-def test_the_order_never_changes() -> None:
+def test_the_row_order_is_the_same_in_every_version_of_the_code() -> None:
     """Another order would break the resumption of every existing run: do not update these numbers."""
     assert epoch_of(8, 0, 0) == [6, 4, 5, 2, 1, 7, 0, 3]
     assert hash64(1, -2, 3) == 12056474070484764355

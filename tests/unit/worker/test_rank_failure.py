@@ -1,4 +1,4 @@
-"""Monitor of a rank: what it records however the rank ends, in real processes."""
+"""Tests of the monitor of a rank, which records every end of the rank, in real processes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def wait_until_started(run: RunFolder, process: subprocess.Popen[bytes]) -> None
     while not run.heartbeat(0).exists():
         assert process.poll() is None
         time.sleep(0.01)
-    time.sleep(0.2)  # let it enter the body
+    time.sleep(0.2)  # the process enters the body in this time
 
 
 def test_a_finished_rank_is_marked_as_ended(run: RunFolder) -> None:
@@ -76,14 +76,14 @@ def test_a_restarted_rank_removes_its_old_record(run: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("code", [0, 3])
-def test_sys_exit_is_recorded(run: RunFolder, code: int) -> None:
+def test_a_rank_that_calls_sys_exit_is_recorded_as_failed(run: RunFolder, code: int) -> None:
     assert start_rank(run, f"monitor.report_step(7)\nsys.exit({code})").wait() == code
     assert failure_record(run).exception == "SystemExit"
     assert failure_record(run).message == f"exited at step 7 with exit code {code}"
     assert not failure_record(run).consequence
 
 
-def test_os_exit_leaves_no_record_and_no_end_mark(run: RunFolder) -> None:
+def test_a_rank_that_calls_os_exit_leaves_no_failure_record_and_no_end_mark(run: RunFolder) -> None:
     assert start_rank(run, "os._exit(0)").wait() == 0
     assert run.read_failures() == []
     assert not run.read_ranks()[0].ended
@@ -91,7 +91,7 @@ def test_os_exit_leaves_no_record_and_no_end_mark(run: RunFolder) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_recorded_while_the_main_thread_is_blocked_in_c(run: RunFolder, number: signal.Signals) -> None:
-    # Calls of sleep() in C hold the GIL only in between, so the main thread runs no handler, as in a collective.
+    # The main thread is blocked in sleep() of C, so it runs no Python signal handler, as in a collective.
     process = start_rank(run, "import ctypes\nsleep = ctypes.CDLL(None).sleep\nlist(map(sleep, [600] * 9))")
     wait_until_started(run, process)
     process.send_signal(number)
@@ -125,7 +125,7 @@ def test_a_rank_without_progress_times_out_and_writes_its_stacks(run: RunFolder)
     assert "_handle_timeout" in stacks
 
 
-def test_a_rank_whose_interpreter_is_stuck_is_ended_after_its_timeout(run: RunFolder) -> None:
+def test_a_rank_whose_python_interpreter_is_stuck_is_ended_after_its_timeout(run: RunFolder) -> None:
     body = f"""
     sys.path.insert(0, {str(SUPPORT)!r})
     from rank_faults import hold_the_interpreter
@@ -152,7 +152,7 @@ def test_a_thread_that_does_not_stop_delays_a_failed_rank_by_a_few_seconds_only(
         (RuntimeError("Application timeout caused pair closure"), True),
         (KeyboardInterrupt(), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-        (ConnectionResetError("Connection reset by peer"), False),  # of a file system, not of a collective
+        (ConnectionResetError("Connection reset by peer"), False),  # raised by a file system, not by a collective
         (ValueError("timed out waiting"), False),
     ],
 )
@@ -160,7 +160,7 @@ def test_only_a_broken_collective_or_an_interrupt_is_a_consequence(error: BaseEx
     assert is_consequence(error) is expected
 
 
-def test_distributed_errors_of_torch_are_consequences() -> None:
+def test_distributed_errors_of_torch_are_recorded_as_consequences() -> None:
     from torch.distributed import DistBackendError, DistNetworkError
 
     assert is_consequence(DistBackendError("NCCL communicator was aborted"))

@@ -1,4 +1,4 @@
-"""Shard cache: files are copied once, up to the limit, and rows stay the same whatever happens to the copies."""
+"""Tests of the shard cache: files are copied once, up to the limit, and the copies never change the rows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ print(*sorted(re.findall(r"(\\d+) +/.*[.]arrow", Path("/proc/self/maps").read_te
 
 
 class Disk(NamedTuple):
-    """Result of shutil.disk_usage."""
+    """Stand-in for the result of shutil.disk_usage."""
 
     total: int
     used: int
@@ -57,7 +57,7 @@ class Disk(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def large_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretend that the disk is large, so that only the limit matters."""
+    """Pretend that the disk is large, so that only the limit of the cache matters."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Disk(PLENTY, 0, PLENTY))
 
 
@@ -67,7 +67,7 @@ def source(tmp_path: Path) -> Shards:
 
 
 def finished_copier(shards: Shards, root: Path, limit: float = PLENTY) -> ShardCopier:
-    """A copier that has ended."""
+    """Return a copier whose thread has ended."""
     made = ShardCopier([shards], limit, root)
     made.start()
     made.join()
@@ -80,7 +80,7 @@ def contents(shards: Shards) -> list[tuple[bytes, Any]]:
 
 
 def copies(root: Path) -> list[str]:
-    """Digests of the copied files."""
+    """Return the SHA-256 of each copied file."""
     return sorted(path.stem for path in root.iterdir() if path.name != "lock")
 
 
@@ -113,7 +113,7 @@ def test_rows_are_read_from_the_original_files_until_their_copies_are_complete(s
     assert contents(shards) == before
 
 
-def test_existing_copies_are_reused_and_truncated_ones_are_replaced(source: Shards, tmp_path: Path) -> None:
+def test_existing_copies_are_reused_and_truncated_copies_are_replaced(source: Shards, tmp_path: Path) -> None:
     root = tmp_path / "cache"
     finished_copier(Shards.open(source.folder), root)
     kept, truncated, *_ = (root / f"{digest}.arrow" for digest in digests(source))
@@ -197,7 +197,7 @@ def test_a_shard_that_differs_from_its_manifest_fails_the_training(source: Shard
 
 
 def start(source: Shards, root: Path, seconds: float) -> subprocess.Popen[str]:
-    """Start a process that copies files, each in at least `seconds`; return when it is about to start copying."""
+    """Start a process that copies each file in at least `seconds`. Return when the process is about to copy."""
     command = [sys.executable, "-c", COPY, str(source.folder), str(root), str(root.with_name("record")), str(seconds)]
     environment = os.environ | {"PYTHONPATH": TEST_PATH}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -207,7 +207,7 @@ def start(source: Shards, root: Path, seconds: float) -> subprocess.Popen[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to list the files a process has mapped")
-def test_two_processes_copy_each_file_once_and_a_killed_one_leaves_no_lock_or_partial_file(
+def test_two_processes_copy_each_file_once_and_a_killed_process_leaves_no_lock_or_partial_file(
     source: Shards, tmp_path: Path
 ) -> None:
     root, record = tmp_path / "cache", tmp_path / "record"

@@ -1,4 +1,4 @@
-"""Training in stages: frozen parameters, learning rates per stage, and resumption in any stage."""
+"""Tests of training in stages: frozen parameters, learning rates per stage, and resumption in any stage."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ALL = {"steps": 8, "groups": [{"pattern": "encoder.*", "lr": 1e-3}, {"pattern": 
 
 
 class Killed(BaseException):
-    """Raised to end a rank in the middle of a run."""
+    """Exception that ends a rank in the middle of a run."""
 
 
 class KillingMonitor(RankMonitor):
@@ -108,7 +108,7 @@ def test_each_stage_has_its_own_warmup_and_decay(make_run: Any) -> None:
     assert first.lr_of(5, settings) == pytest.approx(0.05 * 4e-3)
 
 
-def test_the_stages_define_the_steps_of_the_run() -> None:
+def test_the_steps_of_a_run_are_the_sum_of_the_steps_of_its_stages() -> None:
     assert TrainConfig.model_validate({"stages": [PROJECTOR, ALL]}).steps == 14
     assert TrainConfig.model_validate({"stages": [StageConfig.model_validate(ALL)]}).steps == 8
 

@@ -1,4 +1,4 @@
-"""Stopwatch: rates count training steps and waits for batches, but not pauses."""
+"""Tests that the stopwatch counts training steps and waits for batches, but not pauses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Clock:
         return self.now
 
 
-def test_a_lap_counts_steps_and_waits_but_no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lap_of_the_stopwatch_counts_training_steps_and_waits_but_no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.worker.rank.metrics.time.perf_counter", clock := Clock())
     batch = Batch(*(torch.zeros(1) for _ in Batch.__dataclass_fields__))
 

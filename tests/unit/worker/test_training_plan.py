@@ -1,4 +1,4 @@
-"""Figures of the cluster plan in docs/training.md equal those computed from the model configs."""
+"""Tests that the figures of the cluster plan in docs/training.md equal the figures computed from model configs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipelines.config import load_model
 
 PAGE = (Path(__file__).parents[3] / "docs" / "training.md").read_text()
 GPU, GPUS, ROWS, LINK = 400e12, 8, 512, 100e9 / 8
-"""Assumptions of the page: FLOP/s of a GPU, GPUs per node, rows per GPU, bytes per second of a network link."""
+"""Assumptions of the page: FLOP/s of a GPU, GPUs per node, rows per GPU, and bytes per second of a network link."""
 
 
 def row_of(name: str) -> list[str]:
@@ -33,7 +33,7 @@ def test_bytes_of_a_step_and_of_a_checkpoint_follow_from_the_weights(name: str) 
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 4, 8, 16, 32, 64])
-def test_scaling_follows_from_compute_and_bytes(nodes: int) -> None:
+def test_scaling_figures_on_the_page_follow_from_compute_and_network_bytes(nodes: int) -> None:
     base = measure_model("base", load_model("base"))
     compute = ROWS * 3 * base.flops / GPU
     sending = 8 * base.parameters * (nodes - 1) / nodes / LINK
@@ -48,7 +48,7 @@ def test_scaling_follows_from_compute_and_bytes(nodes: int) -> None:
     ]
 
 
-def test_the_smallest_rows_per_gpu_that_hide_communication_are_stated() -> None:
+def test_the_page_states_the_smallest_rows_per_gpu_that_hide_communication() -> None:
     base = measure_model("base", load_model("base"))
     least = 8 * base.parameters / LINK / (3 * base.flops / GPU)
     assert f"Below {least:.0f} rows per GPU" in PAGE
