@@ -1,4 +1,4 @@
-"""Adapters: exact start, training, saving, merging, errors, and runs that train an adapter."""
+"""Tests of adapters: the fresh adapter, training, saving, loading, merging, errors, and resumed adapter runs."""
 
 import itertools
 from collections.abc import Iterable
@@ -71,17 +71,17 @@ def weights(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """Return the folder of a plain model."""
+    """Save a model without an adapter, and return its folder."""
     save_model(tmp_path / "base", *tiny_model("plain"))
     return tmp_path / "base"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_fresh_adapter_changes_no_output_and_a_merged_one_keeps_the_trained_output(variant: str) -> None:
-    scaled, tokenizer = tiny_model(variant)  # scaled weights also scale rounding errors, so build a fresh model
+def test_a_fresh_adapter_changes_no_output_and_a_merged_adapter_keeps_the_trained_output(variant: str) -> None:
+    scaled, tokenizer = tiny_model(variant)  # the scaled weights of tiny_model scale rounding errors
     model = build_model(scaled.config, tokenizer.vocab_size).eval()
     batch, before = tiny_batch(model, tokenizer, TEXTS), weights(model)
-    plain = model.requires_grad_(False)(batch)  # torch may sum in another order if no weight needs a gradient
+    plain = model.requires_grad_(False)(batch)  # frozen weights may change the order of torch's sums
     add_adapter(model, AdapterConfig(pattern="(encoder|projector|decoder.blocks).*"))
     assert torch.equal(model(batch), plain)
     adapted = {name for name, layer in model.named_modules() if isinstance(layer, LoraLinear)}
@@ -100,7 +100,7 @@ def test_a_fresh_adapter_changes_no_output_and_a_merged_one_keeps_the_trained_ou
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_training_changes_only_the_adapter_and_the_optimizer_holds_only_its_moments() -> None:
+def test_training_changes_only_adapter_weights_and_the_optimizer_holds_only_adapter_moments() -> None:
     model, tokenizer = tiny_model("plain")
     before = weights(model)
     add_adapter(model, AdapterConfig(pattern="decoder.*", rank=4, alpha=8))
@@ -115,14 +115,14 @@ def test_training_changes_only_the_adapter_and_the_optimizer_holds_only_its_mome
     assert num_moments == 2 * sum(p.numel() for p in trained)
 
 
-def test_an_adapter_after_the_last_router_can_be_trained() -> None:
+def test_an_adapter_of_a_layer_after_the_last_router_can_be_trained() -> None:
     model, tokenizer = tiny_model("routed")
     add_adapter(model, AdapterConfig(pattern="decoder.head"))
     reports = learn(model, adamw(model), itertools.repeat(tiny_batch(model, tokenizer, TEXTS), 10))
     assert reports[-1].loss < reports[0].loss
 
 
-def test_a_pattern_without_a_match_is_an_error_with_the_nearest_names() -> None:
+def test_a_pattern_that_matches_no_layer_is_an_error_with_the_most_similar_names() -> None:
     model, _ = tiny_model("plain")
     with pytest.raises(ConfigError) as caught:
         add_adapter(model, AdapterConfig(pattern="decoder.blocks.*.atention.qkv"))
@@ -131,17 +131,17 @@ def test_a_pattern_without_a_match_is_an_error_with_the_nearest_names() -> None:
     assert "nearest: decoder.blocks.N.attention.qkv" in message
     assert "a whole name of: encoder.blocks.N.attention.qkv" in message
     with pytest.raises(ConfigError, match="matches no linear layer"):
-        add_adapter(model, AdapterConfig(pattern="qkv"))  # a pattern must match the whole name
+        add_adapter(model, AdapterConfig(pattern="qkv"))  # the pattern must match the whole name of a layer
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_tied_head_cannot_be_adapted() -> None:
+def test_an_adapter_of_an_output_head_with_tied_weights_is_an_error() -> None:
     model, _ = tiny_model("other")
     with pytest.raises(ConfigError, match=r"decoder.head, whose weight is also decoder.tokens.weight"):
         add_adapter(model, AdapterConfig(pattern="decoder.*"))
 
 
-def test_a_saved_adapter_restores_the_trained_model_from_its_base(base: Path, tmp_path: Path) -> None:
+def test_a_saved_adapter_and_its_base_weights_restore_the_trained_model(base: Path, tmp_path: Path) -> None:
     model, tokenizer = load_model(base)
     digest = file_digest(base / "model.safetensors")
     add_adapter(model, BLOCKS)
@@ -156,13 +156,13 @@ def test_a_saved_adapter_restores_the_trained_model_from_its_base(base: Path, tm
     assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter.safetensors", "adapter.json"}
 
 
-def test_an_adapter_for_other_weights_or_layers_is_rejected(base: Path, tmp_path: Path) -> None:
+def test_loading_an_adapter_into_other_weights_or_other_layers_is_an_error(base: Path, tmp_path: Path) -> None:
     digest, folder = file_digest(base / "model.safetensors"), tmp_path / "adapter"
     model, tokenizer = load_model(base)
     add_adapter(model, BLOCKS)
     save_adapter(folder, model, BLOCKS, digest)
 
-    retrained, _ = tiny_model("plain", seed=2)  # all shapes are equal
+    retrained, _ = tiny_model("plain", seed=2)  # the tensors have the same shapes
     save_model(tmp_path / "retrained", retrained, tokenizer)
     with pytest.raises(CheckpointError, match=r"trained on other weights.*Got.*Fix: load the weights"):
         load_adapter(folder, retrained, file_digest(tmp_path / "retrained" / "model.safetensors"))
@@ -191,7 +191,7 @@ def test_an_adapter_for_other_weights_or_layers_is_rejected(base: Path, tmp_path
 # ------------------------------------------------------------------------------------------------ weights of a run
 
 
-def test_a_resumed_adapter_run_equals_the_uninterrupted_run_and_ends_with_a_plain_model(
+def test_a_resumed_adapter_training_equals_the_uninterrupted_training_and_ends_with_a_plain_model(
     base: Path, tmp_path: Path
 ) -> None:
     config = ModelConfig.model_validate_json((base / "config.json").read_text())
@@ -223,7 +223,7 @@ def test_a_resumed_adapter_run_equals_the_uninterrupted_run_and_ends_with_a_plai
     torch.testing.assert_close(plain(batches[0]), model.eval()(batches[0]), atol=1e-5, rtol=1e-5)
 
 
-def test_a_run_with_start_from_loads_the_weights_of_the_folder(base: Path) -> None:
+def test_a_run_with_start_from_starts_with_the_weights_of_that_folder(base: Path) -> None:
     _, tokenizer = tiny_model("plain")
     config = ModelConfig.model_validate_json((base / "config.json").read_text())
     model = ModelBuilder(config, TrainConfig(start_from=str(base)), tokenizer).model(CPU)
@@ -233,7 +233,7 @@ def test_a_run_with_start_from_loads_the_weights_of_the_folder(base: Path) -> No
 
 
 @pytest.mark.parametrize("variant", ["plain", "other", "looking", "routed"])
-def test_frozen_weights_in_bf16_do_not_change_a_run_under_bf16_autocast(variant: str) -> None:
+def test_converting_frozen_weights_to_bf16_does_not_change_training_under_bf16_autocast(variant: str) -> None:
     ends = []
     for cast in (False, True):
         model, tokenizer = tiny_model(variant)
@@ -252,8 +252,8 @@ def test_frozen_weights_in_bf16_do_not_change_a_run_under_bf16_autocast(variant:
     assert all(torch.equal(ends[0][1][name], ends[1][1][name]) for name in ends[0][1])
 
 
-def test_fine_tuning_three_billion_weights_takes_eight_gigabytes() -> None:
-    """Compute the bytes of weights, adapter, gradients and moments (docs/training.md#memory) on meta tensors."""
+def test_fine_tuning_a_model_of_three_billion_weights_needs_less_than_eight_gigabytes() -> None:
+    """Compute the bytes of weights, adapter, gradients and moments on meta tensors (see docs/training.md#memory)."""
     config = load_config("paligemma")
     with torch.device("meta"):
         model = build_model(config, config.text.vocab_size)  # type: ignore[union-attr]
@@ -263,4 +263,4 @@ def test_fine_tuning_three_billion_weights_takes_eight_gigabytes() -> None:
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
     assert (frozen, trained) == (2_923_466_480, 8_921_088)
-    assert stored + trained * (4 + 8) == 7_046_126_528  # 4 bytes of gradient, 8 bytes of AdamW moments
+    assert stored + trained * (4 + 8) == 7_046_126_528  # 4 bytes per gradient and 8 bytes per pair of AdamW moments

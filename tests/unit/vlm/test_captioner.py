@@ -1,4 +1,4 @@
-"""Captioner: bounded batches, results in order, and errors that concern only their own row."""
+"""Tests of the captioner: the size of batches, the order of results, and errors that concern only one row."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def files(count: int) -> list[bytes | str | None]:
 
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": 1.0, "seed": 5}, {"num_beams": 3}])
-def test_prompts_of_different_lengths_share_batches_without_changing_captions(changes: dict[str, object]) -> None:
+def test_a_caption_does_not_depend_on_prompts_of_other_lengths_in_the_batch(changes: dict[str, object]) -> None:
     captioner = Captioner(*tiny_model("other"))
     settings = SETTINGS.model_copy(update=changes)
     images, prompts = files(12), ["", "what", "a long question", "why"] * 3
@@ -39,7 +39,7 @@ def test_prompts_of_different_lengths_share_batches_without_changing_captions(ch
     assert len({result.caption for result in together}) > 1
 
 
-def test_a_long_prompt_and_a_broken_picture_are_errors_only_of_their_rows() -> None:
+def test_a_long_prompt_or_a_broken_picture_is_an_error_of_its_row_alone() -> None:
     captioner = Captioner(*tiny_model("other"))
     good, other, broken = *files(2), b"no picture"
     results = captioner.caption([good, other, broken], ["a", "what" * 20, "a"], SETTINGS, min_side=MIN_SIDE)
@@ -56,7 +56,7 @@ def test_a_prompt_that_is_not_unicode_is_an_error_only_of_its_row() -> None:
     assert "not valid Unicode" in str(bad.error)
 
 
-def test_a_caption_is_cut_before_a_stop_string() -> None:
+def test_a_caption_ends_before_the_first_stop_string() -> None:
     captioner = Captioner(*tiny_model("other"))
     (free,) = captioner.caption(files(1), [""], SETTINGS, min_side=MIN_SIDE)
     assert free.caption is not None
@@ -65,7 +65,7 @@ def test_a_caption_is_cut_before_a_stop_string() -> None:
     assert cut.caption == free.caption[: free.caption.index(word)]
 
 
-def test_batches_have_limited_rows_and_limited_positions_over_all_beams(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_has_a_limited_number_of_rows_and_of_positions_over_all_beams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captioner_module, "BATCH_ROWS", 5)
     monkeypatch.setattr(captioner_module, "BATCH_POSITIONS", 200)
     model, tokenizer = tiny_model("plain")

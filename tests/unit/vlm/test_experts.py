@@ -1,4 +1,4 @@
-"""Mixture of experts: the fast dispatch equals the reference loop; noise, precision and gradients of routers."""
+"""Tests of the mixture of experts: the dispatch, and the noise, precision and gradients of routers."""
 
 import numpy as np
 import numpy.typing as npt
@@ -41,12 +41,14 @@ def gradients(experts: PlainExperts | GatedExperts, x_NW: Tensor, gates_NK: Tens
     return list(torch.autograd.grad((y_NW * torch.randn_like(y_NW)).sum(), [x_NW, gates_NK, *experts.parameters()]))
 
 
-# Widths whose rows are multiples of 16 bytes use the grouped kernel of torch, the others the padded product.
+# The dispatch uses torch's grouped kernel if rows are multiples of 16 bytes, and a padded matrix product otherwise.
 @pytest.mark.parametrize("widths", [(16, 32), (8, 20), (6, 10)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["plain", "gated"])
 @pytest.mark.parametrize("chosen", CHOSEN)
-def test_the_fast_dispatch_equals_the_loop(chosen: str, kind: str, bias: bool, widths: tuple[int, int]) -> None:
+def test_dispatch_equals_the_reference_loop_over_experts(
+    chosen: str, kind: str, bias: bool, widths: tuple[int, int]
+) -> None:
     experts = make_experts(kind, *widths, bias=bias)
     chosen_NK = torch.tensor(CHOSEN[chosen])
     x_NW = torch.randn(len(chosen_NK), widths[0], requires_grad=True)
@@ -59,7 +61,7 @@ def test_the_fast_dispatch_equals_the_loop(chosen: str, kind: str, bias: bool, w
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_a_token_is_the_softmax_weighted_sum_of_its_best_experts() -> None:
+def test_the_output_for_a_token_is_the_softmax_weighted_sum_of_its_best_experts() -> None:
     layer, x_1W = make_layer(noisy=False).eval(), torch.randn(1, 16)
     logits_X = (x_1W @ layer.router.weight.T)[0]
     first, second = logits_X.argsort(descending=True)[:K].tolist()
@@ -73,7 +75,7 @@ def test_a_token_is_the_softmax_weighted_sum_of_its_best_experts() -> None:
     torch.testing.assert_close(layer(x_1W), weight * expert(first) + (1 - weight) * expert(second))
 
 
-def test_noise_is_added_only_in_training_and_follows_the_seed() -> None:
+def test_the_router_adds_noise_only_in_training_and_the_seed_decides_the_noise() -> None:
     layer, x = make_layer(noisy=True), torch.randn(2, 40, 16)
     layer.eval()
     state = torch.get_rng_state()
@@ -88,7 +90,7 @@ def test_noise_is_added_only_in_training_and_follows_the_seed() -> None:
     assert not torch.equal(outputs[0], outputs[2])
 
 
-def test_noise_has_the_learned_scale() -> None:
+def test_the_router_noise_has_the_learned_scale() -> None:
     layer = make_layer(noisy=True).train()
     assert layer.noise is not None
     x_NW = torch.randn(1, 16).expand(4000, 16)
@@ -101,7 +103,7 @@ def test_noise_has_the_learned_scale() -> None:
         assert layer.route(x_NW.abs()).gates_NK.allclose(torch.tensor(0.5))
 
 
-def test_router_noise_and_experts_get_gradients() -> None:
+def test_the_router_the_noise_layer_and_the_experts_get_gradients() -> None:
     layer = make_layer(noisy=True).train()
     assert layer.noise is not None
     layer(torch.randn(30, 16)).square().sum().backward()
@@ -110,7 +112,7 @@ def test_router_noise_and_experts_get_gradients() -> None:
         assert parameter.grad.abs().sum() > 0
 
 
-def test_routing_is_computed_in_fp32_under_autocast() -> None:
+def test_the_router_computes_in_fp32_under_autocast() -> None:
     layer, x_NW = make_layer(noisy=False).train(), torch.randn(200, 16)
     plain = layer(x_NW)
     expected = layer.pop_routing()
@@ -123,7 +125,7 @@ def test_routing_is_computed_in_fp32_under_autocast() -> None:
     torch.testing.assert_close(rounded.float(), plain, rtol=0.1, atol=0.1)
 
 
-def test_only_a_training_pass_stores_its_routing_and_pop_clears_it() -> None:
+def test_only_a_training_pass_stores_the_routing_and_pop_routing_clears_it() -> None:
     layer = make_layer(noisy=False)
     layer.train()(torch.randn(3, 7, 16))
     layer.eval()(torch.randn(5, 16))
@@ -131,7 +133,7 @@ def test_only_a_training_pass_stores_its_routing_and_pop_clears_it() -> None:
     assert layer.pop_routing().chosen_NK.shape == (0, K)
 
 
-def test_the_load_plot_shows_each_layer_relative_to_an_even_load() -> None:
+def test_the_expert_load_plot_shows_the_load_of_each_layer_relative_to_an_even_load() -> None:
     load = {"encoder.blocks.0": (0.1, 0.9), "decoder.blocks.0": (0.25, 0.5, 0.25, 0.0)}
     (axes,) = draw_expert_load(Metrics(step=7, time=0.0, values={}, expert_load=load)).axes
     drawn: npt.NDArray[np.float64] = np.ma.filled(np.ma.asarray(axes.images[0].get_array()), np.nan)

@@ -1,4 +1,4 @@
-"""Generation: cache, batch and padding do not change a completion; sampling, beam search, stop strings, errors."""
+"""Tests of generation: the cache, batches, padding, sampling, beam search, stop strings, streams and errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def ask(
 
 
 def mixed_requests(model: VisionLanguageModel, tokenizer: Tokenizer, count: int) -> list[Request]:
-    """Build requests with prompts of different lengths and up to two pictures."""
+    """Build requests with prompts of different lengths, each with at most two pictures."""
     pixels = tiny_pixels(2 * count)
     most = 2 if model.config.num_slots < 16 else 1
     pictures = [list(pixels[2 * i : 2 * i + min(i % 3, most)]) for i in range(count)]
@@ -41,7 +41,7 @@ def mixed_requests(model: VisionLanguageModel, tokenizer: Tokenizer, count: int)
 
 
 def next_logits(model: VisionLanguageModel, tokenizer: Tokenizer, request: Request, answer: list[int]) -> torch.Tensor:
-    """Compute log-probabilities of the next token without a cache, from the whole sequence."""
+    """Compute the log-probabilities of the next token from the whole sequence, without a key-value cache."""
     row = torch.tensor([[*request.prefix, *answer]])
     batch = Batch(torch.stack(list(request.pixels)), row, row, torch.tensor([len(request.prefix)]))
     logits = model.decoder.logits(model.hidden_states(batch)[0, -1])
@@ -67,7 +67,7 @@ def assert_same(found: Completion, expected: Completion) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("prompt", ["", "what is it?"])
-def test_cached_generation_equals_uncached_generation(variant: str, prompt: str) -> None:
+def test_generation_with_the_cache_equals_generation_without_the_cache(variant: str, prompt: str) -> None:
     model, tokenizer = tiny_model(variant)
     requests = [ask(model, tokenizer, [picture], prompt) for picture in tiny_pixels(6)]
     answers = generate(model, tokenizer, requests, GREEDY)
@@ -78,7 +78,7 @@ def test_cached_generation_equals_uncached_generation(variant: str, prompt: str)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_completion_is_the_same_alone_and_in_a_padded_batch_of_sixteen(variant: str) -> None:
+def test_a_request_gets_the_same_completion_alone_and_in_a_padded_batch_of_sixteen(variant: str) -> None:
     model, tokenizer = tiny_model(variant)
     requests = mixed_requests(model, tokenizer, 16)
     beams = SHORT.model_copy(update={"num_beams": 3})
@@ -92,7 +92,7 @@ def test_a_completion_is_the_same_alone_and_in_a_padded_batch_of_sixteen(variant
 
 
 @pytest.mark.parametrize("variant", ["plain", "looking"])
-def test_every_picture_of_a_request_and_their_order_change_the_completion(variant: str) -> None:
+def test_the_completion_depends_on_every_picture_of_a_request_and_on_the_order_of_the_pictures(variant: str) -> None:
     model, tokenizer = tiny_model(variant)
     one, two, three = tiny_pixels(3)
     rows = [(one, two), (two, one), (one, three), (one,), ()]
@@ -101,7 +101,7 @@ def test_every_picture_of_a_request_and_their_order_change_the_completion(varian
     assert len(firsts) == len(rows)
 
 
-def test_a_picture_is_encoded_once_for_all_beams_and_requests() -> None:
+def test_equal_pictures_are_encoded_once_for_all_beams_and_requests() -> None:
     model, tokenizer = tiny_model("plain")
     one, two = tiny_pixels(2)
     encoded: list[int] = []
@@ -113,7 +113,7 @@ def test_a_picture_is_encoded_once_for_all_beams_and_requests() -> None:
         assert_same(answer, generate(model, tokenizer, [request], SHORT.model_copy(update={"num_beams": 4}))[0])
 
 
-def test_a_finished_row_leaves_the_batch() -> None:
+def test_a_finished_completion_leaves_the_batch() -> None:
     model, tokenizer = tiny_model("other")
     requests = [ask(model, tokenizer, [picture]) for picture in tiny_pixels(16)]
     rows: list[int] = []
@@ -123,7 +123,7 @@ def test_a_finished_row_leaves_the_batch() -> None:
     assert rows[-1] < 16
 
 
-def test_sampling_follows_its_seeds_and_top_1_sampling_is_greedy() -> None:
+def test_the_seeds_decide_the_samples_and_top_1_sampling_equals_greedy_decoding() -> None:
     model, tokenizer = tiny_model("other")
     requests = [ask(model, tokenizer, [picture]) for picture in tiny_pixels(4)]
 
@@ -137,7 +137,7 @@ def test_sampling_follows_its_seeds_and_top_1_sampling_is_greedy() -> None:
     assert sampled(top_k=1) == sampled(temperature=0.0) == sampled(top_p=1e-6) == sampled(min_p=1.0)
 
 
-def test_a_sample_follows_its_random_number_and_never_has_probability_zero() -> None:
+def test_the_random_number_decides_the_sampled_token_which_never_has_probability_zero() -> None:
     scores = torch.tensor([-torch.inf, 0.0, -torch.inf, math.log(3), -torch.inf]).expand(5, -1)
     numbers = torch.tensor([0.0, 0.2499, 0.2501, 0.9999, 1 - 2**-53], dtype=torch.float64)
     assert sample_tokens(scores, numbers).tolist() == [1, 1, 3, 3, 3]
@@ -153,7 +153,9 @@ def test_suppressed_tokens_are_never_generated(changes: dict[str, object]) -> No
 
 
 @pytest.mark.parametrize("changes", [{}, {"repetition_penalty": 3.0}, {"temperature": 0.0, "num_beams": 3}])
-def test_log_probabilities_are_those_of_the_model_before_penalty_and_filters(changes: dict[str, object]) -> None:
+def test_logprobs_are_the_models_log_probabilities_before_repetition_penalty_and_filters(
+    changes: dict[str, object],
+) -> None:
     model, tokenizer = tiny_model("plain")
     requests = [ask(model, tokenizer, [picture]) for picture in tiny_pixels(4)]
     settings = SAMPLED.model_copy(update=changes)
@@ -167,7 +169,7 @@ def test_log_probabilities_are_those_of_the_model_before_penalty_and_filters(cha
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
-def test_wide_beam_search_finds_the_best_completion_of_an_exhaustive_search(length_penalty: float) -> None:
+def test_a_wide_beam_search_finds_the_same_completion_as_an_exhaustive_search(length_penalty: float) -> None:
     model, tokenizer = tiny_model("other")
     allowed, steps = [tokenizer.eos_id, 7, 11, 20], 3
     tokenizer.suppressed_ids = tuple(i for i in range(tokenizer.vocab_size) if i not in allowed)
@@ -187,7 +189,7 @@ def test_wide_beam_search_finds_the_best_completion_of_an_exhaustive_search(leng
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
-def test_a_completion_ends_before_a_stop_string(num_beams: int) -> None:
+def test_a_completion_ends_before_the_first_stop_string(num_beams: int) -> None:
     model, tokenizer = tiny_model("other")
     settings = GREEDY.model_copy(update={"num_beams": num_beams})
     requests = [ask(model, tokenizer, [picture]) for picture in tiny_pixels(6)]
@@ -204,7 +206,7 @@ def test_a_completion_ends_before_a_stop_string(num_beams: int) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": 1.0}, {"num_beams": 2}])
-def test_a_stream_yields_the_tokens_of_the_completion(changes: dict[str, object]) -> None:
+def test_stream_yields_the_same_tokens_as_generate(changes: dict[str, object]) -> None:
     model, tokenizer = tiny_model("other")
     settings = GREEDY.model_copy(update=changes)
     for picture in tiny_pixels(4):
@@ -213,7 +215,7 @@ def test_a_stream_yields_the_tokens_of_the_completion(changes: dict[str, object]
         assert list(stream(model, tokenizer, request, settings)) == answer.tokens
 
 
-def test_a_stream_yields_a_token_after_one_pass_of_the_decoder() -> None:
+def test_stream_yields_the_first_token_after_one_pass_of_the_decoder() -> None:
     model, tokenizer = tiny_model("other")
     passes: list[int] = []
     model.decoder.register_forward_pre_hook(lambda _, inputs: passes.append(1))
@@ -222,7 +224,7 @@ def test_a_stream_yields_a_token_after_one_pass_of_the_decoder() -> None:
     assert len(passes) == 1
 
 
-def test_a_repetition_penalty_prevents_repeating_the_prompt_and_the_completion() -> None:
+def test_a_large_repetition_penalty_prevents_tokens_of_the_prompt_and_repeated_tokens() -> None:
     model, tokenizer = tiny_model("plain")
     requests = [ask(model, tokenizer, [picture], "what") for picture in tiny_pixels(8)]
     for answer in generate(model, tokenizer, requests, GREEDY.model_copy(update={"repetition_penalty": 1e6})):
@@ -231,18 +233,18 @@ def test_a_repetition_penalty_prevents_repeating_the_prompt_and_the_completion()
         assert len(set(tokens)) == len(set("what")) + len(answer.tokens)
 
 
-def test_no_requests_give_no_completions() -> None:
+def test_generate_returns_an_empty_list_for_no_requests() -> None:
     assert generate(*tiny_model("plain"), [], GREEDY) == []
 
 
-def test_a_request_that_does_not_fit_the_context_is_rejected() -> None:
+def test_a_request_that_does_not_fit_the_context_is_an_error() -> None:
     model, tokenizer = tiny_model("plain")
     requests = [ask(model, tokenizer, [tiny_pixels(1)[0]], prompt) for prompt in ("", "what" * 9)]
     with pytest.raises(UserError, match=r"does not fit the model's context.*the context is 48"):
         generate(model, tokenizer, requests, GREEDY)
 
 
-def test_a_request_whose_slots_do_not_fit_its_pictures_is_rejected() -> None:
+def test_a_request_whose_number_of_slots_does_not_match_its_pictures_is_an_error() -> None:
     model, tokenizer = tiny_model("plain")
     one, two = tiny_pixels(2)
     prefix = prefix_ids(tokenizer, model.config.num_slots, "")
@@ -250,6 +252,6 @@ def test_a_request_whose_slots_do_not_fit_its_pictures_is_rejected() -> None:
         generate(model, tokenizer, [Request(prefix, (one, two)), Request(prefix, ())], GREEDY)
 
 
-def test_beam_search_and_sampling_exclude_each_other() -> None:
+def test_beam_search_with_a_temperature_above_zero_is_an_error() -> None:
     with pytest.raises(ValidationError, match=r"num_beams 2 and temperature 0.5 exclude each other"):
         GenerationConfig(num_beams=2, temperature=0.5)

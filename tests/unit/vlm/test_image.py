@@ -1,4 +1,4 @@
-"""Decoding of untrusted pictures: accepted formats, resulting pixels, and reasons of rejection."""
+"""Tests of decoding untrusted pictures: accepted formats, resulting pixels, and reasons of rejection."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rejection(data: bytes, **limits: int) -> str:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_supported_format_decodes_to_rgb(kind: str) -> None:
+def test_every_supported_format_decodes_to_an_rgb_picture(kind: str) -> None:
     image, info = opened(encoded(Image.new("RGB", (20, 10), RED), kind))
     assert info == ImageInfo(kind, 20, 10)
     assert image.mode == "RGB"
@@ -40,42 +40,42 @@ def test_every_supported_format_decodes_to_rgb(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PPM", "ICO", "JPEG2000", "PCX", "EPS", "PDF"])
-def test_other_formats_of_pillow_are_unsupported(kind: str) -> None:
+def test_a_format_that_only_pillow_supports_is_rejected_as_unsupported(kind: str) -> None:
     data = encoded(Image.new("RGB", (20, 10), RED), kind)
     assert rejection(data) == "unsupported_format"
 
 
 @pytest.mark.parametrize("data", [b"\0\0\0\x18ftypheic" + b"\0" * 20, b"<svg xmlns='x'/>", b"\xff\x0a" + b"\0" * 20])
-def test_formats_unknown_to_pillow_are_unsupported(data: bytes) -> None:
+def test_a_known_format_that_pillow_cannot_identify_is_rejected_as_unsupported(data: bytes) -> None:
     assert rejection(data) == "unsupported_format"
 
 
 @pytest.mark.parametrize("data", [b"", b"x", b"a sentence and no picture"])
-def test_other_bytes_are_not_an_image(data: bytes) -> None:
+def test_bytes_of_no_known_format_are_rejected_as_not_an_image(data: bytes) -> None:
     assert rejection(data) == "not_an_image"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
 @pytest.mark.parametrize("share", [0.03, 0.5, 0.9])
-def test_a_file_cut_at_any_point_is_truncated(kind: str, share: float) -> None:
+def test_a_picture_file_that_was_cut_at_any_point_is_rejected_as_truncated(kind: str, share: float) -> None:
     data = encoded(picture(1, (64, 64)), kind)
     assert rejection(data[: max(12, int(len(data) * share))]) == "truncated_image"
 
 
 def png_header(width: int, height: int) -> bytes:
-    """Build a PNG with a header that states a size, and without pixels."""
+    """Build a PNG file whose header states a width and a height and that has no pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 10) + b"IDAT"
 
 
 @pytest.mark.parametrize("side", [1001, 12_000, 30_000])
-def test_too_many_pixels_are_rejected_from_the_header_before_decoding(side: int) -> None:
+def test_a_picture_with_too_many_pixels_is_rejected_from_its_header_before_decoding(side: int) -> None:
     assert rejection(png_header(side, side)) == "too_large"
-    assert Image.MAX_IMAGE_PIXELS == 89_478_485, "the limit of Pillow must not change"
+    assert Image.MAX_IMAGE_PIXELS == 89_478_485, "Pillow's own pixel limit must not change"
 
 
-def test_limits_are_inclusive() -> None:
+def test_a_picture_exactly_at_the_pixel_limits_is_accepted() -> None:
     data = png(1, (10, 8))
     assert open_image(data, max_pixels=80, min_side=8)[1] == ImageInfo("PNG", 10, 8)
     assert rejection(data, max_pixels=79) == "too_large"
@@ -87,7 +87,7 @@ def test_a_picture_is_rotated_by_its_exif_orientation(kind: str) -> None:
     sideways = Image.new("RGB", (40, 20), "white")
     sideways.paste(RED, (0, 0, 40, 8))
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotated camera: the top edge of the stored picture is on the right
+    exif[0x0112] = 6  # orientation 6: the upper edge of the stored picture is shown on the right
     image, info = opened(encoded(sideways, kind, exif=exif))
     assert (info.width, info.height) == image.size == (20, 40)
     right, left = np.array(image)[20, 17], np.array(image)[20, 2]
@@ -116,16 +116,18 @@ def clear_palette() -> bytes:
     ],
     ids=["clear", "half-clear", "clear-grey", "colour-key", "clear-gif", "palette", "cmyk", "bits", "16-bit"],
 )
-def test_modes_and_transparency_decode_to_the_visible_colour(data: bytes, colour: tuple[int, int, int]) -> None:
+def test_a_picture_of_any_mode_or_transparency_decodes_to_the_visible_colour(
+    data: bytes, colour: tuple[int, int, int]
+) -> None:
     image, _ = opened(data)
     assert np.abs(np.array(image).astype(int) - colour).max() <= 1
 
 
-def test_float_pictures_are_unsupported() -> None:
+def test_a_picture_with_float_pixels_is_rejected_as_unsupported() -> None:
     assert rejection(encoded(Image.new("F", (8, 8), 0.5), "TIFF")) == "unsupported_format"
 
 
-def test_a_draft_is_at_least_as_large_as_requested_and_resizes_to_nearly_the_same_pixels() -> None:
+def test_a_jpeg_draft_keeps_the_requested_side_and_hardly_changes_the_resized_pixels() -> None:
     config = ImageConfig(size=60)
     whole = picture(3, (500, 250)).resize((60, 30)).resize((500, 250))
     data = encoded(whole, "JPEG", quality=95)
@@ -148,7 +150,7 @@ def test_an_animation_decodes_to_its_first_frame() -> None:
     ("resize", "corner", "middle"),
     [("stretch", RED, (0, 0, 255)), ("crop", (0, 0, 255), (0, 0, 255)), ("pad", WHITE, (0, 0, 255))],
 )
-def test_resize_modes_stretch_crop_or_pad(
+def test_the_resize_mode_stretches_crops_or_pads_the_picture(
     resize: str, corner: tuple[int, int, int], middle: tuple[int, int, int]
 ) -> None:
     wide = Image.new("RGB", (120, 40), RED)
@@ -156,13 +158,12 @@ def test_resize_modes_stretch_crop_or_pad(
     pixels = to_pixels(wide, ImageConfig.model_validate({"size": 30, "resize": resize}))
     assert pixels.shape == (30, 30, 3)
     assert pixels.dtype == np.uint8
-    assert (
-        np.abs(pixels[0, 0].astype(int) - corner).max() <= 12
-    )  # the filter mixes in a little beyond the edge of a crop
+    # The resize filter mixes in some pixels from outside the crop.
+    assert np.abs(pixels[0, 0].astype(int) - corner).max() <= 12
     assert tuple(pixels[15, 15]) == middle
 
 
-def test_shrinking_averages_pixels() -> None:
+def test_shrinking_a_picture_averages_its_pixels() -> None:
     stripes = Image.fromarray(np.tile(np.array([[0], [255]], np.uint8), (64, 128))).convert("RGB")
     pixels = to_pixels(stripes, ImageConfig(size=8))
     assert np.abs(pixels.astype(int) - 128).max() <= 8
@@ -170,7 +171,7 @@ def test_shrinking_averages_pixels() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"]), st.data())
-def test_damaged_bytes_give_a_picture_or_an_image_error(kind: str, data: st.DataObject) -> None:
+def test_damaged_bytes_decode_to_an_rgb_picture_or_raise_an_image_error(kind: str, data: st.DataObject) -> None:
     damaged = bytearray(encoded(picture(5, (16, 16)), kind))
     for _ in range(data.draw(st.integers(1, 6))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
@@ -185,7 +186,7 @@ def test_damaged_bytes_give_a_picture_or_an_image_error(kind: str, data: st.Data
     assert reason in ("", *IMAGE_REASONS)
 
 
-def test_base64_of_too_many_bytes_is_rejected_before_decoding() -> None:
+def test_base64_text_of_too_many_bytes_is_rejected_before_decoding() -> None:
     with pytest.raises(ImageError) as caught:
         decode_base64("!" * 80_000, max_bytes=50_000)
     assert caught.value.reason == "too_large"
@@ -197,7 +198,7 @@ def test_base64_of_too_many_bytes_is_rejected_before_decoding() -> None:
     *(st.booleans() for _ in range(3)),
     st.sampled_from([1, 4, 7, 76, 100]),
 )
-def test_base64_accepts_white_space_prefixes_the_url_alphabet_and_missing_padding(
+def test_base64_may_have_white_space_a_data_url_prefix_url_safe_letters_or_missing_padding(
     data: bytes, space: str, url: bool, padded: bool, safe: bool, width: int
 ) -> None:
     body = base64.urlsafe_b64encode(data).decode() if safe else as_base64(data)
@@ -231,7 +232,7 @@ def test_an_empty_cell_is_a_missing_field(empty: str | bytes | None) -> None:
 
 
 @given(st.text(st.characters(codec="utf-8"), max_size=40))
-def test_base64_is_decoded_completely_or_rejected(text: str) -> None:
+def test_base64_text_is_decoded_completely_or_rejected(text: str) -> None:
     try:
         data = decode_base64(text, max_bytes=100)
     except ImageError as error:

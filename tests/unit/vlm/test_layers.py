@@ -1,4 +1,4 @@
-"""Layers compared with slow reference implementations of their formulas."""
+"""Tests that compare layers with slow reference implementations of the layers' formulas."""
 
 import math
 
@@ -14,7 +14,7 @@ from vlm.layers.position import Angles, Rotary, apply_rotary
 
 
 def naive_attention(layer: Attention, x_BTW: Tensor, mask_TS: Tensor, angles: Angles | None) -> Tensor:
-    """Compute attention head by head: softmax(q k / sqrt(head_dim)) v."""
+    """Compute attention as softmax(q k / sqrt(head_dim)) v, one head after the other."""
     H, K, D = layer.num_heads, layer.num_kv_heads, layer.head_dim
     q, k, v = layer.qkv(x_BTW).split([H * D, K * D, K * D], dim=-1)
     heads = []
@@ -48,7 +48,9 @@ def angles_of(rotary: bool, start: int, end: int) -> Angles | None:
 @pytest.mark.parametrize("soft_cap", [None, 0.5])
 @pytest.mark.parametrize("rotary", [False, True])
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-def test_attention_equals_the_formula(num_kv_heads: int, rotary: bool, soft_cap: float | None) -> None:
+def test_attention_equals_the_attention_formula_head_by_head(
+    num_kv_heads: int, rotary: bool, soft_cap: float | None
+) -> None:
     layer, x_BTW, angles = make_attention(num_kv_heads, soft_cap), torch.randn(2, 7, 24), angles_of(rotary, 0, 7)
     for causal, mask in ((True, torch.ones(7, 7).tril().bool()), (False, torch.ones(7, 7).bool())):
         expected = naive_attention(layer, x_BTW, mask, angles)
@@ -58,7 +60,7 @@ def test_attention_equals_the_formula(num_kv_heads: int, rotary: bool, soft_cap:
 
 @pytest.mark.parametrize("soft_cap", [None, 0.5])
 @pytest.mark.parametrize("rotary", [False, True])
-def test_attention_in_pieces_with_the_cache_equals_attention_over_the_whole_sequence(
+def test_cached_attention_over_pieces_of_a_sequence_equals_attention_over_the_whole_sequence(
     rotary: bool, soft_cap: float | None
 ) -> None:
     layer, x_BTW = make_attention(2, soft_cap), torch.randn(2, 9, 24)
@@ -74,7 +76,7 @@ def test_attention_in_pieces_with_the_cache_equals_attention_over_the_whole_sequ
     torch.testing.assert_close(torch.cat(outputs, dim=1), whole)
 
 
-def test_rotary_dot_products_depend_only_on_distance() -> None:
+def test_the_dot_product_of_rotated_vectors_depends_only_on_their_distance() -> None:
     rotary, q, k = Rotary(8, 64, 10_000.0), torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
     def rotated(x: Tensor, at: int) -> Tensor:
@@ -88,7 +90,7 @@ def test_rotary_dot_products_depend_only_on_distance() -> None:
     assert not torch.isclose(dot(5, 2), dot(5, 4))
 
 
-def test_positions_per_row_give_the_same_angles_as_a_slice() -> None:
+def test_a_tensor_of_positions_gives_the_same_rotary_angles_as_a_slice_of_positions() -> None:
     rotary, x = Rotary(8, 64, 10_000.0), torch.randn(2, 3, 5, 8)
     rows = torch.tensor([[4, 5, 6, 7, 8], [0, 0, 0, 1, 2]])
     by_row = apply_rotary(x, rotary(rows, torch.float32))
@@ -96,7 +98,7 @@ def test_positions_per_row_give_the_same_angles_as_a_slice() -> None:
     torch.testing.assert_close(by_row[1, :, 2:], apply_rotary(x[1:, :, 2:], rotary(slice(0, 3), torch.float32))[0])
 
 
-def test_offset_norm_equals_rms_norm_with_weight_plus_one() -> None:
+def test_the_offset_rms_norm_equals_an_rms_norm_whose_weight_is_one_larger() -> None:
     offset, plain, x = OffsetRmsNorm(8, 1e-6), torch.nn.RMSNorm(8, 1e-6), torch.randn(3, 8)
     with torch.no_grad():
         offset.weight.normal_()
@@ -106,13 +108,13 @@ def test_offset_norm_equals_rms_norm_with_weight_plus_one() -> None:
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(6, 6), (1, 6), (2, 5)])
-def test_a_window_masks_keys_too_far_before_the_query(queries: int, keys: int) -> None:
+def test_a_sliding_window_masks_the_keys_too_far_before_the_query(queries: int, keys: int) -> None:
     mask = apply_window(None, 3, queries=queries, keys=keys, device=torch.device("cpu"))[0, 0]
     first = keys - queries
     assert mask.tolist() == [[t - 3 < s <= t for s in range(keys)] for t in range(first, keys)]
 
 
-def test_masks_equal_the_cases_of_the_module_docstring() -> None:
+def test_attention_mask_gives_the_masks_of_its_module_docstring() -> None:
     valid = torch.tensor([[True, True, True, True, False]])
     causal = attention_mask(valid, torch.ones(1, 5, dtype=torch.long))[0, 0]
     assert causal.tolist() == [[s <= t and (s < 4 or s == t) for s in range(5)] for t in range(5)]

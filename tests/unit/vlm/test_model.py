@@ -1,4 +1,4 @@
-"""The whole model: which positions influence which, its loss before training, and errors."""
+"""Tests of the whole model: which positions influence a logit, the loss before training, and errors."""
 
 import math
 
@@ -15,7 +15,7 @@ TEXTS = [("", "a red car"), ("what?", "bus"), ("", "sky")]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_padding_changes_no_logit(variant: str) -> None:
+def test_padding_does_not_change_the_logits(variant: str) -> None:
     model, tokenizer = tiny_model(variant)
     together = tiny_batch(model, tokenizer, TEXTS)
     logits = model(together).split((together.labels_BT != IGNORE).sum(dim=1).tolist())
@@ -25,15 +25,16 @@ def test_padding_changes_no_logit(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_no_logit_depends_on_a_later_answer_token(variant: str) -> None:
+def test_the_logits_of_a_position_do_not_depend_on_later_answer_tokens(variant: str) -> None:
     model, tokenizer = tiny_model(variant)
     one, two = (tiny_batch(model, tokenizer, [("go?", answer)]) for answer in ("abcd", "abxy"))
-    # The logits that predict a, b and the third letter precede the difference; the next one must depend on it.
+    # Both answers start with ab. The first three logits may depend only on ab, and the fourth logits must depend on c
+    # or x.
     torch.testing.assert_close(model(one)[:3], model(two)[:3])
     assert not torch.allclose(model(one)[3], model(two)[3])
 
 
-def test_picture_positions_attend_to_the_prompt_only_with_prefix_lm() -> None:
+def test_picture_positions_attend_to_the_prompt_only_in_a_prefix_lm() -> None:
     for variant, attends in (("other", False), ("prefix", True)):
         model, tokenizer = tiny_model(variant)
         one, two = (tiny_batch(model, tokenizer, [(prompt, "z")]) for prompt in ("abc", "abd"))
@@ -43,7 +44,7 @@ def test_picture_positions_attend_to_the_prompt_only_with_prefix_lm() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_first_answer_token_is_predicted_from_the_picture(variant: str) -> None:
+def test_the_prediction_of_the_first_answer_token_depends_on_the_picture(variant: str) -> None:
     model, tokenizer = tiny_model(variant)
     batch = tiny_batch(model, tokenizer, [("", "a"), ("", "a")])
     first = model(batch)[0::2]
@@ -51,7 +52,7 @@ def test_the_first_answer_token_is_predicted_from_the_picture(variant: str) -> N
 
 
 @pytest.mark.parametrize("select", ["patches", "mean", "cls"])
-def test_the_selection_determines_the_number_of_slots(select: str) -> None:
+def test_the_selection_of_encoder_features_determines_the_number_of_slots(select: str) -> None:
     config = tiny_config("plain")
     vision = config.vision.model_copy(update={"select": select})
     config = config.model_copy(update={"vision": vision})
@@ -60,7 +61,7 @@ def test_the_selection_determines_the_number_of_slots(select: str) -> None:
     assert config.num_slots == (4 if select == "patches" else 1)
 
 
-def test_a_wrong_number_of_slots_is_an_error() -> None:
+def test_a_batch_with_a_wrong_number_of_slots_is_an_error() -> None:
     model, tokenizer = tiny_model("plain")
     batch = tiny_batch(model, tokenizer, [("", "a")])
     broken = Batch(
@@ -74,7 +75,7 @@ def test_a_wrong_number_of_slots_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_first_loss_is_that_of_a_uniform_distribution(variant: str) -> None:
+def test_the_loss_before_training_is_the_loss_of_a_uniform_distribution(variant: str) -> None:
     config = tiny_config(variant)
     torch.manual_seed(0)
     model = build_model(config, 34).eval()
@@ -84,7 +85,7 @@ def test_the_first_loss_is_that_of_a_uniform_distribution(variant: str) -> None:
     assert abs(float(loss) - math.log(34)) < 0.1
 
 
-def test_row_losses_sum_to_the_batch_loss() -> None:
+def test_the_losses_of_the_rows_sum_to_the_loss_of_the_batch() -> None:
     model, tokenizer = tiny_model("plain")
     batch = tiny_batch(model, tokenizer, TEXTS)
     sums, counts = row_losses(model, batch)

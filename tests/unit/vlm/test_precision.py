@@ -1,4 +1,4 @@
-"""Lower precision: similar outputs, promised size, exact routers and rotary tables, and a missing library."""
+"""Tests of lower precision: outputs, the size of weights, routers and rotary tables in fp32, a missing library."""
 
 import logging
 import sys
@@ -21,7 +21,7 @@ TEXTS = [("", "red car"), ("", "blue bus"), ("", "old iphone")]
 
 
 def wide_model() -> VisionLanguageModel:
-    """Build a model whose layers, except the MLPs of the encoder, have widths that int4 supports."""
+    """Build a model in which int4 supports the widths of all layers except the MLPs of the encoder."""
     config = tiny_config("plain").model_dump()
     for part, width in (("vision", 32), ("decoder", 64)):
         attention = {"num_heads": 4, "num_kv_heads": 4, "head_dim": width // 4}
@@ -36,7 +36,7 @@ def linears(model: VisionLanguageModel) -> dict[str, nn.Linear]:
 
 
 def stored(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the plain tensors that a tensor subclass stores its data in."""
+    """Yield the plain tensors in which a tensor subclass stores its data."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from stored(getattr(tensor, name))
@@ -47,8 +47,8 @@ def stored(tensor: Tensor) -> Iterator[Tensor]:
 @pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP16, Precision.INT8])
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.inference_mode()
-def test_every_variant_computes_similar_logits_in_lower_precision(variant: str, precision: Precision) -> None:
-    scaled, tokenizer = tiny_model(variant)  # scaled weights also scale rounding errors, so build a fresh model
+def test_every_model_variant_computes_similar_logits_in_lower_precision(variant: str, precision: Precision) -> None:
+    scaled, tokenizer = tiny_model(variant)  # the scaled weights of tiny_model scale rounding errors
     model = build_model(scaled.config, tokenizer.vocab_size).eval()
     batch = tiny_batch(model, tokenizer, TEXTS)
     expected = model(batch)
@@ -56,7 +56,7 @@ def test_every_variant_computes_similar_logits_in_lower_precision(variant: str, 
     logits = model(batch)
     assert logits.dtype == (torch.float16 if precision is Precision.FP16 else torch.bfloat16)
     error = (logits.float() - expected).norm() / expected.norm()
-    slack = 10 if variant == "routed" else 1  # rounding may send a token to another expert
+    slack = 10 if variant == "routed" else 1  # after rounding, a router may choose another expert
     assert 0 < error < slack * {Precision.FP16: 0.004, Precision.BF16: 0.025, Precision.INT8: 0.04}[precision]
     prefix = prefix_ids(tokenizer, model.config.num_slots, "")
     requests = [Request(prefix, (picture,)) for picture in tiny_pixels(2)]
@@ -66,7 +66,7 @@ def test_every_variant_computes_similar_logits_in_lower_precision(variant: str, 
 
 @pytest.mark.parametrize(("precision", "bits"), [(Precision.INT8, 8), (Precision.INT4, 4)])
 @torch.inference_mode()
-def test_linear_layers_take_the_promised_number_of_bits(precision: Precision, bits: int) -> None:
+def test_quantized_linear_layers_take_the_expected_number_of_bits(precision: Precision, bits: int) -> None:
     model = wide_model()
     model.decoder.blocks[0].mlp.up.weight.fill_(0.5)  # type: ignore[union-attr,operator]
     x = torch.randn(5, 64)
@@ -81,7 +81,7 @@ def test_linear_layers_take_the_promised_number_of_bits(precision: Precision, bi
     assert list(stored(layers["decoder.head"].weight)) == [layers["decoder.head"].weight]
 
 
-def test_layers_that_int4_does_not_support_stay_bf16_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_layers_that_int4_does_not_support_stay_in_bf16_and_cause_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     model = wide_model()
     with caplog.at_level(logging.WARNING):
         set_precision(model, Precision.INT4)
@@ -90,7 +90,7 @@ def test_layers_that_int4_does_not_support_stay_bf16_with_a_warning(caplog: pyte
     assert len(list(stored(linears(model)["encoder.blocks.0.attention.qkv"].weight))) == 2
 
 
-def test_routers_stay_in_fp32() -> None:
+def test_routers_stay_in_fp32_in_lower_precision() -> None:
     model, _ = tiny_model("routed")
     set_precision(model, Precision.INT8)
     kept = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
@@ -102,14 +102,16 @@ def test_routers_stay_in_fp32() -> None:
     }
 
 
-def test_rotary_tables_stay_in_fp32() -> None:
+def test_rotary_tables_stay_in_fp32_in_lower_precision() -> None:
     model, _ = tiny_model("other")
     assert model.decoder.rotary is not None
     set_precision(model, Precision.BF16)
     assert model.decoder.rotary.cos.dtype == torch.float32
 
 
-def test_a_precision_without_its_library_is_an_error_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_precision_whose_library_is_missing_is_an_error_with_the_install_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "torchao", None)
     model, _ = tiny_model("plain")
     with pytest.raises(UserError, match=r"int4 needs torchao.*pip install 'lakesight\[quantize\]'"):

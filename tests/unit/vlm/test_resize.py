@@ -1,4 +1,4 @@
-"""Resize to the model's square input, colour modes and EXIF orientations."""
+"""Tests of the resize to the model's square input, of colour modes and of EXIF orientations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from vlm.image import compute_resize, open_image, to_pixels
 
 RED, GREEN, GREY, WHITE = (255, 0, 0), (0, 255, 0), (128, 128, 128), (255, 255, 255)
 LIGHT = (191, 191, 191)
-"""Premultiplied grey 64 with half coverage over white. Treated as not premultiplied it would be 159."""
+"""Visible colour of premultiplied grey 64 with half coverage over white.
+
+A decoder that ignores the premultiplication would show the grey level 159."""
 RESIZE_MODES = [{"resize": "stretch"}, {"resize": "crop"}, {"resize": "crop", "crop_start": "even"}, {"resize": "pad"}]
 
 
@@ -33,7 +35,7 @@ sides = st.integers(1, 3000)
 
 
 @given(sides, sides, st.integers(8, 900), st.sampled_from(RESIZE_MODES))
-def test_every_point_of_the_square_maps_into_the_picture(
+def test_every_point_of_the_model_input_maps_to_a_point_of_the_picture(
     width: int, height: int, size: int, mode: dict[str, str]
 ) -> None:
     resize = compute_resize(width, height, config(size, mode))
@@ -49,7 +51,9 @@ def test_every_point_of_the_square_maps_into_the_picture(
 
 
 @given(sides, sides, st.integers(8, 900))
-def test_a_crop_fills_the_square_and_padding_keeps_the_whole_picture(width: int, height: int, size: int) -> None:
+def test_a_cropped_picture_fills_the_square_and_a_padded_picture_stays_whole(
+    width: int, height: int, size: int
+) -> None:
     crop, pad = (compute_resize(width, height, config(size, {"resize": mode})) for mode in ("crop", "pad"))
     assert min(crop.scaled_width, crop.scaled_height) == size
     assert min(crop.left, crop.top) >= 0
@@ -61,10 +65,10 @@ def test_a_crop_fills_the_square_and_padding_keeps_the_whole_picture(width: int,
 
 @pytest.mark.parametrize("mode", RESIZE_MODES, ids=lambda mode: "-".join(mode.values()))
 @pytest.mark.parametrize("size", [(200, 90), (90, 201), (40, 33)])
-def test_a_spot_in_the_square_maps_back_to_its_place_in_the_picture(
+def test_a_spot_in_the_model_input_maps_back_to_its_place_in_the_picture(
     size: tuple[int, int], mode: dict[str, str]
 ) -> None:
-    """Paint a spot, find it in the model's pixels, and map it back to the picture."""
+    """Paint a spot, find the spot in the model's pixels, and map the spot back to the picture."""
     spot = (round(0.45 * size[0]), round(0.4 * size[1]), round(0.6 * size[0]), round(0.7 * size[1]))
     painted = Image.new("RGB", size, RED)
     painted.paste(GREEN, spot)
@@ -84,8 +88,8 @@ def test_an_extremely_thin_picture_needs_little_memory(resize: str) -> None:
     assert tuple(pixels[112, 112]) == RED
 
 
-def test_a_thin_picture_is_cropped_like_any_other() -> None:
-    """Above an aspect ratio of 16 only the middle is resized, with the same result as resizing the whole picture."""
+def test_a_crop_of_a_thin_picture_equals_a_crop_of_the_whole_resized_picture() -> None:
+    """Compare with a resize of the whole picture. Only the middle of a very thin picture is resized."""
     thin = picture(3, (700, 40))
     whole = thin.resize((64 * 700 // 40, 64), Image.Resampling.BICUBIC)
     left = (whole.width - 64) // 2
@@ -94,7 +98,7 @@ def test_a_thin_picture_is_cropped_like_any_other() -> None:
 
 
 @pytest.mark.parametrize("name", ["bicubic", "bilinear", "lanczos"])
-def test_the_filter_is_the_configured_one(name: str) -> None:
+def test_a_picture_is_resized_with_the_configured_filter(name: str) -> None:
     image = picture(4, (50, 30))
     expected = np.array(image.resize((16, 16), Image.Resampling[name.upper()]))
     assert (to_pixels(image, ImageConfig.model_validate({"size": 16, "filter": name})) == expected).all()
@@ -104,7 +108,7 @@ def test_the_filter_is_the_configured_one(name: str) -> None:
 
 
 def premultiplied(mode: str, colour: tuple[int, ...]) -> bytes:
-    """Encode a TIFF with premultiplied alpha."""
+    """Encode a TIFF file with premultiplied alpha."""
     data = encoded(Image.new(mode, (8, 8), colour), "TIFF")
     extra_samples = struct.pack("<HHLHH", 338, 3, 1, 2, 0)
     assert data.count(extra_samples) == 1
@@ -117,7 +121,7 @@ def grey_16_bit(kind: str, mode: str) -> bytes:
 
 
 def clear_palette(kind: str) -> bytes:
-    """Encode a red picture whose right half is transparent."""
+    """Encode a red palette picture whose right half is transparent."""
     image = Image.new("P", (8, 8), 0)
     image.putpalette([*RED, *RED])
     image.paste(1, (4, 0, 8, 8))
@@ -155,7 +159,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_mode_decodes_to_the_visible_colour(name: str) -> None:
+def test_a_picture_of_every_mode_decodes_to_the_visible_colour(name: str) -> None:
     data, colour = FILES[name]
     image, _ = open_image(data, max_pixels=64, min_side=8)
     assert image.mode == "RGB"
@@ -165,7 +169,7 @@ def test_every_mode_decodes_to_the_visible_colour(name: str) -> None:
 
 
 def test_every_mode_that_pillow_reads_from_tiff_and_png_is_tested() -> None:
-    rejected = {"I", "F"}  # tested in test_image.py
+    rejected = {"I", "F"}  # test_image.py tests the rejection of float pictures
     of_tiff = {mode for mode, _ in TiffImagePlugin.OPEN_INFO.values()}
     of_png = {mode for mode, _ in PngImagePlugin._MODES.values()}
     assert {f"TIFF {mode}" for mode in of_tiff - rejected} <= set(FILES)
@@ -184,11 +188,11 @@ UPRIGHT: dict[int, Callable[[Any], Any]] = {
     7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
     8: lambda a: a[:, ::-1].transpose(1, 0, 2),
 }
-"""Transform of the stored array that shows the picture upright, by orientation (Exif 2.3, tag 0x0112)."""
+"""Function that turns a stored array upright, by EXIF orientation (Exif 2.3, tag 0x0112)."""
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_every_exif_orientation_is_applied(orientation: int) -> None:
+def test_a_picture_with_any_exif_orientation_decodes_upright(orientation: int) -> None:
     stored = picture(1, (24, 16))
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -198,7 +202,7 @@ def test_every_exif_orientation_is_applied(orientation: int) -> None:
     assert (np.array(image) == upright).all()
 
 
-def test_an_invalid_orientation_leaves_the_picture_unchanged() -> None:
+def test_an_invalid_exif_orientation_leaves_the_picture_unchanged() -> None:
     stored = picture(1, (24, 16))
     exif = Image.Exif()
     exif[0x0112] = 77

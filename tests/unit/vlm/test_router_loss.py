@@ -1,4 +1,4 @@
-"""Router losses: padding does not count, and the reported caption loss excludes them."""
+"""Tests of router losses and expert loads, of padding tokens, and of the initial weights of routers and experts."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ TEXTS = [("", "red car"), ("what is it?", "a very long blue bus"), ("", "old iph
 
 
 def without_noise(model: VisionLanguageModel) -> VisionLanguageModel:
-    """Put the model into training mode, with routers without noise."""
+    """Put a model into training mode, and remove the noise layers of its routers."""
     for layer in routed_layers(model).values():
         layer.noise = None
     return model.train()
 
 
 def padded(batch: Batch, tokenizer: Tokenizer, extra: int) -> Batch:
-    """Add padding to a batch."""
+    """Return a batch with `extra` more padding positions in each row."""
     tokens_BT = F.pad(batch.tokens_BT, (0, extra), value=tokenizer.pad_id)
     labels_BT = F.pad(batch.labels_BT, (0, extra), value=IGNORE)
     return Batch(batch.pixels_PHWC, tokens_BT, labels_BT, batch.prefix_lengths_B)
@@ -55,7 +55,7 @@ def learn(model: VisionLanguageModel, batch: Batch, steps: int) -> list[StepRepo
     return reports
 
 
-def test_padding_does_not_count() -> None:
+def test_padding_changes_neither_router_loss_nor_expert_load() -> None:
     model, tokenizer = tiny_model("routed")
     batch = tiny_batch(without_noise(model), tokenizer, TEXTS)
     layers, found = routed_layers(model), []
@@ -74,7 +74,7 @@ def test_padding_does_not_count() -> None:
 
 
 def loss_of(logits_NX: Tensor, top_k: int = 2) -> tuple[float, float, float, tuple[float, ...]]:
-    """Compute weighted loss, balance, z and load of one layer with these logits and no padding."""
+    """Compute weighted router loss, balance loss, z loss and expert load of a layer with the given router logits."""
     model, _ = tiny_model("routed")
     layer = model.decoder.blocks[0].mlp
     assert isinstance(layer, MoeMlp)
@@ -86,7 +86,7 @@ def loss_of(logits_NX: Tensor, top_k: int = 2) -> tuple[float, float, float, tup
     return float(loss), report.balance, report.z, report.load["decoder.blocks.0"]
 
 
-def test_the_balance_loss_is_one_for_an_even_load_and_experts_over_top_k_for_the_worst() -> None:
+def test_the_balance_loss_is_one_for_an_even_load_and_num_experts_over_top_k_for_the_worst_load() -> None:
     even = torch.eye(4).repeat(5, 1) + torch.eye(4).roll(1, 0).repeat(5, 1)
     loss, balance, z, load = loss_of(even)
     assert load == (0.25, 0.25, 0.25, 0.25)
@@ -98,7 +98,7 @@ def test_the_balance_loss_is_one_for_an_even_load_and_experts_over_top_k_for_the
     assert balance == pytest.approx(2.0)
 
 
-def test_the_reported_loss_is_only_the_caption_loss() -> None:
+def test_the_reported_loss_is_the_caption_loss_without_router_losses() -> None:
     model, tokenizer = tiny_model("routed")
     batch = tiny_batch(without_noise(model), tokenizer, TEXTS)
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_training_with_the_balance_loss_evens_out_an_unbalanced_router() -> None
     assert loads[1] < 1.3 < loads[0]
 
 
-def test_routers_start_near_zero_and_experts_with_the_scale_of_linear_layers() -> None:
+def test_routers_start_near_zero_and_experts_start_with_the_scale_of_linear_layers() -> None:
     large, tokenizer = tiny_model("routed")
     model = build_model(large.config, tokenizer.vocab_size)
     for layer, width in zip(routed_layers(model).values(), (16, 16, 24, 24), strict=True):
@@ -132,7 +132,7 @@ def test_routers_start_near_zero_and_experts_with_the_scale_of_linear_layers() -
         assert float(layer.noise.weight.std()) == pytest.approx(0.02, rel=0.3)
         up, *_, out = (weight for weight in layer.experts.parameters() if weight.ndim == 3)
         assert float(up.std()) == pytest.approx(width**-0.5, rel=0.1)
-        assert float(out.std()) == pytest.approx((16 * 2 * 2) ** -0.5, rel=0.1)  # depth 2, two branches per block
+        assert float(out.std()) == pytest.approx((16 * 2 * 2) ** -0.5, rel=0.1)  # 2 blocks with 2 branches each
 
 
 def test_a_dense_model_has_no_router_report() -> None:
@@ -140,7 +140,7 @@ def test_a_dense_model_has_no_router_report() -> None:
     assert [report.router for report in learn(model, tiny_batch(model, tokenizer, TEXTS), 2)] == [None, None]
 
 
-def test_biases_of_experts_do_not_decay() -> None:
+def test_biases_of_experts_have_no_weight_decay() -> None:
     model, _ = tiny_model("routed")
     free = {id(parameter) for parameter in parameter_groups(model, 0.1)[1]["params"]}  # type: ignore[attr-defined]
     assert {id(p) for name, p in model.named_parameters() if name.endswith("bias")} <= free

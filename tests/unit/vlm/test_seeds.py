@@ -1,4 +1,4 @@
-"""Seeds: SplitMix64 on integers and arrays gives the same, fixed results."""
+"""Tests of seeds: SplitMix64 gives the same results on integers and on arrays, and seeds never change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ words = st.integers(0, 2**64 - 1)
 
 
 def test_splitmix64_gives_the_published_sequence() -> None:
-    """The first outputs of SplitMix64 with seed 1234567 in the reference implementation."""
+    """Compare with the first outputs of the reference implementation of SplitMix64 for the seed 1234567."""
     step = 0x9E3779B97F4A7C15
     assert [splitmix64(1234567 + n * step) for n in range(3)] == [
         6457827717110365317,
@@ -29,7 +29,7 @@ def test_splitmix64_hashes_arrays_like_integers(values: list[int]) -> None:
 
 
 @given(st.lists(words, min_size=1, max_size=5))
-def test_hashes_of_columns_equal_hashes_of_integers(values: list[int]) -> None:
+def test_hash64s_of_array_columns_equals_hash64_of_integers(values: list[int]) -> None:
     columns = [np.array([value], np.uint64) for value in values]
     assert hash64s(*columns).tolist() == [hash64(*values)]
 
@@ -43,6 +43,6 @@ def test_hashes_of_columns_equal_hashes_of_integers(values: list[int]) -> None:
         ((2**64 + 5,), 3567305580077179309),
     ],
 )
-def test_seeds_never_change(numbers: tuple[int, ...], seed: int) -> None:
-    """Another value would change the random numbers of every existing run."""
+def test_mix_returns_the_same_seeds_as_in_earlier_versions(numbers: tuple[int, ...], seed: int) -> None:
+    """Check fixed values, because another seed would change the random numbers of every existing run."""
     assert mix(*numbers) == seed

@@ -1,4 +1,4 @@
-"""Training loop, optimizer, schedules, frozen parameters, weight averages and checkpoints."""
+"""Tests of the training loop, the optimizer, schedules, frozen parameters, weight averages and checkpoints."""
 
 import itertools
 import math
@@ -77,18 +77,18 @@ def fresh(variant: str, dropout: float = 0.0) -> tuple[VisionLanguageModel, Toke
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_learns_its_captions_from_the_pictures(variant: str) -> None:
+def test_every_model_variant_learns_the_captions_of_its_training_pictures(variant: str) -> None:
     model, tokenizer, optimizer = fresh(variant)
     batch = tiny_batch(model, tokenizer, TEXTS)
     reports = run(model, optimizer, itertools.repeat(batch, 120), start=0, lr=5e-3)
-    cap = model.config.decoder.soft_cap or math.inf  # two logits differ by at most twice the cap
+    cap = model.config.decoder.soft_cap or math.inf  # with a soft cap, two logits differ by at most twice the cap
     least = math.log1p((tokenizer.vocab_size - 1) * math.exp(-2 * cap))
     assert least <= reports[-1].loss < least + 0.1
     right, wrong, tokens = blind_losses(model.eval(), batch, batch.pixels_PHWC.roll(1, 0))
     assert float((wrong - right).sum() / tokens.sum()) > 0.5
 
 
-def test_a_resumed_loop_equals_the_uninterrupted_loop_bit_for_bit(tmp_path: Path) -> None:
+def test_a_resumed_training_loop_equals_an_uninterrupted_training_loop_bit_for_bit(tmp_path: Path) -> None:
     ends = []
     for stop in (12, 5):
         model, tokenizer, optimizer = fresh("other", dropout=0.2)
@@ -96,7 +96,9 @@ def test_a_resumed_loop_equals_the_uninterrupted_loop_bit_for_bit(tmp_path: Path
         run(model, optimizer, iter(batches[:stop]), start=0, lr=3e-3)
         if stop < 12:
             snapshot = snapshot_training(model_weights(model), model, optimizer, stop)
-            run(model, optimizer, iter(batches[stop:]), start=stop, lr=3e-3)  # training continues before the write
+            run(
+                model, optimizer, iter(batches[stop:]), start=stop, lr=3e-3
+            )  # training continues before the snapshot is written
             with atomic_folder(tmp_path / "step_000005") as folder:
                 save_weights(folder, snapshot.weights, model.config, tokenizer)
                 save_state(folder, snapshot)
@@ -108,7 +110,7 @@ def test_a_resumed_loop_equals_the_uninterrupted_loop_bit_for_bit(tmp_path: Path
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-def test_a_loss_that_is_not_finite_stops_the_loop_before_the_weights_change() -> None:
+def test_a_loss_that_is_not_finite_stops_training_before_the_weights_change() -> None:
     model, tokenizer, optimizer = fresh("plain")
     with torch.no_grad():
         model.decoder.tokens.weight[5] = math.nan
@@ -118,7 +120,7 @@ def test_a_loss_that_is_not_finite_stops_the_loop_before_the_weights_change() ->
     assert torch.equal(model.decoder.head.weight, before)
 
 
-def test_every_parameter_is_in_one_group_and_tables_and_vectors_do_not_decay() -> None:
+def test_every_parameter_is_in_exactly_one_group_and_embeddings_and_1d_parameters_have_no_weight_decay() -> None:
     model, _, _ = fresh("other")
     decayed, free = (set(map(id, group["params"])) for group in parameter_groups(model, 0.1))  # type: ignore[call-overload]
     assert not decayed & free
@@ -137,7 +139,9 @@ def test_every_parameter_is_in_one_group_and_tables_and_vectors_do_not_decay() -
         ({"kind": "warmup_stable_decay", "decay": 0.25, "floor": 0.1}, 1.0, 0.1),
     ],
 )
-def test_a_schedule_warms_up_peaks_and_ends_at_its_floor(config: Any, halfway: float, end: float) -> None:
+def test_a_learning_rate_schedule_warms_up_to_its_peak_and_ends_at_its_floor(
+    config: Any, halfway: float, end: float
+) -> None:
     chosen = TypeAdapter(ScheduleConfig).validate_python(config)
     rates = [schedule(chosen, s, steps=111, warmup_steps=10) for s in range(111)]
     assert rates[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
@@ -147,7 +151,7 @@ def test_a_schedule_warms_up_peaks_and_ends_at_its_floor(config: Any, halfway: f
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_the_decay_of_a_stable_schedule_starts_at_the_configured_step() -> None:
+def test_the_decay_of_a_warmup_stable_decay_schedule_starts_at_the_configured_step() -> None:
     stable = StableScheduleConfig(kind="warmup_stable_decay", decay=0.25)
     rates = [schedule(stable, s, steps=101, warmup_steps=0) for s in range(101)]
     assert set(rates[:76]) == {1.0}
@@ -157,7 +161,7 @@ def test_the_decay_of_a_stable_schedule_starts_at_the_configured_step() -> None:
 RATES = {"encoder.*": 0.0, ".*norm.*": 1e-3, "(projector|decoder).*": 4e-3}
 
 
-def test_parameters_without_a_matching_rate_are_frozen_and_the_first_match_counts() -> None:
+def test_parameters_without_a_matching_pattern_are_frozen_and_the_first_match_sets_the_rate() -> None:
     model, _, _ = fresh("plain")
     set_trainable(model, RATES)
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -176,7 +180,7 @@ def test_parameters_without_a_matching_rate_are_frozen_and_the_first_match_count
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_batch_in_parts_and_recomputed_blocks_take_the_same_step(variant: str) -> None:
+def test_a_step_with_gradient_accumulation_and_recomputed_blocks_equals_a_plain_step(variant: str) -> None:
     ends, saved = [], []
     for rows, recompute in ((9, False), (9, True), (2, True)):
         model, tokenizer, optimizer = fresh(variant)
@@ -196,13 +200,13 @@ def test_a_batch_in_parts_and_recomputed_blocks_take_the_same_step(variant: str)
         saved.append(kept)
     assert ends[1] == ends[0]
     assert saved[1] < 0.8 * saved[0]
-    if variant != "routed":  # there the balance loss is computed per part
+    if variant != "routed":  # the balance loss of experts is computed for each part of a batch
         assert ends[2] == pytest.approx(ends[0], rel=1e-5)
 
 
-@pytest.mark.matrix  # the C++ compiler takes half a minute
-def test_compiled_blocks_take_the_same_steps_and_are_compiled_only_for_training() -> None:
-    from torch._dynamo.utils import counters  # slow import of the compiler, which only this test needs
+@pytest.mark.matrix  # compiling the blocks with the C++ compiler takes half a minute
+def test_compiled_blocks_train_like_eager_blocks_and_are_compiled_only_for_training() -> None:
+    from torch._dynamo.utils import counters  # this import is slow, and only this test needs it
 
     counters.clear()
     reports = []
@@ -224,7 +228,7 @@ def test_compiled_blocks_take_the_same_steps_and_are_compiled_only_for_training(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_parameter_gets_a_gradient_from_every_batch_so_that_ddp_need_not_search_unused_ones(variant: str) -> None:
+def test_every_parameter_gets_a_gradient_from_every_batch(variant: str) -> None:
     model, tokenizer, optimizer = fresh(variant, dropout=0.2)
     with_gradient: list[str] = []
     for name, parameter in model.named_parameters():
@@ -233,7 +237,7 @@ def test_every_parameter_gets_a_gradient_from_every_batch_so_that_ddp_need_not_s
     assert sorted(with_gradient) == sorted([name for name, _ in model.named_parameters()] * 2)
 
 
-def test_frozen_parts_get_no_step_no_moments_and_no_backward_pass() -> None:
+def test_a_frozen_encoder_gets_no_update_no_optimizer_state_and_no_backward_pass() -> None:
     model, tokenizer, _ = fresh("plain")
     set_trainable(model, RATES)
     optimizer = build_adamw(model, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1, rates=RATES)
@@ -247,7 +251,7 @@ def test_frozen_parts_get_no_step_no_moments_and_no_backward_pass() -> None:
     assert features == [False, False]
 
 
-def test_seeds_differ_by_seed_step_and_rank_in_the_32_bits_that_torch_uses() -> None:
+def test_mix_of_seed_step_and_rank_differs_in_the_32_bits_that_torch_uses() -> None:
     seeds = [mix(s, t, r) for s in range(8) for t in range(50) for r in range(8)]
     assert len({seed & 0xFFFFFFFF for seed in seeds}) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
@@ -263,7 +267,7 @@ def test_a_loaded_model_equals_the_saved_model(variant: str, tmp_path: Path) -> 
     assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
 
 
-def test_loading_weights_of_another_model_lists_all_differences(tmp_path: Path) -> None:
+def test_the_error_of_loading_weights_of_another_model_lists_all_differences(tmp_path: Path) -> None:
     plain, tokenizer = tiny_model("plain")
     save_model(tmp_path, plain, tokenizer)
     other, _ = tiny_model("other")
@@ -275,7 +279,7 @@ def test_loading_weights_of_another_model_lists_all_differences(tmp_path: Path) 
     assert "encoder.position has shape (1, 5, 16), the model (1, 16, 16)" in message
 
 
-def test_verification_finds_missing_truncated_and_changed_files(tmp_path: Path) -> None:
+def test_verify_folder_reports_missing_truncated_and_changed_files(tmp_path: Path) -> None:
     def write() -> Path:
         with atomic_folder(tmp_path / "step_000001") as folder:
             (folder / "a").write_bytes(b"aaaa")
@@ -298,7 +302,7 @@ def test_verification_finds_missing_truncated_and_changed_files(tmp_path: Path) 
     assert "files.json cannot be read" in found_damage()
 
 
-def test_a_truncated_weights_file_is_an_error(tmp_path: Path) -> None:
+def test_loading_a_truncated_weights_file_is_an_error(tmp_path: Path) -> None:
     model, tokenizer = tiny_model("plain")
     save_model(tmp_path, model, tokenizer)
     path = tmp_path / "model.safetensors"
@@ -307,7 +311,7 @@ def test_a_truncated_weights_file_is_an_error(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-def test_the_average_of_weights_equals_the_formula_and_is_swapped_in_only_inside_the_block() -> None:
+def test_the_moving_average_equals_its_formula_and_replaces_the_weights_only_inside_averaged_weights() -> None:
     weight, idle = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([weight, idle], lr=0.5)
     expected = None
@@ -325,7 +329,7 @@ def test_the_average_of_weights_equals_the_formula_and_is_swapped_in_only_inside
         assert torch.equal(idle, torch.ones(2)), "a parameter without a gradient has no average"
     assert torch.equal(weight, learned)
 
-    idle.grad = torch.ones(2)  # for example an expert that gets its first token late
+    idle.grad = torch.ones(2)  # for example, an expert may get its first token late
     optimizer.step()
     update_average(optimizer, 0.6, 30)
     assert not torch.equal(idle, torch.ones(2))
