@@ -88,7 +88,7 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def load_weights(model: VisionLanguageModel, path: Path) -> None:
-    """Load the weights of a safetensors file into a model. The names and shapes of both must match exactly.
+    """Load the weights of a safetensors file into a model whose parameters have the same names and shapes.
 
     Raises:
         CheckpointError: the file cannot be read, or tensors are missing, unexpected or of another shape; the message
@@ -98,7 +98,7 @@ def load_weights(model: VisionLanguageModel, path: Path) -> None:
 
 
 def fill_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copy the tensors of a safetensors file into existing tensors. Names and shapes of both must match exactly.
+    """Copy the tensors of a safetensors file into existing tensors of the same names and shapes.
 
     Args:
         tensors: tensors by name, which are overwritten in place.

@@ -14,7 +14,7 @@ class LakesightError(Exception):
     """Error with a message that a person can act on.
 
     Args:
-        what: what failed, as a clause ("the picture cannot be decoded").
+        what: clause that says what failed, such as "the picture cannot be decoded".
         where: file, row, table, rank or config path at which the failure happened.
         got: value or state that was found.
         fix: what was expected, or what the user should do next.

@@ -4,9 +4,9 @@ The bytes of a picture are untrusted. The header (format, number of pixels, side
 decoded, and only the decoders of FORMATS run. Every defect becomes an ImageError whose reason is one of IMAGE_REASONS.
 This module changes no global setting of Pillow. Pillow's own limit rejects pictures above 178 megapixels.
 
-A decoded picture looks as in an image viewer. It is rotated according to its EXIF orientation, transparent pixels are
-composed over white, and an animation is represented by its first frame. Grey levels of 16 bits are scaled to 8 bits,
-and palette and CMYK colours are converted to RGB. Colour profiles are ignored.
+A decoded picture looks as in an image viewer. The picture is rotated according to its EXIF orientation, transparent
+pixels are composed over white, and an animation is represented by its first frame. Grey levels of 16 bits are scaled to
+8 bits, and palette and CMYK colours are converted to RGB. Colour profiles are ignored.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ def _decoders() -> tuple[str, ...]:
 
 def _claimed_format(data: bytes) -> str | None:
     """Return the name of the format whose signature the first bytes match, or None. No parser runs."""
-    start = data[:16].ljust(16, b"\0")  # Pillow's signature tests expect enough bytes
+    start = data[:16].ljust(16, b"\0")  # Pillow's signature tests do not check the length of the data
     if start[4:8] == b"ftyp":
         return {b"avif": "AVIF", b"avis": "AVIF"}.get(start[8:12], "HEIF")
     for signature, name in UNSUPPORTED_SIGNATURES:
@@ -272,7 +272,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ImageError("unsupported_format", f"mode {image.mode}: 32 bits a sample have no agreed range")
-    if image.mode == "La":  # premultiplied grey of TIFF, which Pillow converts only to LA
+    if image.mode == "La":  # Pillow converts La (premultiplied grey in TIFF files) only to LA
         image = image.convert("LA")
     if image.has_transparency_data:
         layers = image.convert("RGBA")

@@ -3,10 +3,11 @@
 The search has the same rules as transformers' `generate` with `early_stopping=False`, so that both return the same
 tokens:
 
-- Each step considers twice as many candidates as beams. A finished candidate counts only among the first `num_beams`.
+- Each step considers twice as many candidates as beams. A finished candidate counts only if it is one of
+  the best `num_beams` candidates.
 - The normalized score of a candidate is its log-probability divided by length ** length_penalty.
-- A search ends when it holds `num_beams` finished candidates and the best open beam has no higher normalized score than
-  the worst finished candidate.
+- The search of a request ends when the search holds `num_beams` finished candidates and the best open beam has no
+  higher normalized score than the worst finished candidate.
 
 Letters: B active requests, K beams, C candidates, R = B * K rows, X = K * V continuations, V vocabulary.
 """

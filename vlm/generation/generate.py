@@ -49,8 +49,8 @@ def stream(
 ) -> Iterator[int]:
     """Yield the token ids of one completion as they are generated, without the end token.
 
-    A token that may belong to a stop string is held back until later tokens show whether it does. Beam search yields
-    all tokens when the search has ended.
+    A token that may belong to a stop string is held back until later tokens decide whether the stop string occurs.
+    Beam search yields all tokens when the search has ended.
 
     Raises:
         UserError: the request and `max_new_tokens` do not fit the model's context.
@@ -73,7 +73,7 @@ def stream(
 def _generate_steps(
     model: VisionLanguageModel, tokenizer: Tokenizer, requests: Sequence[Request], settings: GenerationConfig
 ) -> Iterator[list[Completion]]:
-    """Yield the partial completions of all requests after each step. Every step yields the same objects, updated."""
+    """Yield the partial completions of all requests after each step. Every step yields the same list of completions."""
     logits_BV, cache = prefill(model, requests, settings)
     sampler = TokenSampler(requests, settings, logits_BV.shape[-1], logits_BV.device)
     completions = [Completion() for _ in requests]

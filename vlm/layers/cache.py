@@ -54,7 +54,7 @@ class KVCache:
         return self._keys[layer, :, :, :end], self._values[layer, :, :, :end]
 
     def advance(self, positions: int) -> None:
-        """Increase `length` by the number of new positions, which every layer has stored."""
+        """Increase `length` by a number of new positions, which every layer has stored."""
         self.length += positions
 
     def repeat(self, times: int) -> None:

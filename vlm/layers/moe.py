@@ -129,7 +129,7 @@ class MoeMlp(nn.Module):
         return dispatch(self.experts, x_NW, routing).view_as(x)
 
     def route(self, x_NW: Tensor) -> Routing:
-        """Choose the experts of each token. The router computes in fp32, because rounding would change the choice."""
+        """Choose the experts of each token. The router always uses fp32, because rounding would change the choice."""
         with torch.autocast(x_NW.device.type, enabled=False):
             x_NW = x_NW.float()
             logits_NX = scores_NX = F.linear(x_NW, self.router.weight.float())

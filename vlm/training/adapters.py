@@ -6,8 +6,8 @@ so a fresh adapter leaves the output exactly unchanged. `merge_adapter` adds the
 adapter.safetensors   the matrices A and B of each adapted layer
 adapter.json          the AdapterConfig, and the SHA-256 of the weights file that the adapter was trained on
 
-The SHA-256 identifies the base weights. Shapes of tensors are not enough: another model with the same shapes would load
-the adapter without an error and generate nonsense.
+The SHA-256 identifies the base weights. The shapes of the tensors cannot do this, because another model with the same
+shapes would load the adapter without an error and generate nonsense.
 
 Letters: R rank.
 """

@@ -60,16 +60,16 @@ class RouterReport:
 
 
 def routed_layers(model: nn.Module) -> dict[str, MoeMlp]:
-    """Return the mixtures of experts of a model by block name. A dense model has none and gives an empty dict."""
+    """Return the mixtures of experts of a model by block name. The dict of a dense model is empty."""
     return {name.removesuffix(".mlp"): part for name, part in model.named_modules() if isinstance(part, MoeMlp)}
 
 
 def router_loss(layers: Mapping[str, MoeMlp], batch: Batch) -> tuple[Tensor, RouterReport]:
     """Compute load-balance loss (Fedus et al., 2021) and router z loss (Zoph et al., 2022) of the last training pass.
 
-    The balance loss covers the global batch without padding. It sums, over experts, the expert's fraction of the
-    assignments times its mean probability, times the number of experts. A balance loss per rank would be stricter and
-    would depend on the number of ranks.
+    The balance loss covers the global batch without padding. For each expert, the expert's fraction of the
+    assignments is multiplied by the expert's mean probability. The sum of these products over experts is multiplied by
+    the number of experts. A balance loss per rank would be stricter and would depend on the number of ranks.
 
     Args:
         layers: result of `routed_layers`, which must be the same on every rank.
@@ -125,7 +125,7 @@ def _sum_over_ranks(rank_sums: list[_RouterSums]) -> list[_RouterSums]:
 
 
 def _is_decoder_layer(layer: str) -> bool:
-    """Return whether a layer belongs to the decoder. The tokens of an encoder layer are patches, and all are valid."""
+    """Return whether a layer belongs to the decoder. The tokens of an encoder layer are patches and never padding."""
     return layer.startswith("decoder.")
 
 

@@ -80,7 +80,7 @@ def gradient_sync(model: nn.Module, *, enabled: bool) -> Iterator[None]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor from all ranks, and return any other tensor unchanged. All ranks must call this."""
+    """Gather a sharded tensor from all ranks, which must call this together. Return any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

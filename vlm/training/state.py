@@ -42,10 +42,10 @@ class TrainingSnapshot:
 def snapshot_training(
     weights: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, step: int
 ) -> TrainingSnapshot:
-    """Copy the weights and the optimizer state to host memory. If the model is sharded, all ranks must call this.
+    """Copy the weights and the optimizer state to host memory. All ranks must call this for a sharded model.
 
     Args:
-        weights: weights to copy, by name; `model_weights(model)` for the whole model.
+        weights: weights to copy, by name, such as the result of `model_weights(model)` for the whole model.
         model: model without its DDP wrapper.
         optimizer: optimizer of the model's parameters.
         step: number of completed steps.
@@ -82,7 +82,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         index: {key: shard_like(value, p) for key, value in _strip_prefix(f"{names[p]}:", state).items()}
         for index, p in enumerate(parameters)
     }
-    optimizer.load_state_dict(packed)  # also moves each tensor to its parameter's device
+    optimizer.load_state_dict(packed)  # load_state_dict also moves each tensor to its parameter's device
     return step
 
 
@@ -91,7 +91,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return {
         f"{name}:{key}": value.contiguous()
         for name, parameter in _parameters(model).items()
-        if parameter in optimizer.state  # a lookup would create a state for a frozen parameter
+        if parameter in optimizer.state  # looking up a frozen parameter would create a state
         for key, value in optimizer.state[parameter].items()
     }
 
