@@ -74,7 +74,7 @@ class VisionLanguageModel(nn.Module):
         return self.decoder(x_BTW, mask=mask, media=media)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Compute the logits (targets, V) of the target positions, in row-major order. Other positions skip the head."""
+        """Compute the logits (targets, V) of target positions, in row-major order. Other positions skip the head."""
         return self.decoder.logits(self.hidden_states(batch)[batch.labels_BT != IGNORE])
 
     def prefill(
