@@ -62,7 +62,7 @@ def ask(
     version: VersionOption = "champion",
     checkpoint: Annotated[
         Path | None,
-        typer.Option("--checkpoint", help="Checkpoint folder to use instead of a version.", metavar="FOLDER"),
+        typer.Option("--checkpoint", help="Checkpoint folder, instead of a model version.", metavar="FOLDER"),
     ] = None,
     precision: PrecisionOption = Precision.FP32,
     run: RunOption = "demo",
@@ -129,7 +129,7 @@ def _check_question(files: Sequence[Path], prompt: str, draw: Path | None) -> No
         )
     if draw and len(files) != 1:
         raise UserError(
-            "boxes are drawn on one picture",
+            "boxes can be drawn only on a single picture",
             where=f"--draw {draw}",
             got=f"{len(files)} pictures",
             fix="name exactly one picture, or omit --draw",

@@ -33,13 +33,11 @@ def caption(
     prompt: PromptOption = "",
     version: VersionOption = "champion",
     precision: PrecisionOption = Precision.FP32,
-    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Caption rows with an error again.")] = False,
-    remove_deleted: Annotated[
-        bool, typer.Option("--remove-deleted", help="Remove captions of rows deleted from the table.")
-    ] = False,
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Try rows with an error again.")] = False,
+    remove_deleted: Annotated[bool, typer.Option("--remove-deleted", help="Remove captions of deleted rows.")] = False,
     max_error_share: Annotated[
         float,
-        typer.Option("--max-error-share", min=0, max=1, help="Fail if a larger share of rows fails.", metavar="SHARE"),
+        typer.Option("--max-error-share", min=0, max=1, help="Largest share of rows that may fail.", metavar="SHARE"),
     ] = 1.0,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
@@ -80,7 +78,7 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
 
     Args:
         job: running command, whose run config has the limits for pictures and for drift.
-        which: model version: a number, an alias, or latest.
+        which: number or alias of a model version, or `latest`.
         request: values of the fields of CaptionRequest.
 
     Raises:

@@ -89,7 +89,7 @@ def check_output_folder(out: Path) -> None:
         UserError: `out` is a file or a folder that is not empty.
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError("the folder to write is not empty", where=str(out), fix="name a new folder, or remove this one")
+        raise UserError("the output folder is not empty", where=str(out), fix="name a new folder, or remove this one")
 
 
 def _write_checkpoint(config: ModelConfig, folders: dict[Part, Path], out: Path, seed: int) -> ImportReport:

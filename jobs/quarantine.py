@@ -29,7 +29,7 @@ def quarantine(
     ] = Action.SHOW,
     *,
     reason: Annotated[
-        list[str] | None, typer.Option("--reason", help="Only rows with this reason. Repeatable.", metavar="REASON")
+        list[str] | None, typer.Option("--reason", help="Quarantine reason to select. Repeatable.", metavar="REASON")
     ] = None,
     rows: Annotated[
         int, typer.Option("--rows", min=0, help="Number of rows to show per source and reason.", metavar="N")

@@ -14,7 +14,7 @@ def rollback(
 ) -> None:
     """Make the previous champion the champion again.
 
-    The aliases champion and previous are exchanged, so a second rollback undoes the first.
+    The aliases champion and previous are exchanged, so a second rollback undoes the first rollback.
 
     \b
     Example:

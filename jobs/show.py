@@ -79,7 +79,7 @@ def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
     """Open a table of the platform at a version. None opens the latest version.
 
     Raises:
-        UserError: the platform's tables are not readable as files, or the table or version does not exist.
+        UserError: the platform's tables cannot be read as files, or there is no such table or version.
     """
     from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError

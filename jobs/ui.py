@@ -64,7 +64,7 @@ def ui(
 
 
 def check_port_free(port: int) -> None:
-    """Check that a port can be used, before a server starts.
+    """Check that a server can listen on a port, before the server starts.
 
     Raises:
         UserError: the port is in use, or this user may not listen on it.

@@ -42,7 +42,7 @@ STEPS, BATCH, LEARNED, HELD_OUT, ALONE, ROUNDS, TOKENS = 1600, 64, 9600, 256, 64
 
 
 class Scenes:
-    """Generate the demo's pictures without Spark: PNG bytes, pixels and sentence."""
+    """Generate the PNG bytes, pixels and sentences of the demo's pictures without Spark."""
 
     def __init__(self, config: ModelConfig, count: int, seed: int) -> None:
         rng = np.random.default_rng(seed)

@@ -30,8 +30,8 @@ pytestmark = pytest.mark.faults
 
 ENDLESS: dict[str, Any] = {"steps": 100_000, "validate_every": 100_000}
 WAITS: tuple[Kind, ...] = ("hang", "stop", "deaf")
-TIMEOUT = 20  # seconds; only reached by faults for which other ranks wait
-BOUND = 120.0  # seconds; a launch takes fewer than 20 s on an idle machine
+TIMEOUT = 20  # in seconds; reached only if other ranks wait for the faulty rank
+BOUND = 120.0  # in seconds; a launch takes less than 20 s on an idle machine
 STOPPED_BOUND = 180.0  # torchrun waits 30 seconds for a process that does not react
 
 BESIDE, EXECUTORS = "beside the driver", "on executors"

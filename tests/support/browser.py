@@ -16,7 +16,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 def open_page(address: str) -> Iterator[Page]:
     """Open an address in headless Chromium.
 
-    At the end of the block the console must be empty, and every request must have gone to the address itself.
+    After the block, the browser's console must be empty, and all requests must have gone to the opened address.
     """
     if CHROMIUM is None:
         pytest.skip("Chromium is not installed")

@@ -50,7 +50,7 @@ def _command(pid: int) -> str:
 
 @contextmanager
 def kill_one(kind: ProcessKind, after: float, rng: random.Random) -> Iterator[list[int]]:
-    """Kill one process of a kind while the block runs.
+    """Kill one process of the given kind while the block runs.
 
     Args:
         kind: kind of the process.

@@ -16,7 +16,7 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz ?\n"
 
 
 def tiny_config(variant: str) -> ModelConfig:
-    """Return the config of one name of VARIANTS: common kinds, alternative kinds, prefix-LM, or a rare variant."""
+    """Return the model config of one of VARIANTS: common kinds, alternative kinds, prefix-LM, or a rare variant."""
     if variant in RARE:
         return _rare_config(variant)
     plain = variant == "plain"
