@@ -18,7 +18,7 @@ class ModelFiles(Config):
         name: name of the registered model.
         version: version of the registered model.
         run_id: id of the MLflow run that trained the version.
-        remote: whether the folder is on a network drive. If so, each host copies the folder once.
+        remote: whether the folder is on a network drive, so that each host copies the folder once.
     """
 
     folder: Path

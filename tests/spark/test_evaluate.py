@@ -31,7 +31,7 @@ ROWS = 70
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
-    """Save a model with random weights. Its output layer is scaled, so that the blind gap is not zero."""
+    """Save a model with random weights and a scaled output layer, so that the blind gap is not zero."""
     folder = tmp_path_factory.mktemp("model")
     config = tiny_model_config()
     torch.manual_seed(5)

@@ -61,7 +61,7 @@ def read_evaluation_figures(
 def compare_figures(
     figures: Mapping[str, float], rows: int, evaluation: EvaluationFigures, limits: DriftConfig, *, prompt: str
 ) -> dict[str, Drift]:
-    """Compare each figure of a caption job with the evaluation. Return an empty dict if either has too few rows.
+    """Compare each figure of a caption job with the evaluation. Return {} if the job or the evaluation has few rows.
 
     Args:
         figures: figures of the caption job.

@@ -61,7 +61,7 @@ class PendingFiles:
         """Count the rows of all files from the Parquet footers. A progress bar calls this method twice a second."""
         total = 0
         for path in self.files():
-            with suppress(FileNotFoundError):  # another driver merged it
+            with suppress(FileNotFoundError):  # another driver has merged the file
                 total += pq.read_metadata(path).num_rows
         return total
 

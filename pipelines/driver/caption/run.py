@@ -53,12 +53,12 @@ class CaptionRequest(Config):
     Attributes:
         source_table: name of a Delta table, as `table` (in the platform's own schema), `schema.table`,
             `catalog.schema.table`, or delta.`/path`.
-        source_version: version of the source table; None means the newest version.
+        source_version: version of the source table, or None for the newest version.
         id_column: name of a column of unique, non-null ids.
         image_column: name of a column of pictures, as binary or base64 text.
         prompt: text before the caption; an empty prompt gives a plain caption.
         where: SQL condition on the table's columns; an empty condition selects all rows.
-        settings: decoding settings; None means the decoding settings of the model's config.
+        settings: decoding settings, or None for the decoding settings of the model's config.
         precision: number format in which the model computes.
         limits: size limits of a picture; a picture that exceeds a limit becomes a row with an error.
         retry_errors: whether to caption rows again that have an error.
@@ -114,7 +114,7 @@ class CaptionReport(Config):
 
 
 class TooManyErrors(StageFailed):
-    """The share of errors exceeds `max_error_share`. All rows are written; `report` has the numbers."""
+    """The share of errors exceeds `max_error_share`. All rows are written, and `report` has the numbers."""
 
     def __init__(self, report: CaptionReport, max_error_share: float) -> None:
         self.report = report
@@ -130,7 +130,7 @@ class TooManyErrors(StageFailed):
 
 
 Progress = Callable[[Callable[[], int], int], AbstractContextManager[None]]
-"""Context manager that shows progress. Its arguments are a function that counts finished rows, and the row count."""
+"""Context manager that shows progress. The arguments are a function that counts finished rows, and the row count."""
 
 
 def caption(
@@ -298,7 +298,7 @@ def _remove_deleted(spark: SparkSession, platform: Platform, source: SourceTable
 
 
 def _check_prompt(model: ModelFiles, request: CaptionRequest) -> None:
-    """Raise UserError if the prompt is too long. This check runs before executors start."""
+    """Raise UserError if the prompt is too long. The check runs before executors start."""
     config = model.read_config()
     settings = request.settings or config.generation
     prefix = prefix_ids(text.load(model.folder / "tokenizer.json"), config.num_slots, request.prompt)

@@ -45,7 +45,7 @@ def open_source_table(
         spark: Spark session.
         platform: platform whose schema holds the table if `table` names no schema.
         table: name of the table.
-        version: version of the table; None means the newest version.
+        version: version of the table, or None for the newest version.
         columns: names of the id column and of the picture column.
         where: SQL condition on the rows; an empty condition selects all rows.
 
@@ -58,7 +58,7 @@ def open_source_table(
             "not a table name",
             where="the table to caption",
             got=table,
-            fix="name it as table, schema.table, catalog.schema.table, or delta.`/path`",
+            fix="write the name as table, schema.table, catalog.schema.table, or delta.`/path`",
         )
     name = table if "." in table else platform.table(table)
     pinned, frame = _read(spark, platform, name, version)

@@ -40,7 +40,7 @@ class TableMaintenance(Config):
         removed: number of files that VACUUM deleted because no table version within the retention time uses them.
         files: number of files of the newest table version after the maintenance.
         bytes: total size of the files of that version, in bytes.
-        postponed: reason why maintenance was skipped until the next run; None if maintenance was not skipped.
+        postponed: reason why maintenance was skipped until the next run, or None if maintenance was not skipped.
     """
 
     table: str
@@ -77,7 +77,7 @@ def maintain(spark: SparkSession, platform: Platform, retain_hours: int = MIN_RE
             "the retention is too short",
             where="--retain-hours",
             got=f"{retain_hours}",
-            fix=f"at least {MIN_RETAIN_HOURS}: a job that reads an older version now would lose its files",
+            fix=f"set at least {MIN_RETAIN_HOURS} hours, because a running job may read an older table version",
         )
     started = time.monotonic()
     ensure_tables(spark, platform)

@@ -39,7 +39,7 @@ CONFLICTS = (
     MetadataChangedException,
     ProtocolChangedException,
 )
-"""Errors of a write that wrote nothing because another writer committed first. They have no common base class."""
+"""Errors of a write that wrote nothing because another writer committed first. These errors share no base class."""
 MAX_ATTEMPTS = 12
 
 
@@ -65,5 +65,5 @@ def retry_on_conflict(write: Callable[[], Result], where: str = "the tables it w
         f"the write conflicted with other writers {MAX_ATTEMPTS} times",
         where=where,
         got=f"{type(conflict).__name__}: {conflict}"[:500],
-        fix="run it again when fewer writers run at the same time: finished work is kept and no row is duplicated",
+        fix="run the command again when fewer writers run: finished work is kept and no row is duplicated",
     ) from conflict

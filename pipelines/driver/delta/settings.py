@@ -32,7 +32,7 @@ def bounded_batches(spark: SparkSession) -> Iterator[None]:
     """Limit the size of Parquet and Arrow batches in queries that run in the block.
 
     At Spark's default limit of 10,000 rows, a batch of megapixel pictures has 17 GB. Spark 4.1 and later also apply
-    the limit in bytes. Spark 4.0 has only the limit in rows. That limit is 32 rows, because 32 of the largest usual
+    the limit in bytes. Spark 4.0 has only the limit in rows. The limit in rows is 32, because 32 of the largest usual
     pictures have 50 MB.
     """
     with spark_settings(

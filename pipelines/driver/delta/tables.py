@@ -89,7 +89,7 @@ def _has_commits(folder: Path) -> bool:
     while log.is_dir():
         if any(log.glob("[0-9]*.json")) or any(log.glob("[0-9]*.parquet")):
             return True
-        with suppress(FileNotFoundError):  # another process removed it
+        with suppress(FileNotFoundError):  # another process has removed the log folder
             if time.time() - log.stat().st_mtime > CREATION_TIMEOUT_S:
                 logger.warning("removing %s: it is at least %s seconds old and has no commit", log, CREATION_TIMEOUT_S)
                 shutil.rmtree(log)
@@ -104,5 +104,5 @@ def _quoted(value: Path | str) -> str:
 
 
 def table_id(spark: SparkSession, platform: Platform, table: Table) -> str:
-    """Return Delta's own id of a table. It changes when a table is dropped and created again."""
+    """Return Delta's own id of a table. The id changes when a table is dropped and created again."""
     return str(spark.sql(f"DESCRIBE DETAIL {platform.table(table.name)}").head()["id"])  # type: ignore[index]

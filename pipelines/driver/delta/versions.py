@@ -80,10 +80,10 @@ def commit_note(spark: SparkSession, note: str) -> Iterator[None]:
 def skip_if_changed_since(spark: SparkSession, source: str, version: int) -> Iterator[None]:
     """Make Delta skip a write in the block if another guarded write to `source` was planned at `version` or later.
 
-    This function uses Delta's idempotent writes (txnAppId, txnVersion). The application is the source. The transaction
-    version is `version`: the last change of the source when the write was planned. Delta skips a write whose
-    transaction version is not above the last committed transaction version. If two writers planned at the same version,
-    the first of them commits, and Delta skips the write of the second.
+    This function uses Delta's idempotent writes. `txnAppId` names the source, and `txnVersion` is `version`, which is
+    the last change of the source when the write was planned. Delta skips a write whose `txnVersion` is not above the
+    last committed `txnVersion` of the source. If two writers planned at the same version, the first writer commits, and
+    Delta skips the write of the second writer.
     """
     with spark_settings(spark, {f"{TXN_CONF}AppId": source_note(source), f"{TXN_CONF}Version": str(version)}):
         yield

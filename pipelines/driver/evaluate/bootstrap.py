@@ -24,7 +24,7 @@ from vlm.config import Config
 
 RESAMPLES = 200
 MAX_VALUES = 8
-"""A column with more distinct numbers is sliced by quartile. A column of text keeps this many most frequent values."""
+"""A column with more distinct numbers is sliced by quartile. A text column keeps its most frequent values."""
 MIN_SLICE_ROWS = 2
 
 

@@ -58,7 +58,7 @@ def compare(
             "the versions cannot be compared",
             where=f"{request.source}, split {request.split}",
             got=f"no row that versions {one.model_version} and {other.model_version} both captioned",
-            fix="evaluate both on the same table version",
+            fix="evaluate both model versions on the same table version",
         )
     names = (one.model_version, other.model_version)
     report = Comparison(

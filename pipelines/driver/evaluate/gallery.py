@@ -66,7 +66,7 @@ class GalleryRow:
 
     Attributes:
         image_id: id of the picture.
-        thumbnail: small JPEG file; None if the picture cannot be decoded.
+        thumbnail: small JPEG file, or None if the picture cannot be decoded.
         prompt: text before the caption; a plain caption has an empty prompt.
         human: human captions (references), separated by slashes.
         captions: captions by the models, one caption per model.

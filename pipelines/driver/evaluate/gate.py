@@ -56,7 +56,7 @@ def apply_gate(
     Args:
         gate: limits of the checks.
         report: evaluation of the model version.
-        champion: evaluation of the current champion on the same split; None if there is no champion.
+        champion: evaluation of the current champion on the same split, or None if there is no champion.
         trial: result of loading and running the model version in a fresh process.
     """
     metrics = report.metrics
@@ -112,7 +112,7 @@ def _check_baseline(gate: GateConfig, gain: Interval | None, baseline: str) -> G
     cases by chance.
     """
     if gain is None:
-        return GateCheck(passed=False, found=f"it cannot be compared with {baseline}: {gate.metric} is not measured")
+        return GateCheck(passed=False, found=f"no comparison with {baseline}: {gate.metric} is not measured")
     passed = gain.low > 0
     than = "better than" if passed else "no better than"
     return GateCheck(passed=passed, found=f"{than} {baseline}: {gate.metric} {_format_difference(gain)}")
@@ -129,7 +129,7 @@ def _check_champion(gate: GateConfig, difference: Interval | None, version: str,
     """
     if difference is None:
         return GateCheck(
-            passed=False, found=f"it cannot be compared with the champion, version {version}: no common rows"
+            passed=False, found=f"no comparison with the champion, version {version}: there are no common rows"
         )
     passed = difference.high >= 0
     change = f"{gate.metric} {_format_difference(difference)}"
@@ -169,7 +169,7 @@ def record_decision(
         model: name of the registered model.
         version: model version that the decision is about.
         action: decision about the model version.
-        champion: version of the current champion; None if there is no champion.
+        champion: version of the current champion, or None if there is no champion.
         reasons: reasons why the model version was refused.
         figures: metrics that the decision is based on, as a JSON object.
     """

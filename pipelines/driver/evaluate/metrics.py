@@ -43,7 +43,7 @@ class ScoredRow(RowScore):
     """Scores of one row, and the caption of the nearest-neighbour baseline for this row.
 
     Attributes:
-        neighbour: human caption of the most similar training picture; None if there is none.
+        neighbour: human caption of the most similar training picture, or None without such a picture.
     """
 
     neighbour: str | None
@@ -128,7 +128,7 @@ def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
 
 
 def ratio(numerators_R: Sequence[float], denominators_R: Sequence[float] | None = None) -> Metric:
-    """Return the metric "weighted sum of numerators / weighted sum of denominators". A denominator is 1 by default."""
+    """Return the metric "weighted sum of numerators / weighted sum of denominators". Denominators are 1 by default."""
     numerator_R = np.asarray(numerators_R, float)
     denominator_R = np.ones_like(numerator_R) if denominators_R is None else np.asarray(denominators_R, float)
     return lambda weights_SR: (weights_SR @ numerator_R) / (weights_SR @ denominator_R)
@@ -201,7 +201,7 @@ def _bleu(captions: Sequence[list[str]], references: Sequence[list[list[str]]]) 
     lengths_2R = np.array([[c["testlen"] for c in cooked], [c["reflen"] for c in cooked]], float)
     correct_NR = np.array([[c["correct"][n] for c in cooked] for n in range(MAX_ORDER)], float)
     guessed_NR = np.array([[c["guess"][n] for c in cooked] for n in range(MAX_ORDER)], float)
-    tiny, small = 1e-15, 1e-9  # pycocoevalcap's values: no match gives zero and not an error
+    tiny, small = 1e-15, 1e-9  # pycocoevalcap adds these values to avoid a division by zero
 
     def bleu(order: int) -> Metric:
         def metric(weights_SR: Floats) -> Floats:

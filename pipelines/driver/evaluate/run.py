@@ -58,7 +58,7 @@ class EvaluationReport(Config):
         dataset_version: version of `samples` that last changed the source.
         scores_hash: hash of the scores; equal scores have an equal hash.
         pictures: number of pictures of the split.
-        left_out: number of rows whose prompt leaves no room for a caption. Only `error_share` counts these rows.
+        left_out: number of rows whose prompt leaves no room for a caption, which only `error_share` counts.
         metrics: metrics of the whole split, including the metrics of the baselines (constant_*, neighbour_*).
         columns: columns by which slices are made.
         slices: metrics of each slice, by `column=value`.
@@ -280,7 +280,7 @@ def read_thumbnails(samples: DataFrame, image_ids: Sequence[str]) -> dict[str, b
     """Make thumbnails of pictures in `samples` on executors. Return the thumbnails by image_id."""
     chosen = samples.where(samples.image_id.isin(list(image_ids))).select("image_id", "image")
     with bounded_batches(samples.sparkSession):
-        thumbnails = partial(with_thumbnails, column="image", max_pixels=sys.maxsize)  # ingest has applied its limit
+        thumbnails = partial(with_thumbnails, column="image", max_pixels=sys.maxsize)  # ingest has applied the limit
         rows = chosen.mapInArrow(thumbnails, "image_id string, thumbnail binary").collect()
     return {row["image_id"]: row["thumbnail"] and bytes(row["thumbnail"]) for row in rows}
 

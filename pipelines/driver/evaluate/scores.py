@@ -1,4 +1,4 @@
-"""Scores of one model version for every row of a split. Executors compute the scores once, and a file keeps them.
+"""Scores of one model version for every row of a split. Executors compute the scores once and write them to a file.
 
 The name of the file's folder contains a hash of everything that determines the scores (model version, pictures, scoring
 method). A second evaluation finds the folder and runs no model. The file also has the nearest-neighbour caption of each

@@ -53,7 +53,7 @@ def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
         else:  # append, because a merge would join all rows and pictures with the table once more
             rows.writeTo(table).append()
             verify_append(spark, table, "ingested_at", stamp, totals.new)
-    logger.info("%d new pictures, %d with new texts", totals.new, totals.updated)
+    logger.info("%d new pictures, and %d earlier pictures with new texts", totals.new, totals.updated)
 
 
 def _replace(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
@@ -64,7 +64,7 @@ def _replace(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
     with uncompressed_parquet(spark), skip_if_changed_since(spark, stamp.source, stamp.base_version):
         rows.writeTo(table).overwrite(F.col("source") == stamp.source)
     verify_append(spark, table, "ingested_at", stamp, totals.new)
-    logger.info("%d pictures replace the earlier ones", totals.new)
+    logger.info("%d pictures replace the earlier pictures of the source", totals.new)
 
 
 def _sample_rows(plan: IngestPlan, pictures: DataFrame) -> DataFrame:

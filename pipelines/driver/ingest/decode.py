@@ -42,7 +42,7 @@ class IngestRequest:
         config: data config of the source.
         rows: raw rows, and the parser that executors apply to the raw rows.
         ingest_id: id of the ingest, which all written rows carry.
-        replace: whether the result replaces all rows of the source. If so, the plan ignores existing rows.
+        replace: whether the result replaces all rows of the source, so that the plan ignores existing rows.
     """
 
     source: str

@@ -94,7 +94,7 @@ def find_near_duplicates(plan: IngestPlan) -> NearDuplicates:
 
 
 def _compared_pictures(plan: IngestPlan) -> DataFrame:
-    """Return new pictures and pictures of `samples`, with the columns COMPARED. `existing` is true for the latter."""
+    """Return the new pictures (`existing` is false) and the pictures in `samples`, with the columns in COMPARED."""
     new = plan.pictures.filter("NOT conflicting AND is_new").withColumn("existing", F.lit(False)).select(*COMPARED)
     existing = plan.existing.filter("fingerprint IS NOT NULL").withColumn("existing", F.lit(True)).select(*COMPARED)
     return new.unionAll(existing)

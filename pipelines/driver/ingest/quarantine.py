@@ -1,4 +1,4 @@
-"""Functions that write rows that cannot become samples to `quarantine`, with their whole content and the reason."""
+"""Functions that write refused rows to table `quarantine`, with the whole content of each row and the reason."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REFUSED = ("source_row", "stage", "reason", "detail", "spilled")
 def refused_rows(plan: IngestPlan) -> DataFrame:
     """Return the rows that an executor has refused, and the rows whose picture has the id of another picture.
 
-    The columns are REFUSED. The payloads are in the spill folder, at the position `spilled`.
+    The result has the columns in REFUSED. The payloads are in the spill folder, at the position `spilled`.
     """
     outcomes = plan.outcomes.withColumn("spilled", F.struct(*POSITION.names))
     refused = outcomes.filter(F.col("reason").isNotNull()).select(*REFUSED)

@@ -52,7 +52,7 @@ class QuarantineReport(Config):
     Attributes:
         counts: number of rows by source and reason.
         rows: example rows of each source and reason.
-        gallery: path of the page with pictures of the example rows; None if no page was requested.
+        gallery: path of the page with pictures of the example rows, or None if no page was requested.
     """
 
     counts: tuple[QuarantineCount, ...]

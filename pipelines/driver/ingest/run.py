@@ -84,7 +84,7 @@ def ingest(
         UserError: the input does not exist, lacks a column, has no rows, or has no usable row. Unusable rows are in
             `quarantine`.
         StageFailed: the row counts do not add up, because rows were lost or counted twice.
-        TooManyRefused: more rows were refused than `data.limits.max_bad_share` allows. Both tables are written.
+        TooManyRefused: more rows were refused than `data.limits.max_bad_share` allows. All rows are written.
     """
     started = time.monotonic()
     retry_on_conflict(partial(ensure_tables, spark, platform))
@@ -116,7 +116,7 @@ def ingest(
         seconds=round(time.monotonic() - started, 3),
     )
     check_totals(report, config)
-    if source.rows:  # after the check: a failed ingest is read again and fails again
+    if source.rows:  # after the check, so that the items of a failed ingest are read again
         entry = LedgerEntry(source_name, rules, source.ingest_id)
         retry_on_conflict(partial(append_to_ledger, spark, platform, source.pending, entry))
     return report
@@ -133,7 +133,7 @@ def _start_refresh(spark: SparkSession, platform: Platform, name: str, source: S
     tables = (SAMPLES.name, QUARANTINE.name)
     replaced = {table: rows_of_source(spark, platform, table, name).count() for table in tables}
     logger.info(
-        "refresh of %s: reads %d files or rows of captions again and replaces %d pictures in samples and %d rows in "
+        "the refresh of %s reads %d files or rows of captions again and replaces %d pictures in samples and %d rows in "
         "quarantine",
         *(name, len(source.pending), *replaced.values()),
     )

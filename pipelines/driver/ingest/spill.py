@@ -53,7 +53,7 @@ class SpillFolder:
     def restore(self, rows: DataFrame, *names: str) -> DataFrame:
         """Replace the column `spilled` of rows (a struct that starts with POSITION) by the wide columns `names`.
 
-        Only the narrow rows are shuffled, which have a few hundred bytes. Each task then reads its part of the spill
+        Only the narrow rows, which have a few hundred bytes, are shuffled. Each task then reads its part of the spill
         files.
         """
         size = sum(path.stat().st_size for path in self.folder.glob("*.arrow"))
@@ -71,7 +71,7 @@ def spill_folder(platform: Platform) -> Iterator[SpillFolder]:
     parent = platform.folder("staged").absolute()
     for path in parent.glob(f"{PREFIX}*"):
         if time.time() - path.stat().st_mtime > STALE.total_seconds():
-            logger.info("removing %s: the spill folder of an ingest that was killed", path)
+            logger.info("removing %s, the spill folder of an ingest that was killed", path)
             shutil.rmtree(path, ignore_errors=True)
     spill = SpillFolder(parent / f"{PREFIX}{uuid.uuid4().hex}")
     spill.folder.mkdir(parents=True)

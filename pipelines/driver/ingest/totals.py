@@ -58,7 +58,7 @@ class IngestReport(Config):
 
 
 class TooManyRefused(StageFailed):
-    """More rows were refused than data.limits.max_bad_share allows. Both tables are written, as `report` says."""
+    """More rows were refused than data.limits.max_bad_share allows. `samples` and `quarantine` are written."""
 
     def __init__(self, report: IngestReport, where: str, max_bad_share: float) -> None:
         self.report = report
@@ -114,5 +114,5 @@ def _no_samples_error(report: IngestReport, config: DataConfig) -> UserError:
         "not one row of the input could be used",
         where=config.source.where,
         got=f"{report.rows_in} rows, {_newly_quarantined(report)}",
-        fix="inspect them with `lakesight quarantine`; check data.source.columns",
+        fix="inspect the refused rows with `lakesight quarantine`, and check data.source.columns",
     )

@@ -56,7 +56,7 @@ def wait_for_failure_records(run: RunFolder) -> None:
 
 
 def root_failure(run: RunFolder) -> Failure | None:
-    """Return the failure record of the root cause; None if no rank has written such a record."""
+    """Return the failure record of the root cause, or None if no rank has written such a record."""
     return next((failure for failure in run.read_failures() if not failure.consequence), None)
 
 

@@ -54,7 +54,7 @@ def check_hosts(run: RunFolder, spark: SparkSession, launch: Launch) -> None:
 
 
 def _describe_executors(spark: SparkSession, tasks: int) -> list[dict[str, object]]:
-    """Describe the host of each task of a barrier stage. Like ranks, such a stage occupies all slots at once."""
+    """Describe the host of each task of a barrier stage, because such a stage occupies all slots at once like ranks."""
 
     def describe_task(_: Iterable[int]) -> Iterator[dict[str, object]]:
         # A nested function is pickled by value, so it also runs where this package is not installed.

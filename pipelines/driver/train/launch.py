@@ -1,4 +1,4 @@
-"""Launch of ranks with TorchDistributor. Slots are checked before the launch, and leftover processes are killed after.
+"""Launch of ranks with TorchDistributor, after a check of the slots, and removal of processes that the launcher leaves.
 
 TorchDistributor is used only to start processes. TorchDistributor would notice missing slots after ten minutes, reports
 no causes of failures, and prints the output of ranks to the terminal. So this module counts the slots and writes the
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 SLOT_SECONDS = 10.0
 """Time that executors may take to register after their start, in seconds."""
 SHORTAGE_SECONDS = 30.0
-"""Time in seconds for which a cluster may have too few slots for a stage. After that time the jobs are cancelled."""
+"""Time in seconds after which the jobs of a barrier stage are cancelled if the cluster has too few slots."""
 POLL_SECONDS = 1.0
 EXIT_SECONDS = 5.0
 """Time that a rank may take to exit after SIGTERM, and again after SIGKILL, in seconds."""
@@ -79,7 +79,7 @@ def check_slots(spark: SparkSession, launch: Launch, seconds: float = SLOT_SECON
 
 
 def _slots(context: object) -> int:
-    """Return how many tasks can run at once. Spark checks the same number before Spark starts a barrier stage."""
+    """Return how many tasks can run at once. Spark compares this number with the size of a barrier stage."""
     profile = context.resourceProfileManager().defaultResourceProfile()  # type: ignore[attr-defined]
     return int(context.maxNumConcurrentTasks(profile))  # type: ignore[attr-defined]
 
@@ -202,7 +202,7 @@ def _kill_leftover_ranks(run: RunFolder) -> None:
 
 
 def _signal(pid: int, number: int) -> bool:
-    """Send a signal to a process, and return whether the process exists. Signal 0 only tests whether it exists."""
+    """Send a signal to a process, and return whether the process exists. Signal 0 changes nothing in the process."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:

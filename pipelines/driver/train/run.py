@@ -165,7 +165,7 @@ def _run_attempt(run: RunFolder, settings: Launch, spark: SparkSession, entry: R
     damaged = set(run.damaged_checkpoints())
     error = run_ranks(run, spark, settings, entry)
     for folder in sorted({*run.damaged_checkpoints()} - damaged):
-        log.warning("a damaged checkpoint was renamed to %s; the run resumed from an earlier one", folder)
+        log.warning("a damaged checkpoint was renamed to %s; the run resumed from an earlier checkpoint", folder)
     result = finished_result(run)
     if result is None:
         wait_for_failure_records(run)
@@ -190,7 +190,7 @@ def _check_inputs(config: RunConfig, train: ShardReport, validate: ShardReport) 
             "the global batch cannot be divided among the ranks",
             where="train.batch_size, platform.ranks",
             got=f"{batch_size} rows for {ranks} ranks",
-            fix=f"for example --set train.batch_size={ranks * -(-batch_size // ranks)}",
+            fix=f"choose another batch size, for example with --set train.batch_size={ranks * -(-batch_size // ranks)}",
         )
     for purpose, report in (("train on", train), ("validate on", validate)):
         if not report.num_rows:

@@ -52,7 +52,7 @@ def open_start_folder(folder: Path, config: ModelConfig) -> StartFolder:
             "the model to start from cannot be read",
             where=str(folder / "config.json"),
             got=read_error_message(error),
-            fix="choose a folder written by this version and not edited by hand",
+            fix="choose a folder that this version of Lakesight has written and nobody has edited",
         ) from None
     saved_model, run_model = (model.model_dump(exclude={"generation"}) for model in (saved, config))
     differing = list(config_differences({"model": saved_model}, {"model": run_model}))

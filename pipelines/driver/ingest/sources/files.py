@@ -140,7 +140,7 @@ def load_text(spark: SparkSession, paths: list[str], header: int = 0) -> DataFra
 
 
 def _filesystem_path(path: str) -> str | None:
-    """Convert a path that Spark reports to a path that Python can open; None if there is no such path."""
+    """Convert a path that Spark reports to a path that Python can open, or return None if there is no such path."""
     if path.startswith("file:/"):
         return f"/{path.removeprefix('file:').lstrip('/')}"
     return path.removeprefix("dbfs:") if path.startswith("dbfs:/Volumes/") else None

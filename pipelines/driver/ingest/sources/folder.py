@@ -111,7 +111,7 @@ def _load_coco(spark: SparkSession, file: SourceFile, source: FolderSourceConfig
             "the captions file is not COCO captions JSON",
             where=file.path,
             got="a file without the lists images and annotations",
-            fix="expected one object with images (id, file_name) and annotations (image_id, caption)",
+            fix="write one JSON object with images (id, file_name) and annotations (image_id, caption)",
         )
     captions = (
         document.selectExpr("inline(annotations)")

@@ -32,11 +32,11 @@ class Source:
     """An opened source, whose rows are not decoded yet.
 
     Attributes:
-        rows: raw rows of the pending items; None if no item is pending.
+        rows: raw rows of the pending items, or None if no item is pending.
         ingest_id: hash of the name and the state of the source. An unchanged source has the same id.
         pending: items (ledger.ITEMS) that have not been ingested in their current state.
         unchanged: number of items that have been ingested in their current state.
-        stale_ids: ids (column `id`) of rows that the source has changed or deleted; None if these ids are unknown.
+        stale_ids: ids (column `id`) of rows that the source has changed or deleted, or None if unknown.
     """
 
     rows: SourceRows | None
@@ -63,7 +63,7 @@ def require_columns(config: DataConfig, found: Sequence[str], where: str) -> Non
             f"the input has no column {', '.join(missing.values())}",
             where=where,
             got=f"columns {', '.join(column[:80] for column in found[:20])}",
-            fix=f"name the right one with {' '.join(suggestions)} on the command line",
+            fix=f"name the right column with {' '.join(suggestions)} on the command line",
         )
 
 
