@@ -50,8 +50,8 @@ class SlotsFusionConfig(Config):
 class CrossFusionConfig(Config):
     """Gated cross-attention blocks read the picture features (Flamingo; Alayrac et al., 2022).
 
-    One slot in the sequence marks the picture's position. A token attends to the last picture before it. The gates
-    start at zero, so training starts from the unchanged decoder.
+    One image slot in the sequence marks the position of each picture. A token attends only to the last picture before
+    the token. The gates start at zero, so training starts from the unchanged decoder.
 
     Attributes:
         every: number of decoder blocks that follow each gated block.

@@ -36,6 +36,6 @@ class Precision(StrEnum):
             raise UserError(
                 f"precision {self} needs torchao",
                 where="--precision",
-                got="it is not installed",
+                got="torchao is not installed",
                 fix="pip install 'lakesight[quantize]'",
             )

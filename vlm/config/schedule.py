@@ -32,9 +32,9 @@ class ConstantScheduleConfig(Config):
 
 
 class StableScheduleConfig(Config):
-    """Constant learning rate, then linear decay from its peak to `floor` * peak (Hu et al., 2024).
+    """Constant learning rate at its peak, then linear decay to `floor` * peak (Hu et al., 2024).
 
-    `decay` is the fraction of all steps, at the end of the training, in which the learning rate decays. A checkpoint
+    The learning rate decays in the last steps of the training; `decay` is the fraction of these steps. A checkpoint
     from before the decay can be trained further, so the number of steps need not be known in advance.
     """
 

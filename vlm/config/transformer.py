@@ -133,7 +133,7 @@ class TransformerConfig(Config):
 
     Attributes:
         width: width of the residual stream.
-        depth: number of blocks.
+        depth: number of transformer blocks.
         attention: config of the attention layers.
         mlp: config of the MLPs.
         norm: config of the norm before each attention and MLP branch, and after the last block.

@@ -1,7 +1,7 @@
 """Protocol of the tokenizers, the special token ids, and the id that marks an image slot.
 
-Special tokens have ids but no text form, so no caption can produce an end token. An image slot is not a token. Its id
-is SLOT, which is not in any vocabulary.
+Special tokens have ids but no text form, so no caption can produce an end token. An image slot is not a token. The id
+of an image slot is SLOT, which is not in any vocabulary.
 """
 
 from __future__ import annotations

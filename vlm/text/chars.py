@@ -14,7 +14,7 @@ UNKNOWN_CHAR = "\N{REPLACEMENT CHARACTER}"
 class CharTokenizer:
     """Tokenizer with one token per character of a fixed alphabet. Any other character becomes the unknown token.
 
-    The special tokens have the lowest ids. The unknown token follows, then the characters of the alphabet.
+    Special tokens have the lowest ids, the unknown token has the next id, and characters have the ids after it.
 
     Raises:
         ValueError: the alphabet contains a character twice.

@@ -4,8 +4,8 @@
     '--------- prefix --------' '-- targets --'
 
 Training and generation both build the prefix with this module, so the layout is always the same. The first answer token
-is predicted at the last position of the prefix, from the pictures and the prompt only. All pictures come before the
-start token. Without a picture, the sequence begins with the start token.
+is predicted at the last position of the prefix, from the pictures and the prompt only. Pictures before the first text
+come before the start token. Without such a picture, the sequence begins with the start token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PICTURE: Final = Picture()
 
 
 def prefix_ids(tokenizer: Tokenizer, num_slots: int, prompt: str, num_images: int = 1) -> list[int]:
-    """Return the ids before the answer: the slots of the pictures, the start token, and the prompt with a line break.
+    """Return the ids before the answer: image slots of all pictures, start token, and prompt with a line break.
 
     Args:
         tokenizer: tokenizer of the model.

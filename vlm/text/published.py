@@ -40,7 +40,7 @@ class PublishedTokenizer:
         ids = backend.get_vocab()
         rows = max(ids.values()) + 1
         if rows > config.vocab_size:
-            raise ValueError(f"{rows} tokens, more than vocab_size {config.vocab_size}")
+            raise ValueError(f"the tokenizer has {rows} tokens, more than vocab_size {config.vocab_size}")
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # encode special tokens in a text as ordinary characters
@@ -64,8 +64,8 @@ class PublishedTokenizer:
                 "the model's tokenizer cannot be used",
                 where=f"model.text.path = {config.path!r}",
                 got=str(error),
-                fix="name the tokenizer.json published with the weights (--set model.text.path=FILE), and vocab_size, "
-                "bos, eos and pad as published",
+                fix="set the path of the published tokenizer.json (--set model.text.path=FILE), and set vocab_size, "
+                "bos, eos and pad to the published values",
             ) from None
 
     @property

@@ -4,8 +4,8 @@
     '-- y0, x0, y1, x1 of 1024 bins --'  label                                    '16 codes'
 
 Four <loc> tokens are the edges of a box, in 1024 bins per side of the model's input square. Sixteen <seg> tokens
-describe the outline inside the box. Their numbers are indices into the codebook of a mask decoder (Ning et al., 2023),
-which is not part of this library. Incomplete boxes are skipped, and no text raises an error.
+describe the outline inside the box. The numbers of <seg> tokens are indices into the codebook of a mask decoder (Ning
+et al., 2023), which is not part of this library. Incomplete boxes are skipped, and no text raises an error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _REGION = re.compile(rf"((?:{_LOC}\s*){{4}})((?:{_SEG}\s*)*)([^;<]*)", re.ASCII)
 
 
 class Region(NamedTuple):
-    """A labelled box in bins (0 to 1023) of the model's input square, with the codes of its outline, if any."""
+    """A labelled box in bins (0 to 1023) of the model's input square, with the codes of the outline if there is one."""
 
     y0: int
     x0: int

@@ -72,8 +72,8 @@ def same(path: str, key: str, values: Mapping[str, str] | None = None) -> Config
     """Return the config field of a value that is at `path` in our config and at `key` in config.json.
 
     Args:
-        path: dotted path in our config.
-        key: key in config.json.
+        path: dotted path of the value in our config.
+        key: key of the value in config.json.
         values: our name of each value, by the value's name in config.json; None if the names are the same.
     """
     to_ours = values or {}

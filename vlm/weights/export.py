@@ -1,7 +1,7 @@
 """Export of a Lakesight checkpoint to a folder that another library loads.
 
-An export applies the rules of the weight tables in the opposite direction of an import. The tensors of one rule are
-read and converted at a time.
+An export applies the rules of the weight tables in the opposite direction of an import. The export reads and converts
+only the tensors of one rule at a time.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def export_weights(
     """Write a part of a checkpoint to a folder in the format of another library.
 
     Args:
-        checkpoint: a folder written by training or by an import.
-        part: `model`, `encoder` or `decoder`.
+        checkpoint: folder of a checkpoint written by training or by an import.
+        part: part of the model to export: `model`, `encoder` or `decoder`.
         family_name: name of the family whose tensor names and config are written.
         out: folder to create and write to.
         max_bytes: maximum size of a weight file, in bytes. Larger weights are split into shards.

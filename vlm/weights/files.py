@@ -66,14 +66,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
             "the config of the weights cannot be read",
             where=str(path),
             got=read_error_message(error),
-            fix="choose a folder with config.json and model.safetensors, as published",
+            fix="choose a published folder, with config.json and model.safetensors",
         ) from None
     if not isinstance(settings, dict):
         raise CheckpointError(
             "the config of the weights is not a JSON object",
             where=str(path),
             got=type(settings).__name__,
-            fix="choose a folder with the config.json as published",
+            fix="choose a folder with the published config.json",
         )
     return settings
 
@@ -158,7 +158,7 @@ def write_weights(folder: Path, groups: Iterable[Mapping[str, Tensor]], max_byte
     Args:
         folder: folder to write to.
         groups: dicts from names to tensors. The tensors of one dict are written to the same shard.
-        max_bytes: maximum size of a shard, in bytes. A dict that is larger gets a shard of its own.
+        max_bytes: maximum size of a shard, in bytes. Tensors of a larger dict are written to a separate, larger shard.
     """
     shards: list[Path] = []
     weight_map: dict[str, int] = {}

@@ -88,7 +88,7 @@ def import_weights(
 
     Args:
         config: config of the model.
-        vocab_size: rows of the token embedding table.
+        vocab_size: number of rows of the token embedding table.
         folders: folder for each part of the model: for `model`, for `encoder`, for `decoder`, or for the last two.
         seed: random seed for initialising the parameters that no folder contains.
 
@@ -107,7 +107,7 @@ def import_weights(
             "the weights do not fit the model",
             where=", ".join(str(source.files.folder) for source in sources),
             got="; ".join(problems),
-            fix="choose the model config that belongs to these weights, or other weights",
+            fix="choose the model config that belongs to these weights, or choose other weights",
         )
     filled = {name for source in sources for rule in source.plan.rules for name in rule.ours}
     fresh = _initialize_fresh(model, filled, seed)

@@ -2,7 +2,7 @@
 
 `theirs` are names in the other library's file, `ours` are names of our parameters. Names are templates: `{i}` stands
 for the block number, and `*` stands for `weight` or `bias`. A rule applies if the model has all parameters in `ours`.
-The model config therefore decides how many blocks there are and whether a layer has a bias. The file never decides.
+The model config, and never the file, therefore decides how many blocks there are and whether a layer has a bias.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class WeightTable:
     ties: tuple[Tie, ...] = ()
 
     def with_prefix(self, prefix: str) -> WeightTable:
-        """Return the same table for files whose tensor names begin with `prefix`."""
+        """Return a copy of the weight table for files whose tensor names begin with `prefix`."""
         return WeightTable(
             tuple(replace(rule, theirs=tuple(prefix + name for name in rule.theirs)) for rule in self.rules),
             tuple(replace(drop, pattern=prefix + drop.pattern) for drop in self.drops),
@@ -93,7 +93,7 @@ class WeightTable:
         )
 
     def with_drops(self, *drops: Drop) -> WeightTable:
-        """Return the same table with additional drops."""
+        """Return a copy of the weight table with additional patterns of tensors to leave out."""
         return replace(self, drops=(*self.drops, *drops))
 
 

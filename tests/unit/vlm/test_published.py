@@ -161,7 +161,7 @@ def test_saved_tokenizer_does_not_need_the_original_file(which: str, tmp_path: P
         ({"path": "nowhere/tokenizer.json"}, "No such file"),
         ({"bos": "<start>"}, "the tokenizer has no token '<start>'"),
         ({"bos": "<start>", "eos": "</s>"}, "the tokenizer has no token '<start>' or '</s>'"),
-        ({"vocab_size": 1000}, "1453 tokens, more than vocab_size 1000"),
+        ({"vocab_size": 1000}, "the tokenizer has 1453 tokens, more than vocab_size 1000"),
     ],
     ids=["empty", "missing", "no-bos", "no-bos-no-eos", "table-too-small"],
 )

@@ -25,7 +25,7 @@ from vlm.weights.rules import Drop, Tie, WeightTable, concat, rename
 TRANSFORMER = "decoder.transformer"
 ATTENTION = f"{TRANSFORMER}.attention"
 
-# Old config files call the tanh form "gelu", because transformers had no separate name for the tanh form at that time.
+# Old config files call the tanh form of GELU "gelu", because transformers then had no separate name for that form.
 ACTIVATION = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_tanh"}
 DEFAULTS = {
     "head_dim": 256,
