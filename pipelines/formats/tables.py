@@ -130,19 +130,23 @@ SAMPLES = Table(
     (
         Column("image_id", pa.string(), "<source>/<id>, or <source>/<start of sha256> if the source has no ids"),
         Column("sha256", pa.string(), "SHA-256 of the image bytes, hexadecimal"),
-        Column("image", pa.binary(), "Picture file, the bytes as received"),
+        Column("image", pa.binary(), "Bytes of the picture file, as received"),
         Column("format", pa.string(), "Picture format by Pillow, such as PNG"),
         Column("width", pa.int32(), "Width in pixels"),
         Column("height", pa.int32(), "Height in pixels"),
-        Column("texts", pa.list_(TEXT_TYPE), "Captions (empty prompt) and answers (the prompt is the question)"),
+        Column(
+            "texts",
+            pa.list_(TEXT_TYPE),
+            "Texts of the picture: captions have an empty prompt, answers have the question as prompt",
+        ),
         Column(
             "split",
             pa.string(),
-            "train, val or test: from sha256, from a near duplicate, or from the source",
+            "train, val or test; derived from sha256, from a near duplicate, or from the source",
         ),
         Column("source", pa.string(), "Name of the data config that added the row"),
-        Column("source_row", pa.string(), "<file>#<hash of the row>: first source row of the picture"),
-        Column("ingest_id", pa.string(), "Ingest that added the row: hash of the source and its files"),
+        Column("source_row", pa.string(), "<file>#<hash of the row> of the first source row with this picture"),
+        Column("ingest_id", pa.string(), "Hash that identifies the ingest that added the row"),
         Column("ingested_at", TIME_TYPE, "Time at which the row was added"),
         Column(
             "fingerprint",
@@ -164,15 +168,19 @@ QUARANTINE = Table(
     ("ingest_id", "source_row"),
     "One row per source row that was refused, with its whole content and the reason",
     (
-        Column("ingest_id", pa.string(), "Ingest that refused the row"),
+        Column("ingest_id", pa.string(), "Hash that identifies the ingest that refused the row"),
         Column("source", pa.string(), "Name of the data config"),
         Column("source_row", pa.string(), "<file>#<hash of the row>"),
-        Column("payload", pa.string(), "Whole row: a JSON object of columns, or the raw line"),
+        Column(
+            "payload", pa.string(), "Whole row as a JSON object of columns, or the raw line if it could not be parsed"
+        ),
         Column("stage", pa.string(), "Stage that refused the row: read, decode or merge"),
         Column("reason", pa.string(), f"One of {', '.join(REASONS)}"),
         Column("detail", pa.string(), "Details of the reason"),
         Column("quarantined_at", TIME_TYPE, "Time at which the row was added"),
-        Column("replayed_at", TIME_TYPE, "Time at which a replay accepted the row; null if none has", nullable=True),
+        Column(
+            "replayed_at", TIME_TYPE, "Time at which a replay accepted the row; null if no replay has", nullable=True
+        ),
     ),
 )
 
@@ -184,16 +192,20 @@ INGESTED = Table(
         Column("source", pa.string(), "Name of the data config"),
         Column("item", pa.string(), "A file, a row of a captions file, or the id of a table"),
         Column("state", pa.string(), "Size and modification time of the file or picture, or version of the table"),
-        Column("rules", pa.string(), "Hash of the settings that decide about a row: columns, limits, split"),
-        Column("ingest_id", pa.string(), "Ingest that read the item"),
-        Column("ingested_at", TIME_TYPE, "Time of the ingest; equal for all of its items"),
+        Column(
+            "rules",
+            pa.string(),
+            "Hash of the settings that decide whether a row is accepted, such as columns, limits and split",
+        ),
+        Column("ingest_id", pa.string(), "Hash that identifies the ingest that read the item"),
+        Column("ingested_at", TIME_TYPE, "Time of the ingest, which is equal for all items of the ingest"),
     ),
 )
 
 GENERATED_CAPTIONS = Table(
     "generated_captions",
     ("source_table", "image_id", "model_name", "model_version", "settings_hash"),
-    "One row per picture of a table, model version and decoding settings",
+    "One row per picture of a source table, per model version and per decoding settings",
     (
         Column("image_id", pa.string(), "Id of the row in the source table"),
         Column("model_name", pa.string(), "Registered model"),
@@ -206,8 +218,8 @@ GENERATED_CAPTIONS = Table(
         Column("settings", pa.string(), "Decoding settings and precision, as JSON"),
         Column("num_tokens", pa.int32(), "Number of generated tokens, including the end token"),
         Column("mean_logprob", pa.float64(), "Mean log-probability of the generated tokens", nullable=True),
-        Column("source_table", pa.string(), "Table of the picture"),
-        Column("source_version", pa.int64(), "Version of source_table"),
+        Column("source_table", pa.string(), "Table that contains the picture"),
+        Column("source_version", pa.int64(), "Version of source_table that was read"),
         Column("run_id", pa.string(), "MLflow run that trained the model version"),
         Column("captioned_at", TIME_TYPE, "Time of captioning"),
     ),
@@ -222,10 +234,10 @@ EVALUATIONS = Table(
         Column("model_name", pa.string(), "Registered model"),
         Column("model_version", pa.string(), "Version of the registered model"),
         Column("source", pa.string(), "Name of the data config"),
-        Column("dataset_version", pa.int64(), "Version of samples that the split was read from"),
+        Column("dataset_version", pa.int64(), "Version of the table samples from which the split was read"),
         Column("split", pa.string(), "Evaluated split"),
         Column("metric", pa.string(), "Metric, such as cider; constant_cider and neighbour_cider are baselines"),
-        Column("value", pa.float64(), "Point estimate"),
+        Column("value", pa.float64(), "Point estimate of the metric"),
         Column("low", pa.float64(), "Lower bound of the 95% bootstrap confidence interval over pictures"),
         Column("high", pa.float64(), "Upper bound of the 95% bootstrap confidence interval"),
         Column("n", pa.int64(), "Number of pictures"),
@@ -238,10 +250,10 @@ EVALUATIONS = Table(
 VERDICTS = Table(
     "verdicts",
     ("source_table", "image_id", "model_name", "model_version", "settings_hash"),
-    "One row per caption that a person has reviewed, with its picture; can be trained on",
+    "One row per caption that a person has reviewed, with its picture. The table can be trained on",
     (
         Column("image_id", pa.string(), "Id of the row in the source table"),
-        Column("source_table", pa.string(), "Table of the picture"),
+        Column("source_table", pa.string(), "Table that contains the picture"),
         Column("model_name", pa.string(), "Registered model that generated the caption"),
         Column("model_version", pa.string(), "Version of the registered model"),
         Column(
@@ -253,10 +265,10 @@ VERDICTS = Table(
         Column(
             "text",
             pa.string(),
-            "Correct text: the caption or its correction; null if the verdict is bad",
+            "Correct text, which is the caption or its correction; null if the verdict is bad",
             nullable=True,
         ),
-        Column("image", pa.binary(), "Picture file as it was reviewed"),
+        Column("image", pa.binary(), "Bytes of the picture file that was reviewed"),
         Column("sha256", pa.string(), "SHA-256 of image, hexadecimal"),
         Column("reviewer", pa.string(), "User who reviewed the caption"),
         Column("judged_at", TIME_TYPE, "Time of the review"),
@@ -269,7 +281,7 @@ DECISIONS = Table(
     ("decision_id",),
     "One row per decision about the serving model version, in the order of decided_at",
     (
-        Column("decision_id", pa.string(), "Random id"),
+        Column("decision_id", pa.string(), "Random id of the decision"),
         Column("model_name", pa.string(), "Registered model"),
         Column("model_version", pa.string(), "Model version that the decision is about"),
         Column("action", pa.string(), "promote, refuse or rollback"),
