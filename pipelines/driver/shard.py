@@ -1,9 +1,10 @@
 """Shard stage: write the rows of one source and split, at a pinned version of `samples`, to files that ranks read.
 
-Spark's shuffle brings each picture to its file. Executors decode and resize the pictures before or after the shuffle,
-and write the files. The driver writes the manifest last. The request determines the contents of a shard folder, and the
-folder's name is a hash of the request, so the same request finds the folder again. Two processes may write the same
-folder at the same time, because both write the same bytes under the same names, and write each file atomically.
+Spark shuffles each picture to the task that writes the picture's shard file. Executors decode and resize the pictures,
+either before or after the shuffle (`_decode_after_shuffle`), and then write the shard files. The driver writes the
+manifest last. The request determines the contents of a shard folder, and the folder's name is a hash of the request, so
+the same request finds the folder again. Two processes may write the same folder at the same time, because both write
+the same bytes under the same names, and write each file atomically.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ SAMPLED_ROWS = 64
 """Number of pictures whose mean size decides whether to decode pictures before or after the shuffle."""
 
 Assign = Callable[..., Iterator[RecordBatch]]
-"""A function like `executor.shard.assign_files`, which may also decode."""
+"""Function with the interface of `executor.shard.assign_files`, which may also decode the pictures."""
 
 
 class ShardReport(Config):
@@ -87,9 +88,9 @@ def shard(  # noqa: PLR0917 (each argument is one part of a run, and all are req
 ) -> ShardReport:
     """Find or write the shards of one source and split, and for a training mix the shards of the other sources too.
 
-    A request is pinned to the version of `samples` that last changed its source. The rows are read at the newest
-    version, because VACUUM may have removed the files of the pinned version. Both versions have the same rows of the
-    source.
+    A shard request names the version of `samples` that last changed the source. The rows are read at the newest
+    version, because VACUUM may have removed the files of the pinned version. The rows of the source are the same in
+    both versions.
 
     Raises:
         UserError: the split has no rows, or data.shards.where is not a valid SQL condition.
@@ -119,8 +120,9 @@ def shard(  # noqa: PLR0917 (each argument is one part of a run, and all are req
 def write_mix(parts: Sequence[ShardFolder], shares: Sequence[float], shards: Path) -> ShardFolder:
     """Write a folder that contains only a manifest, which refers to the files of other shard folders.
 
-    The manifest says how many rows of each part an epoch draws. An epoch has as many draws as all parts have rows.
-    Each part after the first gets its share of the draws, and the first part gets the remaining draws.
+    The manifest says how many rows of each part an epoch draws. The number of draws in an epoch is the number of rows
+    of all parts together. Each part except the first part gets its share of the draws. The first part gets all
+    remaining draws.
 
     Args:
         parts: shard folders with the same parent folder.
@@ -154,7 +156,7 @@ def write_mix(parts: Sequence[ShardFolder], shares: Sequence[float], shards: Pat
 def find_or_write(  # noqa: PLR0917 (as for `shard`)
     spark: SparkSession, platform: Platform, source: str, config: ShardConfig, image: ImageConfig, split: Split
 ) -> ShardFolder:
-    """Find or write the shard folder of one source and split, pinned to the last change of the source."""
+    """Return the shard folder of a source and split at its last change; write the folder if it does not exist."""
     version = read_versions(spark, platform, source)
     request = ShardRequest(
         table=platform.table(SAMPLES.name),

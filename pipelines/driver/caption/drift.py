@@ -1,7 +1,7 @@
 """Drift: comparison of the figures of a caption job with the figures of an evaluation of the same model version.
 
-Caption jobs and evaluations both count with `pipelines.formats.caption_stats`. The model version is the same, so a
-difference comes from the pictures and not from the model.
+Caption jobs and evaluations both count with `pipelines.formats.caption_stats`. The caption job and the evaluation use
+the same model version, so a difference between their figures is caused by the pictures and not by the model.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ from pipelines.platform import Platform
 from vlm.config import Config
 
 RELATIVE = ("words", "distinct_words")
-"""Figures whose limit is relative to the evaluation's figure. The limit of the other figures is a difference."""
+"""Names of the figures whose limit is a relative change. For all other figures, the limit is an absolute difference."""
 PROMPT_INDEPENDENT = ("error_share", "brightness", "contrast")
-"""Figures that do not depend on the prompt."""
+"""Names of the figures that do not depend on the prompt."""
 FIGURES = ("words", "distinct_words", "mean_logprob", *PROMPT_INDEPENDENT)
 
 
 class Drift(Config):
-    """A figure of a caption job and of an evaluation. `change` and `limit` are both relative or both a difference."""
+    """Comparison of one figure between a caption job and an evaluation.
+
+    For figures in RELATIVE, `change` and `limit` are relative to the evaluation's figure. For all other figures,
+    `change` and `limit` are absolute differences.
+    """
 
     value: float
     evaluated: float
@@ -61,7 +65,9 @@ def read_evaluation_figures(
 def compare_figures(
     figures: Mapping[str, float], rows: int, evaluation: EvaluationFigures, limits: DriftConfig, *, prompt: str
 ) -> dict[str, Drift]:
-    """Compare each figure of a caption job with the evaluation. Return {} if the job or the evaluation has few rows.
+    """Compare each figure of a caption job with the evaluation.
+
+    Return an empty dict if the job or the evaluation has too few rows.
 
     Args:
         figures: figures of the caption job.

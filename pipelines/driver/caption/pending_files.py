@@ -29,9 +29,10 @@ from pipelines.platform import Platform
 logger = logging.getLogger(__name__)
 
 ROWS_PER_COMMIT = 100_000
-"""Approximate rows per commit. All rows of a commit pass through the driver; a row has a few hundred bytes."""
+"""Approximate number of rows per commit. All rows of a commit pass through the driver; a row has a few hundred
+bytes."""
 STALE = timedelta(days=1)
-"""Age from which a temporary file counts as left over by a killed task."""
+"""Age from which a temporary file is removed, because the task that wrote the file was probably killed."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class PendingFiles:
                 path.unlink(missing_ok=True)
 
     def files(self) -> list[Path]:
-        """List the complete files."""
+        """List the files that have been written completely."""
         return sorted(self.folder.glob("*.parquet"))
 
     def num_rows(self) -> int:
@@ -69,7 +70,8 @@ class PendingFiles:
         """Merge all files into `generated_captions` and remove them. Return the number of rows in the files.
 
         Raises:
-            StageFailed: every attempt to merge conflicted with other writers. The files stay, so no caption is lost.
+            StageFailed: every attempt to merge conflicted with other writers. The files are kept, so no caption is
+                lost.
         """
         total, chunk, files = 0, [], []
         for path, rows in self._read_files():
@@ -101,7 +103,7 @@ class PendingFiles:
 
 
 def matches_key(key: dict[str, str]) -> Column:
-    """Return the condition that a row of the table, under the alias `old`, has the values of the key.
+    """Return the SQL condition that is true for rows of table `old` (an alias) that have the values of the key.
 
     The condition contains the values as literals, so Delta can skip files.
     """

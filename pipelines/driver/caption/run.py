@@ -1,7 +1,8 @@
 """Caption job: caption the rows of a Delta table that a model version has not captioned yet.
 
 1. The driver merges the files that an earlier job left (`pending_files.py`).
-2. The driver counts the rows without a caption. The count reads ids and no pictures. Without such a row the job ends.
+2. The driver counts the rows without a caption. The count reads the ids, but no pictures. If every row has a caption,
+   the job ends here.
 3. Executors read the remaining pictures once and write their captions to files (`pipelines.executor.caption`).
 4. The driver merges these files into `generated_captions`.
 """
@@ -44,7 +45,7 @@ from vlm.text.prompt import prefix_ids
 logger = logging.getLogger(__name__)
 
 ROWS_PER_FILE = 512
-"""Rows per file of captions, and approximate rows per task."""
+"""Number of rows per file of captions, and approximate number of rows per Spark task."""
 
 
 class CaptionRequest(Config):
@@ -86,7 +87,8 @@ class CaptionReport(Config):
 
     Attributes:
         considered: number of rows that meet the SQL condition.
-        already: number of rows that already had a caption or an error, also if only in a file of an earlier job.
+        already: number of rows that already had a caption or an error, either in the table or in a file of an earlier
+            job.
         captioned: number of rows that this job captioned.
         errors: number of rows that this job could not caption.
         changed: number of rows in `captioned` and `errors` that were captioned before, with another picture.
@@ -114,7 +116,10 @@ class CaptionReport(Config):
 
 
 class TooManyErrors(StageFailed):
-    """The share of errors exceeds `max_error_share`. All rows are written, and `report` has the numbers."""
+    """The share of errors exceeds `max_error_share`.
+
+    All rows are written, and the attribute `report` has the row counts.
+    """
 
     def __init__(self, report: CaptionReport, max_error_share: float) -> None:
         self.report = report
@@ -130,7 +135,8 @@ class TooManyErrors(StageFailed):
 
 
 Progress = Callable[[Callable[[], int], int], AbstractContextManager[None]]
-"""Context manager that shows progress. The arguments are a function that counts finished rows, and the row count."""
+"""Context manager that shows progress. The first argument is a function that returns the number of finished rows. The
+second argument is the number of all rows."""
 
 
 def caption(
@@ -150,7 +156,7 @@ def caption(
     Raises:
         UserError: the table, the version or a column does not exist, the condition is not valid SQL, the ids are not
             unique, the prompt leaves no space for a caption, or the library for the precision is not installed.
-        StageFailed: Spark failed. The next job continues where this job ended.
+        StageFailed: Spark failed. The next job with the same request captions only the rows that have no caption yet.
         TooManyErrors: the share of errors is larger than `max_error_share`. All rows are written.
     """
     started = time.monotonic()
@@ -221,7 +227,7 @@ def _create_job(
 
 
 class RowCounts(NamedTuple):
-    """Number of rows, and number of rows to process: rows without a caption, or whose picture may have changed."""
+    """Number of all rows, and number of rows that have no caption or whose picture may have changed (`todo`)."""
 
     rows: int
     todo: int
@@ -230,7 +236,7 @@ class RowCounts(NamedTuple):
 def _find_uncaptioned_rows(
     spark: SparkSession, platform: Platform, source: SourceTable, key: dict[str, str], request: CaptionRequest
 ) -> tuple[DataFrame, RowCounts]:
-    """Return the rows to process (columns image_id, image, known) and the row counts, which need no picture."""
+    """Return the rows to process, with columns image_id, image and known, and the row counts."""
     table = spark.table(platform.table(GENERATED_CAPTIONS.name)).alias("old").where(matches_key(key))
     old = table.where("error IS NULL") if request.retry_errors else table
     done = old.select("image_id", "sha256", "source_version", F.lit(True).alias("is_done"))
@@ -258,7 +264,7 @@ def _find_uncaptioned_rows(
 
 
 def _unchanged_files(spark: SparkSession, source: SourceTable, done: DataFrame) -> DataFrame:
-    """Return the data files of the pinned version that an earlier captioned version also has.
+    """Return the data files that the pinned table version shares with an earlier, captioned table version.
 
     The columns are source_version (the earlier version), file and is_unchanged (always true).
     """
@@ -270,9 +276,9 @@ def _unchanged_files(spark: SparkSession, source: SourceTable, done: DataFrame) 
 
 def _run_executors(spark: SparkSession, todo: DataFrame, rows: int, job: CaptionJob) -> CaptionStats:
     """Caption the rows into files on executors. Return the statistics of the rows."""
-    # The rows are repartitioned, because a small table is one file and would be one task. The key is the id, so that a
-    # retried task gets the same rows. The number of tasks is a multiple of the number of cores, because three tasks on
-    # two cores take as long as four tasks.
+    # The rows are repartitioned, because Spark would read a small table, which has a single file, in a single task. The
+    # rows are repartitioned by id, so that a retried task gets the same rows. The number of tasks is a multiple of the
+    # number of cores, because three tasks on two cores take as long as four tasks.
     cores = spark.sparkContext.defaultParallelism
     tasks = cores * -(-rows // (job.rows_per_file * cores))
     with bounded_batches(spark):

@@ -2,7 +2,7 @@
 
 Maintenance changes no row: the operation of every commit is in `versions.MAINTENANCE_OPERATIONS`, so shards that are
 pinned to a table version stay valid. A stage that writes at the same time may conflict with OPTIMIZE. After three
-conflicts, the maintenance of that table is skipped until the next run.
+conflicts, maintenance skips the table until the next maintenance run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vlm.config import Config
 logger = logging.getLogger(__name__)
 
 MIN_RETAIN_HOURS = 168
-"""Delta's own minimum of one week, because a running caption job or evaluation may still read older files."""
+"""Minimum retention time. This is Delta's own minimum of one week, because running jobs may still read older files."""
 ATTEMPTS = 3
 
 
@@ -39,7 +39,7 @@ class TableMaintenance(Config):
         written: number of larger files that OPTIMIZE wrote.
         removed: number of files that VACUUM deleted because no table version within the retention time uses them.
         files: number of files of the newest table version after the maintenance.
-        bytes: total size of the files of that version, in bytes.
+        bytes: total size of the files of the newest table version after the maintenance, in bytes.
         postponed: reason why maintenance was skipped until the next run, or None if maintenance was not skipped.
     """
 
@@ -66,7 +66,7 @@ def maintain(spark: SparkSession, platform: Platform, retain_hours: int = MIN_RE
     Args:
         spark: Spark session.
         platform: platform of the tables.
-        retain_hours: retention time in hours. VACUUM keeps files that a table version of this time uses.
+        retain_hours: retention time in hours. VACUUM keeps the files of all table versions within the retention time.
 
     Raises:
         UserError: `retain_hours` is below MIN_RETAIN_HOURS.
@@ -114,7 +114,7 @@ def _maintain_table(spark: SparkSession, name: str, checks: Mapping[str, str], r
 
 
 def _count_removed(spark: SparkSession, name: str) -> int:
-    """Return how many files the last VACUUM deleted, as its commit in the table history says."""
+    """Return the number of files that the last VACUUM deleted, which Delta stores in the table history."""
     ended = spark.sql(f"DESCRIBE HISTORY {name} LIMIT 5").filter(F.col("operation") == "VACUUM END")
     commits = ended.orderBy(F.desc("version")).select("operationMetrics").collect()
     return int(commits[0]["operationMetrics"]["numDeletedFiles"]) if commits else 0

@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 
 class WriteConflict(Exception):
-    """A write was given up because another writer has committed since the write was planned. Nothing was written."""
+    """A write was cancelled, because another writer has committed since the write was planned. Nothing was written."""
 
 
 CONFLICTS = (
@@ -39,7 +39,8 @@ CONFLICTS = (
     MetadataChangedException,
     ProtocolChangedException,
 )
-"""Errors of a write that wrote nothing because another writer committed first. These errors share no base class."""
+"""Errors that Delta raises for a write that wrote nothing because another writer committed first. Their classes have no
+common base class."""
 MAX_ATTEMPTS = 12
 
 

@@ -69,7 +69,8 @@ def add_columns(spark: SparkSession, platform: Platform, table: Table) -> None:
 
 def _create(name: str, table: Table, location: str) -> str:
     clustered = f" CLUSTER BY ({', '.join(table.cluster_by)})" if table.cluster_by else ""
-    # A table in a folder gets its constraints with its first commit. A catalog may require a statement per constraint.
+    # A table in a folder is created together with its constraints. A catalog may require a separate statement per
+    # constraint.
     checks = {f"{CONSTRAINT_PREFIX}{check}": table.checks[check] for check in table.checks if location}
     properties = ", ".join(f"'{key}' = {_quoted(value)}" for key, value in (table.properties | checks).items())
     return (
@@ -81,9 +82,9 @@ def _create(name: str, table: Table, location: str) -> str:
 def _has_commits(folder: Path) -> bool:
     """Return whether a folder holds a Delta table with at least one commit.
 
-    A log folder without a commit has two causes. Either another process is creating the table, and this function waits
-    for the first commit. Or a process was killed while creating the table, and this function removes the log folder,
-    because Delta cannot open a table whose log folder has no commit.
+    A log folder without a commit has two possible causes. Either another process is creating the table, and this
+    function waits for the first commit. Or a process was killed while creating the table, and this function removes the
+    log folder, because Delta cannot open a table whose log folder has no commit.
     """
     log = folder / "_delta_log"
     while log.is_dir():

@@ -22,7 +22,7 @@ MAINTENANCE_OPERATIONS = frozenset(
         *("SET TBLPROPERTIES", "UNSET TBLPROPERTIES"),
     }
 )
-"""Operations whose commits change no row."""
+"""Delta operations whose commits change no row."""
 
 
 class TableVersions(NamedTuple):
@@ -30,7 +30,8 @@ class TableVersions(NamedTuple):
 
     Attributes:
         newest: newest version of the table.
-        last_change: newest version that changed a row of the source. For table `samples`, this is the dataset_version.
+        last_change: newest version that changed a row of the source. For table `samples`, last_change is the
+            dataset_version.
     """
 
     newest: int
@@ -44,9 +45,10 @@ def read_versions(spark: SparkSession, platform: Platform, source: str, table: T
     newest version would make the shards of every source stale. Each ingest writes the name of its source into its
     commit (`commit_note`), and this function skips commits of other sources and maintenance commits. A commit without
     a note, such as a DELETE by hand, counts as a change of every source. The oldest commit that Delta still keeps also
-    counts as a change, so the pin may be later than necessary, but never too early.
+    counts as a change, so the pinned version may be newer than the last change of the source, but never older.
 
-    Both versions come from one read of the history, so rows of `source` are equal at `newest` and at `last_change`.
+    Both version numbers come from one read of the table history, so rows of `source` are equal at `newest` and at
+    `last_change`.
     """
     history = spark.sql(f"DESCRIBE HISTORY {platform.table(table.name)}")
     commits = history.select("version", "operation", "userMetadata").collect()

@@ -24,7 +24,8 @@ from vlm.config import Config
 
 RESAMPLES = 200
 MAX_VALUES = 8
-"""A column with more distinct numbers is sliced by quartile. A text column keeps its most frequent values."""
+"""Largest number of slices by value. A column with more distinct numbers is sliced by quartile. In a text column with
+more distinct values, only the MAX_VALUES most frequent values have their own slice."""
 MIN_SLICE_ROWS = 2
 
 
@@ -39,8 +40,8 @@ class Interval(Config):
 def draw_weights(scored: Sequence[ScoredRow], *, seed: int = 0) -> Floats:
     """Draw the weights of the rows in each resample, as an array of shape (RESAMPLES + 1, rows).
 
-    The first line of the array is the original sample, in which every weight is 1. In each other line the weight of a
-    row is the number of times that the picture of the row was drawn with replacement.
+    The first line of the array is the original sample, in which every weight is 1. Each further line is one resample,
+    in which the weight of a row is the number of times that the row's picture was drawn with replacement.
     """
     pictures = np.unique([item.row for item in scored], return_inverse=True)[1]
     count = int(pictures.max()) + 1
@@ -75,7 +76,7 @@ def measure(
 
 
 def pair_rows(one: Sequence[ScoredRow], other: Sequence[ScoredRow]) -> tuple[list[ScoredRow], list[ScoredRow]]:
-    """Return the rows that both models captioned, in the same order."""
+    """Return the scores of both models for the rows that both models captioned, as two lists in the same order."""
     second = {item.key: item for item in captioned(other)}
     shared = sorted((item for item in captioned(one) if item.key in second), key=lambda item: item.key)
     return shared, [second[item.key] for item in shared]

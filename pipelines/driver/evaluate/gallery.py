@@ -96,8 +96,8 @@ class GalleryRow:
 def select_rows(scored: Sequence[ScoredRow]) -> list[tuple[ScoredRow, tuple[str, ...]]]:
     """Select the worst rows, the best rows and a sample of all other rows. Return the rows with their group names.
 
-    The worst row comes first. The sample consists of the first of all other rows, which is fair because shards are
-    shuffled. A small split is shown completely, and then a row may be in several groups.
+    The worst row comes first. The sample consists of the first rows that are in neither group. These rows are a random
+    sample, because shards are shuffled. A small split is shown completely, and then a row may be in several groups.
     """
     ordered = sorted(scored, key=lambda item: (item.f1, -item.loss / max(1, item.num_targets), item.row))
     groups = {"worst": ordered[:GROUP_ROWS], "best": ordered[::-1][:GROUP_ROWS]}

@@ -108,8 +108,8 @@ def _check_blind_gap(gate: GateConfig, gap: Interval | None) -> GateCheck:
 def _check_baseline(gate: GateConfig, gain: Interval | None, baseline: str) -> GateCheck:
     """Check that the model version is better than a baseline even at the lower end of the interval.
 
-    The value alone is not enough, because a model that is as good as the baseline has a better value in half of the
-    cases by chance.
+    The value of the metric alone is not enough, because by chance a model that is only as good as the baseline has a
+    better value in half of the cases.
     """
     if gain is None:
         return GateCheck(passed=False, found=f"no comparison with {baseline}: {gate.metric} is not measured")
@@ -123,7 +123,7 @@ def _format_difference(difference: Interval) -> str:
 
 
 def _check_champion(gate: GateConfig, difference: Interval | None, version: str, rows: int) -> GateCheck:
-    """Check that the model version is not worse than the champion at the upper end of the interval.
+    """Check that the upper end of the interval of the difference from the champion is not below zero.
 
     By chance, this check refuses one in forty model versions that are as good as the champion.
     """

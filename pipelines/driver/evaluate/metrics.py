@@ -83,16 +83,18 @@ def captioned(scored: Sequence[ScoredRow]) -> list[ScoredRow]:
 
 
 def model_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
-    """Return the metrics of rows that all have a caption. The weights are in the order of the rows.
+    """Return the metrics of rows that all have a caption. The weights that a metric takes are in the order of the rows.
 
     - loss is in nats per target token. token_accuracy is the share of target tokens that the model ranks first.
     - blind_gap, blank_gap and noise_gap are the loss with the picture of another row, a grey picture or noise, minus
-      the loss, in nats per token. A split of one picture has no blind_gap.
-    - exact_match, word_f1, bleu_1..4, rouge_l and cider compare captions with references. A single row has no cider,
-      because the word weights of CIDEr need several rows.
-    - words and tokens are the mean length of a caption. captions_per_second is the throughput of one process.
+      the loss, in nats per token. If the split has only one picture, blind_gap is missing.
+    - exact_match, word_f1, bleu_1..4, rouge_l and cider compare captions with references. For a single row, cider is
+      missing, because the word weights of CIDEr need several rows.
+    - words and tokens are the mean lengths of a caption in words and in tokens. captions_per_second is the speed of one
+      process.
     - distinct is the share of different captions. distinct_1..2 are the share of different word n-grams.
-    - distinct_words is the expected number of different words in 100 captions. Fewer captions have no distinct_words.
+    - distinct_words is the expected number of different words in 100 captions. With fewer than 100 captions,
+      distinct_words is missing.
     - mean_logprob is the mean over captions of the log-probability, in nats per token.
     - brightness and contrast are means over pictures, in levels of 0 to 255.
     """

@@ -45,7 +45,7 @@ from vlm.text.words import words
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("format", "size", "length")
-"""Default columns by which slices are made. size is the longer side, length the words of the first reference."""
+"""Default columns by which slices are made. `size` is the longer side in pixels, `length` the word count."""
 SLICE_METRICS = ("exact_match", "word_f1", "rouge_l", "cider", "loss", "token_accuracy", "blind_gap")
 REPORT = "report.json"
 
@@ -280,7 +280,7 @@ def read_thumbnails(samples: DataFrame, image_ids: Sequence[str]) -> dict[str, b
     """Make thumbnails of pictures in `samples` on executors. Return the thumbnails by image_id."""
     chosen = samples.where(samples.image_id.isin(list(image_ids))).select("image_id", "image")
     with bounded_batches(samples.sparkSession):
-        thumbnails = partial(with_thumbnails, column="image", max_pixels=sys.maxsize)  # ingest has applied the limit
+        thumbnails = partial(with_thumbnails, column="image", max_pixels=sys.maxsize)  # ingest has checked the size
         rows = chosen.mapInArrow(thumbnails, "image_id string, thumbnail binary").collect()
     return {row["image_id"]: row["thumbnail"] and bytes(row["thumbnail"]) for row in rows}
 

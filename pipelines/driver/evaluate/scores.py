@@ -32,10 +32,12 @@ from pipelines.platform import Platform
 from vlm.files import atomic_write
 
 SCORING = 2
-"""Version of the scoring method. Increase this number when the same model and pictures get other scores."""
+"""Version of the scoring method. Increase this number when a code change gives different scores for the same model and
+pictures."""
 ROWS_PER_TASK = 128
 MAX_NEIGHBOURS = 20_000
-"""Largest number of training pictures to compare. Shards are shuffled, so the first pictures are a fair sample."""
+"""Largest number of training pictures to search for a neighbour. The first training pictures are used, which are a
+random sample, because shards are shuffled."""
 BLOCK_ROWS = 512
 """Number of rows in a block of the distance matrix."""
 SCORES = "scores.parquet"
@@ -59,7 +61,7 @@ def evaluation_folder(platform: Platform, model: ModelFiles, shards: Shards, tra
 
 
 def score_split(spark: SparkSession, model: ModelFiles, shards: Shards, train: Shards, folder: Path) -> list[ScoredRow]:
-    """Return the scores of all rows, in order. Compute the scores if `folder` has no scores file.
+    """Return the scores of all rows, sorted by row and prompt. Compute the scores if `folder` has no scores file.
 
     Raises:
         StageFailed: an executor failed.
@@ -91,7 +93,10 @@ def write_scores(file: Path, scored: Iterable[ScoredRow]) -> None:
 
 
 def _run_model(spark: SparkSession, model: ModelFiles, shards: Shards) -> list[dict[str, Any]]:
-    """Score all rows of a split on executors. Return the scores, sorted, as dicts with the keys of SCORE_SCHEMA."""
+    """Score all rows of a split on executors.
+
+    Return one dict per row, with the keys of SCORE_SCHEMA, sorted by row and prompt.
+    """
     job = ScoreJob(
         model_folder=model.folder,
         remote=model.remote,
@@ -108,10 +113,11 @@ def _run_model(spark: SparkSession, model: ModelFiles, shards: Shards) -> list[d
 
 
 def _neighbour_captions(spark: SparkSession, train: Shards, shards: Shards) -> dict[tuple[str, str], str]:
-    """Find the text of the most similar training picture. Return the texts by image_id and prompt of the row.
+    """Find the text of the most similar training picture for each evaluated row.
 
-    Only training pictures with the prompt of the row are compared, or all training pictures if no training picture has
-    that prompt. A picture that is in the training split itself gets the text of another picture.
+    Return the texts by the image_id and the prompt of the evaluated row. Candidates are the training pictures with the
+    same prompt as the row. If no training picture has that prompt, all training pictures are candidates. A picture that
+    is in the training split itself gets the text of another picture.
     """
     known = min(len(train), MAX_NEIGHBOURS)
     ids = spark.range(-known, len(shards), 1, min(spark.sparkContext.defaultParallelism, known + len(shards)))
@@ -132,7 +138,7 @@ def _neighbour_captions(spark: SparkSession, train: Shards, shards: Shards) -> d
 
 
 def _nearest_texts(rows: Sequence[GridAndText], candidates: Sequence[GridAndText]) -> Iterable[str | None]:
-    """Return the text of the nearest candidate with another image_id for each row, or None without a candidate."""
+    """For each row, return the text of the nearest candidate whose image_id differs from the row's, or None."""
     if not candidates:
         return [None] * len(rows)
     grids, names = _as_array(candidates), np.array([image_id for image_id, _, _ in candidates])
@@ -142,7 +148,7 @@ def _nearest_texts(rows: Sequence[GridAndText], candidates: Sequence[GridAndText
         block = rows[start : start + BLOCK_ROWS]
         distances = (
             squared_norms - 2 * _as_array(block) @ grids.T
-        )  # without the row's own norm: equal for all candidates
+        )  # the row's own squared norm is left out, because it is equal for all candidates
         distances[np.array([image_id for image_id, _, _ in block])[:, None] == names] = np.inf
         for line, best in enumerate(distances.argmin(axis=1)):
             nearest.append(candidates[best][2] if np.isfinite(distances[line, best]) else None)

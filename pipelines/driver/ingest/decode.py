@@ -1,7 +1,7 @@
 """Decoding in an ingest: executors decode the raw rows of a source once, and write wide columns to spill files.
 
-Pictures pass through Spark only when they are written to their table. Until then the pictures are in spill files
-(`pipelines.executor.ingest.spill`). If a plan has to be made again, the decoded rows are used again.
+Pictures are in spill files (`pipelines.executor.ingest.spill`) until Spark writes the pictures to their table. If a
+plan has to be made again, the new plan uses the same decoded rows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Ledger (table `ingested`): the items of a source that have been ingested completely and need not be read again.
 
-The ledger only saves time. Rows are identified by their content, so an item that is read twice adds nothing. The ledger
-may therefore be written last, after `samples` and `quarantine`, and an ingest only appends to the ledger. If an ingest
-is killed or runs twice, the worst case is that an item is read again.
+The ledger only saves time and is not needed for correct results. Rows are identified by their content, so an item that
+is read twice adds nothing. The ledger may therefore be written last, after `samples` and `quarantine`, and an ingest
+only appends to the ledger. If an ingest is killed or runs twice, the worst case is that an item is read again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Near duplicates of an ingest: find new pictures that resemble another picture, and put both into the same split.
+"""Near duplicates of an ingest: find new pictures that resemble another picture, and put the two into one split.
 
 Comparing all pairs of pictures is too slow. The difference hashes of near duplicates differ in at most three of 64
 bits. If the bits are cut into five blocks, the hashes of near duplicates agree in at least two blocks. So each picture
@@ -129,7 +129,7 @@ def _find_pairs(shared: DataFrame, pictures: DataFrame) -> DataFrame:
         & (F.col("left.key") == F.col("right.key"))
         & (F.col("left.image_id") != F.col("right.image_id"))
         & (F.bit_count(differing) <= MAX_DIFFERING_BITS)
-        & (_first_shared_mask(differing) == F.col("left.mask")),  # finds a pair with several shared keys only once
+        & (_first_shared_mask(differing) == F.col("left.mask")),  # compares each pair only once
     ).select("left.image_id", F.col("right.image_id").alias("other_id"))
     others = pictures.select(*(F.col(name).alias(f"other_{name.removeprefix('image_')}") for name in COMPARED))
     both = candidates.join(pictures.filter("NOT existing").drop("existing"), "image_id").join(others, "other_id")
@@ -147,10 +147,11 @@ def _first_shared_mask(differing: Column) -> Column:
 def _resolve(pairs: DataFrame, *, move: bool) -> DataFrame:
     """Return the near duplicate and the split of each new picture, in columns image_id, split, near_of, near_split.
 
-    near_of is a near duplicate that was in `samples` before. If `samples` has none, near_of is the near duplicate with
-    the smallest id, and null for the picture with the smallest id. near_split is the split of the near duplicates in
-    `samples`, because pictures in `samples` do not move. If `samples` has none, near_split is the first of test, val
-    and train that a picture or its near duplicates have. Without `move`, near_split is the picture's own split.
+    near_of is a near duplicate that was in `samples` before the ingest. If no near duplicate was in `samples`, near_of
+    is the new near duplicate with the smallest id. The new picture with the smallest id gets null. near_split is the
+    split of the near duplicates in `samples`, because pictures in `samples` do not move. If no near duplicate is in
+    `samples`, near_split is the first of test, val and train to which the picture or a near duplicate belongs. If
+    `move` is false, near_split is the picture's own split.
     """
     rank = "array_position(array('test', 'val', 'train'), other_split)"
     first = "min(struct(NOT other_existing AS is_new, other_id)) FILTER (WHERE other_existing OR other_id < image_id)"

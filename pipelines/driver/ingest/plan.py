@@ -1,9 +1,9 @@
-"""Plan of an ingest: find out what each picture of the input adds. A plan has narrow rows without the pictures.
+"""Plan of an ingest: find out what each input picture adds to `samples`.
 
-Two ingests of one source may run at the same time. Delta commits are atomic, but a plan may be out of date when it is
-committed, because another ingest may have added the same pictures. A plan therefore records the version of `samples`
-that the plan is based on. If another ingest of the source commits after that version, nothing is written
-(`WriteConflict`), and the caller makes a new plan from the same decoded rows.
+The rows of a plan do not contain the pictures. Two ingests of one source may run at the same time. Delta commits are
+atomic, but a plan may be out of date when it is committed, because another ingest may have added the same pictures. A
+plan therefore records the version of `samples` that the plan is based on. If another ingest of the source commits after
+that version, nothing is written (`WriteConflict`), and the caller makes a new plan from the same decoded rows.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class PlanTotals:
     Attributes:
         rows_in: number of raw rows.
         refused: number of rows that executors refused.
-        conflicting: number of rows whose picture has the id of another picture.
+        conflicting: number of rows whose picture has the same id as a different picture.
         usable: number of rows that are neither refused nor conflicting.
         new: number of pictures that `samples` lacks.
-        updated: number of pictures in `samples` that get another text.
+        updated: number of pictures in `samples` that get an additional text.
         contributing: number of rows that add a picture or a text.
     """
 

@@ -21,7 +21,7 @@ REFUSED = ("source_row", "stage", "reason", "detail", "spilled")
 
 
 def refused_rows(plan: IngestPlan) -> DataFrame:
-    """Return the rows that an executor has refused, and the rows whose picture has the id of another picture.
+    """Return the rows that an executor has refused, and the rows whose picture has the same id as a different picture.
 
     The result has the columns in REFUSED. The payloads are in the spill folder, at the position `spilled`.
     """
@@ -46,7 +46,8 @@ def add_to_quarantine(platform: Platform, plan: IngestPlan) -> dict[str, int]:
     A row is identified by its content (`source` and `source_row`), so a bad row of a growing file is added only once.
 
     Raises:
-        WriteConflict: another ingest of the source has added refused rows in the meantime. Nothing is written.
+        WriteConflict: another ingest of the source has added refused rows since this function read `quarantine`.
+            Nothing is written.
     """
     spark, source, table = plan.pictures.sparkSession, plan.stamp.source, platform.table(QUARANTINE.name)
     version = read_versions(spark, platform, source, QUARANTINE).last_change

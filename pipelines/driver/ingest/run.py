@@ -5,8 +5,8 @@ pictures never reach the driver. An ingest is idempotent: a second run, a run af
 nothing twice.
 
 - Ids are hashes of content, so the same row has the same id wherever and whenever the row is read.
-- The plan looks up what the tables already contain. If nothing is new, nothing is written, not even an empty version,
-  so shards that are pinned to the last version stay valid.
+- The plan looks up what the tables already contain. If the input has no new content, the ingest writes to no table and
+  makes no table version, so shards that are pinned to the last version stay valid.
 - If another ingest of the source commits after the plan was made, the plan is made again (`plan.py`).
 - `quarantine` is written first, then `samples`, and then the ledger (`ledger.py`). Each write is one Delta commit. If
   the process is killed between two writes, the next run reads every item that the ledger lacks, skips rows that the
@@ -116,7 +116,7 @@ def ingest(
         seconds=round(time.monotonic() - started, 3),
     )
     check_totals(report, config)
-    if source.rows:  # after the check, so that the items of a failed ingest are read again
+    if source.rows:  # written after the check, so that the next ingest reads the items of a failed ingest again
         entry = LedgerEntry(source_name, rules, source.ingest_id)
         retry_on_conflict(partial(append_to_ledger, spark, platform, source.pending, entry))
     return report
@@ -152,7 +152,7 @@ def _remove_stale(spark: SparkSession, platform: Platform, name: str, source: So
 def _ingest_rows(
     spark: SparkSession, platform: Platform, name: str, config: DataConfig, source: Source, *, refresh: bool
 ) -> Written:
-    """Decode the pending rows of a source and write them. After a conflict with another ingest, make a new plan."""
+    """Decode the pending rows of a source, and write the decoded rows. Make a new plan after a conflict."""
     if source.rows is None:
         return Written()
     request = IngestRequest(name, config, source.rows, source.ingest_id, replace=refresh)
@@ -164,8 +164,8 @@ def _ingest_rows(
 def _plan_and_write(spark: SparkSession, platform: Platform, decoded: DecodedRows, reasons: Counter[str]) -> Written:
     """Make a plan and write its rows to `quarantine` and `samples`.
 
-    `reasons` sums the rows added to `quarantine` over all attempts, because an attempt that has a conflict when it
-    writes `samples` leaves its rows in `quarantine`.
+    `reasons` sums the rows added to `quarantine` over all attempts, because a failed attempt to write `samples` leaves
+    the rows that the attempt added to `quarantine`.
     """
     plan = plan_ingest(spark, platform, decoded)
     if plan.request.replace:

@@ -1,7 +1,7 @@
 """Diagnosis of a failed training run: find the root cause in the failure records of the ranks.
 
 When one rank dies, all other ranks lose their connection to the dead rank and the launcher terminates them, so most
-failure records are consequences. The first of these rules that applies gives the root cause:
+failure records describe consequences and not the cause. The first of these rules that applies gives the root cause:
     1. The root cause is the earliest failure record that is not a consequence.
     2. If ranks timed out while they waited, the root cause is in the rank that was not waiting with them.
     3. Otherwise, the root cause is in a rank that has left no failure record.
@@ -30,7 +30,7 @@ CRASH = re.compile(r"Fatal Python error: (?:Segmentation fault|Bus error)")
 """Log lines of a crash that may be caused by reading a mapped file that was truncated or overwritten."""
 
 VERIFY_SECONDS = 60.0
-"""Time limit for verifying shards after a crash; in this time some tens of gigabytes can be verified."""
+"""Time limit for verifying shards after a crash, in seconds. Some tens of gigabytes can be verified in a minute."""
 
 LOST = re.compile(r"ExecutorLostFailure.*|Lost executor.*|executor \d+ (?:lost|exited).*")
 """Messages in which Spark reports a lost executor."""
@@ -38,7 +38,7 @@ LOST = re.compile(r"ExecutorLostFailure.*|Lost executor.*|executor \d+ (?:lost|e
 STACKS = "see the stack traces of each rank's threads in {}/rank-*.stacks.txt"
 
 RECORD_SECONDS = 15.0
-"""Time to wait for the failure records of ranks that are being terminated on other hosts."""
+"""Time to wait for the failure records of ranks that are being terminated on other hosts, in seconds."""
 
 
 def wait_for_failure_records(run: RunFolder) -> None:

@@ -1,8 +1,9 @@
 """Launch of ranks with TorchDistributor, after a check of the slots, and removal of processes that the launcher leaves.
 
 TorchDistributor is used only to start processes. TorchDistributor would notice missing slots after ten minutes, reports
-no causes of failures, and prints the output of ranks to the terminal. So this module counts the slots and writes the
-output of TorchDistributor (the launcher) to a file in the run folder, and `failure.py` finds the causes of failures.
+no causes of failures, and prints the output of ranks to the terminal. Therefore, this module itself counts the slots
+and writes the output of TorchDistributor (the launcher) to a file in the run folder, and `failure.py` finds the causes
+of failures.
 """
 
 from __future__ import annotations
@@ -156,7 +157,9 @@ def lock_run(run: RunFolder) -> Iterator[None]:
 
 
 def run_ranks(run: RunFolder, spark: SparkSession, launch: Launch, entry: RankEntry) -> Exception | None:
-    """Run all ranks to their end. Return the exception of the launcher, if any. No rank on this host outlives the call.
+    """Run all ranks until they end, and return the exception of the launcher, if any.
+
+    When this function returns, no rank is running on this host.
 
     Raises:
         KeyboardInterrupt: the user interrupted the run. The ranks on this host have been ended.
@@ -181,8 +184,8 @@ def run_ranks(run: RunFolder, spark: SparkSession, launch: Launch, entry: RankEn
 def _stream_to_file(run: RunFolder, launch: Launch) -> Iterator[None]:
     """Redirect the launcher's output to launcher.log.
 
-    The launcher writes to stdout for local ranks, and to stderr for ranks on executors. Logging handlers keep the
-    stream that they opened before, so log lines of the driver still reach the terminal.
+    The launcher writes to stdout for local ranks, and to stderr for ranks on executors. Log lines of the driver still
+    reach the terminal, because the existing logging handlers keep the terminal as their stream.
     """
     run.launcher_log.parent.mkdir(parents=True, exist_ok=True)
     redirect = contextlib.redirect_stdout if launch.local_mode else contextlib.redirect_stderr

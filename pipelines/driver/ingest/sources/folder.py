@@ -27,7 +27,8 @@ from pipelines.executor.ingest.records.record import Read
 from pipelines.executor.ingest.records.table import FILE, table_records
 
 CAPTION_BYTES_PER_TASK = 64 * 1024
-"""Bytes of the captions file per task: a few hundred captions. Spark itself would read the file in a single task."""
+"""Number of bytes of the captions file that one task reads, which is a few hundred captions. By default, Spark would
+read the whole file in a single task."""
 MAX_TASKS = 10_000
 COCO = (
     "images array<struct<id: string, file_name: string, height: int, width: int>>, "
@@ -40,8 +41,8 @@ def open_folder(
 ) -> Source:
     """Open a folder. Each row of the captions file is one record. Pictures that no row names are ignored.
 
-    An item of the ledger is a row of the captions file, and its state is the change token of its picture. Only added
-    rows and rows with a changed picture are read again.
+    In the ledger, an item is a row of the captions file, and the state of the item is the change token of its picture.
+    Only added rows and rows with a changed picture are read again.
 
     Raises:
         UserError: the captions file does not exist, has an unknown format, or lacks a column.

@@ -33,7 +33,7 @@ class Source:
 
     Attributes:
         rows: raw rows of the pending items, or None if no item is pending.
-        ingest_id: hash of the name and the state of the source. An unchanged source has the same id.
+        ingest_id: hash of the name and the state of the source. The id stays the same if the source does not change.
         pending: items (ledger.ITEMS) that have not been ingested in their current state.
         unchanged: number of items that have been ingested in their current state.
         stale_ids: ids (column `id`) of rows that the source has changed or deleted, or None if unknown.
