@@ -79,8 +79,10 @@ class CheckpointError(LakesightError):
 
 def nearest(name: str, valid: Iterable[str], count: int = 1) -> list[str]:
     """Return up to `count` valid names that are similar to a misspelled name, the most similar name first."""
-    by_folded = {each.casefold(): each for each in valid}
-    return [by_folded[match] for match in difflib.get_close_matches(name.casefold(), by_folded, n=count, cutoff=0.6)]
+    folded, by_folded = name.casefold(), {each.casefold(): each for each in valid}
+    anagrams = [each for each in by_folded if sorted(each) == sorted(folded)]  # difflib misses "di" for "id"
+    similar = difflib.get_close_matches(folded, by_folded, n=count, cutoff=0.6)
+    return [by_folded[match] for match in dict.fromkeys([*anagrams, *similar])][:count]
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
