@@ -30,11 +30,11 @@ class AskReport(Config):
     Attributes:
         images: paths of the picture files, in the order in which the model gets the pictures.
         model: name and version of the model, or its checkpoint folder.
-        prompt: question about the pictures; empty for a caption.
-        precision: number format of the model.
+        prompt: question about the pictures; empty if the model was asked for a caption.
+        precision: number format of the model's weights, for example bf16.
         caption: the model's answer.
         num_tokens: number of tokens in the answer.
-        regions: regions that the answer names; empty unless there is exactly one picture.
+        regions: regions that the answer names; always empty if the number of pictures is not one.
         drawn: path of the picture file with the regions drawn on it; null if nothing was drawn.
     """
 
@@ -139,7 +139,7 @@ def _check_question(files: Sequence[Path], prompt: str, draw: Path | None) -> No
 
 
 def read_picture(job: Job, path: Path) -> Image:
-    """Read a picture file, with the limits of the run for ingested pictures.
+    """Read a picture file and check the picture against the run's limits for ingested pictures.
 
     Raises:
         UserError: the file is missing, is not a picture, or exceeds the limits.
@@ -187,7 +187,7 @@ def load_checkpoint(folder: Path, precision: Precision) -> tuple[VisionLanguageM
 def stream_answer(
     job: Job, model: VisionLanguageModel, tokenizer: Tokenizer, pictures: Sequence[Image], prompt: str
 ) -> tuple[str, int]:
-    """Generate an answer, print the answer token by token, and return it with its number of tokens.
+    """Generate an answer, print the answer token by token, and return the answer and its number of tokens.
 
     Raises:
         UserError: the pictures, prompt and answer do not fit into the model's context.
@@ -204,7 +204,7 @@ def stream_answer(
     shown = ""
     for token in stream(model, tokenizer, request, model.config.generation):
         ids.append(token)
-        # A token may end inside a multi-byte character, which is then printed with the token that completes it.
+        # If a token ends inside a multi-byte character, the character is printed when a later token completes it.
         text = tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")
         job.output.text(text[len(shown) :], end="")
         shown = text

@@ -77,13 +77,14 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
     """Run the caption stage and return its report with the drift.
 
     Args:
-        job: running command, whose run config has the limits for pictures and for drift.
+        job: the running command; the job's run config contains the limits for pictures and for drift.
         which: number or alias of a model version, or `latest`.
         request: values of the fields of CaptionRequest.
 
     Raises:
-        TooManyErrors: too many rows failed. The captions and errors are written before.
-        StageFailed: the drift exceeds its limits and the run sets `drift.fail`. The captions are written before.
+        TooManyErrors: too many rows failed. The captions and errors are written before the exception is raised.
+        StageFailed: the drift exceeds its limits and the run sets `drift.fail`. The captions are written before the
+            exception is raised.
     """
     from pipelines.driver.caption.run import CaptionRequest, TooManyErrors, caption
 
@@ -112,7 +113,7 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
 
 
 def add_drift(job: Job, report: CaptionReport, prompt: str) -> CaptionReport:
-    """Add the drift (the difference from the version's evaluation) to a report, unless too few rows were captioned."""
+    """If enough rows were captioned, add the drift (difference from the version's evaluation) to a report."""
     from pipelines.driver.caption.drift import compare_figures, read_evaluation_figures
 
     rows = report.captioned + report.errors

@@ -51,7 +51,7 @@ class Interrupted(LakesightError):
 
 
 class Commands(TyperGroup):
-    """Group of commands, listed in the order of registration. Ctrl-C is reported as an error with the way to resume."""
+    """Group of commands. The help lists the commands as registered, and Ctrl-C is reported as an error."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command.
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def run(commands: typer.Typer) -> None:
-    """Run a group of commands. If a command raises an error, print the error and exit with the error's exit code."""
+    """Run a command line app. If its command raises an error, print the message and exit with the error's exit code."""
     try:
         commands()
     except SystemExit as end:
@@ -112,7 +112,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _file_error(error: Exception) -> UserError | None:
-    """Return a short error if the cause is a full disk or a missing write permission, and None otherwise.
+    """Return a short error if the cause of an exception is a full disk or a missing write permission; otherwise None.
 
     Spark reports these two causes only in the text of a Java exception, so this function also searches the text.
     """

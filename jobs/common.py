@@ -1,4 +1,4 @@
-"""Command-line options that commands share, and class `Job`, which a command opens from these options."""
+"""Command-line options that several commands have, and class `Job`, which holds what a running command needs."""
 
 from __future__ import annotations
 
@@ -87,14 +87,14 @@ class Job:
         self.output.line("next", self.command(next_command))
 
     def stop(self) -> None:
-        """Stop the Spark session if this command started the session. The session of a workspace keeps running."""
+        """Stop the Spark session if this command started the session. A workspace keeps its session."""
         if "spark" in self.__dict__ and self.platform.kind == "local":
             self.spark.stop()
 
 
 @contextmanager
 def open_output(*, as_json: bool) -> Iterator[CommandOutput]:
-    """Send logs to stderr and yield an output that prints to the real stdout while a command runs."""
+    """Yield the output of a command, which prints to the real stdout. Logs go to stderr while the block runs."""
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.WARNING,
@@ -110,7 +110,7 @@ def open_output(*, as_json: bool) -> Iterator[CommandOutput]:
 
 @contextmanager
 def open_job(run: str, platform: str, overrides: Sequence[str] | None, as_json: bool) -> Iterator[Job]:
-    """Resolve a run config and open its platform. A Spark session that the block starts is stopped after the block.
+    """Resolve a run config and open its platform. If the block starts a Spark session, the session ends with the block.
 
     Raises:
         UserError: the config is invalid, the platform cannot be opened, or the disk is almost full.

@@ -26,7 +26,7 @@ def compare(
 
     The command prints metric differences with paired bootstrap confidence intervals, and the number of rows on which
     each version is better. The command also writes an HTML page of pictures with the captions of both
-    versions. A version that has no evaluation yet is evaluated first.
+    versions. A model version that has no evaluation yet is evaluated before the comparison.
 
     \b
     Example:

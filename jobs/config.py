@@ -18,7 +18,7 @@ class ModelSize(Config):
     Attributes:
         name: name of the config file in conf/model/, without `.yml`.
         parameters: total number of parameters.
-        active: number of parameters used for one token; smaller than `parameters` in a mixture of experts.
+        active: number of parameters used for one token; a mixture of experts uses only part of its parameters.
         encoder: number of parameters of the encoder.
         decoder: number of parameters of the decoder.
         image_size: height and width of the input picture, in pixels.
@@ -84,7 +84,7 @@ def _print_models(output: CommandOutput) -> None:
 
 
 def measure_model(name: str, model: ModelConfig) -> ModelSize:
-    """Count the parameters and FLOPs of a model without allocating its weights."""
+    """Count the parameters and FLOPs of a model without allocating memory for the weights."""
     import torch
 
     from vlm.build import build_model

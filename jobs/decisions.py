@@ -38,7 +38,7 @@ def decisions(
 
 
 def run_decisions(job: Job) -> list[dict[str, Any]]:
-    """Return the decisions on the run's model, newest last.
+    """Return the promotions, refusals and rollbacks of the run's model, newest last.
 
     Raises:
         UserError: table `decisions` does not exist, or the platform's tables are not readable as files.

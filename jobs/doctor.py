@@ -26,7 +26,7 @@ PACKAGES = ("pyspark", "delta-spark", "deltalake", "mlflow", "torch", "pyarrow")
 
 
 class DoctorCheck(Config):
-    """Result of one check of the machine. `fix` is empty if the user need not do anything."""
+    """Result of one check of the machine. Field `fix` is empty if there is nothing to fix."""
 
     name: str
     status: Literal["ok", "warn", "fail"]
@@ -43,7 +43,8 @@ def doctor(
 ) -> None:
     """Check this machine and print fixes.
 
-    The command checks Java, packages, Delta's jars, task slots, GPU, memory, disk space and the home folder.
+    The command checks Java, Python packages, Delta's jars, Spark's task slots, GPU, memory, disk space and the home
+    folder.
 
     \b
     Example:
@@ -77,7 +78,7 @@ def check_python() -> DoctorCheck:
 
 
 def check_package(name: str) -> DoctorCheck:
-    """Check that a package is installed, and report its version."""
+    """Check that a package is installed, and report the package's version."""
     try:
         return DoctorCheck(name=name, status="ok", found=importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
@@ -93,7 +94,7 @@ def check_java_version() -> DoctorCheck:
 
 
 def check_delta_jar() -> DoctorCheck:
-    """Check that Delta's jar is in Ivy's cache, or that Maven Central can be reached to download it."""
+    """Check that Delta's jar is in Ivy's cache, or that the jar can be downloaded from Maven Central."""
     try:
         artifact, delta = delta_artifact()
     except importlib.metadata.PackageNotFoundError:
@@ -161,7 +162,7 @@ def check_memory() -> DoctorCheck:
 
 
 def check_home(config: RunConfig) -> DoctorCheck:
-    """Check that the home folder is writable and its disk has enough free space."""
+    """Check that the home folder is writable and that the disk of the home folder has enough free space."""
     try:
         root = open_platform(config.platform).root
     except UserError as error:

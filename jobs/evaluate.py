@@ -47,8 +47,8 @@ def evaluate(
 
     The command computes BLEU, ROUGE-L, CIDEr, METEOR (with Java), exact match, token accuracy and blind gap, each
     with a confidence interval, for all rows and for groups of rows (--by). The command also measures two baselines:
-    the best constant caption and the nearest neighbour's caption. It writes an HTML page of the worst and best
-    captions. An existing evaluation is reused.
+    the best constant caption and the nearest neighbour's caption. The command writes an HTML page of the worst and
+    best captions. An existing evaluation is reused.
 
     \b
     Examples:
@@ -62,10 +62,10 @@ def evaluate(
 
 
 def open_model(job: Job, which: str) -> ModelFiles:
-    """Resolve a model version of this run and download its files.
+    """Find a version of the run's model in the registry and download the version's files.
 
     Raises:
-        UserError: there is no such version. The error lists the existing versions.
+        UserError: the model has no version `which`. The error lists the existing versions.
     """
     from pipelines.driver.model_files import ModelFiles
     from pipelines.tracking.registry import download, resolve
@@ -82,7 +82,7 @@ def open_model(job: Job, which: str) -> ModelFiles:
 
 
 def open_split(job: Job, model: ModelFiles) -> Shards:
-    """Open the shards of the run's evaluation split at the model's image size. Missing shards are written first."""
+    """Open the shards of the run's evaluation split at the model's image size; write the shards if they are missing."""
     from pipelines.formats.shards import Shards
 
     return Shards.open(Path(run_shard(job, job.config.data.evaluate_on, model.read_config().image).folder))
@@ -91,7 +91,7 @@ def open_split(job: Job, model: ModelFiles) -> Shards:
 def evaluate_version(
     job: Job, model: ModelFiles, shards: Shards, columns: tuple[str, ...] | None = None, *, with_meteor: bool = False
 ) -> EvaluationReport:
-    """Evaluate a version or reuse its evaluation. Log new metrics to MLflow and store them as tags of the version."""
+    """Evaluate a version and store the metrics in MLflow and in the version's tags, or reuse an evaluation."""
     from pipelines.driver.evaluate.run import COLUMNS, evaluate
     from pipelines.tracking.registry import resolve, tag
     from pipelines.tracking.runs import log_report

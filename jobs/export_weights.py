@@ -29,7 +29,7 @@ def export_weights(
 ) -> None:
     """Write a checkpoint in the format of another library.
 
-    The command writes the whole model, its encoder or its decoder as config.json and safetensors files.
+    The command writes the whole model, only the encoder, or only the decoder as config.json and safetensors files.
 
     \b
     Example:

@@ -47,8 +47,9 @@ def import_weights(
 ) -> None:
     """Make a checkpoint from published weights.
 
-    The command reads config.json and safetensors files of another library: one folder of the whole model, or a folder
-    for the encoder, the decoder, or both. Weights that are in none of the folders are initialised at random.
+    The command reads config.json and safetensors files of another library, either from a folder with the whole model,
+    or from separate folders with the encoder and the decoder (one of the two is enough). Weights that are in none of
+    the folders are initialised at random.
 
     \b
     Examples:
@@ -110,7 +111,8 @@ def _build_tokenizer(config: ModelConfig, folders: dict[Part, Path]) -> Tokenize
     """Build the model's tokenizer, by default from the `tokenizer.json` next to the decoder's weights.
 
     Raises:
-        UserError: the model learns its tokenizer from training texts, which an import does not have.
+        UserError: the model's tokenizer would have to be learned from training texts, and an import has no training
+            texts.
     """
     from vlm import text
 

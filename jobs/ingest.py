@@ -47,7 +47,8 @@ def run_ingest(job: Job, *, refresh: bool = False) -> FullReport:
     """Run the ingest stage: read the run's source, write the tables and the report page, and print the counts.
 
     Raises:
-        TooManyRefused: too many rows were refused. The tables and the report page are written before.
+        TooManyRefused: too many rows were refused. The tables and the report page are written before the exception is
+            raised.
     """
     from pipelines.driver.ingest.report import write_report
     from pipelines.driver.ingest.run import ingest
@@ -68,7 +69,7 @@ def run_ingest(job: Job, *, refresh: bool = False) -> FullReport:
 
 
 def log_to_mlflow(job: Job, report: FullReport, *, good: bool) -> None:
-    """Log an ingest report to MLflow if the ingest changed anything; warn if the tracking server does not answer.
+    """Log an ingest report to MLflow if the ingest changed a table; warn if the tracking server does not answer.
 
     The tables are written before this call, so an outage of MLflow does not fail the ingest.
     """

@@ -57,7 +57,7 @@ def lineage(
     """Show how a picture's captions were made.
 
     For each caption of the picture, the command prints model version, training run, data version, code version and
-    decoding settings. Captions by models of all runs are listed.
+    decoding settings. The list contains the captions by the models of all runs.
 
     \b
     Example:

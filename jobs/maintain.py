@@ -23,8 +23,8 @@ def maintain(
 ) -> None:
     """Compact and vacuum all tables.
 
-    The command merges small files of the Delta tables and removes files that no reader needs. It changes no rows,
-    existing shards stay valid, and other commands may run at the same time.
+    The command merges small files of the Delta tables and removes files that no reader needs. The command changes no
+    rows. Existing shards stay valid, and other commands may run at the same time.
 
     \b
     Example:

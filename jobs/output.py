@@ -17,11 +17,12 @@ from pydantic_core import to_json
 
 
 class CommandOutput:
-    """Printer of a command: prints aligned lines for people or, with `as_json`, one JSON object for scripts.
+    """Printer for the lines that people read and for the report of a command.
 
     Args:
         out: real stdout of the process.
-        as_json: whether the report is printed as JSON to `out`, and the lines for people to stderr.
+        as_json: whether the report is printed to `out` as JSON and the lines go to stderr; otherwise the lines go to
+            `out`.
     """
 
     def __init__(self, out: TextIO, *, as_json: bool) -> None:
@@ -39,7 +40,7 @@ class CommandOutput:
         self.text(f"{label:<12}{text}")
 
     def text(self, text: str, end: str = "\n") -> None:
-        """Print a text for people without changes."""
+        """Print a text for people without adding a label."""
         print(text, end=end, file=sys.stderr if self._as_json else self._out, flush=True)
 
     def report(self, report: object) -> None:
@@ -50,7 +51,7 @@ class CommandOutput:
 
 @contextmanager
 def reserved_stdout() -> Iterator[TextIO]:
-    """Yield the real stdout. In the block, all other output of this process and its children goes to stderr."""
+    """Yield the real stdout. All other output of this process and its children goes to stderr during the block."""
     real = sys.stdout
     real.flush()
     try:

@@ -15,17 +15,18 @@ class PipelineReport(Config):
     """Report of `lakesight pipeline` and `lakesight demo`.
 
     Attributes:
-        rows_in: number of rows read, the sum of `samples`, `duplicates` and `quarantined`.
+        rows_in: number of rows that ingest read; equals `samples` + `duplicates` + `quarantined`.
         samples: number of rows that added a picture or a text to table `samples`.
         duplicates: number of rows whose picture and text were already in table `samples`.
         quarantined: number of rows added to table `quarantine`.
         trained: whether training ran; false if a finished run was reused.
         exact_match: share of the evaluated pictures whose caption equals a human text.
-        blind_gap: increase of the loss with wrong pictures, in nats per token; null if there is only one picture.
+        blind_gap: increase of the loss when each text gets a wrong picture, in nats per token; null for a single
+            picture.
         captions: number of pictures captioned by this command.
         captioned_before: number of pictures that this model version had captioned before.
         errors: number of pictures that could not be captioned.
-        nothing_new: whether all work had been done by earlier commands.
+        nothing_new: whether earlier commands had already done all of the work.
         seconds: duration of the whole command, in seconds.
     """
 

@@ -17,20 +17,20 @@ from pipelines.formats.run_folder import RunFolder
 log = logging.getLogger(__name__)
 
 BAR_AFTER = 2.0
-"""Seconds after which a progress bar appears."""
+"""Seconds from the start of a step until its progress bar appears."""
 LINE_EVERY = 10.0
 """Seconds between two progress lines in the log."""
 
 Poll = Callable[[], tuple[int, str]]
-"""Function that returns the current count and a short status text."""
+"""Function that returns how much of a step is done (a count) and a short status text."""
 
 
 def show_progress(label: str, poll: Poll, total: int | None = None) -> AbstractContextManager[None]:
-    """Show the progress of a step while a block executes.
+    """Show the progress of a step while the `with` block runs.
 
     Args:
         label: name of the step.
-        poll: function that returns the current progress, called repeatedly from another thread.
+        poll: function that returns the current progress; a background thread calls this function repeatedly.
         total: count at which the step is complete; None to show only the elapsed time.
     """
     shown = partial(_bar, stream=stream) if (stream := sys.stderr).isatty() else _lines
@@ -38,7 +38,7 @@ def show_progress(label: str, poll: Poll, total: int | None = None) -> AbstractC
 
 
 def show_elapsed(label: str) -> AbstractContextManager[None]:
-    """Show the elapsed time of a step while a block executes, for a step whose progress cannot be counted."""
+    """Show the elapsed time of a step, whose progress cannot be counted, while the `with` block runs."""
     return show_progress(label, lambda: (0, ""))
 
 

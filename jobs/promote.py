@@ -19,8 +19,8 @@ class PromotionReport(Config):
     """Report of `lakesight promote` for a version that was not refused.
 
     Attributes:
-        already: whether the version was already the champion, in which case no check runs.
-        found: result of each check of the gate, by the name of the check.
+        already: whether the version was already the champion; no check of the gate runs for the current champion.
+        found: dict from the name of each check of the gate to the result of the check.
     """
 
     model_name: str
@@ -41,7 +41,8 @@ def promote(
 
     The version must load in a fresh process without unpickling, caption with few errors, use its pictures (blind
     gap), beat the best constant caption and the nearest neighbour's caption, and be no worse than the champion on the
-    same pictures. Versions without an evaluation are evaluated first. The run's gate section sets the limits.
+    same pictures. Versions without an evaluation are evaluated before the checks. The run's gate section sets the
+    limits.
 
     \b
     Examples:
@@ -56,7 +57,7 @@ def run_promote(job: Job, which: str) -> PromotionReport:
     """Run the promote stage: check the gate, record the decision, then move the aliases.
 
     Raises:
-        StageFailed: the version is refused. The error lists every reason.
+        StageFailed: the gate refused the version. The error lists every reason.
     """
     from pipelines.driver.evaluate.gate import record_decision
     from pipelines.tracking.registry import CHALLENGER, find_champion, promote, resolve, set_alias, tag

@@ -13,7 +13,7 @@ from pipelines.errors import UserError
 from pipelines.formats.tables import REASONS
 
 WIDTH = 100
-"""Maximum number of characters shown of a quarantined row's payload."""
+"""Number of characters after which the payload of a quarantined row is cut off in the output."""
 
 
 class Action(StrEnum):
@@ -42,9 +42,9 @@ def quarantine(
 ) -> None:
     """Show quarantined rows, or process them again.
 
-    Use replay after the cause is fixed, for example a limit that was too low. The command then checks
-    the quarantined rows of the run's data again. Accepted rows are added to table samples, and column replayed_at is
-    set to the time of the replay.
+    Use replay after you have fixed the cause, for example after you have raised a limit that was too low. The command
+    then checks the quarantined rows of the run's data again. Rows that are now accepted are added to table samples,
+    and column replayed_at of these rows in table quarantine is set to the time of the replay.
 
     \b
     Examples:

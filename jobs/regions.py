@@ -36,11 +36,11 @@ class FoundRegion(Config):
 
 
 def find_regions(caption: str, picture: Image, config: ImageConfig) -> tuple[FoundRegion, ...]:
-    """Find the regions that an answer names and convert them to pixels of the picture.
+    """Find the regions that an answer names and convert the regions' positions to pixels of the picture.
 
     Args:
-        caption: answer of the model.
-        picture: picture that the model has described.
+        caption: the model's answer.
+        picture: picture about which the model gave the answer.
         config: settings with which the picture was resized for the model.
     """
     from vlm.image import compute_resize
@@ -83,7 +83,8 @@ def draw_regions(picture: Image, regions: Sequence[FoundRegion]) -> Image:
     labels = list(dict.fromkeys(region.label for region in regions))
     for region in regions:
         colour = COLOURS[labels.index(region.label) % len(COLOURS)]
-        # Pillow's coordinates include the last pixel, but a box excludes it. A box of zero width is drawn as a line.
+        # In Pillow, `right` and `bottom` are the last pixels of a rectangle; in a region, they are the pixels after
+        # the last. A box of zero width is drawn as a line.
         right, bottom = max(region.left, region.right - 1), max(region.top, region.bottom - 1)
         pen.rectangle((region.left, region.top, right, bottom), outline=colour, width=max(1, side // 150))
         if region.label:

@@ -22,8 +22,8 @@ def review(
 ) -> None:
     """Judge captions on a local web page.
 
-    Mark captions as good or bad, or correct them. Verdicts and their pictures are stored in table verdicts. To add
-    the verdicts to the training data, run lakesight ingest --run reviewed.
+    On the page, mark captions as good or bad, or correct the captions. Verdicts and their pictures are stored in table
+    verdicts. To add the verdicts to the training data, run lakesight ingest --run reviewed.
 
     \b
     Example:

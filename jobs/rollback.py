@@ -30,7 +30,7 @@ def run_rollback(job: Job) -> str:
     """Record the rollback, swap the two aliases, and return the version of the new champion.
 
     Raises:
-        UserError: there is no previous champion.
+        UserError: the model has no previous champion.
     """
     from pipelines.driver.evaluate.gate import record_decision
     from pipelines.tracking.registry import CHAMPION, move_aliases, plan_rollback, resolve

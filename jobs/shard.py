@@ -35,7 +35,7 @@ def shard(
 
 
 def run_shard(job: Job, split: Split, image: ImageConfig) -> ShardReport:
-    """Run the shard stage for one data split, with the image settings of one model."""
+    """Run the shard stage for one data split, resizing the pictures as the given image settings of a model require."""
     from pipelines.driver.shard import shard
 
     with show_elapsed(f"shard {split}"):

@@ -1,4 +1,4 @@
-"""`lakesight show`: print rows of a table version, and write a page of their pictures if requested. Needs no Spark."""
+"""`lakesight show`: print rows of a table version and, on request, write an HTML page of pictures, without Spark."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from deltalake import DeltaTable
 
 WIDTH = 100
-"""Maximum number of characters shown of a value."""
+"""Number of characters after which a value is cut off in the output."""
 
 
 class TableReport(Config):
-    """Report of `lakesight show`. Field `rows` has the first rows, with sizes instead of binary values."""
+    """Report of `lakesight show`. Field `rows` contains the first rows; binary values are replaced by their sizes."""
 
     table: str
     version: int
@@ -49,8 +49,8 @@ def show(
 ) -> None:
     """Show rows and pictures of a table.
 
-    The command prints the table's version, row count, columns and first rows. With --gallery, it also writes an HTML
-    page of the rows' pictures.
+    The command prints the table's version, row count, columns and first rows. With --gallery, the command also writes
+    an HTML page of the rows' pictures.
 
     \b
     Examples:
@@ -76,10 +76,10 @@ def show(
 
 
 def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
-    """Open a table of the platform at a version. None opens the latest version.
+    """Open a version of a table of the platform. If the version is None, open the latest version.
 
     Raises:
-        UserError: the platform's tables cannot be read as files, or there is no such table or version.
+        UserError: the platform's tables cannot be read as files, or the table or the version does not exist.
     """
     from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError
@@ -121,7 +121,7 @@ def first_rows(delta: DeltaTable, count: int) -> list[dict[str, Any]]:
 
 
 def readable(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace each binary value of a row by a text with its size."""
+    """Replace each binary value of a row by a text that states the size of the value."""
     return {name: f"<{len(value):,} bytes>" if isinstance(value, bytes) else value for name, value in row.items()}
 
 
@@ -187,7 +187,7 @@ def _read_pictures(job: Job, rows: Sequence[Mapping[str, Any]]) -> dict[str, byt
 
 
 def _texts(row: Mapping[str, Any]) -> list[str]:
-    """Return the human texts of a row or, if the row has no column `texts`, its caption or error."""
+    """Return the human texts of a row or, if the row has no column `texts`, the caption or error of the row."""
     if "texts" in row:
         return [f"{pair['prompt']} {pair['text']}".strip() for pair in row["texts"]]
     return [str(row[name]) for name in ("caption", "error") if row.get(name)]

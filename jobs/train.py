@@ -19,7 +19,7 @@ SHOWN_METRICS = ("train/loss", "val/loss", "val/blind_gap")
 
 
 class TrainReport(Config):
-    """Report of `lakesight train`: a finished run and its registered model version."""
+    """Report of `lakesight train`: the finished training run and the registered model version."""
 
     run_folder: str
     run_id: str
@@ -55,8 +55,8 @@ def train(
     """Train on distributed ranks and register the model.
 
     Run the same command again to resume an interrupted run from its last checkpoint; a finished run is reused. With
-    --no-launch, the command only writes the run folder. Start the ranks with torchrun, then run the command again
-    without --no-launch to register the model.
+    --no-launch, the command only writes the run folder. In this case, start the ranks with torchrun, then run the
+    command again without --no-launch to register the model.
 
     \b
     Example:
@@ -76,12 +76,12 @@ def train(
 
 
 def prepare_run(job: Job) -> RunFolder:
-    """Write the shards for training and validation, then the run folder from which ranks start."""
+    """Write the shards for training and validation, then write the run folder that ranks read when they start."""
     from pipelines.driver.train.run import prepare
 
     config = job.config
     train_shards = run_shard(job, "train", config.model.image)
-    same_split = config.data.validate_on == "train"  # for example in run seemore, which memorises three pictures
+    same_split = config.data.validate_on == "train"  # run seemore, for example, memorises three pictures
     validation_shards = train_shards if same_split else run_shard(job, config.data.validate_on, config.model.image)
     return prepare(config, job.platform, train_shards, validation_shards)
 
@@ -94,7 +94,7 @@ def run_train(job: Job) -> TrainReport:
 
     config, run = job.config, prepare_run(job)
     reused = finished_result(run)
-    # A finished run is logged too, in case MLflow did not receive its last metrics.
+    # A reused run is logged to MLflow too, because MLflow may not have received the run's last metrics.
     with (
         follow(run, config, job.platform) as run_id,
         show_progress("train", poll_training(run), config.train.steps),

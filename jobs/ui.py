@@ -1,4 +1,4 @@
-"""`lakesight ui`: serve the MLflow UI on the runs of the home folder."""
+"""`lakesight ui`: serve the MLflow UI, which shows the runs and models of the home folder."""
 
 from __future__ import annotations
 
@@ -57,20 +57,22 @@ def ui(
             str(port),
         ]
         with suppress(KeyboardInterrupt):  # Ctrl-C is the usual way to stop a server
-            # The server puts its working folder first on sys.path. No file in the home folder can shadow a module.
+            # Without PYTHONSAFEPATH, the server would put its working folder, the home folder, first on sys.path, and
+            # a file in the home folder could shadow a module.
             environment = os.environ | {"PYTHONSAFEPATH": "1"}
             code = subprocess.call(command, env=environment, cwd=job.platform.root)  # noqa: S603 our own arguments
             raise StageFailed("the MLflow UI stopped", got=f"exit code {code}", fix="read the MLflow messages above")
 
 
 def check_port_free(port: int) -> None:
-    """Check that a server can listen on a port, before the server starts.
+    """Check that a port is free, before a server is started on the port.
 
     Raises:
         UserError: the port is in use, or this user may not listen on it.
     """
     with socket.socket() as probe:
-        # As in the server, a port counts as free in state TIME_WAIT, that is, if a server has just stopped.
+        # A port in state TIME_WAIT (whose server has just stopped) counts as free, because the new server can use the
+        # port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
