@@ -73,7 +73,7 @@ def numbers(report: CaptionReport) -> tuple[int, int, int, int]:
     return report.considered, report.already, report.captioned, report.errors
 
 
-def test_every_row_is_captioned_once_with_its_lineage_and_rows_with_bad_pictures_have_an_error(
+def test_each_row_gets_one_caption_with_lineage_or_an_error_if_its_picture_is_bad(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     good = [(n, picture(n)) for n in range(70)]
@@ -93,14 +93,14 @@ def test_every_row_is_captioned_once_with_its_lineage_and_rows_with_bad_pictures
         assert (row["source_table"], row["source_version"], row["run_id"]) == (table, 0, "r")
     captioner = load_captioner(str(model.folder))
     settings = captioner.model.config.generation
-    for number, data in good[:5]:  # a single picture gets the same caption as on an executor
+    for number, data in good[:5]:  # captions on executors equal captions of single pictures
         (alone,) = captioner.caption([data], [""], settings)
         row = rows[str(number)]
         assert (row["caption"], row["sha256"], row["num_tokens"]) == (alone.caption, alone.sha256, alone.num_tokens)
         assert row["mean_logprob"] == pytest.approx(alone.mean_logprob, abs=1e-4)
     before = commits(spark, platform)
     assert numbers(caption(spark, platform, model, request(table))) == (73, 73, 0, 0)
-    assert commits(spark, platform) == before  # a job without new rows writes nothing
+    assert commits(spark, platform) == before  # a caption job without new rows writes nothing
 
 
 def test_only_rows_without_a_caption_of_the_model_version_and_the_settings_are_captioned(
@@ -126,7 +126,7 @@ def test_only_rows_without_a_caption_of_the_model_version_and_the_settings_are_c
     assert (model.folder / "model.safetensors").read_bytes() in [copy.read_bytes() for copy in copies]
 
 
-def test_base64_text_gets_the_caption_of_its_picture_and_equal_ids_in_two_tables_stay_separate(
+def test_base64_pictures_are_captioned_and_rows_of_two_tables_with_equal_ids_have_separate_captions(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     encoded = [(n, base64.b64encode(picture(n)).decode()) for n in range(3)]
@@ -139,7 +139,7 @@ def test_base64_text_gets_the_caption_of_its_picture_and_equal_ids_in_two_tables
     assert numbers(caption(spark, platform, model, request(other))) == (1, 0, 1, 0)
 
 
-def test_the_sampled_caption_of_a_picture_does_not_depend_on_the_batch(model: ModelFiles) -> None:
+def test_the_sampled_caption_of_a_picture_does_not_depend_on_other_pictures_in_the_batch(model: ModelFiles) -> None:
     captioner = load_captioner(str(model.folder))
     settings = GenerationConfig(max_new_tokens=8, temperature=1.5, seed=7)
     images = [picture(n) for n in range(6)]
@@ -148,7 +148,7 @@ def test_the_sampled_caption_of_a_picture_does_not_depend_on_the_batch(model: Mo
         assert captioner.caption([image], [prompt], settings)[0].caption == result.caption
 
 
-def test_a_changed_picture_is_captioned_again_and_a_picture_moved_to_another_data_file_is_not(
+def test_a_picture_is_captioned_again_after_a_change_but_not_after_a_move_to_another_data_file(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     table = write(spark, tmp_path / "photos", [(n, picture(n)) for n in range(4)])
@@ -177,7 +177,7 @@ def test_a_changed_picture_is_captioned_again_and_a_picture_moved_to_another_dat
     assert commits(spark, platform) == before
 
 
-def test_rows_with_errors_are_captioned_again_on_request_and_too_many_errors_fail_the_job(
+def test_rows_with_errors_are_captioned_again_with_retry_errors_and_too_many_errors_fail_the_job(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     table = write(spark, tmp_path / "photos", [(0, picture(0)), (1, picture(1)), (2, b"no picture")])
@@ -194,7 +194,7 @@ def test_rows_with_errors_are_captioned_again_on_request_and_too_many_errors_fai
     assert {number for number, row in stored(spark, platform, model).items() if row["error"]} == {"2"}
 
 
-def test_two_concurrent_jobs_after_a_cancelled_job_write_each_caption_once(
+def test_two_concurrent_caption_jobs_write_each_caption_once_after_a_job_was_cancelled(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     pictures = [picture(n) for n in range(8)]
@@ -221,7 +221,7 @@ def test_two_concurrent_jobs_after_a_cancelled_job_write_each_caption_once(
 
 @pytest.fixture(scope="module")
 def one_photo(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Write a Delta table whose row no test captions. Return the name of the table."""
+    """Write a Delta table with one row, which no other test captions. Return the name of the table."""
     return write(spark, tmp_path_factory.mktemp("tables") / "photos", [(1, picture(1))])
 
 
@@ -252,7 +252,7 @@ def test_an_invalid_caption_request_raises_a_user_error(
 
 
 @pytest.mark.parametrize("ids", [(1, 1), (1, None)])
-def test_null_and_duplicate_ids_are_refused(
+def test_a_table_with_null_or_duplicate_ids_is_refused(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path, ids: tuple[int | None, ...]
 ) -> None:
     table = write(spark, tmp_path / "photos", [(identity, picture(1)) for identity in ids])

@@ -1,4 +1,4 @@
-"""Caption jobs with processes killed by SIGKILL: each row gets one caption, the same as without a kill."""
+"""Caption jobs whose processes are killed by SIGKILL: each row gets the caption that a job without a kill writes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="fi
 
 
 class Reference(NamedTuple):
-    """Captions by a caption job without a kill, the folder of the source table, and the duration in seconds."""
+    """Result of a caption job without a kill: folder of the source table, captions, and duration in seconds."""
 
     folder: Path
     rows: list[dict[str, Any]]
@@ -43,7 +43,7 @@ def reference(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.
 
 @pytest.fixture(scope="module")
 def window(reference: Reference) -> KillWindow:
-    """Create the time window of the kills. The first window depends on the duration of the job without a kill."""
+    """Create the time window in which processes are killed, from the duration of the caption job without a kill."""
     return KillWindow(reference.seconds)
 
 

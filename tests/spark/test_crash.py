@@ -1,4 +1,4 @@
-"""Pictures that crash the decoder and its Python worker: the bad row is named, and no other row is lost."""
+"""Pictures that crash the decoder and its Python worker: the error names the bad row, and no other row is lost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def config(path: Path) -> DataConfig:
     return data.model_copy(update={"limits": CrashingLimits(max_decode_seconds=20)})
 
 
-def test_a_picture_that_crashes_the_decoder_is_quarantined_by_ingest_and_named_in_the_error_of_shard(
+def test_a_picture_that_crashes_the_decoder_is_quarantined_by_the_ingest_and_named_by_the_shard_stage(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     good = [[as_base64(png(5000 + n)), f"picture {n}"] for n in range(40)]

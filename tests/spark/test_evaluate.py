@@ -1,4 +1,4 @@
-"""Evaluation on executors: metrics equal a plain loop, are written once, and are shown in a gallery."""
+"""Evaluation on executors: metrics equal the metrics of a plain loop, and are written only once."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 
 
 def dataset(spark: SparkSession, folder: Path, rows: int) -> Path:
-    """Write a shard folder, and a Delta table of the same pictures. The manifest of the shards names the table."""
+    """Write a Delta table, and a shard folder with the same pictures whose manifest names the table."""
     shards = write_shards(folder / "shards", rows=rows, texts=1)
     pictures = []
     for index in range(rows):
@@ -112,13 +112,14 @@ def test_metrics_from_executors_equal_the_metrics_of_a_plain_loop_over_the_rows(
 def test_the_neighbour_of_a_picture_is_the_most_similar_training_picture(
     report: EvaluationReport, shards: Path
 ) -> None:
-    """The training split is the evaluated split, so the neighbour is another picture of the same colour."""
+    """The training split is the evaluated split, so the neighbour of a picture is a different picture of the same
+    colour."""
     assert report.values()["neighbour_exact_match"] == 1
     assert report.values()["constant_exact_match"] == pytest.approx(18 / ROWS)
     assert [row.neighbour for row in report.scores()[:4]] == ["red", "green", "blue", "white"]
 
 
-def test_metrics_are_written_once_and_a_second_evaluation_does_not_compute_them_again(
+def test_a_second_evaluation_neither_computes_nor_writes_the_metrics_again(
     spark: SparkSession, platform: Platform, model: ModelFiles, shards: Path, report: EvaluationReport
 ) -> None:
     whole = {(None, name): value for name, value in report.values().items()}

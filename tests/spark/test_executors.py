@@ -46,7 +46,7 @@ def test_packages_that_are_missing_on_executors_are_named_before_any_rank_starts
     run = RunFolder(tmp_path / "run")
     first = make_python(tmp_path / "first", "pydantic")
     second = make_python(tmp_path / "second", "pipelines", "_editable_impl_lakesight")
-    bare = f"env -u PYTHONPATH {second}"  # PYTHONPATH would add the source folder
+    bare = f"env -u PYTHONPATH {second}"  # with PYTHONPATH, the interpreter would find the package
     monkeypatch.setattr(spark.sparkContext, "pythonExec", either(tmp_path / "either", str(first), bare))
     with pytest.raises(UserError, match="packages that ranks need are missing") as caught:
         launch(run, platform, spark)
@@ -60,7 +60,8 @@ def test_packages_that_are_missing_on_executors_are_named_before_any_rank_starts
 
 
 def either(path: Path, first: str, second: str) -> str:
-    """Create a script that runs interpreter `first` on the executor that starts first, and otherwise `second`."""
+    """Create a script that runs interpreter `first` on the executor that starts first, and `second` on later
+    executors."""
     path.write_text(f'#!/bin/sh\nmkdir "$0.taken" 2>/dev/null && exec {first} "$@"\nexec {second} "$@"\n')
     path.chmod(0o755)
     return str(path)

@@ -42,12 +42,12 @@ GOOD, BETTER, WORSE, BLIND = "1", "2", "3", "4"
 def job(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Register four model versions.
 
-    Version GOOD is a good model. Version BETTER is the same model after more steps. Version WORSE was trained on wrong
-    colour names. Version BLIND was trained with shuffled pictures.
+    Version GOOD is a good model. Version BETTER is the model of version GOOD after more training steps. Version WORSE
+    was trained on wrong colour names. Version BLIND was trained with shuffled pictures.
     """
     config = corner_run(NAME).model_copy(update={"drift": DriftConfig(min_rows=10)})
     job = Job(config, platform, (), CommandOutput(io.StringIO(), as_json=False))
-    job.__dict__["spark"] = spark  # the job starts no Spark session
+    job.__dict__["spark"] = spark  # the job uses the Spark session of the tests
     rows = corner_rows(NAME, "train", 200) + corner_rows(NAME, "test", 60)
     new = spark.createDataFrame(rows, SAMPLES.ddl())
     new.coalesce(1).writeTo(platform.table(SAMPLES.name)).append()
@@ -78,7 +78,7 @@ def refusal(job: Job, version: str) -> str:
 
 
 @pytest.mark.timeout(900)
-def test_blind_and_worse_model_versions_are_refused_with_all_reasons_and_a_rollback_restores_the_champion(
+def test_model_versions_that_ignore_pictures_or_are_worse_are_refused_and_a_rollback_restores_the_champion(
     job: Job,
 ) -> None:
     run_promote(job, GOOD)
@@ -215,7 +215,7 @@ def test_the_pages_of_an_evaluation_and_a_comparison_work_in_a_browser(
         assert gained.inner_text().startswith(f"+{report.differences['exact_match'].value:.3f}")
 
 
-def test_lineage_and_decisions_are_shown_without_starting_a_jvm(job: Job) -> None:
+def test_the_lineage_and_the_decisions_of_a_model_are_shown_without_starting_a_jvm(job: Job) -> None:
     run_caption(job, GOOD, where=f"image_id = '{NAME}/test0'")
     version = registry.resolve(job.platform, NAME, GOOD)
     shell = Job(job.config, job.platform, (), job.output)

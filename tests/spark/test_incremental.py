@@ -151,7 +151,7 @@ def test_an_ingest_makes_a_new_plan_after_a_conflict_and_two_concurrent_ingests_
     assert spark.table(platform.table("quarantine")).where(f"source = '{twice}'").count() == 1
 
 
-def test_rows_in_the_spill_folder_are_computed_once_and_stay_the_same_when_their_table_changes(
+def test_rows_in_the_spill_folder_are_computed_once_and_do_not_change_with_the_source_table(
     spark: SparkSession, tmp_path: Path
 ) -> None:
     spill = SpillFolder(tmp_path / "a {folder} of [mine] *")
@@ -176,9 +176,9 @@ def test_rows_in_the_spill_folder_are_computed_once_and_stay_the_same_when_their
 def test_two_spark_sessions_started_in_the_same_second_have_separate_executor_folders(
     spark: SparkSession,
 ) -> None:
-    """Check that the application id contains the process id, because Spark names executor folders by the id.
+    """Check that the application id, after which Spark names executor folders, ends with the process id.
 
-    A Spark session removes its executor folders when it ends. Executors whose working directory is removed cannot
-    import modules.
+    A Spark session removes its executor folders when the session ends. If two sessions shared a folder, the executors
+    of the other session could then no longer import modules from the folder.
     """
     assert spark.sparkContext.applicationId.endswith(f"-{os.getpid()}")

@@ -1,4 +1,4 @@
-"""Ingest with Spark and Delta: every row is counted, and a second run adds nothing."""
+"""Ingest with Spark and Delta: every row is counted, and a second ingest of the same input adds nothing."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_the_texts_of_all_rows_of_a_picture_are_merged(
     assert pairs == [("", "a"), ("what?", "a"), ("what?", "b")]
 
 
-def test_different_pictures_with_the_same_id_are_quarantined_and_the_picture_in_samples_stays(
+def test_new_pictures_with_conflicting_ids_are_quarantined_and_the_picture_in_samples_is_kept(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     header = ("key", IMAGE, TEXT)
@@ -160,7 +160,7 @@ def test_different_pictures_with_the_same_id_are_quarantined_and_the_picture_in_
     assert sorted(payloads, key=lambda row: str(row[TEXT])) == [dict(zip(header, row, strict=True)) for row in fights]
 
 
-def test_file_names_may_set_the_split_and_other_csv_files_are_ignored(
+def test_the_split_may_come_from_the_file_name_and_csv_files_with_other_names_are_ignored(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     header = (TEXT, IMAGE)
@@ -182,7 +182,7 @@ def test_line_breaks_inside_quotes_are_read_if_multiline_is_set(
     assert sorted(texts(row)[0] for row in rows_of(spark, platform, "samples", source)) == ["one line", "two\nlines"]
 
 
-def test_all_rows_of_every_csv_dialect_are_read_however_spark_splits_the_files(
+def test_all_rows_of_every_csv_dialect_are_read_for_any_partitioning_of_the_files(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     rows = [[as_base64(png(72 + n)), f'"{n}", a picture'] for n in range(6)]
@@ -262,7 +262,7 @@ def test_an_unusable_input_raises_an_error_whose_message_is_one_paragraph(
     assert newest(spark, platform) == before
 
 
-def test_the_csv_file_of_seemore_is_read(spark: SparkSession, platform: Platform, source: str) -> None:
+def test_the_csv_file_of_the_seemore_project_is_read(spark: SparkSession, platform: Platform, source: str) -> None:
     report = ingest(spark, platform, source, config(shared_file("seemore/inputs.csv")))
     assert parts(report) == (3, 3, 0, 0, 0)
     rows = rows_of(spark, platform, "samples", source)
@@ -271,7 +271,7 @@ def test_the_csv_file_of_seemore_is_read(spark: SparkSession, platform: Platform
     }
 
 
-def test_the_emoji_pictures_are_read(spark: SparkSession, platform: Platform, source: str) -> None:
+def test_the_test_split_of_the_emoji_dataset_is_read(spark: SparkSession, platform: Platform, source: str) -> None:
     path = shared_file("emoji/test.csv")
     data = config(path, source={"columns": {"id": "image_id"}}, split={"kind": "file"})
     report = ingest(spark, platform, source, data)
@@ -279,7 +279,7 @@ def test_the_emoji_pictures_are_read(spark: SparkSession, platform: Platform, so
     assert report.splits == {"test": 620}
 
 
-def test_the_dataset_version_of_a_source_changes_only_with_rows_of_the_source_and_with_manual_changes(
+def test_the_dataset_version_of_a_source_changes_only_if_its_rows_change_or_after_a_manual_commit(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     path = write_csv(tmp_path / "a.csv", [[as_base64(png(80)), "a"], [as_base64(png(81)), "b"]])

@@ -25,7 +25,7 @@ from vlm.config import ImageConfig
 
 @pytest.mark.faults
 @pytest.mark.matrix
-def test_maintenance_removes_old_files_and_changes_no_row_and_no_shard(
+def test_maintenance_removes_old_files_without_changing_a_row_or_a_shard(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     rows = [[as_base64(png(7000 + n)), f"picture {n}"] for n in range(12)]

@@ -1,4 +1,4 @@
-"""Shards of a Delta table: they contain all rows of a split, with the same bytes for any partitioning of the table."""
+"""Shards contain all rows of a split of a Delta table, and have the same bytes for any partitioning of the table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vlm.image import to_pixels
 
 IMAGE = ImageConfig(size=16)
 LARGE = ImageConfig(size=96)
-"""Size at which the pixels of a picture have more bytes than the encoded picture."""
+"""Image config with a size at which the pixels of a picture have more bytes than the encoded picture."""
 COUNT = 150
 
 
@@ -46,7 +46,7 @@ def filled(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.Tem
 
 
 def reorder(spark: SparkSession, platform: Platform, source: str) -> None:
-    """Rewrite the rows of a source in another order, in a commit whose note names another source."""
+    """Rewrite the rows of a source in a different order, in a commit whose note names a different source."""
     table = platform.table(SAMPLES.name)
     rows = spark.table(table).where(f"source = '{source}'").repartition(3, "sha256").sortWithinPartitions("sha256")
     with commit_note(spark, source_note("test-another")):
@@ -111,13 +111,13 @@ def test_the_content_of_shards_does_not_depend_on_row_order_or_partitioning(
     assert reseeded.content_hash != first.content_hash
 
 
-def test_shuffling_pictures_writes_the_same_files_as_shuffling_pixels(
+def test_shuffling_encoded_pictures_writes_the_same_files_as_shuffling_decoded_pixels(
     spark: SparkSession, platform: Platform, filled: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, path = filled
     first = shard(spark, platform, source, config(path, seed=5), LARGE, "train")
     remove(first)
-    monkeypatch.setattr("pipelines.driver.shard.SAMPLED_ROWS", 0)  # makes Spark shuffle encoded pictures
+    monkeypatch.setattr("pipelines.driver.shard.SAMPLED_ROWS", 0)  # a config with which Spark shuffles encoded pictures
     second = shard(spark, platform, source, config(path, seed=5), LARGE, "train")
     assert (second.reused, second.folder, second.content_hash) == (False, first.folder, first.content_hash)
 
@@ -141,7 +141,7 @@ def test_a_shard_folder_left_by_a_crash_is_cleaned_and_written_again(
     assert fresh.exists(), "another writer may be writing it"
 
 
-def test_new_rows_lead_to_a_new_shard_folder_and_the_old_shard_folder_stays(
+def test_new_rows_lead_to_a_new_shard_folder_and_the_old_shard_folder_is_kept(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     rows = [[as_base64(png(3000 + n)), f"picture {n}"] for n in range(12)]
@@ -171,7 +171,7 @@ def test_jpeg_shards_are_smaller_than_raw_shards_and_have_nearly_the_same_pixels
         assert np.abs(jpeg.row(index).pixels.astype(int) - raw.row(index).pixels).mean() < 8
 
 
-def test_a_condition_selects_rows_and_a_mix_adds_rows_of_another_source(
+def test_shards_contain_only_rows_that_meet_the_condition_and_a_mix_adds_rows_of_a_second_source(
     spark: SparkSession, platform: Platform, source: str, filled: tuple[str, Path], tmp_path: Path
 ) -> None:
     photos = [[as_base64(encoded(picture(6000 + n, (90, 70)), "JPEG")), f"photo {n}"] for n in range(6)]

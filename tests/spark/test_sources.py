@@ -152,7 +152,7 @@ def test_every_row_of_every_kind_of_source_is_counted(
         assert sorted(row["image_id"] for row in planned) == [f"{source}/{n}" for n in range(3)]
 
 
-def test_refused_rows_are_shown_and_replayed_and_too_many_refused_rows_fail_the_job_after_all_rows_are_written(
+def test_too_many_refused_rows_fail_the_ingest_after_all_rows_are_written_and_refused_rows_are_replayed(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     said = [["a", "b"], ["b"], ["b", "c", "y" * 30]]
@@ -199,7 +199,7 @@ def test_refused_rows_are_shown_and_replayed_and_too_many_refused_rows_fail_the_
     assert [pair["text"] for pair in kept["texts"]] == ["a", "b", "c", "y" * 30]
 
 
-def test_a_picture_that_was_saved_again_is_a_near_duplicate_and_gets_the_split_of_the_original(
+def test_a_reencoded_picture_is_a_near_duplicate_and_gets_the_split_of_the_original_picture(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     table = platform.table("samples")

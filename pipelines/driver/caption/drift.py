@@ -1,7 +1,8 @@
 """Drift: comparison of the figures of a caption job with the figures of an evaluation of the same model version.
 
-Caption jobs and evaluations both count with `pipelines.formats.caption_stats`. The caption job and the evaluation use
-the same model version, so a difference between their figures is caused by the pictures and not by the model.
+Caption jobs and evaluations compute the figures with the same module, `pipelines.formats.caption_stats`. The caption
+job and the evaluation use the same model version, so a difference between their figures is caused by the pictures and
+not by the model.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class EvaluationFigures(Config):
 def read_evaluation_figures(
     spark: SparkSession, platform: Platform, *, model: str, version: str, source: str, split: str
 ) -> EvaluationFigures:
-    """Read the figures of a model version's last evaluation on a split; return no figures if it was not evaluated."""
+    """Read the figures of a model version's last evaluation on a split, or no figures if there is no evaluation."""
     rows = (
         spark.table(platform.table(EVALUATIONS.name))
         .where((F.col("model_name") == model) & (F.col("model_version") == version) & F.col("slice").isNull())

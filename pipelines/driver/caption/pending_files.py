@@ -62,7 +62,7 @@ class PendingFiles:
         """Count the rows of all files from the Parquet footers. A progress bar calls this method twice a second."""
         total = 0
         for path in self.files():
-            with suppress(FileNotFoundError):  # another driver has merged the file
+            with suppress(FileNotFoundError):  # another driver has merged and removed the file
                 total += pq.read_metadata(path).num_rows
         return total
 
@@ -83,7 +83,10 @@ class PendingFiles:
         return total + self._commit(spark, platform, chunk, files)
 
     def _read_files(self) -> Iterator[tuple[Path, pa.Table]]:
-        """Yield each file and its rows. Skip files that another driver merged since they were listed."""
+        """Yield each file and its rows.
+
+        Skip files that another driver has merged after this driver listed the files.
+        """
         for path in self.files():
             try:
                 yield path, pq.read_table(path)

@@ -156,8 +156,9 @@ def caption(
     Raises:
         UserError: the table, the version or a column does not exist, the condition is not valid SQL, the ids are not
             unique, the prompt leaves no space for a caption, or the library for the precision is not installed.
-        StageFailed: Spark failed. The next job with the same request captions only the rows that have no caption yet.
-        TooManyErrors: the share of errors is larger than `max_error_share`. All rows are written.
+        StageFailed: Spark failed. The next caption job with the same request captions only the rows that have no
+            caption yet.
+        TooManyErrors: the share of errors is larger than `max_error_share`. The results of all rows are written.
     """
     started = time.monotonic()
     request.precision.require()
@@ -304,7 +305,7 @@ def _remove_deleted(spark: SparkSession, platform: Platform, source: SourceTable
 
 
 def _check_prompt(model: ModelFiles, request: CaptionRequest) -> None:
-    """Raise UserError if the prompt is too long. The check runs before executors start."""
+    """Raise UserError if the prompt is too long. The length of the prompt is checked before executors start."""
     config = model.read_config()
     settings = request.settings or config.generation
     prefix = prefix_ids(text.load(model.folder / "tokenizer.json"), config.num_slots, request.prompt)

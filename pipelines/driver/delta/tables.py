@@ -90,7 +90,7 @@ def _has_commits(folder: Path) -> bool:
     while log.is_dir():
         if any(log.glob("[0-9]*.json")) or any(log.glob("[0-9]*.parquet")):
             return True
-        with suppress(FileNotFoundError):  # another process has removed the log folder
+        with suppress(FileNotFoundError):  # raised if another process has removed the log folder
             if time.time() - log.stat().st_mtime > CREATION_TIMEOUT_S:
                 logger.warning("removing %s: it is at least %s seconds old and has no commit", log, CREATION_TIMEOUT_S)
                 shutil.rmtree(log)

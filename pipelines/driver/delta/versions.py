@@ -26,7 +26,7 @@ MAINTENANCE_OPERATIONS = frozenset(
 
 
 class TableVersions(NamedTuple):
-    """Two versions of a table: the newest version, and the last version that changed one source.
+    """Two version numbers of a table: the newest version, and the last version that changed rows of a given source.
 
     Attributes:
         newest: newest version of the table.

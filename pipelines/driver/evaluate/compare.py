@@ -93,7 +93,7 @@ def compare(
 
 
 def _groups(pairs: Sequence[Pair], names: tuple[str, str]) -> dict[str, list[Pair]]:
-    """Select the rows to show, by group. The rows with the largest difference come first."""
+    """Select the rows to show, by group. The rows with the largest difference in word F1 come first."""
     by_gain = sorted(pairs, key=lambda pair: (pair[1].f1 - pair[0].f1, pair[0].row))
     better, worse = f"{names[0]}-better", f"{names[1]}-better"
     return {

@@ -87,7 +87,7 @@ def model_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
 
     - loss is in nats per target token. token_accuracy is the share of target tokens that the model ranks first.
     - blind_gap, blank_gap and noise_gap are the loss with the picture of another row, a grey picture or noise, minus
-      the loss, in nats per token. If the split has only one picture, blind_gap is missing.
+      the loss with the right picture, in nats per token. If the split has only one picture, blind_gap is missing.
     - exact_match, word_f1, bleu_1..4, rouge_l and cider compare captions with references. For a single row, cider is
       missing, because the word weights of CIDEr need several rows.
     - words and tokens are the mean lengths of a caption in words and in tokens. captions_per_second is the speed of one
@@ -203,7 +203,7 @@ def _bleu(captions: Sequence[list[str]], references: Sequence[list[list[str]]]) 
     lengths_2R = np.array([[c["testlen"] for c in cooked], [c["reflen"] for c in cooked]], float)
     correct_NR = np.array([[c["correct"][n] for c in cooked] for n in range(MAX_ORDER)], float)
     guessed_NR = np.array([[c["guess"][n] for c in cooked] for n in range(MAX_ORDER)], float)
-    tiny, small = 1e-15, 1e-9  # pycocoevalcap adds these values to avoid a division by zero
+    tiny, small = 1e-15, 1e-9  # pycocoevalcap adds these small values to avoid a division by zero
 
     def bleu(order: int) -> Metric:
         def metric(weights_SR: Floats) -> Floats:

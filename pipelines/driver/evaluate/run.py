@@ -150,11 +150,11 @@ class RequestedMetrics(NamedTuple):
     meteor: bool
 
     def included_in(self, report: EvaluationReport) -> bool:
-        """Return whether a report has all of these optional metrics."""
+        """Return whether a report has all optional metrics that were requested."""
         return set(self.columns) <= set(report.columns) and self.meteor <= ("meteor" in report.metrics)
 
     def merged_with(self, report: EvaluationReport) -> RequestedMetrics:
-        """Return these optional metrics together with the optional metrics that a report has."""
+        """Return the union of the requested optional metrics and the optional metrics that a report has."""
         columns = tuple(dict.fromkeys((*report.columns, *self.columns)))
         return RequestedMetrics(columns, self.meteor or "meteor" in report.metrics)
 
@@ -224,7 +224,7 @@ def _rows(report: EvaluationReport) -> Iterator[dict[str, object]]:
 
 
 def _merge(spark: SparkSession, platform: Platform, report: EvaluationReport) -> None:
-    """Merge the report into table `evaluations`. Rows with unchanged numbers are not written."""
+    """Merge the report into table `evaluations`. Table rows whose numbers have not changed are not written again."""
     now = datetime.now(UTC)
     rows = [tuple((row | {"evaluated_at": now})[name] for name in EVALUATIONS.names) for row in _rows(report)]
     new = spark.createDataFrame(rows, EVALUATIONS.ddl())
@@ -244,7 +244,7 @@ def _check_columns(samples: DataFrame, request: ShardRequest, columns: Sequence[
     """Check the names of the columns by which slices are made. Return the names that are columns of the table.
 
     Raises:
-        UserError: a name is neither a column of the table nor a computed column.
+        UserError: a name is neither a column of table `samples` nor a computed column.
     """
     computed = {"size": {"width", "height"}, "length": set()}
     missing = [name for name in columns if not computed.get(name, {name}) <= set(samples.columns)]

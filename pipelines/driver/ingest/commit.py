@@ -50,7 +50,7 @@ def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
             merge = merge.whenMatchedUpdate(set={"texts": union})
             metrics = merge.whenNotMatchedInsertAll(condition="updates.image IS NOT NULL").execute()
             verify_merge(metrics, inserted=totals.new, updated=totals.updated)
-        else:  # append, because a merge would join all rows and pictures with the table once more
+        else:  # append, because a merge would needlessly join all planned pictures with the table
             rows.writeTo(table).append()
             verify_append(spark, table, "ingested_at", stamp, totals.new)
     logger.info("%d new pictures, and %d earlier pictures with new texts", totals.new, totals.updated)

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class IngestRequest:
-    """Rows to ingest, and the settings for these rows.
+    """Rows to ingest, and the settings of the ingest.
 
     Attributes:
         source: name of the data config.

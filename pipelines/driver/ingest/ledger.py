@@ -2,7 +2,7 @@
 
 The ledger only saves time and is not needed for correct results. Rows are identified by their content, so an item that
 is read twice adds nothing. The ledger may therefore be written last, after `samples` and `quarantine`, and an ingest
-only appends to the ledger. If an ingest is killed or runs twice, the worst case is that an item is read again.
+only appends to the ledger. If an ingest is killed or runs twice, the worst consequence is that items are read again.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Executors decode pictures (`pipelines.executor.ingest.decode`). The driver plans
 pictures never reach the driver. An ingest is idempotent: a second run, a run after a crash, or a concurrent run adds
 nothing twice.
 
-- Ids are hashes of content, so the same row has the same id wherever and whenever the row is read.
+- Row ids are hashes of the content, so a row always has the same id, even if another file contains the row.
 - The plan looks up what the tables already contain. If the input has no new content, the ingest writes to no table and
   makes no table version, so shards that are pinned to the last version stay valid.
 - If another ingest of the source commits after the plan was made, the plan is made again (`plan.py`).
@@ -57,7 +57,7 @@ class Written:
 
     Attributes:
         totals: row counts and picture counts of the plan.
-        reasons: number of rows added to `quarantine`, by reason.
+        reasons: number of rows added to `quarantine`, by quarantine reason.
         near: counts of near duplicates among the new pictures.
         across: number of pictures with the same bytes in two splits.
     """

@@ -1,8 +1,8 @@
 """Spill folder of one ingest, with intermediate results and with pictures and payloads that are not in a table yet.
 
-Executors write and read the files of the folder. Spark's cache is no substitute for the files. If an executor is lost,
-its part of the cache is lost too and would have to be decoded again. A write to `samples` also clears every cached
-result that is based on `samples`.
+Executors write and read the files of the spill folder. Spark's cache cannot replace the spill files. If an executor
+were lost, the cached pictures of the executor would be lost too and would have to be decoded again. A write to
+`samples` also clears every cached result that is based on `samples`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "ingest-"
 GLOB = re.compile(r"[\[\]{}*?\\]")
-"""Characters that Spark treats as a pattern in a path to read, but not in a path to write."""
+"""Characters that are wildcards in a path from which Spark reads, but not in a path to which Spark writes."""
 FILE_BYTES = 128 * 2**20
 """Approximate size of the pictures in one data file of a table, in bytes."""
 STALE = timedelta(days=2)

@@ -44,7 +44,7 @@ RECORD_SECONDS = 15.0
 def wait_for_failure_records(run: RunFolder) -> None:
     """Wait until a failure record names the root cause, or until no rank on another host can still write a record.
 
-    There is no need to wait for ranks on this host, because `run_ranks` has already ended them.
+    This function does not wait for ranks on this host, because `run_ranks` has already ended these ranks.
     """
     deadline = time.monotonic() + RECORD_SECONDS
     while time.monotonic() < deadline:
@@ -204,8 +204,8 @@ def _last_log_line(run: RunFolder, rank: int) -> str:
 def _last_step(run: RunFolder, rank: int) -> int:
     """Return the last step that a rank is known to have taken.
 
-    The heartbeat is written once a second, so the last checkpoint can be newer. All ranks have reached the step of that
-    checkpoint.
+    The heartbeat is written once a second, so the last checkpoint can be newer. All ranks have reached the step of the
+    last checkpoint.
     """
     heartbeat = run.read_heartbeat(rank)
     return max(heartbeat.step if heartbeat else 0, run.last_checkpoint_step())

@@ -57,7 +57,7 @@ def _describe_executors(spark: SparkSession, tasks: int) -> list[dict[str, objec
     """Describe the host of each task of a barrier stage, because such a stage occupies all slots at once like ranks."""
 
     def describe_task(_: Iterable[int]) -> Iterator[dict[str, object]]:
-        # A nested function is pickled by value, so it also runs where this package is not installed.
+        # A nested function is pickled by value, so the function also runs on hosts where this package is not installed.
         try:
             from pipelines.executor.host_info import describe_host
         except ImportError:

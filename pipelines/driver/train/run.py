@@ -35,8 +35,8 @@ def prepare(config: RunConfig, platform: Platform, train: ShardReport, validate:
     """Find or create the run folder, and write run.json and the tokenizer into the folder.
 
     The tokenizer is trained on the texts of the training shards, or copied from `train.start_from`. The folder's name
-    contains a hash of everything that determines the outcome of the run. So the same command finds the same run
-    folder, whether the run is finished or not.
+    contains a hash of everything that determines the outcome of the run. Therefore, the same command finds the same run
+    folder, whether or not the run is finished.
 
     Args:
         config: resolved run config.
@@ -114,8 +114,8 @@ def launch(run: RunFolder, platform: Platform, spark: SparkSession, entry: RankE
     Raises:
         UserError: the cluster has too few slots, a host lacks packages, or another process is training this run. No
             rank was started.
-        TrainingFailed: a rank failed, or the executors cannot describe their hosts. The message names the rank, its
-            host and the cause.
+        TrainingFailed: a rank failed, or the executors could not describe their hosts before the start of the ranks.
+            The message names the rank, its host and the cause.
         KeyboardInterrupt: the user interrupted the run. The ranks have been ended, and the run can be launched again.
     """
     check_slots(spark, platform.launch)

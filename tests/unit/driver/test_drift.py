@@ -26,7 +26,9 @@ SAID = st.lists(
 
 
 @given(st.lists(SAID, min_size=1, max_size=5))
-def test_the_statistics_of_parts_add_up_to_the_statistics_of_the_whole(parts: list[list[str]]) -> None:
+def test_the_statistics_of_parts_of_the_captions_add_up_to_the_statistics_of_all_captions(
+    parts: list[list[str]],
+) -> None:
     tallies = [[CaptionStats.from_caption(text, -0.25) for text in part] for part in parts]
     whole = sum_stats(tally for part in tallies for tally in part)
     assert sum_stats(map(sum_stats, tallies)) == whole
@@ -55,7 +57,7 @@ def test_distinct_words_are_counted_in_a_fixed_number_of_captions() -> None:
     )
 
 
-def test_a_job_without_rows_has_no_figures_and_a_job_with_only_errors_has_only_error_share() -> None:
+def test_a_caption_job_without_rows_has_no_figures_and_if_every_row_fails_the_only_figure_is_error_share() -> None:
     assert CaptionStats().figures() == sum_stats([]).figures() == {}
     assert CaptionStats(errors=3).figures() == {"error_share": 1.0}
 
@@ -81,7 +83,7 @@ def test_figures_that_differ_by_more_than_their_limit_are_reported_as_drift(
     assert {name for name, drift in found.items() if drift.beyond} == beyond
 
 
-def test_few_rows_are_not_compared_and_for_captions_with_a_prompt_only_pictures_and_errors_are_compared() -> None:
+def test_jobs_with_few_rows_are_not_compared_and_jobs_with_a_prompt_are_compared_only_by_pictures_and_errors() -> None:
     dark, limits = BEFORE | {"brightness": 0.0, "words": 1.0}, DriftConfig()
     measure = EvaluationFigures(figures=BEFORE, rows=300)
     assert compare_figures(dark, 99, measure, limits, prompt="") == {}

@@ -56,7 +56,7 @@ def test_captions_cannot_inject_html(tmp_path: Path) -> None:
     assert [tag for tag, _ in Tags(page).tags if tag in ("img", "script")] == ["img", "script"]
 
 
-def test_good_and_bad_captions_are_marked_in_text_and_colour(tmp_path: Path) -> None:
+def test_right_and_wrong_captions_are_marked_by_text_and_by_colour(tmp_path: Path) -> None:
     page = write(tmp_path / "gallery.html", [row(1, exact=True), row(2, exact=False, caption="a blue circle")])
     figures = [attributes["class"] for tag, attributes in Tags(page).tags if tag == "figure"]
     assert figures == ["good", "bad"]

@@ -22,7 +22,10 @@ TRUTH = ("a red square", "a blue circle", "a green dot", "a white line")
 
 
 def scored(captions: list[str | None], *, gap: float = 1.0) -> list[ScoredRow]:
-    """Make scored rows with four kinds of references. The neighbour baseline is right for three kinds."""
+    """Make scored rows with four kinds of references.
+
+    The captions of the neighbour baseline are right for three of the four kinds.
+    """
     return [
         ScoredRow(
             row=row,
@@ -112,7 +115,7 @@ def test_the_limits_of_the_checks_come_from_the_gate_config(
     assert [name for name, check in result.checks.items() if not check.passed] == refused
 
 
-def test_a_model_version_that_is_no_better_than_a_baseline_is_refused_if_the_gate_has_the_baseline(
+def test_a_model_version_that_is_no_better_than_a_baseline_is_refused_if_the_gate_config_names_the_baseline(
     tmp_path: Path,
 ) -> None:
     report = evaluated(tmp_path, [replace(row, caption=row.neighbour) for row in scored(good())])
@@ -130,7 +133,7 @@ def test_the_blind_gap_check_fails_if_the_blind_gap_is_missing_or_nan(tmp_path: 
     assert any("a blind gap of nan" in reason for reason in broken.reasons)
 
 
-def test_a_model_version_and_the_champion_are_compared_on_common_rows(tmp_path: Path) -> None:
+def test_a_model_version_and_the_champion_are_compared_on_the_rows_that_both_captioned(tmp_path: Path) -> None:
     champion = evaluated(tmp_path, scored(good(60, wrong=0))[20:], "1")
     result = apply_gate(GateConfig(), evaluated(tmp_path, scored(good(40, wrong=0))), champion, WELL)
     assert result.reasons == ()
@@ -141,7 +144,9 @@ def test_a_model_version_and_the_champion_are_compared_on_common_rows(tmp_path: 
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.booleans(), min_size=4, max_size=30))
-def test_no_model_version_is_worse_than_itself(tmp_path_factory: pytest.TempPathFactory, right: list[bool]) -> None:
+def test_the_gate_never_finds_a_model_version_worse_than_itself(
+    tmp_path_factory: pytest.TempPathFactory, right: list[bool]
+) -> None:
     folder = tmp_path_factory.mktemp("same")
     rows = scored([TRUTH[n % 4] if is_right else "a thing" for n, is_right in enumerate(right)])
     result = apply_gate(GateConfig(), evaluated(folder, rows), evaluated(folder, rows, "1"), WELL)

@@ -89,7 +89,7 @@ def test_a_split_of_one_picture_has_no_blind_gap_and_no_cider() -> None:
     assert metrics["exact_match"].value == 0
 
 
-def test_intervals_contain_the_value_and_depend_on_the_seed_and_shrink_with_more_pictures() -> None:
+def test_an_interval_contains_the_value_depends_on_the_seed_and_is_narrower_with_more_pictures() -> None:
     rng = np.random.default_rng(0)
 
     def sample(n: int) -> list[ScoredRow]:
@@ -136,11 +136,11 @@ def test_the_constant_baseline_is_the_best_single_caption() -> None:
         ("", []),
     ],
 )
-def test_words_are_lower_case_and_without_punctuation(text: str, expected: list[str]) -> None:
+def test_the_words_of_a_text_are_lower_case_and_have_no_punctuation(text: str, expected: list[str]) -> None:
     assert words(text) == expected
 
 
-def test_tokens_seconds_and_token_accuracy_are_measured() -> None:
+def test_score_metrics_are_computed_over_rows_with_a_caption_and_error_share_over_all_rows() -> None:
     metrics = measure([*scored(TRUTH, MADE), replace(scored(TRUTH, MADE)[0], row=9, caption=None)])
     wanted = {"token_accuracy": 0.8, "blank_gap": 0.25, "noise_gap": 1.0, "tokens": 6.0, "captions_per_second": 4.0}
     assert {name: metrics[name].value for name in wanted} == pytest.approx(wanted)
@@ -165,11 +165,11 @@ def test_the_neighbour_baseline_is_scored_like_a_model_and_left_out_if_a_row_has
 def test_meteor_equals_the_score_of_the_original_program() -> None:
     rows = scored([["a red square"], ["two dogs run"]], ["a red square", "cats"])
     measured = measure(rows, further={"meteor": meteor(rows)})["meteor"]
-    assert measured.value == pytest.approx(0.5, abs=0.01)  # one caption is perfect, the other caption unrelated
+    assert measured.value == pytest.approx(0.5, abs=0.01)  # the score is 1 for the first caption and 0 for the second
 
 
 def test_the_interval_of_a_paired_difference_excludes_zero_although_the_intervals_of_the_models_overlap() -> None:
-    """Compare two models whose captions are the same in 90 of 100 rows and differ in the first 10 rows."""
+    """Compare two models whose captions differ in the first 10 rows and are equal in the other 90 rows."""
     rng = np.random.default_rng(3)
     easy = rng.random(100) < 0.5
     worse = scored([["y"]] * 100, ["y" if e and n >= 10 else "n" for n, e in enumerate(easy)])

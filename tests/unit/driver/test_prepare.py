@@ -78,7 +78,7 @@ def test_the_run_folder_contains_the_run_file_and_the_tokenizer(laptop: Platform
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """Write a checkpoint folder of the tiny model, with another tokenizer and a weights file of a few bytes."""
+    """Write a checkpoint folder of the tiny model, with a different tokenizer and a weights file of a few bytes."""
     config = tiny_run().model
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")
@@ -87,7 +87,7 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def test_the_content_of_the_start_folder_is_part_of_the_run_identity(
+def test_the_name_of_the_run_folder_depends_on_the_content_of_the_start_folder(
     laptop: Platform, report: ShardReport, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh = prepare(tiny_run(), laptop, report, report)
@@ -104,11 +104,13 @@ def test_the_content_of_the_start_folder_is_part_of_the_run_identity(
 
     monkeypatch.chdir(tmp_path)
     relative = prepare(tiny_run(start_from="base"), laptop, report, report)
-    assert relative.read_run().config.train.start_from == str(base)  # ranks may have another working directory
+    assert relative.read_run().config.train.start_from == str(
+        base
+    )  # the path is absolute, because ranks may have a different working directory
     assert relative.tokenizer.read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
-def test_a_start_folder_with_another_model_is_refused_with_all_differences(
+def test_a_start_folder_with_a_different_model_is_refused_and_the_error_lists_all_differences(
     laptop: Platform, report: ShardReport, base: Path
 ) -> None:
     other = tiny_run().model.model_dump()
@@ -128,7 +130,7 @@ def test_a_start_folder_with_another_model_is_refused_with_all_differences(
         prepare(tiny_run(start_from=str(base)), laptop, report, report)
 
 
-def test_generation_settings_of_the_start_folder_may_differ_from_the_run(
+def test_generation_settings_of_the_start_folder_may_differ_from_the_settings_of_the_run(
     laptop: Platform, report: ShardReport, base: Path
 ) -> None:
     other = tiny_run().model.model_dump() | {"generation": {"max_new_tokens": 3}}
@@ -171,7 +173,7 @@ def test_a_run_is_finished_only_if_its_result_and_its_last_checkpoint_exist(
     assert run.run_file.read_bytes() == before  # run.json of a finished run never changes
 
 
-def test_other_settings_make_another_run_and_the_differences_to_the_unfinished_run_are_logged(
+def test_changed_settings_start_a_new_run_and_the_differences_from_the_unfinished_run_are_logged(
     laptop: Platform, report: ShardReport, caplog: pytest.LogCaptureFixture
 ) -> None:
     unfinished = prepare(tiny_run(), laptop, report, report)

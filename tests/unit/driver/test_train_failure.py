@@ -67,7 +67,7 @@ def write_failed_rank(
     write_json(run.failure(rank), record)
 
 
-def test_the_root_cause_is_the_earliest_record_that_is_not_a_consequence(run: RunFolder) -> None:
+def test_the_root_cause_is_the_earliest_failure_record_that_is_not_a_consequence(run: RunFolder) -> None:
     write_failed_rank(run, 0, 1.0, consequence=True)
     write_failed_rank(run, 1, 3.0, consequence=False, exception="KeyError", message="late")
     write_failed_rank(run, 2, 2.0, consequence=False, exception="ValueError", message="poison")
@@ -81,7 +81,7 @@ def test_the_root_cause_is_the_earliest_record_that_is_not_a_consequence(run: Ru
     assert "the traceback" in error.__notes__[0]
 
 
-def test_if_all_records_are_consequences_the_root_cause_is_the_rank_without_a_record(run: RunFolder) -> None:
+def test_if_all_failure_records_are_consequences_the_rank_without_a_failure_record_is_at_fault(run: RunFolder) -> None:
     write_failed_rank(run, 0, 1.0, consequence=True)
     write_started_rank(run, 1, step=9)
     write_started_rank(run, 2, ended=True)
@@ -91,7 +91,7 @@ def test_if_all_records_are_consequences_the_root_cause_is_the_rank_without_a_re
 
 
 @pytest.mark.parametrize("damage", ["truncated", "overwritten", "none"])
-def test_after_a_crash_the_shards_are_verified_and_a_damaged_file_is_named(
+def test_after_a_rank_crashed_the_shards_are_verified_and_a_damaged_file_is_named_in_the_error(
     run: RunFolder, tmp_path: Path, damage: str
 ) -> None:
     shards = write_shards(tmp_path / "shards", rows=10)
@@ -111,7 +111,7 @@ def test_after_a_crash_the_shards_are_verified_and_a_damaged_file_is_named(
     assert error.got.startswith("Fatal Python error: Segmentation fault")
 
 
-def test_of_two_ranks_without_a_record_the_rank_with_the_earlier_heartbeat_is_at_fault(run: RunFolder) -> None:
+def test_of_two_ranks_without_a_failure_record_the_rank_with_the_earlier_heartbeat_is_at_fault(run: RunFolder) -> None:
     write_started_rank(run, 1)
     time.sleep(0.01)
     write_started_rank(run, 0)
@@ -133,7 +133,9 @@ def test_a_rank_that_all_other_ranks_waited_for_is_reported_as_hung(run: RunFold
     ]
 
 
-def test_a_rank_without_a_record_that_other_ranks_waited_for_is_reported_as_not_responding(run: RunFolder) -> None:
+def test_a_rank_without_a_failure_record_that_other_ranks_waited_for_is_reported_as_not_responding(
+    run: RunFolder,
+) -> None:
     write_failed_rank(run, 0, 1.0, consequence=True, exception="Waited", message="waited 60 s for other ranks")
     write_started_rank(run, 1)
     error = diagnose_failure(run, 2, None)
@@ -155,7 +157,9 @@ def test_if_all_ranks_waited_for_each_other_the_network_is_at_fault(run: RunFold
     assert error.got == "rank 0 waited 60 s for other ranks"
 
 
-def test_the_cause_of_a_rank_without_a_record_is_read_from_the_log_of_the_rank_or_the_launcher(run: RunFolder) -> None:
+def test_if_a_rank_has_no_failure_record_the_cause_is_read_from_the_log_of_the_rank_or_of_the_launcher(
+    run: RunFolder,
+) -> None:
     write_started_rank(run, 1)
     run.launcher_log.parent.mkdir(parents=True)
     run.launcher_log.write_text("rank 0: fine\nrank 1: rank 1 ended at step 7: OSError: No space left on device\nx\n")
@@ -201,7 +205,7 @@ def test_ranks_that_never_started_are_reported_with_the_error_of_the_launcher(ru
     assert "No module named" in error.got
 
 
-def test_the_driver_waits_for_records_of_ranks_on_other_hosts_but_not_of_ranks_on_its_own_host(run: RunFolder) -> None:
+def test_the_driver_waits_for_failure_records_of_ranks_on_other_hosts_but_not_on_its_own_host(run: RunFolder) -> None:
     write_started_rank(run, 0)
     before = time.monotonic()
     wait_for_failure_records(run)

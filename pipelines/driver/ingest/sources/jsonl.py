@@ -15,7 +15,8 @@ from pipelines.executor.ingest.records.jsonl import jsonl_records
 
 SUFFIXES = tuple(f"{name}{compression}" for name in (".jsonl", ".ndjson") for compression in COMPRESSION_SUFFIXES)
 INSPECTED_LINES = 20
-"""Number of lines whose keys are the columns of the source. A wrong column name must not quarantine every row."""
+"""Number of lines whose keys are the columns of the source. The columns are checked before the
+ingest, because a wrong column name would quarantine every row."""
 
 
 def load_rows(spark: SparkSession, config: DataConfig, files: Sequence[SourceFile]) -> SourceRows:

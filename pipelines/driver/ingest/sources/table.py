@@ -1,7 +1,7 @@
 """Delta table sources: the first ingest reads one version of a table, and later ingests read only the changes.
 
 The changes come from the table's change data feed. A table without a change data feed is read completely whenever the
-table has a new version. A complete read adds nothing twice, but takes longer.
+table has a new version. Reading the complete table takes longer, but adds no row twice.
 """
 
 from __future__ import annotations
@@ -106,7 +106,10 @@ def _read_changes(spark: SparkSession, source: TableSourceConfig, first: int, la
 def _select_changed(
     frame: DataFrame, changes: DataFrame, source: TableSourceConfig
 ) -> tuple[DataFrame, DataFrame | None]:
-    """Return the rows to read, and the ids of updated and deleted rows. All current rows with such an id are read."""
+    """Return the rows to read, and the ids of updated and deleted rows.
+
+    All current rows that have the id of an updated or deleted row are read.
+    """
     added = changes.filter("_change_type IN ('insert', 'update_postimage')").select(*frame.columns)
     added = filter_rows(added, source.filter, where="data.source.filter")
     id_name = source.columns.id
