@@ -28,7 +28,7 @@ OVERSAMPLE = 4
 """Factor by which a picture is drawn larger and then scaled down, for smooth edges."""
 
 RADII = {"small": (6.0, 7.5), "large": (12.0, 13.5)}
-"""Smallest and largest radius in pixels of a small and of a large object."""
+"""Range of the radius of a small object and of a large object, in pixels."""
 COLOURS = {
     "red": (206, 28, 36),
     "green": (40, 150, 60),
@@ -51,7 +51,10 @@ LOCATIONS = {
 }
 """Phrase for each location of a single object, with the (column, row) of the location in a 3 x 3 grid."""
 RELATIONS = ("above", "left of")
-"""Relations of the first object to the second object. There are no opposites, so a scene has only one sentence."""
+"""Relations of the first object to the second object.
+
+No relation is the opposite of another relation, so a scene has only one sentence.
+"""
 
 BROKEN_SHARE = 0.01
 DUPLICATE_SHARE = 0.002
@@ -244,7 +247,7 @@ def _base64(data: bytes) -> str:
 
 
 CORRUPTIONS: dict[str, Callable[[str, bytes, str], list[str]]] = {
-    # No base64 string has 4n + 1 characters, so every decoder rejects it.
+    # The text has 4n + 1 characters. No base64 string has such a length, so every decoder rejects the text.
     "bad_base64": lambda index, png, caption: [index, _base64(png)[:401], caption],
     "not_an_image": lambda index, png, caption: [index, _base64(caption.encode()), caption],
     "empty_text": lambda index, png, caption: [index, _base64(png), ""],

@@ -245,13 +245,14 @@ class DataConfig(Config):
     Attributes:
         source: source of the rows. The default of `kind` is csv.
         split: rule that divides rows into train, val and test.
-        near_duplicates: whether to flag a new picture that nearly equals another picture, and put both into one split.
+        near_duplicates: whether to flag a new picture that nearly equals another picture, and to put both pictures into
+            the same split.
         limits: limits of a row.
         shards: format of training shards.
         validate_on: split for validation during training.
         evaluate_on: split for the evaluation of a registered model version.
-        mix: shares of the training rows that come from other sources in `samples`, by the name of the source. All other
-            training rows come from this source.
+        mix: shares of the training rows that come from other sources in `samples`, by the name of the source. The
+            remaining training rows come from this source.
     """
 
     source: SourceConfig = CsvSourceConfig()

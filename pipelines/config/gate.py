@@ -46,10 +46,10 @@ class DriftConfig(Config):
         error_share: difference in the share of pictures without a caption.
         brightness: difference in mean pixel level, in levels of 0 to 255.
         contrast: difference in the standard deviation of pixel levels, in levels of 0 to 255.
-        min_rows: smallest number of rows that the job and the evaluation need to be compared. With fewer rows, chance
-            alone would exceed the thresholds.
-        fail: whether drift ends the job with exit code 1, after all captions are written. If false, a warning is
-            printed.
+        min_rows: smallest number of rows that the job and the evaluation need to be compared. With fewer rows, random
+            differences would exceed the thresholds.
+        fail: whether drift ends the job with exit code 1, after all captions are written. If false, drift only causes a
+            warning.
     """
 
     words: PositiveFloat = 0.3
@@ -66,7 +66,8 @@ class Trial(Config):
     """Result of loading a model version and captioning with it in a separate process.
 
     Attributes:
-        failure: why the model version cannot be loaded, or which forbidden files it holds. Empty if the version works.
+        failure: reason for which the model version cannot be loaded, or the names of its forbidden files. The text is
+            empty if the version works.
         pictures: number of pictures that the model version was given.
         errors: error messages, one per picture that the model version could not caption.
     """

@@ -1,4 +1,4 @@
-"""Functions that turn configuration errors into sentences of a path, the problem, and the nearest valid name."""
+"""Functions that turn configuration errors into sentences that give a path, the problem, and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ def describe(error: ValidationError, root: type[BaseModel]) -> Iterator[tuple[st
 
 
 def _field_path(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, list[str]]:
-    """Return the dotted path as the user wrote it (without union tags), and the valid names for its last element."""
+    """Return the dotted path as the user wrote the path (without union tags).
+
+    The second value lists the valid names for the last element of the path.
+    """
     candidates: list[type[BaseModel]] = [root]
     parts: list[str] = []
     siblings: list[str] = []

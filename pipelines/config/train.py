@@ -113,8 +113,8 @@ EXECUTION_SETTINGS = frozenset(
         "timeout_seconds",
     }
 )
-"""Settings of how a run is computed and supervised. These settings change what the model learns only by rounding, so
-they are not part of the run's identity. For example, a run that ran out of memory can resume with a smaller
+"""Settings of how a run is computed and supervised. These settings affect the learned weights only by rounding errors,
+so they are not part of the run's identity. For example, a run that ran out of memory can resume with a smaller
 `rows_at_once`."""
 
 
@@ -128,24 +128,24 @@ class TrainConfig(Config):
             `optimizer.lr` for the whole run.
         rows_at_once: number of rows per forward pass of a rank, or null for all rows at once. A smaller number saves
             memory, because gradients are accumulated to the full batch, and does not change the training step.
-        recompute_blocks: whether to drop the activations inside a block and recompute them in the backward pass. This
-            saves memory and costs about a third more compute.
-        compile_blocks: whether to compile each block with torch.compile, for GPUs. A resumed run then equals the
-            uninterrupted run up to rounding.
+        recompute_blocks: whether to drop the activations inside a block and recompute them in the backward pass.
+            Recomputation saves memory and costs about a third more compute.
+        compile_blocks: whether to compile each block with torch.compile, for GPUs. If blocks are compiled, a resumed
+            run equals the uninterrupted run only up to rounding.
         parallel: how ranks share the model. With `ddp` each rank holds the full model. With `fsdp` each rank holds a
             slice of weights, gradients and optimizer state, so the model may be larger than the memory of a GPU.
         precision: precision of matrix products: fp32, tf32 (rounded inputs on GPUs) or bf16 (autocast). Weights stay
             fp32.
         start_from: checkpoint folder of the same model, from which the run takes its initial weights and tokenizer.
-        adapter: low-rank corrections (LoRA) of the matching weights. If set, nothing else is trained. The corrections
-            are merged into the weights before registration.
+        adapter: low-rank corrections (LoRA) of the matching weights. If an adapter is set, no other weights are
+            trained. The corrections are merged into the weights before registration.
         augment: random changes of training pictures, or null to train on the unchanged pictures of the shards.
-        loader_workers: number of threads that prepare batches ahead of training. With 0, a batch is made when it is
-            needed.
+        loader_workers: number of threads that prepare batches ahead of training. With 0 threads, a batch is made when
+            the batch is needed.
         keep_checkpoints: number of newest checkpoints to keep. The checkpoint with the lowest validation loss is kept
             too.
         profile_steps: number of rank 0's first steps to record with torch's profiler. The trace is logged to MLflow.
-        timeout_seconds: time in seconds without a sign of life from a rank after which the run is ended.
+        timeout_seconds: time without a sign of life from a rank, in seconds, after which the run is ended.
         max_restarts: largest number of restarts of a failed run from its last checkpoint, if a restart can help.
     """
 

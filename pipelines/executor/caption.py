@@ -1,7 +1,7 @@
 """Captioning on executors: a task receives Arrow batches of pictures and writes Parquet files of captions.
 
 A Spark task writes a file of captions to the job's folder before it reports the file to the driver. If the job is
-killed afterwards, the next job finds the file and does not caption its pictures again. The modules of
+killed afterwards, the next job finds the file and does not caption the file's pictures again. The modules of
 `pipelines.worker`, which import torch, are imported inside the functions, so the driver can import this module without
 torch.
 """
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from vlm.captioner import Captioner, CaptionResult, DecodedPicture
 
 PENDING_SCHEMA = GENERATED_CAPTIONS.arrow_schema.append(pa.field("unchanged", pa.bool_(), nullable=False))
-"""Columns of `generated_captions`, and `unchanged`: true if the picture already has a caption, so the row has none."""
+"""Columns of `generated_captions`, and the column `unchanged`: true if the picture already has a caption."""
 FILE_STATS_SCHEMA = pa.schema([pa.field("stats", pa.string(), nullable=False)])
-"""A row for each written file: the CaptionStats of the file as JSON."""
+"""Schema of a row that holds the CaptionStats of one written file as JSON."""
 
 
 class CaptionJob(Config):
@@ -50,7 +50,7 @@ class CaptionJob(Config):
         rows_per_file: number of rows after which a file is written. A killed task loses only the rows after its last
             file.
         constants: values of the columns that are equal in all rows, by column name.
-        started_at: start of the job.
+        started_at: time at which the job started.
     """
 
     model_folder: Path

@@ -1,7 +1,8 @@
 """Crash isolation: run a function in a child process, so that a crashing decoder costs one row and not the task.
 
-A child process is slow, so one is used only after a Python worker of Spark has died. The forked child inherits the
-items and returns Arrow batches. If the child dies, the items are bisected until the item that kills it is found.
+A child process is slow, so a child process is used only after a Python worker of Spark has died. The forked child
+inherits the items and returns Arrow batches. If the child dies, the items are bisected until the item that kills it is
+found.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def run_guarded(
     Args:
         items: list of at least one item.
         function: function that the child runs on all items or on a slice of the items, and that yields batches.
-        on_crash: function that this process calls with the item that killed the child and how the child ended.
+        on_crash: function that this process calls with the item that killed the child and a description of how the
+            child ended.
 
     Raises:
         Exception: any exception that `function` raised, except MemoryError, which counts as a crash.

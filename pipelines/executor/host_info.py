@@ -1,8 +1,8 @@
 """Description of a host: its Python packages, CPU, memory and GPUs, collected with the standard library only.
 
 No package is imported, so a host that lacks packages can still report which packages are missing. The versions of torch
-and CUDA are read from torch's files, because importing torch takes seconds and its memory would stay in the executor's
-Python worker.
+and CUDA are read from torch's files, because importing torch takes seconds and torch's memory would stay allocated in
+the executor's Python worker.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 PACKAGES = {
     "lakesight": "pipelines",
     "numpy": "numpy",
-    "pandas": "pandas",  # required by TorchDistributor on executors
+    "pandas": "pandas",  # TorchDistributor needs pandas on executors
     "pillow": "PIL",
     "pyarrow": "pyarrow",
     "pydantic": "pydantic",
@@ -31,7 +31,7 @@ PACKAGES = {
     "tokenizers": "tokenizers",
     "torch": "torch",
 }
-"""Distributions that a rank imports, each with the name of one of its modules."""
+"""Distributions that a rank imports, each with the name of one module of the distribution."""
 
 UNKNOWN = "unknown"
 GPU_SECONDS = 20.0

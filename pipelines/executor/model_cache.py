@@ -1,8 +1,9 @@
 """Cache of model files on the host's local disk, shared by all processes of the user on the host.
 
 The first process copies the files under a lock, and other processes wait for the lock. A copy gets its final name when
-the copy is complete, so a killed process leaves no copy that looks complete. The name is a hash of the model folder's
-path and of the names, sizes and modification times of its files. Only the most recently used models are kept.
+the copy is complete, so a killed process leaves no copy that looks complete. The name of a copy is a hash of the model
+folder's path and of the names, sizes and modification times of the model's files. Only the most recently used models
+are kept.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from pipelines.config import short_hash
 from pipelines.host_cache import exclusive_lock, user_cache_folder
 
 KEPT = 3
-"""Number of models that are kept. A process reads its copy within seconds, so an older copy can be removed."""
+"""Number of models that are kept.
+
+A process finishes reading its copy of a model within seconds, so older copies can be removed.
+"""
 
 
 def local_copy(folder: Path, root: Path | None = None) -> Path:
@@ -43,7 +47,8 @@ def local_copy(folder: Path, root: Path | None = None) -> Path:
 
 def _copy(files: list[Path], target: Path) -> None:
     partial = target.with_suffix(".part")
-    shutil.rmtree(partial, ignore_errors=True)  # no running process writes it, because this process holds the lock
+    # no running process writes this copy, because this process holds the lock
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     for path in files:
         shutil.copyfile(path, partial / path.name)

@@ -68,7 +68,7 @@ def assign_files_and_decode(
 ) -> Iterator[pa.RecordBatch]:
     """Add shuffle keys and file numbers to rows, and decode their pictures to pixels.
 
-    The arguments are those of `assign_files`.
+    This function takes the same arguments as `assign_files`.
 
     Raises:
         StageFailed: a picture that ingest decoded cannot be decoded now.

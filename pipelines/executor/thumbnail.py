@@ -24,8 +24,8 @@ def with_thumbnails(
 
     Args:
         batches: batches with `column` and any other columns.
-        column: name of a column of pictures (binary) or of quarantine payloads (string). The first SHOWN_CHARS
-            characters of a payload are kept, in a column of the same name before `thumbnail`.
+        column: name of a column of pictures (binary) or of quarantine payloads (string). Payloads are truncated to
+            SHOWN_CHARS characters and kept in a column of the same name before `thumbnail`.
         max_pixels: largest width times height of a picture. The thumbnail of a larger picture is null.
     """
     for batch in batches:
@@ -47,14 +47,20 @@ def with_thumbnails(
 
 
 def _safe_to_decode(batch: pa.RecordBatch) -> list[bool]:
-    """Return for each row whether decoding is safe. Decoding a picture that once crashed its decoder is not safe."""
+    """For each row, return whether decoding its picture is safe.
+
+    Decoding a picture that once crashed its decoder is not safe.
+    """
     if "reason" not in batch.schema.names:
         return [True] * batch.num_rows
     return [reason != "decoder_crash" for reason in batch.column("reason").to_pylist()]
 
 
 def find_picture(payload: str) -> bytes | None:
-    """Return the longest string in the JSON of a refused row, decoded as base64, or None if it is not base64."""
+    """Decode the longest string in the JSON of a refused row as base64.
+
+    Return None if the string is not base64.
+    """
     fields = parse_json_object(payload)
     strings = [value for value in fields.values() if isinstance(value, str)] if isinstance(fields, dict) else []
     try:

@@ -10,7 +10,10 @@ from types import FrameType
 
 
 class TimeLimitExceeded(BaseException):
-    """The block took too long. The base class is BaseException, because image decoders may catch every Exception."""
+    """Exception for a block that took longer than its time limit.
+
+    The base class is BaseException, because image decoders may catch every Exception.
+    """
 
 
 @contextmanager

@@ -16,7 +16,10 @@ from vlm.config import Config
 from vlm.text.words import words
 
 SAMPLED_CAPTIONS = 100
-"""Number of captions for `distinct_words`. It is fixed, because more captions contain more distinct words."""
+"""Number of captions from which `distinct_words` is computed.
+
+The number is fixed, because more captions contain more distinct words.
+"""
 
 
 class CaptionStats(Config):
@@ -30,8 +33,8 @@ class CaptionStats(Config):
         captions_with_word: for each word, the number of captions that contain it.
         logprobs: sum of the captions' mean log-probabilities per token, in nats.
         pictures: number of pictures that could be decoded.
-        brightness: sum of the mean pixel levels of the pictures, where a level is 0 to 255.
-        contrast: sum of the standard deviations of the pixel levels of the pictures.
+        brightness: sum over pictures of a picture's mean pixel level (0 to 255).
+        contrast: sum over pictures of the standard deviation of a picture's pixel levels.
     """
 
     captioned: int = 0

@@ -17,10 +17,10 @@ class RowScore:
         prompt: prompt, or an empty string for a plain caption.
         references: reference texts of the prompt, at least one.
         caption: caption that the model generated, or None if the prompt leaves no room for a caption.
-        loss: loss given the picture.
-        blind_loss: loss given another picture, or None if the split has only one picture.
-        blank_loss: loss given a grey picture.
-        noise_loss: loss given a picture of noise.
+        loss: loss when the model is given the right picture.
+        blind_loss: loss when the model is given the picture of another row, or None if the split has only one picture.
+        blank_loss: loss when the model is given a grey picture.
+        noise_loss: loss when the model is given a picture of noise.
         num_targets: number of tokens in the references, including end tokens.
         num_correct: number of target tokens that the model ranks first, given the picture and the preceding tokens.
         num_tokens: number of tokens in the caption, including the end token.

@@ -45,7 +45,10 @@ class RankFile(Config):
     pid: int
     started_at: float
     ended: bool = False
-    """True after a clean exit. A rank with neither `ended` nor a failure record was killed or called os._exit."""
+    """True after a clean exit.
+
+    If `ended` is false and the rank has no failure record, the rank was killed or called os._exit.
+    """
 
 
 class LauncherFile(Config):
@@ -75,7 +78,10 @@ class Host(Config):
 
 
 class HostsFile(Config):
-    """hosts.json: hosts of an attempt's ranks, one per interpreter. The driver writes this file before ranks start."""
+    """hosts.json: descriptions of the hosts of an attempt's ranks, one for each Python interpreter.
+
+    The driver writes this file before ranks start.
+    """
 
     hosts: tuple[Host, ...]
 
@@ -126,7 +132,7 @@ class Metrics(Config):
     time: float
     values: dict[str, float]
     expert_load: dict[str, tuple[float, ...]] = Field(default_factory=dict)
-    """Shares of the step's tokens that were routed to each expert, by layer name. Empty for a model without experts."""
+    """Share of the step's tokens that each expert received, by layer name. A model without experts has no entries."""
 
     @property
     def points(self) -> dict[str, float]:

@@ -327,11 +327,11 @@ class Shards:
         mapped = self._file(file)
         try:
             return self._read(mapped, number, offset)
-        except (ValueError, OSError, IndexError) as error:  # errors of Arrow and Pillow are subclasses of these
+        except (ValueError, OSError, IndexError) as error:  # Arrow and Pillow raise subclasses of these exceptions
             raise damaged_shard(mapped.path, f"{type(error).__name__}: {error}", row=within) from error
 
     def use_copy(self, file: int, copy: Path) -> None:
-        """Read the rows of one file from a local copy from now on. Other threads may read rows during this call."""
+        """From now on, read the rows of one file from a local copy. Other threads may read rows during this call."""
         self._mapped[file] = MappedFile.of(copy)
 
     def _file(self, number: int) -> MappedFile:
@@ -388,5 +388,6 @@ def _raise_open_file_limit(files: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
         limit = soft + files if hard == resource.RLIM_INFINITY else min(soft + files, hard)
-        with suppress(ValueError, OSError):  # macOS may reject a limit it reports; mapping then fails with a UserError
+        # macOS may reject a limit that macOS itself reports; mapping a file then fails with a UserError
+        with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -109,7 +109,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Page:
-    """Contents of a page, from top to bottom. The page has a filter if a card has groups."""
+    """Contents of a page, from top to bottom. The page has a filter if at least one card has groups."""
 
     title: str
     about: str

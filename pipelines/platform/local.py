@@ -131,7 +131,7 @@ def _stop(spark: SparkSession, master: str, application: str) -> None:
 
 
 def _require_same_home(spark: SparkSession, root: Path) -> SparkSession:
-    """Return the running Spark session, or raise a UserError if it was started for another home folder."""
+    """Return the running Spark session, or raise a UserError if the session belongs to another home folder."""
     found = spark.conf.get("spark.lakesight.home", "none")
     if found != str(root):
         raise UserError(
@@ -183,7 +183,8 @@ def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]
         "spark.hadoop.file.bytes-per-checksum": "65536",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
-        # By default the start time in seconds names the executors' folder, so two Spark sessions could share a folder.
+        # By default the executors' folder is named after the start time in seconds, so two Spark sessions could share a
+        # folder.
         "spark.deploy.appIdPattern": f"app-%s-%04d-{os.getpid()}",
         "spark.python.worker.reuse": "true",
         f"spark.executorEnv.{SAFE_PATH}": os.environ[SAFE_PATH],
@@ -192,7 +193,8 @@ def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]
     if not config.spark.master.startswith("spark://"):
         settings |= {"spark.driver.host": LOOPBACK, "spark.driver.bindAddress": LOOPBACK}
         settings |= {"spark.executor.extraJavaOptions": SHORT_JOBS}
-        settings |= {"spark.sql.adaptive.enabled": "false"}  # saves no time with few partitions, and runs more jobs
+        # with few partitions, adaptive execution saves no time and runs more jobs
+        settings |= {"spark.sql.adaptive.enabled": "false"}
     return settings
 
 

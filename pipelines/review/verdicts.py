@@ -52,8 +52,8 @@ class Review:
     """Captions of one model and table, their pictures and their verdicts.
 
     Attributes:
-        captions: rows of `generated_captions` that have a caption. The least likely caption is first, because it needs
-            a review most.
+        captions: rows of `generated_captions` that have a caption. The captions are sorted by ascending likelihood,
+            because unlikely captions need a review most.
         judged: verdict of each judged caption, by the key of the caption.
     """
 
@@ -73,7 +73,10 @@ class Review:
         self.judged = {key_of(row): row["verdict"] for row in judged.to_pylist()}
 
     def find(self, show: Show, words: str) -> list[dict[str, Any]]:
-        """Return the captions that contain `words` and have no verdict (open) or a verdict (judged), or all of them."""
+        """Return the captions that contain `words`.
+
+        Captions without a verdict are open, and captions with a verdict are judged.
+        """
         judged = {"open": (False,), "judged": (True,), "all": (False, True)}[show]
         text = words.lower()
         return [

@@ -18,7 +18,7 @@ def draw_expert_load(metrics: Metrics) -> Figure:
     A white cell has an even share of the tokens, a blue cell has less, and a fully red cell has at least twice an even
     share.
     """
-    from matplotlib.figure import Figure  # takes half a second to import, and dense models never need it
+    from matplotlib.figure import Figure  # the import takes half a second, and dense models never need a plot
 
     layers = list(metrics.expert_load)
     widest = max(map(len, metrics.expert_load.values()))

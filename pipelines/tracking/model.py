@@ -3,8 +3,8 @@
 MLflow executes this file to load the model ("models from code"), so nothing is pickled. The input is a DataFrame with
 the column `image` and an optional column `prompt`. REST clients send each picture as base64 text, with or without a
 `data:` prefix. Python callers may also pass bytes, because MLflow does not convert object columns. The output is a
-DataFrame with the columns `caption` and `error`. In each row one of the two columns is null, so a bad picture does not
-fail other rows.
+DataFrame with the columns `caption` and `error`. In each row one of the two columns is null, so a bad picture affects
+no other row.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _none_if_missing(cell: Any) -> Any:
 
 
 def _prompt_text(cell: Any) -> str:
-    """Return the prompt of a cell; empty if the cell has no value."""
+    """Return the prompt of a cell, or an empty string if the cell has no value."""
     value = _none_if_missing(cell)
     return "" if value is None else str(value)
 

@@ -1,8 +1,8 @@
 """Functions that register the model of a run folder in MLflow's model registry, download versions, and move aliases.
 
 A version contains weights, config and tokenizer, the code of the model, and requirements with exact versions. The alias
-`champion` names the version that captions, `previous` names the champion before it, and `challenger` names the version
-that was last submitted for promotion.
+`champion` names the version that generates captions, `previous` names the champion before it, and `challenger` names
+the version that was last submitted for promotion.
 
 A promotion moves two aliases, and a registry has no transactions. So a tag of the registered model records the move
 before the move starts, and the tag is deleted when both aliases are set. The next process that finds the tag completes
@@ -195,9 +195,9 @@ def find_champion(platform: Platform, name: str) -> ModelVersion | None:
 
 
 def promote(platform: Platform, version: ModelVersion) -> ModelVersion:
-    """Point `champion` to a version and `previous` to the old champion. Promoting the champion changes nothing.
+    """Point `champion` to a version and `previous` to the old champion.
 
-    The caller must check the conditions of promotion before this call (`jobs.promote.check_gate`).
+    If the version is already the champion, nothing changes. The caller must check the conditions of promotion before this call (`jobs.promote.check_gate`).
     """
     client = connect(platform)
     with _registry_errors(platform, _label(version)):
@@ -247,7 +247,7 @@ def _move(client: MlflowClient, name: str, move: AliasMove) -> None:
 
 
 def _finish_move(client: MlflowClient, name: str, move: AliasMove) -> None:
-    """Complete a move whose `champion` alias has moved already. This function may be repeated."""
+    """Complete a move whose `champion` alias has moved already. Calling this function again is safe."""
     if move.previous is not None:
         client.set_registered_model_alias(name, PREVIOUS, move.previous)
     if str(client.get_registered_model(name).aliases.get(CHALLENGER)) == move.champion:
@@ -378,7 +378,7 @@ def _public_version(package: str) -> str:
 
 
 def _prefixed(tags: Mapping[str, str]) -> dict[str, str]:
-    """Add the prefix to keys, and make tags valid in Unity Catalog: no `. , - = / :` in a key, no long values."""
+    """Prefix the keys, and make tags valid in Unity Catalog: replace `. , - = / :` in keys, and cut long values."""
     return {f"{TAG_PREFIX}{re.sub('[.,=/: -]', '_', key)}": text[:MAX_TAG_CHARS].strip() for key, text in tags.items()}
 
 

@@ -39,7 +39,7 @@ CAUSE_TAG = "lakesight.cause"
 POLL_SECONDS = 1.0
 MAX_PAUSE_SECONDS = 30.0
 DRAIN_SECONDS = 60.0
-MAX_PARAM_CHARS = 500  # the limit of the strictest tracking server
+MAX_PARAM_CHARS = 500  # limit of the tracking server with the lowest limit
 MAX_TAG_CHARS = 5000
 
 
@@ -139,7 +139,8 @@ class Follower(threading.Thread):
         self._stopping = threading.Event()
         self._metrics_step = self._samples_step = -1
         self._last_expert_load: Metrics | None = None  # last metrics file with an expert load
-        self._in_sync = False  # False at the start and after an error, because MLflow may have unknown points
+        # False at the start and after an error, because MLflow may have points that this thread did not log
+        self._in_sync = False
 
     def run(self) -> None:
         """Log new files until `stop` is called. After an error, wait with exponential backoff."""

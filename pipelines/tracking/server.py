@@ -26,7 +26,7 @@ def connect(platform: Platform) -> MlflowClient:
     """
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # its warnings repeat our errors
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # urllib3's warnings repeat our errors
     # MLflow also sets these environment variables. `platform.local` and child processes would mistake the variables for
     # settings of the user.
     with unchanged_environment("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
@@ -70,7 +70,8 @@ def experiment_id(client: MlflowClient, name: str, platform: Platform) -> str:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            experiment = client.get_experiment_by_name(experiment_name)  # another process has just created it
+            # another process has just created the experiment
+            experiment = client.get_experiment_by_name(experiment_name)
             assert experiment is not None
     if experiment.lifecycle_stage != "active":
         raise UserError(

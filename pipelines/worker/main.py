@@ -24,7 +24,7 @@ def run_rank(run_folder: str) -> None:
         run_folder: path of the run folder.
 
     Raises:
-        LakesightError, RuntimeError, ...: any error, after it is recorded in failures/rank-N.json.
+        LakesightError, RuntimeError, ...: any error, after the error is recorded in failures/rank-N.json.
     """
     run, env = RunFolder(Path(run_folder)), RankEnv.from_environment()
     open_log(run, env.rank)

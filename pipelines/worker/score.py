@@ -1,8 +1,8 @@
 """Scores of a model on shard rows: the caption, the loss with the right picture, and losses with three wrong pictures.
 
 The wrong pictures are:
-    the picture of another row: row (i + n // 2) mod n for row i. Shards are shuffled, so this row is as good as a
-        random row, and it is the same row on every host;
+    the picture of another row: row (i + n // 2) mod n for row i. Shards are shuffled, so the picture of this row is as
+        good as a random picture, and every host uses the same row;
     a grey picture;
     a picture of noise, seeded by the index of the row.
 """
@@ -47,7 +47,7 @@ class _Losses(NamedTuple):
 
 
 def score_rows(captioner: Captioner, shards: Shards, indexes: Sequence[int]) -> Iterator[RowScore]:
-    """Score the rows with these indices. Yield one score per picture and distinct prompt, in order."""
+    """Score the rows with these indices. Yield one score per picture and distinct prompt, in the order of the indices."""
     collator = Collator(captioner.tokenizer, captioner.model.config)
     for start in range(0, len(indexes), BATCH_ROWS):
         items = [

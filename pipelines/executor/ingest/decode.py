@@ -4,8 +4,8 @@ A bad row never raises an exception: an unexpected error is also a refusal, with
 machine runs out of memory or the image decoder crashes, the task fails, and Spark retries the task. If all retries
 fail, the driver has the rows decoded again in child processes (`decode_guarded`).
 
-A row's identifier is a hash of the row's content, not its position. The same row gets the same identifier however Spark
-splits the files and however often the files are read.
+A row's identifier is a hash of the row's content and does not depend on the row's position. The same row gets the same
+identifier however Spark splits the files and however often the files are read.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def decode_record(record: Record, rules: DecodeRules) -> dict[str, Any]:
     except Refused as refused:
         return _refusal(record, refused)
     payload = _to_json({name: value for name, value in record.fields.items() if name != rules.columns.image})
-    # The hash of the picture replaces its base64 here, because hashing base64 would take a tenth of the decoding time.
+    # The identifier is computed from the picture's SHA-256 instead of the picture's base64, because hashing the base64
+    # text would take a tenth of the decoding time.
     name = record.source_row or _source_row(record.file, payload + sample["sha256"])
     return {"source_row": name, "payload": payload, **sample}
 
@@ -120,7 +121,7 @@ def _decode_or_refuse(record: Record, rules: DecodeRules) -> dict[str, Any]:
     """Decode a record into the columns of a sample.
 
     Raises:
-        Refused: anything is wrong with the row.
+        Refused: the row cannot become a sample.
         MemoryError: the machine is out of memory. The row is not refused, and Spark retries the task.
     """
     if record.problem:
@@ -188,7 +189,7 @@ def _to_json(fields: Fields) -> str:
 
 
 def _to_json_string(value: Any) -> str:
-    """Convert a value that JSON cannot represent: bytes to base64, times and decimals to their string form."""
+    """Convert a value that JSON cannot represent: bytes become base64, and times and decimals become strings."""
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 

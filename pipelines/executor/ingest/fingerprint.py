@@ -1,9 +1,9 @@
 """Fingerprints find near duplicates: pictures that were saved again in another quality, format or size.
 
 A fingerprint has two parts. The first part is a difference hash of 64 bits: a bit says whether one of 8 x 8 grey cells
-is brighter than its left neighbour. Few bits change when a picture is saved again, so candidate pairs are found without
-comparing all pairs. The second part holds the mean colours of 8 x 8 cells. The mean colours separate pictures that have
-the same shapes but other colours.
+is brighter than its left neighbour. When a picture is saved again, few bits of its difference hash change, so candidate
+pairs are found without comparing all pairs. The second part holds the mean colours of 8 x 8 cells. The mean colours
+separate pictures that have equal shapes but different colours.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ FINGERPRINT_BYTES = HASH_BYTES + 3 * GRID * GRID
 MARGIN = 2
 """A bit is set if the difference exceeds MARGIN grey levels. Smaller differences come from the noise of an encoder."""
 MAX_DIFFERING_BITS = 3
-"""Largest number of hash bits in which near duplicates differ. The driver's search for candidates relies on it."""
+"""Largest number of hash bits in which near duplicates differ.
+
+The driver's search for candidates relies on this limit.
+"""
 MAX_COLOUR_DIFFERENCE = 12
 """Largest difference between the mean colours of a cell in two near duplicates, in levels of 0 to 255."""
 
@@ -29,8 +32,8 @@ RESAMPLING = Image.Resampling.BILINEAR
 PAIRS = pa.schema(
     [
         ("image_id", pa.string()),  # a new picture
-        ("split", pa.string()),  # the new picture's split by its own hash or its source
-        ("other_id", pa.string()),  # the picture that it resembles
+        ("split", pa.string()),  # split of the new picture, derived from its own hash or from its source
+        ("other_id", pa.string()),  # the picture that the new picture resembles
         ("other_split", pa.string()),
         ("other_existing", pa.bool_()),  # whether the other picture was in `samples` before this ingest
     ]

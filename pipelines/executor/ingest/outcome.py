@@ -1,4 +1,7 @@
-"""Outcomes of decoding: each row becomes exactly one sample or one refusal. Both have the schema OUTCOME."""
+"""Outcomes of decoding: each row becomes exactly one sample or one refusal.
+
+Samples and refusals have the same schema, OUTCOME.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ class Refused(Exception):
 
 
 def outcome_batch(outcomes: Sequence[dict[str, Any]]) -> pa.RecordBatch:
-    """Convert outcomes to one OUTCOME batch. A missing key becomes null.
+    """Convert outcomes to one OUTCOME batch. A column that an outcome lacks becomes null.
 
     This function copies each picture once. Arrow's own builder would copy pictures again whenever its buffer grows.
     """

@@ -1,4 +1,4 @@
-"""Spill files: pictures and payloads are kept in Arrow files from decoding until they are written to their table.
+"""Spill files: Arrow files that hold pictures and payloads from decoding until the rows are written to their table.
 
 The driver decides about a row only after all rows are decoded. If Spark kept the pictures until then, Spark would copy
 each picture about ten times inside the JVM, which takes longer than decoding the picture. So Python workers write the

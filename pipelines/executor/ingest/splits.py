@@ -17,7 +17,7 @@ SPLITS: dict[str, Split] = {
     "dev": "val",
     "test": "test",
 }
-"""Our split for each name of a split that sources use."""
+"""Our name (train, val or test) for each split name that sources use."""
 PART_NUMBER = re.compile(r"-\d+(-of-\d+)?$")
 
 
@@ -43,7 +43,10 @@ def assign_split(file: str, fields: Fields, sha256: str, config: SplitConfig) ->
 
 
 def split_of_hash(sha256: str, config: HashSplitConfig) -> Split:
-    """Return the split of a picture. The split depends only on the picture's content, so equal pictures share one."""
+    """Return the split of a picture.
+
+    The split depends only on the picture's content, so equal pictures are in the same split.
+    """
     fraction = int(sha256[:13], 16) / 16**13
     if fraction < config.test:
         return "test"

@@ -71,7 +71,7 @@ class Augmenter:
 
 
 def _crop(width: int, height: int, scale: tuple[float, float], numbers: Floats) -> tuple[float, float, float, float]:
-    """Return left, top, right and bottom of a random crop. Its share of the picture's area is within `scale`.
+    """Return left, top, right and bottom of a random crop. The crop's share of the picture's area is within `scale`.
 
     The shape is drawn only from shapes that fit into the picture. No draw is rejected, so every row uses the same
     number of random numbers.
@@ -84,7 +84,7 @@ def _crop(width: int, height: int, scale: tuple[float, float], numbers: Floats) 
 
 
 def _adjust_colours(image: Image.Image, brightness: float, contrast: float, saturation: float) -> Image.Image:
-    """Scale each pixel's distance to its own grey, then its distance to the mean grey, then its value.
+    """Scale three values in turn: a pixel's distance to its own grey, its distance to the mean grey, and its value.
 
     The factors of the three steps are `saturation`, `contrast` and `brightness`. A factor of 1 changes nothing.
     """

@@ -68,7 +68,10 @@ class Collator:
         return [self._padded(made[first : first + rows_at_once]) for first in range(0, len(made), rows_at_once)]
 
     def _padded(self, made: Sequence[tuple[Row, list[int], int]]) -> Batch:
-        """Pad rows to a batch. Each row is given with its token sequence and the length of its prefix."""
+        """Make one batch, in which the token sequences of all rows are padded to the same length.
+
+        `made` contains each row with its token sequence and the length of its prefix.
+        """
         longest = max(len(sequence) for _, sequence, _ in made) - 1
         length = min(self._context, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE)
         tokens_BT = np.full((len(made), length), self._tokenizer.pad_id, np.int64)
@@ -86,8 +89,8 @@ class Collator:
     def _sequence(self, image_id: str, prompt: str, text: str) -> tuple[list[int], int]:
         """Return the token ids of one sample and the length of its prefix, truncated to the context.
 
-        A truncated sequence has no end token. If the prefix is longer than the context, it is cut so that one target
-        token remains.
+        A truncated sequence has no end token. If the prefix is longer than the context, the prefix is cut so that one
+        target token remains.
         """
         prefix = prefix_ids(self._tokenizer, self._num_slots, prompt)
         sequence = prefix[: self._context] + answer_ids(self._tokenizer, text)
@@ -120,14 +123,14 @@ def training_batches(
 
     Args:
         shards: training shards.
-        collator: collator of the model.
+        collator: collator that makes the model's batches.
         steps: steps for which batches are made.
         rank: number of this rank, 0 <= rank < world_size.
         world_size: number of ranks, a divisor of `batch_size`.
         batch_size: number of rows per step over all ranks together.
         seed: seed of the run.
         rows_at_once: number of rows per part, or None for a single part.
-        workers: number of loader threads. With 0, a batch is made when it is requested.
+        workers: number of loader threads. With 0 threads, each batch is made when the batch is requested.
         augmenter: augmenter of the pictures, or None to use the pixels of the shards unchanged.
         pinned: whether to place batches in pinned memory, from which a GPU copies asynchronously.
     """
@@ -161,7 +164,7 @@ def map_ahead(make: Callable[[S], T], items: Iterable[S], workers: int) -> Itera
     Args:
         make: pure function that is called with an item, in any order of the items.
         items: items in the order of the results.
-        workers: number of threads. With 0, `make` is called when the item's result is requested.
+        workers: number of threads. With 0 threads, `make` is called when the item's result is requested.
     """
     if not workers:
         yield from map(make, items)

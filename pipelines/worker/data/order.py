@@ -1,4 +1,6 @@
-"""Selection of the rows that a rank reads at a step. It is a pure function, so a run resumes from the step alone.
+"""Selection of the rows that a rank reads at a step.
+
+The selection is a pure function of the step, so a run can resume at a step without any stored state of the row order.
 
 Position k of epoch e is row `permute(k)`, where the permutation is keyed by (seed, e) and computed per position in
 O(1) time and memory. No list is shuffled, stored or replayed. At any step, after any restart and at any world size, a
@@ -48,7 +50,7 @@ def pick_rows(step: int, *, rank: int, world_size: int, batch_size: int, num_row
     Args:
         step: number of the step, counted from 0.
         rank: number of this rank, 0 <= rank < world_size.
-        world_size: number of ranks, a divisor of batch_size. The global batches do not depend on this number.
+        world_size: number of ranks, a divisor of batch_size. The global batches do not depend on the number of ranks.
         batch_size: number of rows per step over all ranks together.
         num_rows: number of rows in the training shards, at least 1.
         seed: seed of the run.
@@ -61,7 +63,7 @@ def pick_rows(step: int, *, rank: int, world_size: int, batch_size: int, num_row
 
 
 def pick_mix_rows(picks: RowPicks, rows: Sequence[int], draws: Sequence[int], *, seed: int) -> RowPicks:
-    """Map draws of a mix to rows of its parts. The rows of the parts are numbered one part after another.
+    """Map draws of a mix to rows of its parts. Row numbers continue from each part to the next part.
 
     Each pass over a part draws every row of the part once, in a new order.
 
@@ -72,7 +74,7 @@ def pick_mix_rows(picks: RowPicks, rows: Sequence[int], draws: Sequence[int], *,
         seed: seed of the run.
 
     Returns:
-        Rows of the draws, and as epoch of a row the number of complete passes over its part before the draw.
+        The row of each draw. The epoch of a row is the number of complete passes over the row's part before the draw.
     """
     found, rounds = np.empty_like(picks.rows), np.empty_like(picks.epochs)
     first_row = first_draw = 0

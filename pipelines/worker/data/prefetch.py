@@ -10,7 +10,9 @@ from vlm.batch import Batch
 
 
 def prefetch_to_device(batches: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
-    """Yield the batches on the device. The next batch is copied to a GPU while the step of this batch computes.
+    """Yield the batches on the device.
+
+    The next batch is copied to a GPU while the GPU computes the training step of the current batch.
 
     Args:
         batches: batches as lists of parts, in pinned memory if the device is a GPU.

@@ -5,8 +5,8 @@ before the first step. Instead a rank reads rows from the original file until th
 in each rank copies files. The ranks of a host take turns under one lock, so each file is copied once, and most of the
 network bandwidth remains for reading rows.
 
-The name of a copy is its SHA-256. A copy gets this name after its content has been verified. A killed process leaves no
-lock, and its incomplete `.part` file is removed by the next process that starts.
+The name of a copy is its SHA-256. A copy gets this name only after the content of the copy has been verified. A killed
+process leaves no lock, and its incomplete `.part` file is removed by the next process that starts.
 
 To make room, copies that belong to other runs are removed, and the least recently used copy is removed first. A process
 that has mapped a removed copy can still read it. A copy that belongs to this run is never removed, because all shard
@@ -87,7 +87,8 @@ class ShardCopier(threading.Thread):
         ]
         own = {entry.copy for entry in entries}
         with exclusive_lock(root):
-            for partial in root.glob("*.part"):  # no running process writes them, because this process holds the lock
+            # no running process writes these files, because this process holds the lock
+            for partial in root.glob("*.part"):
                 partial.unlink()
             missing = [entry for entry in entries if not _use_copy(entry)]
         for count, entry in enumerate(missing):
@@ -104,7 +105,10 @@ class ShardCopier(threading.Thread):
 
 
 def _use_copy(entry: CacheEntry) -> bool:
-    """Redirect reads to the file's copy if the copy exists, and return whether it does. The caller holds the lock."""
+    """Redirect reads to the file's copy if the copy exists, and return whether the copy exists.
+
+    The caller holds the lock.
+    """
     if not entry.copy.exists() or entry.copy.stat().st_size != entry.file.bytes:
         return False
     os.utime(entry.copy)

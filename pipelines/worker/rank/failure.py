@@ -9,8 +9,9 @@ writes the signal's number to a pipe. A thread reads the pipe, writes the failur
 
 The same thread detects two more conditions. If the launcher has died, the rank exits, so no rank outlives its launcher.
 If there is no progress for `train.timeout_seconds`, the rank writes the stacks of all threads and exits. When one rank
-hangs, all other ranks wait for it and time out at the same moment. A rank that is inside a collective is therefore
-recorded as waiting, not as the cause. If the interpreter itself is stuck, faulthandler's C thread ends the rank.
+hangs, all other ranks wait for this rank and time out at the same moment. A rank that is inside a collective is
+therefore recorded as waiting, not as the cause. If the interpreter itself is stuck, faulthandler's C thread ends the
+rank.
 """
 
 from __future__ import annotations
@@ -38,13 +39,16 @@ WATCH_SECONDS = 1.0
 EXIT_SECONDS = 5
 """Seconds that a failed rank may take to exit after its failure record is written."""
 WAITING_EXTRA_SECONDS = 3.0
-"""Seconds that a rank inside a collective waits longer, so that a rank that hangs writes its failure record first."""
+"""Seconds that are added to the timeout of a rank inside a collective.
+
+A rank that hangs therefore writes its failure record first.
+"""
 START_SECONDS = 600.0
 """Timeout in seconds before the rank has read `train.timeout_seconds`, for example while torch is imported."""
 _TERMINATING = (signal.SIGTERM, signal.SIGINT)
 
 _COLLECTIVE_FILES = ("torch/distributed/", "torch/nn/parallel/", "torch/autograd/", "vlm/training/parallel.py")
-"""Files whose functions wait for other ranks. The list has autograd because DDP reduces gradients in `backward`."""
+"""Files whose functions wait for other ranks. Autograd is included because DDP reduces gradients in `backward`."""
 
 _LOST_CONNECTION = (
     "connection closed by peer",
@@ -93,7 +97,10 @@ class RankMonitor:
         self._read_end, self._write_end = os.pipe()
 
     def report_step(self, step: int) -> None:
-        """Report that the run has taken `step` steps. Write a heartbeat if the last one is HEARTBEAT_SECONDS old."""
+        """Report that the run has taken `step` steps.
+
+        Write a heartbeat if the last heartbeat is at least HEARTBEAT_SECONDS old.
+        """
         self.step = step
         self.report_progress()
         now = time.monotonic()
@@ -102,7 +109,7 @@ class RankMonitor:
             write_heartbeat(self._run, self._rank, step)
 
     def report_progress(self) -> None:
-        """Restart the timeout. Called during work that is not a training step, such as validation."""
+        """Restart the timeout. Call this method during work that is not a training step, such as validation."""
         self._progress_at = time.monotonic()
 
     def set_timeout(self, seconds: float) -> None:
@@ -164,7 +171,10 @@ class RankMonitor:
                 faulthandler.dump_traceback_later(self._timeout + 2 * WAITING_EXTRA_SECONDS, exit=True)
 
     def _handle_timeout(self, seconds: float) -> None:
-        """End a rank that hangs at once, and a rank that waits for other ranks after WAITING_EXTRA_SECONDS."""
+        """Immediately end a rank that hangs itself.
+
+        End a rank that waits for other ranks WAITING_EXTRA_SECONDS later.
+        """
         if not _is_waiting(_main_frame()):
             self._end("Hung", f"made no progress for {seconds:.0f} s (train.timeout_seconds)", 1, consequence=False)
         if seconds > self._timeout + WAITING_EXTRA_SECONDS:

@@ -40,7 +40,7 @@ def pick_device(platform: PlatformConfig, env: RankEnv) -> torch.device:
 GRACE_SECONDS = 30
 """Seconds by which the timeout of a collective is longer than `train.timeout_seconds`.
 
-The rank's monitor must time out first, because it can tell which rank is at fault.
+The rank's monitor must time out first, because the monitor can tell which rank is at fault.
 """
 
 
@@ -87,7 +87,7 @@ def check_group(run: RunFolder, device: torch.device) -> int:
 
 
 def divide_cores(ranks_on_host: int) -> None:
-    """Let torch use an equal share of the host's cores. The default of torchrun is one thread per rank.
+    """Let torch use an equal share of the host's cores. By default, torchrun gives each rank one thread.
 
     Args:
         ranks_on_host: number of ranks that run on this host.

@@ -1,7 +1,8 @@
 """Functions for the log of a rank, the throughput of its training steps, and the metric files that rank 0 writes.
 
 All output of a rank goes into its own log file, including output of C++ libraries and crash dumps. The stream to the
-launcher receives only log lines, because it cuts lines at 4,000 characters and fails at a byte that is not UTF-8.
+launcher receives only log lines, because this stream cuts lines at 4,000 characters and fails at a byte that is not
+UTF-8.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 def open_log(run: RunFolder, rank: int) -> None:
     """Redirect stdout, stderr and logging to logs/rank-N.log.
 
-    The terminal receives rank 0's log from INFO on, and other ranks' warnings and errors.
+    The terminal receives rank 0's log records of level INFO and above, and the warnings and errors of all other ranks.
     """
     path = run.log(rank)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,12 +10,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 SKIPPED_STEPS = 4
-"""Steps before the profiler's warm-up step. In these steps torch allocates memory and selects kernels."""
+"""Number of training steps before the profiler's warm-up step.
+
+In these steps torch allocates memory and selects kernels.
+"""
 
 
 @contextmanager
 def profile_steps(path: Path, steps: int, device: torch.device) -> Iterator[Callable[[], None]]:
-    """Profile training steps that are taken inside the block. Yield a function to call after each step.
+    """Profile training steps that are taken inside the block. Yield a function that must be called after each step.
 
     Args:
         path: path of the trace file, which is written atomically.

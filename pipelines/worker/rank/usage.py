@@ -23,9 +23,9 @@ def measure_usage(device: torch.device) -> dict[str, float]:
 
     Returns:
         system/memory_gb: largest peak of resident memory of any rank, in GB.
-        system/gpu_memory_gb: largest peak of allocated GPU memory of any rank, in GB. Missing on CPUs.
+        system/gpu_memory_gb: largest peak of allocated GPU memory of any rank, in GB. CPUs have no such value.
         system/gpu_busy: mean fraction of the driver's last sampling period (1/6 s to 1 s) in which a kernel ran.
-            Missing on CPUs and without the package nvidia-ml-py.
+            The value is missing on CPUs and without the package nvidia-ml-py.
     """
     peaks = {"system/memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES / 1e9}
     if device.type == "cuda":
@@ -39,7 +39,10 @@ def measure_usage(device: torch.device) -> dict[str, float]:
 
 
 def _gpu_utilisation(device: torch.device) -> float | None:
-    """Read the utilisation of a GPU. Return None without nvidia-ml-py or on a MIG slice, which reports no value."""
+    """Read the utilisation of a GPU.
+
+    Return None if nvidia-ml-py is not installed, or on a MIG slice, which reports no value.
+    """
     if find_spec("pynvml"):
         from pynvml import NVMLError  # type: ignore[import-not-found]
 

@@ -44,7 +44,7 @@ class CheckpointWriter:
         """Wait until the previous checkpoint is written, then start to write the checkpoint of this step.
 
         Args:
-            step: number of steps taken.
+            step: number of training steps that the run has taken.
             write: function that writes the files of a checkpoint into an empty folder.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Initial weights of a run, and the weights in its checkpoints.
+"""Initial weights of a run, and the weights in the run's checkpoints.
 
 Without an adapter, a checkpoint contains the weights of the whole model. With an adapter, a checkpoint contains only
 the adapter, a few percent of the model's size, because the base weights are in `train.start_from`. The last checkpoint

@@ -37,7 +37,7 @@ class Stage:
         """Freeze the parameters that this stage does not train. Return a new optimizer for the trainable parameters.
 
         Raises:
-            ConfigError: a pattern matches no parameter, except parameters that an earlier pattern matches.
+            ConfigError: a pattern matches no parameter, or only parameters that an earlier pattern matches.
         """
         if self.rates is not None:
             set_trainable(model, self.rates)
@@ -52,7 +52,7 @@ class Stage:
 
 
 def plan_stages(settings: TrainConfig) -> list[Stage]:
-    """Return the stages of a run in order. A run without configured stages has a single stage."""
+    """Return the stages of a run, first stage first. A run without configured stages has a single stage."""
     if not settings.stages:
         return [Stage(0, settings.steps, settings.optimizer.lr, None)]
     ends = list(itertools.accumulate(stage.steps for stage in settings.stages))

@@ -1,9 +1,9 @@
 """Training in one rank: join the process group, build the model, resume from the last checkpoint, train, report.
 
-The training loop is `vlm.training.loop.fit`. This module supplies the training loop with batches, and after each step
-it does what is due: metrics, validation and checkpoints. A checkpoint contains all state carried between steps: the
-weights, the optimizer state, and the number of the next step. The number of a step determines its rows, its learning
-rate and its random numbers.
+The training loop is `vlm.training.loop.fit`. This module supplies the training loop with batches, and after a training
+step this module writes metrics, validates and saves a checkpoint, if due. A checkpoint contains all state carried
+between steps: the weights, the optimizer state, and the number of the next step. The number of a step determines its
+rows, its learning rate and its random numbers.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class Trainer:
         with profile_steps(self.run.profile, steps, self.device) as self.stepped:
             for stage in plan_stages(settings):
                 if stage.first > self.resume_step:
-                    swap_average(self.optimizer)  # so that the next stage starts from the averaged weights
+                    swap_average(self.optimizer)  # the next stage starts from the averaged weights
                     self.optimizer = stage.start(self.model, settings)
                 if stage.end > self.resume_step:
                     self._train_stage(stage, range(max(stage.first, self.resume_step), stage.end))
@@ -232,7 +232,7 @@ class Trainer:
         self.stopwatch.start()
 
     def write_result(self) -> None:
-        """Write result.json. Called after all ranks have finished and the last checkpoint and metrics are written."""
+        """Write result.json. Call this method when all ranks are done and all other files are written."""
         *_, last = self.run.read_metrics()
         best = best_checkpoint(self.run)
         assert best, "the last step is always validated and has a checkpoint"
@@ -273,12 +273,13 @@ class Trainer:
                 report_progress=self.monitor.report_progress,
             )
         if isinstance(self.model, FSDPModule):
-            # FSDP keeps gathered weights until a backward pass. Free them, or the next step would use stale weights.
+            # FSDP keeps gathered weights until a backward pass. This call frees the gathered weights, because the next
+            # training step would otherwise use stale weights.
             self.model.reshard()
         return found
 
     def _write_samples(self, done: int) -> None:
-        """Write sample captions in rank 0. All ranks call this method, because a sharded model must be gathered."""
+        """Write sample captions on rank 0. All ranks call this method, because a sharded model must be gathered."""
         settings, model = self.file.config.train, self.model
         if self.sharded:
             weights = {name: full_tensor(tensor) for name, tensor in model_weights(model).items()}

@@ -53,7 +53,8 @@ def validate(
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     model.eval()
     for first in range(0, -(-total // world_size), batch_size):
-        # All ranks must call a sharded model equally often. A rank without rows computes row 0 and drops its losses.
+        # All ranks must call a sharded model equally often. A rank without rows computes the losses of row 0 and
+        # discards these losses.
         indexes = rank_rows[first : first + batch_size]
         counts, indexes = bool(indexes), indexes or [0]
         rows = [shards.row(index) for index in indexes]

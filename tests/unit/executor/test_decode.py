@@ -97,7 +97,7 @@ def test_samples_and_refusals_keep_an_existing_source_row_identifier() -> None:
     assert out.column("source_row").to_pylist() == ["a.csv#0", "a.csv#1"]
 
 
-def test_unexpected_error_refuses_the_row_with_its_cause() -> None:
+def test_row_with_an_unexpected_error_is_refused_with_the_cause() -> None:
     rules = DecodeRules("birds", ColumnNames(), cast(LimitsConfig, None), HashSplitConfig())
     outcome = one(rules=rules)
     assert outcome["reason"] == "malformed_record"
@@ -162,7 +162,7 @@ def test_payload_of_a_refused_row_has_bytes_as_base64_and_can_be_decoded_again()
 @pytest.mark.parametrize(
     "text", ["caf\u00e9", "cafe\u0301", "  caf\u00e9 \n", "\0caf\u00e9\x07\x9f", "\rcafe\u0301\r\n"]
 )
-def test_texts_that_look_the_same_are_equal(text: str) -> None:
+def test_texts_that_look_the_same_become_equal(text: str) -> None:
     assert one({TEXT: text})["texts"] == [{"prompt": "", "text": "caf\u00e9"}]
 
 
@@ -176,7 +176,7 @@ ROWS = st.fixed_dictionaries(
 
 @settings(deadline=None)
 @given(st.lists(ROWS, min_size=1, max_size=20))
-def test_every_row_is_returned_once_as_sample_or_refusal(rows: list[Fields]) -> None:
+def test_every_row_is_returned_exactly_once_as_a_sample_or_a_refusal(rows: list[Fields]) -> None:
     outcomes = decode(rows)
     assert len(outcomes) == len(rows)
     for outcome in outcomes:

@@ -40,7 +40,7 @@ SAVED = {
 
 
 @pytest.mark.parametrize("how", SAVED)
-def test_picture_saved_again_is_a_near_duplicate(how: str) -> None:
+def test_a_picture_that_was_saved_again_is_a_near_duplicate(how: str) -> None:
     prints = [fingerprint(smooth(seed)) for seed in range(20)]
     again = [fingerprint(Image.open(io.BytesIO(SAVED[how](smooth(seed)))).convert("RGB")) for seed in range(20)]
     assert {len(one) for one in prints} == {FINGERPRINT_BYTES}
@@ -48,7 +48,7 @@ def test_picture_saved_again_is_a_near_duplicate(how: str) -> None:
     assert not are_near_duplicates(prints, again[1:] + again[:1]).any()
 
 
-def test_pictures_of_the_same_shapes_in_other_colours_are_not_near_duplicates() -> None:
+def test_pictures_with_equal_shapes_but_different_colours_are_not_near_duplicates() -> None:
     image = smooth(1)
     other = Image.merge("RGB", [image.getchannel("R").point(lambda level: min(level + 20, 255)), *image.split()[1:]])
     assert fingerprint(image)[:HASH_BYTES] == fingerprint(other)[:HASH_BYTES]

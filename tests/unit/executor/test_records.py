@@ -45,7 +45,7 @@ def test_output_of_a_csv_writer_is_split_into_its_fields(fields: list[str]) -> N
 
 
 @given(st.text(st.sampled_from('",ab '), min_size=1))
-def test_any_line_is_split_as_the_csv_module_splits_it_or_not_at_all(line: str) -> None:
+def test_a_csv_line_is_split_as_by_the_csv_module_or_is_not_split(line: str) -> None:
     fields = split_line(line)
     try:
         [expected] = csv.reader([line], strict=True)

@@ -89,7 +89,7 @@ def picture(colour: str = "red") -> bytes:
 # ------------------------------------------------------------------------------------------------ runs
 
 
-def test_the_mlflow_run_of_a_training_run_has_every_step_once_and_parameters_tags_and_config(
+def test_the_mlflow_run_logs_each_step_once_and_has_parameters_tags_and_config(
     platform: Platform, run: RunFolder
 ) -> None:
     with runs.follow(run, CONFIG, platform) as run_id:
@@ -118,7 +118,7 @@ def test_the_mlflow_run_of_a_training_run_has_every_step_once_and_parameters_tag
 
 def test_the_expert_load_becomes_metrics_and_a_plot_of_the_last_step(platform: Platform, run: RunFolder) -> None:
     for step, load in {2: (0.5, 0.25, 0.25, 0.0), 4: (0.25, 0.25, 0.25, 0.25)}.items():
-        with runs.follow(run, CONFIG, platform) as run_id:  # the second time the run is resumed
+        with runs.follow(run, CONFIG, platform) as run_id:  # the second pass resumes the run
             metrics = Metrics(step=step, time=1_700_000_000, values={}, expert_load={"decoder.blocks.0": load})
             write_json(run.metrics(step), metrics)
     history = connect(platform).get_metric_history(run_id, "expert_load/decoder.blocks.0.expert_0")
@@ -174,7 +174,7 @@ def test_an_outage_during_training_loses_no_metric(platform: Platform, run: RunF
     database = Path(platform.tracking_uri.removeprefix("sqlite:///"))
     with runs.follow(run, CONFIG, platform) as run_id:
         log_step(run, 0)
-        with sqlite3.connect(database) as connection:  # now the server predictions every request with an error
+        with sqlite3.connect(database) as connection:  # from now on, every request to log metrics fails
             connection.execute("ALTER TABLE metrics RENAME TO metrics_away")
         log_step(run, 2)
         client = connect(platform)
@@ -206,7 +206,7 @@ def test_points_that_a_failed_request_has_stored_are_not_logged_again(run: RunFo
     assert sent == [[4], [6]]
 
 
-def test_a_run_deleted_in_mlflow_starts_a_new_one_with_all_steps(platform: Platform, run: RunFolder) -> None:
+def test_a_new_mlflow_run_with_all_steps_replaces_a_deleted_mlflow_run(platform: Platform, run: RunFolder) -> None:
     with runs.follow(run, CONFIG, platform) as first:
         log_step(run, 0)
     client = connect(platform)
@@ -363,7 +363,7 @@ def test_download_fetches_the_weights_once(platform: Platform, registered: regis
     assert [path.name for path in folder.parent.iterdir()] == ["1"]
 
 
-def test_the_error_for_an_unknown_model_version_or_alias_lists_the_existing_ones(
+def test_the_error_for_an_unknown_model_version_or_alias_lists_the_existing_versions_and_aliases(
     platform: Platform, registered: registry.ModelVersion
 ) -> None:
     registry.set_alias(platform, registered, "champion")

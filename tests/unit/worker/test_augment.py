@@ -48,7 +48,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
     return write_shards(tmp_path_factory.mktemp("augment") / "shards", rows=10, texts=2)
 
 
-def test_pictures_do_not_depend_on_the_ranks_the_workers_or_the_first_step(
+def test_pictures_do_not_depend_on_the_number_of_ranks_or_workers_or_on_the_first_step(
     shards: Shards,
 ) -> None:
     whole = samples(shards)
@@ -143,7 +143,7 @@ def test_brightness_contrast_and_saturation_each_change_only_their_own_property(
 
 def test_shape_and_type_are_kept_and_the_pixels_of_the_shard_are_not_modified() -> None:
     before = PICTURE.copy()
-    before.flags.writeable = False  # like the pixels of a mapped file
+    before.flags.writeable = False  # the pixels of a memory-mapped file are also read-only
     for pixels in augmented(ALL, picture=before):
         assert pixels.shape == PICTURE.shape
         assert pixels.dtype == np.uint8
@@ -163,7 +163,7 @@ def test_shape_and_type_are_kept_and_the_pixels_of_the_shard_are_not_modified() 
         ({"flip": 0.5, "sided_words": []}, "train.augment.sided_words"),
     ],
 )
-def test_an_invalid_setting_is_refused_by_name(augment: dict[str, Any], problem: str) -> None:
+def test_the_error_for_an_invalid_setting_names_the_setting(augment: dict[str, Any], problem: str) -> None:
     run = tiny_run().model_dump(mode="json", by_alias=True)
     run["train"]["augment"] = augment
     with pytest.raises(ConfigError) as caught:

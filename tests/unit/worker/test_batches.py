@@ -79,7 +79,7 @@ def test_batches_are_padded_to_a_multiple_of_eight_and_never_beyond_the_context(
 
 
 @pytest.mark.parametrize("text", [("", "x" * 100), ("y" * 100, "cat")])
-def test_a_text_beyond_the_context_is_truncated_counted_and_logged_once(
+def test_a_text_longer_than_the_context_is_truncated_and_counted_and_logged_once(
     text: tuple[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     collator = Collator(TOKENIZER, MODEL)
@@ -159,7 +159,7 @@ def test_prefetched_batches_are_on_the_gpu_and_unchanged(tmp_path: Path) -> None
         assert all(copy.is_cuda and torch.equal(copy.cpu(), original) for copy, original in tensors)
 
 
-def test_batches_do_not_depend_on_the_first_step_the_ranks_or_the_workers(
+def test_batches_do_not_depend_on_the_number_of_ranks_or_workers_or_on_the_first_step(
     tmp_path: Path,
 ) -> None:
     shards = write_shards(tmp_path / "shards", rows=10, texts=2)

@@ -115,7 +115,7 @@ parts = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, 
 
 @given(parts=parts, seed=st.integers(0, 9))
 @settings(max_examples=40, deadline=None)
-def test_a_mix_draws_each_part_by_its_share_and_all_its_rows_before_any_row_repeats(
+def test_a_mix_draws_each_part_by_its_share_and_repeats_no_row_before_all_rows_of_the_part_are_drawn(
     parts: list[tuple[int, int]], seed: int
 ) -> None:
     sizes, draws = ([pair[n] for pair in parts] for n in range(2))
@@ -133,7 +133,7 @@ def test_a_mix_draws_each_part_by_its_share_and_all_its_rows_before_any_row_repe
 
 
 def test_the_row_order_is_the_same_in_every_version_of_the_code() -> None:
-    """Another order would break the resumption of every existing run: do not update these numbers."""
+    """Do not update these numbers: with a different row order, no existing run could resume."""
     assert epoch_of(8, 0, 0) == [6, 4, 5, 2, 1, 7, 0, 3]
     assert hash64(1, -2, 3) == 12056474070484764355
     picks = RowPicks(np.array([4, 5]), np.array([0, 1]))

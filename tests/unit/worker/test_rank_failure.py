@@ -46,7 +46,7 @@ def wait_until_started(run: RunFolder, process: subprocess.Popen[bytes]) -> None
     while not run.heartbeat(0).exists():
         assert process.poll() is None
         time.sleep(0.01)
-    time.sleep(0.2)  # the process enters the body in this time
+    time.sleep(0.2)  # the process enters `body` during this wait
 
 
 def test_a_finished_rank_is_marked_as_ended(run: RunFolder) -> None:
@@ -90,7 +90,9 @@ def test_a_rank_that_calls_os_exit_leaves_no_failure_record_and_no_end_mark(run:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_recorded_while_the_main_thread_is_blocked_in_c(run: RunFolder, number: signal.Signals) -> None:
+def test_a_signal_is_recorded_while_the_main_thread_is_blocked_in_c_code(
+    run: RunFolder, number: signal.Signals
+) -> None:
     # The main thread is blocked in sleep() of C, so it runs no Python signal handler, as in a collective.
     process = start_rank(run, "import ctypes\nsleep = ctypes.CDLL(None).sleep\nlist(map(sleep, [600] * 9))")
     wait_until_started(run, process)

@@ -139,7 +139,7 @@ def test_copies_stay_below_the_limit_and_other_rows_are_read_from_the_original_f
         assert warning.message == f"there is room for 2 of 4 shard files in {root}"
 
 
-def test_copies_of_other_runs_are_evicted_least_recently_used_first_and_stay_readable_where_mapped(
+def test_the_least_recently_used_copy_of_other_runs_is_evicted_first_and_stays_readable_if_mapped(
     source: Shards, tmp_path: Path
 ) -> None:
     root = tmp_path / "cache"

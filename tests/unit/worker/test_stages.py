@@ -59,7 +59,7 @@ def make_run(tmp_path: Path) -> Any:
 def train(run: RunFolder, after: int = 99) -> None:
     """Train from the last checkpoint to the end, or until `after` steps are taken."""
     trainer = Trainer.build(run, run.read_run(), RankEnv(0, 1, 0, 1), KillingMonitor(run, after), torch.device("cpu"))
-    torch.set_num_threads(1)  # `build` sets it to all cores of the host, which other tests use too
+    torch.set_num_threads(1)  # `build` lets torch use all cores of the host, which other tests need too
     try:
         trainer.train()
     finally:

@@ -19,7 +19,9 @@ class Clock:
         return self.now
 
 
-def test_a_lap_of_the_stopwatch_counts_training_steps_and_waits_but_no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lap_of_the_stopwatch_counts_training_steps_and_waits_for_batches_but_not_pauses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("pipelines.worker.rank.metrics.time.perf_counter", clock := Clock())
     batch = Batch(*(torch.zeros(1) for _ in Batch.__dataclass_fields__))
 

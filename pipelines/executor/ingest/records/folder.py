@@ -83,7 +83,7 @@ def caption_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
 def folder_records(
     batches: Iterator[pa.RecordBatch], read: Read, folder: str, column: str, max_bytes: int
 ) -> Iterator[Record]:
-    """Add the bytes of the named picture file to each record, as the field PICTURE.
+    """Add the field PICTURE to each record: the bytes of the picture file that the record names.
 
     Args:
         batches: input of `read`.
@@ -116,7 +116,7 @@ def _picture_state(folder: str, name: object) -> str:
 
 
 def _find_picture(folder: str, name: object) -> os.stat_result | Problem:
-    """Find a file in the folder or in its subfolders. A path that leads outside the folder is a Problem."""
+    """Find a file in the folder or in its subfolders. Return a Problem if the path leads outside the folder."""
     if not isinstance(name, str) or not name.strip():
         return Problem("missing_field", "no file is named")
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:

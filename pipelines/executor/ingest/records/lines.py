@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 LINE_ENDS = b"\r\n"
-"""Characters that are stripped from the end of a line. Some spreadsheets write two carriage returns."""
+"""Characters that are stripped from the end of a line. Some spreadsheets end a line with two carriage returns."""
 
 
 class Line(NamedTuple):
@@ -51,7 +51,9 @@ def spark_lines(batches: Iterator[pa.RecordBatch]) -> Iterator[Line]:
 
 
 def file_lines(batches: Iterator[pa.RecordBatch]) -> Iterator[Line]:
-    """Read the lines of file ranges, one line in memory at a time. A line belongs to the range in which it begins.
+    """Read the lines of byte ranges of files, with only one line in memory at a time.
+
+    A line belongs to the range in which the line begins.
 
     Args:
         batches: batches with the fields of Line as columns, but with `end` (the byte offset at which the next range

@@ -17,7 +17,10 @@ SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Problem(NamedTuple):
-    """Why a row could not be parsed or its picture could not be read: one of tables.REASONS, and details."""
+    """Problem of a row that could not be parsed, or of a row whose picture could not be read.
+
+    The reason is an element of tables.REASONS.
+    """
 
     reason: str
     detail: str

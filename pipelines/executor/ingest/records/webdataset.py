@@ -20,15 +20,15 @@ MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 
 
 def tar_records(batches: Iterator[pa.RecordBatch], images: Sequence[str], max_bytes: int) -> Iterator[Record]:
-    """Read the rows of WebDataset tars as streams, one row in memory at a time.
+    """Read the rows of WebDataset tars as streams, with only one row in memory at a time.
 
     A record has the fields __key__, PICTURE, __member__ (the name of the picture's member), one field per further
     member (named by its extension), and json.KEY for each key of a `json` member.
 
     Args:
         batches: batches with the column `path`, the path of a tar.
-        images: file extensions of pictures. If a row has several pictures, the extension that is first in this order
-            decides which picture is used.
+        images: file extensions of pictures. If a row has several pictures, the picture whose extension comes first in
+            this order is used.
         max_bytes: largest size of a tar member to read, in bytes.
     """
     for batch in batches:
