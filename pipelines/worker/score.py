@@ -47,7 +47,7 @@ class _Losses(NamedTuple):
 
 
 def score_rows(captioner: Captioner, shards: Shards, indexes: Sequence[int]) -> Iterator[RowScore]:
-    """Score the rows with these indices. Yield one score per picture and distinct prompt, in the order of the indices."""
+    """Score the rows with these indices, in this order. Yield one score per picture and distinct prompt."""
     collator = Collator(captioner.tokenizer, captioner.model.config)
     for start in range(0, len(indexes), BATCH_ROWS):
         items = [
