@@ -197,8 +197,8 @@ def find_champion(platform: Platform, name: str) -> ModelVersion | None:
 def promote(platform: Platform, version: ModelVersion) -> ModelVersion:
     """Point `champion` to a version and `previous` to the old champion.
 
-    If the version is already the champion, nothing changes. The caller must check the conditions of promotion before this
-    call (`jobs.promote.check_gate`).
+    If the version is already the champion, nothing changes. The caller must check the conditions of promotion before
+    this call (`jobs.promote.check_gate`).
     """
     client = connect(platform)
     with _registry_errors(platform, _label(version)):
