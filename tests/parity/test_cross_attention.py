@@ -1,4 +1,4 @@
-"""The resampler, gated cross-attention and pixel shuffle give the outputs of Idefics, an open Flamingo."""
+"""Resampler, gated cross-attention and pixel shuffle give the same outputs as Idefics, an open version of Flamingo."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from vlm.text.base import SLOT
 
 WIDTH, LATENTS, VOCAB = 24, 3, 40
 MARKER = 7
-"""Id of the token that stands for a picture in a sequence of Idefics."""
+"""Id of the image token that marks the position of a picture in an Idefics sequence."""
 
 
 def theirs() -> IdeficsForVisionText2Text:
@@ -169,8 +169,8 @@ def test_resampler_gives_the_outputs_of_the_idefics_resampler(patches: int) -> N
     torch.testing.assert_close(model.projector(x_BNW), original(x_BNW), atol=1e-5, rtol=0)
 
 
-# Positions of the pictures in each row of the batch. The pictures are, in this order: interleaved with text, at the
-# start, near the end, one directly after the other.
+# Positions of the pictures in the four rows of the batch: two pictures with text in between, a picture at the start, a
+# picture near the end, and two pictures without text in between.
 ROWS = ([0, 3], [0], [5], [0, 1])
 
 
@@ -212,7 +212,7 @@ def test_pixel_shuffle_gives_the_outputs_of_the_idefics_3_pixel_shuffle(factor: 
     torch.testing.assert_close(mine(x_BNW), original(x_BNW), atol=1e-5, rtol=0)
 
 
-def test_cross_attention_gates_at_zero_do_not_change_the_logits_of_the_decoder() -> None:
+def test_cross_attention_with_gates_at_zero_does_not_change_the_decoder_logits() -> None:
     model, tokens = ours(), torch.tensor([[SLOT, 1, 2, 3]])
     with torch.inference_mode():
         one, two = (

@@ -39,7 +39,7 @@ from vlm.text.chars import CharTokenizer
 VOCAB, WIDTH, DEPTH, STEPS, CONTEXT = 24, 24, 2, 16, 64
 ALPHABET = "abcdefghijklmnopqrst"
 IMAGE = VOCAB
-"""Id of the token that stands for a picture feature in a sequence of transformers."""
+"""Id of the image token that marks the position of a picture feature in a sequence of transformers."""
 GEMMA: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": WIDTH,
@@ -56,7 +56,7 @@ FAMILIES = ("gpt2", "gemma", "gemma2", "paligemma")
 
 
 class Ids(CharTokenizer):
-    """Tokenizer with VOCAB ids that lets generation produce every id, as transformers' `generate` does."""
+    """Tokenizer without suppressed ids: generation may produce every id, as in transformers' `generate`."""
 
     suppressed_ids: tuple[int, ...] = ()
 
@@ -174,7 +174,7 @@ def both(family: str) -> tuple[Any, VisionLanguageModel]:
 
 
 def requests(family: str) -> list[Request]:
-    """Return requests whose prompts have different lengths. Each has a picture if the model family takes pictures."""
+    """Return requests whose prompts have different lengths. Each request has a picture if the family takes pictures."""
     generator = torch.Generator().manual_seed(2)
     found = []
     for length in (5, 1, 9, 5, 7, 2, 12, 3):
@@ -186,7 +186,7 @@ def requests(family: str) -> list[Request]:
 
 
 def their_tokens(family: str, asked: list[Request], **settings: Any) -> list[list[int]]:
-    """Return the tokens, up to the end token, that transformers' `generate` gives for the batch with left padding."""
+    """Run transformers' `generate` on a left-padded batch, and return each answer's tokens up to the end token."""
     theirs, ours = both(family)
     longest = max(len(request.prefix) for request in asked)
     rows = [[0] * (longest - len(r.prefix)) + [IMAGE if i == SLOT else i for i in r.prefix] for r in asked]
@@ -226,7 +226,7 @@ def test_beam_search_gives_the_same_tokens_as_transformers(family: str, num_beam
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_repetition_penalty_gives_the_same_tokens_as_transformers(num_beams: int) -> None:
+def test_decoding_with_repetition_penalty_gives_the_same_tokens_as_transformers(num_beams: int) -> None:
     asked = [request for request in requests("gpt2") if len(request.prefix) == 5]  # transformers also penalises padding
     expected = their_tokens("gpt2", asked, num_beams=num_beams, repetition_penalty=1.4)
     assert our_tokens("gpt2", asked, num_beams=num_beams, repetition_penalty=1.4) == expected

@@ -45,7 +45,7 @@ GEMMA_2B = {
     "num_key_value_heads": 1,
     "vocab_size": 257216,
 }
-GEMMA2_2B = {"model_type": "gemma2", "vocab_size": 257216}  # the defaults of the config class are those of Gemma 2 2B
+GEMMA2_2B = {"model_type": "gemma2", "vocab_size": 257216}  # the defaults of the config class describe Gemma 2 2B
 
 
 def paligemma(text: dict[str, Any], width: int) -> Callable[[], Any]:
@@ -60,7 +60,7 @@ GPT2_MEDIUM = GPT2Config(n_embd=1024, n_layer=24, n_head=16)
 
 
 class Original(NamedTuple):
-    """A part of a model that was published, its weight family, and a function that builds the original network."""
+    """A published part of a model: our model, the part, the weight family, and a function that builds the original."""
 
     model: str
     part: Part

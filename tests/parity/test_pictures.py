@@ -1,4 +1,4 @@
-"""Picture preprocessing gives the same pixels as each family's own processor, after mean and standard deviation.
+"""Picture preprocessing gives the same pixels as each family's own processor, after mean and std are applied.
 
 Every pixel equals the pixel that transformers' Pillow processors and timm's evaluation transform compute. The
 torchvision processors of transformers run the two passes of a resize in another order, and clip values after the first

@@ -54,7 +54,9 @@ def test_import_of_a_whole_clip_model_leaves_out_the_text_encoder(tmp_path: Path
 
 
 @pytest.mark.parametrize(("activation", "message"), [("gelu", "hidden_act"), ("relu", "hidden_act")])
-def test_import_refuses_clip_weights_with_another_activation(activation: str, message: str, tmp_path: Path) -> None:
+def test_import_refuses_clip_weights_whose_activation_differs_from_the_model(
+    activation: str, message: str, tmp_path: Path
+) -> None:
     from vlm.errors import CheckpointError
 
     publish(CLIPVisionModel(CLIPVisionConfig(**VISION, hidden_act=activation)), tmp_path / "published")

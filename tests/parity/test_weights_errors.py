@@ -150,7 +150,7 @@ def test_export_refuses_a_model_that_the_family_cannot_represent(tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
-def test_export_refuses_to_omit_a_parameter(tmp_path: Path) -> None:
+def test_export_refuses_a_parameter_for_which_the_family_has_no_tensor(tmp_path: Path) -> None:
     pooled = config(vision={"class_token": True, "select": "attention"})
     model, _ = import_weights(pooled, 40, {})
     save_model(tmp_path / "checkpoint", model, CharTokenizer("ab"))

@@ -1,4 +1,4 @@
-"""Gemma 1 and 2 give the same logits as in transformers after import and export, also beyond the attention window."""
+"""Gemma 1 and 2 give the same logits as in transformers after import and export, even for texts beyond the window."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WINDOW = 4
 
 
 def decoder(version: int) -> dict[str, Any]:
-    """Return our config of Gemma's decoder. In version 2 the window is shorter than the texts and caps are active."""
+    """Return our config of Gemma's decoder. In Gemma 2, the window is shorter than the texts, and soft caps are on."""
     attention: dict[str, Any] = {"num_heads": HEADS, "num_kv_heads": 1, "head_dim": 6}
     if version == 2:
         attention |= {"windows": [WINDOW, None], "soft_cap": 2.0, "scale": 1 / 3}
@@ -72,7 +72,7 @@ def original_of(version: int, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_gemma_logits_equal_the_original_after_import_and_export(version: int, tmp_path: Path) -> None:
+def test_gemma_gives_the_original_logits_after_import_and_export(version: int, tmp_path: Path) -> None:
     original = publish(original_of(version), tmp_path / "published")
     model, _ = load(ours(version), tmp_path / "published", "decoder")
     ids, mask = tokens(12, 3, 7)
@@ -84,7 +84,9 @@ def test_gemma_logits_equal_the_original_after_import_and_export(version: int, t
 
 
 @pytest.mark.parametrize(("published", "expected"), [(2, 1), (1, 2)])
-def test_import_error_names_the_other_gemma_version(published: int, expected: int, tmp_path: Path) -> None:
+def test_import_error_names_the_gemma_versions_of_the_weights_and_the_model(
+    published: int, expected: int, tmp_path: Path
+) -> None:
     publish(original_of(published), tmp_path / "published")
     with pytest.raises(CheckpointError) as caught:
         load(ours(expected), tmp_path / "published", "decoder")

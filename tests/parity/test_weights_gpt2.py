@@ -42,7 +42,7 @@ def gpt2(**changes: Any) -> GPT2Config:
     return GPT2Config(**SIZES, bos_token_id=1, eos_token_id=2, **changes)
 
 
-def test_gpt2_logits_equal_the_original_after_import_and_export(tmp_path: Path) -> None:
+def test_gpt2_gives_the_original_logits_after_import_and_export(tmp_path: Path) -> None:
     original = publish(GPT2LMHeadModel(gpt2()), tmp_path / "published")
     model, _ = load(OURS, tmp_path / "published", "decoder")
     ids, mask = tokens(12, 5, 1)
@@ -65,7 +65,7 @@ def test_import_and_export_of_gpt2_keep_an_untied_output_head(tmp_path: Path) ->
 
 
 def test_import_reads_the_first_published_format_of_gpt2(tmp_path: Path) -> None:
-    """Load a file of the first format, in which tensor names have no prefix and causal masks are stored as buffers."""
+    """In the first format of GPT-2, tensor names have no prefix, and the file contains the causal masks."""
     original = publish(GPT2Model(gpt2()), tmp_path / "published")
     file = tmp_path / "published" / "model.safetensors"
     tensors = load_file(file)
@@ -83,7 +83,7 @@ def test_import_reads_the_first_published_format_of_gpt2(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_output_head_in_the_file_of_a_tied_model_must_equal_the_token_embeddings(same: bool, tmp_path: Path) -> None:
+def test_import_for_tied_embeddings_accepts_only_an_equal_output_head(same: bool, tmp_path: Path) -> None:
     publish(GPT2LMHeadModel(gpt2()), tmp_path / "published")
     file = tmp_path / "published" / "model.safetensors"
     tensors = load_file(file)

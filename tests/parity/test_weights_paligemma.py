@@ -27,7 +27,7 @@ from vlm.text.base import SLOT
 
 SLOTS = (SIZE // PATCH) ** 2
 MARK = VOCAB
-"""Id of transformers' image token, which our models do not have. The id is after the last row of the token table."""
+"""Id of transformers' image token, which our models do not have. The id is past the last embedding row."""
 
 
 def ours(version: int) -> ModelConfig:
@@ -60,7 +60,7 @@ def original_of(version: int, vocab_size: int = VOCAB, mark: int | None = MARK) 
 
 
 class Rows:
-    """Input of both libraries: two rows of unequal length, each with a picture, a prompt and an answer."""
+    """Input of both libraries: two rows of different lengths. Each row has a picture, a prompt and an answer."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -88,7 +88,7 @@ class Rows:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_paligemma_logits_equal_the_original_after_import_and_export(version: int, tmp_path: Path) -> None:
+def test_paligemma_gives_the_original_logits_after_import_and_export(version: int, tmp_path: Path) -> None:
     original, rows = publish(original_of(version), tmp_path / "published"), Rows()
     model, report = load(ours(version), tmp_path / "published", "model")
     assert (report.fresh, report.parts[0].unchecked) == ((), ())

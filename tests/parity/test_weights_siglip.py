@@ -40,7 +40,7 @@ def selected(output: Any, select: str) -> Tensor:
 
 
 def naflex(model: Any, size: int = SIZE) -> Any:
-    """Run transformers' SigLIP 2 encoder on pictures, which it takes as flattened patches and patches per side."""
+    """Convert pictures to flattened patches, and run transformers' SigLIP 2 encoder on the patches."""
     side = size // PATCH
     squares = pixels(size=size).unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 4, 5, 1)
     patches = squares.reshape(2, side * side, -1)
@@ -79,7 +79,7 @@ def test_siglip2_encoder_gives_the_original_features_after_import_and_export(sel
 
 
 @pytest.mark.parametrize("size", [SIZE - PATCH, SIZE + 2 * PATCH])
-def test_siglip2_encoder_gives_the_original_features_at_another_resolution(size: int, tmp_path: Path) -> None:
+def test_siglip2_encoder_with_resampled_positions_gives_the_original_features(size: int, tmp_path: Path) -> None:
     settings = Siglip2VisionConfig(**TOWER, patch_size=PATCH, num_patches=SIDE**2)
     original = publish(Siglip2VisionModel(settings), tmp_path / "published")
     model, report = load(ours("patches", size), tmp_path / "published", "encoder")

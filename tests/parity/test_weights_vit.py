@@ -60,7 +60,7 @@ def test_vit_encoder_gives_the_original_features_after_import_and_export(bare: b
 
 
 def publish_timm(folder: Path, **arguments: Any) -> VisionTransformer:
-    """Save a tiny timm model as timm publishes models, with the architecture's name and only some arguments."""
+    """Save a tiny timm model in timm's format: config.json has the architecture's name and only some arguments."""
     sizes = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
     model = VisionTransformer(**sizes, mlp_ratio=MLP / WIDTH, num_classes=3, **arguments).eval()
     scramble(model)
@@ -126,7 +126,9 @@ def test_timm_encoder_gives_the_original_features_after_import_and_export(make: 
 
 @pytest.mark.parametrize("size", [SIZE - PATCH, SIZE + 2 * PATCH])
 @pytest.mark.parametrize("make", ["registers and layer scale", "registers with positions"])
-def test_timm_encoder_gives_the_original_features_at_another_resolution(make: str, size: int, tmp_path: Path) -> None:
+def test_timm_encoder_with_resampled_positions_gives_the_original_features(
+    make: str, size: int, tmp_path: Path
+) -> None:
     arguments, vision, _ = TIMM[make]
     original = publish_timm(tmp_path / "published", **arguments)
     extra = 0 if original.no_embed_class else original.num_prefix_tokens

@@ -11,7 +11,7 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Config(BaseModel):
-    """Base class of all configs. A config cannot be changed, and a key that its class does not define is an error."""
+    """Base class of all configs. Config objects cannot be changed, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -17,8 +17,8 @@ class ImageConfig(Config):
         resize: `stretch` scales both sides to `size`; `crop` scales the shorter side to `size` and keeps the centre;
             `pad` scales the longer side to `size` and fills the empty area with white.
         filter: interpolation method of the resize. Every method is antialiased when a picture shrinks.
-        crop_start: rounding of the crop's offset when an odd number of pixels is cut: `down` to the lower integer
-            (transformers), or to the nearest `even` integer (torchvision, timm).
+        crop_start: rounding of the crop's offset when an odd number of pixels is cut: `down` rounds to the lower
+            integer (transformers), and `even` rounds to the nearest even integer (torchvision, timm).
         mean: mean of each channel, as a fraction of full brightness.
         std: standard deviation of each channel, as a fraction of full brightness.
     """

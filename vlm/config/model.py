@@ -42,7 +42,7 @@ class DecoderConfig(Config):
 
 
 class SlotsFusionConfig(Config):
-    """Picture features are inserted into the decoder's sequence, one per image slot."""
+    """Picture features are inserted into the decoder's sequence, one feature per image slot."""
 
     kind: Literal["slots"] = "slots"
 
@@ -71,13 +71,13 @@ FusionConfig = Annotated[SlotsFusionConfig | CrossFusionConfig, Field(discrimina
 
 
 class CausalMaskConfig(Config):
-    """Every position attends to itself and to earlier positions."""
+    """Every position attends only to itself and to earlier positions."""
 
     kind: Literal["causal"] = "causal"
 
 
 class PrefixMaskConfig(Config):
-    """Picture and prompt attend to each other in both directions. The answer is causal (prefix-LM, as in PaliGemma)."""
+    """Picture and prompt attend to each other in both directions. Only the answer is causal (prefix-LM; PaliGemma)."""
 
     kind: Literal["prefix"]
 
@@ -86,11 +86,11 @@ MaskConfig = Annotated[CausalMaskConfig | PrefixMaskConfig, Field(discriminator=
 
 
 class GenerationConfig(Config):
-    """Generation settings, with the same meaning and the same order of application as in transformers' `generate`.
+    """Generation settings, whose meaning and order of application are the same as in transformers' `generate`.
 
     Attributes:
         max_new_tokens: maximum length of an answer in tokens, including the end token.
-        temperature: divisor of the logits before sampling; 0 is greedy decoding.
+        temperature: number by which logits are divided before sampling; 0 means greedy decoding.
         top_k: number of most likely tokens that sampling chooses from; null: all tokens.
         top_p: total probability of the most likely tokens that sampling chooses from (Holtzman et al., 2019).
         min_p: lowest probability of a token that sampling chooses from, as a fraction of the highest probability
@@ -98,7 +98,7 @@ class GenerationConfig(Config):
         repetition_penalty: penalty on tokens of the prompt and the answer; above 1, these tokens become less likely
             (Keskar et al., 2019).
         num_beams: number of beams of beam search; 1 turns beam search off.
-        length_penalty: exponent of the length when beam search ranks answers by log-probability / length ** exponent.
+        length_penalty: exponent in the score by which beam search ranks answers, log-probability / length ** exponent.
         stop: strings that end an answer. The answer is cut before the first stop string.
         seed: random seed of sampling.
     """

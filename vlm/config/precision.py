@@ -30,7 +30,7 @@ class Precision(StrEnum):
         """Check that the libraries of this precision are installed.
 
         Raises:
-            UserError: torchao is needed and is not installed.
+            UserError: the precision needs torchao, and torchao is not installed.
         """
         if self.quantized and importlib.util.find_spec("torchao") is None:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Learning rate schedules, selected by `kind`: how the learning rate falls from its peak after the warm-up."""
+"""Learning rate schedules, selected by `kind`. A schedule defines the learning rate after the warm-up."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class ConstantScheduleConfig(Config):
 class StableScheduleConfig(Config):
     """Constant learning rate at its peak, then linear decay to `floor` * peak (Hu et al., 2024).
 
-    The learning rate decays in the last steps of the training; `decay` is the fraction of these steps. A checkpoint
-    from before the decay can be trained further, so the number of steps need not be known in advance.
+    The learning rate decays at the end of the training, during the fraction `decay` of all steps. A checkpoint that was
+    written before the decay can be trained for more steps, so the number of steps need not be known in advance.
     """
 
     kind: Literal["warmup_stable_decay"]

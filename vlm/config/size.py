@@ -1,4 +1,4 @@
-"""FLOPs and parameter counts of a model, computed from its config without building it and without torch.
+"""Functions that compute FLOPs and parameter counts from a model's config, without building the model.
 
 The functions count the FLOPs of one forward pass over one sample, which is one picture and a text. A multiply-add
 counts as two FLOPs. Only matrix products count, including the two matrix products of attention. A training step takes
@@ -37,7 +37,7 @@ PEAK_FLOPS = {
 }
 """Peak FLOPs per second of GPUs for dense bf16, by a part of the GPU's name (NVIDIA's data sheets).
 
-If a name contains another name, the longer name comes first.
+The function `peak_flops` uses the first name that occurs in the GPU's name, so "H100 PCIe" comes before "H100".
 """
 
 
@@ -47,7 +47,7 @@ def peak_flops(gpu: str) -> float | None:
 
 
 def inactive_parameters(config: ModelConfig) -> int:
-    """Return the number of parameters of the experts to which the router does not send a token."""
+    """Return the number of expert parameters that the router leaves unused for one token."""
     return sum(
         stack.depth * (stack.mlp.num_experts - stack.mlp.top_k) * _mlp_parameters(stack.width, stack.mlp.expert)
         for stack in (config.vision.transformer, config.decoder.transformer)
@@ -110,7 +110,10 @@ def _decoder(config: ModelConfig, vocab_size: int, text: int) -> int:
 
 
 def _stack(config: TransformerConfig, tokens: int) -> int:
-    """Return the FLOPs of all blocks over `tokens` positions. Attention counts all pairs, even with a causal mask."""
+    """Return the FLOPs of all blocks over `tokens` positions.
+
+    The FLOPs of attention include all pairs of positions, even with a causal mask.
+    """
     weights = _attention_weights(config.width, config.attention) + _mlp_weights(config.width, config.mlp)
     attention = 4 * tokens**2 * config.attention.num_heads * config.attention.head_dim
     return config.depth * (2 * tokens * weights + attention)
@@ -121,7 +124,7 @@ def _attention_weights(width: int, config: AttentionConfig) -> int:
 
 
 def _mlp_weights(width: int, config: MlpConfig) -> int:
-    """Return the number of MLP weights that one token is multiplied by."""
+    """Return the number of weights in the matrix products that an MLP computes for one token."""
     match config.kind:
         case "plain":
             return 2 * width * config.mlp_width

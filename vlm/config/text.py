@@ -27,7 +27,8 @@ class JsonTextConfig(Config):
     """Config of a tokenizer read from a published tokenizer.json of the `tokenizers` library.
 
     Attributes:
-        path: path of tokenizer.json. The file is read only once, because checkpoints contain a copy.
+        path: path of tokenizer.json. The file is needed only to create a model, because checkpoints contain a copy of
+            the file.
         vocab_size: number of rows of the token embedding table. Publishers often choose a rounded number above the
             number of tokens.
         bos: text of the start token.

@@ -17,7 +17,7 @@ class LayerNormConfig(Config):
 
 
 class RmsNormConfig(Config):
-    """RMSNorm (Zhang and Sennrich, 2019). With `offset`, the layer multiplies by 1 + weight instead of the weight."""
+    """RMSNorm (Zhang and Sennrich, 2019). With `offset`, the norm multiplies by 1 + weight and not by weight."""
 
     kind: Literal["rms"]
     eps: float = 1e-6
@@ -51,8 +51,9 @@ class AttentionConfig(Config):
         num_kv_heads: number of key-value heads.
         head_dim: width of a head.
         bias: true if the projections of queries, keys, values and output have a bias.
-        windows: attention window of each layer, in positions including the current position; null: all positions. If
-            the list has fewer entries than the transformer has layers, the list is repeated.
+        windows: window size of each layer, which is the number of positions that a position attends to, including the
+            position itself; null: all positions. If the list has fewer entries than the transformer has layers, the
+            list is repeated.
         soft_cap: bound of the attention scores, which tanh limits to (-soft_cap, soft_cap) (Gemma Team, 2024); null: no
             limit.
         scale: factor by which attention scores are multiplied; null: head_dim ** -0.5.
@@ -86,7 +87,7 @@ class PlainMlpConfig(Config):
 
 
 class GatedMlpConfig(Config):
-    """MLP with a gated linear unit (Shazeer, 2020), called SwiGLU with silu and GeGLU with gelu_tanh."""
+    """MLP with a gated linear unit (Shazeer, 2020). The MLP is SwiGLU with silu, and GeGLU with gelu_tanh."""
 
     kind: Literal["gated"]
     mlp_width: PositiveInt
@@ -106,7 +107,8 @@ class MoeMlpConfig(Config):
             minimum is 2, because the softmax over one expert is constant and gives the router no gradient.
         expert: config of the MLP of one expert.
         noisy: true if noise of a learned scale is added to the router's logits during training.
-        balance_weight: weight of the load-balance loss (Fedus et al., 2021), which is 1 per layer at an even load.
+        balance_weight: weight of the load-balance loss (Fedus et al., 2021), which is 1 per layer if all experts have
+            the same load.
         z_weight: weight of the router z-loss (Zoph et al., 2022).
     """
 

@@ -24,7 +24,7 @@ class PatchStemConfig(Config):
 
 
 class ConvStemConfig(Config):
-    """Stem of several stride-2 convolutions, which trains faster and more stably than one (Xiao et al., 2021)."""
+    """Stem of stride-2 convolutions, which trains faster and more stably than a patch stem (Xiao et al., 2021)."""
 
     kind: Literal["conv"]
     channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
@@ -45,7 +45,8 @@ class VisionConfig(Config):
         stem: config of the layers that turn a picture into a grid of patch vectors.
         transformer: config of the blocks that process the patch vectors.
         class_token: true if a learned class token comes before the patches.
-        registers: number of learned tokens after the class token whose output is discarded (Darcet et al., 2023).
+        registers: number of learned register tokens after the class token. The encoder discards the output of register
+            tokens (Darcet et al., 2023).
         position_on: tokens to which learned positions are added: `all` tokens, or only the `patches`.
         pre_norm: true if a norm comes before the first block (CLIP).
         post_norm: true if a norm comes after the last block.

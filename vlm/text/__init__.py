@@ -24,7 +24,7 @@ __all__ = ["Tokenizer", "learn", "load", "save"]
 
 
 def learn(config: TextConfig, texts: Iterable[str]) -> Tokenizer:
-    """Build a tokenizer from merges learned from `texts`, from the config's alphabet, or from a published file.
+    """Learn BPE merges from `texts`, or build a tokenizer from the config's alphabet or from a published file.
 
     Raises:
         ConfigError: the published file is missing or does not fit the config.

@@ -1,7 +1,7 @@
 """Protocol of the tokenizers, the special token ids, and the id that marks an image slot.
 
 Special tokens have ids but no text form, so no caption can produce an end token. An image slot is not a token. The id
-of an image slot is SLOT, which is not in any vocabulary.
+of an image slot is SLOT (-1), and no vocabulary contains this id.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids. Special tokens are skipped."""
+        """Decode token ids to text, and skip special tokens."""
         ...
 
     def to_json(self) -> str:
-        """Return the JSON text from which `vlm.text.load` builds an equal tokenizer."""
+        """Return the JSON text from which `vlm.text.load` builds the same tokenizer."""
         ...

@@ -16,7 +16,7 @@ from vlm.text.base import BOS, EOS, NUM_SPECIAL, PAD
 
 
 class BpeTokenizer:
-    """Byte-level BPE tokenizer with `vocab_size` ids. A small corpus may produce fewer tokens than `vocab_size`."""
+    """Byte-level BPE tokenizer with `vocab_size` ids. If the corpus is small, some ids have no token."""
 
     pad_id, bos_id, eos_id = PAD, BOS, EOS
     suppressed_ids: tuple[int, ...] = (PAD, BOS)
@@ -27,7 +27,7 @@ class BpeTokenizer:
 
     @classmethod
     def learn(cls, texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
-        """Merge the most frequent token pairs of `texts` until there are `vocab_size` ids, including special tokens."""
+        """Learn BPE merges from `texts` until the vocabulary has `vocab_size` ids, including special tokens."""
         backend = Backend(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()

@@ -14,7 +14,7 @@ UNKNOWN_CHAR = "\N{REPLACEMENT CHARACTER}"
 class CharTokenizer:
     """Tokenizer with one token per character of a fixed alphabet. Any other character becomes the unknown token.
 
-    Special tokens have the lowest ids, the unknown token has the next id, and characters have the ids after it.
+    The lowest ids are the special tokens, the next id is the unknown token, and all higher ids are characters.
 
     Raises:
         ValueError: the alphabet contains a character twice.

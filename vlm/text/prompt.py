@@ -4,8 +4,9 @@
     '--------- prefix --------' '-- targets --'
 
 Training and generation both build the prefix with this module, so the layout is always the same. The first answer token
-is predicted at the last position of the prefix, from the pictures and the prompt only. Pictures before the first text
-come before the start token. Without such a picture, the sequence begins with the start token.
+is predicted at the last position of the prefix, from the pictures and the prompt only. The image slots of pictures
+before the first text come before the start token. If the prompt begins with a text, the sequence begins with the start
+token.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from vlm.text.base import SLOT, Tokenizer
 
 
 class Picture:
-    """Placeholder of a picture in the parts of an interleaved prompt."""
+    """Placeholder for a picture in a prompt that mixes pictures and texts."""
 
 
 PICTURE: Final = Picture()

@@ -1,10 +1,10 @@
 """Tokenizer read from a published tokenizer.json of the `tokenizers` library.
 
-Special tokens of a tokenizer.json have a text form. This module treats two kinds of special tokens differently. No text
-encodes to a control token (start, end, padding, and other tokens that the file marks as special): "<eos>" in a caption
-or prompt is encoded as ordinary characters. Region tokens (<loc0512>, <seg003>) are text: captions may contain region
-tokens, and decoding keeps region tokens. The file's template, truncation and padding are not used, because `prompt.py`
-builds the sequence.
+Special tokens of a tokenizer.json have a text form. This module distinguishes control tokens and region tokens. Control
+tokens are start, end, padding, and other tokens that the file marks as special. No text is encoded to a control token:
+"<eos>" in a caption or prompt is encoded as ordinary characters. Region tokens (<loc0512>, <seg003>) are text: captions
+may contain region tokens, and decoding keeps region tokens. The template, truncation and padding settings of the file
+are not used, because `prompt.py` builds the sequence.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from vlm.text.regions import REGION_TOKEN
 
 
 class PublishedTokenizer:
-    """Tokenizer read from a tokenizer.json. No text encodes to a control token.
+    """Tokenizer read from a tokenizer.json. No text is encoded to a control token.
 
     Args:
         content: the parsed tokenizer.json.
         config: number of rows of the token embedding table, and the text of each control token.
 
     Raises:
-        ValueError: the content is not a tokenizer, has no token for a control token's text, or has more tokens than the
-            token embedding table has rows.
+        ValueError: the content is not a tokenizer, lacks a control token, or has more tokens than the token embedding
+            table has rows.
     """
 
     def __init__(self, content: object, config: JsonTextConfig) -> None:
@@ -79,7 +79,7 @@ class PublishedTokenizer:
         return [piece for i in ids for piece in self._replacements.get(i, (i,))]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids. Control tokens and ids without a token are skipped; region tokens are kept."""
+        """Decode token ids to text. Skip control tokens and ids without a token, and keep region tokens."""
         text = str(self._backend.decode(list(ids), skip_special_tokens=True))
         return text.replace(self._word_suffix, " ").strip() if self._word_suffix else text
 
@@ -91,7 +91,7 @@ class PublishedTokenizer:
     def _character_ids(self, token: str) -> tuple[int, ...]:
         """Return the ids of the single characters of a control token's text.
 
-        These ids replace a control token that BPE merges produce from a text.
+        If BPE merges produce a control token from a text, `encode` replaces the control token with these ids.
         """
         control = {self.pad_id, self.bos_id, self.eos_id}
         ids = (i for char in token for i in self._backend.encode(char, add_special_tokens=False).ids)

@@ -1,11 +1,12 @@
-"""Parser of regions, which are the boxes and outlines that a model answers to `detect` and `segment` prompts.
+"""Parser of regions, which are boxes and outlines in the answers of a model to `detect` and `segment` prompts.
 
     <loc0102><loc0307><loc0922><loc0716> cat ; <loc0000><loc0000><loc0511><loc1023><seg045>... dog
     '-- y0, x0, y1, x1 of 1024 bins --'  label                                    '16 codes'
 
 Four <loc> tokens are the edges of a box, in 1024 bins per side of the model's input square. Sixteen <seg> tokens
 describe the outline inside the box. The numbers of <seg> tokens are indices into the codebook of a mask decoder (Ning
-et al., 2023), which is not part of this library. Incomplete boxes are skipped, and no text raises an error.
+et al., 2023), which is not part of this library. The parser skips incomplete boxes, and accepts every text without an
+error.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _REGION = re.compile(rf"((?:{_LOC}\s*){{4}})((?:{_SEG}\s*)*)([^;<]*)", re.ASCII)
 
 
 class Region(NamedTuple):
-    """A labelled box in bins (0 to 1023) of the model's input square, with the codes of the outline if there is one."""
+    """A labelled box in bins (0 to 1023) of the model's input square. `codes` is empty if the box has no outline."""
 
     y0: int
     x0: int
@@ -46,7 +47,10 @@ class Box(NamedTuple):
 
 
 def parse_regions(text: str) -> list[Region]:
-    """Return the regions of a text in order. Skip a box whose right or lower edge is before its left or upper edge."""
+    """Return the picture regions (boxes) named in a text, in the order in which they appear.
+
+    A box whose right edge is left of its left edge, or whose lower edge is above its upper edge, is skipped.
+    """
     found = []
     for boxes, outline, label in _REGION.findall(text):
         y0, x0, y1, x1 = _numbers(boxes)
@@ -57,7 +61,7 @@ def parse_regions(text: str) -> list[Region]:
 
 
 def to_box(region: Region, placement: ResizeTransform) -> Box:
-    """Convert the box of a region to pixels of the original picture. A box that reaches into padding is clipped.
+    """Convert the box of a region to pixels of the original picture. The box is clipped to the picture.
 
     Args:
         region: region in the model's input square.

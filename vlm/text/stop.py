@@ -1,4 +1,4 @@
-"""Functions for stop strings, which find the end of an answer and the tokens that can already be streamed."""
+"""Functions that find stop strings in an answer, and count the tokens that can already be streamed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from vlm.text.base import Tokenizer
 
 
 def find_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Return the index of the first stop string in a text, or None if the text contains no stop string."""
+    """Return the character index at which the first stop string begins, or None if the text has no stop string."""
     return min((index for index in map(text.find, stop) if index >= 0), default=None)
 
 
 def count_safe_tokens(tokenizer: Tokenizer, tokens: Sequence[int], sent: int, stop: Sequence[str]) -> int:
     """Return how many tokens of an unfinished answer can be streamed.
 
-    Tokens after the start of a stop string are not counted, even if the answer contains only a part of the stop string.
+    Tokens after the start of a stop string are not counted. This rule also applies if the answer ends in the middle of
+    a stop string.
 
     Args:
         tokenizer: tokenizer of the model.

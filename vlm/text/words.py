@@ -6,6 +6,6 @@ import re
 
 
 def words(text: str) -> list[str]:
-    """Return the lower-case words of a text without punctuation, or the symbols of a text without words (`:-)`)."""
+    """Return the words of a text in lower case, without punctuation. Return the symbols if there is no word (`:-)`)."""
     lowered = text.lower()
     return re.findall(r"\w+(?:'\w+)?", lowered) or re.findall(r"\S", lowered)

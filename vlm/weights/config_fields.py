@@ -1,7 +1,8 @@
 """Mapping between our model config and another library's config.json.
 
-A `ConfigField` reads one value from both configs, and writes the other library's settings from our value. An import
-checks config.json with the same list of fields with which an export writes config.json.
+A `ConfigField` reads one value from our config and from config.json, and converts our value to settings of config.json.
+Import and export use the same list of fields: an import compares config.json with our config, and an export writes
+config.json from our config.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-"""Our name of each activation function, by the function's name in transformers.
+"""Dict from the name of an activation function in transformers to our name of the function.
 
-If transformers has several names for a function, an export writes the first name.
+If transformers has several names for a function, an export writes the first name of the function in this dict.
 """
 
 
@@ -38,7 +39,7 @@ VISION_DEFAULTS = {
     "num_attention_heads": 12,
     "intermediate_size": 3072,
 }
-"""Sizes that transformers uses for ViT, CLIP and SigLIP if the sizes are not in config.json."""
+"""Sizes of ViT, CLIP and SigLIP encoders that transformers assumes if config.json does not contain the sizes."""
 
 
 class Unknown:
@@ -54,11 +55,12 @@ class ConfigField:
     """One value that both our config and the other library's config.json determine.
 
     Attributes:
-        path: dotted path of the value in our config, for messages.
-        keys: keys of the value in config.json, for messages; empty if the family implies the value.
+        path: dotted path of the value in our config, which error messages show.
+        keys: keys of the value in config.json, which error messages show; empty if the family implies the value.
         ours: function that reads our value from the model's config.
-        theirs: function that reads the same value from config.json, with defaults filled in, or returns UNKNOWN.
-        write: function that returns the settings of config.json for our value.
+        theirs: function that reads the same value from the settings of config.json after defaults are filled in, and
+            returns UNKNOWN if the settings do not contain the value.
+        write: function that converts our value to the settings that an export writes to config.json.
     """
 
     path: str
@@ -74,7 +76,7 @@ def same(path: str, key: str, values: Mapping[str, str] | None = None) -> Config
     Args:
         path: dotted path of the value in our config.
         key: key of the value in config.json.
-        values: our name of each value, by the value's name in config.json; None if the names are the same.
+        values: dict from the name of a value in config.json to our name of the value; None if both names are equal.
     """
     to_ours = values or {}
     to_theirs = {ours: theirs for theirs, ours in reversed(list(to_ours.items()))}
@@ -102,7 +104,8 @@ def required(key: str, value: Any) -> ConfigField:
 def write_only(key: str, ours: Callable[[ModelConfig], Any]) -> ConfigField:
     """Return a config field that an export writes and an import does not compare.
 
-    Use the field for a setting that the shapes of the tensors already determine, or for a setting that may differ.
+    Use such a field for a setting that the shapes of the tensors already determine, or for a setting whose value in
+    config.json may differ from the value in our config.
     """
     return ConfigField("", key, ours, lambda _: UNKNOWN, lambda value: {key: value})
 
@@ -178,12 +181,12 @@ def attention_scale(attention: AttentionConfig) -> float:
 
 
 def in_section(section: str, fields: Iterable[ConfigField], defaults: Settings) -> tuple[ConfigField, ...]:
-    """Return copies of config fields that read and write one section of config.json.
+    """Copy config fields so that the copies read and write one section of config.json, and return the copies.
 
     Args:
         section: key of the section.
         fields: config fields whose keys are relative to the section.
-        defaults: values of the keys that are not in the section.
+        defaults: values that an import assumes for keys that are missing in the section.
     """
     return tuple(_in_section(section, field, defaults) for field in fields)
 
@@ -201,7 +204,7 @@ def _in_section(section: str, field: ConfigField, defaults: Settings) -> ConfigF
 def value_at(path: str) -> Callable[[ModelConfig], Any]:
     """Return a function that reads the value at a dotted path of a model config.
 
-    The function returns None if the variant (`kind`) of a model part does not have the key.
+    The returned function gives None for a path that a model config does not contain, such as a key of an unused `kind`.
     """
 
     def read(config: ModelConfig) -> Any:
@@ -228,12 +231,12 @@ def find_mismatches(fields: Iterable[ConfigField], config: ModelConfig, settings
 
 
 def unchecked_paths(fields: Iterable[ConfigField], settings: Settings) -> list[str]:
-    """Return the paths of our config values that cannot be compared, because the setting is not in config.json."""
+    """Return the paths of our config values that an import cannot compare, because config.json lacks the setting."""
     return [field.path for field in fields if field.path and field.theirs(settings) is UNKNOWN]
 
 
 def build_settings(fields: Iterable[ConfigField], config: ModelConfig) -> dict[str, Any]:
-    """Return the other library's settings for our config."""
+    """Convert our config to the settings that an export writes to config.json, and return the settings."""
     settings: dict[str, Any] = {}
     for field in fields:
         merge_settings(settings, field.write(field.ours(config)))

@@ -1,7 +1,7 @@
 """Export of a Lakesight checkpoint to a folder that another library loads.
 
-An export applies the rules of the weight tables in the opposite direction of an import. The export reads and converts
-only the tensors of one rule at a time.
+An export uses the same weight tables as an import, and converts tensors with the function `write` of each rule. The
+export reads and converts the tensors of one rule at a time.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class ExportReport(Config):
         folder: folder of the written files.
         files: names of the written files.
         tensors: number of tensors in the written files.
-        left_out: number of parameters of the checkpoint that belong to other parts of the model.
-        without: tensors that the other library's own files have and this export does not have, by reason. The other
-            library computes or initialises these tensors itself.
+        left_out: number of parameters of the checkpoint that do not belong to the exported part.
+        without: dict from a reason to name patterns of tensors that the other library's own files contain and the
+            exported files do not contain. The other library computes or initialises these tensors itself.
     """
 
     part: Part
@@ -125,7 +125,7 @@ def _find_family(name: str, part: Part, config: ModelConfig, checkpoint: Path) -
 
 
 def _convert(files: WeightFiles, rules: list[Rule]) -> Iterator[Mapping[str, Tensor]]:
-    """Yield one dict per rule, from tensor names of the other library to tensors."""
+    """Convert the tensors rule by rule, and yield one dict per rule, from the other library's names to tensors."""
     for rule in rules:
         yield dict(zip(rule.theirs, rule.write([files.read(name) for name in rule.ours]), strict=True))
 

@@ -1,4 +1,4 @@
-"""Description of a weight family: how its config.json is recognised, and how its tensors become our parameters."""
+"""Description of a weight family: how to recognise the family's config.json, and how to convert the tensors."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ class Family:
     Attributes:
         name: name in commands and reports.
         part: part of our model that the weights fill.
-        select_settings: function that returns the family's section of a config.json, or None for another family's file.
+        select_settings: function that returns the family's section of a config.json, or None if the config.json does
+            not belong to the family.
         fields: config fields, which map values between config.json and our config.
         table: function that returns the weight table for a model's config.
-        fixed_settings: settings of an exported config.json that all models share, such as the name of the model class.
+        fixed_settings: settings that an export writes for every model of the family, such as the name of the model
+            class.
         defaults: values that the other library assumes for keys that are not in config.json.
-        prefix: prefix of all tensor names. Files of a network without an output head may omit the prefix.
-        legacy_prefixes: pairs of a prefix from another version and the current prefix. The first match applies.
-        vocab_section: section of config.json with the vocabulary size; empty for the top level; None if there is no
-            vocabulary.
+        prefix: prefix of all tensor names. The files of a network without an output head may omit the prefix.
+        legacy_prefixes: pairs of a name prefix in other versions of the files and the prefix in the weight table. Only
+            the first pair that matches a tensor name is used.
+        vocab_section: section of config.json with the vocabulary size; empty if the size is at the top level; None if
+            the family has no vocabulary.
         image_id_key: key of the image token's id in config.json; empty for a family without image token.
     """
 
@@ -45,7 +48,7 @@ class Family:
     image_id_key: str = ""
 
     def mismatches(self, config: ModelConfig, settings: Settings) -> list[str]:
-        """Return one sentence for each value in which a config.json differs from the model's config."""
+        """Return one sentence for each value that differs between a config.json and the model's config."""
         return find_mismatches(self.fields, config, self._with_defaults(settings))
 
     def unchecked(self, settings: Settings) -> list[str]:
@@ -56,15 +59,15 @@ class Family:
         return {**self.defaults, **(self.select_settings(settings) or {})}
 
     def matches_architecture(self, config: ModelConfig) -> bool:
-        """Return True if a model has the architecture of this family, regardless of its sizes."""
+        """Return True if a model of any size has the architecture of this family."""
         return not find_mismatches([each for each in self.fields if not each.keys], config, {})
 
     def to_settings(self, config: ModelConfig) -> dict[str, Any]:
-        """Return the config.json from which the other library builds the model's part."""
+        """Return the content of config.json from which the other library builds the exported part of the model."""
         return {**self.fixed_settings, **build_settings(self.fields, config)}
 
     def canonical_names(self, names: Iterable[str]) -> dict[str, str]:
-        """Return a dict from the canonical form of each tensor name, which weight tables use, to the name in the file.
+        """Return a dict from canonical tensor names, which weight tables use, to the tensor names in the file.
 
         If two names of a file have the same canonical form, the second name is not changed.
         """
@@ -99,8 +102,8 @@ def transformers_family(
         name: name in commands and reports.
         part: part of our model that the weights fill.
         architecture: class of transformers that loads an exported folder.
-        sections: section of config.json for each `model_type`; empty for the whole file. An export writes the first
-            `model_type`.
+        sections: dict from each `model_type` to the family's section of config.json; an empty section name means the
+            whole file. An export writes the first `model_type`.
         fields: config fields, which map values between config.json and our config.
         table: function that returns the weight table for a model's config.
         **options: other attributes of `Family`.

@@ -1,7 +1,8 @@
 """Functions that read and write safetensors weights, in one file or in several shards.
 
-A file is reopened for each tensor. Tensors are views of the memory-mapped file, and the pages that were read count as
-memory of the process until the file is closed. If a file stayed open, loading a model would need twice the memory.
+Each read of a tensor opens the weight file again. Tensors are views of the memory-mapped file, and all pages that were
+read count as memory of the process until the file is closed. If the file stayed open, loading a model would need twice
+the memory.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Shape, type and file of a tensor, read without the tensor's data."""
+    """Shape and type of a tensor, and the path of the tensor's file. A header does not contain the tensor's data."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -47,7 +48,7 @@ class WeightFiles:
             self.headers.update(_read_headers(file))
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor as a view of the memory-mapped file. A caller that keeps the tensor must copy it."""
+        """Return one tensor as a view of the memory-mapped file. A caller that keeps the tensor must copy the data."""
         with safe_open(self.headers[name].file, framework="pt") as file:
             return file.get_tensor(name)
 
@@ -157,8 +158,9 @@ def write_weights(folder: Path, groups: Iterable[Mapping[str, Tensor]], max_byte
 
     Args:
         folder: folder to write to.
-        groups: dicts from names to tensors. The tensors of one dict are written to the same shard.
-        max_bytes: maximum size of a shard, in bytes. Tensors of a larger dict are written to a separate, larger shard.
+        groups: dicts from tensor names to tensors. All tensors of a dict are written to the same shard.
+        max_bytes: maximum size of a shard, in bytes. A dict with more bytes is written to its own shard, which is then
+            larger than the maximum.
     """
     shards: list[Path] = []
     weight_map: dict[str, int] = {}

@@ -1,8 +1,9 @@
 """Import of another library's weights into a model.
 
-The configs are compared first, then the names, shapes and types of the tensors. No tensor is read before the configs
-and all names, shapes and types match. The model is built on the meta device, and tensors are copied into the model one
-by one, the largest first. Peak memory is therefore only slightly above the size of the weights.
+An import first compares config.json with the model config, and then the names, shapes and types of the tensors with the
+model's parameters. An import reads the data of a tensor only after all these comparisons have succeeded. The model is
+built on the meta device, and tensors are copied into the model one by one, the largest first. Peak memory is therefore
+only slightly above the size of the weights.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class PartReport(Config):
         family: family of the weights.
         folder: folder of the weights.
         used: number of tensors that fill parameters.
-        tied: tensors that repeat another tensor of the folder.
-        dropped: tensors that the model does not need, by reason.
+        tied: names of tensors that are copies of other tensors in the folder.
+        dropped: dict from a reason to the names of the tensors that were dropped for the reason.
         resampled: position embedding tables that were interpolated to the model's resolution.
         unchecked: paths of the model's config that the folder's config.json does not determine.
     """
@@ -84,12 +85,12 @@ class Source:
 def import_weights(
     config: ModelConfig, vocab_size: int, folders: Mapping[Part, Path], *, seed: int = 0
 ) -> tuple[VisionLanguageModel, ImportReport]:
-    """Build a model with weights from published folders, and return it in evaluation mode with a report.
+    """Build a model with weights from published folders, and return the model (in evaluation mode) and a report.
 
     Args:
         config: config of the model.
         vocab_size: number of rows of the token embedding table.
-        folders: folder for each part of the model: for `model`, for `encoder`, for `decoder`, or for the last two.
+        folders: dict from parts of the model to folders. The keys are `model` alone, or `encoder`, `decoder` or both.
         seed: random seed for initialising the parameters that no folder contains.
 
     Raises:
@@ -144,7 +145,7 @@ def in_published_part(name: str, part: Part) -> bool:
 
 
 def find_family(settings: Mapping[str, Any], folder: Path, part: Part) -> Family:
-    """Return the family that the config.json of a folder belongs to.
+    """Return the weight family to which the config.json of a folder belongs.
 
     Raises:
         CheckpointError: the family is unknown, or is a family for another part of the model.
@@ -181,7 +182,7 @@ def _check_config(family: Family, config: ModelConfig, settings: Mapping[str, An
 
 
 def _check_ties(source: Source) -> None:
-    """Check that each tied tensor equals the tensor that it repeats. Otherwise an untied output head would be lost."""
+    """Check that tied tensors are equal, because an import would otherwise lose an output head with its own weights."""
     for name, partner in source.plan.tied.items():
         if not torch.equal(*(source.files.read(source.names[key]) for key in (name, partner))):
             raise CheckpointError(
@@ -201,9 +202,9 @@ RANDOM_INIT = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tens
 class _EmptyOnMeta(TorchFunctionMode):
     """Context in which `torch.empty` returns meta tensors, which take no memory.
 
-    Layers create their weights with `torch.empty`. Tables that layers compute in their constructors are real tensors.
-    Random initialisation of meta tensors is skipped, because torch would first load its compiler, which takes 150 MB
-    and several seconds.
+    Layers create their weights with `torch.empty`, so the weights are meta tensors. Tables that layers compute in their
+    constructors are real tensors. Random initialisation of meta tensors is skipped, because torch would first load its
+    compiler, which takes 150 MB and several seconds.
     """
 
     def __torch_function__(
@@ -221,7 +222,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch's random generator inside the block, and restore its state afterwards."""
+    """Seed torch's random generator at the start of a `with` block, and restore the generator's state at the end."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -233,7 +234,7 @@ def _build_on_meta(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
 
 
 def _initialize_fresh(model: VisionLanguageModel, filled: set[str], seed: int) -> list[str]:
-    """Allocate the parameters that no file fills, initialise them as in a new model, and return their names."""
+    """Initialise the parameters that no file fills, as in a new model, and return the names of the parameters."""
     fresh = {name: parameter for name, parameter in model.named_parameters() if name not in filled}
     allocated = {name: torch.empty(parameter.shape) for name, parameter in fresh.items() if parameter.is_meta}
     _set_parameters(model, list(allocated), list(allocated.values()))
@@ -262,7 +263,7 @@ def _read(source: Source, rule: Rule, model: nn.Module) -> list[Tensor]:
 
 
 def _set_parameters(model: nn.Module, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-    """Replace parameters with tensors. A shared parameter is replaced in every module that has the parameter."""
+    """Replace parameters with tensors. Replace a parameter that several modules share in all these modules."""
     for name, tensor in zip(names, tensors, strict=True):
         old, new = model.get_parameter(name), nn.Parameter(tensor)
         assert old.shape == new.shape

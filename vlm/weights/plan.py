@@ -1,4 +1,4 @@
-"""Plan of an import, made before any tensor is read: which tensor fills which parameter, and all mismatches."""
+"""Plan of an import, made before any tensor is read: the parameter that each tensor fills, and all mismatches."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class LoadPlan:
 
     Attributes:
         rules: rules that apply to the model, with full tensor names instead of templates.
-        tied: for each tensor that repeats another tensor of the file, the name of that other tensor.
-        dropped: for each tensor that the model does not need, the reason.
-        resampled: rules of position embedding tables that have another resolution in the file than in the model.
+        tied: dict from the name of each tensor that repeats a partner tensor of the file to the partner's name.
+        dropped: dict from the name of each tensor that the model does not need to the reason for dropping the tensor.
+        resampled: rules of position embedding tables whose resolution in the file differs from the model's resolution.
         problems: one sentence per mismatch; empty if the file fits the model.
     """
 
@@ -73,7 +73,7 @@ def plan_load(table: WeightTable, ours: Mapping[str, Tensor], theirs: Mapping[st
 def _compare_headers(
     plan: LoadPlan, rule: Rule, ours: Mapping[str, Tensor], theirs: Mapping[str, TensorHeader]
 ) -> None:
-    """Add the mismatches in shape and type of one rule's tensors to the plan.
+    """Compare the shapes and types of one rule's tensors with the model, and add each mismatch to the plan.
 
     The expected shapes are the shapes that an export of the model would write.
     """
@@ -100,12 +100,12 @@ def _has_other_resolution(rule: Rule, found: Shape, expected: Shape) -> bool:
 
 
 def describe_names(problem: str, names: Iterable[str], *, similar_to: Iterable[str]) -> list[str]:
-    """Return one sentence per name. Names that differ only in the block number are merged into one name.
+    """Merge names that differ only in the block number, and return one sentence per merged name.
 
     Args:
         problem: beginning of each sentence, which says what is wrong with the name.
         names: tensor names to describe.
-        similar_to: tensor names from which each sentence suggests the most similar name.
+        similar_to: tensor names among which each sentence suggests the most similar name.
     """
     candidates = group_by_block(similar_to)
     sentences = []
@@ -122,7 +122,7 @@ def merge_block_names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def group_by_block(names: Iterable[str]) -> dict[str, list[int]]:
-    """Return the block numbers of each template. A template is a name with `{i}` in place of the block number."""
+    """Return a dict from templates to block numbers. A template is a name with `{i}` in place of the block number."""
     groups: dict[str, list[int]] = {}
     for name in sorted(names):
         number = re.search(r"(?<=\.)\d+(?=\.)", name)

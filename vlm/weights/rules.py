@@ -1,8 +1,9 @@
-"""Rules that convert another library's tensors to our model's parameters, and back.
+"""Rules that convert another library's tensors to our parameters, and our parameters to the other library's tensors.
 
-`theirs` are names in the other library's file, `ours` are names of our parameters. Names are templates: `{i}` stands
-for the block number, and `*` stands for `weight` or `bias`. A rule applies if the model has all parameters in `ours`.
-The model config, and never the file, therefore decides how many blocks there are and whether a layer has a bias.
+The field `theirs` of a rule contains tensor names in the other library's file, and `ours` contains names of our
+parameters. All names are templates, in which `{i}` stands for the block number, and `*` stands for `weight` or `bias`.
+A rule is used only if the model has all parameters in `ours`. The number of blocks and the presence of biases therefore
+depend only on the model config, and not on the file.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class PositionGrid:
 
     Attributes:
         extra: number of rows before the rows of the patches (class token, registers).
-        mode: interpolation method, which is used with antialiasing.
+        mode: method of the interpolation, which is always antialiased.
     """
 
     extra: int
@@ -36,7 +37,7 @@ class PositionGrid:
 
 @dataclass(frozen=True)
 class Rule:
-    """Conversion of some tensors of the other library to some of our parameters, and back.
+    """Conversion between some tensors of the other library and some parameters of our model.
 
     Attributes:
         theirs: names of the tensors in the other library's file.
@@ -55,7 +56,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Drop:
-    """Shell pattern (`fnmatch`) for names of tensors in the file that the model does not need, and the reason."""
+    """Shell pattern (`fnmatch`) for names of tensors that the model does not need, and the reason for the drop."""
 
     pattern: str
     reason: str
@@ -77,7 +78,7 @@ class WeightTable:
     Attributes:
         rules: rules that convert tensors.
         drops: patterns of the tensors that an import leaves out.
-        ties: tensors that a file may store twice.
+        ties: pairs of tensors in a file that may be two copies of one tensor.
     """
 
     rules: tuple[Rule, ...]
@@ -93,7 +94,7 @@ class WeightTable:
         )
 
     def with_drops(self, *drops: Drop) -> WeightTable:
-        """Return a copy of the weight table with additional patterns of tensors to leave out."""
+        """Return a copy of the weight table that also leaves out the tensors that match the patterns in `drops`."""
         return replace(self, drops=(*self.drops, *drops))
 
 
@@ -118,7 +119,7 @@ def add_axes(theirs: str, ours: str, count: int) -> Rule:
 
 
 def transpose(theirs: str, ours: str) -> Rule:
-    """Return a rule that transposes a weight, which the file stores as (inputs, outputs). A bias is not changed."""
+    """Return a rule that transposes a weight stored with shape (inputs, outputs), and does not change a bias."""
 
     def turn(tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensors[0].t()]
@@ -127,12 +128,12 @@ def transpose(theirs: str, ours: str) -> Rule:
 
 
 def concat(theirs: Sequence[str], ours: str, sizes: Sequence[int]) -> Rule:
-    """Return a rule that concatenates several tensors of the file, which have `sizes` rows, to one parameter."""
+    """Return a rule that joins several tensors of the file, whose numbers of rows are `sizes`, into one parameter."""
     return Rule(tuple(theirs), (ours,), _concatenate, _splitter(sizes))
 
 
 def split(theirs: str, ours: Sequence[str], sizes: Sequence[int]) -> Rule:
-    """Return a rule that splits one tensor of the file into several parameters, which have `sizes` rows."""
+    """Return a rule that splits one tensor of the file into several parameters, whose numbers of rows are `sizes`."""
     return Rule((theirs,), tuple(ours), _splitter(sizes), _concatenate)
 
 
@@ -152,7 +153,7 @@ def patch_projection(theirs: str, ours: str, patch_size: int) -> Rule:
 
 
 def position_table(rule: Rule, *, extra: int, mode: Literal["bicubic", "bilinear"] = "bicubic") -> Rule:
-    """Return the rule of a position embedding table that can be resampled.
+    """Return a copy of a position embedding table's rule that allows an import to resample the table.
 
     The table has `extra` rows first, then one row per patch of a square grid.
     """
@@ -174,7 +175,7 @@ def _splitter(sizes: Sequence[int]) -> Transform:
 
 
 def expand_rules(rules: Iterable[Rule], ours: Iterable[str]) -> Iterator[Rule]:
-    """Yield each rule with full names in place of templates, if the model has all parameters of the rule.
+    """Replace the templates of all rules with full names, and yield the rules whose parameters the model has.
 
     Args:
         rules: rules with templates.
@@ -210,7 +211,8 @@ def grid_side(rows: int, grid: PositionGrid) -> int | None:
 def resample_positions(table_1NW: Tensor, rows: int, grid: PositionGrid) -> Tensor:
     """Resample a position embedding table (1, N, W) to (1, rows, W) by interpolating over the square grid of patches.
 
-    As in timm's `resample_abs_pos_embed`, the interpolation is antialiased and runs in fp32. The extra rows are kept.
+    As in timm's `resample_abs_pos_embed`, the interpolation is antialiased and runs in fp32. The first `grid.extra`
+    rows of the table are not changed.
     """
     extra, patches = torch.split(table_1NW, [grid.extra, table_1NW.shape[1] - grid.extra], dim=1)
     before, after = grid_side(table_1NW.shape[1], grid), grid_side(rows, grid)

@@ -1,6 +1,7 @@
-"""Weight families, one module per family, which contains the family's config fields, weight table and defaults.
+"""Weight families: each module contains the config fields, weight tables and defaults of one or two families.
 
-Each module defines the tuple `FAMILIES`. The function `families` finds all modules in this folder.
+Each module defines the tuple `FAMILIES`, which contains `Family` objects. The function `families` finds all modules in
+this folder.
 """
 
 from __future__ import annotations

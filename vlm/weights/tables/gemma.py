@@ -1,6 +1,6 @@
 """Gemma 1 and 2 (Gemma Team, 2024) in transformers.
 
-Norm weights are stored as the difference from one, which our config calls `norm.offset`. Gemma 2 also normalises the
+The files store each norm weight minus one. Our config key for this format is `norm.offset`. Gemma 2 also normalises the
 output of each branch, caps attention scores and logits, and uses sliding-window attention in every other layer.
 """
 
@@ -145,7 +145,7 @@ FIELDS_2 = (
 
 
 def qkv_sizes(attention: AttentionConfig) -> tuple[int, int, int]:
-    """Return the numbers of rows of queries, keys and values in the joint projection."""
+    """Return the numbers of rows that queries, keys and values have in the joint projection weight."""
     keys = attention.num_kv_heads * attention.head_dim
     return attention.num_heads * attention.head_dim, keys, keys
 

@@ -52,7 +52,7 @@ def _fields(text: tuple[ConfigField, ...], text_type: str, defaults: Settings) -
 
 
 def _select_by_text_type(text_type: str) -> Callable[[Settings], Settings | None]:
-    """Return the `select_settings` of one PaliGemma version. The decoder's `model_type` tells the versions apart."""
+    """Return the `select_settings` of one PaliGemma version. The versions differ in the decoder's `model_type`."""
 
     def settings_of(settings: Settings) -> Settings | None:
         found = settings.get("text_config", {}).get("model_type", "gemma")

@@ -79,12 +79,12 @@ def mlp_ratio(config: ModelConfig) -> float:
 
 
 def has_either_bias_or_norm(config: ModelConfig) -> bool:
-    """Return True if the stem has a bias or is followed by a norm, but not both. timm never builds both or neither."""
+    """Return True if the stem either has a bias or is followed by a norm, as in every encoder of timm."""
     return bool(value_at("vision.stem.bias")(config)) != config.vision.pre_norm
 
 
 def in_arguments(field: ConfigField) -> ConfigField:
-    """Return a copy of a config field that an export writes as an argument of the architecture."""
+    """Return a copy of a config field whose value an export writes to the arguments of the architecture."""
     return replace(field, write=lambda value: {"model_args": field.write(value)})
 
 
