@@ -205,8 +205,8 @@ def _select_rows(spark: SparkSession, request: ShardRequest, version: int) -> Da
 def _write_folder(rows: DataFrame, folder: Path, request: ShardRequest) -> None:
     """Write all shard files, then the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
-    # A single task numbers the shuffle keys, which have 64 characters per picture. Pictures do not pass through that
-    # task. Pictures go directly to their files, because the driver knows the first shuffle key of each file.
+    # A single task numbers the shuffle keys, which have 64 characters per picture. Pictures do not pass through this
+    # task. Each picture goes directly to its shard file, because the driver knows the first shuffle key of each file.
     numbered = rows.select("shuffle_key", (F.row_number().over(Window.orderBy("shuffle_key")) - 1).alias("number"))
     starts = numbered.filter(F.col("number") % request.rows == 0).orderBy("number").collect()
     first_keys = [row["shuffle_key"] for row in starts]

@@ -112,8 +112,7 @@ def test_metrics_from_executors_equal_the_metrics_of_a_plain_loop_over_the_rows(
 def test_the_neighbour_of_a_picture_is_the_most_similar_training_picture(
     report: EvaluationReport, shards: Path
 ) -> None:
-    """The training split is the evaluated split, so the neighbour of a picture is a different picture of the same
-    colour."""
+    """Use the evaluated split as training split, so that each neighbour is a different picture of the same colour."""
     assert report.values()["neighbour_exact_match"] == 1
     assert report.values()["constant_exact_match"] == pytest.approx(18 / ROWS)
     assert [row.neighbour for row in report.scores()[:4]] == ["red", "green", "blue", "white"]

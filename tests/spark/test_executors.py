@@ -60,8 +60,7 @@ def test_packages_that_are_missing_on_executors_are_named_before_any_rank_starts
 
 
 def either(path: Path, first: str, second: str) -> str:
-    """Create a script that runs interpreter `first` on the executor that starts first, and `second` on later
-    executors."""
+    """Create a script that runs interpreter `first` on the executor that starts first, and otherwise `second`."""
     path.write_text(f'#!/bin/sh\nmkdir "$0.taken" 2>/dev/null && exec {first} "$@"\nexec {second} "$@"\n')
     path.chmod(0o755)
     return str(path)

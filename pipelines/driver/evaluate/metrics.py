@@ -1,8 +1,8 @@
 """Metrics of captions as functions of row weights.
 
 A metric takes weights (S resamples, R rows) and returns S values. Intervals, slices and paired differences of two
-models are computed by calling the same metric with other weights (`bootstrap.py`). A new metric goes into
-`model_metrics`. A new metric that needs only captions and references goes into `caption_metrics`.
+models are computed by calling the same metric with different weights (`bootstrap.py`). To add a metric that needs only
+captions and references, extend `caption_metrics`. To add any other metric, extend `model_metrics`.
 
 pycocoevalcap computes BLEU, ROUGE-L and CIDEr, and its Java program computes METEOR. The tokenizer is `vlm.text.words`
 instead of COCO's Java tokenizer, so scores can be compared between runs, but not with the COCO leaderboard.

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:
-    """Write the usable pictures of a plan to `samples`. Near duplicates are written with the same split.
+    """Write the usable pictures of a plan to `samples`. Near duplicates of each other get the same split.
 
     Raises:
         WriteConflict: another ingest of the source has committed since the plan was made. Nothing is written.

@@ -1,5 +1,4 @@
-"""Near duplicates of an ingest: find new pictures that resemble another picture, and put both pictures into the same
-split.
+"""Near duplicates of an ingest: find new pictures that resemble another picture, and give both pictures one split.
 
 Comparing all pairs of pictures is too slow. The difference hashes of near duplicates differ in at most three of 64
 bits. If the bits are cut into five blocks, the hashes of near duplicates agree in at least two blocks. So each picture

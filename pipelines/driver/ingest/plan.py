@@ -111,9 +111,9 @@ def plan_pictures(outcomes: DataFrame, existing: DataFrame) -> DataFrame:
     picture), source_row, split, fingerprint, new_texts (texts that `samples` lacks), contributing (number of rows that
     add a text), is_new and conflicting (whether another picture has the same id).
 
-    If two pictures have the same id, the picture in `samples` stays. If neither picture is in `samples`, both are
-    refused, because files have no fixed order in which one picture would come first. A picture in several splits goes
-    to the first of test, val and train.
+    If two pictures have the same id, the picture in `samples` stays. If neither picture is in `samples`, both pictures
+    are refused, because files have no fixed order that decides which picture comes first. A picture in several splits
+    goes to the first of test, val and train.
     """
     pictures = (
         outcomes.filter(F.col("reason").isNull())

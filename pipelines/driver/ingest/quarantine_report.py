@@ -19,7 +19,7 @@ from vlm.config import Config
 
 
 class QuarantineCount(Config):
-    """Number of rows of one source in `quarantine` with one reason.
+    """Number of rows in `quarantine` for one source and one quarantine reason.
 
     Attributes:
         source: name of the data config.

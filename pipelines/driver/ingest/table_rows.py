@@ -1,4 +1,4 @@
-"""Functions for the rows of one source in a Delta table: read the rows, merge into the rows, and verify a write."""
+"""Functions for the rows of one source in a Delta table: read the rows, merge updates, and verify a write."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ def rows_of_source(spark: SparkSession, platform: Platform, table: str, source: 
 
 
 def merge_into(table: str, updates: DataFrame, key: str, source: str) -> DeltaMergeBuilder:
-    """Start a merge of `updates` into the rows of one source in a table. The aliases are `target` and `updates`.
+    """Start a merge of `updates` into the rows of one source in a table.
 
+    The alias of the table is `target`, and the alias of the new rows is `updates`.
     The name of the source is a literal in the merge condition, so Delta skips the files of other sources.
     """
     same = (F.col("target.source") == source) & (F.col(f"target.{key}") == F.col(f"updates.{key}"))
@@ -61,8 +62,8 @@ def verify_append(spark: SparkSession, table: str, time_column: str, stamp: Stam
     """Check that a table has the expected number of rows with the source and the time of a plan.
 
     Raises:
-        WriteConflict: the numbers differ, because Delta skips the append if another ingest of the source has committed
-            since the plan was made.
+        WriteConflict: the table has a different number of rows, because Delta skips the append if another ingest of the
+            source has committed since the plan was made.
     """
     ours = (F.col("source") == stamp.source) & (F.col(time_column) == stamp.planned_at)
     written = spark.table(table).filter(ours).count()

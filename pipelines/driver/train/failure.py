@@ -145,7 +145,10 @@ def _disconnected(run: RunFolder, failures: list[Failure], waited: Failure) -> T
 
 
 def _executor_lost(run: RunFolder, silent: list[RankFile], failures: list[Failure], message: str) -> TrainingFailed:
-    """Describe a lost executor. The rank of that executor has recorded that its launcher died, or has no record."""
+    """Describe a lost executor.
+
+    The rank of the executor has recorded that its launcher died, or has no failure record.
+    """
     orphaned = [failure for failure in failures if failure.exception == "LauncherGone"]
     rank = (orphaned or silent or failures)[0]
     return TrainingFailed(
@@ -192,7 +195,7 @@ def _too_few(run: RunFolder, world_size: int, message: str) -> TrainingFailed:
 
 
 def _last_log_line(run: RunFolder, rank: int) -> str:
-    """Return the log line that names the cause if a rank has no failure record; empty if no log line does so."""
+    """Return the log line that says why a rank without a failure record ended, or an empty string."""
     pattern = re.compile(LAST_LOG_LINE.pattern.replace("{rank}", str(rank)))
     for path in (run.log(rank), run.launcher_log):
         found = pattern.findall(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else []

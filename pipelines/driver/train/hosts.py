@@ -45,7 +45,7 @@ def check_hosts(run: RunFolder, spark: SparkSession, launch: Launch) -> None:
         described = [host_info.describe_host()]
     else:
         described = _describe_executors(spark, open_distributor(launch).num_tasks)
-    # Executors that share a host and an interpreter give equal answers.
+    # Executors that share a host and a Python interpreter return equal host descriptions.
     distinct = {host.model_dump_json(): host for host in map(Host.model_validate, described)}
     hosts = [distinct[key] for key in sorted(distinct)]
     check_compatible(hosts, version("lakesight"))

@@ -111,7 +111,9 @@ def cancel_if_slots_are_lost(spark: SparkSession, tasks: int) -> Iterator[None]:
 
 
 def open_distributor(launch: Launch) -> TorchDistributor:
-    """Create the launcher. The launcher runs one task per rank, or one task per several ranks if a task has more GPUs.
+    """Create the launcher.
+
+    The launcher runs one Spark task per rank. If a Spark task has several GPUs, the task runs several ranks.
 
     Raises:
         UserError: the GPU settings of the Spark session do not allow one GPU per rank.
@@ -205,7 +207,10 @@ def _kill_leftover_ranks(run: RunFolder) -> None:
 
 
 def _signal(pid: int, number: int) -> bool:
-    """Send a signal to a process, and return whether the process exists. Signal 0 changes nothing in the process."""
+    """Send a signal to a process, and return whether the process exists.
+
+    Signal 0 only checks whether the process exists.
+    """
     try:
         os.kill(pid, number)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""Choice of the module that reads the kind of source that a data config names."""
+"""Opening of a source with the module for the kind of source that a data config names."""
 
 from __future__ import annotations
 

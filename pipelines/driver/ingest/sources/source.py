@@ -68,5 +68,5 @@ def require_columns(config: DataConfig, found: Sequence[str], where: str) -> Non
 
 
 def _suggest(name: str, unused: Sequence[str]) -> str:
-    """Return the most similar unused column, or the only unused column, or else the placeholder COLUMN."""
+    """Return the most similar unused column, else the only unused column, else the placeholder COLUMN."""
     return next(iter(nearest(name, unused) or (unused if len(unused) == 1 else ())), "COLUMN")

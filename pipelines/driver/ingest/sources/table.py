@@ -27,7 +27,7 @@ from pipelines.executor.ingest.records.table import table_records
 logger = logging.getLogger(__name__)
 
 VERSION = "version "
-"""Prefix of the state of a table in the ledger; the version number follows."""
+"""Prefix of a table's state in the ledger. The state consists of this prefix and the version number of the table."""
 
 
 class _TableVersion(NamedTuple):
@@ -44,7 +44,7 @@ def open_table(
     """Open the configured or newest version of a table, and select the rows added since the last ingested version.
 
     If the table has a change data feed and its rows have ids, the ids of updated and deleted rows are `stale_ids`, and
-    updated rows are read again. If the rows have no ids, no picture is removed, because another row may have the same
+    updated rows are read again. If the rows have no ids, no picture is removed, because other rows may contain the same
     picture.
 
     Raises:
