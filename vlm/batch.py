@@ -1,6 +1,6 @@
 """Batch of pictures and token sequences, the input of a training step.
 
-Letters: B batch, P pictures, H W pixels, T positions.
+Letters in tensor names: B batch, P pictures, H height and W width in pixels, C channels, T positions.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ class Batch:
     """Pictures and right-padded token sequences of a training step.
 
     Attributes:
-        pixels_PHWC: uint8 pictures at model resolution, in the order of their slots in `tokens_BT`, row by row.
+        pixels_PHWC: uint8 pictures at model resolution, in the order in which their slots appear in the rows of
+            `tokens_BT`.
         tokens_BT: int64 token ids, with the id SLOT at the positions of a picture.
         labels_BT: int64 labels; the label of a position is the next token if the next token belongs to the answer, and
             IGNORE otherwise.
-        prefix_lengths_B: int64 number of positions before the answer, for each row.
+        prefix_lengths_B: int64 number of positions before the answer in each row.
     """
 
     pixels_PHWC: Tensor

@@ -1,4 +1,4 @@
-"""Construction of a model from its config. No other module chooses a class by the `kind` of a config."""
+"""Construction of a model from its config. Only this module chooses classes by the field `kind` of a config."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def initialize_weights(model: VisionLanguageModel) -> None:
     - The weights of layers that write into the residual stream are also divided by sqrt(2 * depth).
     - The output head, the embedding table and learned tokens get a standard deviation of 0.02, so that the first loss
       is log(vocabulary size). A larger standard deviation of the head makes the start of training unstable.
-    - Routers also get a standard deviation of 0.02. A router with large weights would keep its first choice of experts.
+    - Routers also get a standard deviation of 0.02. With large weights, a router would hardly change its first choice
+      of experts during training.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | GroupedLinear):

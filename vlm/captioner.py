@@ -1,7 +1,7 @@
 """Captioning of pictures. Spark executors, the served model and `lakesight ask` all use this module.
 
-A picture is given as bytes or as base64 text. A defect of a picture or of its prompt is an error of its row alone, and
-a caption does not depend on the other rows of its batch.
+A picture is given as bytes or as base64 text. A defective picture or prompt causes an error only in its own row, and a
+caption does not depend on the other rows of the batch.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from vlm.text.prompt import prefix_ids
 
 BATCH_ROWS = 64
 BATCH_POSITIONS = 16_384
-"""Largest number of rows of a batch, and largest number of positions, summed over the rows and beams of a batch.
+"""BATCH_ROWS is the largest number of rows in a batch. BATCH_POSITIONS is the largest number of positions in a batch,
+summed over all rows and beams.
 
 The two limits bound the memory of the key-value cache."""
 MAX_PIXELS, MIN_SIDE = 64_000_000, 4
-"""Default limits of a picture: largest number of pixels (width times height), and smallest side in pixels."""
+"""Default limits for pictures: the largest number of pixels (width times height), and the smallest side in pixels."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class CaptionResult:
     Attributes:
         caption: generated caption; None if there is an error.
         error: error message of the form `<reason>: <detail>`; None if there is a caption.
-        sha256: SHA-256 of the picture's bytes, in hex; None if the row has no bytes.
+        sha256: SHA-256 of the picture's bytes, in hex; None if the row contains no readable bytes.
         num_tokens: number of generated tokens, including the end token.
         mean_logprob: mean log-probability of the generated tokens, in nats; None if there is an error.
     """
@@ -52,7 +53,8 @@ class CaptionResult:
 
 
 class DecodedPicture(NamedTuple):
-    """Pixels (H, W, C) of a picture at model resolution, or a decoding error, and the SHA-256 of the picture file."""
+    """Result of decoding a picture file: the pixels (H, W, C) at model resolution, or an error, and the file's
+    SHA-256."""
 
     pixels: npt.NDArray[np.uint8] | None
     sha256: str | None
@@ -80,8 +82,9 @@ class Captioner:
             images: picture files as bytes or as base64 text, optionally with a `data:` prefix.
             prompts: one prompt for each picture; an empty prompt asks for a plain caption.
             settings: generation settings, such as the temperature.
-            max_pixels: largest allowed number of pixels (width times height); a larger picture is an error of its row.
-            min_side: smallest allowed width and height, in pixels; a smaller picture is an error of its row.
+            max_pixels: largest allowed number of pixels (width times height); a larger picture causes an error in its
+                row.
+            min_side: smallest allowed width and height, in pixels; a smaller picture causes an error in its row.
         """
         decoded = self.decode(images, max_pixels=max_pixels, min_side=min_side)
         return self.caption_decoded(decoded, prompts, settings)
@@ -89,7 +92,7 @@ class Captioner:
     def decode(
         self, images: Sequence[bytes | str | None], *, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
     ) -> list[DecodedPicture]:
-        """Decode pictures and resize them to model resolution. This method may run in another thread."""
+        """Decode pictures and resize them to model resolution. A caller may run this method in a background thread."""
         return [self._decode(image, max_pixels, min_side) for image in images]
 
     def _decode(self, image: bytes | str | None, max_pixels: int, min_side: int) -> DecodedPicture:
@@ -105,7 +108,10 @@ class Captioner:
     def caption_decoded(
         self, pictures: Sequence[DecodedPicture], prompts: Sequence[str], settings: GenerationConfig
     ) -> list[CaptionResult]:
-        """Caption decoded pictures, and return one result for each picture. The result contains any decoding error."""
+        """Caption decoded pictures, and return one result for each picture.
+
+        The result for a picture that could not be decoded contains the decoding error.
+        """
         valid = {index: picture.pixels for index, picture in enumerate(pictures) if picture.pixels is not None}
         results = self.complete(list(valid.values()), [prompts[index] for index in valid], settings)
         completions = dict(zip(valid, results, strict=True))
@@ -119,7 +125,7 @@ class Captioner:
     def complete(
         self, pictures: Sequence[npt.NDArray[np.uint8]], prompts: Sequence[str], settings: GenerationConfig
     ) -> list[Completion | UserError]:
-        """Generate one text for each picture, from pictures at model resolution.
+        """Generate one text for each picture. The pictures must already have model resolution.
 
         Returns:
             For each picture, a completion, or an error if the prompt does not fit the model's context.

@@ -3,11 +3,12 @@
 model.safetensors   every parameter; tied parameters are stored once, under their first name
 config.json         the ModelConfig as JSON
 tokenizer.json      the tokenizer as JSON
-files.json          size and SHA-256 of each other file, to detect incomplete writes and changed bytes; only in
-                    training checkpoints
+files.json          size and SHA-256 of every other file in the folder, to detect incomplete writes and changed bytes;
+                    only in training checkpoints
 
-Names and shapes of the tensors must match the model exactly. A missing tensor and an unexpected tensor are both errors.
-The module `vlm.training.state` saves the optimizer state of a training checkpoint.
+Names and shapes of the tensors must match the model exactly. A tensor that is missing in the file is an error, and so
+is a tensor that the model does not have. The module `vlm.training.state` saves the optimizer state of a training
+checkpoint.
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor], config: ModelConfi
 
 
 def model_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters by name, without a copy. Tied parameters appear once, as in `named_parameters`."""
+    """Return a dict of the parameters by name, without a copy.
+
+    Tied parameters appear once, as in `named_parameters`.
+    """
     return {name: p.detach().contiguous() for name, p in model.named_parameters()}
 
 
@@ -88,11 +92,11 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def load_weights(model: VisionLanguageModel, path: Path) -> None:
-    """Load the weights of a safetensors file into a model whose parameters have the same names and shapes.
+    """Load a safetensors file into a model. The file's tensors and the model's parameters must agree in name and shape.
 
     Raises:
-        CheckpointError: the file cannot be read, or tensors are missing, unexpected or of another shape; the message
-            lists all such tensors.
+        CheckpointError: the file cannot be read, or a tensor is missing, is unexpected or has the wrong shape; the
+            message lists all tensors with such a problem.
     """
     fill_tensors(model_weights(model), path)
 
@@ -101,12 +105,12 @@ def fill_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Copy the tensors of a safetensors file into existing tensors of the same names and shapes.
 
     Args:
-        tensors: tensors by name, which are overwritten in place.
+        tensors: dict of tensors by name; the values of these tensors are overwritten in place.
         path: path of the safetensors file.
 
     Raises:
-        CheckpointError: the file cannot be read, or tensors are missing, unexpected or of another shape; the message
-            lists all such tensors.
+        CheckpointError: the file cannot be read, or a tensor is missing, is unexpected or has the wrong shape; the
+            message lists all tensors with such a problem.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -146,8 +150,8 @@ class ManifestEntry(Config):
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces `folder` when the `with` block ends without an error.
 
-    This function adds files.json to the folder and flushes every file to disk before it renames the folder. After a
-    crash of the host, the folder is therefore either complete or absent.
+    Before the rename, this function adds files.json to the folder and flushes every file to disk. After a crash of the
+    host, the folder is therefore either complete or absent.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -164,7 +168,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def verify_folder(folder: Path) -> None:
-    """Compare the size and the SHA-256 of every file of a folder with files.json.
+    """Check the size and the SHA-256 of every file that is listed in the files.json of a folder.
 
     Raises:
         CheckpointError: a file is missing, truncated or changed; the message lists all such files.
@@ -173,7 +177,7 @@ def verify_folder(folder: Path) -> None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         entries = {folder / name: ManifestEntry(**entry) for name, entry in manifest.items()}
         problems = [problem for path, entry in entries.items() if (problem := _describe_damage(path, entry))]
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # pydantic and json raise ValueErrors
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # errors of pydantic and json are ValueErrors
         problems = [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
     if problems:
         raise CheckpointError(
@@ -185,7 +189,7 @@ def verify_folder(folder: Path) -> None:
 
 
 def _describe_damage(path: Path, entry: ManifestEntry) -> str:
-    """Return how a file differs from its manifest entry, or an empty string if the two agree."""
+    """Return how a file differs from its manifest entry, or an empty string if the file matches the entry."""
     if not path.is_file():
         return f"{path.name} is missing"
     if (size := path.stat().st_size) != entry.bytes:

@@ -1,6 +1,6 @@
 """Decoder, a transformer that reads the embeddings of pictures and tokens and predicts the next token.
 
-Letters: B batch, T positions, S key positions, W width, V vocabulary.
+Letters in tensor names: B batch, T positions, S key positions, W width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Decoder(nn.Module):
         return vectors * self.embedding_scale if self.embedding_scale != 1 else vectors
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Compute the logits (..., V) of hidden states, with the soft cap if the model has a cap."""
+        """Compute the logits (..., V) of hidden states, and apply the soft cap if the model has a soft cap."""
         logits = self.head(hidden)
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
@@ -72,9 +72,9 @@ class Decoder(nn.Module):
         Args:
             x_BTW: embeddings of the new positions.
             mask: bool mask (B, 1, T, S), True where query t attends to key s; None for a causal mask.
-            positions_BT: position of each token; None to continue after the positions of the cache in all rows.
+            positions_BT: position of each token; None if the new positions of every row follow the cached positions.
             media: picture features for cross-attention; None to use the picture features of the cache.
-            cache: keys and values of earlier positions, to which this call adds the new positions.
+            cache: keys and values of earlier positions; this call adds the keys and values of the new positions.
             last_only: True to compute only the hidden state of the last position, with shape (B, 1, W).
         """
         T = x_BTW.shape[1]

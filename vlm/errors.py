@@ -1,4 +1,4 @@
-"""Errors whose message has four parts and says how to continue.
+"""Errors whose messages have four parts and tell the user how to continue.
 
 The four parts say what failed, where it failed, what was found, and what was expected or how to fix the problem. The
 class of an error decides the exit code of the command that shows the error: 1 for a failure, 2 for a user error.
@@ -22,7 +22,7 @@ class LakesightError(Exception):
 
     exit_code = 1
     permanent = False
-    """True if the same operation would fail again in a retry."""
+    """True if a retry of the operation would fail again."""
 
     def __init__(self, what: str, *, where: str = "", got: str = "", fix: str = "") -> None:
         self.what, self.where, self.got, self.fix = what, where, got, fix
@@ -42,18 +42,18 @@ def _rebuild(cls: type[LakesightError], state: dict[str, object], args: tuple[ob
 
 
 class UserError(LakesightError):
-    """Mistake of the user. A command shows the message without a traceback and exits with code 2."""
+    """Error for a mistake of the user. A command shows the message without a traceback and exits with code 2."""
 
     exit_code = 2
     permanent = True
 
 
 class ConfigError(UserError):
-    """Configuration that cannot be used. The message lists every problem."""
+    """Error for a configuration that cannot be used. The message lists every problem."""
 
 
 class ImageError(LakesightError):
-    """Picture that cannot be used. The attribute `reason` is one of IMAGE_REASONS."""
+    """Error for a picture that cannot be used. The attribute `reason` is one of IMAGE_REASONS."""
 
     def __init__(self, reason: str, detail: str) -> None:
         self.reason, self.detail = reason, detail
@@ -72,13 +72,13 @@ IMAGE_REASONS = (
 
 
 class CheckpointError(LakesightError):
-    """Checkpoint that is missing or incomplete, or that belongs to another model."""
+    """Error for a checkpoint that is missing or incomplete, or that belongs to a different model."""
 
     permanent = True
 
 
 def nearest(name: str, valid: Iterable[str], count: int = 1) -> list[str]:
-    """Return up to `count` valid names that are similar to a misspelled name, the most similar name first."""
+    """Return up to `count` valid names that are similar to a misspelled name, starting with the most similar name."""
     folded, by_folded = name.casefold(), {each.casefold(): each for each in valid}
     anagrams = [each for each in by_folded if sorted(each) == sorted(folded)]  # difflib misses "di" for "id"
     similar = difflib.get_close_matches(folded, by_folded, n=count, cutoff=0.6)

@@ -1,4 +1,4 @@
-"""Atomic writes of files, and the SHA-256 of a file's content."""
+"""Functions that write a file atomically and compute the SHA-256 of a file's content."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path in the same folder, and rename it to `path` when the `with` block ends without an error.
 
     A reader sees the whole old file or the whole new file, never a part of a file. The folder is created if it is
-    missing. Several processes may write the same file at once: each process uses its own temporary name, and the last
-    rename wins.
+    missing. Several processes may write the same file simultaneously. Each process uses a different temporary name, and
+    the last rename wins.
 
     Args:
         path: path of the file to write.
@@ -24,7 +24,7 @@ def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:
             files that are useless after a crash, such as heartbeats.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # without the name: it may already have the longest length
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # `path.name` may already have the maximum length
     try:
         yield temporary
         if sync:

@@ -1,7 +1,7 @@
 """Fusion of pictures and text, either by picture features in slots of the sequence or by gated cross-attention.
 
-Letters: B batch, P pictures of the batch, M largest number of pictures of a row, N features of a picture,
-T positions, S keys (M * N), W width.
+Letters in tensor names: B batch, P pictures of the batch, M largest number of pictures of a row, N features of a
+picture, T positions, S keys (M * N), W width.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ class Media:
     """Picture features that cross-attention attends to.
 
     Attributes:
-        features_BSW: concatenated features of each row's pictures; zeros fill up rows with fewer than M pictures.
+        features_BSW: concatenated features of each row's pictures; a row with fewer than M pictures is padded with
+            zeros.
         mask_BTS: bool mask, True where position t attends to feature s; a position attends only to the features of the
             last picture whose slot is at or before this position.
     """
@@ -32,7 +33,7 @@ class SlotsFusion(nn.Module):
     """Fusion that writes the features of each picture into the slots of the picture."""
 
     def forward(self, x_BTW: Tensor, is_slot_BT: Tensor, features_PNW: Tensor) -> tuple[Tensor, None]:
-        """Replace the embeddings of the slots by picture features. The second result, the media, is always None.
+        """Replace the embeddings of the slots by picture features. The second result is always None (no media).
 
         Raises:
             ValueError: the numbers of slots and features differ.
@@ -42,7 +43,7 @@ class SlotsFusion(nn.Module):
 
 
 class CrossFusion(nn.Module):
-    """Fusion that puts a learned marker into the slot of a picture and gives the features to cross-attention."""
+    """Fusion that puts a learned marker into the slot of a picture and passes the features to cross-attention."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

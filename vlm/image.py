@@ -4,9 +4,9 @@ The bytes of a picture are untrusted. The header (format, number of pixels, side
 decoded, and only the decoders of FORMATS run. Every defect becomes an ImageError whose reason is one of IMAGE_REASONS.
 This module changes no global setting of Pillow. Pillow's own limit rejects pictures above 178 megapixels.
 
-A decoded picture looks as in an image viewer. The picture is rotated according to its EXIF orientation, transparent
-pixels are composed over white, and an animation is represented by its first frame. Grey levels of 16 bits are scaled to
-8 bits, and palette and CMYK colours are converted to RGB. Colour profiles are ignored.
+A decoded picture looks the same as in an image viewer. The picture is rotated according to its EXIF orientation,
+transparent pixels are composed over white, and an animation is represented by its first frame. Grey levels of 16 bits
+are scaled to 8 bits, and palette and CMYK colours are converted to RGB. Colour profiles are ignored.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "lanczos": Image.Resampling.LANCZOS,
 }
-"""Resize filters by config value. Pillow's filters always antialias when a picture shrinks."""
+"""Pillow's resize filter for each value of the config field `filter`. The filters always antialias a shrinking
+picture."""
 
 MAX_ASPECT = 16
-"""Largest ratio of scaled side to model side at which the whole picture is resized.
+"""Largest ratio of a picture's scaled side to the side of the model's input at which the whole picture is resized.
 
 Above this ratio, only the visible part of the picture is resized. Resizing a whole picture of 4 x 16,000,000 pixels for
 a crop of side 384 would need 1.8 TB of memory."""
@@ -60,7 +61,7 @@ GREY_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 def picture_bytes(image: bytes | str | None) -> bytes:
-    """Return the bytes of a picture given as bytes or as base64 text.
+    """Return the file content of a picture that is given as bytes or as base64 text.
 
     Raises:
         ImageError: the reason is missing_field (None, empty or white space), not_an_image (neither bytes nor text) or
@@ -95,7 +96,7 @@ def decode_base64(text: str, max_bytes: int = sys.maxsize) -> bytes:
     try:
         try:
             data = _decode_strictly(body)
-        except (binascii.Error, ValueError):  # the slower path is rare, so it runs only after a failure
+        except (binascii.Error, ValueError):  # the tolerant decoding is slower, so the strict decoding comes first
             data = _decode_strictly("".join(unquote(body).split()).rstrip("=").translate(URL_SAFE))
     except (binascii.Error, ValueError) as error:
         raise ImageError("bad_base64", f"{len(body)} characters: {error}") from None
@@ -187,9 +188,10 @@ class ResizeTransform(NamedTuple):
     top: int
 
     def to_source(self, x: float, y: float) -> tuple[float, float]:
-        """Map a point of the square to the picture. A point in the padding maps to the nearest border of the picture.
+        """Map a point of the model's input to the picture. A point in the padding maps to the nearest border.
 
-        Coordinates count the edges of pixels, not their centres, so 0 is the left or upper border.
+        A coordinate is the distance from the left or upper border in pixels, so the centre of the first pixel has the
+        coordinate 0.5.
         """
         x = (x + self.left) * self.width / self.scaled_width
         y = (y + self.top) * self.height / self.scaled_height
@@ -254,7 +256,7 @@ def _decoders() -> tuple[str, ...]:
 
 
 def _claimed_format(data: bytes) -> str | None:
-    """Return the name of the format whose signature the first bytes match, or None. No parser runs."""
+    """Return the name of the format whose signature matches the first bytes, or None. No image parser runs."""
     start = data[:16].ljust(16, b"\0")  # Pillow's signature tests do not check the length of the data
     if start[4:8] == b"ftyp":
         return {b"avif": "AVIF", b"avis": "AVIF"}.get(start[8:12], "HEIF")

@@ -1,6 +1,6 @@
 """The vision-language model, which consists of an encoder, a projector, a fusion and a decoder.
 
-Letters: B batch, P pictures, N features of a picture, T positions, W width, V vocabulary.
+Letters in tensor names: B batch, P pictures, N features of a picture, T positions, W width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from vlm.vision import VisionEncoder
 
 
 class VisionLanguageModel(nn.Module):
-    """Vision-language model that runs encoder, projector, fusion of features and token embeddings, and decoder.
+    """Vision-language model with an encoder, a projector, a fusion of features and token embeddings, and a decoder.
 
     Args:
-        config: model config from which the other parts were built.
+        config: model config from which the modules below were built.
         encoder: module that turns pixels into features.
         projector: module that maps features to the width of the decoder.
         fusion: module that inserts features into the sequence or prepares the features for cross-attention.
@@ -65,8 +65,8 @@ class VisionLanguageModel(nn.Module):
     def hidden_states(self, batch: Batch) -> Tensor:
         """Compute hidden states (B, T, W) of a right-padded batch."""
         x_BTW, media = self.embed(batch.tokens_BT, self.encode(batch.pixels_PHWC))
-        # Right padding needs no mask under causal attention, because no token attends to a later position. The same
-        # holds under a prefix mask, because padding comes after the answer.
+        # Right padding needs no mask under causal attention, because no token attends to a later position. Right
+        # padding does not change a prefix mask either, because padding comes after the answer.
         mask = None
         if self.prefix_lm:
             valid_BT = torch.ones_like(batch.tokens_BT, dtype=torch.bool)
@@ -74,7 +74,7 @@ class VisionLanguageModel(nn.Module):
         return self.decoder(x_BTW, mask=mask, media=media)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Compute the logits (targets, V) of target positions, in row-major order. Other positions skip the head."""
+        """Compute the logits (targets, V) of target positions, in row-major order. The head skips other positions."""
         return self.decoder.logits(self.hidden_states(batch)[batch.labels_BT != IGNORE])
 
     def prefill(

@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 INT4_GROUP_SIZE = 32
 """Number of input channels that share an int4 scale and zero point.
 
-Scale and zero point together take 32 bits, so an int4 weight takes 5 bits in all."""
+The scale and the zero point of a group together take 32 bits, so each weight takes 4 + 32 / 32 = 5 bits in all."""
 INT4_OUTPUT_MULTIPLE = 16
-"""Number that must divide the number of output channels for the int4 kernel for CPUs."""
+"""The int4 kernel for CPUs needs a number of output channels that is a multiple of this number."""
 
 
 def set_precision(model: VisionLanguageModel, precision: Precision) -> None:
@@ -74,7 +74,7 @@ def _supports_int4(layer: nn.Linear) -> bool:
 
 
 def _torchao_config(precision: Precision, device: torch.device) -> Any:
-    """Return torchao's weight-only config for a device. torchao must not change global compiler settings."""
+    """Return torchao's weight-only config for a device. The config leaves global compiler settings unchanged."""
     from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
 

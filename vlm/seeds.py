@@ -28,7 +28,7 @@ def _wrap(word: Word) -> Word:
 
 
 def mix(*numbers: int) -> int:
-    """Compute a 63-bit seed from several numbers. Any change of a number changes about half of the bits of the seed.
+    """Compute a 63-bit seed from several numbers. If a number changes, about half of the bits of the seed change.
 
     A sum of shifted numbers would not be enough, because torch's CPU generator uses only the low 32 bits of a seed.
     """

@@ -1,6 +1,6 @@
 """Vision encoder, which turns a picture into a sequence of features.
 
-Letters: B batch, C channels, N patches (plus class token and registers), W width.
+Letters in tensor names: B batch, C channels, N patches (plus class token and registers), W width.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class AttentionPool(nn.Module):
 class VisionEncoder(nn.Module):
     """Vision transformer with stem, class token, registers, position embeddings, blocks, norms and an output selection.
 
-    Position embeddings are added to all tokens or only to the patches. The modules `pre_norm` and `norm` are identities
-    in a model that has no such norm.
+    Position embeddings are added to all tokens or only to the patches. The module `pre_norm` or `norm` is an identity
+    if the model has no norm at this place.
     """
 
     def __init__(
@@ -98,7 +98,10 @@ class VisionEncoder(nn.Module):
         self.select = select
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Compute the features of normalised pixels, (B, N, W) with `select: patches` and (B, 1, W) otherwise."""
+        """Compute the features of normalised pixels.
+
+        The result has shape (B, N, W) with `select: patches` and shape (B, 1, W) otherwise.
+        """
         x_BNW = self.pre_norm(self.dropout(self._embed(self.stem(pixels_BCHW).flatten(2).transpose(1, 2))))
         for block in self.blocks:
             x_BNW = block(x_BNW, mask=None, causal=False)

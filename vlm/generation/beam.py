@@ -1,15 +1,16 @@
 """Beam search, which extends the most likely partial completions in parallel and returns the best finished completion.
 
-The search has the same rules as transformers' `generate` with `early_stopping=False`, so that both return the same
-tokens:
+The search has the same rules as transformers' `generate` with `early_stopping=False`, so that both implementations
+return the same tokens:
 
-- Each step considers twice as many candidates as beams. A finished candidate counts only if it is one of
-  the best `num_beams` candidates.
+- Each step considers twice as many candidates as beams. A finished candidate counts only if the candidate is among the
+  best `num_beams` candidates.
 - The normalized score of a candidate is its log-probability divided by length ** length_penalty.
 - The search of a request ends when the search holds `num_beams` finished candidates and the best open beam has no
   higher normalized score than the worst finished candidate.
 
-Letters: B active requests, K beams, C candidates, R = B * K rows, X = K * V continuations, V vocabulary.
+Letters in tensor names: B active requests, K beams, C candidates, R = B * K rows, V vocabulary, X = K * V continuations
+of a request.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def beam_search(
 
     Raises:
         UserError: a request does not fit the model's context.
-        ValueError: the number of slots of a request does not match its pictures.
+        ValueError: the number of slots of a request does not match the number of pictures of the request.
     """
     K = settings.num_beams
     logits_RV, cache = prefill(model, requests, settings)
@@ -85,7 +86,7 @@ class _Beam:
         logprobs: log-probability of each token under the model.
         score: sum of the log-probabilities after the repetition penalty.
         normalized_score: score divided by length ** length_penalty.
-        parent: index of the beam that this beam extends.
+        parent: index of the beam of the previous step that this beam extends.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -96,7 +97,7 @@ class _Beam:
 
 
 _IMPOSSIBLE = -math.inf
-"""Score of a filler beam, which keeps the number of beams of a request constant."""
+"""Score of a filler beam. Filler beams keep the number of beams of each request constant."""
 
 
 class _Search:

@@ -1,9 +1,10 @@
-"""Text generation. One forward pass reads the prefixes, and each later step adds one token to each row.
+"""Text generation. The first forward pass reads the prefixes of all rows, and each later forward pass adds one token to
+each row.
 
 Rows of a batch do not influence each other, so a completion does not depend on the other rows. A finished row leaves
 the batch. The suppressed ids of the tokenizer are never generated.
 
-Letters: B unfinished rows of the batch, V vocabulary.
+Letters in tensor names: B unfinished rows of the batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def generate(
 
     Raises:
         UserError: a request and `max_new_tokens` do not fit the model's context.
-        ValueError: the number of slots of a request does not match its pictures.
+        ValueError: the number of slots of a request does not match the number of pictures of the request.
     """
     if not requests:
         return []
@@ -47,10 +48,10 @@ def generate(
 def stream(
     model: VisionLanguageModel, tokenizer: Tokenizer, request: Request, settings: GenerationConfig
 ) -> Iterator[int]:
-    """Yield the token ids of one completion as they are generated, without the end token.
+    """Generate one completion, and yield the token ids one by one during generation, without the end token.
 
     A token that may belong to a stop string is held back until later tokens decide whether the stop string occurs.
-    Beam search yields all tokens when the search has ended.
+    With beam search, no token is yielded before the search has ended.
 
     Raises:
         UserError: the request and `max_new_tokens` do not fit the model's context.
@@ -73,7 +74,7 @@ def stream(
 def _generate_steps(
     model: VisionLanguageModel, tokenizer: Tokenizer, requests: Sequence[Request], settings: GenerationConfig
 ) -> Iterator[list[Completion]]:
-    """Yield the partial completions of all requests after each step. Every step yields the same list of completions."""
+    """Yield the partial completions of all requests after each step. All steps yield the same list object."""
     logits_BV, cache = prefill(model, requests, settings)
     sampler = TokenSampler(requests, settings, logits_BV.shape[-1], logits_BV.device)
     completions = [Completion() for _ in requests]

@@ -1,6 +1,6 @@
 """Requests and completions of text generation, and the prefill step, which encodes pictures and prefixes.
 
-Letters: B requests, T positions, P pictures, N features of a picture, W width, V vocabulary.
+Letters in tensor names: B requests, T positions, P pictures, N features of a picture, W width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Request:
         prefix: token ids of the prompt, with SLOT at the positions of pictures (`vlm.text.prompt`).
         pixels: uint8 pictures (H, W, 3) at model resolution, in the order of their slots; empty for a prompt without
             pictures.
-        seed: seed of the request; requests with the same pictures and prompt but other seeds give other samples.
+        seed: seed of the request; requests with equal pictures and prompts but different seeds give different samples.
     """
 
     prefix: Sequence[int]
@@ -63,7 +63,7 @@ class Completion:
 
 
 def check_length(model: VisionLanguageModel, request: Request, settings: GenerationConfig) -> None:
-    """Check that the prefix and the answer of a request fit the model's context. A prompt is never truncated.
+    """Check that the prefix and the longest allowed answer of a request fit the model's context.
 
     Raises:
         UserError: the prefix and `max_new_tokens` together are longer than the context.
@@ -81,11 +81,11 @@ def check_length(model: VisionLanguageModel, request: Request, settings: Generat
 def prefill(
     model: VisionLanguageModel, requests: Sequence[Request], settings: GenerationConfig
 ) -> tuple[Tensor, KVCache]:
-    """Return the logits (B, V) of the first tokens, and a cache that holds the prefixes and has space for the answers.
+    """Return the logits (B, V) of the first answer tokens, and a cache with the prefixes and space for the answers.
 
     Raises:
         UserError: a request does not fit the model's context.
-        ValueError: the number of slots of a request does not match its pictures.
+        ValueError: the number of slots of a request does not match the number of pictures of the request.
     """
     for request in requests:
         check_length(model, request, settings)
@@ -120,7 +120,7 @@ def _features(model: VisionLanguageModel, requests: Sequence[Request]) -> Tensor
 
 
 def request_seed(request: Request, settings: GenerationConfig) -> int:
-    """Derive a seed from the settings' seed and from the seed, the pictures and the prompt of a request."""
+    """Compute the random seed of a request from `settings.seed` and the request's seed, pictures and prompt."""
     checksums = [zlib.crc32(_bytes(picture)) for picture in request.pixels]
     return mix(settings.seed, request.seed, *checksums, *(token - SLOT for token in request.prefix))
 

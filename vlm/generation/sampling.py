@@ -3,7 +3,7 @@
 The settings have the same meaning as in transformers' `generate` and are applied in the same order: repetition penalty,
 temperature, top-k, top-p, min-p.
 
-Letters: B batch, N new tokens, V vocabulary.
+Letters in tensor names: B batch, N new tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class RepetitionPenalty:
         return torch.where(self._seen_BV, penalized_BV, scores_BV)
 
     def add(self, tokens_B: Tensor) -> None:
-        """Record the next token of each row as seen."""
+        """Record that the new token of each row now occurs in the completion of the row."""
         if self._factor != 1:
             self._seen_BV.scatter_(1, tokens_B[:, None], True)
 
@@ -102,7 +102,7 @@ def sample_tokens(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def filter_scores(scores_BV: Tensor, settings: GenerationConfig) -> Tensor:
-    """Divide scores by the temperature and set tokens outside top-k, top-p and min-p to minus infinity.
+    """Divide scores by the temperature, and set the scores of tokens outside top-k, top-p and min-p to minus infinity.
 
     The top-p filter is nucleus sampling (Holtzman et al., 2019). The min-p filter removes tokens whose probability is
     below `min_p` times the probability of the best token (Nguyen et al., 2024).

@@ -1,6 +1,6 @@
 """Multi-head self-attention and cross-attention, based on the fused kernel of torch.
 
-Letters: B batch, T query, S key, H heads, K kv heads, D head width, W width.
+Letters in tensor names: B batch, T query, S key, H heads, K kv heads, D head width, W width.
 """
 
 from __future__ import annotations
@@ -51,14 +51,15 @@ class Attention(nn.Module):
         layer: int = 0,
         last_only: bool = False,
     ) -> Tensor:
-        """Compute the attention of the positions of x to the positions of x and of the cache.
+        """Compute attention from the positions of x to the cached positions and the positions of x.
 
         Args:
             x_BTW: input of the layer.
             mask: bool mask, broadcastable to (B, H, T, S), True where query t attends to key s; None to use `causal`.
-            causal: without a mask, True to attend only to the same and earlier positions, False to attend to all.
+            causal: True for causal attention if `mask` is None; False for attention from every position to every
+                position.
             angles: rotary angles of the positions of x.
-            cache: keys and values of earlier positions, to which this call adds the new positions.
+            cache: keys and values of earlier positions; this call adds the keys and values of the new positions.
             layer: index of this layer in the cache.
             last_only: True to compute only the output of the last position.
 
@@ -136,7 +137,7 @@ class CrossAttention(nn.Module):
         return k_BHSD, v_BHSD
 
     def forward(self, x_BTW: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
-        """Compute the attention of x to the result of `keys_values`. The mask works as in `Attention.forward`."""
+        """Compute attention from x to a memory, given its keys and values. The mask works as in `Attention.forward`."""
         B, T, _ = x_BTW.shape
         q_BHTD = self.q(x_BTW).view(B, T, -1, self.head_dim).transpose(1, 2)
         out_BHTD = F.scaled_dot_product_attention(q_BHTD, *keys_values, attn_mask=mask)

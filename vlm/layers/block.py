@@ -18,8 +18,8 @@ from vlm.layers.position import Angles
 class Block(nn.Module):
     """Pre-norm block, which computes x + attention(norm(x)) and then x + mlp(norm(x)).
 
-    The output of each branch can go through a second norm (`post_norms`) and a learned scale per channel, which starts
-    at `layer_scale`.
+    The outputs of attention and MLP can go through a second norm (`post_norms`) and a learned scale per channel, whose
+    initial value is `layer_scale`.
 
     Attributes:
         recompute: True to store only the input of the block in training and to compute the block again in the backward
@@ -96,7 +96,7 @@ def iterate_blocks(model: nn.Module) -> Iterator[Block]:
 def recompute_blocks(model: nn.Module) -> None:
     """Enable activation recomputation in all blocks (Chen et al., 2016).
 
-    A training step then computes about a third more, but stores the activations of only one block at a time.
+    A training step then needs about a third more computation, but stores the activations of only one block at a time.
     """
     for block in iterate_blocks(model):
         block.recompute = True
@@ -113,7 +113,7 @@ def compile_blocks(model: nn.Module) -> None:
 
 @cache
 def _compiled_compute() -> Callable[..., Tensor]:
-    """Return the compiled `_compute`. All blocks share this function, so blocks of the same shape share kernels.
+    """Return the compiled `Block._compute`. All blocks share this function, so blocks of equal shape share kernels.
 
     The function is compiled on first use, because importing the compiler is slow.
     """

@@ -1,6 +1,6 @@
 """Key-value cache for generation. The caller creates the cache, and the model fills it.
 
-Letters: B batch, K kv heads, S key positions, D head width.
+Letters in tensor names: B batch, K kv heads, S key positions, D head width.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class KVCache:
         return self._keys[layer, :, :, :end], self._values[layer, :, :, :end]
 
     def advance(self, positions: int) -> None:
-        """Increase `length` by a number of new positions, which every layer has stored."""
+        """Increase `length` by the number of new positions, after every layer has stored its keys and values."""
         self.length += positions
 
     def repeat(self, times: int) -> None:
-        """Replace each row by `times` adjacent copies."""
+        """Replace each row by `times` adjacent copies of the row."""
         self._keys = self._keys.repeat_interleave(times, dim=1)
         self._values = self._values.repeat_interleave(times, dim=1)
         if self.padding_B is not None:
@@ -89,9 +89,9 @@ class KVCache:
         return kept
 
     def reorder(self, rows_B: Tensor, start: int) -> None:
-        """Replace each row i by a copy of the old row `rows_B[i]`, from position `start` on.
+        """Copy the positions from `start` on from the old row `rows_B[i]` to each row i.
 
-        The positions before `start` must be equal in both rows.
+        The positions before `start` must already be equal in row i and in row `rows_B[i]`.
         """
         for stored in (self._keys, self._values):
             stored[:, :, :, start : self.length] = stored[:, rows_B, :, start : self.length]

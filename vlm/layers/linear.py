@@ -8,7 +8,7 @@ from vlm.layers.moe import MoeMlp
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linear layers by name, except the routers of experts, whose weights must stay in fp32."""
+    """Return all linear layers by name, without the routers of experts, because router weights must stay in fp32."""
     routers = router_layers(model)
     return {
         name: module

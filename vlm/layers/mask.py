@@ -1,7 +1,7 @@
 """Attention masks, built from a validity flag and an autoregressive mark for each position.
 
 The method is the same as `make_attn_mask` in big_vision. A query attends to itself and to every valid (not padded) key
-whose cumulative sum of marks is not larger than the cumulative sum of the query:
+whose cumulative sum of marks is at most the query's cumulative sum of marks:
 
     marks            mask
     1 1 1 1 1 1      causal: every position attends to itself and to earlier positions
@@ -20,7 +20,8 @@ def attention_mask(valid_BT: Tensor, marks_BT: Tensor) -> Tensor:
 
     Args:
         valid_BT: bool, False at padding positions.
-        marks_BT: autoregressive marks; 1 if earlier positions must not attend to a position, else 0.
+        marks_BT: autoregressive marks; 1 at a position to which earlier positions must not attend, and 0 at other
+            positions.
 
     Returns:
         Mask of shape (B, 1, T, T), which broadcasts over heads.

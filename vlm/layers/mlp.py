@@ -10,7 +10,7 @@ ActivationFunction = Callable[[Tensor], Tensor]
 
 
 class PlainMlp(nn.Module):
-    """MLP of a linear layer, an activation and a linear layer, from (..., width) to (..., out_width)."""
+    """MLP of two linear layers with an activation in between. The MLP maps (..., width) to (..., out_width)."""
 
     def __init__(
         self, width: int, mlp_width: int, activation: ActivationFunction, *, bias: bool, out_width: int
@@ -26,7 +26,7 @@ class PlainMlp(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """Gated linear unit out(activation(gate(x)) * up(x)) (Shazeer, 2020). One matrix computes gate and up."""
+    """Gated linear unit out(activation(gate(x)) * up(x)) (Shazeer, 2020). One matrix computes gate(x) and up(x)."""
 
     def __init__(self, width: int, mlp_width: int, activation: ActivationFunction, *, bias: bool) -> None:
         super().__init__()

@@ -4,7 +4,8 @@ Experts have no capacity limit, so no token is dropped. Tokens are sorted by exp
 computes all experts. The function `naive_experts` is a slow reference implementation with a loop over the experts.
 Tests compare both implementations.
 
-Letters: N tokens, K chosen experts of a token, A = N * K assignments, X experts, W width, I inputs, O outputs.
+Letters in tensor names: N tokens, K chosen experts of a token, A = N * K assignments, X experts, W width, I inputs, O
+outputs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class Groups(NamedTuple):
 
     Attributes:
         expert_A: index of the expert of each row, in ascending order.
-        ends_X: int32 index after the last row of each expert; an expert without rows repeats the previous index.
+        ends_X: int32 index after the last row of each expert; an expert without rows has the same index as the previous
+            expert.
     """
 
     expert_A: Tensor
@@ -47,7 +49,7 @@ class GroupedLinear(nn.Module):
 
 
 class PlainExperts(nn.Module):
-    """Experts that are each a `PlainMlp`, with stacked weights."""
+    """Experts with the formula of `PlainMlp`. The weights of all experts are stacked in one tensor per layer."""
 
     def __init__(
         self, num_experts: int, width: int, mlp_width: int, activation: ActivationFunction, *, bias: bool
@@ -63,7 +65,7 @@ class PlainExperts(nn.Module):
 
 
 class GatedExperts(nn.Module):
-    """Experts that are each a `GatedMlp`, with stacked weights."""
+    """Experts with the formula of `GatedMlp`. The weights of all experts are stacked in one tensor per layer."""
 
     def __init__(
         self, num_experts: int, width: int, mlp_width: int, activation: ActivationFunction, *, bias: bool
@@ -80,7 +82,7 @@ class GatedExperts(nn.Module):
 
 
 class Routing(NamedTuple):
-    """Choice of experts by a router, for each token.
+    """Experts that a router has chosen for each token.
 
     Attributes:
         logits_NX: fp32 logits of the router without noise, which are the input of the router losses.
@@ -140,7 +142,10 @@ class MoeMlp(nn.Module):
             return Routing(logits_NX, best_NK.softmax(dim=-1), chosen_NK)
 
     def pop_routing(self) -> Routing:
-        """Return and clear the routing of the last training pass, or a routing of zero tokens if no pass is stored."""
+        """Return the routing of the last training pass, and delete the routing from the layer.
+
+        Return a routing of zero tokens if no routing is stored.
+        """
         routing, self.routing = self.routing, None
         if routing is None:
             routing = self.route(self.router.weight.new_zeros(0, self.router.in_features))
@@ -153,7 +158,7 @@ class MoeMlp(nn.Module):
 
 
 def dispatch(experts: PlainExperts | GatedExperts, x_NW: Tensor, routing: Routing) -> Tensor:
-    """Sort the tokens by expert, apply the experts, and sum the outputs of the chosen experts of each token."""
+    """Sort the tokens by expert, apply the experts, and return the weighted sum of expert outputs for each token."""
     (N, W), K = x_NW.shape, routing.chosen_NK.shape[1]
     expert_A, order_A = routing.chosen_NK.flatten().sort(stable=True)
     inverse_A = torch.empty_like(order_A)
@@ -178,7 +183,7 @@ def grouped_matmul(x_AI: Tensor, weight_XOI: Tensor, groups: Groups) -> Tensor:
 
 
 def padded_matmul(x_AI: Tensor, weight_XOI: Tensor, groups: Groups) -> Tensor:
-    """Compute `grouped_matmul` on any version of torch, with all experts padded to the rows of the busiest expert.
+    """Compute `grouped_matmul` on any version of torch, by padding each expert to the load of the busiest expert.
 
     The cost is X times the cost of the busiest expert, which is close to optimal for a balanced load.
     """

@@ -1,4 +1,4 @@
-"""RMS norm whose scale is stored as its difference from one. The model takes all other norms from torch."""
+"""RMS norm that stores scale - 1 instead of its scale. All other norms of the model are classes of torch."""
 
 from __future__ import annotations
 

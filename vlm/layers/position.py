@@ -1,6 +1,6 @@
-"""Rotary position embedding of queries and keys. Learned positions are a plain embedding table and not in this module.
+"""Rotary position embedding of queries and keys. Learned positions are a plain embedding table and need no class here.
 
-Letters: B batch, H heads, T query, D head width.
+Letters in tensor names: B batch, H heads, T query, D head width.
 """
 
 from __future__ import annotations

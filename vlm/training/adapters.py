@@ -1,15 +1,16 @@
 """Low-rank adapters (LoRA; Hu et al., 2021), which are small trained updates to the linear layers of a frozen model.
 
-An adapted layer computes x W' + (alpha / rank) x A' B'. A (`down`) starts at random values and B (`up`) starts at zero,
-so a fresh adapter leaves the output exactly unchanged. `merge_adapter` adds the update to W and restores a plain model.
+An adapted layer computes x W' + (alpha / rank) x A' B'. The matrix A (`down`) starts at random values and the matrix B
+(`up`) starts at zero, so a fresh adapter leaves the output exactly unchanged. `merge_adapter` adds the update to W and
+restores a plain model.
 
 adapter.safetensors   the matrices A and B of each adapted layer
 adapter.json          the AdapterConfig, and the SHA-256 of the weights file that the adapter was trained on
 
-The SHA-256 identifies the base weights. The shapes of the tensors cannot do this, because another model with the same
-shapes would load the adapter without an error and generate nonsense.
+The SHA-256 identifies the base weights. The shapes of the tensors cannot identify the base weights, because a different
+model with the same shapes would load the adapter without an error and generate nonsense.
 
-Letters: R rank.
+Letters in tensor names: R rank.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class LoraLinear(nn.Linear):
 def add_adapter(model: nn.Module, config: AdapterConfig) -> None:
     """Freeze a model and add a fresh low-rank update to each linear layer whose name matches the pattern, in place.
 
-    The matrices A come from torch's global random generator, which the caller seeds first.
+    The values of the matrices A come from torch's global random generator, which the caller seeds first.
 
     Raises:
         ConfigError: the pattern matches no linear layer, or matches a layer that shares its weight with another layer.
@@ -93,8 +94,8 @@ def cast_frozen_to_bf16(model: nn.Module) -> None:
     """Convert frozen weights of linear layers and experts to bf16, in place, to save memory under bf16 autocast.
 
     Results do not change, because autocast would round these weights in the same way at every use. Autocast does not
-    round embedding tables and routers, so the weights of both stay in fp32. A head that shares the weight of an
-    embedding table also stays in fp32.
+    round embedding tables and routers, so the weights of embedding tables and routers stay in fp32. An output head that
+    shares the weight of an embedding table also stays in fp32.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     experts = [module for module in model.modules() if isinstance(module, GroupedLinear)]
@@ -140,7 +141,8 @@ def load_adapter(folder: Path, model: nn.Module, base_sha256: str) -> None:
         base_sha256: SHA-256 of the weights file that `model` was loaded from.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the adapter was trained on other weights or has other layers.
+        CheckpointError: a file is missing or damaged, or the adapter was trained on different weights, or the adapter's
+            layers do not match the model.
     """
     with torch.random.fork_rng(devices=[]):  # building an adapter must not change the caller's random state
         add_adapter(model, _read(folder, base_sha256).adapter)
@@ -177,7 +179,7 @@ def _read(folder: Path, base_sha256: str) -> AdapterFile:
 
 
 def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights `down` and `up` of each adapted layer by full parameter name, without a copy."""
+    """Return a dict of the weights `down` and `up` of each adapted layer by full parameter name, without a copy."""
     return {
         f"{name}.{part}": getattr(layer, part).detach()
         for name, layer in linear_layers(model).items()

@@ -73,10 +73,11 @@ def fit(
     Args:
         model: model that returns the logits of the target positions of a Batch; wrapped in DDP for several ranks.
         optimizer: optimizer from `vlm.training.optim.build_adamw`.
-        batches: this rank's slice of the global batch of each step. A slice is split into parts whose gradients are
-            accumulated; all ranks have the same number of parts, and more parts need less memory.
+        batches: for each step, this rank's slice of the global batch. A slice is split into parts whose gradients are
+            accumulated; the number of parts is the same on all ranks, and a slice with more parts needs less memory.
         start: number of the first step.
-        lr_schedule: function from a step to its learning rate, which is multiplied by `lr_share` of each group.
+        lr_schedule: function that returns the learning rate of a step; each parameter group multiplies this rate by its
+            `lr_share`.
         grad_clip: largest gradient norm; a larger gradient is scaled down to this norm.
         seed: seed of the training run.
         rank: rank of this process.
@@ -118,7 +119,8 @@ def _backward(
     """Accumulate the gradients of one part of a batch, and return the summed loss and the router report of the part."""
     with mixed_precision(part.tokens_BT.device, bf16=bf16):
         loss_sum = token_loss(model(part), part)
-    # The loss is a mean over the tokens of all ranks, but DDP averages over ranks, so multiply by the number of ranks.
+    # The loss is a mean over the tokens of all ranks, but DDP averages gradients over ranks, so multiply by the number
+    # of ranks.
     objectives, report = [loss_sum * (world_size() / tokens).to(loss_sum.dtype)], None
     if layers:
         router_part, report = router_loss(layers, part)
@@ -144,5 +146,5 @@ def _divergence_error(step: int, loss: float, grad_norm: float, rank: int, rank_
 
 
 def mixed_precision(device: torch.device, *, bf16: bool) -> AbstractContextManager[object]:
-    """Return a context that enables bfloat16 autocast, or an empty context if `bf16` is False."""
+    """Return a context manager that enables bfloat16 autocast if `bf16` is True and does nothing otherwise."""
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()

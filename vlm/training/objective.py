@@ -1,6 +1,6 @@
 """Caption loss and router losses for training, and losses per row for evaluation.
 
-Letters: B batch, T positions, V vocabulary, N tokens, K chosen experts of a token, X experts.
+Letters in tensor names: B batch, T positions, V vocabulary, N tokens, K chosen experts of a token, X experts.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from vlm.training.parallel import global_sum
 def token_loss(logits_NV: Tensor, batch: Batch) -> Tensor:
     """Compute the summed cross entropy, in nats, of the logits at the N target positions of a batch.
 
-    The caller divides the sum by the number of target tokens of the global batch. A mean over the tokens of each rank
-    would give more weight to ranks with short captions.
+    The caller divides the sum by the number of target tokens of the global batch. With a separate mean on each rank, a
+    token would have more weight on ranks with short captions.
     """
     labels_BT = batch.labels_BT
     return F.cross_entropy(logits_NV.float(), labels_BT[labels_BT != IGNORE], reduction="sum")
@@ -41,7 +41,8 @@ class RouterReport:
     Attributes:
         balance: load-balance loss, averaged over layers; 1 if all experts get equally many tokens.
         z: router z loss, averaged over layers.
-        load: fraction of a layer's token assignments that each expert gets, by layer name; each layer sums to 1.
+        load: fraction of a layer's token assignments that each expert gets, by layer name; the fractions of a layer sum
+            to 1.
     """
 
     balance: float
@@ -76,7 +77,8 @@ def router_loss(layers: Mapping[str, MoeMlp], batch: Batch) -> tuple[Tensor, Rou
         batch: input batch of the last training pass.
 
     Returns:
-        This rank's part of the weighted router loss, and the router report. The parts of all ranks sum to the loss.
+        This rank's part of the weighted router loss, and the router report. The sum of the parts of all ranks is the
+        weighted router loss.
     """
     valid_N = _valid_positions(batch).flatten().float()
     rank_sums = [
@@ -97,7 +99,8 @@ def router_loss(layers: Mapping[str, MoeMlp], batch: Batch) -> tuple[Tensor, Rou
 
 
 class _RouterSums(NamedTuple):
-    """Sums of assignments, probabilities, squared log-partitions and tokens over the valid tokens of a layer."""
+    """Sums over the valid tokens of a layer: assignments and probabilities by expert, squared log-partitions,
+    tokens."""
 
     chosen_X: Tensor
     probability_X: Tensor
@@ -125,7 +128,7 @@ def _sum_over_ranks(rank_sums: list[_RouterSums]) -> list[_RouterSums]:
 
 
 def _is_decoder_layer(layer: str) -> bool:
-    """Return whether a layer belongs to the decoder. The tokens of an encoder layer are patches and never padding."""
+    """Return whether a layer belongs to the decoder. The tokens of an encoder layer are patches, never padding."""
     return layer.startswith("decoder.")
 
 
@@ -143,7 +146,10 @@ def row_losses(model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def row_scores(model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute summed loss, number of target tokens and number of correctly predicted tokens of each row, (B,) each."""
+    """Compute, for each row, the summed loss, the number of target tokens and the number of correctly predicted tokens.
+
+    Each of the three results has shape (B,).
+    """
     is_target_BT = batch.labels_BT != IGNORE
     logits_NV, labels_N = model(batch).float(), batch.labels_BT[is_target_BT]
     losses_BT = torch.zeros(is_target_BT.shape, device=labels_N.device)

@@ -14,7 +14,7 @@ from vlm.config import ScheduleConfig
 from vlm.errors import ConfigError
 
 NO_DECAY_SUFFIXES = ("bias", "position", "_token")
-"""Suffixes of the names of parameters that have no weight decay, whatever the shape of the parameter."""
+"""A parameter whose name ends with one of these suffixes has no weight decay, regardless of the parameter's shape."""
 AVERAGE = "average"
 """Key of a parameter's moving average in the optimizer state.
 
@@ -22,11 +22,13 @@ The average is saved, resumed and sharded in the same way as the AdamW moments."
 
 
 def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:
-    """Make a parameter trainable if its first matching pattern has a rate above zero, and freeze it otherwise.
+    """Make each parameter trainable whose first matching pattern has a rate above zero, and freeze all other
+    parameters.
 
     Args:
         model: model whose parameters become trainable or frozen.
-        rates: learning rate by pattern; a pattern must match the whole name of a parameter, and the first match counts.
+        rates: learning rate by name pattern; a pattern must match the whole name of a parameter, and the first matching
+            pattern of a parameter decides.
 
     Raises:
         ConfigError: a pattern is not the first match of any parameter.
@@ -49,12 +51,13 @@ def parameter_groups(
 ) -> list[dict[str, object]]:
     """Group the trainable parameters by learning rate and weight decay.
 
-    Matrices have weight decay. Vectors (norms and biases), position embeddings and embedding tables do not have any.
+    Matrices have weight decay. Vectors (norms and biases), position embeddings and embedding tables have no weight
+    decay.
 
     Args:
         model: model whose trainable parameters are grouped.
         weight_decay: weight decay of matrices.
-        rates: learning rate by pattern, as in `set_trainable`; None for the same learning rate for all parameters.
+        rates: learning rate by pattern, as in `set_trainable`; None if all parameters have the same learning rate.
 
     Returns:
         Parameter groups for the optimizer. `lr_share` is the learning rate of a group divided by the largest rate.
@@ -104,7 +107,7 @@ def update_average(optimizer: torch.optim.Optimizer, decay: float, step: int) ->
 
 @torch.no_grad()
 def swap_average(optimizer: torch.optim.Optimizer) -> None:
-    """Exchange each parameter with its average. A parameter without an average does not change."""
+    """Exchange the values of each parameter and its average. A parameter without an average does not change."""
     for parameter in _parameters(optimizer):
         if AVERAGE in optimizer.state.get(parameter, ()):
             average = optimizer.state[parameter][AVERAGE]
@@ -132,7 +135,7 @@ def schedule(config: ScheduleConfig, step: int, *, steps: int, warmup_steps: int
     Args:
         config: kind and parameters of the schedule.
         step: number of the step, 0 <= step < steps.
-        steps: number of all steps; the last step has the rate `floor`.
+        steps: total number of steps; the rate of the last step is `floor`, except in a constant schedule.
         warmup_steps: number of warm-up steps; step number `warmup_steps` has the peak rate.
     """
     if step < warmup_steps:

@@ -1,8 +1,8 @@
-"""Data-parallel training: wrapping and sharding of the model, and reductions over ranks.
+"""Data-parallel training with DDP or FSDP, and reductions of tensors over ranks.
 
 DDP keeps the whole model on each rank and averages the gradients. FSDP keeps a shard of each parameter, gradient and
 optimizer moment on each rank and gathers the parameters of one block at a time. FSDP is for models that do not fit into
-the memory of a rank. DDP and FSDP compute the same steps.
+the memory of a rank. DDP and FSDP compute the same training steps.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def gradient_sync(model: nn.Module, *, enabled: bool) -> Iterator[None]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor from all ranks, which must call this together. Return any other tensor unchanged."""
+    """Gather a sharded tensor on all ranks, which must call this function together. Return a plain tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

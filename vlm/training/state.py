@@ -42,7 +42,8 @@ class TrainingSnapshot:
 def snapshot_training(
     weights: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, step: int
 ) -> TrainingSnapshot:
-    """Copy the weights and the optimizer state to host memory. All ranks must call this for a sharded model.
+    """Copy the weights and the optimizer state to host memory. If the model is sharded, all ranks must call this
+    function.
 
     Args:
         weights: weights to copy, by name, such as the result of `model_weights(model)` for the whole model.
@@ -91,7 +92,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return {
         f"{name}:{key}": value.contiguous()
         for name, parameter in _parameters(model).items()
-        if parameter in optimizer.state  # looking up a frozen parameter would create a state
+        if parameter in optimizer.state  # looking up the state of a frozen parameter would create a state
         for key, value in optimizer.state[parameter].items()
     }
 
