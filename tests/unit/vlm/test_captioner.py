@@ -39,7 +39,7 @@ def test_a_caption_does_not_depend_on_prompts_of_other_lengths_in_the_batch(chan
     assert len({result.caption for result in together}) > 1
 
 
-def test_a_long_prompt_or_a_broken_picture_is_an_error_of_its_row_alone() -> None:
+def test_a_long_prompt_or_a_broken_picture_causes_an_error_only_in_its_row() -> None:
     captioner = Captioner(*tiny_model("other"))
     good, other, broken = *files(2), b"no picture"
     results = captioner.caption([good, other, broken], ["a", "what" * 20, "a"], SETTINGS, min_side=MIN_SIDE)
@@ -49,7 +49,7 @@ def test_a_long_prompt_or_a_broken_picture_is_an_error_of_its_row_alone() -> Non
     assert results[1].sha256 is not None
 
 
-def test_a_prompt_that_is_not_unicode_is_an_error_only_of_its_row() -> None:
+def test_a_prompt_that_is_not_unicode_causes_an_error_only_in_its_row() -> None:
     captioner = Captioner(*tiny_model("other"))
     good, bad = captioner.caption(files(2), ["what", "\ud800"], SETTINGS, min_side=MIN_SIDE)
     assert (good.error, bad.caption) == (None, None)

@@ -61,7 +61,7 @@ def test_dispatch_equals_the_reference_loop_over_experts(
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_the_output_for_a_token_is_the_softmax_weighted_sum_of_its_best_experts() -> None:
+def test_the_output_of_a_token_sums_the_outputs_of_its_best_experts_with_softmax_weights() -> None:
     layer, x_1W = make_layer(noisy=False).eval(), torch.randn(1, 16)
     logits_X = (x_1W @ layer.router.weight.T)[0]
     first, second = logits_X.argsort(descending=True)[:K].tolist()

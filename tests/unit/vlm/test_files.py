@@ -1,4 +1,4 @@
-"""Atomic writes: a file is complete or unchanged, whatever interrupts the write, and whoever else writes it."""
+"""Tests of atomic writes: a file is complete or unchanged if a write fails or several processes write the same file."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_generation_with_the_cache_equals_generation_without_the_cache(variant: 
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_request_gets_the_same_completion_alone_and_in_a_padded_batch_of_sixteen(variant: str) -> None:
+def test_a_request_gets_the_same_completion_alone_and_in_a_padded_batch_of_sixteen_requests(variant: str) -> None:
     model, tokenizer = tiny_model(variant)
     requests = mixed_requests(model, tokenizer, 16)
     beams = SHORT.model_copy(update={"num_beams": 3})
@@ -137,7 +137,7 @@ def test_the_seeds_decide_the_samples_and_top_1_sampling_equals_greedy_decoding(
     assert sampled(top_k=1) == sampled(temperature=0.0) == sampled(top_p=1e-6) == sampled(min_p=1.0)
 
 
-def test_the_random_number_decides_the_sampled_token_which_never_has_probability_zero() -> None:
+def test_the_random_number_decides_the_sampled_token_and_tokens_of_probability_zero_are_never_sampled() -> None:
     scores = torch.tensor([-torch.inf, 0.0, -torch.inf, math.log(3), -torch.inf]).expand(5, -1)
     numbers = torch.tensor([0.0, 0.2499, 0.2501, 0.9999, 1 - 2**-53], dtype=torch.float64)
     assert sample_tokens(scores, numbers).tolist() == [1, 1, 3, 3, 3]

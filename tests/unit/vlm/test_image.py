@@ -63,7 +63,7 @@ def test_a_picture_file_that_was_cut_at_any_point_is_rejected_as_truncated(kind:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """Build a PNG file whose header states a width and a height and that has no pixels."""
+    """Build a PNG file whose header states a width and a height, but without pixel data."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 10) + b"IDAT"
@@ -127,7 +127,7 @@ def test_a_picture_with_float_pixels_is_rejected_as_unsupported() -> None:
     assert rejection(encoded(Image.new("F", (8, 8), 0.5), "TIFF")) == "unsupported_format"
 
 
-def test_a_jpeg_draft_keeps_the_requested_side_and_hardly_changes_the_resized_pixels() -> None:
+def test_a_jpeg_decoded_at_reduced_size_keeps_the_draft_side_and_hardly_changes_after_a_resize() -> None:
     config = ImageConfig(size=60)
     whole = picture(3, (500, 250)).resize((60, 30)).resize((500, 250))
     data = encoded(whole, "JPEG", quality=95)
@@ -225,7 +225,7 @@ def test_base64_is_accepted_in_the_forms_that_people_paste(text: str) -> None:
 
 
 @pytest.mark.parametrize("empty", [None, "", " \n", b""])
-def test_an_empty_cell_is_a_missing_field(empty: str | bytes | None) -> None:
+def test_an_empty_picture_cell_is_rejected_as_missing_field(empty: str | bytes | None) -> None:
     with pytest.raises(ImageError) as caught:
         picture_bytes(empty)
     assert caught.value.reason == "missing_field"

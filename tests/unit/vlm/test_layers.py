@@ -14,7 +14,7 @@ from vlm.layers.position import Angles, Rotary, apply_rotary
 
 
 def naive_attention(layer: Attention, x_BTW: Tensor, mask_TS: Tensor, angles: Angles | None) -> Tensor:
-    """Compute attention as softmax(q k / sqrt(head_dim)) v, one head after the other."""
+    """Compute attention as softmax(q k / sqrt(head_dim)) v, in a loop over the heads."""
     H, K, D = layer.num_heads, layer.num_kv_heads, layer.head_dim
     q, k, v = layer.qkv(x_BTW).split([H * D, K * D, K * D], dim=-1)
     heads = []
@@ -108,13 +108,13 @@ def test_the_offset_rms_norm_equals_an_rms_norm_whose_weight_is_one_larger() -> 
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(6, 6), (1, 6), (2, 5)])
-def test_a_sliding_window_masks_the_keys_too_far_before_the_query(queries: int, keys: int) -> None:
+def test_a_sliding_window_masks_keys_that_are_too_far_before_the_query(queries: int, keys: int) -> None:
     mask = apply_window(None, 3, queries=queries, keys=keys, device=torch.device("cpu"))[0, 0]
     first = keys - queries
     assert mask.tolist() == [[t - 3 < s <= t for s in range(keys)] for t in range(first, keys)]
 
 
-def test_attention_mask_gives_the_masks_of_its_module_docstring() -> None:
+def test_attention_mask_builds_the_masks_that_the_docstring_of_its_module_shows() -> None:
     valid = torch.tensor([[True, True, True, True, False]])
     causal = attention_mask(valid, torch.ones(1, 5, dtype=torch.long))[0, 0]
     assert causal.tolist() == [[s <= t and (s < 4 or s == t) for s in range(5)] for t in range(5)]

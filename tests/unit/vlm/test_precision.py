@@ -66,7 +66,7 @@ def test_every_model_variant_computes_similar_logits_in_lower_precision(variant:
 
 @pytest.mark.parametrize(("precision", "bits"), [(Precision.INT8, 8), (Precision.INT4, 4)])
 @torch.inference_mode()
-def test_quantized_linear_layers_take_the_expected_number_of_bits(precision: Precision, bits: int) -> None:
+def test_quantized_linear_layers_take_the_expected_number_of_bits_per_weight(precision: Precision, bits: int) -> None:
     model = wide_model()
     model.decoder.blocks[0].mlp.up.weight.fill_(0.5)  # type: ignore[union-attr,operator]
     x = torch.randn(5, 64)

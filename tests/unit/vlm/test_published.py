@@ -62,14 +62,14 @@ def test_no_text_encodes_to_a_control_token(tokenizers: dict[str, Tokenizer], wh
 def test_decoding_restores_any_text_even_if_the_text_contains_control_tokens(
     tokenizers: dict[str, Tokenizer], which: str, caption: str
 ) -> None:
-    """Decode encoded texts, but not with CLIP's tokenizer, because CLIP's tokenizer changes case and spaces."""
+    """Decode encoded texts with every tokenizer except CLIP's, because CLIP's tokenizer changes case and spaces."""
     caption = caption.encode("utf-8", "ignore").decode().replace("\N{LOWER ONE EIGHTH BLOCK}", "")
     tokenizer = tokenizers[which]
     assert tokenizer.decode(tokenizer.encode(caption)) == caption
 
 
 @pytest.mark.parametrize("which", MAKE)
-def test_empty_text_encodes_to_no_ids_and_no_ids_decode_to_empty_text(
+def test_an_empty_text_encodes_to_an_empty_list_and_an_empty_list_decodes_to_an_empty_text(
     tokenizers: dict[str, Tokenizer], which: str
 ) -> None:
     tokenizer = tokenizers[which]
@@ -93,7 +93,7 @@ def test_each_region_token_in_a_text_is_one_id_and_survives_decoding(tmp_path: P
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id, tokenizer.pad_id]) == answer
 
 
-def test_special_tokens_of_the_file_are_split_in_a_text_and_skipped_in_an_answer(
+def test_special_tokens_of_the_tokenizer_file_are_split_by_encoding_and_skipped_by_decoding(
     tokenizers: dict[str, Tokenizer],
 ) -> None:
     tokenizer = tokenizers["byte_fallback"]
@@ -102,14 +102,16 @@ def test_special_tokens_of_the_file_are_split_in_a_text_and_skipped_in_an_answer
     assert tokenizer.decode([image_id, *tokenizer.encode("a cat"), tokenizer.vocab_size - 1]) == "a cat"
 
 
-def test_truncation_padding_and_start_token_of_the_file_are_not_used(tokenizers: dict[str, Tokenizer]) -> None:
+def test_truncation_padding_and_start_token_settings_of_the_tokenizer_file_are_not_used(
+    tokenizers: dict[str, Tokenizer],
+) -> None:
     tokenizer = tokenizers["byte_fallback"]
     assert len(tokenizer.encode("a b c d e f g h")) > 7
     assert tokenizer.bos_id not in tokenizer.encode("a")
 
 
 @pytest.mark.parametrize("added", [False, True])
-def test_control_token_without_special_flag_in_the_file_is_still_a_control_token(tmp_path: Path, added: bool) -> None:
+def test_a_control_token_without_special_flag_in_the_file_is_still_a_control_token(tmp_path: Path, added: bool) -> None:
     config = published(tmp_path, "byte_fallback", pad="<mask>")
     if added:
         backend = byte_fallback()
@@ -121,7 +123,7 @@ def test_control_token_without_special_flag_in_the_file_is_still_a_control_token
     assert tokenizer.decode([4, *tokenizer.encode("cat"), 4]) == "cat"
 
 
-def test_unknown_character_is_omitted_if_the_file_maps_it_to_the_end_token(tmp_path: Path) -> None:
+def test_an_unknown_character_is_omitted_if_the_tokenizer_file_maps_it_to_the_end_token(tmp_path: Path) -> None:
     config = published(tmp_path, "word_ends")
     vocab = {"a": 0, "b": 1, STARTOFTEXT: 2, ENDOFTEXT: 3}
     Backend(models.BPE(vocab=vocab, merges=[], unk_token=ENDOFTEXT)).save(config.path)
@@ -129,7 +131,7 @@ def test_unknown_character_is_omitted_if_the_file_maps_it_to_the_end_token(tmp_p
 
 
 @pytest.mark.parametrize(("which", "count"), [("byte_level", 0), ("byte_fallback", 2), ("word_ends", 1)], ids=str)
-def test_suppressed_ids_are_padding_and_start_token_but_never_the_end_token(
+def test_suppressed_ids_are_the_padding_and_start_tokens_but_never_the_end_token(
     tokenizers: dict[str, Tokenizer], which: str, count: int
 ) -> None:
     tokenizer = tokenizers[which]
@@ -138,7 +140,7 @@ def test_suppressed_ids_are_padding_and_start_token_but_never_the_end_token(
 
 
 @pytest.mark.parametrize("which", MAKE)
-def test_saved_tokenizer_does_not_need_the_original_file(which: str, tmp_path: Path) -> None:
+def test_a_saved_tokenizer_does_not_need_the_published_file(which: str, tmp_path: Path) -> None:
     config = published(tmp_path, which)
     tokenizer = text.learn(config, ())
     text.save(tokenizer, tmp_path / "tokenizer.json")
@@ -165,7 +167,7 @@ def test_saved_tokenizer_does_not_need_the_original_file(which: str, tmp_path: P
     ],
     ids=["empty", "missing", "no-bos", "no-bos-no-eos", "table-too-small"],
 )
-def test_error_for_a_tokenizer_file_that_does_not_fit_names_the_config_path(
+def test_the_error_for_an_unsuitable_tokenizer_file_names_the_config_path(
     change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     config = published(tmp_path, "byte_fallback", **change)
@@ -177,14 +179,14 @@ def test_error_for_a_tokenizer_file_that_does_not_fit_names_the_config_path(
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", '{"model": null}', "\x00\x01"])
-def test_file_that_contains_no_tokenizer_is_a_config_error(content: str, tmp_path: Path) -> None:
+def test_a_file_that_contains_no_tokenizer_raises_a_config_error(content: str, tmp_path: Path) -> None:
     config = published(tmp_path, "byte_level")
     Path(config.path).write_text(content)
     with pytest.raises(ConfigError, match="the model's tokenizer cannot be used"):
         text.learn(config, ())
 
 
-def test_damaged_tokenizer_file_in_a_checkpoint_raises_a_checkpoint_error(tmp_path: Path) -> None:
+def test_a_damaged_tokenizer_file_in_a_checkpoint_raises_a_checkpoint_error(tmp_path: Path) -> None:
     content = json.loads(text.learn(published(tmp_path, "byte_level"), ()).to_json())
     damages: list[dict[str, object]] = [{"tokenizer": {}}, {"eos": "</s>"}, {"vocab_size": 3}, {"surprise": 1}]
     for damage in damages:

@@ -21,7 +21,7 @@ def outline(*codes: int) -> str:
     return "".join(f"<seg{code:03d}>" for code in codes)
 
 
-def test_detect_answer_is_boxes_with_labels_separated_by_semicolons() -> None:
+def test_the_answer_to_a_detect_prompt_is_parsed_into_boxes_with_labels() -> None:
     text = f"{box_tokens(102, 307, 922, 716)} cat ; {box_tokens(0, 0, 511, 1023)} big dog ; {box_tokens(5, 5, 5, 5)}"
     assert parse_regions(text) == [
         Region(102, 307, 922, 716, "cat"),
@@ -30,7 +30,7 @@ def test_detect_answer_is_boxes_with_labels_separated_by_semicolons() -> None:
     ]
 
 
-def test_segment_answer_is_a_box_with_sixteen_outline_codes() -> None:
+def test_the_answer_to_a_segment_prompt_is_parsed_into_boxes_with_sixteen_outline_codes() -> None:
     codes = (*range(15), 127)
     text = f"{box_tokens(1, 2, 3, 4)} {outline(*codes)} cat ; {box_tokens(5, 6, 7, 8)}{outline(*codes)} cat"
     assert parse_regions(text) == [Region(1, 2, 3, 4, "cat", codes), Region(5, 6, 7, 8, "cat", codes)]
@@ -68,7 +68,7 @@ pieces = st.one_of(
 
 
 @given(st.lists(pieces, max_size=40).map("".join), st.sampled_from(["stretch", "crop", "pad"]))
-def test_parser_finds_only_boxes_inside_the_picture_in_any_text(text: str, resize: str) -> None:
+def test_in_any_text_the_parser_finds_only_boxes_inside_the_picture(text: str, resize: str) -> None:
     config = ImageConfig.model_validate({"size": 224, "resize": resize})
     for region in parse_regions(text):
         box = to_box(region, compute_resize(640, 481, config))
@@ -84,14 +84,14 @@ def test_region_tokens_are_exactly_1024_locations_and_128_codes() -> None:
     assert REGION_TOKEN.fullmatch("<seg127>")
 
 
-def test_box_in_a_stretched_picture_is_scaled() -> None:
+def test_a_box_in_a_stretched_picture_is_scaled() -> None:
     placement = compute_resize(1000, 500, ImageConfig(size=224))
     assert to_box(Region(256, 512, 512, 1023, "cat"), placement) == Box(500, 125, 999, 250)
 
 
 @pytest.mark.parametrize("resize", ["stretch", "crop", "pad"])
 @pytest.mark.parametrize("size", [(400, 200), (201, 399)])
-def test_box_in_the_input_square_maps_to_its_position_in_the_picture(size: tuple[int, int], resize: str) -> None:
+def test_a_box_in_the_model_input_maps_to_its_position_in_the_picture(size: tuple[int, int], resize: str) -> None:
     """Find a green box in the model's input, convert its edges to bins, and map the bins back to the picture."""
     middle_x, middle_y = size[0] // 2, size[1] // 2
     truth = Box(middle_x - 30, middle_y - 50, middle_x + 60, middle_y + 40)

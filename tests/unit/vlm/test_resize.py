@@ -1,4 +1,4 @@
-"""Tests of the resize to the model's square input, of colour modes and of EXIF orientations."""
+"""Tests of resizing to the model's square input, of colour modes and of EXIF orientations."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ def test_an_extremely_thin_picture_needs_little_memory(resize: str) -> None:
 
 
 def test_a_crop_of_a_thin_picture_equals_a_crop_of_the_whole_resized_picture() -> None:
-    """Compare with a resize of the whole picture. Only the middle of a very thin picture is resized."""
+    """Check `to_pixels`, which resizes only the middle of a very thin picture, against a crop after a complete
+    resize."""
     thin = picture(3, (700, 40))
     whole = thin.resize((64 * 700 // 40, 64), Image.Resampling.BICUBIC)
     left = (whole.width - 64) // 2
@@ -108,7 +109,7 @@ def test_a_picture_is_resized_with_the_configured_filter(name: str) -> None:
 
 
 def premultiplied(mode: str, colour: tuple[int, ...]) -> bytes:
-    """Encode a TIFF file with premultiplied alpha."""
+    """Encode a picture as a TIFF file with premultiplied alpha."""
     data = encoded(Image.new(mode, (8, 8), colour), "TIFF")
     extra_samples = struct.pack("<HHLHH", 338, 3, 1, 2, 0)
     assert data.count(extra_samples) == 1
@@ -168,7 +169,7 @@ def test_a_picture_of_every_mode_decodes_to_the_visible_colour(name: str) -> Non
         assert image.getpixel((6, 4)) == WHITE
 
 
-def test_every_mode_that_pillow_reads_from_tiff_and_png_is_tested() -> None:
+def test_every_colour_mode_that_pillow_reads_from_tiff_and_png_is_tested() -> None:
     rejected = {"I", "F"}  # test_image.py tests the rejection of float pictures
     of_tiff = {mode for mode, _ in TiffImagePlugin.OPEN_INFO.values()}
     of_png = {mode for mode, _ in PngImagePlugin._MODES.values()}

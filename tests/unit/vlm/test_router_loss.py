@@ -132,7 +132,7 @@ def test_routers_start_near_zero_and_experts_start_with_the_scale_of_linear_laye
         assert float(layer.noise.weight.std()) == pytest.approx(0.02, rel=0.3)
         up, *_, out = (weight for weight in layer.experts.parameters() if weight.ndim == 3)
         assert float(up.std()) == pytest.approx(width**-0.5, rel=0.1)
-        assert float(out.std()) == pytest.approx((16 * 2 * 2) ** -0.5, rel=0.1)  # 2 blocks with 2 branches each
+        assert float(out.std()) == pytest.approx((16 * 2 * 2) ** -0.5, rel=0.1)  # 2 branches in each of 2 blocks
 
 
 def test_a_dense_model_has_no_router_report() -> None:
@@ -140,7 +140,7 @@ def test_a_dense_model_has_no_router_report() -> None:
     assert [report.router for report in learn(model, tiny_batch(model, tokenizer, TEXTS), 2)] == [None, None]
 
 
-def test_biases_of_experts_have_no_weight_decay() -> None:
+def test_the_biases_of_experts_have_no_weight_decay() -> None:
     model, _ = tiny_model("routed")
     free = {id(parameter) for parameter in parameter_groups(model, 0.1)[1]["params"]}  # type: ignore[attr-defined]
     assert {id(p) for name, p in model.named_parameters() if name.endswith("bias")} <= free

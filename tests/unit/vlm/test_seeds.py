@@ -1,4 +1,5 @@
-"""Tests of seeds: SplitMix64 gives the same results on integers and on arrays, and seeds never change."""
+"""Tests of seeds: SplitMix64 gives equal results for integers and arrays, and the seeds of earlier versions stay the
+same."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def test_splitmix64_gives_the_published_sequence() -> None:
 
 
 @given(st.lists(words, min_size=1, max_size=9))
-def test_splitmix64_hashes_arrays_like_integers(values: list[int]) -> None:
+def test_splitmix64_of_an_array_equals_splitmix64_of_each_integer(values: list[int]) -> None:
     assert splitmix64(np.array(values, np.uint64)).tolist() == [splitmix64(value) for value in values]
 
 
@@ -44,5 +45,5 @@ def test_hash64s_of_array_columns_equals_hash64_of_integers(values: list[int]) -
     ],
 )
 def test_mix_returns_the_same_seeds_as_in_earlier_versions(numbers: tuple[int, ...], seed: int) -> None:
-    """Check fixed values, because another seed would change the random numbers of every existing run."""
+    """Compare with fixed values, because a change of `mix` would change the random numbers of every existing run."""
     assert mix(*numbers) == seed

@@ -1,4 +1,4 @@
-"""FLOPs computed from the config equal those that torch counts in a forward pass."""
+"""Tests that the FLOPs computed from a config equal the FLOPs that torch counts in a forward pass."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from vlm.text.base import SLOT
 
 
 def grouped_flops(rows: torch.Size, weights: torch.Size, *_: object, **__: object) -> int:
-    """Return the FLOPs of a grouped matrix product, (A, I) by (X, I, O). torch's FLOP counter does not count them."""
+    """Return the FLOPs of a grouped matrix product (A, I) x (X, I, O), which torch's FLOP counter does not count."""
     return 2 * rows.numel() * weights[-1]
 
 

@@ -37,26 +37,26 @@ def test_bpe_training_is_deterministic_and_shortens_frequent_words() -> None:
     assert len(BPE.encode("a red car")) < len("a red car") / 2
 
 
-def test_character_outside_the_alphabet_becomes_the_unknown_token() -> None:
+def test_a_character_outside_the_alphabet_becomes_the_unknown_token() -> None:
     assert CHARS.encode("ax") == [CHARS.encode("a")[0], UNKNOWN]
     assert CHARS.decode(CHARS.encode("ax")) == "a\N{REPLACEMENT CHARACTER}"
 
 
 @pytest.mark.parametrize("tokenizer", [BPE, CHARS])
-def test_saved_tokenizer_loads_as_an_equal_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_loading_a_saved_tokenizer_gives_an_equal_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
     text.save(tokenizer, tmp_path / "tokenizer.json")
     loaded = text.load(tmp_path / "tokenizer.json")
     assert loaded.encode("a red car") == tokenizer.encode("a red car")
     assert loaded.vocab_size == tokenizer.vocab_size
 
 
-def test_error_for_a_damaged_tokenizer_file_names_the_file(tmp_path: Path) -> None:
+def test_the_error_for_a_damaged_tokenizer_file_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"kind": "bpe"}')
     with pytest.raises(CheckpointError, match=r"tokenizer cannot be read.*tokenizer\.json"):
         text.load(tmp_path / "tokenizer.json")
 
 
-def test_sequence_has_image_slots_start_token_prompt_answer_and_end_token() -> None:
+def test_a_sequence_has_image_slots_start_token_prompt_answer_and_end_token() -> None:
     prefix = prefix_ids(CHARS, 3, "red")
     assert prefix == [SLOT] * 3 + [CHARS.bos_id] + CHARS.encode("red\n")
     assert prefix_ids(CHARS, 2, "") == [SLOT] * 2 + [CHARS.bos_id]

@@ -200,7 +200,7 @@ def test_a_step_with_gradient_accumulation_and_recomputed_blocks_equals_a_plain_
         saved.append(kept)
     assert ends[1] == ends[0]
     assert saved[1] < 0.8 * saved[0]
-    if variant != "routed":  # the balance loss of experts is computed for each part of a batch
+    if variant != "routed":  # the balance loss is computed separately for each part of a batch
         assert ends[2] == pytest.approx(ends[0], rel=1e-5)
 
 
@@ -251,7 +251,7 @@ def test_a_frozen_encoder_gets_no_update_no_optimizer_state_and_no_backward_pass
     assert features == [False, False]
 
 
-def test_mix_of_seed_step_and_rank_differs_in_the_32_bits_that_torch_uses() -> None:
+def test_mix_gives_every_seed_step_and_rank_different_low_32_bits_which_torch_uses() -> None:
     seeds = [mix(s, t, r) for s in range(8) for t in range(50) for r in range(8)]
     assert len({seed & 0xFFFFFFFF for seed in seeds}) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
@@ -329,7 +329,7 @@ def test_the_moving_average_equals_its_formula_and_replaces_the_weights_only_ins
         assert torch.equal(idle, torch.ones(2)), "a parameter without a gradient has no average"
     assert torch.equal(weight, learned)
 
-    idle.grad = torch.ones(2)  # for example, an expert may get its first token late
+    idle.grad = torch.ones(2)  # for example, an expert that gets its first token in a late step
     optimizer.step()
     update_average(optimizer, 0.6, 30)
     assert not torch.equal(idle, torch.ones(2))

@@ -68,7 +68,7 @@ def test_exported_parts_can_be_imported_and_all_other_parameters_are_initialised
     assert differ == ["projector.weight"]
 
 
-def test_initialised_parameters_depend_on_the_seed_only() -> None:
+def test_parameters_that_an_import_initialises_depend_only_on_the_seed() -> None:
     report("export-weights", "trained", *DECODER, "--out", "gpt2")
     weights = {}
     for seed, out in ((1, "a"), (1, "b"), (2, "c")):
@@ -79,7 +79,7 @@ def test_initialised_parameters_depend_on_the_seed_only() -> None:
     assert not torch.equal(weights["a"], weights["c"])
 
 
-def test_import_report_names_a_resampled_position_table() -> None:
+def test_the_import_report_names_a_resampled_position_table() -> None:
     report("export-weights", "trained", *ENCODER, "--out", "vit")
     imported = report(
         "import-weights", "--model", "mine", "--set", "model.image.size=32", "--encoder", "vit", "--out", "larger"
@@ -88,8 +88,10 @@ def test_import_report_names_a_resampled_position_table() -> None:
     assert load_model(Path("larger"))[0].encoder.position.shape == (1, 17, 16)
 
 
-def test_initialised_parameters_have_the_same_distribution_as_in_a_new_model(trained: ModelConfig) -> None:
-    """Check mean and deviation of each initialised parameter, so that no parameter is uninitialised memory."""
+def test_parameters_that_an_import_initialises_have_the_same_distribution_as_in_a_new_model(
+    trained: ModelConfig,
+) -> None:
+    """Check mean and standard deviation, which would differ for a parameter with uninitialised memory."""
     report("export-weights", "trained", *ENCODER, "--out", "vit")
     report("import-weights", "--model", "mine", "--encoder", "vit", "--seed", "3", "--out", "out")
     torch.manual_seed(3)

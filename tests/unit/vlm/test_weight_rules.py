@@ -1,4 +1,4 @@
-"""Rules of weight tables: an export exactly inverts an import, and an import plan covers every tensor."""
+"""Tests of weight table rules: an export exactly inverts an import, and an import plan covers every tensor."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_transpose_patch_projection_and_add_axes_rules_are_invertible(
     assert_invertible(rename("a", "b"), [linear])
 
 
-def test_rules_apply_only_to_parameters_that_the_model_has() -> None:
+def test_weight_rules_apply_only_to_parameters_that_the_model_has() -> None:
     rules = [rename("h.{i}.fc.*", "blocks.{i}.up.*"), rename("norm.weight", "norm.weight"), rename("head", "head")]
     ours = ["blocks.0.up.weight", "blocks.0.up.bias", "blocks.1.up.weight", "norm.weight"]
     assert [rule.theirs[0] for rule in expand_rules(rules, ours)] == [
@@ -83,7 +83,7 @@ def test_rules_apply_only_to_parameters_that_the_model_has() -> None:
 
 
 @given(before=st.integers(2, 6), after=st.integers(2, 6), extra=st.integers(0, 3))
-def test_resampling_of_positions_keeps_extra_rows_and_constant_values(before: int, after: int, extra: int) -> None:
+def test_resampling_a_position_table_keeps_extra_rows_and_constant_values(before: int, after: int, extra: int) -> None:
     rule = position_table(rename("a", "b"), extra=extra)
     assert rule.grid is not None
     table = torch.cat((random(1, extra, 2), torch.full((1, before**2, 2), 3.0)), dim=1)
@@ -92,7 +92,7 @@ def test_resampling_of_positions_keeps_extra_rows_and_constant_values(before: in
     torch.testing.assert_close(resampled[:, extra:], torch.full((1, after**2, 2), 3.0))
 
 
-def test_import_plan_covers_every_tensor_of_the_file() -> None:
+def test_an_import_plan_covers_every_tensor_of_the_weights_file() -> None:
     table = WeightTable(
         (rename("a", "x"), position_table(rename("p", "position"), extra=1), rename("gone", "z")),
         drops=(Drop("mask.*", "a constant"),),
@@ -120,7 +120,7 @@ def header(*shape: int) -> TensorHeader:
     return TensorHeader(shape, "F32", Path())
 
 
-def test_tensor_names_that_differ_in_the_block_number_are_merged() -> None:
+def test_tensor_names_that_differ_only_in_the_block_number_are_merged() -> None:
     names = ["h.0.a", "h.1.a", "h.2.a", "h.0.b", "h.2.b", "h.4.c", "d"]
     assert merge_block_names(names) == ("d", "h.{0..2}.a", "h.{0,2}.b", "h.4.c")
 
@@ -136,7 +136,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_model_of_published_parts_matches_the_families_of_its_parts(name: str) -> None:
+def test_a_model_config_of_published_parts_matches_the_weight_families_of_the_parts(name: str) -> None:
     assert name in available("model")
     config = load_model(name)
     for part, names in PUBLISHED[name].items():
