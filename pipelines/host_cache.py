@@ -16,7 +16,7 @@ def user_cache_folder(kind: str, root: Path | None = None) -> Path:
     """Return this user's folder for copies on this host. Create the folder if it does not exist.
 
     Args:
-        kind: kind of the copied files, which is part of the folder's name.
+        kind: name for the kind of the copied files, which becomes part of the folder's name.
         root: folder to use, by default a folder in the system's temporary folder.
 
     Raises:

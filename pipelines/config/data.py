@@ -225,8 +225,8 @@ class ShardConfig(Config):
         rows: number of rows per shard file.
         seed: seed of the shuffle.
         where: SQL condition on columns of `samples`. Rows that do not meet the condition are left out of every split.
-        draft: whether the JPEG decoder shrinks large pictures to near the model's resolution while it decodes. This is
-            far faster, but the pixels differ slightly from a full decode, which captioning uses.
+        draft: whether the JPEG decoder shrinks large pictures to near the model's resolution while it decodes. A draft
+            decode is far faster, but the pixels differ slightly from those of the full decode that captioning uses.
     """
 
     encoding: Literal["raw", "jpeg"] = "raw"

@@ -43,7 +43,7 @@ class SparkConfig(Config):
 
 
 CacheGib = Annotated[float, Field(ge=0)]
-"""Disk space on each host for local copies of remote shards, in GiB. With 0, shards are not copied."""
+"""Disk space on each host for local copies of remote shards, in GiB. With 0 GiB, shards are not copied."""
 
 
 class LocalPlatformConfig(Config):

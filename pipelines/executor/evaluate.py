@@ -37,7 +37,7 @@ class ScoreJob(Config):
     Attributes:
         model_folder: folder of the model's weights, config and tokenizer.
         remote: whether `model_folder` is on a network.
-        shards_folder: shard folder of the split.
+        shards_folder: shard folder of the split to score.
         threads: torch threads per task.
     """
 

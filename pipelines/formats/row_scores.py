@@ -25,7 +25,7 @@ class RowScore:
         num_correct: number of target tokens that the model ranks first, given the picture and the preceding tokens.
         num_tokens: number of tokens in the caption, including the end token.
         seconds: captioning time of the row's batch divided by the batch size, in seconds.
-        mean_logprob: mean log-probability of the caption's tokens, in nats, or None without a caption.
+        mean_logprob: mean log-probability of the caption's tokens, in nats, or None if there is no caption.
         brightness: mean pixel level (0 to 255) of the picture at the model's resolution.
         contrast: standard deviation of the picture's pixel levels.
     """

@@ -312,13 +312,13 @@ class RunFolder:
                 path.replace(folder / path.name)
 
     def read_metrics(self, after: int = -1) -> Iterator[Metrics]:
-        """Read the metrics of steps after `after`, in step order."""
+        """Read the metrics of all steps that come after step `after`, in step order."""
         for path in sorted((self.path / "metrics").glob("[0-9]*.json")):
             if int(path.stem) > after:
                 yield read_json(path, Metrics)
 
     def read_samples(self, after: int = -1) -> Iterator[CaptionSamples]:
-        """Read the sample captions of steps after `after`, in step order."""
+        """Read the sample captions of all steps that come after step `after`, in step order."""
         for path in sorted((self.path / "samples").glob("[0-9]*.json")):
             if int(path.stem) > after:
                 yield read_json(path, CaptionSamples)

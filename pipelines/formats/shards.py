@@ -1,9 +1,10 @@
 """Format of training shards: a folder of Arrow IPC files, and a manifest that is written last.
 
-A rank memory-maps the files and finds any row fast: the file by bisection, and the record batch by division, because
-every record batch except a file's last one has BATCH_ROWS rows. With `raw` encoding the stored bytes are the pixels, so
-nothing is decoded. The name of a shard folder contains a hash of everything that determines the folder's content. The
-manifest of a mix names files in other shard folders, so several sources are mixed without copying pixels.
+A rank memory-maps the files and finds any row fast. The rank finds the file of the row by bisection and the record
+batch by division, because every record batch has BATCH_ROWS rows, except the last record batch of a file. With `raw`
+encoding the stored bytes are the pixels, so nothing is decoded. The name of a shard folder contains a hash of
+everything that determines the folder's content. The manifest of a mix names files in other shard folders, so several
+sources are mixed without copying pixels.
 """
 
 from __future__ import annotations
@@ -338,7 +339,7 @@ class Shards:
         if mapped := self._mapped.get(number):
             return mapped
         mapped = MappedFile.of(self.folder / self.manifest.files[number].file)
-        return self._mapped.setdefault(number, mapped)  # another thread may have mapped the file or its copy
+        return self._mapped.setdefault(number, mapped)  # another thread may already have mapped the file
 
     def _read(self, mapped: MappedFile, number: int, offset: int) -> Row:
         request = self.manifest.request

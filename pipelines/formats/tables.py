@@ -59,7 +59,7 @@ class Table:
         name: name of the table without catalog and schema.
         key: names of the columns that identify a row.
         comment: description of a row.
-        columns: all columns, in order.
+        columns: all columns, in the order of the table.
         checks: SQL conditions of the CHECK constraints, by the name of the constraint.
         cluster_by: names of the clustering columns, by which pipeline stages select rows.
         followed: whether the table has a change data feed.
@@ -92,7 +92,7 @@ class Table:
 
     @property
     def names(self) -> list[str]:
-        """Column names, in order."""
+        """Names of the columns, in the order of `columns`."""
         return [c.name for c in self.columns]
 
     def ddl(self) -> str:

@@ -43,7 +43,7 @@ class Chart:
 
     @property
     def bars(self) -> Iterator[tuple[str, str, float]]:
-        """Name, count with thousands separators, and percentage of the largest count, for each bar."""
+        """For each bar: the name, the count with thousands separators, and the percentage of the largest count."""
         largest = max(self.values.values(), default=0) or 1
         return ((name, f"{value:,}", round(100 * value / largest, 1)) for name, value in self.values.items())
 

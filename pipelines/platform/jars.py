@@ -33,7 +33,7 @@ def delta_artifact() -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Jars:
-    """Paths of Delta Lake's jars, as an earlier Spark session found them.
+    """Paths at which an earlier Spark session found Delta Lake's jars.
 
     Attributes:
         record: file that lists the paths of the jars, one per line.

@@ -105,7 +105,7 @@ def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
     log = root / "logs" / "spark.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     logger.info("starting Spark on %s, log in %s", config.spark.master, log)
-    logging.getLogger("py4j").setLevel(logging.WARNING)  # py4j logs every closed connection at INFO
+    logging.getLogger("py4j").setLevel(logging.WARNING)  # py4j logs every closed connection at level INFO
     with delta_jars() as jars, log.open("ab") as sink:
         conf = SparkConf(loadDefaults=False).setAll(list((_session_settings(config, root) | jars.settings()).items()))
         start = sink.tell()

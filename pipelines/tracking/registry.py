@@ -307,7 +307,7 @@ def _create_model(client: MlflowClient, name: str) -> None:
 
 
 def _versions(client: MlflowClient, name: str) -> list[MlflowVersion]:
-    """List all versions of a model, oldest first, but without their aliases (Unity Catalog's search omits aliases)."""
+    """List all versions of a model, oldest first. The aliases are missing (Unity Catalog's search omits aliases)."""
     found: list[MlflowVersion] = []
     token: str | None = None
     while token != "":

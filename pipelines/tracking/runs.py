@@ -1,9 +1,9 @@
 """Training runs in MLflow: parameters, tags, metrics and sample captions.
 
 Ranks never talk to MLflow. Rank 0 writes small immutable files into the run folder, and a thread of the driver, the
-`Follower`, logs the files in order. No metric is lost in an outage of the server, because the files stay. After the
-outage the follower asks MLflow which points are stored, and logs the missing points. A resumed run continues its MLflow
-run in the same way, without gaps or repeated points.
+`Follower`, logs the files in order. No metric is lost in an outage of the server, because the files stay in the run
+folder. After the outage the follower asks MLflow which points are stored, and logs the missing points. When a run is
+resumed, the follower does the same, so the MLflow run has no gaps and no repeated points.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Smoke test that loads a registered model version in a fresh process, with its own code, and captions pictures."""
+"""Smoke test that loads a registered model version and its code in a fresh process, and captions pictures."""
 
 from __future__ import annotations
 

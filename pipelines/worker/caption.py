@@ -15,7 +15,7 @@ from vlm.precision import set_precision
 
 @functools.lru_cache(maxsize=1)
 def load_captioner(folder: str, precision: Precision = Precision.FP32) -> Captioner:
-    """Load the model of a folder, on a GPU if there is one. The model is cached for the process.
+    """Load the model of a folder, on a GPU if there is one. The process keeps the loaded model in a cache.
 
     Raises:
         CheckpointError: the folder does not contain a model.

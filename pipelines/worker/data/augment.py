@@ -29,7 +29,7 @@ WIDEST = 4 / 3
 LUMA = np.array([0.299, 0.587, 0.114])
 """Weights of red, green and blue in a pixel's grey value (ITU-R BT.601, as in Pillow)."""
 NUMBERS = 8
-"""Number of random numbers per row: crop area, shape and position (2), flip, brightness, contrast, and saturation."""
+"""Number of random numbers per row: crop area, crop shape, crop position (2), flip, and three colour factors."""
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]

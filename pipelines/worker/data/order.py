@@ -10,8 +10,8 @@ The permutation is a Feistel network over the next power of four. A position tha
 until it is inside. This method is called cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite Domains",
 2002).
 
-A mix permutes the positions of its epochs in the same way. Each position is one draw from one part of the mix. The
-number of the draw determines the row, because the rows of each part are permuted in the same way.
+A mix permutes the positions of its epochs by the same method. Each position is one draw from one part of the mix. The
+number of the draw determines the row of the part, because the rows of each part are permuted by the same method.
 """
 
 from __future__ import annotations

@@ -33,7 +33,10 @@ SPARE = 0.1
 
 
 class CacheEntry(NamedTuple):
-    """A shard file (the shards that contain the file, its number and its manifest entry) and the path of its copy."""
+    """One shard file of the shards `shards`, and the path of the file's copy.
+
+    The file is described by its number and its manifest entry.
+    """
 
     shards: Shards
     number: int

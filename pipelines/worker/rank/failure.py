@@ -3,9 +3,10 @@
 torchrun reports only "exit code 1, see the logs". The failure record of a rank says more: it separates the root cause
 from consequences, such as a signal from the launcher or a connection that was lost because another rank died.
 
-Python's signal handlers are not used for SIGTERM and SIGINT. Such a handler runs in the main thread. When another rank
-has died, the main thread is blocked in a C++ collective, so the handler would never run. Instead the C-level handler
-writes the signal's number to a pipe. A thread reads the pipe, writes the failure record and exits the process.
+Python's signal handlers are not used for SIGTERM and SIGINT. Python runs a signal handler in the main thread. When
+another rank has died, the main thread is blocked in a C++ collective, so the handler would never run. Instead the
+C-level handler writes the signal's number to a pipe. A thread reads the pipe, writes the failure record and exits the
+process.
 
 The same thread detects two more conditions. If the launcher has died, the rank exits, so no rank outlives its launcher.
 If there is no progress for `train.timeout_seconds`, the rank writes the stacks of all threads and exits. When one rank

@@ -66,7 +66,7 @@ def check_group(run: RunFolder, device: torch.device) -> int:
     Two runs on one host may choose the same port or rendezvous name, so a process group could mix ranks of two runs.
 
     Args:
-        run: run folder as this rank sees it.
+        run: run folder that this rank was started with.
         device: device of the collectives.
 
     Raises:

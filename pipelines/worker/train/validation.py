@@ -32,8 +32,8 @@ def validate(
 ) -> dict[str, float]:
     """Compute val/loss (nats per token) and val/blind_gap on the first rows of the shards, divided among the ranks.
 
-    The blind gap is the loss with the picture of the next row, minus the loss with the right picture. The gap is zero
-    for a model that ignores the picture. If there is only one row, no gap is computed.
+    The blind gap is the loss when each text gets the picture of the next row, minus the loss with the right picture.
+    The gap is zero for a model that ignores the picture. If there is only one row, no gap is computed.
 
     This function is a collective: every rank must call it at the same step and gets the same values.
 

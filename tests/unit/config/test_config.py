@@ -33,7 +33,7 @@ def test_a_run_is_equal_after_a_round_trip_through_json() -> None:
     assert RunConfig.from_json(workspace.to_json()) == workspace
 
 
-def test_overrides_have_the_type_of_their_field() -> None:
+def test_the_value_of_an_override_gets_the_type_of_its_field() -> None:
     run = load_run(
         "demo",
         overrides=[
@@ -53,12 +53,12 @@ def test_overrides_have_the_type_of_their_field() -> None:
     assert run.train.optimizer.betas == (0.8, 0.9)
 
 
-def test_null_clears_an_optional_value() -> None:
+def test_an_override_with_null_clears_an_optional_value() -> None:
     overrides = ["data.source.columns.id=key", "data.source.columns.id=null"]
     assert load_run("demo", overrides=overrides).data.source.columns.id is None
 
 
-def test_a_later_override_wins() -> None:
+def test_the_last_of_several_overrides_of_a_key_wins() -> None:
     assert load_run("demo", overrides=["train.steps=1", "train.steps=2"]).train.steps == 2
 
 

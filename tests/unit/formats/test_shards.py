@@ -83,7 +83,7 @@ def write(folder: Path, template: ShardRequest, total: int, size: int = 17) -> S
 
 @settings(deadline=None, max_examples=15)
 @given(total=st.integers(1, 400), rows=st.sampled_from([1, 63, BATCH_ROWS, 65, 150]), size=st.integers(1, 90))
-def test_every_row_is_found_for_all_file_and_batch_sizes(
+def test_every_row_is_found_whatever_the_sizes_of_files_and_batches(
     tmp_path_factory: pytest.TempPathFactory, total: int, rows: int, size: int
 ) -> None:
     shards = write(tmp_path_factory.mktemp("shards"), request(rows=rows), total, size)
@@ -155,7 +155,9 @@ print(len({shards.row(index).image_id for index in range(len(shards))}))
     ("hard", "expected"),
     [(4096, "^150\n$"), (100, "more files than a process may open on this host.*limit of 100 open")],
 )
-def test_the_limit_of_open_files_is_raised_or_reported(tmp_path: Path, hard: int, expected: str) -> None:
+def test_the_limit_of_open_files_is_raised_or_an_error_reports_the_limit(
+    tmp_path: Path, hard: int, expected: str
+) -> None:
     write(tmp_path, request(rows=1), 150)
     command = [sys.executable, "-c", READ_ALL, str(tmp_path), str(hard)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -142,7 +142,7 @@ def test_a_move_that_was_recorded_but_not_started_is_dropped(laptop: Platform) -
 def move_in_child(root: str, kind: Kind, ready: Event, go: Event) -> None:
     os.environ["LAKESIGHT_HOME"] = root
     platform = local(LocalPlatformConfig())
-    state(platform)  # loads everything that the first request needs
+    state(platform)  # this call loads everything that the first request needs
     ready.set()
     go.wait()
     move(platform, kind)
@@ -164,7 +164,7 @@ def kill_at_random_moments(platform: Platform, kind: Kind, kills: int) -> None:
         assert ready.wait(120)
         go.set()
         time.sleep(rng.uniform(0, longest))
-        with suppress(ProcessLookupError):  # the process has ended already
+        with suppress(ProcessLookupError):  # the process has already ended
             child.kill()
         child.join()
         check_and_complete(platform, kind)

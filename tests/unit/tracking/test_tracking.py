@@ -262,7 +262,7 @@ def test_a_report_is_logged_under_the_name_of_its_stage(platform: Platform, run:
     page.write_text("<p>", encoding="utf-8")
     with runs.follow(run, CONFIG, platform) as run_id:
         pass
-    for _ in range(2):  # the second time, no row is added to the table
+    for _ in range(2):  # the second call adds no row to the table
         tables: dict[str, dict[str, list[object]]] = {"rows.json": {"image_id": ["a", "b"], "loss": [0.5, 1.5]}}
         runs.log_report(platform, run_id, "evaluate", {"cider": 1.25}, [page], tables=tables)
     client = connect(platform)
@@ -280,7 +280,7 @@ def test_a_report_is_logged_under_the_name_of_its_stage(platform: Platform, run:
 
 @pytest.fixture
 def registered(platform: Platform, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> registry.ModelVersion:
-    monkeypatch.setattr(sys, "dont_write_bytecode", False)  # the default of Python
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)  # Python's default value
     finish(run)
     with runs.follow(run, CONFIG, platform) as run_id:
         pass

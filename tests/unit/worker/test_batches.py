@@ -176,7 +176,7 @@ def test_an_error_of_a_loader_thread_is_raised_when_its_batch_is_due(workers: in
     def make(item: int) -> int:
         if item == 3:
             raise RuntimeError("the shard is gone")
-        time.sleep(0.01 * (3 - item))  # the first items take longest
+        time.sleep(0.01 * (3 - item))  # the first items take the longest time
         return item
 
     fetched = map_ahead(make, range(9), workers)
@@ -191,7 +191,7 @@ def test_loader_threads_work_in_parallel_a_few_items_ahead_and_stop_when_the_ite
 
     def make(item: int) -> int:
         if item < 2:
-            barrier.wait()  # both threads are here at the same time
+            barrier.wait()  # both loader threads wait here at the same time
         made.append(item)
         return item
 

@@ -43,7 +43,7 @@ def checkpoint_writer(step: int, after: Callable[[], object] = lambda: None) -> 
 
 
 def write_checkpoints(run: RunFolder, *steps: int) -> list[int]:
-    """Write checkpoints of these steps, and return the steps whose checkpoints are kept."""
+    """Write a checkpoint at each of the steps, and return the steps whose checkpoints are kept."""
     writer = CheckpointWriter(run, run.read_run())
     for step in steps:
         writer.save(step, checkpoint_writer(step))

@@ -197,7 +197,10 @@ def test_a_shard_that_differs_from_its_manifest_fails_the_training(source: Shard
 
 
 def start(source: Shards, root: Path, seconds: float) -> subprocess.Popen[str]:
-    """Start a process that copies each file in at least `seconds`. Return when the process is about to copy."""
+    """Start a process that copies each file in at least `seconds`.
+
+    Return when the process is about to copy the first file.
+    """
     command = [sys.executable, "-c", COPY, str(source.folder), str(root), str(root.with_name("record")), str(seconds)]
     environment = os.environ | {"PYTHONPATH": TEST_PATH}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
