@@ -4,7 +4,7 @@ Executors decode pictures (`pipelines.executor.ingest.decode`). The driver plans
 pictures never reach the driver. An ingest is idempotent: a second run, a run after a crash, or a concurrent run adds
 nothing twice.
 
-- Row ids are hashes of the content, so a row always has the same id, even if another file contains the row.
+- The id of a row contains a hash of the content of the row, so the row has the same id in every ingest.
 - The plan looks up what the tables already contain. If the input has no new content, the ingest writes to no table and
   makes no table version, so shards that are pinned to the last version stay valid.
 - If another ingest of the source commits after the plan was made, the plan is made again (`plan.py`).
