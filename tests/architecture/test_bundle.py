@@ -1,4 +1,4 @@
-"""The Databricks bundle, checked offline: job types, references, clusters, parameters and schedules."""
+"""Offline checks of the Databricks bundle: job types, references, clusters, parameters and schedules."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXAMPLE = {
 
 
 def read_job(file: Path) -> tuple[str, Any]:
-    """Return the key and the settings of the only job in a job file."""
+    """Return the key and the settings of the job in a job file, which contains exactly one job."""
     content = yaml.safe_load(file.read_text())
     assert list(content) == ["resources"]
     assert list(content["resources"]) == ["jobs"]
@@ -171,9 +171,9 @@ def test_a_cron_expression_that_quartz_would_refuse_is_reported(wrong: str) -> N
 
 
 def quartz_problems(expression: str) -> list[str]:
-    """Return why Quartz would refuse an expression.
+    """Return the reason why Quartz would refuse a cron expression.
 
-    An expression needs six or seven fields, numbers in range, and `?` in exactly one of the two day fields.
+    A valid expression has six or seven fields, numbers in range, and `?` in exactly one of the two day fields.
     """
     ranges = [
         ("second", 0, 59),

@@ -1,4 +1,4 @@
-"""The commands, options, config keys and links shown in the documentation exist."""
+"""Tests that the commands, options, config keys and links in the documentation exist."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def shown(page: Path) -> Iterator[list[str]]:
     spans = re.findall(r"`(lakesight [^`\n]+)`", text)
     for line in [*(line.strip() for block in blocks for line in block.splitlines()), *spans]:
         if line.startswith("lakesight "):
-            # The explanation of a command begins after two spaces or a hash.
+            # In a code block, the explanation of a command follows the command after two spaces or a hash.
             yield shlex.split(re.split(r"\s{2,}|\s#", line)[0])
 
 
@@ -54,7 +54,7 @@ def test_every_config_key_on_a_page_exists(page: Path) -> None:
 
 
 def problems_with(key: str) -> str:
-    """Return the error from loading a run with one additional config key, whose value may be invalid."""
+    """Load a run config with one additional key, whose value may be invalid, and return the error."""
     platform = "databricks" if re.match(r"platform\.(catalog|schema|volume)", key) else "local"
     try:
         load_run("demo", platform=platform, overrides=[f"{key}=x"])
@@ -64,7 +64,7 @@ def problems_with(key: str) -> str:
 
 
 def yaml_files() -> Iterator[tuple[str, str, str]]:
-    """Yield kind, name and content of each conf file that the pages show completely."""
+    """For each conf file that a page shows in full, yield the kind, the name and the content of the file."""
     for page in PAGES:
         for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.M | re.S):
             named = re.match(r"# conf/(run|data)/(\w+)\.yml\n", block)

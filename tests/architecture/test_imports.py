@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "pyspark", "delta", "deltalake", "mlflow"}
 
-# For each group: file patterns, and the heavy libraries that importing these files may load. All files of a group are
-# imported by one process, because importing torch takes seconds.
+# For each group of files: the file patterns, and the heavy libraries that an import of these files may load. One
+# process imports all files of a group, because importing torch takes seconds.
 LOADED = {
     "nothing": (
         [
@@ -28,7 +28,8 @@ LOADED = {
     "deltalake": (["pipelines/review/*.py"], {"deltalake"}),
 }
 
-# For the id of each contract in pyproject.toml: a file, and an import statement in it that breaks the contract.
+# For the id of each import contract in pyproject.toml: a file, and an import statement that would break the contract
+# if the file contained the statement.
 BREACHES = {
     "layers": ("pipelines/formats/tables.py", "import pipelines.driver.delta.tables"),
     "stages": ("pipelines/driver/shard.py", "import pipelines.driver.ingest.run"),

@@ -1,4 +1,4 @@
-"""Limits for files, functions and folders, import circles, and the folder tree in the README."""
+"""Tests of the sizes of files, functions and folders, of circular imports, and of the folder tree in the README."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def import_graph() -> grimp.ImportGraph:
 
 @pytest.mark.parametrize("folder", LIBRARIES, ids=relative)
 def test_modules_and_folders_of_a_package_have_no_circular_imports(folder: Path) -> None:
-    """A subfolder and everything below it count as one unit."""
+    """A subfolder, with all files below the subfolder, counts as one unit."""
     imports = import_graph().nominate_cycle_breakers(relative(folder).replace("/", "."))
     assert sorted(imports) == [], "without these imports there would be no circle"
 
@@ -96,7 +96,7 @@ def test_the_folder_tree_in_the_readme_matches_the_repository() -> None:
 
 
 def tree_paths(readme: str) -> Iterator[str]:
-    """Yield the paths in the README's annotated tree: the block with a line `vlm/`, indented two spaces per level."""
+    """Yield the paths in the README's folder tree (code block with a line `vlm/`, indented by two spaces)."""
     block = next(
         (b for b in re.findall(r"^```\w*\n(.*?)^```", readme, re.M | re.S) if re.search(r"^vlm/\s", b, re.M)), ""
     )
@@ -110,5 +110,5 @@ def tree_paths(readme: str) -> Iterator[str]:
         yield from paths
         if head.endswith("/"):
             parents.append(head.split()[-1])
-            # The files that the annotation of a folder names must exist too.
+            # Files that the note next to a folder names are yielded too.
             yield from ("".join(parents) + name for name in re.findall(r"(?<!\S)[a-z_]+\.(?:py|md|yml)(?!\S)", note))

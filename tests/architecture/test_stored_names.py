@@ -1,4 +1,7 @@
-"""Stored data is found by hashes. Data of an earlier version is found again only if these hashes stay equal.
+"""Tests that the hashes in stored names do not change.
+
+Lakesight finds existing rows, shards, models and captions by these hashes, so data of an earlier version is found only
+if the hashes stay the same.
 
 The expected values were computed with an earlier version of the code. Never edit these values to make a test pass: a
 changed value means that existing rows, shards, models or captions are no longer found and are computed again.
@@ -27,10 +30,11 @@ class StoredNames(NamedTuple):
     """Names and hashes under which a shipped run and its data are stored.
 
     Attributes:
-        run: name of the run folder of version 0.1.0 for the content hashes `training rows` and `validation rows`.
+        run: name of the run folder in Lakesight 0.1.0 if the content hashes of the shards are `training rows` and
+            `validation rows`.
         rules: value of column `rules` in table `ingested`.
-        captions: value of column `settings_hash` in table `generated_captions` for an empty prompt.
-        shards: name of the shard folder of version 3 of a table with id `table`.
+        captions: value of column `settings_hash` in table `generated_captions` if the prompt is empty.
+        shards: name of the shard folder for version 3 of a table whose id is `table`.
     """
 
     run: str
@@ -160,7 +164,7 @@ def test_the_hash_of_ingest_rules_does_not_change(name: str) -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_hash_of_caption_settings_does_not_change(name: str) -> None:
-    """tests/spark/test_caption.py tests the hash that a captioning job writes."""
+    """The test in tests/spark/test_caption.py checks the hash that a captioning job writes."""
     settings = load_run(name).model.generation.model_dump() | {"precision": "fp32"}
     assert short_hash("", settings) == RUNS[name].captions
 

@@ -1,4 +1,4 @@
-"""Models and runs are defined as data: only conf/ and the weight tables name models, never the code."""
+"""Tests that models and runs are defined in conf/, and that only conf/ and vlm/weights/ name models."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def words_of(file: Path) -> Iterator[str]:
 
 
 def test_names_of_models_occur_only_in_conf_and_not_in_code() -> None:
-    models = set(available("model")) - {"base"}  # `base` is also a parameter of rotary positions
+    models = set(available("model")) - {"base"}  # `base` is also the name of a parameter of rotary positions
     assert models
     named = {
         relative(file): sorted(models & {word.lower() for word in words_of(file)})
@@ -53,7 +53,7 @@ def test_names_of_models_occur_only_in_conf_and_not_in_code() -> None:
     assert {file: found for file, found in named.items() if found} == {}
 
 
-# Parts of model names that are also ordinary words: for example, gradients are clipped.
+# Parts of model names that are also ordinary words: for example, `clip` also occurs in gradient clipping.
 ORDINARY = {"vit", "clip", "nano", "base", "tiny", "emoji"}
 
 
@@ -67,7 +67,7 @@ def test_the_model_library_names_model_families_only_in_vlm_weights() -> None:
 
 
 def parts_of(word: str) -> set[str]:
-    """Split an identifier into lower-case words. For example, load_NameBlock becomes load, name and block."""
+    """Split an identifier into lower-case words. For example, load_NameBlock is split into load, name and block."""
     return {part.lower() for part in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+", word)}
 
 

@@ -1,4 +1,4 @@
-"""Training is launched on a standalone Spark cluster, on executors with GPUs, and for two runs at the same time."""
+"""Tests that launch training on a standalone Spark cluster, on executors with GPUs, and for two runs at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tiny_runs import MakeRun, runs_in
 
 from pipelines.formats.run_folder import Result, RunFolder, read_json
 
-# Each test starts its own Spark sessions and ranks, which takes 30 seconds on an idle machine.
+# Each test starts its own Spark sessions and ranks, and this start takes 30 seconds on an idle machine.
 pytestmark = [pytest.mark.faults, pytest.mark.matrix, pytest.mark.timeout(1500)]
 FEW: dict[str, Any] = {"steps": 4, "validate_every": 4}
 
@@ -28,7 +28,7 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
 
 
 def assert_trained_separately(first: RunFolder, second: RunFolder) -> None:
-    """Check that two runs of two ranks have separate results and used separate rendezvous ports."""
+    """Check that two runs of two ranks each have separate results and used different rendezvous ports."""
     assert [read_json(run.result, Result).world_size for run in (first, second)] == [2, 2]
     ports = [{place.port for place in placements_of(run)} for run in (first, second)]
     assert len(ports[0]) == len(ports[1]) == len(ports[0] | ports[1]) - 1 == 1
@@ -55,7 +55,7 @@ def test_two_runs_at_the_same_time_on_a_standalone_cluster_stay_separate(make_ru
 
 
 def gpu_settings(folder: Path, per_task: str) -> dict[str, str]:
-    """Return Spark settings with two GPUs per worker and the given amount of GPUs per task."""
+    """Return Spark settings that give each worker two GPUs, and each task the given amount of GPUs."""
     (script := folder / "gpus.sh").write_text("""#!/bin/sh\necho '{"name": "gpu", "addresses": ["0", "1"]}'\n""")
     script.chmod(0o755)
     return {
@@ -137,7 +137,7 @@ def test_a_spark_stage_that_waits_for_task_slots_fails_when_a_host_is_lost(tmp_p
         assert check.stdout
         assert check.stdout.readline() == b"both jobs run\n"
         worker, _ = subprocess.check_output(["pgrep", "-f", f"deploy.worker.Worker.*{master}"], text=True).split()
-        os.killpg(int(worker), signal.SIGKILL)  # kills the worker and its executor, like the loss of a host
+        os.killpg(int(worker), signal.SIGKILL)  # kills the worker and its executor, as the loss of a host would
         said = check.stdout.readline().decode()
     assert said.startswith("the executors cannot describe their hosts.")
     assert "executors were lost: 1 of 2 slots are left" in said

@@ -1,7 +1,8 @@
-"""Failure matrix of training: kind of fault, faulty rank, moment of the fault, and place of the ranks.
+"""Tests that training fails correctly, for every combination in a matrix of faults (the failure matrix).
 
-Each cell of the matrix is a run that fails. The launch of the run must end within a time limit, its error must name
-rank, host, cause and fix, and no process may be left. `make test` runs a few cells, `make faults` runs all cells.
+Each cell of the matrix is a run that fails. A cell has a kind of fault, a faulty rank, a moment of the fault, and a
+place where ranks run. The launch of the run must end within a time limit, the error must name rank, host, cause and
+fix, and no process may be left. `make test` runs a few cells; `make faults` runs all cells.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ pytestmark = pytest.mark.faults
 
 ENDLESS: dict[str, Any] = {"steps": 100_000, "validate_every": 100_000}
 WAITS: tuple[Kind, ...] = ("hang", "stop", "deaf")
-TIMEOUT = 20  # in seconds; reached only if other ranks wait for the faulty rank
-BOUND = 120.0  # in seconds; a launch takes less than 20 s on an idle machine
-STOPPED_BOUND = 180.0  # torchrun waits 30 seconds for a process that does not react
+TIMEOUT = 20  # in seconds; the timeout is reached only if other ranks wait for the faulty rank
+BOUND = 120.0  # in seconds; on an idle machine, a launch takes less than 20 s
+STOPPED_BOUND = 180.0  # in seconds; torchrun waits 30 seconds for a process that does not react
 
 BESIDE, EXECUTORS = "beside the driver", "on executors"
 
@@ -60,7 +61,7 @@ SAID: dict[Kind, str] = {
 
 
 class Cell(NamedTuple):
-    """Cell of the matrix, a run that fails: kind of fault, faulty rank, moment of the fault, and where ranks run."""
+    """A run that fails: the kind of fault, the faulty rank, the moment of the fault, and the place where ranks run."""
 
     kind: Kind
     rank: int
@@ -143,7 +144,7 @@ def test_a_failing_run_ends_in_time_with_an_error_that_names_rank_and_cause_and_
 
 
 def remaining_processes(run: RunFolder) -> list[int]:
-    """Return the ids of rank and launcher processes that still run ten seconds after the launch ended."""
+    """Return the process ids of ranks and launchers that are still running ten seconds after the end of the launch."""
     pids = [int(pid) for path in (run.path / "processes").iterdir() for pid in path.read_text().split()]
     deadline = time.monotonic() + 10
     while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < deadline:

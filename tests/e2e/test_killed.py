@@ -1,4 +1,4 @@
-"""Ingest and sharding under SIGKILL: no row is lost or duplicated."""
+"""Tests that no row is lost or duplicated if ingest or sharding is killed by SIGKILL."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from pipelines.platform import Platform
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the test finds processes in /proc")
 ROWS = 60
 EARLY_SECONDS = 3.0
-"""Time window of the single kill in `make test`, in seconds; a job takes longer even on a fast machine."""
+"""Length of the time window in which `make test` kills a process, in seconds: shorter than a job on a fast machine."""
 DRIVER_SECONDS = 15.0
-"""Time window in which a driver is killed after it opened its Spark session, in seconds: about the job's duration."""
+"""Longest time from the opening of a driver's Spark session to the kill of the driver, in seconds: about one job."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def window() -> KillWindow:
 
 
 def assert_complete(home: Path, source: str, expected: dict[str, str]) -> None:
-    """Check that every row is in one table exactly once and that the newest shards hold all pictures."""
+    """Check that every row is once in `samples` or `quarantine`, and that the newest shards have all pictures."""
     of_source = [("source", "=", source)]
     samples = DeltaTable(home / "warehouse" / "samples").to_pyarrow_table(filters=of_source).to_pylist()
     found = [(row["texts"][0]["text"], row["image"].hex()) for row in samples]

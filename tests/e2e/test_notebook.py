@@ -1,4 +1,4 @@
-"""The walk-through notebook runs unchanged and has the format of a Databricks notebook."""
+"""Tests that the walk-through notebook runs without changes and has the format of a Databricks notebook."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training continues while the tracking server is killed and restarted."""
+"""Tests that training continues while the MLflow tracking server is killed and restarted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STEPS = 600
 
 @contextmanager
 def tracking_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Start `mlflow server` in a separate process group, on a database that is kept when the server is killed."""
+    """Start `mlflow server` in a separate process group. The server's database survives if the server is killed."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "kept")]
     with (
@@ -47,7 +47,7 @@ def tracking_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]
 
 @contextmanager
 def rank_of(run: RunFolder) -> Iterator[subprocess.Popen[bytes]]:
-    """Start the only rank of a run."""
+    """Start a run that has a single rank."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "-m", "pipelines.worker.main"]
     environment = os.environ | {"PYTHONPATH": TEST_PATH, "OMP_NUM_THREADS": "1"}
     with (run.path / "rank.log").open("ab") as log:
@@ -60,7 +60,7 @@ def rank_of(run: RunFolder) -> Iterator[subprocess.Popen[bytes]]:
 
 @contextmanager
 def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """Kill the process and its children at the end of the block."""
+    """Yield a process, and kill the process and its children when the block ends."""
     try:
         yield process
     finally:
@@ -78,7 +78,7 @@ def is_healthy(port: int) -> bool:
 
 
 def last_step(run: RunFolder) -> int:
-    """Return the last step from the names of the metric files, because reading the files would slow the rank down."""
+    """Return the last step, taken from the names of the metric files: reading the files would slow the rank down."""
     return max((int(path.stem) for path in run.metrics(0).parent.glob("*.json")), default=0)
 
 

@@ -1,4 +1,4 @@
-"""Results do not depend on the number of ranks, on how a batch is divided, or on how weights are sharded.
+"""Tests that results do not depend on the number of ranks, on how a batch is divided, or on how weights are sharded.
 
 Starting ranks takes longer than training a tiny run, so one launch of ranks trains several runs one after another.
 """
@@ -21,7 +21,7 @@ from vlm import text
 from vlm.build import build_model
 from vlm.checkpoint import load_model, save_model
 
-pytestmark = pytest.mark.xdist_group("parallel")  # one process runs all tests, which share the trained runs
+pytestmark = pytest.mark.xdist_group("parallel")  # one process runs all tests, because the tests share trained runs
 
 COPIES = "lakesight-shards-*"
 AUGMENT = {"scale": [0.5, 1.0], "flip": 0.5, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3}
@@ -31,12 +31,12 @@ ADAPTED = {"head", *(f"blocks.0.{name}" for name in ("attention.qkv", "attention
 
 
 class Launched(NamedTuple):
-    """Finished runs by name, and the temporary folder of their ranks.
+    """Finished runs by name, and the temporary folder of the ranks that trained the runs.
 
     Attributes:
         one_rank: runs `alone` and `routed`, trained on one rank.
         two_ranks: runs `ddp`, `parts`, `fsdp`, `plain`, `routed` and `adapted`, trained on two ranks.
-        copied_by_one_rank: copies of shards that the training on one rank left in folder `temporary`.
+        copied_by_one_rank: local copies of shards that training on one rank left in the folder `temporary`.
     """
 
     one_rank: dict[str, RunFolder]
@@ -47,7 +47,7 @@ class Launched(NamedTuple):
 
 
 def launch(runs: dict[str, RunFolder], ranks: int) -> dict[str, RunFolder]:
-    """Train the runs one after another on the given number of ranks."""
+    """Train the given runs in turn, each on the given number of ranks."""
     ended = torchrun(list(runs.values()), ranks, "train_runs_in_turn")
     assert ended.returncode == 0, ended.stdout
     return runs
@@ -84,7 +84,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
 
 
 def without_dropout() -> dict[str, Any]:
-    """Return the config of the tiny model without dropout, because the random numbers of dropout depend on the rank."""
+    """Return the tiny model's config without dropout, because each rank draws different numbers for dropout."""
     model = tiny_run().model.model_dump()
     for part in (model["vision"], model["decoder"]):
         part["transformer"]["dropout"] = 0.0
@@ -97,13 +97,13 @@ def routed_run(folder: Path, ranks: int) -> RunFolder:
     for part in (model["vision"], model["decoder"]):
         part["transformer"] |= {"mlp": EXPERTS, "dropout": 0.0}
     config = tiny_run(steps=6, ranks=ranks, model=model, log_every=2)
-    # The texts have unequal lengths, so that ranks have different numbers of tokens.
+    # The texts differ in length, so that the ranks get different numbers of tokens.
     shards = write_shards(folder / f"routed-shards-{ranks}", rows=12, texts=3)
     return write_run(folder / f"routed-{ranks}", config, shards, shards)
 
 
 def save_base(folder: Path) -> Path:
-    """Save a tiny model with random weights, which an adapter will tune."""
+    """Save a tiny model with random weights; an adapter is trained on this model later."""
     config = tiny_run().model
     tokenizer = text.learn(config.text, ())
     torch.manual_seed(0)

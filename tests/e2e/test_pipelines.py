@@ -1,4 +1,4 @@
-"""Whole pipelines by command: a demo, the same demo again, and other model families on the demo's pictures."""
+"""Tests that run whole pipelines: a demo, the same demo again, and other model families on the demo's pictures."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
-# One process runs all tests of this file, because nearly all of the time is spent in one shared fixture.
+# One process runs all tests of this file, because the tests share a fixture that takes nearly all of the time.
 pytestmark = [pytest.mark.xdist_group("pipelines"), pytest.mark.timeout(1500)]
 
 SCENES = 400
 PICTURES = ("--set", f"data.source.path=scenes:{SCENES}:0")
-"""Options that select the pictures of the demo."""
+"""Command-line options that select the pictures of the demo."""
 QUICK = (
     "train.steps=250",
     "train.batch_size=32",
@@ -51,7 +51,7 @@ for command in json.loads(sys.argv[1]):
 
 
 class Ran(NamedTuple):
-    """Result of a series of commands: their JSON reports in order, and their complete stdout and stderr."""
+    """JSON report of each command of a series, and everything that the commands printed to stdout and stderr."""
 
     reports: list[dict[str, Any]]
     printed: str
@@ -61,7 +61,8 @@ class Ran(NamedTuple):
 def run(home: Path, *commands: list[str], folder: Path | None = None) -> Ran:
     """Run commands in one process, which starts one JVM. Each command has a new Spark session and catalog.
 
-    The working folder is `folder`, or the home folder. As in the installed command, it is not in `sys.path`.
+    The working folder is `folder` or, without `folder`, the home folder. As with the installed command, the working
+    folder is not in `sys.path`.
     """
     environment = os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
     # SQLite ignores the password in the address. The test looks for this password in all files and output.
@@ -85,7 +86,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def user_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with user modules that have the names of our packages. Importing such a module writes a file."""
+    """A working folder with user modules named like our packages. An imported user module writes a file."""
     folder = tmp_path_factory.mktemp("user")
     for module in ("vlm/__init__.py", "pipelines/__init__.py", "jobs.py"):
         (folder / module).parent.mkdir(exist_ok=True)
@@ -113,7 +114,7 @@ def test_a_demo_runs_every_stage(demos: Ran) -> None:
     assert report["quarantined"] > 0
     assert report["trained"]
     assert report["captions"] > 0 == report["errors"]
-    assert report["blind_gap"] > 0.2  # twice the minimum of the gate
+    assert report["blind_gap"] > 0.2  # twice the minimum that the gate requires
     assert Path(report["gallery"]).stat().st_size > 10_000
 
 
@@ -144,7 +145,7 @@ def test_train_finds_and_registers_a_run_whose_ranks_were_started_by_torchrun(de
 @pytest.mark.matrix
 @pytest.mark.usefixtures("demos")
 def test_a_pipeline_with_ranks_started_by_torchrun_runs_from_pictures_to_captions(home: Path) -> None:
-    """PaliGemma has another token sequence, another attention mask and another decoder than the demo's model."""
+    """PaliGemma differs from the demo's model in the token sequence, the attention mask and the decoder."""
     prepare = ["train", "--no-launch", "--run", "paligemma", "--json", *PICTURES]
     for folder in home.glob("runs/paligemma-*"):  # delete the folder of the short run
         shutil.rmtree(folder)
@@ -157,7 +158,7 @@ def test_a_pipeline_with_ranks_started_by_torchrun_runs_from_pictures_to_caption
 def test_modules_in_the_working_folder_with_names_of_our_packages_are_not_imported(
     demos: Ran, user_folder: Path
 ) -> None:
-    """Neither the driver, Spark's Python workers, ranks, nor the smoke test of a version imports such a module."""
+    """No process (driver, Spark's Python workers, ranks, smoke test of a version) imports a user module."""
     assert list(user_folder.rglob("*.imported")) == []
     assert "PYTHONSAFEPATH=1 torchrun --nproc-per-node 2 -m pipelines.worker.main --run-dir " in demos.log
 

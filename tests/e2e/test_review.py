@@ -1,4 +1,4 @@
-"""Tests of `lakesight review` in a browser: the page, its filter, verdicts, and requests that are refused."""
+"""Tests of `lakesight review` in a browser: the review page, the filter, verdicts, and requests that are refused."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def page(address: str) -> Iterator[Page]:
 
 
 def test_a_person_judges_captions_on_the_page(page: Page, home: Path, tmp_path: Path) -> None:
-    assert page.locator("article").count() == 24  # one page of captions, the least certain captions first
+    assert page.locator("article").count() == 24  # one page, least certain captions first
     assert page.locator("article").first.locator("textarea").input_value() == "a red square"
     assert page.locator("article").nth(2).locator("textarea").input_value() == EVIL
     assert page.title() == "Captions of demo"

@@ -1,4 +1,4 @@
-"""The pipeline on seemore's own three pictures."""
+"""Test of the pipeline on the three pictures of the seemore repository."""
 
 from __future__ import annotations
 

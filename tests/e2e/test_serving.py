@@ -1,4 +1,4 @@
-"""Registered model versions are served over REST by `mlflow models serve` and caption base64 pictures."""
+"""Tests that `mlflow models serve` serves a registered model version, which captions base64 pictures over REST."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipelines.worker.caption import load_captioner
 CONFIG = tiny_run()
 
 
-pytestmark = pytest.mark.xdist_group("serving")  # one process runs all tests, which share a registered version
+pytestmark = pytest.mark.xdist_group("serving")  # one process runs all tests: they share a version
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_a_served_version_captions_base64_pictures_over_rest_from_many_clients_a
 def test_a_loaded_version_runs_the_code_that_was_registered_with_it(
     laptop: Platform, version: registry.ModelVersion, tmp_path: Path
 ) -> None:
-    """Our packages are installed in the test's environment, but the version must load its own copies."""
+    """Although our packages are installed for this test, the model version must import the copies that it contains."""
     script = (
         f"import mlflow; mlflow.pyfunc.load_model('models:/{version.name}/1', dst_path=r'{tmp_path}')\n"
         "import sys; print([sys.modules[name].__file__ for name in ('vlm.model', 'pipelines.worker.caption')])"

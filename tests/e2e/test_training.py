@@ -1,4 +1,4 @@
-"""Training with torchrun or with ranks on the driver: results, checkpoints, resuming after a kill or an interrupt."""
+"""Tests of training with torchrun or with ranks on the driver: results, checkpoints, and resuming."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
 
 
 AUGMENT = {"scale": [0.5, 1.0], "flip": 0.5, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3}
-# There are three ranks, because the order of a floating-point sum matters only from three terms on.
+# Three ranks: the order of the terms changes a floating-point sum only if there are at least three terms.
 WHOLE: dict[str, Any] = {
     "ranks": 3,
     "batch_size": 6,
@@ -49,7 +49,7 @@ WHOLE: dict[str, Any] = {
     "augment": AUGMENT,
 }
 MEASURED = re.compile("per_second|data_wait|system/")
-"""Pattern of the metrics that differ between two equal runs."""
+"""Pattern of the metrics that differ between two runs with equal configs, because they are measurements."""
 ENDLESS: dict[str, Any] = {"steps": 100_000, "validate_every": 100_000}
 
 
@@ -69,7 +69,7 @@ def two_ranks(platform: Platform) -> Platform:
 
 
 def without_rates(run: RunFolder) -> list[tuple[int, dict[str, float]]]:
-    """Return the metrics of each step, without the metrics that differ between two equal runs."""
+    """Return the metrics of each step, without the metrics that match `MEASURED`."""
     return [
         (m.step, {key: value for key, value in m.values.items() if not MEASURED.search(key)})
         for m in run.read_metrics()

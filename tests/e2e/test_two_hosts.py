@@ -1,4 +1,4 @@
-"""Ranks on two hosts, simulated by two network namespaces with a virtual cable between them."""
+"""Test of ranks on two hosts. Two network namespaces that a virtual cable connects simulate the hosts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tiny_runs import runs_in
 from pipelines.driver.train.failure import diagnose_failure
 from pipelines.formats.run_folder import RunFolder, step_of
 
-# The test starts ranks twice and waits for one timeout, which takes a minute.
+# The test takes a minute, because the test starts ranks twice and waits for a timeout.
 pytestmark = [pytest.mark.faults, pytest.mark.matrix]
 
 NAMES = tuple(f"lakesight-{os.getpid()}-{letter}" for letter in "ab")
@@ -38,7 +38,7 @@ def set_link(state: str) -> None:
 
 @pytest.fixture
 def network() -> Iterator[None]:
-    """Create two network namespaces, connected by a veth pair, that can resolve the host names of both."""
+    """Create two network namespaces with a veth pair between them. Both namespaces can resolve both host names."""
     if os.geteuid() or not (shutil.which("ip") and shutil.which("unshare")):
         pytest.skip("network namespaces need root and the programs ip and unshare")
     files = [Path("/etc/netns", name) for name in NAMES]
@@ -65,7 +65,7 @@ def network() -> Iterator[None]:
 
 @contextmanager
 def torchrun_on_both(run: RunFolder) -> Iterator[None]:
-    """Run the torchrun command of docs/training.md on each of the two hosts during the block."""
+    """While the block runs, run the torchrun command from docs/training.md on each of the two hosts."""
     ranks = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{NAMES[0]}:29500"]
     command = [sys.executable, "-m", "torch.distributed.run", *ranks]
     worker = ["-m", "pipelines.worker.main", "--run-dir", str(run.path)]

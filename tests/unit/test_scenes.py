@@ -1,4 +1,4 @@
-"""Generated scenes: each sentence describes its picture correctly, and the generated file is reproducible."""
+"""Tests of generated scenes: each sentence describes its picture correctly, and the generated file is reproducible."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SENTENCE = re.compile(f"{OBJECT} (?:({'|'.join(LOCATIONS)})|({'|'.join(RELATIONS
 
 
 def parse(caption: str) -> Scene:
-    """Return the scene that a sentence describes."""
+    """Parse a sentence and return the scene that the sentence describes."""
     match = SENTENCE.fullmatch(caption)
     assert match, f"not a sentence of the grammar: {caption!r}"
     size, colour, shape, location, relation, *second = match.groups()
@@ -44,7 +44,7 @@ def parse(caption: str) -> Scene:
 
 
 def recognise(image: Image.Image) -> tuple[list[tuple[str, str]], str]:
-    """Recognise the size and colour of each object, and the objects' relation or location, from the pixels alone."""
+    """From the pixels, recognise the size and colour of each object and the objects' relation or location."""
     pixels = np.asarray(image).astype(int)
     inked = (np.abs(pixels - pixels[0, 0]) > 60).any(axis=2)
     for axis, relation in ((1, "above"), (0, "left of")):

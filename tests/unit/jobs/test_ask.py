@@ -1,4 +1,4 @@
-"""Tests of `lakesight ask` with one, several or no pictures, and tests of the boxes in an answer."""
+"""Tests of `lakesight ask` with a single picture, several pictures or no picture, and of the boxes in an answer."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def ask_in_process(capsys: pytest.CaptureFixture[str]) -> AskInProcess:
 
 @pytest.fixture
 def random_model(tmp_path: Path) -> tuple[Path, VisionLanguageModel, Tokenizer]:
-    """Build a model with random weights, whose sampled answer depends on the pictures and their order."""
+    """Build a model with random weights. The model's sampled answer depends on the pictures and their order."""
     tokenizer = text.learn(CharsConfig(kind="chars", alphabet="abc "), ())
     config = load_model("nano_tiny")
     generation = config.generation.model_copy(update={"max_new_tokens": 12, "temperature": 1.0})
@@ -70,7 +70,7 @@ def random_model(tmp_path: Path) -> tuple[Path, VisionLanguageModel, Tokenizer]:
 
 @pytest.fixture
 def detector(tmp_path: Path) -> Path:
-    """Save a model that only generates the box of a cat or of a dog.
+    """Save a model whose answer is always one of two boxes: the box of a cat or the box of a dog.
 
     The output head has opposite weights for the tokens of the two boxes, and zero weights for all other tokens.
     """

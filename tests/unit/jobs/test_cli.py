@@ -1,4 +1,4 @@
-"""Tests of the command line: help, exit codes, errors of one paragraph, and JSON reports on stdout."""
+"""Tests of the command line: help, exit codes, error messages of a single paragraph, and JSON reports on stdout."""
 
 from __future__ import annotations
 
