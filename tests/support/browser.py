@@ -1,4 +1,4 @@
-"""Web pages opened in headless Chromium."""
+"""Open web pages in headless Chromium."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 def open_page(address: str) -> Iterator[Page]:
     """Open an address in headless Chromium.
 
-    After the block, the browser's console must be empty, and all requests must have gone to the opened address.
+    When the block ends, check that the browser's console is empty and that all requests went to the opened address.
     """
     if CHROMIUM is None:
         pytest.skip("Chromium is not installed")

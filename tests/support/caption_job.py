@@ -1,4 +1,4 @@
-"""Script that captions a table of pictures with a random model. Tests kill its process.
+"""Script that captions a table of pictures with a randomly initialised model. Tests kill the process of this script.
 
 LAKESIGHT_HOME=HOME python caption_job.py FOLDER
 """
@@ -27,11 +27,11 @@ from vlm.checkpoint import save_model
 
 ROWS, BAD = 96, 5
 ROWS_PER_FILE = 12
-"""Rows per file of captions: the table is captioned in eight tasks, each with a separate spill file."""
+"""Number of rows per caption file. With 12 rows per file, eight Spark tasks caption the 96 rows of the table."""
 
 
 def prepare(folder: Path) -> None:
-    """Write a random model and a table of pictures, of which the last BAD are invalid."""
+    """Write a randomly initialised model and a table of pictures. The last BAD pictures of the table are invalid."""
     pictures = [png(number) for number in range(ROWS - BAD)] + [b"no picture"] * BAD
     table = pa.table({"id": [f"{number:02}" for number in range(ROWS)], "photo": pictures})
     write_deltalake(folder / "photos", table)
@@ -50,7 +50,7 @@ def caption_table(spark: SparkSession, platform: Platform, folder: Path, version
 
 
 def read_captions(home: Path, folder: Path, version: str) -> list[dict[str, Any]]:
-    """Return the captions of a model version, sorted by picture id, without columns that differ between jobs."""
+    """Return a model version's caption rows, sorted by picture id, without columns that differ between jobs."""
     of_version = [("model_name", "=", f"m-{folder.name}"), ("model_version", "=", version)]
     columns = ["image_id", "caption", "error", "sha256", "num_tokens", "settings_hash"]
     table = DeltaTable(home / "warehouse" / "generated_captions").to_pyarrow_table(columns=columns, filters=of_version)

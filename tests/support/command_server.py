@@ -1,8 +1,7 @@
 """Runs `lakesight` commands in processes that are forked from a process with torch and deltalake already imported.
 
-Importing these libraries takes longer than most
-commands do. Each command still has a process, an environment and a working folder
-of its own.
+Importing torch and deltalake takes longer than most commands take to run. Each command runs in its own process,
+environment and working folder.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from processes import TEST_PATH
 
 
 def run_command(*arguments: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run `lakesight` with these arguments in the current folder."""
+    """Run `lakesight` with the given arguments in the current folder."""
     server = _start_server()
     assert server.stdin
     assert server.stdout
@@ -42,7 +41,7 @@ def run_command(*arguments: str, environment: Mapping[str, str]) -> subprocess.C
 
 @cache
 def _start_server() -> subprocess.Popen[str]:
-    """Start the server. When this process ends, the server's stdin is closed and the server ends."""
+    """Start the server. When the test process ends, the stdin of the server is closed, and the server ends."""
     environment = os.environ | {"PYTHONPATH": TEST_PATH}
     return subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

@@ -1,7 +1,7 @@
 """A BMP decoder that crashes its process with a segmentation fault if a picture has a certain size.
 
-Importing this module installs the decoder in Pillow. Spark's workers import this module
-when they unpickle settings whose class is defined here.
+Importing this module installs the decoder in Pillow. Spark's Python workers import this module when they unpickle
+settings whose class is defined in this module.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class CrashingBmp(BmpImagePlugin.BmpImageFile):
 
 
 class CrashingLimits(LimitsConfig):
-    """Limits of a row that make the receiving process import this module."""
+    """Row limits whose class is defined here, so that unpickling the limits imports this module."""
 
 
 class CrashingImage(ImageConfig):
-    """Picture settings that make the receiving process import this module."""
+    """Picture settings whose class is defined here, so that unpickling the settings imports this module."""
 
 
 def install() -> None:

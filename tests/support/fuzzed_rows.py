@@ -1,4 +1,4 @@
-"""Random CSV rows, valid and invalid: pictures, base64 and lines, reproducible by a seed."""
+"""Random CSV rows, drawn with a seed: valid rows, and rows with invalid pictures, base64 texts or lines."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ HEADER = b"row,b64string_images,caption\n"
 MAX_PIXELS, MAX_CHARS = 2_000_000, 300
 GOOD: frozenset[str | None] = frozenset({None})
 DAMAGED = frozenset({None, "truncated_image", "not_an_image", "unsupported_format", "too_large", "too_small"})
-"""Possible results for a picture with a few changed bytes: decoders tolerate some changes."""
+"""Possible reason codes of a picture with a few changed bytes. None: the decoder tolerates the change."""
 
 
 class Row(NamedTuple):
-    """A CSV line with its number, its kind, and its allowed reason codes (None: the line may become a sample)."""
+    """A CSV line, the line's number and kind, and the allowed reason codes (None: the line may become a sample)."""
 
     number: int
     kind: str
@@ -57,7 +57,7 @@ def quoted(number: int, image: str, text: str) -> bytes:
 
 
 def drawn(rng: random.Random, mode: str = "RGB") -> Image.Image:
-    """Draw a small picture of noise over a random colour."""
+    """Draw a small picture: random noise added to a random colour."""
     noise = np.random.default_rng(rng.randrange(2**32))
     width, height = rng.randint(8, 40), rng.randint(8, 40)
     field = noise.integers(0, 60, (height, width, 3)) + noise.integers(0, 190, 3)
@@ -76,7 +76,7 @@ def saved(mode: str, kind: str, **options: object) -> Callable[[random.Random], 
 
 
 def rotated(rng: random.Random) -> bytes:
-    """Draw a JPEG with an EXIF orientation."""
+    """Draw a JPEG picture whose EXIF data contain an orientation."""
     exif = Image.Exif()
     exif[0x0112] = rng.randint(2, 8)
     return encoded(drawn(rng), "JPEG", exif=exif)
@@ -121,7 +121,7 @@ PICTURES: dict[str, Callable[[random.Random], bytes]] = {
 
 
 def damaged(rng: random.Random, data: bytes) -> bytes:
-    """Delete, duplicate, zero, or change some bytes; in half of the cases the bytes are among the first hundred."""
+    """Delete, duplicate, zero, or change some bytes of a file, in half of the cases within the first 100 bytes."""
     at = rng.randrange(1, min(len(data), 100) if rng.random() < 0.5 else len(data))
     end = min(len(data), at + rng.randint(1, 30))
     match rng.randrange(6):
@@ -145,7 +145,7 @@ Odd = tuple[tuple[str, str] | bytes, frozenset[str | None]]
 
 
 def valid_fields(rng: random.Random, number: int) -> tuple[str, str]:
-    """Return a valid picture as base64, and its text."""
+    """Return a valid picture as base64, and the text that describes the picture."""
     return as_base64(PICTURES["PNG"](rng)), f"row {number}"
 
 
@@ -196,14 +196,14 @@ def corrupted(rng: random.Random, image: str) -> str:
 
 
 def png_claiming(width: int, height: int) -> bytes:
-    """Return a PNG whose header states a size, with a few bytes of pixels."""
+    """Return a PNG file whose header states the given size, but which contains only a few bytes of pixel data."""
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(99)))]
     packed = (struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 def bomb(rng: random.Random) -> bytes:
-    """Return a small picture file that would be decoded to very many pixels."""
+    """Return a small picture file whose decoded picture would have very many pixels."""
     side = rng.choice((1_500, 20_000, 65_000))
     match rng.randrange(5):
         case 0:

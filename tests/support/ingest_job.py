@@ -1,4 +1,4 @@
-"""Script that ingests a folder of CSV files and writes shards. Tests kill its process.
+"""Script that ingests a folder of CSV files and writes shards. Tests kill the process of this script.
 
 LAKESIGHT_HOME=HOME python ingest_job.py FOLDER
 """
@@ -24,7 +24,7 @@ def write_rows(folder: Path, first: int, count: int) -> dict[str, str]:
     """Write a CSV file of good rows, with a bad row after every tenth good row.
 
     Returns:
-        A dict from the text of each good row to its picture's bytes in hexadecimal.
+        A dict from the text of each good row to the bytes of the row's picture, in hexadecimal.
     """
     rows = []
     for n in range(first, first + count):

@@ -36,7 +36,7 @@ BAD = {"%%%": "bad_base64", base64.b64encode(b"no picture").decode(): "not_an_im
 
 
 def register_random(platform: Platform, folder: Path, config: RunConfig) -> registry.ModelVersion:
-    """Register a model with random weights and the config of a run."""
+    """Register a model that has random weights and the model config of a run."""
     shards = write_shards(folder / "shards", rows=4)
     run = write_run(folder / "runs" / "tiny-0123", config, shards, shards)
     tokenizer = text.load(run.tokenizer)
@@ -58,7 +58,7 @@ def served(platform: Platform, version: registry.ModelVersion, folder: Path) -> 
     command = [sys.executable, "-m", "mlflow", "models", "serve"]
     command += ["--model-uri", f"models:/{version.name}/{version.version}"]
     command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as in an activated environment
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # PATH as in an activated environment
     environment = os.environ | {"MLFLOW_TRACKING_URI": platform.tracking_uri, "PATH": path}
     with (folder / "serve.log").open("wb") as log:
         server = subprocess.Popen(
@@ -87,7 +87,7 @@ def _answers(address: str) -> bool:
 
 
 def ask(address: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Answer]:
-    """Send rows to the server and return one answer per row. Raises HTTPError if the request itself fails."""
+    """Send rows to the server and return one answer per row. If the whole request fails, HTTPError is raised."""
     body = json.dumps({"dataframe_split": {"columns": columns, "data": rows}}).encode()
     request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as response:
@@ -96,7 +96,7 @@ def ask(address: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def picture_texts(side: int = 40) -> list[str]:
-    """Return valid pictures as base64."""
+    """Return valid pictures as base64 texts, one picture per colour."""
     texts = []
     for colour in COLOURS.values():
         buffer = io.BytesIO()
@@ -106,9 +106,9 @@ def picture_texts(side: int = 40) -> list[str]:
 
 
 def load(address: str, requests: int, clients: int) -> list[float]:
-    """Send requests from parallel clients, check every answer, and return the seconds of each request.
+    """Send requests from parallel clients, check every answer, and return the duration of each request in seconds.
 
-    A request has one to four rows. One row in five is invalid, and requests mix valid and invalid rows.
+    Each request has one to four rows. One fifth of all rows are invalid, and a request can contain both kinds of rows.
     """
     good = picture_texts()
     expected = {image: ask(address, ["image"], [[image]])[0] for image in good}

@@ -16,7 +16,7 @@ IMAGE, TEXT = "b64string_images", "caption"
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 16)) -> Image.Image:
-    """Return noise over a random colour; pictures of different seeds are not near-duplicates."""
+    """Return a picture of noise over a random colour. Pictures with different seeds are not near-duplicates."""
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, 40, (size[1], size[0], 3))
     return Image.fromarray((noise + rng.integers(0, 200, 3)).astype(np.uint8))

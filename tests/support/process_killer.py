@@ -1,4 +1,4 @@
-"""SIGKILL for a Spark worker, an executor or a driver at a random moment (Linux)."""
+"""Helpers that kill a Spark Python worker, an executor or a driver at a random moment by SIGKILL (Linux only)."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ COMMANDS = {"worker": "pyspark.daemon", "executor": "CoarseGrainedExecutorBacken
 
 
 def spark_processes(kind: ProcessKind) -> list[int]:
-    """List the ids of the descendant processes of this process that have the given kind."""
+    """List the process ids of all processes of the given kind that descend from this process."""
     parents, found = {}, []
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # the process has ended meanwhile
+        with suppress(OSError):  # the process has ended in the meantime
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
     for pid in parents:
         ancestor, commands = pid, []
         while ancestor in parents and ancestor != os.getpid():
             commands.append(_command(ancestor))
             ancestor = parents[ancestor]
-        # Workers are forked from the daemon and keep its command line: a worker is a "daemon" whose parent is a daemon.
+        # Python workers are forked from Spark's daemon and keep the daemon's command line, so a process is a worker if
+        # the process and its parent both have this command line.
         depth = 2 if kind == "worker" else 1
         if ancestor == os.getpid() and [COMMANDS[kind] in line for line in commands[:depth]] == [True] * depth:
             found.append(pid)
@@ -54,11 +55,12 @@ def kill_one(kind: ProcessKind, after: float, rng: random.Random) -> Iterator[li
 
     Args:
         kind: kind of the process.
-        after: seconds from the start of the block to the kill, or longer if no process of the kind runs then.
-        rng: random generator that draws the process.
+        after: seconds from the start of the block to the kill; if no process of the kind runs then, the kill comes
+            later.
+        rng: random generator that chooses the process to kill.
 
     Yields:
-        A list that is empty before the kill and contains the id of the killed process after it.
+        A list that is empty before the kill, and that contains the id of the killed process after the kill.
     """
     killed = list[int]()
 
@@ -76,7 +78,7 @@ def kill_one(kind: ProcessKind, after: float, rng: random.Random) -> Iterator[li
 
 
 class KillWindow:
-    """Time window of a random kill, in seconds: 1.2 times the duration of the last job that was not killed."""
+    """Longest time from the start of a job to its kill, in seconds: 1.2 times the duration of a complete job."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -87,8 +89,8 @@ def run_with_kill(kind: ProcessKind, rng: random.Random, window: KillWindow, job
 
     Args:
         kind: kind of the process.
-        rng: random generator that draws the moment and the process.
-        window: time window of the kill; if a job ends before its kill, the window is shortened and a new job is run.
+        rng: random generator that chooses the moment of the kill and the process to kill.
+        window: time window of the kill; if a job ends before the kill, the window is shortened and a new job is run.
         job: function to run, called with a name that is different for each attempt.
     """
     for attempt in range(8):
@@ -102,7 +104,7 @@ def run_with_kill(kind: ProcessKind, rng: random.Random, window: KillWindow, job
 
 
 def start_script(script: ModuleType, home: Path, folder: Path) -> subprocess.Popen[bytes]:
-    """Start a module of tests/support as a script. The script creates HOME/started once its Spark session is open."""
+    """Start a module of tests/support as a script. The script creates HOME/started when its Spark session is open."""
     environment = os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": TEST_PATH}
     command = [sys.executable, str(script.__file__), str(folder)]
     with (home / "log").open("ab") as log:

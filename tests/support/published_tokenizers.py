@@ -1,4 +1,4 @@
-"""Tiny tokenizers with the models, normalizers, decoders and special tokens of published tokenizers."""
+"""Tiny tokenizers that have the same models, normalizers, decoders and special tokens as published tokenizers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOC, SEG = [f"<loc{i:04d}>" for i in range(1024)], [f"<seg{i:03d}>" for i in ran
 
 
 def byte_level() -> Tokenizer:
-    """Train a byte-level BPE tokenizer like GPT-2's, in which one special token marks start, end and padding."""
+    """Train a byte-level BPE tokenizer like GPT-2's. The only special token marks start, end and padding."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,7 +48,7 @@ def byte_fallback(*, special_regions: bool = False) -> Tokenizer:
 
 
 def word_ends() -> Tokenizer:
-    """Build a tokenizer like CLIP's: texts are lower case, words end in </w>, the unknown token is the end token."""
+    """Build a tokenizer like CLIP's: texts become lower case, words end in </w>, the end token is also the unknown token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = alphabet + [char + "</w>" for char in alphabet] + ["ca", "cat</w>", STARTOFTEXT, ENDOFTEXT]
     tokenizer = Tokenizer(

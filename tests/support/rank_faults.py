@@ -1,9 +1,9 @@
-"""Ranks that fail on request. The file fault.json in the run folder names the fault; only tests read this file.
+"""Ranks that fail on request of a test. The file fault.json in the run folder describes the fault.
 
 A test runs `torchrun ... -m rank_faults --run-dir DIR`, or passes `faulty_rank` to `launch` as the function of a rank.
 
-The faults are real: a signal, a kernel limit, an impossible allocation, changed bytes in a file. A fault is
-triggered just before a certain function of the rank is called.
+The faults are real, not simulated: for example a signal, a kernel limit, or changed bytes in a file. A fault is
+triggered immediately before the rank calls a certain function.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Fault(Config):
     """A fault of one rank. The fault happens when the rank starts, in a step, or while a checkpoint is written.
 
     Attributes:
-        step: number of the step that fails, from 0; None for the first step after a finished checkpoint.
-        always: whether the fault is triggered in every attempt, not only in the first.
+        step: number of the step that fails, counted from 0; None for the first step after a finished checkpoint.
+        always: whether the fault is triggered in every attempt of the run; otherwise only in the first attempt.
     """
 
     kind: Kind
@@ -56,7 +56,7 @@ class Fault(Config):
 
 
 def faulty_rank(run_dir: str) -> None:
-    """Call `run_rank`, and trigger the fault if it belongs to this rank."""
+    """Call `run_rank`, and trigger the fault in fault.json if the fault is for this rank."""
     import pipelines.worker.train.initial_weights as writing
     import pipelines.worker.train.trainer as training
     import vlm.training.loop as loop
@@ -78,7 +78,7 @@ def faulty_rank(run_dir: str) -> None:
                 loop, "token_loss", lambda *args: strike(fault, run, *args) if due(fault, run, next(steps)) else None
             )
         elif rank == 0 and fault.place == "checkpoint":
-            # Another rank has the fault: rank 0 waits in its checkpoint until the fault is triggered.
+            # The fault is for a rank other than 0. Rank 0 waits with its checkpoint until the fault is triggered.
             before(writing, "save_state", lambda *args: wait_for(struck.exists) if run.finished_checkpoints() else None)
     run_rank(run_dir)
 

@@ -1,4 +1,4 @@
-"""Hand-written conversion of transformers' weights to our names, independent of the tables in `vlm.weights`."""
+"""Conversion of transformers' weights to our names, written by hand and independent of the tables in `vlm.weights`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ State = Mapping[str, Tensor]
 
 
 def gpt2(theirs: State, depth: int) -> dict[str, Tensor]:
-    """Convert the decoder from GPT2LMHeadModel, whose linear layers are stored (in, out)."""
+    """Convert the decoder from GPT2LMHeadModel, which stores the weight of a linear layer with shape (in, out)."""
     ours = {
         "tokens.weight": theirs["transformer.wte.weight"],
         "head.weight": theirs["transformer.wte.weight"],

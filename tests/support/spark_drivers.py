@@ -1,4 +1,4 @@
-"""Spark drivers in separate processes, with other masters, with GPU resources, or several drivers at the same time.
+"""Spark drivers in separate processes: with a given master, with GPU resources, or several drivers at the same time.
 
 python spark_drivers.py MASTER RUN_DIR...
 """
@@ -31,12 +31,12 @@ from vlm.config import Config
 
 
 class RankPlacement(Config):
-    """Content of the file places/N: where rank N was started."""
+    """Content of the file places/N: agent, rendezvous port, local rank and GPUs of rank N."""
 
     agent: int
     """Process id of the torchrun agent."""
     port: str
-    """Port of the rendezvous of torchrun."""
+    """Port of torchrun's rendezvous."""
     local_rank: int
     gpus: str
 
@@ -67,17 +67,17 @@ def placements_of(run: RunFolder) -> list[RankPlacement]:
 
 
 def driver_environment(home: Path) -> dict[str, str]:
-    """Return the environment variables of a driver with its own home folder, bound to the loopback address."""
+    """Return the environment variables of a driver that has the given home folder and uses the loopback address."""
     return os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": TEST_PATH, "SPARK_LOCAL_IP": "127.0.0.1"}
 
 
 def run_drivers(
     home: Path, master: str, *tasks: Sequence[RunFolder], settings: Mapping[str, str] | None = None
 ) -> list[dict[str, str]]:
-    """Start drivers at the same time. Each driver launches its runs one after another.
+    """Start several drivers at the same time. Each driver launches a list of runs one after the other.
 
     Returns:
-        For each driver, a dict from the name of each refused run to the error message.
+        One dict per driver, from the name of each refused run to the error message of the launch.
     """
     options = [f"--conf {key}={value}" for key, value in (settings or {}).items()]
     environment = driver_environment(home) | {"PYSPARK_SUBMIT_ARGS": " ".join([*options, "pyspark-shell"])}
@@ -115,7 +115,7 @@ def standalone_cluster(folder: Path, *, workers: int, cores: int, cores_per_appl
 
 
 Start = Callable[[list[str], dict[str, str], IO[bytes] | int], subprocess.Popen[bytes]]
-"""Function that starts a process; takes the command, its environment, and the destination of stdout."""
+"""Function that starts a process from a command, environment variables, and a destination for stdout."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A counter of the queries of a Spark session."""
+"""Helper that counts the queries of a Spark session."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models and batches. Together, the models cover every `kind` of every part of the config."""
+"""Tiny models and batches. Together, the models cover every `kind` that a part of the model config can have."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz ?\n"
 
 
 def tiny_config(variant: str) -> ModelConfig:
-    """Return the model config of one of VARIANTS: common kinds, alternative kinds, prefix-LM, or a rare variant."""
+    """Return the model config of a variant in VARIANTS, for example `plain`."""
     if variant in RARE:
         return _rare_config(variant)
     plain = variant == "plain"
@@ -72,7 +72,7 @@ DECODER_EXPERTS = {"kind": "moe", "num_experts": 4, "expert": {"kind": "gated", 
 
 
 def _rare_config(variant: str) -> ModelConfig:
-    """Return a config with kinds that only some published model families use."""
+    """Return a model config that has kinds of parts that only some published model families use."""
     capped = variant == "capped"
     config = tiny_config("prefix" if capped else "plain").model_dump()
     config["vision"] |= VISION.get(variant, {})
@@ -93,7 +93,7 @@ VARIANTS = ("plain", "other", "prefix", *RARE)
 
 
 def tiny_model(variant: str, seed: int = 1) -> tuple[VisionLanguageModel, Tokenizer]:
-    """Build a model in evaluation mode with weights so large that its answers depend on the picture."""
+    """Build a model in evaluation mode. The weights are so large that the model's answers depend on the picture."""
     config = tiny_config(variant)
     tokenizer = text.learn(config.text, [])
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Tiny models of other libraries with random weights, and our models of the same shape."""
+"""Tiny models of other libraries with random weights, and models of our library with the same shape."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def blocks(**changes: Any) -> dict[str, Any]:
 def config(
     vision: dict[str, Any] | None = None, decoder: dict[str, Any] | None = None, size: int = SIZE, **others: Any
 ) -> ModelConfig:
-    """Return a model config with the given encoder and decoder. A part that is not given has default settings."""
+    """Return a model config with the given encoder and decoder. An omitted encoder or decoder has default settings."""
     return ModelConfig.model_validate(
         {
             "image": {"size": size},
@@ -47,7 +47,7 @@ def config(
 
 
 def scramble(model: nn.Module, seed: int = 0) -> None:
-    """Randomise all parameters, including norms and biases, which are constant in a new model."""
+    """Randomise all parameters, including the norms and biases that are constant in a new model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -59,7 +59,7 @@ def scramble(model: nn.Module, seed: int = 0) -> None:
 
 
 def publish(model: Any, folder: Path, seed: int = 0) -> Any:
-    """Randomise a transformers model, save it with `save_pretrained`, and return it in evaluation mode."""
+    """Randomise a transformers model and save it with `save_pretrained`. Return the model in evaluation mode."""
     scramble(model, seed)
     model.eval().save_pretrained(folder)
     return model
@@ -68,7 +68,7 @@ def publish(model: Any, folder: Path, seed: int = 0) -> Any:
 def load(
     settings: ModelConfig, folder: Path, part: Part, vocab_size: int = VOCAB
 ) -> tuple[VisionLanguageModel, ImportReport]:
-    """Import one part of our model from a folder."""
+    """Import the encoder or the decoder of our model from a folder of published weights."""
     return import_weights(settings, vocab_size, {part: folder})
 
 
@@ -92,7 +92,7 @@ def pixels(count: int = 2, size: int = SIZE, seed: int = 0) -> Tensor:
 
 
 def tokens(*lengths: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return random ids of rows of these lengths, right-padded, and the attention mask."""
+    """Return right-padded rows of random token ids, and the attention mask. `lengths` excludes the padding."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (len(lengths), max(lengths)), generator=generator)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()

@@ -1,4 +1,4 @@
-"""Tiny run folders and shards, written without Spark."""
+"""Helpers that write tiny run folders and shards without Spark."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), 
 
 
 def tiny_model_config() -> ModelConfig:
-    """Return the config of a model with a few thousand weights and every part, including dropout."""
+    """Return the config of a model with a few thousand weights, with dropout in encoder and decoder."""
     transformer = {
         "width": 16,
         "depth": 1,
@@ -61,7 +61,7 @@ def tiny_model_config() -> ModelConfig:
 def tiny_run(
     *, steps: int = 12, ranks: int = 2, model: object = None, cache_gib: float = 0, **train: object
 ) -> RunConfig:
-    """Return the config of a run that takes a few seconds; `train` overrides the train settings."""
+    """Return the config of a run that takes a few seconds; the arguments `train` override train settings."""
     settings: dict[str, object] = {
         "steps": steps,
         "batch_size": 4,
@@ -86,7 +86,7 @@ def tiny_run(
 def write_shards(
     folder: Path, *, rows: int, texts: int = 1, rows_per_file: int = 8, size: int = 16, seed: int = 0
 ) -> Shards:
-    """Write shards of plain pictures in four colours, whose texts name the colour, with the functions of executors."""
+    """Write shards with the executors' functions. Each picture has one of four colours, which its text names."""
     request = ShardRequest(
         table="none",
         table_id="none",
@@ -125,7 +125,7 @@ def global_batches(
     workers: int = 0,
     augment: AugmentConfig | None = None,
 ) -> list[list[tuple[bytes, str]]]:
-    """Return pixels and text of all rows of each global batch of eight rows, collected from the slices of all ranks."""
+    """For each global batch of eight rows, return pixels and text of each row, as found on all ranks together."""
     from pipelines.worker.data.augment import Augmenter
     from pipelines.worker.data.batches import Collator, training_batches
     from vlm.batch import IGNORE
@@ -172,7 +172,7 @@ def write_run(folder: Path, config: RunConfig, train: Shards, validate: Shards) 
 
 
 MakeRun = Callable[..., RunFolder]
-"""Function that writes a run folder and returns it; takes the folder's name, a fault (optional) and train settings."""
+"""Function that writes and returns a run folder, given the folder's name, an optional fault and train settings."""
 
 
 def runs_in(folder: Path, patch: pytest.MonkeyPatch) -> MakeRun:

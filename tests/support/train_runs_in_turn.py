@@ -1,4 +1,6 @@
-"""Ranks that train several runs one after another. Starting ranks takes longer than training a tiny run.
+"""Rank module that trains several runs one after the other.
+
+Tests train several tiny runs on the same ranks, because starting ranks takes longer than training a tiny run.
 
 torchrun ... -m train_runs_in_turn --run-dir DIR,DIR,...
 """

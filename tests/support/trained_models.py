@@ -1,4 +1,4 @@
-"""Tiny models that are trained in seconds: some models use their pictures, and one model cannot."""
+"""Tiny models that are trained in seconds: models that learn to use their pictures, and a model that cannot."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def corner_rows(source: str, split: str, count: int) -> list[tuple[Any, ...]]:
 def train(
     config: RunConfig, shards: Shards, stops: Sequence[int], *, blind: bool = False, misnamed: str = ""
 ) -> Iterator[VisionLanguageModel]:
-    """Train a model, and yield the model after each of the given numbers of steps.
+    """Train a model, and yield the model each time a number of steps in `stops` is reached.
 
     Args:
         config: settings of the run.
         shards: training data.
-        stops: numbers of steps after which the model is yielded, ascending.
+        stops: numbers of steps after which the model is yielded, in ascending order.
         blind: whether each text is trained with the picture of another row.
         misnamed: name of a colour that is replaced by `white` in the texts.
     """
@@ -101,7 +101,7 @@ def train(
 def register(
     platform: Platform, folder: Path, config: RunConfig, shards: Shards, model: VisionLanguageModel
 ) -> registry.ModelVersion:
-    """Register a model as a new version with an MLflow run of its own."""
+    """Register a model as a new version, and create an MLflow run for this version."""
     run = write_run(folder, config, shards, shards)
     save_model(run.checkpoint(1), model, text.load(run.tokenizer))
     result = Result(status="ok", step=1, world_size=1, checkpoint=str(run.checkpoint(1)), metrics={}, seconds=1.0)
