@@ -5,9 +5,9 @@
 
 Each tool reads a CSV file of base64 pictures, decodes the base64 text and the picture, and writes the picture's bytes,
 SHA-256, format, width, height and text. Daft and datasets run the same minimal Python function on each row and write
-Parquet. Ingest also refuses bad rows, finds duplicates and near duplicates, compares the input with existing rows, and
-commits to Delta. Every tool runs twice: the first run on a few rows excludes the start-up time from the measurement.
-The benchmark prints wall seconds, and the CPU seconds of all processes together.
+Parquet. Lakesight's ingest also refuses bad rows, finds duplicates and near duplicates, compares the input with
+existing rows, and commits to Delta. Every tool first runs on a few rows, so that the measurement of the second run
+excludes the start-up time. The benchmark prints wall seconds, and the CPU seconds of all processes together.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CORES = len(os.sched_getaffinity(0))
 
 
 def row(text: str) -> dict[str, Any]:
-    """Decode a picture and return the columns that a table stores."""
+    """Decode a picture and return the columns that a tool writes."""
     data = base64.b64decode(text)
     image = Image.open(io.BytesIO(data))
     format_ = str(image.format)
@@ -51,7 +51,7 @@ def row(text: str) -> dict[str, Any]:
 
 
 def by_daft(path: Path, out: Path) -> None:
-    """Run Daft, which decides whether to run Python functions in threads or in processes."""
+    """Run Daft. Daft decides whether the Python function runs in threads or in processes."""
     struct = daft.DataType.struct({name: daft.DataType.infer_from_type(type_) for name, type_ in FIELDS.items()})
     decoded = daft.func(row, return_dtype=struct)
     frame = daft.read_csv(str(path)).into_batches(64)

@@ -1,11 +1,12 @@
-"""Captions per second compared with a naive loop, with equal weights, rows, cores and texts.
+"""Captions per second of Lakesight compared with a naive loop that has the same weights, rows, cores and texts.
 
     python tests/benchmarks/bench_caption.py
 
 The naive loop captions one picture at a time and has no KV cache: for each new token, the decoder processes the whole
-sequence again. The loop is compared with our captioner in one process, and with a captioning job as in production
-(Spark reads the table, executors caption, Delta merges the captions). The model is `nano` with random weights. Every
-caption therefore has the full 40 tokens, which is more work per caption than for a trained model.
+sequence again. The naive loop is compared with our captioner in a single process, and with a captioning job as in
+production: Spark reads the table, executors caption the pictures, and the captions are merged into a Delta table. The
+model is `nano` with random weights. Because of the random weights, every caption has the full 40 tokens; the captions
+of a trained model are shorter.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def main() -> None:
         data = DataConfig.model_validate({"source": {"path": str(path)}})
         ingest(spark, platform, "made", data)
         model = ModelFiles(folder=folder, name="nano", version="1", run_id="none")
-        caption(spark, platform, model, CaptionRequest(where="split = 'val'"))  # warms up the Python workers
+        caption(spark, platform, model, CaptionRequest(where="split = 'val'"))  # first job: warms up the Python workers
         job_rate, job_peak = measured(lambda: caption(spark, platform, model, CaptionRequest()).captioned)
         spark.stop()
     print(f"{ROWS} pictures of {SIDE} px, {threads} cores, {np.mean([len(c) for c in expected]):.0f} characters each")

@@ -1,14 +1,15 @@
-"""Captions per second compared with transformers' `generate` and seemore's generation loop, with the same weights.
+"""Captions per second of Lakesight compared with transformers' `generate` and with seemore's generation loop.
 
     pip install transformers timm
     python tests/benchmarks/bench_generate.py vit_gpt2 paligemma
     git clone https://github.com/AviSoori1x/seemore && python tests/benchmarks/bench_generate.py FOLDER_OF_SEEMORE
 
-Both libraries start from uint8 pictures and generate 24 tokens greedily with random weights. There is no end token, so
-that both libraries do the same work. The first measurement is in fp32, where the tokens are also compared, the second
-in bf16. The benchmark uses one thread and measures CPU time, because other work on the machine then does not change the
-ratio. Case `vit_gpt2` is timm's ViT, the projector, and GPT2LMHeadModel.generate(inputs_embeds=...). Case `paligemma`
-is PaliGemmaForConditionalGeneration with 4 layers in each tower and a vocabulary of 32,000, because the full model does
+Both libraries start from uint8 pictures and generate 24 tokens greedily with random weights. The tokenizer has no end
+token, so that both libraries generate the same number of tokens. The first measurement is in fp32, and also checks
+that the tokens are equal. The second measurement is in bf16. The benchmark uses one thread and measures CPU time, so
+that other work on the machine does not change the ratio. In case `vit_gpt2`, the other library is timm's ViT, the
+projector, and GPT2LMHeadModel.generate(inputs_embeds=...). In case `paligemma`, the other library is
+PaliGemmaForConditionalGeneration with 4 layers in each tower and a vocabulary of 32,000, because the full model does
 not fit into memory. In both libraries, the vision tower encodes each picture only once.
 """
 
@@ -42,11 +43,11 @@ import reference_conversion
 
 NEW, LAYERS, VOCAB = 24, 4, 32_000
 ROUNDS = {1: 3, 16: 1}
-"""Number of rounds by batch size. A round at batch size 16 takes minutes."""
+"""Number of rounds of measurement by batch size. A round at batch size 16 takes minutes."""
 PROMPT = [100, 200, 300, 400, 500]
 Caption = Callable[[Tensor], list[list[int]]]
 Originals = tuple[Caption, list[torch.nn.Module]]
-"""A function that captions pictures with another library, and the modules that it uses."""
+"""A function that captions pictures with the other library, and the modules that the function uses."""
 
 
 class Ids(CharTokenizer):
@@ -162,7 +163,7 @@ def paligemma() -> tuple[VisionLanguageModel, Originals]:
 
 
 def beside_transformers(name: str) -> None:
-    """Measure our model and the other library's in turn at batch sizes 1 and 16, in fp32 and then in bf16."""
+    """Measure our model and the other library's model in turn at batch sizes 1 and 16, first in fp32, then in bf16."""
     torch.manual_seed(0)
     model, (theirs, modules) = {"vit_gpt2": vit_gpt2, "paligemma": paligemma}[name]()
     mine, size = ours(model), model.config.image.size
@@ -183,7 +184,7 @@ def beside_transformers(name: str) -> None:
 
 
 def show(what: str, rates: dict[str, float], peak: int) -> None:
-    """Print one line for each program, then the peak memory."""
+    """Print a line with the speed of each program, then the peak memory."""
     for side, rate in rates.items():
         ratio = rates["lakesight"] / rate
         print(f"{what:28} {side:22} {rate:8.3f} captions per CPU second  lakesight is {ratio:5.2f} of it")
@@ -191,7 +192,7 @@ def show(what: str, rates: dict[str, float], peak: int) -> None:
 
 
 def compare_with_seemore(folder: Path) -> None:
-    """Compare with seemore's generation loop at 30 tokens, the most that its position table allows."""
+    """Compare with seemore's generation loop at 30 tokens, the maximum that seemore's position table allows."""
     os.chdir(folder)  # seemore reads ./input.txt
     sys.path.insert(0, str(folder))
     their: Any = importlib.import_module("seemore")
@@ -243,7 +244,7 @@ def compare_with_seemore(folder: Path) -> None:
 
 
 def main() -> None:
-    """Run the benchmark of each argument: the name of a case, or the folder of seemore."""
+    """Run one benchmark for each argument. An argument is the name of a case, or the folder of seemore."""
     torch.set_num_threads(1)
     if not sys.argv[1:]:
         print("skipped: it needs transformers and timm, or a clone of the original\n", __doc__)

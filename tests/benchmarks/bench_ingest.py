@@ -3,12 +3,13 @@
     python tests/benchmarks/bench_ingest.py
 
 The loop reads the CSV file, decodes the base64 text and decodes the picture to RGB, with one process per core. Ingest
-does the same work, and also hashes, checks and plans rows and writes them to Delta. Each kind of picture is ingested
-at two sizes, of which the larger is four times the smaller. The difference of the two costs is the cost of the further
-pictures, and the ratio compares this cost with the loop. The remaining cost of an ingest does not depend on its size.
-Costs are given in wall seconds and in CPU seconds of all processes together, because CPU seconds depend less on other
-work on the machine. Before the measurement, one more ingest of the smaller size warms up Spark's JVM (heap and compiled
-code). Memory is resident memory, sampled five times a second from /proc (Linux).
+does the same work as the loop, and also hashes, checks and plans the rows and writes the rows to Delta. For each kind
+of picture, a small file and a file with four times as many pictures are ingested. The difference between the two costs
+is the cost of the additional pictures, and the printed ratio compares this difference with the cost of the loop. The
+remaining cost of an ingest does not depend on the number of pictures. Costs are given in wall seconds and in CPU
+seconds of all processes together, because CPU seconds depend less on other work on the machine. Before the
+measurement, an additional ingest of the small file warms up Spark's JVM (heap and compiled code). Memory is resident
+memory, sampled five times a second from /proc (Linux).
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ KINDS = {
     "field, 1024 x 1024 PNG": (150, {"side": 1024, "kind": "PNG"}),
     "emoji, 72 x 72 PNG": (5000, {"side": 72, "kind": "PNG"}),
 }
-"""Number of pictures of the small file, and options of `make`."""
+"""For each kind of picture: the number of pictures in the small file, and the options of `make`."""
 
 
 class Took(NamedTuple):
-    """Cost of a function call: wall seconds, CPU seconds, and peak resident memory in bytes by kind of process."""
+    """Cost of a function call: wall seconds, CPU seconds, and peak resident bytes of each kind of process."""
 
     wall: float
     processor: float
@@ -50,7 +51,7 @@ class Took(NamedTuple):
 
 
 def bare(text: str) -> tuple[int, int]:
-    """Decode the picture of one row to RGB, as a plain Python loop would."""
+    """Decode the picture of one row to RGB."""
     return Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB").size
 
 
@@ -77,7 +78,7 @@ def ingested(spark: SparkSession, platform: Platform, path: Path) -> Took:
 
 
 def compare(spark: SparkSession, platform: Platform, folder: Path, name: str, cores: int) -> None:
-    """Measure one kind of pictures and print the results."""
+    """Measure one kind of picture and print the results."""
     count, options = KINDS[name]
     small, large = folder / f"{name[:5]}-1.csv", folder / f"{name[:5]}-4.csv"
     make(small, count, **options)  # type: ignore[arg-type]
@@ -100,7 +101,7 @@ def compare(spark: SparkSession, platform: Platform, folder: Path, name: str, co
 
 
 def main() -> None:
-    """Measure every kind of pictures."""
+    """Measure every kind of picture."""
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LAKESIGHT_HOME"] = folder

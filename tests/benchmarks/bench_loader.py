@@ -1,16 +1,17 @@
-"""Samples per second and memory of the training loader compared with mosaicml-streaming, WebDataset and datasets.
+"""Speed and memory of our training loader compared with mosaicml-streaming, WebDataset and Hugging Face datasets.
 
     pip install mosaicml-streaming webdataset datasets
     python tests/benchmarks/bench_loader.py
 
-All loaders read the same pictures of 224 x 224 pixels, each from files in its own format: as JPEG (with the same bytes
-in each format), and as raw pixels if the format supports raw pixels. Each loader yields shuffled batches of 64 uint8
-tensors that two workers prepare. The workers are threads in our loader and processes of torch's DataLoader in the other
-loaders. Our loader also tokenizes the texts and makes labels, while the other loaders yield strings. The measured time
-begins with the first batch, so that starting processes does not count; the start-up time is printed separately.
-The benchmark then measures three more things: the time to the first batch when a run resumes at sample 10,000,000, the
-samples per CPU second with augmentation, and the loader's own memory for one and for four times the rows. The
-loader's own memory excludes pages of memory-mapped files, which the kernel can reclaim.
+Each loader reads the same pictures of 224 x 224 pixels from files in the loader's own format. The pictures are stored
+as JPEG (with the same bytes in each format), and also as raw pixels if the format supports raw pixels. Each loader
+yields shuffled batches of 64 uint8 tensors that two workers prepare. The workers are threads in our loader and
+processes of torch's DataLoader in the other loaders. Our loader also tokenizes the texts and makes labels, while the
+other loaders yield strings. The measured time begins with the first batch, so that the start of processes is not
+measured; the start-up time is printed separately. The benchmark then measures three more things: the time to the first
+batch when a run resumes at sample 10,000,000, the samples per CPU second with augmentation, and the loader's own
+memory at the normal and at four times the normal number of rows. The loader's own memory does not include pages of
+memory-mapped files, because the kernel can reclaim these pages.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def write_shards(folder: Path, encoding: Encoding, rows: int = ROWS) -> Path:
 def ours(
     folder: Path, start: int = 0, *, workers: int = WORKERS, augment: AugmentConfig | None = None
 ) -> Iterator[torch.Tensor]:
-    """Read one epoch of shards with the loader of a rank."""
+    """Read the shards for one epoch with the loader of a rank."""
     shards, model = Shards.open(folder), load_run("seemore").model
     steps = range(start, start + len(shards) // BATCH)
     batches = training_batches(
@@ -173,7 +174,7 @@ def loaded(rows: Any) -> Iterator[torch.Tensor]:
 
 
 def timed(batches: Iterator[torch.Tensor]) -> tuple[float, float]:
-    """Return samples per second from the first batch on, and seconds until the first batch."""
+    """Return the samples per second after the first batch, and the seconds until the first batch."""
     begun = time.monotonic()
     first = next(batches)
     assert first.shape[1:] == (SIDE, SIDE, 3)
@@ -210,7 +211,7 @@ def augmented(folder: Path) -> None:
 
 
 def own_memory(folder: Path) -> str:
-    """Return the anonymous memory of a new process that has read every row of some shards once."""
+    """Return the anonymous memory of a new process after the process has read every row of the shards once."""
     code = f"from bench_loader import read_all; read_all({str(folder)!r})"
     here = Path(__file__).parent
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=here).stdout

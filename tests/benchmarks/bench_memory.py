@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_memory.py [SCENES]
 
-The benchmark sums the memory of all processes of the command (driver, JVM, Python workers, ranks), sampled five
-times a second.
+Five times a second, the benchmark adds up the memory of all processes of the command: driver, JVM, Python workers and
+ranks.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Model FLOPs utilisation and memory of a training step, eager and with compiled blocks.
+"""Model FLOPs utilisation (MFU) and memory of a training step in eager mode and with compiled transformer blocks.
 
     python tests/benchmarks/bench_mfu.py [MODEL [ROWS [model.a.b=c ...]]]
 
 MODEL is a name in conf/model/ (default: `base`), and ROWS is the number of rows per step (default: 64). Each row is a
-random picture with a caption of 32 random tokens. The benchmark runs the real training loop and optimizer in bf16, with
-pinned batches that are copied ahead as in a run. The FLOPs of a step are those of three forward passes
-(vlm/config/size.py). The peak is the GPU's dense bf16 rate (`PEAK_FLOPS` in the same file). The benchmark does not need
-Spark. Without a GPU, the benchmark prints FLOPs per second instead of the utilisation.
+random picture with a caption of 32 random tokens. The benchmark runs the training loop and optimizer of a real run in
+bf16. As in a real run, batches are in pinned memory and are copied to the GPU ahead of time. A step counts as the
+FLOPs of three forward passes (vlm/config/size.py). The utilisation is relative to the GPU's peak rate for dense bf16
+(`PEAK_FLOPS` in the same file). The benchmark does not need Spark. Without a GPU, the benchmark prints FLOPs per
+second instead of the utilisation.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ VOCAB, ANSWER, WARM, STEPS = 32_768, 32, 5, 20
 
 
 def batch_of(config: ModelConfig, rows: int) -> Batch:
-    """Return a batch of random pictures, slots, and answers of ANSWER tokens."""
+    """Return a batch. Each row has a random picture, image slots, and a random answer of ANSWER tokens."""
     side, slots = config.image.size, config.num_slots
     answers_BT = torch.randint(3, VOCAB, (rows, ANSWER))
     tokens_BT = torch.cat((torch.full((rows, slots), SLOT), answers_BT), dim=1)
@@ -45,7 +46,7 @@ def batch_of(config: ModelConfig, rows: int) -> Batch:
 
 
 def seconds_a_step(model: VisionLanguageModel, batch: Batch, device: torch.device) -> float:
-    """Return the mean seconds per step of STEPS steps after WARM warm-up steps, waiting for the end of each step."""
+    """Run WARM warm-up steps, then STEPS measured steps one by one, and return the mean seconds per step."""
     ended: list[float] = []
 
     def on_step(_: StepReport) -> None:
@@ -81,7 +82,7 @@ def measured(config: ModelConfig, batch: Batch, device: torch.device, *, compile
 
 
 def main() -> None:
-    """Measure the eager and the compiled training step, and print a line for each."""
+    """Measure the eager and the compiled training step, and print a line for each of the two steps."""
     given = sys.argv[1:]
     name, rows, *overrides = (*given, *("base", "64")[len(given) :])
     config, count = load_model(name, overrides), int(rows)

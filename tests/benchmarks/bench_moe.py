@@ -5,10 +5,10 @@
 
 FILE.csv has the columns of the original's input file (b64string_images, caption). Each step has a batch of 16 pictures
 that were decoded beforehand. The benchmark uses one thread and measures CPU seconds, so that other work on the machine
-does not count. The original passes one class token to its decoder, and our model passes 36 patches. Our model is
-therefore measured twice: with its shipped config, and with one image slot, which is the same work as the original's.
-The limit is the speed of matrix multiplication: the FLOPs of a step as torch counts them, divided by the FLOPs per
-second of a large matrix product.
+does not count. The encoder of the original passes one class token to the decoder, and our encoder passes 36 patches.
+Our model is therefore measured twice: with the shipped config, and with a single image slot, so that both models do
+the same work. The matmul limit in the output is the speed of a step whose FLOPs (as counted by torch) all run as fast
+as a large matrix product.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def original(folder: Path, rows: pd.DataFrame) -> tuple[Callable[[], int], nn.Mo
     os.chdir(folder)  # seemoe reads ./input.txt
     sys.path.insert(0, str(folder))
     their: Any = importlib.import_module("seeMoE")
-    their.device, their.dropout = "cpu", 0.1  # global variables that only the original's `__main__` block sets
+    their.device, their.dropout = "cpu", 0.1  # only the `__main__` block of the original sets these global variables
     model = their.VisionMoELanguageModel(
         n_embd=WIDTH,
         image_embed_dim=512,
@@ -83,7 +83,7 @@ def original(folder: Path, rows: pd.DataFrame) -> tuple[Callable[[], int], nn.Mo
 
 
 def batch_of(config: ModelConfig, rows: pd.DataFrame) -> tuple[Batch, int]:
-    """Return BATCH rows as our loader yields them, and the vocabulary size."""
+    """Return a batch of BATCH rows in the format of our loader, and the vocabulary size."""
     tokenizer = text.learn(config.text, rows["caption"])
     made = []
     for number, (data, caption) in enumerate(zip(rows["b64string_images"], rows["caption"], strict=True)):
@@ -118,7 +118,7 @@ def ours(model: VisionLanguageModel, batch: Batch, *, bf16: bool) -> Callable[[]
 
 
 def one_mixture(layer: MoeMlp, theirs: nn.Module, tokens: int) -> dict[str, Callable[[], int]]:
-    """Return functions that run a mixture of experts forward and backward: three of our versions, and the original."""
+    """Return functions that run a mixture of experts forward and backward: three of ours, and the original."""
     x_NW = torch.randn(tokens, WIDTH, requires_grad=True)
 
     def both_ways(forward: Callable[[], Tensor]) -> Callable[[], int]:
@@ -148,7 +148,7 @@ def grouped_flops(left: torch.Size, right: torch.Size, *_: object, **__: object)
 
 
 def flops(work: Callable[[], int]) -> float:
-    """Return the FLOPs of one item: a sample or a token."""
+    """Return the FLOPs of one item (a sample or a token)."""
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops}) as counter:
         count = work()
     return float(counter.get_total_flops()) / count
@@ -180,7 +180,7 @@ def report(works: dict[str, Callable[[], int]], against: str, unit: str) -> None
 
 
 def main() -> None:
-    """Measure training steps of whole models, then one mixture of experts."""
+    """Measure training steps of whole models, then forward and backward passes of one mixture of experts."""
     if len(sys.argv) != 3:
         print("skipped: it needs a clone of the original and a file in its form\n", __doc__)
         return

@@ -1,14 +1,15 @@
-"""For each precision: model size, captions per second, and how much the captions differ from the captions in fp32.
+"""Model size, captions per second, and difference from the captions in fp32, for each precision.
 
     pip install 'lakesight[quantize]'
     python tests/benchmarks/bench_precision.py
 
 Speed and size are measured on `base` (214 M weights) with random weights, with one picture at a time and with batches
-of sixteen pictures. Each caption is 16 tokens long. Agreement is measured on `nano`, which is trained on the demo's
-scenes as in the demo. Each precision's captions are compared word for word with the captions of fp32, with the true
-captions, and with the captions of the same pictures captioned one by one. The benchmark also prints the mean absolute
-difference per token between the log-probabilities of the true captions in this precision and in fp32. Times are CPU
-seconds of one thread: the minimum of several rounds, so that other work on the machine has little influence.
+of sixteen pictures. Each caption is 16 tokens long. The difference between captions is measured on `nano`, after
+training on the demo's scenes as in the demo. The captions of each precision are compared word for word with the
+captions in fp32, with the true captions, and with the captions that the same precision generates at batch size 1. The
+benchmark also prints the mean absolute difference per token between the log-probabilities of the true captions in this
+precision and in fp32. A time is the minimum of several rounds, in CPU seconds of one thread, so that other work on the
+machine has little influence.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Scenes:
         ]
 
     def batch(self, collator: Collator, places: range) -> Batch:
-        """Return a batch of the rows at these indices."""
+        """Return a batch of the rows at the given indices."""
         return collator.collate([self.rows[i] for i in places], [("", self.texts[i]) for i in places])
 
 
@@ -89,7 +90,7 @@ def trained(config: ModelConfig) -> Captioner:
 
 
 def as_precision(captioner: Captioner, precision: Precision) -> Captioner:
-    """Return a copy of the model in another precision."""
+    """Return a copy of the model in the given precision."""
     model = copy.deepcopy(captioner.model)
     set_precision(model, precision)
     return Captioner(model, captioner.tokenizer)
@@ -102,13 +103,13 @@ def said(captioner: Captioner, files: list[bytes]) -> list[str | None]:
 
 
 def stored_bytes(captioner: Captioner) -> int:
-    """Count the bytes of all stored weights; shared weights count once."""
+    """Count the bytes of all stored weights. Weights that several modules share count once."""
     tensors = {t.data_ptr(): t.numel() * t.element_size() for p in captioner.model.parameters() for t in parts(p)}
     return sum(tensors.values())
 
 
 def parts(tensor: Tensor) -> Iterator[Tensor]:
-    """Return the plain tensors of which a quantized tensor consists."""
+    """Return the plain tensors that a quantized tensor consists of."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from parts(getattr(tensor, name))
@@ -117,7 +118,7 @@ def parts(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def agreement() -> None:
-    """Print for each precision how much the captions differ from the captions in fp32."""
+    """For each precision, print how much the captions differ from the captions in fp32."""
     config = load_model("nano")
     exact = trained(config)
     scenes = Scenes(config, HELD_OUT, seed=1)
@@ -134,7 +135,7 @@ def agreement() -> None:
 
 
 def same(left: list[str | None], right: list[str | None]) -> float:
-    """Return the share of equal captions."""
+    """Return the share of captions that are equal in two lists."""
     return float(np.mean([a == b for a, b in zip(left, right, strict=True)]))
 
 

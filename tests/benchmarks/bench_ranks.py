@@ -1,13 +1,14 @@
-"""Overhead of a run: a second rank, waiting for data, checkpoints, and following the run's metrics.
+"""Overhead of a training run: the cost of a second rank, of waiting for data, of checkpoints, and of following
+metrics.
 
     python tests/benchmarks/bench_ranks.py
 
-The model is `seemore` at its full size on generated pictures. torchrun starts the ranks, each with one core and one
-thread. Two ranks divide between them the batch that a single rank processes alone. Two runs of one rank each, at the
-same time, show how fast the cores can be without communication. An all-reduce of the gradients without any other work
-shows the cost of communication. The cost of a checkpoint is the difference between a run that writes a checkpoint after
-every step and a run that writes a single checkpoint at the end. The cost of following metrics is measured by logging
-finished runs; the driver has this cost, not the ranks.
+The model is `seemore` in full size, and the pictures are generated. torchrun starts the ranks, and each rank has one
+core and one thread. In the run with two ranks, each rank processes half of the batch that a single rank would process.
+Two runs of one rank each, at the same time, show the speed of two cores without communication. An all-reduce of the
+gradients, without any other work, shows the cost of communication. The cost of a checkpoint is the difference between
+a run that writes a checkpoint after every step and a run that writes a single checkpoint at the end. The cost of
+following metrics is measured by logging finished runs; this is a cost of the driver, not of the ranks.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ SETTINGS = (
 
 
 class Runs:
-    """Ingested pictures and their shards, from which run folders with different seeds are made."""
+    """Shards of ingested pictures, used to make run folders with different seeds."""
 
     def __init__(self, file: Path) -> None:
         self._seeds, self._file = count(), file
@@ -59,7 +60,7 @@ class Runs:
         spark.stop()
 
     def new(self, ranks: int, *, steps: int = STEPS, checkpoint_every: int = 100_000) -> RunFolder:
-        """Write the folder of a new run."""
+        """Write the run folder of a new run."""
         own = [f"train.seed={next(self._seeds)}", f"train.steps={steps}", f"platform.ranks={ranks}"]
         own += [f"train.checkpoint_every={checkpoint_every}", f"data.source.path={self._file}"]
         config = load_run("seemore", overrides=[*SETTINGS, *own])
@@ -82,7 +83,7 @@ def start(ranks: int, core: int, *work: str) -> subprocess.Popen[bytes]:
 
 
 def trained(*runs: RunFolder, ranks: int = 1) -> float:
-    """Train all runs at the same time and return the sum of their samples per second, without the first steps."""
+    """Train all runs at the same time; return the samples per second of all runs together, without first steps."""
     worker = ("-m", "pipelines.worker.main", "--run-dir")
     processes = [start(ranks, core, *worker, str(run.path)) for core, run in enumerate(runs)]
     assert not any(process.wait() for process in processes), "a run has failed"
@@ -95,7 +96,7 @@ def steps_of(run: RunFolder) -> list[float]:
 
 
 def scaling(runs: Runs) -> None:
-    """Measure one rank, two ranks, and two runs of one rank at once."""
+    """Measure a run with one rank, a run with two ranks, and two simultaneous runs with one rank each."""
     found: dict[str, list[float]] = {"one rank": [], "two ranks": [], "one rank, twice": []}
     waits = []
     for _ in range(ROUNDS):
@@ -119,7 +120,7 @@ def scaling(runs: Runs) -> None:
 
 
 def add_up(count: int) -> None:
-    """Act as a rank: measure only the all-reduce of `count` gradients, in buckets of DDP's size."""
+    """Act as a rank that only measures the all-reduce of `count` gradients, in buckets of DDP's size."""
     distributed.init_process_group("gloo")
     buckets = torch.split(torch.randn(count), 25 * 2**20 // 4)
     taken = []
@@ -150,7 +151,7 @@ def checkpoints(runs: Runs) -> None:
 
 
 def follower(runs: Runs) -> None:
-    """Measure the driver's cost per logged step, and its fixed cost of following a run."""
+    """Measure the driver's cost of following a run: the cost per logged step, and the fixed cost."""
     costs = []
     for steps in (STEPS, STEPS, 5 * STEPS):
         run = runs.new(2, steps=steps)

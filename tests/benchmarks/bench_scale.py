@@ -1,11 +1,12 @@
-"""Cost of ingesting a few new rows and of sharding as the table grows: figures for docs/data.md.
+"""Cost of ingesting a few new rows, and of sharding, at growing table sizes. The figures are in docs/data.md.
 
     python tests/benchmarks/bench_scale.py [ROWS ...]
 
-The benchmark fills the table with rows of one source that share a small picture of 24 x 16 pixels. Then it ingests 200
-new rows, and writes shards of the train split at 16 x 16 pixels. At the end, it runs the maintenance of the tables.
-Figures before the slash are CPU seconds of all processes together, figures after the slash are wall seconds. The sizes
-are measured one after another in one table, so Spark is warmed up from the second size on.
+For each table size, the benchmark fills the table with rows of one source, which all have the same picture of 24 x 16
+pixels. Then the benchmark ingests 200 new rows, and writes shards of the train split at 16 x 16 pixels. At the end,
+the benchmark runs the maintenance of the tables. In the output, figures before the slash are CPU seconds of all
+processes together, and figures after the slash are wall seconds. The table grows from size to size in the same Spark
+session, so Spark is warm from the second size on.
 """
 
 from __future__ import annotations

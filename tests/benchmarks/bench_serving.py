@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_serving.py
 
 The model is `nano` with random weights, which generates all of its 40 tokens. A request has one to four rows, and a
-fifth of all rows are invalid. Each answer is compared with the answer for the same picture in a request of its own.
+fifth of all rows are invalid. Each answer is compared with the answer to a separate request that contains only the
+same picture.
 """
 
 from __future__ import annotations

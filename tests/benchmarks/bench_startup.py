@@ -1,9 +1,9 @@
-"""Start-up time of a Python worker before its first caption: libraries, weights, and a local copy of remote weights.
+"""Start-up time of a Python worker: importing libraries, copying remote weights to a local disk, and loading weights.
 
     python tests/benchmarks/bench_startup.py
 
-Each measurement starts a new process with one thread, as Spark does. The files are in the page cache. On network
-storage, each machine also needs the time to read the files once.
+Each measurement starts a new process with one thread, as Spark does. In this benchmark, the files are in the page
+cache. If files are on network storage, each machine also needs time to read the files once.
 """
 
 from __future__ import annotations

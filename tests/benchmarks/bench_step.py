@@ -1,11 +1,12 @@
-"""Samples per second of a training step compared with models of the same shape from timm and transformers.
+"""Training speed, in samples per second, compared with models of the same shape from timm and transformers.
 
     python tests/benchmarks/bench_step.py [vit_gpt2] [paligemma]
 
 Shape `vit_gpt2` is the shipped config (384 pixels, 576 slots). Shape `paligemma` has 2 blocks in each tower and a
 vocabulary of 32,768, because two copies with their optimizer state must fit into memory. The weights are random and in
-fp32. Both libraries use torch's fused AdamW and their own default attention, and get the same pictures, token ids and
-targets. The tests in tests/parity show that both libraries compute the same numbers.
+fp32. Both sides use torch's fused AdamW, and get the same pictures, token ids and targets. The attention
+implementation is the default of each library. The tests in tests/parity check that our models and the models of timm
+and transformers compute the same numbers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ ANSWER, ROUNDS, IMAGE_TOKEN = 32, 3, 32_767
 
 
 class TimmAndGpt2(nn.Module):
-    """A timm ViT, an MLP, and GPT-2 over picture features and text."""
+    """A model from a timm ViT, an MLP, and a GPT-2 whose input is picture features and text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +42,7 @@ class TimmAndGpt2(nn.Module):
         self.decoder = GPT2LMHeadModel(GPT2Config())
 
     def forward(self, pixels_BCHW: Tensor, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        """Return the mean loss as `GPT2LMHeadModel` computes it."""
+        """Return the mean loss, computed as in `GPT2LMHeadModel`."""
         slots_BNW = self.projector(self.encoder.forward_features(pixels_BCHW)[:, 4:])
         text_BTW = self.decoder.transformer.wte(tokens_BT)
         ignored = labels_BT.new_full(slots_BNW.shape[:2], IGNORE)
@@ -52,7 +53,7 @@ class TimmAndGpt2(nn.Module):
 
 
 def small_paligemma() -> tuple[PaliGemmaForConditionalGeneration, ModelConfig]:
-    """Build PaliGemma with the published widths and 2 blocks per tower, from our library and from transformers."""
+    """Build our PaliGemma and the PaliGemma of transformers, both with the published widths and 2 blocks per tower."""
     text = {
         "model_type": "gemma",
         "hidden_size": 2048,
@@ -117,7 +118,7 @@ def ours(config: ModelConfig, vocab_size: int, batch: Batch) -> Callable[[], int
 
 
 def compare(name: str, mine: Callable[[], int], theirs: Callable[[], int]) -> None:
-    """Measure our step and the other library's in turn, and print the ratio."""
+    """Measure our training step and the other library's training step in turn, and print the ratio."""
     works = {"lakesight": mine, "transformers": theirs}
     for work in works.values():
         work()

@@ -1,16 +1,16 @@
-"""Speed of captioning a table compared with a plain loop and with UDFs around transformers' `generate`.
+"""Speed of captioning a table with Lakesight, with a plain loop, and with UDFs that call transformers' `generate`.
 
     pip install transformers daft
     python tests/benchmarks/bench_table.py
 
 All programs caption the same rows of a Delta table with the same weights (exported for transformers) and the same
-number of tokens. The benchmark checks that the programs generate equal texts. Each program has one process
-per core with one thread each, and the processes have loaded the model before the measurement begins. The plain loop
-decodes and generates in batches, and neither reads nor writes a table. The UDF runs in Spark and in Daft, with batches
-of 64 pictures and, as transformers' pipelines do by default, with one picture at a time.
+number of tokens. The benchmark checks that the programs generate equal texts. Each program has one process per core,
+each process has one thread, and all processes load the model before the measurement begins. The plain loop decodes and
+generates in batches, and neither reads nor writes a table. The UDF runs in Spark and in Daft, both with batches of 64
+pictures and with one picture at a time (the default of transformers' pipelines).
 
-Ratios compare the CPU time of all processes together, because wall time is only meaningful on an otherwise idle
-machine. Peaks of resident memory are measured in two further jobs: on a quarter of the rows, and on all rows.
+The printed ratios compare the CPU time of all processes together, because wall time is meaningful only on an otherwise
+idle machine. Peaks of resident memory are measured in two further jobs: on a quarter of the rows, and on all rows.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ SHAPE = (
     "model.decoder.transformer.mlp.mlp_width=1024",
     "model.generation.max_new_tokens=24",
 )
-"""A small PaliGemma: 7 M weights, 64 slots."""
+"""A small PaliGemma with 7 M weights and 64 image slots."""
 
 
 class Rates(NamedTuple):
@@ -77,7 +77,7 @@ class Rates(NamedTuple):
 
 
 def timed(work: Callable[[], int]) -> Rates:
-    """Measure the speed of a function that returns the number of its captions."""
+    """Measure the speed of a function that returns how many captions the function has generated."""
     clock, processor = time.monotonic(), processor_seconds()
     count = work()
     return Rates(count / (time.monotonic() - clock), count / (processor_seconds() - processor))
@@ -100,7 +100,7 @@ def pictures(count: int) -> list[bytes]:
 
 
 def loop(folder: str, images: list[bytes], ready: Barrier, answers: Any) -> None:
-    """Decode and caption batch by batch, in one process."""
+    """Decode and caption pictures batch by batch in a single process."""
     limit_threads(1)
     captioner = load_captioner(folder)
     settings = captioner.model.config.generation
@@ -173,7 +173,7 @@ def theirs(folder: str, exported: str) -> Callable[[list[bytes]], list[str]]:
 
 
 def their_udf(folder: str, exported: str, batch: int, frames: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-    """Caption batches in a Python worker; the model is loaded once per process."""
+    """Caption batches of pictures in a Python worker, which loads the model only once."""
     captioned = theirs(folder, exported)
     for frame in frames:
         images = frame["image"].tolist()
@@ -182,13 +182,13 @@ def their_udf(folder: str, exported: str, batch: int, frames: Iterator[pd.DataFr
 
 
 def route(table: DataFrame, udf: Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]], out: Path) -> int:
-    """Caption a table into Parquet and return the number of rows."""
+    """Caption a table, write the captions to Parquet, and return the number of rows."""
     table.mapInPandas(udf, "id STRING, caption STRING").write.mode("overwrite").parquet(str(out))
     return len(read(out))
 
 
 def daft_route(folder: str, exported: str, table: Path, least: str, out: Path, processes: int) -> int:
-    """Caption the rows of a Delta table below an id with Daft into Parquet and return the number of rows."""
+    """With Daft, caption the rows of a Delta table below an id, write Parquet, and return the number of rows."""
     import daft  # type: ignore[import-not-found]
 
     @daft.cls(max_concurrency=processes, use_process=True)
@@ -209,14 +209,14 @@ def daft_route(folder: str, exported: str, table: Path, least: str, out: Path, p
 
 
 def read(files: Path) -> dict[str, str]:
-    """Return the captions by row id."""
+    """Return a dict from row id to caption."""
     rows = pq.read_table(files).to_pydict()
     return dict(zip(rows["id"], rows["caption"], strict=True))
 
 
 def main() -> None:
     """Measure all programs and print a table."""
-    import bench_table  # imported as a module, so that Spark's workers import this file too
+    import bench_table  # as a module, so that Spark's Python workers can import this file
 
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

@@ -1,13 +1,14 @@
-"""Samples per second of training steps of `seemore` compared with the original code: same sizes, rows and threads.
+"""Training speed of our model `seemore` compared with the original code, with the same sizes, rows and threads.
 
     git clone https://github.com/AviSoori1x/seemore && pip install torchvision
     python tests/benchmarks/bench_training.py FOLDER_OF_SEEMORE FILE.csv
 
 FILE.csv has the columns of the original's input file (b64string_images, caption). The original's training step decodes
-its pictures from base64 each time, and our training step reads shards. The original's step is therefore measured twice:
-unchanged, and on pictures decoded beforehand, which compares only the models. Our model computes more: its decoder gets
-36 patches, and the original's decoder gets one class token. Our step is therefore measured with the shipped config and
-with one image slot, each in fp32 and in bf16, always with our loader. All steps run in one process with batches of 16.
+its pictures from base64 each time, and our training step reads shards. The original's step is therefore measured
+twice: without changes, and on pictures decoded beforehand, to compare only the models. Our model computes more,
+because our decoder gets 36 patches and the original's decoder gets a single class token. Our step is therefore
+measured with the shipped config and with a single image slot, in fp32 and in bf16, always with our loader. All steps
+run in one process, with 16 pictures per batch.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ BATCH, STEPS, ROUNDS = 16, 10, 5
 
 
 def original(folder: Path, rows: pd.DataFrame) -> dict[str, Callable[[], int]]:
-    """Return the original's training step, with and without its own data loading."""
+    """Return the original's training step, once with and once without the original's data loading."""
     os.chdir(folder)  # seemore reads ./input.txt
     sys.path.insert(0, str(folder))
     their: Any = importlib.import_module("seemore")
@@ -76,7 +77,7 @@ def original(folder: Path, rows: pd.DataFrame) -> dict[str, Callable[[], int]]:
 
 
 def ours(config: ModelConfig, settings: OptimizerConfig, shards: Shards, *, bf16: bool) -> Callable[[], int]:
-    """Return our training step, from shards to optimizer."""
+    """Return our training step, including the reading of shards and the optimizer."""
     tokenizer = text.learn(config.text, shards.texts())
     model = build_model(config, tokenizer.vocab_size)
     optimizer = build_adamw(model, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)

@@ -1,4 +1,4 @@
-"""Helpers of the benchmarks: memory of a process tree, generated pictures, and measuring functions in turn."""
+"""Helpers that measure the memory of a process tree, generate pictures, and measure functions in turn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from pipelines.background_thread import in_background
 
 
 def make(path: Path, count: int, side: int, kind: str = "PNG", height: int | None = None, seed: int = 0) -> None:
-    """Write a CSV of pictures: smooth colour fields with a little noise, like flat parts of photographs.
+    """Write a CSV file of pictures: smooth colour fields with a little noise, similar to photographs of plain
+    surfaces.
 
     The pictures are `side` pixels wide and `height` pixels high; without `height` they are square.
     """
@@ -39,7 +40,7 @@ def make(path: Path, count: int, side: int, kind: str = "PNG", height: int | Non
 
 
 def family() -> dict[int, list[str]]:
-    """Return fields 3 and later of /proc/PID/stat by process id, for this process and its descendants (Linux)."""
+    """For this process and all descendants, return fields 3 and later of /proc/PID/stat, by process id (Linux)."""
     stats = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):  # the process has ended meanwhile
@@ -56,7 +57,7 @@ def resident() -> int:
 
 
 def processor_seconds() -> float:
-    """Return the CPU seconds of this process and its descendants, including ended ones (Linux)."""
+    """Return the CPU seconds of this process and its descendants, including ended descendants (Linux)."""
     ticks = sum(int(field) for fields in family().values() for field in fields[11:15])
     return ticks / os.sysconf("SC_CLK_TCK")
 
@@ -81,7 +82,7 @@ def peak_memory() -> Iterator[list[int]]:
 
 @contextmanager
 def peak_by_process() -> Iterator[dict[str, int]]:
-    """Measure peaks of resident memory during the block: driver, its JVM, and the largest Python worker."""
+    """While the block runs, measure the peak resident memory of the driver, the JVM, and the largest Python worker."""
     peaks = dict.fromkeys(("driver", "JVM", "worker"), 0)
 
     def sample() -> None:
@@ -110,7 +111,7 @@ def measured(work: Callable[[], int]) -> tuple[float, float]:
 def in_turn(
     works: dict[str, Callable[[], int]], rounds: int, clock: Callable[[], float] = time.monotonic
 ) -> dict[str, float]:
-    """Return the median items per second of each function. Functions run in turn because a machine's speed drifts."""
+    """Run functions in turn, because a machine's speed drifts. Return each function's median items per second."""
     rates: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
