@@ -173,8 +173,8 @@ def dispatch(experts: PlainExperts | GatedExperts, x_NW: Tensor, routing: Routin
 def grouped_matmul(x_AI: Tensor, weight_XOI: Tensor, groups: Groups) -> Tensor:
     """Multiply each row by the matrix of its expert, and return rows (A, O). The rows are sorted by expert.
 
-    This function uses torch's grouped kernel (torch 2.10 or later) if the strides of the rows are multiples of 16
-    bytes, and `padded_matmul` otherwise.
+    This function uses torch's grouped kernel (torch 2.10 or later) if the size of each row is a multiple of 16 bytes,
+    and `padded_matmul` otherwise.
     """
     aligned = all(size * x_AI.element_size() % 16 == 0 for size in weight_XOI.shape[1:])
     if aligned and hasattr(F, "grouped_mm") and x_AI.dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -89,8 +89,8 @@ def test_an_extremely_thin_picture_needs_little_memory(resize: str) -> None:
 
 
 def test_a_crop_of_a_thin_picture_equals_a_crop_of_the_whole_resized_picture() -> None:
-    """Check `to_pixels`, which resizes only the middle of a very thin picture, against a crop after a complete
-    resize."""
+    """Compare `to_pixels`, which resizes only the middle of a thin picture, with a crop of the resized whole
+    picture."""
     thin = picture(3, (700, 40))
     whole = thin.resize((64 * 700 // 40, 64), Image.Resampling.BICUBIC)
     left = (whole.width - 64) // 2

@@ -1,5 +1,4 @@
-"""Tests of seeds: SplitMix64 gives equal results for integers and arrays, and the seeds of earlier versions stay the
-same."""
+"""Tests of seeds: SplitMix64 agrees on integers and arrays, and `mix` returns the same seeds as in earlier versions."""
 
 from __future__ import annotations
 
