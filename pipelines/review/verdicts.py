@@ -75,7 +75,7 @@ class Review:
     def find(self, show: Show, words: str) -> list[dict[str, Any]]:
         """Return the captions that contain `words`.
 
-        Captions without a verdict are open, and captions with a verdict are judged.
+        `show` selects captions without a verdict (open), captions with a verdict (judged), or all captions.
         """
         judged = {"open": (False,), "judged": (True,), "all": (False, True)}[show]
         text = words.lower()

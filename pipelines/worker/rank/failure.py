@@ -174,7 +174,7 @@ class RankMonitor:
     def _handle_timeout(self, seconds: float) -> None:
         """Immediately end a rank that hangs itself.
 
-        End a rank that waits for other ranks WAITING_EXTRA_SECONDS later.
+        A rank that waits for other ranks is ended WAITING_EXTRA_SECONDS later.
         """
         if not _is_waiting(_main_frame()):
             self._end("Hung", f"made no progress for {seconds:.0f} s (train.timeout_seconds)", 1, consequence=False)

@@ -23,7 +23,7 @@ def measure_usage(device: torch.device) -> dict[str, float]:
 
     Returns:
         system/memory_gb: largest peak of resident memory of any rank, in GB.
-        system/gpu_memory_gb: largest peak of allocated GPU memory of any rank, in GB. CPUs have no such value.
+        system/gpu_memory_gb: largest peak of allocated GPU memory of any rank, in GB. Missing if ranks use CPUs.
         system/gpu_busy: mean fraction of the driver's last sampling period (1/6 s to 1 s) in which a kernel ran.
             The value is missing on CPUs and without the package nvidia-ml-py.
     """

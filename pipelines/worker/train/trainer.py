@@ -232,7 +232,10 @@ class Trainer:
         self.stopwatch.start()
 
     def write_result(self) -> None:
-        """Write result.json. Call this method when all ranks are done and all other files are written."""
+        """Write result.json.
+
+        Call this method after all ranks have finished and the last checkpoint and metrics are written.
+        """
         *_, last = self.run.read_metrics()
         best = best_checkpoint(self.run)
         assert best, "the last step is always validated and has a checkpoint"

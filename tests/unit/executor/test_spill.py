@@ -37,7 +37,7 @@ def spill(images: Batches, folder: Path) -> pa.Table:
     return pa.Table.from_batches(decode_and_spill(outcomes(images), iter, str(folder)), NARROW)
 
 
-@settings(deadline=None)  # the first example takes longer, because the first example loads libraries
+@settings(deadline=None)  # the first example takes longer because of library imports
 @given(PICTURES, st.randoms(use_true_random=False), st.integers(1, 4))
 def test_every_row_gets_its_own_picture_and_payload(
     tmp_path_factory: pytest.TempPathFactory, images: Batches, random: Random, size: int
