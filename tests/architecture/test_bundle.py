@@ -87,7 +87,7 @@ def test_every_task_depends_on_existing_tasks_and_runs_on_an_existing_cluster(ke
     assert {task["job_cluster_key"] for task in job["tasks"]} == set(clusters)
 
 
-def test_every_variable_is_declared_has_a_value_and_is_used() -> None:
+def test_every_variable_of_the_bundle_is_declared_and_used_and_has_a_value() -> None:
     declared = BUNDLE["variables"]
     used = {name.removeprefix("var.") for name in references([BUNDLE, JOBS]) if name.startswith("var.")}
     assert used == set(declared)

@@ -53,7 +53,7 @@ def modules(patterns: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("libraries", LOADED)
-def test_a_package_loads_no_library_that_its_process_lacks(libraries: str) -> None:
+def test_importing_a_package_loads_no_library_that_is_missing_in_its_process(libraries: str) -> None:
     patterns, allowed = LOADED[libraries]
     code = f"import sys, {', '.join(modules(patterns))}; print(*sorted({HEAVY - allowed!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
@@ -61,7 +61,7 @@ def test_a_package_loads_no_library_that_its_process_lacks(libraries: str) -> No
     assert done.stdout.split() == []
 
 
-def test_help_and_config_load_no_heavy_library() -> None:
+def test_the_help_and_config_commands_load_no_heavy_library() -> None:
     code = (
         "import sys; sys.argv = ['lakesight', *sys.argv[1:]]; from jobs.cli import main; main(); "
         f"print('loaded:', *sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)"
@@ -79,7 +79,7 @@ def test_every_import_contract_is_kept() -> None:
 
 
 @pytest.mark.parametrize("contract", BREACHES)
-def test_a_breach_of_an_import_contract_is_reported(contract: str, tmp_path: Path) -> None:
+def test_an_import_that_breaks_an_import_contract_is_reported(contract: str, tmp_path: Path) -> None:
     for name in ("vlm", "pipelines", "jobs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

@@ -81,7 +81,7 @@ def test_no_row_is_lost_or_duplicated_when_a_python_worker_of_an_executor_is_kil
 @pytest.mark.matrix
 @pytest.mark.parametrize("seed", range(1, 36))
 @pytest.mark.parametrize("kind", ["worker", "executor"])
-def test_no_row_is_lost_or_duplicated_whenever_a_process_of_an_executor_is_killed(
+def test_no_row_is_lost_or_duplicated_if_an_executor_or_its_worker_is_killed_at_a_random_moment(
     spark: SparkSession,
     platform: Platform,
     source: str,

@@ -127,7 +127,7 @@ def losses(run: RunFolder) -> list[float]:
     return [m.values["train/loss"] for m in run.read_metrics() if "train/loss" in m.values]
 
 
-def test_ranks_microbatches_fsdp_and_local_copies_of_shards_change_losses_only_by_rounding(launched: Launched) -> None:
+def test_losses_differ_only_by_rounding_with_more_ranks_microbatches_fsdp_or_local_shards(launched: Launched) -> None:
     alone = launched.one_rank["alone"]
     ddp, parts, fsdp, plain = (launched.two_ranks[name] for name in ("ddp", "parts", "fsdp", "plain"))
     assert not launched.copied_by_one_rank

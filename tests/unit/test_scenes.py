@@ -103,7 +103,7 @@ def test_pictures_of_the_same_scene_differ() -> None:
     assert len(pictures) == 50
 
 
-def test_every_location_relation_shape_size_and_colour_is_generated() -> None:
+def test_scenes_have_every_location_relation_shape_size_and_colour() -> None:
     made = [scene for scene, _ in scenes(600)]
     assert {scene.relation for scene in made} == {*LOCATIONS, *RELATIONS}
     objects = [one for scene in made for one in scene.objects]
@@ -130,7 +130,7 @@ def test_an_existing_file_with_the_same_bytes_is_not_written_again(tmp_path: Pat
     assert len(rows_of(path)) == 101
 
 
-def test_the_summary_counts_good_rows_broken_rows_and_duplicates(tmp_path: Path) -> None:
+def test_the_summary_states_the_number_of_good_rows_broken_rows_and_duplicates(tmp_path: Path) -> None:
     summary = write_scenes(tmp_path / "scenes.csv", 1200, 0)
     header, *rows = rows_of(tmp_path / "scenes.csv")
     assert header == ["", "b64string_images", "caption"]

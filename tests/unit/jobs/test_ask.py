@@ -140,7 +140,7 @@ def test_boxes_are_reported_in_pixels_of_the_picture_and_are_drawn(
         assert box_columns == [274], "the last pixel before the right edge"
 
 
-def test_with_several_pictures_no_boxes_are_reported(detector: Path, ask_in_process: AskInProcess) -> None:
+def test_no_boxes_are_reported_for_several_pictures(detector: Path, ask_in_process: AskInProcess) -> None:
     report = ask_in_process("wide.png", "red.png", checkpoint=detector)
     assert "<loc0256>" in report["caption"]
     assert report["regions"] == []

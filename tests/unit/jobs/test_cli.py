@@ -100,7 +100,7 @@ def test_a_command_line_that_cannot_be_parsed_exits_2(arguments: list[str]) -> N
     assert "Usage: " in done.stderr
 
 
-def test_a_successful_command_returns_without_system_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_successful_command_does_not_raise_system_exit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["lakesight", "config"])
     main()
 
@@ -140,7 +140,7 @@ def test_an_error_is_printed_as_one_paragraph_and_sets_the_exit_code(
     assert len(shown.strip().splitlines()) == 1
 
 
-def test_an_unexpected_error_prints_a_traceback_and_a_last_line_with_its_message(
+def test_an_unexpected_error_prints_a_traceback_and_the_error_message_as_last_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["lakesight", "fail"])
@@ -247,7 +247,7 @@ def test_config_prints_a_valid_resolved_run(tmp_path: Path) -> None:
     assert json.loads(lakesight("config", "--set", "train.steps=5", "--json").stdout) == resolved
 
 
-def test_config_models_counts_the_parameters_of_a_built_model() -> None:
+def test_config_models_reports_the_number_of_parameters_of_the_built_model() -> None:
     listed = json.loads(lakesight("config", "models", "--json").stdout)["models"]
     nano = load_model("nano")
     built = build_model(nano, vocab_size=nano.text.vocab_size)  # type: ignore[union-attr]
@@ -318,7 +318,7 @@ def samples(home: Path, tmp_path: Path) -> Callable[..., Any]:
     return show
 
 
-def test_show_reads_any_version_without_a_jvm(samples: Callable[..., Any]) -> None:
+def test_show_reads_any_table_version_without_a_jvm(samples: Callable[..., Any]) -> None:
     latest = samples()
     assert (latest["version"], latest["num_rows"], len(latest["rows"])) == (1, 2, 2)
     assert latest["rows"][0]["image"].endswith(" bytes>")
@@ -333,6 +333,6 @@ def test_show_gallery_writes_one_html_page_with_escaped_texts(samples: Callable[
     assert "<two>" not in page
 
 
-def test_show_lists_existing_tables_and_versions(samples: Callable[..., Any]) -> None:
+def test_the_error_of_show_lists_existing_tables_and_versions(samples: Callable[..., Any]) -> None:
     assert_user_error(lakesight("show", "sample"), "no table 'sample'", "tables: samples")
     assert_user_error(lakesight("show", "samples", "--version", "9"), "no version 9", "the latest version is 1")
