@@ -20,7 +20,7 @@ MAX_BYTES = LimitsConfig().max_bytes
 def with_thumbnails(
     batches: Iterator[pa.RecordBatch], column: str, max_pixels: int = MAX_PIXELS
 ) -> Iterator[pa.RecordBatch]:
-    """Replace a column of pictures by a last column `thumbnail`: a JPEG file, or null if there is no usable picture.
+    """Drop a column of pictures and append a column `thumbnail`: a JPEG file, or null if the picture is unusable.
 
     Args:
         batches: batches with `column` and any other columns.

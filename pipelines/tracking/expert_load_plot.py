@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def draw_expert_load(metrics: Metrics) -> Figure:
-    """Draw a heat map of the tokens' shares at one step, with one row per layer and one column per expert.
+    """Draw a heat map of the fraction of tokens routed to each expert, one row per layer and one column per expert.
 
     A white cell has an even share of the tokens, a blue cell has less, and a fully red cell has at least twice an even
     share.

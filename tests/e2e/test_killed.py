@@ -108,7 +108,7 @@ def test_no_row_is_lost_or_duplicated_when_the_driver_is_killed_repeatedly(tmp_p
 
 @pytest.mark.faults
 @pytest.mark.matrix
-def test_two_processes_that_ingest_a_folder_at_the_same_time_write_each_row_once(tmp_path: Path) -> None:
+def test_each_row_is_written_once_when_two_processes_ingest_the_same_folder(tmp_path: Path) -> None:
     (home := tmp_path / "home").mkdir()
     expected = write_rows(tmp_path / "input", 1, ROWS)
     with ThreadPoolExecutor() as pool:

@@ -122,7 +122,10 @@ def merge_block_names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def group_by_block(names: Iterable[str]) -> dict[str, list[int]]:
-    """Return a dict from templates to block numbers. A template is a name with `{i}` in place of the block number."""
+    """Return a dict that maps each template to its block numbers.
+
+    A template is a name with `{i}` in place of the block number.
+    """
     groups: dict[str, list[int]] = {}
     for name in sorted(names):
         number = re.search(r"(?<=\.)\d+(?=\.)", name)

@@ -59,7 +59,7 @@ class DecodedRows:
     Attributes:
         request: ingest request that the rows belong to.
         spill: spill folder with the pictures and payloads.
-        outcomes: decoded rows without wide columns (`executor.ingest.spill.NARROW`), one per raw row.
+        outcomes: one decoded row per raw row, with narrow columns only (`executor.ingest.spill.NARROW`).
         rows_in: number of raw rows.
         refused: number of rows that executors refused.
     """

@@ -76,7 +76,7 @@ class IngestPlan:
     Attributes:
         request: ingest request that the rows belong to.
         spill: spill folder with the pictures and payloads.
-        outcomes: decoded rows without wide columns (`executor.ingest.spill.NARROW`), one per raw row.
+        outcomes: one decoded row per raw row, with narrow columns only (`executor.ingest.spill.NARROW`).
         existing: rows of the source in `samples`.
         pictures: planned pictures, one row per picture, from `plan_pictures`.
         totals: row counts and picture counts.

@@ -108,7 +108,7 @@ def launch(run: RunFolder, platform: Platform, spark: SparkSession, entry: RankE
     Args:
         run: run folder made by `prepare`.
         platform: number, location and device of the ranks.
-        spark: Spark session whose executors run the ranks, unless the ranks run on the driver's host.
+        spark: Spark session. Its executors run the ranks, except in local mode, where the driver's host runs them.
         entry: function that each rank runs; each rank imports the function by name.
 
     Raises:
