@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from vlm.config import AdapterConfig, Config, CosineScheduleConfig, Pattern, Probability, ScheduleConfig
+from vlm.config import ADDED_LATER, AdapterConfig, Config, CosineScheduleConfig, Pattern, Probability, ScheduleConfig
 
 SIDED_WORDS = (
     *("left", "lefthand", "leftmost", "leftward", "leftwards", "right", "righthand", "rightmost", "rightward"),
@@ -28,7 +28,7 @@ class OptimizerConfig(Config):
     grad_clip: PositiveFloat = 1.0
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     schedule: ScheduleConfig = CosineScheduleConfig()
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ema_decay: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, ADDED_LATER] = None
 
 
 class GroupConfig(Config):
@@ -161,7 +161,7 @@ class TrainConfig(Config):
     start_from: Annotated[str, Field(min_length=1)] | None = None
     adapter: AdapterConfig | None = None
     stages: tuple[StageConfig, ...] = ()
-    augment: AugmentConfig | None = None
+    augment: Annotated[AugmentConfig | None, ADDED_LATER] = None
     loader_workers: Annotated[int, Field(ge=0)] = 2
     log_every: PositiveInt = 10
     validate_every: PositiveInt = 200
@@ -174,17 +174,8 @@ class TrainConfig(Config):
     max_restarts: Annotated[int, Field(ge=0)] = 2
 
     def science(self) -> dict[str, Any]:
-        """Return the settings that determine what the model learns.
-
-        A setting that was added in a later version is left out while it is null, so that the identity of an older run
-        stays the same.
-        """
-        left_out: dict[str, Any] = dict.fromkeys(EXECUTION_SETTINGS, True)
-        if self.augment is None:
-            left_out["augment"] = True
-        if self.optimizer.ema_decay is None:
-            left_out["optimizer"] = {"ema_decay"}
-        return self.model_dump(exclude=left_out)
+        """Return the settings that determine what the model learns."""
+        return self.hashed_settings(exclude=EXECUTION_SETTINGS)
 
     @model_validator(mode="before")
     @classmethod

@@ -58,7 +58,7 @@ class ShardRequest(Config):
     @property
     def folder_name(self) -> str:
         """Folder name `<source>-<split>-<hash>`. Equal requests have equal folder names."""
-        return f"{self.source}-{self.split}-{short_hash(FORMAT, self.model_dump())}"
+        return f"{self.source}-{self.split}-{short_hash(FORMAT, self.hashed_settings())}"
 
 
 class ShardFile(Config):

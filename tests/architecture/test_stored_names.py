@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 from tiny_runs import write_shards
 
-from pipelines.config import available, load_model, load_run, short_hash
+from pipelines.config import DataConfig, available, load_model, load_run, short_hash
 from pipelines.driver.evaluate.scores import scores_hash
 from pipelines.driver.ingest.ledger import hash_rules
 from pipelines.driver.model_files import ModelFiles
@@ -94,6 +94,16 @@ RUNS = {
     ),
 }
 
+RULES = {
+    "csv": "3226e1fbb837c382",
+    "jsonl": "55844b155a8b7a70",
+    "parquet": "e51b709c18b901fd",
+    "table": "a23e2335327c7ed0",
+    "folder": "bb1e606d3a608607",
+    "webdataset": "dec60d243b9e5fd9",
+}
+"""Value of column `rules` in table `ingested` for each kind of source, if only required settings are set."""
+
 MODELS = {
     "base": "ecf4489eaa31cfae",
     "base_tiny": "68d06a54075ef13d",
@@ -160,6 +170,13 @@ def test_the_name_of_a_run_folder_does_not_change(name: str, platform: Platform,
 @pytest.mark.parametrize("name", RUNS)
 def test_the_hash_of_ingest_rules_does_not_change(name: str) -> None:
     assert hash_rules(load_run(name).data) == RUNS[name].rules
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_the_hash_of_the_default_ingest_rules_of_each_kind_of_source_does_not_change(kind: str) -> None:
+    captions = {"captions": "captions.csv"} if kind == "folder" else {}
+    config = DataConfig.model_validate({"source": {"kind": kind} | captions})
+    assert hash_rules(config) == RULES[kind]
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -6,7 +6,7 @@ commands load the package quickly.
 """
 
 from vlm.config.adapter import AdapterConfig, Pattern
-from vlm.config.base import Config, Probability, config_differences, read_error_message
+from vlm.config.base import ADDED_LATER, Config, Probability, config_differences, read_error_message
 from vlm.config.image import ImageConfig
 from vlm.config.model import (
     CausalMaskConfig,
@@ -57,6 +57,7 @@ from vlm.config.vision import (
 )
 
 __all__ = [
+    "ADDED_LATER",
     "Activation",
     "AdapterConfig",
     "AttentionConfig",

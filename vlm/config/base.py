@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -10,10 +10,44 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
+class _AddedLater:
+    pass
+
+
+ADDED_LATER = _AddedLater()
+"""Mark of a field that hashes of stored data do not contain while the field has its default value.
+
+Every field that is added to an existing config needs the mark: `name: Annotated[int | None, ADDED_LATER] = None`.
+"""
+
+
 class Config(BaseModel):
     """Base class of all configs. Config objects cannot be changed, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def hashed_settings(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """Return the settings to hash, without the fields in `exclude`.
+
+        Fields with the mark ADDED_LATER are left out while they have their default value, at any depth. So a setting
+        that a new version adds changes no hash until somebody uses the setting.
+        """
+        return self.model_dump(exclude=_unused_settings(self) | dict.fromkeys(exclude, True))
+
+
+def _unused_settings(value: object) -> dict[Any, Any]:
+    """Return the fields to leave out of a hash, in the nested form of pydantic's argument `exclude`."""
+    parts: Mapping[Any, object] = {}
+    if isinstance(value, Config | Mapping):
+        parts = dict(value)
+    elif isinstance(value, list | tuple):
+        parts = dict(enumerate(value))
+    unused: dict[Any, Any] = {key: nested for key, part in parts.items() if (nested := _unused_settings(part))}
+    fields = type(value).model_fields if isinstance(value, Config) else {}
+    for name, field in fields.items():
+        if ADDED_LATER in field.metadata and parts[name] == field.get_default(call_default_factory=True):
+            unused[name] = True
+    return unused
 
 
 def read_error_message(error: OSError | ValueError) -> str:

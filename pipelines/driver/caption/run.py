@@ -203,7 +203,7 @@ def _create_job(
 ) -> tuple[CaptionJob, dict[str, str]]:
     """Return the job for the executors, and the key that all rows of the job share."""
     settings = request.settings or model.read_config().generation
-    decoding = settings.model_dump() | {"precision": request.precision}
+    decoding = settings.hashed_settings() | {"precision": request.precision}
     key = {
         "source_table": source.name,
         "model_name": model.name,

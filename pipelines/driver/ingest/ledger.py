@@ -43,9 +43,9 @@ def hash_rules(config: DataConfig) -> str:
 
     The location of the input and the tolerated share of bad rows are not part of the hash.
     """
-    source = config.source.model_dump(exclude={"path", "table", "version"})
-    limits = config.limits.model_dump(exclude={"max_bad_share"})
-    return short_hash(source, limits, config.split.model_dump(), config.near_duplicates)
+    source = config.source.hashed_settings(exclude={"path", "table", "version"})
+    limits = config.limits.hashed_settings(exclude={"max_bad_share"})
+    return short_hash(source, limits, config.split.hashed_settings(), config.near_duplicates)
 
 
 def items_table(rows: list[tuple[str, str]]) -> pa.Table:

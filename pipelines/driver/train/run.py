@@ -56,7 +56,7 @@ def prepare(config: RunConfig, platform: Platform, train: ShardReport, validate:
         settings["start_from"] = start.digest  # the weights determine the outcome
         resolved = config.train.model_copy(update={"start_from": str(start.folder)})
         config = config.model_copy(update={"train": resolved})
-    identity = short_hash(config.model.model_dump(), settings, train.content_hash, validate.content_hash, code)
+    identity = short_hash(config.model.hashed_settings(), settings, train.content_hash, validate.content_hash, code)
     run = RunFolder(platform.folder("runs") / f"{config.name}-{identity}")
     if not run.run_file.exists():
         _warn_of_unfinished_run(run, config)

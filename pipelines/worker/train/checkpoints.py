@@ -167,4 +167,4 @@ def _outcome_settings(file: RunFile) -> dict[str, Any]:
     """
     train = file.config.train.science()
     train.pop("start_from")
-    return {"model": file.config.model.model_dump(), "train": train, "shards": file.content_hash}
+    return {"model": file.config.model.hashed_settings(), "train": train, "shards": file.content_hash}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import Field
 
 from pipelines.config import CsvSourceConfig, RunConfig, available, load_model, load_run, short_hash
 from pipelines.errors import ConfigError
+from vlm.config import ADDED_LATER, Config
 
 DEPLOYMENT = [
     f"platform.{key}={value}" for key, value in (("catalog", "c"), ("schema", "s"), ("volume", "v"), ("ranks", 2))
@@ -182,6 +185,31 @@ def test_loading_a_saved_run_of_another_version_is_an_error() -> None:
 def test_short_hashes_are_equal_exactly_if_their_parts_are_equal(parts: list[int | str]) -> None:
     assert short_hash(parts) == short_hash(list(parts))
     assert short_hash(parts) != short_hash([*parts, "more"])
+
+
+class Part(Config):
+    """Part of a config, with a field that a later version added."""
+
+    old: int = 1
+    new: Annotated[tuple[int, ...], ADDED_LATER] = ()
+
+
+class Whole(Config):
+    """Config with parts at every place at which a config may have parts."""
+
+    part: Part = Part()
+    parts: tuple[Part, ...] = (Part(), Part(old=2))
+    named: dict[str, Part] = Field(default_factory=lambda: {"a": Part()})
+    left_out: int = 3
+    added: Annotated[Part | None, ADDED_LATER] = None
+
+
+def test_a_setting_that_was_added_later_is_hashed_only_when_it_is_used() -> None:
+    unused = {"part": {"old": 1}, "parts": ({"old": 1}, {"old": 2}), "named": {"a": {"old": 1}}}
+    assert Whole().hashed_settings(exclude={"left_out"}) == unused
+    used = Whole(parts=(Part(), Part(new=(5,))), named={"a": Part(new=(6,))}, added=Part())
+    expected = {"part": {"old": 1}, "parts": ({"old": 1}, {"old": 1, "new": (5,)}), "left_out": 3}
+    assert used.hashed_settings() == expected | {"named": {"a": {"old": 1, "new": (6,)}}, "added": {"old": 1}}
 
 
 def test_gate_thresholds_are_part_of_the_run_and_can_be_overridden() -> None:
