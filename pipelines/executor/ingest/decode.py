@@ -28,6 +28,7 @@ from pipelines.executor.ingest.outcome import Refused, outcome_batch
 from pipelines.executor.ingest.records.record import Fields, Read, Record
 from pipelines.executor.ingest.splits import assign_split, require_field
 from pipelines.executor.ingest.texts import extract_texts
+from pipelines.executor.ingest.values import normalize_id, replace_surrogates
 from pipelines.executor.time_limit import TimeLimitExceeded, time_limit
 from vlm.errors import ImageError
 from vlm.image import ImageInfo, decode_base64, open_image
@@ -137,7 +138,7 @@ def _decode_or_refuse(record: Record, rules: DecodeRules) -> dict[str, Any]:
 def _decode_sample(file: str, fields: Fields, rules: DecodeRules) -> dict[str, Any]:
     columns, limits = rules.columns, rules.limits
     encoded = require_field(fields, columns.image)
-    given_id = str(require_field(fields, columns.id)).strip() if columns.id else None
+    given_id = normalize_id(require_field(fields, columns.id)) if columns.id else None
     texts = extract_texts(fields, columns, limits.max_text_chars)
     image = _image_bytes(encoded, columns.image, limits.max_bytes)
     pixels, info = _open_image(image, limits)
@@ -185,7 +186,7 @@ def _open_image(data: bytes, limits: LimitsConfig) -> tuple[Image.Image, ImageIn
 
 
 def _to_json(fields: Fields) -> str:
-    return json.dumps(fields, ensure_ascii=False, sort_keys=True, default=_to_json_string)
+    return replace_surrogates(json.dumps(fields, ensure_ascii=False, sort_keys=True, default=_to_json_string))
 
 
 def _to_json_string(value: Any) -> str:

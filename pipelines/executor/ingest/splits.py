@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from pipelines.config import ColumnSplitConfig, HashSplitConfig, Split, SplitConfig
 from pipelines.executor.ingest.outcome import Refused
 from pipelines.executor.ingest.records.record import Fields
+from pipelines.executor.ingest.values import is_missing, to_text, trim
 
 SPLITS: dict[str, Split] = {
     "train": "train",
@@ -35,11 +36,15 @@ def assign_split(file: str, fields: Fields, sha256: str, config: SplitConfig) ->
     """
     if isinstance(config, HashSplitConfig):
         return split_of_hash(sha256, config)
-    given = str(require_field(fields, config.column)).strip().lower() if isinstance(config, ColumnSplitConfig) else ""
+    given = _read_split(fields, config.column) if isinstance(config, ColumnSplitConfig) else ""
     split = SPLITS.get(given) if given else split_of_file(file)
     if split is None:
         raise Refused("decode", "malformed_record", f"the split {given or file!r} is none of {', '.join(SPLITS)}")
     return split
+
+
+def _read_split(fields: Fields, column: str) -> str:
+    return trim(to_text(require_field(fields, column), f"column {column}")).lower()
 
 
 def split_of_hash(sha256: str, config: HashSplitConfig) -> Split:
@@ -62,9 +67,9 @@ def require_field(fields: Fields, column: str) -> object:
     """Return a field's value.
 
     Raises:
-        Refused: missing_field (the field is missing, null or blank).
+        Refused: missing_field (the row has no such field, or the field's value is missing).
     """
     value = fields.get(column)
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if is_missing(value):
         raise Refused("decode", "missing_field", f"column {column} is empty")
     return value

@@ -129,7 +129,7 @@ def test_row_may_have_many_texts_with_one_prompt_per_text_or_one_prompt_for_all_
         ({TEXT: {"en": "a bird"}}, "malformed_record"),
         ({TEXT: [["a bird"]]}, "malformed_record"),
         ({IMAGE: 7}, "malformed_record"),
-        ({IMAGE: b""}, "not_an_image"),
+        ({IMAGE: b""}, "missing_field"),
         ({IMAGE: bytes(50_001)}, "too_large"),
     ],
 )

@@ -1,0 +1,126 @@
+"""Values of a row's cells: which values are missing, and how a value becomes an id or a text.
+
+A missing value never becomes a word: the number NaN is missing, but the text `nan` of a CSV file is a text.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from datetime import date, time
+from decimal import Decimal
+from numbers import Number
+from uuid import UUID
+
+import numpy as np
+import regex
+
+from pipelines.executor.ingest.outcome import Refused
+
+MAX_ID_CHARS = 256
+MAX_SHRINKAGE = 4
+"""Largest number of characters that Unicode's NFC composes into one character."""
+CONTROL = regex.compile(r"[\p{Cc}\p{Zl}\p{Zp}]")
+INVISIBLE = regex.compile(r"[\s\p{Cc}\p{Default_Ignorable_Code_Point}]*")
+"""Pattern of a text that shows nothing. Unicode calls characters such as the zero-width space default ignorable."""
+SPACES = (
+    "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000\u200b\ufeff"
+)
+"""The white space of `str.isspace`, the zero-width space and the byte-order mark."""
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+def is_missing(value: object) -> bool:
+    """Return whether a value says nothing.
+
+    A value is missing if it is None, NaN, NaT or pandas' NA, a text or bytes without a visible character, or a list
+    whose elements are all missing.
+    """
+    if value is None:
+        return True
+    if isinstance(value, str):
+        return INVISIBLE.fullmatch(value) is not None
+    if isinstance(value, bytes):
+        return not value.strip()
+    if isinstance(value, list | tuple):
+        return all(is_missing(element) for element in value)
+    return not isinstance(value, np.ndarray | dict) and _is_missing_scalar(value)
+
+
+def _is_missing_scalar(value: object) -> bool:
+    if isinstance(value, Decimal):
+        return value.is_nan()  # a comparison with a signaling NaN raises an exception
+    # NaN and NaT differ from themselves. A comparison with pandas' NA is NA, which is neither true nor false.
+    return type(value).__name__ == "NAType" or bool(value != value)  # noqa: PLR0124
+
+
+def to_text(value: object, what: str) -> str:
+    """Convert a value to a text. A missing value becomes an empty text, and bytes are decoded as UTF-8.
+
+    Args:
+        value: a value of a row.
+        what: description of the value for the message, such as "column title".
+
+    Raises:
+        Refused: malformed_record (the value is neither a text nor a number, or the bytes are not UTF-8).
+    """
+    if is_missing(value):
+        return ""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise Refused("decode", "malformed_record", f"{what} holds bytes that are not UTF-8: {error}") from None
+    if not isinstance(value, str | Number | np.generic):
+        raise Refused("decode", "malformed_record", f"{what} holds a {type(value).__name__}, neither text nor number")
+    return replace_surrogates(str(value))
+
+
+def replace_surrogates(text: str) -> str:
+    """Join pairs of UTF-16 surrogates, and replace each lone surrogate by U+FFFD, because UTF-8 cannot encode it."""
+    if SURROGATE.search(text):
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def trim(text: str) -> str:
+    """Remove white space, zero-width spaces and byte-order marks from both ends of a text."""
+    return text.strip(SPACES)
+
+
+def normalize_id(value: object) -> str | None:
+    """Convert a value to an id: a text in Unicode NFC without control characters. Return None for a missing value.
+
+    The number 7.0 becomes the id `7`, because a tool that reads a column of integers with gaps makes floats of them.
+    The text `7.0` remains as it is.
+
+    Raises:
+        Refused: malformed_record (the value is not a text, number, time or UUID, is infinite, has a control character,
+            or is longer than MAX_ID_CHARS).
+    """
+    if is_missing(value):
+        return None
+    text = trim(str(value) if isinstance(value, date | time | UUID) else to_text(_to_integer(value), "the id"))
+    if len(text) <= MAX_SHRINKAGE * MAX_ID_CHARS:
+        text = unicodedata.normalize("NFC", text)
+    if len(text) > MAX_ID_CHARS:
+        raise Refused("decode", "malformed_record", f"the id has {len(text)} characters, at most {MAX_ID_CHARS}")
+    if control := CONTROL.search(text):
+        raise Refused("decode", "malformed_record", f"the id has the control character U+{ord(control[0]):04X}")
+    return text
+
+
+def _to_integer(value: object) -> object:
+    """Return the integer that a number equals, or the value itself if there is none.
+
+    Raises:
+        Refused: malformed_record (the number is infinite).
+    """
+    if isinstance(value, np.floating):
+        value = float(value)
+    if not isinstance(value, float | Decimal):
+        return value
+    if abs(value) == float("inf"):
+        raise Refused("decode", "malformed_record", "the id is an infinite number")
+    return int(value) if value == int(value) else value

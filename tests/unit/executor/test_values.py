@@ -1,0 +1,190 @@
+"""Tests that a missing value never becomes a text or an id, and that ids are clean and bounded."""
+
+from __future__ import annotations
+
+import datetime as dt
+import unicodedata
+import uuid
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pictures import IMAGE, TEXT, as_base64, png
+
+from pipelines.config import ColumnNames, ColumnSplitConfig, LimitsConfig
+from pipelines.executor.ingest.decode import DecodeRules, decode_record
+from pipelines.executor.ingest.outcome import Refused, outcome_batch
+from pipelines.executor.ingest.records.record import Fields, Record
+from pipelines.executor.ingest.values import MAX_ID_CHARS, SPACES, is_missing, normalize_id, to_text, trim
+
+NAN = float("nan")
+MISSING: list[Any] = [
+    *(None, NAN, np.float32(NAN), np.float64(NAN), np.datetime64("NaT"), np.timedelta64("NaT"), Decimal("NaN")),
+    *(pd.NA, pd.NaT, Decimal("sNaN"), np.str_(" "), b"", b" \n", [], [None, NAN], [[], [pd.NA]]),
+    *("", " ", "\t\r\n", "\u200b", "\ufeff", "\u200b \ufeff", "\u00a0", "\u3000", "\u2060", "\u00ad", "\u3164", "\0"),
+]
+PRESENT: list[Any] = [
+    *(0, 0.0, False, "nan", "NaN", "None", "null", "<NA>", "-", "\u0600", "\ufffd", [0], [None, "x"], {}),
+]
+RULES = DecodeRules(
+    "birds",
+    ColumnNames(id="key", prompt="asked"),
+    LimitsConfig(max_text_chars=40),
+    ColumnSplitConfig(kind="column", column="of"),
+)
+
+
+def outcome(**fields: Any) -> dict[str, Any]:
+    good: Fields = {IMAGE: as_base64(png(1)), TEXT: "a bird", "key": "1", "asked": "what?", "of": "train"}
+    row = decode_record(Record("a.csv", good | fields), RULES)
+    [stored] = outcome_batch([row]).to_pylist()
+    return dict(stored)
+
+
+@pytest.mark.parametrize("value", MISSING, ids=ascii)
+def test_missing_values_of_all_libraries_are_missing(value: Any) -> None:
+    assert is_missing(value) is True
+    assert normalize_id(value) is None
+    assert to_text(value, "column x") == ""
+
+
+@pytest.mark.parametrize("value", PRESENT, ids=ascii)
+def test_zero_false_and_words_for_nothing_are_values(value: Any) -> None:
+    assert is_missing(value) is False
+
+
+@pytest.mark.parametrize("missing", MISSING, ids=ascii)
+def test_missing_value_in_any_column_of_a_row_is_missing(missing: Any) -> None:
+    assert outcome(**{IMAGE: missing})["reason"] == "missing_field"
+    assert outcome(**{TEXT: missing})["reason"] == "empty_text"
+    assert outcome(key=missing)["reason"] == "missing_field"
+    assert outcome(of=missing)["reason"] == "missing_field"
+    assert outcome(asked=missing)["texts"] == [{"prompt": "", "text": "a bird"}]
+    if not isinstance(missing, list):
+        found = outcome(**{TEXT: ["one", missing, "two"]})["texts"]
+        assert [pair["text"] for pair in found] == ["one", "two"]
+        assert outcome(**{TEXT: ["one", "two"], "asked": ["a", missing]})["texts"][1] == {"prompt": "", "text": "two"}
+
+
+def test_word_nan_of_a_csv_file_is_a_text_and_an_id() -> None:
+    found = outcome(key="NaN", **{TEXT: "nan"})
+    assert (found["image_id"], found["texts"][0]["text"]) == ("birds/NaN", "nan")
+
+
+UUID = uuid.UUID(int=7)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        *((1, "1"), (1.0, "1"), (-0.0, "0"), (1e15, "1000000000000000"), (1.5, "1.5"), (np.float32(2), "2")),
+        *((np.int64(3), "3"), (np.float64(1e6), "1000000"), (Decimal("4.00"), "4"), (Decimal("4.50"), "4.50")),
+        *(("1.0", "1.0"), ("007", "007"), (" a b ", "a b"), ("\ufeffa\u200b", "a"), ("cafe\u0301", "caf\u00e9")),
+        *((b"key", "key"), (True, "True"), (dt.date(2026, 1, 2), "2026-01-02"), (UUID, str(UUID)), ("a\r\n", "a")),
+        *(("x" * MAX_ID_CHARS, "x" * MAX_ID_CHARS), ("\ud83d\ude00", "\U0001f600"), ("a\ud800", "a\ufffd")),
+        ("\u202eabc", "\u202eabc"),
+    ],
+)
+def test_id_is_a_clean_text_and_integral_numbers_are_integers(value: Any, expected: str) -> None:
+    assert normalize_id(value) == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("x" * (MAX_ID_CHARS + 1), "e\u0301" * (MAX_ID_CHARS + 1), "a\nb", "a\tb", "a\0b", "a\x85b", "a\u2028b"),
+        *(float("inf"), float("-inf"), Decimal("Infinity"), np.float32("inf"), 1e300, 10**300, b"\xff\xfe"),
+        *(["a"], [["a"]], {"a": 1}, {}, np.array(["a"]), np.array([NAN, 1.0]), object()),
+    ],
+    ids=lambda value: ascii(value)[:20],
+)
+def test_value_that_is_no_id_is_refused(value: Any) -> None:
+    with pytest.raises(Refused) as refused:
+        normalize_id(value)
+    assert refused.value.reason == "malformed_record"
+    assert outcome(key=value)["reason"] == "malformed_record"
+
+
+@pytest.mark.parametrize("value", [{"en": "a"}, {}, [["a"]], [{"en": "a"}], np.array(["a"]), np.array([NAN]), object()])
+def test_text_that_is_an_array_a_dict_or_a_nested_list_is_refused(value: Any) -> None:
+    for column in (TEXT, "asked", "of"):
+        found = outcome(**{column: value})
+        assert found["reason"] == "malformed_record"
+        assert not found["detail"].startswith("unexpected")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a \ud83d cat", "a \ufffd cat"),
+        ("a \ud83d\ude00 cat", "a \U0001f600 cat"),
+        ("\u202eright\u202c to left", "\u202eright\u202c to left"),
+        ("\ufeffa cat\u200b", "a cat"),
+        (b"a cat", "a cat"),
+        (b"caf\xc3\xa9", "caf\u00e9"),
+        (np.str_("a cat"), "a cat"),
+        (np.float32(1.5), "1.5"),
+        ('["a", "b"]', '["a", "b"]'),
+    ],
+)
+def test_text_is_stored_as_what_it_says(text: Any, expected: str) -> None:
+    assert outcome(**{TEXT: text})["texts"] == [{"prompt": "what?", "text": expected}]
+
+
+def test_lone_surrogate_anywhere_in_a_row_is_stored_as_a_replacement_character() -> None:
+    found = outcome(**{"further \ud800": "\udfff", TEXT: " "})
+    assert found["reason"] == "empty_text"
+    assert '"further \ufffd": "\ufffd"' in found["payload"]
+
+
+def test_long_text_of_combining_marks_is_refused_at_once() -> None:
+    found = outcome(**{TEXT: "a" + "\u0301\u0316" * 500_000})
+    assert (found["reason"], found["detail"]) == ("text_too_long", "1000001 characters, at most 40")
+
+
+def test_white_space_that_is_trimmed_is_all_of_unicode() -> None:
+    spaces = {chr(code) for code in range(0x110000) if chr(code).isspace()}
+    assert set(SPACES) == spaces | {"\u200b", "\ufeff"}
+
+
+ANY = st.one_of(
+    st.none(),
+    st.text(max_size=9),
+    st.text(st.characters(categories=["Cc", "Cf", "Cs", "Zs", "Mn", "Lo"]), max_size=300),
+    st.floats(),
+    st.integers(),
+    st.decimals(),
+    st.booleans(),
+    st.binary(max_size=9),
+    st.dates(),
+    st.uuids(),
+    st.sampled_from([pd.NA, pd.NaT, np.float32("nan"), np.array([1]), {}]),
+)
+VALUES = st.one_of(ANY, st.lists(st.one_of(ANY, st.lists(ANY, max_size=2)), max_size=3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(key=VALUES, text=VALUES, asked=VALUES, of=VALUES)
+def test_every_row_of_odd_values_is_one_outcome_that_can_be_stored(key: Any, text: Any, asked: Any, of: Any) -> None:
+    found = outcome(key=key, asked=asked, of=of, **{TEXT: text})
+    assert (found["image_id"] is None) == (found["reason"] is not None)
+    assert not (found["detail"] or "").startswith("unexpected")
+    assert "nan" not in [pair["text"] for pair in found["texts"] or ()]
+
+
+@settings(max_examples=60, deadline=None)
+@given(VALUES)
+def test_ids_are_bounded_normalised_and_free_of_control_characters(value: Any) -> None:
+    try:
+        found = normalize_id(value)
+    except Refused:
+        return
+    if found is not None:
+        assert 0 < len(found) <= MAX_ID_CHARS
+        assert found == trim(unicodedata.normalize("NFC", found))
+        assert not {"Cc", "Cs", "Zl", "Zp"} & set(map(unicodedata.category, found))
+        assert normalize_id(found) == found
