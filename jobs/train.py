@@ -89,22 +89,24 @@ def prepare_run(job: Job) -> RunFolder:
 def run_train(job: Job) -> TrainReport:
     """Run the train stage: train the model or reuse a finished run, log the run to MLflow and register the model."""
     from pipelines.driver.train.run import finished_result, launch
+    from pipelines.formats.run_owner import own_run
     from pipelines.tracking.registry import register
     from pipelines.tracking.runs import follow
 
     config, run = job.config, prepare_run(job)
-    reused = finished_result(run)
-    # A reused run is logged to MLflow too, because MLflow may not have received the run's last metrics.
-    with (
-        follow(run, config, job.platform) as run_id,
-        show_progress("train", poll_training(run), config.train.steps),
-    ):
-        result = reused or launch(run, job.platform, job.spark)
-    figures = "  ".join(f"{name} {result.metrics[name]:.3f}" for name in SHOWN_METRICS if name in result.metrics)
-    detail = f"finished run reused: {run.path}" if reused else f"{result.world_size} ranks, {result.seconds:.0f} s"
-    job.output.line("train", f"{result.step:,} steps, {detail}")
-    job.output.line("", figures)
-    version: ModelVersion = register(run, run_id, job.platform)
+    with own_run(run):
+        reused = finished_result(run)
+        # A reused run is logged to MLflow too, because MLflow may not have received the run's last metrics.
+        with (
+            follow(run, config, job.platform) as run_id,
+            show_progress("train", poll_training(run), config.train.steps),
+        ):
+            result = reused or launch(run, job.platform, job.spark)
+        figures = "  ".join(f"{name} {result.metrics[name]:.3f}" for name in SHOWN_METRICS if name in result.metrics)
+        detail = f"finished run reused: {run.path}" if reused else f"{result.world_size} ranks, {result.seconds:.0f} s"
+        job.output.line("train", f"{result.step:,} steps, {detail}")
+        job.output.line("", figures)
+        version: ModelVersion = register(run, run_id, job.platform)
     job.output.line("register", f"{version.name} version {version.version}")
     return TrainReport(
         run_folder=str(run.path),

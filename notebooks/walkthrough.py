@@ -77,11 +77,12 @@ print(train_shards)
 # COMMAND ----------
 
 from pipelines.driver.train.run import finished_result, launch, prepare
+from pipelines.formats.run_owner import own_run
 from pipelines.tracking.registry import download, register
 from pipelines.tracking.runs import follow
 
 run = prepare(config, platform, train_shards, validation_shards)
-with follow(run, config, platform) as run_id:
+with own_run(run), follow(run, config, platform) as run_id:
     result = finished_result(run) or launch(run, platform, spark)
 version = register(run, run_id, platform)
 print(result.metrics)

@@ -51,13 +51,6 @@ class RankFile(Config):
     """
 
 
-class LauncherFile(Config):
-    """launcher.json: lock file that names the driver process that is training the run."""
-
-    host: str
-    pid: int
-
-
 class Host(Config):
     """Hardware and software of a host, as seen by a rank's Python interpreter. A value that is not known is empty."""
 
@@ -194,8 +187,13 @@ class RunFolder:
 
     @property
     def launcher(self) -> Path:
-        """Path of launcher.json, the lock file of the driver process that trains the run."""
+        """Path of launcher.json, the lease of the process that trains the run (see `run_owner`)."""
         return self.path / "launcher.json"
+
+    @property
+    def owner_lock(self) -> Path:
+        """Path of the file whose lock the process that trains the run holds. The file is never deleted."""
+        return self.path / "owner.lock"
 
     @property
     def hosts(self) -> Path:

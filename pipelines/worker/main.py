@@ -9,9 +9,13 @@ rank's monitor starts before torch is imported, so that a broken torch installat
 from __future__ import annotations
 
 import argparse
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
+from pipelines.errors import UserError
 from pipelines.formats.run_folder import RunFolder
+from pipelines.formats.run_owner import own_run
 from pipelines.worker.rank.env import RankEnv
 from pipelines.worker.rank.failure import RankMonitor
 from pipelines.worker.rank.metrics import open_log
@@ -35,10 +39,17 @@ def run_rank(run_folder: str) -> None:
 
 
 def main() -> None:
-    """Run `run_rank` with the folder given by --run-dir."""
+    """Run `run_rank` with the folder given by --run-dir. Without a driver, rank 0 owns the run."""
     parser = argparse.ArgumentParser(prog="pipelines.worker.main", description="Train as one rank of a run.")
     parser.add_argument("--run-dir", required=True, help="run folder that contains run.json and tokenizer.json")
-    run_rank(parser.parse_args().run_dir)
+    folder = parser.parse_args().run_dir
+    with ExitStack() as stack:
+        if RankEnv.from_environment().rank == 0:
+            try:
+                stack.enter_context(own_run(RunFolder(Path(folder))))
+            except UserError as error:
+                sys.exit(str(error))  # no failure record, because the run folder belongs to the other process
+        run_rank(folder)
 
 
 if __name__ == "__main__":

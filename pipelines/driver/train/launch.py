@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.background_thread import in_background
 from pipelines.errors import UserError
-from pipelines.formats.run_folder import LauncherFile, RunFolder, read_json, write_json
+from pipelines.formats.run_folder import RunFolder
 from pipelines.platform import Launch
 
 if TYPE_CHECKING:
@@ -132,30 +132,6 @@ def open_distributor(launch: Launch) -> TorchDistributor:
             fix=f"start the training cluster with {GPU_AMOUNT}=1, because ranks cannot share a GPU; "
             "or train on CPUs with platform.use_gpu=false",
         ) from None
-
-
-@contextlib.contextmanager
-def lock_run(run: RunFolder) -> Iterator[None]:
-    """Lock the run folder, because the ranks of a second launch from this host would overwrite the same files.
-
-    Raises:
-        UserError: another running process holds the lock.
-    """
-    host, pid = socket.gethostname(), os.getpid()
-    if run.launcher.exists():
-        holder = read_json(run.launcher, LauncherFile)
-        if holder.host == host and holder.pid != pid and _signal(holder.pid, 0):
-            raise UserError(
-                "this run is already being trained",
-                where=str(run.path),
-                got=f"process {holder.pid} on this host holds the run",
-                fix=f"wait for the process or end it; if it is an unrelated process, remove {run.launcher}",
-            )
-    write_json(run.launcher, LauncherFile(host=host, pid=pid))
-    try:
-        yield
-    finally:
-        run.launcher.unlink(missing_ok=True)
 
 
 def run_ranks(run: RunFolder, spark: SparkSession, launch: Launch, entry: RankEntry) -> Exception | None:

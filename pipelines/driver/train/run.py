@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING
 from pipelines.config import RunConfig, short_hash
 from pipelines.driver.train.failure import diagnose_failure, root_failure, wait_for_failure_records
 from pipelines.driver.train.hosts import check_hosts
-from pipelines.driver.train.launch import RankEntry, check_slots, lock_run, run_rank, run_ranks
+from pipelines.driver.train.launch import RankEntry, check_slots, run_rank, run_ranks
 from pipelines.driver.train.start_from import open_start_folder
 from pipelines.errors import StageFailed, TrainingFailed, UserError
 from pipelines.formats.run_folder import Failure, Result, RunFile, RunFolder, read_json, write_json
+from pipelines.formats.run_owner import own_run
 from pipelines.formats.shards import Shards
 from pipelines.platform import Launch, Platform
 from vlm import text
@@ -46,7 +48,7 @@ def prepare(config: RunConfig, platform: Platform, train: ShardReport, validate:
 
     Raises:
         UserError: a split has no rows, the batch cannot be divided among the ranks, or `train.start_from` does not
-            contain the run's model.
+            contain the run's model, or another process is training the run.
     """
     _check_inputs(config, train, validate)
     code = version("lakesight")
@@ -60,35 +62,49 @@ def prepare(config: RunConfig, platform: Platform, train: ShardReport, validate:
     run = RunFolder(platform.folder("runs") / f"{config.name}-{identity}")
     if not run.run_file.exists():
         _warn_of_unfinished_run(run, config)
-    if not run.tokenizer.exists():
-        shards = Shards.open(Path(train.folder))
-        tokenizer = text.load(start.tokenizer) if start else text.learn(config.model.text, shards.texts())
-        with atomic_write(run.tokenizer) as temporary:
-            text.save(tokenizer, temporary)
-    if finished_result(run) is None:
-        write_json(
-            run.run_file,
-            RunFile(
-                config=config,
-                code_version=code,
-                train_shards=str(train.folder),
-                validate_shards=str(validate.folder),
-                dataset_version=train.dataset_version,
-                content_hash=train.content_hash,
-                world_size=platform.launch.ranks,
-            ),
-        )
+    if finished_result(run) is not None and run.tokenizer.exists():
+        return run
+    file = RunFile(
+        config=config,
+        code_version=code,
+        train_shards=str(train.folder),
+        validate_shards=str(validate.folder),
+        dataset_version=train.dataset_version,
+        content_hash=train.content_hash,
+        world_size=platform.launch.ranks,
+    )
+    with own_run(run):
+        if not run.tokenizer.exists():
+            shards = Shards.open(Path(train.folder))
+            tokenizer = text.load(start.tokenizer) if start else text.learn(config.model.text, shards.texts())
+            with atomic_write(run.tokenizer) as temporary:
+                text.save(tokenizer, temporary)
+        if finished_result(run) is None:
+            write_json(run.run_file, file)
     return run
 
 
 def _warn_of_unfinished_run(run: RunFolder, config: RunConfig) -> None:
-    """Log how a new run differs from the newest unfinished run of the same name. The unfinished run is not resumed."""
-    others = [RunFolder(path) for path in run.path.parent.glob(f"{config.name}-*") if (path / "run.json").exists()]
-    unfinished = [other for other in others if finished_result(other) is None and other.finished_checkpoints()]
-    if not unfinished:
+    """Log how a new run differs from the newest unfinished run of the same name. The unfinished run is not resumed.
+
+    A folder of another program or of an incompatible version never stops the new run.
+    """
+    parent = run.path.parent
+    folders = sorted(parent.iterdir()) if parent.is_dir() else []
+    others = [RunFolder(path) for path in folders if re.fullmatch(f"{re.escape(config.name)}-[0-9a-f]+", path.name)]
+    try:
+        unfinished = [
+            other
+            for other in others
+            if other.run_file.exists() and finished_result(other) is None and other.finished_checkpoints()
+        ]
+        if not unfinished:
+            return
+        newest = max(unfinished, key=lambda each: each.run_file.stat().st_mtime)
+        configs = (newest.read_run().config, config)
+    except (UserError, OSError) as error:
+        log.warning("starting a new run; another run folder of %s is not resumed: %s", config.name, error)
         return
-    newest = max(unfinished, key=lambda each: each.run_file.stat().st_mtime)
-    configs = (newest.read_run().config, config)
     before, now = ({"model": c.model.model_dump(), "train": c.train.science()} for c in configs)
     changes = "; ".join(config_differences(before, now)) or "the data or the code has changed"
     log.warning("starting a new run; the unfinished %s is not resumed: %s", newest.path.name, changes)
@@ -105,6 +121,8 @@ def finished_result(run: RunFolder) -> Result | None:
 def launch(run: RunFolder, platform: Platform, spark: SparkSession, entry: RankEntry = run_rank) -> Result:
     """Train from the last checkpoint to the end of the run, and restart the ranks after transient failures.
 
+    The caller must own the run (`run_owner.own_run`), because ranks of two launches would overwrite the same files.
+
     Args:
         run: run folder made by `prepare`.
         platform: number, location and device of the ranks.
@@ -112,26 +130,24 @@ def launch(run: RunFolder, platform: Platform, spark: SparkSession, entry: RankE
         entry: function that each rank runs; each rank imports the function by name.
 
     Raises:
-        UserError: the cluster has too few slots, a host lacks packages, or another process is training this run. No
-            rank was started.
+        UserError: the cluster has too few slots, or a host lacks packages. No rank was started.
         TrainingFailed: a rank failed, or the executors could not describe their hosts before the start of the ranks.
             The message names the rank, its host and the cause.
         KeyboardInterrupt: the user interrupted the run. The ranks have been ended, and the run can be launched again.
     """
     check_slots(spark, platform.launch)
     restarts, previous = 0, None
-    with lock_run(run):
-        while True:
-            try:
-                return _run_attempt(run, platform.launch, spark, entry)
-            except TrainingFailed as error:
-                root = root_failure(run)
-                if reason := reason_not_to_restart(root, previous, restarts, run.read_run().config.train.max_restarts):
-                    error.add_note(f"Attempts: {restarts + 1}. Not restarted: {reason}")
-                    raise
-                log.warning("%s Restarting (%d).", error, restarts + 1)
-            check_slots(spark, platform.launch, RETURN_SECONDS)
-            restarts, previous = restarts + 1, root
+    while True:
+        try:
+            return _run_attempt(run, platform.launch, spark, entry)
+        except TrainingFailed as error:
+            root = root_failure(run)
+            if reason := reason_not_to_restart(root, previous, restarts, run.read_run().config.train.max_restarts):
+                error.add_note(f"Attempts: {restarts + 1}. Not restarted: {reason}")
+                raise
+            log.warning("%s Restarting (%d).", error, restarts + 1)
+        check_slots(spark, platform.launch, RETURN_SECONDS)
+        restarts, previous = restarts + 1, root
 
 
 def reason_not_to_restart(root: Failure | None, previous: Failure | None, restarts: int, allowed: int) -> str:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from run_owners import owned_by_another_process
 from tiny_runs import tiny_run, write_shards
 
 from pipelines.config import LocalPlatformConfig
 from pipelines.driver.shard import ShardReport
-from pipelines.driver.train.launch import lock_run
 from pipelines.driver.train.run import finished_result, prepare
 from pipelines.errors import UserError
-from pipelines.formats.run_folder import LauncherFile, Result, RunFolder, write_json
+from pipelines.formats.run_folder import Result, write_json
 from pipelines.formats.shards import Shards
 from pipelines.platform import Platform, local
 from vlm import text
@@ -188,14 +184,26 @@ def test_changed_settings_start_a_new_run_and_the_differences_from_the_unfinishe
     )
 
 
-def test_a_run_locked_by_another_process_is_not_launched(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
-    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    write_json(run.launcher, LauncherFile(host=socket.gethostname(), pid=sleeper.pid))
-    with pytest.raises(UserError, match=f"process {sleeper.pid} on this host holds the run"), lock_run(run):
-        pass
-    sleeper.kill()
-    sleeper.wait()
-    with lock_run(run):
-        assert f'"pid": {os.getpid()}' in run.launcher.read_text()
-    assert not run.launcher.exists()
+def test_folders_of_other_programs_and_damaged_run_folders_only_cause_a_warning(
+    laptop: Platform, report: ShardReport, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare(tiny_run(), laptop, report, report).checkpoint(4).mkdir(parents=True)
+    foreign = laptop.folder("runs") / "tiny-0123456789abcdef"
+    (foreign / "checkpoints" / "step_000004").mkdir(parents=True)
+    (foreign / "run.json").write_text("[]")
+    unrelated = laptop.folder("runs") / "tiny-er"
+    shutil.copytree(foreign, unrelated)
+    (laptop.folder("runs") / "tiny-abc").write_text("a file")
+    assert prepare(tiny_run(seed=3), laptop, report, report).run_file.exists()
+    (message,) = caplog.messages
+    assert str(foreign) in message
+
+
+def test_preparing_a_run_that_another_process_trains_is_refused_and_changes_no_file(
+    laptop: Platform, report: ShardReport
+) -> None:
+    run = prepare(tiny_run(), laptop, report, report)
+    before = run.run_file.read_bytes()
+    with owned_by_another_process(run), pytest.raises(UserError, match="this run is already being trained"):
+        prepare(tiny_run(ranks=1, timeout_seconds=5), laptop, report, report)
+    assert run.run_file.read_bytes() == before

@@ -1,0 +1,180 @@
+"""Ownership of a run folder: one process at a time trains a run.
+
+Two mechanisms work together, because neither is enough alone:
+
+- On one host, the owner holds a lock of the kernel (flock) on `owner.lock`. The kernel releases the lock when the
+  process ends, however it ends. So neither a killed process nor a reused process id can block a run.
+- Across hosts, the owner renews a lease: `launcher.json` contains a counter that grows every few seconds. A network
+  file system may have no locks (a Databricks Volume has none), and the clocks of two hosts may differ. So another host
+  decides by watching the counter, and compares no times.
+
+If an owner was suspended for so long that another host took over, the owner finds a foreign lease when it renews its
+own, and stops.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from pipelines.background_thread import in_background
+from pipelines.errors import StageFailed, UserError
+from pipelines.formats.run_folder import RunFolder, write_json
+from vlm.config import Config
+
+log = logging.getLogger(__name__)
+
+RENEW_SECONDS = 5.0
+"""Time between two renewals of a lease, in seconds."""
+WATCH_SECONDS = 30.0
+"""Time in seconds after which a lease whose counter has not changed counts as abandoned."""
+POLL_SECONDS = 1.0
+
+WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
+"""Errors with which a file system reports that it has no locks."""
+
+
+class Lease(Config):
+    """launcher.json: the process that owns the run. Older versions wrote only `host` and `pid`."""
+
+    host: str
+    pid: int
+    boot: str = ""
+    """Identity of the running kernel, which is equal in all containers of a machine. Empty if it is not known."""
+    owner: str = ""
+    """Random identity of this ownership; empty in a file of an older version, which never renewed its lease."""
+    renewals: int = 0
+
+
+@contextmanager
+def own_run(run: RunFolder) -> Iterator[None]:
+    """Own a run folder while the block executes. Take ownership before MLflow or any file of the run is changed.
+
+    Raises:
+        UserError: another process owns the run. Nothing of the run was changed.
+        StageFailed: another host has taken over the run while the block was executing.
+    """
+    run.path.mkdir(parents=True, exist_ok=True)
+    with _host_lock(run) as locked:
+        lease = _take_lease(run, locked=locked)
+        lost = threading.Event()
+        try:
+            with in_background(lambda ended: _renew(run, lease, ended, lost), "lease"):
+                yield
+        except KeyboardInterrupt:
+            if lost.is_set():
+                raise StageFailed(
+                    "another process has taken over this run",
+                    where=str(run.path),
+                    got=f"no renewal of the lease for more than {WATCH_SECONDS:.0f} s: this process was suspended, or "
+                    "the run folder could not be written",
+                    fix="let the other process finish the run",
+                ) from None
+            raise
+        finally:
+            found = _read_lease(run)
+            if found and found.owner == lease.owner:
+                run.launcher.unlink(missing_ok=True)
+
+
+@contextmanager
+def _host_lock(run: RunFolder) -> Iterator[bool]:
+    """Hold the kernel's lock of a run. Yield False if the file system has no locks."""
+    with os.fdopen(os.open(run.owner_lock, os.O_RDWR | os.O_CREAT, 0o666), "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _already_owned(run, _read_lease(run)) from None
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+            yield False
+        else:
+            yield True
+
+
+def _take_lease(run: RunFolder, *, locked: bool) -> Lease:
+    """Write this process's lease, as soon as no other process can be renewing a lease of the run."""
+    found, boot = _read_lease(run), _boot_id()
+    # A lease of this host whose lock is free was left by a process that has ended.
+    abandoned = found is None or not found.owner or (locked and boot and found.boot == boot)
+    if found and not abandoned and _is_renewed(run, found):
+        raise _already_owned(run, found)
+    lease = Lease(host=socket.gethostname(), pid=os.getpid(), boot=boot, owner=uuid.uuid4().hex)
+    write_json(run.launcher, lease)
+    return lease
+
+
+def _is_renewed(run: RunFolder, found: Lease) -> bool:
+    """Watch a lease of another host, and return whether its owner still renews the lease."""
+    log.info(
+        "watching for up to %.0f s whether process %d on host %s still trains %s",
+        WATCH_SECONDS,
+        found.pid,
+        found.host,
+        run.path.name,
+    )
+    deadline = time.monotonic() + WATCH_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+        now = _read_lease(run)
+        if now is None:
+            return False
+        if now != found:
+            return True
+    return False
+
+
+def _renew(run: RunFolder, lease: Lease, ended: threading.Event, lost: threading.Event) -> None:
+    """Renew the lease until the block ends. If another process has taken the lease, interrupt the main thread."""
+    renewals = 0
+    while not ended.wait(RENEW_SECONDS):
+        try:
+            found = _read_lease(run)
+            if found and found.owner != lease.owner:
+                lost.set()
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                return
+            renewals += 1
+            write_json(run.launcher, lease.model_copy(update={"renewals": renewals}))
+        except OSError as error:
+            log.warning("the lease of %s cannot be renewed (%s); trying again", run.path.name, error)
+
+
+def _read_lease(run: RunFolder) -> Lease | None:
+    """Read the lease, or return None if there is none. A file that is not a lease protects nothing."""
+    try:
+        return Lease.model_validate_json(run.launcher.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValidationError, UnicodeDecodeError):
+        return None
+
+
+def _already_owned(run: RunFolder, lease: Lease | None) -> UserError:
+    heartbeat = run.read_heartbeat(0)
+    step = f", which has reached step {heartbeat.step}" if heartbeat else ""
+    owner = f"process {lease.pid} on host {lease.host}" if lease else "another process"
+    return UserError(
+        "this run is already being trained",
+        where=str(run.path),
+        got=f"{owner} owns the run{step}",
+        fix="wait until that process ends, or end it, then repeat the command; the other process was not disturbed",
+    )
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()

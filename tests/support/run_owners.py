@@ -1,0 +1,39 @@
+"""Processes that own a run folder, as a first `lakesight train` does.
+
+python run_owners.py RUN_DIR
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from processes import TEST_PATH
+
+from pipelines.formats.run_folder import RunFolder
+from pipelines.formats.run_owner import own_run
+
+
+@contextmanager
+def owned_by_another_process(run: RunFolder) -> Iterator[subprocess.Popen[bytes]]:
+    """While the block executes, another process owns the run. Yield the process."""
+    environment = os.environ | {"PYTHONPATH": TEST_PATH}
+    with subprocess.Popen(
+        [sys.executable, __file__, str(run.path)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as owner:
+        assert owner.stdout
+        try:
+            assert owner.stdout.readline() == b"owned\n"
+            yield owner
+        finally:
+            owner.kill()
+
+
+if __name__ == "__main__":
+    with own_run(RunFolder(Path(sys.argv[1]))):
+        print("owned", flush=True)
+        sys.stdin.read()

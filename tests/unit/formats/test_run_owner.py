@@ -1,0 +1,98 @@
+"""Ownership of a run folder: a second process is refused, and a process that has ended blocks nobody."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from run_owners import owned_by_another_process
+
+from pipelines.errors import StageFailed, UserError
+from pipelines.formats import run_owner
+from pipelines.formats.run_folder import RunFolder, read_json, write_json
+from pipelines.formats.run_owner import Lease, own_run
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    monkeypatch.setattr(run_owner, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(run_owner, "WATCH_SECONDS", 0.5)
+    monkeypatch.setattr(run_owner, "POLL_SECONDS", 0.05)
+    return RunFolder(tmp_path / "run")
+
+
+def elsewhere(**values: object) -> Lease:
+    """Return a lease as a process of another host writes it."""
+    lease = Lease(host="elsewhere", pid=os.getpid(), boot="another kernel", owner="other", renewals=3)
+    return lease.model_copy(update=values)
+
+
+def test_a_run_that_another_process_owns_is_refused_and_the_error_names_the_process(run: RunFolder) -> None:
+    with owned_by_another_process(run) as owner:
+        before = run.launcher.read_bytes()
+        with pytest.raises(UserError, match=f"process {owner.pid} on host .* owns the run"), own_run(run):
+            pass
+        assert run.launcher.read_bytes() == before
+    with own_run(run):  # the first owner was killed: its lock is free, and its lease is not waited for
+        assert read_json(run.launcher, Lease).pid == os.getpid()
+    assert not run.launcher.exists()
+
+
+def test_a_lease_of_this_host_does_not_block_a_run_although_its_process_id_is_in_use_again(run: RunFolder) -> None:
+    write_json(run.launcher, elsewhere(boot=run_owner._boot_id(), pid=1))
+    started = time.monotonic()
+    with own_run(run):
+        assert time.monotonic() - started < 0.4
+
+
+@pytest.mark.parametrize("content", ['{"host": "elsewhere", "pid": 1}', "", "[]", "\x00\x00"])
+def test_a_lease_of_an_older_version_or_a_damaged_lease_does_not_block_a_run(run: RunFolder, content: str) -> None:
+    run.path.mkdir()
+    run.launcher.write_text(content)
+    with own_run(run):
+        assert read_json(run.launcher, Lease).pid == os.getpid()
+
+
+def test_a_lease_that_another_host_renews_is_respected_whatever_the_clocks_say(run: RunFolder) -> None:
+    write_json(run.launcher, elsewhere())
+    os.utime(run.launcher, (0, 0))  # the clock of the other host is decades behind
+    threading.Timer(0.2, lambda: write_json(run.launcher, elsewhere(renewals=4))).start()
+    with pytest.raises(UserError, match="on host elsewhere owns the run"), own_run(run):
+        pass
+    assert read_json(run.launcher, Lease) == elsewhere(renewals=4)
+
+
+def test_a_lease_that_another_host_no_longer_renews_is_taken_over_whatever_the_clocks_say(run: RunFolder) -> None:
+    write_json(run.launcher, elsewhere())
+    ahead = time.time() + 1e6
+    os.utime(run.launcher, (ahead, ahead))
+    with own_run(run):
+        assert read_json(run.launcher, Lease).owner != "other"
+
+
+def test_a_file_system_without_locks_is_protected_by_the_lease(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with own_run(run), pytest.raises(UserError, match="this run is already being trained"), own_run(run):
+        pass
+
+
+def test_an_owner_renews_its_lease_and_stops_if_another_host_has_taken_over(run: RunFolder) -> None:
+    def train() -> None:
+        limit = time.monotonic() + 30
+        while read_json(run.launcher, Lease).renewals < 2:
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        write_json(run.launcher, elsewhere())
+        time.sleep(30)
+
+    with pytest.raises(StageFailed, match="another process has taken over this run"), own_run(run):
+        train()
+    assert read_json(run.launcher, Lease) == elsewhere()  # the lease of the new owner is not deleted
