@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SHOWN_FILES = 5
+"""Number of files that the terminal names for each reason for which files were not read."""
+
 
 def ingest(
     *,
@@ -85,6 +88,16 @@ def log_to_mlflow(job: Job, report: FullReport, *, good: bool) -> None:
         logger.warning("the tables are written, but the report could not be logged to MLflow: %s", error)
 
 
+def _name_passed_over(report: FullReport) -> str:
+    """Return the first files that were not read, with the reasons."""
+    parts = []
+    for reason, count in report.passed_over_count.items():
+        names = report.passed_over.get(reason, [])[:SHOWN_FILES]
+        more = [f"{count - len(names):,} more"] if count > len(names) else []
+        parts.append(f"{', '.join([*names, *more])} ({reason})")
+    return "; ".join(parts)
+
+
 def _print_report(job: Job, report: FullReport) -> None:
     job.output.line(
         "ingest",
@@ -96,6 +109,10 @@ def _print_report(job: Job, report: FullReport) -> None:
         job.output.line("", f"{near.pictures:,} near-duplicates, {near.across_splits:,} of them across splits")
     if report.unchanged:
         job.output.line("", f"{report.unchanged:,} unchanged files or caption rows skipped")
+    if report.passed_over:
+        job.output.line(
+            "", f"{sum(report.passed_over_count.values()):,} files passed over: {_name_passed_over(report)}"
+        )
     if report.removed:
         job.output.line("", f"{report.removed:,} pictures removed because their source rows were changed or deleted")
     if report.nothing_new:

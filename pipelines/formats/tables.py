@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pyarrow.dataset import Dataset
 
 REASONS = (
+    "unreadable_file",
     "malformed_record",
     "missing_field",
     "bad_base64",

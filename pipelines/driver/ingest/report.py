@@ -110,6 +110,7 @@ def page_of(report: IngestReport, figures: Figures, galleries: list[Gallery]) ->
     }
     charts = {
         "Rows newly quarantined, by reason": report.reasons,
+        "Files passed over, by reason": report.passed_over_count,
         "Pictures of this source, by split": report.splits,
         "Pictures by format": figures.formats,
         "Pictures by longer side, pixels": figures.sides,

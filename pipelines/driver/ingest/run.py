@@ -43,7 +43,7 @@ from pipelines.driver.ingest.quarantine import add_to_quarantine, replace_quaran
 from pipelines.driver.ingest.sources.open import open_source
 from pipelines.driver.ingest.sources.source import Source
 from pipelines.driver.ingest.table_rows import rows_of_source
-from pipelines.driver.ingest.totals import IngestReport, check_totals
+from pipelines.driver.ingest.totals import IngestReport, check_totals, describe_passed_over
 from pipelines.errors import UserError
 from pipelines.formats.tables import QUARANTINE, SAMPLES
 from pipelines.platform import Platform
@@ -114,6 +114,7 @@ def ingest(
         near_duplicates=written.near,
         dataset_version=read_versions(spark, platform, source_name).last_change,
         seconds=round(time.monotonic() - started, 3),
+        **describe_passed_over(source.passed_over),
     )
     check_totals(report, config)
     if source.rows:  # written after the check, so that the next ingest reads the items of a failed ingest again

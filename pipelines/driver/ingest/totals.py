@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field
+
 from pipelines.config import DataConfig
 from pipelines.driver.ingest.near_duplicates import NearReport
+from pipelines.driver.ingest.sources.walk import PassedOver
 from pipelines.errors import StageFailed, UserError
 from vlm.config import Config
+
+NAMED_FILES = 1_000
+"""Largest number of files that a report names. Further files are counted."""
 
 
 class IngestReport(Config):
@@ -30,6 +40,9 @@ class IngestReport(Config):
         near_duplicates: counts of new pictures that resemble another picture of the source.
         dataset_version: version of `samples` that last changed this source.
         seconds: duration of the ingest, in seconds.
+        passed_over: names of files and folders of the source that were not read, by reason (one of
+            `sources.walk.PASSED_OVER`); at most NAMED_FILES names.
+        passed_over_count: number of files and folders of the source that were not read, by reason.
     """
 
     source: str
@@ -50,11 +63,21 @@ class IngestReport(Config):
     near_duplicates: NearReport
     dataset_version: int
     seconds: float
+    passed_over: dict[str, list[str]] = Field(default_factory=dict)
+    passed_over_count: dict[str, int] = Field(default_factory=dict)
 
     @property
     def nothing_new(self) -> bool:
         """Whether the ingest left the tables unchanged."""
         return self.rows_in == self.duplicates and not (self.removed or self.replaced)
+
+
+def describe_passed_over(entries: Sequence[PassedOver]) -> dict[str, Any]:
+    """Return the fields `passed_over` and `passed_over_count` of a report."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for entry in entries[:NAMED_FILES]:
+        names[entry.reason].append(entry.relative)
+    return {"passed_over": dict(names), "passed_over_count": dict(Counter(entry.reason for entry in entries))}
 
 
 class TooManyRefused(StageFailed):

@@ -109,7 +109,8 @@ def decode_record(record: Record, rules: DecodeRules) -> dict[str, Any]:
 
 
 def _refusal(record: Record, refused: Refused) -> dict[str, Any]:
-    payload = record.raw if record.raw is not None else _to_json(record.fields)
+    others = record.others() if record.others else {}
+    payload = record.raw if record.raw is not None else _to_json(others | record.fields)
     why = {"stage": refused.stage, "reason": refused.reason, "detail": refused.detail}
     return {"source_row": record.source_row or _source_row(record.file, payload), "payload": payload, **why}
 

@@ -10,7 +10,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import StringType, StructField, StructType
 
 from pipelines.config import CsvSourceConfig, DataConfig
-from pipelines.driver.ingest.sources.files import COMPRESSION_SUFFIXES, SourceFile, load_lines
+from pipelines.driver.ingest.sources.files import COMPRESSION_SUFFIXES, SourceFile, load_lines, spark_literal
 from pipelines.driver.ingest.sources.source import SourceRows, require_columns
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.csv import csv_records, spark_csv_records
@@ -46,7 +46,7 @@ def read_header(spark: SparkSession, file: SourceFile, *, multiline: bool) -> tu
     Raises:
         UserError: the file is empty.
     """
-    header = tuple(spark.read.csv(file.path, header=True, **_dialect(multiline)).columns)  # type: ignore[arg-type]
+    header = tuple(spark.read.csv(spark_literal(file.path), header=True, **_dialect(multiline)).columns)  # type: ignore[arg-type]
     if not header:
         raise UserError("the input file is empty", where=file.path, got=f"{file.size} bytes", fix="expected a header")
     return header
@@ -56,7 +56,7 @@ def parse(spark: SparkSession, paths: list[str], header: tuple[str, ...], *, mul
     """Parse CSV files in Spark, and return rows in the format that `spark_csv_records` expects."""
     schema = StructType([StructField(name, StringType()) for name in (*header, CORRUPT)])
     frame = spark.read.csv(
-        paths,
+        [spark_literal(path) for path in paths],
         schema=schema,
         header=True,
         mode="PERMISSIVE",

@@ -1,107 +1,87 @@
-"""Functions for sources that consist of files: list the files, select the pending files, and load files of lines."""
+"""Functions for sources that consist of files: list the files, and select the files that have to be read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import pyarrow as pa
-from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig, short_hash
 from pipelines.driver.ingest.ledger import items_table, pending_items
 from pipelines.driver.ingest.sources.source import Source, SourceRows
+from pipelines.driver.ingest.sources.walk import Found, PassedOver, file_reason, list_entries
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.folder import change_token
 from pipelines.executor.ingest.records.lines import Lines, file_lines, spark_lines
 from pipelines.executor.ingest.splits import split_of_file
+from pipelines.executor.ingest.storage import is_url, printable
 
-SET_PATH = "--set data.source.path=FILE_OR_FOLDER"
 COMPRESSION_SUFFIXES = ("", ".gz", ".bz2", ".zst")
 """Suffixes of compressed files of lines. The empty suffix stands for no compression."""
 RANGE_BYTES = 32 * 2**20
 """Number of bytes of a file of lines that one task reads."""
+SET_PATH = "--set data.source.path=FILE_OR_FOLDER"
+NO_ACCESS = "no access"
+"""State of a file that may not be read. When the file may be read, its state changes, so the file is read then."""
+NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+"""Name that Hive and Spark give to the partition of a null value."""
 
 
 class SourceFile(NamedTuple):
     """One input file.
 
     Attributes:
-        path: full path.
+        path: path or URL that executors open.
         name: file name.
         size: size in bytes.
         modified: modification time in microseconds.
+        item: name of the file in the ledger.
+        accessible: whether this process may read the file.
+        partition: values of the partition columns, from folders such as `year=2024` between the source's path and the
+            file. A null value is None.
     """
 
     path: str
     name: str
     size: int
     modified: int
+    item: str
+    accessible: bool
+    partition: Mapping[str, str | None]
 
     @property
     def state(self) -> str:
         """Change token of the file, which contains the size and the modification time."""
-        return change_token(self.size, self.modified)
+        return change_token(self.size, self.modified) if self.accessible else NO_ACCESS
+
+
+class Listing(NamedTuple):
+    """Files of a source, and the entries beside them that are not read."""
+
+    files: list[SourceFile]
+    passed_over: list[PassedOver]
 
 
 def open_files(
-    name: str, files: Sequence[SourceFile], ingested: pa.Table, load: Callable[[list[SourceFile]], SourceRows]
+    name: str, listing: Listing, ingested: pa.Table, load: Callable[[list[SourceFile]], SourceRows]
 ) -> Source:
     """Open a source of files. Files that have been ingested in their current state are not loaded."""
-    pending = pending_items(items_table([(file.path, file.state) for file in files]), ingested)
-    paths = set(pending["item"].to_pylist())
-    to_read = [file for file in files if file.path in paths]
-    return Source(load(to_read) if to_read else None, _hash_files(name, files), pending, len(files) - len(to_read))
-
-
-def _hash_files(name: str, files: Sequence[SourceFile]) -> str:
-    """Hash a data config's name and the names, sizes and modification times of its files to an ingest_id."""
-    return short_hash(name, sorted((file.name, file.size, file.modified) for file in files))
-
-
-def list_files(spark: SparkSession, config: DataConfig, suffixes: tuple[str, ...]) -> list[SourceFile]:
-    """List the files at the path of the source through Spark, and select the files to read (`select_files`).
-
-    Raises:
-        UserError: no path is set, the path does not exist, or no file is selected.
-    """
-    path = config.source.path
-    if not path:
-        raise UserError("the run has no input", where="data.source.path", got="nothing", fix=SET_PATH)
-    try:
-        listed = spark.read.format("binaryFile").load(absolute_path(path))
-    except AnalysisException as error:
-        absent = error.getCondition() == "PATH_NOT_FOUND"
-        got = "no such file or folder" if absent else str(error).partition("\n")[0]
-        raise UserError("the input cannot be read", where=path, got=got, fix=SET_PATH) from None
-    rows = listed.select("path", "length", F.unix_micros("modificationTime").alias("modified")).collect()
-    found = [SourceFile(row["path"], row["path"].rpartition("/")[2], row["length"], row["modified"]) for row in rows]
-    return select_files(found, config, suffixes)
-
-
-def select_files(found: Sequence[SourceFile], config: DataConfig, suffixes: tuple[str, ...]) -> list[SourceFile]:
-    """Select the files that have one of the suffixes, and sort these files.
-
-    With split kind `file`, select only files named train, val or test, because such a folder often has other files.
-
-    Raises:
-        UserError: no file is selected.
-    """
-    files = [file for file in found if file.name.lower().endswith(suffixes)]
-    expected = f"files ending in {', '.join(suffixes)}"
-    if config.split.kind == "file":
-        files = [file for file in files if split_of_file(file.name)]
-        expected += ", named train, val or test because data.split.kind is file"
-    if not files:
-        names = ", ".join(sorted(file.name for file in found)[:10]) or "no files, or only empty ones"
-        raise UserError(
-            "the input has no file to read", where=config.source.path, got=names, fix=f"expected {expected}"
-        )
-    return sorted(files)
+    files = listing.files
+    pending = pending_items(items_table([(file.item, file.state) for file in files]), ingested)
+    items = set(pending["item"].to_pylist())
+    to_read = [file for file in files if file.item in items]
+    rows = load(to_read) if to_read else None
+    return Source(
+        rows, _hash_files(name, files), pending, len(files) - len(to_read), passed_over=tuple(listing.passed_over)
+    )
 
 
 def load_lines(spark: SparkSession, files: Sequence[tuple[SourceFile, int]]) -> tuple[DataFrame, Lines]:
@@ -111,16 +91,15 @@ def load_lines(spark: SparkSession, files: Sequence[tuple[SourceFile, int]]) -> 
         spark: Spark session.
         files: pairs of a file and the index of its header.
     """
-    paths = [_filesystem_path(file.path) for file, _ in files]
-    if None in paths or any(file.name.endswith(COMPRESSION_SUFFIXES[1:]) for file, _ in files):
+    if any(is_url(file.path) or file.name.endswith(COMPRESSION_SUFFIXES[1:]) for file, _ in files):
         by_header: dict[int, list[str]] = {}
         for file, header in files:
             by_header.setdefault(header, []).append(file.path)
         frames = [load_text(spark, group, header) for header, group in by_header.items()]
         return reduce(DataFrame.unionAll, frames), spark_lines
     ranges = [
-        (path, file.name, start, header, min(start + RANGE_BYTES, file.size))
-        for path, (file, header) in zip(paths, files, strict=True)
+        (file.path, file.name, start, header, min(start + RANGE_BYTES, file.size))
+        for file, header in files
         for start in range(0, file.size, RANGE_BYTES)
     ]
     tasks = 1 + sum(file.size for file, _ in files) // RANGE_BYTES
@@ -130,7 +109,7 @@ def load_lines(spark: SparkSession, files: Sequence[tuple[SourceFile, int]]) -> 
 
 def load_text(spark: SparkSession, paths: list[str], header: int = 0) -> DataFrame:
     """Read lines through Spark in the format of `spark_lines`. Lines are bytes, because a line may be invalid UTF-8."""
-    return spark.read.text(paths, lineSep="\n").select(
+    return spark.read.text([spark_literal(path) for path in paths], lineSep="\n").select(
         F.col("_metadata.file_path").alias("path"),
         F.col("_metadata.file_name").alias("file"),
         F.col("_metadata.file_block_start").alias("start"),
@@ -139,16 +118,123 @@ def load_text(spark: SparkSession, paths: list[str], header: int = 0) -> DataFra
     )
 
 
-def _filesystem_path(path: str) -> str | None:
-    """Convert a path that Spark reports to a path that Python can open, or return None if there is no such path."""
-    if path.startswith("file:/"):
-        return f"/{path.removeprefix('file:').lstrip('/')}"
-    return path.removeprefix("dbfs:") if path.startswith("dbfs:/Volumes/") else None
+def spark_literal(path: str) -> str:
+    """Return a path with escaped wildcards, from which Spark reads exactly this path."""
+    return re.sub(r"[\[\]{}*?\\]", r"\\\g<0>", path)
+
+
+def _hash_files(name: str, files: Sequence[SourceFile]) -> str:
+    """Hash a data config's name and the names, sizes and modification times of its files to an ingest_id."""
+    return short_hash(name, sorted((file.name, file.size, file.modified) for file in files))
+
+
+def list_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
+    """List the files at the path of the source, and select the files to read.
+
+    Earlier versions listed files through Spark, so the ledger names a file and its state as Spark did: `file:/x/a.csv`,
+    and a modification time in milliseconds.
+
+    Raises:
+        UserError: no path is set, the path does not exist, or no file is selected.
+    """
+    listing = list_plain_files(config, suffixes)
+    files = [f._replace(item=_spark_path(f.path), modified=f.modified // 1000 * 1000) for f in listing.files]
+    return listing._replace(files=files)
+
+
+def list_plain_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
+    """List the files at the path of the source like `list_files`, but name a file in the ledger by its plain path.
+
+    A file that the path names itself is read whatever its suffix. With split kind `file`, only files are read whose
+    name contains a split.
+
+    Raises:
+        UserError: no path is set, the path does not exist, or no file is selected.
+    """
+    files: list[SourceFile] = []
+    passed_over: list[PassedOver] = []
+    for entry in _list_path(config.source.path):
+        reason = entry.reason if isinstance(entry, PassedOver) else _reason(entry, config, suffixes)
+        if isinstance(entry, Found) and reason is None:
+            files.append(_source_file(entry))
+        else:
+            passed_over.append(PassedOver(printable(entry.relative), str(reason)))
+    if config.source.kind == "parquet":
+        _refuse_delta_tables(config.source.path, passed_over)
+    if not files:
+        raise _no_file(config, suffixes, passed_over)
+    return Listing(sorted(files, key=lambda file: file.path), passed_over)
+
+
+def _list_path(path: str) -> list[Found | PassedOver]:
+    if not path:
+        raise UserError("the run has no input", where="data.source.path", got="nothing", fix=SET_PATH)
+    try:
+        return list_entries(absolute_path(path))
+    except OSError as error:
+        absent = isinstance(error, FileNotFoundError)
+        got = "no such file or folder" if absent else error.strerror or str(error)
+        raise UserError("the input cannot be read", where=path, got=got, fix=SET_PATH) from None
+
+
+def _reason(found: Found, config: DataConfig, suffixes: tuple[str, ...]) -> str | None:
+    """Return why a file is passed over, or None if it is read."""
+    name = found.relative.rpartition("/")[2]
+    if not found.named and (reason := file_reason(name)):
+        return reason
+    if not found.size:
+        return "empty"
+    if not found.named and not name.lower().endswith(suffixes):
+        return "other_kind"
+    return "no_split" if config.split.kind == "file" and split_of_file(name) is None else None
+
+
+def _source_file(found: Found) -> SourceFile:
+    *folders, name = found.relative.split("/")
+    pairs = [folder.split("=", 1) for folder in folders if "=" in folder]
+    partition = {unquote(key): None if value == NULL_PARTITION else unquote(value) for key, value in pairs}
+    path = printable(found.path)
+    return SourceFile(found.path, printable(name), found.size, found.modified, path, found.accessible, partition)
+
+
+def _refuse_delta_tables(path: str, passed_over: Sequence[PassedOver]) -> None:
+    """Refuse a Delta table as plain Parquet files, because its folder also holds the files of deleted rows."""
+    for entry in passed_over:
+        if entry.relative.rstrip("/").rpartition("/")[2] == "_delta_log":
+            raise UserError(
+                "the path holds a Delta table, whose files also hold deleted rows",
+                where=path,
+                got=f"the folder {entry.relative}",
+                fix="read the table with --set data.source.kind=table",
+            )
+
+
+def _no_file(config: DataConfig, suffixes: tuple[str, ...], passed_over: Sequence[PassedOver]) -> UserError:
+    expected = f"files ending in {', '.join(suffixes)}"
+    if config.split.kind == "file":
+        expected += ", named train, val or test because data.split.kind is file"
+    others = [entry for entry in passed_over if entry.reason != "empty"]
+    got = ", ".join(f"{entry.relative} ({entry.reason})" for entry in others[:10])
+    if not others:
+        got = "no files, or only empty ones"
+    return UserError("the input has no file to read", where=config.source.path, got=got, fix=f"expected {expected}")
+
+
+def _spark_path(path: str) -> str:
+    """Return a path in the form in which Spark reports it."""
+    if is_url(path):
+        return path
+    return f"dbfs:{printable(path)}" if path.startswith("/Volumes/") else f"file:{printable(path)}"
 
 
 def absolute_path(path: str) -> str:
-    """Return the absolute path, which does not depend on the JVM's working directory. Return URLs unchanged."""
-    return path if "://" in path or path.startswith("dbfs:") else str(Path(path).absolute())
+    """Return the absolute path without `.` and `..`. Return URLs of object stores unchanged.
+
+    A URL of a local file (file:/...) or of a Volume (dbfs:/Volumes/...) becomes a plain path.
+    """
+    if found := re.fullmatch(r"file:(?://)?(/.*)|dbfs:(/Volumes/.*)", path):
+        path = found[1] or found[2]
+    return path if is_url(path) or path.startswith("dbfs:") else os.path.abspath(path)  # noqa: PTH100 (resolves `..`)
 
 
 def source_folder(config: DataConfig) -> Path:
@@ -157,14 +243,14 @@ def source_folder(config: DataConfig) -> Path:
     Raises:
         UserError: no path is set, or the path is a URL.
     """
-    path = config.source.path.removeprefix("dbfs:")
-    if not path:
+    if not config.source.path:
         raise UserError("the run has no input", where="data.source.path", got="nothing", fix=SET_PATH)
-    if "://" in path:
+    path = absolute_path(config.source.path)
+    if is_url(path):
         raise UserError(
             f"a source of kind {config.source.kind} is read as plain files",
             where=config.source.path,
             got="a URL",
             fix="give a folder that every executor sees, such as a Volume (/Volumes/...) or a network drive",
         )
-    return Path(path).absolute()
+    return Path(path)

@@ -17,7 +17,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pipelines.config import DataConfig, FolderSourceConfig, short_hash
 from pipelines.driver.ingest.ledger import ITEMS, pending_items
 from pipelines.driver.ingest.sources import csv, jsonl
-from pipelines.driver.ingest.sources.files import SourceFile, load_text, source_folder
+from pipelines.driver.ingest.sources.files import SourceFile, load_text, source_folder, spark_literal
 from pipelines.driver.ingest.sources.source import Source, SourceRows, require_columns
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.csv import spark_csv_records
@@ -76,7 +76,8 @@ def _captions_file(path: Path) -> SourceFile:
             got=str(error.strerror),
             fix="--set data.source.path=FOLDER and --set data.source.captions=FILE, relative to the folder",
         ) from None
-    return SourceFile(str(path), path.name, found.st_size, found.st_mtime_ns // 1000)
+    modified = found.st_mtime_ns // 1000
+    return SourceFile(str(path), path.name, found.st_size, modified, str(path), True, {})
 
 
 def _load_captions(
@@ -105,7 +106,7 @@ def _load_captions(
 
 def _load_coco(spark: SparkSession, file: SourceFile, source: FolderSourceConfig) -> DataFrame:
     """Return one row per image with a list of captions. An annotation without an image also becomes a row."""
-    document = spark.read.schema(COCO).json(file.path, multiLine=True)
+    document = spark.read.schema(COCO).json(spark_literal(file.path), multiLine=True)
     parts = document.selectExpr("images IS NOT NULL AND annotations IS NOT NULL AS coco").collect()
     if not (len(parts) == 1 and parts[0]["coco"]):
         raise UserError(

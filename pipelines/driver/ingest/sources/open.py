@@ -17,7 +17,7 @@ from pipelines.config import (
     WebDatasetSourceConfig,
 )
 from pipelines.driver.ingest.sources import csv, jsonl, parquet, webdataset
-from pipelines.driver.ingest.sources.files import list_files, open_files
+from pipelines.driver.ingest.sources.files import list_files, list_plain_files, open_files
 from pipelines.driver.ingest.sources.folder import open_folder
 from pipelines.driver.ingest.sources.scenes import generate_scenes
 from pipelines.driver.ingest.sources.source import Source
@@ -41,13 +41,14 @@ def open_source(spark: SparkSession, platform: Platform, name: str, config: Data
     config = generate_scenes(config, platform)
     match config.source:
         case CsvSourceConfig() as source:
-            files, load = list_files(spark, config, csv.SUFFIXES), partial(csv.load_rows, spark, source, config)
+            files, load = list_files(config, csv.SUFFIXES), partial(csv.load_rows, spark, source, config)
         case JsonlSourceConfig():
-            files, load = list_files(spark, config, jsonl.SUFFIXES), partial(jsonl.load_rows, spark, config)
+            files, load = list_files(config, jsonl.SUFFIXES), partial(jsonl.load_rows, spark, config)
         case ParquetSourceConfig() as source:
-            files, load = list_files(spark, config, parquet.SUFFIXES), partial(parquet.load_rows, spark, source, config)
+            files, load = list_files(config, parquet.SUFFIXES), partial(parquet.load_rows, spark, source, config)
         case WebDatasetSourceConfig() as source:
-            files, load = webdataset.list_tars(config), partial(webdataset.load_rows, spark, source, config)
+            files = list_plain_files(config, webdataset.SUFFIXES)
+            load = partial(webdataset.load_rows, spark, source, config)
         case TableSourceConfig() as source:
             return open_table(spark, name, source, config, ingested)
         case FolderSourceConfig() as source:

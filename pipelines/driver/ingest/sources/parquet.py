@@ -10,7 +10,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig, ParquetSourceConfig
-from pipelines.driver.ingest.sources.files import SourceFile
+from pipelines.driver.ingest.sources.files import SourceFile, spark_literal
 from pipelines.driver.ingest.sources.source import SourceRows, require_columns
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.table import FILE, table_records
@@ -27,7 +27,7 @@ def load_rows(
         UserError: a column has different types in different files, or a column is missing.
     """
     try:
-        frame = spark.read.option("mergeSchema", True).parquet(*(file.path for file in files))
+        frame = spark.read.option("mergeSchema", True).parquet(*(spark_literal(file.path) for file in files))
     except AnalysisException as error:
         got = str(error).partition("\n")[0]
         raise UserError(

@@ -10,6 +10,7 @@ import pyarrow as pa
 from pyspark.sql import DataFrame
 
 from pipelines.config import ColumnSplitConfig, DataConfig
+from pipelines.driver.ingest.sources.walk import PassedOver
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.record import Read
 from vlm.errors import nearest
@@ -37,6 +38,7 @@ class Source:
         pending: items (ledger.ITEMS) that have not been ingested in their current state.
         unchanged: number of items that have been ingested in their current state.
         stale_ids: ids (column `id`) of rows that the source has changed or deleted, or None if unknown.
+        passed_over: files and folders of the source that are not read, with the reasons.
     """
 
     rows: SourceRows | None
@@ -44,6 +46,7 @@ class Source:
     pending: pa.Table
     unchanged: int
     stale_ids: DataFrame | None = None
+    passed_over: tuple[PassedOver, ...] = ()
 
 
 def require_columns(config: DataConfig, found: Sequence[str], where: str) -> None:

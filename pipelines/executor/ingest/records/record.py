@@ -35,6 +35,8 @@ class Record(NamedTuple):
         raw: text of the unparsed row, or None if the row could be parsed.
         problem: why the row cannot become a sample, or None.
         source_row: identifier of a replayed row of `quarantine`, or None for a row that has no identifier yet.
+        others: function that reads the columns of the row that nobody named, or None if `fields` has all columns. It is
+            called only if the row is refused, so that `quarantine` holds the whole row.
     """
 
     file: str
@@ -42,6 +44,18 @@ class Record(NamedTuple):
     raw: str | None = None
     problem: Problem | None = None
     source_row: str | None = None
+    others: Callable[[], Fields] | None = None
+
+
+def unreadable_file(file: str, path: str, what: str) -> Record:
+    """Return the record of a file that cannot be read from some place on, which is refused as `unreadable_file`.
+
+    Args:
+        file: name of the file.
+        path: full path of the file, which distinguishes files of the same name.
+        what: description of the damage and of where it is. Equal damage of an equal path is the same row.
+    """
+    return Record(file, {}, f"{path}: {what}", Problem("unreadable_file", what))
 
 
 Read = Callable[[Iterator[pa.RecordBatch]], Iterator[Record]]

@@ -1,0 +1,198 @@
+"""Listing of the files below a path. Every entry is either found or passed over for a reason of a closed list.
+
+Names are never patterns, and no file disappears because of its name: Spark, in contrast, leaves out files whose names
+begin with `_` or `.`, and reads `[1]` in a name as a pattern.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import re
+import stat
+from collections.abc import Iterator
+from datetime import datetime
+from fnmatch import fnmatchcase
+from glob import has_magic
+from typing import Any, NamedTuple
+
+from pipelines.executor.ingest.storage import is_url, printable, url_system
+
+logger = logging.getLogger(__name__)
+
+LOGGED_MATCHES = 20
+"""Number of matches of a pattern that the log names."""
+
+SYSTEM_FOLDERS = ("_delta_log", "_temporary", "_spark_metadata", "__MACOSX", "__pycache__")
+MARKERS = ("_SUCCESS", "_committed_*", "_started_*", "_metadata", "_common_metadata", "*.crc", "*._COPYING_")
+PASSED_OVER = {
+    "hidden": "the name begins with a dot, or the folder belongs to a system, such as `_delta_log` or `__MACOSX`",
+    "marker": "the file marks the end of a job, or is a checksum or an index: `_SUCCESS`, `_metadata`, `*.crc`",
+    "empty": "the file has no bytes",
+    "other_kind": "the suffix belongs to another kind of source",
+    "no_split": "`split.kind` is `file`, and the name contains no split",
+    "not_regular": "not a file: a pipe, a socket, a device, a link that leads nowhere or a link to an outer folder",
+    "no_access": "the folder may not be listed",
+}
+"""Reasons for which an entry is passed over, with their meanings. There are no other reasons."""
+
+
+class PassedOver(NamedTuple):
+    """An entry below the path of a source that is not read. The name of a folder ends with a slash."""
+
+    relative: str
+    reason: str
+
+
+class Found(NamedTuple):
+    """A file below the path of a source.
+
+    Attributes:
+        path: path or URL that opens the file.
+        relative: path below the listed folder, with slashes; the name of a file that was named itself.
+        size: size in bytes.
+        modified: modification time in microseconds.
+        accessible: whether this process may read the file.
+        named: whether the path of the source is this file.
+    """
+
+    path: str
+    relative: str
+    size: int
+    modified: int
+    accessible: bool = True
+    named: bool = False
+
+
+def list_entries(path: str) -> list[Found | PassedOver]:
+    """List the file at an absolute path or URL, or all entries below it, in the order of their names.
+
+    A path that does not exist is a pattern if it has wildcards.
+
+    Raises:
+        OSError: nothing is at the path, or it cannot be listed.
+        UserError: the package for this kind of URL is missing.
+    """
+    if is_url(path):
+        return _list_url(path)
+    if os.path.isdir(path):  # noqa: PTH112 (a path may hold undecodable bytes)
+        return list(_walk(path, "", frozenset()))
+    if not os.path.exists(path) and (matches := _match(path)):  # noqa: PTH110
+        logger.info("%s matches %s", path, ", ".join(printable(match) for match in matches[:LOGGED_MATCHES]))
+        if len(matches) > LOGGED_MATCHES:
+            logger.info("%s matches %d files and folders in total", path, len(matches))
+        base = os.path.commonpath([os.path.dirname(match) for match in matches])  # noqa: PTH120
+        return [entry for match in matches for entry in _list_match(match, os.path.relpath(match, base))]
+    status = os.stat(path)  # noqa: PTH116
+    found = _file(path, path.rpartition("/")[2], status)
+    return [found._replace(named=True) if isinstance(found, Found) else found]
+
+
+def _match(path: str) -> list[str]:
+    """Return the files and folders that match a pattern. Folders that exist literally are no part of the pattern."""
+    literal, pattern = path, ""
+    while literal and not os.path.exists(literal):  # noqa: PTH110
+        literal, _, name = literal.rpartition("/")
+        pattern = f"/{name}{pattern}"
+    root = glob.escape(literal)
+    return sorted({m for one in expand_braces(pattern) for m in glob.glob(root + one, recursive=True)})  # noqa: PTH207
+
+
+def _list_match(path: str, relative: str) -> Iterator[Found | PassedOver]:
+    status = os.stat(path)  # noqa: PTH116
+    if stat.S_ISDIR(status.st_mode):
+        yield from _walk(path, f"{relative}/", frozenset())
+    else:
+        yield _file(path, relative, status)
+
+
+def _walk(folder: str, prefix: str, outer: frozenset[tuple[int, int]]) -> Iterator[Found | PassedOver]:
+    status = os.stat(folder)  # noqa: PTH116 (a path may hold undecodable bytes)
+    inner = outer | {(status.st_dev, status.st_ino)}
+    with os.scandir(folder) as scanned:
+        entries = sorted(scanned, key=lambda entry: entry.name)
+    for entry in entries:
+        relative = prefix + entry.name
+        try:
+            found = entry.stat()
+        except OSError:
+            yield PassedOver(printable(relative), "not_regular")
+            continue
+        if not stat.S_ISDIR(found.st_mode):
+            yield _file(entry.path, relative, found)
+        elif reason := folder_reason(entry.name):
+            yield PassedOver(printable(relative) + "/", reason)
+        elif (found.st_dev, found.st_ino) in inner:
+            yield PassedOver(printable(relative) + "/", "not_regular")
+        else:
+            try:
+                yield from _walk(entry.path, relative + "/", inner)
+            except PermissionError:
+                yield PassedOver(printable(relative) + "/", "no_access")
+
+
+def _file(path: str, relative: str, status: os.stat_result) -> Found | PassedOver:
+    if not stat.S_ISREG(status.st_mode):
+        return PassedOver(printable(relative), "not_regular")
+    return Found(path, relative, status.st_size, status.st_mtime_ns // 1000, os.access(path, os.R_OK))
+
+
+def _list_url(url: str) -> list[Found | PassedOver]:
+    system, root = url_system(url)
+    if not system.exists(root) and (matches := system.glob(root) if has_magic(root) else []):
+        logger.info("%s matches %s", url, ", ".join(matches[:LOGGED_MATCHES]))
+        return [entry for match in matches for entry in _list_below(system, match, match.rpartition("/")[0])]
+    return _list_below(system, root, root)
+
+
+def _list_below(system: Any, root: str, base: str) -> list[Found | PassedOver]:
+    """Return the file at a path of an `fsspec` file system, or all entries below the path, named relative to `base`.
+
+    Raises:
+        FileNotFoundError: nothing is at the path.
+    """
+    if system.isfile(root):
+        found = _url_file(system, root, root.rpartition("/")[2], system.info(root))
+        return [found._replace(named=base == root)]
+    entries: list[Found | PassedOver] = []
+    for path, info in sorted(system.find(root, detail=True).items()):
+        relative = path.removeprefix(base).lstrip("/")
+        folders = relative.split("/")[:-1]
+        passed = next((depth for depth, folder in enumerate(folders, 1) if folder_reason(folder)), 0)
+        if not passed:
+            entries.append(_url_file(system, path, relative, info))
+        elif (entry := PassedOver("/".join(folders[:passed]) + "/", "hidden")) not in entries[-1:]:
+            entries.append(entry)
+    if not entries:
+        raise FileNotFoundError(root)
+    return entries
+
+
+def _url_file(system: Any, path: str, relative: str, info: dict[str, Any]) -> Found:
+    times = (info.get(key) for key in ("mtime", "LastModified", "last_modified", "updated", "modified", "created"))
+    time = next((time for time in times if time is not None), 0)
+    time = datetime.fromisoformat(time) if isinstance(time, str) else time
+    seconds = time.timestamp() if isinstance(time, datetime) else float(time)
+    return Found(system.unstrip_protocol(path), relative, int(info.get("size") or 0), int(seconds * 1_000_000))
+
+
+def folder_reason(name: str) -> str | None:
+    """Return why a folder of this name is passed over, or None if the folder is listed."""
+    return "hidden" if name.startswith(".") or name in SYSTEM_FOLDERS else None
+
+
+def file_reason(name: str) -> str | None:
+    """Return why a file of this name is passed over whatever it holds, or None."""
+    if any(fnmatchcase(name, marker) for marker in MARKERS):
+        return "marker"
+    return "hidden" if name.startswith(".") else None
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expand alternatives such as {a,b} in a pattern, which Spark's paths allow and Python's `glob` does not."""
+    found = re.search(r"\{([^{}]*,[^{}]*)\}", pattern)
+    if not found:
+        return [pattern]
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    return [one for part in found[1].split(",") for one in expand_braces(before + part + after)]

@@ -1,0 +1,83 @@
+"""Access to the files of a source: open local files and URLs, and tell a damaged file from a fault of the machine."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tarfile
+import zlib
+from lzma import LZMAError
+from typing import IO, Any
+
+import pyarrow as pa
+
+from pipelines.errors import UserError
+
+INACCESSIBLE = frozenset(
+    {
+        *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM),
+        errno.EINVAL,  # a seek before the start of a file, as damaged offsets ask for
+    }
+)
+"""Codes of operating system errors that concern one file. Any other code is a fault of the machine."""
+DAMAGE = (EOFError, zlib.error, LZMAError, UnicodeError, tarfile.TarError, pa.ArrowException)
+"""Exceptions that decompressors and parsers raise for damaged data."""
+
+
+def is_url(path: str) -> bool:
+    """Return whether a path is a URL such as s3://bucket/folder, which `fsspec` opens."""
+    return "://" in path
+
+
+def open_binary(path: str) -> IO[bytes]:
+    """Open a local file or a URL for reading.
+
+    Raises:
+        OSError: the file cannot be opened; `describe_damage` tells why.
+        UserError: the package for this kind of URL is missing.
+    """
+    if not is_url(path):
+        return open(path, "rb", buffering=1 << 20)  # noqa: PTH123 (a path may hold undecodable bytes)
+    system, inside = url_system(path)
+    opened: IO[bytes] = system.open(inside, "rb")
+    return opened
+
+
+def url_system(path: str) -> tuple[Any, str]:
+    """Return the `fsspec` file system of a URL, and the path inside this file system.
+
+    Raises:
+        UserError: `fsspec` or the package for this kind of URL is missing, or no package knows such URLs.
+    """
+    scheme = path.partition("://")[0]
+    try:
+        from fsspec.core import url_to_fs
+
+        system, inside = url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"URLs of kind {scheme}:// cannot be opened",
+            where=path,
+            got=" ".join(str(error).split()),
+            fix="install the fsspec package for this storage (such as s3fs, gcsfs or adlfs) on the driver and on all "
+            "executors, or give a mounted folder such as a Volume",
+        ) from None
+    return system, inside
+
+
+def describe_damage(error: Exception) -> str | None:
+    """Describe an error that concerns one file, or return None if the error is a fault of the machine.
+
+    A fault of the machine, such as a network drive that does not answer, must be raised: Spark then retries the task,
+    and no file of a source is refused because a drive was offline.
+    """
+    if isinstance(error, OSError):
+        if error.errno is not None and error.errno not in INACCESSIBLE:
+            return None
+        return (error.strerror or str(error)).strip()[:500]
+    return f"{type(error).__name__}: {error}".strip()[:500] if isinstance(error, DAMAGE) else None
+
+
+def printable(path: str) -> str:
+    """Return a path as text that UTF-8 can encode. Bytes of a name that are not UTF-8 become escapes like \\xff."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -1,0 +1,194 @@
+"""Tests of the listing of a source: every entry is read or passed over with a reason, and names are never patterns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.config import DataConfig
+from pipelines.driver.ingest.sources.files import NO_ACCESS, Listing, list_files, list_plain_files
+from pipelines.driver.ingest.sources.walk import PASSED_OVER, expand_braces
+from pipelines.driver.ingest.totals import describe_passed_over
+from pipelines.errors import UserError
+
+SUFFIXES = (".csv", ".csv.gz")
+
+
+def listing(path: Path | str, suffixes: tuple[str, ...] = SUFFIXES, **data: Any) -> Listing:
+    """List the files of a source."""
+    source = {"kind": "csv", "path": str(path)} | data.pop("source", {})
+    return list_files(DataConfig.model_validate({"source": source} | data), suffixes)
+
+
+def reasons(found: Listing) -> dict[str, str]:
+    return {entry.relative: entry.reason for entry in found.passed_over}
+
+
+def write(folder: Path, files: Mapping[str, str]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+
+
+def test_every_entry_below_a_folder_is_read_or_passed_over_with_a_reason(tmp_path: Path) -> None:
+    names = ["a.csv", "_shop.csv", "B.CSV", "sub/deep/c.csv.gz", "_sub/d.csv", "year=2024/e.csv", "shop[1].csv"]
+    others = {
+        "empty.csv": ("", "empty"),
+        ".hidden.csv": ("x", "hidden"),
+        ".git/x.csv": ("x", "hidden"),
+        "_delta_log/0.csv": ("x", "hidden"),
+        "_SUCCESS": ("x", "marker"),
+        "_committed_7": ("x", "marker"),
+        "a.csv.crc": ("x", "marker"),
+        "note.txt": ("x", "other_kind"),
+        "c.csv.zip": ("x", "other_kind"),
+    }
+    write(tmp_path, dict.fromkeys(names, "x") | {name: content for name, (content, _) in others.items()})
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "nowhere.csv").symlink_to(tmp_path / "gone.csv")
+    (tmp_path / "sub" / "up").symlink_to(tmp_path)
+    found = listing(tmp_path)
+    assert sorted(file.path for file in found.files) == sorted(str(tmp_path / name) for name in names)
+    expected = {name: reason for name, (_, reason) in others.items() if "/" not in name}
+    expected |= {".git/": "hidden", "_delta_log/": "hidden"}
+    assert reasons(found) == expected | dict.fromkeys(("pipe.csv", "nowhere.csv", "sub/up/"), "not_regular")
+    assert set(reasons(found).values()) <= PASSED_OVER.keys()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_folder_that_may_not_be_listed_is_passed_over_and_a_file_that_may_not_be_read_has_its_own_state(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, {"a.csv": "x", "closed/b.csv": "x"})
+    (tmp_path / "closed").chmod(0)
+    (tmp_path / "a.csv").chmod(0)
+    found = listing(tmp_path)
+    (tmp_path / "closed").chmod(0o700)
+    assert reasons(found) == {"closed/": "no_access"}
+    assert [file.state for file in found.files] == [NO_ACCESS]
+
+
+def test_a_file_that_the_path_names_is_read_whatever_its_name_and_suffix(tmp_path: Path) -> None:
+    for name in (".hidden", "_metadata", "rows.txt", "a.csv.zip"):
+        write(tmp_path, {name: "x"})
+        assert [file.name for file in listing(tmp_path / name).files] == [name]
+
+
+def test_a_file_without_a_split_in_its_name_is_passed_over_if_the_name_decides_the_split(tmp_path: Path) -> None:
+    write(tmp_path, {"train.csv": "x", "captions.csv": "x"})
+    found = listing(tmp_path, split={"kind": "file"})
+    assert [file.name for file in found.files] == ["train.csv"]
+    assert reasons(found) == {"captions.csv": "no_split"}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(st.sampled_from("a[]{},*?!#%:;+&= ~\\'\"\u00e9e\u0301\n-^$"), min_size=1, max_size=12))
+def test_a_name_is_never_a_pattern(name: str) -> None:
+    with TemporaryDirectory() as folder:
+        write(Path(folder), {"other.csv": "x"})
+        file = Path(folder, f"{name}.csv")
+        file.write_text("x")
+        assert [found.path for found in listing(file).files] == [str(file)]
+        (Path(folder) / f"d{name}").mkdir()
+        inside = Path(folder, f"d{name}", f"{name}.csv")
+        inside.write_text("x")
+        assert [found.path for found in listing(inside.parent).files] == [str(inside)]
+        assert {found.path for found in listing(folder).files} == {str(p) for p in Path(folder).rglob("*.csv")}
+
+
+def test_a_name_that_is_not_utf_8_is_listed_and_can_be_stored(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.csv")).write_text("x")
+    [file] = listing(tmp_path).files
+    assert (file.name, file.item) == ("caf\\xe9.csv", f"file:{tmp_path}/caf\\xe9.csv")
+    assert Path(file.path).read_text() == "x"
+
+
+def test_a_path_with_wildcards_is_a_pattern_if_nothing_has_this_path(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, {f"in [1]/{name}": "x" for name in ("a1.csv", "a2.csv", "b1.csv", "c/d/1.csv", "a.txt")})
+    with caplog.at_level("INFO"):
+        found = listing(tmp_path / "in [1]" / "a*")
+    assert [file.name for file in found.files] == ["a1.csv", "a2.csv"]
+    assert reasons(found) == {"a.txt": "other_kind"}
+    assert str(tmp_path / "in [1]" / "a1.csv") in caplog.text
+    assert [file.name for file in listing(tmp_path / "in [1]" / "{b,c}*").files] == ["b1.csv", "1.csv"]
+    assert [file.name for file in listing(tmp_path / "in [1]" / "[!a]*" / "**" / "*.csv").files] == ["1.csv"]
+
+
+def test_braces_are_expanded_as_in_paths_of_spark() -> None:
+    assert set(expand_braces("a{b,c{d,e}}f")) == {"abf", "acdf", "acef"}
+    assert expand_braces("a{b}") == ["a{b}"]
+
+
+def test_folders_of_partitions_give_the_values_of_columns(tmp_path: Path) -> None:
+    path = "plain/day=2024-01-01/of=a%2Fb c/none=__HIVE_DEFAULT_PARTITION__/a=b=c/x.csv"
+    write(tmp_path, {path: "x", "y.csv": "x"})
+    by_name = {file.name: dict(file.partition) for file in listing(tmp_path).files}
+    assert by_name == {"x.csv": {"day": "2024-01-01", "of": "a/b c", "none": None, "a": "b=c"}, "y.csv": {}}
+
+
+def test_the_ledger_names_a_file_and_its_state_as_earlier_versions_did(tmp_path: Path) -> None:
+    write(tmp_path, {"a b.csv": "xyz"})
+    os.utime(tmp_path / "a b.csv", ns=(0, 1_700_000_000_123_456_789))
+    [file] = listing(tmp_path).files
+    assert (file.item, file.state) == (f"file:{tmp_path}/a b.csv", "3 bytes, 2023-11-14T22:13:20.123000Z")
+    config = DataConfig.model_validate({"source": {"kind": "webdataset", "path": str(tmp_path / "sub" / "..")}})
+    [file] = list_plain_files(config, (".csv",)).files
+    assert (file.item, file.state) == (f"{tmp_path}/a b.csv", "3 bytes, 2023-11-14T22:13:20.123456Z")
+
+
+def test_urls_of_local_files_and_of_object_stores_are_listed(tmp_path: Path) -> None:
+    write(tmp_path, {"a.csv": "x"})
+    for url in (f"file:{tmp_path}", f"file://{tmp_path}/a.csv"):
+        assert [file.path for file in listing(url).files] == [str(tmp_path / "a.csv")]
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    for name in ("a.csv", "_x.csv", "sub/k=v/b.csv", ".cache/c.csv", "_SUCCESS", "none.csv"):
+        memory.pipe(f"/lake/{name}", b"" if name == "none.csv" else b"x")
+    found = listing("memory://lake")
+    assert [file.path for file in found.files] == [f"memory:///lake/{n}" for n in ("_x.csv", "a.csv", "sub/k=v/b.csv")]
+    assert found.files[-1].partition == {"k": "v"}
+    assert reasons(found) == {".cache/": "hidden", "_SUCCESS": "marker", "none.csv": "empty"}
+    assert [file.name for file in listing("memory://lake/a.csv").files] == ["a.csv"]
+    assert [file.name for file in listing("memory://lake/*.csv").files] == ["_x.csv", "a.csv"]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", "no input"),
+        ("gone", "no such file or folder"),
+        ("gone/*", "no such file or folder"),
+        ("none.csv", "no files, or only empty ones"),
+        ("nosuchstorage://bucket/a", "nosuchstorage:// cannot be opened.*install"),
+        ("memory://nothing/a.csv", "no such file or folder"),
+        ("other", r"a.txt \(other_kind\).*expected files ending in .csv"),
+    ],
+)
+def test_a_path_without_input_is_an_error_that_names_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, {"none.csv": "", "other/a.txt": "x"})
+    with pytest.raises(UserError, match=message):
+        listing(path)
+
+
+def test_parquet_files_of_a_delta_table_are_refused_because_the_table_decides_which_rows_exist(tmp_path: Path) -> None:
+    write(tmp_path, {"t/a.parquet": "x", "t/_delta_log/0.json": "x"})
+    with pytest.raises(UserError, match=r"deleted rows.*kind=table"):
+        listing(tmp_path, (".parquet",), source={"kind": "parquet"})
+
+
+def test_a_report_names_a_thousand_files_that_were_passed_over_and_counts_all(tmp_path: Path) -> None:
+    write(tmp_path, {f"{n:04}.txt": "x" for n in range(1_200)} | {"a.csv": "x", "z.csv": ""})
+    fields = describe_passed_over(listing(tmp_path).passed_over)
+    assert fields["passed_over_count"] == {"other_kind": 1_200, "empty": 1}
+    assert sum(map(len, fields["passed_over"].values())) == 1_000
