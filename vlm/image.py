@@ -4,9 +4,17 @@ The bytes of a picture are untrusted. The header (format, number of pixels, side
 decoded, and only the decoders of FORMATS run. Every defect becomes an ImageError whose reason is one of IMAGE_REASONS.
 This module changes no global setting of Pillow. Pillow's own limit rejects pictures above 178 megapixels.
 
+Pixels decide, not metadata: decoders get the file without its metadata (`vlm.picture.metadata`), so a text, colour
+profile or EXIF entry that is damaged or huge cannot make a picture unusable. A missing end marker does no harm if all
+pixels are there.
+
 A decoded picture looks the same as in an image viewer. The picture is rotated according to its EXIF orientation,
-transparent pixels are composed over white, and an animation is represented by its first frame. Grey levels of 16 bits
-are scaled to 8 bits, and palette and CMYK colours are converted to RGB. Colour profiles are ignored.
+transparent pixels are composed over white, and an animation is represented by its first frame. Samples of 16 bits are
+scaled to 8 bits: if the largest value of a grey picture has at most 12 bits, the picture is scaled from the 8, 10 or 12
+bits that it uses, and otherwise from 16 bits. Palette and CMYK colours are converted to RGB. Colour profiles are
+ignored.
+
+Large pictures are converted in bands of BAND_PIXELS pixels. A picture of 64 megapixels needs 0.5 GB at most.
 """
 
 from __future__ import annotations
@@ -16,16 +24,20 @@ import binascii
 import io
 import re
 import sys
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from vlm.config import ImageConfig
 from vlm.errors import ImageError
+from vlm.picture.jpeg_end import decode_without_end
+from vlm.picture.metadata import split_metadata
+from vlm.picture.orientation import ORIENTATION_TAG, turn_upright
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")
 
@@ -58,6 +70,8 @@ URL_SAFE = str.maketrans("-_", "+/")
 DATA_URL = re.compile(r"data:[^,]{0,1000};\s*base64\s*,", re.IGNORECASE)
 
 GREY_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+BAND_PIXELS = 2**22
+"""Number of pixels that are converted to RGB at once."""
 
 
 def picture_bytes(image: bytes | str | None) -> bytes:
@@ -134,7 +148,8 @@ def open_image(
         ImageError: the reason is too_large or too_small (both known from the header, before decoding),
             unsupported_format, not_an_image, or truncated_image (a supported format that does not decode completely).
     """
-    image = _open_header(data)
+    file = split_metadata(data)
+    image = _open_header(file.data)
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError("too_large", f"{width} x {height} pixels, at most {max_pixels} in all")
@@ -142,16 +157,34 @@ def open_image(
         raise ImageError("too_small", f"{width} x {height} pixels, at least {min_side} a side")
     format_ = str(image.format)
     try:
-        if draft_side is not None:
-            image.draft(None, (draft_side, draft_side))
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        rgb = _to_rgb(image)
+        image = _load(image, file.data, draft_side)
+        orientation = file.orientation or image.getexif().get(ORIENTATION_TAG, 1)
+        rgb = turn_upright(_to_rgb(image), orientation)
     except (ImageError, MemoryError):  # too little memory is no defect of the picture
         raise
     except Exception as error:  # decoders raise many types of errors for damaged files
         raise ImageError("truncated_image", f"{format_}: {_sentence(error)}") from error
     return rgb, ImageInfo(format_, *rgb.size)
+
+
+def _load(image: Image.Image, data: bytes, draft_side: int | None) -> Image.Image:
+    """Decode the pixels of an opened picture file."""
+    try:
+        return _load_draft(image, draft_side)
+    except OSError:
+        if image.format != "JPEG":
+            raise
+        whole = decode_without_end(data, lambda file: _load_draft(_open_header(file), draft_side))
+        if whole is None:
+            raise
+        return whole
+
+
+def _load_draft(image: Image.Image, draft_side: int | None) -> Image.Image:
+    if draft_side is not None:
+        image.draft(None, (draft_side, draft_side))
+    image.load()
+    return image
 
 
 class PixelStats(NamedTuple):
@@ -270,16 +303,44 @@ def _claimed_format(data: bytes) -> str | None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in GREY_16_BIT_MODES:
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    """Convert a picture to RGB in bands of rows, because a conversion needs several times the memory of its band."""
     if image.mode in ("I", "F"):
         raise ImageError("unsupported_format", f"mode {image.mode}: 32 bits a sample have no agreed range")
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    width, height = image.size
+    rows = max(1, BAND_PIXELS // width)
+    bands = [(0, top, width, min(top + rows, height)) for top in range(0, height, rows)]
+    if image.mode in GREY_16_BIT_MODES:
+        bits = _used_bits(max(int(np.asarray(image.crop(band)).max()) for band in bands))
+        convert: Callable[[Image.Image], Image.Image] = partial(_grey_to_rgb, shift=bits - 8)
+    else:
+        convert = _band_to_rgb
+    rgb = Image.new("RGB", image.size)
+    for band in bands:
+        rgb.paste(convert(image.crop(band)), band)
+    return rgb
+
+
+def _used_bits(largest: int) -> int:
+    """Return the number of bits to which the grey levels of a picture are scaled, from its largest level.
+
+    Cameras, microscopes and X-ray detectors store 10 or 12 bits in samples of 16 bits without scaling them.
+    """
+    return next((bits for bits in (8, 10, 12) if largest < 2**bits), 16)
+
+
+def _grey_to_rgb(image: Image.Image, shift: int) -> Image.Image:
+    return Image.fromarray((np.asarray(image) >> shift).astype(np.uint8)).convert("RGB")
+
+
+def _band_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "La":  # Pillow converts La (premultiplied grey in TIFF files) only to LA
         image = image.convert("LA")
     if image.has_transparency_data:
         layers = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
 
 
 def _sentence(error: Exception) -> str:

@@ -1,0 +1,111 @@
+"""Pictures without their end marker, pictures of 16 bits a sample, and the memory that conversions need."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from pictures import encoded, picture
+from PIL import Image
+
+import vlm.image
+from vlm.errors import ImageError
+from vlm.image import open_image
+
+FLAT = Image.new("RGB", (48, 40), (90, 20, 200))
+SMOOTH = Image.fromarray(np.random.default_rng(7).integers(0, 256, (4, 5, 3), np.uint8)).resize((48, 40))
+
+
+def opened(data: bytes, **options: int) -> Image.Image:
+    return open_image(data, max_pixels=1_000_000, min_side=1, **options)[0]
+
+
+def opened_or_none(data: bytes) -> Image.Image | None:
+    try:
+        return opened(data)
+    except ImageError as error:
+        return None if error.reason == "truncated_image" else Image.new("RGB", (1, 1))
+
+
+def same(one: Image.Image, two: Image.Image) -> bool:
+    return one.size == two.size and one.tobytes() == two.tobytes()
+
+
+def jpegs() -> dict[str, bytes]:
+    images = {"flat": FLAT, "smooth": SMOOTH, "noise": picture(1, (48, 40)), "grey": SMOOTH.convert("L")}
+    files = {}
+    for (name, image), progressive, optimize in itertools.product(images.items(), (False, True), (False, True)):
+        files[f"{name} {progressive} {optimize}"] = encoded(image, "JPEG", progressive=progressive, optimize=optimize)
+    files["subsampled"] = encoded(SMOOTH, "JPEG", subsampling="4:2:0")
+    files["restarts"] = encoded(SMOOTH, "JPEG", restart_marker_blocks=2)
+    files["CMYK"] = encoded(SMOOTH.convert("CMYK"), "JPEG")
+    return files
+
+
+JPEGS = jpegs()
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_a_jpeg_without_its_end_marker_decodes_if_and_only_if_no_pixel_is_missing(name: str) -> None:
+    data = JPEGS[name]
+    whole = opened(data)
+    assert same(opened(data[:-2]), whole)
+    assert same(opened(data[:-1]), whole)
+    assert same(opened(data[:-2] + bytes(1000)), whole)
+    draft = {"draft_side": 20}
+    assert same(opened(data[:-2], **draft), opened(data, **draft))
+    for length in range(len(data) // 8, len(data) - 2, max(1, len(data) // 60)):
+        shown = opened_or_none(data[:length])
+        assert shown is None or same(shown, whole), f"{length} of {len(data)} bytes are taken for the whole picture"
+
+
+def test_a_progressive_jpeg_that_ends_between_two_scans_is_truncated() -> None:
+    data = encoded(SMOOTH, "JPEG", progressive=True)
+    scans = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"]
+    for scan in scans[1:]:
+        with pytest.raises(ImageError, match="truncated_image"):
+            opened(data[: data.rindex(b"\xff\xc4", 0, scan)])
+
+
+@pytest.mark.parametrize(("kind", "end"), [("PNG", 12), ("PNG", 16), ("GIF", 1), ("GIF", 2)])
+def test_a_png_or_gif_without_its_end_marker_decodes(kind: str, end: int) -> None:
+    data = encoded(SMOOTH, kind)
+    assert same(opened(data[:-end]), opened(data))
+
+
+@pytest.mark.parametrize("size", [(47, 5), (48, 5), (1, 1)])
+def test_a_webp_without_its_last_padding_byte_decodes(size: tuple[int, int]) -> None:
+    for seed in range(8):
+        data = encoded(picture(seed, size), "WEBP", lossless=True)
+        odd = int.from_bytes(data[16:20], "little") % 2
+        assert same(opened(data[: len(data) - odd]), opened(data))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("bits", [8, 10, 12])
+def test_a_16_bit_picture_of_few_bits_is_scaled_to_full_range(kind: str, bits: int) -> None:
+    levels = np.linspace(0, 2**bits - 1, 64 * 64).astype(np.uint16).reshape(64, 64)
+    shown = np.asarray(opened(encoded(Image.fromarray(levels), kind)))
+    assert (shown.min(), shown.max()) == (0, 255)
+    assert np.array_equal(shown[..., 0], levels >> (bits - 8))
+
+
+def test_a_16_bit_picture_of_more_than_12_bits_is_scaled_from_16_bits() -> None:
+    levels = np.array([[0, 4096], [300, 40]], np.uint16)
+    assert np.asarray(opened(encoded(Image.fromarray(levels))))[..., 0].tolist() == [[0, 16], [1, 0]]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr", "LAB", "I;16"])
+def test_a_picture_that_is_converted_in_bands_has_the_same_pixels(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = SMOOTH.copy()
+    source.putalpha(SMOOTH.convert("L"))
+    if mode == "LAB":
+        image = Image.frombytes("LAB", SMOOTH.size, SMOOTH.tobytes())
+    elif mode == "I;16":
+        image = Image.frombytes(mode, SMOOTH.size, SMOOTH.convert("LA").tobytes())
+    else:
+        image = source.convert(mode)
+    whole = opened(encoded(image, "TIFF"))
+    monkeypatch.setattr(vlm.image, "BAND_PIXELS", 100)
+    assert same(opened(encoded(image, "TIFF")), whole)

@@ -1,0 +1,64 @@
+"""Find out whether a JPEG file that ends without an end marker nevertheless holds all its pixels.
+
+The decoder cannot tell: it fills what is missing with grey. So two things are checked. The scans of the file must hold
+every coefficient of every component (a progressive file may end between two scans). And the decoded pixels must not
+depend on what follows the data: if a decoder would still read bits of a block, noise after the data changes pixels.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from PIL import Image
+
+from vlm.picture.metadata import JPEG_SCAN, jpeg_segments
+
+END = b"\xff\xd9"
+NOISE = bytes(byte for byte in random.Random(0).randbytes(16_384) if byte != 0xFF)  # noqa: S311 (not for cryptography)
+PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
+FRAMES = (0xC0, 0xC1, *PROGRESSIVE, 0xC9)
+"""Markers of a frame header: sequential or progressive, with Huffman or arithmetic coding."""
+BAND_ROWS = 256
+
+
+def decode_without_end(data: bytes, decode: Callable[[bytes], Image.Image]) -> Image.Image | None:
+    """Decode a JPEG file that lacks its end marker. Return None if pixels are missing.
+
+    Args:
+        data: bytes of the file. Zeros at the end of the file belong to no picture.
+        decode: function that decodes a complete file.
+    """
+    data = data.rstrip(b"\0").removesuffix(b"\xff")
+    if not _has_all_coefficients(data):
+        return None
+    image = decode(data + END)
+    return image if _have_equal_pixels(image, decode(data + NOISE + END)) else None
+
+
+def _has_all_coefficients(data: bytes) -> bool:
+    """Return whether the scans of the file hold each of the 64 coefficients of each component, to the last bit."""
+    missing: set[tuple[int, int]] = set()
+    position = 2
+    progressive = False
+    while position:
+        position, start = 0, position
+        for segment in jpeg_segments(data, start):
+            content = data[segment.content : segment.end]
+            if segment.marker in FRAMES:
+                progressive = segment.marker in PROGRESSIVE
+                components = content[6::3]
+                missing = {(component, k) for component in components for k in range(64)}
+            elif segment.marker == JPEG_SCAN and content:
+                components = content[1 : 1 + 2 * content[0] : 2]
+                first, last, bits = content[-3:] if progressive else (0, 63, 0)
+                if not bits & 15:
+                    missing -= {(component, k) for component in components for k in range(first, last + 1)}
+                position = segment.end
+    return not missing and position == 0
+
+
+def _have_equal_pixels(one: Image.Image, two: Image.Image) -> bool:
+    width, height = one.size
+    bands = [(0, top, width, min(top + BAND_ROWS, height)) for top in range(0, height, BAND_ROWS)]
+    return one.size == two.size and all(one.crop(band).tobytes() == two.crop(band).tobytes() for band in bands)
