@@ -106,7 +106,7 @@ def write_webdataset(folder: Path) -> Written:
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     (folder / "c.tar").write_bytes((folder / "a.tar").read_bytes()[:700])
-    reasons = {"missing_field": 1, "truncated_image": 1, "malformed_record": 1}
+    reasons = {"missing_field": 1, "truncated_image": 1, "unreadable_file": 1}
     return {"source": {"kind": "webdataset"}}, reasons
 
 

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import hashlib
 import io
+import json
+import lzma
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from pipelines.config import PICTURE
-from pipelines.executor.ingest.records.record import Record
+from pipelines.executor.ingest.records import webdataset
+from pipelines.executor.ingest.records.encoding import decode_text
+from pipelines.executor.ingest.records.record import Problem, Record
 from pipelines.executor.ingest.records.webdataset import tar_records
 
 IMAGES = ("jpg", "png")
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    "none": bytes,
+    "gzip": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zstd": lambda content: pa.compress(content, "zstd", asbytes=True),
+}
 
 
 def write_tar(path: Path, members: Mapping[str, bytes], mode: str = "w") -> Path:
@@ -24,6 +40,14 @@ def write_tar(path: Path, members: Mapping[str, bytes], mode: str = "w") -> Path
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return path
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes = b"", **attributes: object) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for attribute, value in attributes.items():
+        setattr(info, attribute, value)
+    tar.addfile(info, io.BytesIO(content))
 
 
 def rows_of(*paths: Path) -> list[Record]:
@@ -48,7 +72,10 @@ def test_members_with_the_same_key_form_a_row(tmp_path: Path) -> None:
     assert second.fields == {"__key__": "in/b", **picture, "txt": "caf\u00e9", "png": b"other"}
     assert third.fields == {"__key__": "in/c", "__member__": None, PICTURE: None, "json.n": [1]}
     assert {record.file for record in (first, second, third)} == {"x.tar"}
-    assert [record.problem for record in (first, second, third)] == [None] * 3
+    assert [record.problem for record in (second, third)] == [None] * 2
+    assert first.problem == Problem(
+        "missing_field", "no picture, but 1.png: an extension begins at the first dot of a name"
+    )
 
 
 def test_tars_may_be_compressed_and_a_task_may_read_several_tars(tmp_path: Path) -> None:
@@ -85,17 +112,180 @@ def test_complete_rows_of_a_truncated_tar_are_kept_and_one_refused_row_reports_t
     assert len(rows) == 4
     for cut in range(1, len(content), max(1, len(content) // 40)):
         path.write_bytes(content[:cut])
-        *before, last = rows_of(path)
+        found = rows_of(path)
+        before = [record for record in found if not record.problem]
         assert before == rows[: len(before)]
-        if last.problem:
-            assert last.problem.reason == "malformed_record"
-            assert last.raw == f"x.tar from row {len(before) + 1} on"
+        if len(found) > len(before):
+            assert [record.problem.reason for record in found if record.problem] == ["unreadable_file"]
+            assert found[-1].raw == f"x.tar from row {len(before) + 1} on"
         else:
-            assert last.fields.items() <= rows[len(before)].fields.items()
+            assert before == rows, "only the padding behind the end mark is cut"
 
 
 def test_file_that_is_not_a_tar_becomes_one_refused_row(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"hello " * 200)
     [record] = rows_of(tmp_path / "x.tar")
     assert record.problem is not None
+    assert record.problem.reason == "unreadable_file"
     assert record.raw == "x.tar from row 1 on"
+
+
+def test_tar_that_may_not_be_read_becomes_one_refused_row(tmp_path: Path) -> None:
+    [record] = rows_of(tmp_path / "gone.tar")
+    assert record.problem == Problem(
+        "unreadable_file", "the tar ends or is damaged after 0 rows: No such file or directory"
+    )
+
+
+@pytest.mark.parametrize("compress", COMPRESSIONS.values(), ids=COMPRESSIONS)
+def test_content_and_not_the_name_tells_how_a_tar_is_compressed(
+    tmp_path: Path, compress: Callable[[bytes], bytes]
+) -> None:
+    plain = write_tar(tmp_path / "x.tar", ROWS).read_bytes()
+    (tmp_path / "y.tgz").write_bytes(compress(plain[:3_000]) + compress(plain[3_000:]))
+    assert [record.fields["__key__"] for record in rows_of(tmp_path / "y.tgz")] == ["in/a", "in/b", "in/c"]
+    (tmp_path / "z.tar").write_bytes(compress(plain)[:-9])
+    assert len(rows_of(tmp_path / "z.tar")) >= 1 - (compress is bytes)
+
+
+def test_concatenated_tars_are_read_to_the_end(tmp_path: Path) -> None:
+    first, second = (write_tar(tmp_path / f"{key}.tar", {f"{key}.png": b"p"}) for key in "ab")
+    first.write_bytes(first.read_bytes() + second.read_bytes() + b"no tar".ljust(512, b"!"))
+    one, two, rest = rows_of(first)
+    assert [one.fields["__key__"], two.fields["__key__"]] == ["a", "b"]
+    assert rest.problem is not None
+    assert "bytes that are no tar follow its end mark" in rest.problem.detail
+
+
+def test_tar_that_is_cut_between_two_rows_is_reported(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", {"a.png": b"p", "a.txt": b"x", "b.png": b"p"})
+    path.write_bytes(path.read_bytes()[:2_048])
+    *_, last = rows_of(path)
+    assert last.problem is not None
+    assert "no end mark" in last.problem.detail
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"\xef\xbb\xbfa cat", "a cat"),
+        ("a dog".encode("utf-16"), "a dog"),
+        ("a dog".encode("utf-16-be"), "a dog"),
+        ("a dog".encode("utf-32"), "a dog"),
+        ("a caf\u00e9".encode("utf-16-le"), "a caf\u00e9"),
+        ("caf\u00e9".encode("latin-1"), "caf\ufffd"),
+        (b"7\n", "7\n"),
+        (b"", ""),
+        ("\u732b".encode(), "\u732b"),
+    ],
+)
+def test_text_and_json_members_are_decoded_as_their_first_bytes_tell(tmp_path: Path, content: bytes, text: str) -> None:
+    document = b'{"t": "' + content + b'"}' if content.isascii() and b"\0" not in content else None
+    members = {"a.jpg": b"j", "a.TXT": content, "a.json": json.dumps({"n": 1}).encode("utf-16")}
+    [record] = rows_of(write_tar(tmp_path / "x.tar", members))
+    assert (record.fields["txt"], record.fields["json.n"], record.problem) == (text, 1, None)
+    assert document is None or b"t" in document
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]))
+def test_text_is_what_was_encoded_whatever_the_encoding(text: str, encoding: str) -> None:
+    assume(not text.startswith("\ufeff") and "\0" not in text)
+    assert decode_text(text.encode(encoding)) == text
+
+
+def test_names_that_are_no_rows_are_left_out_and_odd_names_are_rows(tmp_path: Path) -> None:
+    members = {
+        "__MACOSX/._a.jpg": b"resource fork",
+        "__MACOSX/b.jpg": b"resource fork",
+        "./a.JPG": b"j",
+        "__MACOSX/c.jpg": b"resource fork",
+        "a.txt": b"a cat",
+        "/abs/c.jpg": b"j",
+        "../up/d.jpg": b"j",
+    }
+    records = rows_of(write_tar(tmp_path / "x.tar", members))
+    assert [(record.fields["__key__"], record.fields[PICTURE]) for record in records] == [
+        ("./a", b"j"),
+        ("/abs/c", b"j"),
+        ("../up/d", b"j"),
+    ]
+    assert records[0].fields["txt"] == "a cat"
+    assert not (tmp_path.parent / "up").exists()
+
+
+def test_rows_whose_members_are_not_next_to_each_other_are_refused_and_never_mixed(tmp_path: Path) -> None:
+    members = {"a.jpg": b"a", "b.jpg": b"b", "a.txt": b"a", "b.txt": b"b"}
+    records = rows_of(write_tar(tmp_path / "x.tar", members))
+    assert [(record.fields["__key__"], record.fields.get("txt")) for record in records] == [
+        ("a", None),
+        ("b", None),
+        ("a", "a"),
+        ("b", "b"),
+    ]
+    reason = Problem("malformed_record", "row a: its members are in several places of the tar: sort the tar by name")
+    assert records[2].problem == reason
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_links_have_the_content_of_the_member_to_which_they_lead(tmp_path: Path, mode: str) -> None:
+    with tarfile.open(tmp_path / "x.tar", mode) as tar:  # type: ignore[call-overload]
+        add(tar, "before.jpg", linkname="in/a.jpg", type=tarfile.LNKTYPE)
+        add(tar, "before.txt", b"before")
+        add(tar, "in/a.jpg", b"cat")
+        add(tar, "in/a.txt", b"a cat")
+        add(tar, "in/b.jpg", linkname="./a.jpg", type=tarfile.SYMTYPE)
+        add(tar, "in/b.txt", linkname="in/a.txt", type=tarfile.LNKTYPE)
+        add(tar, "in/c.jpg", linkname="b.jpg", type=tarfile.SYMTYPE)
+        add(tar, "in/d.jpg", linkname="../../etc/hostname", type=tarfile.SYMTYPE)
+        add(tar, "in/e.jpg", linkname="e.jpg", type=tarfile.SYMTYPE)
+        add(tar, "in/f.jpg", linkname="in/big.bin", type=tarfile.LNKTYPE)
+        add(tar, "in/big.bin", bytes(2_001))
+    records = {record.fields["__key__"]: record for record in rows_of(tmp_path / "x.tar")}
+    assert {key: record.fields[PICTURE] for key, record in records.items() if not record.problem} == {
+        "before": b"cat",
+        "in/a": b"cat",
+        "in/b": b"cat",
+        "in/c": b"cat",
+    }
+    assert records["in/b"].fields["txt"] == "a cat"
+    refused = {key: record.problem for key, record in records.items() if record.problem}
+    assert refused == {
+        "in/d": Problem("malformed_record", "in/d.jpg is a link to in/../../etc/hostname: the tar has no such member"),
+        "in/e": Problem("malformed_record", "in/e.jpg is a link to in/e.jpg: the tar has no such member"),
+        "in/f": Problem("too_large", "in/f.jpg is a link to in/big.bin: 2001 bytes, at most 2000"),
+        "in/big": Problem("too_large", "in/big.bin: 2001 bytes, at most 2000"),
+    }
+
+
+def test_member_that_is_no_plain_file_is_a_problem_of_its_row(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        add(tar, "a.jpg", type=tarfile.CHRTYPE)
+        add(tar, "b.jpg", b"ignored", type=b"Z")
+        add(tar, "folder.jpg", type=tarfile.DIRTYPE)
+        add(tar, "c.jpg", b"j")
+    [device, unknown, good] = rows_of(tmp_path / "x.tar")
+    assert device.problem == Problem("malformed_record", "a.jpg is a device, not a plain file")
+    assert unknown.problem == Problem(
+        "malformed_record", "b.jpg is a member of the unknown type b'Z', not a plain file"
+    )
+    assert (good.problem, good.fields[PICTURE]) == (None, b"j")
+
+
+def test_row_is_bounded_by_the_bytes_and_by_the_number_of_its_members(tmp_path: Path) -> None:
+    many = {f"b.{n}": b"" for n in range(1_100)}
+    large = {f"c.e{n}": bytes(900) for n in range(40)}
+    *_, last = records = rows_of(write_tar(tmp_path / "x.tar", {"a.jpg": b"j"} | many | large | {"d.jpg": b"j"}))
+    assert [record.problem and record.problem.detail for record in records] == [
+        None,
+        "the row has more than 1000 members",
+        "the members of the row have more than 2500 bytes",
+        None,
+    ]
+    assert last.fields[PICTURE] == b"j"
+
+
+def test_members_beyond_a_limit_are_described_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webdataset, "SIDE_BYTES", 10)
+    [record] = rows_of(write_tar(tmp_path / "x.tar", {"a.jpg": b"j" * 99, "a.txt": b"a cat", "a.npy": bytes(6)}))
+    digest = hashlib.sha256(bytes(6)).hexdigest()
+    assert (record.fields["txt"], record.fields["npy"]) == ("a cat", {"bytes": 6, "sha256": digest})

@@ -12,7 +12,11 @@ from pipelines.driver.ingest.sources.files import SourceFile
 from pipelines.driver.ingest.sources.source import SourceRows
 from pipelines.executor.ingest.records.webdataset import tar_records
 
-SUFFIXES = (".tar", ".tar.gz", ".tgz")
+SUFFIXES = (
+    *(f".tar{compression}" for compression in ("", ".gz", ".bz2", ".xz", ".zst")),
+    *(".tgz", ".tbz", ".tbz2", ".txz", ".tzst"),
+)
+"""Suffixes of tars in a folder. The content of a tar, not its suffix, tells how it is compressed."""
 
 
 def load_rows(

@@ -2,99 +2,237 @@
 
 from __future__ import annotations
 
-import gzip
 import re
-import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from hashlib import sha256
+from pathlib import PurePosixPath
+from typing import NamedTuple
 
 import pyarrow as pa
 
 from pipelines.config import PICTURE
+from pipelines.executor.ingest.compression import open_decompressed
+from pipelines.executor.ingest.records.encoding import decode_text
 from pipelines.executor.ingest.records.record import Fields, Problem, Record, parse_json_object
+from pipelines.executor.ingest.records.tar import Member, TarReader
+from pipelines.executor.ingest.records.tar_links import Links, LinkTargets
+from pipelines.executor.ingest.storage import describe_damage, printable
 
-TAR_ERRORS = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
-MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
+MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 """Pattern of <key>.<extension>. The extension begins after the first dot of the name; hidden files do not match."""
+SYSTEM_FOLDER = re.compile(r"(?:^|/)__MACOSX/")
+MAX_MEMBERS = 1_000
+"""Largest number of members of a row."""
+MAX_KEYS = 200_000
+"""Number of keys that are remembered, to notice that the members of a row are in several places of a tar."""
+SIDE_BYTES = 16 * 2**20
+"""Size up to which the members of a row that are no pictures are kept. Further members are only described."""
+
+
+class _Limits(NamedTuple):
+    """Extensions of pictures, and the largest size of a member and of all members of a row."""
+
+    images: tuple[str, ...]
+    max_bytes: int
+    row_bytes: int
 
 
 def tar_records(batches: Iterator[pa.RecordBatch], images: Sequence[str], max_bytes: int) -> Iterator[Record]:
     """Read the rows of WebDataset tars as streams, with only one row in memory at a time.
 
     A record has the fields __key__, PICTURE, __member__ (the name of the picture's member), one field per further
-    member (named by its extension), and json.KEY for each key of a `json` member.
+    member (named by its extension), and json.KEY for each key of a `json` member. Damage of a tar is one refused
+    record, after the records of the rows before it.
 
     Args:
-        batches: batches with the column `path`, the path of a tar.
+        batches: batches with the column `path`, the path of a tar, which may be compressed.
         images: file extensions of pictures. If a row has several pictures, the picture whose extension comes first in
             this order is used.
-        max_bytes: largest size of a tar member to read, in bytes.
+        max_bytes: largest size of a tar member to read, in bytes. All members of a row together may have a quarter
+            more.
     """
+    limits = _Limits(tuple(images), max_bytes, max_bytes + max_bytes // 4)
     for batch in batches:
         for path in batch.column("path").to_pylist():
-            yield from _read_tar(Path(path), images, max_bytes)
+            yield from _Tar(path, limits).records()
 
 
-def _read_tar(path: Path, images: Sequence[str], max_bytes: int) -> Iterator[Record]:
-    row: _TarRow | None = None
-    complete = 0
-    with path.open("rb") as file:
+class _Tar:
+    """One tar, whose rows are read in one pass, or in three passes if the tar has links (`tar_links.py`)."""
+
+    def __init__(self, path: str, limits: _Limits) -> None:
+        self._path, self._limits = path, limits
+        self._file = printable(PurePosixPath(path).name)
+        self._links = Links()
+        self._row: _TarRow | None = None
+        self._complete = 0
+
+    def records(self) -> Iterator[Record]:
+        has_links = False
         try:
-            with tarfile.open(fileobj=file, mode="r|*") as tar:
-                for member in tar:
-                    tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps every member in memory
-                    name = MEMBER.fullmatch(member.name.encode(errors="surrogateescape").decode(errors="replace"))
-                    if not (name and member.isfile()):
-                        continue
-                    if row and row.key != name[1]:
-                        yield row.record(path.name, images)
-                        complete, row = complete + 1, None
-                    row = row or _TarRow(name[1])
-                    row.add(tar, member, name[2].lower(), max_bytes)
-        except TAR_ERRORS as error:
-            raw = f"{path.name} from row {complete + 1} on"  # hashed into source_row: do not reword
-            detail = f"the tar ends or is damaged after {complete} rows{f', in row {row.key}' if row else ''}: {error}"
-            yield Record(path.name, {}, raw, Problem("malformed_record", detail))
-            return
-    if row:
-        yield row.record(path.name, images)
+            for row in self._rows():
+                if row.has_links:
+                    has_links = True
+                else:
+                    yield row.record(self._file)
+                self._complete += 1
+        except Exception as error:
+            what = describe_damage(error)
+            if what is None:
+                raise
+            yield self._damage(what)
+        if has_links:
+            yield from self._linked_records()
+
+    def _linked_records(self) -> Iterator[Record]:
+        """Yield the records of the rows with links. Damage ends each pass where it ended the first one."""
+        with LinkTargets(self._links, self._limits.max_bytes) as targets:
+            try:
+                with open_decompressed(self._path) as file:
+                    targets.collect(TarReader(file))
+            except Exception as error:
+                if describe_damage(error) is None:
+                    raise
+            try:
+                for row in self._rows():
+                    if row.has_links:
+                        row.follow_links(targets)
+                        yield row.record(self._file)
+            except Exception as error:
+                if describe_damage(error) is None:
+                    raise
+
+    def _rows(self) -> Iterator[_TarRow]:
+        """Yield the rows of the tar. At an exception, `self._row` is the row that is not complete."""
+        seen: set[int] = set()
+        self._row = None
+        with open_decompressed(self._path) as file:
+            reader = TarReader(file)
+            for member in reader:
+                parts = _split_name(member) if member else None
+                key = parts[1].removeprefix("./") if parts else None
+                if self._row and (member is None or key not in (None, self._row.key)):
+                    yield self._row
+                    self._row = None
+                if member and member.target is not None:
+                    self._links.add(member)
+                if not (member and parts and key):
+                    continue
+                if self._row is None:
+                    self._row = _TarRow(key, parts[1], self._limits, is_again=hash(key) in seen)
+                    if len(seen) < MAX_KEYS:
+                        seen.add(hash(key))
+                self._row.add(reader, member, parts[2].lower())
+
+    def _damage(self, what: str) -> Record:
+        where = f", in row {_readable(self._row.key)}" if self._row else ""
+        detail = f"the tar ends or is damaged after {self._complete} rows{where}: {what}"
+        raw = f"{self._file} from row {self._complete + 1} on"  # hashed into source_row: do not reword
+        return Record(self._file, {}, raw, Problem("unreadable_file", detail))
 
 
 class _TarRow:
     """The members of a tar that have the same key, in the order of the tar."""
 
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.members: dict[str, tuple[str, bytes]] = {}
-        self.problem: Problem | None = None
+    def __init__(self, key: str, shown_key: str, limits: _Limits, *, is_again: bool) -> None:
+        self.key, self._shown_key, self._limits, self._is_again = key, shown_key, limits, is_again
+        self._members: dict[str, tuple[str, bytes | Fields]] = {}
+        self._targets: dict[str, tuple[str, str]] = {}
+        self._count = self._size = self._side = 0
+        self._problem: Problem | None = None
 
-    def add(self, tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, max_bytes: int) -> None:
-        """Read a member. A member that is too large or repeats an extension is a problem of the row."""
-        if member.size > max_bytes:
-            self.problem = Problem("too_large", f"{member.name}: {member.size} bytes, at most {max_bytes}")
-        elif extension in self.members:
-            self.problem = Problem("malformed_record", f"two members of one name: {member.name}")
+    @property
+    def has_links(self) -> bool:
+        """Whether a member of the row is a link."""
+        return bool(self._targets)
+
+    def add(self, reader: TarReader, member: Member, extension: str) -> None:
+        """Read a member. A member that cannot be used is a problem of the row."""
+        self._count += 1
+        extension, name = _readable(extension), _readable(member.name)
+        if self._count > MAX_MEMBERS:
+            self._refuse("malformed_record", f"the row has more than {MAX_MEMBERS} members")
+        elif member.problem:
+            self._refuse("malformed_record", f"{name} is {member.problem}")
+        elif extension in self._members or extension in self._targets:
+            self._refuse("malformed_record", f"two members of one name: {name}")
+        elif member.target is not None:
+            self._targets[extension] = name, member.target
+        elif self._fits(name, member.size):
+            self._keep(extension, name, reader.read(member))
+
+    def follow_links(self, targets: LinkTargets) -> None:
+        """Read the members to which links lead. A link that leads nowhere is a problem of the row."""
+        for extension, (name, target) in self._targets.items():
+            size = targets.size_of(target)
+            if isinstance(size, Problem):
+                self._refuse(size.reason, f"{name} is a link to {_readable(target)}: {size.detail}")
+            elif self._fits(name, size):
+                self._keep(extension, name, targets.read(target))
+
+    def _refuse(self, reason: str, detail: str) -> None:
+        self._problem = self._problem or Problem(reason, detail)
+
+    def _fits(self, name: str, size: int) -> bool:
+        if size > self._limits.max_bytes:
+            self._refuse("too_large", f"{name}: {size} bytes, at most {self._limits.max_bytes}")
+        elif self._size + size > self._limits.row_bytes:
+            self._refuse("too_large", f"the members of the row have more than {self._limits.row_bytes} bytes")
         else:
-            opened = tar.extractfile(member)
-            self.members[extension] = (member.name, opened.read() if opened else b"")
+            self._size += size
+            return True
+        return False
 
-    def record(self, file: str, images: Sequence[str]) -> Record:
+    def _keep(self, extension: str, name: str, content: bytes) -> None:
+        kept: bytes | Fields = content
+        if extension not in self._limits.images:
+            if self._side + len(content) > SIDE_BYTES:
+                kept = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+                if extension == "json":
+                    self._refuse("too_large", f"{name}: {len(content)} bytes, at most {SIDE_BYTES}")
+            else:
+                self._side += len(content)
+        self._members[extension] = (name, kept)
+
+    def record(self, file: str) -> Record:
         """Convert the row to a record."""
-        fields: Fields = {"__key__": self.key, "__member__": None, PICTURE: None}
-        picture = next((extension for extension in images if extension in self.members), None)
-        problem = self.problem
-        for extension, (name, content) in self.members.items():
+        images = self._limits.images
+        fields: Fields = {"__key__": _readable(self._shown_key), "__member__": None, PICTURE: None}
+        picture = next((extension for extension in images if extension in self._members), None)
+        for extension, (name, content) in self._members.items():
             if extension == picture:
                 fields |= {"__member__": name, PICTURE: content}
-            elif extension in images:
+            elif extension in images or isinstance(content, dict):
                 fields[extension] = content
             else:
-                fields[extension] = content.decode("utf-8", errors="replace")
-        document = parse_json_object(fields["json"]) if "json" in fields else {}
-        if isinstance(document, Problem):
-            problem = problem or document
-        else:
-            fields.pop("json", None)
-            fields |= {f"json.{key}": value for key, value in document.items()}
-        return Record(file, fields, None, problem)
+                fields[extension] = decode_text(content)
+        if isinstance(text := fields.get("json"), str):
+            document = parse_json_object(text)
+            if isinstance(document, Problem):
+                self._refuse(*document)
+            else:
+                del fields["json"]
+                fields |= {f"json.{key}": value for key, value in document.items()}
+        if picture is None or len(self._members) == 1:
+            self._explain()
+        return Record(file, fields, None, self._problem)
+
+    def _explain(self) -> None:
+        """Say why a row has no picture or nothing but a picture, where the names of the members tell."""
+        alike = [extension for extension in self._members if extension.rpartition(".")[2] in self._limits.images]
+        if self._is_again:
+            detail = "its members are in several places of the tar: sort the tar by name"
+            self._refuse("malformed_record", f"row {_readable(self.key)}: {detail}")
+        elif alike and not any(extension in self._limits.images for extension in alike):
+            detail = f"no picture, but {', '.join(alike[:3])}: an extension begins at the first dot of a name"
+            self._refuse("missing_field", detail)
+
+
+def _split_name(member: Member) -> re.Match[str] | None:
+    """Match the name of a member with key and extension, or return None if the member belongs to no row."""
+    return None if member.folder or SYSTEM_FOLDER.search(member.name) else MEMBER.fullmatch(member.name)
+
+
+def _readable(name: str) -> str:
+    """Return a name in which bytes that are not UTF-8 are replaced by U+FFFD."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

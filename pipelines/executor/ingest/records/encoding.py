@@ -1,0 +1,34 @@
+"""Decoding of texts whose encoding only their first bytes tell."""
+
+from __future__ import annotations
+
+import codecs
+
+BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark is the start of this mark
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+
+def decode_text(content: bytes) -> str:
+    """Decode a text as its byte-order mark says, else as UTF-16 if it looks like it, else as UTF-8.
+
+    Invalid bytes become U+FFFD.
+    """
+    for mark, encoding in BYTE_ORDER_MARKS:
+        if content.startswith(mark):
+            return content[len(mark) :].decode(encoding, "replace")
+    return content.decode(_unmarked_encoding(content), "replace")
+
+
+def _unmarked_encoding(content: bytes) -> str:
+    """Return UTF-16 if every second byte of a text is mostly zero, as in the Latin alphabet, and no other byte is."""
+    even, odd = content[0:2000:2], content[1:2000:2]
+    if len(content) % 2 or not odd:
+        return "utf-8"
+    if odd.count(0) > len(odd) / 2 and not even.count(0):
+        return "utf-16-le"
+    return "utf-16-be" if even.count(0) > len(even) / 2 and not odd.count(0) else "utf-8"

@@ -1,0 +1,104 @@
+"""Links inside a tar: a member that is a hard or symbolic link has the content of another member of the same tar.
+
+A tar is read as a stream, and the target of a link may be anywhere. Rows with links therefore wait until the whole tar
+has been read. A second pass copies the targets to a temporary file, and a third pass reads the rows with links.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import tempfile
+from types import TracebackType
+from typing import Self
+
+from pipelines.executor.ingest.records.record import Problem
+from pipelines.executor.ingest.records.tar import Member, TarReader
+
+MAX_LINKS = 100_000
+"""Largest number of links that are followed in one tar."""
+MAX_HOPS = 16
+"""Largest number of links that lead to one another."""
+SPOOL_BYTES = 1 << 30
+"""Largest size of the temporary file."""
+
+
+class Links:
+    """The links of a tar, by name."""
+
+    def __init__(self) -> None:
+        self._targets: dict[str, str] = {}
+
+    def add(self, member: Member) -> None:
+        """Remember a member that is a link. Links beyond MAX_LINKS are not remembered, so they lead nowhere."""
+        if member.target is not None and len(self._targets) < MAX_LINKS:
+            self._targets[posixpath.normpath(member.name)] = posixpath.normpath(member.target)
+
+    def follow(self, target: str) -> str:
+        """Return the name of the member at the end of a chain of links."""
+        name = posixpath.normpath(target)
+        for _ in range(MAX_HOPS):
+            if name not in self._targets:
+                break
+            name = self._targets[name]
+        return name
+
+    def ends(self) -> set[str]:
+        """Return the names of the members to which the links lead."""
+        return {self.follow(target) for target in self._targets.values()}
+
+
+class LinkTargets:
+    """Contents of the members to which the links of a tar lead, in a temporary file that is removed at the end."""
+
+    def __init__(self, links: Links, max_bytes: int) -> None:
+        self._links, self._max_bytes = links, max_bytes
+        self._found: dict[str, tuple[int, int] | Problem] = {}
+
+    def __enter__(self) -> Self:
+        self._file = tempfile.TemporaryFile(prefix="lakesight-links-")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._file.close()
+
+    def collect(self, reader: TarReader) -> None:
+        """Copy the contents of the targets from a tar.
+
+        Raises:
+            tarfile.TarError: the tar is damaged. The targets before the damage are copied.
+        """
+        wanted = self._links.ends()
+        for member in reader:
+            if member is None or member.target is not None or member.folder or member.problem:
+                continue
+            name = posixpath.normpath(member.name)
+            if name in wanted:
+                self._found[name] = self._copy(reader, member, name)
+
+    def _copy(self, reader: TarReader, member: Member, name: str) -> tuple[int, int] | Problem:
+        if name in self._found:
+            return Problem("malformed_record", "the tar has several members of that name")
+        if member.size > self._max_bytes:
+            return Problem("too_large", f"{member.size} bytes, at most {self._max_bytes}")
+        start = self._file.tell()
+        if start + member.size > SPOOL_BYTES:
+            return Problem("too_large", f"the linked members of the tar have more than {SPOOL_BYTES} bytes")
+        self._file.write(reader.read(member))
+        return start, member.size
+
+    def size_of(self, target: str) -> int | Problem:
+        """Return the size of the member to which a link leads, or the problem of the link."""
+        found = self._found.get(self._links.follow(target))
+        if found is None:
+            return Problem("malformed_record", "the tar has no such member")
+        return found if isinstance(found, Problem) else found[1]
+
+    def read(self, target: str) -> bytes:
+        """Return the content of the member to which a link leads."""
+        found = self._found[self._links.follow(target)]
+        assert not isinstance(found, Problem)
+        position = self._file.tell()
+        self._file.seek(found[0])
+        content = self._file.read(found[1])
+        self._file.seek(position)
+        return content
