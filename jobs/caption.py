@@ -115,6 +115,7 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
 def add_drift(job: Job, report: CaptionReport, prompt: str) -> CaptionReport:
     """If enough rows were captioned, add the drift (difference from the version's evaluation) to a report."""
     from pipelines.driver.caption.drift import compare_figures, read_evaluation_figures
+    from pipelines.driver.delta.model_rows import is_of_model
 
     rows = report.captioned + report.errors
     if rows < job.config.drift.min_rows:
@@ -124,6 +125,7 @@ def add_drift(job: Job, report: CaptionReport, prompt: str) -> CaptionReport:
         job.platform,
         model=report.model_name,
         version=report.model_version,
+        of_model=is_of_model(report.model_digest, report.run_id),
         source=job.source,
         split=job.config.data.evaluate_on,
     )
@@ -140,7 +142,7 @@ def log_to_mlflow(job: Job, report: CaptionReport, *, good: bool) -> None:
 
     if report.considered == report.already:
         return
-    names = ("model_name", "model_version", "settings_hash", "source_table", "source_version")
+    names = ("model_name", "model_version", "model_digest", "settings_hash", "source_table", "source_version")
     tags = {name: getattr(report, name) for name in names}
     tags["drifted"] = ", ".join(name for name, drift in report.drift.items() if drift.beyond)
     name = f"{report.model_name}-{report.model_version}-{report.source_table}"

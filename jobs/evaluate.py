@@ -68,12 +68,14 @@ def open_model(job: Job, which: str) -> ModelFiles:
         UserError: the model has no version `which`. The error lists the existing versions.
     """
     from pipelines.driver.model_files import ModelFiles
-    from pipelines.tracking.registry import download, resolve
+    from pipelines.tracking.download import download
+    from pipelines.tracking.registry import resolve
 
     version = resolve(job.platform, job.model_name, which)
-    folder = download(job.platform, version)
+    downloaded = download(job.platform, version)
     return ModelFiles(
-        folder=folder,
+        folder=downloaded.folder,
+        digest=downloaded.digest,
         name=version.name,
         version=version.version,
         run_id=version.run_id,

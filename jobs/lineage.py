@@ -15,7 +15,7 @@ from jobs.show import open_table
 from pipelines.errors import UserError
 from vlm.config import Config
 
-UNKNOWN = "unknown: the version is no longer in the registry"
+UNKNOWN = "unknown: the registry in use does not have the model version"
 
 
 class CaptionLineage(Config):
@@ -23,11 +23,14 @@ class CaptionLineage(Config):
 
     Attributes:
         caption: generated caption; null if the picture has an error instead.
+        model_digest: digest of the model's files; null in rows of Lakesight 0.1.0.
         source_table: table that contains the picture.
         source_version: version of `source_table` when the picture was captioned.
         trained_on: version of table `samples` that the model was trained on.
         manifest_hash: hash of the training shards; equal hashes mean equal training data.
         code_version: version of Lakesight that trained the model.
+        code_digest: hash of the source files that trained the model; null if Lakesight 0.1.0 trained the model.
+        code_commit: git commit of these files; null if they were not in a git checkout.
         settings: decoding settings, in JSON.
     """
 
@@ -36,12 +39,15 @@ class CaptionLineage(Config):
     prompt: str
     model_name: str
     model_version: str
+    model_digest: str | None
     run_id: str
     source_table: str
     source_version: int
     trained_on: str
     manifest_hash: str
     code_version: str
+    code_digest: str | None
+    code_commit: str | None
     settings: str
     captioned_at: datetime
 
@@ -92,25 +98,31 @@ def run_lineage(job: Job, image_id: str) -> list[CaptionLineage]:
             got=image_id,
             fix="list ids with `lakesight show generated_captions`, or caption new pictures with `lakesight caption`",
         )
-    versions = {(row["model_name"], row["model_version"]) for row in rows}
+    versions = {(row["model_name"], row["model_version"], row["run_id"]) for row in rows}
     tags = {version: _tags(job, *version) for version in versions}
-    return [_lineage(row, tags[row["model_name"], row["model_version"]]) for row in rows]
+    return [_lineage(row, tags[row["model_name"], row["model_version"], row["run_id"]]) for row in rows]
 
 
 def _lineage(row: Mapping[str, Any], tags: Mapping[str, str]) -> CaptionLineage:
     return CaptionLineage(
-        **{name: row[name] for name in CaptionLineage.model_fields if name in row},
+        **{"model_digest": None} | {name: row[name] for name in CaptionLineage.model_fields if name in row},
         trained_on=tags.get("table_version", UNKNOWN),
         manifest_hash=tags.get("manifest_hash", UNKNOWN),
         code_version=tags.get("code_version", UNKNOWN),
+        code_digest=tags.get("code_digest"),
+        code_commit=tags.get("code_commit"),
     )
 
 
-def _tags(job: Job, name: str, number: str) -> dict[str, str]:
-    """Return the tags of a model version, or an empty dict if the version is no longer in the registry."""
+def _tags(job: Job, name: str, number: str, run_id: str) -> dict[str, str]:
+    """Return the tags of a model version, or an empty dict if the registry in use does not have the version.
+
+    The registry may have another model under the same name and number. Such a model has another MLflow run.
+    """
     from pipelines.tracking.registry import resolve
 
     try:
-        return resolve(job.platform, name, number).tags
+        version = resolve(job.platform, name, number)
     except UserError:
         return {}
+    return version.tags if version.run_id == run_id else {}

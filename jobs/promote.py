@@ -77,6 +77,7 @@ def run_promote(job: Job, which: str) -> PromotionReport:
         job.platform,
         model=version.name,
         version=version.version,
+        digest=open_model(job, version.version).digest,
         action="refuse" if verdict.reasons else "promote",
         champion=champion.version if champion else None,
         reasons=verdict.reasons,

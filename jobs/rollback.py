@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
+from jobs.evaluate import open_model
 
 
 def rollback(
@@ -42,6 +43,7 @@ def run_rollback(job: Job) -> str:
             job.platform,
             model=job.model_name,
             version=move.champion,
+            digest=open_model(job, move.champion).digest,
             action="rollback",
             champion=move.previous,
         )

@@ -88,7 +88,8 @@ def prepare_run(job: Job) -> RunFolder:
 
 def run_train(job: Job) -> TrainReport:
     """Run the train stage: train the model or reuse a finished run, log the run to MLflow and register the model."""
-    from pipelines.driver.train.run import finished_result, launch
+    from pipelines.driver.train.run import launch
+    from pipelines.driver.train.run_folders import finished_result
     from pipelines.formats.run_owner import own_run
     from pipelines.tracking.registry import register
     from pipelines.tracking.runs import follow

@@ -76,9 +76,11 @@ print(train_shards)
 
 # COMMAND ----------
 
-from pipelines.driver.train.run import finished_result, launch, prepare
+from pipelines.driver.train.run import launch, prepare
+from pipelines.driver.train.run_folders import finished_result
 from pipelines.formats.run_owner import own_run
-from pipelines.tracking.registry import download, register
+from pipelines.tracking.download import download
+from pipelines.tracking.registry import register
 from pipelines.tracking.runs import follow
 
 run = prepare(config, platform, train_shards, validation_shards)
@@ -104,8 +106,9 @@ from pathlib import Path
 from pipelines.driver.evaluate.run import evaluate
 from pipelines.driver.model_files import ModelFiles
 
+folder, digest = download(platform, version)
 model = ModelFiles(
-    folder=download(platform, version), name=version.name, version=version.version, run_id=version.run_id
+    folder=folder, name=version.name, version=version.version, run_id=version.run_id, digest=digest
 )
 evaluation = evaluate(spark, platform, model, Path(evaluation_shards.folder), Path(train_shards.folder))
 for metric, interval in evaluation.metrics.items():

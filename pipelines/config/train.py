@@ -109,13 +109,14 @@ EXECUTION_SETTINGS = frozenset(
         "parallel",
         "profile_steps",
         "recompute_blocks",
+        "resume_changed_code",
         "rows_at_once",
         "timeout_seconds",
     }
 )
-"""Settings of how a run is computed and supervised. These settings affect the learned weights only by rounding errors,
-so they are not part of the run's identity. For example, a run that ran out of memory can resume with a smaller
-`rows_at_once`."""
+"""Settings of how a run is computed and supervised. Except for `resume_changed_code`, these settings affect the
+learned weights only by rounding errors, so they are not part of the run's identity. For example, a run that ran out of
+memory can resume with a smaller `rows_at_once`."""
 
 
 class TrainConfig(Config):
@@ -147,6 +148,7 @@ class TrainConfig(Config):
         profile_steps: number of rank 0's first steps to record with torch's profiler. The trace is logged to MLflow.
         timeout_seconds: time without a sign of life from a rank, in seconds, after which the run is ended.
         max_restarts: largest number of restarts of a failed run from its last checkpoint, if a restart can help.
+        resume_changed_code: whether to resume an unfinished run although the training code has changed since.
     """
 
     seed: int = 0
@@ -172,6 +174,7 @@ class TrainConfig(Config):
     profile_steps: Annotated[int, Field(ge=0)] = 0
     timeout_seconds: PositiveInt = 600
     max_restarts: Annotated[int, Field(ge=0)] = 2
+    resume_changed_code: bool = False
 
     def science(self) -> dict[str, Any]:
         """Return the settings that determine what the model learns."""

@@ -18,6 +18,7 @@ class ModelFiles(Config):
         name: name of the registered model.
         version: version of the registered model.
         run_id: id of the MLflow run that trained the version.
+        digest: digest of the files (`pipelines.formats.model_copy`), or empty if the files are not a recorded copy.
         remote: whether the folder is on a network drive, so that each host copies the folder once.
     """
 
@@ -25,6 +26,7 @@ class ModelFiles(Config):
     name: str
     version: str
     run_id: str
+    digest: str = ""
     remote: bool = False
 
     def read_config(self) -> ModelConfig:

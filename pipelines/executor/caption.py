@@ -40,6 +40,7 @@ class CaptionJob(Config):
 
     Attributes:
         model_folder: folder of the model's weights, config and tokenizer.
+        model_digest: digest of the model, or empty if it is not known.
         remote: whether `model_folder` is on a network.
         precision: number format in which the model computes.
         prompt: prompt for every picture.
@@ -54,6 +55,7 @@ class CaptionJob(Config):
     """
 
     model_folder: Path
+    model_digest: str
     remote: bool
     precision: Precision
     prompt: str
@@ -62,7 +64,7 @@ class CaptionJob(Config):
     threads: int
     output_folder: Path
     rows_per_file: int
-    constants: dict[str, str | int]
+    constants: dict[str, str | int | None]
     started_at: datetime
 
 
@@ -79,7 +81,7 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
     from vlm.captioner import BATCH_ROWS
 
     limit_threads(job.threads)
-    folder = local_copy(job.model_folder) if job.remote else job.model_folder
+    folder = local_copy(job.model_folder, job.model_digest) if job.remote else job.model_folder
     captioner = load_captioner(str(folder), job.precision)
     rows: list[dict[str, Any]] = []
     stats: list[CaptionStats] = []

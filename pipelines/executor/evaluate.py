@@ -36,12 +36,14 @@ class ScoreJob(Config):
 
     Attributes:
         model_folder: folder of the model's weights, config and tokenizer.
+        model_digest: digest of the model, or empty if it is not known.
         remote: whether `model_folder` is on a network.
         shards_folder: shard folder of the split to score.
         threads: torch threads per task.
     """
 
     model_folder: Path
+    model_digest: str
     remote: bool
     shards_folder: str
     threads: int
@@ -53,7 +55,7 @@ def score_batches(job: ScoreJob, batches: Iterator[pa.RecordBatch]) -> Iterator[
     from pipelines.worker.score import score_rows
 
     limit_threads(job.threads)
-    folder = local_copy(job.model_folder) if job.remote else job.model_folder
+    folder = local_copy(job.model_folder, job.model_digest) if job.remote else job.model_folder
     captioner = load_captioner(str(folder))
     shards = Shards.open(Path(job.shards_folder))
     for batch in batches:

@@ -2,8 +2,8 @@
 
 The first process copies the files under a lock, and other processes wait for the lock. A copy gets its final name when
 the copy is complete, so a killed process leaves no copy that looks complete. The name of a copy is a hash of the model
-folder's path and of the names, sizes and modification times of the model's files. Only the most recently used models
-are kept.
+folder's path, of the model's digest, and of the names, sizes and modification times of the model's files. A copy whose
+files differ from its record is copied again. Only the most recently used models are kept.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import shutil
 from pathlib import Path
 
 from pipelines.config import short_hash
+from pipelines.errors import StageFailed
+from pipelines.formats.model_copy import check_copy, model_files, record_copy
 from pipelines.host_cache import exclusive_lock, user_cache_folder
 
 KEPT = 3
@@ -22,36 +24,47 @@ A process finishes reading its copy of a model within seconds, so older copies c
 """
 
 
-def local_copy(folder: Path, root: Path | None = None) -> Path:
-    """Return a local copy of a model's folder. Copy the files if they are not in the cache.
+def local_copy(folder: Path, digest: str = "", root: Path | None = None) -> Path:
+    """Return a local copy of a model's folder. Copy the files if the cache has no intact copy.
 
     Args:
         folder: complete model folder on a network, whose files never change.
+        digest: digest of the model, or empty if the digest is not known.
         root: folder of the cache, by default a folder of this user in the system's temporary folder.
 
     Raises:
-        StageFailed: the cache folder belongs to another user, who could replace models.
+        StageFailed: the cache folder belongs to another user, who could replace models, or the files in `folder` do not
+            have the digest.
         OSError: the model's folder cannot be read, or the disk is full.
     """
     root = user_cache_folder("models", root)
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = model_files(folder)
     state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    target = root / short_hash(str(folder), state)
+    target = root / short_hash(str(folder), digest, state)
     with exclusive_lock(root):
-        if not target.is_dir():
-            _copy(files, target)
+        if check_copy(target) is None:
+            _copy(files, target, digest)
         os.utime(target)
         _remove_others(root)
     return target
 
 
-def _copy(files: list[Path], target: Path) -> None:
+def _copy(files: list[Path], target: Path, digest: str) -> None:
     partial = target.with_suffix(".part")
     # no running process writes this copy, because this process holds the lock
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in (partial, target):
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir()
     for path in files:
         shutil.copyfile(path, partial / path.name)
+    copied = record_copy(partial).digest
+    if digest and copied != digest:
+        raise StageFailed(
+            "a model cannot be copied to this host",
+            where=str(files[0].parent),
+            got=f"files with the digest {copied}, expected {digest}",
+            fix="run the command again: it compares the files with the registry and downloads them if they are damaged",
+        )
     partial.rename(target)
 
 

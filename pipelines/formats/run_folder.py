@@ -25,16 +25,54 @@ from vlm.files import atomic_write
 T = TypeVar("T", bound=Config)
 
 
+class TrainingCode(Config):
+    """Code with which ranks train a run.
+
+    Attributes:
+        release: release of Lakesight.
+        digest: hash of the sources that ranks import.
+        files: hash of each source file, by its path in the project.
+        commit: git commit, with ` (changed)` if files differ from the commit; empty if the code is not in git.
+    """
+
+    release: str
+    digest: str
+    files: dict[str, str]
+    commit: str = ""
+
+    def different_files(self, other: TrainingCode) -> list[str]:
+        """Return the paths of the files that differ between two codes, sorted."""
+        return sorted({name for name, _ in self.files.items() ^ other.files.items()})
+
+
 class RunFile(Config):
-    """run.json: the resolved run and the paths of the shards. The driver writes this file before it starts ranks."""
+    """run.json: the resolved run and the paths of the shards. The driver writes this file before it starts ranks.
+
+    Attributes:
+        code_version: release of Lakesight.
+        code: code with which the run is trained; null in files of Lakesight 0.1.0.
+        earlier_code: digests of other codes (or a release without a digest) with which the run was trained before.
+    """
 
     config: RunConfig
     code_version: str
+    code: TrainingCode | None = None
+    earlier_code: tuple[str, ...] = ()
     train_shards: str
     validate_shards: str
     dataset_version: int
     content_hash: str
     world_size: int
+
+    def code_tags(self) -> dict[str, str]:
+        """Return the tags that name the code in MLflow. Tags without a value are left out."""
+        tags = {
+            "code_version": self.code_version,
+            "code_digest": self.code.digest if self.code else "",
+            "code_commit": self.code.commit if self.code else "",
+            "code_earlier": ", ".join(self.earlier_code),
+        }
+        return {name: value for name, value in tags.items() if value}
 
 
 class RankFile(Config):

@@ -203,9 +203,14 @@ INGESTED = Table(
     ),
 )
 
+MODEL_DIGEST = Column(
+    "model_digest", pa.string(), "Digest of the files of the model; null in rows of Lakesight 0.1.0", nullable=True
+)
+"""Identity of a model version by content. Two registries may have versions of the same name and number."""
+
 GENERATED_CAPTIONS = Table(
     "generated_captions",
-    ("source_table", "image_id", "model_name", "model_version", "settings_hash"),
+    ("source_table", "image_id", "model_name", "model_version", "settings_hash", MODEL_DIGEST.name),
     "One row per picture of a source table, per model version and per decoding settings",
     (
         Column("image_id", pa.string(), "Id of the row in the source table"),
@@ -223,13 +228,14 @@ GENERATED_CAPTIONS = Table(
         Column("source_version", pa.int64(), "Version of source_table that was read"),
         Column("run_id", pa.string(), "MLflow run that trained the model version"),
         Column("captioned_at", TIME_TYPE, "Time of captioning"),
+        MODEL_DIGEST,
     ),
     checks={"caption_or_error": "(caption IS NULL) != (error IS NULL)"},
 )
 
 EVALUATIONS = Table(
     "evaluations",
-    ("model_name", "model_version", "source", "dataset_version", "split", "slice", "metric"),
+    ("model_name", "model_version", "source", "dataset_version", "split", "slice", "metric", MODEL_DIGEST.name),
     "One row per model version, dataset version, split, slice and metric",
     (
         Column("model_name", pa.string(), "Registered model"),
@@ -245,12 +251,13 @@ EVALUATIONS = Table(
         Column("evaluated_at", TIME_TYPE, "Time of the evaluation"),
         Column("run_id", pa.string(), "MLflow run that trained the model version"),
         Column("slice", pa.string(), "Part of the split, as column=value; null for the whole split", nullable=True),
+        MODEL_DIGEST,
     ),
 )
 
 VERDICTS = Table(
     "verdicts",
-    ("source_table", "image_id", "model_name", "model_version", "settings_hash"),
+    ("source_table", "image_id", "model_name", "model_version", "settings_hash", MODEL_DIGEST.name),
     "One row per caption that a person has reviewed, with its picture. The table can be trained on",
     (
         Column("image_id", pa.string(), "Id of the row in the source table"),
@@ -273,6 +280,7 @@ VERDICTS = Table(
         Column("sha256", pa.string(), "SHA-256 of image, hexadecimal"),
         Column("reviewer", pa.string(), "User who reviewed the caption"),
         Column("judged_at", TIME_TYPE, "Time of the review"),
+        MODEL_DIGEST,
     ),
     followed=True,
 )
@@ -291,6 +299,7 @@ DECISIONS = Table(
         Column("figures", pa.string(), "Figures that the decision is based on, as a JSON object"),
         Column("decided_by", pa.string(), "User of the process that made the decision"),
         Column("decided_at", TIME_TYPE, "Time of the decision"),
+        MODEL_DIGEST,
     ),
 )
 

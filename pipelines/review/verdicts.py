@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -14,25 +15,32 @@ from typing import Annotated, Any, Literal, Self
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable
+from deltalake import Field as DeltaField
 from pydantic import Field, model_validator
 
 from pipelines.errors import UserError
-from pipelines.formats.tables import VERDICTS, arrow_dataset
+from pipelines.formats.tables import MODEL_DIGEST, VERDICTS, arrow_dataset
 from vlm.config import Config
 
-KEY = ("image_id", "model_version", "settings_hash")
+KEY = ("image_id", "model_version", "settings_hash", MODEL_DIGEST.name)
 """Columns that identify a caption of one source table and one model."""
 CAPTION_COLUMNS = ("caption", "error", "prompt", "mean_logprob", *KEY)
 Show = Literal["open", "judged", "all"]
-Key = tuple[str, str, str]
+Key = tuple[str, str, str, str]
 
 
 class CaptionVerdict(Config):
-    """Verdict on one caption. `text` is the corrected caption, or empty if `verdict` is not `corrected`."""
+    """Verdict on one caption.
+
+    Attributes:
+        model_digest: digest of the model, or empty if Lakesight 0.1.0 wrote the caption.
+        text: corrected caption, or empty if `verdict` is not `corrected`.
+    """
 
     image_id: Annotated[str, Field(min_length=1)]
     model_version: Annotated[str, Field(min_length=1)]
     settings_hash: Annotated[str, Field(min_length=1)]
+    model_digest: str = ""
     verdict: Literal["good", "bad", "corrected"]
     text: Annotated[str, Field(max_length=10_000)] = ""
 
@@ -45,7 +53,7 @@ class CaptionVerdict(Config):
     @property
     def key(self) -> Key:
         """Key of the caption."""
-        return self.image_id, self.model_version, self.settings_hash
+        return self.image_id, self.model_version, self.settings_hash, self.model_digest
 
 
 class Review:
@@ -61,15 +69,14 @@ class Review:
         of_model = (
             (pc.field("source_table") == table) & (pc.field("model_name") == model) & pc.field("caption").is_valid()
         )
-        found = arrow_dataset(captions).to_table(list(CAPTION_COLUMNS), filter=of_model)
+        found = _read(captions, CAPTION_COLUMNS, of_model)
         self.captions: list[dict[str, Any]] = found.sort_by("mean_logprob").to_pylist()
         self._by_key = {key_of(row): row for row in self.captions}
         self._pictures, self._table, self._model = pictures, table, model
         self._verdicts = open_verdicts(verdicts)
         self._lock = threading.Lock()
-        judged = arrow_dataset(self._verdicts).to_table(
-            ["verdict", "text", *KEY], filter=(pc.field("source_table") == table) & (pc.field("model_name") == model)
-        )
+        of_model = (pc.field("source_table") == table) & (pc.field("model_name") == model)
+        judged = _read(self._verdicts, ("verdict", "text", *KEY), of_model)
         self.judged = {key_of(row): row["verdict"] for row in judged.to_pylist()}
 
     def find(self, show: Show, words: str) -> list[dict[str, Any]]:
@@ -104,6 +111,7 @@ class Review:
         row = verdict.model_dump() | {
             "source_table": self._table,
             "model_name": self._model,
+            "model_digest": verdict.model_digest or None,
             "caption": caption["caption"],
             "prompt": caption["prompt"],
             "text": text,
@@ -112,7 +120,7 @@ class Review:
             "reviewer": reviewer,
             "judged_at": datetime.now(UTC),
         }
-        same_caption = " AND ".join(f"old.{column} = new.{column}" for column in VERDICTS.key)
+        same_caption = " AND ".join(f"(old.{column} IS NOT DISTINCT FROM new.{column})" for column in VERDICTS.key)
         with self._lock:
             merge = self._verdicts.merge(
                 pa.Table.from_pylist([row], VERDICTS.arrow_schema), same_caption, source_alias="new", target_alias="old"
@@ -122,13 +130,22 @@ class Review:
 
 
 def key_of(row: dict[str, Any]) -> Key:
-    """Return the key of a caption."""
-    return row["image_id"], row["model_version"], row["settings_hash"]
+    """Return the key of a caption. The digest is empty if Lakesight 0.1.0 wrote the caption."""
+    return row["image_id"], row["model_version"], row["settings_hash"], row[MODEL_DIGEST.name] or ""
+
+
+def _read(table: DeltaTable, columns: Sequence[str], rows: pc.Expression) -> pa.Table:
+    """Read columns of some rows of a table. A table of Lakesight 0.1.0 has no column `model_digest`."""
+    existing = {field.name for field in table.schema().fields}
+    found = arrow_dataset(table).to_table([name for name in columns if name in existing], filter=rows)
+    if MODEL_DIGEST.name in existing:
+        return found
+    return found.append_column(MODEL_DIGEST.name, pa.nulls(found.num_rows, MODEL_DIGEST.type))
 
 
 def open_verdicts(folder: Path) -> DeltaTable:
-    """Open the table `verdicts`. Create the table if it does not exist."""
-    return DeltaTable.create(
+    """Open the table `verdicts`. Create the table if it does not exist, and add a column that it lacks."""
+    table = DeltaTable.create(
         folder,
         VERDICTS.arrow_schema,
         mode="ignore",
@@ -136,3 +153,8 @@ def open_verdicts(folder: Path) -> DeltaTable:
         description=VERDICTS.comment,
         configuration=VERDICTS.properties,
     )
+    existing = {field.name for field in table.schema().fields}
+    missing = [column for column in VERDICTS.columns if column.name not in existing]
+    if missing:
+        table.alter.add_columns([DeltaField.from_arrow(pa.field(c.name, c.type)) for c in missing])
+    return table

@@ -1,4 +1,4 @@
-"""Functions that register the model of a run folder in MLflow's model registry, download versions, and move aliases.
+"""Functions that register the model of a run folder in MLflow's model registry, look up versions, and move aliases.
 
 A version contains weights, config and tokenizer, the code of the model, and requirements with exact versions. The alias
 `champion` names the version that generates captions, `previous` names the champion before it, and `challenger` names
@@ -16,10 +16,7 @@ import importlib.metadata
 import io
 import logging
 import re
-import shutil
 import sys
-import tempfile
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,10 +34,12 @@ from PIL import Image
 import pipelines
 import vlm
 from pipelines.errors import StageFailed, UserError
+from pipelines.formats.model_copy import combine_digests
 from pipelines.formats.run_folder import Result, RunFolder, read_json
 from pipelines.platform import Platform, redact_uri
 from pipelines.tracking.server import connect
 from vlm.config import Config
+from vlm.files import file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +47,8 @@ CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 MOVE_TAG = "lakesight_move"
 MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")
 TAG_PREFIX = "lakesight_"
+DIGEST_TAG = "digest"
+"""Tag of a model version with the digest of its files (pipelines.formats.model_copy)."""
 MAX_TAG_CHARS = 1000
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "safetensors", "tokenizers", "torch")
 
@@ -58,11 +59,15 @@ SIGNATURE = ModelSignature(
 
 
 class ModelVersion(Config):
-    """Version of a registered model. The keys of `tags` lack the prefix `lakesight_`."""
+    """Version of a registered model. The keys of `tags` lack the prefix `lakesight_`.
+
+    `created_ms` is the time at which the registry created the version, in milliseconds since the epoch.
+    """
 
     name: str
     version: str
     run_id: str
+    created_ms: int
     tags: dict[str, str]
     aliases: tuple[str, ...]
 
@@ -90,12 +95,14 @@ def register(run: RunFolder, run_id: str, platform: Platform) -> ModelVersion:
         for version in _versions(client, name):
             if version.run_id == run_id:
                 return _read_version(client, name, version.version)
-        model_id = _log_model(client, run.path / "checkpoints" / Path(result.checkpoint).name, run_id)
+        checkpoint = run.path / "checkpoints" / Path(result.checkpoint).name
+        model_id = _log_model(client, checkpoint, run_id)
         tags = {
+            DIGEST_TAG: combine_digests({file: file_digest(checkpoint / file) for file in MODEL_FILES}),
             "run": run.path.name,
             "table_version": str(file.dataset_version),
             "manifest_hash": file.content_hash,
-            "code_version": file.code_version,
+            **file.code_tags(),
         } | {f"training_{key}": f"{value:.6g}" for key, value in result.metrics.items()}
         created = client.create_model_version(
             name, f"models:/{model_id}", run_id=run_id, tags=_prefixed(tags), model_id=model_id
@@ -128,32 +135,6 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
                 fix=f"versions: {', '.join(numbers) or 'none'}; aliases: {listed}",
             )
         return _read_version(client, name, number)
-
-
-def download(platform: Platform, version: ModelVersion) -> Path:
-    """Download the weights, config and tokenizer of a version once, and return the folder of these files.
-
-    Raises:
-        StageFailed: the files cannot be downloaded from the registry.
-    """
-    target = platform.folder("models") / version.name / version.version
-    if target.is_dir():
-        return target
-    partial = target.with_name(f".{version.version}.{uuid.uuid4().hex}.tmp")
-    try:
-        with tempfile.TemporaryDirectory() as local:
-            model = download_files(platform, version, Path(local))
-            partial.mkdir(parents=True)
-            for file in MODEL_FILES:
-                shutil.copyfile(model / "artifacts" / file, partial / file)
-        try:
-            partial.rename(target)
-        except OSError:
-            if not target.is_dir():  # otherwise another process has just downloaded the same files
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return target
 
 
 def download_files(platform: Platform, version: ModelVersion, folder: Path) -> Path:
@@ -323,6 +304,7 @@ def _read_version(client: MlflowClient, name: str, number: str) -> ModelVersion:
         name=name,
         version=str(found.version),
         run_id=found.run_id or "",
+        created_ms=int(found.creation_timestamp or 0),
         tags={k.removeprefix(TAG_PREFIX): v for k, v in found.tags.items() if k.startswith(TAG_PREFIX)},
         aliases=tuple(sorted(found.aliases)),
     )

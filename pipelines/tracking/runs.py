@@ -283,7 +283,7 @@ def _log_description(client: MlflowClient, tracked: Run, run: RunFolder, file: R
     tags = {
         "lakesight.run": config.name,
         "lakesight.run_folder": str(run.path),
-        "lakesight.code_version": file.code_version,
+        **{f"lakesight.{name}": value for name, value in file.code_tags().items()},
         "lakesight.table": request.table,
         "lakesight.table_version": str(file.dataset_version),
         "lakesight.content_hash": file.content_hash,

@@ -33,7 +33,7 @@ from pipelines.executor.model_cache import local_copy
 from pipelines.worker.caption import limit_threads, load_captioner
 limit_threads(1)
 imported = time.monotonic()
-near = local_copy(folder, root)
+near = local_copy(folder, root=root)
 copied = time.monotonic()
 load_captioner(str(near))
 print(json.dumps([imported - begun, copied - imported, time.monotonic() - copied]))

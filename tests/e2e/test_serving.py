@@ -16,6 +16,7 @@ from tiny_runs import tiny_run
 from pipelines.config import LocalPlatformConfig
 from pipelines.platform import Platform, local
 from pipelines.tracking import registry
+from pipelines.tracking.download import download
 from pipelines.worker.caption import load_captioner
 
 CONFIG = tiny_run()
@@ -42,7 +43,7 @@ def test_a_served_version_captions_base64_pictures_over_rest_from_many_clients_a
     laptop: Platform, version: registry.ModelVersion, tmp_path: Path
 ) -> None:
     encoded = picture_texts()[0]
-    captioner = load_captioner(str(registry.download(laptop, version)))
+    captioner = load_captioner(str(download(laptop, version).folder))
     (expected,) = captioner.caption([base64.b64decode(encoded)], [""], CONFIG.model.generation)
     good = {"caption": expected.caption, "error": None}
     with served(laptop, version, tmp_path) as address:

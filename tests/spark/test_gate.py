@@ -227,9 +227,17 @@ def test_the_lineage_and_the_decisions_of_a_model_are_shown_without_starting_a_j
     with pytest.raises(UserError, match="has no caption"):
         run_lineage(shell, "nobody/0")
     record_decision(
-        job.spark, job.platform, model="other", version="7", action="refuse", champion=None, reasons=["why not"]
+        job.spark,
+        job.platform,
+        model="other",
+        version="7",
+        digest="d",
+        action="refuse",
+        champion=None,
+        reasons=["why not"],
     )
     other = Job(corner_run("other"), job.platform, (), job.output)
     (told,) = run_decisions(other)
     assert (told["action"], told["model_version"], told["reasons"]) == ("refuse", "7", ["why not"])
+    assert told["model_digest"] == "d"
     assert not {"spark"} & {*shell.__dict__, *other.__dict__}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pyspark.sql import SparkSession
+from pyspark.sql import Column, SparkSession
 from pyspark.sql import functions as F
 
 from pipelines.config import DriftConfig
@@ -46,12 +46,16 @@ class EvaluationFigures(Config):
 
 
 def read_evaluation_figures(
-    spark: SparkSession, platform: Platform, *, model: str, version: str, source: str, split: str
+    spark: SparkSession, platform: Platform, *, model: str, version: str, of_model: Column, source: str, split: str
 ) -> EvaluationFigures:
-    """Read the figures of a model version's last evaluation on a split, or no figures if there is no evaluation."""
+    """Read the figures of a model version's last evaluation on a split, or no figures if there is no evaluation.
+
+    `of_model` is the SQL condition that identifies the model by its content (`is_of_model`).
+    """
     rows = (
         spark.table(platform.table(EVALUATIONS.name))
         .where((F.col("model_name") == model) & (F.col("model_version") == version) & F.col("slice").isNull())
+        .where(of_model)
         .where((F.col("source") == source) & (F.col("split") == split) & F.col("metric").isin(*FIGURES))
         .select("dataset_version", "metric", "value", "n")
         .collect()

@@ -1,8 +1,10 @@
 """Files of captions that executors wrote and that are not yet merged into `generated_captions`.
 
-A folder belongs to one key (table, model version, settings), not to one job. A job that is killed leaves files, and the
-next job with the same key merges these files. Two jobs with the same key may run at the same time and merge each
-other's files, because merging is idempotent and each job skips the files that the other job has merged.
+A folder belongs to one key (table, model name and number, settings), not to one job. A job that is killed leaves files,
+and the next job with the same key merges these files. If two registries have a model version of the same name and
+number, both models use the folder, and each row is merged under the digest of its own model. Two jobs with the same key
+may run at the same time and merge each other's files, because merging is idempotent and each job skips the files that
+the other job has merged.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from delta.tables import DeltaTable
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
+from pipelines.driver.delta.model_rows import SAME_MODEL
 from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.executor.caption import PENDING_SCHEMA
-from pipelines.formats.tables import GENERATED_CAPTIONS
+from pipelines.formats.tables import GENERATED_CAPTIONS, MODEL_DIGEST
 from pipelines.platform import Platform
 
 logger = logging.getLogger(__name__)
@@ -41,7 +44,8 @@ class PendingFiles:
 
     Attributes:
         folder: folder of the files.
-        key: columns of `generated_captions`, and the value that all rows of the files have in each column.
+        key: columns of `generated_captions`, and the value that all rows of the files have in each column. The digest
+            of the model is not among the columns.
     """
 
     folder: Path
@@ -89,9 +93,12 @@ class PendingFiles:
         """
         for path in self.files():
             try:
-                yield path, pq.read_table(path)
+                rows = pq.read_table(path)
             except FileNotFoundError:
                 continue
+            if MODEL_DIGEST.name not in rows.column_names:  # a file of Lakesight 0.1.0
+                rows = rows.append_column(MODEL_DIGEST.name, pa.nulls(rows.num_rows, MODEL_DIGEST.type))
+            yield path, rows.select(PENDING_SCHEMA.names)
 
     def _commit(self, spark: SparkSession, platform: Platform, chunk: list[pa.Table], files: list[Path]) -> int:
         """Merge the rows of some files in one commit, then remove the files. Return the number of rows."""
@@ -117,14 +124,19 @@ def matches_key(key: dict[str, str]) -> Column:
 
 
 def _newest_rows(rows: DataFrame) -> DataFrame:
-    """Keep the newest row of each picture. A retried task or a second job may have written a picture more than once."""
-    order = Window.partitionBy("image_id").orderBy(F.desc("captioned_at"), F.desc("source_version"), "sha256")
+    """Keep the newest row of each picture and model.
+
+    A retried task or a second job may have written a picture more than once.
+    """
+    order = Window.partitionBy("image_id", "run_id", "model_digest").orderBy(
+        F.desc("captioned_at"), F.desc("source_version"), "sha256"
+    )
     return rows.withColumn("rank", F.row_number().over(order)).filter("rank = 1").drop("rank")
 
 
 def _merge(spark: SparkSession, name: str, new: DataFrame, key: dict[str, str]) -> None:
     """Insert new captions, and update rows that had an error or whose picture has changed."""
-    same_row = matches_key(key) & (F.col("old.image_id") == F.col("new.image_id"))
+    same_row = matches_key(key) & (F.col("old.image_id") == F.col("new.image_id")) & F.expr(SAME_MODEL)
     columns: dict[str, str | Column] = {name: f"new.{name}" for name in GENERATED_CAPTIONS.names}
     is_newer = "new.captioned_at > old.captioned_at"
     replaces = f"NOT new.unchanged AND {is_newer} AND (old.error IS NOT NULL OR NOT (old.sha256 <=> new.sha256))"

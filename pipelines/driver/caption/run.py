@@ -28,6 +28,7 @@ from pipelines.driver.caption.drift import Drift
 from pipelines.driver.caption.pending_files import PendingFiles, matches_key
 from pipelines.driver.caption.source_table import SourceTable, files_at, open_source_table
 from pipelines.driver.delta.map_in_arrow import spark_schema, task_threads
+from pipelines.driver.delta.model_rows import is_of_model
 from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.spark_errors import translate_spark_errors
@@ -103,6 +104,8 @@ class CaptionReport(Config):
     model_name: str
     model_version: str
     settings_hash: str
+    model_digest: str
+    run_id: str
     considered: int
     already: int
     captioned: int
@@ -173,7 +176,8 @@ def caption(
     pending.open()
     with translate_spark_errors("the table could not be captioned", where=source.name):
         recovered = pending.merge(spark, platform)
-        todo, counts = _find_uncaptioned_rows(spark, platform, source, key, request)
+        captions = _captions_of_model(spark, platform, key, model)
+        todo, counts = _find_uncaptioned_rows(spark, captions, source, request)
         done = CaptionStats()
         if counts.todo:
             with progress(pending.num_rows, counts.todo):
@@ -182,6 +186,8 @@ def caption(
         removed = _remove_deleted(spark, platform, source) if request.remove_deleted else 0
     report = CaptionReport(
         **key,
+        model_digest=model.digest,
+        run_id=model.run_id,
         source_version=source.version,
         considered=counts.rows,
         already=counts.rows - done.captioned - done.errors,
@@ -201,7 +207,11 @@ def caption(
 def _create_job(
     spark: SparkSession, platform: Platform, model: ModelFiles, request: CaptionRequest, source: SourceTable
 ) -> tuple[CaptionJob, dict[str, str]]:
-    """Return the job for the executors, and the key that all rows of the job share."""
+    """Return the job for the executors, and the part of the key that names the model by name and number.
+
+    The model's digest is not in the returned key, because the folder of the files has the same name as in Lakesight
+    0.1.0. Each row in a file has its own digest.
+    """
     settings = request.settings or model.read_config().generation
     decoding = settings.hashed_settings() | {"precision": request.precision}
     key = {
@@ -213,6 +223,7 @@ def _create_job(
     constants = {"prompt": request.prompt, "settings": json.dumps(decoding), "source_version": source.version}
     job = CaptionJob(
         model_folder=model.folder,
+        model_digest=model.digest,
         remote=model.remote,
         precision=request.precision,
         prompt=request.prompt,
@@ -221,7 +232,7 @@ def _create_job(
         threads=task_threads(spark),
         output_folder=(platform.folder("staged") / f"captions-{short_hash(key)}").absolute(),
         rows_per_file=ROWS_PER_FILE,
-        constants=key | constants | {"run_id": model.run_id},
+        constants=key | constants | {"run_id": model.run_id, "model_digest": model.digest or None},
         started_at=datetime.now(UTC),
     )
     return job, key
@@ -234,12 +245,17 @@ class RowCounts(NamedTuple):
     todo: int
 
 
+def _captions_of_model(spark: SparkSession, platform: Platform, key: dict[str, str], model: ModelFiles) -> DataFrame:
+    """Return the rows of `generated_captions` that the model has generated for the source table and the settings."""
+    table = spark.table(platform.table(GENERATED_CAPTIONS.name)).alias("old")
+    return table.where(matches_key(key)).where(is_of_model(model.digest, model.run_id))
+
+
 def _find_uncaptioned_rows(
-    spark: SparkSession, platform: Platform, source: SourceTable, key: dict[str, str], request: CaptionRequest
+    spark: SparkSession, captions: DataFrame, source: SourceTable, request: CaptionRequest
 ) -> tuple[DataFrame, RowCounts]:
     """Return the rows to process, with columns image_id, image and known, and the row counts."""
-    table = spark.table(platform.table(GENERATED_CAPTIONS.name)).alias("old").where(matches_key(key))
-    old = table.where("error IS NULL") if request.retry_errors else table
+    old = captions.where("error IS NULL") if request.retry_errors else captions
     done = old.select("image_id", "sha256", "source_version", F.lit(True).alias("is_done"))
     unchanged = _unchanged_files(spark, source, done)
     marked = source.rows.join(done, "image_id", "left").join(F.broadcast(unchanged), ["source_version", "file"], "left")

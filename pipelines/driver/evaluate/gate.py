@@ -156,6 +156,7 @@ def record_decision(
     *,
     model: str,
     version: str,
+    digest: str,
     action: Literal["promote", "refuse", "rollback"],
     champion: str | None,
     reasons: Sequence[str] = (),
@@ -168,6 +169,7 @@ def record_decision(
         platform: platform of the table.
         model: name of the registered model.
         version: model version that the decision is about.
+        digest: digest of the files of this version.
         action: decision about the model version.
         champion: version of the current champion, or None if there is no champion.
         reasons: reasons why the model version was refused.
@@ -184,6 +186,7 @@ def record_decision(
         "figures": figures,
         "decided_by": "",
         "decided_at": datetime.now(UTC),
+        "model_digest": digest,
     }
     new = spark.createDataFrame([tuple(row[name] for name in DECISIONS.names)], DECISIONS.ddl())
     new.withColumn("decided_by", F.current_user()).writeTo(platform.table(DECISIONS.name)).append()

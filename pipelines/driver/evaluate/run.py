@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from pyspark.sql import DataFrame, SparkSession
 
+from pipelines.driver.delta.model_rows import SAME_MODEL
 from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.tables import add_columns, ensure_tables
@@ -37,7 +38,7 @@ from pipelines.errors import StageFailed, UserError
 from pipelines.executor.thumbnail import with_thumbnails
 from pipelines.formats.run_folder import read_json, write_json
 from pipelines.formats.shards import ShardRequest, Shards
-from pipelines.formats.tables import EVALUATIONS
+from pipelines.formats.tables import EVALUATIONS, MODEL_DIGEST
 from pipelines.platform import Platform
 from vlm.config import Config
 from vlm.text.words import words
@@ -56,6 +57,7 @@ class EvaluationReport(Config):
     Attributes:
         source: name of the data config.
         dataset_version: version of `samples` that last changed the source.
+        model_digest: digest of the model's files; empty in a report that Lakesight 0.1.0 wrote.
         scores_hash: hash of the scores; equal scores have an equal hash.
         pictures: number of pictures of the split.
         left_out: number of rows whose prompt leaves no room for a caption, which only `error_share` counts.
@@ -73,6 +75,7 @@ class EvaluationReport(Config):
     model_name: str
     model_version: str
     run_id: str
+    model_digest: str = ""
     source: str
     split: str
     dataset_version: int
@@ -126,7 +129,7 @@ def evaluate(
     started = time.monotonic()
     model.read_config()
     shards, train = Shards.open(shards_folder), Shards.open(train_folder)
-    folder = evaluation_folder(platform, model, shards, train)
+    folder = _find_folder(platform, model, shards, train)
     requested = RequestedMetrics(tuple(columns), with_meteor and has_java())
     if (folder / REPORT).exists():
         found = read_json(folder / REPORT, EvaluationReport).model_copy(update=_report_paths(folder) | {"reused": True})
@@ -141,6 +144,22 @@ def evaluate(
     _write_pages(report, rows)
     write_json(folder / REPORT, report)
     return report
+
+
+def _find_folder(platform: Platform, model: ModelFiles, shards: Shards, train: Shards) -> Path:
+    """Return the folder of an evaluation.
+
+    Lakesight 0.1.0 did not store the digest of an evaluated model. The first model that finds such an evaluation of its
+    MLflow run stores its digest in the report. A model with the same run and other files does not use the evaluation.
+    """
+    folder = evaluation_folder(platform, model, shards, train)
+    earlier = evaluation_folder(platform, model.model_copy(update={"digest": ""}), shards, train)
+    if folder == earlier or folder.exists() or not (earlier / REPORT).exists():
+        return folder
+    report = read_json(earlier / REPORT, EvaluationReport)
+    if not report.model_digest:
+        write_json(earlier / REPORT, report.model_copy(update={"model_digest": model.digest}))
+    return earlier if report.model_digest in {"", model.digest} else folder
 
 
 class RequestedMetrics(NamedTuple):
@@ -193,6 +212,7 @@ def _evaluate(
         model_name=model.name,
         model_version=model.version,
         run_id=model.run_id,
+        model_digest=model.digest,
         source=request.source,
         split=request.split,
         dataset_version=request.table_version,
@@ -218,6 +238,7 @@ def _rows(report: EvaluationReport) -> Iterator[dict[str, object]]:
     """Yield the report as rows of table `evaluations`."""
     parts: list[tuple[str | None, Mapping[str, Interval]]] = [(None, report.metrics), *report.slices.items()]
     shared = {name: getattr(report, name) for name in EVALUATIONS.names if name in EvaluationReport.model_fields}
+    shared |= {MODEL_DIGEST.name: report.model_digest or None}
     for part, metrics in parts:
         for name, metric in metrics.items():
             yield shared | {"slice": part, "metric": name, "n": report.pictures} | metric.model_dump()
@@ -228,12 +249,12 @@ def _merge(spark: SparkSession, platform: Platform, report: EvaluationReport) ->
     now = datetime.now(UTC)
     rows = [tuple((row | {"evaluated_at": now})[name] for name in EVALUATIONS.names) for row in _rows(report)]
     new = spark.createDataFrame(rows, EVALUATIONS.ddl())
-    keys = " AND ".join(f"t.{key} <=> s.{key}" for key in EVALUATIONS.key)
-    differs = " OR ".join(f"t.{name} <> s.{name}" for name in ("value", "low", "high", "n"))
+    keys = " AND ".join(f"old.{key} <=> new.{key}" for key in EVALUATIONS.key if key != MODEL_DIGEST.name)
+    differs = " OR ".join(f"old.{name} <> new.{name}" for name in ("value", "low", "high", "n"))
     spark.sql(
-        f"MERGE INTO {platform.table(EVALUATIONS.name)} t USING {{new}} s ON {keys} "
+        f"MERGE INTO {platform.table(EVALUATIONS.name)} old USING {{rows}} new ON {keys} AND {SAME_MODEL} "
         f"WHEN MATCHED AND ({differs}) THEN UPDATE SET * WHEN NOT MATCHED THEN INSERT *",
-        new=new,
+        rows=new,
     )
 
 

@@ -1,6 +1,6 @@
 """Scores of one model version for every row of a split. Executors compute the scores once and write them to a file.
 
-The name of the file's folder contains a hash of everything that determines the scores (model version, pictures, scoring
+The name of the file's folder contains a hash of everything that determines the scores (model files, pictures, scoring
 method). A second evaluation finds the folder and runs no model. The file also has the nearest-neighbour caption of each
 row, which is the human caption of the training picture with the most similar grid of 8 x 8 colours.
 """
@@ -48,9 +48,12 @@ GridAndText = tuple[str, bytes, str]
 
 
 def scores_hash(model: ModelFiles, shards: Shards, train: Shards) -> str:
-    """Return a hash of everything that determines the scores of a model version on a split."""
+    """Return a hash of everything that determines the scores of a model version on a split.
+
+    A model without a digest has the hash of Lakesight 0.1.0, which identified a model by its run.
+    """
     pictures = [each.manifest.content_hash for each in (shards, train)]
-    return short_hash(SCORING, model.name, model.version, model.run_id, pictures)
+    return short_hash(SCORING, model.name, model.version, model.run_id, pictures, *filter(None, [model.digest]))
 
 
 def evaluation_folder(platform: Platform, model: ModelFiles, shards: Shards, train: Shards) -> Path:
@@ -99,6 +102,7 @@ def _run_model(spark: SparkSession, model: ModelFiles, shards: Shards) -> list[d
     """
     job = ScoreJob(
         model_folder=model.folder,
+        model_digest=model.digest,
         remote=model.remote,
         shards_folder=str(shards.folder),
         threads=task_threads(spark),

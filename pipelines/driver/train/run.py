@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import logging
-import re
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.config import RunConfig, short_hash
+from pipelines.config import RunConfig
+from pipelines.driver.train.code import read_code
 from pipelines.driver.train.failure import diagnose_failure, root_failure, wait_for_failure_records
 from pipelines.driver.train.hosts import check_hosts
 from pipelines.driver.train.launch import RankEntry, check_slots, run_rank, run_ranks
+from pipelines.driver.train.run_folders import earlier_code, find_folder, finished_result, hash_run
 from pipelines.driver.train.start_from import open_start_folder
 from pipelines.errors import StageFailed, TrainingFailed, UserError
-from pipelines.formats.run_folder import Failure, Result, RunFile, RunFolder, read_json, write_json
+from pipelines.formats.run_folder import Failure, Result, RunFile, RunFolder, TrainingCode, write_json
 from pipelines.formats.run_owner import own_run
 from pipelines.formats.shards import Shards
 from pipelines.platform import Launch, Platform
 from vlm import text
-from vlm.config import config_differences
 from vlm.files import atomic_write
 
 if TYPE_CHECKING:
@@ -33,40 +32,46 @@ RETURN_SECONDS = 120.0
 """Time that a cluster may take to replace a lost executor before a restart of the run, in seconds."""
 
 
-def prepare(config: RunConfig, platform: Platform, train: ShardReport, validate: ShardReport) -> RunFolder:
+def prepare(
+    config: RunConfig,
+    platform: Platform,
+    train: ShardReport,
+    validate: ShardReport,
+    code: TrainingCode | None = None,
+) -> RunFolder:
     """Find or create the run folder, and write run.json and the tokenizer into the folder.
 
-    The tokenizer is trained on the texts of the training shards, or copied from `train.start_from`. The folder's name
-    contains a hash of everything that determines the outcome of the run. Therefore, the same command finds the same run
-    folder, whether or not the run is finished.
+    The tokenizer is trained on the texts of the training shards, or copied from `train.start_from`. Everything that
+    determines the outcome of the run determines the folder (`run_folders.find_folder`). Therefore, the same command
+    finds the same run folder, whether or not the run is finished.
 
     Args:
         config: resolved run config.
         platform: location of the run folders, and number of ranks.
         train: report on the training shards.
         validate: report on the validation shards.
+        code: code that trains the run, by default the installed code.
 
     Raises:
         UserError: a split has no rows, the batch cannot be divided among the ranks, or `train.start_from` does not
             contain the run's model, or another process is training the run.
     """
     _check_inputs(config, train, validate)
-    code = version("lakesight")
+    code = code or read_code()
     settings, start = config.train.science(), None
     if config.train.start_from:
         start = open_start_folder(Path(config.train.start_from), config.model)
         settings["start_from"] = start.digest  # the weights determine the outcome
         resolved = config.train.model_copy(update={"start_from": str(start.folder)})
         config = config.model_copy(update={"train": resolved})
-    identity = short_hash(config.model.hashed_settings(), settings, train.content_hash, validate.content_hash, code)
-    run = RunFolder(platform.folder("runs") / f"{config.name}-{identity}")
-    if not run.run_file.exists():
-        _warn_of_unfinished_run(run, config)
+    identity = hash_run(config.model, settings, train.content_hash, validate.content_hash)
+    run = find_folder(platform.folder("runs") / f"{config.name}-{identity}", config, code)
     if finished_result(run) is not None and run.tokenizer.exists():
         return run
     file = RunFile(
         config=config,
-        code_version=code,
+        code_version=code.release,
+        code=code,
         train_shards=str(train.folder),
         validate_shards=str(validate.folder),
         dataset_version=train.dataset_version,
@@ -80,42 +85,8 @@ def prepare(config: RunConfig, platform: Platform, train: ShardReport, validate:
             with atomic_write(run.tokenizer) as temporary:
                 text.save(tokenizer, temporary)
         if finished_result(run) is None:
-            write_json(run.run_file, file)
+            write_json(run.run_file, file.model_copy(update={"earlier_code": earlier_code(run, code)}))
     return run
-
-
-def _warn_of_unfinished_run(run: RunFolder, config: RunConfig) -> None:
-    """Log how a new run differs from the newest unfinished run of the same name. The unfinished run is not resumed.
-
-    A folder of another program or of an incompatible version never stops the new run.
-    """
-    parent = run.path.parent
-    folders = sorted(parent.iterdir()) if parent.is_dir() else []
-    others = [RunFolder(path) for path in folders if re.fullmatch(f"{re.escape(config.name)}-[0-9a-f]+", path.name)]
-    try:
-        unfinished = [
-            other
-            for other in others
-            if other.run_file.exists() and finished_result(other) is None and other.finished_checkpoints()
-        ]
-        if not unfinished:
-            return
-        newest = max(unfinished, key=lambda each: each.run_file.stat().st_mtime)
-        configs = (newest.read_run().config, config)
-    except (UserError, OSError) as error:
-        log.warning("starting a new run; another run folder of %s is not resumed: %s", config.name, error)
-        return
-    before, now = ({"model": c.model.model_dump(), "train": c.train.science()} for c in configs)
-    changes = "; ".join(config_differences(before, now)) or "the data or the code has changed"
-    log.warning("starting a new run; the unfinished %s is not resumed: %s", newest.path.name, changes)
-
-
-def finished_result(run: RunFolder) -> Result | None:
-    """Return the result of a finished run, or None if the run is not finished or the last checkpoint is missing."""
-    if not run.result.exists():
-        return None
-    result = read_json(run.result, Result)
-    return result if run.checkpoint(result.step).is_dir() else None
 
 
 def launch(run: RunFolder, platform: Platform, spark: SparkSession, entry: RankEntry = run_rank) -> Result:

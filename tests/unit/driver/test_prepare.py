@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import pytest
 from run_owners import owned_by_another_process
 from tiny_runs import tiny_run, write_shards
 
-from pipelines.config import LocalPlatformConfig
+from pipelines.config import LocalPlatformConfig, short_hash
 from pipelines.driver.shard import ShardReport
-from pipelines.driver.train.run import finished_result, prepare
+from pipelines.driver.train.code import read_code
+from pipelines.driver.train.run import prepare
+from pipelines.driver.train.run_folders import finished_result
 from pipelines.errors import UserError
-from pipelines.formats.run_folder import Result, write_json
+from pipelines.formats.run_folder import Result, RunFolder, TrainingCode, write_json
 from pipelines.formats.shards import Shards
 from pipelines.platform import Platform, local
 from vlm import text
@@ -182,6 +185,79 @@ def test_changed_settings_start_a_new_run_and_the_differences_from_the_unfinishe
         "train.seed is 0 in the saved config, 3 in the run; train.steps is 12 in the saved config, 20 in the run"
         in message
     )
+
+
+def finish(run: RunFolder) -> None:
+    run.checkpoint(12).mkdir(parents=True)
+    write_json(run.result, Result(status="ok", step=12, world_size=2, checkpoint="", metrics={}, seconds=1.0))
+
+
+def changed(code: TrainingCode, name: str = "vlm/training/objective.py") -> TrainingCode:
+    files = code.files | {name: "changed"}
+    return code.model_copy(update={"files": files, "digest": short_hash(files)})
+
+
+def test_the_code_of_a_run_is_that_of_the_model_library_and_of_the_ranks(laptop: Platform, report: ShardReport) -> None:
+    code = read_code()
+    assert {"vlm/training/objective.py", "pipelines/worker/main.py"} <= code.files.keys()
+    assert {name.rpartition("/")[0].partition("/")[0] for name in code.files} == {"vlm", "pipelines"}
+    assert not [name for name in code.files if "jobs" in name or "driver" in name]
+    assert prepare(tiny_run(), laptop, report, report).read_run().code == code
+    assert changed(code).different_files(code) == ["vlm/training/objective.py"]
+
+
+def test_a_finished_run_is_found_by_its_code_and_trained_again_by_other_code(
+    laptop: Platform, report: ShardReport
+) -> None:
+    code = read_code()
+    finish(prepare(tiny_run(), laptop, report, report, code))
+    other = prepare(tiny_run(), laptop, report, report, changed(code))
+    assert finished_result(other) is None
+    finish(other)
+    assert finished_result(prepare(tiny_run(), laptop, report, report, changed(code)))
+    assert prepare(tiny_run(), laptop, report, report, changed(code)) == other
+    first = prepare(tiny_run(), laptop, report, report, code)
+    assert first != other
+    assert finished_result(first)
+
+
+def test_an_unfinished_run_of_other_code_is_resumed_only_on_request_and_the_log_names_the_changed_files(
+    laptop: Platform, report: ShardReport, caplog: pytest.LogCaptureFixture
+) -> None:
+    code = read_code()
+    unfinished = prepare(tiny_run(), laptop, report, report, code)
+    unfinished.checkpoint(4).mkdir(parents=True)
+    assert prepare(tiny_run(), laptop, report, report, code) == unfinished
+    assert caplog.messages == []
+    fresh = prepare(tiny_run(), laptop, report, report, changed(code))
+    assert fresh != unfinished
+    (message,) = caplog.messages
+    assert "changed in vlm/training/objective.py; to resume it all the same" in message
+    assert "--set train.resume_changed_code=true" in message
+
+    other = changed(code, "vlm/model.py")
+    resumed = prepare(tiny_run(resume_changed_code=True), laptop, report, report, other)
+    assert resumed == unfinished
+    assert resumed.read_run().earlier_code == (code.digest,)
+    assert prepare(tiny_run(), laptop, report, report, other) == unfinished  # the run now has this code
+
+
+def test_a_run_of_the_first_release_is_found_by_its_name_and_belongs_to_the_code_that_finds_it(
+    laptop: Platform, report: ShardReport
+) -> None:
+    code = read_code()
+    old = prepare(tiny_run(), laptop, report, report, code)
+    without_code = json.loads(old.run_file.read_text())
+    del without_code["code"], without_code["earlier_code"], without_code["config"]["train"]["resume_changed_code"]
+    write_json(old.run_file, without_code)
+    finish(old)
+    assert prepare(tiny_run(), laptop, report, report, code) == old
+    assert old.read_run().code_tags() == {
+        "code_version": code.release,
+        "code_digest": code.digest,
+        "code_earlier": code.release,
+    } | ({"code_commit": code.commit} if code.commit else {})
+    assert finished_result(prepare(tiny_run(), laptop, report, report, changed(code))) is None
 
 
 def test_folders_of_other_programs_and_damaged_run_folders_only_cause_a_warning(

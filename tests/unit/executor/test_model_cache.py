@@ -14,6 +14,7 @@ from processes import TEST_PATH
 
 from pipelines.errors import StageFailed
 from pipelines.executor.model_cache import KEPT, local_copy
+from pipelines.formats.model_copy import model_files, record_copy
 
 COPY = """
 import shutil, sys, time
@@ -26,7 +27,7 @@ def slowly(source, target):
     return whole(source, target)
 shutil.copyfile = slowly
 print("asks", flush=True)
-print(local_copy(Path(sys.argv[1]), Path(sys.argv[2])), flush=True)
+print(local_copy(Path(sys.argv[1]), root=Path(sys.argv[2])), flush=True)
 """
 
 
@@ -52,25 +53,37 @@ def line(process: subprocess.Popen[str]) -> str:
 
 def test_a_model_is_copied_once_and_is_copied_again_after_the_model_was_replaced(tmp_path: Path) -> None:
     folder, root = model(tmp_path / "far"), tmp_path / "near"
-    copy = local_copy(folder, root)
-    assert {path.name: path.read_text() for path in copy.iterdir()} == {
+    copy = local_copy(folder, root=root)
+    assert {path.name: path.read_text() for path in model_files(copy)} == {
         "model.safetensors": "weights",
         "config.json": "{}",
     }
     (copy / "mark").touch()
-    assert local_copy(folder, root) == copy
+    assert local_copy(folder, root=root) == copy
     assert (copy / "mark").exists(), "copied a second time"
     (folder / "model.safetensors").write_text("others")
-    assert (local_copy(folder, root) / "model.safetensors").read_text() == "others"
+    assert (local_copy(folder, root=root) / "model.safetensors").read_text() == "others"
+
+
+def test_a_damaged_copy_is_copied_again_and_a_model_with_another_digest_is_refused(tmp_path: Path) -> None:
+    folder, root = model(tmp_path / "far"), tmp_path / "near"
+    digest = record_copy(folder).digest
+    copy = local_copy(folder, digest, root)
+    for damage in ("weight", "weighty"):  # another size, and the same size at another time
+        (copy / "model.safetensors").write_text(damage)
+        assert (local_copy(folder, digest, root) / "model.safetensors").read_text() == "weights"
+    with pytest.raises(StageFailed, match="cannot be copied to this host"):
+        local_copy(folder, "0" * 64, root)
+    assert [path.name for path in root.iterdir() if path.is_dir() and not path.suffix] == [copy.name]
 
 
 def test_only_the_most_recently_used_models_are_kept(tmp_path: Path) -> None:
     folders = [model(tmp_path / f"far-{number}") for number in range(KEPT + 2)]
     copies = []
     for number, folder in enumerate(folders):
-        copies.append(local_copy(folder, tmp_path / "near"))
+        copies.append(local_copy(folder, root=tmp_path / "near"))
         os.utime(copies[-1], (number, number))
-    assert local_copy(folders[-KEPT], tmp_path / "near") == copies[-KEPT]
+    assert local_copy(folders[-KEPT], root=tmp_path / "near") == copies[-KEPT]
     assert [copy.exists() for copy in copies] == [False, False] + [True] * KEPT
 
 
@@ -98,4 +111,4 @@ def test_a_cache_folder_of_another_user_is_refused(tmp_path: Path) -> None:
     (tmp_path / "near").mkdir()
     os.chown(tmp_path / "near", 12345, 12345)
     with pytest.raises(StageFailed, match="another user"):
-        local_copy(model(tmp_path / "far"), tmp_path / "near")
+        local_copy(model(tmp_path / "far"), root=tmp_path / "near")

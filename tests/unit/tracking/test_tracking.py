@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import io
 import json
 import os
@@ -30,6 +29,7 @@ from pipelines.errors import TrainingFailed, UserError
 from pipelines.formats.run_folder import CaptionSample, CaptionSamples, Failure, Metrics, Result, RunFolder, write_json
 from pipelines.platform import Platform, local
 from pipelines.tracking import registry, runs
+from pipelines.tracking.download import download
 from pipelines.tracking.expert_load_plot import draw_expert_load
 from pipelines.tracking.server import connect
 from pipelines.tracking.smoke_test import find_pickles, smoke_test_folder
@@ -246,7 +246,7 @@ def test_logging_to_mlflow_prints_nothing(
     with runs.follow(run, CONFIG, platform) as run_id:
         log_step(run, 0)
     finish(run)
-    registry.download(platform, registry.register(run, run_id, platform))
+    download(platform, registry.register(run, run_id, platform))
     captured = capfd.readouterr()
     assert captured.out == ""
     assert captured.err == ""
@@ -351,16 +351,6 @@ def test_a_bad_picture_gives_an_error_in_its_own_row_only(
     assert predictions["caption"].isna().tolist() == [True, False, True, True, True]
     alone = model.predict(pd.DataFrame({"image": [good]}))
     assert alone["caption"][0] == predictions["caption"][1]
-
-
-def test_download_fetches_the_weights_once(platform: Platform, registered: registry.ModelVersion) -> None:
-    folder = registry.download(platform, registered)
-    assert sorted(path.name for path in folder.iterdir()) == sorted(registry.MODEL_FILES)
-    stamp = (folder / "model.safetensors").stat().st_mtime_ns
-    offline = dataclasses.replace(platform, tracking_uri="http://127.0.0.1:9", registry_uri="http://127.0.0.1:9")
-    assert registry.download(offline, registered) == folder
-    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
-    assert [path.name for path in folder.parent.iterdir()] == ["1"]
 
 
 def test_the_error_for_an_unknown_model_version_or_alias_lists_the_existing_versions_and_aliases(

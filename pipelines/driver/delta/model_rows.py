@@ -1,0 +1,21 @@
+"""SQL conditions that select the rows of one model by the digest of its files.
+
+A row of Lakesight 0.1.0 has no digest. Such a row belongs to the model if both have the same MLflow run.
+"""
+
+from __future__ import annotations
+
+from pyspark.sql import Column
+from pyspark.sql import functions as F
+
+SAME_MODEL = (
+    "(old.model_digest = new.model_digest OR old.run_id = new.run_id AND "
+    "(old.model_digest IS NULL OR new.model_digest IS NULL))"
+)
+"""Condition of a merge: whether a row of the table (`old`) and a new row (`new`) belong to the same model."""
+
+
+def is_of_model(digest: str, run_id: str) -> Column:
+    """Return the condition that is true for rows of one model. The digest is empty if it is not known."""
+    without_digest = F.col("model_digest").isNull() & (F.col("run_id") == run_id)
+    return (F.col("model_digest") == digest) | without_digest if digest else without_digest

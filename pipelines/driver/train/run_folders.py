@@ -1,0 +1,118 @@
+"""Choice of the run folder: the folder of a run is found by everything that determines the outcome of the run.
+
+The name of a folder contains a hash of the model, the settings and the data. The first code that trains such a run has
+the folder of this name, which is also the name that Lakesight 0.1.0 gave. A folder for another code has the digest of
+the code after this name.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import RunConfig, short_hash
+from pipelines.errors import UserError
+from pipelines.formats.run_folder import Result, RunFile, RunFolder, TrainingCode, read_json, write_json
+from vlm.config import ModelConfig, config_differences
+
+log = logging.getLogger(__name__)
+
+NAMING = "0.1.0"
+"""Part of every hash in the name of a run folder. Never change this value, or no existing run is found any more."""
+SHOWN_FILES = 5
+
+
+def hash_run(model: ModelConfig, settings: Mapping[str, Any], train: str, validate: str) -> str:
+    """Return the hash of a run's model, its settings, and the content hashes of its shards."""
+    return short_hash(model.hashed_settings(), settings, train, validate, NAMING)
+
+
+def find_folder(path: Path, config: RunConfig, code: TrainingCode) -> RunFolder:
+    """Return the existing or new run folder of a run, and log why an unfinished run is not resumed.
+
+    A folder of Lakesight 0.1.0 does not say which code trained the run. The first code that finds such a folder is
+    stored in its run.json, and from then on counts as the code of the run.
+
+    Args:
+        path: path of the folder that the first code uses.
+        config: resolved run config.
+        code: code that trains the run now.
+    """
+    first, own = RunFolder(path), RunFolder(path.with_name(f"{path.name}-{code.digest}"))
+    if not first.run_file.exists():
+        _warn_of_unfinished_run(path.parent, config, code)
+        return first
+    file = first.read_run()
+    if file.code is None and finished_result(first) is not None:
+        adopted = {"code": code, "earlier_code": (file.code_version,)}
+        write_json(first.run_file, file.model_copy(update=adopted))
+    if file.code is None or file.code.digest == code.digest:
+        return first
+    if own.run_file.exists():
+        return own
+    if config.train.resume_changed_code and (resumed := _newest_unfinished(path.parent, path.name)):
+        log.warning("resuming %s with changed code: %s", resumed.path.name, _changed_code(resumed.read_run(), code))
+        return resumed
+    _warn_of_unfinished_run(path.parent, config, code)
+    return own
+
+
+def earlier_code(run: RunFolder, code: TrainingCode) -> tuple[str, ...]:
+    """Return the digests of all other codes with which a run has been trained, for run.json."""
+    if not run.run_file.exists() or not run.finished_checkpoints():
+        return ()
+    before = run.read_run()
+    last = before.code.digest if before.code else before.code_version
+    return tuple(dict.fromkeys(known for known in (*before.earlier_code, last) if known != code.digest))
+
+
+def finished_result(run: RunFolder) -> Result | None:
+    """Return the result of a finished run, or None if the run is not finished or the last checkpoint is missing."""
+    if not run.result.exists():
+        return None
+    result = read_json(run.result, Result)
+    return result if run.checkpoint(result.step).is_dir() else None
+
+
+def _newest_unfinished(folder: Path, name: str) -> RunFolder | None:
+    """Return the newest run that has a checkpoint but no result, or None if there is none.
+
+    The names of the folders are `name` and hashes.
+    """
+    folders = sorted(folder.iterdir()) if folder.is_dir() else []
+    runs = [RunFolder(path) for path in folders if re.fullmatch(f"{re.escape(name)}(-[0-9a-f]+){{0,2}}", path.name)]
+    unfinished = [
+        run for run in runs if run.run_file.exists() and finished_result(run) is None and run.finished_checkpoints()
+    ]
+    return max(unfinished, key=lambda run: run.run_file.stat().st_mtime, default=None)
+
+
+def _warn_of_unfinished_run(folder: Path, config: RunConfig, code: TrainingCode) -> None:
+    """Log how a new run differs from the newest unfinished run of the same name. The unfinished run is not resumed.
+
+    A folder of another program or of an incompatible version never stops the new run.
+    """
+    try:
+        unfinished = _newest_unfinished(folder, config.name)
+        if unfinished is None:
+            return
+        file = unfinished.read_run()
+    except (UserError, OSError) as error:
+        log.warning("starting a new run; another run folder of %s is not resumed: %s", config.name, error)
+        return
+    before, now = ({"model": c.model.model_dump(), "train": c.train.science()} for c in (file.config, config))
+    changes = list(config_differences(before, now))
+    if not changes and file.code is not None and file.code.digest != code.digest:
+        changes = [_changed_code(file, code), "to resume it all the same, add --set train.resume_changed_code=true"]
+    differences = "; ".join(changes) or "the data has changed"
+    log.warning("starting a new run; the unfinished %s is not resumed: %s", unfinished.path.name, differences)
+
+
+def _changed_code(file: RunFile, code: TrainingCode) -> str:
+    """Return a sentence that names the source files that have changed since a run was trained."""
+    files = file.code.different_files(code) if file.code else []
+    more = f" and {len(files) - SHOWN_FILES} more" if len(files) > SHOWN_FILES else ""
+    return f"the training code has changed in {', '.join(files[:SHOWN_FILES])}{more}"

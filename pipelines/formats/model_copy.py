@@ -1,0 +1,80 @@
+"""Local copies of a model's files, and the digest that identifies a model by the content of its files.
+
+A copy is a folder with the file RECORD, which is written last. The record lists the size, the modification time and the
+SHA-256 of each file. Each use of a copy compares sizes and modification times with the record, so a damaged or replaced
+file is noticed without reading the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from vlm.config import Config
+from vlm.files import atomic_write, file_digest
+
+RECORD = "copy.json"
+
+
+class CopiedFile(Config):
+    """A file of a copy: size in bytes, modification time in nanoseconds, and SHA-256."""
+
+    size: int
+    modified_ns: int
+    sha256: str
+
+
+class ModelCopy(Config):
+    """Content of RECORD: the files of a complete copy, by name."""
+
+    files: dict[str, CopiedFile]
+
+    @property
+    def digest(self) -> str:
+        """Digest of the model."""
+        return combine_digests({name: file.sha256 for name, file in self.files.items()})
+
+
+def combine_digests(digests: Mapping[str, str]) -> str:
+    """Return the digest of a model: a hash of the names of its files and of their SHA-256."""
+    return hashlib.sha256(json.dumps(dict(digests), sort_keys=True).encode()).hexdigest()
+
+
+def record_copy(folder: Path) -> ModelCopy:
+    """Hash the files of a complete copy, and write the record of the copy."""
+    files = {
+        path.name: CopiedFile(size=path.stat().st_size, modified_ns=path.stat().st_mtime_ns, sha256=file_digest(path))
+        for path in model_files(folder)
+    }
+    copy = ModelCopy(files=files)
+    with atomic_write(folder / RECORD) as temporary:
+        temporary.write_text(copy.model_dump_json(indent=2), encoding="utf-8")
+    return copy
+
+
+def check_copy(folder: Path) -> ModelCopy | None:
+    """Return the record of a copy whose files are unchanged. Return None if the copy must be made again.
+
+    If only a modification time has changed, for example because the home folder was copied, the SHA-256 decides.
+    """
+    try:
+        recorded = ModelCopy.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
+        states = {path.name: path.stat() for path in model_files(folder)}
+    except (OSError, ValidationError, UnicodeDecodeError):
+        return None
+    if {name: file.size for name, file in recorded.files.items()} != {n: state.st_size for n, state in states.items()}:
+        return None
+    if all(states[name].st_mtime_ns == file.modified_ns for name, file in recorded.files.items()):
+        return recorded
+    if any(file_digest(folder / name) != file.sha256 for name, file in recorded.files.items()):
+        return None
+    return record_copy(folder)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """List the files of a model's folder, without the record of a copy."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.name != RECORD)

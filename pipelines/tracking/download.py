@@ -1,0 +1,82 @@
+"""Download of registered model versions into the home folder."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from pipelines.config import short_hash
+from pipelines.errors import StageFailed
+from pipelines.formats.model_copy import ModelCopy, check_copy, record_copy
+from pipelines.platform import Platform, redact_uri
+from pipelines.tracking.registry import DIGEST_TAG, MODEL_FILES, ModelVersion, download_files
+
+logger = logging.getLogger(__name__)
+
+
+class Download(NamedTuple):
+    """Folder of a downloaded model version, and the digest of its files."""
+
+    folder: Path
+    digest: str
+
+
+def download(platform: Platform, version: ModelVersion) -> Download:
+    """Return the folder of a version's weights, config and tokenizer; download them if there is no intact copy.
+
+    Two registries, or a registry that was deleted and created again, may have versions of the same name and number.
+    Therefore the name of the folder also contains a hash of the version's MLflow run and creation time.
+
+    Raises:
+        StageFailed: the files cannot be downloaded, or are not the files that were registered.
+    """
+    key = short_hash(version.run_id, version.created_ms)
+    target = platform.folder("models") / version.name / f"{version.version}-{key}"
+    registered = version.tags.get(DIGEST_TAG)
+    copy = check_copy(target)
+    if copy is not None and registered in (None, copy.digest):
+        return Download(target, copy.digest)
+    if target.exists():
+        logger.warning("%s is damaged or was changed; the model version is downloaded again", target)
+    return Download(target, _fetch(platform, version, target).digest)
+
+
+def _fetch(platform: Platform, version: ModelVersion, target: Path) -> ModelCopy:
+    """Download a version and put it at `target` in one step, so that no reader sees an incomplete folder."""
+    partial = target.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with tempfile.TemporaryDirectory() as local:
+            model = download_files(platform, version, Path(local))
+            partial.mkdir(parents=True)
+            for file in MODEL_FILES:
+                shutil.copyfile(model / "artifacts" / file, partial / file)
+        copy = record_copy(partial)
+        _check_registered(platform, version, copy)
+        present = check_copy(target)
+        if present is not None and present.digest == copy.digest:
+            return present  # another process has just downloaded the same files
+        with suppress(FileNotFoundError):
+            target.rename(target.with_name(f".{uuid.uuid4().hex}.old"))
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for old in target.parent.glob(".*.old"):
+            shutil.rmtree(old, ignore_errors=True)
+    return copy
+
+
+def _check_registered(platform: Platform, version: ModelVersion, copy: ModelCopy) -> None:
+    """Compare the digest of a download with the digest that was stored when the version was registered."""
+    registered = version.tags.get(DIGEST_TAG, copy.digest)  # versions of Lakesight 0.1.0 have no digest
+    if registered != copy.digest:
+        raise StageFailed(
+            "the files of a model version are not the files that were registered",
+            where=f"model {version.name} version {version.version} in {redact_uri(platform.registry_uri)}",
+            got=f"digest {copy.digest}, registered with {registered}",
+            fix="restore the artifacts of the version, or train again to register a new version",
+        )

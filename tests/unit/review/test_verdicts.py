@@ -1,0 +1,76 @@
+"""Verdicts on captions, read and written as Delta files, without a server."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable, write_deltalake
+
+from pipelines.formats.tables import GENERATED_CAPTIONS, SAMPLES, VERDICTS, Table
+from pipelines.review.verdicts import CaptionVerdict, Review
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+SAMPLE: dict[str, Any] = {
+    "image_id": "a/0",
+    "sha256": "0" * 64,
+    "image": b"png",
+    "format": "PNG",
+    "width": 8,
+    "height": 8,
+}
+SAMPLE |= {"texts": [], "split": "test", "source": "a", "source_row": "r", "ingest_id": "i", "ingested_at": NOW}
+CAPTION: dict[str, Any] = {
+    "image_id": "a/0",
+    "model_name": "m",
+    "model_version": "1",
+    "settings_hash": "h",
+    "caption": "red",
+}
+CAPTION |= {"sha256": "0" * 64, "prompt": "", "settings": "{}", "num_tokens": 3, "mean_logprob": -1.0}
+CAPTION |= {"source_table": "samples", "source_version": 1, "run_id": "r", "captioned_at": NOW}
+VERDICT: dict[str, Any] = {"image_id": "a/0", "source_table": "samples", "model_name": "m", "model_version": "1"}
+VERDICT |= {"settings_hash": "h", "prompt": "", "caption": "red", "verdict": "good", "text": "red", "image": b"png"}
+VERDICT |= {"sha256": "0" * 64, "reviewer": "somebody", "judged_at": NOW}
+
+
+def write(folder: Path, table: Table, rows: list[dict[str, Any]], without: str = "") -> DeltaTable:
+    schema = pa.schema([field for field in table.arrow_schema if field.name != without])
+    write_deltalake(folder / table.name, pa.Table.from_pylist(rows, schema))
+    return DeltaTable(folder / table.name)
+
+
+def judge(review: Review, verdict: str, digest: str = "") -> None:
+    posted = {"image_id": "a/0", "model_version": "1", "settings_hash": "h", "verdict": verdict}
+    review.save_verdict(CaptionVerdict.model_validate(posted | {"model_digest": digest}), "me")
+
+
+def stored(folder: Path) -> list[tuple[str | None, str]]:
+    rows = DeltaTable(folder / "verdicts").to_pyarrow_table().to_pylist()
+    return sorted(((row["model_digest"], row["verdict"]) for row in rows), key=str)
+
+
+def test_models_of_two_registries_with_the_same_name_and_number_have_separate_verdicts(tmp_path: Path) -> None:
+    captions = write(tmp_path, GENERATED_CAPTIONS, [CAPTION | {"model_digest": digest} for digest in ("x", "y")])
+    pictures = write(tmp_path, SAMPLES, [SAMPLE])
+    review = Review(captions, pictures, tmp_path / "verdicts", table="samples", model="m")
+    judge(review, "good", "x")
+    assert [row["model_digest"] for row in review.find("open", "")] == ["y"]
+    judge(review, "bad", "y")
+    judge(review, "bad", "x")
+    assert stored(tmp_path) == [("x", "bad"), ("y", "bad")]
+
+
+@pytest.mark.parametrize("table", [GENERATED_CAPTIONS, VERDICTS])
+def test_tables_of_the_first_release_without_a_digest_are_reviewed(table: Table, tmp_path: Path) -> None:
+    without = {each.name: "model_digest" if each is table else "" for each in (GENERATED_CAPTIONS, VERDICTS)}
+    captions = write(tmp_path, GENERATED_CAPTIONS, [CAPTION], without[GENERATED_CAPTIONS.name])
+    write(tmp_path, VERDICTS, [VERDICT], without[VERDICTS.name])
+    pictures = write(tmp_path, SAMPLES, [SAMPLE])
+    review = Review(captions, pictures, tmp_path / "verdicts", table="samples", model="m")
+    assert [row["caption"] for row in review.find("judged", "")] == ["red"]
+    judge(review, "bad")
+    assert stored(tmp_path) == [(None, "bad")]

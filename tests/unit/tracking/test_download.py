@@ -1,0 +1,84 @@
+"""Download of model versions: a copy is used only if it is intact and belongs to the version of the registry in use."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from model_server import register_random
+from tiny_runs import tiny_run
+
+from pipelines.config import LocalPlatformConfig
+from pipelines.errors import StageFailed
+from pipelines.formats.model_copy import RECORD
+from pipelines.platform import Platform, local
+from pipelines.tracking import registry
+from pipelines.tracking.download import download
+
+SERVER = "http://127.0.0.1:9"  # no server answers at this address
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Platform:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAKESIGHT_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        opened = local(LocalPlatformConfig())
+    shutil.copy(empty_database, opened.root / "mlflow.db")
+    return opened
+
+
+@pytest.fixture(scope="module")
+def registered(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> registry.ModelVersion:
+    return register_random(platform, tmp_path_factory.mktemp("run"), tiny_run())
+
+
+def test_download_fetches_the_weights_once(platform: Platform, registered: registry.ModelVersion) -> None:
+    folder, digest = download(platform, registered)
+    assert sorted(path.name for path in folder.iterdir()) == sorted((*registry.MODEL_FILES, RECORD))
+    assert digest == registered.tags["digest"]
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    offline = dataclasses.replace(platform, tracking_uri="http://127.0.0.1:9", registry_uri="http://127.0.0.1:9")
+    assert download(offline, registered) == (folder, digest)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_version_of_another_registry_with_the_same_name_and_number_has_a_copy_of_its_own(
+    platform: Platform, registered: registry.ModelVersion
+) -> None:
+    folder = download(platform, registered).folder
+    for other in ({"run_id": "another run"}, {"created_ms": registered.created_ms + 1}):
+        assert download(platform, registered.model_copy(update=other)).folder != folder
+
+
+def test_a_damaged_or_replaced_copy_of_a_version_is_downloaded_again(
+    platform: Platform, registered: registry.ModelVersion
+) -> None:
+    folder, _ = download(platform, registered)
+    weights = folder / "model.safetensors"
+    good = weights.read_bytes()
+    for damage in (good[:-1], good[:-1] + bytes([good[-1] ^ 1])):
+        weights.write_bytes(damage)
+        assert download(platform, registered).folder == folder
+        assert weights.read_bytes() == good
+    weights.unlink()
+    download(platform, registered)
+    assert weights.read_bytes() == good
+    os.utime(weights, (1, 1))  # as after `cp -r` of the home folder
+    offline = dataclasses.replace(platform, tracking_uri="http://127.0.0.1:9", registry_uri="http://127.0.0.1:9")
+    assert download(offline, registered).folder == folder
+
+
+def test_files_that_are_not_the_registered_files_are_refused(
+    platform: Platform, registered: registry.ModelVersion
+) -> None:
+    [stored] = (platform.root / "mlartifacts").rglob("artifacts/config.json")
+    stored.write_text(stored.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    without_copy = registered.model_copy(update={"created_ms": 0})
+    for _ in range(2):
+        with pytest.raises(StageFailed, match="are not the files that were registered"):
+            download(platform, without_copy)
