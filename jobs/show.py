@@ -57,16 +57,15 @@ def show(
       lakesight show samples
       lakesight show generated_captions --rows 40 --gallery
     """
-    from pipelines.formats.tables import arrow_dataset
-
     with open_job(run, platform, overrides, as_json) as job:
         delta = open_table(job, table, version)
+        num_rows = count_rows(delta, table)
         found = first_rows(delta, rows)
         page = write_gallery(job, table, delta.version(), found) if gallery else None
         report = TableReport(
             table=table,
             version=delta.version(),
-            num_rows=arrow_dataset(delta).count_rows(),
+            num_rows=num_rows,
             columns={field.name: _type_name(field.type) for field in delta.schema().fields},
             rows=tuple(readable(row) for row in found),
             gallery=str(page) if page else None,
@@ -109,6 +108,25 @@ def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
             where=str(job.platform.tables / name),
             got=str(error).splitlines()[0],
             fix=f"the latest version is {latest.version()}",
+        ) from None
+
+
+def count_rows(delta: DeltaTable, name: str) -> int:
+    """Count the rows of a table version.
+
+    Raises:
+        UserError: VACUUM has removed files of the version.
+    """
+    from pipelines.formats.tables import arrow_dataset
+
+    try:
+        return int(arrow_dataset(delta).count_rows())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"version {delta.version()} of table {name!r} can no longer be read",
+            where=delta.table_uri,
+            got=f"VACUUM has removed its files ({str(error).splitlines()[0][:200]})",
+            fix="omit --version to show the newest version",
         ) from None
 
 

@@ -92,7 +92,10 @@ class Review:
 
     def picture(self, image_id: str) -> bytes | None:
         """Read a picture file, or return None if the table no longer contains the row."""
-        rows = arrow_dataset(self._pictures).to_table(["image"], filter=pc.field("image_id") == image_id)
+        with self._lock:  # the server may run for days, and VACUUM removes the files of older versions
+            self._pictures.update_incremental()
+            pictures = arrow_dataset(self._pictures)
+        rows = pictures.to_table(["image"], filter=pc.field("image_id") == image_id)
         return bytes(rows["image"][0].as_py()) if rows.num_rows else None
 
     def save_verdict(self, verdict: CaptionVerdict, reviewer: str) -> None:
@@ -122,6 +125,7 @@ class Review:
         }
         same_caption = " AND ".join(f"(old.{column} IS NOT DISTINCT FROM new.{column})" for column in VERDICTS.key)
         with self._lock:
+            self._verdicts.update_incremental()
             merge = self._verdicts.merge(
                 pa.Table.from_pylist([row], VERDICTS.arrow_schema), same_caption, source_alias="new", target_alias="old"
             )

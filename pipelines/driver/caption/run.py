@@ -152,9 +152,8 @@ def caption(
     """Caption the rows that have no caption of this model version and these settings in `generated_captions`.
 
     A row whose picture has changed is captioned again. A row whose picture cannot be decoded is written with its error,
-    and is captioned again only with `retry_errors`. If no row is left to caption, nothing is written.
-
-    `progress` shows progress while executors run.
+    and is captioned again only with `retry_errors`. If no row is left to caption, nothing is written. `progress` shows
+    progress while executors run.
 
     Raises:
         UserError: the table, the version or a column does not exist, the condition is not valid SQL, the ids are not

@@ -21,6 +21,10 @@ Result = TypeVar("Result")
 WORKER_DIED = re.compile(
     r"Python worker exited unexpectedly|ExecutorLostFailure|^(?:Caused by: )?MemoryError", re.MULTILINE
 )
+FILES_REMOVED = re.compile(
+    r"FileNotFoundException|FILE_NOT_EXIST|DELTA_FILE_NOT_FOUND|DELTA_CHANGE_DATA_FILE_NOT_FOUND"
+)
+"""Errors of Spark for a table version whose files VACUUM has removed."""
 
 
 def filter_rows(frame: DataFrame, condition: str, *, where: str) -> DataFrame:
@@ -62,6 +66,11 @@ def translate_spark_errors(what: str, *, where: str) -> Iterator[None]:
         named = re.findall(r"^(?:: |Caused by: )?([\w.]+(?:Error|Exception|Failed): .+)$", str(error), re.MULTILINE)
         got = named[-1] if named else str(error).strip().partition("\n")[0]
         fix = "correct the cause and run the command again: finished work is kept and no row is duplicated"
+        if FILES_REMOVED.search(str(error)):
+            fix = (
+                "VACUUM has removed files of the table version: run the command again, without a version, to read the "
+            )
+            fix += "newest version; finished work is kept"
         raise StageFailed(what, where=where, got=got[:500], fix=fix) from error
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from pipelines.driver.delta.settings import spark_settings
 from pipelines.formats.tables import SAMPLES, Table
@@ -69,6 +70,16 @@ def _may_change(source: str, note: str | None) -> bool:
 def source_note(source: str) -> str:
     """Return the user metadata of a commit that changes rows of `source` only."""
     return f"{NOTE_PREFIX}{source}"
+
+
+def rows_of_source(spark: SparkSession, table: str, source: str) -> DataFrame:
+    """Return the rows of a source at the newest version of a table.
+
+    Shards name the version that last changed their source. This version is not read, because VACUUM may have removed
+    its files. If an ingest has changed the source after the shards were written, a picture of the shards may be
+    missing. Call this function just before the rows are read, because a DataFrame stays at the version of its creation.
+    """
+    return spark.table(table).filter(F.col("source") == source)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pyspark.sql import SparkSession
 
+from pipelines.driver.delta.versions import rows_of_source
 from pipelines.driver.evaluate.bootstrap import Interval, metric_differences, pair_rows
 from pipelines.driver.evaluate.gallery import GROUP_ROWS, GalleryRow, ModelCaption, write_html
 from pipelines.driver.evaluate.metrics import ScoredRow
@@ -75,7 +76,7 @@ def compare(
         page=platform.folder("reports") / f"compare-{one.scores_hash}-{other.scores_hash}.html",
     )
     groups = _groups(pairs, names)
-    samples = spark.read.option("versionAsOf", request.table_version).table(request.table)
+    samples = rows_of_source(spark, request.table, request.source)
     thumbnails = read_thumbnails(samples, [a.image_id for rows in groups.values() for a, _ in rows])
     title = f"{report.model_name}: version {names[0]} and version {names[1]} on {report.source} ({report.split})"
     about = (
@@ -84,7 +85,7 @@ def compare(
         "equal. The page shows the rows that differ most, and some that are equal."
     )
     rows = [
-        _gallery_row(pair, names, thumbnails[pair[0].image_id], group)
+        _gallery_row(pair, names, thumbnails.get(pair[0].image_id), group)
         for group, pairs_of_group in groups.items()
         for pair in pairs_of_group
     ]

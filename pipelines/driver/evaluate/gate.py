@@ -18,9 +18,11 @@ from pyspark.sql import functions as F
 
 from pipelines.config import GateConfig, Trial
 from pipelines.driver.delta.tables import ensure_tables
+from pipelines.driver.delta.versions import rows_of_source
 from pipelines.driver.evaluate.bootstrap import Interval, metric_differences, pair_rows
 from pipelines.driver.evaluate.metrics import baselines, captioned
 from pipelines.driver.evaluate.run import EvaluationReport
+from pipelines.errors import StageFailed
 from pipelines.formats.shards import Shards
 from pipelines.formats.tables import DECISIONS
 from pipelines.platform import Platform
@@ -141,13 +143,27 @@ def _check_champion(gate: GateConfig, difference: Interval | None, version: str,
 
 
 def read_trial_pictures(spark: SparkSession, shards: Shards, count: int) -> list[tuple[bytes, str]]:
-    """Read the original files of the first pictures of a split. Return pairs of a picture and its first prompt."""
+    """Read the original files of the first pictures of a split. Return pairs of a picture and its first prompt.
+
+    A picture that an ingest has removed from the table since the shards were written is left out.
+
+    Raises:
+        StageFailed: none of the pictures is in the table any more.
+    """
     rows = [shards.row(index) for index in range(min(count, len(shards)))]
     request = shards.manifest.request
-    samples = spark.read.option("versionAsOf", request.table_version).table(request.table)
+    samples = rows_of_source(spark, request.table, request.source)
     chosen = samples.where(samples.image_id.isin([row.image_id for row in rows])).select("image_id", "image")
     images = {row["image_id"]: bytes(row["image"]) for row in chosen.collect()}
-    return [(images[row.image_id], row.texts[0][0]) for row in rows]
+    pictures = [(images[row.image_id], row.texts[0][0]) for row in rows if row.image_id in images]
+    if rows and not pictures:
+        raise StageFailed(
+            "there are no pictures to try the model version with",
+            where=f"{request.table}, source {request.source}, split {request.split}",
+            got=f"none of {len(rows)} pictures of the shards is in the table any more",
+            fix="run `lakesight promote` again: it writes and evaluates shards of the table's newest version",
+        )
+    return pictures
 
 
 def record_decision(

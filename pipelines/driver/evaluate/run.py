@@ -22,6 +22,7 @@ from pipelines.driver.delta.model_rows import SAME_MODEL
 from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.tables import add_columns, ensure_tables
+from pipelines.driver.delta.versions import rows_of_source
 from pipelines.driver.evaluate.bootstrap import Interval, measure, slice_metrics
 from pipelines.driver.evaluate.gallery import (
     GalleryRow,
@@ -197,8 +198,7 @@ def _evaluate(
             got=f"no picture of {request.source} is in split {request.split}",
             fix="set data.evaluate_on to another split, or give data.split.test a larger share",
         )
-    samples = spark.read.option("versionAsOf", request.table_version).table(request.table)
-    table_columns = _check_columns(samples, request, requested.columns)
+    table_columns = _check_columns(spark.table(request.table), request, requested.columns)
     scored = score_split(spark, model, shards, train, folder)
     with_caption = captioned(scored)
     if not with_caption:
@@ -208,6 +208,7 @@ def _evaluate(
             got="every prompt is too long for the model's context",
             fix="raise model.decoder.context, or lower model.generation.max_new_tokens, and train again",
         )
+    samples = rows_of_source(spark, request.table, request.source)
     report = EvaluationReport(
         model_name=model.name,
         model_version=model.version,
@@ -298,7 +299,10 @@ def _column_values(
 
 
 def read_thumbnails(samples: DataFrame, image_ids: Sequence[str]) -> dict[str, bytes | None]:
-    """Make thumbnails of pictures in `samples` on executors. Return the thumbnails by image_id."""
+    """Make thumbnails of pictures in `samples` on executors. Return the thumbnails by image_id.
+
+    A picture that is no longer in the table has no thumbnail.
+    """
     chosen = samples.where(samples.image_id.isin(list(image_ids))).select("image_id", "image")
     with bounded_batches(samples.sparkSession):
         thumbnails = partial(with_thumbnails, column="image", max_pixels=sys.maxsize)  # ingest has checked the size
@@ -313,7 +317,7 @@ def _gallery_rows(samples: DataFrame, scored: Sequence[ScoredRow]) -> list[Galle
     return [
         GalleryRow(
             image_id=item.image_id,
-            thumbnail=thumbnails[item.image_id],
+            thumbnail=thumbnails.get(item.image_id),
             prompt=item.prompt,
             human=" / ".join(item.references),
             captions=(ModelCaption("Model", item.caption or "", item.exact, item.f1),),

@@ -42,8 +42,7 @@ def prepare(
     """Find or create the run folder, and write run.json and the tokenizer into the folder.
 
     The tokenizer is trained on the texts of the training shards, or copied from `train.start_from`. Everything that
-    determines the outcome of the run determines the folder (`run_folders.find_folder`). Therefore, the same command
-    finds the same run folder, whether or not the run is finished.
+    determines the outcome of the run determines the folder, so the same command finds the same run folder.
 
     Args:
         config: resolved run config.

@@ -95,7 +95,8 @@ def _read_changes(spark: SparkSession, source: TableSourceConfig, first: int, la
         changes = (
             reader.table(source.table) if source.table else reader.format("delta").load(absolute_path(source.path))
         )
-        changes.limit(1).collect()  # Spark notices a missing feed only when rows are read
+        # Spark notices a missing feed, and files that VACUUM has removed, only when it reads rows of each file.
+        changes.select("_change_type").distinct().collect()
     except PySparkException as error:
         logger.info("%s has no change data feed from version %d on: all rows are read", source.where, first)
         logger.debug("%s", error)
