@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -70,7 +71,7 @@ def train(
         job.output.report(PreparedReport(run_folder=str(folder), ranks=ranks))
         job.output.line("prepared", f"{folder}, for {ranks} ranks")
         # Without PYTHONSAFEPATH, a folder `pipelines` in the working folder would be imported instead of this package.
-        torchrun = f"torchrun --nproc-per-node {ranks} -m pipelines.worker.main --run-dir {folder}"
+        torchrun = f"torchrun --nproc-per-node {ranks} -m pipelines.worker.main --run-dir {shlex.quote(str(folder))}"
         job.output.line("next", f"PYTHONSAFEPATH=1 {torchrun}")
         job.output.line("then", job.command("train"))
 

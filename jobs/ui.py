@@ -33,6 +33,8 @@ def ui(
     Example:
       lakesight ui --port 5001
     """
+    from pipelines.tracking.moved_home import follow_moved_home
+
     with open_job(run, platform, overrides, as_json=False) as job:
         uri = job.platform.tracking_uri
         if not uri.startswith("sqlite:"):
@@ -42,6 +44,7 @@ def ui(
                 got=redact_uri(uri),
                 fix="open the page of that server",
             )
+        follow_moved_home(job.platform)
         check_port_free(port)
         job.output.line("ui", f"http://{HOST}:{port}  (Ctrl-C stops it)")
         command = [

@@ -19,36 +19,20 @@ from pydantic import Field, ValidationError
 
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
+from pipelines.formats.training_code import TrainingCode
 from vlm.config import Config, read_error_message
 from vlm.files import atomic_write
 
 T = TypeVar("T", bound=Config)
 
 
-class TrainingCode(Config):
-    """Code with which ranks train a run.
-
-    Attributes:
-        release: release of Lakesight.
-        digest: hash of the sources that ranks import.
-        files: hash of each source file, by its path in the project.
-        commit: git commit, with ` (changed)` if files differ from the commit; empty if the code is not in git.
-    """
-
-    release: str
-    digest: str
-    files: dict[str, str]
-    commit: str = ""
-
-    def different_files(self, other: TrainingCode) -> list[str]:
-        """Return the paths of the files that differ between two codes, sorted."""
-        return sorted({name for name, _ in self.files.items() ^ other.files.items()})
-
-
 class RunFile(Config):
     """run.json: the resolved run and the paths of the shards. The driver writes this file before it starts ranks.
 
     Attributes:
+        train_shards: folder of the training shards, relative to the run folder if both are in the same home folder
+            (`RunFolder.shard_folder`).
+        validate_shards: folder of the validation shards.
         code_version: release of Lakesight.
         code: code with which the run is trained; null in files of Lakesight 0.1.0.
         earlier_code: digests of other codes (or a release without a digest) with which the run was trained before.
@@ -257,6 +241,15 @@ class RunFolder:
     def launcher_log(self) -> Path:
         """Path of the launcher's log: output of torchrun, and output of each rank before the rank opens its own log."""
         return self.path / "logs" / "launcher.log"
+
+    def shard_folder(self, stored: str) -> Path:
+        """Return the shard folder that run.json names.
+
+        A home folder may have been moved or copied after run.json was written, so shards in the home of this run folder
+        are preferred to a stored absolute path.
+        """
+        beside = self.path.parent.parent / "shards" / Path(stored).name
+        return beside if beside.is_dir() else self.path / stored
 
     def metrics(self, step: int) -> Path:
         """Path of the metrics of a step. The step in the name has ten digits, so names sort by step."""

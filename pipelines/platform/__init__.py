@@ -7,9 +7,19 @@ pyspark is imported only inside functions.
 from pipelines.config import LocalPlatformConfig, PlatformConfig
 from pipelines.platform.databricks import databricks
 from pipelines.platform.local import check_java, local
-from pipelines.platform.platform import FolderKind, Launch, Platform, redact_uri
+from pipelines.platform.platform import FolderKind, Launch, Platform, redact_uri, sqlite_uri
 
-__all__ = ["FolderKind", "Launch", "Platform", "check_java", "databricks", "local", "open_platform", "redact_uri"]
+__all__ = [
+    "FolderKind",
+    "Launch",
+    "Platform",
+    "check_java",
+    "databricks",
+    "local",
+    "open_platform",
+    "redact_uri",
+    "sqlite_uri",
+]
 
 
 def open_platform(config: PlatformConfig) -> Platform:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pipelines.config import LocalPlatformConfig
 from pipelines.errors import UserError
 from pipelines.platform.jars import delta_jars
-from pipelines.platform.platform import Launch, Platform
+from pipelines.platform.platform import Launch, Platform, sqlite_uri
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -38,15 +38,28 @@ OFF_HEAP = "1g"
 
 
 def home() -> Path:
-    """Return the folder for all data on a laptop: $LAKESIGHT_HOME, or .lakesight in the working folder."""
-    return Path(os.environ.get("LAKESIGHT_HOME") or ".lakesight").absolute()
+    """Return the folder for all data on a laptop: $LAKESIGHT_HOME, or .lakesight in the working folder.
+
+    Raises:
+        UserError: LAKESIGHT_HOME is a URL.
+    """
+    given = os.environ.get("LAKESIGHT_HOME") or ".lakesight"
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", given):
+        raise UserError(
+            "the Lakesight home folder must be a folder, not a URL",
+            where="LAKESIGHT_HOME",
+            got=given,
+            fix="give the path of a folder on a disk or on a mounted file system, because ranks map shards into memory "
+            "and MLflow keeps an SQLite file in the home folder; only sources may be on an object store",
+        )
+    return Path(given).absolute()
 
 
 def local(config: LocalPlatformConfig) -> Platform:
     """Describe a laptop: embedded Spark, Delta tables and MLflow on SQLite, with all files under `home()`.
 
     Raises:
-        UserError: the home folder cannot be created or written.
+        UserError: the home folder is a URL, or cannot be created or written.
     """
     root = home()
     try:
@@ -61,7 +74,7 @@ def local(config: LocalPlatformConfig) -> Platform:
             got=str(error.strerror or error),
             fix="set LAKESIGHT_HOME to a folder you may write to",
         ) from None
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(root / "mlflow.db")
     return Platform(
         kind="local",
         open_spark=lambda: _local_session(config, root),

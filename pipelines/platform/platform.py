@@ -83,3 +83,8 @@ class Platform:
 def redact_uri(uri: str) -> str:
     """Remove passwords (user information and query string) from a URI or from a message that contains a URI."""
     return re.sub(r"\?\S*", "", re.sub(r"//[^/\s]*@", "//", uri))
+
+
+def sqlite_uri(file: Path) -> str:
+    """Return the URI of an SQLite store. SQLAlchemy decodes percent escapes, and a question mark would end the path."""
+    return f"sqlite:///{str(file).replace('%', '%25').replace('?', '%3F')}"

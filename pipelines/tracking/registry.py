@@ -329,7 +329,7 @@ def _log_model(client: MlflowClient, checkpoint: Path, run_id: str) -> str:
             run_id=run_id,
             model_id=logged.model_id,
             python_model=str(Path(__file__).with_name("model.py")),
-            artifacts={file: str(checkpoint / file) for file in MODEL_FILES},
+            artifacts={file: (checkpoint / file).absolute().as_uri() for file in MODEL_FILES},
             code_paths=[package.__path__[0] for package in (vlm, pipelines)],
             signature=SIGNATURE,
             input_example=_example(),

@@ -212,7 +212,7 @@ class Follower(threading.Thread):
         self._last_expert_load = next((file for file in reversed(files) if file.expert_load), self._last_expert_load)
 
     def _log_samples(self, samples: CaptionSamples) -> None:
-        shards = Shards.open(Path(self._run.read_run().validate_shards))
+        shards = Shards.open(self._run.shard_folder(self._run.read_run().validate_shards))
         self._client.log_table(
             self._run_id,
             {
@@ -278,7 +278,7 @@ def _tracked_run(client: MlflowClient, run: RunFolder) -> Run | None:
 def _log_description(client: MlflowClient, tracked: Run, run: RunFolder, file: RunFile, config: RunConfig) -> None:
     """Log tags, run.json, the dataset, and new parameters (existing parameters are immutable in MLflow)."""
     run_id = tracked.info.run_id
-    request = Shards(Path(file.train_shards)).manifest.request
+    request = Shards(run.shard_folder(file.train_shards)).manifest.request
     params = {key: value[:MAX_PARAM_CHARS] for key, value in flatten(json.loads(config.to_json())).items()}
     tags = {
         "lakesight.run": config.name,

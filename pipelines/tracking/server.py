@@ -13,6 +13,7 @@ from mlflow.exceptions import MlflowException
 
 from pipelines.errors import UserError
 from pipelines.platform import Platform, redact_uri
+from pipelines.tracking.moved_home import artifact_root, follow_moved_home
 
 REQUEST_ERRORS = (MlflowException, OSError)
 """Exceptions of a failed request to the tracking server. Exceptions of the package `requests` are OSErrors."""
@@ -22,13 +23,14 @@ def connect(platform: Platform) -> MlflowClient:
     """Point MLflow to the platform's tracking server and model registry, and return a client.
 
     Raises:
-        UserError: the server does not answer.
+        UserError: the server does not answer, or the store of a moved home folder cannot be updated.
     """
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # urllib3's warnings repeat our errors
     # MLflow also sets these environment variables. `platform.local` and child processes would mistake the variables for
     # settings of the user.
+    follow_moved_home(platform)
     with unchanged_environment("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         mlflow.set_tracking_uri(platform.tracking_uri)
         mlflow.set_registry_uri(platform.registry_uri)
@@ -64,7 +66,7 @@ def experiment_id(client: MlflowClient, name: str, platform: Platform) -> str:
     if experiment is None:
         # A tracking server has its own artifact location. With a SQLite file, artifacts go to the home folder.
         is_sqlite = platform.tracking_uri.startswith("sqlite:")
-        location = (platform.root / "mlartifacts").as_uri() if is_sqlite else None
+        location = artifact_root(platform).as_uri() if is_sqlite else None
         try:
             return str(client.create_experiment(experiment_name, artifact_location=location))
         except MlflowException as error:

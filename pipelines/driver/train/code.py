@@ -12,7 +12,7 @@ from pathlib import Path
 import pipelines
 import vlm
 from pipelines.config import short_hash
-from pipelines.formats.run_folder import TrainingCode
+from pipelines.formats.training_code import TrainingCode
 from vlm.files import file_digest
 
 GIT_SECONDS = 10.0

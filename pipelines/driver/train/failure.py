@@ -14,7 +14,6 @@ import re
 import socket
 import time
 from datetime import datetime
-from pathlib import Path
 
 from pipelines.errors import LakesightError, TrainingFailed
 from pipelines.formats.run_folder import Failure, RankFile, RunFolder
@@ -178,7 +177,7 @@ def _damaged_shard(run: RunFolder) -> LakesightError | None:
     files = run.read_run()
     try:
         for folder in dict.fromkeys((files.train_shards, files.validate_shards)):
-            Shards.open(Path(folder)).verify(VERIFY_SECONDS)
+            Shards.open(run.shard_folder(folder)).verify(VERIFY_SECONDS)
     except LakesightError as error:
         return error
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,10 @@ from pipelines.driver.train.launch import RankEntry, check_slots, run_rank, run_
 from pipelines.driver.train.run_folders import earlier_code, find_folder, finished_result, hash_run
 from pipelines.driver.train.start_from import open_start_folder
 from pipelines.errors import StageFailed, TrainingFailed, UserError
-from pipelines.formats.run_folder import Failure, Result, RunFile, RunFolder, TrainingCode, write_json
+from pipelines.formats.run_folder import Failure, Result, RunFile, RunFolder, write_json
 from pipelines.formats.run_owner import own_run
 from pipelines.formats.shards import Shards
+from pipelines.formats.training_code import TrainingCode
 from pipelines.platform import Launch, Platform
 from vlm import text
 from vlm.files import atomic_write
@@ -71,8 +73,8 @@ def prepare(
         config=config,
         code_version=code.release,
         code=code,
-        train_shards=str(train.folder),
-        validate_shards=str(validate.folder),
+        train_shards=_stored_path(train.folder, run, platform),
+        validate_shards=_stored_path(validate.folder, run, platform),
         dataset_version=train.dataset_version,
         content_hash=train.content_hash,
         world_size=platform.launch.ranks,
@@ -86,6 +88,12 @@ def prepare(
         if finished_result(run) is None:
             write_json(run.run_file, file.model_copy(update={"earlier_code": earlier_code(run, code)}))
     return run
+
+
+def _stored_path(folder: str, run: RunFolder, platform: Platform) -> str:
+    """Return the path of a shard folder for run.json, which is relative to the run folder within the home folder."""
+    inside = Path(folder).is_relative_to(platform.root)
+    return os.path.relpath(folder, run.path) if inside else folder
 
 
 def launch(run: RunFolder, platform: Platform, spark: SparkSession, entry: RankEntry = run_rank) -> Result:

@@ -15,7 +15,8 @@ from typing import Any
 
 from pipelines.config import RunConfig, short_hash
 from pipelines.errors import UserError
-from pipelines.formats.run_folder import Result, RunFile, RunFolder, TrainingCode, read_json, write_json
+from pipelines.formats.run_folder import Result, RunFile, RunFolder, read_json, write_json
+from pipelines.formats.training_code import TrainingCode
 from vlm.config import ModelConfig, config_differences
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import distributed
@@ -145,8 +144,8 @@ class Trainer:
             optimizer=optimizer,
             tokenizer=tokenizer,
             builder=builder,
-            train_shards=Shards.open(Path(file.train_shards)),
-            validate_shards=Shards.open(Path(file.validate_shards)),
+            train_shards=Shards.open(run.shard_folder(file.train_shards)),
+            validate_shards=Shards.open(run.shard_folder(file.validate_shards)),
         )
 
     def train(self) -> None:

@@ -16,8 +16,9 @@ from pipelines.driver.train.code import read_code
 from pipelines.driver.train.run import prepare
 from pipelines.driver.train.run_folders import finished_result
 from pipelines.errors import UserError
-from pipelines.formats.run_folder import Result, RunFolder, TrainingCode, write_json
+from pipelines.formats.run_folder import Result, RunFolder, write_json
 from pipelines.formats.shards import Shards
+from pipelines.formats.training_code import TrainingCode
 from pipelines.platform import Platform, local
 from vlm import text
 from vlm.config import CharsConfig, ModelConfig

@@ -1,0 +1,25 @@
+"""Description of the code that trains a run, as stored in run.json."""
+
+from __future__ import annotations
+
+from vlm.config import Config
+
+
+class TrainingCode(Config):
+    """Code with which ranks train a run.
+
+    Attributes:
+        release: release of Lakesight.
+        digest: hash of the sources that ranks import.
+        files: hash of each source file, by its path in the project.
+        commit: git commit, with ` (changed)` if files differ from the commit; empty if the code is not in git.
+    """
+
+    release: str
+    digest: str
+    files: dict[str, str]
+    commit: str = ""
+
+    def different_files(self, other: TrainingCode) -> list[str]:
+        """Return the paths of the files that differ between two codes, sorted."""
+        return sorted({name for name, _ in self.files.items() ^ other.files.items()})

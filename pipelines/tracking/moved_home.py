@@ -1,0 +1,102 @@
+"""Artifact locations of a home folder that was moved, copied or renamed.
+
+MLflow's SQLite store has the absolute location of each experiment's artifacts, and of the artifacts of each run and
+model. When a store in a home folder is opened, locations of an earlier path of the home are replaced by the present
+path.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
+
+from pipelines.errors import UserError
+from pipelines.platform import Platform, sqlite_uri
+
+logger = logging.getLogger(__name__)
+
+LOCATIONS = {
+    "experiments": "artifact_location",
+    "runs": "artifact_uri",
+    "logged_models": "artifact_location",
+    "model_versions": "storage_location",
+}
+"""Column of each table of the store that has a location of artifacts."""
+WAIT_SECONDS = 60.0
+"""Time to wait for another process that writes to the store."""
+
+
+def artifact_root(platform: Platform) -> Path:
+    """Return the folder of the artifacts of a store in a home folder."""
+    return platform.root / "mlartifacts"
+
+
+def follow_moved_home(platform: Platform) -> None:
+    """Replace the locations of artifacts in the home's own store if the home folder has another path than before.
+
+    Raises:
+        UserError: the store cannot be written.
+    """
+    file = platform.root / "mlflow.db"
+    if (
+        not {sqlite_uri(file), f"sqlite:///{file}"} & {platform.tracking_uri, platform.registry_uri}
+        or not file.is_file()
+    ):
+        return
+    with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=rw", uri=True, timeout=WAIT_SECONDS)) as store:
+        try:
+            moved = [old for old in _other_roots(store, platform) if _is_moved(store, old, artifact_root(platform))]
+        except sqlite3.Error:
+            return  # MLflow itself reports a store that cannot be read
+        for old in moved:
+            try:
+                _replace(store, old, artifact_root(platform).as_uri())
+            except sqlite3.Error as error:
+                raise UserError(
+                    "the MLflow store of a moved home folder cannot be updated",
+                    where=str(file),
+                    got=str(error),
+                    fix="end other commands that use this home folder, make the file writable, and try again",
+                ) from None
+            logger.info("the home folder was moved: MLflow finds artifacts in %s, no longer in %s", platform.root, old)
+
+
+def _other_roots(store: sqlite3.Connection, platform: Platform) -> list[str]:
+    """Return the locations of experiments that Lakesight created when the home folder had another path."""
+    rows = store.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
+    name = artifact_root(platform).name
+    own = artifact_root(platform).as_uri()
+    return [old for (old,) in rows if old and old.startswith("file:") and old.endswith(f"/{name}") and old != own]
+
+
+def _is_moved(store: sqlite3.Connection, old: str, present: Path) -> bool:
+    """Return whether artifacts at location `old` are now in the folder `present`.
+
+    If the old folder still exists, for example because the home was copied, one artifact that came along decides.
+    """
+    folder = Path(unquote(urlsplit(old).path))
+    if not folder.exists():
+        return True
+    if present.exists() and folder.samefile(present):
+        return False  # the same folder by two names, such as a symbolic link
+    rests = [
+        location.removeprefix(f"{old}/")
+        for table in ("runs", "logged_models")
+        for (location,) in store.execute(f"SELECT {LOCATIONS[table]} FROM {table}")  # noqa: S608 (our own names)
+        if location and location.startswith(f"{old}/")
+    ]
+    return any((present / unquote(rest)).exists() for rest in rests)
+
+
+def _replace(store: sqlite3.Connection, old: str, new: str) -> None:
+    """Replace a location, and all locations below it, in one transaction."""
+    with store:
+        for table, column in LOCATIONS.items():
+            store.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) "  # noqa: S608 (our own names)
+                f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
+            )

@@ -1,0 +1,114 @@
+"""A home folder that was moved, copied or renamed, with any name: models, runs and artifacts are found."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from pathlib import Path
+
+import mlflow
+import pytest
+from model_server import register_random
+from tiny_runs import tiny_run
+
+from pipelines.config import LocalPlatformConfig
+from pipelines.errors import UserError
+from pipelines.platform import Platform, local
+from pipelines.tracking import registry, runs
+from pipelines.tracking.download import download
+from pipelines.tracking.moved_home import LOCATIONS
+from pipelines.tracking.server import connect
+
+ODD = "h\u00f6me %41 #1 [2] &?y=1 %"
+CONFIG = tiny_run()
+
+
+def open_home(path: Path | str) -> Platform:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAKESIGHT_HOME", str(path))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.delenv("MLFLOW_REGISTRY_URI", raising=False)
+        return local(LocalPlatformConfig())
+
+
+def locations(home: Path) -> list[str]:
+    """Return all locations of artifacts in the home's store, without the location of MLflow's default experiment."""
+    store = sqlite3.connect(home / "mlflow.db")
+    found = [row[0] for table, column in LOCATIONS.items() for row in store.execute(f"SELECT {column} FROM {table}")]
+    store.close()
+    return [location for location in found if "mlruns/0" not in location]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
+    """A home folder with a name that URLs must escape, in which a model was registered."""
+    home = tmp_path_factory.mktemp("first") / ODD
+    home.mkdir()
+    shutil.copy(empty_database, home / "mlflow.db")
+    register_random(open_home(home), home, CONFIG)
+    return home
+
+
+def test_everything_is_inside_a_home_whose_name_urls_must_escape(original: Path) -> None:
+    assert [path.name for path in original.parent.iterdir()] == [ODD]
+    assert {"mlflow.db", "mlartifacts", "runs", "shards"} <= {path.name for path in original.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["moved home", ODD + " again", "plain"])
+def test_a_model_of_a_moved_home_is_found_and_its_run_is_continued(original: Path, tmp_path: Path, name: str) -> None:
+    moved = tmp_path / name
+    shutil.copytree(original, moved)
+    away = original.with_name("away")
+    original.rename(away)
+    try:
+        platform = open_home(moved)
+        version = registry.resolve(platform, "tiny", "latest")
+        assert (download(platform, version).folder / "model.safetensors").is_file()
+        [folder] = (moved / "runs").iterdir()
+        with runs.follow(runs.RunFolder(folder), CONFIG, platform) as run_id:
+            pass
+        assert run_id == version.run_id
+        assert registry.register(runs.RunFolder(folder), run_id, platform) == version
+        assert not original.exists(), "something was written at the earlier path"
+    finally:
+        away.rename(original)
+    assert {location.partition("/mlartifacts")[0] for location in locations(moved)} == {moved.as_uri()}
+    mlflow.set_tracking_uri(platform.tracking_uri)
+    mlflow.set_registry_uri(platform.registry_uri)
+    assert mlflow.pyfunc.load_model("models:/tiny/1").metadata
+
+
+def test_a_copy_of_a_home_uses_its_own_artifacts_while_the_original_still_exists(
+    original: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(original, copy)
+    connect(open_home(copy))
+    assert {location.partition("/mlartifacts")[0] for location in locations(copy)} == {copy.as_uri()}
+    connect(open_home(original))
+    assert {location.partition("/mlartifacts")[0] for location in locations(original)} == {original.as_uri()}
+
+
+def test_artifacts_of_another_home_and_a_symbolic_link_to_a_home_change_no_location(
+    original: Path, tmp_path: Path
+) -> None:
+    before = locations(original)
+    (tmp_path / "link").symlink_to(original)
+    connect(open_home(tmp_path / "link"))
+    assert locations(original) == before
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(original / "mlflow.db", other / "mlflow.db")  # without the artifacts
+    connect(open_home(other))
+    assert locations(other) == before
+
+
+@pytest.mark.parametrize("url", ["s3a://bucket/home", "gs://bucket", "dbfs:/home", "file:///home"])
+def test_a_home_that_is_a_url_is_refused_in_one_paragraph(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"must be a folder, not a URL") as refused:
+        open_home(url)
+    assert list(tmp_path.iterdir()) == []
+    assert "\n" not in str(refused.value)
