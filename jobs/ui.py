@@ -37,7 +37,7 @@ def ui(
 
     with open_job(run, platform, overrides, as_json=False) as job:
         uri = job.platform.tracking_uri
-        if not uri.startswith("sqlite:"):
+        if not uri.startswith("sqlite"):
             raise UserError(
                 "there is nothing to serve: a tracking server is in use",
                 where="MLFLOW_TRACKING_URI" if platform == "local" else f"platform {platform}",

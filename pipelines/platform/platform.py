@@ -86,5 +86,10 @@ def redact_uri(uri: str) -> str:
 
 
 def sqlite_uri(file: Path) -> str:
-    """Return the URI of an SQLite store. SQLAlchemy decodes percent escapes, and a question mark would end the path."""
-    return f"sqlite:///{str(file).replace('%', '%25').replace('?', '%3F')}"
+    """Return the URI of an SQLite store.
+
+    SQLAlchemy decodes percent escapes, and a question mark would end the path. For `sqlite:///`, MLflow creates the
+    folder of the undecoded path, which for an escaped path would be another folder.
+    """
+    escaped = str(file).replace("%", "%25").replace("?", "%3F")
+    return f"sqlite:///{file}" if escaped == str(file) else f"sqlite+pysqlite:///{escaped}"

@@ -65,7 +65,7 @@ def experiment_id(client: MlflowClient, name: str, platform: Platform) -> str:
     experiment = client.get_experiment_by_name(experiment_name)
     if experiment is None:
         # A tracking server has its own artifact location. With a SQLite file, artifacts go to the home folder.
-        is_sqlite = platform.tracking_uri.startswith("sqlite:")
+        is_sqlite = platform.tracking_uri.startswith("sqlite")
         location = artifact_root(platform).as_uri() if is_sqlite else None
         try:
             return str(client.create_experiment(experiment_name, artifact_location=location))

@@ -26,6 +26,9 @@ from jobs.promote import run_promote
 from jobs.rollback import run_rollback
 from jobs.shard import run_shard
 from pipelines.config import DriftConfig
+from pipelines.driver.delta.settings import spark_settings
+from pipelines.driver.delta.spark_errors import translate_spark_errors
+from pipelines.driver.delta.versions import commit_note, source_note
 from pipelines.driver.evaluate.compare import Comparison
 from pipelines.driver.evaluate.gate import record_decision
 from pipelines.errors import StageFailed, UserError
@@ -64,7 +67,19 @@ def job(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.TempPa
         for number, model in enumerate(models)
     ]
     assert versions == [GOOD, BETTER, WORSE, BLIND]
+    remove_files_of_older_versions(job)
     return job
+
+
+def remove_files_of_older_versions(job: Job) -> None:
+    """Add a row of another source to `samples`, compact the table, and remove the files of all older versions."""
+    table, other = job.platform.table(SAMPLES.name), f"{NAME}-other"
+    new = job.spark.createDataFrame(corner_rows(other, "train", 1), SAMPLES.ddl())
+    with commit_note(job.spark, source_note(other)):
+        new.coalesce(1).writeTo(table).append()
+    assert job.spark.sql(f"OPTIMIZE {table}").collect()[0]["metrics"]["numFilesRemoved"]
+    with spark_settings(job.spark, {"spark.databricks.delta.retentionDurationCheck.enabled": "false"}):
+        job.spark.sql(f"VACUUM {table} RETAIN 0 HOURS").collect()
 
 
 def alias(job: Job, name: str) -> str:
@@ -75,6 +90,13 @@ def refusal(job: Job, version: str) -> str:
     with pytest.raises(StageFailed) as refused:
         run_promote(job, version)
     return str(refused.value)
+
+
+def test_the_files_of_the_version_that_shards_name_are_gone_in_all_tests_of_this_file(job: Job) -> None:
+    request = open_split(job, open_model(job, GOOD)).manifest.request
+    pinned = job.spark.read.option("versionAsOf", request.table_version).table(request.table)
+    with pytest.raises(StageFailed, match="VACUUM has removed files"), translate_spark_errors("reading", where="it"):
+        pinned.where(pinned.source == NAME).agg({"image": "max"}).collect()
 
 
 @pytest.mark.timeout(900)

@@ -13,6 +13,7 @@ from tiny_runs import tiny_run
 
 from pipelines.config import LocalPlatformConfig
 from pipelines.errors import UserError
+from pipelines.formats.run_folder import RunFolder, write_json
 from pipelines.platform import Platform, local
 from pipelines.tracking import registry, runs
 from pipelines.tracking.download import download
@@ -46,6 +47,16 @@ def original(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
     home.mkdir()
     shutil.copy(empty_database, home / "mlflow.db")
     register_random(open_home(home), home, CONFIG)
+    shards = (home / "shards").rename(home / "moving")
+    (home / "shards").mkdir()
+    shards = shards.rename(home / "shards" / "tiny-train-0123")
+    [folder] = (home / "runs").iterdir()
+    run = RunFolder(folder)
+    paths = {
+        "train_shards": str(shards),
+        "validate_shards": str(shards),
+    }  # absolute paths, as Lakesight 0.1.0 wrote them
+    write_json(run.run_file, run.read_run().model_copy(update=paths))
     return home
 
 
@@ -65,10 +76,10 @@ def test_a_model_of_a_moved_home_is_found_and_its_run_is_continued(original: Pat
         version = registry.resolve(platform, "tiny", "latest")
         assert (download(platform, version).folder / "model.safetensors").is_file()
         [folder] = (moved / "runs").iterdir()
-        with runs.follow(runs.RunFolder(folder), CONFIG, platform) as run_id:
+        with runs.follow(RunFolder(folder), CONFIG, platform) as run_id:
             pass
         assert run_id == version.run_id
-        assert registry.register(runs.RunFolder(folder), run_id, platform) == version
+        assert registry.register(RunFolder(folder), run_id, platform) == version
         assert not original.exists(), "something was written at the earlier path"
     finally:
         away.rename(original)
