@@ -4,7 +4,10 @@ needs no Spark.
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +16,10 @@ import typer
 from jobs.common import Job, JsonOption, PlatformOption, PrecisionOption, PromptOption, RunOption, SetOption, open_job
 from jobs.evaluate import VersionOption, open_model
 from jobs.regions import FoundRegion, check_drawing_path, draw_regions, find_regions
+from pipelines.config import LimitsConfig
 from pipelines.errors import StageFailed, UserError
+from pipelines.executor.crash_guard import Death, run_guarded
+from pipelines.executor.time_limit import TimeLimitExceeded, time_limit
 from vlm.config import Config, Precision
 from vlm.errors import CheckpointError, ImageError
 
@@ -141,25 +147,59 @@ def _check_question(files: Sequence[Path], prompt: str, draw: Path | None) -> No
 def read_picture(job: Job, path: Path) -> Image:
     """Read a picture file and check the picture against the run's limits for ingested pictures.
 
+    A child process decodes the picture, so that a picture that crashes its decoder or never ends leads to an error.
+
     Raises:
         UserError: the file is missing, is not a picture, or exceeds the limits.
     """
-    from vlm.image import open_image
+    from PIL import Image
 
     limits = job.config.data.limits
     try:
-        return open_image(path.read_bytes(), max_pixels=limits.max_pixels, min_side=limits.min_side)[0]
+        [picture] = run_guarded([_read_file(path, limits.max_bytes)], partial(_decode, limits=limits), _raise_death)
     except OSError as error:
-        raise UserError(
-            "the picture cannot be read", where=str(path), got=str(error.strerror or error), fix="name a picture file"
-        ) from None
+        raise _unusable("read", path, str(error.strerror or error), "name a picture file") from None
     except ImageError as error:
-        raise UserError(
-            "the picture cannot be used",
-            where=str(path),
-            got=f"{error.reason}: {error.detail}",
-            fix="name a PNG or JPEG file",
-        ) from None
+        raise _unusable("used", path, f"{error.reason}: {error.detail}", "name a PNG or JPEG file") from None
+    return Image.frombytes("RGB", *picture)
+
+
+def _unusable(verb: str, path: Path, got: str, fix: str) -> UserError:
+    return UserError(f"the picture cannot be {verb}", where=str(path), got=got, fix=fix)
+
+
+def _read_file(path: Path, max_bytes: int) -> bytes:
+    """Read a regular file of limited size. Devices, pipes and folders are never opened, because reading might not end.
+
+    Raises:
+        OSError: the file cannot be opened or is not a regular file.
+        ImageError: the file is larger than `max_bytes`.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("a folder" if path.is_dir() else "a device or pipe, which may have no end")
+    # Some files below /proc have no size and wait for data. Opened without waiting, they give None.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        data = (file.read(max_bytes + 1) if size <= max_bytes else None) or b""
+    if max(size, len(data)) > max_bytes:
+        raise ImageError("too_large", f"{max(size, len(data))} bytes, at most {max_bytes}")
+    return data
+
+
+def _decode(data: bytes, limits: LimitsConfig) -> tuple[tuple[int, int], bytes]:
+    """Return the size and the RGB pixels of a picture."""
+    from vlm.image import open_image
+
+    try:
+        with time_limit(limits.max_decode_seconds):
+            image, _ = open_image(data, max_pixels=limits.max_pixels, min_side=limits.min_side)
+    except TimeLimitExceeded:
+        raise ImageError("decode_timeout", f"more than {limits.max_decode_seconds:g} seconds") from None
+    return image.size, image.tobytes()
+
+
+def _raise_death(_: bytes, death: Death) -> tuple[tuple[int, int], bytes]:
+    raise ImageError("decode_timeout" if death.timed_out else "decoder_crash", f"the decoder's process {death.how}")
 
 
 def _model_folder(job: Job, which: str) -> tuple[Path, str]:

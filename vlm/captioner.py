@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vlm.config import GenerationConfig
+from vlm.config import GenerationConfig, ImageConfig
 from vlm.errors import ImageError, UserError
 from vlm.generation.generate import Completion, Request, check_length, generate
 from vlm.image import open_image, picture_bytes, to_pixels
@@ -29,8 +29,9 @@ BATCH_POSITIONS = 16_384
 summed over all rows and beams.
 
 The two limits bound the memory of the key-value cache."""
-MAX_PIXELS, MIN_SIDE = 64_000_000, 4
-"""Default limits for pictures: the largest number of pixels (width times height), and the smallest side in pixels."""
+MAX_PIXELS, MIN_SIDE, MAX_BYTES = 64_000_000, 4, 64 * 2**20
+"""Default limits for pictures: the largest number of pixels (width times height), the smallest side in pixels, and the
+largest size of a file in bytes."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,20 @@ class DecodedPicture(NamedTuple):
     error: str | None
 
 
+def decode_picture(
+    image: bytes | str | None, config: ImageConfig, *, max_pixels: int, min_side: int, max_bytes: int
+) -> DecodedPicture:
+    """Decode a picture file and resize it to model resolution. The arguments are those of `Captioner.caption`."""
+    sha256 = None
+    try:
+        data = picture_bytes(image, max_bytes)
+        sha256 = hashlib.sha256(data).hexdigest()
+        picture, _ = open_image(data, max_pixels=max_pixels, min_side=min_side)
+        return DecodedPicture(to_pixels(picture, config), sha256, None)
+    except ImageError as error:
+        return DecodedPicture(None, sha256, f"{error.reason}: {error.detail}")
+
+
 class Captioner:
     """Model and tokenizer that caption pictures."""
 
@@ -75,35 +90,23 @@ class Captioner:
         *,
         max_pixels: int = MAX_PIXELS,
         min_side: int = MIN_SIDE,
+        max_bytes: int = MAX_BYTES,
     ) -> list[CaptionResult]:
         """Caption pictures, and return one result for each picture, in the order of the pictures.
+
+        A picture that exceeds a limit causes an error in its row.
 
         Args:
             images: picture files as bytes or as base64 text, optionally with a `data:` prefix.
             prompts: one prompt for each picture; an empty prompt asks for a plain caption.
             settings: generation settings, such as the temperature.
-            max_pixels: largest allowed number of pixels (width times height); a larger picture causes an error in its
-                row.
-            min_side: smallest allowed width and height, in pixels; a smaller picture causes an error in its row.
+            max_pixels: largest allowed number of pixels (width times height).
+            min_side: smallest allowed width and height, in pixels.
+            max_bytes: largest allowed size of a picture file, in bytes.
         """
-        decoded = self.decode(images, max_pixels=max_pixels, min_side=min_side)
+        limits = {"max_pixels": max_pixels, "min_side": min_side, "max_bytes": max_bytes}
+        decoded = [decode_picture(image, self.model.config.image, **limits) for image in images]
         return self.caption_decoded(decoded, prompts, settings)
-
-    def decode(
-        self, images: Sequence[bytes | str | None], *, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
-    ) -> list[DecodedPicture]:
-        """Decode pictures and resize them to model resolution. A caller may run this method in a background thread."""
-        return [self._decode(image, max_pixels, min_side) for image in images]
-
-    def _decode(self, image: bytes | str | None, max_pixels: int, min_side: int) -> DecodedPicture:
-        sha256 = None
-        try:
-            data = picture_bytes(image)
-            sha256 = hashlib.sha256(data).hexdigest()
-            picture, _ = open_image(data, max_pixels=max_pixels, min_side=min_side)
-            return DecodedPicture(to_pixels(picture, self.model.config.image), sha256, None)
-        except ImageError as error:
-            return DecodedPicture(None, sha256, f"{error.reason}: {error.detail}")
 
     def caption_decoded(
         self, pictures: Sequence[DecodedPicture], prompts: Sequence[str], settings: GenerationConfig

@@ -10,11 +10,8 @@ pixels are there.
 
 A decoded picture looks the same as in an image viewer. The picture is rotated according to its EXIF orientation,
 transparent pixels are composed over white, and an animation is represented by its first frame. Samples of 16 bits are
-scaled to 8 bits: if the largest value of a grey picture has at most 12 bits, the picture is scaled from the 8, 10 or 12
-bits that it uses, and otherwise from 16 bits. Palette and CMYK colours are converted to RGB. Colour profiles are
+scaled to 8 bits, and palette and CMYK colours are converted to RGB (`vlm.picture.colours`). Colour profiles are
 ignored.
-
-Large pictures are converted in bands of BAND_PIXELS pixels. A picture of 64 megapixels needs 0.5 GB at most.
 """
 
 from __future__ import annotations
@@ -24,8 +21,7 @@ import binascii
 import io
 import re
 import sys
-from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 from urllib.parse import unquote
 
@@ -35,6 +31,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vlm.config import ImageConfig
 from vlm.errors import ImageError
+from vlm.picture.colours import to_rgb
 from vlm.picture.jpeg_end import decode_without_end
 from vlm.picture.metadata import split_metadata
 from vlm.picture.orientation import ORIENTATION_TAG, turn_upright
@@ -69,25 +66,23 @@ The formats HEIF and AVIF are not in this list, because `_claimed_format` recogn
 URL_SAFE = str.maketrans("-_", "+/")
 DATA_URL = re.compile(r"data:[^,]{0,1000};\s*base64\s*,", re.IGNORECASE)
 
-GREY_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
-BAND_PIXELS = 2**22
-"""Number of pixels that are converted to RGB at once."""
 
-
-def picture_bytes(image: bytes | str | None) -> bytes:
+def picture_bytes(image: bytes | str | None, max_bytes: int = sys.maxsize) -> bytes:
     """Return the file content of a picture that is given as bytes or as base64 text.
 
     Raises:
-        ImageError: the reason is missing_field (None, empty or white space), not_an_image (neither bytes nor text) or
-            bad_base64.
+        ImageError: the reason is missing_field (None, empty or white space), not_an_image (neither bytes nor text),
+            bad_base64, or too_large if the file has more than `max_bytes` bytes.
     """
     if image is None or (isinstance(image, str | bytes) and not image.strip()):
         raise ImageError("missing_field", "no picture")
     if isinstance(image, bytes):
+        if len(image) > max_bytes:
+            raise ImageError("too_large", f"{len(image)} bytes, at most {max_bytes}")
         return image
     if not isinstance(image, str):
         raise ImageError("not_an_image", f"a {type(image).__name__}, expected bytes or base64 text")
-    return decode_base64(image)
+    return decode_base64(image, max_bytes)
 
 
 def decode_base64(text: str, max_bytes: int = sys.maxsize) -> bytes:
@@ -159,12 +154,15 @@ def open_image(
     try:
         image = _load(image, file.data, draft_side)
         orientation = file.orientation or image.getexif().get(ORIENTATION_TAG, 1)
-        rgb = turn_upright(_to_rgb(image), orientation)
+        image = to_rgb(
+            image, file.data
+        )  # in two steps, so that the decoded picture is freed before the next copy is made
+        image = turn_upright(image, orientation)
     except (ImageError, MemoryError):  # too little memory is no defect of the picture
         raise
     except Exception as error:  # decoders raise many types of errors for damaged files
         raise ImageError("truncated_image", f"{format_}: {_sentence(error)}") from error
-    return rgb, ImageInfo(format_, *rgb.size)
+    return image, ImageInfo(format_, *image.size)
 
 
 def _load(image: Image.Image, data: bytes, draft_side: int | None) -> Image.Image:
@@ -300,47 +298,6 @@ def _claimed_format(data: bytes) -> str | None:
         if accept is not None and accept(start) is True:
             return name
     return None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a picture to RGB in bands of rows, because a conversion needs several times the memory of its band."""
-    if image.mode in ("I", "F"):
-        raise ImageError("unsupported_format", f"mode {image.mode}: 32 bits a sample have no agreed range")
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image
-    width, height = image.size
-    rows = max(1, BAND_PIXELS // width)
-    bands = [(0, top, width, min(top + rows, height)) for top in range(0, height, rows)]
-    if image.mode in GREY_16_BIT_MODES:
-        bits = _used_bits(max(int(np.asarray(image.crop(band)).max()) for band in bands))
-        convert: Callable[[Image.Image], Image.Image] = partial(_grey_to_rgb, shift=bits - 8)
-    else:
-        convert = _band_to_rgb
-    rgb = Image.new("RGB", image.size)
-    for band in bands:
-        rgb.paste(convert(image.crop(band)), band)
-    return rgb
-
-
-def _used_bits(largest: int) -> int:
-    """Return the number of bits to which the grey levels of a picture are scaled, from its largest level.
-
-    Cameras, microscopes and X-ray detectors store 10 or 12 bits in samples of 16 bits without scaling them.
-    """
-    return next((bits for bits in (8, 10, 12) if largest < 2**bits), 16)
-
-
-def _grey_to_rgb(image: Image.Image, shift: int) -> Image.Image:
-    return Image.fromarray((np.asarray(image) >> shift).astype(np.uint8)).convert("RGB")
-
-
-def _band_to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "La":  # Pillow converts La (premultiplied grey in TIFF files) only to LA
-        image = image.convert("LA")
-    if image.has_transparency_data:
-        layers = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
-    return image.convert("RGB")
 
 
 def _sentence(error: Exception) -> str:

@@ -21,7 +21,7 @@ from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from pipelines.config import DataConfig, ShardConfig, Split, short_hash
+from pipelines.config import DataConfig, Split, short_hash
 from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.spark_errors import filter_rows, run_or_guard, translate_spark_errors
 from pipelines.driver.delta.tables import ensure_tables, table_id
@@ -46,6 +46,11 @@ STALE_SECONDS = 3600
 """Age in seconds at which a leftover file of a crashed writer is removed."""
 SAMPLED_ROWS = 64
 """Number of pictures whose mean size decides whether to decode pictures before or after the shuffle."""
+
+TIME_FACTOR = 2
+"""Factor between the longest time to decode a picture in an ingest and in this stage.
+
+Ingest has decoded every picture in its time, perhaps on a faster machine."""
 
 Assign = Callable[..., Iterator[RecordBatch]]
 """Function with the interface of `executor.shard.assign_files`, which may also decode the pictures."""
@@ -98,9 +103,9 @@ def shard(  # noqa: PLR0917 (each argument is one part of a run, and all are req
     """
     started = time.monotonic()
     ensure_tables(spark, platform)
-    found = find_or_write(spark, platform, source_name, config.shards, image, split)
+    found = find_or_write(spark, platform, source_name, config, image, split)
     if split == "train" and config.mix:
-        others = [find_or_write(spark, platform, other, config.shards, image, split) for other in config.mix]
+        others = [find_or_write(spark, platform, other, config, image, split) for other in config.mix]
         found = write_mix([found, *others], list(config.mix.values()), platform.folder("shards"))
     manifest = found.manifest
     how = "found" if found.reused else "new"
@@ -154,9 +159,10 @@ def write_mix(parts: Sequence[ShardFolder], shares: Sequence[float], shards: Pat
 
 
 def find_or_write(  # noqa: PLR0917 (as for `shard`)
-    spark: SparkSession, platform: Platform, source: str, config: ShardConfig, image: ImageConfig, split: Split
+    spark: SparkSession, platform: Platform, source: str, config: DataConfig, image: ImageConfig, split: Split
 ) -> ShardFolder:
     """Return the shard folder of a source and split at its last change; write the folder if it does not exist."""
+    shards = config.shards
     version = read_versions(spark, platform, source)
     request = ShardRequest(
         table=platform.table(SAMPLES.name),
@@ -165,17 +171,18 @@ def find_or_write(  # noqa: PLR0917 (as for `shard`)
         source=source,
         split=split,
         image=image,
-        encoding=config.encoding,
-        rows=config.rows,
-        seed=config.seed,
-        where=config.where,
-        draft=config.draft,
+        encoding=shards.encoding,
+        rows=shards.rows,
+        seed=shards.seed,
+        where=shards.where,
+        draft=shards.draft,
     )
     folder = platform.folder("shards") / request.folder_name
     reused = (folder / MANIFEST).exists()
     if not reused:
         with translate_spark_errors("the shards could not be written", where=str(folder)):
-            _write_folder(_select_rows(spark, request, version.newest), folder, request)
+            seconds = TIME_FACTOR * config.limits.max_decode_seconds
+            _write_folder(_select_rows(spark, request, version.newest), folder, request, seconds)
     return ShardFolder(folder, Shards.open(folder).manifest, reused)
 
 
@@ -202,8 +209,8 @@ def _select_rows(spark: SparkSession, request: ShardRequest, version: int) -> Da
     )
 
 
-def _write_folder(rows: DataFrame, folder: Path, request: ShardRequest) -> None:
-    """Write all shard files, then the manifest."""
+def _write_folder(rows: DataFrame, folder: Path, request: ShardRequest, seconds: float) -> None:
+    """Write all shard files, then the manifest. Decoding a picture may take `seconds`."""
     folder.mkdir(parents=True, exist_ok=True)
     # A single task numbers the shuffle keys, which have 64 characters per picture. Pictures do not pass through this
     # task. Each picture goes directly to its shard file, because the driver knows the first shuffle key of each file.
@@ -211,10 +218,10 @@ def _write_folder(rows: DataFrame, folder: Path, request: ShardRequest) -> None:
     starts = numbered.filter(F.col("number") % request.rows == 0).orderBy("number").collect()
     first_keys = [row["shuffle_key"] for row in starts]
     late = _decode_after_shuffle(rows, request, len(first_keys))
-    write = partial(_write_files, rows, folder, request, first_keys)
+    write = partial(_write_files, rows, folder, request, first_keys, seconds=seconds)
     files = run_or_guard(
-        partial(write, assign_files if late else assign_files_and_decode),
-        partial(write, assign_files_and_decode_guarded),
+        partial(write, assign_files if late else partial(assign_files_and_decode, seconds=seconds)),
+        partial(write, partial(assign_files_and_decode_guarded, seconds=seconds)),
     )
     manifest = Manifest(request=request, files=tuple(files))
     expected = rows.count()
@@ -242,11 +249,12 @@ def _decode_after_shuffle(rows: DataFrame, request: ShardRequest, files: int) ->
 
 
 def _write_files(
-    rows: DataFrame, folder: Path, request: ShardRequest, first_keys: list[str], assign: Assign
+    rows: DataFrame, folder: Path, request: ShardRequest, first_keys: list[str], assign: Assign, *, seconds: float
 ) -> list[ShardFile]:
     """Shuffle every picture to its shard file and write the shard files. Return the files sorted by name."""
     assigned = partial(assign, request=request, first_keys=first_keys)
-    write = partial(write_files, request=request, folder=str(folder), decoded=assign is not assign_files)
+    decoded = assign is not assign_files
+    write = partial(write_files, request=request, folder=str(folder), decoded=decoded, seconds=seconds)
     with bounded_batches(rows.sparkSession):
         written = (
             rows.select("image_id", "image", "texts")

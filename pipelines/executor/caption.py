@@ -8,6 +8,7 @@ torch.
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from collections.abc import Iterator
 from datetime import datetime
@@ -19,12 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.config import LimitsConfig
+from pipelines.executor.crash_guard import Death, run_guarded
 from pipelines.executor.model_cache import local_copy
+from pipelines.executor.time_limit import TimeLimitExceeded, time_limit
 from pipelines.formats.caption_stats import CaptionStats, sum_stats
 from pipelines.formats.tables import GENERATED_CAPTIONS
-from vlm.config import Config, GenerationConfig, Precision
+from vlm.config import Config, GenerationConfig, ImageConfig, Precision
 from vlm.files import atomic_write
-from vlm.image import pixel_stats
+from vlm.image import picture_bytes, pixel_stats
 
 if TYPE_CHECKING:
     from vlm.captioner import Captioner, CaptionResult, DecodedPicture
@@ -45,7 +48,7 @@ class CaptionJob(Config):
         precision: number format in which the model computes.
         prompt: prompt for every picture.
         settings: decoding settings.
-        limits: limits on the size of a picture.
+        limits: limits on the size and the decoding time of a picture.
         threads: torch threads per task.
         output_folder: folder of the caption files, which has the same path on every executor.
         rows_per_file: number of rows after which a file is written. A killed task loses only the rows after its last
@@ -85,7 +88,7 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
     captioner = load_captioner(str(folder), job.precision)
     rows: list[dict[str, Any]] = []
     stats: list[CaptionStats] = []
-    decoded = map_ahead(partial(_decode_batch, captioner, job), batches, workers=1)
+    decoded = map_ahead(partial(_decode_batch, captioner.model.config.image, job), batches, workers=1)
     for pictures in _join_batches(decoded, BATCH_ROWS):
         for row, row_stats in _caption_pictures(captioner, job, pictures):
             rows.append(row)
@@ -101,10 +104,34 @@ Picture = tuple[str, "str | None", "DecodedPicture"]
 """A picture's id, the SHA-256 that it had at its last captioning (or None), and the decoded picture."""
 
 
-def _decode_batch(captioner: Captioner, job: CaptionJob, batch: pa.RecordBatch) -> list[Picture]:
+def _decode_batch(config: ImageConfig, job: CaptionJob, batch: pa.RecordBatch) -> list[Picture]:
+    """Decode the pictures of a batch in a child process, so that a picture can crash or hang only its own row."""
     ids, images, known = (batch.column(name).to_pylist() for name in ("image_id", "image", "known"))
-    pictures = captioner.decode(images, max_pixels=job.limits.max_pixels, min_side=job.limits.min_side)
+    decode = partial(_decode_picture, config=config, limits=job.limits)
+    pictures = run_guarded(images, decode, partial(_describe_death, limits=job.limits))
     return list(zip(ids, known, pictures, strict=True))
+
+
+def _decode_picture(image: bytes | str | None, config: ImageConfig, limits: LimitsConfig) -> DecodedPicture:
+    from vlm.captioner import decode_picture
+
+    try:
+        with time_limit(limits.max_decode_seconds):
+            return decode_picture(
+                image, config, max_pixels=limits.max_pixels, min_side=limits.min_side, max_bytes=limits.max_bytes
+            )
+    except TimeLimitExceeded:
+        return _describe_death(image, Death("took too long", timed_out=True), limits)
+
+
+def _describe_death(image: bytes | str | None, death: Death, limits: LimitsConfig) -> DecodedPicture:
+    """Return the error of a picture that crashed its decoder or exceeded the time limit."""
+    from vlm.captioner import DecodedPicture
+
+    sha256 = hashlib.sha256(picture_bytes(image)).hexdigest()
+    if death.timed_out:
+        return DecodedPicture(None, sha256, f"decode_timeout: more than {limits.max_decode_seconds:g} seconds")
+    return DecodedPicture(None, sha256, f"decoder_crash: the process that decoded it {death.how}")
 
 
 def _join_batches(batches: Iterator[list[Picture]], size: int) -> Iterator[list[Picture]]:

@@ -1,8 +1,8 @@
-"""Crash isolation: run a function in a child process, so that a crashing decoder costs one row and not the task.
+"""Crash isolation: run a function in a child process, so that a crashing or hanging decoder costs one row.
 
-A child process is slow, so a child process is used only after a Python worker of Spark has died. The forked child
-inherits the items and returns Arrow batches. If the child dies, the items are bisected until the item that kills it is
-found.
+The forked child inherits the items and sends the result of each item as soon as it has it. If the child dies, the next
+item is the one that killed it, and a new child continues after this item. Captioning always decodes in a child. Ingest
+and sharding decode far more pictures a second, so they use a child only after a Python worker of Spark has died.
 """
 
 from __future__ import annotations
@@ -14,18 +14,27 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TypeVar
-
-import pyarrow as pa
+from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 CHUNK_ITEMS = 32
 CHUNK_BYTES = 16 * 2**20
 OUT_OF_MEMORY = 77
 """Exit code of a child that ran out of memory."""
 
-Function = Callable[[Sequence[T]], Iterator[pa.RecordBatch]]
+
+class Death(NamedTuple):
+    """How a child process ended.
+
+    Attributes:
+        how: description, such as "was ended by SIGSEGV".
+        timed_out: whether the child was ended because it exceeded a time limit (`pipelines.executor.time_limit`).
+    """
+
+    how: str
+    timed_out: bool = False
 
 
 def split_into_chunks(items: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
@@ -43,64 +52,82 @@ def split_into_chunks(items: Iterable[T], size_of: Callable[[T], int]) -> Iterat
         yield chunk
 
 
-def run_guarded(
-    items: Sequence[T], function: Function[T], on_crash: Callable[[T, str], pa.RecordBatch]
-) -> Iterator[pa.RecordBatch]:
-    """Run a function on items in a child process, and isolate the items at which the function crashes.
+def run_guarded(items: Sequence[T], function: Callable[[T], R], on_death: Callable[[T, Death], R]) -> Iterator[R]:
+    """Yield the result of a function for each item, computed in a child process.
 
     Args:
-        items: list of at least one item.
-        function: function that the child runs on all items or on a slice of the items, and that yields batches.
-        on_crash: function that this process calls with the item that killed the child and a description of how the
-            child ended.
+        items: items of the function, in the order of the results.
+        function: function that the child calls with each item. Its results must be picklable.
+        on_death: function that this process calls with the item that killed the child and the way in which the child
+            ended.
 
     Raises:
         Exception: any exception that `function` raised, except MemoryError, which counts as a crash.
     """
-    outcome = _run_in_child(items, function)
-    if isinstance(outcome, pa.Table):
-        yield from outcome.to_batches()
-    elif len(items) == 1:
-        yield on_crash(items[0], outcome)
-    else:
-        half = len(items) // 2
-        yield from run_guarded(items[:half], function, on_crash)
-        yield from run_guarded(items[half:], function, on_crash)
-
-
-def _run_in_child(items: Sequence[T], function: Function[T]) -> pa.Table | str:
-    """Return the child's batches, or a description of how the child died."""
-    fork = multiprocessing.get_context("fork")  # a forked child already has the items: nothing is pickled
-    reader, writer = fork.Pipe(duplex=False)
-    child = fork.Process(target=_child_main, args=(items, function, writer))
-    child.start()
-    writer.close()
-    with reader:
+    done = 0
+    while done < len(items):
+        child = _Child(items[done:], function)
         try:
-            sent = reader.recv()
-        except (EOFError, OSError):  # the child died before or while it sent the result
-            sent = None
-    child.join()
-    if isinstance(sent, Exception):
-        raise sent
-    if sent is not None:
-        return pa.ipc.open_stream(sent).read_all()
-    return _describe_exit(child.exitcode or 0)
+            for result in child.results():
+                yield result
+                done += 1
+        except BaseException:  # the function raised an error, or the caller wants no more results
+            child.kill()
+            raise
+        death = child.wait()
+        if done < len(items):
+            yield on_death(items[done], death)
+            done += 1
 
 
-def _child_main(items: Sequence[T], function: Function[T], writer: Connection) -> None:
+class _Child(Generic[T, R]):
+    """A forked process that computes results one by one."""
+
+    def __init__(self, items: Sequence[T], function: Callable[[T], R]) -> None:
+        fork = multiprocessing.get_context("fork")  # a forked child already has the items: nothing is pickled
+        self._count = len(items)
+        self._reader, writer = fork.Pipe(duplex=False)
+        self._process = fork.Process(target=_child_main, args=(items, function, writer))
+        self._process.start()
+        writer.close()
+
+    def results(self) -> Iterator[R]:
+        """Yield results until the child has sent all of them or has died."""
+        for _ in range(self._count):
+            try:
+                result, error = self._reader.recv()
+            except (EOFError, OSError):  # the child died before or while it sent the result
+                return
+            if error is not None:
+                raise error
+            yield result
+
+    def kill(self) -> None:
+        """End the child."""
+        self._process.kill()
+        self.wait()
+
+    def wait(self) -> Death:
+        """Wait until the child has ended, after its last result."""
+        self._reader.close()
+        self._process.join()
+        code = self._process.exitcode or 0
+        return Death("took too long", timed_out=True) if code == -signal.SIGVTALRM else Death(_describe_exit(code))
+
+
+def _child_main(items: Sequence[T], function: Callable[[T], R], writer: Connection) -> None:
     with suppress(OSError):  # Linux: if memory runs out, the kernel kills this process first
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-    try:
-        table = pa.Table.from_batches(list(function(items)))
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as stream:
-            stream.write_table(table)
-        writer.send(sink.getvalue().to_pybytes())
-    except MemoryError:
-        os._exit(OUT_OF_MEMORY)
-    except Exception as error:  # noqa: BLE001 raised by the parent
-        writer.send(error)
+    with suppress(BrokenPipeError):
+        for item in items:
+            try:
+                result = function(item)
+            except MemoryError:
+                os._exit(OUT_OF_MEMORY)
+            except Exception as error:  # noqa: BLE001 raised by the parent
+                writer.send((None, error))
+                return
+            writer.send((result, None))
 
 
 def _describe_exit(code: int) -> str:

@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.errors import StageFailed
-from pipelines.executor.crash_guard import run_guarded, split_into_chunks
+from pipelines.executor.crash_guard import Death, run_guarded, split_into_chunks
+from pipelines.executor.time_limit import TimeLimitExceeded, time_limit
 from pipelines.formats.shards import ShardRequest, encode_pixels, shard_schema, write_shard_file
 from pipelines.formats.tables import TEXT_TYPE
 from vlm.errors import ImageError
@@ -64,23 +65,23 @@ def assign_files(
 
 
 def assign_files_and_decode(
-    batches: Iterator[pa.RecordBatch], request: ShardRequest, first_keys: Sequence[str]
+    batches: Iterator[pa.RecordBatch], request: ShardRequest, first_keys: Sequence[str], seconds: float
 ) -> Iterator[pa.RecordBatch]:
     """Add shuffle keys and file numbers to rows, and decode their pictures to pixels.
 
-    This function takes the same arguments as `assign_files`.
+    This function takes the same arguments as `assign_files`, and the longest time to decode a picture, in seconds.
 
     Raises:
         StageFailed: a picture that ingest decoded cannot be decoded now.
     """
     for batch in assign_files(batches, request, first_keys):
-        pixels = pa.array(_decode_batch(batch, request), pa.binary())
+        pixels = pa.array(_decode_batch(batch, request, seconds), pa.binary())
         columns = [pixels if name == "image" else batch.column(name) for name in SHUFFLED.names]
         yield pa.RecordBatch.from_arrays(columns, schema=SHUFFLED)
 
 
 def assign_files_and_decode_guarded(
-    batches: Iterator[pa.RecordBatch], request: ShardRequest, first_keys: Sequence[str]
+    batches: Iterator[pa.RecordBatch], request: ShardRequest, first_keys: Sequence[str], seconds: float
 ) -> Iterator[pa.RecordBatch]:
     """Do the same as `assign_files_and_decode` in child processes, to find the picture that crashes the decoder.
 
@@ -88,44 +89,52 @@ def assign_files_and_decode_guarded(
         StageFailed: a picture crashes the decoder or cannot be decoded. The error names the picture.
     """
     rows = (batch.slice(n, 1) for batch in batches for n in range(batch.num_rows))
-    function = partial(_decode_rows, request=request, first_keys=first_keys)
+    decode = partial(_decode_row, request=request, first_keys=first_keys, seconds=seconds)
     for chunk in split_into_chunks(rows, lambda row: int(row.nbytes)):
-        yield from run_guarded(chunk, function, _fail_on_crash)
+        yield from run_guarded(chunk, decode, _fail_on_death)
 
 
-def _decode_rows(
-    rows: Sequence[pa.RecordBatch], request: ShardRequest, first_keys: Sequence[str]
-) -> Iterator[pa.RecordBatch]:
-    return assign_files_and_decode(iter(rows), request, first_keys)
+def _decode_row(
+    row: pa.RecordBatch, request: ShardRequest, first_keys: Sequence[str], seconds: float
+) -> pa.RecordBatch:
+    return next(assign_files_and_decode(iter([row]), request, first_keys, seconds))
 
 
-def _fail_on_crash(row: pa.RecordBatch, how: str) -> pa.RecordBatch:
+def _fail_on_death(row: pa.RecordBatch, death: Death) -> pa.RecordBatch:
     image_id = row.column("image_id")[0].as_py()
     raise StageFailed(
         "a picture of samples crashes its decoder",
         where=image_id,
-        got=f"the process that decoded it {how}",
+        got=f"the process that decoded it {death.how}",
         fix="upgrade Pillow, or delete the row of this image_id from samples",
     )
 
 
-def _decode_picture(image_id: str, data: bytes, request: ShardRequest) -> bytes:
+def _decode_picture(image_id: str, data: bytes, request: ShardRequest, seconds: float) -> bytes:
     enough = request.image.size if request.draft else None
     try:
         # Ingest has already refused pictures with too many pixels or a side that is too short.
-        image, _ = open_image(data, max_pixels=sys.maxsize, min_side=1, draft_side=enough)
+        with time_limit(seconds):
+            image, _ = open_image(data, max_pixels=sys.maxsize, min_side=1, draft_side=enough)
     except ImageError as error:
         raise StageFailed("a picture of samples does not decode", where=image_id, got=str(error)) from error
+    except TimeLimitExceeded:
+        raise StageFailed(
+            "a picture of samples does not decode in time",
+            where=image_id,
+            got=f"more than {seconds:g} seconds",
+            fix="raise data.limits.max_decode_seconds, or delete the row of this image_id from samples",
+        ) from None
     return encode_pixels(to_pixels(image, request.image), request.encoding)
 
 
-def _decode_batch(batch: pa.RecordBatch, request: ShardRequest) -> list[bytes]:
+def _decode_batch(batch: pa.RecordBatch, request: ShardRequest, seconds: float) -> list[bytes]:
     rows = zip(batch.column("image_id").to_pylist(), batch.column("image").to_pylist(), strict=True)
-    return [_decode_picture(image_id, image, request) for image_id, image in rows]
+    return [_decode_picture(image_id, image, request, seconds) for image_id, image in rows]
 
 
 def write_files(
-    batches: Iterator[pa.RecordBatch], request: ShardRequest, folder: str, *, decoded: bool
+    batches: Iterator[pa.RecordBatch], request: ShardRequest, folder: str, *, decoded: bool, seconds: float
 ) -> Iterator[pa.RecordBatch]:
     """Write shard files, and yield one WRITTEN row per file.
 
@@ -134,12 +143,13 @@ def write_files(
         request: description of the content of the shards.
         folder: shard folder, an existing folder that has the same path on every executor.
         decoded: whether the column `image` holds pixels.
+        seconds: longest time to decode a picture, in seconds.
 
     Raises:
         StageFailed: a picture that ingest decoded cannot be decoded now.
     """
     for number, pieces in groupby(_split_by_file(batches), key=lambda piece: piece[0]):
-        rows = (_to_shard_rows(piece, request, decoded=decoded) for _, piece in pieces)
+        rows = (_to_shard_rows(piece, request, decoded=decoded, seconds=seconds) for _, piece in pieces)
         written = write_shard_file(Path(folder), number, request, rows)
         yield pa.RecordBatch.from_pylist([written.model_dump()], WRITTEN)
 
@@ -153,11 +163,11 @@ def _split_by_file(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, pa.
             yield int(files[start]), batch.slice(start, end - start)
 
 
-def _to_shard_rows(piece: pa.RecordBatch, request: ShardRequest, *, decoded: bool) -> pa.RecordBatch:
+def _to_shard_rows(piece: pa.RecordBatch, request: ShardRequest, *, decoded: bool, seconds: float) -> pa.RecordBatch:
     """Convert SHUFFLED rows to the schema of the shard file."""
     schema = shard_schema(request)
     pixel_type = schema.field("pixels").type
     image = piece.column("image")
-    pixels = image.cast(pixel_type) if decoded else pa.array(_decode_batch(piece, request), pixel_type)
+    pixels = image.cast(pixel_type) if decoded else pa.array(_decode_batch(piece, request, seconds), pixel_type)
     texts = piece.column("texts").cast(schema.field("texts").type)
     return pa.RecordBatch.from_arrays([piece.column("image_id"), pixels, texts], schema=schema)

@@ -1,20 +1,26 @@
-"""Functions with which executors make thumbnails of the pictures in Arrow batches."""
+"""Functions with which executors make thumbnails of the pictures in Arrow batches.
+
+Quarantine holds pictures that were never decoded, so thumbnails are made in a child process.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import pyarrow as pa
 
 from pipelines.config import LimitsConfig
+from pipelines.executor.crash_guard import run_guarded
 from pipelines.executor.ingest.records.record import parse_json_object
+from pipelines.executor.time_limit import TimeLimitExceeded, time_limit
 from pipelines.pages.thumbnail import MAX_PIXELS, make_thumbnail
 from vlm.errors import ImageError
 from vlm.image import decode_base64
 
 SHOWN_CHARS = 400
 """Number of characters of a payload that are kept."""
-MAX_BYTES = LimitsConfig().max_bytes
+MAX_BYTES, MAX_SECONDS = LimitsConfig().max_bytes, LimitsConfig().max_decode_seconds
 
 
 def with_thumbnails(
@@ -38,22 +44,28 @@ def with_thumbnails(
             columns.append(pa.array([value[:SHOWN_CHARS] for value in values], pa.string()))
             names.append(column)
             values = [find_picture(value) for value in values]
-        thumbnails = [
-            make_thumbnail(value, max_pixels=max_pixels) if is_safe else None
-            for value, is_safe in zip(values, safe, strict=True)
-        ]
+        shown = [value if is_safe else None for value, is_safe in zip(values, safe, strict=True)]
+        thumbnails = list(run_guarded(shown, partial(_make_thumbnail, max_pixels=max_pixels), lambda *_: None))
         columns.append(pa.array(thumbnails, pa.binary()))
         yield pa.RecordBatch.from_arrays(columns, names=[*names, "thumbnail"])
+
+
+def _make_thumbnail(data: bytes | None, max_pixels: int) -> bytes | None:
+    try:
+        with time_limit(MAX_SECONDS):
+            return make_thumbnail(data, max_pixels=max_pixels)
+    except TimeLimitExceeded:
+        return None
 
 
 def _safe_to_decode(batch: pa.RecordBatch) -> list[bool]:
     """For each row, return whether decoding its picture is safe.
 
-    Decoding a picture that once crashed its decoder is not safe.
+    Decoding a picture again that once crashed its decoder, or took too long, would only cost time.
     """
     if "reason" not in batch.schema.names:
         return [True] * batch.num_rows
-    return [reason != "decoder_crash" for reason in batch.column("reason").to_pylist()]
+    return [reason not in {"decoder_crash", "decode_timeout"} for reason in batch.column("reason").to_pylist()]
 
 
 def find_picture(payload: str) -> bytes | None:

@@ -1,12 +1,15 @@
-"""A time limit on a block of code, set with the interval timer of the process (SIGALRM)."""
+"""A time limit on a block of code, set with two interval timers of the process."""
 
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+PROCESS_LIMIT = 2
+"""Factor between the time limit of a block and the processor time after which the process is ended."""
+MIN_PROCESS_SECONDS = 1.0
 
 
 class TimeLimitExceeded(BaseException):
@@ -18,25 +21,28 @@ class TimeLimitExceeded(BaseException):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Interrupt the block after a number of seconds. C code in the block is interrupted when it returns to Python.
+    """Interrupt the block after a number of seconds.
 
-    Signals reach only the main thread, in which Spark's Python workers run our functions. In any other thread the block
-    has no time limit.
+    A signal handler cannot interrupt C code, which may also loop for ever. So the first timer (SIGALRM) raises an
+    exception as soon as Python code runs, and the second timer ends the process if none does: after PROCESS_LIMIT times
+    the seconds, counted in processor time so that a busy machine ends no healthy process, the kernel sends SIGVTALRM,
+    whose default action needs no Python. `pipelines.executor.crash_guard` then finds the row.
+
+    The block must run in the main thread, in which Spark's Python workers run our functions.
 
     Raises:
         TimeLimitExceeded: the block took longer than `seconds`.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def on_alarm(_: int, __: FrameType | None) -> None:
         raise TimeLimitExceeded
 
     previous = signal.signal(signal.SIGALRM, on_alarm)
+    signal.setitimer(signal.ITIMER_VIRTUAL, max(MIN_PROCESS_SECONDS, PROCESS_LIMIT * seconds))
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGALRM, previous)

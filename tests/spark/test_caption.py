@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from crashing_decoder import CrashingLimits, crashing_picture, hanging_picture
 from PIL import Image
 from pyspark.sql import SparkSession
 from tiny_runs import tiny_model_config
@@ -77,17 +79,26 @@ def test_each_row_gets_one_caption_with_lineage_or_an_error_if_its_picture_is_ba
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     good = [(n, picture(n)) for n in range(70)]
-    table = write(spark, tmp_path / "photos", [*good, (70, b"no picture"), (71, None), (72, picture(1)[:90])])
-    report = caption(spark, platform, model, request(table))
-    assert numbers(report) == (73, 0, 70, 3)
+    deadly = [(73, crashing_picture()), (74, hanging_picture()), (75, bytes(100_001))]
+    bad = [(70, b"no picture"), (71, None), (72, picture(1)[:90]), *deadly]
+    table = write(spark, tmp_path / "photos", [*good, *bad])
+    limits = CrashingLimits(max_decode_seconds=1.5, max_bytes=100_000)
+    report = caption(spark, platform, model, request(table, limits=limits))
+    assert numbers(report) == (76, 0, 70, 6)
     assert report.settings_hash == "1dd86ab5a8514f8c", "captions that an earlier release stored must be found"
     rows = stored(spark, platform, model)
-    assert len(rows) == 73
-    assert [rows[str(n)]["error"].partition(":")[0] for n in (70, 71, 72)] == [
+    assert len(rows) == 76
+    assert [rows[str(n)]["error"].partition(":")[0] for n in range(70, 76)] == [
         "not_an_image",
         "missing_field",
         "truncated_image",
+        "decoder_crash",
+        "decode_timeout",
+        "too_large",
     ]
+    assert rows["73"]["error"].endswith("was ended by SIGSEGV")
+    assert rows["74"]["error"] == "decode_timeout: more than 1.5 seconds"
+    assert rows["74"]["sha256"] == hashlib.sha256(hanging_picture()).hexdigest()
     for row in rows.values():
         assert (row["caption"] is None) != (row["error"] is None)
         assert (row["source_table"], row["source_version"], row["run_id"]) == (table, 0, "r")
@@ -99,7 +110,7 @@ def test_each_row_gets_one_caption_with_lineage_or_an_error_if_its_picture_is_ba
         assert (row["caption"], row["sha256"], row["num_tokens"]) == (alone.caption, alone.sha256, alone.num_tokens)
         assert row["mean_logprob"] == pytest.approx(alone.mean_logprob, abs=1e-4)
     before = commits(spark, platform)
-    assert numbers(caption(spark, platform, model, request(table))) == (73, 73, 0, 0)
+    assert numbers(caption(spark, platform, model, request(table))) == (76, 76, 0, 0)
     assert commits(spark, platform) == before  # a caption job without new rows writes nothing
 
 

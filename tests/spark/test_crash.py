@@ -1,11 +1,11 @@
-"""Pictures that crash the decoder and its Python worker: the error names the bad row, and no other row is lost."""
+"""Pictures that crash or hang their decoder: the error names the bad row, and no other row is lost."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from crashing_decoder import CrashingImage, CrashingLimits, crashing_picture
+from crashing_decoder import CrashingImage, CrashingLimits, crashing_picture, hanging_picture
 from pictures import as_base64, png, write_csv
 from pyspark.sql import SparkSession
 
@@ -18,18 +18,19 @@ from pipelines.platform import Platform
 
 def config(path: Path) -> DataConfig:
     data = DataConfig.model_validate({"source": {"path": str(path)}, "near_duplicates": False})
-    return data.model_copy(update={"limits": CrashingLimits(max_decode_seconds=20)})
+    return data.model_copy(update={"limits": CrashingLimits(max_decode_seconds=1.5)})
 
 
-def test_a_picture_that_crashes_the_decoder_is_quarantined_by_the_ingest_and_named_by_the_shard_stage(
+def test_a_picture_that_crashes_or_hangs_its_decoder_is_quarantined_by_the_ingest_and_named_by_the_shard_stage(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     good = [[as_base64(png(5000 + n)), f"picture {n}"] for n in range(40)]
-    rows = [*good[:33], [as_base64(crashing_picture()), "deadly"], *good[33:], ["?", "bad"]]
+    hanging = [as_base64(hanging_picture()), "endless"]
+    rows = [*good[:33], [as_base64(crashing_picture()), "deadly"], hanging, *good[33:], ["?", "bad"]]
     data = config(write_csv(tmp_path / "a.csv", rows))
     report = ingest(spark, platform, source, data)
-    assert (report.rows_in, report.new) == (42, 40)
-    assert report.reasons == {"bad_base64": 1, "decoder_crash": 1}
+    assert (report.rows_in, report.new) == (43, 40)
+    assert report.reasons == {"bad_base64": 1, "decode_timeout": 1, "decoder_crash": 1}
     refused = spark.table(platform.table("quarantine")).where(f"source = '{source}' AND reason = 'decoder_crash'")
     [row] = refused.collect()
     assert row["detail"] == "the process that decoded it was ended by SIGSEGV"

@@ -1,4 +1,4 @@
-"""A BMP decoder that crashes its process with a segmentation fault if a picture has a certain size.
+"""A BMP decoder that crashes its process, or never returns, if a picture has a certain size.
 
 Importing this module installs the decoder in Pillow. Spark's Python workers import this module when they unpickle
 settings whose class is defined in this module.
@@ -7,6 +7,8 @@ settings whose class is defined in this module.
 from __future__ import annotations
 
 import ctypes
+import itertools
+from collections import deque
 from typing import Any
 
 from pictures import encoded, picture
@@ -15,7 +17,7 @@ from PIL import BmpImagePlugin, Image
 from pipelines.config import LimitsConfig
 from vlm.config import ImageConfig
 
-CRASHING_SIZE = (41, 43)
+CRASHING_SIZE, HANGING_SIZE = (41, 43), (43, 41)
 
 
 def crashing_picture() -> bytes:
@@ -23,13 +25,20 @@ def crashing_picture() -> bytes:
     return encoded(picture(41, CRASHING_SIZE), "BMP")
 
 
+def hanging_picture() -> bytes:
+    """Return a valid BMP file with which the decoder never ends in a process in which it is installed."""
+    return encoded(picture(43, HANGING_SIZE), "BMP")
+
+
 class CrashingBmp(BmpImagePlugin.BmpImageFile):
-    """A BMP file whose decoder crashes in C."""
+    """A BMP file whose decoder crashes in C, or loops in C where no signal handler of Python runs."""
 
     def load(self) -> Any:
-        """Read from address zero if the picture has the crashing size."""
+        """Read from address zero or loop for ever if the picture has one of the two sizes."""
         if self.size == CRASHING_SIZE:
             ctypes.string_at(0)
+        if self.size == HANGING_SIZE:
+            deque(itertools.repeat(0), maxlen=0)
         return super().load()
 
 

@@ -1,4 +1,4 @@
-"""Picture files as bytes: what of a file decides its pixels, and how the picture is turned upright.
+"""Picture files and decoded pictures: what of a file decides its pixels, and how they become upright RGB pictures.
 
-`vlm.image` uses these modules before and after Pillow decodes a file. None of them changes a pixel.
+`vlm.image` uses these modules before and after Pillow decodes a file.
 """

@@ -22,7 +22,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines.config import ColumnNames, LimitsConfig, SplitConfig
-from pipelines.executor.crash_guard import run_guarded, split_into_chunks
+from pipelines.executor.crash_guard import Death, run_guarded, split_into_chunks
 from pipelines.executor.ingest.fingerprint import fingerprint
 from pipelines.executor.ingest.outcome import Refused, outcome_batch
 from pipelines.executor.ingest.records.record import Fields, Read, Record
@@ -64,30 +64,36 @@ def decode_batches(batches: Iterator[pa.RecordBatch], read: Read, rules: DecodeR
         read: parser of the source.
         rules: settings that decide whether a record becomes a sample.
     """
-    yield from _decode_records(read(batches), rules)
+    yield from _batch_outcomes(decode_record(record, rules) for record in read(batches))
 
 
 def decode_guarded(batches: Iterator[pa.RecordBatch], read: Read, rules: DecodeRules) -> Iterator[pa.RecordBatch]:
-    """Decode like `decode_batches`, in child processes. A row whose decoder crashes is refused."""
-    for records in split_into_chunks(read(batches), _record_bytes):
-        yield from run_guarded(records, partial(_decode_records, rules=rules), _refuse_crashed)
+    """Decode like `decode_batches`, in child processes. A row whose decoder crashes or never returns is refused."""
+    chunks = split_into_chunks(read(batches), _record_bytes)
+    decode, refuse = partial(decode_record, rules=rules), partial(_refuse_deadly, rules=rules)
+    yield from _batch_outcomes(outcome for records in chunks for outcome in run_guarded(records, decode, refuse))
 
 
 def _record_bytes(record: Record) -> int:
     return sum(len(value) for value in record.fields.values() if isinstance(value, (str, bytes)))
 
 
-def _refuse_crashed(record: Record, how: str) -> pa.RecordBatch:
-    refused = Refused("decode", "decoder_crash", f"the process that decoded it {how}")
-    return outcome_batch([_refusal(record, refused)])
+def _refuse_deadly(record: Record, death: Death, rules: DecodeRules) -> dict[str, Any]:
+    if death.timed_out:
+        return _refusal(record, _timeout(rules.limits))
+    return _refusal(record, Refused("decode", "decoder_crash", f"the process that decoded it {death.how}"))
 
 
-def _decode_records(records: Iterable[Record], rules: DecodeRules) -> Iterator[pa.RecordBatch]:
+def _timeout(limits: LimitsConfig) -> Refused:
+    return Refused("decode", "decode_timeout", f"more than {limits.max_decode_seconds:g} seconds")
+
+
+def _batch_outcomes(decoded: Iterable[dict[str, Any]]) -> Iterator[pa.RecordBatch]:
     outcomes: list[dict[str, Any]] = []
     size = 0
-    for record in records:
-        outcomes.append(decode_record(record, rules))
-        size += len(outcomes[-1].get("image") or b"") + len(outcomes[-1]["payload"])
+    for outcome in decoded:
+        outcomes.append(outcome)
+        size += len(outcome.get("image") or b"") + len(outcome["payload"])
         if size >= FLUSH_BYTES or len(outcomes) >= FLUSH_ROWS:
             yield outcome_batch(outcomes)
             outcomes, size = [], 0
@@ -183,7 +189,7 @@ def _open_image(data: bytes, limits: LimitsConfig) -> tuple[Image.Image, ImageIn
     except ImageError as error:
         raise Refused("decode", error.reason, error.detail) from None
     except TimeLimitExceeded:
-        raise Refused("decode", "decode_timeout", f"more than {limits.max_decode_seconds:g} seconds") from None
+        raise _timeout(limits) from None
 
 
 def _to_json(fields: Fields) -> str:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import json
+import os
+import re
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,3 +179,54 @@ def test_equal_labels_have_equal_colours_and_degenerate_boxes_can_be_drawn() -> 
     drawn = draw_regions(picture, same)
     first, second, third = (drawn.getpixel((x1 - 1, y1 - 1)) for _, _, x1, y1 in boxes)
     assert first == second != third
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("name", "got"),
+    [
+        ("/dev/zero", "a device or pipe"),
+        ("/dev/tty", "a device or pipe"),
+        ("pipe", "a device or pipe"),
+        (".", "a folder"),
+        ("sparse", f"too_large: {10 * 2**30} bytes"),
+        ("/proc/self/status", "not_an_image"),
+        ("/proc/kmsg", ""),
+        ("empty.png", "not_an_image: 0 bytes"),
+        ("loop.png", "Too many levels of symbolic links"),
+    ],
+)
+def test_a_file_that_has_no_end_or_is_no_picture_is_refused_in_one_paragraph(
+    name: str, got: str, tmp_path: Path, random_model: tuple[Path, VisionLanguageModel, Tokenizer]
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    (tmp_path / "empty.png").touch()
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(10 * 2**30)
+    with pytest.raises(UserError, match=re.escape(got)) as caught:
+        ask([Path(name)], checkpoint=random_model[0])
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("limit", "reason"), [("max_bytes=100", "too_large"), ("max_pixels=9", "too_large")])
+def test_the_limits_of_a_run_hold_for_questions(
+    limit: str, reason: str, random_model: tuple[Path, VisionLanguageModel, Tokenizer]
+) -> None:
+    with pytest.raises(UserError, match=reason):
+        ask([Path("wide.png")], checkpoint=random_model[0], overrides=[f"data.limits.{limit}"])
+
+
+def test_a_picture_that_crashes_its_decoder_or_never_ends_leads_to_an_error(
+    random_model: tuple[Path, VisionLanguageModel, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = ["data.limits.max_decode_seconds=0.5"]
+    for fault, got in ((lambda *_, **__: ctypes.string_at(0), "SIGSEGV"), (loop_in_c, "took too long")):
+        monkeypatch.setattr("vlm.image.open_image", fault)
+        with pytest.raises(UserError, match=got):
+            ask([Path("red.png")], checkpoint=random_model[0], overrides=limit)
+
+
+def loop_in_c(*_: object, **__: object) -> None:
+    deque(itertools.repeat(0), maxlen=0)

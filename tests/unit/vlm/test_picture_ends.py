@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import struct
+import zlib
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from pictures import encoded, picture
 from PIL import Image
 
-import vlm.image
 from vlm.errors import ImageError
 from vlm.image import open_image
+from vlm.picture import colours
 
 FLAT = Image.new("RGB", (48, 40), (90, 20, 200))
 SMOOTH = Image.fromarray(np.random.default_rng(7).integers(0, 256, (4, 5, 3), np.uint8)).resize((48, 40))
@@ -96,6 +99,26 @@ def test_a_16_bit_picture_of_more_than_12_bits_is_scaled_from_16_bits() -> None:
     assert np.asarray(opened(encoded(Image.fromarray(levels))))[..., 0].tolist() == [[0, 16], [1, 0]]
 
 
+def deep_png(samples: npt.NDArray[np.uint16]) -> bytes:
+    """Encode samples (H, W, 3 or 4) as a PNG with 16 bits a sample, which Pillow cannot write."""
+    height, width, channels = samples.shape
+    kinds = {3: 2, 4: 6}
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    header = struct.pack(">IIBBBBB", width, height, 16, kinds[channels], 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    parts = (struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(("bits", "shift"), [(8, 0), (10, 2), (12, 4), (13, 8), (16, 8)])
+def test_a_colour_png_of_16_bits_is_scaled_to_full_range_if_it_uses_few_bits(bits: int, shift: int) -> None:
+    samples = np.random.default_rng(bits).integers(0, 2**bits, (20, 30, 3)).astype(np.uint16)
+    samples[0, 0] = 2**bits - 1
+    assert np.array_equal(np.asarray(opened(deep_png(samples))), samples >> shift)
+    opaque = np.concatenate([samples, np.full((20, 30, 1), 65535, np.uint16)], axis=2)
+    assert np.array_equal(np.asarray(opened(deep_png(opaque))), samples >> shift)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr", "LAB", "I;16"])
 def test_a_picture_that_is_converted_in_bands_has_the_same_pixels(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = SMOOTH.copy()
@@ -107,5 +130,5 @@ def test_a_picture_that_is_converted_in_bands_has_the_same_pixels(mode: str, mon
     else:
         image = source.convert(mode)
     whole = opened(encoded(image, "TIFF"))
-    monkeypatch.setattr(vlm.image, "BAND_PIXELS", 100)
+    monkeypatch.setattr(colours, "BAND_PIXELS", 100)
     assert same(opened(encoded(image, "TIFF")), whole)

@@ -1,0 +1,105 @@
+"""Convert decoded pictures of all modes to RGB with 8 bits a sample.
+
+Samples of 16 bits are scaled to 8 bits. Cameras, microscopes and X-ray detectors store 8, 10 or 12 bits in samples of
+16 bits without scaling them, so that the pictures are almost black. If the largest sample of a picture has at most 12
+bits, the picture is scaled from the 8, 10 or 12 bits that it uses, and otherwise from 16 bits.
+
+Pictures are converted in bands of rows, because a conversion needs several times the memory of its band. Decoding a
+picture of 64 megapixels needs 0.6 GB.
+"""
+
+from __future__ import annotations
+
+import io
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, PngImagePlugin
+
+from vlm.errors import ImageError
+
+GREY_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+BAND_PIXELS = 2**22
+"""Number of pixels that are converted at once."""
+Box = tuple[int, int, int, int]
+
+
+def row_bands(size: tuple[int, int]) -> list[Box]:
+    """Return the boxes of bands of rows that cover a picture of the given width and height."""
+    width, height = size
+    rows = max(1, BAND_PIXELS // width)
+    return [(0, top, width, min(top + rows, height)) for top in range(0, height, rows)]
+
+
+def to_rgb(image: Image.Image, data: bytes) -> Image.Image:
+    """Convert a decoded picture to RGB, with transparent pixels over white.
+
+    Args:
+        image: decoded picture.
+        data: bytes of its file, which still hold the lower 8 bits of 16-bit colours.
+
+    Raises:
+        ImageError: the reason is unsupported_format if the samples have 32 bits.
+    """
+    if image.mode in ("I", "F"):
+        raise ImageError("unsupported_format", f"mode {image.mode}: 32 bits a sample have no agreed range")
+    if image.format == "PNG" and data[24:26] in {b"\x10\x02", b"\x10\x06"}:
+        image = _scale_colours(image, data)
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    bands = row_bands(image.size)
+    convert = _to_rgb
+    if image.mode in GREY_16_BIT_MODES:
+        largest = max(int(np.asarray(image.crop(band)).max()) for band in bands)
+        convert = partial(_grey_to_rgb, shift=_used_bits(largest) - 8)
+    rgb = Image.new("RGB", image.size)
+    for band in bands:
+        rgb.paste(convert(image.crop(band)), band)
+    return rgb
+
+
+def _used_bits(largest: int) -> int:
+    """Return the number of bits from which the samples of a picture are scaled, given the largest sample."""
+    return next((bits for bits in (8, 10, 12) if largest < 2**bits), 16)
+
+
+def _grey_to_rgb(image: Image.Image, shift: int) -> Image.Image:
+    return Image.fromarray((np.asarray(image) >> shift).astype(np.uint8)).convert("RGB")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "La":  # Pillow converts La (premultiplied grey in TIFF files) only to LA
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scale_colours(image: Image.Image, data: bytes) -> Image.Image:
+    """Scale the colours of a PNG with 16 bits a sample, of which Pillow has kept the upper 8 bits.
+
+    The lower 8 bits come from a second decoding, which takes each pair of bytes in the other order.
+    """
+    colours = np.array(image.getextrema())[:3]
+    if colours.max() >= 2**4 or "transparency" in image.info:
+        return image
+    low = Image.open(io.BytesIO(data), formats=["PNG"])
+    assert isinstance(low, PngImagePlugin.PngImageFile)
+    low.tile = [tile._replace(args=f"{image.mode};16L") for tile in low.tile]
+    bands = row_bands(image.size)
+    largest = np.max([_join_bytes(image, low, band).max(axis=(0, 1)) for band in bands], axis=0)
+    colour_shift, alpha_shift = _used_bits(int(largest[:3].max())) - 8, _used_bits(int(largest[-1])) - 8
+    scaled = Image.new(image.mode, image.size)
+    for band in bands:
+        samples = _join_bytes(image, low, band)
+        samples[..., :3] >>= colour_shift
+        samples[..., 3:] >>= alpha_shift
+        scaled.paste(Image.fromarray(samples.astype(np.uint8)), band)
+    return scaled
+
+
+def _join_bytes(high: Image.Image, low: Image.Image, band: Box) -> npt.NDArray[np.uint16]:
+    """Return the samples of a band, given the pictures of their upper and lower 8 bits."""
+    return (np.asarray(high.crop(band)).astype(np.uint16) << 8) | np.asarray(low.crop(band))
