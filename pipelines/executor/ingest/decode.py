@@ -107,7 +107,9 @@ def decode_record(record: Record, rules: DecodeRules) -> dict[str, Any]:
         sample = _decode_or_refuse(record, rules)
     except Refused as refused:
         return _refusal(record, refused)
-    payload = _to_json({name: value for name, value in record.fields.items() if name != rules.columns.image})
+    # A row of a source with ids may still be refused, because another picture has its id: then its payload is needed.
+    others = record.others() if record.others and rules.columns.id else {}
+    payload = _to_json(others | {name: value for name, value in record.fields.items() if name != rules.columns.image})
     # The identifier is computed from the picture's SHA-256 instead of the picture's base64, because hashing the base64
     # text would take a tenth of the decoding time.
     name = record.source_row or _source_row(record.file, payload + sample["sha256"])

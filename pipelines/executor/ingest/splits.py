@@ -18,7 +18,9 @@ SPLITS: dict[str, Split] = {
     "dev": "val",
     "test": "test",
 }
-"""Our name (train, val or test) for each split name that sources use."""
+"""Our name (train, val or test) for each split name that sources use in a column."""
+FILE_SPLITS: dict[str, Split] = SPLITS | {"training": "train", "testing": "test", "eval": "test", "evaluation": "test"}
+"""Our name for each word that stands for a split in the names of files and folders, as in Hugging Face datasets."""
 PART_NUMBER = re.compile(r"-\d+(-of-\d+)?$")
 
 
@@ -59,8 +61,24 @@ def split_of_hash(sha256: str, config: HashSplitConfig) -> Split:
 
 
 def split_of_file(file: str) -> Split | None:
-    """Return the split that a file name stands for, such as val for `val-00000-of-00005.csv`."""
-    return SPLITS.get(PART_NUMBER.sub("", PurePosixPath(file).name.partition(".")[0]))
+    """Return the split that the name of a file or of one of its folders stands for, or None.
+
+    The name of the file decides if it stands for one split, then the nearest folder that does. A name stands for a
+    split if one of its words is the split's, such as `val-00000-of-00005.csv`, `train_0.parquet` or `cats.test.tar`. A
+    name with the words of two splits stands for none, but `train.test.csv` begins with its split and a dot.
+
+    Args:
+        file: name of the file, or its path relative to the source.
+    """
+    path = PurePosixPath(file)
+    begins_with = SPLITS.get(PART_NUMBER.sub("", path.name.partition(".")[0]))
+    return begins_with or next(filter(None, map(_split_of_words, [path.name, *reversed(path.parts[:-1])])), None)
+
+
+def _split_of_words(name: str) -> Split | None:
+    words = re.split(r"[^a-z]+", name.casefold())
+    splits = {FILE_SPLITS[word] for word in words if word in FILE_SPLITS}
+    return splits.pop() if len(splits) == 1 else None
 
 
 def require_field(fields: Fields, column: str) -> object:

@@ -212,12 +212,24 @@ def test_split_may_come_from_the_file_name() -> None:
         ("train.csv", "train"),
         ("validation-00000-of-00005.parquet", "val"),
         ("test-000012.tar", "test"),
+        ("train.test.csv", "train"),
+        ("Train-00000-of-00001-a09b74b3ef9c3b56.parquet", "train"),
+        ("train_0.parquet", "train"),
+        ("cats-val2.csv", "val"),
+        ("evaluation.jsonl", "test"),
+        ("data/train/0000.parquet", "train"),
+        ("images-dev/2024/0000.parquet", "val"),
+        ("split=test/part-00000.snappy.parquet", "test"),
+        ("train/val-00000-of-00001.parquet", "val"),
+        ("test/train/0000.parquet", "train"),
+        ("test/train_and_val.csv", "test"),
+        ("train_and_val.csv", None),
         ("trains.csv", None),
-        ("a-train.csv", None),
+        ("pretrained/captions.csv", None),
         ("captions.csv", None),
     ],
 )
-def test_split_of_file_ignores_suffixes_and_part_numbers(name: str, split: str | None) -> None:
+def test_split_of_file_is_a_word_of_its_name_or_of_its_nearest_folder(name: str, split: str | None) -> None:
     assert split_of_file(name) == split
 
 

@@ -186,7 +186,7 @@ def _reason(found: Found, config: DataConfig, suffixes: tuple[str, ...]) -> str 
         return "empty"
     if not found.named and not name.lower().endswith(suffixes):
         return "other_kind"
-    return "no_split" if config.split.kind == "file" and split_of_file(name) is None else None
+    return "no_split" if config.split.kind == "file" and split_of_file(found.relative) is None else None
 
 
 def _source_file(found: Found) -> SourceFile:

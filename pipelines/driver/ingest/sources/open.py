@@ -44,8 +44,8 @@ def open_source(spark: SparkSession, platform: Platform, name: str, config: Data
             files, load = list_files(config, csv.SUFFIXES), partial(csv.load_rows, spark, source, config)
         case JsonlSourceConfig():
             files, load = list_files(config, jsonl.SUFFIXES), partial(jsonl.load_rows, spark, config)
-        case ParquetSourceConfig() as source:
-            files, load = list_files(config, parquet.SUFFIXES), partial(parquet.load_rows, spark, source, config)
+        case ParquetSourceConfig():
+            files, load = list_files(config, parquet.SUFFIXES), partial(parquet.load_rows, spark, config)
         case WebDatasetSourceConfig() as source:
             files = list_plain_files(config, webdataset.SUFFIXES)
             load = partial(webdataset.load_rows, spark, source, config)

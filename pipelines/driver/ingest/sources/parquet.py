@@ -1,44 +1,65 @@
-"""Parquet sources: files with pictures as binary, as base64 text, or as Hugging Face's struct of bytes and path."""
+"""Parquet sources: files whose row groups executors read with Arrow, and only the columns that are used.
+
+Spark does not read the files, because Spark refuses a whole input for the type, name or value of a single column.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
 
-from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from pipelines.config import DataConfig, ParquetSourceConfig
-from pipelines.driver.ingest.sources.files import SourceFile, spark_literal
-from pipelines.driver.ingest.sources.source import SourceRows, require_columns
-from pipelines.errors import UserError
-from pipelines.executor.ingest.records.table import FILE, table_records
+from pipelines.config import DataConfig
+from pipelines.driver.ingest.sources.files import RANGE_BYTES, SourceFile
+from pipelines.driver.ingest.sources.source import SourceRows, require_columns, used_columns
+from pipelines.executor.ingest.records.parquet import parquet_records
+from pipelines.executor.ingest.records.parquet_file import ParquetColumns
+from pipelines.executor.ingest.records.table import FILE
+from pipelines.executor.ingest.storage import describe_damage
 
-SUFFIXES = (".parquet",)
+SUFFIXES = (".parquet", ".parq", ".pq", ".parquet.gzip")
+"""Suffixes of Parquet files. The last one is from the documentation of pandas: the file itself is not compressed."""
+SCHEMA = "path string, file string, start bigint, end bigint, partition map<string, string>"
 
 
-def load_rows(
-    spark: SparkSession, source: ParquetSourceConfig, config: DataConfig, files: Sequence[SourceFile]
-) -> SourceRows:
-    """Load the rows of the files. Files may have different columns, but equal columns must have the same type.
+def load_rows(spark: SparkSession, config: DataConfig, files: Sequence[SourceFile]) -> SourceRows:
+    """Load the rows of the files, whose other columns may differ. A file without a used column is refused as a file.
 
     Raises:
-        UserError: a column has different types in different files, or a column is missing.
+        UserError: no readable file has all columns that the data config names.
     """
-    try:
-        frame = spark.read.option("mergeSchema", True).parquet(*(spark_literal(file.path) for file in files))
-    except AnalysisException as error:
-        got = str(error).partition("\n")[0]
-        raise UserError(
-            "the files cannot be read as one table",
-            where=source.path,
-            got=got[:500],
-            fix="ingest files with different schemas separately",
-        ) from None
-    require_columns(config, frame.columns, source.path)
-    with_file = prepend_file(frame, F.col("_metadata.file_name"))
-    return SourceRows(with_file, partial(table_records, image=source.columns.image))
+    _require_columns(config, files)
+    ranges = [
+        (file.path, file.name, start, min(start + RANGE_BYTES, file.size), dict(file.partition))
+        for file in files
+        for start in range(0, file.size, RANGE_BYTES)
+    ]
+    tasks = 1 + sum(file.size for file in files) // RANGE_BYTES
+    rows = spark.createDataFrame(ranges, SCHEMA).repartitionByRange(tasks, "path", "start")
+    named = tuple(used_columns(config).values())
+    image = config.source.columns.image
+    return SourceRows(rows, partial(parquet_records, image=image, named=named, max_bytes=config.limits.max_bytes))
+
+
+def _require_columns(config: DataConfig, files: Sequence[SourceFile]) -> None:
+    """Look for a file that has all used columns. A damaged file is left to the executors, which refuse it."""
+    used = used_columns(config).values()
+    found: list[str] | None = None
+    for file in files:
+        try:
+            with ParquetColumns(file.path) as opened:
+                names = [*opened.names, *file.partition]
+        except Exception as error:
+            if describe_damage(error) is None:
+                raise
+            continue
+        if set(used) <= set(names):
+            return
+        found = found or names
+    if found is not None:
+        require_columns(config, found, config.source.path)
 
 
 def prepend_file(frame: DataFrame, file: Column) -> DataFrame:

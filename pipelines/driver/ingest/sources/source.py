@@ -49,15 +49,21 @@ class Source:
     passed_over: tuple[PassedOver, ...] = ()
 
 
+def used_columns(config: DataConfig) -> dict[str, str]:
+    """Return the names of the columns that an ingest uses, by the setting that names the column."""
+    used = {f"data.source.columns.{purpose}": name for purpose, name in config.source.columns.named.items()}
+    if isinstance(config.split, ColumnSplitConfig):
+        used["data.split.column"] = config.split.column
+    return used
+
+
 def require_columns(config: DataConfig, found: Sequence[str], where: str) -> None:
     """Check that a source has all columns that its config names.
 
     Raises:
         UserError: a column is missing. The error names the setting and suggests the most similar column.
     """
-    wanted = {f"data.source.columns.{purpose}": name for purpose, name in config.source.columns.named.items()}
-    if isinstance(config.split, ColumnSplitConfig):
-        wanted["data.split.column"] = config.split.column
+    wanted = used_columns(config)
     missing = {setting: name for setting, name in wanted.items() if name not in found}
     if missing:
         unused = [column for column in found if column not in wanted.values()]

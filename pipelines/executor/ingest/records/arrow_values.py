@@ -1,0 +1,243 @@
+"""Conversion of Arrow values to Python: of any type, with invalid UTF-8, and without a copy of what is too large.
+
+A column may repeat one value of 60 MB a thousand times in a file of 60 KB. Arrow keeps such a column as a dictionary,
+and a Python list of its values would take 60 GB. So large columns are converted one value after the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import types
+
+WHOLE_COLUMN_BYTES = 16 * 2**20
+"""Size of a column of a batch up to which all its values are converted at once, in bytes."""
+END_BYTES = 2**20
+"""Size of the beginning and of the end of a value that is not stored, from which a hash is computed."""
+OBJECT_BYTES = 32
+"""Approximate size of a Python object such as a number in a list, in bytes."""
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether a type is one of Arrow's string types."""
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def is_bytes(kind: pa.DataType) -> bool:
+    """Return whether a type is one of Arrow's binary types."""
+    fixed = types.is_fixed_size_binary(kind) and not types.is_decimal(kind)
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind) or fixed)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Return whether a type is one of Arrow's list types."""
+    return bool(
+        types.is_list(kind)
+        or types.is_large_list(kind)
+        or types.is_fixed_size_list(kind)
+        or types.is_list_view(kind)
+        or types.is_large_list_view(kind)
+    )
+
+
+def stored_type(kind: pa.DataType) -> pa.DataType:
+    """Return the storage type of an extension type, and any other type unchanged."""
+    return stored_type(kind.storage_type) if isinstance(kind, pa.BaseExtensionType) else kind
+
+
+def stored(array: pa.Array) -> pa.Array:
+    """Return the storage of an extension array, and any other array unchanged."""
+    return stored(array.storage) if isinstance(array, pa.ExtensionArray) else array
+
+
+def size_of(array: pa.Array) -> int:
+    """Return about how many bytes the values of an array take as Python objects, without converting them."""
+    array = stored(array)
+    kind, content = array.type, 0
+    if types.is_dictionary(kind):
+        if is_text(kind.value_type) or is_bytes(kind.value_type):
+            content = pc.sum(_lengths(array.dictionary).take(array.indices)).as_py() or 0
+    elif is_text(kind) or is_bytes(kind):
+        content = pc.sum(_lengths(array)).as_py() or 0
+    elif is_list(kind):
+        content = size_of(array.flatten())
+    elif types.is_map(kind):
+        content = size_of(_map_entries(array))
+    elif types.is_struct(kind):
+        content = sum(size_of(array.field(index)) for index in range(kind.num_fields))
+    return OBJECT_BYTES * len(array) + content
+
+
+def _lengths(array: pa.Array) -> pa.Array:
+    array = stored(array)
+    if types.is_binary_view(array.type) or types.is_string_view(array.type):
+        array = array.cast(pa.large_binary())
+    return pc.cast(pc.binary_length(array), pa.int64())
+
+
+def _map_entries(array: pa.Array) -> pa.Array:
+    """Return the keys and values of all rows of a map as an array of structs."""
+    start, end = array.offsets[0].as_py(), array.offsets[-1].as_py()
+    return pa.StructArray.from_arrays(
+        [array.keys.slice(start, end - start), array.items.slice(start, end - start)], names=["key", "value"]
+    )
+
+
+def each_value(column: pa.Array) -> Iterator[pa.Array]:
+    """Yield each value of a column as an array of one value."""
+    for row in range(len(column)):
+        yield column.slice(row, 1)
+
+
+def to_python(array: pa.Array) -> list[Any]:
+    """Convert an array to Python values. Invalid UTF-8, which many writers accept in a string, becomes U+FFFD.
+
+    A value that Python cannot represent, such as a date in the year 14645, becomes its text.
+    """
+    try:
+        if not _needs_pandas(array.type):
+            values: list[Any] = array.to_pylist()
+            return values
+    except (ValueError, ArithmeticError, LookupError, TypeError, NotImplementedError, pa.ArrowException):
+        pass
+    if len(array) == 1:
+        return [_part_by_part(stored(array))]
+    return [to_python(value)[0] for value in each_value(array)]
+
+
+def _needs_pandas(kind: pa.DataType) -> bool:
+    """Return whether Arrow would import pandas to convert a value of this type."""
+    return bool((types.is_timestamp(kind) or types.is_duration(kind)) and kind.unit == "ns")
+
+
+def _part_by_part(array: pa.Array) -> Any:
+    """Convert an array of one value that Arrow cannot convert as a whole."""
+    kind = array.type
+    value: Any = None
+    if not array.is_valid()[0].as_py():
+        return value
+    if is_text(kind):
+        value = array[0].as_buffer().to_pybytes().decode("utf-8", "replace")
+    elif types.is_dictionary(kind):
+        value = to_python(_value_of_dictionary(array))[0]
+    elif is_list(kind):
+        value = to_python(array.flatten())
+    elif types.is_map(kind):
+        value = [(entry["key"], entry["value"]) for entry in to_python(_map_entries(array))]
+    elif types.is_struct(kind):
+        value = {kind.field(index).name: to_python(array.field(index))[0] for index in range(kind.num_fields)}
+    else:
+        try:
+            value = array.cast(pa.string())[0].as_py()
+        except pa.ArrowException:
+            value = NotStored(f"a value of type {kind}")
+    return value
+
+
+class NotStored(dict[str, str]):
+    """Object that stands for a value which is not stored. It is neither a text nor a picture, so no replay accepts it.
+
+    Args:
+        what: description of the value.
+        value: array of the one value, whose hash distinguishes it from other values if it is a string or binary.
+
+    Attributes:
+        what: description of the value.
+    """
+
+    def __init__(self, what: str, value: pa.Array | None = None) -> None:
+        super().__init__({"not stored": what})
+        self.what = what
+        buffer = None if value is None else _buffer(value)
+        if buffer is not None:  # the ends suffice to distinguish values, and a file may repeat a value of 60 MB
+            ends = buffer.slice(0, END_BYTES), buffer.slice(max(buffer.size - END_BYTES, 0))
+            self["hash of its ends"] = hashlib.sha256(b"".join(end.to_pybytes() for end in ends)).hexdigest()
+
+
+def _buffer(array: pa.Array) -> pa.Buffer | None:
+    """Return the bytes of an array of one string or binary value."""
+    array = _value_of_dictionary(stored(array))
+    return array[0].as_buffer() if is_text(array.type) or is_bytes(array.type) else None
+
+
+def _value_of_dictionary(array: pa.Array) -> pa.Array:
+    """Return the value that a dictionary array of one value refers to, without a copy. Other arrays are unchanged."""
+    if not types.is_dictionary(array.type) or not array.indices[0].is_valid:
+        return array
+    return stored(array.dictionary).slice(array.indices[0].as_py(), 1)
+
+
+def whole_values(column: pa.Array, most: int) -> Iterator[Any]:
+    """Yield the Python values of a column. A value of more than `most` bytes becomes a NotStored."""
+    if size_of(column) <= WHOLE_COLUMN_BYTES:
+        yield from to_python(column)
+        return
+    for value in each_value(column):
+        size = size_of(value)
+        yield to_python(value)[0] if size <= most else NotStored(f"a value of {size:,} bytes, at most {most:,}", value)
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def picture_values(name: str, column: pa.Array, most: int) -> Iterator[dict[str, Any]]:
+    """Yield the fields of each picture of a column: its bytes or base64 text, and its path in a struct with a path.
+
+    A picture may be binary, a base64 string, a list of the numbers of its bytes, a list of one picture, or Hugging
+    Face's struct of bytes and path. Any other value remains as it is.
+
+    Args:
+        name: name of the field; the path is in the field `<name>.path`.
+        column: column of pictures.
+        most: largest size of a picture, in bytes.
+    """
+    for value in each_value(stored(column)):
+        fields = {name: _picture(value, most)}
+        if types.is_struct(value.type) and value.is_valid()[0].as_py() and value.type.get_field_index("path") >= 0:
+            fields[f"{name}.path"] = to_python(value.field("path"))[0]
+        yield fields
+
+
+def _picture(array: pa.Array, most: int) -> Any:
+    array = _value_of_dictionary(stored(array))
+    kind = array.type
+    if not array.is_valid()[0].as_py():
+        return None
+    if is_bytes(kind) or is_text(kind):
+        return _whole_picture(array, most)
+    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        return _picture(array.field("bytes"), most)
+    values = array.flatten() if is_list(kind) else pa.nulls(0)
+    if is_list(kind) and types.is_integer(values.type) and not values.null_count:
+        return _bytes_of_numbers(values, most)
+    return _picture(values, most) if len(values) == 1 else next(whole_values(array, most))
+
+
+def _whole_picture(array: pa.Array, most: int) -> bytes | str | NotStored:
+    text, buffer = is_text(array.type), array[0].as_buffer()
+    limit = most * 3 // 2 if text else most  # base64 takes 4 characters for 3 bytes
+    if buffer.size > limit:
+        return NotStored(f"{buffer.size:,} bytes, at most {limit:,}", array)
+    content: bytes = buffer.to_pybytes()
+    try:
+        return content.decode() if text else content
+    except UnicodeDecodeError:  # not base64, but a writer may have stored the bytes of a picture in a string
+        return content
+
+
+def _bytes_of_numbers(values: pa.Array, most: int) -> bytes | list[int] | NotStored:
+    """Return the bytes that a list of numbers stands for, or the list if a number is not a byte."""
+    if len(values) > most:
+        return NotStored(f"a list of {len(values):,} numbers, at most {most:,}")
+    numbers: np.ndarray = values.to_numpy(zero_copy_only=False)
+    if numbers.dtype == np.int8:
+        return numbers.tobytes()
+    if len(numbers) and not 0 <= numbers.min() <= numbers.max() <= 255:
+        listed: list[int] = next(whole_values(pa.ListArray.from_arrays([0, len(values)], values), most))
+        return listed
+    return numbers.astype(np.uint8).tobytes()

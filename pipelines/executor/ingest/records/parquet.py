@@ -1,0 +1,199 @@
+"""Parser of Parquet files: executors read the columns that are used, in batches of bounded size.
+
+Other columns do not matter, whatever their types, names and values are. They are read only for a row that is refused,
+because `quarantine` holds the whole row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from pipelines.executor.ingest.records.arrow_values import NotStored, picture_values, size_of, whole_values
+from pipelines.executor.ingest.records.parquet_file import ParquetColumns
+from pipelines.executor.ingest.records.record import Fields, Problem, Record, unreadable_file
+from pipelines.executor.ingest.storage import DAMAGE, describe_damage
+
+MAX_VALUE_BYTES = 16 * 2**20
+"""Largest size of a value that is not a picture, in bytes."""
+MAX_PICTURE_BYTES = 32 * 2**20
+"""Size up to which a picture is kept in `quarantine` even if it is larger than data.limits.max_bytes."""
+MAX_OTHERS_BYTES = 32 * 2**20
+"""Largest size of the columns of a refused row that nobody named, in bytes. Larger values are described instead."""
+
+
+class _Range(NamedTuple):
+    """A byte range of a file. A row group is read with the range in which its picture column begins."""
+
+    path: str
+    file: str
+    start: int
+    end: int
+    partition: Mapping[str, str | None]
+
+
+class _Columns(NamedTuple):
+    """Columns that are used: the picture, and all that are named, with the largest size of a picture in bytes."""
+
+    image: str
+    named: Sequence[str]
+    max_bytes: int
+
+
+def parquet_records(
+    batches: Iterator[pa.RecordBatch], image: str, named: Sequence[str], max_bytes: int
+) -> Iterator[Record]:
+    """Read the rows of byte ranges of Parquet files. What is damaged in a range is one record, `unreadable_file`.
+
+    Args:
+        batches: batches with the columns path, file, start, end and partition (values that the names of folders such as
+            `year=2024` give to all rows of the file, as a map).
+        image: name of the picture's column. Hugging Face's struct of bytes and path becomes two fields: IMAGE and
+            IMAGE.path.
+        named: names of all columns that are used.
+        max_bytes: largest size of a picture, in bytes.
+    """
+    columns = _Columns(image, named, max(max_bytes, MAX_PICTURE_BYTES))
+    for batch in batches:
+        for row in batch.to_pylist():
+            yield from _read_range(_Range(**row | {"partition": dict(row["partition"])}), columns)
+
+
+def _read_range(part: _Range, columns: _Columns) -> Iterator[Record]:
+    opened = _open(part, columns)
+    if isinstance(opened, str):
+        if part.start == 0:  # the first range of a file reports what concerns the whole file
+            yield unreadable_file(part.file, part.path, opened)
+        return
+    damage = []
+    with opened:
+        for group in opened.groups(opened.names.index(columns.image), part.start, part.end):
+            read = 0
+            try:
+                for record in _read_group(opened, group, part, columns):
+                    yield record
+                    read += 1
+            except (OSError, *DAMAGE) as error:
+                lost = f"{opened.rows(group) - read} of {opened.rows(group)} rows of row group {group} are lost"
+                damage.append(f"{lost}: {_describe_or_raise(error)}")
+    if damage:
+        yield unreadable_file(part.file, part.path, "; ".join(damage)[:2000])
+
+
+def _open(part: _Range, columns: _Columns) -> ParquetColumns | str:
+    """Open a file, or return why it cannot be read."""
+    try:
+        opened = ParquetColumns(part.path)
+    except (OSError, *DAMAGE) as error:
+        return f"not a readable Parquet file: {_describe_or_raise(error)}"
+    wanted = [columns.image, *(name for name in columns.named if name not in part.partition)]
+    counts = {name: opened.names.count(name) for name in wanted}
+    wrong = [f"{count or 'no'} columns {name}" for name, count in counts.items() if count != 1]
+    if not wrong:
+        return opened
+    opened.close()
+    return f"the file has {' and '.join(wrong)}; its columns are {', '.join(n[:80] for n in opened.names[:20])}"
+
+
+def _describe_or_raise(error: Exception) -> str:
+    """Describe the damage of a file. A fault of the machine is raised, so that Spark retries the task."""
+    what = None if isinstance(error, MemoryError) else describe_damage(error)
+    if what is None:
+        raise error
+    return " ".join(what.split())
+
+
+def _read_group(opened: ParquetColumns, group: int, part: _Range, columns: _Columns) -> Iterator[Record]:
+    """Yield the rows of a row group.
+
+    Raises:
+        pa.ArrowException, OSError: the row group is damaged, or its pages are too large.
+    """
+    image, most = columns.image, columns.max_bytes
+    in_file = [name for name in dict.fromkeys(columns.named) if name not in part.partition and name != image]
+    constant = {name: value for name, value in part.partition.items() if name in columns.named and name != image}
+    others = _OtherColumns(part, group, [image, *columns.named])
+    pictures = opened.arrays(group, opened.names.index(image), ("bytes", "path"))
+    streams: list[Iterator[Fields]] = [chain.from_iterable(picture_values(image, a, most) for a in pictures)]
+    streams += [_values(opened, group, name) for name in in_file]
+    read = 0
+    for read, fields in enumerate(zip(*streams, strict=False), start=1):
+        row = constant | {name: value for field in fields for name, value in field.items()}
+        yield Record(part.file, row, problem=_find_problem(row, image), others=partial(others.row, read - 1))
+    if read < opened.rows(group):
+        raise pa.ArrowInvalid(f"a column ends after {read} rows")
+
+
+def _values(opened: ParquetColumns, group: int, name: str) -> Iterator[Fields]:
+    for array in opened.arrays(group, opened.names.index(name)):
+        for value in whole_values(array, MAX_VALUE_BYTES):
+            yield {name: value}
+
+
+def _find_problem(fields: Fields, image: str) -> Problem | None:
+    """Return the problem of a row that has a value which is too large to be stored."""
+    for name, value in fields.items():
+        if isinstance(value, NotStored):
+            return Problem("too_large" if name == image else "text_too_long", f"column {name}: {value.what}")
+    return None
+
+
+class _OtherColumns:
+    """Columns of a row group that nobody named, which are read when the first row of the group is refused."""
+
+    def __init__(self, part: _Range, group: int, used: Sequence[str]) -> None:
+        self.part, self.group, self.used = part, group, used
+        self.cursors: list[tuple[str, _Cursor]] = []
+        self.next_row = 0
+
+    def row(self, row: int) -> Fields:
+        """Return the other columns of a row, and the partition's values. Rows are read fastest in ascending order."""
+        fields: Fields = {name: value for name, value in self.part.partition.items() if name not in self.used}
+        if row < self.next_row or not self.cursors:
+            try:
+                self.cursors = self._open()
+            except (OSError, *DAMAGE) as error:
+                return fields | {"other columns": NotStored(_describe_or_raise(error))}
+        self.next_row = row + 1
+        left = MAX_OTHERS_BYTES
+        for name, cursor in self.cursors:
+            value = cursor.value(row)
+            if isinstance(value, pa.Array):
+                size = size_of(value)
+                value = next(whole_values(value, left))
+                left -= min(size, left)
+            fields[name if name not in fields else f"{name} (another)"] = value
+        return fields
+
+    def _open(self) -> list[tuple[str, _Cursor]]:
+        """Open the columns. The file is closed when no column refers to it any more."""
+        opened = ParquetColumns(self.part.path, buffer_bytes=2**16)
+        positions = [(position, name) for position, name in enumerate(opened.names) if name not in self.used]
+        return [(name, _Cursor(opened.arrays(self.group, position))) for position, name in positions]
+
+
+class _Cursor:
+    """Position in the batches of a column."""
+
+    def __init__(self, arrays: Iterator[pa.Array]) -> None:
+        self.arrays = arrays
+        self.array = pa.nulls(0)
+        self.start = 0
+        self.failure = ""
+
+    def value(self, row: int) -> pa.Array | NotStored:
+        """Return the value of a row as an array of one value, or why it cannot be read."""
+        while not self.failure and row >= self.start + len(self.array):
+            try:
+                following = next(self.arrays)
+            except StopIteration:
+                self.failure = "the column ends before this row"
+            except (OSError, *DAMAGE) as error:
+                self.failure = _describe_or_raise(error)
+            else:
+                self.start, self.array = self.start + len(self.array), following
+        return NotStored(self.failure) if self.failure else self.array.slice(row - self.start, 1)

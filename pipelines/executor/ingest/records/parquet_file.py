@@ -1,0 +1,161 @@
+"""A Parquet file whose columns are read one by one, in batches of bounded size, by their positions.
+
+Positions and not names, because names may have dots, may be repeated, and may differ in case only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import pairwise
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.executor.ingest.records.arrow_values import stored_type
+from pipelines.executor.ingest.records.parquet_pages import PageSizes, first_byte, page_sizes
+from pipelines.executor.ingest.storage import open_binary
+
+BATCH_BYTES = 16 * 2**20
+BATCH_ROWS = 1024
+DICTIONARY_BYTES = 64 * 2**20
+"""Size of a column chunk of lists up to which its repeated values are kept as a dictionary. Arrow adds the values that
+are not in the file's dictionary to it."""
+
+SIGNATURE_BYTES = 28
+"""Size of the signature that follows the metadata of a file with encrypted columns."""
+
+
+class ParquetColumns:
+    """An opened Parquet file.
+
+    Args:
+        path: path or URL of the file.
+        buffer_bytes: size of the buffer of each column that is read.
+
+    Attributes:
+        names: names of the columns.
+    """
+
+    def __init__(self, path: str, buffer_bytes: int = 2**20) -> None:
+        self.opened = open_binary(path)
+        self.file = getattr(self.opened, "raw", self.opened)  # Arrow has buffers of its own
+        self.buffer_bytes = buffer_bytes
+        try:
+            self.plain = self._open([])
+            self.metadata = self.plain.metadata
+            self._refuse_encrypted()
+            fields = list(self.plain.schema_arrow)
+        except BaseException:
+            self.close()
+            raise
+        self.names = [field.name for field in fields]
+        ends = [0]
+        for field in fields:
+            ends.append(ends[-1] + _count_leaves(field.type))
+        self.leaves = [range(*pair) for pair in pairwise(ends)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.opened.close()
+
+    def _open(self, dictionaries: Sequence[int]) -> pq.ParquetFile:
+        return pq.ParquetFile(
+            self.file,
+            read_dictionary=list(dictionaries),
+            buffer_size=self.buffer_bytes,
+            coerce_int96_timestamp_unit="us",
+        )
+
+    def _refuse_encrypted(self) -> None:
+        """Refuse a file with encrypted columns. Arrow ends the process if it is asked about such a column."""
+        self.file.seek(-8, os.SEEK_END)
+        if int.from_bytes(self.file.read(4), "little") == self.metadata.serialized_size + SIGNATURE_BYTES:
+            raise pa.ArrowInvalid("columns of the file are encrypted")
+
+    def rows(self, group: int) -> int:
+        """Return the number of rows of a row group."""
+        return int(self.metadata.row_group(group).num_rows)
+
+    def groups(self, position: int, start: int, end: int) -> list[int]:
+        """Return the row groups whose column at `position` begins in a byte range of the file."""
+        leaf = self.leaves[position][0]
+        begins = [first_byte(self._chunk(group, leaf)) for group in range(self.metadata.num_row_groups)]
+        return [group for group, begin in enumerate(begins) if start <= begin < end]
+
+    def arrays(self, group: int, position: int, parts: Sequence[str] = ()) -> Iterator[pa.Array]:
+        """Read a column of a row group.
+
+        Args:
+            group: number of the row group.
+            position: position of the column.
+            parts: names of the fields of a struct that are read, if the struct has the first of them.
+
+        Raises:
+            pa.ArrowException, OSError: the column is damaged, or its pages are too large.
+        """
+        leaves = self._leaves(position, parts)
+        sizes = [self._sizes(group, leaf) for leaf in leaves]
+        kept = self._keeps_dictionaries(group, leaves)
+        width = sum(self._row_bytes(group, leaf, size, kept=kept) for leaf, size in zip(leaves, sizes, strict=True))
+        rows = min(max(int(BATCH_BYTES // width), 1), BATCH_ROWS)
+        reader = (self._with_dictionaries if kept else self.plain).reader
+        for batch in reader.iter_batches(rows, [group], column_indices=leaves, use_threads=False):
+            yield batch.column(0)
+
+    def _leaves(self, position: int, parts: Sequence[str]) -> list[int]:
+        leaves = list(self.leaves[position])
+        if parts:
+            paths = {self._column(leaf).path.rpartition(".")[2]: leaf for leaf in leaves}
+            leaves = sorted(paths[part] for part in parts if part in paths) if parts[0] in paths else leaves
+        return leaves
+
+    def _sizes(self, group: int, leaf: int) -> PageSizes:
+        column = self._column(leaf)
+        sizes = page_sizes(self.file, self._chunk(group, leaf), in_lists=column.max_repetition_level > 0)
+        if sizes.refused:
+            raise pa.ArrowInvalid(f"column {column.path}: {sizes.refused}")
+        return sizes
+
+    def _keeps_dictionaries(self, group: int, leaves: Sequence[int]) -> bool:
+        """Return whether the repeated values of lists are read as dictionaries."""
+        chunks = [self._chunk(group, leaf) for leaf in leaves if leaf in self._texts_in_lists]
+        return bool(chunks) and sum(chunk.total_uncompressed_size for chunk in chunks) <= DICTIONARY_BYTES
+
+    def _row_bytes(self, group: int, leaf: int, sizes: PageSizes, *, kept: bool) -> float:
+        """Return about how many bytes a row may take in a batch."""
+        chunk = self._chunk(group, leaf)
+        repeated = 0 if kept and leaf in self._texts_in_lists else sizes.dictionary
+        value: float = max(sizes.per_value, repeated, self._column(leaf).length, 8)
+        values: float = max(chunk.num_values / max(self.rows(group), 1), 1)
+        return value * values
+
+    @cached_property
+    def _texts_in_lists(self) -> list[int]:
+        columns = enumerate(self.plain.schema)
+        return [leaf for leaf, c in columns if c.max_repetition_level and c.physical_type == "BYTE_ARRAY"]
+
+    @cached_property
+    def _with_dictionaries(self) -> pq.ParquetFile:
+        return self._open(self._texts_in_lists)
+
+    def _column(self, leaf: int) -> Any:
+        return self.plain.schema.column(leaf)
+
+    def _chunk(self, group: int, leaf: int) -> Any:
+        return self.metadata.row_group(group).column(leaf)
+
+
+def _count_leaves(kind: pa.DataType) -> int:
+    """Return how many columns of a Parquet file store a column of an Arrow type."""
+    kind = stored_type(kind)
+    return sum(_count_leaves(kind.field(index).type) for index in range(kind.num_fields)) or 1

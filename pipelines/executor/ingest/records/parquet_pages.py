@@ -1,0 +1,171 @@
+"""Sizes of the pages of a Parquet column, read from the page headers: Arrow decompresses a page as a whole.
+
+A page of a few kilobytes may claim to hold gigabytes, and a list of a few bytes may claim a billion elements. These
+claims are known before anything is decompressed. The headers are in Thrift's compact protocol, which `_Thrift` reads
+(https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import IO, Any, NamedTuple
+
+import pyarrow as pa
+
+MAX_PAGE_BYTES = 256 * 2**20
+"""Largest size of a page that is much smaller when it is compressed, in bytes."""
+MAX_LIST_VALUES = 2**24
+"""Largest number of values in the lists of a column chunk that has far fewer bytes than values."""
+HONEST_RATIO = 4
+"""Ratio of sizes up to which a page is read whatever its size, because the file is as large as it claims to be."""
+HEADER_BYTES = 256
+MAX_HEADER_BYTES = 2**20
+"""A header may hold statistics with the smallest and the largest value."""
+
+
+class PageSizes(NamedTuple):
+    """Sizes of the pages of a column chunk.
+
+    Attributes:
+        per_value: mean size of a value in the page with the largest values, in bytes without compression.
+        dictionary: size of the dictionary page, or 0 if there is none.
+        refused: why the chunk is not read, or None.
+    """
+
+    per_value: float
+    dictionary: int
+    refused: str | None
+
+
+class _Page(NamedTuple):
+    kind: int
+    size: int
+    compressed: int
+    values: int
+
+
+DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = 0, 2, 3
+
+
+def page_sizes(file: IO[bytes], chunk: Any, *, in_lists: bool) -> PageSizes:
+    """Read the sizes of the pages of a column chunk, without reading the pages.
+
+    The pages from a damaged page on are left out: Arrow reports the damage when it reads this page.
+
+    Args:
+        file: Parquet file.
+        chunk: Arrow's metadata of the column chunk.
+        in_lists: whether the values of the column are in lists.
+    """
+    pages: list[_Page] = []
+    with suppress(pa.ArrowInvalid):
+        pages.extend(_pages(file, first_byte(chunk), chunk.total_compressed_size, chunk.num_values))
+    data = [page for page in pages if page.kind != DICTIONARY_PAGE]
+    refused = None
+    for page in pages:
+        if page.size > max(MAX_PAGE_BYTES, HONEST_RATIO * page.compressed):
+            refused = f"a page of {page.compressed:,} bytes claims to hold {page.size:,} bytes"
+    if in_lists and chunk.num_values > max(MAX_LIST_VALUES, HONEST_RATIO * chunk.total_compressed_size):
+        refused = f"lists of {chunk.total_compressed_size:,} bytes claim to hold {chunk.num_values:,} values"
+    return PageSizes(
+        per_value=max((page.size / max(page.values, 1) for page in data), default=0.0),
+        dictionary=max((page.size for page in pages if page.kind == DICTIONARY_PAGE), default=0),
+        refused=refused,
+    )
+
+
+def first_byte(chunk: Any) -> int:
+    """Return the position of a column chunk in its file. Some writers give a dictionary that is not there as 0."""
+    dictionary = chunk.dictionary_page_offset
+    data = chunk.data_page_offset
+    return int(dictionary if dictionary and 0 < dictionary < data else data)
+
+
+def _pages(file: IO[bytes], at: int, size: int, values: int) -> Iterator[_Page]:
+    """Yield the pages of a column chunk until all of its bytes or values are in a page."""
+    end = at + size
+    while at < end and values > 0:
+        page, header_bytes = _read_header(file, at)
+        if page.compressed < 0 or page.size < 0:
+            raise pa.ArrowInvalid(f"the page at byte {at} has a size below 0")
+        yield page
+        at += header_bytes + page.compressed
+        values -= page.values if page.kind in (DATA_PAGE, DATA_PAGE_V2) else 0
+
+
+def _read_header(file: IO[bytes], at: int) -> tuple[_Page, int]:
+    length = HEADER_BYTES
+    while True:
+        file.seek(at)
+        content = file.read(length)
+        try:
+            thrift = _Thrift(content)
+            fields = thrift.struct()
+            break
+        except IndexError:
+            if len(content) < length or length > MAX_HEADER_BYTES:
+                raise pa.ArrowInvalid(f"the page header at byte {at} is cut") from None
+            length *= 16
+    detail = fields.get(5) or fields.get(7) or fields.get(8) or {}
+    sizes = [fields.get(1), fields.get(2), fields.get(3), detail.get(1, 0) if isinstance(detail, dict) else None]
+    if not all(isinstance(one, int) for one in sizes):
+        raise pa.ArrowInvalid(f"there is no page header at byte {at}")
+    return _Page(*sizes), thrift.at  # type: ignore[arg-type]
+
+
+class _Thrift:
+    """Reader of the fields of a struct in Thrift's compact protocol: numbers and structs, by number of the field."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.at = 0
+
+    def struct(self, depth: int = 0) -> dict[int, Any]:
+        fields: dict[int, Any] = {}
+        number = 0
+        while head := self._byte():
+            number = number + (head >> 4) if head >> 4 else self._zigzag()
+            fields[number] = self._value(head & 15, depth)
+        return fields
+
+    def _value(self, kind: int, depth: int) -> Any:
+        value: Any = None
+        if kind in (1, 2):  # a boolean is in its type
+            value = kind == 1
+        elif kind == 3:
+            value = self._byte()
+        elif kind in (4, 5, 6):
+            value = self._zigzag()
+        elif kind in (7, 8):
+            self._skip(8 if kind == 7 else self._varint())
+        elif kind == 12 and depth < 8:
+            value = self.struct(depth + 1)
+        else:  # a page header has neither lists nor maps
+            raise pa.ArrowInvalid(f"a page header has a field of the type {kind}")
+        return value
+
+    def _byte(self) -> int:
+        value = self.content[self.at]
+        self.at += 1
+        return value
+
+    def _skip(self, length: int) -> None:
+        self.at += length
+        if self.at > len(self.content):
+            raise IndexError
+
+    def _varint(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self._byte()
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+            if shift > 63:
+                raise pa.ArrowInvalid("a page header has a number of more than 64 bits")
+
+    def _zigzag(self) -> int:
+        value = self._varint()
+        return (value >> 1) ^ -(value & 1)

@@ -1,0 +1,210 @@
+"""Tests of damaged Parquet files and of bombs: damage costs what it damages, and memory follows the size of a file."""
+
+from __future__ import annotations
+
+import errno
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import parquet_ranges
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from parquet_ranges import BYTES, others, read, read_path, written
+
+from pipelines.executor.ingest.records.record import Record
+
+
+def details(records: list[Record]) -> list[str]:
+    """Return what is wrong with the file, and check that nothing else is wrong."""
+    problems = [record.problem for record in records if record.problem]
+    assert {problem.reason for problem in problems} <= {"unreadable_file"}
+    return [problem.detail for problem in problems]
+
+
+# ------------------------------------------------------------------------------------------------ damage
+
+
+def three_groups(folder: Path) -> Path:
+    columns = {"image": [bytes([row]) * 50 for row in range(30)], "text": [f"t{row}" for row in range(30)]}
+    columns["n"] = [*range(30)]
+    return written(folder, columns, row_group_size=10, compression="none", use_dictionary=False)
+
+
+def overwrite(path: Path, group: int, column: int) -> None:
+    """Overwrite a column of a row group."""
+    chunk = pq.ParquetFile(path).metadata.row_group(group).column(column)
+    content = bytearray(path.read_bytes())
+    start = chunk.data_page_offset
+    content[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("content", [b"PAR1", bytes(1000), b"a,b\n1,2\n" * 9, None], ids=["short", "0", "csv", "cut"])
+def test_a_file_that_is_not_parquet_is_one_record(tmp_path: Path, content: bytes | None) -> None:
+    path = three_groups(tmp_path)
+    path.write_bytes(path.read_bytes()[:-200] if content is None else content)
+    [detail] = details(read(path, step=100))
+    assert "not a readable Parquet file" in detail
+
+
+@pytest.mark.parametrize("column", [0, 1])
+def test_a_damaged_row_group_costs_its_own_rows_and_is_one_record(tmp_path: Path, column: int) -> None:
+    path = three_groups(tmp_path)
+    overwrite(path, 1, column)
+    records = read(path)
+    [detail] = details(records)
+    assert "10 of 10 rows of row group 1 are lost" in detail
+    texts = [record.fields["text"] for record in records if not record.problem]
+    assert texts == [f"t{row}" for row in (*range(10), *range(20, 30))]
+
+
+def test_a_damaged_column_that_nobody_named_costs_nothing_and_is_described_for_a_refused_row(tmp_path: Path) -> None:
+    path = three_groups(tmp_path)
+    overwrite(path, 1, 2)
+    records = read(path)
+    assert len(records) == 30
+    assert "not stored" in others(records[10])["n"]
+    assert others(records[20])["n"] == 20
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_damage_of_any_byte_loses_rows_in_silence(tmp_path: Path, seed: int) -> None:
+    path, chance = three_groups(tmp_path), random.Random(seed)
+    content = bytearray(path.read_bytes())
+    for _ in range(chance.choice([1, 5, 50])):
+        content[chance.randrange(len(content))] = chance.randrange(256)
+    path.write_bytes(content)
+    records = read(path)
+    good = [record for record in records if not record.problem]
+    assert all(isinstance(others(record), dict) for record in good)
+    assert len(good) == 30 or details(records)
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        (["image", "caption"], "no columns text"),
+        (["image", "text", "text"], "2 columns text"),
+        (["text"], "no columns"),
+    ],
+)
+def test_a_file_without_a_used_column_is_one_record_that_lists_its_columns(
+    tmp_path: Path, names: list[str], what: str
+) -> None:
+    path = written(tmp_path, pa.Table.from_arrays([pa.array(["a"])] * len(names), names=names))
+    [detail] = details(read(path, step=100))
+    assert what in detail
+    assert names[-1] in detail
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_file_with_encrypted_columns_is_one_record(tmp_path: Path, plain: bool) -> None:
+    encryption = pytest.importorskip("pyarrow.parquet.encryption")
+
+    class Keys(encryption.KmsClient):  # type: ignore[misc, name-defined]
+        def wrap_key(self, key_bytes: bytes, master_key_identifier: str) -> str:
+            return key_bytes.hex()
+
+        def unwrap_key(self, wrapped_key: str, master_key_identifier: str) -> bytes:
+            return bytes.fromhex(wrapped_key)
+
+    how = encryption.EncryptionConfiguration(footer_key="f", plaintext_footer=plain, column_keys={"i": ["image"]})
+    factory = encryption.CryptoFactory(lambda _: Keys())
+    properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), how)
+    path = written(tmp_path, {"image": [BYTES], "text": ["a"]}, encryption_properties=properties)
+    [detail] = details(read(path))
+    assert "crypt" in detail
+
+
+def test_a_file_that_has_vanished_is_one_record(tmp_path: Path) -> None:
+    [detail] = details(read_path(str(tmp_path / "gone.parquet"), size=9))
+    assert "No such file" in detail
+
+
+class BrokenDrive(MemoryFileSystem):  # type: ignore[misc]
+    """Storage whose reads fail after a file has been opened."""
+
+    protocol = "broken"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(MemoryFileSystem._strip_protocol(path.replace("broken://", "memory://")))
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        opened = super()._open(path, mode, **options)
+        opened.read = opened.readinto = self._fail
+        return opened
+
+    def _fail(self, *_: Any) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_files_are_read_from_urls_and_a_fault_of_the_storage_is_raised(tmp_path: Path) -> None:
+    content = three_groups(tmp_path).read_bytes()
+    MemoryFileSystem().pipe("/folder/x.parquet", content)
+    records = read_path("memory://folder/x.parquet", size=len(content))
+    assert [others(record)["n"] for record in records] == [*range(30)]
+    fsspec.register_implementation("broken", BrokenDrive, clobber=True)
+    with pytest.raises(OSError, match="Input/output"):
+        read_path("broken://folder/x.parquet", size=len(content))
+
+
+# ------------------------------------------------------------------------------------------------ bombs
+
+
+def repeated(value: Any, times: int) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array([0] * times, pa.int32()), pa.array([value]))
+
+
+def test_a_value_that_is_too_large_is_described_and_does_not_stop_the_others(tmp_path: Path) -> None:
+    large = "x" * (17 * 2**20)
+    texts = pa.array(["a", large, large[:-1] + "y", "b"])
+    records = read(written(tmp_path, {"image": [BYTES] * 4, "text": texts, "n": range(4)}))
+    assert [record.problem and record.problem.reason for record in records] == [None, *["text_too_long"] * 2, None]
+    assert records[1].fields != records[2].fields, "values that differ are described differently"
+    assert [record.fields["text"] for record in records[::3]] == ["a", "b"]
+    pictures = pa.array([b"x" * (65 * 2**20), BYTES])
+    records = read(written(tmp_path, {"image": pictures, "text": ["a", "b"]}))
+    assert [record.problem and record.problem.reason for record in records] == ["too_large", None]
+    other = repeated("x" * (40 * 2**20), 2)
+    records = read(written(tmp_path, {"image": [BYTES] * 2, "text": ["a", "b"], "o": other}))
+    assert "not stored" in others(records[0])["o"]
+
+
+BOMBS = {
+    "a text repeated in a dictionary": {"text": repeated("x" * 60_000_000, 40)},
+    "a picture repeated in a dictionary": {"image": repeated(b"x" * 60_000_000, 40)},
+    "an other column repeated in a dictionary": {"o": repeated("x" * 60_000_000, 40)},
+    "a list that repeats a text": {
+        "text": pa.ListArray.from_arrays(pa.array(range(0, 20_001, 500), pa.int32()), repeated("y" * 10**6, 20_000))
+    },
+    "a page that claims a gigabyte": {"image": pa.array([bytes(25 * 10**6)] * 40)},
+    "a list that claims a hundred million numbers": {
+        "image": pa.array([np.zeros(10**8, np.uint8), *[np.zeros(1, np.uint8)] * 39], pa.list_(pa.uint8()))
+    },
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", BOMBS)
+def test_memory_follows_the_size_of_a_file_and_not_what_the_file_claims(tmp_path: Path, name: str) -> None:
+    columns = {"image": [BYTES] * 40, "text": [f"t{row}" for row in range(40)]} | BOMBS[name]
+    path = written(tmp_path, columns, compression="zstd", use_dictionary="page" not in name)
+    program = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(parquet_ranges.__file__).parent)!r})
+from pathlib import Path
+from parquet_ranges import count_each
+print(count_each(Path({str(path)!r})), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    rows, megabytes = map(int, done.stdout.split())
+    assert rows in (1, 40)
+    assert megabytes < 900
