@@ -27,6 +27,12 @@ def caption(
     image_column: Annotated[
         str, typer.Option("--image-column", help="Column of pictures (binary or base64).", metavar="COLUMN")
     ] = "image",
+    image_root: Annotated[
+        str | None,
+        typer.Option(
+            "--image-root", help="Folder or URL of pictures, if the column holds their paths or URLs.", metavar="FOLDER"
+        ),
+    ] = None,
     where: Annotated[
         str, typer.Option("--where", help="SQL condition that selects rows. Default: all rows.", metavar="SQL")
     ] = "",
@@ -54,7 +60,10 @@ def caption(
     Examples:
       lakesight caption --run demo --max-error-share 0.1
       lakesight caption --table products --id-column sku --image-column photo
+      lakesight caption --table shop --id-column sku --image-column path --image-root /Volumes/main/shop/photos
     """
+    from pipelines.executor.picture_root import absolute_location
+
     with open_job(run, platform, overrides, as_json) as job:
         report = run_caption(
             job,
@@ -62,6 +71,7 @@ def caption(
             source_table=table,
             id_column=id_column,
             image_column=image_column,
+            image_root=None if image_root is None else absolute_location(image_root),
             where=where,
             prompt=prompt,
             precision=precision,

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from vlm.config import Config, Probability
+from vlm.config import ADDED_LATER, Config, Probability
 
 Split = Literal["train", "val", "test"]
 PICTURE = "__picture__"
@@ -75,7 +75,24 @@ class SourceBase(Config):
         return self.path
 
 
-class CsvSourceConfig(SourceBase):
+class RowSourceBase(SourceBase):
+    """Settings of sources whose rows hold pictures, or the paths or URIs of pictures.
+
+    Attributes:
+        image_root: folder or URL below which the pictures are that the image column names, or null if the image column
+            holds the pictures. A relative folder is relative to the folder of the row's file, and for a table to the
+            working folder.
+    """
+
+    image_root: Annotated[str | None, Field(min_length=1), ADDED_LATER] = None
+
+    @property
+    def record_columns(self) -> ColumnNames:
+        """Column names of the records. The bytes of a named picture are in the field PICTURE."""
+        return self.columns if self.image_root is None else self.columns.model_copy(update={"image": PICTURE})
+
+
+class CsvSourceConfig(RowSourceBase):
     """CSV files with base64 pictures. `multiline` allows line breaks inside quoted fields.
 
     The path `scenes:COUNT` or `scenes:COUNT:SEED` stands for a generated file of COUNT drawn scenes.
@@ -85,21 +102,21 @@ class CsvSourceConfig(SourceBase):
     multiline: bool = False
 
 
-class JsonlSourceConfig(SourceBase):
+class JsonlSourceConfig(RowSourceBase):
     """JSON lines files with base64 pictures and one JSON object per line."""
 
     kind: Literal["jsonl"]
     columns: PlainColumns = PlainColumns()
 
 
-class ParquetSourceConfig(SourceBase):
+class ParquetSourceConfig(RowSourceBase):
     """Parquet files. A picture is stored as binary, as base64 text, or as Hugging Face's struct of bytes and path."""
 
     kind: Literal["parquet"]
     columns: PlainColumns = PlainColumns()
 
 
-class TableSourceConfig(SourceBase):
+class TableSourceConfig(RowSourceBase):
     """Delta table, given by name or by path.
 
     Attributes:

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from pipelines.config import LimitsConfig
 from pipelines.executor.crash_guard import Death, run_guarded
 from pipelines.executor.model_cache import local_copy
+from pipelines.executor.picture_root import PictureRoot, read_picture_column
 from pipelines.executor.time_limit import TimeLimitExceeded, time_limit
 from pipelines.formats.caption_stats import CaptionStats, sum_stats
 from pipelines.formats.tables import GENERATED_CAPTIONS
@@ -49,6 +50,7 @@ class CaptionJob(Config):
         prompt: prompt for every picture.
         settings: decoding settings.
         limits: limits on the size and the decoding time of a picture.
+        image_root: folder or URL of the pictures if batches hold paths or URIs of pictures, else None.
         threads: torch threads per task.
         output_folder: folder of the caption files, which has the same path on every executor.
         rows_per_file: number of rows after which a file is written. A killed task loses only the rows after its last
@@ -64,6 +66,7 @@ class CaptionJob(Config):
     prompt: str
     settings: GenerationConfig
     limits: LimitsConfig
+    image_root: str | None
     threads: int
     output_folder: Path
     rows_per_file: int
@@ -76,8 +79,9 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
 
     Args:
         job: settings of the job.
-        batches: batches with the columns image_id (string), image (binary, or base64 text) and known (SHA-256 of the
-            picture at its last captioning, or null). A picture whose SHA-256 equals `known` is not captioned again.
+        batches: batches with the columns image_id (string), image (binary, base64 text, or a path) and known (SHA-256
+            of the picture at its last captioning, or null). A picture whose SHA-256 equals `known` is not captioned
+            again.
     """
     from pipelines.worker.caption import limit_threads, load_captioner
     from pipelines.worker.data.batches import map_ahead
@@ -88,6 +92,8 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
     captioner = load_captioner(str(folder), job.precision)
     rows: list[dict[str, Any]] = []
     stats: list[CaptionStats] = []
+    if job.image_root is not None:
+        batches = read_picture_column(batches, PictureRoot(job.image_root, job.limits.max_bytes))
     decoded = map_ahead(partial(_decode_batch, captioner.model.config.image, job), batches, workers=1)
     for pictures in _join_batches(decoded, BATCH_ROWS):
         for row, row_stats in _caption_pictures(captioner, job, pictures):
@@ -109,6 +115,11 @@ def _decode_batch(config: ImageConfig, job: CaptionJob, batch: pa.RecordBatch) -
     ids, images, known = (batch.column(name).to_pylist() for name in ("image_id", "image", "known"))
     decode = partial(_decode_picture, config=config, limits=job.limits)
     pictures = run_guarded(images, decode, partial(_describe_death, limits=job.limits))
+    if job.image_root is not None:
+        problems = batch.column("problem").to_pylist()
+        pictures = [
+            p if found is None else p._replace(error=found) for p, found in zip(pictures, problems, strict=True)
+        ]
     return list(zip(ids, known, pictures, strict=True))
 
 

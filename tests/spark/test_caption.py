@@ -150,6 +150,26 @@ def test_base64_pictures_are_captioned_and_rows_of_two_tables_with_equal_ids_hav
     assert numbers(caption(spark, platform, model, request(other))) == (1, 0, 1, 0)
 
 
+def test_pictures_named_by_path_are_captioned_and_an_unreadable_one_is_a_row_with_an_error(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "2.png").write_bytes(picture(2))
+    (tmp_path / "secret.png").write_bytes(picture(3))
+    names = [(0, "2.png"), (1, f"file://{tmp_path}/in/2.png"), (2, "../secret.png"), (3, "9.png"), (4, None)]
+    table = write(spark, tmp_path / "names", names, "id INT, photo STRING")
+    report = caption(spark, platform, model, request(table, image_root=str(tmp_path / "in")))
+    assert numbers(report) == (5, 0, 2, 3)
+    rows = stored(spark, platform, model)
+    captioner = load_captioner(str(model.folder))
+    (alone,) = captioner.caption([picture(2)], [""], captioner.model.config.generation)
+    assert [rows[n]["caption"] for n in "01"] == [alone.caption] * 2
+    assert [rows[n]["error"].partition(": ")[0] for n in "234"] == ["missing_field"] * 3
+    assert "not inside the folder" in rows["2"]["error"]
+    with pytest.raises(UserError, match="no folder"):
+        caption(spark, platform, model, request(table, image_root=str(tmp_path / "gone")))
+
+
 def test_the_sampled_caption_of_a_picture_does_not_depend_on_other_pictures_in_the_batch(model: ModelFiles) -> None:
     captioner = load_captioner(str(model.folder))
     settings = GenerationConfig(max_new_tokens=8, temperature=1.5, seed=7)

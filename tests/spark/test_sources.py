@@ -82,6 +82,17 @@ def write_folder(folder: Path) -> Written:
     return {"source": {"kind": "folder", "captions": "captions.csv"}}, {"missing_field": 2}
 
 
+def write_paths(folder: Path) -> Written:
+    (folder / "in" / "pictures").mkdir(parents=True)
+    for n in range(3):
+        (folder / "in" / "pictures" / f"{n} e\u0301.png").write_bytes(png(35 + n))
+    (folder / "secret.png").write_bytes(png(38))
+    rows = [[f"pictures/{n} \u00e9.png", f"picture {n}"] for n in (0, 1, 2, 0)]
+    bad = [["../secret.png", "outside"], ["pictures/9.png", "not there"], ["", "no name"]]
+    write_csv(folder / "in" / "rows.csv", [*rows, *bad], header=("image", "caption"))
+    return {"source": {"kind": "csv", "columns": {"image": "image"}, "image_root": "."}}, {"missing_field": 3}
+
+
 def write_coco(folder: Path) -> Written:
     images = [{"id": n, "file_name": f"{n}.png", "height": 16, "width": 24} for n in range(3)]
     for n in range(3):
@@ -117,10 +128,11 @@ def write_webdataset(folder: Path) -> Written:
         (write_parquet, 4, 3, 6, {"train": 3}),
         (write_table, 4, 3, 3, {"train": 3}),
         (write_folder, 4, 3, 3, {"train": 3}),
+        (write_paths, 4, 3, 3, {"train": 3}),
         (write_coco, 3, 2, 3, {"train": 2}),
         (write_webdataset, 4, 3, 3, {"train": 3}),
     ],
-    ids=["jsonl", "parquet", "table", "folder", "coco", "webdataset"],
+    ids=["jsonl", "parquet", "table", "folder", "paths", "coco", "webdataset"],
 )
 def test_every_row_of_every_kind_of_source_is_counted(
     spark: SparkSession,

@@ -36,6 +36,7 @@ from pipelines.driver.delta.tables import ensure_tables
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import StageFailed, UserError
 from pipelines.executor.caption import FILE_STATS_SCHEMA, CaptionJob, caption_batches
+from pipelines.executor.picture_root import require_root
 from pipelines.formats.caption_stats import CaptionStats, sum_stats
 from pipelines.formats.tables import GENERATED_CAPTIONS
 from pipelines.platform import Platform
@@ -57,7 +58,9 @@ class CaptionRequest(Config):
             `catalog.schema.table`, or delta.`/path`.
         source_version: version of the source table, or None for the newest version.
         id_column: name of a column of unique, non-null ids.
-        image_column: name of a column of pictures, as binary or base64 text.
+        image_column: name of a column of pictures, as binary or base64 text, or of paths or URIs below `image_root`.
+        image_root: absolute folder or URL below which the pictures are that the image column names, or None if the
+            column holds the pictures. A picture that cannot be read becomes a row with an error.
         prompt: text before the caption; an empty prompt gives a plain caption.
         where: SQL condition on the table's columns; an empty condition selects all rows.
         settings: decoding settings, or None for the decoding settings of the model's config.
@@ -73,6 +76,7 @@ class CaptionRequest(Config):
     source_version: int | None = None
     id_column: str = "image_id"
     image_column: str = "image"
+    image_root: str | None = None
     prompt: str = ""
     where: str = ""
     settings: GenerationConfig | None = None
@@ -156,8 +160,9 @@ def caption(
     progress while executors run.
 
     Raises:
-        UserError: the table, the version or a column does not exist, the condition is not valid SQL, the ids are not
-            unique, the prompt leaves no space for a caption, or the library for the precision is not installed.
+        UserError: the table, the version, a column or the folder of the pictures does not exist, the condition is not
+            valid SQL, the ids are not unique, the prompt leaves no space for a caption, or the library for the
+            precision is not installed.
         StageFailed: Spark failed. The next caption job with the same request captions only the rows that have no
             caption yet.
         TooManyErrors: the share of errors is larger than `max_error_share`. The results of all rows are written.
@@ -166,9 +171,16 @@ def caption(
     request.precision.require()
     _check_prompt(model, request)
     ensure_tables(spark, platform)
-    columns = (request.id_column, request.image_column)
+    if request.image_root is not None:
+        require_root(request.image_root)
     source = open_source_table(
-        spark, platform, request.source_table, request.source_version, columns=columns, where=request.where
+        spark,
+        platform,
+        request.source_table,
+        request.source_version,
+        columns=(request.id_column, request.image_column),
+        where=request.where,
+        has_paths=request.image_root is not None,
     )
     job, key = _create_job(spark, platform, model, request, source)
     pending = PendingFiles(job.output_folder, key)
@@ -228,6 +240,7 @@ def _create_job(
         prompt=request.prompt,
         settings=settings,
         limits=request.limits,
+        image_root=request.image_root,
         threads=task_threads(spark),
         output_folder=(platform.folder("staged") / f"captions-{short_hash(key)}").absolute(),
         rows_per_file=ROWS_PER_FILE,

@@ -25,8 +25,8 @@ class SourceTable:
     Attributes:
         name: full name of the table.
         version: version of the table.
-        rows: rows that meet the SQL condition of the request, with the columns image_id (string), image (binary, or
-            base64 text) and file (name of the data file that contains the row).
+        rows: rows that meet the SQL condition of the request, with the columns image_id (string), image (binary,
+            base64 text, or a path) and file (name of the data file that contains the row).
         ids: the column image_id of all rows of the table.
     """
 
@@ -37,7 +37,14 @@ class SourceTable:
 
 
 def open_source_table(
-    spark: SparkSession, platform: Platform, table: str, version: int | None, *, columns: tuple[str, str], where: str
+    spark: SparkSession,
+    platform: Platform,
+    table: str,
+    version: int | None,
+    *,
+    columns: tuple[str, str],
+    where: str,
+    has_paths: bool = False,
 ) -> SourceTable:
     """Open the table that a request names, and check its columns.
 
@@ -48,6 +55,7 @@ def open_source_table(
         version: version of the table, or None for the newest version.
         columns: names of the id column and of the picture column.
         where: SQL condition on the rows; an empty condition selects all rows.
+        has_paths: whether the picture column holds paths or URIs.
 
     Raises:
         UserError: the table, the version or a column does not exist, the type of the picture column cannot hold
@@ -72,12 +80,13 @@ def open_source_table(
                 fix=f"choose one of {', '.join(frame.columns)}{did_you_mean(column, frame.columns)}",
             )
     kind = frame.schema[image].dataType
-    if not isinstance(kind, BinaryType | StringType):
+    if not isinstance(kind, StringType if has_paths else BinaryType | StringType):
+        expected = "a string column of paths or URIs" if has_paths else "a binary column of picture files"
         raise UserError(
             f"column {image!r} of table {name} holds no pictures",
             where=f"version {pinned}",
             got=f"type {kind.simpleString()}",
-            fix="name a binary column of picture files, or a string column of base64 text",
+            fix=f"name {expected}" + ("" if has_paths else ", or a string column of base64 text"),
         )
     identity = frame[identity_column].cast("string").alias("image_id")
     file = F.col("_metadata.file_name").alias("file")

@@ -22,6 +22,7 @@ from pipelines.driver.delta.tables import ensure_tables
 from pipelines.driver.ingest.commit import write_samples
 from pipelines.driver.ingest.decode import DecodedRows, IngestRequest, decode_rows
 from pipelines.driver.ingest.plan import IngestPlan, PlanTotals, plan_ingest
+from pipelines.driver.ingest.sources.pictures import read_named_pictures
 from pipelines.driver.ingest.sources.source import SourceRows
 from pipelines.driver.ingest.table_rows import merge_into, rows_of_source, verify_merge
 from pipelines.executor.ingest.records.table import payload_records
@@ -64,7 +65,10 @@ def replay(
 ) -> ReplayReport:
     """Decode rows of a source in `quarantine` again, with the current data config, and write the accepted rows.
 
+    A picture that the source names and that could not be read is read again.
+
     Raises:
+        UserError: the place of the pictures that rows name cannot be read.
         StageFailed: Spark failed.
     """
     started = time.monotonic()
@@ -72,7 +76,8 @@ def replay(
     pending = rows_of_source(spark, platform, QUARANTINE.name, source_name).filter("replayed_at IS NULL")
     rows = pending.filter(F.col("reason").isin(list(reasons))).select("source_row", "payload")
     ingest_id = short_hash(source_name, "replay", sorted(reasons), time.time_ns())
-    request = IngestRequest(source_name, config, SourceRows(rows, payload_records), ingest_id)
+    read = read_named_pictures(config, payload_records, knows_files=False)
+    request = IngestRequest(source_name, config, SourceRows(rows, read), ingest_id)
     with decode_rows(spark, platform, request) as decoded:
         totals, refused = retry_on_conflict(partial(_plan_and_write, spark, platform, decoded))
     if totals.conflicting:

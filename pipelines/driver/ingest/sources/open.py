@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pyarrow as pa
@@ -19,6 +20,7 @@ from pipelines.config import (
 from pipelines.driver.ingest.sources import csv, jsonl, parquet, webdataset
 from pipelines.driver.ingest.sources.files import list_files, list_plain_files, open_files
 from pipelines.driver.ingest.sources.folder import open_folder
+from pipelines.driver.ingest.sources.pictures import read_named_pictures
 from pipelines.driver.ingest.sources.scenes import generate_scenes
 from pipelines.driver.ingest.sources.source import Source
 from pipelines.driver.ingest.sources.table import open_table
@@ -26,7 +28,7 @@ from pipelines.platform import Platform
 
 
 def open_source(spark: SparkSession, platform: Platform, name: str, config: DataConfig, ingested: pa.Table) -> Source:
-    """Open the source of a data config.
+    """Open the source of a data config. The parser of its rows also reads pictures that the rows name.
 
     Args:
         spark: Spark session.
@@ -36,9 +38,18 @@ def open_source(spark: SparkSession, platform: Platform, name: str, config: Data
         ingested: items that need not be read again, from `ledger.read_ledger`.
 
     Raises:
-        UserError: the input does not exist, has no file of this kind, or lacks a column.
+        UserError: the input does not exist, has no file of this kind, or lacks a column, or the place of the pictures
+            that rows name cannot be read.
     """
     config = generate_scenes(config, platform)
+    opened = _open_rows(spark, name, config, ingested)
+    if opened.rows is None:
+        return opened
+    read = read_named_pictures(config, opened.rows.read, knows_files=config.source.kind != "table")
+    return replace(opened, rows=opened.rows._replace(read=read))
+
+
+def _open_rows(spark: SparkSession, name: str, config: DataConfig, ingested: pa.Table) -> Source:
     match config.source:
         case CsvSourceConfig() as source:
             files, load = list_files(config, csv.SUFFIXES), partial(csv.load_rows, spark, source, config)

@@ -7,22 +7,20 @@ the error fails the task, and Spark retries the task. A network drive that is of
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import stat
+import posixpath
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from hashlib import sha256
 from itertools import islice
-from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 
 from pipelines.config import PICTURE
 from pipelines.executor.ingest.records.record import Problem, Read, Record
+from pipelines.executor.ingest.storage import printable
+from pipelines.executor.picture_files import PictureFile, find_file, read_file
 
-NOT_FOUND = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
 NO_PICTURE = "no picture"
 """Value of the column `state` of the table `ingested` for a row whose picture cannot be found."""
 
@@ -37,6 +35,7 @@ CAPTIONS = pa.schema(
         ("raw", pa.string()),
         ("reason", pa.string()),
         ("detail", pa.string()),
+        ("picture", pa.string()),  # path of the picture file without links; null if there is none
     ]
 )
 """Schema of the rows of a captions file, with the change tokens of their pictures."""
@@ -67,9 +66,15 @@ def list_captions(
 def _caption_row(record: Record, captions: str, folder: str, column: str) -> dict[str, str | None]:
     fields = json.dumps(record.fields, ensure_ascii=False, sort_keys=True)
     row_hash = sha256((record.raw or fields).encode()).hexdigest()[:16]
-    state = NO_PICTURE if record.problem else _picture_state(folder, record.fields.get(column))
-    row = {"item": f"{captions}#{row_hash}", "state": state, "file": record.file, "fields": fields, "raw": record.raw}
-    return row | (record.problem._asdict() if record.problem else {})
+    row: dict[str, str | None] = {"item": f"{captions}#{row_hash}", "state": NO_PICTURE, "file": record.file}
+    row |= {"fields": fields, "raw": record.raw}
+    if record.problem:
+        return row | record.problem._asdict()
+    found = _find_picture(folder, subfolder_of(captions, folder), record.fields.get(column))
+    if isinstance(found, PictureFile):
+        row["state"] = change_token(found.status.st_size, found.status.st_mtime_ns // 1000)
+        row["picture"] = printable(str(found.path))
+    return row
 
 
 def caption_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
@@ -81,7 +86,7 @@ def caption_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
 
 
 def folder_records(
-    batches: Iterator[pa.RecordBatch], read: Read, folder: str, column: str, max_bytes: int
+    batches: Iterator[pa.RecordBatch], read: Read, folder: str, column: str, max_bytes: int, *, subfolder: str = ""
 ) -> Iterator[Record]:
     """Add the field PICTURE to each record: the bytes of the picture file that the record names.
 
@@ -89,42 +94,32 @@ def folder_records(
         batches: input of `read`.
         read: function that yields records of the captions file.
         folder: folder of the pictures.
-        column: field that names a picture file, relative to the folder.
+        column: field that names a picture file, relative to the folder or to the subfolder.
         max_bytes: largest size of a picture file to read, in bytes.
+        subfolder: path of the captions file's folder below the folder, or empty.
     """
     for record in read(batches):
         if record.problem:
             yield record
             continue
-        found = _read_picture(folder, record.fields.get(column), max_bytes)
-        picture, problem = (None, found) if isinstance(found, Problem) else (found, None)
+        found = _find_picture(folder, subfolder, record.fields.get(column))
+        content = found if isinstance(found, Problem) else read_file(found, max_bytes)
+        picture, problem = (None, content) if isinstance(content, Problem) else (content, None)
         yield record._replace(fields=record.fields | {PICTURE: picture}, problem=problem)
 
 
-def _read_picture(folder: str, name: object, max_bytes: int) -> bytes | Problem:
-    found = _find_picture(folder, name)
-    if isinstance(found, Problem):
-        return found
-    if found.st_size > max_bytes:
-        return Problem("too_large", f"{found.st_size} bytes, at most {max_bytes}")
-    return Path(folder, str(name)).read_bytes()
+def subfolder_of(captions: str, folder: str) -> str:
+    """Return the path of the captions file's folder below the folder, or an empty text if it is not below."""
+    subfolder = posixpath.relpath(posixpath.dirname(captions), folder)
+    return "" if subfolder == "." or subfolder.startswith("..") else subfolder
 
 
-def _picture_state(folder: str, name: object) -> str:
-    found = _find_picture(folder, name)
-    return NO_PICTURE if isinstance(found, Problem) else change_token(found.st_size, found.st_mtime_ns // 1000)
-
-
-def _find_picture(folder: str, name: object) -> os.stat_result | Problem:
-    """Find a file in the folder or in its subfolders. Return a Problem if the path leads outside the folder."""
+def _find_picture(folder: str, subfolder: str, name: object) -> PictureFile | Problem:
+    """Find the file that a row names, relative to the folder, else to the folder of the captions file."""
     if not isinstance(name, str) or not name.strip():
         return Problem("missing_field", "no file is named")
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
-        return Problem("missing_field", f"the file {name!r} is not inside the folder")
-    try:
-        found = Path(folder, name).stat()
-    except OSError as error:
-        if error.errno not in NOT_FOUND:
-            raise
-        return Problem("missing_field", f"the folder has no file {name!r}")
-    return found if stat.S_ISREG(found.st_mode) else Problem("missing_field", f"{name!r} is not a regular file")
+    found = find_file(folder, name)
+    if isinstance(found, Problem) and subfolder:
+        beside = find_file(posixpath.join(folder, subfolder), name)
+        return beside if isinstance(beside, PictureFile) else found
+    return found

@@ -1,0 +1,44 @@
+"""Pictures that the rows of a source name by paths or URIs: where they are, and the parser that reads them."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+from pipelines.config import DataConfig, RowSourceBase
+from pipelines.driver.ingest.sources.files import absolute_path
+from pipelines.executor.ingest.records.record import Read
+from pipelines.executor.picture_root import is_absolute, picture_records, plain_location, require_root
+
+
+def read_named_pictures(config: DataConfig, read: Read, *, knows_files: bool) -> Read:
+    """Return a parser that also reads the pictures that rows name, or `read` itself if rows hold their pictures.
+
+    Args:
+        config: data config of the source.
+        read: parser of the source.
+        knows_files: whether the raw rows have the column `path`, to whose folder a relative location is relative.
+
+    Raises:
+        UserError: pictures cannot be read from the location.
+    """
+    source = config.source
+    if not isinstance(source, RowSourceBase) or source.image_root is None:
+        return read
+    location = plain_location(source.image_root)
+    if not is_absolute(location) and not knows_files:
+        location = os.path.join(_folder_of(config), location)  # noqa: PTH118 (the folder may be a URL)
+    if is_absolute(location):
+        require_root(location)
+    return partial(
+        picture_records, read=read, location=location, column=source.columns.image, max_bytes=config.limits.max_bytes
+    )
+
+
+def _folder_of(config: DataConfig) -> str:
+    """Return the working folder for a table, and the folder of the files for a source of files."""
+    if config.source.kind == "table":
+        return str(Path.cwd())
+    path = absolute_path(config.source.path)
+    return path if Path(path).is_dir() else os.path.dirname(path)  # noqa: PTH120

@@ -1,0 +1,188 @@
+"""Pictures that rows name by a path below a local folder.
+
+Names come from any system: with backslashes, percent signs or another Unicode form of the same letters. The name is
+first taken as it is. A link may lead anywhere inside the folder, and a path never leads out of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote
+
+from pipelines.executor.ingest.records.record import Problem
+from pipelines.executor.ingest.storage import describe_damage
+
+LOCAL_URI = re.compile(r"(?:file:(?://(?:localhost)?)?|dbfs:)(/.*)", re.DOTALL | re.IGNORECASE)
+"""Pattern of a URI of a local file, or of a file on a Volume."""
+MAX_LISTED = 200_000
+"""Number of names of a folder that are compared with a name that the folder does not have."""
+
+
+class PictureFile(NamedTuple):
+    """A file: its path without links, and what the operating system says about it."""
+
+    path: Path
+    status: os.stat_result
+
+
+class _Outside(Exception):
+    """A path that leads out of the folder."""
+
+
+def find_file(folder: str, name: str) -> PictureFile | Problem:
+    """Find the file that a row names, below a folder.
+
+    Args:
+        folder: folder that the path must not leave.
+        name: relative path, absolute path or `file:` URI.
+
+    Raises:
+        OSError: the machine has a fault, for example because a network drive does not answer.
+    """
+    root = Path(os.path.realpath(folder))
+    missing = None
+    for spelling in _spellings(name):
+        try:
+            found = _walk(root, _parts((folder, str(root)), spelling))
+        except _Outside:
+            return missing or Problem("missing_field", f"the file {name!r} is not inside the folder")
+        except ValueError:  # a null character, or a surrogate
+            return Problem("missing_field", f"{name!r} cannot be the name of a file")
+        except OSError as error:
+            what = describe_damage(error)
+            if what is None:
+                raise
+            return Problem("unreadable_file", f"the file {name!r} cannot be read: {what}")
+        if isinstance(found, PictureFile):
+            if stat.S_ISREG(found.status.st_mode):
+                return found
+            return Problem("missing_field", f"{name!r} is not a regular file")
+        missing = missing or Problem("missing_field", f"the folder has no file {name!r}{found}")
+    assert missing is not None
+    return missing
+
+
+def read_file(found: PictureFile, max_bytes: int) -> bytes | Problem:
+    """Read a file, unless it is too large.
+
+    Raises:
+        OSError: the machine has a fault.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # the file may have been replaced by a link or a pipe
+    try:
+        with os.fdopen(os.open(found.path, flags), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                return Problem("missing_field", "not a regular file")
+            content = file.read(max_bytes + 1) if status.st_size <= max_bytes else b""
+    except OSError as error:
+        what = describe_damage(error)
+        if what is None:
+            raise
+        return Problem("unreadable_file", what)
+    size = max(status.st_size, len(content))
+    return content if size <= max_bytes else Problem("too_large", f"{size} bytes, at most {max_bytes}")
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """Yield a name as it is, and then as other systems may have meant it."""
+    local = LOCAL_URI.fullmatch(name)
+    path = local[1] if local else name
+    slashes = path.replace("\\", "/")
+    yield from dict.fromkeys([path, path.strip(), slashes, unquote(path), unquote(slashes).strip()])
+
+
+def _parts(roots: Sequence[str], path: str) -> list[str]:
+    """Split a path below the folder, which may have several names, into its parts.
+
+    Raises:
+        _Outside: an absolute path is not below the folder, or a URI has another scheme than `file:`.
+    """
+    if path.startswith("/"):
+        above = next((top for top in roots if path.startswith(top.rstrip("/") + "/")), None)
+        if above is None:
+            raise _Outside
+        path = path[len(above) :]
+    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+        raise _Outside
+    return [part for part in path.split("/") if part not in ("", ".")]
+
+
+def _walk(root: Path, parts: list[str]) -> PictureFile | str:
+    """Follow a path part by part, so that each step is known to be inside of the root.
+
+    Returns:
+        The file, or words to add to the message that there is no such file.
+    """
+    path, status = root, root.stat()
+    for part in parts:
+        if part == "..":
+            path = path.parent
+            _require_inside(root, path)
+            status = path.stat()
+            continue
+        found = _find_entry(path, part)
+        if isinstance(found, str):
+            return found
+        path, status = found
+        if stat.S_ISLNK(status.st_mode):
+            path = Path(os.path.realpath(path))
+            _require_inside(root, path)
+            try:
+                status = path.stat()
+            except OSError as error:
+                if describe_damage(error) is None:
+                    raise
+                return ": the link leads nowhere"
+    return PictureFile(path, status)
+
+
+def _require_inside(root: Path, path: Path) -> None:
+    if not path.is_relative_to(root):
+        raise _Outside
+
+
+def _find_entry(folder: Path, name: str) -> PictureFile | str:
+    """Find an entry of a folder by its name in any Unicode form. Upper and lower case are different letters."""
+    for form in dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]):
+        path = folder / form
+        try:
+            return PictureFile(path, path.lstat())
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                return ""
+            raise
+    try:
+        alike = _names(folder, folder.stat().st_mtime_ns).get(_fold(name), [])
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    composed = unicodedata.normalize("NFC", name)
+    for other in alike:
+        if unicodedata.normalize("NFC", other) == composed:
+            return PictureFile(folder / other, (folder / other).lstat())
+    return f", did you mean {alike[0]!r}?" if alike else ""
+
+
+def _fold(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+@lru_cache(maxsize=8)
+def _names(folder: Path, _modified: int) -> dict[str, list[str]]:
+    """Map names without upper case and in one Unicode form to the names of a folder. A changed folder is read again."""
+    names: dict[str, list[str]] = {}
+    with os.scandir(folder) as entries:
+        for entry in islice(entries, MAX_LISTED):
+            names.setdefault(_fold(entry.name), []).append(entry.name)
+    return names

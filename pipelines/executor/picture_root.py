@@ -1,0 +1,157 @@
+"""Pictures that rows name by paths or URIs: the place below which they are, and the records with their bytes."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipelines.config import PICTURE
+from pipelines.errors import UserError
+from pipelines.executor.ingest.records.record import Problem, Read, Record
+from pipelines.executor.picture_files import LOCAL_URI, PictureFile, find_file, read_file
+from pipelines.executor.picture_urls import read_url, require_readable, scheme_of
+
+CHUNK_ROWS = 64
+CHUNK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class PictureRoot:
+    """Folder or URL below which pictures are read, and the largest size of a picture, in bytes."""
+
+    location: str
+    max_bytes: int
+
+    def read(self, name: object) -> bytes | Problem:
+        """Read the picture that a row names, or return why the row has no picture.
+
+        Raises:
+            OSError: the machine or the server has a fault, so the task has to be tried again.
+        """
+        if isinstance(name, bytes):
+            name = name.decode("utf-8", "replace")
+        if not isinstance(name, str) or not name.strip():
+            return Problem("missing_field", "no file is named")
+        if scheme_of(self.location):
+            return read_url(self.location, name, self.max_bytes)
+        found = find_file(self.location, name)
+        return read_file(found, self.max_bytes) if isinstance(found, PictureFile) else found
+
+
+def plain_location(location: str) -> str:
+    """Return a location with which a user names a folder as a plain path. URLs of servers are returned unchanged."""
+    local = LOCAL_URI.fullmatch(location)
+    return local[1] if local else location
+
+
+def absolute_location(location: str) -> str:
+    """Return a location that a user has named, where a relative folder is below the working folder."""
+    plain = plain_location(location)
+    return plain if is_absolute(plain) else str(Path(plain).absolute())
+
+
+def join_location(folder: str, location: str) -> str:
+    """Return the location that a relative location is below a folder or URL."""
+    start, _, path = folder.rpartition("://")
+    joined = posixpath.normpath(posixpath.join(path, location))
+    return f"{start}://{joined}" if start else joined
+
+
+def is_absolute(location: str) -> bool:
+    """Return whether a location depends on no other folder."""
+    return scheme_of(location) is not None or Path(location).is_absolute()
+
+
+def require_root(location: str) -> None:
+    """Check on the driver that pictures below an absolute location can be read.
+
+    Raises:
+        UserError: there is no such folder, the scheme of a URL is unknown, or the package for a store is missing.
+    """
+    if scheme_of(location):
+        require_readable(location)
+    elif not Path(location).is_dir():
+        raise UserError(
+            "the folder of the pictures cannot be read",
+            where="image_root",
+            got=f"no folder {location}",
+            fix="give a folder that every executor sees, such as a Volume (/Volumes/...), or a URL",
+        )
+
+
+def picture_records(
+    batches: Iterator[pa.RecordBatch], read: Read, location: str, column: str, max_bytes: int
+) -> Iterator[Record]:
+    """Add the field PICTURE to the records of a source: the bytes of the picture that a column names.
+
+    Args:
+        batches: input of `read`. If the location is relative, the column `path` is the path of each row's file.
+        read: parser of the source.
+        location: folder or URL of the pictures. A relative folder is relative to the folder of the row's file.
+        column: column that names a picture.
+        max_bytes: largest size of a picture to read, in bytes.
+    """
+    if is_absolute(location):
+        yield from add_pictures(read(batches), PictureRoot(location, max_bytes), column)
+        return
+    for folder, parts in groupby(_split_by_folder(batches), key=lambda part: part[0]):
+        root = PictureRoot(join_location(folder, location), max_bytes)
+        yield from add_pictures(read(batch for _, batch in parts), root, column)
+
+
+def add_pictures(records: Iterator[Record], root: PictureRoot, column: str) -> Iterator[Record]:
+    """Add the field PICTURE to each record whose column names a picture."""
+    for record in records:
+        if record.problem or record.fields.get(PICTURE) is not None:
+            yield record
+            continue
+        name, path = record.fields.get(column), record.fields.get(f"{column}.path")
+        if path is not None and name is not None:  # Hugging Face's struct, with the bytes of the picture
+            yield record._replace(fields=record.fields | {PICTURE: name})
+            continue
+        found = root.read(name if path is None else path)
+        picture, problem = (None, found) if isinstance(found, Problem) else (found, None)
+        yield record._replace(fields=record.fields | {PICTURE: picture}, problem=problem)
+
+
+def _split_by_folder(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, pa.RecordBatch]]:
+    """Split batches into runs of rows whose files are in the same folder."""
+    for batch in batches:
+        folders = [posixpath.dirname(path) for path in batch.column("path").to_pylist()]
+        start = 0
+        for folder, run in groupby(folders):
+            count = len(list(run))
+            yield folder, batch.slice(start, count)
+            start += count
+
+
+def read_picture_column(batches: Iterator[pa.RecordBatch], root: PictureRoot) -> Iterator[pa.RecordBatch]:
+    """Replace the paths in the column `image` by pictures, and add the column `problem` (text, or null).
+
+    The batches that are yielded have at most CHUNK_ROWS rows and about CHUNK_BYTES bytes, so that a batch of many paths
+    does not become a batch of many pictures.
+    """
+    for batch in batches:
+        rows: list[tuple[bytes | None, str | None]] = []
+        start, size = 0, 0
+        for name in batch.column("image").to_pylist():
+            found = root.read(name)
+            rows.append((None, f"{found.reason}: {found.detail}") if isinstance(found, Problem) else (found, None))
+            size += len(rows[-1][0] or b"")
+            if len(rows) == CHUNK_ROWS or size >= CHUNK_BYTES:
+                yield _with_pictures(batch.slice(start, len(rows)), rows)
+                start, size, rows = start + len(rows), 0, []
+        if rows:
+            yield _with_pictures(batch.slice(start), rows)
+
+
+def _with_pictures(batch: pa.RecordBatch, rows: Sequence[tuple[bytes | None, str | None]]) -> pa.RecordBatch:
+    pictures, problems = zip(*rows, strict=True)
+    columns = {name: batch.column(name) for name in batch.schema.names}
+    columns |= {"image": pa.array(pictures, pa.binary()), "problem": pa.array(problems, pa.string())}
+    return pa.RecordBatch.from_pydict(columns)

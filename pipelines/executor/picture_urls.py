@@ -1,0 +1,219 @@
+"""Pictures that rows name by a URL, or by a path below a URL: web servers and object stores.
+
+Object stores are read through `fsspec`, which needs the package of the store. Web servers need no package. Reading is
+bounded in bytes and in time, and a picture is never read from another server, bucket or folder than the root.
+"""
+
+from __future__ import annotations
+
+import http.client
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from functools import lru_cache, partial
+from http.client import HTTPMessage
+from queue import Empty, SimpleQueue
+from typing import IO, Any
+from urllib.parse import quote, unquote, urlsplit
+
+from pipelines.errors import UserError
+from pipelines.executor.ingest.records.record import Problem
+from pipelines.executor.ingest.storage import describe_damage, url_system
+
+READ_SECONDS = 60.0
+"""Longest time to read one picture."""
+CHUNK = 1 << 20
+WEB = ("http", "https")
+STORES = {"s3": "s3", "s3a": "s3", "s3n": "s3", "gs": "gs", "gcs": "gs", "abfs": "abfs", "abfss": "abfs", "az": "abfs"}
+"""Schemes of object stores. Schemes with the same value mean the same store."""
+ATTEMPTS = 3
+RETRIED = frozenset({429, 500, 502, 503, 504})
+"""Status codes for which a web server is asked again."""
+PAUSE_SECONDS = 1.0
+
+
+def scheme_of(location: str) -> str | None:
+    """Return the scheme of a URL in small letters, or None if the location is a path."""
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", location)
+    return found[1].lower() if found else None
+
+
+def require_readable(root: str) -> None:
+    """Check that pictures below a URL can be read.
+
+    Raises:
+        UserError: the scheme is none of the known ones, or the package for the store is missing.
+    """
+    scheme, server = scheme_of(root), urlsplit(root).netloc
+    if scheme not in (*WEB, *STORES) or not server or "::" in root or (scheme in WEB and "@" in server):
+        raise UserError(
+            "pictures cannot be read from this place",
+            where="image_root",
+            got=root,
+            fix=f"give a folder, or a URL with one of the schemes {', '.join((*WEB, *STORES))} and with a host",
+        )
+    if scheme in STORES:
+        _store(root)
+
+
+def read_url(root: str, name: str, max_bytes: int) -> bytes | Problem:
+    """Read the picture that a row names, below a URL.
+
+    Args:
+        root: URL below which all pictures are.
+        name: path below the root, or a URL below the root.
+        max_bytes: largest size of a picture.
+
+    Raises:
+        OSError: the server does not answer, so the task has to be tried again.
+    """
+    paths = _paths_below(root, name)
+    if isinstance(paths, Problem):
+        return paths
+    fetch = _fetch_web if scheme_of(root) in WEB else _fetch_store
+    found: bytes | Problem = Problem("missing_field", f"no file is named: {name!r}")
+    for path in paths:
+        found = _in_time(partial(fetch, root, path, max_bytes))
+        if not (isinstance(found, Problem) and found.reason == "missing_field"):
+            break
+    return found
+
+
+def _paths_below(root: str, name: str) -> list[str] | Problem:
+    """Return the paths below the root that a name may mean, the literal one first."""
+    outside = Problem("missing_field", f"{name!r} is not below {root}")
+    if scheme_of(name):
+        parts, top = urlsplit(name), urlsplit(root)
+        if _server(name) != _server(root) or parts.username != top.username:
+            return outside
+        above = top.path.rstrip("/") + "/"
+        path = name.partition("://")[2].partition("/")[2]
+        if not f"/{path}".startswith(above):
+            return outside
+        name = f"/{path}"[len(above) :]
+    elif name.startswith("/"):
+        return outside
+    if not name.strip() or "\0" in name:
+        return Problem("missing_field", "no file is named")
+    paths = list(dict.fromkeys([name, name.replace("\\", "/"), unquote(name)]))
+    if any(".." in re.split(r"[/\\]", unquote(unquote(path)).partition("?")[0]) for path in paths):
+        return outside
+    return paths[:1] if scheme_of(root) in WEB else paths
+
+
+def _server(url: str) -> tuple[str, str]:
+    """Return what identifies a server or a bucket."""
+    parts, scheme = urlsplit(url), str(scheme_of(url))
+    return STORES.get(scheme, scheme), parts.netloc.rpartition("@")[2].lower() if scheme in WEB else parts.netloc
+
+
+# ------------------------------------------------------------------------------------------------ time
+
+
+def _in_time(fetch: Callable[[float], bytes | Problem]) -> bytes | Problem:
+    """Call a function in a thread of its own, and stop waiting at the end of the time limit.
+
+    No client library bounds the whole time of a request. The thread ends at the deadline, which it is given, or when
+    its connection does.
+    """
+    done: SimpleQueue[bytes | Problem | Exception] = SimpleQueue()
+    deadline = time.monotonic() + READ_SECONDS
+
+    def run() -> None:
+        try:
+            done.put(fetch(deadline))
+        except Exception as error:  # noqa: BLE001 raised in the other thread
+            done.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result = done.get(timeout=READ_SECONDS + PAUSE_SECONDS)
+    except Empty:
+        result = TimeoutError()
+    if isinstance(result, TimeoutError):
+        return Problem("unreadable_file", f"not read within {READ_SECONDS:g} seconds")
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _read_bounded(file: IO[bytes] | http.client.HTTPResponse, max_bytes: int, deadline: float) -> bytes | Problem:
+    content = bytearray()
+    while chunk := file.read(min(CHUNK, max_bytes + 1 - len(content))):
+        content += chunk
+        if len(content) > max_bytes:
+            return Problem("too_large", f"more than {max_bytes} bytes")
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    return bytes(content)
+
+
+# ------------------------------------------------------------------------------------------------ object stores
+
+
+@lru_cache(maxsize=8)
+def _store(root: str) -> tuple[Any, str]:
+    scheme = str(scheme_of(root))
+    return url_system(root.replace("s3n://", "s3://", 1) if scheme == "s3n" else root)
+
+
+def _fetch_store(root: str, path: str, max_bytes: int, deadline: float) -> bytes | Problem:
+    system, top = _store(root)
+    try:
+        with system.open(f"{top.rstrip('/')}/{path}", "rb") as file:
+            return _read_bounded(file, max_bytes, deadline)
+    except FileNotFoundError:
+        return Problem("missing_field", f"{root} has no file {path!r}")
+    except (MemoryError, TimeoutError):
+        raise
+    except Exception as error:  # each store has errors of its own
+        if isinstance(error, OSError) and describe_damage(error) is None:
+            raise
+        return Problem("unreadable_file", f"{path!r}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+# ------------------------------------------------------------------------------------------------ web servers
+
+
+class _StayBelow(urllib.request.HTTPRedirectHandler):
+    """Follow a redirection only to a URL below the root."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+
+    def redirect_request(  # noqa: PLR0917 (the signature of urllib)
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
+        if isinstance(_paths_below(self._root, newurl), Problem):
+            raise urllib.error.HTTPError(newurl, 403, f"redirected to {newurl}, outside of the root", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _fetch_web(root: str, path: str, max_bytes: int, deadline: float) -> bytes | Problem:
+    encoded = quote(re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", path), safe="/%?&=+,;:@!$'()*~")
+    url = f"{root.rstrip('/')}/{encoded}"
+    opener = urllib.request.build_opener(_StayBelow(root))
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            with opener.open(url, timeout=max(0.1, deadline - time.monotonic())) as answer:
+                return _read_bounded(answer, max_bytes, deadline)
+        except urllib.error.HTTPError as error:
+            if error.code in (404, 410):
+                return Problem("missing_field", f"{root} has no file {path!r}: status {error.code}")
+            if error.code not in RETRIED or attempt == ATTEMPTS:
+                return Problem("unreadable_file", f"{url}: status {error.code} {error.reason}")
+        except TimeoutError:
+            raise
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, TimeoutError):
+                raise TimeoutError from None
+            if attempt == ATTEMPTS:
+                raise ConnectionError(f"{root} does not answer: {error.reason}") from None
+        except (http.client.HTTPException, OSError, ValueError) as error:
+            if attempt == ATTEMPTS:
+                return Problem("unreadable_file", f"{url}: {type(error).__name__}: {error}")
+        time.sleep(min(PAUSE_SECONDS * attempt, max(0.0, deadline - time.monotonic())))
+    raise AssertionError("the loop returns or raises")

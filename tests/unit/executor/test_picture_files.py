@@ -1,0 +1,237 @@
+"""Tests of pictures that rows name by path: any spelling of a name is found, and no path leads out of the folder."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.config import PICTURE
+from pipelines.errors import UserError
+from pipelines.executor import picture_root
+from pipelines.executor.ingest.records.record import Problem, Record
+from pipelines.executor.picture_root import PictureRoot, picture_records, read_picture_column, require_root
+
+SECRET = b"secret"
+
+
+def read(folder: Path, name: object) -> bytes | str:
+    """Return the bytes of the picture, or the problem as text."""
+    found = PictureRoot(str(folder), max_bytes=100).read(name)
+    return found if isinstance(found, bytes) else f"{found.reason}: {found.detail}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder beside a file and a folder that nobody may read through it."""
+    (tmp_path / "secret.png").write_bytes(SECRET)
+    (tmp_path / "offered-private").mkdir()
+    (tmp_path / "offered-private" / "a.png").write_bytes(SECRET)
+    (tmp_path / "offered" / "in").mkdir(parents=True)
+    return tmp_path / "offered"
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "named"),
+    [
+        ("a.png", "a.png"),
+        ("a.png", "./a.png"),
+        ("a.png", ".//a.png"),
+        ("a.png", "in/../a.png"),
+        ("a.png", " a.png\n"),
+        ("in/a.png", "in/a.png"),
+        ("in/a.png", "in\\a.png"),
+        ("in/a.png", ".\\in\\a.png"),
+        ("in/a b.png", "in/a%20b.png"),
+        ("in/a b.png", "in\\a%20b.png"),
+        ("a%20b.png", "a%20b.png"),
+        ("a\\b.png", "a\\b.png"),
+        (" a.png", " a.png"),
+        ("a#1?.png", "a#1?.png"),
+        ("100%.png", "100%.png"),
+        ("[1]{a,b}*.png", "[1]{a,b}*.png"),
+        ("a:b.png", "a:b.png"),
+        ("caf\u00e9.png", "caf\u00e9.png"),
+        ("caf\u00e9.png", "cafe\u0301.png"),
+        ("cafe\u0301.png", "caf\u00e9.png"),
+        ("cafe\u0301/a.png", "caf\u00e9/a.png"),
+        ("caf\u00e9 e\u0301.png", "caf\u00e9 \u00e9.png"),
+        ("\u1112\u1161\u11ab.png", "\ud55c.png"),
+        ("caf\u00e9.png", "caf%C3%A9.png"),
+    ],
+)
+def test_file_is_found_by_every_spelling_of_its_name(folder: Path, on_disk: str, named: str) -> None:
+    (folder / on_disk).parent.mkdir(exist_ok=True)
+    (folder / on_disk).write_bytes(b"picture")
+    assert read(folder, named) == b"picture"
+
+
+def test_name_is_taken_as_it_is_before_it_is_unquoted(folder: Path) -> None:
+    (folder / "a%20b.png").write_bytes(b"literal")
+    (folder / "a b.png").write_bytes(b"unquoted")
+    assert (read(folder, "a%20b.png"), read(folder, "a b.png")) == (b"literal", b"unquoted")
+
+
+def test_file_may_be_named_by_its_absolute_path_or_by_its_uri(folder: Path) -> None:
+    (folder / "a b.png").write_bytes(b"picture")
+    for name in (f"{folder}/a b.png", f"file://{folder}/a%20b.png", f"file:{folder}/a b.png"):
+        assert read(folder, name) == b"picture"
+    link = folder.parent / "link"
+    link.symlink_to(folder)
+    assert read(link, f"{link}/a b.png") == read(link, f"{folder}/a b.png") == b"picture"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.png",
+        "in/../../secret.png",
+        "..\\secret.png",
+        "%2e%2e/secret.png",
+        "..%5csecret.png",
+        "{top}/secret.png",
+        "file://{top}/secret.png",
+        "file://{top}/offered/../secret.png",
+        "{top}/offered-private/a.png",
+        "../offered-private/a.png",
+        "out.png",
+        "in/up/secret.png",
+        "chain.png",
+        "s3://bucket/a.png",
+        "http://127.0.0.1/a.png",
+        "file://elsewhere/a.png",
+    ],
+)
+def test_no_name_leads_out_of_the_folder(folder: Path, name: str) -> None:
+    (folder / "out.png").symlink_to("../secret.png")
+    (folder / "in" / "up").symlink_to(folder.parent)
+    (folder / "chain.png").symlink_to("out.png")
+    found = read(folder, name.replace("{top}", str(folder.parent)))
+    assert isinstance(found, str), found
+    assert found.startswith("missing_field: ")
+
+
+def test_links_inside_the_folder_are_followed(folder: Path) -> None:
+    (folder / "a.png").write_bytes(b"picture")
+    (folder / "in" / "link.png").symlink_to("../a.png")
+    (folder / "also").symlink_to("in")
+    (folder / "absolute.png").symlink_to(folder / "a.png")
+    assert [read(folder, name) for name in ("in/link.png", "also/link.png", "absolute.png")] == [b"picture"] * 3
+    (folder / "loop.png").symlink_to("loop.png")
+    assert read(folder, "loop.png") == "missing_field: the folder has no file 'loop.png': the link leads nowhere"
+
+
+def test_name_that_differs_only_in_case_is_refused_with_the_right_name(folder: Path) -> None:
+    (folder / "in" / "IMG_1.JPG").write_bytes(b"picture")
+    detail = "the folder has no file 'in/img_1.jpg', did you mean 'IMG_1.JPG'?"
+    assert read(folder, "in/img_1.jpg") == f"missing_field: {detail}"
+    (folder / "in" / "img_1.jpg").write_bytes(b"another")
+    assert read(folder, "in/img_1.jpg") == b"another", "a changed folder is read again"
+
+
+def test_what_is_no_regular_file_is_refused(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.png")
+    assert read(folder, "pipe.png") == "missing_field: 'pipe.png' is not a regular file"
+    assert read(folder, "in") == "missing_field: 'in' is not a regular file"
+    (folder / "large.png").write_bytes(bytes(101))
+    assert read(folder, "large.png") == "too_large: 101 bytes, at most 100"
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.text(max_size=30)
+    | st.lists(st.sampled_from(["..", ".", "in", "up", "/", "\\", "%2e%2e", "secret.png"])).map("/".join)
+)
+def test_any_text_is_a_picture_of_the_folder_or_a_problem(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    top = tmp_path_factory.getbasetemp() / "any"
+    if not top.exists():
+        (top / "offered" / "in").mkdir(parents=True)
+        (top / "secret.png").write_bytes(SECRET)
+        (top / "offered" / "in" / "up").symlink_to("../..")
+    assert isinstance(PictureRoot(str(top / "offered"), 100).read(name), Problem)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.text(st.characters(exclude_characters="/\\%\0", exclude_categories=["Cs", "Cc", "Zs"]), min_size=1, max_size=30)
+)
+def test_name_is_found_in_either_unicode_form(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    folder = tmp_path_factory.mktemp("forms")
+    name = f"a{text}.png"
+    (folder / unicodedata.normalize("NFD", name)).write_bytes(b"picture")
+    assert read(folder, unicodedata.normalize("NFC", name)) == b"picture"
+
+
+# ------------------------------------------------------------------------------------------------ records
+
+
+def records(batches: list[pa.RecordBatch], location: str) -> list[Record]:
+    def parse(parts: Iterator[pa.RecordBatch]) -> Iterator[Record]:
+        for part in parts:
+            for row in part.to_pylist():
+                yield Record("x.csv", {key: row[key] for key in row if key != "path"})
+
+    return list(picture_records(iter(batches), parse, location, "image", 100))
+
+
+def test_relative_root_is_relative_to_the_file_of_each_row(folder: Path) -> None:
+    for place in ("in", "."):
+        (folder / place / "a.png").write_bytes(place.encode())
+    (folder / "pictures").mkdir()
+    (folder / "pictures" / "a.png").write_bytes(b"pictures")
+    rows = [{"path": f"{folder}/in/x.csv", "image": "a.png"}, {"path": f"{folder}/y.csv", "image": "a.png"}]
+    batches = [pa.RecordBatch.from_pylist(rows), pa.RecordBatch.from_pylist(rows[1:])]
+    assert [record.fields[PICTURE] for record in records(batches, ".")] == [b"in", b".", b"."]
+    assert [record.fields[PICTURE] for record in records(batches, "../pictures")] == [b"pictures", None, None]
+    assert [record.fields[PICTURE] for record in records(batches, str(folder))] == [b"."] * 3
+
+
+def test_unreadable_picture_is_a_problem_of_its_row_alone(folder: Path) -> None:
+    (folder / "a.png").write_bytes(b"picture")
+    batch = pa.RecordBatch.from_pydict({"image": ["a.png", None, "b.png", " ", "../secret.png", "a.png"]})
+    found = records([batch], str(folder))
+    assert [record.problem and record.problem.reason for record in found] == [None, *["missing_field"] * 4, None]
+    assert [record.fields["image"] for record in found] == ["a.png", None, "b.png", " ", "../secret.png", "a.png"]
+    assert SECRET not in [record.fields[PICTURE] for record in found]
+
+
+def test_struct_of_bytes_and_path_is_a_picture_or_a_path(folder: Path) -> None:
+    (folder / "a.png").write_bytes(b"picture")
+    batch = pa.RecordBatch.from_pydict({"image": [b"inside", None, None], "image.path": ["a.png", "a.png", None]})
+    assert [record.fields[PICTURE] for record in records([batch], str(folder))] == [b"inside", b"picture", None]
+
+
+def test_batch_of_paths_becomes_small_batches_of_pictures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picture_root, "CHUNK_BYTES", 20)
+    (folder / "a.png").write_bytes(b"picture 10")
+    batch = pa.RecordBatch.from_pydict({"image_id": list("abcde"), "image": ["a.png", "a.png", "b.png", "a.png", None]})
+    chunks = list(read_picture_column(iter([batch]), PictureRoot(str(folder), 100)))
+    assert [chunk.num_rows for chunk in chunks] == [2, 3]
+    rows = [row for chunk in chunks for row in chunk.to_pylist()]
+    assert [row["image_id"] for row in rows] == list("abcde")
+    assert [row["image"] for row in rows] == [b"picture 10", b"picture 10", None, b"picture 10", None]
+    missing = "missing_field: the folder has no file 'b.png'"
+    assert [row["problem"] for row in rows] == [None, None, missing, None, "missing_field: no file is named"]
+
+
+@pytest.mark.parametrize(
+    ("location", "words"),
+    [
+        ("/no/such/folder", "no folder /no/such/folder"),
+        ("ftp://host/pictures", "ftp://host/pictures"),
+        ("https://", "https://"),
+        ("https://user:word@host/pictures", "user"),
+        ("zip://a.zip::s3://bucket/x", "zip://"),
+        ("s3://bucket/zip://a::b", "s3://"),
+        ("abfs://c@account/pictures", "adlfs"),
+    ],
+)
+def test_root_that_cannot_be_read_is_refused_before_the_ingest(location: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        require_root(location)

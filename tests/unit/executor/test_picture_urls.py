@@ -1,0 +1,159 @@
+"""Tests of pictures that rows name by URL: web servers and object stores, bounded in bytes, time and place."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from pipelines.executor import picture_urls
+from pipelines.executor.picture_root import PictureRoot
+
+
+class PictureServer(BaseHTTPRequestHandler):
+    """Web server whose answers depend on the path."""
+
+    requested: list[str]
+
+    def do_GET(self) -> None:
+        """Answer a request."""
+        self.requested.append(self.path)
+        name = self.path.rpartition("/")[2]
+        if name.startswith("redirect"):
+            self.send_response(302)
+            target = {
+                "redirect-in": "/p/a.png",
+                "redirect-out": "/private.png",
+                "redirect-host": "http://localhost:1/p/a",
+            }
+            self.send_header("Location", target[name])
+            self.end_headers()
+            return
+        status = int(name) if name.isdigit() else 200
+        if name == "once" and self.requested.count(self.path) == 1:
+            status = 503
+        self.send_response(status)
+        self.end_headers()
+        if name == "slow":
+            time.sleep(3)
+        self.wfile.write(bytes(1_000) if name == "large" else self.path.encode())
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """Yield the URL of a running web server."""
+    PictureServer.requested = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), PictureServer) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}/p"
+        running.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picture_urls, "PAUSE_SECONDS", 0.01)
+
+
+def read(root: str, name: object) -> bytes | str:
+    found = PictureRoot(root, max_bytes=100).read(name)
+    return found if isinstance(found, bytes) else f"{found.reason}: {found.detail}"
+
+
+def test_pictures_of_a_web_server_are_named_by_path_or_by_url(server: str) -> None:
+    assert read(server, "a.png") == b"/p/a.png"
+    assert read(server, "./in/a b#1.png") == b"/p/./in/a%20b%231.png"
+    assert read(server, "a%20b.png?size=1") == b"/p/a%20b.png?size=1"
+    assert read(server, f"{server}/100%.png") == b"/p/100%25.png"
+    assert read(server, "once") == b"/p/once"
+    assert read(server, "redirect-in") == b"/p/a.png"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("404", "missing_field: http"),
+        ("410", "missing_field: http"),
+        ("403", "status 403"),
+        ("500", "status 500"),
+        ("large", "too_large: more than 100 bytes"),
+        ("redirect-out", "unreadable_file"),
+        ("redirect-host", "unreadable_file"),
+        ("../private.png", "missing_field"),
+        ("%2e%2e/private.png", "missing_field"),
+        ("in/%252e%252e/%252e%252e/private.png", "missing_field"),
+        ("/private.png", "missing_field"),
+        ("https://127.0.0.1/p/a.png", "missing_field"),
+        ("http://localhost/p/a.png", "missing_field"),
+        ("http://user@{host}/p/a.png", "missing_field"),
+        ("http://{host}/private.png", "missing_field"),
+        ("http://{host}/p-private/a.png", "missing_field"),
+        ("file:///etc/hostname", "missing_field"),
+    ],
+)
+def test_picture_that_cannot_be_read_is_a_problem_and_nothing_outside_of_the_root_is_asked_for(
+    server: str, name: str, words: str
+) -> None:
+    PictureServer.requested.clear()
+    found = read(server, name.replace("{host}", server.split("/")[2]))
+    assert isinstance(found, str)
+    assert words in found
+    assert all(path.startswith("/p/") and ".." not in path for path in PictureServer.requested)
+
+
+def test_reading_ends_at_the_time_limit(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picture_urls, "READ_SECONDS", 0.2)
+    started = time.monotonic()
+    assert read(server, "slow") == "unreadable_file: not read within 0.2 seconds"
+    assert time.monotonic() - started < 2
+
+
+def test_server_that_does_not_answer_fails_the_task_and_refuses_no_row() -> None:
+    with pytest.raises(ConnectionError, match="does not answer"):
+        read("http://127.0.0.1:9/p", "a.png")
+
+
+class Store(MemoryFileSystem):  # type: ignore[misc]
+    """Object store in memory."""
+
+    protocol = ("gs", "gcs")
+    store: dict[str, Any] = {}  # noqa: RUF012 (as in fsspec)
+    pseudo_dirs = [""]  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("gs://").removeprefix("gcs://").strip("/")
+
+
+@pytest.fixture
+def store() -> Iterator[MemoryFileSystem]:
+    """Yield an object store with the bucket `b`."""
+    picture_urls._store.cache_clear()
+    fsspec.register_implementation("gs", Store, clobber=True)
+    fsspec.register_implementation("gcs", Store, clobber=True)
+    system = Store(skip_instance_cache=True)
+    for name in ("b/p/a.png", "b/p/in/a b.png", "b/p/a%20b.png", "b/private.png", "other/p/a.png"):
+        system.pipe_file(f"/{name}", name.encode())
+    system.pipe_file("/b/p/large.png", bytes(101))
+    yield system
+    picture_urls._store.cache_clear()
+
+
+def test_pictures_of_an_object_store_are_named_by_key_or_by_url(store: MemoryFileSystem) -> None:
+    assert read("gs://b/p", "a.png") == b"b/p/a.png"
+    assert read("gs://b/p/", "in\\a b.png") == b"b/p/in/a b.png"
+    assert read("gs://b/p", "in/a%20b.png") == b"b/p/in/a b.png"
+    assert read("gs://b/p", "a%20b.png") == b"b/p/a%20b.png"
+    assert read("gs://b/p", "gcs://b/p/a.png") == b"b/p/a.png", "another name of the same scheme"
+    assert read("gs://b/p", "large.png") == "too_large: more than 100 bytes"
+    assert read("gs://b/p", "z.png") == "missing_field: gs://b/p has no file 'z.png'"
+    for name in ("gs://other/p/a.png", "gs://b/private.png", "../private.png", "s3://b/p/a.png", "/b/private.png"):
+        assert str(read("gs://b/p", name)).startswith("missing_field: ")
