@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines.config import PICTURE
-from pipelines.executor.ingest.records.folder import folder_records
+from pipelines.executor.ingest.records.folder import NO_PICTURE, folder_records, list_captions, subfolder_of
 from pipelines.executor.ingest.records.record import Problem, Record
 
 
@@ -61,3 +61,44 @@ def test_no_picture_file_is_read_for_a_row_that_could_not_be_parsed(tmp_path: Pa
 def test_disk_error_fails_the_task_and_does_not_refuse_the_row() -> None:
     with pytest.raises(OSError, match="Input/output error"):
         read_picture(Path("/proc/self"), "mem")
+
+
+def test_pictures_beside_a_captions_file_in_a_subfolder_are_found_and_those_of_the_folder_come_first(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.png").write_bytes(b"beside")
+    (tmp_path / "b.png").write_bytes(b"folder")
+    (tmp_path / "train" / "b.png").write_bytes(b"beside")
+
+    def read(_: Iterator[pa.RecordBatch]) -> Iterator[Record]:
+        for name in ("a.png", "train/a.png", "b.png", "c.png", "../b.png"):
+            yield Record("metadata.csv", {"file_name": name})
+
+    captions = str(tmp_path / "train" / "metadata.csv")
+    subfolder = subfolder_of(captions, str(tmp_path))
+    found = folder_records(iter(()), read, str(tmp_path), "file_name", max_bytes=100, subfolder=subfolder)
+    assert [record.fields[PICTURE] for record in found] == [b"beside", b"beside", b"folder", None, b"folder"]
+    listed = [
+        row
+        for batch in list_captions(iter(()), read, captions, str(tmp_path), "file_name")
+        for row in batch.to_pylist()
+    ]
+    assert [row["picture"] and Path(row["picture"]).relative_to(tmp_path.resolve()).as_posix() for row in listed] == [
+        "train/a.png",
+        "train/a.png",
+        "b.png",
+        None,
+        "b.png",
+    ]
+    assert [row["state"] == NO_PICTURE for row in listed] == [False, False, False, True, False]
+
+
+def test_link_that_leads_out_of_the_folder_brings_nothing_into_the_record(tmp_path: Path) -> None:
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key.txt").write_bytes(b"secret")
+    (tmp_path / "offered").mkdir()
+    (tmp_path / "offered" / "text.png").symlink_to("../private/key.txt")
+    record = read_picture(tmp_path / "offered", "text.png")
+    assert record.fields[PICTURE] is None
+    assert record.problem == Problem("missing_field", "the file 'text.png' is not inside the folder")

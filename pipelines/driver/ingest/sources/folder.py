@@ -21,7 +21,13 @@ from pipelines.driver.ingest.sources.files import SourceFile, load_text, source_
 from pipelines.driver.ingest.sources.source import Source, SourceRows, require_columns
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.csv import spark_csv_records
-from pipelines.executor.ingest.records.folder import CAPTIONS, caption_records, folder_records, list_captions
+from pipelines.executor.ingest.records.folder import (
+    CAPTIONS,
+    caption_records,
+    folder_records,
+    list_captions,
+    subfolder_of,
+)
 from pipelines.executor.ingest.records.jsonl import jsonl_records
 from pipelines.executor.ingest.records.record import Read
 from pipelines.executor.ingest.records.table import FILE, table_records
@@ -60,7 +66,12 @@ def open_folder(
     if 0 < len(pending) < len(distinct):
         rows = rows.join(F.broadcast(spark.createDataFrame(pending.select(["item"]))), "item", "left_semi")
     parse = partial(
-        folder_records, read=caption_records, folder=str(folder), column=column, max_bytes=config.limits.max_bytes
+        folder_records,
+        read=caption_records,
+        folder=str(folder),
+        column=column,
+        max_bytes=config.limits.max_bytes,
+        subfolder=subfolder_of(file.path, str(folder)),
     )
     ingest_id = short_hash(name, sorted(zip(*items.to_pydict().values(), strict=True)))
     return Source(SourceRows(rows, parse) if len(pending) else None, ingest_id, pending, len(distinct) - len(pending))

@@ -120,6 +120,6 @@ def _find_picture(folder: str, subfolder: str, name: object) -> PictureFile | Pr
         return Problem("missing_field", "no file is named")
     found = find_file(folder, name)
     if isinstance(found, Problem) and subfolder:
-        beside = find_file(posixpath.join(folder, subfolder), name)
+        beside = find_file(folder, f"{subfolder}/{name}")
         return beside if isinstance(beside, PictureFile) else found
     return found
