@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+ImageRootOption = Annotated[
+    str | None,
+    typer.Option(
+        "--image-root", help="Folder or URL of the pictures if the column holds paths or URLs.", metavar="FOLDER"
+    ),
+]
+
+
 def caption(
     *,
     table: Annotated[str, typer.Option("--table", help="Delta table with the pictures.", metavar="TABLE")] = "samples",
@@ -27,12 +35,7 @@ def caption(
     image_column: Annotated[
         str, typer.Option("--image-column", help="Column of pictures (binary or base64).", metavar="COLUMN")
     ] = "image",
-    image_root: Annotated[
-        str | None,
-        typer.Option(
-            "--image-root", help="Folder or URL of pictures, if the column holds their paths or URLs.", metavar="FOLDER"
-        ),
-    ] = None,
+    image_root: ImageRootOption = None,
     where: Annotated[
         str, typer.Option("--where", help="SQL condition that selects rows. Default: all rows.", metavar="SQL")
     ] = "",
@@ -62,7 +65,7 @@ def caption(
       lakesight caption --table products --id-column sku --image-column photo
       lakesight caption --table shop --id-column sku --image-column path --image-root /Volumes/main/shop/photos
     """
-    from pipelines.executor.picture_root import absolute_location
+    from pipelines.executor.ingest.records.pictures.root import absolute_location
 
     with open_job(run, platform, overrides, as_json) as job:
         report = run_caption(

@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 from pipelines.config import LimitsConfig
 from pipelines.executor.crash_guard import Death, run_guarded
 from pipelines.executor.model_cache import local_copy
-from pipelines.executor.picture_root import PictureRoot, read_picture_column
 from pipelines.executor.time_limit import TimeLimitExceeded, time_limit
 from pipelines.formats.caption_stats import CaptionStats, sum_stats
 from pipelines.formats.tables import GENERATED_CAPTIONS

@@ -36,7 +36,7 @@ from pipelines.driver.delta.tables import ensure_tables
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import StageFailed, UserError
 from pipelines.executor.caption import FILE_STATS_SCHEMA, CaptionJob, caption_batches
-from pipelines.executor.picture_root import require_root
+from pipelines.executor.ingest.records.pictures.root import require_root
 from pipelines.formats.caption_stats import CaptionStats, sum_stats
 from pipelines.formats.tables import GENERATED_CAPTIONS
 from pipelines.platform import Platform
@@ -171,17 +171,7 @@ def caption(
     request.precision.require()
     _check_prompt(model, request)
     ensure_tables(spark, platform)
-    if request.image_root is not None:
-        require_root(request.image_root)
-    source = open_source_table(
-        spark,
-        platform,
-        request.source_table,
-        request.source_version,
-        columns=(request.id_column, request.image_column),
-        where=request.where,
-        has_paths=request.image_root is not None,
-    )
+    source = _open_source(spark, platform, request)
     job, key = _create_job(spark, platform, model, request, source)
     pending = PendingFiles(job.output_folder, key)
     pending.open()
@@ -213,6 +203,20 @@ def caption(
     if report.errors > request.max_error_share * (report.captioned + report.errors):
         raise TooManyErrors(report, request.max_error_share)
     return report
+
+
+def _open_source(spark: SparkSession, platform: Platform, request: CaptionRequest) -> SourceTable:
+    if request.image_root is not None:
+        require_root(request.image_root)
+    return open_source_table(
+        spark,
+        platform,
+        request.source_table,
+        request.source_version,
+        columns=(request.id_column, request.image_column),
+        where=request.where,
+        has_paths=request.image_root is not None,
+    )
 
 
 def _create_job(

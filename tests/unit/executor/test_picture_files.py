@@ -14,9 +14,14 @@ from hypothesis import strategies as st
 
 from pipelines.config import PICTURE
 from pipelines.errors import UserError
-from pipelines.executor import picture_root
+from pipelines.executor.ingest.records.pictures import root
+from pipelines.executor.ingest.records.pictures.root import (
+    PictureRoot,
+    picture_records,
+    read_picture_column,
+    require_root,
+)
 from pipelines.executor.ingest.records.record import Problem, Record
-from pipelines.executor.picture_root import PictureRoot, picture_records, read_picture_column, require_root
 
 SECRET = b"secret"
 
@@ -208,7 +213,7 @@ def test_struct_of_bytes_and_path_is_a_picture_or_a_path(folder: Path) -> None:
 
 
 def test_batch_of_paths_becomes_small_batches_of_pictures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(picture_root, "CHUNK_BYTES", 20)
+    monkeypatch.setattr(root, "CHUNK_BYTES", 20)
     (folder / "a.png").write_bytes(b"picture 10")
     batch = pa.RecordBatch.from_pydict({"image_id": list("abcde"), "image": ["a.png", "a.png", "b.png", "a.png", None]})
     chunks = list(read_picture_column(iter([batch]), PictureRoot(str(folder), 100)))

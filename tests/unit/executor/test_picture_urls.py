@@ -12,8 +12,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pipelines.executor import picture_urls
-from pipelines.executor.picture_root import PictureRoot
+from pipelines.executor.ingest.records.pictures import urls
+from pipelines.executor.ingest.records.pictures.root import PictureRoot
 
 
 class PictureServer(BaseHTTPRequestHandler):
@@ -60,7 +60,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(picture_urls, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(urls, "PAUSE_SECONDS", 0.01)
 
 
 def read(root: str, name: object) -> bytes | str:
@@ -110,7 +110,7 @@ def test_picture_that_cannot_be_read_is_a_problem_and_nothing_outside_of_the_roo
 
 
 def test_reading_ends_at_the_time_limit(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(picture_urls, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(urls, "READ_SECONDS", 0.2)
     started = time.monotonic()
     assert read(server, "slow") == "unreadable_file: not read within 0.2 seconds"
     assert time.monotonic() - started < 2
@@ -136,7 +136,7 @@ class Store(MemoryFileSystem):  # type: ignore[misc]
 @pytest.fixture
 def store() -> Iterator[MemoryFileSystem]:
     """Yield an object store with the bucket `b`."""
-    picture_urls._store.cache_clear()
+    urls._store.cache_clear()
     fsspec.register_implementation("gs", Store, clobber=True)
     fsspec.register_implementation("gcs", Store, clobber=True)
     system = Store(skip_instance_cache=True)
@@ -144,7 +144,7 @@ def store() -> Iterator[MemoryFileSystem]:
         system.pipe_file(f"/{name}", name.encode())
     system.pipe_file("/b/p/large.png", bytes(101))
     yield system
-    picture_urls._store.cache_clear()
+    urls._store.cache_clear()
 
 
 def test_pictures_of_an_object_store_are_named_by_key_or_by_url(store: MemoryFileSystem) -> None:

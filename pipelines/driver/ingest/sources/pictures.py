@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pipelines.config import DataConfig, RowSourceBase
 from pipelines.driver.ingest.sources.files import absolute_path
+from pipelines.executor.ingest.records.pictures.root import is_absolute, picture_records, plain_location, require_root
 from pipelines.executor.ingest.records.record import Read
-from pipelines.executor.picture_root import is_absolute, picture_records, plain_location, require_root
 
 
 def read_named_pictures(config: DataConfig, read: Read, *, knows_files: bool) -> Read:

@@ -17,9 +17,9 @@ from itertools import islice
 import pyarrow as pa
 
 from pipelines.config import PICTURE
+from pipelines.executor.ingest.records.pictures.files import PictureFile, find_file, read_file
 from pipelines.executor.ingest.records.record import Problem, Read, Record
 from pipelines.executor.ingest.storage import printable
-from pipelines.executor.picture_files import PictureFile, find_file, read_file
 
 NO_PICTURE = "no picture"
 """Value of the column `state` of the table `ingested` for a row whose picture cannot be found."""

@@ -12,9 +12,9 @@ import pyarrow as pa
 
 from pipelines.config import PICTURE
 from pipelines.errors import UserError
+from pipelines.executor.ingest.records.pictures.files import LOCAL_URI, PictureFile, find_file, read_file
+from pipelines.executor.ingest.records.pictures.urls import read_url, require_readable, scheme_of
 from pipelines.executor.ingest.records.record import Problem, Read, Record
-from pipelines.executor.picture_files import LOCAL_URI, PictureFile, find_file, read_file
-from pipelines.executor.picture_urls import read_url, require_readable, scheme_of
 
 CHUNK_ROWS = 64
 CHUNK_BYTES = 16 * 2**20
