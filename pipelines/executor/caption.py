@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from pipelines.config import LimitsConfig
 from pipelines.executor.crash_guard import Death, run_guarded
+from pipelines.executor.ingest.records.pictures.root import PictureRoot, read_picture_column
 from pipelines.executor.model_cache import local_copy
 from pipelines.executor.time_limit import TimeLimitExceeded, time_limit
 from pipelines.formats.caption_stats import CaptionStats, sum_stats
@@ -114,12 +115,11 @@ def _decode_batch(config: ImageConfig, job: CaptionJob, batch: pa.RecordBatch) -
     ids, images, known = (batch.column(name).to_pylist() for name in ("image_id", "image", "known"))
     decode = partial(_decode_picture, config=config, limits=job.limits)
     pictures = run_guarded(images, decode, partial(_describe_death, limits=job.limits))
-    if job.image_root is not None:
-        problems = batch.column("problem").to_pylist()
-        pictures = [
-            p if found is None else p._replace(error=found) for p, found in zip(pictures, problems, strict=True)
-        ]
-    return list(zip(ids, known, pictures, strict=True))
+    problems = [None] * len(ids) if job.image_root is None else batch.column("problem").to_pylist()
+    return [
+        (image_id, sha256, picture if problem is None else picture._replace(error=problem))
+        for image_id, sha256, picture, problem in zip(ids, known, pictures, problems, strict=True)
+    ]
 
 
 def _decode_picture(image: bytes | str | None, config: ImageConfig, limits: LimitsConfig) -> DecodedPicture:
