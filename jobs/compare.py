@@ -50,6 +50,7 @@ def run_compare(job: Job, one: str, other: str) -> Comparison:
             difference = report.differences[name]
             interval = f"({difference.low:+.3f} to {difference.high:+.3f})"
             job.output.line("", f"{name:<12} {difference.value:+7.3f}  {interval}")
+    job.output.line("", f"words are those of {report.tokenisation}")
     job.output.line(
         "rows", f"{report.rows:,} = {report.wins:,} won + {report.losses:,} lost + {report.ties:,} equal, by word F1"
     )

@@ -110,7 +110,8 @@ def evaluate_version(
             with_meteor=with_meteor,
         )
     version = resolve(job.platform, job.model_name, model.version)
-    if not report.reused or version.tags.get("evaluation") != report.scores_hash:
+    labels = {"evaluation": report.scores_hash, "tokenisation": report.tokenisation}
+    if not report.reused or any(version.tags.get(name) != value for name, value in labels.items()):
         values = report.values()
         log_report(
             job.platform,
@@ -121,7 +122,7 @@ def evaluate_version(
             tables={f"rows-{report.scores_hash}.json": rows_by_column(report)},
         )
         tags = {name: f"{values[name]:.6g}" for name in TAGGED_METRICS if name in values}
-        tag(job.platform, version, tags | {"evaluation": report.scores_hash})
+        tag(job.platform, version, tags | labels)
     return report
 
 
@@ -154,5 +155,6 @@ def run_evaluate(
                 if (key := f"{baseline}_{name}") in report.metrics
             )
             job.output.line("", f"{name:<12} {metric.value:7.3f}  ({metric.low:.3f} to {metric.high:.3f})  {baselines}")
+    job.output.line("", f"words are those of {report.tokenisation}")
     job.output.line("gallery", str(report.gallery))
     return report

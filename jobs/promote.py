@@ -21,12 +21,15 @@ class PromotionReport(Config):
     Attributes:
         already: whether the version was already the champion; no check of the gate runs for the current champion.
         found: dict from the name of each check of the gate to the result of the check.
+        tokenisation: rules that split texts into words for the gate's metric; None for a metric without words, or if no
+            check ran.
     """
 
     model_name: str
     model_version: str
     already: bool
     found: dict[str, str]
+    tokenisation: str | None = None
 
 
 def promote(
@@ -81,7 +84,7 @@ def run_promote(job: Job, which: str) -> PromotionReport:
         action="refuse" if verdict.reasons else "promote",
         champion=champion.version if champion else None,
         reasons=verdict.reasons,
-        figures=json.dumps({name: figure.model_dump() for name, figure in verdict.figures.items()}),
+        figures=json.dumps(verdict.model_dump()["figures"] | {"tokenisation": verdict.tokenisation}),
     )
     if verdict.reasons:
         raise StageFailed(
@@ -96,7 +99,13 @@ def run_promote(job: Job, which: str) -> PromotionReport:
     for check in verdict.checks.values():
         job.output.line("", check.found)
     found = {name: check.found for name, check in verdict.checks.items()}
-    return PromotionReport(model_name=version.name, model_version=version.version, already=False, found=found)
+    return PromotionReport(
+        model_name=version.name,
+        model_version=version.version,
+        already=False,
+        found=found,
+        tokenisation=verdict.tokenisation,
+    )
 
 
 def check_gate(job: Job, version: ModelVersion, champion: ModelVersion | None) -> GateResult:

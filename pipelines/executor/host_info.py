@@ -27,6 +27,7 @@ PACKAGES = {
     "pyarrow": "pyarrow",
     "pydantic": "pydantic",
     "pyyaml": "yaml",
+    "regex": "regex",
     "safetensors": "safetensors",
     "tokenizers": "tokenizers",
     "torch": "torch",

@@ -252,6 +252,12 @@ EVALUATIONS = Table(
         Column("run_id", pa.string(), "MLflow run that trained the model version"),
         Column("slice", pa.string(), "Part of the split, as column=value; null for the whole split", nullable=True),
         MODEL_DIGEST,
+        Column(
+            "tokenisation",
+            pa.string(),
+            "Rules that split texts into words; null for a metric without words and in rows of earlier versions",
+            nullable=True,
+        ),
     ),
 )
 

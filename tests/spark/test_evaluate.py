@@ -12,9 +12,12 @@ from pyspark.sql import SparkSession
 from spark_session import executed_queries
 from tiny_runs import tiny_model_config, write_shards
 
-from pipelines.driver.evaluate.run import EvaluationReport, evaluate
+from pipelines.driver.caption.drift import read_evaluation_figures
+from pipelines.driver.evaluate.run import REPORT, EvaluationReport, evaluate
+from pipelines.driver.evaluate.scores import SCORES
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import UserError
+from pipelines.formats.run_folder import write_json
 from pipelines.formats.shards import Shards, write_manifest
 from pipelines.formats.tables import EVALUATIONS
 from pipelines.platform import Platform
@@ -24,6 +27,7 @@ from vlm import text
 from vlm.build import build_model
 from vlm.checkpoint import save_model
 from vlm.generation.generate import Completion
+from vlm.text.words import TOKENISATION
 from vlm.training.objective import row_scores
 
 ROWS = 70
@@ -141,6 +145,31 @@ def test_a_second_evaluation_neither_computes_nor_writes_the_metrics_again(
     assert stored(spark, platform, report).items() > (whole | parts).items()
     with pytest.raises(UserError, match=r"Got: colour\. Fix: choose from: image_id"):
         evaluate(spark, platform, model, shards, shards, columns=["colour"])
+
+
+def test_an_evaluation_that_split_texts_into_words_by_other_rules_is_computed_again_from_the_stored_scores(
+    spark: SparkSession, platform: Platform, model: ModelFiles, shards: Path, report: EvaluationReport
+) -> None:
+    def figures() -> set[str]:
+        named = {"model": model.name, "version": model.version, "source": report.source, "split": report.split}
+        return set(read_evaluation_figures(spark, platform, **named).figures)
+
+    all_figures = figures()
+    assert "words" in all_figures
+    name = platform.table(EVALUATIONS.name)
+    spark.sql(f"UPDATE {name} SET tokenisation = NULL WHERE model_name = '{model.name}'")
+    write_json(report.folder / REPORT, report.model_copy(update={"tokenisation": ""}))
+    assert figures() == all_figures - {"words", "distinct_words"}
+    scores = (report.folder / SCORES).stat().st_mtime_ns
+    again = evaluate(spark, platform, model, shards, shards)
+    assert (again.reused, again.tokenisation, again.metrics) == (False, TOKENISATION, report.metrics)
+    assert (report.folder / SCORES).stat().st_mtime_ns == scores
+    assert figures() == all_figures
+    rows = spark.table(name).where(f"model_name = '{model.name}'").collect()
+    assert {row["metric"]: row["tokenisation"] for row in rows}.items() >= {
+        "word_f1": TOKENISATION,
+        "loss": None,
+    }.items()
 
 
 def test_the_gallery_shows_the_worst_pictures_the_best_pictures_and_a_sample_of_all_other_pictures(

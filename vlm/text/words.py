@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
-import re
+import unicodedata
+
+import regex
+
+TOKENISATION = "UAX 29 (ASCII punctuation separates)"
+"""Name of the rules by which `words` splits a text. Change the name when a change of the code gives other words."""
+CHUNK = regex.compile(r"[[\w[^\x00-\x7f]]--\s]+(?:'[[\w[^\x00-\x7f]]--\s]+)?", regex.V1)
+"""Pattern of a text without white space and ASCII punctuation, except one apostrophe between letters."""
+BOUNDARY = regex.compile(r"\b", regex.V1 | regex.WORD)
+GRAPHEME = regex.compile(r"\X")
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text in lower case, without punctuation. Return the symbols if there is no word (`:-)`)."""
-    lowered = text.lower()
-    return re.findall(r"\w+(?:'\w+)?", lowered) or re.findall(r"\S", lowered)
+    """Return the words of a text in lower case, without punctuation. Return the symbols if there is no word (`:-)`).
+
+    White space and ASCII punctuation separate words, except one apostrophe inside a word. All other characters follow
+    the word boundaries of Unicode (UAX 29): a letter keeps its combining marks. In scripts that put no spaces between
+    words, each character with its marks counts as one word (Han, Hiragana, Thai, Lao, Khmer and Burmese).
+
+    Source: https://www.unicode.org/reports/tr29/
+    """
+    lowered = unicodedata.normalize("NFC", text.lower())
+    found = [word for chunk in CHUNK.findall(lowered) for word in _split(chunk)]
+    return found or [symbol for symbol in GRAPHEME.findall(lowered) if not symbol.isspace()]
+
+
+def _split(chunk: str) -> list[str]:
+    if chunk.isascii():
+        return [chunk]
+    return [part for part in BOUNDARY.split(chunk) if any(char.isalnum() or char == "_" for char in part)]

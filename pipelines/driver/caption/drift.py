@@ -7,6 +7,7 @@ not by the model.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from pyspark.sql import Column, SparkSession
@@ -16,6 +17,9 @@ from pipelines.config import DriftConfig
 from pipelines.formats.tables import EVALUATIONS
 from pipelines.platform import Platform
 from vlm.config import Config
+from vlm.text.words import TOKENISATION
+
+logger = logging.getLogger(__name__)
 
 RELATIVE = ("words", "distinct_words")
 """Names of the figures whose limit is a relative change. For all other figures, the limit is an absolute difference."""
@@ -50,20 +54,31 @@ def read_evaluation_figures(
 ) -> EvaluationFigures:
     """Read the figures of a model version's last evaluation on a split, or no figures if there is no evaluation.
 
-    `of_model` is the SQL condition that identifies the model by its content (`is_of_model`).
+    `of_model` is the SQL condition that identifies the model by its content (`is_of_model`). Figures of words are left
+    out if the evaluation split texts into words by other rules, as an earlier version of Lakesight did.
     """
     rows = (
         spark.table(platform.table(EVALUATIONS.name))
         .where((F.col("model_name") == model) & (F.col("model_version") == version) & F.col("slice").isNull())
         .where(of_model)
         .where((F.col("source") == source) & (F.col("split") == split) & F.col("metric").isin(*FIGURES))
-        .select("dataset_version", "metric", "value", "n")
+        .select("dataset_version", "metric", "value", "n", "tokenisation")
         .collect()
     )
     newest = max((row["dataset_version"] for row in rows), default=None)
     last = [row for row in rows if row["dataset_version"] == newest]
+    figures = {row["metric"]: row["value"] for row in last}
+    outdated = [row["metric"] for row in last if row["metric"] in RELATIVE and row["tokenisation"] != TOKENISATION]
+    if outdated:
+        logger.warning(
+            "drift of %s is not checked, because the evaluation of version %s split texts into words by other rules: "
+            "run `lakesight evaluate` once",
+            " and ".join(sorted(outdated)),
+            version,
+        )
     return EvaluationFigures(
-        figures={row["metric"]: row["value"] for row in last}, rows=min((row["n"] for row in last), default=0)
+        figures={name: value for name, value in figures.items() if name not in outdated},
+        rows=min((row["n"] for row in last), default=0),
     )
 
 

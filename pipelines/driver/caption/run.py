@@ -43,6 +43,7 @@ from pipelines.platform import Platform
 from vlm import text
 from vlm.config import Config, GenerationConfig, Precision
 from vlm.text.prompt import prefix_ids
+from vlm.text.words import TOKENISATION
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class CaptionReport(Config):
         recovered: number of captions that were merged from files of an earlier job.
         removed: number of captions removed because the table no longer has their rows.
         figures: figures of the rows that this job captioned, as in `CaptionStats.figures`.
+        tokenisation: rules that split captions into words for the figures.
         drift: comparison of each figure with the evaluation of the model version; empty if nothing was compared.
     """
 
@@ -118,6 +120,7 @@ class CaptionReport(Config):
     recovered: int
     removed: int
     figures: dict[str, float]
+    tokenisation: str = TOKENISATION
     drift: dict[str, Drift] = Field(default_factory=dict)
     seconds: float
 

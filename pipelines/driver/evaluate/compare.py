@@ -16,6 +16,7 @@ from pipelines.errors import StageFailed
 from pipelines.formats.shards import ShardRequest
 from pipelines.platform import Platform
 from vlm.config import Config
+from vlm.text.words import TOKENISATION
 
 Pair = tuple[ScoredRow, ScoredRow]
 
@@ -25,6 +26,7 @@ class Comparison(Config):
 
     Attributes:
         rows: number of rows that both versions captioned.
+        tokenisation: rules that split texts into words.
         differences: metric differences (`one` minus `other`), with the interval of a paired bootstrap.
         wins: number of rows where `one` has the higher word F1.
         losses: number of rows where `other` has the higher word F1.
@@ -38,6 +40,7 @@ class Comparison(Config):
     source: str
     split: str
     rows: int
+    tokenisation: str
     differences: dict[str, Interval]
     wins: int
     losses: int
@@ -69,6 +72,7 @@ def compare(
         source=one.source,
         split=one.split,
         rows=len(pairs),
+        tokenisation=TOKENISATION,
         differences=metric_differences(one.scores(), other.scores()),
         wins=sum(a.f1 > b.f1 for a, b in pairs),
         losses=sum(a.f1 < b.f1 for a, b in pairs),
@@ -82,7 +86,8 @@ def compare(
     about = (
         f"Metrics of version {names[0]} minus those of version {names[1]} on the same {report.rows} rows, with 95 % "
         f"intervals of a paired bootstrap. Rows by word F1: {report.wins} won, {report.losses} lost, {report.ties} "
-        "equal. The page shows the rows that differ most, and some that are equal."
+        f"equal. Words are those of {report.tokenisation}. The page shows the rows that differ most, and some that are "
+        "equal."
     )
     rows = [
         _gallery_row(pair, names, thumbnails.get(pair[0].image_id), group)

@@ -20,7 +20,7 @@ from pipelines.config import GateConfig, Trial
 from pipelines.driver.delta.tables import ensure_tables
 from pipelines.driver.delta.versions import rows_of_source
 from pipelines.driver.evaluate.bootstrap import Interval, metric_differences, pair_rows
-from pipelines.driver.evaluate.metrics import baselines, captioned
+from pipelines.driver.evaluate.metrics import baselines, captioned, tokenisation_of
 from pipelines.driver.evaluate.run import EvaluationReport
 from pipelines.errors import StageFailed
 from pipelines.formats.shards import Shards
@@ -39,10 +39,15 @@ class GateCheck(Config):
 
 
 class GateResult(Config):
-    """Results of all checks of a model version, by name, and the metrics that the checks used."""
+    """Results of all checks of a model version, by name, and the metrics that the checks used.
+
+    Attributes:
+        tokenisation: rules that split texts into words for the gate's metric; None for a metric without words.
+    """
 
     checks: dict[str, GateCheck]
     figures: dict[str, Interval]
+    tokenisation: str | None
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -82,7 +87,7 @@ def apply_gate(
         checks["champion"] = _check_champion(gate, difference, champion.model_version, rows)
         if difference:
             figures["over_champion"] = difference
-    return GateResult(checks=checks, figures=figures)
+    return GateResult(checks=checks, figures=figures, tokenisation=tokenisation_of(gate.metric))
 
 
 def _check_errors(gate: GateConfig, share: float, trial: Trial) -> GateCheck:

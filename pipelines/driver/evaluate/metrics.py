@@ -12,6 +12,7 @@ In the names of arrays, R stands for rows (a picture and a prompt) and S stands 
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -27,12 +28,14 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 from pipelines.formats.caption_stats import SAMPLED_CAPTIONS, CaptionStats, sum_stats
 from pipelines.formats.row_scores import RowScore
-from vlm.text.words import words
+from vlm.text.words import TOKENISATION, words
 
 Floats = npt.NDArray[np.float64]
 Metric = Callable[[Floats], Floats]
 """Function that takes weights of shape (S, R) and returns values of shape (S,)."""
 
+WORD_METRICS = re.compile(r"(constant_|neighbour_|over_)?(word_f1|rouge_l|cider|meteor|bleu_\d|words|distinct(_\w+)?)")
+"""Pattern of the names of metrics that compare or count words. All other metrics do not depend on the tokenisation."""
 MAX_ORDER = 4
 MAX_DISTINCT = 2
 MAX_CONSTANTS = 256
@@ -72,6 +75,11 @@ def best_f1(caption: Sequence[str], references: Iterable[Sequence[str]]) -> floa
         return 2 * (Counter(caption) & Counter(reference)).total() / total if total else 0.0
 
     return max(map(f1, references))
+
+
+def tokenisation_of(metric: str) -> str | None:
+    """Return the name of the rules that split texts into words for a metric, or None for a metric without words."""
+    return TOKENISATION if WORD_METRICS.fullmatch(metric) else None
 
 
 def captioned(scored: Sequence[ScoredRow]) -> list[ScoredRow]:
@@ -158,9 +166,18 @@ def caption_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
 
 
 def meteor(scored: Sequence[ScoredRow]) -> Metric:
-    """Return the mean METEOR (Denkowski and Lavie, 2014) over rows, which pycocoevalcap's Java program computes."""
-    captions = [words(item.caption or "") for item in scored]
-    references = [[words(reference) for reference in item.references] for item in scored]
+    """Return the mean METEOR (Denkowski and Lavie, 2014) over rows, which pycocoevalcap's Java program computes.
+
+    The Java program stems English words, but takes words of other scripts apart. A word that is not ASCII is therefore
+    replaced by a code, so that it matches only the same word.
+    """
+    codes: dict[str, str] = {}
+
+    def ascii_words(text: str) -> list[str]:
+        return [word if word.isascii() else codes.setdefault(word, f"q{len(codes)}q") for word in words(text)]
+
+    captions = [ascii_words(item.caption or "") for item in scored]
+    references = [[ascii_words(reference) for reference in item.references] for item in scored]
     return ratio(Meteor().compute_score(*_as_coco(captions, references))[1])
 
 

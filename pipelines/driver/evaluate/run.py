@@ -32,7 +32,7 @@ from pipelines.driver.evaluate.gallery import (
     write_html,
     write_png,
 )
-from pipelines.driver.evaluate.metrics import ScoredRow, captioned, has_java, meteor
+from pipelines.driver.evaluate.metrics import ScoredRow, captioned, has_java, meteor, tokenisation_of
 from pipelines.driver.evaluate.scores import SCORES, evaluation_folder, read_scores, score_split, scores_hash
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import StageFailed, UserError
@@ -42,7 +42,7 @@ from pipelines.formats.shards import ShardRequest, Shards
 from pipelines.formats.tables import EVALUATIONS, MODEL_DIGEST
 from pipelines.platform import Platform
 from vlm.config import Config
-from vlm.text.words import words
+from vlm.text.words import TOKENISATION, words
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ class EvaluationReport(Config):
         scores_hash: hash of the scores; equal scores have an equal hash.
         pictures: number of pictures of the split.
         left_out: number of rows whose prompt leaves no room for a caption, which only `error_share` counts.
+        tokenisation: rules that split texts into words; empty in reports of earlier versions, which are computed again
+            from the stored scores.
         metrics: metrics of the whole split, including the metrics of the baselines (constant_*, neighbour_*).
         columns: columns by which slices are made.
         slices: metrics of each slice, by `column=value`.
@@ -83,6 +85,7 @@ class EvaluationReport(Config):
     scores_hash: str
     pictures: int
     left_out: int
+    tokenisation: str = ""
     metrics: dict[str, Interval]
     columns: tuple[str, ...]
     slices: dict[str, dict[str, Interval]]
@@ -170,8 +173,9 @@ class RequestedMetrics(NamedTuple):
     meteor: bool
 
     def included_in(self, report: EvaluationReport) -> bool:
-        """Return whether a report has all optional metrics that were requested."""
-        return set(self.columns) <= set(report.columns) and self.meteor <= ("meteor" in report.metrics)
+        """Return whether a report has all optional metrics that were requested, with the words of this version."""
+        has_metrics = set(self.columns) <= set(report.columns) and self.meteor <= ("meteor" in report.metrics)
+        return has_metrics and report.tokenisation == TOKENISATION
 
     def merged_with(self, report: EvaluationReport) -> RequestedMetrics:
         """Return the union of the requested optional metrics and the optional metrics that a report has."""
@@ -220,6 +224,7 @@ def _evaluate(
         scores_hash=scores_hash(model, shards, train),
         pictures=len(shards),
         left_out=len(scored) - len(with_caption),
+        tokenisation=TOKENISATION,
         metrics=measure(scored, further={"meteor": meteor(with_caption)} if requested.meteor else None),
         columns=requested.columns,
         slices=slice_metrics(
@@ -238,11 +243,12 @@ def _evaluate(
 def _rows(report: EvaluationReport) -> Iterator[dict[str, object]]:
     """Yield the report as rows of table `evaluations`."""
     parts: list[tuple[str | None, Mapping[str, Interval]]] = [(None, report.metrics), *report.slices.items()]
-    shared = {name: getattr(report, name) for name in EVALUATIONS.names if name in EvaluationReport.model_fields}
-    shared |= {MODEL_DIGEST.name: report.model_digest or None}
+    fields = set(EVALUATIONS.names) & EvaluationReport.model_fields.keys() - {"tokenisation"}
+    shared = {name: getattr(report, name) for name in fields} | {MODEL_DIGEST.name: report.model_digest or None}
     for part, metrics in parts:
         for name, metric in metrics.items():
-            yield shared | {"slice": part, "metric": name, "n": report.pictures} | metric.model_dump()
+            row = {"slice": part, "metric": name, "n": report.pictures, "tokenisation": tokenisation_of(name)}
+            yield shared | row | metric.model_dump()
 
 
 def _merge(spark: SparkSession, platform: Platform, report: EvaluationReport) -> None:
@@ -251,7 +257,7 @@ def _merge(spark: SparkSession, platform: Platform, report: EvaluationReport) ->
     rows = [tuple((row | {"evaluated_at": now})[name] for name in EVALUATIONS.names) for row in _rows(report)]
     new = spark.createDataFrame(rows, EVALUATIONS.ddl())
     keys = " AND ".join(f"old.{key} <=> new.{key}" for key in EVALUATIONS.key if key != MODEL_DIGEST.name)
-    differs = " OR ".join(f"old.{name} <> new.{name}" for name in ("value", "low", "high", "n"))
+    differs = " OR ".join(f"NOT old.{name} <=> new.{name}" for name in ("value", "low", "high", "n", "tokenisation"))
     spark.sql(
         f"MERGE INTO {platform.table(EVALUATIONS.name)} old USING {{rows}} new ON {keys} AND {SAME_MODEL} "
         f"WHEN MATCHED AND ({differs}) THEN UPDATE SET * WHEN NOT MATCHED THEN INSERT *",
@@ -332,6 +338,7 @@ def _write_pages(report: EvaluationReport, rows: Sequence[GalleryRow]) -> None:
     title = f"{report.model_name} version {report.model_version} on {report.source} ({report.split})"
     about = (
         f"{report.pictures} pictures, table version {report.dataset_version}. Intervals are 95 % bootstrap intervals. "
+        f"Words are those of {report.tokenisation}. "
         "The page shows the worst and the best rows by word F1, and a sample of the others."
     )
     write_html(report.gallery, title, about, report.metrics, rows, slices=report.slices)

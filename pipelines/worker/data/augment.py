@@ -12,11 +12,11 @@ Letters in tensor names: B rows, N random numbers, H W pixels, C channels.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import regex
 from PIL import Image
 
 from pipelines.config import AugmentConfig
@@ -40,8 +40,8 @@ class Augmenter:
 
     def __init__(self, config: AugmentConfig, seed: int) -> None:
         self._config, self._seed = config, seed
-        sided = "|".join(map(re.escape, config.sided_words))
-        self._sided = re.compile(rf"\b(?:{sided})\b", re.IGNORECASE)
+        sided = "|".join(map(regex.escape, config.sided_words))
+        self._sided = regex.compile(rf"\b(?:{sided})\b", regex.IGNORECASE)  # a letter and its marks are one word
 
     def rows(self, rows: Sequence[Row], texts: Sequence[tuple[str, str]], picks: RowPicks) -> list[Row]:
         """Return the rows with augmented pixels of unchanged shape.

@@ -16,6 +16,7 @@ from pipelines.driver.evaluate.gate import apply_gate
 from pipelines.driver.evaluate.metrics import ScoredRow
 from pipelines.driver.evaluate.run import EvaluationReport
 from pipelines.driver.evaluate.scores import SCORES, write_scores
+from vlm.text.words import TOKENISATION
 
 WELL = Trial(failure="", pictures=4, errors=())
 TRUTH = ("a red square", "a blue circle", "a green dot", "a white line")
@@ -62,6 +63,7 @@ def evaluated(folder: Path, rows: list[ScoredRow], version: str = "2") -> Evalua
         scores_hash=version,
         pictures=len(rows),
         left_out=sum(row.caption is None for row in rows),
+        tokenisation=TOKENISATION,
         metrics=measure(rows),
         columns=(),
         slices={},

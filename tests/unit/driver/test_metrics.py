@@ -11,7 +11,7 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
 from pipelines.driver.evaluate.bootstrap import measure, metric_differences, slice_metrics
-from pipelines.driver.evaluate.metrics import ScoredRow, best_constant, has_java, meteor
+from pipelines.driver.evaluate.metrics import ScoredRow, best_constant, has_java, meteor, ratio, tokenisation_of
 from vlm.text.words import words
 
 TRUTH = [
@@ -162,10 +162,20 @@ def test_the_neighbour_baseline_is_scored_like_a_model_and_left_out_if_a_row_has
 
 
 @pytest.mark.skipif(not has_java(), reason="METEOR is a Java program")
-def test_meteor_equals_the_score_of_the_original_program() -> None:
-    rows = scored([["a red square"], ["two dogs run"]], ["a red square", "cats"])
+def test_meteor_equals_the_score_of_the_original_program_and_compares_whole_words_of_other_scripts() -> None:
+    """Half of the captions are right. The wrong Hindi caption shares vowel signs with the right one, but no word."""
+    cat, cow = "\u092c\u093f\u0932\u094d\u0932\u0940 \u091a\u091f\u093e\u0908", "\u0917\u093e\u092f \u0915\u0940"
+    rows = scored([["a red square"], ["two dogs run"], [cat], [cat]], ["a red square", "cats", cat, cow])
     measured = measure(rows, further={"meteor": meteor(rows)})["meteor"]
-    assert measured.value == pytest.approx(0.5, abs=0.01)  # the score is 1 for the first caption and 0 for the second
+    assert measured.value == pytest.approx(0.5, abs=0.005)
+
+
+def test_metrics_of_words_name_the_tokenisation() -> None:
+    metrics = measure(scored(TRUTH * 30, MADE * 30), further={"meteor": ratio([1.0] * 120)})
+    without = {"loss", "token_accuracy", "tokens", "captions_per_second", "mean_logprob", "brightness", "contrast"}
+    without |= {"blind_gap", "blank_gap", "noise_gap", "error_share"}
+    without |= {"exact_match", "constant_exact_match", "neighbour_exact_match"}
+    assert {name for name in metrics if tokenisation_of(name) is None} == without
 
 
 def test_the_interval_of_a_paired_difference_excludes_zero_although_the_intervals_of_the_models_overlap() -> None:
