@@ -11,22 +11,23 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from pipelines.config.data import DataConfig
 from pipelines.config.gate import DriftConfig, GateConfig
 from pipelines.config.problems import config_error, describe, validation_error
 from pipelines.config.train import TrainConfig
+from pipelines.config.yaml_file import YamlProblem, parse_yaml, read_mapping
 from vlm.config import Config, ModelConfig
 from vlm.errors import did_you_mean
 
 RUN_SECTIONS = ("gate", "drift")
 """Sections of the config that are written in the YAML file of the run."""
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
 
@@ -94,6 +95,12 @@ class RunConfig(Config):
     gate: GateConfig = GateConfig()
     drift: DriftConfig = DriftConfig()
 
+    @model_validator(mode="after")
+    def _can_name_a_model(self) -> Self:
+        if self.platform.kind == "databricks" and "." in self.name:
+            raise ValueError(f"Unity Catalog allows no dot in the name of a model: rename the run {self.name!r}")
+        return self
+
     def to_json(self) -> str:
         """Return the resolved config as JSON. `from_json` restores an equal object."""
         return self.model_dump_json(indent=2, by_alias=True)
@@ -125,7 +132,8 @@ def conf_folders() -> list[Path]:
 
 def available(kind: str) -> list[str]:
     """Return the names of the YAML files in `conf/<kind>/` without `.yml`, sorted."""
-    return sorted({path.stem for folder in conf_folders() for path in (folder / kind).glob("*.yml") if path.is_file()})
+    files = [path for folder in conf_folders() for path in (folder / kind).glob("*.yml")]
+    return sorted({path.stem for path in files if re.fullmatch(NAME_PATTERN, path.stem) and path.is_file()})
 
 
 def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = ()) -> RunConfig:
@@ -138,25 +146,34 @@ def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = (
         ConfigError: a name or key is unknown, or a value is invalid. The error lists every problem.
     """
     problems: list[str] = []
-    run = _read("run", name, problems)
+    files = {"run": _find("run", name, problems)}
+    run = _read(files["run"], problems) or {}
+    if files["run"] and not run and not problems:
+        problems.append(f"{files['run']}: the file is empty, expected the keys model, train and data")
     inline = {"data": run["data"]} if isinstance(run.get("data"), dict) else {}
-    chosen = {kind: str(run.get(kind, "")) for kind in ("model", "data", "train")} | {"platform": platform}
+    chosen = {kind: _chosen_name(run, kind, problems) for kind in ("model", "data", "train")} | {"platform": platform}
     chosen |= dict.fromkeys(inline, name)
     sections = (*chosen, *RUN_SECTIONS)
     problems += [f"run.{key}: unknown key{did_you_mean(key, sections)}" for key in run if key not in sections]
     problems += [
         f"run.{kind}: missing (one of {', '.join(available(kind))})" for kind in chosen if run and not chosen[kind]
     ]
-    elsewhere = [kind for kind in chosen if kind not in inline]
-    slices: dict[str, Any] = inline | {k: _read(k, chosen[k], problems) if chosen[k] else {} for k in elsewhere}
+    files |= {
+        kind: _find(kind, chosen[kind], problems) if chosen[kind] else None for kind in chosen if kind not in inline
+    }
+    slices: dict[str, Any] = inline | {kind: _read(files[kind], problems) for kind in chosen if kind not in inline}
+    unread = {kind for kind in chosen if slices[kind] is None}
+    slices |= {kind: {} for kind in unread}
     slices |= {section: run.get(section, {}) for section in RUN_SECTIONS}
     for override in overrides:
         _apply(slices, override, problems)
     try:
         config = RunConfig.model_validate({"name": name, "chosen": chosen, **slices})
     except ValidationError as error:
-        unread = {kind for kind in chosen if not slices[kind]}
-        problems += [p for p, top in describe(error, RunConfig) if top not in unread | {"name", "chosen"}]
+        files |= dict.fromkeys((*inline, *RUN_SECTIONS), files["run"])
+        files |= dict.fromkeys((override.partition(".")[0] for override in overrides), None)
+        found = [(p, top) for p, top in describe(error, RunConfig) if top not in unread | {"name", "chosen"}]
+        problems += [f"{files[top]}: {problem}" if files.get(top) else problem for problem, top in found]
         raise config_error(problems, f"run {name}") from None
     if problems:
         raise config_error(problems, f"run {name}")
@@ -170,7 +187,8 @@ def load_model(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
         ConfigError: no model has this name, or its settings are invalid.
     """
     problems: list[str] = []
-    slices: dict[str, Any] = {"model": _read("model", name, problems)}
+    file = _find("model", name, problems)
+    slices: dict[str, Any] = {"model": _read(file, problems) or {}}
     for override in overrides:
         _apply(slices, override, problems)
     if problems:
@@ -178,28 +196,46 @@ def load_model(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
     try:
         return ModelConfig.model_validate(slices["model"])
     except ValidationError as error:
-        raise validation_error(error, ModelConfig, f"model {name}") from None
+        raise validation_error(error, ModelConfig, f"model {name} ({file})") from None
 
 
-def _read(kind: str, name: str, problems: list[str]) -> dict[str, Any]:
-    for folder in conf_folders():
-        path = folder / kind / f"{name}.yml"
-        if re.fullmatch(NAME_PATTERN, name) and path.is_file():
-            try:
-                raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                problems.append(f"{path}: invalid YAML ({' '.join(str(error).split())})")
-                return {}
-            if not isinstance(raw, dict):
-                problems.append(f"{path}: got a {type(raw).__name__}, expected a mapping")
-                return {}
-            if wrong := [key for key in raw if not isinstance(key, str)]:
-                problems.append(f"{path}: key {wrong[0]!r} is not a string, write it in quotes")
-                return {}
-            return raw
+def _chosen_name(run: dict[str, Any], kind: str, problems: list[str]) -> str:
+    """Return the name that a run's file gives for a kind, or an empty string if there is none."""
+    name = run.get(kind)
+    if isinstance(name, bool | float | list | date):
+        problems.append(f"run.{kind}: got {name!r}, which is not a name: write the name in quotes")
+        return ""
+    return "" if name is None else str(name)
+
+
+def _find(kind: str, name: str, problems: list[str]) -> Path | None:
+    """Return the path of the YAML file of a name, or add a problem."""
+    if re.fullmatch(NAME_PATTERN, name):
+        for folder in conf_folders():
+            path = folder / kind / f"{name}.yml"
+            if path.is_file():
+                return path
+            if path.with_name(f"{name}.yaml").is_file():
+                problems.append(f"{path.with_name(f'{name}.yaml')}: the file is not read, rename it to {path.name}")
+                return None
+        rule = ""
+    else:
+        rule = ", because a name has at most 64 letters, digits, dots, _ and -, and begins with a letter or digit"
     names = available(kind)
-    problems.append(f"{kind}: no {kind} is called {name!r}{did_you_mean(name, names)} (available: {', '.join(names)})")
-    return {}
+    similar = did_you_mean(name, names)
+    problems.append(f"{kind}: no {kind} is called {name!r}{rule}{similar} (available: {', '.join(names)})")
+    return None
+
+
+def _read(path: Path | None, problems: list[str]) -> dict[str, Any] | None:
+    """Read a YAML file. If there is no file or the file cannot be used, return None and add a problem."""
+    if path is None:
+        return None
+    try:
+        return read_mapping(path)
+    except YamlProblem as problem:
+        problems.append(f"{path}: {problem}")
+        return None
 
 
 def _apply(slices: dict[str, Any], override: str, problems: list[str]) -> None:
@@ -219,6 +255,6 @@ def _apply(slices: dict[str, Any], override: str, problems: list[str]) -> None:
         node = child
     structured = text.strip().startswith(("[", "{")) or text.strip() in ("null", "~")
     try:
-        node[keys[-1]] = yaml.safe_load(text) if structured else text
-    except yaml.YAMLError:
+        node[keys[-1]] = parse_yaml(text) if structured else text
+    except YamlProblem:
         problems.append(f"{path}: {text!r} is not a YAML list or mapping")

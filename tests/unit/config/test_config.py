@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
 from pipelines.config import CsvSourceConfig, RunConfig, available, load_model, load_run, short_hash
+from pipelines.config.yaml_file import YamlProblem, read_mapping
 from pipelines.errors import ConfigError
 from vlm.config import ADDED_LATER, Config
 
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
 DEPLOYMENT = [
     f"platform.{key}={value}" for key, value in (("catalog", "c"), ("schema", "s"), ("volume", "v"), ("ranks", 2))
 ]
@@ -146,21 +153,107 @@ def test_conf_in_the_working_folder_takes_precedence_over_conf_in_the_package(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("model: [", "invalid YAML"),
-        ("model: caf\udce9", "invalid YAML"),
-        ("on: nano", "key True is not a string, write it in quotes"),
-        ("- demo", "got a list, expected a mapping"),
+        ("model: [", "own.yml: invalid YAML (line 1, column 9: while parsing a flow node, "),
+        ("x: 1\nmodel: caf\udce9", "own.yml: invalid YAML (byte 0xe9 in line 2 is not UTF-8: save the file as UTF-8)"),
+        ("on: nano", "own.yml: key True is not a string, write it in quotes"),
+        ("- demo", "own.yml: got a list, expected a mapping"),
+        ("demo", "own.yml: got a str, expected a mapping"),
+        ("", "own.yml: the file is empty, expected the keys model, train and data"),
+        ("# nothing\n---\n", "own.yml: the file is empty"),
+        ("model: nano\n\ttrain: demo", "own.yml: invalid YAML (line 2, column 1: "),
+        ("\tmodel: nano", "cannot start any token: indent with spaces"),
+        ("data: demo\nmodel: a\ndata: b", "own.yml: invalid YAML (line 3, column 1: the key 'data' occurs twice)"),
+        ("gate: {x: 1, x: 2}", "own.yml: invalid YAML (line 1, column 14: the key 'x' occurs twice)"),
+        ("model: na\0no", "own.yml: invalid YAML (the file has NUL bytes: save the file as UTF-8)"),
+        ("model: na\x07no", "own.yml: invalid YAML (unacceptable character #x0007"),
+        ("model: " + "[" * 1000, "own.yml: invalid YAML (lists or mappings are nested too deeply)"),
+        ("model: 2026-02-30", "own.yml: invalid YAML (day is out of range for month)"),
+        (
+            "model: !!python/object:os.system x",
+            "own.yml: invalid YAML (line 1, column 8: could not determine a constructor",
+        ),
+        ("model: *none", "own.yml: invalid YAML (line 1, column 8: found undefined alias 'none')"),
+        ("model: nano\n---\nmodel: nano", "own.yml: invalid YAML (line 2, column 1: expected a single document"),
+        ("gate: &g [*g]", "own.yml: invalid YAML (more than 50,000 values when aliases are expanded)"),
+        (BOMB, "own.yml: invalid YAML (more than 50,000 values when aliases are expanded)"),
+        ("#" * 300_000, "own.yml: got more than 262,144 bytes, expected a config"),
+        ("data: 1.10\nmodel: nano\ntrain: demo", "run.data: got 1.1, which is not a name: write the name in quotes"),
+        ("model:\ndata: demo\ntrain: demo", "run.model: missing (one of"),
+        (
+            "{model: nano, data: demo, train: demo, gate: {min_blind_gap: x}}",
+            "own.yml: gate.min_blind_gap: Input should",
+        ),
+        ("{model: nano, data: {source: 7}, train: demo}", "own.yml: data.source: "),
+        ("{model: bare, data: demo, train: demo}", "bare.yml: model.vision: missing"),
+        ("{model: old, data: demo, train: demo}", "old.yaml: the file is not read, rename it to old.yml"),
         ("{model: nano, data: demo}", "run.train: missing (one of"),
         ("{model: nano, data: demo, train: demo, modle: x}", "run.modle: unknown key, did you mean 'model'?"),
     ],
+    ids=lambda text: ascii(text)[:40],
 )
 def test_the_error_for_a_bad_run_file_names_the_problem(
     text: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "conf" / "run").mkdir(parents=True)
+    for folder in ("run", "model"):
+        (tmp_path / "conf" / folder).mkdir(parents=True)
     (tmp_path / "conf" / "run" / "own.yml").write_bytes(text.encode("utf-8", "surrogateescape"))
+    (tmp_path / "conf" / "model" / "bare.yml").touch()
+    (tmp_path / "conf" / "model" / "old.yaml").touch()
     monkeypatch.chdir(tmp_path)
     assert expected in problems(run="own")
+
+
+RUN = "model: nano\ntrain: demo\ndata: demo  # \u6df1\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["birds.v2", "a-b_c.D.1", "7", "x" * 64])
+def test_a_run_file_of_any_name_and_with_any_byte_order_mark_is_read(
+    encoding: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "conf" / "run").mkdir(parents=True)
+    (tmp_path / "conf" / "run" / f"{name}.yml").write_bytes(RUN.replace("\n", "\r\n").encode(encoding))
+    monkeypatch.chdir(tmp_path)
+    assert load_run(name).name == name
+    assert name in available("run")
+
+
+@pytest.mark.parametrize("name", ["bird's v2", "b\u00fccher", "a b", ".hidden", "", "x" * 65, "a/b", "a\nb"])
+def test_a_name_that_is_not_allowed_is_reported_with_the_rule(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "conf" / "run").mkdir(parents=True)
+    if "/" not in name and len(name) < 65:
+        (tmp_path / "conf" / "run" / f"{name}.yml").write_text(RUN)
+    monkeypatch.chdir(tmp_path)
+    assert f"no run is called {name!r}, because a name has at most 64 letters, digits" in problems(run=name)
+    assert name not in available("run")
+
+
+def test_a_file_that_cannot_be_opened_is_reported_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "conf" / "run").mkdir(parents=True)
+    (tmp_path / "conf" / "run" / "own.yml").write_text(RUN)
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda *_: os.open("/nowhere/x", os.O_RDONLY))
+        assert "own.yml: cannot be read: No such file or directory" in problems(run="own")
+
+
+def test_a_run_with_a_dot_in_its_name_is_refused_on_databricks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "conf" / "run").mkdir(parents=True)
+    (tmp_path / "conf" / "run" / "birds.v2.yml").write_text(RUN)
+    monkeypatch.chdir(tmp_path)
+    assert "Unity Catalog allows no dot" in problems(*DEPLOYMENT, run="birds.v2", platform="databricks")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-16", "surrogatepass")))
+def test_any_bytes_are_a_mapping_or_a_problem_of_the_file(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.yml")
+        path.write_bytes(content)
+        with suppress(YamlProblem):
+            assert isinstance(read_mapping(path), dict)
 
 
 def test_a_run_file_may_hold_its_data_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
