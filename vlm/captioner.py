@@ -131,12 +131,14 @@ class Captioner:
         """Generate one text for each picture. The pictures must already have model resolution.
 
         Returns:
-            For each picture, a completion, or an error if the prompt does not fit the model's context.
+            For each picture, a completion, or an error if the prompt is not a text or does not fit the model's context.
         """
         results: dict[int, Completion | UserError] = {}
         requests: dict[int, Request] = {}
         for index, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
             try:
+                if not isinstance(prompt, str):
+                    raise UserError("the prompt is not a text", got=f"a {type(prompt).__name__}", fix="give a string")
                 prefix = prefix_ids(self.tokenizer, self.model.config.num_slots, prompt)
                 request = Request(prefix, (torch.tensor(picture),))
                 check_length(self.model, request, settings)

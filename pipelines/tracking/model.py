@@ -3,18 +3,22 @@
 MLflow executes this file to load the model ("models from code"), so nothing is pickled. The input is a DataFrame with
 the column `image` and an optional column `prompt`. REST clients send each picture as base64 text, with or without a
 `data:` prefix. Python callers may also pass bytes, because MLflow does not convert object columns. The output is a
-DataFrame with the columns `caption` and `error`. In each row one of the two columns is null, so a bad picture affects
-no other row.
+DataFrame with the columns `caption` and `error`. In each row one of the two columns is null, so a bad picture or prompt
+affects no other row. A value that is neither a picture nor a prompt, such as a list, is an error of its row.
 """
 
 from __future__ import annotations
 
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
+
+from pipelines.executor.ingest.values import is_missing
 
 
 class CaptionModel(PythonModel):
@@ -30,7 +34,7 @@ class CaptionModel(PythonModel):
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
         """Caption the pictures in column `image`. Return columns `caption` and `error` with the index of the input."""
-        images = [_none_if_missing(image) for image in model_input["image"]]
+        images = [_picture(cell) for cell in model_input["image"]]
         prompts = [_prompt_text(prompt) for prompt in model_input.get("prompt", [""] * len(images))]
         results = self._captioner.caption(images, prompts, self._captioner.model.config.generation)
         return pd.DataFrame(
@@ -40,15 +44,20 @@ class CaptionModel(PythonModel):
         )
 
 
-def _none_if_missing(cell: Any) -> Any:
-    """Return None for a cell that is NaN, NA or None, else the cell."""
-    return None if pd.api.types.is_scalar(cell) and pd.isna(cell) else cell
+def _picture(cell: Any) -> Any:
+    """Return the picture of a cell, or None if the cell has no value. The captioner refuses all but bytes and text."""
+    if is_missing(cell):
+        return None
+    return bytes(cell) if isinstance(cell, bytearray | memoryview) else cell
 
 
-def _prompt_text(cell: Any) -> str:
-    """Return the prompt of a cell, or an empty string if the cell has no value."""
-    value = _none_if_missing(cell)
-    return "" if value is None else str(value)
+def _prompt_text(cell: Any) -> Any:
+    """Return the prompt of a cell, or an empty string if the cell has no value. The captioner refuses all but texts."""
+    if is_missing(cell):
+        return ""
+    if isinstance(cell, bytes):
+        return cell.decode(errors="surrogateescape")  # the captioner refuses a text with surrogates
+    return str(cell) if isinstance(cell, Number | np.generic) else cell
 
 
 set_model(CaptionModel())

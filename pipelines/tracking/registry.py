@@ -50,7 +50,10 @@ TAG_PREFIX = "lakesight_"
 DIGEST_TAG = "digest"
 """Tag of a model version with the digest of its files (pipelines.formats.model_copy)."""
 MAX_TAG_CHARS = 1000
-REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "safetensors", "tokenizers", "torch")
+REQUIREMENTS = (
+    *("mlflow", "numpy", "pandas", "pillow", "pyarrow", "pydantic", "pyyaml", "regex", "safetensors", "tokenizers"),
+    "torch",
+)
 
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec("string", "image"), ColSpec("string", "prompt", required=False)]),

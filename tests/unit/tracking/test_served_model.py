@@ -1,0 +1,125 @@
+"""Tests that one bad row never fails a request to the registered model, whatever its cells hold."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tiny_models import tiny_model, tiny_pixels
+
+from pipelines.tracking import model as served_model
+from pipelines.tracking import registry
+from vlm.checkpoint import save_model
+
+
+def picture_file() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(tiny_pixels(1)[0].numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+FILE = picture_file()
+TEXT = base64.b64encode(FILE).decode()
+GOOD: list[Any] = [
+    *(FILE, bytearray(FILE), memoryview(FILE), np.bytes_(FILE), np.str_(TEXT)),
+    *(
+        TEXT,
+        TEXT.rstrip("="),
+        base64.urlsafe_b64encode(FILE).decode(),
+        f"data:image/png;base64,{TEXT}",
+        f"\ufeff{TEXT}",
+    ),
+]
+BAD: list[Any] = [
+    *(None, float("nan"), np.float32("nan"), pd.NA, pd.NaT, Decimal("sNaN"), "", " ", b"", "\u200b", [], [None]),
+    *(7, 7.5, True, np.int64(7), {"bytes": FILE}, {}, [TEXT], [[TEXT]], (TEXT,), np.array([TEXT]), np.zeros((2, 2))),
+    *(
+        "\ud800",
+        TEXT[:9] + "\ud800" + TEXT[9:],
+        TEXT + "\0",
+        "%ED%A0%80",
+        "x",
+        b"x",
+        FILE[:60],
+        "A" * 100_000,
+        object(),
+    ),
+]
+NO_PROMPT: list[Any] = [None, float("nan"), pd.NA, "", b"", [], "\ufeff"]
+GOOD_PROMPTS: list[Any] = ["what", b"what", 7, np.int64(7), 1.5, True, "\U0001f600"]
+BAD_PROMPTS: list[Any] = [
+    *("\ud83d", b"\xff", ["what"], {"a": 1}, {}, ("what",), np.array(["what"]), bytearray(b"what"), "x" * 100_000),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> mlflow.pyfunc.PyFuncModel:
+    folder = tmp_path_factory.mktemp("served")
+    save_model(folder / "checkpoint", *tiny_model("plain"))
+    mlflow.pyfunc.save_model(
+        folder / "model",
+        python_model=str(Path(str(served_model.__file__))),
+        artifacts={file: str(folder / "checkpoint" / file) for file in registry.MODEL_FILES},
+        signature=registry.SIGNATURE,
+        pip_requirements=["mlflow"],
+    )
+    return mlflow.pyfunc.load_model(str(folder / "model"))
+
+
+def predict(model: mlflow.pyfunc.PyFuncModel, rows: list[tuple[Any, Any]]) -> list[tuple[str | None, str | None]]:
+    frame = pd.DataFrame(index=range(len(rows)), columns=["image", "prompt"], dtype=object)
+    for index, (image, prompt) in enumerate(rows):
+        frame.at[index, "image"], frame.at[index, "prompt"] = image, prompt
+    answers = model.predict(frame)
+    json.dumps(answers.to_dict(), ensure_ascii=False).encode()  # a server sends the answers as UTF-8
+    assert list(answers.index) == list(frame.index)
+    return list(zip(answers["caption"], answers["error"], strict=True))
+
+
+def test_every_form_of_a_good_picture_and_every_missing_prompt_gives_the_same_caption(
+    model: mlflow.pyfunc.PyFuncModel,
+) -> None:
+    answers = predict(model, [(image, "") for image in GOOD] + [(TEXT, prompt) for prompt in NO_PROMPT])
+    assert set(answers) == {(answers[0][0], None)}
+
+
+def test_every_bad_cell_is_an_error_of_its_row(model: mlflow.pyfunc.PyFuncModel) -> None:
+    rows = [(image, "") for image in BAD] + [(TEXT, prompt) for prompt in BAD_PROMPTS]
+    for row, (caption, error) in zip(rows, predict(model, rows), strict=True):
+        assert caption is None, ascii(row)[:80]
+        assert error
+        assert "unexpected" not in error
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(GOOD + BAD), st.sampled_from(NO_PROMPT + BAD_PROMPTS)), max_size=6))
+def test_good_rows_get_their_caption_whatever_the_other_rows_hold(
+    model: mlflow.pyfunc.PyFuncModel, rows: list[tuple[Any, Any]]
+) -> None:
+    ((caption, _),) = predict(model, [(TEXT, "")])
+    for (image, prompt), answer in zip(rows, predict(model, rows), strict=True):
+        good = any(image is each for each in GOOD) and any(prompt is each for each in NO_PROMPT)
+        assert (answer[0] == caption) == good
+        assert (answer[1] is None) == good
+
+
+def test_a_prompt_that_is_a_number_or_bytes_is_read_as_its_text(model: mlflow.pyfunc.PyFuncModel) -> None:
+    answers = predict(model, [(TEXT, prompt) for prompt in GOOD_PROMPTS])
+    assert [error for _, error in answers] == [None] * len(GOOD_PROMPTS)
+    assert answers[0] == answers[1]
+    assert answers[2] == answers[3]
+
+
+def test_a_request_without_rows_has_an_empty_answer(model: mlflow.pyfunc.PyFuncModel) -> None:
+    assert predict(model, []) == []
