@@ -195,7 +195,12 @@ def _open_image(data: bytes, limits: LimitsConfig) -> tuple[Image.Image, ImageIn
 
 
 def _to_json(fields: Fields) -> str:
-    return replace_surrogates(json.dumps(fields, ensure_ascii=False, sort_keys=True, default=_to_json_string))
+    try:
+        text = json.dumps(fields, ensure_ascii=False, sort_keys=True, default=_to_json_string)
+    except RecursionError:
+        flat = {name: "nested too deeply" if isinstance(v, list | dict) else v for name, v in fields.items()}
+        text = json.dumps(flat, ensure_ascii=False, sort_keys=True, default=_to_json_string)
+    return replace_surrogates(text)
 
 
 def _to_json_string(value: Any) -> str:

@@ -141,6 +141,16 @@ def test_lone_surrogate_anywhere_in_a_row_is_stored_as_a_replacement_character()
     assert '"further \ufffd": "\ufffd"' in found["payload"]
 
 
+def test_lists_that_are_nested_too_deeply_for_python_concern_only_their_row() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert outcome(further=deep)["reason"] is None
+    found = outcome(**{TEXT: deep})
+    assert found["reason"] == "malformed_record"
+    assert '"caption": "nested too deeply"' in found["payload"]
+
+
 def test_long_text_of_combining_marks_is_refused_at_once() -> None:
     found = outcome(**{TEXT: "a" + "\u0301\u0316" * 500_000})
     assert (found["reason"], found["detail"]) == ("text_too_long", "1000001 characters, at most 40")
