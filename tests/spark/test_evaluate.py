@@ -13,6 +13,7 @@ from spark_session import executed_queries
 from tiny_runs import tiny_model_config, write_shards
 
 from pipelines.driver.caption.drift import read_evaluation_figures
+from pipelines.driver.delta.model_rows import is_of_model
 from pipelines.driver.evaluate.run import REPORT, EvaluationReport, evaluate
 from pipelines.driver.evaluate.scores import SCORES
 from pipelines.driver.model_files import ModelFiles
@@ -151,8 +152,16 @@ def test_an_evaluation_that_split_texts_into_words_by_other_rules_is_computed_ag
     spark: SparkSession, platform: Platform, model: ModelFiles, shards: Path, report: EvaluationReport
 ) -> None:
     def figures() -> set[str]:
-        named = {"model": model.name, "version": model.version, "source": report.source, "split": report.split}
-        return set(read_evaluation_figures(spark, platform, **named).figures)
+        found = read_evaluation_figures(
+            spark,
+            platform,
+            model=model.name,
+            version=model.version,
+            of_model=is_of_model(model.digest, model.run_id),
+            source=report.source,
+            split=report.split,
+        )
+        return set(found.figures)
 
     all_figures = figures()
     assert "words" in all_figures
