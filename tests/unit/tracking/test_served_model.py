@@ -64,7 +64,7 @@ BAD_PROMPTS: list[Any] = [
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> mlflow.pyfunc.PyFuncModel:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("served")
     save_model(folder / "checkpoint", *tiny_model("plain"))
     mlflow.pyfunc.save_model(
@@ -77,7 +77,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> mlflow.pyfunc.PyFuncModel
     return mlflow.pyfunc.load_model(str(folder / "model"))
 
 
-def predict(model: mlflow.pyfunc.PyFuncModel, rows: list[tuple[Any, Any]]) -> list[tuple[str | None, str | None]]:
+def predict(model: Any, rows: list[tuple[Any, Any]]) -> list[tuple[str | None, str | None]]:
     frame = pd.DataFrame(index=range(len(rows)), columns=["image", "prompt"], dtype=object)
     for index, (image, prompt) in enumerate(rows):
         frame.at[index, "image"], frame.at[index, "prompt"] = image, prompt
@@ -88,13 +88,13 @@ def predict(model: mlflow.pyfunc.PyFuncModel, rows: list[tuple[Any, Any]]) -> li
 
 
 def test_every_form_of_a_good_picture_and_every_missing_prompt_gives_the_same_caption(
-    model: mlflow.pyfunc.PyFuncModel,
+    model: Any,
 ) -> None:
     answers = predict(model, [(image, "") for image in GOOD] + [(TEXT, prompt) for prompt in NO_PROMPT])
     assert set(answers) == {(answers[0][0], None)}
 
 
-def test_every_bad_cell_is_an_error_of_its_row(model: mlflow.pyfunc.PyFuncModel) -> None:
+def test_every_bad_cell_is_an_error_of_its_row(model: Any) -> None:
     rows = [(image, "") for image in BAD] + [(TEXT, prompt) for prompt in BAD_PROMPTS]
     for row, (caption, error) in zip(rows, predict(model, rows), strict=True):
         assert caption is None, ascii(row)[:80]
@@ -104,9 +104,7 @@ def test_every_bad_cell_is_an_error_of_its_row(model: mlflow.pyfunc.PyFuncModel)
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(GOOD + BAD), st.sampled_from(NO_PROMPT + BAD_PROMPTS)), max_size=6))
-def test_good_rows_get_their_caption_whatever_the_other_rows_hold(
-    model: mlflow.pyfunc.PyFuncModel, rows: list[tuple[Any, Any]]
-) -> None:
+def test_good_rows_get_their_caption_whatever_the_other_rows_hold(model: Any, rows: list[tuple[Any, Any]]) -> None:
     ((caption, _),) = predict(model, [(TEXT, "")])
     for (image, prompt), answer in zip(rows, predict(model, rows), strict=True):
         good = any(image is each for each in GOOD) and any(prompt is each for each in NO_PROMPT)
@@ -114,12 +112,12 @@ def test_good_rows_get_their_caption_whatever_the_other_rows_hold(
         assert (answer[1] is None) == good
 
 
-def test_a_prompt_that_is_a_number_or_bytes_is_read_as_its_text(model: mlflow.pyfunc.PyFuncModel) -> None:
+def test_a_prompt_that_is_a_number_or_bytes_is_read_as_its_text(model: Any) -> None:
     answers = predict(model, [(TEXT, prompt) for prompt in GOOD_PROMPTS])
     assert [error for _, error in answers] == [None] * len(GOOD_PROMPTS)
     assert answers[0] == answers[1]
     assert answers[2] == answers[3]
 
 
-def test_a_request_without_rows_has_an_empty_answer(model: mlflow.pyfunc.PyFuncModel) -> None:
+def test_a_request_without_rows_has_an_empty_answer(model: Any) -> None:
     assert predict(model, []) == []
