@@ -22,7 +22,7 @@ import io
 import re
 import sys
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
@@ -181,8 +181,25 @@ def _load(image: Image.Image, data: bytes, draft_side: int | None) -> Image.Imag
 def _load_draft(image: Image.Image, draft_side: int | None) -> Image.Image:
     if draft_side is not None:
         image.draft(None, (draft_side, draft_side))
+    if image.format == "WEBP":
+        _free_webp_decoder(image)
     image.load()
     return image
+
+
+def _free_webp_decoder(image: Any) -> None:
+    """Make a WebP picture free its decoder once it has the first frame.
+
+    The decoder holds two canvases, half a gigabyte at 64 megapixels, and Pillow keeps it as long as the picture.
+    """
+    get_next = image._get_next
+
+    def get_next_and_free() -> Any:
+        frame = get_next()
+        image._decoder = None
+        return frame
+
+    image._get_next = get_next_and_free
 
 
 class PixelStats(NamedTuple):

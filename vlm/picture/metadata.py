@@ -212,7 +212,7 @@ def jpeg_segments(data: bytes, position: int = 2) -> Iterator[JpegSegment]:
         end = position + int.from_bytes(data[position : position + 2], "big")
         if end < position + 2 or end > len(data):
             return
-        yield JpegSegment(marker, found.start(), position + 2, end)
+        yield JpegSegment(marker, found.end() - 2, position + 2, end)
         if marker == JPEG_SCAN:
             return
         position = end
@@ -220,22 +220,21 @@ def jpeg_segments(data: bytes, position: int = 2) -> Iterator[JpegSegment]:
 
 def _split_jpeg(data: bytes) -> PictureFile:
     kept = _Kept(data)
-    done = 0
+    kept.keep(0, 2)
+    rest = 2  # where the part starts that no segment has covered: bytes between segments are fill bytes or garbage
     exif: list[bytes] = []  # EXIF data of more than 64 KiB has several segments
     xmp = b""
     for segment in jpeg_segments(data):
-        if segment.marker != JPEG_COMMENT and not 0xE0 <= segment.marker <= 0xEF:
-            continue
-        content = data[segment.content : segment.end]
-        if content.startswith((b"JFIF\0", b"Adobe")):
-            continue
-        kept.keep(done, segment.start)
-        done = segment.end
-        if segment.marker == JPEG_EXIF and content.startswith(b"Exif\0\0"):
+        rest = segment.end
+        is_application = 0xE0 <= segment.marker <= 0xEF
+        content = data[segment.content : segment.end] if is_application else b""
+        if segment.marker != JPEG_COMMENT and (not is_application or content.startswith((b"JFIF\0", b"Adobe"))):
+            kept.keep(segment.start, segment.end)
+        elif segment.marker == JPEG_EXIF and content.startswith(b"Exif\0\0"):
             exif.append(content[6:])
         elif segment.marker == JPEG_EXIF and content.startswith(XMP_PREFIX):
             xmp = content[len(XMP_PREFIX) :]
-    kept.keep(done, len(data))
+    kept.keep(rest, len(data))
     return PictureFile(kept.join(), _choose(b"".join(exif), xmp))
 
 
