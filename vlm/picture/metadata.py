@@ -27,7 +27,8 @@ from typing import NamedTuple
 from vlm.picture.orientation import exif_orientation, raw_profile, xmp_orientation
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+PNG_HEADERS = (b"IHDR", b"PLTE", b"tRNS")
+PNG_CHUNKS = (*PNG_HEADERS, b"IDAT", b"IEND")
 """Chunks of a PNG file that decide the pixels of its first frame."""
 MAX_PNG_TEXT = 2**20
 """Largest size, in bytes, to which a text chunk is decompressed when it is searched for an orientation."""
@@ -140,13 +141,19 @@ def _split_png(data: bytes) -> PictureFile:
     kept.keep(0, len(PNG_SIGNATURE))
     colour_type = data[25:26]
     exif = profile = xmp = b""
+    has_pixels = False
     for kind, start, end in _png_chunks(data):
         content = memoryview(data)[start + 8 : end - 4]
+        has_pixels |= kind == b"IDAT"
+        if has_pixels and kind in PNG_HEADERS:
+            continue  # misplaced
         if kind == b"tRNS":
             if _is_usable_transparency(colour_type, len(content)):
                 kept.insert(_png_chunk(kind, bytes(content)))
-        elif kind in PNG_CHUNKS:
-            kept.keep(start, min(end, len(data)))
+        elif kind in PNG_CHUNKS and end <= len(data):
+            kept.keep(start, end)
+        elif kind == b"IDAT":  # the file ends inside this chunk, perhaps after the last pixel
+            kept.insert(_png_chunk(kind, data[start + 8 :]))
         elif kind == b"eXIf":
             exif = bytes(content)
         elif kind in {b"tEXt", b"zTXt", b"iTXt"}:
