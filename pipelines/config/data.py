@@ -223,6 +223,7 @@ class LimitsConfig(Config):
         min_side: smallest width and smallest height of a picture, in pixels.
         max_decode_seconds: longest time to decode one picture, in seconds.
         max_text_chars: largest length of a text, in characters.
+        max_texts: largest number of texts of a picture, or null for any number.
         max_bad_share: share of refused rows above which the ingest fails, after `samples` and `quarantine` are written.
     """
 
@@ -231,6 +232,7 @@ class LimitsConfig(Config):
     min_side: PositiveInt = 4
     max_decode_seconds: PositiveFloat = 30.0
     max_text_chars: PositiveInt = 2_000
+    max_texts: Annotated[PositiveInt | None, ADDED_LATER] = None
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 

@@ -28,6 +28,7 @@ REASONS = (
     "too_small",
     "empty_text",
     "text_too_long",
+    "too_many_texts",
     "conflicting_id",
     "decode_timeout",
     "decoder_crash",

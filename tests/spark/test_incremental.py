@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,17 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 from pictures import as_base64, png, write_csv
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 
 from pipelines.config import DataConfig
 from pipelines.driver.delta.retry import retry_on_conflict
-from pipelines.driver.ingest.commit import write_samples
+from pipelines.driver.ingest.commit import gone_pictures, write_samples
 from pipelines.driver.ingest.decode import DecodedRows, IngestRequest, decode_rows
 from pipelines.driver.ingest.ledger import items_table
 from pipelines.driver.ingest.plan import plan_ingest
 from pipelines.driver.ingest.run import ingest
 from pipelines.driver.ingest.sources.open import open_source
+from pipelines.driver.ingest.sources.source import Source
 from pipelines.driver.ingest.spill import SpillFolder
 from pipelines.driver.ingest.totals import IngestReport
 from pipelines.errors import UserError
@@ -94,27 +96,122 @@ def test_only_new_rows_and_changed_pictures_of_a_folder_are_read(
     assert not [fields for fields in came if "picture 1" in fields or "picture 2" in fields]
 
 
+FEED = {"delta.enableChangeDataFeed": "true"}
+
+
+def rows_of(*numbers: int, text: str = "x", key: str = "id") -> pa.Table:
+    """Return rows of a table. Columns that a config does not name have a dot in the name and a year beyond 9999."""
+    far = pa.scalar(400_000_000_000_000_000, pa.timestamp("us", "UTC"))
+    rows = pa.Table.from_pylist([{key: n, "image": png(n), "text": f"{text}{n}"} for n in numbers])
+    return rows.append_column("meta.url", [["u"] * len(rows)]).append_column("far", pa.array([far] * len(rows)))
+
+
+def opened_ids(spark: SparkSession, opened: Source) -> tuple[list[Any], list[str] | None]:
+    """Return the ids of the rows that an opened table reads, and the covered ids (None if all pictures are covered)."""
+    assert opened.rows
+    read = sorted(row["used_2"] for row in opened.rows.frame.select("used_2").collect())
+    if opened.covered is None:
+        return read, []
+    ids = opened.covered.image_ids
+    return read, None if ids is None else sorted(row["image_id"].partition("/")[2] for row in ids.collect())
+
+
 def test_only_changed_rows_of_a_table_with_a_change_data_feed_are_read(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
-    def rows(*numbers: int, text: str = "x") -> pa.Table:
-        return pa.Table.from_pylist([{"sku": n, "image": png(n), "text": f"{text}{n}"} for n in numbers])
-
-    write_deltalake(tmp_path, rows(1, 2, 3), configuration={"delta.enableChangeDataFeed": "true"})
-    write_deltalake(tmp_path, rows(5, text="bad"), mode="append")
-    kind = {"kind": "table", "path": str(tmp_path), "columns": {"id": "sku"}}
+    write_deltalake(tmp_path, rows_of(1, 2, 3), configuration=FEED)
+    write_deltalake(tmp_path, rows_of(5, text="bad"), mode="append")
+    kind = {"kind": "table", "path": str(tmp_path), "columns": {"id": "id"}}
     with pytest.raises(UserError, match=r"condition cannot be used. Where: data.source.filter. Got: texts > 1"):
         ingest(spark, platform, source, data(kind | {"filter": "texts > 1"}))
     config = data(kind | {"filter": "text NOT LIKE 'bad%'"})
     assert parts(ingest(spark, platform, source, config)) == (3, 3, 0, 0, 0)
     table = DeltaTable(tmp_path)
-    table.update(updates={"text": "'better'"}, predicate="sku = 5")
-    table.delete("sku = 3")
-    table.update(updates={"text": "'corrected'"}, predicate="sku = 2")
-    write_deltalake(tmp_path, rows(4), mode="append")
+    table.update(updates={"text": "'better'"}, predicate="id = 5")
+    table.delete("id = 3")
+    table.update(updates={"text": "'corrected'"}, predicate="id = 2")
+    write_deltalake(tmp_path, rows_of(4), mode="append")
     followed = ingest(spark, platform, source, config)
     assert (followed.removed, parts(followed)) == (2, (3, 3, 0, 0, 0)), "row 1 was not read again"
     assert texts_of(spark, platform, source) == {"1": ["x1"], "2": ["corrected"], "4": ["x4"], "5": ["better"]}
+
+
+def test_pictures_whose_rows_a_table_without_a_change_data_feed_has_lost_are_removed(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    write_deltalake(tmp_path, rows_of(1, 2, 3))
+    config = data({"kind": "table", "path": str(tmp_path), "columns": {"id": "id"}})
+    assert parts(ingest(spark, platform, source, config)) == (3, 3, 0, 0, 0)
+    table = DeltaTable(tmp_path)
+    table.update(updates={"text": "'corrected'"}, predicate="id = 3")
+    table.delete("id = 2")
+    followed = ingest(spark, platform, source, config)
+    assert (followed.removed, parts(followed)) == (2, (2, 1, 0, 1, 0))
+    assert texts_of(spark, platform, source) == {"1": ["x1"], "3": ["corrected"]}
+    bad = pa.Table.from_pylist([{"id": 1, "image": b"words", "text": "x"}])
+    write_deltalake(tmp_path, bad, mode="overwrite", schema_mode="overwrite")
+    with pytest.raises(UserError, match="not one row of the table could be used, so the pictures of earlier"):
+        ingest(spark, platform, source, config)
+    assert sorted(texts_of(spark, platform, source)) == ["1", "3"]
+
+
+def test_all_rows_of_a_table_are_read_if_the_changes_cannot_be_told_and_none_if_only_files_were_rewritten(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    write_deltalake(tmp_path, rows_of(1, 2, key="k.id"), configuration=FEED)
+    write_deltalake(tmp_path, rows_of(3, key="k.id"), mode="append")
+    without_ids: dict[str, Any] = {"kind": "table", "path": str(tmp_path)}
+    with_ids = without_ids | {"columns": {"id": "k.id"}}
+
+    def opened(settings: dict[str, Any], last: int) -> Source:
+        ingested = items_table([(str(DeltaTable(tmp_path).metadata().id), f"version {last}")])
+        return open_source(spark, platform, source, data(settings), ingested)
+
+    assert opened_ids(spark, opened(with_ids, 0)) == ([3], []), "only inserts"
+    assert opened(with_ids, 1).rows is None
+    assert opened_ids(spark, opened(with_ids | {"version": 0}, 1)) == ([1, 2], None), "an older version"
+    DeltaTable(tmp_path).delete("`k.id` = 1")
+    assert opened_ids(spark, opened(with_ids, 1)) == ([], ["1"])
+    whole = opened(without_ids, 1)
+    assert whole.rows
+    assert whole.rows.frame.count() == 2
+    assert whole.covered
+    assert whole.covered.image_ids is None
+    DeltaTable(tmp_path).optimize.compact()
+    assert opened_ids(spark, opened(with_ids, 2)) == ([], [])
+    spark.sql(f"RESTORE TABLE delta.`{tmp_path}` TO VERSION AS OF 1")
+    assert opened_ids(spark, opened(with_ids, 3))[0] == [1, 2, 3]
+    spark.sql(f"ALTER TABLE delta.`{tmp_path}` UNSET TBLPROPERTIES (delta.enableChangeDataFeed)")
+    DeltaTable(tmp_path).delete("`k.id` = 2")
+    assert opened_ids(spark, opened(with_ids, 4)) == ([1, 3], None), "the feed was disabled"
+    spark.sql(f"CREATE OR REPLACE TEMPORARY VIEW a_view AS SELECT * FROM delta.`{tmp_path}`")
+    with pytest.raises(UserError, match="a view has no versions: name its table"):
+        open_source(spark, platform, source, data({"kind": "table", "table": "a_view"}), items_table([]))
+
+
+def test_a_picture_is_gone_only_if_no_row_has_the_picture_and_all_of_its_texts(spark: SparkSession) -> None:
+    def samples(*rows: tuple[str, str, list[str]]) -> DataFrame:
+        schema = "image_id string, sha256 string, texts array<struct<prompt: string, text: string>>"
+        return spark.createDataFrame([(*row[:2], [("", text) for text in row[2]]) for row in rows], schema)
+
+    kept = samples(("same", "a", ["x", "y"]), ("slow", "a", ["x"]), ("replayed", "a", ["x"]))
+    gone = samples(
+        ("deleted", "a", ["x"]), ("text", "a", ["x"]), ("picture", "a", ["x"]), ("one text", "a", ["x", "y"])
+    )
+    usable = samples(
+        ("same", "a", ["x"]),
+        ("same", "a", ["y", "z"]),
+        ("text", "a", ["y"]),
+        ("picture", "b", ["x"]),
+        ("one text", "a", ["x"]),
+    )
+    refused = [("slow", "decode_timeout", "r1"), ("replayed", "text_too_long", "r2"), ("deleted", "empty_text", "r3")]
+    columns = "claimed_id string, reason string, source_row string"
+    outcomes = usable.unionByName(spark.createDataFrame(refused, columns), allowMissingColumns=True)
+    times = [("r2", datetime.now(UTC)), ("r3", None)]
+    quarantine = spark.createDataFrame(times, "source_row string, replayed_at timestamp")
+    found = gone_pictures(outcomes, kept.unionAll(gone), quarantine).collect()
+    assert sorted(row["image_id"] for row in found) == ["deleted", "one text", "picture", "text"]
 
 
 def test_an_ingest_makes_a_new_plan_after_a_conflict_and_two_concurrent_ingests_write_each_row_once(

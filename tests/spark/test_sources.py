@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import tarfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from hashlib import sha256
@@ -22,13 +24,15 @@ from pyspark.sql import SparkSession
 from pipelines.config import DataConfig
 from pipelines.driver.ingest.decode import IngestRequest, decode_rows
 from pipelines.driver.ingest.ledger import items_table
-from pipelines.driver.ingest.plan import plan_ingest
+from pipelines.driver.ingest.plan import plan_ingest, plan_pictures
 from pipelines.driver.ingest.quarantine_report import inspect_quarantine
 from pipelines.driver.ingest.replay import replay
 from pipelines.driver.ingest.report import write_report
 from pipelines.driver.ingest.run import ingest
 from pipelines.driver.ingest.sources.open import open_source
 from pipelines.driver.ingest.totals import TooManyRefused
+from pipelines.executor.ingest.spill import NARROW
+from pipelines.formats.tables import SAMPLES
 from pipelines.platform import Platform
 
 Written = tuple[dict[str, Any], dict[str, int]]
@@ -164,6 +168,92 @@ def test_every_row_of_every_kind_of_source_is_counted(
         assert sorted(row["image_id"] for row in planned) == [f"{source}/{n}" for n in range(3)]
 
 
+def plan_texts(
+    spark: SparkSession, rows: dict[str, list[list[str]]], known: dict[str, list[str]], max_texts: int | None = None
+) -> dict[str, tuple[list[str], int, list[str] | None]]:
+    """Plan pictures whose rows have the given texts. Return the new texts, contributing rows, and `full` by picture."""
+
+    def texts(said: list[str]) -> list[dict[str, str]]:
+        return [{"prompt": "", "text": text} for text in said]
+
+    columns = [{"image_id": name, "texts": texts(said)} for name, all_said in rows.items() for said in all_said]
+    narrow = {"sha256": "s", "reason": None, "split": "train", "source_row": "r", "fingerprint": None}
+    place = {"file": "f", "batch": 0, "row": 0, "format": "PNG", "width": 4, "height": 4}
+    outcomes = pa.Table.from_pylist([row | narrow | place for row in columns], NARROW)
+    existing = [{"image_id": name, "sha256": "s", "texts": texts(said)} for name, said in known.items()]
+    schema = pa.schema([SAMPLES.arrow_schema.field(name) for name in ("image_id", "sha256", "texts")])
+    samples = spark.createDataFrame(pa.Table.from_pylist(existing, schema))
+    pictures = plan_pictures(spark.createDataFrame(outcomes), samples, max_texts).collect()
+    return {
+        row["image_id"]: (
+            sorted(pair["text"] for pair in row["new_texts"]),
+            row["contributing"],
+            None if row["full"] is None else sorted(pair["text"] for pair in row["full"]),
+        )
+        for row in pictures
+    }
+
+
+def add_in_turn(
+    rows: list[list[str]], known: list[str], max_texts: int | None
+) -> tuple[list[str], int, list[str] | None]:
+    """Add the texts of rows one row after the other, as the definition of a plan says."""
+    seen, contributing, exceeded = set(known), 0, False
+    for said in sorted(set(map(tuple, rows))):
+        further = set(said) - seen
+        exceeded = exceeded or bool(further and max_texts is not None and len(seen | further) > max_texts)
+        if further and not exceeded:
+            seen |= further
+            contributing += 1
+    return sorted(seen - set(known)), contributing, sorted(seen) if exceeded else None
+
+
+def test_a_plan_adds_each_text_of_a_picture_once_and_counts_the_rows_that_add_a_text(spark: SparkSession) -> None:
+    draw = random.Random(5)
+    letters = "abcdefgh"
+    rows, known = {}, {}
+    for n in range(400):
+        rows[f"p{n}"] = [draw.sample(letters, draw.randint(1, 4)) for _ in range(draw.randint(1, 9))]
+        if n % 2:
+            known[f"p{n}"] = draw.sample(letters, draw.randint(1, 5))
+    for max_texts in (None, 4):
+        planned = plan_texts(spark, rows, known, max_texts)
+        assert planned == {name: add_in_turn(said, known.get(name, []), max_texts) for name, said in rows.items()}
+
+
+def test_the_cost_of_a_plan_grows_with_the_number_of_texts_of_a_picture_and_not_with_its_square(
+    spark: SparkSession,
+) -> None:
+    many = 30_000
+    rows = [[f"text {n}"] for n in range(many)] + [["the same"]] * many
+    started = time.monotonic()
+    planned = plan_texts(spark, {"p": rows}, {"p": [f"text {n}" for n in range(0, many, 2)]}, 20_000)
+    assert (len(planned["p"][0]), planned["p"][1]) == (5_000, 5_000)
+    assert time.monotonic() - started < 30, "the square of the number of texts takes minutes"
+
+
+def test_rows_that_give_a_picture_too_many_texts_are_quarantined_and_replayed_with_a_higher_limit(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    rows = [{"image": as_base64(png(62)), "text": text} for text in ("d", "a", "b", "c", ["a", "b"], list("wxyz"))]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data: dict[str, Any] = {"source": {"kind": "jsonl", "path": str(tmp_path)}, "near_duplicates": False}
+    report = ingest(spark, platform, source, DataConfig.model_validate(data | {"limits": {"max_texts": 2}}))
+    assert (report.rows_in, report.new, report.merged, report.duplicates, report.quarantined) == (6, 1, 1, 1, 3)
+    assert report.reasons == {"too_many_texts": 3}
+    quarantine = spark.table(platform.table("quarantine")).where(f"source = '{source}'")
+    assert {(row["stage"], row["detail"].rpartition(" ")[2]) for row in quarantine.collect()} == {
+        ("decode", "2"),
+        ("merge", "texts"),
+    }
+
+    mended = DataConfig.model_validate(data | {"limits": {"max_texts": 4}})
+    replayed = replay(spark, platform, source, mended, ["too_many_texts"])
+    assert (replayed.rows_in, replayed.new, replayed.merged, replayed.refused) == (3, 0, 2, {"too_many_texts": 1})
+    [kept] = spark.table(platform.table("samples")).where(f"source = '{source}'").collect()
+    assert [pair["text"] for pair in kept["texts"]] == ["a", "b", "c", "d"]
+
+
 def test_too_many_refused_rows_fail_the_ingest_after_all_rows_are_written_and_refused_rows_are_replayed(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
@@ -223,7 +313,7 @@ def test_a_reencoded_picture_is_a_near_duplicate_and_gets_the_split_of_the_origi
     reports = []
     for pictures in (first, again[:4]):
         content = pa.Table.from_pylist([{"image": image, "text": "x"} for image in pictures])
-        write_deltalake(tmp_path, content, mode="overwrite")
+        write_deltalake(tmp_path, content, mode="append")
         reports.append(ingest(spark, platform, source, data).near_duplicates)
     rows = spark.table(table).where(f"source = '{source}'").collect()
     split = {row["image_id"]: row["split"] for row in rows}

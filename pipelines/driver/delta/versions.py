@@ -20,7 +20,7 @@ TXN_CONF = "spark.databricks.delta.write.txn"
 MAINTENANCE_OPERATIONS = frozenset(
     {
         *("OPTIMIZE", "VACUUM START", "VACUUM END", "CLUSTER BY", "ADD COLUMNS", "ADD CONSTRAINT", "DROP CONSTRAINT"),
-        *("SET TBLPROPERTIES", "UNSET TBLPROPERTIES"),
+        *("SET TBLPROPERTIES", "UNSET TBLPROPERTIES", "UPGRADE PROTOCOL", "REORG", "COMPUTE STATS"),
     }
 )
 """Delta operations whose commits change no row."""

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import logging
 
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from pipelines.driver.delta.settings import uncompressed_parquet
 from pipelines.driver.delta.versions import skip_if_changed_since
+from pipelines.driver.ingest.decode import DecodedRows
 from pipelines.driver.ingest.near_duplicates import NearReport, find_near_duplicates
 from pipelines.driver.ingest.plan import IngestPlan
+from pipelines.driver.ingest.sources.source import Covered
 from pipelines.driver.ingest.table_rows import merge_into, rows_of_source, verify_append, verify_merge
-from pipelines.formats.tables import SAMPLES
+from pipelines.formats.tables import QUARANTINE, SAMPLES
 from pipelines.platform import Platform
 
 logger = logging.getLogger(__name__)
+
+KEPT_REASONS = ("decode_timeout", "decoder_crash")
+"""Reasons for which a row may be refused although neither the row nor the settings have changed."""
 
 
 def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:
@@ -44,10 +49,11 @@ def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
     rows = _sample_rows(plan, changed.filter("is_new"))
     with uncompressed_parquet(spark), skip_if_changed_since(spark, stamp.source, stamp.base_version):
         if totals.updated:
-            texts = changed.filter("NOT is_new").select("image_id", F.col("new_texts").alias("texts"))
-            merge = merge_into(table, rows.unionByName(texts, allowMissingColumns=True), "image_id", stamp.source)
-            union = F.expr("array_sort(array_union(target.texts, updates.texts))")
-            merge = merge.whenMatchedUpdate(set={"texts": union})
+            updates = changed.filter("NOT is_new").select("image_id", F.col("new_texts").alias("texts"))
+            merge = merge_into(table, rows.unionByName(updates, allowMissingColumns=True), "image_id", stamp.source)
+            # The plan has removed known texts. Spark's array_union would compare every text with every other text.
+            texts = F.expr("sort_array(concat(target.texts, updates.texts))")
+            merge = merge.whenMatchedUpdate(set={"texts": texts})
             metrics = merge.whenNotMatchedInsertAll(condition="updates.image IS NOT NULL").execute()
             verify_merge(metrics, inserted=totals.new, updated=totals.updated)
         else:  # append, because a merge would needlessly join all planned pictures with the table
@@ -71,7 +77,7 @@ def _sample_rows(plan: IngestPlan, pictures: DataFrame) -> DataFrame:
     """Convert planned pictures to rows of `samples`, with the columns in the order of the table."""
     rows = pictures.select(
         *("image_id", "sha256", "spilled", "spilled.format", "spilled.width", "spilled.height"),
-        F.array_sort("new_texts").alias("texts"),
+        F.sort_array("new_texts").alias("texts"),
         *("split", "source_row", "fingerprint", "near_of"),
     )
     constants = {"source": plan.stamp.source, "ingest_id": plan.stamp.ingest_id, "ingested_at": plan.stamp.planned_at}
@@ -79,13 +85,44 @@ def _sample_rows(plan: IngestPlan, pictures: DataFrame) -> DataFrame:
     return plan.spill.restore(rows, "image").withColumns(stamped).select(SAMPLES.names)
 
 
-def remove_samples(spark: SparkSession, platform: Platform, source: str, ids: DataFrame) -> int:
-    """Delete the pictures of a source whose ids are in column `id` of `ids`. Return the number of deleted pictures."""
-    existing = rows_of_source(spark, platform, SAMPLES.name, source).select("image_id")
-    image_ids = F.concat(F.lit(f"{source}/"), F.trim(F.col("id").cast("string"))).alias("image_id")
-    deleted = existing.join(ids.select(image_ids), "image_id", "left_semi")
-    if deleted.isEmpty():
+def remove_gone(platform: Platform, decoded: DecodedRows, covered: Covered) -> int:
+    """Delete the covered pictures that the decoded rows no longer contain. Return the number of deleted pictures.
+
+    A picture with a changed text is deleted too. The plan then adds it again with its current texts.
+    """
+    source, table = decoded.request.source, platform.table(SAMPLES.name)
+    spark = decoded.outcomes.sparkSession
+    samples = covered.select(rows_of_source(spark, platform, SAMPLES.name, source))
+    quarantine = rows_of_source(spark, platform, QUARANTINE.name, source)
+    gone = gone_pictures(decoded.outcomes, samples, quarantine)
+    gone = decoded.spill.materialize(gone, "gone")
+    if gone.isEmpty():
         return 0
-    merge = merge_into(platform.table(SAMPLES.name), deleted, "image_id", source).whenMatchedDelete()
-    [row] = merge.execute().collect()
+    # Another ingest may have replaced a picture in the meantime. The new picture is not deleted.
+    unchanged = "target.sha256 = updates.sha256 AND array_contains(target.texts, updates.text)"
+    [row] = merge_into(table, gone, "image_id", source).whenMatchedDelete(unchanged).execute().collect()
+    logger.info("%d pictures removed, because their rows are gone or have changed", row["num_deleted_rows"])
     return int(row["num_deleted_rows"])
+
+
+def gone_pictures(outcomes: DataFrame, samples: DataFrame, quarantine: DataFrame) -> DataFrame:
+    """Return image_id, sha256 and a text of each picture in `samples` that has a text which no usable row has.
+
+    A row that was refused by accident (KEPT_REASONS) or that a replay has accepted still counts: its picture is not
+    gone.
+
+    Args:
+        outcomes: decoded rows.
+        samples: rows of `samples` to compare with the decoded rows.
+        quarantine: rows of the source in `quarantine`.
+    """
+    key = ["image_id", "sha256", "text"]
+    current = outcomes.filter(F.col("reason").isNull()).select(*key[:2], F.explode("texts").alias("text"))
+    missing = samples.select(*key[:2], F.explode("texts").alias("text")).join(current, key, "left_anti")
+    refused = outcomes.filter(F.col("claimed_id").isNotNull())
+    replayed = quarantine.filter("replayed_at IS NOT NULL").select("source_row")
+    kept = refused.filter(F.col("reason").isin(*KEPT_REASONS)).unionByName(
+        refused.join(replayed, "source_row", "left_semi")
+    )
+    kept_ids = kept.select(F.col("claimed_id").alias("image_id"))
+    return missing.groupBy(key[:2]).agg(F.min("text").alias("text")).join(kept_ids, "image_id", "left_anti")

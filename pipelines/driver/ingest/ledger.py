@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
@@ -22,6 +23,8 @@ from pipelines.platform import Platform
 
 ITEMS = pa.schema([("item", pa.string()), ("state", pa.string())])
 """Schema of an item (a file, a row of a captions file, or a table) and its state (a change token or a version)."""
+VERSION = "version "
+"""Prefix of a table's state, which consists of this prefix and the version number of the table."""
 
 
 class LedgerEntry(NamedTuple):
@@ -54,9 +57,29 @@ def items_table(rows: list[tuple[str, str]]) -> pa.Table:
 
 
 def read_ledger(spark: SparkSession, platform: Platform, source: str, rules: str) -> pa.Table:
-    """Read the ITEMS of a source that have been ingested with the settings whose hash is `rules`."""
-    rows = rows_of_source(spark, platform, INGESTED.name, source).filter(F.col("rules") == rules)
-    return rows.select(*ITEMS.names).toArrow()
+    """Read the ITEMS of a source that have been ingested with the settings whose hash is `rules`.
+
+    Of a table, only the last ingest counts. If the last ingest read another version or had other settings, `samples`
+    holds what that ingest has read.
+    """
+    rows = rows_of_source(spark, platform, INGESTED.name, source)
+    rows = rows.filter((F.col("rules") == rules) | F.col("state").startswith(VERSION))
+    return select_last_versions(rows.select(*ITEMS.names, "rules", "ingested_at").toArrow(), rules)
+
+
+def select_last_versions(entries: pa.Table, rules: str) -> pa.Table:
+    """Return the ITEMS with the settings `rules`. The entry of a table is left out unless it is the table's last entry.
+
+    Args:
+        entries: rows of the ledger of one source.
+        rules: hash of the settings, from `hash_rules`.
+    """
+    is_version = pc.starts_with(entries["state"], VERSION)
+    versions = entries.filter(is_version).sort_by("ingested_at").to_pylist()
+    last = {entry["item"]: entry for entry in versions}.values()
+    files = entries.filter(pc.invert(is_version)).select(ITEMS.names).cast(ITEMS)
+    tables = items_table([(entry["item"], entry["state"]) for entry in last if entry["rules"] == rules])
+    return pa.concat_tables([files, tables])
 
 
 def pending_items(items: pa.Table, ingested: pa.Table) -> pa.Table:

@@ -25,20 +25,31 @@ from pipelines.platform import Platform
 
 logger = logging.getLogger(__name__)
 
-TEXTS = "array<struct<prompt:string,text:string>>"
-CONTRIBUTING = """
-    aggregate(
-        array_sort(row_texts),
-        named_struct('seen', known_texts, 'rows', 0),
-        (so_far, texts) -> named_struct(
-            'seen', array_union(so_far.seen, texts),
-            'rows', so_far.rows + IF(size(array_except(texts, so_far.seen)) > 0, 1, 0)
+TEXT = "struct<prompt:string,text:string>"
+TEXTS = f"array<{TEXT}>"
+KNOWN = -1
+"""Number of the row that stands for the texts in `samples`."""
+TAGGED = f"""
+    sort_array(concat(
+        transform(known_texts, text -> named_struct('text', text, 'row', {KNOWN})),
+        flatten(transform(
+            sort_array(row_texts), (texts, row) -> transform(texts, text -> named_struct('text', text, 'row', row))
+        ))
+    ))
+"""
+"""SQL for the sorted texts of a picture, each with the number of its row. Rows are numbered in the order of their
+texts, so a plan does not depend on the order in which rows are read."""
+FIRST_ROWS = """
+    filter(
+        zip_with(
+            tagged,
+            concat(array(NULL), tagged),
+            (first, before) -> IF(before IS NULL OR before.text != first.text, first, NULL)
         ),
-        so_far -> so_far.rows
+        first -> first IS NOT NULL
     )
 """
-"""SQL for the number of rows that add a text which is neither in `samples` nor in an earlier row. The rows are
-processed in the order of their texts, so the number does not depend on the order in which rows are read."""
+"""SQL for the distinct texts in `tagged`, which is sorted, each with its first row."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,8 @@ class PlanTotals:
         rows_in: number of raw rows.
         refused: number of rows that executors refused.
         conflicting: number of rows whose picture has the same id as a different picture.
-        usable: number of rows that are neither refused nor conflicting.
+        overfull: number of rows that would give a picture more texts than `data.limits.max_texts`.
+        usable: number of rows that are neither refused nor conflicting nor overfull.
         new: number of pictures that `samples` lacks.
         updated: number of pictures in `samples` that get an additional text.
         contributing: number of rows that add a picture or a text.
@@ -58,6 +70,7 @@ class PlanTotals:
     rows_in: int = 0
     refused: int = 0
     conflicting: int = 0
+    overfull: int = 0
     usable: int = 0
     new: int = 0
     updated: int = 0
@@ -66,7 +79,7 @@ class PlanTotals:
     @property
     def bad(self) -> int:
         """Number of rows that cannot become samples."""
-        return self.refused + self.conflicting
+        return self.refused + self.conflicting + self.overfull
 
 
 @dataclass(frozen=True)
@@ -99,17 +112,24 @@ def plan_ingest(spark: SparkSession, platform: Platform, decoded: DecodedRows) -
     stamp = Stamp(request.source, request.ingest_id, datetime.now(UTC), version)
     existing = rows_of_source(spark, platform, SAMPLES.name, request.source)
     existing = existing.limit(0) if request.replace else existing
-    pictures = decoded.spill.materialize(plan_pictures(decoded.outcomes, existing), "plan")
+    max_texts = request.config.limits.max_texts
+    pictures = decoded.spill.materialize(plan_pictures(decoded.outcomes, existing, max_texts), "plan")
     totals = _count(decoded, pictures)
     return IngestPlan(request, decoded.spill, decoded.outcomes, existing, pictures, totals, stamp)
 
 
-def plan_pictures(outcomes: DataFrame, existing: DataFrame) -> DataFrame:
+def plan_pictures(outcomes: DataFrame, existing: DataFrame, max_texts: int | None = None) -> DataFrame:
     """Return one narrow row per picture of the input.
 
     The columns are image_id, sha256, rows (number of raw rows), spilled (POSITION, format, width and height of the
     picture), source_row, split, fingerprint, new_texts (texts that `samples` lacks), contributing (number of rows that
-    add a text), is_new and conflicting (whether another picture has the same id).
+    add a text), is_new, conflicting (whether another picture has the same id) and full (if the input has more texts
+    than `max_texts` allows: all texts of the picture that are accepted; else null).
+
+    Equal rows add a text only once. The cost grows with the number of texts, however many texts and rows a picture has.
+
+    If a picture has more than `max_texts` texts, its rows are accepted in the order of their texts up to the first row
+    that exceeds the limit. Later rows are accepted if they add no text.
 
     If two pictures have the same id, the picture in `samples` stays. If neither picture is in `samples`, both pictures
     are refused, because files have no fixed order that decides which picture comes first. A picture in several splits
@@ -124,7 +144,7 @@ def plan_pictures(outcomes: DataFrame, existing: DataFrame) -> DataFrame:
             F.min("source_row").alias("source_row"),
             F.min_by("split", held_out_rank("split")).alias("split"),
             F.min("fingerprint").alias("fingerprint"),
-            F.collect_list("texts").alias("row_texts"),
+            F.collect_set("texts").alias("row_texts"),
         )
         .withColumn("pictures_of_id", F.count("*").over(Window.partitionBy("image_id")))
     )
@@ -135,7 +155,11 @@ def plan_pictures(outcomes: DataFrame, existing: DataFrame) -> DataFrame:
             "row_texts": F.col("row_texts").cast(f"array<{TEXTS}>"),
         }
     )
-    return joined.select(
+    texts = joined.withColumn("tagged", F.expr(TAGGED)).withColumn("first_rows", F.expr(FIRST_ROWS))
+    added = texts.withColumn("added", F.filter("first_rows", lambda first: first["row"] > KNOWN))
+    no_limit = F.lit(None).cast(TEXTS)
+    limited = added.withColumn("full", no_limit) if max_texts is None else _limit_texts(added, max_texts)
+    return limited.select(
         "image_id",
         "sha256",
         "rows",
@@ -143,11 +167,24 @@ def plan_pictures(outcomes: DataFrame, existing: DataFrame) -> DataFrame:
         "source_row",
         "split",
         "fingerprint",
-        F.array_except(F.flatten("row_texts"), "known_texts").alias("new_texts"),
-        F.expr(CONTRIBUTING).alias("contributing"),
+        F.col("added.text").alias("new_texts"),
+        F.size(F.array_distinct("added.row")).alias("contributing"),
         F.col("known_sha256").isNull().alias("is_new"),
         F.coalesce(F.col("known_sha256") != F.col("sha256"), F.col("pictures_of_id") > 1).alias("conflicting"),
+        "full",
     )
+
+
+def _limit_texts(pictures: DataFrame, max_texts: int) -> DataFrame:
+    """Remove from `added` the texts of rows that exceed the limit, and add the column `full` of `plan_pictures`."""
+    room = F.greatest(F.lit(max_texts) - F.size("known_texts"), F.lit(0))
+    first_refused = F.get(F.sort_array("added.row"), room)
+    limited = pictures.withColumn("first_refused", first_refused).withColumn(
+        "added",
+        F.expr("filter(added, first -> first_refused IS NULL OR first.row < first_refused)"),
+    )
+    accepted = F.concat("known_texts", "added.text")
+    return limited.withColumn("full", F.when(F.col("first_refused").isNotNull(), accepted))
 
 
 def held_out_rank(split: str) -> Column:
@@ -166,7 +203,23 @@ def _count(decoded: DecodedRows, pictures: DataFrame) -> PlanTotals:
         total("1", "NOT conflicting AND NOT is_new AND size(new_texts) > 0").alias("updated"),
         total("contributing", "NOT conflicting").alias("contributing"),
     ).collect()[0]
-    return PlanTotals(decoded.rows_in, decoded.refused, **counts.asDict())
+    totals = counts.asDict()
+    if decoded.request.config.limits.max_texts is not None:
+        totals["overfull"] = overfull_rows(decoded.outcomes, pictures).count()
+        totals["usable"] -= totals["overfull"]
+    return PlanTotals(decoded.rows_in, decoded.refused, **totals)
+
+
+def overfull_rows(outcomes: DataFrame, pictures: DataFrame) -> DataFrame:
+    """Return the outcomes that would give a picture more texts than `data.limits.max_texts`.
+
+    Args:
+        outcomes: decoded rows.
+        pictures: pictures from `plan_pictures`.
+    """
+    full = pictures.filter("full IS NOT NULL AND NOT conflicting").select("image_id", "sha256", "full")
+    rows = outcomes.filter(F.col("reason").isNull()).join(full, ["image_id", "sha256"])
+    return rows.filter("exists(texts, text -> NOT array_contains(full, text))").select(outcomes.columns)
 
 
 def count_pictures_across_splits(outcomes: DataFrame) -> int:

@@ -9,7 +9,7 @@ from pyspark.sql import functions as F
 
 from pipelines.driver.delta.settings import uncompressed_parquet
 from pipelines.driver.delta.versions import read_versions, skip_if_changed_since
-from pipelines.driver.ingest.plan import IngestPlan
+from pipelines.driver.ingest.plan import IngestPlan, overfull_rows
 from pipelines.driver.ingest.table_rows import rows_of_source, verify_append
 from pipelines.executor.ingest.spill import POSITION
 from pipelines.formats.tables import QUARANTINE
@@ -17,27 +17,34 @@ from pipelines.platform import Platform
 
 logger = logging.getLogger(__name__)
 
+MERGE = "merge"
+"""Stage of the rows that executors have accepted and a plan refuses. Their payload lacks the picture."""
 REFUSED = ("source_row", "stage", "reason", "detail", "spilled")
 
 
 def refused_rows(plan: IngestPlan) -> DataFrame:
-    """Return the rows that an executor has refused, and the rows whose picture has the same id as a different picture.
+    """Return the rows that an executor has refused, and the rows that the plan refuses.
 
     The result has the columns in REFUSED. The payloads are in the spill folder, at the position `spilled`.
     """
     outcomes = plan.outcomes.withColumn("spilled", F.struct(*POSITION.names))
     refused = outcomes.filter(F.col("reason").isNotNull()).select(*REFUSED)
-    if not plan.totals.conflicting:
-        return refused
-    conflicting = (
-        outcomes.filter(F.col("reason").isNull())
-        .drop("stage", "reason", "detail")
-        .join(plan.pictures.filter("conflicting").select("image_id", "sha256"), ["image_id", "sha256"])
-        .withColumn("stage", F.lit("merge"))
-        .withColumn("reason", F.lit("conflicting_id"))
-        .withColumn("detail", F.concat(F.lit("another picture has the id "), "image_id"))
-    )
-    return refused.unionAll(conflicting.select(*REFUSED))
+    usable = outcomes.filter(F.col("reason").isNull())
+    if plan.totals.conflicting:
+        ids = plan.pictures.filter("conflicting").select("image_id", "sha256")
+        detail = F.concat(F.lit("another picture has the id "), "image_id")
+        refused = refused.unionAll(_refuse(usable.join(ids, ["image_id", "sha256"]), "conflicting_id", detail))
+    if plan.totals.overfull:
+        limit = plan.request.config.limits.max_texts
+        detail = F.concat(F.lit("picture "), "image_id", F.lit(f" would have more than {limit} texts"))
+        refused = refused.unionAll(_refuse(overfull_rows(outcomes, plan.pictures), "too_many_texts", detail))
+    return refused
+
+
+def _refuse(rows: DataFrame, reason: str, detail: Column) -> DataFrame:
+    """Convert decoded rows that a plan refuses to the columns in REFUSED."""
+    why = {"stage": F.lit(MERGE), "reason": F.lit(reason), "detail": detail}
+    return rows.withColumns(why).select(*REFUSED)
 
 
 def add_to_quarantine(platform: Platform, plan: IngestPlan) -> dict[str, int]:
@@ -78,13 +85,13 @@ def _count_by_reason(refused: DataFrame) -> dict[str, int]:
 
 def _quarantine_rows(refused: DataFrame, plan: IngestPlan) -> DataFrame:
     """Convert refused rows to rows of `quarantine`, which have the whole content of the refused rows."""
-    conflicts = plan.totals.conflicting > 0
+    merged = plan.totals.conflicting + plan.totals.overfull > 0
     image = plan.request.config.source.record_columns.image
-    return plan.spill.restore(refused, "payload", *(["image"] if conflicts else [])).select(
+    return plan.spill.restore(refused, "payload", *(["image"] if merged else [])).select(
         F.lit(plan.stamp.ingest_id).alias("ingest_id"),
         F.lit(plan.stamp.source).alias("source"),
         "source_row",
-        _payload_with_image(image).alias("payload") if conflicts else "payload",
+        _payload_with_image(image).alias("payload") if merged else "payload",
         *("stage", "reason", "detail"),
         F.lit(plan.stamp.planned_at).alias("quarantined_at"),
         F.lit(None).cast("timestamp").alias("replayed_at"),
@@ -92,9 +99,9 @@ def _quarantine_rows(refused: DataFrame, plan: IngestPlan) -> DataFrame:
 
 
 def _payload_with_image(column: str) -> Column:
-    """Return the payload. The payload of a row with a conflicting id gets the picture as base64 text in `column`."""
+    """Return the payload. The payload of a row that the plan refuses gets the picture as base64 text in `column`."""
     name = column.replace("\\", "\\\\").replace('"', '\\"')
     rest = F.expr("substring(payload, 1, length(payload) - 1)")
     encoded = F.translate(F.base64("image"), "\r\n", "")  # some Spark versions break base64 into lines of 76
     whole = F.concat(rest, F.lit(f', "{name}": "'), encoded, F.lit('"}'))
-    return F.when(F.col("stage") == "merge", whole).otherwise(F.col("payload"))
+    return F.when(F.col("stage") == MERGE, whole).otherwise(F.col("payload"))

@@ -21,7 +21,7 @@ from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.tables import ensure_tables
 from pipelines.driver.ingest.commit import write_samples
 from pipelines.driver.ingest.decode import DecodedRows, IngestRequest, decode_rows
-from pipelines.driver.ingest.plan import IngestPlan, PlanTotals, plan_ingest
+from pipelines.driver.ingest.plan import IngestPlan, PlanTotals, overfull_rows, plan_ingest
 from pipelines.driver.ingest.sources.pictures import read_named_pictures
 from pipelines.driver.ingest.sources.source import SourceRows
 from pipelines.driver.ingest.table_rows import merge_into, rows_of_source, verify_merge
@@ -80,8 +80,9 @@ def replay(
     request = IngestRequest(source_name, config, SourceRows(rows, read), ingest_id)
     with decode_rows(spark, platform, request) as decoded:
         totals, refused = retry_on_conflict(partial(_plan_and_write, spark, platform, decoded))
-    if totals.conflicting:
-        refused["conflicting_id"] = refused.get("conflicting_id", 0) + totals.conflicting
+    for reason, count in (("conflicting_id", totals.conflicting), ("too_many_texts", totals.overfull)):
+        if count:
+            refused[reason] = refused.get(reason, 0) + count
     return ReplayReport(
         source=source_name,
         reasons=tuple(reasons),
@@ -113,4 +114,6 @@ def _mark_replayed(platform: Platform, plan: IngestPlan) -> None:
 
 def _accepted_rows(plan: IngestPlan) -> DataFrame:
     usable = plan.pictures.filter("NOT conflicting").select("image_id", "sha256")
-    return plan.outcomes.filter(F.col("reason").isNull()).join(usable, ["image_id", "sha256"])
+    rows = plan.outcomes.filter(F.col("reason").isNull()).join(usable, ["image_id", "sha256"])
+    overfull = overfull_rows(plan.outcomes, plan.pictures).select("source_row")
+    return rows.join(overfull, "source_row", "left_anti") if plan.totals.overfull else rows

@@ -22,6 +22,8 @@ from pipelines.platform import Platform
 from vlm.config import Config
 
 ACCEPTED_ROWS = 24
+SHOWN_TEXTS = 20
+"""Number of texts of an accepted picture that the page shows. A picture may have a hundred thousand texts."""
 REFUSED_ROWS_PER_REASON = 3
 
 
@@ -55,7 +57,8 @@ def write_report(spark: SparkSession, platform: Platform, report: IngestReport) 
     path = platform.folder("reports") / f"ingest-{report.source}-{report.ingest_id}.html"
     if not (report.nothing_new and path.exists()):
         refused = _of_ingest(rows_of_source(spark, platform, QUARANTINE.name, report.source), report)
-        accepted = samples.select("image_id", "image", "texts").limit(ACCEPTED_ROWS).collect()
+        texts = (F.slice("texts", 1, SHOWN_TEXTS).alias("texts"), F.size("texts").alias("num_texts"))
+        accepted = samples.select("image_id", "image", *texts).limit(ACCEPTED_ROWS).collect()
         galleries = [
             Gallery("Accepted", [_card(row.asDict()) for row in accepted]),
             Gallery(
@@ -130,4 +133,6 @@ def page_of(report: IngestReport, figures: Figures, galleries: list[Gallery]) ->
 
 def _card(row: Mapping[str, Any]) -> Card:
     texts = [CardText(f"{text['prompt']} {text['text']}".strip()) for text in row["texts"]]
+    if further := row["num_texts"] - len(texts):
+        texts.append(CardText(f"and {further:,} further texts"))
     return Card(row["image_id"], make_thumbnail(bytes(row["image"])), texts)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from pyspark.sql import SparkSession
@@ -26,8 +26,8 @@ from pyspark.sql import SparkSession
 from pipelines.config import DataConfig
 from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.tables import ensure_tables
-from pipelines.driver.delta.versions import commit_note, read_versions, source_note
-from pipelines.driver.ingest.commit import remove_samples, write_samples
+from pipelines.driver.delta.versions import read_versions
+from pipelines.driver.ingest.commit import remove_gone, write_samples
 from pipelines.driver.ingest.decode import DecodedRows, IngestRequest, decode_rows
 from pipelines.driver.ingest.ledger import (
     LedgerEntry,
@@ -41,7 +41,7 @@ from pipelines.driver.ingest.near_duplicates import NearReport
 from pipelines.driver.ingest.plan import PlanTotals, count_pictures_across_splits, plan_ingest
 from pipelines.driver.ingest.quarantine import add_to_quarantine, replace_quarantine
 from pipelines.driver.ingest.sources.open import open_source
-from pipelines.driver.ingest.sources.source import Source
+from pipelines.driver.ingest.sources.source import Covered, Source
 from pipelines.driver.ingest.table_rows import rows_of_source
 from pipelines.driver.ingest.totals import IngestReport, check_totals, describe_passed_over
 from pipelines.errors import UserError
@@ -60,12 +60,14 @@ class Written:
         reasons: number of rows added to `quarantine`, by quarantine reason.
         near: counts of near duplicates among the new pictures.
         across: number of pictures with the same bytes in two splits.
+        removed: number of pictures removed from `samples`.
     """
 
     totals: PlanTotals = field(default_factory=PlanTotals)
     reasons: dict[str, int] = field(default_factory=dict)
     near: NearReport = field(default_factory=NearReport)
     across: int = 0
+    removed: int = 0
 
 
 def ingest(
@@ -92,7 +94,6 @@ def ingest(
     ingested = items_table([]) if refresh else read_ledger(spark, platform, source_name, rules)
     source = open_source(spark, platform, source_name, config, ingested)
     replaced = _start_refresh(spark, platform, source_name, source) if refresh else {}
-    removed = _remove_stale(spark, platform, source_name, source)
     written = _ingest_rows(spark, platform, source_name, config, source, refresh=refresh)
     totals, quarantined = written.totals, sum(written.reasons.values())
     report = IngestReport(
@@ -107,7 +108,7 @@ def ingest(
         quarantined=quarantined,
         refused=totals.bad,
         reasons=written.reasons,
-        removed=removed,
+        removed=written.removed,
         replaced=replaced,
         splits=count_splits(spark, platform, source_name),
         equal_pictures_across_splits=written.across,
@@ -142,14 +143,6 @@ def _start_refresh(spark: SparkSession, platform: Platform, name: str, source: S
     return replaced
 
 
-def _remove_stale(spark: SparkSession, platform: Platform, name: str, source: Source) -> int:
-    """Remove pictures whose rows the source has changed or deleted. Return the number of removed pictures."""
-    if source.rows is None or source.stale_ids is None:
-        return 0
-    with commit_note(spark, source_note(name)):
-        return retry_on_conflict(partial(remove_samples, spark, platform, name, source.stale_ids))
-
-
 def _ingest_rows(
     spark: SparkSession, platform: Platform, name: str, config: DataConfig, source: Source, *, refresh: bool
 ) -> Written:
@@ -159,7 +152,15 @@ def _ingest_rows(
     request = IngestRequest(name, config, source.rows, source.ingest_id, replace=refresh)
     reasons: Counter[str] = Counter()
     with decode_rows(spark, platform, request) as decoded:
-        return retry_on_conflict(partial(_plan_and_write, spark, platform, decoded, reasons))
+        covered = None if refresh else source.covered
+        unusable = covered and covered.image_ids is None and decoded.refused == decoded.rows_in > 0
+        removed = 0
+        if covered and not unusable:
+            removed = retry_on_conflict(partial(remove_gone, platform, decoded, covered))
+        written = retry_on_conflict(partial(_plan_and_write, spark, platform, decoded, reasons))
+        if covered and unusable:
+            _require_no_pictures(spark, platform, decoded, covered)
+        return replace(written, removed=removed)
 
 
 def _plan_and_write(spark: SparkSession, platform: Platform, decoded: DecodedRows, reasons: Counter[str]) -> Written:
@@ -179,6 +180,18 @@ def _plan_and_write(spark: SparkSession, platform: Platform, decoded: DecodedRow
     hashed = plan.request.config.split.kind == "hash"
     across = 0 if hashed else count_pictures_across_splits(plan.outcomes)
     return Written(totals=plan.totals, reasons=dict(reasons), near=near, across=across)
+
+
+def _require_no_pictures(spark: SparkSession, platform: Platform, decoded: DecodedRows, covered: Covered) -> None:
+    """Check that a table without a usable row has no pictures in `samples`, where they were kept."""
+    source, config = decoded.request.source, decoded.request.config
+    if not covered.select(rows_of_source(spark, platform, SAMPLES.name, source)).isEmpty():
+        raise UserError(
+            "not one row of the table could be used, so the pictures of earlier ingests were kept",
+            where=config.source.where,
+            got=f"{decoded.rows_in} rows, all of them bad",
+            fix="inspect the refused rows with `lakesight quarantine`, and check data.source.columns",
+        )
 
 
 def _require_usable_rows(totals: PlanTotals, config: DataConfig) -> None:

@@ -80,8 +80,8 @@ def _record_bytes(record: Record) -> int:
 
 def _refuse_deadly(record: Record, death: Death, rules: DecodeRules) -> dict[str, Any]:
     if death.timed_out:
-        return _refusal(record, _timeout(rules.limits))
-    return _refusal(record, Refused("decode", "decoder_crash", f"the process that decoded it {death.how}"))
+        return _refusal(record, _timeout(rules.limits), rules)
+    return _refusal(record, Refused("decode", "decoder_crash", f"the process that decoded it {death.how}"), rules)
 
 
 def _timeout(limits: LimitsConfig) -> Refused:
@@ -106,9 +106,10 @@ def decode_record(record: Record, rules: DecodeRules) -> dict[str, Any]:
     try:
         sample = _decode_or_refuse(record, rules)
     except Refused as refused:
-        return _refusal(record, refused)
-    # A row of a source with ids may still be refused, because another picture has its id: then its payload is needed.
-    others = record.others() if record.others and rules.columns.id else {}
+        return _refusal(record, refused, rules)
+    # An accepted row may still be refused when it is merged. Then its payload is needed.
+    may_be_refused = rules.columns.id is not None or rules.limits.max_texts is not None
+    others = record.others() if record.others and may_be_refused else {}
     payload = _to_json(others | {name: value for name, value in record.fields.items() if name != rules.columns.image})
     # The identifier is computed from the picture's SHA-256 instead of the picture's base64, because hashing the base64
     # text would take a tenth of the decoding time.
@@ -116,11 +117,24 @@ def decode_record(record: Record, rules: DecodeRules) -> dict[str, Any]:
     return {"source_row": name, "payload": payload, **sample}
 
 
-def _refusal(record: Record, refused: Refused) -> dict[str, Any]:
+def _refusal(record: Record, refused: Refused, rules: DecodeRules) -> dict[str, Any]:
     others = record.others() if record.others else {}
     payload = record.raw if record.raw is not None else _to_json(others | record.fields)
     why = {"stage": refused.stage, "reason": refused.reason, "detail": refused.detail}
-    return {"source_row": record.source_row or _source_row(record.file, payload), "payload": payload, **why}
+    name = record.source_row or _source_row(record.file, payload)
+    return {"source_row": name, "payload": payload, "claimed_id": _claimed_id(record, rules), **why}
+
+
+def _claimed_id(record: Record, rules: DecodeRules) -> str | None:
+    """Return the image id that a refused row would have, or None if the row has no valid id or no picture bytes."""
+    columns, fields = rules.columns, record.fields
+    try:
+        if columns.id:
+            return f"{rules.source}/{normalize_id(require_field(fields, columns.id))}"
+        image = _image_bytes(require_field(fields, columns.image), columns.image, rules.limits.max_bytes)
+    except Exception:  # noqa: BLE001 (the row is refused, for this reason or for an earlier one)
+        return None
+    return f"{rules.source}/{_sha256(image)[:24]}"
 
 
 def _source_row(file: str, content: str) -> str:
@@ -149,6 +163,8 @@ def _decode_sample(file: str, fields: Fields, rules: DecodeRules) -> dict[str, A
     encoded = require_field(fields, columns.image)
     given_id = normalize_id(require_field(fields, columns.id)) if columns.id else None
     texts = extract_texts(fields, columns, limits.max_text_chars)
+    if limits.max_texts is not None and len(texts) > limits.max_texts:
+        raise Refused("decode", "too_many_texts", f"{len(texts)} texts, at most {limits.max_texts}")
     image = _image_bytes(encoded, columns.image, limits.max_bytes)
     pixels, info = _open_image(image, limits)
     sha256 = _sha256(image)

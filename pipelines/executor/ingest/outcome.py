@@ -29,6 +29,7 @@ OUTCOME = pa.schema(
         ("stage", pa.string()),  # stage, reason and detail are null if the row is a sample
         ("reason", pa.string()),
         ("detail", pa.string()),
+        ("claimed_id", pa.string()),  # id that the picture of a refused row would have; null if it cannot be told
     ]
 )
 

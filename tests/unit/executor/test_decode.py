@@ -84,6 +84,23 @@ def test_bad_row_has_a_reason_and_keeps_all_its_fields(reason: str) -> None:
     assert outcome["image_id"] is None
 
 
+def test_a_refused_row_claims_the_id_that_its_picture_would_have() -> None:
+    by_content = f"birds/{hashlib.sha256(png(1)).hexdigest()[:24]}"
+    assert one({TEXT: " "})["claimed_id"] == by_content
+    assert one({IMAGE: "!"})["claimed_id"] is None
+    assert one()["claimed_id"] is None, "the row is not refused"
+    rules = DecodeRules("birds", ColumnNames(id="key"), LIMITS, HashSplitConfig())
+    assert one({"key": 7.0, IMAGE: None}, rules)["claimed_id"] == "birds/7"
+    assert one({"key": float("nan"), IMAGE: None}, rules)["claimed_id"] is None
+
+
+def test_row_with_more_texts_than_the_limit_is_refused() -> None:
+    rules = DecodeRules("birds", ColumnNames(), LimitsConfig(max_texts=2), HashSplitConfig())
+    assert one({TEXT: ["a", "b", "a", " "]}, rules)["reason"] is None
+    refused = one({TEXT: ["a", "b", "c"]}, rules)
+    assert (refused["reason"], refused["detail"]) == ("too_many_texts", "3 texts, at most 2")
+
+
 def test_row_that_could_not_be_parsed_keeps_its_raw_text() -> None:
     [out] = decoded([Record("a.csv", {IMAGE: None}, "one,two,three", Problem("malformed_record", "three"))])
     [outcome] = out.to_pylist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from datetime import datetime
 
 import pyarrow as pa
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from pipelines.executor.ingest.records.csv import csv_records, spark_csv_records, split_line
 from pipelines.executor.ingest.records.jsonl import jsonl_records
 from pipelines.executor.ingest.records.record import Record
-from pipelines.executor.ingest.records.table import FILE, payload_records, table_records
+from pipelines.executor.ingest.records.table import FILE, add_image_ids, delta_records, payload_records, table_records
 
 HEADERS = (("id", "text"), ("text", "picture", "id"))
 SCHEMA = pa.schema(
@@ -151,3 +152,43 @@ def test_rows_that_spark_could_not_parse_keep_their_raw_text_and_payloads_are_pa
     good, bad = payload_records(iter([pa.RecordBatch.from_pydict(payloads)]))
     assert good == Record("a#b.csv", {"id": "1"}, source_row="a#b.csv#0f")
     assert (bad.raw, bad.source_row, bad.problem is None) == ('1,"x', "a.csv#1e", False)
+
+
+def test_columns_of_a_delta_table_that_nobody_named_are_read_only_for_refused_rows_and_whatever_they_hold() -> None:
+    far, kind = 400_000_000_000_000_000, pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    others = pa.StructArray.from_arrays(
+        [
+            pa.array([1, 2]),
+            pa.array([far, 0], pa.timestamp("us")),
+            pa.array([b"caf\xe9", b"ok"]).view(pa.string()),
+            pa.array([[far], None], pa.list_(pa.timestamp("us"))),
+        ],
+        names=["n", "a.time", "a.time`", "times"],
+    )
+    image = pa.array([{"bytes": b"png", "path": "p"}, None], kind)
+    batch = pa.RecordBatch.from_arrays(
+        [pa.array(["t", "t"]), pa.array([1.0, 2.0]), image, others], names=["file", "used_0", "used_1", "others"]
+    )
+    first, second = delta_records(iter([batch]), names=("k.id", "image"), image="image")
+    assert first.fields == {"k.id": 1.0, "image": b"png", "image.path": "p"}
+    assert (second.file, second.fields) == ("t", {"k.id": 2.0, "image": None})
+    assert first.others
+    assert second.others
+    unreadable = first.others()
+    assert (unreadable["n"], unreadable["a.time`"]) == (1, "caf\ufffd")
+    assert "14645" in unreadable["a.time"]
+    assert "14645" in unreadable["times"][0]
+    assert second.others() == {"n": 2, "a.time": datetime(1970, 1, 1), "a.time`": "ok", "times": None}
+    alone = pa.RecordBatch.from_arrays([pa.array(["t"]), pa.array(["x"]), pa.array([None], pa.string())], list("abc"))
+    [record] = delta_records(iter([alone]), names=("text",), image="image")
+    assert record.others
+    assert record.others() == {}
+
+
+def test_ids_of_a_delta_table_become_image_ids_as_the_ids_of_decoded_rows_do() -> None:
+    values = pa.array([5.0, 4.5, None, float("nan"), float("inf")])
+    [batch] = add_image_ids(iter([pa.RecordBatch.from_arrays([values], ["key"])]), source="birds")
+    assert batch.to_pylist() == [{"key": 5.0, "image_id": "birds/5"}, {"key": 4.5, "image_id": "birds/4.5"}]
+    texts = pa.array([" 7 ", "", "\ufeff", "x" * 10_000, "a\u0301"])
+    [batch] = add_image_ids(iter([pa.RecordBatch.from_arrays([texts], ["key"])]), source="birds")
+    assert batch["image_id"].to_pylist() == ["birds/7", "birds/\u00e1"]

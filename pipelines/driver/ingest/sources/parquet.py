@@ -8,15 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from pyspark.sql import Column, DataFrame, SparkSession
-from pyspark.sql import functions as F
+from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig
 from pipelines.driver.ingest.sources.files import RANGE_BYTES, SourceFile
 from pipelines.driver.ingest.sources.source import SourceRows, require_columns, used_columns
 from pipelines.executor.ingest.records.parquet import parquet_records
 from pipelines.executor.ingest.records.parquet_file import ParquetColumns
-from pipelines.executor.ingest.records.table import FILE
 from pipelines.executor.ingest.storage import describe_damage
 
 SUFFIXES = (".parquet", ".parq", ".pq", ".parquet.gzip")
@@ -60,8 +58,3 @@ def _require_columns(config: DataConfig, files: Sequence[SourceFile]) -> None:
         found = found or names
     if found is not None:
         require_columns(config, found, config.source.path)
-
-
-def prepend_file(frame: DataFrame, file: Column) -> DataFrame:
-    """Put a column with the file name before all other columns, as `table_records` expects."""
-    return frame.select(file.alias(FILE), *(F.col(f"`{name.replace('`', '``')}`") for name in frame.columns))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
 
 from pipelines.config import ColumnSplitConfig, DataConfig
 from pipelines.driver.ingest.sources.walk import PassedOver
@@ -29,6 +30,28 @@ class SourceRows(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Covered:
+    """Pictures of `samples` whose current rows are all among the rows that a source returns.
+
+    A covered picture is removed if the rows no longer contain the picture or one of its texts.
+
+    Attributes:
+        file: file name of the rows.
+        image_ids: ids (column `image_id`) of the covered pictures, or None if all pictures that have come from `file`
+            are covered.
+    """
+
+    file: str
+    image_ids: DataFrame | None = None
+
+    def select(self, samples: DataFrame) -> DataFrame:
+        """Select the covered pictures from rows of `samples`."""
+        if self.image_ids is None:
+            return samples.filter(F.col("source_row").startswith(f"{self.file}#"))
+        return samples.join(self.image_ids, "image_id", "left_semi")
+
+
+@dataclass(frozen=True)
 class Source:
     """An opened source, whose rows are not decoded yet.
 
@@ -37,7 +60,7 @@ class Source:
         ingest_id: hash of the name and the state of the source. The id stays the same if the source does not change.
         pending: items (ledger.ITEMS) that have not been ingested in their current state.
         unchanged: number of items that have been ingested in their current state.
-        stale_ids: ids (column `id`) of rows that the source has changed or deleted, or None if unknown.
+        covered: pictures to remove from `samples` unless the rows still contain them, or None to remove nothing.
         passed_over: files and folders of the source that are not read, with the reasons.
     """
 
@@ -45,7 +68,7 @@ class Source:
     ingest_id: str
     pending: pa.Table
     unchanged: int
-    stale_ids: DataFrame | None = None
+    covered: Covered | None = None
     passed_over: tuple[PassedOver, ...] = ()
 
 

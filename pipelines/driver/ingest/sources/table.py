@@ -1,122 +1,224 @@
 """Delta table sources: the first ingest reads one version of a table, and later ingests read only the changes.
 
-The changes come from the table's change data feed. A table without a change data feed is read completely whenever the
-table has a new version. Reading the complete table takes longer, but adds no row twice.
+The changes come from the table's change data feed. If the feed cannot be read or does not suffice, all rows are read.
+Reading the complete table takes longer, but has the same result: no row is added twice, and pictures whose rows are
+gone are removed (`Covered`).
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import pyarrow as pa
+from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
 from pyspark.errors import AnalysisException, PySparkException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql import types as T
 
 from pipelines.config import DataConfig, TableSourceConfig, short_hash
 from pipelines.driver.delta.spark_errors import filter_rows
-from pipelines.driver.ingest.ledger import items_table
+from pipelines.driver.delta.versions import MAINTENANCE_OPERATIONS
+from pipelines.driver.ingest.ledger import VERSION, items_table
 from pipelines.driver.ingest.sources.files import absolute_path
-from pipelines.driver.ingest.sources.parquet import prepend_file
-from pipelines.driver.ingest.sources.source import Source, SourceRows, require_columns
+from pipelines.driver.ingest.sources.source import Covered, Source, SourceRows, require_columns, used_columns
 from pipelines.errors import UserError
-from pipelines.executor.ingest.records.table import table_records
+from pipelines.executor.ingest.records.table import add_image_ids, delta_records
 
 logger = logging.getLogger(__name__)
 
-VERSION = "version "
-"""Prefix of a table's state in the ledger. The state consists of this prefix and the version number of the table."""
+BROADCAST_IDS = 1_000_000
+"""Number of changed rows up to which their ids are sent to every executor, so that no picture is shuffled."""
+OTHER_CHARS = 2**20
+"""Number of characters or bytes of a value in an unused column that `quarantine` keeps."""
+PLAIN = (
+    *(T.StringType, T.CharType, T.VarcharType, T.BinaryType, T.BooleanType, T.NumericType, T.DateType),
+    *(T.TimestampType, T.TimestampNTZType),
+)
+"""Types whose values executors receive as they are. Values of other types are converted to text."""
+KEYS = (T.StringType, T.CharType, T.VarcharType, T.NumericType, T.DateType, T.TimestampType, T.TimestampNTZType)
+"""Types of an id column by which the rows of a change data feed can be found in the table."""
 
 
-class _TableVersion(NamedTuple):
+class _Table(NamedTuple):
     """A table at one version; `table_id` is Delta's own id of the table."""
 
     frame: DataFrame
     table_id: str
     version: int
+    name: str
+
+
+class _Changes(NamedTuple):
+    """Rows of a table to read, and the ids (column `image_id`) of the pictures whose rows may be gone, or None."""
+
+    rows: DataFrame
+    image_ids: DataFrame | None
 
 
 def open_table(
     spark: SparkSession, name: str, source: TableSourceConfig, config: DataConfig, ingested: pa.Table
 ) -> Source:
-    """Open the configured or newest version of a table, and select the rows added since the last ingested version.
+    """Open the configured or newest version of a table, and select the rows that changed since the last ingest.
 
-    If the table has a change data feed and its rows have ids, the ids of updated and deleted rows are `stale_ids`, and
-    updated rows are read again. If the rows have no ids, no picture is removed, because other rows may contain the same
-    picture.
+    All rows are read if the table was not ingested before with these settings, if the configured version is older than
+    the ingested version, or if the changes cannot be told.
 
     Raises:
         UserError: no table is named, the table or version does not exist, or a column is missing.
     """
-    frame, table_id, version = _read_version(spark, source)
-    require_columns(config, frame.columns, source.where)
-    frame = filter_rows(frame, source.filter, where="data.source.filter")
-    ingest_id = short_hash(name, table_id, version)
-    states = [row["state"] for row in ingested.to_pylist() if row["item"] == table_id]
-    versions = [int(state.removeprefix(VERSION)) for state in states]
-    if version in versions:
+    table = _read_version(spark, source)
+    require_columns(config, table.frame.columns, source.where)
+    frame = filter_rows(table.frame, source.filter, where="data.source.filter")
+    ingest_id = short_hash(name, table.table_id, table.version)
+    states = [row["state"] for row in ingested.to_pylist() if row["item"] == table.table_id]
+    last = int(states[-1].removeprefix(VERSION)) if states else None
+    if last == table.version:
         return Source(None, ingest_id, items_table([]), 1)
-    last = max(versions, default=version)
-    changes = _read_changes(spark, source, last + 1, version) if last < version else None
-    rows, stale_ids = (frame, None) if changes is None else _select_changed(frame, changes, source)
-    with_file = prepend_file(rows, F.lit(source.where.rstrip("/").rpartition("/")[2]))
-    read = partial(table_records, image=source.columns.image)
-    pending = items_table([(table_id, f"{VERSION}{version}")])
-    return Source(SourceRows(with_file, read), ingest_id, pending, 0, stale_ids)
+    changes = None
+    if last is not None and last < table.version:
+        changes = _read_changes(spark, table._replace(frame=frame), name, source, last)
+    file = source.where.rstrip("/").rpartition("/")[2]
+    if changes is None:
+        covered: Covered | None = Covered(file)
+    else:
+        covered = Covered(file, changes.image_ids) if changes.image_ids is not None else None
+    used = tuple(dict.fromkeys(used_columns(config).values()))
+    rows = select_columns(frame if changes is None else changes.rows, used, file)
+    read = partial(delta_records, names=used, image=source.columns.image)
+    pending = items_table([(table.table_id, f"{VERSION}{table.version}")])
+    return Source(SourceRows(rows, read), ingest_id, pending, 0, covered)
 
 
-def _read_version(spark: SparkSession, source: TableSourceConfig) -> _TableVersion:
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def _read_version(spark: SparkSession, source: TableSourceConfig) -> _Table:
     if not source.where:
         fix = "--set data.source.table=CATALOG.SCHEMA.TABLE, or --set data.source.path=FOLDER"
         raise UserError("the run has no input", where="data.source.table", got="nothing", fix=fix)
     parts = source.table.split(".") if source.table else ("delta", absolute_path(source.path))
-    quoted = ".".join(f"`{part.replace('`', '``')}`" for part in parts)
+    quoted = ".".join(map(_quoted, parts))
     try:
         newest = spark.sql(f"DESCRIBE HISTORY {quoted} LIMIT 1").collect()[0]["version"]
         table_id = spark.sql(f"DESCRIBE DETAIL {quoted}").collect()[0]["id"]
         version = newest if source.version is None else source.version
         frame = spark.sql(f"SELECT * FROM {quoted} VERSION AS OF {version}")  # noqa: S608 (quoted)
     except AnalysisException as error:
+        fix = "name an existing Delta table and one of the versions that `DESCRIBE HISTORY` lists"
+        if "VIEW" in (error.getCondition() or ""):
+            fix = "a view has no versions: name its table and use data.source.filter, or write the view to a table"
         raise UserError(
             "the input cannot be read as a Delta table",
             where=source.where,
             got=str(error).partition("\n")[0][:500],
-            fix="name an existing Delta table and one of the versions that `DESCRIBE HISTORY` lists",
+            fix=fix,
         ) from None
-    return _TableVersion(frame, table_id, version)
+    return _Table(frame, table_id, version, quoted)
 
 
-def _read_changes(spark: SparkSession, source: TableSourceConfig, first: int, last: int) -> DataFrame | None:
-    """Read the change data feed of the table; return None if the table has no feed from version `first` on."""
-    reader = spark.read.option("readChangeFeed", "true").option("startingVersion", first).option("endingVersion", last)
+def select_columns(frame: DataFrame, used: Sequence[str], file: str) -> DataFrame:
+    """Select the columns that `delta_records` expects: file, the used columns, and a struct of all other columns."""
+    types = {field.name: field.dataType for field in frame.schema.fields}
+    needed = [_plain(F.col(_quoted(name)), types[name]).alias(f"used_{n}") for n, name in enumerate(used)]
+    others = [_shortened(name, kind).alias(name) for name, kind in types.items() if name not in used]
+    struct = F.struct(*others) if others else F.lit(None).cast("string")
+    return frame.select(F.lit(file).alias("file"), *needed, struct.alias("others"))
+
+
+def _quoted(name: str) -> str:
+    return f"`{name.replace('`', '``')}`"
+
+
+def _plain(column: Column, kind: T.DataType) -> Column:
+    return column if _is_plain(kind) else column.cast("string")
+
+
+def _shortened(name: str, kind: T.DataType) -> Column:
+    column = _plain(F.col(_quoted(name)), kind)
+    is_long = isinstance(kind, (T.StringType, T.BinaryType)) or not _is_plain(kind)
+    return F.substring(column, 1, OTHER_CHARS) if is_long else column
+
+
+def _is_plain(kind: T.DataType) -> bool:
+    if isinstance(kind, T.StructType):
+        return all(_is_plain(field.dataType) for field in kind.fields)
+    if isinstance(kind, T.ArrayType):
+        return _is_plain(kind.elementType)
+    if isinstance(kind, T.MapType):
+        return _is_plain(kind.keyType) and _is_plain(kind.valueType)
+    return isinstance(kind, PLAIN)
+
+
+# ------------------------------------------------------------------------------------------------ its changes
+
+
+def _read_changes(
+    spark: SparkSession, table: _Table, name: str, source: TableSourceConfig, last: int
+) -> _Changes | None:
+    """Read the rows that changed after version `last`. Return None if all rows of the table must be read."""
+    if _only_maintained(spark, table, last):
+        return _Changes(table.frame.filter(F.lit(False)), None)
     try:
-        changes = (
-            reader.table(source.table) if source.table else reader.format("delta").load(absolute_path(source.path))
-        )
-        # Spark notices a missing feed, and files that VACUUM has removed, only when it reads rows of each file.
-        changes.select("_change_type").distinct().collect()
-    except PySparkException as error:
-        logger.info("%s has no change data feed from version %d on: all rows are read", source.where, first)
+        changes = _open_feed(spark, source, last + 1, table.version)
+        return _select_changed(table.frame, changes, name, source)
+    except (PySparkException, Py4JJavaError) as error:
+        logger.info("the changes of %s after version %d cannot be read: all rows are read", source.where, last)
         logger.debug("%s", error)
         return None
-    return changes
 
 
-def _select_changed(
-    frame: DataFrame, changes: DataFrame, source: TableSourceConfig
-) -> tuple[DataFrame, DataFrame | None]:
-    """Return the rows to read, and the ids of updated and deleted rows.
+def _only_maintained(spark: SparkSession, table: _Table, last: int) -> bool:
+    """Return whether no version after `last` changed a row, according to the table's history."""
+    commits = spark.sql(f"DESCRIBE HISTORY {table.name}").filter(F.col("version").between(last + 1, table.version))
+    operations = [row["operation"] for row in commits.select("operation").collect()]
+    return len(operations) == table.version - last and MAINTENANCE_OPERATIONS.issuperset(operations)
 
-    All current rows that have the id of an updated or deleted row are read.
+
+def _open_feed(spark: SparkSession, source: TableSourceConfig, first: int, last: int) -> DataFrame:
+    reader = spark.read.option("readChangeFeed", "true").option("startingVersion", first).option("endingVersion", last)
+    return reader.table(source.table) if source.table else reader.format("delta").load(absolute_path(source.path))
+
+
+def _select_changed(frame: DataFrame, changes: DataFrame, name: str, source: TableSourceConfig) -> _Changes | None:
+    """Return the rows to read. If rows were updated or deleted, all current rows with the ids of these rows are read.
+
+    Without ids, it is unknown whether another row has the picture of a deleted row, so all rows must be read.
+
+    Raises:
+        PySparkException: the feed lacks a column of the table.
+        Py4JJavaError: a file of the feed cannot be read.
     """
-    added = changes.filter("_change_type IN ('insert', 'update_postimage')").select(*frame.columns)
+    added = changes.filter("_change_type IN ('insert', 'update_postimage')")
+    added = added.select(*(F.col(_quoted(column)) for column in frame.columns))
     added = filter_rows(added, source.filter, where="data.source.filter")
-    id_name = source.columns.id
-    if id_name is None:
-        return added, None
-    id_column = F.col(f"`{id_name.replace('`', '``')}`")
-    stale = changes.filter("_change_type IN ('delete', 'update_preimage')").select(id_column.alias("id")).distinct()
-    current = frame.join(stale, id_column == stale["id"], "left_semi")
-    return added.join(stale, id_column == stale["id"], "left_anti").unionAll(current), stale
+    key = source.columns.id
+    key_column = F.col(_quoted(key or source.columns.image))
+    old = changes.filter("_change_type IN ('delete', 'update_preimage')").select(key_column.alias("key"))
+    # Spark notices a missing feed or file only when rows are read, so the column is read from every file.
+    seen = changes.agg(
+        F.count_if(F.col("_change_type").isin("delete", "update_preimage")).alias("old"),
+        F.count(key_column).alias("read"),
+    ).collect()[0]
+    if not seen["old"]:
+        return _Changes(added, None)
+    if key is None or not isinstance(old.schema["key"].dataType, KEYS):
+        logger.info("%s has updated or deleted rows without ids: all rows are read", source.where)
+        return None
+    touched = _with_image_ids(old, name).select("image_id").distinct()
+    keys = frame.select(key_column.alias("key")).union(changes.select(key_column.alias("key")))
+    touched_keys = _with_image_ids(keys, name).join(touched, "image_id", "left_semi").select("key").distinct()
+    if seen["old"] <= BROADCAST_IDS:
+        touched_keys = F.broadcast(touched_keys)
+    current = frame.join(touched_keys, frame[_quoted(key)].eqNullSafe(touched_keys["key"]), "left_semi")
+    others = added.join(touched_keys, added[_quoted(key)].eqNullSafe(touched_keys["key"]), "left_anti")
+    return _Changes(others.unionAll(current), touched)
+
+
+def _with_image_ids(keys: DataFrame, name: str) -> DataFrame:
+    """Return the distinct values of the id column (column `key`) that are valid ids, with their `image_id`."""
+    schema = T.StructType([*keys.schema.fields, T.StructField("image_id", T.StringType())])
+    return keys.distinct().mapInArrow(partial(add_image_ids, source=name), schema)

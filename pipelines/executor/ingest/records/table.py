@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
-from pipelines.executor.ingest.records.record import Problem, Record, parse_json_object
+from pipelines.executor.ingest.outcome import Refused
+from pipelines.executor.ingest.records.arrow_values import to_python
+from pipelines.executor.ingest.records.record import Fields, Problem, Record, parse_json_object
+from pipelines.executor.ingest.values import normalize_id
 
 FILE = "_lakesight_file"
 """Name of the column that holds the file name of a row."""
@@ -22,7 +26,7 @@ def table_records(batches: Iterator[pa.RecordBatch], image: str) -> Iterator[Rec
     """
     for batch in batches:
         names = batch.schema.names[1:]
-        for file, *values in zip(*(_to_python(column) for column in batch.columns), strict=True):
+        for file, *values in zip(*(to_python(column) for column in batch.columns), strict=True):
             fields = dict(zip(names, values, strict=True))
             picture = fields.get(image)
             if isinstance(picture, dict) and "bytes" in picture:
@@ -30,15 +34,49 @@ def table_records(batches: Iterator[pa.RecordBatch], image: str) -> Iterator[Rec
             yield Record(file, fields)
 
 
-def _to_python(column: pa.Array) -> list[Any]:
-    """Convert a column to Python values. Invalid UTF-8, which Spark accepts in a string, becomes U+FFFD."""
+def delta_records(batches: Iterator[pa.RecordBatch], names: Sequence[str], image: str) -> Iterator[Record]:
+    """Convert rows of a Delta table to records. Columns that nobody named are read only if a row is refused.
+
+    Args:
+        batches: batches with the columns of `sources.table.select_columns`: file, used columns, struct of the others.
+        names: names of the used columns.
+        image: name of the image column (IMAGE).
+    """
+    for batch in batches:
+        file, *used, others = batch.columns
+        for n, (name, *values) in enumerate(zip(*(to_python(column) for column in (file, *used)), strict=True)):
+            fields = dict(zip(names, values, strict=True))
+            picture = fields.get(image)
+            if isinstance(picture, dict) and "bytes" in picture:
+                fields |= {image: picture["bytes"], f"{image}.path": picture.get("path")}
+            yield Record(name, fields, others=partial(_read_others, others.slice(n, 1)))
+
+
+def _read_others(row: pa.Array) -> Fields:
+    """Convert a struct, or null if the table has no other columns, to fields."""
+    fields: Fields = to_python(row)[0] or {}
+    return fields
+
+
+def add_image_ids(batches: Iterator[pa.RecordBatch], source: str) -> Iterator[pa.RecordBatch]:
+    """Add the column `image_id` to batches of one column of ids. Values that are no ids are left out.
+
+    Args:
+        batches: batches with the column `key`.
+        source: name of the data config, which is the prefix of image ids.
+    """
+    for batch in batches:
+        ids = pa.array([_image_id(value, source) for value in to_python(batch.column(0))], pa.string())
+        added = pa.RecordBatch.from_arrays([batch.column(0), ids], names=["key", "image_id"])
+        yield added.filter(ids.is_valid())
+
+
+def _image_id(value: Any, source: str) -> str | None:
     try:
-        values: list[Any] = column.to_pylist()
-    except UnicodeDecodeError:
-        if not pa.types.is_string(column.type):
-            raise
-        values = [v if v is None else v.decode(errors="replace") for v in column.cast(pa.binary()).to_pylist()]
-    return values
+        given = normalize_id(value)
+    except Refused:  # the row is refused when it is decoded, so no picture has this id
+        return None
+    return given and f"{source}/{given}"
 
 
 def payload_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:

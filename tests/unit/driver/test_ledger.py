@@ -1,0 +1,36 @@
+"""Tests of the choice of items that need not be read again."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pyarrow as pa
+
+from pipelines.driver.ingest.ledger import ITEMS, items_table, select_last_versions
+from pipelines.formats.tables import TIME_TYPE
+
+
+def entries(*rows: tuple[str, str, str]) -> pa.Table:
+    """Return ledger rows of item, state and rules. The newest row is first, because a table has no fixed order."""
+    named = [dict(zip(("item", "state", "rules"), row, strict=True)) for row in rows]
+    timed = [row | {"ingested_at": datetime(2026, 1, day + 1, tzinfo=UTC)} for day, row in enumerate(named)]
+    schema = pa.schema([*ITEMS, ("rules", pa.string()), ("ingested_at", TIME_TYPE)])
+    return pa.Table.from_pylist(timed[::-1], schema)
+
+
+def test_all_files_that_were_read_with_the_same_settings_count_as_ingested() -> None:
+    found = entries(("a", "1-1", "now"), ("a", "2-2", "now"), ("b", "1-1", "now"))
+    assert sorted(select_last_versions(found, "now").to_pylist(), key=str) == [
+        {"item": "a", "state": "1-1"},
+        {"item": "a", "state": "2-2"},
+        {"item": "b", "state": "1-1"},
+    ]
+
+
+def test_only_the_last_ingest_of_a_table_counts() -> None:
+    """A pinned older version or other settings change what `samples` holds, so an earlier ingest is outdated."""
+    older = entries(("t", "version 7", "now"), ("t", "version 3", "now"), ("u", "version 1", "now"))
+    assert select_last_versions(older, "now") == items_table([("t", "version 3"), ("u", "version 1")])
+    other_settings = entries(("t", "version 7", "now"), ("t", "version 7", "other"))
+    assert select_last_versions(other_settings, "now") == items_table([])
+    assert select_last_versions(entries(), "now") == items_table([])
