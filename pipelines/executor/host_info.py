@@ -7,6 +7,8 @@ the executor's Python worker.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import re
@@ -34,6 +36,9 @@ PACKAGES = {
 }
 """Distributions that a rank imports, each with the name of one module of the distribution."""
 
+SOURCES = ("vlm", "pipelines/worker")
+"""Packages whose sources are the training code: what ranks import, but not pages, jobs or docs."""
+
 UNKNOWN = "unknown"
 GPU_SECONDS = 20.0
 """Timeout of nvidia-smi, in seconds."""
@@ -55,7 +60,25 @@ def describe_host() -> dict[str, object]:
         "nccl": _nccl() if torch_version.get("cuda") else "",
         "driver": driver,
         "gpus": gpus,
+        "code": combine_hashes(hash_sources()),
     }
+
+
+def hash_sources() -> dict[str, str]:
+    """Return a hash of each source file that ranks import, by its path in the project."""
+    found = {}
+    for name in SOURCES:
+        spec = find_spec(name.replace("/", "."))
+        for root in (spec.submodule_search_locations or []) if spec else []:
+            for path in sorted(Path(root).rglob("*.py")):
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+                found[f"{name}/{path.relative_to(root).as_posix()}"] = digest
+    return found
+
+
+def combine_hashes(sources: dict[str, str]) -> str:
+    """Return the digest of the training code: a hash of the hashes of its source files."""
+    return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _version(distribution: str) -> str:

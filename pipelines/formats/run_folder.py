@@ -90,6 +90,8 @@ class Host(Config):
     """Version of the GPU driver, or the error message of nvidia-smi."""
     gpus: tuple[str, ...] = ()
     """Name of each GPU of the host."""
+    code: str = ""
+    """Digest of the training code, as in TrainingCode."""
 
 
 class HostsFile(Config):

@@ -44,9 +44,10 @@ MAX_TAG_CHARS = 5000
 
 
 class Tracking(Config):
-    """tracking.json: id of the MLflow run to which a run folder is logged."""
+    """tracking.json: id of the MLflow run to which a run folder was logged last, and ids on other tracking servers."""
 
     run_id: str
+    others: tuple[str, ...] = ()
 
 
 def run_id_of(run: RunFolder) -> str:
@@ -243,36 +244,46 @@ def _logged_sample_steps(client: MlflowClient, run_id: str) -> set[int]:
 
 def _open_run(client: MlflowClient, run: RunFolder, config: RunConfig, platform: Platform) -> str:
     file = run.read_run()
+    known = _known_run_ids(run)
     try:
-        tracked = _tracked_run(client, run)
+        tracked = _tracked_run(client, known)
         if tracked is None:
+            if known:
+                logger.info("MLflow run %s is not on this server: a new MLflow run is created", known[0])
             tracked = client.create_run(experiment_id(client, config.name, platform), run_name=run.path.name)
-            write_json(run.tracking, Tracking(run_id=tracked.info.run_id))
         else:
             client.update_run(tracked.info.run_id, status="RUNNING")
             if CAUSE_TAG in tracked.data.tags:
                 client.delete_tag(tracked.info.run_id, CAUSE_TAG)
+        run_id = str(tracked.info.run_id)
+        if known[:1] != [run_id]:
+            write_json(run.tracking, Tracking(run_id=run_id, others=tuple(each for each in known if each != run_id)))
         _log_description(client, tracked, run, file, config)
     except REQUEST_ERRORS as error:
         raise unreachable(platform, error) from None
-    return str(tracked.info.run_id)
+    return run_id
 
 
-def _tracked_run(client: MlflowClient, run: RunFolder) -> Run | None:
-    """Return the MLflow run that the folder's tracking.json names, or None if the server does not have this run."""
+def _known_run_ids(run: RunFolder) -> list[str]:
+    """Return the ids of the MLflow runs to which a run folder was logged on any server, the last one first."""
     if not run.tracking.exists():
-        return None
-    run_id = run_id_of(run)
-    try:
-        found = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        found = None
-    if found is None or found.info.lifecycle_stage != "active":
-        logger.info("MLflow run %s is not on this server; the run folder is logged to a new MLflow run", run_id)
-        return None
-    return found
+        return []
+    tracking = read_json(run.tracking, Tracking)
+    return [tracking.run_id, *tracking.others]
+
+
+def _tracked_run(client: MlflowClient, run_ids: Sequence[str]) -> Run | None:
+    """Return the first of some MLflow runs that the server has, or None if the server has none of them."""
+    for run_id in run_ids:
+        try:
+            found = client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            continue
+        if found.info.lifecycle_stage == "active":
+            return found
+    return None
 
 
 def _log_description(client: MlflowClient, tracked: Run, run: RunFolder, file: RunFile, config: RunConfig) -> None:

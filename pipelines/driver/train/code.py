@@ -9,25 +9,21 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-import pipelines
 import vlm
-from pipelines.config import short_hash
+from pipelines.executor.host_info import combine_hashes, hash_sources
 from pipelines.formats.training_code import TrainingCode
-from vlm.files import file_digest
 
 GIT_SECONDS = 10.0
 
 
 def read_code() -> TrainingCode:
     """Describe the installed code."""
-    roots = {"vlm": Path(vlm.__path__[0]), "pipelines/worker": Path(pipelines.__path__[0]) / "worker"}
-    files = {
-        f"{name}/{path.relative_to(root).as_posix()}": file_digest(path)[:16]
-        for name, root in roots.items()
-        for path in sorted(root.rglob("*.py"))
-    }
+    files = hash_sources()
     return TrainingCode(
-        release=version("lakesight"), digest=short_hash(files), files=files, commit=_git_commit(Path(vlm.__path__[0]))
+        release=version("lakesight"),
+        digest=combine_hashes(files),
+        files=files,
+        commit=_git_commit(Path(vlm.__path__[0])),
     )
 
 

@@ -20,6 +20,7 @@ from pipelines.driver.train.launch import cancel_if_slots_are_lost, open_distrib
 from pipelines.errors import UserError
 from pipelines.executor import host_info
 from pipelines.formats.run_folder import Host, HostsFile, RunFolder, write_json
+from pipelines.formats.training_code import TrainingCode
 from pipelines.platform import Launch
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def check_hosts(run: RunFolder, spark: SparkSession, launch: Launch) -> None:
     """Describe every host that ranks will run on, check that the hosts are compatible, and write hosts.json.
 
     Raises:
-        UserError: a package is missing on a host, or the versions of torch or Lakesight differ.
+        UserError: a package is missing on a host, or the versions of torch or Lakesight or the training code differ.
         StageFailed: the executors did not describe their hosts.
     """
     if launch.local_mode:
@@ -49,6 +50,7 @@ def check_hosts(run: RunFolder, spark: SparkSession, launch: Launch) -> None:
     distinct = {host.model_dump_json(): host for host in map(Host.model_validate, described)}
     hosts = [distinct[key] for key in sorted(distinct)]
     check_compatible(hosts, version("lakesight"))
+    check_code(hosts, run.read_run().code)
     write_json(run.hosts, HostsFile(hosts=tuple(hosts)))
     log.info("ranks run on %s", summarize(hosts))
 
@@ -102,6 +104,22 @@ def check_compatible(hosts: Sequence[Host], driver_version: str) -> None:
     for name, reported in versions.items():
         if _differ(reported):
             log.warning("the hosts of the ranks differ in %s: %s", name, _format_values(reported))
+
+
+def check_code(hosts: Sequence[Host], code: TrainingCode | None) -> None:
+    """Check that ranks import the code that run.json names.
+
+    Raises:
+        UserError: a host has other source files of the same Lakesight version.
+    """
+    others = [host for host in hosts if code and host.code not in {"", code.digest}]
+    if code and others:
+        raise UserError(
+            "the ranks would train with other code than run.json names",
+            where="the Python interpreters of the ranks",
+            got=_format_values([(code.digest, "the driver"), *((host.code, _host_label(host)) for host in others)]),
+            fix="install the same build of lakesight on every host",
+        )
 
 
 def _versions(hosts: Sequence[Host]) -> dict[str, list[HostValue]]:

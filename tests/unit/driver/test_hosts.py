@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.driver.train.hosts import check_compatible, summarize
+from pipelines.driver.train.code import read_code
+from pipelines.driver.train.hosts import check_code, check_compatible, summarize
 from pipelines.errors import UserError
 from pipelines.executor.host_info import describe_host
 from pipelines.formats.run_folder import Host
@@ -95,3 +96,11 @@ def test_harmless_differences_between_hosts_are_logged_as_warnings(caplog: pytes
         f"the hosts of the ranks differ in driver: 580.82 on host a {python}; 550.54 on host b {python}",
         f"the hosts of the ranks differ in GPUs: NVIDIA H200, NVIDIA H200 on host a {python}; none on host b {python}",
     ]
+
+
+def test_a_host_with_other_training_code_of_the_same_version_is_refused_and_named() -> None:
+    code = read_code()
+    assert describe_host()["code"] == code.digest
+    check_code([host("a", code=code.digest), host("b")], code)  # a host of an earlier version reports no code
+    with pytest.raises(UserError, match=rf"other code .*{code.digest} on the driver; 0123 on host b"):
+        check_code([host("a", code=code.digest), host("b", code="0123")], code)

@@ -14,8 +14,9 @@ from tiny_runs import tiny_run
 from pipelines.config import LocalPlatformConfig
 from pipelines.errors import StageFailed
 from pipelines.formats.model_copy import RECORD
+from pipelines.formats.run_folder import RunFolder
 from pipelines.platform import Platform, local
-from pipelines.tracking import registry
+from pipelines.tracking import registry, runs
 from pipelines.tracking.download import download
 
 SERVER = "http://127.0.0.1:9"  # no server answers at this address
@@ -32,8 +33,13 @@ def platform(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def registered(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> registry.ModelVersion:
-    return register_random(platform, tmp_path_factory.mktemp("run"), tiny_run())
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def registered(platform: Platform, folder: Path) -> registry.ModelVersion:
+    return register_random(platform, folder, tiny_run())
 
 
 def test_download_fetches_the_weights_once(platform: Platform, registered: registry.ModelVersion) -> None:
@@ -53,6 +59,22 @@ def test_a_version_of_another_registry_with_the_same_name_and_number_has_a_copy_
     folder = download(platform, registered).folder
     for other in ({"run_id": "another run"}, {"created_ms": registered.created_ms + 1}):
         assert download(platform, registered.model_copy(update=other)).folder != folder
+
+
+def test_a_run_that_is_logged_to_two_servers_in_turn_has_one_mlflow_run_and_one_version_on_each(
+    platform: Platform, folder: Path, registered: registry.ModelVersion, empty_database: Path, tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{shutil.copy(empty_database, tmp_path / 'other.db')}"
+    other = dataclasses.replace(platform, tracking_uri=uri, registry_uri=uri)
+    [path] = (folder / "runs").iterdir()
+    versions = []
+    for opened in (other, platform, other, platform):
+        with runs.follow(RunFolder(path), tiny_run(), opened) as run_id:
+            pass
+        versions.append(registry.register(RunFolder(path), run_id, opened))
+    assert versions[1] == versions[3] == registered
+    assert versions[0] == versions[2] != registered
+    assert download(other, versions[0]).folder != download(platform, registered).folder
 
 
 def test_a_damaged_or_replaced_copy_of_a_version_is_downloaded_again(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import mlflow
 import pytest
-from model_server import register_random
+from processes import TEST_PATH
 from tiny_runs import tiny_run
 
 from pipelines.config import LocalPlatformConfig
@@ -22,6 +25,14 @@ from pipelines.tracking.server import connect
 
 ODD = "h\u00f6me %41 #1 [2] &?y=1 %"
 CONFIG = tiny_run()
+REGISTER = """
+from model_server import register_random
+from tiny_runs import tiny_run
+from pipelines.config import LocalPlatformConfig
+from pipelines.platform import local
+platform = local(LocalPlatformConfig())
+register_random(platform, platform.root, tiny_run())
+"""
 
 
 def open_home(path: Path | str) -> Platform:
@@ -46,7 +57,9 @@ def original(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
     home = tmp_path_factory.mktemp("first") / ODD
     home.mkdir()
     shutil.copy(empty_database, home / "mlflow.db")
-    register_random(open_home(home), home, CONFIG)
+    # In another process, because MLflow caches the location of a run's artifacts for the life of a process.
+    environment = os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": TEST_PATH}
+    subprocess.run([sys.executable, "-c", REGISTER], env=environment, check=True)
     shards = (home / "shards").rename(home / "moving")
     (home / "shards").mkdir()
     shards = shards.rename(home / "shards" / "tiny-train-0123")
