@@ -21,7 +21,7 @@ from pipelines.driver.ingest.sources import csv, jsonl, parquet, webdataset
 from pipelines.driver.ingest.sources.files import list_files, list_plain_files, open_files
 from pipelines.driver.ingest.sources.folder import open_folder
 from pipelines.driver.ingest.sources.pictures import read_named_pictures
-from pipelines.driver.ingest.sources.scenes import generate_scenes
+from pipelines.driver.ingest.sources.scenes import follow_moved_file, generate_scenes
 from pipelines.driver.ingest.sources.source import Source
 from pipelines.driver.ingest.sources.table import open_table
 from pipelines.platform import Platform
@@ -41,7 +41,10 @@ def open_source(spark: SparkSession, platform: Platform, name: str, config: Data
         UserError: the input does not exist, has no file of this kind, or lacks a column, or the place of the pictures
             that rows name cannot be read.
     """
-    config = generate_scenes(config, platform)
+    given, config = config, generate_scenes(config, platform)
+    if config is not given:
+        [file] = list_files(config, csv.SUFFIXES).files
+        ingested = follow_moved_file(ingested, file.item)
     opened = _open_rows(spark, name, config, ingested)
     if opened.rows is None:
         return opened

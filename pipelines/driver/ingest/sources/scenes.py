@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import pyarrow as pa
+
 from pipelines.config import DataConfig
 from pipelines.errors import UserError
 from pipelines.platform import Platform
@@ -35,3 +37,15 @@ def generate_scenes(config: DataConfig, platform: Platform) -> DataConfig:
     path = platform.folder("demo") / f"scenes-{count}-{seed}.csv"
     write_scenes(path, count, seed)
     return config.model_copy(update={"source": config.source.model_copy(update={"path": str(path)})})
+
+
+def follow_moved_file(ingested: pa.Table, item: str) -> pa.Table:
+    """Return the ingested items with the present path of a generated file, whose home folder may have been moved.
+
+    Args:
+        ingested: items that need not be read again.
+        item: present name of the generated file in the ledger.
+    """
+    folder, name = item.split("/")[-2:]
+    items = [item if each.endswith(f"/{folder}/{name}") else each for each in ingested["item"].to_pylist()]
+    return ingested.set_column(ingested.schema.get_field_index("item"), "item", pa.array(items, pa.string()))
