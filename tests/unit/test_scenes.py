@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pytest
 from PIL import Image
 
+from pipelines.driver.ingest.sources.scenes import follow_moved_file
 from pipelines.errors import UserError
 from pipelines.formats.tables import REASONS
 from pipelines.scenes import (
@@ -159,3 +161,14 @@ def test_a_path_that_is_not_writable_raises_a_user_error(tmp_path: Path) -> None
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
         write_scenes(tmp_path / "file" / "scenes.csv", 10, 0)
+
+
+def test_a_generated_file_is_found_as_ingested_after_its_home_folder_was_moved() -> None:
+    ledger = pa.table(
+        {"item": ["file:/old/demo/scenes-9-0.csv", "file:/old/demo/scenes-19-0.csv"], "state": ["s", "t"]}
+    )
+    moved = follow_moved_file(ledger, "file:/new/home/demo/scenes-9-0.csv")
+    assert moved.to_pydict() == {
+        "item": ["file:/new/home/demo/scenes-9-0.csv", "file:/old/demo/scenes-19-0.csv"],
+        "state": ["s", "t"],
+    }

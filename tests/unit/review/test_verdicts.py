@@ -10,6 +10,8 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
+from jobs.show import count_rows
+from pipelines.errors import UserError
 from pipelines.formats.tables import GENERATED_CAPTIONS, SAMPLES, VERDICTS, Table
 from pipelines.review.verdicts import CaptionVerdict, Review
 
@@ -74,3 +76,25 @@ def test_tables_of_the_first_release_without_a_digest_are_reviewed(table: Table,
     assert [row["caption"] for row in review.find("judged", "")] == ["red"]
     judge(review, "bad")
     assert stored(tmp_path) == [(None, "bad")]
+
+
+def rewrite_and_vacuum(folder: Path) -> None:
+    """Write all rows of a table to new files, and remove the old files."""
+    table = DeltaTable(folder)
+    write_deltalake(folder, table.to_pyarrow_table(), mode="overwrite")
+    DeltaTable(folder).vacuum(retention_hours=0, enforce_retention_duration=False, dry_run=False)
+
+
+def test_a_running_review_and_show_survive_the_removal_of_the_files_of_older_versions(tmp_path: Path) -> None:
+    captions = write(tmp_path, GENERATED_CAPTIONS, [CAPTION])
+    pictures = write(tmp_path, SAMPLES, [SAMPLE])
+    review = Review(captions, pictures, tmp_path / "verdicts", table="samples", model="m")
+    rewrite_and_vacuum(tmp_path / "samples")
+    assert review.picture("a/0") == b"png"
+    judge(review, "good")
+    rewrite_and_vacuum(tmp_path / "verdicts")
+    judge(review, "bad")
+    assert stored(tmp_path) == [(None, "bad")]
+    assert count_rows(DeltaTable(tmp_path / "samples"), "samples") == 1
+    with pytest.raises(UserError, match=r"version 0 .*can no longer be read.*VACUUM has removed its files"):
+        count_rows(DeltaTable(tmp_path / "samples", version=0), "samples")
