@@ -27,6 +27,7 @@ def platform(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAKESIGHT_HOME", str(tmp_path_factory.mktemp("home")))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.delenv("MLFLOW_REGISTRY_URI", raising=False)
         opened = local(LocalPlatformConfig())
     shutil.copy(empty_database, opened.root / "mlflow.db")
     return opened
