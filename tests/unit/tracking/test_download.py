@@ -99,8 +99,8 @@ def test_a_damaged_or_replaced_copy_of_a_version_is_downloaded_again(
 def test_files_that_are_not_the_registered_files_are_refused(
     platform: Platform, registered: registry.ModelVersion
 ) -> None:
-    [stored] = (platform.root / "mlartifacts").rglob("artifacts/config.json")
-    stored.write_text(stored.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    for stored in (platform.root / "mlartifacts").rglob("artifacts/config.json"):
+        stored.write_text(stored.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     without_copy = registered.model_copy(update={"created_ms": 0})
     for _ in range(2):
         with pytest.raises(StageFailed, match="are not the files that were registered"):
