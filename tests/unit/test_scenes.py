@@ -167,8 +167,8 @@ def test_a_generated_file_is_found_as_ingested_after_its_home_folder_was_moved()
     ledger = pa.table(
         {"item": ["file:/old/demo/scenes-9-0.csv", "file:/old/demo/scenes-19-0.csv"], "state": ["s", "t"]}
     )
-    moved = follow_moved_file(ledger, "file:/new/home/demo/scenes-9-0.csv")
+    moved = follow_moved_file(ledger, "file:/new/place/demo/scenes-9-0.csv")
     assert moved.to_pydict() == {
-        "item": ["file:/new/home/demo/scenes-9-0.csv", "file:/old/demo/scenes-19-0.csv"],
+        "item": ["file:/new/place/demo/scenes-9-0.csv", "file:/old/demo/scenes-19-0.csv"],
         "state": ["s", "t"],
     }
