@@ -174,8 +174,8 @@ def write_gallery(job: Job, table: str, version: int, rows: Sequence[Mapping[str
     Raises:
         UserError: there are no rows, or the table has no column image_id.
     """
+    from pipelines.executor.thumbnail import make_thumbnails
     from pipelines.pages.page import Card, CardText, Gallery, Page, write_page
-    from pipelines.pages.thumbnail import make_thumbnail
 
     if not rows or "image_id" not in rows[0]:
         raise UserError(
@@ -184,9 +184,10 @@ def write_gallery(job: Job, table: str, version: int, rows: Sequence[Mapping[str
             fix="--gallery needs rows with an image_id, as in samples and generated_captions",
         )
     pictures = {row["image_id"]: row["image"] for row in rows if "image" in row} or _read_pictures(job, rows)
+    thumbnails = make_thumbnails([pictures.get(row["image_id"]) for row in rows])
     cards = [
-        Card(row["image_id"], make_thumbnail(pictures.get(row["image_id"])), [CardText(text) for text in _texts(row)])
-        for row in rows
+        Card(row["image_id"], thumbnail, [CardText(text) for text in _texts(row)])
+        for row, thumbnail in zip(rows, thumbnails, strict=True)
     ]
     path = job.platform.folder("reports") / f"{table}-v{version}.html"
     write_page(path, Page(f"{table}, version {version}", f"{len(rows):,} rows", galleries=[Gallery("", cards)]))

@@ -280,10 +280,10 @@ def to_pixels(image: Image.Image, config: ImageConfig) -> npt.NDArray[np.uint8]:
 def _open_header(data: bytes) -> Image.Image:
     """Identify the format of a picture and read its header, without decoding the pixels."""
     try:
-        return Image.open(io.BytesIO(data), formats=_decoders())
+        return Image.open(io.BytesIO(data), formats=load_decoders())
     except UnidentifiedImageError:
         claimed = _claimed_format(data)
-        if claimed in _decoders():
+        if claimed in load_decoders():
             raise ImageError("truncated_image", f"starts like {claimed}, its header cannot be read") from None
         if claimed:
             raise ImageError("unsupported_format", f"{claimed}, not one of {', '.join(FORMATS)}") from None
@@ -297,8 +297,11 @@ def _open_header(data: bytes) -> Image.Image:
 
 
 @lru_cache(maxsize=1)
-def _decoders() -> tuple[str, ...]:
-    """Return the formats of FORMATS that the installed Pillow can decode. AVIF needs Pillow 11.3."""
+def load_decoders() -> tuple[str, ...]:
+    """Load Pillow's decoders, and return the formats of FORMATS that it can decode. AVIF needs Pillow 11.3.
+
+    A process calls this function before it forks children that decode, because loading takes a quarter of a second.
+    """
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 

@@ -28,7 +28,7 @@ from pipelines.formats.caption_stats import CaptionStats, sum_stats
 from pipelines.formats.tables import GENERATED_CAPTIONS
 from vlm.config import Config, GenerationConfig, ImageConfig, Precision
 from vlm.files import atomic_write
-from vlm.image import picture_bytes, pixel_stats
+from vlm.image import load_decoders, picture_bytes, pixel_stats
 
 if TYPE_CHECKING:
     from vlm.captioner import Captioner, CaptionResult, DecodedPicture
@@ -88,6 +88,7 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
     from vlm.captioner import BATCH_ROWS
 
     limit_threads(job.threads)
+    load_decoders()
     folder = local_copy(job.model_folder, job.model_digest) if job.remote else job.model_folder
     captioner = load_captioner(str(folder), job.precision)
     rows: list[dict[str, Any]] = []

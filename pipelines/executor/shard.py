@@ -25,7 +25,7 @@ from pipelines.executor.time_limit import TimeLimitExceeded, time_limit
 from pipelines.formats.shards import ShardRequest, encode_pixels, shard_schema, write_shard_file
 from pipelines.formats.tables import TEXT_TYPE
 from vlm.errors import ImageError
-from vlm.image import open_image, to_pixels
+from vlm.image import load_decoders, open_image, to_pixels
 
 SHUFFLED = pa.schema(
     [
@@ -89,6 +89,7 @@ def assign_files_and_decode_guarded(
         StageFailed: a picture crashes the decoder or cannot be decoded. The error names the picture.
     """
     rows = (batch.slice(n, 1) for batch in batches for n in range(batch.num_rows))
+    load_decoders()
     decode = partial(_decode_row, request=request, first_keys=first_keys, seconds=seconds)
     for chunk in split_into_chunks(rows, lambda row: int(row.nbytes)):
         yield from run_guarded(chunk, decode, _fail_on_death)

@@ -1,11 +1,8 @@
-"""Functions with which executors make thumbnails of the pictures in Arrow batches.
-
-Quarantine holds pictures that were never decoded, so thumbnails are made in a child process.
-"""
+"""Thumbnails of pictures that may never have been decoded, such as those in quarantine: made in a child process."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import pyarrow as pa
@@ -16,7 +13,7 @@ from pipelines.executor.ingest.records.record import parse_json_object
 from pipelines.executor.time_limit import TimeLimitExceeded, time_limit
 from pipelines.pages.thumbnail import MAX_PIXELS, make_thumbnail
 from vlm.errors import ImageError
-from vlm.image import decode_base64
+from vlm.image import decode_base64, load_decoders
 
 SHOWN_CHARS = 400
 """Number of characters of a payload that are kept."""
@@ -45,9 +42,14 @@ def with_thumbnails(
             names.append(column)
             values = [find_picture(value) for value in values]
         shown = [value if is_safe else None for value, is_safe in zip(values, safe, strict=True)]
-        thumbnails = list(run_guarded(shown, partial(_make_thumbnail, max_pixels=max_pixels), lambda *_: None))
-        columns.append(pa.array(thumbnails, pa.binary()))
+        columns.append(pa.array(make_thumbnails(shown, max_pixels), pa.binary()))
         yield pa.RecordBatch.from_arrays(columns, names=[*names, "thumbnail"])
+
+
+def make_thumbnails(pictures: Sequence[bytes | None], max_pixels: int = MAX_PIXELS) -> list[bytes | None]:
+    """Make thumbnails in a child process. A picture that cannot be decoded, or crashes its decoder, gives None."""
+    load_decoders()
+    return list(run_guarded(pictures, partial(_make_thumbnail, max_pixels=max_pixels), lambda *_: None))
 
 
 def _make_thumbnail(data: bytes | None, max_pixels: int) -> bytes | None:

@@ -31,7 +31,7 @@ from pipelines.executor.ingest.texts import extract_texts
 from pipelines.executor.ingest.values import normalize_id, replace_surrogates
 from pipelines.executor.time_limit import TimeLimitExceeded, time_limit
 from vlm.errors import ImageError
-from vlm.image import ImageInfo, decode_base64, open_image
+from vlm.image import ImageInfo, decode_base64, load_decoders, open_image
 
 FLUSH_BYTES = 16 * 2**20
 FLUSH_ROWS = 256
@@ -69,6 +69,7 @@ def decode_batches(batches: Iterator[pa.RecordBatch], read: Read, rules: DecodeR
 
 def decode_guarded(batches: Iterator[pa.RecordBatch], read: Read, rules: DecodeRules) -> Iterator[pa.RecordBatch]:
     """Decode like `decode_batches`, in child processes. A row whose decoder crashes or never returns is refused."""
+    load_decoders()
     chunks = split_into_chunks(read(batches), _record_bytes)
     decode, refuse = partial(decode_record, rules=rules), partial(_refuse_deadly, rules=rules)
     yield from _batch_outcomes(outcome for records in chunks for outcome in run_guarded(records, decode, refuse))

@@ -6,10 +6,13 @@ import io
 import json
 
 import pyarrow as pa
+import pytest
+from crashing_decoder import crashing_picture, hanging_picture
 from pictures import as_base64, png
 from PIL import Image
 
-from pipelines.executor.thumbnail import SHOWN_CHARS, find_picture, with_thumbnails
+from pipelines.executor import thumbnail
+from pipelines.executor.thumbnail import SHOWN_CHARS, find_picture, make_thumbnails, with_thumbnails
 from pipelines.pages.thumbnail import SIDE
 
 
@@ -35,6 +38,15 @@ def test_a_payload_is_truncated_and_its_picture_becomes_a_thumbnail() -> None:
 
 def test_a_picture_that_crashes_its_decoder_gets_no_thumbnail() -> None:
     payload = json.dumps({"photo": as_base64(png(1))})
-    batch = pa.RecordBatch.from_pydict({"payload": [payload] * 2, "reason": ["decoder_crash", "too_small"]})
+    reasons = ["decoder_crash", "decode_timeout", "too_small"]
+    batch = pa.RecordBatch.from_pydict({"payload": [payload] * 3, "reason": reasons})
     [out] = with_thumbnails(iter([batch]), "payload")
-    assert [data is not None for data in out.column("thumbnail").to_pylist()] == [False, True]
+    assert [data is not None for data in out.column("thumbnail").to_pylist()] == [False, False, True]
+
+
+def test_a_picture_of_an_unknown_kind_that_crashes_or_hangs_costs_only_its_thumbnail(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(thumbnail, "MAX_SECONDS", 0.3)
+    made = make_thumbnails([png(1), crashing_picture(), hanging_picture(), png(2)])
+    assert [data is not None for data in made] == [True, False, False, True]

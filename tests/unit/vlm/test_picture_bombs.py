@@ -20,7 +20,6 @@ MAX_BYTES = 950_000_000
 MEASURE = """
 import re, sys
 from pathlib import Path
-from typing import Any
 from vlm.errors import ImageError
 from vlm.image import open_image
 try:
