@@ -62,8 +62,19 @@ def write_parquet(folder: Path) -> Written:
     pictures = [png(n) for n in (10, 11, 12, 10)] + [png(13)[:-30], None]
     rows = [{"image": {"bytes": data, "path": f"{n}.png"}, "text": two_texts(n % 3)} for n, data in enumerate(pictures)]
     schema = pa.schema([("image", kind), ("text", pa.list_(pa.string()))])
-    pq.write_table(pa.Table.from_pylist(rows, schema), folder / "train-00000-of-00001.parquet")
-    return {"source": {"kind": "parquet"}, "split": {"kind": "file"}}, {"truncated_image": 1, "missing_field": 1}
+    odd = {"taken": pa.array(range(6), pa.timestamp("ns")), "IMAGE": range(6), "until": pa.array([2**60] * 6)}
+    table = pa.Table.from_pylist(rows, schema)
+    for name, column in odd.items():
+        table = table.append_column(name, pa.array(column))
+    pq.write_table(table, folder / "train-00000-of-00001-a09b74b3ef9c3b56.parquet")
+    for name, image, text in (("val", png(14), "in a folder"), ("year=2024", as_base64(png(15)), 2024)):
+        (folder / name).mkdir()
+        file = folder / name / ("0000.parquet" if name == "val" else "test_0.parquet")
+        pq.write_table(pa.table({"taken": ["another type"], "image": [image], "text": [text]}), file)
+    (folder / "train-cut.parquet").write_bytes(b"PAR1 and no more")
+    pq.write_table(table, folder / "captions.parquet")
+    reasons = {"truncated_image": 1, "missing_field": 1, "unreadable_file": 1}
+    return {"source": {"kind": "parquet"}, "split": {"kind": "file"}}, reasons
 
 
 def write_table(folder: Path) -> Written:
@@ -129,7 +140,7 @@ def write_webdataset(folder: Path) -> Written:
     ("write", "usable", "new", "texts", "splits"),
     [
         (write_jsonl, 4, 3, 6, {"test": 2, "val": 1}),
-        (write_parquet, 4, 3, 6, {"train": 3}),
+        (write_parquet, 6, 5, 8, {"train": 3, "val": 1, "test": 1}),
         (write_table, 4, 3, 3, {"train": 3}),
         (write_folder, 4, 3, 3, {"train": 3}),
         (write_paths, 4, 3, 3, {"train": 3}),

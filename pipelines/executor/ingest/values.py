@@ -63,7 +63,7 @@ def to_text(value: object, what: str) -> str:
         what: description of the value for the message, such as "column title".
 
     Raises:
-        Refused: malformed_record (the value is neither a text nor a number, or the bytes are not UTF-8).
+        Refused: malformed_record (the value is not a text, number, date, time or UUID, or the bytes are not UTF-8).
     """
     if is_missing(value):
         return ""
@@ -72,7 +72,7 @@ def to_text(value: object, what: str) -> str:
             return value.decode()
         except UnicodeDecodeError as error:
             raise Refused("decode", "malformed_record", f"{what} holds bytes that are not UTF-8: {error}") from None
-    if not isinstance(value, str | Number | np.generic):
+    if not isinstance(value, str | Number | np.generic | date | time | UUID):
         raise Refused("decode", "malformed_record", f"{what} holds a {type(value).__name__}, neither text nor number")
     return replace_surrogates(str(value))
 
@@ -101,7 +101,7 @@ def normalize_id(value: object) -> str | None:
     """
     if is_missing(value):
         return None
-    text = trim(str(value) if isinstance(value, date | time | UUID) else to_text(_to_integer(value), "the id"))
+    text = trim(to_text(_to_integer(value), "the id"))
     if len(text) <= MAX_SHRINKAGE * MAX_ID_CHARS:
         text = unicodedata.normalize("NFC", text)
     if len(text) > MAX_ID_CHARS:

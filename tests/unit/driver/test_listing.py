@@ -17,6 +17,7 @@ from pipelines.driver.ingest.sources.files import NO_ACCESS, Listing, list_files
 from pipelines.driver.ingest.sources.walk import PASSED_OVER, expand_braces
 from pipelines.driver.ingest.totals import describe_passed_over
 from pipelines.errors import UserError
+from pipelines.executor.ingest.splits import split_of_file
 
 SUFFIXES = (".csv", ".csv.gz")
 
@@ -86,6 +87,17 @@ def test_a_file_without_a_split_in_its_name_is_passed_over_if_the_name_decides_t
     found = listing(tmp_path, split={"kind": "file"})
     assert [file.name for file in found.files] == ["train.csv"]
     assert reasons(found) == {"captions.csv": "no_split"}
+
+
+def test_a_file_keeps_the_folder_in_its_name_if_only_the_folder_has_a_split(tmp_path: Path) -> None:
+    write(tmp_path, {"data/train/0.csv": "x", "test/val.csv": "x", "other/1.csv": "x"})
+    found = listing(tmp_path, split={"kind": "file"})
+    assert [(file.name, split_of_file(file.name)) for file in found.files] == [
+        ("data/train/0.csv", "train"),
+        ("val.csv", "val"),
+    ]
+    assert reasons(found) == {"other/1.csv": "no_split"}
+    assert [file.name for file in listing(tmp_path).files] == ["0.csv", "1.csv", "val.csv"]
 
 
 @settings(max_examples=40, deadline=None)

@@ -51,7 +51,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes = b"", **attributes: obj
 
 
 def rows_of(*paths: Path) -> list[Record]:
-    batch = pa.RecordBatch.from_pydict({"path": [str(path) for path in paths]})
+    batch = pa.RecordBatch.from_pydict({"path": [str(path) for path in paths], "file": [path.name for path in paths]})
     return list(tar_records(iter([batch]), IMAGES, max_bytes=2_000))
 
 

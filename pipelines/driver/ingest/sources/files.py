@@ -40,7 +40,7 @@ class SourceFile(NamedTuple):
 
     Attributes:
         path: path or URL that executors open.
-        name: file name.
+        name: file name, or path relative to the source if the split of the file is in the name of its folder.
         size: size in bytes.
         modified: modification time in microseconds.
         item: name of the file in the ledger.
@@ -156,7 +156,7 @@ def list_plain_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
     for entry in _list_path(config.source.path):
         reason = entry.reason if isinstance(entry, PassedOver) else _reason(entry, config, suffixes)
         if isinstance(entry, Found) and reason is None:
-            files.append(_source_file(entry))
+            files.append(_source_file(entry, config))
         else:
             passed_over.append(PassedOver(printable(entry.relative), str(reason)))
     if config.source.kind == "parquet":
@@ -189,8 +189,10 @@ def _reason(found: Found, config: DataConfig, suffixes: tuple[str, ...]) -> str 
     return "no_split" if config.split.kind == "file" and split_of_file(found.relative) is None else None
 
 
-def _source_file(found: Found) -> SourceFile:
+def _source_file(found: Found, config: DataConfig) -> SourceFile:
     *folders, name = found.relative.split("/")
+    if config.split.kind == "file" and split_of_file(name) is None:
+        name = found.relative  # executors need the folder that gives the file its split
     pairs = [folder.split("=", 1) for folder in folders if "=" in folder]
     partition = {unquote(key): None if value == NULL_PARTITION else unquote(value) for key, value in pairs}
     path = printable(found.path)

@@ -23,6 +23,6 @@ def load_rows(
     spark: SparkSession, source: WebDatasetSourceConfig, config: DataConfig, files: Sequence[SourceFile]
 ) -> SourceRows:
     """Return one raw row per tar file. Each raw row is read by a separate task."""
-    frame = spark.createDataFrame([(file.path,) for file in files], "path string")
+    frame = spark.createDataFrame([(file.path, file.name) for file in files], "path string, file string")
     read = partial(tar_records, images=source.columns.image.split(";"), max_bytes=config.limits.max_bytes)
     return SourceRows(frame.coalesce(1).repartition(len(files)), read)

@@ -122,7 +122,7 @@ def _part_by_part(array: pa.Array) -> Any:
     if not array.is_valid()[0].as_py():
         return value
     if is_text(kind):
-        value = array[0].as_buffer().to_pybytes().decode("utf-8", "replace")
+        value = content_of(array).to_pybytes().decode("utf-8", "replace")
     elif types.is_dictionary(kind):
         value = to_python(_value_of_dictionary(array))[0]
     elif is_list(kind):
@@ -162,7 +162,20 @@ class NotStored(dict[str, str]):
 def _buffer(array: pa.Array) -> pa.Buffer | None:
     """Return the bytes of an array of one string or binary value."""
     array = _value_of_dictionary(stored(array))
-    return array[0].as_buffer() if is_text(array.type) or is_bytes(array.type) else None
+    return content_of(array) if is_text(array.type) or is_bytes(array.type) else None
+
+
+def content_of(array: pa.Array) -> pa.Buffer:
+    """Return the bytes of an array of one string or binary value without a copy, which Arrow's own scalars make."""
+    kind, at = array.type, array.offset
+    if types.is_binary_view(kind) or types.is_string_view(kind):
+        return array[0].as_buffer()
+    if types.is_fixed_size_binary(kind):
+        return array.buffers()[1].slice(at * kind.byte_width, kind.byte_width)
+    _, offsets, content = array.buffers()
+    large = types.is_large_binary(kind) or types.is_large_string(kind)
+    start, end = np.frombuffer(offsets, np.int64 if large else np.int32)[at : at + 2].tolist()
+    return content.slice(start, end - start) if content else pa.py_buffer(b"")
 
 
 def _value_of_dictionary(array: pa.Array) -> pa.Array:
@@ -219,7 +232,7 @@ def _picture(array: pa.Array, most: int) -> Any:
 
 
 def _whole_picture(array: pa.Array, most: int) -> bytes | str | NotStored:
-    text, buffer = is_text(array.type), array[0].as_buffer()
+    text, buffer = is_text(array.type), content_of(array)
     limit = most * 3 // 2 if text else most  # base64 takes 4 characters for 3 bytes
     if buffer.size > limit:
         return NotStored(f"{buffer.size:,} bytes, at most {limit:,}", array)

@@ -147,13 +147,13 @@ class _OtherColumns:
 
     def __init__(self, part: _Range, group: int, used: Sequence[str]) -> None:
         self.part, self.group, self.used = part, group, used
-        self.cursors: list[tuple[str, _Cursor]] = []
+        self.cursors: list[tuple[str, _Cursor]] | None = None
         self.next_row = 0
 
     def row(self, row: int) -> Fields:
         """Return the other columns of a row, and the partition's values. Rows are read fastest in ascending order."""
         fields: Fields = {name: value for name, value in self.part.partition.items() if name not in self.used}
-        if row < self.next_row or not self.cursors:
+        if row < self.next_row or self.cursors is None:
             try:
                 self.cursors = self._open()
             except (OSError, *DAMAGE) as error:

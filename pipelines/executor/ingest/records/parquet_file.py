@@ -6,7 +6,7 @@ Positions and not names, because names may have dots, may be repeated, and may d
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from types import TracebackType
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipelines.executor.ingest.records.arrow_values import stored_type
 from pipelines.executor.ingest.records.parquet_pages import PageSizes, first_byte, page_sizes
-from pipelines.executor.ingest.storage import open_binary
+from pipelines.executor.ingest.storage import is_url, open_binary, printable
 
 BATCH_BYTES = 16 * 2**20
 BATCH_ROWS = 1024
@@ -41,9 +41,10 @@ class ParquetColumns:
     """
 
     def __init__(self, path: str, buffer_bytes: int = 2**20) -> None:
-        self.opened = open_binary(path)
-        self.file = getattr(self.opened, "raw", self.opened)  # Arrow has buffers of its own
+        native = not is_url(path) and printable(path) == path  # Arrow opens no name that is not UTF-8
+        self.file = pa.OSFile(path) if native else open_binary(path)
         self.buffer_bytes = buffer_bytes
+        self._readers: dict[tuple[int, bool], pq.ParquetFile] = {}
         try:
             self.plain = self._open([])
             self.metadata = self.plain.metadata
@@ -66,11 +67,12 @@ class ParquetColumns:
 
     def close(self) -> None:
         """Close the file."""
-        self.opened.close()
+        self.file.close()
 
-    def _open(self, dictionaries: Sequence[int]) -> pq.ParquetFile:
+    def _open(self, dictionaries: Sequence[int], metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
         return pq.ParquetFile(
             self.file,
+            metadata=metadata,
             read_dictionary=list(dictionaries),
             buffer_size=self.buffer_bytes,
             coerce_int96_timestamp_unit="us",
@@ -105,12 +107,19 @@ class ParquetColumns:
         """
         leaves = self._leaves(position, parts)
         sizes = [self._sizes(group, leaf) for leaf in leaves]
-        kept = self._keeps_dictionaries(group, leaves)
+        kept = self._keeps_dictionaries(group, dict(zip(leaves, sizes, strict=True)))
         width = sum(self._row_bytes(group, leaf, size, kept=kept) for leaf, size in zip(leaves, sizes, strict=True))
         rows = min(max(int(BATCH_BYTES // width), 1), BATCH_ROWS)
-        reader = (self._with_dictionaries if kept else self.plain).reader
+        rows = 1 << rows.bit_length() - 1
+        reader = self._reader(rows, kept=kept).reader
         for batch in reader.iter_batches(rows, [group], column_indices=leaves, use_threads=False):
             yield batch.column(0)
+
+    def _reader(self, rows: int, *, kept: bool) -> pq.ParquetFile:
+        """Return the reader of batches of `rows` rows. A reader has one batch size for all columns that it reads."""
+        if (rows, kept) not in self._readers:
+            self._readers[rows, kept] = self._open(self._texts if kept else [], metadata=self.metadata)
+        return self._readers[rows, kept]
 
     def _leaves(self, position: int, parts: Sequence[str]) -> list[int]:
         leaves = list(self.leaves[position])
@@ -126,27 +135,26 @@ class ParquetColumns:
             raise pa.ArrowInvalid(f"column {column.path}: {sizes.refused}")
         return sizes
 
-    def _keeps_dictionaries(self, group: int, leaves: Sequence[int]) -> bool:
-        """Return whether the repeated values of lists are read as dictionaries."""
-        chunks = [self._chunk(group, leaf) for leaf in leaves if leaf in self._texts_in_lists]
-        return bool(chunks) and sum(chunk.total_uncompressed_size for chunk in chunks) <= DICTIONARY_BYTES
+    def _keeps_dictionaries(self, group: int, sizes: Mapping[int, PageSizes]) -> bool:
+        """Return whether values that are in lists, or that are large and repeated, are read as dictionaries."""
+        texts = [leaf for leaf in sizes if leaf in self._texts]
+        if not any(self._column(leaf).max_repetition_level for leaf in texts):
+            return any(sizes[leaf].repeats and sizes[leaf].dictionary > BATCH_BYTES for leaf in texts)
+        return sum(int(self._chunk(group, leaf).total_uncompressed_size) for leaf in texts) <= DICTIONARY_BYTES
 
     def _row_bytes(self, group: int, leaf: int, sizes: PageSizes, *, kept: bool) -> float:
         """Return about how many bytes a row may take in a batch."""
         chunk = self._chunk(group, leaf)
-        repeated = 0 if kept and leaf in self._texts_in_lists else sizes.dictionary
+        repeated = 0 if kept and leaf in self._texts else sizes.dictionary
         value: float = max(sizes.per_value, repeated, self._column(leaf).length, 8)
         values: float = max(chunk.num_values / max(self.rows(group), 1), 1)
         return value * values
 
     @cached_property
-    def _texts_in_lists(self) -> list[int]:
+    def _texts(self) -> list[int]:
+        """Positions of the values that Arrow can read as dictionaries, which are strings and binary."""
         columns = enumerate(self.plain.schema)
-        return [leaf for leaf, c in columns if c.max_repetition_level and c.physical_type == "BYTE_ARRAY"]
-
-    @cached_property
-    def _with_dictionaries(self) -> pq.ParquetFile:
-        return self._open(self._texts_in_lists)
+        return [leaf for leaf, c in columns if c.physical_type == "BYTE_ARRAY" and c.logical_type.type != "DECIMAL"]
 
     def _column(self, leaf: int) -> Any:
         return self.plain.schema.column(leaf)

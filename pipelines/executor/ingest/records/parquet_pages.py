@@ -30,11 +30,13 @@ class PageSizes(NamedTuple):
     Attributes:
         per_value: mean size of a value in the page with the largest values, in bytes without compression.
         dictionary: size of the dictionary page, or 0 if there is none.
+        repeats: whether all values are in the dictionary, and are repeated several times on average.
         refused: why the chunk is not read, or None.
     """
 
     per_value: float
     dictionary: int
+    repeats: bool
     refused: str | None
 
 
@@ -43,9 +45,13 @@ class _Page(NamedTuple):
     size: int
     compressed: int
     values: int
+    encoding: int
 
 
 DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = 0, 2, 3
+DICTIONARY_ENCODINGS = (2, 8)
+REPETITIONS = 4
+"""Number of values per value of a dictionary from which on the dictionary is kept."""
 
 
 def page_sizes(file: IO[bytes], chunk: Any, *, in_lists: bool) -> PageSizes:
@@ -61,7 +67,8 @@ def page_sizes(file: IO[bytes], chunk: Any, *, in_lists: bool) -> PageSizes:
     pages: list[_Page] = []
     with suppress(pa.ArrowInvalid):
         pages.extend(_pages(file, first_byte(chunk), chunk.total_compressed_size, chunk.num_values))
-    data = [page for page in pages if page.kind != DICTIONARY_PAGE]
+    data = [page for page in pages if page.kind in (DATA_PAGE, DATA_PAGE_V2)]
+    dictionaries = [page for page in pages if page.kind == DICTIONARY_PAGE]
     refused = None
     for page in pages:
         if page.size > max(MAX_PAGE_BYTES, HONEST_RATIO * page.compressed):
@@ -70,7 +77,9 @@ def page_sizes(file: IO[bytes], chunk: Any, *, in_lists: bool) -> PageSizes:
         refused = f"lists of {chunk.total_compressed_size:,} bytes claim to hold {chunk.num_values:,} values"
     return PageSizes(
         per_value=max((page.size / max(page.values, 1) for page in data), default=0.0),
-        dictionary=max((page.size for page in pages if page.kind == DICTIONARY_PAGE), default=0),
+        dictionary=max((page.size for page in dictionaries), default=0),
+        repeats=all(page.encoding in DICTIONARY_ENCODINGS for page in data)
+        and chunk.num_values >= REPETITIONS * sum(page.values for page in dictionaries) > 0,
         refused=refused,
     )
 
@@ -108,10 +117,11 @@ def _read_header(file: IO[bytes], at: int) -> tuple[_Page, int]:
                 raise pa.ArrowInvalid(f"the page header at byte {at} is cut") from None
             length *= 16
     detail = fields.get(5) or fields.get(7) or fields.get(8) or {}
-    sizes = [fields.get(1), fields.get(2), fields.get(3), detail.get(1, 0) if isinstance(detail, dict) else None]
+    detail = detail if isinstance(detail, dict) else {}
+    sizes = [fields.get(1), fields.get(2), fields.get(3), detail.get(1, 0), detail.get(4 if 8 in fields else 2, 0)]
     if not all(isinstance(one, int) for one in sizes):
         raise pa.ArrowInvalid(f"there is no page header at byte {at}")
-    return _Page(*sizes), thrift.at  # type: ignore[arg-type]
+    return _Page(*sizes), thrift.at
 
 
 class _Thrift:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
-from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -16,7 +15,7 @@ from pipelines.executor.ingest.records.encoding import decode_text
 from pipelines.executor.ingest.records.record import Fields, Problem, Record, parse_json_object
 from pipelines.executor.ingest.records.tar import Member, TarReader
 from pipelines.executor.ingest.records.tar_links import Links, LinkTargets
-from pipelines.executor.ingest.storage import describe_damage, printable
+from pipelines.executor.ingest.storage import describe_damage
 
 MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 """Pattern of <key>.<extension>. The extension begins after the first dot of the name; hidden files do not match."""
@@ -45,7 +44,7 @@ def tar_records(batches: Iterator[pa.RecordBatch], images: Sequence[str], max_by
     record, after the records of the rows before it.
 
     Args:
-        batches: batches with the column `path`, the path of a tar, which may be compressed.
+        batches: batches with the columns `path` (of a tar, which may be compressed) and `file` (its name).
         images: file extensions of pictures. If a row has several pictures, the picture whose extension comes first in
             this order is used.
         max_bytes: largest size of a tar member to read, in bytes. All members of a row together may have a quarter
@@ -53,16 +52,15 @@ def tar_records(batches: Iterator[pa.RecordBatch], images: Sequence[str], max_by
     """
     limits = _Limits(tuple(images), max_bytes, max_bytes + max_bytes // 4)
     for batch in batches:
-        for path in batch.column("path").to_pylist():
-            yield from _Tar(path, limits).records()
+        for row in batch.to_pylist():
+            yield from _Tar(row["path"], row["file"], limits).records()
 
 
 class _Tar:
     """One tar, whose rows are read in one pass, or in three passes if the tar has links (`tar_links.py`)."""
 
-    def __init__(self, path: str, limits: _Limits) -> None:
-        self._path, self._limits = path, limits
-        self._file = printable(PurePosixPath(path).name)
+    def __init__(self, path: str, file: str, limits: _Limits) -> None:
+        self._path, self._file, self._limits = path, file, limits
         self._links = Links()
         self._row: _TarRow | None = None
         self._complete = 0
