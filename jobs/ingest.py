@@ -113,6 +113,10 @@ def _print_report(job: Job, report: FullReport) -> None:
         job.output.line(
             "", f"{sum(report.passed_over_count.values()):,} files passed over: {_name_passed_over(report)}"
         )
+    if report.unreadable_files:
+        count = len(report.unreadable_files)
+        shown = "; ".join(report.unreadable_files[:SHOWN_FILES])
+        job.output.line("", f"{count:,} files could not be read to their end: {shown}")
     if report.removed:
         job.output.line("", f"{report.removed:,} pictures removed because their source rows were changed or deleted")
     if report.nothing_new:

@@ -95,11 +95,13 @@ class RowSourceBase(SourceBase):
 class CsvSourceConfig(RowSourceBase):
     """CSV files with base64 pictures. `multiline` allows line breaks inside quoted fields.
 
-    The path `scenes:COUNT` or `scenes:COUNT:SEED` stands for a generated file of COUNT drawn scenes.
+    `delimiter` is the character between fields; null finds the delimiter in the header of each file. The path
+    `scenes:COUNT` or `scenes:COUNT:SEED` stands for a generated file of COUNT drawn scenes.
     """
 
     kind: Literal["csv"] = "csv"
     multiline: bool = False
+    delimiter: Annotated[str | None, Field(pattern=r'^[^"\r\n]$'), ADDED_LATER] = None
 
 
 class JsonlSourceConfig(RowSourceBase):

@@ -47,6 +47,12 @@ def _refuse(rows: DataFrame, reason: str, detail: Column) -> DataFrame:
     return rows.withColumns(why).select(*REFUSED)
 
 
+def name_unreadable_files(plan: IngestPlan, limit: int) -> list[str]:
+    """Return the names of files that could not be read to their end, each with the reason."""
+    rows = plan.outcomes.filter(F.col("reason") == "unreadable_file").select("source_row", "detail").limit(limit)
+    return sorted(f"{row['source_row'].rpartition('#')[0]}: {row['detail']}" for row in rows.collect())
+
+
 def add_to_quarantine(platform: Platform, plan: IngestPlan) -> dict[str, int]:
     """Append the refused rows that `quarantine` lacks in one commit. Return the number of added rows by reason.
 

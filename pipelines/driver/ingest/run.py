@@ -39,11 +39,11 @@ from pipelines.driver.ingest.ledger import (
 )
 from pipelines.driver.ingest.near_duplicates import NearReport
 from pipelines.driver.ingest.plan import PlanTotals, count_pictures_across_splits, plan_ingest
-from pipelines.driver.ingest.quarantine import add_to_quarantine, replace_quarantine
+from pipelines.driver.ingest.quarantine import add_to_quarantine, name_unreadable_files, replace_quarantine
 from pipelines.driver.ingest.sources.open import open_source
 from pipelines.driver.ingest.sources.source import Covered, Source
 from pipelines.driver.ingest.table_rows import rows_of_source
-from pipelines.driver.ingest.totals import IngestReport, check_totals, describe_passed_over
+from pipelines.driver.ingest.totals import NAMED_FILES, IngestReport, check_totals, describe_passed_over
 from pipelines.errors import UserError
 from pipelines.formats.tables import QUARANTINE, SAMPLES
 from pipelines.platform import Platform
@@ -61,6 +61,7 @@ class Written:
         near: counts of near duplicates among the new pictures.
         across: number of pictures with the same bytes in two splits.
         removed: number of pictures removed from `samples`.
+        unreadable: names of files that could not be read to their end, with the reasons; at most NAMED_FILES.
     """
 
     totals: PlanTotals = field(default_factory=PlanTotals)
@@ -68,6 +69,7 @@ class Written:
     near: NearReport = field(default_factory=NearReport)
     across: int = 0
     removed: int = 0
+    unreadable: list[str] = field(default_factory=list)
 
 
 def ingest(
@@ -116,6 +118,7 @@ def ingest(
         dataset_version=read_versions(spark, platform, source_name).last_change,
         seconds=round(time.monotonic() - started, 3),
         **describe_passed_over(source.passed_over),
+        unreadable_files=written.unreadable,
     )
     check_totals(report, config)
     if source.rows:  # written after the check, so that the next ingest reads the items of a failed ingest again
@@ -179,7 +182,8 @@ def _plan_and_write(spark: SparkSession, platform: Platform, decoded: DecodedRow
     near = write_samples(platform, plan)
     hashed = plan.request.config.split.kind == "hash"
     across = 0 if hashed else count_pictures_across_splits(plan.outcomes)
-    return Written(totals=plan.totals, reasons=dict(reasons), near=near, across=across)
+    unreadable = name_unreadable_files(plan, NAMED_FILES) if plan.totals.refused else []
+    return Written(totals=plan.totals, reasons=dict(reasons), near=near, across=across, unreadable=unreadable)
 
 
 def _require_no_pictures(spark: SparkSession, platform: Platform, decoded: DecodedRows, covered: Covered) -> None:

@@ -43,6 +43,8 @@ class IngestReport(Config):
         passed_over: names of files and folders of the source that were not read, by reason (one of
             `sources.walk.PASSED_OVER`); at most NAMED_FILES names.
         passed_over_count: number of files and folders of the source that were not read, by reason.
+        unreadable_files: names of files that could not be read to their end, with the reasons; at most NAMED_FILES.
+            Each file is one row of rows_in and of `quarantine`.
     """
 
     source: str
@@ -65,6 +67,7 @@ class IngestReport(Config):
     seconds: float
     passed_over: dict[str, list[str]] = Field(default_factory=dict)
     passed_over_count: dict[str, int] = Field(default_factory=dict)
+    unreadable_files: list[str] = Field(default_factory=list)
 
     @property
     def nothing_new(self) -> bool:
@@ -98,6 +101,10 @@ class TooManyRefused(StageFailed):
 def _newly_quarantined(report: IngestReport) -> str:
     reasons = ", ".join(f"{count} {reason}" for reason, count in report.reasons.items())
     return f"newly quarantined: {reasons or 'none, all were quarantined before'}"
+
+
+def _unreadable(report: IngestReport) -> str:
+    return "".join(f"; cannot read {file}" for file in report.unreadable_files[:3])
 
 
 def check_totals(report: IngestReport, config: DataConfig) -> None:
@@ -136,6 +143,6 @@ def _no_samples_error(report: IngestReport, config: DataConfig) -> UserError:
     return UserError(
         "not one row of the input could be used",
         where=config.source.where,
-        got=f"{report.rows_in} rows, {_newly_quarantined(report)}",
+        got=f"{report.rows_in} rows, {_newly_quarantined(report)}{_unreadable(report)}",
         fix="inspect the refused rows with `lakesight quarantine`, and check data.source.columns",
     )

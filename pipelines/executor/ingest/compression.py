@@ -16,6 +16,8 @@ from pipelines.executor.ingest.storage import open_binary
 
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 """First bytes of each kind of compressed file."""
+SKIPPABLE_FRAME = b"\x2a\x4d\x18"
+"""Bytes 2 to 4 of a zstd frame without content. Parallel compressors begin a file with such a frame."""
 XZ_MEMORY = 128 * 2**20
 """Largest memory of an xz decoder. A file that needs more is refused: `xz -9` needs 65 MB."""
 CHUNK = 1 << 20
@@ -23,6 +25,8 @@ CHUNK = 1 << 20
 
 def compression_of(start: bytes) -> str | None:
     """Return the compression of a file that begins with these bytes, or None if it is not compressed."""
+    if start[1:4] == SKIPPABLE_FRAME and 0x50 <= start[0] <= 0x5F:
+        return "zstd"
     return next((name for magic, name in MAGIC.items() if start.startswith(magic)), None)
 
 
@@ -36,17 +40,45 @@ def open_decompressed(path: str) -> Iterator[IO[bytes]]:
     with open_binary(path) as file:
         start = file.read(8)
         file.seek(0)
-        kind = compression_of(start)
-        if kind == "gzip":
-            yield cast(IO[bytes], gzip.GzipFile(fileobj=file))
-        elif kind == "bz2":
-            yield bz2.BZ2File(file)
-        elif kind == "xz":
-            yield io.BufferedReader(_XzReader(file), CHUNK)  # type: ignore[type-var]
-        elif kind == "zstd":
-            yield io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file), "zstd"), CHUNK)
-        else:
-            yield file
+        yield decompress(file, start)
+
+
+def decompress(file: IO[bytes], start: bytes) -> IO[bytes]:
+    """Return a stream of the decompressed content of a file, or the file itself if it is not compressed.
+
+    Reading with `read1` returns what is before a damaged place before it raises an exception.
+
+    Args:
+        file: file that stands at its beginning.
+        start: first bytes of the file.
+    """
+    kind = compression_of(start)
+    if kind == "gzip":
+        return cast(IO[bytes], gzip.GzipFile(fileobj=file))
+    if kind == "bz2":
+        return bz2.BZ2File(file)
+    if kind == "xz":
+        return io.BufferedReader(_XzReader(file), CHUNK)  # type: ignore[type-var]
+    if kind == "zstd":
+        return io.BufferedReader(_ZstdReader(file), CHUNK)  # type: ignore[type-var]
+    return file
+
+
+class _ZstdReader(io.RawIOBase):
+    """Decompressor of zstd frames. Arrow loses the whole piece in which the damage is, so the pieces are small."""
+
+    PIECE = 4 << 10
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._content = pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+        content = self._content.read(min(len(buffer), self.PIECE))
+        buffer[: len(content)] = content
+        return len(content)
 
 
 class _XzReader(io.RawIOBase):

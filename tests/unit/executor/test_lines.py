@@ -1,39 +1,197 @@
-"""Tests that every line of a file is read once when the file is read in byte ranges."""
+"""Tests of lines of files: each line is read once in any ranges and compressions, and damage is one record."""
 
 from __future__ import annotations
 
+import bz2
+import errno
+import gzip
+import io
+import lzma
+import os
+import tracemalloc
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pyarrow as pa
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.executor.ingest.records.lines import file_lines
+from pipelines.executor.ingest.records.csv import csv_records
+from pipelines.executor.ingest.records.jsonl import jsonl_records
+from pipelines.executor.ingest.records.lines import (
+    RANGE,
+    WHOLE,
+    Layout,
+    LongLine,
+    Range,
+    range_lines,
+    range_records,
+    split_stream,
+)
+from pipelines.executor.ingest.records.record import Record
+from pipelines.executor.ingest.text_stream import is_plain, open_text
+
+LIMIT = 10**6
 
 
-@settings(deadline=None)
+def zstd(content: bytes) -> bytes:
+    """Compress with zstd."""
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return bytes(sink.getvalue())
+
+
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "bzip2": partial(bz2.compress, compresslevel=1),
+    "xz": lzma.compress,
+    "zstd": zstd,
+}
+
+
+def lines_of(path: Path, start: int, end: int, separator: bytes = b"\n", limit: int = LIMIT) -> list[bytes]:
+    part = Range(str(path), path.name, start, end, Layout(separator), {})
+    return [line[0] for line in range_lines(part, limit) if not isinstance(line, LongLine)]
+
+
+def raw_rows(path: Path, end: int = WHOLE, layout: int = 0, partition: str = "{}") -> Iterator[pa.RecordBatch]:
+    row = {"path": os.fsencode(path), "file": path.name, "start": 0, "end": end}
+    yield pa.RecordBatch.from_pylist([row | {"layout": layout, "partition": partition}], RANGE)
+
+
+def json_records(path: Path, limit: int = LIMIT) -> list[Record]:
+    return list(jsonl_records(raw_rows(path), [Layout()], limit))
+
+
+@settings(deadline=None, max_examples=200)
 @given(
     st.lists(st.binary(max_size=9).map(lambda line: line.replace(b"\n", b"").replace(b"\r", b"")), max_size=9),
-    st.sampled_from([b"\n", b"\r\n"]),
+    st.lists(st.sampled_from([b"\n", b"\r\n", b"\r"]), min_size=9, max_size=9),
     st.booleans(),
+    st.sampled_from([b"\n", b"\r"]),
     st.integers(1, 12),
 )
-def test_every_line_of_a_file_is_read_once_whatever_the_size_of_the_ranges(
-    lines: list[bytes], end: bytes, ended: bool, size: int
+def test_every_line_of_a_file_is_read_once_whatever_the_line_ends_and_the_size_of_the_ranges(
+    lines: list[bytes], ends: list[bytes], ended: bool, separator: bytes, size: int
 ) -> None:
-    content = end.join(lines) + (end if ended and lines else b"")
+    pairs = list(zip(lines, ends, strict=False))
+    content = b"".join(line + end for line, end in pairs)
+    content = content if ended or not pairs else content.removesuffix(pairs[-1][1])
     with TemporaryDirectory() as folder:
         path = Path(folder, "a.csv")
         path.write_bytes(content)
-        ranges = [
-            {"path": str(path), "file": path.name, "start": start, "header": 3, "end": min(start + size, len(content))}
-            for start in range(0, len(content), size)
-        ]
-        batches = (pa.RecordBatch.from_pylist([row]) for row in ranges)
-        found = list(file_lines(batches))
-    expected = content.replace(b"\r\n", b"\n").split(b"\n")
-    assert [line.content for line in found] == (expected if expected[-1] else expected[:-1])
-    assert {(line.path, line.file, line.header) for line in found} <= {(str(path), "a.csv", 3)}
-    starts = [line.start for line in found]
-    assert starts == sorted(starts)
+        starts = range(0, len(content), size)
+        found = [line for start in starts for line in lines_of(path, start, min(start + size, len(content)), separator)]
+    written = [line for line in lines if line]
+    assert [line for one in found if (line := one.strip(b"\r\n"))] == written
+
+
+def test_a_line_that_is_too_long_is_one_line_of_which_only_the_beginning_is_kept() -> None:
+    content = b"first\n" + b"x" * (5 * 2**20) + b"\nlast"
+    first, long, last = split_stream(io.BytesIO(content), b"\n", limit=1000)
+    assert (first, last) == (b"first", b"last")
+    assert isinstance(long, LongLine)
+    assert (long.size, len(long.head)) == (5 * 2**20, 64 * 2**10)
+
+
+def test_a_file_that_changes_its_line_ends_is_split_although_the_rest_looks_like_one_line() -> None:
+    rows = [b"%d" % number + b"x" * 1000 for number in range(4000)]
+    pieces = list(split_stream(io.BytesIO(b"head\n" + b"\r".join(rows)), b"\n", limit=10**5))
+    assert all(isinstance(piece, bytes) for piece in pieces)
+    assert b"\r".join(piece for piece in pieces if isinstance(piece, bytes)).split(b"\r") == [b"head", *rows]
+
+
+@pytest.mark.parametrize("kind", COMPRESSIONS)
+def test_the_content_of_a_file_tells_how_it_is_compressed_and_parts_may_follow_each_other(
+    tmp_path: Path, kind: str
+) -> None:
+    compress = COMPRESSIONS[kind]
+    path = tmp_path / "wrong.csv.suffix"
+    path.write_bytes(compress(b"a,b\n") + compress(b"c,d\n"))
+    assert not is_plain(path.read_bytes()[:1024])
+    assert lines_of(path, 0, WHOLE) == [b"a,b", b"c,d"]
+    path.write_bytes(gzip.compress(compress(b"twice\n")))
+    assert lines_of(path, 0, WHOLE) == [b"twice"]
+
+
+@pytest.mark.parametrize("kind", COMPRESSIONS)
+def test_rows_before_damage_come_in_and_the_damage_is_one_record_that_names_the_file(tmp_path: Path, kind: str) -> None:
+    rows = [b'{"row": %d, "noise": "%s"}\n' % (number, os.urandom(40).hex().encode()) for number in range(5_000)]
+    whole = COMPRESSIONS[kind](b"".join(rows))
+    path = tmp_path / "cut.jsonl"
+    path.write_bytes(whole[: len(whole) * 3 // 4])
+    *good, damaged = json_records(path)
+    assert damaged.problem is not None
+    assert damaged.problem.reason == "unreadable_file"
+    assert f"after {len(good)} rows" in damaged.problem.detail
+    assert damaged.raw is not None
+    assert str(path) in damaged.raw
+    assert [record.fields["row"] for record in good] == list(range(len(good)))
+    assert len(good) > len(rows) // 3
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_text_with_a_byte_order_mark_or_in_utf_16_is_read_as_what_it_says(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "a.jsonl"
+    text = '{"text": "caf\u00e9 \U0001f600"}\r\n' * 3
+    path.write_bytes(text.encode(encoding))
+    assert [record.fields for record in json_records(path)] == [{"text": "caf\u00e9 \U0001f600"}] * 3
+    path.write_bytes(gzip.compress(text.encode(encoding)))
+    assert [record.fields for record in json_records(path)] == [{"text": "caf\u00e9 \U0001f600"}] * 3
+
+
+def test_a_file_that_ends_inside_a_character_and_an_archive_are_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"a": 1}\n{"a": 2}\n'.encode("utf-16")[:-1])
+    assert [record.fields for record in json_records(path)] == [{"a": 1}, {}]
+    for content, name in ((b"PK\x03\x04" + bytes(100), "ZIP"), (gzip.compress(bytes(257) + b"ustar"), "tar")):
+        path.write_bytes(content)
+        [record] = json_records(path)
+        assert name in str(record.problem)
+
+
+def test_a_file_that_has_vanished_is_one_record_and_a_fault_of_the_machine_is_raised(tmp_path: Path) -> None:
+    [record] = json_records(tmp_path / "gone.jsonl")
+    assert record.problem is not None
+    assert record.problem.reason == "unreadable_file"
+
+    def offline(_: Range) -> Iterator[Record]:
+        yield Record("a", {})
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output"):
+        list(range_records(raw_rows(tmp_path), [Layout()], offline))
+
+
+def test_a_file_whose_layout_has_a_problem_is_one_record(tmp_path: Path) -> None:
+    [record] = jsonl_records(raw_rows(tmp_path / "a"), [Layout(problem="the file has no column image")], LIMIT)
+    assert record.problem is not None
+    assert record.problem.detail == "the file has no column image"
+
+
+def test_an_open_text_file_is_closed_with_its_stream(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(gzip.compress(b"x"))
+    stream = open_text(str(tmp_path / "a"))
+    assert stream.read() == b"x"
+    stream.close()
+    assert stream.closed
+
+
+@pytest.mark.parametrize("content", [b"x", b'"', b'a,"'], ids=repr)
+def test_a_small_file_that_unpacks_to_one_endless_line_needs_bounded_memory(tmp_path: Path, content: bytes) -> None:
+    unpacked, limit = 32 * 2**20, 2**20
+    path = tmp_path / "bomb.csv.gz"
+    path.write_bytes(gzip.compress(content * (unpacked // len(content)), 1))
+    layouts = [Layout(names=("a", "b"))]
+    read = [partial(csv_records, multiline=multiline, limit=limit) for multiline in (False, True)]
+    for records in (*read, partial(jsonl_records, limit=limit)):
+        tracemalloc.start()
+        found = [record.problem and record.problem.reason for record in records(raw_rows(path), layouts)]
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert found == ["too_large"]
+        assert peak < unpacked // 2

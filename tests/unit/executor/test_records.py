@@ -4,38 +4,40 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.executor.ingest.records.csv import csv_records, spark_csv_records, split_line
-from pipelines.executor.ingest.records.jsonl import jsonl_records
+from pipelines.executor.ingest.records.csv import csv_records, split_line
+from pipelines.executor.ingest.records.jsonl import jsonl_range
+from pipelines.executor.ingest.records.lines import RANGE, WHOLE, Layout, Range
 from pipelines.executor.ingest.records.record import Record
 from pipelines.executor.ingest.records.table import FILE, add_image_ids, delta_records, payload_records, table_records
 
-HEADERS = (("id", "text"), ("text", "picture", "id"))
-SCHEMA = pa.schema(
-    [
-        ("path", pa.string()),
-        ("file", pa.string()),
-        ("start", pa.int64()),
-        ("header", pa.int32()),
-        ("content", pa.binary()),
-    ]
-)
+LIMIT = 10**6
 
 
-def records(*lines: tuple[str, int, int, bytes]) -> list[Record]:
-    """Parse lines, given as path, start, header and content, in batches of two."""
-    rows = [
-        {"path": path, "file": path.rpartition("/")[2], "start": start, "header": header, "content": line}
-        for path, start, header, line in lines
-    ]
-    batches = (pa.RecordBatch.from_pylist(rows[n : n + 2], SCHEMA) for n in range(0, len(rows), 2))
-    return list(csv_records(batches, HEADERS))
+def parse(folder: Path, content: bytes, *, multiline: bool = False, start: int = 0, **layout: Any) -> list[Record]:
+    """Parse CSV rows of a file of which the layout is known."""
+    path = folder / "a.csv"
+    path.write_bytes(content)
+    form = Layout(**{"names": ("id", "text")} | layout)
+    end = WHOLE if multiline else len(content)
+    row = {"path": os.fsencode(path), "file": path.name, "start": start, "end": end, "layout": 1, "partition": "{}"}
+    batch = pa.RecordBatch.from_pylist([row], RANGE)
+    return list(csv_records(iter([batch]), [Layout(), form], multiline=multiline, limit=LIMIT))
+
+
+def fields(records: list[Record]) -> list[tuple[Any, ...]]:
+    """Return the values of records, or the raw text of a record that could not be parsed."""
+    return [tuple(record.fields.values()) if record.problem is None else (record.raw,) for record in records]
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\r\n\0", codec="utf-8")), min_size=1))
@@ -61,35 +63,72 @@ def test_a_csv_line_with_wrong_quotes_is_not_split(line: str) -> None:
     assert split_line(line) is None
 
 
-def test_csv_headers_and_blank_csv_lines_are_skipped() -> None:
-    lines = [
-        ("in/a.csv", 0, 0, b""),
-        ("in/a.csv", 0, 0, b"id,text"),
-        ("in/a.csv", 0, 0, b"1,one"),
-        ("in/a.csv", 0, 0, b" "),
-        ("in/a.csv", 0, 0, b"id,text"),
-        ("in/a.csv", 99, 0, b"2,two"),
-        ("in/b/a.csv", 0, 1, b"text,picture,id"),
-        ("in/b/a.csv", 0, 1, b'three,,"3"'),
-        ("in/c.csv", 50, 0, b"4,four"),
-    ]
-    assert records(*lines) == [
-        Record("a.csv", {"id": "1", "text": "one"}),
-        Record("a.csv", {"id": "id", "text": "text"}),
-        Record("a.csv", {"id": "2", "text": "two"}),
-        Record("a.csv", {"text": "three", "picture": None, "id": "3"}),
-        Record("c.csv", {"id": "4", "text": "four"}),
+def test_rows_before_the_first_row_of_values_and_blank_rows_are_skipped(tmp_path: Path) -> None:
+    content = b"\n\xef\xbb\xbfid,text\n1,one\n \nid,text\n\xef\xbb\xbf2,\n"
+    assert fields(parse(tmp_path, content, skip=2)) == [("1", "one"), ("id", "text"), ("2", None)]
+    assert fields(parse(tmp_path, content, skip=2, start=20)) == [("id", "text"), ("2", None)]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\r\r\n"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|", "\u00a6"])
+def test_every_line_end_and_delimiter_is_read(tmp_path: Path, end: str, delimiter: str) -> None:
+    lines = [["1", "one"], ["2", f'"a{delimiter}b ""c"""'], ["", ""], ["3", "three"]]
+    content = end.join(delimiter.join(line) for line in lines).encode()
+    separator = b"\r" if end == "\r" else b"\n"
+    for multiline in (False, True):
+        records = parse(tmp_path, content, multiline=multiline, delimiter=delimiter, separator=separator)
+        assert fields(records) == [("1", "one"), ("2", f'a{delimiter}b "c"'), (None, None), ("3", "three")]
+
+
+def test_lines_of_one_file_may_end_in_different_ways_and_a_quoted_carriage_return_is_text(tmp_path: Path) -> None:
+    content = b'1,one\r2,"a\rb"\r\n3,three\n4,four\r'
+    expected = [("1", "one"), ("2", "a\rb"), ("3", "three"), ("4", "four")]
+    assert fields(parse(tmp_path, content)) == expected
+    assert fields(parse(tmp_path, content, multiline=True)) == expected
+    assert fields(parse(tmp_path, content, multiline=True, separator=b"\r")) == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.text(st.sampled_from('ab",;\n\r')), min_size=2, max_size=2), max_size=6),
+    st.sampled_from(["\n", "\r\n", "\r"]),
+)
+def test_line_breaks_in_quotes_are_read_as_by_the_csv_module(rows: list[list[str]], end: str) -> None:
+    file = io.StringIO(newline="")
+    csv.writer(file, lineterminator=end, quoting=csv.QUOTE_ALL).writerows(rows)
+    separator = b"\r" if end == "\r" else b"\n"
+    with TemporaryDirectory() as folder:
+        records = parse(Path(folder), file.getvalue().encode(), multiline=True, separator=separator)
+    assert fields(records) == [tuple(value or None for value in row) for row in rows]
+
+
+def test_a_quote_that_is_never_closed_costs_only_its_own_line(tmp_path: Path) -> None:
+    content = b'1,one\n2,"open\n3,three\n4,four\n'
+    assert fields(parse(tmp_path, content, multiline=True)) == [
+        ("1", "one"),
+        ('2,"open',),
+        ("3", "three"),
+        ("4", "four"),
     ]
 
 
 @pytest.mark.parametrize("line", [b"1", b"1,one,more", b'1,"one', b'"1"x,one'])
-def test_malformed_csv_line_keeps_its_raw_text(line: bytes) -> None:
-    [record] = records(("a.csv", 7, 0, line))
+def test_malformed_csv_line_keeps_its_raw_text(tmp_path: Path, line: bytes) -> None:
+    [record] = parse(tmp_path, line)
     assert record.raw == line.decode()
+    assert record.problem is not None
+    assert record.problem.reason == "malformed_record"
 
 
-def test_invalid_utf_8_in_a_csv_line_changes_only_the_row_of_this_line() -> None:
-    bad, good = records(("a.csv", 7, 0, b"1,caf\xe9"), ("a.csv", 7, 0, "2,caf\u00e9".encode()))
+def test_a_csv_line_over_the_limit_is_one_refused_row_and_the_others_come_in(tmp_path: Path) -> None:
+    first, long, last = parse(tmp_path, b"1,one\n2," + b"x" * (LIMIT + 2**20) + b"\n3,three")
+    assert fields([first, last]) == [("1", "one"), ("3", "three")]
+    assert long.problem is not None
+    assert (long.problem.reason, len(long.raw or "") < 70_000) == ("too_large", True)
+
+
+def test_invalid_utf_8_in_a_csv_line_changes_only_the_row_of_this_line(tmp_path: Path) -> None:
+    bad, good = parse(tmp_path, b"1,caf\xe9\n" + "2,caf\u00e9".encode())
     assert (bad.fields["text"], good.fields["text"]) == ("caf\ufffd", "caf\u00e9")
 
 
@@ -97,9 +136,10 @@ def test_invalid_utf_8_in_a_csv_line_changes_only_the_row_of_this_line() -> None
 
 
 def json_lines(*lines: bytes) -> list[Record]:
-    rows = [{"path": "a.jsonl", "file": "a.jsonl", "start": 0, "header": 0, "content": line} for line in lines]
-    batch = pa.RecordBatch.from_pylist(rows, SCHEMA)
-    return list(jsonl_records(iter([batch])))
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "a.jsonl")
+        path.write_bytes(b"\n".join(lines))
+        return list(jsonl_range(Range(str(path), path.name, 0, WHOLE, Layout(), {}), LIMIT))
 
 
 def test_json_lines_are_parsed_and_blank_lines_are_skipped() -> None:
@@ -141,13 +181,7 @@ def test_invalid_utf_8_in_a_table_changes_only_its_own_row() -> None:
     assert [record.fields["text"] for record in table_records(iter([batch]), "image")] == ["caf\ufffd", None, "x"]
 
 
-def test_rows_that_spark_could_not_parse_keep_their_raw_text_and_payloads_are_parsed_again() -> None:
-    rows = [{"file": "a.csv", "raw": raw, "row": [("id", "1"), ("text", None)]} for raw in ('1,"x', None)]
-    schema = pa.schema([("file", pa.string()), ("raw", pa.string()), ("row", pa.map_(pa.string(), pa.string()))])
-    bad, good = spark_csv_records(iter([pa.RecordBatch.from_pylist(rows, schema)]))
-    assert good == Record("a.csv", {"id": "1", "text": None})
-    assert (bad.raw, bad.problem and bad.problem.reason) == ('1,"x', "malformed_record")
-
+def test_payloads_of_refused_rows_are_parsed_again() -> None:
     payloads = {"source_row": ["a#b.csv#0f", "a.csv#1e"], "payload": ['{"id": "1"}', '1,"x']}
     good, bad = payload_records(iter([pa.RecordBatch.from_pydict(payloads)]))
     assert good == Record("a#b.csv", {"id": "1"}, source_row="a#b.csv#0f")

@@ -18,8 +18,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pipelines.config import PICTURE
+from pipelines.executor.ingest.encoding import decode_text
 from pipelines.executor.ingest.records import webdataset
-from pipelines.executor.ingest.records.encoding import decode_text
 from pipelines.executor.ingest.records.record import Problem, Record
 from pipelines.executor.ingest.records.webdataset import tar_records
 

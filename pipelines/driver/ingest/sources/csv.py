@@ -2,71 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial, reduce
+import logging
+import re
+from collections.abc import Collection, Sequence
+from functools import partial
 
-from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
-from pyspark.sql.types import StringType, StructField, StructType
+from pyspark.sql import SparkSession
 
 from pipelines.config import CsvSourceConfig, DataConfig
-from pipelines.driver.ingest.sources.files import COMPRESSION_SUFFIXES, SourceFile, load_lines, spark_literal
+from pipelines.driver.ingest.sources.files import SourceFile
+from pipelines.driver.ingest.sources.lines import COMPRESSION_SUFFIXES, load_ranges, read_layouts, whole_range
 from pipelines.driver.ingest.sources.source import SourceRows, require_columns
-from pipelines.errors import UserError
-from pipelines.executor.ingest.records.csv import csv_records, spark_csv_records
+from pipelines.executor.ingest.records.csv import csv_records, csv_rows, is_blank, split_line
+from pipelines.executor.ingest.records.lines import Layout, LongLine, line_limit
 
-SUFFIXES = tuple(f".csv{compression}" for compression in COMPRESSION_SUFFIXES)
-CORRUPT = "_lakesight_corrupt_record"
+logger = logging.getLogger(__name__)
+
+SUFFIXES = tuple(f".{name}{compression}" for name in ("csv", "tsv") for compression in COMPRESSION_SUFFIXES)
+DELIMITERS = (",", ";", "\t", "|")
+"""Delimiters that are tried if the config names none: the first one that finds the named columns in the header."""
+SEPARATOR_LINE = re.compile(r'"?sep=(.)"?', re.IGNORECASE)
+"""Pattern of a line before the header in which spreadsheets name the delimiter."""
+HEADER_BYTES = 8 * 2**20
+"""Largest size of a header, in bytes."""
 
 
 def load_rows(
-    spark: SparkSession, source: CsvSourceConfig, config: DataConfig, files: Sequence[SourceFile]
+    spark: SparkSession, dialect: CsvSourceConfig, config: DataConfig, files: Sequence[SourceFile]
 ) -> SourceRows:
-    """Load the rows of the files. Each file is read with its own header, because Spark uses one header for all files.
+    """Load the rows of CSV files. Each file has its own header and its own delimiter.
+
+    Args:
+        spark: Spark session.
+        dialect: whether fields contain line breaks, and which delimiter separates fields.
+        config: data config of the source.
+        files: CSV files.
 
     Raises:
-        UserError: a file is empty or lacks a column.
+        UserError: no file has a column that the data config names.
     """
-    by_header: dict[tuple[str, ...], list[SourceFile]] = {}
-    for file in files:
-        header = read_header(spark, file, multiline=source.multiline)
-        require_columns(config, header, file.path)
-        by_header.setdefault(header, []).append(file)
-    if source.multiline:
-        frames = [parse(spark, [f.path for f in group], header, multiline=True) for header, group in by_header.items()]
-        return SourceRows(reduce(DataFrame.unionAll, frames), spark_csv_records)
-    indexed = [(file, index) for index, group in enumerate(by_header.values()) for file in group]
-    frame, lines = load_lines(spark, indexed)
-    return SourceRows(frame, partial(csv_records, headers=tuple(by_header), lines=lines))
+    where = files[0].path if len(files) == 1 else config.source.where
+    layouts = csv_layouts(config, files, where, multiline=dialect.multiline, delimiter=dialect.delimiter)
+    frame, distinct = load_ranges(spark, files, layouts)
+    limit = line_limit(config.limits)
+    return SourceRows(frame, partial(csv_records, layouts=distinct, multiline=dialect.multiline, limit=limit))
 
 
-def read_header(spark: SparkSession, file: SourceFile, *, multiline: bool) -> tuple[str, ...]:
-    """Read the column names of a file.
+def csv_layouts(
+    config: DataConfig, files: Sequence[SourceFile], where: str, *, multiline: bool, delimiter: str | None = None
+) -> list[Layout]:
+    """Return the layouts of CSV files. A file without the column of pictures or texts has a problem.
 
     Raises:
-        UserError: the file is empty.
+        UserError: no file has a column that the data config names.
     """
-    header = tuple(spark.read.csv(spark_literal(file.path), header=True, **_dialect(multiline)).columns)  # type: ignore[arg-type]
-    if not header:
-        raise UserError("the input file is empty", where=file.path, got=f"{file.size} bytes", fix="expected a header")
-    return header
+    needed = (config.source.columns.image, config.source.columns.text)
+    read = partial(_read_header, needed=needed, multiline=multiline, delimiter=delimiter)
+    layouts = read_layouts(files, read, whole=multiline)
+    found = [(*layout.names, *file.partition) for file, layout in zip(files, layouts, strict=True) if layout.names]
+    if found:
+        require_columns(config, list(dict.fromkeys(name for names in found for name in names)), where)
+    return [_refuse_without(needed, *pair) for pair in zip(files, layouts, strict=True)]
 
 
-def parse(spark: SparkSession, paths: list[str], header: tuple[str, ...], *, multiline: bool) -> DataFrame:
-    """Parse CSV files in Spark, and return rows in the format that `spark_csv_records` expects."""
-    schema = StructType([StructField(name, StringType()) for name in (*header, CORRUPT)])
-    frame = spark.read.csv(
-        [spark_literal(path) for path in paths],
-        schema=schema,
-        header=True,
-        mode="PERMISSIVE",
-        columnNameOfCorruptRecord=CORRUPT,
-        **_dialect(multiline),  # type: ignore[arg-type]
-    )
-    record = F.create_map(*(part for name in header for part in (F.lit(name), F.col(f"`{name.replace('`', '``')}`"))))
-    return frame.select(F.col("_metadata.file_name").alias("file"), F.col(CORRUPT).alias("raw"), record.alias("row"))
+def _refuse_without(needed: Sequence[str], file: SourceFile, layout: Layout) -> Layout:
+    lacking = [name for name in needed if name not in layout.names and name not in file.partition]
+    if not layout.names or not lacking:
+        return layout
+    return Layout(problem=f"the file has no column {', '.join(lacking)}, unlike other files of the source")
 
 
-def _dialect(multiline: bool) -> dict[str, str | int | bool]:
-    """Return Spark's CSV options for RFC 4180, in which a quote inside quotes is doubled and fields have any length."""
-    return {"quote": '"', "escape": '"', "multiLine": multiline, "maxCharsPerColumn": -1}
+def _read_header(
+    file: SourceFile, layout: Layout, *, needed: Collection[str], multiline: bool, delimiter: str | None
+) -> Layout:
+    """Add the header of a file to its layout. A file without a row gets no names."""
+    found: list[Layout] = []
+    for tried in (delimiter,) if delimiter else DELIMITERS:
+        found.append(_try_delimiter(file, layout._replace(delimiter=tried), needed, multiline=multiline))
+        if all(name in found[-1].names or name in file.partition for name in needed):
+            return found[-1]
+    return max(found, key=lambda one: len(one.names))
+
+
+def _try_delimiter(file: SourceFile, layout: Layout, needed: Collection[str], *, multiline: bool) -> Layout:
+    named = None
+    rows = csv_rows(whole_range(file, layout), multiline=multiline, limit=HEADER_BYTES)
+    for count, row in enumerate(rows, 1):
+        if isinstance(row, LongLine):
+            return Layout(problem=f"the file has no header within its first {HEADER_BYTES} bytes")
+        if named is None and (named := SEPARATOR_LINE.fullmatch(row.strip())):
+            if named[1] != layout.delimiter:
+                return _try_delimiter(file, layout._replace(delimiter=named[1]), needed, multiline=multiline)
+        elif not is_blank(row, layout.delimiter):
+            names = split_line(row, layout.delimiter)
+            if names is None:
+                return Layout(problem="the header of the file has wrong quotes")
+            return layout._replace(names=_distinct_names(names, needed, file), skip=count)
+    return layout
+
+
+def _distinct_names(names: Sequence[str], needed: Collection[str], file: SourceFile) -> tuple[str, ...]:
+    """Return a name for each column. A name that is blank or has been seen gets the number of its column.
+
+    Names keep their white space unless a needed column is found only without it.
+    """
+    if not all(name in names for name in needed):
+        names = [name.strip() for name in names]
+    distinct: dict[str, None] = {}
+    for index, name in enumerate(names):
+        unique = name or f"_c{index}"
+        while unique in distinct:
+            if name in needed:
+                logger.warning("%s has several columns %s: the first one is read", file.path, name)
+            unique += str(index)
+        distinct[unique] = None
+    return tuple(distinct)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
 import pyarrow as pa
-from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig, short_hash
 from pipelines.driver.ingest.ledger import items_table, pending_items
@@ -20,14 +17,11 @@ from pipelines.driver.ingest.sources.source import Source, SourceRows
 from pipelines.driver.ingest.sources.walk import Found, PassedOver, file_reason, list_entries
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.folder import change_token
-from pipelines.executor.ingest.records.lines import Lines, file_lines, spark_lines
 from pipelines.executor.ingest.splits import split_of_file
 from pipelines.executor.ingest.storage import is_url, printable
 
-COMPRESSION_SUFFIXES = ("", ".gz", ".bz2", ".zst")
-"""Suffixes of compressed files of lines. The empty suffix stands for no compression."""
 RANGE_BYTES = 32 * 2**20
-"""Number of bytes of a file of lines that one task reads."""
+"""Number of bytes of a file that one task reads."""
 SET_PATH = "--set data.source.path=FILE_OR_FOLDER"
 NO_ACCESS = "no access"
 """State of a file that may not be read. When the file may be read, its state changes, so the file is read then."""
@@ -82,45 +76,6 @@ def open_files(
     return Source(
         rows, _hash_files(name, files), pending, len(files) - len(to_read), passed_over=tuple(listing.passed_over)
     )
-
-
-def load_lines(spark: SparkSession, files: Sequence[tuple[SourceFile, int]]) -> tuple[DataFrame, Lines]:
-    """Return the raw rows of files of lines, and the function with which executors read the lines.
-
-    Args:
-        spark: Spark session.
-        files: pairs of a file and the index of its header.
-    """
-    if any(is_url(file.path) or file.name.endswith(COMPRESSION_SUFFIXES[1:]) for file, _ in files):
-        by_header: dict[int, list[str]] = {}
-        for file, header in files:
-            by_header.setdefault(header, []).append(file.path)
-        frames = [load_text(spark, group, header) for header, group in by_header.items()]
-        return reduce(DataFrame.unionAll, frames), spark_lines
-    ranges = [
-        (file.path, file.name, start, header, min(start + RANGE_BYTES, file.size))
-        for file, header in files
-        for start in range(0, file.size, RANGE_BYTES)
-    ]
-    tasks = 1 + sum(file.size for file, _ in files) // RANGE_BYTES
-    rows = spark.createDataFrame(ranges, "path string, file string, start bigint, header int, end bigint")
-    return rows.repartitionByRange(tasks, "path", "start"), file_lines
-
-
-def load_text(spark: SparkSession, paths: list[str], header: int = 0) -> DataFrame:
-    """Read lines through Spark in the format of `spark_lines`. Lines are bytes, because a line may be invalid UTF-8."""
-    return spark.read.text([spark_literal(path) for path in paths], lineSep="\n").select(
-        F.col("_metadata.file_path").alias("path"),
-        F.col("_metadata.file_name").alias("file"),
-        F.col("_metadata.file_block_start").alias("start"),
-        F.lit(header).alias("header"),
-        F.col("value").cast("binary").alias("content"),
-    )
-
-
-def spark_literal(path: str) -> str:
-    """Return a path with escaped wildcards, from which Spark reads exactly this path."""
-    return re.sub(r"[\[\]{}*?\\]", r"\\\g<0>", path)
 
 
 def _hash_files(name: str, files: Sequence[SourceFile]) -> str:
@@ -190,13 +145,14 @@ def _reason(found: Found, config: DataConfig, suffixes: tuple[str, ...]) -> str 
 
 
 def _source_file(found: Found, config: DataConfig) -> SourceFile:
-    *folders, name = found.relative.split("/")
+    relative = printable(found.relative)
+    *folders, name = relative.split("/")
     if config.split.kind == "file" and split_of_file(name) is None:
-        name = found.relative  # executors need the folder that gives the file its split
+        name = relative  # executors need the folder that gives the file its split
     pairs = [folder.split("=", 1) for folder in folders if "=" in folder]
     partition = {unquote(key): None if value == NULL_PARTITION else unquote(value) for key, value in pairs}
     path = printable(found.path)
-    return SourceFile(found.path, printable(name), found.size, found.modified, path, found.accessible, partition)
+    return SourceFile(found.path, name, found.size, found.modified, path, found.accessible, partition)
 
 
 def _refuse_delta_tables(path: str, passed_over: Sequence[PassedOver]) -> None:

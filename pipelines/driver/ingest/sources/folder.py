@@ -1,7 +1,7 @@
 """Folder sources: a folder of picture files, and a captions file that names the picture files.
 
-The captions file is CSV, JSON lines or COCO captions JSON. Spark reads the captions file. Executors open the pictures,
-so every executor must see the folder.
+The captions file is CSV, JSON lines or COCO captions JSON. The driver reads a COCO document, and executors read the
+other kinds. Executors open the pictures, so every executor must see the folder.
 """
 
 from __future__ import annotations
@@ -14,32 +14,30 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from pipelines.config import DataConfig, FolderSourceConfig, short_hash
+from pipelines.config import CsvSourceConfig, DataConfig, FolderSourceConfig, short_hash
 from pipelines.driver.ingest.ledger import ITEMS, pending_items
 from pipelines.driver.ingest.sources import csv, jsonl
-from pipelines.driver.ingest.sources.files import SourceFile, load_text, source_folder, spark_literal
+from pipelines.driver.ingest.sources.files import SourceFile, source_folder
+from pipelines.driver.ingest.sources.lines import COMPRESSION_SUFFIXES
 from pipelines.driver.ingest.sources.source import Source, SourceRows, require_columns
 from pipelines.errors import UserError
-from pipelines.executor.ingest.records.csv import spark_csv_records
+from pipelines.executor.ingest.records.coco import coco_columns, coco_records
 from pipelines.executor.ingest.records.folder import (
     CAPTIONS,
+    RECORDS,
     caption_records,
     folder_records,
     list_captions,
+    parse_captions,
+    store_records,
     subfolder_of,
 )
-from pipelines.executor.ingest.records.jsonl import jsonl_records
-from pipelines.executor.ingest.records.record import Read
-from pipelines.executor.ingest.records.table import FILE, table_records
+from pipelines.executor.ingest.storage import describe_damage
 
 CAPTION_BYTES_PER_TASK = 64 * 1024
-"""Number of bytes of the captions file that one task reads, which is a few hundred captions. By default, Spark would
-read the whole file in a single task."""
+"""Number of bytes of the captions file whose pictures one task looks up, which is a few hundred captions."""
 MAX_TASKS = 10_000
-COCO = (
-    "images array<struct<id: string, file_name: string, height: int, width: int>>, "
-    "annotations array<struct<id: string, image_id: string, caption: string>>"
-)
+COCO_SUFFIXES = tuple(f".json{compression}" for compression in COMPRESSION_SUFFIXES)
 
 
 def open_folder(
@@ -55,10 +53,10 @@ def open_folder(
     """
     folder = source_folder(config)
     file = _captions_file(folder / source.captions)
-    captions, read = _load_captions(spark, file, source, config)
+    captions = _load_captions(spark, file, source, config)
     tasks = min(1 + file.size // CAPTION_BYTES_PER_TASK, MAX_TASKS)
     column = source.columns.image
-    list_rows = partial(list_captions, read=read, captions=file.path, folder=str(folder), column=column)
+    list_rows = partial(list_captions, read=caption_records, captions=file.path, folder=str(folder), column=column)
     rows = captions.repartition(tasks).mapInArrow(list_rows, from_arrow_schema(CAPTIONS))
     items = rows.select(*ITEMS.names).toArrow().cast(ITEMS)
     pending = pending_items(items, ingested)
@@ -91,52 +89,37 @@ def _captions_file(path: Path) -> SourceFile:
     return SourceFile(str(path), path.name, found.st_size, modified, str(path), True, {})
 
 
-def _load_captions(
-    spark: SparkSession, file: SourceFile, source: FolderSourceConfig, config: DataConfig
-) -> tuple[DataFrame, Read]:
+def _load_captions(spark: SparkSession, file: SourceFile, source: FolderSourceConfig, config: DataConfig) -> DataFrame:
+    """Return the records of the captions file in the schema RECORDS."""
     name = file.name.lower()
     if name.endswith(csv.SUFFIXES):
-        header = csv.read_header(spark, file, multiline=True)
-        require_columns(config, header, file.path)
-        return csv.parse(spark, [file.path], header, multiline=True), spark_csv_records
-    if name.endswith(jsonl.SUFFIXES):
-        rows = load_text(spark, [file.path])
-        require_columns(config, jsonl.first_keys(rows), file.path)
-        return rows, jsonl_records
-    if name.endswith(".json"):
-        rows = _load_coco(spark, file, source)
-        require_columns(config, rows.columns[1:], file.path)
-        return rows, partial(table_records, image=source.columns.image)
-    raise UserError(
-        "the captions file has an unknown format",
-        where=file.path,
-        got=f"a file named {file.name}",
-        fix="expected CSV (.csv), JSON lines (.jsonl) or COCO captions (.json)",
-    )
+        rows = csv.load_rows(spark, CsvSourceConfig(multiline=True), config, [file])
+    elif name.endswith(jsonl.SUFFIXES):
+        rows = jsonl.load_rows(spark, config, [file])
+    elif name.endswith(COCO_SUFFIXES):
+        return spark.createDataFrame(_read_coco(file, source, config))
+    else:
+        raise UserError(
+            "the captions file has an unknown format",
+            where=file.path,
+            got=f"a file named {file.name}",
+            fix="expected CSV (.csv, .tsv), JSON lines (.jsonl) or COCO captions (.json)",
+        )
+    return rows.frame.mapInArrow(partial(parse_captions, read=rows.read), from_arrow_schema(RECORDS))
 
 
-def _load_coco(spark: SparkSession, file: SourceFile, source: FolderSourceConfig) -> DataFrame:
-    """Return one row per image with a list of captions. An annotation without an image also becomes a row."""
-    document = spark.read.schema(COCO).json(spark_literal(file.path), multiLine=True)
-    parts = document.selectExpr("images IS NOT NULL AND annotations IS NOT NULL AS coco").collect()
-    if not (len(parts) == 1 and parts[0]["coco"]):
+def _read_coco(file: SourceFile, source: FolderSourceConfig, config: DataConfig) -> pa.Table:
+    require_columns(config, coco_columns(source.columns), file.path)
+    try:
+        records = list(coco_records(file.path, file.name, source.columns))
+    except Exception as error:
+        damage = describe_damage(error)
+        if damage is None and not isinstance(error, ValueError):
+            raise
         raise UserError(
             "the captions file is not COCO captions JSON",
             where=file.path,
-            got="a file without the lists images and annotations",
+            got=damage or str(error),
             fix="write one JSON object with images (id, file_name) and annotations (image_id, caption)",
-        )
-    captions = (
-        document.selectExpr("inline(annotations)")
-        .groupBy("image_id")
-        .agg(F.array_sort(F.collect_list("caption")).alias(source.columns.text))
-    )
-    images = document.selectExpr("inline(images)").withColumnRenamed("file_name", source.columns.image)
-    return images.join(captions, F.col("id") == F.col("image_id"), "full").select(
-        F.lit(file.name).alias(FILE),
-        F.coalesce("id", "image_id").alias("id"),
-        source.columns.image,
-        "height",
-        "width",
-        source.columns.text,
-    )
+        ) from None
+    return pa.Table.from_batches(store_records(iter(records)), RECORDS)

@@ -2,41 +2,67 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 
+import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipelines.config import DataConfig
-from pipelines.driver.ingest.sources.files import COMPRESSION_SUFFIXES, SourceFile, load_lines, load_text
-from pipelines.driver.ingest.sources.source import SourceRows, require_columns
-from pipelines.executor.ingest.records.jsonl import jsonl_records
+from pipelines.driver.ingest.sources.files import SourceFile
+from pipelines.driver.ingest.sources.lines import COMPRESSION_SUFFIXES, load_ranges, read_layouts, whole_range
+from pipelines.driver.ingest.sources.source import SourceRows, require_columns, used_columns
+from pipelines.executor.ingest.records.jsonl import KEYS, find_keys, jsonl_range, jsonl_records
+from pipelines.executor.ingest.records.lines import Layout, line_limit
+from pipelines.executor.ingest.storage import describe_damage
 
 SUFFIXES = tuple(f"{name}{compression}" for name in (".jsonl", ".ndjson") for compression in COMPRESSION_SUFFIXES)
 INSPECTED_LINES = 20
-"""Number of lines whose keys are the columns of the source. The columns are checked before the
-ingest, because a wrong column name would quarantine every row."""
+"""Number of lines whose keys the driver looks at. Executors look for a column that is in none of these lines."""
 
 
 def load_rows(spark: SparkSession, config: DataConfig, files: Sequence[SourceFile]) -> SourceRows:
     """Load the lines of the files.
 
+    The columns are checked before the ingest, because a wrong column name would quarantine every row.
+
     Raises:
-        UserError: the first lines lack a column that the data config names.
+        UserError: no line has a column that the data config names.
     """
-    require_columns(config, first_keys(load_text(spark, [file.path for file in files])), config.source.path)
-    frame, lines = load_lines(spark, [(file, 0) for file in files])
-    return SourceRows(frame, partial(jsonl_records, lines=lines))
+    where = files[0].path if len(files) == 1 else config.source.where
+    layouts = read_layouts(files, lambda _, layout: layout)
+    frame, distinct = load_ranges(spark, files, layouts)
+    limit = line_limit(config.limits)
+    found = dict.fromkeys(name for file in files for name in file.partition)
+    found |= dict.fromkeys(first_keys(files, layouts, limit))
+    missing = [name for name in used_columns(config).values() if name not in found]
+    if missing and not all(layout.problem for layout in layouts):
+        search = partial(find_keys, layouts=distinct, limit=limit, wanted=missing)
+        found |= dict.fromkeys(_find_later_keys(frame, search))
+        require_columns(config, list(found), where)
+    return SourceRows(frame, partial(jsonl_records, layouts=distinct, limit=limit))
 
 
-def first_keys(lines: DataFrame) -> list[str]:
+def first_keys(files: Sequence[SourceFile], layouts: Sequence[Layout], limit: int) -> list[str]:
     """Return the keys of the objects in the first lines, in order of appearance."""
     keys: dict[str, None] = {}
-    for row in lines.limit(INSPECTED_LINES).collect():
-        try:
-            found = json.loads(row["content"])
-        except ValueError:
+    lines = INSPECTED_LINES
+    for file, layout in zip(files, layouts, strict=True):
+        if layout.problem or not lines:
             continue
-        keys |= dict.fromkeys(found if isinstance(found, dict) else ())
+        try:
+            for record in islice(jsonl_range(whole_range(file, layout), limit), lines):
+                keys |= dict.fromkeys(record.fields)
+                lines -= 1
+        except Exception as error:
+            if describe_damage(error) is None:
+                raise
     return list(keys)
+
+
+def _find_later_keys(frame: DataFrame, search: Callable[..., Iterator[pa.RecordBatch]]) -> list[str]:
+    """Return which of the missing keys appear in any line."""
+    keys = frame.mapInArrow(search, from_arrow_schema(KEYS)).distinct().collect()
+    return [row["key"] for row in keys]

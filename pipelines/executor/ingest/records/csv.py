@@ -1,80 +1,168 @@
-"""Parsers of CSV rows.
+"""Parser of CSV rows, with any delimiter, any line end, and line breaks inside quoted fields if they are allowed.
 
-Parsing a row with Spark's CSV parser takes half as long as decoding the row's picture. Python workers therefore receive
-lines as bytes and split the lines here. Spark parses a CSV file only if its quoted fields may contain line breaks.
+Parsing a row with Spark's CSV parser takes half as long as decoding the row's picture, and Python's csv module looks at
+every character. Python workers therefore read the bytes of the files, and jump from one delimiter or quote to the next.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import AnyStr
 
 import pyarrow as pa
 
-from pipelines.executor.ingest.records.lines import Lines, spark_lines
+from pipelines.executor.ingest.records.lines import (
+    Layout,
+    LongLine,
+    Range,
+    long_line_record,
+    range_lines,
+    range_records,
+)
 from pipelines.executor.ingest.records.record import Problem, Record
+
+MAX_LINES_OF_ROW = 100_000
+"""Largest number of lines that a row with line breaks inside quotes may have."""
+BOM = "\ufeff"
+LINE_ENDS = "\r\n"
+"""Characters that are stripped from the end of a row. Some spreadsheets end a line with two carriage returns."""
 
 
 def csv_records(
-    batches: Iterator[pa.RecordBatch], headers: Sequence[tuple[str, ...]], lines: Lines = spark_lines
+    batches: Iterator[pa.RecordBatch], layouts: Sequence[Layout], *, multiline: bool, limit: int
 ) -> Iterator[Record]:
-    """Parse CSV lines. Blank lines and the header (the first line of a file that is not blank) are skipped.
+    """Parse the rows of CSV files. Blank lines are skipped.
 
     Args:
-        batches: input of `lines`.
-        headers: list of headers, each a tuple of column names; `Line.header` is an index into the list.
-        lines: function that reads lines from the batches.
+        batches: batches of the schema `lines.RANGE`.
+        layouts: layouts of the files, with the column names.
+        multiline: whether quoted fields may contain line breaks. If so, every range is a whole file.
+        limit: largest size of a row, in bytes.
     """
-    part = None
-    for line in lines(batches):
-        text = line.content.decode("utf-8", errors="replace")
-        if not text.strip():
+    return range_records(batches, layouts, partial(_csv_range, multiline=multiline, limit=limit))
+
+
+def _csv_range(part: Range, *, multiline: bool, limit: int) -> Iterator[Record]:
+    names, delimiter = part.layout.names, part.layout.delimiter
+    rows = csv_rows(part, multiline=multiline, limit=limit)
+    for _ in range(part.layout.skip if part.start == 0 else 0):
+        next(rows, None)
+    for row in rows:
+        if isinstance(row, LongLine):
+            yield long_line_record(part.file, dict.fromkeys(names), row, limit)
+        elif not is_blank(row, delimiter):
+            values = split_line(row, delimiter)
+            if values is None or len(values) != len(names):
+                yield _malformed(part.file, names, row)
+            else:
+                fields = {name: value or None for name, value in zip(names, values, strict=True)}
+                yield Record(part.file, part.partition | fields)
+
+
+def csv_rows(part: Range, *, multiline: bool, limit: int) -> Iterator[str | LongLine]:
+    """Yield the rows of a range as text, without their line ends. The range may have no layout yet."""
+    delimiter = part.layout.delimiter.encode()
+    lines = range_lines(part, limit)
+    for row in _join_quoted(lines, delimiter, None if multiline else part.layout.separator, limit):
+        yield row if isinstance(row, LongLine) else _to_text(row)
+
+
+def _to_text(row: bytes) -> str:
+    return row.decode("utf-8", errors="replace").removeprefix(BOM).rstrip(LINE_ENDS)
+
+
+def is_blank(row: str, delimiter: str) -> bool:
+    """Return whether a row has no field. A tab may be a delimiter, so it is not blank then."""
+    return not row.strip() and delimiter not in row
+
+
+def _join_quoted(
+    lines: Iterator[tuple[bytes, bytes] | LongLine], delimiter: bytes, last: bytes | None, limit: int
+) -> Iterator[bytes | LongLine]:
+    """Join lines that are one row because a quoted field contains their line ends.
+
+    A quote that is never closed would swallow the rest of the file: its line becomes a row, and the lines after it are
+    looked at again.
+
+    Args:
+        lines: lines with their line ends.
+        delimiter: delimiter of the fields.
+        last: line end that always ends a row, or None if every line end may be inside quotes.
+        limit: largest size of a row, in bytes.
+    """
+    waiting: deque[tuple[bytes, bytes] | LongLine] = deque()
+
+    def following() -> tuple[bytes, bytes] | LongLine | None:
+        return waiting.popleft() if waiting else next(lines, None)
+
+    while (line := following()) is not None:
+        if isinstance(line, LongLine):
+            yield line
             continue
-        previous, part = part, (line.path, line.start)
-        if part != previous and line.start == 0:
-            continue
-        names = headers[line.header]
-        values = split_line(text)
-        if values is None or len(values) != len(names):
-            yield _malformed(line.file, names, text)
+        row, size = [line], len(line[0])
+        # In the common case the parser of the row finds out whether its quotes are wrong.
+        opened = line[1] != last and _ends_in_quotes(line[0], delimiter, opened=False)
+        while opened and size <= limit and len(row) < MAX_LINES_OF_ROW and row[-1][1] != last:
+            line = following()
+            if line is None:
+                break
+            if isinstance(line, LongLine):
+                waiting.appendleft(line)
+                break
+            row.append(line)
+            size += len(line[0])
+            opened = _ends_in_quotes(line[0], delimiter, opened=True)
+        if opened:
+            waiting.extendleft(reversed(row[1:]))
+        yield row[0][0] if opened or len(row) == 1 else b"".join(part for pair in row for part in pair)
+
+
+def _ends_in_quotes(line: bytes, delimiter: bytes, *, opened: bool) -> bool:
+    """Return whether a line ends inside a quoted field, given whether it begins inside one."""
+    if not opened and b'"' not in line:
+        return False
+    at = 0
+    while True:
+        if opened or line.startswith(b'"', at):
+            end = _find_closing_quote(line, at if opened else at + 1, b'"')
+            if end < 0:
+                return True
+            if not line.startswith(delimiter, end + 1):
+                return False
+            opened, at = False, end + 1 + len(delimiter)
         else:
-            yield Record(line.file, {n: v or None for n, v in zip(names, values, strict=True)})
+            end = line.find(delimiter, at)
+            if end < 0:
+                return False
+            at = end + len(delimiter)
 
 
-def spark_csv_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
-    """Convert CSV rows that Spark has parsed to records.
-
-    Args:
-        batches: batches with the columns `file`, `raw` (the line if Spark could not parse the line, else null) and
-            `row` (a map from column name to string).
-    """
-    for batch in batches:
-        for row in batch.to_pylist():
-            fields = dict(row["row"])
-            yield _malformed(row["file"], list(fields), row["raw"]) if row["raw"] else Record(row["file"], fields)
-
-
-def split_line(line: str) -> list[str] | None:
-    """Split a line into fields by RFC 4180. Return None if the quotes of the line are wrong.
-
-    This function jumps from one comma or quote to the next. Python's csv module looks at every character, so it is many
-    times slower on base64 pictures.
-    """
+def split_line(line: str, delimiter: str = ",") -> list[str] | None:
+    """Split a row into fields by RFC 4180. Return None if the quotes of the row are wrong."""
     fields, at = [], 0
     while True:
         if line.startswith('"', at):
-            end = line.find('"', at + 1)
-            while end >= 0 and line.startswith('"', end + 1):
-                end = line.find('"', end + 2)
-            if end < 0 or not (end + 1 == len(line) or line.startswith(",", end + 1)):
+            end = _find_closing_quote(line, at + 1, '"')
+            if end < 0 or not (end + 1 == len(line) or line.startswith(delimiter, end + 1)):
                 return None
             fields.append(line[at + 1 : end].replace('""', '"'))
             at = end + 2
         else:
-            end = line.find(",", at)
+            end = line.find(delimiter, at)
             fields.append(line[at:] if end < 0 else line[at:end])
             at = end + 1 if end >= 0 else len(line) + 1
         if at > len(line):
             return fields
+
+
+def _find_closing_quote(line: AnyStr, at: int, quote: AnyStr) -> int:
+    """Return the position of the quote that closes a field, or -1. Two quotes in a field are one quote of its text."""
+    end = line.find(quote, at)
+    while end >= 0 and line.startswith(quote, end + 1):
+        end = line.find(quote, end + 2)
+    return end
 
 
 def _malformed(file: str, names: Sequence[str], raw: str) -> Record:

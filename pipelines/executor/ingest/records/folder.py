@@ -25,25 +25,53 @@ NO_PICTURE = "no picture"
 """Value of the column `state` of the table `ingested` for a row whose picture cannot be found."""
 
 CAPTION_ROWS = 1024
-"""Number of rows in a CAPTIONS batch."""
-CAPTIONS = pa.schema(
+"""Number of rows in a batch of captions."""
+RECORDS = pa.schema(
     [
-        ("item", pa.string()),  # <captions file>#<hash of the row>
-        ("state", pa.string()),  # change token of the picture
-        ("file", pa.string()),  # the columns from `file` to `detail` hold the record
+        ("file", pa.string()),
         ("fields", pa.string()),  # JSON
         ("raw", pa.string()),
         ("reason", pa.string()),
         ("detail", pa.string()),
+    ]
+)
+"""Schema of the records of a captions file."""
+CAPTIONS = pa.schema(
+    [
+        ("item", pa.string()),  # <captions file>#<hash of the row>
+        ("state", pa.string()),  # change token of the picture
+        *RECORDS,
         ("picture", pa.string()),  # path of the picture file without links; null if there is none
     ]
 )
-"""Schema of the rows of a captions file, with the change tokens of their pictures."""
+"""Schema of the records of a captions file, with the change tokens of their pictures."""
 
 
 def change_token(size: int, modified: int) -> str:
     """Return a file's change token, a text of the size in bytes and the modification time (given in microseconds)."""
     return f"{size} bytes, {datetime.fromtimestamp(modified / 1e6, UTC):%Y-%m-%dT%H:%M:%S}.{modified % 1_000_000:06d}Z"
+
+
+def store_records(records: Iterator[Record]) -> Iterator[pa.RecordBatch]:
+    """Convert the records of a captions file to batches of the schema RECORDS."""
+    while rows := [_record_row(record) for record in islice(records, CAPTION_ROWS)]:
+        yield pa.RecordBatch.from_pylist(rows, RECORDS)
+
+
+def parse_captions(batches: Iterator[pa.RecordBatch], read: Read) -> Iterator[pa.RecordBatch]:
+    """Parse a captions file into batches of the schema RECORDS.
+
+    Args:
+        batches: input of `read`.
+        read: parser of the captions file.
+    """
+    yield from store_records(read(batches))
+
+
+def _record_row(record: Record) -> dict[str, str | None]:
+    fields = json.dumps(record.fields, ensure_ascii=False, sort_keys=True)
+    row = {"file": record.file, "fields": fields, "raw": record.raw}
+    return row | (record.problem._asdict() if record.problem else {})
 
 
 def list_captions(
@@ -64,12 +92,11 @@ def list_captions(
 
 
 def _caption_row(record: Record, captions: str, folder: str, column: str) -> dict[str, str | None]:
-    fields = json.dumps(record.fields, ensure_ascii=False, sort_keys=True)
-    row_hash = sha256((record.raw or fields).encode()).hexdigest()[:16]
-    row: dict[str, str | None] = {"item": f"{captions}#{row_hash}", "state": NO_PICTURE, "file": record.file}
-    row |= {"fields": fields, "raw": record.raw}
+    row = _record_row(record)
+    row_hash = sha256(str(record.raw or row["fields"]).encode()).hexdigest()[:16]
+    row |= {"item": f"{captions}#{row_hash}", "state": NO_PICTURE}
     if record.problem:
-        return row | record.problem._asdict()
+        return row
     found = _find_picture(folder, subfolder_of(captions, folder), record.fields.get(column))
     if isinstance(found, PictureFile):
         row["state"] = change_token(found.status.st_size, found.status.st_mtime_ns // 1000)
@@ -78,7 +105,7 @@ def _caption_row(record: Record, captions: str, folder: str, column: str) -> dic
 
 
 def caption_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
-    """Convert CAPTIONS rows back to the records from which the rows were made."""
+    """Convert rows of the schema RECORDS or CAPTIONS back to the records from which the rows were made."""
     for batch in batches:
         for row in batch.to_pylist():
             problem = Problem(row["reason"], row["detail"]) if row["reason"] else None

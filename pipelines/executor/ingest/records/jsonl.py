@@ -2,24 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import pyarrow as pa
 
-from pipelines.executor.ingest.records.lines import Lines, spark_lines
+from pipelines.executor.ingest.records.lines import (
+    Layout,
+    LongLine,
+    Range,
+    long_line_record,
+    range_lines,
+    range_records,
+)
 from pipelines.executor.ingest.records.record import Problem, Record, parse_json_object
 
+BOM = "\ufeff"
+KEYS = pa.schema([("key", pa.string())])
 
-def jsonl_records(batches: Iterator[pa.RecordBatch], lines: Lines = spark_lines) -> Iterator[Record]:
+
+def jsonl_records(batches: Iterator[pa.RecordBatch], layouts: Sequence[Layout], limit: int) -> Iterator[Record]:
     """Parse JSON lines. Blank lines are skipped.
 
     Args:
-        batches: input of `lines`.
-        lines: function that reads lines from the batches.
+        batches: batches of the schema `lines.RANGE`.
+        layouts: layouts of the files.
+        limit: largest size of a line, in bytes.
     """
-    for line in lines(batches):
-        text = line.content.decode("utf-8", errors="replace").removeprefix("\ufeff")
-        if not text.strip():
+    return range_records(batches, layouts, partial(jsonl_range, limit=limit))
+
+
+def jsonl_range(part: Range, limit: int) -> Iterator[Record]:
+    """Parse the lines of one range."""
+    for line in range_lines(part, limit):
+        if isinstance(line, LongLine):
+            yield long_line_record(part.file, {}, line, limit)
             continue
-        fields = parse_json_object(text)
-        yield Record(line.file, {}, text, fields) if isinstance(fields, Problem) else Record(line.file, fields)
+        text = line[0].decode("utf-8", errors="replace").removeprefix(BOM).rstrip("\r\n")
+        if text.strip():
+            fields = parse_json_object(text)
+            if isinstance(fields, Problem):
+                yield Record(part.file, {}, text, fields)
+            else:
+                yield Record(part.file, part.partition | fields)
+
+
+def find_keys(
+    batches: Iterator[pa.RecordBatch], layouts: Sequence[Layout], limit: int, wanted: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
+    """Yield which of the wanted keys appear in any object of the ranges, as batches of the schema KEYS."""
+    missing = set(wanted)
+    for record in jsonl_records(batches, layouts, limit):
+        if found := missing & record.fields.keys():
+            missing -= found
+            yield pa.RecordBatch.from_pylist([{"key": key} for key in sorted(found)], KEYS)
+            if not missing:
+                return

@@ -1,72 +1,232 @@
-"""Readers of text lines: `spark_lines` takes lines from Spark's text reader, and `file_lines` reads the file itself.
+"""Lines of files: Python workers read the files themselves, in byte ranges, with bounded memory.
 
 A line may hold megabytes of base64. Spark's text reader copies each line about six times inside the JVM, which takes
-half as long as decoding the picture in the line. Python workers therefore read plain files themselves, one byte range
-after the other. Spark reads only compressed files and files on storage that cannot be opened as plain files.
+half as long as decoding the picture in the line, and gives up the whole job if one file is damaged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import NamedTuple
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 
-LINE_ENDS = b"\r\n"
-"""Characters that are stripped from the end of a line. Some spreadsheets end a line with two carriage returns."""
+from pipelines.config import LimitsConfig
+from pipelines.executor.ingest.records.record import Fields, Problem, Record, unreadable_file
+from pipelines.executor.ingest.storage import describe_damage, open_binary, printable
+from pipelines.executor.ingest.text_stream import open_text
+
+WHOLE = -1
+"""Value of `end` in a RANGE that is a whole file: a compressed file, or one that cannot be split."""
+RANGE = pa.schema(
+    [
+        ("path", pa.binary()),  # path or URL, encoded by os.fsencode, because a name may not be UTF-8
+        ("file", pa.string()),
+        ("start", pa.int64()),
+        ("end", pa.int64()),  # byte offset at which the next range begins, or WHOLE
+        ("layout", pa.int32()),  # index into the list of layouts
+        ("partition", pa.string()),  # JSON object of partition columns
+    ]
+)
+"""Schema of the raw rows of files of lines. A line belongs to the range in which the line begins."""
+CHUNK_BYTES = 2**20
+KEPT_BYTES = 64 * 2**10
+"""Number of bytes of a too long line that `quarantine` keeps."""
 
 
-class Line(NamedTuple):
-    """One line of a file.
+class Layout(NamedTuple):
+    """Form of a file of lines, which the driver reads from the beginning of the file.
 
     Attributes:
-        path: full path of the file.
-        file: name of the file.
-        start: byte offset of the range of the file that contains the line.
-        header: index of the file's header in the source's list of headers.
-        content: UTF-8 bytes of the line, without its line end.
+        separator: byte that separates lines: a line feed, or a carriage return in files of old spreadsheets.
+        skip: number of rows before the first row of values, at the start of the file: the header, and blank lines.
+        names: column names of a CSV file.
+        delimiter: character between the fields of a CSV file.
+        whole: whether the file is not split into ranges, because it is compressed or its rows may contain line ends.
+        problem: why no row of the file can be read, or None.
     """
+
+    separator: bytes = b"\n"
+    skip: int = 0
+    names: tuple[str, ...] = ()
+    delimiter: str = ","
+    whole: bool = False
+    problem: str | None = None
+
+
+class Range(NamedTuple):
+    """A row of RANGE with its layout and the values of its partition columns."""
 
     path: str
     file: str
     start: int
-    header: int
-    content: bytes
+    end: int
+    layout: Layout
+    partition: Fields
 
 
-Lines = Callable[[Iterator[pa.RecordBatch]], Iterator[Line]]
+class LongLine(NamedTuple):
+    """A line that is longer than the limit: its first bytes, its size in bytes and its SHA-256."""
+
+    head: bytes
+    size: int
+    sha256: str
 
 
-def spark_lines(batches: Iterator[pa.RecordBatch]) -> Iterator[Line]:
-    """Yield lines that Spark's text reader has read.
-
-    Args:
-        batches: batches with the fields of Line as columns.
-    """
-    for batch in batches:
-        path, file, start, header = (batch.column(name).to_pylist() for name in Line._fields[:-1])
-        for *columns, content in zip(path, file, start, header, batch.column("content"), strict=True):
-            yield Line._make([*columns, content.as_py().rstrip(LINE_ENDS)])
+ReadRange = Callable[[Range], Iterator[Record]]
 
 
-def file_lines(batches: Iterator[pa.RecordBatch]) -> Iterator[Line]:
-    """Read the lines of byte ranges of files, with only one line in memory at a time.
-
-    A line belongs to the range in which the line begins.
+def range_records(batches: Iterator[pa.RecordBatch], layouts: Sequence[Layout], read: ReadRange) -> Iterator[Record]:
+    """Read the records of ranges. A file that is damaged ends with one record that says where.
 
     Args:
-        batches: batches with the fields of Line as columns, but with `end` (the byte offset at which the next range
-            begins) instead of `content`.
+        batches: batches of the schema RANGE.
+        layouts: layouts of the files.
+        read: parser of one range.
     """
     for batch in batches:
         for row in batch.to_pylist():
-            path, start = row["path"], row["start"]
-            with Path(path).open("rb", buffering=1 << 20) as file:
-                at = start
-                if start:  # skip a line that began in the previous range
-                    file.seek(start - 1)
-                    at += len(file.readline()) - 1
-                while at < row["end"] and (content := file.readline()):
-                    at += len(content)
-                    yield Line(path, row["file"], start, row["header"], content.rstrip(LINE_ENDS))
+            partition = json.loads(row["partition"])
+            path, layout = os.fsdecode(row["path"]), layouts[row["layout"]]
+            yield from _read_range(Range(path, row["file"], row["start"], row["end"], layout, partition), read)
+
+
+def _read_range(part: Range, read: ReadRange) -> Iterator[Record]:
+    if part.layout.problem:
+        yield unreadable_file(part.file, printable(part.path), part.layout.problem)
+        return
+    count = 0
+    try:
+        for record in read(part):
+            yield record
+            count += 1
+    except Exception as error:
+        damage = describe_damage(error)
+        if damage is None:
+            raise
+        after = f"after {count} rows" + (f" of the part from byte {part.start} on" if part.start else "")
+        yield unreadable_file(part.file, printable(part.path), f"{after}: {damage}")
+
+
+def line_limit(limits: LimitsConfig) -> int:
+    """Return the largest number of bytes of a line: the largest picture in base64, and some text."""
+    return limits.max_bytes * 3 // 2 + 2**20
+
+
+def range_lines(part: Range, limit: int) -> Iterator[tuple[bytes, bytes] | LongLine]:
+    """Yield the lines of a range, each with its line end: a line feed or a carriage return.
+
+    The carriage return of the pair of both stays at the end of its line.
+    """
+    other = _other_end(part.layout.separator)
+    for content in _range_contents(part, limit):
+        at = 0
+        while isinstance(content, bytes) and 0 <= (found := content.find(other, at)) < len(content) - 1:
+            yield content[at:found], other
+            at = found + 1
+        yield content if isinstance(content, LongLine) else (content[at:] if at else content, part.layout.separator)
+
+
+def _range_contents(part: Range, limit: int) -> Iterator[bytes | LongLine]:
+    """Yield what is between the separators of a range."""
+    separator = part.layout.separator
+    if part.end == WHOLE:
+        with closing(open_text(part.path)) as file:
+            yield from split_stream(file, separator, limit)
+        return
+    with closing(open_binary(part.path)) as file:
+        at = part.start
+        if part.start:  # skip a line that began in the previous range
+            file.seek(part.start - 1)
+            at += _skip_line(file, separator) - 1
+            file.seek(at)
+        for content in split_stream(file, separator, limit) if at < part.end else ():
+            yield content
+            at += (content.size if isinstance(content, LongLine) else len(content)) + 1
+            if at >= part.end:
+                return
+
+
+def _skip_line(file: IO[bytes], separator: bytes) -> int:
+    """Return the number of bytes up to the next separator, including the separator."""
+    size = 0
+    while chunk := file.read(CHUNK_BYTES):
+        found = chunk.find(separator)
+        if found >= 0:
+            return size + found + 1
+        size += len(chunk)
+    return size + 1
+
+
+def split_stream(file: IO[bytes], separator: bytes, limit: int) -> Iterator[bytes | LongLine]:
+    """Split a stream at a separator, with at most `limit` bytes and a few chunks in memory.
+
+    A line that is longer than the limit is read, but not kept. A file may end its lines in one way at its beginning and
+    in another way later, so a long line is also split at the other line end.
+    """
+    line = _PendingLine(_other_end(separator), limit)
+    read1 = getattr(file, "read1", file.read)
+    while chunk := read1(CHUNK_BYTES):
+        first, *further = chunk.split(separator)
+        yield from line.add(first)
+        if further:
+            yield line.end()
+            yield from further[:-1]
+            yield from line.add(further[-1])
+    if line.size:
+        yield line.end()
+
+
+class _PendingLine:
+    """A line of which only the beginning has been read."""
+
+    def __init__(self, other: bytes, limit: int) -> None:
+        self.other, self.limit = other, limit
+        self._reset()
+
+    def _reset(self) -> None:
+        self.size = 0
+        self.parts: list[bytes] = []
+        self.digest: Any = None
+
+    def add(self, part: bytes) -> Iterator[bytes | LongLine]:
+        """Append bytes to the line. If the line becomes too long, yield what the other line end separates."""
+        self.parts.append(part)
+        self.size += len(part)
+        if self.size <= self.limit:
+            return
+        if self.digest is None and any(self.other in one for one in self.parts):
+            *complete, rest = b"".join(self.parts).rpartition(self.other)
+            self._reset()
+            yield complete[0]
+            self.parts, self.size = [rest], len(rest)
+        elif self.digest is None:
+            joined = b"".join(self.parts)
+            self.digest, self.parts = hashlib.sha256(joined), [joined[:KEPT_BYTES]]
+        else:
+            before, found, rest = self.parts.pop().partition(self.other)
+            self.digest.update(before)
+            self.size -= len(found) + len(rest)
+            if found:
+                yield self.end()
+                self.parts, self.size = [rest], len(rest)
+
+    def end(self) -> bytes | LongLine:
+        """Return the whole line, and begin a new line."""
+        parts, size, digest = self.parts, self.size, self.digest
+        self._reset()
+        return b"".join(parts) if digest is None else LongLine(parts[0], size, digest.hexdigest())
+
+
+def _other_end(separator: bytes) -> bytes:
+    return b"\r" if separator == b"\n" else b"\n"
+
+
+def long_line_record(file: str, fields: Fields, line: LongLine, limit: int) -> Record:
+    """Return the record of a line that is too long, which keeps the beginning of the line."""
+    raw = f"{line.head.decode(errors='replace')} [... {line.size} bytes, SHA-256 {line.sha256}]"
+    return Record(file, fields, raw, Problem("too_large", f"a line of {line.size} bytes, at most {limit}"))

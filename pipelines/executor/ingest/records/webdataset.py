@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipelines.config import PICTURE
 from pipelines.executor.ingest.compression import open_decompressed
-from pipelines.executor.ingest.records.encoding import decode_text
+from pipelines.executor.ingest.encoding import decode_text
 from pipelines.executor.ingest.records.record import Fields, Problem, Record, parse_json_object
 from pipelines.executor.ingest.records.tar import Member, TarReader
 from pipelines.executor.ingest.records.tar_links import Links, LinkTargets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def add_pictures(records: Iterator[Record], root: PictureRoot, column: str) -> I
 def _split_by_folder(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, pa.RecordBatch]]:
     """Split batches into runs of rows whose files are in the same folder."""
     for batch in batches:
-        folders = [posixpath.dirname(path) for path in batch.column("path").to_pylist()]
+        folders = [posixpath.dirname(os.fsdecode(path)) for path in batch.column("path").to_pylist()]
         start = 0
         for folder, run in groupby(folders):
             count = len(list(run))

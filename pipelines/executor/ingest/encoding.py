@@ -18,17 +18,23 @@ def decode_text(content: bytes) -> str:
 
     Invalid bytes become U+FFFD.
     """
+    encoding, mark = encoding_of(content)
+    return content[mark:].decode(encoding, "replace")
+
+
+def encoding_of(start: bytes) -> tuple[str, int]:
+    """Return the encoding of a text that begins with these bytes, and the length of its byte-order mark."""
     for mark, encoding in BYTE_ORDER_MARKS:
-        if content.startswith(mark):
-            return content[len(mark) :].decode(encoding, "replace")
-    return content.decode(_unmarked_encoding(content), "replace")
+        if start.startswith(mark):
+            return encoding, len(mark)
+    return _unmarked_encoding(start), 0
 
 
 def _unmarked_encoding(content: bytes) -> str:
-    """Return UTF-16 if every second byte of a text is mostly zero, as in the Latin alphabet, and no other byte is."""
+    """Return UTF-16 if every second byte of a text is mostly zero, as in the Latin alphabet, and few others are."""
     even, odd = content[0:2000:2], content[1:2000:2]
     if len(content) % 2 or not odd:
         return "utf-8"
-    if odd.count(0) > len(odd) / 2 and not even.count(0):
+    if odd.count(0) > len(odd) / 2 and even.count(0) < odd.count(0) / 8:
         return "utf-16-le"
-    return "utf-16-be" if even.count(0) > len(even) / 2 and not odd.count(0) else "utf-8"
+    return "utf-16-be" if even.count(0) > len(even) / 2 and odd.count(0) < even.count(0) / 8 else "utf-8"

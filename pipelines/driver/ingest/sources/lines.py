@@ -1,0 +1,114 @@
+"""Files of lines: the driver reads the beginning of each file, and executors read the lines in byte ranges."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import IO
+
+from pyspark.sql import DataFrame, SparkSession
+
+from pipelines.driver.ingest.sources.files import RANGE_BYTES, SourceFile
+from pipelines.executor.ingest.records.lines import WHOLE, Layout, Range
+from pipelines.executor.ingest.storage import describe_damage, open_binary
+from pipelines.executor.ingest.text_stream import HEAD_BYTES, is_plain, open_text
+
+COMPRESSION_SUFFIXES = ("", ".gz", ".bz2", ".zst", ".xz")
+"""Suffixes of compressed files of lines. The empty suffix stands for no compression. The suffix only selects files: the
+content of a file tells how it is compressed."""
+RANGES = "path binary, file string, start bigint, end bigint, layout int, partition string"
+UNPACKED_SHARE = 4
+"""Number of bytes that a byte of a compressed file counts for in the number of tasks."""
+THREADS = 16
+"""Number of files whose beginnings are read at the same time, because network storage answers slowly."""
+LINE_END_BYTES = 2**20
+"""Number of bytes within which the first line end is looked for. A longer line ends with a line feed."""
+
+ReadHead = Callable[[SourceFile, Layout], Layout]
+
+
+def read_layouts(files: Sequence[SourceFile], read: ReadHead, *, whole: bool = False) -> list[Layout]:
+    """Return the layout of each file. A file whose beginning is damaged has a layout with a problem.
+
+    Args:
+        files: files of lines.
+        read: function that completes the layout of a file.
+        whole: whether no file may be split into ranges.
+    """
+
+    def read_layout(file: SourceFile) -> Layout:
+        try:
+            with closing(open_binary(file.path)) as stream:
+                plain = is_plain(stream.read(HEAD_BYTES))
+            with closing(open_text(file.path)) as stream:
+                separator = _find_separator(stream)
+            return read(file, Layout(separator, whole=whole or not plain))
+        except Exception as error:
+            damage = describe_damage(error)
+            if damage is None:
+                raise
+            return Layout(problem=damage)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(read_layout, files))
+
+
+def _find_separator(stream: IO[bytes]) -> bytes:
+    """Return a carriage return if the first line ends with a carriage return and no line feed, else a line feed."""
+    head = b""
+    read1 = getattr(stream, "read1", stream.read)
+    while len(head) < LINE_END_BYTES and not head.lstrip(b"\r").rstrip(b"\r").count(b"\r") and b"\n" not in head:
+        more = read1(LINE_END_BYTES)
+        if not more:
+            break
+        head += more
+    line = head.partition(b"\n")[0].rstrip(b"\r") if b"\n" in head else head
+    return b"\r" if b"\r" in line else b"\n"
+
+
+def whole_range(file: SourceFile, layout: Layout) -> Range:
+    """Return the range of a whole file."""
+    return Range(file.path, file.name, 0, WHOLE, layout, dict(file.partition))
+
+
+def load_ranges(
+    spark: SparkSession, files: Sequence[SourceFile], layouts: Sequence[Layout]
+) -> tuple[DataFrame, tuple[Layout, ...]]:
+    """Return the raw rows of files of lines (records.lines.RANGE), and the list of layouts that the rows refer to.
+
+    Args:
+        spark: Spark session.
+        files: files of lines.
+        layouts: layout of each file.
+    """
+    distinct = tuple(dict.fromkeys(layouts))
+    ranges = split_files(files, layouts, distinct)
+    size = sum(f.size * (UNPACKED_SHARE if one.whole else 1) for f, one in zip(files, layouts, strict=True))
+    rows = spark.createDataFrame(ranges, RANGES)
+    return rows.repartitionByRange(min(1 + size // RANGE_BYTES, len(ranges)), "path", "start"), distinct
+
+
+def split_files(
+    files: Sequence[SourceFile], layouts: Sequence[Layout], distinct: Sequence[Layout], size: int = RANGE_BYTES
+) -> list[tuple[bytes, str, int, int, int, str]]:
+    """Return the ranges of files as rows of RANGE.
+
+    Args:
+        files: files of lines.
+        layouts: layout of each file.
+        distinct: list of layouts, to whose elements the ranges refer by number.
+        size: number of bytes of a range.
+    """
+    numbers = {layout: number for number, layout in enumerate(distinct)}
+    ranges: list[tuple[bytes, str, int, int, int, str]] = []
+    for file, layout in zip(files, layouts, strict=True):
+        path, partition, number = os.fsencode(file.path), json.dumps(dict(file.partition)), numbers[layout]
+        if layout.whole or layout.problem:
+            ranges.append((path, file.name, 0, WHOLE, number, partition))
+        else:
+            starts = range(0, file.size, size)
+            ranges += [(path, file.name, at, min(at + size, file.size), number, partition) for at in starts]
+    return ranges

@@ -1,0 +1,85 @@
+"""Parser of COCO captions: one JSON document with a list of images and a list of their annotations."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+from pipelines.config import ColumnNames
+from pipelines.executor.ingest.records.record import Fields, Record
+from pipelines.executor.ingest.text_stream import open_text
+
+KEPT_KEYS = frozenset({"images", "annotations", "id", "file_name", "height", "width", "image_id", "caption"})
+"""Keys of the document that are kept. Outlines of objects can make up most of a document."""
+WHOLE_NUMBER = re.compile(r"(-?[0-9]+)\.0*")
+
+
+def coco_columns(columns: ColumnNames) -> list[str]:
+    """Return the columns of the records of `coco_records`."""
+    return ["id", columns.image, "height", "width", columns.text]
+
+
+def coco_records(path: str, file: str, columns: ColumnNames) -> Iterator[Record]:
+    """Yield one record per image, with a list of captions. An annotation without an image also becomes a record.
+
+    Args:
+        path: path of the document.
+        file: name of the document.
+        columns: names that the file name and the captions get.
+
+    Raises:
+        ValueError: the document is not COCO captions JSON.
+    """
+    with closing(open_text(path)) as stream:
+        document = json.loads(stream.read().decode("utf-8", errors="replace"), object_pairs_hook=_kept)
+    images, annotations = (document.get(k) if isinstance(document, dict) else None for k in ("images", "annotations"))
+    if not isinstance(images, list) or not isinstance(annotations, list):
+        raise ValueError("a file without the lists images and annotations")
+    captions: dict[str | None, list[str]] = defaultdict(list)
+    for annotation in annotations:
+        fields = annotation if isinstance(annotation, dict) else {}
+        said = captions[_to_id(fields.get("image_id"))]
+        if fields.get("caption") is not None:
+            said.append(_to_string(fields["caption"]))
+    listed = set()
+    for image in images:
+        fields = image if isinstance(image, dict) else {}
+        image_id = _to_id(fields.get("id"))
+        listed.add(image_id)
+        yield _record(file, columns, image_id, fields, captions.get(image_id) if image_id is not None else None)
+    for image_id in captions.keys() - (listed - {None}):
+        yield _record(file, columns, image_id, {}, captions[image_id])
+
+
+def _record(file: str, columns: ColumnNames, image_id: str | None, image: Fields, captions: list[str] | None) -> Record:
+    name = image.get("file_name")
+    size = (_to_int(image.get("height")), _to_int(image.get("width")))
+    texts = None if captions is None else sorted(captions)
+    values = (image_id, None if name is None else _to_string(name), *size, texts)
+    return Record(file, dict(zip(coco_columns(columns), values, strict=True)))
+
+
+def _kept(pairs: list[tuple[str, Any]]) -> Fields:
+    return {key: value for key, value in pairs if key in KEPT_KEYS}
+
+
+def _to_id(value: object) -> str | None:
+    """Return an id as text. The ids 1, 1.0 and "1" are equal, because tools write the same id in different ways."""
+    if value is None or value != value:  # noqa: PLR0124 (NaN)
+        return None
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else _to_string(value)
+    whole = WHOLE_NUMBER.fullmatch(text)
+    return whole[1] if whole else text
+
+
+def _to_string(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def _to_int(value: object) -> int | None:
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer()
+    return int(value) if whole else None  # type: ignore[call-overload]

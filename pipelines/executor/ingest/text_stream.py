@@ -1,0 +1,133 @@
+"""Text files as streams of UTF-8: the content of a file, not its name, tells its compression and its encoding.
+
+A stream is read in pieces, so a small file that unpacks to gigabytes needs no more memory than any other file.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+from typing import IO, Any, cast
+
+from pipelines.executor.ingest.compression import compression_of, decompress
+from pipelines.executor.ingest.encoding import encoding_of
+from pipelines.executor.ingest.storage import open_binary
+
+HEAD_BYTES = 1024
+"""Number of bytes from which compression and encoding are recognised."""
+MAX_LAYERS = 3
+"""Number of compressions inside each other that are undone. Web servers compress files that are compressed already."""
+PIECE_BYTES = 64 * 2**10
+ARCHIVES = {
+    (0, b"PK\x03\x04"): "a ZIP archive",
+    (0, b"7z\xbc\xaf"): "a 7z archive",
+    (0, b"Rar!"): "a RAR archive",
+    (257, b"ustar"): "a tar",
+}
+"""Kinds of archives, by the position and the value of the bytes that all of their files have."""
+
+
+def is_plain(start: bytes) -> bool:
+    """Return whether a file that begins with these bytes is uncompressed UTF-8, which can be read in byte ranges."""
+    return compression_of(start) is None and encoding_of(start)[0] == "utf-8"
+
+
+def open_text(path: str) -> IO[bytes]:
+    """Open a whole file as UTF-8 without a byte-order mark, decompressed.
+
+    Reading with `read1` returns what is before a damaged place before it raises an exception. The exception is one that
+    `describe_damage` describes.
+
+    Raises:
+        OSError: the file cannot be opened.
+        EOFError: the file is an archive of files.
+    """
+    file = open_binary(path)
+    try:
+        return cast(IO[bytes], _TextStream(file))
+    except BaseException:
+        file.close()
+        raise
+
+
+class _TextStream(io.BufferedReader):
+    """Stream of UTF-8 that closes the file below it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        stream = file
+        for _ in range(MAX_LAYERS):
+            stream, start = _peek(stream)
+            if compression_of(start) is None:
+                break
+            stream = decompress(stream, start)
+        stream, start = _peek(stream)
+        for (at, magic), name in ARCHIVES.items():
+            if start.startswith(magic, at):
+                raise EOFError(f"the file is {name}: unpack it")
+        encoding, mark = encoding_of(start)
+        stream.read(mark)
+        super().__init__(_Recoded(stream, encoding) if encoding != "utf-8" else _Joined(b"", stream), PIECE_BYTES)
+
+    def close(self) -> None:
+        super().close()
+        self._file.close()
+
+
+def _peek(stream: IO[bytes]) -> tuple[IO[bytes], bytes]:
+    """Return a stream that stands at the same place, and its next bytes. Damage after these bytes is raised later."""
+    start, damage = b"", None
+    try:
+        while len(start) < HEAD_BYTES and (more := _read1(stream, HEAD_BYTES - len(start))):
+            start += more
+    except Exception as error:
+        if not start:
+            raise
+        damage = error
+    return io.BufferedReader(_Joined(start, stream, damage), PIECE_BYTES), start
+
+
+def _read1(stream: IO[bytes], size: int) -> bytes:
+    return bytes(getattr(stream, "read1", stream.read)(size))
+
+
+class _Joined(io.RawIOBase):
+    """Bytes that were read from a stream already, and then the rest of the stream or its damage."""
+
+    def __init__(self, start: bytes, stream: IO[bytes], damage: Exception | None = None) -> None:
+        self._start, self._stream, self._damage = start, stream, damage
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content, self._start = self._start[: len(buffer)], self._start[len(buffer) :]
+        if not content and self._damage:
+            raise self._damage
+        content = content or _read1(self._stream, len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+
+class _Recoded(io.RawIOBase):
+    """Text of another encoding as UTF-8. What Unicode does not allow becomes U+FFFD."""
+
+    def __init__(self, stream: IO[bytes], encoding: str) -> None:
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder(encoding)(errors="replace")
+        self._content = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._content:
+            more = _read1(self._stream, PIECE_BYTES)
+            if not more:
+                if self._decoder.getstate()[0]:
+                    raise EOFError("the file ends inside a character")
+                return 0
+            self._content = self._decoder.decode(more).encode("utf-8", "replace")
+        content, self._content = self._content[: len(buffer)], self._content[len(buffer) :]
+        buffer[: len(content)] = content
+        return len(content)
