@@ -19,7 +19,7 @@ from pipelines.tracking import registry
 from pipelines.tracking.download import download
 from pipelines.worker.caption import load_captioner
 
-CONFIG = tiny_run()
+CONFIG = tiny_run().model_copy(update={"name": "birds.v2"})
 
 
 pytestmark = pytest.mark.xdist_group("serving")  # one process runs all tests: they share a version

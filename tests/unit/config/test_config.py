@@ -1,4 +1,9 @@
-"""Tests that a run resolves to one config, or to one error that lists every problem with its path."""
+"""Tests that a run resolves to one config, or to one error that lists every problem with its path.
+
+The YAML files include those of public reports: snowflakedb/ArcticTraining#85 (a key that occurs twice), yaml/pyyaml#382
+and #868 (a date and a number that do not exist), canonical/craft-application#407 (two documents, wrong indentation),
+go-to-k/cdk-real-drift#1291 (UTF-16), savbell/whisper-writer#155 (a byte-order mark).
+"""
 
 from __future__ import annotations
 
@@ -167,6 +172,10 @@ def test_conf_in_the_working_folder_takes_precedence_over_conf_in_the_package(
         ("model: na\0no", "own.yml: invalid YAML (the file has NUL bytes: save the file as UTF-8)"),
         ("model: na\x07no", "own.yml: invalid YAML (unacceptable character #x0007"),
         ("model: " + "[" * 1000, "own.yml: invalid YAML (lists or mappings are nested too deeply)"),
+        ("data: 0000-00-00", "own.yml: invalid YAML ("),
+        ("data: 0b_", "own.yml: invalid YAML ("),
+        ("type:\n   - a\n - b", "own.yml: invalid YAML (line 3, column 2: "),
+        ("m\0o\0d\0e\0l\0", "own.yml: invalid YAML (the file has NUL bytes: save the file as UTF-8)"),
         ("model: 2026-02-30", "own.yml: invalid YAML (day is out of range for month)"),
         (
             "model: !!python/object:os.system x",

@@ -1,4 +1,10 @@
-"""Tests that a missing value never becomes a text or an id, and that ids are clean and bounded."""
+"""Tests that a missing value never becomes a text or an id, and that ids are clean and bounded.
+
+The values include those of public reports: bijay-odyssey/edaprep#45 and has2k1/plotnine#651 (NaN becomes the word nan),
+huggingface/datasets#4467 (the word null is a text), mie-lab/trackintel#131 and astronomy-commons/lsdb#27
+(integer ids as floats), mholt/PapaParse#917 (zero-width spaces alone), ICIJ/datashare#2379 (byte-order marks around
+ids), nomic-ai/nomic#131 and ultrajson/ultrajson#447 (lone surrogates).
+"""
 
 from __future__ import annotations
 

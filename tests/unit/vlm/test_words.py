@@ -1,4 +1,9 @@
-"""Tests that words are those of Unicode, and that ASCII texts have the same words as in earlier versions."""
+"""Tests that words are those of Unicode, and that ASCII texts have the same words as in earlier versions.
+
+The texts include those of public reports about other tokenizers: openai/tiktoken#292 and karpathy/minbpe#71 (Hindi),
+hplt-project/sacremoses#73 (Tamil), rspeer/wordfreq#32 and #37 (Thai, Khmer, Sundanese), haydenbleasel/blume#178 (Thai
+marks and decomposed kana), mjpost/sacrebleu#14 (typographic quotes), alteryx/evalml#1042 (a text of symbols).
+"""
 
 from __future__ import annotations
 
@@ -17,6 +22,9 @@ SPACED = {
     "arabic with vowels": "\u0642\u0650\u0637\u0651\u064e\u0629 \u0635\u064e\u063a\u0650\u064a\u0631\u064e\u0629",
     "hebrew with points": "\u05e9\u05c1\u05b8\u05dc\u05d5\u05b9\u05dd \u05e2\u05d5\u05b9\u05dc\u05b8\u05dd",
     "tamil": "\u0bb5\u0bc0\u0b9f\u0bcd\u0b9f\u0bbf\u0bb2\u0bcd \u0baa\u0bc2\u0ba9\u0bc8",
+    "sundanese": "\u1b9e\u1ba5\u1b94\u1baa\u1b93 \u1b98\u1b9e",
+    "telugu": "\u0c24\u0c46\u0c32\u0c41\u0c17\u0c41 \u0c2d\u0c3e\u0c37",
+    "punjabi": "\u0a2a\u0a70\u0a1c\u0a3e\u0a2c\u0a40 \u0a2d\u0a3e\u0a38\u0a3c\u0a3e",
     "bengali": "\u09ac\u09bf\u09a1\u09bc\u09be\u09b2 \u09ae\u09be\u09a6\u09c1\u09b0",
     "persian with a joiner": "\u0645\u06cc\u200c\u0631\u0648\u0645 \u062e\u0627\u0646\u0647",
     "korean": "\ud55c\uad6d\uc5b4 \ub2e8\uc5b4",
@@ -52,6 +60,7 @@ def test_text_of_symbols_is_split_into_symbols() -> None:
     family = "\U0001f469\u200d\U0001f469\u200d\U0001f467"
     assert words(f"\U0001f431 {family}") == ["\U0001f431", family]
     assert words("a \U0001f431") == ["a"]
+    assert words(":)") == [":", ")"]
 
 
 @settings(max_examples=200, deadline=None)
