@@ -28,7 +28,7 @@ from pipelines.executor.ingest.outcome import Refused, outcome_batch
 from pipelines.executor.ingest.records.record import Fields, Read, Record
 from pipelines.executor.ingest.splits import assign_split, require_field
 from pipelines.executor.ingest.texts import extract_texts
-from pipelines.executor.ingest.values import normalize_id, replace_surrogates
+from pipelines.executor.ingest.values import bytes_to_id, normalize_id, replace_surrogates, to_text
 from pipelines.executor.time_limit import TimeLimitExceeded, time_limit
 from vlm.errors import ImageError
 from vlm.image import ImageInfo, decode_base64, load_decoders, open_image
@@ -104,6 +104,7 @@ def _batch_outcomes(decoded: Iterable[dict[str, Any]]) -> Iterator[pa.RecordBatc
 
 def decode_record(record: Record, rules: DecodeRules) -> dict[str, Any]:
     """Decode one record and return the columns of OUTCOME that are not null."""
+    record = record._replace(fields=_decode_bytes(record.fields, rules))
     try:
         sample = _decode_or_refuse(record, rules)
     except Refused as refused:
@@ -116,6 +117,25 @@ def decode_record(record: Record, rules: DecodeRules) -> dict[str, Any]:
     # text would take a tenth of the decoding time.
     name = record.source_row or _source_row(record.file, payload + sample["sha256"])
     return {"source_row": name, "payload": payload, **sample}
+
+
+def _decode_bytes(fields: Fields, rules: DecodeRules) -> Fields:
+    """Convert bytes in the columns of texts, ids and splits to texts.
+
+    The payload stores bytes as base64. Without this conversion, a replay would read the base64 as the text.
+    """
+    columns, split = rules.columns, rules.split
+    named = (columns.text, columns.prompt, split.column if split.kind == "column" else None)
+    found: Fields = {}
+    for name in {name for name in named if name is not None and name != columns.image}:
+        value = fields.get(name)
+        if isinstance(value, bytes):
+            found[name] = to_text(value, name)
+        elif isinstance(value, list) and any(isinstance(one, bytes) for one in value):
+            found[name] = [to_text(one, name) if isinstance(one, bytes) else one for one in value]
+    if columns.id and isinstance(given := fields.get(columns.id), bytes):
+        found[columns.id] = bytes_to_id(given)
+    return fields | found if found else fields
 
 
 def _refusal(record: Record, refused: Refused, rules: DecodeRules) -> dict[str, Any]:

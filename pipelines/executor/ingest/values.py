@@ -56,22 +56,19 @@ def _is_missing_scalar(value: object) -> bool:
 
 
 def to_text(value: object, what: str) -> str:
-    """Convert a value to a text. A missing value becomes an empty text, and bytes are decoded as UTF-8.
+    """Convert a value to a text. A missing value becomes an empty text. Bytes are UTF-8; a wrong byte becomes U+FFFD.
 
     Args:
         value: a value of a row.
         what: description of the value for the message, such as "column title".
 
     Raises:
-        Refused: malformed_record (the value is not a text, number, date, time or UUID, or the bytes are not UTF-8).
+        Refused: malformed_record (the value is not a text, number, date, time or UUID).
     """
     if is_missing(value):
         return ""
     if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError as error:
-            raise Refused("decode", "malformed_record", f"{what} holds bytes that are not UTF-8: {error}") from None
+        return value.decode(errors="replace")
     if not isinstance(value, str | Number | np.generic | date | time | UUID):
         raise Refused("decode", "malformed_record", f"{what} holds a {type(value).__name__}, neither text nor number")
     return replace_surrogates(str(value))
@@ -101,14 +98,23 @@ def normalize_id(value: object) -> str | None:
     """
     if is_missing(value):
         return None
-    text = trim(to_text(_to_integer(value), "the id"))
+    text = bytes_to_id(value) if isinstance(value, bytes) else trim(to_text(_to_integer(value), "the id"))
     if len(text) <= MAX_SHRINKAGE * MAX_ID_CHARS:
         text = unicodedata.normalize("NFC", text)
     if len(text) > MAX_ID_CHARS:
         raise Refused("decode", "malformed_record", f"the id has {len(text)} characters, at most {MAX_ID_CHARS}")
     if control := CONTROL.search(text):
         raise Refused("decode", "malformed_record", f"the id has the control character U+{ord(control[0]):04X}")
-    return text
+    return text or None  # bytes may hold only a byte-order mark
+
+
+def bytes_to_id(value: bytes) -> str:
+    """Return the text that bytes hold as UTF-8, or their hexadecimal digits if they hold no text, as binary UUIDs."""
+    try:
+        text = trim(value.decode())
+    except UnicodeDecodeError:
+        return value.hex()
+    return value.hex() if CONTROL.search(text) else text
 
 
 def _to_integer(value: object) -> object:

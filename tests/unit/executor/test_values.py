@@ -24,7 +24,7 @@ from pictures import IMAGE, TEXT, as_base64, png
 from pipelines.config import ColumnNames, ColumnSplitConfig, LimitsConfig
 from pipelines.executor.ingest.decode import DecodeRules, decode_record
 from pipelines.executor.ingest.outcome import Refused, outcome_batch
-from pipelines.executor.ingest.records.record import Fields, Record
+from pipelines.executor.ingest.records.record import Fields, Record, parse_json_object
 from pipelines.executor.ingest.values import MAX_ID_CHARS, SPACES, is_missing, normalize_id, to_text, trim
 
 NAN = float("nan")
@@ -92,7 +92,7 @@ UUID = uuid.UUID(int=7)
         *(("1.0", "1.0"), ("007", "007"), (" a b ", "a b"), ("\ufeffa\u200b", "a"), ("cafe\u0301", "caf\u00e9")),
         *((b"key", "key"), (True, "True"), (dt.date(2026, 1, 2), "2026-01-02"), (UUID, str(UUID)), ("a\r\n", "a")),
         *(("x" * MAX_ID_CHARS, "x" * MAX_ID_CHARS), ("\ud83d\ude00", "\U0001f600"), ("a\ud800", "a\ufffd")),
-        ("\u202eabc", "\u202eabc"),
+        *(("\u202eabc", "\u202eabc"), (b"\xff\xfe", "fffe"), (UUID.bytes, UUID.hex), (b" caf\xc3\xa9 ", "caf\u00e9")),
     ],
 )
 def test_id_is_a_clean_text_and_integral_numbers_are_integers(value: Any, expected: str) -> None:
@@ -103,7 +103,7 @@ def test_id_is_a_clean_text_and_integral_numbers_are_integers(value: Any, expect
     "value",
     [
         *("x" * (MAX_ID_CHARS + 1), "e\u0301" * (MAX_ID_CHARS + 1), "a\nb", "a\tb", "a\0b", "a\x85b", "a\u2028b"),
-        *(float("inf"), float("-inf"), Decimal("Infinity"), np.float32("inf"), 1e300, 10**300, b"\xff\xfe"),
+        *(float("inf"), float("-inf"), Decimal("Infinity"), np.float32("inf"), 1e300, 10**300, b"x" * 257),
         *(["a"], [["a"]], {"a": 1}, {}, np.array(["a"]), np.array([NAN, 1.0]), object()),
     ],
     ids=lambda value: ascii(value)[:20],
@@ -139,6 +139,25 @@ def test_text_that_is_an_array_a_dict_or_a_nested_list_is_refused(value: Any) ->
 )
 def test_text_is_stored_as_what_it_says(text: Any, expected: str) -> None:
     assert outcome(**{TEXT: text})["texts"] == [{"prompt": "what?", "text": expected}]
+
+
+def test_bytes_of_texts_and_ids_are_the_same_after_a_replay_of_the_payload() -> None:
+    fields = {"key": UUID.bytes, "asked": [b"what?", None], "of": b"val", TEXT: [b"caf\xc3\xa9", b"\xff"]}
+    refused = outcome(**{IMAGE: "?"}, **fields)
+    again = parse_json_object(refused["payload"])
+    assert isinstance(again, dict)
+    first, second = outcome(**fields), outcome(**again | {IMAGE: as_base64(png(1))})
+    for name in ("image_id", "texts", "split"):
+        assert first[name] == second[name]
+    assert (first["image_id"], first["split"]) == (f"birds/{UUID.hex}", "val")
+    assert first["texts"] == [{"prompt": "what?", "text": "caf\u00e9"}, {"prompt": "", "text": "\ufffd"}]
+
+
+def test_bytes_that_hold_only_a_byte_order_mark_are_missing() -> None:
+    mark = b"\xef\xbb\xbf"
+    assert normalize_id(mark) is None
+    assert outcome(key=mark)["reason"] == outcome(of=mark)["reason"] == "missing_field"
+    assert outcome(**{TEXT: mark})["reason"] == "empty_text"
 
 
 def test_lone_surrogate_anywhere_in_a_row_is_stored_as_a_replacement_character() -> None:
