@@ -66,6 +66,8 @@ class RankFile(Config):
     host: str
     pid: int
     started_at: float
+    start_ticks: int = 0
+    """When the system started the process, in clock ticks since the boot; 0 if this is not known."""
     ended: bool = False
     """True after a clean exit.
 

@@ -203,6 +203,10 @@ def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]
         f"spark.executorEnv.{SAFE_PATH}": os.environ[SAFE_PATH],
         "spark.lakesight.home": str(root),
     }
+    if config.spark.master.startswith("local["):
+        # Other users of this machine can connect to the loopback device. Without the secret that Spark draws for this
+        # session, Spark's ports would deserialize Java objects of anybody.
+        settings |= {"spark.authenticate": "true"}
     if not config.spark.master.startswith("spark://"):
         settings |= {"spark.driver.host": LOOPBACK, "spark.driver.bindAddress": LOOPBACK}
         settings |= {"spark.executor.extraJavaOptions": SHORT_JOBS}

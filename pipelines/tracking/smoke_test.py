@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipelines.child_process import child_environment
 from pipelines.config import Trial
 from pipelines.platform import Platform
 from pipelines.tracking.registry import ModelVersion, download_files
@@ -24,7 +25,7 @@ SUFFIXES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
 def smoke_test_version(platform: Platform, version: ModelVersion, pictures: Sequence[tuple[bytes, str]]) -> Trial:
     """Download a version, check that it contains no pickles, then load it in a fresh process and caption pictures.
 
-    The fresh process reads a local folder and needs no access to the registry.
+    The fresh process reads a local folder, and receives no credentials (see `child_environment`).
 
     Args:
         platform: platform with the registry.
@@ -50,7 +51,13 @@ def smoke_test_folder(folder: Path, pictures: Sequence[tuple[bytes, str]]) -> Tr
     command = [sys.executable, "-P", str(CHILD_SCRIPT), str(folder)]
     try:
         done = subprocess.run(  # noqa: S603
-            command, input=json.dumps(requests), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+            command,
+            input=json.dumps(requests),
+            env=child_environment(),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return Trial(failure=f"it does not answer within {TIMEOUT_SECONDS} s", pictures=0, errors=())

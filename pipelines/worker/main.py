@@ -13,12 +13,22 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from pipelines.child_process import drop_other_variables
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import RunFolder
 from pipelines.formats.run_owner import own_run
 from pipelines.worker.rank.env import RankEnv
 from pipelines.worker.rank.failure import RankMonitor
 from pipelines.worker.rank.metrics import open_log
+
+RANK_VARIABLES = (
+    "(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)",
+    "ROLE_NAME",
+    "MASTER_(ADDR|PORT)",
+    "LAKESIGHT_STORE",
+    "(FI|UCX)_.+",
+)
+"""Patterns of the environment variables that describe the rank, its store and its network (libfabric, UCX)."""
 
 
 def run_rank(run_folder: str) -> None:
@@ -31,6 +41,7 @@ def run_rank(run_folder: str) -> None:
         LakesightError, RuntimeError, ...: any error, after the error is recorded in failures/rank-N.json.
     """
     run, env = RunFolder(Path(run_folder)), RankEnv.from_environment()
+    drop_other_variables(*RANK_VARIABLES)
     open_log(run, env.rank)
     with RankMonitor(run, env.rank) as monitor:
         from pipelines.worker.train.trainer import train

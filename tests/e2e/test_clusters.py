@@ -28,10 +28,10 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
 
 
 def assert_trained_separately(first: RunFolder, second: RunFolder) -> None:
-    """Check that two runs of two ranks each have separate results and used different rendezvous ports."""
+    """Check that two runs of two ranks each have separate results and used different rendezvous."""
     assert [read_json(run.result, Result).world_size for run in (first, second)] == [2, 2]
-    ports = [{place.port for place in placements_of(run)} for run in (first, second)]
-    assert len(ports[0]) == len(ports[1]) == len(ports[0] | ports[1]) - 1 == 1
+    met = [{place.rendezvous for place in placements_of(run)} for run in (first, second)]
+    assert len(met[0]) == len(met[1]) == len(met[0] | met[1]) - 1 == 1
     losses = [[metrics.values["train/loss"] for metrics in run.read_metrics()] for run in (first, second)]
     assert len(losses[0]) == len(losses[1]) == 2
     assert losses[0] != losses[1]

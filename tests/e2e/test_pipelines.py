@@ -7,10 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from open_sockets import Listener, descendants, listeners
+
+from pipelines.background_thread import in_background
 
 # One process runs all tests of this file, because the tests share a fixture that takes nearly all of the time.
 pytestmark = [pytest.mark.xdist_group("pipelines"), pytest.mark.timeout(1500)]
@@ -56,6 +62,8 @@ class Ran(NamedTuple):
     reports: list[dict[str, Any]]
     printed: str
     log: str
+    listeners: set[Listener]
+    """Sockets that the commands and their child processes listened on."""
 
 
 def run(home: Path, *commands: list[str], folder: Path | None = None) -> Ran:
@@ -67,16 +75,36 @@ def run(home: Path, *commands: list[str], folder: Path | None = None) -> Ran:
     environment = os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
     # SQLite ignores the password in the address. The test looks for this password in all files and output.
     environment["MLFLOW_TRACKING_URI"] = f"sqlite:///file:{home}/mlflow.db?uri=true&password=c4nary-address"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", RUN_COMMANDS, json.dumps(commands), str(home)],
-        env=environment | SECRETS,
-        cwd=folder or home,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return Ran([json.loads(line) for line in done.stdout.splitlines()], done.stdout, done.stderr)
+    with (
+        subprocess.Popen(
+            [sys.executable, "-P", "-c", RUN_COMMANDS, json.dumps(commands), str(home)],
+            env=environment | SECRETS,
+            cwd=folder or home,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+        watch_listeners(process) as found,
+    ):
+        printed, log = process.communicate()
+    assert process.returncode == 0, log
+    return Ran([json.loads(line) for line in printed.splitlines()], printed, log, found)
+
+
+@contextmanager
+def watch_listeners(process: subprocess.Popen[str]) -> Iterator[set[Listener]]:
+    """Collect the sockets that a process and its children listen on, while the block runs (Linux only).
+
+    The processes of torchrun are left out: torchrun's own rendezvous listens on all interfaces.
+    """
+    found: set[Listener] = set()
+
+    def watch(ended: threading.Event) -> None:
+        while Path("/proc/net/tcp").exists() and not ended.wait(0.5):
+            found.update(listeners(descendants(process.pid, without="torch.distributed.run")))
+
+    with in_background(watch, "listeners"):
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +134,14 @@ def demos(home: Path, user_folder: Path) -> Ran:
 
 def pipeline(family: str) -> list[str]:
     return ["pipeline", "--run", family, "--json", *PICTURES]
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="the test finds sockets in /proc")
+def test_no_process_of_a_demo_listens_beyond_the_loopback_device(demos: Ran) -> None:
+    assert [listener for listener in demos.listeners if not listener.is_loopback] == []
+    commands = " ".join(listener.command for listener in demos.listeners)
+    assert "org.apache.spark.deploy.SparkSubmit" in commands
+    assert "import run_rank as entry" in commands
 
 
 def test_a_demo_runs_every_stage(demos: Ran) -> None:

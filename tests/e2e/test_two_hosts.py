@@ -66,13 +66,14 @@ def network() -> Iterator[None]:
 @contextmanager
 def torchrun_on_both(run: RunFolder) -> Iterator[None]:
     """While the block runs, run the torchrun command from docs/training.md on each of the two hosts."""
-    ranks = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{NAMES[0]}:29500"]
+    ranks = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", NAMES[0], "--master-port", "29500"]
     command = [sys.executable, "-m", "torch.distributed.run", *ranks]
     worker = ["-m", "pipelines.worker.main", "--run-dir", str(run.path)]
     with started_processes() as start:
-        for name in NAMES:
+        for number, name in enumerate(NAMES):
             in_namespace = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", NODE, name]
-            start([*in_namespace, *command, *worker], dict(os.environ), subprocess.DEVNULL)
+            ranked = [*command, "--node-rank", str(number), *worker]
+            start([*in_namespace, *ranked], dict(os.environ), subprocess.DEVNULL)
         yield
 
 

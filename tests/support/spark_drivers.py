@@ -5,6 +5,7 @@ python spark_drivers.py MASTER RUN_DIR...
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -31,12 +32,12 @@ from vlm.config import Config
 
 
 class RankPlacement(Config):
-    """Content of the file places/N: agent, rendezvous port, local rank and GPUs of rank N."""
+    """Content of the file places/N: agent, rendezvous, local rank and GPUs of rank N."""
 
     agent: int
-    """Process id of the torchrun agent."""
-    port: str
-    """Port of torchrun's rendezvous."""
+    """Process id of the torchrun agent, or of the driver."""
+    rendezvous: str
+    """Port of torchrun's store, or path of the driver's file store."""
     local_rank: int
     gpus: str
 
@@ -46,7 +47,7 @@ def placed_rank(run_dir: str) -> None:
     rank, world_size = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
     placement = RankPlacement(
         agent=os.getppid(),
-        port=os.environ["MASTER_PORT"],
+        rendezvous=os.environ.get("LAKESIGHT_STORE") or os.environ["MASTER_PORT"],
         local_rank=int(os.environ["LOCAL_RANK"]),
         gpus=os.environ.get("CUDA_VISIBLE_DEVICES", ""),
     )
@@ -156,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    importlib.import_module("spark_drivers").main()  # ranks import `placed_rank` by the name of its module

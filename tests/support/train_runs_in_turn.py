@@ -23,7 +23,7 @@ from pipelines.worker.train.trainer import Trainer
 
 def main() -> None:
     env, device = RankEnv.from_environment(), torch.device("cpu")
-    with process_group(device, timeout_seconds=300):
+    with process_group(env, device, timeout_seconds=300):
         for folder in sys.argv[sys.argv.index("--run-dir") + 1].split(","):
             run = RunFolder(Path(folder))
             open_log(run, env.rank)

@@ -1,9 +1,9 @@
-"""Launch of ranks with TorchDistributor, after a check of the slots, and removal of processes that the launcher leaves.
+"""Launch of ranks: on this host as child processes, on executors with TorchDistributor after a check of the slots.
 
-TorchDistributor is used only to start processes. TorchDistributor would notice missing slots after ten minutes, reports
-no causes of failures, and prints the output of ranks to the terminal. Therefore, this module itself counts the slots
-and writes the output of TorchDistributor (the launcher) to a file in the run folder, and `failure.py` finds the causes
-of failures.
+TorchDistributor is used only to start processes on executors. TorchDistributor would notice missing slots after ten
+minutes, reports no causes of failures, and prints the output of ranks to the terminal. Therefore, this module itself
+counts the slots and writes the output of TorchDistributor (the launcher) to a file in the run folder, and `failure.py`
+finds the causes of failures.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pipelines.background_thread import in_background
+from pipelines.child_process import start_ticks
+from pipelines.driver.train.local_ranks import RankEntry, run_local_ranks
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import RunFolder
 from pipelines.platform import Launch
@@ -40,8 +42,6 @@ EXIT_SECONDS = 5.0
 """Time that a rank may take to exit after SIGTERM, and again after SIGKILL, in seconds."""
 
 GPU_AMOUNT = "spark.task.resource.gpu.amount"
-
-RankEntry = Callable[[str], None]
 
 
 def run_rank(run_folder: str) -> None:
@@ -142,13 +142,15 @@ def run_ranks(run: RunFolder, spark: SparkSession, launch: Launch, entry: RankEn
     Raises:
         KeyboardInterrupt: the user interrupted the run. The ranks on this host have been ended.
     """
+    if launch.local_mode:
+        return run_local_ranks(run, launch.ranks, entry)
+
     from py4j.protocol import Py4JError  # type: ignore[import-untyped]
     from pyspark.errors import PySparkException
 
     distributor = open_distributor(launch)
-    guard = contextlib.nullcontext() if launch.local_mode else cancel_if_slots_are_lost(spark, distributor.num_tasks)
     try:
-        with guard, _stream_to_file(run, launch):
+        with cancel_if_slots_are_lost(spark, distributor.num_tasks), _stderr_to_file(run):
             distributor.run(entry, str(run.path))
     except (RuntimeError, UnicodeDecodeError, PySparkException, Py4JError) as error:
         log.debug("the launcher failed", exc_info=True)
@@ -159,21 +161,24 @@ def run_ranks(run: RunFolder, spark: SparkSession, launch: Launch, entry: RankEn
 
 
 @contextlib.contextmanager
-def _stream_to_file(run: RunFolder, launch: Launch) -> Iterator[None]:
-    """Redirect the launcher's output to launcher.log.
+def _stderr_to_file(run: RunFolder) -> Iterator[None]:
+    """Redirect the launcher's output, which the launcher writes to stderr, to launcher.log.
 
-    The launcher writes to stdout for local ranks, and to stderr for ranks on executors. Log lines of the driver still
-    reach the terminal, because the existing logging handlers keep the terminal as their stream.
+    Log lines of the driver still reach the terminal, because the existing logging handlers keep the terminal as their
+    stream.
     """
     run.launcher_log.parent.mkdir(parents=True, exist_ok=True)
-    redirect = contextlib.redirect_stdout if launch.local_mode else contextlib.redirect_stderr
-    with run.launcher_log.open("w", encoding="utf-8", buffering=1) as file, redirect(file):
+    with (
+        run.launcher_log.open("w", encoding="utf-8", buffering=1) as file,
+        contextlib.redirect_stderr(file),
+    ):
         yield
 
 
 def _kill_leftover_ranks(run: RunFolder) -> None:
     """End the ranks that the launcher has left running on this host, first with SIGTERM and then with SIGKILL."""
-    pids = [rank.pid for rank in run.read_ranks() if rank.host == socket.gethostname() and not rank.ended]
+    here = [rank for rank in run.read_ranks() if rank.host == socket.gethostname() and not rank.ended]
+    pids = [rank.pid for rank in here if start_ticks(rank.pid) == rank.start_ticks]  # a process id may be reused
     for number in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + EXIT_SECONDS
         pids = [pid for pid in pids if _signal(pid, number)]
@@ -183,12 +188,12 @@ def _kill_leftover_ranks(run: RunFolder) -> None:
 
 
 def _signal(pid: int, number: int) -> bool:
-    """Send a signal to a process, and return whether the process exists.
+    """Send a signal to a process, and return whether the process exists and belongs to this user.
 
     Signal 0 only checks whether the process exists.
     """
     try:
         os.kill(pid, number)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):
         return False
     return True

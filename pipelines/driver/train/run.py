@@ -11,7 +11,8 @@ from pipelines.config import RunConfig
 from pipelines.driver.train.code import read_code
 from pipelines.driver.train.failure import diagnose_failure, root_failure, wait_for_failure_records
 from pipelines.driver.train.hosts import check_hosts
-from pipelines.driver.train.launch import RankEntry, check_slots, run_rank, run_ranks
+from pipelines.driver.train.launch import check_slots, run_rank, run_ranks
+from pipelines.driver.train.local_ranks import RankEntry
 from pipelines.driver.train.run_folders import earlier_code, find_folder, finished_result, hash_run
 from pipelines.driver.train.start_from import open_start_folder
 from pipelines.errors import StageFailed, TrainingFailed, UserError

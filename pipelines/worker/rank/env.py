@@ -1,4 +1,4 @@
-"""Rank and world size of this process, from the environment variables that torchrun sets."""
+"""Rank and world size of this process, from the environment variables that torchrun or the driver sets."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ class RankEnv:
     world_size: int
     local_rank: int
     local_world_size: int
+    store: str = ""
+    """Path of the file store in which the ranks meet. Empty for the TCP store of torchrun."""
 
     @classmethod
     def from_environment(cls) -> RankEnv:
-        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
+        """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, and LAKESIGHT_STORE if the driver started the rank.
 
         Raises:
             UserError: a variable is missing because the process was not started by torchrun.
@@ -34,4 +36,5 @@ class RankEnv:
                 fix="start it with "
                 "`PYTHONSAFEPATH=1 torchrun --nproc-per-node N -m pipelines.worker.main --run-dir DIR`",
             )
-        return cls(*(int(os.environ[name]) for name in names))
+        rank, world_size, local_rank, local_world_size = (int(os.environ[name]) for name in names)
+        return cls(rank, world_size, local_rank, local_world_size, os.environ.get("LAKESIGHT_STORE", ""))

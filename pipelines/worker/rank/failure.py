@@ -30,6 +30,7 @@ import traceback
 from types import FrameType, TracebackType
 from typing import Self
 
+from pipelines.child_process import start_ticks
 from pipelines.errors import LakesightError
 from pipelines.formats.run_folder import Failure, RankFile, RunFolder, write_heartbeat, write_json
 
@@ -213,7 +214,12 @@ class RankMonitor:
 
     def _write_rank_file(self, *, ended: bool) -> None:
         content = RankFile(
-            rank=self._rank, host=socket.gethostname(), pid=os.getpid(), started_at=self._started, ended=ended
+            rank=self._rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started_at=self._started,
+            start_ticks=start_ticks(os.getpid()),
+            ended=ended,
         )
         write_json(self._run.rank(self._rank), content)
 

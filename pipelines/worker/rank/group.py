@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch
 from torch import distributed
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from pipelines.config import DatabricksPlatformConfig, PlatformConfig
 from pipelines.errors import UserError
@@ -45,14 +46,20 @@ The rank's monitor must time out first, because the monitor can tell which rank 
 
 
 @contextmanager
-def process_group(device: torch.device, timeout_seconds: int) -> Iterator[None]:
+def process_group(env: RankEnv, device: torch.device, timeout_seconds: int) -> Iterator[None]:
     """Open the process group of all ranks, and destroy it after a normal exit.
+
+    Ranks of a local launch meet in the file store of the launch, and open no port for it. Other ranks meet in the TCP
+    store of torchrun.
 
     After an error the process group is not destroyed, because destroying the group would wait for failed ranks.
     """
     on_gpu = device.type == "cuda"
     distributed.init_process_group(
         "nccl" if on_gpu else "gloo",
+        store=FileStore(env.store, env.world_size) if env.store else None,
+        rank=env.rank,
+        world_size=env.world_size,
         timeout=timedelta(seconds=timeout_seconds + GRACE_SECONDS),
         device_id=device if on_gpu else None,
     )

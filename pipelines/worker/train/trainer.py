@@ -66,7 +66,7 @@ def train(run: RunFolder, env: RankEnv, monitor: RankMonitor) -> None:
         )
     monitor.set_timeout(settings.timeout_seconds)
     device = pick_device(file.config.platform, env)
-    with process_group(device, settings.timeout_seconds):
+    with process_group(env, device, settings.timeout_seconds):
         trainer = Trainer.build(run, file, env, monitor, device)
         trainer.train()
         trainer.checkpoints.wait()

@@ -1,0 +1,49 @@
+"""What a child process receives from this process, and whether a process id still belongs to the same process."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+PASSED_ON = re.compile(
+    "PATH|HOME|USER|LOGNAME|SHELL|TERM|LANG|LANGUAGE|LC_[A-Z]+|TZ|TMPDIR|HOSTNAME|VIRTUAL_ENV|CONDA_PREFIX"
+    "|XDG_CACHE_HOME|JAVA_HOME|LAKESIGHT_HOME"
+    "|(PYTHON|LD_|DYLD_|MALLOC_|CUDA_|NVIDIA_|NCCL_|GLOO_|TORCH|PYTORCH|TRITON_|OMP_|MKL_|KMP_|OPENBLAS_|HIP_|ROCR_)[A-Z0-9_]+"
+)
+"""Names of the environment variables that a child process receives. Everything else is left out: an allow-list."""
+
+SECRET = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|KEY|AUTH")
+"""Parts of names that no child process receives, although `PASSED_ON` allows the name."""
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """Return the environment of a child process: variables of `PASSED_ON` without credentials, and `more`."""
+    allowed = {
+        name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name) and not SECRET.search(name)
+    }
+    return allowed | more
+
+
+def drop_other_variables(*needed: str) -> None:
+    """Remove the environment variables that a child process would not receive, except names that match `needed`.
+
+    A rank on an executor calls this function first, because Spark starts the rank with all variables of the executor.
+    """
+    for name in os.environ.keys() - child_environment().keys():
+        if not any(re.fullmatch(pattern, name) for pattern in needed):
+            del os.environ[name]
+
+
+def start_ticks(pid: int) -> int:
+    """Return when a process was started, in clock ticks since the boot, or 0 if this is not known (Linux only).
+
+    A process id is used again after its process has ended; the pair of process id and start is not.
+    """
+    try:
+        # The second field is the name of the program in parentheses, which may contain blanks and parentheses.
+        return int(
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+        )
+    except OSError:
+        return 0

@@ -1,0 +1,98 @@
+"""Launch of ranks as child processes of the driver, which needs no open port beyond the loopback device.
+
+torchrun is not used on one machine: the rendezvous of `torchrun --standalone` listens on every network interface and
+unpickles what a peer sends, so anybody on the network could execute code. Here, the ranks meet in a file store, which
+is a file in a folder that only this user can open, and gloo and NCCL are bound to the loopback device.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pipelines.child_process import child_environment
+from pipelines.formats.run_folder import RunFolder
+
+RankEntry = Callable[[str], None]
+
+POLL_SECONDS = 0.1
+TERM_SECONDS = 15.0
+"""Time that a rank may take to record how it ended after SIGTERM, before it is killed, in seconds."""
+
+
+def run_local_ranks(run: RunFolder, ranks: int, entry: RankEntry) -> Exception | None:
+    """Run all ranks on this host until they end, and return why the launch failed, or None.
+
+    If a rank fails, all other ranks are ended. When this function returns or raises, no rank is running.
+
+    Args:
+        run: run folder; the output of ranks that have not opened their own log goes to launcher.log.
+        ranks: number of ranks.
+        entry: function that each rank runs; each rank imports the function by name.
+
+    Raises:
+        KeyboardInterrupt: the user interrupted the run.
+    """
+    run.launcher_log.parent.mkdir(parents=True, exist_ok=True)
+    import_entry = f"import sys; from {entry.__module__} import {entry.__name__} as entry; entry(sys.argv[1])"
+    command = [sys.executable, "-P", "-c", import_entry, str(run.path)]
+    started: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory(prefix="lakesight-ranks-") as private, run.launcher_log.open("ab") as log:
+        try:
+            for rank in range(ranks):
+                environment = _rank_environment(rank, ranks, Path(private) / "store")
+                started.append(
+                    subprocess.Popen(  # noqa: S603 (our own command)
+                        command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                    )
+                )
+            return _wait(started)
+        except OSError as error:
+            return error
+        finally:
+            _end(started)
+
+
+def _rank_environment(rank: int, ranks: int, store: Path) -> dict[str, str]:
+    """Return the environment of a rank: the variables that torchrun sets, the file store and the loopback device."""
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
+    environment = child_environment(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        LAKESIGHT_STORE=str(store),
+        GLOO_SOCKET_IFNAME=loopback,
+        NCCL_SOCKET_IFNAME=loopback,
+    )
+    # The rank divides the cores itself. As with torchrun, libraries must not start a thread per core before that.
+    return environment if ranks == 1 else {"OMP_NUM_THREADS": "1"} | environment
+
+
+def _wait(started: Sequence[subprocess.Popen[bytes]]) -> RuntimeError | None:
+    """Wait until all ranks have succeeded or one rank has failed, and describe the first failure."""
+    while True:
+        codes = [process.poll() for process in started]
+        failed = next((rank for rank, code in enumerate(codes) if code), None)
+        if failed is not None:
+            return RuntimeError(f"rank {failed} ended with exit code {codes[failed]}")
+        if None not in codes:
+            return None
+        time.sleep(POLL_SECONDS)
+
+
+def _end(started: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End the ranks that are still running. Signals reach only our children, because none was waited for before."""
+    for process in started:
+        process.terminate()
+    deadline = time.monotonic() + TERM_SECONDS
+    while any(process.poll() is None for process in started) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS / 2)
+    for process in started:
+        process.kill()
+        process.wait()

@@ -1,0 +1,62 @@
+"""Environment variables of child processes, and the identity of a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pipelines.child_process import child_environment, drop_other_variables, start_ticks
+
+SECRETS = (
+    "AWS_SECRET_ACCESS_KEY",
+    "AZURE_CLIENT_SECRET",
+    "DATABRICKS_TOKEN",
+    "GITHUB_TOKEN",
+    "HF_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_URI",
+    "PYSPARK_GATEWAY_SECRET",
+    "PYTHON_WORKER_FACTORY_SECRET",
+    "TORCH_HUB_TOKEN",
+    "anything_else",
+)
+NEEDED = (
+    "PATH",
+    "PYTHONPATH",
+    "PYTHONSAFEPATH",
+    "CUDA_VISIBLE_DEVICES",
+    "LD_LIBRARY_PATH",
+    "LC_ALL",
+    "OMP_NUM_THREADS",
+)
+
+
+def test_a_child_process_receives_what_it_needs_and_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*SECRETS, *NEEDED):
+        monkeypatch.setenv(name, "value")
+    environment = child_environment(RANK="1")
+    assert environment["RANK"] == "1"
+    assert set(NEEDED) <= environment.keys()
+    assert not set(SECRETS) & environment.keys()
+
+
+def test_a_rank_forgets_the_credentials_of_the_executor_and_keeps_what_describes_the_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in (*SECRETS, *NEEDED, "MASTER_ADDR", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "value")
+    drop_other_variables("MASTER_.+", "LOCAL_RANK")
+    assert {*NEEDED, "MASTER_ADDR", "LOCAL_RANK"} <= os.environ.keys()
+    assert not set(SECRETS) & os.environ.keys()
+
+
+def test_a_process_that_uses_a_process_id_again_is_told_apart_by_its_start() -> None:
+    if not start_ticks(os.getpid()):
+        pytest.skip("the start of a process is not known here")
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert start_ticks(child.pid) > start_ticks(os.getpid()) == start_ticks(os.getpid())
+    child.communicate(b"\n")
+    assert start_ticks(child.pid) == 0
