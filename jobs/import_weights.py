@@ -134,7 +134,12 @@ def _print_report(output: CommandOutput, report: ImportReport) -> None:
         output.line(part.part, f"{part.used} tensors of {part.folder} ({part.family})")
         for reason, names in part.dropped.items():
             output.line("  dropped", f"{', '.join(names)}: {reason}")
-        for label, names in (("  tied", part.tied), ("  resampled", part.resampled), ("  unchecked", part.unchecked)):
+        for label, names in (
+            ("  tied", part.tied),
+            ("  resampled", part.resampled),
+            ("  unchecked", part.unchecked),
+            ("  ignored", part.ignored),
+        ):
             if names:
                 output.line(label, ", ".join(names))
     if report.fresh:

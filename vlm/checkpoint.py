@@ -1,6 +1,7 @@
 """Model checkpoints, stored as safetensors and JSON. Loading a checkpoint never executes code from a file.
 
 model.safetensors   every parameter; tied parameters are stored once, under their first name
+                    the metadata of the file contains the version of this format (`lakesight_format`)
 config.json         the ModelConfig as JSON
 tokenizer.json      the tokenizer as JSON
 files.json          size and SHA-256 of every other file in the folder, to detect incomplete writes and changed bytes;
@@ -37,6 +38,8 @@ from vlm.text.base import Tokenizer
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 MANIFEST = "files.json"
 MODEL_FILES = (WEIGHTS, CONFIG, TOKENIZER)
+FORMAT_KEY, FORMAT = "lakesight_format", 1
+"""Version of the format of checkpoints. Files without a version were written before versions were introduced."""
 
 
 def save_model(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer) -> None:
@@ -47,7 +50,7 @@ def save_model(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer) -
 def save_weights(folder: Path, weights: Mapping[str, Tensor], config: ModelConfig, tokenizer: Tokenizer) -> None:
     """Write the same files as `save_model`, from a dict of tensors in which tied weights appear once."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(weights), folder / WEIGHTS)
+    save_file(dict(weights), folder / WEIGHTS, {FORMAT_KEY: str(FORMAT)})
     (folder / CONFIG).write_text(config.model_dump_json(indent=2), encoding="utf-8")
     text.save(tokenizer, folder / TOKENIZER)
 
@@ -66,12 +69,40 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Vision
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not match the config.
     """
+    if (folder / WEIGHTS).is_file():
+        check_format(folder / WEIGHTS)
     config = load_config(folder)
     tokenizer = text.load(folder / TOKENIZER)
     with torch.random.fork_rng(devices=[]):  # building a model must not change the caller's random state
         model = build_model(config, tokenizer.vocab_size)
     load_weights(model, folder / WEIGHTS)
     return model.to(device).eval(), tokenizer
+
+
+def check_format(path: Path) -> None:
+    """Check that this version of Lakesight can read a weights file, before its config is read.
+
+    Raises:
+        CheckpointError: a newer version of Lakesight wrote the file, or the file cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = (file.metadata() or {}).get(FORMAT_KEY, "0")
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from None
+    if not (found.isdecimal() and int(found) <= FORMAT):
+        raise CheckpointError(
+            "the checkpoint was written by a newer version of Lakesight",
+            where=str(path),
+            got=f"format {found}, and this version reads formats up to {FORMAT}",
+            fix="install a newer version of Lakesight",
+        )
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        "the weights cannot be read", where=str(path), got=str(error), fix="the file is damaged or not safetensors"
+    )
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -98,6 +129,7 @@ def load_weights(model: VisionLanguageModel, path: Path) -> None:
         CheckpointError: the file cannot be read, or a tensor is missing, is unexpected or has the wrong shape; the
             message lists all tensors with such a problem.
     """
+    check_format(path)
     fill_tensors(model_weights(model), path)
 
 
@@ -116,9 +148,7 @@ def fill_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            "the weights cannot be read", where=str(path), got=str(error), fix="the file is damaged or not safetensors"
-        ) from None
+        raise _unreadable(path, error) from None
     problems = [f"missing {name}" for name in tensors if name not in shapes]
     problems += [f"unexpected {name}" for name in shapes if name not in tensors]
     problems += [

@@ -134,6 +134,48 @@ def test_import_error_names_missing_shards(folder: Path, tmp_path: Path) -> None
     assert "index of the shards cannot be read" in refused(shards)
 
 
+def without_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+
+
+def test_a_tied_tensor_may_be_stored_under_either_of_its_names_or_under_both(folder: Path) -> None:
+    edit_tensors(folder, without_head)
+    expected, _ = load(OURS, folder, "decoder")
+
+    def rename_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors | {"lm_head.weight": tensors.pop("transformer.wte.weight")}
+
+    edit_tensors(folder, rename_embedding)
+    model, report = load(OURS, folder, "decoder")
+    assert report.parts[0].tied == ("lm_head.weight",)
+    assert all(torch.equal(one, other) for one, other in zip(*map(weights, (model, expected)), strict=True))
+    edit_tensors(folder, lambda tensors: tensors | {"transformer.wte.weight": tensors["lm_head.weight"].clone()})
+    assert load(OURS, folder, "decoder")[1].parts[0].tied == ("lm_head.weight",)
+    edit_tensors(folder, lambda tensors: tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1})
+    assert "lm_head.weight differs from transformer.wte.weight" in refused(folder)
+
+
+def test_an_index_that_stayed_behind_beside_a_whole_file_is_ignored_and_reported(folder: Path) -> None:
+    expected, _ = load(OURS, folder, "decoder")
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"transformer.wte.weight": "model-00001-of-00002.safetensors"}}')
+    model, report = load(OURS, folder, "decoder")
+    assert report.parts[0].ignored == (index.name,)
+    assert all(torch.equal(one, other) for one, other in zip(*map(weights, (model, expected)), strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_import_refuses_weights_that_are_not_finite_and_names_the_tensor(value: float, folder: Path) -> None:
+    def damage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors["transformer.h.1.ln_1.bias"][3] = value
+        return tensors
+
+    edit_tensors(folder, damage)
+    message = refused(folder)
+    assert "the weights contain NaN or infinity. Where: transformer.h.1.ln_1.bias in " in message
+    assert "1 of 16 values are not finite" in message
+
+
 def weights(model: torch.nn.Module) -> list[Tensor]:
     return [parameter for name, parameter in model.named_parameters() if name.startswith("decoder.")]
 

@@ -37,6 +37,9 @@ class TensorHeader:
 class WeightFiles:
     """All tensors in the weight files of a folder. The constructor reads only the headers of the files.
 
+    If a folder contains both model.safetensors and an index of shards, model.safetensors is read, as in transformers:
+    an index often stays behind when the shards were merged. The attribute `ignored` names the files not read.
+
     Raises:
         CheckpointError: the folder has no weights, a shard is missing, a file is damaged, or the weights are pickled.
     """
@@ -44,8 +47,12 @@ class WeightFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.headers: dict[str, TensorHeader] = {}
-        for file in _weight_files(folder):
+        files = _weight_files(folder)
+        for file in files:
             self.headers.update(_read_headers(file))
+        index = [folder / INDEX] if files == [folder / SINGLE] and (folder / INDEX).is_file() else []
+        others = [path for path in folder.glob("*.safetensors") if index and path not in files]
+        self.ignored = tuple(sorted(path.name for path in [*index, *others]))
 
     def read(self, name: str) -> Tensor:
         """Return one tensor as a view of the memory-mapped file. A caller that keeps the tensor must copy the data."""
@@ -81,9 +88,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def _weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a folder: one file, or all shards."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
     if (folder / INDEX).is_file():
         return _shards(folder)
-    found = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
+    found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
         return found
     content = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []

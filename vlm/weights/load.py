@@ -44,6 +44,7 @@ class PartReport(Config):
         dropped: dict from a reason to the names of the tensors that were dropped for the reason.
         resampled: position embedding tables that were interpolated to the model's resolution.
         unchecked: paths of the model's config that the folder's config.json does not determine.
+        ignored: weight files of the folder that were not read, because model.safetensors contains all weights.
     """
 
     part: Part
@@ -54,6 +55,7 @@ class PartReport(Config):
     dropped: dict[str, tuple[str, ...]]
     resampled: tuple[str, ...]
     unchecked: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
 
 
 class ImportReport(Config):
@@ -135,7 +137,11 @@ def _open_source(part: Part, folder: Path, config: ModelConfig, model: nn.Module
     files = WeightFiles(folder)
     names = family.canonical_names(files.headers)
     ours = {name: parameter for name, parameter in model.named_parameters() if in_published_part(name, part)}
-    plan = plan_load(family.table(config), ours, {name: files.headers[names[name]] for name in names})
+    table = family.table(config)
+    for tie in table.ties:
+        if tie.ours not in ours and tie.theirs in names and tie.partner not in names:
+            names[tie.partner] = names[tie.theirs]  # the file contains only the other copy of the tied tensor
+    plan = plan_load(table, ours, {name: files.headers[names[name]] for name in names})
     return Source(part, family, files, names, plan, settings)
 
 
@@ -254,7 +260,21 @@ def _size(source: Source, rule: Rule) -> int:
 
 
 def _read(source: Source, rule: Rule, model: nn.Module) -> list[Tensor]:
-    tensors = rule.read([source.files.read(source.names[name]) for name in rule.theirs])
+    """Read the tensors of a rule and convert them to our parameters.
+
+    Raises:
+        CheckpointError: a tensor contains NaN or infinity, so that the model would answer nothing but NaN.
+    """
+    read = {name: source.files.read(source.names[name]) for name in rule.theirs}
+    for name, tensor in read.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                "the weights contain NaN or infinity",
+                where=f"{name} in {source.files.headers[source.names[name]].file}",
+                got=f"{int((~torch.isfinite(tensor)).sum()):,} of {tensor.numel():,} values are not finite",
+                fix="download the file again, or ask its publisher: the training of these weights has diverged",
+            )
+    tensors = rule.read(list(read.values()))
     if rule in source.plan.resampled:
         assert rule.grid is not None
         rows = model.get_parameter(rule.ours[0]).shape[1]
@@ -289,4 +309,5 @@ def _report(source: Source) -> PartReport:
             f"{rule.ours[0]} from {headers[source.names[rule.theirs[0]]].shape[-2]} rows" for rule in plan.resampled
         ),
         unchecked=tuple(source.family.unchecked(source.settings)),
+        ignored=source.files.ignored,
     )

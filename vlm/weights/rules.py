@@ -64,7 +64,10 @@ class Drop:
 
 @dataclass(frozen=True)
 class Tie:
-    """Two tensors of a file, `theirs` and `partner`, that must be equal if the model has no parameter `ours`."""
+    """Two tensors of a file that are copies of one tensor if the model has no parameter `ours`.
+
+    A file may contain `theirs`, `partner`, or both. If the file contains both, they must be equal.
+    """
 
     theirs: str
     partner: str

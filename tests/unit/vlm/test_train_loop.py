@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter
+from safetensors.torch import load_file, save_file
 from tiny_models import VARIANTS, tiny_batch, tiny_config, tiny_model
 
 from vlm.batch import Batch
@@ -308,6 +309,19 @@ def test_loading_a_truncated_weights_file_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="weights cannot be read"):
+        load_model(tmp_path)
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_and_one_without_a_format_version_is_loaded(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("plain")
+    save_model(tmp_path, model, tokenizer)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    save_file(weights, path)  # as versions of Lakesight without a format version wrote it
+    assert torch.equal(load_model(tmp_path)[0].decoder.tokens.weight, model.decoder.tokens.weight)
+    save_file(weights, path, {"lakesight_format": "2"})
+    (tmp_path / "config.json").write_text('{"new_setting": 1}')
+    with pytest.raises(CheckpointError, match="format 2, and this version reads formats up to 1"):
         load_model(tmp_path)
 
 
