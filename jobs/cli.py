@@ -7,8 +7,12 @@ calling `sys.exit`, because a Databricks wheel task counts any SystemExit as a f
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import sys
+import threading
 import traceback
+from types import FrameType
 from typing import Any
 
 import typer
@@ -47,7 +51,10 @@ JAVA_PERMISSION_ERRORS = ("(Permission denied)", "(Read-only file system)", "DEL
 
 
 class Interrupted(LakesightError):
-    """The user pressed Ctrl-C. Committed work is kept, and the same command resumes from the committed work."""
+    """The user pressed Ctrl-C, or a scheduler sent SIGTERM.
+
+    Committed work is kept, and the same command resumes from the committed work.
+    """
 
 
 class Commands(TyperGroup):
@@ -85,6 +92,9 @@ def main() -> None:
 
 def run(commands: typer.Typer) -> None:
     """Run a command line app. If its command raises an error, print the message and exit with the error's exit code."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
+        os.register_at_fork(after_in_child=_restore_default)
     try:
         commands()
     except SystemExit as end:
@@ -97,6 +107,17 @@ def run(commands: typer.Typer) -> None:
             _fail(str(file_error), file_error.exit_code)
         traceback.print_exc()
         _fail(f"\nlakesight failed with {type(error).__name__}: {_first_line(error)}", 1)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Interrupt the command as Ctrl-C does. A scheduler's second SIGTERM does not interrupt the cleanup."""
+    signal.signal(number, lambda *_: None)  # not SIG_IGN, which child processes would inherit
+    raise KeyboardInterrupt
+
+
+def _restore_default() -> None:
+    """Let SIGTERM end a forked child at once, also while the child executes C code."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _fail(message: str, code: int) -> None:

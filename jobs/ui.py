@@ -7,11 +7,13 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from jobs.common import PlatformOption, RunOption, SetOption, open_job
+from pipelines.child_process import end_group
 from pipelines.errors import StageFailed, UserError
 from pipelines.platform import redact_uri
 
@@ -58,13 +60,25 @@ def ui(
             HOST,
             "--port",
             str(port),
+            # With several workers, uvicorn kills a worker that needs more than five seconds to start, again and again.
+            "--workers",
+            "1",
         ]
         with suppress(KeyboardInterrupt):  # Ctrl-C is the usual way to stop a server
             # Without PYTHONSAFEPATH, the server would put its working folder, the home folder, first on sys.path, and
             # a file in the home folder could shadow a module.
             environment = os.environ | {"PYTHONSAFEPATH": "1"}
-            code = subprocess.call(command, env=environment, cwd=job.platform.root)  # noqa: S603 our own arguments
+            code = _serve(command, environment, job.platform.root)
             raise StageFailed("the MLflow UI stopped", got=f"exit code {code}", fix="read the MLflow messages above")
+
+
+def _serve(command: list[str], environment: dict[str, str], folder: Path) -> int:
+    """Run a server until it ends. If this process is interrupted, end the server and all processes of the server."""
+    server = subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True)  # noqa: S603 our own
+    try:
+        return server.wait()
+    finally:
+        end_group(server)
 
 
 def check_port_free(port: int) -> None:

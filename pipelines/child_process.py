@@ -1,9 +1,12 @@
-"""What a child process receives from this process, and whether a process id still belongs to the same process."""
+"""What a child process receives, how a group of processes is ended, and whether a process id was used again."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
+import subprocess
 from pathlib import Path
 
 PASSED_ON = re.compile(
@@ -33,6 +36,15 @@ def drop_other_variables(*needed: str) -> None:
     for name in os.environ.keys() - child_environment().keys():
         if not any(re.fullmatch(pattern, name) for pattern in needed):
             del os.environ[name]
+
+
+def end_group(leader: subprocess.Popen[bytes], seconds: float = 5.0) -> None:
+    """End a process that was started with `start_new_session`, and all processes that it has started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM for a group of zombies
+            os.killpg(leader.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            leader.wait(seconds)
 
 
 def start_ticks(pid: int) -> int:

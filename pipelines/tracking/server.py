@@ -13,6 +13,7 @@ from mlflow.exceptions import MlflowException
 
 from pipelines.errors import UserError
 from pipelines.platform import Platform, redact_uri
+from pipelines.tracking.database import check_database
 from pipelines.tracking.moved_home import artifact_root, follow_moved_home
 
 REQUEST_ERRORS = (MlflowException, OSError)
@@ -23,8 +24,9 @@ def connect(platform: Platform) -> MlflowClient:
     """Point MLflow to the platform's tracking server and model registry, and return a client.
 
     Raises:
-        UserError: the server does not answer, or the store of a moved home folder cannot be updated.
+        UserError: the server or the database cannot be used, or the store of a moved home folder cannot be updated.
     """
+    check_database(platform.tracking_uri)
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # urllib3's warnings repeat our errors

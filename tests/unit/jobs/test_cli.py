@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -138,6 +139,40 @@ def test_an_error_is_printed_as_one_paragraph_and_sets_the_exit_code(
     shown = capsys.readouterr().err
     assert expected in shown
     assert len(shown.strip().splitlines()) == 1
+
+
+SLEEP = """
+import os, sys, time, typer
+from jobs.cli import Commands, run
+app = typer.Typer(cls=Commands)
+app.callback()(lambda: None)
+
+@app.command()
+def sleep():
+    if (child := os.fork()) == 0:
+        time.sleep(600)
+    print(child, flush=True)
+    try:
+        time.sleep(600)
+    finally:
+        os.kill(os.getpid(), 15)  # a scheduler's second SIGTERM does not interrupt the cleanup
+        os.kill(child, 15)
+        print(os.waitpid(child, 0)[1], flush=True)
+
+run(app)
+"""
+
+
+def test_sigterm_interrupts_a_command_as_ctrl_c_does_and_ends_a_forked_child_at_once() -> None:
+    command = [sys.executable, "-c", SLEEP, "sleep"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert int(process.stdout.readline()) > 0
+        process.terminate()
+        printed, shown = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert shown.strip() == "interrupted; run the same command again to resume."
+    assert int(printed) == signal.SIGTERM  # the status of a child that the signal has ended
 
 
 def test_an_unexpected_error_prints_a_traceback_and_the_error_message_as_last_line(

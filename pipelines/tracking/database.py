@@ -1,0 +1,70 @@
+"""Check of a tracking database before MLflow opens it.
+
+MLflow itself would try ten times to open a database, for minutes, and would then raise an exception of SQLAlchemy or of
+the database's driver.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from pipelines.errors import UserError
+from pipelines.platform import redact_uri
+
+CONNECT_SECONDS = 10
+"""Longest time to wait for an answer of a database server, in seconds."""
+
+DRIVERS = {"postgresql": "psycopg2-binary", "mysql": "pymysql", "mssql": "pymssql"}
+"""Packages with the drivers of database servers, by the kind of database in the URI."""
+
+
+@cache  # a failed check is not cached
+def check_database(uri: str) -> None:
+    """Check that the database of a tracking URI can be read. A URI of an HTTP server or a workspace is not checked.
+
+    Raises:
+        UserError: the driver is not installed, the server does not answer or refuses the user, or the file is locked or
+            is no database.
+    """
+    kind = uri.partition(":")[0].partition("+")[0]
+    if kind != "sqlite" and kind not in DRIVERS:
+        return
+    import sqlalchemy
+    from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
+
+    limit = {"connect_timeout": CONNECT_SECONDS} if kind in ("postgresql", "mysql") else {}
+    try:
+        engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool, connect_args=limit)
+        file = str(engine.url.database or "").removeprefix("file:")
+        if kind == "sqlite" and not Path(file).exists():
+            return  # MLflow creates the file
+        with engine.connect() as connection:
+            sqlalchemy.inspect(connection).get_table_names()
+    except (ImportError, NoSuchModuleError) as error:
+        raise UserError(
+            "the driver of the tracking database is not installed",
+            where=redact_uri(uri),
+            got=_first_line(error),
+            fix=f"pip install {DRIVERS.get(kind, 'the driver')}",
+        ) from None
+    except (SQLAlchemyError, ValueError) as error:  # ValueError: a port that is not a number
+        raise UserError(
+            "the tracking database cannot be used",
+            where=redact_uri(uri),
+            got=_first_line(error),
+            fix=_fix(kind, str(error)),
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return redact_uri((str(error) or type(error).__name__).splitlines()[0])[:300]
+
+
+def _fix(kind: str, message: str) -> str:
+    """Say how to make a database usable again."""
+    if kind != "sqlite":
+        return "start the server, and check host, port, user, password and name of the database in MLFLOW_TRACKING_URI"
+    if "locked" in message:
+        return "end the process that has locked the file, then repeat the command; `lsof FILE` names the process"
+    return "restore the file from a backup; or move it away to begin with an empty database (runs and models are lost)"

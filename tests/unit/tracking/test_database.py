@@ -1,0 +1,68 @@
+"""A tracking database that cannot be used is reported in one paragraph, in bounded time, and without passwords."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import LocalPlatformConfig
+from pipelines.errors import UserError
+from pipelines.platform import Platform, local
+from pipelines.tracking.server import connect
+
+
+@pytest.fixture
+def laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Platform:
+    monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return local(LocalPlatformConfig())
+
+
+def refused(platform: Platform) -> str:
+    started = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        connect(platform)
+    assert time.monotonic() - started < 30
+    assert "\n" not in str(caught.value)
+    assert caught.value.fix
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"garbage" * 1000, b"SQLite format 3\x00" + b"\xff" * 5000], ids=["text", "header"]
+)
+def test_a_file_that_is_no_database_is_reported(laptop: Platform, content: bytes) -> None:
+    (laptop.root / "mlflow.db").write_bytes(content)
+    message = refused(laptop)
+    assert "the tracking database cannot be used" in message
+    assert "restore the file from a backup" in message
+
+
+def test_a_locked_database_is_reported(laptop: Platform, empty_database: Path) -> None:
+    shutil.copy(empty_database, laptop.root / "mlflow.db")
+    with sqlite3.connect(laptop.root / "mlflow.db", isolation_level=None) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        message = refused(laptop)
+    assert "database is locked" in message
+    assert "end the process that has locked the file" in message
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("postgresql+psycopg2://me:c4nary@127.0.0.1:1/db", "pip install psycopg2-binary"),
+        ("postgresql+nodriver://me:c4nary@127.0.0.1:1/db", "driver of the tracking database is not installed"),
+        ("postgresql://me:c4nary@127.0.0.1:port/db", "check host, port, user, password"),
+    ],
+)
+def test_a_missing_driver_and_a_wrong_address_are_reported_without_the_password(
+    laptop: Platform, uri: str, said: str
+) -> None:
+    message = refused(replace(laptop, tracking_uri=uri, registry_uri=uri))
+    assert said in message
+    assert "c4nary" not in message
