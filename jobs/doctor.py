@@ -8,6 +8,7 @@ import shutil
 import sys
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -104,7 +105,10 @@ def check_delta_jar() -> DoctorCheck:
             found="delta-spark is not installed",
             fix=INSTALL,
         )
-    if list(Path.home().glob(f".ivy2*/jars/io.delta_{artifact}-{delta}.jar")):
+    cached: list[Path] = []
+    with suppress(RuntimeError):  # HOME is not set, and the user id has no name, as in many containers
+        cached = list(Path.home().glob(f".ivy2*/jars/io.delta_{artifact}-{delta}.jar"))
+    if cached:
         return DoctorCheck(name="delta jar", status="ok", found=f"{artifact} {delta}, cached")
     url = f"https://repo1.maven.org/maven2/io/delta/{artifact}/{delta}/{artifact}-{delta}.pom"
     try:

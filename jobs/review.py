@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 from typing import Annotated
 
 import typer
@@ -47,7 +48,15 @@ def review(
             )
         check_port_free(port)
         job.output.line("review", f"http://{HOST}:{port}  (Ctrl-C stops it)")
-        app = open_app(reviewed, f"Captions of {job.model_name}", getpass.getuser())
+        app = open_app(reviewed, f"Captions of {job.model_name}", user_name())
         uvicorn.run(app, host=HOST, port=port, log_level="warning")
         job.output.line("judged", f"{len(reviewed.judged):,} of {len(reviewed.captions):,} captions")
         job.output.line("next", "lakesight show verdicts, or lakesight ingest --run reviewed")
+
+
+def user_name() -> str:
+    """Return the name of this user, or the user id if the id has no name, as in many containers."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a KeyError before Python 3.13
+        return f"user {os.getuid()}"

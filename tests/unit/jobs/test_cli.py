@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import pwd
 import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ from deltalake import write_deltalake
 from PIL import Image
 
 from jobs.cli import INTERACTIVE_COMMANDS, STAGE_COMMANDS, WEIGHT_COMMANDS, Commands, app, main, run
+from jobs.doctor import check_delta_jar
+from jobs.review import user_name
 from pipelines.config import load_model
 from pipelines.errors import StageFailed
 from vlm import text
@@ -173,6 +178,18 @@ def test_sigterm_interrupts_a_command_as_ctrl_c_does_and_ends_a_forked_child_at_
     assert process.returncode == 1
     assert shown.strip() == "interrupted; run the same command again to resume."
     assert int(printed) == signal.SIGTERM  # the status of a child that the signal has ended
+
+
+def test_a_user_without_a_name_and_a_home_folder_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(_: int) -> None:
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)  # the user database of a container without an entry for the user
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: contextlib.nullcontext())
+    for name in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    assert user_name() == f"user {os.getuid()}"
+    assert check_delta_jar().status == "ok"
 
 
 def test_an_unexpected_error_prints_a_traceback_and_the_error_message_as_last_line(
