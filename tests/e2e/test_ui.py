@@ -55,8 +55,9 @@ def test_modules_of_the_working_folder_do_not_shadow_those_of_the_mlflow_ui_and_
             assert server.wait(30) == 0
             assert not any(is_running(pid) for pid in started)
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGKILL)
+            for pid in descendants(server.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             server.wait()
 
 
