@@ -47,8 +47,8 @@ class FolderColumns(ColumnNames):
 class MemberColumns(ColumnNames):
     """Members of a tar that serve as columns, named by their file extensions.
 
-    Alternative extensions are separated by semicolons, and the first extension that a row has is used. `json.KEY` is a
-    key of a `json` member. `__key__` is the part that the names of a row's members share.
+    Alternative extensions of the picture are separated by semicolons, and the first extension that a row has is used.
+    `json.KEY` is a key of a `json` member. `__key__` is the part that the names of a row's members share.
     """
 
     image: str = "jpg;jpeg;png;webp;gif;tif;tiff;bmp;avif"

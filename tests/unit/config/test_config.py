@@ -17,9 +17,18 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from pipelines.config import CsvSourceConfig, RunConfig, available, load_model, load_run, short_hash
+from pipelines.config import (
+    PICTURE,
+    CsvSourceConfig,
+    DataConfig,
+    RunConfig,
+    available,
+    load_model,
+    load_run,
+    short_hash,
+)
 from pipelines.config.yaml_file import YamlProblem, read_mapping
 from pipelines.errors import ConfigError
 from vlm.config import ADDED_LATER, Config
@@ -312,6 +321,16 @@ def test_a_setting_that_was_added_later_is_hashed_only_when_it_is_used() -> None
     used = Whole(parts=(Part(), Part(new=(5,))), named={"a": Part(new=(6,))}, added=Part())
     expected = {"part": {"old": 1}, "parts": ({"old": 1}, {"old": 1, "new": (5,)}), "left_out": 3}
     assert used.hashed_settings() == expected | {"named": {"a": {"old": 1, "new": (6,)}}, "added": {"old": 1}}
+
+
+def test_root_of_named_pictures_is_hashed_only_when_it_is_used_and_only_for_sources_of_rows() -> None:
+    plain, named = ({"kind": "jsonl", "path": "x"} | root for root in ({}, {"image_root": "."}))
+    configs = [DataConfig.model_validate({"source": source}) for source in (plain, named)]
+    assert "image_root" not in configs[0].source.hashed_settings()
+    assert [config.source.record_columns.image for config in configs] == ["image", PICTURE]
+    for kind in ("folder", "webdataset"):
+        with pytest.raises(ValidationError, match="image_root"):
+            DataConfig.model_validate({"source": {"kind": kind, "captions": "c.csv", "image_root": "."}})
 
 
 def test_gate_thresholds_are_part_of_the_run_and_can_be_overridden() -> None:

@@ -213,6 +213,22 @@ def test_names_that_are_no_rows_are_left_out_and_odd_names_are_rows(tmp_path: Pa
     assert not (tmp_path.parent / "up").exists()
 
 
+def test_names_with_any_bytes_are_rows_of_their_own(tmp_path: Path) -> None:
+    """Reports: macrodata-labs/refiner 124, JD-P/simulacra-aesthetic-captions 1, webdataset/webdataset 330."""
+    names = ["train.v1/0001.jpg", "new\nline/a\nb.jpg", "back\\slash.jpg", "\udce8.jpg", "\udce9.jpg", "22.05.jpg"]
+    records = rows_of(write_tar(tmp_path / "x.tar", dict.fromkeys(names, b"j")))
+    assert [record.fields["__key__"] for record in records] == [
+        "train.v1/0001",
+        "new\nline/a\nb",
+        "back\\slash",
+        "\ufffd",
+        "\ufffd",
+        "22",
+    ]
+    assert [record.fields[PICTURE] for record in records] == [*[b"j"] * 5, None]
+    assert "an extension begins at the first dot" in str(records[-1].problem)
+
+
 def test_rows_whose_members_are_not_next_to_each_other_are_refused_and_never_mixed(tmp_path: Path) -> None:
     members = {"a.jpg": b"a", "b.jpg": b"b", "a.txt": b"a", "b.txt": b"b"}
     records = rows_of(write_tar(tmp_path / "x.tar", members))
