@@ -216,8 +216,10 @@ def test_names_that_are_no_rows_are_left_out_and_odd_names_are_rows(tmp_path: Pa
 def test_names_with_any_bytes_are_rows_of_their_own(tmp_path: Path) -> None:
     """Reports: macrodata-labs/refiner 124, JD-P/simulacra-aesthetic-captions 1, webdataset/webdataset 330."""
     names = ["train.v1/0001.jpg", "new\nline/a\nb.jpg", "back\\slash.jpg", "\udce8.jpg", "\udce9.jpg", "22.05.jpg"]
+    names.insert(0, "BZh9.jpg")  # begins like a bz2 file
     records = rows_of(write_tar(tmp_path / "x.tar", dict.fromkeys(names, b"j")))
     assert [record.fields["__key__"] for record in records] == [
+        "BZh9",
         "train.v1/0001",
         "new\nline/a\nb",
         "back\\slash",
@@ -225,7 +227,7 @@ def test_names_with_any_bytes_are_rows_of_their_own(tmp_path: Path) -> None:
         "\ufffd",
         "22",
     ]
-    assert [record.fields[PICTURE] for record in records] == [*[b"j"] * 5, None]
+    assert [record.fields[PICTURE] for record in records] == [*[b"j"] * 6, None]
     assert "an extension begins at the first dot" in str(records[-1].problem)
 
 

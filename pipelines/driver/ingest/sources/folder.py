@@ -6,6 +6,8 @@ other kinds. Executors open the pictures, so every executor must see the folder.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from pipelines.driver.ingest.sources import csv, jsonl
 from pipelines.driver.ingest.sources.files import SourceFile, source_folder
 from pipelines.driver.ingest.sources.lines import COMPRESSION_SUFFIXES
 from pipelines.driver.ingest.sources.source import Source, SourceRows, require_columns
+from pipelines.driver.ingest.sources.walk import PassedOver, file_reason, folder_reason
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.coco import coco_columns, coco_records
 from pipelines.executor.ingest.records.folder import (
@@ -32,18 +35,19 @@ from pipelines.executor.ingest.records.folder import (
     store_records,
     subfolder_of,
 )
-from pipelines.executor.ingest.storage import describe_damage
+from pipelines.executor.ingest.storage import describe_damage, printable
 
 CAPTION_BYTES_PER_TASK = 64 * 1024
 """Number of bytes of the captions file whose pictures one task looks up, which is a few hundred captions."""
 MAX_TASKS = 10_000
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif")
 COCO_SUFFIXES = tuple(f".json{compression}" for compression in COMPRESSION_SUFFIXES)
 
 
 def open_folder(
     spark: SparkSession, name: str, source: FolderSourceConfig, config: DataConfig, ingested: pa.Table
 ) -> Source:
-    """Open a folder. Each row of the captions file is one record. Pictures that no row names are ignored.
+    """Open a folder. Each row of the captions file is one record. Pictures that no row names are passed over.
 
     In the ledger, an item is a row of the captions file, and the state of the item is the change token of its picture.
     Only added rows and rows with a changed picture are read again.
@@ -58,7 +62,8 @@ def open_folder(
     column = source.columns.image
     list_rows = partial(list_captions, read=caption_records, captions=file.path, folder=str(folder), column=column)
     rows = captions.repartition(tasks).mapInArrow(list_rows, from_arrow_schema(CAPTIONS))
-    items = rows.select(*ITEMS.names).toArrow().cast(ITEMS)
+    listed = rows.select(*ITEMS.names, "picture").toArrow()
+    items = listed.select(ITEMS.names).cast(ITEMS)
     pending = pending_items(items, ingested)
     distinct = items.group_by(ITEMS.names).aggregate([])
     if 0 < len(pending) < len(distinct):
@@ -72,7 +77,53 @@ def open_folder(
         subfolder=subfolder_of(file.path, str(folder)),
     )
     ingest_id = short_hash(name, sorted(zip(*items.to_pydict().values(), strict=True)))
-    return Source(SourceRows(rows, parse) if len(pending) else None, ingest_id, pending, len(distinct) - len(pending))
+    used = {*listed["picture"].to_pylist(), os.path.realpath(file.path)}
+    return Source(
+        SourceRows(rows, parse) if len(pending) else None,
+        ingest_id,
+        pending,
+        len(distinct) - len(pending),
+        passed_over=passed_over(os.path.realpath(folder), used),
+    )
+
+
+def passed_over(folder: str, used: Collection[str | None]) -> tuple[PassedOver, ...]:
+    """Return the entries below the folder that are not read, among them the pictures that no row names.
+
+    Links to folders are not followed, because a link may lead to all files of the machine.
+
+    Args:
+        folder: path of the folder, without links.
+        used: paths of the captions file and of the pictures that rows name, without links.
+    """
+    found: list[PassedOver] = []
+
+    def pass_over(path: Path, reason: str, end: str = "") -> None:
+        found.append(PassedOver(printable(str(path.relative_to(folder)) + end), reason))
+
+    for top, folders, files in os.walk(folder, onerror=lambda error: pass_over(Path(error.filename), "no_access", "/")):
+        for name in sorted(folders):
+            path = Path(top, name)
+            if reason := _leads_out(path, folder) or folder_reason(name):
+                pass_over(path, reason, "/")
+                folders.remove(name)
+        for name in sorted(files):
+            path = Path(top, name)
+            if printable(str(path)) not in used and printable(os.path.realpath(path)) not in used:
+                pass_over(path, _leads_out(path, folder) or _file_reason(path))
+    return tuple(found)
+
+
+def _leads_out(path: Path, folder: str) -> str | None:
+    is_outside = path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(folder)
+    return "link_outside" if is_outside else None
+
+
+def _file_reason(path: Path) -> str:
+    if not path.is_file():
+        return "not_regular"
+    is_picture = path.name.lower().endswith(PICTURE_SUFFIXES)
+    return file_reason(path.name) or ("not_named" if is_picture else "other_kind")
 
 
 def _captions_file(path: Path) -> SourceFile:

@@ -32,6 +32,8 @@ PASSED_OVER = {
     "empty": "the file has no bytes",
     "other_kind": "the suffix belongs to another kind of source",
     "no_split": "`split.kind` is `file`, and the name contains no split",
+    "not_named": "a picture in the folder of a source of kind `folder` that no row of the captions file names",
+    "link_outside": "a link that leads out of the folder of a source of kind `folder`",
     "not_regular": "not a file: a pipe, a socket, a device, a link that leads nowhere or a link to an outer folder",
     "no_access": "the folder may not be listed",
 }
