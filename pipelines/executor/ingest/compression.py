@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, cast
@@ -14,8 +15,13 @@ import pyarrow as pa
 
 from pipelines.executor.ingest.storage import open_binary
 
-MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-"""First bytes of each kind of compressed file."""
+MAGIC = {
+    "gzip": rb"\x1f\x8b\x08",
+    "bz2": rb"BZh[1-9](?:1AY&|\x17rE8)",  # a text may begin with BZh
+    "xz": rb"\xfd7zXZ\0",
+    "zstd": rb"\x28\xb5\x2f\xfd",
+}
+"""Pattern of the first bytes of each kind of compressed file."""
 SKIPPABLE_FRAME = b"\x2a\x4d\x18"
 """Bytes 2 to 4 of a zstd frame without content. Parallel compressors begin a file with such a frame."""
 XZ_MEMORY = 128 * 2**20
@@ -27,7 +33,7 @@ def compression_of(start: bytes) -> str | None:
     """Return the compression of a file that begins with these bytes, or None if it is not compressed."""
     if start[1:4] == SKIPPABLE_FRAME and 0x50 <= start[0] <= 0x5F:
         return "zstd"
-    return next((name for magic, name in MAGIC.items() if start.startswith(magic)), None)
+    return next((name for name, magic in MAGIC.items() if re.match(magic, start)), None)
 
 
 @contextmanager

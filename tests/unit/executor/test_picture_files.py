@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import unicodedata
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.config import PICTURE
 from pipelines.errors import UserError
+from pipelines.executor.ingest.records.csv import csv_records
+from pipelines.executor.ingest.records.jsonl import jsonl_records
+from pipelines.executor.ingest.records.lines import Layout
+from pipelines.executor.ingest.records.parquet import parquet_records
 from pipelines.executor.ingest.records.pictures import root
 from pipelines.executor.ingest.records.pictures.root import (
     PictureRoot,
@@ -195,6 +202,33 @@ def test_relative_root_is_relative_to_the_file_of_each_row(folder: Path) -> None
     assert [record.fields[PICTURE] for record in records(batches, ".")] == [b"in", b".", b"."]
     assert [record.fields[PICTURE] for record in records(batches, "../pictures")] == [b"pictures", None, None]
     assert [record.fields[PICTURE] for record in records(batches, str(folder))] == [b"."] * 3
+
+
+def test_files_of_rows_of_every_kind_may_name_pictures(folder: Path) -> None:
+    (folder / "in" / "a.png").write_bytes(b"picture")
+    rows = [{"image": "a.png", "text": "a"}, {"image": "b.png", "text": "b"}]
+    (folder / "in" / "x.csv").write_text("image,text\na.png,a\nb.png,b\n")
+    (folder / "in" / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), folder / "in" / "x.parquet")
+
+    def load(name: str, **columns: object) -> list[pa.RecordBatch]:
+        return [pa.RecordBatch.from_pylist([{"file": name, "start": 0, "end": 10**9} | columns])]
+
+    csv, jsonl, parquet = (str(folder / "in" / f"x.{kind}") for kind in ("csv", "jsonl", "parquet"))
+    read_csv = partial(csv_records, layouts=[Layout(skip=1, names=("image", "text"))], multiline=False, limit=1000)
+    read_parquet = partial(parquet_records, image="image", named=("image", "text"), max_bytes=1000)
+    for batches, read in (
+        (load("x.csv", path=os.fsencode(csv), layout=0, partition="{}"), read_csv),
+        (
+            load("x.jsonl", path=os.fsencode(jsonl), layout=0, partition="{}"),
+            partial(jsonl_records, layouts=[Layout()], limit=1000),
+        ),
+        (load("x.parquet", path=parquet, partition=[]), read_parquet),
+    ):
+        good, missing = picture_records(iter(batches), read, ".", "image", 100)
+        assert (good.fields["text"], good.fields[PICTURE], good.problem) == ("a", b"picture", None)
+        assert (missing.fields["text"], missing.fields[PICTURE]) == ("b", None)
+        assert missing.problem == Problem("missing_field", "the folder has no file 'b.png'")
 
 
 def test_unreadable_picture_is_a_problem_of_its_row_alone(folder: Path) -> None:

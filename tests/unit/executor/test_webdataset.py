@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import lzma
+import os
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,7 +52,8 @@ def add(tar: tarfile.TarFile, name: str, content: bytes = b"", **attributes: obj
 
 
 def rows_of(*paths: Path) -> list[Record]:
-    batch = pa.RecordBatch.from_pydict({"path": [str(path) for path in paths], "file": [path.name for path in paths]})
+    columns = {"path": [os.fsencode(path) for path in paths], "file": [path.name for path in paths]}
+    batch = pa.RecordBatch.from_pydict(columns)
     return list(tar_records(iter([batch]), IMAGES, max_bytes=2_000))
 
 

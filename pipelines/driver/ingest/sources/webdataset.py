@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import partial
 
@@ -23,6 +24,6 @@ def load_rows(
     spark: SparkSession, source: WebDatasetSourceConfig, config: DataConfig, files: Sequence[SourceFile]
 ) -> SourceRows:
     """Return one raw row per tar file. Each raw row is read by a separate task."""
-    frame = spark.createDataFrame([(file.path, file.name) for file in files], "path string, file string")
+    frame = spark.createDataFrame([(os.fsencode(f.path), f.name) for f in files], "path binary, file string")
     read = partial(tar_records, images=source.columns.image.split(";"), max_bytes=config.limits.max_bytes)
     return SourceRows(frame.coalesce(1).repartition(len(files)), read)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
@@ -44,7 +45,7 @@ def tar_records(batches: Iterator[pa.RecordBatch], images: Sequence[str], max_by
     record, after the records of the rows before it.
 
     Args:
-        batches: batches with the columns `path` (of a tar, which may be compressed) and `file` (its name).
+        batches: batches with the columns `path` (of a tar, encoded by os.fsencode) and `file` (its name).
         images: file extensions of pictures. If a row has several pictures, the picture whose extension comes first in
             this order is used.
         max_bytes: largest size of a tar member to read, in bytes. All members of a row together may have a quarter
@@ -53,7 +54,7 @@ def tar_records(batches: Iterator[pa.RecordBatch], images: Sequence[str], max_by
     limits = _Limits(tuple(images), max_bytes, max_bytes + max_bytes // 4)
     for batch in batches:
         for row in batch.to_pylist():
-            yield from _Tar(row["path"], row["file"], limits).records()
+            yield from _Tar(os.fsdecode(row["path"]), row["file"], limits).records()
 
 
 class _Tar:
