@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -171,6 +172,30 @@ def test_the_split_may_come_from_the_file_name_and_csv_files_with_other_names_ar
     assert parts(report) == (4, 3, 0, 1, 0)
     assert report.splits == {"test": 2, "train": 1}, "the picture that is in both files is in the test split"
     assert report.equal_pictures_across_splits == 1
+
+
+def test_a_damaged_file_is_one_row_the_other_files_come_in_and_a_corrected_file_is_read_again(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    rows = [[as_base64(png(110 + n)), f"row {n}"] for n in range(9)]
+    write_csv(tmp_path / "in" / "_good [1].csv", rows[:2])
+    whole = gzip.compress(write_csv(tmp_path / "note.txt", rows[2:]).read_bytes(), mtime=0)
+    (tmp_path / "cut.csv").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.csv").touch()
+    report = ingest(spark, platform, source, config(tmp_path))
+    assert report.passed_over == {"empty": ["empty.csv"], "other_kind": ["note.txt"]}
+    assert report.reasons == {"unreadable_file": 1}
+    assert report.rows_in == report.new + 1
+    assert 2 <= report.new < 9
+    [named] = report.unreadable_files
+    assert named.startswith(f"cut.csv: after {report.new - 2} rows")
+    [refused] = rows_of(spark, platform, "quarantine", source)
+    assert str(tmp_path / "cut.csv") in refused["payload"]
+    assert ingest(spark, platform, source, config(tmp_path)).items == 0, "an unchanged damaged file is not read again"
+
+    (tmp_path / "cut.csv").write_bytes(whole)
+    again = ingest(spark, platform, source, config(tmp_path))
+    assert (again.rows_in, again.new, again.quarantined) == (7, 9 - report.new, 0)
 
 
 def test_line_breaks_inside_quotes_are_read_if_multiline_is_set(

@@ -72,10 +72,16 @@ def describe_damage(error: Exception) -> str | None:
     and no file of a source is refused because a drive was offline.
     """
     if isinstance(error, OSError):
-        if error.errno is not None and error.errno not in INACCESSIBLE:
+        if (error.errno is not None and error.errno not in INACCESSIBLE) or _has_lost_its_folder(error):
             return None
         return (error.strerror or str(error)).strip()[:500]
     return f"{type(error).__name__}: {error}".strip()[:500] if isinstance(error, DAMAGE) else None
+
+
+def _has_lost_its_folder(error: OSError) -> bool:
+    """Return whether the folder of a missing local file is missing too, as after a network drive was disconnected."""
+    path = error.filename
+    return error.errno == errno.ENOENT and isinstance(path, str) and not os.path.isdir(os.path.dirname(path))  # noqa: PTH112, PTH120
 
 
 def printable(path: str) -> str:

@@ -165,6 +165,8 @@ def test_a_file_that_has_vanished_is_one_record_and_a_fault_of_the_machine_is_ra
 
     with pytest.raises(OSError, match="Input/output"):
         list(range_records(raw_rows(tmp_path), [Layout()], offline))
+    with pytest.raises(FileNotFoundError):
+        json_records(tmp_path / "drive that was disconnected" / "a.jsonl")
 
 
 def test_a_file_whose_layout_has_a_problem_is_one_record(tmp_path: Path) -> None:
