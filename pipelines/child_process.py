@@ -12,7 +12,7 @@ from pathlib import Path
 PASSED_ON = re.compile(
     "PATH|HOME|USER|LOGNAME|SHELL|TERM|LANG|LANGUAGE|LC_[A-Z]+|TZ|TMPDIR|HOSTNAME|VIRTUAL_ENV|CONDA_PREFIX"
     "|XDG_CACHE_HOME|JAVA_HOME|LAKESIGHT_HOME"
-    "|(PYTHON|LD_|DYLD_|MALLOC_|CUDA_|NVIDIA_|NCCL_|GLOO_|TORCH|PYTORCH|TRITON_|OMP_|MKL_|KMP_|OPENBLAS_|HIP_|ROCR_)[A-Z0-9_]+"
+    "|(PYTHON|LD_|DYLD_|MALLOC_|CUDA_|CUBLAS_|CUDNN_|NVIDIA_|NCCL_|GLOO_|TORCH|PYTORCH|TRITON_|OMP_|GOMP_|MKL_|KMP_|OPENBLAS_|HIP_|HSA_|ROCR_)[A-Z0-9_]+"
 )
 """Names of the environment variables that a child process receives. Everything else is left out: an allow-list."""
 

@@ -26,9 +26,9 @@ RANK_VARIABLES = (
     "ROLE_NAME",
     "MASTER_(ADDR|PORT)",
     "LAKESIGHT_STORE",
-    "(FI|UCX)_.+",
+    "(FI|UCX|IBV|MLX5|RDMAV)_.+",
 )
-"""Patterns of the environment variables that describe the rank, its store and its network (libfabric, UCX)."""
+"""Patterns of the environment variables that describe the rank, its store and its network (libfabric, UCX, verbs)."""
 
 
 def run_rank(run_folder: str) -> None:

@@ -101,7 +101,7 @@ def watch_listeners(process: subprocess.Popen[str]) -> Iterator[set[Listener]]:
 
     def watch(ended: threading.Event) -> None:
         while Path("/proc/net/tcp").exists() and not ended.wait(0.5):
-            found.update(listeners(descendants(process.pid, without="torch.distributed.run")))
+            found.update(listeners(descendants(process.pid, without="-m torch.distributed.run")))
 
     with in_background(watch, "listeners"):
         yield found
