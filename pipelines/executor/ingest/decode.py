@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,8 @@ from pipelines.executor.time_limit import TimeLimitExceeded, time_limit
 from vlm.errors import ImageError
 from vlm.image import ImageInfo, decode_base64, load_decoders, open_image
 
+BASE64_AS_BYTES = re.compile(rb"\s*(data:image/|[A-Za-z0-9+/_-]{60})")
+"""Pattern of base64 that is stored as bytes, as Python's base64 module returns it. No picture format begins so."""
 FLUSH_BYTES = 16 * 2**20
 FLUSH_ROWS = 256
 
@@ -208,6 +211,8 @@ def _image_bytes(value: object, column: str, max_bytes: int) -> bytes:
     Raises:
         Refused: bad_base64, too_large, or malformed_record if the value is neither bytes nor a string.
     """
+    if isinstance(value, bytes) and BASE64_AS_BYTES.match(value):
+        value = value.decode("ascii", "replace")
     if isinstance(value, str):
         try:
             return decode_base64(value, max_bytes)

@@ -217,6 +217,14 @@ def test_hash_splits_have_the_configured_shares() -> None:
     assert {split_of_hash(sha256, HashSplitConfig(val=0, test=0)) for sha256 in hashes} == {"train"}
 
 
+@pytest.mark.parametrize("prefix", ["", "data:image/png;base64,", "\n "])
+def test_base64_may_be_stored_as_bytes(prefix: str) -> None:
+    outcomes = decode(
+        [{IMAGE: prefix + GOOD, TEXT: "a bird"}, {IMAGE: (prefix + GOOD).encode(), TEXT: "a bird"}], RULES
+    )
+    assert outcomes[0]["sha256"] == outcomes[1]["sha256"] is not None
+
+
 def test_split_may_come_from_the_file_name() -> None:
     rules = DecodeRules("birds", ColumnNames(), LIMITS, FileSplitConfig(kind="file"))
     [outcome] = decode([{IMAGE: GOOD, TEXT: "a bird"}], rules, file="val.csv.gz")

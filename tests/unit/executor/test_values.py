@@ -223,3 +223,8 @@ def test_ids_are_bounded_normalised_and_free_of_control_characters(value: Any) -
         assert found == trim(unicodedata.normalize("NFC", found))
         assert not {"Cc", "Cs", "Zl", "Zp"} & set(map(unicodedata.category, found))
         assert normalize_id(found) == found
+
+
+def test_dates_and_uuids_are_texts() -> None:
+    values = (dt.date(2024, 1, 2), dt.datetime(2024, 1, 2, 3), uuid.UUID(int=1))
+    assert [to_text(value, "column x") for value in values] == [str(value) for value in values]

@@ -92,7 +92,9 @@ def _open(part: _Range, columns: _Columns) -> ParquetColumns | str:
         return f"not a readable Parquet file: {_describe_or_raise(error)}"
     wanted = [columns.image, *(name for name in columns.named if name not in part.partition)]
     counts = {name: opened.names.count(name) for name in wanted}
-    wrong = [f"{count or 'no'} columns {name}" for name, count in counts.items() if count != 1]
+    wrong = [
+        f"{count} columns {name}" if count else f"no column {name}" for name, count in counts.items() if count != 1
+    ]
     if not wrong:
         return opened
     opened.close()
