@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,9 +26,11 @@ from pipelines.driver.ingest.plan import plan_ingest
 from pipelines.driver.ingest.run import ingest
 from pipelines.driver.ingest.sources.open import open_source
 from pipelines.driver.ingest.sources.source import Source
+from pipelines.driver.ingest.sources.table import select_columns
 from pipelines.driver.ingest.spill import SpillFolder
 from pipelines.driver.ingest.totals import IngestReport
 from pipelines.errors import UserError
+from pipelines.executor.ingest.records.table import delta_records
 from pipelines.platform import Platform
 
 
@@ -187,6 +190,38 @@ def test_all_rows_of_a_table_are_read_if_the_changes_cannot_be_told_and_none_if_
     spark.sql(f"CREATE OR REPLACE TEMPORARY VIEW a_view AS SELECT * FROM delta.`{tmp_path}`")
     with pytest.raises(UserError, match="a view has no versions: name its table"):
         open_source(spark, platform, source, data({"kind": "table", "table": "a_view"}), items_table([]))
+
+
+def test_columns_of_any_type_reach_the_executors_as_values_or_as_text(spark: SparkSession) -> None:
+    """Not every version of Spark converts VARIANT, TIME and intervals to Arrow (SPARK-45128, SPARK-53263)."""
+    values = {
+        "k.id": "1.0D",
+        "a`b": "parse_json('{\"a\": [1]}')",
+        "void": "NULL",
+        "months": "INTERVAL '1-2' YEAR TO MONTH",
+        "days": "INTERVAL '1 02' DAY TO HOUR",
+        "both": "make_interval(1, 2)",
+        "time": "TIME'12:34:56'",
+        "nested": "map('x', named_struct('v', parse_json('1'), 'd', date'+14645-01-01'))",
+        "far": "timestamp'+14645-01-01 00:00:00'",
+        "long": "repeat('x', 2000000)",
+        "id": "2",
+    }
+    quoted = {name: "`" + name.replace("`", "``") + "`" for name in values}
+    frame = spark.sql(f"SELECT {', '.join(f'{value} AS {quoted[name]}' for name, value in values.items())}")
+    selected = select_columns(frame, ("k.id",), "file")
+    [record] = delta_records(iter(selected.toArrow().to_batches()), ("k.id",), "image")
+    assert (record.file, record.fields) == ("file", {"k.id": 1.0})
+    assert record.others
+    others = record.others()
+    assert list(others) == list(values)[1:]
+    assert (json.loads(others["a`b"]), others["void"], len(others["long"]), others["id"]) == (
+        {"a": [1]},
+        None,
+        2**20,
+        2,
+    )
+    assert all(isinstance(others[name], str) for name in ("months", "days", "both", "time", "nested", "far"))
 
 
 def test_a_picture_is_gone_only_if_no_row_has_the_picture_and_all_of_its_texts(spark: SparkSession) -> None:

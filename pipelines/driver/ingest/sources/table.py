@@ -121,10 +121,24 @@ def _read_version(spark: SparkSession, source: TableSourceConfig) -> _Table:
 
 
 def select_columns(frame: DataFrame, used: Sequence[str], file: str) -> DataFrame:
-    """Select the columns that `delta_records` expects: file, the used columns, and a struct of all other columns."""
+    """Select the columns that `delta_records` expects: file, the used columns, and a struct of all other columns.
+
+    Raises:
+        UserError: a used column has a type whose values are neither plain nor can be converted to text.
+    """
     types = {field.name: field.dataType for field in frame.schema.fields}
-    needed = [_plain(F.col(_quoted(name)), types[name]).alias(f"used_{n}") for n, name in enumerate(used)]
-    others = [_shortened(name, kind).alias(name) for name, kind in types.items() if name not in used]
+    needed = []
+    for n, name in enumerate(used):
+        column = _plain(frame, name, types[name])
+        if column is None:
+            raise UserError(
+                "a column of the table cannot be used",
+                where=f"column {name}",
+                got=f"type {types[name].simpleString()}",
+                fix="name a column of pictures, texts or ids",
+            )
+        needed.append(column.alias(f"used_{n}"))
+    others = [_shortened(frame, name, kind).alias(name) for name, kind in types.items() if name not in used]
     struct = F.struct(*others) if others else F.lit(None).cast("string")
     return frame.select(F.lit(file).alias("file"), *needed, struct.alias("others"))
 
@@ -133,12 +147,22 @@ def _quoted(name: str) -> str:
     return f"`{name.replace('`', '``')}`"
 
 
-def _plain(column: Column, kind: T.DataType) -> Column:
-    return column if _is_plain(kind) else column.cast("string")
+def _plain(frame: DataFrame, name: str, kind: T.DataType) -> Column | None:
+    """Return a column as it is if its type is plain, else as text. Return None if it cannot be converted to text."""
+    column = F.col(_quoted(name))
+    if _is_plain(kind):
+        return column
+    try:
+        frame.select(column.cast("string"))
+    except AnalysisException:  # for example GEOMETRY
+        return None
+    return column.cast("string")
 
 
-def _shortened(name: str, kind: T.DataType) -> Column:
-    column = _plain(F.col(_quoted(name)), kind)
+def _shortened(frame: DataFrame, name: str, kind: T.DataType) -> Column:
+    column = _plain(frame, name, kind)
+    if column is None:
+        return F.lit(f"a value of type {kind.simpleString()}")
     is_long = isinstance(kind, (T.StringType, T.BinaryType)) or not _is_plain(kind)
     return F.substring(column, 1, OTHER_CHARS) if is_long else column
 
