@@ -243,6 +243,24 @@ def test_an_unfinished_run_of_other_code_is_resumed_only_on_request_and_the_log_
     assert prepare(tiny_run(), laptop, report, report, other) == unfinished  # the run now has this code
 
 
+def test_a_finished_run_is_found_in_a_home_folder_that_was_moved(
+    laptop: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = as_report(write_shards(laptop.folder("shards") / "tiny-train-0123", rows=8))
+    run = prepare(tiny_run(), laptop, shards, shards)
+    finish(run)
+    assert run.read_run().train_shards == "../../shards/tiny-train-0123"
+    laptop.root.rename(tmp_path / "moved [1] %41")
+    monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "moved [1] %41"))
+    moved = local(LocalPlatformConfig())
+    folder = moved.folder("shards") / "tiny-train-0123"
+    found = prepare(tiny_run(), moved, *[shards.model_copy(update={"folder": str(folder)})] * 2)
+    assert found.path == moved.folder("runs") / run.path.name
+    assert finished_result(found)
+    assert found.shard_folder(found.read_run().train_shards) == folder
+    assert found.shard_folder(str(laptop.folder("shards") / folder.name)) == folder  # as Lakesight 0.1.0 stored it
+
+
 def test_a_run_of_the_first_release_is_found_by_its_name_and_belongs_to_the_code_that_finds_it(
     laptop: Platform, report: ShardReport
 ) -> None:
