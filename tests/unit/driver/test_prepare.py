@@ -254,7 +254,8 @@ def test_a_finished_run_is_found_in_a_home_folder_that_was_moved(
     monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "moved [1] %41"))
     moved = local(LocalPlatformConfig())
     folder = moved.folder("shards") / "tiny-train-0123"
-    found = prepare(tiny_run(), moved, *[shards.model_copy(update={"folder": str(folder)})] * 2)
+    shards = shards.model_copy(update={"folder": str(folder)})
+    found = prepare(tiny_run(), moved, shards, shards)
     assert found.path == moved.folder("runs") / run.path.name
     assert finished_result(found)
     assert found.shard_folder(found.read_run().train_shards) == folder
