@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tiny_runs import tiny_run, write_run, write_shards
 
+from pipelines.driver.train import failure as train_failure
 from pipelines.driver.train.failure import diagnose_failure, wait_for_failure_records
 from pipelines.driver.train.run import reason_not_to_restart
 from pipelines.formats.run_folder import Failure, RankFile, RunFolder, write_heartbeat, write_json
@@ -205,11 +206,14 @@ def test_ranks_that_never_started_are_reported_with_the_error_of_the_launcher(ru
     assert "No module named" in error.got
 
 
-def test_the_driver_waits_for_failure_records_of_ranks_on_other_hosts_but_not_on_its_own_host(run: RunFolder) -> None:
+def test_the_driver_waits_for_failure_records_of_ranks_on_other_hosts_but_not_on_its_own_host(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_failure, "RECORD_SECONDS", 300)  # a busy machine needs seconds to start a process
     write_started_rank(run, 0)
-    before = time.monotonic()
-    wait_for_failure_records(run)
-    assert time.monotonic() - before < 1
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", lambda _: pytest.fail("the driver waits for a rank of its own host"))
+        wait_for_failure_records(run)
 
     write_started_rank(run, 1, host="elsewhere")
     process = subprocess.Popen([sys.executable, "-c", FAIL_LATE, str(run.path)], stderr=subprocess.DEVNULL)
