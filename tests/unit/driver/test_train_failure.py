@@ -18,8 +18,10 @@ from pipelines.driver.train.run import reason_not_to_restart
 from pipelines.formats.run_folder import Failure, RankFile, RunFolder, write_heartbeat, write_json
 
 FAIL_LATE = """
-import sys, time
+import socket, sys, time
 from pathlib import Path
+
+socket.gethostname = lambda: "elsewhere"
 from pipelines.formats.run_folder import RunFolder
 from pipelines.worker.rank.failure import RankMonitor
 
