@@ -192,8 +192,8 @@ def jsonl_file(draw: Draw, folder: Path, number: int) -> RandomFile:
 
 
 def _json_row(row: dict[str, Any]) -> NaiveRow:
-    texts = row.get("text") if isinstance(row.get("text"), list) else [row.get("text")]
-    said = next((text for text in texts if isinstance(text, str)), "")
+    value = row.get("text")
+    said = next((text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)), "")
     return NaiveRow(said, readable(row["image"]) and bool(said))
 
 
