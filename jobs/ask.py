@@ -16,11 +16,12 @@ import typer
 from jobs.common import Job, JsonOption, PlatformOption, PrecisionOption, PromptOption, RunOption, SetOption, open_job
 from jobs.evaluate import VersionOption, open_model
 from jobs.regions import FoundRegion, check_drawing_path, draw_regions, find_regions
+from jobs.settings_of_version import decoding_settings
 from pipelines.config import LimitsConfig
 from pipelines.errors import StageFailed, UserError
 from pipelines.executor.crash_guard import Death, run_guarded
 from pipelines.executor.time_limit import TimeLimitExceeded, time_limit
-from vlm.config import Config, Precision
+from vlm.config import Config, GenerationConfig, Precision
 from vlm.errors import CheckpointError, ImageError
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def ask(
         pictures = [read_picture(job, file) for file in files]
         folder, name = (checkpoint, str(checkpoint)) if checkpoint else _model_folder(job, version)
         model, tokenizer = load_checkpoint(folder, precision)
-        caption, num_tokens = stream_answer(job, model, tokenizer, pictures, prompt)
+        settings = decoding_settings(job, model.config, name)
+        caption, num_tokens = stream_answer(job, model, tokenizer, pictures, prompt, settings=settings)
         regions = find_regions(caption, pictures[0], model.config.image) if len(pictures) == 1 else ()
         drawn = str(draw) if draw and regions else None
         if drawn:
@@ -225,7 +227,13 @@ def load_checkpoint(folder: Path, precision: Precision) -> tuple[VisionLanguageM
 
 
 def stream_answer(
-    job: Job, model: VisionLanguageModel, tokenizer: Tokenizer, pictures: Sequence[Image], prompt: str
+    job: Job,
+    model: VisionLanguageModel,
+    tokenizer: Tokenizer,
+    pictures: Sequence[Image],
+    prompt: str,
+    *,
+    settings: GenerationConfig,
 ) -> tuple[str, int]:
     """Generate an answer, print the answer token by token, and return the answer and its number of tokens.
 
@@ -242,7 +250,7 @@ def stream_answer(
     request = Request(prefix_ids(tokenizer, model.config.num_slots, prompt, len(pixels)), pixels)
     ids: list[int] = []
     shown = ""
-    for token in stream(model, tokenizer, request, model.config.generation):
+    for token in stream(model, tokenizer, request, settings):
         ids.append(token)
         # If a token ends inside a multi-byte character, the character is printed when a later token completes it.
         text = tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")

@@ -10,6 +10,7 @@ import typer
 from jobs.common import Job, JsonOption, PlatformOption, PrecisionOption, PromptOption, RunOption, SetOption, open_job
 from jobs.evaluate import VersionOption, open_model
 from jobs.progress import show_progress
+from jobs.settings_of_version import decoding_settings
 from pipelines.errors import StageFailed, UserError
 from vlm.config import Precision
 
@@ -102,7 +103,8 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
     from pipelines.driver.caption.run import CaptionRequest, TooManyErrors, caption
 
     model = open_model(job, which)
-    caption_request = CaptionRequest.model_validate(request | {"limits": job.config.data.limits})
+    settings = decoding_settings(job, model.read_config(), f"{model.name}/{model.version}")
+    caption_request = CaptionRequest.model_validate(request | {"limits": job.config.data.limits, "settings": settings})
     try:
         done = caption(
             job.spark,

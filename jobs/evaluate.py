@@ -9,6 +9,7 @@ import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.progress import show_elapsed
+from jobs.settings_of_version import require_settings_of_version
 from jobs.shard import run_shard
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def evaluate_version(
     from pipelines.tracking.registry import resolve, tag
     from pipelines.tracking.runs import log_report
 
+    require_settings_of_version(job, model.read_config(), f"{model.name}/{model.version}")
     train = run_shard(job, "train", model.read_config().image)
     with show_elapsed("evaluate"):
         report = evaluate(

@@ -230,3 +230,16 @@ def test_a_picture_that_crashes_its_decoder_or_never_ends_leads_to_an_error(
 
 def loop_in_c(*_: object, **__: object) -> None:
     deque(itertools.repeat(0), maxlen=0)
+
+
+def test_ask_follows_decoding_settings_and_refuses_other_overrides_of_the_model(
+    random_model: tuple[Path, VisionLanguageModel, Tokenizer], ask_in_process: AskInProcess
+) -> None:
+    folder = random_model[0]
+    short = ask_in_process("red.png", checkpoint=folder, overrides=["model.generation.max_new_tokens=1"])
+    assert short["num_tokens"] <= 1 < ask_in_process("red.png", checkpoint=folder)["num_tokens"]
+    with pytest.raises(UserError, match="cannot change this setting") as refused:
+        ask_in_process("red.png", checkpoint=folder, overrides=["model.image.filter=lanczos"])
+    assert "model.image.filter" in str(refused.value)
+    with pytest.raises(UserError, match="cannot be combined"):
+        ask_in_process("red.png", checkpoint=folder, overrides=["model.generation.num_beams=3"])
