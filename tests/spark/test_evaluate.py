@@ -55,8 +55,9 @@ def dataset(spark: SparkSession, folder: Path, rows: int) -> Path:
     for index in range(rows):
         row = shards.row(index)
         Image.fromarray(row.pixels).save(folder / "picture.png")
-        pictures.append((row.image_id, (folder / "picture.png").read_bytes(), "PNG" if index % 3 else "GIF", 16, index))
-    schema = "image_id STRING, image BINARY, format STRING, width INT, height INT"
+        content, form = (folder / "picture.png").read_bytes(), "PNG" if index % 3 else "GIF"
+        pictures.append((row.image_id, folder.parent.name, content, form, 16, index))
+    schema = "image_id STRING, source STRING, image BINARY, format STRING, width INT, height INT"
     spark.createDataFrame(pictures, schema).write.format("delta").save(str(folder / "samples"))
     request = shards.manifest.request.model_copy(
         update={"table": f"delta.`{folder}/samples`", "source": folder.parent.name, "split": "test"}
