@@ -67,6 +67,17 @@ def json_records(path: Path, limit: int = LIMIT) -> list[Record]:
     return list(jsonl_records(raw_rows(path), [Layout()], limit))
 
 
+def test_a_value_of_the_row_wins_over_the_folder_unless_it_is_missing(tmp_path: Path) -> None:
+    partition = '{"split": "val", "n": null, "year": "2024"}'
+    (tmp_path / "a.csv").write_text("split,n\ntrain,1\n,2\n \t,\n")
+    (tmp_path / "a.jsonl").write_text('{"split": "train", "n": "1"}\n{"split": null, "n": "2"}\n{"split": " \\t"}\n')
+    layout = Layout(skip=1, names=("split", "n"))
+    rows = list(csv_records(raw_rows(tmp_path / "a.csv", partition=partition), [layout], multiline=False, limit=LIMIT))
+    lines = list(jsonl_records(raw_rows(tmp_path / "a.jsonl", partition=partition), [Layout()], LIMIT))
+    expected = [{"split": s, "n": n, "year": "2024"} for s, n in (("train", "1"), ("val", "2"), ("val", None))]
+    assert [record.fields for record in rows] == [record.fields for record in lines] == expected
+
+
 @settings(deadline=None, max_examples=200)
 @given(
     st.lists(st.binary(max_size=9).map(lambda line: line.replace(b"\n", b"").replace(b"\r", b"")), max_size=9),

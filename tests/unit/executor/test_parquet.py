@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parquet_ranges import BYTES, others, read, written
 
+from pipelines.executor.ingest.records.arrow_values import to_python
+
 NOT_UTF_8 = pa.array([b"caf\xe9", b"a cat"]).view(pa.string())
 
 
@@ -103,14 +105,69 @@ def test_texts_of_every_type_are_read_and_invalid_utf_8_changes_only_its_own_row
     assert [r.fields["text"] for r in read(written(tmp_path, {"image": [BYTES] * 2, "text": texts}))] == expected
 
 
+def as_type(kind: pa.DataType, *numbers: int) -> pa.Array:
+    return pa.array(numbers, pa.int32() if kind.bit_width == 32 else pa.int64()).view(kind)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(pa.timestamp(unit) for unit in ("ms", "us")),
+        *(pa.timestamp(unit, "UTC") for unit in ("ms", "us")),
+        *(pa.time64(unit) for unit in ("us", "ns")),
+        pa.time32("ms"),
+        pa.date32(),
+        pa.date64(),
+    ],
+    ids=str,
+)
+def test_a_text_that_cannot_be_represented_refuses_its_row_only(tmp_path: Path, kind: pa.DataType) -> None:
+    far = as_type(kind, 2**30 if kind.bit_width == 32 else 2**62, 0)
+    bad, good = read(written(tmp_path, {"image": [BYTES] * 2, "text": far}, store_schema=True))
+    assert bad.problem is not None
+    assert bad.problem.reason == "malformed_record"
+    assert "out of range" in bad.problem.detail
+    assert isinstance(bad.fields["text"], dict)
+    assert (good.problem, good.fields["text"]) == (None, to_python(far.slice(1))[0])
+    lists = pa.ListArray.from_arrays([0, 1, 2], far)
+    assert isinstance(read(written(tmp_path, {"image": [BYTES] * 2, "text": lists}))[0].fields["text"][0], dict)
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (as_type(pa.time64("ns"), 1, 2, 12 * 3600 * 10**9), ["00:00:00.000000001", "00:00:00.000000002", "12:00:00"]),
+        (as_type(pa.timestamp("ms"), 400000000000000), ["14645-06-30 15:06:40.000"]),
+        (as_type(pa.date32(), 3000000), ["10183-09-21"]),
+        (pa.array([np.float32(0.1), None, np.float32(1e20)], pa.float32()), ["0.1", "None", "1e+20"]),
+        (pa.array(np.array([0.1, 2049, 1 / 3], np.float16)), ["0.1", "2048.0", "0.3333"]),
+        (pa.array(np.array([123456792, 7, np.nan, -np.inf], np.float32)), ["123456792.0", "7.0", "nan", "-inf"]),
+    ],
+    ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
+)
+def test_times_and_short_floats_are_read_exactly(tmp_path: Path, array: pa.Array, expected: list[str]) -> None:
+    records = read(written(tmp_path, {"image": [BYTES] * len(array), "text": array}))
+    assert [str(record.fields["text"]) for record in records] == expected
+    offsets = range(len(array) + 1)
+    structs = pa.StructArray.from_arrays([array], ["x"])
+    assert [str(x) for [x] in to_python(pa.ListArray.from_arrays(offsets, array))] == expected
+    assert [str(x["x"]) for x in to_python(structs)] == expected
+
+
 UNNEEDED = {
     "nanoseconds": (pa.array([1, None], pa.timestamp("ns")), "1970-01-01 00:00:00.000000001"),
-    "year 36535": (pa.array([2**60, 1], pa.timestamp("us")), "<value out of range: 1152921504606846976>"),
+    "year 36535": (
+        pa.array([2**60, 1], pa.timestamp("us")),
+        {"not stored": "a value of type timestamp[us]: <value out of range: 1152921504606846976>"},
+    ),
     "no such zone": (
         pa.array([1, 2], pa.timestamp("us", "Mars/Olympus")),
         {"not stored": "a value of type timestamp[us, tz=Mars/Olympus]"},
     ),
-    "days": (pa.array([2**30, 1], pa.date32()), "<value out of range: 1073741824>"),
+    "days": (
+        pa.array([2**30, 1], pa.date32()),
+        {"not stored": "a value of type date32[day]: <value out of range: 1073741824>"},
+    ),
     "half": (pa.array([[np.float16(1)], None], pa.list_(pa.float16())), [1.0]),
     "uuid": (pa.array([bytes(16), None], pa.uuid()), "00000000-0000-0000-0000-000000000000"),
     "decimal": (pa.array([Decimal(10) ** 60, None], pa.decimal256(70, 2)), "1" + "0" * 60 + ".00"),
@@ -177,7 +234,14 @@ def test_every_row_is_in_exactly_one_range(
     assert [(record.fields["image"], record.fields["text"]) for record in records] == expected
 
 
-def test_a_column_may_come_from_the_folder(tmp_path: Path) -> None:
-    path = written(tmp_path, {"image": [BYTES], "text": ["a"], "split": ["of the file"]})
-    [record] = read(path, named=("image", "text", "split"), partition={"split": "val", "n": None})
-    assert (record.fields, others(record)) == ({"image": BYTES, "text": "a", "split": "val"}, {"n": None})
+def test_a_column_may_come_from_the_folder_and_a_value_of_the_row_wins(tmp_path: Path) -> None:
+    own = {"split": ["of the file", None, " "], "n": [1, None, 2]}
+    path = written(tmp_path, {"image": [BYTES] * 3, "text": ["a", "b", "c"], **own})
+    partition = {"split": "val", "n": "7", "year": None}
+    records = read(path, named=("image", "text", "split"), partition=partition)
+    assert [record.fields["split"] for record in records] == ["of the file", "val", "val"]
+    expected = [{"n": n, "year": None} for n in (1, "7", 2)]
+    assert [others(record) for record in records] == expected
+    path = written(tmp_path, {"image": [BYTES], "text": ["a"]})
+    [record] = read(path, named=("image", "text", "split"), partition=partition)
+    assert record.fields == {"image": BYTES, "text": "a", "split": "val"}

@@ -66,10 +66,10 @@ def add(tar: tarfile.TarFile, name: str, content: bytes = b"", **attributes: obj
     tar.addfile(info, io.BytesIO(content))
 
 
-def rows_of(*paths: Path) -> list[Record]:
+def rows_of(*paths: Path, named: tuple[str, ...] = ("json.n",), most: int = 2_000) -> list[Record]:
     columns = {"path": [os.fsencode(path) for path in paths], "file": [path.name for path in paths]}
     batch = pa.RecordBatch.from_pydict(columns)
-    return list(tar_records(iter([batch]), IMAGES, max_bytes=2_000))
+    return list(tar_records(iter([batch]), IMAGES, named, max_bytes=most))
 
 
 ROWS = {
@@ -117,6 +117,23 @@ def test_problem_of_a_tar_member_affects_only_the_row_of_the_member(
     assert bad.problem is not None
     assert bad.problem.reason == reason
     assert good == Record("x.tar", {"__key__": "b", "__member__": "b.png", PICTURE: b"p"})
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"null", b"", b"{cut", b"7", b'{"n": ' + b"9" * 5_000 + b"}", b"\xff"])
+def test_json_member_that_is_no_object_is_a_problem_only_if_a_column_of_it_is_named(
+    tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tar(tmp_path / "x.tar", {"a.png": b"p", "a.txt": b"x", "a.json": content})
+    [record] = rows_of(path, named=("png", "txt", "__key__", "jsonl"), most=9_000)
+    assert record.problem is None
+    assert record.fields["json"] == decode_text(content)
+    [record] = rows_of(path, named=("png", "txt", "json.n"), most=9_000)
+    assert record.problem is not None
+    assert record.problem.reason == "malformed_record"
+    monkeypatch.setattr(webdataset, "SIDE_BYTES", 0)
+    large = write_tar(tmp_path / "y.tar", {"a.png": b"p", "a.json": b'{"n": 1}'})
+    assert [record.problem for record in rows_of(large, named=("png", "txt"))] == [None]
+    assert [record.problem is None for record in rows_of(large)] == [False]
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])

@@ -10,7 +10,7 @@ from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig, WebDatasetSourceConfig
 from pipelines.driver.ingest.sources.files import SourceFile
-from pipelines.driver.ingest.sources.source import SourceRows
+from pipelines.driver.ingest.sources.source import SourceRows, used_columns
 from pipelines.executor.ingest.records.webdataset import tar_records
 
 SUFFIXES = (
@@ -25,5 +25,6 @@ def load_rows(
 ) -> SourceRows:
     """Return one raw row per tar file. Each raw row is read by a separate task."""
     frame = spark.createDataFrame([(os.fsencode(f.path), f.name) for f in files], "path binary, file string")
-    read = partial(tar_records, images=source.columns.image.split(";"), max_bytes=config.limits.max_bytes)
+    images, named = source.columns.image.split(";"), tuple(used_columns(config).values())
+    read = partial(tar_records, images=images, named=named, max_bytes=config.limits.max_bytes)
     return SourceRows(frame.coalesce(1).repartition(len(files)), read)

@@ -19,6 +19,10 @@ WHOLE_COLUMN_BYTES = 16 * 2**20
 """Size of a column of a batch up to which all its values are converted at once, in bytes."""
 END_BYTES = 2**20
 """Size of the beginning and of the end of a value that is not stored, from which a hash is computed."""
+OUT_OF_RANGE = "<value out of range"
+"""Beginning of the text that Arrow writes instead of a date or time which is too far away."""
+WHOLE_DIGITS = 1e16
+"""Number below which Python writes whole numbers with all their digits, so that ids are exact."""
 OBJECT_BYTES = 32
 """Approximate size of a Python object such as a number in a list, in bytes."""
 
@@ -97,10 +101,13 @@ def each_value(column: pa.Array) -> Iterator[pa.Array]:
 def to_python(array: pa.Array) -> list[Any]:
     """Convert an array to Python values. Invalid UTF-8, which many writers accept in a string, becomes U+FFFD.
 
-    A value that Python cannot represent, such as a date in the year 14645, becomes its text.
+    A value that Python cannot represent, such as a date in the year 14645, becomes its exact text, or else a
+    NotRepresentable. The number 0.1 of 32 bits becomes 0.1, and not 0.10000000149011612.
     """
+    if types.is_float16(array.type) or types.is_float32(array.type):
+        return _shortest_floats(array)
     try:
-        if not _needs_pandas(array.type):
+        if not _needs_pandas(array.type) and not _changes(array.type):
             values: list[Any] = array.to_pylist()
             return values
     except (ValueError, ArithmeticError, LookupError, TypeError, NotImplementedError, pa.ArrowException):
@@ -113,6 +120,24 @@ def to_python(array: pa.Array) -> list[Any]:
 def _needs_pandas(kind: pa.DataType) -> bool:
     """Return whether Arrow would import pandas to convert a value of this type."""
     return bool((types.is_timestamp(kind) or types.is_duration(kind)) and kind.unit == "ns")
+
+
+def _changes(kind: pa.DataType) -> bool:
+    """Return whether Arrow changes values of this type: digits of short floats, nanoseconds and wrong times of day."""
+    if types.is_dictionary(kind):
+        return _changes(kind.value_type)
+    if types.is_float16(kind) or types.is_float32(kind) or types.is_time(kind):
+        return True
+    return any(_changes(kind.field(index).type) for index in range(kind.num_fields))
+
+
+def _shortest_floats(array: pa.Array) -> list[float | None]:
+    """Convert floats of 16 or 32 bits to the numbers with the fewest digits that stand for the same floats."""
+    floats = array.to_numpy(zero_copy_only=False)
+    exact = floats.astype(np.float64)
+    is_whole = (np.abs(exact) < WHOLE_DIGITS) & (exact == np.floor(exact))
+    values = np.where(is_whole, exact, floats.astype(str).astype(np.float64)).tolist()
+    return [value if valid else None for value, valid in zip(values, array.is_valid().to_pylist(), strict=True)]
 
 
 def _part_by_part(array: pa.Array) -> Any:
@@ -133,10 +158,26 @@ def _part_by_part(array: pa.Array) -> Any:
         value = {kind.field(index).name: to_python(array.field(index))[0] for index in range(kind.num_fields)}
     else:
         try:
-            value = array.cast(pa.string())[0].as_py()
+            value = _exact_value(array)
         except pa.ArrowException:
-            value = NotStored(f"a value of type {kind}")
+            value = NotRepresentable(f"a value of type {kind}")
     return value
+
+
+def _exact_value(array: pa.Array) -> Any:
+    """Return the time of day of an array of one value, or its exact text.
+
+    Raises:
+        pa.ArrowException: Arrow cannot write the value as text.
+    """
+    kind = array.type
+    # Arrow writes a wrong text for a timestamp with a time zone that is out of range.
+    written = (array.cast(pa.timestamp(kind.unit)) if types.is_timestamp(kind) else array).cast(pa.string())[0].as_py()
+    if written.startswith(OUT_OF_RANGE):
+        return NotRepresentable(f"a value of type {kind}: {written}")
+    if types.is_time(kind) and (kind.unit != "ns" or array.cast(pa.int64())[0].as_py() % 1000 == 0):
+        return array[0].as_py()
+    return array.cast(pa.string())[0].as_py()
 
 
 class NotStored(dict[str, str]):
@@ -157,6 +198,10 @@ class NotStored(dict[str, str]):
         if buffer is not None:  # the ends suffice to distinguish values, and a file may repeat a value of 60 MB
             ends = buffer.slice(0, END_BYTES), buffer.slice(max(buffer.size - END_BYTES, 0))
             self["hash of its ends"] = hashlib.sha256(b"".join(end.to_pybytes() for end in ends)).hexdigest()
+
+
+class NotRepresentable(NotStored):
+    """Object that stands for a value which neither Python nor a text of Arrow represents."""
 
 
 def _buffer(array: pa.Array) -> pa.Buffer | None:

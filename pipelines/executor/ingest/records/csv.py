@@ -21,7 +21,7 @@ from pipelines.executor.ingest.records.lines import (
     range_lines,
     range_records,
 )
-from pipelines.executor.ingest.records.record import Problem, Record
+from pipelines.executor.ingest.records.record import Problem, Record, add_partition
 
 MAX_LINES_OF_ROW = 100_000
 """Largest number of lines that a row with line breaks inside quotes may have."""
@@ -58,7 +58,7 @@ def _csv_range(part: Range, *, multiline: bool, limit: int) -> Iterator[Record]:
                 yield _malformed(part.file, names, row)
             else:
                 fields = {name: value or None for name, value in zip(names, values, strict=True)}
-                yield Record(part.file, part.partition | fields)
+                yield Record(part.file, add_partition(fields, part.partition))
 
 
 def csv_rows(part: Range, *, multiline: bool, limit: int) -> Iterator[str | LongLine]:

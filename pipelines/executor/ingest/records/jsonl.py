@@ -15,7 +15,7 @@ from pipelines.executor.ingest.records.lines import (
     range_lines,
     range_records,
 )
-from pipelines.executor.ingest.records.record import Problem, Record, parse_json_object
+from pipelines.executor.ingest.records.record import Problem, Record, add_partition, parse_json_object
 
 BOM = "\ufeff"
 KEYS = pa.schema([("key", pa.string())])
@@ -44,7 +44,7 @@ def jsonl_range(part: Range, limit: int) -> Iterator[Record]:
             if isinstance(fields, Problem):
                 yield Record(part.file, {}, text, fields)
             else:
-                yield Record(part.file, part.partition | fields)
+                yield Record(part.file, add_partition(fields, part.partition))
 
 
 def find_keys(

@@ -13,9 +13,15 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from pipelines.executor.ingest.records.arrow_values import NotStored, picture_values, size_of, whole_values
+from pipelines.executor.ingest.records.arrow_values import (
+    NotRepresentable,
+    NotStored,
+    picture_values,
+    size_of,
+    whole_values,
+)
 from pipelines.executor.ingest.records.parquet_file import ParquetColumns
-from pipelines.executor.ingest.records.record import Fields, Problem, Record, unreadable_file
+from pipelines.executor.ingest.records.record import Fields, Problem, Record, add_partition, unreadable_file
 from pipelines.executor.ingest.storage import DAMAGE, describe_damage
 
 MAX_VALUE_BYTES = 16 * 2**20
@@ -90,7 +96,7 @@ def _open(part: _Range, columns: _Columns) -> ParquetColumns | str:
         opened = ParquetColumns(part.path)
     except (OSError, *DAMAGE) as error:
         return f"not a readable Parquet file: {_describe_or_raise(error)}"
-    wanted = [columns.image, *(name for name in columns.named if name not in part.partition)]
+    wanted = [columns.image, *(name for name in columns.named if name not in part.partition or name in opened.names)]
     counts = {name: opened.names.count(name) for name in wanted}
     wrong = [
         f"{count} columns {name}" if count else f"no column {name}" for name, count in counts.items() if count != 1
@@ -116,15 +122,15 @@ def _read_group(opened: ParquetColumns, group: int, part: _Range, columns: _Colu
         pa.ArrowException, OSError: the row group is damaged, or its pages are too large.
     """
     image, most = columns.image, columns.max_bytes
-    in_file = [name for name in dict.fromkeys(columns.named) if name not in part.partition and name != image]
-    constant = {name: value for name, value in part.partition.items() if name in columns.named and name != image}
+    in_file = [name for name in dict.fromkeys(columns.named) if name in opened.names and name != image]
+    folder = {name: value for name, value in part.partition.items() if name in (image, *columns.named)}
     others = _OtherColumns(part, group, [image, *columns.named])
     pictures = opened.arrays(group, opened.names.index(image), ("bytes", "path"))
     streams: list[Iterator[Fields]] = [chain.from_iterable(picture_values(image, a, most) for a in pictures)]
     streams += [_values(opened, group, name) for name in in_file]
     read = 0
     for read, fields in enumerate(zip(*streams, strict=False), start=1):
-        row = constant | {name: value for field in fields for name, value in field.items()}
+        row = add_partition({name: value for field in fields for name, value in field.items()}, folder)
         yield Record(part.file, row, problem=_find_problem(row, image), others=partial(others.row, read - 1))
     if read < opened.rows(group):
         raise pa.ArrowInvalid(f"a column ends after {read} rows")
@@ -137,8 +143,10 @@ def _values(opened: ParquetColumns, group: int, name: str) -> Iterator[Fields]:
 
 
 def _find_problem(fields: Fields, image: str) -> Problem | None:
-    """Return the problem of a row that has a value which is too large to be stored."""
+    """Return the problem of a row that has a value which is too large to be stored, or cannot be represented."""
     for name, value in fields.items():
+        if isinstance(value, NotRepresentable):
+            return Problem("malformed_record", f"column {name}: {value.what}")
         if isinstance(value, NotStored):
             return Problem("too_large" if name == image else "text_too_long", f"column {name}: {value.what}")
     return None
@@ -154,13 +162,14 @@ class _OtherColumns:
 
     def row(self, row: int) -> Fields:
         """Return the other columns of a row, and the partition's values. Rows are read fastest in ascending order."""
-        fields: Fields = {name: value for name, value in self.part.partition.items() if name not in self.used}
+        folder = {name: value for name, value in self.part.partition.items() if name not in self.used}
         if row < self.next_row or self.cursors is None:
             try:
                 self.cursors = self._open()
             except (OSError, *DAMAGE) as error:
-                return fields | {"other columns": NotStored(_describe_or_raise(error))}
+                return folder | {"other columns": NotStored(_describe_or_raise(error))}
         self.next_row = row + 1
+        fields: Fields = {}
         left = MAX_OTHERS_BYTES
         for name, cursor in self.cursors:
             value = cursor.value(row)
@@ -169,7 +178,7 @@ class _OtherColumns:
                 value = next(whole_values(value, left))
                 left -= min(size, left)
             fields[name if name not in fields else f"{name} (another)"] = value
-        return fields
+        return add_partition(fields, folder)
 
     def _open(self) -> list[tuple[str, _Cursor]]:
         """Open the columns. The file is closed when no column refers to it any more."""

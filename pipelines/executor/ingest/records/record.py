@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+
+from pipelines.executor.ingest.values import is_missing
 
 Fields = dict[str, Any]
 """Values of a row by column name. A value has the type that the source gives it, such as str, bytes or list."""
@@ -45,6 +47,16 @@ class Record(NamedTuple):
     problem: Problem | None = None
     source_row: str | None = None
     others: Callable[[], Fields] | None = None
+
+
+def add_partition(fields: Fields, partition: Mapping[str, str | None]) -> Fields:
+    """Add the columns that the names of folders such as `year=2024` give. A value of the row itself wins.
+
+    Args:
+        fields: values of the row. A missing value leaves the column to the folder.
+        partition: values by column name.
+    """
+    return {**partition, **{name: v for name, v in fields.items() if name not in partition or not is_missing(v)}}
 
 
 def unreadable_file(file: str, path: str, what: str) -> Record:

@@ -30,14 +30,22 @@ SIDE_BYTES = 16 * 2**20
 
 
 class _Limits(NamedTuple):
-    """Extensions of pictures, and the largest size of a member and of all members of a row."""
+    """Extensions of pictures, named columns, and the largest size of a member and of all members of a row."""
 
     images: tuple[str, ...]
+    named: tuple[str, ...]
     max_bytes: int
     row_bytes: int
 
+    @property
+    def needs_json(self) -> bool:
+        """Whether a column is named that comes from a `json` member."""
+        return any(name.startswith("json.") for name in self.named)
 
-def tar_records(batches: Iterator[pa.RecordBatch], images: Sequence[str], max_bytes: int) -> Iterator[Record]:
+
+def tar_records(
+    batches: Iterator[pa.RecordBatch], images: Sequence[str], named: Sequence[str], max_bytes: int
+) -> Iterator[Record]:
     """Read the rows of WebDataset tars as streams, with only one row in memory at a time.
 
     A record has the fields __key__, PICTURE, __member__ (the name of the picture's member), one field per further
@@ -48,10 +56,12 @@ def tar_records(batches: Iterator[pa.RecordBatch], images: Sequence[str], max_by
         batches: batches with the columns `path` (of a tar, encoded by os.fsencode) and `file` (its name).
         images: file extensions of pictures. If a row has several pictures, the picture whose extension comes first in
             this order is used.
+        named: names of all columns that are used. Only if one of them begins with `json.`, a `json` member that is no
+            JSON object is a problem of its row. Otherwise the member is the text `json`.
         max_bytes: largest size of a tar member to read, in bytes. All members of a row together may have a quarter
             more.
     """
-    limits = _Limits(tuple(images), max_bytes, max_bytes + max_bytes // 4)
+    limits = _Limits(tuple(images), tuple(named), max_bytes, max_bytes + max_bytes // 4)
     for batch in batches:
         for row in batch.to_pylist():
             yield from _Tar(os.fsdecode(row["path"]), row["file"], limits).records()
@@ -187,7 +197,7 @@ class _TarRow:
         if extension not in self._limits.images:
             if self._side + len(content) > SIDE_BYTES:
                 kept = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
-                if extension == "json":
+                if extension == "json" and self._limits.needs_json:
                     self._refuse("too_large", f"{name}: {len(content)} bytes, at most {SIDE_BYTES}")
             else:
                 self._side += len(content)
@@ -207,11 +217,11 @@ class _TarRow:
                 fields[extension] = decode_text(content)
         if isinstance(text := fields.get("json"), str):
             document = parse_json_object(text)
-            if isinstance(document, Problem):
-                self._refuse(*document)
-            else:
+            if not isinstance(document, Problem):
                 del fields["json"]
                 fields |= {f"json.{key}": value for key, value in document.items()}
+            elif self._limits.needs_json:
+                self._refuse(*document)
         if picture is None or len(self._members) == 1:
             self._explain()
         return Record(file, fields, None, self._problem)
