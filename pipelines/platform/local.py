@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+QUERY_LOGGERS = ("DataFrameQueryContextLogger", "SQLQueryContextLogger")
+"""Loggers of pyspark that print the Java stack of a query with a mistake. The exception names the mistake too."""
+
 MIN_JAVA = 17
 LOOPBACK = "127.0.0.1"
 SAFE_PATH = "PYTHONSAFEPATH"
@@ -118,7 +121,7 @@ def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
     log = root / "logs" / "spark.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     logger.info("starting Spark on %s, log in %s", config.spark.master, log)
-    logging.getLogger("py4j").setLevel(logging.WARNING)  # py4j logs every closed connection at level INFO
+    _quiet_loggers()
     with delta_jars() as jars, log.open("ab") as sink:
         conf = SparkConf(loadDefaults=False).setAll(list((_session_settings(config, root) | jars.settings()).items()))
         start = sink.tell()
@@ -131,6 +134,15 @@ def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
         jars.save(spark.sparkContext.getConf().get("spark.jars") or "")
     atexit.register(_stop, spark, config.spark.master, spark.sparkContext.applicationId)
     return spark
+
+
+def _quiet_loggers() -> None:
+    """Hide messages of libraries that a user cannot act on."""
+    from pyspark.logger import PySparkLogger
+
+    logging.getLogger("py4j").setLevel(logging.WARNING)  # py4j logs every closed connection at level INFO
+    for name in QUERY_LOGGERS:
+        PySparkLogger.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _stop(spark: SparkSession, master: str, application: str) -> None:

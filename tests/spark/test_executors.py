@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from pyspark.sql import SparkSession
+from tiny_runs import tiny_run, write_run, write_shards
 
 from pipelines.driver.train.hosts import check_hosts
 from pipelines.driver.train.run import launch
@@ -32,7 +33,8 @@ def make_python(folder: Path, *without: str) -> Path:
 def test_the_hosts_of_executors_are_described_in_a_file_and_in_one_log_line(
     spark: SparkSession, platform: Platform, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = RunFolder(tmp_path)
+    shards = write_shards(tmp_path / "shards", rows=4)
+    run = write_run(tmp_path / "run", tiny_run(), shards, shards)
     with caplog.at_level(logging.INFO):
         check_hosts(run, spark, platform.launch)
     (host,) = read_json(run.hosts, HostsFile).hosts  # the two executors have equal descriptions

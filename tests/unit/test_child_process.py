@@ -48,9 +48,13 @@ def test_a_rank_forgets_the_credentials_of_the_executor_and_keeps_what_describes
 ) -> None:
     for name in (*SECRETS, *NEEDED, "MASTER_ADDR", "LOCAL_RANK"):
         monkeypatch.setenv(name, "value")
-    drop_other_variables("MASTER_.+", "LOCAL_RANK")
-    assert {*NEEDED, "MASTER_ADDR", "LOCAL_RANK"} <= os.environ.keys()
-    assert not set(SECRETS) & os.environ.keys()
+    before = dict(os.environ)
+    try:
+        drop_other_variables("MASTER_.+", "LOCAL_RANK")
+        assert {*NEEDED, "MASTER_ADDR", "LOCAL_RANK"} <= os.environ.keys()
+        assert not set(SECRETS) & os.environ.keys()
+    finally:
+        os.environ.update(before)
 
 
 def test_a_process_that_uses_a_process_id_again_is_told_apart_by_its_start() -> None:
