@@ -15,6 +15,7 @@ from pipelines.errors import UserError
 from vlm.config import GenerationConfig, ModelConfig
 
 GENERATION = "model.generation"
+TRAIN_AGAIN = "it is fixed by training: train a run with this setting"
 
 
 def decoding_settings(job: Job, fixed: ModelConfig, name: str) -> GenerationConfig:
@@ -28,18 +29,14 @@ def decoding_settings(job: Job, fixed: ModelConfig, name: str) -> GenerationConf
     Raises:
         UserError: an override changes a setting that training has fixed, or the decoding settings exclude each other.
     """
-    chosen = job.config.model.generation.model_dump()
-    changed: dict[str, Any] = {}
+    settings, chosen = fixed.generation.model_dump(), job.config.model.generation.model_dump()
     for key in _different_keys(job, fixed):
-        field = key.removeprefix(f"{GENERATION}.").partition(".")[0]
-        if key == GENERATION:
-            changed |= chosen
-        elif key.startswith(GENERATION) and field in chosen:
-            changed[field] = chosen[field]
-        else:
-            raise _fixed_setting(key, name, "it is fixed by training: train a run with this setting")
+        section, _, field = key.removeprefix("model.").partition(".")
+        if section != "generation":
+            raise _refused(key, name, TRAIN_AGAIN)
+        settings |= {field: chosen[field]} if field else chosen
     try:
-        return GenerationConfig.model_validate(fixed.generation.model_dump() | changed)
+        return GenerationConfig.model_validate(settings)
     except ValidationError as error:
         raise UserError(
             "the decoding settings cannot be combined with those of the model",
@@ -56,20 +53,15 @@ def require_settings_of_version(job: Job, fixed: ModelConfig, name: str) -> None
         UserError: an override changes a setting of the model.
     """
     for key in _different_keys(job, fixed):
-        if key.startswith(GENERATION):
-            raise _fixed_setting(key, name, "`lakesight caption` and `lakesight ask` follow it; an evaluation does not")
-        raise _fixed_setting(key, name, "it is fixed by training: train a run with this setting")
+        followed = "`lakesight caption` and `lakesight ask` follow it; an evaluation does not"
+        raise _refused(key, name, followed if key.startswith(GENERATION) else TRAIN_AGAIN)
 
 
 def _different_keys(job: Job, fixed: ModelConfig) -> list[str]:
-    """Return the keys of overrides of model settings whose value differs from the version's value."""
+    """Return the keys of overrides of model settings whose value differs from the value of the version."""
     keys = [override.partition("=")[0].strip() for override in job.overrides]
-    values = {"model": job.config.model.model_dump()}, {"model": fixed.model_dump()}
-    return [
-        key
-        for key in keys
-        if key.partition(".")[0] == "model" and _value_at(values[0], key) != _value_at(values[1], key)
-    ]
+    chosen, own = {"model": job.config.model.model_dump()}, {"model": fixed.model_dump()}
+    return [key for key in keys if key.partition(".")[0] == "model" and _value_at(chosen, key) != _value_at(own, key)]
 
 
 def _value_at(settings: Any, key: str) -> Any:
@@ -78,5 +70,5 @@ def _value_at(settings: Any, key: str) -> Any:
     return settings
 
 
-def _fixed_setting(key: str, name: str, fix: str) -> UserError:
+def _refused(key: str, name: str, fix: str) -> UserError:
     return UserError("the command cannot change this setting of the model", where=name, got=f"--set {key}=...", fix=fix)

@@ -154,9 +154,7 @@ def open_image(
     try:
         image = _load(image, file.data, draft_side)
         orientation = file.orientation or image.getexif().get(ORIENTATION_TAG, 1)
-        image = to_rgb(
-            image, file.data
-        )  # in two steps, so that the decoded picture is freed before the next copy is made
+        image = to_rgb(image, file.data)  # the decoded picture is freed before the next copy is made
         image = turn_upright(image, orientation)
     except (ImageError, MemoryError):  # too little memory is no defect of the picture
         raise

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.config import LimitsConfig
-from pipelines.executor.crash_guard import Death, run_guarded
+from pipelines.executor.crash_guard import TOO_SLOW, Death, run_guarded
 from pipelines.executor.ingest.records.pictures.root import PictureRoot, read_picture_column
 from pipelines.executor.model_cache import local_copy
 from pipelines.executor.time_limit import TimeLimitExceeded, time_limit
@@ -132,7 +132,7 @@ def _decode_picture(image: bytes | str | None, config: ImageConfig, limits: Limi
                 image, config, max_pixels=limits.max_pixels, min_side=limits.min_side, max_bytes=limits.max_bytes
             )
     except TimeLimitExceeded:
-        return _describe_death(image, Death("took too long", timed_out=True), limits)
+        return _describe_death(image, TOO_SLOW, limits)
 
 
 def _describe_death(image: bytes | str | None, death: Death, limits: LimitsConfig) -> DecodedPicture:
@@ -140,9 +140,7 @@ def _describe_death(image: bytes | str | None, death: Death, limits: LimitsConfi
     from vlm.captioner import DecodedPicture
 
     sha256 = hashlib.sha256(picture_bytes(image)).hexdigest()
-    if death.timed_out:
-        return DecodedPicture(None, sha256, f"decode_timeout: more than {limits.max_decode_seconds:g} seconds")
-    return DecodedPicture(None, sha256, f"decoder_crash: the process that decoded it {death.how}")
+    return DecodedPicture(None, sha256, ": ".join(death.describe(limits.max_decode_seconds)))
 
 
 def _join_batches(batches: Iterator[list[Picture]], size: int) -> Iterator[list[Picture]]:

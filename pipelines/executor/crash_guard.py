@@ -36,6 +36,15 @@ class Death(NamedTuple):
     how: str
     timed_out: bool = False
 
+    def describe(self, seconds: float) -> tuple[str, str]:
+        """Return the reason and the detail with which the picture is refused. Its decoder had `seconds` seconds."""
+        if self.timed_out:
+            return "decode_timeout", f"more than {seconds:g} seconds"
+        return "decoder_crash", f"the process that decoded it {self.how}"
+
+
+TOO_SLOW = Death("took too long", timed_out=True)
+
 
 def split_into_chunks(items: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
     """Group items into lists of at most CHUNK_ITEMS items and CHUNK_BYTES bytes; a larger item gets its own list."""
@@ -112,7 +121,7 @@ class _Child(Generic[T, R]):
         self._reader.close()
         self._process.join()
         code = self._process.exitcode or 0
-        return Death("took too long", timed_out=True) if code == -signal.SIGVTALRM else Death(_describe_exit(code))
+        return TOO_SLOW if code == -signal.SIGVTALRM else Death(_describe_exit(code))
 
 
 def _child_main(items: Sequence[T], function: Callable[[T], R], writer: Connection) -> None:

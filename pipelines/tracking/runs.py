@@ -50,15 +50,6 @@ class Tracking(Config):
     others: tuple[str, ...] = ()
 
 
-def run_id_of(run: RunFolder) -> str:
-    """Return the id of the MLflow run to which a run folder was logged.
-
-    Raises:
-        UserError: the run folder was never logged, for example because the ranks were started with torchrun.
-    """
-    return read_json(run.tracking, Tracking).run_id
-
-
 @contextmanager
 def follow(run: RunFolder, config: RunConfig, platform: Platform) -> Iterator[str]:
     """Log a training run to MLflow while the block executes. Yield the id of the MLflow run.

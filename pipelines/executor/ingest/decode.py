@@ -23,7 +23,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines.config import ColumnNames, LimitsConfig, SplitConfig
-from pipelines.executor.crash_guard import Death, run_guarded, split_into_chunks
+from pipelines.executor.crash_guard import TOO_SLOW, Death, run_guarded, split_into_chunks
 from pipelines.executor.ingest.fingerprint import fingerprint
 from pipelines.executor.ingest.outcome import Refused, outcome_batch
 from pipelines.executor.ingest.records.record import Fields, Read, Record
@@ -83,13 +83,7 @@ def _record_bytes(record: Record) -> int:
 
 
 def _refuse_deadly(record: Record, death: Death, rules: DecodeRules) -> dict[str, Any]:
-    if death.timed_out:
-        return _refusal(record, _timeout(rules.limits), rules)
-    return _refusal(record, Refused("decode", "decoder_crash", f"the process that decoded it {death.how}"), rules)
-
-
-def _timeout(limits: LimitsConfig) -> Refused:
-    return Refused("decode", "decode_timeout", f"more than {limits.max_decode_seconds:g} seconds")
+    return _refusal(record, Refused("decode", *death.describe(rules.limits.max_decode_seconds)), rules)
 
 
 def _batch_outcomes(decoded: Iterable[dict[str, Any]]) -> Iterator[pa.RecordBatch]:
@@ -233,7 +227,7 @@ def _open_image(data: bytes, limits: LimitsConfig) -> tuple[Image.Image, ImageIn
     except ImageError as error:
         raise Refused("decode", error.reason, error.detail) from None
     except TimeLimitExceeded:
-        raise _timeout(limits) from None
+        raise Refused("decode", *TOO_SLOW.describe(limits.max_decode_seconds)) from None
 
 
 def _to_json(fields: Fields) -> str:

@@ -22,6 +22,8 @@ INACCESSIBLE = frozenset(
 """Codes of operating system errors that concern one file. Any other code is a fault of the machine."""
 DAMAGE = (EOFError, zlib.error, LZMAError, UnicodeError, tarfile.TarError, pa.ArrowException)
 """Exceptions that decompressors and parsers raise for damaged data."""
+FILE_ERRORS = (OSError, *DAMAGE)
+"""Exceptions that may concern one file. `require_damage` tells them from faults of the machine."""
 
 
 def is_url(path: str) -> bool:
@@ -76,6 +78,14 @@ def describe_damage(error: Exception) -> str | None:
             return None
         return (error.strerror or str(error)).strip()[:500]
     return f"{type(error).__name__}: {error}".strip()[:500] if isinstance(error, DAMAGE) else None
+
+
+def require_damage(error: Exception) -> str:
+    """Describe an error that concerns one file, and raise an error that is a fault of the machine."""
+    damage = describe_damage(error)
+    if damage is None:
+        raise error
+    return damage
 
 
 def _has_lost_its_folder(error: OSError) -> bool:

@@ -19,7 +19,7 @@ from pipelines.executor.ingest.records.csv import csv_records, split_line
 from pipelines.executor.ingest.records.jsonl import jsonl_range
 from pipelines.executor.ingest.records.lines import RANGE, WHOLE, Layout, Range
 from pipelines.executor.ingest.records.record import Record
-from pipelines.executor.ingest.records.table import FILE, add_image_ids, delta_records, payload_records, table_records
+from pipelines.executor.ingest.records.table import add_image_ids, delta_records, payload_records
 
 LIMIT = 10**6
 
@@ -165,8 +165,9 @@ def test_malformed_json_line_keeps_its_raw_text(line: bytes) -> None:
 
 def test_table_rows_keep_their_types_and_an_image_struct_becomes_two_fields() -> None:
     pictures = [{"bytes": b"p", "path": "a.png"}, {"bytes": None, "path": "b.png"}, None]
-    batch = pa.RecordBatch.from_pydict({FILE: ["x"] * 3, "image": pictures, "text": [["a"], None, []], "n": [1, 2, 3]})
-    records = list(table_records(iter([batch]), "image"))
+    columns = {"file": ["x"] * 3, "image": pictures, "text": [["a"], None, []], "n": [1, 2, 3], "others": [None] * 3}
+    batch = pa.RecordBatch.from_pydict(columns)
+    records = list(delta_records(iter([batch]), ("image", "text", "n"), "image"))
     assert [record.fields for record in records] == [
         {"image": b"p", "image.path": "a.png", "text": ["a"], "n": 1},
         {"image": None, "image.path": "b.png", "text": None, "n": 2},
@@ -177,8 +178,10 @@ def test_table_rows_keep_their_types_and_an_image_struct_becomes_two_fields() ->
 def test_invalid_utf_8_in_a_table_changes_only_its_own_row() -> None:
     binary = pa.array([b"caf\xe9", None, b"x"])
     strings = pa.Array.from_buffers(pa.string(), 3, binary.buffers())  # Spark does not validate UTF-8
-    batch = pa.RecordBatch.from_arrays([pa.array(["x"] * 3), strings], names=[FILE, "text"])
-    assert [record.fields["text"] for record in table_records(iter([batch]), "image")] == ["caf\ufffd", None, "x"]
+    columns = [pa.array(["x"] * 3), strings, pa.nulls(3)]
+    batch = pa.RecordBatch.from_arrays(columns, names=["file", "text", "others"])
+    records = delta_records(iter([batch]), ("text",), "image")
+    assert [record.fields["text"] for record in records] == ["caf\ufffd", None, "x"]
 
 
 def test_payloads_of_refused_rows_are_parsed_again() -> None:

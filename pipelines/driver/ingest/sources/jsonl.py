@@ -16,7 +16,7 @@ from pipelines.driver.ingest.sources.lines import COMPRESSION_SUFFIXES, load_ran
 from pipelines.driver.ingest.sources.source import SourceRows, require_columns, used_columns
 from pipelines.executor.ingest.records.jsonl import KEYS, find_keys, jsonl_range, jsonl_records
 from pipelines.executor.ingest.records.lines import Layout, line_limit
-from pipelines.executor.ingest.storage import describe_damage
+from pipelines.executor.ingest.storage import FILE_ERRORS, require_damage
 
 SUFFIXES = tuple(f"{name}{compression}" for name in (".jsonl", ".ndjson") for compression in COMPRESSION_SUFFIXES)
 INSPECTED_LINES = 20
@@ -56,9 +56,8 @@ def first_keys(files: Sequence[SourceFile], layouts: Sequence[Layout], limit: in
             for record in islice(jsonl_range(whole_range(file, layout), limit), lines):
                 keys |= dict.fromkeys(record.fields)
                 lines -= 1
-        except Exception as error:
-            if describe_damage(error) is None:
-                raise
+        except FILE_ERRORS as error:
+            require_damage(error)  # executors refuse a damaged file
     return list(keys)
 
 

@@ -10,16 +10,16 @@ from contextlib import closing
 from typing import IO
 
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipelines.driver.ingest.sources.files import RANGE_BYTES, SourceFile
-from pipelines.executor.ingest.records.lines import WHOLE, Layout, Range
-from pipelines.executor.ingest.storage import describe_damage, open_binary
+from pipelines.executor.ingest.records.lines import RANGE, WHOLE, Layout, Range
+from pipelines.executor.ingest.storage import FILE_ERRORS, open_binary, require_damage
 from pipelines.executor.ingest.text_stream import HEAD_BYTES, is_plain, open_text
 
 COMPRESSION_SUFFIXES = ("", ".gz", ".bz2", ".zst", ".xz")
 """Suffixes of compressed files of lines. The empty suffix stands for no compression. The suffix only selects files: the
 content of a file tells how it is compressed."""
-RANGES = "path binary, file string, start bigint, end bigint, layout int, partition string"
 UNPACKED_SHARE = 4
 """Number of bytes that a byte of a compressed file counts for in the number of tasks."""
 THREADS = 16
@@ -46,11 +46,8 @@ def read_layouts(files: Sequence[SourceFile], read: ReadHead, *, whole: bool = F
             with closing(open_text(file.path)) as stream:
                 separator = _find_separator(stream)
             return read(file, Layout(separator, whole=whole or not plain))
-        except Exception as error:
-            damage = describe_damage(error)
-            if damage is None:
-                raise
-            return Layout(problem=damage)
+        except FILE_ERRORS as error:
+            return Layout(problem=require_damage(error))
 
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(read_layout, files))
@@ -87,7 +84,7 @@ def load_ranges(
     distinct = tuple(dict.fromkeys(layouts))
     ranges = split_files(files, layouts, distinct)
     size = sum(f.size * (UNPACKED_SHARE if one.whole else 1) for f, one in zip(files, layouts, strict=True))
-    rows = spark.createDataFrame(ranges, RANGES)
+    rows = spark.createDataFrame(ranges, from_arrow_schema(RANGE))
     return rows.repartitionByRange(min(1 + size // RANGE_BYTES, len(ranges)), "path", "start"), distinct
 
 

@@ -15,7 +15,7 @@ from pipelines.driver.ingest.sources.files import RANGE_BYTES, SourceFile
 from pipelines.driver.ingest.sources.source import SourceRows, require_columns, used_columns
 from pipelines.executor.ingest.records.parquet import parquet_records
 from pipelines.executor.ingest.records.parquet_file import ParquetColumns
-from pipelines.executor.ingest.storage import describe_damage
+from pipelines.executor.ingest.storage import FILE_ERRORS, require_damage
 
 SUFFIXES = (".parquet", ".parq", ".pq", ".parquet.gzip")
 """Suffixes of Parquet files. The last one is from the documentation of pandas: the file itself is not compressed."""
@@ -49,9 +49,8 @@ def _require_columns(config: DataConfig, files: Sequence[SourceFile]) -> None:
         try:
             with ParquetColumns(file.path) as opened:
                 names = [*opened.names, *file.partition]
-        except Exception as error:
-            if describe_damage(error) is None:
-                raise
+        except FILE_ERRORS as error:
+            require_damage(error)
             continue
         if set(used) <= set(names):
             return

@@ -17,6 +17,7 @@ from pipelines.executor.ingest.records.lines import (
     Layout,
     LongLine,
     Range,
+    line_text,
     long_line_record,
     range_lines,
     range_records,
@@ -25,9 +26,6 @@ from pipelines.executor.ingest.records.record import Problem, Record, add_partit
 
 MAX_LINES_OF_ROW = 100_000
 """Largest number of lines that a row with line breaks inside quotes may have."""
-BOM = "\ufeff"
-LINE_ENDS = "\r\n"
-"""Characters that are stripped from the end of a row. Some spreadsheets end a line with two carriage returns."""
 
 
 def csv_records(
@@ -66,11 +64,7 @@ def csv_rows(part: Range, *, multiline: bool, limit: int) -> Iterator[str | Long
     delimiter = part.layout.delimiter.encode()
     lines = range_lines(part, limit)
     for row in _join_quoted(lines, delimiter, None if multiline else part.layout.separator, limit):
-        yield row if isinstance(row, LongLine) else _to_text(row)
-
-
-def _to_text(row: bytes) -> str:
-    return row.decode("utf-8", errors="replace").removeprefix(BOM).rstrip(LINE_ENDS)
+        yield row if isinstance(row, LongLine) else line_text(row)
 
 
 def is_blank(row: str, delimiter: str) -> bool:

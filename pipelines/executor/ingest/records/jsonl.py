@@ -11,13 +11,13 @@ from pipelines.executor.ingest.records.lines import (
     Layout,
     LongLine,
     Range,
+    line_text,
     long_line_record,
     range_lines,
     range_records,
 )
 from pipelines.executor.ingest.records.record import Problem, Record, add_partition, parse_json_object
 
-BOM = "\ufeff"
 KEYS = pa.schema([("key", pa.string())])
 
 
@@ -38,7 +38,7 @@ def jsonl_range(part: Range, limit: int) -> Iterator[Record]:
         if isinstance(line, LongLine):
             yield long_line_record(part.file, {}, line, limit)
             continue
-        text = line[0].decode("utf-8", errors="replace").removeprefix(BOM).rstrip("\r\n")
+        text = line_text(line[0])
         if text.strip():
             fields = parse_json_object(text)
             if isinstance(fields, Problem):

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from pipelines.config import LimitsConfig
 from pipelines.executor.ingest.records.record import Fields, Problem, Record, unreadable_file
-from pipelines.executor.ingest.storage import describe_damage, open_binary, printable
+from pipelines.executor.ingest.storage import FILE_ERRORS, open_binary, printable, require_damage
 from pipelines.executor.ingest.text_stream import open_text
 
 WHOLE = -1
@@ -33,6 +33,9 @@ RANGE = pa.schema(
     ]
 )
 """Schema of the raw rows of files of lines. A line belongs to the range in which the line begins."""
+BOM = "\ufeff"
+LINE_ENDS = "\r\n"
+"""Characters that are stripped from the end of a line. Some spreadsheets end a line with two carriage returns."""
 CHUNK_BYTES = 2**20
 KEPT_BYTES = 64 * 2**10
 """Number of bytes of a too long line that `quarantine` keeps."""
@@ -104,10 +107,8 @@ def _read_range(part: Range, read: ReadRange) -> Iterator[Record]:
         for record in read(part):
             yield record
             count += 1
-    except Exception as error:
-        damage = describe_damage(error)
-        if damage is None:
-            raise
+    except FILE_ERRORS as error:
+        damage = require_damage(error)
         after = f"after {count} rows" + (f" of the part from byte {part.start} on" if part.start else "")
         yield unreadable_file(part.file, printable(part.path), f"{after}: {damage}")
 
@@ -129,6 +130,11 @@ def range_lines(part: Range, limit: int) -> Iterator[tuple[bytes, bytes] | LongL
             yield content[at:found], other
             at = found + 1
         yield content if isinstance(content, LongLine) else (content[at:] if at else content, part.layout.separator)
+
+
+def line_text(content: bytes) -> str:
+    """Decode a line, and remove its line end and the byte-order mark of its file. Invalid bytes become U+FFFD."""
+    return content.decode("utf-8", errors="replace").removeprefix(BOM).rstrip(LINE_ENDS)
 
 
 def _range_contents(part: Range, limit: int) -> Iterator[bytes | LongLine]:

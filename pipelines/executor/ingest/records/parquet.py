@@ -22,7 +22,7 @@ from pipelines.executor.ingest.records.arrow_values import (
 )
 from pipelines.executor.ingest.records.parquet_file import ParquetColumns
 from pipelines.executor.ingest.records.record import Fields, Problem, Record, add_partition, unreadable_file
-from pipelines.executor.ingest.storage import DAMAGE, describe_damage
+from pipelines.executor.ingest.storage import FILE_ERRORS, require_damage
 
 MAX_VALUE_BYTES = 16 * 2**20
 """Largest size of a value that is not a picture, in bytes."""
@@ -83,7 +83,7 @@ def _read_range(part: _Range, columns: _Columns) -> Iterator[Record]:
                 for record in _read_group(opened, group, part, columns):
                     yield record
                     read += 1
-            except (OSError, *DAMAGE) as error:
+            except FILE_ERRORS as error:
                 lost = f"{opened.rows(group) - read} of {opened.rows(group)} rows of row group {group} are lost"
                 damage.append(f"{lost}: {_describe_or_raise(error)}")
     if damage:
@@ -94,7 +94,7 @@ def _open(part: _Range, columns: _Columns) -> ParquetColumns | str:
     """Open a file, or return why it cannot be read."""
     try:
         opened = ParquetColumns(part.path)
-    except (OSError, *DAMAGE) as error:
+    except FILE_ERRORS as error:
         return f"not a readable Parquet file: {_describe_or_raise(error)}"
     wanted = [columns.image, *(name for name in columns.named if name not in part.partition or name in opened.names)]
     counts = {name: opened.names.count(name) for name in wanted}
@@ -109,10 +109,9 @@ def _open(part: _Range, columns: _Columns) -> ParquetColumns | str:
 
 def _describe_or_raise(error: Exception) -> str:
     """Describe the damage of a file. A fault of the machine is raised, so that Spark retries the task."""
-    what = None if isinstance(error, MemoryError) else describe_damage(error)
-    if what is None:
+    if isinstance(error, MemoryError):
         raise error
-    return " ".join(what.split())
+    return " ".join(require_damage(error).split())
 
 
 def _read_group(opened: ParquetColumns, group: int, part: _Range, columns: _Columns) -> Iterator[Record]:
@@ -166,7 +165,7 @@ class _OtherColumns:
         if row < self.next_row or self.cursors is None:
             try:
                 self.cursors = self._open()
-            except (OSError, *DAMAGE) as error:
+            except FILE_ERRORS as error:
                 return folder | {"other columns": NotStored(_describe_or_raise(error))}
         self.next_row = row + 1
         fields: Fields = {}
@@ -203,7 +202,7 @@ class _Cursor:
                 following = next(self.arrays)
             except StopIteration:
                 self.failure = "the column ends before this row"
-            except (OSError, *DAMAGE) as error:
+            except FILE_ERRORS as error:
                 self.failure = _describe_or_raise(error)
             else:
                 self.start, self.array = self.start + len(self.array), following

@@ -1,4 +1,4 @@
-"""Parsers of rows that Spark has read from tables: Parquet files, Delta tables, and the `quarantine` table."""
+"""Parsers of rows that Spark has read from tables: Delta tables, and the `quarantine` table."""
 
 from __future__ import annotations
 
@@ -13,29 +13,11 @@ from pipelines.executor.ingest.records.arrow_values import to_python
 from pipelines.executor.ingest.records.record import Fields, Problem, Record, parse_json_object
 from pipelines.executor.ingest.values import normalize_id
 
-FILE = "_lakesight_file"
-"""Name of the column that holds the file name of a row."""
-
-
-def table_records(batches: Iterator[pa.RecordBatch], image: str) -> Iterator[Record]:
-    """Convert table rows to records. An image struct of bytes and path becomes two fields: IMAGE and IMAGE.path.
-
-    Args:
-        batches: batches in which the first column is the file name and the next columns are those of the table.
-        image: name of the image column (IMAGE).
-    """
-    for batch in batches:
-        names = batch.schema.names[1:]
-        for file, *values in zip(*(to_python(column) for column in batch.columns), strict=True):
-            fields = dict(zip(names, values, strict=True))
-            picture = fields.get(image)
-            if isinstance(picture, dict) and "bytes" in picture:
-                fields |= {image: picture["bytes"], f"{image}.path": picture.get("path")}
-            yield Record(file, fields)
-
 
 def delta_records(batches: Iterator[pa.RecordBatch], names: Sequence[str], image: str) -> Iterator[Record]:
     """Convert rows of a Delta table to records. Columns that nobody named are read only if a row is refused.
+
+    An image struct of bytes and path becomes two fields: IMAGE and IMAGE.path.
 
     Args:
         batches: batches with the columns of `sources.table.select_columns`: file, used columns, struct of the others.

@@ -16,7 +16,7 @@ from pipelines.executor.ingest.encoding import decode_text
 from pipelines.executor.ingest.records.record import Fields, Problem, Record, parse_json_object
 from pipelines.executor.ingest.records.tar import Member, TarReader
 from pipelines.executor.ingest.records.tar_links import Links, LinkTargets
-from pipelines.executor.ingest.storage import describe_damage
+from pipelines.executor.ingest.storage import FILE_ERRORS, require_damage
 
 MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 """Pattern of <key>.<extension>. The extension begins after the first dot of the name; hidden files do not match."""
@@ -85,11 +85,8 @@ class _Tar:
                 else:
                     yield row.record(self._file)
                 self._complete += 1
-        except Exception as error:
-            what = describe_damage(error)
-            if what is None:
-                raise
-            yield self._damage(what)
+        except FILE_ERRORS as error:
+            yield self._damage(require_damage(error))
         if has_links:
             yield from self._linked_records()
 
@@ -99,17 +96,15 @@ class _Tar:
             try:
                 with open_decompressed(self._path) as file:
                     targets.collect(TarReader(file))
-            except Exception as error:
-                if describe_damage(error) is None:
-                    raise
+            except FILE_ERRORS as error:
+                require_damage(error)
             try:
                 for row in self._rows():
                     if row.has_links:
                         row.follow_links(targets)
                         yield row.record(self._file)
-            except Exception as error:
-                if describe_damage(error) is None:
-                    raise
+            except FILE_ERRORS as error:
+                require_damage(error)
 
     def _rows(self) -> Iterator[_TarRow]:
         """Yield the rows of the tar. At an exception, `self._row` is the row that is not complete."""

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from pipelines.executor.ingest.records.record import Problem
-from pipelines.executor.ingest.storage import describe_damage
+from pipelines.executor.ingest.storage import require_damage
 
 LOCAL_URI = re.compile(r"(?:file:(?://(?:localhost)?)?|dbfs:)(/.*)", re.DOTALL | re.IGNORECASE)
 """Pattern of a URI of a local file, or of a file on a Volume."""
@@ -58,10 +58,7 @@ def find_file(folder: str, name: str) -> PictureFile | Problem:
         except ValueError:  # a null character, or a surrogate
             return Problem("missing_field", f"{name!r} cannot be the name of a file")
         except OSError as error:
-            what = describe_damage(error)
-            if what is None:
-                raise
-            return Problem("unreadable_file", f"the file {name!r} cannot be read: {what}")
+            return Problem("unreadable_file", f"the file {name!r} cannot be read: {require_damage(error)}")
         if isinstance(found, PictureFile):
             if stat.S_ISREG(found.status.st_mode):
                 return found
@@ -85,10 +82,7 @@ def read_file(found: PictureFile, max_bytes: int) -> bytes | Problem:
                 return Problem("missing_field", "not a regular file")
             content = file.read(max_bytes + 1) if status.st_size <= max_bytes else b""
     except OSError as error:
-        what = describe_damage(error)
-        if what is None:
-            raise
-        return Problem("unreadable_file", what)
+        return Problem("unreadable_file", require_damage(error))
     size = max(status.st_size, len(content))
     return content if size <= max_bytes else Problem("too_large", f"{size} bytes, at most {max_bytes}")
 
@@ -140,8 +134,7 @@ def _walk(root: Path, parts: list[str]) -> PictureFile | str:
             try:
                 status = path.stat()
             except OSError as error:
-                if describe_damage(error) is None:
-                    raise
+                require_damage(error)
                 return ": the link leads nowhere"
     return PictureFile(path, status)
 
