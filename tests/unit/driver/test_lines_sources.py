@@ -31,7 +31,7 @@ from pipelines.executor.ingest.records.csv import csv_records
 from pipelines.executor.ingest.records.jsonl import find_keys, jsonl_records
 from pipelines.executor.ingest.records.lines import RANGE, Layout
 from pipelines.executor.ingest.records.pictures.root import picture_records
-from pipelines.executor.ingest.records.record import Record
+from pipelines.executor.ingest.records.record import Fields, Record
 
 LIMIT = 10**6
 
@@ -310,6 +310,23 @@ def test_ids_of_coco_are_equal_as_numbers_and_as_texts(tmp_path: Path) -> None:
     assert found == expected
     assert len(records) == len(found)
     assert (records[0].fields["height"], records[0].fields["width"]) == (4, 5)
+
+
+def test_captions_of_coco_are_missing_or_several_as_texts_of_other_sources(tmp_path: Path) -> None:
+    images: list[Fields] = [{"id": number, "file_name": f"{number}.png"} for number in (1, 2)]
+    images.append({"id": 3, "file_name": float("nan")})
+    said = [float("nan"), None, " ", ["l2", None, "l1", float("nan")], 7, []]
+    annotations = [{"image_id": 1, "caption": text} for text in said] + [{"image_id": 2, "caption": float("nan")}]
+    records = coco(tmp_path, {"images": images, "annotations": annotations})
+    assert [record.fields["said"] for record in records] == [[7, "l1", "l2"], [], None]
+    assert records[2].fields["file_name"] is None
+
+
+def test_an_integer_of_any_length_in_a_document_of_coco_stops_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.coco.json"
+    path.write_text('{"images": [{"id": 1, "file_name": "a", "n": %s}], "annotations": []}' % ("7" * 5_000))
+    [record] = coco_records(str(path), path.name, ColumnNames(image="file_name", text="said"))
+    assert record.fields["id"] == "1"
 
 
 @pytest.mark.parametrize("document", [[], {}, {"images": [], "annotations": None}, {"images": {}, "annotations": []}])

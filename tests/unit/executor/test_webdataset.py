@@ -119,7 +119,7 @@ def test_problem_of_a_tar_member_affects_only_the_row_of_the_member(
     assert good == Record("x.tar", {"__key__": "b", "__member__": "b.png", PICTURE: b"p"})
 
 
-@pytest.mark.parametrize("content", [b"[1]", b"null", b"", b"{cut", b"7", b'{"n": ' + b"9" * 5_000 + b"}", b"\xff"])
+@pytest.mark.parametrize("content", [b"[1]", b"null", b"", b"{cut", b"7", b"\xff"])
 def test_json_member_that_is_no_object_is_a_problem_only_if_a_column_of_it_is_named(
     tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

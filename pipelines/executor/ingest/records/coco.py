@@ -10,8 +10,9 @@ from contextlib import closing
 from typing import Any
 
 from pipelines.config import ColumnNames
-from pipelines.executor.ingest.records.record import Fields, Record
+from pipelines.executor.ingest.records.record import Fields, Record, parse_integer
 from pipelines.executor.ingest.text_stream import open_text
+from pipelines.executor.ingest.values import is_missing
 
 KEPT_KEYS = frozenset({"images", "annotations", "id", "file_name", "height", "width", "image_id", "caption"})
 """Keys of the document that are kept. Outlines of objects can make up most of a document."""
@@ -35,16 +36,17 @@ def coco_records(path: str, file: str, columns: ColumnNames) -> Iterator[Record]
         ValueError: the document is not COCO captions JSON.
     """
     with closing(open_text(path)) as stream:
-        document = json.loads(stream.read().decode("utf-8", errors="replace"), object_pairs_hook=_kept)
+        text = stream.read().decode("utf-8", errors="replace")
+    document = json.loads(text, object_pairs_hook=_kept, parse_int=parse_integer)
     images, annotations = (document.get(k) if isinstance(document, dict) else None for k in ("images", "annotations"))
     if not isinstance(images, list) or not isinstance(annotations, list):
         raise ValueError("a file without the lists images and annotations")
-    captions: dict[str | None, list[str]] = defaultdict(list)
+    captions: dict[str | None, list[Any]] = defaultdict(list)
     for annotation in annotations:
         fields = annotation if isinstance(annotation, dict) else {}
         said = captions[_to_id(fields.get("image_id"))]
-        if fields.get("caption") is not None:
-            said.append(_to_string(fields["caption"]))
+        caption = fields.get("caption")
+        said += [text for text in (caption if isinstance(caption, list) else [caption]) if not is_missing(text)]
     listed = set()
     for image in images:
         fields = image if isinstance(image, dict) else {}
@@ -55,11 +57,11 @@ def coco_records(path: str, file: str, columns: ColumnNames) -> Iterator[Record]
         yield _record(file, columns, image_id, {}, captions[image_id])
 
 
-def _record(file: str, columns: ColumnNames, image_id: str | None, image: Fields, captions: list[str] | None) -> Record:
+def _record(file: str, columns: ColumnNames, image_id: str | None, image: Fields, captions: list[Any] | None) -> Record:
     name = image.get("file_name")
     size = (_to_int(image.get("height")), _to_int(image.get("width")))
-    texts = None if captions is None else sorted(captions)
-    values = (image_id, None if name is None else _to_string(name), *size, texts)
+    texts = None if captions is None else sorted(captions, key=_to_string)
+    values = (image_id, None if is_missing(name) else _to_string(name), *size, texts)
     return Record(file, dict(zip(coco_columns(columns), values, strict=True)))
 
 

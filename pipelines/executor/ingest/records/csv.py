@@ -7,13 +7,14 @@ every character. Python workers therefore read the bytes of the files, and jump 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import AnyStr
 
 import pyarrow as pa
 
 from pipelines.executor.ingest.records.lines import (
+    WHOLE,
     Layout,
     LongLine,
     Range,
@@ -26,6 +27,10 @@ from pipelines.executor.ingest.records.record import Problem, Record, add_partit
 
 MAX_LINES_OF_ROW = 100_000
 """Largest number of lines that a row with line breaks inside quotes may have."""
+MAX_BROKEN_LINES = 100
+"""Largest number of lines over which the end of a quoted field is looked for if a row must be one line."""
+NEAR_BYTES = 4 * 2**20
+"""Number of bytes before and after a range in which quotes are looked for that span the beginning or end of it."""
 
 
 def csv_records(
@@ -44,14 +49,14 @@ def csv_records(
 
 def _csv_range(part: Range, *, multiline: bool, limit: int) -> Iterator[Record]:
     names, delimiter = part.layout.names, part.layout.delimiter
-    rows = csv_rows(part, multiline=multiline, limit=limit)
+    rows = ((row, False) for row in csv_rows(part, multiline=True, limit=limit)) if multiline else _lines(part, limit)
     for _ in range(part.layout.skip if part.start == 0 else 0):
         next(rows, None)
-    for row in rows:
+    for row, broken in rows:
         if isinstance(row, LongLine):
             yield long_line_record(part.file, dict.fromkeys(names), row, limit)
         elif not is_blank(row, delimiter):
-            values = split_line(row, delimiter)
+            values = None if broken else split_line(row, delimiter)
             if values is None or len(values) != len(names):
                 yield _malformed(part.file, names, row)
             else:
@@ -65,6 +70,65 @@ def csv_rows(part: Range, *, multiline: bool, limit: int) -> Iterator[str | Long
     lines = range_lines(part, limit)
     for row in _join_quoted(lines, delimiter, None if multiline else part.layout.separator, limit):
         yield row if isinstance(row, LongLine) else line_text(row)
+
+
+def _lines(part: Range, limit: int) -> Iterator[tuple[str | LongLine, bool]]:
+    """Yield the rows of a range in which each row is one line, each with whether it begins inside a quoted field.
+
+    The lines shortly before and after the range are read too, so that a row does not depend on where ranges begin. A
+    quote that is never closed concerns only its own line.
+    """
+    delimiter = part.layout.delimiter
+    rows = _rows_near(part, limit)
+    waiting: deque[tuple[int, str | LongLine]] = deque()
+    broken = 0
+    while (found := waiting.popleft() if waiting else next(rows, None)) is not None:
+        place, row = found
+        if place > 0:
+            return
+        if place == 0:
+            yield row, broken > 0
+        if broken:
+            broken -= 1
+        elif isinstance(row, str) and _ends_in_quotes(row, delimiter, '"', opened=False):
+            broken = _count_broken(_look_ahead(waiting, rows), delimiter)
+
+
+def _rows_near(part: Range, limit: int) -> Iterator[tuple[int, str | LongLine]]:
+    """Yield the rows shortly before a range (-1), of the range (0) and shortly after it (1)."""
+    parts = {0: part}
+    if part.start:
+        parts = {-1: part._replace(start=max(0, part.start - NEAR_BYTES), end=part.start), **parts}
+    if part.end != WHOLE:
+        parts[1] = part._replace(start=part.end, end=part.end + NEAR_BYTES)
+    for place, near in parts.items():
+        for row in csv_rows(near, multiline=False, limit=limit):
+            yield place, row
+
+
+def _look_ahead(
+    waiting: deque[tuple[int, str | LongLine]], rows: Iterator[tuple[int, str | LongLine]]
+) -> Iterator[str | LongLine]:
+    """Yield the rows that follow, without taking them: rows that are read wait to be read again."""
+    yield from [row for _, row in waiting]
+    for place, row in rows:
+        waiting.append((place, row))
+        yield row
+
+
+def _count_broken(following: Iterable[str | LongLine], delimiter: str) -> int:
+    """Return how many of the lines after an open quote belong to its field, or 0 if the quote is never closed."""
+    size = 0
+    for count, row in enumerate(following, 1):
+        size += len(row) if isinstance(row, str) else row.size
+        if isinstance(row, LongLine) or count > MAX_BROKEN_LINES or size > NEAR_BYTES:
+            return 0
+        inside = f'" {row}'
+        if split_line(inside, delimiter) is not None:
+            return count
+        if not _ends_in_quotes(inside, delimiter, '"', opened=False):
+            return 0
+    return 0
 
 
 def is_blank(row: str, delimiter: str) -> bool:
@@ -97,7 +161,7 @@ def _join_quoted(
             continue
         row, size = [line], len(line[0])
         # In the common case the parser of the row finds out whether its quotes are wrong.
-        opened = line[1] != last and _ends_in_quotes(line[0], delimiter, opened=False)
+        opened = line[1] != last and _ends_in_quotes(line[0], delimiter, b'"', opened=False)
         while opened and size <= limit and len(row) < MAX_LINES_OF_ROW and row[-1][1] != last:
             line = following()
             if line is None:
@@ -107,20 +171,20 @@ def _join_quoted(
                 break
             row.append(line)
             size += len(line[0])
-            opened = _ends_in_quotes(line[0], delimiter, opened=True)
+            opened = _ends_in_quotes(line[0], delimiter, b'"', opened=True)
         if opened:
             waiting.extendleft(reversed(row[1:]))
         yield row[0][0] if opened or len(row) == 1 else b"".join(part for pair in row for part in pair)
 
 
-def _ends_in_quotes(line: bytes, delimiter: bytes, *, opened: bool) -> bool:
+def _ends_in_quotes(line: AnyStr, delimiter: AnyStr, quote: AnyStr, *, opened: bool) -> bool:
     """Return whether a line ends inside a quoted field, given whether it begins inside one."""
-    if not opened and b'"' not in line:
+    if not opened and quote not in line:
         return False
     at = 0
     while True:
-        if opened or line.startswith(b'"', at):
-            end = _find_closing_quote(line, at if opened else at + 1, b'"')
+        if opened or line.startswith(quote, at):
+            end = _find_closing_quote(line, at if opened else at + 1, quote)
             if end < 0:
                 return True
             if not line.startswith(delimiter, end + 1):
@@ -134,7 +198,12 @@ def _ends_in_quotes(line: bytes, delimiter: bytes, *, opened: bool) -> bool:
 
 
 def split_line(line: str, delimiter: str = ",") -> list[str] | None:
-    """Split a row into fields by RFC 4180. Return None if the quotes of the row are wrong."""
+    """Split a row into fields by RFC 4180. Return None if the quotes of the row are wrong.
+
+    A field that does not begin with a quote may contain quotes, as in `5" pipe`, although the standard forbids it. It
+    may not end with a lone quote after a letter, because then it is the end of a quoted field that began in another
+    line. A quote after a number means inches.
+    """
     fields, at = [], 0
     while True:
         if line.startswith('"', at):
@@ -146,9 +215,16 @@ def split_line(line: str, delimiter: str = ",") -> list[str] | None:
         else:
             end = line.find(delimiter, at)
             fields.append(line[at:] if end < 0 else line[at:end])
+            if _ends_quotes(fields[-1]):
+                return None
             at = end + 1 if end >= 0 else len(line) + 1
         if at > len(line):
             return fields
+
+
+def _ends_quotes(field: str) -> bool:
+    """Return whether a field that does not begin with a quote is the end of a field that does."""
+    return field.endswith('"') and field.count('"') % 2 == 1 and not field[-2].isnumeric()
 
 
 def _find_closing_quote(line: AnyStr, at: int, quote: AnyStr) -> int:

@@ -74,13 +74,21 @@ Read = Callable[[Iterator[pa.RecordBatch]], Iterator[Record]]
 """A parser maps batches of a source's raw rows to records. The columns of the batches depend on the source."""
 
 
+def parse_integer(digits: str) -> int | str:
+    """Parse an integer of JSON. An integer with more digits than Python converts remains a text."""
+    try:
+        return int(digits)
+    except ValueError:
+        return digits
+
+
 def parse_json_object(text: str) -> Fields | Problem:
     """Parse a JSON object. A lone UTF-16 surrogate becomes U+FFFD, because UTF-8 cannot encode a lone surrogate."""
     try:
-        fields = json.loads(text)
+        fields = json.loads(text, parse_int=parse_integer)
         if SURROGATE_ESCAPE.search(text):
             utf16 = json.dumps(fields, ensure_ascii=False).encode("utf-16", "surrogatepass")
-            fields = json.loads(utf16.decode("utf-16", "replace"))
+            fields = json.loads(utf16.decode("utf-16", "replace"), parse_int=parse_integer)
     except (ValueError, RecursionError) as error:
         return Problem("malformed_record", f"not JSON: {error}")
     return fields if isinstance(fields, dict) else Problem("malformed_record", "JSON, but not an object")
