@@ -28,7 +28,10 @@ ByOption = Annotated[
         metavar="COLUMN",
     ),
 ]
-SHOWN_METRICS = ("exact_match", "word_f1", "cider", "bleu_4", "rouge_l", "meteor", "loss", "blind_gap", "error_share")
+SHOWN_METRICS = (
+    *("exact_match", "word_f1", "cider", "bleu_4", "rouge_l", "meteor"),
+    *("coco_cider", "coco_bleu_4", "coco_rouge_l", "coco_meteor", "loss", "blind_gap", "error_share"),
+)
 TAGGED_METRICS = ("exact_match", "word_f1", "cider", "bleu_4", "rouge_l", "loss", "blind_gap", "error_share")
 """Metrics stored as tags of a model version. Unity Catalog limits the number of tags."""
 LOGGED_ROWS = 1000
@@ -46,10 +49,11 @@ def evaluate(
 ) -> None:
     """Measure a model version on unseen pictures.
 
-    The command computes BLEU, ROUGE-L, CIDEr, METEOR (with Java), exact match, token accuracy and blind gap, each
-    with a confidence interval, for all rows and for groups of rows (--by). The command also measures two baselines:
-    the best constant caption and the nearest neighbour's caption. The command writes an HTML page of the worst and
-    best captions. An existing evaluation is reused.
+    The command computes BLEU, ROUGE-L, CIDEr, exact match, token accuracy and blind gap, each with a confidence
+    interval, for all rows and for groups of rows (--by). With Java, the command also computes METEOR and the figures of
+    COCO's evaluation (coco_*), which papers quote. The command also measures two baselines: the best constant caption
+    and the nearest neighbour's caption. The command writes an HTML page of the worst and best captions. An existing
+    evaluation is reused.
 
     \b
     Examples:
@@ -59,7 +63,7 @@ def evaluate(
     from pipelines.driver.evaluate.run import COLUMNS
 
     with open_job(run, platform, overrides, as_json) as job:
-        job.finish(run_evaluate(job, version, columns=tuple(by or COLUMNS), with_meteor=True), "promote")
+        job.finish(run_evaluate(job, version, columns=tuple(by or COLUMNS), with_java=True), "promote")
 
 
 def open_model(job: Job, which: str) -> ModelFiles:
@@ -92,7 +96,7 @@ def open_split(job: Job, model: ModelFiles) -> Shards:
 
 
 def evaluate_version(
-    job: Job, model: ModelFiles, shards: Shards, columns: tuple[str, ...] | None = None, *, with_meteor: bool = False
+    job: Job, model: ModelFiles, shards: Shards, columns: tuple[str, ...] | None = None, *, with_java: bool = False
 ) -> EvaluationReport:
     """Evaluate a version and store the metrics in MLflow and in the version's tags, or reuse an evaluation."""
     from pipelines.driver.evaluate.run import COLUMNS, evaluate
@@ -109,7 +113,7 @@ def evaluate_version(
             shards.folder,
             Path(train.folder),
             columns=COLUMNS if columns is None else columns,
-            with_meteor=with_meteor,
+            with_java=with_java,
         )
     version = resolve(job.platform, job.model_name, model.version)
     labels = {"evaluation": report.scores_hash, "tokenisation": report.tokenisation}
@@ -138,11 +142,13 @@ def rows_by_column(report: EvaluationReport) -> dict[str, list[object]]:
 
 
 def run_evaluate(
-    job: Job, which: str, *, columns: tuple[str, ...] | None = None, with_meteor: bool = False
+    job: Job, which: str, *, columns: tuple[str, ...] | None = None, with_java: bool = False
 ) -> EvaluationReport:
     """Run the evaluate stage: evaluate a version, then print the version's metrics and the baselines."""
+    from pipelines.driver.evaluate.metrics import describe_words
+
     model = open_model(job, which)
-    report = evaluate_version(job, model, open_split(job, model), columns, with_meteor=with_meteor)
+    report = evaluate_version(job, model, open_split(job, model), columns, with_java=with_java)
     reused = ", reused" if report.reused else ""
     job.output.line(
         "evaluate",
@@ -157,6 +163,6 @@ def run_evaluate(
                 if (key := f"{baseline}_{name}") in report.metrics
             )
             job.output.line("", f"{name:<12} {metric.value:7.3f}  ({metric.low:.3f} to {metric.high:.3f})  {baselines}")
-    job.output.line("", f"words are those of {report.tokenisation}")
+    job.output.line("", f"words are those of {describe_words(report.metrics)}")
     job.output.line("gallery", str(report.gallery))
     return report

@@ -23,9 +23,15 @@ class GateConfig(Config):
         min_blind_gap: smallest accepted blind gap, in nats per token. The blind gap is the loss with pictures of other
             rows minus the loss with the right pictures.
         max_error_share: largest accepted share of pictures without a caption.
-        baselines: baselines that the model version must beat. `constant` is the best single caption for all pictures.
+        baselines: baselines that the model version must beat. `constant` is the single caption for all pictures
+            that is best by `metric`.
             `neighbour` is the caption of the most similar training picture. A run that only tests the pipeline needs
             no baselines.
+        min_distinct: smallest accepted number of distinct captions, as a share of the number of distinct human captions
+            of the same rows. If the human captions differ, the captions must differ too. The limit applies if
+            `baselines` contains `constant`.
+        min_pictures: number of pictures from which the whole interval of a difference from a baseline must be above
+            zero. With fewer pictures, the value of the difference must be above zero.
         trial_pictures: number of pictures of the split that the model version captions in a separate process.
     """
 
@@ -33,6 +39,8 @@ class GateConfig(Config):
     min_blind_gap: float = 0.1
     max_error_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     baselines: tuple[Baseline, ...] = ("constant", "neighbour")
+    min_distinct: Annotated[float, Field(ge=0, le=1)] = 0.05
+    min_pictures: PositiveInt = 10
     trial_pictures: PositiveInt = 16
 
 

@@ -120,7 +120,7 @@ def test_model_versions_that_ignore_pictures_or_are_worse_are_refused_and_a_roll
     assert tags["gate_loads"] == "ok: it loads in a fresh process"
     assert tags["gate_looks"].startswith("refused: it does not use its pictures")
     assert {key for key in tags if key.startswith("gate_")} == {
-        f"gate_{name}" for name in ("loads", "errors", "looks", "constant", "neighbour", "champion")
+        f"gate_{name}" for name in ("loads", "errors", "looks", "varied", "constant", "neighbour", "champion")
     }
 
     said = refusal(job, WORSE)

@@ -11,15 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pipelines.driver.evaluate.metrics import (
-    Floats,
-    Metric,
-    ScoredRow,
-    baseline_metrics,
-    captioned,
-    model_metrics,
-    ratio,
-)
+from pipelines.driver.evaluate.baselines import baseline_metrics
+from pipelines.driver.evaluate.metrics import Floats, Metric, ScoredRow, captioned, model_metrics, ratio
 from vlm.config import Config
 
 RESAMPLES = 200

@@ -4,8 +4,9 @@ A metric takes weights (S resamples, R rows) and returns S values. Intervals, sl
 models are computed by calling the same metric with different weights (`bootstrap.py`). To add a metric that needs only
 captions and references, extend `caption_metrics`. To add any other metric, extend `model_metrics`.
 
-pycocoevalcap computes BLEU, ROUGE-L and CIDEr, and its Java program computes METEOR. The tokenizer is `vlm.text.words`
-instead of COCO's Java tokenizer, so scores can be compared between runs, but not with the COCO leaderboard.
+pycocoevalcap computes BLEU, ROUGE-L and CIDEr-D. The words are those of `vlm.text.words`, for texts of all scripts and
+without Java, so the gate gives the same verdict on every host. The figures that papers quote use other words: those of
+COCO's tokenizer. These figures have names of their own (`coco_cider`, see `coco.py`).
 
 In the names of arrays, R stands for rows (a picture and a prompt) and S stands for resamples.
 """
@@ -13,17 +14,15 @@ In the names of arrays, R stands for rows (a picture and a prompt) and S stands 
 from __future__ import annotations
 
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
 from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 
 from pipelines.formats.caption_stats import SAMPLED_CAPTIONS, CaptionStats, sum_stats
@@ -36,9 +35,12 @@ Metric = Callable[[Floats], Floats]
 
 WORD_METRICS = re.compile(r"(constant_|neighbour_|over_)?(word_f1|rouge_l|cider|meteor|bleu_\d|words|distinct(_\w+)?)")
 """Pattern of the names of metrics that compare or count words. All other metrics do not depend on the tokenisation."""
+COCO_PREFIX = "coco_"
+"""Prefix of the metrics of words that COCO's tokenizer splits."""
+COCO_TOKENISATION = "Stanford PTB 3.4.1 in lower case, without punctuation (pycocoevalcap)"
+"""Name of the rules by which COCO's tokenizer splits a text."""
 MAX_ORDER = 4
 MAX_DISTINCT = 2
-MAX_CONSTANTS = 256
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,15 @@ def best_f1(caption: Sequence[str], references: Iterable[Sequence[str]]) -> floa
 
 def tokenisation_of(metric: str) -> str | None:
     """Return the name of the rules that split texts into words for a metric, or None for a metric without words."""
+    if metric.startswith(COCO_PREFIX):
+        return COCO_TOKENISATION
     return TOKENISATION if WORD_METRICS.fullmatch(metric) else None
+
+
+def describe_words(metrics: Iterable[str]) -> str:
+    """Return a phrase that names the rules that split texts into words for metrics with these names."""
+    coco = any(name.startswith(COCO_PREFIX) for name in metrics)
+    return TOKENISATION + (f"; for figures {COCO_PREFIX}* those of {COCO_TOKENISATION}" if coco else "")
 
 
 def captioned(scored: Sequence[ScoredRow]) -> list[ScoredRow]:
@@ -124,19 +134,6 @@ def model_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     return metrics | caption_metrics(scored) | _distinct([item.caption or "" for item in scored])
 
 
-def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
-    """Return the caption metrics of the baselines, which need no model.
-
-    Metrics `constant_*` are for the best caption that ignores the picture. Metrics `neighbour_*` are for the human
-    caption of the most similar training picture.
-    """
-    return {
-        f"{name}_{metric}": function
-        for name, rows in baselines(scored).items()
-        for metric, function in caption_metrics(rows).items()
-    }
-
-
 def ratio(numerators_R: Sequence[float], denominators_R: Sequence[float] | None = None) -> Metric:
     """Return the metric "weighted sum of numerators / weighted sum of denominators". Denominators are 1 by default."""
     numerator_R = np.asarray(numerators_R, float)
@@ -148,42 +145,31 @@ def caption_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     """Return the metrics that need only captions and references, such as word_f1 and cider."""
     captions = [words(item.caption or "") for item in scored]
     references = [[words(reference) for reference in item.references] for item in scored]
-    rouge = Rouge()
-    metrics = {
+    return {
         "exact_match": ratio([float(item.exact) for item in scored]),
         "word_f1": ratio([best_f1(caption, group) for caption, group in zip(captions, references, strict=True)]),
+        "words": ratio([float(len(caption)) for caption in captions]),
+        **ngram_metrics(captions, references),
+    }
+
+
+def ngram_metrics(captions: Sequence[list[str]], references: Sequence[list[list[str]]]) -> dict[str, Metric]:
+    """Return bleu_1..4, rouge_l and cider (CIDEr-D) of captions that are split into words.
+
+    A reference that several people have written counts as often as it was written, as in pycocoevalcap.
+    """
+    rouge = Rouge()
+    metrics = {
         "rouge_l": ratio(
             [
                 rouge.calc_score([" ".join(caption)], [" ".join(reference) for reference in group])
                 for caption, group in zip(captions, references, strict=True)
             ]
         ),
-        "words": ratio([float(len(caption)) for caption in captions]),
     }
-    if len(scored) > 1:
+    if len(captions) > 1:
         metrics["cider"] = ratio(Cider().compute_score(*_as_coco(captions, references))[1])
     return metrics | _bleu(captions, references)
-
-
-def meteor(scored: Sequence[ScoredRow]) -> Metric:
-    """Return the mean METEOR (Denkowski and Lavie, 2014) over rows, which pycocoevalcap's Java program computes.
-
-    The Java program stems English words, but takes words of other scripts apart. A word that is not ASCII is therefore
-    replaced by a code, so that it matches only the same word.
-    """
-    codes: dict[str, str] = {}
-
-    def ascii_words(text: str) -> list[str]:
-        return [word if word.isascii() else codes.setdefault(word, f"q{len(codes)}q") for word in words(text)]
-
-    captions = [ascii_words(item.caption or "") for item in scored]
-    references = [[ascii_words(reference) for reference in item.references] for item in scored]
-    return ratio(Meteor().compute_score(*_as_coco(captions, references))[1])
-
-
-def has_java() -> bool:
-    """Return whether Java, which METEOR needs, is installed."""
-    return shutil.which("java") is not None
 
 
 def _as_coco(
@@ -232,49 +218,6 @@ def _bleu(captions: Sequence[list[str]], references: Sequence[list[list[str]]]) 
         return metric
 
     return {f"bleu_{order}": bleu(order) for order in range(1, MAX_ORDER + 1)}
-
-
-# ------------------------------------------------------------------------------------------------ baselines
-
-
-def baselines(scored: Sequence[ScoredRow]) -> dict[str, list[ScoredRow]]:
-    """Return the rows with captions of baseline `constant`, and of `neighbour` if every row has a neighbour."""
-    constant = best_constant(scored)
-    rows = {"constant": [replace(item, caption=constant) for item in scored]}
-    if all(item.neighbour is not None for item in scored):
-        rows["neighbour"] = [replace(item, caption=item.neighbour) for item in scored]
-    return rows
-
-
-def best_constant(scored: Sequence[ScoredRow]) -> str:
-    """Return the single caption with the highest mean word F1 over all pictures.
-
-    The candidates are the MAX_CONSTANTS most frequent references. Of two equally good candidates, the more frequent
-    candidate is returned.
-    """
-    references = [[words(reference) for reference in item.references] for item in scored]
-    spelled = Counter(reference.strip() for item in scored for reference in item.references)
-    candidates = [text for text, _ in spelled.most_common(MAX_CONSTANTS)]
-    return candidates[int(_constant_f1([words(text) for text in candidates], references).mean(axis=1).argmax())]
-
-
-def _constant_f1(candidates: Sequence[list[str]], references: Sequence[list[list[str]]]) -> Floats:
-    """Compute word F1 of every candidate on every row. The result has the shape (candidates, rows)."""
-    flat = [(row, reference) for row, group in enumerate(references) for reference in group]
-    index = {word: i for i, word in enumerate(sorted({w for _, reference in flat for w in reference}))}
-    counts = np.zeros((len(flat), len(index)))
-    for i, (_, reference) in enumerate(flat):
-        for word in reference:
-            counts[i, index[word]] += 1
-    rows = np.array([row for row, _ in flat])
-    scores = np.zeros((len(candidates), len(references)))
-    for i, candidate in enumerate(candidates):
-        repeats_by_word = Counter(index[word] for word in candidate)
-        columns, repeats = list(repeats_by_word), np.array(list(repeats_by_word.values()))
-        common = np.minimum(counts[:, columns], repeats).sum(axis=1)
-        totals = np.maximum(1, counts.sum(axis=1) + len(candidate))
-        np.maximum.at(scores[i], rows, 2 * common / totals)
-    return scores
 
 
 def _exact(caption: str, references: Iterable[str]) -> bool:

@@ -24,6 +24,7 @@ from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.tables import add_columns, ensure_tables
 from pipelines.driver.delta.versions import rows_of_source
 from pipelines.driver.evaluate.bootstrap import Interval, measure, slice_metrics
+from pipelines.driver.evaluate.coco import has_java, java_metrics
 from pipelines.driver.evaluate.gallery import (
     GalleryRow,
     ModelCaption,
@@ -32,7 +33,7 @@ from pipelines.driver.evaluate.gallery import (
     write_html,
     write_png,
 )
-from pipelines.driver.evaluate.metrics import ScoredRow, captioned, has_java, meteor, tokenisation_of
+from pipelines.driver.evaluate.metrics import ScoredRow, captioned, describe_words, tokenisation_of
 from pipelines.driver.evaluate.scores import SCORES, evaluation_folder, read_scores, score_split, scores_hash
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import StageFailed, UserError
@@ -50,6 +51,11 @@ COLUMNS = ("format", "size", "length")
 """Default columns by which slices are made. `size` is the longer side in pixels, `length` the word count."""
 SLICE_METRICS = ("exact_match", "word_f1", "rouge_l", "cider", "loss", "token_accuracy", "blind_gap")
 REPORT = "report.json"
+DEFINITIONS: int = 2
+"""Version of the definitions of the metrics. A report with an older version is computed again from the stored scores.
+
+Version 2 computes METEOR over the corpus, and chooses the constant baseline by the metric that it is compared on.
+"""
 
 
 class EvaluationReport(Config):
@@ -64,6 +70,7 @@ class EvaluationReport(Config):
         left_out: number of rows whose prompt leaves no room for a caption, which only `error_share` counts.
         tokenisation: rules that split texts into words; empty in reports of earlier versions, which are computed again
             from the stored scores.
+        definitions: version of the definitions of the metrics; 1 in reports of earlier versions.
         metrics: metrics of the whole split, including the metrics of the baselines (constant_*, neighbour_*).
         columns: columns by which slices are made.
         slices: metrics of each slice, by `column=value`.
@@ -86,6 +93,7 @@ class EvaluationReport(Config):
     pictures: int
     left_out: int
     tokenisation: str = ""
+    definitions: int = 1
     metrics: dict[str, Interval]
     columns: tuple[str, ...]
     slices: dict[str, dict[str, Interval]]
@@ -113,7 +121,7 @@ def evaluate(
     train_folder: Path,
     *,
     columns: Sequence[str] = COLUMNS,
-    with_meteor: bool = False,
+    with_java: bool = False,
 ) -> EvaluationReport:
     """Compute the metrics of a model version on a split, and write them to table `evaluations` and to the gallery.
 
@@ -124,7 +132,7 @@ def evaluate(
         shards_folder: shard folder of the split.
         train_folder: shard folder of the training split, for the nearest-neighbour baseline.
         columns: columns by which slices are made.
-        with_meteor: whether to compute METEOR too if Java is installed. Java takes seconds to start.
+        with_java: whether to compute METEOR and COCO's figures too if Java is installed. Java takes seconds to start.
 
     Raises:
         UserError: the split is empty, a folder does not hold a model or shards, or a column does not exist.
@@ -134,7 +142,7 @@ def evaluate(
     model.read_config()
     shards, train = Shards.open(shards_folder), Shards.open(train_folder)
     folder = _find_folder(platform, model, shards, train)
-    requested = RequestedMetrics(tuple(columns), with_meteor and has_java())
+    requested = RequestedMetrics(tuple(columns), with_java and has_java())
     if (folder / REPORT).exists():
         found = read_json(folder / REPORT, EvaluationReport).model_copy(update=_report_paths(folder) | {"reused": True})
         if requested.included_in(found) and all(path.exists() for path in _report_paths(folder).values()):
@@ -167,20 +175,20 @@ def _find_folder(platform: Platform, model: ModelFiles, shards: Shards, train: S
 
 
 class RequestedMetrics(NamedTuple):
-    """Optional metrics of an evaluation: the columns by which slices are made, and whether METEOR is computed."""
+    """Optional metrics of an evaluation: the columns by which slices are made, and whether to compute those of Java."""
 
     columns: tuple[str, ...]
-    meteor: bool
+    java: bool
 
     def included_in(self, report: EvaluationReport) -> bool:
-        """Return whether a report has all optional metrics that were requested, with the words of this version."""
-        has_metrics = set(self.columns) <= set(report.columns) and self.meteor <= ("meteor" in report.metrics)
-        return has_metrics and report.tokenisation == TOKENISATION
+        """Return whether a report has all optional metrics that were requested, as this version defines them."""
+        has_metrics = set(self.columns) <= set(report.columns) and self.java <= ("meteor" in report.metrics)
+        return has_metrics and (report.tokenisation, report.definitions) == (TOKENISATION, DEFINITIONS)
 
     def merged_with(self, report: EvaluationReport) -> RequestedMetrics:
         """Return the union of the requested optional metrics and the optional metrics that a report has."""
         columns = tuple(dict.fromkeys((*report.columns, *self.columns)))
-        return RequestedMetrics(columns, self.meteor or "meteor" in report.metrics)
+        return RequestedMetrics(columns, self.java or ("meteor" in report.metrics and has_java()))
 
 
 def _report_paths(folder: Path) -> dict[str, Path]:
@@ -225,7 +233,8 @@ def _evaluate(
         pictures=len(shards),
         left_out=len(scored) - len(with_caption),
         tokenisation=TOKENISATION,
-        metrics=measure(scored, further={"meteor": meteor(with_caption)} if requested.meteor else None),
+        definitions=DEFINITIONS,
+        metrics=measure(scored, further=java_metrics(with_caption) if requested.java else None),
         columns=requested.columns,
         slices=slice_metrics(
             scored, _column_values(samples, with_caption, requested.columns, table_columns), names=SLICE_METRICS
@@ -338,7 +347,7 @@ def _write_pages(report: EvaluationReport, rows: Sequence[GalleryRow]) -> None:
     title = f"{report.model_name} version {report.model_version} on {report.source} ({report.split})"
     about = (
         f"{report.pictures} pictures, table version {report.dataset_version}. Intervals are 95 % bootstrap intervals. "
-        f"Words are those of {report.tokenisation}. "
+        f"Words are those of {describe_words(report.metrics)}. "
         "The page shows the worst and the best rows by word F1, and a sample of the others."
     )
     write_html(report.gallery, title, about, report.metrics, rows, slices=report.slices)

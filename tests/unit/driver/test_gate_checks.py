@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.config import GateConfig, Trial
+from pipelines.driver.evaluate.baselines import best_constants
 from pipelines.driver.evaluate.bootstrap import measure
 from pipelines.driver.evaluate.gate import apply_gate
 from pipelines.driver.evaluate.metrics import ScoredRow
@@ -84,7 +85,7 @@ def good(count: int = 40, wrong: int = 4) -> list[str | None]:
 def test_a_good_model_version_passes_and_every_check_is_reported(tmp_path: Path) -> None:
     result = apply_gate(GateConfig(), evaluated(tmp_path, scored(good())), None, WELL)
     assert result.reasons == ()
-    assert list(result.checks) == ["loads", "errors", "looks", "constant", "neighbour"]
+    assert list(result.checks) == ["loads", "errors", "looks", "varied", "constant", "neighbour"]
     assert result.figures["word_f1"].value == pytest.approx(0.94)
 
 
@@ -95,7 +96,15 @@ def test_a_bad_model_version_is_refused_with_every_reason(tmp_path: Path) -> Non
     result = apply_gate(GateConfig(), evaluated(tmp_path, scored(captions, gap=0.04)), champion, trial)
     for reason, word in zip(
         result.reasons,
-        ("boom", "share of 0.05", "gap of 0.040", "ignores the picture", "nearest neighbour", "same 38 rows"),
+        (
+            "boom",
+            "share of 0.05",
+            "gap of 0.040",
+            "1 distinct captions of 38",
+            "ignores the picture",
+            "nearest neighbour",
+            "same 38 rows",
+        ),
         strict=True,
     ):
         assert word in reason
@@ -125,6 +134,46 @@ def test_a_model_version_that_is_no_better_than_a_baseline_is_refused_if_the_gat
         name for name, check in apply_gate(GateConfig(), report, None, WELL).checks.items() if not check.passed
     ] == ["neighbour"]
     assert apply_gate(GateConfig(baselines=("constant",)), report, None, WELL).reasons == ()
+
+
+def test_the_constant_caption_is_chosen_by_the_metric_of_the_gate(tmp_path: Path) -> None:
+    """By CIDEr, rare words count more. The model is the best constant by word F1, which is not the best by CIDEr."""
+    truth = ["a cat", "a cat", "a dog on a mat", "a big red dog on a mat", "a dog"] * 8
+    rows = [replace(row, references=(truth[row.row],)) for row in scored(["a dog"] * 40)]
+    by_f1, by_cider = (best_constants(rows)[name] for name in ("word_f1", "cider"))
+    assert by_f1 != by_cider
+    report = evaluated(tmp_path, [replace(row, caption=by_cider) for row in rows])
+    gate = GateConfig(metric="cider", baselines=("constant",))
+    assert apply_gate(gate, report, None, WELL).figures["over_constant"].value == 0
+    assert (
+        apply_gate(gate.model_copy(update={"metric": "word_f1"}), report, None, WELL).figures["over_constant"].value < 0
+    )
+
+
+def test_nearly_equal_captions_are_refused_unless_the_human_captions_are_equal_too(tmp_path: Path) -> None:
+    names = [f"{colour} number {n}" for n in range(25) for colour in ("red", "blue", "green", "white")]
+    rows = [replace(row, references=(names[row.row],)) for row in scored([*["a red number"] * 96, *names[96:]])]
+    said = apply_gate(GateConfig(min_distinct=0.06), evaluated(tmp_path, rows), None, WELL).checks["varied"]
+    assert not said.passed
+    assert "nearly all the same: 5 distinct captions of 100 (0.05), 100 of the human captions (1)" in said.found
+    assert apply_gate(GateConfig(), evaluated(tmp_path, rows), None, WELL).checks["varied"].passed
+    same = [replace(row, references=("a red number",)) for row in scored(["a red number"] * 40)]
+    assert apply_gate(GateConfig(), evaluated(tmp_path, same), None, WELL).checks["varied"].passed
+
+
+def test_three_pictures_that_are_captioned_word_for_word_are_not_refused(tmp_path: Path) -> None:
+    perfect = [replace(row, neighbour=TRUTH[3]) for row in scored(list(TRUTH[:3]))]
+    report = evaluated(tmp_path, perfect)
+    result = apply_gate(GateConfig(), report, None, WELL)
+    assert result.reasons == ()
+    assert result.figures["over_constant"].low == 0  # one bootstrap sample in 27 has only the constant's own row
+    assert "3 pictures are too few for an interval" in result.checks["constant"].found
+    strict = apply_gate(GateConfig(min_pictures=3), report, None, WELL)
+    assert [name for name, check in strict.checks.items() if not check.passed] == ["constant"]
+    guesses = evaluated(tmp_path, [replace(row, caption=TRUTH[0]) for row in perfect], "3")
+    assert {"varied", "constant"} <= {
+        name for name, check in apply_gate(GateConfig(), guesses, None, WELL).checks.items() if not check.passed
+    }
 
 
 def test_the_blind_gap_check_fails_if_the_blind_gap_is_missing_or_nan(tmp_path: Path) -> None:

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
+from pipelines.driver.evaluate.baselines import best_constants, constant_cider
 from pipelines.driver.evaluate.bootstrap import measure, metric_differences, slice_metrics
-from pipelines.driver.evaluate.metrics import ScoredRow, best_constant, has_java, meteor, ratio, tokenisation_of
+from pipelines.driver.evaluate.coco import has_java, java_metrics
+from pipelines.driver.evaluate.metrics import COCO_TOKENISATION, ScoredRow, ratio, tokenisation_of
 from vlm.text.words import words
 
 TRUTH = [
@@ -116,15 +120,24 @@ def test_questions_about_one_picture_are_resampled_together() -> None:
     assert together.high - together.low > 2 * (apart.high - apart.low)
 
 
-def test_the_constant_baseline_is_the_best_single_caption() -> None:
-    truth = [["a cat"], ["a cat"], ["a dog"], ["a big red cat"]]
-    metrics = measure(scored(truth, ["a dog"] * 4))
-    assert metrics["constant_exact_match"].value == 0.5
-    assert metrics["constant_word_f1"].value == pytest.approx((1 + 1 + 1 / 2 + 2 / 3) / 4)
-    assert best_constant(scored(truth, ["a dog"] * 4)) == "a cat"
-    constant = measure(scored(truth, ["a cat"] * 4))
-    for name in ("exact_match", "word_f1", "rouge_l", "bleu_2", "cider"):
-        assert constant[name] == metrics[f"constant_{name}"]
+def test_the_constant_baseline_is_the_best_single_caption_by_each_metric() -> None:
+    truth = [["a cat"], ["a cat"], ["a dog on a mat"], ["a big red dog on a mat"], ["a dog"]]
+    rows = scored(truth, ["?"] * 5)
+    metrics, constants = measure(rows), best_constants(rows)
+    assert (constants["exact_match"], constants["cider"]) == ("a cat", "a dog on a mat")
+    spelled = {text for group in truth for text in group}
+    of_each = {text: measure([replace(row, caption=text) for row in rows]) for text in spelled}
+    for name in ("exact_match", "word_f1", "rouge_l", "bleu_1", "bleu_4", "cider"):
+        assert metrics[f"constant_{name}"] == of_each[constants[name]][name]
+        assert metrics[f"constant_{name}"].value == max(each[name].value for each in of_each.values())
+
+
+def test_cider_of_a_constant_caption_equals_the_score_of_pycocoevalcap() -> None:
+    references = [[words(text) for text in group] for group in [*TRUTH, TRUTH[0][:1] * 3]]
+    candidates = [words(text) for text in (*MADE, "zebra", "")]
+    truth = {i: [" ".join(text) for text in group] for i, group in enumerate(references)}
+    expected = [Cider().compute_score(truth, {i: [" ".join(each)] for i in truth})[0] for each in candidates]
+    assert constant_cider(candidates, references) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -161,13 +174,33 @@ def test_the_neighbour_baseline_is_scored_like_a_model_and_left_out_if_a_row_has
     assert "neighbour_cider" not in measure([*rows[1:], replace(rows[0], neighbour=None)])
 
 
-@pytest.mark.skipif(not has_java(), reason="METEOR is a Java program")
-def test_meteor_equals_the_score_of_the_original_program_and_compares_whole_words_of_other_scripts() -> None:
-    """Half of the captions are right. The wrong Hindi caption shares vowel signs with the right one, but no word."""
+@pytest.mark.skipif(not has_java(), reason="COCO's tokenizer and METEOR are Java programs")
+def test_the_figures_of_coco_equal_those_of_its_own_evaluation_with_repeated_references(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tokenize and score with pycocoevalcap's own classes. The texts have punctuation that only its tokenizer splits.
+
+    The last two rows are Hindi: the wrong caption shares vowel signs with the right one, but no word.
+    """
+    texts = ["A man isn't on (the) horse.", "two dogs' toys, 3.14 m", "a t-shirt; a cap", "a red square", "dogs run"]
     cat, cow = "\u092c\u093f\u0932\u094d\u0932\u0940 \u091a\u091f\u093e\u0908", "\u0917\u093e\u092f \u0915\u0940"
-    rows = scored([["a red square"], ["two dogs run"], [cat], [cat]], ["a red square", "cats", cat, cow])
-    measured = measure(rows, further={"meteor": meteor(rows)})["meteor"]
-    assert measured.value == pytest.approx(0.5, abs=0.005)
+    truth = [*([texts[(row + n * n) % 5] for n in range(5)] for row in range(12)), [cat], [cat]]
+    made = [*(group[0] if row % 3 else texts[row % 5] for row, group in enumerate(truth[:12])), cat, cow]
+    assert any(len(set(group)) < len(group) for group in truth)
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Dfile.encoding=UTF-8")  # pycocoevalcap takes the encoding of the locale
+    tokenizer = PTBTokenizer()
+    gts = tokenizer.tokenize({i: [{"caption": text} for text in group] for i, group in enumerate(truth)})
+    res = tokenizer.tokenize({i: [{"caption": text}] for i, text in enumerate(made)})
+    bleu, _ = Bleu().compute_score(gts, res, verbose=0)
+    scorers = {"coco_cider": Cider(), "coco_rouge_l": Rouge(), "coco_meteor": Meteor()}
+    expected = {name: scorer.compute_score(gts, res)[0] for name, scorer in scorers.items()}
+    expected |= {f"coco_bleu_{n}": value for n, value in enumerate(bleu, start=1)}
+    metrics = java_metrics(scored(truth, made))
+    found = {name: float(metrics[name](np.ones((1, len(made))))[0]) for name in expected}
+    assert found == pytest.approx(expected, abs=1e-9)
+    assert tokenisation_of("coco_cider") == COCO_TOKENISATION != tokenisation_of("cider")
+    hindi = np.array([[0.0] * 12 + [1, 0], [0.0] * 12 + [0, 1]])
+    assert metrics["meteor"](hindi).tolist() == [1, 0]
 
 
 def test_metrics_of_words_name_the_tokenisation() -> None:

@@ -1,0 +1,176 @@
+"""Baselines: captions that need no model, with which a model version is compared.
+
+The constant baseline gives the same caption to all pictures. The caption that is best by one metric is not the best by
+another metric, so each metric has a constant of its own: a model must beat the constant that is hardest to beat.
+
+In the names of arrays, C stands for candidates, F for all references of all rows, and R for rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from pipelines.driver.evaluate.metrics import MAX_ORDER, Floats, Metric, ScoredRow, caption_metrics
+from vlm.text.words import words
+
+MAX_PAIRS = 25_000_000
+"""Largest number of pairs of a candidate and a reference that are compared, which takes a few seconds."""
+MIN_CANDIDATES = 256
+SHORTLIST = 4
+"""Number of candidates that are best by word F1, and by CIDEr, from which the best by another metric is chosen."""
+CIDER_SIGMA = 6.0
+"""Standard deviation of CIDEr-D's penalty for a difference in length."""
+
+
+def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
+    """Return the caption metrics of the baselines.
+
+    Metrics `constant_*` are for the best caption that ignores the picture, where the best caption is that of the metric
+    itself. Metrics `neighbour_*` are for the human caption of the most similar training picture.
+    """
+    constants = best_constants(scored)
+    metrics_of = {text: caption_metrics(_with_caption(scored, text)) for text in set(constants.values())}
+    metrics = {f"constant_{name}": metrics_of[text][name] for name, text in constants.items()}
+    if neighbour := neighbour_rows(scored):
+        metrics |= {f"neighbour_{name}": metric for name, metric in caption_metrics(neighbour).items()}
+    return metrics
+
+
+def baselines(scored: Sequence[ScoredRow], metric: str) -> dict[str, list[ScoredRow]]:
+    """Return the rows with captions of each baseline, for a comparison by one metric.
+
+    The baselines are `constant`, and `neighbour` if every row has a neighbour.
+    """
+    rows = {"constant": _with_caption(scored, best_constants(scored)[metric])}
+    neighbour = neighbour_rows(scored)
+    return rows | ({"neighbour": neighbour} if neighbour else {})
+
+
+def neighbour_rows(scored: Sequence[ScoredRow]) -> list[ScoredRow] | None:
+    """Return the rows with the captions of their neighbours, or None if a row has no neighbour."""
+    if any(item.neighbour is None for item in scored):
+        return None
+    return [replace(item, caption=item.neighbour) for item in scored]
+
+
+def best_constants(scored: Sequence[ScoredRow]) -> dict[str, str]:
+    """Return the single caption with the best value over all pictures, by the name of the metric.
+
+    The candidates are the references, most frequent first, as many as MAX_PAIRS allows. Of two equally good candidates,
+    the more frequent candidate is returned. By exact match, word F1 and CIDEr, every candidate is compared. By ROUGE-L
+    and BLEU, only candidates that are among the best by word F1 or CIDEr are compared, because a comparison is slow.
+    """
+    references = [[words(reference) for reference in item.references] for item in scored]
+    spelled = Counter(reference.strip() for item in scored for reference in item.references)
+    count = max(MIN_CANDIDATES, MAX_PAIRS // spelled.total())
+    candidates = [text for text, _ in spelled.most_common(count)]
+    exact = Counter(text for item in scored for text in {reference.strip() for reference in item.references})
+    split = [words(text) for text in candidates]
+    scores = {
+        "exact_match": np.array([float(exact[text]) for text in candidates]),
+        "word_f1": constant_word_f1(split, references),
+        "cider": constant_cider(split, references),
+    }
+    best = {name: candidates[int(values_C.argmax())] for name, values_C in scores.items()}
+    shortlist = sorted(
+        {int(i) for name in ("word_f1", "cider") for i in np.argsort(-scores[name], kind="stable")[:SHORTLIST]}
+    )
+    every_row = np.ones((1, len(scored)))
+    measured = {i: caption_metrics(_with_caption(scored, candidates[i])) for i in shortlist}
+    for name in ("rouge_l", *(f"bleu_{order}" for order in range(1, MAX_ORDER + 1))):
+        values = [measured[i][name](every_row)[0] for i in shortlist]
+        best[name] = candidates[shortlist[int(np.argmax(values))]]
+    if len(scored) == 1:
+        del best["cider"]  # the word weights of CIDEr need several rows
+    return best
+
+
+def _with_caption(scored: Sequence[ScoredRow], caption: str) -> list[ScoredRow]:
+    return [replace(item, caption=caption) for item in scored]
+
+
+def constant_word_f1(candidates: Sequence[list[str]], references: Sequence[list[list[str]]]) -> Floats:
+    """Compute the mean over rows of the word F1 of each candidate, as an array of shape (C,)."""
+    flat = [reference for group in references for reference in group]
+    first_of_row = np.cumsum([0, *(len(group) for group in references)])[:-1]
+    lengths_F = np.array([len(reference) for reference in flat])
+    index = _Postings([Counter(reference) for reference in flat])
+    scores = []
+    for candidate in candidates:
+        common_F = np.zeros(len(flat))
+        for word, count in Counter(candidate).items():
+            rows, counts = index[word]
+            common_F[rows] += np.minimum(counts, count)
+        f1_F = 2 * common_F / np.maximum(1, lengths_F + len(candidate))
+        scores.append(np.maximum.reduceat(f1_F, first_of_row).mean())
+    return np.array(scores)
+
+
+def constant_cider(candidates: Sequence[list[str]], references: Sequence[list[list[str]]]) -> Floats:
+    """Compute CIDEr-D (Vedantam et al., 2015) of each candidate as the caption of every row, as an array of shape (C,).
+
+    The result equals pycocoevalcap's, which would compare the references with each candidate from the beginning.
+    """
+    flat = [_ngrams(reference) for group in references for reference in group]
+    weights_F = np.array([1 / (len(group) * len(references)) for group in references for _ in group])
+    by_row = iter(flat)
+    rows_with = Counter(gram for group in references for gram in set().union(*(next(by_row) for _ in group)))
+    idf = {gram: math.log(len(references)) - math.log(rows) for gram, rows in rows_with.items()}
+    vectors = [{gram: count * idf[gram] for gram, count in grams.items()} for grams in flat]
+    norms_NF = np.array([_norms(vector) for vector in vectors]).T
+    bigrams_F = np.array([_bigrams(grams) for grams in flat])
+    index = _Postings(vectors)
+    scores = []
+    for candidate in candidates:
+        grams = _ngrams(candidate)
+        vector = {gram: count * idf.get(gram, math.log(len(references))) for gram, count in grams.items()}
+        products_NF = np.zeros_like(norms_NF)
+        for gram, value in vector.items():
+            rows, values = index[gram]
+            products_NF[len(gram) - 1, rows] += np.minimum(values, value) * values
+        scale_NF = np.array(_norms(vector))[:, None] * norms_NF
+        cosines_F = np.divide(products_NF, scale_NF, out=products_NF, where=scale_NF != 0).mean(axis=0)
+        penalty_F = np.exp(-((bigrams_F - _bigrams(grams)) ** 2) / (2 * CIDER_SIGMA**2))
+        scores.append(10 * (cosines_F * penalty_F) @ weights_F)
+    return np.array(scores)
+
+
+def _ngrams(text_words: Sequence[str]) -> Counter[tuple[str, ...]]:
+    orders = range(1, MAX_ORDER + 1)
+    return Counter(tuple(text_words[i : i + n]) for n in orders for i in range(len(text_words) - n + 1))
+
+
+def _norms(vector: dict[tuple[str, ...], float]) -> list[float]:
+    squares = [0.0] * MAX_ORDER
+    for gram, value in vector.items():
+        squares[len(gram) - 1] += value**2
+    return [math.sqrt(square) for square in squares]
+
+
+def _bigrams(grams: Counter[tuple[str, ...]]) -> int:
+    """Count the pairs of words, which pycocoevalcap takes for the length of a text."""
+    return sum(count for gram, count in grams.items() if len(gram) == 2)
+
+
+class _Postings:
+    """Inverted index: for each key, the references that have the key, and the values of the key in them."""
+
+    def __init__(self, references: Sequence[Mapping[Any, float]]) -> None:
+        found: dict[object, list[tuple[int, float]]] = defaultdict(list)
+        for number, values in enumerate(references):
+            for key, value in values.items():
+                found[key].append((number, value))
+        self._arrays = {
+            key: (np.array([number for number, _ in pairs]), np.array([value for _, value in pairs]))
+            for key, pairs in found.items()
+        }
+        self._empty = np.array([], int), np.array([], float)
+
+    def __getitem__(self, key: object) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], Floats]:
+        return self._arrays.get(key, self._empty)
