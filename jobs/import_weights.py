@@ -64,8 +64,8 @@ def import_weights(
         _check_parts(folders)
         check_output_folder(out)
         config = load_model(model, overrides or ())
-        report = _write_checkpoint(config, folders, out, seed)
-        _print_report(output, report)
+        report, tokens = _write_checkpoint(config, folders, out, seed)
+        _print_report(output, report, tokens)
         output.report(report)
         output.line("next", shlex.join(["lakesight", "ask", "PICTURE", "--checkpoint", str(out)]))
 
@@ -93,18 +93,24 @@ def check_output_folder(out: Path) -> None:
         raise UserError("the output folder is not empty", where=str(out), fix="name a new folder, or remove this one")
 
 
-def _write_checkpoint(config: ModelConfig, folders: dict[Part, Path], out: Path, seed: int) -> ImportReport:
+def _write_checkpoint(
+    config: ModelConfig, folders: dict[Part, Path], out: Path, seed: int
+) -> tuple[ImportReport, list[str]]:
+    """Write the checkpoint, and return the report and the keys of the start and end tokens that were compared."""
     from vlm.checkpoint import save_model
     from vlm.weights.load import import_weights as load_weights
+    from vlm.weights.special_tokens import check_special_tokens
 
     tokenizer = _build_tokenizer(config, folders)
     try:
+        reads_text = [path for part, path in folders.items() if part != "encoder"]
+        tokens = [key for path in reads_text for key in check_special_tokens(path, tokenizer)]
         with show_elapsed("reading weights"):
             model, report = load_weights(config, tokenizer.vocab_size, folders, seed=seed)
     except CheckpointError as error:
         raise UserError(error.what, where=error.where, got=error.got, fix=error.fix) from None
     save_model(out, model, tokenizer)
-    return report
+    return report, tokens
 
 
 def _build_tokenizer(config: ModelConfig, folders: dict[Part, Path]) -> Tokenizer:
@@ -129,9 +135,12 @@ def _build_tokenizer(config: ModelConfig, folders: dict[Part, Path]) -> Tokenize
     return text.learn(config.text, ())
 
 
-def _print_report(output: CommandOutput, report: ImportReport) -> None:
+def _print_report(output: CommandOutput, report: ImportReport, tokens: list[str]) -> None:
     for part in report.parts:
         output.line(part.part, f"{part.used} tensors of {part.folder} ({part.family})")
+        output.line("  compared", f"config.json: {', '.join(part.compared) or 'no key'}")
+        for reason, keys in part.without_effect.items():
+            output.line("  not used", f"config.json: {', '.join(keys)}: {reason}")
         for reason, names in part.dropped.items():
             output.line("  dropped", f"{', '.join(names)}: {reason}")
         for label, names in (
@@ -142,6 +151,8 @@ def _print_report(output: CommandOutput, report: ImportReport) -> None:
         ):
             if names:
                 output.line(label, ", ".join(names))
+    if tokens:
+        output.line("tokens", f"the tokenizer has the same start and end tokens as {', '.join(tokens)}")
     if report.fresh:
         output.line("fresh", ", ".join(report.fresh))
     output.line("model", f"{report.parameters:,} parameters")

@@ -4,11 +4,13 @@ Only this package contains names of model families and tensor names of other lib
 `tables/gpt2.py`, which describes GPT-2; continue with `rules.py` and `load.py`.
 
 rules.py          rules for conversions between another library's tensors and our parameters (rename, split, ...)
+accounting.py     list of keys without effect, and a record of the keys of config.json that were read
 config_fields.py  fields that map config values between our config and config.json
 family.py         class `Family`: config fields, weight table, and the function that recognises a config.json
 tables/           modules that define the families, and the function `families`, which returns all families
 plan.py           comparison of a weight table with a model and a weight file, and the list of all mismatches
 files.py          functions that read and write safetensors files and shards, and refuse pickle files
+special_tokens.py comparison of start and end tokens in the files of a folder with the tokenizer
 load.py           import of another library's folder into a model
 export.py         export of a checkpoint to a folder for another library
 """

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm.config import AttentionConfig, ModelConfig
+from vlm.weights.accounting import tracked
 
 Settings = Mapping[str, Any]
 """Content of the other library's config.json, or content of one section of config.json."""
@@ -55,7 +56,8 @@ class ConfigField:
     """One value that both our config and the other library's config.json determine.
 
     Attributes:
-        path: dotted path of the value in our config, which error messages show.
+        path: dotted path of the value in our config, which error messages show; empty if our config has no such value,
+            because Lakesight supports only one value.
         keys: keys of the value in config.json, which error messages show; empty if the family implies the value.
         ours: function that reads our value from the model's config.
         theirs: function that reads the same value from the settings of config.json after defaults are filled in, and
@@ -97,17 +99,63 @@ def constant(path: str, value: Any) -> ConfigField:
 
 
 def required(key: str, value: Any) -> ConfigField:
-    """Return the config field of a setting in config.json for which Lakesight supports only one value."""
-    return ConfigField("supported value", key, lambda _: value, lambda settings: settings.get(key, value))
+    """Return the config field of a setting in config.json for which Lakesight supports only one value.
+
+    A null in config.json means that the setting is not set.
+    """
+
+    def theirs(settings: Settings) -> Any:
+        found = settings.get(key)
+        return value if found is None else found
+
+    return ConfigField("", key, lambda _: value, theirs)
+
+
+def square_picture(size: str, patch: str) -> ConfigField:
+    """Return the config field which requires a square picture that consists of whole patches.
+
+    An import can resample positions to another size, so the size itself need not be the same.
+
+    Args:
+        size: key of the picture's size in config.json: one number, or height and width.
+        patch: key of the patch's size in config.json.
+    """
+    supported = "a square of whole patches"
+
+    def theirs(settings: Settings) -> Any:
+        if size not in settings:
+            return UNKNOWN
+        sides, patches = sides_of(settings[size]), sides_of(settings.get(patch, 1))
+        fits = len({*sides}) == len({*patches}) == 1 and sides[0] > 0 and sides[0] % patches[0] == 0
+        return supported if fits else f"{settings[size]} pixels with patches of {settings.get(patch)} pixels"
+
+    return ConfigField("", f"{size}, {patch}", lambda _: supported, theirs)
+
+
+def sides_of(size: Any) -> list[int]:
+    """Return height and width of a picture or patch, which may be one number, two numbers or (channels, H, W)."""
+    return [int(side) for side in size[-2:]] if isinstance(size, list | tuple) else [int(size)]
+
+
+def scalar(value: Any) -> Any:
+    """Return the number of a square size that is given as two equal numbers, and any other value unchanged."""
+    if isinstance(value, list | tuple) and len({*value}) == 1:
+        return value[0]
+    return value
 
 
 def write_only(key: str, ours: Callable[[ModelConfig], Any]) -> ConfigField:
     """Return a config field that an export writes and an import does not compare.
 
     Use such a field for a setting that the shapes of the tensors already determine, or for a setting whose value in
-    config.json may differ from the value in our config.
+    config.json may differ from the value in our config. The key counts as read.
     """
-    return ConfigField("", key, ours, lambda _: UNKNOWN, lambda value: {key: value})
+
+    def theirs(settings: Settings) -> Any:
+        settings.get(key)
+        return UNKNOWN
+
+    return ConfigField("", key, ours, theirs, lambda value: {key: value})
 
 
 def attention_heads(path: str, width: str, count: str) -> tuple[ConfigField, ...]:
@@ -158,7 +206,27 @@ def vision_transformer() -> tuple[ConfigField, ...]:
         same(f"{path}.mlp.mlp_width", "intermediate_size"),
         same(f"{path}.mlp.activation", "hidden_act", ACTIVATIONS),
         same(f"{path}.norm.eps", "layer_norm_eps"),
-        same("vision.stem.patch_size", "patch_size"),
+        ConfigField(
+            "vision.stem.patch_size",
+            "patch_size",
+            value_at("vision.stem.patch_size"),
+            lambda settings: scalar(settings.get("patch_size", UNKNOWN)),
+            lambda value: {"patch_size": value},
+        ),
+        square_picture("image_size", "patch_size"),
+        required("num_channels", 3),
+        *default_options(),
+    )
+
+
+def default_options() -> tuple[ConfigField, ...]:
+    """Return the config fields of general options of transformers that Lakesight supports with their defaults only."""
+    return (
+        required("is_encoder_decoder", False),
+        required("is_decoder", False),
+        required("tie_encoder_decoder", False),
+        required("add_cross_attention", False),
+        required("pruned_heads", {}),
     )
 
 
@@ -196,7 +264,7 @@ def _in_section(section: str, field: ConfigField, defaults: Settings) -> ConfigF
         field.path,
         field.keys and f"{section}.{field.keys}",
         field.ours,
-        lambda settings: field.theirs({**defaults, **settings.get(section, {})}),
+        lambda settings: field.theirs(tracked(settings.get(section) or {}, defaults)),
         lambda value: {section: field.write(value)},
     )
 
@@ -225,9 +293,15 @@ def find_mismatches(fields: Iterable[ConfigField], config: ModelConfig, settings
     for field in fields:
         ours, theirs = field.ours(config), field.theirs(settings)
         if theirs is not UNKNOWN and not _equal(ours, theirs):
-            source = f"{field.keys} in config.json gives" if field.keys else "weights of this family have"
-            sentences.append(f"{field.path}: {source} {theirs!r}, the model has {ours!r}")
+            sentences.append(_mismatch(field, ours, theirs))
     return sentences
+
+
+def _mismatch(field: ConfigField, ours: Any, theirs: Any) -> str:
+    if not field.path:
+        return f"{field.keys} in config.json is {theirs!r}, and this import needs {ours!r}"
+    source = f"{field.keys} in config.json gives" if field.keys else "weights of this family have"
+    return f"{field.path}: {source} {theirs!r}, the model has {ours!r}"
 
 
 def unchecked_paths(fields: Iterable[ConfigField], settings: Settings) -> list[str]:

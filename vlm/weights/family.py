@@ -7,10 +7,32 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vlm.config import ModelConfig
+from vlm.weights.accounting import (
+    WITHOUT_EFFECT,
+    TrackedSettings,
+    leaf_values,
+    reason_without_effect,
+    tracked,
+)
 from vlm.weights.config_fields import ConfigField, Settings, build_settings, find_mismatches, unchecked_paths
 from vlm.weights.rules import WeightTable
 
 Part = Literal["model", "encoder", "decoder"]
+
+
+@dataclass(frozen=True)
+class KeyAccount:
+    """Keys of a config.json as dotted paths, divided by what an import does with a key.
+
+    Attributes:
+        compared: keys whose values an import compares with the model's config or with the shapes of the tensors.
+        without_effect: dict from a reason to the keys that have no effect on the imported part for this reason.
+        unknown: dict from each key that an import refuses to the key's value.
+    """
+
+    compared: list[str]
+    without_effect: dict[str, list[str]]
+    unknown: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -27,6 +49,8 @@ class Family:
         fixed_settings: settings that an export writes for every model of the family, such as the name of the model
             class.
         defaults: values that the other library assumes for keys that are not in config.json.
+        without_effect: dict from shell patterns of keys in config.json that have no effect on the imported part to the
+            reasons; an import refuses a key that neither a config field reads nor a pattern matches.
         prefix: prefix of all tensor names. The files of a network without an output head may omit the prefix.
         legacy_prefixes: pairs of a name prefix in other versions of the files and the prefix in the weight table. Only
             the first pair that matches a tensor name is used.
@@ -42,21 +66,46 @@ class Family:
     table: Callable[[ModelConfig], WeightTable]
     fixed_settings: Mapping[str, Any]
     defaults: Settings = field(default_factory=dict)
+    without_effect: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
     legacy_prefixes: tuple[tuple[str, str], ...] = ()
     vocab_section: str | None = None
     image_id_key: str = ""
 
     def mismatches(self, config: ModelConfig, settings: Settings) -> list[str]:
-        """Return one sentence for each value that differs between a config.json and the model's config."""
-        return find_mismatches(self.fields, config, self._with_defaults(settings))
+        """Return one sentence for each value that differs between a config.json and the model's config.
+
+        A key of config.json whose meaning is not known gives a sentence too.
+        """
+        differences = find_mismatches(self.fields, config, self._with_defaults(settings))
+        return differences + [
+            f"{path} in config.json is {value!r}, and Lakesight does not know what this key means"
+            for path, value in self.account(settings).unknown.items()
+        ]
+
+    def account(self, settings: Settings) -> KeyAccount:
+        """Divide the keys of a config.json into compared keys, keys without effect, and unknown keys."""
+        read: set[str] = set()
+        seen = self._with_defaults(TrackedSettings(settings, read))
+        for each in self.fields:
+            each.theirs(seen)
+        account = KeyAccount(compared=[], without_effect={}, unknown={})
+        for path, value in leaf_values(settings):
+            reason = reason_without_effect(path, {**self.without_effect, **WITHOUT_EFFECT})
+            if path in read and reason is None:
+                account.compared.append(path)
+            elif reason is not None:
+                account.without_effect.setdefault(reason, []).append(path)
+            elif value is not None:  # null means that the key is not set
+                account.unknown[path] = value
+        return account
 
     def unchecked(self, settings: Settings) -> list[str]:
         """Return the paths of the model's config that a config.json does not determine."""
         return unchecked_paths(self.fields, self._with_defaults(settings))
 
     def _with_defaults(self, settings: Settings) -> Settings:
-        return {**self.defaults, **(self.select_settings(settings) or {})}
+        return tracked(self.select_settings(settings) or {}, self.defaults)
 
     def matches_architecture(self, config: ModelConfig) -> bool:
         """Return True if a model of any size has the architecture of this family."""

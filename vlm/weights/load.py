@@ -44,6 +44,8 @@ class PartReport(Config):
         dropped: dict from a reason to the names of the tensors that were dropped for the reason.
         resampled: position embedding tables that were interpolated to the model's resolution.
         unchecked: paths of the model's config that the folder's config.json does not determine.
+        compared: keys of config.json whose values agree with the model.
+        without_effect: dict from a reason to the keys of config.json that have no effect for this reason.
         ignored: weight files of the folder that were not read, because model.safetensors contains all weights.
     """
 
@@ -55,6 +57,8 @@ class PartReport(Config):
     dropped: dict[str, tuple[str, ...]]
     resampled: tuple[str, ...]
     unchecked: tuple[str, ...]
+    compared: tuple[str, ...]
+    without_effect: dict[str, tuple[str, ...]]
     ignored: tuple[str, ...] = ()
 
 
@@ -183,7 +187,8 @@ def _check_config(family: Family, config: ModelConfig, settings: Mapping[str, An
         f"the weights are of family {family.name}, but the {family.part} of the model {difference}",
         where=str(folder),
         got="; ".join(mismatches),
-        fix="choose the model config that belongs to these weights, or change these values with --set",
+        fix="choose the model config that belongs to these weights, or change these values with --set; delete a key "
+        "from config.json only if the key does not change what the model computes",
     )
 
 
@@ -295,6 +300,7 @@ def _set_parameters(model: nn.Module, names: Sequence[str], tensors: Sequence[Te
 
 def _report(source: Source) -> PartReport:
     plan, headers = source.plan, source.files.headers
+    account = source.family.account(source.settings)
     return PartReport(
         part=source.part,
         family=source.family.name,
@@ -309,5 +315,7 @@ def _report(source: Source) -> PartReport:
             f"{rule.ours[0]} from {headers[source.names[rule.theirs[0]]].shape[-2]} rows" for rule in plan.resampled
         ),
         unchecked=tuple(source.family.unchecked(source.settings)),
+        compared=tuple(account.compared),
+        without_effect={reason: tuple(keys) for reason, keys in account.without_effect.items()},
         ignored=source.files.ignored,
     )

@@ -7,6 +7,7 @@ only, so models that use the patches omit this norm (`post_norm: false`).
 from __future__ import annotations
 
 from vlm.config import ModelConfig
+from vlm.weights.accounting import ENCODER_WITHOUT_EFFECT
 from vlm.weights.config_fields import (
     VISION_DEFAULTS,
     ConfigField,
@@ -85,6 +86,7 @@ FAMILIES = (
         fields=FIELDS,
         table=table,
         defaults=DEFAULTS,
+        without_effect=ENCODER_WITHOUT_EFFECT,
         prefix="vision_model.",
     ),
 )

@@ -9,12 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 from vlm.config import AttentionConfig, ModelConfig
+from vlm.weights.accounting import DECODER_WITHOUT_EFFECT
 from vlm.weights.config_fields import (
     ConfigField,
     Settings,
     attention_scale,
     constant,
     default_attention_scale,
+    default_options,
+    required,
     same,
     value_at,
     write_only,
@@ -32,8 +35,10 @@ DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "attention_bias": False,
     "tie_word_embeddings": True,
-    "hidden_act": "gelu_pytorch_tanh",
-    "hidden_activation": "gelu_pytorch_tanh",
+}
+WITHOUT_EFFECT = {
+    **DECODER_WITHOUT_EFFECT,
+    "max_position_embeddings": "is not needed by rotary positions; `decoder.context` limits the length",
 }
 DEFAULTS_1 = {
     **DEFAULTS,
@@ -41,6 +46,7 @@ DEFAULTS_1 = {
     "num_hidden_layers": 28,
     "num_attention_heads": 16,
     "num_key_value_heads": 16,
+    "hidden_act": "gelu_pytorch_tanh",
     "intermediate_size": 24576,
 }
 DEFAULTS_2 = {
@@ -49,6 +55,7 @@ DEFAULTS_2 = {
     "num_hidden_layers": 26,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
+    "hidden_activation": "gelu_pytorch_tanh",
     "intermediate_size": 9216,
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
@@ -58,10 +65,29 @@ DEFAULTS_2 = {
 
 
 def rope_base(settings: Settings) -> Any:
-    """Return the base of the rotary angles. If the angles are scaled, return all settings of the angles instead."""
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    return rope.get("rope_theta", settings.get("rope_theta", 10_000.0)) if kind == "default" else rope
+    """Return the base of the rotary angles.
+
+    If the angles are scaled, return all settings of the angles. If several keys give different bases, return all bases.
+    """
+    bases = {settings.get("rope_theta")}
+    for rope in (settings.get("rope_parameters") or {}, settings.get("rope_scaling") or {}):
+        kinds = {rope.get("rope_type"), rope.get("type")} - {None, "default"}
+        if kinds:
+            return dict(rope)
+        bases.add(rope.get("rope_theta"))
+    found = sorted(base for base in bases if base is not None) or [10_000.0]
+    return found[0] if len(found) == 1 else found
+
+
+def other_activation(key: str, used: str) -> ConfigField:
+    """Return the config field of an activation's second key, which must agree with the key that transformers uses."""
+
+    def theirs(settings: Settings) -> Any:
+        name = settings.get(key) or settings[used]
+        return ACTIVATION.get(name, name)
+
+    path = f"{TRANSFORMER}.mlp.activation"
+    return ConfigField(path, key, value_at(path), theirs)
 
 
 FIELDS = (
@@ -81,14 +107,16 @@ FIELDS = (
     same(f"{TRANSFORMER}.norm.eps", "rms_norm_eps"),
     ConfigField(
         f"{TRANSFORMER}.position.base",
-        "rope_parameters",
+        "rope_parameters, rope_scaling, rope_theta, rope_type",
         value_at(f"{TRANSFORMER}.position.base"),
         rope_base,
         lambda base: {"rope_parameters": {"rope_theta": base, "rope_type": "default"}},
     ),
     same("decoder.tie_embeddings", "tie_word_embeddings"),
     write_only("max_position_embeddings", value_at("decoder.context")),
+    *default_options(),
 )
+CAUSAL = required("use_bidirectional_attention", False)
 FIELDS_1 = (
     *FIELDS,
     constant(f"{TRANSFORMER}.sandwich", False),
@@ -97,6 +125,7 @@ FIELDS_1 = (
     constant("decoder.soft_cap", None),
     default_attention_scale(TRANSFORMER),
     same(f"{TRANSFORMER}.mlp.activation", "hidden_act", ACTIVATION),
+    other_activation("hidden_activation", "hidden_act"),
 )
 
 
@@ -107,12 +136,13 @@ def windows_of(config: ModelConfig) -> tuple[int | None, ...]:
     return tuple(windows[layer % len(windows)] for layer in range(transformer.depth))
 
 
-def windows_in(settings: Settings) -> tuple[int | None, ...]:
+def windows_in(settings: Settings) -> tuple[Any, ...]:
     """Return the attention window of each layer in config.json. By default, every other layer has a window."""
     kinds = settings.get("layer_types") or [
         "full_attention" if layer % 2 else "sliding_attention" for layer in range(settings["num_hidden_layers"])
     ]
-    return tuple(settings["sliding_window"] if kind == "sliding_attention" else None for kind in kinds)
+    sizes = {"full_attention": None, "sliding_attention": settings["sliding_window"]}
+    return tuple(sizes.get(kind, kind) for kind in kinds)
 
 
 def write_windows(windows: tuple[int | None, ...]) -> dict[str, Any]:
@@ -141,6 +171,7 @@ FIELDS_2 = (
         lambda value: {"query_pre_attn_scalar": round(value**-2)},
     ),
     same(f"{TRANSFORMER}.mlp.activation", "hidden_activation", ACTIVATION),
+    other_activation("hidden_act", "hidden_activation"),
 )
 
 
@@ -188,9 +219,10 @@ def _version(name: str, architecture: str, fields: tuple[ConfigField, ...], defa
         "decoder",
         architecture=architecture,
         sections={name: ""},
-        fields=fields,
+        fields=(*fields, CAUSAL),
         table=table,
         defaults=defaults,
+        without_effect=WITHOUT_EFFECT,
         prefix="model.",
         vocab_section="",
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from vlm.config import ModelConfig
+from vlm.weights.accounting import DECODER_WITHOUT_EFFECT
 from vlm.weights.config_fields import (
     ACTIVATIONS,
     ConfigField,
     attention_heads,
     constant,
+    default_options,
     required,
     same,
     standard_transformer,
@@ -48,8 +50,13 @@ FIELDS = (
     same("decoder.tie_embeddings", "tie_word_embeddings"),
     required("scale_attn_weights", True),
     required("scale_attn_by_inverse_layer_idx", False),
-    required("add_cross_attention", False),
+    *default_options(),
 )
+WITHOUT_EFFECT = {
+    **DECODER_WITHOUT_EFFECT,
+    "summary_*": "belongs to a classifier, which is not imported",
+    "n_ctx": "is not used by transformers, which reads n_positions",
+}
 
 
 def table(_: ModelConfig) -> WeightTable:
@@ -84,6 +91,7 @@ FAMILIES = (
         fields=FIELDS,
         table=table,
         defaults=DEFAULTS,
+        without_effect=WITHOUT_EFFECT,
         prefix="transformer.",
         vocab_section="",
     ),

@@ -9,7 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vlm.config import ModelConfig
-from vlm.weights.config_fields import ConfigField, Settings, constant, in_section, same, value_at, write_only
+from vlm.weights.accounting import ENCODER_WITHOUT_EFFECT
+from vlm.weights.config_fields import (
+    ConfigField,
+    Settings,
+    constant,
+    default_options,
+    in_section,
+    required,
+    same,
+    value_at,
+    write_only,
+)
 from vlm.weights.family import Family
 from vlm.weights.rules import Drop, WeightTable, rename
 from vlm.weights.tables import gemma, siglip
@@ -43,11 +54,13 @@ def _fields(text: tuple[ConfigField, ...], text_type: str, defaults: Settings) -
         constant("fusion.kind", "slots"),
         constant("projector.kind", "linear"),
         same("decoder.transformer.width", "projection_dim"),
+        same("decoder.tie_embeddings", "tie_word_embeddings"),
+        *default_options(),
         write_only("hidden_size", width),
         write_only("vision_config", lambda _: {"model_type": "siglip_vision_model"}),
         *in_section("vision_config", (*siglip.FIELDS, write_only("projection_dim", width)), siglip.DEFAULTS),
         write_only("text_config", lambda _: {"model_type": text_type}),
-        *in_section("text_config", text, defaults),
+        *in_section("text_config", (*text, required("use_bidirectional_attention", True)), defaults),
     )
 
 
@@ -62,7 +75,19 @@ def _select_by_text_type(text_type: str) -> Callable[[Settings], Settings | None
 
 
 FIXED_SETTINGS = {"architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma"}
-DEFAULTS = {"projection_dim": 2048}
+DEFAULTS = {"projection_dim": 2048, "tie_word_embeddings": True}
+WITHOUT_EFFECT = {
+    **gemma.WITHOUT_EFFECT,
+    **dict.fromkeys(
+        ("/hidden_size", "vision_config.projection_dim", "vision_config.projector_hidden_act", "_vocab_size"),
+        "is not used by transformers",
+    ),
+    **dict.fromkeys(("num_image_tokens", "num_positions"), "follows from the size of the picture"),
+    **dict.fromkeys(
+        ("image_token_index", "image_token_id", "ignore_index"), "marks picture positions, which need no token here"
+    ),
+    **{f"vision_config.{key}": reason for key, reason in ENCODER_WITHOUT_EFFECT.items()},
+}
 
 
 def _version(name: str, text_type: str, text: tuple[ConfigField, ...], defaults: Settings) -> Family:
@@ -75,6 +100,7 @@ def _version(name: str, text_type: str, text: tuple[ConfigField, ...], defaults:
         table,
         FIXED_SETTINGS,
         defaults=DEFAULTS,
+        without_effect=WITHOUT_EFFECT,
         legacy_prefixes=LEGACY_PREFIXES,
         vocab_section="text_config",
         image_id_key="image_token_index",

@@ -7,8 +7,11 @@ Lakesight uses only square pictures. SigLIP 2 with a fixed resolution is publish
 
 from __future__ import annotations
 
+import math
+
 from vlm.config import ModelConfig
-from vlm.weights.config_fields import VISION_DEFAULTS, constant, value_at, write_only
+from vlm.weights.accounting import ENCODER_WITHOUT_EFFECT
+from vlm.weights.config_fields import VISION_DEFAULTS, ConfigField, Settings, constant, value_at, write_only
 from vlm.weights.family import transformers_family
 from vlm.weights.rules import Drop, Rule, WeightTable, add_axes, patch_projection, position_table, rename, split
 from vlm.weights.tables.clip import TOWER_FIELDS, block_rules
@@ -28,7 +31,20 @@ SHARED_FIELDS = (
     write_only("vision_use_head", lambda config: config.vision.select == "attention"),
 )
 FIELDS = (*SHARED_FIELDS, write_only("image_size", value_at("image.size")))
-FIELDS_2 = (*SHARED_FIELDS, write_only("num_patches", value_at("num_patches")))
+SQUARE_GRID = "a square number"
+
+
+def square_grid(settings: Settings) -> str:
+    """Return SQUARE_GRID if the patches of a picture form a square, and the number of patches otherwise."""
+    count = int(settings.get("num_patches", 256))
+    return SQUARE_GRID if math.isqrt(count) ** 2 == count else str(count)
+
+
+FIELDS_2 = (
+    *SHARED_FIELDS,
+    write_only("num_patches", value_at("num_patches")),
+    ConfigField("", "num_patches", lambda _: SQUARE_GRID, square_grid),
+)
 
 
 def _shared_rules(config: ModelConfig) -> tuple[Rule, ...]:
@@ -102,6 +118,7 @@ FAMILIES = (
         fields=FIELDS,
         table=table,
         defaults=DEFAULTS,
+        without_effect=ENCODER_WITHOUT_EFFECT,
         prefix="vision_model.",
     ),
     transformers_family(
@@ -112,6 +129,7 @@ FAMILIES = (
         fields=FIELDS_2,
         table=table_2,
         defaults=DEFAULTS,
+        without_effect=ENCODER_WITHOUT_EFFECT,
         prefix="vision_model.",
     ),
 )

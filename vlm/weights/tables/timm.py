@@ -7,16 +7,22 @@ architecture's name implies the value. Otherwise the import reports the value as
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from vlm.config import ModelConfig
+from vlm.weights.accounting import tracked
 from vlm.weights.config_fields import (
     UNKNOWN,
     ConfigField,
     Settings,
     constant,
+    required,
     same,
+    scalar,
+    sides_of,
     standard_transformer,
     value_at,
     write_only,
@@ -28,6 +34,7 @@ TRANSFORMER = "vision.transformer"
 HEADS = f"{TRANSFORMER}.attention"
 # Widths and names of architectures with 16 heads. All other architectures have heads of width 64.
 WIDTHS_OF_16_HEADS = (1152, 1280, 1408, 1664)
+WHOLE_PATCHES = "squares of whole patches"
 NAMES_OF_16_HEADS = ("vit_base_patch16_gap_", "vit_giantopt_")
 
 
@@ -36,8 +43,12 @@ def select_settings(settings: Settings) -> Settings | None:
     name = str(settings.get("architecture", ""))
     if not name.startswith("vit_"):
         return None
-    given = {"architecture": name, "embed_dim": settings.get("num_features") or UNKNOWN}
-    return {**given, **settings.get("model_args", {})}
+    given = {
+        "architecture": name,
+        "embed_dim": settings.get("num_features") or UNKNOWN,
+        "pretrained_cfg": settings.get("pretrained_cfg") or {},
+    }
+    return tracked(settings.get("model_args") or {}, given)
 
 
 def num_heads(settings: Settings) -> Any:
@@ -115,6 +126,30 @@ ARGUMENTS = (
     write_only("global_pool", lambda config: "map" if config.vision.select == "attention" else ""),
     write_only("num_classes", lambda _: 0),
 )
+
+
+def whole_patches(settings: Settings) -> str:
+    """Return WHOLE_PATCHES if all picture sizes are squares of whole patches, and the first other size otherwise."""
+    named = re.search(r"patch(\d+)", settings["architecture"])
+    patch = scalar(settings.get("patch_size") or (int(named[1]) if named else 1))
+    sizes = (settings.get("img_size"), (settings.get("pretrained_cfg") or {}).get("input_size"))
+    for size in sizes:
+        sides = [] if size is None else sides_of(size)
+        if not isinstance(patch, int) or len({*sides}) > 1 or any(side % patch for side in sides):
+            return f"{size} pixels with patches of {patch} pixels"
+    return WHOLE_PATCHES
+
+
+def preprocessing(key: str, ours: Callable[[ModelConfig], Any]) -> ConfigField:
+    """Return the config field of a value of timm's `pretrained_cfg`, which is compared if config.json contains it."""
+
+    def theirs(settings: Settings) -> Any:
+        found = (settings.get("pretrained_cfg") or {}).get(key)
+        return UNKNOWN if found is None else list(found)
+
+    return ConfigField("", f"pretrained_cfg.{key}", ours, theirs)
+
+
 FIELDS = (
     *standard_transformer(TRANSFORMER),
     constant("vision.stem.kind", "patch"),
@@ -136,7 +171,29 @@ FIELDS = (
     *map(in_arguments, ARGUMENTS),
     write_only("num_features", value_at(f"{TRANSFORMER}.width")),
     write_only("pretrained_cfg", pretrained_settings),
+    preprocessing("mean", lambda config: list(config.image.mean)),
+    preprocessing("std", lambda config: list(config.image.std)),
+    ConfigField("", "img_size, pretrained_cfg.input_size", lambda _: WHOLE_PATCHES, whole_patches),
+    required("in_chans", 3),
+    required("pos_embed", "learn"),
+    required("qk_norm", False),
+    required("scale_attn_norm", False),
+    required("scale_mlp_norm", False),
+    required("dynamic_img_pad", False),
+    required("pool_include_prefix", False),
 )
+WITHOUT_EFFECT = {
+    "model_args.*drop*": "is used only while a model is trained; runs set their own value",
+    **dict.fromkeys(
+        ("model_args.weight_init", "model_args.fix_init", "model_args.dynamic_img_size", "model_args.strict_img_size"),
+        "does not change the numbers that the model computes",
+    ),
+    **dict.fromkeys(
+        ("/num_classes", "/global_pool", "label_names", "label_descriptions.*"),
+        "belongs to a classifier, which is not imported",
+    ),
+    "pretrained_cfg.*": "describes the file and the preprocessing; the model config sets `image`",
+}
 
 
 def table(config: ModelConfig) -> WeightTable:
@@ -175,4 +232,6 @@ def table(config: ModelConfig) -> WeightTable:
     )
 
 
-FAMILIES = (Family("timm", "encoder", select_settings, FIELDS, table, fixed_settings={}),)
+FAMILIES = (
+    Family("timm", "encoder", select_settings, FIELDS, table, fixed_settings={}, without_effect=WITHOUT_EFFECT),
+)

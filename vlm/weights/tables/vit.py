@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vlm.config import ModelConfig
+from vlm.weights.accounting import ENCODER_WITHOUT_EFFECT
 from vlm.weights.config_fields import (
     VISION_DEFAULTS,
     constant,
@@ -68,6 +69,7 @@ FAMILIES = (
         fields=FIELDS,
         table=table,
         defaults=DEFAULTS,
+        without_effect=ENCODER_WITHOUT_EFFECT,
         prefix="vit.",
     ),
 )

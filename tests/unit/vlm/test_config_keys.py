@@ -1,0 +1,240 @@
+"""Each key of a foreign config.json is compared, known to have no effect, or refused by its name, in every family."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from published_tokenizers import published
+from tiny_published_models import blocks, config
+
+from vlm import text
+from vlm.config import ModelConfig
+from vlm.errors import CheckpointError
+from vlm.weights.accounting import leaf_values
+from vlm.weights.family import Family
+from vlm.weights.special_tokens import check_special_tokens
+from vlm.weights.tables import families
+
+VIT: dict[str, Any] = {"class_token": True, "transformer": blocks(eps=1e-12)}
+SIGLIP = {"transformer": blocks(activation="gelu_tanh", eps=1e-6)}
+GEMMA: dict[str, Any] = {
+    "width": 16, "depth": 3, "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
+    "mlp": {"kind": "gated", "mlp_width": 24, "activation": "gelu_tanh"},
+    "norm": {"kind": "rms", "eps": 1e-6, "offset": True}, "position": {"kind": "rotary"},
+}  # fmt: skip
+GEMMA_2 = {
+    **GEMMA,
+    "sandwich": True,
+    "attention": {**GEMMA["attention"], "windows": [5, None], "soft_cap": 2.0, "scale": 0.25},
+}
+DECODER = {"tie_embeddings": True, "scale_embeddings": True}
+WHOLE: dict[str, Any] = {"vision": SIGLIP, "mask": {"kind": "prefix"}, "projector": {"kind": "linear"}}
+MODELS = {
+    "clip": config(
+        vision={
+            "class_token": True,
+            "pre_norm": True,
+            "stem": {"kind": "patch", "patch_size": 4, "bias": False},
+            "transformer": blocks(activation="quick_gelu"),
+        }
+    ),
+    "gemma": config(decoder={"transformer": GEMMA, **DECODER}),
+    "gemma2": config(decoder={"transformer": GEMMA_2, **DECODER, "soft_cap": 3.0}),
+    "gpt2": config(decoder={"transformer": blocks(activation="gelu_tanh"), "tie_embeddings": True}),
+    "paligemma": config(decoder={"transformer": GEMMA, **DECODER}, **WHOLE),
+    "paligemma2": config(decoder={"transformer": GEMMA_2, **DECODER, "soft_cap": 3.0}, **WHOLE),
+    "siglip": config(vision=SIGLIP),
+    "siglip2": config(vision=SIGLIP),
+    "timm": config(vision={"class_token": True, "transformer": blocks(eps=1e-6)}),
+    "vit": config(vision=VIT),
+}
+DETERMINED_BY_TENSORS = {
+    "vision_use_head", "num_patches", "image_size", "depth", "patch_size", "class_token", "reg_tokens", "pre_norm",
+    "img_size", "mlp_ratio", "init_values", "no_embed_class", "final_norm", "fc_norm", "global_pool", "num_classes",
+    "num_features",
+}  # fmt: skip
+"""Keys that an import does not compare with the model's config, because the shapes of the tensors do."""
+IMPLIED = {"architecture": "vit_base_patch16_clip_224"}
+"""Other valid values of keys that are names."""
+
+
+def family_of(name: str) -> Family:
+    return next(family for family in families() if family.name == name)
+
+
+def changed(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    copy: dict[str, Any] = json.loads(json.dumps(settings))
+    *sections, key = path.split(".")
+    place = copy
+    for section in sections:
+        place = place[section]
+    place[key] = value
+    return copy
+
+
+def another(path: str, value: Any) -> Any:
+    if path in IMPLIED:
+        return IMPLIED[path]
+    if isinstance(value, bool) or value is None:
+        return not value
+    if isinstance(value, list):
+        return [another(path, value[0]), *value[1:]]
+    return value + 1 if isinstance(value, int | float) else f"other_{value}"
+
+
+def names_key(sentences: list[str], path: str) -> bool:
+    return any(path.rpartition(".")[2] in sentence for sentence in sentences)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_changed_key_of_a_config_is_refused_by_its_name_or_has_no_effect(name: str) -> None:
+    family, model = family_of(name), MODELS[name]
+    settings = json.loads(json.dumps(family.to_settings(model)))
+    assert family.mismatches(model, settings) == []
+    account = family.account(settings)
+    without_effect = {path for paths in account.without_effect.values() for path in paths}
+    assert account.unknown == {}
+    assert set(account.compared) | without_effect == {path for path, _ in leaf_values(settings)}
+    for path, value in leaf_values(settings):
+        key = path.rpartition(".")[2]
+        if path in without_effect or key in DETERMINED_BY_TENSORS or path.endswith("model_type"):
+            continue
+        sentences = family.mismatches(model, changed(settings, path, another(path, value)))
+        assert names_key(sentences, path), (path, sentences)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_unknown_key_is_refused_by_its_name_in_every_section(name: str) -> None:
+    family, model = family_of(name), MODELS[name]
+    settings = json.loads(json.dumps(family.to_settings(model)))
+    sections = [key for key, value in settings.items() if isinstance(value, dict) and key != "pretrained_cfg"]
+    for key, value in (("new_option", True), ("new_option", {"kind": "x"}), ("quantization_config", {"bits": 4})):
+        for section in ("", *(f"{section}." for section in sections)):
+            sentences = family.mismatches(model, changed(settings, section + key, value))
+            assert any(f"{section}{key}" in sentence for sentence in sentences), (section, sentences)
+    assert family.mismatches(model, {**settings, "new_option": None}) == []
+
+
+TEXT, VISION = "text_config.", "vision_config."
+REFUSED: list[tuple[str, str, Any]] = [
+    ("gemma", "use_bidirectional_attention", True),
+    ("gemma2", "use_bidirectional_attention", True),
+    ("paligemma", f"{TEXT}use_bidirectional_attention", False),
+    ("gemma", "sliding_window", 5),
+    ("gemma", "query_pre_attn_scalar", 9),
+    ("gemma", "rope_scaling", {"type": "linear", "factor": 2.0}),
+    ("gemma2", "rope_theta", 5000.0),
+    ("gemma", "attention_bias", True),
+    ("gemma", "hidden_activation", "relu"),
+    ("gemma2", "hidden_act", "silu"),
+    ("gpt2", "scale_attn_by_inverse_layer_idx", True),
+    ("gpt2", "is_decoder", True),
+    ("gpt2", "auto_map", {"AutoModel": "code.py"}),
+    ("vit", "image_size", [16, 24]),
+    ("vit", "image_size", 18),
+    ("vit", "patch_size", [4, 8]),
+    ("vit", "num_channels", 1),
+    ("clip", "image_size", [16, 24]),
+    ("clip", "pruned_heads", {"0": [1]}),
+    ("siglip", "image_size", 18),
+    ("siglip2", "num_patches", 24),
+    ("paligemma", f"{VISION}image_size", 18),
+    ("paligemma", "tie_word_embeddings", False),
+    ("timm", "model_args.img_size", [16, 24]),
+    ("timm", "model_args.img_size", 18),
+    ("timm", "model_args.qk_norm", True),
+    ("timm", "model_args.block_fn", "ResPostBlock"),
+    ("timm", "pretrained_cfg.input_size", [3, 16, 24]),
+    ("timm", "pretrained_cfg.mean", [0.1, 0.2, 0.3]),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "value"), REFUSED)
+def test_a_setting_that_our_model_does_not_have_is_refused_by_its_name(name: str, path: str, value: Any) -> None:
+    family, model = family_of(name), MODELS[name]
+    settings = json.loads(json.dumps(family.to_settings(model)))
+    sentences = family.mismatches(model, changed(settings, path, value))
+    assert names_key(sentences, path), sentences
+
+
+HARMLESS: list[tuple[str, str, Any]] = [
+    ("gpt2", "initializer_range", 0.5),
+    ("gpt2", "torch_dtype", "bfloat16"),
+    ("gpt2", "attn_pdrop", 0.3),
+    ("vit", "image_size", [32, 32]),
+    ("vit", "id2label", {"0": "cat", "1": "dog"}),
+    ("siglip", "dtype", "float16"),
+    ("gemma", "use_bidirectional_attention", None),
+    ("gemma", "rope_scaling", None),
+    ("gemma", "rope_theta", 10000),
+    ("paligemma", f"{TEXT}num_image_tokens", 16),
+    ("paligemma2", "hidden_size", 2048),
+    ("timm", "pretrained_cfg.crop_pct", 0.9),
+    ("timm", "model_args.drop_path_rate", 0.1),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "value"), HARMLESS)
+def test_a_key_without_effect_is_accepted_with_any_value(name: str, path: str, value: Any) -> None:
+    family, model = family_of(name), MODELS[name]
+    settings = json.loads(json.dumps(family.to_settings(model)))
+    assert family.mismatches(model, changed(settings, path, value)) == []
+
+
+# ------------------------------------------------------------------------------------------------ start and end tokens
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder in which all files name the same start and end tokens as the tokenizer."""
+    write(tmp_path, "config.json", {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0})
+    write(tmp_path, "generation_config.json", {"bos_token_id": 2, "eos_token_id": [1]})
+    write(tmp_path, "tokenizer_config.json", {"bos_token": {"content": "<bos>"}, "eos_token": "<eos>"})
+    return tmp_path
+
+
+def write(folder: Path, name: str, content: object) -> None:
+    (folder / name).write_text(json.dumps(content))
+
+
+def edit(name: str, **values: Any) -> Callable[[Path], None]:
+    return lambda folder: write(folder, name, {**json.loads((folder / name).read_text()), **values})
+
+
+def tokenizer(folder: Path) -> text.Tokenizer:
+    return text.learn(published(folder, "byte_fallback"), ())
+
+
+def test_files_that_agree_on_the_start_and_end_tokens_are_accepted(folder: Path) -> None:
+    found = check_special_tokens(folder, tokenizer(folder))
+    assert "generation_config.json: eos_token_id" in found
+    assert "tokenizer_config.json: bos_token" in found
+    assert len(found) == 6
+
+
+def disagreements() -> Iterator[tuple[str, Callable[[Path], None]]]:
+    yield "eos_token_id in config.json is 5", edit("config.json", eos_token_id=5)
+    yield "eos_token_id in config.json is [1, 5]", edit("config.json", eos_token_id=[1, 5])
+    yield "eos_token_id in generation_config.json is [1, 107]", edit("generation_config.json", eos_token_id=[1, 107])
+    yield "bos_token_id in generation_config.json is 0", edit("generation_config.json", bos_token_id=0)
+    yield "eos_token in tokenizer_config.json is 2", edit("tokenizer_config.json", eos_token="<bos>")
+    yield "eos_token_id of text_config in config.json is 9", edit("config.json", text_config={"eos_token_id": 9})
+
+
+@pytest.mark.parametrize(("sentence", "change"), disagreements())
+def test_a_file_that_disagrees_on_a_start_or_end_token_is_refused(
+    sentence: str, change: Callable[[Path], None], folder: Path
+) -> None:
+    change(folder)
+    with pytest.raises(CheckpointError) as caught:
+        check_special_tokens(folder, tokenizer(folder))
+    assert sentence in caught.value.got
+
+
+def test_models_of_all_families_are_tested() -> None:
+    assert sorted(MODELS) == sorted(family.name for family in families())
+    assert all(isinstance(model, ModelConfig) for model in MODELS.values())

@@ -1,0 +1,146 @@
+"""Account of the keys of a foreign config: each key is compared, known to have no effect, or refused by its name.
+
+An import reads config.json through `TrackedSettings`, which records the path of every value that a config field or a
+family reads. A key that nothing has read must be in the family's list of keys without effect. Any other key could
+change what the model computes, so an import refuses the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+
+class TrackedSettings(Mapping[str, Any]):
+    """Settings of a config.json that record the dotted path of each value that is read.
+
+    Args:
+        values: content of config.json, or of one section.
+        read: set to which the paths of the read values are added.
+        path: dotted path of the section, which ends with a dot; empty for the whole file.
+        defaults: values for keys that are missing in `values`.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Any], read: set[str], path: str = "", defaults: Mapping[str, Any] | None = None
+    ) -> None:
+        self._values, self._read, self._path, self._defaults = values, read, path, defaults or {}
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._values:
+            return self._defaults[key]
+        value = self._values[key]
+        if isinstance(value, Mapping):
+            return TrackedSettings(value, self._read, f"{self._path}{key}.")
+        self._read.add(self._path + key)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys((*self._values, *self._defaults)))
+
+    def __len__(self) -> int:
+        return len({*self._values, *self._defaults})
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> TrackedSettings:
+        """Return the same settings, with values for missing keys."""
+        return TrackedSettings(self._values, self._read, self._path, {**defaults, **self._defaults})
+
+
+def tracked(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return settings with defaults for missing keys. Tracked settings stay tracked."""
+    if isinstance(settings, TrackedSettings):
+        return settings.with_defaults(defaults)
+    return {**defaults, **settings}
+
+
+def leaf_values(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted path and the value of each key. A section yields the paths of its own keys."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from leaf_values(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def reason_without_effect(path: str, reasons: Mapping[str, str]) -> str | None:
+    """Return the reason why a key has no effect on the imported part, or None if the key is not known.
+
+    Args:
+        path: dotted path of the key.
+        reasons: dict from shell patterns (`fnmatch`) to reasons. A pattern that begins with a slash matches a whole
+            path. Any other pattern matches in every section, so `dropout` also matches `vision_config.dropout`.
+    """
+    return next((reason for pattern, reason in reasons.items() if _matches(path, pattern)), None)
+
+
+def _matches(path: str, pattern: str) -> bool:
+    if pattern.startswith("/"):
+        return fnmatchcase("/" + path, pattern)
+    return fnmatchcase("." + path, "*." + pattern)
+
+
+_TRAINING = "is used only while a model is trained; runs set their own value"
+_GENERATION = "is a generation setting; the model config sets `generation`"
+_SOFTWARE = "does not change the numbers that the model computes"
+_DESCRIPTION = "describes the file"
+_CLASSIFIER = "belongs to a classifier, which is not imported"
+
+WITHOUT_EFFECT = {
+    **dict.fromkeys(
+        (
+            "initializer_range", "initializer_factor", "attention_dropout", "dropout", "hidden_dropout_prob",
+            "attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop", "resid_pdrop", "use_bfloat16",
+            "gradient_checkpointing",
+        ),
+        _TRAINING,
+    ),
+    **dict.fromkeys(
+        (
+            "bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty", "do_sample",
+            "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
+            "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "min_length",
+            "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "prefix",
+            "remove_invalid_values", "repetition_penalty", "sep_token_id", "suppress_tokens", "temperature", "top_k",
+            "top_p", "typical_p", "task_specific_params.*",
+        ),
+        _GENERATION,
+    ),
+    **dict.fromkeys(
+        (
+            "_attn_implementation*", "cache_implementation", "chunk_size_feed_forward", "output_attentions",
+            "output_hidden_states", "output_scores", "reorder_and_upcast_attn", "return_dict",
+            "return_dict_in_generate", "torchscript", "use_cache",
+        ),
+        _SOFTWARE,
+    ),
+    **dict.fromkeys(
+        (
+            "_commit_hash", "_name_or_path", "architectures", "dtype", "finetuning_task", "model_type",
+            "name_or_path", "tokenizer_class", "torch_dtype", "transformers_version",
+        ),
+        _DESCRIPTION,
+    ),
+    **dict.fromkeys(
+        ("id2label.*", "label2id.*", "num_labels", "problem_type"), _CLASSIFIER
+    ),
+    "vocab_size": "repeats the shape of a tensor, which is compared",
+    "pad_token_id": "is the id of a padding token, which no attention reads",
+}  # fmt: skip
+"""Keys of the transformers library that have no effect on an import, and the reason for each key."""
+
+NO_TEXT = "belongs to a text model, and an encoder reads no text"
+ENCODER_WITHOUT_EFFECT = {
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "tie_word_embeddings"), NO_TEXT),
+    **dict.fromkeys(("text_config.*", "text_config_dict.*"), NO_TEXT),
+    **dict.fromkeys(("projection_dim", "logit_scale*"), "belongs to the joint space of text and pictures"),
+    **dict.fromkeys(("pooler_output_size", "pooler_act", "encoder_stride"), "belongs to a layer that is not imported"),
+}
+"""Keys that have no effect on the import of an encoder, in addition to WITHOUT_EFFECT."""
+DECODER_WITHOUT_EFFECT = dict.fromkeys(
+    ("bos_token_id", "eos_token_id"), "is compared with the tokenizer of the model by `import-weights`"
+)
+"""Keys that are compared elsewhere, when the tokenizer is known (`vlm.weights.special_tokens`)."""

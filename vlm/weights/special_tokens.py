@@ -1,0 +1,97 @@
+"""Comparison of the start and end tokens that a published folder names with the tokenizer of the model.
+
+Several files of a folder name these tokens: config.json, generation_config.json, tokenizer_config.json and
+special_tokens_map.json. If one of the files disagrees with the model's tokenizer, answers would begin or end with
+another token than in the other library, so an import refuses the folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vlm.config import read_error_message
+from vlm.errors import CheckpointError
+from vlm.text.base import Tokenizer
+from vlm.weights.files import read_settings
+
+GENERATION, NAMES = "generation_config.json", ("tokenizer_config.json", "special_tokens_map.json")
+
+
+def check_special_tokens(folder: Path, tokenizer: Tokenizer) -> list[str]:
+    """Compare the start and end tokens of a folder with a tokenizer, and return the compared keys with their files.
+
+    Raises:
+        CheckpointError: a file of the folder names another start or end token than the tokenizer.
+    """
+    found = list(_named_tokens(folder, json.loads(tokenizer.to_json())))
+    ours = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    different = [f"{key} in {file} is {value!r}" for file, key, value in found if not _equal(value, ours[key[:3]])]
+    if different:
+        raise CheckpointError(
+            "the folder names other start or end tokens than the tokenizer of the model",
+            where=str(folder),
+            got=f"{'; '.join(different)}; the model has bos {ours['bos']} and eos {ours['eos']}",
+            fix="set text.bos and text.eos of the model config, or make the files of the folder agree: a model has one "
+            "start token and one end token",
+        )
+    return [f"{file}: {key}" for file, key, _ in found]
+
+
+def _named_tokens(folder: Path, tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Yield the file, the key and the value of each start and end token. A token's text is converted to its id."""
+    config = read_settings(folder)
+    sections = {"": config, "text_config.": config.get("text_config") or {}}
+    for section, settings in sections.items():
+        yield from _ids("config.json", settings, section)
+    yield from _ids(GENERATION, _read(folder / GENERATION))
+    if tokenizer["kind"] != "json":
+        return
+    ids = _token_ids(tokenizer["tokenizer"])
+    for name in NAMES:
+        settings = _read(folder / name)
+        for key in ("bos_token", "eos_token"):
+            token = settings.get(key)
+            token = token.get("content") if isinstance(token, Mapping) else token
+            if token is not None:
+                yield name, key, ids.get(token, token)
+
+
+def _ids(file: str, settings: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, str, Any]]:
+    for key in ("bos_token_id", "eos_token_id"):
+        if settings.get(key) is not None:
+            yield file, key if not section else f"{key} of {section.rstrip('.')}", settings[key]
+
+
+def _token_ids(content: Mapping[str, Any]) -> dict[str, int]:
+    vocab = content["model"].get("vocab") or {}
+    pairs = vocab.items() if isinstance(vocab, Mapping) else ((entry[0], id_) for id_, entry in enumerate(vocab))
+    return {**dict(pairs), **{token["content"]: token["id"] for token in content.get("added_tokens") or ()}}
+
+
+def _equal(value: Any, ours: int) -> bool:
+    return {*value} == {ours} if isinstance(value, list) else bool(value == ours)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """Return the content of a JSON file, which is empty if the file does not exist.
+
+    Raises:
+        CheckpointError: the file is not a JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            "a file of the published folder cannot be read",
+            where=str(path),
+            got=read_error_message(error),
+            fix="download the file again",
+        ) from None
+    return content
