@@ -11,6 +11,7 @@ from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, o
 from jobs.progress import show_elapsed
 from jobs.settings_of_version import require_settings_of_version
 from jobs.shard import run_shard
+from jobs.train import register_finished_runs
 
 if TYPE_CHECKING:
     from pipelines.driver.evaluate.run import EvaluationReport
@@ -76,6 +77,7 @@ def open_model(job: Job, which: str) -> ModelFiles:
     from pipelines.tracking.download import download
     from pipelines.tracking.registry import resolve
 
+    register_finished_runs(job)
     version = resolve(job.platform, job.model_name, which)
     downloaded = download(job.platform, version)
     return ModelFiles(

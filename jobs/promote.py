@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.evaluate import VersionOption, evaluate_version, open_model, open_split
+from jobs.train import register_finished_runs
 from pipelines.errors import StageFailed
 from vlm.config import Config
 
@@ -65,6 +66,7 @@ def run_promote(job: Job, which: str) -> PromotionReport:
     from pipelines.driver.evaluate.gate import record_decision
     from pipelines.tracking.registry import CHALLENGER, find_champion, promote, resolve, set_alias, tag
 
+    register_finished_runs(job)
     champion = find_champion(job.platform, job.model_name)
     version = resolve(job.platform, job.model_name, which)
     label = f"{version.name} version {version.version}"

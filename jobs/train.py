@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
+from contextlib import suppress
+from glob import escape
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,11 +13,14 @@ import typer
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.progress import poll_training, show_progress
 from jobs.shard import run_shard
+from pipelines.errors import LakesightError
 from vlm.config import Config
 
 if TYPE_CHECKING:
     from pipelines.formats.run_folder import RunFolder
     from pipelines.tracking.registry import ModelVersion
+
+logger = logging.getLogger(__name__)
 
 SHOWN_METRICS = ("train/loss", "val/loss", "val/blind_gap")
 
@@ -88,19 +94,27 @@ def prepare_run(job: Job) -> RunFolder:
 
 
 def run_train(job: Job) -> TrainReport:
-    """Run the train stage: train the model or reuse a finished run, log the run to MLflow and register the model."""
+    """Run the train stage: train the model or reuse a finished run, log the run to MLflow and register the model.
+
+    Training starts even if the tracking server is down. A server that refuses the user stops the command at once.
+    """
     from pipelines.driver.train.run import launch
     from pipelines.driver.train.run_folders import finished_result
     from pipelines.formats.run_owner import own_run
+    from pipelines.tracking.outage import TrackingDown
     from pipelines.tracking.registry import register
     from pipelines.tracking.runs import follow
+    from pipelines.tracking.server import connect
 
+    with suppress(TrackingDown):
+        connect(job.platform)
     config, run = job.config, prepare_run(job)
     with own_run(run):
+        run.unregistered.touch()
         reused = finished_result(run)
         # A reused run is logged to MLflow too, because MLflow may not have received the run's last metrics.
         with (
-            follow(run, config, job.platform) as run_id,
+            follow(run, config, job.platform, may_be_down=reused is None) as follower,
             show_progress("train", poll_training(run), config.train.steps),
         ):
             result = reused or launch(run, job.platform, job.spark)
@@ -108,11 +122,12 @@ def run_train(job: Job) -> TrainReport:
         detail = f"finished run reused: {run.path}" if reused else f"{result.world_size} ranks, {result.seconds:.0f} s"
         job.output.line("train", f"{result.step:,} steps, {detail}")
         job.output.line("", figures)
-        version: ModelVersion = register(run, run_id, job.platform)
+        version: ModelVersion = register(run, follower.run_id, job.platform)
+        run.unregistered.unlink(missing_ok=True)
     job.output.line("register", f"{version.name} version {version.version}")
     return TrainReport(
         run_folder=str(run.path),
-        run_id=run_id,
+        run_id=follower.run_id,
         model_name=version.name,
         model_version=version.version,
         trained=reused is None,
@@ -121,3 +136,35 @@ def run_train(job: Job) -> TrainReport:
         train_seconds=result.seconds,
         metrics=result.metrics,
     )
+
+
+def register_finished_runs(job: Job) -> None:
+    """Log and register the finished trainings of a run whose `train` command ended before it could do so.
+
+    The tracking server was down then, or the command was killed. A training that cannot be registered only warns.
+
+    Raises:
+        TrackingDown: the tracking server is still down.
+    """
+    from pipelines.driver.train.run_folders import finished_result
+    from pipelines.formats.run_folder import RunFolder
+    from pipelines.formats.run_owner import own_run
+    from pipelines.tracking.outage import TrackingDown
+    from pipelines.tracking.registry import register
+    from pipelines.tracking.runs import follow
+
+    for marker in sorted(job.platform.folder("runs").glob(f"{escape(job.config.name)}-*/unregistered")):
+        run = RunFolder(marker.parent)
+        try:
+            config = run.read_run().config
+            if config.name != job.config.name or finished_result(run) is None:
+                continue
+            with own_run(run):
+                with follow(run, config, job.platform, may_be_down=False) as follower:
+                    logger.info("%s is finished, but was not registered", run.path)
+                register(run, follower.run_id, job.platform)
+                marker.unlink(missing_ok=True)
+        except TrackingDown:
+            raise
+        except LakesightError as error:
+            logger.warning("the model of %s is not registered: %s", run.path, error)

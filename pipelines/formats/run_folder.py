@@ -212,6 +212,11 @@ class RunFolder:
         return self.path / "tracking.json"
 
     @property
+    def unregistered(self) -> Path:
+        """Path of an empty file that exists from the start of training until the model is registered."""
+        return self.path / "unregistered"
+
+    @property
     def launcher(self) -> Path:
         """Path of launcher.json, the lease of the process that trains the run (see `run_owner`)."""
         return self.path / "launcher.json"
@@ -359,11 +364,8 @@ class RunFolder:
 
 def write_json(path: Path, content: Config | dict[str, Any]) -> None:
     """Write a JSON file atomically. Create its folder if the folder does not exist."""
-    text = (
-        content.model_dump_json(indent=2, by_alias=True)
-        if isinstance(content, Config)
-        else json.dumps(content, indent=2)
-    )
+    made = content.model_dump_json(indent=2, by_alias=True) if isinstance(content, Config) else None
+    text = made or json.dumps(content, indent=2)
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipelines.errors import UserError
 from pipelines.platform import redact_uri
+from pipelines.tracking.outage import DATABASE_DOWN, TrackingDown, first_line
 
 CONNECT_SECONDS = 10
 """Longest time to wait for an answer of a database server, in seconds."""
@@ -24,8 +25,8 @@ def check_database(uri: str) -> None:
     """Check that the database of a tracking URI can be read. A URI of an HTTP server or a workspace is not checked.
 
     Raises:
-        UserError: the driver is not installed, the server does not answer or refuses the user, or the file is locked or
-            is no database.
+        TrackingDown: the server of the database does not answer, or is starting or stopping.
+        UserError: the driver is not installed, the server refuses the user, or the file is locked or is no database.
     """
     kind = uri.partition(":")[0].partition("+")[0]
     if kind != "sqlite" and kind not in DRIVERS:
@@ -45,20 +46,17 @@ def check_database(uri: str) -> None:
         raise UserError(
             "the driver of the tracking database is not installed",
             where=redact_uri(uri),
-            got=_first_line(error),
+            got=first_line(error),
             fix=f"pip install {DRIVERS.get(kind, 'the driver')}",
         ) from None
     except (SQLAlchemyError, ValueError) as error:  # ValueError: a port that is not a number
-        raise UserError(
+        down = kind != "sqlite" and DATABASE_DOWN.search(str(error))
+        raise (TrackingDown if down else UserError)(
             "the tracking database cannot be used",
             where=redact_uri(uri),
-            got=_first_line(error),
+            got=first_line(error),
             fix=_fix(kind, str(error)),
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return redact_uri((str(error) or type(error).__name__).splitlines()[0])[:300]
 
 
 def _fix(kind: str, message: str) -> str:

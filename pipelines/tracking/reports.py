@@ -16,7 +16,7 @@ from typing import Any, Literal
 from mlflow.entities import Metric, RunTag
 
 from pipelines.platform import Platform
-from pipelines.tracking.server import REQUEST_ERRORS, connect, experiment_id, unchanged_environment, unreachable
+from pipelines.tracking.server import REQUEST_ERRORS, connect, experiment_id, unchanged_environment, unusable
 
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 
@@ -64,7 +64,7 @@ def log_stage(
                 client.log_artifact(run_id, str(page))
             client.set_terminated(run_id, "FINISHED" if good else "FAILED")
         except REQUEST_ERRORS as error:
-            raise unreachable(platform, error) from None
+            raise unusable(platform, error) from None
     return run_id
 
 

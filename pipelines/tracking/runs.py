@@ -3,7 +3,8 @@
 Ranks never talk to MLflow. Rank 0 writes small immutable files into the run folder, and a thread of the driver, the
 `Follower`, logs the files in order. No metric is lost in an outage of the server, because the files stay in the run
 folder. After the outage the follower asks MLflow which points are stored, and logs the missing points. When a run is
-resumed, the follower does the same, so the MLflow run has no gaps and no repeated points.
+resumed, the follower does the same, so the MLflow run has no gaps and no repeated points. The server may also be down
+when training starts: then the follower opens the MLflow run as soon as the server answers.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from pipelines.formats.run_folder import CaptionSamples, Metrics, RunFile, RunFo
 from pipelines.formats.shards import Shards
 from pipelines.platform import Platform, redact_uri
 from pipelines.tracking.expert_load_plot import draw_expert_load
-from pipelines.tracking.server import REQUEST_ERRORS, connect, experiment_id, first_line, unreachable
+from pipelines.tracking.outage import TrackingDown, first_line
+from pipelines.tracking.server import REQUEST_ERRORS, connect, experiment_id, unusable
 from vlm.config import Config
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,8 @@ MAX_PAUSE_SECONDS = 30.0
 DRAIN_SECONDS = 60.0
 MAX_PARAM_CHARS = 500  # limit of the tracking server with the lowest limit
 MAX_TAG_CHARS = 5000
+FOLLOWER_ERRORS = (*REQUEST_ERRORS, UserError)
+"""Exceptions after which the follower tries again."""
 
 
 class Tracking(Config):
@@ -51,38 +55,50 @@ class Tracking(Config):
 
 
 @contextmanager
-def follow(run: RunFolder, config: RunConfig, platform: Platform) -> Iterator[str]:
-    """Log a training run to MLflow while the block executes. Yield the id of the MLflow run.
+def follow(run: RunFolder, config: RunConfig, platform: Platform, *, may_be_down: bool = True) -> Iterator[Follower]:
+    """Log a training run to MLflow while the block executes. After the block, `run_id` of the follower is set.
 
     This function starts an MLflow run, or continues the MLflow run that the folder's tracking.json names. After the
     block, the remaining metric files are logged and the status of the MLflow run becomes FINISHED, KILLED
     (KeyboardInterrupt) or FAILED (any other exception). The message of the exception is logged as a tag, and failure
     records are logged as artifacts.
 
+    Args:
+        run: run folder.
+        config: config of the run.
+        platform: platform with the tracking server.
+        may_be_down: whether the block executes even if the server is down.
+
     Raises:
-        UserError: the tracking server does not answer at the start.
-        StageFailed: training succeeded, but the tracking server does not answer at the end.
+        TrackingDown: the server is down at the start, and may_be_down is false.
+        UserError: the server refuses the request at the start.
+        StageFailed: training succeeded, but the server does not answer at the end.
     """
-    client = connect(platform)
-    run_id = _open_run(client, run, config, platform)
-    follower = Follower(client, run, run_id)
+    follower = Follower(run, config, platform)
+    try:
+        follower.open_run()
+    except TrackingDown as error:
+        if not may_be_down:
+            raise
+        logger.warning("training starts without MLflow, and metrics wait in %s: %s", run.path, error)
     follower.start()
     try:
-        yield run_id
+        yield follower
     except BaseException as error:
         follower.stop()
-        _mark_failed(client, run, run_id, follower, error)
+        follower.mark_failed(error)
         raise
     follower.stop()
     try:
         follower.drain(DRAIN_SECONDS)
-        client.set_terminated(run_id, "FINISHED")
-    except REQUEST_ERRORS as error:
+        follower.open_run().set_terminated(follower.run_id, "FINISHED")
+    except FOLLOWER_ERRORS as error:
         raise StageFailed(
             "training succeeded, but not all of it could be logged to MLflow",
             where=redact_uri(platform.tracking_uri),
-            got=first_line(error),
-            fix=f"start the server and repeat the command: all results are in {run.path}",
+            got=_cause(error),
+            fix="start the server; then `lakesight train`, `evaluate`, `promote` or `caption` of this run logs the "
+            f"metrics and registers the model: all results are in {run.path}",
         ) from None
 
 
@@ -125,14 +141,29 @@ def log_report(
 class Follower(threading.Thread):
     """Thread that logs the metric and sample files of a run folder to MLflow. Each file is logged once, in order."""
 
-    def __init__(self, client: MlflowClient, run: RunFolder, run_id: str) -> None:
+    def __init__(self, run: RunFolder, config: RunConfig, platform: Platform) -> None:
         super().__init__(name="lakesight-mlflow-follower", daemon=True)
-        self._client, self._run, self._run_id = client, run, run_id
+        self._run, self._config, self._platform = run, config, platform
+        self.client: MlflowClient | None = None
+        self.run_id = ""  # id of the MLflow run; empty until the run is open
         self._stopping = threading.Event()
         self._metrics_step = self._samples_step = -1
         self._last_expert_load: Metrics | None = None  # last metrics file with an expert load
         # False at the start and after an error, because MLflow may have points that this thread did not log
         self._in_sync = False
+
+    def open_run(self) -> MlflowClient:
+        """Start or continue the MLflow run if this was not done yet. Return the client.
+
+        Raises:
+            TrackingDown: the server is down.
+            UserError: the server refuses the request.
+        """
+        if self.client is None:
+            client = connect(self._platform)
+            self.run_id = _open_run(client, self._run, self._config, self._platform)
+            self.client = client
+        return self.client
 
     def run(self) -> None:
         """Log new files until `stop` is called. After an error, wait with exponential backoff."""
@@ -141,9 +172,9 @@ class Follower(threading.Thread):
             try:
                 self.catch_up()
                 pause = POLL_SECONDS
-            except REQUEST_ERRORS as error:
+            except FOLLOWER_ERRORS as error:
                 pause = min(2 * pause, MAX_PAUSE_SECONDS)
-                logger.warning("metrics cannot be logged to MLflow (%s); retrying in %.0f s", first_line(error), pause)
+                logger.warning("metrics cannot be logged to MLflow (%s); retrying in %.0f s", _cause(error), pause)
 
     def stop(self) -> None:
         """Stop the thread. Files that are not logged yet stay in the run folder."""
@@ -154,44 +185,61 @@ class Follower(threading.Thread):
         """Log the remaining files, the expert load plot, the profile and the hosts. Retry for `seconds` after an error.
 
         Raises:
-            MlflowException, OSError: requests still fail after `seconds`.
+            MlflowException, OSError, UserError: requests still fail after `seconds`.
         """
         deadline, pause = time.monotonic() + seconds, POLL_SECONDS
         while True:
             try:
-                self.catch_up()
+                client = self.catch_up()
                 if self._last_expert_load is not None:
-                    self._client.log_figure(self._run_id, draw_expert_load(self._last_expert_load), EXPERT_LOAD_PLOT)
+                    client.log_figure(self.run_id, draw_expert_load(self._last_expert_load), EXPERT_LOAD_PLOT)
                 for file, folder in ((self._run.profile, "profile"), (self._run.hosts, None)):
                     if file.exists():
-                        self._client.log_artifact(self._run_id, str(file), folder)
+                        client.log_artifact(self.run_id, str(file), folder)
                 return
-            except REQUEST_ERRORS:
+            except FOLLOWER_ERRORS:
                 if time.monotonic() + pause > deadline:
                     raise
                 time.sleep(pause)
                 pause *= 2
 
-    def catch_up(self) -> None:
-        """Log every file that MLflow does not have yet.
+    def catch_up(self) -> MlflowClient:
+        """Log every file that MLflow does not have yet. Return the client.
 
         Raises:
-            MlflowException, OSError: a request failed. The next call logs the remaining files.
+            MlflowException, OSError, UserError: a request failed. The next call logs the remaining files.
         """
-        points = set() if self._in_sync else _logged_points(self._client, self._run_id)
-        sample_steps = set() if self._in_sync else _logged_sample_steps(self._client, self._run_id)
+        client = self.open_run()
+        points = set() if self._in_sync else _logged_points(client, self.run_id)
+        sample_steps = set() if self._in_sync else _logged_sample_steps(client, self.run_id)
         self._in_sync = False
-        self._log_metrics(points)
+        self._log_metrics(client, points)
         for samples in self._run.read_samples(after=self._samples_step):
             if samples.step not in sample_steps:
-                self._log_samples(samples)
+                self._log_samples(client, samples)
             self._samples_step = samples.step
         self._in_sync = True
+        return client
 
-    def _log_metrics(self, known: set[tuple[str, int]]) -> None:
+    def mark_failed(self, cause: BaseException) -> None:
+        """Set the status of the MLflow run to FAILED or KILLED. If a request fails, only log a warning."""
+        killed = isinstance(cause, KeyboardInterrupt)
+        if (client := self.client) is None:
+            logger.warning("the failure of %s is not logged to MLflow, because the server is down", self._run.path)
+            return
+        try:
+            client.set_tag(self.run_id, CAUSE_TAG, (str(cause) or type(cause).__name__)[:MAX_TAG_CHARS])
+            if self._run.failures.is_dir():
+                client.log_artifacts(self.run_id, str(self._run.failures), "failures")
+            client.set_terminated(self.run_id, "KILLED" if killed else "FAILED")
+            self.drain(POLL_SECONDS)
+        except FOLLOWER_ERRORS as error:
+            logger.warning("the final status of %s could not be logged to MLflow: %s", self._run.path, _cause(error))
+
+    def _log_metrics(self, client: MlflowClient, known: set[tuple[str, int]]) -> None:
         files = list(self._run.read_metrics(after=self._metrics_step))
-        self._client.log_batch(
-            self._run_id,
+        client.log_batch(
+            self.run_id,
             metrics=[
                 Metric(key, value, int(file.time * 1000), file.step)
                 for file in files
@@ -203,10 +251,10 @@ class Follower(threading.Thread):
             self._metrics_step = files[-1].step
         self._last_expert_load = next((file for file in reversed(files) if file.expert_load), self._last_expert_load)
 
-    def _log_samples(self, samples: CaptionSamples) -> None:
+    def _log_samples(self, client: MlflowClient, samples: CaptionSamples) -> None:
         shards = Shards.open(self._run.shard_folder(self._run.read_run().validate_shards))
-        self._client.log_table(
-            self._run_id,
+        client.log_table(
+            self.run_id,
             {
                 "step": [samples.step] * len(samples.samples),
                 "picture": [mlflow.Image(shards.row(sample.row).pixels) for sample in samples.samples],
@@ -216,6 +264,11 @@ class Follower(threading.Thread):
             },
             SAMPLES_TABLE,
         )
+
+
+def _cause(error: Exception) -> str:
+    """Describe in one line why a request failed."""
+    return error.got if isinstance(error, UserError) else first_line(error)
 
 
 def _logged_points(client: MlflowClient, run_id: str) -> set[tuple[str, int]]:
@@ -251,7 +304,7 @@ def _open_run(client: MlflowClient, run: RunFolder, config: RunConfig, platform:
             write_json(run.tracking, Tracking(run_id=run_id, others=tuple(each for each in known if each != run_id)))
         _log_description(client, tracked, run, file, config)
     except REQUEST_ERRORS as error:
-        raise unreachable(platform, error) from None
+        raise unusable(platform, error) from None
     return run_id
 
 
@@ -309,16 +362,3 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         name = f"{prefix}{key}"
         flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: str(value)}
     return flat
-
-
-def _mark_failed(client: MlflowClient, run: RunFolder, run_id: str, follower: Follower, cause: BaseException) -> None:
-    """Set the status of an MLflow run to FAILED or KILLED. If a request fails, only log a warning."""
-    killed = isinstance(cause, KeyboardInterrupt)
-    try:
-        client.set_tag(run_id, CAUSE_TAG, (str(cause) or type(cause).__name__)[:MAX_TAG_CHARS])
-        if run.failures.is_dir():
-            client.log_artifacts(run_id, str(run.failures), "failures")
-        client.set_terminated(run_id, "KILLED" if killed else "FAILED")
-        follower.drain(POLL_SECONDS)
-    except REQUEST_ERRORS as error:
-        logger.warning("the final status of MLflow run %s could not be logged: %s", run_id, first_line(error))

@@ -15,15 +15,20 @@ from pipelines.errors import UserError
 from pipelines.platform import Platform, redact_uri
 from pipelines.tracking.database import check_database
 from pipelines.tracking.moved_home import artifact_root, follow_moved_home
+from pipelines.tracking.outage import TrackingDown, first_line, http_status, is_outage
 
 REQUEST_ERRORS = (MlflowException, OSError)
 """Exceptions of a failed request to the tracking server. Exceptions of the package `requests` are OSErrors."""
+
+CHECK_TIMEOUT = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+"""Timeout of the first request, in seconds. By default, a server that never answers would cost two minutes a try."""
 
 
 def connect(platform: Platform) -> MlflowClient:
     """Point MLflow to the platform's tracking server and model registry, and return a client.
 
     Raises:
+        TrackingDown: the server or the database gives no answer, or the server reports an internal error.
         UserError: the server or the database cannot be used, or the store of a moved home folder cannot be updated.
     """
     check_database(platform.tracking_uri)
@@ -38,9 +43,11 @@ def connect(platform: Platform) -> MlflowClient:
         mlflow.set_registry_uri(platform.registry_uri)
     try:
         client = MlflowClient()
-        client.search_experiments(max_results=1)
+        with unchanged_environment(CHECK_TIMEOUT[0]):
+            os.environ.setdefault(*CHECK_TIMEOUT)
+            client.search_experiments(max_results=1)
     except REQUEST_ERRORS as error:
-        raise unreachable(platform, error) from None
+        raise unusable(platform, error) from None
     return client
 
 
@@ -86,16 +93,13 @@ def experiment_id(client: MlflowClient, name: str, platform: Platform) -> str:
     return str(experiment.experiment_id)
 
 
-def unreachable(platform: Platform, error: Exception) -> UserError:
-    """Return the error for a failed request to the tracking server."""
-    return UserError(
-        "the MLflow tracking server cannot be used",
-        where=redact_uri(platform.tracking_uri),
-        got=first_line(error),
-        fix="start it, correct MLFLOW_TRACKING_URI, or unset MLFLOW_TRACKING_URI to track in the Lakesight home folder",
-    )
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error message without passwords, cut after 300 characters."""
-    return redact_uri((str(error) or type(error).__name__).splitlines()[0])[:300]
+def unusable(platform: Platform, error: Exception) -> UserError:
+    """Return the error for a failed request to the tracking server: TrackingDown if a later request may succeed."""
+    what, where, got = "the MLflow tracking server cannot be used", redact_uri(platform.tracking_uri), first_line(error)
+    if is_outage(error):
+        fix = "start the server, or unset MLFLOW_TRACKING_URI to track in the Lakesight home folder"
+        return TrackingDown(what, where=where, got=got, fix=fix)
+    fix = "correct MLFLOW_TRACKING_URI, or unset MLFLOW_TRACKING_URI to track in the Lakesight home folder"
+    if http_status(error) in (401, 403):
+        fix = "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+    return UserError(what, where=where, got=got, fix=fix)

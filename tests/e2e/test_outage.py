@@ -1,4 +1,4 @@
-"""Tests that training continues while the MLflow tracking server is killed and restarted."""
+"""Tests that training continues while the MLflow tracking server is down."""
 
 from __future__ import annotations
 
@@ -69,6 +69,12 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]
         process.wait()
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def is_healthy(port: int) -> bool:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
@@ -95,9 +101,7 @@ def test_every_step_is_logged_once_if_the_tracking_server_is_killed_and_restarte
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path
 ) -> None:
     (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
     run = runs_in(tmp_path, monkeypatch)(
         ranks=1, steps=STEPS, log_every=1, validate_every=200, checkpoint_every=200, batch_size=4
@@ -106,7 +110,7 @@ def test_every_step_is_logged_once_if_the_tracking_server_is_killed_and_restarte
     config = run.read_run().config
     with ExitStack() as servers:
         server = servers.enter_context(tracking_server(tmp_path, port))
-        with runs.follow(run, config, platform) as run_id, rank_of(run) as rank:
+        with runs.follow(run, config, platform) as follower, rank_of(run) as rank:
             wait_for_step(run, 50)
             os.killpg(server.pid, signal.SIGKILL)
             without = last_step(run) + STEPS // 2
@@ -115,8 +119,8 @@ def test_every_step_is_logged_once_if_the_tracking_server_is_killed_and_restarte
             servers.enter_context(tracking_server(tmp_path, port))
             assert rank.wait(timeout=300) == 0
         client = connect(platform)
-        logged = client.get_run(run_id)
-        history = Counter(point.step for point in client.get_metric_history(run_id, "train/loss"))
+        logged = client.get_run(follower.run_id)
+        history = Counter(point.step for point in client.get_metric_history(follower.run_id, "train/loss"))
     assert history == Counter(range(1, STEPS + 1))
     assert logged.data.metrics == {
         key: value for metrics in run.read_metrics() for key, value in metrics.points.items()

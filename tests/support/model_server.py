@@ -44,9 +44,9 @@ def register_random(platform: Platform, folder: Path, config: RunConfig) -> regi
     save_model(run.checkpoint(1), build_model(config.model, tokenizer.vocab_size), tokenizer)
     result = Result(status="ok", step=1, world_size=1, checkpoint=str(run.checkpoint(1)), metrics={}, seconds=1.0)
     write_json(run.result, result)
-    with runs.follow(run, config, platform) as run_id:
+    with runs.follow(run, config, platform) as follower:
         pass
-    return registry.register(run, run_id, platform)
+    return registry.register(run, follower.run_id, platform)
 
 
 @contextmanager

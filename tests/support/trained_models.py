@@ -106,9 +106,9 @@ def register(
     save_model(run.checkpoint(1), model, text.load(run.tokenizer))
     result = Result(status="ok", step=1, world_size=1, checkpoint=str(run.checkpoint(1)), metrics={}, seconds=1.0)
     write_json(run.result, result)
-    with runs.follow(run, config, platform) as run_id:
+    with runs.follow(run, config, platform) as follower:
         pass
-    return registry.register(run, run_id, platform)
+    return registry.register(run, follower.run_id, platform)
 
 
 def corner_run(name: str) -> RunConfig:

@@ -70,9 +70,9 @@ def test_a_run_that_is_logged_to_two_servers_in_turn_has_one_mlflow_run_and_one_
     [path] = (folder / "runs").iterdir()
     versions = []
     for opened in (other, platform, other, platform):
-        with runs.follow(RunFolder(path), tiny_run(), opened) as run_id:
+        with runs.follow(RunFolder(path), tiny_run(), opened) as follower:
             pass
-        versions.append(registry.register(RunFolder(path), run_id, opened))
+        versions.append(registry.register(RunFolder(path), follower.run_id, opened))
     assert versions[1] == versions[3] == registered
     assert versions[0] == versions[2] != registered
     assert download(other, versions[0]).folder != download(platform, registered).folder

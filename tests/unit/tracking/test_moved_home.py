@@ -89,10 +89,10 @@ def test_a_model_of_a_moved_home_is_found_and_its_run_is_continued(original: Pat
         version = registry.resolve(platform, "tiny", "latest")
         assert (download(platform, version).folder / "model.safetensors").is_file()
         [folder] = (moved / "runs").iterdir()
-        with runs.follow(RunFolder(folder), CONFIG, platform) as run_id:
+        with runs.follow(RunFolder(folder), CONFIG, platform) as follower:
             pass
-        assert run_id == version.run_id
-        assert registry.register(RunFolder(folder), run_id, platform) == version
+        assert follower.run_id == version.run_id
+        assert registry.register(RunFolder(folder), follower.run_id, platform) == version
         assert not original.exists(), "something was written at the earlier path"
     finally:
         away.rename(original)

@@ -1,0 +1,63 @@
+"""Distinguish a tracking server that is temporarily down from a server that refuses this user or does not exist.
+
+Training may start while the server is down, because its metrics wait in the run folder. A refusal (wrong password,
+unknown host, unknown database) would still be there after hours of training, so a refusal stops a command at once.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterator
+
+import requests
+from mlflow.exceptions import MlflowException, RestException
+
+from pipelines.errors import UserError
+from pipelines.platform import redact_uri
+
+DATABASE_DOWN = re.compile(
+    r"connection refused|time(out| ?d out)|unreachable|no route|starting up|shutting down|closed the connection"
+    r"|connection reset|recovery mode",
+    re.IGNORECASE,
+)
+"""Words with which drivers report that a database server gives no answer, or that the server starts or stops."""
+
+
+class TrackingDown(UserError):
+    """Error for a tracking server that gives no answer or reports an internal error (HTTP 5xx)."""
+
+
+def is_outage(error: BaseException) -> bool:
+    """Return whether a failed request may succeed later without a change of settings.
+
+    An unknown host name, a certificate that is not trusted and an invalid URL are mistakes, not outages.
+    """
+    if status := http_status(error):
+        return status >= 500
+    chain = list(_causes(error))
+    if any(isinstance(cause, socket.gaierror | requests.exceptions.SSLError | ValueError) for cause in chain):
+        return False
+    no_answer = (requests.ConnectionError, requests.Timeout, requests.exceptions.RetryError, TimeoutError)
+    return any(isinstance(cause, no_answer) for cause in chain)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error message without passwords, cut after 300 characters."""
+    return redact_uri((str(error) or type(error).__name__).splitlines()[0])[:300]
+
+
+def http_status(error: BaseException) -> int:
+    """Return the HTTP status of a server's error answer, or 0 if the error is no such answer."""
+    if isinstance(error, RestException):
+        return int(error.get_http_status_code())  # type: ignore[no-untyped-call]
+    named = re.search(r"failed with error code (\d{3}) ", str(error)) if isinstance(error, MlflowException) else None
+    return int(named[1]) if named else 0
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and the errors that led to it, because MLflow raises its own errors in place of the library's."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
