@@ -10,29 +10,20 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
+from jobs.check import DoctorCheck
 from jobs.common import MIN_FREE_BYTES, JsonOption, PlatformOption, RunOption, SetOption, open_output
-from pipelines.config import LocalPlatformConfig, RunConfig, load_run
+from jobs.preflight import check_workspace
+from pipelines.config import DatabricksPlatformConfig, LocalPlatformConfig, RunConfig, load_run
 from pipelines.errors import StageFailed, UserError
 from pipelines.platform import check_java, open_platform
 from pipelines.platform.jars import delta_artifact
-from vlm.config import Config
 
 RECOMMENDED_FREE_BYTES = 5 * 2**30
 RECOMMENDED_MEMORY_BYTES = 6 * 2**30
 MAVEN_TIMEOUT_SECONDS = 5
 INSTALL = "pip install 'lakesight[local]'"
 PACKAGES = ("pyspark", "delta-spark", "deltalake", "mlflow", "torch", "pyarrow")
-
-
-class DoctorCheck(Config):
-    """Result of one check of the machine. Field `fix` is empty if there is nothing to fix."""
-
-    name: str
-    status: Literal["ok", "warn", "fail"]
-    found: str
-    fix: str = ""
 
 
 def doctor(
@@ -42,14 +33,16 @@ def doctor(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check this machine and print fixes.
+    """Check this machine or workspace and print fixes.
 
-    The command checks Java, Python packages, Delta's jars, Spark's task slots, GPU, memory, disk space and the home
-    folder.
+    On a laptop, the command checks Java, Python packages, Delta's jars, Spark's task slots, GPU, memory, disk space and
+    the home folder. In a workspace, it checks the runtime, packages, Volume, tables, experiment, model registry and
+    package index. It creates the tables, the experiment and the registered model if they do not exist.
 
     \b
-    Example:
+    Examples:
       lakesight doctor
+      lakesight doctor --platform databricks --set platform.catalog=main ...
     """
     with open_output(as_json=as_json) as output:
         config = load_run(run, platform=platform, overrides=overrides or ())
@@ -61,16 +54,17 @@ def doctor(
         failed = [check.name for check in checks if check.status == "fail"]
         output.report({"ready": not failed, "checks": checks})
         if failed:
-            raise StageFailed("this machine is not ready", got=", ".join(failed), fix="apply the fixes printed above")
+            place = "machine" if config.platform.kind == "local" else "workspace"
+            raise StageFailed(f"this {place} is not ready", got=", ".join(failed), fix="apply the fixes printed above")
 
 
 def run_checks(config: RunConfig) -> list[DoctorCheck]:
     """Run all checks, in the order in which a training run would meet the problems."""
+    if isinstance(config.platform, DatabricksPlatformConfig):
+        return [check_python(), *check_workspace(config, open_platform(config.platform))]
     checks = [check_python(), *(check_package(name) for name in PACKAGES)]
-    if isinstance(config.platform, LocalPlatformConfig):
-        checks += [check_java_version(), check_delta_jar(), check_task_slots(config.platform)]
-    checks += [check_gpu(), check_memory(), check_home(config)]
-    return checks
+    checks += [check_java_version(), check_delta_jar(), check_task_slots(config.platform)]
+    return [*checks, check_gpu(), check_memory(), check_home(config)]
 
 
 def check_python() -> DoctorCheck:

@@ -27,6 +27,10 @@ def ingest(
         bool,
         typer.Option("--refresh", help="Read all input files again and replace all rows of the source."),
     ] = False,
+    source_path: Annotated[
+        str,
+        typer.Option("--source-path", help="Path to read. Default: data.source.path of the run.", metavar="PATH"),
+    ] = "",
     run: RunOption = "demo",
     platform: PlatformOption = "local",
     overrides: SetOption = None,
@@ -41,7 +45,8 @@ def ingest(
     Example:
       lakesight ingest --run seemore --set data.source.path=inputs.csv
     """
-    with open_job(run, platform, overrides, as_json) as job:
+    path = [f"data.source.path={source_path}"] if source_path else []
+    with open_job(run, platform, [*(overrides or ()), *path], as_json) as job:
         report = run_ingest(job, refresh=refresh)
         job.finish(report, "shard")
 

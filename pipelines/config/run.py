@@ -22,7 +22,7 @@ from pipelines.config.gate import DriftConfig, GateConfig
 from pipelines.config.problems import config_error, describe, validation_error
 from pipelines.config.train import TrainConfig
 from pipelines.config.yaml_file import YamlProblem, parse_yaml, read_mapping
-from vlm.config import Config, ModelConfig
+from vlm.config import ADDED_LATER, Config, ModelConfig
 from vlm.errors import did_you_mean
 
 RUN_SECTIONS = ("gate", "drift")
@@ -57,7 +57,12 @@ class LocalPlatformConfig(Config):
 
 
 class DatabricksPlatformConfig(Config):
-    """Settings of a Databricks workspace. The file databricks.yml holds these values and passes them with --set."""
+    """Settings of a Databricks workspace. The file databricks.yml holds these values and passes them with --set.
+
+    Attributes:
+        experiment: full name of the MLflow experiment of all runs, or null for one experiment per run under
+            `/Shared/lakesight/`.
+    """
 
     kind: Literal["databricks"]
     catalog: Identifier
@@ -66,6 +71,7 @@ class DatabricksPlatformConfig(Config):
     ranks: PositiveInt
     use_gpu: bool = True
     cache_gib: CacheGib = 100.0
+    experiment: Annotated[str | None, Field(pattern=r"^/.*[^/]$"), ADDED_LATER] = None
 
 
 PlatformConfig = Annotated[LocalPlatformConfig | DatabricksPlatformConfig, Field(discriminator="kind")]

@@ -26,6 +26,7 @@ def databricks(config: DatabricksPlatformConfig) -> Platform:
         registry_uri="databricks-uc",
         model_prefix=f"{config.catalog}.{config.schema_}.",
         experiment_prefix="/Shared/lakesight/",
+        shared_experiment=config.experiment,
     )
 
 

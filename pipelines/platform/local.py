@@ -90,6 +90,7 @@ def local(config: LocalPlatformConfig) -> Platform:
         registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri,
         model_prefix="",
         experiment_prefix="lakesight/",
+        shared_experiment=None,
     )
 
 

@@ -49,6 +49,7 @@ class Platform:
         registry_uri: URI of the MLflow model registry.
         model_prefix: prefix of the names of registered models.
         experiment_prefix: prefix of the names of MLflow experiments.
+        shared_experiment: name of the MLflow experiment of all runs, or None if each run has its own experiment.
     """
 
     kind: Literal["local", "databricks"]
@@ -62,6 +63,7 @@ class Platform:
     registry_uri: str
     model_prefix: str
     experiment_prefix: str
+    shared_experiment: str | None
 
     def table(self, name: str) -> str:
         """Return the full name of a table."""
@@ -77,7 +79,7 @@ class Platform:
 
     def experiment(self, run: str) -> str:
         """Return the name of a run's MLflow experiment."""
-        return f"{self.experiment_prefix}{run}"
+        return self.shared_experiment or f"{self.experiment_prefix}{run}"
 
 
 def redact_uri(uri: str) -> str:

@@ -37,7 +37,7 @@ from pipelines.errors import StageFailed, UserError
 from pipelines.formats.model_copy import combine_digests
 from pipelines.formats.run_folder import Result, RunFolder, read_json
 from pipelines.platform import Platform, redact_uri
-from pipelines.tracking.server import connect
+from pipelines.tracking.server import REQUEST_ERRORS, connect, unusable
 from vlm.config import Config
 from vlm.files import file_digest
 
@@ -111,6 +111,19 @@ def register(run: RunFolder, run_id: str, platform: Platform) -> ModelVersion:
             name, f"models:/{model_id}", run_id=run_id, tags=_prefixed(tags), model_id=model_id
         )
     return _read_version(client, name, created.version)
+
+
+def ensure_model(platform: Platform, name: str) -> None:
+    """Find or create a registered model.
+
+    Raises:
+        UserError: the registry refuses.
+        TrackingDown: the server does not answer.
+    """
+    try:
+        _create_model(connect(platform), name)
+    except REQUEST_ERRORS as error:
+        raise unusable(platform, error) from None
 
 
 def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
@@ -359,8 +372,12 @@ def _example() -> pd.DataFrame:
 
 
 def _public_version(package: str) -> str:
-    """Return the installed version without its build label, because package indexes have 2.13.0 but not 2.13.0+cpu."""
-    return importlib.metadata.version(package).partition("+")[0]
+    """Return the installed version without its build label, because package indexes have 2.13.0 but not 2.13.0+cpu.
+
+    The version of MLflow is read from the module, because ML runtimes carry the distribution `mlflow-skinny`.
+    """
+    found = mlflow.__version__ if package == "mlflow" else importlib.metadata.version(package)
+    return found.partition("+")[0]
 
 
 def _prefixed(tags: Mapping[str, str]) -> dict[str, str]:

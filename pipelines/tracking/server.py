@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import PurePosixPath
 
 import mlflow
 from mlflow import MlflowClient
@@ -18,7 +19,10 @@ from pipelines.tracking.moved_home import artifact_root, follow_moved_home
 from pipelines.tracking.outage import TrackingDown, first_line, http_status, is_outage
 
 REQUEST_ERRORS = (MlflowException, OSError)
-"""Exceptions of a failed request to the tracking server. Exceptions of the package `requests` are OSErrors."""
+"""Exceptions of a failed request to the tracking server.
+
+Exceptions of the packages `requests` and `databricks.sdk` are OSErrors.
+"""
 
 CHECK_TIMEOUT = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 """Timeout of the first request, in seconds. By default, a server that never answers would cost two minutes a try."""
@@ -64,6 +68,19 @@ def unchanged_environment(*names: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def ensure_experiment(platform: Platform, name: str) -> None:
+    """Find or create an MLflow experiment.
+
+    Raises:
+        UserError: the server refuses, or the experiment was deleted.
+        TrackingDown: the server does not answer.
+    """
+    try:
+        experiment_id(connect(platform), name, platform)
+    except REQUEST_ERRORS as error:
+        raise unusable(platform, error) from None
+
+
 def experiment_id(client: MlflowClient, name: str, platform: Platform) -> str:
     """Return the id of an MLflow experiment. Create the experiment if it does not exist.
 
@@ -77,6 +94,8 @@ def experiment_id(client: MlflowClient, name: str, platform: Platform) -> str:
         is_sqlite = platform.tracking_uri.startswith("sqlite")
         location = artifact_root(platform).as_uri() if is_sqlite else None
         try:
+            if platform.kind == "databricks":
+                _create_workspace_folder(PurePosixPath(experiment_name).parent)
             return str(client.create_experiment(experiment_name, artifact_location=location))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
@@ -93,13 +112,25 @@ def experiment_id(client: MlflowClient, name: str, platform: Platform) -> str:
     return str(experiment.experiment_id)
 
 
+def _create_workspace_folder(folder: PurePosixPath) -> None:
+    """Create a folder of the workspace and its parents. A workspace refuses an experiment in a missing folder."""
+    from databricks.sdk import WorkspaceClient
+
+    WorkspaceClient().workspace.mkdirs(str(folder))
+
+
 def unusable(platform: Platform, error: Exception) -> UserError:
     """Return the error for a failed request to the tracking server: TrackingDown if a later request may succeed."""
     what, where, got = "the MLflow tracking server cannot be used", redact_uri(platform.tracking_uri), first_line(error)
+    workspace = platform.kind == "databricks"
     if is_outage(error):
         fix = "start the server, or unset MLFLOW_TRACKING_URI to track in the Lakesight home folder"
+        if workspace:
+            fix = "run the command again; if it fails again, check that the cluster can reach the workspace"
         return TrackingDown(what, where=where, got=got, fix=fix)
     fix = "correct MLFLOW_TRACKING_URI, or unset MLFLOW_TRACKING_URI to track in the Lakesight home folder"
     if http_status(error) in (401, 403):
         fix = "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+    if workspace:
+        fix = "correct what the workspace's answer names, or grant the identity that runs this command access to it"
     return UserError(what, where=where, got=got, fix=fix)

@@ -19,13 +19,14 @@ ROOT = Path(__file__).parents[2]
 BUNDLE: dict[str, Any] = yaml.safe_load((ROOT / "databricks.yml").read_text())
 JOB_FILES = sorted((ROOT / "jobs").glob("*.job.yml"))
 EXAMPLE = {
-    "run": "demo",
     "catalog": "main",
-    "schema": "vision",
-    "volume": "files",
     "ranks": "2",
-    "source_path": "/Volumes/x",
+    "resources.schemas.lakesight.name": "vision",
+    "resources.volumes.files.name": "files",
+    "resources.experiments.runs.name": "/Shared/[dev me] lakesight-dev",
 }
+REQUIRED = ("catalog", "service_principal", "readers", "captioners")
+"""Variables without a default, so that a forgotten one stops a deployment instead of moving it."""
 
 
 def read_job(file: Path) -> tuple[str, Any]:
@@ -40,10 +41,11 @@ def read_job(file: Path) -> tuple[str, Any]:
 JOBS = dict(map(read_job, JOB_FILES))
 
 
-def tasks() -> Iterator[tuple[str, dict[str, Any]]]:
-    for job in JOBS.values():
+def tasks() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield every task with the key of its job and its own key."""
+    for key, job in JOBS.items():
         for task in job["tasks"]:
-            yield task["task_key"], task
+            yield key, task["task_key"], task
 
 
 def strings(node: Any) -> Iterator[str]:
@@ -91,10 +93,20 @@ def test_every_variable_of_the_bundle_is_declared_and_used_and_has_a_value() -> 
     declared = BUNDLE["variables"]
     used = {name.removeprefix("var.") for name in references([BUNDLE, JOBS]) if name.startswith("var.")}
     assert used == set(declared)
+    assert {name for name, variable in declared.items() if "default" not in variable} == set(REQUIRED)
     for target in BUNDLE["targets"].values():
-        given = target.get("variables", {})
-        assert set(given) <= set(declared)
-        assert [name for name, variable in declared.items() if "default" not in variable and name not in given] == []
+        assert set(target.get("variables", {})) <= set(declared)
+
+
+def test_every_job_parameter_is_declared_and_used() -> None:
+    for key, job in JOBS.items():
+        used = set(re.findall(r"\{\{job\.parameters\.(\w+)\}\}", " ".join(strings(job["tasks"]))))
+        assert used == {parameter["name"] for parameter in job["parameters"]}, key
+
+
+def test_all_resources_have_different_keys() -> None:
+    keys = [*JOBS, *(key for group in BUNDLE["resources"].values() for key in group)]
+    assert sorted(keys) == sorted(set(keys))
 
 
 def test_every_referenced_resource_exists_in_the_bundle() -> None:
@@ -104,7 +116,7 @@ def test_every_referenced_resource_exists_in_the_bundle() -> None:
             group, key, field = rest.split(".")
             assert field in BUNDLE["resources"][group][key], name
         else:
-            assert kind in ("var", "bundle"), name
+            assert kind in ("var", "bundle") or name == "workspace.current_user.userName", name
 
 
 @pytest.mark.parametrize("target", BUNDLE["targets"])
@@ -114,46 +126,71 @@ def test_every_target_has_a_whole_number_of_ranks_on_each_worker(target: str) ->
     assert values["ranks"] % values["workers"] == 0
     assert values["run"] in available("run")
     for kind in ("gpu", "cpu"):
-        assert re.fullmatch(rf"\d+\.\d+\.x-{kind}-ml-scala2\.13", values[f"{kind}_runtime"])
+        assert re.fullmatch(rf"\d+\.(\d+\.)?x-{kind}-ml-scala2\.13", values[f"{kind}_runtime"])
 
 
-def test_shared_deployments_can_be_managed_by_every_user() -> None:
-    for target in BUNDLE["targets"].values():
+def test_a_shared_deployment_belongs_to_one_service_principal_and_protects_its_data() -> None:
+    for name, target in BUNDLE["targets"].items():
         if target["mode"] == "production":
-            assert target["workspace"]["root_path"].startswith("/Workspace/Shared/")
-            assert {"group_name": "users", "level": "CAN_MANAGE"} in target["permissions"]
+            assert target["workspace"]["root_path"].startswith("/Workspace/Users/${var.service_principal}/"), name
+            assert target["run_as"] == {"service_principal_name": "${var.service_principal}"}
+            managers = [entry for entry in target["permissions"] if entry["level"] == "CAN_MANAGE"]
+            assert managers == [{"service_principal_name": "${var.service_principal}", "level": "CAN_MANAGE"}]
+            for group, resources in BUNDLE["resources"].items():
+                for key in resources:
+                    assert target["resources"][group][key]["lifecycle"]["prevent_destroy"] is True, (name, key)
 
 
-@pytest.mark.parametrize(("name", "task"), tasks())
-def test_every_task_calls_a_command_with_valid_options_and_settings(name: str, task: dict[str, Any]) -> None:
+@pytest.mark.parametrize("key", JOBS)
+def test_every_job_starts_with_the_preflight_on_cpus_and_has_limits_and_notifications(key: str) -> None:
+    job = JOBS[key]
+    first, *others = job["tasks"]
+    assert (first["task_key"], first["job_cluster_key"]) == ("preflight", "cpu")
+    assert all(task.get("depends_on") for task in others)
+    assert job["timeout_seconds"] > job["health"]["rules"][0]["value"] > 0
+    assert job["email_notifications"]["on_failure"] == "${var.notify}"
+    assert job["budget_policy_id"] == "${var.budget_policy}"
+    assert {cluster["new_cluster"]["policy_id"] for cluster in job["job_clusters"]} == {"${var.cluster_policy}"}
+
+
+@pytest.mark.parametrize(("job", "name", "task"), tasks())
+def test_every_task_calls_a_command_with_valid_options_and_settings(job: str, name: str, task: dict[str, Any]) -> None:
     wheel = PythonWheelTask.from_dict(task["python_wheel_task"])
     assert (wheel.package_name, wheel.entry_point) == ("lakesight", "lakesight")
     assert task["libraries"] == [{"whl": "../dist/*.whl"}]
-    command, *arguments = [fill(text) for text in task["python_wheel_task"]["parameters"]]
-    assert command == name
+    parameters = defaults(JOBS[job])
+    command, *arguments = [fill(text, parameters) for text in task["python_wheel_task"]["parameters"]]
+    assert command == {"preflight": "doctor"}.get(name, name)
     group = typer.main.get_command(app)
     parsed = group.commands[command].make_context(command, arguments).params  # type: ignore[attr-defined]
     assert parsed["platform"] == "databricks"
     load_run(parsed["run"], platform=parsed["platform"], overrides=parsed["overrides"])
 
 
-def fill(text: str) -> str:
-    """Replace the ${...} references in a job parameter by example values."""
-    text = re.sub(r"\$\{resources\.(\w+)s\.\w+\.name\}", lambda match: EXAMPLE[match[1]], text)
-    return re.sub(r"\$\{var\.(\w+)\}", lambda match: EXAMPLE[match[1]], text)
+def defaults(job: dict[str, Any]) -> dict[str, str]:
+    """Return the default values of a job's parameters."""
+    variables = {f"${{var.{name}}}": str(variable.get("default")) for name, variable in BUNDLE["variables"].items()}
+    return {entry["name"]: variables.get(entry["default"], entry["default"]) for entry in job["parameters"]}
 
 
-def test_names_in_unity_catalog_refer_to_resources_so_that_each_developer_has_a_schema() -> None:
-    for _, task in tasks():
+def fill(text: str, parameters: dict[str, str]) -> str:
+    """Replace the references in a parameter of a task by example values and by the job's parameters."""
+    text = re.sub(r"\$\{(?:var\.)?([^}]+)\}", lambda match: EXAMPLE[match[1]], text)
+    return re.sub(r"\{\{job\.parameters\.(\w+)\}\}", lambda match: parameters[match[1]], text)
+
+
+def test_names_refer_to_resources_so_that_each_developer_has_a_schema_and_an_experiment() -> None:
+    for _, _, task in tasks():
         parameters = task["python_wheel_task"]["parameters"]
         assert "--set=platform.schema=${resources.schemas.lakesight.name}" in parameters
-        assert "--set=platform.volume=${resources.volumes.lakesight.name}" in parameters
+        assert "--set=platform.volume=${resources.volumes.files.name}" in parameters
+        assert "--set=platform.experiment=${resources.experiments.runs.name}" in parameters
 
 
 def test_each_training_rank_has_a_whole_gpu() -> None:
     (cluster,) = [c for c in JOBS["pipeline"]["job_clusters"] if c["job_cluster_key"] == "gpu"]
     assert cluster["new_cluster"]["spark_conf"]["spark.task.resource.gpu.amount"] == "1"
-    assert {task["job_cluster_key"] for name, task in tasks() if name == "train"} == {"gpu"}
+    assert {task["job_cluster_key"] for _, name, task in tasks() if name == "train"} == {"gpu"}
 
 
 def test_every_schedule_is_a_valid_quartz_expression() -> None:

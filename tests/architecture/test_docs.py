@@ -56,7 +56,7 @@ def test_every_config_key_on_a_page_exists(page: Path) -> None:
 
 def problems_with(key: str) -> str:
     """Load a run config with one additional key, whose value may be invalid, and return the error."""
-    platform = "databricks" if re.match(r"platform\.(catalog|schema|volume)", key) else "local"
+    platform = "databricks" if re.match(r"platform\.(catalog|schema|volume|experiment)", key) else "local"
     try:
         load_run("demo", platform=platform, overrides=[f"{key}=x"])
     except ConfigError as error:

@@ -1,0 +1,149 @@
+"""Checks of `lakesight doctor --platform databricks`, which is the first task of each Databricks job.
+
+The checks run on a CPU cluster before a GPU cluster starts. A check does what later tasks do: it writes to the Volume,
+and it creates the tables, the experiment and the registered model or finds them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import shutil
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+from jobs.check import DoctorCheck
+from pipelines.config import RunConfig
+from pipelines.errors import UserError
+from pipelines.platform import Platform
+
+MIN_RUNTIME = 17
+"""Oldest major version of the Databricks runtime, which is the first with Spark 4."""
+
+RUNTIME_MODULES = ("pyspark", "delta", "mlflow", "torch", "pandas")
+WHEEL_MODULES = ("deltalake", "pyarrow", "safetensors", "tokenizers")
+INDEX_TIMEOUT_SECONDS = 10
+ML_RUNTIME = "set cpu_runtime and gpu_runtime of the bundle to an ML runtime, such as 18.x-cpu-ml-scala2.13"
+LIBRARIES = "add the wheel of Lakesight to the libraries of the task, and let the cluster reach a package index"
+
+
+def check_workspace(config: RunConfig, platform: Platform) -> Iterator[DoctorCheck]:
+    """Run all checks of a workspace."""
+    yield check_runtime(os.environ.get("DATABRICKS_RUNTIME_VERSION", ""))
+    modules = [check_module(name, ML_RUNTIME) for name in RUNTIME_MODULES]
+    modules += [check_module(name, LIBRARIES) for name in WHEEL_MODULES]
+    yield from modules
+    yield check_volume(platform.root)
+    if any(check.status == "fail" for check in modules):
+        return  # the remaining checks import these modules
+    yield check_tables(platform)
+    yield from check_mlflow(config, platform)
+    yield check_package_index(os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple/"))
+
+
+def check_runtime(version: str) -> DoctorCheck:
+    """Check the version of the Databricks runtime, such as `18.0`."""
+    major = re.match(r"\d+", version)
+    if major and int(major[0]) >= MIN_RUNTIME:
+        return DoctorCheck(name="runtime", status="ok", found=version)
+    return DoctorCheck(name="runtime", status="fail", found=version or "not a Databricks cluster", fix=ML_RUNTIME)
+
+
+def check_module(name: str, fix: str) -> DoctorCheck:
+    """Check that a module can be imported, and report its version.
+
+    The module is asked, because a runtime may carry the module in another distribution (such as mlflow-skinny).
+    """
+    try:
+        module = import_module(name)
+    except ImportError as error:
+        return DoctorCheck(name=name, status="fail", found=str(error), fix=fix)
+    return DoctorCheck(name=name, status="ok", found=getattr(module, "__version__", "installed"))
+
+
+def check_volume(root: Path) -> DoctorCheck:
+    """Write, rename, read, map and remove a file below the folder `root` of the Volume."""
+    folder = root / f".preflight-{uuid.uuid4().hex}"
+    content = b"lakesight"
+    step = "create a folder"
+    try:
+        folder.mkdir()
+        step = "write a file"
+        written, renamed = folder / "written", folder / "renamed"
+        written.write_bytes(content)
+        step = "rename a file"
+        written.rename(renamed)
+        step = "map a file"
+        with renamed.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            if view[:] != content:
+                raise OSError(f"the file contains {view[:]!r}, expected {content!r}")
+        step = "remove a folder"
+        shutil.rmtree(folder)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        return DoctorCheck(
+            name="volume",
+            status="fail",
+            found=f"{root}: cannot {step}: {error.strerror or error}",
+            fix="deploy the bundle, which creates the Volume, and grant READ VOLUME and WRITE VOLUME on it",
+        )
+    return DoctorCheck(name="volume", status="ok", found=str(root))
+
+
+def check_tables(platform: Platform) -> DoctorCheck:
+    """Find or create the tables, and read the history of one table through Delta's Python API."""
+    from delta.tables import DeltaTable
+    from pyspark.errors import PySparkException
+
+    from pipelines.driver.delta.tables import ensure_tables
+    from pipelines.formats.tables import SAMPLES
+
+    try:
+        spark = platform.open_spark()
+        ensure_tables(spark, platform)
+        DeltaTable.forName(spark, platform.table(SAMPLES.name)).history(1).collect()
+    except PySparkException as error:
+        fix = "name an existing catalog, deploy the bundle, and grant USE CATALOG, USE SCHEMA and CREATE TABLE"
+        found = f"{platform.namespace}: {(str(error).splitlines() or [type(error).__name__])[0][:300]}"
+        return DoctorCheck(name="tables", status="fail", found=found, fix=fix)
+    return DoctorCheck(name="tables", status="ok", found=platform.namespace)
+
+
+def check_mlflow(config: RunConfig, platform: Platform) -> Iterator[DoctorCheck]:
+    """Find or create the run's experiment and its registered model.
+
+    A server that does not answer gives a warning, because the server may answer later. A refusal is a failure.
+    """
+    from pipelines.tracking.outage import TrackingDown
+    from pipelines.tracking.registry import ensure_model
+    from pipelines.tracking.server import ensure_experiment
+
+    parts: tuple[tuple[str, str, Callable[[], object]], ...] = (
+        ("experiment", platform.experiment(config.name), lambda: ensure_experiment(platform, config.name)),
+        ("model", platform.model_name(config.name), lambda: ensure_model(platform, platform.model_name(config.name))),
+    )
+    for name, target, ensure in parts:
+        try:
+            ensure()
+        except UserError as error:
+            status: Literal["warn", "fail"] = "warn" if isinstance(error, TrackingDown) else "fail"
+            yield DoctorCheck(name=name, status=status, found=f"{target}: {error.got or error.what}", fix=error.fix)
+        else:
+            yield DoctorCheck(name=name, status="ok", found=target)
+
+
+def check_package_index(url: str) -> DoctorCheck:
+    """Check that the package index answers, from which clusters install the wheel's dependencies."""
+    shown = re.sub(r"//[^/\s]*@", "//", url)
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=INDEX_TIMEOUT_SECONDS):  # noqa: S310 index of pip
+            return DoctorCheck(name="index", status="ok", found=shown)
+    except (urllib.error.URLError, TimeoutError) as error:
+        fix = "allow egress to the package index, or set PIP_INDEX_URL of the clusters to an index in your network"
+        return DoctorCheck(name="index", status="fail", found=f"{shown}: {error}", fix=fix)
