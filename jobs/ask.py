@@ -5,6 +5,7 @@ needs no Spark.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Sequence
 from functools import partial
@@ -157,6 +158,8 @@ def read_picture(job: Job, path: Path) -> Image:
     from PIL import Image
 
     limits = job.config.data.limits
+    if address := re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):/(.*)", str(path)):  # Path has removed the second slash
+        raise _unusable("read", f"{address[1]}://{address[2]}", "a URL", "download the picture, and name its file")
     try:
         [picture] = run_guarded([_read_file(path, limits.max_bytes)], partial(_decode, limits=limits), _raise_death)
     except OSError as error:
@@ -166,7 +169,7 @@ def read_picture(job: Job, path: Path) -> Image:
     return Image.frombytes("RGB", *picture)
 
 
-def _unusable(verb: str, path: Path, got: str, fix: str) -> UserError:
+def _unusable(verb: str, path: Path | str, got: str, fix: str) -> UserError:
     return UserError(f"the picture cannot be {verb}", where=str(path), got=got, fix=fix)
 
 
@@ -184,7 +187,7 @@ def _read_file(path: Path, max_bytes: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         data = (file.read(max_bytes + 1) if size <= max_bytes else None) or b""
     if max(size, len(data)) > max_bytes:
-        raise ImageError("too_large", f"{max(size, len(data))} bytes, at most {max_bytes}")
+        raise ImageError("too_large", f"{max(size, len(data))} bytes; at most {max_bytes} are allowed")
     return data
 
 

@@ -78,7 +78,7 @@ def picture_bytes(image: bytes | str | None, max_bytes: int = sys.maxsize) -> by
         raise ImageError("missing_field", "no picture")
     if isinstance(image, bytes):
         if len(image) > max_bytes:
-            raise ImageError("too_large", f"{len(image)} bytes, at most {max_bytes}")
+            raise ImageError("too_large", f"{len(image)} bytes; at most {max_bytes} are allowed")
         return image
     if not isinstance(image, str):
         raise ImageError("not_an_image", f"a {type(image).__name__}, expected bytes or base64 text")
@@ -101,7 +101,7 @@ def decode_base64(text: str, max_bytes: int = sys.maxsize) -> bytes:
     if len(body) > max_characters:
         body = "".join(body.split())
     if len(body) > max_characters:
-        raise ImageError("too_large", f"{len(body) * 3 // 4} bytes, at most {max_bytes}")
+        raise ImageError("too_large", f"{len(body) * 3 // 4} bytes; at most {max_bytes} are allowed")
     try:
         try:
             data = _decode_strictly(body)
@@ -110,7 +110,7 @@ def decode_base64(text: str, max_bytes: int = sys.maxsize) -> bytes:
     except (binascii.Error, ValueError) as error:
         raise ImageError("bad_base64", f"{len(body)} characters: {error}") from None
     if len(data) > max_bytes:
-        raise ImageError("too_large", f"{len(data)} bytes, at most {max_bytes}")
+        raise ImageError("too_large", f"{len(data)} bytes; at most {max_bytes} are allowed")
     return data
 
 
@@ -147,7 +147,7 @@ def open_image(
     image = _open_header(file.data)
     width, height = image.size
     if width * height > max_pixels:
-        raise ImageError("too_large", f"{width} x {height} pixels, at most {max_pixels} in all")
+        raise ImageError("too_large", f"{width} x {height} pixels; at most {max_pixels} are allowed in all")
     if min(width, height) < min_side:
         raise ImageError("too_small", f"{width} x {height} pixels, at least {min_side} a side")
     format_ = str(image.format)

@@ -1,8 +1,8 @@
 """Convert decoded pictures of all modes to RGB with 8 bits a sample.
 
 Samples of 16 bits are scaled to 8 bits. Cameras, microscopes and X-ray detectors store 8, 10 or 12 bits in samples of
-16 bits without scaling them, so that the pictures are almost black. If the largest sample of a picture has at most 12
-bits, the picture is scaled from the 8, 10 or 12 bits that it uses, and otherwise from 16 bits.
+16 bits without scaling them, so that the pictures are almost black. If the largest sample of a picture fits in 8, 10
+or 12 bits, the samples are scaled from the smallest of these widths that fits. Otherwise, they are scaled from 16 bits.
 
 Pictures are converted in bands of rows, because a conversion needs several times the memory of its band. Decoding a
 picture of 64 megapixels needs 0.6 GB.

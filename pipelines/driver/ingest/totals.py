@@ -139,7 +139,12 @@ def _no_samples_error(report: IngestReport, config: DataConfig) -> UserError:
             fix="if the rows were deleted, `lakesight ingest --refresh` reads everything again",
         )
     if not report.rows_in:
-        return UserError("the input has no rows", where=config.source.where, got="only a header", fix="add rows")
+        return UserError(
+            "the input has no rows",
+            where=config.source.where,
+            got="0 rows",
+            fix="add rows, or correct the path or the condition of the source",
+        )
     return UserError(
         "not one row of the input could be used",
         where=config.source.where,

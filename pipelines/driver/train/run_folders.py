@@ -62,7 +62,7 @@ def find_folder(path: Path, config: RunConfig, code: TrainingCode) -> RunFolder:
 
 
 def earlier_code(run: RunFolder, code: TrainingCode) -> tuple[str, ...]:
-    """Return the digests of all other codes with which a run has been trained, for run.json."""
+    """Return the digests of all earlier versions of the training code that have trained this run (for run.json)."""
     if not run.run_file.exists() or not run.finished_checkpoints():
         return ()
     before = run.read_run()

@@ -182,7 +182,7 @@ def _decode_sample(file: str, fields: Fields, rules: DecodeRules) -> dict[str, A
     given_id = normalize_id(require_field(fields, columns.id)) if columns.id else None
     texts = extract_texts(fields, columns, limits.max_text_chars)
     if limits.max_texts is not None and len(texts) > limits.max_texts:
-        raise Refused("decode", "too_many_texts", f"{len(texts)} texts, at most {limits.max_texts}")
+        raise Refused("decode", "too_many_texts", f"{len(texts)} texts; at most {limits.max_texts} are allowed")
     image = _image_bytes(encoded, columns.image, limits.max_bytes)
     pixels, info = _open_image(image, limits)
     sha256 = _sha256(image)
@@ -216,7 +216,7 @@ def _image_bytes(value: object, column: str, max_bytes: int) -> bytes:
         kind = type(value).__name__
         raise Refused("decode", "malformed_record", f"column {column} holds a {kind}, neither bytes nor base64")
     if len(value) > max_bytes:
-        raise Refused("decode", "too_large", f"{len(value)} bytes, at most {max_bytes}")
+        raise Refused("decode", "too_large", f"{len(value)} bytes; at most {max_bytes} are allowed")
     return value
 
 

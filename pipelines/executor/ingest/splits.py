@@ -12,15 +12,20 @@ from pipelines.executor.ingest.values import is_missing, to_text, trim
 
 SPLITS: dict[str, Split] = {
     "train": "train",
+    "training": "train",
     "val": "val",
     "valid": "val",
     "validation": "val",
     "dev": "val",
     "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
 }
-"""Our name (train, val or test) for each split name that sources use in a column."""
-FILE_SPLITS: dict[str, Split] = SPLITS | {"training": "train", "testing": "test", "eval": "test", "evaluation": "test"}
-"""Our name for each word that stands for a split in the names of files and folders, as in Hugging Face datasets."""
+"""Our name (train, val or test) for each word that stands for a split in columns, files and folders of sources.
+
+The words are those of Hugging Face datasets.
+"""
 PART_NUMBER = re.compile(r"-\d+(-of-\d+)?$")
 
 
@@ -77,7 +82,7 @@ def split_of_file(file: str) -> Split | None:
 
 def _split_of_words(name: str) -> Split | None:
     words = re.split(r"[^a-z]+", name.casefold())
-    splits = {FILE_SPLITS[word] for word in words if word in FILE_SPLITS}
+    splits = {SPLITS[word] for word in words if word in SPLITS}
     return splits.pop() if len(splits) == 1 else None
 
 

@@ -23,7 +23,10 @@ INACCESSIBLE = frozenset(
 DAMAGE = (EOFError, zlib.error, LZMAError, UnicodeError, tarfile.TarError, pa.ArrowException)
 """Exceptions that decompressors and parsers raise for damaged data."""
 FILE_ERRORS = (OSError, *DAMAGE)
-"""Exceptions that may concern one file. `require_damage` tells them from faults of the machine."""
+"""Exceptions that may concern one file.
+
+`require_damage` decides whether such an exception means a damaged file or a fault of the machine.
+"""
 
 
 def is_url(path: str) -> bool:

@@ -31,7 +31,7 @@ from pipelines.executor.ingest.records.csv import csv_records
 from pipelines.executor.ingest.records.jsonl import find_keys, jsonl_records
 from pipelines.executor.ingest.records.lines import RANGE, Layout
 from pipelines.executor.ingest.records.pictures.root import picture_records
-from pipelines.executor.ingest.records.record import Fields, Record
+from pipelines.executor.ingest.records.record import Fields, Problem, Record
 
 LIMIT = 10**6
 
@@ -310,6 +310,17 @@ def test_ids_of_coco_are_equal_as_numbers_and_as_texts(tmp_path: Path) -> None:
     assert found == expected
     assert len(records) == len(found)
     assert (records[0].fields["height"], records[0].fields["width"]) == (4, 5)
+
+
+def test_images_of_coco_with_the_id_of_another_image_are_refused_because_their_captions_are_unclear(
+    tmp_path: Path,
+) -> None:
+    images = [{"id": 1, "file_name": "a"}, {"id": "1.0", "file_name": "b"}, *[{"id": 2, "file_name": "c"}] * 2]
+    annotations = [{"image_id": number, "caption": "said"} for number in (1, 2)]
+    records = coco(tmp_path, {"images": images, "annotations": annotations})
+    refused = Problem("malformed_record", "several images have id 1")
+    assert [record.problem for record in records] == [refused, refused, None, None]
+    assert [record.fields["said"] for record in records] == [["said"]] * 4
 
 
 def test_captions_of_coco_are_missing_or_several_as_texts_of_other_sources(tmp_path: Path) -> None:

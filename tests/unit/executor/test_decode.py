@@ -98,7 +98,7 @@ def test_row_with_more_texts_than_the_limit_is_refused() -> None:
     rules = DecodeRules("birds", ColumnNames(), LimitsConfig(max_texts=2), HashSplitConfig())
     assert one({TEXT: ["a", "b", "a", " "]}, rules)["reason"] is None
     refused = one({TEXT: ["a", "b", "c"]}, rules)
-    assert (refused["reason"], refused["detail"]) == ("too_many_texts", "3 texts, at most 2")
+    assert (refused["reason"], refused["detail"]) == ("too_many_texts", "3 texts; at most 2 are allowed")
 
 
 def test_row_that_could_not_be_parsed_keeps_its_raw_text() -> None:
@@ -261,13 +261,16 @@ def test_split_of_file_is_a_word_of_its_name_or_of_its_nearest_folder(name: str,
 def test_split_may_come_from_a_column_and_an_unknown_split_is_refused() -> None:
     rules = DecodeRules("birds", ColumnNames(), LIMITS, ColumnSplitConfig(kind="column", column="of"))
     outcomes = {
-        given: one({"of": given}, rules) for given in ("train", " Validation", "dev", "test", "holdout", "", None)
+        given: one({"of": given}, rules)
+        for given in ("train", " Validation", "dev", "test", "Testing", "eval", "holdout", "", None)
     }
     assert {given: outcome.get("split") or outcome["reason"] for given, outcome in outcomes.items()} == {
         "train": "train",
         " Validation": "val",
         "dev": "val",
         "test": "test",
+        "Testing": "test",
+        "eval": "test",
         "holdout": "malformed_record",
         "": "missing_field",
         None: "missing_field",

@@ -47,7 +47,10 @@ def test_picture_file_that_is_missing_or_outside_the_folder_is_a_problem_of_its_
 def test_picture_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(bytes(101))
     record = read_picture(tmp_path, "a.png")
-    assert (record.fields[PICTURE], record.problem) == (None, Problem("too_large", "101 bytes, at most 100"))
+    assert (record.fields[PICTURE], record.problem) == (
+        None,
+        Problem("too_large", "101 bytes; at most 100 are allowed"),
+    )
 
 
 def test_no_picture_file_is_read_for_a_row_that_could_not_be_parsed(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_what_is_no_regular_file_is_refused(folder: Path) -> None:
     assert read(folder, "pipe.png") == "missing_field: 'pipe.png' is not a regular file"
     assert read(folder, "in") == "missing_field: 'in' is not a regular file"
     (folder / "large.png").write_bytes(bytes(101))
-    assert read(folder, "large.png") == "too_large: 101 bytes, at most 100"
+    assert read(folder, "large.png") == "too_large: 101 bytes; at most 100 are allowed"
 
 
 @settings(max_examples=150, deadline=None)
@@ -245,6 +245,29 @@ def test_unreadable_picture_is_a_problem_of_its_row_alone(folder: Path) -> None:
     assert [record.problem and record.problem.reason for record in found] == [None, *["missing_field"] * 4, None]
     assert [record.fields["image"] for record in found] == ["a.png", None, "b.png", " ", "../secret.png", "a.png"]
     assert SECRET not in [record.fields[PICTURE] for record in found]
+
+
+@pytest.mark.parametrize(
+    ("named", "problem"),
+    [
+        (" ", "missing_field: no file is named"),
+        (7, "malformed_record: a value of type int where image_root needs a path or URL"),
+        (["a.png"], "malformed_record: a value of type list where image_root needs a path or URL"),
+        ({"path": "a.png"}, "malformed_record: a value of type dict where image_root needs a path or URL"),
+        ("data:image/png;base64," + "A" * 9_000, "malformed_record: a data URI where image_root needs a path or URL"),
+        ("a" * 9_000, "malformed_record: a path or URL of 9000 characters; at most 8192 are allowed"),
+    ],
+    ids=["blank", "number", "list", "struct", "data URI", "long"],
+)
+def test_a_value_that_is_no_path_is_described_by_its_kind(folder: Path, named: object, problem: str) -> None:
+    found = PictureRoot(str(folder), 100).read(named)
+    assert isinstance(found, Problem)
+    assert f"{found.reason}: {found.detail}" == problem
+
+
+def test_a_root_that_does_not_exist_is_named_in_the_problem_of_a_row(folder: Path) -> None:
+    found = PictureRoot(f"{folder}/absent", 100).read("a.png")
+    assert found == Problem("missing_field", f"image_root: there is no folder '{folder}/absent'")
 
 
 def test_struct_of_bytes_and_path_is_a_picture_or_a_path(folder: Path) -> None:

@@ -304,8 +304,8 @@ def test_links_have_the_content_of_the_member_to_which_they_lead(tmp_path: Path,
     assert refused == {
         "in/d": Problem("malformed_record", "in/d.jpg is a link to in/../../etc/hostname: the tar has no such member"),
         "in/e": Problem("malformed_record", "in/e.jpg is a link to in/e.jpg: the tar has no such member"),
-        "in/f": Problem("too_large", "in/f.jpg is a link to in/big.bin: 2001 bytes, at most 2000"),
-        "in/big": Problem("too_large", "in/big.bin: 2001 bytes, at most 2000"),
+        "in/f": Problem("too_large", "in/f.jpg is a link to in/big.bin: 2001 bytes; at most 2000 are allowed"),
+        "in/big": Problem("too_large", "in/big.bin: 2001 bytes; at most 2000 are allowed"),
     }
 
 

@@ -194,6 +194,7 @@ def test_equal_labels_have_equal_colours_and_degenerate_boxes_can_be_drawn() -> 
         ("/proc/kmsg", ""),
         ("empty.png", "not_an_image: 0 bytes"),
         ("loop.png", "Too many levels of symbolic links"),
+        ("https://example.org/a.png", "download the picture"),
     ],
 )
 def test_a_file_that_has_no_end_or_is_no_picture_is_refused_in_one_paragraph(

@@ -237,7 +237,11 @@ def whole_values(column: pa.Array, most: int) -> Iterator[Any]:
         return
     for value in each_value(column):
         size = size_of(value)
-        yield to_python(value)[0] if size <= most else NotStored(f"a value of {size:,} bytes, at most {most:,}", value)
+        yield (
+            to_python(value)[0]
+            if size <= most
+            else NotStored(f"a value of {size:,} bytes; at most {most:,} are allowed", value)
+        )
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -280,7 +284,7 @@ def _whole_picture(array: pa.Array, most: int) -> bytes | str | NotStored:
     text, buffer = is_text(array.type), content_of(array)
     limit = most * 3 // 2 if text else most  # base64 takes 4 characters for 3 bytes
     if buffer.size > limit:
-        return NotStored(f"{buffer.size:,} bytes, at most {limit:,}", array)
+        return NotStored(f"{buffer.size:,} bytes; at most {limit:,} are allowed", array)
     content: bytes = buffer.to_pybytes()
     try:
         return content.decode() if text else content
@@ -291,7 +295,7 @@ def _whole_picture(array: pa.Array, most: int) -> bytes | str | NotStored:
 def _bytes_of_numbers(values: pa.Array, most: int) -> bytes | list[int] | NotStored:
     """Return the bytes that a list of numbers stands for, or the list if a number is not a byte."""
     if len(values) > most:
-        return NotStored(f"a list of {len(values):,} numbers, at most {most:,}")
+        return NotStored(f"a list of {len(values):,} numbers; at most {most:,} are allowed")
     numbers: np.ndarray = values.to_numpy(zero_copy_only=False)
     if numbers.dtype == np.int8:
         return numbers.tobytes()

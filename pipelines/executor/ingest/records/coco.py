@@ -10,7 +10,7 @@ from contextlib import closing
 from typing import Any
 
 from pipelines.config import ColumnNames
-from pipelines.executor.ingest.records.record import Fields, Record, parse_integer
+from pipelines.executor.ingest.records.record import Fields, Problem, Record, parse_integer
 from pipelines.executor.ingest.text_stream import open_text
 from pipelines.executor.ingest.values import is_missing
 
@@ -47,13 +47,21 @@ def coco_records(path: str, file: str, columns: ColumnNames) -> Iterator[Record]
         said = captions[_to_id(fields.get("image_id"))]
         caption = fields.get("caption")
         said += [text for text in (caption if isinstance(caption, list) else [caption]) if not is_missing(text)]
-    listed = set()
+    names: dict[str | None, set[str]] = defaultdict(set)
+    for image in images:
+        fields = image if isinstance(image, dict) else {}
+        names[_to_id(fields.get("id"))].add(_to_string(fields.get("file_name")))
     for image in images:
         fields = image if isinstance(image, dict) else {}
         image_id = _to_id(fields.get("id"))
-        listed.add(image_id)
-        yield _record(file, columns, image_id, fields, captions.get(image_id) if image_id is not None else None)
-    for image_id in captions.keys() - (listed - {None}):
+        record = _record(file, columns, image_id, fields, captions.get(image_id) if image_id is not None else None)
+        unclear = image_id is not None and len(names[image_id]) > 1
+        yield (
+            record._replace(problem=Problem("malformed_record", f"several images have id {image_id}"))
+            if unclear
+            else record
+        )
+    for image_id in captions.keys() - (names.keys() - {None}):
         yield _record(file, columns, image_id, {}, captions[image_id])
 
 

@@ -28,7 +28,7 @@ from pipelines.executor.ingest.records.record import Problem, Record, add_partit
 MAX_LINES_OF_ROW = 100_000
 """Largest number of lines that a row with line breaks inside quotes may have."""
 MAX_BROKEN_LINES = 100
-"""Largest number of lines over which the end of a quoted field is looked for if a row must be one line."""
+"""Number of lines in which the parser searches for the end of a quoted field with a forbidden line break."""
 NEAR_BYTES = 4 * 2**20
 """Number of bytes before and after a range in which quotes are looked for that span the beginning or end of it."""
 

@@ -136,7 +136,10 @@ def folder_records(
 
 
 def subfolder_of(captions: str, folder: str) -> str:
-    """Return the path of the captions file's folder below the folder, or an empty text if it is not below."""
+    """Return the path of the subfolder with the captions file, relative to `folder`.
+
+    The path is empty if the captions file is directly in `folder` or outside of it.
+    """
     subfolder = posixpath.relpath(posixpath.dirname(captions), folder)
     return "" if subfolder == "." or subfolder.startswith("..") else subfolder
 

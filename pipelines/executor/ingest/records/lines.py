@@ -235,4 +235,4 @@ def _other_end(separator: bytes) -> bytes:
 def long_line_record(file: str, fields: Fields, line: LongLine, limit: int) -> Record:
     """Return the record of a line that is too long, which keeps the beginning of the line."""
     raw = f"{line.head.decode(errors='replace')} [... {line.size} bytes, SHA-256 {line.sha256}]"
-    return Record(file, fields, raw, Problem("too_large", f"a line of {line.size} bytes, at most {limit}"))
+    return Record(file, fields, raw, Problem("too_large", f"a line of {line.size} bytes; at most {limit} are allowed"))

@@ -17,12 +17,12 @@ from pipelines.executor.ingest.values import normalize_id
 def delta_records(batches: Iterator[pa.RecordBatch], names: Sequence[str], image: str) -> Iterator[Record]:
     """Convert rows of a Delta table to records. Columns that nobody named are read only if a row is refused.
 
-    An image struct of bytes and path becomes two fields: IMAGE and IMAGE.path.
+    An image struct of bytes and path becomes two fields: the image column and `COLUMN.path`.
 
     Args:
         batches: batches with the columns of `sources.table.select_columns`: file, used columns, struct of the others.
         names: names of the used columns.
-        image: name of the image column (IMAGE).
+        image: name of the image column.
     """
     for batch in batches:
         file, *used, others = batch.columns

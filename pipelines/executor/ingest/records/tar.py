@@ -112,7 +112,7 @@ class TarReader:
     def _read_attributes(self, header: tarfile.TarInfo) -> dict[str, str] | str:
         """Return what an extended header says about the next member, or a problem of the next member."""
         if header.size > HEADER_BYTES:
-            return f"an extended header of {header.size} bytes, at most {HEADER_BYTES}"
+            return f"an extended header of {header.size} bytes; at most {HEADER_BYTES} are allowed"
         content = self._read(header.size)
         self._left -= header.size
         if header.type in EXTENDED:

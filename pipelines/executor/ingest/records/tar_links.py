@@ -79,7 +79,7 @@ class LinkTargets:
         if name in self._found:
             return Problem("malformed_record", "the tar has several members of that name")
         if member.size > self._max_bytes:
-            return Problem("too_large", f"{member.size} bytes, at most {self._max_bytes}")
+            return Problem("too_large", f"{member.size} bytes; at most {self._max_bytes} are allowed")
         start = self._file.tell()
         if start + member.size > SPOOL_BYTES:
             return Problem("too_large", f"the linked members of the tar have more than {SPOOL_BYTES} bytes")

@@ -179,7 +179,7 @@ class _TarRow:
 
     def _fits(self, name: str, size: int) -> bool:
         if size > self._limits.max_bytes:
-            self._refuse("too_large", f"{name}: {size} bytes, at most {self._limits.max_bytes}")
+            self._refuse("too_large", f"{name}: {size} bytes; at most {self._limits.max_bytes} are allowed")
         elif self._size + size > self._limits.row_bytes:
             self._refuse("too_large", f"the members of the row have more than {self._limits.row_bytes} bytes")
         else:
@@ -193,7 +193,7 @@ class _TarRow:
             if self._side + len(content) > SIDE_BYTES:
                 kept = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
                 if extension == "json" and self._limits.needs_json:
-                    self._refuse("too_large", f"{name}: {len(content)} bytes, at most {SIDE_BYTES}")
+                    self._refuse("too_large", f"{name}: {len(content)} bytes; at most {SIDE_BYTES} are allowed")
             else:
                 self._side += len(content)
         self._members[extension] = (name, kept)

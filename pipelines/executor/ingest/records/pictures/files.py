@@ -84,7 +84,7 @@ def read_file(found: PictureFile, max_bytes: int) -> bytes | Problem:
     except OSError as error:
         return Problem("unreadable_file", require_damage(error))
     size = max(status.st_size, len(content))
-    return content if size <= max_bytes else Problem("too_large", f"{size} bytes, at most {max_bytes}")
+    return content if size <= max_bytes else Problem("too_large", f"{size} bytes; at most {max_bytes} are allowed")
 
 
 def _spellings(name: str) -> Iterator[str]:

@@ -16,9 +16,12 @@ from pipelines.errors import UserError
 from pipelines.executor.ingest.records.pictures.files import LOCAL_URI, PictureFile, find_file, read_file
 from pipelines.executor.ingest.records.pictures.urls import read_url, require_readable, scheme_of
 from pipelines.executor.ingest.records.record import Problem, Read, Record
+from pipelines.executor.ingest.values import is_missing
 
 CHUNK_ROWS = 64
 CHUNK_BYTES = 16 * 2**20
+MAX_NAME = 8_192
+"""Largest number of characters of a path or URL that names a picture."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +39,30 @@ class PictureRoot:
         """
         if isinstance(name, bytes):
             name = name.decode("utf-8", "replace")
-        if not isinstance(name, str) or not name.strip():
+        if is_missing(name):
             return Problem("missing_field", "no file is named")
+        if not isinstance(name, str) or name.lstrip()[:5].lower() == "data:":
+            kind = "a data URI" if isinstance(name, str) else f"a value of type {type(name).__name__}"
+            return Problem("malformed_record", f"{kind} where image_root needs a path or URL")
+        if len(name) > MAX_NAME:
+            return Problem(
+                "malformed_record", f"a path or URL of {len(name)} characters; at most {MAX_NAME} are allowed"
+            )
         if scheme_of(self.location):
             return read_url(self.location, name, self.max_bytes)
+        if not Path(self.location).is_dir():
+            return Problem("missing_field", f"image_root: there is no folder {self.location!r}")
         found = find_file(self.location, name)
         return read_file(found, self.max_bytes) if isinstance(found, PictureFile) else found
 
 
 def plain_location(location: str) -> str:
-    """Return a location with which a user names a folder as a plain path. URLs of servers are returned unchanged."""
+    """Return a location with which a user names a folder as a plain path. URLs of servers are returned unchanged.
+
+    A leading `~` is the home folder of the user.
+    """
     local = LOCAL_URI.fullmatch(location)
-    return local[1] if local else location
+    return local[1] if local else os.path.expanduser(location)  # noqa: PTH111 (the location may be a URL)
 
 
 def absolute_location(location: str) -> str:

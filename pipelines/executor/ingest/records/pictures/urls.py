@@ -6,12 +6,14 @@ bounded in bytes and in time, and a picture is never read from another server, b
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import re
 import threading
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable
 from functools import lru_cache, partial
 from http.client import HTTPMessage
@@ -140,7 +142,9 @@ def _in_time(fetch: Callable[[float], bytes | Problem]) -> bytes | Problem:
     return result
 
 
-def _read_bounded(file: IO[bytes] | http.client.HTTPResponse, max_bytes: int, deadline: float) -> bytes | Problem:
+def _read_bounded(
+    file: IO[bytes] | gzip.GzipFile | http.client.HTTPResponse, max_bytes: int, deadline: float
+) -> bytes | Problem:
     content = bytearray()
     while chunk := file.read(min(CHUNK, max_bytes + 1 - len(content))):
         content += chunk
@@ -199,7 +203,8 @@ def _fetch_web(root: str, path: str, max_bytes: int, deadline: float) -> bytes |
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with opener.open(url, timeout=max(0.1, deadline - time.monotonic())) as answer:
-                return _read_bounded(answer, max_bytes, deadline)
+                packed = answer.headers.get("Content-Encoding", "").strip().lower() in ("gzip", "x-gzip")
+                return _read_bounded(gzip.GzipFile(fileobj=answer) if packed else answer, max_bytes, deadline)
         except urllib.error.HTTPError as error:
             if error.code in (404, 410):
                 return Problem("missing_field", f"{root} has no file {path!r}: status {error.code}")
@@ -212,7 +217,7 @@ def _fetch_web(root: str, path: str, max_bytes: int, deadline: float) -> bytes |
                 raise TimeoutError from None
             if attempt == ATTEMPTS:
                 raise ConnectionError(f"{root} does not answer: {error.reason}") from None
-        except (http.client.HTTPException, OSError, ValueError) as error:
+        except (http.client.HTTPException, OSError, EOFError, zlib.error, ValueError) as error:
             if attempt == ATTEMPTS:
                 return Problem("unreadable_file", f"{url}: {type(error).__name__}: {error}")
         time.sleep(min(PAUSE_SECONDS * attempt, max(0.0, deadline - time.monotonic())))
