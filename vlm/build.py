@@ -168,6 +168,7 @@ def _blocks(config: TransformerConfig) -> list[Block]:
                 num_kv_heads=attention.num_kv_heads,
                 head_dim=attention.head_dim,
                 bias=attention.bias,
+                out_bias=attention.has_out_bias,
                 dropout=config.dropout,
                 window=attention.windows[layer % len(attention.windows)],
                 soft_cap=attention.soft_cap,

@@ -38,8 +38,12 @@ from vlm.text.base import Tokenizer
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 MANIFEST = "files.json"
 MODEL_FILES = (WEIGHTS, CONFIG, TOKENIZER)
-FORMAT_KEY, FORMAT = "lakesight_format", 1
-"""Version of the format of checkpoints. Files without a version were written before versions were introduced."""
+FORMAT_KEY, FORMAT = "lakesight_format", 2
+"""Version of the format of checkpoints. Files without a version (0) were written before versions were introduced.
+
+From version 2 on, `vision.select: attention` reads the patches alone. Before, the query also read the class token and
+the registers.
+"""
 
 
 def save_model(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer) -> None:
@@ -79,8 +83,8 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Vision
     return model.to(device).eval(), tokenizer
 
 
-def check_format(path: Path) -> None:
-    """Check that this version of Lakesight can read a weights file, before its config is read.
+def check_format(path: Path) -> int:
+    """Check that this version of Lakesight can read a weights file, and return the version of the file's format.
 
     Raises:
         CheckpointError: a newer version of Lakesight wrote the file, or the file cannot be read.
@@ -96,6 +100,18 @@ def check_format(path: Path) -> None:
             where=str(path),
             got=f"format {found}, and this version reads formats up to {FORMAT}",
             fix="install a newer version of Lakesight",
+        )
+    return int(found)
+
+
+def _check_pooling(path: Path, version: int, config: ModelConfig) -> None:
+    vision = config.vision
+    if version < 2 and vision.select == "attention" and (vision.class_token or vision.registers):
+        raise CheckpointError(
+            "the checkpoint is from an older version of Lakesight, whose attention pooling computed other features",
+            where=str(path),
+            got=f"format {version}, in which the pooling query also read the class token and the registers",
+            fix="train the model again, or import its published weights again",
         )
 
 
@@ -129,7 +145,7 @@ def load_weights(model: VisionLanguageModel, path: Path) -> None:
         CheckpointError: the file cannot be read, or a tensor is missing, is unexpected or has the wrong shape; the
             message lists all tensors with such a problem.
     """
-    check_format(path)
+    _check_pooling(path, check_format(path), model.config)
     fill_tensors(model_weights(model), path)
 
 

@@ -52,7 +52,7 @@ class AttentionPool(nn.Module):
         self.attention, self.norm, self.mlp = attention, norm, mlp
 
     def forward(self, x_BNW: Tensor) -> Tensor:
-        """Pool all features of each picture into a single feature."""
+        """Pool the patch vectors of each picture into a single feature."""
         query_B1W = self.query.expand(len(x_BNW), -1, -1)
         pooled_B1W = self.attention(query_B1W, self.attention.keys_values(x_BNW))
         return pooled_B1W + self.mlp(self.norm(pooled_B1W))
@@ -106,11 +106,11 @@ class VisionEncoder(nn.Module):
         for block in self.blocks:
             x_BNW = block(x_BNW, mask=None, causal=False)
         x_BNW = self.norm(x_BNW)
-        if self.pool is not None:
-            return self.pool(x_BNW)
         if self.select == "cls":
             return x_BNW[:, :1]
         patches_BNW = x_BNW[:, self.num_extra :]
+        if self.pool is not None:
+            return self.pool(patches_BNW)
         return patches_BNW.mean(dim=1, keepdim=True) if self.select == "mean" else patches_BNW
 
     def _embed(self, x_BNW: Tensor) -> Tensor:

@@ -44,10 +44,15 @@ VISION: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("bare", [True, False])
-def test_vit_encoder_gives_the_original_features_after_import_and_export(bare: bool, tmp_path: Path) -> None:
-    original = publish((ViTModel if bare else ViTForImageClassification)(ViTConfig(**VISION)), tmp_path / "published")
-    settings = config(vision={"class_token": True, "transformer": blocks(eps=1e-12)})
+@pytest.mark.parametrize(("bare", "qkv_bias"), [(True, True), (True, False), (False, True)])
+def test_vit_encoder_gives_the_original_features_after_import_and_export(
+    bare: bool, qkv_bias: bool, tmp_path: Path
+) -> None:
+    kind = ViTModel if bare else ViTForImageClassification
+    original = publish(kind(ViTConfig(**VISION, qkv_bias=qkv_bias)), tmp_path / "published")
+    transformer = blocks(eps=1e-12)
+    transformer["attention"] |= {"bias": qkv_bias, "out_bias": True}
+    settings = config(vision={"class_token": True, "transformer": transformer})
     model, _ = load(settings, tmp_path / "published", "encoder")
     theirs = (original if bare else original.vit)(pixels()).last_hidden_state[:, 1:]
     assert_equal(model.encoder(pixels()), theirs)

@@ -36,7 +36,7 @@ def config(
     """Return a model config with the given encoder and decoder. An omitted encoder or decoder has default settings."""
     return ModelConfig.model_validate(
         {
-            "image": {"size": size},
+            "image": others.pop("image", {"size": size}),
             "text": {"kind": "json", "vocab_size": VOCAB, "bos": "<s>", "eos": "</s>", "pad": "<pad>"},
             "vision": {"stem": {"kind": "patch", "patch_size": PATCH}, "transformer": blocks(), **(vision or {})},
             "decoder": {"context": 48, "transformer": blocks(), **(decoder or {})},

@@ -70,7 +70,7 @@ def _encoder(config: ModelConfig) -> int:
     pool = 0
     if vision.select == "attention":
         heads = vision.transformer.attention.num_heads * vision.transformer.attention.head_dim
-        pool = 2 * (2 * width * heads + tokens * 2 * width * heads) + 4 * tokens * heads
+        pool = 2 * (2 * width * heads + config.num_patches * 2 * width * heads) + 4 * config.num_patches * heads
         pool += 2 * _mlp_weights(width, vision.transformer.mlp)
     return stem + _stack(vision.transformer, tokens) + pool
 

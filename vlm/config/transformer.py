@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from vlm.config.base import Config, Probability
+from vlm.config.base import ADDED_LATER, Config, Probability
 
 
 class LayerNormConfig(Config):
@@ -50,7 +50,8 @@ class AttentionConfig(Config):
         num_heads: number of query heads.
         num_kv_heads: number of key-value heads.
         head_dim: width of a head.
-        bias: true if the projections of queries, keys, values and output have a bias.
+        bias: true if the projections of queries, keys and values have a bias.
+        out_bias: true if the projection of the output has a bias; null: the same as `bias`.
         windows: window size of each layer, which is the number of positions that a position attends to, including the
             position itself; null: all positions. If the list has fewer entries than the transformer has layers, the
             list is repeated.
@@ -63,9 +64,15 @@ class AttentionConfig(Config):
     num_kv_heads: PositiveInt
     head_dim: PositiveInt
     bias: bool = False
+    out_bias: Annotated[bool | None, ADDED_LATER] = None
     windows: Annotated[tuple[PositiveInt | None, ...], Field(min_length=1)] = (None,)
     soft_cap: PositiveFloat | None = None
     scale: PositiveFloat | None = None
+
+    @property
+    def has_out_bias(self) -> bool:
+        """True if the projection of the output has a bias."""
+        return self.bias if self.out_bias is None else self.out_bias
 
     @model_validator(mode="after")
     def _check_groups(self) -> Self:

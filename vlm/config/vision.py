@@ -51,7 +51,8 @@ class VisionConfig(Config):
         pre_norm: true if a norm comes before the first block (CLIP).
         post_norm: true if a norm comes after the last block.
         select: output that the projector receives: the `patches`, the `mean` of the patches, the class token (`cls`),
-            or the pooled vector of one learned query (`attention`; Zhai et al., 2022).
+            or the pooled vector of one learned query that reads the patches (`attention`; Zhai et al.,
+            2022).
     """
 
     stem: StemConfig

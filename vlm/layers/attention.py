@@ -28,6 +28,7 @@ class Attention(nn.Module):
         num_kv_heads: int,
         head_dim: int,
         bias: bool,
+        out_bias: bool,
         dropout: float,
         window: int | None = None,
         soft_cap: float | None = None,
@@ -38,7 +39,7 @@ class Attention(nn.Module):
         self.dropout, self.window, self.soft_cap = dropout, window, soft_cap
         self.scale = scale if scale is not None else head_dim**-0.5
         self.qkv = nn.Linear(width, (num_heads + 2 * num_kv_heads) * head_dim, bias=bias)
-        self.out = nn.Linear(num_heads * head_dim, width, bias=bias)
+        self.out = nn.Linear(num_heads * head_dim, width, bias=out_bias)
 
     def forward(
         self,

@@ -158,6 +158,23 @@ def write_only(key: str, ours: Callable[[ModelConfig], Any]) -> ConfigField:
     return ConfigField("", key, ours, theirs, lambda value: {key: value})
 
 
+def attention_biases(path: str, qkv: ConfigField, out: bool | None = None) -> tuple[ConfigField, ...]:
+    """Return the config fields of the biases of attention.
+
+    Args:
+        path: dotted path of our attention config.
+        qkv: config field of the bias of queries, keys and values.
+        out: True or False if all models of the family have, or have not, a bias of the output; None if the output has
+            a bias exactly if queries, keys and values have a bias.
+    """
+    return (
+        qkv,
+        ConfigField(
+            f"{path}.out_bias", qkv.keys, value_at(f"{path}.has_out_bias"), qkv.theirs if out is None else lambda _: out
+        ),
+    )
+
+
 def attention_heads(path: str, width: str, count: str) -> tuple[ConfigField, ...]:
     """Return the config fields of multi-head attention in which the model's width is split evenly over the heads.
 

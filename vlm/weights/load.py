@@ -265,7 +265,7 @@ def _size(source: Source, rule: Rule) -> int:
 
 
 def _read(source: Source, rule: Rule, model: nn.Module) -> list[Tensor]:
-    """Read the tensors of a rule and convert them to our parameters.
+    """Read the tensors of a rule and convert them to our parameters, which are fp32 whatever the type in the file.
 
     Raises:
         CheckpointError: a tensor contains NaN or infinity, so that the model would answer nothing but NaN.
@@ -284,7 +284,7 @@ def _read(source: Source, rule: Rule, model: nn.Module) -> list[Tensor]:
         assert rule.grid is not None
         rows = model.get_parameter(rule.ours[0]).shape[1]
         tensors = [resample_positions(tensors[0], rows, rule.grid)]
-    return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+    return [tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for tensor in tensors]
 
 
 def _set_parameters(model: nn.Module, names: Sequence[str], tensors: Sequence[Tensor]) -> None:

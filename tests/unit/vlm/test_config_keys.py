@@ -55,7 +55,7 @@ MODELS = {
 DETERMINED_BY_TENSORS = {
     "vision_use_head", "num_patches", "image_size", "depth", "patch_size", "class_token", "reg_tokens", "pre_norm",
     "img_size", "mlp_ratio", "init_values", "no_embed_class", "final_norm", "fc_norm", "global_pool", "num_classes",
-    "num_features",
+    "num_features", "qkv_bias", "proj_bias",
 }  # fmt: skip
 """Keys that an import does not compare with the model's config, because the shapes of the tensors do."""
 IMPLIED = {"architecture": "vit_base_patch16_clip_224"}

@@ -34,7 +34,7 @@ def naive_attention(layer: Attention, x_BTW: Tensor, mask_TS: Tensor, angles: An
 def make_attention(num_kv_heads: int, soft_cap: float | None = None) -> Attention:
     torch.manual_seed(0)
     return Attention(
-        24, num_heads=4, num_kv_heads=num_kv_heads, head_dim=6, bias=True, dropout=0.0, soft_cap=soft_cap
+        24, num_heads=4, num_kv_heads=num_kv_heads, head_dim=6, bias=True, out_bias=True, dropout=0.0, soft_cap=soft_cap
     ).eval()
 
 

@@ -319,10 +319,24 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_one_without_a_format_vers
     weights = load_file(path)
     save_file(weights, path)  # as versions of Lakesight without a format version wrote it
     assert torch.equal(load_model(tmp_path)[0].decoder.tokens.weight, model.decoder.tokens.weight)
-    save_file(weights, path, {"lakesight_format": "2"})
+    save_file(weights, path, {"lakesight_format": "3"})
     (tmp_path / "config.json").write_text('{"new_setting": 1}')
-    with pytest.raises(CheckpointError, match="format 2, and this version reads formats up to 1"):
+    with pytest.raises(CheckpointError, match="format 3, and this version reads formats up to 2"):
         load_model(tmp_path)
+
+
+def test_an_old_checkpoint_whose_attention_pooling_read_other_tokens_is_refused_with_its_format(tmp_path: Path) -> None:
+    for variant, refused in (("capped", True), ("plain", False)):
+        model, tokenizer = tiny_model(variant)
+        save_model(tmp_path / variant, model, tokenizer)
+        load_model(tmp_path / variant)
+        path = tmp_path / variant / "model.safetensors"
+        save_file(load_file(path), path, {"lakesight_format": "1"})
+        if not refused:
+            load_model(tmp_path / variant)
+            continue
+        with pytest.raises(CheckpointError, match="format 1, in which the pooling query also read the class token"):
+            load_model(tmp_path / variant)
 
 
 def test_the_moving_average_equals_its_formula_and_replaces_the_weights_only_inside_averaged_weights() -> None:

@@ -11,6 +11,7 @@ from vlm.weights.accounting import ENCODER_WITHOUT_EFFECT
 from vlm.weights.config_fields import (
     VISION_DEFAULTS,
     ConfigField,
+    attention_biases,
     constant,
     value_at,
     vision_transformer,
@@ -26,7 +27,8 @@ DEFAULTS = {
     "layer_norm_eps": 1e-5,
 }
 # Config fields that CLIP and SigLIP share.
-TOWER_FIELDS = (*vision_transformer(), constant("vision.transformer.attention.bias", True))
+ATTENTION = "vision.transformer.attention"
+TOWER_FIELDS = (*vision_transformer(), *attention_biases(ATTENTION, constant(f"{ATTENTION}.bias", True)))
 FIELDS: tuple[ConfigField, ...] = (
     *TOWER_FIELDS,
     constant("vision.stem.bias", False),

@@ -13,6 +13,7 @@ from vlm.weights.accounting import DECODER_WITHOUT_EFFECT
 from vlm.weights.config_fields import (
     ConfigField,
     Settings,
+    attention_biases,
     attention_scale,
     constant,
     default_attention_scale,
@@ -102,7 +103,7 @@ FIELDS = (
     same(f"{ATTENTION}.num_heads", "num_attention_heads"),
     same(f"{ATTENTION}.num_kv_heads", "num_key_value_heads"),
     same(f"{ATTENTION}.head_dim", "head_dim"),
-    same(f"{ATTENTION}.bias", "attention_bias"),
+    *attention_biases(ATTENTION, same(f"{ATTENTION}.bias", "attention_bias")),
     same(f"{TRANSFORMER}.mlp.mlp_width", "intermediate_size"),
     same(f"{TRANSFORMER}.norm.eps", "rms_norm_eps"),
     ConfigField(

@@ -7,6 +7,7 @@ from vlm.weights.accounting import DECODER_WITHOUT_EFFECT
 from vlm.weights.config_fields import (
     ACTIVATIONS,
     ConfigField,
+    attention_biases,
     attention_heads,
     constant,
     default_options,
@@ -31,7 +32,7 @@ DEFAULTS = {
 }
 FIELDS = (
     *standard_transformer(TRANSFORMER),
-    constant(f"{TRANSFORMER}.attention.bias", True),
+    *attention_biases(f"{TRANSFORMER}.attention", constant(f"{TRANSFORMER}.attention.bias", True)),
     constant("decoder.scale_embeddings", False),
     constant("decoder.soft_cap", None),
     same(f"{TRANSFORMER}.width", "n_embd"),

@@ -1,4 +1,6 @@
-"""Vision transformers of timm (Wightman, 2019): `vit_*` with class token, registers, layer scale or attention pooling.
+"""Vision transformers of timm (Wightman, 2019): `vit_*`, `deit_*` and `deit3_*`.
+
+The encoders may have a class token, registers, layer scale, attention pooling or SwiGLU.
 
 timm's config.json contains the name of an architecture, and the sizes of the architecture are in timm's code. The
 shapes of the tensors determine most sizes. An import checks any other value if config.json contains the value or the
@@ -34,14 +36,24 @@ TRANSFORMER = "vision.transformer"
 HEADS = f"{TRANSFORMER}.attention"
 # Widths and names of architectures with 16 heads. All other architectures have heads of width 64.
 WIDTHS_OF_16_HEADS = (1152, 1280, 1408, 1664)
+NO_AXIS = "an architecture whose parts our encoder has"
+MISSING_AXES = {
+    r"_rope_|_rope$|dinov3|_pe_(core|lang|spatial)_|lingbot|sapiens2": "rotary positions over two dimensions",
+    r"_s?relpos_": "relative positions",
+    r"_r\d*_s\d+_|_resnet\d+d_|_mci_": "a convolutional network before the blocks",
+    r"_xp_|_d?pwee_|_\d+x2_": "attention and MLP in parallel",
+    r"_d(little|wee)_": "differential attention",
+    r"_rpn_": "norms after the branches only",
+}
+"""Dict from regular expressions of timm's architectures to the axis of the architecture that our encoder lacks."""
 WHOLE_PATCHES = "squares of whole patches"
 NAMES_OF_16_HEADS = ("vit_base_patch16_gap_", "vit_giantopt_")
 
 
 def select_settings(settings: Settings) -> Settings | None:
-    """Return the architecture's name and arguments from config.json, or None if the architecture is not a `vit_*`."""
+    """Return the architecture's name and arguments from config.json, or None for another family."""
     name = str(settings.get("architecture", ""))
-    if not name.startswith("vit_"):
+    if not name.startswith(("vit_", "deit_", "deit3_")):
         return None
     given = {
         "architecture": name,
@@ -59,6 +71,18 @@ def num_heads(settings: Settings) -> Any:
     return 16 if width in WIDTHS_OF_16_HEADS or name.startswith(NAMES_OF_16_HEADS) else width // 64
 
 
+def mlp_kind(settings: Settings) -> str:
+    """Return the kind of the MLP that the architecture's name implies. DINOv2 and TIPS have SwiGLU in size giant."""
+    return "gated" if re.fullmatch(r"vit_giant_patch14_.*(dinov2|tipsv2)", settings["architecture"]) else "plain"
+
+
+def missing_axis(settings: Settings) -> str:
+    """Return the architecture's name and the axis that our encoder lacks, or NO_AXIS if no axis is missing."""
+    name = settings["architecture"]
+    missing = next((axis for pattern, axis in MISSING_AXES.items() if re.search(pattern, name)), None)
+    return NO_AXIS if missing is None else f"{name}, which has {missing}"
+
+
 def activation(settings: Settings) -> Any:
     """Return the activation that the arguments contain or the architecture's name implies.
 
@@ -66,6 +90,7 @@ def activation(settings: Settings) -> Any:
     """
     name = settings["architecture"]
     implied = "quick_gelu" if "quickgelu" in name else UNKNOWN if "siglip" in name else "gelu"
+    implied = "silu" if mlp_kind(settings) == "gated" else implied
     return settings.get("act_layer", implied)
 
 
@@ -112,6 +137,8 @@ ARGUMENTS = (
         activation,
         lambda value: {"act_layer": value},
     ),
+    write_only("qkv_bias", value_at(f"{HEADS}.bias")),
+    write_only("proj_bias", value_at(f"{HEADS}.has_out_bias")),
     write_only("depth", value_at(f"{TRANSFORMER}.depth")),
     write_only("patch_size", value_at("vision.stem.patch_size")),
     write_only("class_token", value_at("vision.class_token")),
@@ -151,9 +178,10 @@ def preprocessing(key: str, ours: Callable[[ModelConfig], Any]) -> ConfigField:
 
 
 FIELDS = (
-    *standard_transformer(TRANSFORMER),
+    *(field for field in standard_transformer(TRANSFORMER) if field.path != f"{TRANSFORMER}.mlp.kind"),
+    ConfigField(f"{TRANSFORMER}.mlp.kind", "architecture", value_at(f"{TRANSFORMER}.mlp.kind"), mlp_kind),
+    ConfigField("", "architecture", lambda _: NO_AXIS, missing_axis),
     constant("vision.stem.kind", "patch"),
-    constant(f"{HEADS}.bias", True),
     ConfigField("either vision.stem.bias or vision.pre_norm", "", has_either_bias_or_norm, lambda _: True),
     ConfigField(
         f"{TRANSFORMER}.norm.eps",
@@ -161,12 +189,6 @@ FIELDS = (
         value_at(f"{TRANSFORMER}.norm.eps"),
         lambda settings: 1e-5 if "_clip_" in settings["architecture"] else 1e-6,
         lambda value: {"architecture": "vit_base_patch16_clip_224" if value == 1e-5 else "vit_base_patch16_224"},
-    ),
-    ConfigField(
-        "norm before each branch",
-        "architecture",
-        lambda _: True,
-        lambda settings: "_rpn_" not in settings["architecture"],
     ),
     *map(in_arguments, ARGUMENTS),
     write_only("num_features", value_at(f"{TRANSFORMER}.width")),
@@ -213,6 +235,7 @@ def table(config: ModelConfig) -> WeightTable:
             rename("blocks.{i}.ls1.gamma", "encoder.blocks.{i}.attention_scale"),
             rename("blocks.{i}.norm2.*", "encoder.blocks.{i}.mlp_norm.*"),
             rename("blocks.{i}.mlp.fc1.*", "encoder.blocks.{i}.mlp.up.*"),
+            rename("blocks.{i}.mlp.fc1.*", "encoder.blocks.{i}.mlp.gate_up.*"),
             rename("blocks.{i}.mlp.fc2.*", "encoder.blocks.{i}.mlp.out.*"),
             rename("blocks.{i}.ls2.gamma", "encoder.blocks.{i}.mlp_scale"),
             rename("norm.*", "encoder.norm.*"),
@@ -227,11 +250,22 @@ def table(config: ModelConfig) -> WeightTable:
         drops=(
             Drop("fc_norm.*", "the norm of the pooled mean, used for classification"),
             Drop("head.*", "the head of a classifier"),
+            Drop("head_dist.*", "the head of a classifier"),
             Drop("attn_pool.*", "the pooling query: vision.select of the model is not attention"),
         ),
     )
 
 
 FAMILIES = (
-    Family("timm", "encoder", select_settings, FIELDS, table, fixed_settings={}, without_effect=WITHOUT_EFFECT),
+    Family(
+        "timm",
+        "encoder",
+        select_settings,
+        FIELDS,
+        table,
+        fixed_settings={},
+        without_effect=WITHOUT_EFFECT,
+        # DeiT's distillation token is a register: the blocks read it, and the features do not contain it.
+        legacy_prefixes=(("dist_token", "reg_token"),),
+    ),
 )

@@ -6,6 +6,7 @@ from vlm.config import ModelConfig
 from vlm.weights.accounting import ENCODER_WITHOUT_EFFECT
 from vlm.weights.config_fields import (
     VISION_DEFAULTS,
+    attention_biases,
     constant,
     same,
     value_at,
@@ -15,6 +16,7 @@ from vlm.weights.config_fields import (
 from vlm.weights.family import transformers_family
 from vlm.weights.rules import Drop, WeightTable, concat, position_table, rename
 
+ATTENTION = "vision.transformer.attention"
 DEFAULTS = {
     **VISION_DEFAULTS,
     "patch_size": 16,
@@ -29,7 +31,7 @@ FIELDS = (
     constant("vision.position_on", "all"),
     constant("vision.pre_norm", False),
     constant("vision.post_norm", True),
-    same("vision.transformer.attention.bias", "qkv_bias"),
+    *attention_biases(ATTENTION, same(f"{ATTENTION}.bias", "qkv_bias"), out=True),
     write_only("image_size", value_at("image.size")),
 )
 

@@ -1,0 +1,162 @@
+"""Each `vit_*` and `deit*` architecture of timm gives timm's features after import, or is refused by a missing axis."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.layers import GluMlp, LayerScale
+from tiny_published_models import assert_equal, config, scramble
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from vlm.build import build_model
+from vlm.config import ModelConfig
+from vlm.weights.files import TensorHeader
+from vlm.weights.load import import_weights
+from vlm.weights.plan import plan_load
+from vlm.weights.tables import families
+
+FAMILY = next(family for family in families() if family.name == "timm")
+ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
+NAMES = [*timm.list_models("vit_*"), *timm.list_models("deit*")]
+
+
+class WithoutInitialization(TorchFunctionMode):
+    """Context in which random initialisation does nothing, because its meta kernels take most of the time."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("normal_", "uniform_", "erfinv_", "clamp_", "kaiming_uniform_", "trunc_normal_"):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def refused_axis(name: str) -> list[str]:
+    """Return the sentence of the axis that an architecture needs and our encoder lacks, which its name implies."""
+    sentences = FAMILY.mismatches(config(), {"architecture": name})
+    return [sentence for sentence in sentences if "which has" in sentence]
+
+
+def our_config(theirs: Any) -> ModelConfig:
+    """Return the config of our model with the same encoder as a model of timm."""
+    block = theirs.blocks[0]
+    attention, mlp = block.attn, block.mlp
+    gated = isinstance(mlp, GluMlp)
+    patch = theirs.patch_embed.patch_size[0]
+    rows = theirs.patch_embed.num_patches
+    heads = attention.num_heads
+    preprocessing = theirs.pretrained_cfg
+    return config(
+        decoder={"context": 8192},
+        image={"size": theirs.patch_embed.grid_size[0] * patch, **{k: preprocessing[k] for k in ("mean", "std")}},
+        vision={
+            "stem": {"kind": "patch", "patch_size": patch, "bias": theirs.patch_embed.proj.bias is not None},
+            "class_token": theirs.cls_token is not None,
+            "registers": theirs.num_prefix_tokens - (theirs.cls_token is not None),
+            "position_on": "patches" if theirs.pos_embed.shape[1] == rows else "all",
+            "pre_norm": not isinstance(theirs.norm_pre, nn.Identity),
+            "post_norm": not isinstance(theirs.norm, nn.Identity),
+            "select": "patches" if theirs.attn_pool is None else "attention",
+            "transformer": {
+                "width": theirs.embed_dim,
+                "depth": len(theirs.blocks),
+                "attention": {
+                    "num_heads": heads,
+                    "num_kv_heads": heads,
+                    "head_dim": attention.head_dim,
+                    "bias": attention.qkv.bias is not None,
+                    "out_bias": attention.proj.bias is not None,
+                },
+                "mlp": {
+                    "kind": "gated" if gated else "plain",
+                    "mlp_width": mlp.fc2.in_features,
+                    "activation": ACTIVATIONS[type(mlp.act).__name__],
+                    "bias": True,
+                },
+                "norm": {"kind": "layer", "eps": block.norm1.eps},
+                "layer_scale": 1e-5 if isinstance(block.ls1, LayerScale) else None,
+            },
+        },
+    )
+
+
+def published_settings(name: str, theirs: Any) -> dict[str, Any]:
+    """Return the content of the config.json that timm publishes for an architecture."""
+    preprocessing = {key: theirs.pretrained_cfg[key] for key in ("mean", "std", "input_size")}
+    return {"architecture": name, "num_features": theirs.num_features, "pretrained_cfg": preprocessing}
+
+
+def problems(name: str) -> list[str]:
+    """Return all reasons to refuse an architecture, which is built with two blocks on the meta device."""
+    axis = refused_axis(name)
+    if axis:
+        return axis
+    with torch.device("meta"), WithoutInitialization():
+        theirs = timm.create_model(name, depth=2)
+        ours = our_config(theirs)
+        model = build_model(ours, 40)
+    headers = {key: TensorHeader(tuple(value.shape), "F32", Path()) for key, value in theirs.state_dict().items()}
+    parameters = {key: value for key, value in model.named_parameters() if key.startswith("encoder.")}
+    names = FAMILY.canonical_names(headers)
+    plan = plan_load(FAMILY.table(ours), parameters, {key: headers[found] for key, found in names.items()})
+    return [*FAMILY.mismatches(ours, published_settings(name, theirs)), *plan.problems]
+
+
+def test_every_vit_architecture_of_timm_is_accepted_or_refused_by_the_missing_axis() -> None:
+    refused = {name: found for name in NAMES if (found := problems(name))}
+    unexplained = {
+        name: found
+        for name, found in refused.items()
+        if len(found) != 1 or ("which has" not in found[0] and "pixels with patches of" not in found[0])
+    }
+    assert unexplained == {}
+    accepted = [name for name in NAMES if name not in refused]
+    assert sum(name.startswith("vit_") for name in accepted) >= 126
+    assert all(name in accepted for name in NAMES if name.startswith("deit"))
+
+
+SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32}
+RUN = (
+    "vit_tiny_patch16_224", "vit_base_patch8_224", "vit_base_patch16_gap_224", "vit_base_patch16_224_miil",
+    "vit_medium_patch16_gap_256", "vit_betwixt_patch16_gap_256", "vit_so150m2_patch16_reg1_gap_256",
+    "vit_mediumd_patch16_reg4_gap_256", "vit_base_patch16_reg4_gap_256", "vit_so150m_patch16_reg4_map_256",
+    "vit_base_patch16_siglip_224", "vit_so400m_patch16_siglip_256", "vit_base_patch16_clip_224",
+    "vit_base_patch16_clip_quickgelu_224", "vit_small_patch16_36x1_224", "vit_base_patch16_radio_v3",
+    "vit_giant_patch14_dinov2", "vit_giant_patch14_reg4_dinov2", "deit_tiny_patch16_224",
+    "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224",
+)  # fmt: skip
+
+
+def features(theirs: Any, pixels: Tensor) -> Tensor:
+    hidden = theirs.forward_features(pixels)
+    if theirs.attn_pool is not None:
+        pooled: Tensor = theirs.pool(hidden)[:, None]
+        return pooled
+    patches: Tensor = hidden[:, theirs.num_prefix_tokens :]
+    return patches
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_small_model_of_a_timm_architecture_gives_the_features_of_timm(name: str, tmp_path: Path) -> None:
+    sizes = {**SMALL, "img_size": 28} if "patch14" in name else SMALL
+    theirs = timm.create_model(name, **sizes).eval()
+    scramble(theirs)
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    settings = {**published_settings(name, theirs), "model_args": {"num_heads": SMALL["num_heads"]}}
+    settings["pretrained_cfg"] = {}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    ours = our_config(theirs)
+    model, _ = import_weights(ours, 40, {"encoder": tmp_path})
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, 3, ours.image.size, ours.image.size, generator=generator)
+    with torch.no_grad():
+        assert_equal(model.encoder(pixels), features(theirs, pixels))
