@@ -12,6 +12,7 @@ import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.progress import poll_training, show_progress
+from jobs.replay import run_replay
 from jobs.shard import run_shard
 from pipelines.errors import LakesightError
 from vlm.config import Config
@@ -58,6 +59,10 @@ def train(
         bool,
         typer.Option("--launch/--no-launch", help="Start the ranks, or only write the run folder for torchrun."),
     ] = True,
+    replay_step: Annotated[
+        int | None,
+        typer.Option("--replay-step", help="Only repeat this step, and show the loss of each picture.", metavar="STEP"),
+    ] = None,
 ) -> None:
     """Train on distributed ranks and register the model.
 
@@ -65,11 +70,17 @@ def train(
     --no-launch, the command only writes the run folder. In this case, start the ranks with torchrun, then run the
     command again without --no-launch to register the model.
 
+    With --replay-step, the command trains from the last checkpoint before the step to the step, in a temporary folder,
+    and shows which pictures have a loss that is not finite. The run is not changed.
+
     \b
     Example:
       lakesight train --run demo --set train.steps=2000 --set train.seed=1
     """
     with open_job(run, platform, overrides, as_json) as job:
+        if replay_step is not None:
+            job.output.report(run_replay(job, prepare_run(job), replay_step))
+            return
         if launch:
             job.finish(run_train(job), "evaluate")
             return

@@ -16,8 +16,13 @@ from pipelines.tracking.outage import DATABASE_DOWN, TrackingDown, first_line
 CONNECT_SECONDS = 10
 """Longest time to wait for an answer of a database server, in seconds."""
 
-DRIVERS = {"postgresql": "psycopg2-binary", "mysql": "pymysql", "mssql": "pymssql"}
-"""Packages with the drivers of database servers, by the kind of database in the URI."""
+DRIVERS = {
+    "postgresql": "'lakesight[postgres]'",
+    "postgresql+psycopg2": "psycopg2-binary",
+    "mysql": "pymysql",
+    "mssql": "pymssql",
+}
+"""Packages with the drivers of database servers, by the kind of database, or by kind and driver, in the URI."""
 
 
 @cache  # a failed check is not cached
@@ -28,7 +33,8 @@ def check_database(uri: str) -> None:
         TrackingDown: the server of the database does not answer, or is starting or stopping.
         UserError: the driver is not installed, the server refuses the user, or the file is locked or is no database.
     """
-    kind = uri.partition(":")[0].partition("+")[0]
+    dialect = uri.partition(":")[0]
+    kind = dialect.partition("+")[0]
     if kind != "sqlite" and kind not in DRIVERS:
         return
     import sqlalchemy
@@ -47,7 +53,7 @@ def check_database(uri: str) -> None:
             "the driver of the tracking database is not installed",
             where=redact_uri(uri),
             got=first_line(error),
-            fix=f"pip install {DRIVERS.get(kind, 'the driver')}",
+            fix=f"pip install {DRIVERS.get(dialect) or DRIVERS.get(kind, 'the driver')}",
         ) from None
     except (SQLAlchemyError, ValueError) as error:  # ValueError: a port that is not a number
         down = kind != "sqlite" and DATABASE_DOWN.search(str(error))

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pipelines.child_process import drop_other_variables
@@ -40,13 +41,28 @@ def run_rank(run_folder: str) -> None:
     Raises:
         LakesightError, RuntimeError, ...: any error, after the error is recorded in failures/rank-N.json.
     """
+    with _monitored(run_folder) as (run, env, monitor):
+        from pipelines.worker.train.trainer import train
+
+        train(run, env, monitor)
+
+
+def replay_rank(run_folder: str) -> None:
+    """Replay one step as one rank of a run folder for a replay. Errors are recorded as by `run_rank`."""
+    with _monitored(run_folder) as (run, env, monitor):
+        from pipelines.worker.train.replay import replay
+
+        replay(run, env, monitor)
+
+
+@contextmanager
+def _monitored(run_folder: str) -> Iterator[tuple[RunFolder, RankEnv, RankMonitor]]:
+    """Prepare the process of a rank, and record the errors of the block."""
     run, env = RunFolder(Path(run_folder)), RankEnv.from_environment()
     drop_other_variables(*RANK_VARIABLES)
     open_log(run, env.rank)
     with RankMonitor(run, env.rank) as monitor:
-        from pipelines.worker.train.trainer import train
-
-        train(run, env, monitor)
+        yield run, env, monitor
 
 
 def main() -> None:

@@ -1,48 +1,32 @@
-"""Tests that training continues while the MLflow tracking server is down."""
+"""Tests that training starts and continues while the MLflow tracking server is down."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from processes import TEST_PATH
 from tiny_runs import runs_in
+from tracking_server import ended, free_port, is_healthy, last_step, tracking_server, wait_for_step
 
 from pipelines.config import LocalPlatformConfig
 from pipelines.formats.run_folder import RunFolder
 from pipelines.platform import local
 from pipelines.tracking import runs
+from pipelines.tracking.registry import resolve
 from pipelines.tracking.server import connect
 
 STEPS = 600
-
-
-@contextmanager
-def tracking_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Start `mlflow server` in a separate process group. The server's database survives if the server is killed."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "kept")]
-    with (
-        (folder / "server.log").open("ab") as log,
-        ended(subprocess.Popen(command, stdout=log, stderr=log, process_group=0)) as server,
-    ):
-        deadline = time.monotonic() + 120
-        while not is_healthy(port):
-            assert server.poll() is None, (folder / "server.log").read_text()
-            assert time.monotonic() < deadline, (folder / "server.log").read_text()
-            time.sleep(0.2)
-        yield server
 
 
 @contextmanager
@@ -56,43 +40,6 @@ def rank_of(run: RunFolder) -> Iterator[subprocess.Popen[bytes]]:
         )
     with ended(process):
         yield process
-
-
-@contextmanager
-def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """Yield a process, and kill the process and its children when the block ends."""
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def is_healthy(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-            return True
-    except OSError:
-        return False
-
-
-def last_step(run: RunFolder) -> int:
-    """Return the last step, taken from the names of the metric files: reading the files would slow the rank down."""
-    return max((int(path.stem) for path in run.metrics(0).parent.glob("*.json")), default=0)
-
-
-def wait_for_step(run: RunFolder, step: int) -> None:
-    deadline = time.monotonic() + 240
-    while last_step(run) < step:
-        assert time.monotonic() < deadline, f"step {last_step(run)}"
-        time.sleep(0.1)
 
 
 @pytest.mark.faults
@@ -126,3 +73,66 @@ def test_every_step_is_logged_once_if_the_tracking_server_is_killed_and_restarte
         key: value for metrics in run.read_metrics() for key, value in metrics.points.items()
     }
     assert logged.info.status == "FINISHED"
+
+
+SHORT = ("train.batch_size=16", "train.validate_every=20", "train.checkpoint_every=20", "train.log_every=1")
+OPTIONS = [word for value in SHORT for word in ("--set", value)]
+PICTURES = ["--set", "data.source.path=scenes:40:0"]
+
+
+@pytest.mark.faults
+def test_training_starts_without_the_server_and_a_server_that_starts_late_gets_all_metrics_and_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path
+) -> None:
+    (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
+    port, home = free_port(), tmp_path / "home"
+    environment = os.environ | {"LAKESIGHT_HOME": str(home), "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
+    monkeypatch.setenv("LAKESIGHT_HOME", str(home))
+    platform = replace(
+        local(LocalPlatformConfig()), tracking_uri=f"http://127.0.0.1:{port}", registry_uri=f"http://127.0.0.1:{port}"
+    )
+
+    def start(command: str, *options: str) -> subprocess.Popen[str]:
+        words = ["from jobs.cli import main; main()", command, "--json", *PICTURES, *options]
+        return subprocess.Popen(
+            [sys.executable, "-P", "-c", *words],
+            env=environment,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def check_logged(run_id: str, steps: int) -> None:
+        client = connect(platform)
+        history = Counter(point.step for point in client.get_metric_history(run_id, "train/loss"))
+        assert history == Counter(range(1, steps + 1))
+        assert client.get_run(run_id).info.status == "FINISHED"
+
+    # The server is down from the start of the training to its end. The next command that needs the model registers it.
+    ingest = start("ingest")
+    assert ingest.wait() == 0, ingest.communicate()
+    train = start("train", *OPTIONS, "--set", "train.steps=20")
+    _, log = train.communicate()
+    assert train.returncode == 1
+    assert "training starts without MLflow" in log
+    assert "training succeeded, but not all of it could be logged to MLflow" in log.splitlines()[-1]
+    with tracking_server(tmp_path, port):
+        evaluate = start("evaluate", *OPTIONS, "--set", "train.steps=20")
+        report, log = evaluate.communicate()
+        assert evaluate.returncode == 0, log
+        version = resolve(platform, "demo", "latest")
+        assert json.loads(report)["model_version"] == version.version == "1"
+        check_logged(version.run_id, 20)
+
+    # The server starts while the ranks train.
+    train = start("train", *OPTIONS, "--set", "train.steps=60")
+    while not (runs := [path for path in (home / "runs").iterdir() if not (path / "result.json").exists()]):
+        assert train.poll() is None, train.communicate()
+        time.sleep(0.5)
+    wait_for_step(RunFolder(runs[0]), 2)
+    with tracking_server(tmp_path, port):
+        report, log = train.communicate()
+        assert train.returncode == 0, log
+        assert json.loads(report)["model_version"] == "2"
+        check_logged(json.loads(report)["run_id"], 60)

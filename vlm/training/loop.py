@@ -45,13 +45,17 @@ class StepReport:
 
 
 class NotFiniteError(LakesightError):
-    """Error for a loss or gradient that is NaN or infinite.
+    """Error for a loss or gradient that is NaN or infinite, or for a batch without target tokens.
 
     Attributes:
+        step: number of the step.
         on_other_rank: True if the loss of this rank is finite and the loss of another rank is not.
+        in_validation: True if the loss is that of the validation after the step.
     """
 
+    step = 0
     on_other_rank = False
+    in_validation = False
 
 
 def fit(
@@ -86,7 +90,8 @@ def fit(
         on_step: function that is called after every step, on every rank.
 
     Raises:
-        NotFiniteError: the loss or the gradient is not finite. The optimizer has not changed the weights in this step.
+        NotFiniteError: the loss or the gradient is not finite, or all targets are masked. The optimizer has not changed
+            the weights in this step.
     """
     model.train()
     layers = routed_layers(unwrap_ddp(model))
@@ -102,9 +107,9 @@ def fit(
             routers += [router] if router else []
         norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
         total, num_tokens, grad_norm = to_host(torch.stack((global_sum(rank_loss), tokens, norm.double())))
-        loss = total / num_tokens
+        loss = total / num_tokens if num_tokens else math.nan
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise _divergence_error(step, loss, grad_norm, rank, rank_loss)
+            raise _divergence_error(step, loss, grad_norm, rank, rank_loss) if num_tokens else _no_targets_error(step)
         for group in optimizer.param_groups:
             group["lr"] = lr_schedule(step) * group["lr_share"]
         optimizer.step()
@@ -130,6 +135,17 @@ def _backward(
     return loss_sum.detach(), report
 
 
+def _no_targets_error(step: int) -> NotFiniteError:
+    error = NotFiniteError(
+        "the batch has no target tokens",
+        where=f"step {step}",
+        got="all targets are masked, on all ranks",
+        fix="remove the pictures without texts, or raise model.decoder.context, so that prompts leave room for texts",
+    )
+    error.step = step
+    return error
+
+
 def _divergence_error(step: int, loss: float, grad_norm: float, rank: int, rank_loss: Tensor) -> NotFiniteError:
     """Build an error that names the ranks whose loss is not finite. All ranks must call this function together."""
     finite = torch.zeros(world_size(), device=rank_loss.device)
@@ -141,6 +157,7 @@ def _divergence_error(step: int, loss: float, grad_norm: float, rank: int, rank_
         got=f"loss {loss}, gradient norm {grad_norm}",
         fix="lower train.optimizer.lr or raise train.optimizer.warmup_steps (this creates a new run)",
     )
+    error.step = step
     error.on_other_rank = bool(bad) and rank not in bad
     return error
 

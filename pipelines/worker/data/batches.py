@@ -17,14 +17,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
 import numpy as np
 import torch
 
 from pipelines.formats.shards import Row, Shards
 from pipelines.worker.data.augment import Augmenter
-from pipelines.worker.data.order import pick_mix_rows, pick_rows, random_bits
+from pipelines.worker.data.order import RowPicks, pick_mix_rows, pick_rows, random_bits
 from vlm.batch import IGNORE, Batch
 from vlm.config import ModelConfig
 from vlm.text.base import Tokenizer
@@ -37,6 +37,15 @@ T = TypeVar("T")
 
 PAD_MULTIPLE = 8
 """Sequence lengths are rounded up to a multiple of this number, for fewer distinct shapes and faster kernels."""
+
+
+class RowOrder(TypedDict):
+    """Arguments of `training_batches` that determine which rows a rank reads at a step."""
+
+    rank: int
+    world_size: int
+    batch_size: int
+    seed: int
 
 
 class Collator:
@@ -134,24 +143,35 @@ def training_batches(
         augmenter: augmenter of the pictures, or None to use the pixels of the shards unchanged.
         pinned: whether to place batches in pinned memory, from which a GPU copies asynchronously.
     """
-    parts = shards.manifest.parts
-    sizes, draws = [part.rows for part in parts], [part.draws for part in parts]
-    num_rows = sum(draws) or len(shards)
 
     def make(step: int) -> list[Batch]:
-        picks = pick_rows(step, rank=rank, world_size=world_size, batch_size=batch_size, num_rows=num_rows, seed=seed)
-        if parts:
-            picks = pick_mix_rows(picks, sizes, draws, seed=seed)
-        rows = [shards.row(int(index)) for index in picks.rows]
-        texts = [
-            row.texts[number % len(row.texts)]
-            for row, number in zip(rows, random_bits(picks, seed=seed).tolist(), strict=True)
-        ]
+        rows, texts, picks = rows_of_step(
+            shards, step, rank=rank, world_size=world_size, batch_size=batch_size, seed=seed
+        )
         shown = augmenter.rows(rows, texts, picks) if augmenter else rows
         made = collator.collate_parts(shown, texts, rows_at_once or len(rows))
         return [part.pin_memory() for part in made] if pinned else made
 
     return map_ahead(make, steps, workers)
+
+
+def rows_of_step(
+    shards: Shards, step: int, *, rank: int, world_size: int, batch_size: int, seed: int
+) -> tuple[list[Row], list[tuple[str, str]], RowPicks]:
+    """Return the rows of this rank at a step, the (prompt, text) that each row is trained on, and the picks.
+
+    The arguments are those of `training_batches`. The rows are not augmented.
+    """
+    parts = shards.manifest.parts
+    sizes, draws = [part.rows for part in parts], [part.draws for part in parts]
+    num_rows = sum(draws) or len(shards)
+    picks = pick_rows(step, rank=rank, world_size=world_size, batch_size=batch_size, num_rows=num_rows, seed=seed)
+    if parts:
+        picks = pick_mix_rows(picks, sizes, draws, seed=seed)
+    rows = [shards.row(int(index)) for index in picks.rows]
+    numbers = random_bits(picks, seed=seed).tolist()
+    texts = [row.texts[number % len(row.texts)] for row, number in zip(rows, numbers, strict=True)]
+    return rows, texts, picks
 
 
 def map_ahead(make: Callable[[S], T], items: Iterable[S], workers: int) -> Iterator[T]:

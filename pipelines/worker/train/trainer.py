@@ -20,7 +20,7 @@ from pipelines.errors import UserError
 from pipelines.formats.run_folder import CaptionSamples, Result, RunFile, RunFolder, step_of, write_json
 from pipelines.formats.shards import Shards
 from pipelines.worker.data.augment import Augmenter
-from pipelines.worker.data.batches import Collator, training_batches
+from pipelines.worker.data.batches import Collator, RowOrder, rows_of_step, training_batches
 from pipelines.worker.data.prefetch import prefetch_to_device
 from pipelines.worker.data.shard_cache import ShardCopier
 from pipelines.worker.rank.env import RankEnv
@@ -32,14 +32,14 @@ from pipelines.worker.rank.usage import measure_usage
 from pipelines.worker.train.checkpoints import CheckpointWriter, best_checkpoint, check_settings, find_common_checkpoint
 from pipelines.worker.train.initial_weights import ModelBuilder
 from pipelines.worker.train.stages import Stage, plan_stages, stage_at
-from pipelines.worker.train.validation import caption_samples, validate
+from pipelines.worker.train.validation import caption_samples, name_pictures, validate
 from vlm import text
 from vlm.checkpoint import model_weights
 from vlm.config.size import flops_per_sample, peak_flops
 from vlm.layers.block import compile_blocks, recompute_blocks
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
-from vlm.training.loop import StepReport, fit, mixed_precision
+from vlm.training.loop import NotFiniteError, StepReport, fit, mixed_precision
 from vlm.training.optim import averaged_weights, swap_average, update_average
 from vlm.training.parallel import full_tensor, shard_parameters, wrap_ddp
 from vlm.training.state import load_state
@@ -47,8 +47,14 @@ from vlm.training.state import load_state
 log = logging.getLogger(__name__)
 
 
-def train(run: RunFolder, env: RankEnv, monitor: RankMonitor) -> None:
+def train(run: RunFolder, env: RankEnv, monitor: RankMonitor, kind: type[Trainer] | None = None) -> None:
     """Train from the last checkpoint to the last step. Rank 0 writes result.json when every rank is done.
+
+    Args:
+        run: run folder.
+        env: rank, number of ranks and host of this process.
+        monitor: monitor to which the rank reports its progress.
+        kind: class of the trainer, or None for Trainer.
 
     Raises:
         UserError: the batch size cannot be divided by the number of ranks, a rank has no GPU, or the process group
@@ -67,7 +73,7 @@ def train(run: RunFolder, env: RankEnv, monitor: RankMonitor) -> None:
     monitor.set_timeout(settings.timeout_seconds)
     device = pick_device(file.config.platform, env)
     with process_group(env, device, settings.timeout_seconds):
-        trainer = Trainer.build(run, file, env, monitor, device)
+        trainer = (kind or Trainer).build(run, file, env, monitor, device)
         trainer.train()
         trainer.checkpoints.wait()
         distributed.barrier()
@@ -98,6 +104,8 @@ class Trainer:
         self.checkpoints = CheckpointWriter(self.run, self.file)
         self.sharded = isinstance(self.model, FSDPModule)
         limit = self.file.config.platform.cache_gib * 2**30
+        settings = self.file.config.train
+        self.augmenter = Augmenter(settings.augment, settings.seed) if settings.augment else None
         self.copier = ShardCopier([self.train_shards, self.validate_shards], limit)
 
     @classmethod
@@ -170,29 +178,47 @@ class Trainer:
             self.train_shards,
             self.collator,
             steps=steps,
-            rank=self.env.rank,
-            world_size=self.env.world_size,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
+            **self.row_order(),
             rows_at_once=settings.rows_at_once,
             workers=settings.loader_workers,
-            augmenter=Augmenter(settings.augment, settings.seed) if settings.augment else None,
+            augmenter=self.augmenter,
             pinned=self.device.type == "cuda",
         )
         self.stopwatch.start()
-        fit(
-            wrap_ddp(self.model, self.device),
-            self.optimizer,
-            prefetch_to_device(self.stopwatch.time_waits(batches), self.device),
-            start=steps.start,
-            lr_schedule=lambda step: stage.lr_of(step, settings),
-            grad_clip=settings.optimizer.grad_clip,
-            seed=settings.seed,
-            rank=self.env.rank,
-            device=self.device,
-            bf16=settings.precision == "bf16",
-            on_step=partial(self.after_step, stage),
+        try:
+            fit(
+                wrap_ddp(self.model, self.device),
+                self.optimizer,
+                prefetch_to_device(self.stopwatch.time_waits(batches), self.device),
+                start=steps.start,
+                lr_schedule=lambda step: stage.lr_of(step, settings),
+                grad_clip=settings.optimizer.grad_clip,
+                seed=settings.seed,
+                rank=self.env.rank,
+                device=self.device,
+                bf16=settings.precision == "bf16",
+                on_step=partial(self.after_step, stage),
+            )
+        except NotFiniteError as error:
+            raise self._with_pictures(error) from error
+
+    def row_order(self) -> RowOrder:
+        """Return the arguments of `training_batches` and `rows_of_step` that determine the rows of this rank."""
+        settings, env = self.file.config.train, self.env
+        return RowOrder(rank=env.rank, world_size=env.world_size, batch_size=settings.batch_size, seed=settings.seed)
+
+    def _with_pictures(self, error: NotFiniteError) -> NotFiniteError:
+        """Add the pictures of the step and the command that replays the step to an error."""
+        got = error.got
+        if not error.in_validation:
+            rows, _, _ = rows_of_step(self.train_shards, error.step, **self.row_order())
+            got += f"; pictures of rank {self.env.rank}: {name_pictures([row.image_id for row in rows])}"
+        command = (
+            f"`lakesight train --replay-step {error.step}` with the options of this run shows the loss of each picture"
         )
+        named = NotFiniteError(error.what, where=error.where, got=got, fix=f"{error.fix}; {command}")
+        named.step, named.on_other_rank, named.in_validation = error.step, error.on_other_rank, error.in_validation
+        return named
 
     def after_step(self, stage: Stage, report: StepReport) -> None:
         """Report the step and, when due, write metrics, validate, caption samples and save a checkpoint.
@@ -217,7 +243,7 @@ class Trainer:
             values = {f"train/{name}": value for name, value in values.items()} | measure_usage(self.device)
         if last or done % settings.validate_every == 0:
             with averaged_weights(self.optimizer):
-                values |= self._validate()
+                values |= self._validate(report.step)
                 self._write_samples(done)
         if is_rank_0 and values:
             write_metrics(self.run, done, values, load)
@@ -260,7 +286,7 @@ class Trainer:
         mfu = {"mfu": flops / (peak * self.env.world_size)} if peak and bf16 else {}
         return {**rates, "tflops_per_second": flops / 1e12, **mfu}
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self, step: int) -> dict[str, float]:
         settings = self.file.config.train
         rows = settings.batch_size // self.env.world_size
         with mixed_precision(self.device, bf16=settings.precision == "bf16"):
@@ -268,6 +294,7 @@ class Trainer:
                 self.model,
                 self.validate_shards,
                 self.collator,
+                step=step,
                 num_rows=settings.validate_rows,
                 batch_size=min(rows, settings.rows_at_once or rows),
                 rank=self.env.rank,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,8 +15,11 @@ from vlm.generation.generate import Request, generate
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
 from vlm.text.prompt import prefix_ids
+from vlm.training.loop import NotFiniteError
 from vlm.training.objective import blind_losses
 from vlm.training.parallel import global_sum
+
+SHOWN_PICTURES = 16
 
 
 @torch.no_grad()
@@ -24,6 +28,7 @@ def validate(
     shards: Shards,
     collator: Collator,
     *,
+    step: int,
     num_rows: int,
     batch_size: int,
     rank: int,
@@ -41,16 +46,21 @@ def validate(
         model: model to validate, which is in training mode afterwards.
         shards: validation shards.
         collator: collator of the model.
+        step: number of the last training step, for an error.
         num_rows: largest number of rows to validate on.
         batch_size: number of rows per batch of a rank.
         rank: number of this rank, 0 <= rank < world_size.
         world_size: number of ranks.
         report_progress: function to call after each batch.
+
+    Raises:
+        NotFiniteError: a loss is not finite, or all targets are masked. The error names the pictures of this rank.
     """
     total = min(num_rows, len(shards))
     rank_rows = np.array_split(np.arange(total), world_size)[rank].tolist()
     device = model.mean.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
+    checked: list[tuple[list[str], torch.Tensor]] = []  # image ids of a batch, and which of their losses are finite
     model.eval()
     for first in range(0, -(-total // world_size), batch_size):
         # All ranks must call a sharded model equally often. A rank without rows computes the losses of row 0 and
@@ -61,14 +71,41 @@ def validate(
         batch = collator.collate(rows, [row.texts[0] for row in rows]).to(device)
         others = np.stack([shards.row((index + 1) % total).pixels for index in indexes])
         losses = blind_losses(model, batch, torch.from_numpy(others).to(device))
+        checked.append(([row.image_id for row in rows] if counts else [], (losses[0] + losses[1]).isfinite()))
         sums += counts * torch.stack([values_B.double().sum() for values_B in losses])
         report_progress()
     model.train()
     right, wrong, tokens = global_sum(sums).tolist()
+    if not (tokens and math.isfinite(right) and math.isfinite(wrong)):
+        raise _not_finite(step, checked)
     values = {"val/loss": right / tokens}
     if total > 1:
         values["val/blind_gap"] = (wrong - right) / tokens
     return values
+
+
+def _not_finite(step: int, checked: Sequence[tuple[list[str], torch.Tensor]]) -> NotFiniteError:
+    """Build the error for a validation loss that is not finite.
+
+    `checked` has, for each batch of this rank, the image ids and whether the loss of each row is finite.
+    """
+    pictures = [i for ids, finite_B in checked for i, ok in zip(ids, finite_B.tolist(), strict=False) if not ok]
+    error = NotFiniteError(
+        "the validation loss is not finite",
+        where=f"the validation after step {step}",
+        got=f"NaN or infinity for {name_pictures(pictures)}"
+        if pictures
+        else "no target tokens, or another rank's loss",
+        fix="lower train.optimizer.lr or raise train.optimizer.warmup_steps (this creates a new run)",
+    )
+    error.step, error.in_validation, error.on_other_rank = step, True, not pictures
+    return error
+
+
+def name_pictures(image_ids: Sequence[str]) -> str:
+    """List the first image ids and the number of the others."""
+    more = f" and {len(image_ids) - SHOWN_PICTURES} more" if len(image_ids) > SHOWN_PICTURES else ""
+    return f"{', '.join(image_ids[:SHOWN_PICTURES])}{more}"
 
 
 def caption_samples(

@@ -13,6 +13,7 @@ import pytest
 from pipelines.config import LocalPlatformConfig
 from pipelines.errors import UserError
 from pipelines.platform import Platform, local
+from pipelines.tracking.outage import TrackingDown
 from pipelines.tracking.server import connect
 
 
@@ -56,6 +57,7 @@ def test_a_locked_database_is_reported(laptop: Platform, empty_database: Path) -
     ("uri", "said"),
     [
         ("postgresql+psycopg2://me:c4nary@127.0.0.1:1/db", "pip install psycopg2-binary"),
+        ("mysql://me:c4nary@127.0.0.1:1/db", "driver of the tracking database is not installed"),
         ("postgresql+nodriver://me:c4nary@127.0.0.1:1/db", "driver of the tracking database is not installed"),
         ("postgresql://me:c4nary@127.0.0.1:port/db", "check host, port, user, password"),
     ],
@@ -66,3 +68,10 @@ def test_a_missing_driver_and_a_wrong_address_are_reported_without_the_password(
     message = refused(replace(laptop, tracking_uri=uri, registry_uri=uri))
     assert said in message
     assert "c4nary" not in message
+
+
+def test_a_database_server_that_gives_no_answer_is_an_outage(laptop: Platform) -> None:
+    uri = "postgresql+psycopg://me:c4nary@127.0.0.1:1/db"
+    with pytest.raises(TrackingDown, match="the tracking database cannot be used") as caught:
+        connect(replace(laptop, tracking_uri=uri, registry_uri=uri))
+    assert "c4nary" not in str(caught.value)

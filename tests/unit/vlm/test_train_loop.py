@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from tiny_models import VARIANTS, tiny_batch, tiny_config, tiny_model
 
-from vlm.batch import Batch
+from vlm.batch import IGNORE, Batch
 from vlm.build import build_model
 from vlm.checkpoint import (
     atomic_folder,
@@ -118,6 +119,16 @@ def test_a_loss_that_is_not_finite_stops_training_before_the_weights_change() ->
     before = model.decoder.head.weight.clone()
     with pytest.raises(NotFiniteError, match=r"diverged.*step 7.*nan"):
         run(model, optimizer, iter([tiny_batch(model, tokenizer, TEXTS)]), start=7, lr=1.0)
+    assert torch.equal(model.decoder.head.weight, before)
+
+
+def test_a_batch_whose_targets_are_all_masked_stops_training_before_the_weights_change() -> None:
+    model, tokenizer, optimizer = fresh("plain")
+    before = model.decoder.head.weight.clone()
+    batch = tiny_batch(model, tokenizer, TEXTS)
+    masked = replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORE))
+    with pytest.raises(NotFiniteError, match=r"no target tokens.*step 7.*all targets are masked"):
+        run(model, optimizer, iter([masked]), start=7, lr=1.0)
     assert torch.equal(model.decoder.head.weight, before)
 
 

@@ -1,0 +1,78 @@
+"""Replay of one training step, in a temporary run folder inside the original run folder. The run is not changed."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from pipelines.driver.train.failure import diagnose_failure, root_failure, wait_for_failure_records
+from pipelines.driver.train.launch import check_slots, run_ranks
+from pipelines.errors import UserError
+from pipelines.formats.replay import ReplayedRows, ReplayRequest, replay_request, replayed_rows
+from pipelines.formats.run_folder import RunFolder, read_json, step_of, write_json
+from pipelines.platform import Launch
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+NOT_FINITE = "NotFiniteError"
+"""Name of the exception of a loss that is not finite, in a failure record."""
+
+
+class Replay(NamedTuple):
+    """Result of a replay: the step of the checkpoint it started from, the rows of each rank, and the error or ""."""
+
+    from_step: int
+    ranks: list[ReplayedRows]
+    error: str
+
+
+def replay_rank(run_folder: str) -> None:
+    """Run one rank of a replay. The launcher calls this function in each rank."""
+    importlib.import_module("pipelines.worker.main").replay_rank(run_folder)
+
+
+def replay_step(run: RunFolder, launch: Launch, spark: SparkSession, step: int) -> Replay:
+    """Train from the last checkpoint before a step to the step, and return the loss of each row of the step.
+
+    The caller must own the run. The number of ranks is that of the run, because random numbers differ between ranks.
+
+    Raises:
+        UserError: the run has no such step, or the cluster has too few slots.
+        TrainingFailed: the replay failed for another reason than a loss that is not finite.
+    """
+    file = run.read_run()
+    if not 0 <= step < file.config.train.steps:
+        raise UserError(
+            "the run has no such step",
+            where="--replay-step",
+            got=str(step),
+            fix=f"choose a step from 0 to {file.config.train.steps - 1}",
+        )
+    launch = replace(launch, ranks=file.world_size)
+    check_slots(spark, launch)
+    copy = RunFolder(run.path / "replay")
+    shutil.rmtree(copy.path, ignore_errors=True)
+    try:
+        earlier = [path for path in run.finished_checkpoints() if step_of(path) <= step]
+        if earlier:
+            shutil.copytree(earlier[-1], copy.checkpoints / earlier[-1].name)
+        folders = {name: str(run.shard_folder(getattr(file, name)).resolve()) for name in SHARD_FOLDERS}
+        write_json(copy.run_file, file.model_copy(update=folders))
+        shutil.copyfile(run.tokenizer, copy.tokenizer)
+        write_json(replay_request(copy), ReplayRequest(step=step))
+        error = run_ranks(copy, spark, launch, replay_rank)
+        wait_for_failure_records(copy)
+        root = root_failure(copy)
+        done = all(replayed_rows(copy, rank).exists() for rank in range(launch.ranks))
+        if not done or (root and root.exception != NOT_FINITE) or (error and not root):
+            raise diagnose_failure(copy, launch.ranks, error) from error
+        ranks = [read_json(replayed_rows(copy, rank), ReplayedRows) for rank in range(launch.ranks)]
+        return Replay(step_of(earlier[-1]) if earlier else 0, ranks, root.message if root else "")
+    finally:
+        shutil.rmtree(copy.path, ignore_errors=True)
+
+
+SHARD_FOLDERS = ("train_shards", "validate_shards")

@@ -1,0 +1,47 @@
+"""Files of a replay: the step to replay, and the loss of each row of the step, which the ranks write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipelines.formats.run_folder import RunFolder
+from vlm.config import Config
+
+
+class ReplayRequest(Config):
+    """replay.json: number of the step to replay; the first step of a run has number 0."""
+
+    step: int
+
+
+class ReplayedRow(Config):
+    """Row of a replayed step.
+
+    Attributes:
+        image_id: id of the picture.
+        text: text on which the row is trained at this step.
+        tokens: number of target tokens.
+        loss: loss in nats per target token, before the step; null if the loss is NaN or infinite.
+    """
+
+    image_id: str
+    text: str
+    tokens: int
+    loss: float | None
+
+
+class ReplayedRows(Config):
+    """rows/rank-N.json: the rows of a rank at the replayed step."""
+
+    rank: int
+    rows: tuple[ReplayedRow, ...]
+
+
+def replay_request(run: RunFolder) -> Path:
+    """Return the path of replay.json in the run folder of a replay."""
+    return run.path / "replay.json"
+
+
+def replayed_rows(run: RunFolder, rank: int) -> Path:
+    """Return the path of the rows of a rank."""
+    return run.path / "rows" / f"rank-{rank}.json"
