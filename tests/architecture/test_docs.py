@@ -99,3 +99,12 @@ def test_the_changelog_has_the_version_of_the_project_and_no_later_version() -> 
     released = re.findall(r"^## (\d\S*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert released[0] == project["version"]
+
+
+def test_every_test_that_a_page_names_exists() -> None:
+    files = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    named = {word for page in PAGES for word in re.findall(r"`(test_\w+(?:\.py)?)`", page.read_text(encoding="utf-8"))}
+    assert {"test_killed.py", "test_download.py"} <= named
+    assert [
+        word for word in named if word not in files and not any(f"def {word}(" in text for text in files.values())
+    ] == []
