@@ -22,6 +22,7 @@ from pipelines.config.data import (
     Split,
     SplitConfig,
     TableSourceConfig,
+    TextWeights,
     WebDatasetSourceConfig,
 )
 from pipelines.config.gate import DriftConfig, GateConfig, Trial
@@ -70,6 +71,7 @@ __all__ = [
     "SplitConfig",
     "StageConfig",
     "TableSourceConfig",
+    "TextWeights",
     "TrainConfig",
     "Trial",
     "WebDatasetSourceConfig",

@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from vlm.config import ADDED_LATER, Config, Probability
 
 Split = Literal["train", "val", "test"]
+TextWeights = Literal["frequency", "uniform"]
 PICTURE = "__picture__"
 """Name of the record field that holds the bytes of a picture which the source stores as a separate file."""
 
@@ -225,7 +226,7 @@ class LimitsConfig(Config):
         min_side: smallest width and smallest height of a picture, in pixels.
         max_decode_seconds: longest time to decode one picture, in seconds.
         max_text_chars: largest length of a text, in characters.
-        max_texts: largest number of texts of a picture, or null for any number.
+        max_texts: largest number of different texts of a picture, or null for any number.
         max_bad_share: share of refused rows above which the ingest fails, after `samples` and `quarantine` are written.
     """
 
@@ -274,6 +275,8 @@ class DataConfig(Config):
         evaluate_on: split for the evaluation of a registered model version.
         mix: shares of the training rows that come from other sources in `samples`, by the name of the source. The
             remaining training rows come from this source.
+        text_weights: how training draws one of a picture's texts in each epoch. With `frequency`, a text that several
+            people have written is drawn more often. With `uniform`, all different texts are drawn equally often.
     """
 
     source: SourceConfig = CsvSourceConfig()
@@ -284,6 +287,7 @@ class DataConfig(Config):
     validate_on: Split = "val"
     evaluate_on: Split = "test"
     mix: dict[str, Share] = Field(default_factory=dict)
+    text_weights: Annotated[TextWeights, ADDED_LATER] = "frequency"
 
     @model_validator(mode="before")
     @classmethod

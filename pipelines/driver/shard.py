@@ -176,6 +176,7 @@ def find_or_write(  # noqa: PLR0917 (as for `shard`)
         seed=shards.seed,
         where=shards.where,
         draft=shards.draft,
+        text_weights=config.text_weights,
     )
     folder = platform.folder("shards") / request.folder_name
     reused = (folder / MANIFEST).exists()
@@ -204,7 +205,7 @@ def _select_rows(spark: SparkSession, request: ShardRequest, version: int) -> Da
     return rows.select(
         "image_id",
         "image",
-        "texts",
+        F.sort_array("texts").alias("texts"),  # so that shards do not depend on the order of the source's rows
         F.sha2(F.concat(F.lit(f"{request.seed}/"), "image_id"), 256).alias("shuffle_key"),
     )
 

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 
 
 @dataclass(frozen=True)
 class RowScore:
-    """Scores of a picture with one of its prompts. A loss is a sum over the tokens of all references, in nats.
+    """Scores of a picture with one of its prompts. A loss is a sum over the tokens of `num_texts` texts, in nats.
 
     Attributes:
         row: index of the picture in the shards. Scores with the same index belong to the same picture.
         image_id: id of the picture.
         prompt: prompt, or an empty string for a plain caption.
-        references: reference texts of the prompt, at least one.
+        references: reference texts of the prompt with repeats, at least one.
         caption: caption that the model generated, or None if the prompt leaves no room for a caption.
         loss: loss when the model is given the right picture.
         blind_loss: loss when the model is given the picture of another row, or None if the split has only one picture.
         blank_loss: loss when the model is given a grey picture.
         noise_loss: loss when the model is given a picture of noise.
-        num_targets: number of tokens in the references, including end tokens.
+        num_targets: number of tokens in the texts, including end tokens.
         num_correct: number of target tokens that the model ranks first, given the picture and the preceding tokens.
         num_tokens: number of tokens in the caption, including the end token.
         seconds: captioning time of the row's batch divided by the batch size, in seconds.
         mean_logprob: mean log-probability of the caption's tokens, in nats, or None if there is no caption.
         brightness: mean pixel level (0 to 255) of the picture at the model's resolution.
         contrast: standard deviation of the picture's pixel levels.
+        num_texts: number of texts from which training would draw one: the references, or the different references if
+            `data.text_weights` is `uniform`. 0 in scores of earlier versions, which added the losses of all references.
     """
 
     row: int
@@ -46,6 +48,7 @@ class RowScore:
     mean_logprob: float | None
     brightness: float
     contrast: float
+    num_texts: int = field(default=0, kw_only=True)
 
 
 SCORE_SCHEMA = pa.schema(
@@ -66,6 +69,7 @@ SCORE_SCHEMA = pa.schema(
         pa.field("mean_logprob", pa.float64()),
         pa.field("brightness", pa.float64(), nullable=False),
         pa.field("contrast", pa.float64(), nullable=False),
+        pa.field("num_texts", pa.int64(), nullable=False),
     ]
 )
 """Columns of a `RowScore`."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +29,10 @@ import pyarrow as pa
 from PIL import Image
 from pydantic import ValidationError
 
-from pipelines.config import Split, short_hash
+from pipelines.config import Split, TextWeights, short_hash
 from pipelines.errors import StageFailed, UserError
 from pipelines.formats.tables import TEXT_TYPE
-from vlm.config import Config, ImageConfig
+from vlm.config import ADDED_LATER, Config, ImageConfig
 from vlm.files import atomic_write, file_digest
 
 BATCH_ROWS = 64
@@ -54,6 +54,7 @@ class ShardRequest(Config):
     seed: int
     where: str = ""
     draft: bool = False
+    text_weights: Annotated[TextWeights, ADDED_LATER] = "frequency"
 
     @property
     def folder_name(self) -> str:
@@ -106,8 +107,10 @@ class Manifest(Config):
 
     @property
     def content_hash(self) -> str:
-        """Hash of the content of all files. Equal hashes mean equal training data."""
-        parts = [(part.rows, part.draws) for part in self.parts]
+        """Hash of the content of all files and of how texts are drawn. Equal hashes mean equal training data."""
+        parts: list[object] = [(part.rows, part.draws) for part in self.parts]
+        if self.request.text_weights != "frequency":
+            parts.append(self.request.text_weights)
         return short_hash([file.sha256 for file in self.files], *parts)
 
 
@@ -331,6 +334,15 @@ class Shards:
         except (ValueError, OSError, IndexError) as error:  # Arrow and Pillow raise subclasses of these exceptions
             raise damaged_shard(mapped.path, f"{type(error).__name__}: {error}", row=within) from error
 
+    def drawn_texts(self, row: Row) -> list[tuple[str, str]]:
+        """Return the (prompt, text) pairs of a row from which training draws one, each with the same probability.
+
+        A loss of a picture is the mean over these pairs. A text that occurs n times is drawn n times as often, unless
+        `data.text_weights` is `uniform`.
+        """
+        uniform = self.manifest.request.text_weights == "uniform"
+        return list(dict.fromkeys(row.texts)) if uniform else row.texts
+
     def use_copy(self, file: int, copy: Path) -> None:
         """From now on, read the rows of one file from a local copy. Other threads may read rows during this call."""
         self._mapped[file] = MappedFile.of(copy)
@@ -353,15 +365,18 @@ class Shards:
         return Row(batch.column("image_id")[offset].as_py(), pixels, texts)
 
     def texts(self) -> Iterator[str]:
-        """Yield all prompts and texts in row order, without reading pixels. Tokenizers are trained on these strings."""
+        """Yield the prompts and texts in row order, without reading pixels. Tokenizers are trained on these strings.
+
+        A text that a row repeats is yielded once.
+        """
         for file in range(len(self.manifest.files)):
             batches = self._file(file).batches
             for number in range(batches.num_record_batches):
                 for pairs in batches.get_batch(number).column("texts").to_pylist():
-                    for pair in pairs:
-                        if pair["prompt"]:
-                            yield pair["prompt"]
-                        yield pair["text"]
+                    for prompt, text in dict.fromkeys((pair["prompt"], pair["text"]) for pair in pairs):
+                        if prompt:
+                            yield prompt
+                        yield text
 
 
 def damaged_shard(path: Path, got: str, *, row: int | None = None) -> StageFailed:

@@ -139,7 +139,8 @@ SAMPLES = Table(
         Column(
             "texts",
             pa.list_(TEXT_TYPE),
-            "Texts of the picture: captions have an empty prompt, answers have the question as prompt",
+            "Texts of the picture in the order of the source, with repeats: captions have an empty prompt, answers "
+            "have the question as prompt",
         ),
         Column(
             "split",

@@ -30,16 +30,17 @@ GREY = 128
 
 
 class Item(NamedTuple):
-    """A picture, one of its prompts, and all reference texts of that prompt."""
+    """A picture, one of its prompts, all reference texts of that prompt, and the texts whose losses are added."""
 
     row_index: int
     row: Row
     prompt: str
     references: list[str]
+    drawn: list[str]
 
 
 class _Losses(NamedTuple):
-    """Loss, number of targets and number of correct targets of each item, summed over the references of the item."""
+    """Loss, number of targets and number of correct targets of each item, summed over the texts of the item."""
 
     losses: list[float]
     targets: list[int]
@@ -51,10 +52,11 @@ def score_rows(captioner: Captioner, shards: Shards, indexes: Sequence[int]) -> 
     collator = Collator(captioner.tokenizer, captioner.model.config)
     for start in range(0, len(indexes), BATCH_ROWS):
         items = [
-            Item(index, row, prompt, references)
+            Item(index, row, prompt, references, drawn[prompt])
             for index in indexes[start : start + BATCH_ROWS]
             for row in [shards.row(index)]
-            for prompt, references in _references_by_prompt(row).items()
+            for drawn in [_by_prompt(shards.drawn_texts(row))]
+            for prompt, references in _by_prompt(row.texts).items()
         ]
         started = time.perf_counter()
         captions = _caption(captioner, items)
@@ -88,12 +90,13 @@ def score_rows(captioner: Captioner, shards: Shards, indexes: Sequence[int]) -> 
                 mean_logprob=generated.mean_logprob if generated else None,
                 brightness=light.brightness,
                 contrast=light.contrast,
+                num_texts=len(item.drawn),
             )
 
 
-def _references_by_prompt(row: Row) -> dict[str, list[str]]:
+def _by_prompt(texts: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
     grouped: dict[str, list[str]] = defaultdict(list)
-    for prompt, text in row.texts:
+    for prompt, text in texts:
         grouped[prompt].append(text)
     return grouped
 
@@ -116,7 +119,7 @@ def _caption(captioner: Captioner, items: Sequence[Item]) -> list[Completion | N
 def _losses(captioner: Captioner, collator: Collator, items: Sequence[Item], pictures: Sequence[Row]) -> _Losses:
     """Compute the losses of the items, where item i gets the pixels of pictures[i]."""
     found = _Losses([0.0] * len(items), [0] * len(items), [0] * len(items))
-    flat = [(number, item.prompt, text) for number, item in enumerate(items) for text in item.references]
+    flat = [(number, item.prompt, text) for number, item in enumerate(items) for text in item.drawn]
     for start in range(0, len(flat), BATCH_ROWS):
         chunk = flat[start : start + BATCH_ROWS]
         batch = collator.collate(

@@ -120,13 +120,13 @@ def test_a_second_ingest_adds_no_row_and_no_table_version_and_a_grown_file_adds_
     kept = {row["sha256"]: row for row in rows_of(spark, platform, "samples", source)}
     assert len(kept) == 4
     assert sorted(map(texts, kept.values())) == [
-        ["another text", "picture 30"],
+        ["picture 30", "another text"],
         *(["picture 31"], ["picture 32"], ["picture 33"]),
     ]
     assert {row["ingest_id"] for row in kept.values()} == {first.ingest_id, second.ingest_id}
 
 
-def test_the_texts_of_all_rows_of_a_picture_are_merged(
+def test_the_texts_of_all_rows_of_a_picture_are_merged_in_their_order_with_repeats(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     image = as_base64(png(40))
@@ -136,7 +136,14 @@ def test_the_texts_of_all_rows_of_a_picture_are_merged(
     assert parts(report) == (4, 1, 2, 1, 0)
     [row] = rows_of(spark, platform, "samples", source)
     pairs = [(pair["prompt"], pair["text"]) for pair in row["texts"]]
-    assert pairs == [("", "a"), ("what?", "a"), ("what?", "b")]
+    assert pairs == [("what?", "b"), ("", "a"), ("", "a"), ("what?", "a")]
+
+    write_csv(path, [*rows[2:], [image, "b", "what?"], [image, "b", "what?"]], header=(IMAGE, TEXT, "question"))
+    again = ingest(spark, platform, source, config(path, source={"columns": {"prompt": "question"}}))
+    assert parts(again) == (4, 0, 0, 4, 0)
+    [row] = rows_of(spark, platform, "samples", source)
+    assert [(pair["prompt"], pair["text"]) for pair in row["texts"]] == [*pairs, ("what?", "b")]
+    assert again.dataset_version > report.dataset_version
 
 
 def test_new_pictures_with_conflicting_ids_are_quarantined_and_the_picture_in_samples_is_kept(

@@ -19,6 +19,7 @@ from pipelines.config import (
     LocalPlatformConfig,
     OptimizerConfig,
     RunConfig,
+    TextWeights,
     TrainConfig,
 )
 from pipelines.formats.run_folder import Metrics, Result, RunFile, RunFolder, write_json
@@ -84,9 +85,20 @@ def tiny_run(
 
 
 def write_shards(
-    folder: Path, *, rows: int, texts: int = 1, rows_per_file: int = 8, size: int = 16, seed: int = 0
+    folder: Path,
+    *,
+    rows: int,
+    texts: int = 1,
+    repeats: int = 0,
+    rows_per_file: int = 8,
+    size: int = 16,
+    seed: int = 0,
+    text_weights: TextWeights = "frequency",
 ) -> Shards:
-    """Write shards with the executors' functions. Each picture has one of four colours, which its text names."""
+    """Write shards with the executors' functions. Each picture has one of four colours, which its text names.
+
+    Every second picture has its first text `repeats` times more.
+    """
     request = ShardRequest(
         table="none",
         table_id="none",
@@ -97,6 +109,7 @@ def write_shards(
         encoding="raw",
         rows=rows_per_file,
         seed=0,
+        text_weights=text_weights,
     )
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
@@ -106,6 +119,7 @@ def write_shards(
         name = names[index % len(names)]
         pixels = np.clip(np.array(COLOURS[name]) + rng.integers(-20, 20, (size, size, 3)), 0, 255).astype(np.uint8)
         said = [{"prompt": "", "text": f"{name} {'x' * number}".strip()} for number in range(texts)]
+        said = said[:1] * (repeats * (index % 2)) + said
         content.append({"image_id": f"tiny/{index}", "pixels": encode_pixels(pixels, "raw"), "texts": said})
     files = []
     for number in range(-(-rows // rows_per_file)):

@@ -114,7 +114,7 @@ def _gallery_row(pair: Pair, names: tuple[str, str], thumbnail: bytes | None, gr
         image_id=pair[0].image_id,
         thumbnail=thumbnail,
         prompt=pair[0].prompt,
-        human=" / ".join(pair[0].references),
+        human=" / ".join(dict.fromkeys(pair[0].references)),
         captions=tuple(
             ModelCaption(f"Version {name}", item.caption or "", item.exact, item.f1)
             for name, item in zip(names, pair, strict=True)

@@ -103,7 +103,8 @@ def captioned(scored: Sequence[ScoredRow]) -> list[ScoredRow]:
 def model_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     """Return the metrics of rows that all have a caption. The weights that a metric takes are in the order of the rows.
 
-    - loss is in nats per target token. token_accuracy is the share of target tokens that the model ranks first.
+    - loss is in nats per target token. The texts of a picture share a weight of 1, as training draws one of them. The
+      same weights apply to the gaps and to token_accuracy, the share of target tokens that the model ranks first.
     - blind_gap, blank_gap and noise_gap are the loss with the picture of another row, a grey picture or noise, minus
       the loss with the right picture, in nats per token. If the split has only one picture, blind_gap is missing.
     - exact_match, word_f1, bleu_1..4, rouge_l and cider compare captions with references. For a single row, cider is
@@ -116,12 +117,19 @@ def model_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     - mean_logprob is the mean over captions of the log-probability, in nats per token.
     - brightness and contrast are means over pictures, in levels of 0 to 255.
     """
-    tokens = [float(item.num_targets) for item in scored]
+    texts: Counter[int] = Counter()
+    for item in scored:
+        texts[item.row] += item.num_texts or len(item.references)
+    tokens = [item.num_targets / texts[item.row] for item in scored]
+
+    def per_token(values_R: Sequence[float]) -> Metric:
+        return ratio([value / texts[item.row] for value, item in zip(values_R, scored, strict=True)], tokens)
+
     metrics: dict[str, Metric] = {
-        "loss": ratio([item.loss for item in scored], tokens),
-        "token_accuracy": ratio([float(item.num_correct) for item in scored], tokens),
-        "blank_gap": ratio([item.blank_loss - item.loss for item in scored], tokens),
-        "noise_gap": ratio([item.noise_loss - item.loss for item in scored], tokens),
+        "loss": per_token([item.loss for item in scored]),
+        "token_accuracy": per_token([float(item.num_correct) for item in scored]),
+        "blank_gap": per_token([item.blank_loss - item.loss for item in scored]),
+        "noise_gap": per_token([item.noise_loss - item.loss for item in scored]),
         "tokens": ratio([float(item.num_tokens) for item in scored]),
         "captions_per_second": ratio([1.0] * len(scored), [item.seconds for item in scored]),
         "mean_logprob": ratio([item.mean_logprob or 0.0 for item in scored]),
@@ -130,7 +138,7 @@ def model_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     }
     gaps = [item.blind_loss - item.loss for item in scored if item.blind_loss is not None]
     if len(gaps) == len(scored):
-        metrics["blind_gap"] = ratio(gaps, tokens)
+        metrics["blind_gap"] = per_token(gaps)
     return metrics | caption_metrics(scored) | _distinct([item.caption or "" for item in scored])
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from pyspark.sql import DataFrame, SparkSession
@@ -48,7 +49,8 @@ from vlm.text.words import TOKENISATION, words
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("format", "size", "length")
-"""Default columns by which slices are made. `size` is the longer side in pixels, `length` the word count."""
+"""Default columns by which slices are made. `size` is the longer side in pixels, `length` the mean number of words of
+the references."""
 SLICE_METRICS = ("exact_match", "word_f1", "rouge_l", "cider", "loss", "token_accuracy", "blind_gap")
 REPORT = "report.json"
 DEFINITIONS: int = 2
@@ -309,7 +311,8 @@ def _column_values(
             if "size" in columns:
                 values["size"][row["image_id"]] = max(row["width"], row["height"])
     if "length" in columns:
-        values["length"] = {item.image_id: len(words(item.references[0])) for item in scored}
+        for item in scored:
+            values["length"][item.image_id] = round(fmean(len(words(reference)) for reference in item.references))
     return values
 
 
@@ -334,7 +337,7 @@ def _gallery_rows(samples: DataFrame, scored: Sequence[ScoredRow]) -> list[Galle
             image_id=item.image_id,
             thumbnail=thumbnails.get(item.image_id),
             prompt=item.prompt,
-            human=" / ".join(item.references),
+            human=" / ".join(dict.fromkeys(item.references)),
             captions=(ModelCaption("Model", item.caption or "", item.exact, item.f1),),
             groups=groups,
         )

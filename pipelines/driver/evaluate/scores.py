@@ -2,7 +2,7 @@
 
 The name of the file's folder contains a hash of everything that determines the scores (model files, pictures, scoring
 method). A second evaluation finds the folder and runs no model. The file also has the nearest-neighbour caption of each
-row, which is the human caption of the training picture with the most similar grid of 8 x 8 colours.
+row, which is a human caption of the training picture with the most similar grid of 8 x 8 colours.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _run_model(spark: SparkSession, model: ModelFiles, shards: Shards) -> list[d
 
 
 def _neighbour_captions(spark: SparkSession, train: Shards, shards: Shards) -> dict[tuple[str, str], str]:
-    """Find the text of the most similar training picture for each evaluated row.
+    """Find a text of the most similar training picture for each evaluated row.
 
     Return the texts by the image_id and the prompt of the evaluated row. Candidates are the training pictures with the
     same prompt as the row. If no training picture has that prompt, all training pictures are candidates. A picture that
@@ -130,7 +130,11 @@ def _neighbour_captions(spark: SparkSession, train: Shards, shards: Shards) -> d
     evaluated: dict[str, list[GridAndText]] = defaultdict(list)
     training: dict[str, list[GridAndText]] = defaultdict(list)
     for row in grids.orderBy("index").collect():
-        for prompt, text in {pair["prompt"]: pair["text"] for pair in reversed(row["texts"])}.items():
+        texts: dict[str, list[str]] = defaultdict(list)
+        for pair in row["texts"]:
+            texts[pair["prompt"]].append(pair["text"])
+        for prompt, choices in texts.items():
+            text = choices[row["index"] % len(choices)]  # shards are shuffled, so this draws a text
             (evaluated if row["index"] >= 0 else training)[prompt].append((row["image_id"], row["grid"], text))
     any_prompt = [item for items in training.values() for item in items]
     found = {}

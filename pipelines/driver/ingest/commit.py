@@ -30,7 +30,7 @@ def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:
         WriteConflict: another ingest of the source has committed since the plan was made. Nothing is written.
     """
     write = _replace if plan.request.replace else _add
-    if not plan.totals.contributing:
+    if not (plan.totals.new or plan.totals.updated):
         return NearReport()
     if not (plan.totals.new and plan.request.config.near_duplicates):
         write(platform, plan, plan.pictures.withColumn("near_of", F.lit(None).cast("string")))
@@ -51,8 +51,7 @@ def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
         if totals.updated:
             updates = changed.filter("NOT is_new").select("image_id", F.col("new_texts").alias("texts"))
             merge = merge_into(table, rows.unionByName(updates, allowMissingColumns=True), "image_id", stamp.source)
-            # The plan has removed known texts. Spark's array_union would compare every text with every other text.
-            texts = F.expr("sort_array(concat(target.texts, updates.texts))")
+            texts = F.expr("concat(target.texts, updates.texts)")  # the plan has removed the texts that are known
             merge = merge.whenMatchedUpdate(set={"texts": texts})
             metrics = merge.whenNotMatchedInsertAll(condition="updates.image IS NOT NULL").execute()
             verify_merge(metrics, inserted=totals.new, updated=totals.updated)
@@ -77,7 +76,7 @@ def _sample_rows(plan: IngestPlan, pictures: DataFrame) -> DataFrame:
     """Convert planned pictures to rows of `samples`, with the columns in the order of the table."""
     rows = pictures.select(
         *("image_id", "sha256", "spilled", "spilled.format", "spilled.width", "spilled.height"),
-        F.sort_array("new_texts").alias("texts"),
+        F.col("new_texts").alias("texts"),
         *("split", "source_row", "fingerprint", "near_of"),
     )
     constants = {"source": plan.stamp.source, "ingest_id": plan.stamp.ingest_id, "ingested_at": plan.stamp.planned_at}

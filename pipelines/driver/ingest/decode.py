@@ -32,6 +32,9 @@ from pipelines.platform import Platform
 
 logger = logging.getLogger(__name__)
 
+READ_ORDER = "read_order"
+"""Column of decoded rows: a number that increases in the order in which the rows of a file are read."""
+
 
 @dataclass(frozen=True)
 class IngestRequest:
@@ -59,7 +62,7 @@ class DecodedRows:
     Attributes:
         request: ingest request that the rows belong to.
         spill: spill folder with the pictures and payloads.
-        outcomes: one decoded row per raw row, with narrow columns only (`executor.ingest.spill.NARROW`).
+        outcomes: one decoded row per raw row, with narrow columns only (`executor.ingest.spill.NARROW`, READ_ORDER).
         rows_in: number of raw rows.
         refused: number of rows that executors refused.
     """
@@ -103,6 +106,7 @@ def _decode(request: IngestRequest, spill: SpillFolder, decoder: Callable[..., I
     )
     decode = partial(decoder, read=rows.read, rules=rules)
     spilled = partial(decode_and_spill, decode=decode, folder=str(spill.folder))
-    outcomes = spill.materialize(rows.frame.mapInArrow(spilled, from_arrow_schema(NARROW)), "outcomes")
+    decoded = rows.frame.mapInArrow(spilled, from_arrow_schema(NARROW))
+    outcomes = spill.materialize(decoded.withColumn(READ_ORDER, F.monotonically_increasing_id()), "outcomes")
     logger.info("rows decoded in %.1f s", time.monotonic() - started)
     return outcomes

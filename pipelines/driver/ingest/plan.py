@@ -11,14 +11,18 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
+from pyspark.sql.types import StructType
 
 from pipelines.driver.delta.versions import read_versions
-from pipelines.driver.ingest.decode import DecodedRows, IngestRequest
+from pipelines.driver.ingest.decode import READ_ORDER, DecodedRows, IngestRequest
 from pipelines.driver.ingest.spill import SpillFolder
 from pipelines.driver.ingest.table_rows import Stamp, rows_of_source
+from pipelines.executor.ingest.merge_texts import MERGED, merge_texts_of_pictures
 from pipelines.executor.ingest.spill import POSITION
 from pipelines.formats.tables import SAMPLES
 from pipelines.platform import Platform
@@ -27,29 +31,8 @@ logger = logging.getLogger(__name__)
 
 TEXT = "struct<prompt:string,text:string>"
 TEXTS = f"array<{TEXT}>"
-KNOWN = -1
-"""Number of the row that stands for the texts in `samples`."""
-TAGGED = f"""
-    sort_array(concat(
-        transform(known_texts, text -> named_struct('text', text, 'row', {KNOWN})),
-        flatten(transform(
-            sort_array(row_texts), (texts, row) -> transform(texts, text -> named_struct('text', text, 'row', row))
-        ))
-    ))
-"""
-"""SQL for the sorted texts of a picture, each with the number of its row. Rows are numbered in the order of their
-texts, so a plan does not depend on the order in which rows are read."""
-FIRST_ROWS = """
-    filter(
-        zip_with(
-            tagged,
-            concat(array(NULL), tagged),
-            (first, before) -> IF(before IS NULL OR before.text != first.text, first, NULL)
-        ),
-        first -> first IS NOT NULL
-    )
-"""
-"""SQL for the distinct texts in `tagged`, which is sorted, each with its first row."""
+FILE = "left(source_row, length(source_row) - length(substring_index(source_row, '#', -1)))"
+"""SQL for the file of a row."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +46,8 @@ class PlanTotals:
         overfull: number of rows that would give a picture more texts than `data.limits.max_texts`.
         usable: number of rows that are neither refused nor conflicting nor overfull.
         new: number of pictures that `samples` lacks.
-        updated: number of pictures in `samples` that get an additional text.
-        contributing: number of rows that add a picture or a text.
+        updated: number of pictures in `samples` that get an additional text, or a text once more.
+        contributing: number of rows that add a picture or a text which its picture does not have.
     """
 
     rows_in: int = 0
@@ -122,14 +105,10 @@ def plan_pictures(outcomes: DataFrame, existing: DataFrame, max_texts: int | Non
     """Return one narrow row per picture of the input.
 
     The columns are image_id, sha256, rows (number of raw rows), spilled (POSITION, format, width and height of the
-    picture), source_row, split, fingerprint, new_texts (texts that `samples` lacks), contributing (number of rows that
-    add a text), is_new, conflicting (whether another picture has the same id) and full (if the input has more texts
-    than `max_texts` allows: all texts of the picture that are accepted; else null).
-
-    Equal rows add a text only once. The cost grows with the number of texts, however many texts and rows a picture has.
-
-    If a picture has more than `max_texts` texts, its rows are accepted in the order of their texts up to the first row
-    that exceeds the limit. Later rows are accepted if they add no text.
+    picture), source_row, split, fingerprint, is_new, conflicting (whether another picture has the same id), new_texts
+    (texts to append to those in `samples`), contributing (number of rows that add a text) and full (if the input has
+    more texts than `max_texts` allows: all texts of the picture that are accepted; else null). The texts are merged by
+    `pipelines.executor.ingest.merge_texts`, in the order of the files, of the rows in a file, and of a row's list.
 
     If two pictures have the same id, the picture in `samples` stays. If neither picture is in `samples`, both pictures
     are refused, because files have no fixed order that decides which picture comes first. A picture in several splits
@@ -144,22 +123,12 @@ def plan_pictures(outcomes: DataFrame, existing: DataFrame, max_texts: int | Non
             F.min("source_row").alias("source_row"),
             F.min_by("split", held_out_rank("split")).alias("split"),
             F.min("fingerprint").alias("fingerprint"),
-            F.collect_set("texts").alias("row_texts"),
+            F.sort_array(F.collect_list(F.struct(F.expr(FILE), READ_ORDER, "texts"))).alias("in_order"),
         )
         .withColumn("pictures_of_id", F.count("*").over(Window.partitionBy("image_id")))
     )
     known = existing.select("image_id", F.col("sha256").alias("known_sha256"), F.col("texts").alias("known_texts"))
-    joined = pictures.join(known, "image_id", "left").withColumns(
-        {
-            "known_texts": F.coalesce("known_texts", F.array().cast(TEXTS)),
-            "row_texts": F.col("row_texts").cast(f"array<{TEXTS}>"),
-        }
-    )
-    texts = joined.withColumn("tagged", F.expr(TAGGED)).withColumn("first_rows", F.expr(FIRST_ROWS))
-    added = texts.withColumn("added", F.filter("first_rows", lambda first: first["row"] > KNOWN))
-    no_limit = F.lit(None).cast(TEXTS)
-    limited = added.withColumn("full", no_limit) if max_texts is None else _limit_texts(added, max_texts)
-    return limited.select(
+    joined = pictures.join(known, "image_id", "left").select(
         "image_id",
         "sha256",
         "rows",
@@ -167,24 +136,13 @@ def plan_pictures(outcomes: DataFrame, existing: DataFrame, max_texts: int | Non
         "source_row",
         "split",
         "fingerprint",
-        F.col("added.text").alias("new_texts"),
-        F.size(F.array_distinct("added.row")).alias("contributing"),
         F.col("known_sha256").isNull().alias("is_new"),
         F.coalesce(F.col("known_sha256") != F.col("sha256"), F.col("pictures_of_id") > 1).alias("conflicting"),
-        "full",
+        F.coalesce("known_texts", F.array().cast(TEXTS)).alias("known_texts"),
+        F.col("in_order.texts").cast(f"array<{TEXTS}>").alias("row_texts"),
     )
-
-
-def _limit_texts(pictures: DataFrame, max_texts: int) -> DataFrame:
-    """Remove from `added` the texts of rows that exceed the limit, and add the column `full` of `plan_pictures`."""
-    room = F.greatest(F.lit(max_texts) - F.size("known_texts"), F.lit(0))
-    first_refused = F.get(F.sort_array("added.row"), room)
-    limited = pictures.withColumn("first_refused", first_refused).withColumn(
-        "added",
-        F.expr("filter(added, first -> first_refused IS NULL OR first.row < first_refused)"),
-    )
-    accepted = F.concat("known_texts", "added.text")
-    return limited.withColumn("full", F.when(F.col("first_refused").isNotNull(), accepted))
+    schema = StructType([*joined.schema.fields[:-2], *from_arrow_schema(MERGED).fields])
+    return joined.mapInArrow(partial(merge_texts_of_pictures, max_texts=max_texts), schema)
 
 
 def held_out_rank(split: str) -> Column:

@@ -181,8 +181,9 @@ def _decode_sample(file: str, fields: Fields, rules: DecodeRules) -> dict[str, A
     encoded = require_field(fields, columns.image)
     given_id = normalize_id(require_field(fields, columns.id)) if columns.id else None
     texts = extract_texts(fields, columns, limits.max_text_chars)
-    if limits.max_texts is not None and len(texts) > limits.max_texts:
-        raise Refused("decode", "too_many_texts", f"{len(texts)} texts; at most {limits.max_texts} are allowed")
+    distinct = len({(text["prompt"], text["text"]) for text in texts})
+    if limits.max_texts is not None and distinct > limits.max_texts:
+        raise Refused("decode", "too_many_texts", f"{distinct} texts; at most {limits.max_texts} are allowed")
     image = _image_bytes(encoded, columns.image, limits.max_bytes)
     pixels, info = _open_image(image, limits)
     sha256 = _sha256(image)

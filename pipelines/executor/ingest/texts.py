@@ -16,7 +16,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def extract_texts(fields: Fields, columns: ColumnNames, max_chars: int) -> list[dict[str, str]]:
-    """Return the distinct texts of a row, each with its prompt.
+    """Return the texts of a row in their order, each with its prompt. A text that is repeated is returned repeatedly.
 
     The text column holds one text or a list of texts. The prompt column holds one prompt for all texts or a list with
     one prompt per text. Missing texts are dropped.
@@ -36,10 +36,10 @@ def extract_texts(fields: Fields, columns: ColumnNames, max_chars: int) -> list[
         (normalize_text(prompt, max_chars), normalize_text(text, max_chars))
         for prompt, text in zip(prompts, texts, strict=True)
     ]
-    distinct = dict.fromkeys(pair for pair in normalized if pair[1])
-    if not distinct:
+    found = [pair for pair in normalized if pair[1]]
+    if not found:
         raise Refused("decode", "empty_text", f"column {columns.text} has no visible character")
-    return [{"prompt": prompt, "text": text} for prompt, text in distinct]
+    return [{"prompt": prompt, "text": text} for prompt, text in found]
 
 
 def _to_texts(value: Any, column: str) -> list[str]:

@@ -170,7 +170,8 @@ def rows_of_step(
         picks = pick_mix_rows(picks, sizes, draws, seed=seed)
     rows = [shards.row(int(index)) for index in picks.rows]
     numbers = random_bits(picks, seed=seed).tolist()
-    texts = [row.texts[number % len(row.texts)] for row, number in zip(rows, numbers, strict=True)]
+    drawn = [shards.drawn_texts(row) for row in rows]
+    texts = [choices[number % len(choices)] for choices, number in zip(drawn, numbers, strict=True)]
     return rows, texts, picks
 
 

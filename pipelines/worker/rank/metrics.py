@@ -100,6 +100,26 @@ class Stopwatch:
         return rates
 
 
+class LossMean:
+    """Mean training loss per target token over the steps since the last log.
+
+    A resumed run starts a new mean, so its first value does not include the steps before the checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._nats, self._tokens = 0.0, 0
+
+    def add(self, loss: float, tokens: int) -> None:
+        """Add a step with its mean loss, in nats per token, and its number of target tokens."""
+        self._nats, self._tokens = self._nats + loss * tokens, self._tokens + tokens
+
+    def take(self) -> float:
+        """Return the mean over the steps since the last call, in nats per token, and start a new mean."""
+        mean = self._nats / self._tokens
+        self._nats, self._tokens = 0.0, 0
+        return mean
+
+
 def write_metrics(
     run: RunFolder, step: int, values: dict[str, float], expert_load: dict[str, tuple[float, ...]]
 ) -> None:

@@ -26,7 +26,7 @@ from pipelines.worker.data.shard_cache import ShardCopier
 from pipelines.worker.rank.env import RankEnv
 from pipelines.worker.rank.failure import RankMonitor
 from pipelines.worker.rank.group import check_group, divide_cores, pick_device, process_group
-from pipelines.worker.rank.metrics import Stopwatch, write_metrics
+from pipelines.worker.rank.metrics import LossMean, Stopwatch, write_metrics
 from pipelines.worker.rank.profile import profile_steps
 from pipelines.worker.rank.usage import measure_usage
 from pipelines.worker.train.checkpoints import CheckpointWriter, best_checkpoint, check_settings, find_common_checkpoint
@@ -98,6 +98,7 @@ class Trainer:
     train_shards: Shards
     validate_shards: Shards
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    loss: LossMean = field(default_factory=LossMean)
 
     def __post_init__(self) -> None:
         self.collator = Collator(self.tokenizer, self.file.config.model)
@@ -230,13 +231,14 @@ class Trainer:
             update_average(self.optimizer, settings.optimizer.ema_decay, report.step - stage.first)
         last, is_rank_0 = done == settings.steps, self.env.rank == 0
         self.stopwatch.stop(settings.batch_size, report.tokens)
+        self.loss.add(report.loss, report.tokens)
         self.monitor.report_step(done)
         self.checkpoints.check()
         self.copier.check()
         values: dict[str, float] = {}
         load: dict[str, tuple[float, ...]] = {}
         if last or done % settings.log_every == 0:
-            values |= {"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm, **self._throughput()}
+            values |= {"loss": self.loss.take(), "lr": report.lr, "grad_norm": report.grad_norm, **self._throughput()}
             if report.router is not None:
                 values |= {"router_balance": report.router.balance, "router_z": report.router.z}
                 load = report.router.load

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ def validate(
 ) -> dict[str, float]:
     """Compute val/loss (nats per token) and val/blind_gap on the first rows of the shards, divided among the ranks.
 
+    The loss of a picture is the mean over all texts from which training would draw one (`Shards.drawn_texts`).
+
     The blind gap is the loss when each text gets the picture of the next row, minus the loss with the right picture.
     The gap is zero for a model that ignores the picture. If there is only one row, no gap is computed.
 
@@ -57,22 +60,24 @@ def validate(
         NotFiniteError: a loss is not finite, or all targets are masked. The error names the pictures of this rank.
     """
     total = min(num_rows, len(shards))
-    rank_rows = np.array_split(np.arange(total), world_size)[rank].tolist()
+    pairs = [pair for index in range(total) for pair in _weighted_texts(shards, index)]
+    rank_pairs = [pairs[number] for number in np.array_split(np.arange(len(pairs)), world_size)[rank]]
     device = model.mean.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     checked: list[tuple[list[str], torch.Tensor]] = []  # image ids of a batch, and which of their losses are finite
     model.eval()
-    for first in range(0, -(-total // world_size), batch_size):
-        # All ranks must call a sharded model equally often. A rank without rows computes the losses of row 0 and
-        # discards these losses.
-        indexes = rank_rows[first : first + batch_size]
-        counts, indexes = bool(indexes), indexes or [0]
-        rows = [shards.row(index) for index in indexes]
-        batch = collator.collate(rows, [row.texts[0] for row in rows]).to(device)
-        others = np.stack([shards.row((index + 1) % total).pixels for index in indexes])
+    for first in range(0, -(-len(pairs) // world_size), batch_size):
+        # All ranks must call a sharded model equally often. A rank without texts computes the losses of the first text
+        # and discards these losses.
+        chosen = rank_pairs[first : first + batch_size]
+        counts, chosen = bool(chosen), chosen or pairs[:1]
+        rows = [shards.row(pair.row) for pair in chosen]
+        batch = collator.collate(rows, [pair.text for pair in chosen]).to(device)
+        others = np.stack([shards.row((pair.row + 1) % total).pixels for pair in chosen])
         losses = blind_losses(model, batch, torch.from_numpy(others).to(device))
         checked.append(([row.image_id for row in rows] if counts else [], (losses[0] + losses[1]).isfinite()))
-        sums += counts * torch.stack([values_B.double().sum() for values_B in losses])
+        weights_B = torch.tensor([pair.weight for pair in chosen], dtype=torch.float64, device=device)
+        sums += counts * torch.stack([(weights_B * values_B.double()).sum() for values_B in losses])
         report_progress()
     model.train()
     right, wrong, tokens = global_sum(sums).tolist()
@@ -108,17 +113,33 @@ def name_pictures(image_ids: Sequence[str]) -> str:
     return f"{', '.join(image_ids[:SHOWN_PICTURES])}{more}"
 
 
+class _WeightedText(NamedTuple):
+    """A (prompt, text) pair of a row, and its weight: 1 / number of pairs of the row."""
+
+    row: int
+    text: tuple[str, str]
+    weight: float
+
+
+def _weighted_texts(shards: Shards, index: int) -> list[_WeightedText]:
+    drawn = shards.drawn_texts(shards.row(index))
+    return [_WeightedText(index, text, 1 / len(drawn)) for text in drawn]
+
+
 def caption_samples(
     model: VisionLanguageModel, tokenizer: Tokenizer, shards: Shards, count: int
 ) -> tuple[CaptionSample, ...]:
-    """Caption the first pictures of the shards. Skip rows whose prompt leaves no room for a caption."""
+    """Caption the first pictures of the shards. Skip rows whose prompt leaves no room for a caption.
+
+    The human text that is shown with row n is text n of the row, counted around, because no text stands for the others.
+    """
     config = model.config
     max_prefix = config.decoder.context - config.generation.max_new_tokens
     samples = []
     model.eval()
     for index in range(min(count, len(shards))):
         row = shards.row(index)
-        prompt, text = row.texts[0]
+        prompt, text = row.texts[index % len(row.texts)]
         prefix = prefix_ids(tokenizer, config.num_slots, prompt)
         if len(prefix) <= max_prefix:
             request = Request(prefix, (torch.tensor(row.pixels),))

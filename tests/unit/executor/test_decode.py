@@ -126,7 +126,7 @@ def texts(outcome: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def test_row_may_have_many_texts_with_one_prompt_per_text_or_one_prompt_for_all_texts() -> None:
-    assert texts(one({TEXT: ["a", " b ", None, "", "a", 3]})) == [("", "a"), ("", "b"), ("", "3")]
+    assert texts(one({TEXT: ["a", " b ", None, "", "a", 3]})) == [("", "a"), ("", "b"), ("", "a"), ("", "3")]
     asked = DecodeRules("birds", ColumnNames(prompt="question"), LIMITS, HashSplitConfig())
     answers: Fields = {TEXT: ["yes", "two"]}
     assert texts(one(answers | {"question": ["a bird?", "how many?"]}, asked)) == [

@@ -260,6 +260,7 @@ def test_the_folder_name_depends_on_every_field_of_the_request() -> None:
         {"seed": 1},
         {"where": "width > 64"},
         {"draft": True},
+        {"text_weights": "uniform"},
     ]
     assert {name for change in changes for name in change} == set(ShardRequest.model_fields)
     names = [request(**change).folder_name for change in [{}, *changes]]

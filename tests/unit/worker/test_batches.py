@@ -16,6 +16,7 @@ import pytest
 import torch
 from tiny_runs import global_batches, tiny_model_config, write_shards
 
+from pipelines.config import TextWeights
 from pipelines.driver.shard import ShardFolder, write_mix
 from pipelines.formats.shards import Row, Shards
 from pipelines.worker.data.batches import Collator, map_ahead, training_batches
@@ -104,6 +105,19 @@ def test_a_picture_with_several_texts_is_shown_with_each_text_in_some_epoch(tmp_
         for pixels_HWC, labels_T in zip(batch.pixels_PHWC, batch.labels_BT, strict=True):
             shown.setdefault(pixels_HWC.numpy().tobytes(), set()).add(spell(labels_T))
     assert [len(texts) for texts in shown.values()] == [3, 3, 3, 3]
+
+
+def test_a_repeated_text_is_drawn_more_often_unless_the_weights_are_uniform(tmp_path: Path) -> None:
+    """Picture 1 has the texts green, green, green and green x."""
+    hashes = set()
+    shares: dict[TextWeights, float] = {"frequency": 0.75, "uniform": 0.5}
+    for weights, expected in shares.items():
+        shards = write_shards(tmp_path / weights, rows=2, texts=2, repeats=2, text_weights=weights)
+        said = [spell(row_T) for [batch] in single_rank_batches(shards, 2, steps=400) for row_T in batch.labels_BT]
+        green = Counter(text for text in said if text.startswith("green"))
+        assert green["green"] / green.total() == pytest.approx(expected, abs=0.07)
+        hashes.add(shards.manifest.content_hash)
+    assert len(hashes) == 2, "runs with other weights are other runs"
 
 
 def test_a_mix_draws_each_source_by_its_share_in_an_order_independent_of_ranks_and_restarts(tmp_path: Path) -> None:

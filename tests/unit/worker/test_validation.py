@@ -1,19 +1,75 @@
-"""Tests that a validation loss that is not finite names the pictures that cause it."""
+"""Validation: one definition of the loss in training, validation and evaluation, and losses that are not finite."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import tiny_model_config, write_shards
 
+from pipelines.config import TextWeights
+from pipelines.driver.evaluate.metrics import ScoredRow, model_metrics
 from pipelines.worker.data.batches import Collator
-from pipelines.worker.train.validation import name_pictures, validate
+from pipelines.worker.rank.metrics import LossMean
+from pipelines.worker.score import score_rows
+from pipelines.worker.train.validation import caption_samples, name_pictures, validate
 from vlm import text
 from vlm.build import build_model
+from vlm.captioner import Captioner
 from vlm.training.loop import NotFiniteError
+from vlm.training.objective import row_scores
+
+ROWS = 5
+
+
+@pytest.mark.parametrize("weights", ["frequency", "uniform"])
+def test_the_loss_of_validation_and_evaluation_is_the_mean_over_all_texts_from_which_training_draws(
+    tmp_path: Path, weights: TextWeights
+) -> None:
+    shards = write_shards(tmp_path / "shards", rows=ROWS, texts=2, repeats=2, text_weights=weights)
+    config = tiny_model_config()
+    tokenizer = text.learn(config.text, [])
+    torch.manual_seed(3)
+    model = build_model(config, tokenizer.vocab_size).eval()
+    collator = Collator(tokenizer, config)
+    nats = tokens = 0.0
+    for row in map(shards.row, range(ROWS)):
+        drawn = row.texts if weights == "frequency" else sorted(set(row.texts))
+        for one in drawn:
+            with torch.no_grad():
+                loss, count, _ = row_scores(model, collator.collate([row], [one]))
+            nats, tokens = nats + loss.item() / len(drawn), tokens + int(count) / len(drawn)
+    settings = {"step": 0, "num_rows": ROWS, "rank": 0, "world_size": 1, "report_progress": lambda: None}
+    found = [validate(model, shards, collator, batch_size=size, **settings) for size in (2, 64)]  # type: ignore[arg-type]
+    for values in found:
+        assert values["val/loss"] == pytest.approx(nats / tokens, rel=1e-5)
+        assert values["val/blind_gap"] == pytest.approx(found[0]["val/blind_gap"], rel=1e-4)
+    model.eval()
+    captioner = Captioner(model, tokenizer)
+    scored = [ScoredRow(**vars(score), neighbour=None) for score in score_rows(captioner, shards, range(ROWS))]
+    evaluated = model_metrics(scored)["loss"](np.ones((1, ROWS)))[0]
+    assert evaluated == pytest.approx(nats / tokens, rel=1e-5)
+    assert scored[1].references == ("green", "green", "green", "green x"), "references keep their repeats"
+
+
+def test_the_human_texts_of_sample_captions_are_not_always_the_first(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", rows=4, texts=2)
+    config = tiny_model_config()
+    tokenizer = text.learn(config.text, [])
+    samples = caption_samples(build_model(config, tokenizer.vocab_size), tokenizer, shards, 4)
+    assert [sample.text for sample in samples] == ["red", "green x", "blue", "white x"]
+
+
+def test_the_logged_training_loss_is_the_mean_per_token_since_the_last_log() -> None:
+    mean = LossMean()
+    mean.add(3.0, 10)
+    mean.add(1.0, 30)
+    assert mean.take() == pytest.approx(1.5)
+    mean.add(2.0, 5)
+    assert mean.take() == pytest.approx(2.0)
 
 
 def test_a_validation_loss_that_is_not_finite_names_its_pictures_and_step(tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""Merge of the texts of a picture: what the rows of an ingest add to the texts that `samples` already has.
+
+People often write the same caption for a picture, and these repeats count: in the references of an evaluation, and in
+how often training shows a caption. An ingest that runs twice must still add nothing twice. So a text is repeated as
+often as in `samples` or as in the rows of the ingest, whichever is more.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from pipelines.formats.tables import TEXT_TYPE
+
+Text = tuple[str, str]
+"""Prompt and text."""
+MERGED = pa.schema(
+    [
+        pa.field("new_texts", pa.list_(TEXT_TYPE)),
+        pa.field("contributing", pa.int32()),
+        pa.field("full", pa.list_(TEXT_TYPE)),
+    ]
+)
+"""Columns of a `MergedTexts`."""
+
+
+class MergedTexts(NamedTuple):
+    """What the rows of a picture add to its known texts.
+
+    Attributes:
+        new_texts: texts to append, in the order of the rows. A text may occur several times.
+        contributing: number of different rows that add a text which the picture did not have.
+        full: all different texts that are accepted, if a row has exceeded the largest number of texts; else None.
+    """
+
+    new_texts: list[Text]
+    contributing: int
+    full: list[Text] | None
+
+
+def merge_texts(known: Sequence[Text], rows: Sequence[Sequence[Text]], max_texts: int | None) -> MergedTexts:
+    """Merge the texts of rows with the known texts of a picture.
+
+    Args:
+        known: texts of the picture in `samples`, with repeats.
+        rows: texts of each row, in the order of the rows.
+        max_texts: largest number of different texts of a picture, or None for any number. Rows are accepted in the
+            order of their texts, up to the first row that exceeds the limit. Later rows are accepted if they add no
+            text. So the accepted texts do not depend on the order of the rows.
+    """
+    seen, contributing, exceeded = set(known), 0, False
+    for texts in sorted({tuple(dict.fromkeys(row)) for row in rows}):
+        added = [text for text in texts if text not in seen]
+        exceeded = exceeded or bool(added and max_texts is not None and len(seen) + len(added) > max_texts)
+        if added and not exceeded:
+            seen.update(added)
+            contributing += 1
+    counts, still_known = Counter[Text](), Counter(known)
+    new_texts = []
+    for row in rows:
+        if exceeded and not seen.issuperset(row):
+            continue
+        for text in row:
+            counts[text] += 1
+            if counts[text] > still_known[text]:
+                new_texts.append(text)
+    return MergedTexts(new_texts, contributing, sorted(seen) if exceeded else None)
+
+
+def merge_texts_of_pictures(batches: Iterator[pa.RecordBatch], max_texts: int | None) -> Iterator[pa.RecordBatch]:
+    """Replace the last two columns of pictures, `known_texts` and `row_texts`, by the columns MERGED."""
+    for batch in batches:
+        *others, known_texts, row_texts = batch.columns
+        merged = [
+            merge_texts(_to_texts(known), [_to_texts(row) for row in rows], max_texts)
+            for known, rows in zip(known_texts.to_pylist(), row_texts.to_pylist(), strict=True)
+        ]
+        columns = [
+            pa.array([_to_structs(each.new_texts) for each in merged], MERGED.field("new_texts").type),
+            pa.array([each.contributing for each in merged], MERGED.field("contributing").type),
+            pa.array(
+                [None if each.full is None else _to_structs(each.full) for each in merged], MERGED.field("full").type
+            ),
+        ]
+        yield pa.RecordBatch.from_arrays([*others, *columns], names=[*batch.schema.names[:-2], *MERGED.names])
+
+
+def _to_texts(structs: Sequence[dict[str, str]]) -> list[Text]:
+    return [(struct["prompt"], struct["text"]) for struct in structs]
+
+
+def _to_structs(texts: Sequence[Text]) -> list[dict[str, str]]:
+    return [{"prompt": prompt, "text": text} for prompt, text in texts]
