@@ -109,14 +109,15 @@ EXECUTION_SETTINGS = frozenset(
         "parallel",
         "profile_steps",
         "recompute_blocks",
+        "register",
         "resume_changed_code",
         "rows_at_once",
         "timeout_seconds",
     }
 )
-"""Settings of how a run is computed and supervised. Except for `resume_changed_code`, these settings affect the
-learned weights only by rounding errors, so they are not part of the run's identity. For example, a run that ran out of
-memory can resume with a smaller `rows_at_once`."""
+"""Settings of how a run is computed, supervised and registered. Except for `resume_changed_code`, these settings affect
+the learned weights only by rounding errors, so they are not part of the run's identity. For example, a run that ran out
+of memory can resume with a smaller `rows_at_once`."""
 
 
 class TrainConfig(Config):
@@ -145,6 +146,8 @@ class TrainConfig(Config):
             the batch is needed.
         keep_checkpoints: number of newest checkpoints to keep. The checkpoint with the lowest validation loss is kept
             too.
+        register: checkpoint that is registered as a model version: the `last` one, or the `best` one, which has the
+            lowest validation loss. A finished run registers the other checkpoint too when the setting changes.
         profile_steps: number of rank 0's first steps to record with torch's profiler. The trace is logged to MLflow.
         timeout_seconds: time without a sign of life from a rank, in seconds, after which the run is ended.
         max_restarts: largest number of restarts of a failed run from its last checkpoint, if a restart can help.
@@ -171,6 +174,7 @@ class TrainConfig(Config):
     checkpoint_every: PositiveInt = 500
     keep_checkpoints: PositiveInt = 2
     caption_samples: PositiveInt = 8
+    register: Annotated[Literal["last", "best"], ADDED_LATER] = "last"
     profile_steps: Annotated[int, Field(ge=0)] = 0
     timeout_seconds: PositiveInt = 600
     max_restarts: Annotated[int, Field(ge=0)] = 2
@@ -203,6 +207,10 @@ class TrainConfig(Config):
         if self.adapter and self.parallel == "fsdp":
             raise ValueError(
                 "adapter and parallel fsdp exclude each other: frozen weights are half precision, fsdp needs one dtype"
+            )
+        if self.adapter and self.register == "best":
+            raise ValueError(
+                "adapter and register best exclude each other: only the last checkpoint has merged weights"
             )
         if self.adapter and not self.start_from:
             raise ValueError("adapter needs start_from: corrections of untrained weights are useless")

@@ -14,7 +14,8 @@ from pipelines.config import short_hash
 from pipelines.errors import StageFailed
 from pipelines.formats.model_copy import ModelCopy, check_copy, record_copy
 from pipelines.platform import Platform, redact_uri
-from pipelines.tracking.registry import DIGEST_TAG, MODEL_FILES, ModelVersion, download_files
+from pipelines.tracking.logged_model import MODEL_FILES
+from pipelines.tracking.registry import DIGEST_TAG, ModelVersion, download_files
 
 logger = logging.getLogger(__name__)
 

@@ -11,32 +11,23 @@ the move if `champion` has moved already, and drops the move otherwise.
 
 from __future__ import annotations
 
-import base64
-import importlib.metadata
-import io
 import logging
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import mlflow
-import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model, ModelSignature
-from mlflow.types import ColSpec, Schema
-from PIL import Image
 
-import pipelines
-import vlm
 from pipelines.errors import StageFailed, UserError
 from pipelines.formats.model_copy import combine_digests
-from pipelines.formats.run_folder import Result, RunFolder, read_json
+from pipelines.formats.run_folder import Metrics, Result, RunFolder, read_json, step_of
 from pipelines.platform import Platform, redact_uri
+from pipelines.tracking.logged_model import MODEL_FILES, log_model
 from pipelines.tracking.server import REQUEST_ERRORS, connect, unusable
 from vlm.config import Config
 from vlm.files import file_digest
@@ -45,20 +36,12 @@ logger = logging.getLogger(__name__)
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 MOVE_TAG = "lakesight_move"
-MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")
 TAG_PREFIX = "lakesight_"
 DIGEST_TAG = "digest"
 """Tag of a model version with the digest of its files (pipelines.formats.model_copy)."""
+CHECKPOINT_TAG = "checkpoint"
+"""Tag of a model version with the name of its checkpoint. Versions of earlier releases are last checkpoints."""
 MAX_TAG_CHARS = 1000
-REQUIREMENTS = (
-    *("mlflow", "numpy", "pandas", "pillow", "pyarrow", "pydantic", "pyyaml", "regex", "safetensors", "tokenizers"),
-    "torch",
-)
-
-SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec("string", "image"), ColSpec("string", "prompt", required=False)]),
-    outputs=Schema([ColSpec("string", "caption", required=False), ColSpec("string", "error", required=False)]),
-)
 
 
 class ModelVersion(Config):
@@ -83,8 +66,14 @@ class AliasMove(Config):
     previous: str | None
 
 
-def register(run: RunFolder, run_id: str, platform: Platform) -> ModelVersion:
-    """Register the model of a finished run, or return the version that was registered before for the same MLflow run.
+def register(run: RunFolder, run_id: str, platform: Platform, which: Literal["last", "best"] = "last") -> ModelVersion:
+    """Register a checkpoint of a finished run, or return the version that was registered for this checkpoint before.
+
+    Args:
+        run: run folder.
+        run_id: id of the MLflow run.
+        platform: platform with the registry.
+        which: the last checkpoint, or the one with the lowest validation loss.
 
     Raises:
         UserError: the run is not finished, or its checkpoint is incomplete.
@@ -95,18 +84,23 @@ def register(run: RunFolder, run_id: str, platform: Platform) -> ModelVersion:
     name = platform.model_name(file.config.name)
     with _registry_errors(platform, f"model {name}"):
         _create_model(client, name)
+        chosen = Path(result.checkpoint if which == "last" else _best_checkpoint(run, result))
+        checkpoint = run.path / "checkpoints" / chosen.name
         for version in _versions(client, name):
-            if version.run_id == run_id:
+            registered = version.tags.get(f"{TAG_PREFIX}{CHECKPOINT_TAG}", Path(result.checkpoint).name)
+            if (version.run_id, registered) == (run_id, checkpoint.name):
                 return _read_version(client, name, version.version)
-        checkpoint = run.path / "checkpoints" / Path(result.checkpoint).name
-        model_id = _log_model(client, checkpoint, run_id)
+        model_id = log_model(client, checkpoint, run_id)
+        is_last = checkpoint.name == Path(result.checkpoint).name
+        metrics = result.metrics if is_last else read_json(run.metrics(step_of(checkpoint)), Metrics).values
         tags = {
             DIGEST_TAG: combine_digests({file: file_digest(checkpoint / file) for file in MODEL_FILES}),
+            CHECKPOINT_TAG: checkpoint.name,
             "run": run.path.name,
             "table_version": str(file.dataset_version),
             "manifest_hash": file.content_hash,
             **file.code_tags(),
-        } | {f"training_{key}": f"{value:.6g}" for key, value in result.metrics.items()}
+        } | {f"training_{key}": f"{value:.6g}" for key, value in metrics.items()}
         created = client.create_model_version(
             name, f"models:/{model_id}", run_id=run_id, tags=_prefixed(tags), model_id=model_id
         )
@@ -124,6 +118,17 @@ def ensure_model(platform: Platform, name: str) -> None:
         _create_model(connect(platform), name)
     except REQUEST_ERRORS as error:
         raise unusable(platform, error) from None
+
+
+def _best_checkpoint(run: RunFolder, result: Result) -> str:
+    if not result.best_checkpoint:
+        raise UserError(
+            "the best checkpoint of the run is not known",
+            where=str(run.result),
+            got="a result of Lakesight 0.1.0, which does not name it",
+            fix="register the last checkpoint (train.register: last), or train again with another seed",
+        )
+    return result.best_checkpoint
 
 
 def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
@@ -324,60 +329,6 @@ def _read_version(client: MlflowClient, name: str, number: str) -> ModelVersion:
         tags={k.removeprefix(TAG_PREFIX): v for k, v in found.tags.items() if k.startswith(TAG_PREFIX)},
         aliases=tuple(sorted(found.aliases)),
     )
-
-
-def _log_model(client: MlflowClient, checkpoint: Path, run_id: str) -> str:
-    """Log the model of a checkpoint to an MLflow run, and return the id of the logged model."""
-    missing = [file for file in MODEL_FILES if not (checkpoint / file).is_file()]
-    if missing:
-        raise UserError(
-            "the run's final checkpoint is incomplete",
-            where=str(checkpoint),
-            got=f"missing {', '.join(missing)}",
-            fix="train again: the run resumes from its last complete checkpoint",
-        )
-    experiment_id = client.get_run(run_id).info.experiment_id
-    logged = client.create_logged_model(experiment_id, name="model", source_run_id=run_id)
-    with _without_bytecode():
-        Model.log(
-            artifact_path=None,
-            flavor=mlflow.pyfunc,
-            run_id=run_id,
-            model_id=logged.model_id,
-            python_model=str(Path(__file__).with_name("model.py")),
-            artifacts={file: (checkpoint / file).absolute().as_uri() for file in MODEL_FILES},
-            code_paths=[package.__path__[0] for package in (vlm, pipelines)],
-            signature=SIGNATURE,
-            input_example=_example(),
-            pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
-        )
-    return str(logged.model_id)
-
-
-@contextmanager
-def _without_bytecode() -> Iterator[None]:
-    """Prevent Python from writing bytecode files into the model's folder while MLflow tests the model in the folder."""
-    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        yield
-    finally:
-        sys.dont_write_bytecode = before
-
-
-def _example() -> pd.DataFrame:
-    """Return an example of the model's input: one grey picture as base64, as a REST client sends a picture."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (32, 32), "grey").save(buffer, "PNG")
-    return pd.DataFrame({"image": [base64.b64encode(buffer.getvalue()).decode("ascii")]})
-
-
-def _public_version(package: str) -> str:
-    """Return the installed version without its build label, because package indexes have 2.13.0 but not 2.13.0+cpu.
-
-    The version of MLflow is read from the module, because ML runtimes carry the distribution `mlflow-skinny`.
-    """
-    found = mlflow.__version__ if package == "mlflow" else importlib.metadata.version(package)
-    return found.partition("+")[0]
 
 
 def _prefixed(tags: Mapping[str, str]) -> dict[str, str]:

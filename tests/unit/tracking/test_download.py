@@ -18,6 +18,7 @@ from pipelines.formats.run_folder import RunFolder
 from pipelines.platform import Platform, local
 from pipelines.tracking import registry, runs
 from pipelines.tracking.download import download
+from pipelines.tracking.logged_model import MODEL_FILES
 
 SERVER = "http://127.0.0.1:9"  # no server answers at this address
 
@@ -45,7 +46,7 @@ def registered(platform: Platform, folder: Path) -> registry.ModelVersion:
 
 def test_download_fetches_the_weights_once(platform: Platform, registered: registry.ModelVersion) -> None:
     folder, digest = download(platform, registered)
-    assert sorted(path.name for path in folder.iterdir()) == sorted((*registry.MODEL_FILES, RECORD))
+    assert sorted(path.name for path in folder.iterdir()) == sorted((*MODEL_FILES, RECORD))
     assert digest == registered.tags["digest"]
     stamp = (folder / "model.safetensors").stat().st_mtime_ns
     offline = dataclasses.replace(platform, tracking_uri="http://127.0.0.1:9", registry_uri="http://127.0.0.1:9")

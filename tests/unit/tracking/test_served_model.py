@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_models import tiny_model, tiny_pixels
 
+from pipelines.tracking import logged_model
 from pipelines.tracking import model as served_model
-from pipelines.tracking import registry
 from vlm.checkpoint import save_model
 
 
@@ -70,8 +70,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     mlflow.pyfunc.save_model(
         folder / "model",
         python_model=str(Path(str(served_model.__file__))),
-        artifacts={file: str(folder / "checkpoint" / file) for file in registry.MODEL_FILES},
-        signature=registry.SIGNATURE,
+        artifacts={file: str(folder / "checkpoint" / file) for file in logged_model.MODEL_FILES},
+        signature=logged_model.SIGNATURE,
         pip_requirements=["mlflow"],
     )
     return mlflow.pyfunc.load_model(str(folder / "model"))

@@ -28,13 +28,25 @@ from tiny_runs import finish_run, log_step, tiny_run, write_run, write_shards
 
 from pipelines.config import LocalPlatformConfig, RunConfig
 from pipelines.errors import TrainingFailed, UserError
-from pipelines.formats.run_folder import CaptionSample, CaptionSamples, Failure, Metrics, RunFolder, write_json
+from pipelines.formats.run_folder import (
+    CaptionSample,
+    CaptionSamples,
+    Failure,
+    Metrics,
+    Result,
+    RunFolder,
+    read_json,
+    write_json,
+)
 from pipelines.platform import Platform, local
 from pipelines.tracking import registry, runs
 from pipelines.tracking.download import download
 from pipelines.tracking.expert_load_plot import draw_expert_load
 from pipelines.tracking.server import connect
 from pipelines.tracking.smoke_test import find_pickles, smoke_test_folder
+from vlm import text
+from vlm.build import build_model
+from vlm.checkpoint import save_model
 
 CONFIG = tiny_run()
 
@@ -358,6 +370,25 @@ def test_the_smoke_test_runs_in_a_fresh_process_and_finds_pickles(
     assert smoke_test_folder(folder, []).failure == "it holds pickles: artifacts/weights.pt"
     (folder / "artifacts" / "weights.pt").rename(folder / "artifacts" / "weights.dat")
     assert smoke_test_folder(folder, []).failure == "it holds pickles: artifacts/weights.dat"
+
+
+def test_the_best_checkpoint_is_registered_as_a_version_of_its_own_beside_the_last(
+    platform: Platform, run: RunFolder, registered: registry.ModelVersion
+) -> None:
+    tokenizer = text.load(run.tokenizer)
+    save_model(run.checkpoint(8), build_model(CONFIG.model, tokenizer.vocab_size), tokenizer)
+    write_json(run.metrics(8), Metrics(step=8, time=0.0, values={"val/loss": 1.25}))
+    result = read_json(run.result, Result).model_copy(update={"best_checkpoint": str(run.checkpoint(8))})
+    write_json(run.result, result)
+    best = registry.register(run, registered.run_id, platform, "best")
+    assert (best.version, best.tags["checkpoint"], best.tags["training_val_loss"]) == (
+        "2",
+        run.checkpoint(8).name,
+        "1.25",
+    )
+    assert best.tags["digest"] != registered.tags["digest"]
+    assert registry.register(run, registered.run_id, platform, "best") == best
+    assert registry.register(run, registered.run_id, platform) == registered
 
 
 def test_a_run_that_is_not_finished_is_not_registered(platform: Platform, run: RunFolder) -> None:

@@ -1,0 +1,87 @@
+"""The model of a checkpoint as a logged model of MLflow: files, code, requirements and signature."""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ColSpec, Schema
+from PIL import Image
+
+import pipelines
+import vlm
+from pipelines.errors import UserError
+
+MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")
+REQUIREMENTS = (
+    *("mlflow", "numpy", "pandas", "pillow", "pyarrow", "pydantic", "pyyaml", "regex", "safetensors", "tokenizers"),
+    "torch",
+)
+
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec("string", "image"), ColSpec("string", "prompt", required=False)]),
+    outputs=Schema([ColSpec("string", "caption", required=False), ColSpec("string", "error", required=False)]),
+)
+
+
+def log_model(client: MlflowClient, checkpoint: Path, run_id: str) -> str:
+    """Log the model of a checkpoint to an MLflow run, and return the id of the logged model."""
+    missing = [file for file in MODEL_FILES if not (checkpoint / file).is_file()]
+    if missing:
+        raise UserError(
+            "the run's checkpoint is incomplete",
+            where=str(checkpoint),
+            got=f"missing {', '.join(missing)}",
+            fix="train again: the run resumes from its last complete checkpoint",
+        )
+    experiment_id = client.get_run(run_id).info.experiment_id
+    logged = client.create_logged_model(experiment_id, name="model", source_run_id=run_id)
+    with _without_bytecode():
+        Model.log(
+            artifact_path=None,
+            flavor=mlflow.pyfunc,
+            run_id=run_id,
+            model_id=logged.model_id,
+            python_model=str(Path(__file__).with_name("model.py")),
+            artifacts={file: (checkpoint / file).absolute().as_uri() for file in MODEL_FILES},
+            code_paths=[package.__path__[0] for package in (vlm, pipelines)],
+            signature=SIGNATURE,
+            input_example=_example(),
+            pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
+        )
+    return str(logged.model_id)
+
+
+@contextmanager
+def _without_bytecode() -> Iterator[None]:
+    """Prevent Python from writing bytecode files into the model's folder while MLflow tests the model in the folder."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
+
+
+def _example() -> pd.DataFrame:
+    """Return an example of the model's input: one grey picture as base64, as a REST client sends a picture."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), "grey").save(buffer, "PNG")
+    return pd.DataFrame({"image": [base64.b64encode(buffer.getvalue()).decode("ascii")]})
+
+
+def _public_version(package: str) -> str:
+    """Return the installed version without its build label, because package indexes have 2.13.0 but not 2.13.0+cpu.
+
+    The version of MLflow is read from the module, because ML runtimes carry the distribution `mlflow-skinny`.
+    """
+    found = mlflow.__version__ if package == "mlflow" else importlib.metadata.version(package)
+    return found.partition("+")[0]
