@@ -133,7 +133,7 @@ def run_train(job: Job) -> TrainReport:
         detail = f"finished run reused: {run.path}" if reused else f"{result.world_size} ranks, {result.seconds:.0f} s"
         job.output.line("train", f"{result.step:,} steps, {detail}")
         job.output.line("", figures)
-        version: ModelVersion = register(run, follower.run_id, job.platform, config.train.register)
+        version: ModelVersion = register(run, follower.run_id, job.platform, config.train.register_)
         run.unregistered.unlink(missing_ok=True)
     job.output.line("register", f"{version.name} version {version.version}")
     return TrainReport(
@@ -173,7 +173,7 @@ def register_finished_runs(job: Job) -> None:
             with own_run(run):
                 with follow(run, config, job.platform, may_be_down=False) as follower:
                     logger.info("%s is finished, but was not registered", run.path)
-                register(run, follower.run_id, job.platform, config.train.register)
+                register(run, follower.run_id, job.platform, config.train.register_)
                 marker.unlink(missing_ok=True)
         except TrackingDown:
             raise

@@ -109,7 +109,7 @@ EXECUTION_SETTINGS = frozenset(
         "parallel",
         "profile_steps",
         "recompute_blocks",
-        "register",
+        "register_",
         "resume_changed_code",
         "rows_at_once",
         "timeout_seconds",
@@ -146,7 +146,7 @@ class TrainConfig(Config):
             the batch is needed.
         keep_checkpoints: number of newest checkpoints to keep. The checkpoint with the lowest validation loss is kept
             too.
-        register: checkpoint that is registered as a model version: the `last` one, or the `best` one, which has the
+        register_: checkpoint that is registered as a model version: the `last` one, or the `best` one, which has the
             lowest validation loss. A finished run registers the other checkpoint too when the setting changes.
         profile_steps: number of rank 0's first steps to record with torch's profiler. The trace is logged to MLflow.
         timeout_seconds: time without a sign of life from a rank, in seconds, after which the run is ended.
@@ -174,7 +174,7 @@ class TrainConfig(Config):
     checkpoint_every: PositiveInt = 500
     keep_checkpoints: PositiveInt = 2
     caption_samples: PositiveInt = 8
-    register: Annotated[Literal["last", "best"], ADDED_LATER] = "last"
+    register_: Annotated[Literal["last", "best"], Field(alias="register"), ADDED_LATER] = "last"
     profile_steps: Annotated[int, Field(ge=0)] = 0
     timeout_seconds: PositiveInt = 600
     max_restarts: Annotated[int, Field(ge=0)] = 2
@@ -208,7 +208,7 @@ class TrainConfig(Config):
             raise ValueError(
                 "adapter and parallel fsdp exclude each other: frozen weights are half precision, fsdp needs one dtype"
             )
-        if self.adapter and self.register == "best":
+        if self.adapter and self.register_ == "best":
             raise ValueError(
                 "adapter and register best exclude each other: only the last checkpoint has merged weights"
             )

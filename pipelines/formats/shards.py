@@ -16,7 +16,6 @@ import resource
 import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -31,6 +30,7 @@ from pydantic import ValidationError
 
 from pipelines.config import Split, TextWeights, short_hash
 from pipelines.errors import StageFailed, UserError
+from pipelines.formats.open_files import raise_open_file_limit
 from pipelines.formats.tables import TEXT_TYPE
 from vlm.config import ADDED_LATER, Config, ImageConfig
 from vlm.files import atomic_write, file_digest
@@ -281,7 +281,7 @@ class Shards:
             StageFailed: a shard file is missing or has another size.
         """
         shards = cls(folder)
-        _raise_open_file_limit(len(shards.manifest.files))
+        raise_open_file_limit(len(shards.manifest.files))
         for file in shards.manifest.files:
             path = folder / file.file
             size = path.stat().st_size if path.exists() else -1
@@ -397,13 +397,3 @@ def verify_file(path: Path, file: ShardFile, copy: Path | None = None) -> None:
     """
     if file_digest(copy or path) != file.sha256:
         raise damaged_shard(path, "its SHA-256 differs from the manifest's")
-
-
-def _raise_open_file_limit(files: int) -> None:
-    """Raise the soft limit of open files by `files`, up to the hard limit. A mapped file counts as an open file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY:
-        limit = soft + files if hard == resource.RLIM_INFINITY else min(soft + files, hard)
-        # macOS may reject a limit that macOS itself reports; mapping a file then fails with a UserError
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -219,7 +219,7 @@ def test_rows_that_give_a_picture_too_many_texts_are_quarantined_and_replayed_wi
     assert report.reasons == {"too_many_texts": 3}
     quarantine = spark.table(platform.table("quarantine")).where(f"source = '{source}'")
     assert {(row["stage"], row["detail"].rpartition(" ")[2]) for row in quarantine.collect()} == {
-        ("decode", "2"),
+        ("decode", "allowed"),
         ("merge", "texts"),
     }
 

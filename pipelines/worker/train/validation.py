@@ -38,10 +38,9 @@ def validate(
 ) -> dict[str, float]:
     """Compute val/loss (nats per token) and val/blind_gap on the first rows of the shards, divided among the ranks.
 
-    The loss of a picture is the mean over all texts from which training would draw one (`Shards.drawn_texts`).
-
-    The blind gap is the loss when each text gets the picture of the next row, minus the loss with the right picture.
-    The gap is zero for a model that ignores the picture. If there is only one row, no gap is computed.
+    A picture's loss is the mean over the texts from which training draws one. The blind gap is the loss when each text
+    gets the picture of the next row, minus the loss with the right picture. The gap is zero for a model that ignores
+    the picture. If there is only one row, no gap is computed.
 
     This function is a collective: every rank must call it at the same step and gets the same values.
 
@@ -67,8 +66,7 @@ def validate(
     checked: list[tuple[list[str], torch.Tensor]] = []  # image ids of a batch, and which of their losses are finite
     model.eval()
     for first in range(0, -(-len(pairs) // world_size), batch_size):
-        # All ranks must call a sharded model equally often. A rank without texts computes the losses of the first text
-        # and discards these losses.
+        # All ranks must call a sharded model equally often, so a rank without texts discards the losses of another.
         chosen = rank_pairs[first : first + batch_size]
         counts, chosen = bool(chosen), chosen or pairs[:1]
         rows = [shards.row(pair.row) for pair in chosen]
@@ -83,10 +81,8 @@ def validate(
     right, wrong, tokens = global_sum(sums).tolist()
     if not (tokens and math.isfinite(right) and math.isfinite(wrong)):
         raise _not_finite(step, checked)
-    values = {"val/loss": right / tokens}
-    if total > 1:
-        values["val/blind_gap"] = (wrong - right) / tokens
-    return values
+    gap = {"val/blind_gap": (wrong - right) / tokens} if total > 1 else {}
+    return {"val/loss": right / tokens} | gap
 
 
 def _not_finite(step: int, checked: Sequence[tuple[list[str], torch.Tensor]]) -> NotFiniteError:
