@@ -251,14 +251,10 @@ def stream_answer(
 
     pixels = tuple(torch.from_numpy(to_pixels(picture, model.config.image)) for picture in pictures)
     request = Request(prefix_ids(tokenizer, model.config.num_slots, prompt, len(pixels)), pixels)
-    ids: list[int] = []
     shown = ""
-    for token in stream(model, tokenizer, request, settings):
-        ids.append(token)
-        # If a token ends inside a multi-byte character, the character is printed when a later token completes it.
-        text = tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")
-        job.output.text(text[len(shown) :], end="")
-        shown = text
-    caption = tokenizer.decode(ids)
-    job.output.text(caption[len(shown) :])
-    return caption, len(ids)
+    num_tokens = 0
+    for answer in stream(model, tokenizer, request, settings):
+        job.output.text(answer.text[len(shown) :], end="")
+        shown, num_tokens = answer.text, len(answer.tokens)
+    job.output.text("")
+    return shown, num_tokens

@@ -101,8 +101,8 @@ def _write_checkpoint(
     from vlm.weights.load import import_weights as load_weights
     from vlm.weights.special_tokens import check_special_tokens
 
-    tokenizer = _build_tokenizer(config, folders)
     try:
+        tokenizer = _build_tokenizer(config, folders)
         reads_text = [path for part, path in folders.items() if part != "encoder"]
         tokens = [key for path in reads_text for key in check_special_tokens(path, tokenizer)]
         with show_elapsed("reading weights"):
@@ -121,10 +121,11 @@ def _build_tokenizer(config: ModelConfig, folders: dict[Part, Path]) -> Tokenize
             texts.
     """
     from vlm import text
+    from vlm.weights.special_tokens import read_tokenizer
 
-    source = folders.get("decoder", folders.get("model"))
-    if config.text.kind == "json" and not config.text.path and source is not None:
-        return text.learn(config.text.model_copy(update={"path": str(source / "tokenizer.json")}), ())
+    source = next((part for part in ("decoder", "model") if part in folders), None)
+    if config.text.kind == "json" and source is not None:
+        return read_tokenizer(config.text, folders[source], source)
     if config.text.kind == "bpe":
         raise UserError(
             "the model learns its tokenizer from training texts, and an import has none",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from vlm.config.base import Config
+from vlm.config.base import ADDED_LATER, Config
 
 
 class CharsConfig(Config):
@@ -34,6 +34,8 @@ class JsonTextConfig(Config):
         bos: text of the start token.
         eos: text of the end token.
         pad: text of the padding token.
+        newline_after_empty_prompt: true if a line break follows the start token even if the prompt is empty
+            (PaliGemma). `import-weights` sets this value in the tokenizer of the checkpoint.
     """
 
     kind: Literal["json"]
@@ -42,6 +44,7 @@ class JsonTextConfig(Config):
     bos: str
     eos: str
     pad: str
+    newline_after_empty_prompt: Annotated[bool, ADDED_LATER] = False
 
 
 TextConfig = Annotated[CharsConfig | BpeConfig | JsonTextConfig, Field(discriminator="kind")]

@@ -19,7 +19,7 @@ from vlm.generation.request import Completion, Request, check_length, prefill
 from vlm.generation.sampling import TokenSampler
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
-from vlm.text.stop import count_safe_tokens, find_stop
+from vlm.text.stop import find_stop, safe_text
 
 __all__ = ["Completion", "Request", "check_length", "generate", "stream"]
 
@@ -47,27 +47,25 @@ def generate(
 
 def stream(
     model: VisionLanguageModel, tokenizer: Tokenizer, request: Request, settings: GenerationConfig
-) -> Iterator[int]:
-    """Generate one completion, and yield the token ids one by one during generation, without the end token.
+) -> Iterator[Completion]:
+    """Generate one completion, and yield it after each token, with the text that later tokens cannot change.
 
-    A token that may belong to a stop string is held back until later tokens decide whether the stop string occurs.
-    With beam search, no token is yielded before the search has ended.
+    All yielded completions are the same object. Each text begins with the text before, and the last text is the text of
+    `generate`. With beam search, the completion is yielded once, after the search has ended.
 
     Raises:
         UserError: the request and `max_new_tokens` do not fit the model's context.
     """
     if settings.num_beams > 1:
-        steps = iter([beam_search(model, tokenizer, [request], settings)])
+        (completion,) = generate(model, tokenizer, [request], settings)
     else:
-        steps = _generate_steps(model, tokenizer, [request], settings)
-    sent, tokens = 0, list[int]()
-    for (completion,) in steps:
-        tokens = completion.tokens
-        safe = count_safe_tokens(tokenizer, tokens, sent, settings.stop) if settings.stop else len(tokens)
-        yield from tokens[sent:safe]
-        sent = safe
-    if find_stop(tokenizer.decode(tokens), settings.stop) is None:
-        yield from tokens[sent:]
+        for (completion,) in _generate_steps(model, tokenizer, [request], settings):
+            if find_stop(tokenizer.decode(completion.tokens), settings.stop) is None:
+                completion.text = safe_text(tokenizer, completion.tokens, settings.stop)
+                yield completion
+        text = tokenizer.decode(completion.tokens)
+        completion.text = text[: find_stop(text, settings.stop)]
+    yield completion
 
 
 @torch.inference_mode()

@@ -24,6 +24,10 @@ class Tokenizer(Protocol):
     eos_id: int
     suppressed_ids: tuple[int, ...]
     """Token ids that generation never produces."""
+    byte_ids: frozenset[int]
+    """Ids of tokens that stand for one byte. `decode` joins adjacent byte tokens before it decodes them."""
+    newline_after_empty_prompt: bool
+    """True if a line break follows the start token even if the prompt is empty."""
 
     @property
     def vocab_size(self) -> int:

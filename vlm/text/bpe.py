@@ -20,6 +20,8 @@ class BpeTokenizer:
 
     pad_id, bos_id, eos_id = PAD, BOS, EOS
     suppressed_ids: tuple[int, ...] = (PAD, BOS)
+    byte_ids: frozenset[int] = frozenset()
+    newline_after_empty_prompt = False
 
     def __init__(self, backend: Backend, vocab_size: int) -> None:
         self._backend = backend

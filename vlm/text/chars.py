@@ -22,6 +22,8 @@ class CharTokenizer:
 
     pad_id, bos_id, eos_id = PAD, BOS, EOS
     suppressed_ids: tuple[int, ...] = (PAD, BOS)
+    byte_ids: frozenset[int] = frozenset()
+    newline_after_empty_prompt = False
 
     def __init__(self, alphabet: str) -> None:
         if len(set(alphabet)) != len(alphabet):

@@ -34,7 +34,8 @@ def prefix_ids(tokenizer: Tokenizer, num_slots: int, prompt: str, num_images: in
         prompt: a question or instruction; empty for a plain caption.
         num_images: number of pictures.
     """
-    return interleaved_ids(tokenizer, num_slots, [PICTURE] * num_images + ([prompt + "\n"] if prompt else []))
+    has_text = prompt or tokenizer.newline_after_empty_prompt
+    return interleaved_ids(tokenizer, num_slots, [PICTURE] * num_images + ([prompt + "\n"] if has_text else []))
 
 
 def interleaved_ids(tokenizer: Tokenizer, num_slots: int, parts: Sequence[str | Picture]) -> list[int]:

@@ -10,6 +10,7 @@ settings of the file are not used, because `prompt.py` builds the sequence.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from tokenizers import Tokenizer as Backend
 from vlm.config import JsonTextConfig
 from vlm.errors import ConfigError
 from vlm.text.regions import REGION_TOKEN
+
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+"""Name of a token that stands for one byte (byte fallback)."""
 
 
 class PublishedTokenizer:
@@ -48,6 +52,8 @@ class PublishedTokenizer:
         self.pad_id, self.bos_id, self.eos_id = (ids[token] for token in control)
         self.suppressed_ids = tuple(sorted({self.pad_id, self.bos_id} - {self.eos_id}))
         self._word_suffix = _word_suffix(flagged)
+        self.byte_ids = frozenset(i for token, i in ids.items() if BYTE_TOKEN.fullmatch(token))
+        self.newline_after_empty_prompt = config.newline_after_empty_prompt
         self._replacements = {ids[token]: self._character_ids(token) for token in control}
 
     @classmethod
@@ -85,7 +91,7 @@ class PublishedTokenizer:
 
     def to_json(self) -> str:
         """Return JSON text with the whole tokenizer.json and the config without `path`."""
-        config = self._config.model_dump(exclude={"path"})
+        config = self._config.hashed_settings(exclude={"path"})
         return json.dumps({**config, "tokenizer": json.loads(self._backend.to_str())})
 
     def _character_ids(self, token: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Functions that find stop strings in an answer, and count the tokens that can already be streamed."""
+"""Functions that find stop strings in an answer, and return the text that can already be streamed."""
 
 from __future__ import annotations
 
@@ -12,23 +12,21 @@ def find_stop(text: str, stop: Sequence[str]) -> int | None:
     return min((index for index in map(text.find, stop) if index >= 0), default=None)
 
 
-def count_safe_tokens(tokenizer: Tokenizer, tokens: Sequence[int], sent: int, stop: Sequence[str]) -> int:
-    """Return how many tokens of an unfinished answer can be streamed.
+def safe_text(tokenizer: Tokenizer, tokens: Sequence[int], stop: Sequence[str]) -> str:
+    """Return the beginning of an unfinished answer that later tokens cannot change.
 
-    Tokens after the start of a stop string are not counted. This rule also applies if the answer ends in the middle of
-    a stop string.
+    Three endings can still change. Adjacent byte tokens are decoded together, so a further byte can change the text of
+    all of them. A replacement character can become a real character. The beginning of a stop string is cut if the rest
+    of the stop string follows.
 
     Args:
         tokenizer: tokenizer of the model.
-        tokens: tokens of the answer so far.
-        sent: number of tokens that were already streamed, which is the minimum of the result.
+        tokens: tokens of the answer so far, whose text contains no whole stop string.
         stop: stop strings.
     """
-    text = tokenizer.decode(tokens)
-    end = find_stop(text, stop)
-    if end is None:
-        partial = (n for word in stop for n in range(1, len(word)) if text.endswith(word[:n]))
-        end = len(text) - max(partial, default=0)
-    while sent < len(tokens) and len(tokenizer.decode(tokens[: sent + 1])) <= end:
-        sent += 1
-    return sent
+    length = len(tokens)
+    while length and (tokens[length - 1] in tokenizer.byte_ids or not tokenizer.decode([tokens[length - 1]])):
+        length -= 1
+    text = tokenizer.decode(tokens[:length]).rstrip("\N{REPLACEMENT CHARACTER}")
+    partial = (n for word in stop for n in range(1, len(word)) if text.endswith(word[:n]))
+    return text[: len(text) - max(partial, default=0)]

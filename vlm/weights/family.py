@@ -56,6 +56,7 @@ class Family:
             the first pair that matches a tensor name is used.
         vocab_section: section of config.json with the vocabulary size; empty if the size is at the top level; None if
             the family has no vocabulary.
+        newline_after_empty_prompt: True if a line break follows the start token even if the prompt is empty.
         image_id_key: key of the image token's id in config.json; empty for a family without image token.
     """
 
@@ -70,6 +71,7 @@ class Family:
     prefix: str = ""
     legacy_prefixes: tuple[tuple[str, str], ...] = ()
     vocab_section: str | None = None
+    newline_after_empty_prompt: bool = False
     image_id_key: str = ""
 
     def mismatches(self, config: ModelConfig, settings: Settings) -> list[str]:

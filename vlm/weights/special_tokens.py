@@ -12,12 +12,28 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm.config import read_error_message
+from vlm import text
+from vlm.config import JsonTextConfig, read_error_message
 from vlm.errors import CheckpointError
 from vlm.text.base import Tokenizer
+from vlm.weights.family import Part
 from vlm.weights.files import read_settings
+from vlm.weights.load import find_family
 
 GENERATION, NAMES = "generation_config.json", ("tokenizer_config.json", "special_tokens_map.json")
+
+
+def read_tokenizer(config: JsonTextConfig, folder: Path, part: Part) -> Tokenizer:
+    """Read the `tokenizer.json` of a published folder of the whole model or of the decoder.
+
+    Raises:
+        CheckpointError: the folder's config.json cannot be read or belongs to no known family.
+        ConfigError: the tokenizer is missing or does not fit the config.
+    """
+    family = find_family(read_settings(folder), folder, part)
+    path = config.path or str(folder / "tokenizer.json")
+    changes = {"path": path, "newline_after_empty_prompt": family.newline_after_empty_prompt}
+    return text.learn(config.model_copy(update=changes), ())
 
 
 def check_special_tokens(folder: Path, tokenizer: Tokenizer) -> list[str]:

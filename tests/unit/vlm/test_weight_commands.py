@@ -28,6 +28,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
     monkeypatch.chdir(tmp_path)
     raw = tiny_config("plain").model_dump(mode="json")
     raw["decoder"]["tie_embeddings"] = True
+    raw["vision"]["transformer"]["attention"]["out_bias"] = True  # every ViT of transformers has this bias
     config = ModelConfig.model_validate(raw)
     Path("conf/model").mkdir(parents=True)
     Path("conf/model/mine.yml").write_text(yaml.safe_dump(raw))

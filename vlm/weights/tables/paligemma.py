@@ -103,6 +103,7 @@ def _version(name: str, text_type: str, text: tuple[ConfigField, ...], defaults:
         without_effect=WITHOUT_EFFECT,
         legacy_prefixes=LEGACY_PREFIXES,
         vocab_section="text_config",
+        newline_after_empty_prompt=True,
         image_id_key="image_token_index",
     )
 
