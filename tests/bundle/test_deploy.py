@@ -1,0 +1,198 @@
+"""Databricks' own CLI deploys the bundle to a stand-in workspace.
+
+The CLI is the binary `databricks` on PATH, or the one that DATABRICKS_CLI names. The wheel is a small archive, because
+a build would download its build backend.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from stand_in_workspace import Workspace, serve
+
+from jobs.cli import app
+from pipelines.config import load_run
+
+ROOT = Path(__file__).parents[2]
+CLI = os.environ.get("DATABRICKS_CLI") or shutil.which("databricks")
+TARGETS = ("dev", "staging", "prod")
+ME = "1d0f-deployer"
+VARIABLES = {"catalog": "main", "service_principal": ME, "readers": "analysts", "captioners": "operators"}
+WHEEL = """
+import os, zipfile
+os.mkdir("dist")
+zipfile.ZipFile("dist/lakesight-0.1.0-py3-none-any.whl", "w").writestr("lakesight.txt", "")
+"""
+RESOURCES = {"dev": 8, "staging": 13, "prod": 13}
+
+pytestmark = pytest.mark.skipif(CLI is None, reason="no binary `databricks` on PATH, and DATABRICKS_CLI is not set")
+
+
+class Deployment:
+    """Copy of the bundle, and the workspace to which it is deployed."""
+
+    def __init__(self, folder: Path, workspace: Workspace, url: str) -> None:
+        self.folder, self.workspace, self.url = folder, workspace, url
+        self.variables = {**VARIABLES, "build_wheel": shlex.join([sys.executable, "-c", WHEEL])}
+
+    def run(self, command: str, target: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run `databricks bundle COMMAND -t TARGET` with the variables of the deployment and with other variables."""
+        assert CLI is not None
+        values = {f"BUNDLE_VAR_{name}": value for name, value in (self.variables | variables).items()}
+        path = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.folder.parent),
+            "DATABRICKS_CLI_DO_NOT_EXECUTE_NEWER_VERSION": "1",
+        }
+        login = {"DATABRICKS_HOST": self.url, "DATABRICKS_TOKEN": "stand-in", "DATABRICKS_CACHE_ENABLED": "false"}
+        line = [CLI, "bundle", *shlex.split(command), "-t", target]
+        environment = path | login | values
+        return subprocess.run(line, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+
+    def expect(self, command: str, target: str, text: str) -> str:
+        """Run a command that must succeed, and check that it prints a text. Return what it prints."""
+        done = self.run(command, target)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert text in done.stdout + done.stderr
+        return done.stdout
+
+    def edit(self, change: Callable[[dict[str, Any]], object]) -> None:
+        """Change the settings in databricks.yml."""
+        file = self.folder / "databricks.yml"
+        settings = yaml.safe_load(file.read_text())
+        change(settings)
+        file.write_text(yaml.safe_dump(settings))
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Iterator[Deployment]:
+    folder = tmp_path / "bundle"
+    (folder / "jobs").mkdir(parents=True)
+    shutil.copy(ROOT / "databricks.yml", folder)
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    for file in (ROOT / "jobs").glob("*.job.yml"):
+        shutil.copy(file, folder / "jobs")
+    workspace = Workspace(user=ME, groups={"analysts", "operators"})
+    with serve(workspace) as url:
+        yield Deployment(folder, workspace, url)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_cli_validates_plans_deploys_summarizes_and_destroys(deployment: Deployment, target: str) -> None:
+    count = RESOURCES[target]
+    deployment.expect("validate --strict", target, "Validation OK!")
+    deployment.expect("plan", target, f"Plan: {count} to add, 0 to change, 0 to delete, 0 unchanged")
+    deployment.expect("deploy", target, f"Resources: {count} created, 0 changed, 0 deleted, 0 unchanged")
+    deployment.expect("plan", target, f"Plan: 0 to add, 0 to change, 0 to delete, {count} unchanged")
+    summary = json.loads(deployment.expect("summary --output json", target, "resources"))["resources"]
+    workspace = deployment.workspace
+    assert {job["name"] for job in workspace.jobs.values()} == {job["name"] for job in summary["jobs"].values()}
+    assert len(workspace.jobs) == 4
+    assert (len(workspace.schemas), len(workspace.volumes), len(workspace.experiments)) == (1, 1, 1)
+    destroyed = deployment.run("destroy --auto-approve", target)
+    left = [*workspace.jobs, *workspace.schemas, *workspace.volumes, *workspace.experiments]
+    if target == "dev":
+        assert (destroyed.returncode, left) == (0, []), destroyed.stderr
+    else:
+        assert destroyed.returncode == 1
+        for protected in ("schemas.lakesight", "volumes.files", "experiments.runs"):
+            assert f"resources.{protected} has lifecycle.prevent_destroy set" in destroyed.stderr
+        assert len(left) == 7
+
+
+def test_staging_and_prod_share_a_workspace_with_two_runs_each(deployment: Deployment) -> None:
+    for target in ("staging", "prod"):
+        deployment.expect("deploy", target, "13 created")
+        for run in ("demo", "emoji"):
+            deployment.expect(f"run pipeline --no-wait --params run={run}", target, "")
+    workspace = deployment.workspace
+    assert len({job["name"] for job in workspace.jobs.values()}) == 8
+    started = [(run["job_id"], run["job_parameters"]["run"]) for run in workspace.runs]
+    assert sorted({run for _, run in started}) == ["demo", "emoji"]
+    assert len(set(started)) == 4
+    for job, run in started:
+        settings = workspace.jobs[job]
+        values = {entry["name"]: entry["default"] for entry in settings["parameters"]} | {"run": run}
+        for task in settings["tasks"]:
+            check_command(task["python_wheel_task"]["parameters"], values)
+
+
+def check_command(parameters: list[str], values: dict[str, str]) -> None:
+    """Parse a deployed task's parameters with the real command line, and resolve the run config."""
+    filled = [re.sub(r"\{\{job\.parameters\.(\w+)\}\}", lambda match: values[match[1]], text) for text in parameters]
+    assert "${" not in "".join(filled)
+    command, *arguments = filled
+    group = typer.main.get_command(app)
+    parsed = group.commands[command].make_context(command, arguments).params  # type: ignore[attr-defined]
+    assert load_run(parsed["run"], platform=parsed["platform"], overrides=parsed["overrides"]).name == values["run"]
+
+
+def test_a_deployment_with_another_catalog_deletes_nothing(deployment: Deployment) -> None:
+    deployment.workspace.catalogs.add("other")
+    deployment.expect("deploy", "prod", "13 created")
+    done = deployment.run("deploy --auto-approve", "prod", catalog="other")
+    assert done.returncode == 1
+    assert "resources.schemas.lakesight has lifecycle.prevent_destroy set" in done.stderr
+    assert list(deployment.workspace.schemas) == ["main.lakesight"]
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_a_forgotten_variable_stops_the_deployment_before_it_changes_anything(
+    deployment: Deployment, variable: str
+) -> None:
+    del deployment.variables[variable]
+    done = deployment.run("deploy", "prod")
+    assert done.returncode == 1
+    assert f"no value assigned to required variable {variable}" in done.stderr
+    assert not deployment.workspace.schemas
+
+
+def same_key(settings: dict[str, Any]) -> None:
+    settings["resources"]["volumes"]["lakesight"] = settings["resources"]["volumes"].pop("files")
+
+
+def missing_parent(settings: dict[str, Any]) -> None:
+    settings["resources"]["experiments"]["runs"]["name"] = "/Shared/lakesight/runs"
+
+
+def missing_table(settings: dict[str, Any]) -> None:
+    trigger = {"table_update": {"table_names": ["main.lakesight.samples"]}}
+    settings["variables"]["caption_trigger"]["default"] = trigger
+
+
+def missing_folder(settings: dict[str, Any]) -> None:
+    settings["variables"]["pipeline_trigger"]["default"] = {"file_arrival": {"url": "/Volumes/main/raw/pictures/"}}
+
+
+REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], object], dict[str, str], str]] = {
+    "key": (same_key, {}, "defined with the same key: lakesight"),
+    "parent": (missing_parent, {}, "The parent folder (/Shared/lakesight) does not exist"),
+    "table": (missing_table, {}, "Table 'main.lakesight.samples' does not exist"),
+    "folder": (missing_folder, {}, "The Volume of /Volumes/main/raw/pictures/ does not exist"),
+    "catalog": (dict, {"catalog": "absent"}, "Catalog 'absent' does not exist"),
+    "principal": (dict, {"readers": "nobody"}, "nobody"),
+    "runtime": (dict, {"cpu_runtime": "18.0.x-cpu-ml-scala2.13"}, "Invalid spark version 18.0.x-cpu-ml-scala2.13"),
+    "node": (dict, {"gpu_node": "absent"}, "Node type absent is not supported"),
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("fault", REFUSALS)
+def test_what_a_workspace_refuses_fails_the_deployment_and_is_named(deployment: Deployment, fault: str) -> None:
+    change, variables, message = REFUSALS[fault]
+    deployment.edit(change)
+    done = deployment.run("deploy", "dev", **variables)
+    assert done.returncode == 1
+    assert message in done.stdout + done.stderr

@@ -1,0 +1,46 @@
+"""What a workspace refuses in the settings of a job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stand_in_workspace import Workspace
+
+
+def job_problem(settings: dict[str, Any], workspace: Workspace) -> str:
+    """Return the first reason for which the workspace refuses the settings of a job, or an empty text."""
+    return next(_problems(settings, workspace), "")
+
+
+def _problems(settings: dict[str, Any], workspace: Workspace) -> Iterator[str]:
+    clusters = {cluster["job_cluster_key"]: cluster["new_cluster"] for cluster in settings["job_clusters"]}
+    keys = [task["task_key"] for task in settings["tasks"]]
+    if len(set(keys)) < len(keys):
+        yield f"Task keys are not unique: {keys}"
+    for cluster in clusters.values():
+        if cluster["spark_version"] not in workspace.runtimes:
+            yield f"Invalid spark version {cluster['spark_version']}."
+        if cluster["node_type_id"] not in workspace.node_types:
+            yield f"Node type {cluster['node_type_id']} is not supported."
+        if cluster.get("policy_id") == "":
+            yield "Policy id is empty."
+    for task in settings["tasks"]:
+        if task["job_cluster_key"] not in clusters:
+            yield f"Job cluster {task['job_cluster_key']} is not defined."
+        for need in task.get("depends_on", []):
+            if need["task_key"] not in keys:
+                yield f"Task {task['task_key']} depends on {need['task_key']}, which does not exist."
+        for library in task["libraries"]:
+            if library["whl"].removeprefix("/Workspace") not in workspace.nodes:
+                yield f"Library {library['whl']} does not exist."
+    trigger = settings.get("trigger", {})
+    for table in trigger.get("table_update", {}).get("table_names", []):
+        if table not in workspace.tables:
+            yield f"Table '{table}' does not exist."
+    url = trigger.get("file_arrival", {}).get("url", "")
+    if url.startswith("/Volumes/") and ".".join(url.split("/")[2:5]) not in workspace.volumes:
+        yield f"The Volume of {url} does not exist."
+    if "trigger" in settings and "schedule" in settings:
+        yield "A job has either a schedule or a trigger."

@@ -1,0 +1,148 @@
+"""Tests of the checks of `lakesight doctor --platform databricks` against a stand-in workspace."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from stand_in_workspace import Workspace, serve
+
+from jobs.check import DoctorCheck
+from jobs.doctor import run_checks
+from jobs.preflight import check_mlflow, check_module, check_package_index, check_runtime, check_volume
+from pipelines.config import RunConfig, load_run
+from pipelines.platform import open_platform
+from pipelines.tracking import logged_model
+from pipelines.tracking.server import connect, ensure_experiment
+
+SETTINGS = ("platform.catalog=main", "platform.schema=vision", "platform.volume=files", "platform.ranks=2")
+FREE_PORT = "http://127.0.0.1:9"
+
+
+@pytest.fixture
+def workspace(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
+    """Serve a workspace with an empty schema, and let MLflow use it."""
+    workspace = Workspace(user="somebody")
+    workspace.schemas["main.vision"] = {}
+    monkeypatch.setenv("DATABRICKS_TOKEN", "stand-in")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    with serve(workspace) as url:
+        monkeypatch.setenv("DATABRICKS_HOST", url)
+        yield workspace
+    mlflow.set_tracking_uri(before[0])
+    mlflow.set_registry_uri(before[1])
+
+
+def workspace_run(*overrides: str) -> RunConfig:
+    return load_run("demo", platform="databricks", overrides=(*SETTINGS, *overrides))
+
+
+def mlflow_checks(config: RunConfig) -> dict[str, DoctorCheck]:
+    return {check.name: check for check in check_mlflow(config, open_platform(config.platform))}
+
+
+def test_a_fresh_workspace_gets_the_experiment_with_its_folder_and_the_model(workspace: Workspace) -> None:
+    config = workspace_run()
+    for _ in range(2):
+        checks = mlflow_checks(config)
+        assert {name: check.status for name, check in checks.items()} == {"experiment": "ok", "model": "ok"}
+    assert [each["name"] for each in workspace.experiments.values()] == ["/Shared/lakesight/demo"]
+    assert workspace.models == {"main.vision.demo"}
+
+
+def test_all_runs_of_a_deployment_share_its_experiment(workspace: Workspace) -> None:
+    platform = open_platform(workspace_run("platform.experiment=/Shared/[dev me] runs").platform)
+    for run in ("demo", "emoji", "ingest"):
+        ensure_experiment(platform, run)
+    assert [each["name"] for each in workspace.experiments.values()] == ["/Shared/[dev me] runs"]
+
+
+@pytest.mark.parametrize(
+    ("call", "check"), [("experiments/create", "experiment"), ("registered-models/create", "model")]
+)
+def test_a_refusal_of_mlflow_is_a_failure_with_the_reason(workspace: Workspace, call: str, check: str) -> None:
+    workspace.denied = {call}
+    found = mlflow_checks(workspace_run())[check]
+    assert found.status == "fail"
+    assert "PERMISSION_DENIED" in found.found
+    assert "grant" in found.fix
+    assert "MLFLOW_TRACKING_URI" not in found.fix
+
+
+def test_a_tracking_server_that_does_not_answer_is_a_warning(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", FREE_PORT)
+    assert {check.status for check in mlflow_checks(load_run("demo")).values()} == {"warn"}
+
+
+def test_the_preflight_outside_a_workspace_names_runtime_and_volume_and_never_the_packages_of_a_laptop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("jobs.preflight.RUNTIME_MODULES", ("no_such_module",))
+    monkeypatch.delenv("DATABRICKS_RUNTIME_VERSION", raising=False)
+    checks = run_checks(workspace_run())
+    assert [check.name for check in checks if check.status == "fail"] == ["runtime", "no_such_module", "volume"]
+    assert not [check for check in checks if "lakesight[local]" in check.fix]
+
+
+@pytest.mark.parametrize(
+    ("version", "status"), [("18.0", "ok"), ("17.3", "ok"), ("16.4", "fail"), ("client.2", "fail")]
+)
+def test_a_runtime_before_spark_4_is_refused(version: str, status: str) -> None:
+    assert check_runtime(version).status == status
+
+
+def test_a_module_is_found_although_its_distribution_has_another_name() -> None:
+    assert check_module("yaml", "").status == "ok"
+    assert check_module("no_such_module", "do this") == DoctorCheck(
+        name="no_such_module", status="fail", found="No module named 'no_such_module'", fix="do this"
+    )
+
+
+def test_the_volume_is_written_renamed_mapped_and_left_empty(tmp_path: Path) -> None:
+    assert check_volume(tmp_path).status == "ok"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "step"), [("mkdir", "create a folder"), ("write_bytes", "write a file"), ("rename", "rename a file")]
+)
+def test_what_the_volume_refuses_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, step: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, method, refuse)
+    found = check_volume(tmp_path)
+    assert (found.status, found.found) == ("fail", f"{tmp_path}: cannot {step}: Permission denied")
+
+
+def test_a_package_index_that_does_not_answer_is_named_without_its_password() -> None:
+    found = check_package_index("http://user:secret@127.0.0.1:9/simple/")
+    assert found.status == "fail"
+    assert "127.0.0.1:9" in found.found
+    assert "secret" not in found.found
+
+
+def test_the_version_of_mlflow_is_known_where_only_mlflow_skinny_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "mlflow":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert logged_model._public_version("mlflow") == mlflow.__version__
+    assert logged_model._public_version("numpy") == installed("numpy")
+
+
+def test_mlflow_connects_to_the_workspace(workspace: Workspace) -> None:
+    assert connect(open_platform(workspace_run().platform)).search_experiments() == []
