@@ -134,6 +134,12 @@ def test_import_error_names_missing_shards(folder: Path, tmp_path: Path) -> None
     assert "index of the shards cannot be read" in refused(shards)
 
 
+def test_weights_of_lower_precision_are_loaded_in_the_one_type_of_the_model(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    model, _ = load(OURS, folder, "decoder")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 def without_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
 
