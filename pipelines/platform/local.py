@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,8 @@ QUERY_LOGGERS = ("DataFrameQueryContextLogger", "SQLQueryContextLogger")
 """Loggers of pyspark that print the Java stack of a query with a mistake. The exception names the mistake too."""
 
 MIN_JAVA = 17
+MIN_OPEN_FILES = 1024
+"""Smallest hard limit of open files at which a failed start of Spark is not blamed on the limit."""
 LOOPBACK = "127.0.0.1"
 SAFE_PATH = "PYTHONSAFEPATH"
 SHORT_JOBS = "-XX:TieredStopAtLevel=1 -XX:+UseParallelGC -XX:MetaspaceSize=256m -XX:ReservedCodeCacheSize=240m"
@@ -262,6 +265,14 @@ def _start_failure(log: Path, start: int, error: Exception) -> UserError:
             where=str(log),
             got="Maven Central did not serve them",
             fix="connect to the internet for the first start; later starts use Ivy's cache in the home folder",
+        )
+    _, open_files = resource.getrlimit(resource.RLIMIT_NOFILE)  # the JVM raises its limit to the hard limit
+    if 0 <= open_files < MIN_OPEN_FILES:
+        return UserError(
+            "Spark needs more open files than this process may have",
+            where="the hard limit of open files (ulimit -Hn)",
+            got=str(open_files),
+            fix=f"raise the limit to {MIN_OPEN_FILES} or more, because Spark alone opens hundreds of jars",
         )
     lines = [line.strip("# ") for line in printed.splitlines() if re.search(r"Exception|rror:|Could not reserve", line)]
     roots = [line for line in lines if line.startswith("Caused by: ")]

@@ -1,0 +1,108 @@
+"""Tests that the pipeline runs in environments of schedulers and servers, which differ from that of a person."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1500)]
+
+SETTINGS = (
+    "data.source.path=scenes:40:0",
+    "train.steps=10",
+    "train.batch_size=16",
+    "train.validate_every=10",
+    "train.checkpoint_every=10",
+    "gate.baselines=[]",  # after so few steps, the model may ignore its pictures
+    "gate.min_blind_gap=-10",
+)
+ENVIRONMENTS: dict[str, dict[str, str]] = {
+    "cron": {},
+    "turkish": {"LANG": "tr_TR.UTF-8", "LC_ALL": "tr_TR.UTF-8", "TZ": "Pacific/Kiritimati"},
+}
+OPEN_FILES = 256
+
+
+def forbid_more_files() -> None:
+    """Allow few open files, without a way to raise the limit. Runs in the child process."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
+
+
+def restrict() -> None:
+    """Allow few open files and let others read nothing, as on a shared server. Runs in the child process."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))
+    os.umask(0o077)
+
+
+def run(
+    home: Path, command: str, *, environment: Mapping[str, str], prepare: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command without asserts and with hardly any environment variables, as cron does."""
+    java = shutil.which("java")
+    assert java
+    options = [word for setting in SETTINGS for word in ("--set", setting)]
+    return subprocess.run(
+        [sys.executable, "-O", "-P", "-c", "from jobs.cli import main; main()", command, "--json", *options],
+        env={"PATH": f"{Path(java).parent}:/usr/bin:/bin", "LAKESIGHT_HOME": str(home), **environment},
+        cwd=home.parent,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        preexec_fn=prepare,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_the_pipeline_runs_without_home_and_asserts_with_few_open_files_and_a_private_umask(
+    tmp_path: Path, name: str
+) -> None:
+    home = tmp_path / "lakesight"
+    done = run(home, "pipeline", environment=ENVIRONMENTS[name], prepare=restrict)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["trained"]
+    assert report["captions"] > 0
+    assert report["errors"] == 0
+
+
+def test_a_limit_of_open_files_that_is_too_low_for_spark_is_named(tmp_path: Path) -> None:
+    done = run(tmp_path / "lakesight", "ingest", environment={}, prepare=forbid_more_files)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("Spark needs more open files than this process may have.")
+    assert f"Got: {OPEN_FILES}." in done.stderr
+
+
+def test_shards_runs_and_the_registry_that_are_removed_between_stages_are_made_again_or_named(tmp_path: Path) -> None:
+    home = tmp_path / "lakesight"
+
+    def report(command: str) -> dict[str, Any]:
+        done = run(home, command, environment={})
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout))
+
+    first = report("pipeline")
+    shutil.rmtree(home / "shards")
+    report("evaluate")
+    shutil.rmtree(home / "runs")
+    again = report("train")
+    assert again["trained"]
+    assert again["model_version"] == str(int(first["model_version"]) + 1)
+    (home / "mlflow.db").unlink()
+    missing = run(home, "evaluate", environment={})
+    assert missing.returncode == 2
+    assert "there is no such registered model" in missing.stderr.splitlines()[-1]
+    registered = report("train")
+    assert not registered["trained"]
+    assert registered["model_version"] == "1"
+    report("evaluate")
