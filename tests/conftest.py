@@ -1,16 +1,12 @@
-"""Fixtures for all tests: one torch thread, one Spark session on two executors, and one home folder."""
+"""Fixtures for all tests: one torch thread, one home folder, and one empty MLflow database."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import TEST_PATH
-from pyspark.sql import SparkSession
 
 from pipelines.config import LocalPlatformConfig, SparkConfig, short_hash
-from pipelines.driver.delta.tables import ensure_tables
 from pipelines.platform import Platform, local
 
 LONGEST_FIRST = ("spark in spark", "spark in e2e", "pipelines", "parallel")
@@ -41,27 +37,11 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Platform:
-    """A local platform with two executors and a new home folder. All tests share the platform."""
+    """A local platform with two Spark threads and a new home folder. All tests outside tests/e2e share the platform."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAKESIGHT_HOME", str(tmp_path_factory.mktemp("home")))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        return local(LocalPlatformConfig(ranks=2, spark=SparkConfig(master="local-cluster[2,1,1024]")))
-
-
-@pytest.fixture(scope="session")
-def spark(platform: Platform) -> Iterator[SparkSession]:
-    """The Spark session that all tests of a process share, with all tables created."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", TEST_PATH)  # executors import modules of tests/support
-        session = platform.open_spark()
-    # Tests query few rows: code generation and adaptive planning would take longer than the queries. The test of
-    # `lakesight demo` uses Spark's defaults, with code generation and adaptive planning.
-    session.conf.set("spark.sql.codegen.wholeStage", "false")
-    session.conf.set("spark.sql.codegen.factoryMode", "NO_CODEGEN")
-    session.conf.set("spark.sql.adaptive.enabled", "false")
-    ensure_tables(session, platform)
-    yield session
-    session.stop()
+        return local(LocalPlatformConfig(ranks=2, spark=SparkConfig(master="local[2]")))
 
 
 @pytest.fixture(scope="session")

@@ -71,6 +71,7 @@ def check_after_kill(
 
 
 @pytest.mark.faults
+@pytest.mark.matrix
 def test_no_row_is_lost_or_duplicated_when_a_python_worker_of_an_executor_is_killed(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:

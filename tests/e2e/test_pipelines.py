@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -32,7 +31,6 @@ QUICK = (
     "train.checkpoint_every=250",
     "gate.baselines=[]",  # after 250 steps, the model may be worse than a constant caption
 )
-SHORT = ("--set", "train.steps=20", "--set", "train.validate_every=20", "--set", "train.checkpoint_every=20")
 TORCHRUN = ["torchrun", "--nproc-per-node", "2", "-m", "pipelines.worker.main", "--run-dir", "runs/paligemma-*"]
 SECRETS = {
     "DATABRICKS_TOKEN": "c4nary-workspace",
@@ -126,10 +124,11 @@ def user_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def demos(home: Path, user_folder: Path) -> Ran:
-    """Run a demo twice, then a short run of PaliGemma whose ranks are started by torchrun."""
+    """Run a demo twice, then prepare a run of PaliGemma whose ranks would be started by torchrun."""
     demo = ["demo", "--scenes", str(SCENES), "--json", *(word for value in QUICK for word in ("--set", value))]
-    train = ["train", "--run", "paligemma", "--json", *PICTURES, *SHORT]
-    return run(home, demo, demo, [*train, "--no-launch"], TORCHRUN, train, folder=user_folder)
+    return run(
+        home, demo, demo, ["train", "--run", "paligemma", "--json", *PICTURES, "--no-launch"], folder=user_folder
+    )
 
 
 def pipeline(family: str) -> list[str]:
@@ -171,11 +170,10 @@ def assert_learned(report: dict[str, Any], family: str) -> None:
     assert Path(report["gallery"]).is_file()
 
 
-def test_train_finds_and_registers_a_run_whose_ranks_were_started_by_torchrun(demos: Ran) -> None:
-    prepared, report = demos.reports[2:]
-    assert prepared == {"run_folder": report["run_folder"], "ranks": 2}
-    assert not report["trained"], "the finished run is found"
-    assert (report["model_name"], report["steps"], report["world_size"]) == ("paligemma", 20, 2)
+def test_train_prepares_a_run_for_ranks_that_another_program_starts(demos: Ran) -> None:
+    prepared = demos.reports[2]
+    assert prepared["ranks"] == 2
+    assert (Path(prepared["run_folder"]) / "run.json").is_file()
 
 
 @pytest.mark.matrix
@@ -183,8 +181,6 @@ def test_train_finds_and_registers_a_run_whose_ranks_were_started_by_torchrun(de
 def test_a_pipeline_with_ranks_started_by_torchrun_runs_from_pictures_to_captions(home: Path) -> None:
     """PaliGemma differs from the demo's model in the token sequence, the attention mask and the decoder."""
     prepare = ["train", "--no-launch", "--run", "paligemma", "--json", *PICTURES]
-    for folder in home.glob("runs/paligemma-*"):  # delete the folder of the short run
-        shutil.rmtree(folder)
     prepared, report = run(home, prepare, TORCHRUN, pipeline("paligemma")).reports
     assert_learned(report, "paligemma")
     assert prepared == {"run_folder": report["run_folder"], "ranks": 2}

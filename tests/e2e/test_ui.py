@@ -17,7 +17,7 @@ import pytest
 from open_sockets import descendants, listeners
 from processes import TEST_PATH, is_running
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.matrix]
 
 SECONDS = 240
 """Longest time in which the server must answer."""

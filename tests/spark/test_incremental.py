@@ -303,14 +303,3 @@ def test_rows_in_the_spill_folder_are_computed_once_and_do_not_change_with_the_s
     assert [row["id"] for row in kept.collect()] == [0]
     spark.range(1).write.format("delta").mode("append").save(path)
     assert (table.count(), kept.count(), calls.read_text()) == (2, 1, "once\n")
-
-
-def test_two_spark_sessions_started_in_the_same_second_have_separate_executor_folders(
-    spark: SparkSession,
-) -> None:
-    """Check that the application id, after which Spark names executor folders, ends with the process id.
-
-    A Spark session removes its executor folders when the session ends. If two sessions shared a folder, the executors
-    of the other session could then no longer import modules from the folder.
-    """
-    assert spark.sparkContext.applicationId.endswith(f"-{os.getpid()}")

@@ -1,11 +1,37 @@
-"""Helper that counts the queries of a Spark session."""
+"""Helpers that open a Spark session for the tests of a folder, and count the queries of a session."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
+import pytest
+from processes import TEST_PATH
+from pyspark.sql import SparkSession
+
+from pipelines.driver.delta.tables import ensure_tables
+from pipelines.platform import Platform
+
+
+@contextmanager
+def open_session(platform: Platform) -> Iterator[SparkSession]:
+    """Open the Spark session of a platform, create all tables, and stop the session at the end.
+
+    If the process has run tests of another folder, the Spark session of that folder is stopped first.
+    """
+    if earlier := SparkSession.getActiveSession():
+        earlier.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", TEST_PATH)  # executors import modules of tests/support
+        session = platform.open_spark()
+    # Tests query few rows: code generation and adaptive planning would take longer than the queries. The test of
+    # `lakesight demo` uses Spark's defaults, with code generation and adaptive planning.
+    session.conf.set("spark.sql.codegen.wholeStage", "false")
+    session.conf.set("spark.sql.codegen.factoryMode", "NO_CODEGEN")
+    session.conf.set("spark.sql.adaptive.enabled", "false")
+    ensure_tables(session, platform)
+    yield session
+    session.stop()
 
 
 def executed_queries(spark: SparkSession) -> int:

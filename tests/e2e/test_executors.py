@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import sysconfig
 import venv
@@ -65,3 +66,14 @@ def either(path: Path, first: str, second: str) -> str:
     path.write_text(f'#!/bin/sh\nmkdir "$0.taken" 2>/dev/null && exec {first} "$@"\nexec {second} "$@"\n')
     path.chmod(0o755)
     return str(path)
+
+
+def test_two_spark_sessions_started_in_the_same_second_have_separate_executor_folders(
+    spark: SparkSession,
+) -> None:
+    """Check that the application id, after which Spark names executor folders, ends with the process id.
+
+    A Spark session removes its executor folders when the session ends. If two sessions shared a folder, the executors
+    of the other session could then no longer import modules from the folder.
+    """
+    assert spark.sparkContext.applicationId.endswith(f"-{os.getpid()}")

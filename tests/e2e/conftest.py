@@ -1,0 +1,28 @@
+"""The Spark session of the tests in this folder, on executors in processes of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from pyspark.sql import SparkSession
+from spark_session import open_session
+
+from pipelines.config import LocalPlatformConfig, SparkConfig
+from pipelines.platform import Platform, local
+
+
+@pytest.fixture(scope="session")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Platform:
+    """A local platform with two executors and a new home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAKESIGHT_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return local(LocalPlatformConfig(ranks=2, spark=SparkConfig(master="local-cluster[2,1,1024]")))
+
+
+@pytest.fixture(scope="session")
+def spark(platform: Platform) -> Iterator[SparkSession]:
+    """A Spark session on two executors, with all tables created."""
+    with open_session(platform) as session:
+        yield session

@@ -1,0 +1,18 @@
+"""The Spark session of the tests in this folder, on the master that the shipped configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from pyspark.sql import SparkSession
+from spark_session import open_session
+
+from pipelines.platform import Platform
+
+
+@pytest.fixture(scope="session")
+def spark(platform: Platform) -> Iterator[SparkSession]:
+    """A Spark session on two threads, which start Python workers of their own, with all tables created."""
+    with open_session(platform) as session:
+        yield session
