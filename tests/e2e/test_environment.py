@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.faults, pytest.mark.matrix, pytest.mark.timeout(1500)]
 
 SETTINGS = (
     "data.source.path=scenes:40:0",

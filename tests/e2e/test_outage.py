@@ -80,6 +80,7 @@ OPTIONS = [word for value in SHORT for word in ("--set", value)]
 PICTURES = ["--set", "data.source.path=scenes:40:0"]
 
 
+@pytest.mark.matrix
 @pytest.mark.faults
 def test_training_starts_without_the_server_and_a_server_that_starts_late_gets_all_metrics_and_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path

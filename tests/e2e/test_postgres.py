@@ -23,7 +23,7 @@ from pipelines.tracking.outage import TrackingDown
 from pipelines.tracking.registry import resolve
 from pipelines.tracking.server import connect
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.faults, pytest.mark.matrix, pytest.mark.timeout(2400)]
 
 STEPS = 80
 SETTINGS = (

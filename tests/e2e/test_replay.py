@@ -16,7 +16,7 @@ from pipelines.errors import UserError
 from pipelines.formats.run_folder import Metrics, RunFolder, read_json
 from pipelines.platform import Launch
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.matrix]
 
 TWO_RANKS = Launch(2, local_mode=True, use_gpu=False)
 NO_SPARK = cast("Any", None)  # ranks on this host do not use the Spark session
