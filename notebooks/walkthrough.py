@@ -84,9 +84,9 @@ from pipelines.tracking.registry import register
 from pipelines.tracking.runs import follow
 
 run = prepare(config, platform, train_shards, validation_shards)
-with own_run(run), follow(run, config, platform) as run_id:
+with own_run(run), follow(run, config, platform) as follower:
     result = finished_result(run) or launch(run, platform, spark)
-version = register(run, run_id, platform)
+version = register(run, follower.run_id, platform)
 print(result.metrics)
 print(version)
 

@@ -101,12 +101,16 @@ class Stopwatch:
 
 
 class LossMean:
-    """Mean training loss per target token over the steps since the last log.
+    """Mean training loss per target token over the steps since the last log or checkpoint.
 
-    A resumed run starts a new mean, so its first value does not include the steps before the checkpoint.
+    Each checkpoint starts a new mean, so that a run that resumes from the checkpoint logs the same values.
     """
 
     def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Start a new mean."""
         self._nats, self._tokens = 0.0, 0
 
     def add(self, loss: float, tokens: int) -> None:
@@ -116,7 +120,7 @@ class LossMean:
     def take(self) -> float:
         """Return the mean over the steps since the last call, in nats per token, and start a new mean."""
         mean = self._nats / self._tokens
-        self._nats, self._tokens = 0.0, 0
+        self.restart()
         return mean
 
 

@@ -250,7 +250,10 @@ class Trainer:
         if is_rank_0 and values:
             write_metrics(self.run, done, values, load)
             log.info("step %d of %d: %s", done, settings.steps, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
-        if (is_rank_0 or self.sharded) and (last or done % settings.checkpoint_every == 0):
+        saves = last or done % settings.checkpoint_every == 0
+        if saves:
+            self.loss.restart()
+        if (is_rank_0 or self.sharded) and saves:
             with averaged_weights(self.optimizer):
                 write = self.builder.copy(self.model, self.optimizer, done, last=last)
             if is_rank_0:
