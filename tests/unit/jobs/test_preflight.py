@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def workspace(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
         yield workspace
     mlflow.set_tracking_uri(before[0])
     mlflow.set_registry_uri(before[1])
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):  # MLflow's setters also set these variables
+        os.environ.pop(name, None)
 
 
 def workspace_run(*overrides: str) -> RunConfig:
