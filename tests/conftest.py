@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from local_platforms import open_local
 
 from pipelines.config import LocalPlatformConfig, SparkConfig, short_hash
-from pipelines.platform import Platform, local
+from pipelines.platform import Platform
 
 LONGEST_FIRST = ("spark in spark", "spark in e2e", "pipelines", "parallel")
 """Groups of pytest-xdist, longest first. Tests without a group run last, in the process that becomes free first."""
@@ -39,9 +40,8 @@ def one_thread() -> None:
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Platform:
     """A local platform with two Spark threads and a new home folder. All tests outside tests/e2e share the platform."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LAKESIGHT_HOME", str(tmp_path_factory.mktemp("home")))
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        return local(LocalPlatformConfig(ranks=2, spark=SparkConfig(master="local[2]")))
+        config = LocalPlatformConfig(ranks=2, spark=SparkConfig(master="local[2]"))
+        return open_local(patch, tmp_path_factory.mktemp("home"), config)
 
 
 @pytest.fixture(scope="session")

@@ -364,8 +364,10 @@ class RunFolder:
 
 def write_json(path: Path, content: Config | dict[str, Any]) -> None:
     """Write a JSON file atomically. Create its folder if the folder does not exist."""
-    made = content.model_dump_json(indent=2, by_alias=True) if isinstance(content, Config) else None
-    text = made or json.dumps(content, indent=2)
+    if isinstance(content, Config):
+        text = content.model_dump_json(indent=2, by_alias=True)
+    else:
+        text = json.dumps(content, indent=2)
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

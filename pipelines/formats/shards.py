@@ -9,18 +9,15 @@ sources are mixed without copying pixels.
 
 from __future__ import annotations
 
-import errno
 import io
-import mmap
-import resource
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +26,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from pipelines.config import Split, TextWeights, short_hash
-from pipelines.errors import StageFailed, UserError
-from pipelines.formats.open_files import raise_open_file_limit
+from pipelines.errors import UserError
+from pipelines.formats.mapped_file import MappedFile, damaged_shard, raise_open_file_limit
 from pipelines.formats.tables import TEXT_TYPE
 from vlm.config import ADDED_LATER, Config, ImageConfig
 from vlm.files import atomic_write, file_digest
@@ -38,6 +35,8 @@ from vlm.files import atomic_write, file_digest
 BATCH_ROWS = 64
 MANIFEST = "manifest.json"
 FORMAT: Literal[2] = 2
+
+T = TypeVar("T")
 
 
 class ShardRequest(Config):
@@ -112,66 +111,6 @@ class Manifest(Config):
         if self.request.text_weights != "frequency":
             parts.append(self.request.text_weights)
         return short_hash([file.sha256 for file in self.files], *parts)
-
-
-class MappedFile(NamedTuple):
-    """A memory-mapped shard file or a memory-mapped local copy of a shard file.
-
-    Rows are read in random order, so read-ahead is disabled for the mapping. The kernel is asked to read each picture
-    as one range instead of page by page.
-    """
-
-    path: Path
-    memory: mmap.mmap
-    address: int
-    batches: pa.ipc.RecordBatchFileReader
-
-    @classmethod
-    def of(cls, path: Path) -> MappedFile:
-        """Map a shard file.
-
-        `pa.memory_map` is not used because it makes the kernel read a whole record batch for each row.
-
-        Raises:
-            StageFailed: the file is not a shard file.
-            UserError: the process has reached its limit of open or mapped files.
-        """
-        try:
-            with path.open("rb") as file:
-                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            memory.madvise(mmap.MADV_RANDOM)
-            buffer = pa.py_buffer(memory)
-            return cls(path, memory, buffer.address, pa.ipc.open_file(buffer))
-        except (ValueError, OSError) as error:  # Arrow's errors and the error of an empty file are ValueErrors
-            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-                limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-                raise UserError(
-                    "the shards have more files than a process may open on this host",
-                    where=str(path.parent),
-                    got=f"{error.strerror}, with a limit of {limit:,} open files",
-                    fix="raise the limit (`ulimit -Hn`, vm.max_map_count), or data.shards.rows, for fewer files",
-                ) from None
-            raise damaged_shard(path, f"{type(error).__name__}: {error}") from error
-
-    def pixels(self, batch: int, offset: int) -> tuple[pa.RecordBatch, pa.Buffer]:
-        """Return a record batch, and the stored picture of one of its rows as a view of the memory-mapped file.
-
-        Args:
-            batch: number of the record batch in the file.
-            offset: number of the row in the record batch.
-        """
-        rows = self.batches.get_batch(batch)
-        column = rows.column("pixels")
-        *_, offsets, data = column.buffers()
-        if pa.types.is_fixed_size_binary(column.type):
-            start, end = (column.type.byte_width * row for row in (offset, offset + 1))
-        else:
-            start, end = np.frombuffer(offsets, np.int32, 2, 4 * offset).tolist()
-        stored = data.slice(start, end - start)
-        position = stored.address - self.address
-        into_page = position % mmap.PAGESIZE  # madvise takes a page-aligned start
-        self.memory.madvise(mmap.MADV_WILLNEED, position - into_page, into_page + stored.size)
-        return rows, stored
 
 
 class Row(NamedTuple):
@@ -323,25 +262,19 @@ class Shards:
             IndexError: `index` is not in [0, number of rows).
             StageFailed: the file or the row is damaged.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        file = bisect_right(self._starts, index) - 1
-        within = index - self._starts[file]
-        number, offset = divmod(within, BATCH_ROWS)
-        mapped = self._file(file)
-        try:
-            return self._read(mapped, number, offset)
-        except (ValueError, OSError, IndexError) as error:  # Arrow and Pillow raise subclasses of these exceptions
-            raise damaged_shard(mapped.path, f"{type(error).__name__}: {error}", row=within) from error
+        return self._read(index, self._decode_row)
 
-    def drawn_texts(self, row: Row) -> list[tuple[str, str]]:
+    def texts_of(self, index: int) -> list[tuple[str, str]]:
+        """Read the (prompt, text) pairs of one row without its picture. The errors are those of `row`."""
+        return self._read(index, _pairs_of)
+
+    def drawn_texts(self, texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """Return the (prompt, text) pairs of a row from which training draws one, each with the same probability.
 
         A loss of a picture is the mean over these pairs. A text that occurs n times is drawn n times as often, unless
         `data.text_weights` is `uniform`.
         """
-        uniform = self.manifest.request.text_weights == "uniform"
-        return list(dict.fromkeys(row.texts)) if uniform else row.texts
+        return list(dict.fromkeys(texts)) if self.manifest.request.text_weights == "uniform" else texts
 
     def use_copy(self, file: int, copy: Path) -> None:
         """From now on, read the rows of one file from a local copy. Other threads may read rows during this call."""
@@ -353,7 +286,19 @@ class Shards:
         mapped = MappedFile.of(self.folder / self.manifest.files[number].file)
         return self._mapped.setdefault(number, mapped)  # another thread may already have mapped the file
 
-    def _read(self, mapped: MappedFile, number: int, offset: int) -> Row:
+    def _read(self, index: int, read: Callable[[MappedFile, int, int], T]) -> T:
+        """Call a function with the file of a row, the number of the record batch, and the row's offset in the batch."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        file = bisect_right(self._starts, index) - 1
+        within = index - self._starts[file]
+        mapped = self._file(file)
+        try:
+            return read(mapped, *divmod(within, BATCH_ROWS))
+        except (ValueError, OSError, IndexError) as error:  # Arrow and Pillow raise subclasses of these exceptions
+            raise damaged_shard(mapped.path, f"{type(error).__name__}: {error}", row=within) from error
+
+    def _decode_row(self, mapped: MappedFile, number: int, offset: int) -> Row:
         request = self.manifest.request
         batch, stored = mapped.pixels(number, offset)
         if request.encoding == "raw":
@@ -361,8 +306,7 @@ class Shards:
             pixels = np.frombuffer(stored, np.uint8).reshape(side, side, 3)
         else:
             pixels = np.asarray(Image.open(io.BytesIO(stored)).convert("RGB"))
-        texts = [(pair["prompt"], pair["text"]) for pair in batch.column("texts")[offset].as_py()]
-        return Row(batch.column("image_id")[offset].as_py(), pixels, texts)
+        return Row(batch.column("image_id")[offset].as_py(), pixels, _pairs_of(mapped, number, offset))
 
     def texts(self) -> Iterator[str]:
         """Yield the prompts and texts in row order, without reading pixels. Tokenizers are trained on these strings.
@@ -379,14 +323,9 @@ class Shards:
                         yield text
 
 
-def damaged_shard(path: Path, got: str, *, row: int | None = None) -> StageFailed:
-    """Build the error for a shard file that differs from its manifest or has a row that cannot be read."""
-    return StageFailed(
-        "a training shard is damaged",
-        where=str(path) if row is None else f"{path}, row {row}",
-        got=got,
-        fix=f"remove {path.parent} and run `lakesight shard` again",
-    )
+def _pairs_of(mapped: MappedFile, number: int, offset: int) -> list[tuple[str, str]]:
+    texts = mapped.batches.get_batch(number).column("texts")[offset].as_py()
+    return [(pair["prompt"], pair["text"]) for pair in texts]
 
 
 def verify_file(path: Path, file: ShardFile, copy: Path | None = None) -> None:

@@ -55,7 +55,7 @@ def score_rows(captioner: Captioner, shards: Shards, indexes: Sequence[int]) -> 
             Item(index, row, prompt, references, drawn[prompt])
             for index in indexes[start : start + BATCH_ROWS]
             for row in [shards.row(index)]
-            for drawn in [_by_prompt(shards.drawn_texts(row))]
+            for drawn in [_by_prompt(shards.drawn_texts(row.texts))]
             for prompt, references in _by_prompt(row.texts).items()
         ]
         started = time.perf_counter()

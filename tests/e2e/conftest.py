@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from local_platforms import open_local
 from pyspark.sql import SparkSession
 from spark_session import open_session
 
 from pipelines.config import LocalPlatformConfig, SparkConfig
-from pipelines.platform import Platform, local
+from pipelines.platform import Platform
 
 
 @pytest.fixture(scope="session")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Platform:
     """A local platform with two executors and a new home folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LAKESIGHT_HOME", str(tmp_path_factory.mktemp("home")))
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        return local(LocalPlatformConfig(ranks=2, spark=SparkConfig(master="local-cluster[2,1,1024]")))
+        config = LocalPlatformConfig(ranks=2, spark=SparkConfig(master="local-cluster[2,1,1024]"))
+        return open_local(patch, tmp_path_factory.mktemp("home"), config)
 
 
 @pytest.fixture(scope="session")

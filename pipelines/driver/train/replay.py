@@ -17,6 +17,8 @@ from pipelines.platform import Launch
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+SHARD_FOLDERS = ("train_shards", "validate_shards")
+"""Names of the fields of run.json that name shard folders."""
 NOT_FINITE = "NotFiniteError"
 """Name of the exception of a loss that is not finite, in a failure record."""
 
@@ -73,6 +75,3 @@ def replay_step(run: RunFolder, launch: Launch, spark: SparkSession, step: int) 
         return Replay(step_of(earlier[-1]) if earlier else 0, ranks, root.message if root else "")
     finally:
         shutil.rmtree(copy.path, ignore_errors=True)
-
-
-SHARD_FOLDERS = ("train_shards", "validate_shards")

@@ -170,7 +170,7 @@ def rows_of_step(
         picks = pick_mix_rows(picks, sizes, draws, seed=seed)
     rows = [shards.row(int(index)) for index in picks.rows]
     numbers = random_bits(picks, seed=seed).tolist()
-    drawn = [shards.drawn_texts(row) for row in rows]
+    drawn = [shards.drawn_texts(row.texts) for row in rows]
     texts = [choices[number % len(choices)] for choices, number in zip(drawn, numbers, strict=True)]
     return rows, texts, picks
 

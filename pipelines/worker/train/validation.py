@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipelines.formats.run_folder import CaptionSample
-from pipelines.formats.shards import Shards
+from pipelines.formats.shards import Row, Shards
 from pipelines.worker.data.batches import Collator
 from vlm.generation.generate import Request, generate
 from vlm.model import VisionLanguageModel
@@ -69,9 +70,8 @@ def validate(
         # All ranks must call a sharded model equally often, so a rank without texts discards the losses of another.
         chosen = rank_pairs[first : first + batch_size]
         counts, chosen = bool(chosen), chosen or pairs[:1]
-        rows = [shards.row(pair.row) for pair in chosen]
+        rows, others = _read_rows(shards, chosen, total)
         batch = collator.collate(rows, [pair.text for pair in chosen]).to(device)
-        others = np.stack([shards.row((pair.row + 1) % total).pixels for pair in chosen])
         losses = blind_losses(model, batch, torch.from_numpy(others).to(device))
         checked.append(([row.image_id for row in rows] if counts else [], (losses[0] + losses[1]).isfinite()))
         weights_B = torch.tensor([pair.weight for pair in chosen], dtype=torch.float64, device=device)
@@ -118,8 +118,14 @@ class _WeightedText(NamedTuple):
 
 
 def _weighted_texts(shards: Shards, index: int) -> list[_WeightedText]:
-    drawn = shards.drawn_texts(shards.row(index))
+    drawn = shards.drawn_texts(shards.texts_of(index))
     return [_WeightedText(index, text, 1 / len(drawn)) for text in drawn]
+
+
+def _read_rows(shards: Shards, chosen: Sequence[_WeightedText], total: int) -> tuple[list[Row], npt.NDArray[np.uint8]]:
+    """Return the row of each text, and the pixels (BHWC) of the row after it. Each row is read only once."""
+    read = {number: shards.row(number) for number in {(t.row + step) % total for t in chosen for step in (0, 1)}}
+    return [read[t.row] for t in chosen], np.stack([read[(t.row + 1) % total].pixels for t in chosen])
 
 
 def caption_samples(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import shutil
 import time
 from contextlib import suppress
 from multiprocessing.synchronize import Event
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from local_platforms import open_local
 from mlflow import MlflowClient
 
 from pipelines.config import LocalPlatformConfig
@@ -41,11 +41,7 @@ def three_versions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def laptop(tmp_path: Path, three_versions: Path, monkeypatch: pytest.MonkeyPatch) -> Platform:
-    monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    platform = local(LocalPlatformConfig())
-    shutil.copy(three_versions, platform.root / "mlflow.db")
-    return platform
+    return open_local(monkeypatch, tmp_path / "home", database=three_versions)
 
 
 def reset(platform: Platform) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import threading
 import time
@@ -13,13 +12,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from local_platforms import open_local
 from tiny_runs import finish_run, log_step, tiny_run, write_run, write_shards
 
 from jobs.common import Job, open_output
 from jobs.train import register_finished_runs
-from pipelines.config import LocalPlatformConfig
 from pipelines.errors import StageFailed, UserError
-from pipelines.platform import Platform, local
+from pipelines.platform import Platform
 from pipelines.tracking import registry, runs
 from pipelines.tracking.outage import TrackingDown
 from pipelines.tracking.server import connect
@@ -29,11 +28,7 @@ CONFIG = tiny_run()
 
 @pytest.fixture
 def platform(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Platform:
-    monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    opened = local(LocalPlatformConfig())
-    shutil.copy(empty_database, opened.root / "mlflow.db")
-    return opened
+    return open_local(monkeypatch, tmp_path / "home", database=empty_database)
 
 
 @contextmanager

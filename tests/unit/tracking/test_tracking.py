@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 import sqlite3
 import sys
 import time
@@ -21,6 +20,7 @@ import mlflow
 import pandas as pd
 import pytest
 import torch
+from local_platforms import open_local
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from PIL import Image
@@ -38,7 +38,7 @@ from pipelines.formats.run_folder import (
     read_json,
     write_json,
 )
-from pipelines.platform import Platform, local
+from pipelines.platform import Platform
 from pipelines.tracking import registry, runs
 from pipelines.tracking.download import download
 from pipelines.tracking.expert_load_plot import draw_expert_load
@@ -53,11 +53,7 @@ CONFIG = tiny_run()
 
 @pytest.fixture
 def platform(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Platform:
-    monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    opened = local(LocalPlatformConfig())
-    shutil.copy(empty_database, opened.root / "mlflow.db")
-    return opened
+    return open_local(monkeypatch, tmp_path / "home", database=empty_database)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from tiny_runs import tiny_model_config, write_shards
 
 from pipelines.config import TextWeights
 from pipelines.driver.evaluate.metrics import ScoredRow, model_metrics
+from pipelines.formats.shards import Row, Shards
 from pipelines.worker.data.batches import Collator
 from pipelines.worker.rank.metrics import LossMean
 from pipelines.worker.score import score_rows
@@ -55,6 +56,35 @@ def test_the_loss_of_validation_and_evaluation_is_the_mean_over_all_texts_from_w
     assert scored[1].references == ("green", "green", "green", "green x"), "references keep their repeats"
 
 
+def test_validation_reads_each_picture_of_a_batch_once_however_many_texts_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = write_shards(tmp_path / "shards", rows=ROWS, texts=4)
+    config = tiny_model_config()
+    tokenizer = text.learn(config.text, [])
+    model, collator = build_model(config, tokenizer.vocab_size), Collator(tokenizer, config)
+    read: list[int] = []
+    row = Shards.row
+
+    def counted(self: Shards, index: int) -> Row:
+        read.append(index)
+        return row(self, index)
+
+    monkeypatch.setattr(Shards, "row", counted)
+    validate(
+        model,
+        shards,
+        collator,
+        step=0,
+        num_rows=ROWS,
+        batch_size=64,
+        rank=0,
+        world_size=1,
+        report_progress=lambda: None,
+    )
+    assert sorted(read) == list(range(ROWS))
+
+
 def test_the_human_texts_of_sample_captions_are_not_always_the_first(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", rows=4, texts=2)
     config = tiny_model_config()
@@ -68,6 +98,8 @@ def test_the_logged_training_loss_is_the_mean_per_token_since_the_last_log() -> 
     mean.add(3.0, 10)
     mean.add(1.0, 30)
     assert mean.take() == pytest.approx(1.5)
+    mean.add(9.0, 5)
+    mean.restart()  # at a checkpoint
     mean.add(2.0, 5)
     assert mean.take() == pytest.approx(2.0)
 
