@@ -66,23 +66,30 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing or is not a JSON object.
     """
-    path = folder / CONFIG
+    fix = "choose a published folder, with config.json and model.safetensors"
+    return _read_object(folder / CONFIG, "the config of the weights", fix)
+
+
+def read_other_settings(path: Path) -> dict[str, Any]:
+    """Read another JSON file of a published folder. A missing file has no settings.
+
+    Raises:
+        CheckpointError: the file is not a JSON object.
+    """
+    if not path.is_file():
+        return {}
+    return _read_object(path, "a file of the published folder", "download the file again")
+
+
+def _read_object(path: Path, what: str, fix: str) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            "the config of the weights cannot be read",
-            where=str(path),
-            got=read_error_message(error),
-            fix="choose a published folder, with config.json and model.safetensors",
+            f"{what} cannot be read", where=str(path), got=read_error_message(error), fix=fix
         ) from None
     if not isinstance(settings, dict):
-        raise CheckpointError(
-            "the config of the weights is not a JSON object",
-            where=str(path),
-            got=type(settings).__name__,
-            fix="choose a folder with the published config.json",
-        )
+        raise CheckpointError(f"{what} is not a JSON object", where=str(path), got=type(settings).__name__, fix=fix)
     return settings
 
 

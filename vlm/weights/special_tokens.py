@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from vlm import text
-from vlm.config import JsonTextConfig, read_error_message
+from vlm.config import JsonTextConfig
 from vlm.errors import CheckpointError
 from vlm.text.base import Tokenizer
 from vlm.weights.family import Part
-from vlm.weights.files import read_settings
+from vlm.weights.files import read_other_settings, read_settings
 from vlm.weights.load import find_family
 
 GENERATION, NAMES = "generation_config.json", ("tokenizer_config.json", "special_tokens_map.json")
@@ -62,12 +62,12 @@ def _named_tokens(folder: Path, tokenizer: Mapping[str, Any]) -> Iterator[tuple[
     sections = {"": config, "text_config.": config.get("text_config") or {}}
     for section, settings in sections.items():
         yield from _ids("config.json", settings, section)
-    yield from _ids(GENERATION, _read(folder / GENERATION))
+    yield from _ids(GENERATION, read_other_settings(folder / GENERATION))
     if tokenizer["kind"] != "json":
         return
     ids = _token_ids(tokenizer["tokenizer"])
     for name in NAMES:
-        settings = _read(folder / name)
+        settings = read_other_settings(folder / name)
         for key in ("bos_token", "eos_token"):
             token = settings.get(key)
             token = token.get("content") if isinstance(token, Mapping) else token
@@ -89,25 +89,3 @@ def _token_ids(content: Mapping[str, Any]) -> dict[str, int]:
 
 def _equal(value: Any, ours: int) -> bool:
     return {*value} == {ours} if isinstance(value, list) else bool(value == ours)
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    """Return the content of a JSON file, which is empty if the file does not exist.
-
-    Raises:
-        CheckpointError: the file is not a JSON object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            "a file of the published folder cannot be read",
-            where=str(path),
-            got=read_error_message(error),
-            fix="download the file again",
-        ) from None
-    return content

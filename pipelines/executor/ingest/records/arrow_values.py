@@ -237,11 +237,10 @@ def whole_values(column: pa.Array, most: int) -> Iterator[Any]:
         return
     for value in each_value(column):
         size = size_of(value)
-        yield (
-            to_python(value)[0]
-            if size <= most
-            else NotStored(f"a value of {size:,} bytes; at most {most:,} are allowed", value)
-        )
+        if size <= most:
+            yield to_python(value)[0]
+        else:
+            yield NotStored(f"a value of {size:,} bytes; at most {most:,} are allowed", value)
 
 
 # ------------------------------------------------------------------------------------------------ pictures

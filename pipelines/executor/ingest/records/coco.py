@@ -48,19 +48,15 @@ def coco_records(path: str, file: str, columns: ColumnNames) -> Iterator[Record]
         caption = fields.get("caption")
         said += [text for text in (caption if isinstance(caption, list) else [caption]) if not is_missing(text)]
     names: dict[str | None, set[str]] = defaultdict(set)
-    for image in images:
-        fields = image if isinstance(image, dict) else {}
+    listed = [image if isinstance(image, dict) else {} for image in images]
+    for fields in listed:
         names[_to_id(fields.get("id"))].add(_to_string(fields.get("file_name")))
-    for image in images:
-        fields = image if isinstance(image, dict) else {}
+    for fields in listed:
         image_id = _to_id(fields.get("id"))
         record = _record(file, columns, image_id, fields, captions.get(image_id) if image_id is not None else None)
-        unclear = image_id is not None and len(names[image_id]) > 1
-        yield (
-            record._replace(problem=Problem("malformed_record", f"several images have id {image_id}"))
-            if unclear
-            else record
-        )
+        if image_id is not None and len(names[image_id]) > 1:
+            record = record._replace(problem=Problem("malformed_record", f"several images have id {image_id}"))
+        yield record
     for image_id in captions.keys() - (names.keys() - {None}):
         yield _record(file, columns, image_id, {}, captions[image_id])
 
