@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,30 +64,21 @@ NVIDIA = re.compile(r"nvidia-.+")
 """NVIDIA's libraries are proprietary. torch installs them on Linux; NVIDIA's terms allow use and redistribution."""
 
 
-def audited_extras() -> list[str]:
-    """Return all extras that are no development tools."""
+def declared() -> Iterator[Requirement]:
+    """Yield the requirements that pyproject.toml declares, without those of the development tools."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return sorted(set(project["optional-dependencies"]) - {"dev"})
-
-
-def declared(extras: list[str]) -> Iterator[Requirement]:
-    """Yield the requirements of Lakesight itself, read from pyproject.toml."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for group in (project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras)):
+    extras = project["optional-dependencies"]
+    for group in (project["dependencies"], *(extras[extra] for extra in sorted(extras) if extra != "dev")):
         yield from map(Requirement, group)
 
 
 def runtime_dependencies() -> dict[str, Distribution | None]:
     """Return all direct and indirect dependencies by name; None for a dependency that is not installed."""
     found: dict[str, Distribution | None] = {}
-    waiting = list(declared(audited_extras()))
+    waiting = [requirement for requirement in declared() if _applies(requirement, set())]
     while waiting:
         requirement = waiting.pop()
-        name = re.sub("[-_.]+", "-", requirement.name).lower()
-        if requirement.marker and not any(
-            requirement.marker.evaluate({"extra": extra}) for extra in ("", *requirement.extras)
-        ):
-            continue
+        name = canonicalize_name(requirement.name)
         if name in found and not requirement.extras:
             continue
         try:
@@ -94,14 +86,15 @@ def runtime_dependencies() -> dict[str, Distribution | None]:
         except PackageNotFoundError:
             found[name] = None
             continue
-        for each in map(Requirement, installed.requires or []):
-            if each.marker is None or any(
-                each.marker.evaluate({"extra": extra}) for extra in ("", *requirement.extras)
-            ):
-                each.marker = None
-                if re.sub("[-_.]+", "-", each.name).lower() not in found or each.extras:
-                    waiting.append(each)
+        needed = (each for each in map(Requirement, installed.requires or []) if _applies(each, requirement.extras))
+        waiting += [each for each in needed if canonicalize_name(each.name) not in found or each.extras]
     return dict(sorted(found.items()))
+
+
+def _applies(requirement: Requirement, extras: set[str]) -> bool:
+    """Return whether a package needs a requirement here, if the package is installed with these extras."""
+    marker = requirement.marker
+    return marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras))
 
 
 def licences(package: Distribution) -> set[str]:
