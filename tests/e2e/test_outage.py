@@ -15,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from open_sockets import free_port
 from processes import TEST_PATH
 from tiny_runs import runs_in
-from tracking_server import ended, free_port, is_healthy, last_step, tracking_server, wait_for_step
+from tracking_server import ended, is_healthy, last_step, tracking_server, wait_for_step
 
 from pipelines.config import LocalPlatformConfig
 from pipelines.formats.run_folder import RunFolder

@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from open_sockets import free_port
 from postgres import Postgres, postgres_server
-from tracking_server import free_port, tracking_server, wait_for_step
+from tracking_server import tracking_server, wait_for_step
 
 from pipelines.config import LocalPlatformConfig
 from pipelines.errors import UserError

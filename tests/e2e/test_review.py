@@ -20,6 +20,7 @@ import pyarrow as pa
 import pytest
 from browser import open_page
 from deltalake import DeltaTable, write_deltalake
+from open_sockets import free_port
 from pictures import png
 from playwright.sync_api import Page, expect
 from processes import TEST_PATH
@@ -58,9 +59,7 @@ def home(tmp_path: Path) -> Path:
 @pytest.fixture
 def address(home: Path) -> Iterator[str]:
     """Start `lakesight review` and yield the address of its web page."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": TEST_PATH}
     command = [sys.executable, "-c", "from jobs.cli import main; main()", "review", "--port", str(port)]
     with (home / "log").open("wb") as log:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,19 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from open_sockets import descendants, listeners
+from open_sockets import descendants, free_port, listeners
 from processes import TEST_PATH, is_running
 
 pytestmark = [pytest.mark.faults, pytest.mark.matrix]
 
 SECONDS = 240
 """Longest time in which the server must answer."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_modules_of_the_working_folder_do_not_shadow_those_of_the_mlflow_ui_and_sigterm_leaves_no_process(

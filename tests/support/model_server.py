@@ -7,7 +7,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from open_sockets import free_port
 from PIL import Image
 from tiny_runs import COLOURS, write_run, write_shards
 
@@ -52,9 +52,7 @@ def register_random(platform: Platform, folder: Path, config: RunConfig) -> regi
 @contextmanager
 def served(platform: Platform, version: registry.ModelVersion, folder: Path) -> Iterator[str]:
     """Start a scoring server in a folder that does not contain our code, and yield the server's address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve"]
     command += ["--model-uri", f"models:/{version.name}/{version.version}"]
     command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]

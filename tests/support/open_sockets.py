@@ -1,8 +1,9 @@
-"""Sockets that processes listen on, read from /proc (Linux only)."""
+"""Sockets that processes listen on, read from /proc (Linux only), and ports on which nothing listens."""
 
 from __future__ import annotations
 
 import ipaddress
+import socket
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,13 @@ class Listener(NamedTuple):
     @property
     def is_loopback(self) -> bool:
         return ipaddress.ip_address(self.address).is_loopback
+
+
+def free_port() -> int:
+    """Return a port of the loopback device on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def descendants(pid: int, without: str = "\0") -> list[int]:
