@@ -156,8 +156,8 @@ app.callback()(lambda: None)
 def sleep():
     if (child := os.fork()) == 0:
         time.sleep(600)
-    print(child, flush=True)
     try:
+        print(child, flush=True)  # from here on the test may send the signal
         time.sleep(600)
     finally:
         os.kill(os.getpid(), 15)  # a scheduler's second SIGTERM does not interrupt the cleanup
