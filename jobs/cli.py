@@ -94,7 +94,7 @@ def run(commands: typer.Typer) -> None:
     """Run a command line app. If its command raises an error, print the message and exit with the error's exit code."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
-        os.register_at_fork(after_in_child=_restore_default)
+        os.register_at_fork(before=_hold_sigterm, after_in_parent=_release_sigterm, after_in_child=_restore_default)
     try:
         commands()
     except SystemExit as end:
@@ -115,9 +115,19 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _hold_sigterm() -> None:
+    """Hold SIGTERM back during a fork, because the child would lose a signal that arrives before it is ready."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _release_sigterm() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
 def _restore_default() -> None:
     """Let SIGTERM end a forked child at once, also while the child executes C code."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _release_sigterm()
 
 
 def _fail(message: str, code: int) -> None:

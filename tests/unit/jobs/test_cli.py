@@ -151,6 +151,7 @@ import os, sys, time, typer
 from jobs.cli import Commands, run
 app = typer.Typer(cls=Commands)
 app.callback()(lambda: None)
+os.register_at_fork(after_in_child=lambda: time.sleep(0.5))  # the signal arrives before the child has begun to work
 
 @app.command()
 def sleep():
