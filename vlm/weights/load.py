@@ -8,6 +8,7 @@ only slightly above the size of the weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -272,7 +273,7 @@ def _read(source: Source, rule: Rule, model: nn.Module) -> list[Tensor]:
     """
     read = {name: source.files.read(source.names[name]) for name in rule.theirs}
     for name, tensor in read.items():
-        if not torch.isfinite(tensor).all():
+        if not _is_finite(tensor):
             raise CheckpointError(
                 "the weights contain NaN or infinity",
                 where=f"{name} in {source.files.headers[source.names[name]].file}",
@@ -285,6 +286,15 @@ def _read(source: Source, rule: Rule, model: nn.Module) -> list[Tensor]:
         rows = model.get_parameter(rule.ours[0]).shape[1]
         tensors = [resample_positions(tensors[0], rows, rule.grid)]
     return [tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for tensor in tensors]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return True if no value is NaN or infinite.
+
+    NaN spreads to the minimum and maximum. Unlike `torch.isfinite`, they need no further tensor of the same size: such
+    a tensor is freed at once, but the process keeps a part of its memory.
+    """
+    return tensor.numel() == 0 or all(math.isfinite(value) for value in torch.aminmax(tensor))
 
 
 def _set_parameters(model: nn.Module, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
