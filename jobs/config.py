@@ -87,8 +87,8 @@ def measure_model(name: str, model: ModelConfig) -> ModelSize:
     """Count the parameters and FLOPs of a model without allocating memory for the weights."""
     import torch
 
-    from vlm.build import build_model
     from vlm.config.size import flops_per_sample, inactive_parameters
+    from vlm.factory import build_model
     from vlm.text import learn
 
     vocab_size = learn(model.text, ()).vocab_size if model.text.kind == "chars" else model.text.vocab_size

@@ -2,5 +2,5 @@
 
 The library never imports `pipelines`, Spark or MLflow, and the modules `vlm.config`, `vlm.errors`, `vlm.files`,
 `vlm.image` and `vlm.text` even work without PyTorch. Start reading in `model.py`, which holds the forward pass, and
-continue with `build.py`, which builds a model from its config.
+continue with `factory.py`, which builds a model from its config.
 """

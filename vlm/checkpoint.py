@@ -28,9 +28,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlm import text
-from vlm.build import build_model
 from vlm.config import Config, ModelConfig, read_error_message
 from vlm.errors import CheckpointError
+from vlm.factory import build_model
 from vlm.files import file_digest
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer

@@ -28,9 +28,9 @@ from pipelines.driver.model_files import ModelFiles
 from pipelines.platform import local
 from pipelines.worker.caption import load_captioner
 from vlm import text
-from vlm.build import build_model
 from vlm.captioner import Captioner
 from vlm.checkpoint import save_model
+from vlm.factory import build_model
 from vlm.image import open_image, picture_bytes, to_pixels
 from vlm.text.base import NUM_SPECIAL
 from vlm.text.prompt import prefix_ids

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from pipelines.config import load_model
 from vlm import text
-from vlm.build import build_model
 from vlm.config import GenerationConfig, ModelConfig, Precision
+from vlm.factory import build_model
 from vlm.generation.generate import Request, generate
 from vlm.model import VisionLanguageModel
 from vlm.precision import set_precision

@@ -23,9 +23,9 @@ from pipelines.config import load_model
 from pipelines.worker.data.prefetch import prefetch_to_device
 from pipelines.worker.rank.usage import measure_usage
 from vlm.batch import IGNORE, Batch
-from vlm.build import build_model
 from vlm.config import ModelConfig
 from vlm.config.size import flops_per_sample, peak_flops
+from vlm.factory import build_model
 from vlm.layers.block import compile_blocks
 from vlm.model import VisionLanguageModel
 from vlm.text.base import SLOT

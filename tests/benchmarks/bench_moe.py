@@ -34,8 +34,8 @@ from pipelines.formats.shards import Row
 from pipelines.worker.data.batches import Collator
 from vlm import text
 from vlm.batch import Batch
-from vlm.build import build_model
 from vlm.config import ModelConfig
+from vlm.factory import build_model
 from vlm.image import open_image, to_pixels
 from vlm.layers.moe import MoeMlp, dispatch, naive_experts
 from vlm.model import VisionLanguageModel

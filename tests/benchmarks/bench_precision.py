@@ -29,9 +29,9 @@ from pipelines.scenes import draw, random_scene
 from pipelines.worker.data.batches import Collator
 from vlm import text
 from vlm.batch import Batch
-from vlm.build import build_model
 from vlm.captioner import Captioner
 from vlm.config import CosineScheduleConfig, ModelConfig, Precision
+from vlm.factory import build_model
 from vlm.image import to_pixels
 from vlm.precision import set_precision
 from vlm.text.base import Tokenizer

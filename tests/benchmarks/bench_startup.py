@@ -18,8 +18,8 @@ from pathlib import Path
 
 from pipelines.config import load_model
 from vlm import text
-from vlm.build import build_model
 from vlm.checkpoint import save_model
+from vlm.factory import build_model
 
 ROUNDS = 5
 SHAPE = ("model.decoder.transformer.depth=2", "model.vision.transformer.depth=2")

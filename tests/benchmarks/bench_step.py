@@ -24,8 +24,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PaliGemmaConfig, PaliGemma
 
 from pipelines.config import load_model
 from vlm.batch import IGNORE, Batch
-from vlm.build import build_model
 from vlm.config import ModelConfig
+from vlm.factory import build_model
 from vlm.text.base import SLOT
 from vlm.training.objective import num_targets, token_loss
 

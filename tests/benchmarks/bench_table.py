@@ -42,8 +42,8 @@ from pipelines.driver.model_files import ModelFiles
 from pipelines.platform import local
 from pipelines.worker.caption import limit_threads, load_captioner
 from vlm import text
-from vlm.build import build_model
 from vlm.checkpoint import save_model
+from vlm.factory import build_model
 from vlm.image import open_image, to_pixels
 from vlm.text.prompt import prefix_ids
 from vlm.weights.export import export_weights

@@ -32,8 +32,8 @@ from pipelines.formats.shards import Shards
 from pipelines.platform import open_platform
 from pipelines.worker.data.batches import Collator, training_batches
 from vlm import text
-from vlm.build import build_model
 from vlm.config import ModelConfig
+from vlm.factory import build_model
 from vlm.training.loop import fit
 from vlm.training.optim import build_adamw
 

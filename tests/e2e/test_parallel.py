@@ -18,8 +18,8 @@ from tiny_runs import runs_in, tiny_model_config, tiny_run, write_run, write_sha
 
 from pipelines.formats.run_folder import Metrics, RunFolder, write_json
 from vlm import text
-from vlm.build import build_model
 from vlm.checkpoint import load_model, save_model
+from vlm.factory import build_model
 
 pytestmark = pytest.mark.xdist_group("parallel")  # one process runs all tests, because the tests share trained runs
 

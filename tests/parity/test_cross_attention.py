@@ -8,8 +8,8 @@ from transformers import Idefics3Config, IdeficsConfig, IdeficsForVisionText2Tex
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 
-from vlm.build import build_model
 from vlm.config import ModelConfig
+from vlm.factory import build_model
 from vlm.model import VisionLanguageModel
 from vlm.projector import PixelShuffle
 from vlm.text.base import SLOT

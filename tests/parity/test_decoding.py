@@ -28,8 +28,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from vlm.build import build_model
 from vlm.config import GenerationConfig, ModelConfig
+from vlm.factory import build_model
 from vlm.generation.generate import Request, generate
 from vlm.generation.sampling import RepetitionPenalty, filter_scores
 from vlm.model import VisionLanguageModel

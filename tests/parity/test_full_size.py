@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from pipelines.config import load_model
-from vlm.build import build_model
+from vlm.factory import build_model
 from vlm.weights.family import Part
 from vlm.weights.files import TensorHeader
 from vlm.weights.load import in_published_part

@@ -16,8 +16,8 @@ from tiny_published_models import assert_equal, config, scramble
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vlm.build import build_model
 from vlm.config import ModelConfig
+from vlm.factory import build_model
 from vlm.weights.files import TensorHeader
 from vlm.weights.load import import_weights
 from vlm.weights.plan import plan_load

@@ -28,9 +28,9 @@ from pipelines.formats.tables import GENERATED_CAPTIONS
 from pipelines.platform import Platform
 from pipelines.worker.caption import load_captioner
 from vlm import text
-from vlm.build import build_model
 from vlm.checkpoint import save_model
 from vlm.config import GenerationConfig
+from vlm.factory import build_model
 
 
 @pytest.fixture

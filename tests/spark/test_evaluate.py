@@ -25,8 +25,8 @@ from pipelines.platform import Platform
 from pipelines.worker.caption import load_captioner
 from pipelines.worker.data.batches import Collator
 from vlm import text
-from vlm.build import build_model
 from vlm.checkpoint import save_model
+from vlm.factory import build_model
 from vlm.generation.generate import Completion
 from vlm.text.words import TOKENISATION
 from vlm.training.objective import row_scores

@@ -22,8 +22,8 @@ from pipelines.driver.caption.run import CaptionReport, CaptionRequest, caption
 from pipelines.driver.model_files import ModelFiles
 from pipelines.platform import Platform, local
 from vlm import text
-from vlm.build import build_model
 from vlm.checkpoint import save_model
+from vlm.factory import build_model
 
 ROWS, BAD = 96, 5
 ROWS_PER_FILE = 12

@@ -27,8 +27,8 @@ from pipelines.formats.run_folder import Result, write_json
 from pipelines.platform import Platform
 from pipelines.tracking import registry, runs
 from vlm import text
-from vlm.build import build_model
 from vlm.checkpoint import save_model
+from vlm.factory import build_model
 
 Answer = dict[str, Any]
 BAD = {"%%%": "bad_base64", base64.b64encode(b"no picture").decode(): "not_an_image", "": "missing_field"}

@@ -6,8 +6,8 @@ import torch
 
 from vlm import text
 from vlm.batch import IGNORE, Batch
-from vlm.build import build_model
 from vlm.config import ModelConfig
+from vlm.factory import build_model
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
 from vlm.text.prompt import answer_ids, prefix_ids

@@ -194,8 +194,8 @@ def finish_run(run: RunFolder, *, blind_gap: float = 0.5) -> None:
     """Write the files of a successful training, with random weights."""
     import torch
 
-    from vlm.build import build_model
     from vlm.checkpoint import save_model
+    from vlm.factory import build_model
 
     tokenizer = text.load(run.tokenizer)
     torch.manual_seed(0)

@@ -22,8 +22,8 @@ from pipelines.platform import Platform
 from pipelines.tracking import registry, runs
 from pipelines.worker.data.batches import Collator
 from vlm import text
-from vlm.build import build_model
 from vlm.checkpoint import save_model
+from vlm.factory import build_model
 from vlm.model import VisionLanguageModel
 from vlm.training.objective import num_targets, token_loss
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vlm.build import build_model, initialize_weights
 from vlm.config import Config, ModelConfig
 from vlm.errors import CheckpointError
+from vlm.factory import build_model, initialize_weights
 from vlm.model import VisionLanguageModel
 from vlm.weights.family import Family, Part
 from vlm.weights.files import WeightFiles, read_settings

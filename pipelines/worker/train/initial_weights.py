@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from pipelines.config import TrainConfig
-from vlm.build import build_model
 from vlm.checkpoint import WEIGHTS, load_weights, model_weights, save_model, save_weights
 from vlm.config import ModelConfig
+from vlm.factory import build_model
 from vlm.files import file_digest
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer

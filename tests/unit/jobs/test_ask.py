@@ -23,9 +23,9 @@ from jobs.regions import FoundRegion, draw_regions
 from pipelines.config import load_model
 from pipelines.errors import StageFailed, UserError
 from vlm import text
-from vlm.build import build_model
 from vlm.checkpoint import save_model
 from vlm.config import CharsConfig, JsonTextConfig
+from vlm.factory import build_model
 from vlm.generation.generate import Request, generate
 from vlm.image import open_image, to_pixels
 from vlm.model import VisionLanguageModel

@@ -30,9 +30,9 @@ from jobs.review import user_name
 from pipelines.config import load_model
 from pipelines.errors import StageFailed
 from vlm import text
-from vlm.build import build_model
 from vlm.checkpoint import save_model
 from vlm.config import CharsConfig
+from vlm.factory import build_model
 
 COMMANDS = [command.__name__ for command in (*STAGE_COMMANDS, *INTERACTIVE_COMMANDS)]
 WEIGHT_COMMAND_NAMES = [command.__name__.replace("_", "-") for command in WEIGHT_COMMANDS]

@@ -45,8 +45,8 @@ from pipelines.tracking.expert_load_plot import draw_expert_load
 from pipelines.tracking.server import connect
 from pipelines.tracking.smoke_test import find_pickles, smoke_test_folder
 from vlm import text
-from vlm.build import build_model
 from vlm.checkpoint import save_model
+from vlm.factory import build_model
 
 CONFIG = tiny_run()
 

@@ -13,10 +13,10 @@ from pipelines.config import TrainConfig
 from pipelines.config import load_model as load_config
 from pipelines.worker.train.initial_weights import ModelBuilder
 from vlm.batch import Batch
-from vlm.build import build_model
 from vlm.checkpoint import load_model, save_model
 from vlm.config import AdapterConfig, ModelConfig
 from vlm.errors import CheckpointError, ConfigError
+from vlm.factory import build_model
 from vlm.files import file_digest
 from vlm.model import VisionLanguageModel
 from vlm.training.adapters import (

@@ -7,7 +7,7 @@ import torch
 from tiny_models import VARIANTS, tiny_batch, tiny_config, tiny_model, tiny_pixels
 
 from vlm.batch import IGNORE, Batch
-from vlm.build import build_model
+from vlm.factory import build_model
 from vlm.text.base import SLOT
 from vlm.training.objective import blind_losses, num_targets, row_losses, token_loss
 

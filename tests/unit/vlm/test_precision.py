@@ -9,9 +9,9 @@ import torch
 from tiny_models import VARIANTS, tiny_batch, tiny_config, tiny_model, tiny_pixels
 from torch import Tensor, nn
 
-from vlm.build import build_model
 from vlm.config import ModelConfig, Precision
 from vlm.errors import UserError
+from vlm.factory import build_model
 from vlm.generation.generate import Request, generate
 from vlm.model import VisionLanguageModel
 from vlm.precision import set_precision

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm.batch import IGNORE, Batch
-from vlm.build import build_model
+from vlm.factory import build_model
 from vlm.layers.moe import MoeMlp, Routing
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer

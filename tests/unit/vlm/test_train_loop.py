@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from tiny_models import VARIANTS, tiny_batch, tiny_config, tiny_model
 
 from vlm.batch import IGNORE, Batch
-from vlm.build import build_model
 from vlm.checkpoint import (
     atomic_folder,
     load_model,
@@ -26,6 +25,7 @@ from vlm.checkpoint import (
 )
 from vlm.config import ScheduleConfig, StableScheduleConfig
 from vlm.errors import CheckpointError, ConfigError
+from vlm.factory import build_model
 from vlm.layers.block import compile_blocks, recompute_blocks
 from vlm.model import VisionLanguageModel
 from vlm.seeds import mix

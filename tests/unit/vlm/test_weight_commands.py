@@ -14,10 +14,10 @@ from typer.testing import CliRunner, Result
 
 from jobs.cli import app
 from vlm import text
-from vlm.build import build_model
 from vlm.checkpoint import load_model, save_model
 from vlm.config import ModelConfig
 from vlm.errors import UserError
+from vlm.factory import build_model
 
 ENCODER, DECODER = ("--part", "encoder", "--as", "vit"), ("--part", "decoder", "--as", "gpt2")
 

@@ -18,8 +18,8 @@ from pipelines.worker.rank.metrics import LossMean
 from pipelines.worker.score import score_rows
 from pipelines.worker.train.validation import caption_samples, name_pictures, validate
 from vlm import text
-from vlm.build import build_model
 from vlm.captioner import Captioner
+from vlm.factory import build_model
 from vlm.training.loop import NotFiniteError
 from vlm.training.objective import row_scores
 
