@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.config import short_hash
-from pipelines.errors import StageFailed
 from pipelines.formats.model_copy import ModelCopy, check_copy, record_copy
-from pipelines.platform import Platform, redact_uri
+from pipelines.platform import Platform
 from pipelines.tracking.logged_model import MODEL_FILES
-from pipelines.tracking.registry import DIGEST_TAG, ModelVersion, download_files
+from pipelines.tracking.registry import ModelVersion, download_files, label
+from pipelines.tracking.version_files import ARTIFACTS, DIGEST_TAG, check_model_files
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +55,9 @@ def _fetch(platform: Platform, version: ModelVersion, target: Path) -> ModelCopy
             model = download_files(platform, version, Path(local))
             partial.mkdir(parents=True)
             for file in MODEL_FILES:
-                shutil.copyfile(model / "artifacts" / file, partial / file)
+                shutil.copyfile(model / ARTIFACTS / file, partial / file)
         copy = record_copy(partial)
-        _check_registered(platform, version, copy)
+        check_model_files(copy.digest, version.tags, label(platform, version))
         present = check_copy(target)
         if present is not None and present.digest == copy.digest:
             return present  # another process has just downloaded the same files
@@ -69,15 +69,3 @@ def _fetch(platform: Platform, version: ModelVersion, target: Path) -> ModelCopy
         for old in target.parent.glob(".*.old"):
             shutil.rmtree(old, ignore_errors=True)
     return copy
-
-
-def _check_registered(platform: Platform, version: ModelVersion, copy: ModelCopy) -> None:
-    """Compare the digest of a download with the digest that was stored when the version was registered."""
-    registered = version.tags.get(DIGEST_TAG, copy.digest)  # versions of Lakesight 0.1.0 have no digest
-    if registered != copy.digest:
-        raise StageFailed(
-            "the files of a model version are not the files that were registered",
-            where=f"model {version.name} version {version.version} in {redact_uri(platform.registry_uri)}",
-            got=f"digest {copy.digest}, registered with {registered}",
-            fix="restore the artifacts of the version, or train again to register a new version",
-        )

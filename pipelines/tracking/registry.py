@@ -24,21 +24,18 @@ from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 from mlflow.exceptions import MlflowException
 
 from pipelines.errors import StageFailed, UserError
-from pipelines.formats.model_copy import combine_digests
 from pipelines.formats.run_folder import Metrics, Result, RunFolder, read_json, step_of
 from pipelines.platform import Platform, redact_uri
-from pipelines.tracking.logged_model import MODEL_FILES, log_model
+from pipelines.tracking.logged_model import log_model
 from pipelines.tracking.server import REQUEST_ERRORS, connect, unusable
+from pipelines.tracking.version_files import digest_tags
 from vlm.config import Config
-from vlm.files import file_digest
 
 logger = logging.getLogger(__name__)
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 MOVE_TAG = "lakesight_move"
 TAG_PREFIX = "lakesight_"
-DIGEST_TAG = "digest"
-"""Tag of a model version with the digest of its files (pipelines.formats.model_copy)."""
 CHECKPOINT_TAG = "checkpoint"
 """Tag of a model version with the name of its checkpoint. Versions of earlier releases are last checkpoints."""
 MAX_TAG_CHARS = 1000
@@ -94,7 +91,7 @@ def register(run: RunFolder, run_id: str, platform: Platform, which: Literal["la
         is_last = checkpoint.name == Path(result.checkpoint).name
         metrics = result.metrics if is_last else read_json(run.metrics(step_of(checkpoint)), Metrics).values
         tags = {
-            DIGEST_TAG: combine_digests({file: file_digest(checkpoint / file) for file in MODEL_FILES}),
+            **digest_tags(checkpoint, model_id),
             CHECKPOINT_TAG: checkpoint.name,
             "run": run.path.name,
             "table_version": str(file.dataset_version),
@@ -156,6 +153,11 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
                 fix=f"versions: {', '.join(numbers) or 'none'}; aliases: {listed}",
             )
         return _read_version(client, name, number)
+
+
+def label(platform: Platform, version: ModelVersion) -> str:
+    """Name a version and its registry in an error message."""
+    return f"{_label(version)} in {redact_uri(platform.registry_uri)}"
 
 
 def download_files(platform: Platform, version: ModelVersion, folder: Path) -> Path:

@@ -13,7 +13,8 @@ from pathlib import Path
 from pipelines.child_process import child_environment
 from pipelines.config import Trial
 from pipelines.platform import Platform
-from pipelines.tracking.registry import ModelVersion, download_files
+from pipelines.tracking.registry import ModelVersion, download_files, label
+from pipelines.tracking.version_files import check_all_files
 
 CHILD_SCRIPT = Path(__file__).with_name("smoke_test_child.py")
 TIMEOUT_SECONDS = 600
@@ -23,9 +24,10 @@ SUFFIXES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
 
 
 def smoke_test_version(platform: Platform, version: ModelVersion, pictures: Sequence[tuple[bytes, str]]) -> Trial:
-    """Download a version, check that it contains no pickles, then load it in a fresh process and caption pictures.
+    """Download a version, check its files, then load the version in a fresh process and caption pictures.
 
-    The fresh process reads a local folder, and receives no credentials (see `child_environment`).
+    The files must be the registered files, and contain no pickles. The fresh process reads the same local copy that was
+    checked, and receives no credentials (see `child_environment`).
 
     Args:
         platform: platform with the registry.
@@ -33,10 +35,12 @@ def smoke_test_version(platform: Platform, version: ModelVersion, pictures: Sequ
         pictures: bytes and prompt of each picture file.
 
     Raises:
-        StageFailed: the version cannot be downloaded from the registry.
+        StageFailed: the version cannot be downloaded, or its files are not the registered files.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        return smoke_test_folder(download_files(platform, version, Path(folder)), pictures)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = download_files(platform, version, Path(temporary))
+        check_all_files(folder, version.tags, label(platform, version))
+        return smoke_test_folder(folder, pictures)
 
 
 def smoke_test_folder(folder: Path, pictures: Sequence[tuple[bytes, str]]) -> Trial:

@@ -1,12 +1,20 @@
-"""Smoke test of a model version: the process that executes the code of a version receives no credentials."""
+"""Smoke test of a model version: only registered code is executed, by a process that receives no credentials."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from local_platforms import open_local
+from model_server import register_random
+from tiny_runs import tiny_run
 
-from pipelines.tracking import smoke_test
+from pipelines.errors import StageFailed
+from pipelines.platform import Platform
+from pipelines.tracking import registry, smoke_test
+from pipelines.tracking.version_files import check_all_files
 
 PRINT_NAMES = 'import json, os\nprint(json.dumps({"errors": sorted(os.environ)}))\n'
 
@@ -22,3 +30,84 @@ def test_the_process_that_executes_the_code_of_a_version_receives_no_credentials
     names = smoke_test.smoke_test_folder(tmp_path / "version", []).errors
     assert "PATH" in names
     assert not [name for name in names if "TOKEN" in name or "SECRET" in name or name.startswith("MLFLOW")]
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Platform:
+    with pytest.MonkeyPatch.context() as patch:
+        return open_local(patch, tmp_path_factory.mktemp("home"), database=empty_database)
+
+
+@pytest.fixture(scope="module")
+def registered(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> registry.ModelVersion:
+    return register_random(platform, tmp_path_factory.mktemp("run"), tiny_run())
+
+
+def append(name: str) -> Callable[[Path, str], None]:
+    def plant(version: Path, code: str) -> None:
+        file = version / name
+        file.write_text(f"{file.read_text()}\n{code}" if file.exists() else code)
+
+    return plant
+
+
+def change_settings(before: str, after: str, file: str) -> Callable[[Path, str], None]:
+    """Return a function that changes MLflow's settings so that MLflow would execute another file."""
+
+    def plant(version: Path, code: str) -> None:
+        (version / file).parent.mkdir(exist_ok=True)
+        (version / file).write_text(code)
+        settings = version / "MLmodel"
+        found = settings.read_text()
+        assert before in found
+        settings.write_text(found.replace(before, after))
+
+    return plant
+
+
+def replace_weights(version: Path, code: str) -> None:
+    (version / "artifacts" / "model.safetensors").unlink()
+
+
+PLANTS = {
+    "code": append("code/vlm/__init__.py"),
+    "module": append("code/sitecustomize.py"),
+    "model.py": append("model.py"),
+    "requirements": append("requirements.txt"),
+    "artifact": append("artifacts/more.py"),
+    "loader": change_settings("loader_module: mlflow.pyfunc.loaders.code_model", "loader_module: mine", "code/mine.py"),
+    "python path": change_settings("    code: code", "    code: other", "other/vlm.py"),
+    "weights": replace_weights,
+}
+
+
+def test_the_files_of_a_version_are_those_that_were_registered(
+    platform: Platform, registered: registry.ModelVersion, tmp_path: Path
+) -> None:
+    folder = registry.download_files(platform, registered, tmp_path)
+    check_all_files(folder, registered.tags, "here")
+
+
+def test_a_version_of_an_earlier_release_without_digests_is_executed_with_a_warning(
+    platform: Platform, registered: registry.ModelVersion, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = registry.download_files(platform, registered, tmp_path)
+    check_all_files(folder, {}, "here")
+    assert "here was registered without a digest of its code" in caplog.text
+
+
+@pytest.mark.parametrize("plant", PLANTS.values(), ids=PLANTS)
+def test_nothing_of_a_version_is_executed_if_its_files_are_not_those_that_were_registered(
+    platform: Platform, registered: registry.ModelVersion, tmp_path: Path, plant: Callable[[Path, str], None]
+) -> None:
+    [settings] = (platform.root / "mlartifacts").rglob("MLmodel")
+    version, executed = settings.parent, tmp_path / "executed"
+    shutil.copytree(version, tmp_path / "intact")
+    plant(version, f"open({str(executed)!r}, 'w')")
+    try:
+        with pytest.raises(StageFailed, match="are not the files that were registered"):
+            smoke_test.smoke_test_version(platform, registered, [])
+    finally:
+        shutil.rmtree(version)
+        shutil.move(tmp_path / "intact", version)
+    assert not executed.exists()

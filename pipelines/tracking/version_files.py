@@ -1,0 +1,91 @@
+"""Digests of a model version: taken when the version is registered, and compared before its files are used.
+
+A version has two digests, because its files are used in two ways. The model files (weights, config and tokenizer) are
+the model, and every command reads them. All other files (`MLmodel`, `model.py`, `code/`, requirements) tell MLflow what
+to execute when it loads the version. Lakesight executes them in one place only, the smoke test of `promote`.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.artifact.models_artifact_repo import REGISTERED_MODEL_META_FILE_NAME
+
+from pipelines.errors import StageFailed
+from pipelines.formats.model_copy import combine_digests
+from pipelines.tracking.logged_model import MODEL_FILES
+from vlm.files import file_digest
+
+logger = logging.getLogger(__name__)
+
+DIGEST_TAG = "digest"
+"""Tag of a model version with the digest of its model files."""
+EXECUTED_DIGEST_TAG = "executed_digest"
+"""Tag of a model version with the digest of all other files. Versions of earlier releases lack one tag or both."""
+ARTIFACTS = "artifacts"
+"""Folder of the model files in a logged model."""
+
+
+def digest_tags(checkpoint: Path, model_id: str) -> dict[str, str]:
+    """Return both digests of a logged model, whose model files are those of a checkpoint.
+
+    The other files are read from the store, because MLflow writes them. The weights are not downloaded.
+    """
+    repository = get_artifact_repository(f"models:/{model_id}")
+    with tempfile.TemporaryDirectory() as folder:
+        for item in repository.list_artifacts(""):
+            if item.path != ARTIFACTS:
+                repository.download_artifacts(item.path, folder)  # type: ignore[no-untyped-call]
+        executed = _executed_digest(Path(folder))
+    return {DIGEST_TAG: model_digest(checkpoint), EXECUTED_DIGEST_TAG: executed}
+
+
+def model_digest(folder: Path) -> str:
+    """Return the digest of the model files of a folder. A missing file changes the digest."""
+    return combine_digests({file: file_digest(folder / file) for file in MODEL_FILES if (folder / file).is_file()})
+
+
+def check_model_files(digest: str, tags: Mapping[str, str], where: str) -> None:
+    """Compare the digest of downloaded model files with the digest in the tags of their version.
+
+    Raises:
+        StageFailed: the files are not the files that were registered.
+    """
+    _require_equal(digest, tags.get(DIGEST_TAG, digest), "files", where)
+
+
+def check_all_files(folder: Path, tags: Mapping[str, str], where: str) -> None:
+    """Compare all files of a downloaded version with the digests in its tags, before the files are executed.
+
+    Raises:
+        StageFailed: the files are not the files that were registered.
+    """
+    check_model_files(model_digest(folder / ARTIFACTS), tags, where)
+    if EXECUTED_DIGEST_TAG in tags:
+        _require_equal(_executed_digest(folder), tags[EXECUTED_DIGEST_TAG], "code or settings of MLflow", where)
+    else:
+        logger.warning("%s was registered without a digest of its code by an earlier release; it is not checked", where)
+
+
+def _executed_digest(folder: Path) -> str:
+    return combine_digests({path.relative_to(folder).as_posix(): file_digest(path) for path in _executed(folder)})
+
+
+def _executed(folder: Path) -> Iterator[Path]:
+    """Yield all files of a logged model, except the model files and the file that MLflow adds to each download."""
+    others = {folder / ARTIFACTS / file for file in MODEL_FILES} | {folder / REGISTERED_MODEL_META_FILE_NAME}
+    yield from (path for path in folder.rglob("*") if path.is_file() and path not in others)
+
+
+def _require_equal(digest: str, registered: str, what: str, where: str) -> None:
+    if digest != registered:
+        raise StageFailed(
+            "the files of a model version are not the files that were registered",
+            where=where,
+            got=f"other {what}: digest {digest}, registered with {registered}",
+            fix="restore the artifacts of the version, or train again to register a new version",
+        )
