@@ -180,6 +180,7 @@ def _blocks(config: TransformerConfig) -> list[Block]:
             width=width,
             post_norms=(_norm(config.norm, width), _norm(config.norm, width)) if config.sandwich else None,
             layer_scale=config.layer_scale,
+            skip_probability=config.stochastic_depth * (layer + 1) / config.depth,
         )
         for layer in range(config.depth)
     ]
@@ -224,7 +225,7 @@ def _stem(config: StemConfig, width: int) -> nn.Module:
         case "patch":
             return PatchStem(config.patch_size, width, bias=config.bias)
         case "conv":
-            return ConvStem(config.channels, width)
+            return ConvStem(config.channels, config.blocks or [0] * len(config.channels), width)
 
 
 def _projector(config: ProjectorConfig, width: int, out_width: int) -> nn.Module:

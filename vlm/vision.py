@@ -27,18 +27,35 @@ class PatchStem(nn.Conv2d):
         super().__init__(3, width, kernel_size=patch_size, stride=patch_size, bias=bias)
 
 
+class ConvBlock(nn.Module):
+    """Residual block of two 3x3 convolutions with group norms (He et al., 2015)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        first, second = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
+        self.branch = nn.Sequential(
+            first, nn.GroupNorm(1, channels), nn.GELU(), second, nn.GroupNorm(1, channels), nn.GELU()
+        )
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Add the output of the convolutions to the input."""
+        residual_BCHW: Tensor = self.branch(x_BCHW)
+        return x_BCHW + residual_BCHW
+
+
 class ConvStem(nn.Sequential):
     """Stem of 3x3 convolutions with stride 2 and a final 1x1 convolution to the width (Xiao et al., 2021).
 
-    Group norm replaces batch norm, so the features of a picture do not depend on the other pictures of the batch.
+    Residual blocks may follow each stride-2 convolution. Group norm replaces batch norm, so the features of a picture
+    do not depend on the other pictures of the batch.
     """
 
-    def __init__(self, channels: Sequence[int], width: int) -> None:
+    def __init__(self, channels: Sequence[int], blocks: Sequence[int], width: int) -> None:
         layers: list[nn.Module] = []
         inputs = 3
-        for outputs in channels:
+        for outputs, count in zip(channels, blocks, strict=True):
             convolution = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
-            layers += [convolution, nn.GroupNorm(1, outputs), nn.GELU()]
+            layers += [convolution, nn.GroupNorm(1, outputs), nn.GELU(), *(ConvBlock(outputs) for _ in range(count))]
             inputs = outputs
         super().__init__(*layers, nn.Conv2d(inputs, width, 1))
 

@@ -14,6 +14,11 @@ SIDED_WORDS = (
     *("rightwards", "clockwise", "counterclockwise", "anticlockwise"),
 )
 """Words that may become false when a picture is mirrored."""
+UPRIGHT_WORDS = (
+    *("above", "below", "beneath", "underneath", "top", "bottom", "upper", "lower", "topmost", "upright", "upside"),
+    *("north", "south", "east", "west", "northern", "southern", "eastern", "western"),
+)
+"""Words that may become false, in addition to the sided words, when a picture is turned or flipped top to bottom."""
 
 
 class OptimizerConfig(Config):
@@ -65,6 +70,7 @@ class StageConfig(Config):
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
 
 
 class AugmentConfig(Config):
@@ -74,28 +80,42 @@ class AugmentConfig(Config):
         scale: smallest and largest share of the picture's area that a random crop keeps. The crop is resized to the
             size of the picture.
         flip: share of pictures that are mirrored left to right, unless the text contains one of `sided_words`.
+        flip_vertical: share of pictures that are mirrored top to bottom, for pictures without an up, such as aerial
+            pictures. A picture is not mirrored if its text contains one of `sided_words` or `upright_words`.
+        rotate: share of pictures that are rotated by 90, 180 or 270 degrees, with the same exceptions.
+        erase: share of pictures in which a rectangle is filled with the picture's mean colour (random erasing; Zhong et
+            al., 2017). The rectangle covers 2 to 33 percent of the picture.
         brightness: largest change of the factor by which pixels are multiplied. The factor is between 1 - brightness
             and 1 + brightness.
         contrast: largest change of the factor by which the distance of pixels to the picture's mean grey is scaled.
         saturation: largest change of the factor by which the distance of each pixel to its own grey is scaled.
         sided_words: words that prevent mirroring. A picture is not mirrored if its text or prompt contains one of these
             words as a whole word, in upper or lower case.
+        upright_words: words that prevent vertical flips and rotations, in addition to `sided_words`.
     """
 
     scale: tuple[Share, Share] = (1.0, 1.0)
     flip: Share = 0.0
+    flip_vertical: Annotated[Share, ADDED_LATER] = 0.0
+    rotate: Annotated[Share, ADDED_LATER] = 0.0
+    erase: Annotated[Share, ADDED_LATER] = 0.0
     brightness: Probability = 0.0
     contrast: Probability = 0.0
     saturation: Probability = 0.0
-    sided_words: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = SIDED_WORDS
+    sided_words: Words = SIDED_WORDS
+    upright_words: Annotated[Words, ADDED_LATER] = UPRIGHT_WORDS
 
     @model_validator(mode="after")
     def _changes_something(self) -> Self:
         least, most = self.scale
         if not 0 < least <= most:
             raise ValueError(f"scale is [{least:g}, {most:g}]: expected the smallest share (above 0), then the largest")
-        if least == 1 and not any((self.flip, self.brightness, self.contrast, self.saturation)):
-            raise ValueError("augment changes no picture: set scale, flip, brightness, contrast or saturation")
+        flips, colours = (self.flip, self.flip_vertical, self.rotate), (self.brightness, self.contrast, self.saturation)
+        if least == 1 and not any((*flips, *colours, self.erase)):
+            raise ValueError(
+                "augment changes no picture: set scale, flip, flip_vertical, rotate, erase, brightness, contrast or "
+                "saturation"
+            )
         return self
 
 
@@ -142,6 +162,8 @@ class TrainConfig(Config):
         adapter: low-rank corrections (LoRA) of the matching weights. If an adapter is set, no other weights are
             trained. The corrections are merged into the weights before registration.
         augment: random changes of training pictures, or null to train on the unchanged pictures of the shards.
+        label_smoothing: share of each target's probability that training spreads over all tokens of the vocabulary
+            (Szegedy et al., 2015). `train/loss` and `val/loss` are computed without label smoothing.
         loader_workers: number of threads that prepare batches ahead of training. With 0 threads, a batch is made when
             the batch is needed.
         keep_checkpoints: number of newest checkpoints to keep. The checkpoint with the lowest validation loss is kept
@@ -167,6 +189,7 @@ class TrainConfig(Config):
     adapter: AdapterConfig | None = None
     stages: tuple[StageConfig, ...] = ()
     augment: Annotated[AugmentConfig | None, ADDED_LATER] = None
+    label_smoothing: Annotated[Probability, ADDED_LATER] = 0.0
     loader_workers: Annotated[int, Field(ge=0)] = 2
     log_every: PositiveInt = 10
     validate_every: PositiveInt = 200

@@ -25,7 +25,9 @@ def tiny_config(variant: str) -> ModelConfig:
             "image": {"size": 16},
             "text": {"kind": "chars", "alphabet": ALPHABET},
             "vision": {
-                "stem": {"kind": "patch", "patch_size": 8} if plain else {"kind": "conv", "channels": [8, 8]},
+                "stem": {"kind": "patch", "patch_size": 8}
+                if plain
+                else {"kind": "conv", "channels": [8, 8], "blocks": [0, 1]},
                 "class_token": plain,
                 "select": "patches",
                 "transformer": {

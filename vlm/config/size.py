@@ -63,9 +63,10 @@ def _encoder(config: ModelConfig) -> int:
         stem = 2 * config.num_patches * 3 * vision.stem.patch_size**2 * width
     else:
         channels, side, stem = (3, *vision.stem.channels), config.image.size, 0
-        for before, after in itertools.pairwise(channels):
+        blocks = vision.stem.blocks or (0,) * len(vision.stem.channels)
+        for (before, after), count in zip(itertools.pairwise(channels), blocks, strict=True):
             side //= 2
-            stem += 2 * side**2 * 9 * before * after
+            stem += 2 * side**2 * 9 * (before + 2 * count * after) * after
         stem += 2 * side**2 * channels[-1] * width
     pool = 0
     if vision.select == "attention":

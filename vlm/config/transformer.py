@@ -151,6 +151,8 @@ class TransformerConfig(Config):
             (Touvron et al., 2021); null: no factors.
         position: config of the position encoding.
         dropout: dropout probability of embeddings, attention weights and branch outputs.
+        stochastic_depth: probability that training skips both branches of the last block for a row (Huang et al.,
+            2016). The probability rises linearly from the first block to the last block.
     """
 
     width: PositiveInt
@@ -162,6 +164,7 @@ class TransformerConfig(Config):
     layer_scale: PositiveFloat | None = None
     position: PositionConfig = LearnedPositionConfig()
     dropout: Probability = 0.0
+    stochastic_depth: Annotated[Probability, ADDED_LATER] = 0.0
 
     @model_validator(mode="after")
     def _check_rotary_head_dim(self) -> Self:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from vlm.config.base import Config
+from vlm.config.base import ADDED_LATER, Config
 from vlm.config.transformer import Activation, DenseMlpConfig, TransformerConfig
 
 
@@ -24,15 +24,27 @@ class PatchStemConfig(Config):
 
 
 class ConvStemConfig(Config):
-    """Stem of stride-2 convolutions, which trains faster and more stably than a patch stem (Xiao et al., 2021)."""
+    """Stem of stride-2 convolutions, which trains faster and more stably than a patch stem (Xiao et al., 2021).
+
+    Attributes:
+        channels: number of output channels of each stride-2 convolution.
+        blocks: number of residual blocks (He et al., 2015) after each stride-2 convolution; empty: no blocks.
+    """
 
     kind: Literal["conv"]
     channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    blocks: Annotated[tuple[NonNegativeInt, ...], ADDED_LATER] = ()
 
     @property
     def stride(self) -> int:
         """Pixels of the picture per step of the patch grid."""
         return 1 << len(self.channels)
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> Self:
+        if self.blocks and len(self.blocks) != len(self.channels):
+            raise ValueError(f"blocks has {len(self.blocks)} numbers for {len(self.channels)} channels: give one each")
+        return self
 
 
 StemConfig = Annotated[PatchStemConfig | ConvStemConfig, Field(discriminator="kind")]

@@ -19,7 +19,8 @@ class Block(nn.Module):
     """Pre-norm block, which computes x + attention(norm(x)) and then x + mlp(norm(x)).
 
     The outputs of attention and MLP can go through a second norm (`post_norms`) and a learned scale per channel, whose
-    initial value is `layer_scale`.
+    initial value is `layer_scale`. In training, each branch of each row is skipped with probability `skip_probability`,
+    and the other branches are scaled up, so that their mean stays the same (stochastic depth; Huang et al., 2016).
 
     Attributes:
         recompute: True to store only the input of the block in training and to compute the block again in the backward
@@ -40,6 +41,7 @@ class Block(nn.Module):
         width: int,
         post_norms: tuple[nn.Module, nn.Module] | None = None,
         layer_scale: float | None = None,
+        skip_probability: float = 0.0,
     ) -> None:
         super().__init__()
         self.attention_norm, self.attention = norms[0], attention
@@ -50,6 +52,7 @@ class Block(nn.Module):
         self.attention_scale = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
         self.mlp_scale = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
         self.dropout = nn.Dropout(dropout)
+        self.skip_probability = skip_probability
 
     def forward(
         self,
@@ -85,6 +88,9 @@ class Block(nn.Module):
             branch = post_norm(branch)
         if scale is not None:
             branch = branch * scale
+        if self.skip_probability and self.training:
+            keep = 1 - self.skip_probability
+            branch = branch * (branch.new_empty(len(branch), 1, 1).bernoulli_(keep) / keep)
         return self.dropout(branch)
 
 

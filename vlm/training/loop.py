@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,7 @@ def fit(
     device: torch.device,
     bf16: bool,
     on_step: Callable[[StepReport], None],
+    label_smoothing: float = 0.0,
 ) -> None:
     """Take one optimizer step for each batch, starting with step number `start`.
 
@@ -80,21 +82,21 @@ def fit(
         batches: for each step, this rank's slice of the global batch. A slice is split into parts whose gradients are
             accumulated; the number of parts is the same on all ranks, and a slice with more parts needs less memory.
         start: number of the first step.
-        lr_schedule: function that returns the learning rate of a step; each parameter group multiplies this rate by its
-            `lr_share`.
+        lr_schedule: function that returns the learning rate of a step; each group multiplies the rate by `lr_share`.
         grad_clip: largest gradient norm; a larger gradient is scaled down to this norm.
         seed: seed of the training run.
         rank: rank of this process.
         device: device of the model.
         bf16: True to run the forward pass under bfloat16 autocast.
         on_step: function that is called after every step, on every rank.
+        label_smoothing: share of the target probability that is spread over all tokens, except in the reported loss.
 
     Raises:
-        NotFiniteError: the loss or the gradient is not finite, or all targets are masked. The optimizer has not changed
-            the weights in this step.
+        NotFiniteError: the loss or gradient is not finite, or all targets are masked. The step has changed no weights.
     """
     model.train()
     layers = routed_layers(unwrap_ddp(model))
+    backward = partial(_backward, model, layers, label_smoothing=label_smoothing, bf16=bf16)
     for step, batch in enumerate(batches, start):
         torch.manual_seed(mix(seed, step, rank))
         parts = [part.to(device) for part in batch]
@@ -102,7 +104,7 @@ def fit(
         rank_loss, routers = torch.zeros((), dtype=torch.float64, device=device), []
         for number, part in enumerate(parts, 1):
             with gradient_sync(model, enabled=number == len(parts)):
-                loss_sum, router = _backward(model, layers, part, tokens, len(parts), bf16=bf16)
+                loss_sum, router = backward(part, tokens, len(parts))
             rank_loss += loss_sum
             routers += [router] if router else []
         norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
@@ -119,14 +121,23 @@ def fit(
 
 
 def _backward(
-    model: nn.Module, layers: Mapping[str, MoeMlp], part: Batch, tokens: Tensor, num_parts: int, *, bf16: bool
+    model: nn.Module,
+    layers: Mapping[str, MoeMlp],
+    part: Batch,
+    tokens: Tensor,
+    num_parts: int,
+    *,
+    label_smoothing: float,
+    bf16: bool,
 ) -> tuple[Tensor, RouterReport | None]:
     """Accumulate the gradients of one part of a batch, and return the summed loss and the router report of the part."""
     with mixed_precision(part.tokens_BT.device, bf16=bf16):
-        loss_sum = token_loss(model(part), part)
+        logits_NV = model(part)
+        loss_sum = token_loss(logits_NV, part)
+        objective = token_loss(logits_NV, part, label_smoothing) if label_smoothing else loss_sum
     # The loss is a mean over the tokens of all ranks, but DDP averages gradients over ranks, so multiply by the number
     # of ranks.
-    objectives, report = [loss_sum * (world_size() / tokens).to(loss_sum.dtype)], None
+    objectives, report = [objective * (world_size() / tokens).to(objective.dtype)], None
     if layers:
         router_part, report = router_loss(layers, part)
         if router_part.requires_grad:  # False if all trained weights come after the last router

@@ -19,14 +19,20 @@ from vlm.model import VisionLanguageModel
 from vlm.training.parallel import global_sum
 
 
-def token_loss(logits_NV: Tensor, batch: Batch) -> Tensor:
+def token_loss(logits_NV: Tensor, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
     """Compute the summed cross entropy, in nats, of the logits at the N target positions of a batch.
 
     The caller divides the sum by the number of target tokens of the global batch. With a separate mean on each rank, a
     token would have more weight on ranks with short captions.
+
+    Args:
+        logits_NV: logits of the target positions.
+        batch: batch with the labels.
+        label_smoothing: share of the target probability that is spread over all tokens (Szegedy et al., 2015).
     """
     labels_BT = batch.labels_BT
-    return F.cross_entropy(logits_NV.float(), labels_BT[labels_BT != IGNORE], reduction="sum")
+    labels_N = labels_BT[labels_BT != IGNORE]
+    return F.cross_entropy(logits_NV.float(), labels_N, reduction="sum", label_smoothing=label_smoothing)
 
 
 def num_targets(batch: Batch) -> Tensor:

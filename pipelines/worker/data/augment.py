@@ -1,11 +1,11 @@
-"""Random augmentation of training pictures: crop, horizontal flip, brightness, contrast and saturation.
+"""Random augmentation of training pictures: crop, flips, rotation, brightness, contrast, saturation and erasing.
 
 The augmentation of a row depends only on (seed, epoch, row), so it is the same for any number of ranks and loader
 threads, and after a restart. Crop, flip and colour change take one Pillow call each, and Pillow releases the GIL.
 Brightness, contrast and saturation are combined into one matrix, so pixel values are rounded and clipped once.
 
 The text shown with a picture limits its augmentation. A text with "left" or "right" would be wrong for the flipped
-picture, and boxes in a text would be wrong for any crop.
+picture, a text with "above" would be wrong for the rotated picture, and boxes in a text would be wrong for any crop.
 
 Letters in tensor names: B rows, N random numbers, H W pixels, C channels.
 """
@@ -28,8 +28,12 @@ WIDEST = 4 / 3
 """Largest aspect ratio (width / height) of a crop. The smallest aspect ratio is 1 / WIDEST (Szegedy et al., 2015)."""
 LUMA = np.array([0.299, 0.587, 0.114])
 """Weights of red, green and blue in a pixel's grey value (ITU-R BT.601, as in Pillow)."""
-NUMBERS = 8
-"""Number of random numbers per row: crop area, crop shape, crop position (2), flip, and three colour factors."""
+ERASED, WIDEST_ERASED = (0.02, 1 / 3), 3.3
+"""Smallest and largest share of the picture that erasing covers, and largest aspect ratio (Zhong et al., 2017)."""
+NUMBERS = 16
+"""Number of random numbers per row: crop area, crop shape, crop position (2), flip, three colour factors, vertical
+flip, rotation (2), erasing, erased area, erased shape, and erased position (2)."""
+QUARTER_TURNS = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
@@ -40,8 +44,8 @@ class Augmenter:
 
     def __init__(self, config: AugmentConfig, seed: int) -> None:
         self._config, self._seed = config, seed
-        sided = "|".join(map(regex.escape, config.sided_words))
-        self._sided = regex.compile(rf"\b(?:{sided})\b", regex.IGNORECASE)  # a letter and its marks are one word
+        self._sided = _any_of(config.sided_words)
+        self._directed = _any_of((*config.sided_words, *config.upright_words))
 
     def rows(self, rows: Sequence[Row], texts: Sequence[tuple[str, str]], picks: RowPicks) -> list[Row]:
         """Return the rows with augmented pixels of unchanged shape.
@@ -64,23 +68,44 @@ class Augmenter:
             image = image.resize(image.size, Image.Resampling.BILINEAR, _crop(*image.size, config.scale, numbers[:4]))
         if numbers[4] < config.flip and not boxes and not self._sided.search(text):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if max(config.flip_vertical, config.rotate) and not boxes and not self._directed.search(text):
+            if numbers[8] < config.flip_vertical:
+                image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+            if numbers[9] < config.rotate:
+                image = image.transpose(QUARTER_TURNS[int(numbers[10] * len(QUARTER_TURNS))])
         strengths = np.array([config.brightness, config.contrast, config.saturation])
         if strengths.any():
-            image = _adjust_colours(image, *(1 + strengths * (2 * numbers[5:] - 1)))
+            image = _adjust_colours(image, *(1 + strengths * (2 * numbers[5:8] - 1)))
+        if numbers[11] < config.erase and not boxes:
+            _erase(image, numbers[12:])
         return np.asarray(image)
 
 
-def _crop(width: int, height: int, scale: tuple[float, float], numbers: Floats) -> tuple[float, float, float, float]:
+def _any_of(words: Sequence[str]) -> regex.Pattern[str]:
+    """Return a pattern that finds any of the words in upper or lower case. A letter and its marks are one word."""
+    return regex.compile(rf"\b(?:{'|'.join(map(regex.escape, words))})\b", regex.IGNORECASE)
+
+
+def _crop(
+    width: int, height: int, scale: tuple[float, float], numbers: Floats, widest: float = WIDEST
+) -> tuple[float, float, float, float]:
     """Return left, top, right and bottom of a random crop. The crop's share of the picture's area is within `scale`.
 
     The shape is drawn only from shapes that fit into the picture. No draw is rejected, so every row uses the same
-    number of random numbers.
+    number of random numbers. The aspect ratio of the crop is between 1 / widest and widest.
     """
     area = scale[0] + numbers[0] * (scale[1] - scale[0])
-    ratio = min(WIDEST, 1 / area) ** (2 * numbers[1] - 1)
+    ratio = min(widest, 1 / area) ** (2 * numbers[1] - 1)
     across, down = width * (area * ratio) ** 0.5, height * (area / ratio) ** 0.5
     left, top = numbers[2] * (width - across), numbers[3] * (height - down)
     return left, top, min(left + across, width), min(top + down, height)
+
+
+def _erase(image: Image.Image, numbers: Floats) -> None:
+    """Fill a random rectangle of the picture with the picture's mean colour, in place."""
+    left, top, right, bottom = (round(edge) for edge in _crop(*image.size, ERASED, numbers, WIDEST_ERASED))
+    size = max(right - left, 1), max(bottom - top, 1)
+    image.paste(image.reduce(image.size).resize(size), (left, top))
 
 
 def _adjust_colours(image: Image.Image, brightness: float, contrast: float, saturation: float) -> Image.Image:

@@ -199,6 +199,7 @@ class Trainer:
                 device=self.device,
                 bf16=settings.precision == "bf16",
                 on_step=partial(self.after_step, stage),
+                label_smoothing=settings.label_smoothing,
             )
         except NotFiniteError as error:
             raise self._with_pictures(error) from error

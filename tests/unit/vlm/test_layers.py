@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from vlm.layers.attention import Attention
+from vlm.layers.block import Block
 from vlm.layers.cache import KVCache
 from vlm.layers.mask import apply_window, attention_mask, prefix_marks
+from vlm.layers.mlp import PlainMlp
 from vlm.layers.norm import OffsetRmsNorm
 from vlm.layers.position import Angles, Rotary, apply_rotary
 
@@ -123,3 +125,20 @@ def test_attention_mask_builds_the_masks_that_the_docstring_of_its_module_shows(
         [(s <= t or (s < 2 and t < 2)) and (s < 4 or s == t) for s in range(5)] for t in range(5)
     ]
     assert attention_mask(torch.ones(1, 3).bool(), torch.zeros(1, 3, dtype=torch.long)).all()
+
+
+def test_stochastic_depth_skips_each_branch_of_a_row_at_its_rate_and_keeps_the_mean_and_evaluation() -> None:
+    torch.manual_seed(0)
+    norms = torch.nn.Identity(), torch.nn.Identity()
+    mlp = PlainMlp(24, 8, torch.nn.GELU(), bias=True, out_width=24)
+    with torch.no_grad():
+        mlp.out.weight.zero_()  # the MLP adds a constant, whatever the attention adds
+        mlp.out.bias.fill_(1)
+    block = Block(make_attention(4), mlp, norms, 0.0, width=24, skip_probability=0.25)
+    x_BTW = torch.randn(1, 3, 24).expand(4000, -1, -1)
+    attended_BTW = block.attention(x_BTW, mask=None, causal=True)
+    torch.testing.assert_close(block.eval()(x_BTW, mask=None, causal=True), x_BTW + attended_BTW + 1)
+    change_BTW = block.train()(x_BTW, mask=None, causal=True) - x_BTW
+    kinds = [a * attended_BTW[0] / 0.75 + b / 0.75 for a in (0, 1) for b in (0, 1)]
+    shares = [float(((change_BTW - kind).abs().amax(dim=(1, 2)) < 1e-4).float().mean()) for kind in kinds]
+    assert shares == pytest.approx([0.25**2, 0.25 * 0.75, 0.75 * 0.25, 0.75**2], abs=0.03)

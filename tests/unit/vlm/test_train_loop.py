@@ -46,6 +46,7 @@ def run(
     start: int,
     lr: float,
     rows_at_once: int = 9,
+    label_smoothing: float = 0.0,
 ) -> list[StepReport]:
     reports: list[StepReport] = []
     fit(
@@ -60,6 +61,7 @@ def run(
         device=torch.device("cpu"),
         bf16=False,
         on_step=reports.append,
+        label_smoothing=label_smoothing,
     )
     return reports
 
@@ -70,7 +72,7 @@ def in_parts(batch: Batch, rows: int) -> list[Batch]:
 
 def fresh(variant: str, dropout: float = 0.0) -> tuple[VisionLanguageModel, Tokenizer, torch.optim.AdamW]:
     config = tiny_config(variant)
-    decoder = config.decoder.transformer.model_copy(update={"dropout": dropout})
+    decoder = config.decoder.transformer.model_copy(update={"dropout": dropout, "stochastic_depth": dropout})
     config = config.model_copy(update={"decoder": config.decoder.model_copy(update={"transformer": decoder})})
     _, tokenizer = tiny_model(variant)
     torch.manual_seed(0)
@@ -110,6 +112,23 @@ def test_a_resumed_training_loop_equals_an_uninterrupted_training_loop_bit_for_b
             run(model, optimizer, iter(batches[stop:]), start=stop, lr=3e-3)
         ends.append({name: p.detach().clone() for name, p in model.named_parameters()})
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_label_smoothing_changes_the_gradient_as_its_formula_says_and_not_the_reported_loss() -> None:
+    reports: list[StepReport] = []
+    for share in (0.0, 0.3):
+        model, tokenizer, optimizer = fresh("other")
+        batch = tiny_batch(model, tokenizer, TEXTS)
+        reports += run(model, optimizer, iter([batch]), start=0, lr=1e-3, label_smoothing=share)
+        model, *_ = fresh("other")
+        logprobs_NV = model(batch).log_softmax(dim=1)
+        labels_N = batch.labels_BT[batch.labels_BT != IGNORE]
+        likely = logprobs_NV.gather(1, labels_N[:, None])
+        (-(1 - share) * likely.mean() - share * logprobs_NV.mean()).backward()
+        norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+        assert reports[-1].grad_norm == pytest.approx(float(norm), rel=1e-4)
+    assert reports[0].loss == reports[1].loss
+    assert reports[0].grad_norm != pytest.approx(reports[1].grad_norm, rel=0.01)
 
 
 def test_a_loss_that_is_not_finite_stops_training_before_the_weights_change() -> None:

@@ -18,7 +18,9 @@ from pipelines.worker.data.augment import Augmenter
 from pipelines.worker.data.order import RowPicks
 from vlm.text.chars import CharTokenizer
 
-ALL = AugmentConfig(scale=(0.4, 0.9), flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4)
+ALL = AugmentConfig(
+    scale=(0.4, 0.9), flip=0.5, flip_vertical=0.5, rotate=0.5, erase=0.5, brightness=0.4, contrast=0.4, saturation=0.4
+)
 TOKENIZER = CharTokenizer("abcdefghijklmnopqrstuvwxyz ")
 EPOCHS = 40
 SLOPE = np.linspace(0, 255, 16 * 24).astype(np.uint8).reshape(16, 24)
@@ -144,12 +146,13 @@ def test_brightness_contrast_and_saturation_each_change_only_their_own_property(
 
 
 def test_shape_and_type_are_kept_and_the_pixels_of_the_shard_are_not_modified() -> None:
-    before = PICTURE.copy()
+    square = PICTURE[:, :16]  # the pictures of shards are square
+    before = square.copy()
     before.flags.writeable = False  # the pixels of a memory-mapped file are also read-only
     for pixels in augmented(ALL, picture=before):
-        assert pixels.shape == PICTURE.shape
+        assert pixels.shape == square.shape
         assert pixels.dtype == np.uint8
-    assert (before == PICTURE).all()
+    assert (before == square).all()
 
 
 @pytest.mark.parametrize(
@@ -163,6 +166,7 @@ def test_shape_and_type_are_kept_and_the_pixels_of_the_shard_are_not_modified() 
         ({"hue": 0.1}, "train.augment.hue: unknown key"),
         ({}, "train.augment: augment changes no picture"),
         ({"flip": 0.5, "sided_words": []}, "train.augment.sided_words"),
+        ({"rotate": 1.1}, "train.augment.rotate: Input should be less than or equal to 1 (got 1.1)"),
     ],
 )
 def test_the_error_for_an_invalid_setting_names_the_setting(augment: dict[str, Any], problem: str) -> None:
@@ -178,3 +182,46 @@ def test_augment_settings_change_the_identity_of_a_run_only_when_they_are_set() 
     assert "augment" not in before
     assert "ema_decay" not in before["optimizer"]
     assert tiny_run(augment={"flip": 0.5}).train.science()["augment"]["flip"] == 0.5
+
+
+def test_vertical_flips_and_quarter_turns_are_drawn_independently_and_keep_every_pixel() -> None:
+    square = PICTURE[:, :16]
+    turned = [np.rot90(square, turns).tobytes() for turns in range(4)]
+    flipped = [np.rot90(square[::-1], turns).tobytes() for turns in range(4)]
+    found = [pixels.tobytes() for pixels in augmented(AugmentConfig(flip_vertical=0.5, rotate=0.75), picture=square)]
+    assert set(found) == {*turned, *flipped}
+    assert {pixels.tobytes() for pixels in augmented(AugmentConfig(rotate=1), picture=square)} == set(turned[1:])
+    assert {pixels.tobytes() for pixels in augmented(AugmentConfig(flip_vertical=1), picture=square)} == {flipped[0]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a car LEFT of a house", "a pond above the road", "the northern bank", "<loc0102><loc0307><loc0922><loc1> a"],
+)
+def test_a_picture_whose_text_names_a_direction_is_neither_turned_nor_flipped_vertically(text: str) -> None:
+    config = AugmentConfig(flip_vertical=1, rotate=1)
+    assert all((pixels == PICTURE).all() for pixels in augmented(config, text))
+    assert not any((pixels.shape == PICTURE.shape) and (pixels == PICTURE).all() for pixels in augmented(config))
+    of_other_language = AugmentConfig(flip_vertical=1, upright_words=("oben",))
+    assert all((pixels == PICTURE).all() for pixels in augmented(of_other_language, "Oben ist eine Katze"))
+
+
+def test_erasing_fills_one_rectangle_of_limited_area_with_the_mean_colour_and_spares_pictures_with_boxes() -> None:
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 120, (96, 64, 3)).astype(np.uint8) * 2  # only even values, so an odd mean is unmistakable
+    before = picture.copy()
+    tops = set()
+    for pixels in augmented(AugmentConfig(erase=1), picture=picture):
+        changed = (pixels != picture).any(axis=2)
+        rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
+        box = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        assert (box == box[0, 0]).all()
+        assert np.abs(box[0, 0] - picture.mean(axis=(0, 1))).max() <= 1
+        assert 0.015 < box[..., 0].size / picture[..., 0].size < 0.36
+        tops.add(int(rows[0]))
+    assert len(tops) > EPOCHS / 4
+    assert (picture == before).all()
+    changed_pictures = sum((pixels != picture).any() for pixels in augmented(AugmentConfig(erase=0.5), picture=picture))
+    assert EPOCHS / 4 < changed_pictures < EPOCHS * 3 / 4
+    boxed = "<loc0102><loc0307><loc0922><loc0716> cat"
+    assert all((pixels == picture).all() for pixels in augmented(AugmentConfig(erase=1), boxed, picture=picture))
