@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check audit bench faults ui
+.PHONY: help demo test check audit api bench faults ui
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ check: $(STAMP)  ## Check lint, formatting, types and import contracts
 
 audit: $(STAMP)  ## Check the licences of all dependencies, and look for published vulnerabilities
 	$(BIN)/python .ci/audit.py
+
+api: $(STAMP)  ## Write docs/api.md from the docstrings of the package vlm
+	$(BIN)/python .ci/api_page.py
 
 bench: $(STAMP)  ## Run all benchmarks of docs/benchmarks.md
 	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

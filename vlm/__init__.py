@@ -1,6 +1,126 @@
 """Model library: configuration, layers, tokenizers, training and generation of vision-language models.
 
-The library never imports `pipelines`, Spark or MLflow, and the modules `vlm.config`, `vlm.errors`, `vlm.files`,
-`vlm.image` and `vlm.text` even work without PyTorch. Start reading in `model.py`, which holds the forward pass, and
-continue with `factory.py`, which builds a model from its config.
+`vlm.load` and `vlm.build` return a `Captioner`; everything else is loaded on first use, so that `import vlm` needs no
+PyTorch. The library never imports `pipelines`, Spark or MLflow; start reading in `model.py`, which holds the forward
+pass, and continue with `factory.py`, which builds a model from its config.
 """
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlm.captioner import Captioner, CaptionResult
+    from vlm.config import GenerationConfig, ModelConfig
+    from vlm.generation.attention_maps import AttentionMaps
+    from vlm.generation.logprobs import AnswerLogprobs
+
+__all__ = [
+    "AnswerLogprobs",
+    "AttentionMaps",
+    "CaptionResult",
+    "Captioner",
+    "GenerationConfig",
+    "ModelConfig",
+    "build",
+    "load",
+]
+
+_MODULES = {
+    "AnswerLogprobs": "vlm.generation.logprobs",
+    "AttentionMaps": "vlm.generation.attention_maps",
+    "CaptionResult": "vlm.captioner",
+    "Captioner": "vlm.captioner",
+    "GenerationConfig": "vlm.config",
+    "ModelConfig": "vlm.config",
+}
+
+
+def load(path: str | Path, *, device: str | None = None, precision: str = "fp32") -> Captioner:
+    """Load a model from a folder, and return its captioner.
+
+    The folder is one of:
+
+    - a checkpoint, or a model version in `models/` of the home folder;
+    - a run folder, whose newest checkpoint is loaded;
+    - the MLflow folder of a registered version;
+    - a whole model that transformers has published (PaliGemma 1 and 2), with config.json, safetensors and
+      tokenizer.json.
+
+    Args:
+        path: path of the folder.
+        device: torch device, such as `cpu` or `cuda:1`; by default the GPU if there is one.
+        precision: number format of the weights: fp32, bf16, fp16, int8 or int4.
+
+    Raises:
+        CheckpointError: the folder has no model, or its files are damaged or do not fit together.
+        ConfigError: there is no such precision, or the tokenizer of a published model does not fit.
+
+    Example:
+        >>> import tempfile, vlm
+        >>> folder = tempfile.mkdtemp()
+        >>> vlm.build("conf/model/nano_tiny.yml", ["a red square"]).save(folder)
+        >>> vlm.load(folder, device="cpu").model.config.image.size
+        32
+    """
+    from vlm.captioner import Captioner
+    from vlm.checkpoint import best_device, find_checkpoint, load_model
+    from vlm.config import Precision
+    from vlm.errors import ConfigError
+    from vlm.precision import set_precision
+    from vlm.weights.published_model import is_published, load_published
+
+    if precision not in set(Precision):
+        raise ConfigError("there is no such precision", got=precision, fix=f"choose from: {', '.join(Precision)}")
+    folder = find_checkpoint(Path(path))
+    model, tokenizer = load_published(folder) if is_published(folder) else load_model(folder)
+    model.to(device or best_device())
+    set_precision(model, Precision(precision))
+    return Captioner(model, tokenizer)
+
+
+def build(
+    config: ModelConfig | Mapping[str, Any] | str | Path, texts: Iterable[str] = (), *, seed: int = 0
+) -> Captioner:
+    """Build a model with random weights, and return its captioner.
+
+    Args:
+        config: model config, a mapping with the same keys, or the path of a YAML file such as conf/model/nano.yml.
+        texts: texts from which a tokenizer of `text.kind: bpe` is learned.
+        seed: random seed of the weights.
+
+    Raises:
+        ConfigError: the config is invalid, or its file cannot be read.
+
+    Example:
+        >>> import vlm
+        >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square", "a blue circle"])
+        >>> sum(parameter.numel() for parameter in captioner.model.parameters())
+        104544
+    """
+    import torch
+
+    from vlm import text
+    from vlm.captioner import Captioner
+    from vlm.config import read_model_config
+    from vlm.factory import build_model
+
+    settings = read_model_config(config)
+    tokenizer = text.learn(settings.text, texts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(settings, tokenizer.vocab_size)
+    return Captioner(model.eval(), tokenizer)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    raise AttributeError(f"module 'vlm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,7 @@
-"""Captioning of pictures. Spark executors, the served model and `lakesight ask` all use this module.
+"""Captioning of pictures. `vlm.load`, Spark executors, the served model and `lakesight ask` all use this module.
 
-A picture is given as bytes or as base64 text. A defective picture or prompt causes an error only in its own row, and a
-caption does not depend on the other rows of the batch.
+A defective picture or prompt causes an error only in its own row, and a caption does not depend on the other rows of
+the batch.
 """
 
 from __future__ import annotations
@@ -9,19 +9,27 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL.Image import Image
 
+from vlm.checkpoint import save_model
 from vlm.config import GenerationConfig, ImageConfig
 from vlm.errors import ImageError, UserError
-from vlm.generation.generate import Completion, Request, check_length, generate
-from vlm.image import open_image, picture_bytes, to_pixels
+from vlm.generation.attention_maps import AttentionMaps, attention_maps
+from vlm.generation.generate import Completion, Request, check_length, generate, stream
+from vlm.generation.logprobs import AnswerLogprobs, answer_logprobs
+from vlm.image import open_image, picture_bytes, to_pixels, upright_rgb
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
 from vlm.text.prompt import prefix_ids
+
+Picture = Image | Path | bytes | str
+"""A picture: a picture of Pillow, the path of a file, the bytes of a file, or the bytes as base64 text."""
 
 BATCH_ROWS = 64
 BATCH_POSITIONS = 16_384
@@ -63,12 +71,14 @@ class DecodedPicture(NamedTuple):
 
 
 def decode_picture(
-    image: bytes | str | None, config: ImageConfig, *, max_pixels: int, min_side: int, max_bytes: int
+    image: Picture | None, config: ImageConfig, *, max_pixels: int, min_side: int, max_bytes: int
 ) -> DecodedPicture:
-    """Decode a picture file and resize it to model resolution. The arguments are those of `Captioner.caption`."""
+    """Decode a picture and resize it to model resolution. The arguments are those of `Captioner.caption`."""
     sha256 = None
     try:
-        data = picture_bytes(image, max_bytes)
+        if isinstance(image, Image):
+            return DecodedPicture(to_pixels(upright_rgb(image), config), None, None)
+        data = picture_bytes(_read_file(image) if isinstance(image, Path) else image, max_bytes)
         sha256 = hashlib.sha256(data).hexdigest()
         picture, _ = open_image(data, max_pixels=max_pixels, min_side=min_side)
         return DecodedPicture(to_pixels(picture, config), sha256, None)
@@ -76,37 +86,226 @@ def decode_picture(
         return DecodedPicture(None, sha256, f"{error.reason}: {error.detail}")
 
 
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError("missing_field", f"{path}: {error.strerror}") from None
+
+
 class Captioner:
-    """Model and tokenizer that caption pictures."""
+    """Model and tokenizer that caption pictures and answer questions about pictures.
+
+    `vlm.load` and `vlm.build` return a captioner. A picture is a picture of Pillow, a `pathlib.Path`, the bytes of a
+    file, or base64 text. Every method takes generation settings as keyword arguments (`vlm.GenerationConfig`). A
+    setting that is not given has the value that is stored with the model.
+
+    Example:
+        >>> import vlm
+        >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square", "a blue circle"])
+        >>> captioner.model.config.num_slots
+        16
+        >>> captioner.settings(temperature=0.7, top_p=0.9).top_p
+        0.9
+    """
 
     def __init__(self, model: VisionLanguageModel, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
 
+    def save(self, folder: str | Path) -> None:
+        """Write the model as a checkpoint: model.safetensors, config.json and tokenizer.json.
+
+        Example:
+            >>> import tempfile, vlm
+            >>> folder = tempfile.mkdtemp()
+            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+            >>> captioner.save(folder)
+            >>> vlm.load(folder).model.config == captioner.model.config
+            True
+        """
+        save_model(Path(folder), self.model, self.tokenizer)
+
+    def settings(self, **changes: Any) -> GenerationConfig:
+        """Return the generation settings of the model with other values of some settings.
+
+        Raises:
+            ConfigError: there is no setting of a name, a value is invalid, or settings exclude each other.
+
+        Example:
+            >>> import vlm
+            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+            >>> captioner.settings(num_beams=3).num_beams
+            3
+        """
+        return self.model.config.generation.changed(changes)
+
     def caption(
         self,
-        images: Sequence[bytes | str | None],
-        prompts: Sequence[str],
-        settings: GenerationConfig,
+        images: Sequence[Picture | None],
+        prompts: Sequence[str] | str = "",
         *,
         max_pixels: int = MAX_PIXELS,
         min_side: int = MIN_SIDE,
         max_bytes: int = MAX_BYTES,
+        **settings: Any,
     ) -> list[CaptionResult]:
         """Caption pictures, and return one result for each picture, in the order of the pictures.
 
-        A picture that exceeds a limit causes an error in its row.
+        A picture that cannot be decoded or exceeds a limit causes an error in its row.
 
         Args:
-            images: picture files as bytes or as base64 text, optionally with a `data:` prefix.
-            prompts: one prompt for each picture; an empty prompt asks for a plain caption.
-            settings: generation settings, such as the temperature.
-            max_pixels: largest allowed number of pixels (width times height).
-            min_side: smallest allowed width and height, in pixels.
-            max_bytes: largest allowed size of a picture file, in bytes.
+            images: pictures.
+            prompts: one prompt for each picture, or one prompt for all pictures; an empty prompt asks for a plain
+                caption.
+            max_pixels: largest allowed number of pixels (width times height) of a file.
+            min_side: smallest allowed width and height of a file, in pixels.
+            max_bytes: largest allowed size of a file, in bytes.
+            **settings: generation settings, such as `temperature=0.7`.
+
+        Raises:
+            ConfigError: a generation setting does not exist or has an invalid value.
+            UserError: the number of prompts is not the number of pictures.
+
+        Example:
+            >>> import vlm
+            >>> from PIL import Image
+            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+            >>> pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+            >>> results = captioner.caption(pictures, max_new_tokens=5)
+            >>> [result.num_tokens <= 5 for result in results]
+            [True, True]
+            >>> captioner.caption([b"no picture"])[0].error
+            "not_an_image: 10 bytes starting b'no pictu'"
         """
+        chosen = self.settings(**settings)
+        prompts = [prompts] * len(images) if isinstance(prompts, str) else prompts
+        if len(prompts) != len(images):
+            raise UserError(
+                "each picture needs one prompt",
+                got=f"{len(images)} pictures and {len(prompts)} prompts",
+                fix="give as many prompts as pictures, or one string for all pictures",
+            )
         limits = {"max_pixels": max_pixels, "min_side": min_side, "max_bytes": max_bytes}
         decoded = [decode_picture(image, self.model.config.image, **limits) for image in images]
-        return self.caption_decoded(decoded, prompts, settings)
+        return self.caption_decoded(decoded, prompts, chosen)
+
+    def stream(self, images: Picture | Sequence[Picture], prompt: str = "", **settings: Any) -> Iterator[str]:
+        """Answer one prompt about one or several pictures, and yield the answer piece by piece.
+
+        The pieces together are the answer of `caption` to the same picture and prompt. With beam search, the whole
+        answer is one piece.
+
+        Args:
+            images: one picture, or the pictures in the order in which the model reads them.
+            prompt: question about the pictures; an empty prompt asks for a plain caption.
+            **settings: generation settings, such as `temperature=0.7`.
+
+        Raises:
+            ImageError: a picture cannot be decoded.
+            UserError: the prompt and the answer do not fit into the model's context.
+
+        Example:
+            >>> import vlm
+            >>> from PIL import Image
+            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+            >>> picture = Image.new("RGB", (64, 64), "red")
+            >>> pieces = list(captioner.stream(picture, max_new_tokens=8))
+            >>> "".join(pieces) == captioner.caption([picture], max_new_tokens=8)[0].caption
+            True
+        """
+        pictures = [images] if isinstance(images, Picture) else images
+        request, chosen = self.request(pictures, prompt), self.settings(**settings)
+        check_length(self.model, request, chosen)
+        return self._stream(request, chosen)
+
+    def _stream(self, request: Request, settings: GenerationConfig) -> Iterator[str]:
+        shown = ""
+        for completion in stream(self.model, self.tokenizer, request, settings):
+            if completion.text != shown:
+                yield completion.text[len(shown) :]
+            shown = completion.text
+
+    def logprobs(
+        self, images: Sequence[Picture], prompts: Sequence[str], answers: Sequence[str]
+    ) -> list[AnswerLogprobs]:
+        """Compute the log-probabilities of given answers, for example to choose the most likely one of several labels.
+
+        Args:
+            images: one picture for each answer.
+            prompts: one prompt for each answer; an empty prompt asks for a plain caption.
+            answers: texts to score. The end token after each text is scored too.
+
+        Raises:
+            ImageError: a picture cannot be decoded.
+            UserError: a prompt and its answer do not fit into the model's context.
+
+        Example:
+            >>> import vlm
+            >>> from PIL import Image
+            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["red", "blue"])
+            >>> picture = Image.new("RGB", (64, 64), "red")
+            >>> scored = captioner.logprobs([picture] * 2, ["", ""], ["red", "blue"])
+            >>> "".join(scored[0].tokens), scored[0].total < 0
+            ('red', True)
+        """
+        if not len(images) == len(prompts) == len(answers):
+            raise UserError(
+                "each answer needs one picture and one prompt",
+                got=f"{len(images)} pictures, {len(prompts)} prompts and {len(answers)} answers",
+                fix="give lists of equal length",
+            )
+        requests = [self.request([image], prompt) for image, prompt in zip(images, prompts, strict=True)]
+        return answer_logprobs(self.model, self.tokenizer, requests, answers)
+
+    def attention(self, image: Picture, prompt: str = "", **settings: Any) -> AttentionMaps:
+        """Answer a prompt about a picture, and return where in the picture the model looks for each token.
+
+        Args:
+            image: picture.
+            prompt: question about the picture; an empty prompt asks for a plain caption.
+            **settings: generation settings, such as `num_beams=4`.
+
+        Raises:
+            ImageError: the picture cannot be decoded.
+            UserError: the prompt and the answer do not fit into the model's context.
+
+        Example:
+            >>> import vlm
+            >>> from PIL import Image
+            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+            >>> maps = captioner.attention(Image.new("RGB", (64, 64), "red"), max_new_tokens=6)
+            >>> maps.patches().shape == (len(maps.spans), 4, 4)
+            True
+        """
+        request = self.request([image], prompt)
+        (completion,) = generate(self.model, self.tokenizer, [request], self.settings(**settings))
+        return attention_maps(self.model, self.tokenizer, request, completion)
+
+    def request(self, images: Sequence[Picture], prompt: str = "") -> Request:
+        """Decode pictures and build the request of a prompt about them, for the functions of `vlm.generation`.
+
+        Raises:
+            ImageError: a picture cannot be decoded.
+            UserError: the prompt is not valid Unicode.
+
+        Example:
+            >>> import vlm
+            >>> from PIL import Image
+            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+            >>> request = captioner.request([Image.new("RGB", (64, 64))] * 2, "what has changed?")
+            >>> len(request.pixels), request.prefix.count(-1)
+            (2, 32)
+        """
+        pixels = []
+        for image in images:
+            decoded = decode_picture(
+                image, self.model.config.image, max_pixels=MAX_PIXELS, min_side=MIN_SIDE, max_bytes=MAX_BYTES
+            )
+            if decoded.pixels is None:
+                reason, _, detail = str(decoded.error).partition(": ")
+                raise ImageError(reason, detail)
+            pixels.append(torch.from_numpy(decoded.pixels))
+        return Request(prefix_ids(self.tokenizer, self.model.config.num_slots, prompt, len(pixels)), tuple(pixels))
 
     def caption_decoded(
         self, pictures: Sequence[DecodedPicture], prompts: Sequence[str], settings: GenerationConfig
@@ -114,6 +313,13 @@ class Captioner:
         """Caption decoded pictures, and return one result for each picture.
 
         The result for a picture that could not be decoded contains the decoding error.
+
+        Example:
+            >>> import vlm
+            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+            >>> picture = DecodedPicture(np.zeros((32, 32, 3), np.uint8), sha256=None, error=None)
+            >>> len(captioner.caption_decoded([picture], [""], captioner.settings(max_new_tokens=5)))
+            1
         """
         valid = {index: picture.pixels for index, picture in enumerate(pictures) if picture.pixels is not None}
         results = self.complete(list(valid.values()), [prompts[index] for index in valid], settings)
@@ -132,6 +338,14 @@ class Captioner:
 
         Returns:
             For each picture, a completion, or an error if the prompt is not a text or does not fit the model's context.
+
+        Example:
+            >>> import vlm
+            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+            >>> pixels = np.zeros((32, 32, 3), np.uint8)
+            >>> [completion] = captioner.complete([pixels], [""], captioner.settings(max_new_tokens=5))
+            >>> len(completion.logprobs) == completion.num_tokens
+            True
         """
         results: dict[int, Completion | UserError] = {}
         requests: dict[int, Request] = {}

@@ -67,6 +67,23 @@ def model_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().contiguous() for name, p in model.named_parameters()}
 
 
+def best_device() -> torch.device:
+    """Return the GPU of this process if there is one, and the CPU otherwise."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """Return the checkpoint folder of a run folder or of a version's MLflow folder, or else the folder itself.
+
+    A run folder has the checkpoints of a run, of which the newest complete one is returned.
+    """
+    steps = [path for path in folder.glob("checkpoints/step_*") if path.name.removeprefix("step_").isdigit()]
+    if steps:
+        return max(steps, key=lambda path: int(path.name.removeprefix("step_")))
+    logged = folder / "artifacts"
+    return logged if (logged / WEIGHTS).is_file() else folder
+
+
 def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[VisionLanguageModel, Tokenizer]:
     """Load the model and the tokenizer of a checkpoint folder. The model is in evaluation mode.
 

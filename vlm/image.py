@@ -163,6 +163,20 @@ def open_image(
     return image, ImageInfo(format_, *image.size)
 
 
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Convert a picture of Pillow to RGB and rotate it according to its EXIF orientation, as `open_image` does.
+
+    Raises:
+        ImageError: the reason is truncated_image if the pixels cannot be read, or unsupported_format if the samples
+            have 32 bits.
+    """
+    try:
+        image.load()
+    except OSError as error:
+        raise ImageError("truncated_image", f"{image.format}: {_sentence(error)}") from error
+    return turn_upright(to_rgb(image, b""), image.getexif().get(ORIENTATION_TAG, 1))
+
+
 def _load(image: Image.Image, data: bytes, draft_side: int | None) -> Image.Image:
     """Decode the pixels of an opened picture file."""
     try:

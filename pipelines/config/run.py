@@ -21,8 +21,8 @@ from pipelines.config.data import DataConfig
 from pipelines.config.gate import DriftConfig, GateConfig
 from pipelines.config.problems import config_error, describe, validation_error
 from pipelines.config.train import TrainConfig
-from pipelines.config.yaml_file import YamlProblem, parse_yaml, read_mapping
 from vlm.config import ADDED_LATER, Config, ModelConfig
+from vlm.config.yaml_file import YamlProblem, parse_yaml, read_mapping
 from vlm.errors import did_you_mean
 
 RUN_SECTIONS = ("gate", "drift")

@@ -14,12 +14,13 @@ import mlflow
 import pandas as pd
 from mlflow import MlflowClient
 from mlflow.models import Model, ModelSignature
-from mlflow.types import ColSpec, Schema
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from PIL import Image
 
 import pipelines
 import vlm
 from pipelines.errors import UserError
+from vlm.config import GenerationConfig, ModelConfig
 
 MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")
 REQUIREMENTS = (
@@ -27,10 +28,29 @@ REQUIREMENTS = (
     "torch",
 )
 
-SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec("string", "image"), ColSpec("string", "prompt", required=False)]),
-    outputs=Schema([ColSpec("string", "caption", required=False), ColSpec("string", "error", required=False)]),
-)
+PARAMETERS = {
+    **dict.fromkeys(("max_new_tokens", "top_k", "num_beams", "seed"), "long"),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "length_penalty", "repetition_penalty"), "double"),
+    "stop": "string",
+}
+"""MLflow's type of each generation setting. `stop` is a list."""
+
+
+def signature(settings: GenerationConfig) -> ModelSignature:
+    """Return the signature of a model: pictures and prompts, captions and errors, and the generation settings.
+
+    A caller may change the settings for one request with `params`. The defaults are the settings of the model.
+    """
+    defaults = settings.model_dump(mode="json")
+    params = [
+        ParamSpec(name, kind, defaults[name], shape=(-1,) if name == "stop" else None)
+        for name, kind in PARAMETERS.items()
+    ]
+    return ModelSignature(
+        inputs=Schema([ColSpec("string", "image"), ColSpec("string", "prompt", required=False)]),
+        outputs=Schema([ColSpec("string", "caption", required=False), ColSpec("string", "error", required=False)]),
+        params=ParamSchema(params),
+    )
 
 
 def log_model(client: MlflowClient, checkpoint: Path, run_id: str) -> str:
@@ -43,6 +63,7 @@ def log_model(client: MlflowClient, checkpoint: Path, run_id: str) -> str:
             got=f"missing {', '.join(missing)}",
             fix="train again: the run resumes from its last complete checkpoint",
         )
+    settings = ModelConfig.model_validate_json((checkpoint / "config.json").read_text(encoding="utf-8")).generation
     experiment_id = client.get_run(run_id).info.experiment_id
     logged = client.create_logged_model(experiment_id, name="model", source_run_id=run_id)
     with _without_bytecode():
@@ -54,7 +75,7 @@ def log_model(client: MlflowClient, checkpoint: Path, run_id: str) -> str:
             python_model=str(Path(__file__).with_name("model.py")),
             artifacts={file: (checkpoint / file).absolute().as_uri() for file in MODEL_FILES},
             code_paths=[package.__path__[0] for package in (vlm, pipelines)],
-            signature=SIGNATURE,
+            signature=signature(settings),
             input_example=_example(),
             pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
         )

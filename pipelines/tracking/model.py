@@ -33,10 +33,14 @@ class CaptionModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """Caption the pictures in column `image`. Return columns `caption` and `error` with the index of the input."""
+        """Caption the pictures in column `image`. Return columns `caption` and `error` with the index of the input.
+
+        `params` are generation settings. MLflow gives every setting, with the model's own value where the caller gave
+        none (`logged_model.signature`).
+        """
         images = [_picture(cell) for cell in model_input["image"]]
         prompts = [_prompt_text(prompt) for prompt in model_input.get("prompt", [""] * len(images))]
-        results = self._captioner.caption(images, prompts, self._captioner.model.config.generation)
+        results = self._captioner.caption(images, prompts, **params or {})
         return pd.DataFrame(
             {"caption": [r.caption for r in results], "error": [r.error for r in results]},
             index=model_input.index,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from vlm.captioner import Captioner
-from vlm.checkpoint import load_model
+from vlm.checkpoint import best_device, load_model
 from vlm.config import Precision
 from vlm.precision import set_precision
 
@@ -21,7 +21,7 @@ def load_captioner(folder: str, precision: Precision = Precision.FP32) -> Captio
         CheckpointError: the folder does not contain a model.
         UserError: the precision needs a library that is not installed.
     """
-    model, tokenizer = load_model(Path(folder), "cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_model(Path(folder), best_device())
     set_precision(model, precision)
     return Captioner(model, tokenizer)
 

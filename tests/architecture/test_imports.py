@@ -17,7 +17,8 @@ HEAVY = {"torch", "pyspark", "delta", "deltalake", "mlflow"}
 LOADED = {
     "nothing": (
         [
-            *("vlm/config/*.py", "vlm/errors.py", "vlm/files.py", "vlm/image.py", "vlm/picture/*.py", "vlm/text/*.py"),
+            *("vlm/__init__.py", "vlm/errors.py", "vlm/files.py", "vlm/image.py"),
+            *("vlm/config/*.py", "vlm/picture/*.py", "vlm/text/*.py"),
             "pipelines/*.py",
             *(f"pipelines/{name}/*.py" for name in ("config", "formats", "pages", "platform")),
             *("pipelines/executor/**/*.py", "jobs/*.py"),

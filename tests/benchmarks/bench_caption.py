@@ -85,7 +85,7 @@ def main() -> None:
         found: list[str | None] = []
 
         def one_process() -> int:
-            results = captioner.caption(images, [""] * len(images), config.generation)
+            results = captioner.caption(images, [""] * len(images), **config.generation.model_dump())
             found[:] = [result.caption for result in results]
             return len(results)
 

@@ -98,7 +98,7 @@ def as_precision(captioner: Captioner, precision: Precision) -> Captioner:
 
 def said(captioner: Captioner, files: list[bytes]) -> list[str | None]:
     """Caption the pictures and return the captions."""
-    results = captioner.caption(files, [""] * len(files), captioner.model.config.generation)
+    results = captioner.caption(files, [""] * len(files))
     return [result.caption for result in results]
 
 

@@ -104,12 +104,12 @@ def loop(folder: str, images: list[bytes], ready: Barrier, answers: Any) -> None
     limit_threads(1)
     captioner = load_captioner(folder)
     settings = captioner.model.config.generation
-    captioner.caption(images[:BATCH], [""] * BATCH, settings)
+    captioner.caption(images[:BATCH], [""] * BATCH, **settings.model_dump())
     ready.wait()
     said = []
     for start in range(0, len(images), BATCH):
         few = images[start : start + BATCH]
-        said += [result.caption for result in captioner.caption(few, [""] * len(few), settings)]
+        said += [result.caption for result in captioner.caption(few, [""] * len(few), **settings.model_dump())]
     answers.put((images[0], said))
 
 

@@ -44,7 +44,7 @@ def test_a_served_version_captions_base64_pictures_over_rest_from_many_clients_a
 ) -> None:
     encoded = picture_texts()[0]
     captioner = load_captioner(str(download(laptop, version).folder))
-    (expected,) = captioner.caption([base64.b64decode(encoded)], [""], CONFIG.model.generation)
+    (expected,) = captioner.caption([base64.b64decode(encoded)], [""], **CONFIG.model.generation.model_dump())
     good = {"caption": expected.caption, "error": None}
     with served(laptop, version, tmp_path) as address:
         assert ask(address, ["image"], [[encoded]]) == [good]

@@ -105,7 +105,7 @@ def test_each_row_gets_one_caption_with_lineage_or_an_error_if_its_picture_is_ba
     captioner = load_captioner(str(model.folder))
     settings = captioner.model.config.generation
     for number, data in good[:5]:  # captions on executors equal captions of single pictures
-        (alone,) = captioner.caption([data], [""], settings)
+        (alone,) = captioner.caption([data], [""], **settings.model_dump())
         row = rows[str(number)]
         assert (row["caption"], row["sha256"], row["num_tokens"]) == (alone.caption, alone.sha256, alone.num_tokens)
         assert row["mean_logprob"] == pytest.approx(alone.mean_logprob, abs=1e-4)
@@ -144,7 +144,7 @@ def test_base64_pictures_are_captioned_and_rows_of_two_tables_with_equal_ids_hav
     table = write(spark, tmp_path / "texts", [*encoded, (3, "%%%")], "id INT, photo STRING")
     assert numbers(caption(spark, platform, model, request(table))) == (4, 0, 3, 1)
     captioner = load_captioner(str(model.folder))
-    (alone,) = captioner.caption([picture(2)], [""], captioner.model.config.generation)
+    (alone,) = captioner.caption([picture(2)], [""])
     assert stored(spark, platform, model)["2"]["caption"] == alone.caption
     other = write(spark, tmp_path / "bytes", [(2, picture(9))])
     assert numbers(caption(spark, platform, model, request(other))) == (1, 0, 1, 0)
@@ -162,7 +162,7 @@ def test_pictures_named_by_path_are_captioned_and_an_unreadable_one_is_a_row_wit
     assert numbers(report) == (5, 0, 2, 3)
     rows = stored(spark, platform, model)
     captioner = load_captioner(str(model.folder))
-    (alone,) = captioner.caption([picture(2)], [""], captioner.model.config.generation)
+    (alone,) = captioner.caption([picture(2)], [""])
     assert [rows[n]["caption"] for n in "01"] == [alone.caption] * 2
     assert [rows[n]["error"].partition(": ")[0] for n in "234"] == ["missing_field"] * 3
     assert "not inside the folder" in rows["2"]["error"]
@@ -174,9 +174,9 @@ def test_the_sampled_caption_of_a_picture_does_not_depend_on_other_pictures_in_t
     captioner = load_captioner(str(model.folder))
     settings = GenerationConfig(max_new_tokens=8, temperature=1.5, seed=7)
     images = [picture(n) for n in range(6)]
-    together = captioner.caption(images, ["", "a", "", "a", "", ""], settings)
+    together = captioner.caption(images, ["", "a", "", "a", "", ""], **settings.model_dump())
     for image, prompt, result in zip(images, ["", "a", "", "a", "", ""], together, strict=True):
-        assert captioner.caption([image], [prompt], settings)[0].caption == result.caption
+        assert captioner.caption([image], [prompt], **settings.model_dump())[0].caption == result.caption
 
 
 def test_a_picture_is_captioned_again_after_a_change_but_not_after_a_move_to_another_data_file(

@@ -18,6 +18,7 @@ from vlm.config.model import (
     ModelConfig,
     PrefixMaskConfig,
     SlotsFusionConfig,
+    read_model_config,
 )
 from vlm.config.precision import Precision
 from vlm.config.schedule import (
@@ -107,4 +108,5 @@ __all__ = [
     "VisionConfig",
     "config_differences",
     "read_error_message",
+    "read_model_config",
 ]

@@ -5,15 +5,19 @@ The validators check that the parts fit together.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from vlm.config.base import Config
+from vlm.config.base import Config, read_error_message
 from vlm.config.image import ImageConfig
 from vlm.config.text import TextConfig
 from vlm.config.transformer import DenseMlpConfig, TransformerConfig
 from vlm.config.vision import LinearProjectorConfig, ProjectorConfig, VisionConfig
+from vlm.config.yaml_file import YamlProblem, read_mapping
+from vlm.errors import ConfigError, did_you_mean
 
 
 class DecoderConfig(Config):
@@ -123,6 +127,39 @@ class GenerationConfig(Config):
             )
         return self
 
+    def changed(self, changes: Mapping[str, Any], *, where: str = "generation settings") -> GenerationConfig:
+        """Return a copy with other values of some settings.
+
+        Args:
+            changes: dict from names of settings to their new values.
+            where: source of the settings, for the error message.
+
+        Raises:
+            ConfigError: there is no setting of a name, a value is invalid, or settings exclude each other.
+
+        Example:
+            >>> import vlm
+            >>> vlm.GenerationConfig(temperature=0.7).changed({"top_k": 20}).top_k
+            20
+        """
+        for name in changes:
+            if name not in GenerationConfig.model_fields:
+                raise ConfigError(
+                    "there is no such generation setting",
+                    where=where,
+                    got=name + did_you_mean(name, GenerationConfig.model_fields),
+                    fix=f"settings: {', '.join(GenerationConfig.model_fields)}",
+                )
+        try:
+            return GenerationConfig.model_validate(self.model_dump() | dict(changes))
+        except ValidationError as error:
+            raise ConfigError(
+                "the generation settings cannot be used",
+                where=where,
+                got=read_error_message(error),
+                fix="change the named setting, or the settings that exclude it",
+            ) from None
+
 
 class ModelConfig(Config):
     """Config of a whole vision-language model. Config, tokenizer file and weights are enough to rebuild the model."""
@@ -178,3 +215,25 @@ class ModelConfig(Config):
                 f"and the start token, fewer than generation.max_new_tokens {self.generation.max_new_tokens}"
             )
         return self
+
+
+def read_model_config(config: ModelConfig | Mapping[str, Any] | str | Path) -> ModelConfig:
+    """Return a model config that is given as an object, as a mapping or as the path of a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read, or the config is invalid.
+    """
+    if isinstance(config, ModelConfig):
+        return config
+    where = "model config" if isinstance(config, Mapping) else str(config)
+    try:
+        settings = config if isinstance(config, Mapping) else read_mapping(Path(config))
+        return ModelConfig.model_validate(settings)
+    except (YamlProblem, ValidationError) as error:
+        got = read_error_message(error) if isinstance(error, ValidationError) else str(error)
+        raise ConfigError(
+            "the model config cannot be used",
+            where=where,
+            got=got,
+            fix="docs/models.md lists the keys and their values",
+        ) from None

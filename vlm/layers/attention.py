@@ -1,9 +1,16 @@
 """Multi-head self-attention and cross-attention, based on the fused kernel of torch.
 
-Letters in tensor names: B batch, T query, S key, H heads, K kv heads, D head width, W width.
+The fused kernel returns no attention weights. `record_weights` makes layers compute the attention explicitly and keep
+the weights.
+
+Letters in tensor names: B batch, T query, S key, H heads, K kv heads, G query heads of a kv head, D head width,
+W width.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +25,12 @@ class Attention(nn.Module):
 
     One weight matrix computes queries, keys and values, in this order. The attention scores are multiplied by `scale`,
     which is 1 / sqrt(head_dim) by default.
+
+    Attributes:
+        recorded: list to which each forward pass appends its attention weights (B, H, T, S); None to keep no weights.
     """
+
+    recorded: list[Tensor] | None = None
 
     def __init__(
         self,
@@ -82,7 +94,7 @@ class Attention(nn.Module):
             mask = mask[:, :, -1:] if mask is not None else None
         if mask is not None or T == 1:  # torch.compile needs a constant here, so this is an if statement
             causal = False
-        if self.soft_cap is None:
+        if self.soft_cap is None and self.recorded is None:
             out_BHTD = F.scaled_dot_product_attention(
                 q_BHTD,
                 k_BKTD,
@@ -94,34 +106,22 @@ class Attention(nn.Module):
                 enable_gqa=self.num_kv_heads != self.num_heads,
             )
         else:
-            out_BHTD = self._capped(q_BHTD, k_BKTD, v_BKTD, mask, causal=causal, soft_cap=self.soft_cap)
+            weights_BHTS = attention_weights(q_BHTD, k_BKTD, mask, self.scale, self.soft_cap, causal=causal)
+            if self.recorded is not None:
+                self.recorded.append(weights_BHTS)
+            weights_BHTS = F.dropout(weights_BHTS, self.dropout, self.training)
+            out_BHTD = weighted_sum(weights_BHTS, v_BKTD)
         return self.out(out_BHTD.transpose(1, 2).reshape(B, T, -1))
-
-    def _capped(
-        self,
-        q_BHTD: Tensor,
-        k_BKSD: Tensor,
-        v_BKSD: Tensor,
-        mask: Tensor | None,
-        *,
-        causal: bool,
-        soft_cap: float,
-    ) -> Tensor:
-        """Compute attention with a soft cap, which the fused kernel does not support."""
-        B, _, T, D = q_BHTD.shape
-        grouped = q_BHTD.view(B, self.num_kv_heads, -1, T, D) * self.scale
-        scores_BKGTS = soft_cap * torch.tanh(grouped @ k_BKSD[:, :, None].mT / soft_cap)
-        if causal:
-            mask = torch.ones(T, T, dtype=torch.bool, device=q_BHTD.device).tril()[None, None]
-        if mask is not None:
-            scores_BKGTS = scores_BKGTS.masked_fill(~mask[:, :, None], -torch.inf)
-        weights_BKGTS = torch.softmax(scores_BKGTS, dim=-1, dtype=torch.float32).to(v_BKSD.dtype)
-        weights_BKGTS = F.dropout(weights_BKGTS, self.dropout, self.training)
-        return (weights_BKGTS @ v_BKSD[:, :, None]).flatten(1, 2)
 
 
 class CrossAttention(nn.Module):
-    """Cross-attention from x (B, T, width) to a memory (B, S, memory_width), with output (B, T, width)."""
+    """Cross-attention from x (B, T, width) to a memory (B, S, memory_width), with output (B, T, width).
+
+    Attributes:
+        recorded: list to which each forward pass appends its attention weights (B, H, T, S); None to keep no weights.
+    """
+
+    recorded: list[Tensor] | None = None
 
     def __init__(self, width: int, memory_width: int, *, num_heads: int, head_dim: int, bias: bool) -> None:
         super().__init__()
@@ -141,5 +141,64 @@ class CrossAttention(nn.Module):
         """Compute attention from x to a memory, given its keys and values. The mask works as in `Attention.forward`."""
         B, T, _ = x_BTW.shape
         q_BHTD = self.q(x_BTW).view(B, T, -1, self.head_dim).transpose(1, 2)
-        out_BHTD = F.scaled_dot_product_attention(q_BHTD, *keys_values, attn_mask=mask)
+        if self.recorded is None:
+            out_BHTD = F.scaled_dot_product_attention(q_BHTD, *keys_values, attn_mask=mask)
+        else:
+            k_BHSD, v_BHSD = keys_values
+            weights_BHTS = attention_weights(q_BHTD, k_BHSD, mask, self.head_dim**-0.5)
+            self.recorded.append(weights_BHTS)
+            out_BHTD = weighted_sum(weights_BHTS, v_BHSD)
         return self.out(out_BHTD.transpose(1, 2).reshape(B, T, -1))
+
+
+def attention_weights(
+    q_BHTD: Tensor,
+    k_BKSD: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    soft_cap: float | None = None,
+    *,
+    causal: bool = False,
+) -> Tensor:
+    """Compute the attention weights (B, H, T, S). Each key-value head serves H / K adjacent query heads.
+
+    Args:
+        q_BHTD: queries.
+        k_BKSD: keys.
+        mask: bool mask, broadcastable to (B, H, T, S), True where query t attends to key s; None for all keys.
+        scale: factor of the scores.
+        soft_cap: bound of the scores, which tanh limits to (-soft_cap, soft_cap); None for no limit.
+        causal: True for causal attention; `mask` is then None.
+    """
+    B, H, T, D = q_BHTD.shape
+    if causal:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q_BHTD.device).tril()
+    q_BKGTD = q_BHTD.view(B, k_BKSD.shape[1], -1, T, D) * scale
+    scores_BHTS = (q_BKGTD @ k_BKSD[:, :, None].mT).reshape(B, H, T, -1)
+    if soft_cap is not None:
+        scores_BHTS = soft_cap * torch.tanh(scores_BHTS / soft_cap)
+    if mask is not None:
+        scores_BHTS = scores_BHTS.masked_fill(~mask, -torch.inf)
+    return torch.softmax(scores_BHTS, dim=-1, dtype=torch.float32).to(k_BKSD.dtype)
+
+
+def weighted_sum(weights_BHTS: Tensor, v_BKSD: Tensor) -> Tensor:
+    """Sum the values with the attention weights, and return the result (B, H, T, D)."""
+    B, H, T, S = weights_BHTS.shape
+    return (weights_BHTS.view(B, v_BKSD.shape[1], -1, T, S) @ v_BKSD[:, :, None]).view(B, H, T, -1)
+
+
+@contextmanager
+def record_weights(layers: Sequence[Attention | CrossAttention]) -> Iterator[list[list[Tensor]]]:
+    """Make layers compute attention explicitly, and yield one list for each layer.
+
+    Each forward pass of a layer in the `with` block appends the layer's attention weights (B, H, T, S) to its list.
+    """
+    recorded: list[list[Tensor]] = [[] for _ in layers]
+    for layer, weights in zip(layers, recorded, strict=True):
+        layer.recorded = weights
+    try:
+        yield recorded
+    finally:
+        for layer in layers:
+            layer.recorded = None

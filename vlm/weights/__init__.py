@@ -12,5 +12,6 @@ plan.py           comparison of a weight table with a model and a weight file, a
 files.py          functions that read and write safetensors files and shards, and refuse pickle files
 special_tokens.py comparison of start and end tokens in the files of a folder with the tokenizer
 load.py           import of another library's folder into a model
+published_model.py  whole published models, whose config is derived from the files of the folder
 export.py         export of a checkpoint to a folder for another library
 """

@@ -106,6 +106,11 @@ class Family:
         """Return the paths of the model's config that a config.json does not determine."""
         return unchecked_paths(self.fields, self._with_defaults(settings))
 
+    def known_values(self, settings: Settings) -> dict[str, Any]:
+        """Return the values of our config that a config.json determines, by path. Unknown values are UNKNOWN."""
+        seen = self._with_defaults(settings)
+        return {each.path: each.theirs(seen) for each in self.fields}
+
     def _with_defaults(self, settings: Settings) -> Settings:
         return tracked(self.select_settings(settings) or {}, self.defaults)
 

@@ -69,10 +69,15 @@ def _named_tokens(folder: Path, tokenizer: Mapping[str, Any]) -> Iterator[tuple[
     for name in NAMES:
         settings = read_other_settings(folder / name)
         for key in ("bos_token", "eos_token"):
-            token = settings.get(key)
-            token = token.get("content") if isinstance(token, Mapping) else token
+            token = token_text(settings, key)
             if token is not None:
                 yield name, key, ids.get(token, token)
+
+
+def token_text(settings: Mapping[str, Any], key: str) -> str | None:
+    """Return the text of a special token, which a file gives as a string or as an object; None if there is none."""
+    token = settings.get(key)
+    return token.get("content") if isinstance(token, Mapping) else token
 
 
 def _ids(file: str, settings: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, str, Any]]:

@@ -29,9 +29,9 @@ from pipelines.config import (
     load_run,
     short_hash,
 )
-from pipelines.config.yaml_file import YamlProblem, read_mapping
 from pipelines.errors import ConfigError
 from vlm.config import ADDED_LATER, Config
+from vlm.config.yaml_file import YamlProblem, read_mapping
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)

@@ -66,12 +66,13 @@ BAD_PROMPTS: list[Any] = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("served")
-    save_model(folder / "checkpoint", *tiny_model("plain"))
+    network, tokenizer = tiny_model("plain")
+    save_model(folder / "checkpoint", network, tokenizer)
     mlflow.pyfunc.save_model(
         folder / "model",
         python_model=str(Path(str(served_model.__file__))),
         artifacts={file: str(folder / "checkpoint" / file) for file in logged_model.MODEL_FILES},
-        signature=logged_model.SIGNATURE,
+        signature=logged_model.signature(network.config.generation),
         pip_requirements=["mlflow"],
     )
     return mlflow.pyfunc.load_model(str(folder / "model"))

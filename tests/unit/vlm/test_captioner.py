@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from vlm import captioner as captioner_module
 from vlm.captioner import Captioner
 from vlm.config import GenerationConfig
 
-SETTINGS = GenerationConfig(max_new_tokens=6)
+SETTINGS: dict[str, Any] = {"max_new_tokens": 6}
 MIN_SIDE = 8
 
 
@@ -29,11 +30,11 @@ def files(count: int) -> list[bytes | str | None]:
 @pytest.mark.parametrize("changes", [{}, {"temperature": 1.0, "seed": 5}, {"num_beams": 3}])
 def test_a_caption_does_not_depend_on_prompts_of_other_lengths_in_the_batch(changes: dict[str, object]) -> None:
     captioner = Captioner(*tiny_model("other"))
-    settings = SETTINGS.model_copy(update=changes)
+    settings = SETTINGS | changes
     images, prompts = files(12), ["", "what", "a long question", "why"] * 3
-    together = captioner.caption(images, prompts, settings, min_side=MIN_SIDE)
+    together = captioner.caption(images, prompts, min_side=MIN_SIDE, **settings)
     for image, prompt, result in zip(images, prompts, together, strict=True):
-        (alone,) = captioner.caption([image], [prompt], settings, min_side=MIN_SIDE)
+        (alone,) = captioner.caption([image], [prompt], min_side=MIN_SIDE, **settings)
         assert (alone.caption, alone.num_tokens, alone.sha256) == (result.caption, result.num_tokens, result.sha256)
         assert alone.mean_logprob == pytest.approx(result.mean_logprob, abs=1e-4)
     assert len({result.caption for result in together}) > 1
@@ -42,7 +43,7 @@ def test_a_caption_does_not_depend_on_prompts_of_other_lengths_in_the_batch(chan
 def test_a_long_prompt_or_a_broken_picture_causes_an_error_only_in_its_row() -> None:
     captioner = Captioner(*tiny_model("other"))
     good, other, broken = *files(2), b"no picture"
-    results = captioner.caption([good, other, broken], ["a", "what" * 20, "a"], SETTINGS, min_side=MIN_SIDE)
+    results = captioner.caption([good, other, broken], ["a", "what" * 20, "a"], min_side=MIN_SIDE, **SETTINGS)
     assert [result.error is None for result in results] == [True, False, False]
     assert "does not fit the model's context" in str(results[1].error)
     assert "not_an_image" in str(results[2].error)
@@ -51,17 +52,17 @@ def test_a_long_prompt_or_a_broken_picture_causes_an_error_only_in_its_row() -> 
 
 def test_a_prompt_that_is_not_unicode_causes_an_error_only_in_its_row() -> None:
     captioner = Captioner(*tiny_model("other"))
-    good, bad = captioner.caption(files(2), ["what", "\ud800"], SETTINGS, min_side=MIN_SIDE)
+    good, bad = captioner.caption(files(2), ["what", "\ud800"], min_side=MIN_SIDE, **SETTINGS)
     assert (good.error, bad.caption) == (None, None)
     assert "not valid Unicode" in str(bad.error)
 
 
 def test_a_caption_ends_before_the_first_stop_string() -> None:
     captioner = Captioner(*tiny_model("other"))
-    (free,) = captioner.caption(files(1), [""], SETTINGS, min_side=MIN_SIDE)
+    (free,) = captioner.caption(files(1), [""], min_side=MIN_SIDE, **SETTINGS)
     assert free.caption is not None
     word = free.caption[2:4]
-    (cut,) = captioner.caption(files(1), [""], SETTINGS.model_copy(update={"stop": (word,)}), min_side=MIN_SIDE)
+    (cut,) = captioner.caption(files(1), [""], min_side=MIN_SIDE, **SETTINGS, stop=(word,))
     assert cut.caption == free.caption[: free.caption.index(word)]
 
 
@@ -75,7 +76,7 @@ def test_a_batch_has_a_limited_number_of_rows_and_of_positions_over_all_beams(mo
     prompts = ["", "q" * 30, "", "what"] * 3
     for num_beams in (1, 4):
         shapes.clear()
-        settings = SETTINGS.model_copy(update={"num_beams": num_beams})
+        settings = GenerationConfig(max_new_tokens=6, num_beams=num_beams)
         answers = Captioner(model, tokenizer).complete(pictures, prompts, settings)
         first_passes = [(rows, length) for rows, length in shapes if length > 1]
         assert sum(rows for rows, _ in first_passes) == len(answers) == 12

@@ -1,0 +1,105 @@
+"""Tests of attention maps: explicit attention equals the fused kernel, and the maps show the patches that count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import VARIANTS, tiny_batch, tiny_model, tiny_pixels
+
+from vlm.generation.attention_maps import AttentionMaps, attention_maps, project_shares, rollout
+from vlm.generation.generate import Completion, Request
+from vlm.layers.attention import Attention, CrossAttention, record_weights
+from vlm.layers.block import Block
+from vlm.model import VisionLanguageModel
+from vlm.projector import PixelShuffle
+from vlm.text.base import Tokenizer
+from vlm.text.prompt import prefix_ids
+
+
+def ask(model: VisionLanguageModel, tokenizer: Tokenizer, prompt: str = "") -> tuple[Request, Completion]:
+    request = Request(prefix_ids(tokenizer, model.config.num_slots, prompt), (tiny_pixels(1)[0],))
+    return request, Completion(tokenizer.encode("a dog b"), text="a dog b")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_explicit_attention_equals_the_fused_kernel_and_its_weights_sum_to_one(variant: str) -> None:
+    model, tokenizer = tiny_model(variant)
+    batch = tiny_batch(model, tokenizer, [("", "a cat"), ("what is it", "b"), ("a", "")])
+    layers = [part for part in model.modules() if isinstance(part, Attention | CrossAttention)]
+    with torch.inference_mode():
+        fused = model(batch)
+        with record_weights(layers) as recorded:
+            explicit = model(batch)
+        assert torch.allclose(fused, explicit, atol=1e-5, rtol=0)
+        assert float(fused.std()) > 0.05
+        for layer, (weights_BHTS,) in zip(layers, recorded, strict=True):
+            assert torch.allclose(weights_BHTS.sum(dim=-1), torch.ones(()), atol=1e-5)
+            assert layer.recorded is None
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("prompt", ["", "what is it"])
+def test_every_kind_of_model_has_a_map_of_its_patches_for_each_token(variant: str, prompt: str) -> None:
+    model, tokenizer = tiny_model(variant)
+    request, completion = ask(model, tokenizer, prompt)
+    maps = attention_maps(model, tokenizer, request, completion)
+    side = model.config.image.size // model.config.vision.stem.stride
+    assert maps.patches().shape == (len(completion.tokens), side, side)
+    assert [maps.text[start:end] for start, end in maps.spans] == [tokenizer.decode([t]) for t in completion.tokens]
+    sums_TLH = maps.decoder_TLHN.sum(dim=-1)
+    assert float(sums_TLH.max()) > 0.01
+    assert bool((sums_TLH < 1 + 1e-5).all())
+    assert torch.allclose(sums_TLH, torch.ones(()), atol=1e-5) == (variant == "looking")
+    assert bool((maps.rollout_NP.sum(dim=-1) < 1 + 1e-5).all())
+    assert [word for word, _ in maps.words()] == completion.text.split()
+
+
+def test_the_maps_are_the_weights_of_the_positions_that_predict_the_tokens() -> None:
+    """The queries and keys of the first layer are computed here from the embeddings, without the model's attention."""
+    model, tokenizer = tiny_model("plain")
+    request, completion = ask(model, tokenizer, "what")
+    maps = attention_maps(model, tokenizer, request, completion)
+    block, slots, prefix = model.decoder.blocks[0], model.config.num_slots, len(request.prefix)
+    assert model.decoder.position is not None
+    assert isinstance(block, Block)
+    row = torch.tensor([[*request.prefix, *completion.tokens]])
+    with torch.inference_mode():
+        x_BTW, _ = model.embed(row, model.encode(request.pixels[0][None]))
+        x_BTW = x_BTW + model.decoder.position.weight[: row.shape[1]]
+        q, k, _ = block.attention.qkv(block.attention_norm(x_BTW))[0].chunk(3, dim=-1)
+    for token in range(len(completion.tokens)):
+        at = prefix - 1 + token
+        for head in range(4):
+            part = slice(6 * head, 6 * head + 6)
+            weights = torch.softmax(q[at, part] @ k[: at + 1, part].T / 6**0.5, dim=-1)
+            assert torch.allclose(maps.decoder_TLHN[token, 0, head], weights[:slots], atol=1e-5)
+
+
+def test_the_rollout_of_two_layers_is_the_product_of_attention_and_residual_connections() -> None:
+    first = torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[1.0, 0.0], [0.5, 0.5]]])
+    second = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]])
+    expected = torch.tensor([[0.5, 0.5], [0.0, 1.0]]) @ torch.tensor([[1.0, 0.0], [0.25, 0.75]])
+    assert torch.allclose(rollout([first, second]), expected)
+
+
+def test_a_feature_of_a_square_of_patches_has_equal_shares_of_these_patches() -> None:
+    """A projector whose linear layer is a mean over the patches of a square gives the same shares."""
+    shuffle = PixelShuffle(16, 16, factor=2)
+    with torch.no_grad():
+        shuffle.linear.weight.copy_(torch.eye(16).repeat(1, 4) / 4)
+    expected = shuffle(torch.eye(16)[None])[0]
+    assert torch.equal(project_shares(shuffle, torch.eye(16), []), expected)
+    assert expected[0].nonzero().flatten().tolist() == [0, 1, 4, 5]
+
+
+def test_a_patch_that_nothing_attends_to_is_dark_and_a_patch_that_everything_attends_to_is_bright() -> None:
+    maps = AttentionMaps(
+        text="a dog",
+        spans=((0, 1), (1, 3), (3, 5), (5, 5)),
+        decoder_TLHN=torch.tensor([[1.0, 0], [0, 1], [0.5, 0.5], [1, 0]])[:, None, None],
+        rollout_NP=torch.tensor([[1.0, 0, 0, 0], [0, 0, 0.5, 0.5]]),
+    )
+    (first, a), (second, dog) = maps.words()
+    assert (first, second) == ("a", "dog")
+    assert a.tolist() == [[1, 0], [0, 0]]
+    assert dog.tolist() == [[0.25, 0], [0.375, 0.375]]

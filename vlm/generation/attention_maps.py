@@ -1,0 +1,179 @@
+"""Attention maps, which show where in a picture a model looks while it writes each token of an answer.
+
+One forward pass reads the picture, the prompt and the whole answer, with explicit attention in the layers that connect
+the answer with the patches of the picture. The weights of the decoder show which features of the picture a token reads.
+The rollout of the encoder (Abnar and Zuidema, 2020) shows which patches of the picture a feature consists of.
+
+Letters in tensor names: T tokens of the answer, L layers, H heads, N features of the picture, P patches, S keys,
+X positions of the encoder, Q latents of a resampler.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vlm.batch import Batch
+from vlm.fusion import GatedCrossBlock
+from vlm.generation.request import Completion, Request
+from vlm.layers.attention import Attention, CrossAttention, record_weights
+from vlm.layers.block import Block
+from vlm.model import VisionLanguageModel
+from vlm.projector import PixelShuffle, Resampler, ResamplerBlock
+from vlm.text.base import SLOT, Tokenizer
+from vlm.vision import VisionEncoder
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """Attention of each token of an answer to a picture.
+
+    Attributes:
+        text: the answer.
+        spans: index of the first character and the index after the last character of each token in the answer.
+        decoder_TLHN: attention weights of the decoder, from the position that predicts a token to the features of the
+            picture, by layer and head. In a model with image slots, the weights of a position also go to the text, so
+            their sum over the features is at most 1. In a model with cross-attention, the sum is 1.
+        rollout_NP: share of each patch in each feature. The patches are in rows from top to bottom. The sum of a row is
+            below 1 if the encoder also has a class token or registers.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    decoder_TLHN: Tensor
+    rollout_NP: Tensor
+
+    def patches(self) -> Tensor:
+        """Return the attention of each token to each patch, (T, side, side), as a mean over layers and heads.
+
+        Example:
+            >>> import vlm
+            >>> from PIL import Image
+            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+            >>> maps = captioner.attention(Image.new("RGB", (64, 64), "red"), max_new_tokens=6)
+            >>> [patches.shape for patches in maps.patches()] == [(4, 4)] * len(maps.spans)
+            True
+        """
+        side = math.isqrt(self.rollout_NP.shape[1])
+        return (self.decoder_TLHN.mean(dim=(1, 2)) @ self.rollout_NP).view(-1, side, side)
+
+    def words(self) -> list[tuple[str, Tensor]]:
+        """Return the words of the answer, each with the mean attention (side, side) of the word's tokens.
+
+        Example:
+            >>> import vlm
+            >>> from PIL import Image
+            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+            >>> maps = captioner.attention(Image.new("RGB", (64, 64), "red"), max_new_tokens=6)
+            >>> [word for word, patches in maps.words()] == maps.text.split()
+            True
+        """
+        patches_TYX = self.patches()
+        found = []
+        for word in re.finditer(r"\S+", self.text):
+            inside = [start < word.end() and end > word.start() for start, end in self.spans]
+            found.append((word[0], patches_TYX[inside].mean(dim=0)))
+        return found
+
+
+@torch.inference_mode()
+def attention_maps(
+    model: VisionLanguageModel, tokenizer: Tokenizer, request: Request, completion: Completion
+) -> AttentionMaps:
+    """Compute the attention of a completion to the picture of its request, which must have exactly one picture."""
+    assert len(request.pixels) == 1, "attention maps need exactly one picture"
+    cross: list[Attention | CrossAttention] = [
+        block.attention for block in model.decoder.cross_blocks if isinstance(block, GatedCrossBlock)
+    ]
+    decoder = cross or _self_attention(model.decoder.blocks)
+    encoder = _self_attention(model.encoder.blocks)
+    pool = [] if model.encoder.pool is None else [model.encoder.pool.attention]
+    resampler = _resampler_attention(model.projector)
+    row = [*request.prefix, *completion.tokens]
+    tokens_1T = torch.tensor([row], device=model.mean.device)
+    pixels_1HWC = torch.stack(list(request.pixels)).to(model.mean.device)
+    prefix_1 = torch.tensor([len(request.prefix)], device=model.mean.device)
+    with record_weights([*encoder, *pool, *resampler, *decoder]) as recorded:
+        model.hidden_states(Batch(pixels_1HWC, tokens_1T, tokens_1T, prefix_1))
+    weights = [layer[0][0].float().cpu() for layer in recorded]  # (H, T, S) of each layer
+    encoder_LHXX, rest = weights[: len(encoder)], weights[len(encoder) :]
+    pool_HNP, rest = rest[: len(pool)], rest[len(pool) :]
+    resampler_LHQS, decoder_LHTS = rest[: len(resampler)], rest[len(resampler) :]
+    first = len(request.prefix) - 1  # this position predicts the first token of the answer
+    keys = slice(None) if cross else [index for index, token in enumerate(row) if token == SLOT]
+    decoder_LHTN = torch.stack(decoder_LHTS)[:, :, first : len(row) - 1, keys]
+    features_NP = pool_shares(model.encoder, rollout(encoder_LHXX), pool_HNP)
+    return AttentionMaps(
+        text=completion.text,
+        spans=_spans(tokenizer, completion),
+        decoder_TLHN=decoder_LHTN.permute(2, 0, 1, 3),
+        rollout_NP=project_shares(model.projector, features_NP, resampler_LHQS),
+    )
+
+
+def _self_attention(blocks: Iterable[nn.Module]) -> list[Attention | CrossAttention]:
+    return [block.attention for block in blocks if isinstance(block, Block)]
+
+
+def _resampler_attention(projector: nn.Module) -> list[Attention | CrossAttention]:
+    blocks = projector.blocks if isinstance(projector, Resampler) else ()
+    return [block.attention for block in blocks if isinstance(block, ResamplerBlock)]
+
+
+def rollout(weights_LHXX: Sequence[Tensor]) -> Tensor:
+    """Return the share (X, X) of each input of a stack of layers in each output, by attention rollout.
+
+    In each layer, one half of an output is the input at the same position (the residual connection), and the other half
+    is the attention, as a mean over heads.
+    """
+    shares_XX = torch.eye(weights_LHXX[0].shape[-1])
+    for weights_HXX in weights_LHXX:
+        shares_XX = (shares_XX + weights_HXX.mean(dim=0) @ shares_XX) / 2
+    return shares_XX
+
+
+def pool_shares(encoder: VisionEncoder, shares_XX: Tensor, pool_HNP: Sequence[Tensor]) -> Tensor:
+    """Return the share of each patch in each output of the encoder."""
+    shares_XP = shares_XX[:, encoder.num_extra :]
+    if encoder.select == "cls":
+        return shares_XP[:1]
+    shares_PP = shares_XP[encoder.num_extra :]
+    if pool_HNP:
+        return pool_HNP[0].mean(dim=0) @ shares_PP
+    return shares_PP.mean(dim=0, keepdim=True) if encoder.select == "mean" else shares_PP
+
+
+def project_shares(projector: nn.Module, shares_NP: Tensor, resampler_LHQS: Sequence[Tensor]) -> Tensor:
+    """Return the share of each patch in each output of the projector, given the shares in its inputs."""
+    if isinstance(projector, PixelShuffle):
+        side, f = math.isqrt(len(shares_NP)) // projector.factor, projector.factor
+        squares = shares_NP.view(side, f, side, f, -1)
+        return squares.mean(dim=(1, 3)).flatten(0, 1)
+    if not resampler_LHQS:
+        return shares_NP
+    # The latents hold nothing of the picture before the first block. Each block reads the picture and the latents.
+    shares_QP = shares_NP.new_zeros(resampler_LHQS[0].shape[1], shares_NP.shape[1])
+    for weights_HQS in resampler_LHQS:
+        attended_QP = weights_HQS.mean(dim=0) @ torch.cat((shares_NP, shares_QP))
+        shares_QP = (shares_QP + attended_QP) / 2
+    return shares_QP
+
+
+def _spans(tokenizer: Tokenizer, completion: Completion) -> tuple[tuple[int, int], ...]:
+    """Return the characters of each token in the text of a completion.
+
+    A token after a stop string, or a byte that does not yet complete a character, has an empty span. The token that
+    completes the character has the whole character.
+    """
+    ends = [0]
+    for count in range(1, len(completion.tokens) + 1):
+        text = tokenizer.decode(completion.tokens[:count])
+        equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, completion.text, strict=False))
+        ends.append(max(ends[-1], len(list(equal))))
+    return tuple(itertools.pairwise(ends))

@@ -1,0 +1,112 @@
+"""A whole published model as a model of this library: the config is derived from the files of the folder.
+
+`import_weights` compares a folder with a config that a person has written. Here the same config fields give the values
+of a new config. The import then compares all values again, so that a value that cannot be derived is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from vlm.config import GenerationConfig, ModelConfig, read_error_message
+from vlm.errors import CheckpointError
+from vlm.model import VisionLanguageModel
+from vlm.text.base import Tokenizer
+from vlm.weights.config_fields import UNKNOWN, merge_settings
+from vlm.weights.files import read_other_settings, read_settings
+from vlm.weights.load import find_family, import_weights
+from vlm.weights.special_tokens import GENERATION, NAMES, check_special_tokens, read_tokenizer, token_text
+
+PATH = re.compile(r"[a-z_]+(\.[a-z_]+)+")
+"""Form of the path of a single config value. Other fields compare values that are computed from several values."""
+FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""Names of Pillow's resize filters by their numbers, which preprocessor_config.json contains."""
+PREPROCESSOR = "preprocessor_config.json"
+DEFAULT_PICTURE_SIZE, DEFAULT_CONTEXT = 224, 8192
+"""Values that transformers assumes for `image_size` and `max_position_embeddings`."""
+
+
+def is_published(folder: Path) -> bool:
+    """Return True if a folder has a config.json of another library, and not the config of one of our checkpoints."""
+    return "vision" not in read_settings(folder)
+
+
+def load_published(folder: Path) -> tuple[VisionLanguageModel, Tokenizer]:
+    """Load a folder with a whole model of another library, such as PaliGemma. The model is in evaluation mode.
+
+    Raises:
+        CheckpointError: the folder has no whole model of a known family, or its files do not fit together.
+        ConfigError: the tokenizer is missing or does not fit the config.
+    """
+    config = derive_config(folder)
+    assert config.text.kind == "json"
+    tokenizer = read_tokenizer(config.text, folder, "model")
+    check_special_tokens(folder, tokenizer)
+    model, _ = import_weights(config, tokenizer.vocab_size, {"model": folder})
+    return model, tokenizer
+
+
+def derive_config(folder: Path) -> ModelConfig:
+    """Derive the config of our model from the JSON files of a folder with a whole published model.
+
+    Raises:
+        CheckpointError: the folder has no whole model of a known family, or its values are not supported.
+    """
+    settings = read_settings(folder)
+    family = find_family(settings, folder, "model")
+    values: dict[str, Any] = {}
+    for path, value in family.known_values(settings).items():
+        if PATH.fullmatch(path) and value is not UNKNOWN:
+            merge_settings(values, _nested(path, value))
+    text = settings.get("text_config") or {}
+    merge_settings(values, {"decoder": {"context": text.get("max_position_embeddings", DEFAULT_CONTEXT)}})
+    vision = settings.get("vision_config") or {}
+    values |= {
+        "image": _image(vision.get("image_size", DEFAULT_PICTURE_SIZE), read_other_settings(folder / PREPROCESSOR)),
+        "text": _text(text, folder),
+        "generation": _generation(read_other_settings(folder / GENERATION)),
+    }
+    try:
+        return ModelConfig.model_validate(values)
+    except ValidationError as error:
+        raise CheckpointError(
+            "the published model has settings that Lakesight does not support",
+            where=str(folder),
+            got=read_error_message(error),
+            fix="describe the model in conf/model/NAME.yml, and import it with `lakesight import-weights`",
+        ) from None
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return dict(value)
+
+
+def _image(size: Any, processor: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of pictures. Processors of whole models scale both sides of a picture to the same size."""
+    image: dict[str, Any] = {"size": size, "resize": "stretch"}
+    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
+        if processor.get(theirs) is not None:
+            image[ours] = processor[theirs]
+    if (resample := processor.get("resample")) is not None:
+        image["filter"] = FILTERS.get(resample, resample)
+    return image
+
+
+def _text(text_config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    tokens = {"bos": "<bos>", "eos": "<eos>", "pad": "<pad>"}
+    for named in (read_other_settings(folder / file) for file in NAMES):
+        tokens |= {key: token for key in tokens if (token := token_text(named, f"{key}_token"))}
+    return {"kind": "json", "vocab_size": text_config.get("vocab_size"), **tokens}
+
+
+def _generation(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of greedy decoding, which is the published default, with the published length."""
+    length = generation.get("max_new_tokens")
+    return GenerationConfig().model_dump() | ({"max_new_tokens": length} if length else {})
