@@ -96,13 +96,15 @@ class RowSourceBase(SourceBase):
 class CsvSourceConfig(RowSourceBase):
     """CSV files with base64 pictures. `multiline` allows line breaks inside quoted fields.
 
-    `delimiter` is the character between fields; null finds the delimiter in the header of each file. The path
+    `delimiter` is the character between fields; null finds the delimiter in the header of each file. `escape` is the
+    character before a quote inside quotes; null means that two quotes stand for one. Spark writes a backslash. The path
     `scenes:COUNT` or `scenes:COUNT:SEED` stands for a generated file of COUNT drawn scenes.
     """
 
     kind: Literal["csv"] = "csv"
     multiline: bool = False
     delimiter: Annotated[str | None, Field(pattern=r'^[^"\r\n]$'), ADDED_LATER] = None
+    escape: Annotated[str | None, Field(pattern=r'^[^"\r\n]$'), ADDED_LATER] = None
 
 
 class JsonlSourceConfig(RowSourceBase):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
 from pyspark.sql import SparkSession
-from random_sources import FILES, RandomFile, draw_files
+from random_files import RandomFile
+from random_sources import SOURCES, draw_source
 
 from pipelines.config import DataConfig
 from pipelines.driver.ingest.run import ingest
@@ -18,33 +20,37 @@ MIN_READ_SHARE = 0.95
 
 
 @pytest.mark.parametrize("count", [20, pytest.param(80, marks=[pytest.mark.faults, pytest.mark.matrix])])
-@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("kind", SOURCES)
 def test_every_row_that_a_naive_reader_sees_is_a_sample_or_refused_or_in_a_file_that_is_named(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path, kind: str, count: int
 ) -> None:
-    files, drawn = draw_files(kind, tmp_path / "in", count, seed=21 + count)
-    columns = {} if kind == "webdataset" else {"columns": {"image": "image", "text": "text"}}
-    config = DataConfig.model_validate(
-        {"source": {"kind": kind, "path": str(tmp_path / "in"), **columns}, "near_duplicates": False}
-    )
+    drawn = draw_source(kind, tmp_path / "in", count, seed=21 + count)
+    config = DataConfig.model_validate({"source": drawn.config, "near_duplicates": False})
     report = ingest(spark, platform, source, config)
 
     samples = spark.table(platform.table("samples")).where(f"source = '{source}'").select("source_row", "texts")
     texts = {row["source_row"]: [text["text"] for text in row["texts"]] for row in samples.collect()}
     refused = spark.table(platform.table("quarantine")).where(f"source = '{source}'").collect()
-    rows = Counter(name.rpartition("#")[0] for name in texts)
+    rows = Counter(name.rpartition("#")[0] for name, said in texts.items() for _ in said)
     rows.update(row["source_row"].rpartition("#")[0] for row in refused)
     unreadable = {row["source_row"].rpartition("#")[0] for row in refused if row["reason"] == "unreadable_file"}
     named = unreadable | {Path(name).name for names in report.passed_over.values() for name in names}
 
-    lost = [file.about for file in files if not accounted_for(file, rows[file.path.name], file.path.name in named)]
+    lost = [file.about for file in drawn.files if not accounted_for(file, rows[file.path.name], named)]
     assert lost == []
-    expected = {row.text.strip() for file in files for row in file.rows or () if row.readable}
+    expected = {row.text.strip() for file in drawn.files for row in file.rows or () if row.readable}
     found = {text for said in texts.values() for text in said}
-    assert found <= drawn, "a text is not what the input says"
+    assert found <= drawn.texts, "a text is not what the input says"
     assert len(expected & found) >= MIN_READ_SHARE * len(expected), sorted(expected - found)[:5]
 
 
-def accounted_for(file: RandomFile, rows: int, named: bool) -> bool:
-    """Return whether all rows of a file are in the tables, or the file is named as unreadable or passed over."""
-    return named if file.rows is None else named or rows == len(file.rows)
+def accounted_for(file: RandomFile, rows: int, named: Collection[str]) -> bool:
+    """Return whether all rows of a file are in the tables, or the file or its folder is named as not read.
+
+    Args:
+        file: a file of the input.
+        rows: number of rows of the file in `samples` and `quarantine`.
+        named: names of the files and folders that the report or `quarantine` names as not read.
+    """
+    is_named = not {file.path.name, file.path.parent.name}.isdisjoint(named)
+    return is_named or (file.rows is not None and rows == len(file.rows))

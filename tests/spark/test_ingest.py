@@ -229,6 +229,17 @@ def test_all_rows_of_every_csv_dialect_are_read_for_any_partitioning_of_the_file
     assert kept == {text for _, text in rows} | {"caf\ufffd"}
 
 
+def test_csv_files_that_spark_writes_are_read_as_spark_reads_them(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    said = ['say "hi"', 'C:\\dir "x"', "end\\", "end\\,", 'a\\\\"b', '"', '\\"', "\\", 'q",\\', 'two\nlines "\\"']
+    rows = [(as_base64(png(300 + n)), text) for n, text in enumerate(said)]
+    spark.createDataFrame(rows, f"`{IMAGE}` STRING, `{TEXT}` STRING").write.csv(str(tmp_path / "in"), header=True)
+    found = config(tmp_path / "in", source={"escape": "\\", "multiline": True})
+    assert parts(ingest(spark, platform, source, found)) == (10, 10, 0, 0, 0)
+    assert {text for row in rows_of(spark, platform, "samples", source) for text in texts(row)} == set(said)
+
+
 def test_rows_of_50_megabytes_are_ingested_or_quarantined(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:

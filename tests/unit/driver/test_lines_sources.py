@@ -47,7 +47,7 @@ def read_csv(path: Path | str, range_bytes: int = 50, **source: Any) -> list[Rec
     files = list_files(config, SUFFIXES).files
     dialect = config.source
     assert dialect.kind == "csv"
-    layouts = csv_layouts(config, files, str(path), multiline=dialect.multiline, delimiter=dialect.delimiter)
+    layouts = csv_layouts(config, files, str(path), dialect)
     distinct = list(dict.fromkeys(layouts))
     rows = split_files(files, layouts, distinct, range_bytes)
     batch = pa.RecordBatch.from_pylist([dict(zip(RANGE.names, row, strict=True)) for row in rows], RANGE)

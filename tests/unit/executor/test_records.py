@@ -50,6 +50,18 @@ def test_output_of_a_csv_writer_is_split_into_its_fields(fields: list[str]) -> N
     assert split_line(file.getvalue()) == fields
 
 
+def spark_field(text: str) -> str:
+    """Write a field as Spark's CSV writer does (tests/spark/test_ingest.py compares with Spark itself)."""
+    if not {'"', ","} & set(text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+@given(st.lists(st.text(st.sampled_from('",\\ab '), min_size=1), min_size=1))
+def test_output_of_spark_is_split_into_its_fields_with_a_backslash_as_escape_character(fields: list[str]) -> None:
+    assert split_line(",".join(map(spark_field, fields)), escape="\\") == fields
+
+
 @given(st.text(st.sampled_from('",ab '), min_size=1))
 def test_a_csv_line_is_split_as_by_the_csv_module_or_is_not_split(line: str) -> None:
     fields = split_line(line)

@@ -34,7 +34,7 @@ def load_rows(
 
     Args:
         spark: Spark session.
-        dialect: whether fields contain line breaks, and which delimiter separates fields.
+        dialect: whether fields contain line breaks, and which characters separate fields and escape quotes.
         config: data config of the source.
         files: CSV files.
 
@@ -42,23 +42,21 @@ def load_rows(
         UserError: no file has a column that the data config names.
     """
     where = files[0].path if len(files) == 1 else config.source.where
-    layouts = csv_layouts(config, files, where, multiline=dialect.multiline, delimiter=dialect.delimiter)
+    layouts = csv_layouts(config, files, where, dialect)
     frame, distinct = load_ranges(spark, files, layouts)
     limit = line_limit(config.limits)
     return SourceRows(frame, partial(csv_records, layouts=distinct, multiline=dialect.multiline, limit=limit))
 
 
-def csv_layouts(
-    config: DataConfig, files: Sequence[SourceFile], where: str, *, multiline: bool, delimiter: str | None = None
-) -> list[Layout]:
+def csv_layouts(config: DataConfig, files: Sequence[SourceFile], where: str, dialect: CsvSourceConfig) -> list[Layout]:
     """Return the layouts of CSV files. A file without the column of pictures or texts has a problem.
 
     Raises:
         UserError: no file has a column that the data config names.
     """
     needed = (config.source.columns.image, config.source.columns.text)
-    read = partial(_read_header, needed=needed, multiline=multiline, delimiter=delimiter)
-    layouts = read_layouts(files, read, whole=multiline)
+    read = partial(_read_header, needed=needed, dialect=dialect)
+    layouts = read_layouts(files, read, whole=dialect.multiline)
     found = [(*layout.names, *file.partition) for file, layout in zip(files, layouts, strict=True) if layout.names]
     if found:
         require_columns(config, list(dict.fromkeys(name for names in found for name in names)), where)
@@ -72,13 +70,12 @@ def _refuse_without(needed: Sequence[str], file: SourceFile, layout: Layout) -> 
     return Layout(problem=f"the file has no column {', '.join(lacking)}, unlike other files of the source")
 
 
-def _read_header(
-    file: SourceFile, layout: Layout, *, needed: Collection[str], multiline: bool, delimiter: str | None
-) -> Layout:
+def _read_header(file: SourceFile, layout: Layout, *, needed: Collection[str], dialect: CsvSourceConfig) -> Layout:
     """Add the header of a file to its layout. A file without a row gets no names."""
     found: list[Layout] = []
-    for tried in (delimiter,) if delimiter else DELIMITERS:
-        found.append(_try_delimiter(file, layout._replace(delimiter=tried), needed, multiline=multiline))
+    layout = layout._replace(escape=dialect.escape or "")
+    for tried in (dialect.delimiter,) if dialect.delimiter else DELIMITERS:
+        found.append(_try_delimiter(file, layout._replace(delimiter=tried), needed, multiline=dialect.multiline))
         if all(name in found[-1].names or name in file.partition for name in needed):
             return found[-1]
     return max(found, key=lambda one: len(one.names))
@@ -94,7 +91,7 @@ def _try_delimiter(file: SourceFile, layout: Layout, needed: Collection[str], *,
             if named[1] != layout.delimiter:
                 return _try_delimiter(file, layout._replace(delimiter=named[1]), needed, multiline=multiline)
         elif not is_blank(row, layout.delimiter):
-            names = split_line(row, layout.delimiter)
+            names = split_line(row, layout.delimiter, layout.escape)
             if names is None:
                 return Layout(problem="the header of the file has wrong quotes")
             return layout._replace(names=_distinct_names(names, needed, file), skip=count)

@@ -6,10 +6,11 @@ every character. Python workers therefore read the bytes of the files, and jump 
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import AnyStr
+from typing import AnyStr, Generic, NamedTuple
 
 import pyarrow as pa
 
@@ -33,6 +34,14 @@ NEAR_BYTES = 4 * 2**20
 """Number of bytes before and after a range in which quotes are looked for that span the beginning or end of it."""
 
 
+class _Quoting(NamedTuple, Generic[AnyStr]):
+    """Characters of a CSV file: delimiter of the fields, quote, and escape character, which may be empty."""
+
+    delimiter: AnyStr
+    quote: AnyStr
+    escape: AnyStr
+
+
 def csv_records(
     batches: Iterator[pa.RecordBatch], layouts: Sequence[Layout], *, multiline: bool, limit: int
 ) -> Iterator[Record]:
@@ -48,7 +57,7 @@ def csv_records(
 
 
 def _csv_range(part: Range, *, multiline: bool, limit: int) -> Iterator[Record]:
-    names, delimiter = part.layout.names, part.layout.delimiter
+    names, delimiter, escape = part.layout.names, part.layout.delimiter, part.layout.escape
     rows = ((row, False) for row in csv_rows(part, multiline=True, limit=limit)) if multiline else _lines(part, limit)
     for _ in range(part.layout.skip if part.start == 0 else 0):
         next(rows, None)
@@ -56,7 +65,7 @@ def _csv_range(part: Range, *, multiline: bool, limit: int) -> Iterator[Record]:
         if isinstance(row, LongLine):
             yield long_line_record(part.file, dict.fromkeys(names), row, limit)
         elif not is_blank(row, delimiter):
-            values = None if broken else split_line(row, delimiter)
+            values = None if broken else split_line(row, delimiter, escape)
             if values is None or len(values) != len(names):
                 yield _malformed(part.file, names, row)
             else:
@@ -66,9 +75,9 @@ def _csv_range(part: Range, *, multiline: bool, limit: int) -> Iterator[Record]:
 
 def csv_rows(part: Range, *, multiline: bool, limit: int) -> Iterator[str | LongLine]:
     """Yield the rows of a range as text, without their line ends. The range may have no layout yet."""
-    delimiter = part.layout.delimiter.encode()
+    quoting = _Quoting(part.layout.delimiter.encode(), b'"', part.layout.escape.encode())
     lines = range_lines(part, limit)
-    for row in _join_quoted(lines, delimiter, None if multiline else part.layout.separator, limit):
+    for row in _join_quoted(lines, quoting, None if multiline else part.layout.separator, limit):
         yield row if isinstance(row, LongLine) else line_text(row)
 
 
@@ -78,7 +87,7 @@ def _lines(part: Range, limit: int) -> Iterator[tuple[str | LongLine, bool]]:
     The lines shortly before and after the range are read too, so that a row does not depend on where ranges begin. A
     quote that is never closed concerns only its own line.
     """
-    delimiter = part.layout.delimiter
+    quoting = _Quoting(part.layout.delimiter, '"', part.layout.escape)
     rows = _rows_near(part, limit)
     waiting: deque[tuple[int, str | LongLine]] = deque()
     broken = 0
@@ -90,8 +99,8 @@ def _lines(part: Range, limit: int) -> Iterator[tuple[str | LongLine, bool]]:
             yield row, broken > 0
         if broken:
             broken -= 1
-        elif isinstance(row, str) and _ends_in_quotes(row, delimiter, '"', opened=False):
-            broken = _count_broken(_look_ahead(waiting, rows), delimiter)
+        elif isinstance(row, str) and _ends_in_quotes(row, quoting, opened=False):
+            broken = _count_broken(_look_ahead(waiting, rows), quoting)
 
 
 def _rows_near(part: Range, limit: int) -> Iterator[tuple[int, str | LongLine]]:
@@ -116,7 +125,7 @@ def _look_ahead(
         yield row
 
 
-def _count_broken(following: Iterable[str | LongLine], delimiter: str) -> int:
+def _count_broken(following: Iterable[str | LongLine], quoting: _Quoting[str]) -> int:
     """Return how many of the lines after an open quote belong to its field, or 0 if the quote is never closed."""
     size = 0
     for count, row in enumerate(following, 1):
@@ -124,9 +133,9 @@ def _count_broken(following: Iterable[str | LongLine], delimiter: str) -> int:
         if isinstance(row, LongLine) or count > MAX_BROKEN_LINES or size > NEAR_BYTES:
             return 0
         inside = f'" {row}'
-        if split_line(inside, delimiter) is not None:
+        if split_line(inside, quoting.delimiter, quoting.escape) is not None:
             return count
-        if not _ends_in_quotes(inside, delimiter, '"', opened=False):
+        if not _ends_in_quotes(inside, quoting, opened=False):
             return 0
     return 0
 
@@ -137,7 +146,7 @@ def is_blank(row: str, delimiter: str) -> bool:
 
 
 def _join_quoted(
-    lines: Iterator[tuple[bytes, bytes] | LongLine], delimiter: bytes, last: bytes | None, limit: int
+    lines: Iterator[tuple[bytes, bytes] | LongLine], quoting: _Quoting[bytes], last: bytes | None, limit: int
 ) -> Iterator[bytes | LongLine]:
     """Join lines that are one row because a quoted field contains their line ends.
 
@@ -146,7 +155,7 @@ def _join_quoted(
 
     Args:
         lines: lines with their line ends.
-        delimiter: delimiter of the fields.
+        quoting: how fields are separated and quoted.
         last: line end that always ends a row, or None if every line end may be inside quotes.
         limit: largest size of a row, in bytes.
     """
@@ -161,7 +170,7 @@ def _join_quoted(
             continue
         row, size = [line], len(line[0])
         # In the common case the parser of the row finds out whether its quotes are wrong.
-        opened = line[1] != last and _ends_in_quotes(line[0], delimiter, b'"', opened=False)
+        opened = line[1] != last and _ends_in_quotes(line[0], quoting, opened=False)
         while opened and size <= limit and len(row) < MAX_LINES_OF_ROW and row[-1][1] != last:
             line = following()
             if line is None:
@@ -171,20 +180,21 @@ def _join_quoted(
                 break
             row.append(line)
             size += len(line[0])
-            opened = _ends_in_quotes(line[0], delimiter, b'"', opened=True)
+            opened = _ends_in_quotes(line[0], quoting, opened=True)
         if opened:
             waiting.extendleft(reversed(row[1:]))
         yield row[0][0] if opened or len(row) == 1 else b"".join(part for pair in row for part in pair)
 
 
-def _ends_in_quotes(line: AnyStr, delimiter: AnyStr, quote: AnyStr, *, opened: bool) -> bool:
+def _ends_in_quotes(line: AnyStr, quoting: _Quoting[AnyStr], *, opened: bool) -> bool:
     """Return whether a line ends inside a quoted field, given whether it begins inside one."""
+    delimiter, quote, escape = quoting
     if not opened and quote not in line:
         return False
     at = 0
     while True:
         if opened or line.startswith(quote, at):
-            end = _find_closing_quote(line, at if opened else at + 1, quote)
+            end = _find_closing_quote(line, at if opened else at + 1, quote, escape)
             if end < 0:
                 return True
             if not line.startswith(delimiter, end + 1):
@@ -197,8 +207,11 @@ def _ends_in_quotes(line: AnyStr, delimiter: AnyStr, quote: AnyStr, *, opened: b
             at = end + len(delimiter)
 
 
-def split_line(line: str, delimiter: str = ",") -> list[str] | None:
+def split_line(line: str, delimiter: str = ",", escape: str = "") -> list[str] | None:
     """Split a row into fields by RFC 4180. Return None if the quotes of the row are wrong.
+
+    With an escape character, as in the files that Spark writes, the character stands before a quote or another escape
+    character inside quotes. Outside of quotes it is a character like others.
 
     A field that does not begin with a quote may contain quotes, as in `5" pipe`, although the standard forbids it. It
     may not end with a lone quote after a letter, because then it is the end of a quoted field that began in another
@@ -207,10 +220,10 @@ def split_line(line: str, delimiter: str = ",") -> list[str] | None:
     fields, at = [], 0
     while True:
         if line.startswith('"', at):
-            end = _find_closing_quote(line, at + 1, '"')
+            end = _find_closing_quote(line, at + 1, '"', escape)
             if end < 0 or not (end + 1 == len(line) or line.startswith(delimiter, end + 1)):
                 return None
-            fields.append(line[at + 1 : end].replace('""', '"'))
+            fields.append(_unescape(line[at + 1 : end], escape))
             at = end + 2
         else:
             end = line.find(delimiter, at)
@@ -227,17 +240,33 @@ def _ends_quotes(field: str) -> bool:
     return field.endswith('"') and field.count('"') % 2 == 1 and not field[-2].isnumeric()
 
 
-def _find_closing_quote(line: AnyStr, at: int, quote: AnyStr) -> int:
-    """Return the position of the quote that closes a field, or -1. Two quotes in a field are one quote of its text."""
-    end = line.find(quote, at)
-    while end >= 0 and line.startswith(quote, end + 1):
-        end = line.find(quote, end + 2)
+def _find_closing_quote(line: AnyStr, start: int, quote: AnyStr, escape: AnyStr) -> int:
+    """Return the position of the quote that closes the field whose text begins at `start`, or -1.
+
+    Two quotes in a field are one quote of its text, and so is a quote after an escape character.
+    """
+    end = line.find(quote, start)
+    while end >= 0:
+        escapes = end - len(line[start:end].rstrip(escape)) - start if escape else 0
+        if escapes % 2:
+            end = line.find(quote, end + 1)
+        elif line.startswith(quote, end + 1):
+            end = line.find(quote, end + 2)
+        else:
+            return end
     return end
+
+
+def _unescape(text: str, escape: str) -> str:
+    """Return the value of a quoted field, given the text between its quotes."""
+    if not escape:
+        return text.replace('""', '"')
+    return re.sub(f'{re.escape(escape)}([{re.escape(escape)}"])|"(")', r"\1\2", text)
 
 
 def _malformed(file: str, names: Sequence[str], raw: str) -> Record:
     detail = (
         f"not {len(names)} columns as in the header, or wrong quotes "
-        "(line breaks inside quotes need data.source.multiline)"
+        '(line breaks inside quotes need data.source.multiline, and \\" needs data.source.escape)'
     )
     return Record(file, dict.fromkeys(names), raw, Problem("malformed_record", detail))

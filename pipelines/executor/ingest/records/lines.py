@@ -49,6 +49,7 @@ class Layout(NamedTuple):
         skip: number of rows before the first row of values, at the start of the file: the header, and blank lines.
         names: column names of a CSV file.
         delimiter: character between the fields of a CSV file.
+        escape: character before a quote inside quotes of a CSV file; empty if two quotes stand for one.
         whole: whether the file is not split into ranges, because it is compressed or its rows may contain line ends.
         problem: why no row of the file can be read, or None.
     """
@@ -57,6 +58,7 @@ class Layout(NamedTuple):
     skip: int = 0
     names: tuple[str, ...] = ()
     delimiter: str = ","
+    escape: str = ""
     whole: bool = False
     problem: str | None = None
 
