@@ -7,15 +7,18 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import vlm
+from jobs.attention_drawing import draw_attention
 from jobs.common import Job, JsonOption, PlatformOption, PrecisionOption, PromptOption, RunOption, SetOption, open_job
 from jobs.evaluate import VersionOption, open_model
+from jobs.generation_options import with_generation_options
 from jobs.regions import FoundRegion, check_drawing_path, draw_regions, find_regions
 from jobs.settings_of_version import decoding_settings
 from pipelines.config import LimitsConfig
@@ -28,8 +31,8 @@ from vlm.errors import CheckpointError, ImageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from vlm.model import VisionLanguageModel
-    from vlm.text import Tokenizer
+    from vlm.captioner import Captioner
+    from vlm.generation.generate import Completion, Request
 
 
 class AskReport(Config):
@@ -44,6 +47,7 @@ class AskReport(Config):
         num_tokens: number of tokens in the answer.
         regions: regions that the answer names; always empty if the number of pictures is not one.
         drawn: path of the picture file with the regions drawn on it; null if nothing was drawn.
+        attention: path of the picture file with the attention of each word; null if nothing was drawn.
     """
 
     images: tuple[str, ...]
@@ -54,8 +58,10 @@ class AskReport(Config):
     num_tokens: int
     regions: tuple[FoundRegion, ...]
     drawn: str | None
+    attention: str | None
 
 
+@with_generation_options
 def ask(
     images: Annotated[
         list[Path] | None,
@@ -66,6 +72,10 @@ def ask(
     draw: Annotated[
         Path | None,
         typer.Option("--draw", help="Save the picture with the answer's boxes to this file.", metavar="FILE"),
+    ] = None,
+    attention: Annotated[
+        Path | None,
+        typer.Option("--attention", help="Draw where the model looks for each word, to this file.", metavar="FILE"),
     ] = None,
     version: VersionOption = "champion",
     checkpoint: Annotated[
@@ -87,64 +97,105 @@ def ask(
       lakesight ask cat.png --checkpoint weights/paligemma
       lakesight ask before.png after.png --prompt "what has changed?"
       lakesight ask cat.png --prompt "detect cat" --draw boxes.png
+      lakesight ask cat.png --attention words.png --num-beams 4
     """
     files = images or []
     with open_job(run, platform, overrides, as_json) as job:
-        _check_question(files, prompt, draw)
+        _check_question(files, prompt, {"--draw": draw, "--attention": attention})
         pictures = [read_picture(job, file) for file in files]
         folder, name = (checkpoint, str(checkpoint)) if checkpoint else _model_folder(job, version)
-        model, tokenizer = load_checkpoint(folder, precision)
-        settings = decoding_settings(job, model.config, name)
-        caption, num_tokens = stream_answer(job, model, tokenizer, pictures, prompt, settings=settings)
-        regions = find_regions(caption, pictures[0], model.config.image) if len(pictures) == 1 else ()
-        drawn = str(draw) if draw and regions else None
-        if drawn:
-            draw_regions(pictures[0], regions).save(drawn)
-            job.output.line("drawn", drawn)
-        job.output.report(
-            AskReport(
-                images=tuple(str(file) for file in files),
-                model=name,
-                prompt=prompt,
-                precision=precision,
-                caption=caption,
-                num_tokens=num_tokens,
-                regions=regions,
-                drawn=drawn,
-            )
+        captioner = load_checkpoint(folder, precision)
+        settings = decoding_settings(job, captioner.model.config, name)
+        request = captioner.request(pictures, prompt)
+        answer = stream_answer(job, captioner, request, settings)
+        drawings = _draw(job, captioner, pictures, request, answer, draw=draw, attention=attention)
+        report = AskReport(
+            images=tuple(str(file) for file in files),
+            model=name,
+            prompt=prompt,
+            precision=precision,
+            caption=answer.text,
+            num_tokens=len(answer.tokens),
+            **drawings,
         )
-    if draw and not drawn:
-        raise _no_region_error(files[0], caption)
+        job.output.report(report)
+    _require_drawings(report, draw=draw, attention=attention)
 
 
-def _no_region_error(picture: Path, caption: str) -> StageFailed:
-    return StageFailed(
-        "the answer names no region, so nothing was drawn",
-        where=str(picture),
-        got=caption,
-        fix="use a model trained to detect objects, with the prompts it was trained on, such as --prompt 'detect cat'",
-    )
+def _draw(
+    job: Job,
+    captioner: Captioner,
+    pictures: Sequence[Image],
+    request: Request,
+    answer: Completion,
+    *,
+    draw: Path | None,
+    attention: Path | None,
+) -> dict[str, Any]:
+    """Find the regions of an answer, write the drawings, and return the fields of the report about them."""
+    image = captioner.model.config.image
+    regions = find_regions(answer.text, pictures[0], image) if len(pictures) == 1 else ()
+    drawn = looked = None
+    if draw and regions:
+        drawn = _save(job, "drawn", draw, draw_regions(pictures[0], regions))
+    if attention and answer.text.split():
+        from vlm.generation.attention_maps import attention_maps
+
+        maps = attention_maps(captioner.model, captioner.tokenizer, request, answer)
+        looked = _save(job, "attention", attention, draw_attention(pictures[0], image, maps))
+    return {"regions": regions, "drawn": drawn, "attention": looked}
 
 
-def _check_question(files: Sequence[Path], prompt: str, draw: Path | None) -> None:
+def _save(job: Job, label: str, path: Path, picture: Image) -> str:
+    picture.save(path)
+    job.output.line(label, str(path))
+    return str(path)
+
+
+def _require_drawings(report: AskReport, *, draw: Path | None, attention: Path | None) -> None:
+    """Check that each requested drawing was made.
+
+    Raises:
+        StageFailed: the answer has no region or no word, so that there was nothing to draw.
+    """
+    if draw and not report.drawn:
+        raise StageFailed(
+            "the answer names no region, so nothing was drawn",
+            where=report.images[0],
+            got=report.caption,
+            fix="use a model trained to detect objects, with the prompts it was trained on, such as --prompt "
+            "'detect cat'",
+        )
+    if attention and not report.attention:
+        raise StageFailed(
+            "the answer has no word, so no attention was drawn",
+            where=report.images[0],
+            got=repr(report.caption),
+            fix="ask another question, or use a model that captions this picture",
+        )
+
+
+def _check_question(files: Sequence[Path], prompt: str, drawings: Mapping[str, Path | None]) -> None:
     """Check the arguments before the model is loaded.
 
     Raises:
-        UserError: there is neither a picture nor a prompt, or the boxes cannot be drawn.
+        UserError: there is neither a picture nor a prompt, or a drawing cannot be made.
     """
     if not files and not prompt:
         raise UserError(
             "there is nothing to ask", got="neither a picture nor a prompt", fix="name a picture file, or add --prompt"
         )
-    if draw and len(files) != 1:
-        raise UserError(
-            "boxes can be drawn only on a single picture",
-            where=f"--draw {draw}",
-            got=f"{len(files)} pictures",
-            fix="name exactly one picture, or omit --draw",
-        )
-    if draw:
-        check_drawing_path(draw)
+    for option, path in drawings.items():
+        if path is None:
+            continue
+        if len(files) != 1:
+            raise UserError(
+                f"{option} can draw only on a single picture",
+                where=f"{option} {path}",
+                got=f"{len(files)} pictures",
+                fix=f"name exactly one picture, or omit {option}",
+            )
+        check_drawing_path(path)
 
 
 def read_picture(job: Job, path: Path) -> Image:
@@ -212,49 +263,29 @@ def _model_folder(job: Job, which: str) -> tuple[Path, str]:
     return model.folder, f"{model.name}/{model.version}"
 
 
-def load_checkpoint(folder: Path, precision: Precision) -> tuple[VisionLanguageModel, Tokenizer]:
-    """Load the model and tokenizer of a checkpoint folder.
+def load_checkpoint(folder: Path, precision: Precision) -> Captioner:
+    """Load the model of a folder, on a GPU if there is one.
 
     Raises:
-        UserError: the folder is not a checkpoint, or the precision needs a library that is not installed.
+        UserError: the folder holds no model, or the precision needs a library that is not installed.
     """
-    from vlm.checkpoint import load_model
-    from vlm.precision import set_precision
-
     try:
-        model, tokenizer = load_model(folder)
+        return vlm.load(folder, precision=precision)
     except CheckpointError as error:
         raise UserError(error.what, where=error.where, got=error.got, fix=error.fix) from None
-    set_precision(model, precision)
-    return model, tokenizer
 
 
-def stream_answer(
-    job: Job,
-    model: VisionLanguageModel,
-    tokenizer: Tokenizer,
-    pictures: Sequence[Image],
-    prompt: str,
-    *,
-    settings: GenerationConfig,
-) -> tuple[str, int]:
-    """Generate an answer, print the answer token by token, and return the answer and its number of tokens.
+def stream_answer(job: Job, captioner: Captioner, request: Request, settings: GenerationConfig) -> Completion:
+    """Generate an answer, print the answer token by token, and return the answer.
 
     Raises:
         UserError: the pictures, prompt and answer do not fit into the model's context.
     """
-    import torch
+    from vlm.generation.generate import Completion, stream
 
-    from vlm.generation.generate import Request, stream
-    from vlm.image import to_pixels
-    from vlm.text.prompt import prefix_ids
-
-    pixels = tuple(torch.from_numpy(to_pixels(picture, model.config.image)) for picture in pictures)
-    request = Request(prefix_ids(tokenizer, model.config.num_slots, prompt, len(pixels)), pixels)
-    shown = ""
-    num_tokens = 0
-    for answer in stream(model, tokenizer, request, settings):
+    answer, shown = Completion(), ""
+    for answer in stream(captioner.model, captioner.tokenizer, request, settings):
         job.output.text(answer.text[len(shown) :], end="")
-        shown, num_tokens = answer.text, len(answer.tokens)
+        shown = answer.text
     job.output.text("")
-    return shown, num_tokens
+    return answer

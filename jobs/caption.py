@@ -9,6 +9,7 @@ import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, PrecisionOption, PromptOption, RunOption, SetOption, open_job
 from jobs.evaluate import VersionOption, open_model
+from jobs.generation_options import with_generation_options
 from jobs.progress import show_progress
 from jobs.settings_of_version import decoding_settings
 from pipelines.errors import StageFailed, UserError
@@ -29,6 +30,7 @@ ImageRootOption = Annotated[
 ]
 
 
+@with_generation_options
 def caption(
     *,
     table: Annotated[str, typer.Option("--table", help="Delta table with the pictures.", metavar="TABLE")] = "samples",

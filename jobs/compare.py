@@ -8,6 +8,7 @@ import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.evaluate import SHOWN_METRICS, evaluate_version, open_model, open_split
+from jobs.settings_of_version import with_overrides
 
 if TYPE_CHECKING:
     from pipelines.driver.evaluate.compare import Comparison
@@ -40,7 +41,7 @@ def run_compare(job: Job, one: str, other: str) -> Comparison:
     """Evaluate both versions if necessary, compare them and print the comparison."""
     from pipelines.driver.evaluate.compare import compare
 
-    models = [open_model(job, which) for which in (one, other)]
+    models = [with_overrides(job, open_model(job, which)) for which in (one, other)]
     splits = [open_split(job, model) for model in models]
     first, second = (evaluate_version(job, model, shards) for model, shards in zip(models, splits, strict=True))
     report = compare(job.spark, job.platform, splits[0].manifest.request, first, second)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
+from jobs.generation_options import with_generation_options
 from jobs.progress import show_elapsed
-from jobs.settings_of_version import require_settings_of_version
+from jobs.settings_of_version import with_overrides
 from jobs.shard import run_shard
 from jobs.train import register_finished_runs
 
@@ -39,6 +40,7 @@ LOGGED_ROWS = 1000
 """Maximum number of evaluated rows that are logged to MLflow as a table."""
 
 
+@with_generation_options
 def evaluate(
     *,
     version: VersionOption = "latest",
@@ -56,15 +58,20 @@ def evaluate(
     and the nearest neighbour's caption. The command writes an HTML page of the worst and best captions. An existing
     evaluation is reused.
 
+    A version is measured with its own generation settings at temperature 0. If the command gives other settings, the
+    report and its page are written, but table evaluations, MLflow and the gate keep the figures of the version itself.
+
     \b
     Examples:
       lakesight evaluate --run demo --version champion
+      lakesight evaluate --run demo --num-beams 4
       lakesight evaluate --run demo --by format --by source
     """
     from pipelines.driver.evaluate.run import COLUMNS
 
     with open_job(run, platform, overrides, as_json) as job:
-        job.finish(run_evaluate(job, version, columns=tuple(by or COLUMNS), with_java=True), "promote")
+        report = run_evaluate(job, version, columns=tuple(by or COLUMNS), with_java=True, follow=True)
+        job.finish(report, "caption" if report.settings else "promote")
 
 
 def open_model(job: Job, which: str) -> ModelFiles:
@@ -100,12 +107,14 @@ def open_split(job: Job, model: ModelFiles) -> Shards:
 def evaluate_version(
     job: Job, model: ModelFiles, shards: Shards, columns: tuple[str, ...] | None = None, *, with_java: bool = False
 ) -> EvaluationReport:
-    """Evaluate a version and store the metrics in MLflow and in the version's tags, or reuse an evaluation."""
+    """Evaluate a version and store the metrics in MLflow and in the version's tags, or reuse an evaluation.
+
+    An evaluation with other generation settings than those of the version is stored neither in MLflow nor in tags.
+    """
     from pipelines.driver.evaluate.run import COLUMNS, evaluate
     from pipelines.tracking.registry import resolve, tag
     from pipelines.tracking.runs import log_report
 
-    require_settings_of_version(job, model.read_config(), f"{model.name}/{model.version}")
     train = run_shard(job, "train", model.read_config().image)
     with show_elapsed("evaluate"):
         report = evaluate(
@@ -117,6 +126,8 @@ def evaluate_version(
             columns=COLUMNS if columns is None else columns,
             with_java=with_java,
         )
+    if report.settings:
+        return report
     version = resolve(job.platform, job.model_name, model.version)
     labels = {"evaluation": report.scores_hash, "tokenisation": report.tokenisation}
     if not report.reused or any(version.tags.get(name) != value for name, value in labels.items()):
@@ -144,18 +155,25 @@ def rows_by_column(report: EvaluationReport) -> dict[str, list[object]]:
 
 
 def run_evaluate(
-    job: Job, which: str, *, columns: tuple[str, ...] | None = None, with_java: bool = False
+    job: Job, which: str, *, columns: tuple[str, ...] | None = None, with_java: bool = False, follow: bool = False
 ) -> EvaluationReport:
-    """Run the evaluate stage: evaluate a version, then print the version's metrics and the baselines."""
+    """Run the evaluate stage: evaluate a version, then print the version's metrics and the baselines.
+
+    With `follow`, the version captions with the generation settings that the command gives.
+    """
     from pipelines.driver.evaluate.metrics import describe_words
 
     model = open_model(job, which)
+    if follow:
+        model = with_overrides(job, model)
     report = evaluate_version(job, model, open_split(job, model), columns, with_java=with_java)
     reused = ", reused" if report.reused else ""
     job.output.line(
         "evaluate",
         f"{report.model_name} version {report.model_version}, {report.pictures:,} {report.split} pictures{reused}",
     )
+    if report.settings:
+        job.output.line("settings", ", ".join(f"{name} {value}" for name, value in report.settings))
     for name in SHOWN_METRICS:
         if name in report.metrics:
             metric = report.metrics[name]

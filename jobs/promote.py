@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.evaluate import VersionOption, evaluate_version, open_model, open_split
+from jobs.settings_of_version import require_settings_of_version
 from jobs.train import register_finished_runs
 from pipelines.errors import StageFailed
 from vlm.config import Config
@@ -116,6 +117,7 @@ def check_gate(job: Job, version: ModelVersion, champion: ModelVersion | None) -
     from pipelines.tracking.smoke_test import smoke_test_version
 
     model = open_model(job, version.version)
+    require_settings_of_version(job, model.read_config(), f"{model.name}/{model.version}")
     shards = open_split(job, model)
     report = evaluate_version(job, model, shards)
     champion_report = None

@@ -1,25 +1,22 @@
 """Overrides of model settings in commands that use a registered version or a checkpoint.
 
-Training has fixed the settings of a version. Only its decoding settings (`model.generation`) can be changed afterwards.
-An override is followed or refused, and never ignored.
+Training has fixed the settings of a version. Only its generation settings (`model.generation`) can be changed
+afterwards. An override is followed or refused, and never ignored.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import ValidationError
-
 from jobs.common import Job
+from jobs.generation_options import GENERATION
+from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import UserError
 from vlm.config import GenerationConfig, ModelConfig
 
-GENERATION = "model.generation"
-TRAIN_AGAIN = "it is fixed by training: train a run with this setting"
-
 
 def decoding_settings(job: Job, fixed: ModelConfig, name: str) -> GenerationConfig:
-    """Return the decoding settings of a model, changed by the overrides `model.generation.*` of the command.
+    """Return the generation settings of a model, changed by the overrides `model.generation.*` of the command.
 
     Args:
         job: the running command with its overrides.
@@ -27,41 +24,55 @@ def decoding_settings(job: Job, fixed: ModelConfig, name: str) -> GenerationConf
         name: name of the version or checkpoint, for the error message.
 
     Raises:
-        UserError: an override changes a setting that training has fixed, or the decoding settings exclude each other.
+        UserError: an override changes a setting that training has fixed, or the settings exclude each other.
     """
-    settings, chosen = fixed.generation.model_dump(), job.config.model.generation.model_dump()
+    changes: dict[str, Any] = {}
+    chosen = job.config.model.generation.model_dump()
     for key in _different_keys(job, fixed):
-        section, _, field = key.removeprefix("model.").partition(".")
-        if section != "generation":
-            raise _refused(key, name, TRAIN_AGAIN)
-        settings |= {field: chosen[field]} if field else chosen
-    try:
-        return GenerationConfig.model_validate(settings)
-    except ValidationError as error:
-        raise UserError(
-            "the decoding settings cannot be combined with those of the model",
-            where=name,
-            got="; ".join(problem["msg"] for problem in error.errors()),
-            fix=f"also override the other setting with --set {GENERATION}.SETTING=VALUE",
-        ) from None
+        if not _is_generation(key):
+            raise _refused(job, key, name, "training fixes it")
+        field = key.removeprefix(GENERATION).removeprefix(".")
+        changes |= {field: chosen[field]} if field else chosen
+    return fixed.generation.changed(changes, where=name)
+
+
+def with_overrides(job: Job, model: ModelFiles) -> ModelFiles:
+    """Return a version that is evaluated with the generation settings of the command, if the command gives any.
+
+    Raises:
+        UserError: an override changes a setting that training has fixed, or the settings exclude each other.
+    """
+    fixed = model.read_config()
+    settings = decoding_settings(job, fixed, f"{model.name}/{model.version}")
+    given = any(_is_generation(key) for key in _keys(job))
+    evaluated = fixed.generation.changed({"temperature": 0.0})
+    return model.model_copy(update={"settings": settings}) if given and settings != evaluated else model
 
 
 def require_settings_of_version(job: Job, fixed: ModelConfig, name: str) -> None:
-    """Check that no override changes a setting of the model, because an evaluation measures the version as it is.
+    """Check that no override changes a setting of the model, because the gate measures the version as it is.
 
     Raises:
         UserError: an override changes a setting of the model.
     """
     for key in _different_keys(job, fixed):
-        followed = "`lakesight caption` and `lakesight ask` follow it; an evaluation does not"
-        raise _refused(key, name, followed if key.startswith(GENERATION) else TRAIN_AGAIN)
+        followed = "`lakesight evaluate`, `caption` and `ask` follow it, and the gate measures the version as it is"
+        raise _refused(job, key, name, followed if _is_generation(key) else "training fixes it")
+
+
+def _is_generation(key: str) -> bool:
+    return key == GENERATION or key.startswith(f"{GENERATION}.")
+
+
+def _keys(job: Job) -> list[str]:
+    return [override.partition("=")[0].strip() for override in job.overrides]
 
 
 def _different_keys(job: Job, fixed: ModelConfig) -> list[str]:
     """Return the keys of overrides of model settings whose value differs from the value of the version."""
-    keys = [override.partition("=")[0].strip() for override in job.overrides]
     chosen, own = {"model": job.config.model.model_dump()}, {"model": fixed.model_dump()}
-    return [key for key in keys if key.partition(".")[0] == "model" and _value_at(chosen, key) != _value_at(own, key)]
+    keys = [key for key in _keys(job) if key.partition(".")[0] == "model"]
+    return [key for key in keys if _value_at(chosen, key) != _value_at(own, key)]
 
 
 def _value_at(settings: Any, key: str) -> Any:
@@ -70,5 +81,10 @@ def _value_at(settings: Any, key: str) -> Any:
     return settings
 
 
-def _refused(key: str, name: str, fix: str) -> UserError:
-    return UserError("the command cannot change this setting of the model", where=name, got=f"--set {key}=...", fix=fix)
+def _refused(job: Job, key: str, name: str, reason: str) -> UserError:
+    return UserError(
+        "the command cannot change this setting of the model",
+        where=name,
+        got=f"--set {key}=...",
+        fix=f"{reason}: `lakesight train --run {job.config.name} --set {key}=...` makes a version with this setting",
+    )

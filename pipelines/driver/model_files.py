@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pipelines.errors import UserError
-from vlm.config import Config, ModelConfig
+from vlm.config import Config, GenerationConfig, ModelConfig
 
 
 class ModelFiles(Config):
@@ -20,6 +20,7 @@ class ModelFiles(Config):
         run_id: id of the MLflow run that trained the version.
         digest: digest of the files (`pipelines.formats.model_copy`), or empty if the files are not a recorded copy.
         remote: whether the folder is on a network drive, so that each host copies the folder once.
+        settings: generation settings of an evaluation; None for those of the version at temperature 0.
     """
 
     folder: Path
@@ -28,6 +29,7 @@ class ModelFiles(Config):
     run_id: str
     digest: str = ""
     remote: bool = False
+    settings: GenerationConfig | None = None
 
     def read_config(self) -> ModelConfig:
         """Read the model's config.

@@ -17,7 +17,7 @@ from pipelines.executor.model_cache import local_copy
 from pipelines.formats.row_scores import SCORE_SCHEMA
 from pipelines.formats.shards import Shards
 from pipelines.formats.tables import TEXT_TYPE
-from vlm.config import Config
+from vlm.config import Config, GenerationConfig
 
 COLOUR_GRID_SCHEMA = pa.schema(
     [
@@ -40,6 +40,7 @@ class ScoreJob(Config):
         remote: whether `model_folder` is on a network.
         shards_folder: shard folder of the split to score.
         threads: torch threads per task.
+        settings: generation settings; None for those of the model at temperature 0.
     """
 
     model_folder: Path
@@ -47,6 +48,7 @@ class ScoreJob(Config):
     remote: bool
     shards_folder: str
     threads: int
+    settings: GenerationConfig | None
 
 
 def score_batches(job: ScoreJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -57,9 +59,10 @@ def score_batches(job: ScoreJob, batches: Iterator[pa.RecordBatch]) -> Iterator[
     limit_threads(job.threads)
     folder = local_copy(job.model_folder, job.model_digest) if job.remote else job.model_folder
     captioner = load_captioner(str(folder))
+    settings = job.settings or captioner.settings(temperature=0.0)
     shards = Shards.open(Path(job.shards_folder))
     for batch in batches:
-        scores = score_rows(captioner, shards, batch.column("id").to_pylist())
+        scores = score_rows(captioner, shards, batch.column("id").to_pylist(), settings)
         yield pa.RecordBatch.from_pylist([vars(score) for score in scores], schema=SCORE_SCHEMA)
 
 

@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from pipelines.executor.ingest.values import is_missing
+from vlm.errors import ConfigError
 
 
 class CaptionModel(PythonModel):
@@ -40,7 +42,10 @@ class CaptionModel(PythonModel):
         """
         images = [_picture(cell) for cell in model_input["image"]]
         prompts = [_prompt_text(prompt) for prompt in model_input.get("prompt", [""] * len(images))]
-        results = self._captioner.caption(images, prompts, **params or {})
+        try:
+            results = self._captioner.caption(images, prompts, **params or {})
+        except ConfigError as error:  # a server answers with this message and status 400
+            raise MlflowException.invalid_parameter_value(str(error)) from None
         return pd.DataFrame(
             {"caption": [r.caption for r in results], "error": [r.error for r in results]},
             index=model_input.index,

@@ -20,6 +20,7 @@ from pipelines.formats.row_scores import RowScore
 from pipelines.formats.shards import Row, Shards
 from pipelines.worker.data.batches import Collator
 from vlm.captioner import Captioner
+from vlm.config import GenerationConfig
 from vlm.errors import UserError
 from vlm.generation.generate import Completion
 from vlm.image import pixel_stats
@@ -47,8 +48,13 @@ class _Losses(NamedTuple):
     correct: list[int]
 
 
-def score_rows(captioner: Captioner, shards: Shards, indexes: Sequence[int]) -> Iterator[RowScore]:
-    """Score the rows with these indices, in this order. Yield one score per picture and distinct prompt."""
+def score_rows(
+    captioner: Captioner, shards: Shards, indexes: Sequence[int], settings: GenerationConfig
+) -> Iterator[RowScore]:
+    """Score the rows with these indices, in this order. Yield one score per picture and distinct prompt.
+
+    The generation settings change the captions, and not the losses.
+    """
     collator = Collator(captioner.tokenizer, captioner.model.config)
     for start in range(0, len(indexes), BATCH_ROWS):
         items = [
@@ -59,7 +65,7 @@ def score_rows(captioner: Captioner, shards: Shards, indexes: Sequence[int]) -> 
             for prompt, references in _by_prompt(row.texts).items()
         ]
         started = time.perf_counter()
-        captions = _caption(captioner, items)
+        captions = _caption(captioner, items, settings)
         seconds = (time.perf_counter() - started) / len(items)
         right = _losses(captioner, collator, items, [item.row for item in items])
         grey = [_replace_pixels(item.row, np.full_like(item.row.pixels, GREY)) for item in items]
@@ -109,9 +115,8 @@ def _noise(item: Item) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     return np.random.default_rng(item.row_index).integers(0, 256, item.row.pixels.shape, np.uint8)
 
 
-def _caption(captioner: Captioner, items: Sequence[Item]) -> list[Completion | None]:
-    """Caption items at temperature 0. The result of an item is None if its prompt leaves no room for a caption."""
-    settings = captioner.model.config.generation.model_copy(update={"temperature": 0.0})
+def _caption(captioner: Captioner, items: Sequence[Item], settings: GenerationConfig) -> list[Completion | None]:
+    """Caption items. The result of an item is None if its prompt leaves no room for a caption."""
     answers = captioner.complete([item.row.pixels for item in items], [item.prompt for item in items], settings)
     return [None if isinstance(answer, UserError) else answer for answer in answers]
 

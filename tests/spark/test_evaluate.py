@@ -219,3 +219,19 @@ def test_evaluating_a_folder_without_a_model_raises_a_user_error(
 ) -> None:
     with pytest.raises(UserError, match="config cannot be read"):
         evaluate(spark, platform, model.model_copy(update={"folder": tmp_path}), shards, shards)
+
+
+def test_an_evaluation_with_other_generation_settings_has_its_own_report_and_leaves_the_table_as_it_is(
+    spark: SparkSession, platform: Platform, model: ModelFiles, shards: Path, report: EvaluationReport
+) -> None:
+    before = stored(spark, platform, report)
+    settings = model.read_config().generation.changed({"max_new_tokens": 1})
+    changed = model.model_copy(update={"settings": settings})
+    shorter = evaluate(spark, platform, changed, shards, shards)
+    assert (shorter.settings, report.settings) == (settings, None)
+    assert max(row.num_tokens for row in shorter.scores()) == 1 < max(row.num_tokens for row in report.scores())
+    assert shorter.values()["loss"] == pytest.approx(report.values()["loss"])
+    assert "max_new_tokens 1" in shorter.gallery.read_text()
+    assert stored(spark, platform, report) == before
+    assert evaluate(spark, platform, changed, shards, shards).reused
+    assert evaluate(spark, platform, model, shards, shards).scores_hash == report.scores_hash

@@ -43,7 +43,7 @@ from pipelines.formats.run_folder import read_json, write_json
 from pipelines.formats.shards import ShardRequest, Shards
 from pipelines.formats.tables import EVALUATIONS, MODEL_DIGEST
 from pipelines.platform import Platform
-from vlm.config import Config
+from vlm.config import Config, GenerationConfig
 from vlm.text.words import TOKENISATION, words
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,8 @@ class EvaluationReport(Config):
         tokenisation: rules that split texts into words; empty in reports of earlier versions, which are computed again
             from the stored scores.
         definitions: version of the definitions of the metrics; 1 in reports of earlier versions.
+        settings: generation settings of the captions; null for those of the version at temperature 0. A report with
+            other settings is not merged into table `evaluations`.
         metrics: metrics of the whole split, including the metrics of the baselines (constant_*, neighbour_*).
         columns: columns by which slices are made.
         slices: metrics of each slice, by `column=value`.
@@ -96,6 +98,7 @@ class EvaluationReport(Config):
     left_out: int
     tokenisation: str = ""
     definitions: int = 1
+    settings: GenerationConfig | None = None
     metrics: dict[str, Interval]
     columns: tuple[str, ...]
     slices: dict[str, dict[str, Interval]]
@@ -154,7 +157,8 @@ def evaluate(
     add_columns(spark, platform, EVALUATIONS)
     report, rows = _evaluate(spark, model, (shards, train), folder, requested)
     report = report.model_copy(update={"seconds": time.monotonic() - started})
-    retry_on_conflict(partial(_merge, spark, platform, report), where=platform.table(EVALUATIONS.name))
+    if report.settings is None:
+        retry_on_conflict(partial(_merge, spark, platform, report), where=platform.table(EVALUATIONS.name))
     _write_pages(report, rows)
     write_json(folder / REPORT, report)
     return report
@@ -236,6 +240,7 @@ def _evaluate(
         left_out=len(scored) - len(with_caption),
         tokenisation=TOKENISATION,
         definitions=DEFINITIONS,
+        settings=model.settings,
         metrics=measure(scored, further=java_metrics(with_caption) if requested.java else None),
         columns=requested.columns,
         slices=slice_metrics(
@@ -349,10 +354,18 @@ def _write_pages(report: EvaluationReport, rows: Sequence[GalleryRow]) -> None:
     """Write the HTML gallery, the PNG gallery of the sample, and the bar chart of the metrics."""
     title = f"{report.model_name} version {report.model_version} on {report.source} ({report.split})"
     about = (
-        f"{report.pictures} pictures, table version {report.dataset_version}. Intervals are 95 % bootstrap intervals. "
+        f"{report.pictures} pictures, table version {report.dataset_version}. {_describe_settings(report)}"
+        "Intervals are 95 % bootstrap intervals. "
         f"Words are those of {describe_words(report.metrics)}. "
         "The page shows the worst and the best rows by word F1, and a sample of the others."
     )
     write_html(report.gallery, title, about, report.metrics, rows, slices=report.slices)
     write_png(report.gallery_png, title, [row for row in rows if "sample" in row.groups])
     write_figures(report.figures_png, title, report.metrics, report.slices)
+
+
+def _describe_settings(report: EvaluationReport) -> str:
+    """Return a sentence with the generation settings if they are not those of the version."""
+    if report.settings is None:
+        return ""
+    return f"Settings: {', '.join(f'{name} {value}' for name, value in report.settings)}. "

@@ -53,7 +53,9 @@ def scores_hash(model: ModelFiles, shards: Shards, train: Shards) -> str:
     A model without a digest has the hash of Lakesight 0.1.0, which identified a model by its run.
     """
     pictures = [each.manifest.content_hash for each in (shards, train)]
-    return short_hash(SCORING, model.name, model.version, model.run_id, pictures, *filter(None, [model.digest]))
+    settings = model.settings and model.settings.hashed_settings()
+    optional = filter(None, [model.digest, settings])
+    return short_hash(SCORING, model.name, model.version, model.run_id, pictures, *optional)
 
 
 def evaluation_folder(platform: Platform, model: ModelFiles, shards: Shards, train: Shards) -> Path:
@@ -106,6 +108,7 @@ def _run_model(spark: SparkSession, model: ModelFiles, shards: Shards) -> list[d
         remote=model.remote,
         shards_folder=str(shards.folder),
         threads=task_threads(spark),
+        settings=model.settings,
     )
     tasks = max(spark.sparkContext.defaultParallelism, -(-len(shards) // ROWS_PER_TASK))
     rows = spark.range(0, len(shards), 1, min(tasks, len(shards)))

@@ -19,13 +19,16 @@ from published_tokenizers import byte_fallback
 from tokenizers import AddedToken
 
 from jobs.ask import ask
+from jobs.attention_drawing import PANEL, attention_panels, draw_attention, join_panels
 from jobs.regions import FoundRegion, draw_regions
 from pipelines.config import load_model
 from pipelines.errors import StageFailed, UserError
 from vlm import text
+from vlm.captioner import Captioner
 from vlm.checkpoint import save_model
-from vlm.config import CharsConfig, JsonTextConfig
+from vlm.config import CharsConfig, ImageConfig, JsonTextConfig
 from vlm.factory import build_model
+from vlm.generation.attention_maps import AttentionMaps
 from vlm.generation.generate import Request, generate
 from vlm.image import open_image, to_pixels
 from vlm.model import VisionLanguageModel
@@ -242,5 +245,55 @@ def test_ask_follows_decoding_settings_and_refuses_other_overrides_of_the_model(
     with pytest.raises(UserError, match="cannot change this setting") as refused:
         ask_in_process("red.png", checkpoint=folder, overrides=["model.image.filter=lanczos"])
     assert "model.image.filter" in str(refused.value)
-    with pytest.raises(UserError, match="cannot be combined"):
+    with pytest.raises(UserError, match="exclude each other"):
         ask_in_process("red.png", checkpoint=folder, overrides=["model.generation.num_beams=3"])
+
+
+def test_the_attention_of_each_word_is_drawn_and_reported(
+    random_model: tuple[Path, VisionLanguageModel, Tokenizer], ask_in_process: AskInProcess
+) -> None:
+    folder, model, tokenizer = random_model
+    report = ask_in_process("wide.png", checkpoint=folder, attention=Path("words.png"), temperature=1.0, seed=5)
+    words = report["caption"].split()
+    assert words
+    maps = Captioner(model, tokenizer).attention(Path("wide.png"), temperature=1.0, seed=5)
+    assert [word for word, _ in maps.words()] == words
+    assert report["attention"] == "words.png"
+    with Image.open("wide.png") as picture, Image.open("words.png") as drawn:
+        expected = draw_attention(picture.convert("RGB"), model.config.image, maps)
+        assert drawn.tobytes() == expected.tobytes()
+
+
+def test_a_panel_is_hot_where_the_word_looks_and_shows_the_part_of_the_picture_that_the_model_sees() -> None:
+    maps = AttentionMaps(
+        text="left right",
+        spans=((0, 4), (4, 10)),
+        decoder_TLHN=torch.tensor([[0.4, 0], [0.1, 0.3]])[:, None, None],
+        rollout_NP=torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 1]]) / 2,
+    )
+    picture = Image.new("RGB", (400, 200), "white")
+    picture.paste("black", (0, 0, 90, 200))  # outside of the square that a model with `crop` sees
+    seen, left, right = attention_panels(picture, ImageConfig(size=16, resize="crop"), maps)
+    assert seen.picture.getcolors() == [(PANEL**2, (255, 255, 255))]
+    assert (left.title, right.title) == ("left 40%", "right 40%")
+    corners = [(4, 4), (PANEL - 4, 4), (4, PANEL - 4), (PANEL - 4, PANEL - 4)]
+    blues = [[panel.picture.getpixel(corner)[2] for corner in corners] for panel in (left, right)]  # type: ignore[index]
+    assert blues[0] == [51, 255, 51, 255]
+    assert blues[1][1] == blues[1][3] == 51 < blues[1][0] == blues[1][2] < 255
+    assert join_panels([seen, left, right]).width == 3 * (PANEL + 8) + 8
+    assert join_panels([seen] * 7).size == (5 * (PANEL + 8) + 8, 2 * (PANEL + 28) + 8)
+
+
+def test_attention_is_refused_without_a_single_picture_and_an_answer_without_words_is_reported(
+    random_model: tuple[Path, VisionLanguageModel, Tokenizer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = random_model[0]
+    for files in ([], [Path("red.png"), Path("wide.png")]):
+        with pytest.raises(UserError, match="--attention can draw only on a single picture"):
+            ask(files, prompt="a", checkpoint=folder, attention=Path("words.png"))
+    with pytest.raises(UserError, match="no picture format ends in"):
+        ask([Path("red.png")], checkpoint=folder, attention=Path("words.txt"))
+    with pytest.raises(StageFailed, match="no word, so no attention was drawn"):
+        ask([Path("red.png")], checkpoint=folder, attention=Path("words.png"), stop=[*"abc \ufffd"], as_json=True)
+    assert json.loads(capsys.readouterr().out)["attention"] is None
+    assert not Path("words.png").exists()

@@ -50,7 +50,10 @@ def test_the_loss_of_validation_and_evaluation_is_the_mean_over_all_texts_from_w
         assert values["val/blind_gap"] == pytest.approx(found[0]["val/blind_gap"], rel=1e-4)
     model.eval()
     captioner = Captioner(model, tokenizer)
-    scored = [ScoredRow(**vars(score), neighbour=None) for score in score_rows(captioner, shards, range(ROWS))]
+    scored = [
+        ScoredRow(**vars(score), neighbour=None)
+        for score in score_rows(captioner, shards, range(ROWS), captioner.settings(temperature=0.0))
+    ]
     evaluated = model_metrics(scored)["loss"](np.ones((1, ROWS)))[0]
     assert evaluated == pytest.approx(nats / tokens, rel=1e-5)
     assert scored[1].references == ("green", "green", "green", "green x"), "references keep their repeats"

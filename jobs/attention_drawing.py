@@ -1,0 +1,78 @@
+"""Draw attention maps: one panel with the picture as the model sees it, and one panel for each word of the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from vlm.config import ImageConfig
+    from vlm.generation.attention_maps import AttentionMaps
+
+PANEL = 224
+"""Side of a panel, in pixels."""
+COLUMNS = 5
+MARGIN = 8
+HOT = (255, 64, 0)
+MAX_ALPHA = 0.8
+"""Colour of the patch with the most attention, and its share in the blend with the grey picture."""
+MAX_TITLE = 24
+
+
+class Panel(NamedTuple):
+    """A picture of PANEL x PANEL pixels with its title."""
+
+    title: str
+    picture: Image
+
+
+def draw_attention(picture: Image, config: ImageConfig, maps: AttentionMaps) -> Image:
+    """Draw the panels of all words in rows. The title of a panel has the word, and the share of its attention that
+    goes to the picture.
+    """
+    return join_panels(attention_panels(picture, config, maps))
+
+
+def attention_panels(picture: Image, config: ImageConfig, maps: AttentionMaps) -> list[Panel]:
+    """Return a panel of the picture, and a panel for each word, whose colours are scaled to the word's largest value.
+
+    Args:
+        picture: picture in RGB.
+        config: settings with which the picture was resized for the model; a panel shows the same part of the picture.
+        maps: attention maps of the answer.
+    """
+    from PIL import Image
+
+    from vlm.image import to_pixels
+
+    seen = Image.fromarray(to_pixels(picture, config.model_copy(update={"size": PANEL})))
+    grey = np.asarray(seen.convert("L").convert("RGB"), np.float32)
+    panels = [Panel("", seen)]
+    for word, patches in maps.words():
+        share = float(patches.sum())
+        heat = Image.fromarray((patches / patches.max().clamp(min=1e-12)).numpy().astype(np.float32))
+        alpha = np.asarray(heat.resize((PANEL, PANEL), Image.Resampling.BILINEAR))[..., None] * MAX_ALPHA
+        blended = grey * (1 - alpha) + np.array(HOT, np.float32) * alpha
+        title = word if len(word) <= MAX_TITLE else f"{word[: MAX_TITLE - 3]}..."
+        panels.append(Panel(f"{title} {share:.0%}", Image.fromarray(blended.round().astype(np.uint8))))
+    return panels
+
+
+def join_panels(panels: Sequence[Panel]) -> Image:
+    """Put panels with their titles into rows of COLUMNS panels."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(14)
+    width, height = PANEL + MARGIN, PANEL + MARGIN + 20
+    columns, rows = min(COLUMNS, len(panels)), -(-len(panels) // COLUMNS)
+    canvas = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), "white")
+    pen = ImageDraw.Draw(canvas)
+    for index, panel in enumerate(panels):
+        left, top = MARGIN + index % COLUMNS * width, MARGIN + index // COLUMNS * height
+        pen.text((left, top), panel.title, fill="black", font=font)
+        canvas.paste(panel.picture, (left, top + 20))
+    return canvas

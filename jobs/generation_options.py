@@ -1,0 +1,61 @@
+"""Options of the commands that caption pictures: one option for each generation setting of a model."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+GENERATION = "model.generation"
+OPTIONS: dict[str, tuple[Any, str, str]] = {
+    "max_new_tokens": (int, "N", "Largest number of tokens of an answer."),
+    "temperature": (float, "T", "Temperature of sampling; 0 chooses the most likely tokens."),
+    "top_k": (int, "N", "Sample from this number of most likely tokens."),
+    "top_p": (float, "P", "Sample from the most likely tokens with this total probability."),
+    "min_p": (float, "P", "Sample from tokens with this share of the highest probability."),
+    "repetition_penalty": (float, "X", "Penalty on tokens that occurred before; 1: no penalty."),
+    "num_beams": (int, "N", "Number of beams of beam search."),
+    "length_penalty": (float, "X", "Above 1, beam search prefers longer answers."),
+    "stop": (list[str], "TEXT", "Text that ends an answer. Repeatable."),
+    "seed": (int, "N", "Random seed of sampling."),
+}
+"""Type, placeholder and help text of the option for each setting of `vlm.config.GenerationConfig`."""
+
+
+def with_generation_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options to a command. The command receives a given option as an override `model.generation.NAME=VALUE`.
+
+    The command must have a parameter `overrides`.
+    """
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        given = {name: kwargs.pop(name, None) for name in OPTIONS}
+        chosen = [f"{GENERATION}.{name}={_to_yaml(value)}" for name, value in given.items() if value is not None]
+        command(*args, **kwargs | {"overrides": [*(kwargs.get("overrides") or ()), *chosen]})
+
+    signature = inspect.signature(command, eval_str=True)
+    options = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                kind | None,
+                typer.Option(f"--{name.replace('_', '-')}", help=text, metavar=metavar),
+            ],
+        )
+        for name, (kind, metavar, text) in OPTIONS.items()
+    ]
+    run.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), *options]
+    )
+    return run
+
+
+def _to_yaml(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

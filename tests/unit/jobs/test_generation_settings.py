@@ -1,0 +1,225 @@
+"""Each generation setting changes the captions of commands, of the registered model and of its server in the same way.
+
+`caption` and `evaluate` run here as on executors, without Spark.
+"""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import typer
+from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import scoring_server
+from PIL import Image
+from tiny_models import tiny_model
+from tiny_runs import write_shards
+
+from jobs.ask import ask
+from jobs.caption import caption
+from jobs.cli import app
+from jobs.evaluate import evaluate
+from jobs.generation_options import OPTIONS, with_generation_options
+from pipelines.config import LimitsConfig, load_run
+from pipelines.errors import UserError
+from pipelines.executor.caption import CaptionJob, caption_batches
+from pipelines.executor.evaluate import ScoreJob, score_batches
+from pipelines.tracking import logged_model
+from pipelines.tracking import model as registered_model
+from vlm.captioner import Captioner
+from vlm.config import GenerationConfig, Precision
+
+PICTURES = 4
+TEXT_COLUMNS = ["model_name", "model_version", "settings_hash", "settings", "prompt", "source_table", "run_id"]
+Settings = dict[str, Any]
+CASES: dict[str, tuple[Settings, Any]] = {
+    "max_new_tokens": ({}, 3),
+    "temperature": ({}, 1.5),
+    "top_k": ({"temperature": 2.0}, 2),
+    "top_p": ({"temperature": 2.0}, 0.3),
+    "min_p": ({"temperature": 1.0}, 0.98),
+    "repetition_penalty": ({}, 5.0),
+    "num_beams": ({}, 4),
+    "length_penalty": ({"num_beams": 4}, -4.0),
+    "stop": ({}, ["a", "e"]),
+    "seed": ({"temperature": 2.0}, 9),
+}
+"""For each setting: settings without which it has no effect, and a value that changes the captions."""
+
+
+class World:
+    """A model, its pictures, and the folders and files that commands, executors and servers read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.captioner = Captioner(*tiny_model("plain"))
+        self.captioner.save(folder / "checkpoint")
+        self.shards = write_shards(folder / "shards", rows=PICTURES)
+        self.pictures = [Image.fromarray(self.shards.row(index).pixels) for index in range(PICTURES)]
+        self.files = [folder / f"{index}.png" for index in range(PICTURES)]
+        for picture, file in zip(self.pictures, self.files, strict=True):
+            picture.save(file)
+        mlflow.pyfunc.save_model(
+            folder / "version",
+            python_model=str(Path(str(registered_model.__file__))),
+            artifacts={file: str(folder / "checkpoint" / file) for file in logged_model.MODEL_FILES},
+            signature=logged_model.signature(self.captioner.model.config.generation),
+            pip_requirements=["mlflow"],
+        )
+        self.version = mlflow.pyfunc.load_model(str(folder / "version"))
+
+    def expected(self, settings: Settings) -> list[str | None]:
+        return [result.caption for result in self.captioner.caption(self.pictures, **settings)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+def by_ask(world: World, settings: Settings, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Ask about the first picture only, because each command decodes its picture in a process of its own."""
+    capsys.readouterr()
+    ask([world.files[0]], checkpoint=world.folder / "checkpoint", as_json=True, **settings)
+    return [json.loads(capsys.readouterr().out)["caption"]]
+
+
+def by_caption(world: World, settings: Settings, _: object) -> list[str]:
+    output = world.folder / "captions"
+    output.mkdir(exist_ok=True)
+    job = CaptionJob(
+        model_folder=world.folder / "checkpoint",
+        model_digest="",
+        remote=False,
+        precision=Precision.FP32,
+        prompt="",
+        settings=world.captioner.settings(**settings),
+        limits=LimitsConfig(min_side=4),
+        image_root=None,
+        threads=1,
+        output_folder=output,
+        rows_per_file=PICTURES,
+        constants={**dict.fromkeys(TEXT_COLUMNS, ""), "source_version": 0},
+        started_at=datetime.now(UTC),
+    )
+    columns = {"image_id": list("0123"), "image": [file.read_bytes() for file in world.files], "known": [None] * 4}
+    schema = pa.schema([("image_id", pa.string()), ("image", pa.binary()), ("known", pa.string())])
+    before = set(output.iterdir())
+    list(caption_batches(job, iter([pa.RecordBatch.from_pydict(columns, schema)])))
+    (written,) = set(output.iterdir()) - before
+    return [row["caption"] for row in pq.read_table(written).to_pylist()]
+
+
+def by_evaluate(world: World, settings: Settings, _: object) -> list[str]:
+    job = ScoreJob(
+        model_folder=world.folder / "checkpoint",
+        model_digest="",
+        remote=False,
+        shards_folder=str(world.shards.folder),
+        threads=1,
+        settings=world.captioner.settings(**settings) if settings else None,
+    )
+    (scores,) = score_batches(job, iter([pa.RecordBatch.from_pydict({"id": list(range(PICTURES))})]))
+    return list(scores.column("caption").to_pylist())
+
+
+def by_pyfunc(world: World, settings: Settings, _: object) -> list[str]:
+    frame = pd.DataFrame({"image": [file.read_bytes() for file in world.files]})
+    return list(world.version.predict(frame, params=settings)["caption"])
+
+
+def by_server(world: World, settings: Settings, _: object) -> list[str]:
+    """Send the body of a request to the function with which MLflow's server answers it."""
+    rows = [[base64.b64encode(file.read_bytes()).decode()] for file in world.files]
+    body = {"dataframe_split": {"columns": ["image"], "data": rows}, "params": settings}
+    schema = world.version.metadata.get_input_schema()
+    answer = scoring_server.invocations(  # type: ignore[no-untyped-call]
+        json.dumps(body), "application/json", world.version, schema
+    )
+    assert answer.status == 200
+    return [row["caption"] for row in json.loads(answer.response)["predictions"]]
+
+
+SURFACES: dict[str, Callable[[World, Settings, Any], list[str]]] = {
+    "ask": by_ask,
+    "caption": by_caption,
+    "evaluate": by_evaluate,
+    "pyfunc": by_pyfunc,
+    "server": by_server,
+}
+
+
+def test_the_table_has_every_generation_setting_and_a_value_that_changes_the_captions(world: World) -> None:
+    assert set(CASES) == set(OPTIONS) == set(logged_model.PARAMETERS) == set(GenerationConfig.model_fields)
+    for name, (needed, value) in CASES.items():
+        changed, before = world.expected(needed | {name: value}), world.expected(needed)
+        assert changed[0] != before[0], name
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.parametrize("name", CASES)
+def test_every_surface_follows_every_generation_setting(
+    surface: str, name: str, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAKESIGHT_HOME", str(world.folder / "home"))
+    needed, value = CASES[name]
+    captions = SURFACES[surface](world, needed | {name: value}, capsys)
+    assert captions == world.expected(needed | {name: value})[: len(captions)]
+
+
+@pytest.mark.parametrize("surface", ["caption", "evaluate", "pyfunc", "server"])
+def test_without_settings_the_captions_are_those_of_the_models_own_settings(surface: str, world: World) -> None:
+    assert SURFACES[surface](world, {}, None) == world.expected({})
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 2.0}, {"num_beams": 3, "temperature": 1.0}, {"max_new_tokens": 0}])
+def test_an_invalid_setting_of_a_request_is_refused_with_its_name(world: World, settings: Settings) -> None:
+    for surface in (by_pyfunc, by_server):
+        with pytest.raises(MlflowException, match=next(iter(settings))):
+            surface(world, settings, None)
+
+
+def test_an_option_is_an_override_whatever_its_value() -> None:
+    seen: list[Sequence[str] | None] = []
+
+    def command(*, overrides: list[str] | None = None) -> None:
+        seen.append(overrides)
+
+    decorated = with_generation_options(command)
+    decorated(stop=["a: b", "\U0001f600", '"'], temperature=1e-7, overrides=["train.steps=1"])
+    decorated()
+    assert seen[1] == []
+    first = list(seen[0] or ())
+    assert first[0] == "train.steps=1"
+    assert set(inspect.signature(decorated).parameters) == {"overrides", *OPTIONS}
+    generation = load_run("demo", overrides=first[1:]).model.generation
+    assert (generation.temperature, generation.stop) == (1e-7, ("a: b", "\U0001f600", '"'))
+
+
+@pytest.mark.parametrize("command", [ask, caption, evaluate])
+def test_commands_that_caption_have_an_option_for_each_setting(command: Callable[..., None]) -> None:
+    registered = typer.main.get_command(app).commands[command.__name__]  # type: ignore[attr-defined]
+    options = {option for parameter in registered.params for option in parameter.opts}
+    assert {f"--{name.replace('_', '-')}" for name in CASES} <= options
+
+
+def test_a_setting_that_training_fixed_is_refused_with_the_command_that_can_change_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAKESIGHT_HOME", str(world.folder / "home"))
+    for key, value in (("model.decoder.context", 64), ("model.image.size", 64), ("model.mask", "{kind: prefix}")):
+        with pytest.raises(UserError, match="lakesight train --run demo --set") as refused:
+            ask([world.files[0]], checkpoint=world.folder / "checkpoint", overrides=[f"{key}={value}"])
+        assert key in refused.value.got
+    accepted = ["train.steps=5", "data.limits.max_pixels=100000", "platform.ranks=3", "gate.min_blind_gap=0.5"]
+    ask([world.files[0]], checkpoint=world.folder / "checkpoint", overrides=accepted)
