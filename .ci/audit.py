@@ -47,16 +47,16 @@ REVIEWED = {
     "huey": "MIT, by its LICENSE file",
     "psycopg": "LGPL-3.0, unchanged and loaded as a library; only in the extra `postgres`",
     "psycopg-binary": "LGPL-3.0, as psycopg",
-    "pycocoevalcap": "BSD-2-Clause, with two Java programs under GPL and LGPL: docs/decisions/0035-java-programs.md",
+    "pycocoevalcap": "BSD-2-Clause, with Java programs under GPL and LGPL: docs/decisions/0035-java-programs.md",
     "skops": "MIT, by its LICENSE file",
     "torchao": "BSD-3-Clause, by its LICENSE file",
 }
 """Dependencies whose licence was looked up by a person, with the result."""
 
 JAVA_PROGRAMS = {
-    "tokenizer/stanford-corenlp-3.4.1.jar": "GPL: run by `evaluate` as a separate process",
-    "meteor/meteor-1.5.jar": "LGPL: run by `evaluate` as a separate process",
-    "spice/spice-1.0.jar": "AGPL: never run",
+    "tokenizer/stanford-corenlp-3.4.1.jar": "GPL-2.0, by its POM: run by `evaluate` as a separate process",
+    "meteor/meteor-1.5.jar": "LGPL-2.1, by its README: run by `evaluate` as a separate process",
+    "spice/spice-1.0.jar": "AGPL-3.0, by COPYING in the jar: never run",
 }
 """Java programs in pycocoevalcap, without the libraries of SPICE in spice/lib, which is never run."""
 

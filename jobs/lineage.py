@@ -5,6 +5,7 @@ needs no Spark.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.show import open_table
+from jobs.train import register_finished_runs
 from pipelines.errors import UserError
 from vlm.config import Config
 
@@ -88,7 +90,10 @@ def run_lineage(job: Job, image_id: str) -> list[CaptionLineage]:
     import pyarrow.compute as pc
 
     from pipelines.formats.tables import arrow_dataset
+    from pipelines.tracking.outage import TrackingDown
 
+    with suppress(TrackingDown):  # the tables can be read all the same
+        register_finished_runs(job)
     table = arrow_dataset(open_table(job, "generated_captions", None))
     rows = table.to_table(filter=pc.field("image_id") == image_id).sort_by("captioned_at").to_pylist()
     if not rows:

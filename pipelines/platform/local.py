@@ -210,6 +210,8 @@ def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]
         "spark.sql.codegen.cache.maxEntries": "1000",
         # Number of bytes per checksum and per write call for local files. The default is 512.
         "spark.hadoop.file.bytes-per-checksum": "65536",
+        # Hadoop sets the permissions of each file explicitly, so the umask of the process has no effect on them.
+        "spark.hadoop.fs.permissions.umask-mode": f"{_umask():03o}",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         # By default the executors' folder is named after the start time in seconds, so two Spark sessions could share a
@@ -229,6 +231,13 @@ def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]
         # with few partitions, adaptive execution saves no time and runs more jobs
         settings |= {"spark.sql.adaptive.enabled": "false"}
     return settings
+
+
+def _umask() -> int:
+    """Return the umask of this process. It can be read only by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def check_java() -> int:

@@ -102,9 +102,24 @@ def test_the_changelog_has_the_version_of_the_project_and_no_later_version() -> 
 
 
 def test_every_test_that_a_page_names_exists() -> None:
+    """Pages name a test as `test_file.py`, `test_name` or `test_file.py::test_name`."""
     files = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
-    named = {word for page in PAGES for word in re.findall(r"`(test_\w+(?:\.py)?)`", page.read_text(encoding="utf-8"))}
-    assert {"test_killed.py", "test_download.py"} <= named
+    named = {
+        found
+        for page in PAGES
+        for found in re.findall(r"`(test_\w+\.py)?(?:::)?(test_\w+)?`", page.read_text(encoding="utf-8"))
+        if any(found)
+    }
+    assert {("test_killed.py", ""), ("test_ui.py", "")} <= {(file, "") for file, _ in named}
     assert [
-        word for word in named if word not in files and not any(f"def {word}(" in text for text in files.values())
+        (file, name)
+        for file, name in named
+        if not any(f"def {name}" in text for each, text in files.items() if file in ("", each))
     ] == []
+
+
+def test_every_statement_about_security_names_its_test() -> None:
+    statements = (ROOT / "docs" / "security.md").read_text().partition("## Each statement and its test")[2]
+    rows = [line for line in statements.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 20
+    assert [row for row in rows if not re.search(r"\| `test_\w+\.py::test_\w+` \|$", row)] == []

@@ -25,9 +25,12 @@ SETTINGS = (
     "gate.baselines=[]",  # after so few steps, the model may ignore its pictures
     "gate.min_blind_gap=-10",
 )
+NOWHERE = "http://127.0.0.1:9"
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 ENVIRONMENTS: dict[str, dict[str, str]] = {
     "cron": {},
     "turkish": {"LANG": "tr_TR.UTF-8", "LC_ALL": "tr_TR.UTF-8", "TZ": "Pacific/Kiritimati"},
+    "dead proxy": {"LANG": "C", "LC_ALL": "C", "TZ": "America/St_Johns"} | dict.fromkeys(PROXIES, NOWHERE),
 }
 OPEN_FILES = 256
 
@@ -74,6 +77,13 @@ def test_the_pipeline_runs_without_home_and_asserts_with_few_open_files_and_a_pr
     assert report["trained"]
     assert report["captions"] > 0
     assert report["errors"] == 0
+    assert files_of_others(home) == []
+
+
+def files_of_others(home: Path) -> list[Path]:
+    """List what other users may read, without the source files of Lakesight, whose permissions MLflow copies."""
+    found = [path for path in home.rglob("*") if path.stat().st_mode & 0o077]
+    return [path for path in found if "artifacts/code" not in path.as_posix()]
 
 
 def test_a_limit_of_open_files_that_is_too_low_for_spark_is_named(tmp_path: Path) -> None:

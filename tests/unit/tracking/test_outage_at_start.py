@@ -16,6 +16,7 @@ from local_platforms import open_local
 from tiny_runs import finish_run, log_step, tiny_run, write_run, write_shards
 
 from jobs.common import Job, open_output
+from jobs.lineage import run_lineage
 from jobs.train import register_finished_runs
 from pipelines.errors import StageFailed, UserError
 from pipelines.platform import Platform
@@ -146,8 +147,11 @@ def test_training_starts_while_the_server_is_down_and_its_results_are_registered
     with open_output(as_json=True) as output:
         with pytest.raises(TrackingDown):
             register_finished_runs(Job(CONFIG, down, (), output))
-        assert trained.unregistered.exists()
-        register_finished_runs(Job(CONFIG, platform, (), output))
+        for opened, left in ((down, True), (platform, False)):
+            assert trained.unregistered.exists()
+            with pytest.raises(UserError, match="there is no table 'generated_captions'"):
+                run_lineage(Job(CONFIG, opened, (), output), "an id")
+            assert trained.unregistered.exists() == left
     assert not trained.unregistered.exists()
     version = registry.resolve(platform, "tiny", "1")
     assert [point.step for point in connect(platform).get_metric_history(version.run_id, "loss")] == [2]
