@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.common import Job, JsonOption, PlatformOption, PrecisionOption, PromptOption, RunOption, SetOption, open_job
+from jobs.common import (
+    ImageRootOption,
+    Job,
+    JsonOption,
+    PlatformOption,
+    PrecisionOption,
+    PromptOption,
+    RunOption,
+    SetOption,
+    open_job,
+)
 from jobs.evaluate import VersionOption, open_model
 from jobs.generation_options import with_generation_options
 from jobs.progress import show_progress
@@ -22,18 +32,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-ImageRootOption = Annotated[
-    str | None,
-    typer.Option(
-        "--image-root", help="Folder or URL of the pictures if the column holds paths or URLs.", metavar="FOLDER"
-    ),
-]
-
-
 @with_generation_options
 def caption(
     *,
-    table: Annotated[str, typer.Option("--table", help="Delta table with the pictures.", metavar="TABLE")] = "samples",
+    table: Annotated[
+        str,
+        typer.Option(
+            "--table", help="Delta table with the pictures: a name, or the path of a folder.", metavar="TABLE"
+        ),
+    ] = "samples",
     id_column: Annotated[str, typer.Option("--id-column", help="Column of unique ids.", metavar="COLUMN")] = "image_id",
     image_column: Annotated[
         str, typer.Option("--image-column", help="Column of pictures (binary or base64).", metavar="COLUMN")
@@ -65,16 +72,17 @@ def caption(
     \b
     Examples:
       lakesight caption --run demo --max-error-share 0.1
-      lakesight caption --table products --id-column sku --image-column photo
+      lakesight caption --table shop/products --id-column sku --image-column photo
       lakesight caption --table shop --id-column sku --image-column path --image-root /Volumes/main/shop/photos
     """
     from pipelines.executor.ingest.records.pictures.root import absolute_location
+    from pipelines.review.source_pictures import full_table_name
 
     with open_job(run, platform, overrides, as_json) as job:
         report = run_caption(
             job,
             version,
-            source_table=table,
+            source_table=full_table_name(job.platform, table),
             id_column=id_column,
             image_column=image_column,
             image_root=None if image_root is None else absolute_location(image_root),
@@ -86,7 +94,7 @@ def caption(
             max_error_share=max_error_share,
         )
         job.output.report(report)
-        job.output.line("next", "lakesight show generated_captions --gallery")
+        job.output.line("next", "lakesight show generated_captions --order 'captioned_at DESC' --gallery")
 
 
 def run_caption(job: Job, which: str, **request: object) -> CaptionReport:

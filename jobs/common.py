@@ -37,6 +37,12 @@ PrecisionOption = Annotated[
 PromptOption = Annotated[
     str, typer.Option("--prompt", help="Question about the picture. Default: ask for a caption.", metavar="TEXT")
 ]
+ImageRootOption = Annotated[
+    str | None,
+    typer.Option(
+        "--image-root", help="Folder or URL of the pictures if the column holds paths or URLs.", metavar="FOLDER"
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object on stdout.")]
 
 MIN_FREE_BYTES = 256 * 2**20

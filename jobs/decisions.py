@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
-from jobs.show import open_table
+from jobs.table_files import open_table
 
 
 def decisions(

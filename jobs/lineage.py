@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
-from jobs.show import open_table
+from jobs.table_files import open_table
 from jobs.train import register_finished_runs
 from pipelines.errors import UserError
 from vlm.config import Config

@@ -9,13 +9,16 @@ from typing import Annotated
 import typer
 
 from jobs.common import PlatformOption, RunOption, SetOption, open_job
-from jobs.show import open_table
+from jobs.table_files import open_table
 from jobs.ui import HOST, check_port_free
 from pipelines.errors import UserError
 
 
 def review(
     *,
+    table: Annotated[
+        str, typer.Option("--table", help="Captioned table: a name, or the path of a folder.", metavar="TABLE")
+    ] = "samples",
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.", metavar="PORT")] = 5002,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
@@ -27,24 +30,27 @@ def review(
     verdicts. To add the verdicts to the training data, run lakesight ingest --run reviewed.
 
     \b
-    Example:
+    Examples:
       lakesight review --run demo
+      lakesight review --run demo --table shop/products
     """
     with open_job(run, platform, overrides, as_json=False) as job:
         import uvicorn
 
         from pipelines.review.server import open_app
+        from pipelines.review.source_pictures import full_table_name, open_source
         from pipelines.review.verdicts import Review
 
-        captions, samples = (open_table(job, name, None) for name in ("generated_captions", "samples"))
+        captions = open_table(job, "generated_captions", None)
         assert job.platform.tables, "open_table raises an error if the platform has no tables folder"
-        table = job.platform.table("samples")
-        reviewed = Review(captions, samples, job.platform.tables / "verdicts", table=table, model=job.model_name)
+        name = full_table_name(job.platform, table)
+        pictures = open_source(job.platform, name)
+        reviewed = Review(captions, pictures, job.platform.tables / "verdicts", table=name, model=job.model_name)
         if not reviewed.captions:
             raise UserError(
                 "there are no captions to judge",
-                where=f"generated_captions, source table {table}, model {job.model_name}",
-                fix=f"run `{job.command('caption')}` first",
+                where=f"generated_captions, source table {name}, model {job.model_name}",
+                fix=f"run `{job.command('caption')}{'' if table == 'samples' else f' --table {table}'}` first",
             )
         check_port_free(port)
         job.output.line("review", f"http://{HOST}:{port}  (Ctrl-C stops it)")

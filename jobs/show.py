@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
+from jobs.common import ImageRootOption, Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
+from jobs.table_files import Relation, champion_captions, count_rows, open_table, table_relation
 from pipelines.errors import UserError
+from pipelines.formats.champion_captions import NAME as VIEW
 from vlm.config import Config
 
 if TYPE_CHECKING:
-    from deltalake import DeltaTable
+    import pyarrow as pa
+
+    from pipelines.review.source_pictures import PictureColumns
 
 WIDTH = 100
 """Number of characters after which a value is cut off in the output."""
 
 
 class TableReport(Config):
-    """Report of `lakesight show`. Field `rows` contains the first rows; binary values are replaced by their sizes."""
+    """Report of `lakesight show`.
+
+    Attributes:
+        table: name of the table, as given.
+        version: version of the table; the version of generated_captions for the view champion_captions.
+        num_rows: number of all rows of the table version.
+        columns: Delta types of the chosen columns, by name.
+        rows: first of the chosen rows; binary values are replaced by their sizes.
+        gallery: path of the HTML page, or None without --gallery.
+        output: path of the file with all chosen rows, or None without --output.
+    """
 
     table: str
     version: int
@@ -29,19 +43,43 @@ class TableReport(Config):
     columns: dict[str, str]
     rows: tuple[dict[str, Any], ...]
     gallery: str | None
+    output: str | None = None
 
 
 def show(
     table: Annotated[
         str,
-        typer.Argument(help="Table, such as samples, quarantine, generated_captions or evaluations.", metavar="TABLE"),
+        typer.Argument(
+            help="Table, such as samples or generated_captions; view champion_captions; or path of a folder.",
+            metavar="TABLE",
+        ),
     ],
     *,
     rows: Annotated[int, typer.Option("--rows", min=0, help="Number of rows to show.", metavar="N")] = 5,
     version: Annotated[
         int | None, typer.Option("--version", min=0, help="Version of the table. Default: the latest.", metavar="N")
     ] = None,
+    columns: Annotated[
+        str, typer.Option("--columns", help="Columns, separated by commas. Default: all.", metavar="NAMES")
+    ] = "",
+    where: Annotated[
+        str, typer.Option("--where", help="SQL condition that selects rows. Default: all rows.", metavar="SQL")
+    ] = "",
+    order: Annotated[
+        str, typer.Option("--order", help="SQL list of columns to sort by. Default: as stored.", metavar="SQL")
+    ] = "",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="Write all selected rows to a .parquet or .csv file.", metavar="FILE"),
+    ] = None,
     gallery: Annotated[bool, typer.Option("--gallery", help="Write an HTML page with the rows' pictures.")] = False,
+    id_column: Annotated[
+        str, typer.Option("--id-column", help="Column of ids, for --gallery.", metavar="COLUMN")
+    ] = "image_id",
+    image_column: Annotated[
+        str, typer.Option("--image-column", help="Column of pictures, for --gallery.", metavar="COLUMN")
+    ] = "image",
+    image_root: ImageRootOption = None,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
     overrides: SetOption = None,
@@ -50,92 +88,83 @@ def show(
     """Show rows and pictures of a table.
 
     The command prints the table's version, row count, columns and first rows. With --gallery, the command also writes
-    an HTML page of the rows' pictures.
+    an HTML page of the rows' pictures. The pictures of captions are read from the table that was captioned. The view
+    champion_captions has the newest good caption of each picture by the champion, for programs that read captions.
 
     \b
     Examples:
       lakesight show samples
       lakesight show generated_captions --rows 40 --gallery
+      lakesight show generated_captions --where 'error IS NOT NULL'
+      lakesight show champion_captions --output captions.csv
+      lakesight show shop/products --gallery --id-column sku --image-column photo
     """
+    from deltalake import Schema
+
+    from pipelines.executor.ingest.records.pictures.root import absolute_location
+    from pipelines.review.source_pictures import PictureColumns
+
     with open_job(run, platform, overrides, as_json) as job:
-        delta = open_table(job, table, version)
-        num_rows = count_rows(delta, table)
-        found = first_rows(delta, rows)
-        page = write_gallery(job, table, delta.version(), found) if gallery else None
+        relation, number, num_rows = _open(job, table, version)
+        chosen = [name.strip() for name in columns.split(",")] if columns else []
+        first = relation.select(chosen, where, order, rows).read_all()
+        page = None
+        if gallery:
+            place = PictureColumns(
+                id_column, image_column, None if image_root is None else absolute_location(image_root)
+            )
+            page = write_gallery(job, table, number, relation.select([], where, order, rows).read_all(), place)
+        if output:
+            write_rows(relation.select(chosen, where, order, None), output)
         report = TableReport(
             table=table,
-            version=delta.version(),
+            version=number,
             num_rows=num_rows,
-            columns={field.name: _type_name(field.type) for field in delta.schema().fields},
-            rows=tuple(readable(row) for row in found),
+            columns={field.name: _type_name(field.type) for field in Schema.from_arrow(first.schema).fields},
+            rows=tuple(readable(row) for row in first.to_pylist()),
             gallery=str(page) if page else None,
+            output=str(output) if output else None,
         )
         _print(job, report)
         job.output.report(report)
 
 
-def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
-    """Open a version of a table of the platform. If the version is None, open the latest version.
+def _open(job: Job, name: str, version: int | None) -> tuple[Relation, int, int]:
+    """Open a table or the view. Return the relation, its version and the number of its rows."""
+    if name != VIEW:
+        table = open_table(job, name, version)
+        return table_relation(table), table.version(), count_rows(table, name)
+    if version is not None:
+        raise UserError("a view has no versions", where=name, got=f"--version {version}", fix="omit --version")
+    view = champion_captions(job)
+    return view, view.tables["generated_captions"].version(), view.select([], "", "", None).read_all().num_rows
+
+
+def write_rows(rows: pa.RecordBatchReader, path: Path) -> None:
+    """Write rows to a Parquet or CSV file. An existing file is replaced when all rows are written.
 
     Raises:
-        UserError: the platform's tables cannot be read as files, or the table or the version does not exist.
+        UserError: the suffix of the file is neither .parquet nor .csv, or CSV cannot hold a column.
     """
-    from deltalake import DeltaTable
-    from deltalake.exceptions import DeltaError
+    import pyarrow as pa
+    from pyarrow import csv, parquet
 
-    if job.platform.tables is None:
-        raise UserError(
-            "show cannot read the tables of a catalog; it reads local Delta files only",
-            where=f"platform {job.platform.kind}",
-            fix=f"open {job.platform.table(name)} in Catalog Explorer or in a notebook",
-        )
-    names = sorted(path.parent.name for path in job.platform.tables.glob("*/_delta_log"))
-    if name not in names:
-        raise UserError(
-            f"there is no table {name!r}",
-            where=str(job.platform.tables),
-            got=f"tables: {', '.join(names)}" if names else "no tables at all",
-            fix="name one of these tables" if names else "run `lakesight demo` or `lakesight ingest` first",
-        )
-    latest = DeltaTable(job.platform.tables / name)
-    if version is None or version == latest.version():
-        return latest
+    from vlm.files import atomic_write
+
+    writers = {".parquet": parquet.ParquetWriter, ".csv": csv.CSVWriter}
+    if path.suffix not in writers:
+        raise UserError("unknown format", where="--output", got=path.name, fix="end the name in .parquet or .csv")
     try:
-        return DeltaTable(job.platform.tables / name, version=version)
-    except DeltaError as error:
+        with atomic_write(path) as temporary, writers[path.suffix](temporary, rows.schema) as writer:
+            for batch in rows:
+                writer.write_batch(batch)
+    except pa.ArrowInvalid as error:
         raise UserError(
-            f"table {name!r} has no version {version}",
-            where=str(job.platform.tables / name),
-            got=str(error).splitlines()[0],
-            fix=f"the latest version is {latest.version()}",
+            "the rows cannot be written",
+            where=str(path),
+            got=str(error),
+            fix="choose columns with --columns, or write a .parquet file",
         ) from None
-
-
-def count_rows(delta: DeltaTable, name: str) -> int:
-    """Count the rows of a table version.
-
-    Raises:
-        UserError: VACUUM has removed files of the version.
-    """
-    from pipelines.formats.tables import arrow_dataset
-
-    try:
-        return int(arrow_dataset(delta).count_rows())
-    except FileNotFoundError as error:
-        raise UserError(
-            f"version {delta.version()} of table {name!r} can no longer be read",
-            where=delta.table_uri,
-            got=f"VACUUM has removed its files ({str(error).splitlines()[0][:200]})",
-            fix="omit --version to show the newest version",
-        ) from None
-
-
-def first_rows(delta: DeltaTable, count: int) -> list[dict[str, Any]]:
-    """Return the first rows of a table as dicts of Python values."""
-    from pipelines.formats.tables import arrow_dataset
-
-    rows: list[dict[str, Any]] = arrow_dataset(delta).head(count).to_pylist()
-    return rows
 
 
 def readable(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,9 +181,10 @@ def _print(job: Job, report: TableReport) -> None:
         for name, value in row.items():
             text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False).strip('"')
             job.output.text(f"  {name:<{width}}  {text if len(text) <= WIDTH else text[: WIDTH - 3] + '...'}")
-    if report.gallery:
-        job.output.text("")
-        job.output.line("gallery", report.gallery)
+    for label, path in (("gallery", report.gallery), ("output", report.output)):
+        if path:
+            job.output.text("")
+            job.output.line(label, path)
 
 
 def _type_name(kind: Any) -> str:
@@ -166,43 +196,45 @@ def _type_name(kind: Any) -> str:
 # ------------------------------------------------------------------------------------------------ the gallery
 
 
-def write_gallery(job: Job, table: str, version: int, rows: Sequence[Mapping[str, Any]]) -> Path:
+def write_gallery(job: Job, name: str, version: int, rows: pa.Table, place: PictureColumns) -> Path:
     """Write an HTML page with the rows' pictures and texts, and return the path of the page.
 
-    A table without a picture column, such as generated_captions, shows the pictures of `samples`.
+    Args:
+        job: running command.
+        name: name of the table, as given.
+        version: version of the table.
+        rows: rows with all columns of the table.
+        place: place of the pictures if the rows have pictures. Captions are shown with the pictures of the table that
+            was captioned.
 
     Raises:
-        UserError: there are no rows, or the table has no column image_id.
+        UserError: there are no rows, or the table has neither captions nor the columns of `place`.
     """
     from pipelines.executor.thumbnail import make_thumbnails
     from pipelines.pages.page import Card, CardText, Gallery, Page, write_page
+    from pipelines.review.source_pictures import read_pictures
 
-    if not rows or "image_id" not in rows[0]:
+    found = rows.to_pylist()
+    is_captions = {"source_table", "image_id"} <= set(rows.column_names)
+    if not found or not (is_captions or {place.id_column, place.image_column} <= set(rows.column_names)):
         raise UserError(
-            f"there are no pictures to show in {table!r}",
-            got="no rows" if not rows else f"columns {', '.join(rows[0])}",
-            fix="--gallery needs rows with an image_id, as in samples and generated_captions",
+            f"there are no pictures to show in {name!r}",
+            got=f"columns {', '.join(rows.column_names)}" if found else "no rows",
+            fix="--gallery needs rows of captions, or the columns that --id-column and --image-column name",
         )
-    pictures = {row["image_id"]: row["image"] for row in rows if "image" in row} or _read_pictures(job, rows)
-    thumbnails = make_thumbnails([pictures.get(row["image_id"]) for row in rows])
+    if is_captions:
+        by_key = read_pictures(job.platform, found)
+        pictures = [by_key.get((row["source_table"], row["image_id"])) for row in found]
+    else:
+        pictures = [place.picture(row[place.image_column]) for row in found]
+    label = "image_id" if is_captions else place.id_column
     cards = [
-        Card(row["image_id"], thumbnail, [CardText(text) for text in _texts(row)])
-        for row, thumbnail in zip(rows, thumbnails, strict=True)
+        Card(str(row[label]), thumbnail, [CardText(text) for text in _texts(row)])
+        for row, thumbnail in zip(found, make_thumbnails(pictures), strict=True)
     ]
-    path = job.platform.folder("reports") / f"{table}-v{version}.html"
-    write_page(path, Page(f"{table}, version {version}", f"{len(rows):,} rows", galleries=[Gallery("", cards)]))
+    path = job.platform.folder("reports") / f"{Path(name).name}-v{version}.html"
+    write_page(path, Page(f"{name}, version {version}", f"{len(found):,} rows", galleries=[Gallery("", cards)]))
     return path
-
-
-def _read_pictures(job: Job, rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
-    """Read the pictures of the rows from table `samples`, by image_id."""
-    import pyarrow.compute as pc
-
-    from pipelines.formats.tables import arrow_dataset
-
-    wanted = pc.field("image_id").isin([row["image_id"] for row in rows])
-    samples = arrow_dataset(open_table(job, "samples", None))
-    return {row["image_id"]: row["image"] for row in samples.to_table(["image_id", "image"], filter=wanted).to_pylist()}
 
 
 def _texts(row: Mapping[str, Any]) -> list[str]:

@@ -210,6 +210,18 @@ MODEL_DIGEST = Column(
 )
 """Identity of a model version by content. Two registries may have versions of the same name and number."""
 
+PICTURE_COLUMNS = (
+    Column("id_column", pa.string(), "Column of source_table with the ids; null in rows of 0.1.0", nullable=True),
+    Column("image_column", pa.string(), "Column with the pictures; null in rows of 0.1.0", nullable=True),
+    Column(
+        "image_root",
+        pa.string(),
+        "Folder or URL of the pictures if image_column holds paths or URLs; null otherwise",
+        nullable=True,
+    ),
+)
+"""Columns that say where the picture of a caption is, so that it can be shown beside its caption."""
+
 GENERATED_CAPTIONS = Table(
     "generated_captions",
     ("source_table", "image_id", "model_name", "model_version", "settings_hash", MODEL_DIGEST.name),
@@ -231,8 +243,10 @@ GENERATED_CAPTIONS = Table(
         Column("run_id", pa.string(), "MLflow run that trained the model version"),
         Column("captioned_at", TIME_TYPE, "Time of captioning"),
         MODEL_DIGEST,
+        *PICTURE_COLUMNS,
     ),
     checks={"caption_or_error": "(caption IS NULL) != (error IS NULL)"},
+    followed=True,
 )
 
 EVALUATIONS = Table(
@@ -312,6 +326,35 @@ DECISIONS = Table(
 )
 
 TABLES = (SAMPLES, QUARANTINE, INGESTED, GENERATED_CAPTIONS, EVALUATIONS, VERDICTS, DECISIONS)
+
+
+def query(tables: Mapping[str, DeltaTable], sql: str) -> pa.RecordBatchReader:
+    """Run an SQL query on tables in files, without Spark. The order of rows is the order of the files, or the query's.
+
+    Args:
+        tables: tables by the names that the query uses.
+        sql: query in the SQL of DataFusion, the engine inside the package `deltalake`.
+
+    Raises:
+        DeltaError: the query is not valid on these tables.
+    """
+    from deltalake import QueryBuilder
+
+    engine = QueryBuilder()
+    for name, table in tables.items():
+        engine.register(name, table)
+    engine.execute("SET datafusion.execution.target_partitions = 1").read_all()  # else the order of rows is random
+    reader = pa.RecordBatchReader.from_stream(engine.execute(sql))
+    return reader.cast(pa.schema([field.with_type(_without_views(field.type)) for field in reader.schema]))
+
+
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    """Return the type that pyarrow's writers know for a type of DataFusion, which reads texts as views."""
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_without_views(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_without_views(kind.value_type)))
+    return {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}.get(kind, kind)
 
 
 def arrow_dataset(table: DeltaTable) -> Dataset:

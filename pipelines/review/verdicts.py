@@ -19,12 +19,13 @@ from deltalake import Field as DeltaField
 from pydantic import Field, model_validator
 
 from pipelines.errors import UserError
-from pipelines.formats.tables import MODEL_DIGEST, VERDICTS, arrow_dataset
+from pipelines.formats.tables import MODEL_DIGEST, PICTURE_COLUMNS, VERDICTS, arrow_dataset
+from pipelines.review.source_pictures import PictureColumns, SourcePictures
 from vlm.config import Config
 
 KEY = ("image_id", "model_version", "settings_hash", MODEL_DIGEST.name)
 """Columns that identify a caption of one source table and one model."""
-CAPTION_COLUMNS = ("caption", "error", "prompt", "mean_logprob", *KEY)
+CAPTION_COLUMNS = ("caption", "error", "prompt", "mean_logprob", "captioned_at", *KEY)
 Show = Literal["open", "judged", "all"]
 Key = tuple[str, str, str, str]
 
@@ -69,10 +70,13 @@ class Review:
         of_model = (
             (pc.field("source_table") == table) & (pc.field("model_name") == model) & pc.field("caption").is_valid()
         )
-        found = _read(captions, CAPTION_COLUMNS, of_model)
+        columns = (*CAPTION_COLUMNS, *(column.name for column in PICTURE_COLUMNS))
+        found = _read(captions, columns, of_model)
         self.captions: list[dict[str, Any]] = found.sort_by("mean_logprob").to_pylist()
         self._by_key = {key_of(row): row for row in self.captions}
-        self._pictures, self._table, self._model = pictures, table, model
+        newest: dict[str, Any] = max(self.captions, key=lambda row: row["captioned_at"], default={})
+        self._pictures = SourcePictures(pictures, PictureColumns.of_caption(newest))
+        self._table, self._model = table, model
         self._verdicts = open_verdicts(verdicts)
         self._lock = threading.Lock()
         of_model = (pc.field("source_table") == table) & (pc.field("model_name") == model)
@@ -92,11 +96,7 @@ class Review:
 
     def picture(self, image_id: str) -> bytes | None:
         """Read a picture file, or return None if the table no longer contains the row."""
-        with self._lock:  # the server may run for days, and VACUUM removes the files of older versions
-            self._pictures.update_incremental()
-            pictures = arrow_dataset(self._pictures)
-        rows = pictures.to_table(["image"], filter=pc.field("image_id") == image_id)
-        return bytes(rows["image"][0].as_py()) if rows.num_rows else None
+        return self._pictures.read([image_id]).get(image_id)
 
     def save_verdict(self, verdict: CaptionVerdict, reviewer: str) -> None:
         """Write a verdict to the table. The new verdict replaces an earlier verdict on the same caption.

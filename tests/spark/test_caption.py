@@ -16,15 +16,18 @@ from typing import Any
 import pytest
 import torch
 from crashing_decoder import CrashingLimits, crashing_picture, hanging_picture
+from deltalake import DeltaTable
 from PIL import Image
 from pyspark.sql import SparkSession
 from tiny_runs import tiny_model_config
 
 from pipelines.config import LimitsConfig
 from pipelines.driver.caption.run import CaptionReport, CaptionRequest, TooManyErrors, caption
+from pipelines.driver.evaluate.gate import record_decision
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import StageFailed, UserError
-from pipelines.formats.tables import GENERATED_CAPTIONS
+from pipelines.formats.champion_captions import TABLES, select
+from pipelines.formats.tables import GENERATED_CAPTIONS, query
 from pipelines.platform import Platform
 from pipelines.worker.caption import load_captioner
 from vlm import text
@@ -166,8 +169,30 @@ def test_pictures_named_by_path_are_captioned_and_an_unreadable_one_is_a_row_wit
     assert [rows[n]["caption"] for n in "01"] == [alone.caption] * 2
     assert [rows[n]["error"].partition(": ")[0] for n in "234"] == ["missing_field"] * 3
     assert "not inside the folder" in rows["2"]["error"]
+    assert {rows["0"][name] for name in ("id_column", "image_column", "image_root")} == {
+        "id",
+        "photo",
+        f"{tmp_path}/in",
+    }
     with pytest.raises(UserError, match="no folder"):
         caption(spark, platform, model, request(table, image_root=str(tmp_path / "gone")))
+
+
+def test_the_view_of_the_champion_s_captions_is_the_same_in_spark_and_without_spark(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+) -> None:
+    assert platform.tables
+    table = write(spark, tmp_path / "photos", [(n, picture(n)) for n in range(3)] + [(3, b"no picture")])
+    caption(spark, platform, model, request(table))
+    record_decision(
+        spark, platform, model=model.name, version="1", digest=model.digest, action="promote", champion=None
+    )
+    view = spark.table(platform.table("champion_captions"))
+    found = view.where(view.model_name == model.name).orderBy("image_id").toArrow()
+    files = {name: DeltaTable(platform.tables / name) for name in TABLES}
+    sql = f"SELECT * FROM ({select()}) AS v WHERE model_name = '{model.name}' ORDER BY image_id"
+    assert found.to_pylist() == query(files, sql).read_all().to_pylist()
+    assert found["image_id"].to_pylist() == ["0", "1", "2"]
 
 
 def test_the_sampled_caption_of_a_picture_does_not_depend_on_other_pictures_in_the_batch(model: ModelFiles) -> None:

@@ -26,7 +26,7 @@ from pyspark.sql import functions as F
 from pipelines.driver.delta.model_rows import SAME_MODEL
 from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.executor.caption import PENDING_SCHEMA
-from pipelines.formats.tables import GENERATED_CAPTIONS, MODEL_DIGEST
+from pipelines.formats.tables import GENERATED_CAPTIONS, MODEL_DIGEST, PICTURE_COLUMNS
 from pipelines.platform import Platform
 
 logger = logging.getLogger(__name__)
@@ -96,8 +96,9 @@ class PendingFiles:
                 rows = pq.read_table(path)
             except FileNotFoundError:
                 continue
-            if MODEL_DIGEST.name not in rows.column_names:  # a file of Lakesight 0.1.0
-                rows = rows.append_column(MODEL_DIGEST.name, pa.nulls(rows.num_rows, MODEL_DIGEST.type))
+            for column in (MODEL_DIGEST, *PICTURE_COLUMNS):
+                if column.name not in rows.column_names:  # a file of Lakesight 0.1.0
+                    rows = rows.append_column(column.name, pa.nulls(rows.num_rows, column.type))
             yield path, rows.select(PENDING_SCHEMA.names)
 
     def _commit(self, spark: SparkSession, platform: Platform, chunk: list[pa.Table], files: list[Path]) -> int:

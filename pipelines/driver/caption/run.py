@@ -32,7 +32,7 @@ from pipelines.driver.delta.model_rows import is_of_model
 from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.spark_errors import translate_spark_errors
-from pipelines.driver.delta.tables import ensure_tables
+from pipelines.driver.delta.tables import ensure_champion_captions, ensure_tables
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import StageFailed, UserError
 from pipelines.executor.caption import FILE_STATS_SCHEMA, CaptionJob, caption_batches
@@ -174,6 +174,7 @@ def caption(
     request.precision.require()
     _check_prompt(model, request)
     ensure_tables(spark, platform)
+    ensure_champion_captions(spark, platform)
     source = _open_source(spark, platform, request)
     job, key = _create_job(spark, platform, model, request, source)
     pending = PendingFiles(job.output_folder, key)
@@ -238,7 +239,14 @@ def _create_job(
         "model_version": model.version,
         "settings_hash": short_hash(request.prompt, decoding),
     }
-    constants = {"prompt": request.prompt, "settings": json.dumps(decoding), "source_version": source.version}
+    constants = {
+        "prompt": request.prompt,
+        "settings": json.dumps(decoding),
+        "source_version": source.version,
+        "id_column": request.id_column,
+        "image_column": request.image_column,
+        "image_root": request.image_root,
+    }
     job = CaptionJob(
         model_folder=model.folder,
         model_digest=model.digest,

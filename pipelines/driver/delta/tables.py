@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pyspark.sql import SparkSession
 
+from pipelines.formats import champion_captions
 from pipelines.formats.tables import TABLES, Table
 from pipelines.platform import Platform
 
@@ -46,6 +47,15 @@ def ensure_table(spark: SparkSession, platform: Platform, table: Table) -> None:
             if not folder:
                 add_checks(spark, name, table.checks)
     add_columns(spark, platform, table)
+
+
+def ensure_champion_captions(spark: SparkSession, platform: Platform) -> None:
+    """Create the view `champion_captions` if it does not exist. On a laptop, a view lasts as long as the session."""
+    name = platform.table(champion_captions.NAME)
+    if not spark.catalog.tableExists(name):
+        columns = ", ".join(f"{column} COMMENT '{text}'" for column, text in champion_captions.COLUMNS.items())
+        select = champion_captions.select(f"{platform.namespace}.")
+        spark.sql(f"CREATE VIEW IF NOT EXISTS {name} ({columns}) COMMENT '{champion_captions.COMMENT}' AS {select}")
 
 
 def add_checks(spark: SparkSession, name: str, checks: Mapping[str, str]) -> tuple[str, ...]:

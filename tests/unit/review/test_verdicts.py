@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from jobs.show import count_rows
+from jobs.table_files import count_rows
 from pipelines.errors import UserError
 from pipelines.formats.tables import GENERATED_CAPTIONS, SAMPLES, VERDICTS, Table
 from pipelines.review.verdicts import CaptionVerdict, Review
@@ -98,3 +99,20 @@ def test_a_running_review_and_show_survive_the_removal_of_the_files_of_older_ver
     assert count_rows(DeltaTable(tmp_path / "samples"), "samples") == 1
     with pytest.raises(UserError, match=r"version 0 .*can no longer be read.*VACUUM has removed its files"):
         count_rows(DeltaTable(tmp_path / "samples", version=0), "samples")
+
+
+def test_captions_of_a_table_that_ingest_never_saw_are_reviewed_with_its_pictures(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "b.png").write_bytes(b"path")
+    rows = {"sku": [1, 2], "photo": [b"bytes", None], "text": [base64.b64encode(b"text").decode(), None]}
+    write_deltalake(tmp_path / "shop", pa.table(rows | {"file": ["b.png", "../b.png"]}))
+    for column, root, expected in (
+        ("photo", None, b"bytes"),
+        ("text", None, b"text"),
+        ("file", str(tmp_path / "files"), b"path"),
+    ):
+        place = {"id_column": "sku", "image_column": column, "image_root": root}
+        captions = write(tmp_path / column, GENERATED_CAPTIONS, [CAPTION | {"image_id": "1"} | place])
+        pictures = DeltaTable(tmp_path / "shop")
+        review = Review(captions, pictures, tmp_path / column / "verdicts", table="samples", model="m")
+        assert [review.picture(image_id) for image_id in ("1", "2", "3")] == [expected, None, None]

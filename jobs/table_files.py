@@ -1,0 +1,155 @@
+"""Tables as the commands without Spark open and query them: as files on a disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.common import Job
+from pipelines.errors import UserError
+from vlm.errors import did_you_mean
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from deltalake import DeltaTable
+
+
+def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
+    """Open a version of a table of the platform, or of a table in a folder. If the version is None, open the latest.
+
+    Raises:
+        UserError: the platform's tables cannot be read as files, or the table or the version does not exist.
+    """
+    from deltalake import DeltaTable
+    from deltalake.exceptions import DeltaError
+
+    if "/" in name:
+        from pipelines.review.source_pictures import full_table_name, open_source
+
+        latest = open_source(job.platform, full_table_name(job.platform, name))
+    else:
+        latest = DeltaTable(_folder(job, name))
+    if version is None or version == latest.version():
+        return latest
+    try:
+        return DeltaTable(latest.table_uri, version=version)
+    except DeltaError as error:
+        raise UserError(
+            f"table {name!r} has no version {version}",
+            where=latest.table_uri,
+            got=str(error).splitlines()[0],
+            fix=f"the latest version is {latest.version()}",
+        ) from None
+
+
+def _folder(job: Job, name: str) -> Path:
+    """Return the folder of a table of the platform."""
+    if job.platform.tables is None:
+        raise UserError(
+            "show cannot read the tables of a catalog; it reads local Delta files only",
+            where=f"platform {job.platform.kind}",
+            fix=f"open {job.platform.table(name)} in Catalog Explorer or in a notebook",
+        )
+    names = sorted(path.parent.name for path in job.platform.tables.glob("*/_delta_log"))
+    if name not in names:
+        raise UserError(
+            f"there is no table {name!r}",
+            where=str(job.platform.tables),
+            got=f"tables: {', '.join(names)}" if names else "no tables at all",
+            fix=f"name one of these tables, or the path of a folder{did_you_mean(name, names)}"
+            if names
+            else "run `lakesight demo` or `lakesight ingest` first",
+        )
+    return job.platform.tables / name
+
+
+def count_rows(delta: DeltaTable, name: str) -> int:
+    """Count the rows of a table version.
+
+    Raises:
+        UserError: VACUUM has removed files of the version.
+    """
+    from pipelines.formats.tables import arrow_dataset
+
+    try:
+        return int(arrow_dataset(delta).count_rows())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"version {delta.version()} of table {name!r} can no longer be read",
+            where=delta.table_uri,
+            got=f"VACUUM has removed its files ({str(error).splitlines()[0][:200]})",
+            fix="omit --version to show the newest version",
+        ) from None
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A table, or the view `champion_captions`, that SQL can select from.
+
+    Attributes:
+        tables: tables by the names that `sql` uses.
+        sql: relation of a FROM clause.
+    """
+
+    tables: Mapping[str, DeltaTable]
+    sql: str
+
+    def select(self, columns: Sequence[str], where: str, order: str, limit: int | None) -> pa.RecordBatchReader:
+        """Read some rows and columns.
+
+        Args:
+            columns: names of the columns; all columns if empty.
+            where: SQL condition, or empty for all rows.
+            order: SQL list of columns to sort by, or empty for the order of the files.
+            limit: number of rows, or None for all rows.
+
+        Raises:
+            UserError: a column does not exist, or the condition or the order is not valid SQL on these columns.
+        """
+        from deltalake.exceptions import DeltaError
+
+        from pipelines.formats.tables import query
+
+        chosen = ", ".join('"' + name.replace('"', '""') + '"' for name in columns) or "*"
+        sql = f"SELECT {chosen} FROM {self.sql}"  # noqa: S608 the condition is the user's own, as in a database client
+        sql += f" WHERE ({where})" if where else ""
+        sql += f" ORDER BY {order}" if order else ""
+        sql += "" if limit is None else f" LIMIT {limit}"
+        try:
+            return query(self.tables, sql)
+        except DeltaError as error:
+            raise UserError(
+                "the rows cannot be selected",
+                where="--columns, --where or --order",
+                got=" ".join(str(error).split()),
+                fix="write SQL on the columns of the table; names with capital letters or spaces need double quotes",
+            ) from None
+
+
+def table_relation(table: DeltaTable) -> Relation:
+    """Return one table as a relation."""
+    return Relation({"shown": table}, "shown")
+
+
+def champion_captions(job: Job) -> Relation:
+    """Return the view `champion_captions` on the newest versions of its tables.
+
+    Raises:
+        UserError: a table does not exist, or lacks a column because an earlier Lakesight version wrote the table.
+    """
+    from pipelines.formats.champion_captions import TABLES, select
+    from pipelines.formats.tables import GENERATED_CAPTIONS
+
+    tables = {name: open_table(job, name, None) for name in TABLES}
+    existing = {field.name for field in tables[GENERATED_CAPTIONS.name].schema().fields}
+    missing = [name for name in GENERATED_CAPTIONS.names if name not in existing]
+    if missing:
+        raise UserError(
+            "an earlier version of Lakesight wrote the table of captions",
+            where=GENERATED_CAPTIONS.name,
+            got=f"no column {', '.join(missing)}",
+            fix=f"run `{job.command('maintain')}` once, which adds the columns and changes no row",
+        )
+    return Relation(tables, f"({select()}) AS shown")

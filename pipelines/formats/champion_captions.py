@@ -1,0 +1,63 @@
+"""The view `champion_captions`: the newest good caption of each picture by the champion, for readers of captions.
+
+Spark creates the view in a catalog. On a laptop, `lakesight show champion_captions` runs the same SELECT on the files
+of the tables, without Spark. So the SELECT uses only SQL that Spark and DataFusion both understand.
+"""
+
+from __future__ import annotations
+
+from pipelines.formats.tables import DECISIONS, GENERATED_CAPTIONS, VERDICTS
+
+NAME = "champion_captions"
+COMMENT = "Newest good caption of each picture by the champion of each model"
+COLUMNS = {
+    "source_table": "Table that contains the picture",
+    "image_id": "Id of the picture in the source table",
+    "caption": "Caption of the champion, or its correction by a person",
+    "prompt": "Prompt; empty for a plain caption",
+    "model_name": "Registered model",
+    "model_version": "Version of the model that is the champion by the last promotion or rollback in table decisions",
+    "mean_logprob": "Mean log-probability of the generated tokens",
+    "verdict": "Verdict of a person: good or corrected; null if nobody has judged the caption",
+    "sha256": "SHA-256 of the captioned picture",
+    "captioned_at": "Time of captioning",
+    "id_column": "Column of source_table with the ids",
+    "image_column": "Column of source_table with the pictures",
+    "image_root": "Folder or URL of the pictures if image_column holds paths or URLs; null otherwise",
+}
+"""Columns of the view and their meanings. A row is a picture of a source table, a model and a prompt."""
+TABLES = (GENERATED_CAPTIONS.name, DECISIONS.name, VERDICTS.name)
+"""Tables from which the view reads."""
+
+_SELECT = """
+SELECT {columns} FROM (
+  SELECT
+    captions.source_table, captions.image_id, COALESCE(verdicts.text, captions.caption) AS caption, captions.prompt,
+    captions.model_name, captions.model_version, captions.mean_logprob, verdicts.verdict, captions.sha256,
+    captions.captioned_at, captions.id_column, captions.image_column, captions.image_root,
+    ROW_NUMBER() OVER (
+      PARTITION BY captions.source_table, captions.image_id, captions.model_name, captions.prompt
+      ORDER BY captions.captioned_at DESC, captions.settings_hash
+    ) AS age
+  FROM {generated_captions} AS captions
+  JOIN (
+    SELECT model_name, model_version, model_digest,
+      ROW_NUMBER() OVER (PARTITION BY model_name ORDER BY decided_at DESC, decision_id) AS age
+    FROM {decisions} WHERE action IN ('promote', 'rollback')
+  ) AS champions
+    ON champions.age = 1 AND captions.model_name = champions.model_name
+    AND captions.model_version = champions.model_version
+    AND COALESCE(captions.model_digest = champions.model_digest, TRUE)
+  LEFT JOIN {verdicts} AS verdicts
+    ON verdicts.source_table = captions.source_table AND verdicts.image_id = captions.image_id
+    AND verdicts.model_name = captions.model_name AND verdicts.model_version = captions.model_version
+    AND verdicts.settings_hash = captions.settings_hash
+    AND COALESCE(verdicts.model_digest, '') = COALESCE(captions.model_digest, '')
+  WHERE captions.caption IS NOT NULL AND COALESCE(verdicts.verdict, 'good') <> 'bad'
+) AS good WHERE age = 1
+"""
+
+
+def select(prefix: str = "") -> str:
+    """Return the SELECT statement of the view. `prefix` is put before the names of the tables, such as `schema.`."""
+    return _SELECT.format(columns=", ".join(COLUMNS), **{name: f"{prefix}{name}" for name in TABLES}).strip()

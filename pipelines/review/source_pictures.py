@@ -1,0 +1,145 @@
+"""Pictures of captioned rows, read from the tables that were captioned, without Spark."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError, TableNotFoundError
+
+from pipelines.config import LimitsConfig
+from pipelines.errors import UserError
+from pipelines.executor.ingest.records.pictures.root import PictureRoot
+from pipelines.formats.tables import arrow_dataset
+from pipelines.platform import Platform
+from vlm.errors import ImageError
+from vlm.image import picture_bytes
+
+logger = logging.getLogger(__name__)
+
+TABLE_IN_FOLDER = re.compile(r"delta\.`(?P<path>[^`]+)`")
+"""Name of a Delta table that no catalog knows."""
+
+
+@dataclass(frozen=True)
+class PictureColumns:
+    """Place of the pictures of a table.
+
+    Attributes:
+        id_column: name of the column of ids.
+        image_column: name of the column of pictures (bytes or base64 text), or of their paths or URLs.
+        image_root: folder or URL of the pictures if `image_column` holds paths or URLs, else None.
+    """
+
+    id_column: str = "image_id"
+    image_column: str = "image"
+    image_root: str | None = None
+
+    @classmethod
+    def of_caption(cls, row: Mapping[str, Any]) -> PictureColumns:
+        """Return the place of a caption's picture. A row of Lakesight 0.1.0 has no such columns: it is the default."""
+        return cls(row.get("id_column") or "image_id", row.get("image_column") or "image", row.get("image_root"))
+
+    def picture(self, value: Any) -> bytes | None:
+        """Return the picture of a value of `image_column`, or None if it cannot be read."""
+        limit = LimitsConfig().max_bytes
+        if self.image_root is not None:
+            read = PictureRoot(self.image_root, limit).read(value)
+            return read if isinstance(read, bytes) else None
+        try:
+            return picture_bytes(value, limit)
+        except ImageError:
+            return None
+
+
+class SourcePictures:
+    """Pictures of a Delta table in files, by id. Several threads may read at the same time.
+
+    Args:
+        table: the table. Each read sees its newest version.
+        columns: place of the pictures.
+    """
+
+    def __init__(self, table: DeltaTable, columns: PictureColumns) -> None:
+        self._table = table
+        self._columns = columns
+        self._lock = threading.Lock()
+
+    def read(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Read the pictures of some rows, by id. Rows that do not exist or have no readable picture are left out."""
+        with self._lock:  # a server may run for days, and VACUUM removes the files of older versions
+            self._table.update_incremental()
+            rows = arrow_dataset(self._table)
+        identity = pc.field(self._columns.id_column).cast(pa.string())
+        columns = {"id": identity, "picture": pc.field(self._columns.image_column)}
+        found = rows.to_table(columns, filter=identity.isin(list(ids))).to_pylist()
+        pictures = {row["id"]: self._columns.picture(row["picture"]) for row in found}
+        return {image_id: picture for image_id, picture in pictures.items() if picture is not None}
+
+
+def open_source(platform: Platform, name: str) -> DeltaTable:
+    """Open the table that a caption's column `source_table` names.
+
+    Raises:
+        UserError: the table cannot be read as files: a catalog manages it, or its folder cannot be read.
+    """
+    in_folder = TABLE_IN_FOLDER.fullmatch(name)
+    schema, _, table = name.rpartition(".")
+    if in_folder:
+        location = in_folder["path"]
+    elif platform.tables is not None and schema == platform.namespace:
+        location = str(platform.tables / table)
+    else:
+        raise UserError(
+            "the pictures of the table cannot be read without Spark",
+            where=name,
+            got="a table of a catalog",
+            fix="name the table by its folder when you caption it: --table /path/of/the/table",
+        )
+    try:
+        return DeltaTable(location)
+    except (TableNotFoundError, DeltaError, OSError) as error:
+        raise UserError(
+            "the table cannot be read as a Delta table",
+            where=location,
+            got=str(error).splitlines()[0],
+            fix="name an existing table, or the folder that contains its _delta_log",
+        ) from None
+
+
+def full_table_name(platform: Platform, text: str) -> str:
+    """Return the full name of a table that a user names as `table`, `schema.table` or as the path of a folder.
+
+    A text with a slash is a path, such as `shop/products`, `/data/products` or `s3a://bucket/products`.
+    """
+    if "/" in text and not text.startswith("delta."):
+        return f"delta.`{text if '://' in text else Path(os.path.normpath(Path(text).expanduser().absolute()))}`"
+    return text if "." in text else platform.table(text)
+
+
+def read_pictures(platform: Platform, captions: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], bytes]:
+    """Read the pictures of captions from the tables that were captioned, by `source_table` and `image_id`.
+
+    Pictures of a table that cannot be read as files are left out, with a warning.
+    """
+    ids: dict[tuple[str, PictureColumns], list[str]] = {}
+    for row in captions:
+        ids.setdefault((row["source_table"], PictureColumns.of_caption(row)), []).append(row["image_id"])
+    found: dict[tuple[str, str], bytes] = {}
+    for (name, columns), wanted in ids.items():
+        try:
+            pictures = SourcePictures(open_source(platform, name), columns).read(wanted)
+        except UserError as error:
+            logger.warning("pictures are missing: %s", error)
+            continue
+        found |= {(name, image_id): picture for image_id, picture in pictures.items()}
+    return found

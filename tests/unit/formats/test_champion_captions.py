@@ -1,0 +1,130 @@
+"""Tests of the view champion_captions, computed from table files without Spark, as `lakesight show` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable, write_deltalake
+from deltalake.exceptions import DeltaError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.formats.champion_captions import COLUMNS, select
+from pipelines.formats.tables import DECISIONS, GENERATED_CAPTIONS, VERDICTS, Table, query
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+CAPTION: dict[str, Any] = {
+    **dict.fromkeys(GENERATED_CAPTIONS.names, ""),
+    "image_id": "a",
+    "model_name": "m",
+    "model_version": "1",
+    "caption": "red",
+    "error": None,
+    "num_tokens": 1,
+    "mean_logprob": -1.0,
+    "source_version": 0,
+    "captioned_at": START,
+    "model_digest": "x",
+}
+
+
+def decision(action: str, version: str, day: int, digest: str | None = "x") -> dict[str, Any]:
+    row = dict.fromkeys(DECISIONS.names, "") | {"model_name": "m", "model_version": version, "action": action}
+    return row | {"reasons": [], "decided_at": START + timedelta(days=day), "model_digest": digest}
+
+
+def verdict(judged: str, text: str | None, **key: str) -> dict[str, Any]:
+    row = dict.fromkeys(VERDICTS.names, "") | {"image_id": "a", "model_name": "m", "model_version": "1"}
+    return row | {"model_digest": "x", "verdict": judged, "text": text, "image": b"", "judged_at": START} | key
+
+
+def view(
+    folder: Path,
+    captions: Sequence[Mapping[str, Any]],
+    decisions: Sequence[Mapping[str, Any]],
+    verdicts: Sequence[Mapping[str, Any]] = (),
+) -> list[dict[str, Any]]:
+    def table(kind: Table, rows: Sequence[Mapping[str, Any]]) -> DeltaTable:
+        write_deltalake(folder / kind.name, pa.Table.from_pylist(list(rows), kind.arrow_schema), mode="overwrite")
+        return DeltaTable(folder / kind.name)
+
+    found = [(GENERATED_CAPTIONS, captions), (DECISIONS, decisions), (VERDICTS, verdicts)]
+    read = query({kind.name: table(kind, rows) for kind, rows in found}, select()).read_all()
+    assert read.column_names == list(COLUMNS)
+    assert not any(pa.types.is_string_view(field.type) for field in read.schema), "pyarrow's CSV writer refuses views"
+    return sorted(read.to_pylist(), key=lambda row: (row["image_id"], row["prompt"]))
+
+
+def test_the_view_follows_promotions_and_rollbacks_but_no_refusals(tmp_path: Path) -> None:
+    captions = [CAPTION, CAPTION | {"model_version": "2", "caption": "blue"}]
+    promoted = [decision("promote", "1", 0), decision("refuse", "2", 1)]
+    assert [row["caption"] for row in view(tmp_path, captions, promoted)] == ["red"]
+    promoted.append(decision("promote", "2", 2))
+    assert [row["caption"] for row in view(tmp_path, captions, promoted)] == ["blue"]
+    promoted.append(decision("rollback", "1", 3))
+    assert [row["caption"] for row in view(tmp_path, captions, promoted)] == ["red"]
+    assert view(tmp_path, captions, []) == []
+
+
+def test_the_view_leaves_out_errors_and_bad_captions_and_shows_corrections(tmp_path: Path) -> None:
+    newer = CAPTION | {"settings_hash": "new", "caption": "green", "captioned_at": START + timedelta(days=1)}
+    failed = CAPTION | {"image_id": "b", "caption": None, "error": "not_an_image"}
+    question = CAPTION | {"prompt": "where", "settings_hash": "q", "caption": "left"}
+    champion = [decision("promote", "1", 0)]
+    rows = view(tmp_path, [CAPTION, newer, failed, question], champion)
+    assert [(row["image_id"], row["caption"]) for row in rows] == [("a", "green"), ("a", "left")]
+    bad = view(tmp_path, [CAPTION, newer], champion, [verdict("bad", None, settings_hash="new")])
+    assert [(row["caption"], row["verdict"]) for row in bad] == [("red", None)]
+    corrected = view(tmp_path, [CAPTION, newer], champion, [verdict("corrected", "grey", settings_hash="new")])
+    assert [(row["caption"], row["verdict"]) for row in corrected] == [("grey", "corrected")]
+
+
+def test_captions_of_another_registry_are_left_out_but_captions_and_decisions_without_a_digest_count(
+    tmp_path: Path,
+) -> None:
+    captions = [CAPTION | {"image_id": "a"}, CAPTION | {"image_id": "b", "model_digest": "y"}]
+    captions.append(CAPTION | {"image_id": "c", "model_digest": None})
+    assert [row["image_id"] for row in view(tmp_path, captions, [decision("promote", "1", 0)])] == ["a", "c"]
+    assert len(view(tmp_path, captions, [decision("promote", "1", 0, digest=None)])) == 3
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("xyz"), st.integers(0, 3), st.booleans())))
+def test_each_picture_and_prompt_occurs_once_with_its_newest_caption(
+    tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple[str, str, int, bool]]
+) -> None:
+    captions = [
+        CAPTION
+        | {
+            "image_id": image_id,
+            "prompt": prompt,
+            "settings_hash": f"{number}",
+            "caption": f"{number}" if good else None,
+        }
+        | {"error": None if good else "too_large", "captioned_at": START + timedelta(days=day)}
+        for number, (image_id, prompt, day, good) in enumerate(drawn)
+    ]
+    rows = view(tmp_path_factory.mktemp("view"), captions, [decision("promote", "1", 0)])
+    newest: dict[tuple[str, str], datetime] = {}
+    for caption in captions:
+        if caption["caption"]:
+            key = caption["image_id"], caption["prompt"]
+            newest[key] = max(newest.get(key, START), caption["captioned_at"])
+    assert [(row["image_id"], row["prompt"], row["captioned_at"]) for row in rows] == sorted(
+        (*key, time) for key, time in newest.items()
+    )
+
+
+def test_a_query_reads_files_in_their_order_and_refuses_invalid_sql(tmp_path: Path) -> None:
+    for number in range(8):
+        write_deltalake(tmp_path / "t", pa.table({"Number": [number]}), mode="append")
+    table = DeltaTable(tmp_path / "t")
+    read = [query({"t": table}, 'SELECT "Number" FROM t LIMIT 3').read_all().to_pylist() for _ in range(5)]
+    assert read == [read[0]] * 5
+    with pytest.raises(DeltaError):
+        query({"t": table}, "SELECT nothing FROM t").read_all()
