@@ -16,6 +16,7 @@ from jobs.common import (
     PromptOption,
     RunOption,
     SetOption,
+    WhereOption,
     open_job,
 )
 from jobs.evaluate import VersionOption, open_model
@@ -32,23 +33,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+TableOption = Annotated[
+    str,
+    typer.Option("--table", help="Delta table with the pictures: a name, or the path of a folder.", metavar="TABLE"),
+]
+
+
 @with_generation_options
 def caption(
     *,
-    table: Annotated[
-        str,
-        typer.Option(
-            "--table", help="Delta table with the pictures: a name, or the path of a folder.", metavar="TABLE"
-        ),
-    ] = "samples",
+    table: TableOption = "samples",
     id_column: Annotated[str, typer.Option("--id-column", help="Column of unique ids.", metavar="COLUMN")] = "image_id",
     image_column: Annotated[
         str, typer.Option("--image-column", help="Column of pictures (binary or base64).", metavar="COLUMN")
     ] = "image",
     image_root: ImageRootOption = None,
-    where: Annotated[
-        str, typer.Option("--where", help="SQL condition that selects rows. Default: all rows.", metavar="SQL")
-    ] = "",
+    where: WhereOption = "",
     prompt: PromptOption = "",
     version: VersionOption = "champion",
     precision: PrecisionOption = Precision.FP32,

@@ -37,6 +37,9 @@ PrecisionOption = Annotated[
 PromptOption = Annotated[
     str, typer.Option("--prompt", help="Question about the picture. Default: ask for a caption.", metavar="TEXT")
 ]
+WhereOption = Annotated[
+    str, typer.Option("--where", help="SQL condition that selects rows. Default: all rows.", metavar="SQL")
+]
 ImageRootOption = Annotated[
     str | None,
     typer.Option(

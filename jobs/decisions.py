@@ -45,7 +45,7 @@ def run_decisions(job: Job) -> list[dict[str, Any]]:
     """
     import pyarrow.compute as pc
 
-    from pipelines.formats.tables import arrow_dataset
+    from pipelines.formats.delta_files import arrow_dataset
 
     table = arrow_dataset(open_table(job, "decisions", None))
     rows = table.to_table(filter=pc.field("model_name") == job.model_name).sort_by("decided_at").to_pylist()

@@ -89,7 +89,7 @@ def run_lineage(job: Job, image_id: str) -> list[CaptionLineage]:
     """
     import pyarrow.compute as pc
 
-    from pipelines.formats.tables import arrow_dataset
+    from pipelines.formats.delta_files import arrow_dataset
     from pipelines.tracking.outage import TrackingDown
 
     with suppress(TrackingDown):  # the tables can be read all the same

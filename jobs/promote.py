@@ -64,7 +64,7 @@ def run_promote(job: Job, which: str) -> PromotionReport:
     Raises:
         StageFailed: the gate refused the version. The error lists every reason.
     """
-    from pipelines.driver.evaluate.gate import record_decision
+    from pipelines.driver.evaluate.decisions import record_decision
     from pipelines.tracking.registry import CHALLENGER, find_champion, promote, resolve, set_alias, tag
 
     register_finished_runs(job)
@@ -79,7 +79,7 @@ def run_promote(job: Job, which: str) -> PromotionReport:
     tags = {f"gate_{name}": f"{'ok' if c.passed else 'refused'}: {c.found}" for name, c in verdict.checks.items()}
     tag(job.platform, version, tags | {"gate": "refused" if verdict.reasons else "passed"})
     record_decision(
-        job.spark,
+        lambda: job.spark,
         job.platform,
         model=version.name,
         version=version.version,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import os
 from typing import Annotated
 
 import typer
@@ -12,6 +10,7 @@ from jobs.common import PlatformOption, RunOption, SetOption, open_job
 from jobs.table_files import open_table
 from jobs.ui import HOST, check_port_free
 from pipelines.errors import UserError
+from pipelines.platform import user_name
 
 
 def review(
@@ -58,11 +57,3 @@ def review(
         uvicorn.run(app, host=HOST, port=port, log_level="warning")
         job.output.line("judged", f"{len(reviewed.judged):,} of {len(reviewed.captions):,} captions")
         job.output.line("next", "lakesight show verdicts, or lakesight ingest --run reviewed")
-
-
-def user_name() -> str:
-    """Return the name of this user, or the user id if the id has no name, as in many containers."""
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a KeyError before Python 3.13
-        return f"user {os.getuid()}"

@@ -33,13 +33,13 @@ def run_rollback(job: Job) -> str:
     Raises:
         UserError: the model has no previous champion.
     """
-    from pipelines.driver.evaluate.gate import record_decision
+    from pipelines.driver.evaluate.decisions import record_decision
     from pipelines.tracking.registry import CHAMPION, move_aliases, plan_rollback, resolve
 
     move = plan_rollback(job.platform, job.model_name)
     if move is not None:
         record_decision(
-            job.spark,
+            lambda: job.spark,
             job.platform,
             model=job.model_name,
             version=move.champion,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.common import ImageRootOption, Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
+from jobs.common import ImageRootOption, Job, JsonOption, PlatformOption, RunOption, SetOption, WhereOption, open_job
 from jobs.table_files import Relation, champion_captions, count_rows, open_table, table_relation
 from pipelines.errors import UserError
 from pipelines.formats.champion_captions import NAME as VIEW
@@ -46,6 +46,21 @@ class TableReport(Config):
     output: str | None = None
 
 
+ColumnsOption = Annotated[
+    str, typer.Option("--columns", help="Columns, separated by commas. Default: all.", metavar="NAMES")
+]
+OrderOption = Annotated[
+    str, typer.Option("--order", help="SQL list of columns to sort by. Default: as stored.", metavar="SQL")
+]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", help="Write all selected rows to a .parquet or .csv file.", metavar="FILE")
+]
+IdOption = Annotated[str, typer.Option("--id-column", help="Column of ids, for --gallery.", metavar="COLUMN")]
+ImageOption = Annotated[
+    str, typer.Option("--image-column", help="Column of pictures, for --gallery.", metavar="COLUMN")
+]
+
+
 def show(
     table: Annotated[
         str,
@@ -59,26 +74,13 @@ def show(
     version: Annotated[
         int | None, typer.Option("--version", min=0, help="Version of the table. Default: the latest.", metavar="N")
     ] = None,
-    columns: Annotated[
-        str, typer.Option("--columns", help="Columns, separated by commas. Default: all.", metavar="NAMES")
-    ] = "",
-    where: Annotated[
-        str, typer.Option("--where", help="SQL condition that selects rows. Default: all rows.", metavar="SQL")
-    ] = "",
-    order: Annotated[
-        str, typer.Option("--order", help="SQL list of columns to sort by. Default: as stored.", metavar="SQL")
-    ] = "",
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", help="Write all selected rows to a .parquet or .csv file.", metavar="FILE"),
-    ] = None,
+    columns: ColumnsOption = "",
+    where: WhereOption = "",
+    order: OrderOption = "",
+    output: OutputOption = None,
     gallery: Annotated[bool, typer.Option("--gallery", help="Write an HTML page with the rows' pictures.")] = False,
-    id_column: Annotated[
-        str, typer.Option("--id-column", help="Column of ids, for --gallery.", metavar="COLUMN")
-    ] = "image_id",
-    image_column: Annotated[
-        str, typer.Option("--image-column", help="Column of pictures, for --gallery.", metavar="COLUMN")
-    ] = "image",
+    id_column: IdOption = "image_id",
+    image_column: ImageOption = "image",
     image_root: ImageRootOption = None,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
@@ -99,34 +101,65 @@ def show(
       lakesight show champion_captions --output captions.csv
       lakesight show shop/products --gallery --id-column sku --image-column photo
     """
-    from deltalake import Schema
-
     from pipelines.executor.ingest.records.pictures.root import absolute_location
     from pipelines.review.source_pictures import PictureColumns
 
+    place = PictureColumns(id_column, image_column, None if image_root is None else absolute_location(image_root))
     with open_job(run, platform, overrides, as_json) as job:
-        relation, number, num_rows = _open(job, table, version)
-        chosen = [name.strip() for name in columns.split(",")] if columns else []
-        first = relation.select(chosen, where, order, rows).read_all()
-        page = None
-        if gallery:
-            place = PictureColumns(
-                id_column, image_column, None if image_root is None else absolute_location(image_root)
-            )
-            page = write_gallery(job, table, number, relation.select([], where, order, rows).read_all(), place)
-        if output:
-            write_rows(relation.select(chosen, where, order, None), output)
-        report = TableReport(
-            table=table,
-            version=number,
-            num_rows=num_rows,
-            columns={field.name: _type_name(field.type) for field in Schema.from_arrow(first.schema).fields},
-            rows=tuple(readable(row) for row in first.to_pylist()),
-            gallery=str(page) if page else None,
-            output=str(output) if output else None,
+        report = run_show(
+            job,
+            table,
+            version=version,
+            selection=(columns, where, order),
+            count=rows,
+            place=place if gallery else None,
+            output=output,
         )
         _print(job, report)
         job.output.report(report)
+
+
+def run_show(
+    job: Job,
+    table: str,
+    *,
+    version: int | None,
+    selection: tuple[str, str, str],
+    count: int,
+    place: PictureColumns | None,
+    output: Path | None,
+) -> TableReport:
+    """Read the first selected rows of a table, and write the page of their pictures and the file of all rows.
+
+    Args:
+        job: running command.
+        table: name of the table or of the view, or path of a folder.
+        version: version of the table, or None for the latest.
+        selection: columns separated by commas, SQL condition, and SQL list of columns to sort by; each may be empty.
+        count: number of rows in the report and on the page.
+        place: place of the pictures for the page, or None for no page.
+        output: file for all selected rows, or None.
+    """
+    from deltalake import Schema
+
+    relation, number, num_rows = _open(job, table, version)
+    names, where, order = selection
+    columns = [name.strip() for name in names.split(",")] if names else []
+    first = relation.select(columns, where, order, count).read_all()
+    page = None
+    if place:
+        page = write_gallery(job, table, number, relation.select([], where, order, count).read_all(), place)
+    if output:
+        write_rows(relation.select(columns, where, order, None), output)
+    return TableReport(
+        table=table,
+        version=number,
+        num_rows=num_rows,
+        columns={field.name: _type_name(field.type) for field in Schema.from_arrow(first.schema).fields},
+        rows=tuple(readable(row) for row in first.to_pylist()),
+        gallery=str(page) if page else None,
+        output=str(output) if output else None,
+    )
 
 
 def _open(job: Job, name: str, version: int | None) -> tuple[Relation, int, int]:

@@ -71,7 +71,7 @@ def count_rows(delta: DeltaTable, name: str) -> int:
     Raises:
         UserError: VACUUM has removed files of the version.
     """
-    from pipelines.formats.tables import arrow_dataset
+    from pipelines.formats.delta_files import arrow_dataset
 
     try:
         return int(arrow_dataset(delta).count_rows())
@@ -110,7 +110,7 @@ class Relation:
         """
         from deltalake.exceptions import DeltaError
 
-        from pipelines.formats.tables import query
+        from pipelines.formats.delta_files import query
 
         chosen = ", ".join('"' + name.replace('"', '""') + '"' for name in columns) or "*"
         sql = f"SELECT {chosen} FROM {self.sql}"  # noqa: S608 the condition is the user's own, as in a database client

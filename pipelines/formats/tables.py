@@ -8,13 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
-
-if TYPE_CHECKING:
-    from deltalake import DeltaTable
-    from pyarrow.dataset import Dataset
 
 REASONS = (
     "unreadable_file",
@@ -326,44 +321,3 @@ DECISIONS = Table(
 )
 
 TABLES = (SAMPLES, QUARANTINE, INGESTED, GENERATED_CAPTIONS, EVALUATIONS, VERDICTS, DECISIONS)
-
-
-def query(tables: Mapping[str, DeltaTable], sql: str) -> pa.RecordBatchReader:
-    """Run an SQL query on tables in files, without Spark. The order of rows is the order of the files, or the query's.
-
-    Args:
-        tables: tables by the names that the query uses.
-        sql: query in the SQL of DataFusion, the engine inside the package `deltalake`.
-
-    Raises:
-        DeltaError: the query is not valid on these tables.
-    """
-    from deltalake import QueryBuilder
-
-    engine = QueryBuilder()
-    for name, table in tables.items():
-        engine.register(name, table)
-    engine.execute("SET datafusion.execution.target_partitions = 1").read_all()  # else the order of rows is random
-    reader = pa.RecordBatchReader.from_stream(engine.execute(sql))
-    return reader.cast(pa.schema([field.with_type(_without_views(field.type)) for field in reader.schema]))
-
-
-def _without_views(kind: pa.DataType) -> pa.DataType:
-    """Return the type that pyarrow's writers know for a type of DataFusion, which reads texts as views."""
-    if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_without_views(field.type)) for field in kind])
-    if pa.types.is_list(kind):
-        return pa.list_(kind.value_field.with_type(_without_views(kind.value_type)))
-    return {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}.get(kind, kind)
-
-
-def arrow_dataset(table: DeltaTable) -> Dataset:
-    """Open a table on a local disk as an Arrow dataset that uses Arrow's own file system.
-
-    By default, Arrow's threads read files through Python code of `deltalake`. A thread that is still reading when the
-    interpreter exits aborts the process with exit code 134 (delta-io/delta-rs issue 2184).
-    """
-    from pyarrow.fs import FileSystem, SubTreeFileSystem
-
-    system, root = FileSystem.from_uri(table.table_uri)
-    return table.to_pyarrow_dataset(filesystem=SubTreeFileSystem(root, system))

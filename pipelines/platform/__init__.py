@@ -7,7 +7,7 @@ pyspark is imported only inside functions.
 from pipelines.config import LocalPlatformConfig, PlatformConfig
 from pipelines.platform.databricks import databricks
 from pipelines.platform.local import check_java, local
-from pipelines.platform.platform import FolderKind, Launch, Platform, redact_uri, sqlite_uri
+from pipelines.platform.platform import FolderKind, Launch, Platform, redact_uri, sqlite_uri, user_name
 
 __all__ = [
     "FolderKind",
@@ -19,6 +19,7 @@ __all__ = [
     "open_platform",
     "redact_uri",
     "sqlite_uri",
+    "user_name",
 ]
 
 

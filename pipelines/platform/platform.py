@@ -6,6 +6,8 @@ The functions `local` and `databricks` construct a `Platform`. Code that depends
 
 from __future__ import annotations
 
+import getpass
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,3 +97,11 @@ def sqlite_uri(file: Path) -> str:
     """
     escaped = str(file).replace("%", "%25").replace("?", "%3F")
     return f"sqlite:///{file}" if escaped == str(file) else f"sqlite+pysqlite:///{escaped}"
+
+
+def user_name() -> str:
+    """Return the name of this user, or the user id if the id has no name, as in many containers."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a KeyError before Python 3.13
+        return f"user {os.getuid()}"

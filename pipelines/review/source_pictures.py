@@ -19,7 +19,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 from pipelines.config import LimitsConfig
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.pictures.root import PictureRoot
-from pipelines.formats.tables import arrow_dataset
+from pipelines.formats.delta_files import arrow_dataset
 from pipelines.platform import Platform
 from vlm.errors import ImageError
 from vlm.image import picture_bytes

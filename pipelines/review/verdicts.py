@@ -15,11 +15,11 @@ from typing import Annotated, Any, Literal, Self
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable
-from deltalake import Field as DeltaField
 from pydantic import Field, model_validator
 
 from pipelines.errors import UserError
-from pipelines.formats.tables import MODEL_DIGEST, PICTURE_COLUMNS, VERDICTS, arrow_dataset
+from pipelines.formats.delta_files import arrow_dataset, open_or_create
+from pipelines.formats.tables import MODEL_DIGEST, PICTURE_COLUMNS, VERDICTS
 from pipelines.review.source_pictures import PictureColumns, SourcePictures
 from vlm.config import Config
 
@@ -77,7 +77,7 @@ class Review:
         newest: dict[str, Any] = max(self.captions, key=lambda row: row["captioned_at"], default={})
         self._pictures = SourcePictures(pictures, PictureColumns.of_caption(newest))
         self._table, self._model = table, model
-        self._verdicts = open_verdicts(verdicts)
+        self._verdicts = open_or_create(verdicts, VERDICTS)
         self._lock = threading.Lock()
         of_model = (pc.field("source_table") == table) & (pc.field("model_name") == model)
         judged = _read(self._verdicts, ("verdict", "text", *KEY), of_model)
@@ -145,20 +145,3 @@ def _read(table: DeltaTable, columns: Sequence[str], rows: pc.Expression) -> pa.
     if MODEL_DIGEST.name in existing:
         return found
     return found.append_column(MODEL_DIGEST.name, pa.nulls(found.num_rows, MODEL_DIGEST.type))
-
-
-def open_verdicts(folder: Path) -> DeltaTable:
-    """Open the table `verdicts`. Create the table if it does not exist, and add a column that it lacks."""
-    table = DeltaTable.create(
-        folder,
-        VERDICTS.arrow_schema,
-        mode="ignore",
-        name=VERDICTS.name,
-        description=VERDICTS.comment,
-        configuration=VERDICTS.properties,
-    )
-    existing = {field.name for field in table.schema().fields}
-    missing = [column for column in VERDICTS.columns if column.name not in existing]
-    if missing:
-        table.alter.add_columns([DeltaField.from_arrow(pa.field(c.name, c.type)) for c in missing])
-    return table

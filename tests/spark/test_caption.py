@@ -23,11 +23,12 @@ from tiny_runs import tiny_model_config
 
 from pipelines.config import LimitsConfig
 from pipelines.driver.caption.run import CaptionReport, CaptionRequest, TooManyErrors, caption
-from pipelines.driver.evaluate.gate import record_decision
+from pipelines.driver.evaluate.decisions import record_decision
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import StageFailed, UserError
 from pipelines.formats.champion_captions import TABLES, select
-from pipelines.formats.tables import GENERATED_CAPTIONS, query
+from pipelines.formats.delta_files import query
+from pipelines.formats.tables import GENERATED_CAPTIONS
 from pipelines.platform import Platform
 from pipelines.worker.caption import load_captioner
 from vlm import text
@@ -185,7 +186,7 @@ def test_the_view_of_the_champion_s_captions_is_the_same_in_spark_and_without_sp
     table = write(spark, tmp_path / "photos", [(n, picture(n)) for n in range(3)] + [(3, b"no picture")])
     caption(spark, platform, model, request(table))
     record_decision(
-        spark, platform, model=model.name, version="1", digest=model.digest, action="promote", champion=None
+        lambda: spark, platform, model=model.name, version="1", digest=model.digest, action="promote", champion=None
     )
     view = spark.table(platform.table("champion_captions"))
     found = view.where(view.model_name == model.name).orderBy("image_id").toArrow()

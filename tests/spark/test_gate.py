@@ -30,7 +30,7 @@ from pipelines.driver.delta.settings import spark_settings
 from pipelines.driver.delta.spark_errors import translate_spark_errors
 from pipelines.driver.delta.versions import commit_note, source_note
 from pipelines.driver.evaluate.compare import Comparison
-from pipelines.driver.evaluate.gate import record_decision
+from pipelines.driver.evaluate.decisions import record_decision
 from pipelines.errors import StageFailed, UserError
 from pipelines.formats.shards import Shards
 from pipelines.formats.tables import SAMPLES
@@ -249,7 +249,7 @@ def test_the_lineage_and_the_decisions_of_a_model_are_shown_without_starting_a_j
     with pytest.raises(UserError, match="has no caption"):
         run_lineage(shell, "nobody/0")
     record_decision(
-        job.spark,
+        lambda: job.spark,
         job.platform,
         model="other",
         version="7",

@@ -39,6 +39,14 @@ def run_command(*arguments: str, environment: Mapping[str, str]) -> subprocess.C
         return subprocess.CompletedProcess(("lakesight", *arguments), code, out.read_text(), err.read_text())
 
 
+def assert_user_error(done: subprocess.CompletedProcess[str], *expected: str) -> None:
+    """Assert exit code 2, one paragraph on stderr that contains the expected texts, and an empty stdout."""
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "Fix: " in done.stderr
+    assert [text for text in expected if text not in done.stderr] == [], done.stderr
+
+
 @cache
 def _start_server() -> subprocess.Popen[str]:
     """Start the server. When the test process ends, the stdin of the server is closed, and the server ends."""

@@ -9,15 +9,10 @@ reports all failures, not only the first failure.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from typing import Literal
-from uuid import uuid4
 
 from pyspark.sql import SparkSession
-from pyspark.sql import functions as F
 
 from pipelines.config import GateConfig, Trial
-from pipelines.driver.delta.tables import ensure_tables
 from pipelines.driver.delta.versions import rows_of_source
 from pipelines.driver.evaluate.baselines import baselines
 from pipelines.driver.evaluate.bootstrap import Interval, metric_differences, pair_rows
@@ -25,8 +20,6 @@ from pipelines.driver.evaluate.metrics import ScoredRow, captioned, tokenisation
 from pipelines.driver.evaluate.run import EvaluationReport
 from pipelines.errors import StageFailed
 from pipelines.formats.shards import Shards
-from pipelines.formats.tables import DECISIONS
-from pipelines.platform import Platform
 from vlm.config import Config
 from vlm.text.words import words
 
@@ -193,45 +186,3 @@ def read_trial_pictures(spark: SparkSession, shards: Shards, count: int) -> list
             fix="run `lakesight promote` again: it writes and evaluates shards of the table's newest version",
         )
     return pictures
-
-
-def record_decision(
-    spark: SparkSession,
-    platform: Platform,
-    *,
-    model: str,
-    version: str,
-    digest: str,
-    action: Literal["promote", "refuse", "rollback"],
-    champion: str | None,
-    reasons: Sequence[str] = (),
-    figures: str = "{}",
-) -> None:
-    """Append a decision to table `decisions`. Call this function before the decision takes effect.
-
-    Args:
-        spark: Spark session, whose user is recorded as the person who decided.
-        platform: platform of the table.
-        model: name of the registered model.
-        version: model version that the decision is about.
-        digest: digest of the files of this version.
-        action: decision about the model version.
-        champion: version of the current champion, or None if there is no champion.
-        reasons: reasons why the model version was refused.
-        figures: metrics that the decision is based on, as a JSON object.
-    """
-    ensure_tables(spark, platform)
-    row = {
-        "decision_id": uuid4().hex,
-        "model_name": model,
-        "model_version": version,
-        "action": action,
-        "champion": champion,
-        "reasons": list(reasons),
-        "figures": figures,
-        "decided_by": "",
-        "decided_at": datetime.now(UTC),
-        "model_digest": digest,
-    }
-    new = spark.createDataFrame([tuple(row[name] for name in DECISIONS.names)], DECISIONS.ddl())
-    new.withColumn("decided_by", F.current_user()).writeTo(platform.table(DECISIONS.name)).append()

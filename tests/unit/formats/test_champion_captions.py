@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.formats.champion_captions import COLUMNS, select
-from pipelines.formats.tables import DECISIONS, GENERATED_CAPTIONS, VERDICTS, Table, query
+from pipelines.formats.delta_files import query
+from pipelines.formats.tables import DECISIONS, GENERATED_CAPTIONS, VERDICTS, Table
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 CAPTION: dict[str, Any] = {

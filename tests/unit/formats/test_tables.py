@@ -10,7 +10,8 @@ from deltalake import DeltaTable, write_deltalake
 from pyarrow.fs import LocalFileSystem
 
 from pipelines.executor.ingest.outcome import OUTCOME
-from pipelines.formats.tables import QUARANTINE, REASONS, SAMPLES, TABLES, Table, arrow_dataset, sql_type
+from pipelines.formats.delta_files import arrow_dataset
+from pipelines.formats.tables import QUARANTINE, REASONS, SAMPLES, TABLES, Table, sql_type
 from vlm.errors import IMAGE_REASONS
 
 

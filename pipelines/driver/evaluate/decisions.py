@@ -1,0 +1,76 @@
+"""Table `decisions`: who promoted, refused or rolled back which model version, when and why.
+
+On a laptop the table is written as files, so a rollback needs no Spark. In a workspace Spark writes to the catalog.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal
+from uuid import uuid4
+
+from pipelines.formats.delta_files import open_or_create
+from pipelines.formats.tables import DECISIONS
+from pipelines.platform import Platform, user_name
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+
+def record_decision(
+    open_spark: Callable[[], SparkSession],
+    platform: Platform,
+    *,
+    model: str,
+    version: str,
+    digest: str,
+    action: Literal["promote", "refuse", "rollback"],
+    champion: str | None,
+    reasons: Sequence[str] = (),
+    figures: str = "{}",
+) -> None:
+    """Append a decision to table `decisions`. Call this function before the decision takes effect.
+
+    Args:
+        open_spark: function that returns the Spark session. It is called only if a catalog manages the table.
+        platform: platform of the table.
+        model: name of the registered model.
+        version: model version that the decision is about.
+        digest: digest of the files of this version.
+        action: decision about the model version.
+        champion: version of the current champion, or None if there is no champion.
+        reasons: reasons why the model version was refused.
+        figures: metrics that the decision is based on, as a JSON object.
+    """
+    row = {
+        "decision_id": uuid4().hex,
+        "model_name": model,
+        "model_version": version,
+        "action": action,
+        "champion": champion,
+        "reasons": list(reasons),
+        "figures": figures,
+        "decided_by": user_name(),
+        "decided_at": datetime.now(UTC),
+        "model_digest": digest,
+    }
+    if platform.tables is None:
+        _append_to_catalog(open_spark(), platform, row)
+        return
+    import pyarrow as pa
+    from deltalake import write_deltalake
+
+    table = open_or_create(platform.tables / DECISIONS.name, DECISIONS)
+    write_deltalake(table, pa.Table.from_pylist([row], DECISIONS.arrow_schema), mode="append")
+
+
+def _append_to_catalog(spark: SparkSession, platform: Platform, row: dict[str, Any]) -> None:
+    """Append a row with Spark, whose user is recorded as the person who decided."""
+    from pyspark.sql import functions as F
+
+    from pipelines.driver.delta.tables import ensure_tables
+
+    ensure_tables(spark, platform)
+    new = spark.createDataFrame([tuple(row[name] for name in DECISIONS.names)], DECISIONS.ddl())
+    new.withColumn("decided_by", F.current_user()).writeTo(platform.table(DECISIONS.name)).append()
