@@ -73,7 +73,8 @@ def caption(
     Examples:
       lakesight caption --run demo --max-error-share 0.1
       lakesight caption --table shop/products --id-column sku --image-column photo
-      lakesight caption --table shop --id-column sku --image-column path --image-root /Volumes/main/shop/photos
+      lakesight caption --table main.shop.products --id-column sku \\
+        --image-column path --image-root /Volumes/main/shop/photos
     """
     from pipelines.executor.ingest.records.pictures.root import absolute_location
     from pipelines.review.source_pictures import full_table_name

@@ -7,44 +7,52 @@ calling `sys.exit`, because a Databricks wheel task counts any SystemExit as a f
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import os
 import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterator, Mapping
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+from typer.main import get_command
 
-from jobs.ask import ask
-from jobs.caption import caption
-from jobs.compare import compare
-from jobs.config import config
-from jobs.decisions import decisions
-from jobs.demo import demo
-from jobs.doctor import doctor
-from jobs.evaluate import evaluate
-from jobs.export_weights import export_weights
-from jobs.import_weights import import_weights
-from jobs.ingest import ingest
-from jobs.lineage import lineage
-from jobs.maintain import maintain
-from jobs.pipeline import pipeline
-from jobs.promote import promote
-from jobs.quarantine import quarantine
-from jobs.review import review
-from jobs.rollback import rollback
-from jobs.shard import shard
-from jobs.show import show
-from jobs.train import train
-from jobs.ui import ui
 from pipelines.errors import LakesightError, UserError
 
-STAGE_COMMANDS = (ingest, quarantine, shard, train, evaluate, compare, promote, rollback, caption, pipeline, maintain)
-INTERACTIVE_COMMANDS = (demo, ask, show, lineage, decisions, review, config, doctor, ui)
-WEIGHT_COMMANDS = (import_weights, export_weights)
+STAGE_COMMANDS = {
+    "ingest": "Read new and changed pictures into table samples.",
+    "quarantine": "Show quarantined rows, or process them again.",
+    "shard": "Write training shards from table samples.",
+    "train": "Train on distributed ranks and register the model.",
+    "evaluate": "Measure a model version on unseen pictures.",
+    "compare": "Compare two model versions on the same rows.",
+    "promote": "Make a version the champion if it passes the gate.",
+    "rollback": "Make the previous champion the champion again.",
+    "caption": "Caption new and changed pictures of a table.",
+    "pipeline": "Run every stage, from pictures to captions.",
+    "maintain": "Compact and vacuum all tables.",
+}
+INTERACTIVE_COMMANDS = {
+    "demo": "Run every stage on generated pictures.",
+    "ask": "Caption a picture, or ask a question about pictures.",
+    "show": "Show rows and pictures of a table.",
+    "lineage": "Show how a picture's captions were made.",
+    "decisions": "List promotions, refusals and rollbacks of a model.",
+    "review": "Judge captions on a local web page.",
+    "config": "Print a resolved run config, or list the models.",
+    "doctor": "Check this machine or workspace and print fixes.",
+    "ui": "Serve the MLflow UI until Ctrl-C.",
+}
+WEIGHT_COMMANDS = {
+    "import-weights": "Make a checkpoint from published weights.",
+    "export-weights": "Write a checkpoint in the format of another library.",
+}
+COMMANDS = STAGE_COMMANDS | INTERACTIVE_COMMANDS | WEIGHT_COMMANDS
+"""First line of the help of each command. The module of a command is imported only if the command is used."""
 
 JAVA_PERMISSION_ERRORS = ("(Permission denied)", "(Read-only file system)", "DELTA_CANNOT_CREATE_LOG_PATH")
 """Texts of Java exceptions for a file or folder that is not writable."""
@@ -57,8 +65,41 @@ class Interrupted(LakesightError):
     """
 
 
+class LazyCommands(Mapping[str, Any]):
+    """Commands by name. A command's module is imported when the command is looked up."""
+
+    def __getitem__(self, name: str) -> Any:
+        """Import a command and return it."""
+        if name not in COMMANDS:
+            raise KeyError(name)
+        function = name.replace("-", "_")
+        single = typer.Typer(rich_markup_mode=None, add_completion=False)
+        single.command(name)(getattr(importlib.import_module(f"jobs.{function}"), function))
+        return get_command(single)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names, in the order of the help."""
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        """Return the number of commands."""
+        return len(COMMANDS)
+
+
 class Commands(TyperGroup):
-    """Group of commands. The help lists the commands as registered, and Ctrl-C is reported as an error."""
+    """Group of commands. Its help imports no command, and Ctrl-C is reported as an error."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings | {"commands": settings.get("commands") or LazyCommands()})
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the commands, in the order of the help."""
+        return list(self.commands)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the list of the commands, with complete descriptions."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command.
@@ -77,12 +118,25 @@ app = typer.Typer(
     help="Train your own vision-language model on your own lakehouse.",
     epilog="Start with: lakesight demo",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (*STAGE_COMMANDS, *INTERACTIVE_COMMANDS, *WEIGHT_COMMANDS):
-    app.command()(_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lakesight {importlib.metadata.version('lakesight')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

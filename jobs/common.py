@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.output import CommandOutput, reserved_stdout
-from pipelines.config import RunConfig, load_run
+from pipelines.config import RunConfig, available, load_run
 from pipelines.errors import UserError
 from pipelines.platform import Platform, open_platform
 from vlm.config import Precision
@@ -23,7 +23,16 @@ from vlm.config import Precision
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-RunOption = Annotated[str, typer.Option("--run", help="Name of a run: a file in conf/run/.", metavar="NAME")]
+
+def _complete_run(incomplete: str) -> list[str]:
+    """Return the names of runs that begin with a text, for the completion of the shell."""
+    return [name for name in available("run") if name.startswith(incomplete)]
+
+
+RunOption = Annotated[
+    str,
+    typer.Option("--run", help="Name of a run: a file in conf/run/.", metavar="NAME", autocompletion=_complete_run),
+]
 PlatformOption = Annotated[
     str, typer.Option("--platform", help="Platform to run on: local or databricks.", metavar="NAME")
 ]

@@ -60,12 +60,13 @@ def serve() -> None:
     """For each request on stdin, fork a process, wait until the process ends, and print its exit code."""
     import deltalake
     import torch
+    import typer
 
-    import jobs.cli
+    from jobs.cli import app
 
     assert deltalake
     assert torch
-    assert jobs.cli
+    assert [*typer.main.get_command(app).commands.values()]  # type: ignore[attr-defined]
     for line in sys.stdin:
         pid = os.fork()
         if not pid:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.metadata
 import json
 import os
 import pwd
+import re
 import signal
 import socket
 import subprocess
@@ -20,7 +22,9 @@ import torch
 import typer
 from command_server import assert_user_error, run_command
 from PIL import Image
+from typer.testing import CliRunner
 
+from jobs.cli import COMMANDS as ALL_COMMANDS
 from jobs.cli import INTERACTIVE_COMMANDS, STAGE_COMMANDS, WEIGHT_COMMANDS, Commands, app, main, run
 from jobs.doctor import check_delta_jar
 from pipelines.config import load_model
@@ -32,8 +36,8 @@ from vlm.config import CharsConfig
 from vlm.factory import build_model
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-COMMANDS = [command.__name__ for command in (*STAGE_COMMANDS, *INTERACTIVE_COMMANDS)]
-WEIGHT_COMMAND_NAMES = [command.__name__.replace("_", "-") for command in WEIGHT_COMMANDS]
+COMMANDS = [*STAGE_COMMANDS, *INTERACTIVE_COMMANDS]
+WEIGHT_COMMAND_NAMES = [*WEIGHT_COMMANDS]
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +68,31 @@ def test_help_lists_every_command_and_a_first_command_to_run() -> None:
     assert done.returncode == 0
     assert [name for name in COMMANDS + WEIGHT_COMMAND_NAMES if f"\n  {name}" not in done.stdout] == []
     assert "lakesight demo" in done.stdout
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, *WEIGHT_COMMAND_NAMES])
+def test_the_help_of_a_command_fits_into_80_columns_and_begins_as_the_list_of_commands_says(name: str) -> None:
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    assert command.help.partition("\n")[0] == ALL_COMMANDS[name]
+    text = CliRunner().invoke(app, [name, "-h"], terminal_width=80).output
+    assert text == CliRunner().invoke(app, [name, "--help"], terminal_width=80).output
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+
+
+def test_the_version_is_the_version_of_the_package_and_the_list_of_commands_is_complete() -> None:
+    assert CliRunner().invoke(app, ["--version"]).output == f"lakesight {importlib.metadata.version('lakesight')}\n"
+    listed = CliRunner().invoke(app, ["-h"], terminal_width=80).output
+    assert [
+        name for name, text in ALL_COMMANDS.items() if not re.search(rf"^  {name} +{re.escape(text)}$", listed, re.M)
+    ] == []
+
+
+def test_the_shell_completes_commands_options_and_runs() -> None:
+    completed = {"rol": "rollback", "train --ru": "--run", "train --run pal": "paligemma"}
+    for typed, expected in completed.items():
+        words = {"COMP_WORDS": f"lakesight {typed}", "COMP_CWORD": str(len(typed.split()))}
+        done = lakesight(_LAKESIGHT_COMPLETE="complete_bash", **words)
+        assert expected in done.stdout.split(), done
 
 
 @pytest.mark.parametrize("name", COMMANDS)
