@@ -124,11 +124,11 @@ def user_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def demos(home: Path, user_folder: Path) -> Ran:
-    """Run a demo twice, then prepare a run of PaliGemma whose ranks would be started by torchrun."""
-    demo = ["demo", "--scenes", str(SCENES), "--json", *(word for value in QUICK for word in ("--set", value))]
-    return run(
-        home, demo, demo, ["train", "--run", "paligemma", "--json", *PICTURES, "--no-launch"], folder=user_folder
-    )
+    """Run a demo twice, then prepare a run with another seed whose ranks would be started by torchrun."""
+    quick = [word for value in QUICK for word in ("--set", value)]
+    demo = ["demo", "--scenes", str(SCENES), "--json", *quick]
+    prepare = ["train", "--run", "demo", "--json", *PICTURES, *quick, "--set", "train.seed=7", "--no-launch"]
+    return run(home, demo, demo, prepare, folder=user_folder)
 
 
 def pipeline(family: str) -> list[str]:

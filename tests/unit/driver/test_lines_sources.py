@@ -253,7 +253,7 @@ def test_pictures_that_rows_name_are_found_beside_the_file_of_the_row(tmp_path: 
     write(tmp_path, {"a/1.png": "A", "b/1.png": "B"})
     files = list_files(config_of(tmp_path, kind="csv"), SUFFIXES).files
     layout = Layout(names=("image", "text"), skip=1)
-    rows = split_files(files, [layout, layout], [layout])
+    rows = split_files(files, [layout, layout], [layout], 1000)
     batch = pa.RecordBatch.from_pylist([dict(zip(RANGE.names, row, strict=True)) for row in rows], RANGE)
     read = partial(csv_records, layouts=[layout], multiline=False, limit=LIMIT)
     records = picture_records(iter([batch]), read, ".", "image", LIMIT)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.config import DataConfig
-from pipelines.driver.ingest.sources.files import NO_ACCESS, Listing, list_files, list_plain_files
+from pipelines.driver.ingest.sources.files import NO_ACCESS, Listing, list_files, list_plain_files, range_bytes
 from pipelines.driver.ingest.sources.walk import PASSED_OVER, expand_braces
 from pipelines.driver.ingest.totals import describe_passed_over
 from pipelines.errors import UserError
@@ -204,3 +204,10 @@ def test_a_report_names_a_thousand_files_that_were_passed_over_and_counts_all(tm
     fields = describe_passed_over(listing(tmp_path).passed_over)
     assert fields["passed_over_count"] == {"other_kind": 1_200, "empty": 1}
     assert sum(map(len, fields["passed_over"].values())) == 1_000
+
+
+@given(st.integers(0, 2**50))
+def test_an_input_is_split_into_32_tasks_that_read_4_to_32_megabytes_each(size: int) -> None:
+    per_task = range_bytes(size)
+    assert 4 * 2**20 <= per_task <= 32 * 2**20
+    assert 32 <= size / per_task < 33 or per_task in (4 * 2**20, 32 * 2**20)

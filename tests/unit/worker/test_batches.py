@@ -113,9 +113,9 @@ def test_a_repeated_text_is_drawn_more_often_unless_the_weights_are_uniform(tmp_
     shares: dict[TextWeights, float] = {"frequency": 0.75, "uniform": 0.5}
     for weights, expected in shares.items():
         shards = write_shards(tmp_path / weights, rows=2, texts=2, repeats=2, text_weights=weights)
-        said = [spell(row_T) for [batch] in single_rank_batches(shards, 2, steps=400) for row_T in batch.labels_BT]
+        said = [spell(row_T) for [batch] in single_rank_batches(shards, 2, steps=100) for row_T in batch.labels_BT]
         green = Counter(text for text in said if text.startswith("green"))
-        assert green["green"] / green.total() == pytest.approx(expected, abs=0.07)
+        assert green["green"] / green.total() == pytest.approx(expected, abs=0.1)
         hashes.add(shards.manifest.content_hash)
     assert len(hashes) == 2, "runs with other weights are other runs"
 

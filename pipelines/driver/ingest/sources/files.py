@@ -20,8 +20,10 @@ from pipelines.executor.ingest.records.folder import change_token
 from pipelines.executor.ingest.splits import split_of_file
 from pipelines.executor.ingest.storage import is_url, printable
 
-RANGE_BYTES = 32 * 2**20
-"""Number of bytes of a file that one task reads."""
+MIN_RANGE_BYTES, MAX_RANGE_BYTES = 4 * 2**20, 32 * 2**20
+"""Smallest and largest number of bytes of a file that one task reads, unless the file is smaller."""
+MIN_TASKS = 32
+"""Number of tasks into which a small input is split, as far as each has MIN_RANGE_BYTES, so that no core is idle."""
 SET_PATH = "--set data.source.path=FILE_OR_FOLDER"
 NO_ACCESS = "no access"
 """State of a file that may not be read. When the file may be read, its state changes, so the file is read then."""
@@ -62,6 +64,11 @@ class Listing(NamedTuple):
 
     files: list[SourceFile]
     passed_over: list[PassedOver]
+
+
+def range_bytes(size: int) -> int:
+    """Return the number of bytes that one task reads of an input, given the size of all files of the input."""
+    return min(max(size // MIN_TASKS, MIN_RANGE_BYTES), MAX_RANGE_BYTES)
 
 
 def open_files(

@@ -12,7 +12,7 @@ from typing import IO
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from pipelines.driver.ingest.sources.files import RANGE_BYTES, SourceFile
+from pipelines.driver.ingest.sources.files import SourceFile, range_bytes
 from pipelines.executor.ingest.records.lines import RANGE, WHOLE, Layout, Range
 from pipelines.executor.ingest.storage import FILE_ERRORS, open_binary, require_damage
 from pipelines.executor.ingest.text_stream import HEAD_BYTES, is_plain, open_text
@@ -82,14 +82,15 @@ def load_ranges(
         layouts: layout of each file.
     """
     distinct = tuple(dict.fromkeys(layouts))
-    ranges = split_files(files, layouts, distinct)
     size = sum(f.size * (UNPACKED_SHARE if one.whole else 1) for f, one in zip(files, layouts, strict=True))
+    per_task = range_bytes(size)
+    ranges = split_files(files, layouts, distinct, per_task)
     rows = spark.createDataFrame(ranges, from_arrow_schema(RANGE))
-    return rows.repartitionByRange(min(1 + size // RANGE_BYTES, len(ranges)), "path", "start"), distinct
+    return rows.repartitionByRange(min(1 + size // per_task, len(ranges)), "path", "start"), distinct
 
 
 def split_files(
-    files: Sequence[SourceFile], layouts: Sequence[Layout], distinct: Sequence[Layout], size: int = RANGE_BYTES
+    files: Sequence[SourceFile], layouts: Sequence[Layout], distinct: Sequence[Layout], size: int
 ) -> list[tuple[bytes, str, int, int, int, str]]:
     """Return the ranges of files as rows of RANGE.
 

@@ -11,7 +11,7 @@ from functools import partial
 from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig
-from pipelines.driver.ingest.sources.files import RANGE_BYTES, SourceFile
+from pipelines.driver.ingest.sources.files import SourceFile, range_bytes
 from pipelines.driver.ingest.sources.source import SourceRows, require_columns, used_columns
 from pipelines.executor.ingest.records.parquet import parquet_records
 from pipelines.executor.ingest.records.parquet_file import ParquetColumns
@@ -29,13 +29,14 @@ def load_rows(spark: SparkSession, config: DataConfig, files: Sequence[SourceFil
         UserError: no readable file has all columns that the data config names.
     """
     _require_columns(config, files)
+    size = sum(file.size for file in files)
+    per_task = range_bytes(size)
     ranges = [
-        (file.path, file.name, start, min(start + RANGE_BYTES, file.size), dict(file.partition))
+        (file.path, file.name, start, min(start + per_task, file.size), dict(file.partition))
         for file in files
-        for start in range(0, file.size, RANGE_BYTES)
+        for start in range(0, file.size, per_task)
     ]
-    tasks = 1 + sum(file.size for file in files) // RANGE_BYTES
-    rows = spark.createDataFrame(ranges, SCHEMA).repartitionByRange(tasks, "path", "start")
+    rows = spark.createDataFrame(ranges, SCHEMA).repartitionByRange(1 + size // per_task, "path", "start")
     named = tuple(used_columns(config).values())
     image = config.source.columns.image
     return SourceRows(rows, partial(parquet_records, image=image, named=named, max_bytes=config.limits.max_bytes))
