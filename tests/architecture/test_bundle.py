@@ -229,3 +229,31 @@ def quartz_problems(expression: str) -> list[str]:
         if not re.fullmatch(r"[\d*?,/A-Z#L-]+", field) or ("?" in field and name not in ("day", "weekday")):
             problems.append(f"{name} {field!r}")
     return problems
+
+
+# ------------------------------------------------------------------------------------------------ workflows
+
+
+WORKFLOWS: dict[str, Any] = {
+    file.stem: yaml.safe_load(file.read_text()) for file in (ROOT / ".github" / "workflows").glob("*.yml")
+}
+
+
+@pytest.mark.parametrize(("workflow", "job"), [("test", "validate"), ("deploy", "deploy")])
+def test_workflows_set_every_required_variable_and_log_in_without_a_stored_secret(workflow: str, job: str) -> None:
+    settings = WORKFLOWS[workflow]["jobs"][job]
+    environment = settings["env"]
+    variables = {name.removeprefix("BUNDLE_VAR_") for name in environment if name.startswith("BUNDLE_VAR_")}
+    assert variables == set(REQUIRED)
+    assert environment["DATABRICKS_AUTH_TYPE"] == "github-oidc"
+    permissions = settings.get("permissions") or WORKFLOWS[workflow]["permissions"]
+    assert permissions == {"contents": "read", "id-token": "write"}
+    assert "secrets." not in (ROOT / ".github" / "workflows" / f"{workflow}.yml").read_text()
+
+
+def test_pull_requests_run_the_test_command_and_validate_every_target() -> None:
+    jobs = WORKFLOWS["test"]["jobs"]
+    assert {"run": "make test"} in jobs["test"]["steps"]
+    assert jobs["validate"]["strategy"]["matrix"]["target"] == list(BUNDLE["targets"])
+    commands = [step["run"] for step in jobs["validate"]["steps"] if "run" in step]
+    assert commands == ["databricks bundle validate --strict -t ${{ matrix.target }}"]
