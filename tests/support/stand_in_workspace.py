@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from stand_in_jobs import job_problem
 
 Json = dict[str, Any]
+POLL_SECONDS = 0.02
+"""Interval at which the server looks whether it has to end, in seconds. The default of 0.5 s delays each test."""
 PRIVILEGES = {"USE_SCHEMA", "SELECT", "MODIFY", "CREATE_TABLE", "READ_VOLUME", "WRITE_VOLUME", "EXECUTE"}
 LEVELS = {
     "jobs": {"IS_OWNER", "CAN_MANAGE", "CAN_MANAGE_RUN", "CAN_VIEW"},
@@ -299,6 +302,7 @@ def _item(kind: str, group: str) -> Callable[..., Json]:
 
 
 CALLS: dict[str, Callable[..., Any]] = {
+    r"HEAD /simple/": lambda w, _: {},
     r"GET /\.well-known/databricks-config": lambda w, _: {"workspace_id": "1"},
     r"GET /api/2\.0/preview/scim/v2/Me": lambda w, _: {"id": "1", "userName": w.user},
     r"POST /telemetry-ext": lambda w, _: {"errors": [], "numProtoSuccess": 1},
@@ -360,9 +364,22 @@ def serve(workspace: Workspace) -> Iterator[str]:
             """Print nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[POLL_SECONDS], daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def mlflow_unchanged() -> Iterator[None]:
+    """Restore MLflow's URIs at the end of the block. MLflow's setters also set environment variables."""
+    import mlflow
+
+    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    yield
+    mlflow.set_tracking_uri(before[0])
+    mlflow.set_registry_uri(before[1])
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        os.environ.pop(name, None)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
-from stand_in_workspace import Workspace, serve
+from stand_in_workspace import Workspace, mlflow_unchanged, serve
 
 from jobs.check import DoctorCheck
 from jobs.doctor import run_checks
@@ -30,14 +29,9 @@ def workspace(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
     workspace.schemas["main.vision"] = {}
     monkeypatch.setenv("DATABRICKS_TOKEN", "stand-in")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
-    with serve(workspace) as url:
+    with serve(workspace) as url, mlflow_unchanged():
         monkeypatch.setenv("DATABRICKS_HOST", url)
         yield workspace
-    mlflow.set_tracking_uri(before[0])
-    mlflow.set_registry_uri(before[1])
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):  # MLflow's setters also set these variables
-        os.environ.pop(name, None)
 
 
 def workspace_run(*overrides: str) -> RunConfig:

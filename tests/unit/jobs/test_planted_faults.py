@@ -1,0 +1,121 @@
+"""Each fault of a workspace is found by the preflight, which names the fault and says how to correct it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import Mock, create_autospec
+
+import pytest
+from pyspark.errors import AnalysisException
+from pyspark.sql import SparkSession
+from pyspark.sql.catalog import Catalog
+from stand_in_workspace import Workspace, mlflow_unchanged, serve
+
+from jobs.preflight import check_workspace
+from pipelines.config import RunConfig, load_run
+from pipelines.platform import Platform, open_platform
+
+SETTINGS = ("platform.catalog=main", "platform.schema=vision", "platform.volume=files", "platform.ranks=2")
+HISTORY = [{"version": 0, "operation": "CREATE TABLE", "userMetadata": None}]
+
+
+@dataclass
+class Place:
+    """A healthy workspace, in which a test plants a fault."""
+
+    workspace: Workspace
+    session: Mock
+    platform: Platform
+    config: RunConfig
+    patch: pytest.MonkeyPatch
+
+    def failures(self) -> dict[str, str]:
+        """Run the preflight. Return what each failed check has found, and how to correct it."""
+        checks = check_workspace(self.config, self.platform)
+        return {check.name: f"{check.found}. Fix: {check.fix}" for check in checks if check.status == "fail"}
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Place]:
+    workspace = Workspace(user="somebody")
+    workspace.schemas["main.vision"] = {}
+    session = create_autospec(SparkSession, instance=True)
+    session.catalog = create_autospec(Catalog, instance=True)
+    session.table.return_value.columns = []
+    session.sql.return_value.select.return_value.collect.return_value = HISTORY
+    config = load_run("demo", platform="databricks", overrides=SETTINGS)
+    platform = replace(open_platform(config.platform), root=tmp_path, open_spark=lambda: session)
+    monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "18.0")
+    monkeypatch.setenv("DATABRICKS_TOKEN", "stand-in")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with serve(workspace) as url, mlflow_unchanged():
+        monkeypatch.setenv("DATABRICKS_HOST", url)
+        monkeypatch.setenv("PIP_INDEX_URL", f"{url}/simple/")
+        yield Place(workspace, session, platform, config, monkeypatch)
+
+
+def refuse(place: Place, method: str) -> None:
+    """Let the Volume refuse a method of paths below the Volume."""
+    usual = getattr(Path, method)
+
+    def refused(path: Path, *arguments: object, **more: object) -> object:
+        if path.is_relative_to(place.platform.root):
+            raise PermissionError(13, "Permission denied")
+        return usual(path, *arguments, **more)
+
+    place.patch.setattr(Path, method, refused)
+
+
+def remove_module(place: Place, group: str) -> None:
+    place.patch.setattr(f"jobs.preflight.{group}", ("no_such_module",))
+
+
+def raise_from_spark(place: Place, message: str) -> None:
+    place.session.catalog.tableExists.side_effect = AnalysisException(message)
+
+
+NO_CATALOG = "[NO_SUCH_CATALOG_EXCEPTION] Catalog 'main' was not found."
+NO_GRANT = "[INSUFFICIENT_PERMISSIONS] User does not have CREATE TABLE on Schema 'main.vision'."
+
+
+class Fault(NamedTuple):
+    """How to plant a fault, which check fails, and a part of what the check says."""
+
+    plant: Callable[[Place], object]
+    check: str
+    text: str
+
+
+FAULTS = {
+    "no workspace": Fault(
+        lambda p: p.patch.delenv("DATABRICKS_RUNTIME_VERSION"), "runtime", "not a Databricks cluster"
+    ),
+    "an old runtime": Fault(lambda p: p.patch.setenv("DATABRICKS_RUNTIME_VERSION", "15.4"), "runtime", "15.4"),
+    "no ML runtime": Fault(lambda p: remove_module(p, "RUNTIME_MODULES"), "no_such_module", "an ML runtime"),
+    "no wheel": Fault(lambda p: remove_module(p, "WHEEL_MODULES"), "no_such_module", "the wheel of Lakesight"),
+    "no Volume": Fault(lambda p: p.platform.root.rmdir(), "volume", "cannot create a folder: No such file"),
+    "no write on the Volume": Fault(lambda p: refuse(p, "write_bytes"), "volume", "grant READ VOLUME and WRITE VOLUME"),
+    "no rename on the Volume": Fault(lambda p: refuse(p, "rename"), "volume", "cannot rename a file"),
+    "no catalog": Fault(lambda p: raise_from_spark(p, NO_CATALOG), "tables", "Catalog 'main' was not found"),
+    "no grant": Fault(lambda p: raise_from_spark(p, NO_GRANT), "tables", "grant USE CATALOG, USE SCHEMA and CREATE"),
+    "no experiment": Fault(lambda p: p.workspace.denied.add("experiments/create"), "experiment", "PERMISSION_DENIED"),
+    "no model": Fault(lambda p: p.workspace.denied.add("registered-models/create"), "model", "PERMISSION_DENIED"),
+    "no schema of models": Fault(lambda p: p.workspace.schemas.clear(), "model", "Schema of main.vision.demo does not"),
+    "no egress": Fault(lambda p: p.workspace.denied.add("/simple/"), "index", "allow egress to the package index"),
+}
+
+
+def test_a_healthy_workspace_has_no_fault(place: Place) -> None:
+    assert place.failures() == {}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_preflight_finds_a_planted_fault_and_only_this_fault(place: Place, fault: str) -> None:
+    planted = FAULTS[fault]
+    planted.plant(place)
+    failures = place.failures()
+    assert list(failures) == [planted.check], failures
+    assert planted.text in failures[planted.check]
