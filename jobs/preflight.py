@@ -21,7 +21,7 @@ from typing import Literal
 from jobs.check import DoctorCheck
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
-from pipelines.platform import Platform
+from pipelines.platform import Platform, spark_errors
 
 MIN_RUNTIME = 17
 """Oldest major version of the Databricks runtime, which is the first with Spark 4."""
@@ -97,18 +97,15 @@ def check_volume(root: Path) -> DoctorCheck:
 
 
 def check_tables(platform: Platform) -> DoctorCheck:
-    """Find or create the tables, and read the history of one table through Delta's Python API."""
-    from delta.tables import DeltaTable
-    from pyspark.errors import PySparkException
-
+    """Find or create the tables, and read the history of one table."""
     from pipelines.driver.delta.tables import ensure_tables
-    from pipelines.formats.tables import SAMPLES
+    from pipelines.driver.delta.versions import read_versions
 
     try:
         spark = platform.open_spark()
         ensure_tables(spark, platform)
-        DeltaTable.forName(spark, platform.table(SAMPLES.name)).history(1).collect()
-    except PySparkException as error:
+        read_versions(spark, platform, "preflight")
+    except spark_errors() as error:
         fix = "name an existing catalog, deploy the bundle, and grant USE CATALOG, USE SCHEMA and CREATE TABLE"
         found = f"{platform.namespace}: {(str(error).splitlines() or [type(error).__name__])[0][:300]}"
         return DoctorCheck(name="tables", status="fail", found=found, fix=fix)

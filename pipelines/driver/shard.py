@@ -37,7 +37,7 @@ from pipelines.executor.shard import (
 )
 from pipelines.formats.shards import MANIFEST, Manifest, MixPart, ShardFile, ShardRequest, Shards, write_manifest
 from pipelines.formats.tables import SAMPLES
-from pipelines.platform import Platform
+from pipelines.platform import Platform, default_parallelism
 from vlm.config import Config, ImageConfig
 
 logger = logging.getLogger(__name__)
@@ -243,7 +243,7 @@ def _decode_after_shuffle(rows: DataFrame, request: ShardRequest, files: int) ->
     Decoding after the shuffle is faster if encoded pictures are smaller than their pixels, and if there are at least as
     many shard files as cores, so that all cores decode.
     """
-    if request.encoding != "raw" or files < rows.sparkSession.sparkContext.defaultParallelism:
+    if request.encoding != "raw" or files < default_parallelism(rows.sparkSession):
         return False
     sample = rows.select(F.octet_length("image").alias("bytes")).limit(SAMPLED_ROWS).collect()
     return bool(sum(row["bytes"] for row in sample) < len(sample) * 3 * request.image.size**2)

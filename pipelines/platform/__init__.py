@@ -1,6 +1,7 @@
 """Description of the place where a run happens: a laptop or a Databricks workspace.
 
 Start reading in `platform.py`, which defines `Platform`; `local.py` and `databricks.py` each construct a `Platform`.
+`session.py` has the differences between a classic Spark session and a Spark Connect session.
 pyspark is imported only inside functions.
 """
 
@@ -8,16 +9,32 @@ from pipelines.config import LocalPlatformConfig, PlatformConfig
 from pipelines.platform.databricks import databricks
 from pipelines.platform.local import check_java, local
 from pipelines.platform.platform import FolderKind, Launch, Platform, redact_uri, sqlite_uri, user_name
+from pipelines.platform.session import (
+    analysed,
+    call_in_barrier_stage,
+    cancel_if_slots_are_lost,
+    count_slots,
+    default_parallelism,
+    is_connect,
+    spark_errors,
+)
 
 __all__ = [
     "FolderKind",
     "Launch",
     "Platform",
+    "analysed",
+    "call_in_barrier_stage",
+    "cancel_if_slots_are_lost",
     "check_java",
+    "count_slots",
     "databricks",
+    "default_parallelism",
+    "is_connect",
     "local",
     "open_platform",
     "redact_uri",
+    "spark_errors",
     "sqlite_uri",
     "user_name",
 ]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.config import DatabricksPlatformConfig
 from pipelines.platform.platform import Launch, Platform
+from pipelines.platform.session import is_connect, quiet_loggers, register_delta_errors
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -31,7 +32,11 @@ def databricks(config: DatabricksPlatformConfig) -> Platform:
 
 
 def _running_session() -> SparkSession:
-    """Return the Spark session that the workspace has started."""
+    """Return the Spark session that the workspace has started, which may be a Spark Connect session."""
     from pyspark.sql import SparkSession
 
-    return SparkSession.getActiveSession() or SparkSession.builder.getOrCreate()
+    spark = SparkSession.getActiveSession() or SparkSession.builder.getOrCreate()
+    quiet_loggers()
+    if is_connect(spark):
+        register_delta_errors()
+    return spark

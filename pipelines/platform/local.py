@@ -17,14 +17,12 @@ from pipelines.config import LocalPlatformConfig
 from pipelines.errors import UserError
 from pipelines.platform.jars import delta_jars
 from pipelines.platform.platform import Launch, Platform, sqlite_uri
+from pipelines.platform.session import quiet_loggers
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 logger = logging.getLogger(__name__)
-
-QUERY_LOGGERS = ("DataFrameQueryContextLogger", "SQLQueryContextLogger")
-"""Loggers of pyspark that print the Java stack of a query with a mistake. The exception names the mistake too."""
 
 MIN_JAVA = 17
 MIN_OPEN_FILES = 1024
@@ -125,7 +123,7 @@ def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
     log = root / "logs" / "spark.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     logger.info("starting Spark on %s, log in %s", config.spark.master, log)
-    _quiet_loggers()
+    quiet_loggers()
     with delta_jars() as jars, log.open("ab") as sink:
         conf = SparkConf(loadDefaults=False).setAll(list((_session_settings(config, root) | jars.settings()).items()))
         start = sink.tell()
@@ -138,15 +136,6 @@ def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
         jars.save(spark.sparkContext.getConf().get("spark.jars") or "")
     atexit.register(_stop, spark, config.spark.master, spark.sparkContext.applicationId)
     return spark
-
-
-def _quiet_loggers() -> None:
-    """Hide messages of libraries that a user cannot act on."""
-    from pyspark.logger import PySparkLogger
-
-    logging.getLogger("py4j").setLevel(logging.WARNING)  # py4j logs every closed connection at level INFO
-    for name in QUERY_LOGGERS:
-        PySparkLogger.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _stop(spark: SparkSession, master: str, application: str) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import sysconfig
 import venv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from pipelines.driver.train.hosts import check_hosts
 from pipelines.driver.train.run import launch
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import HostsFile, RunFolder, read_json
-from pipelines.platform import Platform
+from pipelines.platform import Launch, Platform
 
 
 def make_python(folder: Path, *without: str) -> Path:
@@ -58,6 +60,39 @@ def test_packages_that_are_missing_on_executors_are_named_before_any_rank_starts
         f"no lakesight on host {here} ({second})",
         f"no pydantic on host {here} ({first})",
     ]
+    assert run.read_ranks() == []
+
+
+def test_two_versions_of_torch_are_named_before_any_rank_starts(
+    spark: SparkSession, platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    other = make_python(tmp_path / "other", "torch")
+    (site,) = (tmp_path / "other").glob("lib/python*/site-packages")
+    (site / "torch").mkdir()
+    (site / "torch" / "__init__.py").touch()
+    (site / "torch" / "version.py").write_text('__version__ = "2.6.0"; cuda = None')
+    monkeypatch.setattr(spark.sparkContext, "pythonExec", either(tmp_path / "either", sys.executable, str(other)))
+    with pytest.raises(UserError, match="different versions of torch") as caught:
+        launch(run, platform, spark)
+    here = socket.gethostname()
+    assert set(caught.value.got.split("; ")) == {
+        f"2.6.0 on host {here} ({other})",
+        f"{torch.__version__} on host {here} ({sys.executable})",
+    }
+    assert run.read_ranks() == []
+
+
+def test_a_host_without_a_gpu_is_named_before_any_rank_starts(
+    spark: SparkSession, platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (smi := tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho no devices were found\nexit 6\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    on_gpus = replace(platform, launch=Launch(2, local_mode=True, use_gpu=True))
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(UserError, match=r"no devices were found on host .* Fix: .*use_gpu=false"):
+        launch(run, on_gpus, spark)
     assert run.read_ranks() == []
 
 

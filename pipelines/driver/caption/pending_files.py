@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from delta.tables import DeltaTable
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
@@ -137,17 +136,17 @@ def _newest_rows(rows: DataFrame) -> DataFrame:
 
 def _merge(spark: SparkSession, name: str, new: DataFrame, key: dict[str, str]) -> None:
     """Insert new captions, and update rows that had an error or whose picture has changed."""
-    same_row = matches_key(key) & (F.col("old.image_id") == F.col("new.image_id")) & F.expr(SAME_MODEL)
-    columns: dict[str, str | Column] = {name: f"new.{name}" for name in GENERATED_CAPTIONS.names}
+    of_key = " AND ".join(f"old.{column} = {{{column}}}" for column in key)
+    columns = GENERATED_CAPTIONS.names
+    values = [f"new.{column}" for column in columns]
+    updates = ", ".join(f"{column} = {value}" for column, value in zip(columns, values, strict=True))
     is_newer = "new.captioned_at > old.captioned_at"
     replaces = f"NOT new.unchanged AND {is_newer} AND (old.error IS NOT NULL OR NOT (old.sha256 <=> new.sha256))"
-    table = DeltaTable.forName(spark, name).alias("old")
-    (
-        table.merge(new.alias("new"), same_row)
-        .whenMatchedUpdate(condition=replaces, set=columns)
-        .whenMatchedUpdate(
-            condition="new.source_version > old.source_version", set={"source_version": "new.source_version"}
-        )
-        .whenNotMatchedInsert(condition="NOT new.unchanged", values=columns)
-        .execute()
+    merge = (
+        f"MERGE INTO {name} old USING {{new}} new "  # noqa: S608 (names of our own columns)
+        f"ON {of_key} AND old.image_id = new.image_id AND {SAME_MODEL} "
+        f"WHEN MATCHED AND {replaces} THEN UPDATE SET {updates} "
+        "WHEN MATCHED AND new.source_version > old.source_version THEN UPDATE SET source_version = new.source_version "
+        f"WHEN NOT MATCHED AND NOT new.unchanged THEN INSERT ({', '.join(columns)}) VALUES ({', '.join(values)})"
     )
+    spark.sql(merge, None, new=new, **key)

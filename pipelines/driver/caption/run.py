@@ -18,7 +18,6 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, NamedTuple
 
-from delta.tables import DeltaTable
 from pydantic import Field
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -39,7 +38,7 @@ from pipelines.executor.caption import FILE_STATS_SCHEMA, CaptionJob, caption_ba
 from pipelines.executor.ingest.records.pictures.root import require_root
 from pipelines.formats.caption_stats import CaptionStats, sum_stats
 from pipelines.formats.tables import GENERATED_CAPTIONS
-from pipelines.platform import Platform
+from pipelines.platform import Platform, default_parallelism
 from vlm import text
 from vlm.config import Config, GenerationConfig, Precision
 from vlm.text.prompt import prefix_ids
@@ -323,7 +322,7 @@ def _run_executors(spark: SparkSession, todo: DataFrame, rows: int, job: Caption
     # The rows are repartitioned, because Spark would read a small table, which has a single file, in a single task. The
     # rows are repartitioned by id, so that a retried task gets the same rows. The number of tasks is a multiple of the
     # number of cores, because three tasks on two cores take as long as four tasks.
-    cores = spark.sparkContext.defaultParallelism
+    cores = default_parallelism(spark)
     tasks = cores * -(-rows // (job.rows_per_file * cores))
     with bounded_batches(spark):
         written = (
@@ -337,14 +336,16 @@ def _run_executors(spark: SparkSession, todo: DataFrame, rows: int, job: Caption
 def _remove_deleted(spark: SparkSession, platform: Platform, source: SourceTable) -> int:
     """Remove captions of rows that the table no longer has. Return the number of removed captions."""
     name = platform.table(GENERATED_CAPTIONS.name)
-    of_table = matches_key({"source_table": source.name})
+    of_table = "old.source_table = {source_table}"
     merge = (
-        DeltaTable.forName(spark, name)
-        .alias("old")
-        .merge(source.ids.alias("new"), of_table & (F.col("old.image_id") == F.col("new.image_id")))
-        .whenNotMatchedBySourceDelete(condition=of_table)
+        f"MERGE INTO {name} old USING {{ids}} new ON {of_table} AND old.image_id = new.image_id "
+        f"WHEN NOT MATCHED BY SOURCE AND {of_table} THEN DELETE"
     )
-    return retry_on_conflict(lambda: int(merge.execute().collect()[0]["num_deleted_rows"]), where=name)
+
+    def remove() -> int:
+        return int(spark.sql(merge, ids=source.ids, source_table=source.name).collect()[0]["num_deleted_rows"])
+
+    return retry_on_conflict(remove, where=name)
 
 
 def _check_prompt(model: ModelFiles, request: CaptionRequest) -> None:

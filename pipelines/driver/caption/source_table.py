@@ -12,7 +12,7 @@ from pyspark.sql.types import BinaryType, StringType
 
 from pipelines.driver.delta.spark_errors import filter_rows
 from pipelines.errors import UserError
-from pipelines.platform import Platform
+from pipelines.platform import Platform, analysed
 from vlm.errors import did_you_mean
 
 TABLE_NAME = re.compile(r"([A-Za-z_]\w*\.){0,2}[A-Za-z_]\w*|delta\.`[^`]+`")
@@ -123,7 +123,7 @@ def _read(spark: SparkSession, platform: Platform, name: str, version: int | Non
     assert newest is not None
     pinned = int(newest["version"]) if version is None else version
     try:
-        return pinned, spark.read.option("versionAsOf", pinned).table(name)
+        return pinned, analysed(spark.read.option("versionAsOf", pinned).table(name))
     except AnalysisException as error:
         raise UserError(
             f"table {name} cannot be read at version {pinned}",

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
-from pyspark.errors import AnalysisException, PySparkException
+from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame
 
 from pipelines.errors import StageFailed, UserError
+from pipelines.platform import analysed, spark_errors
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def filter_rows(frame: DataFrame, condition: str, *, where: str) -> DataFrame:
         UserError: the condition is not valid SQL on these columns.
     """
     try:
-        return frame.filter(condition) if condition else frame
+        return analysed(frame.filter(condition)) if condition else frame
     except AnalysisException as error:  # includes ParseException
         raise UserError(
             "the condition cannot be used",
@@ -62,7 +62,7 @@ def translate_spark_errors(what: str, *, where: str) -> Iterator[None]:
     """
     try:
         yield
-    except (PySparkException, Py4JJavaError) as error:
+    except spark_errors() as error:
         named = re.findall(r"^(?:: |Caused by: )?([\w.]+(?:Error|Exception|Failed): .+)$", str(error), re.MULTILINE)
         got = named[-1] if named else str(error).strip().partition("\n")[0]
         fix = "correct the cause and run the command again: finished work is kept and no row is duplicated"
@@ -76,7 +76,7 @@ def translate_spark_errors(what: str, *, where: str) -> Iterator[None]:
 
 def worker_died(error: Exception) -> bool:
     """Return whether Spark failed because a Python worker or an executor died without an error or ran out of memory."""
-    return isinstance(error, (PySparkException, Py4JJavaError)) and bool(WORKER_DIED.search(str(error)))
+    return isinstance(error, spark_errors()) and bool(WORKER_DIED.search(str(error)))
 
 
 def run_or_guard(run: Callable[[], Result], run_guarded: Callable[[], Result]) -> Result:

@@ -28,7 +28,7 @@ from pipelines.driver.model_files import ModelFiles
 from pipelines.executor.evaluate import COLOUR_GRID_SCHEMA, ScoreJob, colour_grid_batches, score_batches
 from pipelines.formats.row_scores import SCORE_SCHEMA
 from pipelines.formats.shards import Shards
-from pipelines.platform import Platform
+from pipelines.platform import Platform, default_parallelism
 from vlm.files import atomic_write
 
 SCORING = 2
@@ -110,7 +110,7 @@ def _run_model(spark: SparkSession, model: ModelFiles, shards: Shards) -> list[d
         threads=task_threads(spark),
         settings=model.settings,
     )
-    tasks = max(spark.sparkContext.defaultParallelism, -(-len(shards) // ROWS_PER_TASK))
+    tasks = max(default_parallelism(spark), -(-len(shards) // ROWS_PER_TASK))
     rows = spark.range(0, len(shards), 1, min(tasks, len(shards)))
     table = rows.mapInArrow(partial(score_batches, job), spark_schema(SCORE_SCHEMA))
     return sorted((row.asDict() for row in table.collect()), key=lambda row: (row["row"], row["prompt"]))
@@ -127,7 +127,7 @@ def _neighbour_captions(spark: SparkSession, train: Shards, shards: Shards) -> d
     is in the training split itself gets the text of another picture.
     """
     known = min(len(train), MAX_NEIGHBOURS)
-    ids = spark.range(-known, len(shards), 1, min(spark.sparkContext.defaultParallelism, known + len(shards)))
+    ids = spark.range(-known, len(shards), 1, min(default_parallelism(spark), known + len(shards)))
     folders = (str(shards.folder), str(train.folder))
     grids = ids.mapInArrow(partial(colour_grid_batches, folders), spark_schema(COLOUR_GRID_SCHEMA))
     evaluated: dict[str, list[GridAndText]] = defaultdict(list)

@@ -50,11 +50,16 @@ def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
     with uncompressed_parquet(spark), skip_if_changed_since(spark, stamp.source, stamp.base_version):
         if totals.updated:
             updates = changed.filter("NOT is_new").select("image_id", F.col("new_texts").alias("texts"))
-            merge = merge_into(table, rows.unionByName(updates, allowMissingColumns=True), "image_id", stamp.source)
-            texts = F.expr("concat(target.texts, updates.texts)")  # the plan has removed the texts that are known
-            merge = merge.whenMatchedUpdate(set={"texts": texts})
-            metrics = merge.whenNotMatchedInsertAll(condition="updates.image IS NOT NULL").execute()
-            verify_merge(metrics, inserted=totals.new, updated=totals.updated)
+            counts = merge_into(
+                table,
+                rows.unionByName(updates, allowMissingColumns=True),
+                "image_id",
+                stamp.source,
+                # The plan has removed the texts that are known.
+                "WHEN MATCHED THEN UPDATE SET texts = concat(target.texts, updates.texts)",
+                "WHEN NOT MATCHED AND updates.image IS NOT NULL THEN INSERT *",
+            )
+            verify_merge(counts, inserted=totals.new, updated=totals.updated)
         else:  # append, because a merge would needlessly join all planned pictures with the table
             rows.writeTo(table).append()
             verify_append(spark, table, "ingested_at", stamp, totals.new)
@@ -99,9 +104,10 @@ def remove_gone(platform: Platform, decoded: DecodedRows, covered: Covered) -> i
         return 0
     # Another ingest may have replaced a picture in the meantime. The new picture is not deleted.
     unchanged = "target.sha256 = updates.sha256 AND array_contains(target.texts, updates.text)"
-    [row] = merge_into(table, gone, "image_id", source).whenMatchedDelete(unchanged).execute().collect()
-    logger.info("%d pictures removed, because their rows are gone or have changed", row["num_deleted_rows"])
-    return int(row["num_deleted_rows"])
+    counts = merge_into(table, gone, "image_id", source, f"WHEN MATCHED AND {unchanged} THEN DELETE")
+    assert counts is not None
+    logger.info("%d pictures removed, because their rows are gone or have changed", counts["num_deleted_rows"])
+    return int(counts["num_deleted_rows"])
 
 
 def gone_pictures(outcomes: DataFrame, samples: DataFrame, quarantine: DataFrame) -> DataFrame:

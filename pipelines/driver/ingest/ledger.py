@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
@@ -97,4 +96,4 @@ def append_to_ledger(spark: SparkSession, platform: Platform, items: pa.Table, e
 
 def delete_from_ledger(spark: SparkSession, platform: Platform, source: str) -> None:
     """Delete the ledger rows of a source, so that the next ingest reads all items of the source."""
-    DeltaTable.forName(spark, platform.table(INGESTED.name)).delete(F.col("source") == source)
+    spark.sql(f"DELETE FROM {platform.table(INGESTED.name)} WHERE source = {{source}}", source=source)  # noqa: S608

@@ -106,10 +106,10 @@ def _plan_and_write(spark: SparkSession, platform: Platform, decoded: DecodedRow
 
 def _mark_replayed(platform: Platform, plan: IngestPlan) -> None:
     """Set the column `replayed_at` of the accepted rows in `quarantine` to the time of the plan."""
-    accepted = _accepted_rows(plan).select("source_row")
-    merge = merge_into(platform.table(QUARANTINE.name), accepted, "source_row", plan.stamp.source)
-    metrics = merge.whenMatchedUpdate(set={"replayed_at": F.lit(plan.stamp.planned_at)}).execute()
-    verify_merge(metrics, inserted=0, updated=plan.totals.usable)
+    accepted = _accepted_rows(plan).select("source_row", F.lit(plan.stamp.planned_at).alias("replayed_at"))
+    update = "WHEN MATCHED THEN UPDATE SET replayed_at = updates.replayed_at"
+    counts = merge_into(platform.table(QUARANTINE.name), accepted, "source_row", plan.stamp.source, update)
+    verify_merge(counts, inserted=0, updated=plan.totals.usable)
 
 
 def _accepted_rows(plan: IngestPlan) -> DataFrame:

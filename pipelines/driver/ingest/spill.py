@@ -25,7 +25,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructType
 
 from pipelines.executor.ingest.spill import POSITION, WIDE, restore_wide
-from pipelines.platform import Platform
+from pipelines.platform import Platform, default_parallelism
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class SpillFolder:
         files.
         """
         size = sum(path.stat().st_size for path in self.folder.glob("*.arrow"))
-        tasks = max(rows.sparkSession.sparkContext.defaultParallelism, size // FILE_BYTES)
+        tasks = max(default_parallelism(rows.sparkSession), size // FILE_BYTES)
         narrow = rows.select("*", *(f"spilled.{name}" for name in POSITION.names)).drop("spilled")
         parts = narrow.repartitionByRange(tasks, *POSITION.names[:2]).sortWithinPartitions(*POSITION.names)
         wide = from_arrow_schema(pa.schema([WIDE.field(name) for name in names]))

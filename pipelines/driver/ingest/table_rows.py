@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from delta.tables import DeltaMergeBuilder, DeltaTable
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from pipelines.driver.delta.retry import WriteConflict
@@ -35,24 +34,32 @@ def rows_of_source(spark: SparkSession, platform: Platform, table: str, source: 
     return spark.table(platform.table(table)).filter(F.col("source") == source)
 
 
-def merge_into(table: str, updates: DataFrame, key: str, source: str) -> DeltaMergeBuilder:
-    """Start a merge of `updates` into the rows of one source in a table.
+def merge_into(table: str, updates: DataFrame, key: str, source: str, *clauses: str) -> Row | None:
+    """Merge `updates` into the rows of one source in a table, and return the row counts that Delta reports.
 
-    The alias of the table is `target`, and the alias of the new rows is `updates`.
     The name of the source is a literal in the merge condition, so Delta skips the files of other sources.
+
+    Args:
+        table: full name of the table, whose alias is `target`.
+        updates: new rows, whose alias is `updates`.
+        key: column that is equal in a row of the table and its new row.
+        source: name of the data config.
+        clauses: WHEN clauses of the merge, in SQL.
     """
-    same = (F.col("target.source") == source) & (F.col(f"target.{key}") == F.col(f"updates.{key}"))
-    return DeltaTable.forName(updates.sparkSession, table).alias("target").merge(updates.alias("updates"), same)
+    merge = (
+        f"MERGE INTO {table} target USING {{updates}} updates "
+        f"ON target.source = {{source}} AND target.{key} = updates.{key} {' '.join(clauses)}"
+    )
+    return updates.sparkSession.sql(merge, updates=updates, source=source).head()
 
 
-def verify_merge(metrics: DataFrame, *, inserted: int, updated: int) -> None:
+def verify_merge(row: Row | None, *, inserted: int, updated: int) -> None:
     """Compare the row counts that Delta reports for a merge with the counts of the plan.
 
     Raises:
         WriteConflict: the counts differ, because Delta skips the merge if another ingest of the source has committed
             since the plan was made.
     """
-    row = metrics.head()
     found = (row["num_inserted_rows"], row["num_updated_rows"]) if row else (0, 0)
     if found != (inserted, updated):
         raise WriteConflict(f"{found[0]} rows inserted and {found[1]} updated, expected {inserted} and {updated}")

@@ -11,17 +11,17 @@ import logging
 import socket
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from pipelines.driver.delta.spark_errors import translate_spark_errors
-from pipelines.driver.train.launch import cancel_if_slots_are_lost, open_distributor
+from pipelines.driver.train.launch import open_distributor
 from pipelines.errors import UserError
 from pipelines.executor import host_info
 from pipelines.formats.run_folder import Host, HostsFile, RunFolder, write_json
 from pipelines.formats.training_code import TrainingCode
-from pipelines.platform import Launch
+from pipelines.platform import Launch, call_in_barrier_stage, cancel_if_slots_are_lost
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -39,7 +39,8 @@ def check_hosts(run: RunFolder, spark: SparkSession, launch: Launch) -> None:
     """Describe every host that ranks will run on, check that the hosts are compatible, and write hosts.json.
 
     Raises:
-        UserError: a package is missing on a host, or the versions of torch or Lakesight or the training code differ.
+        UserError: a package is missing on a host, the versions of torch or Lakesight or the training code differ, or
+            ranks need GPUs and a host has none that torch can use.
         StageFailed: the executors did not describe their hosts.
     """
     if launch.local_mode:
@@ -50,6 +51,8 @@ def check_hosts(run: RunFolder, spark: SparkSession, launch: Launch) -> None:
     distinct = {host.model_dump_json(): host for host in map(Host.model_validate, described)}
     hosts = [distinct[key] for key in sorted(distinct)]
     check_compatible(hosts, version("lakesight"))
+    if launch.use_gpu:
+        check_gpus(hosts)
     check_code(hosts, run.read_run().code)
     write_json(run.hosts, HostsFile(hosts=tuple(hosts)))
     log.info("ranks run on %s", summarize(hosts))
@@ -58,18 +61,17 @@ def check_hosts(run: RunFolder, spark: SparkSession, launch: Launch) -> None:
 def _describe_executors(spark: SparkSession, tasks: int) -> list[dict[str, object]]:
     """Describe the host of each task of a barrier stage, because such a stage occupies all slots at once like ranks."""
 
-    def describe_task(_: Iterable[int]) -> Iterator[dict[str, object]]:
+    def describe_task() -> dict[str, object]:
         # A nested function is pickled by value, so the function also runs on hosts where this package is not installed.
         try:
             from pipelines.executor.host_info import describe_host
         except ImportError:
-            yield {"name": socket.gethostname(), "executable": sys.executable, "packages": {"lakesight": ""}}
-        else:
-            yield describe_host()
+            return {"name": socket.gethostname(), "executable": sys.executable, "packages": {"lakesight": ""}}
+        return describe_host()
 
-    context, failure = spark.sparkContext, "the executors cannot describe their hosts"
-    with translate_spark_errors(failure, where=str(context.master)), cancel_if_slots_are_lost(spark, tasks):
-        return context.parallelize(range(tasks), tasks).barrier().mapPartitions(describe_task).collect()
+    failure, where = "the executors cannot describe their hosts", str(spark.conf.get("spark.master"))
+    with translate_spark_errors(failure, where=where), cancel_if_slots_are_lost(spark, tasks):
+        return call_in_barrier_stage(spark, describe_task, tasks)
 
 
 def check_compatible(hosts: Sequence[Host], driver_version: str) -> None:
@@ -104,6 +106,28 @@ def check_compatible(hosts: Sequence[Host], driver_version: str) -> None:
     for name, reported in versions.items():
         if _differ(reported):
             log.warning("the hosts of the ranks differ in %s: %s", name, _format_values(reported))
+
+
+def check_gpus(hosts: Sequence[Host]) -> None:
+    """Check that torch can use a GPU on each host.
+
+    Raises:
+        UserError: a host has no GPU, the GPU driver of a host does not work, or torch was built without CUDA.
+    """
+    found = []
+    for host in hosts:
+        if not host.gpus:
+            found.append(f"{host.driver or 'no GPU'} on {_host_label(host)}")  # `driver` has the error of nvidia-smi
+        elif not host.cuda:
+            found.append(f"torch {host.packages['torch']} without CUDA on {_host_label(host)}")
+    if found:
+        raise UserError(
+            "the ranks would have no GPU",
+            where="platform.use_gpu=true",
+            got="; ".join(found),
+            fix="start the training cluster on GPU nodes with a GPU runtime (gpu_node and gpu_runtime of the bundle); "
+            "or train on CPUs with --set platform.use_gpu=false",
+        )
 
 
 def check_code(hosts: Sequence[Host], code: TrainingCode | None) -> None:

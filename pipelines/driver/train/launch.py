@@ -14,18 +14,15 @@ import logging
 import os
 import signal
 import socket
-import threading
 import time
-import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pipelines.background_thread import in_background
 from pipelines.child_process import start_ticks
 from pipelines.driver.train.local_ranks import RankEntry, run_local_ranks
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import RunFolder
-from pipelines.platform import Launch
+from pipelines.platform import Launch, cancel_if_slots_are_lost, count_slots, spark_errors
 
 if TYPE_CHECKING:
     from pyspark.ml.torch.distributor import TorchDistributor
@@ -35,9 +32,6 @@ log = logging.getLogger(__name__)
 
 SLOT_SECONDS = 10.0
 """Time that executors may take to register after their start, in seconds."""
-SHORTAGE_SECONDS = 30.0
-"""Time in seconds after which the jobs of a barrier stage are cancelled if the cluster has too few slots."""
-POLL_SECONDS = 1.0
 EXIT_SECONDS = 5.0
 """Time that a rank may take to exit after SIGTERM, and again after SIGKILL, in seconds."""
 
@@ -65,49 +59,17 @@ def check_slots(spark: SparkSession, launch: Launch, seconds: float = SLOT_SECON
     if launch.local_mode:
         return
     needed = open_distributor(launch).num_tasks
-    context = spark.sparkContext._jsc.sc()
     deadline = time.monotonic() + seconds
-    while (slots := _slots(context)) < needed:
+    while (slots := count_slots(spark)) < needed:
         if time.monotonic() > deadline:
             per_task = launch.ranks // needed
             raise UserError(
                 "the cluster has too few slots for the ranks",
-                where=f"Spark master {spark.sparkContext.master}",
+                where=f"Spark master {spark.conf.get('spark.master')}",
                 got=f"{slots} tasks at once, {needed} needed for {launch.ranks} ranks",
                 fix=f"start more executors, or lower platform.ranks to {per_task * max(1, slots)} or fewer",
             )
         time.sleep(0.5)
-
-
-def _slots(context: object) -> int:
-    """Return how many tasks can run at once. Spark compares this number with the size of a barrier stage."""
-    profile = context.resourceProfileManager().defaultResourceProfile()  # type: ignore[attr-defined]
-    return int(context.maxNumConcurrentTasks(profile))  # type: ignore[attr-defined]
-
-
-@contextlib.contextmanager
-def cancel_if_slots_are_lost(spark: SparkSession, tasks: int) -> Iterator[None]:
-    """Cancel the Spark jobs started inside the block if the cluster no longer has `tasks` slots.
-
-    Spark counts slots only when a barrier stage starts, so Spark would wait forever for a lost host. The thread that
-    waits for the stage receives a Spark error with the number of remaining slots.
-    """
-    context, tag = spark.sparkContext, f"lakesight-{uuid.uuid4().hex}"
-
-    def watch_slots(ended: threading.Event) -> None:
-        enough_at = time.monotonic()
-        while not ended.wait(POLL_SECONDS):
-            if (slots := _slots(context._jsc.sc())) >= tasks:
-                enough_at = time.monotonic()
-            elif time.monotonic() - enough_at > SHORTAGE_SECONDS:
-                context._jsc.sc().cancelJobsWithTag(tag, f"executors were lost: {slots} of {tasks} slots are left")
-
-    context.addJobTag(tag)
-    try:
-        with in_background(watch_slots, "slots"):
-            yield
-    finally:
-        context.removeJobTag(tag)
 
 
 def open_distributor(launch: Launch) -> TorchDistributor:
@@ -145,14 +107,12 @@ def run_ranks(run: RunFolder, spark: SparkSession, launch: Launch, entry: RankEn
     if launch.local_mode:
         return run_local_ranks(run, launch.ranks, entry)
 
-    from py4j.protocol import Py4JError  # type: ignore[import-untyped]
-    from pyspark.errors import PySparkException
-
+    failures: tuple[type[Exception], ...] = (RuntimeError, UnicodeDecodeError, *spark_errors())
     distributor = open_distributor(launch)
     try:
         with cancel_if_slots_are_lost(spark, distributor.num_tasks), _stderr_to_file(run):
             distributor.run(entry, str(run.path))
-    except (RuntimeError, UnicodeDecodeError, PySparkException, Py4JError) as error:
+    except failures as error:
         log.debug("the launcher failed", exc_info=True)
         return error
     finally:

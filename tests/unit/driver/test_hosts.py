@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipelines.driver.train.code import read_code
-from pipelines.driver.train.hosts import check_code, check_compatible, summarize
+from pipelines.driver.train.hosts import check_code, check_compatible, check_gpus, summarize
 from pipelines.errors import UserError
 from pipelines.executor.host_info import describe_host
 from pipelines.formats.run_folder import Host
@@ -85,6 +85,20 @@ def test_equal_hosts_pass_without_a_warning_and_are_summarized_in_one_line(caplo
 def test_incompatible_hosts_are_refused_and_named_in_the_error(hosts: list[Host], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_compatible(hosts, "0.1.0")
+
+
+@pytest.mark.parametrize(
+    ("lacking", "found"),
+    [
+        ({"gpus": (), "driver": "", "cuda": ""}, "no GPU on host b"),
+        ({"gpus": (), "driver": "nvidia-smi failed: no NVML"}, "nvidia-smi failed: no NVML on host b"),
+        ({"torch": "2.13.0+cpu", "cuda": ""}, r"torch 2\.13\.0\+cpu without CUDA on host b"),
+    ],
+)
+def test_a_host_without_a_gpu_that_torch_can_use_is_refused_and_named(lacking: dict[str, Any], found: str) -> None:
+    check_gpus([host("a")])
+    with pytest.raises(UserError, match=rf"would have no GPU.*Got: {found} \(python3\)\. Fix: .*use_gpu=false"):
+        check_gpus([host("a"), host("b", **lacking)])
 
 
 def test_harmless_differences_between_hosts_are_logged_as_warnings(caplog: pytest.LogCaptureFixture) -> None:

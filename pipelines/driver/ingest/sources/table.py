@@ -13,8 +13,7 @@ from functools import partial
 from typing import NamedTuple
 
 import pyarrow as pa
-from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
-from pyspark.errors import AnalysisException, PySparkException
+from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
@@ -27,6 +26,7 @@ from pipelines.driver.ingest.sources.files import absolute_path
 from pipelines.driver.ingest.sources.source import Covered, Source, SourceRows, require_columns, used_columns
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.table import add_image_ids, delta_records
+from pipelines.platform import analysed, spark_errors
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def _read_version(spark: SparkSession, source: TableSourceConfig) -> _Table:
         newest = spark.sql(f"DESCRIBE HISTORY {quoted} LIMIT 1").collect()[0]["version"]
         table_id = spark.sql(f"DESCRIBE DETAIL {quoted}").collect()[0]["id"]
         version = newest if source.version is None else source.version
-        frame = spark.sql(f"SELECT * FROM {quoted} VERSION AS OF {version}")  # noqa: S608 (quoted)
+        frame = analysed(spark.sql(f"SELECT * FROM {quoted} VERSION AS OF {version}"))  # noqa: S608 (quoted)
     except AnalysisException as error:
         fix = "name an existing Delta table and one of the versions that `DESCRIBE HISTORY` lists"
         if "VIEW" in (error.getCondition() or ""):
@@ -153,7 +153,7 @@ def _plain(frame: DataFrame, name: str, kind: T.DataType) -> Column | None:
     if _is_plain(kind):
         return column
     try:
-        frame.select(column.cast("string"))
+        analysed(frame.select(column.cast("string")))
     except AnalysisException:  # for example GEOMETRY
         return None
     return column.cast("string")
@@ -189,7 +189,7 @@ def _read_changes(
     try:
         changes = _open_feed(spark, source, last + 1, table.version)
         return _select_changed(table.frame, changes, name, source)
-    except (PySparkException, Py4JJavaError) as error:
+    except spark_errors() as error:
         logger.info("the changes of %s after version %d cannot be read: all rows are read", source.where, last)
         logger.debug("%s", error)
         return None
@@ -213,8 +213,7 @@ def _select_changed(frame: DataFrame, changes: DataFrame, name: str, source: Tab
     Without ids, it is unknown whether another row has the picture of a deleted row, so all rows must be read.
 
     Raises:
-        PySparkException: the feed lacks a column of the table.
-        Py4JJavaError: a file of the feed cannot be read.
+        PySparkException, Py4JError: the feed lacks a column of the table, or a file of the feed cannot be read.
     """
     added = changes.filter("_change_type IN ('insert', 'update_postimage')")
     added = added.select(*(F.col(_quoted(column)) for column in frame.columns))

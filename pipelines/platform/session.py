@@ -1,0 +1,155 @@
+"""Differences between a classic Spark session and a Spark Connect session, such as a session on shared compute.
+
+A Connect session is a client of a Spark server. It has no SparkContext and no JVM, and it analyses a query only when
+it is asked for properties or rows of the query. Everything else of Lakesight is written in the interface that both
+have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from pipelines.background_thread import in_background
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
+    from pyspark.sql import DataFrame, SparkSession
+
+MANY_ROWS = 100_000
+"""Number of rows of a query that Spark splits into its default number of tasks."""
+SHORTAGE_SECONDS = 30.0
+"""Time in seconds after which the jobs of a barrier stage are cancelled if the cluster has too few slots."""
+POLL_SECONDS = 1.0
+QUERY_LOGGERS = ("DataFrameQueryContextLogger", "SQLQueryContextLogger")
+"""Loggers of pyspark that print the Java stack of a query with a mistake. The exception names the mistake too."""
+
+
+def is_connect(spark: SparkSession) -> bool:
+    """Return whether a session is a Spark Connect session. The two classes of sessions have no common base class."""
+    from pyspark.sql import SparkSession
+
+    return not isinstance(spark, SparkSession)
+
+
+def register_delta_errors() -> None:
+    """Make Connect sessions raise Delta's write conflicts as the exception classes of `delta.exceptions`."""
+    import delta.connect  # noqa: F401 (the import registers the classes)
+
+
+def quiet_loggers() -> None:
+    """Hide messages of pyspark that a user cannot act on."""
+    from pyspark.logger import PySparkLogger
+
+    logging.getLogger("py4j").setLevel(logging.WARNING)  # py4j logs every closed connection at level INFO
+    for name in QUERY_LOGGERS:
+        PySparkLogger.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def spark_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions with which a query fails. A client of Spark Connect may lack py4j."""
+    from pyspark.errors import PySparkException
+
+    try:
+        from py4j.protocol import Py4JError  # type: ignore[import-untyped]
+    except ImportError:
+        return (PySparkException,)
+    return PySparkException, Py4JError
+
+
+def analysed(frame: DataFrame) -> DataFrame:
+    """Return a DataFrame after its analysis, so that a wrong name or a missing table raises an error here.
+
+    Raises:
+        AnalysisException: a column, function, table or version does not exist.
+    """
+    frame.isStreaming  # noqa: B018 (the server analyses the query for it; a schema may be derived by the client)
+    return frame
+
+
+def default_parallelism(spark: SparkSession) -> int:
+    """Return the number of tasks into which Spark splits a query by default, which is the number of cores.
+
+    A Connect session can only count the tasks of a query that it runs.
+    """
+    if not is_connect(spark):
+        return int(spark.sparkContext.defaultParallelism)
+    from pyspark.sql import functions as F
+
+    return int(spark.range(MANY_ROWS).select(F.spark_partition_id()).distinct().count())
+
+
+# ------------------------------------------------------------------------------------------------ barrier stages
+
+
+def count_slots(spark: SparkSession) -> int:
+    """Return how many tasks can run at once. Spark compares this number with the size of a barrier stage.
+
+    A Connect session only knows the number of cores. If GPUs are fewer than cores, the number is too large, and Spark
+    itself reports missing slots, after ten minutes.
+    """
+    if is_connect(spark):
+        return default_parallelism(spark) // int(spark.conf.get("spark.task.cpus", "1") or 1)
+    context = spark.sparkContext._jsc.sc()
+    profile = context.resourceProfileManager().defaultResourceProfile()
+    return int(context.maxNumConcurrentTasks(profile))
+
+
+@contextlib.contextmanager
+def cancel_if_slots_are_lost(spark: SparkSession, tasks: int) -> Iterator[None]:
+    """Cancel the Spark jobs started inside the block if the cluster no longer has `tasks` slots.
+
+    Spark counts slots only when a barrier stage starts, so Spark would wait forever for a lost host. The thread that
+    waits for the stage receives a Spark error with the number of remaining slots. A Connect session cannot count slots
+    while a barrier stage occupies them, so there only a timeout of the job ends the wait.
+    """
+    if is_connect(spark):
+        yield
+        return
+    context, tag = spark.sparkContext, f"lakesight-{uuid.uuid4().hex}"
+
+    def watch_slots(ended: threading.Event) -> None:
+        enough_at = time.monotonic()
+        while not ended.wait(POLL_SECONDS):
+            if (slots := count_slots(spark)) >= tasks:
+                enough_at = time.monotonic()
+            elif time.monotonic() - enough_at > SHORTAGE_SECONDS:
+                context._jsc.sc().cancelJobsWithTag(tag, f"executors were lost: {slots} of {tasks} slots are left")
+
+    context.addJobTag(tag)
+    try:
+        with in_background(watch_slots, "slots"):
+            yield
+    finally:
+        context.removeJobTag(tag)
+
+
+def call_in_barrier_stage(
+    spark: SparkSession, function: Callable[[], dict[str, object]], tasks: int
+) -> list[dict[str, object]]:
+    """Call a function in each task of a barrier stage, which occupies all slots at once. Return the results.
+
+    A classic session needs no package on executors for this. A Connect session has no RDDs, and needs pyarrow there.
+
+    Args:
+        spark: Spark session.
+        function: function whose result can be written as JSON.
+        tasks: number of tasks.
+    """
+    if not is_connect(spark):
+        rows = spark.sparkContext.parallelize(range(tasks), tasks).barrier()
+        return rows.mapPartitions(lambda _: iter([function()])).collect()
+
+    def call(_: Iterator[RecordBatch]) -> Iterator[RecordBatch]:
+        from pyarrow import RecordBatch
+
+        yield RecordBatch.from_pydict({"result": [json.dumps(function())]})
+
+    results = spark.range(0, tasks, 1, tasks).mapInArrow(call, "result string", barrier=True).collect()
+    return [json.loads(row["result"]) for row in results]
