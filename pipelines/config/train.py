@@ -119,6 +119,7 @@ class AugmentConfig(Config):
         return self
 
 
+BestBy = Literal["loss", "cider"]
 EXECUTION_SETTINGS = frozenset(
     {
         "checkpoint_every",
@@ -166,10 +167,15 @@ class TrainConfig(Config):
             (Szegedy et al., 2015). `train/loss` and `val/loss` are computed without label smoothing.
         loader_workers: number of threads that prepare batches ahead of training. With 0 threads, a batch is made when
             the batch is needed.
-        keep_checkpoints: number of newest checkpoints to keep. The checkpoint with the lowest validation loss is kept
-            too.
-        register_: checkpoint that is registered as a model version: the `last` one, or the `best` one, which has the
-            lowest validation loss. A finished run registers the other checkpoint too when the setting changes.
+        score_every: number of steps after which the model captions the `validate_rows` validation pictures, and the
+            CIDEr of the captions is logged as `val/cider`. The last step is scored too. With null, no step is scored.
+        best_by: metric by which the best checkpoint is chosen: the validation `loss`, or `cider`, which needs
+            `score_every`.
+        stop: number of consecutive values of the metric `best_by` without a new best value after which training ends
+            early, or null to take all steps.
+        keep_checkpoints: number of newest checkpoints to keep. The best checkpoint is kept too.
+        register_: checkpoint that is registered as a model version: the `last` one, or the `best` one by `best_by`. A
+            finished run registers the other checkpoint too when the setting changes.
         profile_steps: number of rank 0's first steps to record with torch's profiler. The trace is logged to MLflow.
         timeout_seconds: time without a sign of life from a rank, in seconds, after which the run is ended.
         max_restarts: largest number of restarts of a failed run from its last checkpoint, if a restart can help.
@@ -194,6 +200,9 @@ class TrainConfig(Config):
     log_every: PositiveInt = 10
     validate_every: PositiveInt = 200
     validate_rows: PositiveInt = 256
+    score_every: Annotated[PositiveInt | None, ADDED_LATER] = None
+    best_by: Annotated[BestBy, ADDED_LATER] = "loss"
+    stop: Annotated[PositiveInt | None, ADDED_LATER] = None
     checkpoint_every: PositiveInt = 500
     keep_checkpoints: PositiveInt = 2
     caption_samples: PositiveInt = 8
@@ -223,6 +232,12 @@ class TrainConfig(Config):
             raise ValueError(f"steps is {self.steps}, but the stages have {total} in total: leave steps out")
         if self.stages and self.adapter:
             raise ValueError("stages and adapter exclude each other: with an adapter nothing else learns")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Self:
+        if self.best_by == "cider" and not self.score_every:
+            raise ValueError("best_by cider needs score_every: without it, no checkpoint has a CIDEr")
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from vlm.config import GenerationConfig
 from vlm.errors import UserError
 from vlm.generation.generate import Completion
 from vlm.image import pixel_stats
+from vlm.text.words import words
 from vlm.training.objective import row_scores
 
 BATCH_ROWS = 32
@@ -98,6 +99,30 @@ def score_rows(
                 contrast=light.contrast,
                 num_texts=len(item.drawn),
             )
+
+
+def validation_cider(captioner: Captioner, shards: Shards, num_rows: int, report_progress: Callable[[], None]) -> float:
+    """Compute the CIDEr-D of the captions of the first rows of the shards, with the model's generation settings.
+
+    Args:
+        captioner: model and tokenizer; the model is in evaluation mode.
+        shards: validation shards.
+        num_rows: largest number of rows to caption.
+        report_progress: function to call after each batch.
+    """
+    from pycocoevalcap.cider.cider import Cider  # only runs with train.score_every need the package
+
+    truth: dict[int, list[str]] = {}
+    found: dict[int, list[str]] = {}
+    for start in range(0, min(num_rows, len(shards)), BATCH_ROWS):
+        rows = [shards.row(index) for index in range(start, min(start + BATCH_ROWS, num_rows, len(shards)))]
+        items = [Item(0, row, prompt, texts, []) for row in rows for prompt, texts in _by_prompt(row.texts).items()]
+        for item, answer in zip(items, _caption(captioner, items), strict=True):
+            if answer is not None:
+                truth[len(truth)] = [" ".join(words(reference)) for reference in item.references]
+                found[len(found)] = [" ".join(words(answer.text))]
+        report_progress()
+    return float(Cider().compute_score(truth, found)[0]) if found else 0.0
 
 
 def _by_prompt(texts: Sequence[tuple[str, str]]) -> dict[str, list[str]]:

@@ -62,6 +62,18 @@ RUNS = {
         captions="c0bb22de335e466a",
         shards="demo-train-972d93da37482452",
     ),
+    "photo_base": StoredNames(
+        run="photo_base-4c738c282a387146",
+        rules="bb1e606d3a608607",
+        captions="aa30227cc6ded6cd",
+        shards="photos-train-853e4943d3e19613",
+    ),
+    "photo_small": StoredNames(
+        run="photo_small-1d209d152e75050a",
+        rules="bb1e606d3a608607",
+        captions="4067238b22bf5faa",
+        shards="photos-train-2cf22ab7df37b2cd",
+    ),
     "reviewed": StoredNames(
         run="reviewed-ec600793099216c0",
         rules="7462a4131cf37b1b",
@@ -118,6 +130,8 @@ MODELS = {
     "paligemma2": "896e19146dc481d4",
     "paligemma2_tiny": "a55e6edd2bb63abe",
     "paligemma_tiny": "27ef5415893bec24",
+    "photo_base": "42bcc1677d871226",
+    "photo_small": "6d8ca8a53f2855e0",
     "seemoe": "e0a7fb6e16b96dbf",
     "seemoe_tiny": "b5e22d2fbc0ee019",
     "seemore": "1524c7477ad7c691",

@@ -36,7 +36,8 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
     return runs_in(tmp_path, monkeypatch)
 
 
-AUGMENT = {"scale": [0.5, 1.0], "flip": 0.5, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3}
+COLOURS = {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3}
+AUGMENT = {"scale": [0.5, 1.0], "flip": 0.5, "flip_vertical": 0.5, "rotate": 0.5, "erase": 0.5, **COLOURS}
 # Three ranks: the order of the terms changes a floating-point sum only if there are at least three terms.
 WHOLE: dict[str, Any] = {
     "ranks": 3,
@@ -47,6 +48,8 @@ WHOLE: dict[str, Any] = {
     "checkpoint_every": 5,
     "profile_steps": 2,
     "augment": AUGMENT,
+    "label_smoothing": 0.1,
+    "score_every": 30,
 }
 MEASURED = re.compile("per_second|data_wait|system/")
 """Pattern of the metrics that differ between two runs with equal configs, because they are measurements."""
@@ -79,7 +82,8 @@ def without_rates(run: RunFolder) -> list[tuple[int, dict[str, float]]]:
 def test_ranks_started_by_torchrun_write_results_metrics_and_checkpoints(whole: RunFolder) -> None:
     result = read_json(whole.result, Result)
     assert (result.status, result.step, result.world_size) == ("ok", 60, 3)
-    assert {"train/loss", "train/lr", "train/grad_norm", "val/loss", "val/blind_gap"} <= result.metrics.keys()
+    logged = {"train/loss", "train/lr", "train/grad_norm", "val/loss", "val/blind_gap", "val/cider"}
+    assert logged <= result.metrics.keys()
     assert [m.step for m in whole.read_metrics()] == [10, 20, 30, 40, 50, 60]
     assert [(s.step, len(s.samples)) for s in whole.read_samples()] == [(30, 2), (60, 2)]
     losses_by_step = {m.step: m.values["val/loss"] for m in whole.read_metrics() if "val/loss" in m.values}

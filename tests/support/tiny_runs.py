@@ -40,13 +40,14 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), 
 
 
 def tiny_model_config() -> ModelConfig:
-    """Return the config of a model with a few thousand weights, with dropout in encoder and decoder."""
+    """Return the config of a model with a few thousand weights, with dropout and stochastic depth."""
     transformer = {
         "width": 16,
         "depth": 1,
         "attention": {"num_heads": 2, "num_kv_heads": 2, "head_dim": 8},
         "mlp": {"kind": "plain", "mlp_width": 32},
         "dropout": 0.1,
+        "stochastic_depth": 0.1,
     }
     return ModelConfig.model_validate(
         {

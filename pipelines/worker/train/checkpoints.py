@@ -4,7 +4,7 @@ The training loop waits only until its tensors are copied and until the previous
 copy of the tensors is in memory. An error in the thread is raised in the rank at its next step, because a run that
 cannot write checkpoints must fail.
 
-The newest `train.keep_checkpoints` checkpoints and the checkpoint with the lowest `val/loss` are kept. The losses are
+The newest `train.keep_checkpoints` checkpoints and the best checkpoint by `train.best_by` are kept. The metrics are
 read from the metric files, so a restarted run keeps the same checkpoints.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import distributed
 
+from pipelines.config import TrainConfig
+from pipelines.config.train import BestBy
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import Metrics, RunFile, RunFolder, read_json, step_of, write_json
 from vlm.checkpoint import atomic_folder, verify_folder
@@ -76,23 +78,57 @@ class CheckpointWriter:
             write(folder)
             write_json(folder / "run.json", self._file)
         finished = self._run.finished_checkpoints()
-        kept = {*finished[-self._keep :], best_checkpoint(self._run)}
+        kept = {*finished[-self._keep :], best_checkpoint(self._run, self._file.config.train.best_by)}
         for folder in finished:
             if folder not in kept:
                 shutil.rmtree(folder)
 
 
-def best_checkpoint(run: RunFolder) -> Path | None:
-    """Return the checkpoint with the lowest validation loss, or None if no checkpoint has a validation loss."""
-    losses = {
-        folder: loss for folder in run.finished_checkpoints() if (loss := _validation_loss(run, folder)) is not None
+def best_checkpoint(run: RunFolder, best_by: BestBy) -> Path | None:
+    """Return the best checkpoint by a metric, or None if no checkpoint has a value of the metric."""
+    values = {
+        folder: value
+        for folder in run.finished_checkpoints()
+        if (value := _metric_of(run, folder, best_by)) is not None
     }
-    return min(losses, key=losses.__getitem__) if losses else None
+    return min(values, key=lambda folder: cost(values[folder], best_by)) if values else None
 
 
-def _validation_loss(run: RunFolder, folder: Path) -> float | None:
+def cost(value: float, best_by: BestBy) -> float:
+    """Return the value of a metric, with the sign changed if a higher value is better."""
+    return -value if best_by == "cider" else value
+
+
+def _metric_of(run: RunFolder, folder: Path, best_by: BestBy) -> float | None:
     path = run.metrics(step_of(folder))
-    return read_json(path, Metrics).values.get("val/loss") if path.exists() else None
+    return read_json(path, Metrics).values.get(f"val/{best_by}") if path.exists() else None
+
+
+class EarlyStop:
+    """Decides when training ends early, because the metric `train.best_by` no longer improves.
+
+    The decision depends only on the values of the metric in the metric files. So all ranks decide the same, and a
+    resumed run decides as the uninterrupted run.
+    """
+
+    def __init__(self, run: RunFolder, settings: TrainConfig, resume_step: int) -> None:
+        self._patience, self._best_by = settings.stop, settings.best_by
+        self._costs: list[float] = []
+        for metrics in run.read_metrics():
+            if metrics.step <= resume_step:
+                self.add(metrics.values)
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Add the metrics of a step. A step at which the metric was not computed does not count."""
+        if (value := values.get(f"val/{self._best_by}")) is not None:
+            self._costs.append(cost(value, self._best_by))
+
+    @property
+    def reached(self) -> bool:
+        """True if the last `train.stop` values are not better than the best value before them."""
+        if self._patience is None or not self._costs:
+            return False
+        return len(self._costs) - 1 - self._costs.index(min(self._costs)) >= self._patience
 
 
 def find_common_checkpoint(run: RunFolder, rank: int, device: torch.device) -> Path | None:

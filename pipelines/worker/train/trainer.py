@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 
 import torch
 from torch import distributed
@@ -29,11 +30,19 @@ from pipelines.worker.rank.group import check_group, divide_cores, pick_device, 
 from pipelines.worker.rank.metrics import LossMean, Stopwatch, write_metrics
 from pipelines.worker.rank.profile import profile_steps
 from pipelines.worker.rank.usage import measure_usage
-from pipelines.worker.train.checkpoints import CheckpointWriter, best_checkpoint, check_settings, find_common_checkpoint
+from pipelines.worker.score import validation_cider
+from pipelines.worker.train.checkpoints import (
+    CheckpointWriter,
+    EarlyStop,
+    best_checkpoint,
+    check_settings,
+    find_common_checkpoint,
+)
 from pipelines.worker.train.initial_weights import ModelBuilder
 from pipelines.worker.train.stages import Stage, plan_stages, stage_at
 from pipelines.worker.train.validation import caption_samples, name_pictures, validate
 from vlm import text
+from vlm.captioner import Captioner
 from vlm.checkpoint import model_weights
 from vlm.config.size import flops_per_sample, peak_flops
 from vlm.layers.block import compile_blocks, recompute_blocks
@@ -41,7 +50,7 @@ from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
 from vlm.training.loop import NotFiniteError, StepReport, fit, mixed_precision
 from vlm.training.optim import averaged_weights, swap_average, update_average
-from vlm.training.parallel import full_tensor, shard_parameters, wrap_ddp
+from vlm.training.parallel import full_tensor, global_sum, shard_parameters, wrap_ddp
 from vlm.training.state import load_state
 
 log = logging.getLogger(__name__)
@@ -103,6 +112,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self.collator = Collator(self.tokenizer, self.file.config.model)
         self.checkpoints = CheckpointWriter(self.run, self.file)
+        self.early_stop = EarlyStop(self.run, self.file.config.train, self.resume_step)
+        self.done = self.resume_step
         self.sharded = isinstance(self.model, FSDPModule)
         limit = self.file.config.platform.cache_gib * 2**30
         settings = self.file.config.train
@@ -158,13 +169,15 @@ class Trainer:
         )
 
     def train(self) -> None:
-        """Take all remaining steps, stage by stage."""
+        """Take all remaining steps, stage by stage, unless training stops early."""
         settings = self.file.config.train
         if self.file.config.platform.cache_gib:
             self.copier.start()
         steps = settings.profile_steps if self.env.rank == 0 else 0
         with profile_steps(self.run.profile, steps, self.device) as self.stepped:
             for stage in plan_stages(settings):
+                if self.early_stop.reached:
+                    break
                 if stage.first > self.resume_step:
                     swap_average(self.optimizer)  # the next stage starts from the averaged weights
                     self.optimizer = stage.start(self.model, settings)
@@ -190,7 +203,10 @@ class Trainer:
             fit(
                 wrap_ddp(self.model, self.device),
                 self.optimizer,
-                prefetch_to_device(self.stopwatch.time_waits(batches), self.device),
+                takewhile(
+                    lambda _: not self.early_stop.reached,
+                    prefetch_to_device(self.stopwatch.time_waits(batches), self.device),
+                ),
                 start=steps.start,
                 lr_schedule=lambda step: stage.lr_of(step, settings),
                 grad_clip=settings.optimizer.grad_clip,
@@ -231,6 +247,7 @@ class Trainer:
         if settings.optimizer.ema_decay:
             update_average(self.optimizer, settings.optimizer.ema_decay, report.step - stage.first)
         last, is_rank_0 = done == settings.steps, self.env.rank == 0
+        self.done = done
         self.stopwatch.stop(settings.batch_size, report.tokens)
         self.loss.add(report.loss, report.tokens)
         self.monitor.report_step(done)
@@ -238,16 +255,20 @@ class Trainer:
         self.copier.check()
         values: dict[str, float] = {}
         load: dict[str, tuple[float, ...]] = {}
+        scores = settings.score_every is not None and (last or done % settings.score_every == 0)
+        validation: dict[str, float] = {}
+        if last or scores or done % settings.validate_every == 0:
+            with averaged_weights(self.optimizer):
+                validation = self._validate(report.step) | self._caption(done, scores=scores)
+            self.early_stop.add(validation)
+            last = last or self.early_stop.reached
         if last or done % settings.log_every == 0:
             values |= {"loss": self.loss.take(), "lr": report.lr, "grad_norm": report.grad_norm, **self._throughput()}
             if report.router is not None:
                 values |= {"router_balance": report.router.balance, "router_z": report.router.z}
                 load = report.router.load
             values = {f"train/{name}": value for name, value in values.items()} | measure_usage(self.device)
-        if last or done % settings.validate_every == 0:
-            with averaged_weights(self.optimizer):
-                values |= self._validate(report.step)
-                self._write_samples(done)
+        values |= validation
         if is_rank_0 and values:
             write_metrics(self.run, done, values, load)
             log.info("step %d of %d: %s", done, settings.steps, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
@@ -268,11 +289,11 @@ class Trainer:
         Call this method after all ranks have finished and the last checkpoint and metrics are written.
         """
         *_, last = self.run.read_metrics()
-        best = best_checkpoint(self.run)
+        best = best_checkpoint(self.run, self.file.config.train.best_by)
         assert best, "the last step is always validated and has a checkpoint"
         result = Result(
             status="ok",
-            step=self.file.config.train.steps,
+            step=self.done,
             world_size=self.env.world_size,
             checkpoint=str(self.run.finished_checkpoints()[-1]),
             best_checkpoint=str(best),
@@ -313,14 +334,25 @@ class Trainer:
             self.model.reshard()
         return found
 
-    def _write_samples(self, done: int) -> None:
-        """Write sample captions on rank 0. All ranks call this method, because a sharded model must be gathered."""
+    def _caption(self, done: int, *, scores: bool) -> dict[str, float]:
+        """Write sample captions on rank 0. Return `val/cider` if the step is scored, with the same value on every rank.
+
+        All ranks call this method, because a sharded model must be gathered.
+        """
         settings, model = self.file.config.train, self.model
         if self.sharded:
             weights = {name: full_tensor(tensor) for name, tensor in model_weights(model).items()}
             if self.env.rank == 0:
                 model = self.builder.plain(weights, self.device)
+        cider = torch.zeros((), dtype=torch.float64, device=self.device)
         if self.env.rank == 0:
             with mixed_precision(self.device, bf16=settings.precision == "bf16"):
                 samples = caption_samples(model, self.tokenizer, self.validate_shards, settings.caption_samples)
+                if scores:
+                    model.eval()
+                    captioner = Captioner(model, self.tokenizer)
+                    report = self.monitor.report_progress
+                    cider += validation_cider(captioner, self.validate_shards, settings.validate_rows, report)
+                    model.train()
             write_json(self.run.samples(done), CaptionSamples(step=done, samples=samples))
+        return {"val/cider": float(global_sum(cider))} if scores else {}

@@ -52,12 +52,21 @@ def write_checkpoints(run: RunFolder, *steps: int) -> list[int]:
 
 
 def test_the_newest_checkpoints_and_the_best_checkpoint_are_kept(run: RunFolder) -> None:
-    assert best_checkpoint(run) is None
+    assert best_checkpoint(run, "loss") is None
     for step, loss in ((4, 3.0), (8, 1.0), (12, 2.0), (14, 0.5)):  # there is no checkpoint of step 14
         write_json(run.metrics(step), Metrics(step=step, time=0.0, values={"val/loss": loss}))
     write_json(run.metrics(16), Metrics(step=16, time=0.0, values={"train/loss": 0.1}))
     assert write_checkpoints(run, 4, 8, 12, 16, 20) == [8, 16, 20]
-    assert best_checkpoint(run) == run.checkpoint(8)
+    assert best_checkpoint(run, "loss") == run.checkpoint(8)
+
+
+def test_the_checkpoint_with_the_highest_cider_is_kept_if_the_run_chooses_by_cider(tmp_path: Path) -> None:
+    shards = [write_shards(tmp_path / n, rows=2) for n in ("train", "val")]
+    run = write_run(tmp_path / "run", tiny_run(score_every=4, best_by="cider", keep_checkpoints=1), *shards)
+    for step, cider in ((4, 0.2), (8, 0.7), (12, 0.6)):
+        write_json(run.metrics(step), Metrics(step=step, time=0.0, values={"val/loss": 9.0 / step, "val/cider": cider}))
+    assert write_checkpoints(run, 4, 8, 12) == [8, 12]
+    assert best_checkpoint(run, "cider") == run.checkpoint(8)
 
 
 def test_a_checkpoint_is_written_in_the_background_and_the_next_checkpoint_waits_for_it(run: RunFolder) -> None:

@@ -8,45 +8,23 @@ from typing import Any
 
 import pytest
 import torch
+from one_rank import Killed, open_group_of_one, train
 from safetensors.torch import load_file
 from tiny_runs import tiny_run, write_run, write_shards
-from torch import distributed
-from torch._C._distributed_c10d import HashStore
 
 from pipelines.config import OptimizerConfig, StageConfig, TrainConfig, load_run
 from pipelines.errors import ConfigError
 from pipelines.formats.run_folder import RunFolder
-from pipelines.worker.rank.env import RankEnv
-from pipelines.worker.rank.failure import RankMonitor
 from pipelines.worker.train.stages import plan_stages
-from pipelines.worker.train.trainer import Trainer
 
 PROJECTOR = {"steps": 6, "groups": [{"pattern": "projector.*", "lr": 4e-3}]}
 ALL = {"steps": 8, "groups": [{"pattern": "encoder.*", "lr": 1e-3}, {"pattern": ".*", "lr": 2e-3}]}
 
 
-class Killed(BaseException):
-    """Exception that ends a rank in the middle of a run."""
-
-
-class KillingMonitor(RankMonitor):
-    """A monitor that ends the rank at a given step."""
-
-    def __init__(self, run: RunFolder, after: int) -> None:
-        super().__init__(run, 0)
-        self.after = after
-
-    def report_step(self, step: int) -> None:
-        if step == self.after:
-            raise Killed
-
-
 @pytest.fixture(autouse=True)
 def group_of_one() -> Iterator[None]:
-    """Open a process group with one rank."""
-    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
+    with open_group_of_one():
+        yield
 
 
 @pytest.fixture
@@ -54,16 +32,6 @@ def make_run(tmp_path: Path) -> Any:
     shards = [write_shards(tmp_path / name, rows=9) for name in ("train", "val")]
     settings: Any = {"stages": [PROJECTOR, ALL], "checkpoint_every": 3, "validate_every": 14, "keep_checkpoints": 9}
     return lambda name, **more: write_run(tmp_path / name, tiny_run(steps=14, **settings, **more), *shards)
-
-
-def train(run: RunFolder, after: int = 99) -> None:
-    """Train from the last checkpoint to the end, or until `after` steps are taken."""
-    trainer = Trainer.build(run, run.read_run(), RankEnv(0, 1, 0, 1), KillingMonitor(run, after), torch.device("cpu"))
-    torch.set_num_threads(1)  # `build` lets torch use all cores of the host, which other tests need too
-    try:
-        trainer.train()
-    finally:
-        trainer.checkpoints.wait()
 
 
 def weights(run: RunFolder, step: int) -> dict[str, torch.Tensor]:
