@@ -12,7 +12,8 @@ from jobs.generation_options import with_generation_options
 from jobs.progress import show_elapsed
 from jobs.settings_of_version import with_overrides
 from jobs.shard import run_shard
-from jobs.train import register_finished_runs
+from jobs.train import register_checkpoint, register_finished_runs
+from pipelines.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.driver.evaluate.run import EvaluationReport
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 
 VersionOption = Annotated[
     str, typer.Option("--version", help="Model version: a number, an alias, or latest.", metavar="VERSION")
+]
+CheckpointOption = Annotated[
+    int | None,
+    typer.Option(
+        "--checkpoint",
+        min=1,
+        help="Step of a checkpoint of the run's finished training, which is registered as a version first.",
+        metavar="STEP",
+    ),
 ]
 ByOption = Annotated[
     list[str] | None,
@@ -44,6 +54,7 @@ LOGGED_ROWS = 1000
 def evaluate(
     *,
     version: VersionOption = "latest",
+    checkpoint: CheckpointOption = None,
     by: ByOption = None,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
@@ -56,7 +67,7 @@ def evaluate(
     interval, for all rows and for groups of rows (--by). With Java, the command also computes METEOR and the figures of
     COCO's evaluation (coco_*), which papers quote. The command also measures two baselines: the best constant caption
     and the nearest neighbour's caption. The command writes an HTML page of the worst and best captions. An existing
-    evaluation is reused.
+    evaluation is reused. With --checkpoint, the command measures any checkpoint that the training has kept.
 
     A version is measured with its own generation settings at temperature 0. If the command gives other settings, the
     report and its page are written, but table evaluations, MLflow and the gate keep the figures of the version itself.
@@ -65,13 +76,33 @@ def evaluate(
     Examples:
       lakesight evaluate --run demo --version champion
       lakesight evaluate --run demo --num-beams 4
+      lakesight evaluate --run demo --checkpoint 1200
       lakesight evaluate --run demo --by format --by source
     """
     from pipelines.driver.evaluate.run import COLUMNS
 
     with open_job(run, platform, overrides, as_json) as job:
-        report = run_evaluate(job, version, columns=tuple(by or COLUMNS), with_java=True, follow=True)
+        which = choose_version(job, version, checkpoint)
+        report = run_evaluate(job, which, columns=tuple(by or COLUMNS), with_java=True, follow=True)
         job.finish(report, "caption" if report.settings else "promote")
+
+
+def choose_version(job: Job, version: str, checkpoint: int | None) -> str:
+    """Return the version to work on: the one given by --version, or the version of the checkpoint of a step.
+
+    Raises:
+        UserError: both are given, or there is no such checkpoint.
+    """
+    if checkpoint is None:
+        return version
+    if version != "latest":
+        raise UserError(
+            "--version and --checkpoint exclude each other",
+            where="the options of the command",
+            got=f"--version {version} --checkpoint {checkpoint}",
+            fix="give one of them",
+        )
+    return register_checkpoint(job, checkpoint)
 
 
 def open_model(job: Job, which: str) -> ModelFiles:

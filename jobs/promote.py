@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
-from jobs.evaluate import VersionOption, evaluate_version, open_model, open_split
+from jobs.evaluate import CheckpointOption, VersionOption, choose_version, evaluate_version, open_model, open_split
 from jobs.settings_of_version import require_settings_of_version
 from jobs.train import register_finished_runs
 from pipelines.errors import StageFailed
@@ -37,6 +37,7 @@ class PromotionReport(Config):
 def promote(
     *,
     version: VersionOption = "latest",
+    checkpoint: CheckpointOption = None,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
     overrides: SetOption = None,
@@ -47,7 +48,7 @@ def promote(
     The version must load in a fresh process without unpickling, caption with few errors, use its pictures (blind
     gap), beat the best constant caption and the nearest neighbour's caption, and be no worse than the champion on the
     same pictures. Versions without an evaluation are evaluated before the checks. The run's gate section sets the
-    limits.
+    limits. With --checkpoint, the command registers and checks any checkpoint that the training has kept.
 
     \b
     Examples:
@@ -55,7 +56,7 @@ def promote(
       lakesight promote --run demo --set gate.min_blind_gap=0.3
     """
     with open_job(run, platform, overrides, as_json) as job:
-        job.finish(run_promote(job, version), "caption")
+        job.finish(run_promote(job, choose_version(job, version, checkpoint)), "caption")
 
 
 def run_promote(job: Job, which: str) -> PromotionReport:

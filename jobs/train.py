@@ -14,7 +14,7 @@ from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, o
 from jobs.progress import poll_training, show_progress
 from jobs.replay import run_replay
 from jobs.shard import run_shard
-from pipelines.errors import LakesightError
+from pipelines.errors import LakesightError, UserError
 from vlm.config import Config
 
 if TYPE_CHECKING:
@@ -147,6 +147,33 @@ def run_train(job: Job) -> TrainReport:
         train_seconds=result.seconds,
         metrics=result.metrics,
     )
+
+
+def register_checkpoint(job: Job, step: int) -> str:
+    """Register the checkpoint of a step of the finished run, unless it is registered. Return the version's number.
+
+    Raises:
+        UserError: the run is not finished, or it has not kept the checkpoint.
+    """
+    from pipelines.driver.train.run_folders import finished_result
+    from pipelines.formats.run_owner import own_run
+    from pipelines.tracking.registry import register
+    from pipelines.tracking.runs import follow
+
+    run = prepare_run(job)
+    if finished_result(run) is None:
+        raise UserError(
+            "only checkpoints of a finished training can be registered",
+            where=str(run.path),
+            got="a training without result.json",
+            fix=f"run `{job.command('train')}` first",
+        )
+    with own_run(run):
+        with follow(run, job.config, job.platform, may_be_down=False) as follower:
+            logger.info("registering the checkpoint of step %d of %s", step, run.path)
+        version = register(run, follower.run_id, job.platform, step)
+    job.output.line("register", f"step {step:,} is {version.name} version {version.version}")
+    return version.version
 
 
 def register_finished_runs(job: Job) -> None:

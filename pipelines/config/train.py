@@ -120,6 +120,7 @@ class AugmentConfig(Config):
 
 
 BestBy = Literal["loss", "cider"]
+Register = Literal["last", "best"] | PositiveInt
 EXECUTION_SETTINGS = frozenset(
     {
         "checkpoint_every",
@@ -174,8 +175,8 @@ class TrainConfig(Config):
         stop: number of consecutive values of the metric `best_by` without a new best value after which training ends
             early, or null to take all steps.
         keep_checkpoints: number of newest checkpoints to keep. The best checkpoint is kept too.
-        register_: checkpoint that is registered as a model version: the `last` one, or the `best` one by `best_by`. A
-            finished run registers the other checkpoint too when the setting changes.
+        register_: checkpoint that is registered as a model version: the `last` one, the `best` one by `best_by`, or the
+            one of a step. A finished run registers the other checkpoint too when the setting changes.
         profile_steps: number of rank 0's first steps to record with torch's profiler. The trace is logged to MLflow.
         timeout_seconds: time without a sign of life from a rank, in seconds, after which the run is ended.
         max_restarts: largest number of restarts of a failed run from its last checkpoint, if a restart can help.
@@ -206,7 +207,7 @@ class TrainConfig(Config):
     checkpoint_every: PositiveInt = 500
     keep_checkpoints: PositiveInt = 2
     caption_samples: PositiveInt = 8
-    register_: Annotated[Literal["last", "best"], Field(alias="register"), ADDED_LATER] = "last"
+    register_: Annotated[Register, Field(alias="register"), ADDED_LATER] = "last"
     profile_steps: Annotated[int, Field(ge=0)] = 0
     timeout_seconds: PositiveInt = 600
     max_restarts: Annotated[int, Field(ge=0)] = 2
@@ -246,9 +247,9 @@ class TrainConfig(Config):
             raise ValueError(
                 "adapter and parallel fsdp exclude each other: frozen weights are half precision, fsdp needs one dtype"
             )
-        if self.adapter and self.register_ == "best":
+        if self.adapter and self.register_ != "last":
             raise ValueError(
-                "adapter and register best exclude each other: only the last checkpoint has merged weights"
+                f"adapter and register {self.register_} exclude each other: only the last checkpoint has merged weights"
             )
         if self.adapter and not self.start_from:
             raise ValueError("adapter needs start_from: corrections of untrained weights are useless")

@@ -23,6 +23,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 from mlflow.exceptions import MlflowException
 
+from pipelines.config.train import Register
 from pipelines.errors import StageFailed, UserError
 from pipelines.formats.run_folder import Metrics, Result, RunFolder, read_json, step_of
 from pipelines.platform import Platform, redact_uri
@@ -63,17 +64,17 @@ class AliasMove(Config):
     previous: str | None
 
 
-def register(run: RunFolder, run_id: str, platform: Platform, which: Literal["last", "best"] = "last") -> ModelVersion:
+def register(run: RunFolder, run_id: str, platform: Platform, which: Register = "last") -> ModelVersion:
     """Register a checkpoint of a finished run, or return the version that was registered for this checkpoint before.
 
     Args:
         run: run folder.
         run_id: id of the MLflow run.
         platform: platform with the registry.
-        which: the last checkpoint, or the one with the lowest validation loss.
+        which: the last checkpoint, the best one, or the one of a step.
 
     Raises:
-        UserError: the run is not finished, or its checkpoint is incomplete.
+        UserError: the run is not finished, it has not kept the checkpoint, or the checkpoint is incomplete.
         StageFailed: the registry rejects the request.
     """
     client = connect(platform)
@@ -81,15 +82,14 @@ def register(run: RunFolder, run_id: str, platform: Platform, which: Literal["la
     name = platform.model_name(file.config.name)
     with _registry_errors(platform, f"model {name}"):
         _create_model(client, name)
-        chosen = Path(result.checkpoint if which == "last" else _best_checkpoint(run, result))
-        checkpoint = run.path / "checkpoints" / chosen.name
+        checkpoint = _find_checkpoint(run, result, which)
         for version in _versions(client, name):
             registered = version.tags.get(f"{TAG_PREFIX}{CHECKPOINT_TAG}", Path(result.checkpoint).name)
             if (version.run_id, registered) == (run_id, checkpoint.name):
                 return _read_version(client, name, version.version)
         model_id = log_model(client, checkpoint, run_id)
         is_last = checkpoint.name == Path(result.checkpoint).name
-        metrics = result.metrics if is_last else read_json(run.metrics(step_of(checkpoint)), Metrics).values
+        metrics = result.metrics if is_last else _metrics_of(run, checkpoint)
         tags = {
             **digest_tags(checkpoint, model_id),
             CHECKPOINT_TAG: checkpoint.name,
@@ -115,6 +115,33 @@ def ensure_model(platform: Platform, name: str) -> None:
         _create_model(connect(platform), name)
     except REQUEST_ERRORS as error:
         raise unusable(platform, error) from None
+
+
+def _find_checkpoint(run: RunFolder, result: Result, which: Register) -> Path:
+    """Return the folder of a checkpoint of a finished run.
+
+    Raises:
+        UserError: the run has not kept the checkpoint of the step.
+    """
+    if which == "last":
+        return run.checkpoints / Path(result.checkpoint).name
+    if which == "best":
+        return run.checkpoints / Path(_best_checkpoint(run, result)).name
+    if run.checkpoint(which) not in run.finished_checkpoints():
+        kept = ", ".join(str(step_of(folder)) for folder in run.finished_checkpoints())
+        raise UserError(
+            "the run has no checkpoint of this step",
+            where=str(run.checkpoints),
+            got=f"step {which}; there are checkpoints of the steps {kept}",
+            fix="choose one of these steps; train.keep_checkpoints says how many checkpoints a run keeps",
+        )
+    return run.checkpoint(which)
+
+
+def _metrics_of(run: RunFolder, checkpoint: Path) -> dict[str, float]:
+    """Return the metrics of the step of a checkpoint. A step that was neither logged nor validated has no metrics."""
+    path = run.metrics(step_of(checkpoint))
+    return read_json(path, Metrics).values if path.exists() else {}
 
 
 def _best_checkpoint(run: RunFolder, result: Result) -> str:

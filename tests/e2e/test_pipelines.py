@@ -124,11 +124,12 @@ def user_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def demos(home: Path, user_folder: Path) -> Ran:
-    """Run a demo twice, then prepare a run with another seed whose ranks would be started by torchrun."""
+    """Run a demo twice, prepare a run with another seed whose ranks torchrun would start, and evaluate a checkpoint."""
     quick = [word for value in QUICK for word in ("--set", value)]
     demo = ["demo", "--scenes", str(SCENES), "--json", *quick]
     prepare = ["train", "--run", "demo", "--json", *PICTURES, *quick, "--set", "train.seed=7", "--no-launch"]
-    return run(home, demo, demo, prepare, folder=user_folder)
+    evaluate = ["evaluate", "--run", "demo", "--json", *PICTURES, "--checkpoint", "250"]
+    return run(home, demo, demo, prepare, evaluate, folder=user_folder)
 
 
 def pipeline(family: str) -> list[str]:
@@ -161,6 +162,12 @@ def test_a_second_demo_repeats_no_work(demos: Ran) -> None:
     assert second["rows_in"] == second["duplicates"] == 0, "unchanged files are not read"
     assert second["captioned_before"] == first["captions"]
     assert (second["model_version"], second["metrics"]) == (first["model_version"], first["metrics"])
+
+
+def test_the_evaluation_of_the_last_checkpoint_is_the_evaluation_of_its_version(demos: Ran) -> None:
+    first, evaluated = demos.reports[0], demos.reports[3]
+    assert (evaluated["model_version"], evaluated["reused"]) == (first["model_version"], True)
+    assert evaluated["metrics"]["exact_match"]["value"] == first["exact_match"]
 
 
 def assert_learned(report: dict[str, Any], family: str) -> None:

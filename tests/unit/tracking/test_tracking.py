@@ -387,6 +387,22 @@ def test_the_best_checkpoint_is_registered_as_a_version_of_its_own_beside_the_la
     assert registry.register(run, registered.run_id, platform) == registered
 
 
+def test_the_checkpoint_of_any_step_that_the_run_has_kept_is_registered_once(
+    platform: Platform, run: RunFolder, registered: registry.ModelVersion
+) -> None:
+    tokenizer = text.load(run.tokenizer)
+    save_model(run.checkpoint(7), build_model(CONFIG.model, tokenizer.vocab_size), tokenizer)
+    version = registry.register(run, registered.run_id, platform, 7)
+    assert (version.version, version.tags["checkpoint"]) == ("2", run.checkpoint(7).name)
+    assert "training_val_loss" not in version.tags, "step 7 was not validated"
+    assert registry.register(run, registered.run_id, platform, 7) == version
+    assert registry.register(run, registered.run_id, platform, 12) == registered
+    with pytest.raises(
+        UserError, match=r"no checkpoint of this step.*step 8; there are checkpoints of the steps 7, 12"
+    ):
+        registry.register(run, registered.run_id, platform, 8)
+
+
 def test_a_run_that_is_not_finished_is_not_registered(platform: Platform, run: RunFolder) -> None:
     with followed(run, platform) as run_id:
         pass

@@ -103,8 +103,8 @@ def test_training_goes_on_while_the_metric_improves_within_the_patience(make_run
     losses = make_run("losses", steps=40, stop=1)
     for step, loss in ((4, 3.0), (8, 2.0), (12, 2.5), (16, 2.6)):
         write_json(losses.metrics(step), Metrics(step=step, time=0.0, values={"val/loss": loss}))
-    reached = [EarlyStop(losses, losses.read_run().config.train, step).reached for step in (4, 8, 12)]
-    assert reached == [False, False, True]
+    ended = [EarlyStop(losses, losses.read_run().config.train, step).reached for step in (4, 8, 12)]
+    assert ended == [False, False, True]
 
 
 def test_a_run_that_chooses_by_cider_needs_scores_and_unused_settings_change_no_identity() -> None:
