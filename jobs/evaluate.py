@@ -13,7 +13,6 @@ from jobs.progress import show_elapsed
 from jobs.settings_of_version import with_overrides
 from jobs.shard import run_shard
 from jobs.train import register_checkpoint, register_finished_runs
-from pipelines.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.driver.evaluate.run import EvaluationReport
@@ -28,7 +27,7 @@ CheckpointOption = Annotated[
     typer.Option(
         "--checkpoint",
         min=1,
-        help="Step of a checkpoint of the run's finished training, which is registered as a version first.",
+        help="Step of a checkpoint of the version's training, which is registered as a version first.",
         metavar="STEP",
     ),
 ]
@@ -88,21 +87,8 @@ def evaluate(
 
 
 def choose_version(job: Job, version: str, checkpoint: int | None) -> str:
-    """Return the version to work on: the one given by --version, or the version of the checkpoint of a step.
-
-    Raises:
-        UserError: both are given, or there is no such checkpoint.
-    """
-    if checkpoint is None:
-        return version
-    if version != "latest":
-        raise UserError(
-            "--version and --checkpoint exclude each other",
-            where="the options of the command",
-            got=f"--version {version} --checkpoint {checkpoint}",
-            fix="give one of them",
-        )
-    return register_checkpoint(job, checkpoint)
+    """Return the version to work on: that of --version, or of the checkpoint of a step of this version's training."""
+    return version if checkpoint is None else register_checkpoint(job, version, checkpoint)
 
 
 def open_model(job: Job, which: str) -> ModelFiles:

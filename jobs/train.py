@@ -149,29 +149,29 @@ def run_train(job: Job) -> TrainReport:
     )
 
 
-def register_checkpoint(job: Job, step: int) -> str:
-    """Register the checkpoint of a step of the finished run, unless it is registered. Return the version's number.
+def register_checkpoint(job: Job, which: str, step: int) -> str:
+    """Register the checkpoint of a step of the training of a version, unless it is registered. Return its version.
 
     Raises:
-        UserError: the run is not finished, or it has not kept the checkpoint.
+        UserError: there is no version `which`, its run folder is not here, or the run has not kept the checkpoint.
     """
     from pipelines.driver.train.run_folders import finished_result
+    from pipelines.formats.run_folder import RunFolder
     from pipelines.formats.run_owner import own_run
-    from pipelines.tracking.registry import register
-    from pipelines.tracking.runs import follow
+    from pipelines.tracking.registry import register, resolve
 
-    run = prepare_run(job)
+    register_finished_runs(job)
+    trained = resolve(job.platform, job.model_name, which)
+    run = RunFolder(job.platform.folder("runs") / trained.tags.get("run", "unknown"))
     if finished_result(run) is None:
         raise UserError(
-            "only checkpoints of a finished training can be registered",
+            "the training of the version is not here",
             where=str(run.path),
-            got="a training without result.json",
-            fix=f"run `{job.command('train')}` first",
+            got="no finished run in this folder",
+            fix=f"choose a version that was trained with this home folder, or run `{job.command('train')}`",
         )
     with own_run(run):
-        with follow(run, job.config, job.platform, may_be_down=False) as follower:
-            logger.info("registering the checkpoint of step %d of %s", step, run.path)
-        version = register(run, follower.run_id, job.platform, step)
+        version = register(run, trained.run_id, job.platform, step)
     job.output.line("register", f"step {step:,} is {version.name} version {version.version}")
     return version.version
 

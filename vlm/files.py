@@ -1,13 +1,17 @@
-"""Functions that write a file atomically and compute the SHA-256 of a file's content."""
+"""Functions that write a file atomically, hash the content of a file, and read the step of a training checkpoint."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+TRAINING_STEP = "training.json"
+"""Name of the file of a training checkpoint that holds the number of the next step."""
 
 
 @contextmanager
@@ -43,3 +47,12 @@ def file_digest(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_training_step(folder: Path) -> int:
+    """Read the number of the next step of a training checkpoint.
+
+    Raises:
+        OSError, ValueError, KeyError: the file is missing or not valid.
+    """
+    return int(json.loads((folder / TRAINING_STEP).read_text(encoding="utf-8"))["step"])

@@ -161,6 +161,9 @@ class TrainConfig(Config):
         precision: precision of matrix products: fp32, tf32 (rounded inputs on GPUs) or bf16 (autocast). Weights stay
             fp32.
         start_from: checkpoint folder of the same model, from which the run takes its initial weights and tokenizer.
+        start_state: what the run takes from `start_from`: only the `weights`, or the state of the `training`. With
+            `training`, the folder is a checkpoint of a run with the same settings and fewer steps, and the new run goes
+            on at the step of the checkpoint, with the optimizer state and the rows that follow.
         adapter: low-rank corrections (LoRA) of the matching weights. If an adapter is set, no other weights are
             trained. The corrections are merged into the weights before registration.
         augment: random changes of training pictures, or null to train on the unchanged pictures of the shards.
@@ -193,6 +196,7 @@ class TrainConfig(Config):
     parallel: Literal["ddp", "fsdp"] = "ddp"
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     start_from: Annotated[str, Field(min_length=1)] | None = None
+    start_state: Annotated[Literal["weights", "training"], ADDED_LATER] = "weights"
     adapter: AdapterConfig | None = None
     stages: tuple[StageConfig, ...] = ()
     augment: Annotated[AugmentConfig | None, ADDED_LATER] = None
@@ -233,6 +237,12 @@ class TrainConfig(Config):
             raise ValueError(f"steps is {self.steps}, but the stages have {total} in total: leave steps out")
         if self.stages and self.adapter:
             raise ValueError("stages and adapter exclude each other: with an adapter nothing else learns")
+        return self
+
+    @model_validator(mode="after")
+    def _state_to_start_from(self) -> Self:
+        if self.start_state == "training" and (not self.start_from or self.adapter):
+            raise ValueError("start_state training needs start_from, the checkpoint of a run, and no adapter")
         return self
 
     @model_validator(mode="after")

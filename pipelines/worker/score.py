@@ -102,7 +102,9 @@ def score_rows(
 
 
 def validation_cider(captioner: Captioner, shards: Shards, num_rows: int, report_progress: Callable[[], None]) -> float:
-    """Compute the CIDEr-D of the captions of the first rows of the shards, with the model's generation settings.
+    """Compute the CIDEr-D of the captions of the first rows of the shards, at temperature 0.
+
+    All other generation settings are those of the model.
 
     Args:
         captioner: model and tokenizer; the model is in evaluation mode.
@@ -112,12 +114,13 @@ def validation_cider(captioner: Captioner, shards: Shards, num_rows: int, report
     """
     from pycocoevalcap.cider.cider import Cider  # only runs with train.score_every need the package
 
+    settings = captioner.settings(temperature=0.0)
     truth: dict[int, list[str]] = {}
     found: dict[int, list[str]] = {}
     for start in range(0, min(num_rows, len(shards)), BATCH_ROWS):
         rows = [shards.row(index) for index in range(start, min(start + BATCH_ROWS, num_rows, len(shards)))]
         items = [Item(0, row, prompt, texts, []) for row in rows for prompt, texts in _by_prompt(row.texts).items()]
-        for item, answer in zip(items, _caption(captioner, items), strict=True):
+        for item, answer in zip(items, _caption(captioner, items, settings), strict=True):
             if answer is not None:
                 truth[len(truth)] = [" ".join(words(reference)) for reference in item.references]
                 found[len(found)] = [" ".join(words(answer.text))]

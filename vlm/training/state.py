@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlm.errors import CheckpointError
+from vlm.files import TRAINING_STEP, read_training_step
 from vlm.training.parallel import full_tensor, shard_like
 
-STATE, STEP = "training.safetensors", "training.json"
+STATE = "training.safetensors"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def snapshot_training(
 def save_state(folder: Path, snapshot: TrainingSnapshot) -> None:
     """Write the optimizer state and the number of the next step into a folder."""
     save_file(snapshot.state, folder / STATE)
-    (folder / STEP).write_text(json.dumps({"step": snapshot.step}), encoding="utf-8")
+    (folder / TRAINING_STEP).write_text(json.dumps({"step": snapshot.step}), encoding="utf-8")
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -68,7 +69,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     """
     try:
         state = load_file(folder / STATE)
-        step = int(json.loads((folder / STEP).read_text(encoding="utf-8"))["step"])
+        step = read_training_step(folder)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(
             "the training state cannot be read",

@@ -14,7 +14,7 @@ from pipelines.driver.train.hosts import check_hosts
 from pipelines.driver.train.launch import check_slots, run_rank, run_ranks
 from pipelines.driver.train.local_ranks import RankEntry
 from pipelines.driver.train.run_folders import earlier_code, find_folder, finished_result, hash_run
-from pipelines.driver.train.start_from import open_start_folder
+from pipelines.driver.train.start_from import check_training_state, open_start_folder
 from pipelines.errors import StageFailed, TrainingFailed, UserError
 from pipelines.formats.run_folder import Failure, Result, RunFile, RunFolder, write_json
 from pipelines.formats.run_owner import own_run
@@ -64,6 +64,8 @@ def prepare(
     if config.train.start_from:
         start = open_start_folder(Path(config.train.start_from), config.model)
         settings["start_from"] = start.digest  # the weights determine the outcome
+        if config.train.start_state == "training":
+            settings["start_state"] = check_training_state(start, config.train)
         resolved = config.train.model_copy(update={"start_from": str(start.folder)})
         config = config.model_copy(update={"train": resolved})
     identity = hash_run(config.model, settings, train.content_hash, validate.content_hash)

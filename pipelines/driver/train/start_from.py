@@ -6,11 +6,20 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from pipelines.config import TrainConfig
+from pipelines.config.train import EXECUTION_SETTINGS
 from pipelines.errors import UserError
+from pipelines.formats.run_folder import RunFile, read_json
 from vlm.config import Config, ModelConfig, config_differences, read_error_message
-from vlm.files import file_digest
+from vlm.files import TRAINING_STEP, file_digest, read_training_step
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json")
+STATE_FILES = ("training.safetensors", TRAINING_STEP, "run.json")
+FREE_SETTINGS = EXECUTION_SETTINGS | {
+    *("steps", "start_from", "start_state", "log_every", "validate_every", "validate_rows", "caption_samples"),
+    *("score_every", "best_by", "stop"),
+}
+"""Settings in which a run may differ from the run whose training it goes on with."""
 
 
 class StartFolder(Config):
@@ -64,3 +73,37 @@ def open_start_folder(folder: Path, config: ModelConfig) -> StartFolder:
             fix="choose the run config of that model, or change these values of the run with --set",
         )
     return StartFolder(folder=folder, digest=file_digest(folder / FILES[0]))
+
+
+def check_training_state(start: StartFolder, settings: TrainConfig) -> str:
+    """Check that a run can go on with the training of a checkpoint. Return the SHA-256 of the optimizer state.
+
+    Raises:
+        UserError: the folder has no training state, its training had other settings, or has taken all steps.
+    """
+    missing = [name for name in STATE_FILES if not (start.folder / name).is_file()]
+    if missing:
+        raise UserError(
+            "there is no training to go on with",
+            where="train.start_from",
+            got=f"{start.folder} has no {', no '.join(missing)}",
+            fix="give a checkpoint of a run, or use only its weights with train.start_state: weights",
+        )
+    before = read_json(start.folder / "run.json", RunFile).config.train
+    saved, now = ({"train": train.hashed_settings(exclude=FREE_SETTINGS)} for train in (before, settings))
+    if differing := list(config_differences(saved, now)):
+        raise UserError(
+            "the training to go on with had other settings",
+            where=f"train.start_from: {start.folder}",
+            got="; ".join(differing),
+            fix="use the same settings and more train.steps, or only the weights with train.start_state: weights",
+        )
+    done = read_training_step(start.folder)
+    if done >= settings.steps:
+        raise UserError(
+            "the training to go on with has already taken all steps",
+            where="train.steps",
+            got=f"{settings.steps} steps, and {done} steps in {start.folder}",
+            fix="set train.steps to the number of steps of both runs together",
+        )
+    return file_digest(start.folder / STATE_FILES[0])

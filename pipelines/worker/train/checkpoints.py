@@ -27,6 +27,7 @@ from pipelines.formats.run_folder import Metrics, RunFile, RunFolder, read_json,
 from vlm.checkpoint import atomic_folder, verify_folder
 from vlm.config import config_differences
 from vlm.errors import CheckpointError
+from vlm.files import read_training_step
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +178,21 @@ def _newest_intact(run: RunFolder) -> Path | None:
             fix="restore a checkpoint from a backup, or remove that folder to start the run from step 0",
         )
     return None
+
+
+def find_training_state(checkpoint: Path | None, settings: TrainConfig) -> tuple[Path | None, int]:
+    """Return the folder of the training state with which a run goes on, and the number of the next step.
+
+    Args:
+        checkpoint: newest checkpoint of the run, if any.
+        settings: settings of the run. With `start_state: training`, a new run goes on from `start_from`.
+    """
+    if checkpoint:
+        return checkpoint, step_of(checkpoint)
+    if settings.start_state == "training":
+        assert settings.start_from, "TrainConfig allows no start_state training without start_from"
+        return Path(settings.start_from), read_training_step(Path(settings.start_from))
+    return None, 0
 
 
 def check_settings(folder: Path, file: RunFile) -> None:

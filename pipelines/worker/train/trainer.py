@@ -18,7 +18,7 @@ from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 
 from pipelines.errors import UserError
-from pipelines.formats.run_folder import CaptionSamples, Result, RunFile, RunFolder, step_of, write_json
+from pipelines.formats.run_folder import CaptionSamples, Result, RunFile, RunFolder, write_json
 from pipelines.formats.shards import Shards
 from pipelines.worker.data.augment import Augmenter
 from pipelines.worker.data.batches import Collator, RowOrder, rows_of_step, training_batches
@@ -37,6 +37,7 @@ from pipelines.worker.train.checkpoints import (
     best_checkpoint,
     check_settings,
     find_common_checkpoint,
+    find_training_state,
 )
 from pipelines.worker.train.initial_weights import ModelBuilder
 from pipelines.worker.train.stages import Stage, plan_stages, stage_at
@@ -134,7 +135,7 @@ class Trainer:
         torch.manual_seed(settings.seed)
         model = builder.model(device)
         monitor.report_progress()
-        resume_step = step_of(checkpoint) if checkpoint else 0
+        state, resume_step = find_training_state(checkpoint, settings)
         if checkpoint:
             builder.load(checkpoint, model)
         if settings.recompute_blocks:
@@ -145,8 +146,8 @@ class Trainer:
             shard_parameters(model)
         stage = stage_at(plan_stages(settings), resume_step)
         optimizer = stage.start(model, settings)
-        if checkpoint and resume_step > stage.first:
-            load_state(checkpoint, model, optimizer)
+        if state and resume_step > stage.first:
+            load_state(state, model, optimizer)
             swap_average(optimizer)
         monitor.report_step(resume_step)
         log.info(

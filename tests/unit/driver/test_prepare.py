@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_owners import owned_by_another_process
@@ -134,6 +135,31 @@ def test_generation_settings_of_the_start_folder_may_differ_from_the_settings_of
     other = tiny_run().model.model_dump() | {"generation": {"max_new_tokens": 3}}
     (base / "config.json").write_text(ModelConfig.model_validate(other).model_dump_json())
     assert prepare(tiny_run(start_from=str(base)), laptop, report, report).tokenizer.exists()
+
+
+def test_a_run_goes_on_only_with_a_training_of_the_same_settings_and_fewer_steps(
+    laptop: Platform, report: ShardReport, base: Path
+) -> None:
+    def longer(**settings: Any) -> RunFolder:
+        return prepare(tiny_run(start_from=str(base), start_state="training", **settings), laptop, report, report)
+
+    with pytest.raises(UserError, match=r"no training to go on with.*has no training\.safetensors, no training\.json"):
+        longer(steps=20)
+    (base / "training.safetensors").write_bytes(b"state")
+    (base / "training.json").write_text('{"step": 12}')
+    shutil.copy(prepare(tiny_run(), laptop, report, report).run_file, base / "run.json")
+    first = longer(steps=20, validate_every=3, log_every=1, stop=2)
+    assert first.tokenizer.read_bytes() == (base / "tokenizer.json").read_bytes()
+    (base / "training.safetensors").write_bytes(b"other state")
+    assert longer(steps=20, validate_every=3, log_every=1, stop=2) != first
+    with pytest.raises(UserError, match=r"already taken all steps.*12 steps, and 12 steps in"):
+        longer()
+    with pytest.raises(
+        UserError, match=r"had other settings.*train\.batch_size is 4 in the saved config, 8 in the run"
+    ):
+        longer(steps=20, batch_size=8)
+    with pytest.raises(UserError, match=r"train\.optimizer\.ema_decay is None in the saved config, 0\.9 in the run"):
+        longer(steps=20, optimizer={"warmup_steps": 2, "ema_decay": 0.9})
 
 
 # ------------------------------------------------------------------------------------------------ refused inputs

@@ -368,7 +368,7 @@ def test_the_smoke_test_runs_in_a_fresh_process_and_finds_pickles(
     assert smoke_test_folder(folder, []).failure == "it holds pickles: artifacts/weights.dat"
 
 
-def test_the_best_checkpoint_is_registered_as_a_version_of_its_own_beside_the_last(
+def test_the_best_checkpoint_and_that_of_any_kept_step_are_versions_of_their_own_beside_the_last(
     platform: Platform, run: RunFolder, registered: registry.ModelVersion
 ) -> None:
     tokenizer = text.load(run.tokenizer)
@@ -377,30 +377,18 @@ def test_the_best_checkpoint_is_registered_as_a_version_of_its_own_beside_the_la
     result = read_json(run.result, Result).model_copy(update={"best_checkpoint": str(run.checkpoint(8))})
     write_json(run.result, result)
     best = registry.register(run, registered.run_id, platform, "best")
-    assert (best.version, best.tags["checkpoint"], best.tags["training_val_loss"]) == (
-        "2",
-        run.checkpoint(8).name,
-        "1.25",
-    )
+    assert (best.version, best.tags["checkpoint"], best.tags["training_val_loss"]) == ("2", "step_000008", "1.25")
     assert best.tags["digest"] != registered.tags["digest"]
     assert registry.register(run, registered.run_id, platform, "best") == best
+    assert registry.register(run, registered.run_id, platform, 8) == best
     assert registry.register(run, registered.run_id, platform) == registered
-
-
-def test_the_checkpoint_of_any_step_that_the_run_has_kept_is_registered_once(
-    platform: Platform, run: RunFolder, registered: registry.ModelVersion
-) -> None:
-    tokenizer = text.load(run.tokenizer)
     save_model(run.checkpoint(7), build_model(CONFIG.model, tokenizer.vocab_size), tokenizer)
-    version = registry.register(run, registered.run_id, platform, 7)
-    assert (version.version, version.tags["checkpoint"]) == ("2", run.checkpoint(7).name)
-    assert "training_val_loss" not in version.tags, "step 7 was not validated"
-    assert registry.register(run, registered.run_id, platform, 7) == version
-    assert registry.register(run, registered.run_id, platform, 12) == registered
+    further = registry.register(run, registered.run_id, platform, 7)
+    assert (further.version, further.tags.get("training_val_loss")) == ("3", None), "step 7 was not validated"
     with pytest.raises(
-        UserError, match=r"no checkpoint of this step.*step 8; there are checkpoints of the steps 7, 12"
+        UserError, match=r"no checkpoint of this step.*step 9; there are checkpoints of the steps 7, 8, 12"
     ):
-        registry.register(run, registered.run_id, platform, 8)
+        registry.register(run, registered.run_id, platform, 9)
 
 
 def test_a_run_that_is_not_finished_is_not_registered(platform: Platform, run: RunFolder) -> None:

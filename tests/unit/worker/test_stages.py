@@ -16,6 +16,7 @@ from pipelines.config import OptimizerConfig, StageConfig, TrainConfig, load_run
 from pipelines.errors import ConfigError
 from pipelines.formats.run_folder import RunFolder
 from pipelines.worker.train.stages import plan_stages
+from vlm.config import ConstantScheduleConfig
 
 PROJECTOR = {"steps": 6, "groups": [{"pattern": "projector.*", "lr": 4e-3}]}
 ALL = {"steps": 8, "groups": [{"pattern": "encoder.*", "lr": 1e-3}, {"pattern": ".*", "lr": 2e-3}]}
@@ -32,6 +33,15 @@ def make_run(tmp_path: Path) -> Any:
     shards = [write_shards(tmp_path / name, rows=9) for name in ("train", "val")]
     settings: Any = {"stages": [PROJECTOR, ALL], "checkpoint_every": 3, "validate_every": 14, "keep_checkpoints": 9}
     return lambda name, **more: write_run(tmp_path / name, tiny_run(steps=14, **settings, **more), *shards)
+
+
+@pytest.fixture
+def make_longer(tmp_path: Path) -> Any:
+    """Return a function that writes a run with a constant learning rate and averaged weights."""
+    shards = [write_shards(tmp_path / name, rows=9) for name in ("train", "val")]
+    optimizer = OptimizerConfig(warmup_steps=2, ema_decay=0.9, schedule=ConstantScheduleConfig(kind="constant"))
+    settings: Any = {"optimizer": optimizer, "checkpoint_every": 3, "validate_every": 14, "keep_checkpoints": 9}
+    return lambda name, steps, **more: write_run(tmp_path / name, tiny_run(steps=steps, **settings, **more), *shards)
 
 
 def weights(run: RunFolder, step: int) -> dict[str, torch.Tensor]:
@@ -65,6 +75,26 @@ def test_frozen_parameters_do_not_change_and_a_resumed_run_ends_with_equal_weigh
         assert [m.values["train/lr"] for m in broken.read_metrics()] == [
             m.values["train/lr"] for m in whole.read_metrics()
         ]
+
+
+def test_a_run_that_goes_on_with_a_shorter_run_equals_a_run_of_all_steps_if_the_schedule_is_constant(
+    make_longer: Any,
+) -> None:
+    short, whole = make_longer("short", 8), make_longer("whole", 14)
+    train(short)
+    train(whole)
+    last = weights(whole, 14)
+    for after in (99, 11):  # 11: the longer run is killed and resumes from its own checkpoint of step 9
+        longer = make_longer(f"longer-{after}", 14, start_from=str(short.checkpoint(8)), start_state="training")
+        if after < 14:
+            with pytest.raises(Killed):
+                train(longer, after)
+        train(longer)
+        assert all(torch.equal(tensor, last[name]) for name, tensor in weights(longer, 14).items())
+        assert longer.finished_checkpoints()[0] == longer.checkpoint(9)
+    again = make_longer("again", 14, start_from=str(short.checkpoint(8)))
+    train(again)
+    assert any(not torch.equal(tensor, last[name]) for name, tensor in weights(again, 14).items())
 
 
 def test_each_stage_has_its_own_warmup_and_decay(make_run: Any) -> None:
