@@ -38,7 +38,7 @@ def draw_attention(picture: Image, config: ImageConfig, maps: AttentionMaps) -> 
 
 
 def attention_panels(picture: Image, config: ImageConfig, maps: AttentionMaps) -> list[Panel]:
-    """Return a panel of the picture, and a panel for each word, whose colours are scaled to the word's largest value.
+    """Return a panel of the picture, and a panel for each word, coloured from the least to the most attention.
 
     Args:
         picture: picture in RGB.
@@ -54,7 +54,8 @@ def attention_panels(picture: Image, config: ImageConfig, maps: AttentionMaps) -
     panels = [Panel("", seen)]
     for word, patches in maps.words():
         share = float(patches.sum())
-        heat = Image.fromarray((patches / patches.max().clamp(min=1e-12)).numpy().astype(np.float32))
+        scaled = (patches - patches.min()) / (patches.max() - patches.min()).clamp(min=1e-12)
+        heat = Image.fromarray(scaled.numpy().astype(np.float32))
         alpha = np.asarray(heat.resize((PANEL, PANEL), Image.Resampling.BILINEAR))[..., None] * MAX_ALPHA
         blended = grey * (1 - alpha) + np.array(HOT, np.float32) * alpha
         title = word if len(word) <= MAX_TITLE else f"{word[: MAX_TITLE - 3]}..."

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from pyspark.sql import SparkSession
 from trained_models import corner_rows, corner_run, register, train
 
+import vlm
 from jobs.caption import run_caption
 from jobs.common import Job
 from jobs.compare import run_compare
@@ -263,3 +264,13 @@ def test_the_lineage_and_the_decisions_of_a_model_are_shown_without_starting_a_j
     assert (told["action"], told["model_version"], told["reasons"]) == ("refuse", "7", ["why not"])
     assert told["model_digest"] == "d"
     assert not {"spark"} & {*shell.__dict__, *other.__dict__}
+
+
+def test_the_attention_of_a_colour_is_on_the_corner_that_has_the_colour(job: Job) -> None:
+    """Chance is a quarter of the pictures, because a picture has four corners, and the model names the first one."""
+    captioner = vlm.load(open_model(job, GOOD).folder)
+    first = [
+        captioner.attention(row[SAMPLES.names.index("image")]).words()[1][1].flatten().argmax() == 0
+        for row in corner_rows(NAME, "test", 60)
+    ]
+    assert sum(map(bool, first)) > 30
