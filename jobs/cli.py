@@ -39,6 +39,7 @@ STAGE_COMMANDS = {
 INTERACTIVE_COMMANDS = {
     "demo": "Run every stage on generated pictures.",
     "ask": "Caption a picture, or ask a question about pictures.",
+    "serve": "Serve a model version over REST until Ctrl-C.",
     "show": "Show rows and pictures of a table.",
     "lineage": "Show how a picture's captions were made.",
     "decisions": "List promotions, refusals and rollbacks of a model.",

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from jobs.common import PlatformOption, RunOption, SetOption, open_job
+from jobs.local_server import HOST, check_port_free
 from jobs.table_files import open_table
-from jobs.ui import HOST, check_port_free
 from pipelines.errors import UserError
 from pipelines.platform import user_name
 

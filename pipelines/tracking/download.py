@@ -15,7 +15,7 @@ from pipelines.formats.model_copy import ModelCopy, check_copy, record_copy
 from pipelines.platform import Platform
 from pipelines.tracking.logged_model import MODEL_FILES
 from pipelines.tracking.registry import ModelVersion, download_files, label
-from pipelines.tracking.version_files import ARTIFACTS, DIGEST_TAG, check_model_files
+from pipelines.tracking.version_files import ARTIFACTS, DIGEST_TAG, check_all_files, check_model_files
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,20 @@ def download(platform: Platform, version: ModelVersion) -> Download:
     if target.exists():
         logger.warning("%s is damaged or was changed; the model version is downloaded again", target)
     return Download(target, _fetch(platform, version, target).digest)
+
+
+def download_checked(platform: Platform, version: ModelVersion, folder: Path) -> Path:
+    """Download all files of a version into a folder, for a process that will execute the version's own code.
+
+    Returns:
+        The subfolder that contains `MLmodel`.
+
+    Raises:
+        StageFailed: the files cannot be downloaded, or are not the files that were registered.
+    """
+    downloaded = download_files(platform, version, folder)
+    check_all_files(downloaded, version.tags, label(platform, version))
+    return downloaded
 
 
 def _fetch(platform: Platform, version: ModelVersion, target: Path) -> ModelCopy:

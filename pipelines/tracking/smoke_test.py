@@ -13,8 +13,8 @@ from pathlib import Path
 from pipelines.child_process import child_environment
 from pipelines.config import Trial
 from pipelines.platform import Platform
-from pipelines.tracking.registry import ModelVersion, download_files, label
-from pipelines.tracking.version_files import check_all_files
+from pipelines.tracking.download import download_checked
+from pipelines.tracking.registry import ModelVersion
 
 CHILD_SCRIPT = Path(__file__).with_name("smoke_test_child.py")
 TIMEOUT_SECONDS = 600
@@ -38,9 +38,7 @@ def smoke_test_version(platform: Platform, version: ModelVersion, pictures: Sequ
         StageFailed: the version cannot be downloaded, or its files are not the registered files.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        folder = download_files(platform, version, Path(temporary))
-        check_all_files(folder, version.tags, label(platform, version))
-        return smoke_test_folder(folder, pictures)
+        return smoke_test_folder(download_checked(platform, version, Path(temporary)), pictures)
 
 
 def smoke_test_folder(folder: Path, pictures: Sequence[tuple[bytes, str]]) -> Trial:

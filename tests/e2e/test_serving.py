@@ -1,4 +1,4 @@
-"""Tests that `mlflow models serve` serves a registered model version, which captions base64 pictures over REST."""
+"""Tests that `lakesight serve` serves a registered model version, which captions base64 pictures over REST."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from model_server import ask, load, picture_texts, register_random, served
+from model_server import ask, load, picture_texts, register_random, serve_command, served
+from open_sockets import free_port
 from tiny_runs import tiny_run
 
 from pipelines.config import LocalPlatformConfig
@@ -69,3 +70,19 @@ def test_a_loaded_version_runs_the_code_that_was_registered_with_it(
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(str(tmp_path)) == 2, done.stdout
+
+
+def test_a_version_whose_code_was_changed_after_its_registration_is_not_served(
+    laptop: Platform, version: registry.ModelVersion, tmp_path: Path
+) -> None:
+    [code] = (laptop.root / "mlartifacts").rglob("code/vlm/__init__.py")
+    registered = code.read_text()
+    code.write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n{registered}")
+    command, environment = serve_command(laptop, version, tmp_path, free_port())
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    finally:
+        code.write_text(registered)
+    assert done.returncode == 1, done.stderr
+    assert "are not the files that were registered" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "executed").exists()

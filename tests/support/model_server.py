@@ -1,4 +1,4 @@
-"""A server of a registered model version (`mlflow models serve`), and clients that send requests in parallel."""
+"""A server of a registered model version (`lakesight serve`), and clients that send requests in parallel."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from open_sockets import free_port
 from PIL import Image
+from processes import TEST_PATH
 from tiny_runs import COLOURS, write_run, write_shards
 
 from pipelines.config import RunConfig
@@ -31,6 +32,15 @@ from vlm.checkpoint import save_model
 from vlm.factory import build_model
 
 Answer = dict[str, Any]
+
+
+class Serve(NamedTuple):
+    """Command line and environment variables of `lakesight serve`."""
+
+    command: list[str]
+    environment: dict[str, str]
+
+
 BAD = {"%%%": "bad_base64", base64.b64encode(b"no picture").decode(): "not_an_image", "": "missing_field"}
 """Invalid pictures, and the reason code in the answer to each picture."""
 
@@ -49,15 +59,21 @@ def register_random(platform: Platform, folder: Path, config: RunConfig) -> regi
     return registry.register(run, follower.run_id, platform)
 
 
+def serve_command(platform: Platform, version: registry.ModelVersion, folder: Path, port: int) -> Serve:
+    """Return the command that serves a version with its environment. The folder gets a run of the model's name."""
+    (folder / "conf" / "run").mkdir(parents=True, exist_ok=True)
+    (folder / "conf" / "run" / f"{version.name}.yml").write_text("{model: nano, data: demo, train: demo}\n")
+    command = [sys.executable, "-P", "-c", "from jobs.cli import main; main()", "serve", "--run", version.name]
+    environment = os.environ | {"PYTHONPATH": TEST_PATH, "LAKESIGHT_HOME": str(platform.root)}
+    environment |= {"MLFLOW_TRACKING_URI": platform.tracking_uri}
+    return Serve([*command, "--version", version.version, "--port", str(port)], environment)
+
+
 @contextmanager
 def served(platform: Platform, version: registry.ModelVersion, folder: Path) -> Iterator[str]:
-    """Start a scoring server in a folder that does not contain our code, and yield the server's address."""
+    """Run `lakesight serve` in a folder that does not contain our code, and yield the server's address."""
     port = free_port()
-    command = [sys.executable, "-m", "mlflow", "models", "serve"]
-    command += ["--model-uri", f"models:/{version.name}/{version.version}"]
-    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # PATH as in an activated environment
-    environment = os.environ | {"MLFLOW_TRACKING_URI": platform.tracking_uri, "PATH": path}
+    command, environment = serve_command(platform, version, folder, port)
     with (folder / "serve.log").open("wb") as log:
         server = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environment, start_new_session=True

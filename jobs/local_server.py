@@ -1,0 +1,43 @@
+"""Functions of commands that serve a page or an API on this machine until Ctrl-C."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipelines.child_process import end_group
+from pipelines.errors import UserError
+
+HOST = "127.0.0.1"
+
+
+def run_server(command: list[str], environment: Mapping[str, str], folder: Path) -> int:
+    """Run a server until it ends. If this process is interrupted, end the server and all processes of the server."""
+    server = subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True)  # noqa: S603 our own
+    try:
+        return server.wait()
+    finally:
+        end_group(server)
+
+
+def check_port_free(port: int) -> None:
+    """Check that a port is free, before a server is started on the port.
+
+    Raises:
+        UserError: the port is in use, or this user may not listen on it.
+    """
+    with socket.socket() as probe:
+        # A port in state TIME_WAIT (whose server has just stopped) counts as free, because the new server can use the
+        # port.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise UserError(
+                "the port cannot be used",
+                where=f"{HOST}:{port}",
+                got=str(error.strerror or error),
+                fix=f"stop the process that uses it, or choose another port: --port {port % 65535 + 1}",
+            ) from None

@@ -1,0 +1,52 @@
+"""`lakesight serve`: serve a model version over REST, if its files are those that were registered."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.common import PlatformOption, RunOption, SetOption, open_job
+from jobs.evaluate import VersionOption
+from jobs.local_server import HOST, check_port_free, run_server
+from pipelines.child_process import child_environment
+from pipelines.errors import StageFailed
+
+
+def serve(
+    *,
+    version: VersionOption = "champion",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.", metavar="PORT")] = 5001,
+    run: RunOption = "demo",
+    platform: PlatformOption = "local",
+    overrides: SetOption = None,
+) -> None:
+    """Serve a model version over REST until Ctrl-C.
+
+    The command starts `mlflow models serve` on a local copy of the version, without credentials, after it has checked
+    that all files are those that were registered. The server accepts connections from this machine only.
+
+    \b
+    Example:
+      lakesight serve --run demo --version champion --port 5002
+    """
+    from pipelines.tracking.download import download_checked
+    from pipelines.tracking.registry import resolve
+
+    with open_job(run, platform, overrides, as_json=False) as job, tempfile.TemporaryDirectory() as temporary:
+        check_port_free(port)
+        chosen = resolve(job.platform, job.model_name, version)
+        folder = download_checked(job.platform, chosen, Path(temporary))
+        job.output.line("serve", f"{chosen.name} version {chosen.version}: http://{HOST}:{port}/invocations")
+        command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", str(folder)]
+        command += ["--env-manager", "local", "--host", HOST, "--port", str(port)]
+        # MLflow starts `uvicorn` from PATH. Without PYTHONSAFEPATH, the working folder would come first on sys.path.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        with suppress(KeyboardInterrupt):  # Ctrl-C is the usual way to stop a server
+            code = run_server(command, child_environment(PYTHONSAFEPATH="1", PATH=path), Path(temporary))
+            raise StageFailed("the model server stopped", got=f"exit code {code}", fix="read MLflow's messages above")
