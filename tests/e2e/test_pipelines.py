@@ -29,6 +29,9 @@ QUICK = (
     "train.optimizer.warmup_steps=20",
     "train.validate_every=250",
     "train.checkpoint_every=250",
+    "train.score_every=250",
+    "train.best_by=cider",
+    "train.register=best",
     "gate.baselines=[]",  # after 250 steps, the model may be worse than a constant caption
 )
 TORCHRUN = ["torchrun", "--nproc-per-node", "2", "-m", "pipelines.worker.main", "--run-dir", "runs/paligemma-*"]
@@ -181,6 +184,19 @@ def test_train_prepares_a_run_for_ranks_that_another_program_starts(demos: Ran) 
     prepared = demos.reports[2]
     assert prepared["ranks"] == 2
     assert (Path(prepared["run_folder"]) / "run.json").is_file()
+
+
+@pytest.mark.matrix
+@pytest.mark.usefixtures("demos")
+def test_train_ends_early_and_registers_the_best_checkpoint_by_cider(home: Path) -> None:
+    stalled = ["train.optimizer.lr=1e-9", "train.batch_size=8", "train.steps=60", "train.validate_rows=4"]
+    chosen = ["train.score_every=10", "train.checkpoint_every=10", "train.best_by=cider", "train.stop=2"]
+    settings = [word for value in (*stalled, *chosen) for word in ("--set", value)]
+    train = ["train", "--run", "seemoe", "--json", *PICTURES, *settings]
+    last, best = run(home, train, [*train, "--set", "train.register=best"]).reports
+    assert (last["steps"], last["trained"], best["steps"], best["trained"]) == (30, True, 30, False)
+    assert "val/cider" in last["metrics"]
+    assert int(best["model_version"]) == int(last["model_version"]) + 1, "step 10 is the best, as no caption changes"
 
 
 @pytest.mark.matrix
