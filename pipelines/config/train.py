@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from vlm.config import ADDED_LATER, AdapterConfig, Config, CosineScheduleConfig, Pattern, Probability, ScheduleConfig
 
@@ -120,7 +120,17 @@ class AugmentConfig(Config):
 
 
 BestBy = Literal["loss", "cider"]
-Register = Literal["last", "best"] | PositiveInt
+
+
+def _read_register(value: object) -> object:
+    if str(value) in {"last", "best"}:
+        return value
+    if str(value).isdecimal() and int(str(value)):
+        return int(str(value))
+    raise ValueError("expected last, best, or the step of a checkpoint")
+
+
+Register = Annotated[Literal["last", "best"] | int, BeforeValidator(_read_register)]
 EXECUTION_SETTINGS = frozenset(
     {
         "checkpoint_every",
