@@ -21,6 +21,7 @@ from jobs.common import (
 )
 from jobs.evaluate import VersionOption, open_model
 from jobs.generation_options import with_generation_options
+from jobs.output import number
 from jobs.progress import show_progress
 from jobs.settings_of_version import decoding_settings
 from pipelines.errors import StageFailed, UserError
@@ -77,13 +78,12 @@ def caption(
         --image-column path --image-root /Volumes/main/shop/photos
     """
     from pipelines.executor.ingest.records.pictures.root import absolute_location
-    from pipelines.review.source_pictures import full_table_name
 
     with open_job(run, platform, overrides, as_json) as job:
         report = run_caption(
             job,
             version,
-            source_table=full_table_name(job.platform, table),
+            source_table=job.platform.resolve_table(table),
             id_column=id_column,
             image_column=image_column,
             image_root=None if image_root is None else absolute_location(image_root),
@@ -193,7 +193,8 @@ def _report_drift(job: Job, report: CaptionReport, drifted: dict[str, Drift]) ->
 
 
 def _format_drift(drift: Drift) -> str:
-    return f"{drift.value:.3g}, evaluated {drift.evaluated:.3g} (change {drift.change:+.3g}, limit {drift.limit:.3g})"
+    change = f"change {number(drift.change, signed=True)}, limit {number(drift.limit)}"
+    return f"{number(drift.value)}, evaluated {number(drift.evaluated)} ({change})"
 
 
 def _print_report(job: Job, report: CaptionReport) -> None:

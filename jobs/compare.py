@@ -34,7 +34,17 @@ def compare(
       lakesight compare challenger champion --run demo
     """
     with open_job(run, platform, overrides, as_json) as job:
-        job.finish(run_compare(job, one, other), "promote")
+        report = run_compare(job, one, other)
+        job.output.report(report)
+        job.output.line("next", next_command(job, report))
+
+
+def next_command(job: Job, report: Comparison) -> str:
+    """Return the command to run after a comparison: promote the first version only if it is not worse."""
+    difference = report.differences.get(job.config.gate.metric)
+    if difference is not None and difference.high < 0:
+        return f"{job.command('train')} --set train.steps={2 * job.config.train.steps}"
+    return f"{job.command('promote')} --version {report.one}"
 
 
 def run_compare(job: Job, one: str, other: str) -> Comparison:

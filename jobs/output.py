@@ -6,14 +6,31 @@ file descriptor 1 are redirected to stderr, so that a JSON report on stdout stay
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import TextIO
 
 from pydantic_core import to_json
+
+LABEL_WIDTH = 12
+TEXT_WIDTH = 80
+"""Number of columns that printed lists use."""
+
+
+def number(value: float, *, signed: bool = False) -> str:
+    """Format a number as people write it: three significant digits, no exponent, and 0 for rounding errors."""
+    if abs(value) < ROUNDING_ERROR:
+        return "0"
+    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if math.isfinite(value) else 0
+    text = f"{value:{'+' * signed},.{min(digits, 9)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+ROUNDING_ERROR = 1e-9
 
 
 class CommandOutput:
@@ -37,7 +54,21 @@ class CommandOutput:
 
     def line(self, label: str, text: str) -> None:
         """Print one line for people: a label in a column of fixed width, then a text."""
-        self.text(f"{label:<12}{text}")
+        self.text(f"{label:<{LABEL_WIDTH}}{text}")
+
+    def items(self, label: str, items: Sequence[str]) -> None:
+        """Print a list for people: a label, then the items separated by commas, in lines of at most 80 columns."""
+        lines, last = [], ""
+        for number, item in enumerate(items, 1):
+            part = item + ("," if number < len(items) else "")
+            if last and LABEL_WIDTH + len(last) + len(part) >= TEXT_WIDTH:
+                lines.append(last)
+                last = part
+            else:
+                last = f"{last} {part}".lstrip()
+        for line in [*lines, last]:
+            self.line(label, line)
+            label = ""
 
     def text(self, text: str, end: str = "\n") -> None:
         """Print a text for people without adding a label."""

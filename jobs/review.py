@@ -37,12 +37,12 @@ def review(
         import uvicorn
 
         from pipelines.review.server import open_app
-        from pipelines.review.source_pictures import full_table_name, open_source
+        from pipelines.review.source_pictures import open_source
         from pipelines.review.verdicts import Review
 
         captions = open_table(job, "generated_captions", None)
         assert job.platform.tables, "open_table raises an error if the platform has no tables folder"
-        name = full_table_name(job.platform, table)
+        name = job.platform.resolve_table(table)
         pictures = open_source(job.platform, name)
         reviewed = Review(captions, pictures, job.platform.tables / "verdicts", table=name, model=job.model_name)
         if not reviewed.captions:

@@ -207,7 +207,7 @@ def readable(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _print(job: Job, report: TableReport) -> None:
     job.output.line("table", f"{report.table}, version {report.version}, {report.num_rows:,} rows")
-    job.output.line("columns", ", ".join(f"{name} {kind}" for name, kind in report.columns.items()))
+    job.output.items("columns", [f"{name} {kind}" for name, kind in report.columns.items()])
     width = max(map(len, report.columns), default=0)
     for number, row in enumerate(report.rows, 1):
         job.output.text(f"\nrow {number}")

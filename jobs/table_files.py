@@ -26,9 +26,9 @@ def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
     from deltalake.exceptions import DeltaError
 
     if "/" in name:
-        from pipelines.review.source_pictures import full_table_name, open_source
+        from pipelines.review.source_pictures import open_source
 
-        latest = open_source(job.platform, full_table_name(job.platform, name))
+        latest = open_source(job.platform, job.platform.resolve_table(name))
     else:
         latest = DeltaTable(_folder(job, name))
     if version is None or version == latest.version():

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from pyarrow.dataset import Dataset
 
 
+BATCH_ROWS = 32
+
+
 def open_or_create(folder: Path, table: Table) -> DeltaTable:
     """Open a table in a folder, without Spark. Create the table if it does not exist, and add columns that it lacks.
 
@@ -53,7 +56,9 @@ def query(tables: Mapping[str, DeltaTable], sql: str) -> pa.RecordBatchReader:
     engine = QueryBuilder()
     for name, table in tables.items():
         engine.register(name, table)
-    engine.execute("SET datafusion.execution.target_partitions = 1").read_all()  # else the order of rows is random
+    # With several partitions, the order of rows is random. Batches are small, as a row may hold a picture of 50 MB.
+    for setting in ("target_partitions = 1", f"batch_size = {BATCH_ROWS}"):
+        engine.execute(f"SET datafusion.execution.{setting}").read_all()
     reader = pa.RecordBatchReader.from_stream(engine.execute(sql))
     return reader.cast(pa.schema([field.with_type(_without_views(field.type)) for field in reader.schema]))
 

@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+TABLE_IN_FOLDER = re.compile(r"delta\.`(?P<path>[^`]+)`")
+"""Name of a Delta table that no catalog knows."""
+
 FolderKind = Literal["shards", "runs", "models", "reports", "staged", "demo"]
 
 
@@ -70,6 +73,22 @@ class Platform:
     def table(self, name: str) -> str:
         """Return the full name of a table."""
         return f"{self.namespace}.{name}"
+
+    def resolve_table(self, text: str) -> str:
+        """Return the full name of a table that a user names as `table`, `schema.table` or as the path of a folder.
+
+        A text with a slash is a path, such as `shop/products`, `/data/products` or `s3a://bucket/products`.
+        """
+        if "/" in text and not text.startswith("delta."):
+            return f"delta.`{text if '://' in text else os.path.normpath(Path(text).expanduser().absolute())}`"
+        return text if "." in text else self.table(text)
+
+    def table_location(self, name: str) -> str | None:
+        """Return the folder or URL of the Delta table with a full name, or None if a catalog manages the table."""
+        schema, _, table = name.rpartition(".")
+        if in_folder := TABLE_IN_FOLDER.fullmatch(name):
+            return in_folder["path"]
+        return str(self.tables / table) if self.tables is not None and schema == self.namespace else None
 
     def folder(self, kind: FolderKind) -> Path:
         """Return the folder for one kind of files. The code that writes files into the folder must create it."""

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
-import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -25,9 +22,6 @@ from vlm.errors import ImageError
 from vlm.image import picture_bytes
 
 logger = logging.getLogger(__name__)
-
-TABLE_IN_FOLDER = re.compile(r"delta\.`(?P<path>[^`]+)`")
-"""Name of a Delta table that no catalog knows."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +86,8 @@ def open_source(platform: Platform, name: str) -> DeltaTable:
     Raises:
         UserError: the table cannot be read as files: a catalog manages it, or its folder cannot be read.
     """
-    in_folder = TABLE_IN_FOLDER.fullmatch(name)
-    schema, _, table = name.rpartition(".")
-    if in_folder:
-        location = in_folder["path"]
-    elif platform.tables is not None and schema == platform.namespace:
-        location = str(platform.tables / table)
-    else:
+    location = platform.table_location(name)
+    if location is None:
         raise UserError(
             "the pictures of the table cannot be read without Spark",
             where=name,
@@ -114,16 +103,6 @@ def open_source(platform: Platform, name: str) -> DeltaTable:
             got=str(error).splitlines()[0],
             fix="name an existing table, or the folder that contains its _delta_log",
         ) from None
-
-
-def full_table_name(platform: Platform, text: str) -> str:
-    """Return the full name of a table that a user names as `table`, `schema.table` or as the path of a folder.
-
-    A text with a slash is a path, such as `shop/products`, `/data/products` or `s3a://bucket/products`.
-    """
-    if "/" in text and not text.startswith("delta."):
-        return f"delta.`{text if '://' in text else Path(os.path.normpath(Path(text).expanduser().absolute()))}`"
-    return text if "." in text else platform.table(text)
 
 
 def read_pictures(platform: Platform, captions: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], bytes]:

@@ -26,7 +26,8 @@ def shown(page: Path) -> Iterator[list[str]]:
     text = page.read_text()
     blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.M | re.S)
     spans = re.findall(r"`(lakesight [^`\n]+)`", text)
-    for line in [*(line.strip() for block in blocks for line in block.splitlines()), *spans]:
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    for line in [*lines, *spans]:
         if line.startswith("lakesight "):
             # In a code block, the explanation of a command follows the command after two spaces or a hash.
             yield shlex.split(re.split(r"\s{2,}|\s#", line)[0])

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from pydantic import Field
@@ -170,8 +171,7 @@ def caption(
         TooManyErrors: the share of errors is larger than `max_error_share`. The results of all rows are written.
     """
     started = time.monotonic()
-    request.precision.require()
-    _check_prompt(model, request)
+    check_request(model, request)
     ensure_tables(spark, platform)
     ensure_champion_captions(spark, platform)
     source = _open_source(spark, platform, request)
@@ -209,8 +209,6 @@ def caption(
 
 
 def _open_source(spark: SparkSession, platform: Platform, request: CaptionRequest) -> SourceTable:
-    if request.image_root is not None:
-        require_root(request.image_root)
     return open_source_table(
         spark,
         platform,
@@ -230,14 +228,7 @@ def _create_job(
     The model's digest is not in the returned key, because the folder of the files has the same name as in Lakesight
     0.1.0. Each row in a file has its own digest.
     """
-    settings = request.settings or model.read_config().generation
-    decoding = settings.hashed_settings() | {"precision": request.precision}
-    key = {
-        "source_table": source.name,
-        "model_name": model.name,
-        "model_version": model.version,
-        "settings_hash": short_hash(request.prompt, decoding),
-    }
+    settings, decoding, key = caption_key(model, request, source.name)
     constants = {
         "prompt": request.prompt,
         "settings": json.dumps(decoding),
@@ -256,12 +247,32 @@ def _create_job(
         limits=request.limits,
         image_root=request.image_root,
         threads=task_threads(spark),
-        output_folder=(platform.folder("staged") / f"captions-{short_hash(key)}").absolute(),
+        output_folder=pending_folder(platform, key),
         rows_per_file=ROWS_PER_FILE,
         constants=key | constants | {"run_id": model.run_id, "model_digest": model.digest or None},
         started_at=datetime.now(UTC),
     )
     return job, key
+
+
+def caption_key(
+    model: ModelFiles, request: CaptionRequest, table: str
+) -> tuple[GenerationConfig, dict[str, object], dict[str, str]]:
+    """Return the decoding settings, what identifies the settings, and the key of the captions of a table."""
+    settings = request.settings or model.read_config().generation
+    decoding = settings.hashed_settings() | {"precision": request.precision}
+    key = {
+        "source_table": table,
+        "model_name": model.name,
+        "model_version": model.version,
+        "settings_hash": short_hash(request.prompt, decoding),
+    }
+    return settings, decoding, key
+
+
+def pending_folder(platform: Platform, key: dict[str, str]) -> Path:
+    """Return the folder of the files of captions that belong to a key."""
+    return (platform.folder("staged") / f"captions-{short_hash(key)}").absolute()
 
 
 class RowCounts(NamedTuple):
@@ -348,8 +359,16 @@ def _remove_deleted(spark: SparkSession, platform: Platform, source: SourceTable
     return retry_on_conflict(remove, where=name)
 
 
-def _check_prompt(model: ModelFiles, request: CaptionRequest) -> None:
-    """Raise UserError if the prompt is too long. The length of the prompt is checked before executors start."""
+def check_request(model: ModelFiles, request: CaptionRequest) -> None:
+    """Check what can be checked before Spark starts.
+
+    Raises:
+        UserError: the prompt leaves no space for a caption, there is no folder of the pictures, or the library for the
+            precision is not installed.
+    """
+    request.precision.require()
+    if request.image_root is not None:
+        require_root(request.image_root)
     config = model.read_config()
     settings = request.settings or config.generation
     prefix = prefix_ids(text.load(model.folder / "tokenizer.json"), config.num_slots, request.prompt)

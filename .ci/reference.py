@@ -1,0 +1,188 @@
+"""Write docs/reference.md: every command, config key and table column, from the code that defines them.
+
+    python .ci/reference.py
+
+A test fails when the page differs from what this script writes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from typer.testing import CliRunner
+
+from jobs.cli import COMMANDS, app
+from pipelines.config import RunConfig
+from pipelines.formats import champion_captions
+from pipelines.formats.tables import TABLES, sql_type
+
+PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
+HEADER = """# Reference
+
+This page lists every command, config key and table. It is generated: after a change of the code, run
+`python .ci/reference.py`. The other pages explain how to use them.
+"""
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(render(), encoding="utf-8")
+
+
+def render() -> str:
+    """Return the content of the page."""
+    keys = ["## Config keys\n", CONFIG_NOTE, *config_keys()]
+    return "\n".join([HEADER, "## Commands\n", *commands(), *keys, "## Tables\n", *tables()])
+
+
+def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Return a Markdown table."""
+    lines = [columns, ("---",) * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+def commands() -> Iterator[str]:
+    """Yield a section for each command, with the text of its --help."""
+    for name in COMMANDS:
+        text = CliRunner().invoke(app, [name, "--help"], prog_name="lakesight", terminal_width=80).output
+        yield f"### lakesight {name}\n\n```\n{text.strip()}\n```\n"
+
+
+# ------------------------------------------------------------------------------------------------ config keys
+
+CONFIG_NOTE = """A run is a YAML file with these keys, and `--set KEY=VALUE` overrides a key, for example
+`--set train.steps=500`. Keys without a default are set by the shipped configs in `conf/`.
+"""
+
+
+def config_keys() -> Iterator[str]:
+    """Yield a section for each group of keys."""
+    places: dict[type[BaseModel], list[str]] = {}
+    for name in ("model", "data", "train", "platform", "gate", "drift"):
+        for model in models_in(RunConfig.model_fields[name].annotation):
+            collect(model, name, places)
+    for model, paths in places.items():
+        kind = model.model_fields.get("kind")
+        suffix = f" (kind: {get_args(kind.annotation)[0]})" if kind else ""
+        yield f"### {paths[0]}{suffix}\n"
+        if paths[1:]:
+            yield f"The same keys are in {', '.join(paths[1:])}.\n"
+        meanings = attributes(model)
+        rows = [
+            (
+                f"`{field.alias or name}`",
+                type_text(field),
+                default_text(field),
+                meanings.get(name) or about(model, field),
+            )
+            for name, field in model.model_fields.items()
+            if name != "kind"
+        ]
+        yield table(("key", "type", "default", "meaning"), rows) if rows else "No further keys.\n"
+
+
+def collect(model: type[BaseModel], path: str, places: dict[type[BaseModel], list[str]]) -> None:
+    """Add a config class and the classes of its fields, with the paths of their keys."""
+    if path in places.setdefault(model, []):
+        return
+    places[model].append(path)
+    for name, field in model.model_fields.items():
+        for nested in models_in(field.annotation):
+            collect(nested, f"{path}.{field.alias or name}", places)
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the config classes in an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in models_in(part)]
+
+
+def about(model: type[BaseModel], field: FieldInfo) -> str:
+    """Return the meaning of a key whose class does not describe it: the first line of its group, or of the class."""
+    groups = models_in(field.annotation)
+    described = groups[0] if len(groups) == 1 else model
+    if len(groups) > 1:
+        kinds = [get_args(group.model_fields["kind"].annotation)[0] for group in groups]
+        return f"keys of one kind: {', '.join(f'`{kind}`' for kind in kinds)}"
+    return inspect.cleandoc(described.__doc__ or "").partition("\n")[0]
+
+
+def attributes(model: type[BaseModel]) -> Mapping[str, str]:
+    """Return the meanings of the fields of a config class, from its docstring and those of its base classes."""
+    found: dict[str, str] = {}
+    for base in reversed([each for each in model.__mro__ if issubclass(each, BaseModel) and each is not BaseModel]):
+        text = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
+        for name, meaning in re.findall(r"^    (\w+): (.*?)(?=^    \w+: |^\S|\Z)", text, re.M | re.S):
+            found[name] = " ".join(meaning.split())
+    return found
+
+
+def type_text(field: FieldInfo) -> str:
+    """Return the type of a field and its bounds, as people write them."""
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    bounds = [f"{signs[name]} {value:g}" for each in field.metadata for name, value in bound_values(each, signs)]
+    return " ".join([name_of(field.annotation), *([f"({', '.join(bounds)})"] if bounds else [])])
+
+
+def bound_values(constraint: Any, signs: Mapping[str, str]) -> Iterator[tuple[str, float]]:
+    """Yield the bounds that a constraint of pydantic sets."""
+    for name in signs:
+        value = getattr(constraint, name, None)
+        if isinstance(value, int | float):
+            yield name, value
+
+
+NAMES = {NoneType: "null", str: "text", int: "integer", float: "number", bool: "true or false", Path: "path"}
+
+
+def name_of(annotation: Any) -> str:
+    """Return the name of a type."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(f"`{part}`" for part in parts)
+    if origin in (Annotated, Union, UnionType):
+        return " or ".join(dict.fromkeys(map(name_of, parts[:1] if origin is Annotated else parts)))
+    if origin is not None:
+        return f"mapping to {name_of(parts[-1])}" if issubclass(origin, Mapping) else f"list of {name_of(parts[0])}"
+    if issubclass(annotation, BaseModel):
+        return "keys"
+    return NAMES.get(annotation, annotation.__name__)
+
+
+def default_text(field: FieldInfo) -> str:
+    """Return the default of a field, or an empty text if the default is a group of keys."""
+    if field.is_required():
+        return "required"
+    default = field.get_default(call_default_factory=True)
+    return "" if isinstance(default, BaseModel) else f"`{json.dumps(default, default=str)}`"
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def tables() -> Iterator[str]:
+    """Yield a section for each table, and for the view."""
+    for each in TABLES:
+        yield f"### Table {each.name}\n\n{each.comment}. A row is identified by {', '.join(each.key)}.\n"
+        yield table(
+            ("column", "type", "null", "meaning"),
+            [(f"`{c.name}`", sql_type(c.type), "yes" if c.nullable else "no", c.comment) for c in each.columns],
+        )
+    yield f"### View {champion_captions.NAME}\n\n{champion_captions.COMMENT}.\n"
+    yield table(("column", "meaning"), [(f"`{name}`", text) for name, text in champion_captions.COLUMNS.items()])
+
+
+if __name__ == "__main__":
+    main()

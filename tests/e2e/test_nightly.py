@@ -1,0 +1,162 @@
+"""Tests of docs/nightly.md: every command and file of the page works, in the order of the page, on a table of pictures
+that ingest never saw.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from deltalake import DeltaTable, write_deltalake
+from local_platforms import open_local
+from pictures import as_base64, png, write_csv
+from processes import TEST_PATH
+from tiny_runs import tiny_run, write_shards
+from trained_models import register
+
+from pipelines.driver.evaluate.decisions import record_decision
+from pipelines.tracking.registry import promote
+from vlm import text
+from vlm.factory import build_model
+
+pytestmark = [pytest.mark.matrix, pytest.mark.timeout(1500)]
+
+PAGE = (Path(__file__).parents[2] / "docs" / "nightly.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.M | re.S)
+ELSEWHERE = ("lakesight review",)
+"""Commands that other tests run: `test_review.py` starts the server."""
+ROWS = 20
+
+
+def files() -> dict[str, str]:
+    """Return the files that the page shows, by name. The name is in the first comment of the file."""
+    named = [(re.search(r"^# (\w+\.\w+)", block, re.M), block) for kind, block in BLOCKS if kind in ("python", "sh")]
+    return {name[1]: block for name, block in named if name}
+
+
+def commands() -> list[list[str]]:
+    """Return the words of the page's commands, in the order of the page."""
+    lines = [line for kind, block in BLOCKS if not kind for line in block.splitlines()]
+    return [shlex.split(line) for line in lines if line.startswith("lakesight ") and not line.startswith(ELSEWHERE)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with an export of 20 pictures, a run with two promoted versions, and a Python environment."""
+    folder = tmp_path_factory.mktemp("captions")
+    pictures = {f"A{number:03}": png(number) for number in range(ROWS)}
+    rows = [(sku, as_base64(picture)) for sku, picture in pictures.items()]
+    write_csv(folder / "export" / "products.csv", rows, header=("sku", "photo"))
+    (folder / "photos").mkdir()
+    for sku, picture in pictures.items():
+        (folder / "photos" / f"{sku}.png").write_bytes(picture)
+    write_deltalake(folder / "shop/files", pa.table({"sku": [*pictures], "file": [f"{sku}.png" for sku in pictures]}))
+    for name, content in files().items():
+        (folder / name).write_text(content)
+    (folder / "nightly.sh").chmod(0o755)
+    (folder / "conf" / "run").mkdir(parents=True)
+    (folder / "conf" / "run" / "birds.yml").write_text("{model: nano, data: demo, train: demo}")
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "activate").write_text(f"PATH={folder}/.venv/bin:$PATH")
+    command = folder / ".venv" / "bin" / "lakesight"
+    command.write_text(f"#!/bin/sh\nexec {sys.executable} -P -c 'from jobs.cli import main; main()' \"$@\"\n")
+    command.chmod(0o755)
+    promote_versions(folder, 2)
+    return folder
+
+
+def promote_versions(folder: Path, count: int) -> None:
+    """Register models with random weights as versions of run `birds`, and promote them in turn."""
+    with pytest.MonkeyPatch.context() as patch:
+        platform = open_local(patch, folder / ".lakesight")
+        config = tiny_run(ranks=1).model_copy(update={"name": "birds"})
+        shards = write_shards(folder / "shards", rows=8)
+        for seed in range(count):
+            torch.manual_seed(seed)
+            model = build_model(config.model, text.learn(config.model.text, []).vocab_size)
+            version = register(platform, folder / f"run-{seed}", config, shards, model)
+            digest = version.tags["lakesight_digest"]
+            record_decision(
+                platform.open_spark,
+                platform,
+                model="birds",
+                version=version.version,
+                digest=digest,
+                action="promote",
+                champion=None,
+            )
+            promote(platform, version)
+
+
+def run(folder: Path, words: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in ("LAKESIGHT_HOME", "JAVA_OPTS")}
+    environment |= {"PATH": f"{folder}/.venv/bin:{os.environ['PATH']}", "PYTHONPATH": TEST_PATH}
+    environment |= variables
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_every_command_of_the_page_works_in_the_order_of_the_page(folder: Path) -> None:
+    assert run(folder, [sys.executable, "to_delta.py"]).returncode == 0
+    printed: dict[str, str] = {}
+    for words in commands():
+        done = run(folder, words)
+        assert done.returncode == 0, (words, done.stderr)
+        printed.setdefault(words[1], done.stdout)
+    assert f"{ROWS} rows of delta.`{folder}/shop/products` = {ROWS} captioned" in printed["caption"]
+    assert "birds version 1 is the champion again" in printed["rollback"]
+    page = next((folder / ".lakesight" / "reports").glob("generated_captions-*.html")).read_text()
+    assert page.count("data:image/jpeg;base64,") == 5
+    forgotten = DeltaTable(folder / ".lakesight" / "warehouse" / "generated_captions").to_pyarrow_table().num_rows
+    (folder / "forget.py").write_text(files()["forget.py"].replace("'3'", "'1'"))
+    assert run(folder, [sys.executable, "forget.py"]).returncode == 0
+    left = DeltaTable(folder / ".lakesight" / "warehouse" / "generated_captions").to_pyarrow_table().num_rows
+    assert forgotten - left == 4, "two pictures, captioned as two tables"
+
+    done = run(folder, ["./nightly.sh"])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), (folder / "caption.log").read_text()
+    report = json.loads((folder / "caption.jsonl").read_text())
+    assert (report["considered"], report["already"], report["captioned"], report["errors"]) == (ROWS, ROWS - 2, 2, 0)
+    assert (folder / "captions.parquet").exists()
+
+
+def test_the_nightly_script_reports_a_failure_and_a_night_that_is_still_running(folder: Path) -> None:
+    with (folder / "nightly.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run(folder, ["./nightly.sh"])
+        assert (done.returncode, done.stdout) == (1, "the previous captioning job still runs\n")
+    (folder / "nightly.sh").write_text(files()["nightly.sh"].replace("shop/products", "shop/gone"))
+    done = run(folder, ["./nightly.sh"])
+    assert done.returncode == 2
+    assert done.stdout.startswith("captioning failed with exit code 2:\n")
+    assert "shop/gone" in done.stdout
+
+
+def test_airflow_parses_the_dag_of_the_page(tmp_path: Path) -> None:
+    python = os.environ.get("AIRFLOW_PYTHON")
+    if not python:
+        pytest.skip("AIRFLOW_PYTHON names no Python with Airflow (see CONTRIBUTING.md)")
+    (tmp_path / "dags").mkdir()
+    (tmp_path / "dags" / "captions_dag.py").write_text(files()["captions_dag.py"])
+    code = (
+        "from airflow.models.dagbag import DagBag\n"
+        "bag = DagBag('dags', include_examples=False)\n"
+        "dag = bag.dags.get('captions')\n"
+        "tasks = {task.task_id: sorted(task.downstream_task_ids) for task in dag.tasks} if dag else None\n"
+        "print(bag.import_errors, tasks, [task.bash_command for task in dag.tasks] if dag else '')"
+    )
+    environment = {"AIRFLOW_HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        [python, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines()[-1].startswith("{} {'caption': ['export'], 'export': []}"), done
+    shown = next(line for line in PAGE.splitlines() if line.startswith("lakesight caption"))
+    assert " ".join(shown.split()[:8]) in done.stdout, "the DAG runs the command of the page"

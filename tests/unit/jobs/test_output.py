@@ -1,0 +1,71 @@
+"""Tests of what commands print for people: numbers, lists in 80 columns, and the next command."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from local_platforms import open_local
+
+from jobs.common import Job
+from jobs.compare import next_command
+from jobs.output import CommandOutput, number
+from pipelines.config import load_run
+from pipelines.driver.evaluate.bootstrap import Interval
+from pipelines.driver.evaluate.compare import Comparison
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *((-3.47e-18, "0"), (0.0, "0"), (118.04, "118"), (0.0317, "0.0317"), (31.2, "31.2"), (6.0, "6")),
+        *((1234.5, "1,234"), (-86.8, "-86.8"), (0.00012345, "0.000123"), (float("nan"), "nan"), (float("inf"), "inf")),
+    ],
+)
+def test_numbers_are_printed_as_people_write_them(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_a_change_has_its_sign_unless_it_is_zero() -> None:
+    assert [number(value, signed=True) for value in (0.3, -0.3, 1e-18)] == ["+0.3", "-0.3", "0"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(-1e12, 1e12))
+def test_a_printed_number_has_no_exponent_and_is_close_to_the_number(value: float) -> None:
+    text = number(value)
+    assert "e" not in text
+    assert float(text.replace(",", "")) == pytest.approx(value, rel=0.006, abs=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.text("abcdefgh ", min_size=1, max_size=40).map(str.strip).filter(bool), max_size=30))
+def test_lists_are_printed_completely_in_lines_of_at_most_80_columns(items: list[str]) -> None:
+    out = io.StringIO()
+    CommandOutput(out, as_json=False).items("columns", items)
+    lines = out.getvalue().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert " ".join(line[12:] for line in lines) == ", ".join(items)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "command"),
+    [
+        (-0.3, -0.1, "lakesight train --run demo --set train.steps={}"),
+        (-0.1, 0.1, "lakesight promote --run demo --version 2"),
+        (0.1, 0.3, "lakesight promote --run demo --version 2"),
+    ],
+)
+def test_a_version_that_lost_a_comparison_is_not_to_be_promoted(
+    low: float, high: float, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_run("demo")
+    job = Job(config, open_local(monkeypatch, tmp_path), (), CommandOutput(io.StringIO(), as_json=False))
+    difference = {config.gate.metric: Interval(value=(low + high) / 2, low=low, high=high)}
+    sides = {"model_name": "demo", "one": "2", "other": "1", "source": "demo", "split": "test", "rows": 9}
+    counts = {"wins": 3, "losses": 3, "ties": 3, "page": tmp_path / "page.html", "tokenisation": "words"}
+    report = Comparison.model_validate(sides | counts | {"differences": difference})
+    assert next_command(job, report) == command.format(2 * config.train.steps)
