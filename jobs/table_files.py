@@ -48,9 +48,10 @@ def _folder(job: Job, name: str) -> Path:
     """Return the folder of a table of the platform."""
     if job.platform.tables is None:
         raise UserError(
-            "show cannot read the tables of a catalog; it reads local Delta files only",
+            "this command cannot read the tables of a catalog; it reads local Delta files only",
             where=f"platform {job.platform.kind}",
-            fix=f"open {job.platform.table(name)} in Catalog Explorer or in a notebook",
+            got=job.platform.table(name),
+            fix="query the table with SQL: docs/databricks.md has the query that replaces each command",
         )
     names = sorted(path.parent.name for path in job.platform.tables.glob("*/_delta_log"))
     if name not in names:

@@ -16,6 +16,7 @@ from jobs.replay import run_replay
 from jobs.shard import run_shard
 from pipelines.errors import LakesightError, UserError
 from vlm.config import Config
+from vlm.files import atomic_write
 
 if TYPE_CHECKING:
     from pipelines.formats.run_folder import RunFolder
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PREPARED = ".prepared"
+"""Suffix of a file in the folder of runs, which names the run folder that `--no-launch` has prepared last for a run."""
 SHOWN_METRICS = ("train/loss", "val/loss", "val/blind_gap")
 
 
@@ -85,6 +88,8 @@ def train(
             job.finish(run_train(job), "evaluate")
             return
         folder, ranks = prepare_run(job).path, job.config.platform.ranks
+        with atomic_write(job.platform.folder("runs") / f"{job.config.name}{PREPARED}") as temporary:
+            temporary.write_text(f"{folder}\n", encoding="utf-8")
         job.output.report(PreparedReport(run_folder=str(folder), ranks=ranks))
         job.output.line("prepared", f"{folder}, for {ranks} ranks")
         # Without PYTHONSAFEPATH, a folder `pipelines` in the working folder would be imported instead of this package.

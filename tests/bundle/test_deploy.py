@@ -139,6 +139,27 @@ def check_command(parameters: list[str], values: dict[str, str]) -> None:
     assert load_run(parsed["run"], platform=parsed["platform"], overrides=parsed["overrides"]).name == values["run"]
 
 
+def include_ai_runtime(settings: dict[str, Any]) -> None:
+    settings["include"].append("jobs/ai_runtime.yml")
+    settings["sync"]["paths"].append("jobs/ai_runtime.sh")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_job_for_ai_runtime_deploys_after_it_is_included(deployment: Deployment, target: str) -> None:
+    for name in ("ai_runtime.yml", "ai_runtime.sh"):
+        shutil.copy(ROOT / "jobs" / name, deployment.folder / "jobs")
+    deployment.edit(include_ai_runtime)
+    deployment.expect("validate --strict", target, "Validation OK!")
+    deployment.expect("deploy", target, "created")
+    (job,) = [job for job in deployment.workspace.jobs.values() if "ai-runtime" in job["name"]]
+    (ranks,) = [task["ai_runtime_task"] for task in job["tasks"] if "ai_runtime_task" in task]
+    script = ranks["deployments"][0]["command_path"].removeprefix("/Workspace")
+    assert deployment.workspace.nodes[script] == (ROOT / "jobs" / "ai_runtime.sh").read_bytes()
+    for task in job["tasks"]:
+        if "python_wheel_task" in task:
+            check_command(task["python_wheel_task"]["parameters"], {"run": "demo"})
+
+
 def test_a_deployment_with_another_catalog_deletes_nothing(deployment: Deployment) -> None:
     deployment.workspace.catalogs.add("other")
     deployment.expect("deploy", "prod", "13 created")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import socket
+import subprocess
 import sys
 import sysconfig
 import venv
@@ -13,13 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from open_sockets import free_port
+from processes import TEST_PATH
 from pyspark.sql import SparkSession
 from tiny_runs import tiny_run, write_run, write_shards
 
 from pipelines.driver.train.hosts import check_hosts
 from pipelines.driver.train.run import launch
 from pipelines.errors import UserError
-from pipelines.formats.run_folder import HostsFile, RunFolder, read_json
+from pipelines.formats.run_folder import HostsFile, Result, RunFolder, read_json
 from pipelines.platform import Launch, Platform
 
 
@@ -94,6 +98,41 @@ def test_a_host_without_a_gpu_is_named_before_any_rank_starts(
     with pytest.raises(UserError, match=r"no devices were found on host .* Fix: .*use_gpu=false"):
         launch(run, on_gpus, spark)
     assert run.read_ranks() == []
+
+
+WITHOUT = ("pyspark", "py4j", "delta", "mlflow", "databricks", "grpc")
+"""Packages that a node of AI Runtime need not have. `delta` also leaves out deltalake."""
+
+
+@pytest.mark.matrix
+def test_the_command_of_ai_runtime_without_java_spark_and_mlflow_trains_the_weights_of_torchdistributor(
+    spark: SparkSession, platform: Platform, tmp_path: Path
+) -> None:
+    shards = write_shards(tmp_path / "shards", rows=24)
+    config = tiny_run(steps=6)
+    expected = launch(write_run(tmp_path / "runs" / "distributor", config, shards, shards), platform, spark)
+
+    run = write_run(tmp_path / "runs" / "tiny", config, shards, shards)
+    (tmp_path / "runs" / "tiny.prepared").write_text(f"{run.path}\n")
+    python = make_python(tmp_path / "bare", *WITHOUT)
+    commands = python.parent
+    (commands / "torchrun").write_text(f'#!/bin/sh\nexec {python} -m torch.distributed.run "$@"\n')
+    (commands / "torchrun").chmod(0o755)
+    for tool in ("cat", "env", "bash"):
+        (commands / tool).symlink_to(str(shutil.which(tool)))
+    environment = {"PATH": str(commands), "PYTHONPATH": TEST_PATH, "PET_MASTER_PORT": str(free_port())}
+    environment |= {"LAKESIGHT_RUNS": str(tmp_path / "runs"), "LAKESIGHT_RUN": "tiny", "LAKESIGHT_RANKS": "2"}
+    probe = "import importlib.util as u, shutil; print([n for n in 'pyspark mlflow delta'.split() if u.find_spec(n)],"
+    probe += "shutil.which('java'))"
+    lacking = subprocess.run([python, "-c", probe], env=environment, capture_output=True, text=True, check=True)
+    assert lacking.stdout.split() == ["[]", "None"]
+    script = Path(__file__).parents[2] / "jobs" / "ai_runtime.sh"
+    ended = subprocess.run([str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    found = read_json(run.result, Result)
+    assert (found.step, found.world_size) == (expected.step, expected.world_size) == (6, 2)
+    for name in ("model.safetensors", "training.safetensors"):
+        assert (Path(found.checkpoint) / name).read_bytes() == (Path(expected.checkpoint) / name).read_bytes()
 
 
 def either(path: Path, first: str, second: str) -> str:

@@ -180,10 +180,11 @@ def assert_learned(report: dict[str, Any], family: str) -> None:
     assert Path(report["gallery"]).is_file()
 
 
-def test_train_prepares_a_run_for_ranks_that_another_program_starts(demos: Ran) -> None:
+def test_train_prepares_a_run_for_ranks_that_another_program_starts(home: Path, demos: Ran) -> None:
     prepared = demos.reports[2]
     assert prepared["ranks"] == 2
     assert (Path(prepared["run_folder"]) / "run.json").is_file()
+    assert (home / "runs" / "paligemma.prepared").read_text() == f"{prepared['run_folder']}\n"
 
 
 @pytest.mark.matrix

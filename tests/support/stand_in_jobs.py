@@ -27,6 +27,9 @@ def _problems(settings: dict[str, Any], workspace: Workspace) -> Iterator[str]:
         if cluster.get("policy_id") == "":
             yield "Policy id is empty."
     for task in settings["tasks"]:
+        if "ai_runtime_task" in task:
+            yield from _ai_runtime_problems(task, settings, workspace)
+            continue
         if task["job_cluster_key"] not in clusters:
             yield f"Job cluster {task['job_cluster_key']} is not defined."
         for need in task.get("depends_on", []):
@@ -44,3 +47,16 @@ def _problems(settings: dict[str, Any], workspace: Workspace) -> Iterator[str]:
         yield f"The Volume of {url} does not exist."
     if "trigger" in settings and "schedule" in settings:
         yield "A job has either a schedule or a trigger."
+
+
+def _ai_runtime_problems(task: dict[str, Any], settings: dict[str, Any], workspace: Workspace) -> Iterator[str]:
+    environments = {each["environment_key"]: each["spec"] for each in settings["environments"]}
+    if task["environment_key"] not in environments:
+        yield f"Environment {task['environment_key']} is not defined."
+    (deployment,) = task["ai_runtime_task"]["deployments"]
+    for file in (deployment["command_path"], *environments[task["environment_key"]]["dependencies"]):
+        if file.removeprefix("/Workspace") not in workspace.nodes:
+            yield f"File {file} does not exist."
+    compute = deployment["compute"]
+    if compute["accelerator_count"] % int(compute["accelerator_type"].split("_")[1].split("x")[0]):
+        yield f"The nodes of {compute['accelerator_type']} cannot have {compute['accelerator_count']} accelerators."
