@@ -29,7 +29,7 @@ from vlm.layers.block import Block
 from vlm.layers.mlp import ActivationFunction, GatedMlp, PlainMlp
 from vlm.layers.moe import GatedExperts, GroupedLinear, MoeMlp, PlainExperts
 from vlm.layers.norm import OffsetRmsNorm
-from vlm.layers.position import Rotary
+from vlm.layers.position import AxialRotary, Rotary
 from vlm.model import VisionLanguageModel
 from vlm.projector import PixelShuffle, Resampler, ResamplerBlock
 from vlm.vision import AttentionPool, ConvStem, PatchStem, VisionEncoder
@@ -86,7 +86,8 @@ def initialize_weights(model: VisionLanguageModel) -> None:
                 assert isinstance(part, nn.Linear | GroupedLinear)
                 with torch.no_grad():
                     part.weight.mul_((2 * len(stack)) ** -0.5)
-    nn.init.normal_(model.encoder.position, std=0.02)
+    if model.encoder.position is not None:
+        nn.init.normal_(model.encoder.position, std=0.02)
     for name, parameter in model.named_parameters():
         if name.endswith((".registers", ".query", ".latents", ".marker", ".router.weight", ".noise.weight")):
             nn.init.normal_(parameter, std=0.02)
@@ -95,6 +96,15 @@ def initialize_weights(model: VisionLanguageModel) -> None:
 
 def _encoder(config: ModelConfig) -> VisionEncoder:
     vision, transformer = config.vision, config.vision.transformer
+    rotary, learned = None, True
+    if transformer.position.kind == "axial":
+        learned = transformer.position.learned
+        rotary = AxialRotary(
+            transformer.position,
+            head_dim=transformer.attention.head_dim,
+            side=config.image.size // vision.stem.stride,
+            extra=vision.class_token + vision.registers,
+        )
     return VisionEncoder(
         _stem(vision.stem, transformer.width),
         _blocks(transformer),
@@ -105,9 +115,10 @@ def _encoder(config: ModelConfig) -> VisionEncoder:
         width=transformer.width,
         class_token=vision.class_token,
         registers=vision.registers,
-        position_on=vision.position_on,
+        position_on=vision.position_on if learned else None,
         select=vision.select,
         dropout=transformer.dropout,
+        rotary=rotary,
     )
 
 

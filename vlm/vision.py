@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vlm.layers.attention import CrossAttention
 from vlm.layers.block import Block
+from vlm.layers.position import AxialRotary
 
 Select = Literal["cls", "mean", "patches", "attention"]
 
@@ -78,8 +79,9 @@ class AttentionPool(nn.Module):
 class VisionEncoder(nn.Module):
     """Vision transformer with stem, class token, registers, position embeddings, blocks, norms and an output selection.
 
-    Position embeddings are added to all tokens or only to the patches. The module `pre_norm` or `norm` is an identity
-    if the model has no norm at this place.
+    Learned position embeddings are added to all tokens or only to the patches, or there are none (`position_on` None).
+    With `rotary`, queries and keys are also rotated by the positions of the patches. The module `pre_norm` or `norm` is
+    an identity if the model has no norm at this place.
     """
 
     def __init__(
@@ -94,9 +96,10 @@ class VisionEncoder(nn.Module):
         width: int,
         class_token: bool,
         registers: int,
-        position_on: Literal["all", "patches"],
+        position_on: Literal["all", "patches"] | None,
         select: Select,
         dropout: float,
+        rotary: AxialRotary | None = None,
     ) -> None:
         super().__init__()
         self.stem = stem
@@ -104,9 +107,9 @@ class VisionEncoder(nn.Module):
         self.registers = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
         self.num_extra = class_token + registers
         self.position_on = position_on
-        self.position = nn.Parameter(
-            torch.zeros(1, num_patches + (self.num_extra if position_on == "all" else 0), width)
-        )
+        rows = num_patches + (self.num_extra if position_on == "all" else 0)
+        self.position = nn.Parameter(torch.zeros(1, rows, width)) if position_on else None
+        self.rotary = rotary
         self.dropout = nn.Dropout(dropout)
         self.pre_norm = pre_norm
         self.blocks = nn.ModuleList(blocks)
@@ -120,8 +123,9 @@ class VisionEncoder(nn.Module):
         The result has shape (B, N, W) with `select: patches` and shape (B, 1, W) otherwise.
         """
         x_BNW = self.pre_norm(self.dropout(self._embed(self.stem(pixels_BCHW).flatten(2).transpose(1, 2))))
+        angles = self.rotary(x_BNW.dtype) if self.rotary is not None else None
         for block in self.blocks:
-            x_BNW = block(x_BNW, mask=None, causal=False)
+            x_BNW = block(x_BNW, mask=None, causal=False, angles=angles)
         x_BNW = self.norm(x_BNW)
         if self.select == "cls":
             return x_BNW[:, :1]
@@ -132,6 +136,8 @@ class VisionEncoder(nn.Module):
 
     def _embed(self, x_BNW: Tensor) -> Tensor:
         extra = [token.expand(len(x_BNW), -1, -1) for token in (self.class_token, self.registers) if token is not None]
+        if self.position is None:
+            return torch.cat((*extra, x_BNW), dim=1)
         if self.position_on == "patches":
             return torch.cat((*extra, x_BNW + self.position), dim=1)
         return torch.cat((*extra, x_BNW), dim=1) + self.position

@@ -11,19 +11,20 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.layers import GluMlp, LayerScale
+from timm.layers import GluMlp, LayerScale, RotaryEmbeddingDinoV3, SwiGLU
 from tiny_published_models import assert_equal, config, scramble
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vlm.config import ModelConfig
 from vlm.factory import build_model
+from vlm.weights.family import Family
 from vlm.weights.files import TensorHeader
 from vlm.weights.load import import_weights
 from vlm.weights.plan import plan_load
 from vlm.weights.tables import families
 
-FAMILY = next(family for family in families() if family.name == "timm")
+ENCODERS = [family for family in families() if family.name.startswith("timm")]
 ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
 NAMES = [*timm.list_models("vit_*"), *timm.list_models("deit*")]
 
@@ -42,15 +43,40 @@ class WithoutInitialization(TorchFunctionMode):
 
 def refused_axis(name: str) -> list[str]:
     """Return the sentence of the axis that an architecture needs and our encoder lacks, which its name implies."""
-    sentences = FAMILY.mismatches(config(), {"architecture": name})
+    sentences = family_of(name).mismatches(config(), {"architecture": name})
     return [sentence for sentence in sentences if "which has" in sentence]
+
+
+def family_of(name: str) -> Family:
+    """Return the only family that accepts an architecture of this name."""
+    (family,) = (each for each in ENCODERS if each.select_settings({"architecture": name}) is not None)
+    return family
+
+
+def position_of(theirs: Any) -> dict[str, Any]:
+    """Return our config of the positions of a model of timm, read from timm's modules."""
+    rope = getattr(theirs, "rope", None)
+    if rope is None:
+        return {"kind": "learned"}
+    centred = isinstance(rope, RotaryEmbeddingDinoV3)
+    reference = None if centred else rope.ref_feat_shape
+    return {
+        "kind": "axial",
+        "base": rope.temperature,
+        "coordinates": "centred" if centred else "index",
+        "offset": rope.grid_offset,
+        "grid": None if reference is None else reference[0],
+        "first": "column" if rope.grid_indexing == "xy" else "row",
+        "learned": theirs.pos_embed is not None,
+    }
 
 
 def our_config(theirs: Any) -> ModelConfig:
     """Return the config of our model with the same encoder as a model of timm."""
     block = theirs.blocks[0]
     attention, mlp = block.attn, block.mlp
-    gated = isinstance(mlp, GluMlp)
+    gated = isinstance(mlp, GluMlp | SwiGLU)
+    rotary = getattr(theirs, "rope", None) is not None
     patch = theirs.patch_embed.patch_size[0]
     rows = theirs.patch_embed.num_patches
     heads = attention.num_heads
@@ -62,10 +88,10 @@ def our_config(theirs: Any) -> ModelConfig:
             "stem": {"kind": "patch", "patch_size": patch, "bias": theirs.patch_embed.proj.bias is not None},
             "class_token": theirs.cls_token is not None,
             "registers": theirs.num_prefix_tokens - (theirs.cls_token is not None),
-            "position_on": "patches" if theirs.pos_embed.shape[1] == rows else "all",
+            "position_on": "patches" if theirs.pos_embed is not None and theirs.pos_embed.shape[1] == rows else "all",
             "pre_norm": not isinstance(theirs.norm_pre, nn.Identity),
             "post_norm": not isinstance(theirs.norm, nn.Identity),
-            "select": "patches" if theirs.attn_pool is None else "attention",
+            "select": "patches" if theirs.attn_pool is None or rotary else "attention",
             "transformer": {
                 "width": theirs.embed_dim,
                 "depth": len(theirs.blocks),
@@ -73,7 +99,7 @@ def our_config(theirs: Any) -> ModelConfig:
                     "num_heads": heads,
                     "num_kv_heads": heads,
                     "head_dim": attention.head_dim,
-                    "bias": attention.qkv.bias is not None,
+                    "bias": attention.qkv.bias is not None or getattr(attention, "q_bias", None) is not None,
                     "out_bias": attention.proj.bias is not None,
                 },
                 "mlp": {
@@ -83,10 +109,15 @@ def our_config(theirs: Any) -> ModelConfig:
                     "bias": True,
                 },
                 "norm": {"kind": "layer", "eps": block.norm1.eps},
-                "layer_scale": 1e-5 if isinstance(block.ls1, LayerScale) else None,
+                "layer_scale": 1e-5 if has_layer_scale(block) else None,
+                "position": position_of(theirs),
             },
         },
     )
+
+
+def has_layer_scale(block: Any) -> bool:
+    return getattr(block, "gamma_1", None) is not None or isinstance(getattr(block, "ls1", None), LayerScale)
 
 
 def published_settings(name: str, theirs: Any) -> dict[str, Any]:
@@ -106,9 +137,10 @@ def problems(name: str) -> list[str]:
         model = build_model(ours, 40)
     headers = {key: TensorHeader(tuple(value.shape), "F32", Path()) for key, value in theirs.state_dict().items()}
     parameters = {key: value for key, value in model.named_parameters() if key.startswith("encoder.")}
-    names = FAMILY.canonical_names(headers)
-    plan = plan_load(FAMILY.table(ours), parameters, {key: headers[found] for key, found in names.items()})
-    return [*FAMILY.mismatches(ours, published_settings(name, theirs)), *plan.problems]
+    family = family_of(name)
+    names = family.canonical_names(headers)
+    plan = plan_load(family.table(ours), parameters, {key: headers[found] for key, found in names.items()})
+    return [*family.mismatches(ours, published_settings(name, theirs)), *plan.problems]
 
 
 def test_every_vit_architecture_of_timm_is_accepted_or_refused_by_the_missing_axis() -> None:
@@ -120,7 +152,7 @@ def test_every_vit_architecture_of_timm_is_accepted_or_refused_by_the_missing_ax
     }
     assert unexplained == {}
     accepted = [name for name in NAMES if name not in refused]
-    assert sum(name.startswith("vit_") for name in accepted) >= 126
+    assert sum(name.startswith("vit_") for name in accepted) >= 164
     assert all(name in accepted for name in NAMES if name.startswith("deit"))
 
 
@@ -132,13 +164,16 @@ RUN = (
     "vit_base_patch16_siglip_224", "vit_so400m_patch16_siglip_256", "vit_base_patch16_clip_224",
     "vit_base_patch16_clip_quickgelu_224", "vit_small_patch16_36x1_224", "vit_base_patch16_radio_v3",
     "vit_giant_patch14_dinov2", "vit_giant_patch14_reg4_dinov2", "deit_tiny_patch16_224",
-    "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224",
+    "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "vit_small_patch16_rope_224",
+    "vit_small_patch16_rope_ape_224", "vit_medium_patch16_rope_reg1_gap_256", "vit_small_patch16_dinov3",
+    "vit_small_plus_patch16_dinov3_qkvb", "vit_small_patch16_lingbot", "vit_pe_core_small_patch16_384",
+    "vit_pe_spatial_tiny_patch16_512",
 )  # fmt: skip
 
 
 def features(theirs: Any, pixels: Tensor) -> Tensor:
     hidden = theirs.forward_features(pixels)
-    if theirs.attn_pool is not None:
+    if theirs.attn_pool is not None and getattr(theirs, "rope", None) is None:
         pooled: Tensor = theirs.pool(hidden)[:, None]
         return pooled
     patches: Tensor = hidden[:, theirs.num_prefix_tokens :]

@@ -56,7 +56,7 @@ def tiny_config(variant: str) -> ModelConfig:
     )
 
 
-RARE = ("registers", "capped", "looking", "routed")
+RARE = ("registers", "capped", "looking", "routed", "axial")
 VISION = {
     "registers": {"registers": 2, "position_on": "patches", "pre_norm": True, "post_norm": False},
     "capped": {"class_token": True, "registers": 1, "select": "attention"},
@@ -78,6 +78,9 @@ def _rare_config(variant: str) -> ModelConfig:
     capped = variant == "capped"
     config = tiny_config("prefix" if capped else "plain").model_dump()
     config["vision"] |= VISION.get(variant, {})
+    if variant == "axial":
+        config["vision"] |= {"registers": 1}
+        config["vision"]["transformer"]["position"] = {"kind": "axial", "first": "column", "learned": True}
     config["vision"]["transformer"]["layer_scale"] = 0.5 if variant == "registers" else None
     config["projector"] = PROJECTOR.get(variant, config["projector"])
     config["fusion"] = FUSION.get(variant, {"kind": "slots"})

@@ -32,6 +32,7 @@ from vlm.config.text import BpeConfig, CharsConfig, JsonTextConfig, TextConfig
 from vlm.config.transformer import (
     Activation,
     AttentionConfig,
+    AxialPositionConfig,
     DenseMlpConfig,
     GatedMlpConfig,
     LayerNormConfig,
@@ -62,6 +63,7 @@ __all__ = [
     "Activation",
     "AdapterConfig",
     "AttentionConfig",
+    "AxialPositionConfig",
     "BpeConfig",
     "CausalMaskConfig",
     "CharsConfig",

@@ -42,6 +42,8 @@ class DecoderConfig(Config):
     def _check_layer_scale(self) -> Self:
         if self.transformer.layer_scale is not None:
             raise ValueError("layer_scale is supported in the encoder only: set it to null in the decoder")
+        if self.transformer.position.kind == "axial":
+            raise ValueError("position.kind: axial has two dimensions: use rotary or learned positions in the decoder")
         return self
 
 

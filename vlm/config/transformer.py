@@ -40,7 +40,34 @@ class RotaryPositionConfig(Config):
     base: float = 10_000.0
 
 
-PositionConfig = Annotated[LearnedPositionConfig | RotaryPositionConfig, Field(discriminator="kind")]
+class AxialPositionConfig(Config):
+    """Position encoding of patches by rotation of queries and keys over two dimensions (Heo et al., 2024).
+
+    One half of the rotated pairs of channels encodes the row of a patch, and the other half encodes the column. Class
+    token and registers are not rotated.
+
+    Attributes:
+        base: base of the frequencies.
+        coordinates: `index` counts rows and columns; `centred` goes from -1 to 1 over the picture, and an angle is a
+            whole turn per unit (Simeoni et al., 2025).
+        offset: number that is added to the indices of rows and columns.
+        grid: patches per side to which the indices of other grids are scaled; null: indices are not scaled.
+        first: coordinate that the first half of the pairs encodes.
+        learned: true if learned positions are added to the input too.
+    """
+
+    kind: Literal["axial"]
+    base: float = 100.0
+    coordinates: Literal["index", "centred"] = "index"
+    offset: float = 0.0
+    grid: PositiveInt | None = None
+    first: Literal["row", "column"] = "row"
+    learned: bool = False
+
+
+PositionConfig = Annotated[
+    LearnedPositionConfig | RotaryPositionConfig | AxialPositionConfig, Field(discriminator="kind")
+]
 
 
 class AttentionConfig(Config):
@@ -170,4 +197,6 @@ class TransformerConfig(Config):
     def _check_rotary_head_dim(self) -> Self:
         if self.position.kind == "rotary" and self.attention.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {self.attention.head_dim}")
+        if self.position.kind == "axial" and self.attention.head_dim % 4:
+            raise ValueError(f"axial positions need a head_dim that is a multiple of 4, got {self.attention.head_dim}")
         return self

@@ -82,8 +82,8 @@ class VisionConfig(Config):
             raise ValueError("select: cls needs class_token: true")
         if self.select == "attention" and self.transformer.mlp.kind != "plain":
             raise ValueError("select: attention needs mlp.kind: plain: the pooling layer uses the same MLP config")
-        if self.transformer.position.kind != "learned":
-            raise ValueError("the encoder needs position.kind: learned, because rotary positions are one-dimensional")
+        if self.transformer.position.kind == "rotary":
+            raise ValueError("position.kind: rotary has one dimension: use axial or learned positions in the encoder")
         if self.transformer.attention.windows != (None,):
             raise ValueError("attention.windows is supported in the decoder only: set it to [null] in the encoder")
         return self

@@ -1,12 +1,18 @@
-"""Rotary position embedding of queries and keys. Learned positions are a plain embedding table and need no class here.
+"""Rotary position embeddings of queries and keys, over one dimension and over two.
 
-Letters in tensor names: B batch, H heads, T query, D head width.
+Learned positions are a plain embedding table and need no class here.
+
+Letters in tensor names: B batch, H heads, T query, D head width, N patches of a picture.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+
+from vlm.config import AxialPositionConfig
 
 Angles = tuple[Tensor, Tensor]
 """Cosines (..., T, D/2) and sines (..., T, D/2) for each position and each pair of channels.
@@ -35,6 +41,35 @@ class Rotary(nn.Module):
         """Return the angles (T, D/2) of a slice of positions, or (B, 1, T, D/2) of a tensor of positions (B, T)."""
         cos, sin = self.cos[positions].to(dtype), self.sin[positions].to(dtype)
         return (cos[:, None], sin[:, None]) if cos.ndim == 3 else (cos, sin)
+
+
+class AxialRotary(nn.Module):
+    """Rotary position embedding over the rows and columns of a square grid of patches (Heo et al., 2024).
+
+    The first D/4 pairs of channels are rotated by the angle of one coordinate, and the other D/4 pairs by the angle of
+    the other coordinate. The `extra` tokens before the patches are not rotated.
+    """
+
+    def __init__(self, config: AxialPositionConfig, *, head_dim: int, side: int, extra: int) -> None:
+        super().__init__()
+        frequency = config.base ** (-torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim // 4))
+        index = torch.arange(side, dtype=torch.float32)
+        if config.coordinates == "centred":
+            coordinate = 2 * math.pi * (2 * (index + 0.5 + config.offset) / side - 1)
+        else:
+            coordinate = (index + config.offset) / side * (config.grid or side)
+        row, column = torch.meshgrid(coordinate, coordinate, indexing="ij")
+        pair = (row, column) if config.first == "row" else (column, row)
+        angle = torch.cat([torch.outer(each.flatten(), frequency) for each in pair], dim=1)
+        angle = torch.cat((torch.zeros(extra, head_dim // 2), angle))
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.cos: Tensor
+        self.sin: Tensor
+
+    def forward(self, dtype: torch.dtype) -> Angles:
+        """Return the angles (extra + N, D/2) of all tokens."""
+        return self.cos.to(dtype), self.sin.to(dtype)
 
 
 def apply_rotary(x_BHTD: Tensor, angles: Angles) -> Tensor:

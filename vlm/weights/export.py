@@ -103,7 +103,7 @@ def export_weights(
 
 
 def _find_family(name: str, part: Part, config: ModelConfig, checkpoint: Path) -> Family:
-    candidates = [family for family in families() if family.part == part]
+    candidates = [family for family in families() if family.part == part and family.exportable]
     family = next((family for family in candidates if family.name == name), None)
     if family is None:
         raise CheckpointError(

@@ -58,6 +58,7 @@ class Family:
             the family has no vocabulary.
         newline_after_empty_prompt: True if a line break follows the start token even if the prompt is empty.
         image_id_key: key of the image token's id in config.json; empty for a family without image token.
+        exportable: True if a checkpoint can be exported to the family.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Family:
     vocab_section: str | None = None
     newline_after_empty_prompt: bool = False
     image_id_key: str = ""
+    exportable: bool = True
 
     def mismatches(self, config: ModelConfig, settings: Settings) -> list[str]:
         """Return one sentence for each value that differs between a config.json and the model's config.

@@ -235,6 +235,29 @@ def test_a_file_that_disagrees_on_a_start_or_end_token_is_refused(
     assert sentence in caught.value.got
 
 
+IMPORTED_ONLY = {"timm_eva": "vit_small_patch16_dinov3", "timm_rope": "vit_small_patch16_rope_224"}
+
+
+@pytest.mark.parametrize("name", IMPORTED_ONLY)
+def test_a_family_that_is_only_imported_compares_positions_and_refuses_unknown_keys(name: str) -> None:
+    family, settings = family_of(name), {"architecture": IMPORTED_ONLY[name], "num_features": 16}
+    position = {"kind": "axial", "coordinates": "centred" if name == "timm_eva" else "index"}
+    first = {"first": "row" if name == "timm_eva" else "column"}
+    eps = 1e-5 if name == "timm_eva" else 1e-6
+
+    def mismatches(arguments: dict[str, Any], **changes: Any) -> list[str]:
+        model = config(vision={"transformer": blocks(eps=eps, position={**position, **first, **changes})})
+        return family.mismatches(model, {**settings, "model_args": {"num_heads": 2, **arguments}})
+
+    assert mismatches({}) == []
+    for change in ({"base": 50.0}, {"offset": 1.0}, {"grid": 4}, {"learned": True}):
+        (sentence,) = mismatches({}, **change)
+        assert f"position.{next(iter(change))}" in sentence
+    for arguments in ({"new_option": True}, {"qk_norm": True}, {"num_heads": 4}):
+        assert any(next(iter(arguments)) in sentence for sentence in mismatches(arguments))
+
+
 def test_models_of_all_families_are_tested() -> None:
-    assert sorted(MODELS) == sorted(family.name for family in families())
+    assert sorted([*MODELS, *IMPORTED_ONLY]) == sorted(family.name for family in families())
+    assert {family.name for family in families() if not family.exportable} == {*IMPORTED_ONLY}
     assert all(isinstance(model, ModelConfig) for model in MODELS.values())

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlm.config import AxialPositionConfig
 from vlm.layers.attention import Attention
 from vlm.layers.block import Block
 from vlm.layers.cache import KVCache
 from vlm.layers.mask import apply_window, attention_mask, prefix_marks
 from vlm.layers.mlp import PlainMlp
 from vlm.layers.norm import OffsetRmsNorm
-from vlm.layers.position import Angles, Rotary, apply_rotary
+from vlm.layers.position import Angles, AxialRotary, Rotary, apply_rotary
 
 
 def naive_attention(layer: Attention, x_BTW: Tensor, mask_TS: Tensor, angles: Angles | None) -> Tensor:
@@ -90,6 +91,31 @@ def test_the_dot_product_of_rotated_vectors_depends_only_on_their_distance() -> 
     torch.testing.assert_close(dot(5, 2), dot(40, 37))
     torch.testing.assert_close(rotated(q, 7).norm(), q.norm())
     assert not torch.isclose(dot(5, 2), dot(5, 4))
+
+
+@pytest.mark.parametrize("coordinates", ["index", "centred"])
+@pytest.mark.parametrize("first", ["row", "column"])
+def test_axial_rotation_makes_dot_products_depend_on_the_distance_in_rows_and_in_columns(
+    coordinates: str, first: str
+) -> None:
+    config = AxialPositionConfig.model_validate({"kind": "axial", "coordinates": coordinates, "first": first})
+    side, extra = 4, 2
+    cos, sin = AxialRotary(config, head_dim=8, side=side, extra=extra)(torch.float32)
+    assert cos.shape == (extra + side**2, 4)
+    q, k = (torch.randn(8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    rotated_q, rotated_k = (apply_rotary(each.expand(1, 1, len(cos), -1), (cos, sin))[0, 0] for each in (q, k))
+    assert torch.equal(rotated_q[:extra], q.expand(extra, -1)), "class token and registers are not rotated"
+    products = rotated_q[extra:] @ rotated_k[extra:].T
+    by_distance: dict[tuple[int, int], list[float]] = {}
+    for i in range(side**2):
+        for j in range(side**2):
+            distance = (i // side - j // side, i % side - j % side)
+            by_distance.setdefault(distance, []).append(float(products[i, j]))
+    assert all(max(found) - min(found) < 1e-5 for found in by_distance.values())
+    means = {distance: round(sum(found) / len(found), 3) for distance, found in by_distance.items()}
+    assert len({*means.values()}) > len(means) * 0.9
+    quarter = cos[extra + 1, :2] if first == "row" else cos[extra + 1, 2:]
+    assert torch.equal(quarter, cos[extra, :2] if first == "row" else cos[extra, 2:]), "a column changes no row angle"
 
 
 def test_a_tensor_of_positions_gives_the_same_rotary_angles_as_a_slice_of_positions() -> None:

@@ -38,7 +38,8 @@ HEADS = f"{TRANSFORMER}.attention"
 WIDTHS_OF_16_HEADS = (1152, 1280, 1408, 1664)
 NO_AXIS = "an architecture whose parts our encoder has"
 MISSING_AXES = {
-    r"_rope_|_rope$|dinov3|_pe_(core|lang|spatial)_|lingbot|sapiens2": "rotary positions over two dimensions",
+    r"_rope_mixed_": "rotary positions with learned frequencies",
+    r"sapiens2": "norms of queries and keys",
     r"_s?relpos_": "relative positions",
     r"_r\d*_s\d+_|_resnet\d+d_|_mci_": "a convolutional network before the blocks",
     r"_xp_|_d?pwee_|_\d+x2_": "attention and MLP in parallel",
@@ -50,13 +51,22 @@ WHOLE_PATCHES = "squares of whole patches"
 NAMES_OF_16_HEADS = ("vit_base_patch16_gap_", "vit_giantopt_")
 
 
+ROPE = r"_rope_(ape_)?224|_pe_(core|lang|spatial)_"
+EVA = r"_rope_reg\d|dinov3|lingbot"
+"""Regular expressions of the architectures with rotary positions (`vlm.weights.tables.timm_eva`)."""
+
+
 def select_settings(settings: Settings) -> Settings | None:
     """Return the architecture's name and arguments from config.json, or None for another family."""
     name = str(settings.get("architecture", ""))
-    if not name.startswith(("vit_", "deit_", "deit3_")):
-        return None
+    rotary = re.search(f"{ROPE}|{EVA}", name)
+    return architecture_settings(settings) if name.startswith(("vit_", "deit_", "deit3_")) and not rotary else None
+
+
+def architecture_settings(settings: Settings) -> Settings:
+    """Return the architecture's name and arguments from config.json."""
     given = {
-        "architecture": name,
+        "architecture": str(settings["architecture"]),
         "embed_dim": settings.get("num_features") or UNKNOWN,
         "pretrained_cfg": settings.get("pretrained_cfg") or {},
     }

@@ -1,0 +1,176 @@
+"""Vision transformers of timm with rotary positions over two dimensions, which timm builds with its class `Eva`.
+
+The architectures are RoPE-ViT (Heo et al., 2024), DINOv3 (Simeoni et al., 2025), LingBot, and the Perception Encoder
+(Bolya et al., 2025). The family `timm_rope` has one bias of queries, keys and values. The family `timm_eva` has biases
+of queries and values only, so the bias of our keys is zero.
+
+timm rotates adjacent channels in architectures that count rows and columns, and the two halves of a head in DINOv3 and
+LingBot. Our attention always rotates the two halves. An import therefore reorders the channels of queries and keys of
+the first kind, which does not change their dot products.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm.config import AttentionConfig, ModelConfig
+from vlm.weights.config_fields import UNKNOWN, ConfigField, Settings, constant, value_at
+from vlm.weights.family import Family
+from vlm.weights.rules import Drop, Rule, WeightTable, concat, rename
+from vlm.weights.tables import timm
+
+POSITION = f"{timm.TRANSFORMER}.position"
+HEADS_BY_NAME = {"vit_7b_": 32, "_gigantic_patch14_": 16}
+"""Numbers of heads of architectures whose heads are not 64 wide."""
+GRIDS = {"_pe_core_base_": 14, "_pe_core_(small|tiny|large)_": 24, "_pe_": 32, "_rope_reg": 16}
+"""Dict from regular expressions of architectures to the grid of patches to which their indices are scaled."""
+
+
+def position_of(name: str) -> dict[str, Any]:
+    """Return the settings of the positions that the name of an architecture implies."""
+    if re.search(r"dinov3|lingbot", name):
+        return {"base": 100.0, "coordinates": "centred", "offset": 0.0, "grid": None, "first": "row", "learned": False}
+    published = "_pe_" in name
+    return {
+        "base": 10_000.0 if published or "_rope_reg" in name else 100.0,
+        "coordinates": "index",
+        "offset": float(published and "_gigantic_" not in name),
+        "grid": next((grid for pattern, grid in GRIDS.items() if re.search(pattern, name)), None),
+        "first": "row" if "_rope_reg" in name else "column",
+        "learned": published or "_ape_" in name,
+    }
+
+
+def is_gated(name: str) -> bool:
+    """Return True if the name of an architecture implies SwiGLU."""
+    return bool(re.search(r"_plus_|vit_7b_|giant_patch16_lingbot", name))
+
+
+def _by_name(path: str, value: Callable[[str], Any]) -> ConfigField:
+    """Return the config field of a value that the name of the architecture implies."""
+    return ConfigField(path, "architecture", value_at(path), lambda settings: value(settings["architecture"]))
+
+
+def _num_heads(settings: Settings) -> Any:
+    name, width = settings["architecture"], settings["embed_dim"]
+    by_width = UNKNOWN if width is UNKNOWN else width // 64
+    return settings.get("num_heads", next((n for part, n in HEADS_BY_NAME.items() if part in name), by_width))
+
+
+CHANGED = {
+    *(f"{timm.TRANSFORMER}.{key}" for key in ("position.kind", "mlp.kind", "mlp.activation", "norm.eps")),
+    *(f"{timm.HEADS}.{key}" for key in ("num_heads", "num_kv_heads")),
+}
+FIELDS = (
+    *(field for field in timm.FIELDS if field.path not in CHANGED),
+    constant(f"{POSITION}.kind", "axial"),
+    *(_by_name(f"{POSITION}.{key}", lambda name, key=key: position_of(name)[key]) for key in position_of("")),  # type: ignore[misc]
+    _by_name(f"{timm.TRANSFORMER}.mlp.kind", lambda name: "gated" if is_gated(name) else "plain"),
+    _by_name(f"{timm.TRANSFORMER}.mlp.activation", lambda name: "silu" if is_gated(name) else "gelu"),
+    _by_name(f"{timm.TRANSFORMER}.norm.eps", lambda name: 1e-6 if "_rope_" in name else 1e-5),
+    *(
+        ConfigField(f"{timm.HEADS}.{key}", "num_heads", value_at(f"{timm.HEADS}.{key}"), _num_heads)
+        for key in ("num_heads", "num_kv_heads")
+    ),
+)
+
+
+# ------------------------------------------------------------------------------------------------ channels of a head
+
+
+def _halves(rows: Tensor, attention: AttentionConfig) -> Tensor:
+    """Reorder the rows of queries or keys from adjacent pairs to the two halves of each head."""
+    return torch.unflatten(rows, 0, (attention.num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _pairs(rows: Tensor, attention: AttentionConfig) -> Tensor:
+    """Reorder the rows of queries or keys from the two halves of each head to adjacent pairs."""
+    return torch.unflatten(rows, 0, (attention.num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def _reordered(theirs: str, ours: str, attention: AttentionConfig) -> Rule:
+    """Return a rule that reorders the rows of queries and keys, and keeps the rows of values."""
+
+    def read(tensors: Sequence[Tensor]) -> list[Tensor]:
+        q, k, v = tensors[0].chunk(3)
+        return [torch.cat((_halves(q, attention), _halves(k, attention), v))]
+
+    def write(tensors: Sequence[Tensor]) -> list[Tensor]:
+        q, k, v = tensors[0].chunk(3)
+        return [torch.cat((_pairs(q, attention), _pairs(k, attention), v))]
+
+    return Rule((theirs,), (ours,), read, write)
+
+
+def _without_key_bias(theirs: Sequence[str], ours: str, attention: AttentionConfig, *, reorder: bool) -> Rule:
+    """Return a rule that joins the biases of queries and values, and fills the bias of keys with zeros."""
+
+    def read(tensors: Sequence[Tensor]) -> list[Tensor]:
+        q, v = tensors
+        return [torch.cat((_halves(q, attention) if reorder else q, torch.zeros_like(q), v))]
+
+    def write(tensors: Sequence[Tensor]) -> list[Tensor]:
+        q, _, v = tensors[0].chunk(3)
+        return [_pairs(q, attention) if reorder else q, v]
+
+    return Rule(tuple(theirs), (ours,), read, write)
+
+
+# ------------------------------------------------------------------------------------------------ families
+
+
+def _table(config: ModelConfig, *, separate_biases: bool) -> WeightTable:
+    transformer = config.vision.transformer
+    attention, position, mlp = transformer.attention, transformer.position, transformer.mlp
+    assert position.kind == "axial", "the config fields were checked before"
+    assert mlp.kind != "moe", "the config fields were checked before"
+    reorder = position.coordinates == "index"
+    ours = "encoder.blocks.{i}.attention.qkv."
+    weight, bias = "blocks.{i}.attn.qkv.weight", "blocks.{i}.attn.qkv.bias"
+    own = [
+        _reordered(weight, f"{ours}weight", attention) if reorder else rename(weight, f"{ours}weight"),
+        rename("blocks.{i}.gamma_1", "encoder.blocks.{i}.attention_scale"),
+        rename("blocks.{i}.gamma_2", "encoder.blocks.{i}.mlp_scale"),
+        concat(
+            ["blocks.{i}.mlp.fc1_g.*", "blocks.{i}.mlp.fc1_x.*"],
+            "encoder.blocks.{i}.mlp.gate_up.*",
+            (mlp.mlp_width, mlp.mlp_width),
+        ),
+    ]
+    if separate_biases:
+        biases = ["blocks.{i}.attn.q_bias", "blocks.{i}.attn.v_bias"]
+        own.append(_without_key_bias(biases, f"{ours}bias", attention, reorder=reorder))
+    elif reorder:
+        own.append(_reordered(bias, f"{ours}bias", attention))
+    shared = timm.table(config)
+    replaced = {name.replace("*", kind) for rule in own for name in rule.ours for kind in ("weight", "bias")}
+    kept = [rule for rule in shared.rules if rule.ours[0].replace("*", "weight") not in replaced]
+    return WeightTable((*kept, *own), (*shared.drops, Drop("rope.*", "angles of the positions, a constant")))
+
+
+def _family(name: str, pattern: str, *, separate_biases: bool) -> Family:
+    def select_settings(settings: Settings) -> Settings | None:
+        architecture = str(settings.get("architecture", ""))
+        return timm.architecture_settings(settings) if re.search(pattern, architecture) else None
+
+    return Family(
+        name,
+        "encoder",
+        select_settings,
+        FIELDS,
+        lambda config: _table(config, separate_biases=separate_biases),
+        fixed_settings={},
+        without_effect=timm.WITHOUT_EFFECT,
+        exportable=False,
+    )
+
+
+FAMILIES = (
+    _family("timm_rope", timm.ROPE, separate_biases=False),
+    _family("timm_eva", timm.EVA, separate_biases=True),
+)
