@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import tomllib
 from collections.abc import Iterator
@@ -14,8 +15,10 @@ import typer
 from jobs.cli import app
 from pipelines.config import load_run
 from pipelines.errors import ConfigError
+from pipelines.formats.tables import TABLES
 
 ROOT = Path(__file__).parents[2]
+REFERENCE = runpy.run_path(str(ROOT / ".ci" / "reference.py"), run_name="reference")
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 APP = typer.main.get_command(app)
 COMMANDS = APP.commands  # type: ignore[attr-defined]
@@ -125,3 +128,24 @@ def test_every_statement_about_security_names_its_test() -> None:
     rows = [line for line in statements.splitlines() if line.startswith("| ")][1:]
     assert len(rows) > 20
     assert [row for row in rows if not re.search(r"\| `test_\w+\.py::test_\w+` \|$", row)] == []
+
+
+# ------------------------------------------------------------------------------------------------ the reference
+
+
+@pytest.fixture(scope="module")
+def rendered() -> str:
+    text: str = REFERENCE["render"]()
+    return text
+
+
+def test_the_reference_page_is_what_the_code_defines(rendered: str) -> None:
+    assert REFERENCE["PAGE"].read_text(encoding="utf-8") == rendered, "run: python .ci/reference.py"
+
+
+def test_the_reference_lists_every_command_and_column_and_explains_every_key(rendered: str) -> None:
+    titles = set(re.findall(r"^### (.*)$", rendered, re.M))
+    assert {f"lakesight {name}" for name in COMMANDS} | {f"Table {table.name}" for table in TABLES} <= titles
+    assert [column for table in TABLES for column in table.names if f"| `{column}` |" not in rendered] == []
+    assert re.findall(r"^\|.*\| +\|$", rendered, re.M) == [], "a key or column without a meaning"
+    assert "| `steps` | integer (> 0) |" in rendered
