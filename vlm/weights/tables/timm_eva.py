@@ -156,7 +156,8 @@ def _table(config: ModelConfig, *, separate_biases: bool) -> WeightTable:
 def _family(name: str, pattern: str, *, separate_biases: bool) -> Family:
     def select_settings(settings: Settings) -> Settings | None:
         architecture = str(settings.get("architecture", ""))
-        return timm.architecture_settings(settings) if re.search(pattern, architecture) else None
+        known = architecture.startswith("vit_") and re.search(pattern, architecture)
+        return timm.architecture_settings(settings) if known else None
 
     return Family(
         name,
