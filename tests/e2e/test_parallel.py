@@ -14,7 +14,7 @@ import torch
 from processes import torchrun
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
-from tiny_runs import runs_in, tiny_model_config, tiny_run, write_run, write_shards
+from tiny_runs import runs_in, tiny_run, write_run, write_shards
 
 from pipelines.formats.run_folder import Metrics, RunFolder, write_json
 from vlm import text
@@ -61,7 +61,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
         patch.setenv("TMPDIR", str(temporary))
         make_run = runs_in(folder, patch)
         settings: dict[str, Any] = {
-            "model": without_dropout(),
+            "model": without_random_numbers(),
             "steps": 10,
             "log_every": 1,
             "checkpoint_every": 5,
@@ -83,19 +83,19 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     return Launched(one_rank, two_ranks, folder / "base", temporary, copied)
 
 
-def without_dropout() -> dict[str, Any]:
-    """Return the tiny model's config without dropout, because each rank draws different numbers for dropout."""
+def without_random_numbers() -> dict[str, Any]:
+    """Return the tiny model's config without random numbers, because each rank draws other numbers."""
     model = tiny_run().model.model_dump()
     for part in (model["vision"], model["decoder"]):
-        part["transformer"]["dropout"] = 0.0
+        part["transformer"] |= {"dropout": 0.0, "stochastic_depth": 0.0}
     return model
 
 
 def routed_run(folder: Path, ranks: int) -> RunFolder:
     """Write a run of six steps that trains a tiny mixture of experts without randomness."""
-    model = tiny_model_config().model_dump()
+    model = without_random_numbers()
     for part in (model["vision"], model["decoder"]):
-        part["transformer"] |= {"mlp": EXPERTS, "dropout": 0.0}
+        part["transformer"] |= {"mlp": EXPERTS}
     config = tiny_run(steps=6, ranks=ranks, model=model, log_every=2)
     # The texts differ in length, so that the ranks get different numbers of tokens.
     shards = write_shards(folder / f"routed-shards-{ranks}", rows=12, texts=3)
