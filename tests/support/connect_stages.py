@@ -1,0 +1,143 @@
+"""All stages of the pipeline, for a comparison of sessions, and a script that runs them on a Spark Connect session.
+
+The script is a client as on serverless or shared compute of Databricks, and prints the reports of the stages as JSON:
+
+SPARK_REMOTE=sc://HOST:PORT python connect_stages.py SCHEMA FOLDER
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyspark.sql import SparkSession
+from tiny_runs import tiny_model_config, tiny_run
+
+from pipelines.config import DatabricksPlatformConfig, DataConfig
+from pipelines.driver.caption.run import CaptionRequest, caption
+from pipelines.driver.delta.maintain import maintain
+from pipelines.driver.evaluate.run import evaluate
+from pipelines.driver.ingest.quarantine_report import inspect_quarantine
+from pipelines.driver.ingest.replay import replay
+from pipelines.driver.ingest.report import write_report
+from pipelines.driver.ingest.run import ingest
+from pipelines.driver.model_files import ModelFiles
+from pipelines.driver.shard import ShardReport, shard
+from pipelines.driver.train.run import launch, prepare
+from pipelines.errors import UserError
+from pipelines.formats.shards import Shards
+from pipelines.platform import Platform, databricks, is_connect
+from pipelines.scenes import write_scenes
+from vlm import text
+from vlm.checkpoint import save_model
+from vlm.factory import build_model
+
+CATALOG = "spark_catalog"
+SCENES, REPEATED = 300, 20
+SPEED = "captions_per_second"
+"""Metric that differs between two evaluations, because it is a measurement."""
+
+
+def open_workspace(schema: str, folder: Path) -> Platform:
+    """Describe a workspace whose Volume is a folder, with the session that a workspace would have started."""
+    config = DatabricksPlatformConfig.model_validate(
+        {"kind": "databricks", "catalog": CATALOG, "schema": schema, "volume": "files", "ranks": 2, "use_gpu": False}
+    )
+    return replace(databricks(config), root=folder / "volume")
+
+
+def run_stages(spark: SparkSession, platform: Platform, folder: Path) -> dict[str, Any]:
+    """Run every stage that needs Spark. Return the reports of the stages without what differs between two homes.
+
+    Args:
+        spark: Spark session.
+        platform: location of the tables and folders.
+        folder: empty folder for the input and the model.
+    """
+    pictures = folder / "pictures"
+    write_scenes(pictures / "scenes.csv", SCENES, seed=0)
+    data = DataConfig.model_validate({"source": {"path": str(pictures)}, "split": {"kind": "hash", "val": 0.15}})
+    first = write_report(spark, platform, ingest(spark, platform, "scenes", data))
+    _repeat_with_other_texts(pictures)
+    more = ingest(spark, platform, "scenes", data)
+    image = tiny_model_config().image
+    splits = {split: shard(spark, platform, "scenes", data, image, split) for split in ("train", "val")}
+    model = save_random_model(folder / "model")
+    evaluation = evaluate(spark, platform, model, Path(splits["val"].folder), Path(splits["train"].folder))
+    captions = [
+        caption(spark, platform, model, CaptionRequest(where="split = 'val'", remove_deleted=True)) for _ in range(2)
+    ]
+    replayed = replay(spark, platform, "scenes", data, ["empty_text"])
+    refused = inspect_quarantine(spark, platform, [], rows=2, pictures=True)
+    return {
+        "ingest": [report.model_dump(exclude={"seconds", "page", "ingest_id"}) for report in (first, more)],
+        "shards": {split: Shards.open(Path(report.folder)).manifest.content_hash for split, report in splits.items()},
+        "train": train(spark, platform, splits["train"], splits["val"]),
+        "evaluation": {name: value for name, value in evaluation.values().items() if name != SPEED},
+        "caption": [
+            (report.considered, report.already, report.captioned, report.errors, report.figures) for report in captions
+        ],
+        "replay": replayed.model_dump(exclude={"seconds"}),
+        "quarantine": [(row.source_row, row.reason, row.payload) for row in refused.rows],
+        "mistakes": describe_mistakes(spark, platform, model, data),
+        "maintain": [table.table.rpartition(".")[2] for table in maintain(spark, platform).tables],
+    }
+
+
+def _repeat_with_other_texts(pictures: Path) -> None:
+    with (pictures / "scenes.csv").open(newline="") as file:
+        header, *rows = list(csv.reader(file))[: REPEATED + 1]
+    with (pictures / "texts.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, *([number, picture, f"{said} again"] for number, picture, said in rows)])
+
+
+def train(spark: SparkSession, platform: Platform, training: ShardReport, validation: ShardReport) -> list[object]:
+    """Train two ranks that TorchDistributor starts on executors. Return the metrics and a hash of the weights."""
+    run = prepare(tiny_run(steps=6), platform, training, validation)
+    result = launch(run, platform, spark)
+    weights = hashlib.sha256((Path(result.checkpoint) / "model.safetensors").read_bytes()).hexdigest()
+    return [result.step, result.world_size, result.metrics["val/loss"], weights]
+
+
+def save_random_model(folder: Path) -> ModelFiles:
+    """Save a model with random weights."""
+    torch.manual_seed(3)
+    config = tiny_model_config()
+    tokenizer = text.learn(config.text, [])
+    save_model(folder, build_model(config, tokenizer.vocab_size), tokenizer)
+    return ModelFiles(folder=folder, name="compared", version="1", run_id="r")
+
+
+def describe_mistakes(spark: SparkSession, platform: Platform, model: ModelFiles, data: DataConfig) -> list[str]:
+    """Make mistakes of users, and return what each error says. A wrong name must not fail in the middle of a job."""
+    selected = data.model_copy(update={"shards": data.shards.model_copy(update={"where": "no_column = 1"})})
+    table = DataConfig.model_validate({"source": {"kind": "table", "table": f"{platform.namespace}.missing"}})
+    mistakes: list[Callable[[], object]] = [
+        lambda: caption(spark, platform, model, CaptionRequest(where="no_column = 1")),
+        lambda: caption(spark, platform, model, CaptionRequest(where="split = ")),
+        lambda: caption(spark, platform, model, CaptionRequest(source_table="missing")),
+        lambda: caption(spark, platform, model, CaptionRequest(source_version=10_000)),
+        lambda: shard(spark, platform, "scenes", selected, tiny_model_config().image, "train"),
+        lambda: ingest(spark, platform, "missing", table),
+    ]
+    found = []
+    for make in mistakes:
+        try:
+            make()
+        except UserError as error:
+            found.append(error.what.replace(platform.namespace, "SCHEMA"))
+    return found
+
+
+if __name__ == "__main__":
+    workspace = open_workspace(sys.argv[1], Path(sys.argv[2]))
+    session = workspace.open_spark()
+    assert is_connect(session)
+    print(json.dumps(run_stages(session, workspace, Path(sys.argv[2]))))
