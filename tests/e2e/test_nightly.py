@@ -24,6 +24,7 @@ from tiny_runs import tiny_run, write_shards
 from trained_models import register
 
 from pipelines.driver.evaluate.decisions import record_decision
+from pipelines.tracking.download import download
 from pipelines.tracking.registry import promote
 from vlm import text
 from vlm.factory import build_model
@@ -84,7 +85,7 @@ def promote_versions(folder: Path, count: int) -> None:
             torch.manual_seed(seed)
             model = build_model(config.model, text.learn(config.model.text, []).vocab_size)
             version = register(platform, folder / f"run-{seed}", config, shards, model)
-            digest = version.tags["lakesight_digest"]
+            digest = download(platform, version).digest
             record_decision(
                 platform.open_spark,
                 platform,
