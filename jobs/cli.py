@@ -35,6 +35,7 @@ STAGE_COMMANDS = {
     "caption": "Caption new and changed pictures of a table.",
     "pipeline": "Run every stage, from pictures to captions.",
     "maintain": "Compact and vacuum all tables.",
+    "migrate": "Bring tables and home folder to the format of this release.",
 }
 INTERACTIVE_COMMANDS = {
     "demo": "Run every stage on generated pictures.",

@@ -17,6 +17,7 @@ import typer
 from jobs.output import CommandOutput, reserved_stdout
 from pipelines.config import RunConfig, available, load_run
 from pipelines.errors import UserError
+from pipelines.formats.format_version import check_home
 from pipelines.platform import Platform, open_platform
 from vlm.config import Precision
 
@@ -131,11 +132,13 @@ def open_job(run: str, platform: str, overrides: Sequence[str] | None, as_json: 
     """Resolve a run config and open its platform. If the block starts a Spark session, the session ends with the block.
 
     Raises:
-        UserError: the config is invalid, the platform cannot be opened, or the disk is almost full.
+        UserError: the config is invalid, the platform cannot be opened, a newer release of Lakesight wrote the home
+            folder, or the disk is almost full.
     """
     with open_output(as_json=as_json) as output:
         config = load_run(run, platform=platform, overrides=tuple(overrides or ()))
         job = Job(config, open_platform(config.platform), tuple(overrides or ()), output)
+        check_home(job.platform.root)
         _check_free_space(job.platform)
         try:
             yield job

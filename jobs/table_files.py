@@ -25,12 +25,15 @@ def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
     from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError
 
+    from pipelines.formats.format_version import PROPERTY, check_format
+
     if "/" in name:
         from pipelines.review.source_pictures import open_source
 
         latest = open_source(job.platform, job.platform.resolve_table(name))
     else:
         latest = DeltaTable(_folder(job, name))
+        check_format(int(latest.metadata().configuration.get(PROPERTY, 0)), latest.table_uri)
     if version is None or version == latest.version():
         return latest
     try:

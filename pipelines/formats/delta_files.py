@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from pipelines.formats.format_version import PROPERTY, check_format
 from pipelines.formats.tables import Table
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ def open_or_create(folder: Path, table: Table) -> DeltaTable:
         name=table.name,
         description=table.comment,
         configuration=table.properties,
+        raise_if_key_not_exists=False,  # the version of our format is not a key of Delta
     )
+    check_format(int(opened.metadata().configuration.get(PROPERTY, 0)), str(folder))
     existing = {field.name for field in opened.schema().fields}
     missing = [column for column in table.columns if column.name not in existing]
     if missing:

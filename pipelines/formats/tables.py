@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from pipelines.formats.format_version import FORMAT, PROPERTY
+
 REASONS = (
     "unreadable_file",
     "malformed_record",
@@ -80,7 +82,7 @@ class Table:
         feed = {"delta.enableChangeDataFeed": "true"} if self.followed else {}
         scalar = [c.name for c in self.columns if not (pa.types.is_nested(c.type) or pa.types.is_binary(c.type))]
         statistics = {"delta.dataSkippingStatsColumns": ",".join(scalar)}
-        return {"delta.enableDeletionVectors": "false", **statistics, **feed}
+        return {"delta.enableDeletionVectors": "false", PROPERTY: str(FORMAT), **statistics, **feed}
 
     @property
     def arrow_schema(self) -> pa.Schema:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,14 @@ from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig
 from pipelines.driver.delta.maintain import maintain
-from pipelines.driver.delta.versions import MAINTENANCE_OPERATIONS
+from pipelines.driver.delta.migrate import BACKUP, migrate, undo
+from pipelines.driver.delta.tables import ensure_table, ensure_tables
+from pipelines.driver.delta.versions import MAINTENANCE_OPERATIONS, read_versions
 from pipelines.driver.ingest.run import ingest
 from pipelines.driver.shard import shard
 from pipelines.errors import UserError
-from pipelines.formats.tables import SAMPLES, TABLES
+from pipelines.formats.format_version import FILE, FORMAT, PROPERTY, read_home_format
+from pipelines.formats.tables import DECISIONS, SAMPLES, TABLES
 from pipelines.platform import Platform
 from vlm.config import ImageConfig
 
@@ -86,3 +91,87 @@ def test_tables_are_created_with_their_comments_clustering_columns_and_propertie
     assert {column.name: column.comment for column in SAMPLES.columns}.items() <= {
         row["col_name"]: row["comment"] for row in columns
     }.items()
+
+
+@pytest.fixture
+def home(spark: SparkSession, platform: Platform, tmp_path: Path) -> Iterator[Platform]:
+    """A second home folder in the same session, in a folder whose name needs quotes in SQL."""
+    root = tmp_path / "a home's `name`"
+    other = dataclasses.replace(platform, namespace="second", root=root, tables=root / "warehouse")
+    yield other
+    spark.sql("DROP SCHEMA IF EXISTS second CASCADE")
+
+
+def forget(spark: SparkSession, home: Platform) -> None:
+    """Remove the tables from the catalog in memory, as the end of a command does. The files remain."""
+    for table in TABLES:
+        spark.sql(f"DROP TABLE IF EXISTS {home.table(table.name)}")
+
+
+def versions_of(spark: SparkSession, home: Platform) -> dict[str, int]:
+    return {t.name: read_versions(spark, home, "any", t).newest for t in TABLES}
+
+
+def test_a_table_of_a_newer_format_is_refused_and_a_new_table_has_the_format_of_this_release(
+    spark: SparkSession, home: Platform
+) -> None:
+    spark.sql("CREATE SCHEMA second")
+    assert ensure_table(spark, home, DECISIONS)
+    name = home.table(DECISIONS.name)
+    properties = {row["key"]: row["value"] for row in spark.sql(f"SHOW TBLPROPERTIES {name}").collect()}
+    assert properties[PROPERTY] == str(FORMAT)
+    spark.sql(f"ALTER TABLE {name} SET TBLPROPERTIES ('{PROPERTY}' = '{FORMAT + 1}')")
+    forget(spark, home)
+    with pytest.raises(
+        UserError, match=rf"a newer release .*format {FORMAT + 1}; this release reads .* up to {FORMAT}"
+    ):
+        ensure_table(spark, home, DECISIONS)
+
+
+@pytest.mark.faults
+@pytest.mark.matrix
+def test_a_migration_changes_no_row_and_no_dataset_version_and_can_be_undone(
+    spark: SparkSession, home: Platform, source: str, tmp_path: Path
+) -> None:
+    write_csv(tmp_path / "rows.csv", [[as_base64(png(7100 + n)), f"picture {n}"] for n in range(4)])
+    data = DataConfig.model_validate({"source": {"path": str(tmp_path / "rows.csv")}, "near_duplicates": False})
+    ingest(spark, home, source, data)
+    samples = home.table(SAMPLES.name)
+    for table in TABLES:  # as Lakesight 0.1.0 left them
+        spark.sql(f"ALTER TABLE {home.table(table.name)} UNSET TBLPROPERTIES ('{PROPERTY}')")
+    spark.sql(f"ALTER TABLE {samples} DROP CONSTRAINT usable")
+    (home.root / FILE).unlink()
+    shards = shard(spark, home, source, data, ImageConfig(size=8), "train")
+    before, rows, pinned = versions_of(spark, home), spark.table(samples).collect(), read_versions(spark, home, source)
+    forget(spark, home)
+
+    plan = migrate(spark, home, dry_run=True)
+    assert [table.format for table in plan.tables] == [0] * len(TABLES)
+    assert ["ADD CONSTRAINT usable" in statement for statement in plan.tables[0].statements] == [True, False]
+    assert not (home.root / BACKUP).exists()
+    ensure_tables(spark, home)
+    assert versions_of(spark, home) == before
+    done = migrate(spark, home, dry_run=False)
+    assert [table.statements for table in done.tables] == [table.statements for table in plan.tables]
+    assert read_home_format(home.root) == FORMAT
+    assert migrate(spark, home, dry_run=False).tables[0].statements == ()
+    assert spark.table(samples).collect() == rows
+    assert read_versions(spark, home, source).last_change == pinned.last_change
+    assert shard(spark, home, source, data, ImageConfig(size=8), "train").reused
+    assert ingest(spark, home, source, data).rows_in == 0
+
+    assert [table.format for table in undo(spark, home).tables] == [FORMAT] * len(TABLES)
+    assert read_home_format(home.root) == 0
+    properties = {row["key"] for row in spark.sql(f"SHOW TBLPROPERTIES {samples}").collect()}
+    assert not {PROPERTY, "delta.constraints.usable"} & properties
+    assert spark.table(samples).collect() == rows
+    again = shard(spark, home, source, data, ImageConfig(size=8), "train")
+    assert (again.reused, again.folder) == (True, shards.folder)
+    with pytest.raises(UserError, match="there is no migration to undo"):
+        undo(spark, home)
+
+    migrate(spark, home, dry_run=False)
+    spark.sql(f"DELETE FROM {samples} WHERE source = '{source}'")
+    with pytest.raises(UserError, match=r"cannot be undone, because rows were written since.*DELETE at version"):
+        undo(spark, home)
+    assert read_home_format(home.root) == FORMAT

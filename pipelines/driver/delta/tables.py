@@ -12,6 +12,7 @@ from pathlib import Path
 from pyspark.sql import SparkSession
 
 from pipelines.formats import champion_captions
+from pipelines.formats.format_version import FORMAT, PROPERTY, check_format, write_home_format
 from pipelines.formats.tables import TABLES, Table
 from pipelines.platform import Platform
 
@@ -31,22 +32,32 @@ def ensure_tables(spark: SparkSession, platform: Platform) -> None:
     """
     if platform.tables is not None:
         spark.sql(f"CREATE SCHEMA IF NOT EXISTS {platform.namespace} LOCATION {_quoted(platform.tables)}")
-    for table in TABLES:
-        ensure_table(spark, platform, table)
+    created = [ensure_table(spark, platform, table) for table in TABLES]
+    if all(created):
+        write_home_format(platform.root, FORMAT)
 
 
-def ensure_table(spark: SparkSession, platform: Platform, table: Table) -> None:
-    """Create one table, or add the columns that the existing table lacks, as `ensure_tables` does."""
+def ensure_table(spark: SparkSession, platform: Platform, table: Table) -> bool:
+    """Create one table, or add the columns that the existing table lacks. Return whether the table was created.
+
+    Raises:
+        UserError: a newer release of Lakesight wrote the table.
+    """
     name, folder = platform.table(table.name), platform.tables and platform.tables / table.name
-    if not spark.catalog.tableExists(name):
+    created, exists = False, spark.catalog.tableExists(name)
+    if not exists:
         location = f" LOCATION {_quoted(folder)}" if folder else ""
         if folder and _has_commits(folder):
             spark.sql(f"CREATE TABLE IF NOT EXISTS {name} USING DELTA{location}")
         else:
             spark.sql(_create(name, table, location))
+            created = True
             if not folder:
                 add_checks(spark, name, table.checks)
+    if not folder or not (exists or created):  # on a laptop, once in each session
+        check_format(int(table_properties(spark, name).get(PROPERTY, 0)), name)
     add_columns(spark, platform, table)
+    return created
 
 
 def ensure_champion_captions(spark: SparkSession, platform: Platform) -> None:
@@ -60,21 +71,38 @@ def ensure_champion_captions(spark: SparkSession, platform: Platform) -> None:
 
 def add_checks(spark: SparkSession, name: str, checks: Mapping[str, str]) -> tuple[str, ...]:
     """Add the CHECK constraints that a table lacks. Return the names of the added constraints."""
-    properties = spark.sql(f"SHOW TBLPROPERTIES {name}").collect() if checks else []
-    existing = {row["key"].removeprefix(CONSTRAINT_PREFIX) for row in properties}
-    missing = tuple(check for check in checks if check not in existing)
-    for check in missing:
-        spark.sql(f"ALTER TABLE {name} ADD CONSTRAINT {check} CHECK ({checks[check]})")
-    return missing
+    missing = missing_checks(spark, name, checks)
+    for statement in missing.values():
+        spark.sql(statement)
+    return tuple(missing)
+
+
+def missing_checks(spark: SparkSession, name: str, checks: Mapping[str, str]) -> dict[str, str]:
+    """Return the SQL statement that adds each CHECK constraint that a table lacks, by the name of the constraint."""
+    existing = table_properties(spark, name).keys() if checks else ()
+    return {
+        check: f"ALTER TABLE {name} ADD CONSTRAINT {check} CHECK ({checks[check]})"
+        for check in checks
+        if f"{CONSTRAINT_PREFIX}{check}" not in existing
+    }
 
 
 def add_columns(spark: SparkSession, platform: Platform, table: Table) -> None:
     """Add the columns that a table of an earlier Lakesight version lacks, as nullable columns."""
-    name = platform.table(table.name)
+    for statement in missing_columns(spark, platform.table(table.name), table):
+        spark.sql(statement)
+
+
+def missing_columns(spark: SparkSession, name: str, table: Table) -> list[str]:
+    """Return the SQL statement that adds the columns that a table lacks, or nothing if it has all columns."""
     existing = set(spark.table(name).columns)
     missing = [column.ddl() for column in table.columns if column.name not in existing]
-    if missing:
-        spark.sql(f"ALTER TABLE {name} ADD COLUMNS ({', '.join(missing)})")
+    return [f"ALTER TABLE {name} ADD COLUMNS ({', '.join(missing)})"] if missing else []
+
+
+def table_properties(spark: SparkSession, name: str) -> dict[str, str]:
+    """Return the properties of a table."""
+    return {row["key"]: row["value"] for row in spark.sql(f"SHOW TBLPROPERTIES {name}").collect()}
 
 
 def _create(name: str, table: Table, location: str) -> str:

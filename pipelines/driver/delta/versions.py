@@ -14,6 +14,8 @@ from pipelines.formats.tables import SAMPLES, Table
 from pipelines.platform import Platform
 
 NOTE_PREFIX = "lakesight ingest "
+MIGRATION_NOTE = "lakesight migration"
+"""User metadata of the commits of a migration, which change no content."""
 NOTE_CONF = "spark.databricks.delta.commitInfo.userMetadata"
 TXN_CONF = "spark.databricks.delta.write.txn"
 
@@ -64,6 +66,8 @@ def read_versions(spark: SparkSession, platform: Platform, source: str, table: T
 
 def _may_change(source: str, note: str | None) -> bool:
     """Return whether a commit with this note may have changed rows of `source`."""
+    if note == MIGRATION_NOTE:
+        return False
     return note is None or not note.startswith(NOTE_PREFIX) or note == source_note(source)
 
 

@@ -1,0 +1,47 @@
+"""`lakesight migrate`: bring the tables and the home folder to the format of this release, or undo it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from jobs.common import JsonOption, PlatformOption, RunOption, SetOption, open_job
+from jobs.progress import show_elapsed
+from pipelines.errors import UserError
+
+
+def migrate(
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what the migration would execute.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Restore the tables as they were before the migration.")] = False,
+    run: RunOption = "demo",
+    platform: PlatformOption = "local",
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring tables and home folder to the format of this release.
+
+    Data of earlier releases can be used without a migration. After a migration, releases that do not know the format
+    refuse the data. Nothing is ingested, trained or captioned again. An undo is possible until rows are written.
+
+    \b
+    Examples:
+      lakesight migrate --dry-run
+      lakesight migrate --undo
+    """
+    if dry_run and undo:
+        raise UserError("--dry-run and --undo cannot be combined", fix="choose one of the two options")
+    with open_job(run, platform, overrides, as_json) as job:
+        from pipelines.driver.delta import migrate as migration
+
+        with show_elapsed("migrate"):
+            if undo:
+                report = migration.undo(job.spark, job.platform)
+            else:
+                report = migration.migrate(job.spark, job.platform, dry_run=dry_run)
+        for table in report.tables:
+            for statement in table.statements:
+                job.output.line("would run" if dry_run else "done", statement)
+        job.output.line("migrate", f"format {report.before} -> {report.after}" + (" (dry run)" if dry_run else ""))
+        job.output.report(report)
