@@ -111,13 +111,14 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
         StageFailed: the drift exceeds its limits and the run sets `drift.fail`. The captions are written before the
             exception is raised.
     """
+    from pipelines.driver.caption.finished import find_finished
     from pipelines.driver.caption.run import CaptionRequest, TooManyErrors, caption
 
     model = open_model(job, which)
     settings = decoding_settings(job, model.read_config(), f"{model.name}/{model.version}")
     caption_request = CaptionRequest.model_validate(request | {"limits": job.config.data.limits, "settings": settings})
     try:
-        done = caption(
+        done = find_finished(job.platform, model, caption_request) or caption(
             job.spark,
             job.platform,
             model,

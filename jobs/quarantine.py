@@ -70,10 +70,11 @@ def _check_reasons(reasons: list[str]) -> list[str]:
 
 
 def _show_rows(job: Job, reasons: list[str], rows: int, *, pictures: bool) -> None:
-    from pipelines.driver.ingest.quarantine_report import inspect_quarantine
+    from pipelines.driver.ingest.quarantine_report import inspect_quarantine, open_quarantine
 
     with show_elapsed("quarantine"):
-        report = inspect_quarantine(job.spark, job.platform, reasons, rows, pictures=pictures)
+        select = open_quarantine(lambda: job.spark, job.platform)
+        report = inspect_quarantine(select, job.platform, reasons, rows, pictures=pictures)
     if not report.counts:
         job.output.line("quarantine", "no rows")
     for count in report.counts:

@@ -127,6 +127,8 @@ def test_every_command_of_the_page_works_in_the_order_of_the_page(folder: Path) 
     report = json.loads((folder / "caption.jsonl").read_text())
     assert (report["considered"], report["already"], report["captioned"], report["errors"]) == (ROWS, ROWS - 2, 2, 0)
     assert (folder / "captions.parquet").exists()
+    again = next(words for words in commands() if words[1] == "caption")
+    assert "nothing new" in run(folder, again, JAVA_HOME="/nonexistent").stdout, "without a JVM"
 
 
 def test_the_nightly_script_reports_a_failure_and_a_night_that_is_still_running(folder: Path) -> None:

@@ -22,6 +22,7 @@ from pyspark.sql import SparkSession
 from tiny_runs import tiny_model_config
 
 from pipelines.config import LimitsConfig
+from pipelines.driver.caption.finished import find_finished
 from pipelines.driver.caption.run import CaptionReport, CaptionRequest, TooManyErrors, caption
 from pipelines.driver.evaluate.decisions import record_decision
 from pipelines.driver.model_files import ModelFiles
@@ -114,7 +115,11 @@ def test_each_row_gets_one_caption_with_lineage_or_an_error_if_its_picture_is_ba
         assert (row["caption"], row["sha256"], row["num_tokens"]) == (alone.caption, alone.sha256, alone.num_tokens)
         assert row["mean_logprob"] == pytest.approx(alone.mean_logprob, abs=1e-4)
     before = commits(spark, platform)
-    assert numbers(caption(spark, platform, model, request(table))) == (76, 76, 0, 0)
+    again = caption(spark, platform, model, request(table))
+    assert numbers(again) == (76, 76, 0, 0)
+    found = find_finished(platform, model, request(table))
+    assert found is not None
+    assert found.model_copy(update={"seconds": again.seconds}) == again
     assert commits(spark, platform) == before  # a caption job without new rows writes nothing
 
 

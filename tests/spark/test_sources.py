@@ -24,7 +24,7 @@ from pipelines.config import DataConfig
 from pipelines.driver.ingest.decode import READ_ORDER, IngestRequest, decode_rows
 from pipelines.driver.ingest.ledger import items_table
 from pipelines.driver.ingest.plan import plan_ingest, plan_pictures
-from pipelines.driver.ingest.quarantine_report import inspect_quarantine
+from pipelines.driver.ingest.quarantine_report import inspect_quarantine, open_quarantine, select_with_spark
 from pipelines.driver.ingest.replay import replay
 from pipelines.driver.ingest.report import write_report
 from pipelines.driver.ingest.run import ingest
@@ -255,7 +255,11 @@ def test_too_many_refused_rows_fail_the_ingest_after_all_rows_are_written_and_re
         words for words in ("text_too_long", "not_an_image", "16-31", "Refused", "Accepted") if words not in page
     ] == []
 
-    found = inspect_quarantine(spark, platform, ["text_too_long", "not_an_image"], 1, pictures=True)
+    refusals = ["text_too_long", "not_an_image"]
+    found = inspect_quarantine(select_with_spark(spark, platform), platform, refusals, 1, pictures=True)
+    without_spark = open_quarantine(lambda: pytest.fail("a JVM would start"), platform)
+    assert inspect_quarantine(without_spark, platform, refusals, 1, pictures=True) == found
+    assert inspect_quarantine(without_spark, platform, [], 0, pictures=False).rows == ()
     counts = {count.reason: (count.rows, count.replayed) for count in found.counts if count.source == source}
     assert counts == {"text_too_long": (2, 0), "not_an_image": (1, 0)}
     assert len([row for row in found.rows if row.source == source]) == 2

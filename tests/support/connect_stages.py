@@ -24,7 +24,7 @@ from pipelines.config import DatabricksPlatformConfig, DataConfig
 from pipelines.driver.caption.run import CaptionRequest, caption
 from pipelines.driver.delta.maintain import maintain
 from pipelines.driver.evaluate.run import evaluate
-from pipelines.driver.ingest.quarantine_report import inspect_quarantine
+from pipelines.driver.ingest.quarantine_report import inspect_quarantine, select_with_spark
 from pipelines.driver.ingest.replay import replay
 from pipelines.driver.ingest.report import write_report
 from pipelines.driver.ingest.run import ingest
@@ -75,7 +75,7 @@ def run_stages(spark: SparkSession, platform: Platform, folder: Path) -> dict[st
         caption(spark, platform, model, CaptionRequest(where="split = 'val'", remove_deleted=True)) for _ in range(2)
     ]
     replayed = replay(spark, platform, "scenes", data, ["empty_text"])
-    refused = inspect_quarantine(spark, platform, [], rows=2, pictures=True)
+    refused = inspect_quarantine(select_with_spark(spark, platform), platform, [], rows=2, pictures=True)
     return {
         "ingest": [report.model_dump(exclude={"seconds", "page", "ingest_id"}) for report in (first, more)],
         "shards": {split: Shards.open(Path(report.folder)).manifest.content_hash for split, report in splits.items()},

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
+from typing import Any
 
+import pyarrow as pa
 from pyspark.sql import DataFrame, Row, SparkSession, Window
 from pyspark.sql import functions as F
 
-from pipelines.driver.delta.settings import bounded_batches
+from pipelines.driver.delta.settings import MAX_BATCH_ROWS, bounded_batches
 from pipelines.driver.delta.tables import ensure_tables
 from pipelines.executor.thumbnail import SHOWN_CHARS, with_thumbnails
+from pipelines.formats.delta_files import open_or_create, query
 from pipelines.formats.tables import QUARANTINE
 from pipelines.pages.page import Card, CardText, Chart, Gallery, Page, write_page
 from pipelines.platform import Platform
@@ -60,28 +63,50 @@ class QuarantineReport(Config):
     gallery: str | None
 
 
+Select = Callable[[str], pa.Table]
+"""Function that runs an SQL query, which names table `quarantine` as {quarantine}."""
+
+
+def open_quarantine(open_spark: Callable[[], SparkSession], platform: Platform) -> Select:
+    """Return a function that queries table `quarantine`: without Spark, unless a catalog manages the table."""
+    if platform.tables is None:
+        return select_with_spark(open_spark(), platform)
+    table = open_or_create(platform.tables / QUARANTINE.name, QUARANTINE)
+    return lambda sql: query({"found": table}, sql.format(quarantine="found")).read_all()
+
+
+def select_with_spark(spark: SparkSession, platform: Platform) -> Select:
+    """Return a function that queries table `quarantine` with Spark."""
+    ensure_tables(spark, platform)
+    table = spark.table(platform.table(QUARANTINE.name))
+
+    def select(sql: str) -> pa.Table:
+        with bounded_batches(spark):
+            return spark.sql(sql, quarantine=table).toArrow()
+
+    return select
+
+
 def inspect_quarantine(
-    spark: SparkSession, platform: Platform, reasons: Sequence[str], rows: int, *, pictures: bool
+    select: Select, platform: Platform, reasons: Sequence[str], rows: int, *, pictures: bool
 ) -> QuarantineReport:
     """Count the rows of `quarantine` and select example rows of each source and reason.
 
     Args:
-        spark: Spark session.
+        select: function that queries the table.
         platform: location of tables and reports.
-        reasons: quarantine reasons to include; an empty sequence includes every reason.
+        reasons: quarantine reasons (of tables.REASONS) to include; an empty sequence includes every reason.
         rows: number of rows to select per source and reason.
         pictures: whether to write a page with the pictures of the selected rows.
     """
-    ensure_tables(spark, platform)
-    table = spark.table(platform.table(QUARANTINE.name))
-    included = table.filter(F.col("reason").isin(list(reasons))) if reasons else table
-    grouped = included.groupBy("source", "reason").agg(
-        F.count("*").alias("rows"),
-        F.count("replayed_at").alias("replayed"),
-        F.max("quarantined_at").alias("latest"),
-    )
-    counts = [QuarantineCount(**row.asDict()) for row in grouped.orderBy("source", F.desc("rows"), "reason").collect()]
-    selected = select_examples(included, rows, pictures=pictures)
+    included = f"reason IN ({', '.join(repr(reason) for reason in reasons)})" if reasons else "TRUE"
+    counts = [QuarantineCount.model_validate(row) for row in select(_COUNT.format(included=included)).to_pylist()]
+    payload = "q.payload" if pictures else f"SUBSTR(q.payload, 1, {SHOWN_CHARS}) AS payload"
+    examples = select(_EXAMPLES.format(included=included, rows=rows, payload=payload))
+    if pictures:
+        shown = with_thumbnails(iter(examples.to_batches(MAX_BATCH_ROWS)), "payload")
+        examples = pa.Table.from_batches(shown, _SHOWN)
+    selected = examples.to_pylist()
     page = platform.folder("reports") / "quarantine.html"
     if pictures:
         charts = [Chart("rows by source and reason", {f"{c.source}: {c.reason}": c.rows for c in counts})]
@@ -91,8 +116,30 @@ def inspect_quarantine(
         ]
         about = f"{sum(count.rows for count in counts):,} rows, {platform.table(QUARANTINE.name)}"
         write_page(page, Page("Quarantine", about, charts=charts, galleries=galleries))
-    examples = [RefusedRow(**{name: row[name] for name in RefusedRow.model_fields}) for row in selected]
-    return QuarantineReport(counts=tuple(counts), rows=tuple(examples), gallery=str(page) if pictures else None)
+    found = [RefusedRow(**{name: row[name] for name in RefusedRow.model_fields}) for row in selected]
+    return QuarantineReport(counts=tuple(counts), rows=tuple(found), gallery=str(page) if pictures else None)
+
+
+_COUNT = """
+SELECT source, reason, COUNT(*) AS `rows`, COUNT(replayed_at) AS replayed, MAX(quarantined_at) AS latest
+FROM {{quarantine}} WHERE {included} GROUP BY source, reason ORDER BY source, `rows` DESC, reason
+"""
+_EXAMPLES = """
+SELECT q.source, q.source_row, q.reason, q.detail, {payload}
+FROM {{quarantine}} AS q
+JOIN (
+  SELECT DISTINCT source, source_row FROM (
+    SELECT source, source_row, ROW_NUMBER() OVER (PARTITION BY source, reason ORDER BY source_row) AS place
+    FROM {{quarantine}} WHERE {included}
+  ) AS ranked WHERE place <= {rows}
+) AS chosen ON q.source = chosen.source AND q.source_row = chosen.source_row
+WHERE {included} ORDER BY q.source, q.reason, q.source_row
+"""
+"""Queries in SQL that Spark and DataFusion both understand. The ranks are computed without the large payloads."""
+_SHOWN = pa.schema(
+    [pa.field(name, pa.string()) for name in ("source", "source_row", "reason", "detail", "payload")]
+    + [pa.field("thumbnail", pa.binary())]
+)
 
 
 def select_examples(table: DataFrame, rows: int, *, pictures: bool) -> list[Row]:
@@ -113,10 +160,10 @@ def select_examples(table: DataFrame, rows: int, *, pictures: bool) -> list[Row]
     return examples.select(*names, beginning).orderBy("source", "reason", "source_row").collect()
 
 
-def card_of(row: Row) -> Card:
+def card_of(row: Row | dict[str, Any]) -> Card:
     """Return the page card of a refused row that has a thumbnail."""
     return Card(row["source_row"], row["thumbnail"], [CardText(row["payload"])], f"{row['reason']}: {row['detail']}")
 
 
-def _belongs_to(row: Row, count: QuarantineCount) -> bool:
+def _belongs_to(row: dict[str, Any], count: QuarantineCount) -> bool:
     return (row["source"], row["reason"]) == (count.source, count.reason)

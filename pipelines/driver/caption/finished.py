@@ -1,0 +1,133 @@
+"""Caption jobs that have nothing to do: found from the Delta logs and the narrow columns, without Spark.
+
+The answer is "finished" only if it is certain. In all other cases Spark decides: a condition in SQL, a table of a
+catalog or on an object store, a table whose rows may change within a file (deletion vectors), or a table in which
+files of a captioned version were replaced.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pyarrow as pa
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
+
+from pipelines.driver.caption.run import CaptionReport, CaptionRequest, caption_key, check_request, pending_folder
+from pipelines.driver.model_files import ModelFiles
+from pipelines.formats.caption_stats import CaptionStats
+from pipelines.formats.delta_files import query
+from pipelines.formats.tables import GENERATED_CAPTIONS
+from pipelines.platform import Platform
+
+ID_TYPES = (pa.string(), pa.int8(), pa.int16(), pa.int32(), pa.int64())
+"""Types of ids that become the same text in Spark and in DataFusion."""
+IMAGE_TYPES = (pa.string(), pa.binary())
+
+
+def find_finished(platform: Platform, model: ModelFiles, request: CaptionRequest) -> CaptionReport | None:
+    """Return the report of a job in which every row has its caption already, or None if Spark has to look.
+
+    Raises:
+        UserError: the request is invalid, as in `check_request`.
+    """
+    started = time.monotonic()
+    check_request(model, request)
+    if request.where or request.source_version is not None or request.retry_errors or request.remove_deleted:
+        return None
+    tables = _open_tables(platform, request)
+    if tables is None:
+        return None
+    source, captions = tables
+    *_, key = caption_key(model, request, request.source_table)
+    if any(pending_folder(platform, key).glob("*.parquet")) or not _is_plain(source, request):
+        return None
+    rows = _count_captioned_rows(source, captions, key, model, request.id_column)
+    if rows is None:
+        return None
+    return CaptionReport(
+        **key,
+        model_digest=model.digest,
+        run_id=model.run_id,
+        source_version=source.version(),
+        considered=rows,
+        already=rows,
+        captioned=0,
+        errors=0,
+        changed=0,
+        recovered=0,
+        removed=0,
+        figures=CaptionStats().figures(),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _open_tables(platform: Platform, request: CaptionRequest) -> tuple[DeltaTable, DeltaTable] | None:
+    """Open the source table and the table of captions, or return None if one is not a table on a local disk."""
+    location = platform.table_location(request.source_table)
+    if platform.tables is None or location is None or not Path(location, "_delta_log").is_dir():
+        return None
+    captions = platform.tables / GENERATED_CAPTIONS.name
+    if not Path(captions, "_delta_log").is_dir():
+        return None
+    try:
+        opened = DeltaTable(location), DeltaTable(captions)
+    except DeltaError:
+        return None
+    is_current = {field.name for field in opened[1].schema().fields} >= set(GENERATED_CAPTIONS.names)
+    return opened if is_current else None
+
+
+def _is_plain(source: DeltaTable, request: CaptionRequest) -> bool:
+    """Return whether every Delta reader can read the table, and its columns have the usual types.
+
+    A table of reader version 1 has no deletion vectors and no mapped columns.
+    """
+    types = {field.name: pa.field(field).type for field in source.schema().fields}
+    image = (pa.string(),) if request.image_root is not None else IMAGE_TYPES
+    plain = source.protocol().min_reader_version == 1
+    return plain and types.get(request.id_column) in ID_TYPES and types.get(request.image_column) in image
+
+
+def _count_captioned_rows(
+    source: DeltaTable, captions: DeltaTable, key: dict[str, str], model: ModelFiles, id_column: str
+) -> int | None:
+    """Return the number of rows of a table if each row has a caption or error of its current picture, else None.
+
+    Delta never changes a data file. If a version that was captioned has only files that the newest version has too,
+    the rows that were captioned at that version are unchanged.
+    """
+    condition = " AND ".join(f"{name} = {_literal(value)}" for name, value in key.items())
+    of_run = f"model_digest IS NULL AND run_id = {_literal(model.run_id)}"
+    of_model = f"(model_digest = {_literal(model.digest)} OR {of_run})" if model.digest else f"({of_run})"
+    identity = '"' + id_column.replace('"', '""') + '"'
+    sql = f"""
+    SELECT source_version, COUNT(*) AS num_rows, COUNT(id) AS num_ids, COUNT(DISTINCT id) AS distinct_ids FROM (
+      SELECT CAST({identity} AS VARCHAR) AS id FROM source
+    ) AS ids LEFT JOIN (
+      SELECT image_id, MIN(source_version) AS source_version FROM captions WHERE {condition} AND {of_model}
+      GROUP BY image_id
+    ) AS done ON id = image_id GROUP BY source_version
+    """  # noqa: S608 the values are quoted literals
+    found = query({"source": source, "captions": captions}, sql).read_all().to_pylist()
+    files = set(source.file_uris())
+    for row in found:
+        version = row["source_version"]
+        if version is None or not row["num_rows"] == row["num_ids"] == row["distinct_ids"]:
+            return None
+        if version != source.version() and not _files_at(source, version) <= files:
+            return None
+    return sum(int(row["num_rows"]) for row in found)
+
+
+def _files_at(source: DeltaTable, version: int) -> set[str]:
+    """Return the data files of a version; a name that no table has if the version no longer exists."""
+    try:
+        return set(DeltaTable(source.table_uri, version=version).file_uris())
+    except DeltaError:
+        return {""}
+
+
+def _literal(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"
