@@ -94,6 +94,17 @@ class Table:
         """Names of the columns, in the order of `columns`."""
         return [c.name for c in self.columns]
 
+    def insert_clause(self, alias: str) -> str:
+        """Return the INSERT clause of a merge, for a table to which others may have added columns.
+
+        `INSERT *` would demand a value for these columns too.
+        """
+        return f"INSERT ({', '.join(self.names)}) VALUES ({', '.join(f'{alias}.{name}' for name in self.names)})"  # noqa: S608 (names of our own)
+
+    def update_clause(self, alias: str) -> str:
+        """Return the UPDATE clause of a merge, for a table to which others may have added columns."""
+        return f"UPDATE SET {', '.join(f'{name} = {alias}.{name}' for name in self.names)}"
+
     def ddl(self) -> str:
         """Return the column list of a CREATE TABLE statement, including comments."""
         return ", ".join(column.ddl() for column in self.columns)

@@ -75,6 +75,22 @@ def test_rows_that_others_delete_or_add_are_followed_by_shards_and_captions(
     assert (again.captioned, again.already) == (2, ROWS - 2)
 
 
+def test_a_column_that_others_have_added_is_null_in_new_rows_and_kept_in_old_rows(
+    spark: SparkSession, home: Platform, source: str, tmp_path: Path
+) -> None:
+    pictures = tmp_path / "pictures"
+    add_rows(pictures, 1)
+    ingest(spark, home, source, data(pictures))
+    spark.sql(f"ALTER TABLE {home.table('samples')} ADD COLUMN note STRING")
+    spark.sql(f"UPDATE {home.table('samples')} SET note = 'kept'")
+    write_csv(pictures / "more.csv", [[as_base64(png(1)), "another text"], [as_base64(png(90)), "new"]])
+    report = ingest(spark, home, source, data(pictures))
+    assert (report.new, report.merged) == (1, 1)
+    notes = {len(row["texts"]): row["note"] for row in read(home, "samples") if row["note"] is None}
+    assert notes == {1: None}
+    assert max(len(row["texts"]) for row in read(home, "samples") if row["note"] == "kept") == 2
+
+
 def test_a_dropped_table_is_named_and_a_refresh_makes_it_again(
     spark: SparkSession, home: Platform, source: str, tmp_path: Path
 ) -> None:

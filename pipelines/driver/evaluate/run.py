@@ -276,7 +276,8 @@ def _merge(spark: SparkSession, platform: Platform, report: EvaluationReport) ->
     differs = " OR ".join(f"NOT old.{name} <=> new.{name}" for name in ("value", "low", "high", "n", "tokenisation"))
     spark.sql(
         f"MERGE INTO {platform.table(EVALUATIONS.name)} old USING {{rows}} new ON {keys} AND {SAME_MODEL} "
-        f"WHEN MATCHED AND ({differs}) THEN UPDATE SET * WHEN NOT MATCHED THEN INSERT *",
+        f"WHEN MATCHED AND ({differs}) THEN {EVALUATIONS.update_clause('new')} "
+        f"WHEN NOT MATCHED THEN {EVALUATIONS.insert_clause('new')}",
         rows=new,
     )
 

@@ -57,7 +57,7 @@ def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
                 stamp.source,
                 # The plan has removed the texts that are known.
                 "WHEN MATCHED THEN UPDATE SET texts = concat(target.texts, updates.texts)",
-                "WHEN NOT MATCHED AND updates.image IS NOT NULL THEN INSERT *",
+                f"WHEN NOT MATCHED AND updates.image IS NOT NULL THEN {SAMPLES.insert_clause('updates')}",
             )
             verify_merge(counts, inserted=totals.new, updated=totals.updated)
         else:  # append, because a merge would needlessly join all planned pictures with the table
