@@ -184,7 +184,7 @@ def test_train_prepares_a_run_for_ranks_that_another_program_starts(home: Path, 
     prepared = demos.reports[2]
     assert prepared["ranks"] == 2
     assert (Path(prepared["run_folder"]) / "run.json").is_file()
-    assert (home / "runs" / "paligemma.prepared").read_text() == f"{prepared['run_folder']}\n"
+    assert (home / "runs" / "demo.prepared").read_text() == f"{prepared['run_folder']}\n"
 
 
 @pytest.mark.matrix
