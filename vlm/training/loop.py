@@ -133,8 +133,9 @@ def _backward(
     """Accumulate the gradients of one part of a batch, and return the summed loss and the router report of the part."""
     with mixed_precision(part.tokens_BT.device, bf16=bf16):
         logits_NV = model(part)
-        loss_sum = token_loss(logits_NV, part)
-        objective = token_loss(logits_NV, part, label_smoothing) if label_smoothing else loss_sum
+        objective = token_loss(logits_NV, part, label_smoothing)
+        # The reported loss needs no gradient, so it keeps no tensors for the backward pass.
+        loss_sum = token_loss(logits_NV.detach(), part) if label_smoothing else objective
     # The loss is a mean over the tokens of all ranks, but DDP averages gradients over ranks, so multiply by the number
     # of ranks.
     objectives, report = [objective * (world_size() / tokens).to(objective.dtype)], None
