@@ -148,7 +148,8 @@ def run_show(
     first = relation.select(columns, where, order, count).read_all()
     page = None
     if place:
-        page = write_gallery(job, table, number, relation.select([], where, order, count).read_all(), place)
+        shown = relation.select([], where, order, count).read_all() if columns else first
+        page = write_gallery(job, table, number, shown, place)
     if output:
         write_rows(relation.select(columns, where, order, None), output)
     return TableReport(
@@ -170,7 +171,7 @@ def _open(job: Job, name: str, version: int | None) -> tuple[Relation, int, int]
     if version is not None:
         raise UserError("a view has no versions", where=name, got=f"--version {version}", fix="omit --version")
     view = champion_captions(job)
-    return view, view.tables["generated_captions"].version(), view.select([], "", "", None).read_all().num_rows
+    return view, view.tables["generated_captions"].version(), view.count()
 
 
 def write_rows(rows: pa.RecordBatchReader, path: Path) -> None:

@@ -25,7 +25,7 @@ def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
     from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError
 
-    from pipelines.formats.format_version import PROPERTY, check_format
+    from pipelines.formats.delta_files import check_table_format
 
     if "/" in name:
         from pipelines.review.source_pictures import open_source
@@ -33,7 +33,7 @@ def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
         latest = open_source(job.platform, job.platform.resolve_table(name))
     else:
         latest = DeltaTable(_folder(job, name))
-        check_format(int(latest.metadata().configuration.get(PROPERTY, 0)), latest.table_uri)
+        check_table_format(latest)
     if version is None or version == latest.version():
         return latest
     try:
@@ -114,9 +114,9 @@ class Relation:
         """
         from deltalake.exceptions import DeltaError
 
-        from pipelines.formats.delta_files import query
+        from pipelines.formats.delta_files import query, quoted_name
 
-        chosen = ", ".join('"' + name.replace('"', '""') + '"' for name in columns) or "*"
+        chosen = ", ".join(map(quoted_name, columns)) or "*"
         sql = f"SELECT {chosen} FROM {self.sql}"  # noqa: S608 the condition is the user's own, as in a database client
         sql += f" WHERE ({where})" if where else ""
         sql += f" ORDER BY {order}" if order else ""
@@ -130,6 +130,12 @@ class Relation:
                 got=" ".join(str(error).split()),
                 fix="write SQL on the columns of the table; names with capital letters or spaces need double quotes",
             ) from None
+
+    def count(self) -> int:
+        """Count all rows."""
+        from pipelines.formats.delta_files import query
+
+        return int(query(self.tables, f"SELECT COUNT(*) AS num_rows FROM {self.sql}").read_all()["num_rows"][0].as_py())  # noqa: S608
 
 
 def table_relation(table: DeltaTable) -> Relation:

@@ -36,12 +36,26 @@ def open_or_create(folder: Path, table: Table) -> DeltaTable:
         configuration=table.properties,
         raise_if_key_not_exists=False,  # the version of our format is not a key of Delta
     )
-    check_format(int(opened.metadata().configuration.get(PROPERTY, 0)), str(folder))
+    check_table_format(opened)
     existing = {field.name for field in opened.schema().fields}
     missing = [column for column in table.columns if column.name not in existing]
     if missing:
         opened.alter.add_columns([DeltaField.from_arrow(pa.field(c.name, c.type)) for c in missing])
     return opened
+
+
+def check_table_format(table: DeltaTable) -> None:
+    """Check that this release can read a table of ours.
+
+    Raises:
+        UserError: a newer release of Lakesight wrote the table.
+    """
+    check_format(int(table.metadata().configuration.get(PROPERTY, 0)), table.table_uri)
+
+
+def quoted_name(name: str) -> str:
+    """Quote the name of a column for `query`."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 def query(tables: Mapping[str, DeltaTable], sql: str) -> pa.RecordBatchReader:

@@ -17,7 +17,7 @@ from deltalake.exceptions import DeltaError
 from pipelines.driver.caption.run import CaptionReport, CaptionRequest, caption_key, check_request, pending_folder
 from pipelines.driver.model_files import ModelFiles
 from pipelines.formats.caption_stats import CaptionStats
-from pipelines.formats.delta_files import query
+from pipelines.formats.delta_files import query, quoted_name
 from pipelines.formats.tables import GENERATED_CAPTIONS
 from pipelines.platform import Platform
 
@@ -101,10 +101,9 @@ def _count_captioned_rows(
     condition = " AND ".join(f"{name} = {_literal(value)}" for name, value in key.items())
     of_run = f"model_digest IS NULL AND run_id = {_literal(model.run_id)}"
     of_model = f"(model_digest = {_literal(model.digest)} OR {of_run})" if model.digest else f"({of_run})"
-    identity = '"' + id_column.replace('"', '""') + '"'
     sql = f"""
     SELECT source_version, COUNT(*) AS num_rows, COUNT(id) AS num_ids, COUNT(DISTINCT id) AS distinct_ids FROM (
-      SELECT CAST({identity} AS VARCHAR) AS id FROM source
+      SELECT CAST({quoted_name(id_column)} AS VARCHAR) AS id FROM source
     ) AS ids LEFT JOIN (
       SELECT image_id, MIN(source_version) AS source_version FROM captions WHERE {condition} AND {of_model}
       GROUP BY image_id

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
 from pipelines.formats import champion_captions
+from pipelines.formats.delta_files import check_table_format
 from pipelines.formats.format_version import FORMAT, PROPERTY, check_format, write_home_format
 from pipelines.formats.tables import TABLES, Table
 from pipelines.platform import Platform
@@ -54,8 +56,10 @@ def ensure_table(spark: SparkSession, platform: Platform, table: Table) -> bool:
             created = True
             if not folder:
                 add_checks(spark, name, table.checks)
-    if not folder or not (exists or created):  # on a laptop, once in each session
+    if not folder:
         check_format(int(table_properties(spark, name).get(PROPERTY, 0)), name)
+    elif not (exists or created):  # once in each session; SHOW TBLPROPERTIES takes seconds in a new session
+        check_table_format(DeltaTable(folder, without_files=True))
     add_columns(spark, platform, table)
     return created
 
