@@ -19,6 +19,8 @@ from pydantic_core import to_json
 LABEL_WIDTH = 12
 TEXT_WIDTH = 80
 """Number of columns that printed lists use."""
+ROUNDING_ERROR = 1e-9
+"""Smaller numbers are printed as 0."""
 
 
 def number(value: float, *, signed: bool = False) -> str:
@@ -28,9 +30,6 @@ def number(value: float, *, signed: bool = False) -> str:
     digits = max(0, 2 - math.floor(math.log10(abs(value)))) if math.isfinite(value) else 0
     text = f"{value:{'+' * signed},.{min(digits, 9)}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
-
-
-ROUNDING_ERROR = 1e-9
 
 
 class CommandOutput:
@@ -59,8 +58,8 @@ class CommandOutput:
     def items(self, label: str, items: Sequence[str]) -> None:
         """Print a list for people: a label, then the items separated by commas, in lines of at most 80 columns."""
         lines, last = [], ""
-        for number, item in enumerate(items, 1):
-            part = item + ("," if number < len(items) else "")
+        for count, item in enumerate(items, 1):
+            part = item + ("," if count < len(items) else "")
             if last and LABEL_WIDTH + len(last) + len(part) >= TEXT_WIDTH:
                 lines.append(last)
                 last = part

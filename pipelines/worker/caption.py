@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import torch
 
+import vlm
 from vlm.captioner import Captioner
-from vlm.checkpoint import best_device, load_model
 from vlm.config import Precision
-from vlm.precision import set_precision
 
 
 @functools.lru_cache(maxsize=1)
@@ -21,9 +19,7 @@ def load_captioner(folder: str, precision: Precision = Precision.FP32) -> Captio
         CheckpointError: the folder does not contain a model.
         UserError: the precision needs a library that is not installed.
     """
-    model, tokenizer = load_model(Path(folder), best_device())
-    set_precision(model, precision)
-    return Captioner(model, tokenizer)
+    return vlm.load(folder, precision=precision)
 
 
 def limit_threads(threads: int) -> None:

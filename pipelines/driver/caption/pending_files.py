@@ -137,16 +137,13 @@ def _newest_rows(rows: DataFrame) -> DataFrame:
 def _merge(spark: SparkSession, name: str, new: DataFrame, key: dict[str, str]) -> None:
     """Insert new captions, and update rows that had an error or whose picture has changed."""
     of_key = " AND ".join(f"old.{column} = {{{column}}}" for column in key)
-    columns = GENERATED_CAPTIONS.names
-    values = [f"new.{column}" for column in columns]
-    updates = ", ".join(f"{column} = {value}" for column, value in zip(columns, values, strict=True))
     is_newer = "new.captioned_at > old.captioned_at"
     replaces = f"NOT new.unchanged AND {is_newer} AND (old.error IS NOT NULL OR NOT (old.sha256 <=> new.sha256))"
     merge = (
-        f"MERGE INTO {name} old USING {{new}} new "  # noqa: S608 (names of our own columns)
+        f"MERGE INTO {name} old USING {{new}} new "
         f"ON {of_key} AND old.image_id = new.image_id AND {SAME_MODEL} "
-        f"WHEN MATCHED AND {replaces} THEN UPDATE SET {updates} "
+        f"WHEN MATCHED AND {replaces} THEN {GENERATED_CAPTIONS.update_clause('new')} "
         "WHEN MATCHED AND new.source_version > old.source_version THEN UPDATE SET source_version = new.source_version "
-        f"WHEN NOT MATCHED AND NOT new.unchanged THEN INSERT ({', '.join(columns)}) VALUES ({', '.join(values)})"
+        f"WHEN NOT MATCHED AND NOT new.unchanged THEN {GENERATED_CAPTIONS.insert_clause('new')}"
     )
     spark.sql(merge, None, new=new, **key)

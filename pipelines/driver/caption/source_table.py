@@ -11,6 +11,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import BinaryType, StringType
 
 from pipelines.driver.delta.spark_errors import filter_rows
+from pipelines.driver.delta.versions import newest_version
 from pipelines.errors import UserError
 from pipelines.platform import Platform, analysed
 from vlm.errors import did_you_mean
@@ -109,7 +110,7 @@ def files_at(spark: SparkSession, name: str, version: int) -> set[str]:
 def _read(spark: SparkSession, platform: Platform, name: str, version: int | None) -> tuple[int, DataFrame]:
     """Read the table at a version, or at the newest version if `version` is None. Return the version and the rows."""
     try:
-        newest = spark.sql(f"DESCRIBE HISTORY {name} LIMIT 1").head()
+        newest = newest_version(spark, name)
     except AnalysisException as error:
         own = platform.namespace
         shown = spark.sql(f"SHOW TABLES IN {own}").collect()
@@ -120,8 +121,7 @@ def _read(spark: SparkSession, platform: Platform, name: str, version: int | Non
             got=_first_line(error),
             fix=f"choose one of {', '.join(tables)}{did_you_mean(name, tables)}",
         ) from None
-    assert newest is not None
-    pinned = int(newest["version"]) if version is None else version
+    pinned = newest if version is None else version
     try:
         return pinned, analysed(spark.read.option("versionAsOf", pinned).table(name))
     except AnalysisException as error:
@@ -129,7 +129,7 @@ def _read(spark: SparkSession, platform: Platform, name: str, version: int | Non
             f"table {name} cannot be read at version {pinned}",
             where=name,
             got=_first_line(error),
-            fix=f"the newest version is {newest['version']}; DESCRIBE HISTORY lists them",
+            fix=f"the newest version is {newest}; DESCRIBE HISTORY lists them",
         ) from None
 
 

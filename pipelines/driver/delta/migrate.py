@@ -19,7 +19,7 @@ from pyspark.sql import SparkSession
 from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.spark_errors import translate_spark_errors
 from pipelines.driver.delta.tables import missing_checks, missing_columns, table_properties
-from pipelines.driver.delta.versions import MAINTENANCE_OPERATIONS, MIGRATION_NOTE, commit_note
+from pipelines.driver.delta.versions import MAINTENANCE_OPERATIONS, MIGRATION_NOTE, commit_note, newest_version
 from pipelines.errors import UserError
 from pipelines.formats.format_version import FILE, FORMAT, PROPERTY, check_format, read_home_format, write_home_format
 from pipelines.formats.run_folder import read_json, write_json
@@ -76,7 +76,7 @@ def migrate(spark: SparkSession, platform: Platform, *, dry_run: bool) -> Migrat
     """
     before, tables = read_home_format(platform.root), _existing(spark, platform)
     if not dry_run and before < FORMAT and not _was_interrupted(platform.root / BACKUP, before):
-        versions = {table.name: _newest(spark, name) for table, name in tables}
+        versions = {table.name: newest_version(spark, name) for table, name in tables}
         write_json(platform.root / BACKUP, Backup(format=before, versions=versions))
     migrated = []
     for table, name in tables:
@@ -169,10 +169,6 @@ def _existing(spark: SparkSession, platform: Platform) -> list[tuple[Table, str]
 def _sql_path(folder: Path) -> str:
     escaped = str(folder).replace("`", "``")
     return f"delta.`{escaped}`"
-
-
-def _newest(spark: SparkSession, name: str) -> int:
-    return int(spark.sql(f"DESCRIBE HISTORY {name} LIMIT 1").collect()[0]["version"])
 
 
 def _format(spark: SparkSession, name: str) -> int:

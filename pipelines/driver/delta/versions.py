@@ -41,6 +41,15 @@ class TableVersions(NamedTuple):
     last_change: int
 
 
+def newest_version(spark: SparkSession, name: str) -> int:
+    """Return the newest version of a table.
+
+    Raises:
+        AnalysisException: there is no such Delta table.
+    """
+    return int(spark.sql(f"DESCRIBE HISTORY {name} LIMIT 1").collect()[0]["version"])
+
+
 def read_versions(spark: SparkSession, platform: Platform, source: str, table: Table = SAMPLES) -> TableVersions:
     """Read the newest version of a table, and the version to pin a source to.
 

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 from pyspark.sql import DataFrame, Row, SparkSession, Window
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipelines.driver.delta.settings import MAX_BATCH_ROWS, bounded_batches
 from pipelines.driver.delta.tables import ensure_tables
@@ -142,22 +143,18 @@ _SHOWN = pa.schema(
 )
 
 
-def select_examples(table: DataFrame, rows: int, *, pictures: bool) -> list[Row]:
-    """Select up to `rows` rows of each source and reason.
+def select_examples(table: DataFrame, rows: int) -> list[Row]:
+    """Select up to `rows` rows of each source and reason, and make thumbnails on executors.
 
-    The columns are source, source_row, reason, detail, payload (only the beginning), and, with `pictures`, thumbnail.
+    The columns are source, source_row, reason, detail, payload (only the beginning) and thumbnail.
     """
     rank = F.row_number().over(Window.partitionBy("source", "reason").orderBy("source_row"))
     chosen = table.select("source", "source_row", "reason", rank.alias("rank")).filter(F.col("rank") <= rows)
     examples = table.join(chosen.select("source", "source_row"), ["source", "source_row"])
-    names = ("source", "source_row", "reason", "detail")
-    if pictures:
-        schema = ", ".join(f"{name} string" for name in (*names, "payload")) + ", thumbnail binary"
-        with bounded_batches(table.sparkSession):
-            made = examples.select(*names, "payload").mapInArrow(partial(with_thumbnails, column="payload"), schema)
-            return made.orderBy("source", "reason", "source_row").collect()
-    beginning = F.substring("payload", 1, SHOWN_CHARS).alias("payload")
-    return examples.select(*names, beginning).orderBy("source", "reason", "source_row").collect()
+    refused = examples.select(*(name for name in _SHOWN.names if name != "thumbnail"))
+    with bounded_batches(table.sparkSession):
+        made = refused.mapInArrow(partial(with_thumbnails, column="payload"), from_arrow_schema(_SHOWN))
+        return made.orderBy("source", "reason", "source_row").collect()
 
 
 def card_of(row: Row | dict[str, Any]) -> Card:

@@ -61,9 +61,7 @@ def write_report(spark: SparkSession, platform: Platform, report: IngestReport) 
         accepted = samples.select("image_id", "image", *texts).limit(ACCEPTED_ROWS).collect()
         galleries = [
             Gallery("Accepted", [_card(row.asDict()) for row in accepted]),
-            Gallery(
-                "Refused", [card_of(row) for row in select_examples(refused, REFUSED_ROWS_PER_REASON, pictures=True)]
-            ),
+            Gallery("Refused", [card_of(row) for row in select_examples(refused, REFUSED_ROWS_PER_REASON)]),
         ]
         write_page(path, page_of(report, figures, galleries))
     return FullReport(**report.model_dump(), figures=figures, page=str(path))

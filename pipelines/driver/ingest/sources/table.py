@@ -20,7 +20,7 @@ from pyspark.sql import types as T
 
 from pipelines.config import DataConfig, TableSourceConfig, short_hash
 from pipelines.driver.delta.spark_errors import filter_rows
-from pipelines.driver.delta.versions import MAINTENANCE_OPERATIONS
+from pipelines.driver.delta.versions import MAINTENANCE_OPERATIONS, newest_version
 from pipelines.driver.ingest.ledger import VERSION, items_table
 from pipelines.driver.ingest.sources.files import absolute_path
 from pipelines.driver.ingest.sources.source import Covered, Source, SourceRows, require_columns, used_columns
@@ -103,7 +103,7 @@ def _read_version(spark: SparkSession, source: TableSourceConfig) -> _Table:
     parts = source.table.split(".") if source.table else ("delta", absolute_path(source.path))
     quoted = ".".join(map(_quoted, parts))
     try:
-        newest = spark.sql(f"DESCRIBE HISTORY {quoted} LIMIT 1").collect()[0]["version"]
+        newest = newest_version(spark, quoted)
         table_id = spark.sql(f"DESCRIBE DETAIL {quoted}").collect()[0]["id"]
         version = newest if source.version is None else source.version
         frame = analysed(spark.sql(f"SELECT * FROM {quoted} VERSION AS OF {version}"))  # noqa: S608 (quoted)
