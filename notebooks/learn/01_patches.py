@@ -1,0 +1,328 @@
+# Databricks notebook source
+# MAGIC %md
+# MAGIC # 1. Pictures become patches
+# MAGIC
+# MAGIC A language model reads a *sequence*: one word after the other. A picture is not a sequence. It is a square of
+# MAGIC coloured dots. This notebook shows how a vision-language model turns a picture into a sequence, so that the same
+# MAGIC kind of network can read both.
+# MAGIC
+# MAGIC You need Python and a little NumPy. You need no knowledge of deep learning. Every term is explained where it
+# MAGIC first appears. The notebook runs in a few seconds on a laptop, without a GPU.
+# MAGIC
+# MAGIC This is the first of several notebooks. At the end, you have built every part of a model that describes pictures.
+
+# COMMAND ----------
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from pipelines.scenes import Scene, SceneObject, draw
+
+plt.rcParams.update({"figure.figsize": (5, 3), "figure.constrained_layout.use": True, "font.size": 10})
+torch.manual_seed(0)  # the same random numbers in each run
+torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for them
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## A picture is a table of numbers
+# MAGIC
+# MAGIC Lakesight can draw simple scenes, so we have pictures whose content we know exactly. Here is one scene. A picture
+# MAGIC of 64 x 64 dots (*pixels*) has three numbers for each pixel: how much red, green and blue it has, from 0 to 255.
+
+# COMMAND ----------
+
+rng = np.random.default_rng(3)
+scene = Scene((SceneObject("large", "red", "star"), SceneObject("small", "blue", "circle")), "left of")
+pixels = np.array(draw(scene, rng))
+
+plt.figure(figsize=(3, 3.2))
+plt.imshow(pixels)
+plt.title(scene.caption, fontsize=8)
+print("rows, columns, colours:", pixels.shape)
+print("pixel in row 30, column 20:", pixels[30, 20].tolist())
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## Cut the picture into patches
+# MAGIC
+# MAGIC We cut the picture into a grid of 8 x 8 squares. Each square is a *patch* of 8 x 8 pixels. Then we put the patches
+# MAGIC in a row, as we read a page: from left to right, and from top to bottom. The picture has become a sequence of 64
+# MAGIC patches.
+# MAGIC
+# MAGIC Cutting needs no loop. `reshape` splits the rows and the columns of pixels into (grid, inside the patch), and
+# MAGIC `transpose` brings the two grid axes to the front.
+
+# COMMAND ----------
+
+P = 8  # patch size in pixels
+side = 64 // P  # patches along one side
+
+
+def cut(picture):
+    """Cut a picture (64, 64, 3) into patches (64, 8, 8, 3)."""
+    squares = picture.reshape(side, P, side, P, 3).transpose(0, 2, 1, 3, 4)
+    return squares.reshape(side * side, P, P, 3)
+
+
+patches = cut(pixels)
+print("patches, rows, columns, colours:", patches.shape)
+assert np.array_equal(patches[9], pixels[8:16, 8:16])  # patch 9 is in row 1, column 1 of the grid
+
+gaps = np.full((side, P + 2, side, P + 2, 3), 255, dtype=np.uint8)  # white, two pixels wider than a patch
+gaps[:, 1:-1, :, 1:-1] = patches.reshape(side, side, P, P, 3).transpose(0, 2, 1, 3, 4)
+plt.figure(figsize=(4, 4.2))
+plt.imshow(gaps.reshape(side * (P + 2), side * (P + 2), 3))
+for number in range(side * side):
+    plt.text(number % side * (P + 2) + 0.8, number // side * (P + 2) + 2.6, str(number), fontsize=6)
+plt.axis("off")
+plt.title("64 patches and their places in the sequence", fontsize=10)
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## From a patch to a vector
+# MAGIC
+# MAGIC A patch is 8 x 8 x 3 = 192 numbers. The network works with lists of numbers, called *vectors*, of a length that we
+# MAGIC choose. That length is the *width* of the network. We need a rule that turns 192 numbers into, for example, 32.
+# MAGIC
+# MAGIC The simplest rule is a *linear layer*. Each of the 32 new numbers is a weighted sum of the 192 old ones. The layer
+# MAGIC is a table of 32 x 192 *weights*, and the computation is one matrix product. At the start, the weights are random.
+# MAGIC Training, which comes below, finds useful ones.
+
+# COMMAND ----------
+
+width = 32
+flat = torch.tensor(patches.reshape(64, 192) / 255, dtype=torch.float32)
+weights = torch.randn(width, 192) / 192**0.5
+vectors = flat @ weights.T
+print("patches:           ", tuple(flat.shape))
+print("weights, transposed:", tuple(weights.T.shape))
+print("vectors:           ", tuple(vectors.shape))
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## The same with the library
+# MAGIC
+# MAGIC In the library `vlm`, this layer is `PatchStem`, in `vlm/vision.py`. It is a *convolution*: a small window that
+# MAGIC slides over the picture and computes weighted sums. Our window is as large as a patch and slides by a whole patch,
+# MAGIC so the windows never overlap. Then a convolution is the same as cutting and multiplying. We do not only say so. We
+# MAGIC give the layer our weights and compare the results.
+
+# COMMAND ----------
+
+from vlm.vision import PatchStem
+
+stem = PatchStem(P, width, bias=False)
+with torch.no_grad():
+    stem.weight.copy_(weights.view(width, P, P, 3).permute(0, 3, 1, 2))  # the layer wants colours before rows
+picture = torch.tensor(pixels / 255, dtype=torch.float32).permute(2, 0, 1)[None]  # (1 picture, 3, 64, 64)
+grid = stem(picture)
+sequence = grid.flatten(2).transpose(1, 2)
+print("picture", tuple(picture.shape))
+print("grid of vectors", tuple(grid.shape))
+print("sequence of vectors", tuple(sequence.shape))
+difference = (sequence[0] - vectors).abs().max().item()
+print(f"largest difference: {difference:.1e}")
+assert difference < 1e-4
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## What do 32 numbers keep of a patch?
+# MAGIC
+# MAGIC Random weights are a bad summary. Let us *train* good ones. We add a second linear layer that tries to draw the
+# MAGIC patch again from its vector. The better the drawing, the more the vector has kept. Training repeats three steps:
+# MAGIC
+# MAGIC 1. Compute the *loss*, one number that says how wrong the result is. Here it is the mean squared difference between
+# MAGIC    the drawing and the patch.
+# MAGIC 2. Compute the *gradient*. It says for each weight in which direction the loss grows. PyTorch does it for us
+# MAGIC    (`loss.backward()`).
+# MAGIC 3. Move each weight a small step in the opposite direction (`optimizer.step()`).
+# MAGIC
+# MAGIC This is all that "learning" means in these notebooks. Larger models have more weights, but the same three steps.
+
+# COMMAND ----------
+
+from pipelines.scenes import random_scene
+
+pictures = [np.array(draw(random_scene(rng), rng)) for _ in range(60)]
+data = torch.tensor(np.stack([cut(each) for each in pictures]).reshape(-1, 192) / 255, dtype=torch.float32)
+print(f"{len(pictures)} pictures give {len(data)} patches to learn from")
+
+
+def train(width, steps=600):
+    """Train a pair of linear layers, patch to vector and vector to patch, and return the layers and the losses."""
+    torch.manual_seed(0)
+    shrink, redraw = torch.nn.Linear(192, width), torch.nn.Linear(width, 192)
+    torch.nn.init.constant_(redraw.bias, 0.9)  # begin with a light grey, as most patches are background
+    optimizer = torch.optim.Adam([*shrink.parameters(), *redraw.parameters()], lr=5e-3)
+    losses = []
+    for _ in range(steps):
+        batch = data[torch.randint(len(data), (256,))]  # 256 random patches
+        loss = ((redraw(shrink(batch)) - batch) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return shrink, redraw, losses
+
+
+trained = {width: train(width) for width in (2, 8, 32)}
+plt.figure()
+for size, (_, _, losses) in trained.items():
+    plt.plot(losses, label=f"vectors of {size} numbers")
+plt.yscale("log")
+plt.xlabel("training step")
+plt.ylabel("loss")
+plt.legend()
+plt.title("The loss falls. Longer vectors keep more.", fontsize=10)
+last = {size: np.mean(losses[-20:]) for size, (_, _, losses) in trained.items()}
+assert last[2] > last[8] > last[32]
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC Numbers are one view. A picture says more: we send our scene through each pair of layers, patch by patch, and put
+# MAGIC the drawn patches back together. With 2 numbers for each patch, the place of the objects and a little of their
+# MAGIC colour remain. With 32 numbers instead of 192, it is hard to see a difference.
+
+# COMMAND ----------
+
+def join(drawn):
+    """Put patches (64, 192) back together into a picture (64, 64, 3)."""
+    return drawn.reshape(side, side, P, P, 3).transpose(0, 2, 1, 3, 4).reshape(64, 64, 3)
+
+
+assert np.array_equal(join(patches.reshape(64, 192)), pixels)  # cutting and joining loses nothing
+
+figure, axes = plt.subplots(2, 2, figsize=(4.4, 4.8))
+axes.flat[0].imshow(pixels)
+axes.flat[0].set_title("original (192 numbers)", fontsize=9)
+for axis, (size, (shrink, redraw, _)) in zip(list(axes.flat)[1:], trained.items(), strict=True):
+    with torch.no_grad():
+        axis.imshow(join(redraw(shrink(flat)).clamp(0, 1).numpy()))
+    axis.set_title(f"from {size} numbers a patch", fontsize=9)
+for axis in axes.flat:
+    axis.set(xticks=[], yticks=[])
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## A sequence forgets the place
+# MAGIC
+# MAGIC One thing is lost when we cut: a vector does not say *where* its patch was. The blocks that follow (notebook 2)
+# MAGIC treat the patches like a bag of puzzle pieces. The remedy is simple. Every place of the grid gets a vector of its
+# MAGIC own, the *position embedding*. It is added to the patch's vector, and it is trained like all other weights.
+# MAGIC
+# MAGIC `vlm.build` makes a whole model from a config. We take its *encoder* (the part that reads pictures). Then we
+# MAGIC shuffle the patches of the picture and look at the mean of the encoder's outputs. Without positions, the mean cannot
+# MAGIC change. With positions, it does.
+
+# COMMAND ----------
+
+import vlm
+
+attention = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 8}
+blocks = {"width": 32, "depth": 2, "attention": attention, "mlp": {"kind": "plain", "mlp_width": 64}}
+config = {
+    "image": {"size": 64},
+    "text": {"kind": "chars", "alphabet": "abc"},
+    "vision": {"stem": {"kind": "patch", "patch_size": P}, "transformer": blocks},
+    "decoder": {"context": 80, "transformer": blocks},
+    "generation": {"max_new_tokens": 8},
+}
+encoder = vlm.build(config).model.encoder
+print("one vector for each place:", tuple(encoder.position.shape))
+
+order = np.random.default_rng(0).permutation(64)
+shuffled_pixels = join(patches[order].reshape(64, 192))
+shuffled = torch.tensor(shuffled_pixels / 255, dtype=torch.float32).permute(2, 0, 1)[None]
+
+
+def change():
+    """Return how much the mean output changes when the patches are shuffled."""
+    with torch.no_grad():
+        return (encoder(picture).mean(dim=1) - encoder(shuffled).mean(dim=1)).abs().max().item()
+
+
+with torch.no_grad():
+    encoder.position.mul_(10)  # in a new model the positions are small; training makes them larger
+with_positions = change()
+with torch.no_grad():
+    encoder.position.zero_()
+without_positions = change()
+print(f"change with positions:    {with_positions:.4f}")
+print(f"change without positions: {without_positions:.7f}")
+assert with_positions > 0.001 > 1e-5 > without_positions
+
+figure, axes = plt.subplots(1, 2, figsize=(4.4, 2.4))
+for axis, shown, title in zip(axes, (pixels, shuffled_pixels), ("original", "shuffled patches"), strict=True):
+    axis.imshow(shown)
+    axis.set_title(title, fontsize=9)
+    axis.set(xticks=[], yticks=[])
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## What you have seen
+# MAGIC
+# MAGIC * A picture (64, 64, 3) becomes a sequence of 64 vectors: cut, flatten, multiply by a table of weights.
+# MAGIC * In the library, one convolution (`PatchStem`) does all three.
+# MAGIC * Training means: compute a loss, compute its gradient, move the weights a little.
+# MAGIC * Position embeddings tell the network where each patch was.
+# MAGIC
+# MAGIC ## Exercises
+# MAGIC
+# MAGIC **1.** A photograph has 224 x 224 pixels, and patches have 16 x 16. How long is the sequence, and how many numbers has
+# MAGIC a patch?
+# MAGIC
+# MAGIC <details><summary>Solution</summary>
+# MAGIC
+# MAGIC ```python
+# MAGIC length, numbers = (224 // 16) ** 2, 16 * 16 * 3
+# MAGIC assert (length, numbers) == (196, 768)
+# MAGIC ```
+# MAGIC
+# MAGIC 196 patches of 768 numbers. Smaller patches show more detail but make a longer sequence, and longer sequences cost
+# MAGIC more time.
+# MAGIC
+# MAGIC </details>
+# MAGIC
+# MAGIC **2.** How many weights has `PatchStem(16, 128, bias=True)`? Compute the number, then count with PyTorch.
+# MAGIC
+# MAGIC <details><summary>Solution</summary>
+# MAGIC
+# MAGIC ```python
+# MAGIC layer = PatchStem(16, 128, bias=True)
+# MAGIC counted = sum(parameter.numel() for parameter in layer.parameters())
+# MAGIC assert counted == 128 * 768 + 128 == 98_432
+# MAGIC ```
+# MAGIC
+# MAGIC 128 sums over 768 numbers, and one constant (*bias*) for each sum.
+# MAGIC
+# MAGIC </details>
+# MAGIC
+# MAGIC **3.** Is a picture of noise harder to summarise than a scene? Send random pixels through the trained layers of width
+# MAGIC 32, and compare the losses.
+# MAGIC
+# MAGIC <details><summary>Solution</summary>
+# MAGIC
+# MAGIC ```python
+# MAGIC shrink, redraw, _ = trained[32]
+# MAGIC noise = torch.rand(64, 192)
+# MAGIC with torch.no_grad():
+# MAGIC     of_noise = ((redraw(shrink(noise)) - noise) ** 2).mean().item()
+# MAGIC     of_scene = ((redraw(shrink(flat)) - flat) ** 2).mean().item()
+# MAGIC assert of_noise > 3 * of_scene
+# MAGIC ```
+# MAGIC
+# MAGIC Much harder. Neighbouring pixels of a scene mostly agree, so a few numbers describe them. Noise has no such order.
+# MAGIC
+# MAGIC </details>
+# MAGIC
+# MAGIC **Next:** the patches are in a row, but each vector knows only its own patch.
+# MAGIC [2. Attention, by hand and then ours](02_attention.py) lets them look at each other.

@@ -1,0 +1,113 @@
+"""Tests that the notebooks in notebooks/learn/ run, and that the pages in docs/learn/ show them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+ROOT = Path(__file__).parents[2]
+LEARN = runpy.run_path(str(ROOT / ".ci" / "learn.py"), run_name="learn")
+SOURCES = sorted((ROOT / "notebooks" / "learn").glob("*.py"))
+SHORT = ("01_patches", "02_attention")
+"""Notebooks that run in a few seconds. The others train for up to a minute."""
+MAX_PAGE_BYTES = 400_000
+MAX_PRINTED = 60
+"""Longest printed line, in characters. A longer line is hard to read on a phone."""
+OBJECT_REPR = re.compile(r"<[\w.]+ (object )?at 0x|tensor\(|<[a-z]+ '")
+
+
+def page_of(source: Path) -> Path:
+    return ROOT / "docs" / "learn" / f"{source.stem}.ipynb"
+
+
+def read_page(source: Path) -> dict[str, Any]:
+    page: dict[str, Any] = json.loads(page_of(source).read_text(encoding="utf-8"))
+    return page
+
+
+def printed(outputs: list[dict[str, Any]]) -> list[str]:
+    return [line for output in outputs if output["output_type"] == "stream" for line in output["text"]]
+
+
+def labels_of_hidden_ticks(axes: Axes) -> Iterator[Text]:
+    """Yield the labels of ticks outside the limits of an axis, which matplotlib keeps but does not draw."""
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = sorted(axis.get_view_interval())
+        for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+            if not axes.axison or not low <= tick.get_loc() <= high:
+                yield from (tick.label1, tick.label2)
+
+
+def check_labels(figure: Figure) -> None:
+    """Check that no two labels of a figure overlap, and that the figure cuts no label."""
+    figure.draw_without_rendering()
+    hidden = {id(label) for axes in figure.axes for label in labels_of_hidden_ticks(axes)}
+    texts = [each for each in figure.findobj(Text) if each.get_visible() and id(each) not in hidden]
+    boxes = [(each.get_text(), each.get_window_extent()) for each in texts if each.get_text().strip()]
+    overlaps = [(a, b) for (a, one), (b, two) in itertools.combinations(boxes, 2) if one.padded(-1).overlaps(two)]
+    width, height = figure.bbox.size
+    cut = [text for text, box in boxes if box.x0 < -1 or box.y0 < -1 or box.x1 > width + 1 or box.y1 > height + 1]
+    assert (overlaps, cut) == ([], []), figure.axes[0].get_title()
+
+
+def test_the_check_of_labels_finds_overlapping_labels_and_cut_labels() -> None:
+    figure = Figure(figsize=(2, 2), layout="constrained")
+    figure.text(0.5, 0.5, "one")
+    figure.subplots().set_title("a title")
+    check_labels(figure)
+    figure.text(0.52, 0.5, "two")
+    with pytest.raises(AssertionError, match="one"):
+        check_labels(figure)
+    figure = Figure(figsize=(2, 2), layout="constrained")
+    figure.subplots().set_title("a title that is much longer than the figure is wide")
+    with pytest.raises(AssertionError, match="much longer"):
+        check_labels(figure)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [pytest.param(each, id=each.stem, marks=() if each.stem in SHORT else pytest.mark.matrix) for each in SOURCES],
+)
+def test_the_notebook_and_its_solutions_run_and_show_what_a_reader_can_read(source: Path) -> None:
+    outputs = LEARN["run_cells"](source, check_labels)
+    lines = [line for shown in outputs for line in printed(shown)]
+    assert lines
+    assert [line for line in lines if OBJECT_REPR.search(line) or len(line.rstrip()) > MAX_PRINTED] == []
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda each: each.stem)
+def test_the_page_has_the_cells_of_its_source_and_outputs_without_objects(source: Path) -> None:
+    page = read_page(source)
+    cells = LEARN["read_cells"](source)
+    empty = LEARN["to_notebook"](cells, [[] for _ in cells])
+    shown = [(cell["cell_type"], cell["source"]) for cell in page["cells"]]
+    assert shown == [(cell["cell_type"], cell["source"]) for cell in empty["cells"]], "run: python .ci/learn.py"
+    outputs = [output for cell in page["cells"] for output in cell.get("outputs", [])]
+    assert any(output["output_type"] == "display_data" for output in outputs)
+    assert [line for line in printed(outputs) if OBJECT_REPR.search(line)] == []
+    assert page_of(source).stat().st_size < MAX_PAGE_BYTES
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda each: each.stem)
+def test_the_notebook_ends_with_three_exercises_and_the_next_step(source: Path) -> None:
+    text = "\n".join(cell.text for cell in LEARN["read_cells"](source))
+    assert text.count("<details><summary>Solution</summary>") == text.count("</details>") == 3
+    assert len(LEARN["solutions"](LEARN["read_cells"](source))) == 3
+    assert re.search(r"^\*\*Next:\*\*", text, re.M)
+    following = SOURCES[SOURCES.index(source) + 1 :][:1]
+    assert [each.name for each in following if f"({each.name})" not in text] == []
+
+
+def test_the_index_leads_to_all_notebooks_in_their_order() -> None:
+    index = (ROOT / "docs" / "learn" / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"\]\((\d\d_\w+)\.ipynb\)", index) == [source.stem for source in SOURCES]
