@@ -126,11 +126,11 @@ def _build_tokenizer(config: ModelConfig, folders: dict[Part, Path]) -> Tokenize
     source = next((part for part in ("decoder", "model") if part in folders), None)
     if config.text.kind == "json" and source is not None:
         return read_tokenizer(config.text, folders[source], source)
-    if config.text.kind == "bpe":
+    if config.text.kind in {"bpe", "words"}:
         raise UserError(
             "the model learns its tokenizer from training texts, and an import has none",
             where="model.text.kind",
-            got="bpe",
+            got=config.text.kind,
             fix="choose a model whose text.kind is json or chars",
         )
     return text.learn(config.text, ())

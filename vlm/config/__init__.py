@@ -28,7 +28,7 @@ from vlm.config.schedule import (
     ScheduleConfig,
     StableScheduleConfig,
 )
-from vlm.config.text import BpeConfig, CharsConfig, JsonTextConfig, TextConfig
+from vlm.config.text import BpeConfig, CharsConfig, JsonTextConfig, TextConfig, WordsConfig
 from vlm.config.transformer import (
     Activation,
     AttentionConfig,
@@ -108,6 +108,7 @@ __all__ = [
     "TextConfig",
     "TransformerConfig",
     "VisionConfig",
+    "WordsConfig",
     "config_differences",
     "read_error_message",
     "read_model_config",

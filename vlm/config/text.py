@@ -23,6 +23,22 @@ class BpeConfig(Config):
     vocab_size: Annotated[int, Field(ge=260)] = 512
 
 
+class WordsConfig(Config):
+    """Config of a tokenizer with one token per word, which is learned from the training captions.
+
+    Attributes:
+        vocab_size: largest number of tokens. If more words are frequent enough, the most frequent words are used.
+        min_count: number of times that a word must occur in the training captions. Other words become the unknown
+            token.
+        lowercase: whether texts are converted to lower case, so that `A` and `a` are the same word.
+    """
+
+    kind: Literal["words"]
+    vocab_size: Annotated[int, Field(ge=8)] = 10_000
+    min_count: PositiveInt = 2
+    lowercase: bool = False
+
+
 class JsonTextConfig(Config):
     """Config of a tokenizer read from a published tokenizer.json of the `tokenizers` library.
 
@@ -47,4 +63,4 @@ class JsonTextConfig(Config):
     newline_after_empty_prompt: Annotated[bool, ADDED_LATER] = False
 
 
-TextConfig = Annotated[CharsConfig | BpeConfig | JsonTextConfig, Field(discriminator="kind")]
+TextConfig = Annotated[CharsConfig | BpeConfig | WordsConfig | JsonTextConfig, Field(discriminator="kind")]

@@ -13,26 +13,29 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
-from vlm.config import CharsConfig, JsonTextConfig, TextConfig
+from vlm.config import CharsConfig, JsonTextConfig, TextConfig, WordsConfig
 from vlm.errors import CheckpointError
 from vlm.text.base import Tokenizer
 from vlm.text.bpe import BpeTokenizer
 from vlm.text.chars import CharTokenizer
 from vlm.text.published import PublishedTokenizer
+from vlm.text.word_tokenizer import WordTokenizer
 
 __all__ = ["Tokenizer", "learn", "load", "save"]
 
 
 def learn(config: TextConfig, texts: Iterable[str]) -> Tokenizer:
-    """Learn BPE merges from `texts`, or build a tokenizer from the config's alphabet or from a published file.
+    """Learn BPE merges or words from `texts`, or build a tokenizer from an alphabet or from a published file.
 
     Raises:
-        ConfigError: the published file is missing or does not fit the config.
+        ConfigError: the published file is missing or does not fit the config, or no word is frequent enough.
     """
     if isinstance(config, CharsConfig):
         return CharTokenizer(config.alphabet)
     if isinstance(config, JsonTextConfig):
         return PublishedTokenizer.read(config)
+    if isinstance(config, WordsConfig):
+        return WordTokenizer.learn(texts, config)
     return BpeTokenizer.learn(texts, config.vocab_size)
 
 
@@ -51,6 +54,8 @@ def load(path: Path) -> Tokenizer:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["kind"] == "chars":
             return CharTokenizer(content["alphabet"])
+        if content["kind"] == "words":
+            return WordTokenizer(content["pieces"], lowercase=content["lowercase"])
         if content["kind"] == "json":
             tokenizer = content.pop("tokenizer")
             return PublishedTokenizer(tokenizer, JsonTextConfig.model_validate(content))

@@ -42,6 +42,10 @@ class Tokenizer(Protocol):
         """Decode token ids to text, and skip special tokens."""
         ...
 
+    def unknown(self, text: str) -> list[str]:
+        """Return the characters or words of a text that become the unknown token, with repeats."""
+        ...
+
     def to_json(self) -> str:
         """Return the JSON text from which `vlm.text.load` builds the same tokenizer."""
         ...

@@ -54,6 +54,10 @@ class BpeTokenizer:
         """Return the text of token ids. Bytes that are not UTF-8 become U+FFFD."""
         return str(self._backend.decode([i - NUM_SPECIAL for i in ids if i >= NUM_SPECIAL]))
 
+    def unknown(self, text: str) -> list[str]:
+        """Return no pieces, because BPE can encode any text."""
+        return []
+
     def to_json(self) -> str:
         """Return JSON text with the vocabulary size and the tokenizer in the format of the `tokenizers` library."""
         return json.dumps({"kind": "bpe", "vocab_size": self._vocab_size, "merges": json.loads(self._backend.to_str())})

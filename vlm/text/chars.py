@@ -46,6 +46,10 @@ class CharTokenizer:
             UNKNOWN_CHAR if i == UNKNOWN else self.alphabet[i - UNKNOWN - 1] for i in ids if i >= NUM_SPECIAL
         )
 
+    def unknown(self, text: str) -> list[str]:
+        """Return the characters of a text that become the unknown token."""
+        return [char for char in text if char not in self._ids]
+
     def to_json(self) -> str:
         """Return JSON text with the alphabet."""
         return json.dumps({"kind": "chars", "alphabet": self.alphabet})

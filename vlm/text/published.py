@@ -89,6 +89,10 @@ class PublishedTokenizer:
         text = str(self._backend.decode(list(ids), skip_special_tokens=True))
         return text.replace(self._word_suffix, " ").strip() if self._word_suffix else text
 
+    def unknown(self, text: str) -> list[str]:
+        """Return no pieces, because a published vocabulary says itself how it encodes other text."""
+        return []
+
     def to_json(self) -> str:
         """Return JSON text with the whole tokenizer.json and the config without `path`."""
         config = self._config.hashed_settings(exclude={"path"})

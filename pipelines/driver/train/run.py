@@ -15,6 +15,7 @@ from pipelines.driver.train.launch import check_slots, run_rank, run_ranks
 from pipelines.driver.train.local_ranks import RankEntry
 from pipelines.driver.train.run_folders import earlier_code, find_folder, finished_result, hash_run
 from pipelines.driver.train.start_from import check_training_state, open_start_folder
+from pipelines.driver.train.vocabulary import warn_of_unknown
 from pipelines.errors import StageFailed, TrainingFailed, UserError
 from pipelines.formats.run_folder import Failure, Result, RunFile, RunFolder, write_json
 from pipelines.formats.run_owner import own_run
@@ -86,6 +87,9 @@ def prepare(
         if not run.tokenizer.exists():
             shards = Shards.open(Path(train.folder))
             tokenizer = text.load(start.tokenizer) if start else text.learn(config.model.text, shards.texts())
+            warn_of_unknown(tokenizer, shards.texts(), "training texts")
+            if validate.folder != train.folder:
+                warn_of_unknown(tokenizer, Shards.open(Path(validate.folder)).texts(), "validation texts")
             with atomic_write(run.tokenizer) as temporary:
                 text.save(tokenizer, temporary)
         if finished_result(run) is None:

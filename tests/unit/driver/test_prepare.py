@@ -16,13 +16,14 @@ from pipelines.driver.shard import ShardReport
 from pipelines.driver.train.code import read_code
 from pipelines.driver.train.run import prepare
 from pipelines.driver.train.run_folders import finished_result
+from pipelines.driver.train.vocabulary import warn_of_unknown
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import Result, RunFolder, write_json
 from pipelines.formats.shards import Shards
 from pipelines.formats.training_code import TrainingCode
 from pipelines.platform import Platform, local
 from vlm import text
-from vlm.config import CharsConfig, ModelConfig
+from vlm.config import CharsConfig, ModelConfig, WordsConfig
 
 
 @pytest.fixture
@@ -329,3 +330,14 @@ def test_preparing_a_run_that_another_process_trains_is_refused_and_changes_no_f
     with owned_by_another_process(run), pytest.raises(UserError, match="this run is already being trained"):
         prepare(tiny_run(ranks=1, timeout_seconds=5), laptop, report, report)
     assert run.run_file.read_bytes() == before
+
+
+def test_the_words_that_the_vocabulary_lacks_are_told_with_their_counts(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = text.learn(WordsConfig(kind="words"), ["a red car", "a red bus"])
+    warn_of_unknown(tokenizer, ["a red car"] * 3 + ["a blue car"], "validation texts")
+    assert caplog.messages == [
+        "5 of 12 tokens of the validation texts are unknown (41.67 %), with 2 different ones: 'car' (4), 'blue' (1)"
+    ]
+    caplog.clear()
+    warn_of_unknown(tokenizer, ["a red"], "validation texts")
+    assert not caplog.messages
