@@ -92,6 +92,18 @@ RUNS = {
         captions="74356cb99c78f3a0",
         shards="seemore-train-2aa2b96b579682a6",
     ),
+    "seemore_paligemma": StoredNames(
+        run="seemore_paligemma-597f091967060415",
+        rules="1b45035c8432149c",
+        captions="c0bb22de335e466a",
+        shards="seemore-train-62a17b24543bb699",
+    ),
+    "seemore_vit_gpt2": StoredNames(
+        run="seemore_vit_gpt2-13e21b805c485a28",
+        rules="1b45035c8432149c",
+        captions="c0bb22de335e466a",
+        shards="seemore-train-ece1d135023a6581",
+    ),
     "staged": StoredNames(
         run="staged-6b2e546b4e59e0eb",
         rules="90a38df30c5f0267",

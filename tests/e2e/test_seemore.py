@@ -1,4 +1,4 @@
-"""Test of the pipeline on the three pictures of the seemore repository."""
+"""Tests of the pipeline on the three pictures of the seemore repository, with a model of each family."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ CAPTIONS = ["a red sports car with big wheels", "an antique iphone on a table", 
 
 @pytest.mark.matrix  # minutes of training
 @pytest.mark.timeout(1800)
-def test_the_pipeline_learns_the_three_captions_of_seemore_word_for_word(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["seemore", "seemore_vit_gpt2", "seemore_paligemma"])
+def test_the_pipeline_learns_the_three_captions_of_seemore_word_for_word(name: str, tmp_path: Path) -> None:
     path = shared_file("seemore/inputs.csv")
     csv.field_size_limit(sys.maxsize)
     with path.open(newline="", encoding="utf-8") as file:
@@ -27,7 +28,7 @@ def test_the_pipeline_learns_the_three_captions_of_seemore_word_for_word(tmp_pat
     done = subprocess.run(
         [
             *(sys.executable, "-c", "from jobs.cli import main; main()"),
-            *("pipeline", "--run", "seemore", "--json", "--set", f"data.source.path={path}"),
+            *("pipeline", "--run", name, "--json", "--set", f"data.source.path={path}"),
         ],
         env=os.environ | {"LAKESIGHT_HOME": str(tmp_path / "home"), "PYTHONPATH": TEST_PATH},
         cwd=tmp_path,

@@ -57,7 +57,7 @@ def is_word(piece: str) -> bool:
 
 
 def expected_space(previous: str, piece: str) -> str:
-    """Return the space between two pieces that needs no piece of its own. `previous` is empty at the start of a text."""
+    """Return the space between two pieces that needs no piece of its own. Before the first piece, there is none."""
     if not previous or not is_word(piece) or (NO_SPACES.match(previous[-1]) and NO_SPACES.match(piece)):
         return ""
     return " "
