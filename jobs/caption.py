@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,7 +25,7 @@ from jobs.generation_options import with_generation_options
 from jobs.output import number
 from jobs.progress import show_progress
 from jobs.settings_of_version import decoding_settings
-from pipelines.errors import StageFailed, UserError
+from pipelines.errors import StageFailed
 from vlm.config import Precision
 
 if TYPE_CHECKING:
@@ -111,9 +112,11 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
         StageFailed: the drift exceeds its limits and the run sets `drift.fail`. The captions are written before the
             exception is raised.
     """
+    from jobs.log_captions import log_captions
     from pipelines.driver.caption.finished import find_finished
     from pipelines.driver.caption.run import CaptionRequest, TooManyErrors, caption
 
+    started = datetime.now(UTC)
     model = open_model(job, which)
     settings = decoding_settings(job, model.read_config(), f"{model.name}/{model.version}")
     caption_request = CaptionRequest.model_validate(request | {"limits": job.config.data.limits, "settings": settings})
@@ -128,12 +131,12 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
     except TooManyErrors as error:
         report = add_drift(job, error.report, caption_request.prompt)
         _print_report(job, report)
-        log_to_mlflow(job, report, good=False)
+        log_captions(job, report, caption_request, started, good=False)
         raise
     report = add_drift(job, done, caption_request.prompt)
     _print_report(job, report)
     drifted = {name: drift for name, drift in report.drift.items() if drift.beyond}
-    log_to_mlflow(job, report, good=not (drifted and job.config.drift.fail))
+    log_captions(job, report, caption_request, started, good=not (drifted and job.config.drift.fail))
     if drifted:
         _report_drift(job, report, drifted)
     return report
@@ -158,25 +161,6 @@ def add_drift(job: Job, report: CaptionReport, prompt: str) -> CaptionReport:
     )
     drift = compare_figures(report.figures, rows, evaluation, job.config.drift, prompt=prompt)
     return report.model_copy(update={"drift": drift})
-
-
-def log_to_mlflow(job: Job, report: CaptionReport, *, good: bool) -> None:
-    """Log a caption report to MLflow if any row was captioned; warn if the tracking server does not answer.
-
-    The captions are written before this call, so an outage of MLflow does not fail the job.
-    """
-    from pipelines.tracking.reports import log_stage
-
-    if report.considered == report.already:
-        return
-    names = ("model_name", "model_version", "model_digest", "settings_hash", "source_table", "source_version")
-    tags = {name: getattr(report, name) for name in names}
-    tags["drifted"] = ", ".join(name for name, drift in report.drift.items() if drift.beyond)
-    name = f"{report.model_name}-{report.model_version}-{report.source_table}"
-    try:
-        log_stage(job.platform, "caption", name, report.model_dump(), tags=tags, good=good)
-    except UserError as error:
-        logger.warning("the captions are written, but the report could not be logged to MLflow: %s", error)
 
 
 def _report_drift(job: Job, report: CaptionReport, drifted: dict[str, Drift]) -> None:

@@ -43,10 +43,6 @@ SHOWN_METRICS = (
     *("exact_match", "word_f1", "cider", "bleu_4", "rouge_l", "meteor"),
     *("coco_cider", "coco_bleu_4", "coco_rouge_l", "coco_meteor", "loss", "blind_gap", "error_share"),
 )
-TAGGED_METRICS = ("exact_match", "word_f1", "cider", "bleu_4", "rouge_l", "loss", "blind_gap", "error_share")
-"""Metrics stored as tags of a model version. Unity Catalog limits the number of tags."""
-LOGGED_ROWS = 1000
-"""Maximum number of evaluated rows that are logged to MLflow as a table."""
 
 
 @with_generation_options
@@ -128,9 +124,9 @@ def evaluate_version(
 
     An evaluation with other generation settings than those of the version is stored neither in MLflow nor in tags.
     """
+    from jobs.log_evaluation import LOGGED_METRICS, log_evaluation
     from pipelines.driver.evaluate.run import COLUMNS, evaluate
     from pipelines.tracking.registry import resolve, tag
-    from pipelines.tracking.runs import log_report
 
     train = run_shard(job, "train", model.read_config().image)
     with show_elapsed("evaluate"):
@@ -148,27 +144,10 @@ def evaluate_version(
     version = resolve(job.platform, job.model_name, model.version)
     labels = {"evaluation": report.scores_hash, "tokenisation": report.tokenisation}
     if not report.reused or any(version.tags.get(name) != value for name, value in labels.items()):
-        values = report.values()
-        log_report(
-            job.platform,
-            model.run_id,
-            "evaluate",
-            values,
-            [report.gallery, report.gallery_png, report.figures_png],
-            tables={f"rows-{report.scores_hash}.json": rows_by_column(report)},
-        )
-        tags = {name: f"{values[name]:.6g}" for name in TAGGED_METRICS if name in values}
+        log_evaluation(job, report, shards)
+        tags = {name: f"{value:.6g}" for name, value in report.values().items() if name in LOGGED_METRICS}
         tag(job.platform, version, tags | labels)
     return report
-
-
-def rows_by_column(report: EvaluationReport) -> dict[str, list[object]]:
-    """Convert the first rows of an evaluation to a dict of columns for MLflow's `log_table`."""
-    names = ("image_id", "prompt", "references", "caption", "neighbour", "f1", "loss", "blind_loss")
-    rows = report.scores()[:LOGGED_ROWS]
-    return {
-        name: [" / ".join(v) if isinstance(v := getattr(row, name), tuple) else v for row in rows] for name in names
-    }
 
 
 def run_evaluate(

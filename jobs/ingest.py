@@ -58,10 +58,14 @@ def run_ingest(job: Job, *, refresh: bool = False) -> FullReport:
         TooManyRefused: too many rows were refused. The tables and the report page are written before the exception is
             raised.
     """
+    from pipelines.driver.ingest.finished import find_finished
     from pipelines.driver.ingest.report import write_report
     from pipelines.driver.ingest.run import ingest
     from pipelines.driver.ingest.totals import TooManyRefused
 
+    if not refresh and (finished := find_finished(job.platform, job.source, job.config.data)):
+        _print_report(job, finished)
+        return finished
     with show_elapsed("ingest"):
         try:
             done = ingest(job.spark, job.platform, job.source, job.config.data, refresh=refresh)
@@ -83,12 +87,25 @@ def log_to_mlflow(job: Job, report: FullReport, *, good: bool) -> None:
     """
     if report.nothing_new:
         return
-    from pipelines.tracking.reports import log_stage
+    from pipelines.tracking.describe.notes import code_block
+    from pipelines.tracking.reports import StageLog, log_stage
 
+    counts = (
+        f"{report.rows_in:,} rows = {report.new:,} new + {report.merged:,} merged + {report.duplicates:,} duplicates + "
+        f"{report.quarantined:,} quarantined"
+    )
+    log = StageLog(
+        kind="ingest",
+        name=f"{report.source}: {report.new:,} new, {report.quarantined:,} quarantined",
+        report=report.model_dump(),
+        tags={"source": report.source, "ingest_id": report.ingest_id, "table_version": report.dataset_version},
+        pages=[Path(report.page)],
+        text=f"Source **{report.source}**, table `samples` at version {report.dataset_version}: {counts}. The page "
+        f"`{Path(report.page).name}` in the artifacts shows pictures and refused rows.\n\n"
+        f"{code_block(job.command('ingest'))}",
+    )
     try:
-        tags = {"source": report.source, "ingest_id": report.ingest_id, "table_version": report.dataset_version}
-        name = f"{report.source}-{report.ingest_id}"
-        log_stage(job.platform, "ingest", name, report.model_dump(), tags=tags, pages=[Path(report.page)], good=good)
+        log_stage(job.platform, log, good=good)
     except UserError as error:
         logger.warning("the tables are written, but the report could not be logged to MLflow: %s", error)
 

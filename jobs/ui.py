@@ -30,6 +30,7 @@ def ui(
     Example:
       lakesight ui --port 5001
     """
+    from pipelines.tracking.describe.notes import VIEW
     from pipelines.tracking.moved_home import follow_moved_home
 
     with open_job(run, platform, overrides, as_json=False) as job:
@@ -43,7 +44,8 @@ def ui(
             )
         follow_moved_home(job.platform)
         check_port_free(port)
-        job.output.line("ui", f"http://{HOST}:{port}  (Ctrl-C stops it)")
+        # Without the parameter, MLflow shows its pages for agents to whoever opens it for the first time.
+        job.output.line("ui", f"http://{HOST}:{port}/#/experiments?{VIEW}  (Ctrl-C stops it)")
         command = [
             sys.executable,
             "-m",

@@ -27,6 +27,8 @@ from pipelines.config.train import Register
 from pipelines.errors import StageFailed, UserError
 from pipelines.formats.run_folder import Metrics, Result, RunFolder, read_json, step_of
 from pipelines.platform import Platform, redact_uri
+from pipelines.tracking.describe.notes import MODEL_DESCRIPTION, put_sections, version_link
+from pipelines.tracking.describe.training import add_sections, version_text
 from pipelines.tracking.logged_model import log_model
 from pipelines.tracking.server import REQUEST_ERRORS, connect, unusable
 from pipelines.tracking.version_files import digest_tags
@@ -99,9 +101,24 @@ def register(run: RunFolder, run_id: str, platform: Platform, which: Register = 
             **file.code_tags(),
         } | {f"training_{key}": f"{value:.6g}" for key, value in metrics.items()}
         created = client.create_model_version(
-            name, f"models:/{model_id}", run_id=run_id, tags=_prefixed(tags), model_id=model_id
+            name,
+            f"models:/{model_id}",
+            run_id=run_id,
+            tags=_prefixed(tags),
+            description=version_text(client, platform, run_id, step_of(checkpoint)),
+            model_id=model_id,
         )
+        links = {f"Version {created.version}": version_link(platform, name, str(created.version))}
+        add_sections(client, run_id, links)
     return _read_version(client, name, created.version)
+
+
+def describe_version(platform: Platform, version: ModelVersion, sections: Mapping[str, str]) -> None:
+    """Replace or append sections of the description of a version."""
+    client = connect(platform)
+    with _registry_errors(platform, _label(version)):
+        present = client.get_model_version(version.name, version.version).description or ""
+        client.update_model_version(version.name, version.version, put_sections(present, sections))
 
 
 def ensure_model(platform: Platform, name: str) -> None:
@@ -331,7 +348,7 @@ def _label(version: ModelVersion) -> str:
 
 def _create_model(client: MlflowClient, name: str) -> None:
     try:
-        client.create_registered_model(name)
+        client.create_registered_model(name, description=MODEL_DESCRIPTION)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

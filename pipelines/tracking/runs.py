@@ -9,39 +9,41 @@ when training starts: then the follower opens the MLflow run as soon as the serv
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import DatasetInput, Metric, Run
 from mlflow.exceptions import MlflowException
 
 from pipelines.config import RunConfig
 from pipelines.errors import StageFailed, UserError
-from pipelines.formats.run_folder import CaptionSamples, Metrics, RunFile, RunFolder, read_json, write_json
+from pipelines.formats.run_folder import CaptionSamples, RunFolder, read_json, write_json
 from pipelines.formats.shards import Shards
 from pipelines.platform import Platform, redact_uri
-from pipelines.tracking.expert_load_plot import draw_expert_load
+from pipelines.tracking.describe.figures import LEARNING_CURVE, training_figures
+from pipelines.tracking.describe.names import run_name
+from pipelines.tracking.describe.training import add_sections, describe_training, show_learning_curve
 from pipelines.tracking.outage import TrackingDown, first_line
 from pipelines.tracking.server import REQUEST_ERRORS, connect, experiment_id, unusable
 from vlm.config import Config
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 logger = logging.getLogger(__name__)
 
 SAMPLES_TABLE = "samples.json"
-EXPERT_LOAD_PLOT = "expert_load.png"
 CAUSE_TAG = "lakesight.cause"
 POLL_SECONDS = 1.0
 MAX_PAUSE_SECONDS = 30.0
 DRAIN_SECONDS = 60.0
-MAX_PARAM_CHARS = 500  # limit of the tracking server with the lowest limit
 MAX_TAG_CHARS = 5000
 FOLLOWER_ERRORS = (*REQUEST_ERRORS, UserError)
 """Exceptions after which the follower tries again."""
@@ -110,11 +112,25 @@ def log_report(
     files: Sequence[Path] = (),
     *,
     tables: Mapping[str, dict[str, list[object]]] | None = None,
+    figures: Mapping[str, Figure] | None = None,
+    inputs: Sequence[DatasetInput] = (),
+    sections: Mapping[str, str] | None = None,
 ) -> None:
     """Log a stage's report to an existing MLflow run.
 
-    Metrics are logged as `<name>/<metric>`. Files and tables are logged in the artifact folder `name`. A table that the
-    run already has is skipped, because MLflow would append the rows of the table again.
+    Files, tables and figures are logged in the artifact folder `name`. A table that the run already has is skipped,
+    because MLflow would append the rows of the table again.
+
+    Args:
+        platform: platform with the tracking server.
+        run_id: id of the MLflow run.
+        name: name of the stage.
+        metrics: metrics by name.
+        files: paths of files.
+        tables: columns of tables, by file name.
+        figures: figures by file name.
+        inputs: datasets that the stage has read.
+        sections: sections of the run's description to replace or append, by heading.
 
     Raises:
         UserError: the server does not answer or does not have the MLflow run.
@@ -122,13 +138,19 @@ def log_report(
     client = connect(platform)
     now = int(time.time() * 1000)
     try:
-        client.log_batch(run_id, metrics=[Metric(f"{name}/{key}", value, now, 0) for key, value in metrics.items()])
+        client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in metrics.items()])
         for file in files:
             client.log_artifact(run_id, str(file), name)
         existing = {artifact.path for artifact in client.list_artifacts(run_id, name)} if tables else set()
         for file_name, columns in (tables or {}).items():
             if f"{name}/{file_name}" not in existing:
                 client.log_table(run_id, columns, f"{name}/{file_name}")
+        for file_name, figure in (figures or {}).items():
+            client.log_figure(run_id, figure, f"{name}/{file_name}")
+        if inputs:
+            client.log_inputs(run_id, inputs)
+        if sections:
+            add_sections(client, run_id, sections)
     except REQUEST_ERRORS as error:
         raise UserError(
             f"the {name} report cannot be logged to MLflow",
@@ -148,7 +170,6 @@ class Follower(threading.Thread):
         self.run_id = ""  # id of the MLflow run; empty until the run is open
         self._stopping = threading.Event()
         self._metrics_step = self._samples_step = -1
-        self._last_expert_load: Metrics | None = None  # last metrics file with an expert load
         # False at the start and after an error, because MLflow may have points that this thread did not log
         self._in_sync = False
 
@@ -182,7 +203,7 @@ class Follower(threading.Thread):
         self.join()
 
     def drain(self, seconds: float) -> None:
-        """Log the remaining files, the expert load plot, the profile and the hosts. Retry for `seconds` after an error.
+        """Log the remaining files, the figures, the profile and the hosts. Retry for `seconds` after an error.
 
         Raises:
             MlflowException, OSError, UserError: requests still fail after `seconds`.
@@ -191,8 +212,7 @@ class Follower(threading.Thread):
         while True:
             try:
                 client = self.catch_up()
-                if self._last_expert_load is not None:
-                    client.log_figure(self.run_id, draw_expert_load(self._last_expert_load), EXPERT_LOAD_PLOT)
+                self._log_figures(client)
                 for file, folder in ((self._run.profile, "profile"), (self._run.hosts, None)):
                     if file.exists():
                         client.log_artifact(self.run_id, str(file), folder)
@@ -249,7 +269,14 @@ class Follower(threading.Thread):
         )
         if files:
             self._metrics_step = files[-1].step
-        self._last_expert_load = next((file for file in reversed(files) if file.expert_load), self._last_expert_load)
+
+    def _log_figures(self, client: MlflowClient) -> None:
+        names = []
+        for name, figure in training_figures(list(self._run.read_metrics())):
+            client.log_figure(self.run_id, figure, name)
+            names.append(name)
+        if LEARNING_CURVE in names:
+            show_learning_curve(client, self._platform, self.run_id)
 
     def _log_samples(self, client: MlflowClient, samples: CaptionSamples) -> None:
         shards = Shards.open(self._run.shard_folder(self._run.read_run().validate_shards))
@@ -287,14 +314,13 @@ def _logged_sample_steps(client: MlflowClient, run_id: str) -> set[int]:
 
 
 def _open_run(client: MlflowClient, run: RunFolder, config: RunConfig, platform: Platform) -> str:
-    file = run.read_run()
     known = _known_run_ids(run)
     try:
         tracked = _tracked_run(client, known)
         if tracked is None:
             if known:
                 logger.info("MLflow run %s is not on this server: a new MLflow run is created", known[0])
-            tracked = client.create_run(experiment_id(client, config.name, platform), run_name=run.path.name)
+            tracked = client.create_run(experiment_id(client, config.name, platform), run_name=run_name(config))
         else:
             client.update_run(tracked.info.run_id, status="RUNNING")
             if CAUSE_TAG in tracked.data.tags:
@@ -302,7 +328,7 @@ def _open_run(client: MlflowClient, run: RunFolder, config: RunConfig, platform:
         run_id = str(tracked.info.run_id)
         if known[:1] != [run_id]:
             write_json(run.tracking, Tracking(run_id=run_id, others=tuple(each for each in known if each != run_id)))
-        _log_description(client, tracked, run, file, config)
+        describe_training(client, tracked, run, config)
     except REQUEST_ERRORS as error:
         raise unusable(platform, error) from None
     return run_id
@@ -328,37 +354,3 @@ def _tracked_run(client: MlflowClient, run_ids: Sequence[str]) -> Run | None:
         if found.info.lifecycle_stage == "active":
             return found
     return None
-
-
-def _log_description(client: MlflowClient, tracked: Run, run: RunFolder, file: RunFile, config: RunConfig) -> None:
-    """Log tags, run.json, the dataset, and new parameters (existing parameters are immutable in MLflow)."""
-    run_id = tracked.info.run_id
-    request = Shards(run.shard_folder(file.train_shards)).manifest.request
-    params = {key: value[:MAX_PARAM_CHARS] for key, value in flatten(json.loads(config.to_json())).items()}
-    tags = {
-        "lakesight.run": config.name,
-        "lakesight.run_folder": str(run.path),
-        **{f"lakesight.{name}": value for name, value in file.code_tags().items()},
-        "lakesight.table": request.table,
-        "lakesight.table_version": str(file.dataset_version),
-        "lakesight.content_hash": file.content_hash,
-        "lakesight.world_size": str(file.world_size),
-    }
-    client.log_batch(
-        run_id,
-        params=[Param(key, value) for key, value in params.items() if key not in tracked.data.params],
-        tags=[RunTag(key, value) for key, value in tags.items()],
-    )
-    client.log_artifact(run_id, str(run.run_file))
-    source = json.dumps({"delta_table_name": request.table, "delta_table_version": file.dataset_version})
-    dataset = Dataset(request.table, file.content_hash, "delta_table", source)
-    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten a nested mapping. The keys of the result are dotted names, and the values are texts."""
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: str(value)}
-    return flat

@@ -15,6 +15,7 @@ from mlflow.exceptions import MlflowException
 from pipelines.errors import UserError
 from pipelines.platform import Platform, redact_uri
 from pipelines.tracking.database import check_database
+from pipelines.tracking.describe.notes import KIND, describe_experiment
 from pipelines.tracking.moved_home import artifact_root, follow_moved_home
 from pipelines.tracking.outage import TrackingDown, first_line, http_status, is_outage
 
@@ -96,7 +97,8 @@ def experiment_id(client: MlflowClient, name: str, platform: Platform) -> str:
         try:
             if platform.kind == "databricks":
                 _create_workspace_folder(PurePosixPath(experiment_name).parent)
-            return str(client.create_experiment(experiment_name, artifact_location=location))
+            tags = describe_experiment(name)
+            return str(client.create_experiment(experiment_name, artifact_location=location, tags=tags))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -109,6 +111,10 @@ def experiment_id(client: MlflowClient, name: str, platform: Platform) -> str:
             where=f"{experiment_name} on {redact_uri(platform.tracking_uri)}",
             fix=f"restore it: mlflow experiments restore --experiment-id {experiment.experiment_id}",
         )
+    if KIND not in experiment.tags:  # an experiment of an earlier version of Lakesight
+        for key, value in describe_experiment(name).items():
+            if key not in experiment.tags:
+                client.set_experiment_tag(experiment.experiment_id, key, value)
     return str(experiment.experiment_id)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from pyspark.errors import AnalysisException
+import pyarrow as pa
+from pyspark.errors import AnalysisException, PySparkTypeError
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import BinaryType, StringType
+from pyspark.sql.pandas.types import to_arrow_type
+from pyspark.sql.types import BinaryType, StringType, StructField
 
 from pipelines.driver.delta.spark_errors import filter_rows
 from pipelines.driver.delta.versions import newest_version
@@ -93,6 +95,18 @@ def open_source_table(
     file = F.col("_metadata.file_name").alias("file")
     rows = filter_rows(frame, where, where=f"table {name}").select(identity, frame[image].alias("image"), file)
     return SourceTable(name, pinned, rows, frame.select(identity))
+
+
+def arrow_columns(spark: SparkSession, name: str) -> pa.Schema:
+    """Return the columns of a table with their Arrow types. A type that Arrow does not have becomes null."""
+
+    def kind(field: StructField) -> pa.DataType:
+        try:
+            return to_arrow_type(field.dataType)
+        except PySparkTypeError:
+            return pa.null()
+
+    return pa.schema([(field.name, kind(field)) for field in spark.read.table(name).schema.fields])
 
 
 def files_at(spark: SparkSession, name: str, version: int) -> set[str]:

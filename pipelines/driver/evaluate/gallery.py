@@ -51,6 +51,8 @@ NAMES = {  # name of each metric on pages, in the order of the page
     "error_share": "share of errors",
     "captions_per_second": "captions a second and process",
 }
+HEADLINES = ("cider", "word_f1", "exact_match", "rouge_l", "blind_gap")
+"""Metrics that pages show first, beside those of the baselines."""
 PLOTTED = ("exact_match", "word_f1", "rouge_l", "bleu_4")
 
 

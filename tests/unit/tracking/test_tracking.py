@@ -40,8 +40,8 @@ from pipelines.formats.run_folder import (
 )
 from pipelines.platform import Platform
 from pipelines.tracking import registry, runs
+from pipelines.tracking.describe.figures import EXPERT_LOAD, draw_expert_load
 from pipelines.tracking.download import download
-from pipelines.tracking.expert_load_plot import draw_expert_load
 from pipelines.tracking.server import connect
 from pipelines.tracking.smoke_test import find_pickles, smoke_test_folder
 from vlm import text
@@ -123,7 +123,7 @@ def test_the_expert_load_becomes_metrics_and_a_plot_of_the_last_step(platform: P
     history = connect(platform).get_metric_history(run_id, "expert_load/decoder.blocks.0.expert_0")
     assert [(point.step, point.value) for point in history] == [(2, 0.5), (4, 0.25)]
     draw_expert_load(metrics).savefig(expected := io.BytesIO())
-    found = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=runs.EXPERT_LOAD_PLOT)
+    found = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=EXPERT_LOAD)
     with Image.open(found) as picture, Image.open(expected) as last:
         assert picture.tobytes() == last.tobytes()
 
@@ -255,7 +255,7 @@ def test_a_report_is_logged_under_the_name_of_its_stage(platform: Platform, run:
         tables: dict[str, dict[str, list[object]]] = {"rows.json": {"image_id": ["a", "b"], "loss": [0.5, 1.5]}}
         runs.log_report(platform, run_id, "evaluate", {"cider": 1.25}, [page], tables=tables)
     client = connect(platform)
-    assert client.get_run(run_id).data.metrics["evaluate/cider"] == 1.25
+    assert client.get_run(run_id).data.metrics["cider"] == 1.25
     assert [a.path for a in client.list_artifacts(run_id, "evaluate")] == [
         "evaluate/gallery.html",
         "evaluate/rows.json",

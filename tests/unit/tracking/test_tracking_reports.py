@@ -77,6 +77,8 @@ def test_a_report_becomes_an_mlflow_run_with_metrics_tags_and_page(job: Job, tmp
     assert {file.path for file in client.list_artifacts(good.info.run_id)} == {"ingest.json", "ingest-birds.html"}
     document = mlflow.artifacts.load_dict(f"runs:/{good.info.run_id}/ingest.json")
     assert document == json.loads(done.model_dump_json())
+    assert good.info.run_name == "birds: 5 new, 1 quarantined"
+    assert "lakesight ingest --run demo" in good.data.tags["mlflow.note.content"]
 
 
 def test_an_unreachable_server_gives_one_warning_within_a_minute(

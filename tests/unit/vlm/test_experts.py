@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipelines.formats.run_folder import Metrics
-from pipelines.tracking.expert_load_plot import draw_expert_load
+from pipelines.tracking.describe.figures import draw_expert_load
 from vlm.layers.moe import GatedExperts, MoeMlp, PlainExperts, Routing, dispatch, naive_experts
 
 X, K = 5, 2

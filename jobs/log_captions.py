@@ -1,0 +1,121 @@
+"""Captioning jobs in MLflow: parameters, the captioned table as input, figures, drift as one table, and a gallery."""
+
+from __future__ import annotations
+
+import json
+import logging
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.common import Job
+from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines.driver.caption.run import CaptionReport, CaptionRequest
+    from pipelines.tracking.reports import StageLog
+
+logger = logging.getLogger(__name__)
+
+SHOWN_CAPTIONS = 24
+"""Number of captions on the page of a job, least certain first."""
+NAMES = ("model_name", "model_version", "model_digest", "settings_hash", "source_table", "source_version")
+
+
+def log_captions(job: Job, report: CaptionReport, request: CaptionRequest, started: datetime, *, good: bool) -> None:
+    """Log a caption report to MLflow if any row was captioned; warn if the tracking server does not answer.
+
+    The captions are written before this call, so an outage of MLflow does not fail the job.
+
+    Args:
+        job: running command.
+        report: report of the job, with the drift.
+        request: request of the job.
+        started: time at which the job started, in UTC.
+        good: whether the job succeeds.
+    """
+    if report.considered == report.already:
+        return
+    from pipelines.tracking.reports import log_stage
+
+    try:
+        log_stage(job.platform, _stage_log(job, report, request, started), good=good)
+    except UserError as error:
+        logger.warning("the captions are written, but the report could not be logged to MLflow: %s", error)
+
+
+def _stage_log(job: Job, report: CaptionReport, request: CaptionRequest, started: datetime) -> StageLog:
+    from pipelines.driver.caption.source_table import arrow_columns
+    from pipelines.tracking.describe.datasets import captioned_input
+    from pipelines.tracking.reports import StageLog
+
+    profile = {name: getattr(report, name) for name in ("considered", "already", "captioned", "errors")}
+    columns = arrow_columns(job.spark, report.source_table)
+    drift = [{"figure": name} | each.model_dump() for name, each in report.drift.items()]
+    captioned = f"{report.model_name} version {report.model_version} on {report.source_table}"
+    return StageLog(
+        kind="caption",
+        name=f"{captioned}: {report.captioned:,} captions",
+        report=report.model_dump(),
+        tags={name: getattr(report, name) for name in NAMES}
+        | {"drifted": ", ".join(name for name, each in report.drift.items() if each.beyond)},
+        params=_params(report, request),
+        tables={"drift": {name: [row[name] for row in drift] for name in drift[0]}} if drift else {},
+        inputs=[captioned_input((report.source_table, report.source_version), columns, profile)],
+        pages=_write_gallery(job, report, started),
+        text=_describe(job, report, request),
+    )
+
+
+def _params(report: CaptionReport, request: CaptionRequest) -> dict[str, str]:
+    """Return the parameters of a job: version, table, selection and decoding settings."""
+    selection = ("id_column", "image_column", "image_root", "prompt", "where", "retry_errors", "remove_deleted")
+    params = {name: getattr(report, name) for name in ("model_name", "model_version", "source_table", "source_version")}
+    params |= {name: getattr(request, name) for name in (*selection, "precision", "max_error_share")}
+    settings = request.settings.model_dump(mode="json") if request.settings else {}
+    params |= {f"generation.{name}": json.dumps(value) for name, value in settings.items()}
+    return {name: str(value) for name, value in params.items() if value not in (None, "")}
+
+
+def _describe(job: Job, report: CaptionReport, request: CaptionRequest) -> str:
+    from pipelines.tracking.describe.notes import code_block, version_link
+
+    beyond = [name for name, each in report.drift.items() if each.beyond]
+    drift = "The captions were not compared with an evaluation."
+    if report.drift:
+        drift = f"Drift beyond its limit: {', '.join(beyond)}." if beyond else "No drift beyond its limits."
+    command = job.command("caption")
+    for option, value in (
+        ("--table", report.source_table.replace("`", "").removeprefix("delta.")),
+        ("--id-column", request.id_column),
+        ("--image-column", request.image_column),
+        ("--version", report.model_version),
+    ):
+        command += f" {option} {value}"
+    return "\n\n".join(
+        [
+            f"{version_link(job.platform, report.model_name, report.model_version)} captioned {report.captioned:,} of "
+            f"{report.considered:,} rows of `{report.source_table.replace('`', '')}` (version "
+            f"{report.source_version}); {report.errors:,} rows have an error. {drift}",
+            code_block(command),
+        ]
+    )
+
+
+def _write_gallery(job: Job, report: CaptionReport, started: datetime) -> list[Path]:
+    """Write a page of the job's least certain captions with their pictures. A catalog's tables are not files."""
+    if job.platform.tables is None:
+        return []
+    from jobs.show import write_gallery
+    from jobs.table_files import open_table, table_relation
+    from pipelines.review.source_pictures import PictureColumns
+
+    key = {name: getattr(report, name) for name in ("source_table", "model_name", "model_version", "settings_hash")}
+    conditions = [f"{name} = '{value.replace(chr(39), 2 * chr(39))}'" for name, value in key.items()]
+    where = " AND ".join([*conditions, f"captioned_at >= '{started.isoformat()}'"])
+    captions = open_table(job, "generated_captions", None)
+    rows = table_relation(captions).select([], where, "mean_logprob", SHOWN_CAPTIONS).read_all()
+    if not rows.num_rows:
+        return []
+    page = write_gallery(job, "generated_captions", captions.version(), rows, PictureColumns())
+    return [page]

@@ -1,0 +1,104 @@
+"""Evaluations in MLflow: few metrics, the table of all figures, the rows, the pages, and the descriptions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jobs.common import Job
+from jobs.output import number
+from pipelines.driver.evaluate.gallery import HEADLINES, NAMES
+from pipelines.driver.evaluate.metrics import captioned
+from pipelines.driver.evaluate.verdict import verdict
+from pipelines.tracking.describe.datasets import shard_input
+from pipelines.tracking.describe.figures import draw_lengths
+from pipelines.tracking.describe.notes import code_block, picture, table, version_link
+from pipelines.tracking.registry import describe_version, resolve
+from pipelines.tracking.runs import log_report
+from vlm.text.words import words
+
+if TYPE_CHECKING:
+    from pipelines.driver.evaluate.run import EvaluationReport
+    from pipelines.formats.shards import Shards
+
+LOGGED_METRICS = ("exact_match", "word_f1", "cider", "bleu_4", "rouge_l", "loss", "blind_gap", "error_share")
+"""Metrics that are logged to MLflow as metrics and as tags of the version; Unity Catalog limits the number of tags.
+
+Table `figures` has all metrics."""
+LOGGED_ROWS = 1000
+"""Maximum number of evaluated rows that are logged to MLflow as a table."""
+BASELINES = ("constant", "neighbour")
+
+
+def log_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
+    """Log an evaluation to the MLflow run of the training, and describe the run and the version with it.
+
+    The names of the metrics begin with the name of the split, such as `test_cider`.
+    """
+    values, scored = report.values(), captioned(report.scores())
+    lengths = {
+        "human": [len(words(reference)) for row in scored for reference in row.references],
+        "model": [len(words(row.caption or "")) for row in scored],
+    }
+    version = resolve(job.platform, job.model_name, report.model_version)
+    text = describe(job, report)
+    shown = picture(job.platform, report.run_id, "evaluate/gallery.png")
+    log_report(
+        job.platform,
+        report.run_id,
+        "evaluate",
+        {f"{report.split}_{name}": values[name] for name in LOGGED_METRICS if name in values},
+        [report.gallery, report.gallery_png, report.figures_png],
+        tables={
+            f"figures-{report.scores_hash}.json": figures_by_column(report),
+            f"rows-{report.scores_hash}.json": rows_by_column(report),
+        },
+        figures={"lengths.png": draw_lengths(lengths)},
+        inputs=[shard_input(shards.manifest, report.split)],
+        sections={f"Evaluation of version {version.version}": "\n\n".join(part for part in (text, shown) if part)},
+    )
+    describe_version(job.platform, version, {"Evaluation": text})
+
+
+def describe(job: Job, report: EvaluationReport) -> str:
+    """Describe an evaluation in Markdown: the verdict, the main figures beside the baselines, links and commands."""
+    rows = [
+        [NAMES[name], *(_cell(report, key) for key in (name, *(f"{baseline}_{name}" for baseline in BASELINES)))]
+        for name in HEADLINES
+        if name in report.metrics
+    ]
+    return "\n\n".join(
+        [
+            verdict(report.metrics, report.pictures),
+            table(["figure", "model (95 % interval)", "best constant", "nearest neighbour"], rows),
+            f"Version: {version_link(job.platform, report.model_name, report.model_version)}. "
+            "All figures, rows and pictures are in the folder `evaluate` of the run's artifacts.",
+            code_block(f"{job.command('evaluate')} --version {report.model_version}"),
+        ]
+    )
+
+
+def _cell(report: EvaluationReport, name: str) -> str:
+    if name not in report.metrics:
+        return ""
+    metric = report.metrics[name]
+    return number(metric.value) + (f" ({number(metric.low)} to {number(metric.high)})" * (metric.low < metric.high))
+
+
+def figures_by_column(report: EvaluationReport) -> dict[str, list[object]]:
+    """Convert all metrics of an evaluation to a dict of columns, one row for each metric of each slice."""
+    found = [("all", name, metric) for name, metric in report.metrics.items()]
+    found += [(part, name, metric) for part, metrics in report.slices.items() for name, metric in metrics.items()]
+    return {
+        "slice": [part for part, _, _ in found],
+        "metric": [name for _, name, _ in found],
+        **{key: [getattr(metric, key) for _, _, metric in found] for key in ("value", "low", "high")},
+    }
+
+
+def rows_by_column(report: EvaluationReport) -> dict[str, list[object]]:
+    """Convert the first rows of an evaluation to a dict of columns for MLflow's `log_table`."""
+    names = ("image_id", "prompt", "references", "caption", "neighbour", "f1", "loss", "blind_loss")
+    rows = report.scores()[:LOGGED_ROWS]
+    return {
+        name: [" / ".join(v) if isinstance(v := getattr(row, name), tuple) else v for row in rows] for name in names
+    }

@@ -1,0 +1,61 @@
+"""Verdict of an evaluation in one sentence: whether the captions beat the baselines and depend on the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from pipelines.driver.evaluate.bootstrap import Interval
+
+BASELINES = {"constant": "the best constant caption", "neighbour": "the caption of the most similar training picture"}
+JUDGED = ("cider", "word_f1")
+"""Metrics by which captions are compared with the baselines; the first metric that an evaluation has decides."""
+LABELS = {"cider": "CIDEr", "word_f1": "word F1"}
+
+
+class Comparison(NamedTuple):
+    """Comparison with one baseline: better or worse only if the baseline is outside of the model's interval."""
+
+    name: str
+    value: float
+    outcome: str
+
+
+def verdict(metrics: Mapping[str, Interval], pictures: int) -> str:
+    """Return one sentence that says how good the captions are.
+
+    Args:
+        metrics: metrics of the split, with those of the baselines.
+        pictures: number of pictures of the split.
+    """
+    count = f"{pictures:,} picture{'s' * (pictures > 1)}"
+    judged = next((name for name in JUDGED if name in metrics), None)
+    if judged is None:
+        return f"The captions of {count} were not compared with a baseline."
+    found = [
+        Comparison(text, metrics[key].value, _outcome(metrics[judged], metrics[key].value))
+        for baseline, text in BASELINES.items()
+        if (key := f"{baseline}_{judged}") in metrics
+    ]
+    by_outcome: dict[str, list[str]] = {}
+    for each in found:
+        by_outcome.setdefault(each.outcome, []).append(f"{each.name} ({each.value:.3g})")
+    compared = ", and ".join(f"{outcome} {' and '.join(names)}" for outcome, names in by_outcome.items())
+    return (
+        f"On {count}, the captions ({LABELS[judged]} {metrics[judged].value:.3g}) are {compared}{_pictures(metrics)}."
+    )
+
+
+def _outcome(metric: Interval, baseline: float) -> str:
+    if metric.low > baseline:
+        return "better than"
+    return "worse than" if metric.high < baseline else "not clearly better than"
+
+
+def _pictures(metrics: Mapping[str, Interval]) -> str:
+    """Say whether the captions depend on the pictures. A split of one picture has no blind gap."""
+    gap = metrics.get("blind_gap")
+    if gap is None:
+        return ""
+    value = f"blind gap {gap.value:.3g} nats per token"
+    return f"; the model uses its pictures ({value})" if gap.low > 0 else f"; the model ignores its pictures ({value})"

@@ -1,0 +1,99 @@
+"""Descriptions in MLflow: Markdown in sections. Each stage replaces its own sections and keeps all other text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from urllib.parse import quote, urlencode
+
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+
+from pipelines.platform import Platform
+
+NOTE = MLFLOW_RUN_NOTE
+"""Tag of a run or an experiment that MLflow shows as its description."""
+KIND = "mlflow.experimentKind"
+TRAINING_KIND = "custom_model_development"
+"""Value of the tag KIND with which MLflow shows an experiment as model training, not as development of an agent."""
+VIEW = "workflowType=machine_learning"
+"""Parameter of an address with which MLflow shows the pages of model training."""
+MAX_NOTE_CHARS = 5000
+"""Limit of the tracking server with the lowest limit of a tag."""
+
+
+STAGES = {
+    "ingest": "Ingests: one run for each ingest that changed a table. Metrics count rows. The page of each ingest "
+    "shows pictures and refused rows, and is an artifact.",
+    "caption": "Captioning jobs: one run for each job that captioned pictures. Parameters name the model version and "
+    "the table, and the table `caption/drift.json` compares the captions with the evaluation of the version.",
+}
+"""Description of each experiment that all runs share."""
+MODEL_DESCRIPTION = (
+    "Versions of a model that writes captions for pictures. The alias `champion` is the version that captions tables, "
+    "`previous` is the champion before it, and `challenger` was last submitted to the checks of `lakesight promote`. "
+    "Each version has a description with its training, its figures beside those of two baselines, and commands."
+)
+
+
+def describe_experiment(name: str) -> dict[str, str]:
+    """Return the tags of an experiment: its kind and its description.
+
+    Args:
+        name: name of a stage, or of a run.
+    """
+    training = (
+        f"Trainings of the run **{name}** (`conf/run/{name}.yml`). The name of a run says which settings differ from "
+        "that file, and its description has the command that repeats it."
+    )
+    return {KIND: TRAINING_KIND, NOTE: STAGES.get(name, training)}
+
+
+def put_sections(note: str, sections: Mapping[str, str]) -> str:
+    """Replace sections of a description, or append them. All other text is kept.
+
+    Args:
+        note: present description, or an empty text.
+        sections: Markdown by heading.
+    """
+    start = re.split(r"(?m)^### ", note)[0]
+    bodies = read_sections(note) | {heading: body.strip() for heading, body in sections.items()}
+    texts = [start.strip(), *(f"### {heading}\n\n{body}" for heading, body in bodies.items())]
+    return "\n\n".join(text for text in texts if text)[:MAX_NOTE_CHARS]
+
+
+def read_sections(note: str) -> dict[str, str]:
+    """Return the text of each section of a description, by heading."""
+    parts = (part.partition("\n") for part in re.split(r"(?m)^### ", note)[1:])
+    return {heading.strip(): body.strip() for heading, _, body in parts}
+
+
+def code_block(*commands: str) -> str:
+    """Return commands as a block of code."""
+    return "\n".join(["```", *commands, "```"])
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def run_link(platform: Platform, text: str, experiment_id: str, run_id: str, tab: str = "") -> str:
+    """Link to the page of a run. A workspace has other addresses and shows links of its own, so there is only text."""
+    return _link(platform, text, f"experiments/{experiment_id}/runs/{run_id}{tab}")
+
+
+def version_link(platform: Platform, name: str, version: str) -> str:
+    """Link to the page of a model version."""
+    return _link(platform, f"{name} version {version}", f"models/{quote(name, safe='')}/versions/{version}")
+
+
+def picture(platform: Platform, run_id: str, artifact: str) -> str:
+    """Show a picture that is an artifact of a run, or an empty text on a workspace, which shows no such pictures."""
+    if platform.kind != "local":
+        return ""
+    return f"![{artifact}](get-artifact?{urlencode({'path': artifact, 'run_uuid': run_id})})"
+
+
+def _link(platform: Platform, text: str, address: str) -> str:
+    return f"[{text}](#/{address}?{VIEW})" if platform.kind == "local" else text
