@@ -32,6 +32,8 @@ def show_progress(label: str, poll: Poll, total: int | None = None) -> AbstractC
         label: name of the step.
         poll: function that returns the current progress; a background thread calls this function repeatedly.
         total: count at which the step is complete; None to show only the elapsed time.
+
+    Without a terminal, a line is logged every LINE_EVERY seconds, also if nothing was done since the last line.
     """
     shown = partial(_bar, stream=stream) if (stream := sys.stderr).isatty() else _lines
     return in_background(partial(shown, label, poll, total), f"progress {label}")
@@ -62,24 +64,51 @@ SHOWN_METRICS = ("train/loss", "train/samples_per_second")
 
 def _bar(label: str, poll: Poll, total: int | None, stop: threading.Event, stream: TextIO) -> None:
     from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
     started = time.time()
     if stop.wait(BAR_AFTER):
         return
-    form = (
-        "{desc} {elapsed}" if total is None else "{desc} {percentage:3.0f}% |{bar:24}| {n}/{total} {elapsed}{postfix}"
-    )
-    with tqdm(desc=label, total=total, bar_format=form, leave=False, file=stream) as bar:
+    form = "{desc} {elapsed}"
+    if total is not None:
+        form = "{desc} {percentage:3.0f}% |{bar:24}| {n}/{total} {elapsed}, {remaining} left{postfix}"
+    with logging_redirect_tqdm(), tqdm(desc=label, total=total, bar_format=form, leave=False, file=stream) as bar:
         bar.start_t = started
+        bar.initial, _ = poll()  # a resumed step: the time left follows from what is done since then
         while not stop.wait(0.5):
             bar.n, text = poll()
             bar.set_postfix_str(text)
 
 
 def _lines(label: str, poll: Poll, total: int | None, stop: threading.Event) -> None:
-    shown = 0
+    started = time.monotonic()
+    initial, _ = poll()
     while not stop.wait(LINE_EVERY):
         count, text = poll()
-        if count != shown:
-            shown = count
-            log.info("%s %d/%s  %s", label, count, total, text)
+        elapsed = time.monotonic() - started
+        log.info("%s %s", label, progress_text(count, total, elapsed, initial, text))
+
+
+def progress_text(count: int, total: int | None, elapsed: float, initial: int, text: str) -> str:
+    """Describe progress in one line, for example `120/400, 0:30 elapsed, 1:10 left  train/loss 0.43`.
+
+    Args:
+        count: how much of the step is done.
+        total: count at which the step is complete, or None if the progress cannot be counted.
+        elapsed: seconds since the start.
+        initial: how much was done at the start, because the step was resumed.
+        text: status text.
+    """
+    parts = [f"{_clock(elapsed)} elapsed"]
+    if total is not None:
+        parts.insert(0, f"{count:,}/{total:,}")
+        if count > initial:
+            parts.append(f"{_clock(elapsed * max(0, total - count) / (count - initial))} left")
+    return "  ".join(part for part in (", ".join(parts), text) if part)
+
+
+def _clock(seconds: float) -> str:
+    """Format a duration as minutes:seconds, or hours:minutes:seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.evaluate import CheckpointOption, VersionOption, choose_version, evaluate_version, open_model, open_split
+from jobs.progress import show_elapsed
 from jobs.settings_of_version import require_settings_of_version
 from jobs.train import register_finished_runs
 from pipelines.errors import StageFailed
@@ -114,6 +115,7 @@ def run_promote(job: Job, which: str) -> PromotionReport:
 
 def check_gate(job: Job, version: ModelVersion, champion: ModelVersion | None) -> GateResult:
     """Evaluate the version and the champion, smoke-test the version in a fresh process, and apply the gate."""
+    from pipelines.driver.delta.tables import ensure_tables
     from pipelines.driver.evaluate.gate import apply_gate, read_trial_pictures
     from pipelines.tracking.smoke_test import smoke_test_version
 
@@ -127,5 +129,8 @@ def check_gate(job: Job, version: ModelVersion, champion: ModelVersion | None) -
         same_size = champion_model.read_config().image == model.read_config().image
         champion_shards = shards if same_size else open_split(job, champion_model)
         champion_report = evaluate_version(job, champion_model, champion_shards)
+    ensure_tables(job.spark, job.platform)
     pictures = read_trial_pictures(job.spark, shards, job.config.gate.trial_pictures)
-    return apply_gate(job.config.gate, report, champion_report, smoke_test_version(job.platform, version, pictures))
+    with show_elapsed("smoke test"):
+        trial = smoke_test_version(job.platform, version, pictures)
+    return apply_gate(job.config.gate, report, champion_report, trial)

@@ -36,10 +36,12 @@ def shard(
 
 def run_shard(job: Job, split: Split, image: ImageConfig) -> ShardReport:
     """Run the shard stage for one data split, resizing the pictures as the given image settings of a model require."""
-    from pipelines.driver.shard import shard
+    from pipelines.driver.shard import find_finished, shard
 
-    with show_elapsed(f"shard {split}"):
-        report = shard(job.spark, job.platform, job.source, job.config.data, image, split)
+    report = find_finished(job.platform, job.source, job.config.data, image, split)
+    if report is None:
+        with show_elapsed(f"shard {split}"):
+            report = shard(job.spark, job.platform, job.source, job.config.data, image, split)
     outcome = "reused" if report.reused else "written"
     job.output.line("shard", f"{report.num_rows:,} {split} rows of version {report.dataset_version}, {outcome}")
     return report

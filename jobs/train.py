@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
-from jobs.progress import poll_training, show_progress
+from jobs.progress import poll_training, show_elapsed, show_progress
 from jobs.replay import run_replay
 from jobs.shard import run_shard
 from pipelines.errors import LakesightError, UserError
@@ -138,7 +138,8 @@ def run_train(job: Job) -> TrainReport:
         detail = f"finished run reused: {run.path}" if reused else f"{result.world_size} ranks, {result.seconds:.0f} s"
         job.output.line("train", f"{result.step:,} steps, {detail}")
         job.output.line("", figures)
-        version: ModelVersion = register(run, follower.run_id, job.platform, config.train.register_)
+        with show_elapsed("register"):
+            version: ModelVersion = register(run, follower.run_id, job.platform, config.train.register_)
         run.unregistered.unlink(missing_ok=True)
     job.output.line("register", f"{version.name} version {version.version}")
     return TrainReport(

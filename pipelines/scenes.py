@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import PIL
 from PIL import Image, ImageDraw
 
 from pipelines.errors import UserError
 from vlm.config import Config
-from vlm.files import atomic_write
+from vlm.files import atomic_write, file_digest
 
 SIDE = 64
 """Width and height of a picture in pixels."""
@@ -185,13 +186,19 @@ def write_scenes(path: Path, count: int, seed: int) -> SceneSummary:
     """Write `count` rows as CSV with the columns of seemore's data: an unnamed index, b64string_images, and caption.
 
     About one row in 100 is broken on purpose, and one row in 500 repeats an earlier row. The bytes of the file depend
-    only on `count` and `seed`. A file with the same bytes is not written again, so that an ingest skips the file.
+    only on `count` and `seed`. A file with the same bytes is not written again, so that an ingest skips the file. A
+    small file beside it has its digest, so that an intact file is recognised without drawing the pictures.
 
     Raises:
         UserError: the file cannot be written.
     """
     broken = broken_rows(count)
     duplicates = int(count * DUPLICATE_SHARE)
+    summary = SceneSummary(rows=count, broken=broken, duplicates=duplicates)
+    drawn_by = f"{file_digest(Path(__file__))} {PIL.__version__} {np.__version__}"
+    mark = path.with_name(f"{path.name}.digest")
+    if path.is_file() and mark.is_file() and mark.read_text("ascii") == f"{drawn_by} {file_digest(path)}":
+        return summary
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -201,6 +208,8 @@ def write_scenes(path: Path, count: int, seed: int) -> SceneSummary:
         if not path.is_file() or path.read_bytes() != content:
             with atomic_write(path) as temporary:
                 temporary.write_bytes(content)
+        with atomic_write(mark) as temporary:
+            temporary.write_text(f"{drawn_by} {file_digest(path)}", "ascii")
     except OSError as error:
         raise UserError(
             "the generated scenes cannot be written",
@@ -208,7 +217,7 @@ def write_scenes(path: Path, count: int, seed: int) -> SceneSummary:
             got=str(error.strerror or error),
             fix="free some disk space, or choose a writable folder",
         ) from None
-    return SceneSummary(rows=count, broken=broken, duplicates=duplicates)
+    return summary
 
 
 def _rows(count: int, broken: int, duplicates: int, seed: int) -> Iterator[list[str]]:

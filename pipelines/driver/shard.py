@@ -24,8 +24,8 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pipelines.config import DataConfig, Split, short_hash
 from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.spark_errors import filter_rows, run_or_guard, translate_spark_errors
-from pipelines.driver.delta.tables import ensure_tables, table_id
-from pipelines.driver.delta.versions import read_versions
+from pipelines.driver.delta.tables import ensure_tables, open_tables, table_id
+from pipelines.driver.delta.versions import TableVersions, read_versions, read_versions_of_files
 from pipelines.errors import StageFailed, UserError
 from pipelines.executor.shard import (
     SHUFFLED,
@@ -103,10 +103,44 @@ def shard(  # noqa: PLR0917 (each argument is one part of a run, and all are req
     """
     started = time.monotonic()
     ensure_tables(spark, platform)
-    found = find_or_write(spark, platform, source_name, config, image, split)
-    if split == "train" and config.mix:
-        others = [find_or_write(spark, platform, other, config, image, split) for other in config.mix]
-        found = write_mix([found, *others], list(config.mix.values()), platform.folder("shards"))
+    parts = [
+        find_or_write(spark, platform, name, config, image, split) for name in _sources(source_name, config, split)
+    ]
+    return _report(platform, source_name, config, split, parts, started)
+
+
+def find_finished(
+    platform: Platform, source_name: str, config: DataConfig, image: ImageConfig, split: Split
+) -> ShardReport | None:
+    """Find the shards of one source and split without Spark, or return None if they are not written yet.
+
+    The arguments are those of `shard`. Tables of a catalog are not read, so there the answer is always None.
+    """
+    started = time.monotonic()
+    tables = open_tables(platform, SAMPLES)
+    if tables is None:
+        return None
+    samples, parts = tables[SAMPLES.name], []
+    for name in _sources(source_name, config, split):
+        pin = read_versions_of_files(samples, name), str(samples.metadata().id)
+        folder = platform.folder("shards") / _request(platform, name, config, image, split, pin).folder_name
+        if not (folder / MANIFEST).exists():
+            return None
+        parts.append(ShardFolder(folder, Shards.open(folder).manifest, reused=True))
+    return _report(platform, source_name, config, split, parts, started)
+
+
+def _sources(source_name: str, config: DataConfig, split: Split) -> list[str]:
+    """Return the sources whose rows the shards hold: for training, also those of the mix."""
+    return [source_name, *(config.mix if split == "train" else ())]
+
+
+def _report(  # noqa: PLR0917 (each argument is one part of a report)
+    platform: Platform, source_name: str, config: DataConfig, split: Split, parts: list[ShardFolder], started: float
+) -> ShardReport:
+    found = parts[0]
+    if len(parts) > 1:
+        found = write_mix(parts, list(config.mix.values()), platform.folder("shards"))
     manifest = found.manifest
     how = "found" if found.reused else "new"
     logger.info("%s %s: %d rows in %s (%s)", source_name, split, manifest.num_rows, found.folder, how)
@@ -162,11 +196,30 @@ def find_or_write(  # noqa: PLR0917 (as for `shard`)
     spark: SparkSession, platform: Platform, source: str, config: DataConfig, image: ImageConfig, split: Split
 ) -> ShardFolder:
     """Return the shard folder of a source and split at its last change; write the folder if it does not exist."""
-    shards = config.shards
     version = read_versions(spark, platform, source)
-    request = ShardRequest(
+    request = _request(platform, source, config, image, split, (version, table_id(spark, platform, SAMPLES)))
+    folder = platform.folder("shards") / request.folder_name
+    reused = (folder / MANIFEST).exists()
+    if not reused:
+        with translate_spark_errors("the shards could not be written", where=str(folder)):
+            seconds = TIME_FACTOR * config.limits.max_decode_seconds
+            _write_folder(_select_rows(spark, request, version.newest), folder, request, seconds)
+    return ShardFolder(folder, Shards.open(folder).manifest, reused)
+
+
+def _request(  # noqa: PLR0917 (as for `shard`)
+    platform: Platform,
+    source: str,
+    config: DataConfig,
+    image: ImageConfig,
+    split: Split,
+    pin: tuple[TableVersions, str],
+) -> ShardRequest:
+    """Return the request of a source and split. `pin` are the versions and the id of table `samples`."""
+    shards, (version, samples_id) = config.shards, pin
+    return ShardRequest(
         table=platform.table(SAMPLES.name),
-        table_id=table_id(spark, platform, SAMPLES),
+        table_id=samples_id,
         table_version=version.last_change,
         source=source,
         split=split,
@@ -178,13 +231,6 @@ def find_or_write(  # noqa: PLR0917 (as for `shard`)
         draft=shards.draft,
         text_weights=config.text_weights,
     )
-    folder = platform.folder("shards") / request.folder_name
-    reused = (folder / MANIFEST).exists()
-    if not reused:
-        with translate_spark_errors("the shards could not be written", where=str(folder)):
-            seconds = TIME_FACTOR * config.limits.max_decode_seconds
-            _write_folder(_select_rows(spark, request, version.newest), folder, request, seconds)
-    return ShardFolder(folder, Shards.open(folder).manifest, reused)
 
 
 def _select_rows(spark: SparkSession, request: ShardRequest, version: int) -> DataFrame:

@@ -16,7 +16,7 @@ from pipelines.config import DataConfig
 from pipelines.driver.delta.settings import spark_settings
 from pipelines.driver.delta.versions import commit_note, source_note
 from pipelines.driver.ingest.run import ingest
-from pipelines.driver.shard import ShardReport, shard
+from pipelines.driver.shard import ShardReport, find_finished, shard
 from pipelines.errors import StageFailed, UserError
 from pipelines.formats.shards import MANIFEST, Shards
 from pipelines.formats.tables import SAMPLES
@@ -91,6 +91,10 @@ def test_a_repeated_shard_request_finds_the_shard_folder_and_writes_nothing(
     ingest(spark, platform, source, config(path))
     again = shard(spark, platform, source, config(path, seed=1), IMAGE, "train")
     assert (first.reused, again.reused) == (False, True)
+    found = find_finished(platform, source, config(path, seed=1), IMAGE, "train")
+    assert found is not None
+    assert found.model_dump(exclude={"seconds"}) == again.model_dump(exclude={"seconds"})
+    assert find_finished(platform, source, config(path, seed=99), IMAGE, "train") is None
     assert again.folder == first.folder
     assert again.content_hash == first.content_hash
     assert {file.name: file.stat().st_mtime_ns for file in Path(again.folder).iterdir()} == changed

@@ -8,6 +8,7 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from pipelines.driver.ingest.quarantine_report import inspect_quarantine, open_q
 from pipelines.driver.ingest.replay import replay
 from pipelines.driver.ingest.report import write_report
 from pipelines.driver.ingest.run import ingest
-from pipelines.driver.ingest.sources.open import open_source
+from pipelines.driver.ingest.sources.open import open_source, open_unchanged
 from pipelines.driver.ingest.totals import TooManyRefused
 from pipelines.executor.ingest.spill import NARROW
 from pipelines.formats.tables import SAMPLES
@@ -164,7 +165,12 @@ def test_every_row_of_every_kind_of_source_is_counted(
     config = DataConfig.model_validate({"split": {"kind": "hash", "val": 0, "test": 0}} | data)
     opened = open_source(spark, platform, source, config, items_table([]))
     assert opened.rows is not None
-    assert open_source(spark, platform, source, config, opened.pending).rows is None, "unchanged"
+    again = open_source(spark, platform, source, config, opened.pending)
+    assert again.rows is None, "unchanged"
+    without_spark = open_unchanged(platform, source, config, opened.pending)
+    assert without_spark is not None
+    assert replace(without_spark, pending=again.pending) == again
+    assert open_unchanged(platform, source, config, items_table([])) is None
     with decode_rows(spark, platform, IngestRequest(source, config, opened.rows, opened.ingest_id)) as decoded:
         plan = plan_ingest(spark, platform, decoded)
         found, planned = plan.outcomes.groupBy("reason").count().collect(), plan.pictures.collect()

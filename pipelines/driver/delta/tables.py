@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
 from pyspark.sql import SparkSession
 
 from pipelines.formats import champion_captions
@@ -62,6 +63,29 @@ def ensure_table(spark: SparkSession, platform: Platform, table: Table) -> bool:
         check_table_format(DeltaTable(folder, without_files=True))
     add_columns(spark, platform, table)
     return created
+
+
+def open_tables(platform: Platform, *tables: Table) -> dict[str, DeltaTable] | None:
+    """Open tables in files by name, or return None if a table does not exist or lacks a column.
+
+    Raises:
+        UserError: a newer release of Lakesight wrote a table.
+    """
+    if platform.tables is None:
+        return None
+    opened = {}
+    for table in tables:
+        folder = platform.tables / table.name
+        if not Path(folder, "_delta_log").is_dir():
+            return None
+        try:
+            opened[table.name] = found = DeltaTable(folder)
+        except DeltaError:
+            return None
+        check_table_format(found)
+        if not {field.name for field in found.schema().fields} >= set(table.names):
+            return None
+    return opened
 
 
 def ensure_champion_captions(spark: SparkSession, platform: Platform) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from deltalake import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -26,6 +27,10 @@ MAINTENANCE_OPERATIONS = frozenset(
     }
 )
 """Delta operations whose commits change no row."""
+
+
+COMMIT = ("version", "operation", "userMetadata")
+"""Fields of a commit that tell whether the commit may have changed rows of a source."""
 
 
 class TableVersions(NamedTuple):
@@ -63,8 +68,16 @@ def read_versions(spark: SparkSession, platform: Platform, source: str, table: T
     `last_change`.
     """
     history = spark.sql(f"DESCRIBE HISTORY {platform.table(table.name)}")
-    commits = history.select("version", "operation", "userMetadata").collect()
-    commits.sort(key=lambda commit: commit["version"], reverse=True)
+    return _select_versions([row.asDict() for row in history.select(*COMMIT).collect()], source)
+
+
+def read_versions_of_files(table: DeltaTable, source: str) -> TableVersions:
+    """Read the same versions as `read_versions` from a table in files, without Spark."""
+    return _select_versions([{name: commit.get(name) for name in COMMIT} for commit in table.history()], source)
+
+
+def _select_versions(commits: list[dict[str, Any]], source: str) -> TableVersions:
+    commits.sort(key=lambda commit: int(commit["version"]), reverse=True)
     changed = (
         c["version"]
         for c in commits

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pyspark.sql import SparkSession
 
+from pipelines.driver.delta.tables import ensure_tables
 from pipelines.driver.delta.versions import rows_of_source
 from pipelines.driver.evaluate.bootstrap import Interval, metric_differences, pair_rows
 from pipelines.driver.evaluate.gallery import GROUP_ROWS, GalleryRow, ModelCaption, write_html
@@ -80,6 +81,7 @@ def compare(
         page=platform.folder("reports") / f"compare-{one.scores_hash}-{other.scores_hash}.html",
     )
     groups = _groups(pairs, names)
+    ensure_tables(spark, platform)
     samples = rows_of_source(spark, request.table, request.source)
     thumbnails = read_thumbnails(samples, [a.image_id for rows in groups.values() for a, _ in rows])
     title = f"{report.model_name}: version {names[0]} and version {names[1]} on {report.source} ({report.split})"

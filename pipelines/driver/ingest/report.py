@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pyspark.sql import Column, DataFrame, SparkSession
@@ -15,6 +16,7 @@ from pyspark.sql import functions as F
 from pipelines.driver.ingest.quarantine_report import card_of, select_examples
 from pipelines.driver.ingest.table_rows import rows_of_source
 from pipelines.driver.ingest.totals import IngestReport
+from pipelines.formats.run_folder import read_json, write_json
 from pipelines.formats.tables import QUARANTINE, SAMPLES
 from pipelines.pages.page import Card, CardText, Chart, FormattedValue, Gallery, Page, write_page
 from pipelines.pages.thumbnail import make_thumbnail
@@ -51,10 +53,15 @@ class FullReport(IngestReport):
 
 
 def write_report(spark: SparkSession, platform: Platform, report: IngestReport) -> FullReport:
-    """Compute the distributions and write the page. If the ingest added nothing, an existing page is kept."""
+    """Compute the distributions, and write the page and the distributions as files.
+
+    If the ingest added nothing, existing files are kept.
+    """
+    if report.nothing_new and (found := find_report(platform, report)):
+        return found
     samples = _of_ingest(rows_of_source(spark, platform, SAMPLES.name, report.source), report)
     figures = figures_of(samples)
-    path = platform.folder("reports") / f"ingest-{report.source}-{report.ingest_id}.html"
+    path = _page_path(platform, report)
     if not (report.nothing_new and path.exists()):
         refused = _of_ingest(rows_of_source(spark, platform, QUARANTINE.name, report.source), report)
         texts = (F.slice("texts", 1, SHOWN_TEXTS).alias("texts"), F.size("texts").alias("num_texts"))
@@ -64,7 +71,20 @@ def write_report(spark: SparkSession, platform: Platform, report: IngestReport) 
             Gallery("Refused", [card_of(row) for row in select_examples(refused, REFUSED_ROWS_PER_REASON)]),
         ]
         write_page(path, page_of(report, figures, galleries))
+    write_json(path.with_suffix(".json"), figures)
     return FullReport(**report.model_dump(), figures=figures, page=str(path))
+
+
+def find_report(platform: Platform, report: IngestReport) -> FullReport | None:
+    """Return the full report of an ingest that added nothing, from the files that an earlier ingest wrote, if any."""
+    path = _page_path(platform, report)
+    if not (path.exists() and path.with_suffix(".json").exists()):
+        return None
+    return FullReport(**report.model_dump(), figures=read_json(path.with_suffix(".json"), Figures), page=str(path))
+
+
+def _page_path(platform: Platform, report: IngestReport) -> Path:
+    return platform.folder("reports") / f"ingest-{report.source}-{report.ingest_id}.html"
 
 
 def _of_ingest(rows: DataFrame, report: IngestReport) -> DataFrame:

@@ -72,14 +72,17 @@ def range_bytes(size: int) -> int:
 
 
 def open_files(
-    name: str, listing: Listing, ingested: pa.Table, load: Callable[[list[SourceFile]], SourceRows]
+    name: str, listing: Listing, ingested: pa.Table, load: Callable[[list[SourceFile]], SourceRows] | None
 ) -> Source:
-    """Open a source of files. Files that have been ingested in their current state are not loaded."""
+    """Open a source of files. Files that have been ingested in their current state are not loaded.
+
+    Without `load`, nothing is loaded: the source only tells which files are pending.
+    """
     files = listing.files
     pending = pending_items(items_table([(file.item, file.state) for file in files]), ingested)
     items = set(pending["item"].to_pylist())
     to_read = [file for file in files if file.item in items]
-    rows = load(to_read) if to_read else None
+    rows = load(to_read) if load and to_read else None
     return Source(
         rows, _hash_files(name, files), pending, len(files) - len(to_read), passed_over=tuple(listing.passed_over)
     )

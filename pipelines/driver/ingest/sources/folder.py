@@ -7,9 +7,11 @@ other kinds. Executors open the pictures, so every executor must see the folder.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
@@ -20,11 +22,12 @@ from pipelines.config import CsvSourceConfig, DataConfig, FolderSourceConfig, sh
 from pipelines.driver.ingest.ledger import ITEMS, pending_items
 from pipelines.driver.ingest.sources import csv, jsonl
 from pipelines.driver.ingest.sources.files import SourceFile, source_folder
-from pipelines.driver.ingest.sources.lines import COMPRESSION_SUFFIXES
+from pipelines.driver.ingest.sources.lines import COMPRESSION_SUFFIXES, read_layouts, split_files
 from pipelines.driver.ingest.sources.source import Source, SourceRows, require_columns
 from pipelines.driver.ingest.sources.walk import PassedOver, file_reason, folder_reason
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.coco import coco_columns, coco_records
+from pipelines.executor.ingest.records.csv import csv_records
 from pipelines.executor.ingest.records.folder import (
     CAPTIONS,
     RECORDS,
@@ -35,11 +38,16 @@ from pipelines.executor.ingest.records.folder import (
     store_records,
     subfolder_of,
 )
+from pipelines.executor.ingest.records.jsonl import jsonl_records
+from pipelines.executor.ingest.records.lines import RANGE, line_limit
+from pipelines.executor.ingest.records.record import Read
 from pipelines.executor.ingest.storage import describe_damage, printable
 
 CAPTION_BYTES_PER_TASK = 64 * 1024
 """Number of bytes of the captions file whose pictures one task looks up, which is a few hundred captions."""
 MAX_TASKS = 10_000
+SMALL_CAPTIONS_BYTES = 8 * 2**20
+"""Largest captions file whose rows are looked up in one process, in bytes. Starting Spark takes longer than that."""
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif")
 COCO_SUFFIXES = tuple(f".json{compression}" for compression in COMPRESSION_SUFFIXES)
 
@@ -62,12 +70,9 @@ def open_folder(
     column = source.columns.image
     list_rows = partial(list_captions, read=caption_records, captions=file.path, folder=str(folder), column=column)
     rows = captions.repartition(tasks).mapInArrow(list_rows, from_arrow_schema(CAPTIONS))
-    listed = rows.select(*ITEMS.names, "picture").toArrow()
-    items = listed.select(ITEMS.names).cast(ITEMS)
-    pending = pending_items(items, ingested)
-    distinct = items.group_by(ITEMS.names).aggregate([])
-    if 0 < len(pending) < len(distinct):
-        rows = rows.join(F.broadcast(spark.createDataFrame(pending.select(["item"]))), "item", "left_semi")
+    opened = _open_listed(name, folder, file, rows.select(*ITEMS.names, "picture").toArrow(), ingested)
+    if opened.unchanged and len(opened.pending):
+        rows = rows.join(F.broadcast(spark.createDataFrame(opened.pending.select(["item"]))), "item", "left_semi")
     parse = partial(
         folder_records,
         read=caption_records,
@@ -76,11 +81,36 @@ def open_folder(
         max_bytes=config.limits.max_bytes,
         subfolder=subfolder_of(file.path, str(folder)),
     )
-    ingest_id = short_hash(name, sorted(zip(*items.to_pydict().values(), strict=True)))
+    return replace(opened, rows=SourceRows(rows, parse)) if len(opened.pending) else opened
+
+
+def open_small_folder(name: str, source: FolderSourceConfig, config: DataConfig, ingested: pa.Table) -> Source | None:
+    """Open a folder with a small captions file without Spark, to tell which rows are pending, else return None.
+
+    Raises:
+        UserError: the captions file does not exist, has an unknown format, or lacks a column.
+    """
+    folder = source_folder(config)
+    file = _captions_file(folder / source.captions)
+    if file.size > SMALL_CAPTIONS_BYTES:
+        return None
+    batches = _parse_captions(file, source, config)
+    listed = list_captions(
+        batches, read=caption_records, captions=file.path, folder=str(folder), column=source.columns.image
+    )
+    rows = pa.Table.from_batches(listed, CAPTIONS).select([*ITEMS.names, "picture"])
+    return _open_listed(name, folder, file, rows, ingested)
+
+
+def _open_listed(name: str, folder: Path, file: SourceFile, listed: pa.Table, ingested: pa.Table) -> Source:
+    """Return the source without its rows, from items (ledger.ITEMS) and pictures of the rows of the captions file."""
+    items = listed.select(ITEMS.names).cast(ITEMS)
+    pending = pending_items(items, ingested)
+    distinct = items.group_by(ITEMS.names).aggregate([])
     used = {*listed["picture"].to_pylist(), os.path.realpath(file.path)}
     return Source(
-        SourceRows(rows, parse) if len(pending) else None,
-        ingest_id,
+        None,
+        short_hash(name, sorted(zip(*items.to_pydict().values(), strict=True))),
         pending,
         len(distinct) - len(pending),
         passed_over=passed_over(os.path.realpath(folder), used),
@@ -142,21 +172,46 @@ def _captions_file(path: Path) -> SourceFile:
 
 def _load_captions(spark: SparkSession, file: SourceFile, source: FolderSourceConfig, config: DataConfig) -> DataFrame:
     """Return the records of the captions file in the schema RECORDS."""
+    match _format(file):
+        case "csv":
+            rows = csv.load_rows(spark, CsvSourceConfig(multiline=True), config, [file])
+        case "jsonl":
+            rows = jsonl.load_rows(spark, config, [file])
+        case _:
+            return spark.createDataFrame(_read_coco(file, source, config))
+    return rows.frame.mapInArrow(partial(parse_captions, read=rows.read), from_arrow_schema(RECORDS))
+
+
+def _parse_captions(file: SourceFile, source: FolderSourceConfig, config: DataConfig) -> Iterator[pa.RecordBatch]:
+    """Return the records of the captions file in the schema RECORDS, without Spark."""
+    limit = line_limit(config.limits)
+    match _format(file):
+        case "csv":
+            layouts = csv.csv_layouts(config, [file], file.path, dialect := CsvSourceConfig(multiline=True))
+            read: Read = partial(csv_records, layouts=tuple(layouts), multiline=dialect.multiline, limit=limit)
+        case "jsonl":
+            layouts = read_layouts([file], lambda _, layout: layout)
+            read = partial(jsonl_records, layouts=tuple(layouts), limit=limit)
+        case _:
+            return iter(_read_coco(file, source, config).to_batches())
+    ranges = [dict(zip(RANGE.names, row, strict=True)) for row in split_files([file], layouts, layouts, file.size)]
+    return parse_captions(iter([pa.RecordBatch.from_pylist(ranges, RANGE)]), read=read)
+
+
+def _format(file: SourceFile) -> Literal["csv", "jsonl", "coco"]:
     name = file.name.lower()
     if name.endswith(csv.SUFFIXES):
-        rows = csv.load_rows(spark, CsvSourceConfig(multiline=True), config, [file])
-    elif name.endswith(jsonl.SUFFIXES):
-        rows = jsonl.load_rows(spark, config, [file])
-    elif name.endswith(COCO_SUFFIXES):
-        return spark.createDataFrame(_read_coco(file, source, config))
-    else:
-        raise UserError(
-            "the captions file has an unknown format",
-            where=file.path,
-            got=f"a file named {file.name}",
-            fix="expected CSV (.csv, .tsv), JSON lines (.jsonl) or COCO captions (.json)",
-        )
-    return rows.frame.mapInArrow(partial(parse_captions, read=rows.read), from_arrow_schema(RECORDS))
+        return "csv"
+    if name.endswith(jsonl.SUFFIXES):
+        return "jsonl"
+    if name.endswith(COCO_SUFFIXES):
+        return "coco"
+    raise UserError(
+        "the captions file has an unknown format",
+        where=file.path,
+        got=f"a file named {file.name}",
+        fix="expected CSV (.csv, .tsv), JSON lines (.jsonl) or COCO captions (.json)",
+    )
 
 
 def _read_coco(file: SourceFile, source: FolderSourceConfig, config: DataConfig) -> pa.Table:

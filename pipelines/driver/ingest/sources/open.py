@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -18,12 +19,13 @@ from pipelines.config import (
     WebDatasetSourceConfig,
 )
 from pipelines.driver.ingest.sources import csv, jsonl, parquet, webdataset
-from pipelines.driver.ingest.sources.files import list_files, list_plain_files, open_files
-from pipelines.driver.ingest.sources.folder import open_folder
+from pipelines.driver.ingest.sources.files import Listing, SourceFile, list_files, list_plain_files, open_files
+from pipelines.driver.ingest.sources.folder import open_folder, open_small_folder
 from pipelines.driver.ingest.sources.pictures import read_named_pictures
 from pipelines.driver.ingest.sources.scenes import follow_moved_file, generate_scenes
-from pipelines.driver.ingest.sources.source import Source
-from pipelines.driver.ingest.sources.table import open_table
+from pipelines.driver.ingest.sources.source import Source, SourceRows
+from pipelines.driver.ingest.sources.table import open_ingested_table, open_table
+from pipelines.executor.ingest.storage import is_url
 from pipelines.platform import Platform
 
 
@@ -52,19 +54,60 @@ def open_source(spark: SparkSession, platform: Platform, name: str, config: Data
     return replace(opened, rows=opened.rows._replace(read=read))
 
 
+def open_unchanged(platform: Platform, name: str, config: DataConfig, ingested: pa.Table) -> Source | None:
+    """Open a source without Spark. Return None if an item is pending, or if only Spark can tell.
+
+    Args:
+        platform: location of generated input.
+        name: name of the data config.
+        config: data config of the source.
+        ingested: items that need not be read again, from `ledger.select_last_versions`.
+
+    Raises:
+        UserError: the input does not exist, has no file of this kind, or lacks a column.
+    """
+    if is_url(config.source.path):
+        return None  # a store of many files would be listed twice
+    given, config = config, generate_scenes(config, platform)
+    match config.source:
+        case TableSourceConfig() as source:
+            opened = open_ingested_table(name, source, ingested)
+        case FolderSourceConfig() as source:
+            opened = open_small_folder(name, source, config, ingested)
+        case _:
+            files = _list_source(config)
+            if config is not given:
+                ingested = follow_moved_file(ingested, files.files[0].item)
+            opened = open_files(name, files, ingested, load=None)
+    return opened if opened is not None and not len(opened.pending) else None
+
+
+def _list_source(config: DataConfig) -> Listing:
+    """List the files of a source that consists of files."""
+    match config.source:
+        case CsvSourceConfig():
+            return list_files(config, csv.SUFFIXES)
+        case JsonlSourceConfig():
+            return list_files(config, jsonl.SUFFIXES)
+        case ParquetSourceConfig():
+            return list_files(config, parquet.SUFFIXES)
+        case _:
+            return list_plain_files(config, webdataset.SUFFIXES)
+
+
 def _open_rows(spark: SparkSession, name: str, config: DataConfig, ingested: pa.Table) -> Source:
+    load: Callable[[list[SourceFile]], SourceRows]
     match config.source:
         case CsvSourceConfig() as source:
-            files, load = list_files(config, csv.SUFFIXES), partial(csv.load_rows, spark, source, config)
+            load = partial(csv.load_rows, spark, source, config)
         case JsonlSourceConfig():
-            files, load = list_files(config, jsonl.SUFFIXES), partial(jsonl.load_rows, spark, config)
+            load = partial(jsonl.load_rows, spark, config)
         case ParquetSourceConfig():
-            files, load = list_files(config, parquet.SUFFIXES), partial(parquet.load_rows, spark, config)
+            load = partial(parquet.load_rows, spark, config)
         case WebDatasetSourceConfig() as source:
-            files = list_plain_files(config, webdataset.SUFFIXES)
             load = partial(webdataset.load_rows, spark, source, config)
         case TableSourceConfig() as source:
             return open_table(spark, name, source, config, ingested)
         case FolderSourceConfig() as source:
             return open_folder(spark, name, source, config, ingested)
-    return open_files(name, files, ingested, load)
+    return open_files(name, _list_source(config), ingested, load)

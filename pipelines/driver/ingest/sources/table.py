@@ -13,6 +13,8 @@ from functools import partial
 from typing import NamedTuple
 
 import pyarrow as pa
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
 from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -74,8 +76,7 @@ def open_table(
     require_columns(config, table.frame.columns, source.where)
     frame = filter_rows(table.frame, source.filter, where="data.source.filter")
     ingest_id = short_hash(name, table.table_id, table.version)
-    states = [row["state"] for row in ingested.to_pylist() if row["item"] == table.table_id]
-    last = int(states[-1].removeprefix(VERSION)) if states else None
+    last = _last_version(ingested, table.table_id)
     if last == table.version:
         return Source(None, ingest_id, items_table([]), 1)
     changes = None
@@ -91,6 +92,27 @@ def open_table(
     read = partial(delta_records, names=used, image=source.columns.image)
     pending = items_table([(table.table_id, f"{VERSION}{table.version}")])
     return Source(SourceRows(rows, read), ingest_id, pending, 0, covered)
+
+
+def open_ingested_table(name: str, source: TableSourceConfig, ingested: pa.Table) -> Source | None:
+    """Open a table on a local disk without Spark if the last ingest read the same version, else return None."""
+    if source.table or not source.path:
+        return None
+    try:
+        table = DeltaTable(absolute_path(source.path), without_files=True)
+    except DeltaError:
+        return None
+    version = table.version() if source.version is None else source.version
+    table_id = str(table.metadata().id)
+    if _last_version(ingested, table_id) != version:
+        return None
+    return Source(None, short_hash(name, table_id, version), items_table([]), 1)
+
+
+def _last_version(ingested: pa.Table, table_id: str) -> int | None:
+    """Return the version of a table that the last ingest read, or None if it was not ingested with these settings."""
+    states = [row["state"] for row in ingested.to_pylist() if row["item"] == table_id]
+    return int(states[-1].removeprefix(VERSION)) if states else None
 
 
 # ------------------------------------------------------------------------------------------------ the table

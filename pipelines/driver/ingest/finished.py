@@ -1,0 +1,70 @@
+"""Ingests that have nothing to read: found from the ledger, the files and the Delta logs, without Spark.
+
+The answer is "finished" only if it is certain. In all other cases Spark decides: tables of a catalog, tables that do
+not exist yet or that an earlier version of Lakesight wrote, and sources that only Spark can read.
+"""
+
+from __future__ import annotations
+
+import time
+
+from pipelines.config import DataConfig
+from pipelines.driver.delta.tables import open_tables
+from pipelines.driver.delta.versions import read_versions_of_files
+from pipelines.driver.ingest.ledger import VERSION, hash_rules, select_last_versions
+from pipelines.driver.ingest.near_duplicates import NearReport
+from pipelines.driver.ingest.report import FullReport, find_report
+from pipelines.driver.ingest.sources.open import open_unchanged
+from pipelines.driver.ingest.totals import IngestReport, describe_passed_over
+from pipelines.formats.delta_files import query
+from pipelines.formats.tables import INGESTED, QUARANTINE, SAMPLES
+from pipelines.platform import Platform
+
+
+def find_finished(platform: Platform, source_name: str, config: DataConfig) -> FullReport | None:
+    """Return the report of an ingest that finds nothing new, or None if Spark has to look.
+
+    Raises:
+        UserError: the input does not exist, has no file of this kind, or lacks a column.
+    """
+    started = time.monotonic()
+    tables = open_tables(platform, SAMPLES, QUARANTINE, INGESTED)
+    if tables is None:
+        return None
+    name = "'" + source_name.replace("'", "''") + "'"
+    rules = hash_rules(config)
+    entries = query(
+        {"ledger": tables[INGESTED.name]},
+        f"SELECT item, state, rules, ingested_at FROM ledger WHERE source = {name} "  # noqa: S608 (quoted literals)
+        f"AND (rules = '{rules}' OR starts_with(state, '{VERSION}'))",
+    ).read_all()
+    source = open_unchanged(platform, source_name, config, select_last_versions(entries, rules))
+    if source is None:
+        return None
+    samples = tables[SAMPLES.name]
+    splits = query(
+        {"samples": samples},
+        f"SELECT split, COUNT(*) AS n FROM samples WHERE source = {name} GROUP BY split ORDER BY split",  # noqa: S608
+    ).read_all()
+    report = IngestReport(
+        source=source_name,
+        ingest_id=source.ingest_id,
+        items=0,
+        unchanged=source.unchanged,
+        rows_in=0,
+        new=0,
+        merged=0,
+        duplicates=0,
+        quarantined=0,
+        refused=0,
+        reasons={},
+        removed=0,
+        replaced={},
+        splits={row["split"]: row["n"] for row in splits.to_pylist()},
+        equal_pictures_across_splits=0,
+        near_duplicates=NearReport(),
+        dataset_version=read_versions_of_files(samples, source_name).last_change,
+        seconds=round(time.monotonic() - started, 3),
+        **describe_passed_over(source.passed_over),
+    )
+    return find_report(platform, report)

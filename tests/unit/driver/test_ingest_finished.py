@@ -1,0 +1,120 @@
+"""Tests of ingests that have nothing to read, which are recognised without Spark.
+
+`tests/spark/test_sources.py` compares the answers for each kind of source with those of Spark.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from deltalake import CommitProperties, write_deltalake
+from local_platforms import open_local
+
+from pipelines.config import CsvSourceConfig, DataConfig
+from pipelines.driver.delta.versions import MIGRATION_NOTE, read_versions_of_files, source_note
+from pipelines.driver.ingest.finished import find_finished
+from pipelines.driver.ingest.ledger import hash_rules, items_table
+from pipelines.driver.ingest.report import Figures
+from pipelines.driver.ingest.sources import csv
+from pipelines.driver.ingest.sources.files import list_files, open_files
+from pipelines.errors import UserError
+from pipelines.formats.delta_files import open_or_create
+from pipelines.formats.run_folder import write_json
+from pipelines.formats.tables import INGESTED, QUARANTINE, SAMPLES
+from pipelines.platform import Platform
+
+NAME = "it's"
+FIGURES = Figures(formats={"PNG": 2}, sides={}, texts={}, chars={})
+
+
+@pytest.fixture
+def platform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Platform:
+    return open_local(monkeypatch, tmp_path / "home")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> DataConfig:
+    (tmp_path / "rows.csv").write_text("image,text\nA,one\nB,two\n", encoding="utf-8")
+    return DataConfig(source=CsvSourceConfig(path=str(tmp_path)))
+
+
+def write_tables(platform: Platform, config: DataConfig) -> None:
+    """Write the tables, the page and the figures that an ingest of a source leaves."""
+    assert platform.tables
+    for table in (SAMPLES, QUARANTINE, INGESTED):
+        open_or_create(platform.tables / table.name, table)
+    opened = open_files(NAME, list_files(config, csv.SUFFIXES), items_table([]), load=None)
+    entry = {"source": NAME, "rules": hash_rules(config), "ingest_id": opened.ingest_id}
+    rows = [item | entry | {"ingested_at": datetime.now(UTC)} for item in opened.pending.to_pylist()]
+    ledger = pa.Table.from_pylist(rows, INGESTED.arrow_schema)
+    write_deltalake(platform.tables / INGESTED.name, ledger, mode="append")
+    page = platform.folder("reports") / f"ingest-{NAME}-{opened.ingest_id}.html"
+    write_json(page.with_suffix(".json"), FIGURES)
+    page.write_text("<p>", encoding="utf-8")
+
+
+def test_an_ingest_without_new_files_has_a_report_without_spark(platform: Platform, config: DataConfig) -> None:
+    write_tables(platform, config)
+    found = find_finished(platform, NAME, config)
+    assert found is not None
+    assert found.nothing_new
+    assert (found.unchanged, found.items, found.rows_in, found.dataset_version) == (1, 0, 0, 0)
+    assert found.figures == FIGURES
+
+
+def touch(platform: Platform, folder: Path) -> None:
+    os.utime(folder / "rows.csv", (1, 1))
+
+
+def add(platform: Platform, folder: Path) -> None:
+    (folder / "more.csv").write_text("image,text\nC,three\n", encoding="utf-8")
+
+
+def remove_page(platform: Platform, folder: Path) -> None:
+    next(platform.folder("reports").glob("*.html")).unlink()
+
+
+def drop_table(platform: Platform, folder: Path) -> None:
+    (platform.root / "warehouse" / "quarantine").rename(folder / "away")
+
+
+@pytest.mark.parametrize("change", [touch, add, remove_page, drop_table])
+def test_spark_decides_about_an_ingest_that_may_have_something_to_do(
+    platform: Platform, config: DataConfig, tmp_path: Path, change: object
+) -> None:
+    assert find_finished(platform, NAME, config) is None, "there are no tables"
+    write_tables(platform, config)
+    assert find_finished(platform, "other", config) is None, "another source has read these files"
+    other_rules = config.model_copy(update={"near_duplicates": not config.near_duplicates})
+    assert find_finished(platform, NAME, other_rules) is None, "these files were read with other rules"
+    assert callable(change)
+    change(platform, tmp_path)
+    assert find_finished(platform, NAME, config) is None
+
+
+def test_an_input_that_is_gone_is_refused_without_spark(platform: Platform, config: DataConfig, tmp_path: Path) -> None:
+    write_tables(platform, config)
+    (tmp_path / "rows.csv").unlink()
+    with pytest.raises(UserError):
+        find_finished(platform, NAME, config)
+
+
+def test_the_version_of_a_source_is_that_of_the_last_commit_that_may_have_changed_it(platform: Platform) -> None:
+    assert platform.tables
+    folder = platform.tables / SAMPLES.name
+    table = open_or_create(folder, SAMPLES)
+    notes = {source_note("a"): 1, source_note("b"): 1, MIGRATION_NOTE: 1, "by hand": 4, source_note("c"): 4}
+    for note, last in notes.items():
+        write_deltalake(
+            folder,
+            pa.Table.from_pylist([], SAMPLES.arrow_schema),
+            mode="append",
+            commit_properties=CommitProperties(custom_metadata={"userMetadata": note}),
+        )
+        table.update_incremental()
+        assert read_versions_of_files(table, "a") == (table.version(), last)
+    assert read_versions_of_files(table, "c") == (5, 5)
