@@ -32,6 +32,7 @@ STAGE_COMMANDS = {
     "compare": "Compare two model versions on the same rows.",
     "promote": "Make a version the champion if it passes the gate.",
     "rollback": "Make the previous champion the champion again.",
+    "endpoint": "Serve the champion at an endpoint of the workspace.",
     "caption": "Caption new and changed pictures of a table.",
     "pipeline": "Run every stage, from pictures to captions.",
     "maintain": "Compact and vacuum all tables.",

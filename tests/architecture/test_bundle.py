@@ -42,10 +42,11 @@ JOBS = dict(map(read_job, JOB_FILES))
 
 
 def tasks() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield every task with the key of its job and its own key."""
+    """Yield every task that runs on a cluster, with the key of its job and its own key."""
     for key, job in JOBS.items():
         for task in job["tasks"]:
-            yield key, task["task_key"], task
+            if "condition_task" not in task:
+                yield key, task["task_key"], task
 
 
 def strings(node: Any) -> Iterator[str]:
@@ -86,7 +87,7 @@ def test_every_task_depends_on_existing_tasks_and_runs_on_an_existing_cluster(ke
     assert len(set(names)) == len(names)
     for index, task in enumerate(job["tasks"]):
         assert {need["task_key"] for need in task.get("depends_on", [])} <= set(names[:index])
-    assert {task["job_cluster_key"] for task in job["tasks"]} == set(clusters)
+    assert {task["job_cluster_key"] for job_key, _, task in tasks() if job_key == key} == set(clusters)
 
 
 def test_every_variable_of_the_bundle_is_declared_and_used_and_has_a_value() -> None:
@@ -257,3 +258,10 @@ def test_pull_requests_run_the_test_command_and_validate_every_target() -> None:
     assert jobs["validate"]["strategy"]["matrix"]["target"] == list(BUNDLE["targets"])
     commands = [step["run"] for step in jobs["validate"]["steps"] if "run" in step]
     assert commands == ["databricks bundle validate --strict -t ${{ matrix.target }}"]
+
+
+def test_workflows_name_exact_versions_of_actions() -> None:
+    steps = [step for workflow in WORKFLOWS.values() for job in workflow["jobs"].values() for step in job["steps"]]
+    used = [step["uses"] for step in steps if "uses" in step]
+    assert used
+    assert [action for action in used if not re.fullmatch(r"[\w-]+/[\w-]+@v\d+\.\d+\.\d+", action)] == []

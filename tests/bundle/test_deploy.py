@@ -27,6 +27,7 @@ from pipelines.config import load_run
 
 ROOT = Path(__file__).parents[2]
 CLI = os.environ.get("DATABRICKS_CLI") or shutil.which("databricks")
+LAYOUT = ROOT / "dashboards" / "quality.lvdash.json"
 TARGETS = ("dev", "staging", "prod")
 ME = "1d0f-deployer"
 VARIABLES = {"catalog": "main", "service_principal": ME, "readers": "analysts", "captioners": "operators"}
@@ -126,7 +127,8 @@ def test_staging_and_prod_share_a_workspace_with_two_runs_each(deployment: Deplo
         settings = workspace.jobs[job]
         values = {entry["name"]: entry["default"] for entry in settings["parameters"]} | {"run": run}
         for task in settings["tasks"]:
-            check_command(task["python_wheel_task"]["parameters"], values)
+            if "python_wheel_task" in task:
+                check_command(task["python_wheel_task"]["parameters"], values)
 
 
 def check_command(parameters: list[str], values: dict[str, str]) -> None:
@@ -158,6 +160,25 @@ def test_the_job_for_ai_runtime_deploys_after_it_is_included(deployment: Deploym
     for task in job["tasks"]:
         if "python_wheel_task" in task:
             check_command(task["python_wheel_task"]["parameters"], {"run": "demo"})
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_dashboard_deploys_after_it_is_included_and_reads_the_schema_of_the_target(
+    deployment: Deployment, target: str
+) -> None:
+    shutil.copytree(ROOT / "dashboards", deployment.folder / "dashboards")
+    deployment.edit(lambda settings: settings["include"].append("dashboards/quality.yml"))
+    deployment.variables["warehouse"] = "abc123"
+    deployment.expect("validate --strict", target, "Validation OK!")
+    deployment.expect("deploy", target, "created")
+    (dashboard,) = deployment.workspace.dashboards.values()
+    schema = deployment.workspace.schemas[f"main.{dashboard['dataset_schema']}"]
+    assert (dashboard["warehouse_id"], dashboard["dataset_catalog"]) == ("abc123", schema["catalog_name"])
+    deployed, written = (
+        json.loads(text)["datasets"] for text in (dashboard["serialized_dashboard"], LAYOUT.read_text())
+    )
+    assert deployed == written
+    deployment.expect("plan", target, "0 to add, 0 to change, 0 to delete")
 
 
 def test_a_deployment_with_another_catalog_deletes_nothing(deployment: Deployment) -> None:

@@ -30,11 +30,13 @@ def _problems(settings: dict[str, Any], workspace: Workspace) -> Iterator[str]:
         if "ai_runtime_task" in task:
             yield from _ai_runtime_problems(task, settings, workspace)
             continue
-        if task["job_cluster_key"] not in clusters:
-            yield f"Job cluster {task['job_cluster_key']} is not defined."
         for need in task.get("depends_on", []):
             if need["task_key"] not in keys:
                 yield f"Task {task['task_key']} depends on {need['task_key']}, which does not exist."
+        if "condition_task" in task:
+            continue
+        if task["job_cluster_key"] not in clusters:
+            yield f"Job cluster {task['job_cluster_key']} is not defined."
         for library in task["libraries"]:
             if library["whl"].removeprefix("/Workspace") not in workspace.nodes:
                 yield f"Library {library['whl']} does not exist."

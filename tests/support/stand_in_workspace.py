@@ -7,7 +7,6 @@ that the stand-in does not know is answered with 501, so a test fails instead of
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -21,41 +20,22 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from stand_in_jobs import job_problem
+from stand_in_services import Json, Refused, Services, exists, missing, node
 
-Json = dict[str, Any]
 POLL_SECONDS = 0.02
 """Interval at which the server looks whether it has to end, in seconds. The default of 0.5 s delays each test."""
 PRIVILEGES = {"USE_SCHEMA", "SELECT", "MODIFY", "CREATE_TABLE", "READ_VOLUME", "WRITE_VOLUME", "EXECUTE"}
 LEVELS = {
     "jobs": {"IS_OWNER", "CAN_MANAGE", "CAN_MANAGE_RUN", "CAN_VIEW"},
     "experiments": {"CAN_MANAGE", "CAN_EDIT", "CAN_READ"},
+    "dashboards": {"CAN_MANAGE", "CAN_EDIT", "CAN_RUN", "CAN_READ"},
     "directories": {"CAN_MANAGE", "CAN_EDIT", "CAN_RUN", "CAN_READ"},
 }
 PRINCIPAL_KEYS = ("user_name", "group_name", "service_principal_name")
 
 
-class Refused(Exception):
-    """Answer with an error."""
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        self.status, self.code, self.message = status, code, message
-
-
-def missing(message: str) -> Refused:
-    return Refused(404, "RESOURCE_DOES_NOT_EXIST", message)
-
-
-def exists(message: str) -> Refused:
-    return Refused(409, "RESOURCE_ALREADY_EXISTS", message)
-
-
-def node(path: str) -> str:
-    """Return the path of a workspace node without the optional prefix /Workspace."""
-    return "/" + path.removeprefix("/").removeprefix("Workspace/").strip("/")
-
-
 @dataclass
-class Workspace:
+class Workspace(Services):
     """Content of the workspace. A test sets what exists before the deployment, and reads what exists after it.
 
     `user` is the application id of the service principal that sends all requests.
@@ -69,8 +49,6 @@ class Workspace:
         default_factory=lambda: {"18.x-cpu-ml-scala2.13", "18.x-gpu-ml-scala2.13", "17.3.x-cpu-ml-scala2.13"}
     )
     node_types: set[str] = field(default_factory=lambda: {"g5.4xlarge", "m6gd.2xlarge"})
-    nodes: dict[str, bytes | None] = field(default_factory=dict)
-    """Files (bytes) and folders (None) by path."""
     schemas: dict[str, Json] = field(default_factory=dict)
     volumes: dict[str, Json] = field(default_factory=dict)
     experiments: dict[str, Json] = field(default_factory=dict)
@@ -83,7 +61,6 @@ class Workspace:
     """Calls that are refused with 403, such as `experiments/create`."""
 
     def __post_init__(self) -> None:
-        self._ids = itertools.count(1001)
         self._node_ids: dict[str, int] = {}
         self.nodes |= {"/": None, "/Shared": None, "/Users": None, f"/Users/{self.user}": None}
 
@@ -107,11 +84,6 @@ class Workspace:
         raise Refused(501, "NOT_IMPLEMENTED", f"the stand-in does not know {method} {path}")
 
     # -------------------------------------------------------------------------------------------- folders and files
-
-    def require_parent(self, path: str) -> None:
-        parent = str(PurePosixPath(path).parent)
-        if parent not in self.nodes:
-            raise missing(f"The parent folder ({parent}) does not exist.")
 
     def write(self, path: str, content: bytes, query: Json) -> Json:
         self.require_parent(path)
@@ -325,6 +297,12 @@ CALLS: dict[str, Callable[..., Any]] = {
     r"GET /api/2\.0/mlflow/experiments/get(?:-by-name)?": Workspace.read_experiment,
     r"POST /api/2\.0/mlflow/experiments/search": lambda w, _: {"experiments": list(w.experiments.values())},
     r"POST /api/2\.0/mlflow/unity-catalog/registered-models/create": Workspace.create_model,
+    r"GET /api/2\.0/serving-endpoints/([\w-]+)": _item("Endpoint", "endpoints"),
+    r"POST /api/2\.0/serving-endpoints": Workspace.create_endpoint,
+    r"PUT /api/2\.0/serving-endpoints/([\w-]+)/config": Workspace.configure_endpoint,
+    r"POST /api/2\.0/lakeview/dashboards": Workspace.create_dashboard,
+    r"GET /api/2\.0/lakeview/dashboards/(\d+)": Workspace.read_dashboard,
+    r"(?:POST|GET) /api/2\.0/lakeview/dashboards/(\d+)/published": lambda w, number, _: w.read_dashboard(number, {}),
     r"POST /api/2\.2/jobs/create": Workspace.create_job,
     r"POST /api/2\.2/jobs/reset": Workspace.reset_job,
     r"GET /api/2\.2/jobs/get": Workspace.read_job,

@@ -1,0 +1,51 @@
+"""The serving endpoint serves the champion: created once, updated for another champion, and else left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from databricks.sdk import WorkspaceClient
+from databricks.sdk.errors import NotFound
+from stand_in_workspace import Workspace, serve
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from jobs.endpoint import serve_version
+
+MODEL = "main.vision.demo"
+
+
+@pytest.fixture
+def workspace() -> Workspace:
+    return Workspace(user="somebody", versions={(MODEL, "1"), (MODEL, "2")})
+
+
+@pytest.fixture
+def client(workspace: Workspace) -> Iterator[WorkspaceClient]:
+    with serve(workspace) as url:
+        yield WorkspaceClient(host=url, token="stand-in")
+
+
+def test_an_endpoint_is_created_then_left_alone_and_updated_for_another_champion(
+    workspace: Workspace, client: WorkspaceClient
+) -> None:
+    changes = [serve_version(client, "captions", MODEL, version) for version in ("1", "1", "2")]
+    assert changes == [True, False, True]
+    (served,) = workspace.endpoints["captions"]["config"]["served_entities"]
+    assert (served["entity_name"], served["entity_version"]) == (MODEL, "2")
+    assert served["scale_to_zero_enabled"] is True
+
+
+def test_a_version_that_does_not_exist_is_refused(client: WorkspaceClient) -> None:
+    with pytest.raises(NotFound, match="Version 3"):
+        serve_version(client, "captions", MODEL, "3")
+
+
+def test_a_laptop_has_no_endpoints_and_names_the_command_that_serves_there(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path_factory.mktemp("home")))
+    done = CliRunner().invoke(app, ["endpoint"])
+    assert done.exit_code != 0
+    assert "lakesight serve --run demo" in str(done.exception)
