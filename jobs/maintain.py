@@ -1,4 +1,4 @@
-"""`lakesight maintain`: compact and vacuum all tables. No row changes."""
+"""`lakesight maintain`: compact and vacuum all tables, or remove old folders. No row changes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from jobs.common import JsonOption, PlatformOption, RunOption, SetOption, open_job
+from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.progress import show_elapsed
+from pipelines.errors import UserError
 
 
 def maintain(
@@ -16,21 +17,36 @@ def maintain(
         int,
         typer.Option("--retain-hours", help="Keep files of table versions of the last N hours.", metavar="N"),
     ] = 168,
+    keep: Annotated[
+        int | None,
+        typer.Option("--keep", help="List all but the N newest folders of runs, shards and reports.", metavar="N"),
+    ] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the folders that --keep lists.")] = False,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compact and vacuum all tables.
+    """Compact and vacuum all tables, or remove old folders.
 
     The command merges small files of the Delta tables and removes files that no reader needs. The command changes no
     rows. Existing shards stay valid, and other commands may run at the same time.
 
+    With --keep, the command leaves the tables alone and lists old folders of runs, checkpoints, shards and reports.
+    With --remove it also removes them. It spares what a registered version or a newer folder needs.
+
     \b
-    Example:
+    Examples:
       lakesight maintain --retain-hours 336
+      lakesight maintain --keep 3
+      lakesight maintain --keep 3 --remove
     """
+    if remove and keep is None:
+        raise UserError("--remove needs --keep", fix="--keep N says how many folders of each kind stay")
     with open_job(run, platform, overrides, as_json) as job:
+        if keep is not None:
+            _clean_up(job, keep, remove=remove)
+            return
         from pipelines.driver.delta.maintain import maintain as maintain_tables
 
         with show_elapsed("maintain"):
@@ -43,3 +59,19 @@ def maintain(
                 merged = f"{table.rewritten:,} files merged into {table.written:,}"
                 job.output.line("", f"{merged}; {table.removed:,} removed")
         job.output.report(report)
+
+
+def _clean_up(job: Job, keep: int, *, remove: bool) -> None:
+    """List old folders, and remove them if `remove` is True."""
+    from pipelines.driver.old_folders import find_old_folders, remove_folders
+    from pipelines.tracking.download import needed_checkpoints
+
+    old = find_old_folders(job.platform, keep, needed_checkpoints(job.platform))
+    for folder in old:
+        job.output.line(folder.kind, f"{folder.path}, {folder.bytes / 2**20:,.1f} MB")
+    total = sum(folder.bytes for folder in old)
+    if remove:
+        remove_folders(old)
+    what = "removed" if remove else "to remove with --remove"
+    job.output.line("maintain", f"{len(old):,} folders, {total / 2**20:,.1f} MB {what}")
+    job.output.report({"folders": old, "bytes": total, "removed": remove})

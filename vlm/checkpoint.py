@@ -20,11 +20,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlm import text
@@ -55,6 +56,11 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor], config: ModelConfi
     """Write the same files as `save_model`, from a dict of tensors in which tied weights appear once."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(weights), folder / WEIGHTS, {FORMAT_KEY: str(FORMAT)})
+    save_config(folder, config, tokenizer)
+
+
+def save_config(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Write the config and the tokenizer of a model into a folder."""
     (folder / CONFIG).write_text(config.model_dump_json(indent=2), encoding="utf-8")
     text.save(tokenizer, folder / TOKENIZER)
 
@@ -162,15 +168,39 @@ def load_weights(model: VisionLanguageModel, path: Path) -> None:
         CheckpointError: the file cannot be read, or a tensor is missing, is unexpected or has the wrong shape; the
             message lists all tensors with such a problem.
     """
-    _check_pooling(path, check_format(path), model.config)
-    fill_tensors(model_weights(model), path)
+    fill_weights(model.config, model_weights(model), path)
 
 
-def fill_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copy the tensors of a safetensors file into existing tensors of the same names and shapes.
+def fill_weights(config: ModelConfig, weights: Mapping[str, Tensor | TensorRows], path: Path) -> None:
+    """Copy the weights file of a model with this config into existing tensors, as `fill_tensors` does.
+
+    Raises:
+        CheckpointError: as in `load_weights`.
+    """
+    _check_pooling(path, check_format(path), config)
+    fill_tensors(weights, path)
+
+
+class TensorRows(NamedTuple):
+    """Consecutive rows (indices of the first dimension) of a tensor that is sharded over ranks.
+
+    Attributes:
+        rows: the rows of this rank, which may be none.
+        shape: shape of the whole tensor.
+        first: index of the first row of `rows`.
+    """
+
+    rows: Tensor
+    shape: torch.Size
+    first: int
+
+
+def fill_tensors(tensors: Mapping[str, Tensor | TensorRows], path: Path) -> None:
+    """Copy the tensors of a safetensors file into existing tensors of the same names and shapes, one by one.
 
     Args:
-        tensors: dict of tensors by name; the values of these tensors are overwritten in place.
+        tensors: dict of tensors by name; the values of these tensors are overwritten in place. Of a sharded tensor,
+            only its rows are read from the file.
         path: path of the safetensors file.
 
     Raises:
@@ -196,10 +226,13 @@ def fill_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
             got="; ".join(problems),
             fix="use the config that was saved with the weights",
         )
-    loaded = load_file(path)
-    with torch.no_grad():
+    with torch.no_grad(), safe_open(path, framework="pt") as file:
         for name, tensor in tensors.items():
-            tensor.copy_(loaded[name])
+            if isinstance(tensor, TensorRows):
+                if len(tensor.rows):
+                    tensor.rows.copy_(file.get_slice(name)[tensor.first : tensor.first + len(tensor.rows)])
+            else:
+                tensor.copy_(file.get_tensor(name))
 
 
 class ManifestEntry(Config):

@@ -50,7 +50,14 @@ _ACTIVATIONS: dict[Activation, ActivationFunction] = {
 
 def build_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
     """Build a model with random weights from torch's global random generator, which the caller seeds first."""
-    model = VisionLanguageModel(
+    model = construct_model(config, vocab_size)
+    initialize_weights(model)
+    return model
+
+
+def construct_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
+    """Construct the modules of a model. `initialize_weights` must initialize the weights afterwards."""
+    return VisionLanguageModel(
         config,
         _encoder(config),
         _projector(config.projector, config.vision.transformer.width, config.decoder.transformer.width),
@@ -58,8 +65,6 @@ def build_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
         _decoder(config, vocab_size),
         prefix_lm=config.mask.kind == "prefix",
     )
-    initialize_weights(model)
-    return model
 
 
 def initialize_weights(model: VisionLanguageModel) -> None:
@@ -73,8 +78,8 @@ def initialize_weights(model: VisionLanguageModel) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | GroupedLinear):
-            row = module.weight[0, 0] if isinstance(module, GroupedLinear) else module.weight[0]
-            nn.init.normal_(module.weight, std=row.numel() ** -0.5)
+            fan_in = module.weight.shape[2 if isinstance(module, GroupedLinear) else 1 :].numel()
+            nn.init.normal_(module.weight, std=fan_in**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):

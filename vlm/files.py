@@ -1,4 +1,5 @@
-"""Functions that write a file atomically, hash the content of a file, and read the step of a training checkpoint."""
+"""Functions that write a file atomically, hash the content of a file, join slices of safetensors files, and read the
+step of a training checkpoint."""
 
 from __future__ import annotations
 
@@ -6,9 +7,10 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 TRAINING_STEP = "training.json"
 """Name of the file of a training checkpoint that holds the number of the next step."""
@@ -56,3 +58,71 @@ def read_training_step(folder: Path) -> int:
         OSError, ValueError, KeyError: the file is missing or not valid.
     """
     return int(json.loads((folder / TRAINING_STEP).read_text(encoding="utf-8"))["step"])
+
+
+def write_training_step(folder: Path, step: int) -> None:
+    """Write the number of the next step into the folder of a training checkpoint."""
+    (folder / TRAINING_STEP).write_text(json.dumps({"step": step}), encoding="utf-8")
+
+
+COPY_BYTES = 16 * 2**20
+"""Bytes that `join_rows` holds in memory at once."""
+
+
+def join_rows(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file from files that each hold some rows (indices of the first dimension) of its tensors.
+
+    The rows of a tensor are concatenated in the order of the files. A file may lack a tensor. The file is written from
+    start to end and the tensors are never read as a whole, so the memory does not grow with the size of the files.
+
+    Args:
+        parts: safetensors files. The first file holds rows of every tensor.
+        path: file to write.
+        metadata: metadata of the file.
+
+    Raises:
+        OSError, ValueError: a file cannot be read, or the file cannot be written.
+    """
+    with ExitStack() as stack:
+        files = [stack.enter_context(part.open("rb")) for part in parts]
+        headers = [_read_header(file) for file in files]
+        starts = [file.tell() for file in files]
+        joined: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        end = 0
+        for name, entry in headers[0].items():
+            entries = [header[name] for header in headers if name in header]
+            begin, end = end, end + sum(last - first for first, last in (each["data_offsets"] for each in entries))
+            # A scalar has no rows, so only the first file holds it.
+            rows = [sum(each["shape"][0] for each in entries)] if entry["shape"] else []
+            shape = [*rows, *entry["shape"][1:]]
+            joined[name] = {"dtype": entry["dtype"], "shape": shape, "data_offsets": [begin, end]}
+        out = stack.enter_context(path.open("wb"))
+        _write_header(out, joined)
+        for name in headers[0]:
+            for file, header, start in zip(files, headers, starts, strict=True):
+                if name in header:
+                    first, last = header[name]["data_offsets"]
+                    file.seek(start + first)
+                    _copy_bytes(file, out, last - first)
+
+
+def _read_header(file: BinaryIO) -> dict[str, Any]:
+    """Read the header of a safetensors file without its metadata. The tensors begin at the position after the call."""
+    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
+
+
+def _write_header(file: BinaryIO, header: Mapping[str, Any]) -> None:
+    data = json.dumps(header, separators=(",", ":")).encode()
+    data += b" " * (-len(data) % 8)  # so that the tensors are aligned
+    file.write(len(data).to_bytes(8, "little") + data)
+
+
+def _copy_bytes(source: BinaryIO, target: BinaryIO, count: int) -> None:
+    while count:
+        data = source.read(min(count, COPY_BYTES))
+        if not data:
+            raise ValueError(f"{source.name} is truncated")
+        target.write(data)
+        count -= len(data)

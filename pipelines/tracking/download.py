@@ -1,4 +1,4 @@
-"""Download of registered model versions into the home folder."""
+"""Download of registered model versions into the home folder, and the checkpoints in the home that versions need."""
 
 from __future__ import annotations
 
@@ -6,15 +6,24 @@ import logging
 import shutil
 import tempfile
 import uuid
+from collections.abc import Callable, Collection
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion as MlflowVersion
+from mlflow.exceptions import MlflowException
+
 from pipelines.config import short_hash
 from pipelines.formats.model_copy import ModelCopy, check_copy, record_copy
+from pipelines.formats.run_folder import Result, RunFolder, read_json
 from pipelines.platform import Platform
 from pipelines.tracking.logged_model import MODEL_FILES
-from pipelines.tracking.registry import ModelVersion, download_files, label
+from pipelines.tracking.registry import CHECKPOINT_TAG, TAG_PREFIX, ModelVersion, download_files, label, list_versions
+from pipelines.tracking.runs import logged_ids
+from pipelines.tracking.server import REQUEST_ERRORS, connect, unusable
 from pipelines.tracking.version_files import ARTIFACTS, DIGEST_TAG, check_all_files, check_model_files
 
 logger = logging.getLogger(__name__)
@@ -83,3 +92,43 @@ def _fetch(platform: Platform, version: ModelVersion, target: Path) -> ModelCopy
         for old in target.parent.glob(".*.old"):
             shutil.rmtree(old, ignore_errors=True)
     return copy
+
+
+def needed_checkpoints(platform: Platform) -> Callable[[RunFolder], Collection[str] | None]:
+    """Return a function that names the checkpoints of a run from which versions were registered.
+
+    The function returns None for a run that was logged to another tracking server, whose versions are not known here.
+
+    Raises:
+        UserError: the tracking server refuses.
+        TrackingDown: the tracking server does not answer.
+    """
+    client = connect(platform)
+
+    @cache
+    def versions(name: str) -> list[MlflowVersion]:
+        return list_versions(client, name)
+
+    def needs(run: RunFolder) -> Collection[str] | None:
+        ids = logged_ids(run)
+        try:
+            if not all(_knows(client, run_id) for run_id in ids):
+                return None
+            registered = versions(platform.model_name(run.read_run().config.name))
+        except REQUEST_ERRORS as error:
+            raise unusable(platform, error) from None
+        tags = [version.tags for version in registered if version.run_id in ids]
+        last = Path(read_json(run.result, Result).checkpoint).name if run.result.exists() else ""
+        return {found.get(f"{TAG_PREFIX}{CHECKPOINT_TAG}", last) for found in tags}
+
+    return needs
+
+
+def _knows(client: MlflowClient, run_id: str) -> bool:
+    try:
+        client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+    return True

@@ -85,7 +85,7 @@ def register(run: RunFolder, run_id: str, platform: Platform, which: Register = 
     with _registry_errors(platform, f"model {name}"):
         _create_model(client, name)
         checkpoint = _find_checkpoint(run, result, which)
-        for version in _versions(client, name):
+        for version in list_versions(client, name):
             registered = version.tags.get(f"{TAG_PREFIX}{CHECKPOINT_TAG}", Path(result.checkpoint).name)
             if (version.run_id, registered) == (run_id, checkpoint.name):
                 return _read_version(client, name, version.version)
@@ -186,7 +186,7 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
     client = connect(platform)
     with _registry_errors(platform, f"model {name}"):
         aliases = _read_aliases(platform, client, name)
-        numbers = [str(version.version) for version in _versions(client, name)]
+        numbers = [str(version.version) for version in list_versions(client, name)]
         number = numbers[-1] if which == "latest" and numbers else aliases.get(which, which)
         if number not in numbers:
             listed = ", ".join(f"{alias} (= {version})" for alias, version in sorted(aliases.items())) or "none"
@@ -354,7 +354,7 @@ def _create_model(client: MlflowClient, name: str) -> None:
             raise
 
 
-def _versions(client: MlflowClient, name: str) -> list[MlflowVersion]:
+def list_versions(client: MlflowClient, name: str) -> list[MlflowVersion]:
     """List all versions of a model, oldest first. The aliases are missing (Unity Catalog's search omits aliases)."""
     found: list[MlflowVersion] = []
     token: str | None = None

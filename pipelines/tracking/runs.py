@@ -314,7 +314,7 @@ def _logged_sample_steps(client: MlflowClient, run_id: str) -> set[int]:
 
 
 def _open_run(client: MlflowClient, run: RunFolder, config: RunConfig, platform: Platform) -> str:
-    known = _known_run_ids(run)
+    known = logged_ids(run)
     try:
         tracked = _tracked_run(client, known)
         if tracked is None:
@@ -334,7 +334,7 @@ def _open_run(client: MlflowClient, run: RunFolder, config: RunConfig, platform:
     return run_id
 
 
-def _known_run_ids(run: RunFolder) -> list[str]:
+def logged_ids(run: RunFolder) -> list[str]:
     """Return the ids of the MLflow runs to which a run folder was logged on any server, the last one first."""
     if not run.tracking.exists():
         return []

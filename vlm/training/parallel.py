@@ -13,12 +13,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-
-from vlm.layers.block import iterate_blocks
 
 Parallel = Literal["ddp", "fsdp"]
 
@@ -26,20 +23,6 @@ Parallel = Literal["ddp", "fsdp"]
 def world_size() -> int:
     """Return the number of ranks in the process group, or 1 without a process group."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def shard_parameters(model: nn.Module) -> None:
-    """Shard every parameter over the ranks with FSDP, in place. With a single rank, the model does not change.
-
-    After sharding, all ranks must call the model together, and only through `forward`. Other methods of the model would
-    see the shards instead of the whole parameters.
-    """
-    if world_size() == 1:
-        return
-    mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
-    for block in iterate_blocks(model):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
 
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
@@ -82,13 +65,6 @@ def gradient_sync(model: nn.Module, *, enabled: bool) -> Iterator[None]:
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a sharded tensor on all ranks, which must call this function together. Return a plain tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Shard a tensor in the same way as another tensor of the same shape. Every rank holds the whole input tensor."""
-    if not isinstance(other, DTensor) or tensor.shape != other.shape:
-        return tensor
-    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
 def global_sum(values: Tensor) -> Tensor:

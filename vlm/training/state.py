@@ -8,19 +8,20 @@ A checkpoint is written from a snapshot of its tensors, so that training can con
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vlm.checkpoint import TensorRows
 from vlm.errors import CheckpointError
-from vlm.files import TRAINING_STEP, read_training_step
-from vlm.training.parallel import full_tensor, shard_like
+from vlm.files import read_training_step, write_training_step
+from vlm.training.sharded import rows_of, shard_rows, written_tensors
 
 STATE = "training.safetensors"
 
@@ -28,6 +29,8 @@ STATE = "training.safetensors"
 @dataclass(frozen=True)
 class TrainingSnapshot:
     """Copy of the training state in host memory. Later training steps do not change the copy.
+
+    If the model is sharded, the snapshot of a rank holds the part of each tensor that `written_tensors` describes.
 
     Attributes:
         weights: weights of the whole model or of its adapter, by name.
@@ -43,8 +46,7 @@ class TrainingSnapshot:
 def snapshot_training(
     weights: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, step: int
 ) -> TrainingSnapshot:
-    """Copy the weights and the optimizer state to host memory. If the model is sharded, all ranks must call this
-    function.
+    """Copy the weights and the optimizer state, or the parts of them that this rank writes, to host memory.
 
     Args:
         weights: weights to copy, by name, such as the result of `model_weights(model)` for the whole model.
@@ -58,7 +60,7 @@ def snapshot_training(
 def save_state(folder: Path, snapshot: TrainingSnapshot) -> None:
     """Write the optimizer state and the number of the next step into a folder."""
     save_file(snapshot.state, folder / STATE)
-    (folder / TRAINING_STEP).write_text(json.dumps({"step": snapshot.step}), encoding="utf-8")
+    write_training_step(folder, snapshot.step)
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -67,9 +69,17 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     Raises:
         CheckpointError: the training state cannot be read.
     """
+    names = {parameter: name for name, parameter in _parameters(model).items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    packed = optimizer.state_dict()
     try:
-        state = load_file(folder / STATE)
         step = read_training_step(folder)
+        with safe_open(folder / STATE, framework="pt") as file:
+            keys = _keys_by_parameter(file.keys())
+            packed["state"] = {
+                index: {key: _read_state(file, f"{names[p]}:{key}", p) for key in keys.get(names[p], ())}
+                for index, p in enumerate(parameters)
+            }
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(
             "the training state cannot be read",
@@ -77,15 +87,27 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
             got=f"{type(error).__name__}: {error}",
             fix="remove this folder to continue from an earlier checkpoint",
         ) from None
-    names = {parameter: name for name, parameter in _parameters(model).items()}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    packed = optimizer.state_dict()
-    packed["state"] = {
-        index: {key: shard_like(value, p) for key, value in _strip_prefix(f"{names[p]}:", state).items()}
-        for index, p in enumerate(parameters)
-    }
     optimizer.load_state_dict(packed)  # load_state_dict also moves each tensor to its parameter's device
     return step
+
+
+def _keys_by_parameter(names: Iterable[str]) -> dict[str, list[str]]:
+    keys: dict[str, list[str]] = {}
+    for name in names:
+        parameter, _, key = name.rpartition(":")
+        keys.setdefault(parameter, []).append(key)
+    return keys
+
+
+def _read_state(file: Any, name: str, parameter: nn.Parameter) -> Tensor:
+    """Read a tensor of the optimizer state from an open safetensors file.
+
+    If the parameter is sharded and the tensor has its shape, read only the rows of this rank."""
+    part, stored = rows_of(parameter.detach()), file.get_slice(name)
+    if not isinstance(part, TensorRows) or tuple(stored.get_shape()) != tuple(part.shape):
+        return file.get_tensor(name)
+    rows = stored[part.first : part.first + len(part.rows)] if len(part.rows) else torch.empty_like(part.rows)
+    return shard_rows(rows.to(part.rows.device, copy=True), parameter)
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -99,11 +121,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def _copy_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: full_tensor(tensor.detach()).to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-
-
-def _strip_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in written_tensors(tensors).items()}
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:

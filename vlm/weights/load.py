@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from vlm.config import Config, ModelConfig
 from vlm.errors import CheckpointError
 from vlm.factory import build_model, initialize_weights
+from vlm.layers.meta import EmptyOnMeta
 from vlm.model import VisionLanguageModel
 from vlm.weights.family import Family, Part
 from vlm.weights.files import WeightFiles, read_settings
@@ -208,30 +208,6 @@ def _check_ties(source: Source) -> None:
 # ------------------------------------------------------------------------------------------------ meta device
 
 
-RANDOM_INIT = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_)
-
-
-class _EmptyOnMeta(TorchFunctionMode):
-    """Context in which `torch.empty` returns meta tensors, which take no memory.
-
-    Layers create their weights with `torch.empty`, so the weights are meta tensors. Tables that layers compute in their
-    constructors are real tensors. Random initialisation of meta tensors is skipped, because torch would first load its
-    compiler, which takes 150 MB and several seconds.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.empty:
-            kwargs["device"] = "meta"
-        if func in RANDOM_INIT:
-            tensor: Tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
-            if tensor.is_meta:
-                return tensor
-        return func(*args, **kwargs)
-
-
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Seed torch's random generator at the start of a `with` block, and restore the generator's state at the end."""
@@ -241,7 +217,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _build_on_meta(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
-    with _seeded(0), _EmptyOnMeta():
+    with _seeded(0), EmptyOnMeta():
         return build_model(config, vocab_size)
 
 
@@ -253,7 +229,7 @@ def _initialize_fresh(model: VisionLanguageModel, filled: set[str], seed: int) -
     with _seeded(seed):
         for module in sorted({name.rpartition(".")[0] for name in allocated}):
             model.get_submodule(module).reset_parameters()  # type: ignore[operator]  # all such layers have this method
-        with _EmptyOnMeta():
+        with EmptyOnMeta():
             initialize_weights(model)
     return list(fresh)
 

@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import pyarrow as pa
@@ -185,8 +185,7 @@ def _decode_sample(file: str, fields: Fields, rules: DecodeRules) -> dict[str, A
     if limits.max_texts is not None and distinct > limits.max_texts:
         raise Refused("decode", "too_many_texts", f"{distinct} texts; at most {limits.max_texts} are allowed")
     image = _image_bytes(encoded, columns.image, limits.max_bytes)
-    pixels, info = _open_image(image, limits)
-    sha256 = _sha256(image)
+    info, sha256, found = _decode_picture(_SameBytes(image), limits, near_duplicates=rules.near_duplicates)
     return {
         "image_id": f"{rules.source}/{given_id or sha256[:24]}",
         "sha256": sha256,
@@ -196,8 +195,33 @@ def _decode_sample(file: str, fields: Fields, rules: DecodeRules) -> dict[str, A
         "height": info.height,
         "texts": texts,
         "split": assign_split(file, fields, sha256, rules.split),
-        "fingerprint": fingerprint(pixels) if rules.near_duplicates else None,
+        "fingerprint": found,
     }
+
+
+class _SameBytes:
+    """Key of a cache that is equal only for the same bytes object. A comparison reads none of the bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _SameBytes) and self.data is other.data
+
+    def __hash__(self) -> int:
+        return id(self.data)
+
+
+@lru_cache(maxsize=1)
+def _decode_picture(
+    image: _SameBytes, limits: LimitsConfig, *, near_duplicates: bool
+) -> tuple[ImageInfo, str, bytes | None]:
+    """Return the format and size of a picture, its SHA-256 and its fingerprint.
+
+    Several captions may name one picture. The result is kept for the next row, which then is not decoded again.
+    """
+    pixels, info = _open_image(image.data, limits)
+    return info, _sha256(image.data), fingerprint(pixels) if near_duplicates else None
 
 
 def _image_bytes(value: object, column: str, max_bytes: int) -> bytes:

@@ -14,6 +14,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pipelines.config import TrainConfig
 from pipelines.config.train import BestBy
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import Metrics, RunFile, RunFolder, read_json, step_of, write_json
+from pipelines.worker.train.slices import remove_stale_slices
 from vlm.checkpoint import atomic_folder, verify_folder
 from vlm.config import config_differences
 from vlm.errors import CheckpointError
@@ -36,7 +38,10 @@ NO_CHECKPOINT = -1
 
 
 class CheckpointWriter:
-    """Writes checkpoints one after another in a background thread. Only rank 0 saves checkpoints."""
+    """Writes checkpoints one after another in a background thread.
+
+    Only rank 0 saves checkpoints. The other ranks of a sharded model write their slices.
+    """
 
     def __init__(self, run: RunFolder, file: RunFile) -> None:
         self._run, self._file, self._keep = run, file, file.config.train.keep_checkpoints
@@ -53,8 +58,16 @@ class CheckpointWriter:
         Raises:
             OSError, ...: the previous checkpoint could not be written.
         """
+        self.start(partial(self._write, step, write))
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Wait until the previous call has finished, then call a function in the background thread.
+
+        Raises:
+            OSError, ...: the previous call has failed.
+        """
         self.wait()
-        self._pending = self._thread.submit(self._write, step, write)
+        self._pending = self._thread.submit(write)
 
     def check(self) -> None:
         """Raise the error of a checkpoint that could not be written. Do not wait for a write in progress.
@@ -135,15 +148,18 @@ class EarlyStop:
 def find_common_checkpoint(run: RunFolder, rank: int, device: torch.device) -> Path | None:
     """Return the newest intact checkpoint, from which all ranks resume, or None if the run has no checkpoint yet.
 
-    This function is a collective. Rank 0 verifies the SHA-256 of every file, and renames damaged checkpoints.
+    This function is a collective. Rank 0 verifies the SHA-256 of every file, renames damaged checkpoints, and removes
+    the slices that an earlier attempt has left.
 
     Raises:
         CheckpointError: all checkpoints of the run are damaged.
         UserError: this rank cannot see the checkpoint that rank 0 has found.
     """
     step = torch.tensor(NO_CHECKPOINT, device=device)
-    if rank == 0 and (found := _newest_intact(run)):
-        step.fill_(step_of(found))
+    if rank == 0:
+        remove_stale_slices(run)
+        if found := _newest_intact(run):
+            step.fill_(step_of(found))
     distributed.broadcast(step, src=0)
     if int(step) == NO_CHECKPOINT:
         return None

@@ -8,15 +8,14 @@ other model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from pipelines.config import TrainConfig
-from vlm.checkpoint import WEIGHTS, load_weights, model_weights, save_model, save_weights
+from pipelines.worker.train.slices import CheckpointSlices
+from vlm.checkpoint import WEIGHTS, fill_weights, load_weights, save_config, save_model, save_weights
 from vlm.config import ModelConfig
 from vlm.factory import build_model
 from vlm.files import file_digest
@@ -31,6 +30,8 @@ from vlm.training.adapters import (
     merge_adapter,
     save_adapter_weights,
 )
+from vlm.training.parallel import world_size
+from vlm.training.sharded import build_sharded, rows_of
 from vlm.training.state import TrainingSnapshot, save_state, snapshot_training
 
 
@@ -44,27 +45,21 @@ class ModelBuilder:
     def model(self, device: torch.device) -> VisionLanguageModel:
         """Build the model with new or loaded weights, and with a new adapter if one is configured.
 
-        New weights are drawn from torch's global generator.
+        New weights are drawn from torch's global generator. With `train.parallel: fsdp` and several ranks, the model is
+        sharded over the ranks, which must call this method together.
 
         Raises:
             CheckpointError: the weights in `train.start_from` cannot be read or belong to another model.
             ConfigError: the adapter's pattern matches no layer that can be adapted.
         """
+        if self.settings.parallel == "fsdp" and world_size() > 1:
+            return self._sharded_model(device)
         model = self._base_model()
         if self.settings.adapter:
             add_adapter(model, self.settings.adapter)
             if self.settings.precision == "bf16":
                 cast_frozen_to_bf16(model)
         return model.to(device)
-
-    def plain(self, weights: Mapping[str, Tensor], device: torch.device) -> VisionLanguageModel:
-        """Build an unsharded model from a dict of weights, without changing the state of torch's random generator."""
-        with torch.random.fork_rng(devices=[]):
-            model = build_model(self.config, self.tokenizer.vocab_size).to(device)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weights[name])
-        return model
 
     def load(self, folder: Path, model: VisionLanguageModel) -> None:
         """Load the weights of a checkpoint into the model.
@@ -75,20 +70,26 @@ class ModelBuilder:
         if self.settings.adapter:
             load_adapter_weights(folder, model, self._digest)
         else:
-            load_weights(model, folder / WEIGHTS)
+            self._fill(model, folder / WEIGHTS)
 
-    def copy(
-        self, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, step: int, *, last: bool
-    ) -> Callable[[Path], None]:
-        """Copy the training state. Return a function that writes the copy as a checkpoint into an empty folder.
+    def copy(self, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, step: int) -> TrainingSnapshot:
+        """Copy the training state, or the part of the training state of a sharded model that this rank writes."""
+        weights = adapter_weights(model) if self.settings.adapter else dict(model.named_parameters())
+        return snapshot_training(weights, model, optimizer, step)
 
-        The returned function may be called later, while training continues.
+    def write_joined(self, folder: Path, slices: CheckpointSlices, step: int) -> None:
+        """Write the checkpoint of a sharded model into an empty folder, from the slices of all ranks."""
+        save_config(folder, self.config, self.tokenizer)
+        slices.join(folder, step)
+
+    def write(self, folder: Path, copy: TrainingSnapshot, *, last: bool) -> None:
+        """Write a checkpoint into an empty folder, from a copy of the training state.
+
+        Args:
+            folder: folder of the checkpoint.
+            copy: training state of a model that is not sharded.
+            last: True for the last checkpoint of the run, which contains the merged model of an adapter run.
         """
-        adapted = self.settings.adapter is not None
-        copy = snapshot_training(adapter_weights(model) if adapted else model_weights(model), model, optimizer, step)
-        return lambda folder: self._write(folder, copy, last=last)
-
-    def _write(self, folder: Path, copy: TrainingSnapshot, *, last: bool) -> None:
         save_state(folder, copy)
         if not self.settings.adapter:
             save_weights(folder, copy.weights, self.config, self.tokenizer)
@@ -106,6 +107,16 @@ class ModelBuilder:
         if self.weights:
             load_weights(model, self.weights)
         return model
+
+    def _sharded_model(self, device: torch.device) -> VisionLanguageModel:
+        model = build_sharded(self.config, self.tokenizer.vocab_size, device, draw=self.weights is None)
+        if self.weights:
+            self._fill(model, self.weights)
+        return model
+
+    def _fill(self, model: VisionLanguageModel, path: Path) -> None:
+        """Read the weights, or the rows of this rank if the model is sharded."""
+        fill_weights(self.config, {name: rows_of(p.detach()) for name, p in model.named_parameters()}, path)
 
     @cached_property
     def _digest(self) -> str:

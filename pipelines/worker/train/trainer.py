@@ -12,6 +12,7 @@ import logging
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
+from pathlib import Path
 
 import torch
 from torch import distributed
@@ -40,18 +41,18 @@ from pipelines.worker.train.checkpoints import (
     find_training_state,
 )
 from pipelines.worker.train.initial_weights import ModelBuilder
+from pipelines.worker.train.slices import CheckpointSlices, slices_of
 from pipelines.worker.train.stages import Stage, plan_stages, stage_at
 from pipelines.worker.train.validation import caption_samples, name_pictures, validate
 from vlm import text
 from vlm.captioner import Captioner
-from vlm.checkpoint import model_weights
 from vlm.config.size import flops_per_sample, peak_flops
 from vlm.layers.block import compile_blocks, recompute_blocks
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
 from vlm.training.loop import NotFiniteError, StepReport, fit, mixed_precision
 from vlm.training.optim import averaged_weights, swap_average, update_average
-from vlm.training.parallel import full_tensor, global_sum, shard_parameters, wrap_ddp
+from vlm.training.parallel import global_sum, wrap_ddp
 from vlm.training.state import load_state
 
 log = logging.getLogger(__name__)
@@ -142,8 +143,6 @@ class Trainer:
             recompute_blocks(model)
         if settings.compile_blocks:
             compile_blocks(model)
-        if settings.parallel == "fsdp":
-            shard_parameters(model)
         stage = stage_at(plan_stages(settings), resume_step)
         optimizer = stage.start(model, settings)
         if state and resume_step > stage.first:
@@ -277,12 +276,28 @@ class Trainer:
         if saves:
             self.loss.restart()
         if (is_rank_0 or self.sharded) and saves:
-            with averaged_weights(self.optimizer):
-                write = self.builder.copy(self.model, self.optimizer, done, last=last)
-            if is_rank_0:
-                self.checkpoints.save(done, write)
+            self._save(done, last=last)
         self.stepped()
         self.stopwatch.start()
+
+    def _save(self, done: int, *, last: bool) -> None:
+        """Copy the training state, and start to write a checkpoint of it, or the slice of this rank."""
+        with averaged_weights(self.optimizer):
+            copy = self.builder.copy(self.model, self.optimizer, done)
+        if not self.sharded:
+            self.checkpoints.save(done, partial(self.builder.write, copy=copy, last=last))
+            return
+        timeout = self.file.config.train.timeout_seconds
+        slices = CheckpointSlices(slices_of(self.run, done), self.env.world_size, timeout)
+        if self.env.rank:
+            self.checkpoints.start(partial(slices.write, self.env.rank, copy))
+            return
+
+        def write(folder: Path) -> None:
+            slices.write(0, copy)
+            self.builder.write_joined(folder, slices, done)
+
+        self.checkpoints.save(done, write)
 
     def write_result(self) -> None:
         """Write result.json.
@@ -329,24 +344,18 @@ class Trainer:
                 world_size=self.env.world_size,
                 report_progress=self.monitor.report_progress,
             )
-        if isinstance(self.model, FSDPModule):
-            # FSDP keeps gathered weights until a backward pass. This call frees the gathered weights, because the next
-            # training step would otherwise use stale weights.
-            self.model.reshard()
+        self._free_gathered_weights()
         return found
 
     def _caption(self, done: int, *, scores: bool) -> dict[str, float]:
         """Write sample captions on rank 0. Return `val/cider` if the step is scored, with the same value on every rank.
 
-        All ranks call this method, because a sharded model must be gathered.
+        All ranks call this method. The ranks of a sharded model generate the same captions together, because each rank
+        has only a part of the weights.
         """
         settings, model = self.file.config.train, self.model
-        if self.sharded:
-            weights = {name: full_tensor(tensor) for name, tensor in model_weights(model).items()}
-            if self.env.rank == 0:
-                model = self.builder.plain(weights, self.device)
         cider = torch.zeros((), dtype=torch.float64, device=self.device)
-        if self.env.rank == 0:
+        if self.env.rank == 0 or self.sharded:
             with mixed_precision(self.device, bf16=settings.precision == "bf16"):
                 samples = caption_samples(model, self.tokenizer, self.validate_shards, settings.caption_samples)
                 if scores:
@@ -355,5 +364,17 @@ class Trainer:
                     report = self.monitor.report_progress
                     cider += validation_cider(captioner, self.validate_shards, settings.validate_rows, report)
                     model.train()
+        self._free_gathered_weights()
+        if self.env.rank == 0:
             write_json(self.run.samples(done), CaptionSamples(step=done, samples=samples))
-        return {"val/cider": float(global_sum(cider))} if scores else {}
+        return (
+            {"val/cider": float(global_sum(cider if self.env.rank == 0 else torch.zeros_like(cider)))} if scores else {}
+        )
+
+    def _free_gathered_weights(self) -> None:
+        """Free the weights that FSDP has gathered and keeps until a backward pass.
+
+        The next training step would otherwise use stale weights.
+        """
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()

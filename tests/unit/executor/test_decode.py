@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pictures import IMAGE, TEXT, as_base64, encoded, picture, png
 
 from pipelines.config import ColumnNames, ColumnSplitConfig, FileSplitConfig, HashSplitConfig, LimitsConfig
-from pipelines.executor.ingest.decode import FLUSH_BYTES, DecodeRules, decode_batches
+from pipelines.executor.ingest.decode import FLUSH_BYTES, DecodeRules, _decode_picture, decode_batches
 from pipelines.executor.ingest.records.record import Fields, Problem, Record
 from pipelines.executor.ingest.splits import split_of_file, split_of_hash
 from pipelines.formats.tables import REASONS
@@ -288,3 +288,12 @@ def test_output_batches_have_a_limited_size_in_bytes() -> None:
     sizes = [out.nbytes for out in decoded([Record("a.csv", row)] * 12, rules)]
     assert len(sizes) > 1
     assert max(sizes) < FLUSH_BYTES + 4 * 2**20
+
+
+@pytest.mark.parametrize("captions", [5, 20])
+def test_a_picture_that_consecutive_rows_share_is_decoded_once_for_any_number_of_rows(captions: int) -> None:
+    _decode_picture.cache_clear()
+    pictures = [png(1), png(2)]
+    outcomes = decode([{IMAGE: image, TEXT: f"{n}"} for image in pictures for n in range(captions)])
+    assert _decode_picture.cache_info().misses == 2
+    assert [outcomes[0], outcomes[captions]] == [one({IMAGE: png(n), TEXT: "0"}) for n in (1, 2)]

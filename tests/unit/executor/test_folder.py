@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,3 +106,23 @@ def test_link_that_leads_out_of_the_folder_brings_nothing_into_the_record(tmp_pa
     record = read_picture(tmp_path / "offered", "text.png")
     assert record.fields[PICTURE] is None
     assert record.problem == Problem("missing_field", "the file 'text.png' is not inside the folder")
+
+
+@pytest.mark.parametrize("captions", [5, 20])
+def test_a_picture_that_several_rows_name_is_read_once_for_any_number_of_rows(tmp_path: Path, captions: int) -> None:
+    (tmp_path / "a.png").write_bytes(b"bytes")
+
+    def read(_: Iterator[pa.RecordBatch]) -> Iterator[Record]:
+        for number in range(captions):
+            yield Record("captions.csv", {"file_name": "a.png", "text": f"{number}"})
+
+    found = folder_records(iter(()), read, str(tmp_path), "file_name", max_bytes=100)
+    pictures: list[object] = []
+    for record in found:
+        if not pictures:  # a second read would find other bytes in the unchanged file
+            status = (tmp_path / "a.png").stat()
+            (tmp_path / "a.png").write_bytes(b"other")
+            os.utime(tmp_path / "a.png", ns=(status.st_atime_ns, status.st_mtime_ns))
+        pictures.append(record.fields[PICTURE])
+    assert pictures == [b"bytes"] * captions
+    assert read_picture(tmp_path, "a.png").fields[PICTURE] == b"other"

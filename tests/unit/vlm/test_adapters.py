@@ -206,7 +206,7 @@ def test_a_resumed_adapter_training_equals_the_uninterrupted_training_and_ends_w
         learn(model, optimizer, iter(batches[:stop]))
         if stop < 8:
             (tmp_path / "middle").mkdir()
-            start.copy(model, optimizer, stop, last=False)(tmp_path / "middle")
+            start.write(tmp_path / "middle", start.copy(model, optimizer, stop), last=False)
             assert set(optimizer.state) == {p for p in model.parameters() if p.requires_grad}
             torch.manual_seed(9)
             model = start.model(CPU)
@@ -215,7 +215,7 @@ def test_a_resumed_adapter_training_equals_the_uninterrupted_training_and_ends_w
             assert load_state(tmp_path / "middle", model, optimizer) == stop
             learn(model, optimizer, iter(batches[stop:]), start=stop)
         (tmp_path / f"end-{stop}").mkdir()
-        start.copy(model, optimizer, 8, last=True)(tmp_path / f"end-{stop}")
+        start.write(tmp_path / f"end-{stop}", start.copy(model, optimizer, 8), last=True)
         ends.append(load_file(tmp_path / f"end-{stop}" / "model.safetensors"))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert "model.safetensors" not in {p.name for p in (tmp_path / "middle").iterdir()}

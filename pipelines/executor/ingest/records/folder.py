@@ -117,6 +117,8 @@ def folder_records(
 ) -> Iterator[Record]:
     """Add the field PICTURE to each record: the bytes of the picture file that the record names.
 
+    If consecutive records name the same picture, the picture is read once, and the records share one bytes object.
+
     Args:
         batches: input of `read`.
         read: function that yields records of the captions file.
@@ -125,12 +127,17 @@ def folder_records(
         max_bytes: largest size of a picture file to read, in bytes.
         subfolder: path of the captions file's folder below the folder, or empty.
     """
+    last: tuple[object, bytes | Problem] = None, b""
     for record in read(batches):
         if record.problem:
             yield record
             continue
         found = _find_picture(folder, subfolder, record.fields.get(column))
-        content = found if isinstance(found, Problem) else read_file(found, max_bytes)
+        if isinstance(found, PictureFile):
+            unchanged = found.path, found.status.st_size, found.status.st_mtime_ns
+            if unchanged != last[0]:
+                last = unchanged, read_file(found, max_bytes)
+        content = found if isinstance(found, Problem) else last[1]
         picture, problem = (None, content) if isinstance(content, Problem) else (content, None)
         yield record._replace(fields=record.fields | {PICTURE: picture}, problem=problem)
 

@@ -1,0 +1,195 @@
+"""Removal of old run, checkpoint, shard and report folders, for `lakesight maintain --keep`.
+
+The newest folders of each kind stay, and everything that another folder or a registered version needs:
+
+- a run that may still be training, whose model waits for registration, or whose weights a remaining run starts from;
+- of a run with a registered version: all files but the checkpoints that no version was registered from;
+- the shards of every remaining run, and the shards that a remaining training mix refers to.
+
+A folder that cannot be read as ours stays too. A folder is renamed before it is removed, so that a killed command
+leaves no half of a folder behind that looks complete.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pipelines.errors import UserError
+from pipelines.formats.run_folder import RunFile, RunFolder
+from pipelines.formats.shards import MANIFEST, Manifest, read_manifest
+from pipelines.platform import Platform
+from vlm.config import Config
+from vlm.errors import LakesightError
+
+RUNNING = timedelta(days=2)
+"""Age of the files of an unfinished run up to which the run may still be training, or waiting for a restart."""
+TRASH = ".removed-"
+"""Prefix of the names of folders that are being removed."""
+
+Kind = Literal["run", "checkpoint", "shards", "report"]
+LEFTOVERS: dict[Kind, str] = {
+    "run": "runs",
+    "checkpoint": "runs/*/checkpoints",
+    "shards": "shards",
+    "report": "reports",
+}
+"""Folders in which a killed command may leave a folder that it was removing, as patterns below the home folder."""
+Needs = Callable[[RunFolder], Collection[str] | None]
+"""Function that returns the names of the checkpoints of a run that were registered, or None if that is not known."""
+T = TypeVar("T")
+
+
+class OldFolder(Config):
+    """A folder, or a page, that nothing needs any more.
+
+    Attributes:
+        kind: kind of the folder.
+        path: absolute path.
+        bytes: size of all files in the folder.
+    """
+
+    kind: Kind
+    path: Path
+    bytes: int
+
+
+def find_old_folders(platform: Platform, keep: int, needs: Needs) -> list[OldFolder]:
+    """Find the folders that `remove_folders` may remove. This function changes nothing.
+
+    Args:
+        platform: platform with the folders.
+        keep: number of the newest folders to keep of each kind: of runs with one name, of shards that differ only in
+            the version of the table, and of reports on the same subject.
+        needs: function that says which checkpoints of a run were registered.
+
+    Raises:
+        UserError: `keep` is below 1.
+    """
+    if keep < 1:
+        raise UserError("at least one folder of each kind stays", where="--keep", got=str(keep), fix="--keep 1 or more")
+    runs = _read_runs(platform.folder("runs"))
+    old, kept = _split_runs(runs, keep, needs)
+    found: list[tuple[Kind, Path]] = [("run", path) for path in old]
+    for run in kept:
+        found += [("checkpoint", path) for path in _old_checkpoints(run, kept[run], needs)]
+    used = {run.shard_folder(name).name for run in kept for name in _shards_of(runs[run])}
+    found += [("shards", path) for path in _old_shards(platform.folder("shards"), keep, used)]
+    found += [("report", path) for path in _old_reports(platform.folder("reports"), keep)]
+    for kind, pattern in LEFTOVERS.items():
+        found += [(kind, path) for path in platform.root.glob(f"{pattern}/{TRASH}*")]
+    return [OldFolder(kind=kind, path=path.absolute(), bytes=_size(path)) for kind, path in found]
+
+
+def remove_folders(folders: Iterable[OldFolder]) -> None:
+    """Remove the folders of `find_old_folders`."""
+    for folder in folders:
+        path = folder.path
+        if not path.name.startswith(TRASH):
+            path = path.rename(path.with_name(f"{TRASH}{path.name}"))
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _read_runs(folder: Path) -> dict[RunFolder, RunFile]:
+    """Return the runs of a folder that can be read, and their run.json."""
+    found: dict[RunFolder, RunFile] = {}
+    for path in sorted(folder.glob("[!.]*/run.json")):
+        try:
+            found[RunFolder(path.parent)] = RunFolder(path.parent).read_run()
+        except LakesightError:
+            continue  # a folder of another program or of a newer release
+    return found
+
+
+def _split_runs(runs: dict[RunFolder, RunFile], keep: int, needs: Needs) -> tuple[list[Path], dict[RunFolder, bool]]:
+    """Return the run folders to remove, and for each remaining run whether it stays with all of its checkpoints."""
+    newest = set(_newest(runs, keep, lambda run: runs[run].config.name, lambda run: run.run_file))
+    whole = {run for run in runs if run in newest or _may_be_training(run) or needs(run) is None}
+    while True:  # a run that starts from another run needs this run's weights
+        starts = [Path(start).parts for run in whole if (start := runs[run].config.train.start_from)]
+        # The names are compared, because the home folder may have been moved since.
+        needed = {run for run in runs if any(run.path.name in parts for parts in starts)}
+        if needed <= whole:
+            break
+        whole |= needed
+    kept = {run: run in whole for run in runs if run in whole or needs(run)}
+    return [run.path for run in runs if run not in kept], kept
+
+
+def _may_be_training(run: RunFolder) -> bool:
+    if run.unregistered.exists():
+        return True
+    files = [run.run_file, run.launcher, *run.path.glob("heartbeat/*")]
+    changed = max(path.stat().st_mtime for path in files if path.exists())
+    return not run.result.exists() and time.time() - changed < RUNNING.total_seconds()
+
+
+def _old_checkpoints(run: RunFolder, whole: bool, needs: Needs) -> list[Path]:
+    """Return the checkpoints of a remaining run that are damaged or that no version needs.
+
+    The last checkpoint stays, because a run without it is not finished.
+    """
+    if whole:
+        return []
+    finished = run.finished_checkpoints()
+    registered = set(needs(run) or ())
+    return [path for path in finished[:-1] if path.name not in registered] + run.damaged_checkpoints()
+
+
+def _shards_of(file: RunFile) -> tuple[str, str]:
+    return file.train_shards, file.validate_shards
+
+
+def _old_shards(folder: Path, keep: int, used: Collection[str]) -> list[Path]:
+    """Return the complete shard folders that are neither new nor used, nor referred to by one that stays."""
+    manifests: dict[Path, Manifest] = {}
+    for path in sorted(folder.glob(f"[!.]*/{MANIFEST}")):
+        try:
+            manifests[path.parent] = read_manifest(path.parent)
+        except LakesightError:
+            continue  # shards of another release
+
+    def subject(path: Path) -> str:
+        request = manifests[path].request.model_copy(update={"table_version": 0})
+        return f"{request.model_dump_json()}{[part.source for part in manifests[path].parts]}"
+
+    kept = {path for path in manifests if path.name in used}
+    kept |= set(_newest(manifests, keep, subject, lambda path: path / MANIFEST))
+    parts = {Path(file.file).parts[1] for path in kept for file in manifests[path].files if file.file.startswith("..")}
+    return [path for path in manifests if path not in kept and path.name not in parts]
+
+
+def _old_reports(folder: Path, keep: int) -> list[Path]:
+    """Return the reports that are not the newest on their subject.
+
+    The last part of a report's name is a hash, a number or an id. The evaluations of each version are a subject.
+    """
+    found = [path for path in sorted(folder.glob("[!.]*")) if "-" in path.name]
+
+    def subject(path: Path) -> str:
+        return "compare" if path.name.startswith("compare-") else path.name.rpartition("-")[0]
+
+    newest = set(_newest(found, keep, subject, lambda path: path))
+    return [path for path in found if path not in newest]
+
+
+def _newest(items: Iterable[T], keep: int, subject: Callable[[T], str], file: Callable[[T], Path]) -> Iterator[T]:
+    """Yield the `keep` items of each subject whose files were changed last."""
+    groups: dict[str, list[T]] = defaultdict(list)
+    for item in items:
+        groups[subject(item)].append(item)
+    for group in groups.values():
+        yield from sorted(group, key=lambda item: file(item).stat().st_mtime)[-keep:]
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.lstat().st_size for file in files if not file.is_dir())

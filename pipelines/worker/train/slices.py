@@ -1,0 +1,88 @@
+"""Checkpoints of sharded models. Each rank writes its rows of all tensors to a file, and rank 0 joins the files.
+
+The joined files are those of a model that is not sharded, so every reader of checkpoints can read them. No rank holds
+the whole tensors: the slices go from file to file. All ranks write to the run folder, which they share.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from pipelines.errors import UserError
+from pipelines.formats.run_folder import RunFolder
+from vlm.checkpoint import FORMAT, FORMAT_KEY, WEIGHTS
+from vlm.files import atomic_write, join_rows, write_training_step
+from vlm.training.state import STATE, TrainingSnapshot
+
+POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class CheckpointSlices:
+    """The slices of the ranks for the checkpoint of one step.
+
+    Attributes:
+        folder: folder of the slices, which all ranks see.
+        world_size: number of ranks.
+        timeout_seconds: longest time that rank 0 waits for the slices of the other ranks.
+    """
+
+    folder: Path
+    world_size: int
+    timeout_seconds: int
+
+    def write(self, rank: int, snapshot: TrainingSnapshot) -> None:
+        """Write the slice of a rank.
+
+        Raises:
+            OSError, SafetensorError: the slice cannot be written.
+        """
+        for name, tensors in ((WEIGHTS, snapshot.weights), (STATE, snapshot.state)):
+            with atomic_write(self._path(rank, name)) as temporary:
+                save_file(tensors, temporary)
+
+    def join(self, folder: Path, step: int) -> None:
+        """Wait for the slices of all ranks, join them to the files of a checkpoint, and remove the slices.
+
+        Raises:
+            UserError: a slice is missing after `timeout_seconds`.
+            OSError, ValueError: the files of the checkpoint cannot be written.
+        """
+        self._wait()
+        for name, metadata in ((WEIGHTS, {FORMAT_KEY: str(FORMAT)}), (STATE, {})):
+            join_rows([self._path(rank, name) for rank in range(self.world_size)], folder / name, metadata)
+        write_training_step(folder, step)
+        shutil.rmtree(self.folder)
+
+    def _path(self, rank: int, name: str) -> Path:
+        return self.folder / f"rank-{rank}-{name}"
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + self.timeout_seconds
+        # A rank writes its optimizer state last.
+        while missing := [rank for rank in range(self.world_size) if not self._path(rank, STATE).exists()]:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    "a rank has not written its slice of the checkpoint",
+                    where=str(self.folder),
+                    got=f"no slice of rank {', '.join(map(str, missing))} after {self.timeout_seconds} s",
+                    fix="make the same run folder visible to all ranks; if the storage is slow, raise "
+                    "train.timeout_seconds",
+                )
+            time.sleep(POLL_SECONDS)
+
+
+def slices_of(run: RunFolder, step: int) -> Path:
+    """Return the folder of the slices of a step's checkpoint."""
+    return run.checkpoints / f".slices_{step:06d}"
+
+
+def remove_stale_slices(run: RunFolder) -> None:
+    """Remove slices that an earlier attempt of the run has left. A later attempt must not join them with its own."""
+    for folder in run.checkpoints.glob(".slices_*"):
+        shutil.rmtree(folder)

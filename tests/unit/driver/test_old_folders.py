@@ -1,0 +1,158 @@
+"""Removal of old folders: which ones are found, and that everything needed stays."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_platforms import open_local
+from tiny_runs import finish_run, tiny_run, write_run, write_shards
+
+from pipelines.driver.old_folders import find_old_folders, remove_folders
+from pipelines.errors import UserError
+from pipelines.formats.run_folder import RunFolder
+from pipelines.formats.shards import Manifest, Shards, write_manifest
+from pipelines.platform import Platform
+
+LONG_AGO = 10 * 86_400
+
+
+@pytest.fixture
+def platform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Platform:
+    return open_local(monkeypatch, tmp_path / "home")
+
+
+def no_versions(run: RunFolder) -> Collection[str] | None:
+    return ()
+
+
+def shards_of(platform: Platform, version: int, source: str = "tiny") -> Shards:
+    """Write shards of a version of the table. A higher version is newer."""
+    shards = write_shards(platform.folder("shards") / f"{source}-{version}", rows=2)
+    request = shards.manifest.request.model_copy(update={"table_version": version, "source": source})
+    write_manifest(shards.folder, Manifest(request=request, files=shards.manifest.files))
+    set_age(shards.folder / "manifest.json", LONG_AGO - version)
+    return Shards.open(shards.folder)
+
+
+def run_of(platform: Platform, number: int, shards: Shards, *, finished: bool = True, **train: Any) -> RunFolder:
+    """Write a run. A higher number is newer."""
+    run = write_run(platform.folder("runs") / f"tiny-{number}", tiny_run(**train), shards, shards)
+    if finished:
+        for step in (4, 8):
+            run.checkpoint(step).mkdir(parents=True)
+        finish_run(run)
+    set_age(run.run_file, LONG_AGO - number)
+    return run
+
+
+def set_age(path: Path, seconds: float) -> None:
+    now = path.stat().st_mtime
+    os.utime(path, (now, now - seconds))
+
+
+def old_names(platform: Platform, keep: int = 1, needs=no_versions) -> set[str]:  # type: ignore[no-untyped-def]
+    return {
+        str(folder.path.relative_to(platform.root.absolute())) for folder in find_old_folders(platform, keep, needs)
+    }
+
+
+def test_the_newest_runs_of_each_name_stay_with_their_shards(platform: Platform) -> None:
+    for number in range(4):
+        run_of(platform, number, shards_of(platform, number))
+    assert old_names(platform, keep=2) == {"runs/tiny-0", "runs/tiny-1", "shards/tiny-0", "shards/tiny-1"}
+    before = sorted(platform.root.rglob("*"))
+    folders = find_old_folders(platform, 2, no_versions)
+    assert all(folder.bytes > 0 for folder in folders)
+    assert sorted(platform.root.rglob("*")) == before, "finding changes nothing"
+    remove_folders(folders)
+    assert {path.name for path in platform.folder("runs").iterdir()} == {"tiny-2", "tiny-3"}
+    assert {path.name for path in platform.folder("shards").iterdir()} == {"tiny-2", "tiny-3"}
+    assert old_names(platform, keep=2) == set()
+
+
+def test_the_number_of_folders_that_stay_does_not_grow_with_the_number_of_runs(platform: Platform) -> None:
+    stay = []
+    for count in (range(4), range(4, 16)):
+        for number in count:
+            run_of(platform, number, shards_of(platform, number))
+        remove_folders(find_old_folders(platform, 1, no_versions))
+        stay.append(len(list(platform.folder("runs").iterdir())) + len(list(platform.folder("shards").iterdir())))
+    assert stay == [2, 2]
+
+
+def test_a_run_with_a_registered_version_keeps_the_registered_and_the_last_checkpoint_and_its_shards(
+    platform: Platform,
+) -> None:
+    for number in range(2):
+        run_of(platform, number, shards_of(platform, number))
+    registered = {"tiny-0": ["step_000004"]}
+    found = old_names(platform, needs=lambda run: registered.get(run.path.name, ()))
+    assert found == {"runs/tiny-0/checkpoints/step_000008"}
+
+
+def test_a_run_whose_versions_another_server_has_stays_whole(platform: Platform) -> None:
+    for number in range(2):
+        run_of(platform, number, shards_of(platform, number))
+    assert old_names(platform, needs=lambda run: None) == set()
+
+
+def test_runs_that_train_wait_for_registration_or_are_started_from_stay(platform: Platform) -> None:
+    shards = shards_of(platform, 0)
+    base = run_of(platform, 0, shards)
+    waiting, training, failed = (
+        run_of(platform, 1, shards),
+        *(run_of(platform, n, shards, finished=False) for n in (2, 3)),
+    )
+    waiting.unregistered.touch()
+    training.heartbeat(0).parent.mkdir()
+    training.heartbeat(0).touch()
+    run_of(platform, 9, shards, start_from=str(base.checkpoint(12)))
+    assert old_names(platform) == {f"runs/{failed.path.name}"}
+
+
+def test_the_parts_of_a_training_mix_that_stays_stay(platform: Platform) -> None:
+    parts = [shards_of(platform, version, "part") for version in (1, 2)]
+    old = parts[0].manifest
+    files = tuple(file.model_copy(update={"file": f"../part-1/{file.file}"}) for file in old.files)
+    mix = platform.folder("shards") / "tiny-mix-1"
+    mix.mkdir()
+    write_manifest(mix, Manifest(request=old.request.model_copy(update={"source": "tiny"}), files=files))
+    assert old_names(platform) == set()
+    (mix / "manifest.json").unlink()
+    assert old_names(platform) == {"shards/part-1"}
+
+
+def test_the_newest_reports_on_each_subject_stay(platform: Platform) -> None:
+    reports = platform.folder("reports")
+    reports.mkdir(parents=True)
+    names = ["ingest-demo-1.html", "ingest-demo-2.html", "ingest-other-1.html", "compare-1-2.html", "compare-3-4.html"]
+    for number, name in enumerate(names):
+        (reports / name).write_text("page")
+        os.utime(reports / name, (number, number))
+    for number, name in enumerate(["tiny-1-demo-val-aa", "tiny-1-demo-val-bb", "tiny-2-demo-val-cc"]):
+        (reports / name).mkdir()
+        os.utime(reports / name, (number, number))
+    expected = {"ingest-demo-1.html", "compare-1-2.html", "tiny-1-demo-val-aa"}
+    assert old_names(platform) == {f"reports/{name}" for name in expected}
+
+
+def test_folders_of_others_and_unreadable_folders_stay(platform: Platform) -> None:
+    for kind in ("runs", "shards"):
+        (platform.folder(kind) / "notes").mkdir(parents=True)
+        (platform.folder(kind) / "notes" / "run.json").write_text("{}")
+        (platform.folder(kind) / "notes" / "manifest.json").write_text("{}")
+    assert old_names(platform) == set()
+    with pytest.raises(UserError, match="at least one folder"):
+        find_old_folders(platform, 0, no_versions)
+
+
+def test_a_folder_whose_removal_was_killed_is_removed_the_next_time(platform: Platform) -> None:
+    run = run_of(platform, 1, shards_of(platform, 1))
+    run.path.rename(run.path.with_name(".removed-tiny-1"))
+    assert old_names(platform) == {"runs/.removed-tiny-1"}
+    remove_folders(find_old_folders(platform, 1, no_versions))
+    assert list(platform.folder("runs").iterdir()) == []

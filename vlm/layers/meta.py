@@ -1,0 +1,57 @@
+"""Construction of a model whose weights are on the meta device, where they take no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+RANDOM_INIT = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_)
+"""Functions that initialise a tensor with random numbers."""
+
+
+def initialized_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the tensor that a call of a function of RANDOM_INIT initialises."""
+    tensor: Tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
+    return tensor
+
+
+def draw_like(tensor: Tensor, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """Call a function of RANDOM_INIT on a new whole tensor on the CPU instead, and return the new tensor."""
+    drawn = torch.empty(tensor.shape, dtype=tensor.dtype)
+    others = {name: value for name, value in kwargs.items() if name != "tensor"}
+    func(drawn, *(args if "tensor" in kwargs else args[1:]), **others)
+    return drawn
+
+
+class EmptyOnMeta(TorchFunctionMode):
+    """Context in which `torch.empty` returns meta tensors, which take no memory.
+
+    Layers create their weights with `torch.empty`, so the weights are meta tensors. Tables that layers compute in their
+    constructors are real tensors. Random initialisation of meta tensors is skipped, because torch would first load its
+    compiler, which takes 150 MB and several seconds.
+
+    Args:
+        draw: True to draw the random numbers of each skipped initialisation all the same, and to discard the numbers.
+            Torch's random generator is then in the same state as after the construction of a real model.
+    """
+
+    def __init__(self, *, draw: bool = False) -> None:
+        super().__init__()
+        self._draw = draw
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Create meta tensors, and skip the random initialisation of meta tensors."""
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        if func in RANDOM_INIT and (tensor := initialized_tensor(args, kwargs)).is_meta:
+            if self._draw:
+                draw_like(tensor, func, args, kwargs)
+            return tensor
+        return func(*args, **kwargs)
