@@ -1,5 +1,5 @@
 """`lakesight import-weights`: make a checkpoint from published weights. The command needs
-neither Spark nor a run config.
+neither Spark nor a run config. A repeated command finds the finished checkpoint and reads no tensor.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.common import JsonOption, SetOption, open_output
+from jobs.import_record import ImportRecord, ImportRequest, describe_import, read_record, write_record
 from jobs.output import CommandOutput
 from jobs.progress import show_elapsed
 from pipelines.config import load_model
@@ -49,7 +50,8 @@ def import_weights(
 
     The command reads config.json and safetensors files of another library, either from a folder with the whole model,
     or from separate folders with the encoder and the decoder (one of the two is enough). Weights that are in none of
-    the folders are initialised at random.
+    the folders are initialised at random. If the output folder already has the checkpoint of the same import, the
+    command only prints the report again.
 
     \b
     Examples:
@@ -62,9 +64,7 @@ def import_weights(
         parts: dict[Part, Path | None] = {"model": folder, "encoder": encoder, "decoder": decoder}
         folders = {part: path for part, path in parts.items() if path is not None}
         _check_parts(folders)
-        check_output_folder(out)
-        config = load_model(model, overrides or ())
-        report, tokens = _write_checkpoint(config, folders, out, seed)
+        report, tokens = _import_once(load_model(model, overrides or ()), folders, out, seed)
         _print_report(output, report, tokens)
         output.report(report)
         output.line("next", shlex.join(["lakesight", "ask", "PICTURE", "--checkpoint", str(out)]))
@@ -83,6 +83,30 @@ def _check_parts(folders: dict[Part, Path]) -> None:
             raise UserError("there is no such folder", where=where, got=str(path), fix="name an existing folder")
 
 
+def _import_once(
+    config: ModelConfig, folders: dict[Part, Path], out: Path, seed: int
+) -> tuple[ImportReport, tuple[str, ...]]:
+    """Import the weights, unless the output folder already has the checkpoint of this import.
+
+    An interrupted import of the same weights is repeated. Any other content of the folder is an error.
+
+    Returns:
+        The report of the import, and the keys of the start and end tokens that were compared.
+    """
+    with show_elapsed("reading files"):
+        request = describe_import(config, folders, seed)
+    record = read_record(out)
+    if record is None or record.request != request:
+        check_output_folder(out)
+    elif record.report is not None:
+        from vlm.weights.load import ImportReport
+
+        return ImportReport.model_validate(record.report), record.tokens
+    report, tokens = _write_checkpoint(config, folders, out, request)
+    write_record(out, ImportRecord(request=request, tokens=tokens, report=report.model_dump(mode="json")))
+    return report, tokens
+
+
 def check_output_folder(out: Path) -> None:
     """Check that the output folder is new or empty, so that nothing is overwritten.
 
@@ -94,8 +118,8 @@ def check_output_folder(out: Path) -> None:
 
 
 def _write_checkpoint(
-    config: ModelConfig, folders: dict[Part, Path], out: Path, seed: int
-) -> tuple[ImportReport, list[str]]:
+    config: ModelConfig, folders: dict[Part, Path], out: Path, request: ImportRequest
+) -> tuple[ImportReport, tuple[str, ...]]:
     """Write the checkpoint, and return the report and the keys of the start and end tokens that were compared."""
     from vlm.checkpoint import save_model
     from vlm.weights.load import import_weights as load_weights
@@ -106,11 +130,12 @@ def _write_checkpoint(
         reads_text = [path for part, path in folders.items() if part != "encoder"]
         tokens = [key for path in reads_text for key in check_special_tokens(path, tokenizer)]
         with show_elapsed("reading weights"):
-            model, report = load_weights(config, tokenizer.vocab_size, folders, seed=seed)
+            model, report = load_weights(config, tokenizer.vocab_size, folders, seed=request.seed)
     except CheckpointError as error:
         raise UserError(error.what, where=error.where, got=error.got, fix=error.fix) from None
+    write_record(out, ImportRecord(request=request))
     save_model(out, model, tokenizer)
-    return report, tokens
+    return report, tuple(tokens)
 
 
 def _build_tokenizer(config: ModelConfig, folders: dict[Part, Path]) -> Tokenizer:
@@ -136,7 +161,7 @@ def _build_tokenizer(config: ModelConfig, folders: dict[Part, Path]) -> Tokenize
     return text.learn(config.text, ())
 
 
-def _print_report(output: CommandOutput, report: ImportReport, tokens: list[str]) -> None:
+def _print_report(output: CommandOutput, report: ImportReport, tokens: tuple[str, ...]) -> None:
     for part in report.parts:
         output.line(part.part, f"{part.used} tensors of {part.folder} ({part.family})")
         output.line("  compared", f"config.json: {', '.join(part.compared) or 'no key'}")

@@ -28,8 +28,9 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC %md
 # MAGIC ## A picture is a table of numbers
 # MAGIC
-# MAGIC Lakesight can draw simple scenes, so we have pictures whose content we know exactly. Here is one scene. A picture
-# MAGIC of 64 x 64 dots (*pixels*) has three numbers for each pixel: how much red, green and blue it has, from 0 to 255.
+# MAGIC Lakesight can draw simple scenes, so we have pictures whose content we know exactly. Here is one scene. A
+# MAGIC picture of 64 x 64 dots (*pixels*) has three numbers for each pixel: how much red, green and blue it has, from 0
+# MAGIC to 255.
 
 # COMMAND ----------
 
@@ -48,9 +49,9 @@ print("pixel in row 30, column 20:", pixels[30, 20].tolist())
 # MAGIC %md
 # MAGIC ## Cut the picture into patches
 # MAGIC
-# MAGIC We cut the picture into a grid of 8 x 8 squares. Each square is a *patch* of 8 x 8 pixels. Then we put the patches
-# MAGIC in a row, as we read a page: from left to right, and from top to bottom. The picture has become a sequence of 64
-# MAGIC patches.
+# MAGIC We cut the picture into a grid of 8 x 8 squares. Each square is a *patch* of 8 x 8 pixels. Then we put the
+# MAGIC patches in a row, as we read a page: from left to right, and from top to bottom. The picture has become a
+# MAGIC sequence of 64 patches.
 # MAGIC
 # MAGIC Cutting needs no loop. `reshape` splits the rows and the columns of pixels into (grid, inside the patch), and
 # MAGIC `transpose` brings the two grid axes to the front.
@@ -85,12 +86,16 @@ plt.title("64 patches and their places in the sequence", fontsize=10)
 # MAGIC %md
 # MAGIC ## From a patch to a vector
 # MAGIC
-# MAGIC A patch is 8 x 8 x 3 = 192 numbers. The network works with lists of numbers, called *vectors*, of a length that we
-# MAGIC choose. That length is the *width* of the network. We need a rule that turns 192 numbers into, for example, 32.
+# MAGIC From here on we use PyTorch (`torch`), in which an array is called a *tensor*. It works like NumPy, and it can
+# MAGIC also compute gradients, which training needs. `@` multiplies matrices, as in NumPy.
 # MAGIC
-# MAGIC The simplest rule is a *linear layer*. Each of the 32 new numbers is a weighted sum of the 192 old ones. The layer
-# MAGIC is a table of 32 x 192 *weights*, and the computation is one matrix product. At the start, the weights are random.
-# MAGIC Training, which comes below, finds useful ones.
+# MAGIC A patch is 8 x 8 x 3 = 192 numbers. The network works with lists of numbers, called *vectors*, of a length that
+# MAGIC we choose. That length is the *width* of the network. We need a rule that turns 192 numbers into, for example,
+# MAGIC 32.
+# MAGIC
+# MAGIC The simplest rule is a *linear layer*. Each of the 32 new numbers is a weighted sum of the 192 old ones. The
+# MAGIC layer is a table of 32 x 192 *weights*, and the computation is one matrix product. At the start, the weights are
+# MAGIC random. Training, which comes below, finds useful ones.
 
 # COMMAND ----------
 
@@ -108,9 +113,13 @@ print("vectors:           ", tuple(vectors.shape))
 # MAGIC ## The same with the library
 # MAGIC
 # MAGIC In the library `vlm`, this layer is `PatchStem`, in `vlm/vision.py`. It is a *convolution*: a small window that
-# MAGIC slides over the picture and computes weighted sums. Our window is as large as a patch and slides by a whole patch,
-# MAGIC so the windows never overlap. Then a convolution is the same as cutting and multiplying. We do not only say so. We
-# MAGIC give the layer our weights and compare the results.
+# MAGIC slides over the picture and computes weighted sums. Our window is as large as a patch and slides by a whole
+# MAGIC patch, so the windows never overlap. Then a convolution is the same as cutting and multiplying. We do not only
+# MAGIC say so. We give the layer our weights and compare the results.
+# MAGIC
+# MAGIC Three small things in the code: `permute` changes the order of the axes, `[None]` adds an axis of length 1,
+# MAGIC because layers expect a list of pictures, and `torch.no_grad()` tells PyTorch that we do not train inside the
+# MAGIC block.
 
 # COMMAND ----------
 
@@ -137,11 +146,12 @@ assert difference < 1e-4
 # MAGIC Random weights are a bad summary. Let us *train* good ones. We add a second linear layer that tries to draw the
 # MAGIC patch again from its vector. The better the drawing, the more the vector has kept. Training repeats three steps:
 # MAGIC
-# MAGIC 1. Compute the *loss*, one number that says how wrong the result is. Here it is the mean squared difference between
-# MAGIC    the drawing and the patch.
+# MAGIC 1. Compute the *loss*, one number that says how wrong the result is. Here it is the mean squared difference
+# MAGIC    between the drawing and the patch.
 # MAGIC 2. Compute the *gradient*. It says for each weight in which direction the loss grows. PyTorch does it for us
 # MAGIC    (`loss.backward()`).
-# MAGIC 3. Move each weight a small step in the opposite direction (`optimizer.step()`).
+# MAGIC 3. Move each weight a small step in the opposite direction (`optimizer.step()`). The *optimizer* decides how
+# MAGIC    far. `lr`, the *learning rate*, is the basic length of a step.
 # MAGIC
 # MAGIC This is all that "learning" means in these notebooks. Larger models have more weights, but the same three steps.
 
@@ -186,9 +196,9 @@ assert last[2] > last[8] > last[32]
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC Numbers are one view. A picture says more: we send our scene through each pair of layers, patch by patch, and put
-# MAGIC the drawn patches back together. With 2 numbers for each patch, the place of the objects and a little of their
-# MAGIC colour remain. With 32 numbers instead of 192, it is hard to see a difference.
+# MAGIC Numbers are one view. A picture says more: we send our scene through each pair of layers, patch by patch, and
+# MAGIC put the drawn patches back together. With 2 numbers for each patch, the place of the objects and a little of
+# MAGIC their colour remain. With 32 numbers instead of 192, the shapes are clear.
 
 # COMMAND ----------
 
@@ -215,12 +225,12 @@ for axis in axes.flat:
 # MAGIC ## A sequence forgets the place
 # MAGIC
 # MAGIC One thing is lost when we cut: a vector does not say *where* its patch was. The blocks that follow (notebook 2)
-# MAGIC treat the patches like a bag of puzzle pieces. The remedy is simple. Every place of the grid gets a vector of its
-# MAGIC own, the *position embedding*. It is added to the patch's vector, and it is trained like all other weights.
+# MAGIC treat the patches like a bag of puzzle pieces. The remedy is simple. Every place of the grid gets a vector of
+# MAGIC its own, the *position embedding*. It is added to the patch's vector, and it is trained like all other weights.
 # MAGIC
 # MAGIC `vlm.build` makes a whole model from a config. We take its *encoder* (the part that reads pictures). Then we
-# MAGIC shuffle the patches of the picture and look at the mean of the encoder's outputs. Without positions, the mean cannot
-# MAGIC change. With positions, it does.
+# MAGIC shuffle the patches of the picture and look at the mean of the encoder's outputs. Without positions, the mean
+# MAGIC cannot change. With positions, it does.
 
 # COMMAND ----------
 
@@ -277,8 +287,8 @@ for axis, shown, title in zip(axes, (pixels, shuffled_pixels), ("original", "shu
 # MAGIC
 # MAGIC ## Exercises
 # MAGIC
-# MAGIC **1.** A photograph has 224 x 224 pixels, and patches have 16 x 16. How long is the sequence, and how many numbers has
-# MAGIC a patch?
+# MAGIC **1.** A photograph has 224 x 224 pixels, and patches have 16 x 16. How long is the sequence, and how many
+# MAGIC numbers has a patch?
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC
@@ -287,8 +297,8 @@ for axis, shown, title in zip(axes, (pixels, shuffled_pixels), ("original", "shu
 # MAGIC assert (length, numbers) == (196, 768)
 # MAGIC ```
 # MAGIC
-# MAGIC 196 patches of 768 numbers. Smaller patches show more detail but make a longer sequence, and longer sequences cost
-# MAGIC more time.
+# MAGIC 196 patches of 768 numbers. Smaller patches show more detail but make a longer sequence, and longer sequences
+# MAGIC cost more time.
 # MAGIC
 # MAGIC </details>
 # MAGIC
@@ -306,8 +316,8 @@ for axis, shown, title in zip(axes, (pixels, shuffled_pixels), ("original", "shu
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **3.** Is a picture of noise harder to summarise than a scene? Send random pixels through the trained layers of width
-# MAGIC 32, and compare the losses.
+# MAGIC **3.** Is a picture of noise harder to summarise than a scene? Send random pixels through the trained layers of
+# MAGIC width 32, and compare the losses.
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC
@@ -320,7 +330,8 @@ for axis, shown, title in zip(axes, (pixels, shuffled_pixels), ("original", "shu
 # MAGIC assert of_noise > 3 * of_scene
 # MAGIC ```
 # MAGIC
-# MAGIC Much harder. Neighbouring pixels of a scene mostly agree, so a few numbers describe them. Noise has no such order.
+# MAGIC Much harder. Neighbouring pixels of a scene mostly agree, so a few numbers describe them. Noise has no such
+# MAGIC order.
 # MAGIC
 # MAGIC </details>
 # MAGIC

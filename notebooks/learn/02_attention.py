@@ -24,13 +24,13 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC %md
 # MAGIC ## A dictionary with soft keys
 # MAGIC
-# MAGIC A Python `dict` finds the value of the key that is *equal* to a query. Attention is a dictionary whose keys need not
-# MAGIC be equal. It compares the query with all keys, and returns a mixture of the values. Keys that are more similar
-# MAGIC contribute more.
+# MAGIC A Python `dict` finds the value of the key that is *equal* to a query. Attention is a dictionary whose keys need
+# MAGIC not be equal. It compares the query with all keys, and returns a mixture of the values. Keys that are more
+# MAGIC similar contribute more.
 # MAGIC
 # MAGIC Similarity is measured with the *dot product*: multiply two vectors number by number, and add up. Vectors that
-# MAGIC point in the same direction have a large dot product. *Softmax* then turns similarities into shares: all positive,
-# MAGIC and together 1. It takes e to the power of each number, and divides by the sum.
+# MAGIC point in the same direction have a large dot product. *Softmax* then turns similarities into shares: all
+# MAGIC positive, and together 1. It takes e to the power of each number, and divides by the sum.
 # MAGIC
 # MAGIC Below, a query asks "what is warm?". Keys and query have two numbers: (warmth, size).
 
@@ -58,15 +58,16 @@ assert abs(sum(shares) - 1) < 1e-9
 # MAGIC %md
 # MAGIC ## Self-attention
 # MAGIC
-# MAGIC In a network, nobody writes keys by hand. Every vector of the sequence asks a question, and every vector offers a key
-# MAGIC and a value. All three are computed from the vector with linear layers (tables of weights, see notebook 1):
+# MAGIC In a network, nobody writes keys by hand. Every vector of the sequence asks a question, and every vector offers
+# MAGIC a key and a value. All three are computed from the vector with linear layers (tables of weights, see notebook
+# MAGIC 1):
 # MAGIC
 # MAGIC * the *query*: what this position looks for;
 # MAGIC * the *key*: what this position can be found by;
 # MAGIC * the *value*: what this position passes on.
 # MAGIC
-# MAGIC Because the sequence attends to itself, this is called *self-attention*. Here it is as a loop over 6 positions with
-# MAGIC vectors of width 16.
+# MAGIC Because the sequence attends to itself, this is called *self-attention*. Here it is as a loop over 6 positions
+# MAGIC with vectors of width 16.
 
 # COMMAND ----------
 
@@ -98,9 +99,9 @@ assert difference < 1e-5
 # MAGIC ## Why divide by the square root of the width?
 # MAGIC
 # MAGIC A dot product of long vectors is a sum of many numbers, so it is large. Softmax of large numbers gives nearly
-# MAGIC everything to one key. Then a small change of the weights changes nothing, and training stands still. Dividing by
-# MAGIC the square root of the width keeps the scores at the same size for any width. The plot shows the largest share
-# MAGIC among 16 random keys.
+# MAGIC everything to one key. Then a small change of the weights changes nothing, and training stands still. Dividing
+# MAGIC by the square root of the width keeps the scores at the same size for any width. The plot shows the largest
+# MAGIC share among 16 random keys.
 
 # COMMAND ----------
 
@@ -129,8 +130,9 @@ assert largest["with the division"][-1] < 0.4
 # MAGIC ## No looking ahead: the causal mask
 # MAGIC
 # MAGIC A model that writes text predicts the next word. If a position could look at later positions, it would read the
-# MAGIC answer. The *causal mask* forbids it: the scores of later positions become minus infinity, and softmax turns these
-# MAGIC into a share of zero. In the picture, a row is a position that looks, and a column is a position that is looked at.
+# MAGIC answer. The *causal mask* forbids it: the scores of later positions become minus infinity, and softmax turns
+# MAGIC these into a share of zero. In the picture, a row is a position that looks, and a column is a position that is
+# MAGIC looked at.
 
 # COMMAND ----------
 
@@ -153,8 +155,8 @@ assert causal[0, 0] == 1  # the first position has only itself
 # MAGIC
 # MAGIC `vlm.layers.attention.Attention` is the layer that all models here use. It differs in three ways from ours:
 # MAGIC
-# MAGIC * It has several *heads*. Each head has its own queries, keys and values and works on its own share of the width, so
-# MAGIC   a position can look at different places for different reasons.
+# MAGIC * It has several *heads*. Each head has its own queries, keys and values and works on its own share of the
+# MAGIC   width, so a position can look at different places for different reasons.
 # MAGIC * One table of weights, `qkv`, computes queries, keys and values of all heads at once.
 # MAGIC * A last linear layer, `out`, mixes the results of the heads.
 # MAGIC
@@ -185,13 +187,17 @@ assert difference < 1e-5
 # MAGIC %md
 # MAGIC ## A task that needs attention
 # MAGIC
-# MAGIC Can the layer learn *where to look*? We give it sequences of random letters. At every position, it must name the letter
-# MAGIC that stood **three places earlier**. The letter at the position itself says nothing about the answer. A network that
-# MAGIC cannot look back can only guess: with 8 letters, it is right in 1 of 8 cases.
+# MAGIC Can the layer learn *where to look*? We give it sequences of random letters. At every position, it must name the
+# MAGIC letter that stood **three places earlier**. The letter at the position itself says nothing about the answer. A
+# MAGIC network that cannot look back can only guess: with 8 letters, it is right in 1 of 8 cases.
 # MAGIC
-# MAGIC The network is as small as possible: a vector for each letter and for each position, one attention layer, and a linear
-# MAGIC layer that gives a score to each of the 8 letters. The loss is the *cross-entropy*. It is minus the logarithm of
-# MAGIC the share that the network gives to the right letter: 0 if it is sure and right, and log 8 = 2.08 for a pure guess.
+# MAGIC The network is as small as possible: a vector for each letter and for each position (`Embedding` is a table of
+# MAGIC vectors that are trained), one attention layer, and a linear layer that gives a score to each of the 8 letters.
+# MAGIC A step takes a *batch* of 64 sequences at once.
+# MAGIC
+# MAGIC The loss is the *cross-entropy*. It is minus the
+# MAGIC logarithm of the share that the network gives to the right letter: 0 if it is sure and right, and log 8 = 2.08
+# MAGIC for a pure guess.
 
 # COMMAND ----------
 
@@ -236,9 +242,9 @@ plt.legend()
 # MAGIC %md
 # MAGIC ## Where does it look?
 # MAGIC
-# MAGIC `record_weights` makes a layer keep its shares. The picture shows what training has found: a stripe three places below
-# MAGIC the diagonal. Nobody told the layer this rule. The gradient did. Rows 0 to 2 were never trained, so they look
-# MAGIC anywhere.
+# MAGIC `record_weights` makes a layer keep its shares. The picture shows what training has found: a stripe three places
+# MAGIC below the diagonal. Nobody told the layer this rule. The gradient did. Rows 0 to 2 were never trained, so they
+# MAGIC look anywhere.
 
 # COMMAND ----------
 
@@ -263,16 +269,17 @@ plt.yticks(range(0, LENGTH, 2))
 # MAGIC ## What you have seen
 # MAGIC
 # MAGIC * Attention compares a query with all keys, and mixes the values by similarity.
-# MAGIC * The causal mask keeps a writer from reading ahead. The encoder of a picture needs no mask: it may look everywhere.
+# MAGIC * The causal mask keeps a writer from reading ahead. The encoder of a picture needs no mask: it may look
+# MAGIC   everywhere.
 # MAGIC * The layer of the library gives the numbers that you compute by hand, and it learns where to look.
 # MAGIC
-# MAGIC A *transformer block* is attention followed by a small network (*MLP*) that works on each position alone. A model is a
-# MAGIC stack of such blocks. You find them in `vlm/layers/block.py`.
+# MAGIC A *transformer block* is attention followed by a small network (*MLP*) that works on each position alone. A
+# MAGIC model is a stack of such blocks. You find them in `vlm/layers/block.py`.
 # MAGIC
 # MAGIC ## Exercises
 # MAGIC
-# MAGIC **1.** Multiply the scores of the first example (sun, ice, tea, lake) by 10 before the softmax, then by 0.1. What happens
-# MAGIC to the shares?
+# MAGIC **1.** Multiply the scores of the first example (sun, ice, tea, lake) by 10 before the softmax, then by 0.1.
+# MAGIC What happens to the shares?
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC
@@ -283,8 +290,8 @@ plt.yticks(range(0, LENGTH, 2))
 # MAGIC assert max(flat) - min(flat) < 0.2
 # MAGIC ```
 # MAGIC
-# MAGIC Large scores choose one key, small scores mix all keys. Notebook 6 uses the same trick, under the name *temperature*,
-# MAGIC to make a writer more careful or more adventurous.
+# MAGIC Large scores choose one key, small scores mix all keys. Notebook 6 uses the same trick, under the name
+# MAGIC *temperature*, to make a writer more careful or more adventurous.
 # MAGIC
 # MAGIC </details>
 # MAGIC
@@ -315,7 +322,8 @@ plt.yticks(range(0, LENGTH, 2))
 # MAGIC assert moved[:8].max() < 1e-5 < moved[8:].min()
 # MAGIC ```
 # MAGIC
-# MAGIC This is what the causal mask promises. Because earlier outputs never change, a writer can keep them (notebook 6).
+# MAGIC This is what the causal mask promises. Because earlier outputs never change, a writer can keep them (notebook
+# MAGIC 6).
 # MAGIC
 # MAGIC </details>
 # MAGIC

@@ -2,9 +2,9 @@
 # MAGIC %md
 # MAGIC # 3. A decoder that writes characters
 # MAGIC
-# MAGIC The second half of a vision-language model is a *decoder*: a network that reads the beginning of a text and predicts
-# MAGIC what comes next. Applied again and again to its own output, it writes. This notebook trains a small decoder on a few
-# MAGIC old poems, one character at a time, and watches it learn letters, then words, then lines.
+# MAGIC The second half of a vision-language model is a *decoder*: a network that reads the beginning of a text and
+# MAGIC predicts what comes next. Applied again and again to its own output, it writes. This notebook trains a small
+# MAGIC decoder on a few old poems, one character at a time, and watches it learn letters, then words, then lines.
 # MAGIC
 # MAGIC The poems are in the public domain and stand in this notebook, so nothing is downloaded.
 
@@ -96,10 +96,11 @@ print(f"{len(TEXT)} characters, {len(lines)} lines")
 # MAGIC ## Characters become numbers
 # MAGIC
 # MAGIC A network computes with numbers, so each character gets one, its *token id*. The part that translates is the
-# MAGIC *tokenizer*. Ours has one token for each character. Larger models use tokens for frequent pieces of words (notebook 4).
+# MAGIC *tokenizer*. Ours has one token for each character. Larger models use tokens for frequent pieces of words
+# MAGIC (notebook 4).
 # MAGIC
-# MAGIC We keep the last 15 % of the text away from training. On this *validation* text we measure whether the decoder has
-# MAGIC learned English, or has only learned the poems by heart.
+# MAGIC We keep the last 15 % of the text away from training. On this *validation* text we measure whether the decoder
+# MAGIC has learned English, or has only learned the poems by heart.
 
 # COMMAND ----------
 
@@ -154,12 +155,17 @@ assert by_pairs < guess
 # MAGIC `vlm.build` makes a whole vision-language model from a config. Here we use only its decoder. It consists of
 # MAGIC
 # MAGIC * a table with one vector for each token, the *embeddings*;
-# MAGIC * a stack of transformer blocks: attention with a causal mask (notebook 2), then an MLP, both added to their input;
-# MAGIC * a linear layer, the *head*, that gives a score to each token. The scores are called *logits*. Softmax turns logits
-# MAGIC   into shares.
+# MAGIC * a stack of transformer blocks: attention with a causal mask (notebook 2), then an MLP, both added to their
+# MAGIC   input;
+# MAGIC * a linear layer, the *head*, that gives a score to each token. The scores are called *logits*. Softmax turns
+# MAGIC   logits into shares.
 # MAGIC
-# MAGIC `position: rotary` says how the decoder knows the order: it rotates queries and keys by an angle that depends on the
-# MAGIC position. Then their dot product depends on the distance of two positions.
+# MAGIC In the config, `width` is the length of the vectors, `depth` is the number of blocks, and `mlp_width` is the
+# MAGIC length of the vectors inside an MLP. `dropout` sets a tenth of the numbers to zero during training, at random,
+# MAGIC which makes it a little harder to learn by heart. The part `vision` is required, but not used here.
+# MAGIC
+# MAGIC `position: rotary` says how the decoder knows the order: it rotates queries and keys by an angle that depends on
+# MAGIC the position. Then their dot product depends on the distance of two positions.
 
 # COMMAND ----------
 
@@ -200,14 +206,15 @@ assert abs(start_loss - guess) < 0.3
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC An untrained decoder is a pure guess. That is on purpose: the library draws the first weights so small that no token
-# MAGIC is preferred. A first loss far above the guess would be a sign of a mistake.
+# MAGIC An untrained decoder is a pure guess. That is on purpose: the library draws the first weights so small that no
+# MAGIC token is preferred. A first loss far above the guess would be a sign of a mistake.
 # MAGIC
 # MAGIC ## Train and watch it write
 # MAGIC
-# MAGIC A training step takes 24 random pieces of 48 characters. One piece is 48 exercises at once, because the causal mask
-# MAGIC lets every position predict its next character without seeing it. Every 50 steps we measure the loss on the
-# MAGIC validation text, and let the decoder write a line.
+# MAGIC A training step takes 24 random pieces of 48 characters. One piece is 48 exercises at once, because the causal
+# MAGIC mask lets every position predict its next character without seeing it. Every 50 steps we measure the loss on the
+# MAGIC validation text, and let the decoder write a line. `write` draws each character at random, and prefers likely
+# MAGIC ones (notebook 6 explains `temperature`). `train()` and `eval()` switch dropout on and off.
 
 # COMMAND ----------
 
@@ -258,8 +265,9 @@ for step in range(STEPS + 1):
 # MAGIC ## Two curves, one lesson
 # MAGIC
 # MAGIC The loss on the poems falls and falls. The loss on the unseen text falls too, to about the level of the table of
-# MAGIC pairs, and then it *rises*. From there on, the decoder no longer learns English. It learns the poems by heart. This is *overfitting*. It
-# MAGIC has one honest cure: more data. With 1,500 characters, no setting of the training helps for long.
+# MAGIC pairs, and then it *rises*. From there on, the decoder no longer learns English. It learns the poems by heart.
+# MAGIC This is *overfitting*. It has one honest cure: more data. With 1,500 characters, no setting of the training
+# MAGIC helps for long.
 
 # COMMAND ----------
 
@@ -284,8 +292,8 @@ assert on_validation[-1] > on_train[-1] + 0.5  # learned by heart
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC It really knows its poems. Give it the beginning of a line, always take the most likely character (a *temperature*
-# MAGIC near zero), and it goes on as the poet did, or slides into another poem:
+# MAGIC It really knows its poems. Give it the beginning of a line, always take the most likely character (a
+# MAGIC *temperature* near zero), and it goes on as the poet did, or slides into another poem:
 
 # COMMAND ----------
 
@@ -298,12 +306,13 @@ print(write("Tyger Tyger, ", 90, temperature=0.01))
 # MAGIC
 # MAGIC * A decoder predicts the next token from all earlier ones. Writing is predicting, again and again.
 # MAGIC * A loss means little alone. Compare it with a guess, with a simple writer, and with the loss on unseen text.
-# MAGIC * A model with many weights learns few texts by heart. That is why Lakesight always measures on rows that training has
-# MAGIC   not seen.
+# MAGIC * A model with many weights learns few texts by heart. That is why Lakesight always measures on rows that
+# MAGIC   training has not seen.
 # MAGIC
 # MAGIC ## Exercises
 # MAGIC
-# MAGIC **1.** What does a loss of 1.0 mean? Which share does the right character get, if it gets the same share everywhere?
+# MAGIC **1.** What does a loss of 1.0 mean? Which share does the right character get, if it gets the same share
+# MAGIC everywhere?
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC
@@ -317,7 +326,8 @@ print(write("Tyger Tyger, ", 90, temperature=0.01))
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **2.** Show that the decoder cannot look ahead: the logits of a position do not change if later characters change.
+# MAGIC **2.** Show that the decoder cannot look ahead: the logits of a position do not change if later characters
+# MAGIC change.
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC
@@ -345,9 +355,10 @@ print(write("Tyger Tyger, ", 90, temperature=0.01))
 # MAGIC assert kinds["mlp"] > kinds["attention"] > kinds["other"]
 # MAGIC ```
 # MAGIC
-# MAGIC In the MLPs. This stays so in large models, which is why notebook 5 looks for a way to have many MLPs and use few.
+# MAGIC In the MLPs. This stays so in large models, which is why notebook 5 looks for a way to have many MLPs and use
+# MAGIC few.
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **Next:** we can read pictures and write texts. The notebook `04_join` connects both, and shows how such a model
-# MAGIC can fail without anybody noticing.
+# MAGIC **Next:** we can read pictures and write texts. [4. Join them](04_join.py) connects both, and shows how such a
+# MAGIC model can fail without anybody noticing.

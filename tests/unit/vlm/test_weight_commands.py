@@ -69,6 +69,30 @@ def test_exported_parts_can_be_imported_and_all_other_parameters_are_initialised
     assert differ == ["projector.weight"]
 
 
+def test_a_repeated_import_prints_the_same_report_and_writes_nothing() -> None:
+    report("export-weights", "trained", *DECODER, "--out", "gpt2")
+    command = ["import-weights", "--model", "mine", "--decoder", "gpt2", "--out", "out"]
+    first = report(*command)
+    written = {path.name: path.stat().st_mtime_ns for path in Path("out").iterdir()}
+    assert report(*command) == first
+    assert {path.name: path.stat().st_mtime_ns for path in Path("out").iterdir()} == written
+    assert "is not empty" in refused(*command, "--seed", "1")
+    config = Path("gpt2/config.json")
+    config.write_text(config.read_text().replace("{", '{"name_or_path": "other",', 1))
+    assert "is not empty" in refused(*command)
+
+
+def test_an_interrupted_import_is_repeated() -> None:
+    report("export-weights", "trained", *DECODER, "--out", "gpt2")
+    command = ["import-weights", "--model", "mine", "--decoder", "gpt2", "--out", "out"]
+    first = report(*command)
+    record = json.loads(Path("out/import.json").read_text())
+    Path("out/import.json").write_text(json.dumps(record | {"report": None}))  # as while the checkpoint is written
+    Path("out/model.safetensors").write_bytes(b"half")
+    assert report(*command) == first
+    assert load_model(Path("out"))
+
+
 def test_parameters_that_an_import_initialises_depend_only_on_the_seed() -> None:
     report("export-weights", "trained", *DECODER, "--out", "gpt2")
     weights = {}

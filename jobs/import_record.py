@@ -1,0 +1,71 @@
+"""Record of an import of published weights, with which a repeated `import-weights` finds its finished work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import JsonValue, ValidationError
+
+from vlm.config import Config, ModelConfig
+from vlm.files import atomic_write, file_digest
+
+if TYPE_CHECKING:
+    from vlm.weights.family import Part
+
+RECORD = "import.json"
+"""Name of the record in the folder of the checkpoint."""
+SOURCES = ("*.json", "*.safetensors")
+"""Patterns of the files that an import reads."""
+
+
+class ImportRequest(Config):
+    """Everything that determines the checkpoint of an import.
+
+    Attributes:
+        model: config of the model.
+        sources: SHA-256 of each file in the folder of each part.
+        seed: random seed of weights that no folder contains.
+    """
+
+    model: ModelConfig
+    sources: dict[str, dict[str, str]]
+    seed: int
+
+
+class ImportRecord(Config):
+    """Import that has written, or is writing, the checkpoint of a folder.
+
+    Attributes:
+        request: request of the import.
+        tokens: keys of the start and end tokens that the import has compared.
+        report: report of the import; null while the checkpoint is not complete.
+    """
+
+    request: ImportRequest
+    tokens: tuple[str, ...] = ()
+    report: JsonValue = None
+
+
+def describe_import(config: ModelConfig, folders: Mapping[Part, Path], seed: int) -> ImportRequest:
+    """Read the files of all folders, and return the request of an import."""
+    sources = {
+        part: {path.name: file_digest(path) for pattern in SOURCES for path in sorted(folder.glob(pattern))}
+        for part, folder in folders.items()
+    }
+    return ImportRequest(model=config, sources=sources, seed=seed)
+
+
+def read_record(out: Path) -> ImportRecord | None:
+    """Return the record of the import that has written a folder, or None if the folder has no readable record."""
+    try:
+        return ImportRecord.model_validate_json((out / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValidationError):
+        return None
+
+
+def write_record(out: Path, record: ImportRecord) -> None:
+    """Write the record of an import into the folder of its checkpoint."""
+    with atomic_write(out / RECORD) as temporary:
+        temporary.write_text(record.model_dump_json(indent=2), encoding="utf-8")

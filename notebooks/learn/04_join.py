@@ -1,0 +1,352 @@
+# Databricks notebook source
+# MAGIC %md
+# MAGIC # 4. Join them: a model that describes pictures
+# MAGIC
+# MAGIC Notebook 1 turned a picture into a sequence of vectors. Notebook 3 trained a decoder that writes. This notebook
+# MAGIC joins them into a *vision-language model*. It also shows the trap of this field: such a model can have a low
+# MAGIC loss, write perfect sentences, and **ignore the picture completely**. You will see how to notice it with one
+# MAGIC number.
+
+# COMMAND ----------
+
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+import vlm
+
+plt.rcParams.update({"figure.figsize": (5, 3), "figure.constrained_layout.use": True, "font.size": 10})
+torch.manual_seed(0)  # the same random numbers in each run
+torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for them
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## Pictures with captions
+# MAGIC
+# MAGIC We draw 1,600 scenes. Each has one of 6 colours, 3 shapes and 5 locations, so there are 90 different captions.
+# MAGIC We keep 100 scenes away from training, to measure on pictures that the model has never seen.
+
+# COMMAND ----------
+
+from pipelines.scenes import COLOURS, Scene, SceneObject, draw
+
+SHAPES = ("circle", "square", "star")
+PLACES = ("in the top left corner", "in the top right corner", "in the middle",
+          "in the bottom left corner", "in the bottom right corner")  # fmt: skip
+rng = np.random.default_rng(0)
+
+
+def random_scene():
+    thing = SceneObject("large", str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)))
+    return Scene((thing,), str(rng.choice(PLACES)))
+
+
+scenes = [random_scene() for _ in range(1600)]
+pictures = [draw(scene, rng) for scene in scenes]
+captions = [scene.caption for scene in scenes]
+
+figure, axes = plt.subplots(1, 3, figsize=(5, 2))
+for axis, picture, caption in zip(axes, pictures, captions, strict=False):
+    axis.imshow(picture)
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(caption.replace(" in ", "\nin "), fontsize=8)
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## The whole model
+# MAGIC
+# MAGIC The model has four parts, and you know two of them:
+# MAGIC
+# MAGIC 1. The **encoder** turns a picture into 16 vectors, one for each patch.
+# MAGIC 2. The **projector** is a linear layer. It translates the vectors of the encoder into the "language" of the
+# MAGIC    decoder: the space of its token embeddings.
+# MAGIC 3. The **fusion** puts the 16 vectors in front of the text. Such a place in the sequence is called an *image
+# MAGIC    slot*.
+# MAGIC 4. The **decoder** reads slots and text as one sequence, and predicts the next token.
+# MAGIC
+# MAGIC A config describes all of it. The tokenizer (`kind: bpe`) learns frequent pieces of words from the captions, so
+# MAGIC a caption needs far fewer tokens than characters.
+
+# COMMAND ----------
+
+attention = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 16}
+config = {
+    "image": {"size": 32},
+    "text": {"kind": "bpe", "vocab_size": 340},
+    "vision": {
+        "stem": {"kind": "patch", "patch_size": 8},
+        "transformer": {
+            "width": 64, "depth": 1, "attention": attention, "mlp": {"kind": "plain", "mlp_width": 128},
+        },
+    },
+    "projector": {"kind": "linear"},
+    "decoder": {
+        "context": 48,
+        "transformer": {
+            "width": 64, "depth": 2, "attention": attention, "mlp": {"kind": "gated", "mlp_width": 128},
+            "position": {"kind": "rotary"},
+        },
+    },
+    "generation": {"max_new_tokens": 24},
+}  # fmt: skip
+
+captioner = vlm.build(config, captions)
+model, tokenizer = captioner.model, captioner.tokenizer
+print(f"{sum(p.numel() for p in model.parameters()):,} weights")
+print("tokens of a caption:", [tokenizer.decode([i]) for i in tokenizer.encode(captions[0])])
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC We follow one picture through the parts and print the shapes. `Collator` builds the sequence: 16 slots, a start
+# MAGIC token, and the caption. A slot has no token, so its id is -1. The *labels* are what the model must predict at
+# MAGIC each position: the next token of the caption, or -100 where nothing is asked.
+
+# COMMAND ----------
+
+from pipelines.formats.shards import Row
+from pipelines.worker.data.batches import Collator
+from vlm.image import to_pixels
+
+collator = Collator(tokenizer, model.config)
+rows = [
+    Row(str(number), to_pixels(picture, model.config.image), [("", caption)])
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True))
+]
+
+
+def make_batch(numbers):
+    chosen = [rows[number] for number in numbers]
+    return collator.collate(chosen, [row.texts[0] for row in chosen])
+
+
+one = make_batch([0])
+features = model.encode(one.pixels_PHWC)
+sequence, _ = model.embed(one.tokens_BT, features)
+print("pixels           ", tuple(one.pixels_PHWC.shape))
+print("picture vectors  ", tuple(features.shape))
+print("whole sequence   ", tuple(sequence.shape))
+print("logits of targets", tuple(model(one).shape))
+print("ids   ", one.tokens_BT[0, 12:22].tolist())
+print("labels", one.labels_BT[0, 12:22].tolist())
+assert torch.equal(sequence[0, :16], features[0])  # the slots hold the vectors of the picture
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## What a blind writer can reach
+# MAGIC
+# MAGIC Imagine a writer who has read all captions but has never seen a picture. He knows the grammar perfectly. He only
+# MAGIC has to guess which of the 90 captions it is, so a whole caption costs him log 90 = 4.5, and *every token* only a
+# MAGIC fraction of it. His loss for each token is low, and his sentences are perfect. They have nothing to do with the
+# MAGIC picture.
+
+# COMMAND ----------
+
+tokens_of_caption = np.mean([len(tokenizer.encode(caption)) + 1 for caption in captions])  # and an end token
+blind_floor = math.log(6 * 3 * 5) / tokens_of_caption
+print(f"{tokens_of_caption:.1f} tokens a caption")
+print(f"best loss of a blind writer: {blind_floor:.2f} for each token")
+assert math.isclose(math.log(90), 4.5, abs_tol=0.01)
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## The blind gap
+# MAGIC
+# MAGIC How do we notice? Show the model a **wrong** picture, from another row, and compare the losses:
+# MAGIC
+# MAGIC > blind gap = loss with wrong pictures - loss with the right pictures
+# MAGIC
+# MAGIC A model that uses its pictures gets much worse with wrong ones. A blind model does not care, so its gap is zero,
+# MAGIC *whatever its loss*. The library computes both losses with `blind_losses`. We measure them every 20 steps of
+# MAGIC training.
+# MAGIC
+# MAGIC `fit` is the training loop of the library: the three steps of notebook 1, for batches that we provide. The
+# MAGIC learning rate rises during the first 20 steps and then falls slowly (`schedule`), because careful first and last
+# MAGIC steps give better models. `roll(1, 0)` moves each picture to the next row, so that every caption gets a wrong
+# MAGIC picture.
+# MAGIC
+# MAGIC We train twice. The second model gets pictures that do not belong to the captions, so that there is nothing to
+# MAGIC see. It shows what a blind model looks like.
+
+# COMMAND ----------
+
+from vlm.config import CosineScheduleConfig
+from vlm.training.loop import fit
+from vlm.training.objective import blind_losses
+from vlm.training.optim import build_adamw, schedule
+
+test = make_batch(range(1500, 1600))
+
+
+def train(captioner, steps, right_pictures):
+    """Train a model, and return (step, loss, loss with wrong pictures) on unseen rows, every 20 steps."""
+    model, history = captioner.model, []
+    order = np.random.default_rng(1)
+    optimizer = build_adamw(model, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.01)
+
+    def batches():
+        for _ in range(steps):
+            batch = make_batch(order.choice(1500, 32, replace=False))
+            yield [batch if right_pictures else batch.with_pixels(batch.pixels_PHWC.roll(1, 0))]
+
+    def on_step(report):
+        if report.step % 20 == 0 or report.step == steps - 1:
+            model.eval()
+            right, wrong, tokens = blind_losses(model, test, test.pixels_PHWC.roll(1, 0))
+            history.append((report.step, float(right.sum() / tokens.sum()), float(wrong.sum() / tokens.sum())))
+            model.train()
+
+    rate = CosineScheduleConfig()
+    fit(
+        model, optimizer, batches(), start=0, grad_clip=1.0, seed=0, rank=0, device=torch.device("cpu"), bf16=False,
+        lr_schedule=lambda step: 4e-3 * schedule(rate, step, steps=steps, warmup_steps=20), on_step=on_step,
+    )  # fmt: skip
+    model.eval()
+    return np.array(history)
+
+
+seeing = train(captioner, 460, right_pictures=True)
+blind_captioner = vlm.build(config, captions)
+blind = train(blind_captioner, 160, right_pictures=False)
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC In both panels, the loss falls steeply in the first 60 steps. This is grammar. It ends at the dashed line, the
+# MAGIC best loss of a blind writer, and **up to here both models look the same**. Then the left model discovers that
+# MAGIC the picture helps. The two curves part. The distance between them is the blind gap.
+
+# COMMAND ----------
+
+figure, axes = plt.subplots(1, 2, figsize=(5.4, 3), sharey=True)
+for axis, history, title in zip(axes, (seeing, blind), ("right pictures", "nothing to see"), strict=True):
+    axis.plot(history[:, 0], history[:, 2], label="wrong picture")
+    axis.plot(history[:, 0], history[:, 1], label="right picture")
+    axis.axhline(blind_floor, color="grey", linestyle="--", label="blind writer")
+    axis.set(title=title, xlabel="training step", ylim=(0, 2.2))
+axes[0].set_ylabel("loss on unseen rows")
+axes[1].legend(fontsize=8)
+
+early = seeing[:, 0] == 60
+gap_early = (seeing[early, 2] - seeing[early, 1]).item()
+gap = seeing[-1, 2] - seeing[-1, 1]
+gap_blind = blind[-1, 2] - blind[-1, 1]
+print(f"gap after 60 steps: {gap_early:.2f} (loss {seeing[early, 1].item():.2f})")
+print(f"gap at the end:     {gap:.2f} (loss {seeing[-1, 1]:.2f})")
+print(f"gap, blind model:   {gap_blind:.2f} (loss {blind[-1, 1]:.2f})")
+assert abs(gap_early) < 0.1  # the loss has fallen from 5.7, and the model still sees nothing
+assert gap > 0.4
+assert seeing[-1, 1] < blind_floor - 0.1  # better than any blind writer can be
+assert abs(gap_blind) < 0.05
+assert blind[-1, 1] > blind_floor - 0.02
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC Lakesight measures this gap in every run, and refuses to promote a version whose gap is too small. Here are
+# MAGIC captions of both models for pictures that neither has seen. Judge from the *sentences* alone: could you tell
+# MAGIC which model is blind?
+
+# COMMAND ----------
+
+shown = list(range(1500, 1504))
+seen = captioner.caption([pictures[number] for number in shown])
+guessed = blind_captioner.caption([pictures[number] for number in shown])
+figure, axes = plt.subplots(2, 2, figsize=(5.2, 6))
+for axis, number, a, b in zip(axes.flat, shown, seen, guessed, strict=True):
+    axis.imshow(pictures[number])
+    axis.set(xticks=[], yticks=[])
+    text = f"sees: {a.caption}\nblind: {b.caption}"
+    axis.set_title(text.replace(" in the", "\n  in the"), fontsize=8, loc="left")
+
+exact = np.mean([r.caption == c for r, c in zip(captioner.caption(pictures[1500:]), captions[1500:], strict=True)])
+exact_blind = np.mean(
+    [r.caption == c for r, c in zip(blind_captioner.caption(pictures[1500:]), captions[1500:], strict=True)]
+)
+print(f"exactly right: {exact:.0%} of 100, blind model {exact_blind:.0%}")
+assert exact > 0.2 > exact_blind
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## Where does it look?
+# MAGIC
+# MAGIC The attention of notebook 2 tells us. `captioner.attention` follows the weights from each written word back to
+# MAGIC the patches of the picture. Bright patches were read most.
+
+# COMMAND ----------
+
+best = next(n for n, r in enumerate(captioner.caption(pictures[1500:])) if r.caption == captions[1500 + n])
+picture = pictures[1500 + best]
+words = captioner.attention(picture).words()
+words = [(word, patches) for word, patches in words if word in (*COLOURS, *SHAPES, "middle", "top", "bottom")][:3]
+figure, axes = plt.subplots(1, 1 + len(words), figsize=(5.2, 1.8))
+axes[0].imshow(picture)
+axes[0].set_title("picture", fontsize=9)
+for axis, (word, patches) in zip(axes[1:], words, strict=True):
+    axis.imshow(picture.convert("L"), cmap="gray", extent=(0, 4, 4, 0))
+    axis.imshow(patches, cmap="magma", alpha=0.6, extent=(0, 4, 4, 0))
+    axis.set_title(word, fontsize=9)
+for axis in axes:
+    axis.set(xticks=[], yticks=[])
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## What you have seen
+# MAGIC
+# MAGIC * Encoder, projector, fusion and decoder make a model. Picture vectors stand in the sequence like words.
+# MAGIC * A low loss and good grammar do not prove that a model sees. The blind gap does.
+# MAGIC * A model learns the language first and the pictures later. Who stops too early gets a blind model.
+# MAGIC
+# MAGIC ## Exercises
+# MAGIC
+# MAGIC **1.** What would the blind floor be if all captions were about the same place, with 6 colours and 3 shapes?
+# MAGIC
+# MAGIC <details><summary>Solution</summary>
+# MAGIC
+# MAGIC ```python
+# MAGIC assert math.log(6 * 3) / tokens_of_caption < blind_floor
+# MAGIC ```
+# MAGIC
+# MAGIC Lower: there is less to guess. With three captions in all, as in some famous examples, a blind model has a loss
+# MAGIC near zero.
+# MAGIC
+# MAGIC </details>
+# MAGIC
+# MAGIC **2.** Measure the blind gap of the trained model with *grey* pictures instead of wrong ones.
+# MAGIC
+# MAGIC <details><summary>Solution</summary>
+# MAGIC
+# MAGIC ```python
+# MAGIC grey = torch.full_like(test.pixels_PHWC, 128)
+# MAGIC right, empty, tokens = blind_losses(captioner.model, test, grey)
+# MAGIC assert float((empty - right).sum() / tokens.sum()) > 0.2
+# MAGIC ```
+# MAGIC
+# MAGIC The gap is large too. Lakesight uses pictures of other rows, because a grey picture looks unlike any training
+# MAGIC picture, and a model may fail on it for that reason alone.
+# MAGIC
+# MAGIC </details>
+# MAGIC
+# MAGIC **3.** Ask the model which of two captions fits a picture better, with `captioner.logprobs`.
+# MAGIC
+# MAGIC <details><summary>Solution</summary>
+# MAGIC
+# MAGIC ```python
+# MAGIC thing = next(colour for colour in COLOURS if colour in captions[1500 + best])
+# MAGIC wrong = captions[1500 + best].replace(thing, "green" if thing != "green" else "red")
+# MAGIC right_score, wrong_score = captioner.logprobs([picture] * 2, ["", ""], [captions[1500 + best], wrong])
+# MAGIC assert right_score.total > wrong_score.total
+# MAGIC ```
+# MAGIC
+# MAGIC </details>
+# MAGIC
+# MAGIC **Next:** the MLPs hold most of the weights. [5. Mixture of experts](05_experts.py) has many of them, and uses
+# MAGIC only a few for each token.

@@ -1,0 +1,382 @@
+# Databricks notebook source
+# MAGIC %md
+# MAGIC # 7. Frozen towers and a projector
+# MAGIC
+# MAGIC Training a large encoder and a large decoder from nothing needs millions of pictures. Others have done it, and
+# MAGIC publish the weights: a *vision transformer* (ViT) that knows pictures, and GPT-2, a decoder that knows English.
+# MAGIC Neither has ever met the other. The cheapest vision-language model joins them with a small projector, and trains
+# MAGIC **only the projector**. The two towers stay *frozen*: their weights never change.
+# MAGIC
+# MAGIC This notebook shows that it works, and why the towers must be trained ones. It needs no download: we first train
+# MAGIC two small towers of our own, each for itself, as their publishers would.
+
+# COMMAND ----------
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import vlm
+
+plt.rcParams.update({"figure.figsize": (5, 3), "figure.constrained_layout.use": True, "font.size": 10})
+torch.manual_seed(0)  # the same random numbers in each run
+torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for them
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## Data and model
+# MAGIC
+# MAGIC Scenes as in notebook 4: one thing, with 6 colours, 3 shapes and 5 places. The config has the parts of ViT and
+# MAGIC GPT-2 in small sizes: learned positions, biases (a constant that each
+# MAGIC sum adds), and an MLP with GELU, a smooth function that lets only positive numbers pass. The projector is an MLP
+# MAGIC of two layers.
+
+# COMMAND ----------
+
+from pipelines.formats.shards import Row
+from pipelines.scenes import COLOURS, Scene, SceneObject, draw
+from pipelines.worker.data.batches import Collator
+from vlm.image import to_pixels
+
+SHAPES = ("circle", "square", "star")
+PLACES = ("in the top left corner", "in the top right corner", "in the middle",
+          "in the bottom left corner", "in the bottom right corner")  # fmt: skip
+rng = np.random.default_rng(0)
+facts = np.stack([rng.integers(n, size=1600) for n in (len(COLOURS), len(SHAPES), len(PLACES))], axis=1)
+scenes = [Scene((SceneObject("large", list(COLOURS)[c], SHAPES[s]),), PLACES[p]) for c, s, p in facts]
+pictures = [draw(scene, rng) for scene in scenes]
+captions = [scene.caption for scene in scenes]
+
+attention = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 16, "bias": True}
+mlp = {"kind": "plain", "mlp_width": 128}
+config = {
+    "image": {"size": 32},
+    "text": {"kind": "bpe", "vocab_size": 340},
+    "vision": {
+        "stem": {"kind": "patch", "patch_size": 8},
+        "transformer": {"width": 64, "depth": 1, "attention": attention, "mlp": mlp},
+    },
+    "projector": {"kind": "mlp", "mlp_width": 128},
+    "decoder": {
+        "context": 48,
+        "tie_embeddings": True,
+        "transformer": {
+            "width": 64, "depth": 2, "attention": attention, "mlp": {**mlp, "activation": "gelu_tanh"},
+        },
+    },
+    "generation": {"max_new_tokens": 24},
+}  # fmt: skip
+towers = vlm.build(config, captions)
+tokenizer = towers.tokenizer
+collator = Collator(tokenizer, towers.model.config)
+rows = [
+    Row(str(n), to_pixels(picture, towers.model.config.image), [("", caption)])
+    for n, (picture, caption) in enumerate(zip(pictures, captions, strict=True))
+]
+
+
+def make_batch(numbers):
+    chosen = [rows[number] for number in numbers]
+    return collator.collate(chosen, [row.texts[0] for row in chosen])
+
+
+test = make_batch(range(1500, 1600))
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## Tower 1: an encoder that has seen pictures, but no text
+# MAGIC
+# MAGIC A published ViT has usually learned to sort pictures into classes. Ours learns to name the number of the colour,
+# MAGIC of the shape and of the place. These are numbers, not words. The linear layer that names them is thrown away
+# MAGIC afterwards.
+
+# COMMAND ----------
+
+encoder = towers.model.encoder
+classifier = nn.Linear(64, 6 + 3 + 5)
+optimizer = torch.optim.AdamW([*encoder.parameters(), *classifier.parameters()], lr=3e-3)
+pixels = torch.tensor(np.stack([row.pixels for row in rows]))
+labels = torch.tensor(facts)
+
+
+def look(numbers):
+    """Return the scores of colour, shape and place."""
+    normal = (pixels[numbers].permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
+    return classifier(encoder(normal).mean(dim=1)).split([6, 3, 5], dim=1)
+
+
+for step in range(300):
+    numbers = torch.randint(1500, (48,))
+    loss = sum(F.cross_entropy(scores, labels[numbers, n]) for n, scores in enumerate(look(numbers)))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+with torch.no_grad():
+    unseen = torch.arange(1500, 1600)
+    right = [(scores.argmax(1) == labels[unseen, n]).float().mean().item() for n, scores in enumerate(look(unseen))]
+for name, share in zip(("colour", "shape", "place"), right, strict=True):
+    print(f"{name:<6} right on unseen pictures: {share:.0%}")
+assert right[0] > 0.8
+assert right[2] > 0.6
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## Tower 2: a decoder that has read texts, but seen no picture
+# MAGIC
+# MAGIC GPT-2 has read so much that it *uses what stands before*: after a page about cats, it goes on about cats. A
+# MAGIC projector needs exactly this skill, because picture vectors will stand before the text. A decoder that has
+# MAGIC learned to ignore the beginning of its sequence cannot be helped by any projector.
+# MAGIC
+# MAGIC So our decoder reads notes and the sentence that belongs to them: 16 words in any order, most of them "and",
+# MAGIC then the caption. `and star and purple middle and ...` is followed by `a large purple star in the middle`.
+
+# COMMAND ----------
+
+decoder = towers.model.decoder
+filler = tokenizer.encode(" and")[:1]
+sentences = [[tokenizer.bos_id, *tokenizer.encode(caption), tokenizer.eos_id] for caption in captions]
+longest = max(len(sentence) for sentence in sentences)
+
+
+def notes_of(number):
+    """Return 16 tokens: the words of the colour, the shape and the place, each twice, among fillers, in any order."""
+    c, s, p = facts[number]
+    words = [list(COLOURS)[c], SHAPES[s], *PLACES[p].split()[2:]]
+    found = [token for word in words if word != "corner" for token in tokenizer.encode(f" {word}")[:1]] * 2
+    return rng.permutation((found + filler * 16)[:16])
+
+
+def logits_of(tokens):
+    return decoder.logits(decoder(decoder.embed(tokens), mask=None))
+
+
+optimizer = torch.optim.AdamW(decoder.parameters(), lr=4e-3)
+for step in range(400):
+    tokens = torch.full((32, 16 + longest), tokenizer.eos_id)
+    for row, number in enumerate(rng.integers(1500, size=32)):
+        tokens[row, :16] = torch.tensor(notes_of(number))
+        tokens[row, 16 : 16 + len(sentences[number])] = torch.tensor(sentences[number])
+    loss = F.cross_entropy(logits_of(tokens)[:, 16:-1].flatten(0, 1), tokens[:, 17:].flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def continue_notes(notes):
+    """Let the decoder write the sentence that follows some notes."""
+    tokens = [*notes, tokenizer.bos_id]
+    while len(tokens) < 40 and tokens[-1] != tokenizer.eos_id:
+        with torch.no_grad():
+            tokens.append(int(logits_of(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokenizer.decode(tokens[17:])
+
+
+for number in (1500, 1501):
+    notes = notes_of(number).tolist()
+    print("notes:", tokenizer.decode([token for token in notes if token not in filler]).strip())
+    print("  ->", continue_notes(notes))
+written = np.mean([continue_notes(notes_of(number).tolist()) == captions[number] for number in range(1500, 1530)])
+print(f"right sentence for {written:.0%} of 30 notes")
+assert written > 0.5
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## Freeze the towers
+# MAGIC
+# MAGIC `set_trainable` takes a pattern of weight names, and freezes all other weights. Only the projector remains: a
+# MAGIC small part of the model. Frozen weights get no gradient, so a step is cheaper and needs less memory.
+
+# COMMAND ----------
+
+from vlm.config import CosineScheduleConfig
+from vlm.training.loop import fit
+from vlm.training.objective import blind_losses
+from vlm.training.optim import build_adamw, schedule, set_trainable
+
+
+def count(model):
+    sizes = {"encoder": 0, "projector": 0, "decoder": 0}
+    for name, parameter in model.named_parameters():
+        sizes[name.split(".")[0]] += parameter.numel()
+    return sizes
+
+
+set_trainable(towers.model, {"projector.*": 1.0})
+sizes = count(towers.model)
+trainable = sum(p.numel() for p in towers.model.parameters() if p.requires_grad)
+print(f"{trainable:,} of {sum(sizes.values()):,} weights are trained")
+assert trainable == sizes["projector"]
+
+plt.figure(figsize=(5, 1.9))
+plt.barh(list(sizes), list(sizes.values()), color=["lightgrey", "tab:orange", "lightgrey"])
+plt.gca().invert_yaxis()
+plt.xlabel("weights (grey: frozen)")
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## Train the projector, and two controls
+# MAGIC
+# MAGIC Does the projector work, or would *any* model learn this task? We train three models with the same pictures and
+# MAGIC the same number of steps, and measure the blind gap (notebook 4) on unseen rows:
+# MAGIC
+# MAGIC * **towers**: both towers as trained above, frozen; only the projector learns.
+# MAGIC * **random encoder**: the same, but the encoder has random weights. It is frozen too, so it never learns to see.
+# MAGIC * **from nothing**: all weights random, and all of them learn.
+
+# COMMAND ----------
+
+STEPS = 240
+
+
+def train(captioner):
+    """Train the trainable weights, and return (step, blind gap) on unseen rows."""
+    model, history, order = captioner.model, [], np.random.default_rng(1)
+
+    def batches():
+        for _ in range(STEPS):
+            yield [make_batch(order.choice(1500, 32, replace=False))]
+
+    def on_step(report):
+        if report.step % 30 == 0 or report.step == STEPS - 1:
+            right, wrong, tokens = blind_losses(model.eval(), test, test.pixels_PHWC.roll(1, 0))
+            history.append((report.step, float((wrong - right).sum() / tokens.sum())))
+            model.train()
+
+    fit(
+        model, build_adamw(model, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.01), batches(), start=0, grad_clip=1.0,
+        lr_schedule=lambda step: 4e-3 * schedule(CosineScheduleConfig(), step, steps=STEPS, warmup_steps=20), seed=0,
+        rank=0, device=torch.device("cpu"), bf16=False, on_step=on_step,
+    )  # fmt: skip
+    model.eval()
+    return np.array(history)
+
+
+before = {name: value.clone() for name, value in towers.model.state_dict().items()}
+random_encoder = vlm.build(config, captions, seed=1)
+random_encoder.model.decoder.load_state_dict(decoder.state_dict())
+set_trainable(random_encoder.model, {"projector.*": 1.0})
+from_nothing = vlm.build(config, captions, seed=2)
+
+gaps = {
+    "towers": train(towers),
+    "random encoder": train(random_encoder),
+    "from nothing": train(from_nothing),
+}
+changed = {name.split(".")[0] for name, value in towers.model.state_dict().items() if not torch.equal(value, before[name])}
+print("parts that have changed:", ", ".join(changed))
+assert changed == {"projector"}
+
+# COMMAND ----------
+
+plt.figure()
+for name, history in gaps.items():
+    plt.plot(history[:, 0], history[:, 1], marker="o", label=name)
+plt.xlabel("training step")
+plt.ylabel("blind gap on unseen rows")
+plt.legend()
+final = {name: history[-1, 1] for name, history in gaps.items()}
+for name, gap in final.items():
+    print(f"{name:<15} blind gap {gap:.2f}")
+assert final["towers"] > 0.3
+assert final["towers"] > final["random encoder"] + 0.2
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC With trained towers, the few weights of the projector are enough to let a decoder speak about what an encoder
+# MAGIC sees. With a random encoder, the same projector finds much less to translate. So the knowledge is in the towers.
+# MAGIC The model that starts from nothing learns too, because our task is tiny and it may change all of its weights.
+# MAGIC With real photographs and real language, it would need millions of pictures first.
+# MAGIC
+# MAGIC Captions of the frozen towers for unseen pictures:
+
+# COMMAND ----------
+
+figure, axes = plt.subplots(2, 2, figsize=(5, 5.6))
+results = towers.caption(pictures[1500:1504])
+for axis, picture, result in zip(axes.flat, pictures[1500:], results, strict=False):
+    axis.imshow(picture)
+    axis.set_title(result.caption.replace(" in ", "\nin "), fontsize=8)
+    axis.set(xticks=[], yticks=[])
+words_right = np.mean(
+    [colour in result.caption for result, caption in zip(towers.caption(pictures[1500:]), captions[1500:], strict=True)
+     for colour in COLOURS if colour in caption]
+)  # fmt: skip
+print(f"colour right in {words_right:.0%} of 100 captions")
+assert words_right > 0.5
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## The same with published weights
+# MAGIC
+# MAGIC For real towers, the commands are these, for a run whose model is `vit_gpt2`. `docs/weights.md` leads from published
+# MAGIC weights to a model of your own, and `docs/models.md` lists the published models that fit.
+# MAGIC
+# MAGIC ```
+# MAGIC lakesight import-weights --model vit_gpt2 \
+# MAGIC   --encoder vit_mediumd --decoder gpt2 --out weights/vit_gpt2
+# MAGIC lakesight train --run birds --set train.start_from=weights/vit_gpt2
+# MAGIC ```
+# MAGIC
+# MAGIC ## What you have seen
+# MAGIC
+# MAGIC * A projector translates between two parts that were trained apart.
+# MAGIC * Freezing is a list of name patterns. A control experiment shows that the trained towers do the work.
+# MAGIC * Between "only the projector" and "everything" there is a middle way: *low-rank adapters* (exercise 3).
+# MAGIC
+# MAGIC ## Exercises
+# MAGIC
+# MAGIC **1.** How many times larger are the towers than the projector in `vit_gpt2`, with about 190 million weights in all
+# MAGIC and a projector of about 2 million?
+# MAGIC
+# MAGIC <details><summary>Solution</summary>
+# MAGIC
+# MAGIC ```python
+# MAGIC assert (190 - 2) / 2 == 94
+# MAGIC ```
+# MAGIC
+# MAGIC The larger the towers, the smaller the share that is trained.
+# MAGIC
+# MAGIC </details>
+# MAGIC
+# MAGIC **2.** Let the projector and the *norms* of the decoder learn. Which patterns does `set_trainable` need, and how
+# MAGIC many weights are trained?
+# MAGIC
+# MAGIC <details><summary>Solution</summary>
+# MAGIC
+# MAGIC ```python
+# MAGIC set_trainable(towers.model, {"projector.*": 1.0, r"decoder\..*norm.*": 1.0})
+# MAGIC more = sum(p.numel() for p in towers.model.parameters() if p.requires_grad)
+# MAGIC assert more - trainable == 5 * 2 * 64
+# MAGIC ```
+# MAGIC
+# MAGIC Two norms in each of two blocks and one at the end, each with 64 factors and 64 constants.
+# MAGIC
+# MAGIC </details>
+# MAGIC
+# MAGIC **3.** A low-rank adapter (LoRA) leaves a frozen weight W as it is, and learns two thin matrices A and B: the
+# MAGIC layer computes `x W + x A B`. How many weights does an adapter of rank 4 have for a layer of 64 x 64?
+# MAGIC
+# MAGIC <details><summary>Solution</summary>
+# MAGIC
+# MAGIC ```python
+# MAGIC a, b = torch.zeros(64, 4), torch.zeros(4, 64)
+# MAGIC assert a.numel() + b.numel() == 512 == 64 * 64 // 8
+# MAGIC ```
+# MAGIC
+# MAGIC An eighth of the layer. `--set train.adapter.pattern='decoder.blocks.*'` does this in a run, and the registered
+# MAGIC version holds the sum, so it needs no special loader.
+# MAGIC
+# MAGIC </details>
+# MAGIC
+# MAGIC **Next:** [8. PaliGemma's prefix mask, and boxes](08_paligemma.py) asks questions about a picture, and gets
+# MAGIC places as answers.
