@@ -5,7 +5,9 @@ Letters in tensor names: B batch, P pictures, H height and W width in pixels, C 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,25 +27,37 @@ class Batch:
         labels_BT: int64 labels; the label of a position is the next token if the next token belongs to the answer, and
             IGNORE otherwise.
         prefix_lengths_B: int64 number of positions before the answer in each row.
+        weights_B: weight of the loss of each row; None if all rows have the weight 1.
+        rows_per_picture: number of adjacent rows that share a picture, so that the picture is encoded only once.
     """
 
     pixels_PHWC: Tensor
     tokens_BT: Tensor
     labels_BT: Tensor
     prefix_lengths_B: Tensor
+    weights_B: Tensor | None = None
+    rows_per_picture: int = 1
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy the batch to a device. A copy from pinned memory to a GPU is asynchronous."""
-        return Batch(*(t.to(device, non_blocking=True) for t in self.tensors()))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def with_pixels(self, pixels_PHWC: Tensor) -> Batch:
         """Return a batch with the same token sequences and the given pictures."""
-        return Batch(pixels_PHWC, self.tokens_BT, self.labels_BT, self.prefix_lengths_B)
+        return replace(self, pixels_PHWC=pixels_PHWC)
 
     def pin_memory(self) -> Batch:
         """Copy the batch to page-locked memory, which allows asynchronous copies to a GPU."""
-        return Batch(*(t.pin_memory() for t in self.tensors()))
+        return self._map(Tensor.pin_memory)
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the four tensors in the order of the constructor's arguments."""
-        return self.pixels_PHWC, self.tokens_BT, self.labels_BT, self.prefix_lengths_B
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors in the order of the fields."""
+        return tuple(self._named_tensors().values())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        changes: dict[str, Any] = {name: function(tensor) for name, tensor in self._named_tensors().items()}
+        return replace(self, **changes)
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}

@@ -64,7 +64,10 @@ class VisionLanguageModel(nn.Module):
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Compute hidden states (B, T, W) of a right-padded batch."""
-        x_BTW, media = self.embed(batch.tokens_BT, self.encode(batch.pixels_PHWC))
+        features_PNW = self.encode(batch.pixels_PHWC)
+        if batch.rows_per_picture > 1:
+            features_PNW = features_PNW.repeat_interleave(batch.rows_per_picture, dim=0)
+        x_BTW, media = self.embed(batch.tokens_BT, features_PNW)
         # Right padding needs no mask under causal attention, because no token attends to a later position. Right
         # padding does not change a prefix mask either, because padding comes after the answer.
         mask = None

@@ -43,17 +43,44 @@ class GroupConfig(Config):
     lr: Annotated[float, Field(ge=0)]
 
 
+class TextsObjectiveConfig(Config):
+    """Objective of a stage: cross entropy of the texts of the training rows."""
+
+    kind: Literal["texts"] = "texts"
+
+
+class CiderObjectiveConfig(Config):
+    """Objective of a stage: CIDEr of captions that the model samples (self-critical training; Rennie et al., 2016).
+
+    The model samples several captions of each training picture. Captions with more CIDEr-D than the mean of the
+    picture's other samples become more likely, and the others less likely (Luo, 2020).
+
+    Attributes:
+        samples: number of captions that are sampled of each picture.
+        temperature: number by which logits are divided before sampling.
+    """
+
+    kind: Literal["cider"]
+    samples: Annotated[int, Field(ge=2)] = 5
+    temperature: PositiveFloat = 1.0
+
+
+ObjectiveConfig = Annotated[TextsObjectiveConfig | CiderObjectiveConfig, Field(discriminator="kind")]
+
+
 class StageConfig(Config):
     """Stage of a run, in which some parameters learn. Warm-up, schedule and optimizer state start anew in each stage.
 
     Attributes:
         steps: length of the stage, in training steps.
+        objective: what the stage learns: the `texts` of the training rows, or the `cider` of sampled captions.
         groups: parameter groups with their learning rates. A parameter belongs to the first group that matches its
             name. A parameter that no group matches is frozen.
     """
 
     steps: PositiveInt
     groups: Annotated[tuple[GroupConfig, ...], Field(min_length=1)]
+    objective: Annotated[ObjectiveConfig, ADDED_LATER] = TextsObjectiveConfig()
 
     @property
     def rates(self) -> dict[str, float]:
@@ -231,6 +258,11 @@ class TrainConfig(Config):
         """Return the settings that determine what the model learns."""
         return self.hashed_settings(exclude=EXECUTION_SETTINGS)
 
+    @property
+    def rewards_cider(self) -> bool:
+        """True if a stage rewards the CIDEr of sampled captions."""
+        return any(stage.objective.kind == "cider" for stage in self.stages)
+
     @model_validator(mode="before")
     @classmethod
     def _steps_of_stages(cls, given: Any) -> Any:
@@ -247,6 +279,8 @@ class TrainConfig(Config):
             raise ValueError(f"steps is {self.steps}, but the stages have {total} in total: leave steps out")
         if self.stages and self.adapter:
             raise ValueError("stages and adapter exclude each other: with an adapter nothing else learns")
+        if self.rewards_cider and self.parallel == "fsdp":
+            raise ValueError("objective cider and parallel fsdp exclude each other: each rank needs all weights")
         return self
 
     @model_validator(mode="after")

@@ -1,8 +1,8 @@
 """Layout of a run folder, and functions that read and atomically write its files.
 
 The run folder is the only interface between the driver and the ranks. The driver writes `run.json`, `tokenizer.json`,
-`hosts.json`, `launcher.json` and `tracking.json`. Ranks write all other files, and `result.json` is the last file. A
-JSON file is written atomically: it is created under a temporary name and then renamed.
+`cider.json`, `hosts.json`, `launcher.json` and `tracking.json`. Ranks write all other files, `result.json` last. A JSON
+file is written atomically: it is created under a temporary name and then renamed.
 """
 
 from __future__ import annotations
@@ -69,10 +69,7 @@ class RankFile(Config):
     start_ticks: int = 0
     """When the system started the process, in clock ticks since the boot; 0 if this is not known."""
     ended: bool = False
-    """True after a clean exit.
-
-    If `ended` is false and the rank has no failure record, the rank was killed or called os._exit.
-    """
+    """True after a clean exit. If false without a failure record, the rank was killed or called os._exit."""
 
 
 class Host(Config):
@@ -97,10 +94,7 @@ class Host(Config):
 
 
 class HostsFile(Config):
-    """hosts.json: descriptions of the hosts of an attempt's ranks, one for each Python interpreter.
-
-    The driver writes this file before ranks start.
-    """
+    """hosts.json: hosts of an attempt's ranks, one for each Python interpreter, written before ranks start."""
 
     hosts: tuple[Host, ...]
 
@@ -200,6 +194,11 @@ class RunFolder:
     def tokenizer(self) -> Path:
         """Path of tokenizer.json."""
         return self.path / "tokenizer.json"
+
+    @property
+    def cider(self) -> Path:
+        """Path of cider.json, which only runs with self-critical training have."""
+        return self.path / "cider.json"
 
     @property
     def result(self) -> Path:

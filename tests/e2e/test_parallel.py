@@ -16,10 +16,12 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 from tiny_runs import runs_in, tiny_run, write_run, write_shards
 
+from pipelines.driver.train.run import reference_documents
 from pipelines.formats.run_folder import Metrics, RunFolder, write_json
 from vlm import text
 from vlm.checkpoint import load_model, save_model
 from vlm.factory import build_model
+from vlm.text.cider import Cider
 
 pytestmark = pytest.mark.xdist_group("parallel")  # one process runs all tests, because the tests share trained runs
 
@@ -34,8 +36,8 @@ class Launched(NamedTuple):
     """Finished runs by name, and the temporary folder of the ranks that trained the runs.
 
     Attributes:
-        one_rank: runs `alone` and `routed`, trained on one rank.
-        two_ranks: runs `ddp`, `parts`, `fsdp`, `plain`, `routed` and `adapted`, trained on two ranks.
+        one_rank: runs `alone`, `routed` and `rewarded`, trained on one rank.
+        two_ranks: runs `ddp`, `parts`, `fsdp`, `plain`, `routed`, `rewarded` and `adapted`, trained on two ranks.
         copied_by_one_rank: local copies of shards that training on one rank left in the folder `temporary`.
     """
 
@@ -69,18 +71,19 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
             "optimizer": {"warmup_steps": 2, "ema_decay": 0.5},
         }
         alone = make_run("alone", ranks=1, **settings)
-        one_rank = launch({"alone": alone, "routed": routed_run(folder, ranks=1)}, 1)
+        one_rank = {name: make(folder, ranks=1) for name, make in SHARED.items()}
+        launch(one_rank | {"alone": alone}, 1)
         copied = list(temporary.glob(COPIES))
         two_ranks = {
             "ddp": make_run("ddp", **settings),
             "parts": make_run("parts", rows_at_once=1, recompute_blocks=True, cache_gib=1, **settings),
             "fsdp": make_run("fsdp", parallel="fsdp", **settings),
             "plain": make_run("plain", **settings | {"augment": None}),
-            "routed": routed_run(folder, ranks=2),
             "adapted": make_run("adapted", **adapter_settings(save_base(folder / "base"))),
         }
+        two_ranks |= {name: make(folder, ranks=2) for name, make in SHARED.items()}
         launch(two_ranks, 2)
-    return Launched(one_rank, two_ranks, folder / "base", temporary, copied)
+    return Launched(one_rank | {"alone": alone}, two_ranks, folder / "base", temporary, copied)
 
 
 def without_random_numbers() -> dict[str, Any]:
@@ -100,6 +103,21 @@ def routed_run(folder: Path, ranks: int) -> RunFolder:
     # The texts differ in length, so that the ranks get different numbers of tokens.
     shards = write_shards(folder / f"routed-shards-{ranks}", rows=12, texts=3)
     return write_run(folder / f"routed-{ranks}", config, shards, shards)
+
+
+def rewarded_run(folder: Path, ranks: int) -> RunFolder:
+    """Write a run whose last three steps reward the CIDEr of sampled captions."""
+    shards = write_shards(folder / f"rewarded-shards-{ranks}", rows=12, texts=3)
+    every = [{"pattern": ".*", "lr": 1e-2}]
+    stages = [{"steps": 5, "groups": every}, {"steps": 3, "groups": every, "objective": {"kind": "cider"}}]
+    config = tiny_run(steps=8, ranks=ranks, model=without_random_numbers(), stages=stages, log_every=1)
+    run = write_run(folder / f"rewarded-{ranks}", config, shards, shards)
+    Cider.count(reference_documents(shards)).save(run.cider)
+    return run
+
+
+SHARED = {"routed": routed_run, "rewarded": rewarded_run}
+"""Functions that write the runs which are trained both on one rank and on two ranks."""
 
 
 def save_base(folder: Path) -> Path:
@@ -189,5 +207,17 @@ def test_a_mixture_of_experts_has_the_same_metrics_and_weights_on_one_rank_and_o
         for name in ("train/loss", "train/router_balance", "train/router_z", "train/grad_norm"):
             assert together.values[name] == pytest.approx(alone.values[name], rel=1e-4), name
     weights = [load_arrays(run.checkpoint(6) / "model.safetensors") for run in runs]
+    for name, expected in weights[0].items():
+        assert weights[1][name] == pytest.approx(expected, abs=1e-4), name
+
+
+def test_self_critical_training_takes_the_same_steps_on_one_rank_and_on_two_ranks(launched: Launched) -> None:
+    runs = [launched.one_rank["rewarded"], launched.two_ranks["rewarded"]]
+    alone, together = ([m.values for m in run.read_metrics() if "train/cider" in m.values] for run in runs)
+    assert len(alone) == 3
+    for one, two in zip(alone, together, strict=True):
+        for name in ("train/cider", "train/grad_norm"):
+            assert two[name] == pytest.approx(one[name], rel=1e-4), name
+    weights = [load_arrays(run.checkpoint(8) / "model.safetensors") for run in runs]
     for name, expected in weights[0].items():
         assert weights[1][name] == pytest.approx(expected, abs=1e-4), name

@@ -202,6 +202,20 @@ def test_train_ends_early_and_registers_the_best_checkpoint_by_cider(home: Path)
 
 @pytest.mark.matrix
 @pytest.mark.usefixtures("demos")
+def test_a_pipeline_whose_last_stage_rewards_cider_runs_from_pictures_to_captions(home: Path) -> None:
+    stages = (
+        "train.stages=[{steps: 200, groups: [{pattern: '.*', lr: 1.0e-3}]}, "
+        "{steps: 10, groups: [{pattern: '.*', lr: 1.0e-4}], objective: {kind: cider, samples: 3}}]"
+    )
+    settings = [word for value in (*QUICK[1:], "train.steps=210", stages) for word in ("--set", value)]
+    (report,) = run(home, [*pipeline("demo"), *settings]).reports
+    assert report["trained"]
+    assert report["blind_gap"] > 0.1
+    assert (Path(report["run_folder"]) / "cider.json").is_file()
+
+
+@pytest.mark.matrix
+@pytest.mark.usefixtures("demos")
 def test_a_pipeline_with_ranks_started_by_torchrun_runs_from_pictures_to_captions(home: Path) -> None:
     """PaliGemma differs from the demo's model in the token sequence, the attention mask and the decoder."""
     prepare = ["train", "--no-launch", "--run", "paligemma", "--json", *PICTURES]

@@ -22,6 +22,8 @@ from vlm.training.parallel import global_sum
 def token_loss(logits_NV: Tensor, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
     """Compute the summed cross entropy, in nats, of the logits at the N target positions of a batch.
 
+    If the rows of the batch have weights, the cross entropy of a row is multiplied by the weight of the row.
+
     The caller divides the sum by the number of target tokens of the global batch. With a separate mean on each rank, a
     token would have more weight on ranks with short captions.
 
@@ -30,9 +32,13 @@ def token_loss(logits_NV: Tensor, batch: Batch, label_smoothing: float = 0.0) ->
         batch: batch with the labels.
         label_smoothing: share of the target probability that is spread over all tokens (Szegedy et al., 2015).
     """
-    labels_BT = batch.labels_BT
-    labels_N = labels_BT[labels_BT != IGNORE]
-    return F.cross_entropy(logits_NV.float(), labels_N, reduction="sum", label_smoothing=label_smoothing)
+    is_target_BT = batch.labels_BT != IGNORE
+    logits_NV, labels_N = logits_NV.float(), batch.labels_BT[is_target_BT]
+    if batch.weights_B is None:
+        return F.cross_entropy(logits_NV, labels_N, reduction="sum", label_smoothing=label_smoothing)
+    losses_N = F.cross_entropy(logits_NV, labels_N, reduction="none", label_smoothing=label_smoothing)
+    weights_N = batch.weights_B[:, None].expand_as(is_target_BT)[is_target_BT]
+    return weights_N @ losses_N
 
 
 def num_targets(batch: Batch) -> Tensor:

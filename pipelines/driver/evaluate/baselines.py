@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.driver.evaluate.metrics import MAX_ORDER, Floats, Metric, ScoredRow, caption_metrics
+from vlm.text.cider import SIGMA, bigrams, ngrams, norms
 from vlm.text.words import words
 
 MAX_PAIRS = 25_000_000
@@ -24,8 +25,6 @@ MAX_PAIRS = 25_000_000
 MIN_CANDIDATES = 256
 SHORTLIST = 4
 """Number of candidates that are best by word F1, and by CIDEr, from which the best by another metric is chosen."""
-CIDER_SIGMA = 6.0
-"""Standard deviation of CIDEr-D's penalty for a difference in length."""
 
 
 def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
@@ -117,45 +116,28 @@ def constant_cider(candidates: Sequence[list[str]], references: Sequence[list[li
 
     The result equals pycocoevalcap's, which would compare the references with each candidate from the beginning.
     """
-    flat = [_ngrams(reference) for group in references for reference in group]
+    flat = [ngrams(reference) for group in references for reference in group]
     weights_F = np.array([1 / (len(group) * len(references)) for group in references for _ in group])
     by_row = iter(flat)
     rows_with = Counter(gram for group in references for gram in set().union(*(next(by_row) for _ in group)))
     idf = {gram: math.log(len(references)) - math.log(rows) for gram, rows in rows_with.items()}
     vectors = [{gram: count * idf[gram] for gram, count in grams.items()} for grams in flat]
-    norms_NF = np.array([_norms(vector) for vector in vectors]).T
-    bigrams_F = np.array([_bigrams(grams) for grams in flat])
+    norms_NF = np.array([norms(vector) for vector in vectors]).T
+    bigrams_F = np.array([bigrams(grams) for grams in flat])
     index = _Postings(vectors)
     scores = []
     for candidate in candidates:
-        grams = _ngrams(candidate)
+        grams = ngrams(candidate)
         vector = {gram: count * idf.get(gram, math.log(len(references))) for gram, count in grams.items()}
         products_NF = np.zeros_like(norms_NF)
         for gram, value in vector.items():
             rows, values = index[gram]
             products_NF[len(gram) - 1, rows] += np.minimum(values, value) * values
-        scale_NF = np.array(_norms(vector))[:, None] * norms_NF
+        scale_NF = np.array(norms(vector))[:, None] * norms_NF
         cosines_F = np.divide(products_NF, scale_NF, out=products_NF, where=scale_NF != 0).mean(axis=0)
-        penalty_F = np.exp(-((bigrams_F - _bigrams(grams)) ** 2) / (2 * CIDER_SIGMA**2))
+        penalty_F = np.exp(-((bigrams_F - bigrams(grams)) ** 2) / (2 * SIGMA**2))
         scores.append(10 * (cosines_F * penalty_F) @ weights_F)
     return np.array(scores)
-
-
-def _ngrams(text_words: Sequence[str]) -> Counter[tuple[str, ...]]:
-    orders = range(1, MAX_ORDER + 1)
-    return Counter(tuple(text_words[i : i + n]) for n in orders for i in range(len(text_words) - n + 1))
-
-
-def _norms(vector: dict[tuple[str, ...], float]) -> list[float]:
-    squares = [0.0] * MAX_ORDER
-    for gram, value in vector.items():
-        squares[len(gram) - 1] += value**2
-    return [math.sqrt(square) for square in squares]
-
-
-def _bigrams(grams: Counter[tuple[str, ...]]) -> int:
-    """Count the pairs of words, which pycocoevalcap takes for the length of a text."""
-    return sum(count for gram, count in grams.items() if len(gram) == 2)
 
 
 class _Postings:

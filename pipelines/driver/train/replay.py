@@ -64,6 +64,8 @@ def replay_step(run: RunFolder, launch: Launch, spark: SparkSession, step: int) 
         folders = {name: str(run.shard_folder(getattr(file, name)).resolve()) for name in SHARD_FOLDERS}
         write_json(copy.run_file, file.model_copy(update=folders))
         shutil.copyfile(run.tokenizer, copy.tokenizer)
+        if file.config.train.rewards_cider:
+            shutil.copyfile(run.cider, copy.cider)
         write_json(replay_request(copy), ReplayRequest(step=step))
         error = run_ranks(copy, spark, launch, replay_rank)
         wait_for_failure_records(copy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from pipelines.formats.training_code import TrainingCode
 from pipelines.platform import Launch, Platform
 from vlm import text
 from vlm.files import atomic_write
+from vlm.text.cider import Cider, rewarded_words
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -43,7 +45,7 @@ def prepare(
     validate: ShardReport,
     code: TrainingCode | None = None,
 ) -> RunFolder:
-    """Find or create the run folder, and write run.json and the tokenizer into the folder.
+    """Find or create the run folder, and write run.json, the tokenizer and the document frequencies into the folder.
 
     The tokenizer is trained on the texts of the training shards, or copied from `train.start_from`. Everything that
     determines the outcome of the run determines the folder, so the same command finds the same run folder.
@@ -92,9 +94,20 @@ def prepare(
                 warn_of_unknown(tokenizer, Shards.open(Path(validate.folder)).texts(), "validation texts")
             with atomic_write(run.tokenizer) as temporary:
                 text.save(tokenizer, temporary)
+        if config.train.rewards_cider and not run.cider.exists():
+            with atomic_write(run.cider) as temporary:
+                Cider.count(reference_documents(Shards.open(Path(train.folder)))).save(temporary)
         if finished_result(run) is None:
             write_json(run.run_file, file.model_copy(update={"earlier_code": earlier_code(run, code)}))
     return run
+
+
+def reference_documents(shards: Shards) -> Iterator[list[list[str]]]:
+    """Yield the words of the references of each training picture and prompt."""
+    for index in range(len(shards)):
+        texts = shards.texts_of(index)
+        for prompt in dict.fromkeys(prompt for prompt, _ in texts):
+            yield [rewarded_words(text) for other, text in texts if other == prompt]
 
 
 def _stored_path(folder: str, run: RunFolder, platform: Platform) -> str:

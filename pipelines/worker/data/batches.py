@@ -16,8 +16,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
-from typing import TypedDict, TypeVar
+from typing import NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +38,13 @@ T = TypeVar("T")
 
 PAD_MULTIPLE = 8
 """Sequence lengths are rounded up to a multiple of this number, for fewer distinct shapes and faster kernels."""
+
+
+class TokenSequence(NamedTuple):
+    """Token ids of prefix and answer, and the length of the prefix."""
+
+    ids: list[int]
+    prefix: int
 
 
 class RowOrder(TypedDict):
@@ -71,32 +79,43 @@ class Collator:
 
         Rows are sorted by length to reduce padding. If all rows fit into one part, the rows keep their order.
         """
-        made = [(row, *self._sequence(row.image_id, *text)) for row, text in zip(rows, texts, strict=True)]
+        made = [(row, self._sequence(row.image_id, *text)) for row, text in zip(rows, texts, strict=True)]
         if len(made) > rows_at_once:
-            made.sort(key=lambda each: len(each[1]))
-        return [self._padded(made[first : first + rows_at_once]) for first in range(0, len(made), rows_at_once)]
+            made.sort(key=lambda each: len(each[1].ids))
+        parts = [made[first : first + rows_at_once] for first in range(0, len(made), rows_at_once)]
+        return [self._padded([row for row, _ in part], [sequence for _, sequence in part]) for part in parts]
 
-    def _padded(self, made: Sequence[tuple[Row, list[int], int]]) -> Batch:
-        """Make one batch, in which the token sequences of all rows are padded to the same length.
+    def collate_samples(
+        self, rows: Sequence[Row], sequences: Sequence[TokenSequence], weights: Sequence[float]
+    ) -> Batch:
+        """Collate pictures with several sampled answers each, and the weight of each answer.
 
-        `made` contains each row with its token sequence and the length of its prefix.
+        Args:
+            rows: list of P rows.
+            sequences: the sequences of all answers, in the order of the rows, equally many for each row.
+            weights: weight of each sequence in the loss.
         """
-        longest = max(len(sequence) for _, sequence, _ in made) - 1
+        batch = self._padded(rows, sequences)
+        return replace(batch, weights_B=torch.tensor(weights), rows_per_picture=len(sequences) // len(rows))
+
+    def _padded(self, rows: Sequence[Row], sequences: Sequence[TokenSequence]) -> Batch:
+        """Make one batch of the pictures of the rows, with all sequences padded to the same length."""
+        longest = max(len(sequence.ids) for sequence in sequences) - 1
         length = min(self._context, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE)
-        tokens_BT = np.full((len(made), length), self._tokenizer.pad_id, np.int64)
-        labels_BT = np.full((len(made), length), IGNORE, np.int64)
-        for b, (_, sequence, prefix) in enumerate(made):
-            tokens_BT[b, : len(sequence) - 1] = sequence[:-1]
-            labels_BT[b, prefix - 1 : len(sequence) - 1] = sequence[prefix:]
+        tokens_BT = np.full((len(sequences), length), self._tokenizer.pad_id, np.int64)
+        labels_BT = np.full((len(sequences), length), IGNORE, np.int64)
+        for b, (ids, prefix) in enumerate(sequences):
+            tokens_BT[b, : len(ids) - 1] = ids[:-1]
+            labels_BT[b, prefix - 1 : len(ids) - 1] = ids[prefix:]
         return Batch(
-            pixels_PHWC=torch.from_numpy(np.stack([row.pixels for row, _, _ in made])),
+            pixels_PHWC=torch.from_numpy(np.stack([row.pixels for row in rows])),
             tokens_BT=torch.from_numpy(tokens_BT),
             labels_BT=torch.from_numpy(labels_BT),
-            prefix_lengths_B=torch.tensor([prefix for _, _, prefix in made]),
+            prefix_lengths_B=torch.tensor([prefix for _, prefix in sequences]),
         )
 
-    def _sequence(self, image_id: str, prompt: str, text: str) -> tuple[list[int], int]:
-        """Return the token ids of one sample and the length of its prefix, truncated to the context.
+    def _sequence(self, image_id: str, prompt: str, text: str) -> TokenSequence:
+        """Return the token sequence of one sample, truncated to the context.
 
         A truncated sequence has no end token. If the prefix is longer than the context, the prefix is cut so that one
         target token remains.
@@ -108,7 +127,7 @@ class Collator:
                 self.num_truncated += 1
             if self.num_truncated == 1:
                 log.warning("the text of %s exceeds the context and is truncated (logged for the first only)", image_id)
-        return sequence[: self._context + 1], min(len(prefix), self._context)
+        return TokenSequence(sequence[: self._context + 1], min(len(prefix), self._context))
 
 
 def training_batches(

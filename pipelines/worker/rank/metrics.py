@@ -14,9 +14,11 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from typing import TypeVar
 
 from pipelines.formats.run_folder import Metrics, RunFolder, write_json
-from vlm.batch import Batch
+
+T = TypeVar("T")
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -56,7 +58,7 @@ class Stopwatch:
         self._seconds, self._samples, self._tokens, self._waited = 0.0, 0, 0, 0.0
         self._resumed = time.perf_counter()
 
-    def time_waits(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+    def time_waits(self, batches: Iterator[T]) -> Iterator[T]:
         """Yield the batches unchanged, and measure how long the training loop waits for batches."""
         while True:
             requested = time.perf_counter()
@@ -100,8 +102,8 @@ class Stopwatch:
         return rates
 
 
-class LossMean:
-    """Mean training loss per target token over the steps since the last log or checkpoint.
+class MeanSinceLog:
+    """Mean of a value, such as the training loss per target token, over the steps since the last log or checkpoint.
 
     Each checkpoint starts a new mean, so that a run that resumes from the checkpoint logs the same values.
     """
@@ -111,15 +113,15 @@ class LossMean:
 
     def restart(self) -> None:
         """Start a new mean."""
-        self._nats, self._tokens = 0.0, 0
+        self._sum, self._weight = 0.0, 0
 
-    def add(self, loss: float, tokens: int) -> None:
-        """Add a step with its mean loss, in nats per token, and its number of target tokens."""
-        self._nats, self._tokens = self._nats + loss * tokens, self._tokens + tokens
+    def add(self, mean: float, weight: int) -> None:
+        """Add the mean value of a step with its weight, such as the number of target tokens of the step."""
+        self._sum, self._weight = self._sum + mean * weight, self._weight + weight
 
     def take(self) -> float:
-        """Return the mean over the steps since the last call, in nats per token, and start a new mean."""
-        mean = self._nats / self._tokens
+        """Return the mean over the steps since the last call, and start a new mean."""
+        mean = self._sum / self._weight
         self.restart()
         return mean
 

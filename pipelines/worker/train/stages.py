@@ -13,8 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from pipelines.config import TrainConfig
+from pipelines.config.train import ObjectiveConfig, TextsObjectiveConfig
 from vlm.model import VisionLanguageModel
 from vlm.training.optim import build_adamw, schedule, set_trainable
+
+TEXTS = TextsObjectiveConfig()
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,14 @@ class Stage:
         end: first step after the stage.
         lr: largest learning rate of any parameter.
         rates: learning rate by pattern of parameter names, or None to train all trainable parameters at `lr`.
+        objective: what the stage learns.
     """
 
     first: int
     end: int
     lr: float
     rates: Mapping[str, float] | None
+    objective: ObjectiveConfig = TEXTS
 
     def start(self, model: VisionLanguageModel, settings: TrainConfig) -> torch.optim.Optimizer:
         """Freeze the parameters that this stage does not train. Return a new optimizer for the trainable parameters.
@@ -57,7 +62,7 @@ def plan_stages(settings: TrainConfig) -> list[Stage]:
         return [Stage(0, settings.steps, settings.optimizer.lr, None)]
     ends = list(itertools.accumulate(stage.steps for stage in settings.stages))
     return [
-        Stage(first, end, max(stage.rates.values()), stage.rates)
+        Stage(first, end, max(stage.rates.values()), stage.rates, stage.objective)
         for first, end, stage in zip([0, *ends], ends, settings.stages, strict=False)
     ]
 

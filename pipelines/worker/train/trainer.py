@@ -9,6 +9,7 @@ rows, its learning rate and its random numbers.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -18,17 +19,18 @@ import torch
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 
+from pipelines.config.train import CiderObjectiveConfig, ObjectiveConfig
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import CaptionSamples, Result, RunFile, RunFolder, write_json
 from pipelines.formats.shards import Shards
 from pipelines.worker.data.augment import Augmenter
-from pipelines.worker.data.batches import Collator, RowOrder, rows_of_step, training_batches
+from pipelines.worker.data.batches import Collator, RowOrder, map_ahead, rows_of_step, training_batches
 from pipelines.worker.data.prefetch import prefetch_to_device
 from pipelines.worker.data.shard_cache import ShardCopier
 from pipelines.worker.rank.env import RankEnv
 from pipelines.worker.rank.failure import RankMonitor
 from pipelines.worker.rank.group import check_group, divide_cores, pick_device, process_group
-from pipelines.worker.rank.metrics import LossMean, Stopwatch, write_metrics
+from pipelines.worker.rank.metrics import MeanSinceLog, Stopwatch, write_metrics
 from pipelines.worker.rank.profile import profile_steps
 from pipelines.worker.rank.usage import measure_usage
 from pipelines.worker.score import validation_cider
@@ -41,15 +43,18 @@ from pipelines.worker.train.checkpoints import (
     find_training_state,
 )
 from pipelines.worker.train.initial_weights import ModelBuilder
+from pipelines.worker.train.self_critical import CaptionSampler, sampled_rows
 from pipelines.worker.train.slices import CheckpointSlices, slices_of
 from pipelines.worker.train.stages import Stage, plan_stages, stage_at
 from pipelines.worker.train.validation import caption_samples, name_pictures, validate
 from vlm import text
+from vlm.batch import Batch
 from vlm.captioner import Captioner
 from vlm.config.size import flops_per_sample, peak_flops
 from vlm.layers.block import compile_blocks, recompute_blocks
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
+from vlm.text.cider import Cider
 from vlm.training.loop import NotFiniteError, StepReport, fit, mixed_precision
 from vlm.training.optim import averaged_weights, swap_average, update_average
 from vlm.training.parallel import global_sum, wrap_ddp
@@ -109,7 +114,8 @@ class Trainer:
     train_shards: Shards
     validate_shards: Shards
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
-    loss: LossMean = field(default_factory=LossMean)
+    loss: MeanSinceLog = field(default_factory=MeanSinceLog)
+    reward: MeanSinceLog = field(default_factory=MeanSinceLog)
 
     def __post_init__(self) -> None:
         self.collator = Collator(self.tokenizer, self.file.config.model)
@@ -188,6 +194,31 @@ class Trainer:
 
     def _train_stage(self, stage: Stage, steps: range) -> None:
         settings = self.file.config.train
+        batches = self._batches(stage.objective, steps)
+        self.stopwatch.start()
+        try:
+            fit(
+                wrap_ddp(self.model, self.device),
+                self.optimizer,
+                takewhile(lambda _: not self.early_stop.reached, batches),
+                start=steps.start,
+                lr_schedule=lambda step: stage.lr_of(step, settings),
+                grad_clip=settings.optimizer.grad_clip,
+                seed=settings.seed,
+                rank=self.env.rank,
+                device=self.device,
+                bf16=settings.precision == "bf16",
+                on_step=partial(self.after_step, stage),
+                label_smoothing=settings.label_smoothing if stage.objective.kind == "texts" else 0.0,
+            )
+        except NotFiniteError as error:
+            raise self._with_pictures(error) from error
+
+    def _batches(self, objective: ObjectiveConfig, steps: range) -> Iterator[list[Batch]]:
+        """Return batches of texts, or of captions that the model samples with the weights before each step."""
+        if objective.kind == "cider":
+            return self._sampled_batches(objective, steps)
+        settings = self.file.config.train
         batches = training_batches(
             self.train_shards,
             self.collator,
@@ -198,27 +229,23 @@ class Trainer:
             augmenter=self.augmenter,
             pinned=self.device.type == "cuda",
         )
-        self.stopwatch.start()
-        try:
-            fit(
-                wrap_ddp(self.model, self.device),
-                self.optimizer,
-                takewhile(
-                    lambda _: not self.early_stop.reached,
-                    prefetch_to_device(self.stopwatch.time_waits(batches), self.device),
-                ),
-                start=steps.start,
-                lr_schedule=lambda step: stage.lr_of(step, settings),
-                grad_clip=settings.optimizer.grad_clip,
-                seed=settings.seed,
-                rank=self.env.rank,
-                device=self.device,
-                bf16=settings.precision == "bf16",
-                on_step=partial(self.after_step, stage),
-                label_smoothing=settings.label_smoothing,
-            )
-        except NotFiniteError as error:
-            raise self._with_pictures(error) from error
+        return prefetch_to_device(self.stopwatch.time_waits(batches), self.device)
+
+    def _sampled_batches(self, objective: CiderObjectiveConfig, steps: range) -> Iterator[list[Batch]]:
+        settings = self.file.config.train
+        sampler = CaptionSampler(
+            self.model,
+            self.tokenizer,
+            self.collator,
+            Cider.load(self.run.cider),
+            objective,
+            rows_at_once=settings.rows_at_once,
+            bf16=settings.precision == "bf16",
+            reward=self.reward,
+        )
+        rows = partial(sampled_rows, self.train_shards, order=self.row_order(), augmenter=self.augmenter)
+        loaded = map_ahead(rows, steps, settings.loader_workers)
+        return map(sampler.sample, self.stopwatch.time_waits(loaded))
 
     def row_order(self) -> RowOrder:
         """Return the arguments of `training_batches` and `rows_of_step` that determine the rows of this rank."""
@@ -263,7 +290,8 @@ class Trainer:
             self.early_stop.add(validation)
             last = last or self.early_stop.reached
         if last or done % settings.log_every == 0:
-            values |= {"loss": self.loss.take(), "lr": report.lr, "grad_norm": report.grad_norm, **self._throughput()}
+            values |= self._mean_since_log(stage) | {"lr": report.lr, "grad_norm": report.grad_norm}
+            values |= self._throughput()
             if report.router is not None:
                 values |= {"router_balance": report.router.balance, "router_z": report.router.z}
                 load = report.router.load
@@ -275,6 +303,7 @@ class Trainer:
         saves = last or done % settings.checkpoint_every == 0
         if saves:
             self.loss.restart()
+            self.reward.restart()
         if (is_rank_0 or self.sharded) and saves:
             self._save(done, last=last)
         self.stepped()
@@ -317,6 +346,14 @@ class Trainer:
             seconds=self.stopwatch.total,
         )
         write_json(self.run.result, result)
+
+    def _mean_since_log(self, stage: Stage) -> dict[str, float]:
+        """Return the mean loss or, in a stage that rewards CIDEr, the mean CIDEr-D of the sampled captions."""
+        if stage.objective.kind == "texts":
+            return {"loss": self.loss.take()}
+        self.loss.restart()  # the loss that is weighted by advantage has no meaning of its own
+        reward = torch.tensor(self.reward.take(), dtype=torch.float64, device=self.device)
+        return {"cider": float(global_sum(reward)) / self.env.world_size}
 
     def _throughput(self) -> dict[str, float]:
         """Return the rates since the last lap, the TFLOP/s of all ranks together, and the model FLOPs utilisation."""

@@ -24,6 +24,7 @@ from pipelines.formats.training_code import TrainingCode
 from pipelines.platform import Platform, local
 from vlm import text
 from vlm.config import CharsConfig, ModelConfig, WordsConfig
+from vlm.text.cider import END, Cider
 
 
 @pytest.fixture
@@ -65,6 +66,19 @@ def test_equal_runs_share_a_run_folder_and_different_runs_have_different_run_fol
     assert len({run, *others}) == 4
     assert run.path.parent == laptop.folder("runs")
     assert run.path.name.startswith("tiny-")
+
+
+def test_the_run_folder_has_the_document_frequencies_only_if_a_stage_rewards_cider(
+    laptop: Platform, report: ShardReport, tmp_path: Path
+) -> None:
+    stage = {"steps": 12, "groups": [{"pattern": ".*", "lr": 1e-3}], "objective": {"kind": "cider"}}
+    assert not prepare(tiny_run(), laptop, report, report).cider.exists()
+    texts = as_report(write_shards(tmp_path / "texts", rows=8, texts=2))
+    found = Cider.load(prepare(tiny_run(stages=[stage]), laptop, texts, texts).cider)
+    assert found.documents == 8
+    assert found.frequencies[("red",)] == 2
+    assert found.frequencies[("x", END)] == 8
+    assert ("red", "x", END) in found.frequencies
 
 
 def test_the_run_folder_contains_the_run_file_and_the_tokenizer(laptop: Platform, report: ShardReport) -> None:

@@ -14,7 +14,7 @@ from pipelines.config import TextWeights
 from pipelines.driver.evaluate.metrics import ScoredRow, model_metrics
 from pipelines.formats.shards import Row, Shards
 from pipelines.worker.data.batches import Collator
-from pipelines.worker.rank.metrics import LossMean
+from pipelines.worker.rank.metrics import MeanSinceLog
 from pipelines.worker.score import score_rows
 from pipelines.worker.train.validation import caption_samples, name_pictures, validate
 from vlm import text
@@ -97,7 +97,7 @@ def test_the_human_texts_of_sample_captions_are_not_always_the_first(tmp_path: P
 
 
 def test_the_logged_training_loss_is_the_mean_per_token_since_the_last_log() -> None:
-    mean = LossMean()
+    mean = MeanSinceLog()
     mean.add(3.0, 10)
     mean.add(1.0, 30)
     assert mean.take() == pytest.approx(1.5)
