@@ -206,6 +206,9 @@ class TrainConfig(Config):
         augment: random changes of training pictures, or null to train on the unchanged pictures of the shards.
         label_smoothing: share of each target's probability that training spreads over all tokens of the vocabulary
             (Szegedy et al., 2015). `train/loss` and `val/loss` are computed without label smoothing.
+        contrastive: weight of a contrastive loss between the pictures and the texts of a batch, in addition to the
+            caption loss (SigLIP; Zhai et al., 2023); 0 for none. The negatives of a picture are the other texts of the
+            same rank and the same `rows_at_once`. `train/loss` and `val/loss` do not contain this loss.
         loader_workers: number of threads that prepare batches ahead of training. With 0 threads, a batch is made when
             the batch is needed.
         score_every: number of steps after which the model captions the `validate_rows` validation pictures, and the
@@ -238,6 +241,7 @@ class TrainConfig(Config):
     stages: tuple[StageConfig, ...] = ()
     augment: Annotated[AugmentConfig | None, ADDED_LATER] = None
     label_smoothing: Annotated[Probability, ADDED_LATER] = 0.0
+    contrastive: Annotated[float, Field(ge=0), ADDED_LATER] = 0.0
     loader_workers: Annotated[int, Field(ge=0)] = 2
     log_every: PositiveInt = 10
     validate_every: PositiveInt = 200
@@ -281,6 +285,12 @@ class TrainConfig(Config):
             raise ValueError("stages and adapter exclude each other: with an adapter nothing else learns")
         if self.rewards_cider and self.parallel == "fsdp":
             raise ValueError("objective cider and parallel fsdp exclude each other: each rank needs all weights")
+        return self
+
+    @model_validator(mode="after")
+    def _contrast_needs_whole_weights(self) -> Self:
+        if self.contrastive and self.parallel == "fsdp":
+            raise ValueError("contrastive and parallel fsdp exclude each other: the loss needs the decoder's weights")
         return self
 
     @model_validator(mode="after")

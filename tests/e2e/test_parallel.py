@@ -37,7 +37,8 @@ class Launched(NamedTuple):
 
     Attributes:
         one_rank: runs `alone`, `routed` and `rewarded`, trained on one rank.
-        two_ranks: runs `ddp`, `parts`, `fsdp`, `plain`, `routed`, `rewarded` and `adapted`, trained on two ranks.
+        two_ranks: runs `ddp`, `parts`, `fsdp`, `plain`, `contrastive`, `routed`, `rewarded` and `adapted`, trained on
+            two ranks.
         copied_by_one_rank: local copies of shards that training on one rank left in the folder `temporary`.
     """
 
@@ -79,6 +80,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
             "parts": make_run("parts", rows_at_once=1, recompute_blocks=True, cache_gib=1, **settings),
             "fsdp": make_run("fsdp", parallel="fsdp", **settings),
             "plain": make_run("plain", **settings | {"augment": None}),
+            "contrastive": make_run("contrastive", contrastive=1.0, **settings | {"augment": None}),
             "adapted": make_run("adapted", **adapter_settings(save_base(folder / "base"))),
         }
         two_ranks |= {name: make(folder, ranks=2) for name, make in SHARED.items()}
@@ -221,3 +223,12 @@ def test_self_critical_training_takes_the_same_steps_on_one_rank_and_on_two_rank
     weights = [load_arrays(run.checkpoint(8) / "model.safetensors") for run in runs]
     for name, expected in weights[0].items():
         assert weights[1][name] == pytest.approx(expected, abs=1e-4), name
+
+
+def test_the_contrastive_loss_trains_on_two_ranks_and_changes_what_the_model_learns(launched: Launched) -> None:
+    plain, contrastive = launched.two_ranks["plain"], launched.two_ranks["contrastive"]
+    logged = [m.values["train/contrastive"] for m in contrastive.read_metrics()]
+    assert len(logged) == 10
+    assert logged[-1] < logged[0]
+    assert losses(contrastive)[0] == pytest.approx(losses(plain)[0], rel=1e-6)
+    assert losses(contrastive)[-1] != pytest.approx(losses(plain)[-1], rel=1e-6)

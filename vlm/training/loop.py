@@ -20,6 +20,7 @@ from vlm.batch import Batch
 from vlm.errors import LakesightError
 from vlm.layers.moe import MoeMlp
 from vlm.seeds import mix
+from vlm.training.contrastive import Contrast
 from vlm.training.objective import RouterReport, num_targets, routed_layers, router_loss, token_loss
 from vlm.training.parallel import full_tensor, global_sum, gradient_sync, to_host, unwrap_ddp, world_size
 
@@ -35,6 +36,7 @@ class StepReport:
         grad_norm: norm of the global gradient before clipping.
         tokens: number of target tokens of the global batch.
         router: router losses and expert load before the step; None for a dense model.
+        contrastive: contrastive loss before the step, as a mean over ranks; None without a contrastive loss.
     """
 
     step: int
@@ -43,6 +45,7 @@ class StepReport:
     grad_norm: float
     tokens: int
     router: RouterReport | None
+    contrastive: float | None = None
 
 
 class NotFiniteError(LakesightError):
@@ -73,6 +76,7 @@ def fit(
     bf16: bool,
     on_step: Callable[[StepReport], None],
     label_smoothing: float = 0.0,
+    contrastive: float = 0.0,
 ) -> None:
     """Take one optimizer step for each batch, starting with step number `start`.
 
@@ -90,13 +94,15 @@ def fit(
         bf16: True to run the forward pass under bfloat16 autocast.
         on_step: function that is called after every step, on every rank.
         label_smoothing: share of the target probability that is spread over all tokens, except in the reported loss.
+        contrastive: weight of the contrastive loss between the pictures and the texts of a part; 0 for none.
 
     Raises:
         NotFiniteError: the loss or gradient is not finite, or all targets are masked. The step has changed no weights.
     """
     model.train()
     layers = routed_layers(unwrap_ddp(model))
-    backward = partial(_backward, model, layers, label_smoothing=label_smoothing, bf16=bf16)
+    contrast = Contrast(unwrap_ddp(model), contrastive) if contrastive else None
+    backward = partial(_backward, model, layers, contrast=contrast, label_smoothing=label_smoothing, bf16=bf16)
     for step, batch in enumerate(batches, start):
         torch.manual_seed(mix(seed, step, rank))
         parts = [part.to(device) for part in batch]
@@ -108,7 +114,9 @@ def fit(
             rank_loss += loss_sum
             routers += [router] if router else []
         norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
-        total, num_tokens, grad_norm = to_host(torch.stack((global_sum(rank_loss), tokens, norm.double())))
+        contrasts = contrast.take_mean() if contrast else torch.zeros_like(rank_loss)
+        sums = global_sum(torch.stack((rank_loss, contrasts)))
+        total, pairs, num_tokens, grad_norm = to_host(torch.stack((*sums, tokens, norm.double())))
         loss = total / num_tokens if num_tokens else math.nan
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise _divergence_error(step, loss, grad_norm, rank, rank_loss) if num_tokens else _no_targets_error(step)
@@ -117,7 +125,8 @@ def fit(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         router_report = RouterReport.mean(routers) if routers else None
-        on_step(StepReport(step, loss, lr_schedule(step), grad_norm, int(num_tokens), router_report))
+        mean_contrast = pairs / world_size() if contrast else None
+        on_step(StepReport(step, loss, lr_schedule(step), grad_norm, int(num_tokens), router_report, mean_contrast))
 
 
 def _backward(
@@ -127,11 +136,13 @@ def _backward(
     tokens: Tensor,
     num_parts: int,
     *,
+    contrast: Contrast | None,
     label_smoothing: float,
     bf16: bool,
 ) -> tuple[Tensor, RouterReport | None]:
     """Accumulate the gradients of one part of a batch, and return the summed loss and the router report of the part."""
-    with mixed_precision(part.tokens_BT.device, bf16=bf16):
+    keep_features = contrast.keep_features() if contrast else nullcontext()
+    with mixed_precision(part.tokens_BT.device, bf16=bf16), keep_features:
         logits_NV = model(part)
         objective = token_loss(logits_NV, part, label_smoothing)
         # The reported loss needs no gradient, so it keeps no tensors for the backward pass.
@@ -143,6 +154,11 @@ def _backward(
         router_part, report = router_loss(layers, part)
         if router_part.requires_grad:  # False if all trained weights come after the last router
             objectives.append(router_part * (world_size() / num_parts))
+    if contrast:
+        with mixed_precision(part.tokens_BT.device, bf16=bf16):
+            objectives.append(contrast.loss(part) / num_parts)
+        for layer in layers.values():
+            layer.pop_routing()  # the pass over the texts alone has no router loss
     torch.autograd.backward(objectives)
     return loss_sum.detach(), report
 

@@ -194,7 +194,7 @@ class Trainer:
 
     def _train_stage(self, stage: Stage, steps: range) -> None:
         settings = self.file.config.train
-        batches = self._batches(stage.objective, steps)
+        batches, learns_texts = self._batches(stage.objective, steps), stage.objective.kind == "texts"
         self.stopwatch.start()
         try:
             fit(
@@ -209,7 +209,8 @@ class Trainer:
                 device=self.device,
                 bf16=settings.precision == "bf16",
                 on_step=partial(self.after_step, stage),
-                label_smoothing=settings.label_smoothing if stage.objective.kind == "texts" else 0.0,
+                label_smoothing=settings.label_smoothing if learns_texts else 0.0,
+                contrastive=settings.contrastive if learns_texts else 0.0,
             )
         except NotFiniteError as error:
             raise self._with_pictures(error) from error
@@ -291,7 +292,7 @@ class Trainer:
             last = last or self.early_stop.reached
         if last or done % settings.log_every == 0:
             values |= self._mean_since_log(stage) | {"lr": report.lr, "grad_norm": report.grad_norm}
-            values |= self._throughput()
+            values |= self._throughput() | ({} if report.contrastive is None else {"contrastive": report.contrastive})
             if report.router is not None:
                 values |= {"router_balance": report.router.balance, "router_z": report.router.z}
                 load = report.router.load

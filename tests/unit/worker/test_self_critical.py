@@ -34,6 +34,7 @@ STAGES: Any = [
     {"steps": 6, "groups": [{"pattern": ".*", "lr": 3e-3}]},
     {"steps": 6, "groups": [{"pattern": ".*", "lr": 1e-3}], "objective": {"kind": "cider", "samples": 3}},
 ]
+NAMES = ("train/loss", "train/cider", "train/contrastive")
 texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=9)
 
 
@@ -146,11 +147,12 @@ def group_of_one() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("group_of_one")
-def test_a_run_with_a_cider_stage_logs_the_reward_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+def test_a_run_with_a_contrastive_loss_and_a_cider_stage_resumes_bit_for_bit(tmp_path: Path) -> None:
     shards = [write_shards(tmp_path / name, rows=9, texts=2) for name in ("train", "val")]
 
     def make_run(name: str) -> Any:
-        config = tiny_run(steps=12, stages=STAGES, checkpoint_every=3, validate_every=12, keep_checkpoints=9)
+        settings: Any = {"checkpoint_every": 3, "validate_every": 12, "keep_checkpoints": 9, "contrastive": 0.5}
+        config = tiny_run(steps=12, stages=STAGES, **settings)
         run = write_run(tmp_path / name, config, *shards)
         Cider.count(reference_documents(shards[0])).save(run.cider)
         return run
@@ -164,10 +166,10 @@ def test_a_run_with_a_cider_stage_logs_the_reward_and_resumes_bit_for_bit(tmp_pa
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
     before = load_file(whole.checkpoint(6) / "model.safetensors")
     assert any(not torch.equal(tensor, before[name]) for name, tensor in expected.items())
-    logged = [[{k: v for k, v in m.values.items() if k in ("train/loss", "train/cider")} for m in run.read_metrics()]
+    logged = [[{k: v for k, v in m.values.items() if k in NAMES} for m in run.read_metrics()]
               for run in (whole, broken)]  # fmt: skip
     assert logged[0] == logged[1]
-    assert [sorted(values) for values in logged[0]] == 3 * [["train/loss"]] + 3 * [["train/cider"]]
+    assert [sorted(values) for values in logged[0]] == 3 * [["train/contrastive", "train/loss"]] + 3 * [["train/cider"]]
 
 
 def test_a_cider_stage_is_refused_with_sharded_weights_and_with_a_single_sample() -> None:
