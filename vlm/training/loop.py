@@ -154,11 +154,9 @@ def _backward(
         router_part, report = router_loss(layers, part)
         if router_part.requires_grad:  # False if all trained weights come after the last router
             objectives.append(router_part * (world_size() / num_parts))
-    if contrast:
+    if contrast:  # after the router loss, because this pass over the texts alone stores another routing
         with mixed_precision(part.tokens_BT.device, bf16=bf16):
             objectives.append(contrast.loss(part) / num_parts)
-        for layer in layers.values():
-            layer.pop_routing()  # the pass over the texts alone has no router loss
     torch.autograd.backward(objectives)
     return loss_sum.detach(), report
 
