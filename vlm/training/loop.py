@@ -107,26 +107,38 @@ def fit(
         torch.manual_seed(mix(seed, step, rank))
         parts = [part.to(device) for part in batch]
         tokens = global_sum(torch.stack([num_targets(part) for part in parts]).sum().double())
-        rank_loss, routers = torch.zeros((), dtype=torch.float64, device=device), []
-        for number, part in enumerate(parts, 1):
-            with gradient_sync(model, enabled=number == len(parts)):
-                loss_sum, router = backward(part, tokens, len(parts))
-            rank_loss += loss_sum
-            routers += [router] if router else []
+        rank_loss, routers = _accumulate(model, parts, partial(backward, tokens=tokens, num_parts=len(parts)))
         norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
-        contrasts = contrast.take_mean() if contrast else torch.zeros_like(rank_loss)
-        sums = global_sum(torch.stack((rank_loss, contrasts)))
+        sums = global_sum(torch.stack((rank_loss, contrast.take_mean() if contrast else torch.zeros_like(rank_loss))))
         total, pairs, num_tokens, grad_norm = to_host(torch.stack((*sums, tokens, norm.double())))
         loss = total / num_tokens if num_tokens else math.nan
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise _divergence_error(step, loss, grad_norm, rank, rank_loss) if num_tokens else _no_targets_error(step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr_schedule(step) * group["lr_share"]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        _take_step(optimizer, lr_schedule(step))
         router_report = RouterReport.mean(routers) if routers else None
         mean_contrast = pairs / world_size() if contrast else None
         on_step(StepReport(step, loss, lr_schedule(step), grad_norm, int(num_tokens), router_report, mean_contrast))
+
+
+def _accumulate(
+    model: nn.Module, parts: Sequence[Batch], backward: Callable[[Batch], tuple[Tensor, RouterReport | None]]
+) -> tuple[Tensor, list[RouterReport]]:
+    """Accumulate the gradients of all parts. Return the loss of this rank, summed over targets, and router reports."""
+    rank_loss, routers = torch.zeros((), dtype=torch.float64, device=parts[0].tokens_BT.device), []
+    for number, part in enumerate(parts, 1):
+        with gradient_sync(model, enabled=number == len(parts)):
+            loss_sum, router = backward(part)
+        rank_loss += loss_sum
+        routers += [router] if router else []
+    return rank_loss, routers
+
+
+def _take_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Take a step with the gradients of the parameters, and delete the gradients."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_share"]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _backward(

@@ -15,7 +15,7 @@ from pipelines.driver.train.hosts import check_hosts
 from pipelines.driver.train.launch import check_slots, run_rank, run_ranks
 from pipelines.driver.train.local_ranks import RankEntry
 from pipelines.driver.train.run_folders import earlier_code, find_folder, finished_result, hash_run
-from pipelines.driver.train.start_from import check_training_state, open_start_folder
+from pipelines.driver.train.start_from import StartFolder, check_training_state, open_start_folder
 from pipelines.driver.train.vocabulary import warn_of_unknown
 from pipelines.errors import StageFailed, TrainingFailed, UserError
 from pipelines.formats.run_folder import Failure, Result, RunFile, RunFolder, write_json
@@ -86,20 +86,27 @@ def prepare(
         world_size=platform.launch.ranks,
     )
     with own_run(run):
-        if not run.tokenizer.exists():
-            shards = Shards.open(Path(train.folder))
-            tokenizer = text.load(start.tokenizer) if start else text.learn(config.model.text, shards.texts())
-            warn_of_unknown(tokenizer, shards.texts(), "training texts")
-            if validate.folder != train.folder:
-                warn_of_unknown(tokenizer, Shards.open(Path(validate.folder)).texts(), "validation texts")
-            with atomic_write(run.tokenizer) as temporary:
-                text.save(tokenizer, temporary)
-        if config.train.rewards_cider and not run.cider.exists():
-            with atomic_write(run.cider) as temporary:
-                Cider.count(reference_documents(Shards.open(Path(train.folder)))).save(temporary)
+        _write_text_files(run, config, train, validate, start)
         if finished_result(run) is None:
             write_json(run.run_file, file.model_copy(update={"earlier_code": earlier_code(run, code)}))
     return run
+
+
+def _write_text_files(
+    run: RunFolder, config: RunConfig, train: ShardReport, validate: ShardReport, start: StartFolder | None
+) -> None:
+    """Write the tokenizer and, for a stage that rewards CIDEr, the document frequencies, if they do not exist."""
+    shards = Shards.open(Path(train.folder))
+    if not run.tokenizer.exists():
+        tokenizer = text.load(start.tokenizer) if start else text.learn(config.model.text, shards.texts())
+        warn_of_unknown(tokenizer, shards.texts(), "training texts")
+        if validate.folder != train.folder:
+            warn_of_unknown(tokenizer, Shards.open(Path(validate.folder)).texts(), "validation texts")
+        with atomic_write(run.tokenizer) as temporary:
+            text.save(tokenizer, temporary)
+    if config.train.rewards_cider and not run.cider.exists():
+        with atomic_write(run.cider) as temporary:
+            Cider.count(reference_documents(shards)).save(temporary)
 
 
 def reference_documents(shards: Shards) -> Iterator[list[list[str]]]:

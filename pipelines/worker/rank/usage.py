@@ -1,14 +1,17 @@
-"""Memory and GPU utilisation of the ranks, logged with the metrics of a step."""
+"""Throughput, memory and GPU utilisation of the ranks, logged with the metrics of a step."""
 
 from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 
 import torch
 
+from pipelines.config import RunConfig
+from vlm.config.size import flops_per_sample, peak_flops
 from vlm.training.parallel import global_max, global_sum, to_host
 
 MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
@@ -49,3 +52,22 @@ def _gpu_utilisation(device: torch.device) -> float | None:
         with suppress(NVMLError, RuntimeError):
             return torch.cuda.utilization(device) / 100
     return None
+
+
+def throughput(
+    rates: Mapping[str, float], config: RunConfig, vocab_size: int, world_size: int, device: torch.device
+) -> dict[str, float]:
+    """Return the rates of a lap of the stopwatch, the TFLOP/s of all ranks together, and the model FLOPs utilisation.
+
+    Args:
+        rates: result of `Stopwatch.lap`.
+        config: resolved config of the run.
+        vocab_size: number of tokens of the vocabulary.
+        world_size: number of ranks.
+        device: device of this rank.
+    """
+    text_tokens = round(rates["tokens_per_second"] / rates["samples_per_second"])
+    flops = 3 * flops_per_sample(config.model, vocab_size, text_tokens) * rates["samples_per_second"]
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    mfu = {"mfu": flops / (peak * world_size)} if peak and config.train.precision == "bf16" else {}
+    return {**rates, "tflops_per_second": flops / 1e12, **mfu}

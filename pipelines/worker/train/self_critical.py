@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from pipelines.config.train import CiderObjectiveConfig
+from pipelines.config.train import CiderObjectiveConfig, TrainConfig
 from pipelines.formats.shards import Row, Shards
 from pipelines.worker.data.augment import Augmenter
 from pipelines.worker.data.batches import Collator, RowOrder, TokenSequence, rows_of_step
@@ -73,8 +73,7 @@ class CaptionSampler:
         collator: collator of the model.
         cider: CIDEr-D with the document frequencies of the training texts and END.
         objective: number of samples per picture, and temperature.
-        rows_at_once: largest number of captions in a part of a batch, or None for a single part.
-        bf16: True to sample under bfloat16 autocast.
+        settings: settings of the run. `rows_at_once` limits the number of captions in a part of a batch.
         reward: mean to which the CIDEr-D of the samples is added.
     """
 
@@ -86,12 +85,12 @@ class CaptionSampler:
         cider: Cider,
         objective: CiderObjectiveConfig,
         *,
-        rows_at_once: int | None,
-        bf16: bool,
+        settings: TrainConfig,
         reward: MeanSinceLog,
     ) -> None:
         self._model, self._tokenizer, self._collator, self._cider = model, tokenizer, collator, cider
-        self._samples, self._rows_at_once, self._bf16 = objective.samples, rows_at_once, bf16
+        self._samples, self._rows_at_once = objective.samples, settings.rows_at_once
+        self._bf16 = settings.precision == "bf16"
         self._reward = reward
         longest = model.config.generation.max_new_tokens
         self._settings = GenerationConfig(max_new_tokens=longest, temperature=objective.temperature)

@@ -19,7 +19,7 @@ import torch
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 
-from pipelines.config.train import CiderObjectiveConfig, ObjectiveConfig
+from pipelines.config.train import ObjectiveConfig
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import CaptionSamples, Result, RunFile, RunFolder, write_json
 from pipelines.formats.shards import Shards
@@ -32,7 +32,7 @@ from pipelines.worker.rank.failure import RankMonitor
 from pipelines.worker.rank.group import check_group, divide_cores, pick_device, process_group
 from pipelines.worker.rank.metrics import MeanSinceLog, Stopwatch, write_metrics
 from pipelines.worker.rank.profile import profile_steps
-from pipelines.worker.rank.usage import measure_usage
+from pipelines.worker.rank.usage import measure_usage, throughput
 from pipelines.worker.score import validation_cider
 from pipelines.worker.train.checkpoints import (
     CheckpointWriter,
@@ -50,7 +50,6 @@ from pipelines.worker.train.validation import caption_samples, name_pictures, va
 from vlm import text
 from vlm.batch import Batch
 from vlm.captioner import Captioner
-from vlm.config.size import flops_per_sample, peak_flops
 from vlm.layers.block import compile_blocks, recompute_blocks
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
@@ -217,36 +216,25 @@ class Trainer:
 
     def _batches(self, objective: ObjectiveConfig, steps: range) -> Iterator[list[Batch]]:
         """Return batches of texts, or of captions that the model samples with the weights before each step."""
+        settings, order = self.file.config.train, self.row_order()
         if objective.kind == "cider":
-            return self._sampled_batches(objective, steps)
-        settings = self.file.config.train
+            cider = Cider.load(self.run.cider)
+            sampler = CaptionSampler(
+                self.model, self.tokenizer, self.collator, cider, objective, settings=settings, reward=self.reward
+            )
+            rows = partial(sampled_rows, self.train_shards, order=order, augmenter=self.augmenter)
+            return map(sampler.sample, self.stopwatch.time_waits(map_ahead(rows, steps, settings.loader_workers)))
         batches = training_batches(
             self.train_shards,
             self.collator,
             steps=steps,
-            **self.row_order(),
+            **order,
             rows_at_once=settings.rows_at_once,
             workers=settings.loader_workers,
             augmenter=self.augmenter,
             pinned=self.device.type == "cuda",
         )
         return prefetch_to_device(self.stopwatch.time_waits(batches), self.device)
-
-    def _sampled_batches(self, objective: CiderObjectiveConfig, steps: range) -> Iterator[list[Batch]]:
-        settings = self.file.config.train
-        sampler = CaptionSampler(
-            self.model,
-            self.tokenizer,
-            self.collator,
-            Cider.load(self.run.cider),
-            objective,
-            rows_at_once=settings.rows_at_once,
-            bf16=settings.precision == "bf16",
-            reward=self.reward,
-        )
-        rows = partial(sampled_rows, self.train_shards, order=self.row_order(), augmenter=self.augmenter)
-        loaded = map_ahead(rows, steps, settings.loader_workers)
-        return map(sampler.sample, self.stopwatch.time_waits(loaded))
 
     def row_order(self) -> RowOrder:
         """Return the arguments of `training_batches` and `rows_of_step` that determine the rows of this rank."""
@@ -292,7 +280,11 @@ class Trainer:
             last = last or self.early_stop.reached
         if last or done % settings.log_every == 0:
             values |= self._mean_since_log(stage) | {"lr": report.lr, "grad_norm": report.grad_norm}
-            values |= self._throughput() | ({} if report.contrastive is None else {"contrastive": report.contrastive})
+            values |= throughput(
+                self.stopwatch.lap(), self.file.config, self.tokenizer.vocab_size, self.env.world_size, self.device
+            )
+            if report.contrastive is not None:
+                values["contrastive"] = report.contrastive
             if report.router is not None:
                 values |= {"router_balance": report.router.balance, "router_z": report.router.z}
                 load = report.router.load
@@ -355,17 +347,6 @@ class Trainer:
         self.loss.restart()  # the loss that is weighted by advantage has no meaning of its own
         reward = torch.tensor(self.reward.take(), dtype=torch.float64, device=self.device)
         return {"cider": float(global_sum(reward)) / self.env.world_size}
-
-    def _throughput(self) -> dict[str, float]:
-        """Return the rates since the last lap, the TFLOP/s of all ranks together, and the model FLOPs utilisation."""
-        rates = self.stopwatch.lap()
-        text_tokens = round(rates["tokens_per_second"] / rates["samples_per_second"])
-        forward = flops_per_sample(self.file.config.model, self.tokenizer.vocab_size, text_tokens)
-        flops = 3 * forward * rates["samples_per_second"]
-        peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-        bf16 = self.file.config.train.precision == "bf16"
-        mfu = {"mfu": flops / (peak * self.env.world_size)} if peak and bf16 else {}
-        return {**rates, "tflops_per_second": flops / 1e12, **mfu}
 
     def _validate(self, step: int) -> dict[str, float]:
         settings = self.file.config.train

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_runs import tiny_model_config, tiny_run, write_run, write_shards
 from torch.nn import functional as F
 
-from pipelines.config.train import CiderObjectiveConfig
+from pipelines.config.train import CiderObjectiveConfig, TrainConfig
 from pipelines.driver.train.run import reference_documents
 from pipelines.worker.data.batches import Collator, RowOrder
 from pipelines.worker.rank.metrics import MeanSinceLog
@@ -77,8 +77,7 @@ def sampled(tmp_path: Path) -> Any:
             collator,
             cider,
             CiderObjectiveConfig(kind="cider", samples=3),
-            rows_at_once=rows_at_once,
-            bf16=False,
+            settings=TrainConfig(rows_at_once=rows_at_once),
             reward=MeanSinceLog(),
         )
         rows = sampled_rows(shards, 2, order, None)
