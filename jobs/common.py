@@ -87,12 +87,16 @@ class Job:
         return self.platform.model_name(self.config.name)
 
     def command(self, name: str) -> str:
-        """Return the command line that runs command `name` on the same run with the same overrides."""
+        """Return the command line that runs command `name` on the same run with the same overrides.
+
+        Settings of Spark (`platform.spark.conf`) are left out, because they may be secrets.
+        """
         words = ["lakesight", name, "--run", self.config.name]
-        if self.platform.kind != "local":
-            words += ["--platform", self.platform.kind]
+        if self.config.chosen.platform != "local":
+            words += ["--platform", self.config.chosen.platform]
         for override in self.overrides:
-            words += ["--set", override]
+            if not override.strip().startswith("platform.spark.conf"):
+                words += ["--set", override]
         return shlex.join(words)
 
     def override(self, setting: str) -> None:

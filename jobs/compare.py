@@ -55,12 +55,13 @@ def run_compare(job: Job, one: str, other: str) -> Comparison:
     splits = [open_split(job, model) for model in models]
     first, second = (evaluate_version(job, model, shards) for model, shards in zip(models, splits, strict=True))
     report = compare(job.spark, job.platform, splits[0].manifest.request, first, second)
-    job.output.line("compare", f"{report.model_name}, version {report.one} minus version {report.other}")
+    job.output.line("compare", f"{report.model_name}, version {report.one}, version {report.other}, and the difference")
     for name in SHOWN_METRICS:
         if name in report.differences:
             difference = report.differences[name]
             interval = f"({difference.low:+.3f} to {difference.high:+.3f})"
-            job.output.line("", f"{name:<12} {difference.value:+7.3f}  {interval}")
+            values = f"{report.one_metrics[name].value:7.3f} {report.other_metrics[name].value:7.3f}"
+            job.output.line("", f"{name:<12} {values} {difference.value:+7.3f}  {interval}")
     job.output.line("", f"words are those of {report.tokenisation}")
     job.output.line(
         "rows", f"{report.rows:,} = {report.wins:,} won + {report.losses:,} lost + {report.ties:,} equal, by word F1"

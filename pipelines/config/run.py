@@ -15,7 +15,7 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, ValidationError, model_validator
 
 from pipelines.config.data import DataConfig
 from pipelines.config.gate import DriftConfig, GateConfig
@@ -35,12 +35,67 @@ Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
 # ------------------------------------------------------------------------------------------------ platform
 
 
+OWN_SPARK_SETTINGS = {
+    "spark.master": "use platform.spark.master",
+    "spark.driver.memory": "use platform.spark.driver_memory",
+    "spark.sql.shuffle.partitions": "use platform.spark.shuffle_partitions",
+    "spark.jars": "use spark.driver.extraClassPath and spark.executor.extraClassPath",
+    "spark.sql.extensions": "tables need Delta's extension",
+    "spark.sql.catalog.spark_catalog": "tables need Delta's catalog",
+    "spark.sql.warehouse.dir": "tables are in the home folder",
+    "spark.sql.session.timeZone": "times are in UTC",
+    "spark.authenticate": "Spark's ports need a secret on a laptop",
+    "spark.lakesight": "these settings belong to Lakesight",
+}
+"""Settings of Spark that Lakesight sets itself, or the beginnings of their names, with the reason or alternative."""
+LOOPBACK_SETTINGS = ("spark.driver.host", "spark.driver.bindAddress")
+"""Settings that Lakesight sets itself unless the master is a Spark cluster."""
+
+
+def _flatten(value: Any, prefix: str = "") -> Any:
+    """Flatten nested mappings, as `--set platform.spark.conf.spark.a.b=1` gives them, and convert values to texts."""
+    if not isinstance(value, dict):
+        return value
+    flat: dict[Any, Any] = {}
+    for key, each in value.items():
+        name = f"{prefix}{key}"
+        if isinstance(each, dict):
+            flat |= _flatten(each, f"{name}.")
+        else:
+            flat[name] = str(each).lower() if isinstance(each, bool) else str(each) if isinstance(each, int) else each
+    return flat
+
+
 class SparkConfig(Config):
-    """Settings of the local Spark session: master, driver memory, and number of shuffle partitions."""
+    """Settings of the local Spark session.
+
+    Attributes:
+        master: local[CORES], local-cluster[EXECUTORS,CORES,MIB] or spark://HOST:PORT.
+        driver_memory: memory of the driver's Java heap.
+        shuffle_partitions: number of partitions of a shuffle.
+        conf: further settings of Spark by name, such as {spark.executor.memory: 8g}. As values may be secrets, such as
+            keys of an object store, these settings are neither stored nor printed, and change no hash.
+    """
 
     master: Annotated[str, Field(pattern=r"^(local\[[0-9*]+\]|local-cluster\[\d+,\d+,\d+\]|spark://.+)$")] = "local[*]"
     driver_memory: str = "4g"
     shuffle_partitions: PositiveInt = 2
+    conf: Annotated[dict[str, str], BeforeValidator(_flatten), Field(exclude=True, repr=False)] = Field(
+        default_factory=dict
+    )
+
+    @model_validator(mode="after")
+    def _sets_nothing_twice(self) -> Self:
+        own = dict(OWN_SPARK_SETTINGS)
+        if not self.master.startswith("spark://"):
+            own |= dict.fromkeys(LOOPBACK_SETTINGS, "ports of a laptop listen on the loopback device only")
+        for name in self.conf:
+            if not name.startswith("spark."):
+                raise ValueError(f"conf: {name!r} is no setting of Spark, whose names begin with 'spark.'")
+            for taken, reason in own.items():
+                if name == taken or name.startswith(f"{taken}."):
+                    raise ValueError(f"conf: {name} cannot be set: {reason}")
+        return self
 
 
 CacheGib = Annotated[float, Field(ge=0)]

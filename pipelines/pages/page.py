@@ -7,6 +7,7 @@ all data.
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -49,6 +50,29 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """A bar of a comparison: name, value as text, and where the bar and its interval are, in percent of the scale.
+
+    `low` and `high` are equal if there is no interval. `main` is true for the bar that the others are compared with.
+    """
+
+    name: str
+    value: FormattedValue
+    percent: float
+    low: float
+    high: float
+    main: bool = False
+
+
+@dataclass(frozen=True)
+class BarGroup:
+    """Bars of one figure on a common scale, such as a model beside baselines."""
+
+    title: str
+    bars: Sequence[Bar]
+
+
+@dataclass(frozen=True)
 class CardText:
     """A text below a picture.
 
@@ -57,12 +81,14 @@ class CardText:
         label: author of the text, such as Human or Model, or empty to show no label.
         exact: whether a caption equals a reference word for word, or None for a text that is not compared.
         score: word F1 of a caption (0 to 1), or None for a text that is not compared.
+        parts: consecutive parts of the text, and whether each part is marked; empty to show the text without marks.
     """
 
     text: str
     label: str = ""
     exact: bool | None = None
     score: float | None = None
+    parts: Sequence[tuple[str, bool]] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +115,12 @@ class Card:
         return f"data:image/jpeg;base64,{base64.b64encode(self.thumbnail).decode('ascii')}" if self.thumbnail else ""
 
     @property
+    def alt(self) -> str:
+        """Alternative text of the picture: its human caption or its first text, or the name of a card without text."""
+        described = (text.text for text in self.texts if text.label in {"", "Human"} and text.text)
+        return next(described, self.name)
+
+    @property
     def good(self) -> bool:
         """Whether the row has no problem and every compared caption is exact."""
         return not self.problem and all(text.exact is not False for text in self.texts)
@@ -109,7 +141,18 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Page:
-    """Contents of a page, from top to bottom. The page has a filter if at least one card has groups."""
+    """Contents of a page, from top to bottom. The page has a filter if at least one card has groups.
+
+    Attributes:
+        title: heading.
+        about: paragraph about the data; at the end of a page with a verdict, else below the heading.
+        figures: figures by name; folded if the page has bars.
+        tables: folded tables.
+        charts: bar charts of counts.
+        galleries: picture cards.
+        verdict: the result in one sentence, which is shown first, or empty.
+        bars: main figures, which are shown after the verdict.
+    """
 
     title: str
     about: str
@@ -117,11 +160,20 @@ class Page:
     tables: Sequence[ValueTable] = ()
     charts: Sequence[Chart] = ()
     galleries: Sequence[Gallery] = ()
+    verdict: str = ""
+    bars: Sequence[BarGroup] = ()
 
     @property
     def groups(self) -> list[str]:
-        """Distinct groups of the cards, in order of appearance."""
-        return list(dict.fromkeys(g for gallery in self.galleries for card in gallery.cards for g in card.groups))
+        """Distinct groups of the cards: names in order of appearance, then slices such as `size=64`, sorted."""
+        found = list(dict.fromkeys(g for gallery in self.galleries for card in gallery.cards for g in card.groups))
+        return [g for g in found if "=" not in g] + sorted((g for g in found if "=" in g), key=natural_key)
+
+
+def natural_key(text: str) -> list[tuple[bool, float, str]]:
+    """Return a key by which texts are sorted so that numbers in them count as numbers: `size=9` before `size=10`."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", text)
+    return [(bool(n % 2), float(part) if n % 2 else 0.0, part) for n, part in enumerate(parts)]
 
 
 def write_page(path: Path, page: Page) -> None:

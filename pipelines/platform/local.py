@@ -125,7 +125,7 @@ def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
     logger.info("starting Spark on %s, log in %s", config.spark.master, log)
     quiet_loggers()
     with delta_jars() as jars, log.open("ab") as sink:
-        conf = SparkConf(loadDefaults=False).setAll(list((_session_settings(config, root) | jars.settings()).items()))
+        conf = SparkConf(loadDefaults=False).setAll(list((session_settings(config, root) | jars.settings()).items()))
         start = sink.tell()
         try:
             # If this process has stopped a Spark session before, the JVM of that session is used again.
@@ -176,7 +176,8 @@ def _prepare_environment(master: str) -> None:
         os.environ["SPARK_LOCAL_IP"] = LOOPBACK
 
 
-def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]:
+def session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]:
+    """Return the settings of the Spark session, without the jars. Settings of the user replace our defaults."""
     partitions = str(config.spark.shuffle_partitions)
     settings = {
         "spark.app.name": "lakesight",
@@ -219,7 +220,7 @@ def _session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]
         settings |= {"spark.executor.extraJavaOptions": SHORT_JOBS}
         # with few partitions, adaptive execution saves no time and runs more jobs
         settings |= {"spark.sql.adaptive.enabled": "false"}
-    return settings
+    return settings | config.spark.conf
 
 
 def _umask() -> int:

@@ -1,20 +1,32 @@
-"""`lakesight ui`: the MLflow UI starts in any working folder, and ends completely."""
+"""`lakesight ui`: the MLflow UI starts in any working folder, ends completely, and its pages explain a run."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM
+from local_platforms import open_local
 from open_sockets import descendants, free_port, listeners
+from playwright.sync_api import sync_playwright
 from processes import TEST_PATH, is_running
+from tiny_runs import finish_run, tiny_run, write_run, write_shards
+
+from pipelines.formats.run_folder import Metrics, write_json
+from pipelines.platform import Platform
+from pipelines.tracking.registry import describe_version, register
+from pipelines.tracking.runs import follow, log_report
+from pipelines.tracking.server import connect
 
 pytestmark = [pytest.mark.faults, pytest.mark.matrix]
 
@@ -52,6 +64,82 @@ def test_modules_of_the_working_folder_do_not_shadow_those_of_the_mlflow_ui_and_
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             server.wait()
+
+
+@contextmanager
+def serve(home: Path, folder: Path) -> Iterator[tuple[str, str]]:
+    """Serve the MLflow UI of a home folder. Yield the server's address and the address that the command prints."""
+    port = free_port()
+    command = [sys.executable, "-P", "-c", "from jobs.cli import main; main()", "ui", "--port", str(port)]
+    environment = os.environ | {"PYTHONPATH": TEST_PATH, "LAKESIGHT_HOME": str(home)}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            assert wait_for_page(f"http://127.0.0.1:{port}/health", server) == 200, (folder / "log").read_text()
+            [printed] = re.findall(r"^ui +(http\S+)", (folder / "log").read_text(), re.M)
+            yield f"http://127.0.0.1:{port}", printed
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def write_training(home: Platform, folder: Path) -> tuple[str, str]:
+    """Write, log and register a tiny training with curves. Return the ids of its MLflow run and its experiment."""
+    shards = write_shards(folder / "shards", rows=6)
+    run = write_run(folder / "runs" / "tiny-0123", tiny_run(), shards, shards)
+    for step in range(0, 13, 2):
+        values = {"train/loss": 2 - step / 10, "val/loss": 2.1 - step / 10, "val/blind_gap": step / 10}
+        write_json(run.metrics(step), Metrics(step=step, time=1_700_000_000 + step, values=values))
+    finish_run(run)
+    with follow(run, tiny_run(), home) as follower:
+        pass
+    version = register(run, follower.run_id, home)
+    describe_version(home, version, {"Evaluation": "On 6 pictures, the captions are better than the best constant."})
+    figures: dict[str, list[object]] = {"metric": ["cider", "word_f1"], "value": [1.5, 0.5]}
+    log_report(home, follower.run_id, "evaluate", {"test_cider": 1.5}, tables={"figures-0123.json": figures})
+    return follower.run_id, connect(home).get_run(follower.run_id).info.experiment_id
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_the_pages_of_mlflow_explain_run_curves_model_and_version(
+    tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    home = open_local(monkeypatch, tmp_path / "home", database=empty_database)
+    run_id, experiment = write_training(home, tmp_path)
+    view, name = "workflowType=machine_learning", "tiny on tiny, 12 steps, seed 0"
+    with serve(home.root, tmp_path) as (server, printed), sync_playwright() as playwright:
+        if CHROMIUM is None:
+            pytest.skip("Chromium is not installed")
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        tab = browser.new_page(viewport={"width": width, "height": 1400})
+        tab.set_default_timeout(SECONDS * 1000)
+
+        def open_tab(address: str, text: str) -> str:
+            tab.goto(address)
+            tab.get_by_text(text).first.wait_for(state="attached")
+            tab.wait_for_load_state("networkidle")
+            tab.screenshot(path=tmp_path / f"{re.sub(r'[^a-z]+', '-', text.lower())}-{width}.png")
+            return tab.inner_text("body")
+
+        assert printed.startswith(server)
+        assert "Model registry" in open_tab(printed, "lakesight/tiny"), "not the view of model training"
+        run_page = open_tab(f"{server}/#/experiments/{experiment}/runs/{run_id}?{view}", "Changed settings")
+        assert name in run_page
+        assert "lakesight train --run tiny" in run_page
+        loaded = "image => image.complete && image.naturalWidth > 100"
+        shown = tab.locator("img[src*='learning_curve.png']")
+        shown.wait_for(state="attached")
+        tab.wait_for_function(f"({loaded})(document.querySelector(\"img[src*='learning_curve.png']\"))")
+        curves = open_tab(f"{server}/#/experiments/{experiment}/runs/{run_id}/model-metrics?{view}", "val (2)")
+        assert curves.index("train (1)") < curves.index("val (2)"), "the page begins with other charts"
+        assert "evaluate" not in curves
+        assert "alias champion" in open_tab(f"{server}/#/models/tiny?{view}", "lakesight promote").replace("`", "")
+        version_page = open_tab(f"{server}/#/models/tiny/versions/1?{view}", "best constant")
+        assert f"Step 12 of the run {name}" in version_page
+        browser.close()
 
 
 def wait_for_page(address: str, server: subprocess.Popen[bytes]) -> int | None:

@@ -8,11 +8,13 @@ in the difference.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from pipelines.driver.evaluate.baselines import baseline_metrics
 from pipelines.driver.evaluate.metrics import Floats, Metric, ScoredRow, captioned, model_metrics, ratio
+from pipelines.pages.page import natural_key
 from vlm.config import Config
 
 RESAMPLES = 200
@@ -75,10 +77,18 @@ def pair_rows(one: Sequence[ScoredRow], other: Sequence[ScoredRow]) -> tuple[lis
     return shared, [second[item.key] for item in shared]
 
 
-def metric_differences(
+class PairedMetric(NamedTuple):
+    """A metric of two models on the same rows, and the difference (first minus second)."""
+
+    one: Interval
+    other: Interval
+    difference: Interval
+
+
+def paired_metrics(
     one: Sequence[ScoredRow], other: Sequence[ScoredRow], *, names: Sequence[str] = (), seed: int = 0
-) -> dict[str, Interval]:
-    """Compute the metric differences of two models (`one` minus `other`) on the rows that both models captioned.
+) -> dict[str, PairedMetric]:
+    """Compute the metrics of two models, and their differences, on the rows that both models captioned.
 
     Args:
         one: scored rows of a model.
@@ -91,8 +101,19 @@ def metric_differences(
         return {}
     weights_SR = draw_weights(first, seed=seed)
     metrics, others = model_metrics(first), model_metrics(second)
-    shared = [name for name in (names or metrics) if name in metrics and name in others]
-    return {name: interval_from_resamples(metrics[name](weights_SR) - others[name](weights_SR)) for name in shared}
+    found = {}
+    for name in names or metrics:
+        if name in metrics and name in others:
+            values_S, others_S = metrics[name](weights_SR), others[name](weights_SR)
+            found[name] = PairedMetric(*map(interval_from_resamples, (values_S, others_S, values_S - others_S)))
+    return found
+
+
+def metric_differences(
+    one: Sequence[ScoredRow], other: Sequence[ScoredRow], *, names: Sequence[str] = (), seed: int = 0
+) -> dict[str, Interval]:
+    """Compute the metric differences of two models (`one` minus `other`), as in `paired_metrics`."""
+    return {name: metric.difference for name, metric in paired_metrics(one, other, names=names, seed=seed).items()}
 
 
 def slice_metrics(
@@ -111,18 +132,28 @@ def slice_metrics(
     with_caption = captioned(scored)
     metrics = model_metrics(with_caption)
     found: dict[str, dict[str, Interval]] = {}
+    for name, inside in slices_of(with_caption, columns).items():
+        part = [item for item, is_inside in zip(with_caption, inside, strict=True) if is_inside]
+        weights_SR = np.zeros((RESAMPLES + 1, len(with_caption)))
+        weights_SR[:, inside] = draw_weights(part, seed=seed)
+        found[name] = {n: interval_from_resamples(metrics[n](weights_SR)) for n in names if n in metrics}
+    return found
+
+
+def slices_of(
+    with_caption: Sequence[ScoredRow], columns: Mapping[str, Mapping[str, object]]
+) -> dict[str, np.ndarray[tuple[int], np.dtype[np.bool_]]]:
+    """Return which rows are in each slice of at least MIN_SLICE_ROWS rows, by `column=value`, in the order of values.
+
+    A slice of all rows is left out.
+    """
+    found = {}
     for column, values in columns.items():
         labels = _labels([values.get(item.image_id) for item in with_caption])
-        for label in sorted(set(labels)):
+        for label in sorted(set(labels), key=natural_key):
             inside = np.array([each == label for each in labels])
-            if inside.all() or inside.sum() < MIN_SLICE_ROWS:
-                continue
-            part = [item for item, is_inside in zip(with_caption, inside, strict=True) if is_inside]
-            weights_SR = np.zeros((RESAMPLES + 1, len(with_caption)))
-            weights_SR[:, inside] = draw_weights(part, seed=seed)
-            found[f"{column}={label}"] = {
-                n: interval_from_resamples(metrics[n](weights_SR)) for n in names if n in metrics
-            }
+            if not inside.all() and inside.sum() >= MIN_SLICE_ROWS:
+                found[f"{column}={label}"] = inside
     return found
 
 

@@ -9,12 +9,22 @@ from pyspark.sql import SparkSession
 
 from pipelines.driver.delta.tables import ensure_tables
 from pipelines.driver.delta.versions import rows_of_source
-from pipelines.driver.evaluate.bootstrap import Interval, metric_differences, pair_rows
-from pipelines.driver.evaluate.gallery import GROUP_ROWS, GalleryRow, ModelCaption, write_html
+from pipelines.driver.evaluate.bootstrap import Interval, pair_rows, paired_metrics
+from pipelines.driver.evaluate.gallery import (
+    GROUP_ROWS,
+    HEADLINES,
+    NAMES,
+    GalleryRow,
+    ModelCaption,
+    bar_group,
+    write_html,
+)
 from pipelines.driver.evaluate.metrics import ScoredRow
 from pipelines.driver.evaluate.run import EvaluationReport, read_thumbnails
+from pipelines.driver.evaluate.verdict import JUDGED
 from pipelines.errors import StageFailed
 from pipelines.formats.shards import ShardRequest
+from pipelines.pages.page import BarGroup, Gallery, Page
 from pipelines.platform import Platform
 from vlm.config import Config
 from vlm.text.words import TOKENISATION
@@ -29,6 +39,8 @@ class Comparison(Config):
         rows: number of rows that both versions captioned.
         tokenisation: rules that split texts into words.
         differences: metric differences (`one` minus `other`), with the interval of a paired bootstrap.
+        one_metrics: metrics of `one` on these rows.
+        other_metrics: metrics of `other` on these rows.
         wins: number of rows where `one` has the higher word F1.
         losses: number of rows where `other` has the higher word F1.
         ties: number of rows with equal word F1.
@@ -43,6 +55,8 @@ class Comparison(Config):
     rows: int
     tokenisation: str
     differences: dict[str, Interval]
+    one_metrics: dict[str, Interval]
+    other_metrics: dict[str, Interval]
     wins: int
     losses: int
     ties: int
@@ -66,6 +80,7 @@ def compare(
             fix="evaluate both model versions on the same table version",
         )
     names = (one.model_version, other.model_version)
+    metrics = paired_metrics(one.scores(), other.scores())
     report = Comparison(
         model_name=one.model_name,
         one=names[0],
@@ -74,7 +89,9 @@ def compare(
         split=one.split,
         rows=len(pairs),
         tokenisation=TOKENISATION,
-        differences=metric_differences(one.scores(), other.scores()),
+        differences={name: metric.difference for name, metric in metrics.items()},
+        one_metrics={name: metric.one for name, metric in metrics.items()},
+        other_metrics={name: metric.other for name, metric in metrics.items()},
         wins=sum(a.f1 > b.f1 for a, b in pairs),
         losses=sum(a.f1 < b.f1 for a, b in pairs),
         ties=sum(a.f1 == b.f1 for a, b in pairs),
@@ -96,8 +113,35 @@ def compare(
         for group, pairs_of_group in groups.items()
         for pair in pairs_of_group
     ]
-    write_html(report.page, title, about, report.differences, rows, signed=True)
+    page = Page(
+        title,
+        about,
+        galleries=[Gallery("", [row.card() for row in rows])],
+        verdict=_verdict(report),
+        bars=[_bars(report, name) for name in HEADLINES if name in report.differences],
+    )
+    write_html(report.page, page, report.differences, signed=True)
     return report
+
+
+def _verdict(report: Comparison) -> str:
+    """Return one sentence that says which version has better captions."""
+    name = next(name for name in JUDGED if name in report.differences)
+    difference = report.differences[name]
+    outcome = "not clearly better or worse than"
+    if difference.low > 0 or difference.high < 0:
+        outcome = "better than" if difference.low > 0 else "worse than"
+    return (
+        f"On {report.rows:,} rows, the captions of version {report.one} are {outcome} those of version {report.other}: "
+        f"{NAMES[name]} {report.one_metrics[name].value:.3g} and {report.other_metrics[name].value:.3g}, difference "
+        f"{difference.value:+.3g} ({difference.low:+.3g} to {difference.high:+.3g})."
+    )
+
+
+def _bars(report: Comparison, name: str) -> BarGroup:
+    difference = report.differences[name]
+    bars = {f"version {report.one}": report.one_metrics[name], f"version {report.other}": report.other_metrics[name]}
+    return bar_group(name, bars, f": {difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})")
 
 
 def _groups(pairs: Sequence[Pair], names: tuple[str, str]) -> dict[str, list[Pair]]:
@@ -117,9 +161,6 @@ def _gallery_row(pair: Pair, names: tuple[str, str], thumbnail: bytes | None, gr
         thumbnail=thumbnail,
         prompt=pair[0].prompt,
         human=" / ".join(dict.fromkeys(pair[0].references)),
-        captions=tuple(
-            ModelCaption(f"Version {name}", item.caption or "", item.exact, item.f1)
-            for name, item in zip(names, pair, strict=True)
-        ),
+        captions=tuple(ModelCaption.of_row(f"Version {name}", item) for name, item in zip(names, pair, strict=True)),
         groups=(group,),
     )

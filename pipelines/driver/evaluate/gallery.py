@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,8 +16,9 @@ from PIL import Image
 
 from pipelines.driver.evaluate.bootstrap import Interval
 from pipelines.driver.evaluate.metrics import ScoredRow
-from pipelines.pages.page import Card, CardText, FormattedValue, Gallery, Page, ValueTable, write_page
+from pipelines.pages.page import Bar, BarGroup, Card, CardText, FormattedValue, Page, ValueTable, write_page
 from vlm.files import atomic_write
+from vlm.text.words import words
 
 GROUP_ROWS = 16
 """Number of rows in each of the groups worst, best and sample."""
@@ -53,17 +56,30 @@ NAMES = {  # name of each metric on pages, in the order of the page
 }
 HEADLINES = ("cider", "word_f1", "exact_match", "rouge_l", "blind_gap")
 """Metrics that pages show first, beside those of the baselines."""
+SHARES = ("exact_match", "word_f1", "rouge_l")
+"""Metrics from 0 to 1, whose bars have the scale from 0 to 1."""
+WORD_GAP = re.compile(r"(\s+)")
 PLOTTED = ("exact_match", "word_f1", "rouge_l", "bleu_4")
 
 
 @dataclass(frozen=True)
 class ModelCaption:
-    """Caption by the model `label`. `exact` says whether `text` equals a reference. `score` is word F1 from 0 to 1."""
+    """Caption by the model `label`. `exact` says whether `text` equals a reference. `score` is word F1 from 0 to 1.
+
+    `parts` are consecutive parts of the text, and whether each part differs from the references.
+    """
 
     label: str
     text: str
     exact: bool
     score: float
+    parts: tuple[tuple[str, bool], ...] = ()
+
+    @classmethod
+    def of_row(cls, label: str, row: ScoredRow) -> ModelCaption:
+        """Return the caption of a scored row."""
+        text = row.caption or ""
+        return cls(label, text, row.exact, row.f1, mark_differences(text, row.references))
 
 
 @dataclass(frozen=True)
@@ -95,7 +111,7 @@ class GalleryRow:
         """Return the row as a card of a page."""
         texts = [CardText(self.prompt, "Prompt")] if self.prompt else []
         texts.append(CardText(self.human, "Human"))
-        texts += [CardText(each.text, each.label, each.exact, each.score) for each in self.captions]
+        texts += [CardText(each.text, each.label, each.exact, each.score, each.parts) for each in self.captions]
         return Card(self.image_id, self.thumbnail, texts, groups=self.groups)
 
 
@@ -115,39 +131,88 @@ def select_rows(scored: Sequence[ScoredRow]) -> list[tuple[ScoredRow, tuple[str,
     return [(item, names) for item, names in named if names]
 
 
-def write_html(
-    path: Path,
-    title: str,
-    about: str,
-    metrics: Mapping[str, Interval],
-    rows: Sequence[GalleryRow],
-    *,
-    slices: Mapping[str, Mapping[str, Interval]] | None = None,
-    signed: bool = False,
-) -> None:
-    """Write the HTML page with metrics, metrics of slices, and picture cards that a reader can search and filter.
+def mark_differences(caption: str, references: Sequence[str]) -> tuple[tuple[str, bool], ...]:
+    """Split a caption into parts, and mark the words that the most similar reference does not have at this place."""
+    split = [WORD_GAP.split(text) for text in (caption, *references)]
+    keys = [[" ".join(words(token)) or token.strip() for token in tokens[::2]] for tokens in split]
+    own, tokens = keys[0], split[0]
+    matchers = [SequenceMatcher(None, other, own, autojunk=False) for other in keys[1:]]
+    best = max(matchers, key=lambda matcher: matcher.ratio())
+    same = {at for block in best.get_matching_blocks() for at in range(block.b, block.b + block.size)}
+    parts: list[tuple[str, bool]] = []
+    for number, token in enumerate(tokens):
+        differs = number % 2 == 0 and bool(token) and number // 2 not in same
+        if parts and parts[-1][1] == differs:
+            parts[-1] = (parts[-1][0] + token, differs)
+        else:
+            parts.append((token, differs))
+    return tuple(parts)
+
+
+def write_html(path: Path, page: Page, metrics: Mapping[str, Interval], *, signed: bool = False) -> None:
+    """Write an HTML page with all metrics that have a name in NAMES.
 
     Args:
         path: path of the HTML file to write.
-        title: heading of the page.
-        about: paragraph below the heading.
-        metrics: metrics of the split or metric differences, by name. The page shows only metrics in NAMES.
-        rows: pictures to show.
-        slices: metrics of each slice of the split, by `column=value`.
+        page: contents of the page, without the figures.
+        metrics: metrics of the split or metric differences, by name.
         signed: whether the metrics are differences, which are shown with a plus or minus sign.
     """
     figures = {name: _format(metrics[key], signed) for key, name in NAMES.items() if key in metrics}
-    gallery = Gallery("", [row.card() for row in rows])
-    write_page(path, Page(title, about, figures, _slice_tables(slices or {}), galleries=[gallery]))
+    write_page(path, replace(page, figures=figures))
 
 
-def _slice_tables(slices: Mapping[str, Mapping[str, Interval]]) -> list[ValueTable]:
-    """Return a list with one table of all slices, or an empty list if there are no slices."""
+def bar_group(name: str, bars: Mapping[str, Interval], note: str = "") -> BarGroup:
+    """Return bars of one metric on a common scale, which begins at 0. The first bar is the main one.
+
+    Args:
+        name: name of the metric.
+        bars: value of the metric by the name of the bar.
+        note: text after the name of the metric.
+    """
+    largest = max(max(each.high, each.value) for each in bars.values())
+    scale = 100 / max(largest, 1.0 if name in SHARES else 1e-9)
+
+    def place(value: float) -> float:
+        return round(min(100.0, max(0.0, value * scale)), 1)
+
+    found = [
+        Bar(label, _format(each), place(each.value), place(each.low), place(each.high), main=number == 0)
+        for number, (label, each) in enumerate(bars.items())
+    ]
+    return BarGroup(f"{NAMES[name]}{note}", found)
+
+
+def headline_bars(metrics: Mapping[str, Interval]) -> list[BarGroup]:
+    """Return the main metrics of a model beside those of the baselines."""
+    labels = {"model": "", "constant": "constant_", "neighbour": "neighbour_"}
+    return [
+        bar_group(
+            name, {label: metrics[key] for label, prefix in labels.items() if (key := f"{prefix}{name}") in metrics}
+        )
+        for name in HEADLINES
+        if name in metrics
+    ]
+
+
+def slice_tables(slices: Mapping[str, Mapping[str, Interval]], rows: Mapping[str, int]) -> list[ValueTable]:
+    """Return a list with one table of all slices, or an empty list if there are no slices.
+
+    Args:
+        slices: metrics of each slice, by `column=value`, in the order of the table.
+        rows: number of rows of each slice; a report of an earlier version has no numbers.
+    """
     if not slices:
         return []
     columns = list(next(iter(slices.values())))
-    rows = {name: [_format(part[column]) for column in columns] for name, part in slices.items()}
-    return [ValueTable("By slice", [NAMES.get(column, column) for column in columns], rows)]
+    values = {
+        name: [
+            FormattedValue(f"{rows[name]:,}" if name in rows else ""),
+            *(_format(part[column]) for column in columns),
+        ]
+        for name, part in slices.items()
+    }
+    return [ValueTable("By slice", ["rows", *(NAMES.get(column, column) for column in columns)], values)]
 
 
 def write_png(path: Path, title: str, rows: Sequence[GalleryRow]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+from pydantic import Field
 from pyspark.sql import DataFrame, SparkSession
 
 from pipelines.driver.delta.model_rows import SAME_MODEL
@@ -24,24 +25,28 @@ from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.tables import add_columns, ensure_tables
 from pipelines.driver.delta.versions import rows_of_source
-from pipelines.driver.evaluate.bootstrap import Interval, measure, slice_metrics
+from pipelines.driver.evaluate.bootstrap import Interval, measure, slice_metrics, slices_of
 from pipelines.driver.evaluate.coco import has_java, java_metrics
 from pipelines.driver.evaluate.gallery import (
     GalleryRow,
     ModelCaption,
+    headline_bars,
     select_rows,
+    slice_tables,
     write_figures,
     write_html,
     write_png,
 )
 from pipelines.driver.evaluate.metrics import ScoredRow, captioned, describe_words, tokenisation_of
 from pipelines.driver.evaluate.scores import SCORES, evaluation_folder, read_scores, score_split, scores_hash
+from pipelines.driver.evaluate.verdict import verdict
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import StageFailed, UserError
 from pipelines.executor.thumbnail import with_thumbnails
 from pipelines.formats.run_folder import read_json, write_json
 from pipelines.formats.shards import ShardRequest, Shards
 from pipelines.formats.tables import EVALUATIONS, MODEL_DIGEST
+from pipelines.pages.page import Gallery, Page
 from pipelines.platform import Platform
 from vlm.config import Config, GenerationConfig
 from vlm.text.words import TOKENISATION, words
@@ -78,6 +83,7 @@ class EvaluationReport(Config):
         metrics: metrics of the whole split, including the metrics of the baselines (constant_*, neighbour_*).
         columns: columns by which slices are made.
         slices: metrics of each slice, by `column=value`.
+        slice_rows: number of rows of each slice; empty in reports of earlier versions.
         folder: folder of the scores, the report and the pages.
         gallery: HTML page that shows the worst rows, the best rows and a sample of all other rows.
         gallery_png: PNG file that shows the sample.
@@ -102,6 +108,7 @@ class EvaluationReport(Config):
     metrics: dict[str, Interval]
     columns: tuple[str, ...]
     slices: dict[str, dict[str, Interval]]
+    slice_rows: dict[str, int] = Field(default_factory=dict)
     folder: Path
     gallery: Path
     gallery_png: Path
@@ -227,6 +234,8 @@ def _evaluate(
             fix="raise model.decoder.context, or lower model.generation.max_new_tokens, and train again",
         )
     samples = rows_of_source(spark, request.table, request.source)
+    values = _column_values(samples, with_caption, requested.columns, table_columns)
+    slices = slices_of(with_caption, values)
     report = EvaluationReport(
         model_name=model.name,
         model_version=model.version,
@@ -243,14 +252,16 @@ def _evaluate(
         settings=model.settings,
         metrics=measure(scored, further=java_metrics(with_caption) if requested.java else None),
         columns=requested.columns,
-        slices=slice_metrics(
-            scored, _column_values(samples, with_caption, requested.columns, table_columns), names=SLICE_METRICS
-        ),
+        slices=slice_metrics(scored, values, names=SLICE_METRICS),
+        slice_rows={name: int(inside.sum()) for name, inside in slices.items()},
         reused=False,
         seconds=0.0,
         **_report_paths(folder),
     )
-    return report, _gallery_rows(samples, with_caption)
+    names = {
+        item.key: tuple(name for name, inside in slices.items() if inside[row]) for row, item in enumerate(with_caption)
+    }
+    return report, _gallery_rows(samples, with_caption, names)
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -334,8 +345,13 @@ def read_thumbnails(samples: DataFrame, image_ids: Sequence[str]) -> dict[str, b
     return {row["image_id"]: row["thumbnail"] and bytes(row["thumbnail"]) for row in rows}
 
 
-def _gallery_rows(samples: DataFrame, scored: Sequence[ScoredRow]) -> list[GalleryRow]:
-    """Return the worst rows, the best rows and a sample of all other rows, with their thumbnails."""
+def _gallery_rows(
+    samples: DataFrame, scored: Sequence[ScoredRow], slices: Mapping[tuple[str, str], tuple[str, ...]]
+) -> list[GalleryRow]:
+    """Return the worst rows, the best rows and a sample of all other rows, with their thumbnails.
+
+    `slices` are the names of the slices of each row, by the key of the row.
+    """
     shown = select_rows(scored)
     thumbnails = read_thumbnails(samples, [item.image_id for item, _ in shown])
     return [
@@ -344,8 +360,8 @@ def _gallery_rows(samples: DataFrame, scored: Sequence[ScoredRow]) -> list[Galle
             thumbnail=thumbnails.get(item.image_id),
             prompt=item.prompt,
             human=" / ".join(dict.fromkeys(item.references)),
-            captions=(ModelCaption("Model", item.caption or "", item.exact, item.f1),),
-            groups=groups,
+            captions=(ModelCaption.of_row("Model", item),),
+            groups=(*groups, *slices[item.key]),
         )
         for item, groups in shown
     ]
@@ -360,7 +376,15 @@ def _write_pages(report: EvaluationReport, rows: Sequence[GalleryRow]) -> None:
         f"Words are those of {describe_words(report.metrics)}. "
         "The page shows the worst and the best rows by word F1, and a sample of the others."
     )
-    write_html(report.gallery, title, about, report.metrics, rows, slices=report.slices)
+    page = Page(
+        title,
+        about,
+        tables=slice_tables(report.slices, report.slice_rows),
+        galleries=[Gallery("", [row.card() for row in rows])],
+        verdict=verdict(report.metrics, report.pictures),
+        bars=headline_bars(report.metrics),
+    )
+    write_html(report.gallery, page, report.metrics)
     write_png(report.gallery_png, title, [row for row in rows if "sample" in row.groups])
     write_figures(report.figures_png, title, report.metrics, report.slices)
 

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Literal
 
+import pytest
 from browser import open_page
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines.driver.evaluate.bootstrap import Interval
-from pipelines.driver.evaluate.gallery import GalleryRow, ModelCaption, write_html, write_png
+from pipelines.driver.evaluate.gallery import (
+    GalleryRow,
+    ModelCaption,
+    headline_bars,
+    mark_differences,
+    slice_tables,
+    write_html,
+    write_png,
+)
+from pipelines.driver.evaluate.verdict import verdict
+from pipelines.pages.page import Gallery, Page, natural_key
 
 
 def row(number: int, *, exact: bool, caption: str = "a red square") -> GalleryRow:
@@ -33,7 +48,15 @@ class Tags(HTMLParser):
 
 def write(path: Path, rows: list[GalleryRow]) -> str:
     metrics = {"exact_match": Interval(value=0.5, low=0.25, high=0.75)}
-    write_html(path, "tiny version 1", "4 pictures", metrics, rows, slices={"format=<PNG>": metrics})
+    page = Page(
+        "tiny version 1",
+        "4 pictures",
+        tables=slice_tables({"format=<PNG>": metrics}, {"format=<PNG>": 4}),
+        galleries=[Gallery("", [row.card() for row in rows])],
+        verdict="It is <good>.",
+        bars=headline_bars(metrics),
+    )
+    write_html(path, page, metrics)
     return path.read_text(encoding="utf-8")
 
 
@@ -61,7 +84,7 @@ def test_right_and_wrong_captions_are_marked_by_text_and_by_colour(tmp_path: Pat
     figures = [attributes["class"] for tag, attributes in Tags(page).tags if tag == "figure"]
     assert figures == ["good", "bad"]
     assert page.count("word for word") == page.count(">different<") == 1
-    assert page.count("0.250 to 0.750") == 2
+    assert page.count("0.250 to 0.750") == 3
     assert "format=&lt;PNG&gt;" in page
 
 
@@ -87,3 +110,84 @@ def test_the_filters_of_the_gallery_page_work_in_a_browser(tmp_path: Path) -> No
         page.get_by_label("only captions that differ").check()
         assert page.locator("figure:visible").count() == 4
         assert page.url == f"{address}#find=red+square&wrong=1"
+
+
+TEXTS = st.text("ab .,\n<", max_size=12)
+
+
+@settings(max_examples=40)
+@given(TEXTS, st.lists(TEXTS, min_size=1, max_size=3))
+def test_marks_keep_the_text_and_mark_nothing_of_a_caption_that_equals_a_reference(
+    caption: str, references: list[str]
+) -> None:
+    assert "".join(text for text, _ in mark_differences(caption, references)) == caption
+    assert not any(marked for _, marked in mark_differences(caption, [*references, caption]))
+
+
+def test_words_that_the_most_similar_human_caption_does_not_have_are_marked() -> None:
+    human = ["a small red square", "a large blue circle left of a star"]
+    marked = [text for text, differs in mark_differences("A large green circle, left of a star", human) if differs]
+    assert marked == ["green"]
+    assert mark_differences("", human) == (("", False),)
+    assert [text for text, differs in mark_differences("two dogs", human) if differs] == ["two", "dogs"]
+
+
+def test_bars_of_a_share_have_the_scale_from_0_to_1_and_other_bars_that_of_the_largest_value() -> None:
+    def exactly(value: float, reach: float = 0.0) -> Interval:
+        return Interval(value=value, low=value - reach, high=value + reach)
+
+    metrics = {"cider": exactly(4, 1), "constant_cider": exactly(1), "word_f1": exactly(0.5), "blind_gap": exactly(-1)}
+    cider, f1, gap = headline_bars(metrics)
+    assert [(bar.name, bar.percent, bar.low, bar.high, bar.main) for bar in cider.bars] == [
+        ("model", 80.0, 60.0, 100.0, True),
+        ("constant", 20.0, 20.0, 20.0, False),
+    ]
+    assert [bar.percent for bar in f1.bars] == [50.0]
+    assert [(bar.percent, bar.value.text) for bar in gap.bars] == [(0.0, "-1.000")]
+
+
+def test_slices_are_sorted_by_number_and_show_their_rows(tmp_path: Path) -> None:
+    names = ["size=16", "size=8", "length=10 to 12", "size=100", "length=9 to 10"]
+    ordered = ["length=9 to 10", "length=10 to 12", "size=8", "size=16", "size=100"]
+    assert sorted(names, key=natural_key) == ordered
+    cards = [row(n, exact=True).card() for n in range(len(names))]
+    shown = Page(
+        "t", "a", galleries=[Gallery("", [replace(c, groups=(n, "best")) for c, n in zip(cards, names, strict=True)])]
+    )
+    assert shown.groups == ["best", *ordered]
+    page = write(tmp_path / "gallery.html", [row(1, exact=True)])
+    assert re.search(r"<th>rows</th>.*format=&lt;PNG&gt;</th><td>4</td>", page, re.DOTALL)
+
+
+def test_the_alternative_text_of_a_picture_is_its_human_caption(tmp_path: Path) -> None:
+    tags = Tags(write(tmp_path / "gallery.html", [row(1, exact=False, caption="a blue circle")])).tags
+    assert [attributes["alt"] for tag, attributes in tags if tag == "img"] == ["a red square"]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_shows_verdict_figures_and_filter_in_one_screen(
+    tmp_path: Path, scheme: Literal["light", "dark"]
+) -> None:
+    names = ("cider", "word_f1", "exact_match", "rouge_l")
+    metrics = {name: Interval(value=0.5, low=0.25, high=0.75) for name in (*names, "blind_gap")}
+    metrics |= {f"{each}_{name}": metrics[name] for each in ("constant", "neighbour") for name in names}
+    page = Page(
+        "birds version 12 on birds (test)",
+        "about",
+        galleries=[Gallery("", [row(n, exact=bool(n % 2), caption="a blue circle").card() for n in range(4)])],
+        verdict=verdict(metrics, 843),
+        bars=headline_bars(metrics),
+    )
+    write_html(tmp_path / "gallery.html", page, metrics)
+    with open_page((tmp_path / "gallery.html").as_uri()) as tab:
+        tab.emulate_media(color_scheme=scheme)
+        tab.set_viewport_size({"width": 360, "height": 740})
+        tab.screenshot(path=tmp_path / f"phone-{scheme}.png")
+        assert tab.evaluate("document.documentElement.scrollWidth") == 360
+        for locator in (tab.locator(".verdict"), tab.get_by_label("Show"), *tab.locator(".bars table").all()):
+            box = locator.bounding_box()
+            assert box is not None
+            assert box["y"] + box["height"] <= 740
+        cells = tab.locator(".bars td").evaluate_all("all => all.every(cell => cell.scrollWidth <= cell.clientWidth)")
+        assert cells, "a figure is cut off"

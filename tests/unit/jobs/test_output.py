@@ -67,5 +67,21 @@ def test_a_version_that_lost_a_comparison_is_not_to_be_promoted(
     difference = {config.gate.metric: Interval(value=(low + high) / 2, low=low, high=high)}
     sides = {"model_name": "demo", "one": "2", "other": "1", "source": "demo", "split": "test", "rows": 9}
     counts = {"wins": 3, "losses": 3, "ties": 3, "page": tmp_path / "page.html", "tokenisation": "words"}
-    report = Comparison.model_validate(sides | counts | {"differences": difference})
+    report = Comparison.model_validate(
+        sides | counts | dict.fromkeys(("differences", "one_metrics", "other_metrics"), difference)
+    )
     assert next_command(job, report) == command.format(2 * config.train.steps)
+
+
+def test_the_next_command_names_the_platform_file_and_no_setting_of_spark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "conf" / "platform").mkdir(parents=True)
+    (tmp_path / "conf" / "platform" / "cluster.yml").write_text("kind: local\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    overrides = ("train.steps=9", "platform.spark.conf.spark.hadoop.fs.s3a.secret.key=s3cret")
+    config = load_run("demo", platform="cluster", overrides=overrides)
+    job = Job(
+        config, open_local(monkeypatch, tmp_path / "home"), overrides, CommandOutput(io.StringIO(), as_json=False)
+    )
+    assert job.command("train") == "lakesight train --run demo --platform cluster --set train.steps=9"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import DatabricksPlatformConfig, LocalPlatformConfig
-from pipelines.errors import UserError
+from pipelines.config import DatabricksPlatformConfig, LocalPlatformConfig, load_run
+from pipelines.errors import ConfigError, UserError
 from pipelines.platform import Platform, check_java, databricks, local, open_platform, redact_uri
+from pipelines.platform.local import session_settings
 
 WORKSPACE = DatabricksPlatformConfig.model_validate(
     {"kind": "databricks", "catalog": "main", "schema": "vision", "volume": "files", "ranks": 4}
@@ -61,6 +63,46 @@ def test_all_names_in_a_workspace_contain_catalog_and_schema() -> None:
     assert platform.model_name("demo") == "main.vision.demo"
     assert (platform.tracking_uri, platform.registry_uri) == ("databricks", "databricks-uc")
     assert platform.tables is None
+
+
+def test_settings_of_spark_are_passed_to_the_session_and_are_neither_stored_nor_printed_nor_hashed(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    given = {"spark.hadoop.fs.s3a.secret.key": "s3cret", "spark.memory.offHeap.size": "2g", "spark.speculation": "true"}
+    nested = ["platform.spark.conf.spark.hadoop.fs.s3a.secret.key=s3cret", "platform.spark.conf.spark.speculation=true"]
+    nested.append("platform.spark.conf.spark.memory.offHeap.size=2g")
+    whole = "platform.spark.conf={spark.hadoop.fs.s3a.secret.key: s3cret, spark.memory.offHeap.size: 2g, " + (
+        "spark.speculation: true}"
+    )
+    for overrides in (nested, [whole]):
+        run = load_run("demo", overrides=overrides)
+        assert isinstance(run.platform, LocalPlatformConfig)
+        settings = session_settings(run.platform, home)
+        assert given.items() <= settings.items()
+        assert settings["spark.sql.session.timeZone"] == "UTC"
+        assert "s3cret" not in f"{run.to_json()} {run!r} {run.platform.hashed_settings()}"
+        assert run.to_json() == load_run("demo").to_json()
+
+
+@pytest.mark.parametrize(
+    ("name", "master", "reason"),
+    [
+        ("spark.master", "local[*]", "platform.spark.master"),
+        ("spark.jars.packages", "local[*]", "extraClassPath"),
+        ("spark.authenticate", "local[*]", "secret"),
+        ("spark.sql.session.timeZone", "spark://h:7077", "UTC"),
+        ("spark.driver.host", "local[*]", "loopback"),
+        ("hadoop.fs.s3a.endpoint", "local[*]", "begin with 'spark.'"),
+    ],
+)
+def test_a_setting_of_spark_that_would_have_no_effect_or_break_a_promise_is_refused(
+    name: str, master: str, reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(reason)) as refused:
+        load_run("demo", overrides=[f"platform.spark.master={master}", f"platform.spark.conf={{{name}: s3cret}}"])
+    assert "s3cret" not in str(refused.value)
+    load_run("demo", overrides=["platform.spark.master=spark://h:7077", "platform.spark.conf={spark.driver.host: h}"])
 
 
 @pytest.mark.parametrize(("master", "local_mode"), [("local[2]", True), ("local-cluster[2,1,2048]", False)])

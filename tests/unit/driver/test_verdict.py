@@ -1,0 +1,37 @@
+"""Tests of the sentence that says how good the captions of an evaluation are."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines.driver.evaluate.bootstrap import Interval
+from pipelines.driver.evaluate.verdict import verdict
+
+
+def metrics(**values: float) -> dict[str, Interval]:
+    """Return metrics with intervals of 0.1 to both sides."""
+    return {name: Interval(value=value, low=value - 0.1, high=value + 0.1) for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("found", "sentence"),
+    [
+        (
+            metrics(cider=2.0, constant_cider=0.5, neighbour_cider=1.5, blind_gap=1.0),
+            "On 2,000 pictures, the captions (CIDEr 2) are better than the best constant caption (0.5) and the caption "
+            "of the most similar training picture (1.5); the model uses its pictures (blind gap 1 nats per token).",
+        ),
+        (
+            metrics(cider=2.0, constant_cider=2.05, neighbour_cider=3.5, blind_gap=0.05),
+            "On 2,000 pictures, the captions (CIDEr 2) are not clearly better than the best constant caption (2.05), "
+            "and worse than the caption of the most similar training picture (3.5); the model ignores its pictures "
+            "(blind gap 0.05 nats per token).",
+        ),
+        (metrics(word_f1=0.5, constant_word_f1=0.2), "(word F1 0.5) are better than the best constant caption (0.2)."),
+        (metrics(loss=1.0), "The captions of 2,000 pictures were not compared with a baseline."),
+    ],
+)
+def test_the_verdict_says_whether_captions_beat_the_baselines_and_use_the_pictures(
+    found: dict[str, Interval], sentence: str
+) -> None:
+    assert verdict(found, 2000).endswith(sentence)
