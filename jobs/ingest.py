@@ -61,8 +61,10 @@ def run_ingest(job: Job, *, refresh: bool = False) -> FullReport:
     from pipelines.driver.ingest.finished import find_finished
     from pipelines.driver.ingest.report import write_report
     from pipelines.driver.ingest.run import ingest
+    from pipelines.driver.ingest.sources.open import check_input
     from pipelines.driver.ingest.totals import TooManyRefused
 
+    check_input(job.platform, job.config.data)
     if not refresh and (finished := find_finished(job.platform, job.source, job.config.data)):
         _print_report(job, finished)
         return finished

@@ -74,6 +74,9 @@ def pipeline(
 
 def run_pipeline(job: Job) -> PipelineReport:
     """Run all stages in order. Each stage prints its own results."""
+    from pipelines.driver.train.run import check_config
+
+    check_config(job.config)
     ingested = run_ingest(job)
     trained = run_train(job)
     evaluated = run_evaluate(job, trained.model_version)

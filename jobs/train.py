@@ -100,9 +100,10 @@ def train(
 
 def prepare_run(job: Job) -> RunFolder:
     """Write the shards for training and validation, then write the run folder that ranks read when they start."""
-    from pipelines.driver.train.run import prepare
+    from pipelines.driver.train.run import check_config, prepare
 
     config = job.config
+    check_config(config)
     train_shards = run_shard(job, "train", config.model.image)
     same_split = config.data.validate_on == "train"  # run seemore, for example, memorises three pictures
     validation_shards = train_shards if same_split else run_shard(job, config.data.validate_on, config.model.image)
@@ -114,7 +115,7 @@ def run_train(job: Job) -> TrainReport:
 
     Training starts even if the tracking server is down. A server that refuses the user stops the command at once.
     """
-    from pipelines.driver.train.run import launch
+    from pipelines.driver.train.run import check_config, launch
     from pipelines.driver.train.run_folders import finished_result
     from pipelines.formats.run_owner import own_run
     from pipelines.tracking.outage import TrackingDown
@@ -122,6 +123,7 @@ def run_train(job: Job) -> TrainReport:
     from pipelines.tracking.runs import follow
     from pipelines.tracking.server import connect
 
+    check_config(job.config)
     with suppress(TrackingDown):
         connect(job.platform)
     config, run = job.config, prepare_run(job)

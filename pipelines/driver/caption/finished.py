@@ -16,10 +16,13 @@ from deltalake.exceptions import DeltaError
 
 from pipelines.driver.caption.run import CaptionReport, CaptionRequest, caption_key, check_request, pending_folder
 from pipelines.driver.model_files import ModelFiles
+from pipelines.errors import UserError
+from pipelines.executor.ingest.storage import is_url
 from pipelines.formats.caption_stats import CaptionStats
 from pipelines.formats.delta_files import query, quoted_name
 from pipelines.formats.tables import GENERATED_CAPTIONS
 from pipelines.platform import Platform
+from vlm.errors import did_you_mean
 
 ID_TYPES = (pa.string(), pa.int8(), pa.int16(), pa.int32(), pa.int64())
 """Types of ids that become the same text in Spark and in DataFusion."""
@@ -34,6 +37,7 @@ def find_finished(platform: Platform, model: ModelFiles, request: CaptionRequest
     """
     started = time.monotonic()
     check_request(model, request)
+    check_source(platform, request)
     if request.where or request.source_version is not None or request.retry_errors or request.remove_deleted:
         return None
     tables = _open_tables(platform, request)
@@ -61,6 +65,39 @@ def find_finished(platform: Platform, model: ModelFiles, request: CaptionRequest
         figures=CaptionStats().figures(),
         seconds=time.monotonic() - started,
     )
+
+
+def check_source(platform: Platform, request: CaptionRequest) -> None:
+    """Check that a table on a local disk exists and has the columns of ids and pictures, before Spark starts.
+
+    Raises:
+        UserError: there is no Delta table in the folder, or a column is missing.
+    """
+    location = platform.table_location(request.source_table)
+    if platform.remote or location is None or is_url(location):
+        return
+    if not Path(location, "_delta_log").is_dir():
+        known = sorted(path.parent.name for path in (platform.tables or Path()).glob("*/_delta_log"))
+        raise UserError(
+            "the table cannot be read as a Delta table",
+            where=request.source_table,
+            got=f"no table in {location}",
+            fix=f"name the folder of a Delta table, or one of {', '.join(known)}"
+            if known
+            else "run `lakesight ingest`",
+        )
+    try:
+        names = [field.name for field in DeltaTable(location, without_files=True).schema().fields]
+    except DeltaError:
+        return  # Spark may read a table that deltalake does not read
+    for column in (request.id_column, request.image_column):
+        if column not in names:
+            raise UserError(
+                f"table {request.source_table} has no column {column!r}",
+                where="--id-column, --image-column",
+                got=column,
+                fix=f"choose one of {', '.join(names)}{did_you_mean(column, names)}",
+            )
 
 
 def _open_tables(platform: Platform, request: CaptionRequest) -> tuple[DeltaTable, DeltaTable] | None:

@@ -15,7 +15,12 @@ from pipelines.driver.train.hosts import check_hosts
 from pipelines.driver.train.launch import check_slots, run_rank, run_ranks
 from pipelines.driver.train.local_ranks import RankEntry
 from pipelines.driver.train.run_folders import earlier_code, find_folder, finished_result, hash_run
-from pipelines.driver.train.start_from import StartFolder, check_training_state, open_start_folder
+from pipelines.driver.train.start_from import (
+    StartFolder,
+    check_start_folder,
+    check_training_state,
+    open_start_folder,
+)
 from pipelines.driver.train.vocabulary import warn_of_unknown
 from pipelines.errors import StageFailed, TrainingFailed, UserError
 from pipelines.formats.run_folder import Failure, Result, RunFile, RunFolder, write_json
@@ -61,7 +66,8 @@ def prepare(
         UserError: a split has no rows, the batch cannot be divided among the ranks, or `train.start_from` does not
             contain the run's model, or another process is training the run.
     """
-    _check_inputs(config, train, validate)
+    check_config(config)
+    _check_splits(train, validate)
     code = code or read_code()
     settings, start = config.train.science(), None
     if config.train.start_from:
@@ -203,8 +209,12 @@ def _run_attempt(run: RunFolder, settings: Launch, spark: SparkSession, entry: R
     return result
 
 
-def _check_inputs(config: RunConfig, train: ShardReport, validate: ShardReport) -> None:
-    """Check that the ranks can divide the batch, and that both splits have rows."""
+def check_config(config: RunConfig) -> None:
+    """Check what can be refused before Spark starts.
+
+    Raises:
+        UserError: the batch cannot be divided among the ranks, or `train.start_from` does not contain the run's model.
+    """
     ranks, batch_size = config.platform.ranks, config.train.batch_size
     if batch_size % ranks:
         raise UserError(
@@ -213,6 +223,12 @@ def _check_inputs(config: RunConfig, train: ShardReport, validate: ShardReport) 
             got=f"{batch_size} rows for {ranks} ranks",
             fix=f"choose another batch size, for example with --set train.batch_size={ranks * -(-batch_size // ranks)}",
         )
+    if config.train.start_from:
+        check_start_folder(Path(config.train.start_from), config.model)
+
+
+def _check_splits(train: ShardReport, validate: ShardReport) -> None:
+    """Check that both splits have rows."""
     for purpose, report in (("train on", train), ("validate on", validate)):
         if not report.num_rows:
             raise UserError(

@@ -40,7 +40,16 @@ class StartFolder(Config):
 
 
 def open_start_folder(folder: Path, config: ModelConfig) -> StartFolder:
+    """Check a folder as `check_start_folder` does, and read the digest of the weights."""
+    folder = check_start_folder(folder, config)
+    return StartFolder(folder=folder, digest=file_digest(folder / FILES[0]))
+
+
+def check_start_folder(folder: Path, config: ModelConfig) -> Path:
     """Check that a folder contains the model that a run trains. The generation settings of the model may differ.
+
+    Returns:
+        The absolute path of the folder.
 
     Raises:
         UserError: the folder lacks a file of a model, or contains another model. The message lists each difference.
@@ -72,7 +81,7 @@ def open_start_folder(folder: Path, config: ModelConfig) -> StartFolder:
             got="; ".join(differing),
             fix="choose the run config of that model, or change these values of the run with --set",
         )
-    return StartFolder(folder=folder, digest=file_digest(folder / FILES[0]))
+    return folder
 
 
 def check_training_state(start: StartFolder, settings: TrainConfig) -> str:

@@ -136,7 +136,7 @@ def test_after_a_change_spark_has_to_look(change: str, shop: Shop) -> None:
 
 OTHER: tuple[Mapping[str, object], ...] = (
     *({"where": "id = 1"}, {"retry_errors": True}, {"remove_deleted": True}, {"source_version": 0}),
-    *({"prompt": "where"}, {"precision": "bf16"}, {"id_column": "photo"}, {"image_column": "none"}),
+    *({"prompt": "where"}, {"precision": "bf16"}, {"id_column": "photo"}),
     *({"source_table": "delta.`s3a://bucket/shop`"}, {"source_table": "main.shop.products"}),
 )
 
@@ -164,3 +164,10 @@ def test_an_invalid_request_is_refused_before_spark_starts(shop: Shop) -> None:
         shop.find(image_root=str(shop.folder / "gone"))
     with pytest.raises(UserError, match="no room for a caption"):
         shop.find(prompt="where " * 50)
+
+
+def test_a_table_that_does_not_exist_and_a_missing_column_are_refused_without_spark(shop: Shop) -> None:
+    with pytest.raises(UserError, match=r"no table in .*nowhere"):
+        shop.find(source_table=f"delta.`{shop.folder}-nowhere`")
+    with pytest.raises(UserError, match=r"no column 'fotos'.*choose one of id, photo"):
+        shop.find(image_column="fotos")

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,8 +15,14 @@ import pyarrow as pa
 import pytest
 from deltalake import CommitProperties, write_deltalake
 from local_platforms import open_local
+from pyspark.sql import SparkSession
 
-from pipelines.config import CsvSourceConfig, DataConfig
+from jobs.common import Job
+from jobs.ingest import run_ingest
+from jobs.output import CommandOutput
+from jobs.pipeline import run_pipeline
+from jobs.train import run_train
+from pipelines.config import CsvSourceConfig, DataConfig, load_run
 from pipelines.driver.delta.versions import MIGRATION_NOTE, read_versions_of_files, source_note
 from pipelines.driver.ingest.finished import find_finished
 from pipelines.driver.ingest.ledger import hash_rules, items_table
@@ -118,3 +126,44 @@ def test_the_version_of_a_source_is_that_of_the_last_commit_that_may_have_change
         table.update_incremental()
         assert read_versions_of_files(table, "a") == (table.version(), last)
     assert read_versions_of_files(table, "c") == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"kind": "csv", "path": "absent.csv"}, "no such file or folder"),
+        ({"kind": "csv", "path": "rows.csv", "columns": {"image": "photo"}}, "the input has no column photo"),
+        ({"kind": "jsonl", "path": "."}, "rows.csv"),
+        ({"kind": "folder", "path": ".", "captions": "absent.csv"}, "captions file cannot be read"),
+        ({"kind": "folder", "path": ".", "captions": "rows.csv", "columns": {"text": "words"}}, "has no column"),
+        ({"kind": "table", "path": "."}, "no folder _delta_log"),
+        ({"kind": "table"}, "the run has no input"),
+    ],
+)
+def test_an_input_that_cannot_be_read_is_refused_before_spark_starts(
+    platform: Platform, config: DataConfig, monkeypatch: pytest.MonkeyPatch, source: dict[str, object], message: str
+) -> None:
+    monkeypatch.chdir(config.source.path)
+    refused = DataConfig.model_validate({"source": source})
+    job = Job(load_run("demo"), replace(platform, open_spark=no_spark), (), CommandOutput(io.StringIO(), as_json=False))
+    job.config = job.config.model_copy(update={"data": refused})
+    with pytest.raises(UserError, match=message):
+        run_ingest(job)
+
+
+def no_spark() -> SparkSession:
+    pytest.fail("Spark was started")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("train.batch_size=3", "cannot be divided"), ("train.start_from=nowhere", "no model to start from")],
+)
+def test_a_training_that_cannot_start_is_refused_before_spark_starts(
+    platform: Platform, override: str, message: str
+) -> None:
+    config = load_run("demo", overrides=[override])
+    job = Job(config, replace(platform, open_spark=no_spark), (), CommandOutput(io.StringIO(), as_json=False))
+    for run in (run_train, run_pipeline):
+        with pytest.raises(UserError, match=message):
+            run(job)

@@ -84,6 +84,17 @@ def open_folder(
     return replace(opened, rows=SourceRows(rows, parse)) if len(opened.pending) else opened
 
 
+def check_captions(source: FolderSourceConfig, config: DataConfig) -> None:
+    """Check that the captions file exists, has a known format and, if it is CSV, the columns that the config names.
+
+    Raises:
+        UserError: one of these is not so.
+    """
+    file = _captions_file(source_folder(config) / source.captions)
+    if _format(file) == "csv":
+        csv.csv_layouts(config, [file], file.path, CsvSourceConfig(multiline=True))
+
+
 def open_small_folder(name: str, source: FolderSourceConfig, config: DataConfig, ingested: pa.Table) -> Source | None:
     """Open a folder with a small captions file without Spark, to tell which rows are pending, else return None.
 

@@ -20,13 +20,16 @@ from pipelines.config import (
 )
 from pipelines.driver.ingest.sources import csv, jsonl, parquet, webdataset
 from pipelines.driver.ingest.sources.files import Listing, SourceFile, list_files, list_plain_files, open_files
-from pipelines.driver.ingest.sources.folder import open_folder, open_small_folder
+from pipelines.driver.ingest.sources.folder import check_captions, open_folder, open_small_folder
 from pipelines.driver.ingest.sources.pictures import read_named_pictures
-from pipelines.driver.ingest.sources.scenes import follow_moved_file, generate_scenes
+from pipelines.driver.ingest.sources.scenes import SCHEME, follow_moved_file, generate_scenes
 from pipelines.driver.ingest.sources.source import Source, SourceRows
-from pipelines.driver.ingest.sources.table import open_ingested_table, open_table
+from pipelines.driver.ingest.sources.table import open_ingested_table, open_table, require_local_table
 from pipelines.executor.ingest.storage import is_url
 from pipelines.platform import Platform
+
+CHECKED_FILES = 20
+"""Largest number of CSV files whose headers are read before Spark starts."""
 
 
 def open_source(spark: SparkSession, platform: Platform, name: str, config: DataConfig, ingested: pa.Table) -> Source:
@@ -52,6 +55,30 @@ def open_source(spark: SparkSession, platform: Platform, name: str, config: Data
         return opened
     read = read_named_pictures(config, opened.rows.read, knows_files=config.source.kind != "table")
     return replace(opened, rows=opened.rows._replace(read=read))
+
+
+def check_input(platform: Platform, config: DataConfig) -> None:
+    """Check what can be refused before Spark starts: inputs that do not exist, and columns that CSV files lack.
+
+    On Databricks, Spark runs already. Inputs on an object store and tables of a catalog are not looked up twice.
+
+    Raises:
+        UserError: the input does not exist, has no file of this kind, or no CSV file has a column.
+    """
+    path = config.source.path
+    if platform.kind == "databricks" or is_url(path) or path.startswith(SCHEME):
+        return
+    match config.source:
+        case TableSourceConfig() as source:
+            require_local_table(source)
+        case FolderSourceConfig() as source:
+            check_captions(source, config)
+        case CsvSourceConfig() as source:
+            files = _list_source(config).files
+            if len(files) <= CHECKED_FILES:
+                csv.csv_layouts(config, files, files[0].path if len(files) == 1 else source.where, source)
+        case _:
+            _list_source(config)
 
 
 def open_unchanged(platform: Platform, name: str, config: DataConfig, ingested: pa.Table) -> Source | None:

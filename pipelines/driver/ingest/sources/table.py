@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -94,6 +95,23 @@ def open_table(
     return Source(SourceRows(rows, read), ingest_id, pending, 0, covered)
 
 
+def require_local_table(source: TableSourceConfig) -> None:
+    """Check that a Delta table is at the path of a source on a local disk. A table of a catalog is not checked.
+
+    Raises:
+        UserError: no table is named, or there is no Delta table in the folder.
+    """
+    _require_name(source)
+    folder = "" if source.table else absolute_path(source.path)
+    if folder and not Path(folder, "_delta_log").is_dir():
+        raise UserError(
+            "the input cannot be read as a Delta table",
+            where=source.where,
+            got="no folder _delta_log" if Path(folder).is_dir() else "no such folder",
+            fix="name the folder of an existing Delta table with --set data.source.path=FOLDER",
+        )
+
+
 def open_ingested_table(name: str, source: TableSourceConfig, ingested: pa.Table) -> Source | None:
     """Open a table on a local disk without Spark if the last ingest read the same version, else return None."""
     if source.table or not source.path:
@@ -118,10 +136,14 @@ def _last_version(ingested: pa.Table, table_id: str) -> int | None:
 # ------------------------------------------------------------------------------------------------ the table
 
 
-def _read_version(spark: SparkSession, source: TableSourceConfig) -> _Table:
+def _require_name(source: TableSourceConfig) -> None:
     if not source.where:
         fix = "--set data.source.table=CATALOG.SCHEMA.TABLE, or --set data.source.path=FOLDER"
         raise UserError("the run has no input", where="data.source.table", got="nothing", fix=fix)
+
+
+def _read_version(spark: SparkSession, source: TableSourceConfig) -> _Table:
+    _require_name(source)
     parts = source.table.split(".") if source.table else ("delta", absolute_path(source.path))
     quoted = ".".join(map(_quoted, parts))
     try:
