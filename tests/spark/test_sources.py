@@ -20,11 +20,13 @@ from deltalake import write_deltalake
 from pictures import as_base64, encoded, picture, png, write_csv
 from PIL import Image
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig
 from pipelines.driver.ingest.decode import READ_ORDER, IngestRequest, decode_rows
 from pipelines.driver.ingest.ledger import items_table
-from pipelines.driver.ingest.plan import plan_ingest, plan_pictures
+from pipelines.driver.ingest.near_duplicates import keys_of_new_pictures
+from pipelines.driver.ingest.plan import pictures_of_input, plan_ingest, plan_pictures
 from pipelines.driver.ingest.quarantine_report import inspect_quarantine, open_quarantine, select_with_spark
 from pipelines.driver.ingest.replay import replay
 from pipelines.driver.ingest.report import write_report
@@ -311,3 +313,44 @@ def test_a_reencoded_picture_is_a_near_duplicate_and_gets_the_split_of_the_origi
     assert len(near) == 5
     assert {split[name] == split[other] for name, other in near.items()} == {True}
     assert set(near.values()) == set(names[:4]) | {min(names[7:])}
+
+
+def test_all_rows_of_a_picture_of_a_folder_go_to_one_task(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    # The captions file is so large that several tasks read the pictures.
+    rows = [{"file_name": f"{n % 7}.png", "text": "x" * 1000 + f" {n}"} for n in range(350)]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for n in range(7):
+        (tmp_path / f"{n}.png").write_bytes(png(n))
+    folder = {"kind": "folder", "path": str(tmp_path), "captions": "captions.jsonl"}
+    opened = open_source(spark, platform, source, DataConfig.model_validate({"source": folder}), items_table([]))
+    assert opened.rows is not None
+    frame = opened.rows.frame.withColumn("task", F.spark_partition_id())
+    assert frame.select("task").distinct().count() > 1
+    tasks = frame.groupBy("picture").agg(F.count_distinct("task").alias("tasks"), F.count("*").alias("rows")).collect()
+    assert [(row["tasks"], row["rows"]) for row in tasks] == [(1, 50)] * 7
+
+
+def test_the_rows_that_an_ingest_of_one_picture_sorts_do_not_grow_with_the_known_pictures(spark: SparkSession) -> None:
+    new = spark.createDataFrame(
+        [("new", "train", bytes([255] * 8), None)], "image_id string, split string, fingerprint binary, reason string"
+    )
+    sorted_rows = []
+    for known in (100, 400):
+        numbers = spark.range(known).selectExpr(
+            "CAST(id AS STRING) AS image_id", "'train' AS split", "unhex(lpad(hex(id), 16, '0')) AS fingerprint"
+        )
+        pictures = (
+            new.drop("reason")
+            .selectExpr("*", "false AS existing")
+            .unionAll(numbers.selectExpr("*", "true AS existing"))
+        )
+        keys = keys_of_new_pictures(pictures, 1)
+        of_input = pictures_of_input(numbers, new)
+        for joined in (keys, of_input):
+            plan = joined._jdf.queryExecution().executedPlan().toString()
+            assert "BroadcastHashJoin" in plan
+            assert "SortMergeJoin" not in plan
+        sorted_rows.append((keys.count(), of_input.count()))
+    assert sorted_rows == [(10, 0), (10, 0)]

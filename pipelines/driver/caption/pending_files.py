@@ -11,28 +11,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipelines.driver.delta.model_rows import SAME_MODEL
 from pipelines.driver.delta.retry import retry_on_conflict
+from pipelines.driver.delta.settings import escape_wildcards
 from pipelines.executor.caption import PENDING_SCHEMA
-from pipelines.formats.tables import GENERATED_CAPTIONS, MODEL_DIGEST, PICTURE_COLUMNS
+from pipelines.formats.tables import GENERATED_CAPTIONS
 from pipelines.platform import Platform
 
 logger = logging.getLogger(__name__)
 
-ROWS_PER_COMMIT = 100_000
-"""Approximate number of rows per commit. All rows of a commit pass through the driver; a row has a few hundred
-bytes."""
 STALE = timedelta(days=1)
 """Age from which a temporary file is removed, because the task that wrote the file was probably killed."""
 
@@ -45,10 +42,12 @@ class PendingFiles:
         folder: folder of the files.
         key: columns of `generated_captions`, and the value that all rows of the files have in each column. The digest
             of the model is not among the columns.
+        counts: number of rows of each file that has been looked at.
     """
 
     folder: Path
     key: dict[str, str]
+    counts: dict[Path, int] = field(default_factory=dict)
 
     def open(self) -> None:
         """Create the folder, and remove temporary files that killed tasks have left there."""
@@ -62,54 +61,40 @@ class PendingFiles:
         return sorted(self.folder.glob("*.parquet"))
 
     def num_rows(self) -> int:
-        """Count the rows of all files from the Parquet footers. A progress bar calls this method twice a second."""
-        total = 0
-        for path in self.files():
+        """Count the rows of all files from the Parquet footers. A progress bar calls this method twice a second.
+
+        A file never changes, so its footer is read only once.
+        """
+        return sum(self._rows_of(path) for path in self.files())
+
+    def _rows_of(self, path: Path) -> int:
+        if path not in self.counts:
             with suppress(FileNotFoundError):  # another driver has merged and removed the file
-                total += pq.read_metadata(path).num_rows
-        return total
+                self.counts[path] = pq.read_metadata(path).num_rows
+        return self.counts.get(path, 0)
 
     def merge(self, spark: SparkSession, platform: Platform) -> int:
-        """Merge all files into `generated_captions` and remove them. Return the number of rows in the files.
+        """Merge all files into `generated_captions` in one commit and remove them. Return the number of rows.
+
+        Executors read and merge the rows of the files. The rows never pass through the driver.
 
         Raises:
             StageFailed: every attempt to merge conflicted with other writers. The files are kept, so no caption is
                 lost.
         """
-        total, chunk, files = 0, [], []
-        for path, rows in self._read_files():
-            chunk.append(rows)
-            files.append(path)
-            if sum(map(len, chunk)) >= ROWS_PER_COMMIT:
-                total += self._commit(spark, platform, chunk, files)
-                chunk, files = [], []
-        return total + self._commit(spark, platform, chunk, files)
-
-    def _read_files(self) -> Iterator[tuple[Path, pa.Table]]:
-        """Yield each file and its rows.
-
-        Skip files that another driver has merged after this driver listed the files.
-        """
-        for path in self.files():
-            try:
-                rows = pq.read_table(path)
-            except FileNotFoundError:
-                continue
-            for column in (MODEL_DIGEST, *PICTURE_COLUMNS):
-                if column.name not in rows.column_names:  # a file of Lakesight 0.1.0
-                    rows = rows.append_column(column.name, pa.nulls(rows.num_rows, column.type))
-            yield path, rows.select(PENDING_SCHEMA.names)
-
-    def _commit(self, spark: SparkSession, platform: Platform, chunk: list[pa.Table], files: list[Path]) -> int:
-        """Merge the rows of some files in one commit, then remove the files. Return the number of rows."""
-        rows = pa.concat_tables([PENDING_SCHEMA.empty_table(), *chunk])
-        if rows.num_rows:
-            new = _newest_rows(spark.createDataFrame(rows))
-            table = platform.table(GENERATED_CAPTIONS.name)
-            retry_on_conflict(lambda: _merge(spark, table, new, self.key), where=table)
+        files = self.files()
+        if not files:
+            return 0
+        # Spark lists the folder after this driver, so it reads at least the files that are removed below. It skips
+        # files that another driver has merged and removed. Columns that the files of Lakesight 0.1.0 lack are null.
+        rows = spark.read.schema(from_arrow_schema(PENDING_SCHEMA)).option("ignoreMissingFiles", "true")
+        new = _newest_rows(rows.option("pathGlobFilter", "*.parquet").parquet(escape_wildcards(str(self.folder))))
+        table = platform.table(GENERATED_CAPTIONS.name)
+        total = sum(self._rows_of(path) for path in files)
+        retry_on_conflict(lambda: _merge(spark, table, new, self.key), where=table)
         for path in files:
             path.unlink(missing_ok=True)
-        return int(rows.num_rows)
+        return total
 
 
 def matches_key(key: dict[str, str]) -> Column:

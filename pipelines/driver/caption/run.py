@@ -26,7 +26,7 @@ from pyspark.sql import functions as F
 from pipelines.config import LimitsConfig, short_hash
 from pipelines.driver.caption.drift import Drift
 from pipelines.driver.caption.pending_files import PendingFiles, matches_key
-from pipelines.driver.caption.source_table import SourceTable, files_at, open_source_table
+from pipelines.driver.caption.source_table import SourceTable, compared_versions, files_at, open_source_table
 from pipelines.driver.delta.map_in_arrow import spark_schema, task_threads
 from pipelines.driver.delta.model_rows import is_of_model
 from pipelines.driver.delta.retry import retry_on_conflict
@@ -322,7 +322,8 @@ def _unchanged_files(spark: SparkSession, source: SourceTable, done: DataFrame) 
 
     The columns are source_version (the earlier version), file and is_unchanged (always true).
     """
-    earlier = [row[0] for row in done.select("source_version").distinct().collect() if row[0] != source.version]
+    rows = {row["source_version"]: row["count"] for row in done.groupBy("source_version").count().collect()}
+    earlier = compared_versions(rows, source.version)
     now = files_at(spark, source.name, source.version) if earlier else set()
     pairs = [(version, file, True) for version in earlier for file in now & files_at(spark, source.name, version)]
     return spark.createDataFrame(pairs, "source_version BIGINT, file STRING, is_unchanged BOOLEAN")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -19,6 +20,9 @@ from pipelines.platform import Platform, analysed
 from vlm.errors import did_you_mean
 
 TABLE_NAME = re.compile(r"([A-Za-z_]\w*\.){0,2}[A-Za-z_]\w*|delta\.`[^`]+`")
+
+MAX_COMPARED_VERSIONS = 32
+"""Largest number of earlier versions whose files are listed in one job."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,21 @@ def files_at(spark: SparkSession, name: str, version: int) -> set[str]:
     except AnalysisException:
         return set()
     return {path.rpartition("/")[2] for path in found}
+
+
+def compared_versions(rows: Mapping[int, int], newest: int) -> list[int]:
+    """Choose the earlier versions of a table whose files are compared with those of the newest version.
+
+    A job every night leaves captions of a version every night, and listing the files of a version takes seconds. So
+    only the versions with the most rows are compared. The pictures of the other rows are read again and compared by
+    their bytes; then these rows count as rows of the newest version.
+
+    Args:
+        rows: number of captioned rows by the version of the table from which they were captioned.
+        newest: version that is captioned now.
+    """
+    earlier = sorted(rows.keys() - {newest}, key=lambda version: (-rows[version], version))
+    return earlier[:MAX_COMPARED_VERSIONS]
 
 
 def _read(spark: SparkSession, platform: Platform, name: str, version: int | None) -> tuple[int, DataFrame]:

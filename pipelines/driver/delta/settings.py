@@ -1,7 +1,8 @@
-"""Context managers that change Spark settings for the duration of a block."""
+"""Context managers that change Spark settings for the duration of a block, and escaped paths."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,13 @@ from pyspark.sql import SparkSession
 
 MAX_BATCH_BYTES = 16 * 2**20
 MAX_BATCH_ROWS = 32
+WILDCARDS = re.compile(r"[\[\]{}*?\\]")
+"""Characters that are wildcards in a path from which Spark reads, but not in a path to which Spark writes."""
+
+
+def escape_wildcards(path: str) -> str:
+    """Escape the wildcards in a path from which Spark is to read."""
+    return WILDCARDS.sub(r"\\\g<0>", path)
 
 
 @contextmanager

@@ -23,6 +23,8 @@ from vlm.config import Config
 BLOCKS = (13, 13, 13, 13, 12)
 """Number of bits of each block of the difference hash."""
 MAX_PICTURES_OF_A_KEY = 500
+FEW_PICTURES = 50_000
+"""Largest number of new pictures whose keys are sent to all tasks, which are about 50 MB in each executor."""
 COMPARED = ("image_id", "split", "fingerprint", "existing")
 
 
@@ -86,7 +88,7 @@ KEY_MASKS = _key_masks()
 def find_near_duplicates(plan: IngestPlan) -> NearDuplicates:
     """Compare the new pictures of a plan with each other and with the pictures of the source in `samples`."""
     pictures = _compared_pictures(plan)
-    shared = plan.spill.materialize(_shared_keys(pictures), "shared")
+    shared = plan.spill.materialize(_shared_keys(pictures, plan.totals.new), "shared")
     pairs = plan.spill.materialize(_find_pairs(shared, pictures), "pairs")
     move = plan.request.config.split.kind == "hash"
     neighbours = plan.spill.materialize(_resolve(pairs, move=move), "neighbours")
@@ -100,22 +102,39 @@ def _compared_pictures(plan: IngestPlan) -> DataFrame:
     return new.unionAll(existing)
 
 
-def _shared_keys(pictures: DataFrame) -> DataFrame:
+def _shared_keys(pictures: DataFrame, num_new: int) -> DataFrame:
     """Return one row per picture and key, for keys that a new picture shares with another picture.
 
     The columns are image_id, existing, bits (the difference hash), mask (index into KEY_MASKS), key and pictures
     (number of pictures with the key). The fingerprint is long, so a row contains only its difference hash.
     """
-    bits = F.conv(F.hex(F.substring("fingerprint", 1, HASH_BYTES)), 16, -10).cast("bigint")
-    keys = F.array(*(F.col("bits").bitwiseAND(F.lit(mask)) for mask in KEY_MASKS))
     same_key = Window.partitionBy("mask", "key")
     return (
-        pictures.withColumn("bits", bits)
-        .select("image_id", "existing", "bits", F.posexplode(keys).alias("mask", "key"))
-        .withColumns({"pictures": F.count("*").over(same_key), "new": F.count_if(~F.col("existing")).over(same_key)})
-        .filter("pictures > 1 AND new > 0")
-        .drop("new")
+        keys_of_new_pictures(pictures, num_new)
+        .withColumn("pictures", F.count("*").over(same_key))
+        .filter("pictures > 1")
     )
+
+
+def keys_of_new_pictures(pictures: DataFrame, num_new: int) -> DataFrame:
+    """Return one row per picture and key, for keys that a new picture has.
+
+    Keys that only pictures in `samples` have are left out here, before the rows are sorted by key. Otherwise an ingest
+    of one picture would sort ten keys of each known picture.
+
+    Args:
+        pictures: pictures with the columns in COMPARED.
+        num_new: number of new pictures among them.
+    """
+    bits = F.conv(F.hex(F.substring("fingerprint", 1, HASH_BYTES)), 16, -10).cast("bigint")
+    keys = F.array(*(F.col("bits").bitwiseAND(F.lit(mask)) for mask in KEY_MASKS))
+    keyed = pictures.withColumn("bits", bits).select(
+        "image_id", "existing", "bits", F.posexplode(keys).alias("mask", "key")
+    )
+    wanted = keyed.filter("NOT existing").select("mask", "key").distinct()
+    if num_new <= FEW_PICTURES:
+        wanted = F.broadcast(wanted)
+    return keyed.join(wanted, ["mask", "key"], "left_semi").select("image_id", "existing", "bits", "mask", "key")
 
 
 def _find_pairs(shared: DataFrame, pictures: DataFrame) -> DataFrame:

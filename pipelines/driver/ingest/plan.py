@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 TEXT = "struct<prompt:string,text:string>"
 TEXTS = f"array<{TEXT}>"
+FEW_ROWS = 200_000
+"""Largest number of rows of an input whose ids are sent to all tasks, which are about 50 MB in each executor."""
 FILE = "left(source_row, length(source_row) - length(substring_index(source_row, '#', -1)))"
 """SQL for the file of a row."""
 
@@ -96,9 +98,19 @@ def plan_ingest(spark: SparkSession, platform: Platform, decoded: DecodedRows) -
     existing = rows_of_source(spark, platform, SAMPLES.name, request.source)
     existing = existing.limit(0) if request.replace else existing
     max_texts = request.config.limits.max_texts
-    pictures = decoded.spill.materialize(plan_pictures(decoded.outcomes, existing, max_texts), "plan")
+    known = pictures_of_input(existing, decoded.outcomes) if decoded.rows_in <= FEW_ROWS else existing
+    pictures = decoded.spill.materialize(plan_pictures(decoded.outcomes, known, max_texts), "plan")
     totals = _count(decoded, pictures)
     return IngestPlan(request, decoded.spill, decoded.outcomes, existing, pictures, totals, stamp)
+
+
+def pictures_of_input(existing: DataFrame, outcomes: DataFrame) -> DataFrame:
+    """Return the rows of `samples` whose pictures a small input contains.
+
+    The ids of the input are sent to all tasks. Otherwise an ingest of one picture would sort all known pictures by id.
+    """
+    ids = outcomes.filter(F.col("reason").isNull()).select("image_id").distinct()
+    return existing.join(F.broadcast(ids), "image_id", "left_semi")
 
 
 def plan_pictures(outcomes: DataFrame, existing: DataFrame, max_texts: int | None = None) -> DataFrame:

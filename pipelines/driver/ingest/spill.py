@@ -8,7 +8,6 @@ were lost, the cached pictures of the executor would be lost too and would have 
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 import time
 import uuid
@@ -24,14 +23,13 @@ from pyspark.sql import DataFrame
 from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructType
 
+from pipelines.driver.delta.settings import escape_wildcards
 from pipelines.executor.ingest.spill import POSITION, WIDE, restore_wide
 from pipelines.platform import Platform, default_parallelism
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "ingest-"
-GLOB = re.compile(r"[\[\]{}*?\\]")
-"""Characters that are wildcards in a path from which Spark reads, but not in a path to which Spark writes."""
 FILE_BYTES = 128 * 2**20
 """Approximate size of the pictures in one data file of a table, in bytes."""
 STALE = timedelta(days=2)
@@ -48,7 +46,7 @@ class SpillFolder:
         """Compute rows once, write them to Parquet files, and return a DataFrame that reads these files."""
         path = str(self.folder / f"{name}-{uuid.uuid4().hex}")
         rows.write.parquet(path)
-        return rows.sparkSession.read.schema(rows.schema).parquet(GLOB.sub(r"\\\g<0>", path))
+        return rows.sparkSession.read.schema(rows.schema).parquet(escape_wildcards(path))
 
     def restore(self, rows: DataFrame, *names: str) -> DataFrame:
         """Replace the column `spilled` of rows (a struct that starts with POSITION) by the wide columns `names`.

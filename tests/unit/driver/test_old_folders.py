@@ -156,3 +156,14 @@ def test_a_folder_whose_removal_was_killed_is_removed_the_next_time(platform: Pl
     assert old_names(platform) == {"runs/.removed-tiny-1"}
     remove_folders(find_old_folders(platform, 1, no_versions))
     assert list(platform.folder("runs").iterdir()) == []
+
+
+def test_an_unfinished_run_with_files_from_the_future_stays(platform: Platform) -> None:
+    shards = shards_of(platform, 0)
+    run_of(platform, 9, shards)
+    ahead = run_of(platform, 1, shards, finished=False)
+    assert old_names(platform) == {"runs/tiny-1"}
+    set_age(ahead.run_file, -2 * LONG_AGO)  # the clock of the host that wrote the file was ahead
+    run_of(platform, 10, shards, finished=False)
+    set_age(platform.folder("runs") / "tiny-10" / "run.json", -3 * LONG_AGO)
+    assert old_names(platform) == {"runs/tiny-9"}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_runs import tiny_run, write_run, write_shards
 from torch import distributed
 from torch._C._distributed_c10d import HashStore
@@ -16,7 +17,10 @@ from torch._C._distributed_c10d import HashStore
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import Metrics, RunFile, RunFolder, write_json
 from pipelines.worker.train.checkpoints import CheckpointWriter, best_checkpoint, check_settings, find_common_checkpoint
+from pipelines.worker.train.slices import CheckpointSlices, slices_of
 from vlm.errors import CheckpointError
+from vlm.files import read_training_step
+from vlm.training.state import TrainingSnapshot
 
 CPU = torch.device("cpu")
 
@@ -93,6 +97,30 @@ def test_a_failed_write_of_a_checkpoint_is_raised_at_the_next_step(run: RunFolde
     with pytest.raises(OSError, match="No space left"):
         writer.check()
     assert run.finished_checkpoints() == []
+
+
+def snapshot(rows: int) -> TrainingSnapshot:
+    return TrainingSnapshot({"weight": torch.full((rows, 2), float(rows))}, {"weight:exp_avg": torch.zeros(rows, 2)}, 4)
+
+
+def test_slices_of_all_ranks_are_joined_and_removed_and_a_missing_slice_names_its_rank(run: RunFolder) -> None:
+    slices = CheckpointSlices(slices_of(run, 4), world_size=2, timeout_seconds=0)
+    slices.write(0, snapshot(2))
+    (joined := run.path / "joined").mkdir()
+    with pytest.raises(UserError, match=r"has not written its slice.*no slice of rank 1 after 0 s"):
+        slices.join(joined, 4)
+    slices.write(1, snapshot(1))
+    slices.join(joined, 4)
+    assert load_file(joined / "model.safetensors")["weight"].tolist() == [[2, 2], [2, 2], [1, 1]]
+    assert read_training_step(joined) == 4
+    assert not slices.folder.exists()
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_slices_of_an_earlier_attempt_are_removed_before_a_rank_writes_its_own(run: RunFolder) -> None:
+    CheckpointSlices(slices_of(run, 4), world_size=2, timeout_seconds=0).write(1, snapshot(1))
+    assert find_common_checkpoint(run, 0, CPU) is None
+    assert not slices_of(run, 4).exists()
 
 
 @pytest.mark.usefixtures("group_of_one")

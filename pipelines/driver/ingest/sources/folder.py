@@ -73,6 +73,10 @@ def open_folder(
     opened = _open_listed(name, folder, file, rows.select(*ITEMS.names, "picture").toArrow(), ingested)
     if opened.unchanged and len(opened.pending):
         rows = rows.join(F.broadcast(spark.createDataFrame(opened.pending.select(["item"]))), "item", "left_semi")
+    # All rows of a picture go to one task, one after another, so that the picture is read and decoded once. The sort
+    # keeps the order in which the rows were listed.
+    rows = rows.withColumn("position", F.monotonically_increasing_id())
+    rows = rows.repartition(tasks, F.coalesce("picture", "item")).sortWithinPartitions("picture", "position")
     parse = partial(
         folder_records,
         read=caption_records,
