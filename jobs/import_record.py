@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue, ValidationError
 
+from pipelines.errors import UserError
 from vlm.config import Config, ModelConfig
 from vlm.files import atomic_write, file_digest
 
@@ -49,12 +50,28 @@ class ImportRecord(Config):
 
 
 def describe_import(config: ModelConfig, folders: Mapping[Part, Path], seed: int) -> ImportRequest:
-    """Read the files of all folders, and return the request of an import."""
-    sources = {
-        part: {path.name: file_digest(path) for pattern in SOURCES for path in sorted(folder.glob(pattern))}
-        for part, folder in folders.items()
-    }
+    """Read the files of all folders, and return the request of an import.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    sources = {part: _digests(folder) for part, folder in folders.items()}
     return ImportRequest(model=config, sources=sources, seed=seed)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    digests = {}
+    for path in sorted(path for pattern in SOURCES for path in folder.glob(pattern)):
+        try:
+            digests[path.name] = file_digest(path)
+        except OSError as error:
+            raise UserError(
+                "a file of the published weights cannot be read",
+                where=str(path),
+                got=str(error.strerror or error),
+                fix="copy the whole published folder again, with real files in place of links",
+            ) from None
+    return digests
 
 
 def read_record(out: Path) -> ImportRecord | None:

@@ -97,7 +97,7 @@ config = {
 captioner = vlm.build(config, captions)
 model, tokenizer = captioner.model, captioner.tokenizer
 print(f"{sum(p.numel() for p in model.parameters()):,} weights")
-print("tokens of a caption:", [tokenizer.decode([i]) for i in tokenizer.encode(captions[0])])
+print("tokens:", " |".join(tokenizer.decode([i]) for i in tokenizer.encode(captions[0])))
 
 # COMMAND ----------
 
@@ -211,7 +211,7 @@ def train(captioner, steps, right_pictures):
     return np.array(history)
 
 
-seeing = train(captioner, 460, right_pictures=True)
+seeing = train(captioner, 340, right_pictures=True)
 blind_captioner = vlm.build(config, captions)
 blind = train(blind_captioner, 160, right_pictures=False)
 

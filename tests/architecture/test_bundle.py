@@ -39,6 +39,8 @@ def read_job(file: Path) -> tuple[str, Any]:
 
 
 JOBS = dict(map(read_job, JOB_FILES))
+WITHOUT_RUN = ("import-weights",)
+"""Commands that need neither a run nor a platform."""
 
 
 def tasks() -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -164,6 +166,9 @@ def test_every_task_calls_a_command_with_valid_options_and_settings(job: str, na
     assert command == {"preflight": "doctor"}.get(name, name)
     group = typer.main.get_command(app)
     parsed = group.commands[command].make_context(command, arguments).params  # type: ignore[attr-defined]
+    if command in WITHOUT_RUN:
+        assert parsed["model"] in available("model")
+        return
     assert parsed["platform"] == "databricks"
     load_run(parsed["run"], platform=parsed["platform"], overrides=parsed["overrides"])
 
@@ -183,13 +188,16 @@ def fill(text: str, parameters: dict[str, str]) -> str:
 def test_names_refer_to_resources_so_that_each_developer_has_a_schema_and_an_experiment() -> None:
     for _, _, task in tasks():
         parameters = task["python_wheel_task"]["parameters"]
+        if parameters[0] in WITHOUT_RUN:
+            continue
         assert "--set=platform.schema=${resources.schemas.lakesight.name}" in parameters
         assert "--set=platform.volume=${resources.volumes.files.name}" in parameters
         assert "--set=platform.experiment=${resources.experiments.runs.name}" in parameters
 
 
-def test_each_training_rank_has_a_whole_gpu() -> None:
-    (cluster,) = [c for c in JOBS["pipeline"]["job_clusters"] if c["job_cluster_key"] == "gpu"]
+@pytest.mark.parametrize("key", ["pipeline", "finetune"])
+def test_each_training_rank_has_a_whole_gpu(key: str) -> None:
+    (cluster,) = [c for c in JOBS[key]["job_clusters"] if c["job_cluster_key"] == "gpu"]
     assert cluster["new_cluster"]["spark_conf"]["spark.task.resource.gpu.amount"] == "1"
     assert {task["job_cluster_key"] for _, name, task in tasks() if name == "train"} == {"gpu"}
 
@@ -265,3 +273,18 @@ def test_workflows_name_exact_versions_of_actions() -> None:
     used = [step["uses"] for step in steps if "uses" in step]
     assert used
     assert [action for action in used if not re.fullmatch(r"[\w-]+/[\w-]+@v\d+\.\d+\.\d+", action)] == []
+
+
+def test_the_job_finetune_trains_the_checkpoint_that_it_imports_and_otherwise_equals_the_pipeline() -> None:
+    own, pipeline = (
+        {name: task["python_wheel_task"]["parameters"] for job, name, task in tasks() if job == key}
+        for key in ("finetune", "pipeline")
+    )
+    assert "--out={{job.parameters.weights}}" in own.pop("import-weights")
+    assert own.keys() == pipeline.keys() - {"endpoint"}
+    assert {name: set(own[name]) - set(pipeline[name]) for name in own if own[name] != pipeline[name]} == {
+        "train": {
+            "--set=train.start_from={{job.parameters.weights}}",
+            "--set=train.adapter.pattern={{job.parameters.adapter}}",
+        }
+    }

@@ -36,7 +36,7 @@ import os, zipfile
 os.mkdir("dist")
 zipfile.ZipFile("dist/lakesight-0.1.0-py3-none-any.whl", "w").writestr("lakesight.txt", "")
 """
-RESOURCES = {"dev": 8, "staging": 13, "prod": 13}
+RESOURCES = {"dev": 9, "staging": 15, "prod": 15}
 
 pytestmark = pytest.mark.skipif(CLI is None, reason="no binary `databricks` on PATH, and DATABRICKS_CLI is not set")
 
@@ -100,7 +100,7 @@ def test_the_cli_validates_plans_deploys_summarizes_and_destroys(deployment: Dep
     summary = json.loads(deployment.expect("summary --output json", target, "resources"))["resources"]
     workspace = deployment.workspace
     assert {job["name"] for job in workspace.jobs.values()} == {job["name"] for job in summary["jobs"].values()}
-    assert len(workspace.jobs) == 4
+    assert len(workspace.jobs) == 5
     assert (len(workspace.schemas), len(workspace.volumes), len(workspace.experiments)) == (1, 1, 1)
     destroyed = deployment.run("destroy --auto-approve", target)
     left = [*workspace.jobs, *workspace.schemas, *workspace.volumes, *workspace.experiments]
@@ -110,16 +110,16 @@ def test_the_cli_validates_plans_deploys_summarizes_and_destroys(deployment: Dep
         assert destroyed.returncode == 1
         for protected in ("schemas.lakesight", "volumes.files", "experiments.runs"):
             assert f"resources.{protected} has lifecycle.prevent_destroy set" in destroyed.stderr
-        assert len(left) == 7
+        assert len(left) == 8
 
 
 def test_staging_and_prod_share_a_workspace_with_two_runs_each(deployment: Deployment) -> None:
     for target in ("staging", "prod"):
-        deployment.expect("deploy", target, "13 created")
+        deployment.expect("deploy", target, "15 created")
         for run in ("demo", "emoji"):
             deployment.expect(f"run pipeline --no-wait --params run={run}", target, "")
     workspace = deployment.workspace
-    assert len({job["name"] for job in workspace.jobs.values()}) == 8
+    assert len({job["name"] for job in workspace.jobs.values()}) == 10
     started = [(run["job_id"], run["job_parameters"]["run"]) for run in workspace.runs]
     assert sorted({run for _, run in started}) == ["demo", "emoji"]
     assert len(set(started)) == 4
@@ -183,7 +183,7 @@ def test_the_dashboard_deploys_after_it_is_included_and_reads_the_schema_of_the_
 
 def test_a_deployment_with_another_catalog_deletes_nothing(deployment: Deployment) -> None:
     deployment.workspace.catalogs.add("other")
-    deployment.expect("deploy", "prod", "13 created")
+    deployment.expect("deploy", "prod", "15 created")
     done = deployment.run("deploy --auto-approve", "prod", catalog="other")
     assert done.returncode == 1
     assert "resources.schemas.lakesight has lifecycle.prevent_destroy set" in done.stderr

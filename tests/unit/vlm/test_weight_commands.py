@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -82,15 +83,29 @@ def test_a_repeated_import_prints_the_same_report_and_writes_nothing() -> None:
     assert "is not empty" in refused(*command)
 
 
-def test_an_interrupted_import_is_repeated() -> None:
+def test_a_link_without_a_file_is_an_error_that_names_the_link() -> None:
+    report("export-weights", "trained", *DECODER, "--out", "gpt2")
+    Path("gpt2/model.safetensors").rename("gpt2/moved")
+    Path("gpt2/model.safetensors").symlink_to("nowhere")
+    command = ["import-weights", "--model", "mine", "--decoder", "gpt2", "--out", "out"]
+    assert "Where: gpt2/model.safetensors. Got: No such file or directory" in refused(*command)
+    assert not Path("out").exists()
+
+
+def test_an_import_that_a_full_disk_interrupts_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     report("export-weights", "trained", *DECODER, "--out", "gpt2")
     command = ["import-weights", "--model", "mine", "--decoder", "gpt2", "--out", "out"]
-    first = report(*command)
-    record = json.loads(Path("out/import.json").read_text())
-    Path("out/import.json").write_text(json.dumps(record | {"report": None}))  # as while the checkpoint is written
-    Path("out/model.safetensors").write_bytes(b"half")
-    assert report(*command) == first
-    assert load_model(Path("out"))
+
+    def fill_disk(folder: Path, *_: object) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vlm.checkpoint.save_model", fill_disk)
+        assert lakesight(*command).exit_code != 0
+    assert Path("out/model.safetensors").read_bytes() == b"half"
+    imported = report(*command)
+    assert imported["parameters"] == sum(p.numel() for p in load_model(Path("out"))[0].parameters())
 
 
 def test_parameters_that_an_import_initialises_depend_only_on_the_seed() -> None:
