@@ -9,11 +9,6 @@ from jobs.output import number
 from pipelines.driver.evaluate.gallery import HEADLINES, NAMES
 from pipelines.driver.evaluate.metrics import captioned
 from pipelines.driver.evaluate.verdict import verdict
-from pipelines.tracking.describe.datasets import shard_input
-from pipelines.tracking.describe.figures import draw_lengths
-from pipelines.tracking.describe.notes import code_block, picture, table, version_link
-from pipelines.tracking.registry import describe_version, resolve
-from pipelines.tracking.runs import log_report
 from vlm.text.words import words
 
 if TYPE_CHECKING:
@@ -34,6 +29,12 @@ def log_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
 
     The names of the metrics begin with the name of the split, such as `test_cider`.
     """
+    from pipelines.tracking.describe.datasets import shard_input
+    from pipelines.tracking.describe.figures import draw_lengths
+    from pipelines.tracking.describe.notes import picture
+    from pipelines.tracking.registry import describe_version, resolve
+    from pipelines.tracking.runs import log_report
+
     values, scored = report.values(), captioned(report.scores())
     lengths = {
         "human": [len(words(reference)) for row in scored for reference in row.references],
@@ -61,6 +62,8 @@ def log_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
 
 def describe(job: Job, report: EvaluationReport) -> str:
     """Describe an evaluation in Markdown: the verdict, the main figures beside the baselines, links and commands."""
+    from pipelines.tracking.describe.notes import code_block, table, version_link
+
     rows = [
         [NAMES[name], *(_cell(report, key) for key in (name, *(f"{baseline}_{name}" for baseline in BASELINES)))]
         for name in HEADLINES
