@@ -59,7 +59,7 @@ def poll_training(run: RunFolder) -> Poll:
     return poll
 
 
-SHOWN_METRICS = ("train/loss", "train/samples_per_second")
+SHOWN_METRICS = ("train/loss", "train/cider", "train/samples_per_second")
 
 
 def _bar(label: str, poll: Poll, total: int | None, stop: threading.Event, stream: TextIO) -> None:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 PREPARED = ".prepared"
 """Suffix of a file in the folder of runs, which names the run folder that `--no-launch` has prepared last for a run."""
-SHOWN_METRICS = ("train/loss", "val/loss", "val/blind_gap")
+SHOWN_METRICS = ("train/loss", "train/cider", "val/loss", "val/blind_gap")
 
 
 class TrainReport(Config):

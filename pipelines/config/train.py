@@ -73,6 +73,7 @@ class StageConfig(Config):
 
     Attributes:
         steps: length of the stage, in training steps.
+        warmup_steps: length of the warm-up of this stage, or null for `train.optimizer.warmup_steps`.
         objective: what the stage learns: the `texts` of the training rows, or the `cider` of sampled captions.
         groups: parameter groups with their learning rates. A parameter belongs to the first group that matches its
             name. A parameter that no group matches is frozen.
@@ -80,6 +81,7 @@ class StageConfig(Config):
 
     steps: PositiveInt
     groups: Annotated[tuple[GroupConfig, ...], Field(min_length=1)]
+    warmup_steps: Annotated[Annotated[int, Field(ge=0)] | None, ADDED_LATER] = None
     objective: Annotated[ObjectiveConfig, ADDED_LATER] = TextsObjectiveConfig()
 
     @property

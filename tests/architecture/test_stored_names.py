@@ -69,7 +69,7 @@ RUNS = {
         shards="photos-train-853e4943d3e19613",
     ),
     "photo_small": StoredNames(
-        run="photo_small-92ada0b4ef320e64",
+        run="photo_small-5b2c967389081c7f",
         rules="bb1e606d3a608607",
         captions="4067238b22bf5faa",
         shards="photos-train-2cf22ab7df37b2cd",

@@ -30,6 +30,7 @@ class Stage:
         lr: largest learning rate of any parameter.
         rates: learning rate by pattern of parameter names, or None to train all trainable parameters at `lr`.
         objective: what the stage learns.
+        warmup_steps: length of the warm-up, or None for that of the run's settings.
     """
 
     first: int
@@ -37,6 +38,7 @@ class Stage:
     lr: float
     rates: Mapping[str, float] | None
     objective: ObjectiveConfig = TEXTS
+    warmup_steps: int | None = None
 
     def start(self, model: VisionLanguageModel, settings: TrainConfig) -> torch.optim.Optimizer:
         """Freeze the parameters that this stage does not train. Return a new optimizer for the trainable parameters.
@@ -52,8 +54,9 @@ class Stage:
     def lr_of(self, step: int, settings: TrainConfig) -> float:
         """Return the largest learning rate at a step of the run."""
         config = settings.optimizer
+        warmup = config.warmup_steps if self.warmup_steps is None else self.warmup_steps
         length = self.end - self.first
-        return self.lr * schedule(config.schedule, step - self.first, steps=length, warmup_steps=config.warmup_steps)
+        return self.lr * schedule(config.schedule, step - self.first, steps=length, warmup_steps=warmup)
 
 
 def plan_stages(settings: TrainConfig) -> list[Stage]:
@@ -62,7 +65,7 @@ def plan_stages(settings: TrainConfig) -> list[Stage]:
         return [Stage(0, settings.steps, settings.optimizer.lr, None)]
     ends = list(itertools.accumulate(stage.steps for stage in settings.stages))
     return [
-        Stage(first, end, max(stage.rates.values()), stage.rates, stage.objective)
+        Stage(first, end, max(stage.rates.values()), stage.rates, stage.objective, stage.warmup_steps)
         for first, end, stage in zip([0, *ends], ends, settings.stages, strict=False)
     ]
 

@@ -104,6 +104,8 @@ def test_each_stage_has_its_own_warmup_and_decay(make_run: Any) -> None:
     assert [first.lr_of(step, settings) for step in (0, 2)] == [2e-3, 4e-3]  # warmup_steps: 2
     assert [second.lr_of(step, settings) for step in (6, 8)] == [1e-3, 2e-3]
     assert first.lr_of(5, settings) == pytest.approx(0.05 * 4e-3)
+    longer = plan_stages(TrainConfig.model_validate({"stages": [PROJECTOR, ALL | {"warmup_steps": 4}]}))[1]
+    assert [longer.lr_of(step, settings) for step in (6, 9)] == [0.5e-3, 2e-3]
 
 
 def test_the_steps_of_a_run_are_the_sum_of_the_steps_of_its_stages() -> None:
