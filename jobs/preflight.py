@@ -80,7 +80,8 @@ def check_volume(root: Path) -> DoctorCheck:
         step = "rename a file"
         written.rename(renamed)
         step = "map a file"
-        with renamed.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        private = {"flags": mmap.MAP_PRIVATE, "prot": mmap.PROT_READ}
+        with renamed.open("rb") as file, mmap.mmap(file.fileno(), 0, **private) as view:
             if view[:] != content:
                 raise OSError(f"the file contains {view[:]!r}, expected {content!r}")
         step = "remove a folder"

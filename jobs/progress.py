@@ -12,6 +12,8 @@ from functools import partial
 from typing import TextIO
 
 from pipelines.background_thread import in_background
+from pipelines.config import TrainConfig
+from pipelines.formats.new_files import new_metrics
 from pipelines.formats.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -44,14 +46,14 @@ def show_elapsed(label: str) -> AbstractContextManager[None]:
     return show_progress(label, lambda: (0, ""))
 
 
-def poll_training(run: RunFolder) -> Poll:
+def poll_training(run: RunFolder, settings: TrainConfig) -> Poll:
     """Return a poll function that reads the current step and metrics of a training run from the run folder."""
-    last = -1
+    last = run.last_checkpoint_step() - 1
     text = ""
 
     def poll() -> tuple[int, str]:
         nonlocal last, text
-        for metrics in run.read_metrics(after=last):
+        for metrics in new_metrics(run, settings, last):
             last = metrics.step
             text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.values.items() if name in SHOWN_METRICS)
         return max(last, 0), text

@@ -133,7 +133,7 @@ def run_train(job: Job) -> TrainReport:
         # A reused run is logged to MLflow too, because MLflow may not have received the run's last metrics.
         with (
             follow(run, config, job.platform, may_be_down=reused is None) as follower,
-            show_progress("train", poll_training(run), config.train.steps),
+            show_progress("train", poll_training(run, config.train), config.train.steps),
         ):
             result = reused or launch(run, job.platform, job.spark)
         figures = "  ".join(f"{name} {result.metrics[name]:.3f}" for name in SHOWN_METRICS if name in result.metrics)

@@ -269,6 +269,17 @@ class TrainConfig(Config):
         """True if a stage rewards the CIDEr of sampled captions."""
         return any(stage.objective.kind == "cider" for stage in self.stages)
 
+    def next_validated_step(self, step: int) -> int:
+        """Return the first step after `step` at which the model is validated. The last step is validated too."""
+        return self._next_multiple(step, self.validate_every, self.score_every or self.steps)
+
+    def next_logged_step(self, step: int) -> int:
+        """Return the first step after `step` whose metrics are logged."""
+        return self._next_multiple(step, self.log_every, self.validate_every, self.score_every or self.steps)
+
+    def _next_multiple(self, step: int, *intervals: int) -> int:
+        return min(self.steps, *((max(step, 0) // interval + 1) * interval for interval in intervals))
+
     @model_validator(mode="before")
     @classmethod
     def _steps_of_stages(cls, given: Any) -> Any:

@@ -39,7 +39,8 @@ class MappedFile(NamedTuple):
         """
         try:
             with path.open("rb") as file:
-                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                # A file system with direct I/O, such as a Databricks Volume, refuses a shared mapping.
+                memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
             memory.madvise(mmap.MADV_RANDOM)
             buffer = pa.py_buffer(memory)
             return cls(path, memory, buffer.address, pa.ipc.open_file(buffer))

@@ -24,7 +24,8 @@ from mlflow.exceptions import MlflowException
 
 from pipelines.config import RunConfig
 from pipelines.errors import StageFailed, UserError
-from pipelines.formats.run_folder import CaptionSamples, RunFolder, read_json, write_json
+from pipelines.formats.new_files import new_metrics, new_samples, sample_metrics
+from pipelines.formats.run_folder import CaptionSamples, Metrics, RunFolder, read_json, write_json
 from pipelines.formats.shards import Shards
 from pipelines.platform import Platform, redact_uri
 from pipelines.tracking.describe.figures import LEARNING_CURVE, training_figures
@@ -170,6 +171,7 @@ class Follower(threading.Thread):
         self.run_id = ""  # id of the MLflow run; empty until the run is open
         self._stopping = threading.Event()
         self._metrics_step = self._samples_step = -1
+        self._read: dict[int, Metrics] = {}
         # False at the start and after an error, because MLflow may have points that this thread did not log
         self._in_sync = False
 
@@ -211,7 +213,7 @@ class Follower(threading.Thread):
         deadline, pause = time.monotonic() + seconds, POLL_SECONDS
         while True:
             try:
-                client = self.catch_up()
+                client = self.catch_up(to_end=True)
                 self._log_figures(client)
                 for file, folder in ((self._run.profile, "profile"), (self._run.hosts, None)):
                     if file.exists():
@@ -223,18 +225,24 @@ class Follower(threading.Thread):
                 time.sleep(pause)
                 pause *= 2
 
-    def catch_up(self) -> MlflowClient:
+    def catch_up(self, *, to_end: bool = False) -> MlflowClient:
         """Log every file that MLflow does not have yet. Return the client.
+
+        Args:
+            to_end: whether the ranks have ended, so that the folders are listed once more to find every file.
 
         Raises:
             MlflowException, OSError, UserError: a request failed. The next call logs the remaining files.
         """
         client = self.open_run()
-        points = set() if self._in_sync else _logged_points(client, self.run_id)
-        sample_steps = set() if self._in_sync else _logged_sample_steps(client, self.run_id)
-        self._in_sync = False
-        self._log_metrics(client, points)
-        for samples in self._run.read_samples(after=self._samples_step):
+        in_sync, self._in_sync = self._in_sync, False
+        points = set() if in_sync else _logged_points(client, self.run_id)
+        sample_steps = set() if in_sync else _logged_sample_steps(client, self.run_id)
+        listed = to_end or not in_sync
+        self._log_metrics(client, points, listed=listed)
+        after = self._samples_step
+        new = self._run.read_samples(after) if listed else new_samples(self._run, self._config.train, after)
+        for samples in new:
             if samples.step not in sample_steps:
                 self._log_samples(client, samples)
             self._samples_step = samples.step
@@ -256,8 +264,13 @@ class Follower(threading.Thread):
         except FOLLOWER_ERRORS as error:
             logger.warning("the final status of %s could not be logged to MLflow: %s", self._run.path, _cause(error))
 
-    def _log_metrics(self, client: MlflowClient, known: set[tuple[str, int]]) -> None:
-        files = list(self._run.read_metrics(after=self._metrics_step))
+    def _log_metrics(self, client: MlflowClient, known: set[tuple[str, int]], *, listed: bool) -> None:
+        if known:  # points are logged in the order of the steps, so only the last points may be incomplete
+            last = max(step for _, step in known)
+            self._metrics_step = max(self._metrics_step, last - 1 - self._config.train.log_every)
+        after = self._metrics_step
+        files = list(self._run.read_metrics(after) if listed else new_metrics(self._run, self._config.train, after))
+        self._read |= {file.step: file for file in files}
         client.log_batch(
             self.run_id,
             metrics=[
@@ -272,7 +285,7 @@ class Follower(threading.Thread):
 
     def _log_figures(self, client: MlflowClient) -> None:
         names = []
-        for name, figure in training_figures(list(self._run.read_metrics())):
+        for name, figure in training_figures(sample_metrics(self._run, self._config.train, self._read)):
             client.log_figure(self.run_id, figure, name)
             names.append(name)
         if LEARNING_CURVE in names:

@@ -76,8 +76,12 @@ def _executed_digest(folder: Path) -> str:
 
 
 def _executed(folder: Path) -> Iterator[Path]:
-    """Yield all files of a logged model, except the model files and the file that MLflow adds to each download."""
-    others = {folder / ARTIFACTS / file for file in MODEL_FILES} | {folder / REGISTERED_MODEL_META_FILE_NAME}
+    """Yield all files of a logged model, except the model files and the files that MLflow adds to a download.
+
+    MLflow adds a file to each downloaded folder with an `MLmodel`, and `metadata` has a copy of the `MLmodel`.
+    """
+    added = {folder / REGISTERED_MODEL_META_FILE_NAME, folder / "metadata" / REGISTERED_MODEL_META_FILE_NAME}
+    others = {folder / ARTIFACTS / file for file in MODEL_FILES} | added
     yield from (path for path in folder.rglob("*") if path.is_file() and path not in others)
 
 

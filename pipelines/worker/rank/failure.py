@@ -36,7 +36,8 @@ from pipelines.formats.run_folder import Failure, RankFile, RunFolder, write_hea
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 1.0
+HEARTBEAT_SECONDS = 5.0
+"""Time between two heartbeats, in seconds. A heartbeat is a small file, which is slow on a network file system."""
 WATCH_SECONDS = 1.0
 EXIT_SECONDS = 5
 """Seconds that a failed rank may take to exit after its failure record is written."""
@@ -91,7 +92,9 @@ class RankMonitor:
         """Number of steps that the run has taken, which is written into the failure record."""
         self._run, self._rank = run, rank
         self._started = time.time()
-        self._heartbeat_at = 0.0
+        self._ended = threading.Event()
+        self._unwritten: OSError | None = None
+        """Error with which a heartbeat could not be written."""
         self._timeout, self._progress_at = START_SECONDS, time.monotonic()
         self._lock = threading.Lock()
         self._recorded = False
@@ -101,14 +104,13 @@ class RankMonitor:
     def report_step(self, step: int) -> None:
         """Report that the run has taken `step` steps.
 
-        Write a heartbeat if the last heartbeat is at least HEARTBEAT_SECONDS old.
+        Raises:
+            OSError: a heartbeat could not be written.
         """
         self.step = step
         self.report_progress()
-        now = time.monotonic()
-        if now - self._heartbeat_at >= HEARTBEAT_SECONDS:
-            self._heartbeat_at = now
-            write_heartbeat(self._run, self._rank, step)
+        if self._unwritten:
+            raise self._unwritten
 
     def report_progress(self) -> None:
         """Restart the timeout. Call this method during work that is not a training step, such as validation."""
@@ -130,6 +132,8 @@ class RankMonitor:
             signal.signal(number, _ignore_in_main_thread)
         signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         threading.Thread(target=self._monitor, name="monitor", daemon=True).start()
+        self._heartbeat = threading.Thread(target=self._write_heartbeats, name="heartbeat", daemon=True)
+        self._heartbeat.start()
         return self
 
     def __exit__(
@@ -139,6 +143,8 @@ class RankMonitor:
             with self._lock:
                 self._recorded = True
                 faulthandler.cancel_dump_traceback_later()
+            self._ended.set()
+            self._heartbeat.join()
             write_heartbeat(self._run, self._rank, self.step)
             self._write_rank_file(ended=True)
             return
@@ -165,6 +171,20 @@ class RankMonitor:
                 self._end("LauncherGone", "the process that started this rank has died", 1)
             elif (seconds := time.monotonic() - self._progress_at) > self._timeout:
                 self._handle_timeout(seconds)
+
+    def _write_heartbeats(self) -> None:
+        """Write a heartbeat from time to time, if the rank has reported progress since the last one. Runs in a thread.
+
+        The thread is not the monitor, because a write to a network file system may hang.
+        """
+        reported = self._progress_at
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            if self._progress_at != reported:
+                reported = self._progress_at
+                try:
+                    write_heartbeat(self._run, self._rank, self.step)
+                except OSError as error:
+                    self._unwritten = error
 
     def _arm_watchdog(self) -> None:
         """Let faulthandler's C thread end the rank if the interpreter is stuck and no Python thread can run."""

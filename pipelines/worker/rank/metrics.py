@@ -13,10 +13,14 @@ import logging
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 from pipelines.formats.run_folder import Metrics, RunFolder, write_json
+from vlm.config import Config
 
 T = TypeVar("T")
 
@@ -126,8 +130,46 @@ class MeanSinceLog:
         return mean
 
 
+class FileWriter:
+    """Writes small files of a run in a background thread, one after another, in the order of the calls.
+
+    On a network file system, a small file takes tens of milliseconds, for which the training loop does not wait. An
+    error is raised in the training loop, because a run that cannot write its files must fail.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="files")
+        self._pending: deque[Future[None]] = deque()
+        self.last: Future[None] = Future()
+        """The newest write. When this write has ended, all earlier writes have ended too."""
+        self.last.set_result(None)
+
+    def write(self, path: Path, content: Config) -> None:
+        """Write a JSON file soon."""
+        self.last = self._thread.submit(write_json, path, content)
+        self._pending.append(self.last)
+
+    def check(self) -> None:
+        """Raise the error of a file that could not be written. Do not wait for writes in progress.
+
+        Raises:
+            OSError: a file could not be written.
+        """
+        while self._pending and self._pending[0].done():
+            self._pending.popleft().result()
+
+    def wait(self) -> None:
+        """Wait until all files are written.
+
+        Raises:
+            OSError: a file could not be written.
+        """
+        while self._pending:
+            self._pending.popleft().result()
+
+
 def write_metrics(
-    run: RunFolder, step: int, values: dict[str, float], expert_load: dict[str, tuple[float, ...]]
+    files: FileWriter, path: Path, step: int, values: dict[str, float], expert_load: dict[str, tuple[float, ...]]
 ) -> None:
-    """Write the metrics of one step, which the driver forwards to MLflow."""
-    write_json(run.metrics(step), Metrics(step=step, time=time.time(), values=values, expert_load=expert_load))
+    """Write the metrics of one step soon. The driver forwards them to MLflow."""
+    files.write(path, Metrics(step=step, time=time.time(), values=values, expert_load=expert_load))

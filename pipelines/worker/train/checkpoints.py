@@ -25,6 +25,7 @@ from pipelines.config import TrainConfig
 from pipelines.config.train import BestBy
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import Metrics, RunFile, RunFolder, read_json, step_of, write_json
+from pipelines.worker.rank.metrics import FileWriter
 from pipelines.worker.train.slices import remove_stale_slices
 from vlm.checkpoint import atomic_folder, verify_folder
 from vlm.config import config_differences
@@ -43,8 +44,9 @@ class CheckpointWriter:
     Only rank 0 saves checkpoints. The other ranks of a sharded model write their slices.
     """
 
-    def __init__(self, run: RunFolder, file: RunFile) -> None:
+    def __init__(self, run: RunFolder, file: RunFile, files: FileWriter) -> None:
         self._run, self._file, self._keep = run, file, file.config.train.keep_checkpoints
+        self._files = files
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -58,7 +60,7 @@ class CheckpointWriter:
         Raises:
             OSError, ...: the previous checkpoint could not be written.
         """
-        self.start(partial(self._write, step, write))
+        self.start(partial(self._write, step, write, self._files.last))
 
     def start(self, write: Callable[[], None]) -> None:
         """Wait until the previous call has finished, then call a function in the background thread.
@@ -70,24 +72,27 @@ class CheckpointWriter:
         self._pending = self._thread.submit(write)
 
     def check(self) -> None:
-        """Raise the error of a checkpoint that could not be written. Do not wait for a write in progress.
+        """Raise the error of a checkpoint or small file that could not be written. Do not wait for a write in progress.
 
         Raises:
-            OSError, ...: the checkpoint could not be written.
+            OSError, ...: a checkpoint or file could not be written.
         """
+        self._files.check()
         if self._pending and self._pending.done():
             self._pending.result()
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is written.
+        """Wait until the last checkpoint and all small files are written.
 
         Raises:
-            OSError, ...: the checkpoint could not be written.
+            OSError, ...: a checkpoint or file could not be written.
         """
+        self._files.wait()
         if self._pending:
             self._pending.result()
 
-    def _write(self, step: int, write: Callable[[Path], None]) -> None:
+    def _write(self, step: int, write: Callable[[Path], None], metrics: Future[None]) -> None:
+        metrics.result()  # a restarted run reads the metrics up to the step of its checkpoint
         with atomic_folder(self._run.checkpoint(step)) as folder:
             write(folder)
             write_json(folder / "run.json", self._file)
@@ -128,9 +133,11 @@ class EarlyStop:
     def __init__(self, run: RunFolder, settings: TrainConfig, resume_step: int) -> None:
         self._patience, self._best_by = settings.stop, settings.best_by
         self._costs: list[float] = []
-        for metrics in run.read_metrics():
-            if metrics.step <= resume_step:
-                self.add(metrics.values)
+        step = settings.next_validated_step(0)
+        while settings.stop and step <= resume_step:
+            if run.metrics(step).exists():  # a run that goes on from another run has no files of the first steps
+                self.add(read_json(run.metrics(step), Metrics).values)
+            step = settings.next_validated_step(step) if step < settings.steps else resume_step + 1
 
     def add(self, values: Mapping[str, float]) -> None:
         """Add the metrics of a step. A step at which the metric was not computed does not count."""

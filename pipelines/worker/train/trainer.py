@@ -30,7 +30,7 @@ from pipelines.worker.data.shard_cache import ShardCopier
 from pipelines.worker.rank.env import RankEnv
 from pipelines.worker.rank.failure import RankMonitor
 from pipelines.worker.rank.group import check_group, divide_cores, pick_device, process_group
-from pipelines.worker.rank.metrics import MeanSinceLog, Stopwatch, write_metrics
+from pipelines.worker.rank.metrics import FileWriter, MeanSinceLog, Stopwatch, write_metrics
 from pipelines.worker.rank.profile import profile_steps
 from pipelines.worker.rank.usage import measure_usage, throughput
 from pipelines.worker.score import validation_cider
@@ -118,7 +118,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.collator = Collator(self.tokenizer, self.file.config.model)
-        self.checkpoints = CheckpointWriter(self.run, self.file)
+        self.files = FileWriter()
+        self.checkpoints = CheckpointWriter(self.run, self.file, self.files)
         self.early_stop = EarlyStop(self.run, self.file.config.train, self.resume_step)
         self.done = self.resume_step
         self.sharded = isinstance(self.model, FSDPModule)
@@ -269,10 +270,9 @@ class Trainer:
         self.monitor.report_step(done)
         self.checkpoints.check()
         self.copier.check()
-        values: dict[str, float] = {}
+        values, validation = dict[str, float](), dict[str, float]()
         load: dict[str, tuple[float, ...]] = {}
         scores = settings.score_every is not None and (last or done % settings.score_every == 0)
-        validation: dict[str, float] = {}
         if last or scores or done % settings.validate_every == 0:
             with averaged_weights(self.optimizer):
                 validation = self._validate(report.step) | self._caption(done, scores=scores)
@@ -291,7 +291,7 @@ class Trainer:
             values = {f"train/{name}": value for name, value in values.items()} | measure_usage(self.device)
         values |= validation
         if is_rank_0 and values:
-            write_metrics(self.run, done, values, load)
+            write_metrics(self.files, self.run.metrics(done), done, values, load)
             log.info("step %d of %d: %s", done, settings.steps, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
         saves = last or done % settings.checkpoint_every == 0
         if saves:
@@ -326,7 +326,7 @@ class Trainer:
 
         Call this method after all ranks have finished and the last checkpoint and metrics are written.
         """
-        *_, last = self.run.read_metrics()
+        *_, last = self.run.read_metrics(after=self.done - 1 - self.file.config.train.log_every)
         best = best_checkpoint(self.run, self.file.config.train.best_by)
         assert best, "the last step is always validated and has a checkpoint"
         result = Result(
@@ -385,7 +385,7 @@ class Trainer:
                     model.train()
         self._free_gathered_weights()
         if self.env.rank == 0:
-            write_json(self.run.samples(done), CaptionSamples(step=done, samples=samples))
+            self.files.write(self.run.samples(done), CaptionSamples(step=done, samples=samples))
         return (
             {"val/cider": float(global_sum(cider if self.env.rank == 0 else torch.zeros_like(cider)))} if scores else {}
         )

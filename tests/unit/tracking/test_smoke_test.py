@@ -86,6 +86,10 @@ def test_the_files_of_a_version_are_those_that_were_registered(
 ) -> None:
     folder = registry.download_files(platform, registered, tmp_path)
     check_all_files(folder, registered.tags, "here")
+    for added in (folder, folder / "metadata"):  # MLflow adds these files to a download from a tracking server
+        added.mkdir(exist_ok=True)
+        (added / "registered_model_meta").write_text("model_name: tiny")
+    check_all_files(folder, registered.tags, "here")
 
 
 def test_a_version_of_an_earlier_release_without_digests_is_executed_with_a_warning(

@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import HashStore
 
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import Metrics, RunFile, RunFolder, write_json
+from pipelines.worker.rank.metrics import FileWriter
 from pipelines.worker.train.checkpoints import CheckpointWriter, best_checkpoint, check_settings, find_common_checkpoint
 from pipelines.worker.train.slices import CheckpointSlices, slices_of
 from vlm.errors import CheckpointError
@@ -48,7 +49,7 @@ def checkpoint_writer(step: int, after: Callable[[], object] = lambda: None) -> 
 
 def write_checkpoints(run: RunFolder, *steps: int) -> list[int]:
     """Write a checkpoint at each of the steps, and return the steps whose checkpoints are kept."""
-    writer = CheckpointWriter(run, run.read_run())
+    writer = CheckpointWriter(run, run.read_run(), FileWriter())
     for step in steps:
         writer.save(step, checkpoint_writer(step))
     writer.wait()
@@ -75,7 +76,7 @@ def test_the_checkpoint_with_the_highest_cider_is_kept_if_the_run_chooses_by_cid
 
 def test_a_checkpoint_is_written_in_the_background_and_the_next_checkpoint_waits_for_it(run: RunFolder) -> None:
     may_continue = threading.Event()
-    writer = CheckpointWriter(run, run.read_run())
+    writer = CheckpointWriter(run, run.read_run(), FileWriter())
     writer.save(1, checkpoint_writer(1, lambda: may_continue.wait(30)))
     writer.check()
     assert run.finished_checkpoints() == []
@@ -90,7 +91,7 @@ def test_a_failed_write_of_a_checkpoint_is_raised_at_the_next_step(run: RunFolde
     def disk_full() -> None:
         raise OSError("No space left on device")
 
-    writer = CheckpointWriter(run, run.read_run())
+    writer = CheckpointWriter(run, run.read_run(), FileWriter())
     writer.save(1, checkpoint_writer(1, disk_full))
     with pytest.raises(OSError, match="No space left"):
         writer.wait()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from file_calls import counted_calls
 from one_rank import Killed, open_group_of_one, train
 from safetensors.torch import load_file
 from tiny_runs import tiny_run, write_run, write_shards
@@ -100,11 +101,21 @@ def test_training_goes_on_while_the_metric_improves_within_the_patience(make_run
         stop.add({"val/loss": 1.0})  # a step without a score does not count
         stop.add({"val/cider": cider})
         assert stop.reached == reached
-    losses = make_run("losses", steps=40, stop=1)
+    losses = make_run("losses", steps=40, validate_every=4, stop=1)
     for step, loss in ((4, 3.0), (8, 2.0), (12, 2.5), (16, 2.6)):
         write_json(losses.metrics(step), Metrics(step=step, time=0.0, values={"val/loss": loss}))
     ended = [EarlyStop(losses, losses.read_run().config.train, step).reached for step in (4, 8, 12)]
     assert ended == [False, False, True]
+
+
+def test_a_run_of_many_steps_is_finished_and_resumed_without_reading_the_metrics_of_all_steps(make_run: Any) -> None:
+    run = make_run("run", steps=40, log_every=1, validate_every=20, checkpoint_every=20, stop=3)
+    trainer = train(run)
+    assert len(list(run.read_metrics())) == 40
+    with counted_calls(run.metrics(0).parent) as calls:
+        trainer.write_result()
+        EarlyStop(run, run.read_run().config.train, 40)
+    assert {int(Path(path).stem) for path in calls.opened} <= {20, 39, 40}
 
 
 def test_a_run_that_chooses_by_cider_needs_scores_and_unused_settings_change_no_identity() -> None:

@@ -32,9 +32,9 @@ def run(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path / "run")
 
 
-def start_rank(run: RunFolder, body: str) -> subprocess.Popen[bytes]:
-    """Start a process that runs `body` inside the monitor of rank 0."""
-    script = START + "with RankMonitor(run, 0) as monitor:\n" + textwrap.indent(textwrap.dedent(body), "    ")
+def start_rank(run: RunFolder, body: str, before: str = "") -> subprocess.Popen[bytes]:
+    """Start a process that runs `body` inside the monitor of rank 0, and `before` outside of it."""
+    script = START + before + "with RankMonitor(run, 0) as monitor:\n" + textwrap.indent(textwrap.dedent(body), "    ")
     return subprocess.Popen([sys.executable, "-c", script, str(run.path)], stderr=subprocess.DEVNULL)
 
 
@@ -58,6 +58,27 @@ def test_a_finished_rank_is_marked_as_ended(run: RunFolder) -> None:
     assert beat is not None
     assert beat.step == 7
     assert run.read_failures() == []
+
+
+def test_a_heartbeat_is_written_in_the_background_and_a_failed_one_fails_the_rank_at_its_next_step(
+    run: RunFolder,
+) -> None:
+    body = """
+    monitor.report_step(3)
+    while run.read_heartbeat(0).step != 3:
+        time.sleep(0.01)
+    shutil.rmtree(run.heartbeat(0).parent)
+    run.heartbeat(0).parent.touch()
+    while True:
+        monitor.report_step(4)
+    """
+    process = start_rank(
+        run, body, "import shutil\nfrom pipelines.worker.rank import failure\nfailure.HEARTBEAT_SECONDS = 0.1\n"
+    )
+    assert process.wait(timeout=60) == 1
+    failure = failure_record(run)
+    assert (failure.exception, failure.step) == ("FileExistsError", 4)
+    assert not failure.consequence
 
 
 def test_an_error_is_recorded_with_step_and_traceback(run: RunFolder) -> None:
