@@ -1,0 +1,125 @@
+"""The scheduled jobs of the bundle run in a simulated workspace that has only what the deployment has created.
+
+The Volume allows only what a Volume of Databricks allows, in all processes. MLflow creates no parent folders of
+experiments, and the distribution `mlflow` is not installed, because ML runtimes have `mlflow-skinny`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlencode
+
+import pytest
+import workspace_cluster
+from bundle import job_tasks
+from open_sockets import free_port
+from processes import TEST_PATH
+from stand_in_services import Json, Refused, node
+from stand_in_workspace import Workspace, serve
+from tracking_server import tracking_server
+from volume import COMPILER, Volume
+
+from pipelines.scenes import write_scenes
+
+SCHEMA, EXPERIMENT = "fresh", "/Shared/lakesight/runs"
+VALUES = {
+    "var.catalog": "spark_catalog",
+    "resources.schemas.lakesight.name": SCHEMA,
+    "resources.volumes.files.name": "files",
+    "resources.experiments.runs.name": EXPERIMENT,
+}
+SMALL = (
+    *("platform.use_gpu=false", "train.steps=30", "train.batch_size=8", "train.validate_every=15"),
+    *("train.checkpoint_every=15", "train.validate_rows=8", "train.optimizer.warmup_steps=5"),
+    *("gate.baselines=[]", "gate.min_blind_gap=-10", "gate.max_error_share=1", "model.generation.max_new_tokens=4"),
+)
+"""Settings for a machine without GPUs. After so few steps, the model may ignore its pictures."""
+
+
+class TrackingWorkspace(Workspace):
+    """A workspace whose MLflow is a real tracking server, in front of which the workspace checks parent folders."""
+
+    server = ""
+
+    def answer(self, method: str, path: str, query: Json, body: bytes) -> object:
+        if not path.startswith("/api/2.0/mlflow"):
+            return super().answer(method, path, query, body)
+        if path.endswith("experiments/create"):
+            self.require_parent(node(json.loads(body)["name"]))
+        url = f"{self.server}{path}?{urlencode(query)}"
+        request = urllib.request.Request(url, body or None, {"Content-Type": "application/json"}, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.read()
+        except urllib.error.HTTPError as error:
+            found = json.loads(error.read())
+            raise Refused(error.code, found["error_code"], found["message"]) from None
+
+
+@dataclass
+class FreshWorkspace:
+    """The workspace, its Volume, and the folder of what Unity Catalog and clusters keep."""
+
+    volume: Volume
+    url: str
+    home: Path
+
+    def run(self, *tasks: list[str]) -> str:
+        """Run tasks on a cluster. Return what the tasks print."""
+        login = {"DATABRICKS_HOST": self.url, "DATABRICKS_TOKEN": "stand-in", "PIP_INDEX_URL": f"{self.url}/simple/"}
+        environment = os.environ | {"LAKESIGHT_HOME": str(self.home), "PYTHONPATH": TEST_PATH} | login
+        command = [
+            sys.executable,
+            workspace_cluster.__file__,
+            str(self.volume.folder),
+            self.url,
+            f"spark_catalog.{SCHEMA}",
+        ]
+        done = subprocess.run(
+            command,
+            input=json.dumps(tasks),
+            env=environment | self.volume.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+def job(name: str, *settings: str, **parameters: str) -> list[list[str]]:
+    """Return the tasks of a job as deployed, with settings for a small machine."""
+    overrides = [f"--set={setting}" for setting in (*SMALL, *settings)]
+    return [[*task, *overrides] for task in job_tasks(name, VALUES, parameters)]
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, empty_database: Path) -> Iterator[FreshWorkspace]:
+    volume = Volume.build(tmp_path / "volume", tmp_path / "build")
+    write_scenes(volume.folder / "pictures" / "scenes.csv", 120, seed=0)
+    found = TrackingWorkspace(user="1d0f-deployer")
+    found.schemas[f"spark_catalog.{SCHEMA}"] = {}
+    found.versions = {(f"spark_catalog.{SCHEMA}.demo", version) for version in "12"}
+    (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
+    port = free_port()
+    found.server = f"http://127.0.0.1:{port}"
+    with tracking_server(tmp_path, port), serve(found) as url:
+        yield FreshWorkspace(volume, url, tmp_path / "home")
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no gcc, which builds the stand-in for a Volume")
+@pytest.mark.matrix
+@pytest.mark.timeout(2400)
+def test_the_scheduled_jobs_of_the_bundle_run_in_a_fresh_workspace(workspace: FreshWorkspace) -> None:
+    pictures = {"source_path": str(workspace.volume.folder / "pictures"), "serve": "true"}
+    printed = workspace.run(*job("pipeline", **pictures), *job("caption"), *job("maintain"))
+    assert "version 1 is the champion now" in printed
+    assert workspace.volume.refused() == []

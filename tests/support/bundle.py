@@ -1,0 +1,49 @@
+"""The Databricks bundle as a workspace gets it: the jobs with all references replaced by values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+BUNDLE: dict[str, Any] = yaml.safe_load((ROOT / "databricks.yml").read_text())
+
+
+def job_tasks(job: str, values: dict[str, str], parameters: dict[str, str]) -> list[list[str]]:
+    """Return the parameters of all tasks of a job, in the order of the tasks.
+
+    Args:
+        job: key of the job.
+        values: values of references, such as `resources.schemas.lakesight.name`. A variable that is not among them has
+            its default.
+        parameters: parameters of the job run. Other parameters have the defaults of the job.
+    """
+    settings = yaml.safe_load((ROOT / "jobs" / f"{job}.job.yml").read_text())["resources"]["jobs"][job]
+    known = {f"var.{name}": str(variable.get("default", "")) for name, variable in BUNDLE["variables"].items()} | values
+
+    def resolve(text: str) -> str:
+        return re.sub(r"\$\{([^}]+)\}", lambda found: known[found[1]], text)
+
+    given = {entry["name"]: resolve(entry["default"]) for entry in settings["parameters"]} | parameters
+
+    def fill(text: str) -> str:
+        return re.sub(r"\{\{job\.parameters\.(\w+)\}\}", lambda found: given[found[1]], resolve(text))
+
+    tasks = (
+        task for task in settings["tasks"] if all(_is_run(need, settings, fill) for need in task.get("depends_on", []))
+    )
+    wheels = (task["python_wheel_task"]["parameters"] for task in tasks if "python_wheel_task" in task)
+    return [[fill(text) for text in parameters] for parameters in wheels]
+
+
+def _is_run(need: dict[str, str], settings: dict[str, Any], fill: Callable[[str], str]) -> bool:
+    """Return whether a task whose need is an outcome of a condition runs."""
+    if "outcome" not in need:
+        return True
+    (condition,) = (task["condition_task"] for task in settings["tasks"] if task["task_key"] == need["task_key"])
+    assert condition["op"] == "EQUAL_TO"
+    return str(fill(condition["left"]) == fill(condition["right"])).lower() == need["outcome"]
