@@ -92,6 +92,12 @@ RUNS = {
         captions="74356cb99c78f3a0",
         shards="seemore-train-2aa2b96b579682a6",
     ),
+    "seemore_moe": StoredNames(
+        run="seemore_moe-7f723db77895c4fb",
+        rules="1b45035c8432149c",
+        captions="74356cb99c78f3a0",
+        shards="seemore-train-2aa2b96b579682a6",
+    ),
     "seemore_paligemma": StoredNames(
         run="seemore_paligemma-597f091967060415",
         rules="1b45035c8432149c",

@@ -19,7 +19,7 @@ CAPTIONS = ["a red sports car with big wheels", "an antique iphone on a table", 
 
 @pytest.mark.matrix  # minutes of training
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", ["seemore", "seemore_vit_gpt2", "seemore_paligemma"])
+@pytest.mark.parametrize("name", ["seemore", "seemore_moe", "seemore_vit_gpt2", "seemore_paligemma"])
 def test_the_pipeline_learns_the_three_captions_of_seemore_word_for_word(name: str, tmp_path: Path) -> None:
     path = shared_file("seemore/inputs.csv")
     csv.field_size_limit(sys.maxsize)
