@@ -35,7 +35,7 @@ STAGE_COMMANDS = {
     "endpoint": "Serve the champion at an endpoint of the workspace.",
     "caption": "Caption new and changed pictures of a table.",
     "pipeline": "Run every stage, from pictures to captions.",
-    "maintain": "Compact and vacuum all tables.",
+    "maintain": "Compact and vacuum all tables, or remove old folders.",
     "migrate": "Bring tables and home folder to the format of this release.",
 }
 INTERACTIVE_COMMANDS = {

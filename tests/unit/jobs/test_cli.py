@@ -270,7 +270,7 @@ def test_a_home_folder_that_is_not_writable_is_reported_before_work_starts(tmp_p
 
 
 def test_the_error_about_missing_java_says_how_to_install_java(home: Path) -> None:
-    done = lakesight("ingest", "--set", "data.source.path=x.csv", JAVA_HOME="/nonexistent")
+    done = lakesight("ingest", "--set", "data.source.path=scenes:10:0", JAVA_HOME="/nonexistent")
     assert done.returncode == 2
     assert "Java 17" in done.stderr
     assert "Traceback" not in done.stderr
