@@ -50,7 +50,7 @@ def _stage_log(job: Job, report: CaptionReport, request: CaptionRequest, started
     from pipelines.tracking.reports import StageLog
 
     profile = {name: getattr(report, name) for name in ("considered", "already", "captioned", "errors")}
-    columns = arrow_columns(job.spark, report.source_table)
+    columns = arrow_columns(job.spark.read.table(report.source_table).schema)
     drift = [{"figure": name} | each.model_dump() for name, each in report.drift.items()]
     captioned = f"{report.model_name} version {report.model_version} on {report.source_table}"
     return StageLog(

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
-from pyspark.errors import AnalysisException, PySparkTypeError
+from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.pandas.types import to_arrow_type
-from pyspark.sql.types import BinaryType, StringType, StructField
+from pyspark.sql.types import ArrayType, BinaryType, DataType, StringType, StructType
 
 from pipelines.driver.delta.spark_errors import filter_rows
 from pipelines.driver.delta.versions import newest_version
@@ -23,6 +22,14 @@ TABLE_NAME = re.compile(r"([A-Za-z_]\w*\.){0,2}[A-Za-z_]\w*|delta\.`[^`]+`")
 
 MAX_COMPARED_VERSIONS = 32
 """Largest number of earlier versions whose files are listed in one job."""
+
+ARROW_TYPES = {
+    **dict.fromkeys(("string", "varchar", "char"), pa.string()),
+    **{"binary": pa.binary(), "boolean": pa.bool_(), "byte": pa.int8(), "short": pa.int16(), "integer": pa.int32()},
+    **{"long": pa.int64(), "float": pa.float32(), "double": pa.float64(), "date": pa.date32()},
+    **{"timestamp": pa.timestamp("us", "UTC"), "timestamp_ntz": pa.timestamp("us")},
+}
+"""Arrow types by Spark's names of types."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +108,17 @@ def open_source_table(
     return SourceTable(name, pinned, rows, frame.select(identity))
 
 
-def arrow_columns(spark: SparkSession, name: str) -> pa.Schema:
-    """Return the columns of a table with their Arrow types. A type that Arrow does not have becomes null."""
+def arrow_columns(schema: StructType) -> pa.Schema:
+    """Return the columns of a table with their Arrow types. A type without a counterpart becomes null."""
+    return pa.schema([(field.name, _arrow_type(field.dataType)) for field in schema.fields])
 
-    def kind(field: StructField) -> pa.DataType:
-        try:
-            return to_arrow_type(field.dataType)
-        except PySparkTypeError:
-            return pa.null()
 
-    return pa.schema([(field.name, kind(field)) for field in spark.read.table(name).schema.fields])
+def _arrow_type(kind: DataType) -> pa.DataType:
+    if isinstance(kind, ArrayType):
+        return pa.list_(_arrow_type(kind.elementType))
+    if isinstance(kind, StructType):
+        return pa.struct(list(arrow_columns(kind)))
+    return ARROW_TYPES.get(kind.typeName(), pa.null())
 
 
 def files_at(spark: SparkSession, name: str, version: int) -> set[str]:

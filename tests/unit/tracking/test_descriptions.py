@@ -13,9 +13,21 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from local_platforms import open_local
 from mlflow import MlflowClient
+from pyspark.sql.types import (
+    ArrayType,
+    DateType,
+    LongType,
+    StringType,
+    StructField,
+    StructType,
+    TimestampType,
+    VarcharType,
+    VariantType,
+)
 from tiny_runs import finish_run, tiny_run, write_run, write_shards
 
 from pipelines.config import load_run
+from pipelines.driver.caption.source_table import arrow_columns
 from pipelines.formats.run_folder import Metrics, RunFolder, write_json
 from pipelines.platform import Platform
 from pipelines.tracking import registry, runs
@@ -197,6 +209,22 @@ def test_every_column_of_a_captioned_table_has_a_type() -> None:
         "nothing": "any",
     }
     assert json.loads(described.source) == {"delta_table_name": "shop.products", "delta_table_version": 3}
+
+
+def test_the_columns_of_a_table_of_spark_have_the_types_of_mlflow() -> None:
+    spark = StructType(
+        [
+            *(StructField("image_id", StringType()), StructField("code", VarcharType(9)), StructField("n", LongType())),
+            *(StructField("at", TimestampType()), StructField("day", DateType()), StructField("map", VariantType())),
+            StructField("texts", ArrayType(StructType([StructField("text", StringType())]))),
+        ]
+    )
+    described = captioned_input(("lakesight.samples", 3), arrow_columns(spark), {}).dataset
+    columns = {column["name"]: column["type"] for column in json.loads(str(described.schema))["mlflow_colspec"]}
+    assert columns == {
+        **{"image_id": "string", "code": "string", "n": "long", "at": "datetime", "day": "datetime", "map": "any"},
+        "texts": "array",
+    }
 
 
 def test_lengths_of_captions_are_drawn_with_all_long_texts_in_the_last_bar() -> None:
