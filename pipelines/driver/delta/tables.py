@@ -13,6 +13,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 from pyspark.sql import SparkSession
 
+from pipelines.driver.delta.on_disk import open_on_disk
 from pipelines.formats import champion_captions
 from pipelines.formats.delta_files import check_table_format
 from pipelines.formats.format_version import FORMAT, PROPERTY, check_format, write_home_format
@@ -60,7 +61,7 @@ def ensure_table(spark: SparkSession, platform: Platform, table: Table) -> bool:
     if not folder:
         check_format(int(table_properties(spark, name).get(PROPERTY, 0)), name)
     elif not (exists or created):  # once in each session; SHOW TBLPROPERTIES takes seconds in a new session
-        check_table_format(DeltaTable(folder, without_files=True))
+        check_table_format(DeltaTable(folder))
     add_columns(spark, platform, table)
     return created
 
@@ -172,4 +173,6 @@ def _quoted(value: Path | str) -> str:
 
 def table_id(spark: SparkSession, platform: Platform, table: Table) -> str:
     """Return Delta's own id of a table. The id changes when a table is dropped and created again."""
+    if (opened := open_on_disk(platform, table)) is not None:
+        return str(opened.metadata().id)
     return str(spark.sql(f"DESCRIBE DETAIL {platform.table(table.name)}").head()["id"])  # type: ignore[index]

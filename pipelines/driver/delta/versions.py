@@ -10,6 +10,7 @@ from deltalake import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from pipelines.driver.delta.on_disk import open_on_disk
 from pipelines.driver.delta.settings import spark_settings
 from pipelines.formats.tables import SAMPLES, Table
 from pipelines.platform import Platform
@@ -67,6 +68,8 @@ def read_versions(spark: SparkSession, platform: Platform, source: str, table: T
     Both version numbers come from one read of the table history, so rows of `source` are equal at `newest` and at
     `last_change`.
     """
+    if (opened := open_on_disk(platform, table)) is not None:
+        return read_versions_of_files(opened, source)
     history = spark.sql(f"DESCRIBE HISTORY {platform.table(table.name)}")
     return _select_versions([row.asDict() for row in history.select(*COMMIT).collect()], source)
 

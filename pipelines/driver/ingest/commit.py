@@ -32,10 +32,10 @@ def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:
     write = _replace if plan.request.replace else _add
     if not (plan.totals.new or plan.totals.updated):
         return NearReport()
-    if not (plan.totals.new and plan.request.config.near_duplicates):
+    found = find_near_duplicates(plan) if plan.totals.new and plan.request.config.near_duplicates else None
+    if found is None:
         write(platform, plan, plan.pictures.withColumn("near_of", F.lit(None).cast("string")))
         return NearReport()
-    found = find_near_duplicates(plan)
     pictures = plan.pictures.join(found.neighbours.drop("split"), "image_id", "left")
     write(platform, plan, pictures.withColumn("split", F.coalesce("near_split", "split")))
     return found.report()
@@ -62,7 +62,7 @@ def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
             verify_merge(counts, inserted=totals.new, updated=totals.updated)
         else:  # append, because a merge would needlessly join all planned pictures with the table
             rows.writeTo(table).append()
-            verify_append(spark, table, "ingested_at", stamp, totals.new)
+            verify_append(spark, platform, SAMPLES, stamp, totals.new)
     logger.info("%d new pictures, and %d earlier pictures with new texts", totals.new, totals.updated)
 
 
@@ -73,7 +73,7 @@ def _replace(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
     rows = _sample_rows(plan, pictures.filter("NOT conflicting"))
     with uncompressed_parquet(spark), skip_if_changed_since(spark, stamp.source, stamp.base_version):
         rows.writeTo(table).overwrite(F.col("source") == stamp.source)
-    verify_append(spark, table, "ingested_at", stamp, totals.new)
+    verify_append(spark, platform, SAMPLES, stamp, totals.new)
     logger.info("%d pictures replace the earlier pictures of the source", totals.new)
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import time
 
 from pipelines.config import DataConfig
+from pipelines.driver.delta.on_disk import count_on_disk
 from pipelines.driver.delta.tables import open_tables
 from pipelines.driver.delta.versions import read_versions_of_files
-from pipelines.driver.ingest.ledger import VERSION, hash_rules, select_last_versions
+from pipelines.driver.ingest.ledger import hash_rules, read_ledger_of_files
 from pipelines.driver.ingest.near_duplicates import NearReport
 from pipelines.driver.ingest.report import FullReport, find_report
 from pipelines.driver.ingest.sources.open import open_unchanged
 from pipelines.driver.ingest.totals import IngestReport, describe_passed_over
-from pipelines.formats.delta_files import query
 from pipelines.formats.tables import INGESTED, QUARANTINE, SAMPLES
 from pipelines.platform import Platform
 
@@ -31,21 +31,11 @@ def find_finished(platform: Platform, source_name: str, config: DataConfig) -> F
     tables = open_tables(platform, SAMPLES, QUARANTINE, INGESTED)
     if tables is None:
         return None
-    name = "'" + source_name.replace("'", "''") + "'"
-    rules = hash_rules(config)
-    entries = query(
-        {"ledger": tables[INGESTED.name]},
-        f"SELECT item, state, rules, ingested_at FROM ledger WHERE source = {name} "  # noqa: S608 (quoted literals)
-        f"AND (rules = '{rules}' OR starts_with(state, '{VERSION}'))",
-    ).read_all()
-    source = open_unchanged(platform, source_name, config, select_last_versions(entries, rules))
+    ingested = read_ledger_of_files(tables[INGESTED.name], source_name, hash_rules(config))
+    source = open_unchanged(platform, source_name, config, ingested)
     if source is None:
         return None
     samples = tables[SAMPLES.name]
-    splits = query(
-        {"samples": samples},
-        f"SELECT split, COUNT(*) AS n FROM samples WHERE source = {name} GROUP BY split ORDER BY split",  # noqa: S608
-    ).read_all()
     report = IngestReport(
         source=source_name,
         ingest_id=source.ingest_id,
@@ -60,7 +50,7 @@ def find_finished(platform: Platform, source_name: str, config: DataConfig) -> F
         reasons={},
         removed=0,
         replaced={},
-        splits={row["split"]: row["n"] for row in splits.to_pylist()},
+        splits=dict(sorted(count_on_disk(samples, {"source": source_name}, by="split").items())),
         equal_pictures_across_splits=0,
         near_duplicates=NearReport(),
         dataset_version=read_versions_of_files(samples, source_name).last_change,

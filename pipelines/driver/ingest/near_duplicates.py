@@ -85,10 +85,15 @@ def _key_masks() -> list[int]:
 KEY_MASKS = _key_masks()
 
 
-def find_near_duplicates(plan: IngestPlan) -> NearDuplicates:
-    """Compare the new pictures of a plan with each other and with the pictures of the source in `samples`."""
+def find_near_duplicates(plan: IngestPlan) -> NearDuplicates | None:
+    """Compare the new pictures of a plan with each other and with the pictures of the source in `samples`.
+
+    The result is None if no new picture shares a key with another picture, which saves the queries that compare them.
+    """
     pictures = _compared_pictures(plan)
     shared = plan.spill.materialize(_shared_keys(pictures, plan.totals.new), "shared")
+    if shared.isEmpty():
+        return None
     pairs = plan.spill.materialize(_find_pairs(shared, pictures), "pairs")
     move = plan.request.config.split.kind == "hash"
     neighbours = plan.spill.materialize(_resolve(pairs, move=move), "neighbours")

@@ -21,7 +21,7 @@ from pyspark.sql.types import StructType
 from pipelines.driver.delta.versions import read_versions
 from pipelines.driver.ingest.decode import READ_ORDER, DecodedRows, IngestRequest
 from pipelines.driver.ingest.spill import SpillFolder
-from pipelines.driver.ingest.table_rows import Stamp, rows_of_source
+from pipelines.driver.ingest.table_rows import Stamp, existing_rows
 from pipelines.executor.ingest.merge_texts import MERGED, merge_texts_of_pictures
 from pipelines.executor.ingest.spill import POSITION
 from pipelines.formats.tables import SAMPLES
@@ -95,7 +95,7 @@ def plan_ingest(spark: SparkSession, platform: Platform, decoded: DecodedRows) -
     request = decoded.request
     version = read_versions(spark, platform, request.source).last_change
     stamp = Stamp(request.source, request.ingest_id, datetime.now(UTC), version)
-    existing = rows_of_source(spark, platform, SAMPLES.name, request.source)
+    existing = existing_rows(spark, platform, SAMPLES, request.source)
     existing = existing.limit(0) if request.replace else existing
     max_texts = request.config.limits.max_texts
     known = pictures_of_input(existing, decoded.outcomes) if decoded.rows_in <= FEW_ROWS else existing

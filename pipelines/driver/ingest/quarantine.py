@@ -10,7 +10,7 @@ from pyspark.sql import functions as F
 from pipelines.driver.delta.settings import uncompressed_parquet
 from pipelines.driver.delta.versions import read_versions, skip_if_changed_since
 from pipelines.driver.ingest.plan import IngestPlan, overfull_rows
-from pipelines.driver.ingest.table_rows import rows_of_source, verify_append
+from pipelines.driver.ingest.table_rows import existing_rows, verify_append
 from pipelines.executor.ingest.spill import POSITION
 from pipelines.formats.tables import QUARANTINE
 from pipelines.platform import Platform
@@ -64,13 +64,13 @@ def add_to_quarantine(platform: Platform, plan: IngestPlan) -> dict[str, int]:
     """
     spark, source, table = plan.pictures.sparkSession, plan.stamp.source, platform.table(QUARANTINE.name)
     version = read_versions(spark, platform, source, QUARANTINE).last_change
-    existing = rows_of_source(spark, platform, QUARANTINE.name, source).select("source_row")
+    existing = existing_rows(spark, platform, QUARANTINE, source).select("source_row")
     new = refused_rows(plan).join(existing, "source_row", "left_anti").dropDuplicates(["source_row"])
     reasons = _count_by_reason(new)
     if reasons:
         with uncompressed_parquet(spark), skip_if_changed_since(spark, source, version):
             _quarantine_rows(new, plan).writeTo(table).append()
-        verify_append(spark, table, "quarantined_at", plan.stamp, sum(reasons.values()))
+        verify_append(spark, platform, QUARANTINE, plan.stamp, sum(reasons.values()))
         logger.info("%d rows quarantined: %s", sum(reasons.values()), reasons)
     return reasons
 

@@ -42,7 +42,7 @@ from pipelines.driver.ingest.plan import PlanTotals, count_pictures_across_split
 from pipelines.driver.ingest.quarantine import add_to_quarantine, name_unreadable_files, replace_quarantine
 from pipelines.driver.ingest.sources.open import open_source
 from pipelines.driver.ingest.sources.source import Covered, Source
-from pipelines.driver.ingest.table_rows import rows_of_source
+from pipelines.driver.ingest.table_rows import count_rows, rows_of_source
 from pipelines.driver.ingest.totals import NAMED_FILES, IngestReport, check_totals, describe_passed_over
 from pipelines.errors import UserError
 from pipelines.formats.tables import QUARANTINE, SAMPLES
@@ -112,7 +112,7 @@ def ingest(
         reasons=written.reasons,
         removed=written.removed,
         replaced=replaced,
-        splits=count_splits(spark, platform, source_name),
+        splits=dict(sorted(count_rows(spark, platform, SAMPLES, {"source": source_name}, by="split").items())),
         equal_pictures_across_splits=written.across,
         near_duplicates=written.near,
         dataset_version=read_versions(spark, platform, source_name).last_change,
@@ -125,12 +125,6 @@ def ingest(
         entry = LedgerEntry(source_name, rules, source.ingest_id)
         retry_on_conflict(partial(append_to_ledger, spark, platform, source.pending, entry))
     return report
-
-
-def count_splits(spark: SparkSession, platform: Platform, source: str) -> dict[str, int]:
-    """Count the pictures of a source in `samples`, by split."""
-    counts = rows_of_source(spark, platform, SAMPLES.name, source).groupBy("split").count()
-    return {row["split"]: row["count"] for row in sorted(counts.collect())}
 
 
 def _start_refresh(spark: SparkSession, platform: Platform, name: str, source: Source) -> dict[str, int]:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import reduce
+from operator import and_
 
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
+from pipelines.driver.delta.on_disk import count_on_disk, has_rows, open_on_disk
 from pipelines.driver.delta.retry import WriteConflict
+from pipelines.formats.tables import QUARANTINE, SAMPLES, Table
 from pipelines.platform import Platform
+
+TIME_COLUMNS = {SAMPLES.name: "ingested_at", QUARANTINE.name: "quarantined_at"}
+"""Column of a table with the time of the plan that has written the row."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +73,37 @@ def verify_merge(row: Row | None, *, inserted: int, updated: int) -> None:
         raise WriteConflict(f"{found[0]} rows inserted and {found[1]} updated, expected {inserted} and {updated}")
 
 
-def verify_append(spark: SparkSession, table: str, time_column: str, stamp: Stamp, expected: int) -> None:
+def verify_append(spark: SparkSession, platform: Platform, table: Table, stamp: Stamp, expected: int) -> None:
     """Check that a table has the expected number of rows with the source and the time of a plan.
 
     Raises:
         WriteConflict: the table has a different number of rows, because Delta skips the append if another ingest of the
             source has committed since the plan was made.
     """
-    ours = (F.col("source") == stamp.source) & (F.col(time_column) == stamp.planned_at)
-    written = spark.table(table).filter(ours).count()
+    ours: dict[str, str | datetime] = {"source": stamp.source, TIME_COLUMNS[table.name]: stamp.planned_at}
+    written = count_rows(spark, platform, table, ours, by="source").get(stamp.source, 0)
     if written != expected:
-        raise WriteConflict(f"{table} has {written} rows of this plan, expected {expected}")
+        raise WriteConflict(f"{table.name} has {written} rows of this plan, expected {expected}")
+
+
+def count_rows(
+    spark: SparkSession, platform: Platform, table: Table, equal: Mapping[str, str | datetime], by: str
+) -> dict[str, int]:
+    """Count the rows in which columns have the values `equal`, by the value of the column `by`."""
+    if (opened := open_on_disk(platform, table)) is not None:
+        return count_on_disk(opened, equal, by)
+    rows = spark.table(platform.table(table.name)).filter(
+        reduce(and_, (F.col(name) == F.lit(value) for name, value in equal.items()))
+    )
+    return {row[by]: row["count"] for row in rows.groupBy(by).count().collect()}
+
+
+def existing_rows(spark: SparkSession, platform: Platform, table: Table, source: str) -> DataFrame:
+    """Return the rows of a source in a table, like `rows_of_source`.
+
+    On a laptop, a source without rows is recognised without Spark. Spark then neither reads the Delta log nor joins
+    with the table, because its optimizer knows that `limit(0)` has no rows.
+    """
+    rows = rows_of_source(spark, platform, table.name, source)
+    opened = open_on_disk(platform, table)
+    return rows if opened is None or has_rows(opened, {"source": source}) else rows.limit(0)

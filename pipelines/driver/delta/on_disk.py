@@ -1,0 +1,47 @@
+"""Queries on Delta tables in folders of this machine that need no Spark query: Spark takes up to seconds for each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from datetime import datetime
+from functools import reduce
+from operator import and_
+
+import pyarrow.dataset as ds
+from deltalake import DeltaTable
+
+from pipelines.formats.delta_files import arrow_dataset
+from pipelines.formats.tables import Table
+from pipelines.platform import Platform
+
+
+def open_on_disk(platform: Platform, table: Table) -> DeltaTable | None:
+    """Open the newest version of a table, or return None in a workspace, where only Spark can open tables."""
+    return DeltaTable(platform.tables / table.name) if platform.tables else None
+
+
+def count_on_disk(table: DeltaTable, equal: Mapping[str, str | datetime], by: str) -> dict[str, int]:
+    """Count the rows in which columns have given values, by the value of a column.
+
+    Rows are counted in batches, and files whose statistics exclude the values are not read.
+
+    Args:
+        table: Delta table.
+        equal: value of each column that the condition names; at least one.
+        by: column to group the rows by.
+    """
+    counts: Counter[str] = Counter()
+    for batch in arrow_dataset(table).to_batches(columns=[by], filter=_condition(equal)):
+        for group in batch.column(by).value_counts():
+            counts[group["values"].as_py()] += group["counts"].as_py()
+    return dict(counts)
+
+
+def has_rows(table: DeltaTable, equal: Mapping[str, str | datetime]) -> bool:
+    """Return whether the columns have the values `equal` in a row."""
+    return bool(arrow_dataset(table).head(1, columns=list(equal), filter=_condition(equal)).num_rows)
+
+
+def _condition(equal: Mapping[str, str | datetime]) -> ds.Expression:
+    return reduce(and_, (ds.field(name) == value for name, value in equal.items()))
