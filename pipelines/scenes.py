@@ -186,8 +186,9 @@ def write_scenes(path: Path, count: int, seed: int) -> SceneSummary:
     """Write `count` rows as CSV with the columns of seemore's data: an unnamed index, b64string_images, and caption.
 
     About one row in 100 is broken on purpose, and one row in 500 repeats an earlier row. The bytes of the file depend
-    only on `count` and `seed`. A file with the same bytes is not written again, so that an ingest skips the file. A
-    small file beside it has its digest, so that an intact file is recognised without drawing the pictures.
+    only on `count` and `seed`. An existing file with these bytes is not written again, so the next ingest skips the
+    file. A small file beside the CSV file contains the digest of the CSV file, so that an unchanged CSV file is
+    recognised without drawing the pictures again.
 
     Raises:
         UserError: the file cannot be written.
@@ -264,4 +265,4 @@ CORRUPTIONS: dict[str, Callable[[str, bytes, str], list[str]]] = {
     "too_small": lambda index, png, caption: [index, _base64(_png(Image.new("RGB", (2, 2)))), caption],
     "malformed_record": lambda index, png, caption: [index, _base64(png), caption, "one column too many"],
 }
-"""Functions that break a row, by the reason (`pipelines.formats.tables.REASONS`) for which ingest refuses the row."""
+"""Functions that make a broken row, by the reason (an element of `tables.REASONS`) for which ingest refuses the row."""

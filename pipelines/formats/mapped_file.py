@@ -1,4 +1,4 @@
-"""Memory-mapped shard files, and the limit of open files, because a mapped file counts as an open file."""
+"""Memory-mapped shard files, and a function that raises the limit of open files, because mapped files count as open."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class MappedFile(NamedTuple):
         """
         try:
             with path.open("rb") as file:
-                # A file system with direct I/O, such as a Databricks Volume, refuses a shared mapping.
+                # The mapping is private, because a file system with direct I/O, such as a Databricks Volume, refuses a
+                # shared mapping.
                 memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
             memory.madvise(mmap.MADV_RANDOM)
             buffer = pa.py_buffer(memory)
@@ -87,10 +88,10 @@ def damaged_shard(path: Path, got: str, *, row: int | None = None) -> StageFaile
 
 
 def raise_open_file_limit(files: int) -> None:
-    """Raise the soft limit of open files by `files`, up to the hard limit. A mapped file counts as an open file."""
+    """Raise the soft limit of open files by the number `files`, but not above the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
         limit = soft + files if hard == resource.RLIM_INFINITY else min(soft + files, hard)
-        # macOS may reject a limit that macOS itself reports; mapping a file then fails with a UserError
+        # macOS may reject a limit that macOS itself reports. In this case `MappedFile.of` may raise a UserError later.
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -1,8 +1,8 @@
-"""Reading of the files that rank 0 writes at some steps, while the run goes on.
+"""Functions that read the metric files and sample files of a run while rank 0 is still writing such files.
 
-A long run has tens of thousands of metric files, and to list or open a file on a network file system, such as a
-Databricks Volume, takes tens of milliseconds. So a reader asks for the file of the next step at which one is written,
-and lists the folder only if the run has passed this step without writing a file.
+A long run has tens of thousands of metric files. On a network file system, such as a Databricks Volume, listing or
+opening a file takes tens of milliseconds. A reader therefore opens the file of the next step at which rank 0 writes a
+file, and lists the folder only if the run has passed this step without writing the file.
 """
 
 from __future__ import annotations
@@ -17,23 +17,27 @@ from pipelines.formats.run_folder import CaptionSamples, Metrics, RunFolder, rea
 
 T = TypeVar("T", Metrics, CaptionSamples)
 MAX_SAMPLED = 50
-"""Number of files of one kind that are read for curves. To read all files of a long run would take minutes."""
+"""Largest number of metric files of validated steps that are read to draw curves; also the limit for all other steps.
+
+Reading all metric files of a long run would take minutes.
+"""
 
 
 def new_metrics(run: RunFolder, settings: TrainConfig, after: int) -> Iterator[Metrics]:
-    """Read the metrics of the steps after `after` that have been written, in step order."""
+    """Yield the metrics that rank 0 has written for steps after the step `after`, in step order."""
     return _StepFiles(run, settings.next_logged_step, run.metrics, Metrics, run.read_metrics).read(after)
 
 
 def new_samples(run: RunFolder, settings: TrainConfig, after: int) -> Iterator[CaptionSamples]:
-    """Read the sample captions of the steps after `after` that have been written, in step order."""
+    """Yield the sample captions that rank 0 has written for steps after the step `after`, in step order."""
     return _StepFiles(run, settings.next_validated_step, run.samples, CaptionSamples, run.read_samples).read(after)
 
 
 def sample_metrics(run: RunFolder, settings: TrainConfig, known: Mapping[int, Metrics]) -> list[Metrics]:
-    """Return the known metrics and metrics of other steps in step order, enough to draw curves.
+    """Return metrics for drawing curves, in step order: all known metrics, and metrics read from files of other steps.
 
-    Of the other steps, at most MAX_SAMPLED are read that were validated, and at most MAX_SAMPLED that were not.
+    The function reads the files of at most MAX_SAMPLED validated steps and of at most MAX_SAMPLED steps without
+    validation.
     """
     steps = [int(path.stem) for path in sorted((run.path / "metrics").glob("[0-9]*.json"))]
     validated: list[int] = []
@@ -47,7 +51,15 @@ def sample_metrics(run: RunFolder, settings: TrainConfig, known: Mapping[int, Me
 
 @dataclass(frozen=True)
 class _StepFiles(Generic[T]):
-    """Files of one kind: the step after a step, the path of a step, and a function that lists and reads the files."""
+    """Reader of the files of one kind, such as metric files.
+
+    Attributes:
+        run: run folder.
+        next_step: function that returns the next step after a given step at which rank 0 writes a file.
+        path: function that returns the path of the file of a step.
+        kind: class of the content of a file.
+        listed: function that lists the folder, and reads all files of the steps after a given step.
+    """
 
     run: RunFolder
     next_step: Callable[[int], int]
@@ -56,9 +68,9 @@ class _StepFiles(Generic[T]):
     listed: Callable[[int], Iterator[T]]
 
     def read(self, after: int) -> Iterator[T]:
-        """Read the files of the expected steps, and then the files after an expected file that was never written.
+        """Read the files of the steps after the step `after`. List the folder if the file of a passed step is missing.
 
-        For example, a run that goes on from a checkpoint of another run has no files of the first steps.
+        For example, a run that starts from a checkpoint of another run has no files of the first steps.
         """
         while (expected := self.next_step(after)) > after and self.path(expected).exists():
             yield read_json(self.path(expected), self.kind)

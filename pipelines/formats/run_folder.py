@@ -34,8 +34,8 @@ class RunFile(Config):
             (`RunFolder.shard_folder`).
         validate_shards: folder of the validation shards.
         code_version: release of Lakesight.
-        code: code with which the run is trained; null in files of Lakesight 0.1.0.
-        earlier_code: digests of other codes (or a release without a digest) with which the run was trained before.
+        code: version of the code that trains the run; null in a run.json that Lakesight 0.1.0 wrote.
+        earlier_code: digests of the versions of the code that trained the run before; a release if it had no digest.
     """
 
     config: RunConfig
@@ -49,7 +49,7 @@ class RunFile(Config):
     world_size: int
 
     def code_tags(self) -> dict[str, str]:
-        """Return the tags that name the code in MLflow. Tags without a value are left out."""
+        """Return the MLflow tags that identify the training code. Tags without a value are left out."""
         tags = {
             "code_version": self.code_version,
             "code_digest": self.code.digest if self.code else "",
@@ -67,13 +67,13 @@ class RankFile(Config):
     pid: int
     started_at: float
     start_ticks: int = 0
-    """When the system started the process, in clock ticks since the boot; 0 if this is not known."""
+    """Start time of the process, in clock ticks since the boot of the host; 0 if the start time is not known."""
     ended: bool = False
-    """True after a clean exit. If false without a failure record, the rank was killed or called os._exit."""
+    """True after a clean exit. If false and there is no failure record, the rank was killed or called os._exit."""
 
 
 class Host(Config):
-    """Hardware and software of a host, as seen by a rank's Python interpreter. A value that is not known is empty."""
+    """Hardware and software of a host, as seen by a rank's Python interpreter. An unknown value is empty."""
 
     name: str
     cores: int = 0
@@ -81,7 +81,7 @@ class Host(Config):
     executable: str = ""
     python: str = ""
     packages: dict[str, str]
-    """Version of each distribution by name. The version is empty if the distribution is not installed."""
+    """Version of each Python distribution by name. The version is empty if the distribution is not installed."""
     cuda: str = ""
     """CUDA version that torch was built with."""
     nccl: str = ""
@@ -90,11 +90,11 @@ class Host(Config):
     gpus: tuple[str, ...] = ()
     """Name of each GPU of the host."""
     code: str = ""
-    """Digest of the training code, as in TrainingCode."""
+    """Digest of the training code on this host (`TrainingCode.digest`)."""
 
 
 class HostsFile(Config):
-    """hosts.json: hosts of an attempt's ranks, one for each Python interpreter, written before ranks start."""
+    """hosts.json: hosts of an attempt's ranks, one entry per Python interpreter, written before the ranks start."""
 
     hosts: tuple[Host, ...]
 
@@ -159,7 +159,7 @@ class Metrics(Config):
 
 
 class CaptionSample(Config):
-    """One captioned picture: its row in the validation shards, its reference text, and the model's caption."""
+    """One captioned picture: its row number in the validation shards, its reference text, and the model's caption."""
 
     row: int
     image_id: str
@@ -187,7 +187,7 @@ class RunFolder:
 
     @property
     def run_file(self) -> Path:
-        """Path of run.json, the resolved run."""
+        """Path of run.json, which describes the resolved run (`RunFile`)."""
         return self.path / "run.json"
 
     @property
@@ -232,7 +232,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder that contains a folder such as step_000100/ for each checkpoint."""
+        """Folder of all checkpoints, with one subfolder such as step_000100/ for each checkpoint."""
         return self.path / "checkpoints"
 
     @property
@@ -253,18 +253,18 @@ class RunFolder:
     def shard_folder(self, stored: str) -> Path:
         """Return the shard folder that run.json names.
 
-        A home folder may have been moved or copied after run.json was written, so shards in the home of this run folder
+        A home folder may have been moved or copied after run.json was written, so shards in the home folder of this run
         are preferred to a stored absolute path.
         """
         beside = self.path.parent.parent / "shards" / Path(stored).name
         return beside if beside.is_dir() else self.path / stored
 
     def metrics(self, step: int) -> Path:
-        """Path of the metrics of a step. The step in the name has ten digits, so names sort by step."""
+        """Path of the metric file of a step. The step in the file name has ten digits, so file names sort by step."""
         return self.path / "metrics" / f"{step:010d}.json"
 
     def samples(self, step: int) -> Path:
-        """Path of the sample captions of a validation step."""
+        """Path of the file with the sample captions of a validated step."""
         return self.path / "samples" / f"{step:010d}.json"
 
     def heartbeat(self, rank: int) -> Path:
@@ -280,7 +280,7 @@ class RunFolder:
         return self.failures / f"rank-{rank}.json"
 
     def stacks(self, rank: int) -> Path:
-        """Path of the stack traces of all threads of a failed rank."""
+        """Path of the file with the stack traces of all threads of a failed rank."""
         return self.failures / f"rank-{rank}.stacks.txt"
 
     def log(self, rank: int) -> Path:
@@ -297,11 +297,11 @@ class RunFolder:
         return sorted(found, key=step_of)
 
     def last_checkpoint_step(self) -> int:
-        """Return the step of the newest complete checkpoint, or 0 if there is none."""
+        """Return the step of the newest complete checkpoint, or 0 if the run has no complete checkpoint."""
         return max(map(step_of, self.finished_checkpoints()), default=0)
 
     def damaged_checkpoints(self) -> list[Path]:
-        """List checkpoint folders that a resuming rank found damaged and renamed."""
+        """List the checkpoint folders that were renamed because a resuming rank found the checkpoints damaged."""
         return sorted(self.checkpoints.glob("damaged_step_*"))
 
     def mark_damaged(self, checkpoint: Path) -> None:

@@ -28,7 +28,7 @@ class FormattedValue:
 
 @dataclass(frozen=True)
 class ValueTable:
-    """A table of numbers that the reader unfolds. `rows` maps a row's name to one value for each column."""
+    """A table of numbers, folded until the reader opens the table. `rows` maps a row's name to one value per column."""
 
     title: str
     columns: Sequence[str]
@@ -44,16 +44,17 @@ class Chart:
 
     @property
     def bars(self) -> Iterator[tuple[str, str, float]]:
-        """For each bar: the name, the count with thousands separators, and the percentage of the largest count."""
+        """Name of each bar, its count with thousands separators, and its count in percent of the largest count."""
         largest = max(self.values.values(), default=0) or 1
         return ((name, f"{value:,}", round(100 * value / largest, 1)) for name, value in self.values.items())
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar of a comparison: name, value as text, and where the bar and its interval are, in percent of the scale.
+    """A bar of a comparison: its name, its value as text, and its length in percent of the scale.
 
-    `low` and `high` are equal if there is no interval. `main` is true for the bar that the others are compared with.
+    `low` and `high` are the ends of the confidence interval in percent of the scale, and are equal if there is no
+    interval. `main` is true for the bar with which all other bars are compared.
     """
 
     name: str
@@ -66,7 +67,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class BarGroup:
-    """Bars of one figure on a common scale, such as a model beside baselines."""
+    """Bars that show one measure on a common scale, such as the CIDEr of a model and of its baselines."""
 
     title: str
     bars: Sequence[Bar]
@@ -78,7 +79,7 @@ class CardText:
 
     Attributes:
         text: text to show.
-        label: author of the text, such as Human or Model, or empty to show no label.
+        label: author of the text, such as Human or Model; empty to show no author.
         exact: whether a caption equals a reference word for word, or None for a text that is not compared.
         score: word F1 of a caption (0 to 1), or None for a text that is not compared.
         parts: consecutive parts of the text, and whether each part is marked; empty to show the text without marks.
@@ -116,7 +117,7 @@ class Card:
 
     @property
     def alt(self) -> str:
-        """Alternative text of the picture: its human caption or its first text, or the name of a card without text."""
+        """Alternative text of the picture: the human caption, else the first text, else the name of the card."""
         described = (text.text for text in self.texts if text.label in {"", "Human"} and text.text)
         return next(described, self.name)
 
@@ -145,13 +146,13 @@ class Page:
 
     Attributes:
         title: heading.
-        about: paragraph about the data; at the end of a page with a verdict, else below the heading.
-        figures: figures by name; folded if the page has bars.
-        tables: folded tables.
+        about: paragraph about the data, shown at the end of a page with a verdict, and below the heading otherwise.
+        figures: numbers by name, which are folded if the page has bars.
+        tables: tables of numbers, which are folded.
         charts: bar charts of counts.
-        galleries: picture cards.
-        verdict: the result in one sentence, which is shown first, or empty.
-        bars: main figures, which are shown after the verdict.
+        galleries: groups of picture cards.
+        verdict: result in one sentence, shown below the heading; empty if the page has no verdict.
+        bars: bar charts of the main numbers, shown after the verdict.
     """
 
     title: str
@@ -165,13 +166,13 @@ class Page:
 
     @property
     def groups(self) -> list[str]:
-        """Distinct groups of the cards: names in order of appearance, then slices such as `size=64`, sorted."""
+        """Distinct groups of all cards: names in order of appearance, then sorted slices such as `size=64`."""
         found = list(dict.fromkeys(g for gallery in self.galleries for card in gallery.cards for g in card.groups))
         return [g for g in found if "=" not in g] + sorted((g for g in found if "=" in g), key=natural_key)
 
 
 def natural_key(text: str) -> list[tuple[bool, float, str]]:
-    """Return a key by which texts are sorted so that numbers in them count as numbers: `size=9` before `size=10`."""
+    """Return a sort key that compares the numbers in a text by value, so that `size=9` comes before `size=10`."""
     parts = re.split(r"(\d+(?:\.\d+)?)", text)
     return [(bool(n % 2), float(part) if n % 2 else 0.0, part) for n, part in enumerate(parts)]
 
@@ -188,8 +189,8 @@ def render(template: str, **values: object) -> str:
 
     Args:
         template: file name in `templates/`.
-        values: variables of the template. Every template needs `title` and `nonce`, the nonce of style and script for
-            the Content Security Policy. The nonce is empty for a page that is a file.
+        values: variables of the template. Every template needs `title` and `nonce`. `nonce` is the nonce of the style
+            and the script for the Content Security Policy, and is empty for a page that is written to a file.
     """
     return _environment().get_template(template).render(values)
 

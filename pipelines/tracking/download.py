@@ -1,4 +1,4 @@
-"""Download of registered model versions into the home folder, and the checkpoints in the home that versions need."""
+"""Functions that download registered model versions into the home folder, and name checkpoints that versions need."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Download(NamedTuple):
 
 
 def download(platform: Platform, version: ModelVersion) -> Download:
-    """Return the folder of a version's weights, config and tokenizer; download them if there is no intact copy.
+    """Return the folder of a version's weights, config and tokenizer. Download the files if there is no intact copy.
 
     Two registries, or a registry that was deleted and created again, may have versions of the same name and number.
     Therefore the name of the folder also contains a hash of the version's MLflow run and creation time.
@@ -71,7 +71,7 @@ def download_checked(platform: Platform, version: ModelVersion, folder: Path) ->
 
 
 def _fetch(platform: Platform, version: ModelVersion, target: Path) -> ModelCopy:
-    """Download a version and put it at `target` in one step, so that no reader sees an incomplete folder."""
+    """Download a version, then rename its folder to `target`, so that no reader sees an incomplete folder."""
     partial = target.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         with tempfile.TemporaryDirectory() as local:
@@ -95,9 +95,10 @@ def _fetch(platform: Platform, version: ModelVersion, target: Path) -> ModelCopy
 
 
 def needed_checkpoints(platform: Platform) -> Callable[[RunFolder], Collection[str] | None]:
-    """Return a function that names the checkpoints of a run from which versions were registered.
+    """Return a function that returns the names of the checkpoints of a run from which model versions were registered.
 
-    The function returns None for a run that was logged to another tracking server, whose versions are not known here.
+    The function returns None for a run that was also logged to another tracking server, because the model versions on
+    that server are not known.
 
     Raises:
         UserError: the tracking server refuses.

@@ -1,12 +1,12 @@
 """Functions that register the model of a run folder in MLflow's model registry, look up versions, and move aliases.
 
-A version contains weights, config and tokenizer, the code of the model, and requirements with exact versions. The alias
-`champion` names the version that generates captions, `previous` names the champion before it, and `challenger` names
-the version that was last submitted for promotion.
+A version contains weights, config, tokenizer, the code of the model, and pip requirements with exact version numbers.
+The alias `champion` names the version that generates captions, `previous` names the champion before the present
+champion, and `challenger` names the version that was last submitted for promotion.
 
-A promotion moves two aliases, and a registry has no transactions. So a tag of the registered model records the move
-before the move starts, and the tag is deleted when both aliases are set. The next process that finds the tag completes
-the move if `champion` has moved already, and drops the move otherwise.
+A promotion moves two aliases, and a registry has no transactions. A tag of the registered model therefore records the
+move before the move starts, and the tag is deleted when both aliases are set. If a process finds the tag of an
+interrupted move, the process completes the move if `champion` has moved already, and cancels the move otherwise.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 MOVE_TAG = "lakesight_move"
 TAG_PREFIX = "lakesight_"
 CHECKPOINT_TAG = "checkpoint"
-"""Tag of a model version with the name of its checkpoint. Versions of earlier releases are last checkpoints."""
+"""Tag of a model version with the name of its checkpoint. A version without this tag contains the last checkpoint."""
 MAX_TAG_CHARS = 1000
 
 
@@ -73,10 +73,10 @@ def register(run: RunFolder, run_id: str, platform: Platform, which: Register = 
         run: run folder.
         run_id: id of the MLflow run.
         platform: platform with the registry.
-        which: the last checkpoint, the best one, or the one of a step.
+        which: checkpoint to register: `last`, `best`, or the step of the checkpoint.
 
     Raises:
-        UserError: the run is not finished, it has not kept the checkpoint, or the checkpoint is incomplete.
+        UserError: the run is not finished, or the checkpoint is missing or incomplete.
         StageFailed: the registry rejects the request.
     """
     client = connect(platform)
@@ -114,7 +114,7 @@ def register(run: RunFolder, run_id: str, platform: Platform, which: Register = 
 
 
 def describe_version(platform: Platform, version: ModelVersion, sections: Mapping[str, str]) -> None:
-    """Replace or append sections of the description of a version."""
+    """Replace or append sections in the description of a version."""
     client = connect(platform)
     with _registry_errors(platform, _label(version)):
         present = client.get_model_version(version.name, version.version).description or ""
@@ -138,7 +138,7 @@ def _find_checkpoint(run: RunFolder, result: Result, which: Register) -> Path:
     """Return the folder of a checkpoint of a finished run.
 
     Raises:
-        UserError: the run has not kept the checkpoint of the step.
+        UserError: the run has no checkpoint of the step.
     """
     if which == "last":
         return run.checkpoints / Path(result.checkpoint).name
@@ -156,7 +156,7 @@ def _find_checkpoint(run: RunFolder, result: Result, which: Register) -> Path:
 
 
 def _metrics_of(run: RunFolder, checkpoint: Path) -> dict[str, float]:
-    """Return the metrics of the step of a checkpoint. A step that was neither logged nor validated has no metrics."""
+    """Return the metrics at the step of a checkpoint, or no metrics if the step was neither logged nor validated."""
     path = run.metrics(step_of(checkpoint))
     return read_json(path, Metrics).values if path.exists() else {}
 
@@ -200,7 +200,7 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
 
 
 def label(platform: Platform, version: ModelVersion) -> str:
-    """Name a version and its registry in an error message."""
+    """Return text that names a version and its registry in an error message."""
     return f"{_label(version)} in {redact_uri(platform.registry_uri)}"
 
 
@@ -282,7 +282,7 @@ def plan_rollback(platform: Platform, name: str) -> AliasMove | None:
 
 
 def move_aliases(platform: Platform, name: str, move: AliasMove) -> None:
-    """Move both aliases as planned by `plan_rollback`."""
+    """Move the aliases `champion` and `previous` as `plan_rollback` has planned."""
     client = connect(platform)
     with _registry_errors(platform, f"model {name}"):
         _move(client, name, move)
@@ -296,7 +296,7 @@ def _move(client: MlflowClient, name: str, move: AliasMove) -> None:
 
 
 def _finish_move(client: MlflowClient, name: str, move: AliasMove) -> None:
-    """Complete a move whose `champion` alias has moved already. Calling this function again is safe."""
+    """Complete a move whose alias `champion` has moved already. This function is idempotent."""
     if move.previous is not None:
         client.set_registered_model_alias(name, PREVIOUS, move.previous)
     if str(client.get_registered_model(name).aliases.get(CHALLENGER)) == move.champion:
@@ -305,7 +305,7 @@ def _finish_move(client: MlflowClient, name: str, move: AliasMove) -> None:
 
 
 def _finish_interrupted_move(client: MlflowClient, platform: Platform, name: str) -> AliasMove | None:
-    """Complete and return an interrupted move if `champion` has moved already. Otherwise drop the move.
+    """Complete and return an interrupted move if `champion` has moved already. Otherwise cancel the move.
 
     Return None if no move was completed.
     """
@@ -355,7 +355,7 @@ def _create_model(client: MlflowClient, name: str) -> None:
 
 
 def list_versions(client: MlflowClient, name: str) -> list[MlflowVersion]:
-    """List all versions of a model, oldest first. The aliases are missing (Unity Catalog's search omits aliases)."""
+    """List all versions of a model, oldest first, without aliases, because Unity Catalog's search omits aliases."""
     found: list[MlflowVersion] = []
     token: str | None = None
     while token != "":
@@ -378,7 +378,7 @@ def _read_version(client: MlflowClient, name: str, number: str) -> ModelVersion:
 
 
 def _prefixed(tags: Mapping[str, str]) -> dict[str, str]:
-    """Prefix the keys, and make tags valid in Unity Catalog: replace `. , - = / :` in keys, and cut long values."""
+    """Add the prefix to the keys of tags. For Unity Catalog, replace `. , - = / :` in keys and truncate long values."""
     return {f"{TAG_PREFIX}{re.sub('[.,=/: -]', '_', key)}": text[:MAX_TAG_CHARS].strip() for key, text in tags.items()}
 
 

@@ -26,16 +26,17 @@ RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 
 
 class StageLog(Config):
-    """What is logged of one stage.
+    """Data that one stage logs to an MLflow run.
 
     Attributes:
-        kind: name of the stage and of its experiment.
+        kind: name of the stage, which is also the name of the MLflow experiment.
         name: name of the MLflow run.
-        report: report as a nested mapping. Every number in the report becomes a metric, at any depth, unless a
-            parameter or a table has the number.
+        report: report as a nested mapping. Every number in the report, at any depth, becomes a metric, except numbers
+            below the keys of `params` and `tables`.
         tags: tags by which runs can be searched, without the prefix `lakesight.`.
         params: parameters of the stage.
-        tables: columns of each table by the key of the report that the table replaces.
+        tables: columns of each table. The name of a table is the key of the report below which the numbers become no
+            metrics.
         inputs: datasets that the stage has read.
         pages: paths of HTML pages, which are logged as artifacts.
         text: description of the run, in Markdown.

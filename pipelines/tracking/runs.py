@@ -2,9 +2,9 @@
 
 Ranks never talk to MLflow. Rank 0 writes small immutable files into the run folder, and a thread of the driver, the
 `Follower`, logs the files in order. No metric is lost in an outage of the server, because the files stay in the run
-folder. After the outage the follower asks MLflow which points are stored, and logs the missing points. When a run is
-resumed, the follower does the same, so the MLflow run has no gaps and no repeated points. The server may also be down
-when training starts: then the follower opens the MLflow run as soon as the server answers.
+folder. After an outage, and also when a run is resumed, the follower asks MLflow which points are stored, and logs the
+missing points. The MLflow run therefore has no gaps and no repeated points. If the server is down when training starts,
+the follower opens the MLflow run as soon as the server answers.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ FOLLOWER_ERRORS = (*REQUEST_ERRORS, UserError)
 
 
 class Tracking(Config):
-    """tracking.json: id of the MLflow run to which a run folder was logged last, and ids on other tracking servers."""
+    """tracking.json: id of the MLflow run to which a run folder was logged last, and its run ids on other servers."""
 
     run_id: str
     others: tuple[str, ...] = ()
@@ -127,8 +127,8 @@ def log_report(
         run_id: id of the MLflow run.
         name: name of the stage.
         metrics: metrics by name.
-        files: paths of files.
-        tables: columns of tables, by file name.
+        files: paths of the files to log.
+        tables: columns of each table, by the file name of the table.
         figures: figures by file name.
         inputs: datasets that the stage has read.
         sections: sections of the run's description to replace or append, by heading.
@@ -205,7 +205,7 @@ class Follower(threading.Thread):
         self.join()
 
     def drain(self, seconds: float) -> None:
-        """Log the remaining files, the figures, the profile and the hosts. Retry for `seconds` after an error.
+        """Log the remaining files, the figures, the profile and the hosts. After an error, retry for `seconds`.
 
         Raises:
             MlflowException, OSError, UserError: requests still fail after `seconds`.
@@ -229,7 +229,7 @@ class Follower(threading.Thread):
         """Log every file that MLflow does not have yet. Return the client.
 
         Args:
-            to_end: whether the ranks have ended, so that the folders are listed once more to find every file.
+            to_end: whether the ranks have ended. If true, the folders are listed, so that every file is found.
 
         Raises:
             MlflowException, OSError, UserError: a request failed. The next call logs the remaining files.
@@ -265,7 +265,7 @@ class Follower(threading.Thread):
             logger.warning("the final status of %s could not be logged to MLflow: %s", self._run.path, _cause(error))
 
     def _log_metrics(self, client: MlflowClient, known: set[tuple[str, int]], *, listed: bool) -> None:
-        if known:  # points are logged in the order of the steps, so only the last points may be incomplete
+        if known:  # points are logged in step order, so points can be missing only at the last logged step
             last = max(step for _, step in known)
             self._metrics_step = max(self._metrics_step, last - 1 - self._config.train.log_every)
         after = self._metrics_step
@@ -307,7 +307,7 @@ class Follower(threading.Thread):
 
 
 def _cause(error: Exception) -> str:
-    """Describe in one line why a request failed."""
+    """Return one line that describes why a request failed."""
     return error.got if isinstance(error, UserError) else first_line(error)
 
 
@@ -348,7 +348,7 @@ def _open_run(client: MlflowClient, run: RunFolder, config: RunConfig, platform:
 
 
 def logged_ids(run: RunFolder) -> list[str]:
-    """Return the ids of the MLflow runs to which a run folder was logged on any server, the last one first."""
+    """Return the ids of the MLflow runs to which a run folder was logged on any server, the newest MLflow run first."""
     if not run.tracking.exists():
         return []
     tracking = read_json(run.tracking, Tracking)
@@ -356,7 +356,7 @@ def logged_ids(run: RunFolder) -> list[str]:
 
 
 def _tracked_run(client: MlflowClient, run_ids: Sequence[str]) -> Run | None:
-    """Return the first of some MLflow runs that the server has, or None if the server has none of them."""
+    """Return the MLflow run of the first id that the server knows, or None if the server knows none of the ids."""
     for run_id in run_ids:
         try:
             found = client.get_run(run_id)

@@ -26,7 +26,7 @@ Exceptions of the packages `requests` and `databricks.sdk` are OSErrors.
 """
 
 CHECK_TIMEOUT = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-"""Timeout of the first request, in seconds. By default, a server that never answers would cost two minutes a try."""
+"""Timeout of the first request, in seconds. MLflow's default timeout of two minutes would let users wait too long."""
 
 
 def connect(platform: Platform) -> MlflowClient:
@@ -40,9 +40,9 @@ def connect(platform: Platform) -> MlflowClient:
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # urllib3's warnings repeat our errors
-    # MLflow also sets these environment variables. `platform.local` and child processes would mistake the variables for
-    # settings of the user.
     follow_moved_home(platform)
+    # `mlflow.set_tracking_uri` and `mlflow.set_registry_uri` also set these environment variables. `platform.local` and
+    # child processes would mistake the variables for settings of the user.
     with unchanged_environment("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         mlflow.set_tracking_uri(platform.tracking_uri)
         mlflow.set_registry_uri(platform.registry_uri)
@@ -91,7 +91,7 @@ def experiment_id(client: MlflowClient, name: str, platform: Platform) -> str:
     experiment_name = platform.experiment(name)
     experiment = client.get_experiment_by_name(experiment_name)
     if experiment is None:
-        # A tracking server has its own artifact location. With a SQLite file, artifacts go to the home folder.
+        # A tracking server chooses the location of artifacts. For a SQLite file, the location is in the home folder.
         is_sqlite = platform.tracking_uri.startswith("sqlite")
         location = artifact_root(platform).as_uri() if is_sqlite else None
         try:
@@ -119,14 +119,14 @@ def experiment_id(client: MlflowClient, name: str, platform: Platform) -> str:
 
 
 def _create_workspace_folder(folder: PurePosixPath) -> None:
-    """Create a folder of the workspace and its parents. A workspace refuses an experiment in a missing folder."""
+    """Create a workspace folder and its parents, because a workspace refuses an experiment in a missing folder."""
     from databricks.sdk import WorkspaceClient
 
     WorkspaceClient().workspace.mkdirs(str(folder))
 
 
 def unusable(platform: Platform, error: Exception) -> UserError:
-    """Return the error for a failed request to the tracking server: TrackingDown if a later request may succeed."""
+    """Return the error for a failed request to the tracking server, a TrackingDown if a later request may succeed."""
     what, where, got = "the MLflow tracking server cannot be used", redact_uri(platform.tracking_uri), first_line(error)
     workspace = platform.kind == "databricks"
     if is_outage(error):

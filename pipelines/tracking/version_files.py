@@ -1,8 +1,8 @@
-"""Digests of a model version: taken when the version is registered, and compared before its files are used.
+"""Digests of a model version, computed when the version is registered and compared before its files are used.
 
 A version has two digests, because its files are used in two ways. The model files (weights, config and tokenizer) are
-the model, and every command reads them. All other files (`MLmodel`, `model.py`, `code/`, requirements) tell MLflow what
-to execute when it loads the version. Lakesight executes them in one place only, the smoke test of `promote`.
+data, which every command reads. All other files (`MLmodel`, `model.py`, `code/`, requirements) determine the code that
+MLflow executes when MLflow loads the version. In Lakesight, only the smoke test of `promote` executes this code.
 """
 
 from __future__ import annotations
@@ -25,15 +25,19 @@ logger = logging.getLogger(__name__)
 DIGEST_TAG = "digest"
 """Tag of a model version with the digest of its model files."""
 EXECUTED_DIGEST_TAG = "executed_digest"
-"""Tag of a model version with the digest of all other files. Versions of earlier releases lack one tag or both."""
+"""Tag of a model version with the digest of all other files.
+
+A version that an earlier release registered may lack this tag or both digest tags.
+"""
 ARTIFACTS = "artifacts"
 """Folder of the model files in a logged model."""
 
 
 def digest_tags(checkpoint: Path, model_id: str) -> dict[str, str]:
-    """Return both digests of a logged model, whose model files are those of a checkpoint.
+    """Return the tags with the two digests of a logged model.
 
-    The other files are read from the store, because MLflow writes them. The weights are not downloaded.
+    The digest of the model files is computed from the checkpoint, so no weights are downloaded. All other files are
+    downloaded from the artifact store, because MLflow has written these files.
     """
     repository = get_artifact_repository(f"models:/{model_id}")
     with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +49,7 @@ def digest_tags(checkpoint: Path, model_id: str) -> dict[str, str]:
 
 
 def model_digest(folder: Path) -> str:
-    """Return the digest of the model files of a folder. A missing file changes the digest."""
+    """Return the digest of the model files in a folder. If a model file is missing, the digest is different."""
     return combine_digests({file: file_digest(folder / file) for file in MODEL_FILES if (folder / file).is_file()})
 
 
@@ -78,7 +82,7 @@ def _executed_digest(folder: Path) -> str:
 def _executed(folder: Path) -> Iterator[Path]:
     """Yield all files of a logged model, except the model files and the files that MLflow adds to a download.
 
-    MLflow adds a file to each downloaded folder with an `MLmodel`, and `metadata` has a copy of the `MLmodel`.
+    MLflow adds a file to each downloaded folder that contains a file `MLmodel`: to the top folder and to `metadata`.
     """
     added = {folder / REGISTERED_MODEL_META_FILE_NAME, folder / "metadata" / REGISTERED_MODEL_META_FILE_NAME}
     others = {folder / ARTIFACTS / file for file in MODEL_FILES} | added

@@ -1,11 +1,11 @@
-"""Decoding: each raw row becomes exactly one sample or one refusal with a reason from a closed list.
+"""Functions that turn each raw row into exactly one sample, or into one refusal with a reason from a closed list.
 
-A bad row never raises an exception: an unexpected error is also a refusal, with the exception in `detail`. If the
-machine runs out of memory or the image decoder crashes, the task fails, and Spark retries the task. If all retries
-fail, the driver has the rows decoded again in child processes (`decode_guarded`).
+A bad row never raises an exception. Even an unexpected error becomes a refusal, which describes the error in `detail`.
+If the machine runs out of memory or the image decoder crashes, the task fails, and Spark retries the task. If all
+retries fail, the driver starts a Spark job that decodes the rows again in child processes (`decode_guarded`).
 
-A row's identifier is a hash of the row's content and does not depend on the row's position. The same row gets the same
-identifier however Spark splits the files and however often the files are read.
+The identifier of a row is a hash of the row's content and does not depend on the row's position. A row therefore keeps
+its identifier, however Spark splits the files and however often the files are read.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vlm.errors import ImageError
 from vlm.image import ImageInfo, decode_base64, load_decoders, open_image
 
 BASE64_AS_BYTES = re.compile(rb"\s*(data:image/|[A-Za-z0-9+/_-]{60})")
-"""Pattern of base64 that is stored as bytes, as Python's base64 module returns it. No picture format begins so."""
+"""Pattern of base64 text in a value of type bytes. No file of a picture format begins with such bytes."""
 FLUSH_BYTES = 16 * 2**20
 FLUSH_ROWS = 256
 
@@ -63,7 +63,7 @@ def decode_batches(batches: Iterator[pa.RecordBatch], read: Read, rules: DecodeR
     """Decode rows into OUTCOME batches of bounded size, one outcome per record.
 
     Args:
-        batches: batches of raw rows, the input of `read`.
+        batches: batches of raw rows, which `read` parses.
         read: parser of the source.
         rules: settings that decide whether a record becomes a sample.
     """
@@ -71,7 +71,7 @@ def decode_batches(batches: Iterator[pa.RecordBatch], read: Read, rules: DecodeR
 
 
 def decode_guarded(batches: Iterator[pa.RecordBatch], read: Read, rules: DecodeRules) -> Iterator[pa.RecordBatch]:
-    """Decode like `decode_batches`, in child processes. A row whose decoder crashes or never returns is refused."""
+    """Decode rows like `decode_batches`, but in child processes. Refuse a row that crashes or blocks its decoder."""
     load_decoders()
     chunks = split_into_chunks(read(batches), _record_bytes)
     decode, refuse = partial(decode_record, rules=rules), partial(_refuse_deadly, rules=rules)
@@ -106,7 +106,7 @@ def decode_record(record: Record, rules: DecodeRules) -> dict[str, Any]:
         sample = _decode_or_refuse(record, rules)
     except Refused as refused:
         return _refusal(record, refused, rules)
-    # An accepted row may still be refused when it is merged. Then its payload is needed.
+    # A decoded row may still be refused when the row is merged into the table, and a refused row needs its payload.
     may_be_refused = rules.columns.id is not None or rules.limits.max_texts is not None
     others = record.others() if record.others and may_be_refused else {}
     payload = _to_json(others | {name: value for name, value in record.fields.items() if name != rules.columns.image})
@@ -117,9 +117,9 @@ def decode_record(record: Record, rules: DecodeRules) -> dict[str, Any]:
 
 
 def _decode_bytes(fields: Fields, rules: DecodeRules) -> Fields:
-    """Convert bytes in the columns of texts, ids and splits to texts.
+    """Convert values of type bytes in the text, id and split columns to strings.
 
-    The payload stores bytes as base64. Without this conversion, a replay would read the base64 as the text.
+    The payload stores bytes as base64. Without this conversion, a replay of the row would take the base64 for the text.
     """
     columns, split = rules.columns, rules.split
     named = (columns.text, columns.prompt, split.column if split.kind == "column" else None)
@@ -200,7 +200,7 @@ def _decode_sample(file: str, fields: Fields, rules: DecodeRules) -> dict[str, A
 
 
 class _SameBytes:
-    """Key of a cache that is equal only for the same bytes object. A comparison reads none of the bytes."""
+    """Cache key of a bytes object. Two keys are equal only if they hold the identical object, so no bytes are read."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -218,7 +218,8 @@ def _decode_picture(
 ) -> tuple[ImageInfo, str, bytes | None]:
     """Return the format and size of a picture, its SHA-256 and its fingerprint.
 
-    Several captions may name one picture. The result is kept for the next row, which then is not decoded again.
+    Consecutive rows may hold the same picture with different captions. The last result is cached, so such a picture is
+    decoded only once.
     """
     pixels, info = _open_image(image.data, limits)
     return info, _sha256(image.data), fingerprint(pixels) if near_duplicates else None
@@ -228,7 +229,7 @@ def _image_bytes(value: object, column: str, max_bytes: int) -> bytes:
     """Return the bytes of a picture file from a value that holds bytes or base64.
 
     Raises:
-        Refused: bad_base64, too_large, or malformed_record if the value is neither bytes nor a string.
+        Refused: with reason bad_base64 or too_large, or malformed_record if the value is neither bytes nor a string.
     """
     if isinstance(value, bytes) and BASE64_AS_BYTES.match(value):
         value = value.decode("ascii", "replace")

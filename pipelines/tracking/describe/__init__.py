@@ -1,4 +1,4 @@
-"""What people see of a run in MLflow: its name, its description, its datasets and its figures.
+"""Modules that make the name, the description, the datasets and the figures of a run in MLflow.
 
-Start reading in `training.py`, which describes a training run with the other modules of the package.
+Start reading in `training.py`, which uses the other modules of this package to describe a training run.
 """

@@ -1,4 +1,4 @@
-"""Inputs of runs in MLflow: tables with version, schema and profile."""
+"""Datasets that MLflow shows as inputs of a run: Delta tables with version, schema and profile."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ TYPES = (
     (pa.types.is_fixed_size_binary, DataType.binary),
     (pa.types.is_temporal, DataType.datetime),
 )
-"""MLflow's type of each Arrow type, by a function that recognises the type."""
+"""Pairs of a function that recognises an Arrow type and the MLflow type to which this Arrow type is converted."""
 
 
 def shard_input(manifest: Manifest, context: str) -> DatasetInput:
-    """Describe the rows of shards: the table and its version, the columns that ranks read, and the number of rows.
+    """Return the dataset of the rows in shards: table, table version, columns that ranks read, and number of rows.
 
     Args:
         manifest: manifest of the shards.
@@ -50,13 +50,13 @@ def shard_input(manifest: Manifest, context: str) -> DatasetInput:
 def table_input(
     version: tuple[str, int], digest: str, schema: pa.Schema, profile: Mapping[str, object], context: str
 ) -> DatasetInput:
-    """Describe rows of a Delta table.
+    """Return the dataset of some rows of a Delta table.
 
     Args:
-        version: name of the table, and its version.
+        version: name and version number of the table.
         digest: hash that identifies the rows.
         schema: columns of the rows.
-        profile: counts and selection of the rows.
+        profile: number of rows, and the conditions by which the rows were selected.
         context: use of the rows, which MLflow shows beside the table.
     """
     name, number = version
@@ -72,7 +72,7 @@ def table_input(
 
 
 def captioned_input(version: tuple[str, int], schema: pa.Schema, profile: Mapping[str, object]) -> DatasetInput:
-    """Describe a table whose pictures were captioned."""
+    """Return the dataset of a table whose pictures were captioned."""
     return table_input(version, short_hash(*version, profile), schema, profile, "captioning")
 
 
@@ -81,7 +81,7 @@ def _columns(schema: pa.Schema) -> Schema:
 
 
 def _type(kind: pa.DataType) -> DataType | Array | Object | AnyType:
-    """Return MLflow's type of an Arrow type. A type that MLflow does not know, such as a map, is any type."""
+    """Return MLflow's type for an Arrow type, or AnyType for an Arrow type that MLflow lacks, such as a map."""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return Array(_type(kind.value_type))
     if pa.types.is_struct(kind) and kind.num_fields:

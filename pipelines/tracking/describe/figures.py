@@ -1,6 +1,6 @@
-"""Figures of a run in MLflow: learning curve, blind gap, expert load, and lengths of captions.
+"""Functions that draw the figures of an MLflow run: learning curve, blind gap, expert load, and lengths of captions.
 
-All functions draw without pyplot, which keeps global state. matplotlib is imported inside the functions, because the
+No function uses pyplot, because pyplot keeps global state. The functions import matplotlib themselves, because the
 import takes half a second.
 """
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 LEARNING_CURVE = "learning_curve.png"
 EXPERT_LOAD = "expert_load.png"
 MAX_LAYERS = 12
-"""Largest number of layers whose expert load over time is drawn, from the first to the last layer."""
+"""Largest number of layers whose expert load over time is drawn. From more layers, evenly spaced layers are chosen."""
 
 
 def training_figures(metrics: Sequence[Metrics]) -> Iterator[tuple[str, Figure]]:
-    """Yield file name and figure of each figure for which a training has values.
+    """Yield the file name and the figure of each plot for which a training run has metrics.
 
     Args:
-        metrics: metrics of all logged steps, in order.
+        metrics: metrics of the logged steps, in step order.
     """
     losses = {name: values for name in ("train/loss", "val/loss") if (values := _points(metrics, name))}
     if losses:
@@ -47,7 +47,7 @@ Points = list[tuple[int, float]]
 
 
 def _points(metrics: Sequence[Metrics], name: str) -> Points:
-    """Return step and value of a metric, for each step that has the metric."""
+    """Return (step, value) of a metric for each step at which the metric was logged."""
     return [(each.step, each.values[name]) for each in metrics if name in each.values]
 
 
@@ -94,9 +94,9 @@ def _draw_blind_gap(gaps: Points) -> Figure:
 
 
 def draw_lengths(lengths: Mapping[str, Sequence[int]]) -> Figure:
-    """Draw histograms of the number of words of texts, one histogram for each name.
+    """Draw a histogram of the number of words per text for each name.
 
-    Texts longer than 99 % of all texts are counted in the last bar.
+    The last bar counts all texts that are at least as long as the 99th percentile of all texts.
     """
     longest = max(1, int(np.percentile(np.concatenate([np.array(each) for each in lengths.values()]), 99)))
     width = 0.9 / len(lengths)
@@ -115,14 +115,14 @@ def draw_lengths(lengths: Mapping[str, Sequence[int]]) -> Figure:
 
 
 def draw_expert_load(metrics: Metrics) -> Figure:
-    """Draw a heat map of the fraction of tokens routed to each expert, one row per layer and one column per expert.
+    """Draw a heat map of the share of tokens that each expert receives. A row is a layer, and a column is an expert.
 
-    A white cell has an even share of the tokens, a blue cell has less, and a fully red cell has at least twice an even
-    share.
+    An expert in a white cell receives an even share of the tokens, an expert in a blue cell receives less, and an
+    expert in a fully red cell receives at least twice an even share.
     """
     layers = list(metrics.expert_load)
     widest = max(map(len, metrics.expert_load.values()))
-    even_LX = np.full((len(layers), widest), np.nan)  # cells beyond the experts of a layer stay empty
+    even_LX = np.full((len(layers), widest), np.nan)  # a layer with fewer experts has empty cells
 
     def draw(axes: Axes) -> None:
         axes.grid(visible=False)
@@ -140,7 +140,7 @@ def draw_expert_load(metrics: Metrics) -> Figure:
 
 
 def _draw_expert_load_over_time(loads: Sequence[Metrics]) -> Figure:
-    """Draw the share of tokens of each expert over the steps. Each layer is one panel and each expert is one line."""
+    """Draw the share of tokens that each expert receives over the steps: a panel per layer, a line per expert."""
     from matplotlib.figure import Figure
 
     layers = list(loads[-1].expert_load)

@@ -1,4 +1,4 @@
-"""Names of training runs that say what differs between them, and the command that repeats a run."""
+"""Functions that name a training run by its changed settings, and return the command that repeats the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMED = ("train.steps", "train.seed")
 def run_name(config: RunConfig) -> str:
     """Return a name such as `nano on demo, 400 steps, seed 0, train.optimizer.lr=0.001`.
 
-    The name lists the settings of model, data and training that differ from the config files of the run.
+    The name lists the settings of model, data and training whose values differ from the run's config files.
     """
     name = f"{config.chosen.model} on {config.chosen.data}, {config.train.steps:,} steps, seed {config.train.seed}"
     changes = [
@@ -38,7 +38,7 @@ def run_name(config: RunConfig) -> str:
 
 
 def repeat_command(config: RunConfig, command: str = "train") -> str:
-    """Return the command line that runs a command with the same settings, as the config files are today."""
+    """Return the command line that runs a command with the settings of a run, given the present config files."""
     words = ["lakesight", command, "--run", config.name]
     if config.chosen.platform != "local":
         words += ["--platform", config.chosen.platform]
@@ -48,9 +48,9 @@ def repeat_command(config: RunConfig, command: str = "train") -> str:
 
 
 def changed_settings(config: RunConfig) -> dict[str, str]:
-    """Return the settings of a run that differ from its config files, as keys and values of `--set`.
+    """Return the settings of a run that differ from its config files, as keys and values of the option `--set`.
 
-    If the files of the run are missing or invalid, which is logged, nothing is known to differ.
+    If a config file is missing or invalid, log this and return no settings.
     """
     try:
         files = load_run(config.name, platform=config.chosen.platform)
@@ -63,7 +63,7 @@ def changed_settings(config: RunConfig) -> dict[str, str]:
 
 
 def _differences(before: Mapping[str, Any], present: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
-    """Yield key and value of each setting that differs. A section of another kind is one value."""
+    """Yield the key and the present value of each setting that differs. Yield a section whose `kind` differs as one."""
     for key, value in present.items():
         old = before.get(key)
         if isinstance(value, Mapping) and isinstance(old, Mapping) and _is_same_kind(old, value):

@@ -1,4 +1,7 @@
-"""Descriptions in MLflow: Markdown in sections. Each stage replaces its own sections and keeps all other text."""
+"""Descriptions of runs, experiments and model versions in MLflow, as Markdown text with sections.
+
+Each stage replaces its own sections and keeps all other text.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ KIND = "mlflow.experimentKind"
 TRAINING_KIND = "custom_model_development"
 """Value of the tag KIND with which MLflow shows an experiment as model training, not as development of an agent."""
 VIEW = "workflowType=machine_learning"
-"""Parameter of an address with which MLflow shows the pages of model training."""
+"""Query parameter of a URL with which MLflow shows its pages for model training."""
 MAX_NOTE_CHARS = 5000
-"""Limit of the tracking server with the lowest limit of a tag."""
+"""Largest number of characters of a tag that all tracking servers accept."""
 
 
 STAGES = {
@@ -27,7 +30,7 @@ STAGES = {
     "caption": "Captioning jobs: one run for each job that captioned pictures. Parameters name the model version and "
     "the table, and the table `caption/drift.json` compares the captions with the evaluation of the version.",
 }
-"""Description of each experiment that all runs share."""
+"""Description of each experiment that contains the ingests or the captioning jobs of all run configs."""
 MODEL_DESCRIPTION = (
     "Versions of a model that writes captions for pictures. The alias `champion` is the version that captions tables, "
     "`previous` is the champion before it, and `challenger` was last submitted to the checks of `lakesight promote`. "
@@ -39,7 +42,7 @@ def describe_experiment(name: str) -> dict[str, str]:
     """Return the tags of an experiment: its kind and its description.
 
     Args:
-        name: name of a stage, or of a run.
+        name: name of a stage in STAGES, or of a run config.
     """
     training = (
         f"Trainings of the run **{name}** (`conf/run/{name}.yml`). The name of a run says which settings differ from "
@@ -49,11 +52,11 @@ def describe_experiment(name: str) -> dict[str, str]:
 
 
 def put_sections(note: str, sections: Mapping[str, str]) -> str:
-    """Replace sections of a description, or append them. All other text is kept.
+    """Replace sections of a description, append new sections, and keep all other text.
 
     Args:
-        note: present description, or an empty text.
-        sections: Markdown by heading.
+        note: present description, which may be empty.
+        sections: Markdown text of each section, by heading.
     """
     start = re.split(r"(?m)^### ", note)[0]
     bodies = read_sections(note) | {heading: body.strip() for heading, body in sections.items()}
@@ -68,28 +71,34 @@ def read_sections(note: str) -> dict[str, str]:
 
 
 def code_block(*commands: str) -> str:
-    """Return commands as a block of code."""
+    """Return a Markdown code block with the commands."""
     return "\n".join(["```", *commands, "```"])
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
-    """Return a table in Markdown."""
+    """Return a Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 
 def run_link(platform: Platform, text: str, experiment_id: str, run_id: str, tab: str = "") -> str:
-    """Link to the page of a run. A workspace has other addresses and shows links of its own, so there is only text."""
+    """Return a Markdown link to the page of a run. In a Databricks workspace, return the text without a link.
+
+    A workspace has other addresses and shows its own links.
+    """
     return _link(platform, text, f"experiments/{experiment_id}/runs/{run_id}{tab}")
 
 
 def version_link(platform: Platform, name: str, version: str) -> str:
-    """Link to the page of a model version."""
+    """Return a Markdown link to the page of a model version, or only its name in a Databricks workspace."""
     return _link(platform, f"{name} version {version}", f"models/{quote(name, safe='')}/versions/{version}")
 
 
 def picture(platform: Platform, run_id: str, artifact: str) -> str:
-    """Show a picture that is an artifact of a run, or an empty text on a workspace, which shows no such pictures."""
+    """Return Markdown that shows a picture from the artifacts of a run.
+
+    In a Databricks workspace, return an empty text, because the workspace does not show such pictures.
+    """
     if platform.kind != "local":
         return ""
     return f"![{artifact}](get-artifact?{urlencode({'path': artifact, 'run_uuid': run_id})})"

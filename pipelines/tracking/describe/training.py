@@ -18,12 +18,15 @@ from pipelines.tracking.describe.figures import LEARNING_CURVE
 from pipelines.tracking.describe.names import changed_settings, repeat_command
 from pipelines.tracking.describe.notes import NOTE, code_block, picture, put_sections, read_sections, run_link
 
-MAX_PARAM_CHARS = 500  # limit of the tracking server with the lowest limit
+MAX_PARAM_CHARS = 500  # all tracking servers accept a parameter of this length
 TRAINING = "Training"
 
 
 def describe_training(client: MlflowClient, tracked: Run, run: RunFolder, config: RunConfig) -> None:
-    """Log tags, run.json, datasets, the description, and new parameters (parameters are immutable in MLflow)."""
+    """Log tags, run.json, datasets, the description, and the parameters that the MLflow run does not have yet.
+
+    Parameters are immutable in MLflow.
+    """
     run_id, file = tracked.info.run_id, run.read_run()
     manifests = {
         "training": Shards(run.shard_folder(file.train_shards)).manifest,
@@ -49,19 +52,19 @@ def describe_training(client: MlflowClient, tracked: Run, run: RunFolder, config
 
 
 def show_learning_curve(client: MlflowClient, platform: Platform, run_id: str) -> None:
-    """Show the learning curve, which is an artifact of a run, in the description of the run."""
+    """Add the learning curve, which is an artifact of a run, to the description of the run."""
     if shown := picture(platform, run_id, LEARNING_CURVE):
         add_sections(client, run_id, {"Learning curve": shown})
 
 
 def add_sections(client: MlflowClient, run_id: str, sections: Mapping[str, str]) -> None:
-    """Replace or append sections of the description of a run."""
+    """Replace or append sections in the description of a run."""
     note = client.get_run(run_id).data.tags.get(NOTE, "")
     client.set_tag(run_id, NOTE, put_sections(note, sections))
 
 
 def version_text(client: MlflowClient, platform: Platform, run_id: str, step: int) -> str:
-    """Describe a new model version: the step of its checkpoint, its run, and the run's own text about the training."""
+    """Return the description of a new model version: step, link to the run, and the training section of the run."""
     tracked = client.get_run(run_id)
     link = run_link(platform, tracked.info.run_name, tracked.info.experiment_id, run_id)
     text = read_sections(tracked.data.tags.get(NOTE, "")).get(TRAINING, "")
@@ -85,7 +88,7 @@ def _training_text(config: RunConfig, file: RunFile, manifest: Manifest) -> str:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten a nested mapping. The keys of the result are dotted names, and the values are texts."""
+    """Flatten a nested mapping. The result maps dotted names to values converted to text."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"

@@ -88,18 +88,18 @@ class Collator:
     def collate_samples(
         self, rows: Sequence[Row], sequences: Sequence[TokenSequence], weights: Sequence[float]
     ) -> Batch:
-        """Collate pictures with several sampled answers each, and the weight of each answer.
+        """Collate pictures and their sampled answers into one batch, with a loss weight for each answer.
 
         Args:
             rows: list of P rows.
-            sequences: the sequences of all answers, in the order of the rows, equally many for each row.
+            sequences: token sequences of all answers, in the order of the rows, with equally many answers per row.
             weights: weight of each sequence in the loss.
         """
         batch = self._padded(rows, sequences)
         return replace(batch, weights_B=torch.tensor(weights), rows_per_picture=len(sequences) // len(rows))
 
     def _padded(self, rows: Sequence[Row], sequences: Sequence[TokenSequence]) -> Batch:
-        """Make one batch of the pictures of the rows, with all sequences padded to the same length."""
+        """Make one batch from the pictures of the rows and the sequences, which are padded to the same length."""
         longest = max(len(sequence.ids) for sequence in sequences) - 1
         length = min(self._context, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE)
         tokens_BT = np.full((len(sequences), length), self._tokenizer.pad_id, np.int64)
@@ -177,9 +177,9 @@ def training_batches(
 def rows_of_step(
     shards: Shards, step: int, *, rank: int, world_size: int, batch_size: int, seed: int
 ) -> tuple[list[Row], list[tuple[str, str]], RowPicks]:
-    """Return the rows of this rank at a step, the (prompt, text) that each row is trained on, and the picks.
+    """Return the rows of this rank at a step, the (prompt, text) on which each row is trained, and the RowPicks.
 
-    The arguments are those of `training_batches`. The rows are not augmented.
+    The arguments have the same meaning as in `training_batches`. The pictures of the rows are not augmented.
     """
     parts = shards.manifest.parts
     sizes, draws = [part.rows for part in parts], [part.draws for part in parts]
@@ -195,7 +195,7 @@ def rows_of_step(
 
 
 def map_ahead(make: Callable[[S], T], items: Iterable[S], workers: int) -> Iterator[T]:
-    """Apply `make` to each item in threads, a few items ahead, and yield the results in the order of the items.
+    """Apply `make` to items in threads, a few items ahead of the consumer, and yield the results in item order.
 
     An error of `make` is raised in the consumer when the item's result is due. Threads are used instead of processes
     because rows are views of memory-mapped files, JPEG decoding releases the GIL, and threads hand over results

@@ -6,12 +6,13 @@ Position k of epoch e is row `permute(k)`, where the permutation is keyed by (se
 O(1) time and memory. No list is shuffled, stored or replayed. At any step, after any restart and at any world size, a
 rank computes its slice of the same infinite sequence of rows.
 
-The permutation is a Feistel network over the next power of four. A position that maps outside [0, n) is mapped again
-until it is inside. This method is called cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite Domains",
-2002).
+The permutation of n rows is a Feistel network over the next power of four. A result outside [0, n) is mapped again
+until a result is inside [0, n). This method is called cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite
+Domains", 2002).
 
-A mix permutes the positions of its epochs by the same method. Each position is one draw from one part of the mix. The
-number of the draw determines the row of the part, because the rows of each part are permuted by the same method.
+In a mix of several sources, the positions of an epoch are permuted by the same method. Each permuted position is a draw
+from one source (a part of the mix). The number of the draw determines the row, because the rows of each part are also
+permuted by this method.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def pick_rows(step: int, *, rank: int, world_size: int, batch_size: int, num_row
 
 
 def pick_mix_rows(picks: RowPicks, rows: Sequence[int], draws: Sequence[int], *, seed: int) -> RowPicks:
-    """Map draws of a mix to rows of its parts. Row numbers continue from each part to the next part.
+    """Map the draws of a mix to rows of its parts. The rows are numbered through, from the first part to the last part.
 
     Each pass over a part draws every row of the part once, in a new order.
 
@@ -108,10 +109,10 @@ def permute(positions: Int64s, epochs: Int64s, *, num_rows: int, seed: int) -> I
 
 
 def _permute_few(positions: Int64s, epochs: Int64s, *, num_rows: int, seed: int) -> Int64s:
-    """Compute `permute` for at most 4**MIN_HALF_BITS rows, from a table of the whole Feistel network of each epoch.
+    """Compute `permute` for at most 4**MIN_HALF_BITS rows, from a lookup table of the Feistel network of each epoch.
 
-    A position of three rows is mapped 85 times on average until it is inside. A lookup in a table is much faster than
-    a pass through the network.
+    With three rows, for example, a position needs 85 passes through the network on average. A lookup in a table is much
+    faster than a pass through the network.
     """
     found, epoch_number = np.unique(epochs, return_inverse=True)
     values = np.arange(4**MIN_HALF_BITS, dtype=np.uint64)
@@ -163,7 +164,7 @@ def random_fractions(picks: RowPicks, count: int, *, seed: int) -> Float64s:
 
 
 def hash64s(*columns: UInt64s) -> UInt64s:
-    """Hash the values at each position of several equally shaped arrays to 64 bits with a chain of SplitMix64."""
+    """Hash arrays of equal shape by position. A chain of SplitMix64 hashes the values at one position to 64 bits."""
     state = np.zeros_like(columns[0])
     for column in columns:
         state = splitmix64(state ^ column)

@@ -8,11 +8,11 @@ another rank has died, the main thread is blocked in a C++ collective, so the ha
 C-level handler writes the signal's number to a pipe. A thread reads the pipe, writes the failure record and exits the
 process.
 
-The same thread detects two more conditions. If the launcher has died, the rank exits, so no rank outlives its launcher.
-If there is no progress for `train.timeout_seconds`, the rank writes the stacks of all threads and exits. When one rank
-hangs, all other ranks wait for this rank and time out at the same moment. A rank that is inside a collective is
-therefore recorded as waiting, not as the cause. If the interpreter itself is stuck, faulthandler's C thread ends the
-rank.
+This thread also detects two other conditions. If the launcher has died, the rank exits, so no rank outlives its
+launcher. If the rank reports no progress for `train.timeout_seconds`, the rank writes the stacks of all threads and
+exits. When one rank hangs, all other ranks wait for this rank and time out at the same moment. A rank that is inside a
+collective is therefore recorded as waiting, not as the cause. If the interpreter itself is stuck, faulthandler's C
+thread ends the rank.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ EXIT_SECONDS = 5
 WAITING_EXTRA_SECONDS = 3.0
 """Seconds that are added to the timeout of a rank inside a collective.
 
-A rank that hangs therefore writes its failure record first.
+A rank that itself hangs therefore writes its failure record before the ranks that wait for this rank.
 """
 START_SECONDS = 600.0
 """Timeout in seconds before the rank has read `train.timeout_seconds`, for example while torch is imported."""
@@ -73,7 +73,7 @@ def is_consequence(error: BaseException) -> bool:
     """
     if isinstance(error, KeyboardInterrupt) or getattr(error, "on_other_rank", False):
         return True
-    # Torch's class is compared by name, because this module must not import torch.
+    # The error class of torch.distributed is compared by name, because this module must not import torch.
     collective = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
     text = str(error).lower()
     return collective or (isinstance(error, RuntimeError) and any(sign in text for sign in _LOST_CONNECTION))
@@ -94,7 +94,7 @@ class RankMonitor:
         self._started = time.time()
         self._ended = threading.Event()
         self._unwritten: OSError | None = None
-        """Error with which a heartbeat could not be written."""
+        """Error of the last heartbeat that could not be written, or None."""
         self._timeout, self._progress_at = START_SECONDS, time.monotonic()
         self._lock = threading.Lock()
         self._recorded = False
@@ -160,7 +160,7 @@ class RankMonitor:
         )
 
     def _monitor(self) -> None:
-        """Wait for signals, the death of the launcher, or a timeout. Runs in a thread."""
+        """Wait for signals, the death of the launcher, or a timeout. This method runs in a thread."""
         while True:
             self._arm_watchdog()
             ready, _, _ = select.select([self._read_end], [], [], WATCH_SECONDS)
@@ -173,9 +173,9 @@ class RankMonitor:
                 self._handle_timeout(seconds)
 
     def _write_heartbeats(self) -> None:
-        """Write a heartbeat from time to time, if the rank has reported progress since the last one. Runs in a thread.
+        """Write a heartbeat every HEARTBEAT_SECONDS if the rank has reported progress since the last heartbeat.
 
-        The thread is not the monitor, because a write to a network file system may hang.
+        This method has its own thread, because a write to a network file system may hang and would block the monitor.
         """
         reported = self._progress_at
         while not self._ended.wait(HEARTBEAT_SECONDS):
@@ -193,10 +193,7 @@ class RankMonitor:
                 faulthandler.dump_traceback_later(self._timeout + 2 * WAITING_EXTRA_SECONDS, exit=True)
 
     def _handle_timeout(self, seconds: float) -> None:
-        """Immediately end a rank that hangs itself.
-
-        A rank that waits for other ranks is ended WAITING_EXTRA_SECONDS later.
-        """
+        """End this rank after a timeout. If this rank waits for other ranks, end it WAITING_EXTRA_SECONDS later."""
         if not _is_waiting(_main_frame()):
             self._end("Hung", f"made no progress for {seconds:.0f} s (train.timeout_seconds)", 1, consequence=False)
         if seconds > self._timeout + WAITING_EXTRA_SECONDS:

@@ -141,11 +141,11 @@ class FileWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="files")
         self._pending: deque[Future[None]] = deque()
         self.last: Future[None] = Future()
-        """The newest write. When this write has ended, all earlier writes have ended too."""
+        """Future of the newest write. When the newest write has ended, all earlier writes have ended too."""
         self.last.set_result(None)
 
     def write(self, path: Path, content: Config) -> None:
-        """Write a JSON file soon."""
+        """Schedule the write of a JSON file, and return immediately."""
         self.last = self._thread.submit(write_json, path, content)
         self._pending.append(self.last)
 
@@ -171,5 +171,5 @@ class FileWriter:
 def write_metrics(
     files: FileWriter, path: Path, step: int, values: dict[str, float], expert_load: dict[str, tuple[float, ...]]
 ) -> None:
-    """Write the metrics of one step soon. The driver forwards them to MLflow."""
+    """Schedule the write of the metrics of one step. The driver forwards the metrics to MLflow."""
     files.write(path, Metrics(step=step, time=time.time(), values=values, expert_load=expert_load))

@@ -26,9 +26,9 @@ def measure_usage(device: torch.device) -> dict[str, float]:
 
     Returns:
         system/memory_gb: largest peak of resident memory of any rank, in GB.
-        system/gpu_memory_gb: largest peak of allocated GPU memory of any rank, in GB. Missing if ranks use CPUs.
+        system/gpu_memory_gb: largest peak of allocated GPU memory of any rank, in GB. Absent if ranks use CPUs.
         system/gpu_busy: mean fraction of the driver's last sampling period (1/6 s to 1 s) in which a kernel ran.
-            The value is missing on CPUs and without the package nvidia-ml-py.
+            Absent if ranks use CPUs or the package nvidia-ml-py is not installed.
     """
     peaks = {"system/memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES / 1e9}
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Functions that write checkpoints in a background thread, remove old checkpoints, and find one to resume from.
+"""Functions that write checkpoints in a background thread, remove old checkpoints, and find the checkpoint to resume.
 
 The training loop waits only until its tensors are copied and until the previous checkpoint is written, so at most one
 copy of the tensors is in memory. An error in the thread is raised in the rank at its next step, because a run that
@@ -41,7 +41,7 @@ NO_CHECKPOINT = -1
 class CheckpointWriter:
     """Writes checkpoints one after another in a background thread.
 
-    Only rank 0 saves checkpoints. The other ranks of a sharded model write their slices.
+    Only rank 0 calls `save`. If the model is sharded, all other ranks call `start` to write their slices.
     """
 
     def __init__(self, run: RunFolder, file: RunFile, files: FileWriter) -> None:
@@ -66,7 +66,7 @@ class CheckpointWriter:
         """Wait until the previous call has finished, then call a function in the background thread.
 
         Raises:
-            OSError, ...: the previous call has failed.
+            OSError, ...: the function of the previous call has raised this error.
         """
         self.wait()
         self._pending = self._thread.submit(write)
@@ -126,8 +126,8 @@ def _metric_of(run: RunFolder, folder: Path, best_by: BestBy) -> float | None:
 class EarlyStop:
     """Decides when training ends early, because the metric `train.best_by` no longer improves.
 
-    The decision depends only on the values of the metric in the metric files. So all ranks decide the same, and a
-    resumed run decides as the uninterrupted run.
+    The decision depends only on the values of the metric in the metric files. All ranks therefore make the same
+    decision, and a resumed run makes the same decision as an uninterrupted run.
     """
 
     def __init__(self, run: RunFolder, settings: TrainConfig, resume_step: int) -> None:
@@ -135,12 +135,12 @@ class EarlyStop:
         self._costs: list[float] = []
         step = settings.next_validated_step(0)
         while settings.stop and step <= resume_step:
-            if run.metrics(step).exists():  # a run that goes on from another run has no files of the first steps
+            if run.metrics(step).exists():  # a run that continues another run has no files of the first steps
                 self.add(read_json(run.metrics(step), Metrics).values)
             step = settings.next_validated_step(step) if step < settings.steps else resume_step + 1
 
     def add(self, values: Mapping[str, float]) -> None:
-        """Add the metrics of a step. A step at which the metric was not computed does not count."""
+        """Add the metrics of a step. A step without a value of the metric `train.best_by` is ignored."""
         if (value := values.get(f"val/{self._best_by}")) is not None:
             self._costs.append(cost(value, self._best_by))
 
@@ -204,11 +204,11 @@ def _newest_intact(run: RunFolder) -> Path | None:
 
 
 def find_training_state(checkpoint: Path | None, settings: TrainConfig) -> tuple[Path | None, int]:
-    """Return the folder of the training state with which a run goes on, and the number of the next step.
+    """Return the folder of the training state from which a run continues, and the number of the next step.
 
     Args:
         checkpoint: newest checkpoint of the run, if any.
-        settings: settings of the run. With `start_state: training`, a new run goes on from `start_from`.
+        settings: settings of the run. With `start_state: training`, a new run continues from the state in `start_from`.
     """
     if checkpoint:
         return checkpoint, step_of(checkpoint)

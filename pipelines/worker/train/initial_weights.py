@@ -73,7 +73,7 @@ class ModelBuilder:
             self._fill(model, folder / WEIGHTS)
 
     def copy(self, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, step: int) -> TrainingSnapshot:
-        """Copy the training state, or the part of the training state of a sharded model that this rank writes."""
+        """Copy the training state. If the model is sharded, copy only the part of the state that this rank writes."""
         weights = adapter_weights(model) if self.settings.adapter else dict(model.named_parameters())
         return snapshot_training(weights, model, optimizer, step)
 
@@ -115,7 +115,7 @@ class ModelBuilder:
         return model
 
     def _fill(self, model: VisionLanguageModel, path: Path) -> None:
-        """Read the weights, or the rows of this rank if the model is sharded."""
+        """Read weights from a file into the model. If the model is sharded, read only the rows of this rank."""
         fill_weights(self.config, {name: rows_of(p.detach()) for name, p in model.named_parameters()}, path)
 
     @cached_property

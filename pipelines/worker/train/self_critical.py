@@ -1,11 +1,11 @@
-"""Self-critical training: the model samples captions of training pictures, and learns which of them have more CIDEr-D.
+"""Self-critical training: sample captions of training pictures, and make captions with a higher CIDEr-D more likely.
 
 Sources: Rennie et al., "Self-critical sequence training for image captioning", 2016; Luo, "A better variant of
 self-critical sequence training", 2020.
 
-The advantage of a caption is its reward minus the mean reward of the other samples of the same picture. The batch that
-this module makes weights the cross entropy of each sampled caption by its advantage, so the gradient of the loss is the
-policy gradient. Sampled captions that all have the same reward change nothing.
+The advantage of a caption is its reward minus the mean reward of the other samples of the same picture. In the loss,
+the cross entropy of each sampled caption is weighted by its advantage, so the gradient of the loss is the policy
+gradient. If all samples of a picture have the same reward, the picture contributes nothing to the gradient.
 
 The random numbers of a caption depend only on (seed, epoch, row, number of the sample), so a resumed run samples the
 same captions.
@@ -36,7 +36,7 @@ from vlm.training.loop import mixed_precision
 
 
 class SampledRow(NamedTuple):
-    """Training picture, the words of its references, and the seed of its samples."""
+    """Training picture with a prompt, the words of its reference texts, and the seed of its sampled captions."""
 
     row: Row
     prompt: str
@@ -45,9 +45,10 @@ class SampledRow(NamedTuple):
 
 
 def sampled_rows(shards: Shards, step: int, order: RowOrder, augmenter: Augmenter | None) -> list[SampledRow]:
-    """Return the rows of this rank at a step, with one prompt per row and all references of the prompt.
+    """Return the rows of this rank at a step, with one prompt per row and all reference texts of the prompt.
 
-    Any of the references limits the augmentation of the picture, because all of them are compared with the captions.
+    A picture is only augmented in ways that keep all its reference texts true, because each sampled caption is compared
+    with all reference texts.
     """
     rows, texts, picks = rows_of_step(shards, step, **order)
     references = [
@@ -65,16 +66,16 @@ def sampled_rows(shards: Shards, step: int, order: RowOrder, augmenter: Augmente
 
 
 class CaptionSampler:
-    """Samples captions of training rows with the current weights, and makes batches that are weighted by advantage.
+    """Sampler of captions of training rows, which returns the captions as batches that are weighted by advantage.
 
     Args:
         model: model whose captions are sampled, without a DDP wrapper.
         tokenizer: tokenizer of the model.
         collator: collator of the model.
-        cider: CIDEr-D with the document frequencies of the training texts and END.
+        cider: CIDEr-D with the document frequencies of the training texts, in which the end token counts as a word.
         objective: number of samples per picture, and temperature.
         settings: settings of the run. `rows_at_once` limits the number of captions in a part of a batch.
-        reward: mean to which the CIDEr-D of the samples is added.
+        reward: running mean to which the CIDEr-D of the sampled captions is added.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class CaptionSampler:
         self._max_prefix = model.config.decoder.context - longest
 
     def sample(self, rows: Sequence[SampledRow]) -> list[Batch]:
-        """Sample captions of the rows of a step, and return the batch of the step in parts of `rows_at_once` captions.
+        """Sample captions of the rows of a step, and return them as batches of at most `rows_at_once` captions.
 
         The model is in training mode afterwards.
         """
@@ -142,5 +143,5 @@ def advantages(rewards: Sequence[float]) -> list[float]:
 
 
 def _is_complete(completion: Completion) -> bool:
-    """Return whether the model has ended the caption itself, so the caption was not cut at its greatest length."""
+    """Return whether the model has ended the caption with an end token, so the caption was not cut at the limit."""
     return completion.num_tokens > len(completion.tokens)

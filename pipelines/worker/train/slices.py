@@ -1,7 +1,8 @@
-"""Checkpoints of sharded models. Each rank writes its rows of all tensors to a file, and rank 0 joins the files.
+"""Checkpoints of sharded models. Each rank writes its rows of all tensors to files, and rank 0 joins these files.
 
-The joined files are those of a model that is not sharded, so every reader of checkpoints can read them. No rank holds
-the whole tensors: the slices go from file to file. All ranks write to the run folder, which they share.
+The joined files have the same format as the checkpoint of a model that is not sharded, so every reader of checkpoints
+can read the joined files. No rank has a whole tensor in memory, because rank 0 copies slices from file to file. All
+ranks write to the run folder, which they share.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ class CheckpointSlices:
     """The slices of the ranks for the checkpoint of one step.
 
     Attributes:
-        folder: folder of the slices, which all ranks see.
+        folder: folder of the slices, which is visible to all ranks.
         world_size: number of ranks.
-        timeout_seconds: longest time that rank 0 waits for the slices of the other ranks.
+        timeout_seconds: longest time that rank 0 waits for the slices of all other ranks, in seconds.
     """
 
     folder: Path
@@ -47,7 +48,7 @@ class CheckpointSlices:
                 save_file(tensors, temporary)
 
     def join(self, folder: Path, step: int) -> None:
-        """Wait for the slices of all ranks, join them to the files of a checkpoint, and remove the slices.
+        """Wait for the slices of all ranks, join the slices into the files of a checkpoint, and remove the slices.
 
         Raises:
             UserError: a slice is missing after `timeout_seconds`.
@@ -64,7 +65,7 @@ class CheckpointSlices:
 
     def _wait(self) -> None:
         deadline = time.monotonic() + self.timeout_seconds
-        # A rank writes its optimizer state last.
+        # A rank writes its optimizer state after its weights, so a rank with a STATE file has written both files.
         while missing := [rank for rank in range(self.world_size) if not self._path(rank, STATE).exists()]:
             if time.monotonic() > deadline:
                 raise UserError(
@@ -83,6 +84,6 @@ def slices_of(run: RunFolder, step: int) -> Path:
 
 
 def remove_stale_slices(run: RunFolder) -> None:
-    """Remove slices that an earlier attempt of the run has left. A later attempt must not join them with its own."""
+    """Remove the slices of an earlier attempt of the run, so that this attempt joins only its own slices."""
     for folder in run.checkpoints.glob(".slices_*"):
         shutil.rmtree(folder)

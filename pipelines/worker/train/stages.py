@@ -29,8 +29,8 @@ class Stage:
         end: first step after the stage.
         lr: largest learning rate of any parameter.
         rates: learning rate by pattern of parameter names, or None to train all trainable parameters at `lr`.
-        objective: what the stage learns.
-        warmup_steps: length of the warm-up, or None for that of the run's settings.
+        objective: training objective of the stage.
+        warmup_steps: number of warm-up steps of the learning rate, or None for the number in the run's settings.
     """
 
     first: int
@@ -44,7 +44,7 @@ class Stage:
         """Freeze the parameters that this stage does not train. Return a new optimizer for the trainable parameters.
 
         Raises:
-            ConfigError: a pattern matches no parameter, or only parameters that an earlier pattern matches.
+            ConfigError: a pattern matches no parameter, or matches only parameters that an earlier pattern matches too.
         """
         if self.rates is not None:
             set_trainable(model, self.rates)

@@ -1,9 +1,9 @@
 """Training in one rank: join the process group, build the model, resume from the last checkpoint, train, report.
 
 The training loop is `vlm.training.loop.fit`. This module supplies the training loop with batches, and after a training
-step this module writes metrics, validates and saves a checkpoint, if due. A checkpoint contains all state carried
-between steps: the weights, the optimizer state, and the number of the next step. The number of a step determines its
-rows, its learning rate and its random numbers.
+step this module writes metrics, validates and saves a checkpoint if due. A checkpoint contains all state that one step
+passes to the next: the weights, the optimizer state, and the number of the next step. The number of a step determines
+the rows, the learning rate and the random numbers of the step.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ class Trainer:
             raise self._with_pictures(error) from error
 
     def _batches(self, objective: ObjectiveConfig, steps: range) -> Iterator[list[Batch]]:
-        """Return batches of texts, or of captions that the model samples with the weights before each step."""
+        """Return the batches of a stage, made from training texts or from captions sampled before each step."""
         settings, order = self.file.config.train, self.row_order()
         if objective.kind == "cider":
             cider = Cider.load(self.run.cider)
@@ -243,7 +243,7 @@ class Trainer:
         return RowOrder(rank=env.rank, world_size=env.world_size, batch_size=settings.batch_size, seed=settings.seed)
 
     def _with_pictures(self, error: NotFiniteError) -> NotFiniteError:
-        """Add the pictures of the step and the command that replays the step to an error."""
+        """Return the error with the pictures of the step and with the command that replays the step."""
         got = error.got
         if not error.in_validation:
             rows, _, _ = rows_of_step(self.train_shards, error.step, **self.row_order())
@@ -303,7 +303,7 @@ class Trainer:
         self.stopwatch.start()
 
     def _save(self, done: int, *, last: bool) -> None:
-        """Copy the training state, and start to write a checkpoint of it, or the slice of this rank."""
+        """Copy the training state, and start to write the checkpoint, or this rank's slice of a sharded checkpoint."""
         with averaged_weights(self.optimizer):
             copy = self.builder.copy(self.model, self.optimizer, done)
         if not self.sharded:
@@ -344,7 +344,7 @@ class Trainer:
         """Return the mean loss or, in a stage that rewards CIDEr, the mean CIDEr-D of the sampled captions."""
         if stage.objective.kind == "texts":
             return {"loss": self.loss.take()}
-        self.loss.restart()  # the loss that is weighted by advantage has no meaning of its own
+        self.loss.restart()  # a loss that is weighted by advantage is not meaningful as a metric
         reward = torch.tensor(self.reward.take(), dtype=torch.float64, device=self.device)
         return {"cider": float(global_sum(reward)) / self.env.world_size}
 

@@ -1,8 +1,7 @@
 """Parser of folder sources: each row of a captions file names a picture file in the same folder.
 
-A picture file that is missing or too large is a problem of its row. Any other disk error is a problem of the machine:
-the error fails the task, and Spark retries the task. A network drive that is offline for a minute must not fill
-`quarantine`.
+A row whose picture file is missing or too large is refused. Any other disk error fails the Spark task, and Spark
+retries the task, because a network drive that is offline for a minute must not fill the table `quarantine`.
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ CAPTIONS = pa.schema(
         ("item", pa.string()),  # <captions file>#<hash of the row>
         ("state", pa.string()),  # change token of the picture
         *RECORDS,
-        ("picture", pa.string()),  # path of the picture file without links; null if there is none
+        ("picture", pa.string()),  # path of the picture file after links are resolved; null without a file
     ]
 )
 """Schema of the records of a captions file, with the change tokens of their pictures."""
 
 
 def change_token(size: int, modified: int) -> str:
-    """Return a file's change token, a text of the size in bytes and the modification time (given in microseconds)."""
+    """Return the change token of a file, a text with the size in bytes and the modification time in microseconds."""
     return f"{size} bytes, {datetime.fromtimestamp(modified / 1e6, UTC):%Y-%m-%dT%H:%M:%S}.{modified % 1_000_000:06d}Z"
 
 
@@ -62,7 +61,7 @@ def parse_captions(batches: Iterator[pa.RecordBatch], read: Read) -> Iterator[pa
     """Parse a captions file into batches of the schema RECORDS.
 
     Args:
-        batches: input of `read`.
+        batches: batches of raw rows, which `read` parses.
         read: parser of the captions file.
     """
     yield from store_records(read(batches))
@@ -80,7 +79,7 @@ def list_captions(
     """Yield the rows of a captions file with the change tokens of their pictures, without opening a picture.
 
     Args:
-        batches: input of `read`.
+        batches: batches of raw rows, which `read` parses.
         read: parser of the captions file.
         captions: path of the captions file.
         folder: folder of the pictures.
@@ -105,7 +104,7 @@ def _caption_row(record: Record, captions: str, folder: str, column: str) -> dic
 
 
 def caption_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
-    """Convert rows of the schema RECORDS or CAPTIONS back to the records from which the rows were made."""
+    """Convert rows of the schema RECORDS or CAPTIONS back to records."""
     for batch in batches:
         for row in batch.to_pylist():
             problem = Problem(row["reason"], row["detail"]) if row["reason"] else None
@@ -120,12 +119,12 @@ def folder_records(
     If consecutive records name the same picture, the picture is read once, and the records share one bytes object.
 
     Args:
-        batches: input of `read`.
+        batches: batches of raw rows, which `read` parses.
         read: function that yields records of the captions file.
         folder: folder of the pictures.
         column: field that names a picture file, relative to the folder or to the subfolder.
         max_bytes: largest size of a picture file to read, in bytes.
-        subfolder: path of the captions file's folder below the folder, or empty.
+        subfolder: path of the captions file's folder relative to `folder`, as `subfolder_of` returns it.
     """
     last: tuple[object, bytes | Problem] = None, b""
     for record in read(batches):
@@ -152,7 +151,7 @@ def subfolder_of(captions: str, folder: str) -> str:
 
 
 def _find_picture(folder: str, subfolder: str, name: object) -> PictureFile | Problem:
-    """Find the file that a row names, relative to the folder, else to the folder of the captions file."""
+    """Find the picture file that a row names, first relative to `folder`, then relative to `folder/subfolder`."""
     if not isinstance(name, str) or not name.strip():
         return Problem("missing_field", "no file is named")
     found = find_file(folder, name)
