@@ -132,7 +132,7 @@ def _draw(
     draw: Path | None,
     attention: Path | None,
 ) -> dict[str, Any]:
-    """Find the regions of an answer, write the drawings, and return the fields of the report about them."""
+    """Find the regions of an answer, write the drawings, and return the report's fields about both."""
     image = captioner.model.config.image
     regions = find_regions(answer.text, pictures[0], image) if len(pictures) == 1 else ()
     drawn = looked = None
@@ -201,7 +201,7 @@ def _check_question(files: Sequence[Path], prompt: str, drawings: Mapping[str, P
 def read_picture(job: Job, path: Path) -> Image:
     """Read a picture file and check the picture against the run's limits for ingested pictures.
 
-    A child process decodes the picture, so that a picture that crashes its decoder or never ends leads to an error.
+    A child process decodes the picture, so that a crash or an endless loop of the decoder becomes an error.
 
     Raises:
         UserError: the file is missing, is not a picture, or exceeds the limits.
@@ -209,7 +209,7 @@ def read_picture(job: Job, path: Path) -> Image:
     from PIL import Image
 
     limits = job.config.data.limits
-    if address := re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):/(.*)", str(path)):  # Path has removed the second slash
+    if address := re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):/(.*)", str(path)):  # `Path` turns // into /
         raise _unusable("read", f"{address[1]}://{address[2]}", "a URL", "download the picture, and name its file")
     try:
         [picture] = run_guarded([_read_file(path, limits.max_bytes)], partial(_decode, limits=limits), _raise_death)
@@ -233,7 +233,7 @@ def _read_file(path: Path, max_bytes: int) -> bytes:
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("a folder" if path.is_dir() else "a device or pipe, which may have no end")
-    # Some files below /proc have no size and wait for data. Opened without waiting, they give None.
+    # Some files below /proc have size 0, and reading them would wait for data. With O_NONBLOCK, `read` returns None.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         data = (file.read(max_bytes + 1) if size <= max_bytes else None) or b""

@@ -31,7 +31,7 @@ class Panel(NamedTuple):
 
 
 def draw_attention(picture: Image, config: ImageConfig, maps: AttentionMaps) -> Image:
-    """Draw the panels of all words in rows. The title of a panel has the word, and the share of its attention that
+    """Draw the panels of all words in rows. A panel's title has the word, and the share of the word's attention that
     goes to the picture.
     """
     return join_panels(attention_panels(picture, config, maps))

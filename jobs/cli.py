@@ -1,4 +1,4 @@
-"""The command line app `lakesight`: registers all commands and prints errors.
+"""The command line app `lakesight`, which registers all commands and prints errors.
 
 The exit code is 0 for success, 1 for a failure, and 2 for a user's mistake. On success `main` returns instead of
 calling `sys.exit`, because a Databricks wheel task counts any SystemExit as a failure.
@@ -58,13 +58,13 @@ COMMANDS = STAGE_COMMANDS | INTERACTIVE_COMMANDS | WEIGHT_COMMANDS
 """First line of the help of each command. The module of a command is imported only if the command is used."""
 
 JAVA_PERMISSION_ERRORS = ("(Permission denied)", "(Read-only file system)", "DELTA_CANNOT_CREATE_LOG_PATH")
-"""Texts of Java exceptions for a file or folder that is not writable."""
+"""Parts of the messages of Java exceptions for a file or folder that is not writable."""
 
 
 class Interrupted(LakesightError):
-    """The user pressed Ctrl-C, or a scheduler sent SIGTERM.
+    """Error for a command that Ctrl-C or a scheduler's SIGTERM has interrupted.
 
-    Committed work is kept, and the same command resumes from the committed work.
+    Committed work is kept. If the user runs the same command again, the command continues from the committed work.
     """
 
 
@@ -90,7 +90,7 @@ class LazyCommands(Mapping[str, Any]):
 
 
 class Commands(TyperGroup):
-    """Group of commands. Its help imports no command, and Ctrl-C is reported as an error."""
+    """Group of commands. Printing the group's help imports no command, and Ctrl-C is reported as an error."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings | {"commands": settings.get("commands") or LazyCommands()})
@@ -167,13 +167,13 @@ def run(commands: typer.Typer) -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Interrupt the command as Ctrl-C does. A scheduler's second SIGTERM does not interrupt the cleanup."""
+    """Interrupt the command as Ctrl-C does. A second SIGTERM is ignored, so that it does not interrupt the cleanup."""
     signal.signal(number, lambda *_: None)  # not SIG_IGN, which child processes would inherit
     raise KeyboardInterrupt
 
 
 def _hold_sigterm() -> None:
-    """Hold SIGTERM back during a fork, because the child would lose a signal that arrives before it is ready."""
+    """Block SIGTERM during a fork, because a child would lose a signal that arrives before the child is ready."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 

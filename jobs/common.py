@@ -105,12 +105,12 @@ class Job:
         self.config = load_run(self.config.name, platform=self.config.chosen.platform, overrides=self.overrides)
 
     def finish(self, report: object, next_command: str) -> None:
-        """Print the report as JSON if requested, then the command to run next."""
+        """Print the report as JSON if the user asked for JSON, then print the command to run next."""
         self.output.report(report)
         self.output.line("next", self.command(next_command))
 
     def stop(self) -> None:
-        """Stop the Spark session if this command started the session. A workspace keeps its session."""
+        """Stop the Spark session if this command started the session. A Databricks session keeps running."""
         if "spark" in self.__dict__ and self.platform.kind == "local":
             self.spark.stop()
 

@@ -20,7 +20,7 @@ ENTITY = "champion"
 
 
 class EndpointReport(Config):
-    """Report of `lakesight endpoint`: the endpoint, and the version that it serves or will serve in some minutes."""
+    """Report of `lakesight endpoint`: the endpoint, and the version that the endpoint serves or will soon serve."""
 
     endpoint: str
     model_name: str

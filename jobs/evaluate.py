@@ -83,7 +83,7 @@ def evaluate(
 
 
 def choose_version(job: Job, version: str, checkpoint: int | None) -> str:
-    """Return the version to work on: that of --version, or of the checkpoint of a step of this version's training."""
+    """Return `version` or, with `checkpoint`, the version of the checkpoint of this step in the same training."""
     return version if checkpoint is None else register_checkpoint(job, version, checkpoint)
 
 
@@ -155,7 +155,7 @@ def run_evaluate(
 ) -> EvaluationReport:
     """Run the evaluate stage: evaluate a version, then print the version's metrics and the baselines.
 
-    With `follow`, the version captions with the generation settings that the command gives.
+    If `follow` is True, the captions are generated with the command's generation settings instead of the version's.
     """
     from pipelines.driver.evaluate.metrics import describe_words
 

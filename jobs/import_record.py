@@ -1,4 +1,4 @@
-"""Record of an import of published weights, with which a repeated `import-weights` finds its finished work."""
+"""Record of an import of published weights, by which a repeated `import-weights` knows that the work is done."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 RECORD = "import.json"
 """Name of the record in the folder of the checkpoint."""
 SOURCES = ("*.json", "*.safetensors")
-"""Patterns of the files that an import reads."""
+"""Name patterns of the files that an import reads."""
 
 
 class ImportRequest(Config):
@@ -27,7 +27,7 @@ class ImportRequest(Config):
     Attributes:
         model: config of the model.
         sources: SHA-256 of each file in the folder of each part.
-        seed: random seed of weights that no folder contains.
+        seed: random seed for initialising the weights that no folder contains.
     """
 
     model: ModelConfig
@@ -36,10 +36,10 @@ class ImportRequest(Config):
 
 
 class ImportRecord(Config):
-    """Import that has written, or is writing, the checkpoint of a folder.
+    """Record in a checkpoint folder of the import that has written, or is writing, the checkpoint.
 
     Attributes:
-        request: request of the import.
+        request: everything that determines the checkpoint.
         tokens: keys of the start and end tokens that the import has compared.
         report: report of the import; null while the checkpoint is not complete.
     """
@@ -75,7 +75,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def read_record(out: Path) -> ImportRecord | None:
-    """Return the record of the import that has written a folder, or None if the folder has no readable record."""
+    """Return the import record of a checkpoint folder, or None if the folder has no readable import record."""
     try:
         return ImportRecord.model_validate_json((out / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValidationError):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHOWN_FILES = 5
-"""Number of files that the terminal names for each reason for which files were not read."""
+"""Maximum number of names of unread files that the command prints for each reason."""
 
 
 def ingest(
@@ -113,7 +113,7 @@ def log_to_mlflow(job: Job, report: FullReport, *, good: bool) -> None:
 
 
 def _name_passed_over(report: FullReport) -> str:
-    """Return the first files that were not read, with the reasons."""
+    """Return a text with each reason for which files were not read, and the names of the first files."""
     parts = []
     for reason, count in report.passed_over_count.items():
         names = report.passed_over.get(reason, [])[:SHOWN_FILES]

@@ -32,7 +32,7 @@ class CaptionLineage(Config):
         manifest_hash: hash of the training shards; equal hashes mean equal training data.
         code_version: version of Lakesight that trained the model.
         code_digest: hash of the source files that trained the model; null if Lakesight 0.1.0 trained the model.
-        code_commit: git commit of these files; null if they were not in a git checkout.
+        code_commit: git commit of the source files; null if the source files were not in a git checkout.
         settings: decoding settings, in JSON.
     """
 
@@ -92,7 +92,7 @@ def run_lineage(job: Job, image_id: str) -> list[CaptionLineage]:
     from pipelines.formats.delta_files import arrow_dataset
     from pipelines.tracking.outage import TrackingDown
 
-    with suppress(TrackingDown):  # the tables can be read all the same
+    with suppress(TrackingDown):  # reading the tables needs no tracking server
         register_finished_runs(job)
     table = arrow_dataset(open_table(job, "generated_captions", None))
     rows = table.to_table(filter=pc.field("image_id") == image_id).sort_by("captioned_at").to_pylist()

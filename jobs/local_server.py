@@ -1,4 +1,4 @@
-"""Functions of commands that serve a page or an API on this machine until Ctrl-C."""
+"""Functions for commands that serve a page or an API on this machine until Ctrl-C."""
 
 from __future__ import annotations
 

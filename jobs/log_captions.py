@@ -1,4 +1,4 @@
-"""Captioning jobs in MLflow: parameters, the captioned table as input, figures, drift as one table, and a gallery."""
+"""Log a captioning job to MLflow: parameters, the captioned table as input, metrics, a drift table, and a gallery."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHOWN_CAPTIONS = 24
-"""Number of captions on the page of a job, least certain first."""
+"""Maximum number of captions on the gallery page of a job, which shows the least certain captions."""
 NAMES = ("model_name", "model_version", "model_digest", "settings_hash", "source_table", "source_version")
 
 
@@ -103,7 +103,7 @@ def _describe(job: Job, report: CaptionReport, request: CaptionRequest) -> str:
 
 
 def _write_gallery(job: Job, report: CaptionReport, started: datetime) -> list[Path]:
-    """Write a page of the job's least certain captions with their pictures. A catalog's tables are not files."""
+    """Write a page of the job's least certain captions with their pictures, if the platform's tables are files."""
     if job.platform.tables is None:
         return []
     from jobs.show import write_gallery

@@ -1,4 +1,4 @@
-"""Evaluations in MLflow: few metrics, the table of all figures, the rows, the pages, and the descriptions."""
+"""Log an evaluation to MLflow: the main metrics, tables of all metrics and of rows, HTML pages, and descriptions."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from pipelines.formats.shards import Shards
 
 LOGGED_METRICS = ("exact_match", "word_f1", "cider", "bleu_4", "rouge_l", "loss", "blind_gap", "error_share")
-"""Metrics that are logged to MLflow as metrics and as tags of the version; Unity Catalog limits the number of tags.
+"""Metrics that become MLflow metrics and tags of the model version. Unity Catalog limits the number of tags.
 
-Table `figures` has all metrics."""
+The logged table `figures` contains all metrics."""
 LOGGED_ROWS = 1000
 """Maximum number of evaluated rows that are logged to MLflow as a table."""
 BASELINES = ("constant", "neighbour")
 
 
 def log_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
-    """Log an evaluation to the MLflow run of the training, and describe the run and the version with it.
+    """Log an evaluation to the MLflow run of the training, and update the descriptions of the run and of the version.
 
     The names of the metrics begin with the name of the split, such as `test_cider`.
     """
@@ -61,7 +61,7 @@ def log_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
 
 
 def describe(job: Job, report: EvaluationReport) -> str:
-    """Describe an evaluation in Markdown: the verdict, the main figures beside the baselines, links and commands."""
+    """Describe an evaluation in Markdown: the verdict, the main metrics of model and baselines, links and commands."""
     from pipelines.tracking.describe.notes import code_block, table, version_link
 
     rows = [

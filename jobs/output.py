@@ -18,9 +18,9 @@ from pydantic_core import to_json
 
 LABEL_WIDTH = 12
 TEXT_WIDTH = 80
-"""Number of columns that printed lists use."""
+"""Maximum width of printed lists, in characters."""
 ROUNDING_ERROR = 1e-9
-"""Smaller numbers are printed as 0."""
+"""Numbers whose absolute value is below this limit are printed as 0."""
 
 
 def number(value: float, *, signed: bool = False) -> str:

@@ -1,7 +1,7 @@
 """Checks of `lakesight doctor --platform databricks`, which is the first task of each Databricks job.
 
-The checks run on a CPU cluster before a GPU cluster starts. A check does what later tasks do: it writes to the Volume,
-and it creates the tables, the experiment and the registered model or finds them.
+The checks run on a CPU cluster before a GPU cluster starts. The checks do what later tasks do: they write to the
+Volume, and find or create the tables, the experiment and the registered model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipelines.errors import UserError
 from pipelines.platform import Platform, spark_errors
 
 MIN_RUNTIME = 17
-"""Oldest major version of the Databricks runtime, which is the first with Spark 4."""
+"""Oldest supported major version of the Databricks runtime, which is the first version with Spark 4."""
 
 RUNTIME_MODULES = ("pyspark", "delta", "mlflow", "torch", "pandas")
 WHEEL_MODULES = ("deltalake", "pyarrow", "safetensors", "tokenizers")
@@ -58,7 +58,8 @@ def check_runtime(version: str) -> DoctorCheck:
 def check_module(name: str, fix: str) -> DoctorCheck:
     """Check that a module can be imported, and report its version.
 
-    The module is asked, because a runtime may carry the module in another distribution (such as mlflow-skinny).
+    The version is read from the module itself, because a runtime may have installed the module as part of another
+    distribution, such as mlflow-skinny.
     """
     try:
         module = import_module(name)
@@ -116,7 +117,8 @@ def check_tables(platform: Platform) -> DoctorCheck:
 def check_mlflow(config: RunConfig, platform: Platform) -> Iterator[DoctorCheck]:
     """Find or create the run's experiment and its registered model.
 
-    A server that does not answer gives a warning, because the server may answer later. A refusal is a failure.
+    If the server does not answer, the check only warns, because the server may answer later. If the server refuses the
+    request, the check fails.
     """
     from pipelines.tracking.outage import TrackingDown
     from pipelines.tracking.registry import ensure_model

@@ -76,7 +76,7 @@ def _bar(label: str, poll: Poll, total: int | None, stop: threading.Event, strea
         form = "{desc} {percentage:3.0f}% |{bar:24}| {n}/{total} {elapsed}, {remaining} left{postfix}"
     with logging_redirect_tqdm(), tqdm(desc=label, total=total, bar_format=form, leave=False, file=stream) as bar:
         bar.start_t = started
-        bar.initial, _ = poll()  # a resumed step: the time left follows from what is done since then
+        bar.initial, _ = poll()  # work done before a resume, which does not count in the speed
         while not stop.wait(0.5):
             bar.n, text = poll()
             bar.set_postfix_str(text)
@@ -98,7 +98,7 @@ def progress_text(count: int, total: int | None, elapsed: float, initial: int, t
         count: how much of the step is done.
         total: count at which the step is complete, or None if the progress cannot be counted.
         elapsed: seconds since the start.
-        initial: how much was done at the start, because the step was resumed.
+        initial: how much was already done at the start; not 0 if the step was resumed.
         text: status text.
     """
     parts = [f"{_clock(elapsed)} elapsed"]

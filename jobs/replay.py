@@ -31,9 +31,9 @@ class ReplayReport(Config):
     Attributes:
         step: the replayed step.
         from_step: step of the checkpoint from which the replay trained; 0 if there was no earlier checkpoint.
-        finite: whether the loss and the gradient of the step, and a validation after it, were finite.
+        finite: whether the loss and the gradient of the step, and the loss of a validation after the step, were finite.
         error: message of the rank whose loss was not finite, or an empty string.
-        pictures: all pictures of the step, pictures without a finite loss first, then by descending loss.
+        pictures: all pictures of the step, sorted by descending loss, after the pictures without a finite loss.
     """
 
     run_folder: str
@@ -45,7 +45,7 @@ class ReplayReport(Config):
 
 
 def run_replay(job: Job, run: RunFolder, step: int) -> ReplayReport:
-    """Replay a step of a run, and print the pictures with the largest losses. Nothing of the run is changed."""
+    """Replay a step of a run, and print the pictures with the largest losses. The run is not changed."""
     from pipelines.driver.train.replay import replay_step
     from pipelines.formats.run_owner import own_run
 

@@ -1,4 +1,4 @@
-"""`lakesight serve`: serve a model version over REST, if its files are those that were registered."""
+"""`lakesight serve`: serve a model version over REST, after a check that its files equal the registered files."""
 
 from __future__ import annotations
 

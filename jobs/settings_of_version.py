@@ -1,7 +1,7 @@
-"""Overrides of model settings in commands that use a registered version or a checkpoint.
+"""Check and apply overrides of model settings in commands that use a registered version or a checkpoint.
 
-Training has fixed the settings of a version. Only its generation settings (`model.generation`) can be changed
-afterwards. An override is followed or refused, and never ignored.
+Training fixes all settings of a version except the generation settings (`model.generation`), which a command can
+override. A command refuses any override that it cannot apply, and never ignores an override.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def decoding_settings(job: Job, fixed: ModelConfig, name: str) -> GenerationConf
 
 
 def with_overrides(job: Job, model: ModelFiles) -> ModelFiles:
-    """Return a version that is evaluated with the generation settings of the command, if the command gives any.
+    """Return the version with the generation settings of the command, or unchanged if the command overrides none.
 
     Raises:
         UserError: an override changes a setting that training has fixed, or the settings exclude each other.
@@ -50,7 +50,7 @@ def with_overrides(job: Job, model: ModelFiles) -> ModelFiles:
 
 
 def require_settings_of_version(job: Job, fixed: ModelConfig, name: str) -> None:
-    """Check that no override changes a setting of the model, because the gate measures the version as it is.
+    """Check that no override changes a setting of the model, because the gate measures with the version's settings.
 
     Raises:
         UserError: an override changes a setting of the model.
@@ -69,7 +69,7 @@ def _keys(job: Job) -> list[str]:
 
 
 def _different_keys(job: Job, fixed: ModelConfig) -> list[str]:
-    """Return the keys of overrides of model settings whose value differs from the value of the version."""
+    """Return the keys of overrides `model.*` whose value differs from the version's own value."""
     chosen, own = {"model": job.config.model.model_dump()}, {"model": fixed.model_dump()}
     keys = [key for key in _keys(job) if key.partition(".")[0] == "model"]
     return [key for key in keys if _value_at(chosen, key) != _value_at(own, key)]

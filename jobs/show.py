@@ -137,7 +137,7 @@ def run_show(
         version: version of the table, or None for the latest.
         selection: columns separated by commas, SQL condition, and SQL list of columns to sort by; each may be empty.
         count: number of rows in the report and on the page.
-        place: place of the pictures for the page, or None for no page.
+        place: columns and folder that say where the pictures of the page are, or None for no page.
         output: file for all selected rows, or None.
     """
     from deltalake import Schema
@@ -164,7 +164,7 @@ def run_show(
 
 
 def _open(job: Job, name: str, version: int | None) -> tuple[Relation, int, int]:
-    """Open a table or the view. Return the relation, its version and the number of its rows."""
+    """Open a table or the view, and return its relation, its version and its number of rows."""
     if name != VIEW:
         table = open_table(job, name, version)
         return table_relation(table), table.version(), count_rows(table, name)
@@ -238,8 +238,8 @@ def write_gallery(job: Job, name: str, version: int, rows: pa.Table, place: Pict
         name: name of the table, as given.
         version: version of the table.
         rows: rows with all columns of the table.
-        place: place of the pictures if the rows have pictures. Captions are shown with the pictures of the table that
-            was captioned.
+        place: columns and folder that say where the pictures are, if the rows have pictures. Captions are shown with
+            the pictures of the table that was captioned.
 
     Raises:
         UserError: there are no rows, or the table has neither captions nor the columns of `place`.

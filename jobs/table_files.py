@@ -1,4 +1,4 @@
-"""Tables as the commands without Spark open and query them: as files on a disk."""
+"""Open and query tables as files on a disk, for commands that run without Spark."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def count_rows(delta: DeltaTable, name: str) -> int:
 
 @dataclass(frozen=True)
 class Relation:
-    """A table, or the view `champion_captions`, that SQL can select from.
+    """A table or the view `champion_captions`, in a form from which SQL can select rows.
 
     Attributes:
         tables: tables by the names that `sql` uses.
@@ -104,7 +104,7 @@ class Relation:
         """Read some rows and columns.
 
         Args:
-            columns: names of the columns; all columns if empty.
+            columns: names of the columns to read, or an empty list for all columns.
             where: SQL condition, or empty for all rows.
             order: SQL list of columns to sort by, or empty for the order of the files.
             limit: number of rows, or None for all rows.
@@ -139,7 +139,7 @@ class Relation:
 
 
 def table_relation(table: DeltaTable) -> Relation:
-    """Return one table as a relation."""
+    """Return a relation that selects from one table."""
     return Relation({"shown": table}, "shown")
 
 

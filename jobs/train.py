@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PREPARED = ".prepared"
-"""Suffix of a file in the folder of runs, which names the run folder that `--no-launch` has prepared last for a run."""
+"""Suffix of a file with the path of the run folder that the last `lakesight train --no-launch` of a run wrote."""
 SHOWN_METRICS = ("train/loss", "train/cider", "val/loss", "val/blind_gap")
 
 
@@ -105,7 +105,7 @@ def prepare_run(job: Job) -> RunFolder:
     config = job.config
     check_config(config)
     train_shards = run_shard(job, "train", config.model.image)
-    same_split = config.data.validate_on == "train"  # run seemore, for example, memorises three pictures
+    same_split = config.data.validate_on == "train"  # such as run seemore, which memorises three pictures
     validation_shards = train_shards if same_split else run_shard(job, config.data.validate_on, config.model.image)
     return prepare(config, job.platform, train_shards, validation_shards)
 
@@ -185,9 +185,9 @@ def register_checkpoint(job: Job, which: str, step: int) -> str:
 
 
 def register_finished_runs(job: Job) -> None:
-    """Log and register the finished trainings of a run whose `train` command ended before it could do so.
+    """Log and register the finished trainings of a run that the `train` command itself could not log and register.
 
-    The tracking server was down then, or the command was killed. A training that cannot be registered only warns.
+    The command was killed, or the tracking server was down. If registering fails again, log a warning.
 
     Raises:
         TrackingDown: the tracking server is still down.

@@ -44,7 +44,7 @@ def ui(
             )
         follow_moved_home(job.platform)
         check_port_free(port)
-        # Without the parameter, MLflow shows its pages for agents to whoever opens it for the first time.
+        # Without the parameter, MLflow shows its pages for agents to a user who opens MLflow for the first time.
         job.output.line("ui", f"http://{HOST}:{port}/#/experiments?{VIEW}  (Ctrl-C stops it)")
         command = [
             sys.executable,

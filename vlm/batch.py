@@ -27,7 +27,7 @@ class Batch:
         labels_BT: int64 labels; the label of a position is the next token if the next token belongs to the answer, and
             IGNORE otherwise.
         prefix_lengths_B: int64 number of positions before the answer in each row.
-        weights_B: weight of the loss of each row; None if all rows have the weight 1.
+        weights_B: factor by which the loss of each row is multiplied; None if all factors are 1.
         rows_per_picture: number of adjacent rows that share a picture, so that the picture is encoded only once.
     """
 

@@ -40,10 +40,10 @@ WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json
 MANIFEST = "files.json"
 MODEL_FILES = (WEIGHTS, CONFIG, TOKENIZER)
 FORMAT_KEY, FORMAT = "lakesight_format", 2
-"""Version of the format of checkpoints. Files without a version (0) were written before versions were introduced.
+"""Version of the checkpoint format. A file without a version counts as version 0.
 
-From version 2 on, `vision.select: attention` reads the patches alone. Before, the query also read the class token and
-the registers.
+Since version 2, the learned query of `vision.select: attention` reads only the patches. In older versions, the query
+also reads the class token and the registers.
 """
 
 
@@ -74,14 +74,14 @@ def model_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def best_device() -> torch.device:
-    """Return the GPU of this process if there is one, and the CPU otherwise."""
+    """Return the current GPU as a torch device, or the CPU if this process has no GPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """Return the checkpoint folder of a run folder or of a version's MLflow folder, or else the folder itself.
+    """Return the checkpoint folder in a run folder or in a version's MLflow folder. Return any other folder unchanged.
 
-    A run folder has the checkpoints of a run, of which the newest complete one is returned.
+    In a run folder, which holds several checkpoints, choose the newest complete checkpoint.
     """
     steps = [path for path in folder.glob("checkpoints/step_*") if path.name.removeprefix("step_").isdigit()]
     if steps:
@@ -172,10 +172,10 @@ def load_weights(model: VisionLanguageModel, path: Path) -> None:
 
 
 def fill_weights(config: ModelConfig, weights: Mapping[str, Tensor | TensorRows], path: Path) -> None:
-    """Copy the weights file of a model with this config into existing tensors, as `fill_tensors` does.
+    """Check the format version of a weights file, and copy the weights into existing tensors with `fill_tensors`.
 
     Raises:
-        CheckpointError: as in `load_weights`.
+        CheckpointError: the file cannot be used, for one of the reasons that `load_weights` lists.
     """
     _check_pooling(path, check_format(path), config)
     fill_tensors(weights, path)
@@ -185,7 +185,7 @@ class TensorRows(NamedTuple):
     """Consecutive rows (indices of the first dimension) of a tensor that is sharded over ranks.
 
     Attributes:
-        rows: the rows of this rank, which may be none.
+        rows: rows of this rank; a tensor with zero rows if the rank has no row.
         shape: shape of the whole tensor.
         first: index of the first row of `rows`.
     """
@@ -199,8 +199,8 @@ def fill_tensors(tensors: Mapping[str, Tensor | TensorRows], path: Path) -> None
     """Copy the tensors of a safetensors file into existing tensors of the same names and shapes, one by one.
 
     Args:
-        tensors: dict of tensors by name; the values of these tensors are overwritten in place. Of a sharded tensor,
-            only its rows are read from the file.
+        tensors: dict of tensors by name; the values of these tensors are overwritten in place. For a TensorRows, only
+            the rows of this rank are read from the file.
         path: path of the safetensors file.
 
     Raises:

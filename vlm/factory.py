@@ -56,7 +56,7 @@ def build_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
 
 
 def construct_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
-    """Construct the modules of a model. `initialize_weights` must initialize the weights afterwards."""
+    """Construct the modules of a model. The caller must then call `initialize_weights`."""
     return VisionLanguageModel(
         config,
         _encoder(config),
@@ -73,7 +73,7 @@ def initialize_weights(model: VisionLanguageModel) -> None:
     - The weights of layers that write into the residual stream are also divided by sqrt(2 * depth).
     - The output head, the embedding table and learned tokens get a standard deviation of 0.02, so that the first loss
       is log(vocabulary size). A larger standard deviation of the head makes the start of training unstable.
-    - Routers also get a standard deviation of 0.02. With large weights, a router would hardly change its first choice
+    - Routers also get a standard deviation of 0.02. With large weights, a router would hardly change its initial choice
       of experts during training.
     """
     for module in model.modules():

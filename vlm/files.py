@@ -1,5 +1,5 @@
-"""Functions that write a file atomically, hash the content of a file, join slices of safetensors files, and read the
-step of a training checkpoint."""
+"""Functions that write a file atomically, hash the content of a file, join safetensors files, and access the step
+number of a training checkpoint."""
 
 from __future__ import annotations
 
@@ -66,17 +66,18 @@ def write_training_step(folder: Path, step: int) -> None:
 
 
 COPY_BYTES = 16 * 2**20
-"""Bytes that `join_rows` holds in memory at once."""
+"""Largest number of bytes that `join_rows` copies with one read."""
 
 
 def join_rows(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file from files that each hold some rows (indices of the first dimension) of its tensors.
+    """Join safetensors files, each of which holds some rows (indices of the first dimension) of the same tensors.
 
-    The rows of a tensor are concatenated in the order of the files. A file may lack a tensor. The file is written from
-    start to end and the tensors are never read as a whole, so the memory does not grow with the size of the files.
+    The rows of a tensor are concatenated in the order of the files. Any file except the first file may lack a tensor.
+    The joined file is written from start to end and no tensor is ever read as a whole, so the memory does not grow with
+    the size of the files.
 
     Args:
-        parts: safetensors files. The first file holds rows of every tensor.
+        parts: safetensors files; the first file must hold rows of every tensor.
         path: file to write.
         metadata: metadata of the file.
 
@@ -107,7 +108,7 @@ def join_rows(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) ->
 
 
 def _read_header(file: BinaryIO) -> dict[str, Any]:
-    """Read the header of a safetensors file without its metadata. The tensors begin at the position after the call."""
+    """Read the header of a safetensors file without its metadata, and stop at the position where the tensors begin."""
     header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__", None)
     return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))

@@ -202,7 +202,8 @@ def _load_draft(image: Image.Image, draft_side: int | None) -> Image.Image:
 def _free_webp_decoder(image: Any) -> None:
     """Make a WebP picture free its decoder once it has the first frame.
 
-    The decoder holds two canvases, half a gigabyte at 64 megapixels, and Pillow keeps it as long as the picture.
+    The decoder holds two canvases, half a gigabyte at 64 megapixels, and Pillow would keep the decoder as long as the
+    picture.
     """
     get_next = image._get_next
 

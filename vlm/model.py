@@ -55,7 +55,7 @@ class VisionLanguageModel(nn.Module):
         return self.projector(self.encoder(pixels_PCHW))
 
     def embed(self, tokens_BT: Tensor, features_PNW: Tensor) -> tuple[Tensor, Media | None]:
-        """Return embeddings (B, T, W) of pictures and tokens, and the media for cross-attention (None for slots).
+        """Return embeddings (B, T, W) of pictures and tokens, and the cross-attention media (None with image slots).
 
         Raises:
             ValueError: the number of slots does not match the number of pictures.
@@ -77,7 +77,7 @@ class VisionLanguageModel(nn.Module):
         return self.decoder(x_BTW, mask=mask, media=media)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Compute the logits (targets, V) of target positions, in row-major order. The head skips other positions."""
+        """Compute the logits (targets, V) of the target positions, in row-major order, and skip all other positions."""
         return self.decoder.logits(self.hidden_states(batch)[batch.labels_BT != IGNORE])
 
     def prefill(

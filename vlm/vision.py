@@ -79,9 +79,9 @@ class AttentionPool(nn.Module):
 class VisionEncoder(nn.Module):
     """Vision transformer with stem, class token, registers, position embeddings, blocks, norms and an output selection.
 
-    Learned position embeddings are added to all tokens or only to the patches, or there are none (`position_on` None).
+    Learned position embeddings are added to all tokens, only to the patches, or to no token (if `position_on` is None).
     With `rotary`, queries and keys are also rotated by the positions of the patches. The module `pre_norm` or `norm` is
-    an identity if the model has no norm at this place.
+    an identity if the model has no such norm.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ class _AddedLater:
 
 
 ADDED_LATER = _AddedLater()
-"""Mark of a field that hashes of stored data do not contain while the field has its default value.
+"""Mark for a config field that is left out of hashes of stored data while the field has its default value.
 
 Every field that is added to an existing config needs the mark: `name: Annotated[int | None, ADDED_LATER] = None`.
 """

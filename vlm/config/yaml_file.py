@@ -16,7 +16,7 @@ MAX_VALUES = 50_000
 """Largest number of values of a file, where a value counts again for each alias (`*name`) that refers to it."""
 ENCODINGS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, because its byte-order mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose byte-order mark is the start of this mark
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -24,13 +24,13 @@ ENCODINGS = (
 
 
 class YamlProblem(ValueError):
-    """A YAML text that cannot be used. The message says what is wrong, and in which line."""
+    """Error for a YAML text that cannot be used. The message says what is wrong, and in which line."""
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping. An empty file is an empty mapping.
 
-    The encoding is UTF-8, or what the file's byte-order mark says.
+    The encoding is taken from the file's byte-order mark, and is UTF-8 if the file has no such mark.
 
     Raises:
         YamlProblem: the file cannot be read, is not valid YAML, or holds something else.
@@ -68,7 +68,7 @@ def parse_yaml(text: str) -> Any:
         raise YamlProblem(f"invalid YAML ({place}{what}{hint})") from None
     except RecursionError:
         raise YamlProblem("invalid YAML (lists or mappings are nested too deeply)") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a ValueError is a date such as 2026-02-30
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: a date such as 2026-02-30
         raise YamlProblem(f"invalid YAML ({' '.join(str(error).split())})") from None
     _check_size(value)
     return value

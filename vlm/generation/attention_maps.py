@@ -150,7 +150,7 @@ def pool_shares(encoder: VisionEncoder, shares_XX: Tensor, pool_HNP: Sequence[Te
 
 
 def project_shares(projector: nn.Module, shares_NP: Tensor, resampler_LHQS: Sequence[Tensor]) -> Tensor:
-    """Return the share of each patch in each output of the projector, given the shares in its inputs."""
+    """Return the share of each patch in each output of the projector, given the shares in the projector's inputs."""
     if isinstance(projector, PixelShuffle):
         side, f = math.isqrt(len(shares_NP)) // projector.factor, projector.factor
         squares = shares_NP.view(side, f, side, f, -1)
@@ -168,8 +168,8 @@ def project_shares(projector: nn.Module, shares_NP: Tensor, resampler_LHQS: Sequ
 def _spans(tokenizer: Tokenizer, completion: Completion) -> tuple[tuple[int, int], ...]:
     """Return the characters of each token in the text of a completion.
 
-    A token after a stop string, or a byte that does not yet complete a character, has an empty span. The token that
-    completes the character has the whole character.
+    A token after a stop string has an empty span. If several byte tokens form a character, the last of these tokens has
+    the span of the whole character, and the tokens before have empty spans.
     """
     ends = [0]
     for count in range(1, len(completion.tokens) + 1):

@@ -50,8 +50,9 @@ def stream(
 ) -> Iterator[Completion]:
     """Generate one completion, and yield it after each token, with the text that later tokens cannot change.
 
-    All yielded completions are the same object. Each text begins with the text before, and the last text is the text of
-    `generate`. With beam search, the completion is yielded once, after the search has ended.
+    All yielded completions are the same object. Each yielded text begins with the previously yielded text, and the last
+    text equals the text that `generate` returns. With beam search, the completion is yielded once, after the search has
+    ended.
 
     Raises:
         UserError: the request and `max_new_tokens` do not fit the model's context.

@@ -138,7 +138,7 @@ class CrossAttention(nn.Module):
         return k_BHSD, v_BHSD
 
     def forward(self, x_BTW: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
-        """Compute attention from x to a memory, given its keys and values. The mask works as in `Attention.forward`."""
+        """Compute attention from x to a memory, given its keys and values. `Attention.forward` describes `mask`."""
         B, T, _ = x_BTW.shape
         q_BHTD = self.q(x_BTW).view(B, T, -1, self.head_dim).transpose(1, 2)
         if self.recorded is None:

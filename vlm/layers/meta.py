@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 RANDOM_INIT = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_)
-"""Functions that initialise a tensor with random numbers."""
+"""Functions of torch that initialise a tensor with random numbers."""
 
 
 def initialized_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the tensor that a call of a function of RANDOM_INIT initialises."""
+    """Return the tensor that is initialised by a call of a RANDOM_INIT function with these arguments."""
     tensor: Tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
     return tensor
 
 
 def draw_like(tensor: Tensor, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """Call a function of RANDOM_INIT on a new whole tensor on the CPU instead, and return the new tensor."""
+    """Return a new CPU tensor with the shape of `tensor`, initialised by `func`, which is a function of RANDOM_INIT."""
     drawn = torch.empty(tensor.shape, dtype=tensor.dtype)
     others = {name: value for name, value in kwargs.items() if name != "tensor"}
     func(drawn, *(args if "tensor" in kwargs else args[1:]), **others)
@@ -35,8 +35,8 @@ class EmptyOnMeta(TorchFunctionMode):
     compiler, which takes 150 MB and several seconds.
 
     Args:
-        draw: True to draw the random numbers of each skipped initialisation all the same, and to discard the numbers.
-            Torch's random generator is then in the same state as after the construction of a real model.
+        draw: True to draw and discard the random numbers of each skipped initialisation, so that the construction
+            leaves torch's random generator in the same state as the construction of a real model.
     """
 
     def __init__(self, *, draw: bool = False) -> None:

@@ -153,7 +153,7 @@ class MoeMlp(nn.Module):
 
     @property
     def out(self) -> GroupedLinear:
-        """Linear layer of the experts that writes into the residual stream."""
+        """The experts' last linear layer, whose output is added to the residual stream."""
         return self.experts.out
 
 

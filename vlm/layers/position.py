@@ -1,4 +1,4 @@
-"""Rotary position embeddings of queries and keys, over one dimension and over two.
+"""Rotary position embeddings of queries and keys, over the positions of a sequence or the rows and columns of a grid.
 
 Learned positions are a plain embedding table and need no class here.
 

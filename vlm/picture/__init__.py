@@ -1,4 +1,4 @@
-"""Picture files and decoded pictures: what of a file decides its pixels, and how they become upright RGB pictures.
+"""Removal of metadata from picture files, and conversion of decoded pictures to upright RGB pictures.
 
 `vlm.image` uses these modules before and after Pillow decodes a file.
 """

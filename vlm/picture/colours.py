@@ -1,8 +1,9 @@
-"""Convert decoded pictures of all modes to RGB with 8 bits a sample.
+"""Convert decoded pictures of all modes to RGB with 8 bits per sample.
 
 Samples of 16 bits are scaled to 8 bits. Cameras, microscopes and X-ray detectors store 8, 10 or 12 bits in samples of
 16 bits without scaling them, so that the pictures are almost black. If the largest sample of a picture fits in 8, 10
-or 12 bits, the samples are scaled from the smallest of these widths that fits. Otherwise, they are scaled from 16 bits.
+or 12 bits, the samples are scaled from the smallest of these widths that fits. Otherwise, the samples are scaled from
+16 bits.
 
 Pictures are converted in bands of rows, because a conversion needs several times the memory of its band. Decoding a
 picture of 64 megapixels needs 0.6 GB.
@@ -37,7 +38,7 @@ def to_rgb(image: Image.Image, data: bytes) -> Image.Image:
 
     Args:
         image: decoded picture.
-        data: bytes of its file, which still hold the lower 8 bits of 16-bit colours.
+        data: bytes of the picture's file, which still contain the lower 8 bits of 16-bit colours.
 
     Raises:
         ImageError: the reason is unsupported_format if the samples have 32 bits.
@@ -78,9 +79,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_colours(image: Image.Image, data: bytes) -> Image.Image:
-    """Scale the colours of a PNG with 16 bits a sample, of which Pillow has kept the upper 8 bits.
+    """Scale the colours of a PNG with 16 bits per sample, of which Pillow has kept only the upper 8 bits.
 
-    The lower 8 bits come from a second decoding, which takes each pair of bytes in the other order.
+    A second decoding, which swaps the two bytes of each sample, returns the lower 8 bits.
     """
     colours = np.array(image.getextrema())[:3]
     if colours.max() >= 2**4 or "transparency" in image.info:
@@ -101,5 +102,5 @@ def _scale_colours(image: Image.Image, data: bytes) -> Image.Image:
 
 
 def _join_bytes(high: Image.Image, low: Image.Image, band: Box) -> npt.NDArray[np.uint16]:
-    """Return the samples of a band, given the pictures of their upper and lower 8 bits."""
+    """Return the 16-bit samples of a band, given a picture of the upper 8 bits and a picture of the lower 8 bits."""
     return (np.asarray(high.crop(band)).astype(np.uint16) << 8) | np.asarray(low.crop(band))

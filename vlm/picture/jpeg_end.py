@@ -1,8 +1,9 @@
 """Find out whether a JPEG file that ends without an end marker nevertheless holds all its pixels.
 
-The decoder cannot tell: it fills what is missing with grey. So two things are checked. The scans of the file must hold
-every coefficient of every component (a progressive file may end between two scans). And the decoded pixels must not
-depend on what follows the data: if a decoder would still read bits of a block, noise after the data changes pixels.
+Pillow's decoder does not report missing pixels, but fills them with grey. This module therefore makes two checks.
+First, the scans of the file must contain every coefficient of every component, because a progressive file may end
+between two scans. Second, the picture must have the same pixels if noise follows the data: a decoder that has not
+reached the end of the last block reads the noise as pixels.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ def decode_without_end(data: bytes, decode: Callable[[bytes], Image.Image]) -> I
     """Decode a JPEG file that lacks its end marker. Return None if pixels are missing.
 
     Args:
-        data: bytes of the file. Zeros at the end of the file belong to no picture.
+        data: bytes of the file. Zeros at the end of the file are ignored.
         decode: function that decodes a complete file.
     """
     data = data.rstrip(b"\0").removesuffix(b"\xff")
     if not _has_all_coefficients(data):
         return None
-    expected = _hash_pixels(decode(data + END))  # a hash, because two large pictures would fill the memory
+    expected = _hash_pixels(decode(data + END))  # a hash, because two large pictures would not fit in memory
     image = decode(data + NOISE + END)
     return image if _hash_pixels(image) == expected else None
 

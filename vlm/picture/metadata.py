@@ -1,19 +1,19 @@
 """Separate the pixels of a picture file from its metadata. No image parser runs.
 
-Metadata (texts, colour profiles, EXIF, XMP, checksums of these) is often broken or huge, and Pillow refuses the whole
-picture for it. So `split_metadata` returns the file without metadata, and reads the one value that decides how a
-picture looks: its orientation. Every value is read from the bytes, within their limits, and what cannot be read is left
-as it is: a damaged picture is refused by the decoder.
+Metadata (texts, colour profiles, EXIF, XMP and their checksums) is often broken or huge, and Pillow then refuses the
+whole picture. The function `split_metadata` therefore returns the file without metadata. The function also returns the
+only metadata value that decides how a picture looks, which is the orientation. A part of the file that this module
+cannot parse is not changed, so the decoder refuses a damaged picture.
 
 | format | what stays |
 |---|---|
 | PNG | header, palette, transparency and pixels; frames of an animation after the first are dropped |
-| JPEG | all segments except comments and application segments; those of JFIF and Adobe decide the colours and stay |
+| JPEG | all segments except comments and application segments; JFIF and Adobe segments decide the colours and stay |
 | WebP | pixels, transparency and frames |
 | TIFF | the first picture, with the tags of TIFF_TAGS |
 | AVIF | everything except the EXIF item, because rotation is stored outside of EXIF |
 
-GIF and BMP files stay as they are.
+GIF and BMP files are not changed.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def split_metadata(data: bytes) -> PictureFile:
 
 
 class _Kept:
-    """Collects the parts of a file that stay. Adjacent parts are one, so a file without metadata is not copied."""
+    """Collector of the parts of a file to keep. Adjacent parts are merged, so a file without metadata is not copied."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -116,7 +116,7 @@ class _Kept:
 
 
 def _choose(exif: bytes, xmp: bytes) -> int:
-    """Return the orientation in EXIF, else the one in XMP, else 1."""
+    """Return the orientation in the EXIF data, or in the XMP data if EXIF has no orientation, or 1."""
     return exif_orientation(exif) or xmp_orientation(xmp) or 1
 
 
@@ -124,7 +124,7 @@ def _choose(exif: bytes, xmp: bytes) -> int:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the kind, start and end of each chunk up to the end chunk. The last chunk may end after the data."""
+    """Yield the kind, start and end of each chunk up to the end chunk. The last chunk may end after truncated data."""
     start = len(PNG_SIGNATURE)
     while start + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, start)
@@ -170,12 +170,12 @@ def _png_chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def _is_usable_transparency(colour_type: bytes, length: int) -> bool:
-    """Return whether a transparency chunk has a valid length: grey levels, RGB colours or one value a palette entry."""
+    """Return whether the length of a transparency chunk is valid for the colour type (grey, RGB or palette)."""
     return {0: length >= 2, 2: length >= 6, 3: 0 < length <= 256}.get(next(iter(colour_type), -1), False)
 
 
 def _png_text(kind: bytes, content: memoryview) -> tuple[bytes, bytes]:
-    """Return the keyword of a text chunk, and its text if the keyword may hold an orientation (else nothing)."""
+    """Return the keyword of a text chunk, and the text if the text may contain an orientation, or else b''."""
     keyword, _, rest = bytes(content[:80]).partition(b"\0")
     if keyword not in {b"Raw profile type exif", b"XML:com.adobe.xmp"}:
         return keyword, b""
@@ -183,7 +183,7 @@ def _png_text(kind: bytes, content: memoryview) -> tuple[bytes, bytes]:
     if kind == b"tEXt":
         return keyword, rest
     compressed = kind == b"zTXt" or rest[:1] == b"\1"
-    # an iTXt chunk has a compression flag and method, a language tag and a translated keyword before its text
+    # in an iTXt chunk, a compression flag and method, a language tag and a translated keyword precede the text
     text = rest[1:] if kind == b"zTXt" else rest[2:].split(b"\0", 2)[-1]
     return keyword, _decompress(text) if compressed else text
 
@@ -208,7 +208,7 @@ class JpegSegment(NamedTuple):
 
 
 def jpeg_segments(data: bytes, position: int = 2) -> Iterator[JpegSegment]:
-    """Yield each segment that has a length, from a position up to and with the header of the next scan.
+    """Yield each segment that has a length, from a position to the header of the next scan, which is yielded too.
 
     Iteration ends at a segment that does not fit into the data.
     """
@@ -228,7 +228,7 @@ def jpeg_segments(data: bytes, position: int = 2) -> Iterator[JpegSegment]:
 def _split_jpeg(data: bytes) -> PictureFile:
     kept = _Kept(data)
     kept.keep(0, 2)
-    rest = 2  # where the part starts that no segment has covered: bytes between segments are fill bytes or garbage
+    rest = 2  # position after the last segment; bytes between two segments are fill bytes or garbage
     exif: list[bytes] = []  # EXIF data of more than 64 KiB has several segments
     xmp = b""
     for segment in jpeg_segments(data):
@@ -289,7 +289,7 @@ def _split_tiff(data: bytes) -> PictureFile:
         return PictureFile(data, _choose(data, b""))
     entries = [data[entry : entry + size] for entry in range(start, end, size)]
     kept = [entry for entry in entries if struct.unpack_from(order + "H", entry)[0] in TIFF_TAGS]
-    directory = struct.pack(order + number, len(kept)) + b"".join(kept)  # the next directory is none: zeros follow
+    directory = struct.pack(order + number, len(kept)) + b"".join(kept)  # zeros follow: there is no next directory
     directory = directory.ljust(end + struct.calcsize(order + word) - first, b"\0")
     file = data[:first] + directory + data[first + len(directory) :]
     return PictureFile(file, _choose(data, _tiff_xmp(data, entries, order, big=big)))

@@ -28,11 +28,11 @@ TRANSPOSES = {
 def exif_orientation(exif: bytes) -> int | None:
     """Return the orientation in the first directory of EXIF data or of a TIFF file.
 
-    Only this directory is read, entry by entry. Other entries may have any type, count and position. A value outside
-    of 1 to 8 counts as 1, as in a browser.
+    Only this directory is read, entry by entry. All entries except the orientation are ignored and may be damaged. A
+    value outside of 1 to 8 counts as 1, as in a browser.
 
     Returns:
-        The orientation, or None if there is none.
+        The orientation, or None if the data contains no orientation.
     """
     while exif.startswith(b"Exif\0\0"):
         exif = exif[6:]
@@ -53,13 +53,13 @@ def exif_orientation(exif: bytes) -> int | None:
             if values * struct.calcsize(order + INTEGERS[kind]) > inline:
                 (value,) = struct.unpack_from(order + word, exif, value)
             (orientation,) = struct.unpack_from(order + INTEGERS[kind], exif, value)
-    except struct.error:  # the directory ends after the data: what was read before holds
+    except struct.error:  # the data is truncated: use the orientation if it was read
         pass
     return orientation if orientation is None or 1 <= orientation <= 8 else 1
 
 
 def xmp_orientation(xmp: bytes) -> int | None:
-    """Return the orientation in an XMP document, or None if there is none."""
+    """Return the orientation in an XMP document, or None if the document contains no orientation."""
     found = XMP_ORIENTATION.search(xmp)
     return int(found[1]) if found else None
 

@@ -25,7 +25,7 @@ class Tokenizer(Protocol):
     suppressed_ids: tuple[int, ...]
     """Token ids that generation never produces."""
     byte_ids: frozenset[int]
-    """Ids of tokens that stand for one byte. `decode` joins adjacent byte tokens before it decodes them."""
+    """Ids of the tokens that each stand for one byte. `decode` joins adjacent byte tokens before it decodes them."""
     newline_after_empty_prompt: bool
     """True if a line break follows the start token even if the prompt is empty."""
 

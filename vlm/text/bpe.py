@@ -51,11 +51,11 @@ class BpeTokenizer:
         return [i + NUM_SPECIAL for i in self._backend.encode(text, add_special_tokens=False).ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids. Bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of token ids. Bytes that are not valid UTF-8 become U+FFFD."""
         return str(self._backend.decode([i - NUM_SPECIAL for i in ids if i >= NUM_SPECIAL]))
 
     def unknown(self, text: str) -> list[str]:
-        """Return no pieces, because BPE can encode any text."""
+        """Return an empty list, because BPE can encode any text."""
         return []
 
     def to_json(self) -> str:

@@ -1,9 +1,10 @@
 """CIDEr-D of single captions (Vedantam et al., 2015), with document frequencies that are counted once and stored.
 
-A document is a picture with its references. The rarer an n-gram is in the documents, the more it counts. In evaluation,
-the documents are those of the evaluated split. As a reward of training, the documents are those of the training split.
+A document is a picture with its reference captions. An n-gram that occurs in fewer documents has a larger weight. In
+evaluation, the documents are the pictures of the evaluated split. In training with CIDEr-D as the reward, the documents
+are the pictures of the training split.
 
-Letters in tensor names: N orders of n-grams.
+Letters in names of lists: N orders of n-grams.
 """
 
 from __future__ import annotations
@@ -17,23 +18,23 @@ from pathlib import Path
 from vlm.text.words import words
 
 MAX_ORDER, SIGMA = 4, 6.0
-"""Length of the longest n-grams, and standard deviation of the length penalty, in words (pycocoevalcap's CIDEr-D)."""
+"""Largest order n of n-grams, and standard deviation of the length penalty in words, as in pycocoevalcap."""
 
 END = "</s>"
-"""Word that ends each reference and each complete caption in the reward of training. `words` never returns this word.
+"""Word that the CIDEr-D reward appends to each reference and to each complete caption. `words` never returns this word.
 
-Without an end in the reward, captions that stop in the middle of a sentence ("a dog on a") are rewarded."""
+Without this word, a caption that stops in the middle of a sentence ("a dog on a") would get a high reward."""
 
 Gram = tuple[str, ...]
 
 
 class Cider:
-    """CIDEr-D for a fixed set of documents. The scores of the documents' own captions equal pycocoevalcap's.
+    """CIDEr-D for a fixed set of documents. For captions of these documents, pycocoevalcap gives equal scores.
 
     Args:
         documents: number of documents.
-        frequencies: number of documents that contain an n-gram, by n-gram. N-grams of a single document can be left
-            out, because an unknown n-gram has the same weight.
+        frequencies: number of documents that contain an n-gram, by n-gram. An n-gram of a single document can be left
+            out, because an n-gram that is not in the dict counts as an n-gram of one document.
     """
 
     def __init__(self, documents: int, frequencies: Mapping[Gram, int]) -> None:
@@ -49,7 +50,7 @@ class Cider:
         return cls(number, {gram: count for gram, count in found.items() if count > 1})
 
     def score(self, caption: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-        """Return the CIDEr-D of a caption, from 0 to 10. Caption and references are lists of words."""
+        """Return the CIDEr-D of a caption, from 0 to 10. The caption and each reference are lists of words."""
         return self.scores([caption], references)[0]
 
     def scores(self, captions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> list[float]:
@@ -79,13 +80,13 @@ class Cider:
 
 
 class _Vector:
-    """Weighted counts of the n-grams of a text, their norm for each order of n-grams, and the length of the text."""
+    """Weighted n-gram counts of a text, the norm of these counts for each n-gram order, and the length of the text."""
 
     def __init__(self, values: Mapping[Gram, float], length: int) -> None:
         self.values, self.length, self.norms_N = values, length, norms(values)
 
     def similarity(self, reference: _Vector) -> float:
-        """Return the similarity to a reference, from 0 to 1: the mean cosine over orders times the length penalty."""
+        """Return the mean cosine over all n-gram orders, multiplied by the length penalty: a number from 0 to 1."""
         products_N = [0.0] * MAX_ORDER
         for gram, value in self.values.items():
             if (other := reference.values.get(gram)) is not None:
@@ -96,7 +97,7 @@ class _Vector:
 
 
 def rewarded_words(text: str, *, complete: bool = True) -> list[str]:
-    """Return the words of a text, and END if the text is complete."""
+    """Return the words of a text, followed by END if the text is complete."""
     return [*words(text), END] if complete else words(text)
 
 
@@ -115,5 +116,5 @@ def norms(vector: Mapping[Gram, float]) -> list[float]:
 
 
 def bigrams(grams: Mapping[Gram, int]) -> int:
-    """Count the pairs of words, which pycocoevalcap takes for the length of a text."""
+    """Count the pairs of adjacent words of a text, a number that pycocoevalcap uses as the length of the text."""
     return sum(count for gram, count in grams.items() if len(gram) == 2)

@@ -22,7 +22,7 @@ from vlm.errors import ConfigError
 from vlm.text.regions import REGION_TOKEN
 
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
-"""Name of a token that stands for one byte (byte fallback)."""
+"""Pattern of the tokens that each stand for a single byte (byte fallback)."""
 
 
 class PublishedTokenizer:
@@ -90,7 +90,7 @@ class PublishedTokenizer:
         return text.replace(self._word_suffix, " ").strip() if self._word_suffix else text
 
     def unknown(self, text: str) -> list[str]:
-        """Return no pieces, because a published vocabulary says itself how it encodes other text."""
+        """Return an empty list, because a published tokenizer has its own rule for characters without a token."""
         return []
 
     def to_json(self) -> str:

@@ -1,8 +1,9 @@
-"""Division of a text into words, marks and spaces, and the rule that says which spaces follow from the words around.
+"""Division of a text into pieces (words, marks and spaces), and the rule that says where a space needs no piece.
 
-Most spaces of a text need no token: a word is separated from the word or the mark before it by one space, and a mark
-(`,`) follows the word directly. Scripts without spaces between words, such as Han and Thai, have no space there. Only
-other spaces, and missing ones, are pieces of their own, so every text can be restored exactly.
+Most spaces of a text need no piece. The rule expects one space before each word and no space before a mark (`,`).
+Between two words of scripts without spaces, such as Han and Thai, the rule expects no space. A space that the rule does
+not expect is a piece, and the piece JOIN marks the place of an expected space that is missing. Every text can therefore
+be restored exactly.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from collections.abc import Iterator, Sequence
 import regex
 
 JOIN = ""
-"""Piece that stands for a space which the rule expects and the text does not have, as in `(see`."""
+"""Piece that marks the place of an expected space that the text lacks, such as the place after `(` in `(see`."""
 BOUNDARY = regex.compile(r"\b", regex.V1 | regex.WORD)
-SPACES = re.compile(r"(\s+)")  # the characters for which `isspace` is true, unlike those of `regex`
+SPACES = re.compile(r"(\s+)")  # `re` matches the characters for which `isspace` is true, and `regex` does not
 NO_SPACES = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
 
 
 def split_pieces(text: str) -> Iterator[str]:
-    """Yield the pieces of a text: words and marks by the word boundaries of Unicode (UAX 29), and spaces if needed."""
+    """Yield the pieces of a text: words and marks (split as in Unicode's UAX 29), and the spaces that need a piece."""
     previous, space = "", ""
     for run in SPACES.split(text):
         if run.isspace():
@@ -36,7 +37,7 @@ def split_pieces(text: str) -> Iterator[str]:
 
 
 def join_pieces(pieces: Sequence[str]) -> str:
-    """Return the text of pieces. Any sequence of pieces has a text, and the pieces of a text give this text."""
+    """Join any sequence of pieces to a text. The pieces that `split_pieces` yields are joined to the original text."""
     parts: list[str] = []
     explicit = True
     for piece in pieces:
@@ -52,12 +53,12 @@ def join_pieces(pieces: Sequence[str]) -> str:
 
 
 def is_word(piece: str) -> bool:
-    """Return whether a piece has a letter or a digit."""
+    """Return whether a piece contains a letter, a digit or an underscore."""
     return any(char.isalnum() or char == "_" for char in piece)
 
 
 def expected_space(previous: str, piece: str) -> str:
-    """Return the space between two pieces that needs no piece of its own. Before the first piece, there is none."""
+    """Return the text that the rule expects before `piece`: a space or an empty string. `previous` may be empty."""
     if not previous or not is_word(piece) or (NO_SPACES.match(previous[-1]) and NO_SPACES.match(piece)):
         return ""
     return " "

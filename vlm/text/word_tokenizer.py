@@ -42,10 +42,10 @@ class WordTokenizer:
 
     @classmethod
     def learn(cls, texts: Iterable[str], config: WordsConfig) -> WordTokenizer:
-        """Learn the vocabulary: the most frequent pieces that occur `min_count` times, in the order of their counts.
+        """Learn the vocabulary: pieces that occur at least `min_count` times, starting with the most frequent piece.
 
         Raises:
-            ConfigError: no word occurs `min_count` times.
+            ConfigError: no word occurs at least `min_count` times.
         """
         counts = Counter(piece for text in texts for piece in split_pieces(text.lower() if config.lowercase else text))
         frequent = [piece for piece, count in counts.items() if count >= config.min_count and piece != JOIN]

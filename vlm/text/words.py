@@ -7,15 +7,15 @@ import unicodedata
 import regex
 
 TOKENISATION = "UAX 29 (ASCII punctuation separates)"
-"""Name of the rules by which `words` splits a text. Change the name when a change of the code gives other words."""
+"""Name of the rules of `words`. Change this name when a code change makes `words` return other words for some text."""
 CHUNK = regex.compile(r"[[\w[^\x00-\x7f]]--\s]+(?:'[[\w[^\x00-\x7f]]--\s]+)?", regex.V1)
-"""Pattern of a text without white space and ASCII punctuation, except one apostrophe between letters."""
+"""Pattern of a run of characters without white space and ASCII punctuation, except one apostrophe inside the run."""
 BOUNDARY = regex.compile(r"\b", regex.V1 | regex.WORD)
 GRAPHEME = regex.compile(r"\X")
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text in lower case, without punctuation. Return the symbols if there is no word (`:-)`).
+    """Return the words of a text in lower case, without punctuation. If a text has no word (`:-)`), return its symbols.
 
     White space and ASCII punctuation separate words, except one apostrophe inside a word. All other characters follow
     the word boundaries of Unicode (UAX 29): a letter keeps its combining marks. In scripts that put no spaces between

@@ -1,11 +1,11 @@
 """Contrastive loss between the pictures and the texts of a batch, added to the caption loss (Zhai et al., 2023).
 
 The vector of a picture is the mean of its features at the input of the decoder. The vector of a text is the mean of the
-decoder's hidden states when the decoder reads the text without the picture. So the loss needs no weights of its own,
-and teaches the encoder which pictures a text can belong to.
+decoder's hidden states when the decoder reads the text without the picture. The loss therefore needs no weights of its
+own. The loss teaches the encoder which pictures a text can belong to.
 
-Each pair of a picture and a text is a binary classification: do the two belong together? The negatives of a picture are
-the other texts of the same rank and part of the batch, without texts that equal the picture's own text.
+Each pair of a picture and a text is a binary classification: does the text belong to the picture? The negatives of a
+picture are the other texts in the same part of the rank's batch, except texts that equal the picture's own text.
 
 Letters in tensor names: B rows, P pictures, N features of a picture, T positions, W width.
 """
@@ -26,11 +26,11 @@ from vlm.model import VisionLanguageModel
 from vlm.text.base import SLOT
 
 SCALE = 10.0
-"""Factor of the cosine in the logit of a pair, which is the initial value of SigLIP's learned factor."""
+"""Factor of the cosine in the logit of a pair. SigLIP learns this factor and initialises it with the same value."""
 
 
 class Contrast:
-    """Contrastive loss of a model, weighted, for batches with one picture per row.
+    """Weighted contrastive loss of a model, for batches with one picture per row.
 
     Args:
         model: model without a DDP wrapper.
@@ -45,7 +45,7 @@ class Contrast:
 
     @contextmanager
     def keep_features(self) -> Iterator[None]:
-        """Keep the picture features of the forward pass in the `with` block, so that no picture is encoded twice."""
+        """Store the picture features of the forward pass in the `with` block, for the method `loss`."""
         self._features.clear()
         hook = self._model.projector.register_forward_hook(lambda *call: self._features.append(call[2]))
         try:
@@ -54,14 +54,14 @@ class Contrast:
             hook.remove()
 
     def loss(self, batch: Batch) -> Tensor:
-        """Return the weighted loss of the batch whose forward pass kept its features, as a scalar."""
+        """Return the weighted loss of a batch, whose forward pass must have run inside `keep_features`."""
         (features_PNW,) = self._features
         loss = sigmoid_loss(features_PNW.mean(dim=1), text_vectors(self._model, batch), _same_text(batch))
         self._losses.append(loss.detach())
         return self._weight * loss
 
     def take_mean(self) -> Tensor:
-        """Return the mean loss, without the weight, since the last call."""
+        """Return the mean of all unweighted losses since the last call of this function."""
         mean = torch.stack(self._losses).double().mean()
         self._losses.clear()
         return mean
@@ -80,14 +80,15 @@ def text_vectors(model: VisionLanguageModel, batch: Batch) -> Tensor:
 
 
 def sigmoid_loss(pictures_BW: Tensor, texts_BW: Tensor, same_BB: Tensor) -> Tensor:
-    """Compute SigLIP's loss: the binary cross entropy of all pairs, summed over the texts and averaged over pictures.
+    """Compute SigLIP's loss: the binary cross entropy of all pairs, summed over texts and averaged over pictures.
 
-    The bias of the logits makes a random pair as likely as it is in the batch: one of B texts belongs to a picture.
+    The logits get a bias of -log(B - 1), so that vectors with a cosine of 0 give the probability 1 / B. One of the B
+    texts of the batch belongs to each picture.
 
     Args:
         pictures_BW: vectors of the pictures.
         texts_BW: vectors of the texts; row i belongs to picture i.
-        same_BB: True for texts that are equal. Equal texts of two rows are no negatives of each other.
+        same_BB: bool mask, True for two rows with equal texts, which are not negatives of each other.
     """
     pictures_BW, texts_BW = (F.normalize(vectors.float(), dim=-1) for vectors in (pictures_BW, texts_BW))
     B = len(pictures_BW)

@@ -54,7 +54,7 @@ class NotFiniteError(LakesightError):
     Attributes:
         step: number of the step.
         on_other_rank: True if the loss of this rank is finite and the loss of another rank is not.
-        in_validation: True if the loss is that of the validation after the step.
+        in_validation: True if the loss is the validation loss after the step.
     """
 
     step = 0
@@ -166,7 +166,7 @@ def _backward(
         router_part, report = router_loss(layers, part)
         if router_part.requires_grad:  # False if all trained weights come after the last router
             objectives.append(router_part * (world_size() / num_parts))
-    if contrast:  # after the router loss, because this pass over the texts alone stores another routing
+    if contrast:  # after the router loss, because this pass over the texts stores a new routing
         with mixed_precision(part.tokens_BT.device, bf16=bf16):
             objectives.append(contrast.loss(part) / num_parts)
     torch.autograd.backward(objectives)

@@ -111,8 +111,7 @@ def router_loss(layers: Mapping[str, MoeMlp], batch: Batch) -> tuple[Tensor, Rou
 
 
 class _RouterSums(NamedTuple):
-    """Sums over the valid tokens of a layer: assignments and probabilities by expert, squared log-partitions,
-    tokens."""
+    """Router sums of a layer over valid tokens: assignments and probabilities by expert, z losses, number of tokens."""
 
     chosen_X: Tensor
     probability_X: Tensor

@@ -1,8 +1,9 @@
-"""Models whose parameters are sharded over the ranks with FSDP: construction, initial weights and rows of tensors.
+"""Models whose parameters are sharded over the ranks with FSDP: how such a model is built, and the rows of its tensors.
 
 A rank never holds the whole model. The model is constructed on the meta device, and each rank allocates only its rows
 (indices of the first dimension) of each parameter. Initial weights are drawn one parameter at a time, with the same
-random numbers as for a model that is not sharded. Weights and optimizer state are read and written by rows.
+random numbers as for a model that is not sharded. When weights and optimizer state are read or written, each rank reads
+or writes only its rows.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 def build_sharded(config: ModelConfig, vocab_size: int, device: torch.device, *, draw: bool) -> VisionLanguageModel:
     """Build a model whose parameters are sharded over the ranks. All ranks must call this function together.
 
-    Afterwards, all ranks must call the model together, and only `forward`, `encode`, `prefill` and `step`. Other
-    methods would see the rows of this rank instead of the whole parameters.
+    Afterwards, all ranks must call the model together, and may call only `forward`, `encode`, `prefill` and `step`. In
+    any other method, a parameter would consist of only the rows of this rank.
 
     Args:
         config: config of the model.
@@ -71,7 +72,7 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
 
 
 class _DrawRows(TorchFunctionMode):
-    """Context in which the random initialisation of a sharded tensor draws the whole tensor and keeps the own rows."""
+    """Context in which random initialisation draws a whole sharded tensor, and keeps only the rows of this rank."""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -96,7 +97,7 @@ def _with_values_of_rank_0(method: Callable[..., Tensor]) -> Callable[..., Tenso
 
 
 def rows_of(tensor: Tensor) -> Tensor | TensorRows:
-    """Return the rows of this rank of a sharded tensor, without a copy. Return a plain tensor unchanged."""
+    """Return this rank's rows of a sharded tensor, without a copy. Return a tensor that is not sharded unchanged."""
     if not isinstance(tensor, DTensor):
         return tensor
     assert tensor.placements == (Shard(0),), "parameters are sharded along their first dimension, by this module"
@@ -106,7 +107,7 @@ def rows_of(tensor: Tensor) -> Tensor | TensorRows:
 
 
 def shard_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """Make a sharded tensor from the rows of each rank, with the shape and the sharding of another tensor."""
+    """Make a sharded tensor from the rows of all ranks, with the shape and the sharding of the tensor `like`."""
     assert isinstance(like, DTensor)
     return DTensor.from_local(
         rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
@@ -116,8 +117,8 @@ def shard_rows(rows: Tensor, like: Tensor) -> Tensor:
 def written_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the part of a dict of tensors that this rank writes into its slice of a checkpoint, without a copy.
 
-    This part consists of the rows of this rank of each sharded tensor and, on rank 0, of all plain tensors. Without a
-    process group, this part consists of all tensors.
+    Each rank writes its rows of each sharded tensor, and rank 0 also writes all tensors that are not sharded. Without a
+    process group, this process writes all tensors.
     """
     writes_plain = not distributed.is_initialized() or distributed.get_rank() == 0
     return {

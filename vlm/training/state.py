@@ -46,7 +46,7 @@ class TrainingSnapshot:
 def snapshot_training(
     weights: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, step: int
 ) -> TrainingSnapshot:
-    """Copy the weights and the optimizer state, or the parts of them that this rank writes, to host memory.
+    """Copy to host memory the part of the weights and of the optimizer state that this rank writes (`written_tensors`).
 
     Args:
         weights: weights to copy, by name, such as the result of `model_weights(model)` for the whole model.
@@ -102,7 +102,7 @@ def _keys_by_parameter(names: Iterable[str]) -> dict[str, list[str]]:
 def _read_state(file: Any, name: str, parameter: nn.Parameter) -> Tensor:
     """Read a tensor of the optimizer state from an open safetensors file.
 
-    If the parameter is sharded and the tensor has its shape, read only the rows of this rank."""
+    If the parameter is sharded and the tensor has the parameter's shape, read only the rows of this rank."""
     part, stored = rows_of(parameter.detach()), file.get_slice(name)
     if not isinstance(part, TensorRows) or tuple(stored.get_shape()) != tuple(part.shape):
         return file.get_tensor(name)

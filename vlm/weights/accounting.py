@@ -1,4 +1,4 @@
-"""Account of the keys of a foreign config: each key is compared, known to have no effect, or refused by its name.
+"""Check that an import knows every key of another library's config.json: an unknown key is an error.
 
 An import reads config.json through `TrackedSettings`, which records the path of every value that a config field or a
 family reads. A key that nothing has read must be in the family's list of keys without effect. Any other key could
@@ -46,12 +46,12 @@ class TrackedSettings(Mapping[str, Any]):
         return repr(dict(self))
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> TrackedSettings:
-        """Return the same settings, with values for missing keys."""
+        """Return a copy of these settings that uses `defaults` for missing keys."""
         return TrackedSettings(self._values, self._read, self._path, {**defaults, **self._defaults})
 
 
 def tracked(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return settings with defaults for missing keys. Tracked settings stay tracked."""
+    """Return settings with defaults for missing keys. For tracked settings, the result is tracked too."""
     if isinstance(settings, TrackedSettings):
         return settings.with_defaults(defaults)
     return {**defaults, **settings}

@@ -159,13 +159,13 @@ def write_only(key: str, ours: Callable[[ModelConfig], Any]) -> ConfigField:
 
 
 def attention_biases(path: str, qkv: ConfigField, out: bool | None = None) -> tuple[ConfigField, ...]:
-    """Return the config fields of the biases of attention.
+    """Return the config fields of the attention biases.
 
     Args:
         path: dotted path of our attention config.
         qkv: config field of the bias of queries, keys and values.
-        out: True or False if all models of the family have, or have not, a bias of the output; None if the output has
-            a bias exactly if queries, keys and values have a bias.
+        out: True if all models of the family have an output bias; False if no model of the family has an output bias;
+            None if a model has an output bias exactly when queries, keys and values have a bias.
     """
     return (
         qkv,

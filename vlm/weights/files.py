@@ -71,7 +71,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_other_settings(path: Path) -> dict[str, Any]:
-    """Read another JSON file of a published folder. A missing file has no settings.
+    """Read any JSON file of a published folder except config.json. Return an empty dict if the file is missing.
 
     Raises:
         CheckpointError: the file is not a JSON object.

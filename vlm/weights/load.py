@@ -242,7 +242,7 @@ def _size(source: Source, rule: Rule) -> int:
 
 
 def _read(source: Source, rule: Rule, model: nn.Module) -> list[Tensor]:
-    """Read the tensors of a rule and convert them to our parameters, which are fp32 whatever the type in the file.
+    """Read the tensors of a rule and convert them to our parameters, which are fp32 for any type in the file.
 
     Raises:
         CheckpointError: a tensor contains NaN or infinity, so that the model would answer nothing but NaN.
@@ -267,8 +267,8 @@ def _read(source: Source, rule: Rule, model: nn.Module) -> list[Tensor]:
 def _is_finite(tensor: Tensor) -> bool:
     """Return True if no value is NaN or infinite.
 
-    NaN spreads to the minimum and maximum. Unlike `torch.isfinite`, they need no further tensor of the same size: such
-    a tensor is freed at once, but the process keeps a part of its memory.
+    If a value is NaN, the minimum and the maximum are NaN. `torch.isfinite` would allocate another tensor of the same
+    size. Although that tensor is freed immediately, the process would keep a part of the memory.
     """
     return tensor.numel() == 0 or all(math.isfinite(value) for value in torch.aminmax(tensor))
 

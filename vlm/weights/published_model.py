@@ -1,7 +1,8 @@
-"""A whole published model as a model of this library: the config is derived from the files of the folder.
+"""Loading of a whole published model, with a config that is derived from the files of the model's folder.
 
-`import_weights` compares a folder with a config that a person has written. Here the same config fields give the values
-of a new config. The import then compares all values again, so that a value that cannot be derived is an error.
+`import_weights` compares a folder with a config that a person has written. This module uses the same config fields to
+derive a new config. The import then compares the folder with the derived config, so that a value that cannot be derived
+is an error.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from vlm.weights.load import find_family, import_weights
 from vlm.weights.special_tokens import GENERATION, NAMES, check_special_tokens, read_tokenizer, token_text
 
 PATH = re.compile(r"[a-z_]+(\.[a-z_]+)+")
-"""Form of the path of a single config value. Other fields compare values that are computed from several values."""
+"""Pattern of the path of a single config value. A config field without such a path compares a computed value."""
 FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """Names of Pillow's resize filters by their numbers, which preprocessor_config.json contains."""
 PREPROCESSOR = "preprocessor_config.json"
@@ -32,7 +33,7 @@ DEFAULT_PICTURE_SIZE, DEFAULT_CONTEXT = 224, 8192
 
 
 def is_published(folder: Path) -> bool:
-    """Return True if a folder has a config.json of another library, and not the config of one of our checkpoints."""
+    """Return True if the config.json of a folder comes from another library, and False for a Lakesight checkpoint."""
     return "vision" not in read_settings(folder)
 
 
@@ -89,7 +90,7 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def _image(size: Any, processor: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of pictures. Processors of whole models scale both sides of a picture to the same size."""
+    """Return the image config. The preprocessor of a whole model scales both sides of a picture to the same size."""
     image: dict[str, Any] = {"size": size, "resize": "stretch"}
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         if processor.get(theirs) is not None:
@@ -107,6 +108,6 @@ def _text(text_config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _generation(generation: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of greedy decoding, which is the published default, with the published length."""
+    """Return the generation config: greedy decoding (the published default), and the published maximum length."""
     length = generation.get("max_new_tokens")
     return GenerationConfig().model_dump() | ({"max_new_tokens": length} if length else {})

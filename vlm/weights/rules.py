@@ -66,7 +66,7 @@ class Drop:
 class Tie:
     """Two tensors of a file that are copies of one tensor if the model has no parameter `ours`.
 
-    A file may contain `theirs`, `partner`, or both. If the file contains both, they must be equal.
+    A file may contain `theirs`, `partner`, or both. If the file contains both, the two tensors must be equal.
     """
 
     theirs: str

@@ -75,7 +75,7 @@ def _named_tokens(folder: Path, tokenizer: Mapping[str, Any]) -> Iterator[tuple[
 
 
 def token_text(settings: Mapping[str, Any], key: str) -> str | None:
-    """Return the text of a special token, which a file gives as a string or as an object; None if there is none."""
+    """Return the text of a special token, which a file gives as a string or an object, or None without such a token."""
     token = settings.get(key)
     return token.get("content") if isinstance(token, Mapping) else token
 

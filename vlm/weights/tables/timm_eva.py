@@ -5,8 +5,8 @@ The architectures are RoPE-ViT (Heo et al., 2024), DINOv3 (Simeoni et al., 2025)
 of queries and values only, so the bias of our keys is zero.
 
 timm rotates adjacent channels in architectures that count rows and columns, and the two halves of a head in DINOv3 and
-LingBot. Our attention always rotates the two halves. An import therefore reorders the channels of queries and keys of
-the first kind, which does not change their dot products.
+LingBot. Our attention always rotates the two halves. If an architecture rotates adjacent channels, an import therefore
+reorders the channels of queries and keys. The reordering does not change the dot products of queries and keys.
 """
 
 from __future__ import annotations
