@@ -80,9 +80,9 @@ class RowSourceBase(SourceBase):
     """Settings of sources whose rows hold pictures, or the paths or URIs of pictures.
 
     Attributes:
-        image_root: folder or URL below which the pictures are that the image column names, or null if the image column
-            holds the pictures. A relative folder is relative to the folder of the row's file, and for a table to the
-            working folder.
+        image_root: folder or URL that contains the pictures which the image column names, or null if the image column
+            itself holds the pictures. A relative folder is relative to the folder of the row's file; if the source is a
+            table, it is relative to the working folder.
     """
 
     image_root: Annotated[str | None, Field(min_length=1), ADDED_LATER] = None
@@ -96,9 +96,10 @@ class RowSourceBase(SourceBase):
 class CsvSourceConfig(RowSourceBase):
     """CSV files with base64 pictures. `multiline` allows line breaks inside quoted fields.
 
-    `delimiter` is the character between fields; null finds the delimiter in the header of each file. `escape` is the
-    character before a quote inside quotes; null means that two quotes stand for one. Spark writes a backslash. The path
-    `scenes:COUNT` or `scenes:COUNT:SEED` stands for a generated file of COUNT drawn scenes.
+    `delimiter` is the character between fields; with null, the delimiter is found in the header of each file. `escape`
+    is the character before a quote inside a quoted field, for example a backslash in files that Spark has written; null
+    means that a quote inside a quoted field is doubled. The path `scenes:COUNT` or `scenes:COUNT:SEED` stands for a
+    generated file of COUNT drawn scenes.
     """
 
     kind: Literal["csv"] = "csv"
@@ -245,7 +246,7 @@ class ShardConfig(Config):
     """Format of training shards.
 
     Attributes:
-        encoding: `raw` pixels (random access without decoding) or `jpeg` (smaller).
+        encoding: how pictures are stored, as `raw` pixels (random access without decoding) or `jpeg` (smaller).
         rows: number of rows per shard file.
         seed: seed of the shuffle.
         where: SQL condition on columns of `samples`. Rows that do not meet the condition are left out of every split.
@@ -276,9 +277,10 @@ class DataConfig(Config):
         validate_on: split for validation during training.
         evaluate_on: split for the evaluation of a registered model version.
         mix: shares of the training rows that come from other sources in `samples`, by the name of the source. The
-            remaining training rows come from this source.
-        text_weights: how training draws one of a picture's texts in each epoch. With `frequency`, a text that several
-            people have written is drawn more often. With `uniform`, all different texts are drawn equally often.
+            remaining training rows come from `source`.
+        text_weights: rule by which training draws one of a picture's texts in each epoch. With `frequency`, a text that
+            several people have written is drawn more often. With `uniform`, all different texts are drawn equally
+            often.
     """
 
     source: SourceConfig = CsvSourceConfig()

@@ -28,10 +28,10 @@ class GateConfig(Config):
             `neighbour` is the caption of the most similar training picture. A run that only tests the pipeline needs
             no baselines.
         min_distinct: smallest accepted number of distinct captions, as a share of the number of distinct human captions
-            of the same rows. If the human captions differ, the captions must differ too. The limit applies if
-            `baselines` contains `constant`.
-        min_pictures: number of pictures from which the whole interval of a difference from a baseline must be above
-            zero. With fewer pictures, the value of the difference must be above zero.
+            of the same rows. If the human captions differ from each other, the model's captions must differ from each
+            other too. The limit applies if `baselines` contains `constant`.
+        min_pictures: smallest number of pictures for which the whole interval of a difference from a baseline must be
+            above zero. With fewer pictures, the value of the difference must be above zero.
         trial_pictures: number of pictures of the split that the model version captions in a separate process.
     """
 

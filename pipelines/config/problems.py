@@ -51,7 +51,7 @@ def describe(error: ValidationError, root: type[BaseModel]) -> Iterator[tuple[st
 
 
 def _field_path(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, list[str]]:
-    """Return the dotted path as the user wrote the path (without union tags).
+    """Return the dotted path as the user wrote the path (without pydantic's union tags).
 
     The second value lists the valid names for the last element of the path.
     """

@@ -47,13 +47,13 @@ OWN_SPARK_SETTINGS = {
     "spark.authenticate": "Spark's ports need a secret on a laptop",
     "spark.lakesight": "these settings belong to Lakesight",
 }
-"""Settings of Spark that Lakesight sets itself, or the beginnings of their names, with the reason or alternative."""
+"""Spark settings that users cannot set (or the beginnings of their names), with the reason or an alternative."""
 LOOPBACK_SETTINGS = ("spark.driver.host", "spark.driver.bindAddress")
-"""Settings that Lakesight sets itself unless the master is a Spark cluster."""
+"""Spark settings that users can set only if the master is a Spark cluster (`spark://`)."""
 
 
 def _flatten(value: Any, prefix: str = "") -> Any:
-    """Flatten nested mappings, as `--set platform.spark.conf.spark.a.b=1` gives them, and convert values to texts."""
+    """Flatten the mapping of `--set platform.spark.conf.spark.a.b=1`, and convert integers and booleans to text."""
     if not isinstance(value, dict):
         return value
     flat: dict[Any, Any] = {}
@@ -73,8 +73,8 @@ class SparkConfig(Config):
         master: local[CORES], local-cluster[EXECUTORS,CORES,MIB] or spark://HOST:PORT.
         driver_memory: memory of the driver's Java heap.
         shuffle_partitions: number of partitions of a shuffle.
-        conf: further settings of Spark by name, such as {spark.executor.memory: 8g}. As values may be secrets, such as
-            keys of an object store, these settings are neither stored nor printed, and change no hash.
+        conf: further Spark settings by name, such as {spark.executor.memory: 8g}. A value may be a secret, such as the
+            key of an object store, so `conf` is neither stored nor printed nor hashed.
     """
 
     master: Annotated[str, Field(pattern=r"^(local\[[0-9*]+\]|local-cluster\[\d+,\d+,\d+\]|spark://.+)$")] = "local[*]"
@@ -136,7 +136,7 @@ PlatformConfig = Annotated[LocalPlatformConfig | DatabricksPlatformConfig, Field
 
 
 class Chosen(Config):
-    """The four names of a run. A name is the name of a YAML file under conf/ without `.yml`."""
+    """The four names that select a run's settings. Each is the name of a YAML file under conf/, without `.yml`."""
 
     model: Name
     data: Name
@@ -261,7 +261,7 @@ def load_model(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
 
 
 def _chosen_name(run: dict[str, Any], kind: str, problems: list[str]) -> str:
-    """Return the name that a run's file gives for a kind, or an empty string if there is none."""
+    """Return the name that a run's YAML file gives for a kind of settings, or an empty string without such a name."""
     name = run.get(kind)
     if isinstance(name, bool | float | list | date):
         problems.append(f"run.{kind}: got {name!r}, which is not a name: write the name in quotes")
@@ -270,7 +270,7 @@ def _chosen_name(run: dict[str, Any], kind: str, problems: list[str]) -> str:
 
 
 def _find(kind: str, name: str, problems: list[str]) -> Path | None:
-    """Return the path of the YAML file of a name, or add a problem."""
+    """Return the path of the YAML file that belongs to a name. If there is no such file, add a problem."""
     if re.fullmatch(NAME_PATTERN, name):
         for folder in conf_folders():
             path = folder / kind / f"{name}.yml"

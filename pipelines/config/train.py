@@ -50,13 +50,13 @@ class TextsObjectiveConfig(Config):
 
 
 class CiderObjectiveConfig(Config):
-    """Objective of a stage: CIDEr of captions that the model samples (self-critical training; Rennie et al., 2016).
+    """Objective of a stage: the CIDEr of captions that the model samples (self-critical training; Rennie et al., 2016).
 
-    The model samples several captions of each training picture. Captions with more CIDEr-D than the mean of the
-    picture's other samples become more likely, and the others less likely (Luo, 2020).
+    The model samples several captions of each training picture. A caption becomes more likely if its CIDEr-D is above
+    the mean CIDEr-D of the picture's other captions, and less likely if its CIDEr-D is below this mean (Luo, 2020).
 
     Attributes:
-        samples: number of captions that are sampled of each picture.
+        samples: number of captions that the model samples for each picture.
         temperature: number by which logits are divided before sampling.
     """
 
@@ -69,7 +69,9 @@ ObjectiveConfig = Annotated[TextsObjectiveConfig | CiderObjectiveConfig, Field(d
 
 
 class StageConfig(Config):
-    """Stage of a run, in which some parameters learn. Warm-up, schedule and optimizer state start anew in each stage.
+    """Stage of a training run, which trains some of the parameters.
+
+    Warm-up, schedule and optimizer state start anew in each stage.
 
     Attributes:
         steps: length of the stage, in training steps.
@@ -109,9 +111,10 @@ class AugmentConfig(Config):
         scale: smallest and largest share of the picture's area that a random crop keeps. The crop is resized to the
             size of the picture.
         flip: share of pictures that are mirrored left to right, unless the text contains one of `sided_words`.
-        flip_vertical: share of pictures that are mirrored top to bottom, for pictures without an up, such as aerial
-            pictures. A picture is not mirrored if its text contains one of `sided_words` or `upright_words`.
-        rotate: share of pictures that are rotated by 90, 180 or 270 degrees, with the same exceptions.
+        flip_vertical: share of pictures that are mirrored top to bottom, for pictures that have no natural top, such as
+            aerial pictures. A picture is not mirrored if its text contains one of `sided_words` or `upright_words`.
+        rotate: share of pictures that are rotated by 90, 180 or 270 degrees. A picture is not rotated if its text
+            contains one of `sided_words` or `upright_words`.
         erase: share of pictures in which a rectangle is filled with the picture's mean colour (random erasing; Zhong et
             al., 2017). The rectangle covers 2 to 33 percent of the picture.
         brightness: largest change of the factor by which pixels are multiplied. The factor is between 1 - brightness
@@ -190,7 +193,7 @@ class TrainConfig(Config):
         stages: consecutive stages with their own learning rates. Without stages, every parameter learns at
             `optimizer.lr` for the whole run.
         rows_at_once: number of rows per forward pass of a rank, or null for all rows at once. A smaller number saves
-            memory, because gradients are accumulated to the full batch, and does not change the training step.
+            memory and does not change the training step, because gradients are accumulated over the full batch.
         recompute_blocks: whether to drop the activations inside a block and recompute them in the backward pass.
             Recomputation saves memory and costs about a third more compute.
         compile_blocks: whether to compile each block with torch.compile, for GPUs. If blocks are compiled, a resumed
@@ -201,31 +204,36 @@ class TrainConfig(Config):
             fp32.
         start_from: checkpoint folder of the same model, from which the run takes its initial weights and tokenizer.
         start_state: what the run takes from `start_from`: only the `weights`, or the state of the `training`. With
-            `training`, the folder is a checkpoint of a run with the same settings and fewer steps, and the new run goes
-            on at the step of the checkpoint, with the optimizer state and the rows that follow.
+            `training`, the folder must be a checkpoint of a run with the same settings and fewer steps. The new run
+            continues from the step of the checkpoint, with the checkpoint's optimizer state and with the training rows
+            that come next.
         adapter: low-rank corrections (LoRA) of the matching weights. If an adapter is set, no other weights are
             trained. The corrections are merged into the weights before registration.
         augment: random changes of training pictures, or null to train on the unchanged pictures of the shards.
         label_smoothing: share of each target's probability that training spreads over all tokens of the vocabulary
             (Szegedy et al., 2015). `train/loss` and `val/loss` are computed without label smoothing.
         contrastive: weight of a contrastive loss between the pictures and the texts of a batch, in addition to the
-            caption loss (SigLIP; Zhai et al., 2023); 0 for none. The negatives of a picture are the other texts of the
-            same rank and the same `rows_at_once`. `train/loss` and `val/loss` do not contain this loss.
-        loader_workers: number of threads that prepare batches ahead of training. With 0 threads, a batch is made when
-            the batch is needed.
+            caption loss (SigLIP; Zhai et al., 2023); 0 for none. The negatives of a picture are the texts of the other
+            rows in the same forward pass of the same rank (`rows_at_once` rows). `train/loss` and `val/loss` do not
+            contain this loss.
+        loader_workers: number of threads that prepare batches ahead of training. With 0 threads, a batch is prepared
+            only when the batch is needed.
         score_every: number of steps after which the model captions the `validate_rows` validation pictures, and the
             CIDEr of the captions is logged as `val/cider`. The last step is scored too. With null, no step is scored.
         best_by: metric by which the best checkpoint is chosen: the validation `loss`, or `cider`, which needs
             `score_every`.
-        stop: number of consecutive values of the metric `best_by` without a new best value after which training ends
-            early, or null to take all steps.
+        stop: patience of early stopping. Training ends after this number of consecutive values of the metric `best_by`
+            without a new best value; with null, the run takes all steps.
         keep_checkpoints: number of newest checkpoints to keep. The best checkpoint is kept too.
-        register_: checkpoint that is registered as a model version: the `last` one, the `best` one by `best_by`, or the
-            one of a step. A finished run registers the other checkpoint too when the setting changes.
-        profile_steps: number of rank 0's first steps to record with torch's profiler. The trace is logged to MLflow.
+        register_: checkpoint that is registered as a model version: the `last` checkpoint, the `best` checkpoint by the
+            metric `best_by`, or the checkpoint of a given step. If this setting changes after the run has finished, the
+            newly selected checkpoint is registered too.
+        profile_steps: number of steps that torch's profiler records on rank 0, from the first step on. The trace is
+            logged to MLflow.
         timeout_seconds: time without a sign of life from a rank, in seconds, after which the run is ended.
         max_restarts: largest number of restarts of a failed run from its last checkpoint, if a restart can help.
-        resume_changed_code: whether to resume an unfinished run although the training code has changed since.
+        resume_changed_code: whether to resume an unfinished run although the training code has changed since the run
+            started.
     """
 
     seed: int = 0
@@ -283,7 +291,10 @@ class TrainConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _steps_of_stages(cls, given: Any) -> Any:
-        """Set `steps` to the sum over the stages. Invalid values are ignored here and reported by field validation."""
+        """Set a missing `steps` to the total number of steps of the stages.
+
+        Invalid values are ignored here, because the validation of the fields reports them.
+        """
         stages = given.get("stages") if isinstance(given, dict) else None
         if stages and "steps" not in given:
             with contextlib.suppress(TypeError, KeyError, ValueError, AttributeError):

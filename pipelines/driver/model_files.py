@@ -20,7 +20,8 @@ class ModelFiles(Config):
         run_id: id of the MLflow run that trained the version.
         digest: digest of the files (`pipelines.formats.model_copy`), or empty if the files are not a recorded copy.
         remote: whether the folder is on a network drive, so that each host copies the folder once.
-        settings: generation settings of an evaluation; None for those of the version at temperature 0.
+        settings: generation settings of an evaluation; None for the generation settings of the version at temperature
+            0.
     """
 
     folder: Path

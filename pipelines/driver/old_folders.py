@@ -1,13 +1,13 @@
 """Removal of old run, checkpoint, shard and report folders, for `lakesight maintain --keep`.
 
-The newest folders of each kind stay, and everything that another folder or a registered version needs:
+The newest folders of each kind stay, and so does everything that a remaining folder or a registered version needs:
 
 - a run that may still be training, whose model waits for registration, or whose weights a remaining run starts from;
 - of a run with a registered version: all files but the checkpoints that no version was registered from;
 - the shards of every remaining run, and the shards that a remaining training mix refers to.
 
-A folder that cannot be read as ours stays too. A folder is renamed before it is removed, so that a killed command
-leaves no half of a folder behind that looks complete.
+A folder that Lakesight cannot read stays too. A folder is renamed before it is removed. Otherwise a killed command
+could leave half of a folder behind that looks complete.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vlm.config import Config
 from vlm.errors import LakesightError
 
 RUNNING = timedelta(days=2)
-"""Age of the files of an unfinished run up to which the run may still be training, or waiting for a restart."""
+"""If a file of an unfinished run is younger than this, the run may still be training or waiting for a restart."""
 TRASH = ".removed-"
 """Prefix of the names of folders that are being removed."""
 
@@ -41,12 +41,13 @@ LEFTOVERS: dict[Kind, str] = {
 }
 """Folders in which a killed command may leave a folder that it was removing, as patterns below the home folder."""
 Needs = Callable[[RunFolder], Collection[str] | None]
-"""Function that returns the names of the checkpoints of a run that were registered, or None if that is not known."""
+"""Function that returns the names of the checkpoints of a run that were registered, or None if the names are not
+known."""
 T = TypeVar("T")
 
 
 class OldFolder(Config):
-    """A folder, or a page, that nothing needs any more.
+    """A folder or an HTML page that nothing needs any more.
 
     Attributes:
         kind: kind of the folder.
@@ -87,7 +88,7 @@ def find_old_folders(platform: Platform, keep: int, needs: Needs) -> list[OldFol
 
 
 def remove_folders(folders: Iterable[OldFolder]) -> None:
-    """Remove the folders of `find_old_folders`."""
+    """Remove the folders that `find_old_folders` has found."""
     for folder in folders:
         path = folder.path
         if not path.name.startswith(TRASH):
@@ -99,7 +100,7 @@ def remove_folders(folders: Iterable[OldFolder]) -> None:
 
 
 def _read_runs(folder: Path) -> dict[RunFolder, RunFile]:
-    """Return the runs of a folder that can be read, and their run.json."""
+    """Return the runs in a folder whose run.json can be read, each with the contents of its run.json."""
     found: dict[RunFolder, RunFile] = {}
     for path in sorted(folder.glob("[!.]*/run.json")):
         try:
@@ -133,9 +134,9 @@ def _may_be_training(run: RunFolder) -> bool:
 
 
 def _old_checkpoints(run: RunFolder, whole: bool, needs: Needs) -> list[Path]:
-    """Return the checkpoints of a remaining run that are damaged or that no version needs.
+    """Return the checkpoints of a remaining run that are damaged or that no registered version needs.
 
-    The last checkpoint stays, because a run without it is not finished.
+    The last checkpoint stays, because a run without its last checkpoint does not count as finished.
     """
     if whole:
         return []
@@ -149,7 +150,7 @@ def _shards_of(file: RunFile) -> tuple[str, str]:
 
 
 def _old_shards(folder: Path, keep: int, used: Collection[str]) -> list[Path]:
-    """Return the complete shard folders that are neither new nor used, nor referred to by one that stays."""
+    """Return the complete shard folders that are neither new nor used, and that no remaining folder refers to."""
     manifests: dict[Path, Manifest] = {}
     for path in sorted(folder.glob(f"[!.]*/{MANIFEST}")):
         try:
@@ -170,7 +171,8 @@ def _old_shards(folder: Path, keep: int, used: Collection[str]) -> list[Path]:
 def _old_reports(folder: Path, keep: int) -> list[Path]:
     """Return the reports that are not the newest on their subject.
 
-    The last part of a report's name is a hash, a number or an id. The evaluations of each version are a subject.
+    The last part of a report's name is a hash, a number or an id. All evaluations of one model version are reports on
+    the same subject.
     """
     found = [path for path in sorted(folder.glob("[!.]*")) if "-" in path.name]
 
@@ -182,7 +184,7 @@ def _old_reports(folder: Path, keep: int) -> list[Path]:
 
 
 def _newest(items: Iterable[T], keep: int, subject: Callable[[T], str], file: Callable[[T], Path]) -> Iterator[T]:
-    """Yield the `keep` items of each subject whose files were changed last."""
+    """For each subject, yield the `keep` items whose files were changed last."""
     groups: dict[str, list[T]] = defaultdict(list)
     for item in items:
         groups[subject(item)].append(item)

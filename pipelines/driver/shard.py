@@ -48,9 +48,9 @@ SAMPLED_ROWS = 64
 """Number of pictures whose mean size decides whether to decode pictures before or after the shuffle."""
 
 TIME_FACTOR = 2
-"""Factor between the longest time to decode a picture in an ingest and in this stage.
+"""Longest time to decode a picture in this stage, as a multiple of the longest time in an ingest.
 
-Ingest has decoded every picture in its time, perhaps on a faster machine."""
+The ingest has decoded every picture within its time limit, but perhaps on a faster machine."""
 
 Assign = Callable[..., Iterator[RecordBatch]]
 """Function with the interface of `executor.shard.assign_files`, which may also decode the pictures."""
@@ -131,7 +131,7 @@ def find_finished(
 
 
 def _sources(source_name: str, config: DataConfig, split: Split) -> list[str]:
-    """Return the sources whose rows the shards hold: for training, also those of the mix."""
+    """Return the sources whose rows the shards hold; training shards also hold rows of the sources in `mix`."""
     return [source_name, *(config.mix if split == "train" else ())]
 
 
@@ -215,7 +215,7 @@ def _request(  # noqa: PLR0917 (as for `shard`)
     split: Split,
     pin: tuple[TableVersions, str],
 ) -> ShardRequest:
-    """Return the request of a source and split. `pin` are the versions and the id of table `samples`."""
+    """Return the request of a source and split. `pin` has the versions and the id of table `samples`."""
     shards, (version, samples_id) = config.shards, pin
     return ShardRequest(
         table=platform.table(SAMPLES.name),
@@ -257,7 +257,7 @@ def _select_rows(spark: SparkSession, request: ShardRequest, version: int) -> Da
 
 
 def _write_folder(rows: DataFrame, folder: Path, request: ShardRequest, seconds: float) -> None:
-    """Write all shard files, then the manifest. Decoding a picture may take `seconds`."""
+    """Write all shard files, then the manifest. Decoding a picture may take at most `seconds` seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     # A single task numbers the shuffle keys, which have 64 characters per picture. Pictures do not pass through this
     # task. Each picture goes directly to its shard file, because the driver knows the first shuffle key of each file.

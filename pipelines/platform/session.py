@@ -1,8 +1,8 @@
 """Differences between a classic Spark session and a Spark Connect session, such as a session on shared compute.
 
-A Connect session is a client of a Spark server. It has no SparkContext and no JVM, and it analyses a query only when
-it is asked for properties or rows of the query. Everything else of Lakesight is written in the interface that both
-have.
+A Connect session is a client of a Spark server. A Connect session has no SparkContext and no JVM, and analyses a query
+only when code asks for properties or rows of the query. All other code of Lakesight uses only the methods that both
+kinds of sessions have.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 MANY_ROWS = 100_000
-"""Number of rows of a query that Spark splits into its default number of tasks."""
+"""Number of rows that is large enough for Spark to split a query into the default number of tasks."""
 SHORTAGE_SECONDS = 30.0
 """Time in seconds after which the jobs of a barrier stage are cancelled if the cluster has too few slots."""
 POLL_SECONDS = 1.0
 QUERY_LOGGERS = ("DataFrameQueryContextLogger", "SQLQueryContextLogger")
-"""Loggers of pyspark that print the Java stack of a query with a mistake. The exception names the mistake too."""
+"""Loggers of pyspark that print the Java stack trace of an invalid query. The exception describes the mistake too."""
 
 
 def is_connect(spark: SparkSession) -> bool:
@@ -76,7 +76,7 @@ def analysed(frame: DataFrame) -> DataFrame:
 def default_parallelism(spark: SparkSession) -> int:
     """Return the number of tasks into which Spark splits a query by default, which is the number of cores.
 
-    A Connect session can only count the tasks of a query that it runs.
+    With a Connect session, this function runs a query and counts the tasks of the query.
     """
     if not is_connect(spark):
         return int(spark.sparkContext.defaultParallelism)
@@ -91,8 +91,8 @@ def default_parallelism(spark: SparkSession) -> int:
 def count_slots(spark: SparkSession) -> int:
     """Return how many tasks can run at once. Spark compares this number with the size of a barrier stage.
 
-    A Connect session only knows the number of cores. If GPUs are fewer than cores, the number is too large, and Spark
-    itself reports missing slots, after ten minutes.
+    A Connect session only knows the number of cores. If there are fewer GPUs than cores, the number is too large, and
+    Spark itself reports missing slots, after ten minutes.
     """
     if is_connect(spark):
         return default_parallelism(spark) // int(spark.conf.get("spark.task.cpus", "1") or 1)
@@ -135,7 +135,8 @@ def call_in_barrier_stage(
 ) -> list[dict[str, object]]:
     """Call a function in each task of a barrier stage, which occupies all slots at once. Return the results.
 
-    A classic session needs no package on executors for this. A Connect session has no RDDs, and needs pyarrow there.
+    A classic session needs no package on executors for this. A Connect session has no RDDs, so it needs pyarrow on
+    executors.
 
     Args:
         spark: Spark session.

@@ -1,8 +1,8 @@
-"""Caption jobs that have nothing to do: found from the Delta logs and the narrow columns, without Spark.
+"""Recognize caption jobs that have nothing to do, from the Delta logs and narrow columns of the tables, without Spark.
 
-The answer is "finished" only if it is certain. In all other cases Spark decides: a condition in SQL, a table of a
-catalog or on an object store, a table whose rows may change within a file (deletion vectors), or a table in which
-files of a captioned version were replaced.
+A job counts as finished only if every row certainly has its caption. Spark decides in all other cases, for example if
+the job has an SQL condition, if a table is in a catalog or on an object store, if rows may change within a data file
+(deletion vectors), or if data files of a captioned table version were replaced.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pipelines.platform import Platform
 from vlm.errors import did_you_mean
 
 ID_TYPES = (pa.string(), pa.int8(), pa.int16(), pa.int32(), pa.int64())
-"""Types of ids that become the same text in Spark and in DataFusion."""
+"""Types of an id column whose values Spark and DataFusion convert to the same text."""
 IMAGE_TYPES = (pa.string(), pa.binary())
 
 
 def find_finished(platform: Platform, model: ModelFiles, request: CaptionRequest) -> CaptionReport | None:
-    """Return the report of a job in which every row has its caption already, or None if Spark has to look.
+    """Return the report of a job in which every row already has its caption, or None if only Spark can tell.
 
     Raises:
         UserError: the request is invalid, as in `check_request`.
@@ -68,7 +68,7 @@ def find_finished(platform: Platform, model: ModelFiles, request: CaptionRequest
 
 
 def check_source(platform: Platform, request: CaptionRequest) -> None:
-    """Check that a table on a local disk exists and has the columns of ids and pictures, before Spark starts.
+    """Before Spark starts, check that a source table on a local disk exists and has the id column and picture column.
 
     Raises:
         UserError: there is no Delta table in the folder, or a column is missing.
@@ -89,7 +89,7 @@ def check_source(platform: Platform, request: CaptionRequest) -> None:
     try:
         names = [field.name for field in DeltaTable(location, without_files=True).schema().fields]
     except DeltaError:
-        return  # Spark may read a table that deltalake does not read
+        return  # Spark may be able to read a table that deltalake cannot read
     for column in (request.id_column, request.image_column):
         if column not in names:
             raise UserError(
@@ -101,7 +101,7 @@ def check_source(platform: Platform, request: CaptionRequest) -> None:
 
 
 def _open_tables(platform: Platform, request: CaptionRequest) -> tuple[DeltaTable, DeltaTable] | None:
-    """Open the source table and the table of captions, or return None if one is not a table on a local disk."""
+    """Open the source table and the table of captions, or return None if one of them is not on a local disk."""
     location = platform.table_location(request.source_table)
     if platform.tables is None or location is None or not Path(location, "_delta_log").is_dir():
         return None
@@ -117,7 +117,7 @@ def _open_tables(platform: Platform, request: CaptionRequest) -> tuple[DeltaTabl
 
 
 def _is_plain(source: DeltaTable, request: CaptionRequest) -> bool:
-    """Return whether every Delta reader can read the table, and its columns have the usual types.
+    """Return whether every Delta reader can read the table and the id and picture columns have the usual types.
 
     A table of reader version 1 has no deletion vectors and no mapped columns.
     """
@@ -130,10 +130,10 @@ def _is_plain(source: DeltaTable, request: CaptionRequest) -> bool:
 def _count_captioned_rows(
     source: DeltaTable, captions: DeltaTable, key: dict[str, str], model: ModelFiles, id_column: str
 ) -> int | None:
-    """Return the number of rows of a table if each row has a caption or error of its current picture, else None.
+    """Return the number of rows of a table if each row has a caption or an error for its current picture, else None.
 
-    Delta never changes a data file. If a version that was captioned has only files that the newest version has too,
-    the rows that were captioned at that version are unchanged.
+    Delta never changes a data file. If the newest table version still has all data files of an earlier captioned
+    version, the rows that were captioned at the earlier version are unchanged.
     """
     condition = " AND ".join(f"{name} = {_literal(value)}" for name, value in key.items())
     of_run = f"model_digest IS NULL AND run_id = {_literal(model.run_id)}"
@@ -158,7 +158,7 @@ def _count_captioned_rows(
 
 
 def _files_at(source: DeltaTable, version: int) -> set[str]:
-    """Return the data files of a version; a name that no table has if the version no longer exists."""
+    """Return the URIs of a version's data files; if the version no longer exists, return a URI that no file has."""
     try:
         return set(DeltaTable(source.table_uri, version=version).file_uris())
     except DeltaError:

@@ -42,7 +42,7 @@ class PendingFiles:
         folder: folder of the files.
         key: columns of `generated_captions`, and the value that all rows of the files have in each column. The digest
             of the model is not among the columns.
-        counts: number of rows of each file that has been looked at.
+        counts: number of rows of each file whose Parquet footer has been read.
     """
 
     folder: Path
@@ -85,8 +85,9 @@ class PendingFiles:
         files = self.files()
         if not files:
             return 0
-        # Spark lists the folder after this driver, so it reads at least the files that are removed below. It skips
-        # files that another driver has merged and removed. Columns that the files of Lakesight 0.1.0 lack are null.
+        # Spark lists the folder after this driver has listed it, so Spark reads at least the files that are removed
+        # below. Spark skips files that another driver has merged and removed. Columns that the files of Lakesight 0.1.0
+        # lack are null.
         rows = spark.read.schema(from_arrow_schema(PENDING_SCHEMA)).option("ignoreMissingFiles", "true")
         new = _newest_rows(rows.option("pathGlobFilter", "*.parquet").parquet(escape_wildcards(str(self.folder))))
         table = platform.table(GENERATED_CAPTIONS.name)

@@ -59,16 +59,17 @@ class CaptionRequest(Config):
             `catalog.schema.table`, or delta.`/path`.
         source_version: version of the source table, or None for the newest version.
         id_column: name of a column of unique, non-null ids.
-        image_column: name of a column of pictures, as binary or base64 text, or of paths or URIs below `image_root`.
-        image_root: absolute folder or URL below which the pictures are that the image column names, or None if the
-            column holds the pictures. A picture that cannot be read becomes a row with an error.
+        image_column: name of the column that holds the pictures as binary or base64 text, or their paths or URIs below
+            `image_root`.
+        image_root: absolute folder or URL that contains the pictures which the image column names, or None if the
+            column itself holds the pictures. A picture that cannot be read becomes a row with an error.
         prompt: text before the caption; an empty prompt gives a plain caption.
         where: SQL condition on the table's columns; an empty condition selects all rows.
         settings: decoding settings, or None for the decoding settings of the model's config.
         precision: number format in which the model computes.
         limits: size limits of a picture; a picture that exceeds a limit becomes a row with an error.
-        retry_errors: whether to caption rows again that have an error.
-        remove_deleted: whether to remove the captions, by any model, of rows that the table no longer has.
+        retry_errors: whether to caption again the rows that have an error.
+        remove_deleted: whether to remove the captions (by any model) of rows that the table no longer has.
         max_error_share: largest allowed share of errors among the rows that this job processes. If the share is larger,
             the job writes all rows and then fails.
     """
@@ -97,7 +98,7 @@ class CaptionReport(Config):
             job.
         captioned: number of rows that this job captioned.
         errors: number of rows that this job could not caption.
-        changed: number of rows in `captioned` and `errors` that were captioned before, with another picture.
+        changed: number of rows in `captioned` and `errors` that an earlier job captioned with a different picture.
         recovered: number of captions that were merged from files of an earlier job.
         removed: number of captions removed because the table no longer has their rows.
         figures: figures of the rows that this job captioned, as in `CaptionStats.figures`.
@@ -223,10 +224,10 @@ def _open_source(spark: SparkSession, platform: Platform, request: CaptionReques
 def _create_job(
     spark: SparkSession, platform: Platform, model: ModelFiles, request: CaptionRequest, source: SourceTable
 ) -> tuple[CaptionJob, dict[str, str]]:
-    """Return the job for the executors, and the part of the key that names the model by name and number.
+    """Return the job for the executors, and the key that identifies the model by name and version number.
 
-    The model's digest is not in the returned key, because the folder of the files has the same name as in Lakesight
-    0.1.0. Each row in a file has its own digest.
+    The model's digest is not in the returned key, because the folder of the files must keep the name it had in
+    Lakesight 0.1.0. Each row in a file has the digest of its own model.
     """
     settings, decoding, key = caption_key(model, request, source.name)
     constants = {
@@ -258,7 +259,7 @@ def _create_job(
 def caption_key(
     model: ModelFiles, request: CaptionRequest, table: str
 ) -> tuple[GenerationConfig, dict[str, object], dict[str, str]]:
-    """Return the decoding settings, what identifies the settings, and the key of the captions of a table."""
+    """Return the decoding settings, the values that identify these settings, and the key of the captions of a table."""
     settings = request.settings or model.read_config().generation
     decoding = settings.hashed_settings() | {"precision": request.precision}
     key = {

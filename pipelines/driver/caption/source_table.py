@@ -29,7 +29,7 @@ ARROW_TYPES = {
     **{"long": pa.int64(), "float": pa.float32(), "double": pa.float64(), "date": pa.date32()},
     **{"timestamp": pa.timestamp("us", "UTC"), "timestamp_ntz": pa.timestamp("us")},
 }
-"""Arrow types by Spark's names of types."""
+"""Map Spark's name of a type to the Arrow type."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,10 @@ def open_source_table(
 
 
 def arrow_columns(schema: StructType) -> pa.Schema:
-    """Return the columns of a table with their Arrow types. A type without a counterpart becomes null."""
+    """Return the columns of a table with their Arrow types.
+
+    A Spark type without an Arrow counterpart becomes Arrow's null type.
+    """
     return pa.schema([(field.name, _arrow_type(field.dataType)) for field in schema.fields])
 
 
@@ -134,14 +137,14 @@ def files_at(spark: SparkSession, name: str, version: int) -> set[str]:
 
 
 def compared_versions(rows: Mapping[int, int], newest: int) -> list[int]:
-    """Choose the earlier versions of a table whose files are compared with those of the newest version.
+    """Choose the earlier versions of a table whose files are compared with the files of the newest version.
 
-    A job every night leaves captions of a version every night, and listing the files of a version takes seconds. So
-    only the versions with the most rows are compared. The pictures of the other rows are read again and compared by
-    their bytes; then these rows count as rows of the newest version.
+    A nightly job adds captions of one more table version every night, and listing the files of a version takes seconds.
+    So only the versions from which most rows were captioned are compared. The pictures of all other rows are read again
+    and compared by their bytes. After that, these rows count as captioned from the newest version.
 
     Args:
-        rows: number of captioned rows by the version of the table from which they were captioned.
+        rows: number of captioned rows for each table version from which rows were captioned.
         newest: version that is captioned now.
     """
     earlier = sorted(rows.keys() - {newest}, key=lambda version: (-rows[version], version))

@@ -26,7 +26,7 @@ from vlm.config import Config
 logger = logging.getLogger(__name__)
 
 MIN_RETAIN_HOURS = 168
-"""Minimum retention time. This is Delta's own minimum of one week, because running jobs may still read older files."""
+"""Minimum retention time: one week, as Delta itself requires, because running jobs may still read older files."""
 ATTEMPTS = 3
 
 

@@ -38,7 +38,7 @@ def _complete_schema(spark: SparkSession, name: str, table: Table) -> list[str]:
 
 
 STEPS: tuple[Step, ...] = (_complete_schema,)
-"""The step to format N is STEPS[N - 1]."""
+"""Steps of a migration, in order. `STEPS[N - 1]` brings a table to format N."""
 
 
 class TableMigration(Config):
@@ -50,7 +50,7 @@ class TableMigration(Config):
 
 
 class MigrationReport(Config):
-    """Format of the home folder before and after, and the migration of each table that exists."""
+    """Format of the home folder before and after the migration, and the migration of each table that exists."""
 
     before: int
     after: int
@@ -66,10 +66,10 @@ class Backup(Config):
 
 
 def migrate(spark: SparkSession, platform: Platform, *, dry_run: bool) -> MigrationReport:
-    """Bring all tables and the home folder to the format of this release. A dry run only plans it.
+    """Bring all tables and the home folder to the format of this release. A dry run changes nothing.
 
-    An interrupted migration is completed by the next call. Tables that do not exist are created in the format of the
-    release that creates them, so the migration leaves them out.
+    An interrupted migration is completed by the next call. The migration leaves out tables that do not exist, because a
+    new table has the format of the release that creates the table.
 
     Raises:
         StageFailed: Spark failed, or other writers changed a table again and again.
@@ -88,7 +88,11 @@ def migrate(spark: SparkSession, platform: Platform, *, dry_run: bool) -> Migrat
 
 
 def _was_interrupted(backup: Path, home_format: int) -> bool:
-    """Return whether a backup belongs to a migration that did not end: the format of the home folder changes last."""
+    """Return whether a backup belongs to an interrupted migration.
+
+    A migration changes the format of the home folder last, so after an interruption the format is still that of the
+    backup.
+    """
     return backup.exists() and read_json(backup, Backup).format == home_format
 
 
@@ -105,7 +109,7 @@ def _migrate_table(spark: SparkSession, name: str, table: Table, dry_run: bool) 
 
 
 def undo(spark: SparkSession, platform: Platform) -> MigrationReport:
-    """Restore all tables to their versions before the last migration, and the format of the home folder.
+    """Restore all tables, and the format of the home folder, to their state before the last migration.
 
     Raises:
         UserError: there is no migration to undo, or rows were written after the migration, which the undo would lose.
@@ -139,7 +143,7 @@ def undo(spark: SparkSession, platform: Platform) -> MigrationReport:
 
 
 def _require_no_writes(spark: SparkSession, name: str, version: int) -> None:
-    """Check that no commit after a version has changed rows, except those of migrations."""
+    """Check that no commit after a version has changed rows, except commits of migrations."""
     history = spark.sql(f"DESCRIBE HISTORY {name}").where(f"version > {version}")
     written = [
         f"{commit['operation']} at version {commit['version']}"

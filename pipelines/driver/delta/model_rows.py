@@ -1,6 +1,6 @@
 """SQL conditions that select the rows of one model by the digest of its files.
 
-A row of Lakesight 0.1.0 has no digest. Such a row belongs to the model if both have the same MLflow run.
+A row of Lakesight 0.1.0 has no digest. Such a row belongs to a model if the row and the model have the same MLflow run.
 """
 
 from __future__ import annotations
@@ -16,6 +16,6 @@ SAME_MODEL = (
 
 
 def is_of_model(digest: str, run_id: str) -> Column:
-    """Return the condition that is true for rows of one model. The digest is empty if it is not known."""
+    """Return the condition that is true for rows of one model. An unknown digest is the empty string."""
     without_digest = F.col("model_digest").isNull() & (F.col("run_id") == run_id)
     return (F.col("model_digest") == digest) | without_digest if digest else without_digest

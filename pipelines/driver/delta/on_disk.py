@@ -1,4 +1,4 @@
-"""Queries on Delta tables in folders of this machine that need no Spark query: Spark takes up to seconds for each."""
+"""Queries on Delta tables in local folders without Spark, which would need up to several seconds per query."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def open_on_disk(platform: Platform, table: Table) -> DeltaTable | None:
 
 
 def count_on_disk(table: DeltaTable, equal: Mapping[str, str | datetime], by: str) -> dict[str, int]:
-    """Count the rows in which columns have given values, by the value of a column.
+    """Count the rows whose columns have the values `equal`, grouped by the value of column `by`.
 
     Rows are counted in batches, and files whose statistics exclude the values are not read.
 
     Args:
         table: Delta table.
-        equal: value of each column that the condition names; at least one.
+        equal: required value by column name; at least one column.
         by: column to group the rows by.
     """
     counts: Counter[str] = Counter()
@@ -39,7 +39,7 @@ def count_on_disk(table: DeltaTable, equal: Mapping[str, str | datetime], by: st
 
 
 def has_rows(table: DeltaTable, equal: Mapping[str, str | datetime]) -> bool:
-    """Return whether the columns have the values `equal` in a row."""
+    """Return whether the table has a row whose columns have the values `equal`."""
     return bool(arrow_dataset(table).head(1, columns=list(equal), filter=_condition(equal)).num_rows)
 
 

@@ -1,4 +1,4 @@
-"""Context managers that change Spark settings for the duration of a block, and escaped paths."""
+"""Context managers that change Spark settings for the duration of a block, and a function that escapes paths."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def spark_settings(spark: SparkSession, values: dict[str, str]) -> Iterator[None
 def bounded_batches(spark: SparkSession) -> Iterator[None]:
     """Limit the size of Parquet and Arrow batches in queries that run in the block.
 
-    At Spark's default limit of 10,000 rows, a batch of megapixel pictures has 17 GB. Spark 4.1 and later also apply
-    the limit in bytes. Spark 4.0 has only the limit in rows. The limit in rows is 32, because 32 of the largest usual
-    pictures have 50 MB.
+    At Spark's default limit of 10,000 rows, a batch of megapixel pictures has 17 GB. Spark 4.1 and later also apply the
+    limit in bytes. Spark 4.0 has only the limit in rows. The limit in rows is 32, because 32 pictures of the largest
+    usual size take 50 MB together.
     """
     with spark_settings(
         spark,
@@ -56,7 +56,7 @@ def bounded_batches(spark: SparkSession) -> Iterator[None]:
 
 @contextmanager
 def uncompressed_parquet(spark: SparkSession) -> Iterator[None]:
-    """Turn off Parquet compression in the block, and the dictionary encoding of columns `image` and `payload`.
+    """In the block, turn off Parquet compression, and the dictionary encoding of the columns `image` and `payload`.
 
     Pictures are compressed already, and each encoding step would copy a row of up to 50 MB.
     """

@@ -24,7 +24,7 @@ WORKER_DIED = re.compile(
 FILES_REMOVED = re.compile(
     r"FileNotFoundException|FILE_NOT_EXIST|DELTA_FILE_NOT_FOUND|DELTA_CHANGE_DATA_FILE_NOT_FOUND"
 )
-"""Errors of Spark for a table version whose files VACUUM has removed."""
+"""Pattern of Spark's errors for a table version whose files VACUUM has removed."""
 
 
 def filter_rows(frame: DataFrame, condition: str, *, where: str) -> DataFrame:

@@ -32,7 +32,7 @@ CREATION_TIMEOUT_S = 10
 def ensure_tables(spark: SparkSession, platform: Platform) -> None:
     """Create the Delta tables that do not exist, and add missing columns to tables of an earlier Lakesight version.
 
-    The local platform has its catalog in memory, so tables that an earlier process wrote are registered again.
+    On a laptop, Spark's catalog exists only in memory, so tables that an earlier process wrote are registered again.
     """
     if platform.tables is not None:
         spark.sql(f"CREATE SCHEMA IF NOT EXISTS {platform.namespace} LOCATION {_quoted(platform.tables)}")
@@ -60,14 +60,14 @@ def ensure_table(spark: SparkSession, platform: Platform, table: Table) -> bool:
                 add_checks(spark, name, table.checks)
     if not folder:
         check_format(int(table_properties(spark, name).get(PROPERTY, 0)), name)
-    elif not (exists or created):  # once in each session; SHOW TBLPROPERTIES takes seconds in a new session
+    elif not (exists or created):  # once per Spark session; SHOW TBLPROPERTIES would take seconds
         check_table_format(DeltaTable(folder))
     add_columns(spark, platform, table)
     return created
 
 
 def open_tables(platform: Platform, *tables: Table) -> dict[str, DeltaTable] | None:
-    """Open tables in files by name, or return None if a table does not exist or lacks a column.
+    """Open tables in local folders, by name, or return None if a table does not exist or lacks a column.
 
     Raises:
         UserError: a newer release of Lakesight wrote a table.
@@ -90,7 +90,10 @@ def open_tables(platform: Platform, *tables: Table) -> dict[str, DeltaTable] | N
 
 
 def ensure_champion_captions(spark: SparkSession, platform: Platform) -> None:
-    """Create the view `champion_captions` if it does not exist. On a laptop, a view lasts as long as the session."""
+    """Create the view `champion_captions` if it does not exist.
+
+    On a laptop, the view lasts as long as the Spark session.
+    """
     name = platform.table(champion_captions.NAME)
     if not spark.catalog.tableExists(name):
         columns = ", ".join(f"{column} COMMENT '{text}'" for column, text in champion_captions.COLUMNS.items())
@@ -107,7 +110,7 @@ def add_checks(spark: SparkSession, name: str, checks: Mapping[str, str]) -> tup
 
 
 def missing_checks(spark: SparkSession, name: str, checks: Mapping[str, str]) -> dict[str, str]:
-    """Return the SQL statement that adds each CHECK constraint that a table lacks, by the name of the constraint."""
+    """Map the name of each CHECK constraint that a table lacks to the SQL statement that adds the constraint."""
     existing = table_properties(spark, name).keys() if checks else ()
     return {
         check: f"ALTER TABLE {name} ADD CONSTRAINT {check} CHECK ({checks[check]})"

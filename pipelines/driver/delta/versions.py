@@ -1,4 +1,4 @@
-"""Versions of a table that many sources share: which version last changed a source, and which writes are outdated."""
+"""Versions of a table that many sources share: find the version that last changed a source; skip outdated writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.platform import Platform
 
 NOTE_PREFIX = "lakesight ingest "
 MIGRATION_NOTE = "lakesight migration"
-"""User metadata of the commits of a migration, which change no content."""
+"""User metadata of migration commits, which change no content."""
 NOTE_CONF = "spark.databricks.delta.commitInfo.userMetadata"
 TXN_CONF = "spark.databricks.delta.write.txn"
 
@@ -120,7 +120,7 @@ def commit_note(spark: SparkSession, note: str) -> Iterator[None]:
 
 @contextmanager
 def skip_if_changed_since(spark: SparkSession, source: str, version: int) -> Iterator[None]:
-    """Make Delta skip a write in the block if another guarded write to `source` was planned at `version` or later.
+    """Make Delta skip a write in the block if another guarded write, planned at `version` or later, was committed.
 
     This function uses Delta's idempotent writes. `txnAppId` names the source, and `txnVersion` is `version`, which is
     the last change of the source when the write was planned. Delta skips a write whose `txnVersion` is not above the

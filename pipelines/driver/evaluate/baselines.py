@@ -1,7 +1,8 @@
 """Baselines: captions that need no model, with which a model version is compared.
 
-The constant baseline gives the same caption to all pictures. The caption that is best by one metric is not the best by
-another metric, so each metric has a constant of its own: a model must beat the constant that is hardest to beat.
+The constant baseline gives the same caption to all pictures. The caption that is best by one metric may not be the best
+by another metric. So each metric has a constant caption of its own, which is the constant caption that is hardest to
+beat by this metric.
 
 In the names of arrays, C stands for candidates, F for all references of all rows, and R for rows.
 """
@@ -21,17 +22,18 @@ from vlm.text.cider import SIGMA, bigrams, ngrams, norms
 from vlm.text.words import words
 
 MAX_PAIRS = 25_000_000
-"""Largest number of pairs of a candidate and a reference that are compared, which takes a few seconds."""
+"""Largest number of pairs of a candidate and a reference to compare. The comparison then takes a few seconds."""
 MIN_CANDIDATES = 256
 SHORTLIST = 4
-"""Number of candidates that are best by word F1, and by CIDEr, from which the best by another metric is chosen."""
+"""Number of best candidates by word F1, and of best candidates by CIDEr, that are compared by all other metrics."""
 
 
 def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     """Return the caption metrics of the baselines.
 
-    Metrics `constant_*` are for the best caption that ignores the picture, where the best caption is that of the metric
-    itself. Metrics `neighbour_*` are for the human caption of the most similar training picture.
+    The metric `constant_cider` is the CIDEr of the single caption that has the highest CIDEr if all pictures get this
+    caption; the same holds for the other metrics `constant_*`. The metrics `neighbour_*` belong to the human caption of
+    the most similar training picture.
     """
     constants = best_constants(scored)
     metrics_of = {text: caption_metrics(_with_caption(scored, text)) for text in set(constants.values())}
@@ -42,7 +44,7 @@ def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
 
 
 def baselines(scored: Sequence[ScoredRow], metric: str) -> dict[str, list[ScoredRow]]:
-    """Return the rows with captions of each baseline, for a comparison by one metric.
+    """For each baseline, return the rows with the baseline's captions, for a comparison by one metric.
 
     The baselines are `constant`, and `neighbour` if every row has a neighbour.
     """
@@ -59,11 +61,11 @@ def neighbour_rows(scored: Sequence[ScoredRow]) -> list[ScoredRow] | None:
 
 
 def best_constants(scored: Sequence[ScoredRow]) -> dict[str, str]:
-    """Return the single caption with the best value over all pictures, by the name of the metric.
+    """For each metric, return the single caption with the best value over all pictures.
 
-    The candidates are the references, most frequent first, as many as MAX_PAIRS allows. Of two equally good candidates,
-    the more frequent candidate is returned. By exact match, word F1 and CIDEr, every candidate is compared. By ROUGE-L
-    and BLEU, only candidates that are among the best by word F1 or CIDEr are compared, because a comparison is slow.
+    The candidates are the most frequent references, as many as MAX_PAIRS allows. Of two equally good candidates, the
+    more frequent candidate is returned. Every candidate is compared by exact match, word F1 and CIDEr. ROUGE-L and BLEU
+    are slow to compute, so by these metrics only the best candidates by word F1 or CIDEr are compared.
     """
     references = [[words(reference) for reference in item.references] for item in scored]
     spelled = Counter(reference.strip() for item in scored for reference in item.references)
@@ -114,7 +116,7 @@ def constant_word_f1(candidates: Sequence[list[str]], references: Sequence[list[
 def constant_cider(candidates: Sequence[list[str]], references: Sequence[list[list[str]]]) -> Floats:
     """Compute CIDEr-D (Vedantam et al., 2015) of each candidate as the caption of every row, as an array of shape (C,).
 
-    The result equals pycocoevalcap's, which would compare the references with each candidate from the beginning.
+    The result equals that of pycocoevalcap, which would process all references again for each candidate.
     """
     flat = [ngrams(reference) for group in references for reference in group]
     weights_F = np.array([1 / (len(group) * len(references)) for group in references for _ in group])
@@ -141,7 +143,7 @@ def constant_cider(candidates: Sequence[list[str]], references: Sequence[list[li
 
 
 class _Postings:
-    """Inverted index: for each key, the references that have the key, and the values of the key in them."""
+    """Inverted index: for each key, the references that have the key, and the key's value in each of them."""
 
     def __init__(self, references: Sequence[Mapping[Any, float]]) -> None:
         found: dict[object, list[tuple[int, float]]] = defaultdict(list)

@@ -1,8 +1,8 @@
 """Bootstrap confidence intervals of the metrics of a model, of metric differences of two models, and of slices.
 
-The bootstrap resamples pictures and not rows, so all questions about a picture are drawn together. Two models are
-compared on the same resamples (paired bootstrap), so the difficulty of a picture affects both models and cancels
-in the difference.
+The bootstrap resamples pictures and not rows, so all rows (prompts) of a picture are drawn together. Two models are
+compared on the same resamples (paired bootstrap), so the difficulty of a picture affects both models and cancels in the
+difference.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def slice_metrics(
 
     Args:
         scored: rows of the split; at least one row has a caption.
-        columns: value of each picture, by column name and image_id.
+        columns: for each column name, the value of each picture by image_id.
         names: names of the metrics to compute.
         seed: seed of the resampling.
     """
@@ -143,9 +143,9 @@ def slice_metrics(
 def slices_of(
     with_caption: Sequence[ScoredRow], columns: Mapping[str, Mapping[str, object]]
 ) -> dict[str, np.ndarray[tuple[int], np.dtype[np.bool_]]]:
-    """Return which rows are in each slice of at least MIN_SLICE_ROWS rows, by `column=value`, in the order of values.
+    """For each slice (`column=value`) of at least MIN_SLICE_ROWS rows, return which rows are in the slice.
 
-    A slice of all rows is left out.
+    The slices of a column are sorted by value. A slice that contains all rows is left out.
     """
     found = {}
     for column, values in columns.items():

@@ -1,4 +1,4 @@
-"""Figures that can be compared with papers: METEOR, and BLEU, ROUGE-L, CIDEr-D and METEOR of COCO's own words.
+"""Figures that can be compared with papers: METEOR, and COCO's own BLEU, ROUGE-L, CIDEr-D and METEOR.
 
 Two Java programs that pycocoevalcap contains compute the parts that Python cannot: Stanford's tokenizer, which splits
 the texts as COCO's evaluation does, and METEOR's alignment of words. Each program runs once and reads all rows.
@@ -82,7 +82,8 @@ def ptb_words(texts: Iterable[str]) -> list[list[str]]:
 def meteor(*corpora: Corpus) -> list[Metric]:
     """Return METEOR of each corpus: the statistics of all rows are added, then the score is computed once.
 
-    The Java program aligns each caption with its best reference. It takes seconds to start, so it runs once.
+    The Java program aligns each caption with its best reference. The program takes seconds to start, so it runs only
+    once for all corpora.
     """
     requests = [
         " ||| ".join(["SCORE", *(_spaced(reference) for reference in group), _spaced(caption)])

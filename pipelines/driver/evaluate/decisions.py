@@ -33,7 +33,7 @@ def record_decision(
     """Append a decision to table `decisions`. Call this function before the decision takes effect.
 
     Args:
-        open_spark: function that returns the Spark session. It is called only if a catalog manages the table.
+        open_spark: function that returns the Spark session. The function is called only if a catalog manages the table.
         platform: platform of the table.
         model: name of the registered model.
         version: model version that the decision is about.

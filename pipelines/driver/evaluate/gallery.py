@@ -24,7 +24,7 @@ GROUP_ROWS = 16
 """Number of rows in each of the groups worst, best and sample."""
 PNG_ROWS = 12
 PNG_COLUMNS = 4
-NAMES = {  # name of each metric on pages, in the order of the page
+NAMES = {  # names of the metrics on HTML pages, in the order of the page
     "exact_match": "exact match",
     "constant_exact_match": "exact match, best constant",
     "neighbour_exact_match": "exact match, nearest neighbour",
@@ -55,9 +55,9 @@ NAMES = {  # name of each metric on pages, in the order of the page
     "captions_per_second": "captions a second and process",
 }
 HEADLINES = ("cider", "word_f1", "exact_match", "rouge_l", "blind_gap")
-"""Metrics that pages show first, beside those of the baselines."""
+"""Metrics that pages show first, next to the same metrics of the baselines."""
 SHARES = ("exact_match", "word_f1", "rouge_l")
-"""Metrics from 0 to 1, whose bars have the scale from 0 to 1."""
+"""Metrics with values from 0 to 1, whose bars are drawn on a scale from 0 to 1."""
 WORD_GAP = re.compile(r"(\s+)")
 PLOTTED = ("exact_match", "word_f1", "rouge_l", "bleu_4")
 
@@ -66,7 +66,8 @@ PLOTTED = ("exact_match", "word_f1", "rouge_l", "bleu_4")
 class ModelCaption:
     """Caption by the model `label`. `exact` says whether `text` equals a reference. `score` is word F1 from 0 to 1.
 
-    `parts` are consecutive parts of the text, and whether each part differs from the references.
+    `parts` has the consecutive parts of the text, each with a flag that says whether the part differs from the
+    references.
     """
 
     label: str
@@ -118,8 +119,9 @@ class GalleryRow:
 def select_rows(scored: Sequence[ScoredRow]) -> list[tuple[ScoredRow, tuple[str, ...]]]:
     """Select the worst rows, the best rows and a sample of all other rows. Return the rows with their group names.
 
-    The worst row comes first. The sample consists of the first rows that are in neither group. These rows are a random
-    sample, because shards are shuffled. A small split is shown completely, and then a row may be in several groups.
+    The worst row comes first. The sample consists of the first rows that are neither among the worst nor among the best
+    rows. These rows are a random sample, because shards are shuffled. A small split is shown completely, and then a row
+    may be in several groups.
     """
     ordered = sorted(scored, key=lambda item: (item.f1, -item.loss / max(1, item.num_targets), item.row))
     groups = {"worst": ordered[:GROUP_ROWS], "best": ordered[::-1][:GROUP_ROWS]}
@@ -154,7 +156,7 @@ def write_html(path: Path, page: Page, metrics: Mapping[str, Interval], *, signe
 
     Args:
         path: path of the HTML file to write.
-        page: contents of the page, without the figures.
+        page: contents of the page, to which this function adds the metrics.
         metrics: metrics of the split or metric differences, by name.
         signed: whether the metrics are differences, which are shown with a plus or minus sign.
     """
@@ -163,11 +165,11 @@ def write_html(path: Path, page: Page, metrics: Mapping[str, Interval], *, signe
 
 
 def bar_group(name: str, bars: Mapping[str, Interval], note: str = "") -> BarGroup:
-    """Return bars of one metric on a common scale, which begins at 0. The first bar is the main one.
+    """Return bars of one metric on a common scale, which begins at 0. The first bar is marked as the main bar.
 
     Args:
         name: name of the metric.
-        bars: value of the metric by the name of the bar.
+        bars: value and interval of the metric by the name of the bar.
         note: text after the name of the metric.
     """
     largest = max(max(each.high, each.value) for each in bars.values())
@@ -184,7 +186,7 @@ def bar_group(name: str, bars: Mapping[str, Interval], note: str = "") -> BarGro
 
 
 def headline_bars(metrics: Mapping[str, Interval]) -> list[BarGroup]:
-    """Return the main metrics of a model beside those of the baselines."""
+    """Return bars of the main metrics of a model, next to the same metrics of the baselines."""
     labels = {"model": "", "constant": "constant_", "neighbour": "neighbour_"}
     return [
         bar_group(
@@ -200,7 +202,7 @@ def slice_tables(slices: Mapping[str, Mapping[str, Interval]], rows: Mapping[str
 
     Args:
         slices: metrics of each slice, by `column=value`, in the order of the table.
-        rows: number of rows of each slice; a report of an earlier version has no numbers.
+        rows: number of rows of each slice; empty for a report of an earlier Lakesight version.
     """
     if not slices:
         return []

@@ -4,9 +4,9 @@ A metric takes weights (S resamples, R rows) and returns S values. Intervals, sl
 models are computed by calling the same metric with different weights (`bootstrap.py`). To add a metric that needs only
 captions and references, extend `caption_metrics`. To add any other metric, extend `model_metrics`.
 
-pycocoevalcap computes BLEU, ROUGE-L and CIDEr-D. The words are those of `vlm.text.words`, for texts of all scripts and
-without Java, so the gate gives the same verdict on every host. The figures that papers quote use other words: those of
-COCO's tokenizer. These figures have names of their own (`coco_cider`, see `coco.py`).
+pycocoevalcap computes BLEU, ROUGE-L and CIDEr-D. `vlm.text.words` splits the texts into words. It handles all scripts
+and needs no Java, so the gate gives the same verdict on every host. Figures in papers are computed from the words of
+COCO's tokenizer. Lakesight reports such figures under separate names (`coco_cider`, see `coco.py`).
 
 In the names of arrays, R stands for rows (a picture and a prompt) and S stands for resamples.
 """

@@ -1,8 +1,9 @@
 """Evaluation of a model version: executors caption and score a split, and the driver computes metrics from the scores.
 
 The driver receives a few hundred bytes of text and numbers per picture, and thumbnails of the pictures in the gallery.
-Each model version and split has one folder, and `report.json` is written last. A second evaluation only reads
-`report.json`. An evaluation that asks for more metrics starts from the stored scores, so no model runs twice.
+Each model version and split has one folder, and `report.json` is written last. A second evaluation of the same version
+and split only reads `report.json`. An evaluation that asks for more metrics starts from the stored scores, so no model
+runs twice.
 """
 
 from __future__ import annotations
@@ -54,14 +55,14 @@ from vlm.text.words import TOKENISATION, words
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("format", "size", "length")
-"""Default columns by which slices are made. `size` is the longer side in pixels, `length` the mean number of words of
-the references."""
+"""Default columns by which slices are made. `size` is the longer side in pixels, and `length` is the mean number of
+words of the references."""
 SLICE_METRICS = ("exact_match", "word_f1", "rouge_l", "cider", "loss", "token_accuracy", "blind_gap")
 REPORT = "report.json"
 DEFINITIONS: int = 2
 """Version of the definitions of the metrics. A report with an older version is computed again from the stored scores.
 
-Version 2 computes METEOR over the corpus, and chooses the constant baseline by the metric that it is compared on.
+Version 2 computes METEOR over the whole corpus, and chooses a constant caption for each metric separately.
 """
 
 
@@ -78,8 +79,8 @@ class EvaluationReport(Config):
         tokenisation: rules that split texts into words; empty in reports of earlier versions, which are computed again
             from the stored scores.
         definitions: version of the definitions of the metrics; 1 in reports of earlier versions.
-        settings: generation settings of the captions; null for those of the version at temperature 0. A report with
-            other settings is not merged into table `evaluations`.
+        settings: generation settings of the captions; null for the generation settings of the model version at
+            temperature 0. A report with other settings is not merged into table `evaluations`.
         metrics: metrics of the whole split, including the metrics of the baselines (constant_*, neighbour_*).
         columns: columns by which slices are made.
         slices: metrics of each slice, by `column=value`.
@@ -144,7 +145,8 @@ def evaluate(
         shards_folder: shard folder of the split.
         train_folder: shard folder of the training split, for the nearest-neighbour baseline.
         columns: columns by which slices are made.
-        with_java: whether to compute METEOR and COCO's figures too if Java is installed. Java takes seconds to start.
+        with_java: whether to compute METEOR and COCO's figures, which need Java, if Java is installed. Java takes
+            seconds to start.
 
     Raises:
         UserError: the split is empty, a folder does not hold a model or shards, or a column does not exist.
@@ -175,7 +177,8 @@ def _find_folder(platform: Platform, model: ModelFiles, shards: Shards, train: S
     """Return the folder of an evaluation.
 
     Lakesight 0.1.0 did not store the digest of an evaluated model. The first model that finds such an evaluation of its
-    MLflow run stores its digest in the report. A model with the same run and other files does not use the evaluation.
+    MLflow run stores its digest in the report. A model of the same run with different files then does not use the
+    evaluation.
     """
     folder = evaluation_folder(platform, model, shards, train)
     earlier = evaluation_folder(platform, model.model_copy(update={"digest": ""}), shards, train)
@@ -188,13 +191,13 @@ def _find_folder(platform: Platform, model: ModelFiles, shards: Shards, train: S
 
 
 class RequestedMetrics(NamedTuple):
-    """Optional metrics of an evaluation: the columns by which slices are made, and whether to compute those of Java."""
+    """Optional metrics of an evaluation: columns of the slices, and whether to compute the metrics that need Java."""
 
     columns: tuple[str, ...]
     java: bool
 
     def included_in(self, report: EvaluationReport) -> bool:
-        """Return whether a report has all optional metrics that were requested, as this version defines them."""
+        """Return whether a report has all requested optional metrics, computed with the current metric definitions."""
         has_metrics = set(self.columns) <= set(report.columns) and self.java <= ("meteor" in report.metrics)
         return has_metrics and (report.tokenisation, report.definitions) == (TOKENISATION, DEFINITIONS)
 
@@ -390,7 +393,7 @@ def _write_pages(report: EvaluationReport, rows: Sequence[GalleryRow]) -> None:
 
 
 def _describe_settings(report: EvaluationReport) -> str:
-    """Return a sentence with the generation settings if they are not those of the version."""
+    """Return a sentence with the generation settings if they are not the version's own, else an empty string."""
     if report.settings is None:
         return ""
     return f"Settings: {', '.join(f'{name} {value}' for name, value in report.settings)}. "

@@ -123,8 +123,8 @@ def _neighbour_captions(spark: SparkSession, train: Shards, shards: Shards) -> d
     """Find a text of the most similar training picture for each evaluated row.
 
     Return the texts by the image_id and the prompt of the evaluated row. Candidates are the training pictures with the
-    same prompt as the row. If no training picture has that prompt, all training pictures are candidates. A picture that
-    is in the training split itself gets the text of another picture.
+    same prompt as the row. If no training picture has that prompt, all training pictures are candidates. An evaluated
+    picture that is also in the training split gets the text of a different training picture.
     """
     known = min(len(train), MAX_NEIGHBOURS)
     ids = spark.range(-known, len(shards), 1, min(default_parallelism(spark), known + len(shards)))

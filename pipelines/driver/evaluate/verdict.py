@@ -9,12 +9,16 @@ from pipelines.driver.evaluate.bootstrap import Interval
 
 BASELINES = {"constant": "the best constant caption", "neighbour": "the caption of the most similar training picture"}
 JUDGED = ("cider", "word_f1")
-"""Metrics by which captions are compared with the baselines; the first metric that an evaluation has decides."""
+"""Metrics by which captions can be compared with the baselines. The first metric that an evaluation has is used."""
 LABELS = {"cider": "CIDEr", "word_f1": "word F1"}
 
 
 class Comparison(NamedTuple):
-    """Comparison with one baseline: better or worse only if the baseline is outside of the model's interval."""
+    """Comparison of the captions with one baseline.
+
+    The captions are better or worse than the baseline only if the value of the baseline is outside the model's
+    interval.
+    """
 
     name: str
     value: float
@@ -25,7 +29,7 @@ def verdict(metrics: Mapping[str, Interval], pictures: int) -> str:
     """Return one sentence that says how good the captions are.
 
     Args:
-        metrics: metrics of the split, with those of the baselines.
+        metrics: metrics of the split, including the metrics of the baselines.
         pictures: number of pictures of the split.
     """
     count = f"{pictures:,} picture{'s' * (pictures > 1)}"

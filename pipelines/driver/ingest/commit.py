@@ -20,11 +20,13 @@ from pipelines.platform import Platform
 logger = logging.getLogger(__name__)
 
 KEPT_REASONS = ("decode_timeout", "decoder_crash")
-"""Reasons for which a row may be refused although neither the row nor the settings have changed."""
+"""Reasons for which an ingest may refuse a row that was accepted before, although row and settings are unchanged."""
 
 
 def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:
-    """Write the usable pictures of a plan to `samples`. Near duplicates of each other get the same split.
+    """Write the usable pictures of a plan to `samples`.
+
+    Pictures that are near duplicates of each other get the same split.
 
     Raises:
         WriteConflict: another ingest of the source has committed since the plan was made. Nothing is written.
@@ -55,7 +57,7 @@ def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
                 rows.unionByName(updates, allowMissingColumns=True),
                 "image_id",
                 stamp.source,
-                # The plan has removed the texts that are known.
+                # The plan has already removed the texts that `samples` has.
                 "WHEN MATCHED THEN UPDATE SET texts = concat(target.texts, updates.texts)",
                 f"WHEN NOT MATCHED AND updates.image IS NOT NULL THEN {SAMPLES.insert_clause('updates')}",
             )
@@ -92,7 +94,7 @@ def _sample_rows(plan: IngestPlan, pictures: DataFrame) -> DataFrame:
 def remove_gone(platform: Platform, decoded: DecodedRows, covered: Covered) -> int:
     """Delete the covered pictures that the decoded rows no longer contain. Return the number of deleted pictures.
 
-    A picture with a changed text is deleted too. The plan then adds it again with its current texts.
+    A picture with a changed text is deleted too. The plan then adds the picture again with its current texts.
     """
     source, table = decoded.request.source, platform.table(SAMPLES.name)
     spark = decoded.outcomes.sparkSession
@@ -111,10 +113,10 @@ def remove_gone(platform: Platform, decoded: DecodedRows, covered: Covered) -> i
 
 
 def gone_pictures(outcomes: DataFrame, samples: DataFrame, quarantine: DataFrame) -> DataFrame:
-    """Return image_id, sha256 and a text of each picture in `samples` that has a text which no usable row has.
+    """Find the pictures in `samples` that have a text which no usable row has.
 
-    A row that was refused by accident (KEPT_REASONS) or that a replay has accepted still counts: its picture is not
-    gone.
+    Return the image_id, the sha256 and one such text of each picture. The picture of a refused row is not returned if
+    the row was refused by accident (KEPT_REASONS) or if a replay has accepted the row.
 
     Args:
         outcomes: decoded rows.

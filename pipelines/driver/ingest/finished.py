@@ -1,7 +1,8 @@
-"""Ingests that have nothing to read: found from the ledger, the files and the Delta logs, without Spark.
+"""Recognize ingests that have nothing to read, from the ledger, the files and the Delta logs, without Spark.
 
-The answer is "finished" only if it is certain. In all other cases Spark decides: tables of a catalog, tables that do
-not exist yet or that an earlier version of Lakesight wrote, and sources that only Spark can read.
+An ingest counts as finished only if it certainly has nothing to read. Spark decides in all other cases: if a catalog
+manages the tables, if a table does not exist yet or was written by an earlier version of Lakesight, or if only Spark
+can read the source.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pipelines.platform import Platform
 
 
 def find_finished(platform: Platform, source_name: str, config: DataConfig) -> FullReport | None:
-    """Return the report of an ingest that finds nothing new, or None if Spark has to look.
+    """Return the report of an ingest that has nothing to read, or None if only Spark can tell.
 
     Raises:
         UserError: the input does not exist, has no file of this kind, or lacks a column.

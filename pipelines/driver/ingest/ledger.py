@@ -26,7 +26,7 @@ from pipelines.platform import Platform
 ITEMS = pa.schema([("item", pa.string()), ("state", pa.string())])
 """Schema of an item (a file, a row of a captions file, or a table) and its state (a change token or a version)."""
 COLUMNS = (*ITEMS.names, "rules", "ingested_at")
-"""Columns of the ledger that decide what need not be read again."""
+"""Columns of the ledger that decide which items need not be read again."""
 VERSION = "version "
 """Prefix of a table's state, which consists of this prefix and the version number of the table."""
 
@@ -63,8 +63,8 @@ def items_table(rows: list[tuple[str, str]]) -> pa.Table:
 def read_ledger(spark: SparkSession, platform: Platform, source: str, rules: str) -> pa.Table:
     """Read the ITEMS of a source that have been ingested with the settings whose hash is `rules`.
 
-    Of a table, only the last ingest counts. If the last ingest read another version or had other settings, `samples`
-    holds what that ingest has read.
+    If an item is a table, only the last ingest of the table counts, because `samples` then holds the rows of the last
+    ingest, whatever version and settings that ingest had.
     """
     if (opened := open_on_disk(platform, INGESTED)) is not None:
         return read_ledger_of_files(opened, source, rules)
@@ -81,7 +81,9 @@ def read_ledger_of_files(table: DeltaTable, source: str, rules: str) -> pa.Table
 
 
 def select_last_versions(entries: pa.Table, rules: str) -> pa.Table:
-    """Return the ITEMS with the settings `rules`. The entry of a table is left out unless it is the table's last entry.
+    """Return the ITEMS that were ingested with the settings `rules`.
+
+    Of a table, all entries except the last entry are ignored.
 
     Args:
         entries: rows of the ledger of one source.

@@ -1,4 +1,4 @@
-"""Near duplicates of an ingest: find new pictures that resemble another picture, and give both pictures one split.
+"""Near duplicates of an ingest: find new pictures that resemble another picture, and put both pictures in one split.
 
 Comparing all pairs of pictures is too slow. The difference hashes of near duplicates differ in at most three of 64
 bits. If the bits are cut into five blocks, the hashes of near duplicates agree in at least two blocks. So each picture
@@ -24,7 +24,7 @@ BLOCKS = (13, 13, 13, 13, 12)
 """Number of bits of each block of the difference hash."""
 MAX_PICTURES_OF_A_KEY = 500
 FEW_PICTURES = 50_000
-"""Largest number of new pictures whose keys are sent to all tasks, which are about 50 MB in each executor."""
+"""Largest number of new pictures whose keys are sent to all tasks. These keys take about 50 MB in each executor."""
 COMPARED = ("image_id", "split", "fingerprint", "existing")
 
 
@@ -88,7 +88,7 @@ KEY_MASKS = _key_masks()
 def find_near_duplicates(plan: IngestPlan) -> NearDuplicates | None:
     """Compare the new pictures of a plan with each other and with the pictures of the source in `samples`.
 
-    The result is None if no new picture shares a key with another picture, which saves the queries that compare them.
+    If no new picture shares a key with another picture, nothing is compared and the result is None.
     """
     pictures = _compared_pictures(plan)
     shared = plan.spill.materialize(_shared_keys(pictures, plan.totals.new), "shared")

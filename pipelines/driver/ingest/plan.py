@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 TEXT = "struct<prompt:string,text:string>"
 TEXTS = f"array<{TEXT}>"
 FEW_ROWS = 200_000
-"""Largest number of rows of an input whose ids are sent to all tasks, which are about 50 MB in each executor."""
+"""Largest number of rows of an input whose ids are sent to all tasks. These ids take about 50 MB in each executor."""
 FILE = "left(source_row, length(source_row) - length(substring_index(source_row, '#', -1)))"
-"""SQL for the file of a row."""
+"""SQL expression for the file part of `source_row`, up to and including the last `#`."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class PlanTotals:
         overfull: number of rows that would give a picture more texts than `data.limits.max_texts`.
         usable: number of rows that are neither refused nor conflicting nor overfull.
         new: number of pictures that `samples` lacks.
-        updated: number of pictures in `samples` that get an additional text, or a text once more.
+        updated: number of pictures in `samples` that get an additional text, or one more copy of a text.
         contributing: number of rows that add a picture or a text which its picture does not have.
     """
 
@@ -120,7 +120,8 @@ def plan_pictures(outcomes: DataFrame, existing: DataFrame, max_texts: int | Non
     picture), source_row, split, fingerprint, is_new, conflicting (whether another picture has the same id), new_texts
     (texts to append to those in `samples`), contributing (number of rows that add a text) and full (if the input has
     more texts than `max_texts` allows: all texts of the picture that are accepted; else null). The texts are merged by
-    `pipelines.executor.ingest.merge_texts`, in the order of the files, of the rows in a file, and of a row's list.
+    `pipelines.executor.ingest.merge_texts`, in the order of the files, then of the rows in a file, then of the texts in
+    a row.
 
     If two pictures have the same id, the picture in `samples` stays. If neither picture is in `samples`, both pictures
     are refused, because files have no fixed order that decides which picture comes first. A picture in several splits
@@ -193,7 +194,7 @@ def overfull_rows(outcomes: DataFrame, pictures: DataFrame) -> DataFrame:
 
 
 def count_pictures_across_splits(outcomes: DataFrame) -> int:
-    """Count the pictures of the input that the source has put, with the same bytes, into two splits."""
+    """Count the pictures of the input whose bytes occur in two splits of the source."""
     pictures = outcomes.filter(F.col("reason").isNull()).groupBy("sha256").agg(F.count_distinct("split").alias("n"))
     across = pictures.filter("n > 1").count()
     if across:

@@ -18,7 +18,7 @@ from pipelines.platform import Platform
 logger = logging.getLogger(__name__)
 
 MERGE = "merge"
-"""Stage of the rows that executors have accepted and a plan refuses. Their payload lacks the picture."""
+"""Value of column `stage` for rows that executors accept and the plan refuses. Their payload lacks the picture."""
 REFUSED = ("source_row", "stage", "reason", "detail", "spilled")
 
 
@@ -108,6 +108,6 @@ def _payload_with_image(column: str) -> Column:
     """Return the payload. The payload of a row that the plan refuses gets the picture as base64 text in `column`."""
     name = column.replace("\\", "\\\\").replace('"', '\\"')
     rest = F.expr("substring(payload, 1, length(payload) - 1)")
-    encoded = F.translate(F.base64("image"), "\r\n", "")  # some Spark versions break base64 into lines of 76
+    encoded = F.translate(F.base64("image"), "\r\n", "")  # some Spark versions break base64 into lines of 76 characters
     whole = F.concat(rest, F.lit(f', "{name}": "'), encoded, F.lit('"}'))
     return F.when(F.col("stage") == MERGE, whole).otherwise(F.col("payload"))

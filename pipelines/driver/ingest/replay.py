@@ -65,7 +65,7 @@ def replay(
 ) -> ReplayReport:
     """Decode rows of a source in `quarantine` again, with the current data config, and write the accepted rows.
 
-    A picture that the source names and that could not be read is read again.
+    If a row names its picture by a path or URI and the picture could not be read before, the picture is read again.
 
     Raises:
         UserError: the place of the pictures that rows name cannot be read.

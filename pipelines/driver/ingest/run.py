@@ -1,8 +1,8 @@
 """Ingest stage: read a source of pictures and texts into `samples` and `quarantine`, and account for every row.
 
-Executors decode pictures (`pipelines.executor.ingest.decode`). The driver plans with narrow columns and commits, and
-pictures never reach the driver. An ingest is idempotent: a second run, a run after a crash, or a concurrent run adds
-nothing twice.
+Executors decode pictures (`pipelines.executor.ingest.decode`). The driver makes a plan from narrow columns and commits
+the writes. Pictures never reach the driver. An ingest is idempotent: a second run, a run after a crash, or a concurrent
+run adds nothing twice.
 
 - The id of a row contains a hash of the content of the row, so the row has the same id in every ingest.
 - The plan looks up what the tables already contain. If the input has no new content, the ingest writes to no table and
@@ -163,8 +163,8 @@ def _ingest_rows(
 def _plan_and_write(spark: SparkSession, platform: Platform, decoded: DecodedRows, reasons: Counter[str]) -> Written:
     """Make a plan and write its rows to `quarantine` and `samples`.
 
-    `reasons` sums the rows added to `quarantine` over all attempts, because a failed attempt to write `samples` leaves
-    the rows that the attempt added to `quarantine`.
+    `reasons` counts the rows that all attempts have added to `quarantine`, because these rows stay in `quarantine` if
+    the following write to `samples` fails.
     """
     plan = plan_ingest(spark, platform, decoded)
     if plan.request.replace:
@@ -181,7 +181,7 @@ def _plan_and_write(spark: SparkSession, platform: Platform, decoded: DecodedRow
 
 
 def _require_no_pictures(spark: SparkSession, platform: Platform, decoded: DecodedRows, covered: Covered) -> None:
-    """Check that a table without a usable row has no pictures in `samples`, where they were kept."""
+    """Raise an error if no row of a table was usable and `samples` still has pictures of the table."""
     source, config = decoded.request.source, decoded.request.config
     if not covered.select(rows_of_source(spark, platform, SAMPLES.name, source)).isEmpty():
         raise UserError(

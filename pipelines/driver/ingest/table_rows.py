@@ -50,7 +50,7 @@ def merge_into(table: str, updates: DataFrame, key: str, source: str, *clauses: 
     Args:
         table: full name of the table, whose alias is `target`.
         updates: new rows, whose alias is `updates`.
-        key: column that is equal in a row of the table and its new row.
+        key: column whose value is the same in a row of the table and in the update of this row.
         source: name of the data config.
         clauses: WHEN clauses of the merge, in SQL.
     """
@@ -89,7 +89,7 @@ def verify_append(spark: SparkSession, platform: Platform, table: Table, stamp: 
 def count_rows(
     spark: SparkSession, platform: Platform, table: Table, equal: Mapping[str, str | datetime], by: str
 ) -> dict[str, int]:
-    """Count the rows in which columns have the values `equal`, by the value of the column `by`."""
+    """Count the rows whose columns have the values `equal`, grouped by the value of column `by`."""
     if (opened := open_on_disk(platform, table)) is not None:
         return count_on_disk(opened, equal, by)
     rows = spark.table(platform.table(table.name)).filter(

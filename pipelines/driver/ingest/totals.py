@@ -44,7 +44,7 @@ class IngestReport(Config):
             `sources.walk.PASSED_OVER`); at most NAMED_FILES names.
         passed_over_count: number of files and folders of the source that were not read, by reason.
         unreadable_files: names of files that could not be read to their end, with the reasons; at most NAMED_FILES.
-            Each file is one row of rows_in and of `quarantine`.
+            Each unreadable file counts as one row in rows_in and in `quarantine`.
     """
 
     source: str

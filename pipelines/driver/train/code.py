@@ -1,4 +1,4 @@
-"""Identity of the code that trains: a hash of the sources that ranks import, and the git commit where there is one.
+"""Identity of the code that trains: a hash of the sources that ranks import, and the git commit if there is one.
 
 Pages, jobs and docs are not part of the identity, so a corrected help text starts no training again.
 """
@@ -28,7 +28,7 @@ def read_code() -> TrainingCode:
 
 
 def _git_commit(folder: Path) -> str:
-    """Return the commit of a git checkout, with ` (changed)` if tracked files differ from it.
+    """Return the commit of a git checkout, with ` (changed)` if tracked files differ from the commit.
 
     Return an empty string if the code is not tracked by git, for example because it was installed as a wheel.
     """

@@ -70,7 +70,8 @@ def _rank_environment(rank: int, ranks: int, store: Path) -> dict[str, str]:
         GLOO_SOCKET_IFNAME=loopback,
         NCCL_SOCKET_IFNAME=loopback,
     )
-    # The rank divides the cores itself. As with torchrun, libraries must not start a thread per core before that.
+    # Each rank sets its share of the cores itself. Until then, libraries must not start one thread per core, so
+    # OMP_NUM_THREADS is 1, as with torchrun.
     return environment if ranks == 1 else {"OMP_NUM_THREADS": "1"} | environment
 
 
@@ -87,7 +88,11 @@ def _wait(started: Sequence[subprocess.Popen[bytes]]) -> RuntimeError | None:
 
 
 def _end(started: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End the ranks that are still running. Signals reach only our children, because none was waited for before."""
+    """End the ranks that are still running.
+
+    Signals reach only child processes of this process, because `Popen` sends no signal to a process that has been
+    reaped.
+    """
     for process in started:
         process.terminate()
     deadline = time.monotonic() + TERM_SECONDS

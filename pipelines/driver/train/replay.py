@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 SHARD_FOLDERS = ("train_shards", "validate_shards")
 """Names of the fields of run.json that name shard folders."""
 NOT_FINITE = "NotFiniteError"
-"""Name of the exception of a loss that is not finite, in a failure record."""
+"""Name that a failure record gives to the exception for a loss that is not finite."""
 
 
 class Replay(NamedTuple):
-    """Result of a replay: the step of the checkpoint it started from, the rows of each rank, and the error or ""."""
+    """Result of a replay, with the replayed rows of each rank.
+
+    `from_step` is the step of the checkpoint from which the replay started. `error` is empty if the replay had no
+    error.
+    """
 
     from_step: int
     ranks: list[ReplayedRows]

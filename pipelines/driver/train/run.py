@@ -52,8 +52,8 @@ def prepare(
 ) -> RunFolder:
     """Find or create the run folder, and write run.json, the tokenizer and the document frequencies into the folder.
 
-    The tokenizer is trained on the texts of the training shards, or copied from `train.start_from`. Everything that
-    determines the outcome of the run determines the folder, so the same command finds the same run folder.
+    The tokenizer is trained on the texts of the training shards, or copied from `train.start_from`. The name of the run
+    folder depends on everything that determines the outcome of the run, so the same command finds the same run folder.
 
     Args:
         config: resolved run config.
@@ -101,7 +101,7 @@ def prepare(
 def _write_text_files(
     run: RunFolder, config: RunConfig, train: ShardReport, validate: ShardReport, start: StartFolder | None
 ) -> None:
-    """Write the tokenizer and, for a stage that rewards CIDEr, the document frequencies, if they do not exist."""
+    """Write the tokenizer and, if a stage rewards CIDEr, the document frequencies, unless the files exist."""
     shards = Shards.open(Path(train.folder))
     if not run.tokenizer.exists():
         tokenizer = text.load(start.tokenizer) if start else text.learn(config.model.text, shards.texts())
@@ -116,7 +116,7 @@ def _write_text_files(
 
 
 def reference_documents(shards: Shards) -> Iterator[list[list[str]]]:
-    """Yield the words of the references of each training picture and prompt."""
+    """For each training picture and prompt, yield the references as lists of words."""
     for index in range(len(shards)):
         texts = shards.texts_of(index)
         for prompt in dict.fromkeys(prompt for prompt, _ in texts):
@@ -124,7 +124,7 @@ def reference_documents(shards: Shards) -> Iterator[list[list[str]]]:
 
 
 def _stored_path(folder: str, run: RunFolder, platform: Platform) -> str:
-    """Return the path of a shard folder for run.json, which is relative to the run folder within the home folder."""
+    """Return the path of a shard folder for run.json: relative to the run folder if both are in the home folder."""
     inside = Path(folder).is_relative_to(platform.root)
     return os.path.relpath(folder, run.path) if inside else folder
 
@@ -210,7 +210,7 @@ def _run_attempt(run: RunFolder, settings: Launch, spark: SparkSession, entry: R
 
 
 def check_config(config: RunConfig) -> None:
-    """Check what can be refused before Spark starts.
+    """Before Spark starts, check the settings that do not depend on the shards.
 
     Raises:
         UserError: the batch cannot be divided among the ranks, or `train.start_from` does not contain the run's model.

@@ -1,8 +1,8 @@
 """Choice of the run folder: the folder of a run is found by everything that determines the outcome of the run.
 
-The name of a folder contains a hash of the model, the settings and the data. The first code that trains such a run has
-the folder of this name, which is also the name that Lakesight 0.1.0 gave. A folder for another code has the digest of
-the code after this name.
+The name of a folder contains a hash of the model, the settings and the data. The first version of the training code
+that trains a run uses the folder of this name, which is also the name that Lakesight 0.1.0 gave. If a different version
+of the code trains the run, the folder has this name and the digest of the code.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def find_folder(path: Path, config: RunConfig, code: TrainingCode) -> RunFolder:
     """Return the existing or new run folder of a run, and log why an unfinished run is not resumed.
 
     A folder of Lakesight 0.1.0 does not say which code trained the run. The first code that finds such a folder is
-    stored in its run.json, and from then on counts as the code of the run.
+    stored in the run.json of the folder, and from then on counts as the code of the run.
 
     Args:
         path: path of the folder that the first code uses.
@@ -79,9 +79,9 @@ def finished_result(run: RunFolder) -> Result | None:
 
 
 def _newest_unfinished(folder: Path, name: str) -> RunFolder | None:
-    """Return the newest run that has a checkpoint but no result, or None if there is none.
+    """Return the newest run that has a checkpoint but no result, or None if there is no such run.
 
-    The names of the folders are `name` and hashes.
+    The name of each run folder consists of `name` and up to two hashes.
     """
     folders = sorted(folder.iterdir()) if folder.is_dir() else []
     runs = [RunFolder(path) for path in folders if re.fullmatch(f"{re.escape(name)}(-[0-9a-f]+){{0,2}}", path.name)]

@@ -19,7 +19,7 @@ FREE_SETTINGS = EXECUTION_SETTINGS | {
     *("steps", "start_from", "start_state", "log_every", "validate_every", "validate_rows", "caption_samples"),
     *("score_every", "best_by", "stop"),
 }
-"""Settings in which a run may differ from the run whose training it goes on with."""
+"""Settings in which a run may differ from the run whose training it continues."""
 
 
 class StartFolder(Config):
@@ -85,10 +85,11 @@ def check_start_folder(folder: Path, config: ModelConfig) -> Path:
 
 
 def check_training_state(start: StartFolder, settings: TrainConfig) -> str:
-    """Check that a run can go on with the training of a checkpoint. Return the SHA-256 of the optimizer state.
+    """Check that a run can continue the training of a checkpoint. Return the SHA-256 of the optimizer state.
 
     Raises:
-        UserError: the folder has no training state, its training had other settings, or has taken all steps.
+        UserError: the folder has no training state, or the earlier training had other settings or has already taken all
+            steps.
     """
     missing = [name for name in STATE_FILES if not (start.folder / name).is_file()]
     if missing:

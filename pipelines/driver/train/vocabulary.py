@@ -1,4 +1,4 @@
-"""Report on the words or characters that the vocabulary of a run lacks."""
+"""Log a warning about words or characters that the vocabulary of a run lacks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHOWN = 8
 
 
 def warn_of_unknown(tokenizer: Tokenizer, texts: Iterable[str], which: str) -> None:
-    """Log how many words or characters of texts become the unknown token, and the most frequent ones.
+    """Log how many tokens of the texts are unknown, and the words or characters that are unknown most often.
 
     Args:
         tokenizer: tokenizer of the run.

@@ -20,9 +20,10 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = tuple(f".{name}{compression}" for name in ("csv", "tsv") for compression in COMPRESSION_SUFFIXES)
 DELIMITERS = (",", ";", "\t", "|")
-"""Delimiters that are tried if the config names none: the first one that finds the named columns in the header."""
+"""Delimiters to try if the config names none. The first delimiter that splits the header into the named columns is
+used."""
 SEPARATOR_LINE = re.compile(r'"?sep=(.)"?', re.IGNORECASE)
-"""Pattern of a line before the header in which spreadsheets name the delimiter."""
+"""Pattern of the line `sep=;` that spreadsheets write before the header to name the delimiter."""
 HEADER_BYTES = 8 * 2**20
 """Largest size of a header, in bytes."""
 
@@ -49,7 +50,9 @@ def load_rows(
 
 
 def csv_layouts(config: DataConfig, files: Sequence[SourceFile], where: str, dialect: CsvSourceConfig) -> list[Layout]:
-    """Return the layouts of CSV files. A file without the column of pictures or texts has a problem.
+    """Return the layouts of CSV files.
+
+    The layout of a file that lacks the picture column or the text column contains a problem.
 
     Raises:
         UserError: no file has a column that the data config names.
@@ -71,7 +74,7 @@ def _refuse_without(needed: Sequence[str], file: SourceFile, layout: Layout) -> 
 
 
 def _read_header(file: SourceFile, layout: Layout, *, needed: Collection[str], dialect: CsvSourceConfig) -> Layout:
-    """Add the header of a file to its layout. A file without a row gets no names."""
+    """Add the column names from the header of a file to the file's layout. An empty file gets no column names."""
     found: list[Layout] = []
     layout = layout._replace(escape=dialect.escape or "")
     for tried in (dialect.delimiter,) if dialect.delimiter else DELIMITERS:
@@ -99,9 +102,9 @@ def _try_delimiter(file: SourceFile, layout: Layout, needed: Collection[str], *,
 
 
 def _distinct_names(names: Sequence[str], needed: Collection[str], file: SourceFile) -> tuple[str, ...]:
-    """Return a name for each column. A name that is blank or has been seen gets the number of its column.
+    """Return a distinct name for each column. The column number is added to a blank or repeated name.
 
-    Names keep their white space unless a needed column is found only without it.
+    Names keep the white space around them, unless a needed column is found only after this white space is removed.
     """
     if not all(name in names for name in needed):
         names = [name.strip() for name in names]

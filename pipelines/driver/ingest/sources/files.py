@@ -23,10 +23,12 @@ from pipelines.executor.ingest.storage import is_url, printable
 MIN_RANGE_BYTES, MAX_RANGE_BYTES = 4 * 2**20, 32 * 2**20
 """Smallest and largest number of bytes of a file that one task reads, unless the file is smaller."""
 MIN_TASKS = 32
-"""Number of tasks into which a small input is split, as far as each has MIN_RANGE_BYTES, so that no core is idle."""
+"""Number of tasks for a small input, so that no core is idle. An input of less than MIN_TASKS * MIN_RANGE_BYTES bytes
+gets fewer tasks."""
 SET_PATH = "--set data.source.path=FILE_OR_FOLDER"
 NO_ACCESS = "no access"
-"""State of a file that may not be read. When the file may be read, its state changes, so the file is read then."""
+"""State of a file that may not be read. If the file becomes readable, its state changes, so the next ingest reads the
+file."""
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 """Name that Hive and Spark give to the partition of a null value."""
 
@@ -60,7 +62,7 @@ class SourceFile(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """Files of a source, and the entries beside them that are not read."""
+    """Files of a source that are read, and entries below the path of the source that are not read."""
 
     files: list[SourceFile]
     passed_over: list[PassedOver]
@@ -110,8 +112,8 @@ def list_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
 def list_plain_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
     """List the files at the path of the source like `list_files`, but name a file in the ledger by its plain path.
 
-    A file that the path names itself is read whatever its suffix. With split kind `file`, only files are read whose
-    name contains a split.
+    If the path of the source is a file, the file is read whatever its suffix. With split kind `file`, only files are
+    read whose name contains a split.
 
     Raises:
         UserError: no path is set, the path does not exist, or no file is selected.
@@ -143,7 +145,7 @@ def _list_path(path: str) -> list[Found | PassedOver]:
 
 
 def _reason(found: Found, config: DataConfig, suffixes: tuple[str, ...]) -> str | None:
-    """Return why a file is passed over, or None if it is read."""
+    """Return why a file is passed over, or None if the file is read."""
     name = found.relative.rpartition("/")[2]
     if not found.named and (reason := file_reason(name)):
         return reason

@@ -44,10 +44,11 @@ from pipelines.executor.ingest.records.record import Read
 from pipelines.executor.ingest.storage import describe_damage, printable
 
 CAPTION_BYTES_PER_TASK = 64 * 1024
-"""Number of bytes of the captions file whose pictures one task looks up, which is a few hundred captions."""
+"""Size of the part of the captions file whose pictures one task looks up, in bytes: a few hundred captions."""
 MAX_TASKS = 10_000
 SMALL_CAPTIONS_BYTES = 8 * 2**20
-"""Largest captions file whose rows are looked up in one process, in bytes. Starting Spark takes longer than that."""
+"""Largest captions file that is read in one process, in bytes. Starting Spark would take longer than reading the
+file."""
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif")
 COCO_SUFFIXES = tuple(f".json{compression}" for compression in COMPRESSION_SUFFIXES)
 
@@ -92,7 +93,7 @@ def check_captions(source: FolderSourceConfig, config: DataConfig) -> None:
     """Check that the captions file exists, has a known format and, if it is CSV, the columns that the config names.
 
     Raises:
-        UserError: one of these is not so.
+        UserError: the captions file does not exist, has an unknown format, or is a CSV file that lacks a column.
     """
     file = _captions_file(source_folder(config) / source.captions)
     if _format(file) == "csv":
@@ -100,7 +101,7 @@ def check_captions(source: FolderSourceConfig, config: DataConfig) -> None:
 
 
 def open_small_folder(name: str, source: FolderSourceConfig, config: DataConfig, ingested: pa.Table) -> Source | None:
-    """Open a folder with a small captions file without Spark, to tell which rows are pending, else return None.
+    """If the captions file is small, open the folder without Spark and find the pending rows, else return None.
 
     Raises:
         UserError: the captions file does not exist, has an unknown format, or lacks a column.
@@ -118,7 +119,10 @@ def open_small_folder(name: str, source: FolderSourceConfig, config: DataConfig,
 
 
 def _open_listed(name: str, folder: Path, file: SourceFile, listed: pa.Table, ingested: pa.Table) -> Source:
-    """Return the source without its rows, from items (ledger.ITEMS) and pictures of the rows of the captions file."""
+    """Return the opened source, but without its rows.
+
+    `listed` has the item (ledger.ITEMS) and the picture of each row of the captions file.
+    """
     items = listed.select(ITEMS.names).cast(ITEMS)
     pending = pending_items(items, ingested)
     distinct = items.group_by(ITEMS.names).aggregate([])

@@ -21,11 +21,12 @@ COMPRESSION_SUFFIXES = ("", ".gz", ".bz2", ".zst", ".xz")
 """Suffixes of compressed files of lines. The empty suffix stands for no compression. The suffix only selects files: the
 content of a file tells how it is compressed."""
 UNPACKED_SHARE = 4
-"""Number of bytes that a byte of a compressed file counts for in the number of tasks."""
+"""Number of uncompressed bytes that are assumed per byte of a compressed file, to choose the number of tasks."""
 THREADS = 16
 """Number of files whose beginnings are read at the same time, because network storage answers slowly."""
 LINE_END_BYTES = 2**20
-"""Number of bytes within which the first line end is looked for. A longer line ends with a line feed."""
+"""Number of bytes within which the first line end is looked for. If the first line is longer, its line end is taken to
+be a line feed."""
 
 ReadHead = Callable[[SourceFile, Layout], Layout]
 
@@ -36,7 +37,7 @@ def read_layouts(files: Sequence[SourceFile], read: ReadHead, *, whole: bool = F
     Args:
         files: files of lines.
         read: function that completes the layout of a file.
-        whole: whether no file may be split into ranges.
+        whole: whether to read every file as a whole, without splitting it into ranges.
     """
 
     def read_layout(file: SourceFile) -> Layout:

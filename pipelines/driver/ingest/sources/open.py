@@ -33,7 +33,7 @@ CHECKED_FILES = 20
 
 
 def open_source(spark: SparkSession, platform: Platform, name: str, config: DataConfig, ingested: pa.Table) -> Source:
-    """Open the source of a data config. The parser of its rows also reads pictures that the rows name.
+    """Open the source of a data config. The parser of the rows also reads the pictures that the rows name.
 
     Args:
         spark: Spark session.
@@ -58,12 +58,14 @@ def open_source(spark: SparkSession, platform: Platform, name: str, config: Data
 
 
 def check_input(platform: Platform, config: DataConfig) -> None:
-    """Check what can be refused before Spark starts: inputs that do not exist, and columns that CSV files lack.
+    """Before Spark starts, check that the input exists and that CSV files have the columns that the config names.
 
-    On Databricks, Spark runs already. Inputs on an object store and tables of a catalog are not looked up twice.
+    On Databricks this function checks nothing, because Spark is already running. Inputs on an object store and tables
+    of a catalog are not checked either, because they would be looked up twice.
 
     Raises:
-        UserError: the input does not exist, has no file of this kind, or no CSV file has a column.
+        UserError: the input does not exist, has no file of this kind, or no CSV file has a column that the config
+            names.
     """
     path = config.source.path
     if platform.kind == "databricks" or is_url(path) or path.startswith(SCHEME):
@@ -94,7 +96,7 @@ def open_unchanged(platform: Platform, name: str, config: DataConfig, ingested: 
         UserError: the input does not exist, has no file of this kind, or lacks a column.
     """
     if is_url(config.source.path):
-        return None  # a store of many files would be listed twice
+        return None  # an object store with many files would be listed twice
     given, config = config, generate_scenes(config, platform)
     match config.source:
         case TableSourceConfig() as source:

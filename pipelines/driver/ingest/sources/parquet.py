@@ -1,6 +1,7 @@
-"""Parquet sources: files whose row groups executors read with Arrow, and only the columns that are used.
+"""Parquet sources: executors read the row groups of the files with Arrow, and only the columns that are used.
 
-Spark does not read the files, because Spark refuses a whole input for the type, name or value of a single column.
+Spark does not read the files, because Spark would refuse the whole input if a single column had a type, name or value
+that Spark cannot read.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from pipelines.executor.ingest.records.parquet_file import ParquetColumns
 from pipelines.executor.ingest.storage import FILE_ERRORS, require_damage
 
 SUFFIXES = (".parquet", ".parq", ".pq", ".parquet.gzip")
-"""Suffixes of Parquet files. The last one is from the documentation of pandas: the file itself is not compressed."""
+"""Suffixes of Parquet files. The last suffix comes from the documentation of pandas; such a file is an ordinary Parquet
+file."""
 SCHEMA = "path string, file string, start bigint, end bigint, partition map<string, string>"
 
 
 def load_rows(spark: SparkSession, config: DataConfig, files: Sequence[SourceFile]) -> SourceRows:
-    """Load the rows of the files, whose other columns may differ. A file without a used column is refused as a file.
+    """Load the rows of the files, whose other columns may differ.
+
+    A file that lacks a used column is refused as a whole.
 
     Raises:
         UserError: no readable file has all columns that the data config names.

@@ -18,7 +18,8 @@ def read_named_pictures(config: DataConfig, read: Read, *, knows_files: bool) ->
     Args:
         config: data config of the source.
         read: parser of the source.
-        knows_files: whether the raw rows have the column `path`, to whose folder a relative location is relative.
+        knows_files: whether the raw rows have a column `path` with the path of the row's file. A relative location is
+            then relative to the folder of this file.
 
     Raises:
         UserError: pictures cannot be read from the location.
@@ -37,7 +38,7 @@ def read_named_pictures(config: DataConfig, read: Read, *, knows_files: bool) ->
 
 
 def _folder_of(config: DataConfig) -> str:
-    """Return the working folder for a table, and the folder of the files for a source of files."""
+    """Return the folder of the source's files, or the working folder if the source is a table."""
     if config.source.kind == "table":
         return str(Path.cwd())
     path = absolute_path(config.source.path)

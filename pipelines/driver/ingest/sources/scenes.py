@@ -40,7 +40,7 @@ def generate_scenes(config: DataConfig, platform: Platform) -> DataConfig:
 
 
 def follow_moved_file(ingested: pa.Table, item: str) -> pa.Table:
-    """Return the ingested items with the present path of a generated file, whose home folder may have been moved.
+    """Return the ingested items with the present path of a generated file; the home folder may have been moved.
 
     Args:
         ingested: items that need not be read again.

@@ -34,14 +34,14 @@ from pipelines.platform import analysed, spark_errors
 logger = logging.getLogger(__name__)
 
 BROADCAST_IDS = 1_000_000
-"""Number of changed rows up to which their ids are sent to every executor, so that no picture is shuffled."""
+"""Largest number of changed rows whose ids are sent to every executor, so that no picture is shuffled."""
 OTHER_CHARS = 2**20
 """Number of characters or bytes of a value in an unused column that `quarantine` keeps."""
 PLAIN = (
     *(T.StringType, T.CharType, T.VarcharType, T.BinaryType, T.BooleanType, T.NumericType, T.DateType),
     *(T.TimestampType, T.TimestampNTZType),
 )
-"""Types whose values executors receive as they are. Values of other types are converted to text."""
+"""Types whose values executors receive unchanged. Values of all other types are converted to text."""
 KEYS = (T.StringType, T.CharType, T.VarcharType, T.NumericType, T.DateType, T.TimestampType, T.TimestampNTZType)
 """Types of an id column by which the rows of a change data feed can be found in the table."""
 
@@ -68,7 +68,7 @@ def open_table(
     """Open the configured or newest version of a table, and select the rows that changed since the last ingest.
 
     All rows are read if the table was not ingested before with these settings, if the configured version is older than
-    the ingested version, or if the changes cannot be told.
+    the ingested version, or if the changes cannot be read.
 
     Raises:
         UserError: no table is named, the table or version does not exist, or a column is missing.
@@ -192,7 +192,7 @@ def _quoted(name: str) -> str:
 
 
 def _plain(frame: DataFrame, name: str, kind: T.DataType) -> Column | None:
-    """Return a column as it is if its type is plain, else as text. Return None if it cannot be converted to text."""
+    """Return a column unchanged if its type is plain, else as text; return None if the column has no text form."""
     column = F.col(_quoted(name))
     if _is_plain(kind):
         return column
@@ -265,7 +265,7 @@ def _select_changed(frame: DataFrame, changes: DataFrame, name: str, source: Tab
     key = source.columns.id
     key_column = F.col(_quoted(key or source.columns.image))
     old = changes.filter("_change_type IN ('delete', 'update_preimage')").select(key_column.alias("key"))
-    # Spark notices a missing feed or file only when rows are read, so the column is read from every file.
+    # Spark notices a missing feed or file only when rows are read, so this query reads the column from every file.
     seen = changes.agg(
         F.count_if(F.col("_change_type").isin("delete", "update_preimage")).alias("old"),
         F.count(key_column).alias("read"),

@@ -52,7 +52,7 @@ class Found(NamedTuple):
 
     Attributes:
         path: path or URL that opens the file.
-        relative: path below the listed folder, with slashes; the name of a file that was named itself.
+        relative: path below the listed folder, with slashes; the file name if the path of the source is this file.
         size: size in bytes.
         modified: modification time in microseconds.
         accessible: whether this process may read the file.
@@ -92,7 +92,10 @@ def list_entries(path: str) -> list[Found | PassedOver]:
 
 
 def _match(path: str) -> list[str]:
-    """Return the files and folders that match a pattern. Folders that exist literally are no part of the pattern."""
+    """Return the files and folders that match a pattern.
+
+    If the beginning of the path exists as a folder, wildcards in this beginning are taken literally.
+    """
     literal, pattern = path, ""
     while literal and not os.path.exists(literal):  # noqa: PTH110
         literal, _, name = literal.rpartition("/")
@@ -185,7 +188,7 @@ def folder_reason(name: str) -> str | None:
 
 
 def file_reason(name: str) -> str | None:
-    """Return why a file of this name is passed over whatever it holds, or None."""
+    """Return why a file with this name is always passed over, or None if the name gives no reason."""
     if any(fnmatchcase(name, marker) for marker in MARKERS):
         return "marker"
     return "hidden" if name.startswith(".") else None
