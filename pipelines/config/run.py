@@ -112,7 +112,7 @@ class LocalPlatformConfig(Config):
 
 
 class DatabricksPlatformConfig(Config):
-    """Settings of a Databricks workspace. The file databricks.yml holds these values and passes them with --set.
+    """Settings of a Databricks workspace. The jobs of databricks.yml set them with --set.
 
     Attributes:
         experiment: full name of the MLflow experiment of all runs, or null for one experiment per run under

@@ -22,9 +22,10 @@ UPRIGHT_WORDS = (
 
 
 class OptimizerConfig(Config):
-    """AdamW (Loshchilov and Hutter, 2017). The learning rate rises to `lr` in `warmup_steps`, then follows `schedule`.
+    """AdamW optimizer. The learning rate rises to `lr` in the first `warmup_steps` steps, then follows `schedule`.
 
-    If `ema_decay` is set, validation and registration use an exponential moving average of the weights over steps.
+    AdamW is described by Loshchilov and Hutter (2017). If `ema_decay` is set, validation and registration use an
+    exponential moving average of the weights over steps.
     """
 
     lr: PositiveFloat = 1e-3

@@ -3,7 +3,7 @@
 The newest folders of each kind stay, and so does everything that a remaining folder or a registered version needs:
 
 - a run that may still be training, whose model waits for registration, or whose weights a remaining run starts from;
-- of a run with a registered version: all files but the checkpoints that no version was registered from;
+- if a version was registered from a run, the files of the run, except checkpoints from which no version was registered;
 - the shards of every remaining run, and the shards that a remaining training mix refers to.
 
 A folder that Lakesight cannot read stays too. A folder is renamed before it is removed. Otherwise a killed command
@@ -28,7 +28,7 @@ from vlm.config import Config
 from vlm.errors import LakesightError
 
 RUNNING = timedelta(days=2)
-"""If a file of an unfinished run is younger than this, the run may still be training or waiting for a restart."""
+"""An unfinished run with a file younger than this age may still be training or waiting for a restart."""
 TRASH = ".removed-"
 """Prefix of the names of folders that are being removed."""
 
