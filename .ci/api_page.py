@@ -13,7 +13,7 @@ import vlm
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 MAX_LENGTH = 100
-"""Longest signature that is written in one line."""
+"""Length of the longest signature that is written in one line."""
 INTRODUCTION = """\
 # Python API
 
@@ -33,7 +33,7 @@ print(captioner.caption([picture], max_new_tokens=30)[0].caption)
 `make api` writes this page from the docstrings. The tests run every example.
 """
 ORDER = ("load", "build", "Captioner", "CaptionResult", "AnswerLogprobs", "AttentionMaps", "GenerationConfig")
-"""Order of the names on the page. ModelConfig is described in models.md."""
+"""Names on the page, in this order. The page models.md describes the remaining public name, ModelConfig."""
 
 
 def api_page() -> str:
@@ -60,7 +60,7 @@ def _describe(name: str, value: Any) -> Iterator[str]:
 
 
 class _Annotation(str):
-    """Text of an annotation, which a signature shows without quotes."""
+    """Text of an annotation, as a string whose repr has no quotes, so that a printed signature has none."""
 
     def __repr__(self) -> str:
         return str(self)
@@ -78,7 +78,7 @@ def _function(name: str, function: Any) -> str:
     if len(line) > MAX_LENGTH:
         head, _, rest = line.partition("(")
         inner, _, result = rest.rpartition(")")
-        arguments = re.split(r", (?![^\[]*\])", inner)  # a comma in brackets belongs to a type
+        arguments = re.split(r", (?![^\[]*\])", inner)  # a comma in brackets does not separate arguments
         line = "\n".join([f"{head}(", *(f"    {each}," for each in arguments), f"){result}"])
     return f"```python\n{line}\n```\n\n{_markdown(inspect.getdoc(function) or '')}"
 

@@ -1,8 +1,9 @@
 """Check the licences of all runtime dependencies against an allow-list, and look for published vulnerabilities.
 
-`make audit` runs this file. Dependencies are those that the installed packages declare, for all extras but `dev`. A
-licence that is not on the allow-list ends the audit with exit code 1. Vulnerabilities are looked up by pip-audit, if
-pip-audit is installed and its advisory service answers; the output says if this was not the case.
+`make audit` runs this file. The audit covers the dependencies that the installed packages declare, for all extras
+except `dev`. A licence that is not on the allow-list ends the audit with exit code 1. pip-audit looks up the
+vulnerabilities. If pip-audit is not installed or its advisory service does not answer, the output says that no
+vulnerabilities were looked up.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     *("0BSD", "APACHE-2.0", "APACHE-2.0 WITH LLVM-EXCEPTION", "BSD", "BSD-2-CLAUSE", "BSD-3-CLAUSE", "BSL-1.0"),
     *("CC0-1.0", "CNRI-PYTHON", "ISC", "MIT", "MIT-0", "MIT-CMU", "PSF-2.0", "ZLIB"),
-    "MPL-2.0",  # copyleft for its own files only
+    "MPL-2.0",  # copyleft only for files under this licence
 }
-"""Licences that every dependency may have, as SPDX names in capitals. BSD stands for an unnamed variant."""
+"""Licences that every dependency may have, as SPDX names in capitals. `BSD` is a BSD licence of unknown variant."""
 
 NAMES = {
     "APACHE": "APACHE-2.0",
@@ -40,7 +41,7 @@ NAMES = {
     "MOZILLA PUBLIC LICENSE 2.0 (MPL 2.0)": "MPL-2.0",
     "PYTHON SOFTWARE FOUNDATION": "PSF-2.0",
 }
-"""SPDX names of licences that package metadata names otherwise."""
+"""Dict from names of licences in package metadata to their SPDX names."""
 
 REVIEWED = {
     "cuda-toolkit": "only lists NVIDIA's libraries",
@@ -51,21 +52,21 @@ REVIEWED = {
     "skops": "MIT, by its LICENSE file",
     "torchao": "BSD-3-Clause, by its LICENSE file",
 }
-"""Dependencies whose licence was looked up by a person, with the result."""
+"""Dict from dependencies whose licence a person has looked up to the licence that the person found."""
 
 JAVA_PROGRAMS = {
     "tokenizer/stanford-corenlp-3.4.1.jar": "GPL-2.0, by its POM: run by `evaluate` as a separate process",
     "meteor/meteor-1.5.jar": "LGPL-2.1, by its README: run by `evaluate` as a separate process",
     "spice/spice-1.0.jar": "AGPL-3.0, by COPYING in the jar: never run",
 }
-"""Java programs in pycocoevalcap, without the libraries of SPICE in spice/lib, which is never run."""
+"""Licences of the Java programs in pycocoevalcap, except the libraries in spice/lib. Lakesight never runs SPICE."""
 
 NVIDIA = re.compile(r"nvidia-.+")
 """NVIDIA's libraries are proprietary. torch installs them on Linux; NVIDIA's terms allow use and redistribution."""
 
 
 def declared() -> Iterator[Requirement]:
-    """Yield the requirements that pyproject.toml declares, without those of the development tools."""
+    """Yield the requirements that pyproject.toml declares, without the development tools."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     for group in (project["dependencies"], *(extras[extra] for extra in sorted(extras) if extra != "dev")):
@@ -92,13 +93,13 @@ def runtime_dependencies() -> dict[str, Distribution | None]:
 
 
 def _applies(requirement: Requirement, extras: set[str]) -> bool:
-    """Return whether a package needs a requirement here, if the package is installed with these extras."""
+    """Return whether a package that is installed with these extras needs a requirement on this machine."""
     marker = requirement.marker
     return marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras))
 
 
 def licences(package: Distribution) -> set[str]:
-    """Return the licences that the metadata of a package names, all of which apply."""
+    """Return the licences in the metadata of a package. All of these licences apply together."""
     metadata = package.metadata
     if expression := metadata.get("License-Expression"):
         parts = re.split(r"\s+AND\s+", expression.strip("() "))

@@ -1,8 +1,9 @@
 """Run the notebooks of notebooks/learn/, and write them with their outputs to docs/learn/ as .ipynb files.
 
-A source is a Python file in the source format of Databricks. Its cells run in one namespace, in this process. What a
-cell prints, and the figures that the cell draws, become the outputs of the cell. The solutions of the exercises are
-code blocks inside `<details>` of a text cell. They run too, after all cells, so a solution that is wrong fails.
+Each notebook is a Python file in the source format of Databricks. All cells of a notebook run in one namespace, in this
+process. What a cell prints, and the figures that the cell draws, become the outputs of the cell. The solutions of the
+exercises are code blocks inside `<details>` of a text cell. After all cells, the solutions run too, so that an error in
+a solution is found.
 
     python .ci/learn.py             write all notebooks
     python .ci/learn.py 01_patches  write one notebook
@@ -36,13 +37,13 @@ SEPARATOR = "\n# COMMAND ----------\n"
 MAGIC = "# MAGIC "
 MARKDOWN = "%md"
 LINK = re.compile(r"\((\d\d_\w+)\.py\)")
-"""Link from one source to another. On a page, the link leads to the page."""
+"""Link from one notebook source to another notebook source. In the output, the link leads to the .ipynb file."""
 
 OnFigure = Callable[[Figure], None]
 
 
 class Cell(NamedTuple):
-    """Cell of a notebook: `kind` is markdown or code, and `text` is the content without the marks of Databricks."""
+    """Cell of a notebook: `kind` is "markdown" or "code", and `text` is the content without the Databricks markers."""
 
     kind: str
     text: str
@@ -52,7 +53,7 @@ def read_cells(path: Path) -> list[Cell]:
     """Read the cells of a notebook in the source format of Databricks.
 
     Raises:
-        ValueError: the file has another format.
+        ValueError: the file does not have this format.
     """
     content = path.read_text(encoding="utf-8")
     if not content.startswith(HEADER):
@@ -77,7 +78,7 @@ def run_cells(path: Path, on_figure: OnFigure = lambda figure: None) -> list[lis
     """Run all cells of a notebook and then the solutions, and return the outputs of each cell.
 
     Args:
-        path: path of the source.
+        path: path of the notebook's source file.
         on_figure: function that is called with each figure before the figure is closed.
     """
     cells = read_cells(path)
@@ -110,7 +111,7 @@ def _text_output(text: str) -> dict[str, Any]:
 
 
 def _image_output(figure: Figure) -> dict[str, Any]:
-    """Draw a figure as a PNG with a palette of 256 colours, which takes about a third of the bytes."""
+    """Draw a figure as a PNG with a palette of 256 colours, which is a third of the size of a PNG with RGB colours."""
     drawn, packed = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=110, facecolor="white")
     Image.open(drawn).convert("RGB").quantize(256).save(packed, "PNG", optimize=True)

@@ -1,4 +1,4 @@
-"""Write docs/reference.md: every command, config key and table column, from the code that defines them.
+"""Write docs/reference.md, which describes every command, config key and table column, from the code.
 
     python .ci/reference.py
 
@@ -93,7 +93,7 @@ def config_keys() -> Iterator[str]:
 
 
 def collect(model: type[BaseModel], path: str, places: dict[type[BaseModel], list[str]]) -> None:
-    """Add a config class and the classes of its fields, with the paths of their keys."""
+    """Add a config class and the config classes of its fields to `places`, with the paths of their keys."""
     if path in places.setdefault(model, []):
         return
     places[model].append(path)
@@ -110,7 +110,7 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def about(model: type[BaseModel], field: FieldInfo) -> str:
-    """Return the meaning of a key whose class does not describe it: the first line of its group, or of the class."""
+    """Return the meaning of a key that its class does not describe: the first docstring line of its group or class."""
     groups = models_in(field.annotation)
     described = groups[0] if len(groups) == 1 else model
     if len(groups) > 1:
@@ -120,7 +120,7 @@ def about(model: type[BaseModel], field: FieldInfo) -> str:
 
 
 def attributes(model: type[BaseModel]) -> Mapping[str, str]:
-    """Return the meanings of the fields of a config class, from its docstring and those of its base classes."""
+    """Return the meanings of the fields of a config class, from the docstrings of the class and of its base classes."""
     found: dict[str, str] = {}
     for base in reversed([each for each in model.__mro__ if issubclass(each, BaseModel) and each is not BaseModel]):
         text = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
@@ -130,7 +130,7 @@ def attributes(model: type[BaseModel]) -> Mapping[str, str]:
 
 
 def type_text(field: FieldInfo) -> str:
-    """Return the type of a field and its bounds, as people write them."""
+    """Return the type and the bounds of a field as a text for people."""
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     bounds = [f"{signs[name]} {value:g}" for each in field.metadata for name, value in bound_values(each, signs)]
     return " ".join([name_of(field.annotation), *([f"({', '.join(bounds)})"] if bounds else [])])

@@ -40,7 +40,7 @@ class AskReport(Config):
 
     Attributes:
         images: paths of the picture files, in the order in which the model gets the pictures.
-        model: name and version of the model, or its checkpoint folder.
+        model: name and version of the model, or path of its checkpoint folder.
         prompt: question about the pictures; empty if the model was asked for a caption.
         precision: number format of the model's weights, for example bf16.
         caption: the model's answer.
@@ -132,7 +132,7 @@ def _draw(
     draw: Path | None,
     attention: Path | None,
 ) -> dict[str, Any]:
-    """Find the regions of an answer, write the drawings, and return the report's fields about both."""
+    """Find the regions of an answer, write the drawings, and return the report fields for regions and drawings."""
     image = captioner.model.config.image
     regions = find_regions(answer.text, pictures[0], image) if len(pictures) == 1 else ()
     drawn = looked = None
@@ -156,7 +156,7 @@ def _require_drawings(report: AskReport, *, draw: Path | None, attention: Path |
     """Check that each requested drawing was made.
 
     Raises:
-        StageFailed: the answer has no region or no word, so that there was nothing to draw.
+        StageFailed: a drawing was not made, because the answer has no region or no word.
     """
     if draw and not report.drawn:
         raise StageFailed(

@@ -19,7 +19,7 @@ COLUMNS = 5
 MARGIN = 8
 HOT = (255, 64, 0)
 MAX_ALPHA = 0.8
-"""Colour of the patch with the most attention, and its share in the blend with the grey picture."""
+"""Colour of the patch with the most attention, and weight of this colour in the blend with the grey picture."""
 MAX_TITLE = 24
 
 

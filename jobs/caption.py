@@ -100,12 +100,12 @@ def caption(
 
 
 def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
-    """Run the caption stage and return its report with the drift.
+    """Run the caption stage, and return a report that includes the drift.
 
     Args:
         job: the running command; the job's run config contains the limits for pictures and for drift.
         which: number or alias of a model version, or `latest`.
-        request: values of the fields of CaptionRequest.
+        request: field values of a CaptionRequest, except `limits` and `settings`.
 
     Raises:
         TooManyErrors: too many rows failed. The captions and errors are written before the exception is raised.

@@ -8,7 +8,7 @@ from vlm.config import Config
 
 
 class DoctorCheck(Config):
-    """Result of one check of a machine or workspace. Field `fix` is empty if there is nothing to fix."""
+    """Result of one check of a machine or workspace. The field `fix` is empty if nothing needs a fix."""
 
     name: str
     status: Literal["ok", "warn", "fail"]

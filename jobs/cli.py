@@ -72,7 +72,7 @@ class LazyCommands(Mapping[str, Any]):
     """Commands by name. A command's module is imported when the command is looked up."""
 
     def __getitem__(self, name: str) -> Any:
-        """Import a command and return it."""
+        """Import the module of a command, and return the command."""
         if name not in COMMANDS:
             raise KeyError(name)
         function = name.replace("-", "_")
@@ -168,7 +168,7 @@ def run(commands: typer.Typer) -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Interrupt the command as Ctrl-C does. A second SIGTERM is ignored, so that it does not interrupt the cleanup."""
-    signal.signal(number, lambda *_: None)  # not SIG_IGN, which child processes would inherit
+    signal.signal(number, lambda *_: None)  # child processes would inherit SIG_IGN, but not this function
     raise KeyboardInterrupt
 
 
@@ -182,7 +182,7 @@ def _release_sigterm() -> None:
 
 
 def _restore_default() -> None:
-    """Let SIGTERM end a forked child at once, also while the child executes C code."""
+    """Let SIGTERM end a forked child process immediately, even while the child executes C code."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _release_sigterm()
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def _complete_run(incomplete: str) -> list[str]:
-    """Return the names of runs that begin with a text, for the completion of the shell."""
+    """Return the names of runs that begin with a text, for completion in the shell."""
     return [name for name in available("run") if name.startswith(incomplete)]
 
 
@@ -59,7 +59,7 @@ ImageRootOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object on stdout.")]
 
 MIN_FREE_BYTES = 256 * 2**20
-"""Minimum free disk space, in bytes, to start a command. The check exists because Spark's disk errors are unclear."""
+"""Minimum free disk space, in bytes, to start a command. On a full disk, Spark errors would be unclear."""
 
 
 @dataclass
@@ -117,7 +117,7 @@ class Job:
 
 @contextmanager
 def open_output(*, as_json: bool) -> Iterator[CommandOutput]:
-    """Yield the output of a command, which prints to the real stdout. Logs go to stderr while the block runs."""
+    """Yield the Output of a command, which prints to the real stdout. Logs go to stderr while the block runs."""
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.WARNING,

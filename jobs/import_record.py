@@ -22,7 +22,7 @@ SOURCES = ("*.json", "*.safetensors")
 
 
 class ImportRequest(Config):
-    """Everything that determines the checkpoint of an import.
+    """Request for an import: everything that determines the resulting checkpoint.
 
     Attributes:
         model: config of the model.
@@ -36,10 +36,10 @@ class ImportRequest(Config):
 
 
 class ImportRecord(Config):
-    """Record in a checkpoint folder of the import that has written, or is writing, the checkpoint.
+    """Record, in a checkpoint folder, of the import that has written or is writing the checkpoint.
 
     Attributes:
-        request: everything that determines the checkpoint.
+        request: request for the import.
         tokens: keys of the start and end tokens that the import has compared.
         report: report of the import; null while the checkpoint is not complete.
     """
@@ -50,7 +50,7 @@ class ImportRecord(Config):
 
 
 def describe_import(config: ModelConfig, folders: Mapping[Part, Path], seed: int) -> ImportRequest:
-    """Read the files of all folders, and return the request of an import.
+    """Hash the files of all folders, and return the request for an import.
 
     Raises:
         UserError: a file cannot be read.

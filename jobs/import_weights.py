@@ -88,7 +88,8 @@ def _import_once(
 ) -> tuple[ImportReport, tuple[str, ...]]:
     """Import the weights, unless the output folder already has the checkpoint of this import.
 
-    An interrupted import of the same weights is repeated. Any other content of the folder is an error.
+    If the folder has the record of an interrupted import of the same weights, the import is repeated. A folder with any
+    other content is an error.
 
     Returns:
         The report of the import, and the keys of the start and end tokens that were compared.

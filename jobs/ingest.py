@@ -113,7 +113,7 @@ def log_to_mlflow(job: Job, report: FullReport, *, good: bool) -> None:
 
 
 def _name_passed_over(report: FullReport) -> str:
-    """Return a text with each reason for which files were not read, and the names of the first files."""
+    """Return a text that lists, for each reason, the names of the first files that were not read for this reason."""
     parts = []
     for reason, count in report.passed_over_count.items():
         names = report.passed_over.get(reason, [])[:SHOWN_FILES]

@@ -122,7 +122,8 @@ def _lineage(row: Mapping[str, Any], tags: Mapping[str, str]) -> CaptionLineage:
 def _tags(job: Job, name: str, number: str, run_id: str) -> dict[str, str]:
     """Return the tags of a model version, or an empty dict if the registry in use does not have the version.
 
-    The registry may have another model under the same name and number. Such a model has another MLflow run.
+    The registry may have another model under the same name and number. The MLflow run id shows whether the version is
+    the right one.
     """
     from pipelines.tracking.registry import resolve
 

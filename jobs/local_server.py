@@ -26,7 +26,7 @@ def check_port_free(port: int) -> None:
     """Check that a port is free, before a server is started on the port.
 
     Raises:
-        UserError: the port is in use, or this user may not listen on it.
+        UserError: the port is in use, or this user may not listen on the port.
     """
     with socket.socket() as probe:
         # A port in state TIME_WAIT (whose server has just stopped) counts as free, because the new server can use the

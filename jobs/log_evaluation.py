@@ -99,7 +99,7 @@ def figures_by_column(report: EvaluationReport) -> dict[str, list[object]]:
 
 
 def rows_by_column(report: EvaluationReport) -> dict[str, list[object]]:
-    """Convert the first rows of an evaluation to a dict of columns for MLflow's `log_table`."""
+    """Convert the first LOGGED_ROWS rows of an evaluation to a dict of columns for MLflow's `log_table`."""
     names = ("image_id", "prompt", "references", "caption", "neighbour", "f1", "loss", "blind_loss")
     rows = report.scores()[:LOGGED_ROWS]
     return {

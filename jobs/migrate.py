@@ -1,4 +1,4 @@
-"""`lakesight migrate`: bring the tables and the home folder to the format of this release, or undo it."""
+"""`lakesight migrate`: bring the tables and the home folder to the format of this release, or undo a migration."""
 
 from __future__ import annotations
 

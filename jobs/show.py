@@ -32,7 +32,7 @@ class TableReport(Config):
         version: version of the table; the version of generated_captions for the view champion_captions.
         num_rows: number of all rows of the table version.
         columns: Delta types of the chosen columns, by name.
-        rows: first of the chosen rows; binary values are replaced by their sizes.
+        rows: first rows of the selection; binary values are replaced by their sizes.
         gallery: path of the HTML page, or None without --gallery.
         output: path of the file with all chosen rows, or None without --output.
     """
@@ -175,7 +175,7 @@ def _open(job: Job, name: str, version: int | None) -> tuple[Relation, int, int]
 
 
 def write_rows(rows: pa.RecordBatchReader, path: Path) -> None:
-    """Write rows to a Parquet or CSV file. An existing file is replaced when all rows are written.
+    """Write rows to a Parquet or CSV file. An existing file is replaced after all rows have been written.
 
     Raises:
         UserError: the suffix of the file is neither .parquet nor .csv, or CSV cannot hold a column.

@@ -144,7 +144,7 @@ def table_relation(table: DeltaTable) -> Relation:
 
 
 def champion_captions(job: Job) -> Relation:
-    """Return the view `champion_captions` on the newest versions of its tables.
+    """Return a relation that selects from the view `champion_captions`, at the newest versions of the view's tables.
 
     Raises:
         UserError: a table does not exist, or lacks a column because an earlier Lakesight version wrote the table.

@@ -158,10 +158,10 @@ def run_train(job: Job) -> TrainReport:
 
 
 def register_checkpoint(job: Job, which: str, step: int) -> str:
-    """Register the checkpoint of a step of the training of a version, unless it is registered. Return its version.
+    """Return the version of the checkpoint of a step in the training of version `which`. Register it if necessary.
 
     Raises:
-        UserError: there is no version `which`, its run folder is not here, or the run has not kept the checkpoint.
+        UserError: there is no version `which`, its run folder does not exist, or the run has not kept the checkpoint.
     """
     from pipelines.driver.train.run_folders import finished_result
     from pipelines.formats.run_folder import RunFolder

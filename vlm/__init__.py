@@ -1,6 +1,6 @@
 """Model library: configuration, layers, tokenizers, training and generation of vision-language models.
 
-`vlm.load` and `vlm.build` return a `Captioner`; everything else is loaded on first use, so that `import vlm` needs no
+`vlm.load` and `vlm.build` return a `Captioner`; other names are loaded on first use, so that `import vlm` needs no
 PyTorch. The library never imports `pipelines`, Spark or MLflow; start reading in `model.py`, which holds the forward
 pass, and continue with `factory.py`, which builds a model from its config.
 """

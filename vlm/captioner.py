@@ -73,7 +73,7 @@ class DecodedPicture(NamedTuple):
 def decode_picture(
     image: Picture | None, config: ImageConfig, *, max_pixels: int, min_side: int, max_bytes: int
 ) -> DecodedPicture:
-    """Decode a picture and resize it to model resolution. The arguments are those of `Captioner.caption`."""
+    """Decode a picture and resize it to model resolution. `Captioner.caption` describes the arguments."""
     sha256 = None
     try:
         if isinstance(image, Image):

@@ -7,9 +7,8 @@ tokenizer.json      the tokenizer as JSON
 files.json          size and SHA-256 of every other file in the folder, to detect incomplete writes and changed bytes;
                     only in training checkpoints
 
-Names and shapes of the tensors must match the model exactly. A tensor that is missing in the file is an error, and so
-is a tensor that the model does not have. The module `vlm.training.state` saves the optimizer state of a training
-checkpoint.
+Names and shapes of the tensors must match the model exactly. A missing tensor is an error, and a tensor that the model
+does not have is an error. The module `vlm.training.state` saves the optimizer state of a training checkpoint.
 """
 
 from __future__ import annotations
@@ -236,7 +235,7 @@ def fill_tensors(tensors: Mapping[str, Tensor | TensorRows], path: Path) -> None
 
 
 class ManifestEntry(Config):
-    """Entry of files.json, with the size in bytes and the SHA-256 of one file."""
+    """Entry of files.json: the size in bytes and the SHA-256 of a file."""
 
     bytes: int
     sha256: str

@@ -106,7 +106,7 @@ class Decoder(nn.Module):
         return self.norm(x_BTW)
 
     def _masks(self, mask: Tensor | None, x_BTW: Tensor, keys: int) -> dict[int | None, Tensor | None]:
-        """Return a dict with one attention mask for each window size that the blocks use."""
+        """Return a dict from each window size that the blocks use to the attention mask for this window size."""
         masks: dict[int | None, Tensor | None] = {}
         for window in set(self.windows):
             if window is None or keys <= window:

@@ -70,8 +70,8 @@ class CrossFusion(nn.Module):
 class GatedCrossBlock(nn.Module):
     """Gated cross-attention block: x + tanh(g) * attention(norm(x)), then x + tanh(h) * mlp(norm(x)).
 
-    Both gates g and h start at zero, so that a pretrained decoder initially computes the same output as without the
-    block. The block follows figure 4 of Alayrac et al., 2022.
+    Both gates g and h start at zero, so that a pretrained decoder with this block initially computes the same output as
+    without the block. The block follows figure 4 of Alayrac et al., 2022.
     """
 
     def __init__(self, attention: CrossAttention, mlp: nn.Module, norms: tuple[nn.Module, nn.Module]) -> None:

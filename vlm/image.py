@@ -4,9 +4,8 @@ The bytes of a picture are untrusted. The header (format, number of pixels, side
 decoded, and only the decoders of FORMATS run. Every defect becomes an ImageError whose reason is one of IMAGE_REASONS.
 This module changes no global setting of Pillow. Pillow's own limit rejects pictures above 178 megapixels.
 
-Pixels decide, not metadata: decoders get the file without its metadata (`vlm.picture.metadata`), so a text, colour
-profile or EXIF entry that is damaged or huge cannot make a picture unusable. A missing end marker does no harm if all
-pixels are there.
+Decoders get the file without its metadata (`vlm.picture.metadata`), so a text, colour profile or EXIF entry that is
+damaged or huge cannot make a picture unusable. A file without an end marker is accepted if the file has all pixels.
 
 A decoded picture looks the same as in an image viewer. The picture is rotated according to its EXIF orientation,
 transparent pixels are composed over white, and an animation is represented by its first frame. Samples of 16 bits are
@@ -156,7 +155,7 @@ def open_image(
         orientation = file.orientation or image.getexif().get(ORIENTATION_TAG, 1)
         image = to_rgb(image, file.data)  # the decoded picture is freed before the next copy is made
         image = turn_upright(image, orientation)
-    except (ImageError, MemoryError):  # too little memory is no defect of the picture
+    except (ImageError, MemoryError):  # a lack of memory is not a defect of the picture
         raise
     except Exception as error:  # decoders raise many types of errors for damaged files
         raise ImageError("truncated_image", f"{format_}: {_sentence(error)}") from error
@@ -200,7 +199,7 @@ def _load_draft(image: Image.Image, draft_side: int | None) -> Image.Image:
 
 
 def _free_webp_decoder(image: Any) -> None:
-    """Make a WebP picture free its decoder once it has the first frame.
+    """Make a WebP picture free its decoder after the first frame is decoded.
 
     The decoder holds two canvases, half a gigabyte at 64 megapixels, and Pillow would keep the decoder as long as the
     picture.
@@ -313,7 +312,7 @@ def _open_header(data: bytes) -> Image.Image:
 def load_decoders() -> tuple[str, ...]:
     """Load Pillow's decoders, and return the formats of FORMATS that it can decode. AVIF needs Pillow 11.3.
 
-    A process calls this function before it forks children that decode, because loading takes a quarter of a second.
+    A process calls this function before forking children that decode, because loading takes a quarter of a second.
     """
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)

@@ -47,7 +47,7 @@ def set_precision(model: VisionLanguageModel, precision: Precision) -> None:
 
 
 def _quantize(model: VisionLanguageModel, precision: Precision) -> None:
-    # torch warns about how torchao registers its types. A user can do nothing about this warning, so hide it.
+    # torch warns about how torchao registers its types. Users cannot act on this warning, so hide the warning.
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     from torchao.quantization import quantize_
 

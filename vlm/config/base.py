@@ -29,8 +29,8 @@ class Config(BaseModel):
     def hashed_settings(self, exclude: Collection[str] = ()) -> dict[str, Any]:
         """Return the settings to hash, without the fields in `exclude`.
 
-        Fields with the mark ADDED_LATER are left out while they have their default value, at any depth. So a setting
-        that a new version adds changes no hash until somebody uses the setting.
+        Fields with the mark ADDED_LATER, at any depth, are left out while they have their default value. A setting that
+        a new version of Lakesight adds therefore changes no hash until somebody uses the setting.
         """
         return self.model_dump(exclude=_unused_settings(self) | dict.fromkeys(exclude, True))
 
@@ -63,7 +63,7 @@ def read_error_message(error: OSError | ValueError) -> str:
 
 
 def config_differences(saved: Mapping[str, Any], current: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """Yield one sentence per value that differs, such as `a.b is 1 in the saved config, 2 in the run`.
+    """Yield one sentence for each value that differs, such as `a.b is 1 in the saved config, 2 in the run`.
 
     Args:
         saved: values of a config that was read from disk.

@@ -47,7 +47,7 @@ def peak_flops(gpu: str) -> float | None:
 
 
 def inactive_parameters(config: ModelConfig) -> int:
-    """Return the number of expert parameters that the router leaves unused for one token."""
+    """Return the number of parameters in the experts that the router does not choose for a token."""
     return sum(
         stack.depth * (stack.mlp.num_experts - stack.mlp.top_k) * _mlp_parameters(stack.width, stack.mlp.expert)
         for stack in (config.vision.transformer, config.decoder.transformer)

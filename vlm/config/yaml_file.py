@@ -1,4 +1,4 @@
-"""Reading of YAML files that people write: every defect becomes one sentence that names the place in the file.
+"""Reading of YAML files that people write. The error message of each defect names the place in the file.
 
 A key that occurs twice is an error, because the YAML library would use the last value without a word.
 """
@@ -13,7 +13,7 @@ import yaml
 
 MAX_BYTES = 2**18
 MAX_VALUES = 50_000
-"""Largest number of values of a file, where a value counts again for each alias (`*name`) that refers to it."""
+"""Maximum number of values in a file. A value counts once more for each alias (`*name`) that refers to the value."""
 ENCODINGS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose byte-order mark is the start of this mark

@@ -1,4 +1,4 @@
-"""Attention maps, which show where in a picture a model looks while it writes each token of an answer.
+"""Attention maps, which show where in a picture a model looks when the model generates each token of an answer.
 
 One forward pass reads the picture, the prompt and the whole answer, with explicit attention in the layers that connect
 the answer with the patches of the picture. The weights of the decoder show which features of the picture a token reads.
@@ -105,7 +105,7 @@ def attention_maps(
     encoder_LHXX, rest = weights[: len(encoder)], weights[len(encoder) :]
     pool_HNP, rest = rest[: len(pool)], rest[len(pool) :]
     resampler_LHQS, decoder_LHTS = rest[: len(resampler)], rest[len(resampler) :]
-    first = len(request.prefix) - 1  # this position predicts the first token of the answer
+    first = len(request.prefix) - 1  # position that predicts the first token of the answer
     keys = slice(None) if cross else [index for index, token in enumerate(row) if token == SLOT]
     decoder_LHTN = torch.stack(decoder_LHTS)[:, :, first : len(row) - 1, keys]
     features_NP = pool_shares(model.encoder, rollout(encoder_LHXX), pool_HNP)

@@ -19,8 +19,9 @@ class Block(nn.Module):
     """Pre-norm block, which computes x + attention(norm(x)) and then x + mlp(norm(x)).
 
     The outputs of attention and MLP can go through a second norm (`post_norms`) and a learned scale per channel, whose
-    initial value is `layer_scale`. In training, each branch of each row is skipped with probability `skip_probability`,
-    and the other branches are scaled up, so that their mean stays the same (stochastic depth; Huang et al., 2016).
+    initial value is `layer_scale`. In training, each branch of each row is skipped with probability `skip_probability`.
+    A branch that is not skipped is scaled up, so that the expected output stays the same (stochastic depth; Huang et
+    al., 2016).
 
     Attributes:
         recompute: True to store only the input of the block in training and to compute the block again in the backward

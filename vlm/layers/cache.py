@@ -1,4 +1,4 @@
-"""Key-value cache for generation. The caller creates the cache, and the model fills it.
+"""Key-value cache for generation. The caller creates the cache, and the model fills the cache.
 
 Letters in tensor names: B batch, K kv heads, S key positions, D head width.
 """

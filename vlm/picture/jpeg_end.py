@@ -1,4 +1,4 @@
-"""Find out whether a JPEG file that ends without an end marker nevertheless holds all its pixels.
+"""Decode a JPEG file without an end marker, if the file nevertheless contains all pixels of the picture.
 
 Pillow's decoder does not report missing pixels, but fills them with grey. This module therefore makes two checks.
 First, the scans of the file must contain every coefficient of every component, because a progressive file may end

@@ -31,7 +31,7 @@ PNG_HEADERS = (b"IHDR", b"PLTE", b"tRNS")
 PNG_CHUNKS = (*PNG_HEADERS, b"IDAT", b"IEND")
 """Chunks of a PNG file that decide the pixels of its first frame."""
 MAX_PNG_TEXT = 2**20
-"""Largest size, in bytes, to which a text chunk is decompressed when it is searched for an orientation."""
+"""Maximum number of bytes of a decompressed text chunk in which an orientation is searched."""
 
 JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff])", re.DOTALL)
 JPEG_ALONE = (0x01, *range(0xD0, 0xDA), *range(0xF0, 0xFE))
@@ -152,7 +152,7 @@ def _split_png(data: bytes) -> PictureFile:
                 kept.insert(_png_chunk(kind, bytes(content)))
         elif kind in PNG_CHUNKS and end <= len(data):
             kept.keep(start, end)
-        elif kind == b"IDAT":  # the file ends inside this chunk, perhaps after the last pixel
+        elif kind == b"IDAT":  # the file is truncated inside this chunk, perhaps after the last pixel
             kept.insert(_png_chunk(kind, data[start + 8 :]))
         elif kind == b"eXIf":
             exif = bytes(content)
@@ -307,7 +307,7 @@ def _tiff_xmp(data: bytes, entries: list[bytes], order: str, *, big: bool) -> by
 
 
 def _without_avif_exif(data: bytes) -> bytes:
-    """Rename the type of the EXIF item in the box `meta`, so that the decoder does not read the item."""
+    """Rename the type of the EXIF item in the box `meta`, so that the decoder ignores the EXIF item."""
     start = 0
     while start + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, start)

@@ -1,4 +1,4 @@
-"""Read the orientation of a picture from its EXIF or XMP metadata, however damaged the rest of the metadata is."""
+"""Read the orientation of a picture from its EXIF or XMP metadata, even if other parts of the metadata are damaged."""
 
 from __future__ import annotations
 

@@ -157,10 +157,10 @@ def _backward(
     with mixed_precision(part.tokens_BT.device, bf16=bf16), keep_features:
         logits_NV = model(part)
         objective = token_loss(logits_NV, part, label_smoothing)
-        # The reported loss needs no gradient, so it keeps no tensors for the backward pass.
+        # The reported loss needs no gradient, so no tensors are kept for its backward pass.
         loss_sum = token_loss(logits_NV.detach(), part) if label_smoothing else objective
-    # The loss is a mean over the tokens of all ranks, but DDP averages gradients over ranks, so multiply by the number
-    # of ranks.
+    # The loss is a mean over the tokens of all ranks. DDP averages the gradients over ranks, so multiply the loss by
+    # the number of ranks.
     objectives, report = [objective * (world_size() / tokens).to(objective.dtype)], None
     if layers:
         router_part, report = router_loss(layers, part)

@@ -176,7 +176,7 @@ def blind_losses(model: VisionLanguageModel, batch: Batch, other_pixels_PHWC: Te
 
     Each of the three results has shape (B,). The losses are sums over target tokens. The blind gap of a set of rows, in
     nats per token, is the total loss with other pictures minus the total loss with the right pictures, divided by the
-    number of target tokens. The blind gap of a model that ignores its pictures is zero, whatever the model's loss.
+    number of target tokens. If a model ignores its pictures, its blind gap is zero, whether the loss is large or small.
     """
     right_B, tokens_B = row_losses(model, batch)
     wrong_B, _ = row_losses(model, batch.with_pixels(other_pixels_PHWC))

@@ -1,4 +1,4 @@
-"""Check that an import knows every key of another library's config.json: an unknown key is an error.
+"""Check that an import knows every key of another library's config.json. An unknown key is an error.
 
 An import reads config.json through `TrackedSettings`, which records the path of every value that a config field or a
 family reads. A key that nothing has read must be in the family's list of keys without effect. Any other key could
@@ -58,7 +58,7 @@ def tracked(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping
 
 
 def leaf_values(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted path and the value of each key. A section yields the paths of its own keys."""
+    """Yield the dotted path and the value of each key. In place of a section, yield the keys inside the section."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
             yield from leaf_values(value, f"{path}{key}.")

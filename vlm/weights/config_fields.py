@@ -138,7 +138,7 @@ def sides_of(size: Any) -> list[int]:
 
 
 def scalar(value: Any) -> Any:
-    """Return the number of a square size that is given as two equal numbers, and any other value unchanged."""
+    """Return one number for a size that is given as two equal numbers, and return any other value unchanged."""
     if isinstance(value, list | tuple) and len({*value}) == 1:
         return value[0]
     return value
@@ -289,7 +289,7 @@ def _in_section(section: str, field: ConfigField, defaults: Settings) -> ConfigF
 def value_at(path: str) -> Callable[[ModelConfig], Any]:
     """Return a function that reads the value at a dotted path of a model config.
 
-    The returned function gives None for a path that a model config does not contain, such as a key of an unused `kind`.
+    The returned function returns None for a path that a model config lacks, such as a key of an unused `kind`.
     """
 
     def read(config: ModelConfig) -> Any:

@@ -138,7 +138,7 @@ def _add_token_settings(settings: dict[str, Any], family: Family, checkpoint: Pa
     merge_settings(settings, {family.vocab_section: section} if family.vocab_section else section)
     if family.image_id_key:
         # Our models have no image token. The other library never looks up the embedding of the image token, so the
-        # token's id may lie after the last row of the embedding table.
+        # token's id may be larger than the index of the last row of the embedding table.
         published = _read_published_tokenizer(checkpoint)
         found = Backend.from_str(json.dumps(published["tokenizer"])).token_to_id(IMAGE_MARKER) if published else None
         settings[family.image_id_key] = rows if found is None else found

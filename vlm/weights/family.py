@@ -52,8 +52,8 @@ class Family:
         without_effect: dict from shell patterns of keys in config.json that have no effect on the imported part to the
             reasons; an import refuses a key that neither a config field reads nor a pattern matches.
         prefix: prefix of all tensor names. The files of a network without an output head may omit the prefix.
-        legacy_prefixes: pairs of a name prefix in other versions of the files and the prefix in the weight table. Only
-            the first pair that matches a tensor name is used.
+        legacy_prefixes: pairs of two name prefixes: the prefix in other versions of the files, and the prefix in the
+            weight table. Only the first pair that matches a tensor name is used.
         vocab_section: section of config.json with the vocabulary size; empty if the size is at the top level; None if
             the family has no vocabulary.
         newline_after_empty_prompt: True if a line break follows the start token even if the prompt is empty.
@@ -79,7 +79,7 @@ class Family:
     def mismatches(self, config: ModelConfig, settings: Settings) -> list[str]:
         """Return one sentence for each value that differs between a config.json and the model's config.
 
-        A key of config.json whose meaning is not known gives a sentence too.
+        A config.json key of unknown meaning also gives a sentence.
         """
         differences = find_mismatches(self.fields, config, self._with_defaults(settings))
         return differences + [

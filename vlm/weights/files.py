@@ -38,7 +38,8 @@ class WeightFiles:
     """All tensors in the weight files of a folder. The constructor reads only the headers of the files.
 
     If a folder contains both model.safetensors and an index of shards, model.safetensors is read, as in transformers:
-    an index often stays behind when the shards were merged. The attribute `ignored` names the files not read.
+    the index is often left in the folder after the shards were merged. The attribute `ignored` names the files not
+    read.
 
     Raises:
         CheckpointError: the folder has no weights, a shard is missing, a file is damaged, or the weights are pickled.
@@ -175,8 +176,8 @@ def write_weights(folder: Path, groups: Iterable[Mapping[str, Tensor]], max_byte
     Args:
         folder: folder to write to.
         groups: dicts from tensor names to tensors. All tensors of a dict are written to the same shard.
-        max_bytes: maximum size of a shard, in bytes. A dict with more bytes is written to its own shard, which is then
-            larger than the maximum.
+        max_bytes: maximum size of a shard, in bytes. A dict with more bytes than `max_bytes` is written to a shard of
+            its own, which is larger than the maximum.
     """
     shards: list[Path] = []
     weight_map: dict[str, int] = {}

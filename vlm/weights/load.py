@@ -145,7 +145,7 @@ def _open_source(part: Part, folder: Path, config: ModelConfig, model: nn.Module
     table = family.table(config)
     for tie in table.ties:
         if tie.ours not in ours and tie.theirs in names and tie.partner not in names:
-            names[tie.partner] = names[tie.theirs]  # the file contains only the other copy of the tied tensor
+            names[tie.partner] = names[tie.theirs]  # of the two tied tensors, the file contains only `theirs`
     plan = plan_load(table, ours, {name: files.headers[names[name]] for name in names})
     return Source(part, family, files, names, plan, settings)
 
@@ -159,7 +159,7 @@ def find_family(settings: Mapping[str, Any], folder: Path, part: Part) -> Family
     """Return the weight family to which the config.json of a folder belongs.
 
     Raises:
-        CheckpointError: the family is unknown, or is a family for another part of the model.
+        CheckpointError: the family is unknown, or the family's weights are for a different part of the model.
     """
     known = [family for family in families() if family.select_settings(settings) is not None]
     fitting = [family for family in known if family.part == part]

@@ -100,7 +100,7 @@ def _has_other_resolution(rule: Rule, found: Shape, expected: Shape) -> bool:
 
 
 def describe_names(problem: str, names: Iterable[str], *, similar_to: Iterable[str]) -> list[str]:
-    """Merge names that differ only in the block number, and return one sentence per merged name.
+    """Merge names that differ only in the block number, and return one sentence for each merged name.
 
     Args:
         problem: beginning of each sentence, which says what is wrong with the name.

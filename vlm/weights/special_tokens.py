@@ -1,8 +1,8 @@
 """Comparison of the start and end tokens that a published folder names with the tokenizer of the model.
 
 Several files of a folder name these tokens: config.json, generation_config.json, tokenizer_config.json and
-special_tokens_map.json. If one of the files disagrees with the model's tokenizer, answers would begin or end with
-another token than in the other library, so an import refuses the folder.
+special_tokens_map.json. If a file disagrees with the model's tokenizer, an import refuses the folder, because answers
+would begin or end with a different token than in the other library.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ ARGUMENTS = (
 
 
 def whole_patches(settings: Settings) -> str:
-    """Return WHOLE_PATCHES if all picture sizes are squares of whole patches, and the first other size otherwise."""
+    """Return WHOLE_PATCHES if all picture sizes are squares of whole patches, or a text with the first other size."""
     named = re.search(r"patch(\d+)", settings["architecture"])
     patch = scalar(settings.get("patch_size") or (int(named[1]) if named else 1))
     sizes = (settings.get("img_size"), (settings.get("pretrained_cfg") or {}).get("input_size"))
@@ -178,7 +178,7 @@ def whole_patches(settings: Settings) -> str:
 
 
 def preprocessing(key: str, ours: Callable[[ModelConfig], Any]) -> ConfigField:
-    """Return the config field of a value of timm's `pretrained_cfg`, which is compared if config.json contains it."""
+    """Return the config field of a value of timm's `pretrained_cfg`, which may be missing in config.json."""
 
     def theirs(settings: Settings) -> Any:
         found = (settings.get("pretrained_cfg") or {}).get(key)
