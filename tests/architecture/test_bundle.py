@@ -26,7 +26,8 @@ EXAMPLE = {
     "resources.experiments.runs.name": "/Shared/[dev me] lakesight-dev",
 }
 REQUIRED = ("catalog", "service_principal", "readers", "captioners")
-"""Variables without a default, so that a forgotten one stops a deployment instead of moving it."""
+"""Variables without a default: a deployment that lacks one stops, instead of using a wrong catalog or account.
+"""
 
 
 def read_job(file: Path) -> tuple[str, Any]:
@@ -40,11 +41,11 @@ def read_job(file: Path) -> tuple[str, Any]:
 
 JOBS = dict(map(read_job, JOB_FILES))
 WITHOUT_RUN = ("import-weights",)
-"""Commands that need neither a run nor a platform."""
+"""Commands that have neither an option for a run nor an option for a platform."""
 
 
 def tasks() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield every task that runs on a cluster, with the key of its job and its own key."""
+    """For every task that runs on a cluster, yield the job key, the task key and the task settings."""
     for key, job in JOBS.items():
         for task in job["tasks"]:
             if "condition_task" not in task:
@@ -180,7 +181,7 @@ def defaults(job: dict[str, Any]) -> dict[str, str]:
 
 
 def fill(text: str, parameters: dict[str, str]) -> str:
-    """Replace the references in a parameter of a task by example values and by the job's parameters."""
+    """In a parameter of a task, replace references by example values and by values of job parameters."""
     text = re.sub(r"\$\{(?:var\.)?([^}]+)\}", lambda match: EXAMPLE[match[1]], text)
     return re.sub(r"\{\{job\.parameters\.(\w+)\}\}", lambda match: parameters[match[1]], text)
 

@@ -25,7 +25,7 @@ COMMANDS = APP.commands  # type: ignore[attr-defined]
 
 
 def shown(page: Path) -> Iterator[list[str]]:
-    """Yield the words of each `lakesight` command on a page, in code blocks and in running text."""
+    """Yield each `lakesight` command in the code blocks and in the running text of a page, as a list of words."""
     text = page.read_text()
     blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.M | re.S)
     spans = re.findall(r"`(lakesight [^`\n]+)`", text)

@@ -30,8 +30,8 @@ LOADED = {
     "deltalake": (["pipelines/review/*.py"], {"deltalake"}),
 }
 
-# For the id of each import contract in pyproject.toml: a file, and an import statement that would break the contract
-# if the file contained the statement.
+# For each import contract in pyproject.toml (by id): a file, and an import statement that breaks the contract when a
+# test adds the statement to the file.
 BREACHES = {
     "layers": ("pipelines/formats/tables.py", "import pipelines.driver.delta.tables"),
     "stages": ("pipelines/driver/shard.py", "import pipelines.driver.ingest.run"),

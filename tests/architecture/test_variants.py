@@ -77,7 +77,7 @@ def test_every_model_config_in_conf_is_valid(name: str) -> None:
 
 
 TWINS = {"photo_base": "photo_small"}
-"""Models whose small version is a model that people train."""
+"""For each model without a tiny version: the smaller model with parts of the same kinds, which users train too."""
 
 
 @pytest.mark.parametrize("name", sorted(set(available("model")) - {"emoji", "photo_small"}))

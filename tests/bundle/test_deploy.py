@@ -1,7 +1,7 @@
-"""Databricks' own CLI deploys the bundle to a stand-in workspace.
+"""Tests that the Databricks CLI deploys the bundle to a stand-in workspace.
 
-The CLI is the binary `databricks` on PATH, or the one that DATABRICKS_CLI names. The wheel is a small archive, because
-a build would download its build backend.
+The CLI is the binary that the environment variable DATABRICKS_CLI names, or else the binary `databricks` on PATH. The
+deployed wheel is an almost empty archive, because a real build would download the build backend.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.skipif(CLI is None, reason="no binary `databricks` on P
 
 
 class Deployment:
-    """Copy of the bundle, and the workspace to which it is deployed."""
+    """A copy of the bundle, and the workspace to which the copy is deployed."""
 
     def __init__(self, folder: Path, workspace: Workspace, url: str) -> None:
         self.folder, self.workspace, self.url = folder, workspace, url
@@ -63,7 +63,7 @@ class Deployment:
         return subprocess.run(line, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
 
     def expect(self, command: str, target: str, text: str) -> str:
-        """Run a command that must succeed, and check that it prints a text. Return what it prints."""
+        """Run a command, check that the command succeeds and prints the text, and return its stdout."""
         done = self.run(command, target)
         assert done.returncode == 0, done.stdout + done.stderr
         assert text in done.stdout + done.stderr
@@ -113,7 +113,7 @@ def test_the_cli_validates_plans_deploys_summarizes_and_destroys(deployment: Dep
         assert len(left) == 8
 
 
-def test_staging_and_prod_share_a_workspace_with_two_runs_each(deployment: Deployment) -> None:
+def test_staging_and_prod_can_share_a_workspace_and_each_target_starts_two_job_runs(deployment: Deployment) -> None:
     for target in ("staging", "prod"):
         deployment.expect("deploy", target, "15 created")
         for run in ("demo", "emoji"):
@@ -147,7 +147,7 @@ def include_ai_runtime(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_job_for_ai_runtime_deploys_after_it_is_included(deployment: Deployment, target: str) -> None:
+def test_the_job_for_ai_runtime_is_deployed_if_the_bundle_includes_the_job(deployment: Deployment, target: str) -> None:
     for name in ("ai_runtime.yml", "ai_runtime.sh"):
         shutil.copy(ROOT / "jobs" / name, deployment.folder / "jobs")
     deployment.edit(include_ai_runtime)
@@ -163,7 +163,7 @@ def test_the_job_for_ai_runtime_deploys_after_it_is_included(deployment: Deploym
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_dashboard_deploys_after_it_is_included_and_reads_the_schema_of_the_target(
+def test_the_dashboard_is_deployed_if_the_bundle_includes_it_and_reads_the_schema_of_the_target(
     deployment: Deployment, target: str
 ) -> None:
     shutil.copytree(ROOT / "dashboards", deployment.folder / "dashboards")
@@ -181,7 +181,7 @@ def test_the_dashboard_deploys_after_it_is_included_and_reads_the_schema_of_the_
     deployment.expect("plan", target, "0 to add, 0 to change, 0 to delete")
 
 
-def test_a_deployment_with_another_catalog_deletes_nothing(deployment: Deployment) -> None:
+def test_a_second_deployment_with_a_different_catalog_deletes_nothing(deployment: Deployment) -> None:
     deployment.workspace.catalogs.add("other")
     deployment.expect("deploy", "prod", "15 created")
     done = deployment.run("deploy --auto-approve", "prod", catalog="other")
@@ -191,7 +191,7 @@ def test_a_deployment_with_another_catalog_deletes_nothing(deployment: Deploymen
 
 
 @pytest.mark.parametrize("variable", VARIABLES)
-def test_a_forgotten_variable_stops_the_deployment_before_it_changes_anything(
+def test_a_deployment_without_a_required_variable_stops_before_it_changes_the_workspace(
     deployment: Deployment, variable: str
 ) -> None:
     del deployment.variables[variable]
@@ -232,7 +232,7 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], object], dict[str, str], st
 
 @pytest.mark.faults
 @pytest.mark.parametrize("fault", REFUSALS)
-def test_what_a_workspace_refuses_fails_the_deployment_and_is_named(deployment: Deployment, fault: str) -> None:
+def test_a_deployment_that_a_workspace_refuses_fails_with_the_reason(deployment: Deployment, fault: str) -> None:
     change, variables, message = REFUSALS[fault]
     deployment.edit(change)
     done = deployment.run("deploy", "dev", **variables)

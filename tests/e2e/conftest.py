@@ -1,4 +1,4 @@
-"""The Spark session of the tests in this folder, on executors in processes of their own."""
+"""The Spark session of the tests in this folder, whose executors run in separate processes."""
 
 from __future__ import annotations
 

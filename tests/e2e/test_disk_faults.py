@@ -1,4 +1,4 @@
-"""Commands on a full disk: one paragraph, and the next command loses and repeats nothing."""
+"""Tests of commands on a full disk: the error is one paragraph, and the next command neither loses nor repeats work."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "ingest": ("ingest", "--set", "data.source.path=scenes:400:1"),
     "shard": ("shard", "--set", "data.shards.rows=7"),
 }
-"""Command of each stage that has new work in a home in which the pipeline has run."""
+"""For each stage: a command that has new work to do in a home folder in which the pipeline has already run."""
 FULL = [("ingest", "staged"), ("ingest", "warehouse"), ("shard", "shards")]
 
 
@@ -78,7 +78,7 @@ def assert_one_paragraph(done: subprocess.CompletedProcess[str], cause: str) -> 
 
 
 def assert_complete(stage: str, home: Path) -> None:
-    """Run a command again without the fault, then once more: it completes its work, and repeats nothing."""
+    """Run a command twice without the fault: the first run must complete the work, the second must repeat nothing."""
     found = report(STAGES[stage], home)
     again = report(STAGES[stage], home)
     if stage == "ingest":

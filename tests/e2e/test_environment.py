@@ -1,4 +1,4 @@
-"""Tests that the pipeline runs in environments of schedulers and servers, which differ from that of a person."""
+"""Tests that the pipeline runs in the restricted environments of job schedulers and shared servers."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ OPEN_FILES = 256
 
 
 def forbid_more_files() -> None:
-    """Allow few open files, without a way to raise the limit. Runs in the child process."""
+    """Set a low limit of open files that the process cannot raise; called in the child process."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
 
 
 def restrict() -> None:
-    """Allow few open files and let others read nothing, as on a shared server. Runs in the child process."""
+    """Set a low limit of open files and a private umask, as on a shared server; called in the child process."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))
     os.umask(0o077)
@@ -82,19 +82,19 @@ def test_the_pipeline_runs_without_home_and_asserts_with_few_open_files_and_a_pr
 
 
 def files_of_others(home: Path) -> list[Path]:
-    """List what other users may read, without the source files in a version, whose permissions MLflow copies."""
+    """List files that other users may read, except source files in a model version: MLflow copies their permissions."""
     found = [path for path in home.rglob("*") if path.stat().st_mode & 0o077]
     return [path for path in found if not re.search("/artifacts/(code|model.py)", path.as_posix())]
 
 
-def test_a_limit_of_open_files_that_is_too_low_for_spark_is_named(tmp_path: Path) -> None:
+def test_an_error_names_a_limit_of_open_files_that_is_too_low_for_spark(tmp_path: Path) -> None:
     done = run(tmp_path / "lakesight", "ingest", environment={}, prepare=forbid_more_files)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("Spark needs more open files than this process may have.")
     assert f"Got: {OPEN_FILES}." in done.stderr
 
 
-def test_shards_runs_and_the_registry_that_are_removed_between_stages_are_made_again_or_named(tmp_path: Path) -> None:
+def test_if_shards_runs_or_the_registry_are_removed_the_next_stage_recreates_them_or_names_them(tmp_path: Path) -> None:
     home = tmp_path / "lakesight"
 
     def report(command: str) -> dict[str, Any]:

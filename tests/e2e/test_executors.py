@@ -67,7 +67,7 @@ def test_packages_that_are_missing_on_executors_are_named_before_any_rank_starts
     assert run.read_ranks() == []
 
 
-def test_two_versions_of_torch_are_named_before_any_rank_starts(
+def test_executors_with_different_torch_versions_are_named_before_any_rank_starts(
     spark: SparkSession, platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunFolder(tmp_path / "run")
@@ -101,11 +101,11 @@ def test_a_host_without_a_gpu_is_named_before_any_rank_starts(
 
 
 WITHOUT = ("pyspark", "py4j", "delta", "mlflow", "databricks", "grpc")
-"""Packages that a node of AI Runtime need not have. `delta` also leaves out deltalake."""
+"""Packages that a node of AI Runtime may lack, by the beginning of the name: `delta` also excludes deltalake."""
 
 
 @pytest.mark.matrix
-def test_the_command_of_ai_runtime_without_java_spark_and_mlflow_trains_the_weights_of_torchdistributor(
+def test_the_ai_runtime_script_gives_the_same_weights_as_torchdistributor_without_java_spark_and_mlflow(
     spark: SparkSession, platform: Platform, tmp_path: Path
 ) -> None:
     shards = write_shards(tmp_path / "shards", rows=24)
@@ -136,7 +136,7 @@ def test_the_command_of_ai_runtime_without_java_spark_and_mlflow_trains_the_weig
 
 
 def either(path: Path, first: str, second: str) -> str:
-    """Create a script that runs interpreter `first` on the executor that starts first, and otherwise `second`."""
+    """Create a script that runs interpreter `first` on the executor that starts first, and `second` on all others."""
     path.write_text(f'#!/bin/sh\nmkdir "$0.taken" 2>/dev/null && exec {first} "$@"\nexec {second} "$@"\n')
     path.chmod(0o755)
     return str(path)

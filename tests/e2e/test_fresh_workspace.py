@@ -1,7 +1,7 @@
-"""The scheduled jobs of the bundle run in a simulated workspace that has only what the deployment has created.
+"""Tests that the scheduled jobs of the bundle run in a simulated workspace with nothing but the deployed resources.
 
-The Volume allows only what a Volume of Databricks allows, in all processes. MLflow creates no parent folders of
-experiments, and the distribution `mlflow` is not installed, because ML runtimes have `mlflow-skinny`.
+In all processes, the stand-in for a Volume refuses the calls that a Databricks Volume refuses. The stand-in for MLflow
+creates no parent folders of experiments. The distribution `mlflow` is hidden, because ML runtimes have `mlflow-skinny`.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ SMALL = (
     *("train.checkpoint_every=15", "train.validate_rows=8", "train.optimizer.warmup_steps=5"),
     *("gate.baselines=[]", "gate.min_blind_gap=-10", "gate.max_error_share=1", "model.generation.max_new_tokens=4"),
 )
-"""Settings for a machine without GPUs. After so few steps, the model may ignore its pictures."""
+"""Settings for a machine without GPUs. The gate accepts models that ignore their pictures, as after only 30 steps.
+"""
 
 
 class TrackingWorkspace(Workspace):
-    """A workspace whose MLflow is a real tracking server, in front of which the workspace checks parent folders."""
+    """A workspace that checks the parent folder of an experiment, and forwards MLflow requests to a tracking server."""
 
     server = ""
 
@@ -66,14 +67,14 @@ class TrackingWorkspace(Workspace):
 
 @dataclass
 class FreshWorkspace:
-    """The workspace, its Volume, and the folder of what Unity Catalog and clusters keep."""
+    """A simulated workspace: its Volume, its URL, and the folder with the data of Unity Catalog and of clusters."""
 
     volume: Volume
     url: str
     home: Path
 
     def run(self, *tasks: list[str]) -> str:
-        """Run tasks on a cluster. Return what the tasks print."""
+        """Run tasks on a cluster and return what the tasks print to stdout."""
         login = {"DATABRICKS_HOST": self.url, "DATABRICKS_TOKEN": "stand-in", "PIP_INDEX_URL": f"{self.url}/simple/"}
         environment = os.environ | {"LAKESIGHT_HOME": str(self.home), "PYTHONPATH": TEST_PATH} | login
         command = [
@@ -96,7 +97,7 @@ class FreshWorkspace:
 
 
 def job(name: str, *settings: str, **parameters: str) -> list[list[str]]:
-    """Return the tasks of a job as deployed, with settings for a small machine."""
+    """Return the parameters of each task of a deployed job, with additional settings for a small machine."""
     overrides = [f"--set={setting}" for setting in (*SMALL, *settings)]
     return [[*task, *overrides] for task in job_tasks(name, VALUES, parameters)]
 

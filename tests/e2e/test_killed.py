@@ -32,7 +32,7 @@ def window() -> KillWindow:
 
 
 def assert_complete(home: Path, source: str, expected: dict[str, str]) -> None:
-    """Check that every row is once in `samples` or `quarantine`, and that the newest shards have all pictures."""
+    """Check that `samples` or `quarantine` has every row exactly once, and that the newest shards have all pictures."""
     of_source = [("source", "=", source)]
     samples = DeltaTable(home / "warehouse" / "samples").to_pyarrow_table(filters=of_source).to_pylist()
     found = [(row["texts"][0]["text"], row["image"].hex()) for row in samples]

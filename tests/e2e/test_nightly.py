@@ -1,5 +1,5 @@
 """Tests of docs/nightly.md: every command and file of the page works, in the order of the page, on a table of pictures
-that ingest never saw.
+that no ingest has read.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def files() -> dict[str, str]:
 
 
 def commands() -> list[list[str]]:
-    """Return the words of the page's commands, in the order of the page."""
+    """Return the commands of the page as lists of words, in the order of the page."""
     lines = [line for kind, block in BLOCKS if not kind for line in block.splitlines()]
     return [shlex.split(line) for line in lines if line.startswith("lakesight ") and not line.startswith(ELSEWHERE)]
 
@@ -105,7 +105,7 @@ def run(folder: Path, words: list[str], **variables: str) -> subprocess.Complete
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
-def test_every_command_of_the_page_works_in_the_order_of_the_page(folder: Path) -> None:
+def test_the_commands_of_the_page_work_in_the_order_of_the_page(folder: Path) -> None:
     assert run(folder, [sys.executable, "to_delta.py"]).returncode == 0
     printed: dict[str, str] = {}
     for words in commands():
@@ -131,7 +131,7 @@ def test_every_command_of_the_page_works_in_the_order_of_the_page(folder: Path) 
     assert "nothing new" in run(folder, again, JAVA_HOME="/nonexistent").stdout, "without a JVM"
 
 
-def test_the_nightly_script_reports_a_failure_and_a_night_that_is_still_running(folder: Path) -> None:
+def test_the_nightly_script_reports_a_failure_and_refuses_to_start_while_an_earlier_job_runs(folder: Path) -> None:
     with (folder / "nightly.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = run(folder, ["./nightly.sh"])

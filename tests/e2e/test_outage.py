@@ -111,7 +111,8 @@ def test_training_starts_without_the_server_and_a_server_that_starts_late_gets_a
         assert history == Counter(range(1, steps + 1))
         assert client.get_run(run_id).info.status == "FINISHED"
 
-    # The server is down from the start of the training to its end. The next command that needs the model registers it.
+    # The server is down from the start of the training to its end. The next command that needs the model registers the
+    # model.
     ingest = start("ingest")
     assert ingest.wait() == 0, ingest.communicate()
     train = start("train", *OPTIONS, "--set", "train.steps=20")

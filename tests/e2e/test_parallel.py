@@ -89,7 +89,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
 
 
 def without_random_numbers() -> dict[str, Any]:
-    """Return the tiny model's config without random numbers, because each rank draws other numbers."""
+    """Return the tiny model's config without dropout and stochastic depth, which differ between ranks."""
     model = tiny_run().model.model_dump()
     for part in (model["vision"], model["decoder"]):
         part["transformer"] |= {"dropout": 0.0, "stochastic_depth": 0.0}
@@ -108,7 +108,7 @@ def routed_run(folder: Path, ranks: int) -> RunFolder:
 
 
 def rewarded_run(folder: Path, ranks: int) -> RunFolder:
-    """Write a run whose last three steps reward the CIDEr of sampled captions."""
+    """Write a run of eight steps; in the last three steps, training rewards the CIDEr of sampled captions."""
     shards = write_shards(folder / f"rewarded-shards-{ranks}", rows=12, texts=3)
     every = [{"pattern": ".*", "lr": 1e-2}]
     stages = [{"steps": 5, "groups": every}, {"steps": 3, "groups": every, "objective": {"kind": "cider"}}]
@@ -119,7 +119,8 @@ def rewarded_run(folder: Path, ranks: int) -> RunFolder:
 
 
 SHARED = {"routed": routed_run, "rewarded": rewarded_run}
-"""Functions that write the runs which are trained both on one rank and on two ranks."""
+"""Name of each run that is trained both on one rank and on two ranks, and the function that writes the run.
+"""
 
 
 def save_base(folder: Path) -> Path:
@@ -147,7 +148,7 @@ def losses(run: RunFolder) -> list[float]:
     return [m.values["train/loss"] for m in run.read_metrics() if "train/loss" in m.values]
 
 
-def test_losses_differ_only_by_rounding_with_more_ranks_microbatches_fsdp_or_local_shards(launched: Launched) -> None:
+def test_more_ranks_microbatches_fsdp_or_local_shards_change_losses_only_by_rounding(launched: Launched) -> None:
     alone = launched.one_rank["alone"]
     ddp, parts, fsdp, plain = (launched.two_ranks[name] for name in ("ddp", "parts", "fsdp", "plain"))
     assert not launched.copied_by_one_rank

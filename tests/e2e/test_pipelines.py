@@ -32,7 +32,7 @@ QUICK = (
     "train.score_every=250",
     "train.best_by=cider",
     "train.register=best",
-    "gate.baselines=[]",  # after 250 steps, the model may be worse than a constant caption
+    "gate.baselines=[]",  # after 250 steps, the captions may be worse than one constant caption for all pictures
 )
 TORCHRUN = ["torchrun", "--nproc-per-node", "2", "-m", "pipelines.worker.main", "--run-dir", "runs/paligemma-*"]
 SECRETS = {
@@ -153,7 +153,7 @@ def test_a_demo_runs_every_stage(demos: Ran) -> None:
     assert report["quarantined"] > 0
     assert report["trained"]
     assert report["captions"] > 0 == report["errors"]
-    assert report["blind_gap"] > 0.2  # twice the minimum that the gate requires
+    assert report["blind_gap"] > 0.2  # the expected value is twice the minimum that the promotion gate requires
     assert Path(report["gallery"]).stat().st_size > 10_000
 
 
@@ -167,7 +167,7 @@ def test_a_second_demo_repeats_no_work(demos: Ran) -> None:
     assert (second["model_version"], second["metrics"]) == (first["model_version"], first["metrics"])
 
 
-def test_the_evaluation_of_the_last_checkpoint_is_the_evaluation_of_its_version(demos: Ran) -> None:
+def test_evaluating_the_last_checkpoint_gives_the_metrics_of_the_registered_version(demos: Ran) -> None:
     first, evaluated = demos.reports[0], demos.reports[3]
     assert evaluated["model_version"] == first["model_version"], "the checkpoint is registered already"
     assert evaluated["metrics"]["exact_match"]["value"] == first["exact_match"]
@@ -189,7 +189,7 @@ def test_train_prepares_a_run_for_ranks_that_another_program_starts(home: Path, 
 
 @pytest.mark.matrix
 @pytest.mark.usefixtures("demos")
-def test_train_ends_early_and_registers_the_best_checkpoint_by_cider(home: Path) -> None:
+def test_train_ends_early_and_registers_the_checkpoint_with_the_best_cider(home: Path) -> None:
     stalled = ["train.optimizer.lr=1e-9", "train.batch_size=8", "train.steps=60", "train.validate_rows=4"]
     chosen = ["train.score_every=10", "train.checkpoint_every=10", "train.best_by=cider", "train.stop=2"]
     settings = [word for value in (*stalled, *chosen) for word in ("--set", value)]

@@ -44,7 +44,7 @@ def at(platform: Platform, uri: str) -> Platform:
     return replace(platform, tracking_uri=uri, registry_uri=uri)
 
 
-def test_a_wrong_password_and_an_unknown_database_are_refused_and_a_stopped_server_is_an_outage(
+def test_a_wrong_password_and_an_unknown_database_are_errors_and_a_stopped_server_is_an_outage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
@@ -62,7 +62,7 @@ def test_a_wrong_password_and_an_unknown_database_are_refused_and_a_stopped_serv
 
 
 def start(person: Path, address: str) -> subprocess.Popen[str]:
-    """Start the whole pipeline of a person, who has a home folder of their own."""
+    """Start the whole pipeline as one of several people, each of whom has a separate home folder."""
     person.mkdir()
     options = [word for setting in SETTINGS for word in ("--set", setting)]
     return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Tests that a replayed step is the step that was trained, and shows the pictures whose loss is not finite."""
+"""Tests that replaying a training step repeats the step exactly, and names the pictures whose loss is not finite."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def files_of(run: RunFolder) -> dict[str, bytes]:
     return {str(path.relative_to(run.path)): path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
 
 
-def test_a_replayed_step_has_the_loss_that_was_logged_for_the_step_and_changes_nothing_of_the_run(
+def test_a_replayed_step_has_the_loss_that_training_logged_and_does_not_change_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = runs_in(tmp_path, monkeypatch)(log_every=1, checkpoint_every=8)
@@ -43,7 +43,7 @@ def test_a_replayed_step_has_the_loss_that_was_logged_for_the_step_and_changes_n
         replay_step(run, TWO_RANKS, NO_SPARK, 12)
 
 
-def test_a_training_that_diverges_names_its_pictures_and_the_replay_shows_their_losses(
+def test_the_error_of_a_diverged_training_names_the_pictures_and_a_replay_shows_their_losses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = runs_in(tmp_path, monkeypatch)(optimizer=OptimizerConfig(lr=1e30, warmup_steps=0))

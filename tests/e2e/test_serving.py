@@ -23,7 +23,7 @@ from pipelines.worker.caption import load_captioner
 CONFIG = tiny_run().model_copy(update={"name": "birds.v2"})
 
 
-pytestmark = pytest.mark.xdist_group("serving")  # one process runs all tests: they share a version
+pytestmark = pytest.mark.xdist_group("serving")  # all tests share one model version
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_a_served_version_captions_base64_pictures_over_rest_from_many_clients_a
         assert len(load(address, requests=60, clients=4)) == 60  # a thousand: tests/benchmarks/bench_serving.py
 
 
-def test_a_loaded_version_runs_the_code_that_was_registered_with_it(
+def test_a_loaded_model_version_runs_the_code_that_was_registered_with_the_version(
     laptop: Platform, version: registry.ModelVersion, tmp_path: Path
 ) -> None:
     """Although our packages are installed for this test, the model version must import the copies that it contains."""

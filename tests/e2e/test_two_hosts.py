@@ -1,4 +1,4 @@
-"""Test of ranks on two hosts. Two network namespaces that a virtual cable connects simulate the hosts."""
+"""Test of ranks on two hosts. Two network namespaces, connected by a virtual cable, simulate the hosts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lakesight ui`: the MLflow UI starts in any working folder, ends completely, and its pages explain a run."""
+"""Tests of `lakesight ui`: the MLflow UI starts in any working folder, ends completely, and explains a run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pipelines.tracking.server import connect
 pytestmark = [pytest.mark.faults, pytest.mark.matrix]
 
 SECONDS = 240
-"""Longest time in which the server must answer."""
+"""Time limit for an answer of the server, in seconds."""
 
 
 def test_modules_of_the_working_folder_do_not_shadow_those_of_the_mlflow_ui_and_sigterm_leaves_no_process(
@@ -87,7 +87,7 @@ def serve(home: Path, folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def write_training(home: Platform, folder: Path) -> tuple[str, str]:
-    """Write, log and register a tiny training with curves. Return the ids of its MLflow run and its experiment."""
+    """Write, log and register a tiny run with training curves; return the ids of the MLflow run and the experiment."""
     shards = write_shards(folder / "shards", rows=6)
     run = write_run(folder / "runs" / "tiny-0123", tiny_run(), shards, shards)
     for step in range(0, 13, 2):
@@ -104,7 +104,7 @@ def write_training(home: Platform, folder: Path) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("width", [1280, 360])
-def test_the_pages_of_mlflow_explain_run_curves_model_and_version(
+def test_the_pages_of_mlflow_explain_the_run_its_curves_the_model_and_the_model_version(
     tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
     home = open_local(monkeypatch, tmp_path / "home", database=empty_database)

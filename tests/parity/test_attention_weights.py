@@ -1,4 +1,4 @@
-"""Attention maps have the weights of transformers' eager attention, for PaliGemma 1 and 2, and load as whole models."""
+"""Attention maps of PaliGemma 1 and 2 equal transformers' eager attention; published models load without our config."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from vlm.text.chars import CharTokenizer
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_the_attention_of_decoder_and_encoder_equals_that_of_transformers(version: int, tmp_path: Path) -> None:
+def test_the_attention_weights_of_decoder_and_encoder_equal_the_weights_in_transformers(
+    version: int, tmp_path: Path
+) -> None:
     original, rows = publish(original_of(version), tmp_path / "published"), Rows()
     model, _ = load(ours(version), tmp_path / "published", "model")
     length, prefix = int(rows.length[0]), int(rows.prefix[0])
@@ -47,7 +49,7 @@ def test_the_attention_of_decoder_and_encoder_equals_that_of_transformers(versio
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_published_folder_is_loaded_without_a_config_of_ours(version: int, tmp_path: Path) -> None:
+def test_a_published_model_is_loaded_without_a_lakesight_config(version: int, tmp_path: Path) -> None:
     folder, rows = tmp_path / "published", Rows()
     backend = byte_fallback()
     vocab_size = backend.get_vocab_size()
@@ -63,7 +65,7 @@ def test_a_published_folder_is_loaded_without_a_config_of_ours(version: int, tmp
     assert captioner.tokenizer.newline_after_empty_prompt
 
 
-def test_a_published_model_with_an_unknown_setting_is_refused_with_its_name(tmp_path: Path) -> None:
+def test_a_published_model_with_an_unknown_setting_is_refused_and_the_error_names_the_setting(tmp_path: Path) -> None:
     backend = byte_fallback()
     publish(original_of(1, backend.get_vocab_size(), backend.get_vocab_size()), tmp_path)
     backend.save(str(tmp_path / "tokenizer.json"))

@@ -1,4 +1,4 @@
-"""Each `vit_*` and `deit*` architecture of timm gives timm's features after import, or is refused by a missing axis."""
+"""Each `vit_*` or `deit*` architecture of timm gives timm's features after import, or is refused with a reason."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class WithoutInitialization(TorchFunctionMode):
 
 
 def refused_axis(name: str) -> list[str]:
-    """Return the sentence of the axis that an architecture needs and our encoder lacks, which its name implies."""
+    """Return the sentences about what an architecture has (according to its name) and our encoder lacks."""
     sentences = family_of(name).mismatches(config(), {"architecture": name})
     return [sentence for sentence in sentences if "which has" in sentence]
 
@@ -54,7 +54,7 @@ def family_of(name: str) -> Family:
 
 
 def position_of(theirs: Any) -> dict[str, Any]:
-    """Return our config of the positions of a model of timm, read from timm's modules."""
+    """Read the kind of positions from the modules of a timm model, and return it as our config."""
     rope = getattr(theirs, "rope", None)
     if rope is None:
         return {"kind": "learned"}
@@ -127,7 +127,7 @@ def published_settings(name: str, theirs: Any) -> dict[str, Any]:
 
 
 def problems(name: str) -> list[str]:
-    """Return all reasons to refuse an architecture, which is built with two blocks on the meta device."""
+    """Build an architecture with two blocks on the meta device, and return all reasons to refuse the architecture."""
     axis = refused_axis(name)
     if axis:
         return axis
@@ -143,7 +143,7 @@ def problems(name: str) -> list[str]:
     return [*family.mismatches(ours, published_settings(name, theirs)), *plan.problems]
 
 
-def test_every_vit_architecture_of_timm_is_accepted_or_refused_by_the_missing_axis() -> None:
+def test_every_vit_architecture_of_timm_is_accepted_or_refused_for_one_missing_feature() -> None:
     refused = {name: found for name in NAMES if (found := problems(name))}
     unexplained = {
         name: found

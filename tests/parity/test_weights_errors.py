@@ -134,7 +134,7 @@ def test_import_error_names_missing_shards(folder: Path, tmp_path: Path) -> None
     assert "index of the shards cannot be read" in refused(shards)
 
 
-def test_weights_of_lower_precision_are_loaded_in_the_one_type_of_the_model(folder: Path) -> None:
+def test_weights_of_lower_precision_are_converted_to_the_data_type_of_the_model(folder: Path) -> None:
     edit_tensors(folder, lambda tensors: {name: tensor.bfloat16() for name, tensor in tensors.items()})
     model, _ = load(OURS, folder, "decoder")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -161,7 +161,7 @@ def test_a_tied_tensor_may_be_stored_under_either_of_its_names_or_under_both(fol
     assert "lm_head.weight differs from transformer.wte.weight" in refused(folder)
 
 
-def test_an_index_that_stayed_behind_beside_a_whole_file_is_ignored_and_reported(folder: Path) -> None:
+def test_a_leftover_shard_index_beside_an_unsharded_weight_file_is_ignored_and_reported(folder: Path) -> None:
     expected, _ = load(OURS, folder, "decoder")
     index = folder / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"transformer.wte.weight": "model-00001-of-00002.safetensors"}}')

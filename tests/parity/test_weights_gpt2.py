@@ -83,7 +83,9 @@ def test_import_reads_the_first_published_format_of_gpt2(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_import_for_tied_embeddings_accepts_only_an_equal_output_head(same: bool, tmp_path: Path) -> None:
+def test_import_with_tied_embeddings_accepts_only_an_output_head_that_equals_the_embeddings(
+    same: bool, tmp_path: Path
+) -> None:
     publish(GPT2LMHeadModel(gpt2()), tmp_path / "published")
     file = tmp_path / "published" / "model.safetensors"
     tensors = load_file(file)

@@ -13,6 +13,6 @@ from pipelines.platform import Platform
 
 @pytest.fixture(scope="session")
 def spark(platform: Platform) -> Iterator[SparkSession]:
-    """A Spark session on two threads, which start Python workers of their own, with all tables created."""
+    """A Spark session with two task threads, each of which starts its own Python workers; all tables exist."""
     with open_session(platform) as session:
         yield session

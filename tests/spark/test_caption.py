@@ -159,7 +159,7 @@ def test_base64_pictures_are_captioned_and_rows_of_two_tables_with_equal_ids_hav
     assert numbers(caption(spark, platform, model, request(other))) == (1, 0, 1, 0)
 
 
-def test_pictures_named_by_path_are_captioned_and_an_unreadable_one_is_a_row_with_an_error(
+def test_pictures_named_by_path_are_captioned_and_an_unreadable_picture_gives_a_row_with_an_error(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     (tmp_path / "in").mkdir()
@@ -184,7 +184,7 @@ def test_pictures_named_by_path_are_captioned_and_an_unreadable_one_is_a_row_wit
         caption(spark, platform, model, request(table, image_root=str(tmp_path / "gone")))
 
 
-def test_the_view_of_the_champion_s_captions_is_the_same_in_spark_and_without_spark(
+def test_the_view_champion_captions_has_the_same_rows_with_and_without_spark(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     assert platform.tables
@@ -239,7 +239,7 @@ def test_a_picture_is_captioned_again_after_a_change_but_not_after_a_move_to_ano
     assert commits(spark, platform) == before
 
 
-def test_rows_with_errors_are_captioned_again_with_retry_errors_and_too_many_errors_fail_the_job(
+def test_option_retry_errors_captions_rows_with_errors_again_and_too_many_errors_fail_the_job(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     table = write(spark, tmp_path / "photos", [(0, picture(0)), (1, picture(1)), (2, b"no picture")])
@@ -283,7 +283,7 @@ def test_two_concurrent_caption_jobs_write_each_caption_once_after_a_job_was_can
 
 @pytest.fixture(scope="module")
 def one_photo(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Write a Delta table with one row, which no other test captions. Return the name of the table."""
+    """Write a Delta table with one row, which no other test captions, and return the name of the table."""
     return write(spark, tmp_path_factory.mktemp("tables") / "photos", [(1, picture(1))])
 
 

@@ -16,12 +16,12 @@ from pipelines.driver.ingest.run import ingest
 from pipelines.platform import Platform
 
 MIN_READ_SHARE = 0.95
-"""Smallest share of the rows that a naive reader can read and that must become samples."""
+"""Of all rows that a naive reader can read, the smallest share that must become samples."""
 
 
 @pytest.mark.parametrize("count", [10, pytest.param(80, marks=[pytest.mark.faults, pytest.mark.matrix])])
 @pytest.mark.parametrize("kind", SOURCES)
-def test_every_row_that_a_naive_reader_sees_is_a_sample_or_refused_or_in_a_file_that_is_named(
+def test_every_row_that_a_naive_reader_reads_is_a_sample_or_is_refused_or_its_file_is_named(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path, kind: str, count: int
 ) -> None:
     drawn = draw_source(kind, tmp_path / "in", count, seed=21 + count)

@@ -1,4 +1,4 @@
-"""Evaluation on executors: metrics equal the metrics of a plain loop, and are written only once."""
+"""Tests of evaluation on executors: the metrics equal the metrics of a plain loop, and are written only once."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_a_second_evaluation_neither_computes_nor_writes_the_metrics_again(
         evaluate(spark, platform, model, shards, shards, columns=["colour"])
 
 
-def test_an_evaluation_that_split_texts_into_words_by_other_rules_is_computed_again_from_the_stored_scores(
+def test_metrics_are_recomputed_from_stored_scores_if_the_rules_that_split_texts_into_words_have_changed(
     spark: SparkSession, platform: Platform, model: ModelFiles, shards: Path, report: EvaluationReport
 ) -> None:
     def figures() -> set[str]:
@@ -221,7 +221,7 @@ def test_evaluating_a_folder_without_a_model_raises_a_user_error(
         evaluate(spark, platform, model.model_copy(update={"folder": tmp_path}), shards, shards)
 
 
-def test_an_evaluation_with_other_generation_settings_has_its_own_report_and_leaves_the_table_as_it_is(
+def test_an_evaluation_with_other_generation_settings_has_a_separate_report_and_does_not_change_the_table(
     spark: SparkSession, platform: Platform, model: ModelFiles, shards: Path, report: EvaluationReport
 ) -> None:
     before = stored(spark, platform, report)

@@ -103,7 +103,7 @@ FEED = {"delta.enableChangeDataFeed": "true"}
 
 
 def rows_of(*numbers: int, text: str = "x", key: str = "id") -> pa.Table:
-    """Return rows of a table. Columns that a config does not name have a dot in the name and a year beyond 9999."""
+    """Return rows of a table with two columns that no config names: a name with a dot, and years beyond 9999."""
     far = pa.scalar(400_000_000_000_000_000, pa.timestamp("us", "UTC"))
     rows = pa.Table.from_pylist([{key: n, "image": png(n), "text": f"{text}{n}"} for n in numbers])
     return rows.append_column("meta.url", [["u"] * len(rows)]).append_column("far", pa.array([far] * len(rows)))
@@ -158,7 +158,7 @@ def test_pictures_whose_rows_a_table_without_a_change_data_feed_has_lost_are_rem
     assert sorted(texts_of(spark, platform, source)) == ["1", "3"]
 
 
-def test_all_rows_of_a_table_are_read_if_the_changes_cannot_be_told_and_none_if_only_files_were_rewritten(
+def test_all_rows_of_a_table_are_read_if_its_changes_are_unknown_and_no_row_if_only_files_were_rewritten(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     write_deltalake(tmp_path, rows_of(1, 2, key="k.id"), configuration=FEED)
@@ -224,7 +224,9 @@ def test_columns_of_any_type_reach_the_executors_as_values_or_as_text(spark: Spa
     assert all(isinstance(others[name], str) for name in ("months", "days", "both", "time", "nested", "far"))
 
 
-def test_a_picture_is_gone_only_if_no_row_has_the_picture_and_all_of_its_texts(spark: SparkSession) -> None:
+def test_a_picture_counts_as_removed_only_if_the_rows_no_longer_have_the_picture_with_all_of_its_texts(
+    spark: SparkSession,
+) -> None:
     def samples(*rows: tuple[str, str, list[str]]) -> DataFrame:
         schema = "image_id string, sha256 string, texts array<struct<prompt: string, text: string>>"
         return spark.createDataFrame([(*row[:2], [("", text) for text in row[2]]) for row in rows], schema)

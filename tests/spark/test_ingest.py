@@ -65,7 +65,7 @@ BAD = {
 }
 
 
-def test_every_kind_of_bad_row_is_quarantined_completely_and_good_rows_are_kept(
+def test_every_kind_of_bad_row_is_quarantined_with_all_fields_and_good_rows_are_kept(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     good = [[as_base64(png(n)), f'picture "{n}", with a comma'] for n in range(10, 14)]
@@ -168,7 +168,7 @@ def test_new_pictures_with_conflicting_ids_are_quarantined_and_the_picture_in_sa
     assert sorted(payloads, key=lambda row: str(row[TEXT])) == [dict(zip(header, row, strict=True)) for row in fights]
 
 
-def test_the_split_may_come_from_the_file_name_and_csv_files_with_other_names_are_ignored(
+def test_the_split_may_come_from_the_file_name_and_csv_files_without_a_split_in_the_name_are_ignored(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     header = (TEXT, IMAGE)
@@ -181,7 +181,7 @@ def test_the_split_may_come_from_the_file_name_and_csv_files_with_other_names_ar
     assert report.equal_pictures_across_splits == 1
 
 
-def test_a_damaged_file_is_one_row_the_other_files_come_in_and_a_corrected_file_is_read_again(
+def test_a_damaged_file_is_one_quarantined_row_and_the_file_is_read_again_after_it_was_corrected(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     rows = [[as_base64(png(110 + n)), f"row {n}"] for n in range(9)]

@@ -103,7 +103,7 @@ def home(spark: SparkSession, platform: Platform, tmp_path: Path) -> Iterator[Pl
 
 
 def forget(spark: SparkSession, home: Platform) -> None:
-    """Remove the tables from the catalog in memory, as the end of a command does. The files remain."""
+    """Remove all tables from the in-memory catalog, as happens at the end of a command. The files remain."""
     for table in TABLES:
         spark.sql(f"DROP TABLE IF EXISTS {home.table(table.name)}")
 
@@ -137,7 +137,7 @@ def test_a_migration_changes_no_row_and_no_dataset_version_and_can_be_undone(
     data = DataConfig.model_validate({"source": {"path": str(tmp_path / "rows.csv")}, "near_duplicates": False})
     ingest(spark, home, source, data)
     samples = home.table(SAMPLES.name)
-    for table in TABLES:  # as Lakesight 0.1.0 left them
+    for table in TABLES:  # tables that Lakesight 0.1.0 created have no such property
         spark.sql(f"ALTER TABLE {home.table(table.name)} UNSET TBLPROPERTIES ('{PROPERTY}')")
     spark.sql(f"ALTER TABLE {samples} DROP CONSTRAINT usable")
     (home.root / FILE).unlink()

@@ -1,4 +1,4 @@
-"""Tables on a laptop are read without Spark queries where Spark is slow, with the same results as Spark's."""
+"""Tests that a laptop reads tables without slow Spark queries, and gets the same results as with Spark."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def data_of(path: Path, *rows: list[str]) -> DataConfig:
     return DataConfig.model_validate({"source": {"path": str(write_csv(path, list(rows)))}, "split": split})
 
 
-def test_versions_counts_and_the_ledger_are_the_same_with_and_without_spark(
+def test_table_versions_row_counts_and_the_ledger_are_the_same_with_and_without_spark(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     rows = [[as_base64(png(shade)), f"picture {shade}"] for shade in range(100, 106)]
@@ -51,7 +51,7 @@ def test_versions_counts_and_the_ledger_are_the_same_with_and_without_spark(
 
 
 @pytest.mark.parametrize("in_workspace", [False, True])
-def test_an_append_that_delta_has_skipped_is_noticed(
+def test_an_append_that_delta_has_skipped_raises_a_write_conflict(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path, in_workspace: bool
 ) -> None:
     report = ingest(spark, platform, source, data_of(tmp_path / "a.csv", [as_base64(png(107)), "a"]))
@@ -71,7 +71,7 @@ def test_a_small_ingest_of_a_new_source_runs_few_queries(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     first, second = (data_of(tmp_path / f"{n}.csv", [as_base64(png(110 + n)), "a"]) for n in range(2))
-    ingest(spark, platform, source, first)  # opens the tables of the session
+    ingest(spark, platform, source, first)  # the first ingest also opens the tables in the Spark session
     before = executed_queries(spark)
     ingest(spark, platform, f"{source}-other", second)
     assert executed_queries(spark) - before <= 14

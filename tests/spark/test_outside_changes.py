@@ -51,7 +51,7 @@ def read(home: Platform, table: str) -> list[dict[str, Any]]:
     return rows
 
 
-def test_rows_that_others_delete_or_add_are_followed_by_shards_and_captions(
+def test_new_shards_and_captions_follow_rows_that_other_programs_delete_or_add(
     spark: SparkSession, home: Platform, source: str, tmp_path: Path
 ) -> None:
     pictures = tmp_path / "pictures"
@@ -75,7 +75,7 @@ def test_rows_that_others_delete_or_add_are_followed_by_shards_and_captions(
     assert (again.captioned, again.already) == (2, ROWS - 2)
 
 
-def test_a_column_that_others_have_added_is_null_in_new_rows_and_kept_in_old_rows(
+def test_a_column_that_other_programs_have_added_is_null_in_new_rows_and_kept_in_old_rows(
     spark: SparkSession, home: Platform, source: str, tmp_path: Path
 ) -> None:
     pictures = tmp_path / "pictures"
@@ -91,7 +91,7 @@ def test_a_column_that_others_have_added_is_null_in_new_rows_and_kept_in_old_row
     assert max(len(row["texts"]) for row in read(home, "samples") if row["note"] == "kept") == 2
 
 
-def test_a_dropped_table_is_named_and_a_refresh_makes_it_again(
+def test_the_error_for_a_dropped_table_names_the_table_and_a_refresh_creates_the_table_again(
     spark: SparkSession, home: Platform, source: str, tmp_path: Path
 ) -> None:
     pictures = tmp_path / "pictures"

@@ -205,7 +205,7 @@ def plan_texts(
     return [pair["text"] for pair in row["new_texts"]], row["contributing"]
 
 
-def test_the_cost_of_a_plan_grows_with_the_number_of_texts_of_a_picture_and_not_with_its_square(
+def test_the_cost_of_a_plan_grows_linearly_with_the_number_of_texts_of_a_picture(
     spark: SparkSession,
 ) -> None:
     many = 30_000
@@ -315,7 +315,7 @@ def test_a_reencoded_picture_is_a_near_duplicate_and_gets_the_split_of_the_origi
     assert set(near.values()) == set(names[:4]) | {min(names[7:])}
 
 
-def test_all_rows_of_a_picture_of_a_folder_go_to_one_task(
+def test_all_rows_that_name_the_same_picture_of_a_folder_go_to_the_same_task(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     # The captions file is so large that several tasks read the pictures.
@@ -332,7 +332,7 @@ def test_all_rows_of_a_picture_of_a_folder_go_to_one_task(
     assert [(row["tasks"], row["rows"]) for row in tasks] == [(1, 50)] * 7
 
 
-def test_the_rows_that_an_ingest_of_one_picture_sorts_do_not_grow_with_the_known_pictures(spark: SparkSession) -> None:
+def test_an_ingest_of_one_picture_sorts_equally_many_rows_for_any_number_of_known_pictures(spark: SparkSession) -> None:
     new = spark.createDataFrame(
         [("new", "train", bytes([255] * 8), None)], "image_id string, split string, fingerprint binary, reason string"
     )

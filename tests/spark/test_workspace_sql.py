@@ -42,7 +42,7 @@ def stored_caption(image_id: str, model: str, table: str) -> tuple[Any, ...]:
 
 
 @pytest.mark.matrix
-def test_the_queries_of_the_docs_show_captions_decisions_and_write_a_verdict(
+def test_the_queries_of_the_docs_show_captions_and_decisions_and_write_a_verdict(
     spark: SparkSession, platform: Platform, source: str
 ) -> None:
     rows = corner_rows(source, "train", 2)

@@ -1,4 +1,4 @@
-"""The Databricks bundle as a workspace gets it: the jobs with all references replaced by values."""
+"""Jobs of the Databricks bundle as a workspace receives them: all references are replaced by values."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ BUNDLE: dict[str, Any] = yaml.safe_load((ROOT / "databricks.yml").read_text())
 
 
 def job_tasks(job: str, values: dict[str, str], parameters: dict[str, str]) -> list[list[str]]:
-    """Return the parameters of all tasks of a job, in the order of the tasks.
+    """Return the parameters of each wheel task that runs in a job run, in the order of the tasks.
 
     Args:
         job: key of the job.
-        values: values of references, such as `resources.schemas.lakesight.name`. A variable that is not among them has
-            its default.
-        parameters: parameters of the job run. Other parameters have the defaults of the job.
+        values: values of references, such as `resources.schemas.lakesight.name`. A bundle variable without an entry has
+            its default value.
+        parameters: values of job parameters in the job run. Every other job parameter has its default value.
     """
     settings = yaml.safe_load((ROOT / "jobs" / f"{job}.job.yml").read_text())["resources"]["jobs"][job]
     known = {f"var.{name}": str(variable.get("default", "")) for name, variable in BUNDLE["variables"].items()} | values
@@ -41,7 +41,7 @@ def job_tasks(job: str, values: dict[str, str], parameters: dict[str, str]) -> l
 
 
 def _is_run(need: dict[str, str], settings: dict[str, Any], fill: Callable[[str], str]) -> bool:
-    """Return whether a task whose need is an outcome of a condition runs."""
+    """Return whether an entry of `depends_on` lets a task run; the entry may name an outcome of a condition task."""
     if "outcome" not in need:
         return True
     (condition,) = (task["condition_task"] for task in settings["tasks"] if task["task_key"] == need["task_key"])

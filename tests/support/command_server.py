@@ -1,4 +1,4 @@
-"""Runs `lakesight` commands in processes that are forked from a process with torch and deltalake already imported.
+"""Server that runs each `lakesight` command in a fork of a process that has already imported torch and deltalake.
 
 Importing torch and deltalake takes longer than most commands take to run. Each command runs in its own process,
 environment and working folder.

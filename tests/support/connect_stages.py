@@ -1,6 +1,6 @@
 """All stages of the pipeline, for a comparison of sessions, and a script that runs them on a Spark Connect session.
 
-The script is a client as on serverless or shared compute of Databricks, and prints the reports of the stages as JSON:
+Like a program on serverless compute of Databricks, the script is a Spark Connect client. It prints reports as JSON:
 
 SPARK_REMOTE=sc://HOST:PORT python connect_stages.py SCHEMA FOLDER
 """
@@ -46,7 +46,7 @@ SPEED = "captions_per_second"
 
 
 def open_workspace(schema: str, folder: Path) -> Platform:
-    """Describe a workspace whose Volume is a folder, with the session that a workspace would have started."""
+    """Return the platform of a workspace whose Volume is a folder and whose Spark session is already running."""
     config = DatabricksPlatformConfig.model_validate(
         {"kind": "databricks", "catalog": CATALOG, "schema": schema, "volume": "files", "ranks": 2, "use_gpu": False}
     )
@@ -54,7 +54,7 @@ def open_workspace(schema: str, folder: Path) -> Platform:
 
 
 def run_stages(spark: SparkSession, platform: Platform, folder: Path) -> dict[str, Any]:
-    """Run every stage that needs Spark. Return the reports of the stages without what differs between two homes.
+    """Run every stage that needs Spark, and return the stage reports without values that differ between home folders.
 
     Args:
         spark: Spark session.
@@ -99,7 +99,7 @@ def _repeat_with_other_texts(pictures: Path) -> None:
 
 
 def train(spark: SparkSession, platform: Platform, training: ShardReport, validation: ShardReport) -> list[object]:
-    """Train two ranks that TorchDistributor starts on executors. Return the metrics and a hash of the weights."""
+    """Train on two ranks that TorchDistributor starts on executors, and return metrics and a hash of the weights."""
     run = prepare(tiny_run(steps=6), platform, training, validation)
     result = launch(run, platform, spark)
     weights = hashlib.sha256((Path(result.checkpoint) / "model.safetensors").read_bytes()).hexdigest()
@@ -116,7 +116,7 @@ def save_random_model(folder: Path) -> ModelFiles:
 
 
 def describe_mistakes(spark: SparkSession, platform: Platform, model: ModelFiles, data: DataConfig) -> list[str]:
-    """Make mistakes of users, and return what each error says. A wrong name must not fail in the middle of a job."""
+    """Make typical mistakes of users, such as wrong names, and return the message of each error."""
     selected = data.model_copy(update={"shards": data.shards.model_copy(update={"where": "no_column = 1"})})
     table = DataConfig.model_validate({"source": {"kind": "table", "table": f"{platform.namespace}.missing"}})
     mistakes: list[Callable[[], object]] = [

@@ -26,7 +26,7 @@ def crashing_picture() -> bytes:
 
 
 def hanging_picture() -> bytes:
-    """Return a valid BMP file with which the decoder never ends in a process in which it is installed."""
+    """Return a valid BMP file whose decoding never ends in a process in which the decoder is installed."""
     return encoded(picture(43, HANGING_SIZE), "BMP")
 
 

@@ -1,4 +1,4 @@
-"""Counting of the files that this process opens and of the folders that it lists."""
+"""Recording of the paths of files that this process opens and of folders that this process lists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EVENTS = {"open": "opened", "os.listdir": "listed", "os.scandir": "listed"}
 
 @dataclass
 class FileCalls:
-    """Paths below a folder that were opened and listed while a block executed."""
+    """Paths of files that were opened and of folders that were listed, below one folder, while a block was running."""
 
     folder: Path
     opened: list[str] = field(default_factory=list)
@@ -35,7 +35,7 @@ sys.addaudithook(_record)  # an audit hook cannot be removed
 
 @contextmanager
 def counted_calls(folder: Path) -> Iterator[FileCalls]:
-    """Count the files that are opened and the folders that are listed below a folder while the block executes."""
+    """While the block is running, record the files that are opened and the folders that are listed below a folder."""
     calls = FileCalls(folder)
     _active.append(calls)
     try:

@@ -17,7 +17,7 @@ from pipelines.formats.run_folder import RunFolder, write_json
 
 
 class Exploit:
-    """An object whose pickle creates a file when it is loaded."""
+    """An object whose pickle creates a file when the pickle is loaded."""
 
     def __init__(self, executed: Path) -> None:
         self.executed = executed

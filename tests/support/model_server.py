@@ -60,7 +60,7 @@ def register_random(platform: Platform, folder: Path, config: RunConfig) -> regi
 
 
 def serve_command(platform: Platform, version: registry.ModelVersion, folder: Path, port: int) -> Serve:
-    """Return the command that serves a version with its environment. The folder gets a run of the model's name."""
+    """Write a run config for the model to the folder, and return command and environment for serving the version."""
     (folder / "conf" / "run").mkdir(parents=True, exist_ok=True)
     (folder / "conf" / "run" / f"{version.name}.yml").write_text("{model: nano, data: demo, train: demo}\n")
     command = [sys.executable, "-P", "-c", "from jobs.cli import main; main()", "serve", "--run", version.name]

@@ -33,7 +33,7 @@ def free_port() -> int:
 
 
 def descendants(pid: int, without: str = "\0") -> list[int]:
-    """List a process and all processes below it, but no process (and nothing below it) whose command has `without`."""
+    """List a process and its descendants, except processes with `without` in the command and their descendants."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # the process has ended in the meantime

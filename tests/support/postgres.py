@@ -20,7 +20,7 @@ PASSWORD = "c4nary-postgres"
 
 
 class Postgres:
-    """A PostgreSQL server on a free port of the loopback device, with a database `mlflow`. Tests start and stop it."""
+    """A PostgreSQL server with a database `mlflow` on a free loopback port. Tests start and stop the server."""
 
     def __init__(self, programs: Path, folder: Path) -> None:
         self.data, self._programs = folder / "data", programs
@@ -56,7 +56,8 @@ class Postgres:
         words: Sequence[str] = [str(self._programs / program), *arguments]
         if os.geteuid() == 0:
             words = ["runuser", "-u", "postgres", "--", *words]
-        # The server inherits stdout and stderr, so no pipes: a pipe would stay open until the server ends.
+        # Output goes to no pipe, because the server inherits stdout and stderr and would keep a pipe open until the
+        # server ends.
         done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/", check=False)
         assert done.returncode == 0, f"{words} ended with exit code {done.returncode}"
 
@@ -77,7 +78,7 @@ def postgres_server() -> Iterator[Postgres]:
 
 
 def find_programs() -> Path:
-    """Return the folder of PostgreSQL's programs. Install the Debian package if there is none.
+    """Return the folder of PostgreSQL's programs; install the Debian package if PostgreSQL is not installed.
 
     If PostgreSQL cannot be installed, the test is skipped, but in CI the test fails.
     """
@@ -95,7 +96,7 @@ def find_programs() -> Path:
 
 
 def _installed() -> Path | None:
-    """Return the folder of the newest installed programs that are new enough."""
+    """Return the folder of the newest installed PostgreSQL programs, or None if PostgreSQL is missing or too old."""
     named = {path.resolve().parent for path in map(Path, [shutil.which("initdb") or ""]) if path.is_file()}
     folders = sorted({*named, *(path.parent for path in Path("/usr/lib/postgresql").glob("*/bin/initdb"))})
     for folder in reversed(folders):

@@ -71,7 +71,7 @@ class NaiveRow(NamedTuple):
 
 
 class RandomFile(NamedTuple):
-    """One input file: its path, a description for messages, and its rows, or None if no naive reader can read it."""
+    """One input file: its path, a description for messages, and its rows (None if no naive reader can read them)."""
 
     path: Path
     about: str
@@ -91,7 +91,7 @@ class Draw:
         return self.texts[-1]
 
     def picture(self) -> bytes:
-        """Return a small picture that is drawn only once; one of ten is damaged."""
+        """Return a small picture that is drawn only once; one picture in ten is damaged."""
         rng = self.rng
         pixels = np.random.default_rng(rng.randrange(2**32)).integers(0, 256, (4, 5, 3), np.uint8)
         image = Image.fromarray(pixels).resize((rng.randint(8, 40), rng.randint(8, 40)))
@@ -102,7 +102,7 @@ class Draw:
         return data[: len(data) // 3] if rng.random() < 0.1 else data
 
     def rows(self, most: int = 6) -> list[tuple[bytes, str]]:
-        """Return pictures with texts; one text of ten is missing."""
+        """Return pictures with texts; one text in ten is missing."""
         count = self.rng.randint(0, most)
         return [(self.picture(), "" if self.rng.random() < 0.1 else self.text()) for _ in range(count)]
 
@@ -127,7 +127,7 @@ class Draw:
         return text.encode(encoding), encoding
 
     def store(self, path: Path, content: bytes) -> tuple[Path, str]:
-        """Write a file as it is, compressed, cut, or empty. Return the path and a description."""
+        """Write a file unchanged, compressed, truncated, or empty. Return the path and a description."""
         how = self.rng.choice(("", "", "", *COMPRESS))
         if how:
             suffix = how.upper() if self.rng.random() < 0.2 else how
@@ -152,7 +152,7 @@ def readable(data: object) -> bool:
 
 
 def naive_text(path: Path) -> str | None:
-    """Read a text file that may be compressed and may begin with a byte-order mark. Return None if it is damaged."""
+    """Return the text of a file, which may be compressed or begin with a byte-order mark (None: a damaged file)."""
     content = path.read_bytes()
     try:
         for magic, decompress in MAGIC.items():

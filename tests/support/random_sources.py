@@ -55,9 +55,9 @@ SPELLINGS: tuple[Callable[[str], str], ...] = (
 
 
 def folder_files(draw: Draw, folder: Path, count: int) -> list[RandomFile]:
-    """Draw a folder of pictures, and a captions file that names most of them, some of them more than once.
+    """Draw a folder of pictures, and a captions file that names most pictures, some of them more than once.
 
-    Some rows name nothing, a missing file, a folder, or a file outside of the folder. Some pictures have no row, some
+    Some rows name no file, a missing file, a folder, or a file outside of the folder. Some pictures have no row, some
     are links, and a file of another kind lies beside the pictures.
     """
     rng = draw.rng
@@ -100,7 +100,7 @@ DELTA_COLUMNS: dict[str, Callable[[int], pa.Array]] = {
     "\u00fc": lambda n: pa.array([[("k", 1)]] * n, pa.map_(pa.string(), pa.int8())),
     "flag": lambda n: pa.array([None] * n, pa.bool_()),
 }
-"""Columns that nobody names, of types and with names that Delta tables allow."""
+"""Columns that no config names, with unusual types and names that Delta tables allow."""
 
 
 def table_files(draw: Draw, folder: Path, count: int) -> list[RandomFile]:

@@ -1,4 +1,4 @@
-"""What a workspace refuses in the settings of a job."""
+"""Check of job settings for everything that a Databricks workspace refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dashboards and serving endpoints of the stand-in workspace, and what all of its calls share."""
+"""Dashboards and serving endpoints of the stand-in workspace, and helpers that all calls of the workspace use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Json = dict[str, Any]
 
 
 class Refused(Exception):
-    """Answer with an error."""
+    """A request that the workspace answers with an HTTP status, an error code and a message."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         self.status, self.code, self.message = status, code, message
@@ -34,13 +34,13 @@ def node(path: str) -> str:
 
 @dataclass(kw_only=True)
 class Services:
-    """Dashboards and serving endpoints, and the folders and files of the workspace."""
+    """Dashboards, serving endpoints, folders and files of the stand-in workspace."""
 
     nodes: dict[str, bytes | None] = field(default_factory=dict)
-    """Files (bytes) and folders (None) by path."""
+    """Workspace nodes by path: the bytes of a file, or None for a folder."""
     dashboards: dict[str, Json] = field(default_factory=dict)
     versions: set[tuple[str, str]] = field(default_factory=set)
-    """Versions of registered models: name and number."""
+    """Registered model versions, as pairs of model name and version number."""
     endpoints: dict[str, Json] = field(default_factory=dict)
     _ids: Iterator[int] = field(default_factory=lambda: itertools.count(1001))
 

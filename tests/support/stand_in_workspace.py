@@ -36,7 +36,7 @@ PRINCIPAL_KEYS = ("user_name", "group_name", "service_principal_name")
 
 @dataclass
 class Workspace(Services):
-    """Content of the workspace. A test sets what exists before the deployment, and reads what exists after it.
+    """Content of the workspace. A test sets the content before a deployment, and reads the content afterwards.
 
     `user` is the application id of the service principal that sends all requests.
     """
@@ -262,7 +262,7 @@ class Workspace(Services):
 
 
 def _item(kind: str, group: str) -> Callable[..., Json]:
-    """Return a call that reads one schema or volume."""
+    """Return the handler of a call that reads one item (a schema, a Volume or an endpoint) by name."""
 
     def read(workspace: Workspace, name: str, _: Json) -> Json:
         held: dict[str, Json] = getattr(workspace, group)

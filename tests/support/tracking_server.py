@@ -19,7 +19,8 @@ from pipelines.formats.run_folder import RunFolder
 def tracking_server(folder: Path, port: int, store: str = "") -> Iterator[subprocess.Popen[bytes]]:
     """Start `mlflow server` in a separate process group. The server's database survives if the server is killed.
 
-    The server hands artifacts through. Without `store`, the URI of a database, the server has an SQLite file.
+    Clients read and write artifacts through the server. `store` is the URI of the server's database; without `store`,
+    the database is an SQLite file.
     """
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += [

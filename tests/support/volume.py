@@ -1,4 +1,4 @@
-"""Stand-in for a Databricks Volume: a folder in which all processes of a test may only do what a Volume promises."""
+"""Stand-in for a Databricks Volume: a folder that refuses, in all processes of a test, what a Volume refuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COMPILER = shutil.which("gcc")
 
 
 class Volume(NamedTuple):
-    """A folder that behaves like a Volume for processes with `environment`, and the file of refused calls."""
+    """A folder that acts as a Volume for processes with the variables `environment`, and the file of refused calls."""
 
     folder: Path
     refusals: Path
@@ -31,7 +31,7 @@ class Volume(NamedTuple):
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment variables of the processes for which the folder is a Volume."""
+        """Environment variables that make the folder act as a Volume for a process and its children."""
         return {
             "LD_PRELOAD": str(self.library),
             "VOLUME_FOLDER": str(self.folder),
@@ -39,5 +39,5 @@ class Volume(NamedTuple):
         }
 
     def refused(self) -> list[str]:
-        """Return the refused calls: what was called, a space and the path."""
+        """Return the refused calls, each as the name of the call, a space and the path."""
         return self.refusals.read_text(encoding="utf-8").splitlines() if self.refusals.exists() else []

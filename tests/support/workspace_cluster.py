@@ -1,8 +1,8 @@
-"""A cluster of a simulated workspace, which runs the tasks of a job one after another, as a job cluster does.
+"""Script that acts as a job cluster of a simulated workspace and runs the tasks of a job one after another.
 
 python workspace_cluster.py VOLUME TRACKING_URI NAMESPACE < TASKS
 
-TASKS is a JSON list of the parameters of wheel tasks. The cluster has started its Spark session before the first task.
+TASKS is a JSON list of the parameters of wheel tasks. The script starts the Spark session before the first task.
 As in an ML runtime, the distributions `mlflow` and `delta-spark` do not exist, although their modules do.
 """
 
@@ -59,5 +59,5 @@ def run_tasks(volume: Path, tracking_uri: str, namespace: str, tasks: list[list[
 
 
 if __name__ == "__main__":
-    assert os.environ["LAKESIGHT_HOME"]  # holds what a cluster and Unity Catalog hold: Spark's log and the tables
+    assert os.environ["LAKESIGHT_HOME"]  # the home folder holds Spark's log and the tables of the catalog
     run_tasks(Path(sys.argv[1]), sys.argv[2], sys.argv[3], json.load(sys.stdin))

@@ -153,7 +153,7 @@ def test_a_databricks_config_needs_the_values_that_databricks_yml_holds() -> Non
     assert all(f"platform.{key}: missing" in listed for key in ("catalog", "schema", "volume", "ranks"))
 
 
-def test_names_that_become_sql_cannot_carry_sql() -> None:
+def test_names_that_are_inserted_into_sql_cannot_inject_sql() -> None:
     assert "platform.catalog" in problems(*DEPLOYMENT, "platform.catalog=a;drop", platform="databricks")
 
 
@@ -270,7 +270,7 @@ def test_a_run_with_a_dot_in_its_name_is_refused_on_databricks(tmp_path: Path, m
 
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-16", "surrogatepass")))
-def test_any_bytes_are_a_mapping_or_a_problem_of_the_file(content: bytes) -> None:
+def test_reading_a_config_file_of_any_bytes_gives_a_mapping_or_a_yaml_problem(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "x.yml")
         path.write_bytes(content)
@@ -319,7 +319,7 @@ class Whole(Config):
     added: Annotated[Part | None, ADDED_LATER] = None
 
 
-def test_a_setting_that_was_added_later_is_hashed_only_when_it_is_used() -> None:
+def test_a_setting_that_was_added_in_a_later_version_is_hashed_only_if_it_is_set() -> None:
     unused = {"part": {"old": 1}, "parts": ({"old": 1}, {"old": 2}), "named": {"a": {"old": 1}}}
     assert Whole().hashed_settings(exclude={"left_out"}) == unused
     used = Whole(parts=(Part(), Part(new=(5,))), named={"a": Part(new=(6,))}, added=Part())
@@ -327,7 +327,7 @@ def test_a_setting_that_was_added_later_is_hashed_only_when_it_is_used() -> None
     assert used.hashed_settings() == expected | {"named": {"a": {"old": 1, "new": (6,)}}, "added": {"old": 1}}
 
 
-def test_root_of_named_pictures_is_hashed_only_when_it_is_used_and_only_for_sources_of_rows() -> None:
+def test_the_folder_of_named_pictures_is_hashed_only_if_it_is_set_and_is_allowed_only_for_sources_of_rows() -> None:
     plain, named = ({"kind": "jsonl", "path": "x"} | root for root in ({}, {"image_root": "."}))
     configs = [DataConfig.model_validate({"source": source}) for source in (plain, named)]
     assert "image_root" not in configs[0].source.hashed_settings()

@@ -129,7 +129,7 @@ CHANGES: dict[str, Callable[[Shop], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_after_a_change_spark_has_to_look(change: str, shop: Shop) -> None:
+def test_a_caption_job_after_a_change_of_its_input_or_output_is_left_to_spark(change: str, shop: Shop) -> None:
     CHANGES[change](shop)
     assert shop.find() is None
 
@@ -142,7 +142,7 @@ OTHER: tuple[Mapping[str, object], ...] = (
 
 
 @pytest.mark.parametrize("request_", OTHER, ids=str)
-def test_other_requests_are_left_to_spark(request_: Mapping[str, object], shop: Shop) -> None:
+def test_a_caption_request_with_other_options_is_left_to_spark(request_: Mapping[str, object], shop: Shop) -> None:
     assert shop.find(**request_) is None
 
 

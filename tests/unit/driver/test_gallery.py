@@ -117,14 +117,14 @@ TEXTS = st.text("ab .,\n<", max_size=12)
 
 @settings(max_examples=40)
 @given(TEXTS, st.lists(TEXTS, min_size=1, max_size=3))
-def test_marks_keep_the_text_and_mark_nothing_of_a_caption_that_equals_a_reference(
+def test_marking_words_keeps_the_text_and_marks_no_word_of_a_caption_that_equals_a_reference(
     caption: str, references: list[str]
 ) -> None:
     assert "".join(text for text, _ in mark_differences(caption, references)) == caption
     assert not any(marked for _, marked in mark_differences(caption, [*references, caption]))
 
 
-def test_words_that_the_most_similar_human_caption_does_not_have_are_marked() -> None:
+def test_words_that_the_most_similar_human_caption_lacks_are_marked() -> None:
     human = ["a small red square", "a large blue circle left of a star"]
     marked = [text for text, differs in mark_differences("A large green circle, left of a star", human) if differs]
     assert marked == ["green"]
@@ -132,7 +132,7 @@ def test_words_that_the_most_similar_human_caption_does_not_have_are_marked() ->
     assert [text for text, differs in mark_differences("two dogs", human) if differs] == ["two", "dogs"]
 
 
-def test_bars_of_a_share_have_the_scale_from_0_to_1_and_other_bars_that_of_the_largest_value() -> None:
+def test_bars_of_a_share_are_scaled_from_0_to_1_and_all_other_bars_to_the_largest_value() -> None:
     def exactly(value: float, reach: float = 0.0) -> Interval:
         return Interval(value=value, low=value - reach, high=value + reach)
 
@@ -146,7 +146,7 @@ def test_bars_of_a_share_have_the_scale_from_0_to_1_and_other_bars_that_of_the_l
     assert [(bar.percent, bar.value.text) for bar in gap.bars] == [(0.0, "-1.000")]
 
 
-def test_slices_are_sorted_by_number_and_show_their_rows(tmp_path: Path) -> None:
+def test_slices_are_sorted_by_the_numbers_in_their_names_and_show_their_row_counts(tmp_path: Path) -> None:
     names = ["size=16", "size=8", "length=10 to 12", "size=100", "length=9 to 10"]
     ordered = ["length=9 to 10", "length=10 to 12", "size=8", "size=16", "size=100"]
     assert sorted(names, key=natural_key) == ordered
@@ -166,7 +166,7 @@ def test_the_alternative_text_of_a_picture_is_its_human_caption(tmp_path: Path) 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_shows_verdict_figures_and_filter_in_one_screen(
+def test_verdict_figures_and_filter_fit_on_one_screen_of_a_phone(
     tmp_path: Path, scheme: Literal["light", "dark"]
 ) -> None:
     names = ("cider", "word_f1", "exact_match", "rouge_l")

@@ -65,7 +65,9 @@ def write_tables(platform: Platform, config: DataConfig) -> None:
     page.write_text("<p>", encoding="utf-8")
 
 
-def test_an_ingest_without_new_files_has_a_report_without_spark(platform: Platform, config: DataConfig) -> None:
+def test_an_ingest_without_new_files_returns_a_report_without_starting_spark(
+    platform: Platform, config: DataConfig
+) -> None:
     write_tables(platform, config)
     found = find_finished(platform, NAME, config)
     assert found is not None
@@ -91,7 +93,7 @@ def drop_table(platform: Platform, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [touch, add, remove_page, drop_table])
-def test_spark_decides_about_an_ingest_that_may_have_something_to_do(
+def test_an_ingest_that_may_have_something_to_do_is_left_to_spark(
     platform: Platform, config: DataConfig, tmp_path: Path, change: object
 ) -> None:
     assert find_finished(platform, NAME, config) is None, "there are no tables"
@@ -104,14 +106,18 @@ def test_spark_decides_about_an_ingest_that_may_have_something_to_do(
     assert find_finished(platform, NAME, config) is None
 
 
-def test_an_input_that_is_gone_is_refused_without_spark(platform: Platform, config: DataConfig, tmp_path: Path) -> None:
+def test_an_ingest_of_a_removed_input_is_refused_without_spark(
+    platform: Platform, config: DataConfig, tmp_path: Path
+) -> None:
     write_tables(platform, config)
     (tmp_path / "rows.csv").unlink()
     with pytest.raises(UserError):
         find_finished(platform, NAME, config)
 
 
-def test_the_version_of_a_source_is_that_of_the_last_commit_that_may_have_changed_it(platform: Platform) -> None:
+def test_the_version_of_a_source_is_the_table_version_of_the_last_commit_that_may_have_changed_the_source(
+    platform: Platform,
+) -> None:
     assert platform.tables
     folder = platform.tables / SAMPLES.name
     table = open_or_create(folder, SAMPLES)

@@ -84,7 +84,7 @@ def problems(records: list[Record]) -> dict[str, str]:
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("multiline", [False, True])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
-def test_the_form_of_a_csv_file_is_found_in_its_first_bytes(
+def test_the_delimiter_the_encoding_and_the_line_ends_of_a_csv_file_are_detected_in_its_first_bytes(
     tmp_path: Path, end: str, encoding: str, multiline: bool, delimiter: str
 ) -> None:
     rows = [["id", "image", "text"], *(["1", "p", f'"{n}{delimiter} caf\u00e9"'] for n in range(20))]
@@ -118,12 +118,12 @@ def test_a_written_csv_file_is_read_as_by_the_csv_module(rng: random.Random) -> 
 
 
 @pytest.mark.parametrize("first", ["sep=;\n", "\n \nsep=;\r\n\n", '"sep=;"\n'])
-def test_a_line_that_names_the_delimiter_is_no_header(tmp_path: Path, first: str) -> None:
+def test_a_first_line_that_names_the_delimiter_is_not_the_header(tmp_path: Path, first: str) -> None:
     write(tmp_path, {"a.csv": f"{first}image;text\np;a,b\n"})
     assert texts(read_csv(tmp_path)) == ["a,b"]
 
 
-def test_a_delimiter_may_be_set(tmp_path: Path) -> None:
+def test_the_delimiter_of_csv_files_can_be_set(tmp_path: Path) -> None:
     write(tmp_path, {"a.csv": "image#text\np#a,b\n"})
     assert texts(read_csv(tmp_path, delimiter="#")) == ["a,b"]
     with pytest.raises(UserError, match="no column image, text"):
@@ -153,7 +153,7 @@ def test_blanks_around_the_names_of_a_header_do_not_hide_a_column(tmp_path: Path
     assert texts(read_csv(tmp_path, columns={"text": " text"}), " text") == [" one"]
 
 
-def test_a_file_without_a_needed_column_is_refused_as_one_file_and_the_others_are_read(tmp_path: Path) -> None:
+def test_a_file_without_a_required_column_is_refused_and_all_other_files_are_read(tmp_path: Path) -> None:
     whole = gzip.compress(b"image,text\n" + b"p,lost\n" * 1000)
     files: dict[str, str | bytes] = {"a.csv": "image,text\np,one\n", "b.csv": "picture,text\np,two\n"}
     files |= {
@@ -179,7 +179,7 @@ def test_a_column_that_no_file_has_is_an_error_of_the_whole_input(tmp_path: Path
         read_csv(tmp_path, columns={"text": "caption", "prompt": "why"})
 
 
-def test_folders_of_partitions_are_columns_of_csv_and_json_lines(tmp_path: Path) -> None:
+def test_partition_folders_become_columns_of_csv_and_json_lines_rows(tmp_path: Path) -> None:
     write(
         tmp_path,
         {"k=a b/text=from folder/a.csv": "image\np\n", "k=__HIVE_DEFAULT_PARTITION__/b.csv": "image,text\np,x\n"},
@@ -213,18 +213,20 @@ REPORTED = {
 
 
 @pytest.mark.parametrize("files", REPORTED.values(), ids=REPORTED)
-def test_a_file_that_stopped_another_reader_is_read(tmp_path: Path, files: dict[str, str | bytes]) -> None:
+def test_a_csv_file_of_a_public_bug_report_of_another_reader_is_read(
+    tmp_path: Path, files: dict[str, str | bytes]
+) -> None:
     assert texts(read_csv(write(tmp_path, files))) == ["one", "two"]
 
 
-def test_rows_before_trailing_garbage_of_gzip_come_in(tmp_path: Path) -> None:
+def test_rows_before_trailing_garbage_of_a_gzip_file_are_read(tmp_path: Path) -> None:
     """Reported as lhotse-speech/lhotse/pull/564."""
     records = read_csv(write(tmp_path, {"a.csv.gz": gzip.compress(b"image,text\np,one\n") + b"garbage"}))
     assert texts(records) == ["one"]
     assert problems(records).keys() == {"a.csv.gz"}
 
 
-def test_a_tar_with_a_csv_file_is_refused_as_what_it_is(tmp_path: Path) -> None:
+def test_a_tar_that_contains_a_csv_file_is_refused_as_a_tar(tmp_path: Path) -> None:
     """Reported as pandas-dev/pandas/issues/12005."""
     write(tmp_path, {"a.csv": "image,text\np,one\n"})
     with tarfile.open(tmp_path / "b.csv.gz", "w:gz") as tar:
@@ -233,7 +235,7 @@ def test_a_tar_with_a_csv_file_is_refused_as_what_it_is(tmp_path: Path) -> None:
     assert (texts(records), "tar" in problems(records)["b.csv.gz"]) == (["one"], True)
 
 
-def test_a_plus_sign_in_the_name_of_a_partition_is_no_blank(tmp_path: Path) -> None:
+def test_a_plus_sign_in_the_name_of_a_partition_is_not_read_as_a_blank(tmp_path: Path) -> None:
     """Reported as elastic/elasticsearch/pull/153908."""
     write(tmp_path, {"tag=a+b%20c/a.csv": "image,text\np,one\n"})
     assert texts(read_csv(tmp_path), "tag") == ["a+b c"]
@@ -269,7 +271,7 @@ def read_jsonl(path: Path) -> list[Record]:
     return list(jsonl_records(iter([batch]), distinct, LIMIT))
 
 
-def test_a_key_that_first_appears_late_is_found(tmp_path: Path) -> None:
+def test_a_json_key_that_first_appears_in_a_late_line_is_found(tmp_path: Path) -> None:
     lines = [json.dumps({"image": "p"} | ({"late": 1} if n == 900 else {})) for n in range(1000)]
     write(tmp_path, {"a.jsonl": "\r".join([*lines, "{", "[1]"])})
     [file] = list_files(config_of(tmp_path, kind="jsonl"), (".jsonl",)).files
@@ -291,7 +293,7 @@ def coco(folder: Path, document: object, encoding: str = "utf-8") -> list[Record
     return list(coco_records(str(path), path.name, ColumnNames(image="file_name", text="said")))
 
 
-def test_ids_of_coco_are_equal_as_numbers_and_as_texts(tmp_path: Path) -> None:
+def test_a_coco_id_that_is_a_number_equals_the_same_id_as_a_text(tmp_path: Path) -> None:
     images = [{"id": 1, "file_name": "1.png", "height": 4.0, "width": 5}, {"id": "2", "file_name": "2.png"}]
     images += [{"id": 3.0, "file_name": "3.png"}, {"id": "a", "file_name": "a.png"}, {"id": None, "file_name": "n.png"}]
     said = [(1.0, "b"), ("1", "a"), (2, "c"), ("3.0", "d"), ("a", "e"), (9, "lost"), (None, "none"), (1, None)]
@@ -312,7 +314,7 @@ def test_ids_of_coco_are_equal_as_numbers_and_as_texts(tmp_path: Path) -> None:
     assert (records[0].fields["height"], records[0].fields["width"]) == (4, 5)
 
 
-def test_images_of_coco_with_the_id_of_another_image_are_refused_because_their_captions_are_unclear(
+def test_coco_images_that_share_an_id_are_refused_because_their_captions_are_ambiguous(
     tmp_path: Path,
 ) -> None:
     images = [{"id": 1, "file_name": "a"}, {"id": "1.0", "file_name": "b"}, *[{"id": 2, "file_name": "c"}] * 2]
@@ -323,7 +325,7 @@ def test_images_of_coco_with_the_id_of_another_image_are_refused_because_their_c
     assert [record.fields["said"] for record in records] == [["said"]] * 4
 
 
-def test_captions_of_coco_are_missing_or_several_as_texts_of_other_sources(tmp_path: Path) -> None:
+def test_missing_and_repeated_coco_captions_are_handled_like_the_texts_of_other_sources(tmp_path: Path) -> None:
     images: list[Fields] = [{"id": number, "file_name": f"{number}.png"} for number in (1, 2)]
     images.append({"id": 3, "file_name": float("nan")})
     said = [float("nan"), None, " ", ["l2", None, "l1", float("nan")], 7, []]
@@ -333,7 +335,7 @@ def test_captions_of_coco_are_missing_or_several_as_texts_of_other_sources(tmp_p
     assert records[2].fields["file_name"] is None
 
 
-def test_an_integer_of_any_length_in_a_document_of_coco_stops_nothing(tmp_path: Path) -> None:
+def test_an_integer_of_any_length_in_a_coco_document_does_not_stop_the_reader(tmp_path: Path) -> None:
     path = tmp_path / "a.coco.json"
     path.write_text('{"images": [{"id": 1, "file_name": "a", "n": %s}], "annotations": []}' % ("7" * 5_000))
     [record] = coco_records(str(path), path.name, ColumnNames(image="file_name", text="said"))
@@ -341,6 +343,6 @@ def test_an_integer_of_any_length_in_a_document_of_coco_stops_nothing(tmp_path: 
 
 
 @pytest.mark.parametrize("document", [[], {}, {"images": [], "annotations": None}, {"images": {}, "annotations": []}])
-def test_a_document_without_the_lists_of_coco_is_an_error(tmp_path: Path, document: object) -> None:
+def test_a_json_document_without_the_lists_of_coco_is_an_error(tmp_path: Path, document: object) -> None:
     with pytest.raises(ValueError, match="without the lists"):
         coco(tmp_path, document)

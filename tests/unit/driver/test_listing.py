@@ -64,7 +64,7 @@ def test_every_entry_below_a_folder_is_read_or_passed_over_with_a_reason(tmp_pat
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_a_folder_that_may_not_be_listed_is_passed_over_and_a_file_that_may_not_be_read_has_its_own_state(
+def test_a_folder_without_permission_is_passed_over_and_a_file_without_permission_has_a_separate_state(
     tmp_path: Path,
 ) -> None:
     write(tmp_path, {"a.csv": "x", "closed/b.csv": "x"})
@@ -89,7 +89,7 @@ def test_a_file_without_a_split_in_its_name_is_passed_over_if_the_name_decides_t
     assert reasons(found) == {"captions.csv": "no_split"}
 
 
-def test_a_file_keeps_the_folder_in_its_name_if_only_the_folder_has_a_split(tmp_path: Path) -> None:
+def test_the_name_of_a_listed_file_includes_the_folder_if_only_the_folder_name_has_a_split(tmp_path: Path) -> None:
     write(tmp_path, {"data/train/0.csv": "x", "test/val.csv": "x", "other/1.csv": "x"})
     found = listing(tmp_path, split={"kind": "file"})
     assert [(file.name, split_of_file(file.name)) for file in found.files] == [
@@ -102,7 +102,7 @@ def test_a_file_keeps_the_folder_in_its_name_if_only_the_folder_has_a_split(tmp_
 
 @settings(max_examples=40, deadline=None)
 @given(st.text(st.sampled_from("a[]{},*?!#%:;+&= ~\\'\"\u00e9e\u0301\n-^$"), min_size=1, max_size=12))
-def test_a_name_is_never_a_pattern(name: str) -> None:
+def test_the_name_of_a_listed_file_is_never_used_as_a_pattern(name: str) -> None:
     with TemporaryDirectory() as folder:
         write(Path(folder), {"other.csv": "x"})
         file = Path(folder, f"{name}.csv")
@@ -115,14 +115,14 @@ def test_a_name_is_never_a_pattern(name: str) -> None:
         assert {found.path for found in listing(folder).files} == {str(p) for p in Path(folder).rglob("*.csv")}
 
 
-def test_a_name_that_is_not_utf_8_is_listed_and_can_be_stored(tmp_path: Path) -> None:
+def test_a_file_whose_name_is_not_utf_8_is_listed_and_its_name_can_be_stored(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.csv")).write_text("x")
     [file] = listing(tmp_path).files
     assert (file.name, file.item) == ("caf\\xe9.csv", f"file:{tmp_path}/caf\\xe9.csv")
     assert Path(file.path).read_text() == "x"
 
 
-def test_a_path_with_wildcards_is_a_pattern_if_nothing_has_this_path(
+def test_a_path_with_wildcards_is_a_pattern_if_no_file_or_folder_has_this_path(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(tmp_path, {f"in [1]/{name}": "x" for name in ("a1.csv", "a2.csv", "b1.csv", "c/d/1.csv", "a.txt")})
@@ -199,7 +199,7 @@ def test_parquet_files_of_a_delta_table_are_refused_because_the_table_decides_wh
         listing(tmp_path, (".parquet",), source={"kind": "parquet"})
 
 
-def test_a_report_names_a_thousand_files_that_were_passed_over_and_counts_all(tmp_path: Path) -> None:
+def test_a_report_names_at_most_a_thousand_passed_over_files_and_counts_all_of_them(tmp_path: Path) -> None:
     write(tmp_path, {f"{n:04}.txt": "x" for n in range(1_200)} | {"a.csv": "x", "z.csv": ""})
     fields = describe_passed_over(listing(tmp_path).passed_over)
     assert fields["passed_over_count"] == {"other_kind": 1_200, "empty": 1}

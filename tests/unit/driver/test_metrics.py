@@ -93,7 +93,7 @@ def test_a_split_of_one_picture_has_no_blind_gap_and_no_cider() -> None:
     assert metrics["exact_match"].value == 0
 
 
-def test_an_interval_contains_the_value_depends_on_the_seed_and_is_narrower_with_more_pictures() -> None:
+def test_an_interval_contains_the_metric_and_depends_on_the_seed_and_is_narrower_with_more_pictures() -> None:
     rng = np.random.default_rng(0)
 
     def sample(n: int) -> list[ScoredRow]:
@@ -175,7 +175,7 @@ def test_the_neighbour_baseline_is_scored_like_a_model_and_left_out_if_a_row_has
 
 
 @pytest.mark.skipif(not has_java(), reason="COCO's tokenizer and METEOR are Java programs")
-def test_the_figures_of_coco_equal_those_of_its_own_evaluation_with_repeated_references(
+def test_coco_metrics_equal_the_metrics_of_pycocoevalcap_if_references_are_repeated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Tokenize and score with pycocoevalcap's own classes. The texts have punctuation that only its tokenizer splits.
@@ -203,7 +203,7 @@ def test_the_figures_of_coco_equal_those_of_its_own_evaluation_with_repeated_ref
     assert metrics["meteor"](hindi).tolist() == [1, 0]
 
 
-def test_metrics_of_words_name_the_tokenisation() -> None:
+def test_every_metric_that_compares_words_names_the_tokenisation() -> None:
     metrics = measure(scored(TRUTH * 30, MADE * 30), further={"meteor": ratio([1.0] * 120)})
     without = {"loss", "token_accuracy", "tokens", "captions_per_second", "mean_logprob", "brightness", "contrast"}
     without |= {"blind_gap", "blank_gap", "noise_gap", "error_share"}
@@ -233,7 +233,7 @@ def test_rows_that_only_one_model_captioned_are_not_compared() -> None:
     assert metric_differences(one[:1], other[1:]) == {}
 
 
-def test_slices_cover_all_rows_and_columns_of_numbers_are_sliced_by_quartile() -> None:
+def test_slices_cover_all_rows_and_numeric_columns_are_sliced_by_quartile() -> None:
     rows = scored([["y"]] * 40, ["y" if n % 4 == 0 else "n" for n in range(40)])
     formats = {f"x/{n}": "PNG" if n % 4 == 0 else "JPEG" for n in range(40)}
     found = slice_metrics(

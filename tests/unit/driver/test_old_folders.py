@@ -60,7 +60,7 @@ def old_names(platform: Platform, keep: int = 1, needs=no_versions) -> set[str]:
     }
 
 
-def test_the_newest_runs_of_each_name_stay_with_their_shards(platform: Platform) -> None:
+def test_the_newest_runs_of_each_name_are_kept_together_with_their_shards(platform: Platform) -> None:
     for number in range(4):
         run_of(platform, number, shards_of(platform, number))
     assert old_names(platform, keep=2) == {"runs/tiny-0", "runs/tiny-1", "shards/tiny-0", "shards/tiny-1"}
@@ -74,7 +74,7 @@ def test_the_newest_runs_of_each_name_stay_with_their_shards(platform: Platform)
     assert old_names(platform, keep=2) == set()
 
 
-def test_the_number_of_folders_that_stay_does_not_grow_with_the_number_of_runs(platform: Platform) -> None:
+def test_the_number_of_kept_folders_does_not_grow_with_the_number_of_runs(platform: Platform) -> None:
     stay = []
     for count in (range(4), range(4, 16)):
         for number in count:
@@ -84,7 +84,7 @@ def test_the_number_of_folders_that_stay_does_not_grow_with_the_number_of_runs(p
     assert stay == [2, 2]
 
 
-def test_a_run_with_a_registered_version_keeps_the_registered_and_the_last_checkpoint_and_its_shards(
+def test_a_run_with_a_registered_version_keeps_its_shards_and_its_last_and_registered_checkpoints(
     platform: Platform,
 ) -> None:
     for number in range(2):
@@ -94,13 +94,13 @@ def test_a_run_with_a_registered_version_keeps_the_registered_and_the_last_check
     assert found == {"runs/tiny-0/checkpoints/step_000008"}
 
 
-def test_a_run_whose_versions_another_server_has_stays_whole(platform: Platform) -> None:
+def test_a_run_whose_model_versions_are_on_another_tracking_server_is_kept_completely(platform: Platform) -> None:
     for number in range(2):
         run_of(platform, number, shards_of(platform, number))
     assert old_names(platform, needs=lambda run: None) == set()
 
 
-def test_runs_that_train_wait_for_registration_or_are_started_from_stay(platform: Platform) -> None:
+def test_running_runs_unregistered_runs_and_runs_from_which_another_run_started_are_kept(platform: Platform) -> None:
     shards = shards_of(platform, 0)
     base = run_of(platform, 0, shards)
     waiting, training, failed = (
@@ -114,7 +114,7 @@ def test_runs_that_train_wait_for_registration_or_are_started_from_stay(platform
     assert old_names(platform) == {f"runs/{failed.path.name}"}
 
 
-def test_the_parts_of_a_training_mix_that_stays_stay(platform: Platform) -> None:
+def test_the_shard_folders_that_a_kept_training_mix_names_are_kept(platform: Platform) -> None:
     parts = [shards_of(platform, version, "part") for version in (1, 2)]
     old = parts[0].manifest
     files = tuple(file.model_copy(update={"file": f"../part-1/{file.file}"}) for file in old.files)
@@ -126,7 +126,7 @@ def test_the_parts_of_a_training_mix_that_stays_stay(platform: Platform) -> None
     assert old_names(platform) == {"shards/part-1"}
 
 
-def test_the_newest_reports_on_each_subject_stay(platform: Platform) -> None:
+def test_the_newest_reports_on_each_subject_are_kept(platform: Platform) -> None:
     reports = platform.folder("reports")
     reports.mkdir(parents=True)
     names = ["ingest-demo-1.html", "ingest-demo-2.html", "ingest-other-1.html", "compare-1-2.html", "compare-3-4.html"]
@@ -140,7 +140,7 @@ def test_the_newest_reports_on_each_subject_stay(platform: Platform) -> None:
     assert old_names(platform) == {f"reports/{name}" for name in expected}
 
 
-def test_folders_of_others_and_unreadable_folders_stay(platform: Platform) -> None:
+def test_folders_of_other_programs_and_unreadable_folders_are_kept(platform: Platform) -> None:
     for kind in ("runs", "shards"):
         (platform.folder(kind) / "notes").mkdir(parents=True)
         (platform.folder(kind) / "notes" / "run.json").write_text("{}")
@@ -158,7 +158,7 @@ def test_a_folder_whose_removal_was_killed_is_removed_the_next_time(platform: Pl
     assert list(platform.folder("runs").iterdir()) == []
 
 
-def test_an_unfinished_run_with_files_from_the_future_stays(platform: Platform) -> None:
+def test_an_unfinished_run_with_files_from_the_future_is_kept(platform: Platform) -> None:
     shards = shards_of(platform, 0)
     run_of(platform, 9, shards)
     ahead = run_of(platform, 1, shards, finished=False)

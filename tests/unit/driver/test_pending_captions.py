@@ -13,7 +13,7 @@ from pipelines.driver.caption.source_table import MAX_COMPARED_VERSIONS, compare
 
 
 @pytest.mark.parametrize("nights", [40, 160])
-def test_the_number_of_compared_versions_does_not_grow_with_the_number_of_captioned_versions(nights: int) -> None:
+def test_the_number_of_compared_table_versions_does_not_grow_with_the_number_of_captioned_versions(nights: int) -> None:
     rows = dict.fromkeys(range(nights), 10) | {7: 1000, nights: 500}
     compared = compared_versions(rows, nights)
     assert len(compared) == MAX_COMPARED_VERSIONS
@@ -21,12 +21,12 @@ def test_the_number_of_compared_versions_does_not_grow_with_the_number_of_captio
     assert nights not in compared
 
 
-def test_all_earlier_versions_are_compared_if_they_are_few() -> None:
+def test_all_earlier_captioned_table_versions_are_compared_if_there_are_only_a_few() -> None:
     assert set(compared_versions({1: 5, 2: 5, 9: 1}, 9)) == {1, 2}
 
 
 @pytest.mark.parametrize("files", [3, 12])
-def test_the_progress_of_a_job_reads_each_footer_once(tmp_path: Path, files: int) -> None:
+def test_counting_the_progress_of_a_job_reads_the_footer_of_each_parquet_file_once(tmp_path: Path, files: int) -> None:
     pending = PendingFiles(tmp_path, {})
     for number in range(files):
         pq.write_table(pa.table({"image_id": ["a", "b"]}), tmp_path / f"{number}.parquet")

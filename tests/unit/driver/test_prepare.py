@@ -152,7 +152,7 @@ def test_generation_settings_of_the_start_folder_may_differ_from_the_settings_of
     assert prepare(tiny_run(start_from=str(base)), laptop, report, report).tokenizer.exists()
 
 
-def test_a_run_goes_on_only_with_a_training_of_the_same_settings_and_fewer_steps(
+def test_a_run_can_continue_only_an_earlier_run_with_the_same_settings_and_fewer_steps(
     laptop: Platform, report: ShardReport, base: Path
 ) -> None:
     def longer(**settings: Any) -> RunFolder:
@@ -239,7 +239,9 @@ def changed(code: TrainingCode, name: str = "vlm/training/objective.py") -> Trai
     return code.model_copy(update={"files": files, "digest": short_hash(files)})
 
 
-def test_the_code_of_a_run_is_that_of_the_model_library_and_of_the_ranks(laptop: Platform, report: ShardReport) -> None:
+def test_the_recorded_code_of_a_run_consists_of_the_model_library_and_the_code_of_ranks(
+    laptop: Platform, report: ShardReport
+) -> None:
     code = read_code()
     assert {"vlm/training/objective.py", "pipelines/worker/main.py"} <= code.files.keys()
     assert {name.rpartition("/")[0].partition("/")[0] for name in code.files} == {"vlm", "pipelines"}
@@ -248,7 +250,7 @@ def test_the_code_of_a_run_is_that_of_the_model_library_and_of_the_ranks(laptop:
     assert changed(code).different_files(code) == ["vlm/training/objective.py"]
 
 
-def test_a_finished_run_is_found_by_its_code_and_trained_again_by_other_code(
+def test_a_finished_run_is_found_by_the_same_code_and_trained_again_by_changed_code(
     laptop: Platform, report: ShardReport
 ) -> None:
     code = read_code()
@@ -346,7 +348,7 @@ def test_preparing_a_run_that_another_process_trains_is_refused_and_changes_no_f
     assert run.run_file.read_bytes() == before
 
 
-def test_the_words_that_the_vocabulary_lacks_are_told_with_their_counts(caplog: pytest.LogCaptureFixture) -> None:
+def test_words_that_the_vocabulary_lacks_are_logged_with_their_counts(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = text.learn(WordsConfig(kind="words"), ["a red car", "a red bus"])
     warn_of_unknown(tokenizer, ["a red car"] * 3 + ["a blue car"], "validation texts")
     assert caplog.messages == [

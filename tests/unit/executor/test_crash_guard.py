@@ -73,7 +73,7 @@ def test_each_item_that_ends_its_process_costs_only_its_own_result() -> None:
     assert time.monotonic() - started < 20
 
 
-def test_the_last_item_and_the_only_item_may_crash() -> None:
+def test_a_crash_at_the_last_item_or_at_the_only_item_costs_only_that_item() -> None:
     assert list(run_guarded([1, 3], double, describe)) == ["2", "3 was ended by SIGSEGV False"]
     assert list(run_guarded([3], double, describe)) == ["3 was ended by SIGSEGV False"]
     assert list(run_guarded([], double, describe)) == []
@@ -91,7 +91,7 @@ def test_an_error_of_the_function_is_raised_and_ends_the_child() -> None:
         next(results)
 
 
-def test_a_child_whose_results_nobody_wants_is_ended() -> None:
+def test_a_child_process_is_ended_if_its_results_are_no_longer_read() -> None:
     def wait(number: int) -> int:
         time.sleep(60 * number)
         return os.getpid()
@@ -103,7 +103,7 @@ def test_a_child_whose_results_nobody_wants_is_ended() -> None:
         os.kill(child, 0)
 
 
-def test_large_results_are_sent_whole() -> None:
+def test_large_results_of_a_child_process_arrive_completely() -> None:
     assert [len(result) for result in run_guarded([1, 2], lambda n: bytes(n * 2**22), lambda *_: b"")] == [2**22, 2**23]
 
 

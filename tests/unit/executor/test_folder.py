@@ -67,7 +67,7 @@ def test_disk_error_fails_the_task_and_does_not_refuse_the_row() -> None:
         read_picture(Path("/proc/self"), "mem")
 
 
-def test_pictures_beside_a_captions_file_in_a_subfolder_are_found_and_those_of_the_folder_come_first(
+def test_pictures_are_searched_in_the_folder_and_then_beside_a_captions_file_in_a_subfolder(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "train").mkdir()

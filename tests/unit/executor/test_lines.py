@@ -67,7 +67,7 @@ def json_records(path: Path, limit: int = LIMIT) -> list[Record]:
     return list(jsonl_records(raw_rows(path), [Layout()], limit))
 
 
-def test_a_value_of_the_row_wins_over_the_folder_unless_it_is_missing(tmp_path: Path) -> None:
+def test_a_value_in_the_row_takes_precedence_over_the_value_of_the_partition_folder(tmp_path: Path) -> None:
     partition = '{"split": "val", "n": null, "year": "2024"}'
     (tmp_path / "a.csv").write_text("split,n\ntrain,1\n,2\n \t,\n")
     (tmp_path / "a.jsonl").write_text('{"split": "train", "n": "1"}\n{"split": null, "n": "2"}\n{"split": " \\t"}\n')
@@ -117,7 +117,7 @@ def test_a_file_that_changes_its_line_ends_is_split_although_the_rest_looks_like
 
 
 @pytest.mark.parametrize("kind", COMPRESSIONS)
-def test_the_content_of_a_file_tells_how_it_is_compressed_and_parts_may_follow_each_other(
+def test_compression_is_detected_from_the_content_and_a_file_may_consist_of_several_compressed_parts(
     tmp_path: Path, kind: str
 ) -> None:
     compress = COMPRESSIONS[kind]
@@ -130,7 +130,9 @@ def test_the_content_of_a_file_tells_how_it_is_compressed_and_parts_may_follow_e
 
 
 @pytest.mark.parametrize("kind", COMPRESSIONS)
-def test_rows_before_damage_come_in_and_the_damage_is_one_record_that_names_the_file(tmp_path: Path, kind: str) -> None:
+def test_rows_before_damage_are_read_and_the_damage_gives_one_record_that_names_the_file(
+    tmp_path: Path, kind: str
+) -> None:
     rows = [b'{"row": %d, "noise": "%s"}\n' % (number, os.urandom(40).hex().encode()) for number in range(5_000)]
     whole = COMPRESSIONS[kind](b"".join(rows))
     path = tmp_path / "cut.jsonl"
@@ -146,7 +148,9 @@ def test_rows_before_damage_come_in_and_the_damage_is_one_record_that_names_the_
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_text_with_a_byte_order_mark_or_in_utf_16_is_read_as_what_it_says(tmp_path: Path, encoding: str) -> None:
+def test_text_with_a_byte_order_mark_or_in_utf_16_is_decoded_to_the_original_text(
+    tmp_path: Path, encoding: str
+) -> None:
     path = tmp_path / "a.jsonl"
     text = '{"text": "caf\u00e9 \U0001f600"}\r\n' * 3
     path.write_bytes(text.encode(encoding))
@@ -155,7 +159,7 @@ def test_text_with_a_byte_order_mark_or_in_utf_16_is_read_as_what_it_says(tmp_pa
     assert [record.fields for record in json_records(path)] == [{"text": "caf\u00e9 \U0001f600"}] * 3
 
 
-def test_a_file_that_ends_inside_a_character_and_an_archive_are_damaged(tmp_path: Path) -> None:
+def test_an_archive_and_a_file_that_ends_inside_a_character_are_reported_as_damaged(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes('{"a": 1}\n{"a": 2}\n'.encode("utf-16")[:-1])
     assert [record.fields for record in json_records(path)] == [{"a": 1}, {}]
@@ -165,7 +169,7 @@ def test_a_file_that_ends_inside_a_character_and_an_archive_are_damaged(tmp_path
         assert name in str(record.problem)
 
 
-def test_a_file_that_has_vanished_is_one_record_and_a_fault_of_the_machine_is_raised(tmp_path: Path) -> None:
+def test_a_vanished_file_gives_one_record_and_a_fault_of_the_machine_is_raised(tmp_path: Path) -> None:
     [record] = json_records(tmp_path / "gone.jsonl")
     assert record.problem is not None
     assert record.problem.reason == "unreadable_file"

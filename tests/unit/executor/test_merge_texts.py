@@ -22,7 +22,9 @@ def flat(rows: Rows) -> list[Text]:
 
 @settings(max_examples=60, deadline=None)
 @given(ROWS, ROWS)
-def test_two_ingests_join_the_repeats_of_a_text_by_the_larger_number(first: Rows, second: Rows) -> None:
+def test_a_text_that_two_ingests_repeat_is_kept_as_often_as_in_the_ingest_with_more_repeats(
+    first: Rows, second: Rows
+) -> None:
     known = merge_texts([], first, None).new_texts
     assert known == flat(first)
     both = [*known, *merge_texts(known, second, None).new_texts]

@@ -183,7 +183,7 @@ UNNEEDED = {
 }
 
 
-def test_columns_that_nobody_named_cost_nothing_and_are_read_for_a_refused_row(tmp_path: Path) -> None:
+def test_columns_that_the_config_does_not_name_are_read_only_for_refused_rows(tmp_path: Path) -> None:
     unneeded = {name: array for name, (array, _) in UNNEEDED.items()}
     table = pa.table({"image": [BYTES] * 2, "text": ["a", "b"]} | unneeded)
     records = read(written(tmp_path, table.append_column("IMAGE", pa.array([3, 4]))), partition={"year": "2024"})
@@ -195,7 +195,7 @@ def test_columns_that_nobody_named_cost_nothing_and_are_read_for_a_refused_row(t
     assert {name: str(v) for name, v in found.items()} == {name: str(v) for name, v in expected.items()}
 
 
-def test_other_columns_of_a_row_do_not_depend_on_the_order_in_which_rows_are_asked_for(tmp_path: Path) -> None:
+def test_the_unused_columns_of_a_row_do_not_depend_on_the_order_in_which_rows_are_requested(tmp_path: Path) -> None:
     table = {"image": [BYTES] * 5000, "text": ["a"] * 5000, "n": range(5000)}
     records = read(written(tmp_path, table, row_group_size=3000))
     order = [0, 2999, 1, 3000, 4999, 1500]
@@ -234,7 +234,7 @@ def test_every_row_is_in_exactly_one_range(
     assert [(record.fields["image"], record.fields["text"]) for record in records] == expected
 
 
-def test_a_column_may_come_from_the_folder_and_a_value_of_the_row_wins(tmp_path: Path) -> None:
+def test_a_column_may_come_from_the_partition_folder_and_a_value_in_the_row_takes_precedence(tmp_path: Path) -> None:
     own = {"split": ["of the file", None, " "], "n": [1, None, 2]}
     path = written(tmp_path, {"image": [BYTES] * 3, "text": ["a", "b", "c"], **own})
     partition = {"split": "val", "n": "7", "year": None}

@@ -55,7 +55,7 @@ def test_a_file_that_is_not_parquet_is_one_record(tmp_path: Path, content: bytes
 
 
 @pytest.mark.parametrize("column", [0, 1])
-def test_a_damaged_row_group_costs_its_own_rows_and_is_one_record(tmp_path: Path, column: int) -> None:
+def test_a_damaged_row_group_loses_only_its_own_rows_and_gives_one_record(tmp_path: Path, column: int) -> None:
     path = three_groups(tmp_path)
     overwrite(path, 1, column)
     records = read(path)
@@ -65,7 +65,7 @@ def test_a_damaged_row_group_costs_its_own_rows_and_is_one_record(tmp_path: Path
     assert texts == [f"t{row}" for row in (*range(10), *range(20, 30))]
 
 
-def test_a_damaged_column_that_nobody_named_costs_nothing_and_is_described_for_a_refused_row(tmp_path: Path) -> None:
+def test_a_damaged_unused_column_costs_no_row_and_is_described_in_a_refused_row(tmp_path: Path) -> None:
     path = three_groups(tmp_path)
     overwrite(path, 1, 2)
     records = read(path)
@@ -75,7 +75,7 @@ def test_a_damaged_column_that_nobody_named_costs_nothing_and_is_described_for_a
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_damage_of_any_byte_loses_rows_in_silence(tmp_path: Path, seed: int) -> None:
+def test_no_damaged_byte_makes_rows_disappear_silently(tmp_path: Path, seed: int) -> None:
     path, chance = three_groups(tmp_path), random.Random(seed)
     content = bytearray(path.read_bytes())
     for _ in range(chance.choice([1, 5, 50])):
@@ -163,7 +163,7 @@ def repeated(value: Any, times: int) -> pa.Array:
     return pa.DictionaryArray.from_arrays(pa.array([0] * times, pa.int32()), pa.array([value]))
 
 
-def test_a_value_that_is_too_large_is_described_and_does_not_stop_the_others(tmp_path: Path) -> None:
+def test_a_value_that_is_too_large_is_described_and_all_other_values_are_read(tmp_path: Path) -> None:
     large = "x" * (17 * 2**20)
     texts = pa.array(["a", large, large[:-1] + "y", "b"])
     records = read(written(tmp_path, {"image": [BYTES] * 4, "text": texts, "n": range(4)}))
@@ -194,7 +194,9 @@ BOMBS = {
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", BOMBS)
-def test_memory_follows_the_size_of_a_file_and_not_what_the_file_claims(tmp_path: Path, name: str) -> None:
+def test_memory_depends_on_the_size_of_a_file_and_not_on_the_sizes_that_the_file_claims(
+    tmp_path: Path, name: str
+) -> None:
     columns = {"image": [BYTES] * 40, "text": [f"t{row}" for row in range(40)]} | BOMBS[name]
     path = written(tmp_path, columns, compression="zstd", use_dictionary="page" not in name)
     program = f"""

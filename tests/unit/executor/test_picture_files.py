@@ -91,7 +91,7 @@ def test_file_is_found_by_every_spelling_of_its_name(folder: Path, on_disk: str,
     assert read(folder, named) == b"picture"
 
 
-def test_name_is_taken_as_it_is_before_it_is_unquoted(folder: Path) -> None:
+def test_a_picture_name_is_tried_unchanged_before_its_percent_escapes_are_decoded(folder: Path) -> None:
     (folder / "a%20b.png").write_bytes(b"literal")
     (folder / "a b.png").write_bytes(b"unquoted")
     assert (read(folder, "a%20b.png"), read(folder, "a b.png")) == (b"literal", b"unquoted")
@@ -154,7 +154,7 @@ def test_name_that_differs_only_in_case_is_refused_with_the_right_name(folder: P
     assert read(folder, "in/img_1.jpg") == b"another", "a changed folder is read again"
 
 
-def test_what_is_no_regular_file_is_refused(folder: Path) -> None:
+def test_a_picture_name_that_leads_to_no_regular_file_is_refused(folder: Path) -> None:
     os.mkfifo(folder / "pipe.png")
     assert read(folder, "pipe.png") == "missing_field: 'pipe.png' is not a regular file"
     assert read(folder, "in") == "missing_field: 'in' is not a regular file"
@@ -211,7 +211,7 @@ def test_relative_root_is_relative_to_the_file_of_each_row(folder: Path) -> None
     assert [record.fields[PICTURE] for record in records(batches, str(folder))] == [b"."] * 3
 
 
-def test_files_of_rows_of_every_kind_may_name_pictures(folder: Path) -> None:
+def test_csv_json_lines_and_parquet_rows_may_name_pictures(folder: Path) -> None:
     (folder / "in" / "a.png").write_bytes(b"picture")
     rows = [{"image": "a.png", "text": "a"}, {"image": "b.png", "text": "b"}]
     (folder / "in" / "x.csv").write_text("image,text\na.png,a\nb.png,b\n")

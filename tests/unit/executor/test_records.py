@@ -165,7 +165,7 @@ def test_malformed_csv_line_keeps_its_raw_text(tmp_path: Path, line: bytes) -> N
     assert record.problem.reason == "malformed_record"
 
 
-def test_a_csv_line_over_the_limit_is_one_refused_row_and_the_others_come_in(tmp_path: Path) -> None:
+def test_a_csv_line_over_the_limit_is_one_refused_row_and_all_other_lines_are_read(tmp_path: Path) -> None:
     first, long, last = parse(tmp_path, b"1,one\n2," + b"x" * (LIMIT + 2**20) + b"\n3,three")
     assert fields([first, last]) == [("1", "one"), ("3", "three")]
     assert long.problem is not None
@@ -243,7 +243,7 @@ def test_payloads_of_refused_rows_are_parsed_again() -> None:
     assert (bad.raw, bad.source_row, bad.problem is None) == ('1,"x', "a.csv#1e", False)
 
 
-def test_columns_of_a_delta_table_that_nobody_named_are_read_only_for_refused_rows_and_whatever_they_hold() -> None:
+def test_unused_columns_of_a_delta_table_are_read_only_for_refused_rows_and_may_hold_anything() -> None:
     far, kind = 400_000_000_000_000_000, pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     others = pa.StructArray.from_arrays(
         [
@@ -274,7 +274,7 @@ def test_columns_of_a_delta_table_that_nobody_named_are_read_only_for_refused_ro
     assert record.others() == {}
 
 
-def test_ids_of_a_delta_table_become_image_ids_as_the_ids_of_decoded_rows_do() -> None:
+def test_ids_of_a_delta_table_become_image_ids_in_the_same_way_as_ids_of_decoded_rows() -> None:
     values = pa.array([5.0, 4.5, None, float("nan"), float("inf")])
     [batch] = add_image_ids(iter([pa.RecordBatch.from_arrays([values], ["key"])]), source="birds")
     assert batch.to_pylist() == [{"key": 5.0, "image_id": "birds/5"}, {"key": 4.5, "image_id": "birds/4.5"}]

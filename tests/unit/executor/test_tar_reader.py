@@ -40,7 +40,7 @@ def header(name: str, kind: bytes = tarfile.REGTYPE, content: bytes = b"", **att
     st.dictionaries(NAMES, st.binary(max_size=1_200), max_size=4),
     st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
 )
-def test_members_are_those_that_tarfile_has_written(members: dict[str, bytes], form: int) -> None:
+def test_the_reader_finds_the_members_that_tarfile_has_written(members: dict[str, bytes], form: int) -> None:
     file = io.BytesIO()
     written = {}
     with tarfile.open(fileobj=file, mode="w", format=form) as tar:
@@ -94,7 +94,7 @@ def test_member_that_claims_an_absurd_size_is_damage(size: int) -> None:
         list(reader)
 
 
-def test_size_of_an_extended_header_counts() -> None:
+def test_a_size_in_an_extended_header_replaces_the_size_in_the_plain_header() -> None:
     large = header("x", tarfile.XHDTYPE, b"12 size=700\n")
     [(first, content), (second, _)] = read(pack(large, header("a") + b"a" * 700 + bytes(324), header("b")))
     assert (first, content, second.name) == (Member("a", 700), b"a" * 700, "b")
@@ -114,7 +114,7 @@ def test_sparse_member_is_a_problem_and_the_next_member_is_read() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=40), st.integers(0, 4_000))
-def test_damaged_bytes_never_raise_anything_but_a_tar_error(noise: bytes, at: int) -> None:
+def test_damaged_bytes_raise_no_error_other_than_a_tar_error(noise: bytes, at: int) -> None:
     content = bytearray(
         pack(header("a.jpg", content=b"a" * 600), header("x", tarfile.XHDTYPE, b"9 a=b\n"), header("b.jpg"))
     )

@@ -59,7 +59,7 @@ def test_missing_values_of_all_libraries_are_missing(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", PRESENT, ids=ascii)
-def test_zero_false_and_words_for_nothing_are_values(value: Any) -> None:
+def test_zero_and_false_and_words_such_as_null_are_values_and_not_missing(value: Any) -> None:
     assert is_missing(value) is False
 
 
@@ -76,7 +76,7 @@ def test_missing_value_in_any_column_of_a_row_is_missing(missing: Any) -> None:
         assert outcome(**{TEXT: ["one", "two"], "asked": ["a", missing]})["texts"][1] == {"prompt": "", "text": "two"}
 
 
-def test_word_nan_of_a_csv_file_is_a_text_and_an_id() -> None:
+def test_the_word_nan_in_a_csv_file_is_a_valid_text_and_a_valid_id() -> None:
     found = outcome(key="NaN", **{TEXT: "nan"})
     assert (found["image_id"], found["texts"][0]["text"]) == ("birds/NaN", "nan")
 
@@ -137,7 +137,7 @@ def test_text_that_is_an_array_a_dict_or_a_nested_list_is_refused(value: Any) ->
         ('["a", "b"]', '["a", "b"]'),
     ],
 )
-def test_text_is_stored_as_what_it_says(text: Any, expected: str) -> None:
+def test_a_text_of_any_type_is_stored_as_the_text_that_a_reader_sees(text: Any, expected: str) -> None:
     assert outcome(**{TEXT: text})["texts"] == [{"prompt": "what?", "text": expected}]
 
 
@@ -166,7 +166,7 @@ def test_lone_surrogate_anywhere_in_a_row_is_stored_as_a_replacement_character()
     assert '"further \ufffd": "\ufffd"' in found["payload"]
 
 
-def test_lists_that_are_nested_too_deeply_for_python_concern_only_their_row() -> None:
+def test_lists_that_are_nested_too_deeply_for_python_affect_only_their_row() -> None:
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
@@ -176,12 +176,12 @@ def test_lists_that_are_nested_too_deeply_for_python_concern_only_their_row() ->
     assert '"caption": "nested too deeply"' in found["payload"]
 
 
-def test_long_text_of_combining_marks_is_refused_at_once() -> None:
+def test_a_long_text_of_combining_marks_is_refused_quickly() -> None:
     found = outcome(**{TEXT: "a" + "\u0301\u0316" * 500_000})
     assert (found["reason"], found["detail"]) == ("text_too_long", "1000001 characters, at most 40")
 
 
-def test_white_space_that_is_trimmed_is_all_of_unicode() -> None:
+def test_all_white_space_of_unicode_is_trimmed() -> None:
     spaces = {chr(code) for code in range(0x110000) if chr(code).isspace()}
     assert set(SPACES) == spaces | {"\u200b", "\ufeff"}
 

@@ -120,7 +120,7 @@ def test_problem_of_a_tar_member_affects_only_the_row_of_the_member(
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"null", b"", b"{cut", b"7", b"\xff"])
-def test_json_member_that_is_no_object_is_a_problem_only_if_a_column_of_it_is_named(
+def test_json_member_that_is_no_object_is_a_problem_only_if_the_config_names_one_of_its_columns(
     tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_tar(tmp_path / "x.tar", {"a.png": b"p", "a.txt": b"x", "a.json": content})
@@ -172,7 +172,7 @@ def test_tar_that_may_not_be_read_becomes_one_refused_row(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("compress", COMPRESSIONS.values(), ids=COMPRESSIONS)
-def test_content_and_not_the_name_tells_how_a_tar_is_compressed(
+def test_compression_of_a_tar_is_detected_from_its_content_and_not_from_its_name(
     tmp_path: Path, compress: Callable[[bytes], bytes]
 ) -> None:
     plain = write_tar(tmp_path / "x.tar", ROWS).read_bytes()
@@ -213,7 +213,9 @@ def test_tar_that_is_cut_between_two_rows_is_reported(tmp_path: Path) -> None:
         ("\u732b".encode(), "\u732b"),
     ],
 )
-def test_text_and_json_members_are_decoded_as_their_first_bytes_tell(tmp_path: Path, content: bytes, text: str) -> None:
+def test_the_first_bytes_of_a_text_or_json_member_determine_its_encoding(
+    tmp_path: Path, content: bytes, text: str
+) -> None:
     document = b'{"t": "' + content + b'"}' if content.isascii() and b"\0" not in content else None
     members = {"a.jpg": b"j", "a.TXT": content, "a.json": json.dumps({"n": 1}).encode("utf-16")}
     [record] = rows_of(write_tar(tmp_path / "x.tar", members))
@@ -222,12 +224,12 @@ def test_text_and_json_members_are_decoded_as_their_first_bytes_tell(tmp_path: P
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]))
-def test_text_is_what_was_encoded_whatever_the_encoding(text: str, encoding: str) -> None:
+def test_a_text_member_in_any_encoding_is_decoded_to_the_original_text(text: str, encoding: str) -> None:
     assume(not text.startswith("\ufeff") and "\0" not in text)
     assert decode_text(text.encode(encoding)) == text
 
 
-def test_names_that_are_no_rows_are_left_out_and_odd_names_are_rows(tmp_path: Path) -> None:
+def test_members_that_belong_to_no_row_are_left_out_and_members_with_odd_names_form_rows(tmp_path: Path) -> None:
     members = {
         "__MACOSX/._a.jpg": b"resource fork",
         "__MACOSX/b.jpg": b"resource fork",
@@ -247,7 +249,7 @@ def test_names_that_are_no_rows_are_left_out_and_odd_names_are_rows(tmp_path: Pa
     assert not (tmp_path.parent / "up").exists()
 
 
-def test_names_with_any_bytes_are_rows_of_their_own(tmp_path: Path) -> None:
+def test_tar_members_whose_names_are_any_bytes_form_separate_rows(tmp_path: Path) -> None:
     """Reports: macrodata-labs/refiner 124, JD-P/simulacra-aesthetic-captions 1, webdataset/webdataset 330."""
     names = ["train.v1/0001.jpg", "new\nline/a\nb.jpg", "back\\slash.jpg", "\udce8.jpg", "\udce9.jpg", "22.05.jpg"]
     names.insert(0, "BZh9.jpg")  # begins like a bz2 file

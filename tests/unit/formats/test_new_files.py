@@ -32,7 +32,7 @@ def read(run: RunFolder, after: int = -1) -> list[int]:
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 20), st.none() | st.integers(1, 20))
 @settings(max_examples=30, deadline=None)
-def test_the_expected_steps_are_those_at_which_the_training_loop_writes(
+def test_the_expected_steps_are_the_steps_at_which_the_training_loop_writes_files(
     steps: int, log: int, validate: int, score: int | None
 ) -> None:
     train = tiny_run(steps=steps, log_every=log, validate_every=validate, score_every=score).train
@@ -45,7 +45,7 @@ def test_the_expected_steps_are_those_at_which_the_training_loop_writes(
         assert found == written
 
 
-def test_a_reader_opens_the_new_files_only_and_lists_no_folder(run: RunFolder) -> None:
+def test_a_reader_of_a_running_training_opens_only_new_files_and_lists_no_folder(run: RunFolder) -> None:
     write(run, *range(2, 30, 2), 7, 14, 21)
     assert read(run) == sorted({*range(2, 30, 2), 7, 21})
     write(run, 30)
@@ -59,21 +59,23 @@ def test_a_reader_opens_the_new_files_only_and_lists_no_folder(run: RunFolder) -
     assert {path for path in calls.opened if "heartbeat" not in path} == {str(run.metrics(30)), str(run.samples(28))}
 
 
-def test_files_after_a_step_without_a_file_are_found_when_the_rank_has_passed_the_step(run: RunFolder) -> None:
+def test_metric_files_after_a_missing_file_are_found_as_soon_as_the_rank_is_past_the_missing_step(
+    run: RunFolder,
+) -> None:
     write(run, 20, 21)  # the run goes on from a checkpoint of another run
     assert read(run) == []
     write_heartbeat(run, 0, 22)
     assert read(run) == [20, 21]
 
 
-def test_a_run_of_all_steps_is_read_to_its_end_once(run: RunFolder) -> None:
+def test_the_last_files_of_a_complete_run_are_read_once(run: RunFolder) -> None:
     write(run, 38, 40)
     write_heartbeat(run, 0, 40)
     assert read(run, after=36) == [38, 40]
     assert read(run, after=40) == []
 
 
-def test_curves_of_a_long_run_need_few_files_and_have_all_known_metrics(run: RunFolder) -> None:
+def test_the_curves_of_a_long_run_are_read_from_few_files_and_contain_all_known_metrics(run: RunFolder) -> None:
     train = tiny_run(steps=1000, log_every=1, validate_every=100).train
     write(run, *range(1, 1001))
     known = {step: Metrics(step=step, time=1.0, values={}) for step in range(900, 1001)}

@@ -200,7 +200,7 @@ def test_equal_labels_have_equal_colours_and_degenerate_boxes_can_be_drawn() -> 
         ("https://example.org/a.png", "download the picture"),
     ],
 )
-def test_a_file_that_has_no_end_or_is_no_picture_is_refused_in_one_paragraph(
+def test_an_endless_file_and_a_file_that_is_no_picture_are_refused_in_one_paragraph(
     name: str, got: str, tmp_path: Path, random_model: tuple[Path, VisionLanguageModel, Tokenizer]
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
@@ -215,7 +215,7 @@ def test_a_file_that_has_no_end_or_is_no_picture_is_refused_in_one_paragraph(
 
 
 @pytest.mark.parametrize(("limit", "reason"), [("max_bytes=100", "too_large"), ("max_pixels=9", "too_large")])
-def test_the_limits_of_a_run_hold_for_questions(
+def test_lakesight_ask_applies_the_picture_limits_of_the_run(
     limit: str, reason: str, random_model: tuple[Path, VisionLanguageModel, Tokenizer]
 ) -> None:
     with pytest.raises(UserError, match=reason):
@@ -264,7 +264,7 @@ def test_the_attention_of_each_word_is_drawn_and_reported(
         assert drawn.tobytes() == expected.tobytes()
 
 
-def test_a_panel_is_hot_where_the_word_looks_and_shows_the_part_of_the_picture_that_the_model_sees() -> None:
+def test_a_panel_highlights_the_patches_of_its_word_and_shows_the_part_of_the_picture_that_the_model_sees() -> None:
     maps = AttentionMaps(
         text="left right",
         spans=((0, 4), (4, 10)),
@@ -283,7 +283,7 @@ def test_a_panel_is_hot_where_the_word_looks_and_shows_the_part_of_the_picture_t
     assert join_panels([seen] * 7).size == (5 * (PANEL + 8) + 8, 2 * (PANEL + 28) + 8)
 
 
-def test_attention_is_refused_without_a_single_picture_and_an_answer_without_words_is_reported(
+def test_option_attention_needs_exactly_one_picture_and_an_answer_without_words_is_reported(
     random_model: tuple[Path, VisionLanguageModel, Tokenizer], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = random_model[0]

@@ -87,7 +87,7 @@ def test_the_version_is_the_version_of_the_package_and_the_list_of_commands_is_c
     ] == []
 
 
-def test_the_shell_completes_commands_options_and_runs() -> None:
+def test_shell_completion_offers_commands_options_and_runs() -> None:
     completed = {"rol": "rollback", "train --ru": "--run", "train --run pal": "paligemma"}
     for typed, expected in completed.items():
         words = {"COMP_WORDS": f"lakesight {typed}", "COMP_CWORD": str(len(typed.split()))}

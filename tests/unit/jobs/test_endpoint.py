@@ -27,7 +27,7 @@ def client(workspace: Workspace) -> Iterator[WorkspaceClient]:
         yield WorkspaceClient(host=url, token="stand-in")
 
 
-def test_an_endpoint_is_created_then_left_alone_and_updated_for_another_champion(
+def test_an_endpoint_is_created_once_and_is_updated_only_if_the_champion_has_changed(
     workspace: Workspace, client: WorkspaceClient
 ) -> None:
     changes = [serve_version(client, "captions", MODEL, version) for version in ("1", "1", "2")]
@@ -37,12 +37,12 @@ def test_an_endpoint_is_created_then_left_alone_and_updated_for_another_champion
     assert served["scale_to_zero_enabled"] is True
 
 
-def test_a_version_that_does_not_exist_is_refused(client: WorkspaceClient) -> None:
+def test_an_endpoint_of_a_model_version_that_does_not_exist_is_refused(client: WorkspaceClient) -> None:
     with pytest.raises(NotFound, match="Version 3"):
         serve_version(client, "captions", MODEL, "3")
 
 
-def test_a_laptop_has_no_endpoints_and_names_the_command_that_serves_there(
+def test_the_error_of_command_endpoint_on_a_laptop_names_the_command_serve(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path_factory.mktemp("home")))

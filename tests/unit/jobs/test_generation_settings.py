@@ -178,7 +178,9 @@ def test_every_surface_follows_every_generation_setting(
 
 
 @pytest.mark.parametrize("surface", ["caption", "evaluate", "pyfunc", "server"])
-def test_without_settings_the_captions_are_those_of_the_models_own_settings(surface: str, world: World) -> None:
+def test_without_settings_captions_follow_the_generation_settings_in_the_model_config(
+    surface: str, world: World
+) -> None:
     assert SURFACES[surface](world, {}, None) == world.expected({})
 
 

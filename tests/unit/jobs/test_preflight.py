@@ -102,7 +102,7 @@ def test_a_module_is_found_although_its_distribution_has_another_name() -> None:
     )
 
 
-def test_the_volume_is_written_renamed_mapped_and_left_empty(tmp_path: Path) -> None:
+def test_the_preflight_writes_renames_and_maps_a_file_in_the_volume_and_leaves_the_volume_empty(tmp_path: Path) -> None:
     assert check_volume(tmp_path).status == "ok"
     assert list(tmp_path.iterdir()) == []
 
@@ -110,7 +110,7 @@ def test_the_volume_is_written_renamed_mapped_and_left_empty(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("method", "step"), [("mkdir", "create a folder"), ("write_bytes", "write a file"), ("rename", "rename a file")]
 )
-def test_what_the_volume_refuses_is_named(
+def test_the_preflight_names_the_operation_that_the_volume_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, step: str
 ) -> None:
     def refuse(*_: object) -> None:

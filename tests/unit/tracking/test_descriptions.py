@@ -71,7 +71,7 @@ def run(tmp_path: Path) -> RunFolder:
 @settings(max_examples=5, deadline=None)
 @given(st.lists(st.sampled_from(OVERRIDES), unique=True, min_size=2))
 @example(OVERRIDES)
-def test_the_command_of_a_run_gives_the_config_of_the_run_again(overrides: Sequence[str]) -> None:
+def test_the_command_in_the_description_of_a_run_resolves_to_the_config_of_the_run(overrides: Sequence[str]) -> None:
     config = load_run("demo", overrides=overrides)
     words = shlex.split(repeat_command(config))
     assert words[:4] == ["lakesight", "train", "--run", "demo"]
@@ -79,7 +79,7 @@ def test_the_command_of_a_run_gives_the_config_of_the_run_again(overrides: Seque
     assert load_run("demo", overrides=words[5::2]) == config
 
 
-def test_the_name_of_a_run_says_what_differs_from_its_files() -> None:
+def test_the_mlflow_name_of_a_run_lists_settings_that_differ_from_the_config_files() -> None:
     assert run_name(load_run("demo")) == "nano on demo, 1,600 steps, seed 0"
     changed = load_run("demo", overrides=["train.steps=400", "train.optimizer.lr=0.001", "platform.ranks=1"])
     assert run_name(changed) == "nano on demo, 400 steps, seed 0, train.optimizer.lr=0.001"
@@ -88,7 +88,7 @@ def test_the_name_of_a_run_says_what_differs_from_its_files() -> None:
     assert len(run_name(long)) <= MAX_NAME_CHARS + len(" and 2 more")
 
 
-def test_a_run_whose_files_are_gone_has_a_name_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_whose_config_files_were_removed_still_has_a_name(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         assert changed_settings(tiny_run()) == {}
     assert "no run is called 'tiny'" in caplog.text
@@ -114,11 +114,11 @@ def test_a_stage_replaces_its_own_sections_of_a_description_and_keeps_all_other_
     assert changed.startswith(own.strip()[:1])
 
 
-def test_a_description_is_not_longer_than_a_tag_may_be() -> None:
+def test_a_description_is_not_longer_than_the_limit_of_an_mlflow_tag() -> None:
     assert len(put_sections("", {"A": "x" * 9000})) == MAX_NOTE_CHARS
 
 
-def test_experiments_open_in_the_view_of_training_also_if_an_earlier_version_made_them(platform: Platform) -> None:
+def test_experiments_open_in_the_training_view_even_if_an_earlier_version_created_them(platform: Platform) -> None:
     client = connect(platform)
     client.create_experiment(platform.experiment("old"), tags={NOTE: "written by hand"})
     for name in ("old", "new", "caption"):
@@ -127,7 +127,9 @@ def test_experiments_open_in_the_view_of_training_also_if_an_earlier_version_mad
         assert (tags[NOTE] == "written by hand") == (name == "old")
 
 
-def test_run_model_and_version_are_described_and_link_to_each_other(platform: Platform, run: RunFolder) -> None:
+def test_the_run_the_model_and_the_model_version_have_descriptions_with_links_to_each_other(
+    platform: Platform, run: RunFolder
+) -> None:
     for step in (0, 6, 12):
         values = {"train/loss": 2.0 - step / 10, "val/loss": 2.1, "val/blind_gap": 0.1, "val/cider": 0.5}
         load = {"decoder.blocks.0": (0.25, 0.75)}
@@ -192,7 +194,7 @@ def test_the_datasets_of_a_run_have_schema_and_profile(platform: Platform, run: 
     }
 
 
-def test_every_column_of_a_captioned_table_has_a_type() -> None:
+def test_every_logged_column_of_a_captioned_table_has_an_mlflow_type() -> None:
     kinds = {
         "id": pa.int64(),
         "photo": pa.large_binary(),
@@ -211,7 +213,7 @@ def test_every_column_of_a_captioned_table_has_a_type() -> None:
     assert json.loads(described.source) == {"delta_table_name": "shop.products", "delta_table_version": 3}
 
 
-def test_the_columns_of_a_table_of_spark_have_the_types_of_mlflow() -> None:
+def test_the_logged_columns_of_a_spark_table_have_mlflow_types() -> None:
     spark = StructType(
         [
             *(StructField("image_id", StringType()), StructField("code", VarcharType(9)), StructField("n", LongType())),
@@ -227,7 +229,7 @@ def test_the_columns_of_a_table_of_spark_have_the_types_of_mlflow() -> None:
     }
 
 
-def test_lengths_of_captions_are_drawn_with_all_long_texts_in_the_last_bar() -> None:
+def test_the_histogram_of_caption_lengths_counts_all_long_captions_in_its_last_bar() -> None:
     axes = draw_lengths({"human": [1, 2, 2, 3], "model": [3] * 400 + [90]}).axes[0]
     heights = [[bar.get_height() for bar in bars] for bars in axes.containers]
     assert heights[0] == [0, 0.25, 0.5, 0.25]

@@ -14,7 +14,7 @@ from pipelines.tracking import runs
 from pipelines.tracking.server import connect
 
 
-def test_a_resumed_run_opens_only_the_files_whose_points_mlflow_may_lack(
+def test_a_resumed_run_opens_only_metric_files_whose_points_may_be_missing_in_mlflow(
     tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     platform = open_local(monkeypatch, tmp_path / "home", database=empty_database)

@@ -368,7 +368,7 @@ def test_the_smoke_test_runs_in_a_fresh_process_and_finds_pickles(
     assert smoke_test_folder(folder, []).failure == "it holds pickles: artifacts/weights.dat"
 
 
-def test_the_best_checkpoint_and_that_of_any_kept_step_are_versions_of_their_own_beside_the_last(
+def test_the_best_checkpoint_and_any_kept_checkpoint_can_be_registered_in_addition_to_the_last(
     platform: Platform, run: RunFolder, registered: registry.ModelVersion
 ) -> None:
     tokenizer = text.load(run.tokenizer)

@@ -223,7 +223,7 @@ def test_a_resumed_adapter_training_equals_the_uninterrupted_training_and_ends_w
     torch.testing.assert_close(plain(batches[0]), model.eval()(batches[0]), atol=1e-5, rtol=1e-5)
 
 
-def test_a_run_with_start_from_starts_with_the_weights_of_that_folder(base: Path) -> None:
+def test_a_run_with_start_from_starts_with_the_weights_of_the_given_folder(base: Path) -> None:
     _, tokenizer = tiny_model("plain")
     config = ModelConfig.model_validate_json((base / "config.json").read_text())
     model = ModelBuilder(config, TrainConfig(start_from=str(base)), tokenizer).model(CPU)

@@ -77,7 +77,7 @@ def public_functions() -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def test_the_page_of_the_api_is_written_from_the_docstrings() -> None:
+def test_the_api_page_equals_the_page_that_is_generated_from_the_docstrings() -> None:
     assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == PAGE["api_page"](), "run `make api`"
     headings = {*re.findall(r"^##+ (?:vlm\.)?(\S+)$", PAGE["api_page"](), re.M)}
     assert headings >= {name for name, _ in public_functions()}
@@ -114,7 +114,7 @@ def test_a_checkpoint_a_run_folder_and_a_folder_of_mlflow_are_loaded(tmp_path: P
     assert other.caption(pictures(1))[0].caption != caption
 
 
-def test_a_precision_and_a_device_are_followed_or_refused(tmp_path: Path) -> None:
+def test_a_given_precision_and_device_are_used_or_refused(tmp_path: Path) -> None:
     save_model(tmp_path, *tiny_model("plain"))
     assert vlm.load(str(tmp_path), precision="bf16").model.mean.dtype == torch.bfloat16
     assert vlm.load(tmp_path, device="meta").model.mean.device.type == "meta"
@@ -123,7 +123,9 @@ def test_a_precision_and_a_device_are_followed_or_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("missing", ["model.safetensors", "config.json", "tokenizer.json", ""])
-def test_a_folder_without_a_whole_model_is_refused_with_its_name(missing: str, tmp_path: Path) -> None:
+def test_a_folder_without_a_complete_model_is_refused_and_the_error_names_the_folder(
+    missing: str, tmp_path: Path
+) -> None:
     folder = tmp_path / "model"
     save_model(folder, *tiny_model("plain"))
     if missing:
@@ -135,7 +137,7 @@ def test_a_folder_without_a_whole_model_is_refused_with_its_name(missing: str, t
     assert str(folder) in str(caught.value)
 
 
-def test_a_part_of_a_model_of_another_library_is_refused_as_a_part(tmp_path: Path) -> None:
+def test_a_published_folder_that_holds_only_a_decoder_is_refused_and_the_error_says_so(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(CheckpointError, match="gpt2, which is a family for the decoder"):
         vlm.load(tmp_path)
@@ -264,7 +266,7 @@ def test_logprobs_refuse_answers_that_do_not_fit(captioner: Captioner) -> None:
         captioner.logprobs([picture], [""], ["a", "b"])
 
 
-def test_import_of_the_library_is_lazy_and_names_what_is_missing() -> None:
+def test_importing_the_library_is_lazy_and_the_error_names_a_missing_package() -> None:
     assert {*vlm.__all__} <= {*dir(vlm)}
     with pytest.raises(AttributeError, match="has no attribute 'lode'"):
         vlm.lode  # noqa: B018

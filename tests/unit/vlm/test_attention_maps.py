@@ -82,7 +82,7 @@ def test_the_rollout_of_two_layers_is_the_product_of_attention_and_residual_conn
     assert torch.allclose(rollout([first, second]), expected)
 
 
-def test_a_feature_of_a_square_of_patches_has_equal_shares_of_these_patches() -> None:
+def test_a_feature_that_merges_a_square_of_patches_gives_each_of_these_patches_an_equal_share() -> None:
     """A projector whose linear layer is a mean over the patches of a square gives the same shares."""
     shuffle = PixelShuffle(16, 16, factor=2)
     with torch.no_grad():

@@ -30,7 +30,7 @@ def naive_loss(pictures: torch.Tensor, texts: torch.Tensor, same: torch.Tensor) 
     return total / len(pictures)
 
 
-def test_the_loss_equals_that_of_a_naive_computation_without_equal_texts() -> None:
+def test_the_contrastive_loss_equals_a_naive_computation_that_skips_pairs_with_equal_texts() -> None:
     generator = torch.Generator().manual_seed(0)
     pictures, texts = torch.randn(2, 5, 7, generator=generator)
     same = torch.eye(5, dtype=torch.bool)
@@ -41,7 +41,7 @@ def test_the_loss_equals_that_of_a_naive_computation_without_equal_texts() -> No
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_vector_of_a_text_depends_on_the_text_and_neither_on_the_picture_nor_on_padding(variant: str) -> None:
+def test_the_vector_of_a_text_depends_only_on_the_text_and_not_on_the_picture_or_on_padding(variant: str) -> None:
     model, tokenizer = tiny_model(variant)
     batch = tiny_batch(model, tokenizer, TEXTS)
     vectors = text_vectors(model, batch)
@@ -81,7 +81,7 @@ def test_training_lowers_the_contrastive_loss_in_addition_to_the_caption_loss() 
     assert reports[-1].loss < 0.5 * reports[0].loss
 
 
-def test_without_a_weight_no_contrastive_loss_is_reported_and_the_steps_are_the_same_as_before() -> None:
+def test_with_weight_zero_no_contrastive_loss_is_reported_and_the_caption_loss_of_steps_does_not_change() -> None:
     _, reports = train(0.0, steps=3)
     _, tiny = train(1e-12, steps=3)
     assert [report.contrastive for report in reports] == [None] * 3

@@ -59,7 +59,7 @@ def local_rows(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*_tiny.yml")), ids=lambda path: path.stem)
-def test_the_ranks_of_a_sharded_model_start_together_from_the_weights_of_an_unsharded_model(path: Path) -> None:
+def test_the_initial_rows_of_all_ranks_together_equal_the_initial_weights_of_an_unsharded_model(path: Path) -> None:
     config = tiny(path.stem)
     torch.manual_seed(5)
     whole = build_model(config, VOCABULARY)
@@ -78,7 +78,7 @@ def test_the_ranks_of_a_sharded_model_start_together_from_the_weights_of_an_unsh
         assert torch.equal(buffers[name], buffer), name
 
 
-def test_a_rank_allocates_only_its_rows_and_draws_one_parameter_at_a_time() -> None:
+def test_a_rank_keeps_only_its_rows_and_draws_the_initial_values_of_one_parameter_at_a_time() -> None:
     config = tiny()
     whole = build_model(config, VOCABULARY)
     sizes = [p.numel() for p in whole.parameters()]
@@ -103,7 +103,7 @@ class _LargestSum(torch.overrides.TorchFunctionMode):
         return made
 
 
-def test_a_sharded_model_reads_its_rows_of_a_checkpoint_of_an_unsharded_model(tmp_path: Path) -> None:
+def test_each_rank_of_a_sharded_model_reads_its_rows_from_the_checkpoint_of_an_unsharded_model(tmp_path: Path) -> None:
     config = tiny()
     whole = build_model(config, VOCABULARY)
     save_model(tmp_path, whole, learn(config.text, ()))
@@ -122,7 +122,7 @@ def test_a_sharded_model_reads_its_rows_of_a_checkpoint_of_an_unsharded_model(tm
                 assert torch.equal(part.rows, expected), name
 
 
-def test_the_joined_slices_of_all_ranks_are_the_checkpoint_of_an_unsharded_model(tmp_path: Path) -> None:
+def test_the_joined_checkpoint_slices_of_all_ranks_equal_the_checkpoint_of_an_unsharded_model(tmp_path: Path) -> None:
     config = tiny()
     torch.manual_seed(5)
     whole = build_model(config, VOCABULARY)
@@ -156,7 +156,7 @@ def test_the_joined_slices_of_all_ranks_are_the_checkpoint_of_an_unsharded_model
         assert (tmp_path / name).stat().st_size == (tmp_path / "whole" / name).stat().st_size
 
 
-def test_a_truncated_slice_is_an_error(tmp_path: Path) -> None:
+def test_joining_a_truncated_checkpoint_slice_is_an_error(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(10, 10)}, tmp_path / "0")
     data = (tmp_path / "0").read_bytes()
     (tmp_path / "1").write_bytes(data[:-7])

@@ -83,7 +83,7 @@ def test_a_repeated_import_prints_the_same_report_and_writes_nothing() -> None:
     assert "is not empty" in refused(*command)
 
 
-def test_a_link_without_a_file_is_an_error_that_names_the_link() -> None:
+def test_a_symbolic_link_to_a_missing_file_is_an_error_that_names_the_link() -> None:
     report("export-weights", "trained", *DECODER, "--out", "gpt2")
     Path("gpt2/model.safetensors").rename("gpt2/moved")
     Path("gpt2/model.safetensors").symlink_to("nowhere")
@@ -92,7 +92,9 @@ def test_a_link_without_a_file_is_an_error_that_names_the_link() -> None:
     assert not Path("out").exists()
 
 
-def test_an_import_that_a_full_disk_interrupts_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_import_succeeds_on_repetition_after_a_full_disk_interrupted_the_first_attempt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     report("export-weights", "trained", *DECODER, "--out", "gpt2")
     command = ["import-weights", "--model", "mine", "--decoder", "gpt2", "--out", "out"]
 

@@ -26,7 +26,7 @@ def learn(**settings: object) -> WordTokenizer:
 
 @settings(max_examples=50)
 @given(st.text() | st.text(" \n\t,.('an1\u00e9\u732b\u0e44\u0e17\u0e31\x1c\x85", max_size=12))
-def test_the_pieces_of_any_text_give_the_text_again(caption: str) -> None:
+def test_joining_the_pieces_of_any_text_restores_the_text(caption: str) -> None:
     assert join_pieces(list(split_pieces(caption))) == caption
 
 
@@ -39,7 +39,7 @@ def test_the_pieces_of_any_text_give_the_text_again(caption: str) -> None:
         ("cafe\u0301 two  spaces\n", ["cafe\u0301", "two", "  ", "spaces", "\n"]),
     ],
 )
-def test_words_follow_unicode_and_usual_spaces_need_no_token(caption: str, pieces: list[str]) -> None:
+def test_a_text_is_split_into_unicode_words_and_usual_spaces_need_no_token(caption: str, pieces: list[str]) -> None:
     assert list(split_pieces(caption)) == pieces
 
 
@@ -51,19 +51,19 @@ def test_the_vocabulary_has_the_most_frequent_words_and_does_not_depend_on_the_o
     assert tokenizer.vocab_size == 8
 
 
-def test_a_rare_word_is_unknown_and_generation_never_produces_it() -> None:
+def test_a_rare_word_becomes_the_unknown_token_and_generation_never_produces_this_token() -> None:
     tokenizer = learn()
     assert tokenizer.encode("a the bus")[1] == UNKNOWN
     assert tokenizer.unknown("the bus, the taxi") == ["the", ",", "the", "taxi"]
     assert UNKNOWN in tokenizer.suppressed_ids
 
 
-def test_lower_case_words_are_one_word() -> None:
+def test_setting_lowercase_encodes_words_without_regard_to_case() -> None:
     assert learn(lowercase=True).decode(learn(lowercase=True).encode("A RED bus")) == "a red bus"
     assert learn().unknown("A RED bus") == ["A", "RED"]
 
 
-def test_texts_without_a_frequent_word_are_refused() -> None:
+def test_learning_a_vocabulary_from_texts_without_a_frequent_word_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"no word is frequent enough.*min_count.*occurs 3 times"):
         learn(min_count=9)
 

@@ -104,7 +104,9 @@ def snapshot(rows: int) -> TrainingSnapshot:
     return TrainingSnapshot({"weight": torch.full((rows, 2), float(rows))}, {"weight:exp_avg": torch.zeros(rows, 2)}, 4)
 
 
-def test_slices_of_all_ranks_are_joined_and_removed_and_a_missing_slice_names_its_rank(run: RunFolder) -> None:
+def test_checkpoint_slices_of_all_ranks_are_joined_and_the_error_for_a_missing_slice_names_its_rank(
+    run: RunFolder,
+) -> None:
     slices = CheckpointSlices(slices_of(run, 4), world_size=2, timeout_seconds=0)
     slices.write(0, snapshot(2))
     (joined := run.path / "joined").mkdir()
@@ -118,7 +120,7 @@ def test_slices_of_all_ranks_are_joined_and_removed_and_a_missing_slice_names_it
 
 
 @pytest.mark.usefixtures("group_of_one")
-def test_slices_of_an_earlier_attempt_are_removed_before_a_rank_writes_its_own(run: RunFolder) -> None:
+def test_checkpoint_slices_of_an_earlier_attempt_are_removed_before_ranks_write_new_slices(run: RunFolder) -> None:
     CheckpointSlices(slices_of(run, 4), world_size=2, timeout_seconds=0).write(1, snapshot(1))
     assert find_common_checkpoint(run, 0, CPU) is None
     assert not slices_of(run, 4).exists()

@@ -41,7 +41,7 @@ def scores_of(run: RunFolder) -> dict[int, float]:
     return {m.step: m.values["val/cider"] for m in run.read_metrics() if "val/cider" in m.values}
 
 
-def test_the_logged_cider_is_that_of_the_evaluation_of_the_same_captions(make_run: Any) -> None:
+def test_the_logged_cider_equals_the_cider_of_an_evaluation_of_the_same_captions(make_run: Any) -> None:
     optimizer = OptimizerConfig(lr=2e-2, warmup_steps=2, ema_decay=0.8)
     run = make_run("run", steps=50, score_every=40, validate_every=20, validate_rows=8, optimizer=optimizer)
     train(run)
@@ -108,7 +108,7 @@ def test_training_goes_on_while_the_metric_improves_within_the_patience(make_run
     assert ended == [False, False, True]
 
 
-def test_a_run_of_many_steps_is_finished_and_resumed_without_reading_the_metrics_of_all_steps(make_run: Any) -> None:
+def test_ending_or_resuming_a_run_of_many_steps_does_not_read_the_metrics_of_all_steps(make_run: Any) -> None:
     run = make_run("run", steps=40, log_every=1, validate_every=20, checkpoint_every=20, stop=3)
     trainer = train(run)
     assert len(list(run.read_metrics())) == 40

@@ -60,7 +60,7 @@ def test_a_finished_rank_is_marked_as_ended(run: RunFolder) -> None:
     assert run.read_failures() == []
 
 
-def test_a_heartbeat_is_written_in_the_background_and_a_failed_one_fails_the_rank_at_its_next_step(
+def test_heartbeats_are_written_in_the_background_and_a_failed_write_fails_the_rank_at_its_next_step(
     run: RunFolder,
 ) -> None:
     body = """

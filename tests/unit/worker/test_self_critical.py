@@ -40,7 +40,7 @@ texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=9)
 
 @given(st.lists(st.tuples(texts, st.lists(texts, min_size=1, max_size=3)), min_size=2, max_size=6))
 @settings(max_examples=25, deadline=None)
-def test_cider_with_stored_frequencies_equals_that_of_pycocoevalcap(
+def test_cider_from_stored_document_frequencies_equals_the_cider_of_pycocoevalcap(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[list[str], list[list[str]]]]
 ) -> None:
     path = tmp_path_factory.mktemp("cider") / "cider.json"
@@ -52,7 +52,7 @@ def test_cider_with_stored_frequencies_equals_that_of_pycocoevalcap(
     assert [loaded.score(*row) for row in rows] == pytest.approx(list(expected), abs=1e-9)
 
 
-def test_an_advantage_is_the_reward_minus_the_mean_reward_of_the_other_samples() -> None:
+def test_an_advantage_is_the_reward_minus_the_mean_reward_of_all_other_samples_of_the_picture() -> None:
     rng = random.Random(0)
     rewards = [rng.random() for _ in range(5)]
     expected = [r - sum(rewards[:i] + rewards[i + 1 :]) / 4 for i, r in enumerate(rewards)]
@@ -86,7 +86,7 @@ def sampled(tmp_path: Path) -> Any:
     return sample
 
 
-def test_the_gradient_is_the_policy_gradient_of_a_naive_computation(sampled: Any) -> None:
+def test_the_gradient_equals_a_naively_computed_policy_gradient(sampled: Any) -> None:
     model, tokenizer, cider, rows, [batch] = sampled()
     model.eval()
     torch.autograd.backward(token_loss(model(batch), batch))
@@ -118,7 +118,7 @@ def test_the_gradient_is_the_policy_gradient_of_a_naive_computation(sampled: Any
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_a_sampled_caption_depends_only_on_its_row_and_not_on_the_rank_or_the_part(sampled: Any) -> None:
+def test_a_sampled_caption_depends_only_on_its_row_and_not_on_the_rank_or_the_part_of_the_batch(sampled: Any) -> None:
     def captions(parts: Any) -> list[list[int]]:
         return [labels[labels != IGNORE].tolist() for part in parts for labels in part.labels_BT]
 
@@ -129,7 +129,7 @@ def test_a_sampled_caption_depends_only_on_its_row_and_not_on_the_rank_or_the_pa
     assert [ids for half in halves for ids in captions(half)] == whole
 
 
-def test_the_reward_counts_the_end_of_a_sentence() -> None:
+def test_a_caption_without_an_end_token_gets_a_lower_reward() -> None:
     references = [rewarded_words("a dog on the mat")]
     cider = Cider.count([references, [rewarded_words("a red cat runs")]])
     assert references[0][-1] == END

@@ -77,7 +77,7 @@ def test_frozen_parameters_do_not_change_and_a_resumed_run_ends_with_equal_weigh
         ]
 
 
-def test_a_run_that_goes_on_with_a_shorter_run_equals_a_run_of_all_steps_if_the_schedule_is_constant(
+def test_a_run_that_continues_a_shorter_run_equals_an_uninterrupted_run_if_the_schedule_is_constant(
     make_longer: Any,
 ) -> None:
     short, whole = make_longer("short", 8), make_longer("whole", 14)

@@ -135,7 +135,7 @@ def test_a_validation_loss_that_is_not_finite_names_its_pictures_and_step(tmp_pa
     assert caught.value.in_validation
 
 
-def test_a_long_list_of_pictures_is_cut() -> None:
+def test_an_error_about_many_pictures_names_only_the_first_pictures() -> None:
     named = name_pictures([f"p{number}" for number in range(100)])
     assert named.startswith("p0, p1, ")
     assert named.endswith(" and 84 more")
