@@ -64,7 +64,7 @@ MIN_FREE_BYTES = 256 * 2**20
 
 @dataclass
 class Job:
-    """A running command: the resolved run config, its platform and its output."""
+    """Running command, with its resolved run config, its platform and its output."""
 
     config: RunConfig
     platform: Platform

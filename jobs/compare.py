@@ -40,7 +40,7 @@ def compare(
 
 
 def next_command(job: Job, report: Comparison) -> str:
-    """Return the command to run after a comparison: promote the first version only if it is not worse."""
+    """Return the command to run next: `train` if the first version is worse than the other version, else `promote`."""
     difference = report.differences.get(job.config.gate.metric)
     if difference is not None and difference.high < 0:
         return f"{job.command('train')} --set train.steps={2 * job.config.train.steps}"

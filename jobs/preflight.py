@@ -139,7 +139,7 @@ def check_mlflow(config: RunConfig, platform: Platform) -> Iterator[DoctorCheck]
 
 
 def check_package_index(url: str) -> DoctorCheck:
-    """Check that the package index answers, from which clusters install the wheel's dependencies."""
+    """Check that the package index answers. Clusters install the wheel's dependencies from this index."""
     shown = re.sub(r"//[^/\s]*@", "//", url)
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=INDEX_TIMEOUT_SECONDS):  # noqa: S310 index of pip

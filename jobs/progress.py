@@ -35,7 +35,7 @@ def show_progress(label: str, poll: Poll, total: int | None = None) -> AbstractC
         poll: function that returns the current progress; a background thread calls this function repeatedly.
         total: count at which the step is complete; None to show only the elapsed time.
 
-    Without a terminal, a line is logged every LINE_EVERY seconds, also if nothing was done since the last line.
+    Without a terminal, a line is logged every LINE_EVERY seconds, even if nothing was done since the last line.
     """
     shown = partial(_bar, stream=stream) if (stream := sys.stderr).isatty() else _lines
     return in_background(partial(shown, label, poll, total), f"progress {label}")

@@ -35,7 +35,7 @@ def shard(
 
 
 def run_shard(job: Job, split: Split, image: ImageConfig) -> ShardReport:
-    """Run the shard stage for one data split, resizing the pictures as the given image settings of a model require."""
+    """Run the shard stage for one data split, and resize the pictures for a model with the given image config."""
     from pipelines.driver.shard import find_finished, shard
 
     report = find_finished(job.platform, job.source, job.config.data, image, split)

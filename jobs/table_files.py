@@ -94,7 +94,7 @@ class Relation:
 
     Attributes:
         tables: tables by the names that `sql` uses.
-        sql: relation of a FROM clause.
+        sql: text of the relation in a FROM clause.
     """
 
     tables: Mapping[str, DeltaTable]

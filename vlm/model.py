@@ -55,7 +55,7 @@ class VisionLanguageModel(nn.Module):
         return self.projector(self.encoder(pixels_PCHW))
 
     def embed(self, tokens_BT: Tensor, features_PNW: Tensor) -> tuple[Tensor, Media | None]:
-        """Return embeddings (B, T, W) of pictures and tokens, and the cross-attention media (None with image slots).
+        """Return embeddings (B, T, W) of pictures and tokens, and the Media for cross-attention (None for image slots).
 
         Raises:
             ValueError: the number of slots does not match the number of pictures.

@@ -1,6 +1,6 @@
 """Reading of YAML files that people write. The error message of each defect names the place in the file.
 
-A key that occurs twice is an error, because the YAML library would use the last value without a word.
+A key that occurs twice is an error, because the YAML library would silently use the last value.
 """
 
 from __future__ import annotations

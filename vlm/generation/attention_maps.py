@@ -166,7 +166,7 @@ def project_shares(projector: nn.Module, shares_NP: Tensor, resampler_LHQS: Sequ
 
 
 def _spans(tokenizer: Tokenizer, completion: Completion) -> tuple[tuple[int, int], ...]:
-    """Return the characters of each token in the text of a completion.
+    """Return the span of characters that each token has in the text of a completion.
 
     A token after a stop string has an empty span. If several byte tokens form a character, the last of these tokens has
     the span of the whole character, and the tokens before have empty spans.

@@ -168,7 +168,7 @@ def attention_weights(
         mask: bool mask, broadcastable to (B, H, T, S), True where query t attends to key s; None for all keys.
         scale: factor of the scores.
         soft_cap: bound of the scores, which tanh limits to (-soft_cap, soft_cap); None for no limit.
-        causal: True for causal attention; `mask` is then None.
+        causal: True for causal attention; `mask` must then be None.
     """
     B, H, T, D = q_BHTD.shape
     if causal:

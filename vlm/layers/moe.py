@@ -20,7 +20,7 @@ from vlm.layers.mlp import ActivationFunction
 
 
 class Groups(NamedTuple):
-    """Grouping of rows that are sorted by expert.
+    """Assignment of rows to experts. The rows are sorted by expert.
 
     Attributes:
         expert_A: index of the expert of each row, in ascending order.

@@ -31,11 +31,11 @@ PNG_HEADERS = (b"IHDR", b"PLTE", b"tRNS")
 PNG_CHUNKS = (*PNG_HEADERS, b"IDAT", b"IEND")
 """Chunks of a PNG file that decide the pixels of its first frame."""
 MAX_PNG_TEXT = 2**20
-"""Maximum number of bytes of a decompressed text chunk in which an orientation is searched."""
+"""Maximum number of bytes to decompress from a text chunk when the chunk is searched for an orientation."""
 
 JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff])", re.DOTALL)
 JPEG_ALONE = (0x01, *range(0xD0, 0xDA), *range(0xF0, 0xFE))
-"""Markers of a JPEG file that are followed by no length."""
+"""Markers in a JPEG file after which no segment length follows."""
 JPEG_SCAN, JPEG_EXIF, JPEG_COMMENT = 0xDA, 0xE1, 0xFE
 XMP_PREFIX = b"http://ns.adobe.com/xap/1.0/\0"
 
@@ -208,7 +208,7 @@ class JpegSegment(NamedTuple):
 
 
 def jpeg_segments(data: bytes, position: int = 2) -> Iterator[JpegSegment]:
-    """Yield each segment that has a length, from a position to the header of the next scan, which is yielded too.
+    """Yield each segment that has a length, from a position up to the next scan header, which is the last segment.
 
     Iteration ends at a segment that does not fit into the data.
     """

@@ -172,7 +172,7 @@ def row_scores(model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def blind_losses(model: VisionLanguageModel, batch: Batch, other_pixels_PHWC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute, for each row, the loss with its picture, the loss with another picture, and the number of target tokens.
+    """Compute, for each row, the losses with its own picture and with another picture, and the number of target tokens.
 
     Each of the three results has shape (B,). The losses are sums over target tokens. The blind gap of a set of rows, in
     nats per token, is the total loss with other pictures minus the total loss with the right pictures, divided by the

@@ -107,7 +107,7 @@ def update_average(optimizer: torch.optim.Optimizer, decay: float, step: int) ->
 
 @torch.no_grad()
 def swap_average(optimizer: torch.optim.Optimizer) -> None:
-    """Exchange the values of each parameter and its average. A parameter without an average does not change."""
+    """Swap the value of each parameter with its moving average. A parameter without an average does not change."""
     for parameter in _parameters(optimizer):
         if AVERAGE in optimizer.state.get(parameter, ()):
             average = optimizer.state[parameter][AVERAGE]

@@ -143,4 +143,4 @@ ENCODER_WITHOUT_EFFECT = {
 DECODER_WITHOUT_EFFECT = dict.fromkeys(
     ("bos_token_id", "eos_token_id"), "is compared with the tokenizer of the model by `import-weights`"
 )
-"""Keys that are compared elsewhere, when the tokenizer is known (`vlm.weights.special_tokens`)."""
+"""Keys that `vlm.weights.special_tokens` compares later, when the tokenizer is known."""

@@ -40,8 +40,9 @@ class ExportReport(Config):
         files: names of the written files.
         tensors: number of tensors in the written files.
         left_out: number of parameters of the checkpoint that do not belong to the exported part.
-        without: dict from a reason to name patterns of tensors that the other library's own files contain and the
-            exported files do not contain. The other library computes or initialises these tensors itself.
+        without: dict from a reason to the name patterns of tensors that the export leaves out for this reason, although
+            the other library's own files contain such tensors. The other library computes or initialises these tensors
+            itself.
     """
 
     part: Part
@@ -125,7 +126,7 @@ def _find_family(name: str, part: Part, config: ModelConfig, checkpoint: Path) -
 
 
 def _convert(files: WeightFiles, rules: list[Rule]) -> Iterator[Mapping[str, Tensor]]:
-    """Convert the tensors rule by rule, and yield one dict per rule, from the other library's names to tensors."""
+    """Convert the tensors of one rule at a time, and yield a dict by the other library's tensor names."""
     for rule in rules:
         yield dict(zip(rule.theirs, rule.write([files.read(name) for name in rule.ours]), strict=True))
 

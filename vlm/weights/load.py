@@ -245,7 +245,7 @@ def _read(source: Source, rule: Rule, model: nn.Module) -> list[Tensor]:
     """Read the tensors of a rule and convert them to our parameters, which are fp32 for any type in the file.
 
     Raises:
-        CheckpointError: a tensor contains NaN or infinity, so that the model would answer nothing but NaN.
+        CheckpointError: a tensor contains NaN or infinity, so that all outputs of the model would be NaN.
     """
     read = {name: source.files.read(source.names[name]) for name in rule.theirs}
     for name, tensor in read.items():

@@ -1,4 +1,5 @@
-"""Plan of an import, made before any tensor is read: the parameter that each tensor fills, and all mismatches."""
+"""Plan of an import, which says what parameter each tensor fills and lists all mismatches, before any tensor is
+read."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Rule:
         theirs: names of the tensors in the other library's file.
         ours: names of our parameters.
         read: function that converts the other library's tensors to our parameters.
-        write: function that converts our parameters to the other library's tensors; the exact inverse of `read`.
+        write: function that converts our parameters to the other library's tensors, as the exact inverse of `read`.
         grid: layout of a position embedding table; None for any other tensor.
     """
 

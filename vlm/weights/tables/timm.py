@@ -46,18 +46,19 @@ MISSING_AXES = {
     r"_d(little|wee)_": "differential attention",
     r"_rpn_": "norms after the branches only",
 }
-"""Dict from regular expressions of timm's architectures to the axis of the architecture that our encoder lacks."""
+"""Dict from regular expressions of timm's architecture names to the part of the architecture that our encoder lacks."""
 WHOLE_PATCHES = "squares of whole patches"
 NAMES_OF_16_HEADS = ("vit_base_patch16_gap_", "vit_giantopt_")
 
 
 ROPE = r"_rope_(ape_)?224|_pe_(core|lang|spatial)_"
 EVA = r"_rope_reg\d|dinov3|lingbot"
-"""Regular expressions of the architectures with rotary positions (`vlm.weights.tables.timm_eva`)."""
+"""Regular expressions of the names of architectures with rotary positions (`vlm.weights.tables.timm_eva`)."""
 
 
 def select_settings(settings: Settings) -> Settings | None:
-    """Return the architecture's name and arguments from config.json, or None for another family."""
+    """Return the architecture's name and arguments from config.json, or None if another family reads this
+    config.json."""
     name = str(settings.get("architecture", ""))
     rotary = re.search(f"{ROPE}|{EVA}", name)
     return architecture_settings(settings) if name.startswith(("vit_", "deit_", "deit3_")) and not rotary else None
@@ -87,7 +88,7 @@ def mlp_kind(settings: Settings) -> str:
 
 
 def missing_axis(settings: Settings) -> str:
-    """Return the architecture's name and the axis that our encoder lacks, or NO_AXIS if no axis is missing."""
+    """Return the architecture's name and the part that our encoder lacks, or NO_AXIS if our encoder lacks no part."""
     name = settings["architecture"]
     missing = next((axis for pattern, axis in MISSING_AXES.items() if re.search(pattern, name)), None)
     return NO_AXIS if missing is None else f"{name}, which has {missing}"
@@ -275,7 +276,7 @@ FAMILIES = (
         table,
         fixed_settings={},
         without_effect=WITHOUT_EFFECT,
-        # DeiT's distillation token is a register: the blocks read it, and the features do not contain it.
+        # DeiT's distillation token becomes a register, which the blocks read and which the features do not contain.
         legacy_prefixes=(("dist_token", "reg_token"),),
     ),
 )

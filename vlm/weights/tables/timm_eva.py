@@ -4,9 +4,10 @@ The architectures are RoPE-ViT (Heo et al., 2024), DINOv3 (Simeoni et al., 2025)
 (Bolya et al., 2025). The family `timm_rope` has one bias of queries, keys and values. The family `timm_eva` has biases
 of queries and values only, so the bias of our keys is zero.
 
-timm rotates adjacent channels in architectures that count rows and columns, and the two halves of a head in DINOv3 and
-LingBot. Our attention always rotates the two halves. If an architecture rotates adjacent channels, an import therefore
-reorders the channels of queries and keys. The reordering does not change the dot products of queries and keys.
+A rotation turns pairs of channels. In architectures that count rows and columns, timm pairs adjacent channels. In
+DINOv3 and LingBot, timm pairs each channel of the first half of a head with a channel of the second half, and our
+attention always does so. If an architecture pairs adjacent channels, an import therefore reorders the channels of
+queries and keys. The reordering does not change the dot products of queries and keys.
 """
 
 from __future__ import annotations
@@ -84,12 +85,12 @@ FIELDS = (
 
 
 def _halves(rows: Tensor, attention: AttentionConfig) -> Tensor:
-    """Reorder the rows of queries or keys from adjacent pairs to the two halves of each head."""
+    """Move each pair of rows of queries or keys from adjacent places to the two halves of the head."""
     return torch.unflatten(rows, 0, (attention.num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _pairs(rows: Tensor, attention: AttentionConfig) -> Tensor:
-    """Reorder the rows of queries or keys from the two halves of each head to adjacent pairs."""
+    """Move each pair of rows of queries or keys from the two halves of the head to adjacent places."""
     return torch.unflatten(rows, 0, (attention.num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
