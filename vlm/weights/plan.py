@@ -1,5 +1,4 @@
-"""Plan of an import, which says what parameter each tensor fills and lists all mismatches, before any tensor is
-read."""
+"""Plan of an import, made before any tensor is read: which parameter each tensor fills, and all mismatches."""
 
 from __future__ import annotations
 

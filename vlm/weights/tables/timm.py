@@ -57,8 +57,7 @@ EVA = r"_rope_reg\d|dinov3|lingbot"
 
 
 def select_settings(settings: Settings) -> Settings | None:
-    """Return the architecture's name and arguments from config.json, or None if another family reads this
-    config.json."""
+    """Return the architecture's name and arguments from config.json, or None if the file belongs to another family."""
     name = str(settings.get("architecture", ""))
     rotary = re.search(f"{ROPE}|{EVA}", name)
     return architecture_settings(settings) if name.startswith(("vit_", "deit_", "deit3_")) and not rotary else None
