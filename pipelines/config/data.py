@@ -60,7 +60,11 @@ class MemberColumns(ColumnNames):
 
 
 class SourceBase(Config):
-    """Settings that all sources share. `path` is a file, a folder or a wildcard pattern."""
+    """Settings that all sources share.
+
+    Attributes:
+        path: path of a file or folder, or a wildcard pattern.
+    """
 
     path: str = ""
     columns: ColumnNames = ColumnNames()
@@ -94,12 +98,15 @@ class RowSourceBase(SourceBase):
 
 
 class CsvSourceConfig(RowSourceBase):
-    """CSV files with base64 pictures. `multiline` allows line breaks inside quoted fields.
+    """CSV files with a header and base64 pictures.
 
-    `delimiter` is the character between fields; with null, the delimiter is found in the header of each file. `escape`
-    is the character before a quote inside a quoted field, for example a backslash in files that Spark has written; null
-    means that a quote inside a quoted field is doubled. The path `scenes:COUNT` or `scenes:COUNT:SEED` stands for a
-    generated file of COUNT drawn scenes.
+    Attributes:
+        path: path of a file or folder, or a wildcard pattern. `scenes:COUNT` or `scenes:COUNT:SEED` stands for a
+            generated file of COUNT drawn scenes.
+        multiline: whether fields in quotes may contain line breaks.
+        delimiter: character between fields, or null to find the delimiter in the header of each file.
+        escape: character before a quote inside a quoted field, such as the backslash that Spark writes, or null if a
+            quote inside a quoted field is doubled.
     """
 
     kind: Literal["csv"] = "csv"
@@ -126,6 +133,8 @@ class TableSourceConfig(RowSourceBase):
     """Delta table, given by name or by path.
 
     Attributes:
+        path: path or URL of the table's folder, or empty if `table` names the table.
+        table: name of the table, or empty if `path` locates the table.
         version: table version to read, or null for the newest version at the start of the ingest.
         filter: SQL condition on the table's rows, or empty to read all rows.
     """
@@ -149,7 +158,12 @@ class TableSourceConfig(RowSourceBase):
 
 
 class FolderSourceConfig(SourceBase):
-    """Folder that holds picture files and a captions file in the format CSV, JSON lines or COCO captions."""
+    """Folder that holds picture files and a captions file in the format CSV, JSON lines or COCO captions.
+
+    Attributes:
+        path: path of the folder.
+        captions: path of the captions file, relative to the folder.
+    """
 
     kind: Literal["folder"]
     captions: str
@@ -188,7 +202,12 @@ SourceConfig = Annotated[
 
 
 class HashSplitConfig(Config):
-    """Split by the SHA-256 of the picture. A picture's split never changes, and equal pictures share a split."""
+    """Split by the SHA-256 of the picture. A picture's split never changes, and equal pictures share a split.
+
+    Attributes:
+        val: share of the pictures in the validation split.
+        test: share of the pictures in the test split.
+    """
 
     kind: Literal["hash"] = "hash"
     val: Probability = 0.05
@@ -208,7 +227,11 @@ class FileSplitConfig(Config):
 
 
 class ColumnSplitConfig(Config):
-    """Split given by a column with the values train, val (or validation, valid, dev) and test."""
+    """Split given by a column with the values train, val (or validation, valid, dev) and test.
+
+    Attributes:
+        column: name of the column.
+    """
 
     kind: Literal["column"]
     column: str = "split"

@@ -26,7 +26,7 @@ from vlm.config.yaml_file import YamlProblem, parse_yaml, read_mapping
 from vlm.errors import did_you_mean
 
 RUN_SECTIONS = ("gate", "drift")
-"""Sections of the config that are written in the YAML file of the run."""
+"""Sections of the config that are written in the YAML file of the run itself."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
@@ -103,7 +103,13 @@ CacheGib = Annotated[float, Field(ge=0)]
 
 
 class LocalPlatformConfig(Config):
-    """Settings of a laptop with embedded Spark, Delta tables under .lakesight/, MLflow on SQLite, and CPU ranks."""
+    """Settings of a laptop with embedded Spark, Delta tables under .lakesight/, MLflow on SQLite, and CPU ranks.
+
+    Attributes:
+        spark: settings of the Spark session.
+        ranks: number of training processes.
+        cache_gib: disk space for local copies of remote shards, in GiB. With 0 GiB, shards are not copied.
+    """
 
     kind: Literal["local"] = "local"
     spark: SparkConfig = SparkConfig()
@@ -112,9 +118,15 @@ class LocalPlatformConfig(Config):
 
 
 class DatabricksPlatformConfig(Config):
-    """Settings of a Databricks workspace. The jobs of databricks.yml set them with --set.
+    """Settings of a Databricks workspace. The bundle (databricks.yml) sets the required settings with --set.
 
     Attributes:
+        catalog: name of the catalog in Unity Catalog.
+        schema_: name of the schema of the tables and registered models.
+        volume: name of the Volume that holds all files.
+        ranks: number of training processes.
+        use_gpu: whether each rank gets a GPU. If false, ranks use CPUs.
+        cache_gib: disk space on each host for local copies of remote shards, in GiB. With 0 GiB, shards are not copied.
         experiment: full name of the MLflow experiment of all runs, or null for one experiment per run under
             `/Shared/lakesight/`.
     """
@@ -171,7 +183,7 @@ class RunConfig(Config):
         """Restore a config from the JSON of `to_json`.
 
         Raises:
-            ConfigError: the text is not a RunConfig.
+            ConfigError: the JSON does not describe a valid RunConfig.
         """
         try:
             return cls.model_validate_json(text)
@@ -200,8 +212,8 @@ def available(kind: str) -> list[str]:
 def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = ()) -> RunConfig:
     """Resolve a run's four names into a RunConfig and apply `a.b=c` overrides.
 
-    The YAML file of a run may contain the data section itself. The data section then has the name of the run. The file
-    may also contain the sections `gate` and `drift`.
+    The YAML file of a run may contain the data section itself, which then has the name of the run. The file may also
+    contain the sections `gate` and `drift`.
 
     Raises:
         ConfigError: a name or key is unknown, or a value is invalid. The error lists every problem.

@@ -22,10 +22,17 @@ UPRIGHT_WORDS = (
 
 
 class OptimizerConfig(Config):
-    """AdamW optimizer. The learning rate rises to `lr` in the first `warmup_steps` steps, then follows `schedule`.
+    """AdamW optimizer (Loshchilov and Hutter, 2017) with a learning rate that changes during training.
 
-    AdamW is described by Loshchilov and Hutter (2017). If `ema_decay` is set, validation and registration use an
-    exponential moving average of the weights over steps.
+    Attributes:
+        lr: peak of the learning rate.
+        betas: decay rates of AdamW's two moving averages.
+        weight_decay: weight decay of matrices. Vectors and embedding tables have no weight decay.
+        grad_clip: largest norm of the gradient. A larger gradient is scaled down to this norm.
+        warmup_steps: number of first steps in which the learning rate rises to `lr`.
+        schedule: change of the learning rate after the warm-up.
+        ema_decay: decay of an exponential moving average of the weights over steps, which validation and registration
+            use; null for no average.
     """
 
     lr: PositiveFloat = 1e-3
@@ -38,7 +45,12 @@ class OptimizerConfig(Config):
 
 
 class GroupConfig(Config):
-    """Learning rate of the parameters whose full names match `pattern`. A learning rate of 0 freezes the parameters."""
+    """Learning rate of the parameters whose full names match `pattern`. A learning rate of 0 freezes the parameters.
+
+    Attributes:
+        pattern: regular expression for the full names of the parameters.
+        lr: peak of the learning rate of these parameters.
+    """
 
     pattern: Pattern
     lr: Annotated[float, Field(ge=0)]
@@ -189,8 +201,10 @@ class TrainConfig(Config):
     """Settings of a training run.
 
     Attributes:
+        seed: seed of the random numbers of the run.
         steps: number of training steps, by default the sum of the steps of all stages if `stages` is set.
         batch_size: number of rows per step over all ranks together.
+        optimizer: settings of the optimizer.
         stages: consecutive stages with their own learning rates. Without stages, every parameter learns at
             `optimizer.lr` for the whole run.
         rows_at_once: number of rows per forward pass of a rank, or null for all rows at once. A smaller number saves
@@ -219,13 +233,19 @@ class TrainConfig(Config):
             contain this loss.
         loader_workers: number of threads that prepare batches ahead of training. With 0 threads, a batch is prepared
             only when the batch is needed.
+        log_every: number of steps after which metrics are logged.
+        validate_every: number of steps after which the validation loss is computed. The last step is validated too.
+        validate_rows: number of validation pictures.
         score_every: number of steps after which the model captions the `validate_rows` validation pictures, and the
             CIDEr of the captions is logged as `val/cider`. The last step is scored too. With null, no step is scored.
         best_by: metric by which the best checkpoint is chosen: the validation `loss`, or `cider`, which needs
             `score_every`.
         stop: patience of early stopping. Training ends after this number of consecutive values of the metric `best_by`
             without a new best value; with null, the run takes all steps.
+        checkpoint_every: number of steps after which a checkpoint is written. A checkpoint is also written after the
+            last step.
         keep_checkpoints: number of newest checkpoints to keep. The best checkpoint is kept too.
+        caption_samples: number of validation pictures that the model captions as samples at each validation.
         register_: checkpoint that is registered as a model version: the `last` checkpoint, the `best` checkpoint by the
             metric `best_by`, or the checkpoint of a given step. If this setting changes after the run has finished, the
             newly selected checkpoint is registered too.

@@ -119,7 +119,7 @@ def _open_tables(platform: Platform, request: CaptionRequest) -> tuple[DeltaTabl
 def _is_plain(source: DeltaTable, request: CaptionRequest) -> bool:
     """Return whether every Delta reader can read the table and the id and picture columns have the usual types.
 
-    A table of reader version 1 has no deletion vectors and no mapped columns.
+    A Delta table with reader version 1 has no deletion vectors and no column mapping.
     """
     types = {field.name: pa.field(field).type for field in source.schema().fields}
     image = (pa.string(),) if request.image_root is not None else IMAGE_TYPES

@@ -1,10 +1,10 @@
 """Files of captions that executors wrote and that are not yet merged into `generated_captions`.
 
-A folder belongs to one key (table, model name and number, settings), not to one job. A job that is killed leaves files,
-and the next job with the same key merges these files. If two registries have a model version of the same name and
-number, both models use the folder, and each row is merged under the digest of its own model. Two jobs with the same key
-may run at the same time and merge each other's files, because merging is idempotent and each job skips the files that
-the other job has merged.
+A folder belongs to one key (table, model name and version number, settings), not to one job. A job that is killed
+leaves files, and the next job with the same key merges these files. If two registries have a model version of the same
+name and number, both models use the folder, and each row is merged under the digest of its own model. Two jobs with the
+same key may run at the same time and merge each other's files, because merging is idempotent and each job skips the
+files that the other job has merged.
 """
 
 from __future__ import annotations

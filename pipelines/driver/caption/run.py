@@ -272,7 +272,7 @@ def caption_key(
 
 
 def pending_folder(platform: Platform, key: dict[str, str]) -> Path:
-    """Return the folder of the files of captions that belong to a key."""
+    """Return the folder of the caption files that belong to a key."""
     return (platform.folder("staged") / f"captions-{short_hash(key)}").absolute()
 
 

@@ -97,7 +97,7 @@ def _with_caption(scored: Sequence[ScoredRow], caption: str) -> list[ScoredRow]:
 
 
 def constant_word_f1(candidates: Sequence[list[str]], references: Sequence[list[list[str]]]) -> Floats:
-    """Compute the mean over rows of the word F1 of each candidate, as an array of shape (C,)."""
+    """For each candidate, compute the mean of word F1 over all rows, as an array of shape (C,)."""
     flat = [reference for group in references for reference in group]
     first_of_row = np.cumsum([0, *(len(group) for group in references)])[:-1]
     lengths_F = np.array([len(reference) for reference in flat])

@@ -75,7 +75,8 @@ class EvaluationReport(Config):
         model_digest: digest of the model's files; empty in a report that Lakesight 0.1.0 wrote.
         scores_hash: hash of the scores; equal scores have an equal hash.
         pictures: number of pictures of the split.
-        left_out: number of rows whose prompt leaves no room for a caption, which only `error_share` counts.
+        left_out: number of rows whose prompt leaves no room for a caption. Of all metrics, only `error_share` counts
+            these rows.
         tokenisation: rules that split texts into words; empty in reports of earlier versions, which are computed again
             from the stored scores.
         definitions: version of the definitions of the metrics; 1 in reports of earlier versions.
@@ -343,7 +344,7 @@ def read_thumbnails(samples: DataFrame, image_ids: Sequence[str]) -> dict[str, b
     """
     chosen = samples.where(samples.image_id.isin(list(image_ids))).select("image_id", "image")
     with bounded_batches(samples.sparkSession):
-        thumbnails = partial(with_thumbnails, column="image", max_pixels=sys.maxsize)  # ingest has checked the size
+        thumbnails = partial(with_thumbnails, column="image", max_pixels=sys.maxsize)  # ingest has checked sizes
         rows = chosen.mapInArrow(thumbnails, "image_id string, thumbnail binary").collect()
     return {row["image_id"]: row["thumbnail"] and bytes(row["thumbnail"]) for row in rows}
 

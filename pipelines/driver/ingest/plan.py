@@ -49,7 +49,7 @@ class PlanTotals:
         usable: number of rows that are neither refused nor conflicting nor overfull.
         new: number of pictures that `samples` lacks.
         updated: number of pictures in `samples` that get an additional text, or one more copy of a text.
-        contributing: number of rows that add a picture or a text which its picture does not have.
+        contributing: number of rows that add a new picture, or a text that the row's picture did not have.
     """
 
     rows_in: int = 0

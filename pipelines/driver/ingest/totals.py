@@ -15,7 +15,7 @@ from pipelines.errors import StageFailed, UserError
 from vlm.config import Config
 
 NAMED_FILES = 1_000
-"""Largest number of files that a report names. Further files are counted."""
+"""Largest number of files that a report names. All further files are only counted."""
 
 
 class IngestReport(Config):
@@ -84,7 +84,7 @@ def describe_passed_over(entries: Sequence[PassedOver]) -> dict[str, Any]:
 
 
 class TooManyRefused(StageFailed):
-    """More rows were refused than data.limits.max_bad_share allows. `samples` and `quarantine` are written."""
+    """More rows were refused than data.limits.max_bad_share allows. All rows are in `samples` and `quarantine`."""
 
     def __init__(self, report: IngestReport, where: str, max_bad_share: float) -> None:
         self.report = report

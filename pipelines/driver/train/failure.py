@@ -20,7 +20,7 @@ from pipelines.formats.run_folder import Failure, RankFile, RunFolder
 from pipelines.formats.shards import Shards
 
 HUNG, WAITED = "Hung", "Waited"
-"""Exception names in the failure records of a timeout: the rank itself hung, or the rank waited for other ranks."""
+"""Exception names in failure records of a timeout: one for a rank that hung, one for a rank that waited for others."""
 
 LAST_LOG_LINE = re.compile(r"Fatal Python error: .+|Timeout \(.+|rank {rank} ended at step .+")
 """Lines in the log of a rank or of the launcher that name the cause if the rank could not write a failure record."""

@@ -41,7 +41,7 @@ def replay_rank(run_folder: str) -> None:
 
 
 def replay_step(run: RunFolder, launch: Launch, spark: SparkSession, step: int) -> Replay:
-    """Train from the last checkpoint before a step to the step, and return the loss of each row of the step.
+    """Repeat the training from the last checkpoint before a step up to this step, and return the loss of each row.
 
     The caller must own the run. The number of ranks is that of the run, because random numbers differ between ranks.
 

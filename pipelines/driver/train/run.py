@@ -137,7 +137,8 @@ def launch(run: RunFolder, platform: Platform, spark: SparkSession, entry: RankE
     Args:
         run: run folder made by `prepare`.
         platform: number, location and device of the ranks.
-        spark: Spark session. Its executors run the ranks, except in local mode, where the driver's host runs them.
+        spark: Spark session. The executors of the session run the ranks, except in local mode, in which the driver's
+            host runs the ranks.
         entry: function that each rank runs; each rank imports the function by name.
 
     Raises:

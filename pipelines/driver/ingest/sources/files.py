@@ -91,7 +91,7 @@ def open_files(
 
 
 def _hash_files(name: str, files: Sequence[SourceFile]) -> str:
-    """Hash a data config's name and the names, sizes and modification times of its files to an ingest_id."""
+    """Return the ingest_id: a hash of a data config's name and of its files' names, sizes and modification times."""
     return short_hash(name, sorted((file.name, file.size, file.modified) for file in files))
 
 
@@ -112,8 +112,8 @@ def list_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
 def list_plain_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
     """List the files at the path of the source like `list_files`, but name a file in the ledger by its plain path.
 
-    If the path of the source is a file, the file is read whatever its suffix. With split kind `file`, only files are
-    read whose name contains a split.
+    If the path of the source is a file, the file is read whatever its suffix. With split kind `file`, only files whose
+    names contain the name of a split are read.
 
     Raises:
         UserError: no path is set, the path does not exist, or no file is selected.
