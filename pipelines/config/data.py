@@ -86,7 +86,7 @@ class RowSourceBase(SourceBase):
     Attributes:
         image_root: folder or URL that contains the pictures which the image column names, or null if the image column
             itself holds the pictures. A relative folder is relative to the folder of the row's file; if the source is a
-            table, it is relative to the working folder.
+            table, the folder is relative to the working folder.
     """
 
     image_root: Annotated[str | None, Field(min_length=1), ADDED_LATER] = None

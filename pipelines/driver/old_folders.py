@@ -39,7 +39,7 @@ LEFTOVERS: dict[Kind, str] = {
     "shards": "shards",
     "report": "reports",
 }
-"""Folders in which a killed command may leave a folder that it was removing, as patterns below the home folder."""
+"""Folders in which a killed command may leave a half-removed folder, as patterns below the home folder."""
 Needs = Callable[[RunFolder], Collection[str] | None]
 """Function that returns the names of the checkpoints of a run that were registered, or None if the names are not
 known."""
@@ -111,7 +111,7 @@ def _read_runs(folder: Path) -> dict[RunFolder, RunFile]:
 
 
 def _split_runs(runs: dict[RunFolder, RunFile], keep: int, needs: Needs) -> tuple[list[Path], dict[RunFolder, bool]]:
-    """Return the run folders to remove, and for each remaining run whether it stays with all of its checkpoints."""
+    """Return the run folders to remove, and for each remaining run whether all of the run's checkpoints stay."""
     newest = set(_newest(runs, keep, lambda run: runs[run].config.name, lambda run: run.run_file))
     whole = {run for run in runs if run in newest or _may_be_training(run) or needs(run) is None}
     while True:  # a run that starts from another run needs this run's weights

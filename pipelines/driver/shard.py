@@ -112,7 +112,7 @@ def shard(  # noqa: PLR0917 (each argument is one part of a run, and all are req
 def find_finished(
     platform: Platform, source_name: str, config: DataConfig, image: ImageConfig, split: Split
 ) -> ShardReport | None:
-    """Find the shards of one source and split without Spark, or return None if they are not written yet.
+    """Find the shards of one source and split without Spark, or return None if the shards are not written yet.
 
     The arguments are those of `shard`. Tables of a catalog are not read, so there the answer is always None.
     """

@@ -44,7 +44,7 @@ class Platform:
 
     Attributes:
         kind: value of `--platform`.
-        open_spark: function that returns the Spark session, and on a laptop starts it.
+        open_spark: function that returns the Spark session, and on a laptop first starts the session.
         namespace: prefix of table names, without the dot.
         root: folder that holds all other folders.
         remote: whether `root` is on a network. Files on a network are copied to local disk if many processes read them.

@@ -107,7 +107,7 @@ def cancel_if_slots_are_lost(spark: SparkSession, tasks: int) -> Iterator[None]:
 
     Spark counts slots only when a barrier stage starts, so Spark would wait forever for a lost host. The thread that
     waits for the stage receives a Spark error with the number of remaining slots. A Connect session cannot count slots
-    while a barrier stage occupies them, so there only a timeout of the job ends the wait.
+    while a barrier stage occupies them, so only a timeout of the job ends the wait in a Connect session.
     """
     if is_connect(spark):
         yield

@@ -30,7 +30,7 @@ IMAGE_TYPES = (pa.string(), pa.binary())
 
 
 def find_finished(platform: Platform, model: ModelFiles, request: CaptionRequest) -> CaptionReport | None:
-    """Return the report of a job in which every row already has its caption, or None if only Spark can tell.
+    """Return the report of a job in which every row already has a caption. Return None if only Spark can tell.
 
     Raises:
         UserError: the request is invalid, as in `check_request`.
@@ -101,7 +101,7 @@ def check_source(platform: Platform, request: CaptionRequest) -> None:
 
 
 def _open_tables(platform: Platform, request: CaptionRequest) -> tuple[DeltaTable, DeltaTable] | None:
-    """Open the source table and the table of captions, or return None if one of them is not on a local disk."""
+    """Open the source table and the table of captions, or return None if a table is not on a local disk."""
     location = platform.table_location(request.source_table)
     if platform.tables is None or location is None or not Path(location, "_delta_log").is_dir():
         return None

@@ -226,8 +226,8 @@ def _create_job(
 ) -> tuple[CaptionJob, dict[str, str]]:
     """Return the job for the executors, and the key that identifies the model by name and version number.
 
-    The model's digest is not in the returned key, because the folder of the files must keep the name it had in
-    Lakesight 0.1.0. Each row in a file has the digest of its own model.
+    The model's digest is not in the returned key, because the folder of the files must keep the name that the folder
+    had in Lakesight 0.1.0. Each row in a file has the digest of its own model.
     """
     settings, decoding, key = caption_key(model, request, source.name)
     constants = {

@@ -1,4 +1,4 @@
-"""Migration of the tables and the home folder to the format of this release, and its undo.
+"""Migration of the tables and the home folder to the format of this release, and undo of a migration.
 
 A step of a migration is a function that returns the SQL statements that bring one table to the next format. So a dry
 run prints exactly what a migration executes. Before the first change, the version of each table is written to the file
@@ -160,7 +160,7 @@ def _require_no_writes(spark: SparkSession, name: str, version: int) -> None:
 
 
 def _existing(spark: SparkSession, platform: Platform) -> list[tuple[Table, str]]:
-    """Return the tables that exist, each with its name in SQL.
+    """Return the tables that exist, each with the name of the table in SQL.
 
     On a laptop, a name is a path, because the catalog in memory has no tables before a command registers them.
     """

@@ -126,7 +126,7 @@ def add_columns(spark: SparkSession, platform: Platform, table: Table) -> None:
 
 
 def missing_columns(spark: SparkSession, name: str, table: Table) -> list[str]:
-    """Return the SQL statement that adds the columns that a table lacks, or nothing if it has all columns."""
+    """Return the SQL statement that adds the columns that a table lacks, or nothing if the table has all columns."""
     existing = set(spark.table(name).columns)
     missing = [column.ddl() for column in table.columns if column.name not in existing]
     return [f"ALTER TABLE {name} ADD COLUMNS ({', '.join(missing)})"] if missing else []

@@ -32,8 +32,8 @@ def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     """Return the caption metrics of the baselines.
 
     The metric `constant_cider` is the CIDEr of the single caption that has the highest CIDEr if all pictures get this
-    caption; the same holds for the other metrics `constant_*`. The metrics `neighbour_*` belong to the human caption of
-    the most similar training picture.
+    caption, and so on for each metric `constant_*`. The metrics `neighbour_*` belong to the human caption of the most
+    similar training picture.
     """
     constants = best_constants(scored)
     metrics_of = {text: caption_metrics(_with_caption(scored, text)) for text in set(constants.values())}

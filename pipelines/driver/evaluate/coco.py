@@ -93,7 +93,8 @@ def meteor(*corpora: Corpus) -> list[Metric]:
     program = ["-Xmx2G", "-jar", meteor_program.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"]
     lines = _run_java(meteor_program.__file__, program, requests)
     statistics_RK = np.array([line.split() for line in lines], float).reshape(len(requests), STATISTICS)
-    # A caption that equals its reference is not fragmented, so METEOR does not count its single chunk.
+    # A caption that equals its reference is not fragmented, so METEOR does not count the single chunk of such a
+    # caption.
     same_R = (statistics_RK[:, [0, 1]] == statistics_RK[:, [21, 22]]).all(axis=1) & (statistics_RK[:, 20] == 1)
     statistics_RK[same_R, 20] = 0
     ends = np.cumsum([len(captions) for captions, _ in corpora])
@@ -130,7 +131,7 @@ def _spaced(text_words: Sequence[str]) -> str:
 
 
 def _run_java(module: str, arguments: Sequence[str], lines: Sequence[str]) -> list[str]:
-    """Run a Java program of pycocoevalcap on lines of text, and return its answers, one line for each line.
+    """Run a Java program of pycocoevalcap on lines of text, and return the program's answers, one answer for each line.
 
     Args:
         module: path of the Python module that lies beside the program.

@@ -4,9 +4,9 @@ A metric takes weights (S resamples, R rows) and returns S values. Intervals, sl
 models are computed by calling the same metric with different weights (`bootstrap.py`). To add a metric that needs only
 captions and references, extend `caption_metrics`. To add any other metric, extend `model_metrics`.
 
-pycocoevalcap computes BLEU, ROUGE-L and CIDEr-D. `vlm.text.words` splits the texts into words. It handles all scripts
-and needs no Java, so the gate gives the same verdict on every host. Figures in papers are computed from the words of
-COCO's tokenizer. Lakesight reports such figures under separate names (`coco_cider`, see `coco.py`).
+pycocoevalcap computes BLEU, ROUGE-L and CIDEr-D. `vlm.text.words` splits the texts into words. This module handles all
+scripts and needs no Java, so the gate gives the same verdict on every host. Figures in papers are computed from the
+words of COCO's tokenizer. Lakesight reports such figures under separate names (`coco_cider`, see `coco.py`).
 
 In the names of arrays, R stands for rows (a picture and a prompt) and S stands for resamples.
 """
@@ -103,8 +103,9 @@ def captioned(scored: Sequence[ScoredRow]) -> list[ScoredRow]:
 def model_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     """Return the metrics of rows that all have a caption. The weights that a metric takes are in the order of the rows.
 
-    - loss is in nats per target token. The texts of a picture share a weight of 1, as training draws one of them. The
-      same weights apply to the gaps and to token_accuracy, the share of target tokens that the model ranks first.
+    - loss is in nats per target token. The texts of a picture share a weight of 1, as training draws one text of a
+      picture in each epoch. The same weights apply to the gaps and to token_accuracy, the share of target tokens that
+      the model ranks first.
     - blind_gap, blank_gap and noise_gap are the loss with the picture of another row, a grey picture or noise, minus
       the loss with the right picture, in nats per token. If the split has only one picture, blind_gap is missing.
     - exact_match, word_f1, bleu_1..4, rouge_l and cider compare captions with references. For a single row, cider is

@@ -50,7 +50,7 @@ GridAndText = tuple[str, bytes, str]
 def scores_hash(model: ModelFiles, shards: Shards, train: Shards) -> str:
     """Return a hash of everything that determines the scores of a model version on a split.
 
-    A model without a digest has the hash of Lakesight 0.1.0, which identified a model by its run.
+    A model without a digest has the hash of Lakesight 0.1.0, which identified a model by its MLflow run.
     """
     pictures = [each.manifest.content_hash for each in (shards, train)]
     settings = model.settings and model.settings.hashed_settings()

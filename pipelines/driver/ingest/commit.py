@@ -94,7 +94,7 @@ def _sample_rows(plan: IngestPlan, pictures: DataFrame) -> DataFrame:
 def remove_gone(platform: Platform, decoded: DecodedRows, covered: Covered) -> int:
     """Delete the covered pictures that the decoded rows no longer contain. Return the number of deleted pictures.
 
-    A picture with a changed text is deleted too. The plan then adds the picture again with its current texts.
+    A picture with a changed text is deleted too. The plan then adds the picture again, with the current texts.
     """
     source, table = decoded.request.source, platform.table(SAMPLES.name)
     spark = decoded.outcomes.sparkSession

@@ -111,7 +111,8 @@ def _shared_keys(pictures: DataFrame, num_new: int) -> DataFrame:
     """Return one row per picture and key, for keys that a new picture shares with another picture.
 
     The columns are image_id, existing, bits (the difference hash), mask (index into KEY_MASKS), key and pictures
-    (number of pictures with the key). The fingerprint is long, so a row contains only its difference hash.
+    (number of pictures with the key). A fingerprint is long, so a row contains only the difference hash, which is a
+    part of the fingerprint.
     """
     same_key = Window.partitionBy("mask", "key")
     return (
@@ -129,7 +130,7 @@ def keys_of_new_pictures(pictures: DataFrame, num_new: int) -> DataFrame:
 
     Args:
         pictures: pictures with the columns in COMPARED.
-        num_new: number of new pictures among them.
+        num_new: number of new pictures among `pictures`.
     """
     bits = F.conv(F.hex(F.substring("fingerprint", 1, HASH_BYTES)), 16, -10).cast("bigint")
     keys = F.array(*(F.col("bits").bitwiseAND(F.lit(mask)) for mask in KEY_MASKS))

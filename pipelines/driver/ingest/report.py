@@ -78,8 +78,7 @@ def write_report(spark: SparkSession, platform: Platform, report: IngestReport) 
 def find_report(platform: Platform, report: IngestReport) -> FullReport | None:
     """Return the full report of an ingest that added nothing.
 
-    The distributions and the page are those that an earlier ingest has written. If there are no such files, return
-    None.
+    An earlier ingest has written the distributions and the page. If there are no such files, return None.
     """
     path = _page_path(platform, report)
     if not (path.exists() and path.with_suffix(".json").exists()):

@@ -146,7 +146,7 @@ def _disconnected(run: RunFolder, failures: list[Failure], waited: Failure) -> T
 def _executor_lost(run: RunFolder, silent: list[RankFile], failures: list[Failure], message: str) -> TrainingFailed:
     """Describe a lost executor.
 
-    The rank of the executor has recorded that its launcher died, or has no failure record.
+    The rank on the executor has recorded that the rank's launcher died, or has no failure record.
     """
     orphaned = [failure for failure in failures if failure.exception == "LauncherGone"]
     rank = (orphaned or silent or failures)[0]

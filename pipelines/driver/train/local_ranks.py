@@ -22,7 +22,7 @@ RankEntry = Callable[[str], None]
 
 POLL_SECONDS = 0.1
 TERM_SECONDS = 15.0
-"""Time that a rank may take to record how it ended after SIGTERM, before it is killed, in seconds."""
+"""Time that a rank may take to record how it ended after SIGTERM, before the rank is killed, in seconds."""
 
 
 def run_local_ranks(run: RunFolder, ranks: int, entry: RankEntry) -> Exception | None:

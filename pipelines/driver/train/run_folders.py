@@ -27,7 +27,7 @@ SHOWN_FILES = 5
 
 
 def hash_run(model: ModelConfig, settings: Mapping[str, Any], train: str, validate: str) -> str:
-    """Return the hash of a run's model, its settings, and the content hashes of its shards."""
+    """Return the hash of a run's model, the run's settings, and the content hashes of the run's shards."""
     return short_hash(model.hashed_settings(), settings, train, validate, NAMING)
 
 

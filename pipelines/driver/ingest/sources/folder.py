@@ -137,7 +137,7 @@ def _open_listed(name: str, folder: Path, file: SourceFile, listed: pa.Table, in
 
 
 def passed_over(folder: str, used: Collection[str | None]) -> tuple[PassedOver, ...]:
-    """Return the entries below the folder that are not read, among them the pictures that no row names.
+    """Return the entries below the folder that are not read, including the pictures that no row names.
 
     Links to folders are not followed, because a link may lead to all files of the machine.
 

@@ -19,7 +19,7 @@ from pipelines.executor.ingest.text_stream import HEAD_BYTES, is_plain, open_tex
 
 COMPRESSION_SUFFIXES = ("", ".gz", ".bz2", ".zst", ".xz")
 """Suffixes of compressed files of lines. The empty suffix stands for no compression. The suffix only selects files: the
-content of a file tells how it is compressed."""
+content of a file tells how the file is compressed."""
 UNPACKED_SHARE = 4
 """Number of uncompressed bytes that are assumed per byte of a compressed file, to choose the number of tasks."""
 THREADS = 16

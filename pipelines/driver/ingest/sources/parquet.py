@@ -47,7 +47,7 @@ def load_rows(spark: SparkSession, config: DataConfig, files: Sequence[SourceFil
 
 
 def _require_columns(config: DataConfig, files: Sequence[SourceFile]) -> None:
-    """Look for a file that has all used columns. A damaged file is left to the executors, which refuse it."""
+    """Look for a file that has all used columns. A damaged file is left to the executors, which refuse the file."""
     used = used_columns(config).values()
     found: list[str] | None = None
     for file in files:

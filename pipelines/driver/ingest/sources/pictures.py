@@ -1,4 +1,4 @@
-"""Pictures that the rows of a source name by paths or URIs: where they are, and the parser that reads them."""
+"""Pictures that the rows of a source name by paths or URIs: the location and the parser of these pictures."""
 
 from __future__ import annotations
 

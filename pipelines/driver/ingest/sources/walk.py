@@ -68,12 +68,12 @@ class Found(NamedTuple):
 
 
 def list_entries(path: str) -> list[Found | PassedOver]:
-    """List the file at an absolute path or URL, or all entries below it, in the order of their names.
+    """List the file at an absolute path or URL, or all entries below the folder at this path, sorted by name.
 
     A path that does not exist is a pattern if it has wildcards.
 
     Raises:
-        OSError: nothing is at the path, or it cannot be listed.
+        OSError: nothing is at the path, or the path cannot be listed.
         UserError: the package for this kind of URL is missing.
     """
     if is_url(path):
