@@ -1,9 +1,8 @@
 """Evaluation of a model version: executors caption and score a split, and the driver computes metrics from the scores.
 
 The driver receives a few hundred bytes of text and numbers per picture, and thumbnails of the pictures in the gallery.
-Each model version and split has one folder, and `report.json` is written last. A second evaluation of the same version
-and split only reads `report.json`. An evaluation that asks for more metrics starts from the stored scores, so no model
-runs twice.
+Each model version and split has one folder, and `report.json` is written last. A repeated evaluation only reads
+`report.json`. An evaluation with more metrics starts from the stored scores, so no model runs twice.
 """
 
 from __future__ import annotations
@@ -75,8 +74,7 @@ class EvaluationReport(Config):
         model_digest: digest of the model's files; empty in a report that Lakesight 0.1.0 wrote.
         scores_hash: hash of the scores; equal scores have an equal hash.
         pictures: number of pictures of the split.
-        left_out: number of rows whose prompt leaves no room for a caption. Of all metrics, only `error_share` counts
-            these rows.
+        left_out: number of rows whose prompt leaves no room for a caption; only `error_share` counts these rows.
         tokenisation: rules that split texts into words; empty in reports of earlier versions, which are computed again
             from the stored scores.
         definitions: version of the definitions of the metrics; 1 in reports of earlier versions.
