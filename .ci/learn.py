@@ -111,7 +111,7 @@ def _text_output(text: str) -> dict[str, Any]:
 
 
 def _image_output(figure: Figure) -> dict[str, Any]:
-    """Draw a figure as a PNG with a palette of 256 colours, which is a third of the size of a PNG with RGB colours."""
+    """Draw a figure as a PNG with a palette of 256 colours, which has about a third of the size of an RGB picture."""
     drawn, packed = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=110, facecolor="white")
     Image.open(drawn).convert("RGB").quantize(256).save(packed, "PNG", optimize=True)
