@@ -156,7 +156,7 @@ def _old_shards(folder: Path, keep: int, used: Collection[str]) -> list[Path]:
         try:
             manifests[path.parent] = read_manifest(path.parent)
         except LakesightError:
-            continue  # shards of another release
+            continue  # shards that another release wrote
 
     def subject(path: Path) -> str:
         request = manifests[path].request.model_copy(update={"table_version": 0})

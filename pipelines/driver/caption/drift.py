@@ -85,7 +85,7 @@ def read_evaluation_figures(
 def compare_figures(
     figures: Mapping[str, float], rows: int, evaluation: EvaluationFigures, limits: DriftConfig, *, prompt: str
 ) -> dict[str, Drift]:
-    """Compare each figure of a caption job with the evaluation.
+    """Compare each figure of a caption job with the same figure of the evaluation.
 
     Return an empty dict if the job or the evaluation has too few rows.
 

@@ -57,7 +57,7 @@ def newest_version(spark: SparkSession, name: str) -> int:
 
 
 def read_versions(spark: SparkSession, platform: Platform, source: str, table: Table = SAMPLES) -> TableVersions:
-    """Read the newest version of a table, and the version to pin a source to.
+    """Read the newest version of a table, and the version to which a source is to be pinned.
 
     All sources share one table. The newest version of the table grows when any source is ingested, so a pin to the
     newest version would make the shards of every source stale. Each ingest writes the name of its source into its
@@ -75,7 +75,7 @@ def read_versions(spark: SparkSession, platform: Platform, source: str, table: T
 
 
 def read_versions_of_files(table: DeltaTable, source: str) -> TableVersions:
-    """Read the same versions as `read_versions` from a table in files, without Spark."""
+    """Read the same versions as `read_versions`, but without Spark, from a table in a local folder."""
     return _select_versions([{name: commit.get(name) for name in COMMIT} for commit in table.history()], source)
 
 

@@ -91,8 +91,8 @@ def paired_metrics(
     """Compute the metrics of two models, and their differences, on the rows that both models captioned.
 
     Args:
-        one: scored rows of a model.
-        other: scored rows of another model.
+        one: scored rows of the first model.
+        other: scored rows of the second model.
         names: names of the metrics to compare; by default all metrics that both models have.
         seed: seed of the resampling in the paired bootstrap.
     """

@@ -80,7 +80,7 @@ def ptb_words(texts: Iterable[str]) -> list[list[str]]:
 
 
 def meteor(*corpora: Corpus) -> list[Metric]:
-    """Return METEOR of each corpus: the statistics of all rows are added, then the score is computed once.
+    """For each corpus, return METEOR, which is computed once from the summed statistics of all rows.
 
     The Java program aligns each caption with its best reference. The program takes seconds to start, so it runs only
     once for all corpora.

@@ -103,7 +103,7 @@ def captioned(scored: Sequence[ScoredRow]) -> list[ScoredRow]:
 def model_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     """Return the metrics of rows that all have a caption. The weights that a metric takes are in the order of the rows.
 
-    - loss is in nats per target token. The texts of a picture share a weight of 1, as training draws one text of a
+    - loss is in nats per target token. The texts of a picture share a weight of 1, because training draws one text of a
       picture in each epoch. The same weights apply to the gaps and to token_accuracy, the share of target tokens that
       the model ranks first.
     - blind_gap, blank_gap and noise_gap are the loss with the picture of another row, a grey picture or noise, minus

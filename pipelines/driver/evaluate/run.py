@@ -299,7 +299,7 @@ def _merge(spark: SparkSession, platform: Platform, report: EvaluationReport) ->
 
 
 def _check_columns(samples: DataFrame, request: ShardRequest, columns: Sequence[str]) -> list[str]:
-    """Check the names of the columns by which slices are made. Return the names that are columns of the table.
+    """Check the names of the columns by which slices are made. Return only the names that are columns of the table.
 
     Raises:
         UserError: a name is neither a column of table `samples` nor a computed column.

@@ -26,7 +26,7 @@ def find_finished(platform: Platform, source_name: str, config: DataConfig) -> F
     """Return the report of an ingest that has nothing to read, or None if only Spark can tell.
 
     Raises:
-        UserError: the input does not exist, has no file of this kind, or lacks a column.
+        UserError: the input does not exist, has no file of the source's kind, or lacks a column.
     """
     started = time.monotonic()
     tables = open_tables(platform, SAMPLES, QUARANTINE, INGESTED)

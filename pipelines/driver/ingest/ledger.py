@@ -74,7 +74,7 @@ def read_ledger(spark: SparkSession, platform: Platform, source: str, rules: str
 
 
 def read_ledger_of_files(table: DeltaTable, source: str, rules: str) -> pa.Table:
-    """Read the same ITEMS as `read_ledger` from a table in files, without Spark."""
+    """Read the same ITEMS as `read_ledger`, but without Spark, from a table in a local folder."""
     used = (pc.field("rules") == rules) | pc.starts_with(pc.field("state"), VERSION)
     rows = arrow_dataset(table).to_table([*COLUMNS], (pc.field("source") == source) & used)
     return select_last_versions(rows, rules)

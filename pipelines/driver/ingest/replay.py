@@ -68,7 +68,7 @@ def replay(
     If a row names its picture by a path or URI and the picture could not be read before, the picture is read again.
 
     Raises:
-        UserError: the place of the pictures that rows name cannot be read.
+        UserError: the location of the pictures that rows name cannot be read.
         StageFailed: Spark failed.
     """
     started = time.monotonic()

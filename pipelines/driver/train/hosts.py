@@ -134,7 +134,7 @@ def check_code(hosts: Sequence[Host], code: TrainingCode | None) -> None:
     """Check that ranks import the code that run.json names.
 
     Raises:
-        UserError: a host has other source files of the same Lakesight version.
+        UserError: a host has the same Lakesight version with different source files.
     """
     others = [host for host in hosts if code and host.code not in {"", code.digest}]
     if code and others:

@@ -47,7 +47,7 @@ def replay_step(run: RunFolder, launch: Launch, spark: SparkSession, step: int) 
 
     Raises:
         UserError: the run has no such step, or the cluster has too few slots.
-        TrainingFailed: the replay failed for another reason than a loss that is not finite.
+        TrainingFailed: the replay failed for a reason other than a loss that is not finite.
     """
     file = run.read_run()
     if not 0 <= step < file.config.train.steps:

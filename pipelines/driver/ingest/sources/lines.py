@@ -32,7 +32,7 @@ ReadHead = Callable[[SourceFile, Layout], Layout]
 
 
 def read_layouts(files: Sequence[SourceFile], read: ReadHead, *, whole: bool = False) -> list[Layout]:
-    """Return the layout of each file. A file whose beginning is damaged has a layout with a problem.
+    """Return the layout of each file. The layout of a file with a damaged beginning contains a problem.
 
     Args:
         files: files of lines.

@@ -43,8 +43,8 @@ def open_source(spark: SparkSession, platform: Platform, name: str, config: Data
         ingested: items that need not be read again, from `ledger.read_ledger`.
 
     Raises:
-        UserError: the input does not exist, has no file of this kind, or lacks a column, or the place of the pictures
-            that rows name cannot be read.
+        UserError: the input does not exist, has no file of the source's kind, or lacks a column, or the location of the
+            pictures that rows name cannot be read.
     """
     given, config = config, generate_scenes(config, platform)
     if config is not given:
@@ -64,8 +64,8 @@ def check_input(platform: Platform, config: DataConfig) -> None:
     of a catalog are not checked either, because they would be looked up twice.
 
     Raises:
-        UserError: the input does not exist, has no file of this kind, or no CSV file has a column that the config
-            names.
+        UserError: the input does not exist or has no file of the source's kind, or no CSV file has a column that the
+            config names.
     """
     path = config.source.path
     if platform.kind == "databricks" or is_url(path) or path.startswith(SCHEME):
@@ -93,7 +93,7 @@ def open_unchanged(platform: Platform, name: str, config: DataConfig, ingested: 
         ingested: items that need not be read again, from `ledger.select_last_versions`.
 
     Raises:
-        UserError: the input does not exist, has no file of this kind, or lacks a column.
+        UserError: the input does not exist, has no file of the source's kind, or lacks a column.
     """
     if is_url(config.source.path):
         return None  # an object store with many files would be listed twice

@@ -73,7 +73,7 @@ class Source:
 
 
 def used_columns(config: DataConfig) -> dict[str, str]:
-    """Return the names of the columns that an ingest uses, by the setting that names the column."""
+    """For each column that an ingest uses, map the setting that names the column to the name of the column."""
     used = {f"data.source.columns.{purpose}": name for purpose, name in config.source.columns.named.items()}
     if isinstance(config.split, ColumnSplitConfig):
         used["data.split.column"] = config.split.column
