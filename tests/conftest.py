@@ -11,7 +11,9 @@ from pipelines.config import LocalPlatformConfig, SparkConfig, short_hash
 from pipelines.platform import Platform
 
 LONGEST_FIRST = ("spark in spark", "spark in e2e", "pipelines", "parallel")
-"""Groups of pytest-xdist, longest first. Tests without a group run last, in the process that becomes free first."""
+"""Test groups for pytest-xdist; the group that takes longest is first. Tests without a group run
+last, in the process that becomes free first.
+"""
 
 
 @pytest.hookimpl(tryfirst=True)  # this hook must run before pytest-xdist reads the groups

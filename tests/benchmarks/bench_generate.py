@@ -5,10 +5,10 @@
     git clone https://github.com/AviSoori1x/seemore && python tests/benchmarks/bench_generate.py FOLDER_OF_SEEMORE
 
 Both libraries start from uint8 pictures and generate 24 tokens greedily with random weights. The tokenizer has no end
-token, so that both libraries generate the same number of tokens. The first measurement is in fp32, and also checks
-that the tokens are equal. The second measurement is in bf16. The benchmark uses one thread and measures CPU time, so
-that other work on the machine does not change the ratio. In case `vit_gpt2`, the other library is timm's ViT, the
-projector, and GPT2LMHeadModel.generate(inputs_embeds=...). In case `paligemma`, the other library is
+token, so that both libraries generate the same number of tokens. The first measurement is in fp32, and also checks that
+the tokens are equal. The second measurement is in bf16. The benchmark uses one thread and measures CPU time, so that
+other work on the machine does not change the ratio. In case `vit_gpt2`, the other model consists of timm's ViT, our
+projector, and GPT2LMHeadModel.generate(inputs_embeds=...). In case `paligemma`, the other model is
 PaliGemmaForConditionalGeneration with 4 layers in each tower and a vocabulary of 32,000, because the full model does
 not fit into memory. In both libraries, the vision tower encodes each picture only once.
 """
@@ -43,7 +43,7 @@ import reference_conversion
 
 NEW, LAYERS, VOCAB = 24, 4, 32_000
 ROUNDS = {1: 3, 16: 1}
-"""Number of rounds of measurement by batch size. A round at batch size 16 takes minutes."""
+"""Number of measurement rounds for each batch size. A round at batch size 16 takes minutes."""
 PROMPT = [100, 200, 300, 400, 500]
 Caption = Callable[[Tensor], list[list[int]]]
 Originals = tuple[Caption, list[torch.nn.Module]]

@@ -82,7 +82,7 @@ def measured(config: ModelConfig, batch: Batch, device: torch.device, *, compile
 
 
 def main() -> None:
-    """Measure the eager and the compiled training step, and print a line for each of the two steps."""
+    """Measure the eager training step and the compiled training step, and print one line for each step."""
     given = sys.argv[1:]
     name, rows, *overrides = (*given, *("base", "64")[len(given) :])
     config, count = load_model(name, overrides), int(rows)

@@ -5,10 +5,10 @@
 
 FILE.csv has the columns of the original's input file (b64string_images, caption). Each step has a batch of 16 pictures
 that were decoded beforehand. The benchmark uses one thread and measures CPU seconds, so that other work on the machine
-does not count. The encoder of the original passes one class token to the decoder, and our encoder passes 36 patches.
-Our model is therefore measured twice: with the shipped config, and with a single image slot, so that both models do
-the same work. The matmul limit in the output is the speed of a step whose FLOPs (as counted by torch) all run as fast
-as a large matrix product.
+does not change the result. The encoder of the original passes one class token to the decoder, and our encoder passes 36
+patches. Our model is therefore measured twice: with the shipped config, and with a single image slot, so that both
+models do the same work. The matmul limit in the output is the speed of a step whose FLOPs (as counted by torch) all run
+as fast as a large matrix product.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def ours(model: VisionLanguageModel, batch: Batch, *, bf16: bool) -> Callable[[]
 
 
 def one_mixture(layer: MoeMlp, theirs: nn.Module, tokens: int) -> dict[str, Callable[[], int]]:
-    """Return functions that run a mixture of experts forward and backward: three of ours, and the original."""
+    """Return functions that run a mixture of experts forward and backward: three of Lakesight, and seemore's."""
     x_NW = torch.randn(tokens, WIDTH, requires_grad=True)
 
     def both_ways(forward: Callable[[], Tensor]) -> Callable[[], int]:

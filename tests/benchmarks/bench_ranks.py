@@ -5,7 +5,7 @@ metrics.
 
 The model is `seemore` in full size, and the pictures are generated. torchrun starts the ranks, and each rank has one
 core and one thread. In the run with two ranks, each rank processes half of the batch that a single rank would process.
-Two runs of one rank each, at the same time, show the speed of two cores without communication. An all-reduce of the
+Two simultaneous runs, each with one rank, show the speed of two cores without communication. An all-reduce of the
 gradients, without any other work, shows the cost of communication. The cost of a checkpoint is the difference between
 a run that writes a checkpoint after every step and a run that writes a single checkpoint at the end. The cost of
 following metrics is measured by logging finished runs; this is a cost of the driver, not of the ranks.
@@ -83,7 +83,7 @@ def start(ranks: int, core: int, *work: str) -> subprocess.Popen[bytes]:
 
 
 def trained(*runs: RunFolder, ranks: int = 1) -> float:
-    """Train all runs at the same time; return the samples per second of all runs together, without first steps."""
+    """Train all runs at the same time; return the samples per second of all runs together after the first steps."""
     worker = ("-m", "pipelines.worker.main", "--run-dir")
     processes = [start(ranks, core, *worker, str(run.path)) for core, run in enumerate(runs)]
     assert not any(process.wait() for process in processes), "a run has failed"

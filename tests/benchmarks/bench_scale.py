@@ -34,7 +34,7 @@ NEW = 200
 
 
 def fill(spark: SparkSession, platform: Platform, rows: int) -> int:
-    """Copy the rows of a table under new ids until it has `rows` rows, in one commit."""
+    """In one commit, copy the rows of a table under new ids until the table has `rows` rows."""
     table = platform.table("samples")
     there = spark.table(table)
     count = there.count()

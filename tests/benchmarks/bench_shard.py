@@ -2,12 +2,12 @@
 
     python tests/benchmarks/bench_shard.py
 
-Pictures of 640 x 480 (JPEG) and of 1024 x 1024 (PNG) are resized to 224 x 224 pixels. The loop has the encoded
-pictures in memory and discards the decoded pixels. Sharding reads the pictures from Delta, sorts them and writes
-files. The loop and sharding are measured first with some of the pictures, then with all pictures. The difference
-between the two measurements is the cost of the additional pictures, without the fixed cost of a command. Times are CPU
-seconds of all processes together, so that other work on the machine does not count. Memory is the resident memory of
-all processes together, sampled five times a second from /proc (Linux).
+Pictures of 640 x 480 (JPEG) and of 1024 x 1024 (PNG) are resized to 224 x 224 pixels. The loop has the encoded pictures
+in memory and discards the decoded pixels. Sharding reads the pictures from Delta, sorts them and writes files. The loop
+and sharding are measured first with some of the pictures, then with all pictures. The difference between the two
+measurements is the cost of the additional pictures, without the fixed cost of a command. Times are CPU seconds of all
+processes together, so that other work on the machine does not change the result. Memory is the resident memory of all
+processes together, sampled five times a second from /proc (Linux).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_startup.py
 
 Each measurement starts a new process with one thread, as Spark does. In this benchmark, the files are in the page
-cache. If files are on network storage, each machine also needs time to read the files once.
+cache. If the files are on network storage, each machine needs additional time to read the files once.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class Rates(NamedTuple):
 
 
 def timed(work: Callable[[], int]) -> Rates:
-    """Measure the speed of a function that returns how many captions the function has generated."""
+    """Measure the captions per second of a function that generates captions and returns their number."""
     clock, processor = time.monotonic(), processor_seconds()
     count = work()
     return Rates(count / (time.monotonic() - clock), count / (processor_seconds() - processor))

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 LEARN = runpy.run_path(str(ROOT / ".ci" / "learn.py"), run_name="learn")
 SOURCES = sorted((ROOT / "notebooks" / "learn").glob("*.py"))
 SHORT = ("01_patches", "02_attention")
-"""Notebooks that run in a few seconds. The others train for up to a minute."""
+"""Notebooks that run in a few seconds. All other notebooks train a model for up to a minute."""
 MAX_PAGE_BYTES = 400_000
 MAX_PRINTED = 60
 """Longest printed line, in characters. A longer line is hard to read on a phone."""

@@ -303,14 +303,14 @@ def test_short_hashes_are_equal_exactly_if_their_parts_are_equal(parts: list[int
 
 
 class Part(Config):
-    """Part of a config, with a field that a later version added."""
+    """A part of a config, with a field that was added in a later version."""
 
     old: int = 1
     new: Annotated[tuple[int, ...], ADDED_LATER] = ()
 
 
 class Whole(Config):
-    """Config with parts at every place at which a config may have parts."""
+    """A config that has parts at every place at which parts are possible: in a field, a list and a mapping."""
 
     part: Part = Part()
     parts: tuple[Part, ...] = (Part(), Part(old=2))

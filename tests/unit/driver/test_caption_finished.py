@@ -1,4 +1,4 @@
-"""Tests of the search for caption jobs that have nothing to do: it says so only if it is certain, without Spark."""
+"""Tests of the check, without Spark, whether a caption job has nothing to do; unclear cases are left to Spark."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gallery page refers to no other file, escapes texts, and marks right and wrong captions."""
+"""Tests that the gallery page refers to no other file, escapes texts, and marks right and wrong captions."""
 
 from __future__ import annotations
 

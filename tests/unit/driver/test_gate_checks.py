@@ -1,4 +1,4 @@
-"""The promotion gate compares metrics on the same rows, and reports every reason for a refusal."""
+"""Tests that the promotion gate compares metrics on the same rows, and reports every reason for a refusal."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_a_model_version_that_is_no_better_than_a_baseline_is_refused_if_the_gat
 
 
 def test_the_constant_caption_is_chosen_by_the_metric_of_the_gate(tmp_path: Path) -> None:
-    """By CIDEr, rare words count more. The model is the best constant by word F1, which is not the best by CIDEr."""
+    """The model always gives the constant caption with the best word F1. CIDEr prefers another constant caption."""
     truth = ["a cat", "a cat", "a dog on a mat", "a big red dog on a mat", "a dog"] * 8
     rows = [replace(row, references=(truth[row.row],)) for row in scored(["a dog"] * 40)]
     by_f1, by_cider = (best_constants(rows)[name] for name in ("word_f1", "cider"))

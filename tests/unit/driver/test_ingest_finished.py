@@ -1,6 +1,6 @@
-"""Tests of ingests that have nothing to read, which are recognised without Spark.
+"""Tests of the check, without Spark, whether an ingest has nothing to read.
 
-`tests/spark/test_sources.py` compares the answers for each kind of source with those of Spark.
+`tests/spark/test_sources.py` compares the results of the check with Spark's results for each kind of source.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def config(tmp_path: Path) -> DataConfig:
 
 
 def write_tables(platform: Platform, config: DataConfig) -> None:
-    """Write the tables, the page and the figures that an ingest of a source leaves."""
+    """Write the tables, the report page and the figures that an ingest of a source writes."""
     assert platform.tables
     for table in (SAMPLES, QUARANTINE, INGESTED):
         open_or_create(platform.tables / table.name, table)

@@ -178,9 +178,9 @@ def test_the_neighbour_baseline_is_scored_like_a_model_and_left_out_if_a_row_has
 def test_coco_metrics_equal_the_metrics_of_pycocoevalcap_if_references_are_repeated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Tokenize and score with pycocoevalcap's own classes. The texts have punctuation that only its tokenizer splits.
+    """Compare with pycocoevalcap. Some texts have punctuation that only the tokenizer of pycocoevalcap splits.
 
-    The last two rows are Hindi: the wrong caption shares vowel signs with the right one, but no word.
+    The last two rows are Hindi: the wrong caption shares vowel signs with the right caption, but no word.
     """
     texts = ["A man isn't on (the) horse.", "two dogs' toys, 3.14 m", "a t-shirt; a cap", "a red square", "dogs run"]
     cat, cow = "\u092c\u093f\u0932\u094d\u0932\u0940 \u091a\u091f\u093e\u0908", "\u0917\u093e\u092f \u0915\u0940"

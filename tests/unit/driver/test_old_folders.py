@@ -1,4 +1,4 @@
-"""Removal of old folders: which ones are found, and that everything needed stays."""
+"""Tests of the removal of old folders: which folders are removed, and that every needed folder is kept."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def no_versions(run: RunFolder) -> Collection[str] | None:
 
 
 def shards_of(platform: Platform, version: int, source: str = "tiny") -> Shards:
-    """Write shards of a version of the table. A higher version is newer."""
+    """Write a shard folder for a version of the table. The folder of a higher version is newer."""
     shards = write_shards(platform.folder("shards") / f"{source}-{version}", rows=2)
     request = shards.manifest.request.model_copy(update={"table_version": version, "source": source})
     write_manifest(shards.folder, Manifest(request=request, files=shards.manifest.files))
@@ -39,7 +39,7 @@ def shards_of(platform: Platform, version: int, source: str = "tiny") -> Shards:
 
 
 def run_of(platform: Platform, number: int, shards: Shards, *, finished: bool = True, **train: Any) -> RunFolder:
-    """Write a run. A higher number is newer."""
+    """Write a run folder. The folder of a run with a higher number is newer."""
     run = write_run(platform.folder("runs") / f"tiny-{number}", tiny_run(**train), shards, shards)
     if finished:
         for step in (4, 8):

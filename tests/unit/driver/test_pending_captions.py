@@ -1,4 +1,4 @@
-"""Work of a captioning job that must not grow with the number of earlier jobs and of files."""
+"""Tests that the work of a captioning job does not grow with the number of earlier jobs or the number of files."""
 
 from __future__ import annotations
 

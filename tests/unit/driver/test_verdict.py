@@ -9,7 +9,7 @@ from pipelines.driver.evaluate.verdict import verdict
 
 
 def metrics(**values: float) -> dict[str, Interval]:
-    """Return metrics with intervals of 0.1 to both sides."""
+    """Return metrics whose confidence intervals extend 0.1 below and 0.1 above the value."""
     return {name: Interval(value=value, low=value - 0.1, high=value + 0.1) for name, value in values.items()}
 
 

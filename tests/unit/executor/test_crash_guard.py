@@ -1,4 +1,4 @@
-"""A row that crashes or hangs its process costs one row, and every time limit can end code that never returns."""
+"""Tests that a row that crashes or hangs a process costs no other row, and that time limits end endless code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of fingerprints: a picture that was saved again is a near duplicate, and candidate keys miss no pair."""
+"""Tests of fingerprints: a picture that was saved again is a near duplicate, and candidate keys miss none."""
 
 from __future__ import annotations
 

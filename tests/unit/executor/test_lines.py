@@ -1,4 +1,4 @@
-"""Tests of lines of files: each line is read once in any ranges and compressions, and damage is one record."""
+"""Tests of reading lines: each line is read once for any byte ranges and compression, and damage gives one record."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def test_a_text_that_two_ingests_repeat_is_kept_as_often_as_in_the_ingest_with_m
 def test_rows_are_accepted_in_the_order_of_their_texts_up_to_the_largest_number_of_different_texts(
     rows: Rows, earlier: Rows, max_texts: int
 ) -> None:
-    """Add the rows one after another, as the definition says."""
+    """Merge the rows one after another, as in the definition of the merge."""
     known = flat(earlier)
     seen, contributing, exceeded = set(known), 0, False
     for row in sorted({tuple(dict.fromkeys(row)) for row in rows}):

@@ -1,4 +1,4 @@
-"""Tests of the Parquet parser: every row once, whatever the other columns are, and damage costs what it damages."""
+"""Tests of the Parquet parser: every row is read once, whatever the unused columns contain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of damaged Parquet files and of bombs: damage costs what it damages, and memory follows the size of a file."""
+"""Tests of damaged Parquet files and of bombs: only damaged rows are lost, and the size of a file limits the memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipelines.executor.ingest.records.record import Record
 
 
 def details(records: list[Record]) -> list[str]:
-    """Return what is wrong with the file, and check that nothing else is wrong."""
+    """Return the details of all problems, and check that every problem has the reason `unreadable_file`."""
     problems = [record.problem for record in records if record.problem]
     assert {problem.reason for problem in problems} <= {"unreadable_file"}
     return [problem.detail for problem in problems]

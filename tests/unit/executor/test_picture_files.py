@@ -48,7 +48,7 @@ def read(folder: Path, name: object) -> bytes | str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Return a folder beside a file and a folder that nobody may read through it."""
+    """Return a picture folder, beside which lie a file and a folder that picture names must not reach."""
     (tmp_path / "secret.png").write_bytes(SECRET)
     (tmp_path / "offered-private").mkdir()
     (tmp_path / "offered-private" / "a.png").write_bytes(SECRET)

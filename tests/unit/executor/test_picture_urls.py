@@ -1,4 +1,4 @@
-"""Tests of pictures that rows name by URL: web servers and object stores, bounded in bytes, time and place."""
+"""Tests of pictures that rows name by URL: reads are limited in bytes and in time, and never leave the root."""
 
 from __future__ import annotations
 

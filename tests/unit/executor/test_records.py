@@ -141,7 +141,7 @@ BROKEN = [
         [("1", '5" pipe'), ("2", 'a 27"'), ("3", 'the "red" "cat"')],
     ),
 ]
-"""Rows of which each must be one line, and the rows that come in."""
+"""CSV content in which each row must be one line, and the rows that the parser accepts."""
 
 
 @pytest.mark.parametrize(("content", "expected"), BROKEN, ids=["tails", "last", "twice", "stray", "far", "inches"])

@@ -1,4 +1,4 @@
-"""Tests of the tar reader: any tar that tarfile writes is read alike, and no header is too much for it."""
+"""Tests of the tar reader: the reader finds the same members as tarfile, and survives any header."""
 
 from __future__ import annotations
 

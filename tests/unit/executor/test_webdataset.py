@@ -2,15 +2,15 @@
 
 Public bug reports that these tests repeat, with the verdict on this parser before its rewrite:
 
-- Rows lost or mixed without a word: a damaged header ends the tar (python/cpython 84934), a tar that was not closed
-  (webdataset/webdataset 32), hard and symbolic links (flapdoodle-oss/de.flapdoodle.embed.process 70,
+- Rows were lost or mixed without an error: a damaged header ends the tar (python/cpython 84934), a tar that was not
+  closed (webdataset/webdataset 32), hard and symbolic links (flapdoodle-oss/de.flapdoodle.embed.process 70,
   mxmlnkn/ratarmount 28, python/cpython 73798 and 122736), concatenated tars (libarchive/libarchive 1620), line breaks
   in names of folders (JD-P/simulacra-aesthetic-captions 1), keys of bytes that are not UTF-8 (webdataset/webdataset
   330).
-- Refused, and now with the cause: members of a row that are not neighbours (webdataset/webdataset 140, 258 and 407,
-  ray-project/ray 44068), dots in names (webdataset/webdataset 237, huggingface/datasets 6880 and 7144,
-  mlfoundations/open_clip 480, huggingface/datasets 7055).
-- Right already: truncated tars (webdataset/webdataset 142, JoeLeelyf/OVO-Bench 18), dots in folders
+- Rows were refused, and the error now names the cause: members of a row that are not neighbours (webdataset/webdataset
+  140, 258 and 407, ray-project/ray 44068), dots in names (webdataset/webdataset 237, huggingface/datasets 6880 and
+  7144, mlfoundations/open_clip 480, huggingface/datasets 7055).
+- The parser was already right: truncated tars (webdataset/webdataset 142, JoeLeelyf/OVO-Bench 18), dots in folders
   (macrodata-labs/refiner 124), one name twice (webdataset/webdataset 157 and 173), `._` files (alexa/massive 8), gaps
   in the numbers of shards (rom1504/img2dataset 174), several extensions (webdataset/webdataset 288).
 """

@@ -1,4 +1,4 @@
-"""Format of a home folder: every command refuses the data of a newer release, and reads the data of earlier ones."""
+"""Tests that every command refuses a home folder of a newer release, and reads a home folder of an earlier release."""
 
 from __future__ import annotations
 

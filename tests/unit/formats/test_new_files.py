@@ -1,4 +1,4 @@
-"""Tests that a reader of a running training opens only new files, and lists no folder."""
+"""Tests that a process that follows a running training opens only new files and lists no folder."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_reader_of_a_running_training_opens_only_new_files_and_lists_no_folder
 def test_metric_files_after_a_missing_file_are_found_as_soon_as_the_rank_is_past_the_missing_step(
     run: RunFolder,
 ) -> None:
-    write(run, 20, 21)  # the run goes on from a checkpoint of another run
+    write(run, 20, 21)  # this run continues an earlier run, so its first file is the file of step 20
     assert read(run) == []
     write_heartbeat(run, 0, 22)
     assert read(run) == [20, 21]

@@ -1,4 +1,4 @@
-"""Ownership of a run folder: a second process is refused, and a process that has ended blocks nobody."""
+"""Tests of the ownership of a run folder: a second process is refused, and an ended process blocks no process."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_run_that_another_process_owns_is_refused_and_the_error_names_the_proc
         with pytest.raises(UserError, match=f"process {owner.pid} on host .* owns the run"), own_run(run):
             pass
         assert run.launcher.read_bytes() == before
-    with own_run(run):  # the first owner was killed: its lock is free, and its lease is not waited for
+    with own_run(run):  # the first owner was killed, so its lock is free and nobody waits for the end of its lease
         assert read_json(run.launcher, Lease).pid == os.getpid()
     assert not run.launcher.exists()
 

@@ -1,4 +1,4 @@
-"""Shards, run folders and atomic writes need only what a Databricks Volume promises."""
+"""Tests that shards, run folders and atomic writes need only file operations that a Databricks Volume supports."""
 
 from __future__ import annotations
 

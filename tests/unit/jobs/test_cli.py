@@ -197,14 +197,14 @@ def test_sigterm_interrupts_a_command_as_ctrl_c_does_and_ends_a_forked_child_at_
         printed, shown = process.communicate(timeout=60)
     assert process.returncode == 1
     assert shown.strip() == "interrupted; run the same command again to resume."
-    assert int(printed) == signal.SIGTERM  # the status of a child that the signal has ended
+    assert int(printed) == signal.SIGTERM  # exit status of a child that the signal has ended
 
 
 def test_a_user_without_a_name_and_a_home_folder_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(_: int) -> None:
         raise KeyError("getpwuid(): uid not found")
 
-    monkeypatch.setattr(pwd, "getpwuid", unknown)  # the user database of a container without an entry for the user
+    monkeypatch.setattr(pwd, "getpwuid", unknown)  # as in a container without an entry for the user
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: contextlib.nullcontext())
     for name in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)

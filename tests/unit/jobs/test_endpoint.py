@@ -1,4 +1,4 @@
-"""The serving endpoint serves the champion: created once, updated for another champion, and else left alone."""
+"""Tests of the serving endpoint: it is created once, and updated only if another model version has become champion."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ CASES: dict[str, tuple[Settings, Any]] = {
     "stop": ({}, ["a", "e"]),
     "seed": ({"temperature": 2.0}, 9),
 }
-"""For each setting: settings without which it has no effect, and a value that changes the captions."""
+"""For each generation setting: the settings that it needs to have an effect, and a value that changes the captions."""
 
 
 class World:

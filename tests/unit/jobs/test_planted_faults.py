@@ -1,4 +1,4 @@
-"""Each fault of a workspace is found by the preflight, which names the fault and says how to correct it."""
+"""Tests that the preflight finds each fault of a workspace, names the fault, and says how to correct it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Place]:
 
 
 def refuse(place: Place, method: str) -> None:
-    """Let the Volume refuse a method of paths below the Volume."""
+    """Make a method of `Path` fail for paths in the Volume, as if the Volume refused the operation."""
     usual = getattr(Path, method)
 
     def refused(path: Path, *arguments: object, **more: object) -> object:

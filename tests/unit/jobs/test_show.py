@@ -30,7 +30,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def lakesight(*arguments: str) -> Any:
-    """Run a `lakesight` command, which fails if it starts a JVM."""
+    """Run a `lakesight` command in an environment in which starting a JVM fails."""
     return run_command(*arguments, environment=os.environ | {"JAVA_HOME": "/nonexistent"})
 
 
@@ -74,7 +74,7 @@ def test_the_error_of_show_lists_existing_tables_and_versions(samples: Callable[
 
 @pytest.fixture
 def shop(home: Path, tmp_path: Path) -> None:
-    """Write a table of pictures that ingest never saw, and captions of its rows by the champion."""
+    """Write a table of pictures that no ingest has read, and captions of its rows by the champion."""
     Image.new("RGB", (8, 8), "blue").save(tmp_path / "blue.png")
     pictures = {"Sku": [1, 2], "photo": [(tmp_path / "blue.png").read_bytes(), b"no picture"]}
     write_deltalake(tmp_path / "shop" / "products", pa.table(pictures))

@@ -1,4 +1,4 @@
-"""Tests of the seam between classic Spark sessions and Spark Connect sessions."""
+"""Tests of the code that treats classic Spark sessions and Spark Connect sessions differently."""
 
 from __future__ import annotations
 

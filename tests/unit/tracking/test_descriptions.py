@@ -173,7 +173,7 @@ def test_a_note_that_a_person_has_written_survives_a_resumed_run(platform: Platf
 
 
 def inputs(client: MlflowClient, run_id: str) -> dict[str, tuple[dict[str, str], dict[str, object]]]:
-    """Return the columns and the profile of each dataset of a run, by its use."""
+    """Return columns and profile of each dataset of an MLflow run, by the use of the dataset (such as `training`)."""
     found, logged = {}, client.get_run(run_id).inputs
     assert logged is not None
     for each in logged.dataset_inputs:

@@ -1,4 +1,4 @@
-"""Download of model versions: a copy is used only if it is intact and belongs to the version of the registry in use."""
+"""Tests of downloaded model versions: a copy is used only if it is intact and comes from the current model registry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run of many steps is logged to MLflow without reading its metric files again and again."""
+"""Tests that resuming a run of many steps logs the run to MLflow without reading all of its metric files again."""
 
 from __future__ import annotations
 
@@ -30,4 +30,4 @@ def test_a_resumed_run_opens_only_metric_files_whose_points_may_be_missing_in_ml
         pass
     logged = connect(platform).get_metric_history(first.run_id, "loss")
     assert [point.step for point in logged] == list(range(2, 604, 2))
-    assert len(calls.opened) < 2 * MAX_SAMPLED + 10  # the figures need some of the files
+    assert len(calls.opened) < 2 * MAX_SAMPLED + 10  # the logged curves need some of the files

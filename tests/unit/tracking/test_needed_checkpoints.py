@@ -1,4 +1,4 @@
-"""Checkpoints that registered versions need, and runs of other tracking servers."""
+"""Tests of the search for checkpoints that registered model versions need, also for runs of other tracking servers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Smoke test of a model version: only registered code is executed, by a process that receives no credentials."""
+"""Tests of the smoke test of a model version: only registered code is executed, in a process without credentials."""
 
 from __future__ import annotations
 

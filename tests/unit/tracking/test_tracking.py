@@ -187,7 +187,7 @@ def test_an_outage_during_training_loses_no_metric(platform: Platform, run: RunF
 
 
 def test_points_that_a_failed_request_has_stored_are_not_logged_again(platform: Platform, run: RunFolder) -> None:
-    """SQLite drops repeated points by itself, so a mock client shows that none are sent."""
+    """SQLite itself drops repeated points, so a mock client checks that no repeated point is sent."""
     client = create_autospec(MlflowClient, instance=True)
     client.get_run.return_value.data.metrics = {"loss": 0.5}
     client.get_metric_history.return_value = [Metric("loss", 1.0, 0, step) for step in (0, 2)]

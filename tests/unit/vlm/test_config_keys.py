@@ -1,4 +1,4 @@
-"""Each key of a foreign config.json is compared, known to have no effect, or refused by its name, in every family."""
+"""Tests that an import compares, deliberately ignores or refuses each key of a published config.json."""
 
 from __future__ import annotations
 
@@ -57,9 +57,10 @@ DETERMINED_BY_TENSORS = {
     "img_size", "mlp_ratio", "init_values", "no_embed_class", "final_norm", "fc_norm", "global_pool", "num_classes",
     "num_features", "qkv_bias", "proj_bias",
 }  # fmt: skip
-"""Keys that an import does not compare with the model's config, because the shapes of the tensors do."""
+"""Keys that an import does not compare with our config, because the import compares tensor shapes.
+"""
 IMPLIED = {"architecture": "vit_base_patch16_clip_224"}
-"""Other valid values of keys that are names."""
+"""A second valid value for each key whose value is a name."""
 
 
 def family_of(name: str) -> Family:

@@ -1,4 +1,4 @@
-"""Tests of the mixture of experts: the dispatch, and the noise, precision and gradients of routers."""
+"""Tests of the mixture of experts: the dispatch of tokens, and the noise, precision and gradients of routers."""
 
 import numpy as np
 import numpy.typing as npt

@@ -100,7 +100,7 @@ ORDINARY = ordinary_files()
 
 @pytest.mark.parametrize("name", ORDINARY)
 def test_the_pixels_of_an_ordinary_picture_are_those_of_earlier_releases(name: str) -> None:
-    """Captions and shards that a home already holds are found by the picture, so its pixels must not change."""
+    """Existing captions and shards of a home folder stay valid only if the same file decodes to the same pixels."""
     assert same(opened(ORDINARY[name]), decoded_by_pillow(ORDINARY[name]))
 
 

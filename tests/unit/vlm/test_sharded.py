@@ -1,4 +1,4 @@
-"""Tests of models that are sharded over ranks: initial weights, and reading and writing by rows.
+"""Tests of models that are sharded over ranks: initial weights, and each rank's part of a checkpoint.
 
 A process group that does not communicate is enough here, because no rank needs the rows of another rank.
 """
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 @contextmanager
 def as_rank(rank: int) -> Iterator[None]:
-    """Be one of RANKS ranks."""
+    """Act as rank `rank` of RANKS ranks until the block ends."""
     distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=RANKS)
     try:
         yield
@@ -92,7 +92,7 @@ def test_a_rank_keeps_only_its_rows_and_draws_the_initial_values_of_one_paramete
 
 
 class _LargestSum(torch.overrides.TorchFunctionMode):
-    """Mode that records the largest number of values of a plain tensor that `torch.empty` has allocated."""
+    """Torch function mode that records the size of the largest plain tensor that `torch.empty` has allocated."""
 
     largest = 0
 

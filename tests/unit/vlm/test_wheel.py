@@ -21,14 +21,14 @@ pytestmark = pytest.mark.matrix
 
 
 def required(requirements: list[str], extra: str = "") -> Iterator[str]:
-    """Yield the names of the distributions that apply on this machine."""
+    """Yield the names of the required distributions whose environment markers apply to this machine."""
     for requirement in map(Requirement, requirements):
         if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
             yield requirement.name
 
 
 def all_required(names: list[str]) -> dict[str, importlib.metadata.Distribution]:
-    """Return distributions with everything that they need, as they are installed in this environment."""
+    """Return the named distributions and all their dependencies, as installed in this environment."""
     found: dict[str, importlib.metadata.Distribution] = {}
     while names:
         name = names.pop()

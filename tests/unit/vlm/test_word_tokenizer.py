@@ -1,4 +1,4 @@
-"""The word tokenizer: words by Unicode, spaces that follow from the words, and the words that it lacks."""
+"""Tests of the word tokenizer: how a text is split into words, which spaces need a token, and unknown words."""
 
 from __future__ import annotations
 

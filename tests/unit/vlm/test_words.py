@@ -1,4 +1,4 @@
-"""Tests that words are those of Unicode, and that ASCII texts have the same words as in earlier versions.
+"""Tests that texts are split into Unicode words, and that ASCII texts have the same words as in earlier versions.
 
 The texts include those of public reports about other tokenizers: openai/tiktoken#292 and karpathy/minbpe#71 (Hindi),
 hplt-project/sacremoses#73 (Tamil), rspeer/wordfreq#32 and #37 (Thai, Khmer, Sundanese), haydenbleasel/blume#178 (Thai

@@ -1,4 +1,4 @@
-"""Tests of augmentation, which is reproducible, limited by the text shown with a picture, and off by default."""
+"""Tests of augmentation: it is reproducible, off by default, and limited by the text that is shown with a picture."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_training_ends_when_the_metric_has_not_improved_and_a_resumed_run_ends_a
     assert {"train/loss", "val/loss", "val/blind_gap", "val/cider"} <= result.metrics.keys()
     broken = make_run("broken", **STALLED)
     with pytest.raises(Killed):
-        train(broken, 10)  # the last checkpoint is that of step 5, and the score of step 8 is from after it
+        train(broken, 10)  # step 8 has a score, but the last checkpoint is from step 5
     assert list(scores_of(broken)) == [4, 8]
     train(broken)
     final = [load_file(run.checkpoint(12) / "model.safetensors") for run in (whole, broken)]

@@ -87,7 +87,7 @@ def test_slices_of_all_ranks_make_the_batch_of_a_single_rank(
 
 
 def test_512_ranks_share_a_billion_rows_and_256_ranks_continue_with_the_next_step() -> None:
-    """The cluster plan in docs/training.md relies on ranks that need only their number, not a shuffled list."""
+    """The cluster plan in docs/training.md assumes that a rank computes its rows without a shuffled list."""
     common = {"batch_size": 16_384, "num_rows": 10**9, "seed": 5}
     end_of_epoch = 10**9 // 16_384
     before = [

@@ -33,7 +33,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def start_rank(run: RunFolder, body: str, before: str = "") -> subprocess.Popen[bytes]:
-    """Start a process that runs `body` inside the monitor of rank 0, and `before` outside of it."""
+    """Start a process that runs the code `before`, and then the code `body` inside the monitor of rank 0."""
     script = START + before + "with RankMonitor(run, 0) as monitor:\n" + textwrap.indent(textwrap.dedent(body), "    ")
     return subprocess.Popen([sys.executable, "-c", script, str(run.path)], stderr=subprocess.DEVNULL)
 

@@ -1,4 +1,4 @@
-"""Validation: one definition of the loss in training, validation and evaluation, and losses that are not finite."""
+"""Tests of validation: training, validation and evaluation define the loss equally, and a loss must be finite."""
 
 from __future__ import annotations
 
