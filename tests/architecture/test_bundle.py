@@ -186,7 +186,7 @@ def fill(text: str, parameters: dict[str, str]) -> str:
     return re.sub(r"\{\{job\.parameters\.(\w+)\}\}", lambda match: parameters[match[1]], text)
 
 
-def test_names_refer_to_resources_so_that_each_developer_has_a_schema_and_an_experiment() -> None:
+def test_tasks_refer_to_bundle_resources_so_that_each_developer_has_a_separate_schema_and_experiment() -> None:
     for _, _, task in tasks():
         parameters = task["python_wheel_task"]["parameters"]
         if parameters[0] in WITHOUT_RUN:
@@ -269,14 +269,14 @@ def test_pull_requests_run_the_test_command_and_validate_every_target() -> None:
     assert commands == ["databricks bundle validate --strict -t ${{ matrix.target }}"]
 
 
-def test_workflows_name_exact_versions_of_actions() -> None:
+def test_workflows_pin_every_github_action_to_an_exact_version() -> None:
     steps = [step for workflow in WORKFLOWS.values() for job in workflow["jobs"].values() for step in job["steps"]]
     used = [step["uses"] for step in steps if "uses" in step]
     assert used
     assert [action for action in used if not re.fullmatch(r"[\w-]+/[\w-]+@v\d+\.\d+\.\d+", action)] == []
 
 
-def test_the_job_finetune_trains_the_checkpoint_that_it_imports_and_otherwise_equals_the_pipeline() -> None:
+def test_the_job_finetune_trains_the_imported_checkpoint_and_otherwise_equals_the_job_pipeline() -> None:
     own, pipeline = (
         {name: task["python_wheel_task"]["parameters"] for job, name, task in tasks() if job == key}
         for key in ("finetune", "pipeline")

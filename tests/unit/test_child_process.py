@@ -57,7 +57,7 @@ def test_a_rank_forgets_the_credentials_of_the_executor_and_keeps_what_describes
         os.environ.update(before)
 
 
-def test_a_process_that_uses_a_process_id_again_is_told_apart_by_its_start() -> None:
+def test_a_process_that_reuses_a_process_id_is_recognised_by_its_start_time() -> None:
     if not start_ticks(os.getpid()):
         pytest.skip("the start of a process is not known here")
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)

@@ -82,7 +82,7 @@ def test_an_override_with_null_clears_an_optional_value() -> None:
     assert load_run("demo", overrides=overrides).data.source.columns.id is None
 
 
-def test_the_last_of_several_overrides_of_a_key_wins() -> None:
+def test_the_last_of_several_overrides_of_a_key_takes_effect() -> None:
     assert load_run("demo", overrides=["train.steps=1", "train.steps=2"]).train.steps == 2
 
 
@@ -241,7 +241,7 @@ def test_a_run_file_of_any_name_and_with_any_byte_order_mark_is_read(
 
 
 @pytest.mark.parametrize("name", ["bird's v2", "b\u00fccher", "a b", ".hidden", "", "x" * 65, "a/b", "a\nb"])
-def test_a_name_that_is_not_allowed_is_reported_with_the_rule(
+def test_a_name_that_is_not_allowed_is_reported_with_the_rule_for_names(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "conf" / "run").mkdir(parents=True)
@@ -278,7 +278,9 @@ def test_reading_a_config_file_of_any_bytes_gives_a_mapping_or_a_yaml_problem(co
             assert isinstance(read_mapping(path), dict)
 
 
-def test_a_run_file_may_hold_its_data_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_file_may_contain_a_data_section_instead_of_naming_a_data_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "conf" / "run").mkdir(parents=True)
     source = "{kind: folder, path: pictures, captions: captions.csv, columns: {text: title}}"
     (tmp_path / "conf" / "run" / "own.yml").write_text(f"model: nano\ntrain: demo\ndata:\n  source: {source}\n")
@@ -297,7 +299,7 @@ def test_loading_a_saved_run_of_another_version_is_an_error() -> None:
 
 
 @given(st.lists(st.integers() | st.text(), min_size=1))
-def test_short_hashes_are_equal_exactly_if_their_parts_are_equal(parts: list[int | str]) -> None:
+def test_short_hashes_are_equal_if_and_only_if_the_hashed_parts_are_equal(parts: list[int | str]) -> None:
     assert short_hash(parts) == short_hash(list(parts))
     assert short_hash(parts) != short_hash([*parts, "more"])
 

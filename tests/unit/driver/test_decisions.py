@@ -21,7 +21,7 @@ def no_spark() -> SparkSession:
 
 
 @pytest.mark.parametrize("digest_is_known", [True, False], ids=["new table", "table of the first release"])
-def test_decisions_are_appended_to_a_table_in_a_folder_without_a_jvm(
+def test_without_a_jvm_decisions_are_appended_to_a_delta_table_in_a_folder(
     digest_is_known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     platform = open_local(monkeypatch, tmp_path)

@@ -112,7 +112,7 @@ def test_harmless_differences_between_hosts_are_logged_as_warnings(caplog: pytes
     ]
 
 
-def test_a_host_with_other_training_code_of_the_same_version_is_refused_and_named() -> None:
+def test_a_host_with_different_training_code_of_the_same_version_is_refused_and_named() -> None:
     code = read_code()
     assert describe_host()["code"] == code.digest
     check_code([host("a", code=code.digest), host("b")], code)  # a host of an earlier version reports no code

@@ -140,7 +140,7 @@ def test_braces_are_expanded_as_in_paths_of_spark() -> None:
     assert expand_braces("a{b}") == ["a{b}"]
 
 
-def test_folders_of_partitions_give_the_values_of_columns(tmp_path: Path) -> None:
+def test_partition_folders_give_the_values_of_columns(tmp_path: Path) -> None:
     path = "plain/day=2024-01-01/of=a%2Fb c/none=__HIVE_DEFAULT_PARTITION__/a=b=c/x.csv"
     write(tmp_path, {path: "x", "y.csv": "x"})
     by_name = {file.name: dict(file.partition) for file in listing(tmp_path).files}

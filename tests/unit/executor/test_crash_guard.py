@@ -59,7 +59,7 @@ def describe(number: int, death: Death) -> str:
     return f"{number} {death.how} {death.timed_out}"
 
 
-def test_each_item_that_ends_its_process_costs_only_its_own_result() -> None:
+def test_an_item_that_ends_its_process_loses_only_its_own_result() -> None:
     started = time.monotonic()
     results = list(run_guarded(range(13), double, describe))
     faults = {
@@ -79,7 +79,7 @@ def test_a_crash_at_the_last_item_or_at_the_only_item_costs_only_that_item() -> 
     assert list(run_guarded([], double, describe)) == []
 
 
-def test_an_error_of_the_function_is_raised_and_ends_the_child() -> None:
+def test_an_error_of_the_guarded_function_is_raised_and_ends_the_child_process() -> None:
     def refuse(number: int) -> int:
         if number == 1:
             raise UserError("no", where="here")

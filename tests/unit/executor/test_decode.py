@@ -84,7 +84,7 @@ def test_bad_row_has_a_reason_and_keeps_all_its_fields(reason: str) -> None:
     assert outcome["image_id"] is None
 
 
-def test_a_refused_row_claims_the_id_that_its_picture_would_have() -> None:
+def test_a_refused_row_records_the_id_that_its_picture_would_have() -> None:
     by_content = f"birds/{hashlib.sha256(png(1)).hexdigest()[:24]}"
     assert one({TEXT: " "})["claimed_id"] == by_content
     assert one({IMAGE: "!"})["claimed_id"] is None
@@ -209,7 +209,7 @@ def test_source_row_does_not_depend_on_position_or_column_order() -> None:
     assert second["source_row"].startswith("a.csv#")
 
 
-def test_hash_splits_have_the_configured_shares() -> None:
+def test_splits_by_hash_have_the_configured_shares() -> None:
     hashes = [hashlib.sha256(str(n).encode()).hexdigest() for n in range(20_000)]
     counts = Counter(split_of_hash(sha256, HashSplitConfig(val=0.1, test=0.2)) for sha256 in hashes)
     assert counts["test"] == pytest.approx(4000, rel=0.05)
@@ -218,7 +218,7 @@ def test_hash_splits_have_the_configured_shares() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,", "\n "])
-def test_base64_may_be_stored_as_bytes(prefix: str) -> None:
+def test_base64_text_may_be_stored_in_a_column_of_bytes(prefix: str) -> None:
     outcomes = decode(
         [{IMAGE: prefix + GOOD, TEXT: "a bird"}, {IMAGE: (prefix + GOOD).encode(), TEXT: "a bird"}], RULES
     )

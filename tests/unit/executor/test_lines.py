@@ -184,7 +184,7 @@ def test_a_vanished_file_gives_one_record_and_a_fault_of_the_machine_is_raised(t
         json_records(tmp_path / "drive that was disconnected" / "a.jsonl")
 
 
-def test_a_file_whose_layout_has_a_problem_is_one_record(tmp_path: Path) -> None:
+def test_a_file_whose_layout_has_a_problem_gives_one_record_with_the_problem(tmp_path: Path) -> None:
     [record] = jsonl_records(raw_rows(tmp_path / "a"), [Layout(problem="the file has no column image")], LIMIT)
     assert record.problem is not None
     assert record.problem.detail == "the file has no column image"

@@ -87,7 +87,7 @@ def test_only_the_most_recently_used_models_are_kept(tmp_path: Path) -> None:
     assert [copy.exists() for copy in copies] == [False, False] + [True] * KEPT
 
 
-def test_two_processes_copy_a_model_once_and_a_killed_process_leaves_no_partial_copy(tmp_path: Path) -> None:
+def test_two_processes_make_one_copy_of_a_model_and_a_killed_process_leaves_no_partial_copy(tmp_path: Path) -> None:
     folder, root = model(tmp_path / "far"), tmp_path / "near"
     victim = start(folder, root, 60)
     assert [line(victim), line(victim)] == ["asks", "copies config.json"]

@@ -47,7 +47,7 @@ def overwrite(path: Path, group: int, column: int) -> None:
 
 
 @pytest.mark.parametrize("content", [b"PAR1", bytes(1000), b"a,b\n1,2\n" * 9, None], ids=["short", "0", "csv", "cut"])
-def test_a_file_that_is_not_parquet_is_one_record(tmp_path: Path, content: bytes | None) -> None:
+def test_a_file_that_is_not_parquet_gives_one_record_with_the_problem(tmp_path: Path, content: bytes | None) -> None:
     path = three_groups(tmp_path)
     path.write_bytes(path.read_bytes()[:-200] if content is None else content)
     [detail] = details(read(path, step=100))
@@ -95,7 +95,7 @@ def test_no_damaged_byte_makes_rows_disappear_silently(tmp_path: Path, seed: int
         (["text"], "no column image"),
     ],
 )
-def test_a_file_without_a_used_column_is_one_record_that_lists_its_columns(
+def test_a_file_without_a_used_column_gives_one_record_that_lists_the_columns_of_the_file(
     tmp_path: Path, names: list[str], what: str
 ) -> None:
     path = written(tmp_path, pa.Table.from_arrays([pa.array(["a"])] * len(names), names=names))
@@ -105,7 +105,7 @@ def test_a_file_without_a_used_column_is_one_record_that_lists_its_columns(
 
 
 @pytest.mark.parametrize("plain", [True, False])
-def test_a_file_with_encrypted_columns_is_one_record(tmp_path: Path, plain: bool) -> None:
+def test_a_file_with_encrypted_columns_gives_one_record_with_the_problem(tmp_path: Path, plain: bool) -> None:
     encryption = pytest.importorskip("pyarrow.parquet.encryption")
 
     class Keys(encryption.KmsClient):  # type: ignore[misc, name-defined]

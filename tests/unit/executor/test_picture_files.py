@@ -146,7 +146,7 @@ def test_links_inside_the_folder_are_followed(folder: Path) -> None:
     assert read(folder, "loop.png") == "missing_field: the folder has no file 'loop.png': the link leads nowhere"
 
 
-def test_name_that_differs_only_in_case_is_refused_with_the_right_name(folder: Path) -> None:
+def test_a_picture_name_that_differs_only_in_case_is_refused_and_the_problem_has_the_right_name(folder: Path) -> None:
     (folder / "in" / "IMG_1.JPG").write_bytes(b"picture")
     detail = "the folder has no file 'in/img_1.jpg', did you mean 'IMG_1.JPG'?"
     assert read(folder, "in/img_1.jpg") == f"missing_field: {detail}"
@@ -238,7 +238,7 @@ def test_csv_json_lines_and_parquet_rows_may_name_pictures(folder: Path) -> None
         assert missing.problem == Problem("missing_field", "the folder has no file 'b.png'")
 
 
-def test_unreadable_picture_is_a_problem_of_its_row_alone(folder: Path) -> None:
+def test_an_unreadable_picture_is_a_problem_of_its_row_only(folder: Path) -> None:
     (folder / "a.png").write_bytes(b"picture")
     batch = pa.RecordBatch.from_pydict({"image": ["a.png", None, "b.png", " ", "../secret.png", "a.png"]})
     found = records([batch], str(folder))

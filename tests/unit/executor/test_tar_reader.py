@@ -87,7 +87,7 @@ def test_damaged_extended_header_is_a_problem_of_its_member(record: bytes) -> No
 
 
 @pytest.mark.parametrize("size", [2**63, 2**40, -1])
-def test_member_that_claims_an_absurd_size_is_damage(size: int) -> None:
+def test_a_member_that_claims_an_absurd_size_counts_as_damage(size: int) -> None:
     reader = TarReader(io.BytesIO(pack(header("a", content=b"a"), header("b", size=size))))
     assert next(iter(reader)) == Member("a", 1)
     with pytest.raises(tarfile.ReadError, match=r"inside a member|bytes"):
@@ -105,7 +105,7 @@ def test_thousands_of_extended_headers_are_read_without_recursion() -> None:
     assert read(pack(names, header("a", content=b"a"))) == [(Member("n.jpg", 1), b"a")]
 
 
-def test_sparse_member_is_a_problem_and_the_next_member_is_read() -> None:
+def test_a_sparse_member_is_reported_as_a_problem_and_the_next_member_is_read() -> None:
     sparse = bytearray(header("s", tarfile.GNUTYPE_SPARSE, bytes(512)))
     old = header("x", tarfile.XHDTYPE, b"22 GNU.sparse.major=1\n") + header("t", content=bytes(512))
     found = {member.name: member.problem for member, _ in read(pack(bytes(sparse), old, header("a", content=b"a")))}

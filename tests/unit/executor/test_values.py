@@ -52,7 +52,7 @@ def outcome(**fields: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("value", MISSING, ids=ascii)
-def test_missing_values_of_all_libraries_are_missing(value: Any) -> None:
+def test_the_missing_values_of_all_libraries_are_recognised(value: Any) -> None:
     assert is_missing(value) is True
     assert normalize_id(value) is None
     assert to_text(value, "column x") == ""
@@ -64,7 +64,7 @@ def test_zero_and_false_and_words_such_as_null_are_values_and_not_missing(value:
 
 
 @pytest.mark.parametrize("missing", MISSING, ids=ascii)
-def test_missing_value_in_any_column_of_a_row_is_missing(missing: Any) -> None:
+def test_a_missing_value_in_any_column_of_a_row_is_treated_as_missing(missing: Any) -> None:
     assert outcome(**{IMAGE: missing})["reason"] == "missing_field"
     assert outcome(**{TEXT: missing})["reason"] == "empty_text"
     assert outcome(key=missing)["reason"] == "missing_field"
@@ -95,7 +95,7 @@ UUID = uuid.UUID(int=7)
         *(("\u202eabc", "\u202eabc"), (b"\xff\xfe", "fffe"), (UUID.bytes, UUID.hex), (b" caf\xc3\xa9 ", "caf\u00e9")),
     ],
 )
-def test_id_is_a_clean_text_and_integral_numbers_are_integers(value: Any, expected: str) -> None:
+def test_an_id_becomes_a_clean_text_and_integral_numbers_are_written_as_integers(value: Any, expected: str) -> None:
     assert normalize_id(value) == expected
 
 
@@ -153,7 +153,7 @@ def test_bytes_of_texts_and_ids_are_the_same_after_a_replay_of_the_payload() -> 
     assert first["texts"] == [{"prompt": "what?", "text": "caf\u00e9"}, {"prompt": "", "text": "\ufffd"}]
 
 
-def test_bytes_that_hold_only_a_byte_order_mark_are_missing() -> None:
+def test_bytes_that_hold_only_a_byte_order_mark_count_as_a_missing_value() -> None:
     mark = b"\xef\xbb\xbf"
     assert normalize_id(mark) is None
     assert outcome(key=mark)["reason"] == outcome(of=mark)["reason"] == "missing_field"
@@ -204,7 +204,7 @@ VALUES = st.one_of(ANY, st.lists(st.one_of(ANY, st.lists(ANY, max_size=2)), max_
 
 @settings(max_examples=60, deadline=None)
 @given(key=VALUES, text=VALUES, asked=VALUES, of=VALUES)
-def test_every_row_of_odd_values_is_one_outcome_that_can_be_stored(key: Any, text: Any, asked: Any, of: Any) -> None:
+def test_a_row_of_any_odd_values_gives_one_outcome_that_can_be_stored(key: Any, text: Any, asked: Any, of: Any) -> None:
     found = outcome(key=key, asked=asked, of=of, **{TEXT: text})
     assert (found["image_id"] is None) == (found["reason"] is not None)
     assert not (found["detail"] or "").startswith("unexpected")
@@ -225,6 +225,6 @@ def test_ids_are_bounded_normalised_and_free_of_control_characters(value: Any) -
         assert normalize_id(found) == found
 
 
-def test_dates_and_uuids_are_texts() -> None:
+def test_dates_and_uuids_are_converted_to_text() -> None:
     values = (dt.date(2024, 1, 2), dt.datetime(2024, 1, 2, 3), uuid.UUID(int=1))
     assert [to_text(value, "column x") for value in values] == [str(value) for value in values]

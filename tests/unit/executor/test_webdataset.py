@@ -325,7 +325,7 @@ def test_member_that_is_no_plain_file_is_a_problem_of_its_row(tmp_path: Path) ->
     assert (good.problem, good.fields[PICTURE]) == (None, b"j")
 
 
-def test_row_is_bounded_by_the_bytes_and_by_the_number_of_its_members(tmp_path: Path) -> None:
+def test_the_bytes_and_the_number_of_members_of_a_row_are_limited(tmp_path: Path) -> None:
     many = {f"b.{n}": b"" for n in range(1_100)}
     large = {f"c.e{n}": bytes(900) for n in range(40)}
     *_, last = records = rows_of(write_tar(tmp_path / "x.tar", {"a.jpg": b"j"} | many | large | {"d.jpg": b"j"}))

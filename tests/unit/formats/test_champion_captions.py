@@ -61,7 +61,7 @@ def view(
     return sorted(read.to_pylist(), key=lambda row: (row["image_id"], row["prompt"]))
 
 
-def test_the_view_follows_promotions_and_rollbacks_but_no_refusals(tmp_path: Path) -> None:
+def test_the_view_changes_after_promotions_and_rollbacks_but_not_after_refused_promotions(tmp_path: Path) -> None:
     captions = [CAPTION, CAPTION | {"model_version": "2", "caption": "blue"}]
     promoted = [decision("promote", "1", 0), decision("refuse", "2", 1)]
     assert [row["caption"] for row in view(tmp_path, captions, promoted)] == ["red"]

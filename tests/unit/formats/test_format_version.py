@@ -34,7 +34,7 @@ def test_a_home_folder_of_a_newer_release_is_refused_by_every_command(
         read_home_format(tmp_path)
 
 
-def test_a_table_of_a_newer_release_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lakesight_show_refuses_a_table_of_a_newer_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_local(monkeypatch, tmp_path)
     for number in (FORMAT, FORMAT + 1):
         folder = tmp_path / "warehouse" / f"table{number}"

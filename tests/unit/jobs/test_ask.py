@@ -148,7 +148,9 @@ def test_boxes_are_reported_in_pixels_of_the_picture_and_are_drawn(
         assert box_columns == [274], "the last pixel before the right edge"
 
 
-def test_no_boxes_are_reported_for_several_pictures(detector: Path, ask_in_process: AskInProcess) -> None:
+def test_no_boxes_are_reported_for_an_answer_about_several_pictures(
+    detector: Path, ask_in_process: AskInProcess
+) -> None:
     report = ask_in_process("wide.png", "red.png", checkpoint=detector)
     assert "<loc0256>" in report["caption"]
     assert report["regions"] == []
@@ -222,7 +224,7 @@ def test_lakesight_ask_applies_the_picture_limits_of_the_run(
         ask([Path("wide.png")], checkpoint=random_model[0], overrides=[f"data.limits.{limit}"])
 
 
-def test_a_picture_that_crashes_its_decoder_or_never_ends_leads_to_an_error(
+def test_a_picture_whose_decoding_crashes_or_never_ends_leads_to_an_error(
     random_model: tuple[Path, VisionLanguageModel, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = ["data.limits.max_decode_seconds=0.5"]

@@ -71,7 +71,7 @@ def test_help_lists_every_command_and_a_first_command_to_run() -> None:
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, *WEIGHT_COMMAND_NAMES])
-def test_the_help_of_a_command_fits_into_80_columns_and_begins_as_the_list_of_commands_says(name: str) -> None:
+def test_the_help_of_a_command_fits_into_80_columns_and_begins_with_its_text_in_the_list_of_commands(name: str) -> None:
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
     assert command.help.partition("\n")[0] == ALL_COMMANDS[name]
     text = CliRunner().invoke(app, [name, "-h"], terminal_width=80).output
@@ -79,7 +79,7 @@ def test_the_help_of_a_command_fits_into_80_columns_and_begins_as_the_list_of_co
     assert [line for line in text.splitlines() if len(line) > 80] == []
 
 
-def test_the_version_is_the_version_of_the_package_and_the_list_of_commands_is_complete() -> None:
+def test_option_version_prints_the_version_of_the_package_and_the_list_of_commands_is_complete() -> None:
     assert CliRunner().invoke(app, ["--version"]).output == f"lakesight {importlib.metadata.version('lakesight')}\n"
     listed = CliRunner().invoke(app, ["-h"], terminal_width=80).output
     assert [
@@ -200,7 +200,7 @@ def test_sigterm_interrupts_a_command_as_ctrl_c_does_and_ends_a_forked_child_at_
     assert int(printed) == signal.SIGTERM  # exit status of a child that the signal has ended
 
 
-def test_a_user_without_a_name_and_a_home_folder_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_work_for_a_user_without_a_name_and_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(_: int) -> None:
         raise KeyError("getpwuid(): uid not found")
 

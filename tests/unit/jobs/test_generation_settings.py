@@ -159,7 +159,7 @@ SURFACES: dict[str, Callable[[World, Settings, Any], list[str]]] = {
 }
 
 
-def test_the_table_has_every_generation_setting_and_a_value_that_changes_the_captions(world: World) -> None:
+def test_this_file_tests_every_generation_setting_with_a_value_that_changes_the_captions(world: World) -> None:
     assert set(CASES) == set(OPTIONS) == set(logged_model.PARAMETERS) == set(GenerationConfig.model_fields)
     for name, (needed, value) in CASES.items():
         changed, before = world.expected(needed | {name: value}), world.expected(needed)
@@ -168,7 +168,7 @@ def test_the_table_has_every_generation_setting_and_a_value_that_changes_the_cap
 
 @pytest.mark.parametrize("surface", SURFACES)
 @pytest.mark.parametrize("name", CASES)
-def test_every_surface_follows_every_generation_setting(
+def test_commands_the_registered_model_and_its_server_follow_every_generation_setting(
     surface: str, name: str, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LAKESIGHT_HOME", str(world.folder / "home"))
@@ -185,13 +185,15 @@ def test_without_settings_captions_follow_the_generation_settings_in_the_model_c
 
 
 @pytest.mark.parametrize("settings", [{"top_p": 2.0}, {"num_beams": 3, "temperature": 1.0}, {"max_new_tokens": 0}])
-def test_an_invalid_setting_of_a_request_is_refused_with_its_name(world: World, settings: Settings) -> None:
+def test_an_invalid_setting_in_a_request_is_refused_and_the_error_names_the_setting(
+    world: World, settings: Settings
+) -> None:
     for surface in (by_pyfunc, by_server):
         with pytest.raises(MlflowException, match=next(iter(settings))):
             surface(world, settings, None)
 
 
-def test_an_option_is_an_override_whatever_its_value() -> None:
+def test_a_command_line_option_has_the_effect_of_an_override_for_any_value() -> None:
     seen: list[Sequence[str] | None] = []
 
     def command(*, overrides: list[str] | None = None) -> None:
@@ -215,7 +217,7 @@ def test_commands_that_caption_have_an_option_for_each_setting(command: Callable
     assert {f"--{name.replace('_', '-')}" for name in CASES} <= options
 
 
-def test_a_setting_that_training_fixed_is_refused_with_the_command_that_can_change_it(
+def test_an_override_of_a_setting_that_training_has_fixed_is_refused_and_the_error_names_the_train_command(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LAKESIGHT_HOME", str(world.folder / "home"))

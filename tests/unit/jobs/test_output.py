@@ -29,7 +29,7 @@ def test_numbers_are_printed_as_people_write_them(value: float, text: str) -> No
     assert number(value) == text
 
 
-def test_a_change_has_its_sign_unless_it_is_zero() -> None:
+def test_a_printed_change_has_a_sign_unless_the_change_is_zero() -> None:
     assert [number(value, signed=True) for value in (0.3, -0.3, 1e-18)] == ["+0.3", "-0.3", "0"]
 
 

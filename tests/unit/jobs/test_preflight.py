@@ -42,7 +42,9 @@ def mlflow_checks(config: RunConfig) -> dict[str, DoctorCheck]:
     return {check.name: check for check in check_mlflow(config, open_platform(config.platform))}
 
 
-def test_a_fresh_workspace_gets_the_experiment_with_its_folder_and_the_model(workspace: Workspace) -> None:
+def test_the_preflight_creates_the_experiment_its_folder_and_the_model_in_a_fresh_workspace(
+    workspace: Workspace,
+) -> None:
     config = workspace_run()
     for _ in range(2):
         checks = mlflow_checks(config)
@@ -51,7 +53,7 @@ def test_a_fresh_workspace_gets_the_experiment_with_its_folder_and_the_model(wor
     assert workspace.models == {"main.vision.demo"}
 
 
-def test_all_runs_of_a_deployment_share_its_experiment(workspace: Workspace) -> None:
+def test_all_runs_of_a_deployment_share_the_experiment_of_the_deployment(workspace: Workspace) -> None:
     platform = open_platform(workspace_run("platform.experiment=/Shared/[dev me] runs").platform)
     for run in ("demo", "emoji", "ingest"):
         ensure_experiment(platform, run)
@@ -61,7 +63,9 @@ def test_all_runs_of_a_deployment_share_its_experiment(workspace: Workspace) -> 
 @pytest.mark.parametrize(
     ("call", "check"), [("experiments/create", "experiment"), ("registered-models/create", "model")]
 )
-def test_a_refusal_of_mlflow_is_a_failure_with_the_reason(workspace: Workspace, call: str, check: str) -> None:
+def test_a_request_that_mlflow_refuses_is_a_failed_check_with_the_reason(
+    workspace: Workspace, call: str, check: str
+) -> None:
     workspace.denied = {call}
     found = mlflow_checks(workspace_run())[check]
     assert found.status == "fail"

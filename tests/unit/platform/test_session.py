@@ -26,7 +26,7 @@ def test_only_package_platform_uses_functions_that_a_spark_connect_session_lacks
     assert found == set()
 
 
-def test_write_conflicts_of_a_spark_connect_session_have_the_classes_that_are_retried() -> None:
+def test_write_conflicts_of_a_spark_connect_session_raise_the_exception_classes_that_are_retried() -> None:
     register_delta_errors()
     retried = [found for found in EXCEPTION_CLASS_MAPPING.values() if issubclass(found, CONFLICTS)]
     assert len(retried) == len(set(CONFLICTS) - {WriteConflict})

@@ -101,7 +101,9 @@ def test_a_running_review_and_show_survive_the_removal_of_the_files_of_older_ver
         count_rows(DeltaTable(tmp_path / "samples", version=0), "samples")
 
 
-def test_captions_of_a_table_that_ingest_never_saw_are_reviewed_with_its_pictures(tmp_path: Path) -> None:
+def test_captions_of_a_table_that_no_ingest_has_read_are_reviewed_with_the_pictures_of_the_table(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "b.png").write_bytes(b"path")
     rows = {"sku": [1, 2], "photo": [b"bytes", None], "text": [base64.b64encode(b"text").decode(), None]}

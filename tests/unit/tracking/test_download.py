@@ -55,7 +55,7 @@ def test_download_fetches_the_weights_once(platform: Platform, registered: regis
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_a_version_of_another_registry_with_the_same_name_and_number_has_a_copy_of_its_own(
+def test_a_model_version_of_another_registry_with_the_same_name_and_number_has_a_separate_copy(
     platform: Platform, registered: registry.ModelVersion
 ) -> None:
     folder = download(platform, registered).folder
@@ -79,7 +79,7 @@ def test_a_run_that_is_logged_to_two_servers_in_turn_has_one_mlflow_run_and_one_
     assert download(other, versions[0]).folder != download(platform, registered).folder
 
 
-def test_a_damaged_or_replaced_copy_of_a_version_is_downloaded_again(
+def test_a_model_version_whose_copy_was_damaged_or_replaced_is_downloaded_again(
     platform: Platform, registered: registry.ModelVersion
 ) -> None:
     folder, _ = download(platform, registered)

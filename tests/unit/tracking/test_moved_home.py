@@ -73,13 +73,15 @@ def original(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
     return home
 
 
-def test_everything_is_inside_a_home_whose_name_urls_must_escape(original: Path) -> None:
+def test_all_files_are_inside_a_home_folder_whose_name_must_be_escaped_in_urls(original: Path) -> None:
     assert [path.name for path in original.parent.iterdir()] == [ODD]
     assert {"mlflow.db", "mlartifacts", "runs", "shards"} <= {path.name for path in original.iterdir()}
 
 
 @pytest.mark.parametrize("name", ["moved home", ODD + " again", "plain"])
-def test_a_model_of_a_moved_home_is_found_and_its_run_is_continued(original: Path, tmp_path: Path, name: str) -> None:
+def test_a_model_of_a_moved_home_is_found_and_its_training_run_is_continued(
+    original: Path, tmp_path: Path, name: str
+) -> None:
     moved = tmp_path / name
     shutil.copytree(original, moved)
     away = original.with_name("away")
@@ -112,7 +114,7 @@ def test_a_copy_of_a_home_uses_its_own_artifacts_while_the_original_still_exists
     assert {location.partition("/mlartifacts")[0] for location in locations(original)} == {original.as_uri()}
 
 
-def test_artifacts_of_another_home_and_a_symbolic_link_to_a_home_change_no_location(
+def test_artifacts_of_another_home_or_a_symbolic_link_to_a_home_do_not_change_stored_locations(
     original: Path, tmp_path: Path
 ) -> None:
     before = locations(original)

@@ -157,7 +157,7 @@ def test_training_starts_while_the_server_is_down_and_its_results_are_registered
     assert [point.step for point in connect(platform).get_metric_history(version.run_id, "loss")] == [2]
 
 
-def test_an_unfinished_and_a_damaged_run_are_not_registered_and_stop_no_command(
+def test_an_unfinished_run_and_a_damaged_run_are_not_registered_and_do_not_stop_a_command(
     platform: Platform,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

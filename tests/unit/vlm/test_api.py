@@ -83,7 +83,7 @@ def test_the_api_page_equals_the_page_that_is_generated_from_the_docstrings() ->
     assert headings >= {name for name, _ in public_functions()}
 
 
-def test_the_lines_of_the_readme_caption_a_picture(
+def test_the_code_lines_of_the_readme_caption_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (lines,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
@@ -101,7 +101,7 @@ def test_the_lines_of_the_readme_caption_a_picture(
 # ------------------------------------------------------------------------------------------------ load and build
 
 
-def test_a_checkpoint_a_run_folder_and_a_folder_of_mlflow_are_loaded(tmp_path: Path) -> None:
+def test_load_accepts_a_checkpoint_folder_a_run_folder_and_an_mlflow_model_folder(tmp_path: Path) -> None:
     expected, other = Captioner(*tiny_model("plain")), Captioner(*tiny_model("plain", seed=2))
     expected.save(tmp_path / "checkpoint")
     other.save(tmp_path / "run" / "checkpoints" / "step_000900")
@@ -143,7 +143,7 @@ def test_a_published_folder_that_holds_only_a_decoder_is_refused_and_the_error_s
         vlm.load(tmp_path)
 
 
-def test_build_takes_a_config_a_mapping_or_a_file_and_leaves_the_random_state_alone() -> None:
+def test_build_accepts_a_config_a_mapping_or_a_file_and_does_not_change_the_random_state() -> None:
     config = tiny_config("plain")
     state = torch.random.get_rng_state()
     built = [vlm.build(given, seed=3) for given in (config, config.model_dump())]
@@ -163,7 +163,9 @@ def test_build_refuses_an_invalid_config(config: Any) -> None:
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def test_a_picture_has_the_same_caption_in_every_form(captioner: Captioner, tmp_path: Path) -> None:
+def test_a_picture_has_the_same_caption_as_an_image_object_a_file_bytes_and_base64(
+    captioner: Captioner, tmp_path: Path
+) -> None:
     picture = pictures(1)[0]
     data = as_file(picture)
     (tmp_path / "a.png").write_bytes(data)
@@ -173,7 +175,9 @@ def test_a_picture_has_the_same_caption_in_every_form(captioner: Captioner, tmp_
     assert results[0].error is None
 
 
-def test_an_opened_picture_is_upright_like_its_file(captioner: Captioner, tmp_path: Path) -> None:
+def test_a_picture_opened_with_pillow_is_turned_upright_in_the_same_way_as_its_file(
+    captioner: Captioner, tmp_path: Path
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     pictures(1)[0].save(tmp_path / "turned.png", exif=exif)
@@ -182,7 +186,7 @@ def test_an_opened_picture_is_upright_like_its_file(captioner: Captioner, tmp_pa
     assert torch.equal(opened, torch.rot90(tiny_pixels(1)[0], -1))
 
 
-def test_a_missing_or_broken_picture_is_an_error_of_its_row_or_of_the_call(
+def test_a_missing_or_broken_picture_is_an_error_of_its_row_or_is_raised_by_calls_with_a_single_picture(
     captioner: Captioner, tmp_path: Path
 ) -> None:
     data = as_file(Image.effect_noise((300, 300), 90))
@@ -202,7 +206,7 @@ def test_a_missing_or_broken_picture_is_an_error_of_its_row_or_of_the_call(
 # ------------------------------------------------------------------------------------------------ calls
 
 
-def test_one_prompt_serves_all_pictures_and_a_wrong_number_of_prompts_is_refused(captioner: Captioner) -> None:
+def test_a_single_prompt_applies_to_all_pictures_and_a_wrong_number_of_prompts_is_refused(captioner: Captioner) -> None:
     one, two = pictures(2)
     together = captioner.caption([one, two], "what")
     assert together == captioner.caption([one, two], ["what", "what"])
@@ -223,7 +227,7 @@ def test_a_misspelled_or_invalid_setting_is_refused_by_every_call(captioner: Cap
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 3}, {"num_beams": 3}, {"stop": ["a"]}])
-def test_the_pieces_of_a_stream_are_the_caption(captioner: Captioner, settings: dict[str, Any]) -> None:
+def test_the_joined_pieces_of_a_stream_equal_the_caption(captioner: Captioner, settings: dict[str, Any]) -> None:
     picture = pictures(1)[0]
     pieces = list(captioner.stream(picture, "what", **settings))
     assert "".join(pieces) == captioner.caption([picture], "what", **settings)[0].caption
@@ -239,7 +243,7 @@ def test_a_stream_reads_several_pictures_in_order(captioner: Captioner) -> None:
 
 
 @pytest.mark.parametrize("variant", ["plain", "prefix", "looking"])
-def test_the_logprobs_of_an_answer_are_those_with_which_it_was_generated(variant: str) -> None:
+def test_the_logprobs_of_an_answer_equal_the_logprobs_at_its_generation(variant: str) -> None:
     captioner = Captioner(*tiny_model(variant))
     seen, prompts = pictures(3), ["", "what", "a"]
     requests = [captioner.request([picture], prompt) for picture, prompt in zip(seen, prompts, strict=True)]
@@ -258,7 +262,7 @@ def test_the_logprobs_of_an_answer_are_those_with_which_it_was_generated(variant
     assert len({*totals}) == 4
 
 
-def test_logprobs_refuse_answers_that_do_not_fit(captioner: Captioner) -> None:
+def test_logprobs_refuses_answers_that_do_not_fit_the_context_or_the_number_of_prompts(captioner: Captioner) -> None:
     (picture,) = pictures(1)
     with pytest.raises(UserError, match="does not fit the model's context"):
         captioner.logprobs([picture], [""], ["a" * 100])

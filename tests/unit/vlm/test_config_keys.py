@@ -92,7 +92,7 @@ def names_key(sentences: list[str], path: str) -> bool:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_each_changed_key_of_a_config_is_refused_by_its_name_or_has_no_effect(name: str) -> None:
+def test_each_changed_key_of_a_config_is_refused_by_name_or_has_no_effect(name: str) -> None:
     family, model = family_of(name), MODELS[name]
     settings = json.loads(json.dumps(family.to_settings(model)))
     assert family.mismatches(model, settings) == []
@@ -109,7 +109,7 @@ def test_each_changed_key_of_a_config_is_refused_by_its_name_or_has_no_effect(na
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_an_unknown_key_is_refused_by_its_name_in_every_section(name: str) -> None:
+def test_an_unknown_key_in_any_section_is_refused_and_the_error_names_the_key(name: str) -> None:
     family, model = family_of(name), MODELS[name]
     settings = json.loads(json.dumps(family.to_settings(model)))
     sections = [key for key, value in settings.items() if isinstance(value, dict) and key != "pretrained_cfg"]
@@ -155,7 +155,9 @@ REFUSED: list[tuple[str, str, Any]] = [
 
 
 @pytest.mark.parametrize(("name", "path", "value"), REFUSED)
-def test_a_setting_that_our_model_does_not_have_is_refused_by_its_name(name: str, path: str, value: Any) -> None:
+def test_a_setting_that_our_model_does_not_have_is_refused_and_the_error_names_the_setting(
+    name: str, path: str, value: Any
+) -> None:
     family, model = family_of(name), MODELS[name]
     settings = json.loads(json.dumps(family.to_settings(model)))
     sentences = family.mismatches(model, changed(settings, path, value))
@@ -258,7 +260,7 @@ def test_a_family_that_is_only_imported_compares_positions_and_refuses_unknown_k
         assert any(next(iter(arguments)) in sentence for sentence in mismatches(arguments))
 
 
-def test_models_of_all_families_are_tested() -> None:
+def test_this_file_tests_models_of_all_weight_families() -> None:
     assert sorted([*MODELS, *IMPORTED_ONLY]) == sorted(family.name for family in families())
     assert {family.name for family in families() if not family.exportable} == {*IMPORTED_ONLY}
     assert all(isinstance(model, ModelConfig) for model in MODELS.values())

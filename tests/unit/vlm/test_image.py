@@ -127,7 +127,7 @@ def test_a_picture_with_float_pixels_is_rejected_as_unsupported() -> None:
     assert rejection(encoded(Image.new("F", (8, 8), 0.5), "TIFF")) == "unsupported_format"
 
 
-def test_a_jpeg_decoded_at_reduced_size_keeps_the_draft_side_and_hardly_changes_after_a_resize() -> None:
+def test_a_jpeg_decoded_at_reduced_size_is_at_least_as_large_as_the_draft_side_and_hardly_differs() -> None:
     config = ImageConfig(size=60)
     whole = picture(3, (500, 250)).resize((60, 30)).resize((500, 250))
     data = encoded(whole, "JPEG", quality=95)

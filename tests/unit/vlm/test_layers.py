@@ -153,7 +153,7 @@ def test_attention_mask_builds_the_masks_that_the_docstring_of_its_module_shows(
     assert attention_mask(torch.ones(1, 3).bool(), torch.zeros(1, 3, dtype=torch.long)).all()
 
 
-def test_stochastic_depth_skips_each_branch_of_a_row_at_its_rate_and_keeps_the_mean_and_evaluation() -> None:
+def test_stochastic_depth_skips_branches_at_their_rate_and_keeps_the_mean_and_the_evaluation_output() -> None:
     torch.manual_seed(0)
     norms = torch.nn.Identity(), torch.nn.Identity()
     mlp = PlainMlp(24, 8, torch.nn.GELU(), bias=True, out_width=24)

@@ -99,7 +99,7 @@ ORDINARY = ordinary_files()
 
 
 @pytest.mark.parametrize("name", ORDINARY)
-def test_the_pixels_of_an_ordinary_picture_are_those_of_earlier_releases(name: str) -> None:
+def test_an_ordinary_picture_decodes_to_the_same_pixels_as_in_earlier_releases(name: str) -> None:
     """Existing captions and shards of a home folder stay valid only if the same file decodes to the same pixels."""
     assert same(opened(ORDINARY[name]), decoded_by_pillow(ORDINARY[name]))
 
@@ -217,7 +217,7 @@ PNG_EXTRAS = {
 
 
 @pytest.mark.parametrize("name", PNG_EXTRAS)
-def test_a_png_shows_its_pixels_whatever_its_other_chunks_hold(name: str) -> None:
+def test_a_png_decodes_to_its_pixels_whatever_its_metadata_chunks_hold(name: str) -> None:
     assert same(opened(png_with(PNG_EXTRAS[name])), SHOWN)
     data = encoded(SHOWN)
     assert same(opened(data[:-12] + PNG_EXTRAS[name] + data[-12:]), SHOWN)
@@ -254,11 +254,11 @@ JPEG_EXTRAS = {
 
 
 @pytest.mark.parametrize("name", JPEG_EXTRAS)
-def test_a_jpeg_shows_its_pixels_whatever_its_other_segments_hold(name: str) -> None:
+def test_a_jpeg_decodes_to_its_pixels_whatever_its_metadata_segments_hold(name: str) -> None:
     assert same(opened(jpeg_with(JPEG_EXTRAS[name])), without_bytes("JPEG"))
 
 
-def test_a_jpeg_with_several_pictures_shows_the_first_and_is_a_jpeg() -> None:
+def test_a_jpeg_with_several_pictures_decodes_to_the_first_picture_and_its_format_is_jpeg() -> None:
     data = encoded(SHOWN, "MPO", save_all=True, append_images=[TURNED])
     image, info = open_image(data, max_pixels=10_000, min_side=1)
     assert info == ImageInfo("JPEG", 40, 32)
@@ -275,13 +275,13 @@ def test_the_tables_of_a_jpeg_may_stand_in_any_order() -> None:
 
 
 @pytest.mark.parametrize("flags", [0x00, 0x0C, 0x3E])
-def test_a_webp_shows_its_pixels_whatever_its_other_chunks_hold(flags: int) -> None:
+def test_a_webp_decodes_to_its_pixels_whatever_its_metadata_chunks_hold(flags: int) -> None:
     extra = ((b"EXIF", b"garbage"), (b"XMP ", b"<" * 2**21), (b"ICCP", b""), (b"abcd", b"odd"))
     assert same(opened(webp_with(*extra, flags=flags & ~0x02)), without_bytes("WEBP"))
     assert same(opened(webp_with(*extra) + b"garbage at the end"), without_bytes("WEBP"))
 
 
-def test_a_tiff_shows_its_pixels_whatever_its_other_tags_hold() -> None:
+def test_a_tiff_decodes_to_its_pixels_whatever_its_metadata_tags_hold() -> None:
     data = encoded(SHOWN, "TIFF", exif=exif_of(6), compression="tiff_lzw")
     (at,) = struct.unpack_from("<I", data, 4)
     (count,) = struct.unpack_from("<H", data, at)
@@ -297,7 +297,7 @@ def test_a_tiff_shows_its_pixels_whatever_its_other_tags_hold() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"])
-def test_bytes_after_the_end_of_a_picture_do_no_harm_and_bytes_before_it_do(kind: str) -> None:
+def test_bytes_after_the_end_of_a_picture_are_ignored_and_bytes_before_its_start_are_an_error(kind: str) -> None:
     data = encoded(SHOWN, kind)
     assert same(opened(data + b"\0\0garbage" * 50), opened(data))
     with pytest.raises(ImageError):

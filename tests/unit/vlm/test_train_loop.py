@@ -282,7 +282,7 @@ def test_a_frozen_encoder_gets_no_update_no_optimizer_state_and_no_backward_pass
     assert features == [False, False]
 
 
-def test_mix_gives_every_seed_step_and_rank_different_low_32_bits_which_torch_uses() -> None:
+def test_function_mix_gives_every_seed_step_and_rank_different_low_32_bits() -> None:
     seeds = [mix(s, t, r) for s in range(8) for t in range(50) for r in range(8)]
     assert len({seed & 0xFFFFFFFF for seed in seeds}) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)

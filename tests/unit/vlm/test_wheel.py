@@ -52,7 +52,7 @@ def run(*command: str | Path, folder: Path) -> str:
     return done.stdout
 
 
-def test_the_lines_of_the_readme_run_from_the_wheel_without_pyspark_and_mlflow(tmp_path: Path) -> None:
+def test_the_code_lines_of_the_readme_run_from_the_wheel_without_pyspark_and_mlflow(tmp_path: Path) -> None:
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path / "dist", ROOT, folder=tmp_path)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "env", folder=tmp_path)

@@ -60,7 +60,7 @@ def test_pictures_do_not_depend_on_the_number_of_ranks_or_workers_or_on_the_firs
     assert samples(shards, range(5, 8), 2, 3) == whole[5 * 8 :]
 
 
-def test_without_augmentation_pixels_equal_those_of_the_shards(shards: Shards) -> None:
+def test_without_augmentation_pixels_equal_the_pixels_of_the_shards(shards: Shards) -> None:
     stored = {shards.row(index).pixels.tobytes() for index in range(len(shards))}
     assert {pixels for pixels, _ in samples(shards, config=None)} == stored
     assert tiny_run().train.augment is None
@@ -103,7 +103,7 @@ def test_words_that_prevent_flipping_can_be_set_for_other_languages() -> None:
     assert [(pixels == PICTURE).all() for pixels in augmented(config, "\u092c\u093e\u090f\u0901 x")] == [True] * EPOCHS
 
 
-def test_a_crop_has_an_area_within_the_scale_and_a_varying_position() -> None:
+def test_the_area_of_a_crop_is_within_the_configured_scale_and_its_position_varies() -> None:
     row = np.linspace(0, 255, 96)
     picture = np.stack([np.tile(row, (96, 1)), np.tile(row, (96, 1)).T, np.zeros((96, 96))], axis=-1).astype(np.uint8)
     crops = augmented(AugmentConfig(scale=(0.25, 0.64)), picture=picture)

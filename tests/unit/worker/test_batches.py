@@ -93,7 +93,7 @@ def test_a_text_longer_than_the_context_is_truncated_and_counted_and_logged_once
     assert len(caplog.records) == 1
 
 
-def test_a_text_that_exactly_fits_is_not_truncated() -> None:
+def test_a_text_that_exactly_fits_the_context_is_not_truncated() -> None:
     text = "x" * (MODEL.decoder.context - SLOTS - 1)
     assert spell(collate(("", text)).labels_BT[0]) == text
 

@@ -87,7 +87,7 @@ def test_a_checkpoint_is_written_in_the_background_and_the_next_checkpoint_waits
     assert len(run.finished_checkpoints()) == 2
 
 
-def test_a_failed_write_of_a_checkpoint_is_raised_at_the_next_step(run: RunFolder) -> None:
+def test_an_error_while_writing_a_checkpoint_is_raised_at_the_next_step(run: RunFolder) -> None:
     def disk_full() -> None:
         raise OSError("No space left on device")
 
@@ -140,7 +140,9 @@ def test_a_run_resumes_from_the_newest_intact_checkpoint(run: RunFolder) -> None
     assert run.checkpoint(1).is_dir()  # the last damaged checkpoint is not renamed
 
 
-def test_a_checkpoint_trained_with_other_settings_is_refused_with_all_differences(run: RunFolder) -> None:
+def test_a_checkpoint_trained_with_other_settings_is_refused_and_the_error_lists_all_differences(
+    run: RunFolder,
+) -> None:
     write_checkpoints(run, 1)
     file = run.read_run()
 

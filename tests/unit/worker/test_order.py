@@ -75,7 +75,7 @@ def test_neighbouring_rows_are_not_neighbours_in_the_row_order() -> None:
     seed=st.integers(0, 9),
 )
 @settings(max_examples=50, deadline=None)
-def test_slices_of_all_ranks_make_the_batch_of_a_single_rank(
+def test_the_slices_of_all_ranks_together_equal_the_batch_of_a_single_rank(
     step: int, share: int, world_size: int, num_rows: int, seed: int
 ) -> None:
     batch_size = 12 * share
@@ -86,7 +86,7 @@ def test_slices_of_all_ranks_make_the_batch_of_a_single_rank(
     assert np.concatenate([part.epochs for part in slices]).tolist() == single.epochs.tolist()
 
 
-def test_512_ranks_share_a_billion_rows_and_256_ranks_continue_with_the_next_step() -> None:
+def test_512_ranks_share_a_billion_rows_and_a_restart_with_256_ranks_continues_at_the_next_step() -> None:
     """The cluster plan in docs/training.md assumes that a rank computes its rows without a shuffled list."""
     common = {"batch_size": 16_384, "num_rows": 10**9, "seed": 5}
     end_of_epoch = 10**9 // 16_384

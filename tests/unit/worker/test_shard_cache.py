@@ -125,7 +125,7 @@ def test_existing_copies_are_reused_and_truncated_copies_are_replaced(source: Sh
     assert contents(shards) == contents(source)
 
 
-def test_copies_stay_below_the_limit_and_other_rows_are_read_from_the_original_files(
+def test_copies_stay_below_the_size_limit_and_all_other_rows_are_read_from_the_original_files(
     source: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shards, root = Shards.open(source.folder), tmp_path / "cache"
@@ -186,7 +186,7 @@ def test_a_full_disk_is_logged_once_and_training_continues(
     assert "other rows are read from the original files: [Errno" in warning.message
 
 
-def test_a_shard_that_differs_from_its_manifest_fails_the_training(source: Shards, tmp_path: Path) -> None:
+def test_a_shard_file_that_differs_from_the_manifest_fails_the_training(source: Shards, tmp_path: Path) -> None:
     path = source.folder / source.manifest.files[1].file
     changed = bytearray(path.read_bytes())
     changed[len(changed) // 2] ^= 1
