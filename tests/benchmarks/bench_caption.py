@@ -98,7 +98,7 @@ def main() -> None:
         data = DataConfig.model_validate({"source": {"path": str(path)}})
         ingest(spark, platform, "made", data)
         model = ModelFiles(folder=folder, name="nano", version="1", run_id="none")
-        caption(spark, platform, model, CaptionRequest(where="split = 'val'"))  # first job: warms up the Python workers
+        caption(spark, platform, model, CaptionRequest(where="split = 'val'"))  # the first job warms up Python workers
         job_rate, job_peak = measured(lambda: caption(spark, platform, model, CaptionRequest()).captioned)
         spark.stop()
     print(f"{ROWS} pictures of {SIDE} px, {threads} cores, {np.mean([len(c) for c in expected]):.0f} characters each")

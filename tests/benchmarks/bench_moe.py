@@ -143,7 +143,7 @@ def one_mixture(layer: MoeMlp, theirs: nn.Module, tokens: int) -> dict[str, Call
 
 
 def grouped_flops(left: torch.Size, right: torch.Size, *_: object, **__: object) -> int:
-    """Count the FLOPs of a grouped matrix product, forward or backward, because torch does not count them."""
+    """Count the FLOPs of a grouped matrix product, forward or backward, because torch does not count these FLOPs."""
     return 2 * left.numel() * right[-1]
 
 

@@ -23,7 +23,7 @@ def make(path: Path, count: int, side: int, kind: str = "PNG", height: int | Non
     """Write a CSV file of pictures: smooth colour fields with a little noise, similar to photographs of plain
     surfaces.
 
-    The pictures are `side` pixels wide and `height` pixels high; without `height` they are square.
+    The pictures are `side` pixels wide and `height` pixels high; without `height`, the pictures are square.
     """
     options: dict[str, int] = {"compress_level": 1} if kind == "PNG" else {"quality": 90}
     rng = np.random.default_rng(seed)

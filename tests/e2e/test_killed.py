@@ -47,7 +47,7 @@ def assert_complete(home: Path, source: str, expected: dict[str, str]) -> None:
 
 
 def retry(spark: SparkSession, platform: Platform, source: str, folder: Path) -> None:
-    """Run ingest and sharding until they succeed, at most four times, as a job scheduler does."""
+    """Run ingest and sharding until both succeed, at most four times, as a job scheduler does."""
     for _ in range(3):
         try:
             return ingest_and_shard(spark, platform, source, folder)

@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def promote_versions(folder: Path, count: int) -> None:
-    """Register models with random weights as versions of run `birds`, and promote them in turn."""
+    """Register models with random weights as versions of run `birds`, and promote one version after the other."""
     with pytest.MonkeyPatch.context() as patch:
         platform = open_local(patch, folder / ".lakesight")
         config = tiny_run(ranks=1).model_copy(update={"name": "birds"})

@@ -52,7 +52,7 @@ WHOLE: dict[str, Any] = {
     "score_every": 30,
 }
 MEASURED = re.compile("per_second|data_wait|system/")
-"""Pattern of the metrics that differ between two runs with equal configs, because they are measurements."""
+"""Pattern of the metrics that differ between two runs with equal configs, because these metrics are measurements."""
 ENDLESS: dict[str, Any] = {"steps": 100_000, "validate_every": 100_000}
 
 

@@ -1,4 +1,4 @@
-"""Resampler, gated cross-attention and pixel shuffle give the same outputs as Idefics, an open version of Flamingo."""
+"""Our resampler, gated cross-attention and pixel shuffle give the outputs of Idefics, an open version of Flamingo."""
 
 import pytest
 import torch

@@ -158,7 +158,7 @@ def both(family: str) -> tuple[Any, VisionLanguageModel]:
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
-        theirs.get_input_embeddings().weight[2] *= 2  # a likely end token ends some answers early
+        theirs.get_input_embeddings().weight[2] *= 2  # makes the end token likely, so that some answers end early
     ours = build_model(our_config(family), VOCAB).eval()
     state = theirs.state_dict()
     match family:

@@ -54,7 +54,7 @@ def family_of(name: str) -> Family:
 
 
 def position_of(theirs: Any) -> dict[str, Any]:
-    """Read the kind of positions from the modules of a timm model, and return it as our config."""
+    """Return our config for the positions of a timm model, as found in the modules of the timm model."""
     rope = getattr(theirs, "rope", None)
     if rope is None:
         return {"kind": "learned"}

@@ -1,4 +1,4 @@
-"""Caption jobs on Delta tables: each row is captioned once, and a row with a bad picture stores its error."""
+"""Tests of caption jobs on Delta tables: each row is captioned once, and a row with a bad picture stores the error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Caption jobs whose processes are killed by SIGKILL: each row gets the caption that a job without a kill writes."""
+"""Tests of caption jobs whose processes are killed: each row gets the caption that an undisturbed job writes."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def server(spark: SparkSession) -> Iterator[str]:
 
 
 def run_on_connect(server: str, schema: str, folder: Path) -> Any:
-    """Run the stages in a process of their own, because a process has either classic or Connect sessions."""
+    """Run the stages in a separate process, because a process has either classic or Connect sessions."""
     command = [sys.executable, connect_stages.__file__, schema, str(folder)]
     environment = os.environ | {"SPARK_REMOTE": server, "PYTHONPATH": TEST_PATH}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

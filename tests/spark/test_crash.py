@@ -1,4 +1,4 @@
-"""Pictures that crash or hang their decoder: the error names the bad row, and no other row is lost."""
+"""Tests of pictures that crash or hang their decoder: the error names the bad row, and no other row is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ingest of random invalid rows: no row crashes the job, no row is lost, and every row has an allowed result."""
+"""Tests of ingest of random invalid rows: no row crashes the job, no row is lost, every row has an allowed result."""
 
 from __future__ import annotations
 

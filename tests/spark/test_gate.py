@@ -283,7 +283,7 @@ def test_the_lineage_and_the_decisions_of_a_model_are_shown_without_starting_a_j
 
 
 def test_the_attention_of_a_colour_is_on_the_corner_that_has_the_colour(job: Job) -> None:
-    """By chance, a quarter of the pictures would pass, because each has four corners (the model names the first)."""
+    """By chance, a quarter of the pictures pass: a picture has four corners, and the model names the first corner."""
     captioner = vlm.load(open_model(job, GOOD).folder)
     first = [
         captioner.attention(row[SAMPLES.names.index("image")]).words()[1][1].flatten().argmax() == 0

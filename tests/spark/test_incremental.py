@@ -1,4 +1,4 @@
-"""Incremental ingests and concurrent ingests: only changed input is read, and each row is written once."""
+"""Tests of incremental and concurrent ingests: only changed input is read, and each row is written once."""
 
 from __future__ import annotations
 

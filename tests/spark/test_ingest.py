@@ -1,4 +1,4 @@
-"""Ingest with Spark and Delta: every row is counted, and a second ingest of the same input adds nothing."""
+"""Tests of ingest with Spark and Delta: every row is counted, and a second ingest of the same input adds nothing."""
 
 from __future__ import annotations
 

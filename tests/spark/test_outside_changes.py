@@ -1,4 +1,4 @@
-"""Changes that others make to the rows and tables between two stages: no row is lost or repeated."""
+"""Tests of changes that other programs make to rows and tables between two stages: no row is lost or repeated."""
 
 from __future__ import annotations
 

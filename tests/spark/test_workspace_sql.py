@@ -57,7 +57,7 @@ def test_the_queries_of_the_docs_show_captions_and_decisions_and_write_a_verdict
     assert [row["model_name"] for row in spark.sql(lineage).collect()] == [name]
     assert spark.sql(decisions).collect() == []
     assert {row["image_id"] for row in spark.sql(unjudged).collect()} == {first, second}
-    for _ in range(2):  # the second verdict replaces the first one
+    for _ in range(2):  # the second verdict replaces the first verdict
         spark.sql(judge)
     verdicts = spark.table(platform.table(VERDICTS.name)).where(f"model_name = '{name}'").collect()
     assert [(row["image_id"], row["verdict"], row["caption"]) for row in verdicts] == [(first, "corrected", "x")]

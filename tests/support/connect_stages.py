@@ -1,6 +1,7 @@
-"""All stages of the pipeline, for a comparison of sessions, and a script that runs them on a Spark Connect session.
+"""Function that runs all stages of the pipeline, and a script that runs the stages on a Spark Connect session.
 
-Like a program on serverless compute of Databricks, the script is a Spark Connect client. It prints reports as JSON:
+Like a program on serverless compute of Databricks, the script is a Spark Connect client. The script prints the reports
+as JSON:
 
 SPARK_REMOTE=sc://HOST:PORT python connect_stages.py SCHEMA FOLDER
 """
@@ -42,7 +43,7 @@ from vlm.factory import build_model
 CATALOG = "spark_catalog"
 SCENES, REPEATED = 300, 20
 SPEED = "captions_per_second"
-"""Metric that differs between two evaluations, because it is a measurement."""
+"""Metric that differs between two evaluations, because the metric is a measured speed."""
 
 
 def open_workspace(schema: str, folder: Path) -> Platform:

@@ -1,4 +1,4 @@
-"""Helper that opens a local platform with a home folder of its own."""
+"""Helper that opens a local platform with a separate home folder."""
 
 from __future__ import annotations
 

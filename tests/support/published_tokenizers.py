@@ -48,7 +48,7 @@ def byte_fallback(*, special_regions: bool = False) -> Tokenizer:
 
 
 def word_ends() -> Tokenizer:
-    """Build a tokenizer like CLIP's: texts are lower case, words end in </w>, the unknown token is the end token."""
+    """Build a tokenizer like CLIP's: lower-case text, words that end in </w>, and the end token as unknown token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = alphabet + [char + "</w>" for char in alphabet] + ["ca", "cat</w>", STARTOFTEXT, ENDOFTEXT]
     tokenizer = Tokenizer(

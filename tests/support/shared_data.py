@@ -10,7 +10,7 @@ FOLDER = Path(__file__).parents[3] / "shared" / "data"
 
 
 def shared_file(name: str) -> Path:
-    """Return the path of a shared file, or skip the test if this machine does not have it."""
+    """Return the path of a shared file, or skip the test if this machine does not have the file."""
     path = FOLDER / name
     if not path.exists():
         pytest.skip(f"../shared/data/{name} does not exist beside this checkout")

@@ -23,7 +23,7 @@ from stand_in_jobs import job_problem
 from stand_in_services import Json, Refused, Services, exists, missing, node
 
 POLL_SECONDS = 0.02
-"""Interval at which the server looks whether it has to end, in seconds. The default of 0.5 s delays each test."""
+"""Interval at which the server checks whether it must end, in seconds. The default of 0.5 s delays each test."""
 PRIVILEGES = {"USE_SCHEMA", "SELECT", "MODIFY", "CREATE_TABLE", "READ_VOLUME", "WRITE_VOLUME", "EXECUTE"}
 LEVELS = {
     "jobs": {"IS_OWNER", "CAN_MANAGE", "CAN_MANAGE_RUN", "CAN_VIEW"},

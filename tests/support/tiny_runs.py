@@ -170,7 +170,7 @@ def global_batches(
 
 
 def write_run(folder: Path, config: RunConfig, train: Shards, validate: Shards) -> RunFolder:
-    """Write a run folder with the files that the driver writes before it starts ranks."""
+    """Write a run folder with the files that the driver writes before the start of ranks."""
     run = RunFolder(folder)
     file = RunFile(
         config=config,

@@ -1,4 +1,4 @@
-"""Environment variables of child processes, and the identity of a process."""
+"""Tests of the environment variables of child processes, and of the identity of a process."""
 
 from __future__ import annotations
 

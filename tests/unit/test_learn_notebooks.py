@@ -1,4 +1,4 @@
-"""Tests that the notebooks in notebooks/learn/ run, and that the pages in docs/learn/ show them."""
+"""Tests that the notebooks in notebooks/learn/ run, and that the pages in docs/learn/ show these notebooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drift: the statistics of a caption job, and their comparison with an evaluation of the model version."""
+"""Tests of drift: the statistics of a caption job are compared with an evaluation of the model version."""
 
 from __future__ import annotations
 

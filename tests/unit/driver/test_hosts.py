@@ -1,4 +1,4 @@
-"""Description of a host, and the check that ranks can work together on several hosts."""
+"""Tests of the description of a host, and of the check that ranks can work together on several hosts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the choice of items that need not be read again."""
+"""Tests that decide which items (files or tables) an ingest need not read again."""
 
 from __future__ import annotations
 

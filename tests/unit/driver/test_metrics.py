@@ -1,4 +1,4 @@
-"""Metrics of captions: comparison with pycocoevalcap, and intervals, baselines, slices and paired differences."""
+"""Tests of caption metrics: comparison with pycocoevalcap, intervals, baselines, slices and paired differences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Diagnosis of a failed training run: which rank is at fault, and whether the run is restarted."""
+"""Tests of the diagnosis of a failed training run: which rank is at fault, and whether the run is restarted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ingest and sharding in child processes: a picture that crashes its decoder, or never ends, costs only its own row."""
+"""Tests of ingest and sharding in child processes: a picture that crashes or hangs its decoder costs only one row."""
 
 from __future__ import annotations
 

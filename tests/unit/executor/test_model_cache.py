@@ -69,7 +69,7 @@ def test_a_damaged_copy_is_copied_again_and_a_model_with_another_digest_is_refus
     folder, root = model(tmp_path / "far"), tmp_path / "near"
     digest = record_copy(folder).digest
     copy = local_copy(folder, digest, root)
-    for damage in ("weight", "weighty"):  # another size, and the same size at another time
+    for damage in ("weight", "weighty"):  # first a shorter file, then a file of the same size with a later time
         (copy / "model.safetensors").write_text(damage)
         assert (local_copy(folder, digest, root) / "model.safetensors").read_text() == "weights"
     with pytest.raises(StageFailed, match="cannot be copied to this host"):

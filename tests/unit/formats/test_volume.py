@@ -1,4 +1,4 @@
-"""Tests that shards, run folders and atomic writes need only file operations that a Databricks Volume supports."""
+"""Tests that shards, run folders and atomic writes use only file operations that a Databricks Volume supports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the serving endpoint: it is created once, and updated only if another model version has become champion."""
+"""Tests of the serving endpoint: the first call creates it, and later calls update it only for a new champion."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ CASES: dict[str, tuple[Settings, Any]] = {
     "stop": ({}, ["a", "e"]),
     "seed": ({"temperature": 2.0}, 9),
 }
-"""For each generation setting: the settings that it needs to have an effect, and a value that changes the captions."""
+"""For each generation setting: other settings that must also be set, and a value that changes the captions."""
 
 
 class World:
@@ -88,7 +88,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def by_ask(world: World, settings: Settings, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Ask about the first picture only, because each command decodes its picture in a process of its own."""
+    """Ask about the first picture only, because each command decodes the picture in a separate process."""
     capsys.readouterr()
     ask([world.files[0]], checkpoint=world.folder / "checkpoint", as_json=True, **settings)
     return [json.loads(capsys.readouterr().out)["caption"]]
@@ -139,7 +139,7 @@ def by_pyfunc(world: World, settings: Settings, _: object) -> list[str]:
 
 
 def by_server(world: World, settings: Settings, _: object) -> list[str]:
-    """Send the body of a request to the function with which MLflow's server answers it."""
+    """Send the body of a request to the function with which MLflow's server answers requests."""
     rows = [[base64.b64encode(file.read_bytes()).decode()] for file in world.files]
     body = {"dataframe_split": {"columns": ["image"], "data": rows}, "params": settings}
     schema = world.version.metadata.get_input_schema()

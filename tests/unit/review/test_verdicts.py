@@ -1,4 +1,4 @@
-"""Verdicts on captions, read and written as Delta files, without a server."""
+"""Tests of verdicts on captions, which are read and written as Delta files, without a server."""
 
 from __future__ import annotations
 

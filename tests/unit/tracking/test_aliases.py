@@ -66,10 +66,10 @@ def state(platform: Platform) -> tuple[dict[str, str], bool]:
 
 
 def check_and_complete(platform: Platform, kind: Kind) -> None:
-    """Assert that a kill left one of three valid states, and that running the move again completes it."""
+    """Assert that a kill left one of three valid states, and that running the move again completes the move."""
     found, recorded = state(platform)
     assert found in (BEFORE, BEFORE | {"champion": AFTER[kind]["champion"]}, AFTER[kind])
-    if found != AFTER[kind] or recorded:  # repeating a completed rollback would undo it
+    if found != AFTER[kind] or recorded:  # repeating a completed rollback would undo the rollback
         move(platform, kind)
     assert state(platform) == (AFTER[kind], False)
 

@@ -92,7 +92,7 @@ def test_a_model_version_whose_copy_was_damaged_or_replaced_is_downloaded_again(
     weights.unlink()
     download(platform, registered)
     assert weights.read_bytes() == good
-    os.utime(weights, (1, 1))  # as after `cp -r` of the home folder
+    os.utime(weights, (1, 1))  # `cp -r` of the home folder changes the times too
     offline = dataclasses.replace(platform, tracking_uri="http://127.0.0.1:9", registry_uri="http://127.0.0.1:9")
     assert download(offline, registered).folder == folder
 

@@ -1,4 +1,4 @@
-"""A home folder that was moved, copied or renamed, with any name: models, runs and artifacts are found."""
+"""Tests that models, runs and artifacts are found in a home folder with any name that was moved, copied or renamed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def original(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
     home = tmp_path_factory.mktemp("first") / ODD
     home.mkdir()
     shutil.copy(empty_database, home / "mlflow.db")
-    # In another process, because MLflow caches the location of a run's artifacts for the life of a process.
+    # The command runs in another process, because MLflow caches the location of a run's artifacts in each process.
     environment = os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": TEST_PATH}
     subprocess.run([sys.executable, "-c", REGISTER], env=environment, check=True)
     shards = (home / "shards").rename(home / "moving")
@@ -68,7 +68,7 @@ def original(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
     paths = {
         "train_shards": str(shards),
         "validate_shards": str(shards),
-    }  # absolute paths, as Lakesight 0.1.0 wrote them
+    }  # Lakesight 0.1.0 wrote absolute paths
     write_json(run.run_file, run.read_run().model_copy(update=paths))
     return home
 

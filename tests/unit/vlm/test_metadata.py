@@ -1,4 +1,4 @@
-"""Pixels decide, not metadata: a picture with odd, huge or broken metadata decodes to the same pixels as without it."""
+"""Tests that a picture with odd, huge or broken metadata decodes to the same pixels as without metadata."""
 
 from __future__ import annotations
 

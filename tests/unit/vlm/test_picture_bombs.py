@@ -1,4 +1,4 @@
-"""Small files that decode to huge pictures, or hide huge metadata, need less than a gigabyte at default limits."""
+"""Tests that small files with huge pictures or huge metadata need less than a gigabyte at the default limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures without their end marker, pictures of 16 bits a sample, and the memory that conversions need."""
+"""Tests of pictures without an end marker, of pictures with 16 bits per sample, and of the memory of conversions."""
 
 from __future__ import annotations
 

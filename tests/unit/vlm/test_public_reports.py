@@ -1,4 +1,4 @@
-"""Pictures from public bug reports that a viewer shows and a naive reader refuses.
+"""Tests of pictures from public bug reports: viewers show these pictures, but a naive reader refuses many of them.
 
 Each picture is built from its report. `Pillow` is what `Image.open`, `load` and `exif_transpose` of Pillow 13.0.0 do.
 

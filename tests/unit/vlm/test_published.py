@@ -1,4 +1,4 @@
-"""Published tokenizers: text never encodes to control tokens, and region tokens are ordinary text."""
+"""Tests of published tokenizers: text never encodes to control tokens, and region tokens are ordinary text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parser of regions finds boxes, labels and outline codes, and ignores any other text."""
+"""Tests that the parser of regions finds boxes, labels and outline codes, and ignores any other text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The streamed text of an answer is a growing beginning of the whole text, for any tokenizer and any stop string."""
+"""Tests that streamed text is always a growing beginning of the whole text, for any tokenizer and stop string."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decoding of tokenizers restores an encoded text, and no text encodes to a special token."""
+"""Tests that decoding restores an encoded text, and that no text encodes to a special token."""
 
 from pathlib import Path
 

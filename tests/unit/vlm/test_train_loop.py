@@ -237,7 +237,7 @@ def test_a_step_with_gradient_accumulation_and_recomputed_blocks_equals_a_plain_
 
 @pytest.mark.matrix  # compiling the blocks with the C++ compiler takes half a minute
 def test_compiled_blocks_train_like_eager_blocks_and_are_compiled_only_for_training() -> None:
-    from torch._dynamo.utils import counters  # this import is slow, and only this test needs it
+    from torch._dynamo.utils import counters  # a slow import that only this test needs
 
     counters.clear()
     reports = []
@@ -347,7 +347,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_one_without_a_format_vers
     save_model(tmp_path, model, tokenizer)
     path = tmp_path / "model.safetensors"
     weights = load_file(path)
-    save_file(weights, path)  # as versions of Lakesight without a format version wrote it
+    save_file(weights, path)  # early versions of Lakesight wrote no format version
     assert torch.equal(load_model(tmp_path)[0].decoder.tokens.weight, model.decoder.tokens.weight)
     save_file(weights, path, {"lakesight_format": "3"})
     (tmp_path / "config.json").write_text('{"new_setting": 1}')

@@ -1,4 +1,4 @@
-"""The wheel with its base dependencies and torch captions a picture, without pyspark and mlflow."""
+"""Test that the wheel captions a picture with its base dependencies and torch, without pyspark and mlflow."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def test_ascii_texts_have_the_same_words_as_in_earlier_versions(text: str) -> No
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(categories=["L", "M", "N", "P", "Zs", "Cf"]), max_size=20))
 def test_words_contain_no_white_space_and_lose_no_letter(text: str) -> None:
-    """Metrics join words by spaces and split them again."""
+    """Metrics join words by spaces and later split the joined text again."""
     found = words(text)
     assert " ".join(found).split() == found
     letters = [char for char in unicodedata.normalize("NFC", text.lower()) if char.isalnum()]

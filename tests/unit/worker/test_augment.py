@@ -99,7 +99,7 @@ def test_words_that_prevent_flipping_can_be_set_for_other_languages() -> None:
     config = AugmentConfig(flip=1, sided_words=("links", "nach rechts"))
     assert [(pixels == PICTURE).all() for pixels in augmented(config, "Er schaut nach rechts")] == [True] * EPOCHS
     assert [(pixels == PICTURE).all() for pixels in augmented(config, "Er hat recht")] == [False] * EPOCHS
-    config = AugmentConfig(flip=1, sided_words=("\u092c\u093e\u090f\u0901",))  # Hindi for left, which ends in a sign
+    config = AugmentConfig(flip=1, sided_words=("\u092c\u093e\u090f\u0901",))  # Hindi for left, with a sign at the end
     assert [(pixels == PICTURE).all() for pixels in augmented(config, "\u092c\u093e\u090f\u0901 x")] == [True] * EPOCHS
 
 
@@ -136,7 +136,7 @@ def measured(pixels: Pixels) -> tuple[float, float, float]:
 def test_brightness_contrast_and_saturation_each_change_only_their_own_property(
     strength: str, changed: list[int], kept: list[int]
 ) -> None:
-    middle = PICTURE // 2 + 64  # no value is clipped
+    middle = PICTURE // 2 + 64  # grey levels that augmentation does not clip
     config = AugmentConfig.model_validate({strength: 0.3})
     values = np.array([measured(pixels) for pixels in augmented(config, picture=middle)]) / measured(middle)
     assert np.abs(values[:, kept] - 1).max(initial=0) < 0.02

@@ -58,7 +58,7 @@ def write_checkpoints(run: RunFolder, *steps: int) -> list[int]:
 
 def test_the_newest_checkpoints_and_the_best_checkpoint_are_kept(run: RunFolder) -> None:
     assert best_checkpoint(run, "loss") is None
-    for step, loss in ((4, 3.0), (8, 1.0), (12, 2.0), (14, 0.5)):  # there is no checkpoint of step 14
+    for step, loss in ((4, 3.0), (8, 1.0), (12, 2.0), (14, 0.5)):  # step 14 has metrics but no checkpoint
         write_json(run.metrics(step), Metrics(step=step, time=0.0, values={"val/loss": loss}))
     write_json(run.metrics(16), Metrics(step=16, time=0.0, values={"train/loss": 0.1}))
     assert write_checkpoints(run, 4, 8, 12, 16, 20) == [8, 16, 20]
