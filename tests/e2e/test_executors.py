@@ -1,4 +1,4 @@
-"""Check of the packages and the hardware of executors, before ranks start on the executors."""
+"""Tests of the check of packages and hardware on executors, before ranks start on the executors."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="fi
 
 
 class Reference(NamedTuple):
-    """Result of a caption job without a kill: folder of the source table, captions, and duration in seconds."""
+    """Result of an undisturbed caption job: folder of the source table, captions, and duration in seconds."""
 
     folder: Path
     rows: list[dict[str, Any]]
@@ -43,7 +43,7 @@ def reference(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.
 
 @pytest.fixture(scope="module")
 def window(reference: Reference) -> KillWindow:
-    """Create the time window in which processes are killed, from the duration of the caption job without a kill."""
+    """Create the time window in which processes are killed, from the duration of an undisturbed caption job."""
     return KillWindow(reference.seconds)
 
 

@@ -1,4 +1,4 @@
-"""Ingest of random files of all kinds, compared with naive readers: no row vanishes, and no text is changed."""
+"""Tests of ingest of random files, compared with naive readers: no row vanishes, and no text is changed."""
 
 from __future__ import annotations
 

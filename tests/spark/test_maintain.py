@@ -1,4 +1,4 @@
-"""Maintenance of Delta tables: small files are merged, old files are removed, and all rows and shards stay the same."""
+"""Tests of the maintenance of Delta tables: small files are merged, old files are removed, no row or shard changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards contain all rows of a split of a Delta table, and have the same bytes for any partitioning of the table."""
+"""Tests that shards contain all rows of a split of a Delta table, and do not depend on the table's partitioning."""
 
 from __future__ import annotations
 

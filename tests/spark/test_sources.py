@@ -1,4 +1,4 @@
-"""Ingest of every kind of source, with valid and invalid rows: all rows are counted, and ingest is idempotent."""
+"""Tests of ingest from every kind of source: valid and invalid rows are counted, and ingest is idempotent."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def open_local(
     """Open a local platform in a home folder, without a tracking server.
 
     Args:
-        patch: sets the environment variables, which last as long as the patch.
+        patch: patch that sets environment variables until pytest undoes the patch.
         home: home folder.
         config: settings of the platform, or None for the defaults.
         database: MLflow database to copy into the home folder, or None.

@@ -1,4 +1,4 @@
-"""A server of a registered model version (`lakesight serve`), and clients that send requests in parallel."""
+"""Helpers that start `lakesight serve` for a registered model version, and send requests to the server in parallel."""
 
 from __future__ import annotations
 

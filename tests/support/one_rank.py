@@ -1,4 +1,4 @@
-"""Training in this process as the only rank of a run, which can be killed at a step."""
+"""Functions that train in this process as the only rank of a run, and can end the rank at a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parquet files of tests, read in byte ranges as an ingest reads them."""
+"""Functions that read Parquet files of tests in byte ranges, as an ingest does."""
 
 from __future__ import annotations
 

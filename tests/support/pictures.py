@@ -1,4 +1,4 @@
-"""Generated pictures, and CSV files with pictures as base64."""
+"""Functions that generate pictures and write CSV files with pictures as base64."""
 
 from __future__ import annotations
 

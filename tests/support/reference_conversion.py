@@ -1,4 +1,4 @@
-"""Conversion of transformers' weights to our names, written by hand and independent of the tables in `vlm.weights`."""
+"""Conversion of transformers' weights to our names, written by hand without the tables in `vlm.weights`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that own a run folder, as a first `lakesight train` does.
+"""Helper that starts a process which owns a run folder, as `lakesight train` does.
 
 python run_owners.py RUN_DIR
 """
@@ -20,7 +20,7 @@ from pipelines.formats.run_owner import own_run
 
 @contextmanager
 def owned_by_another_process(run: RunFolder) -> Iterator[subprocess.Popen[bytes]]:
-    """While the block executes, another process owns the run. Yield the process."""
+    """Start a process that owns the run while the block executes, and yield the process."""
     environment = os.environ | {"PYTHONPATH": TEST_PATH}
     with subprocess.Popen(
         [sys.executable, __file__, str(run.path)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE

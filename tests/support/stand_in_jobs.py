@@ -1,4 +1,4 @@
-"""Check of job settings for everything that a Databricks workspace refuses."""
+"""Find the settings of a job that a Databricks workspace refuses."""
 
 from __future__ import annotations
 

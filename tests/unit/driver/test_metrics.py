@@ -187,7 +187,7 @@ def test_coco_metrics_equal_the_metrics_of_pycocoevalcap_if_references_are_repea
     truth = [*([texts[(row + n * n) % 5] for n in range(5)] for row in range(12)), [cat], [cat]]
     made = [*(group[0] if row % 3 else texts[row % 5] for row, group in enumerate(truth[:12])), cat, cow]
     assert any(len(set(group)) < len(group) for group in truth)
-    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Dfile.encoding=UTF-8")  # pycocoevalcap takes the encoding of the locale
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Dfile.encoding=UTF-8")  # pycocoevalcap uses the encoding of the locale
     tokenizer = PTBTokenizer()
     gts = tokenizer.tokenize({i: [{"caption": text} for text in group] for i, group in enumerate(truth)})
     res = tokenizer.tokenize({i: [{"caption": text}] for i, text in enumerate(made)})

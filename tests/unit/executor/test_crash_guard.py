@@ -1,4 +1,4 @@
-"""Tests that a row that crashes or hangs a process costs no other row, and that time limits end endless code."""
+"""Tests that a row that crashes or hangs a process costs no other row, and that time limits stop endless code."""
 
 from __future__ import annotations
 

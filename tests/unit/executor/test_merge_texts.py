@@ -1,4 +1,4 @@
-"""Merge of the texts of a picture: order, repeats, and the largest number of texts."""
+"""Tests of merging the texts of a picture: order, repeats, and the largest number of texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the tar reader: the reader finds the same members as tarfile, and survives any header."""
+"""Tests of the tar reader: the reader finds the same members as tarfile, and handles damaged or huge headers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of what commands print for people: numbers, lists in 80 columns, and the next command."""
+"""Tests of what commands print for people: numbers, lists in 80 columns, and the suggested next command."""
 
 from __future__ import annotations
 

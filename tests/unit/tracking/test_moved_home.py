@@ -53,7 +53,7 @@ def locations(home: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
-    """A home folder with a name that URLs must escape, in which a model was registered."""
+    """A home folder whose name must be escaped in URLs, and in which a model was registered."""
     home = tmp_path_factory.mktemp("first") / ODD
     home.mkdir()
     shutil.copy(empty_database, home / "mlflow.db")

@@ -1,4 +1,4 @@
-"""Training starts while the tracking server is down, but a server that refuses the user stops a command at once."""
+"""Tests that training starts while the tracking server is down, and that a server that refuses the user is an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Tests of attention maps: explicit attention equals the fused kernel, and the maps show the patches that count."""
+"""Tests of attention maps: explicit attention equals the fused kernel, and the maps show the patches that influence the
+answer.
+"""
 
 from __future__ import annotations
 

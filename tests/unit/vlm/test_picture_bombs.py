@@ -16,7 +16,7 @@ from PIL import Image
 
 SIDE = 8000
 MAX_BYTES = 950_000_000
-"""A worker of Spark has about 50 MB more than this test's process, which loads only Pillow and numpy."""
+"""A Spark worker needs about 50 MB more memory than the process of this test, which loads only Pillow and numpy."""
 MEASURE = """
 import re, sys
 from pathlib import Path

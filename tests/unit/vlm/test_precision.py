@@ -1,4 +1,4 @@
-"""Tests of lower precision: outputs, the size of weights, routers and rotary tables in fp32, a missing library."""
+"""Tests of lower precision: outputs, size of weights, fp32 routers and rotary tables, and a missing library."""
 
 import logging
 import sys

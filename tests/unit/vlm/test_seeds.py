@@ -1,4 +1,6 @@
-"""Tests of seeds: SplitMix64 agrees on integers and arrays, and `mix` returns the same seeds as in earlier versions."""
+"""Tests of seeds: Tests that SplitMix64 gives equal results for integers and arrays, and that `mix` returns unchanged
+seeds.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands `import-weights` and `export-weights` convert a published folder to a checkpoint, and back."""
+"""Tests that `import-weights` converts a published folder to a checkpoint, and `export-weights` converts it back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of batches: labels, the text shown with a picture, parts, mixes, and the order with loader threads."""
+"""Tests of batches: labels, the text shown with a picture, parts of batches, mixes, and order with loader threads."""
 
 from __future__ import annotations
 

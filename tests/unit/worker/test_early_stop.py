@@ -1,4 +1,4 @@
-"""Tests of CIDEr during training, and of training that ends early because the metric no longer improves."""
+"""Tests of CIDEr during training, and of training that ends early because the validation metric no longer improves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the monitor of a rank, which records every end of the rank, in real processes."""
+"""Tests, in real processes, of the monitor of a rank, which records every way in which the rank ends."""
 
 from __future__ import annotations
 

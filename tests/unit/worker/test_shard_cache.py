@@ -67,7 +67,7 @@ def source(tmp_path: Path) -> Shards:
 
 
 def finished_copier(shards: Shards, root: Path, limit: float = PLENTY) -> ShardCopier:
-    """Return a copier whose thread has ended."""
+    """Return a shard copier whose thread has ended."""
     made = ShardCopier([shards], limit, root)
     made.start()
     made.join()
