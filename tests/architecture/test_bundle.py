@@ -26,8 +26,7 @@ EXAMPLE = {
     "resources.experiments.runs.name": "/Shared/[dev me] lakesight-dev",
 }
 REQUIRED = ("catalog", "service_principal", "readers", "captioners")
-"""Variables without a default: a deployment that lacks one stops, instead of using a wrong catalog or account.
-"""
+"""Variables without a default: a deployment that lacks one stops, instead of using a wrong catalog or account."""
 
 
 def read_job(file: Path) -> tuple[str, Any]:

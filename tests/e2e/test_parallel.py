@@ -119,8 +119,7 @@ def rewarded_run(folder: Path, ranks: int) -> RunFolder:
 
 
 SHARED = {"routed": routed_run, "rewarded": rewarded_run}
-"""Name of each run that is trained both on one rank and on two ranks, and the function that writes the run.
-"""
+"""Name of each run that is trained both on one rank and on two ranks, and the function that writes the run."""
 
 
 def save_base(folder: Path) -> Path:

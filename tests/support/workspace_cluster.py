@@ -2,8 +2,8 @@
 
 python workspace_cluster.py VOLUME TRACKING_URI NAMESPACE < TASKS
 
-TASKS is a JSON list of the parameters of wheel tasks. The script starts the Spark session before the first task.
-As in an ML runtime, the distributions `mlflow` and `delta-spark` do not exist, although their modules do.
+TASKS is a JSON list of the parameters of wheel tasks. The script starts the Spark session before the first task. As in
+an ML runtime, the distributions `mlflow` and `delta-spark` do not exist, although their modules do.
 """
 
 from __future__ import annotations

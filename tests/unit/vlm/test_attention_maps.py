@@ -1,6 +1,4 @@
-"""Tests of attention maps: explicit attention equals the fused kernel, and the maps show the patches that influence the
-answer.
-"""
+"""Tests of attention maps: explicit attention equals the fused kernel, and the maps show the patches that matter."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Tests of seeds: Tests that SplitMix64 gives equal results for integers and arrays, and that `mix` returns unchanged
-seeds.
-"""
+"""Tests that SplitMix64 gives equal results for integers and arrays, and that `mix` returns unchanged seeds."""
 
 from __future__ import annotations
 
