@@ -137,7 +137,7 @@ def test_text_that_is_an_array_a_dict_or_a_nested_list_is_refused(value: Any) ->
         ('["a", "b"]', '["a", "b"]'),
     ],
 )
-def test_a_text_of_any_type_is_stored_as_the_text_that_a_reader_sees(text: Any, expected: str) -> None:
+def test_texts_bytes_and_numbers_are_stored_as_clean_text(text: Any, expected: str) -> None:
     assert outcome(**{TEXT: text})["texts"] == [{"prompt": "what?", "text": expected}]
 
 

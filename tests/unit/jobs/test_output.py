@@ -59,7 +59,7 @@ def test_lists_are_printed_completely_in_lines_of_at_most_80_columns(items: list
         (0.1, 0.3, "lakesight promote --run demo --version 2"),
     ],
 )
-def test_the_report_of_a_comparison_does_not_suggest_to_promote_the_version_that_lost(
+def test_the_suggested_next_command_does_not_promote_a_version_that_lost_the_comparison(
     low: float, high: float, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_run("demo")
