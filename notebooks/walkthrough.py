@@ -3,7 +3,7 @@
 # MAGIC # Lakesight, step by step
 # MAGIC
 # MAGIC This notebook goes from base64 pictures in a CSV file to captions in a Delta table, with one stage per section.
-# MAGIC It runs for a minute or two.
+# MAGIC The notebook runs for one or two minutes.
 # MAGIC
 # MAGIC * **On a laptop**, run `python notebooks/walkthrough.py`, or open the file as a notebook in your editor.
 # MAGIC * **In a workspace**, use a cluster with an ML runtime in dedicated access mode. Install the wheel
@@ -38,8 +38,9 @@ spark = platform.open_spark()
 
 # MAGIC %md
 # MAGIC ## Ingest
-# MAGIC Executors decode the pictures. Good rows go to table `samples`, bad rows to `quarantine` with a reason. In
-# MAGIC the report, rows in = new + merged + duplicates + quarantined. If you run the cell again, no row is added.
+# MAGIC Executors decode the pictures. Good rows go to the table `samples`, and bad rows go to the table `quarantine`
+# MAGIC with a reason. In the report, rows in = new + merged + duplicates + quarantined. If you run the cell again, no
+# MAGIC row is added.
 
 # COMMAND ----------
 
@@ -53,8 +54,8 @@ spark.table(platform.table("quarantine")).groupBy("reason").count().show()
 
 # MAGIC %md
 # MAGIC ## Write shards
-# MAGIC `shard` writes a pinned version of table `samples` as Arrow files, which every rank maps into memory. The name
-# MAGIC of the folder is a hash of the inputs, so existing shards are reused.
+# MAGIC `shard` writes the rows of one version of the table `samples` to Arrow files, which every rank maps into memory.
+# MAGIC The name of the folder contains a hash of the inputs, so existing shards are reused.
 
 # COMMAND ----------
 
@@ -134,7 +135,7 @@ print(captioned)
 # MAGIC %md
 # MAGIC ## Compare with human texts
 # MAGIC After 40 steps, the captions are grammatical but do not describe the pictures. `lakesight demo` trains longer,
-# MAGIC and its captions describe the pictures.
+# MAGIC and the captions of its model describe the pictures.
 
 # COMMAND ----------
 

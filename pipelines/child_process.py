@@ -1,4 +1,4 @@
-"""What a child process receives, how a group of processes is ended, and whether a process id was used again."""
+"""Functions that select the environment of a child process, end a process group, and read a process's start time."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ PASSED_ON = re.compile(
     "|XDG_CACHE_HOME|JAVA_HOME|LAKESIGHT_HOME"
     "|(PYTHON|LD_|DYLD_|MALLOC_|CUDA_|CUBLAS_|CUDNN_|NVIDIA_|NCCL_|GLOO_|TORCH|PYTORCH|TRITON_|OMP_|GOMP_|MKL_|KMP_|OPENBLAS_|HIP_|HSA_|ROCR_)[A-Z0-9_]+"
 )
-"""Names of the environment variables that a child process receives. Everything else is left out: an allow-list."""
+"""Allow-list of the environment variables that a child process receives."""
 
 SECRET = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|KEY|AUTH")
-"""Parts of names that no child process receives, although `PASSED_ON` allows the name."""
+"""Pattern of the names of variables that no child process receives, even if PASSED_ON allows the name."""
 
 
 def child_environment(**more: str) -> dict[str, str]:
-    """Return the environment of a child process: variables of `PASSED_ON` without credentials, and `more`."""
+    """Return the environment of a child process: variables that PASSED_ON allows, without credentials, and `more`."""
     allowed = {
         name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name) and not SECRET.search(name)
     }
@@ -39,7 +39,7 @@ def drop_other_variables(*needed: str) -> None:
 
 
 def end_group(leader: subprocess.Popen[bytes], seconds: float = 5.0) -> None:
-    """End a process that was started with `start_new_session`, and all processes that it has started."""
+    """End a process that was started with `start_new_session`, and all processes in its process group."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM for a group of zombies
             os.killpg(leader.pid, number)
@@ -48,9 +48,9 @@ def end_group(leader: subprocess.Popen[bytes], seconds: float = 5.0) -> None:
 
 
 def start_ticks(pid: int) -> int:
-    """Return when a process was started, in clock ticks since the boot, or 0 if this is not known (Linux only).
+    """Return the start time of a process in clock ticks since the boot, or 0 if it is not known (not on Linux).
 
-    A process id is used again after its process has ended; the pair of process id and start is not.
+    The system may reuse a process id after the process has ended, but not with the same start time.
     """
     try:
         # The second field is the name of the program in parentheses, which may contain blanks and parentheses.

@@ -8,8 +8,8 @@ __all__ = ["ConfigError", "LakesightError", "StageFailed", "TrainingFailed", "Us
 
 
 class StageFailed(LakesightError):
-    """Failure of a stage that is not a mistake of the user."""
+    """Error for a stage that failed without a mistake of the user."""
 
 
 class TrainingFailed(LakesightError):
-    """Failure of a training run. The message names the rank that failed first, the host of this rank, and the cause."""
+    """Error for a training run that failed. The message names the rank that failed first, its host, and the cause."""

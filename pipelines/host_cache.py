@@ -1,4 +1,4 @@
-"""Folders on local disk in which all processes of a user share copies of remote files, and a lock for each folder."""
+"""Folders on local disk in which all processes of a user share copies of remote files, with one lock per folder."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pipelines.errors import StageFailed
 
 
 def user_cache_folder(kind: str, root: Path | None = None) -> Path:
-    """Return this user's folder for copies on this host. Create the folder if it does not exist.
+    """Return this user's cache folder on this host. Create the folder if it does not exist.
 
     Args:
-        kind: name for the kind of the copied files, which becomes part of the folder's name.
+        kind: kind of the copied files, such as `models`, which becomes part of the folder's name.
         root: folder to use, by default a folder in the system's temporary folder.
 
     Raises:

@@ -257,7 +257,7 @@ def _base64(data: bytes) -> str:
 
 
 CORRUPTIONS: dict[str, Callable[[str, bytes, str], list[str]]] = {
-    # The text has 4n + 1 characters. No base64 string has such a length, so every decoder rejects the text.
+    # This text has 4n + 1 characters. No base64 string has such a length, so every decoder rejects this text.
     "bad_base64": lambda index, png, caption: [index, _base64(png)[:401], caption],
     "not_an_image": lambda index, png, caption: [index, _base64(caption.encode()), caption],
     "empty_text": lambda index, png, caption: [index, _base64(png), ""],

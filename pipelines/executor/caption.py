@@ -1,9 +1,9 @@
 """Captioning on executors: a task receives Arrow batches of pictures and writes Parquet files of captions.
 
-A Spark task writes a file of captions to the job's folder before it reports the file to the driver. If the job is
-killed afterwards, the next job finds the file and does not caption the file's pictures again. The modules of
-`pipelines.worker`, which import torch, are imported inside the functions, so the driver can import this module without
-torch.
+A Spark task writes a caption file to the job's folder before the task reports the file to the driver. If the job is
+killed afterwards, the next job finds the file and does not caption the pictures of this file again. The modules of
+`pipelines.worker`, which import torch, are imported inside the functions, so that the driver can import this module
+without torch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from vlm.captioner import Captioner, CaptionResult, DecodedPicture
 
 PENDING_SCHEMA = GENERATED_CAPTIONS.arrow_schema.append(pa.field("unchanged", pa.bool_(), nullable=False))
-"""Columns of `generated_captions`, and the column `unchanged`: true if the picture already has a caption."""
+"""Columns of `generated_captions`, and the column `unchanged`, which is true if the picture already has a caption."""
 FILE_STATS_SCHEMA = pa.schema([pa.field("stats", pa.string(), nullable=False)])
 """Schema of a row that holds the CaptionStats of one written file as JSON."""
 
@@ -50,12 +50,12 @@ class CaptionJob(Config):
         prompt: prompt for every picture.
         settings: decoding settings.
         limits: limits on the size and the decoding time of a picture.
-        image_root: folder or URL of the pictures if batches hold paths or URIs of pictures, else None.
+        image_root: folder or URL of the pictures; None if the batches contain the pictures and not their paths.
         threads: torch threads per task.
         output_folder: folder of the caption files, which has the same path on every executor.
-        rows_per_file: number of rows after which a file is written. A killed task loses only the rows after its last
+        rows_per_file: number of rows after which a task writes a file. A killed task loses only the rows after its last
             file.
-        constants: values of the columns that are equal in all rows, by column name.
+        constants: value of each column that has the same value in all rows, by column name.
         started_at: time at which the job started.
     """
 
@@ -75,7 +75,7 @@ class CaptionJob(Config):
 
 
 def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Caption pictures and write the captions to files. Yield a FILE_STATS_SCHEMA row for each file.
+    """Caption pictures and write the captions to files. Yield a row of the schema FILE_STATS_SCHEMA for each file.
 
     Args:
         job: settings of the job.
@@ -108,11 +108,11 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
 
 
 Picture = tuple[str, "str | None", "DecodedPicture"]
-"""A picture's id, the SHA-256 that it had at its last captioning (or None), and the decoded picture."""
+"""Id of a picture, its SHA-256 when it was last captioned (or None), and the decoded picture."""
 
 
 def _decode_batch(config: ImageConfig, job: CaptionJob, batch: pa.RecordBatch) -> list[Picture]:
-    """Decode the pictures of a batch in a child process, so that a picture can crash or hang only its own row."""
+    """Decode the pictures of a batch in a child process, so that a bad picture cannot crash or block the Spark task."""
     ids, images, known = (batch.column(name).to_pylist() for name in ("image_id", "image", "known"))
     decode = partial(_decode_picture, config=config, limits=job.limits)
     pictures = run_guarded(images, decode, partial(_describe_death, limits=job.limits))
@@ -136,7 +136,7 @@ def _decode_picture(image: bytes | str | None, config: ImageConfig, limits: Limi
 
 
 def _describe_death(image: bytes | str | None, death: Death, limits: LimitsConfig) -> DecodedPicture:
-    """Return the error of a picture that crashed its decoder or exceeded the time limit."""
+    """Return the result for a picture that crashed its decoder or exceeded the time limit: an error message."""
     from vlm.captioner import DecodedPicture
 
     sha256 = hashlib.sha256(picture_bytes(image)).hexdigest()
@@ -144,7 +144,7 @@ def _describe_death(image: bytes | str | None, death: Death, limits: LimitsConfi
 
 
 def _join_batches(batches: Iterator[list[Picture]], size: int) -> Iterator[list[Picture]]:
-    """Join batches until they have `size` rows, because an Arrow batch may have too few rows for the model."""
+    """Join batches to batches of at least `size` rows, because an Arrow batch may have too few rows for the model."""
     group: list[Picture] = []
     for batch in batches:
         group += batch
@@ -158,7 +158,7 @@ def _join_batches(batches: Iterator[list[Picture]], size: int) -> Iterator[list[
 def _caption_pictures(
     captioner: Captioner, job: CaptionJob, pictures: list[Picture]
 ) -> Iterator[tuple[dict[str, Any], CaptionStats]]:
-    """Yield a PENDING_SCHEMA row and statistics for each picture. The statistics of an unchanged picture are zero."""
+    """Yield a row of the schema PENDING_SCHEMA and the statistics of each picture (zero for an unchanged picture)."""
     changed = [picture for _, known, picture in pictures if known is None or known != picture.sha256]
     results = iter(captioner.caption_decoded(changed, [job.prompt] * len(changed), job.settings))
     for image_id, known, picture in pictures:
@@ -178,7 +178,7 @@ def _caption_pictures(
 
 
 def _count(result: CaptionResult, picture: DecodedPicture, *, changed: bool) -> CaptionStats:
-    """Return the statistics of one picture that was captioned or has an error."""
+    """Return the statistics of one row, whose picture was captioned or has an error."""
     if result.caption is None or result.mean_logprob is None:
         stats = CaptionStats(errors=1)
     else:
@@ -188,7 +188,7 @@ def _count(result: CaptionResult, picture: DecodedPicture, *, changed: bool) -> 
 
 
 def _write_file(job: CaptionJob, rows: list[dict[str, Any]], stats: list[CaptionStats]) -> pa.RecordBatch:
-    """Write a caption file atomically and return its FILE_STATS_SCHEMA row."""
+    """Write a caption file atomically, and return its statistics as a row of the schema FILE_STATS_SCHEMA."""
     with atomic_write(job.output_folder / f"{uuid.uuid4().hex}.parquet") as temporary:
         pq.write_table(pa.Table.from_pylist(rows, PENDING_SCHEMA), temporary)
     return pa.RecordBatch.from_pylist([{"stats": sum_stats(stats).model_dump_json()}], FILE_STATS_SCHEMA)

@@ -1,8 +1,9 @@
-"""Crash isolation: run a function in a child process, so that a crashing or hanging decoder costs one row.
+"""Functions that call a function in a child process, so that a crash or hang of an image decoder affects only one row.
 
-The forked child inherits the items and sends the result of each item as soon as it has it. If the child dies, the next
-item is the one that killed it, and a new child continues after this item. Captioning always decodes in a child. Ingest
-and sharding decode far more pictures a second, so they use a child only after a Python worker of Spark has died.
+The forked child inherits the items, and sends the result of each item as soon as the result is computed. If the child
+dies, the first item without a result has killed the child, and a new child continues after this item. Captioning always
+decodes pictures in a child process. Ingest and sharding decode far more pictures per second, and use a child process
+only after a Python worker of Spark has died.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ R = TypeVar("R")
 CHUNK_ITEMS = 32
 CHUNK_BYTES = 16 * 2**20
 OUT_OF_MEMORY = 77
-"""Exit code of a child that ran out of memory."""
+"""Exit code of a child process that ran out of memory."""
 
 
 class Death(NamedTuple):
-    """How a child process ended.
+    """Cause of the end of a child process.
 
     Attributes:
         how: description, such as "was ended by SIGSEGV".
@@ -37,7 +38,7 @@ class Death(NamedTuple):
     timed_out: bool = False
 
     def describe(self, seconds: float) -> tuple[str, str]:
-        """Return the reason and the detail with which the picture is refused. Its decoder had `seconds` seconds."""
+        """Return the refusal reason and its detail for a picture whose decoder had a time limit of `seconds`."""
         if self.timed_out:
             return "decode_timeout", f"more than {seconds:g} seconds"
         return "decoder_crash", f"the process that decoded it {self.how}"
@@ -65,10 +66,10 @@ def run_guarded(items: Sequence[T], function: Callable[[T], R], on_death: Callab
     """Yield the result of a function for each item, computed in a child process.
 
     Args:
-        items: items of the function, in the order of the results.
-        function: function that the child calls with each item. Its results must be picklable.
-        on_death: function that this process calls with the item that killed the child and the way in which the child
-            ended.
+        items: items for which the function is called, in the order of the results.
+        function: function that the child process calls with each item. The results of the function must be picklable.
+        on_death: function that this process calls with the item that killed the child and the cause of the child's end.
+            Its result becomes the result of the item.
 
     Raises:
         Exception: any exception that `function` raised, except MemoryError, which counts as a crash.
@@ -80,7 +81,7 @@ def run_guarded(items: Sequence[T], function: Callable[[T], R], on_death: Callab
             for result in child.results():
                 yield result
                 done += 1
-        except BaseException:  # the function raised an error, or the caller wants no more results
+        except BaseException:  # the function raised an error, or the caller closed this generator
             child.kill()
             raise
         death = child.wait()
@@ -101,11 +102,11 @@ class _Child(Generic[T, R]):
         writer.close()
 
     def results(self) -> Iterator[R]:
-        """Yield results until the child has sent all of them or has died."""
+        """Yield results until the child process has sent the results of all items or has died."""
         for _ in range(self._count):
             try:
                 result, error = self._reader.recv()
-            except (EOFError, OSError):  # the child died before or while it sent the result
+            except (EOFError, OSError):  # the child died before it had sent the whole result
                 return
             if error is not None:
                 raise error
@@ -117,7 +118,7 @@ class _Child(Generic[T, R]):
         self.wait()
 
     def wait(self) -> Death:
-        """Wait until the child has ended, after its last result."""
+        """Wait until the child process has ended, and return the cause of its end."""
         self._reader.close()
         self._process.join()
         code = self._process.exitcode or 0

@@ -1,7 +1,7 @@
 """Evaluation on executors: functions that receive indices of shard rows and yield scores or colour grids.
 
-The modules of `pipelines.worker`, which import torch, are imported inside the functions, so the driver can import this
-module without torch.
+The modules of `pipelines.worker`, which import torch, are imported inside the functions, so that the driver can import
+this module without torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COLOUR_GRID_SCHEMA = pa.schema(
     ]
 )
 GRID_SIDE = 8
-"""Side of a colour grid in pixels. A colour grid is a small copy of a picture, stored as RGB bytes."""
+"""Width and height of a colour grid in pixels. A colour grid is a small copy of a picture, stored as RGB bytes."""
 
 
 class ScoreJob(Config):
@@ -40,7 +40,7 @@ class ScoreJob(Config):
         remote: whether `model_folder` is on a network.
         shards_folder: shard folder of the split to score.
         threads: torch threads per task.
-        settings: generation settings; None for those of the model at temperature 0.
+        settings: generation settings, or None for the model's own settings at temperature 0.
     """
 
     model_folder: Path
@@ -52,7 +52,7 @@ class ScoreJob(Config):
 
 
 def score_batches(job: ScoreJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Score the shard rows whose indices are in column `id`. Yield SCORE_SCHEMA batches."""
+    """Score the shard rows whose indices are in the column `id`. Yield batches of the schema SCORE_SCHEMA."""
     from pipelines.worker.caption import limit_threads, load_captioner
     from pipelines.worker.score import score_rows
 
@@ -67,10 +67,10 @@ def score_batches(job: ScoreJob, batches: Iterator[pa.RecordBatch]) -> Iterator[
 
 
 def colour_grid_batches(folders: tuple[str, str], batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Compute the colour grids of pictures in two shard folders. Yield COLOUR_GRID_SCHEMA batches.
+    """Compute the colour grids of pictures in two shard folders. Yield batches of the schema COLOUR_GRID_SCHEMA.
 
-    Column `id` of a batch holds row indices: n >= 0 is row n of the first folder, and n < 0 is row -1 - n of the second
-    folder.
+    The column `id` of a batch contains row indices. An index n >= 0 is row n of the first folder, and an index n < 0 is
+    row -1 - n of the second folder.
     """
     first, second = (Shards.open(Path(folder)) for folder in folders)
     for batch in batches:

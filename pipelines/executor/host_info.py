@@ -1,8 +1,8 @@
 """Description of a host: its Python packages, CPU, memory and GPUs, collected with the standard library only.
 
-No package is imported, so a host that lacks packages can still report which packages are missing. The versions of torch
-and CUDA are read from torch's files, because importing torch takes seconds and torch's memory would stay allocated in
-the executor's Python worker.
+No third-party package is imported, so a host that lacks packages can still report which packages are missing. The
+versions of torch and CUDA are read from torch's files, because importing torch takes seconds, and torch's memory would
+stay allocated in the executor's Python worker.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PACKAGES = {
 """Distributions that a rank imports, each with the name of one module of the distribution."""
 
 SOURCES = ("vlm", "pipelines/worker")
-"""Packages whose sources are the training code: what ranks import, but not pages, jobs or docs."""
+"""Packages whose sources are hashed as the training code."""
 
 UNKNOWN = "unknown"
 GPU_SECONDS = 20.0
@@ -45,7 +45,7 @@ GPU_SECONDS = 20.0
 
 
 def describe_host() -> dict[str, object]:
-    """Describe this interpreter and its host, with the fields of `pipelines.formats.run_folder.Host`."""
+    """Return a description of this Python interpreter and its host, with the fields of `run_folder.Host`."""
     packages = {name: _version(name) if find_spec(module) else "" for name, module in PACKAGES.items()}
     torch_version = _torch_version() if packages["torch"] else {}
     driver, gpus = _query_gpus()
@@ -77,7 +77,7 @@ def hash_sources() -> dict[str, str]:
 
 
 def combine_hashes(sources: dict[str, str]) -> str:
-    """Return the digest of the training code: a hash of the hashes of its source files."""
+    """Return the digest of the training code, which is a hash of the hashes of all source files."""
     return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -90,7 +90,7 @@ def _version(distribution: str) -> str:
 
 
 def _torch_version() -> dict[str, str | None]:
-    """Run torch/version.py and return its variables, such as `cuda` and `__version__` (which names the build)."""
+    """Run torch/version.py and return its variables, such as `cuda` and `__version__` (with the build label)."""
     spec = find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
@@ -100,7 +100,7 @@ def _torch_version() -> dict[str, str | None]:
 def _nccl() -> str:
     """Return the version of the NCCL distribution that torch requires.
 
-    A build of torch that contains NCCL reports the version of NCCL only when torch is imported. For such a build the
+    If torch itself contains NCCL, only `import torch` can tell the version of NCCL. For such a build of torch, the
     result is UNKNOWN.
     """
     try:

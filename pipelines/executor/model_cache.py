@@ -1,9 +1,9 @@
 """Cache of model files on the host's local disk, shared by all processes of the user on the host.
 
-The first process copies the files under a lock, and other processes wait for the lock. A copy gets its final name when
-the copy is complete, so a killed process leaves no copy that looks complete. The name of a copy is a hash of the model
-folder's path, of the model's digest, and of the names, sizes and modification times of the model's files. A copy whose
-files differ from its record is copied again. Only the most recently used models are kept.
+The first process copies the files under a lock, and all other processes wait for the lock. A copy gets its final name
+when the copy is complete, so a killed process leaves no copy that looks complete. The name of a copy is a hash of the
+model folder's path, the model's digest, and the names, sizes and modification times of the model's files. If the files
+of a copy differ from the record of the copy, the model is copied again. Only the most recently used models are kept.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ A process finishes reading its copy of a model within seconds, so older copies c
 
 
 def local_copy(folder: Path, digest: str = "", root: Path | None = None) -> Path:
-    """Return a local copy of a model's folder. Copy the files if the cache has no intact copy.
+    """Return the folder of a local copy of a model. Copy the files if the cache has no intact copy.
 
     Args:
         folder: complete model folder on a network, whose files never change.

@@ -41,19 +41,19 @@ WRITTEN = pa.schema([("file", pa.string()), ("rows", pa.int64()), ("bytes", pa.i
 
 
 def shuffle_key(image_id: str, seed: int) -> str:
-    """Return a picture's sort key, a hash of its id and the seed. The order does not depend on Spark's partitions."""
+    """Return the sort key of a picture, a hash of its id and the seed, which does not depend on Spark's partitions."""
     return hashlib.sha256(f"{seed}/{image_id}".encode()).hexdigest()
 
 
 def assign_files(
     batches: Iterator[pa.RecordBatch], request: ShardRequest, first_keys: Sequence[str]
 ) -> Iterator[pa.RecordBatch]:
-    """Add shuffle keys and file numbers to rows, without decoding pictures. Yield SHUFFLED batches.
+    """Add shuffle keys and file numbers to rows, without decoding pictures. Yield batches of the schema SHUFFLED.
 
     Args:
         batches: batches with the columns image_id, image (the bytes of a picture file) and texts.
         request: description of the content of the shards.
-        first_keys: shuffle keys of the first row of each file, in ascending order.
+        first_keys: shuffle key of the first row of each file, in ascending order.
     """
     for batch in batches:
         ids = batch.column("image_id")
@@ -69,10 +69,10 @@ def assign_files_and_decode(
 ) -> Iterator[pa.RecordBatch]:
     """Add shuffle keys and file numbers to rows, and decode their pictures to pixels.
 
-    This function takes the same arguments as `assign_files`, and the longest time to decode a picture, in seconds.
+    The arguments are the same as in `assign_files`. `seconds` is the longest time to decode a picture, in seconds.
 
     Raises:
-        StageFailed: a picture that ingest decoded cannot be decoded now.
+        StageFailed: a picture that ingest could decode cannot be decoded now.
     """
     for batch in assign_files(batches, request, first_keys):
         pixels = pa.array(_decode_batch(batch, request, seconds), pa.binary())
@@ -83,7 +83,7 @@ def assign_files_and_decode(
 def assign_files_and_decode_guarded(
     batches: Iterator[pa.RecordBatch], request: ShardRequest, first_keys: Sequence[str], seconds: float
 ) -> Iterator[pa.RecordBatch]:
-    """Do the same as `assign_files_and_decode` in child processes, to find the picture that crashes the decoder.
+    """Do the same as `assign_files_and_decode`, but in child processes, to find the picture that crashes the decoder.
 
     Raises:
         StageFailed: a picture crashes the decoder or cannot be decoded. The error names the picture.
@@ -114,7 +114,7 @@ def _fail_on_death(row: pa.RecordBatch, death: Death) -> pa.RecordBatch:
 def _decode_picture(image_id: str, data: bytes, request: ShardRequest, seconds: float) -> bytes:
     enough = request.image.size if request.draft else None
     try:
-        # Ingest has already refused pictures with too many pixels or a side that is too short.
+        # The size is not checked, because ingest has refused pictures with too many pixels or with a too short side.
         with time_limit(seconds):
             image, _ = open_image(data, max_pixels=sys.maxsize, min_side=1, draft_side=enough)
     except ImageError as error:
@@ -137,17 +137,17 @@ def _decode_batch(batch: pa.RecordBatch, request: ShardRequest, seconds: float) 
 def write_files(
     batches: Iterator[pa.RecordBatch], request: ShardRequest, folder: str, *, decoded: bool, seconds: float
 ) -> Iterator[pa.RecordBatch]:
-    """Write shard files, and yield one WRITTEN row per file.
+    """Write shard files, and yield a row of the schema WRITTEN for each file.
 
     Args:
-        batches: batches of SHUFFLED rows, sorted by file and shuffle key. One call receives all rows of a file.
+        batches: batches of the schema SHUFFLED, sorted by file and shuffle key. One call receives all rows of a file.
         request: description of the content of the shards.
         folder: shard folder, an existing folder that has the same path on every executor.
-        decoded: whether the column `image` holds pixels.
+        decoded: whether the column `image` already contains pixels.
         seconds: longest time to decode a picture, in seconds.
 
     Raises:
-        StageFailed: a picture that ingest decoded cannot be decoded now.
+        StageFailed: a picture that ingest could decode cannot be decoded now.
     """
     for number, pieces in groupby(_split_by_file(batches), key=lambda piece: piece[0]):
         rows = (_to_shard_rows(piece, request, decoded=decoded, seconds=seconds) for _, piece in pieces)
@@ -165,7 +165,7 @@ def _split_by_file(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, pa.
 
 
 def _to_shard_rows(piece: pa.RecordBatch, request: ShardRequest, *, decoded: bool, seconds: float) -> pa.RecordBatch:
-    """Convert SHUFFLED rows to the schema of the shard file."""
+    """Convert rows of the schema SHUFFLED to the schema of a shard file."""
     schema = shard_schema(request)
     pixel_type = schema.field("pixels").type
     image = piece.column("image")

@@ -1,4 +1,4 @@
-"""Thumbnails of pictures that may never have been decoded, such as those in quarantine: made in a child process."""
+"""Functions that make thumbnails in a child process, for pictures that may crash the decoder, as in `quarantine`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlm.errors import ImageError
 from vlm.image import decode_base64, load_decoders
 
 SHOWN_CHARS = 400
-"""Number of characters of a payload that are kept."""
+"""Number of characters to which a payload is truncated."""
 MAX_BYTES, MAX_SECONDS = LimitsConfig().max_bytes, LimitsConfig().max_decode_seconds
 
 
@@ -47,7 +47,7 @@ def with_thumbnails(
 
 
 def make_thumbnails(pictures: Sequence[bytes | None], max_pixels: int = MAX_PIXELS) -> list[bytes | None]:
-    """Make thumbnails in a child process. A picture that cannot be decoded, or crashes its decoder, gives None."""
+    """Make thumbnails in a child process. The thumbnail of a picture that fails or crashes the decoder is None."""
     load_decoders()
     return list(run_guarded(pictures, partial(_make_thumbnail, max_pixels=max_pixels), lambda *_: None))
 
@@ -61,9 +61,9 @@ def _make_thumbnail(data: bytes | None, max_pixels: int) -> bytes | None:
 
 
 def _safe_to_decode(batch: pa.RecordBatch) -> list[bool]:
-    """For each row, return whether decoding its picture is safe.
+    """Return, for each row, whether its picture is decoded: not if the row was refused for a decoder crash or timeout.
 
-    Decoding a picture again that once crashed its decoder, or took too long, would only cost time.
+    Decoding such a picture again would only take time.
     """
     if "reason" not in batch.schema.names:
         return [True] * batch.num_rows
@@ -71,10 +71,7 @@ def _safe_to_decode(batch: pa.RecordBatch) -> list[bool]:
 
 
 def find_picture(payload: str) -> bytes | None:
-    """Decode the longest string in the JSON of a refused row as base64.
-
-    Return None if the string is not base64.
-    """
+    """Decode the longest string in the JSON payload of a refused row as base64, or return None if it is not base64."""
     fields = parse_json_object(payload)
     strings = [value for value in fields.values() if isinstance(value, str)] if isinstance(fields, dict) else []
     try:

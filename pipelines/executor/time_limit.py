@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 PROCESS_LIMIT = 2
-"""Factor between the time limit of a block and the processor time after which the process is ended."""
+"""Ratio of the processor time after which the process is ended to the time limit."""
 MIN_PROCESS_SECONDS = 1.0
 
 
@@ -23,10 +23,11 @@ class TimeLimitExceeded(BaseException):
 def time_limit(seconds: float) -> Iterator[None]:
     """Interrupt the block after a number of seconds.
 
-    A signal handler cannot interrupt C code, which may also loop for ever. So the first timer (SIGALRM) raises an
-    exception as soon as Python code runs, and the second timer ends the process if none does: after PROCESS_LIMIT times
-    the seconds, counted in processor time so that a busy machine ends no healthy process, the kernel sends SIGVTALRM,
-    whose default action needs no Python. `pipelines.executor.crash_guard` then finds the row.
+    A Python signal handler cannot interrupt C code, which may loop forever. Two timers are therefore set. The first
+    timer (SIGALRM) raises an exception as soon as Python code runs again. The second timer (SIGVTALRM) ends the process
+    without running Python code, after PROCESS_LIMIT * `seconds` of processor time. Processor time is used because a
+    healthy process may be slow on a busy machine. `pipelines.executor.crash_guard` then finds the row that caused the
+    end.
 
     The block must run in the main thread, in which Spark's Python workers run our functions.
 

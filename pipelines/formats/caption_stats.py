@@ -1,7 +1,8 @@
-"""Statistics of captions and their pictures: sums that can be added, and figures computed from the sums.
+"""Statistics of captions and their pictures: sums over rows, which can be added, and figures computed from the sums.
 
-An executor counts one file of captions, the driver adds the counts of all files of a job, and an evaluation counts its
-rows. Caption jobs and evaluations both use `CaptionStats`, so their figures can be compared.
+An executor computes the sums of one caption file, the driver adds the sums of all files of a caption job, and an
+evaluation computes the sums of its rows. Caption jobs and evaluations both use `CaptionStats`, so the figures of a job
+can be compared with the figures of an evaluation.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class CaptionStats(Config):
         errors: number of rows without a caption.
         changed: number of rows whose picture was captioned before and has changed since.
         words: number of words in all captions.
-        captions_with_word: for each word, the number of captions that contain it.
+        captions_with_word: number of captions that contain a word, by word.
         logprobs: sum of the captions' mean log-probabilities per token, in nats.
         pictures: number of pictures that could be decoded.
         brightness: sum over pictures of a picture's mean pixel level (0 to 255).
@@ -57,7 +58,7 @@ class CaptionStats(Config):
     def figures(self) -> dict[str, float]:
         """Compute figures from the sums. A figure without data is left out.
 
-        The figures are words (mean number per caption), distinct_words (expected number of different words in
+        The figures are words (mean number per caption), distinct_words (expected number of distinct words in
         SAMPLED_CAPTIONS captions; left out if there are fewer captions), mean_logprob (mean over captions),
         error_share, brightness (mean over pictures) and contrast (mean over pictures).
         """
@@ -73,7 +74,7 @@ class CaptionStats(Config):
         return found
 
     def _distinct_words(self) -> float:
-        """Compute the expected number of different words in SAMPLED_CAPTIONS captions drawn without replacement.
+        """Compute the expected number of distinct words in SAMPLED_CAPTIONS captions drawn without replacement.
 
         The method is called rarefaction (Hurlbert, 1971).
         """

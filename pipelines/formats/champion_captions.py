@@ -1,7 +1,8 @@
-"""The view `champion_captions`: the newest good caption of each picture by the champion, for readers of captions.
+"""The view `champion_captions`, which shows users the champion's newest good caption of each picture.
 
-Spark creates the view in a catalog. On a laptop, `lakesight show champion_captions` runs the same SELECT on the files
-of the tables, without Spark. So the SELECT uses only SQL that Spark and DataFusion both understand.
+Spark creates the view in a catalog. On a laptop, `lakesight show champion_captions` runs the same SELECT statement on
+the files of the tables, without Spark. The SELECT statement therefore uses only SQL that Spark and DataFusion both
+understand.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ COLUMNS = {
     "image_column": "Column of source_table with the pictures",
     "image_root": "Folder or URL of the pictures if image_column holds paths or URLs; null otherwise",
 }
-"""Columns of the view and their meanings. A row is a picture of a source table, a model and a prompt."""
+"""Columns of the view and their meanings. The view has one row per picture of a source table, model and prompt."""
 TABLES = (GENERATED_CAPTIONS.name, DECISIONS.name, VERDICTS.name)
 """Tables from which the view reads."""
 

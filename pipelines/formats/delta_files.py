@@ -20,9 +20,9 @@ BATCH_ROWS = 32
 
 
 def open_or_create(folder: Path, table: Table) -> DeltaTable:
-    """Open a table in a folder, without Spark. Create the table if it does not exist, and add columns that it lacks.
+    """Open a table in a folder, without Spark. Create the table if it does not exist, and add missing columns.
 
-    A table with CHECK constraints has to be created by Spark, because `deltalake` refuses some of the conditions.
+    Only Spark can create a table with CHECK constraints, because `deltalake` refuses some of the conditions.
     """
     from deltalake import DeltaTable
     from deltalake import Field as DeltaField
@@ -34,7 +34,7 @@ def open_or_create(folder: Path, table: Table) -> DeltaTable:
         name=table.name,
         description=table.comment,
         configuration=table.properties,
-        raise_if_key_not_exists=False,  # the version of our format is not a key of Delta
+        raise_if_key_not_exists=False,  # Delta does not know the key `lakesight.format`
     )
     check_table_format(opened)
     existing = {field.name for field in opened.schema().fields}
@@ -45,7 +45,7 @@ def open_or_create(folder: Path, table: Table) -> DeltaTable:
 
 
 def check_table_format(table: DeltaTable) -> None:
-    """Check that this release can read a table of ours.
+    """Check that this release of Lakesight can read one of Lakesight's tables.
 
     Raises:
         UserError: a newer release of Lakesight wrote the table.
@@ -54,12 +54,12 @@ def check_table_format(table: DeltaTable) -> None:
 
 
 def quoted_name(name: str) -> str:
-    """Quote the name of a column for `query`."""
+    """Quote the name of a column for an SQL statement of `query`."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def query(tables: Mapping[str, DeltaTable], sql: str) -> pa.RecordBatchReader:
-    """Run an SQL query on tables in files, without Spark. The order of rows is the order of the files, or the query's.
+    """Run an SQL query on Delta tables, without Spark. Without ORDER BY, rows have the order of the files.
 
     Args:
         tables: tables by the names that the query uses.
@@ -73,7 +73,8 @@ def query(tables: Mapping[str, DeltaTable], sql: str) -> pa.RecordBatchReader:
     engine = QueryBuilder()
     for name, table in tables.items():
         engine.register(name, table)
-    # With several partitions, the order of rows is random. Batches are small, as a row may hold a picture of 50 MB.
+    # One partition, because with several partitions the order of rows is random. Small batches, because a row may
+    # contain a picture of 50 MB.
     for setting in ("target_partitions = 1", f"batch_size = {BATCH_ROWS}"):
         engine.execute(f"SET datafusion.execution.{setting}").read_all()
     reader = pa.RecordBatchReader.from_stream(engine.execute(sql))
@@ -81,7 +82,7 @@ def query(tables: Mapping[str, DeltaTable], sql: str) -> pa.RecordBatchReader:
 
 
 def _without_views(kind: pa.DataType) -> pa.DataType:
-    """Return the type that pyarrow's writers know for a type of DataFusion, which reads texts as views."""
+    """Replace view types, with which DataFusion reads strings, by types that pyarrow's writers support."""
     if pa.types.is_struct(kind):
         return pa.struct([field.with_type(_without_views(field.type)) for field in kind])
     if pa.types.is_list(kind):

@@ -1,10 +1,12 @@
 """Version of the format of a home folder and its tables, and the refusal of data in a newer format.
 
-The file FILE of a home folder (on Databricks: of the Volume) and the property PROPERTY of each table hold the version.
-Data of Lakesight 0.1.0 has neither, which counts as format 0. This release reads all formats up to FORMAT.
+The version is stored in the file FILE of a home folder (or of the Volume on Databricks), and in the property PROPERTY
+of each table. Data of Lakesight 0.1.0 has neither the file nor the property, and counts as format 0. This release reads
+all formats up to FORMAT.
 
-A change that earlier releases would misread or damage raises FORMAT, and adds a step to
-`pipelines.driver.delta.migrate`. A new nullable column or a new file does not: earlier releases ignore it.
+A change of the format that earlier releases would misread or damage must increase FORMAT and add a step to
+`pipelines.driver.delta.migrate`. A new nullable column or a new file needs no new format, because earlier releases
+ignore new columns and files.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Local copies of a model's files, and the digest that identifies a model by the content of its files.
 
 A copy is a folder with the file RECORD, which is written last. The record lists the size, the modification time and the
-SHA-256 of each file. Each use of a copy compares sizes and modification times with the record, so a damaged or replaced
-file is noticed without reading the weights.
+SHA-256 of each file. Before each use of a copy, sizes and modification times are compared with the record, so a damaged
+or replaced file is detected without reading the weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RECORD = "copy.json"
 
 
 class CopiedFile(Config):
-    """A file of a copy: size in bytes, modification time in nanoseconds, and SHA-256."""
+    """Record of one file of a copy: size in bytes, modification time in nanoseconds, and SHA-256."""
 
     size: int
     modified_ns: int
@@ -40,7 +40,7 @@ class ModelCopy(Config):
 
 
 def combine_digests(digests: Mapping[str, str]) -> str:
-    """Return the digest of a model: a hash of the names of its files and of their SHA-256."""
+    """Return the digest of a model, which is a hash of the names and SHA-256 of all its files."""
     return hashlib.sha256(json.dumps(dict(digests), sort_keys=True).encode()).hexdigest()
 
 
@@ -57,9 +57,9 @@ def record_copy(folder: Path) -> ModelCopy:
 
 
 def check_copy(folder: Path) -> ModelCopy | None:
-    """Return the record of a copy whose files are unchanged. Return None if the copy must be made again.
+    """Return the record of a copy if the files are unchanged. Return None if the copy must be made again.
 
-    If only a modification time has changed, for example because the home folder was copied, the SHA-256 decides.
+    If only the modification time of a file has changed, for example in a copied home folder, the SHA-256 is compared.
     """
     try:
         recorded = ModelCopy.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
@@ -76,5 +76,5 @@ def check_copy(folder: Path) -> ModelCopy | None:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """List the files of a model's folder, without the record of a copy."""
+    """List the files in a model's folder, except the file RECORD."""
     return sorted(path for path in folder.iterdir() if path.is_file() and path.name != RECORD)

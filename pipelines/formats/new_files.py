@@ -17,7 +17,7 @@ from pipelines.formats.run_folder import CaptionSamples, Metrics, RunFolder, rea
 
 T = TypeVar("T", Metrics, CaptionSamples)
 MAX_SAMPLED = 50
-"""Largest number of metric files of validated steps that are read to draw curves; also the limit for all other steps.
+"""Largest number of validated steps, and also of other steps, whose metric files are read to draw curves.
 
 Reading all metric files of a long run would take minutes.
 """

@@ -1,4 +1,4 @@
-"""Files of a replay: the step to replay, and the loss of each row of the step, which the ranks write."""
+"""Files of a replay: the request with the step to replay, and the loss of each row of the step."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class ReplayRequest(Config):
 
 
 class ReplayedRow(Config):
-    """Row of a replayed step.
+    """Row of a replayed training step.
 
     Attributes:
         image_id: id of the picture.
         text: text on which the row is trained at this step.
         tokens: number of target tokens.
-        loss: loss in nats per target token, before the step; null if the loss is NaN or infinite.
+        loss: loss before the step, in nats per target token; null if the loss is NaN or infinite.
     """
 
     image_id: str
@@ -43,5 +43,5 @@ def replay_request(run: RunFolder) -> Path:
 
 
 def replayed_rows(run: RunFolder, rank: int) -> Path:
-    """Return the path of the rows of a rank."""
+    """Return the path of the file with the replayed rows of a rank."""
     return run.path / "rows" / f"rank-{rank}.json"

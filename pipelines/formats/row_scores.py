@@ -1,4 +1,4 @@
-"""Scores of one row of a split by one model. Executors and ranks compute the scores, and evaluation stores them."""
+"""Scores of a model on one row of a split. Executors and ranks compute the scores, and evaluation stores the scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pyarrow as pa
 
 @dataclass(frozen=True)
 class RowScore:
-    """Scores of a picture with one of its prompts. A loss is a sum over the tokens of `num_texts` texts, in nats.
+    """Scores of a picture with one of its prompts. Each loss is a sum over the tokens of `num_texts` texts, in nats.
 
     Attributes:
         row: index of the picture in the shards. Scores with the same index belong to the same picture.
@@ -20,7 +20,7 @@ class RowScore:
         loss: loss when the model is given the right picture.
         blind_loss: loss when the model is given the picture of another row, or None if the split has only one picture.
         blank_loss: loss when the model is given a grey picture.
-        noise_loss: loss when the model is given a picture of noise.
+        noise_loss: loss when the model is given a picture of random noise.
         num_targets: number of tokens in the texts, including end tokens.
         num_correct: number of target tokens that the model ranks first, given the picture and the preceding tokens.
         num_tokens: number of tokens in the caption, including the end token.
@@ -28,8 +28,9 @@ class RowScore:
         mean_logprob: mean log-probability of the caption's tokens, in nats, or None if there is no caption.
         brightness: mean pixel level (0 to 255) of the picture at the model's resolution.
         contrast: standard deviation of the picture's pixel levels.
-        num_texts: number of texts from which training would draw one: the references, or the different references if
-            `data.text_weights` is `uniform`. 0 in scores of earlier versions, which added the losses of all references.
+        num_texts: number of texts from which training would draw one text: all references, or the distinct references
+            if `data.text_weights` is `uniform`. 0 in scores of earlier versions, which added the losses of all
+            references.
     """
 
     row: int

@@ -33,9 +33,9 @@ class RunFile(Config):
         train_shards: folder of the training shards, relative to the run folder if both are in the same home folder
             (`RunFolder.shard_folder`).
         validate_shards: folder of the validation shards.
-        code_version: release of Lakesight.
+        code_version: release of Lakesight that trains the run.
         code: version of the code that trains the run; null in a run.json that Lakesight 0.1.0 wrote.
-        earlier_code: digests of the versions of the code that trained the run before; a release if it had no digest.
+        earlier_code: digests of earlier versions of the training code of this run, or the release without a digest.
     """
 
     config: RunConfig
@@ -135,7 +135,7 @@ class Result(Config):
     metrics: dict[str, float]
     seconds: float
     best_checkpoint: str = ""
-    """Checkpoint with the lowest validation loss; empty in results written by older versions."""
+    """Path of the best checkpoint by `train.best_by`; empty in a result that Lakesight 0.1.0 wrote."""
 
 
 class Metrics(Config):
@@ -197,7 +197,7 @@ class RunFolder:
 
     @property
     def cider(self) -> Path:
-        """Path of cider.json, which only runs with self-critical training have."""
+        """Path of cider.json, which exists only in runs with self-critical training."""
         return self.path / "cider.json"
 
     @property
@@ -222,7 +222,7 @@ class RunFolder:
 
     @property
     def owner_lock(self) -> Path:
-        """Path of the file whose lock the process that trains the run holds. The file is never deleted."""
+        """Path of the lock file, whose lock the training process holds. The file is never deleted."""
         return self.path / "owner.lock"
 
     @property

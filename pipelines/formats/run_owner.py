@@ -1,15 +1,15 @@
-"""Ownership of a run folder: one process at a time trains a run.
+"""Ownership of a run folder, which ensures that only one process at a time trains a run.
 
-Two mechanisms work together, because neither is enough alone:
+Ownership needs two mechanisms:
 
 - On one host, the owner holds a lock of the kernel (flock) on `owner.lock`. The kernel releases the lock when the
-  process ends, however it ends. So neither a killed process nor a reused process id can block a run.
-- Across hosts, the owner renews a lease: `launcher.json` contains a counter that grows every few seconds. A network
-  file system may have no locks (a Databricks Volume has none), and the clocks of two hosts may differ. So another host
-  decides by watching the counter, and compares no times.
+  process ends in any way. A killed process or a reused process id therefore cannot block a run.
+- Across hosts, the owner renews a lease: `launcher.json` contains a counter, which the owner increases every few
+  seconds. A network file system may have no locks (a Databricks Volume has none), and the clocks of two hosts may
+  differ. Another host therefore watches whether the counter changes, and does not compare times.
 
-If an owner was suspended for so long that another host took over, the owner finds a foreign lease when it renews its
-own, and stops.
+If an owner was suspended for so long that another host has taken over the run, the owner finds the lease of this other
+host when the owner renews its own lease, and stops.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ WATCH_SECONDS = 30.0
 POLL_SECONDS = 1.0
 
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
-"""Errors with which a file system reports that it has no locks."""
+"""Error codes with which a file system reports that it does not support locks."""
 
 
 class Lease(Config):
-    """launcher.json: the process that owns the run. Older versions wrote only `host` and `pid`."""
+    """launcher.json: lease of the process that owns the run. Older versions wrote only `host` and `pid`."""
 
     host: str
     pid: int
     boot: str = ""
-    """Identity of the running kernel, which is equal in all containers of a machine. Empty if it is not known."""
+    """Boot id of the kernel, which is equal in all containers of a machine; empty in a file of an older version."""
     owner: str = ""
-    """Random identity of this ownership; empty in a file of an older version, which never renewed its lease."""
+    """Random id of the owner; empty in a file of an older version, which did not renew leases."""
     renewals: int = 0
 
 
@@ -63,7 +63,7 @@ def own_run(run: RunFolder) -> Iterator[None]:
     """Own a run folder while the block executes. Take ownership before MLflow or any file of the run is changed.
 
     Raises:
-        UserError: another process owns the run. Nothing of the run was changed.
+        UserError: another process owns the run. No file of the run was changed.
         StageFailed: another host has taken over the run while the block was executing.
     """
     run.path.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def own_run(run: RunFolder) -> Iterator[None]:
 
 @contextmanager
 def _host_lock(run: RunFolder) -> Iterator[bool]:
-    """Hold the kernel's lock of a run. Yield False if the file system has no locks."""
+    """Hold the kernel's lock on the file `owner.lock` of a run. Yield False if the file system has no locks."""
     with os.fdopen(os.open(run.owner_lock, os.O_RDWR | os.O_CREAT, 0o666), "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,9 +106,9 @@ def _host_lock(run: RunFolder) -> Iterator[bool]:
 
 
 def _take_lease(run: RunFolder, *, locked: bool) -> Lease:
-    """Write this process's lease, as soon as no other process can be renewing a lease of the run."""
+    """Write the lease of this process, after checking that no other process still renews a lease of the run."""
     found, boot = _read_lease(run), _boot_id()
-    # A lease of this host whose lock is free was left by a process that has ended.
+    # If this process holds the lock, the process that wrote a lease on this host has ended.
     abandoned = found is None or not found.owner or (locked and boot and found.boot == boot)
     if found and not abandoned and _is_renewed(run, found):
         raise _already_owned(run, found)
@@ -154,7 +154,7 @@ def _renew(run: RunFolder, lease: Lease, ended: threading.Event, lost: threading
 
 
 def _read_lease(run: RunFolder) -> Lease | None:
-    """Read the lease, or return None if there is none. A file that is not a lease protects nothing."""
+    """Read the lease, or return None if the file is missing or does not contain a lease."""
     try:
         return Lease.model_validate_json(run.launcher.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValidationError, UnicodeDecodeError):

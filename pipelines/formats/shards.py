@@ -1,9 +1,9 @@
 """Format of training shards: a folder of Arrow IPC files, and a manifest that is written last.
 
 A rank memory-maps the files and finds any row fast. The rank finds the file of the row by bisection and the record
-batch by division, because every record batch has BATCH_ROWS rows, except the last record batch of a file. With `raw`
-encoding the stored bytes are the pixels, so nothing is decoded. The name of a shard folder contains a hash of
-everything that determines the folder's content. The manifest of a mix names files in other shard folders, so several
+batch by division, because every record batch has BATCH_ROWS rows, except the last record batch of a file. With the
+encoding `raw`, the stored bytes are the pixels, so no decoding is necessary. The name of a shard folder contains a hash
+of everything that determines the folder's content. The manifest of a mix names files in other shard folders, so several
 sources are mixed without copying pixels.
 """
 
@@ -71,12 +71,12 @@ class ShardFile(Config):
 
 
 class MixPart(Config):
-    """One source of a mix. The rows of the parts follow one another in the order of the parts.
+    """One source of a mix. The manifest of the mix lists the files of all parts, in the order of the parts.
 
     Attributes:
         source: name of the source.
-        rows: number of rows that the source has.
-        draws: number of rows of the source that are shown in each epoch of the mix.
+        rows: number of rows of the source.
+        draws: number of rows that are drawn from the source in each epoch of the mix.
     """
 
     source: str
@@ -89,7 +89,7 @@ class Manifest(Config):
 
     Attributes:
         format: version of the shard format.
-        request: request from which the folder was made, or for a mix the request of its first part.
+        request: request from which the folder was made; for a mix, the request of its first part.
         files: entries of the shard files, in row order.
         parts: sources of a mix, or empty if there is only one source.
     """
@@ -106,7 +106,7 @@ class Manifest(Config):
 
     @property
     def content_hash(self) -> str:
-        """Hash of the content of all files and of how texts are drawn. Equal hashes mean equal training data."""
+        """Hash of the content of all files and of the rule for drawing texts. Equal hashes mean equal training data."""
         parts: list[object] = [(part.rows, part.draws) for part in self.parts]
         if self.request.text_weights != "frequency":
             parts.append(self.request.text_weights)
@@ -142,7 +142,7 @@ def write_shard_file(folder: Path, index: int, request: ShardRequest, rows: Iter
 
     Args:
         folder: shard folder, which exists.
-        index: number of the file.
+        index: number of the shard file.
         request: request from which the folder is made.
         rows: record batches with the columns of `shard_schema`, of any size, in row order.
     """
@@ -205,7 +205,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 @dataclass(frozen=True)
 class Shards:
-    """Random access to the rows of a shard folder. A pickle of this object contains only the path of the folder."""
+    """Reader with random access to the rows of a shard folder. A pickle of a reader contains only the folder's path."""
 
     folder: Path
     _mapped: dict[int, MappedFile] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -265,19 +265,19 @@ class Shards:
         return self._read(index, self._decode_row)
 
     def texts_of(self, index: int) -> list[tuple[str, str]]:
-        """Read the (prompt, text) pairs of one row without its picture. The errors are those of `row`."""
+        """Read the (prompt, text) pairs of one row without its picture. Raise the same errors as `row`."""
         return self._read(index, _pairs_of)
 
     def drawn_texts(self, texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Return the (prompt, text) pairs of a row from which training draws one, each with the same probability.
+        """Return the (prompt, text) pairs of a row from which training draws one pair, with equal probabilities.
 
-        A loss of a picture is the mean over these pairs. A text that occurs n times is drawn n times as often, unless
-        `data.text_weights` is `uniform`.
+        The loss of a picture is the mean over these pairs. A text that occurs n times in the row occurs n times in the
+        result, unless `data.text_weights` is `uniform`.
         """
         return list(dict.fromkeys(texts)) if self.manifest.request.text_weights == "uniform" else texts
 
     def use_copy(self, file: int, copy: Path) -> None:
-        """From now on, read the rows of one file from a local copy. Other threads may read rows during this call."""
+        """Read the rows of one file from a local copy from now on. Other threads may read rows during this call."""
         self._mapped[file] = MappedFile.of(copy)
 
     def _file(self, number: int) -> MappedFile:
@@ -287,7 +287,7 @@ class Shards:
         return self._mapped.setdefault(number, mapped)  # another thread may already have mapped the file
 
     def _read(self, index: int, read: Callable[[MappedFile, int, int], T]) -> T:
-        """Call a function with the file of a row, the number of the record batch, and the row's offset in the batch."""
+        """Call `read` with the file of a row, the number of the record batch, and the row's offset in the batch."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         file = bisect_right(self._starts, index) - 1
@@ -311,7 +311,7 @@ class Shards:
     def texts(self) -> Iterator[str]:
         """Yield the prompts and texts in row order, without reading pixels. Tokenizers are trained on these strings.
 
-        A text that a row repeats is yielded once.
+        A text that occurs several times in a row is yielded once.
         """
         for file in range(len(self.manifest.files)):
             batches = self._file(file).batches

@@ -30,7 +30,7 @@ REASONS = (
     "decode_timeout",
     "decoder_crash",
 )
-"""Reasons for which a row can be in `quarantine`. There are no other reasons."""
+"""All reasons for which a row can be in the table `quarantine`."""
 
 TEXT_TYPE = pa.struct([pa.field("prompt", pa.string(), nullable=False), pa.field("text", pa.string(), nullable=False)])
 TIME_TYPE = pa.timestamp("us", tz="UTC")
@@ -61,7 +61,7 @@ class Table:
         columns: all columns, in the order of the table.
         checks: SQL conditions of the CHECK constraints, by the name of the constraint.
         cluster_by: names of the clustering columns, by which pipeline stages select rows.
-        followed: whether the table has a change data feed.
+        followed: whether the change data feed of the table is enabled.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Table:
 
     @property
     def arrow_schema(self) -> pa.Schema:
-        """Arrow schema of the table, which also says which columns may be null."""
+        """Arrow schema of the table, including which columns may be null."""
         return pa.schema([pa.field(c.name, c.type, nullable=c.nullable) for c in self.columns])
 
     @property
@@ -95,14 +95,14 @@ class Table:
         return [c.name for c in self.columns]
 
     def insert_clause(self, alias: str) -> str:
-        """Return the INSERT clause of a merge, for a table to which others may have added columns.
+        """Return the INSERT clause of a MERGE statement with the columns of this definition.
 
-        `INSERT *` would demand a value for these columns too.
+        `INSERT *` would also require values for columns that users have added to the table.
         """
         return f"INSERT ({', '.join(self.names)}) VALUES ({', '.join(f'{alias}.{name}' for name in self.names)})"  # noqa: S608 (names of our own)
 
     def update_clause(self, alias: str) -> str:
-        """Return the UPDATE clause of a merge, for a table to which others may have added columns."""
+        """Return the UPDATE clause of a MERGE statement with the columns of this definition."""
         return f"UPDATE SET {', '.join(f'{name} = {alias}.{name}' for name in self.names)}"
 
     def ddl(self) -> str:
@@ -216,7 +216,7 @@ INGESTED = Table(
 MODEL_DIGEST = Column(
     "model_digest", pa.string(), "Digest of the files of the model; null in rows of Lakesight 0.1.0", nullable=True
 )
-"""Identity of a model version by content. Two registries may have versions of the same name and number."""
+"""Digest that identifies a model by its content. Two registries may have versions with the same name and number."""
 
 PICTURE_COLUMNS = (
     Column("id_column", pa.string(), "Column of source_table with the ids; null in rows of 0.1.0", nullable=True),
@@ -228,7 +228,7 @@ PICTURE_COLUMNS = (
         nullable=True,
     ),
 )
-"""Columns that say where the picture of a caption is, so that it can be shown beside its caption."""
+"""Columns that say where the picture of a caption is stored, so that the picture can be shown with the caption."""
 
 GENERATED_CAPTIONS = Table(
     "generated_captions",

@@ -6,7 +6,7 @@ from vlm.config import Config
 
 
 class TrainingCode(Config):
-    """Code with which ranks train a run.
+    """Version of the code with which ranks train a run.
 
     Attributes:
         release: release of Lakesight.
@@ -21,5 +21,5 @@ class TrainingCode(Config):
     commit: str = ""
 
     def different_files(self, other: TrainingCode) -> list[str]:
-        """Return the paths of the files that differ between two codes, sorted."""
+        """Return the sorted paths of the files that differ between two versions of the training code."""
         return sorted({name for name, _ in self.files.items() ^ other.files.items()})

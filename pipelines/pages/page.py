@@ -112,7 +112,7 @@ class Card:
 
     @property
     def data_uri(self) -> str:
-        """Thumbnail as a data: URI, or an empty string without a thumbnail."""
+        """Thumbnail as a data: URI, or an empty string if the card has no thumbnail."""
         return f"data:image/jpeg;base64,{base64.b64encode(self.thumbnail).decode('ascii')}" if self.thumbnail else ""
 
     @property

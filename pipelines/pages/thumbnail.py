@@ -1,4 +1,4 @@
-"""Thumbnails: small JPEG copies of pictures for people to look at."""
+"""Thumbnails, which are small JPEG copies of pictures for HTML pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_PIXELS = LimitsConfig().max_pixels
 
 
 def make_thumbnail(data: bytes | None, *, side: int = SIDE, max_pixels: int = MAX_PIXELS) -> bytes | None:
-    """Encode a small JPEG copy of a picture. Return None without data or if the picture cannot be decoded.
+    """Encode a small JPEG copy of a picture. Return None if `data` is None or if the picture cannot be decoded.
 
     Args:
         data: bytes of a picture file, or None.

@@ -1,7 +1,8 @@
 """The review server: a page of captions with their pictures, on which one click saves a verdict.
 
-The server listens on this host only. But a page of another site in the reviewer's browser could also send requests to
-the server. Therefore the Host header is checked, and a verdict needs a token that only the server's own page contains.
+The server accepts connections only from this host. However, a page of another website in the reviewer's browser could
+also send requests to the server. Therefore the server checks the Host header, and a verdict needs a token that only the
+server's own page contains.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def open_app(review: Review, title: str, reviewer: str) -> Starlette:
         return HTMLResponse(rendered, headers={"Content-Security-Policy": policy, "Cache-Control": "no-store"})
 
     async def picture(request: Request) -> Response:
-        # Pictures are decoded here and not in the browser, because the bytes in the table are not trusted.
+        # The server decodes pictures and sends thumbnails, because the bytes in the table are not trusted.
         image_id = request.query_params.get("id", "")
         data = await asyncio.to_thread(lambda: make_thumbnail(review.picture(image_id), side=SIDE))
         return Response(data, media_type="image/jpeg") if data else PlainTextResponse("no such picture", 404)

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PictureColumns:
-    """Place of the pictures of a table.
+    """Columns of a table that contain the pictures and their ids.
 
     Attributes:
         id_column: name of the column of ids.
@@ -40,11 +40,11 @@ class PictureColumns:
 
     @classmethod
     def of_caption(cls, row: Mapping[str, Any]) -> PictureColumns:
-        """Return the place of a caption's picture. A row of Lakesight 0.1.0 has no such columns: it is the default."""
+        """Return the place of a caption's picture, or the default place for a caption that Lakesight 0.1.0 wrote."""
         return cls(row.get("id_column") or "image_id", row.get("image_column") or "image", row.get("image_root"))
 
     def picture(self, value: Any) -> bytes | None:
-        """Return the picture of a value of `image_column`, or None if it cannot be read."""
+        """Return the picture that a value of `image_column` contains or names, or None if it cannot be read."""
         limit = LimitsConfig().max_bytes
         if self.image_root is not None:
             read = PictureRoot(self.image_root, limit).read(value)
@@ -56,11 +56,11 @@ class PictureColumns:
 
 
 class SourcePictures:
-    """Pictures of a Delta table in files, by id. Several threads may read at the same time.
+    """Reader of the pictures of a Delta table by id, without Spark. Several threads may use the reader.
 
     Args:
-        table: the table. Each read sees its newest version.
-        columns: place of the pictures.
+        table: Delta table. Each read uses the newest version of the table.
+        columns: columns of the pictures and their ids.
     """
 
     def __init__(self, table: DeltaTable, columns: PictureColumns) -> None:
@@ -69,7 +69,7 @@ class SourcePictures:
         self._lock = threading.Lock()
 
     def read(self, ids: Sequence[str]) -> dict[str, bytes]:
-        """Read the pictures of some rows, by id. Rows that do not exist or have no readable picture are left out."""
+        """Read pictures by id. Leave out ids that the table does not contain, and rows without a readable picture."""
         with self._lock:  # a server may run for days, and VACUUM removes the files of older versions
             self._table.update_incremental()
             rows = arrow_dataset(self._table)
@@ -84,7 +84,7 @@ def open_source(platform: Platform, name: str) -> DeltaTable:
     """Open the table that a caption's column `source_table` names.
 
     Raises:
-        UserError: the table cannot be read as files: a catalog manages it, or its folder cannot be read.
+        UserError: the table cannot be read as files, because a catalog manages the table or its folder is not readable.
     """
     location = platform.table_location(name)
     if location is None:
@@ -106,9 +106,9 @@ def open_source(platform: Platform, name: str) -> DeltaTable:
 
 
 def read_pictures(platform: Platform, captions: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], bytes]:
-    """Read the pictures of captions from the tables that were captioned, by `source_table` and `image_id`.
+    """Read the pictures of captions from the captioned tables. The keys of the result are (`source_table`, `image_id`).
 
-    Pictures of a table that cannot be read as files are left out, with a warning.
+    If a table cannot be read as files, log a warning and leave out its pictures.
     """
     ids: dict[tuple[str, PictureColumns], list[str]] = {}
     for row in captions:

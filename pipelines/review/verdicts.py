@@ -58,12 +58,12 @@ class CaptionVerdict(Config):
 
 
 class Review:
-    """Captions of one model and table, their pictures and their verdicts.
+    """Review of the captions of one model and one table.
 
     Attributes:
         captions: rows of `generated_captions` that have a caption. The captions are sorted by ascending likelihood,
             because unlikely captions need a review most.
-        judged: verdict of each judged caption, by the key of the caption.
+        judged: verdict on each judged caption, by the key of the caption.
     """
 
     def __init__(self, captions: DeltaTable, pictures: DeltaTable, verdicts: Path, *, table: str, model: str) -> None:
@@ -84,9 +84,9 @@ class Review:
         self.judged = {key_of(row): row["verdict"] for row in judged.to_pylist()}
 
     def find(self, show: Show, words: str) -> list[dict[str, Any]]:
-        """Return the captions that contain `words`.
+        """Return the captions that contain `words`, and that `show` selects.
 
-        `show` selects captions without a verdict (open), captions with a verdict (judged), or all captions.
+        `show` is `open` for captions without a verdict, `judged` for captions with a verdict, or `all`.
         """
         judged = {"open": (False,), "judged": (True,), "all": (False, True)}[show]
         text = words.lower()
@@ -139,7 +139,7 @@ def key_of(row: dict[str, Any]) -> Key:
 
 
 def _read(table: DeltaTable, columns: Sequence[str], rows: pc.Expression) -> pa.Table:
-    """Read columns of some rows of a table. A table of Lakesight 0.1.0 has no column `model_digest`."""
+    """Read columns of the selected rows of a table. A table of Lakesight 0.1.0 lacks the column `model_digest`."""
     existing = {field.name for field in table.schema().fields}
     found = arrow_dataset(table).to_table([name for name in columns if name in existing], filter=rows)
     if MODEL_DIGEST.name in existing:

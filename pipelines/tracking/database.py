@@ -1,7 +1,7 @@
-"""Check of a tracking database before MLflow opens it.
+"""Function that checks a tracking database before MLflow opens the database.
 
-MLflow itself would try ten times to open a database, for minutes, and would then raise an exception of SQLAlchemy or of
-the database's driver.
+MLflow itself would try for minutes to open an unreachable database, and would then raise an exception of SQLAlchemy or
+of the database's driver.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ DRIVERS = {
     "mysql": "pymysql",
     "mssql": "pymssql",
 }
-"""Packages with the drivers of database servers, by the kind of database, or by kind and driver, in the URI."""
+"""Packages with the drivers of database servers, by the scheme of the URI (kind of database, or kind and driver)."""
 
 
 @cache  # a failed check is not cached
 def check_database(uri: str) -> None:
-    """Check that the database of a tracking URI can be read. A URI of an HTTP server or a workspace is not checked.
+    """Check that the database of a tracking URI can be read. The URI of an HTTP server or workspace is not checked.
 
     Raises:
-        TrackingDown: the server of the database does not answer, or is starting or stopping.
-        UserError: the driver is not installed, the server refuses the user, or the file is locked or is no database.
+        TrackingDown: the database server does not answer, or is starting or stopping.
+        UserError: the driver is not installed, the server refuses the user, or the file is locked or not a database.
     """
     dialect = uri.partition(":")[0]
     kind = dialect.partition("+")[0]
@@ -66,7 +66,7 @@ def check_database(uri: str) -> None:
 
 
 def _fix(kind: str, message: str) -> str:
-    """Say how to make a database usable again."""
+    """Return the advice with which the error message says how to make the database usable."""
     if kind != "sqlite":
         return "start the server, and check host, port, user, password and name of the database in MLFLOW_TRACKING_URI"
     if "locked" in message:

@@ -101,7 +101,7 @@ def needed_checkpoints(platform: Platform) -> Callable[[RunFolder], Collection[s
     that server are not known.
 
     Raises:
-        UserError: the tracking server refuses.
+        UserError: the tracking server refuses a request.
         TrackingDown: the tracking server does not answer.
     """
     client = connect(platform)

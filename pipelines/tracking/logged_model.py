@@ -1,4 +1,4 @@
-"""The model of a checkpoint as a logged model of MLflow: files, code, requirements and signature."""
+"""Functions that log the model of a checkpoint to MLflow, with files, code, requirements and signature."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ PARAMETERS = {
     **dict.fromkeys(("temperature", "top_p", "min_p", "length_penalty", "repetition_penalty"), "double"),
     "stop": "string",
 }
-"""MLflow's type of each generation setting. `stop` is a list."""
+"""MLflow's type of each generation setting; for the setting `stop`, which is a list, the type of the elements."""
 
 
 def signature(settings: GenerationConfig) -> ModelSignature:
-    """Return the signature of a model: pictures and prompts, captions and errors, and the generation settings.
+    """Return the MLflow signature of a model: its input columns, its output columns, and its generation settings.
 
-    A caller may change the settings for one request with `params`. The defaults are the settings of the model.
+    A caller may change the generation settings for one request with `params`. The defaults are the model's settings.
     """
     defaults = settings.model_dump(mode="json")
     params = [
@@ -84,7 +84,7 @@ def log_model(client: MlflowClient, checkpoint: Path, run_id: str) -> str:
 
 @contextmanager
 def _without_bytecode() -> Iterator[None]:
-    """Prevent Python from writing bytecode files into the model's folder while MLflow tests the model in the folder."""
+    """Prevent Python from writing bytecode files into the model's folder while MLflow tests the model there."""
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         yield
@@ -100,7 +100,7 @@ def _example() -> pd.DataFrame:
 
 
 def _public_version(package: str) -> str:
-    """Return the installed version without its build label, because package indexes have 2.13.0 but not 2.13.0+cpu.
+    """Return the installed version without the build label, because package indexes have 2.13.0 but not 2.13.0+cpu.
 
     The version of MLflow is read from the module, because ML runtimes carry the distribution `mlflow-skinny`.
     """

@@ -3,8 +3,8 @@
 MLflow executes this file to load the model ("models from code"), so nothing is pickled. The input is a DataFrame with
 the column `image` and an optional column `prompt`. REST clients send each picture as base64 text, with or without a
 `data:` prefix. Python callers may also pass bytes, because MLflow does not convert object columns. The output is a
-DataFrame with the columns `caption` and `error`. In each row one of the two columns is null, so a bad picture or prompt
-affects no other row. A value that is neither a picture nor a prompt, such as a list, is an error of its row.
+DataFrame with the columns `caption` and `error`, of which one is null in each row. A bad picture or prompt therefore
+affects no other row. A value of a wrong type, such as a list, also gives an error only in its own row.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vlm.errors import ConfigError
 
 
 class CaptionModel(PythonModel):
-    """Model that captions DataFrames of pictures. Its MLflow artifacts are the files of one checkpoint folder."""
+    """Model that captions DataFrames of pictures. The MLflow artifacts of the model are the files of a checkpoint."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the weights. Torch is imported here, so that importing this file does not need torch."""
@@ -37,8 +37,8 @@ class CaptionModel(PythonModel):
     ) -> pd.DataFrame:
         """Caption the pictures in column `image`. Return columns `caption` and `error` with the index of the input.
 
-        `params` are generation settings. MLflow gives every setting, with the model's own value where the caller gave
-        none (`logged_model.signature`).
+        `params` are generation settings. MLflow passes all settings, and uses the model's own value for each setting
+        that the caller has not given (`logged_model.signature`).
         """
         images = [_picture(cell) for cell in model_input["image"]]
         prompts = [_prompt_text(prompt) for prompt in model_input.get("prompt", [""] * len(images))]
@@ -54,14 +54,14 @@ class CaptionModel(PythonModel):
 
 
 def _picture(cell: Any) -> Any:
-    """Return the picture of a cell, or None if the cell has no value. The captioner refuses all but bytes and text."""
+    """Return the picture in a cell, or None if the cell is empty. The captioner refuses a value of another type."""
     if is_missing(cell):
         return None
     return bytes(cell) if isinstance(cell, bytearray | memoryview) else cell
 
 
 def _prompt_text(cell: Any) -> Any:
-    """Return the prompt of a cell, or an empty string if the cell has no value. The captioner refuses all but texts."""
+    """Return the prompt in a cell, or an empty string if the cell is empty. The captioner refuses other types."""
     if is_missing(cell):
         return ""
     if isinstance(cell, bytes):

@@ -1,8 +1,7 @@
-"""Artifact locations of a home folder that was moved, copied or renamed.
+"""Functions that correct the artifact locations in the MLflow store of a home folder that was moved, copied or renamed.
 
-MLflow's SQLite store has the absolute location of each experiment's artifacts, and of the artifacts of each run and
-model. When a store in a home folder is opened, locations of an earlier path of the home are replaced by the present
-path.
+MLflow's SQLite store contains absolute artifact locations of experiments, runs and models. When the store in a home
+folder is opened, locations below an earlier path of the home folder are replaced by locations below the present path.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ LOCATIONS = {
     "logged_models": "artifact_location",
     "model_versions": "storage_location",
 }
-"""Column of each table of the store that has a location of artifacts."""
+"""Name of the column with artifact locations, for each table of the store that has such a column."""
 WAIT_SECONDS = 60.0
-"""Time to wait for another process that writes to the store."""
+"""Longest time to wait for another process that writes to the store, in seconds."""
 
 
 def artifact_root(platform: Platform) -> Path:
-    """Return the folder of the artifacts of a store in a home folder."""
+    """Return the folder in the home folder that contains all MLflow artifacts."""
     return platform.root / "mlartifacts"
 
 
 def follow_moved_home(platform: Platform) -> None:
-    """Replace the locations of artifacts in the home's own store if the home folder has another path than before.
+    """Correct the artifact locations in the home folder's store if the path of the home folder has changed.
 
     Raises:
         UserError: the store cannot be written.
@@ -65,7 +64,7 @@ def follow_moved_home(platform: Platform) -> None:
 
 
 def _other_roots(store: sqlite3.Connection, platform: Platform) -> list[str]:
-    """Return the locations of experiments that Lakesight created when the home folder had another path."""
+    """Return the artifact locations of experiments that were created when the home folder had another path."""
     rows = store.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
     name = artifact_root(platform).name
     own = artifact_root(platform).as_uri()
@@ -73,15 +72,16 @@ def _other_roots(store: sqlite3.Connection, platform: Platform) -> list[str]:
 
 
 def _is_moved(store: sqlite3.Connection, old: str, present: Path) -> bool:
-    """Return whether artifacts at location `old` are now in the folder `present`.
+    """Return whether the artifacts at the location `old` are now in the folder `present`.
 
-    If the old folder still exists, for example because the home was copied, one artifact that came along decides.
+    If the old folder still exists, for example because the home folder was copied, the artifacts are in `present` if at
+    least one run or model has its artifacts there.
     """
     folder = Path(unquote(urlsplit(old).path))
     if not folder.exists():
         return True
     if present.exists() and folder.samefile(present):
-        return False  # the same folder by two names, such as a symbolic link
+        return False  # both paths lead to the same folder, for example through a symbolic link
     rests = [
         location.removeprefix(f"{old}/")
         for table in ("runs", "logged_models")
@@ -92,7 +92,7 @@ def _is_moved(store: sqlite3.Connection, old: str, present: Path) -> bool:
 
 
 def _replace(store: sqlite3.Connection, old: str, new: str) -> None:
-    """Replace a location, and all locations below it, in one transaction."""
+    """Replace an artifact location and all locations below this location, in one transaction."""
     with store:
         for table, column in LOCATIONS.items():
             store.execute(

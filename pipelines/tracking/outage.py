@@ -1,7 +1,8 @@
 """Distinguish a tracking server that is temporarily down from a server that refuses this user or does not exist.
 
-Training may start while the server is down, because its metrics wait in the run folder. A refusal (wrong password,
-unknown host, unknown database) would still be there after hours of training, so a refusal stops a command at once.
+Training may start while the server is down, because the metrics are stored in the run folder until the server answers.
+The cause of a refusal (wrong password, unknown host, unknown database) would still exist after hours of training, so a
+refusal stops a command immediately.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ DATABASE_DOWN = re.compile(
     r"|connection reset|recovery mode",
     re.IGNORECASE,
 )
-"""Words with which drivers report that a database server gives no answer, or that the server starts or stops."""
+"""Pattern of error messages of drivers for a database server that does not answer, is starting or is stopping."""
 
 
 class TrackingDown(UserError):
@@ -48,7 +49,7 @@ def first_line(error: BaseException) -> str:
 
 
 def http_status(error: BaseException) -> int:
-    """Return the HTTP status of a server's error answer, or 0 if the error is no such answer."""
+    """Return the HTTP status of an error response, or 0 if the error does not come from an HTTP response."""
     if isinstance(error, RestException):
         return int(error.get_http_status_code())  # type: ignore[no-untyped-call]
     named = re.search(r"failed with error code (\d{3}) ", str(error)) if isinstance(error, MlflowException) else None
@@ -56,7 +57,7 @@ def http_status(error: BaseException) -> int:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and the errors that led to it, because MLflow raises its own errors in place of the library's."""
+    """Yield an error and its causes, because MLflow replaces the errors of libraries by its own errors."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause

@@ -125,7 +125,7 @@ def ensure_model(platform: Platform, name: str) -> None:
     """Find or create a registered model.
 
     Raises:
-        UserError: the registry refuses.
+        UserError: the registry refuses the request.
         TrackingDown: the server does not answer.
     """
     try:

@@ -35,8 +35,8 @@ class StageLog(Config):
             below the keys of `params` and `tables`.
         tags: tags by which runs can be searched, without the prefix `lakesight.`.
         params: parameters of the stage.
-        tables: columns of each table. The name of a table is the key of the report below which the numbers become no
-            metrics.
+        tables: columns of each table, by name. If the report has a key with the name of a table, the numbers below this
+            key do not become metrics.
         inputs: datasets that the stage has read.
         pages: paths of HTML pages, which are logged as artifacts.
         text: description of the run, in Markdown.

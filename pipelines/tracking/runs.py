@@ -1,6 +1,6 @@
 """Training runs in MLflow: parameters, tags, metrics and sample captions.
 
-Ranks never talk to MLflow. Rank 0 writes small immutable files into the run folder, and a thread of the driver, the
+Ranks never call MLflow. Rank 0 writes small immutable files into the run folder, and a thread of the driver, the
 `Follower`, logs the files in order. No metric is lost in an outage of the server, because the files stay in the run
 folder. After an outage, and also when a run is resumed, the follower asks MLflow which points are stored, and logs the
 missing points. The MLflow run therefore has no gaps and no repeated points. If the server is down when training starts,
@@ -47,7 +47,7 @@ MAX_PAUSE_SECONDS = 30.0
 DRAIN_SECONDS = 60.0
 MAX_TAG_CHARS = 5000
 FOLLOWER_ERRORS = (*REQUEST_ERRORS, UserError)
-"""Exceptions after which the follower tries again."""
+"""Exceptions of a failed request, after which the follower sends the request again."""
 
 
 class Tracking(Config):

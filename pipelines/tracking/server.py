@@ -73,7 +73,7 @@ def ensure_experiment(platform: Platform, name: str) -> None:
     """Find or create an MLflow experiment.
 
     Raises:
-        UserError: the server refuses, or the experiment was deleted.
+        UserError: the server refuses the request, or the experiment was deleted.
         TrackingDown: the server does not answer.
     """
     try:

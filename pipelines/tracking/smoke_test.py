@@ -26,13 +26,13 @@ SUFFIXES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
 def smoke_test_version(platform: Platform, version: ModelVersion, pictures: Sequence[tuple[bytes, str]]) -> Trial:
     """Download a version, check its files, then load the version in a fresh process and caption pictures.
 
-    The files must be the registered files, and contain no pickles. The fresh process reads the same local copy that was
+    The files must be the registered files, and no file may be a pickle. The fresh process reads the local copy that was
     checked, and receives no credentials (see `child_environment`).
 
     Args:
         platform: platform with the registry.
         version: model version to test.
-        pictures: bytes and prompt of each picture file.
+        pictures: (bytes of the picture file, prompt) of each picture.
 
     Raises:
         StageFailed: the version cannot be downloaded, or its files are not the registered files.
@@ -42,14 +42,14 @@ def smoke_test_version(platform: Platform, version: ModelVersion, pictures: Sequ
 
 
 def smoke_test_folder(folder: Path, pictures: Sequence[tuple[bytes, str]]) -> Trial:
-    """Run the smoke test on a version whose files are in a local folder (see `smoke_test_version`)."""
+    """Run the smoke test on a model version whose files are in a local folder (see `smoke_test_version`)."""
     if pickles := find_pickles(folder):
         return Trial(failure=f"it holds pickles: {', '.join(pickles)}", pictures=0, errors=())
     requests = {
         "image": [base64.b64encode(data).decode("ascii") for data, _ in pictures],
         "prompt": [prompt for _, prompt in pictures],
     }
-    # With -P, modules next to the script or in the working folder do not replace modules of the version.
+    # With -P, Python does not import modules from the script's folder or the working folder.
     command = [sys.executable, "-P", str(CHILD_SCRIPT), str(folder)]
     try:
         done = subprocess.run(  # noqa: S603
@@ -71,7 +71,7 @@ def smoke_test_folder(folder: Path, pictures: Sequence[tuple[bytes, str]]) -> Tr
 
 
 def find_pickles(folder: Path) -> list[str]:
-    """List the files of a folder whose suffix or first bytes are those of a pickle file."""
+    """List the files in a folder that have the suffix or the first bytes of a pickle file."""
     found = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:

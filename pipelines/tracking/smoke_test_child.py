@@ -11,7 +11,7 @@ import sys
 
 
 def main(folder: str) -> None:
-    """Load the model of a folder as a model server does, and caption the pictures given on stdin."""
+    """Load the model in a folder in the same way as a model server, and caption the pictures given on stdin."""
     import mlflow.pyfunc
     import pandas as pd
     import torch

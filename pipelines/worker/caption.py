@@ -1,4 +1,4 @@
-"""Functions that load the captioning model of a process, and limit the process to its share of the cores."""
+"""Functions that load the captioning model of a process, and limit torch to the process's share of the CPU cores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlm.config import Precision
 
 @functools.lru_cache(maxsize=1)
 def load_captioner(folder: str, precision: Precision = Precision.FP32) -> Captioner:
-    """Load the model of a folder, on a GPU if there is one. The process keeps the loaded model in a cache.
+    """Load the model in a folder, on a GPU if the host has a GPU. The process keeps the loaded model in a cache.
 
     Raises:
         CheckpointError: the folder does not contain a model.
@@ -23,5 +23,5 @@ def load_captioner(folder: str, precision: Precision = Precision.FP32) -> Captio
 
 
 def limit_threads(threads: int) -> None:
-    """Limit torch to the cores assigned to this process, because other processes of the host run models too."""
+    """Limit torch to a number of threads, because other processes on the host also run models."""
     torch.set_num_threads(threads)

@@ -29,7 +29,7 @@ RANK_VARIABLES = (
     "LAKESIGHT_STORE",
     "(FI|UCX|IBV|MLX5|RDMAV)_.+",
 )
-"""Patterns of the environment variables that describe the rank, its store and its network (libfabric, UCX, verbs)."""
+"""Patterns of the environment variables that describe a rank, its store and its network (libfabric, UCX, verbs)."""
 
 
 def run_rank(run_folder: str) -> None:
@@ -48,7 +48,7 @@ def run_rank(run_folder: str) -> None:
 
 
 def replay_rank(run_folder: str) -> None:
-    """Replay one step as one rank of a run folder for a replay. Errors are recorded as by `run_rank`."""
+    """Replay one training step as one rank of a replay's run folder. Record errors in the same way as `run_rank`."""
     with _monitored(run_folder) as (run, env, monitor):
         from pipelines.worker.train.replay import replay
 
@@ -57,7 +57,7 @@ def replay_rank(run_folder: str) -> None:
 
 @contextmanager
 def _monitored(run_folder: str) -> Iterator[tuple[RunFolder, RankEnv, RankMonitor]]:
-    """Prepare the process of a rank, and record the errors of the block."""
+    """Prepare the process of a rank, and record an error that the block raises."""
     run, env = RunFolder(Path(run_folder)), RankEnv.from_environment()
     drop_other_variables(*RANK_VARIABLES)
     open_log(run, env.rank)
@@ -66,7 +66,7 @@ def _monitored(run_folder: str) -> Iterator[tuple[RunFolder, RankEnv, RankMonito
 
 
 def main() -> None:
-    """Run `run_rank` with the folder given by --run-dir. Without a driver, rank 0 owns the run."""
+    """Run `run_rank` with the folder given by --run-dir. There is no driver, so rank 0 takes ownership of the run."""
     parser = argparse.ArgumentParser(prog="pipelines.worker.main", description="Train as one rank of a run.")
     parser.add_argument("--run-dir", required=True, help="run folder that contains run.json and tokenizer.json")
     folder = parser.parse_args().run_dir
@@ -75,7 +75,7 @@ def main() -> None:
             try:
                 stack.enter_context(own_run(RunFolder(Path(folder))))
             except UserError as error:
-                sys.exit(str(error))  # no failure record, because the run folder belongs to the other process
+                sys.exit(str(error))  # no failure record is written, because another process owns the run folder
         run_rank(folder)
 
 

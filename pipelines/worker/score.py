@@ -1,8 +1,8 @@
 """Scores of a model on shard rows: the caption, the loss with the right picture, and losses with three wrong pictures.
 
-The wrong pictures are:
-    the picture of another row: row (i + n // 2) mod n for row i. Shards are shuffled, so the picture of this row is as
-        good as a random picture, and every host uses the same row;
+The three wrong pictures are:
+    the picture of another row, which is row (i + n // 2) mod n for row i of n rows. Shards are shuffled, so this
+        picture is as good as a random picture, and every host uses the same picture;
     a grey picture;
     a picture of noise, seeded by the index of the row.
 """
@@ -32,7 +32,7 @@ GREY = 128
 
 
 class Item(NamedTuple):
-    """A picture, one of its prompts, all reference texts of that prompt, and the texts whose losses are added."""
+    """A picture, one of its prompts, all reference texts for this prompt, and the texts whose losses are added."""
 
     row_index: int
     row: Row
@@ -52,9 +52,9 @@ class _Losses(NamedTuple):
 def score_rows(
     captioner: Captioner, shards: Shards, indexes: Sequence[int], settings: GenerationConfig
 ) -> Iterator[RowScore]:
-    """Score the rows with these indices, in this order. Yield one score per picture and distinct prompt.
+    """Score the rows with the given indices, in the given order. Yield one score per picture and distinct prompt.
 
-    The generation settings change the captions, and not the losses.
+    The generation settings affect only the captions, not the losses.
     """
     collator = Collator(captioner.tokenizer, captioner.model.config)
     for start in range(0, len(indexes), BATCH_ROWS):
@@ -102,12 +102,12 @@ def score_rows(
 
 
 def validation_cider(captioner: Captioner, shards: Shards, num_rows: int, report_progress: Callable[[], None]) -> float:
-    """Compute the CIDEr-D of the captions of the first rows of the shards, at temperature 0.
+    """Caption the first rows of the shards at temperature 0, and return the CIDEr-D of the captions.
 
-    All other generation settings are those of the model.
+    All other generation settings are taken from the model.
 
     Args:
-        captioner: model and tokenizer; the model is in evaluation mode.
+        captioner: captioner with the model, which must be in evaluation mode, and the tokenizer.
         shards: validation shards.
         num_rows: largest number of rows to caption.
         report_progress: function to call after each batch.
@@ -144,7 +144,7 @@ def _noise(item: Item) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
 
 
 def _caption(captioner: Captioner, items: Sequence[Item], settings: GenerationConfig) -> list[Completion | None]:
-    """Caption items. The result of an item is None if its prompt leaves no room for a caption."""
+    """Caption items. The result for an item is None if the item's prompt leaves no room for a caption."""
     answers = captioner.complete([item.row.pixels for item in items], [item.prompt for item in items], settings)
     return [None if isinstance(answer, UserError) else answer for answer in answers]
 

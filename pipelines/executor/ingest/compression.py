@@ -1,4 +1,4 @@
-"""Reading of compressed files. The first bytes of a file tell whether it is compressed, not its name."""
+"""Functions that read compressed files. The compression is recognised by the first bytes of a file, not by its name."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from pipelines.executor.ingest.storage import open_binary
 
 MAGIC = {
     "gzip": rb"\x1f\x8b\x08",
-    "bz2": rb"BZh[1-9](?:1AY&|\x17rE8)",  # a text may begin with BZh
+    "bz2": rb"BZh[1-9](?:1AY&|\x17rE8)",  # BZh alone may be the beginning of a text
     "xz": rb"\xfd7zXZ\0",
     "zstd": rb"\x28\xb5\x2f\xfd",
 }
 """Pattern of the first bytes of each kind of compressed file."""
 SKIPPABLE_FRAME = b"\x2a\x4d\x18"
-"""Bytes 2 to 4 of a zstd frame without content. Parallel compressors begin a file with such a frame."""
+"""Bytes 2 to 4 of a skippable zstd frame. Parallel compressors begin a file with a skippable frame."""
 XZ_MEMORY = 128 * 2**20
-"""Largest memory of an xz decoder. A file that needs more is refused: `xz -9` needs 65 MB."""
+"""Largest memory of an xz decoder in bytes. A file that needs more memory is refused. `xz -9` needs 65 MB."""
 CHUNK = 1 << 20
 
 
 def compression_of(start: bytes) -> str | None:
-    """Return the compression of a file that begins with these bytes, or None if it is not compressed."""
+    """Return the compression of a file that begins with the bytes `start`, or None if the file is not compressed."""
     if start[1:4] == SKIPPABLE_FRAME and 0x50 <= start[0] <= 0x5F:
         return "zstd"
     return next((name for name, magic in MAGIC.items() if re.match(magic, start)), None)
@@ -41,7 +41,7 @@ def open_decompressed(path: str) -> Iterator[IO[bytes]]:
     """Open a file or URL, and decompress its content while it is read.
 
     Raises:
-        OSError: the file cannot be opened. Reading raises further errors, which `describe_damage` describes.
+        OSError: the file cannot be opened. Reading may raise other errors, which `describe_damage` describes.
     """
     with open_binary(path) as file:
         start = file.read(8)
@@ -52,10 +52,10 @@ def open_decompressed(path: str) -> Iterator[IO[bytes]]:
 def decompress(file: IO[bytes], start: bytes) -> IO[bytes]:
     """Return a stream of the decompressed content of a file, or the file itself if it is not compressed.
 
-    Reading with `read1` returns what is before a damaged place before it raises an exception.
+    If the file is damaged, `read1` first returns all content before the damage, and then raises an exception.
 
     Args:
-        file: file that stands at its beginning.
+        file: file at position 0.
         start: first bytes of the file.
     """
     kind = compression_of(start)
@@ -71,7 +71,7 @@ def decompress(file: IO[bytes], start: bytes) -> IO[bytes]:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompressor of zstd frames. Arrow loses the whole piece in which the damage is, so the pieces are small."""
+    """Decompressor of zstd frames, which reads small pieces, because Arrow loses the whole piece that is damaged."""
 
     PIECE = 4 << 10
 
@@ -88,7 +88,7 @@ class _ZstdReader(io.RawIOBase):
 
 
 class _XzReader(io.RawIOBase):
-    """Decompressor of an xz file with bounded memory. A file may consist of several streams."""
+    """Decompressor of an xz file with bounded memory. An xz file may consist of several streams."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file

@@ -1,4 +1,4 @@
-"""Decoding of texts whose encoding only their first bytes tell."""
+"""Functions that recognise the encoding of a text by its first bytes, and decode the text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import codecs
 
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark is the start of this mark
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, because this mark begins with the mark of UTF-16
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
@@ -14,7 +14,7 @@ BYTE_ORDER_MARKS = (
 
 
 def decode_text(content: bytes) -> str:
-    """Decode a text as its byte-order mark says, else as UTF-16 if it looks like it, else as UTF-8.
+    """Decode a text by its byte-order mark, else as UTF-16 if its zero bytes suggest UTF-16, else as UTF-8.
 
     Invalid bytes become U+FFFD.
     """
@@ -23,7 +23,7 @@ def decode_text(content: bytes) -> str:
 
 
 def encoding_of(start: bytes) -> tuple[str, int]:
-    """Return the encoding of a text that begins with these bytes, and the length of its byte-order mark."""
+    """Return the encoding of a text that begins with the bytes `start`, and the length of the byte-order mark."""
     for mark, encoding in BYTE_ORDER_MARKS:
         if start.startswith(mark):
             return encoding, len(mark)
@@ -31,7 +31,7 @@ def encoding_of(start: bytes) -> tuple[str, int]:
 
 
 def _unmarked_encoding(content: bytes) -> str:
-    """Return UTF-16 if every second byte of a text is mostly zero, as in the Latin alphabet, and few others are."""
+    """Return UTF-16 if most bytes at even (or at odd) positions are zero and few other bytes are, else UTF-8."""
     even, odd = content[0:2000:2], content[1:2000:2]
     if len(content) % 2 or not odd:
         return "utf-8"

@@ -1,9 +1,9 @@
-"""Fingerprints find near duplicates: pictures that were saved again in another quality, format or size.
+"""Fingerprints that identify near duplicates: pictures that were saved again in another quality, format or size.
 
-A fingerprint has two parts. The first part is a difference hash of 64 bits: a bit says whether one of 8 x 8 grey cells
-is brighter than its left neighbour. When a picture is saved again, few bits of its difference hash change, so candidate
-pairs are found without comparing all pairs. The second part holds the mean colours of 8 x 8 cells. The mean colours
-separate pictures that have equal shapes but different colours.
+A fingerprint has two parts. The first part is a difference hash of 64 bits. Each bit says whether one of 8 x 8 grey
+cells is brighter than its left neighbour. When a picture is saved again, few bits of its difference hash change, so
+candidate pairs are found without comparing all pairs. The second part contains the mean colours of 8 x 8 cells, which
+distinguish pictures with equal shapes but different colours.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HASH_BYTES = 8
 GRID = 8
 FINGERPRINT_BYTES = HASH_BYTES + 3 * GRID * GRID
 MARGIN = 2
-"""A bit is set if the difference exceeds MARGIN grey levels. Smaller differences come from the noise of an encoder."""
+"""A hash bit is set if two cells differ by more than MARGIN grey levels. Noise of an encoder causes less difference."""
 MAX_DIFFERING_BITS = 3
 """Largest number of hash bits in which near duplicates differ.
 
@@ -33,7 +33,7 @@ PAIRS = pa.schema(
     [
         ("image_id", pa.string()),  # a new picture
         ("split", pa.string()),  # split of the new picture, derived from its own hash or from its source
-        ("other_id", pa.string()),  # the picture that the new picture resembles
+        ("other_id", pa.string()),  # id of the picture that the new picture resembles
         ("other_split", pa.string()),
         ("other_existing", pa.bool_()),  # whether the other picture was in `samples` before this ingest
     ]
@@ -41,7 +41,7 @@ PAIRS = pa.schema(
 
 
 def fingerprint(image: Image.Image) -> bytes:
-    """Compute the fingerprint of an RGB picture: FINGERPRINT_BYTES bytes that begin with the difference hash."""
+    """Compute the fingerprint of an RGB picture. The FINGERPRINT_BYTES bytes begin with the difference hash."""
     small = image.resize(((GRID + 1) * GRID, GRID * GRID), RESAMPLING, reducing_gap=1.0)
     grey = np.asarray(small.convert("L").resize((GRID + 1, GRID), RESAMPLING), dtype=np.int16)
     bits = np.packbits(grey[:, 1:] > grey[:, :-1] + MARGIN)
@@ -49,7 +49,7 @@ def fingerprint(image: Image.Image) -> bytes:
 
 
 def are_near_duplicates(left: Sequence[bytes], right: Sequence[bytes]) -> npt.NDArray[np.bool_]:
-    """Compare fingerprints pairwise. Element i of the result says whether left[i] and right[i] are near duplicates."""
+    """Return an array whose element i says whether the fingerprints left[i] and right[i] are of near duplicates."""
     a, b = (np.frombuffer(b"".join(side), np.uint8).reshape(-1, FINGERPRINT_BYTES) for side in (left, right))
     differing = np.unpackbits(a[:, :HASH_BYTES] ^ b[:, :HASH_BYTES], axis=1).sum(axis=1)
     colours = np.abs(a[:, HASH_BYTES:].astype(np.int16) - b[:, HASH_BYTES:]).max(axis=1)
@@ -58,7 +58,7 @@ def are_near_duplicates(left: Sequence[bytes], right: Sequence[bytes]) -> npt.ND
 
 
 def keep_near_duplicates(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Keep the candidate pairs that are near duplicates. Yield PAIRS batches.
+    """Keep the candidate pairs that are near duplicates. Yield batches of the schema PAIRS.
 
     Args:
         batches: batches with the columns of PAIRS and the columns `fingerprint` and `other_fingerprint`.

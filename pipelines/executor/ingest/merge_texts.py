@@ -1,8 +1,8 @@
-"""Merge of the texts of a picture: what the rows of an ingest add to the texts that `samples` already has.
+"""Functions that merge the texts of a picture in the rows of an ingest with the texts that `samples` already has.
 
-People often write the same caption for a picture, and these repeats count: in the references of an evaluation, and in
-how often training shows a caption. An ingest that runs twice must still add nothing twice. So a text is repeated as
-often as in `samples` or as in the rows of the ingest, whichever is more.
+Several people may write the same caption for a picture. The number of repeats matters in the references of an
+evaluation, and determines how often training shows a caption. However, an ingest that runs twice must not add its texts
+twice. After the merge, a text therefore occurs as often as in `samples` or as in the ingest, whichever is more.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ MERGED = pa.schema(
 
 
 class MergedTexts(NamedTuple):
-    """What the rows of a picture add to its known texts.
+    """Result of merging the texts of a picture's rows with the texts that the picture already has.
 
     Attributes:
         new_texts: texts to append, in the order of the rows. A text may occur several times.
-        contributing: number of different rows that add a text which the picture did not have.
-        full: all different texts that are accepted, if a row has exceeded the largest number of texts; else None.
+        contributing: number of distinct rows with a new text, which the picture did not have.
+        full: all distinct accepted texts if a row has exceeded the largest number of texts, else None.
     """
 
     new_texts: list[Text]
@@ -47,9 +47,9 @@ def merge_texts(known: Sequence[Text], rows: Sequence[Sequence[Text]], max_texts
     Args:
         known: texts of the picture in `samples`, with repeats.
         rows: texts of each row, in the order of the rows.
-        max_texts: largest number of different texts of a picture, or None for any number. Rows are accepted in the
-            order of their texts, up to the first row that exceeds the limit. Later rows are accepted if they add no
-            text. So the accepted texts do not depend on the order of the rows.
+        max_texts: largest number of distinct texts of a picture, or None for any number. Rows are sorted by their
+            texts, and accepted up to the first row that exceeds the limit. A later row is accepted only if the row adds
+            no new text. The accepted texts therefore do not depend on the order of `rows`.
     """
     seen, contributing, exceeded = set(known), 0, False
     for texts in sorted({tuple(dict.fromkeys(row)) for row in rows}):
@@ -71,7 +71,7 @@ def merge_texts(known: Sequence[Text], rows: Sequence[Sequence[Text]], max_texts
 
 
 def merge_texts_of_pictures(batches: Iterator[pa.RecordBatch], max_texts: int | None) -> Iterator[pa.RecordBatch]:
-    """Replace the last two columns of pictures, `known_texts` and `row_texts`, by the columns MERGED."""
+    """Replace the last two columns of the batches, `known_texts` and `row_texts`, by the columns of MERGED."""
     for batch in batches:
         *others, known_texts, row_texts = batch.columns
         merged = [

@@ -1,7 +1,4 @@
-"""Outcomes of decoding: each row becomes exactly one sample or one refusal.
-
-Samples and refusals have the same schema, OUTCOME.
-"""
+"""Outcomes of decoding. The outcome of a row is exactly one sample or one refusal, both in the schema OUTCOME."""
 
 from __future__ import annotations
 
@@ -29,18 +26,18 @@ OUTCOME = pa.schema(
         ("stage", pa.string()),  # stage, reason and detail are null if the row is a sample
         ("reason", pa.string()),
         ("detail", pa.string()),
-        ("claimed_id", pa.string()),  # id that the picture of a refused row would have; null if it cannot be told
+        ("claimed_id", pa.string()),  # image id that a refused row would have; null if the id is not known
     ]
 )
 
 
 class Refused(Exception):
-    """A row that cannot be a sample and goes to `quarantine`.
+    """Exception for a row that cannot become a sample and goes to the table `quarantine`.
 
     Attributes:
         stage: step of ingest that refused the row: read, decode or merge.
-        reason: one of tables.REASONS.
-        detail: description of what exactly is wrong.
+        reason: element of `tables.REASONS`.
+        detail: exact description of the problem.
     """
 
     def __init__(self, stage: str, reason: str, detail: str) -> None:
@@ -49,9 +46,9 @@ class Refused(Exception):
 
 
 def outcome_batch(outcomes: Sequence[dict[str, Any]]) -> pa.RecordBatch:
-    """Convert outcomes to one OUTCOME batch. A column that an outcome lacks becomes null.
+    """Convert outcomes to one batch of the schema OUTCOME. A column without a value in an outcome becomes null.
 
-    This function copies each picture once. Arrow's own builder would copy pictures again whenever its buffer grows.
+    This function copies each picture once. Arrow's own builder would copy all pictures again whenever its buffer grows.
     """
     columns = {field: [outcome.get(field.name) for outcome in outcomes] for field in OUTCOME}
     arrays = [_binary_array(c) if field.name == "image" else pa.array(c, field.type) for field, c in columns.items()]

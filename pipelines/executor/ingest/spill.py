@@ -1,9 +1,9 @@
-"""Spill files: Arrow files that hold pictures and payloads from decoding until the rows are written to their table.
+"""Spill files: Arrow files that store pictures and payloads between decoding and the write to a table.
 
-The driver decides about a row only after all rows are decoded. If Spark kept the pictures until then, Spark would copy
-each picture about ten times inside the JVM, which takes longer than decoding the picture. So Python workers write the
-wide columns (picture and payload) to files, Spark moves narrow rows that carry a position in the files, and the wide
-columns are read back when a row is written to its table.
+The driver can only decide whether a row is accepted after all rows are decoded. If Spark kept the pictures until then,
+Spark would copy each picture about ten times inside the JVM, which takes longer than decoding the picture. Therefore
+Python workers write the wide columns (picture and payload) to spill files, and Spark moves narrow rows, which contain a
+position in the spill files. When a row is written to its table, the wide columns are read from the spill files.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Decode = Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
 
 
 def decode_and_spill(batches: Iterator[pa.RecordBatch], decode: Decode, folder: str) -> Iterator[pa.RecordBatch]:
-    """Decode rows, write their wide columns to a new file, and yield the remaining columns as NARROW batches.
+    """Decode rows, write their wide columns to a new file, and yield batches of the schema NARROW.
 
     Args:
-        batches: input of `decode`.
+        batches: batches of raw rows, which `decode` decodes.
         decode: function that yields OUTCOME batches.
         folder: spill folder, an existing folder that has the same path on every executor. A retried task writes a new
             file.
@@ -51,7 +51,7 @@ def decode_and_spill(batches: Iterator[pa.RecordBatch], decode: Decode, folder: 
 
 
 def restore_wide(batches: Iterator[pa.RecordBatch], folder: str, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Replace the POSITION columns of rows by the wide columns that are stored at that position.
+    """Replace the POSITION columns of rows by the wide columns, which are read from the spill files.
 
     Args:
         batches: batches of rows whose last columns are POSITION. If the rows are sorted by POSITION, each record batch

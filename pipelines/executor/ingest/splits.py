@@ -1,4 +1,4 @@
-"""The split of a row is derived from the hash of its picture, from the name of its file, or from one of its columns."""
+"""Functions that derive the split of a row from the hash of its picture, from its file name, or from a split column."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ SPLITS: dict[str, Split] = {
     "eval": "test",
     "evaluation": "test",
 }
-"""Our name (train, val or test) for each word that stands for a split in columns, files and folders of sources.
+"""Name of the split (train, val or test) for each word that stands for a split in columns and file names of a source.
 
-The words are those of Hugging Face datasets.
+Hugging Face datasets uses the same words.
 """
 PART_NUMBER = re.compile(r"-\d+(-of-\d+)?$")
 
@@ -39,7 +39,7 @@ def assign_split(file: str, fields: Fields, sha256: str, config: SplitConfig) ->
         config: rule that assigns a row to a split.
 
     Raises:
-        Refused: missing_field (the split column is empty) or malformed_record (unknown split).
+        Refused: with the reason missing_field (the split is missing) or malformed_record (the split is unknown).
     """
     if isinstance(config, HashSplitConfig):
         return split_of_hash(sha256, config)
@@ -66,11 +66,12 @@ def split_of_hash(sha256: str, config: HashSplitConfig) -> Split:
 
 
 def split_of_file(file: str) -> Split | None:
-    """Return the split that the name of a file or of one of its folders stands for, or None.
+    """Return the split in the name of a file or of one of its folders, or None if no name contains a split.
 
-    The name of the file decides if it stands for one split, then the nearest folder that does. A name stands for a
-    split if one of its words is the split's, such as `val-00000-of-00005.csv`, `train_0.parquet` or `cats.test.tar`. A
-    name with the words of two splits stands for none, but `train.test.csv` begins with its split and a dot.
+    The file name is examined first, then the names of its folders, nearest folder first. A name contains a split if one
+    of its words stands for the split, as in `val-00000-of-00005.csv`, `train_0.parquet` or `cats.test.tar`. A name with
+    words for two splits is ignored, except a file name such as `train.test.csv`, where the word before the first dot
+    decides.
 
     Args:
         file: name of the file, or its path relative to the source.
@@ -87,10 +88,10 @@ def _split_of_words(name: str) -> Split | None:
 
 
 def require_field(fields: Fields, column: str) -> object:
-    """Return a field's value.
+    """Return the value of a field of a row.
 
     Raises:
-        Refused: missing_field (the row has no such field, or the field's value is missing).
+        Refused: with the reason missing_field (the row has no such field, or the value of the field is missing).
     """
     value = fields.get(column)
     if is_missing(value):

@@ -1,4 +1,4 @@
-"""Access to the files of a source: open local files and URLs, and tell a damaged file from a fault of the machine."""
+"""Functions that open the files and URLs of a source, and distinguish a damaged file from a fault of the machine."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pipelines.errors import UserError
 INACCESSIBLE = frozenset(
     {
         *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM),
-        errno.EINVAL,  # a seek before the start of a file, as damaged offsets ask for
+        errno.EINVAL,  # a damaged offset may cause a seek to a negative position
     }
 )
-"""Codes of operating system errors that concern one file. Any other code is a fault of the machine."""
+"""Codes of operating system errors that affect only one file. Any other code means a fault of the machine."""
 DAMAGE = (EOFError, zlib.error, LZMAError, UnicodeError, tarfile.TarError, pa.ArrowException)
 """Exceptions that decompressors and parsers raise for damaged data."""
 FILE_ERRORS = (OSError, *DAMAGE)
-"""Exceptions that may concern one file.
+"""Exceptions that may affect only one file.
 
 `require_damage` decides whether such an exception means a damaged file or a fault of the machine.
 """
@@ -38,7 +38,7 @@ def open_binary(path: str) -> IO[bytes]:
     """Open a local file or a URL for reading.
 
     Raises:
-        OSError: the file cannot be opened; `describe_damage` tells why.
+        OSError: the file cannot be opened. `describe_damage` describes the reason.
         UserError: the package for this kind of URL is missing.
     """
     if not is_url(path):
@@ -52,7 +52,7 @@ def url_system(path: str) -> tuple[Any, str]:
     """Return the `fsspec` file system of a URL, and the path inside this file system.
 
     Raises:
-        UserError: `fsspec` or the package for this kind of URL is missing, or no package knows such URLs.
+        UserError: `fsspec` or the package for this kind of URL is missing, or no package supports such URLs.
     """
     scheme = path.partition("://")[0]
     try:
@@ -71,10 +71,10 @@ def url_system(path: str) -> tuple[Any, str]:
 
 
 def describe_damage(error: Exception) -> str | None:
-    """Describe an error that concerns one file, or return None if the error is a fault of the machine.
+    """Describe an error that affects only one file, or return None if the error is a fault of the machine.
 
-    A fault of the machine, such as a network drive that does not answer, must be raised: Spark then retries the task,
-    and no file of a source is refused because a drive was offline.
+    The caller must raise an error that is a fault of the machine, such as a network drive that does not answer. Spark
+    then retries the task, and no file is refused because a drive was offline.
     """
     if isinstance(error, OSError):
         if (error.errno is not None and error.errno not in INACCESSIBLE) or _has_lost_its_folder(error):
@@ -84,7 +84,7 @@ def describe_damage(error: Exception) -> str | None:
 
 
 def require_damage(error: Exception) -> str:
-    """Describe an error that concerns one file, and raise an error that is a fault of the machine."""
+    """Describe an error that affects only one file. Raise the error if it is a fault of the machine."""
     damage = describe_damage(error)
     if damage is None:
         raise error
@@ -92,11 +92,11 @@ def require_damage(error: Exception) -> str:
 
 
 def _has_lost_its_folder(error: OSError) -> bool:
-    """Return whether the folder of a missing local file is missing too, as after a network drive was disconnected."""
+    """Return whether a missing local file's folder is missing too, for example on a disconnected network drive."""
     path = error.filename
     return error.errno == errno.ENOENT and isinstance(path, str) and not os.path.isdir(os.path.dirname(path))  # noqa: PTH112, PTH120
 
 
 def printable(path: str) -> str:
-    """Return a path as text that UTF-8 can encode. Bytes of a name that are not UTF-8 become escapes like \\xff."""
+    """Return a path as text that UTF-8 can encode. Bytes that are not UTF-8 become escapes such as \\xff."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")

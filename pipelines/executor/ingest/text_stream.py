@@ -1,6 +1,6 @@
-"""Text files as streams of UTF-8: the content of a file, not its name, tells its compression and its encoding.
+"""Text files as streams of UTF-8. Compression and encoding are recognised by the content of a file, not by its name.
 
-A stream is read in pieces, so a small file that unpacks to gigabytes needs no more memory than any other file.
+A stream is read in pieces, so a small file with gigabytes of decompressed content needs no more memory than any file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipelines.executor.ingest.storage import open_binary
 HEAD_BYTES = 1024
 """Number of bytes from which compression and encoding are recognised."""
 MAX_LAYERS = 3
-"""Number of compressions inside each other that are undone. Web servers compress files that are compressed already."""
+"""Largest number of nested compressions. A web server may compress a file that is already compressed."""
 PIECE_BYTES = 64 * 2**10
 ARCHIVES = {
     (0, b"PK\x03\x04"): "a ZIP archive",
@@ -24,23 +24,23 @@ ARCHIVES = {
     (0, b"Rar!"): "a RAR archive",
     (257, b"ustar"): "a tar",
 }
-"""Kinds of archives, by the position and the value of the bytes that all of their files have."""
+"""Kinds of archives, by (position, bytes): all archives of the kind contain these bytes at this position."""
 
 
 def is_plain(start: bytes) -> bool:
-    """Return whether a file that begins with these bytes is uncompressed UTF-8, which can be read in byte ranges."""
+    """Return whether a file that begins with the bytes `start` is uncompressed UTF-8, which is read in byte ranges."""
     return compression_of(start) is None and encoding_of(start)[0] == "utf-8"
 
 
 def open_text(path: str) -> IO[bytes]:
-    """Open a whole file as UTF-8 without a byte-order mark, decompressed.
+    """Open a file as a stream of its decompressed content in UTF-8, without a byte-order mark.
 
-    Reading with `read1` returns what is before a damaged place before it raises an exception. The exception is one that
-    `describe_damage` describes.
+    If the file is damaged, `read1` first returns all content before the damage, and then raises an exception that
+    `describe_damage` can describe.
 
     Raises:
         OSError: the file cannot be opened.
-        EOFError: the file is an archive of files.
+        EOFError: the file is an archive, such as a ZIP file.
     """
     file = open_binary(path)
     try:
@@ -51,7 +51,7 @@ def open_text(path: str) -> IO[bytes]:
 
 
 class _TextStream(io.BufferedReader):
-    """Stream of UTF-8 that closes the file below it."""
+    """Stream of UTF-8. Closing the stream also closes the underlying file."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -75,7 +75,7 @@ class _TextStream(io.BufferedReader):
 
 
 def _peek(stream: IO[bytes]) -> tuple[IO[bytes], bytes]:
-    """Return a stream that stands at the same place, and its next bytes. Damage after these bytes is raised later."""
+    """Return a stream at the same position, and its next bytes. A later read raises an error after these bytes."""
     start, damage = b"", None
     try:
         while len(start) < HEAD_BYTES and (more := _read1(stream, HEAD_BYTES - len(start))):
@@ -92,7 +92,7 @@ def _read1(stream: IO[bytes], size: int) -> bytes:
 
 
 class _Joined(io.RawIOBase):
-    """Bytes that were read from a stream already, and then the rest of the stream or its damage."""
+    """Stream of bytes that were already read from another stream, followed by the rest or the error of that stream."""
 
     def __init__(self, start: bytes, stream: IO[bytes], damage: Exception | None = None) -> None:
         self._start, self._stream, self._damage = start, stream, damage
@@ -110,7 +110,7 @@ class _Joined(io.RawIOBase):
 
 
 class _Recoded(io.RawIOBase):
-    """Text of another encoding as UTF-8. What Unicode does not allow becomes U+FFFD."""
+    """Stream that converts text from another encoding to UTF-8. Invalid characters become U+FFFD."""
 
     def __init__(self, stream: IO[bytes], encoding: str) -> None:
         self._stream = stream

@@ -16,14 +16,14 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def extract_texts(fields: Fields, columns: ColumnNames, max_chars: int) -> list[dict[str, str]]:
-    """Return the texts of a row in their order, each with its prompt. A text that is repeated is returned repeatedly.
+    """Return the texts of a row with their prompts, in the order of the row and with repeated texts.
 
-    The text column holds one text or a list of texts. The prompt column holds one prompt for all texts or a list with
-    one prompt per text. Missing texts are dropped.
+    The text column contains one text or a list of texts. The prompt column contains one prompt for all texts, or a list
+    with one prompt per text. Missing texts are left out.
 
     Raises:
-        Refused: empty_text (all texts are missing), text_too_long, or malformed_record (a value is neither text nor
-            number, or the number of prompts differs from the number of texts).
+        Refused: with the reason empty_text (all texts are missing), text_too_long, or malformed_record (a value is
+            neither text nor number, or the number of prompts differs from the number of texts).
     """
     texts = _to_texts(fields.get(columns.text), columns.text)
     asked = fields.get(columns.prompt) if columns.prompt else None
@@ -53,7 +53,7 @@ def normalize_text(text: str, max_chars: int) -> str:
     either end. A text without a visible character becomes empty.
 
     Raises:
-        Refused: text_too_long.
+        Refused: with the reason text_too_long.
     """
     if CONTROL.search(text):
         text = CONTROL.sub(" ", text.replace("\r\n", "\n").replace("\r", "\n"))

@@ -1,6 +1,6 @@
-"""Values of a row's cells: which values are missing, and how a value becomes an id or a text.
+"""Functions that decide whether a value of a row is missing, and convert a value to an id or a text.
 
-A missing value never becomes a word: the number NaN is missing, but the text `nan` of a CSV file is a text.
+A missing value never becomes a word. The number NaN is missing, but the text `nan` in a CSV file is a text.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pipelines.executor.ingest.outcome import Refused
 
 MAX_ID_CHARS = 256
 MAX_SHRINKAGE = 4
-"""Largest number of characters that Unicode's NFC composes into one character."""
+"""Largest number of characters that the Unicode form NFC composes into one character."""
 CONTROL = regex.compile(r"[\p{Cc}\p{Zl}\p{Zp}]")
 INVISIBLE = regex.compile(r"[\s\p{Cc}\p{Default_Ignorable_Code_Point}]*")
-"""Pattern of a text that shows nothing. Unicode calls characters such as the zero-width space default ignorable."""
+"""Pattern of a text without visible characters. Characters such as the zero-width space are `Default_Ignorable`."""
 SPACES = (
     "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000\u200b\ufeff"
@@ -32,7 +32,7 @@ SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def is_missing(value: object) -> bool:
-    """Return whether a value says nothing.
+    """Return whether a value is missing.
 
     A value is missing if it is None, NaN, NaT or pandas' NA, a text or bytes without a visible character, or a list
     whose elements are all missing.
@@ -56,14 +56,14 @@ def _is_missing_scalar(value: object) -> bool:
 
 
 def to_text(value: object, what: str) -> str:
-    """Convert a value to a text. A missing value becomes an empty text. Bytes are UTF-8; a wrong byte becomes U+FFFD.
+    """Convert a value to a text. A missing value becomes an empty text. Invalid UTF-8 in bytes becomes U+FFFD.
 
     Args:
         value: a value of a row.
-        what: description of the value for the message, such as "column title".
+        what: description of the value for the error message, such as "column title".
 
     Raises:
-        Refused: malformed_record (the value is not a text, number, date, time or UUID).
+        Refused: with the reason malformed_record (the value is not a text, number, date, time or UUID).
     """
     if is_missing(value):
         return ""
@@ -75,7 +75,7 @@ def to_text(value: object, what: str) -> str:
 
 
 def replace_surrogates(text: str) -> str:
-    """Join pairs of UTF-16 surrogates, and replace each lone surrogate by U+FFFD, because UTF-8 cannot encode it."""
+    """Join pairs of UTF-16 surrogates. Replace lone surrogates, which UTF-8 cannot encode, by U+FFFD."""
     if SURROGATE.search(text):
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
@@ -87,14 +87,14 @@ def trim(text: str) -> str:
 
 
 def normalize_id(value: object) -> str | None:
-    """Convert a value to an id: a text in Unicode NFC without control characters. Return None for a missing value.
+    """Convert a value to an id, a text in Unicode NFC without control characters. Return None for a missing value.
 
-    The number 7.0 becomes the id `7`, because a tool that reads a column of integers with gaps makes floats of them.
-    The text `7.0` remains as it is.
+    The number 7.0 becomes the id `7`, because many tools convert a column of integers with missing values to floats.
+    The text `7.0` is not changed.
 
     Raises:
-        Refused: malformed_record (the value is not a text, number, time or UUID, is infinite, has a control character,
-            or is longer than MAX_ID_CHARS).
+        Refused: with the reason malformed_record (the value is not a text, number, time or UUID, is infinite, has a
+            control character, or is longer than MAX_ID_CHARS).
     """
     if is_missing(value):
         return None
@@ -109,7 +109,7 @@ def normalize_id(value: object) -> str | None:
 
 
 def bytes_to_id(value: bytes) -> str:
-    """Return the text that bytes hold as UTF-8, or their hexadecimal digits if they hold no text, as binary UUIDs."""
+    """Decode bytes as UTF-8, or return their hexadecimal digits if the bytes are not text, such as a binary UUID."""
     try:
         text = trim(value.decode())
     except UnicodeDecodeError:
@@ -118,10 +118,10 @@ def bytes_to_id(value: bytes) -> str:
 
 
 def _to_integer(value: object) -> object:
-    """Return the integer that a number equals, or the value itself if there is none.
+    """Convert a number with an integer value, such as 7.0, to an integer. Return any other value unchanged.
 
     Raises:
-        Refused: malformed_record (the number is infinite).
+        Refused: with the reason malformed_record (the number is infinite).
     """
     if isinstance(value, np.floating):
         value = float(value)

@@ -50,7 +50,7 @@ def repeat_command(config: RunConfig, command: str = "train") -> str:
 def changed_settings(config: RunConfig) -> dict[str, str]:
     """Return the settings of a run that differ from its config files, as keys and values of the option `--set`.
 
-    If a config file is missing or invalid, log this and return no settings.
+    If a config file is missing or invalid, log a message and return no settings.
     """
     try:
         files = load_run(config.name, platform=config.chosen.platform)
@@ -63,7 +63,7 @@ def changed_settings(config: RunConfig) -> dict[str, str]:
 
 
 def _differences(before: Mapping[str, Any], present: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
-    """Yield the key and the present value of each setting that differs. Yield a section whose `kind` differs as one."""
+    """Yield the key and present value of each setting that differs. If a section's `kind` differs, yield it whole."""
     for key, value in present.items():
         old = before.get(key)
         if isinstance(value, Mapping) and isinstance(old, Mapping) and _is_same_kind(old, value):

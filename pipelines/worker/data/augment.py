@@ -1,11 +1,12 @@
 """Random augmentation of training pictures: crop, flips, rotation, brightness, contrast, saturation and erasing.
 
-The augmentation of a row depends only on (seed, epoch, row), so it is the same for any number of ranks and loader
-threads, and after a restart. Crop, flip and colour change take one Pillow call each, and Pillow releases the GIL.
-Brightness, contrast and saturation are combined into one matrix, so pixel values are rounded and clipped once.
+The augmentation of a row depends only on (seed, epoch, row). The augmentation is therefore the same for any number of
+ranks and loader threads, and after a restart. Crop, flip and colour change need one Pillow call each, and Pillow
+releases the GIL. Brightness, contrast and saturation are combined into one matrix, so pixel values are rounded and
+clipped only once.
 
-The text shown with a picture limits its augmentation. A text with "left" or "right" would be wrong for the flipped
-picture, a text with "above" would be wrong for the rotated picture, and boxes in a text would be wrong for any crop.
+A picture is only augmented in ways that keep its text true. A text with "left" or "right" would be wrong for a flipped
+picture, a text with "above" would be wrong for a rotated picture, and boxes in a text would be wrong for any crop.
 
 Letters in tensor names: B rows, N random numbers, H W pixels, C channels.
 """
@@ -29,7 +30,10 @@ WIDEST = 4 / 3
 LUMA = np.array([0.299, 0.587, 0.114])
 """Weights of red, green and blue in a pixel's grey value (ITU-R BT.601, as in Pillow)."""
 ERASED, WIDEST_ERASED = (0.02, 1 / 3), 3.3
-"""Smallest and largest share of the picture that erasing covers, and largest aspect ratio (Zhong et al., 2017)."""
+"""Smallest and largest share of the picture that is erased, and largest aspect ratio of the erased rectangle.
+
+Source: Zhong et al., 2017.
+"""
 NUMBERS = 16
 """Number of random numbers per row: crop area, crop shape, crop position (2), flip, three colour factors, vertical
 flip, rotation (2), erasing, erased area, erased shape, and erased position (2)."""
@@ -40,7 +44,7 @@ Floats = npt.NDArray[np.float64]
 
 
 class Augmenter:
-    """Augments the pictures of training rows with the settings of `train.augment`."""
+    """Object that augments the pictures of training rows with the settings of `train.augment`."""
 
     def __init__(self, config: AugmentConfig, seed: int) -> None:
         self._config, self._seed = config, seed
@@ -51,7 +55,7 @@ class Augmenter:
         """Return the rows with augmented pixels of unchanged shape.
 
         Args:
-            rows: list of B rows.
+            rows: B rows of the shards.
             texts: (prompt, text) that is shown with each row.
             picks: index and epoch of each row.
         """
@@ -82,7 +86,7 @@ class Augmenter:
 
 
 def _any_of(words: Sequence[str]) -> regex.Pattern[str]:
-    """Return a pattern that finds any of the words in upper or lower case. A letter and its marks are one word."""
+    """Return a pattern that finds any of the words in upper or lower case, but not as part of a longer word."""
     return regex.compile(rf"\b(?:{'|'.join(map(regex.escape, words))})\b", regex.IGNORECASE)
 
 
@@ -109,9 +113,10 @@ def _erase(image: Image.Image, numbers: Floats) -> None:
 
 
 def _adjust_colours(image: Image.Image, brightness: float, contrast: float, saturation: float) -> Image.Image:
-    """Scale three values in turn: a pixel's distance to its own grey, its distance to the mean grey, and its value.
+    """Change the saturation, then the contrast, then the brightness of a picture. A factor of 1 changes nothing.
 
-    The factors of the three steps are `saturation`, `contrast` and `brightness`. A factor of 1 changes nothing.
+    `saturation` scales the distance of a pixel from its own grey value, `contrast` scales the distance of a pixel from
+    the mean grey value of the picture, and `brightness` scales the value of a pixel.
     """
     grey = np.asarray(image.reduce(image.size))[0, 0] @ LUMA
     colours = saturation * np.eye(3) + (1 - saturation) * LUMA

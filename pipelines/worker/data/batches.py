@@ -57,7 +57,7 @@ class RowOrder(TypedDict):
 
 
 class Collator:
-    """Collates rows into batches for one model, and counts the texts that are truncated to the model's context."""
+    """Collator that makes batches for one model from rows, and counts texts that are truncated to the context."""
 
     def __init__(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
         self.num_truncated = 0
@@ -68,7 +68,7 @@ class Collator:
         """Collate rows into one batch, padded to the longest sequence.
 
         Args:
-            rows: list of B rows.
+            rows: B rows of the shards.
             texts: (prompt, text) to train on, for each row.
         """
         (batch,) = self.collate_parts(rows, texts, len(rows))
@@ -91,7 +91,7 @@ class Collator:
         """Collate pictures and their sampled answers into one batch, with a loss weight for each answer.
 
         Args:
-            rows: list of P rows.
+            rows: P rows of the shards.
             sequences: token sequences of all answers, in the order of the rows, with equally many answers per row.
             weights: weight of each sequence in the loss.
         """

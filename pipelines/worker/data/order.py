@@ -64,7 +64,7 @@ def pick_rows(step: int, *, rank: int, world_size: int, batch_size: int, num_row
 
 
 def pick_mix_rows(picks: RowPicks, rows: Sequence[int], draws: Sequence[int], *, seed: int) -> RowPicks:
-    """Map the draws of a mix to rows of its parts. The rows are numbered through, from the first part to the last part.
+    """Map the draws of a mix to rows of its parts. The rows of all parts are numbered consecutively.
 
     Each pass over a part draws every row of the part once, in a new order.
 
@@ -75,7 +75,8 @@ def pick_mix_rows(picks: RowPicks, rows: Sequence[int], draws: Sequence[int], *,
         seed: seed of the run.
 
     Returns:
-        The row of each draw. The epoch of a row is the number of complete passes over the row's part before the draw.
+        The row of each draw, and its epoch. The epoch of a row is the number of complete passes over the row's part
+        before the draw.
     """
     found, rounds = np.empty_like(picks.rows), np.empty_like(picks.epochs)
     first_row = first_draw = 0
@@ -129,7 +130,7 @@ def _epoch_keys(epochs: Int64s, seed: int) -> UInt64s:
 
 
 def _feistel(values: UInt64s, keys: UInt64s, half: int) -> UInt64s:
-    """Apply a keyed bijection of [0, 4**half). Each round can be inverted, whatever hash function the round uses."""
+    """Apply a keyed bijection of [0, 4**half). Each round is invertible for any hash function."""
     shift, mask = np.uint64(half), np.uint64(2**half - 1)
     left, right = values >> shift, values & mask
     for number in range(ROUNDS):

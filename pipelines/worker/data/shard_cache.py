@@ -6,11 +6,11 @@ in each rank copies files. The ranks of a host take turns under one lock, so eac
 network bandwidth remains for reading rows.
 
 The name of a copy is its SHA-256. A copy gets this name only after the content of the copy has been verified. A killed
-process leaves no lock, and its incomplete `.part` file is removed by the next process that starts.
+process leaves no lock, and the next process that starts removes the incomplete `.part` file.
 
-To make room, copies that belong to other runs are removed, and the least recently used copy is removed first. A process
-that has mapped a removed copy can still read it. A copy that belongs to this run is never removed, because all shard
-files of a run are used equally often and the removed file would have to be copied again.
+If the disk space is needed, copies that belong to other runs are removed, least recently used copies first. A process
+that has mapped a removed copy can still read the copy. A copy that belongs to this run is never removed, because all
+shard files of a run are used equally often and the removed file would have to be copied again.
 """
 
 from __future__ import annotations
@@ -33,10 +33,7 @@ SPARE = 0.1
 
 
 class CacheEntry(NamedTuple):
-    """One shard file of the shards `shards`, and the path of the file's copy.
-
-    The file is described by its number and its manifest entry.
-    """
+    """A shard file of `shards`, with its number, its manifest entry, and the path of its copy."""
 
     shards: Shards
     number: int
@@ -45,7 +42,7 @@ class CacheEntry(NamedTuple):
 
 
 class ShardCopier(threading.Thread):
-    """Thread that copies shard files to this host while there is room, and redirects reads to the copies.
+    """Thread that copies shard files to this host while the disk has room, and redirects reads to the copies.
 
     The thread is a daemon thread, so a run that ends does not wait for the thread.
     """
@@ -120,7 +117,7 @@ def _use_copy(entry: CacheEntry) -> bool:
 
 
 def _make_room(root: Path, needed: int, limit: float, own: set[Path]) -> bool:
-    """Remove copies of other runs until a file fits. If the file cannot fit, remove nothing and return False.
+    """Remove copies of other runs until there is room for a file. If it cannot fit, remove nothing and return False.
 
     Args:
         root: folder of the copies.

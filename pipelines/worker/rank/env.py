@@ -10,14 +10,14 @@ from pipelines.errors import UserError
 
 @dataclass(frozen=True)
 class RankEnv:
-    """Position of this process among all ranks, and among the ranks of its host."""
+    """Number of this rank and number of ranks, counted over the whole run and over the ranks of this host."""
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
     store: str = ""
-    """Path of the file store in which the ranks meet. Empty for the TCP store of torchrun."""
+    """Path of the file store through which the ranks connect; empty if the ranks use the TCP store of torchrun."""
 
     @classmethod
     def from_environment(cls) -> RankEnv:

@@ -193,7 +193,7 @@ class RankMonitor:
                 faulthandler.dump_traceback_later(self._timeout + 2 * WAITING_EXTRA_SECONDS, exit=True)
 
     def _handle_timeout(self, seconds: float) -> None:
-        """End this rank after a timeout. If this rank waits for other ranks, end it WAITING_EXTRA_SECONDS later."""
+        """End this rank after a timeout, or WAITING_EXTRA_SECONDS later if this rank waits for other ranks."""
         if not _is_waiting(_main_frame()):
             self._end("Hung", f"made no progress for {seconds:.0f} s (train.timeout_seconds)", 1, consequence=False)
         if seconds > self._timeout + WAITING_EXTRA_SECONDS:

@@ -23,7 +23,7 @@ def pick_device(platform: PlatformConfig, env: RankEnv) -> torch.device:
     """Choose the rank's GPU if the host has a GPU for each of its ranks, else the CPU.
 
     Raises:
-        UserError: the platform requires GPUs and the host has too few.
+        UserError: the platform requires GPUs, and the host has too few GPUs.
     """
     if torch.cuda.device_count() >= env.local_world_size:
         torch.cuda.set_device(env.local_rank)
@@ -41,7 +41,7 @@ def pick_device(platform: PlatformConfig, env: RankEnv) -> torch.device:
 GRACE_SECONDS = 30
 """Seconds by which the timeout of a collective is longer than `train.timeout_seconds`.
 
-The rank's monitor must time out first, because the monitor can tell which rank is at fault.
+The monitor of a rank must time out before the collective, because the monitor can tell which rank is at fault.
 """
 
 
@@ -49,10 +49,10 @@ The rank's monitor must time out first, because the monitor can tell which rank 
 def process_group(env: RankEnv, device: torch.device, timeout_seconds: int) -> Iterator[None]:
     """Open the process group of all ranks, and destroy it after a normal exit.
 
-    Ranks of a local launch meet in the file store of the launch, and open no port for it. Other ranks meet in the TCP
-    store of torchrun.
+    Ranks that the driver starts on its own host connect through a file store, which needs no port. All other ranks
+    connect through the TCP store of torchrun.
 
-    After an error the process group is not destroyed, because destroying the group would wait for failed ranks.
+    After an error, the process group is not destroyed, because destroying the group would wait for failed ranks.
     """
     on_gpu = device.type == "cuda"
     distributed.init_process_group(
@@ -73,8 +73,8 @@ def check_group(run: RunFolder, device: torch.device) -> int:
     Two runs on one host may choose the same port or rendezvous name, so a process group could mix ranks of two runs.
 
     Args:
-        run: run folder that this rank was started with.
-        device: device of the collectives.
+        run: run folder with which this rank was started.
+        device: device on which tensors for collectives are created.
 
     Raises:
         UserError: the process group contains a rank of another run.
@@ -94,7 +94,7 @@ def check_group(run: RunFolder, device: torch.device) -> int:
 
 
 def divide_cores(ranks_on_host: int) -> None:
-    """Let torch use an equal share of the host's cores. By default, torchrun gives each rank one thread.
+    """Let torch use an equal share of the host's cores, instead of the single thread that torchrun sets.
 
     Args:
         ranks_on_host: number of ranks that run on this host.

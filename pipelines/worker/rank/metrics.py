@@ -131,7 +131,7 @@ class MeanSinceLog:
 
 
 class FileWriter:
-    """Writes small files of a run in a background thread, one after another, in the order of the calls.
+    """Writer that writes small files of a run in a background thread, one after another, in the order of the calls.
 
     On a network file system, a small file takes tens of milliseconds, for which the training loop does not wait. An
     error is raised in the training loop, because a run that cannot write its files must fail.

@@ -1,4 +1,4 @@
-"""Optional profiler trace of a few training steps, for `chrome://tracing` or https://ui.perfetto.dev."""
+"""Function that records a profiler trace of training steps, for `chrome://tracing` or https://ui.perfetto.dev."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ NO_CHECKPOINT = -1
 
 
 class CheckpointWriter:
-    """Writes checkpoints one after another in a background thread.
+    """Writer that writes checkpoints in a background thread, one after another.
 
     Only rank 0 calls `save`. If the model is sharded, all other ranks call `start` to write their slices.
     """
@@ -124,7 +124,7 @@ def _metric_of(run: RunFolder, folder: Path, best_by: BestBy) -> float | None:
 
 
 class EarlyStop:
-    """Decides when training ends early, because the metric `train.best_by` no longer improves.
+    """Rule that ends training early when the metric `train.best_by` no longer improves.
 
     The decision depends only on the values of the metric in the metric files. All ranks therefore make the same
     decision, and a resumed run makes the same decision as an uninterrupted run.

@@ -36,7 +36,7 @@ from vlm.training.state import TrainingSnapshot, save_state, snapshot_training
 
 
 class ModelBuilder:
-    """Builds the model of a run with its initial weights, and loads and saves the weights in checkpoints."""
+    """Builder of the model of a run with its initial weights, which also loads and saves weights in checkpoints."""
 
     def __init__(self, config: ModelConfig, settings: TrainConfig, tokenizer: Tokenizer) -> None:
         self.config, self.settings, self.tokenizer = config, settings, tokenizer
@@ -96,7 +96,7 @@ class ModelBuilder:
             return
         save_adapter_weights(folder, copy.weights, self.settings.adapter, self._digest)
         if last:
-            # Merge from the files, because the trained model may hold its base weights in half precision.
+            # Merge the adapter from the files, because the trained model may hold its base weights in half precision.
             merged = self._base_model()
             load_adapter(folder, merged, self._digest)
             merge_adapter(merged)

@@ -1,8 +1,9 @@
-"""Replay of one training step: the loss of each picture of the step, to find out why a loss is not finite.
+"""Replay of one training step, which computes the loss of each picture to find out why a loss is not finite.
 
-A replay runs in a run folder of its own, which has a checkpoint from before the step. The ranks train from this
-checkpoint as the original ranks did, with the same rows and random numbers. At the step, each rank first computes and
-writes the loss of each of its rows, then takes the step, and validates if the step is followed by a validation.
+A replay has its own run folder, which contains a checkpoint from before the step. The ranks train from this checkpoint
+in the same way as the original ranks, with the same rows and random numbers. Before the step, each rank computes and
+writes the loss of each of its rows. Then the rank takes the step, and validates if the original run validated after
+this step.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from vlm.training.objective import routed_layers, row_losses
 
 
 def replay(run: RunFolder, env: RankEnv, monitor: RankMonitor) -> None:
-    """Train from the checkpoint of a replay folder to the step that replay.json names, and stop after the step.
+    """Train from the checkpoint in the run folder of a replay, and stop after the step that replay.json names.
 
     Raises:
-        NotFiniteError: the loss of the step, or of the validation after the step, is not finite.
+        NotFiniteError: the loss of the step or the loss of the validation after the step is not finite.
     """
     train(run, env, monitor, Replayer)
 
 
 class Replayer(Trainer):
-    """Trainer that stops after one step, and writes the loss of each row before this step."""
+    """Trainer that stops after the replayed step. Before this step, the trainer writes the loss of each row."""
 
     def write_result(self) -> None:
-        """Write no result, because the run is not finished."""
+        """Do not write result.json, because the run is not finished."""
 
     def _train_stage(self, stage: Stage, steps: range) -> None:
         step = read_json(replay_request(self.run), ReplayRequest).step
@@ -48,7 +49,7 @@ class Replayer(Trainer):
             super()._train_stage(stage, range(step, step + 1))
 
     def _write_rows(self, step: int) -> None:
-        """Write the loss of each row of this rank, with the dropout of the step. All ranks call this together."""
+        """Write the loss of each row of this rank, with the dropout of the step. This method is a collective."""
         settings = self.file.config.train
         rows, texts, picks = rows_of_step(self.train_shards, step, **self.row_order())
         shown = self.augmenter.rows(rows, texts, picks) if self.augmenter else rows

@@ -73,7 +73,7 @@ class CaptionSampler:
         tokenizer: tokenizer of the model.
         collator: collator of the model.
         cider: CIDEr-D with the document frequencies of the training texts, in which the end token counts as a word.
-        objective: number of samples per picture, and temperature.
+        objective: settings of the CIDEr objective: number of samples per picture, and temperature.
         settings: settings of the run. `rows_at_once` limits the number of captions in a part of a batch.
         reward: running mean to which the CIDEr-D of the sampled captions is added.
     """

@@ -39,17 +39,17 @@ def validate(
 ) -> dict[str, float]:
     """Compute val/loss (nats per token) and val/blind_gap on the first rows of the shards, divided among the ranks.
 
-    A picture's loss is the mean over the texts from which training draws one. The blind gap is the loss when each text
-    gets the picture of the next row, minus the loss with the right picture. The gap is zero for a model that ignores
-    the picture. If there is only one row, no gap is computed.
+    A picture's loss is the mean over the texts from which training draws one text. The blind gap is the loss when each
+    text is shown with the picture of the next row, minus the loss with the right picture. The blind gap of a model that
+    ignores the picture is zero. If there is only one row, no blind gap is computed.
 
-    This function is a collective: every rank must call it at the same step and gets the same values.
+    This function is a collective: every rank must call this function at the same step, and gets the same values.
 
     Args:
         model: model to validate, which is in training mode afterwards.
         shards: validation shards.
         collator: collator of the model.
-        step: number of the last training step, for an error.
+        step: number of the last training step, for the error message.
         num_rows: largest number of rows to validate on.
         batch_size: number of rows per batch of a rank.
         rank: number of this rank, 0 <= rank < world_size.
@@ -57,17 +57,18 @@ def validate(
         report_progress: function to call after each batch.
 
     Raises:
-        NotFiniteError: a loss is not finite, or all targets are masked. The error names the pictures of this rank.
+        NotFiniteError: a loss is not finite, or all targets are masked. The error names the affected pictures of this
+            rank.
     """
     total = min(num_rows, len(shards))
     pairs = [pair for index in range(total) for pair in _weighted_texts(shards, index)]
     rank_pairs = [pairs[number] for number in np.array_split(np.arange(len(pairs)), world_size)[rank]]
     device = model.mean.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    checked: list[tuple[list[str], torch.Tensor]] = []  # image ids of a batch, and which of their losses are finite
+    checked: list[tuple[list[str], torch.Tensor]] = []  # for each batch: image ids, and whether losses are finite
     model.eval()
     for first in range(0, -(-len(pairs) // world_size), batch_size):
-        # All ranks must call a sharded model equally often, so a rank without texts discards the losses of another.
+        # All ranks must call a sharded model equally often, so a rank without texts computes losses and discards them.
         chosen = rank_pairs[first : first + batch_size]
         counts, chosen = bool(chosen), chosen or pairs[:1]
         rows, others = _read_rows(shards, chosen, total)
@@ -88,7 +89,7 @@ def validate(
 def _not_finite(step: int, checked: Sequence[tuple[list[str], torch.Tensor]]) -> NotFiniteError:
     """Build the error for a validation loss that is not finite.
 
-    `checked` has, for each batch of this rank, the image ids and whether the loss of each row is finite.
+    For each batch of this rank, `checked` has the image ids and whether the loss of each row is finite.
     """
     pictures = [i for ids, finite_B in checked for i, ok in zip(ids, finite_B.tolist(), strict=False) if not ok]
     error = NotFiniteError(
@@ -104,13 +105,13 @@ def _not_finite(step: int, checked: Sequence[tuple[list[str], torch.Tensor]]) ->
 
 
 def name_pictures(image_ids: Sequence[str]) -> str:
-    """List the first image ids and the number of the others."""
+    """Return text that lists the first image ids and the number of all other image ids."""
     more = f" and {len(image_ids) - SHOWN_PICTURES} more" if len(image_ids) > SHOWN_PICTURES else ""
     return f"{', '.join(image_ids[:SHOWN_PICTURES])}{more}"
 
 
 class _WeightedText(NamedTuple):
-    """A (prompt, text) pair of a row, and its weight: 1 / number of pairs of the row."""
+    """A (prompt, text) pair of a row. The weight of a pair is 1 / number of pairs of the row."""
 
     row: int
     text: tuple[str, str]
@@ -123,7 +124,7 @@ def _weighted_texts(shards: Shards, index: int) -> list[_WeightedText]:
 
 
 def _read_rows(shards: Shards, chosen: Sequence[_WeightedText], total: int) -> tuple[list[Row], npt.NDArray[np.uint8]]:
-    """Return the row of each text, and the pixels (BHWC) of the row after it. Each row is read only once."""
+    """Return the row of each text, and the pixels (BHWC) of the next row. Each row is read only once."""
     read = {number: shards.row(number) for number in {(t.row + step) % total for t in chosen for step in (0, 1)}}
     return [read[t.row] for t in chosen], np.stack([read[(t.row + 1) % total].pixels for t in chosen])
 
@@ -133,7 +134,7 @@ def caption_samples(
 ) -> tuple[CaptionSample, ...]:
     """Caption the first pictures of the shards. Skip rows whose prompt leaves no room for a caption.
 
-    The human text that is shown with row n is text n of the row, counted around, because no text stands for the others.
+    The reference text of row n is text n modulo the number of texts of the row, so the samples show different texts.
     """
     config = model.config
     max_prefix = config.decoder.context - config.generation.max_new_tokens

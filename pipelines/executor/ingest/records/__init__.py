@@ -1,5 +1,6 @@
-"""Parsers of the source formats: raw rows of one kind of source become `Record`s.
+"""Parsers of the source formats, which turn raw rows of a source into objects of the class `Record`.
 
-Start reading in `record.py`; each kind of source has one module, named as in `pipelines.driver.ingest.sources`. Whether
-a record is a valid sample is decided in `pipelines.executor.ingest.decode`.
+Start reading in `record.py`, then in the module of a kind of source, which has the same name as in
+`pipelines.driver.ingest.sources`. The module `pipelines.executor.ingest.decode` decides whether a record is a valid
+sample.
 """

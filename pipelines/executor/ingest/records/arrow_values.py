@@ -1,7 +1,7 @@
-"""Conversion of Arrow values to Python: of any type, with invalid UTF-8, and without a copy of what is too large.
+"""Functions that convert Arrow values of any type to Python, even invalid UTF-8, and do not copy too large values.
 
 A column may repeat one value of 60 MB a thousand times in a file of 60 KB. Arrow keeps such a column as a dictionary,
-and a Python list of its values would take 60 GB. So large columns are converted one value after the other.
+and a Python list of its values would take 60 GB. Large columns are therefore converted one value after the other.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import pyarrow.compute as pc
 from pyarrow import types
 
 WHOLE_COLUMN_BYTES = 16 * 2**20
-"""Size of a column of a batch up to which all its values are converted at once, in bytes."""
+"""Largest size of a column whose values are all converted together, in bytes."""
 END_BYTES = 2**20
-"""Size of the beginning and of the end of a value that is not stored, from which a hash is computed."""
+"""Number of bytes at the beginning and at the end of a value that are hashed if the value itself is not stored."""
 OUT_OF_RANGE = "<value out of range"
-"""Beginning of the text that Arrow writes instead of a date or time which is too far away."""
+"""Beginning of the text that Arrow writes instead of a date or time that is out of range."""
 WHOLE_DIGITS = 1e16
-"""Number below which Python writes whole numbers with all their digits, so that ids are exact."""
+"""Limit below which Python writes a whole float with all digits, so that an id is exact."""
 OBJECT_BYTES = 32
 """Approximate size of a Python object such as a number in a list, in bytes."""
 
@@ -60,7 +60,7 @@ def stored(array: pa.Array) -> pa.Array:
 
 
 def size_of(array: pa.Array) -> int:
-    """Return about how many bytes the values of an array take as Python objects, without converting them."""
+    """Estimate how many bytes the values of an array would take as Python objects, without converting the values."""
     array = stored(array)
     kind, content = array.type, 0
     if types.is_dictionary(kind):
@@ -99,10 +99,10 @@ def each_value(column: pa.Array) -> Iterator[pa.Array]:
 
 
 def to_python(array: pa.Array) -> list[Any]:
-    """Convert an array to Python values. Invalid UTF-8, which many writers accept in a string, becomes U+FFFD.
+    """Convert an array to Python values. Invalid UTF-8, which many programs write into strings, becomes U+FFFD.
 
-    A value that Python cannot represent, such as a date in the year 14645, becomes its exact text, or else a
-    NotRepresentable. The number 0.1 of 32 bits becomes 0.1, and not 0.10000000149011612.
+    A value that Python cannot represent, such as a date in the year 14645, becomes a text with the exact value, or a
+    NotRepresentable if there is no such text. The 32-bit float 0.1 becomes 0.1, and not 0.10000000149011612.
     """
     if types.is_float16(array.type) or types.is_float32(array.type):
         return _shortest_floats(array)
@@ -123,7 +123,7 @@ def _needs_pandas(kind: pa.DataType) -> bool:
 
 
 def _changes(kind: pa.DataType) -> bool:
-    """Return whether Arrow changes values of this type: digits of short floats, nanoseconds and wrong times of day."""
+    """Return whether Arrow's conversion to Python changes values of this type, such as the digits of 32-bit floats."""
     if types.is_dictionary(kind):
         return _changes(kind.value_type)
     if types.is_float16(kind) or types.is_float32(kind) or types.is_time(kind):
@@ -132,7 +132,7 @@ def _changes(kind: pa.DataType) -> bool:
 
 
 def _shortest_floats(array: pa.Array) -> list[float | None]:
-    """Convert floats of 16 or 32 bits to the numbers with the fewest digits that stand for the same floats."""
+    """Convert each float of 16 or 32 bits to the number with the fewest digits that rounds to the same float."""
     floats = array.to_numpy(zero_copy_only=False)
     exact = floats.astype(np.float64)
     is_whole = (np.abs(exact) < WHOLE_DIGITS) & (exact == np.floor(exact))
@@ -141,7 +141,7 @@ def _shortest_floats(array: pa.Array) -> list[float | None]:
 
 
 def _part_by_part(array: pa.Array) -> Any:
-    """Convert an array of one value that Arrow cannot convert as a whole."""
+    """Convert an array that contains one value, part by part, because Arrow cannot convert the whole value."""
     kind = array.type
     value: Any = None
     if not array.is_valid()[0].as_py():
@@ -165,13 +165,13 @@ def _part_by_part(array: pa.Array) -> Any:
 
 
 def _exact_value(array: pa.Array) -> Any:
-    """Return the time of day of an array of one value, or its exact text.
+    """Return the one value of an array as a time of day, or else as a text with the exact value.
 
     Raises:
         pa.ArrowException: Arrow cannot write the value as text.
     """
     kind = array.type
-    # Arrow writes a wrong text for a timestamp with a time zone that is out of range.
+    # The time zone is removed, because Arrow writes a wrong text for an out-of-range timestamp with a time zone.
     written = (array.cast(pa.timestamp(kind.unit)) if types.is_timestamp(kind) else array).cast(pa.string())[0].as_py()
     if written.startswith(OUT_OF_RANGE):
         return NotRepresentable(f"a value of type {kind}: {written}")
@@ -181,11 +181,13 @@ def _exact_value(array: pa.Array) -> Any:
 
 
 class NotStored(dict[str, str]):
-    """Object that stands for a value which is not stored. It is neither a text nor a picture, so no replay accepts it.
+    """Placeholder for a value that is not stored.
+
+    A placeholder is neither a text nor a picture, so a replay refuses a row with a placeholder.
 
     Args:
         what: description of the value.
-        value: array of the one value, whose hash distinguishes it from other values if it is a string or binary.
+        value: array that contains only the value. Different strings or binaries give different hashes.
 
     Attributes:
         what: description of the value.
@@ -195,23 +197,23 @@ class NotStored(dict[str, str]):
         super().__init__({"not stored": what})
         self.what = what
         buffer = None if value is None else _buffer(value)
-        if buffer is not None:  # the ends suffice to distinguish values, and a file may repeat a value of 60 MB
+        if buffer is not None:  # hash only the two ends, because a file may repeat a value of 60 MB many times
             ends = buffer.slice(0, END_BYTES), buffer.slice(max(buffer.size - END_BYTES, 0))
             self["hash of its ends"] = hashlib.sha256(b"".join(end.to_pybytes() for end in ends)).hexdigest()
 
 
 class NotRepresentable(NotStored):
-    """Object that stands for a value which neither Python nor a text of Arrow represents."""
+    """Placeholder for a value that Python cannot represent and that Arrow cannot write as text."""
 
 
 def _buffer(array: pa.Array) -> pa.Buffer | None:
-    """Return the bytes of an array of one string or binary value."""
+    """Return the bytes of an array that contains one string or binary value, or None for a value of another type."""
     array = _value_of_dictionary(stored(array))
     return content_of(array) if is_text(array.type) or is_bytes(array.type) else None
 
 
 def content_of(array: pa.Array) -> pa.Buffer:
-    """Return the bytes of an array of one string or binary value without a copy, which Arrow's own scalars make."""
+    """Return the bytes of an array that contains one string or binary value, without the copy that a scalar makes."""
     kind, at = array.type, array.offset
     if types.is_binary_view(kind) or types.is_string_view(kind):
         return array[0].as_buffer()
@@ -224,7 +226,7 @@ def content_of(array: pa.Array) -> pa.Buffer:
 
 
 def _value_of_dictionary(array: pa.Array) -> pa.Array:
-    """Return the value that a dictionary array of one value refers to, without a copy. Other arrays are unchanged."""
+    """Return the dictionary value of a dictionary array with one row, without a copy. Return other arrays unchanged."""
     if not types.is_dictionary(array.type) or not array.indices[0].is_valid:
         return array
     return stored(array.dictionary).slice(array.indices[0].as_py(), 1)
@@ -247,10 +249,10 @@ def whole_values(column: pa.Array, most: int) -> Iterator[Any]:
 
 
 def picture_values(name: str, column: pa.Array, most: int) -> Iterator[dict[str, Any]]:
-    """Yield the fields of each picture of a column: its bytes or base64 text, and its path in a struct with a path.
+    """Yield the fields of each picture in a column: the bytes or base64 text, and the path if the value has a path.
 
-    A picture may be binary, a base64 string, a list of the numbers of its bytes, a list of one picture, or Hugging
-    Face's struct of bytes and path. Any other value remains as it is.
+    A picture may be binary, a base64 string, a list of byte values, a list that contains one picture, or Hugging Face's
+    struct with the fields `bytes` and `path`. Any other value is converted to Python.
 
     Args:
         name: name of the field; the path is in the field `<name>.path`.
@@ -281,18 +283,18 @@ def _picture(array: pa.Array, most: int) -> Any:
 
 def _whole_picture(array: pa.Array, most: int) -> bytes | str | NotStored:
     text, buffer = is_text(array.type), content_of(array)
-    limit = most * 3 // 2 if text else most  # base64 takes 4 characters for 3 bytes
+    limit = most * 3 // 2 if text else most  # base64 has 4 characters for 3 bytes
     if buffer.size > limit:
         return NotStored(f"{buffer.size:,} bytes; at most {limit:,} are allowed", array)
     content: bytes = buffer.to_pybytes()
     try:
         return content.decode() if text else content
-    except UnicodeDecodeError:  # not base64, but a writer may have stored the bytes of a picture in a string
+    except UnicodeDecodeError:  # a program may have stored the bytes of a picture file as a string
         return content
 
 
 def _bytes_of_numbers(values: pa.Array, most: int) -> bytes | list[int] | NotStored:
-    """Return the bytes that a list of numbers stands for, or the list if a number is not a byte."""
+    """Convert a list of numbers to bytes, or return the list if a number is not a byte."""
     if len(values) > most:
         return NotStored(f"a list of {len(values):,} numbers; at most {most:,} are allowed")
     numbers: np.ndarray = values.to_numpy(zero_copy_only=False)

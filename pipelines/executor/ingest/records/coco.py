@@ -15,7 +15,7 @@ from pipelines.executor.ingest.text_stream import open_text
 from pipelines.executor.ingest.values import is_missing
 
 KEPT_KEYS = frozenset({"images", "annotations", "id", "file_name", "height", "width", "image_id", "caption"})
-"""Keys of the document that are kept. Outlines of objects can make up most of a document."""
+"""Keys whose values are kept in memory. Most of a document may consist of other values, such as outlines of objects."""
 WHOLE_NUMBER = re.compile(r"(-?[0-9]+)\.0*")
 
 
@@ -25,12 +25,12 @@ def coco_columns(columns: ColumnNames) -> list[str]:
 
 
 def coco_records(path: str, file: str, columns: ColumnNames) -> Iterator[Record]:
-    """Yield one record per image, with a list of captions. An annotation without an image also becomes a record.
+    """Yield one record per image, with a list of its captions. An annotation without an image also becomes a record.
 
     Args:
         path: path of the document.
         file: name of the document.
-        columns: names that the file name and the captions get.
+        columns: names of the columns for the file name of the image and for its captions.
 
     Raises:
         ValueError: the document is not COCO captions JSON.
@@ -74,7 +74,7 @@ def _kept(pairs: list[tuple[str, Any]]) -> Fields:
 
 
 def _to_id(value: object) -> str | None:
-    """Return an id as text. The ids 1, 1.0 and "1" are equal, because tools write the same id in different ways."""
+    """Return an id as text. The ids 1, 1.0 and "1" give the same text, because tools write ids in different ways."""
     if value is None or value != value:  # noqa: PLR0124 (NaN)
         return None
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else _to_string(value)

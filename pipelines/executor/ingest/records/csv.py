@@ -1,7 +1,7 @@
-"""Parser of CSV rows, with any delimiter, any line end, and line breaks inside quoted fields if they are allowed.
+"""Parser of CSV rows with any delimiter and any line end, and optionally with line breaks inside quoted fields.
 
-Parsing a row with Spark's CSV parser takes half as long as decoding the row's picture, and Python's csv module looks at
-every character. Python workers therefore read the bytes of the files, and jump from one delimiter or quote to the next.
+Spark's CSV parser would add half of the time that decoding the row's picture takes, and Python's csv module looks at
+every character. Python workers therefore read the bytes of the files, and search for the next delimiter or quote.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from pipelines.executor.ingest.records.lines import (
 from pipelines.executor.ingest.records.record import Problem, Record, add_partition
 
 MAX_LINES_OF_ROW = 100_000
-"""Largest number of lines that a row with line breaks inside quotes may have."""
+"""Largest number of lines of a row with line breaks inside quotes."""
 MAX_BROKEN_LINES = 100
-"""Number of lines in which the parser searches for the end of a quoted field with a forbidden line break."""
+"""Number of lines in which the parser searches for the closing quote of a field with a forbidden line break."""
 NEAR_BYTES = 4 * 2**20
-"""Number of bytes before and after a range in which quotes are looked for that span the beginning or end of it."""
+"""Number of bytes before and after a range in which the parser searches for quoted fields that cross its borders."""
 
 
 class _Quoting(NamedTuple, Generic[AnyStr]):
@@ -74,7 +74,7 @@ def _csv_range(part: Range, *, multiline: bool, limit: int) -> Iterator[Record]:
 
 
 def csv_rows(part: Range, *, multiline: bool, limit: int) -> Iterator[str | LongLine]:
-    """Yield the rows of a range as text, without their line ends. The range may have no layout yet."""
+    """Yield the rows of a range as text, without line ends. The layout of the range may still lack column names."""
     quoting = _Quoting(part.layout.delimiter.encode(), b'"', part.layout.escape.encode())
     lines = range_lines(part, limit)
     for row in _join_quoted(lines, quoting, None if multiline else part.layout.separator, limit):
@@ -82,10 +82,10 @@ def csv_rows(part: Range, *, multiline: bool, limit: int) -> Iterator[str | Long
 
 
 def _lines(part: Range, limit: int) -> Iterator[tuple[str | LongLine, bool]]:
-    """Yield the rows of a range in which each row is one line, each with whether it begins inside a quoted field.
+    """Yield the rows of a range of one-line rows, and for each row whether the row begins inside a quoted field.
 
-    The lines shortly before and after the range are read too, so that a row does not depend on where ranges begin. A
-    quote that is never closed concerns only its own line.
+    The lines shortly before and after the range are read too, so that the result does not depend on the borders of
+    ranges. A quote that is never closed affects only its own line.
     """
     quoting = _Quoting(part.layout.delimiter, '"', part.layout.escape)
     rows = _rows_near(part, limit)
@@ -104,7 +104,7 @@ def _lines(part: Range, limit: int) -> Iterator[tuple[str | LongLine, bool]]:
 
 
 def _rows_near(part: Range, limit: int) -> Iterator[tuple[int, str | LongLine]]:
-    """Yield the rows shortly before a range (-1), of the range (0) and shortly after it (1)."""
+    """Yield the rows shortly before a range (with -1), in the range (with 0) and shortly after the range (with 1)."""
     parts = {0: part}
     if part.start:
         parts = {-1: part._replace(start=max(0, part.start - NEAR_BYTES), end=part.start), **parts}
@@ -118,7 +118,7 @@ def _rows_near(part: Range, limit: int) -> Iterator[tuple[int, str | LongLine]]:
 def _look_ahead(
     waiting: deque[tuple[int, str | LongLine]], rows: Iterator[tuple[int, str | LongLine]]
 ) -> Iterator[str | LongLine]:
-    """Yield the rows that follow, without taking them: rows that are read wait to be read again."""
+    """Yield the following rows without consuming them: each row that is read from `rows` is appended to `waiting`."""
     yield from [row for _, row in waiting]
     for place, row in rows:
         waiting.append((place, row))
@@ -126,7 +126,7 @@ def _look_ahead(
 
 
 def _count_broken(following: Iterable[str | LongLine], quoting: _Quoting[str]) -> int:
-    """Return how many of the lines after an open quote belong to its field, or 0 if the quote is never closed."""
+    """Return how many lines after an open quote belong to the quoted field, or 0 if the quote is never closed."""
     size = 0
     for count, row in enumerate(following, 1):
         size += len(row) if isinstance(row, str) else row.size
@@ -141,7 +141,7 @@ def _count_broken(following: Iterable[str | LongLine], quoting: _Quoting[str]) -
 
 
 def is_blank(row: str, delimiter: str) -> bool:
-    """Return whether a row has no field. A tab may be a delimiter, so it is not blank then."""
+    """Return whether a row contains only white space and no delimiter (a tab may be the delimiter)."""
     return not row.strip() and delimiter not in row
 
 
@@ -150,12 +150,12 @@ def _join_quoted(
 ) -> Iterator[bytes | LongLine]:
     """Join lines that are one row because a quoted field contains their line ends.
 
-    A quote that is never closed would swallow the rest of the file: its line becomes a row, and the lines after it are
-    looked at again.
+    If a quote is never closed, only the line with this quote becomes a row, and the lines after this line are parsed
+    again. Without this rule, the field after the quote would contain the rest of the file.
 
     Args:
         lines: lines with their line ends.
-        quoting: how fields are separated and quoted.
+        quoting: delimiter, quote and escape character.
         last: line end that always ends a row, or None if every line end may be inside quotes.
         limit: largest size of a row, in bytes.
     """
@@ -169,7 +169,7 @@ def _join_quoted(
             yield line
             continue
         row, size = [line], len(line[0])
-        # In the common case the parser of the row finds out whether its quotes are wrong.
+        # If a row cannot continue after this line, the quotes are not checked here, because `split_line` checks them.
         opened = line[1] != last and _ends_in_quotes(line[0], quoting, opened=False)
         while opened and size <= limit and len(row) < MAX_LINES_OF_ROW and row[-1][1] != last:
             line = following()
@@ -187,7 +187,7 @@ def _join_quoted(
 
 
 def _ends_in_quotes(line: AnyStr, quoting: _Quoting[AnyStr], *, opened: bool) -> bool:
-    """Return whether a line ends inside a quoted field, given whether it begins inside one."""
+    """Return whether a line ends inside a quoted field. `opened` says whether the line begins inside a quoted field."""
     delimiter, quote, escape = quoting
     if not opened and quote not in line:
         return False
@@ -210,12 +210,12 @@ def _ends_in_quotes(line: AnyStr, quoting: _Quoting[AnyStr], *, opened: bool) ->
 def split_line(line: str, delimiter: str = ",", escape: str = "") -> list[str] | None:
     """Split a row into fields by RFC 4180. Return None if the quotes of the row are wrong.
 
-    With an escape character, as in the files that Spark writes, the character stands before a quote or another escape
-    character inside quotes. Outside of quotes it is a character like others.
+    In a quoted field, the escape character (which Spark uses in CSV files) precedes a quote or another escape
+    character. In any other field, the escape character has no special meaning.
 
-    A field that does not begin with a quote may contain quotes, as in `5" pipe`, although the standard forbids it. It
-    may not end with a lone quote after a letter, because then it is the end of a quoted field that began in another
-    line. A quote after a number means inches.
+    A field that does not begin with a quote may contain quotes, as in `5" pipe`, although the standard forbids such
+    quotes. However, a field that ends with a lone quote after a letter is wrong, because such a field is probably the
+    end of a quoted field that began in an earlier line. A quote after a number means inches.
     """
     fields, at = [], 0
     while True:
@@ -236,14 +236,14 @@ def split_line(line: str, delimiter: str = ",", escape: str = "") -> list[str] |
 
 
 def _ends_quotes(field: str) -> bool:
-    """Return whether a field that does not begin with a quote is the end of a field that does."""
+    """Return whether a field without an opening quote is the end of a quoted field that began in an earlier line."""
     return field.endswith('"') and field.count('"') % 2 == 1 and not field[-2].isnumeric()
 
 
 def _find_closing_quote(line: AnyStr, start: int, quote: AnyStr, escape: AnyStr) -> int:
     """Return the position of the quote that closes the field whose text begins at `start`, or -1.
 
-    Two quotes in a field are one quote of its text, and so is a quote after an escape character.
+    Two consecutive quotes, and a quote after an escape character, do not close the field but stand for one quote.
     """
     end = line.find(quote, start)
     while end >= 0:
@@ -258,7 +258,7 @@ def _find_closing_quote(line: AnyStr, start: int, quote: AnyStr, escape: AnyStr)
 
 
 def _unescape(text: str, escape: str) -> str:
-    """Return the value of a quoted field, given the text between its quotes."""
+    """Return the value of a quoted field, given the text between the opening and the closing quote."""
     if not escape:
         return text.replace('""', '"')
     return re.sub(f'{re.escape(escape)}([{re.escape(escape)}"])|"(")', r"\1\2", text)

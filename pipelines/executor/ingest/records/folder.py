@@ -144,7 +144,7 @@ def folder_records(
 def subfolder_of(captions: str, folder: str) -> str:
     """Return the path of the subfolder with the captions file, relative to `folder`.
 
-    The path is empty if the captions file is directly in `folder` or outside of it.
+    The path is empty if the captions file is directly in `folder` or is not below `folder`.
     """
     subfolder = posixpath.relpath(posixpath.dirname(captions), folder)
     return "" if subfolder == "." or subfolder.startswith("..") else subfolder

@@ -50,7 +50,7 @@ def jsonl_range(part: Range, limit: int) -> Iterator[Record]:
 def find_keys(
     batches: Iterator[pa.RecordBatch], layouts: Sequence[Layout], limit: int, wanted: Sequence[str]
 ) -> Iterator[pa.RecordBatch]:
-    """Yield which of the wanted keys appear in any object of the ranges, as batches of the schema KEYS."""
+    """Yield the wanted keys that appear in at least one object of the ranges, as batches of the schema KEYS."""
     missing = set(wanted)
     for record in jsonl_records(batches, layouts, limit):
         if found := missing & record.fields.keys():

@@ -1,7 +1,8 @@
-"""Lines of files: Python workers read the files themselves, in byte ranges, with bounded memory.
+"""Functions with which Python workers read the lines of files, in byte ranges and with bounded memory.
 
-A line may hold megabytes of base64. Spark's text reader copies each line about six times inside the JVM, which takes
-half as long as decoding the picture in the line, and gives up the whole job if one file is damaged.
+A line may contain megabytes of base64. Spark's text reader is not used, because the reader copies each line about six
+times inside the JVM, which takes half as long as decoding the picture in the line. With Spark's text reader, one
+damaged file would also fail the whole Spark job.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from pipelines.executor.ingest.storage import FILE_ERRORS, open_binary, printabl
 from pipelines.executor.ingest.text_stream import open_text
 
 WHOLE = -1
-"""Value of `end` in a RANGE that is a whole file: a compressed file, or one that cannot be split."""
+"""Value of the column `end` in a row of RANGE for a whole file, which is compressed or cannot be split."""
 RANGE = pa.schema(
     [
-        ("path", pa.binary()),  # path or URL, encoded by os.fsencode, because a name may not be UTF-8
+        ("path", pa.binary()),  # path or URL, encoded by os.fsencode, because some file names are not UTF-8
         ("file", pa.string()),
         ("start", pa.int64()),
         ("end", pa.int64()),  # byte offset at which the next range begins, or WHOLE
@@ -32,26 +33,26 @@ RANGE = pa.schema(
         ("partition", pa.string()),  # JSON object of partition columns
     ]
 )
-"""Schema of the raw rows of files of lines. A line belongs to the range in which the line begins."""
+"""Schema of byte ranges of text files. A line belongs to the range in which the line begins."""
 BOM = "\ufeff"
 LINE_ENDS = "\r\n"
 """Characters that are stripped from the end of a line. Some spreadsheets end a line with two carriage returns."""
 CHUNK_BYTES = 2**20
 KEPT_BYTES = 64 * 2**10
-"""Number of bytes of a too long line that `quarantine` keeps."""
+"""Number of bytes that the table `quarantine` stores of a line that is too long."""
 
 
 class Layout(NamedTuple):
-    """Form of a file of lines, which the driver reads from the beginning of the file.
+    """Layout of a text file, which the driver determines from the beginning of the file.
 
     Attributes:
         separator: byte that separates lines: a line feed, or a carriage return in files of old spreadsheets.
-        skip: number of rows before the first row of values, at the start of the file: the header, and blank lines.
+        skip: number of rows at the start of the file that contain no values, such as the header and blank lines.
         names: column names of a CSV file.
         delimiter: character between the fields of a CSV file.
-        escape: character before a quote inside quotes of a CSV file; empty if two quotes stand for one.
-        whole: whether the file is not split into ranges, because it is compressed or its rows may contain line ends.
-        problem: why no row of the file can be read, or None.
+        escape: character that precedes a quote inside a quoted CSV field; empty if two quotes stand for one quote.
+        whole: whether the file is read as one range, because it is compressed or its rows may contain line ends.
+        problem: reason for which no row of the file can be read, or None.
     """
 
     separator: bytes = b"\n"
@@ -64,7 +65,7 @@ class Layout(NamedTuple):
 
 
 class Range(NamedTuple):
-    """A row of RANGE with its layout and the values of its partition columns."""
+    """A byte range of a text file (a row of RANGE), with the file's layout and the values of its partition columns."""
 
     path: str
     file: str
@@ -86,7 +87,7 @@ ReadRange = Callable[[Range], Iterator[Record]]
 
 
 def range_records(batches: Iterator[pa.RecordBatch], layouts: Sequence[Layout], read: ReadRange) -> Iterator[Record]:
-    """Read the records of ranges. A file that is damaged ends with one record that says where.
+    """Read the records of byte ranges. After the last intact row of a damaged file, one record describes the damage.
 
     Args:
         batches: batches of the schema RANGE.
@@ -116,14 +117,14 @@ def _read_range(part: Range, read: ReadRange) -> Iterator[Record]:
 
 
 def line_limit(limits: LimitsConfig) -> int:
-    """Return the largest number of bytes of a line: the largest picture in base64, and some text."""
+    """Return the largest size of a line in bytes, with room for the largest picture in base64 and for some text."""
     return limits.max_bytes * 3 // 2 + 2**20
 
 
 def range_lines(part: Range, limit: int) -> Iterator[tuple[bytes, bytes] | LongLine]:
-    """Yield the lines of a range, each with its line end: a line feed or a carriage return.
+    """Yield the lines of a range, each with its line end, which is a line feed or a carriage return.
 
-    The carriage return of the pair of both stays at the end of its line.
+    If a line ends with a carriage return and a line feed, the carriage return stays at the end of the line's content.
     """
     other = _other_end(part.layout.separator)
     for content in _range_contents(part, limit):
@@ -140,7 +141,7 @@ def line_text(content: bytes) -> str:
 
 
 def _range_contents(part: Range, limit: int) -> Iterator[bytes | LongLine]:
-    """Yield what is between the separators of a range."""
+    """Yield the lines of a range, which are split at the layout's separator."""
     separator = part.layout.separator
     if part.end == WHOLE:
         with closing(open_text(part.path)) as file:
@@ -173,8 +174,8 @@ def _skip_line(file: IO[bytes], separator: bytes) -> int:
 def split_stream(file: IO[bytes], separator: bytes, limit: int) -> Iterator[bytes | LongLine]:
     """Split a stream at a separator, with at most `limit` bytes and a few chunks in memory.
 
-    A line that is longer than the limit is read, but not kept. A file may end its lines in one way at its beginning and
-    in another way later, so a long line is also split at the other line end.
+    A line that is longer than the limit is read, but not kept in memory. The line end may change in the middle of a
+    file, so a line that is too long is also split at the other line end (carriage return or line feed).
     """
     line = _PendingLine(_other_end(separator), limit)
     read1 = getattr(file, "read1", file.read)
@@ -190,7 +191,7 @@ def split_stream(file: IO[bytes], separator: bytes, limit: int) -> Iterator[byte
 
 
 class _PendingLine:
-    """A line of which only the beginning has been read."""
+    """A line whose end has not been read yet."""
 
     def __init__(self, other: bytes, limit: int) -> None:
         self.other, self.limit = other, limit
@@ -202,7 +203,7 @@ class _PendingLine:
         self.digest: Any = None
 
     def add(self, part: bytes) -> Iterator[bytes | LongLine]:
-        """Append bytes to the line. If the line becomes too long, yield what the other line end separates."""
+        """Append bytes to the line. If the line becomes too long, yield the parts between the other line ends."""
         self.parts.append(part)
         self.size += len(part)
         if self.size <= self.limit:
@@ -224,7 +225,7 @@ class _PendingLine:
                 self.parts, self.size = [rest], len(rest)
 
     def end(self) -> bytes | LongLine:
-        """Return the whole line, and begin a new line."""
+        """Return the complete line, and begin a new line."""
         parts, size, digest = self.parts, self.size, self.digest
         self._reset()
         return b"".join(parts) if digest is None else LongLine(parts[0], size, digest.hexdigest())
@@ -235,6 +236,6 @@ def _other_end(separator: bytes) -> bytes:
 
 
 def long_line_record(file: str, fields: Fields, line: LongLine, limit: int) -> Record:
-    """Return the record of a line that is too long, which keeps the beginning of the line."""
+    """Return the record of a line that is too long. The record contains the beginning of the line."""
     raw = f"{line.head.decode(errors='replace')} [... {line.size} bytes, SHA-256 {line.sha256}]"
     return Record(file, fields, raw, Problem("too_large", f"a line of {line.size} bytes; at most {limit} are allowed"))

@@ -1,7 +1,7 @@
-"""Parser of Parquet files: executors read the columns that are used, in batches of bounded size.
+"""Parser of Parquet files. Executors read the columns that are used, in batches of bounded size.
 
-Other columns do not matter, whatever their types, names and values are. They are read only for a row that is refused,
-because `quarantine` holds the whole row.
+All other columns may have any types, names and values. The parser reads the other columns only for a refused row,
+because the table `quarantine` stores the whole row.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from pipelines.executor.ingest.storage import FILE_ERRORS, require_damage
 MAX_VALUE_BYTES = 16 * 2**20
 """Largest size of a value that is not a picture, in bytes."""
 MAX_PICTURE_BYTES = 32 * 2**20
-"""Size up to which a picture is kept in `quarantine` even if it is larger than data.limits.max_bytes."""
+"""Size in bytes up to which a picture is stored in `quarantine` even if the picture exceeds data.limits.max_bytes."""
 MAX_OTHERS_BYTES = 32 * 2**20
-"""Largest size of the columns of a refused row that nobody named, in bytes. Larger values are described instead."""
+"""Largest total size of the unused columns of a refused row, in bytes. A value beyond this size is only described."""
 
 
 class _Range(NamedTuple):
-    """A byte range of a file. A row group is read with the range in which its picture column begins."""
+    """A byte range of a Parquet file. A row group belongs to the range in which the group's picture column begins."""
 
     path: str
     file: str
@@ -43,7 +43,7 @@ class _Range(NamedTuple):
 
 
 class _Columns(NamedTuple):
-    """Columns that are used: the picture, and all that are named, with the largest size of a picture in bytes."""
+    """Columns that are used: the picture column and all named columns. `max_bytes` is the largest size of a picture."""
 
     image: str
     named: Sequence[str]
@@ -53,12 +53,12 @@ class _Columns(NamedTuple):
 def parquet_records(
     batches: Iterator[pa.RecordBatch], image: str, named: Sequence[str], max_bytes: int
 ) -> Iterator[Record]:
-    """Read the rows of byte ranges of Parquet files. What is damaged in a range is one record, `unreadable_file`.
+    """Read the rows of byte ranges of Parquet files. One record `unreadable_file` describes all damage in a range.
 
     Args:
-        batches: batches with the columns path, file, start, end and partition (values that the names of folders such as
-            `year=2024` give to all rows of the file, as a map).
-        image: name of the picture's column. Hugging Face's struct of bytes and path becomes two fields: IMAGE and
+        batches: batches with the columns path, file, start, end and partition. The column partition is a map with the
+            values of folder names such as `year=2024`, which all rows of the file have.
+        image: name of the picture column. Hugging Face's struct of bytes and path becomes two fields: IMAGE and
             IMAGE.path.
         named: names of all columns that are used.
         max_bytes: largest size of a picture, in bytes.
@@ -72,7 +72,7 @@ def parquet_records(
 def _read_range(part: _Range, columns: _Columns) -> Iterator[Record]:
     opened = _open(part, columns)
     if isinstance(opened, str):
-        if part.start == 0:  # the first range of a file reports what concerns the whole file
+        if part.start == 0:  # only the first range of a file reports an error of the whole file
             yield unreadable_file(part.file, part.path, opened)
         return
     damage = []
@@ -91,7 +91,7 @@ def _read_range(part: _Range, columns: _Columns) -> Iterator[Record]:
 
 
 def _open(part: _Range, columns: _Columns) -> ParquetColumns | str:
-    """Open a file, or return why it cannot be read."""
+    """Open a Parquet file, or return a text that says why the file cannot be read."""
     try:
         opened = ParquetColumns(part.path)
     except FILE_ERRORS as error:
@@ -108,7 +108,7 @@ def _open(part: _Range, columns: _Columns) -> ParquetColumns | str:
 
 
 def _describe_or_raise(error: Exception) -> str:
-    """Describe the damage of a file. A fault of the machine is raised, so that Spark retries the task."""
+    """Describe the damage of a file. Raise an error that is a fault of the machine, so that Spark retries the task."""
     if isinstance(error, MemoryError):
         raise error
     return " ".join(require_damage(error).split())
@@ -142,7 +142,7 @@ def _values(opened: ParquetColumns, group: int, name: str) -> Iterator[Fields]:
 
 
 def _find_problem(fields: Fields, image: str) -> Problem | None:
-    """Return the problem of a row that has a value which is too large to be stored, or cannot be represented."""
+    """Return the problem of a row with a value that is too large or cannot be represented in Python, else None."""
     for name, value in fields.items():
         if isinstance(value, NotRepresentable):
             return Problem("malformed_record", f"column {name}: {value.what}")
@@ -152,7 +152,7 @@ def _find_problem(fields: Fields, image: str) -> Problem | None:
 
 
 class _OtherColumns:
-    """Columns of a row group that nobody named, which are read when the first row of the group is refused."""
+    """Unused columns of a row group, which are opened only when a row of the row group is refused."""
 
     def __init__(self, part: _Range, group: int, used: Sequence[str]) -> None:
         self.part, self.group, self.used = part, group, used
@@ -160,7 +160,7 @@ class _OtherColumns:
         self.next_row = 0
 
     def row(self, row: int) -> Fields:
-        """Return the other columns of a row, and the partition's values. Rows are read fastest in ascending order."""
+        """Return the unused columns and partition values of a row. Rows are read fastest in ascending order."""
         folder = {name: value for name, value in self.part.partition.items() if name not in self.used}
         if row < self.next_row or self.cursors is None:
             try:
@@ -180,14 +180,14 @@ class _OtherColumns:
         return add_partition(fields, folder)
 
     def _open(self) -> list[tuple[str, _Cursor]]:
-        """Open the columns. The file is closed when no column refers to it any more."""
+        """Open the unused columns. The file is closed when no column refers to the file any more."""
         opened = ParquetColumns(self.part.path, buffer_bytes=2**16)
         positions = [(position, name) for position, name in enumerate(opened.names) if name not in self.used]
         return [(name, _Cursor(opened.arrays(self.group, position))) for position, name in positions]
 
 
 class _Cursor:
-    """Position in the batches of a column."""
+    """Reader of single values of a column, which keeps its position in the batches of the column."""
 
     def __init__(self, arrays: Iterator[pa.Array]) -> None:
         self.arrays = arrays
@@ -196,7 +196,7 @@ class _Cursor:
         self.failure = ""
 
     def value(self, row: int) -> pa.Array | NotStored:
-        """Return the value of a row as an array of one value, or why it cannot be read."""
+        """Return the value of a row as an array of one value, or a NotStored that says why reading has failed."""
         while not self.failure and row >= self.start + len(self.array):
             try:
                 following = next(self.arrays)

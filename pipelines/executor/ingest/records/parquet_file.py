@@ -1,6 +1,6 @@
-"""A Parquet file whose columns are read one by one, in batches of bounded size, by their positions.
+"""A Parquet file whose columns are read one by one, in batches of bounded size.
 
-Positions and not names, because names may have dots, may be repeated, and may differ in case only.
+Columns are selected by position, because column names may contain dots, may be repeated, and may differ only in case.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from pipelines.executor.ingest.storage import is_url, open_binary, printable
 BATCH_BYTES = 16 * 2**20
 BATCH_ROWS = 1024
 DICTIONARY_BYTES = 64 * 2**20
-"""Size of a column chunk of lists up to which its repeated values are kept as a dictionary. Arrow adds the values that
-are not in the file's dictionary to it."""
+"""Largest size in bytes of the column chunks of lists that are read as Arrow dictionaries.
+
+Arrow adds the values that are not in the file's dictionary page to the Arrow dictionary.
+"""
 
 SIGNATURE_BYTES = 28
-"""Size of the signature that follows the metadata of a file with encrypted columns."""
+"""Size in bytes of the signature that follows the metadata of a file with encrypted columns."""
 
 
 class ParquetColumns:
@@ -34,14 +36,14 @@ class ParquetColumns:
 
     Args:
         path: path or URL of the file.
-        buffer_bytes: size of the buffer of each column that is read.
+        buffer_bytes: size of the read buffer of each column, in bytes.
 
     Attributes:
         names: names of the columns.
     """
 
     def __init__(self, path: str, buffer_bytes: int = 2**20) -> None:
-        native = not is_url(path) and printable(path) == path  # Arrow opens no name that is not UTF-8
+        native = not is_url(path) and printable(path) == path  # Arrow cannot open a file whose name is not UTF-8
         self.file = pa.OSFile(path) if native else open_binary(path)
         self.buffer_bytes = buffer_bytes
         self._readers: dict[tuple[int, bool], pq.ParquetFile] = {}
@@ -79,7 +81,7 @@ class ParquetColumns:
         )
 
     def _refuse_encrypted(self) -> None:
-        """Refuse a file with encrypted columns. Arrow ends the process if it is asked about such a column."""
+        """Refuse a file with encrypted columns, because Arrow ends the process when an encrypted column is accessed."""
         self.file.seek(-8, os.SEEK_END)
         if int.from_bytes(self.file.read(4), "little") == self.metadata.serialized_size + SIGNATURE_BYTES:
             raise pa.ArrowInvalid("columns of the file are encrypted")
@@ -100,7 +102,7 @@ class ParquetColumns:
         Args:
             group: number of the row group.
             position: position of the column.
-            parts: names of the fields of a struct that are read, if the struct has the first of them.
+            parts: names of the fields to read from a struct. If the struct lacks the first field, all fields are read.
 
         Raises:
             pa.ArrowException, OSError: the column is damaged, or its pages are too large.
@@ -116,7 +118,7 @@ class ParquetColumns:
             yield batch.column(0)
 
     def _reader(self, rows: int, *, kept: bool) -> pq.ParquetFile:
-        """Return the reader of batches of `rows` rows. A reader has one batch size for all columns that it reads."""
+        """Return the reader for a batch size of `rows` rows. A reader has the same batch size for all columns."""
         if (rows, kept) not in self._readers:
             self._readers[rows, kept] = self._open(self._texts if kept else [], metadata=self.metadata)
         return self._readers[rows, kept]
@@ -136,14 +138,14 @@ class ParquetColumns:
         return sizes
 
     def _keeps_dictionaries(self, group: int, sizes: Mapping[int, PageSizes]) -> bool:
-        """Return whether values that are in lists, or that are large and repeated, are read as dictionaries."""
+        """Return whether a column is read as a dictionary: its values are in lists, or are large and repeated."""
         texts = [leaf for leaf in sizes if leaf in self._texts]
         if not any(self._column(leaf).max_repetition_level for leaf in texts):
             return any(sizes[leaf].repeats and sizes[leaf].dictionary > BATCH_BYTES for leaf in texts)
         return sum(int(self._chunk(group, leaf).total_uncompressed_size) for leaf in texts) <= DICTIONARY_BYTES
 
     def _row_bytes(self, group: int, leaf: int, sizes: PageSizes, *, kept: bool) -> float:
-        """Return about how many bytes a row may take in a batch."""
+        """Estimate the number of bytes that a row takes in a batch."""
         chunk = self._chunk(group, leaf)
         repeated = 0 if kept and leaf in self._texts else sizes.dictionary
         value: float = max(sizes.per_value, repeated, self._column(leaf).length, 8)
@@ -152,7 +154,7 @@ class ParquetColumns:
 
     @cached_property
     def _texts(self) -> list[int]:
-        """Positions of the values that Arrow can read as dictionaries, which are strings and binary."""
+        """Positions of the Parquet columns that Arrow can read as dictionaries: strings and binary values."""
         columns = enumerate(self.plain.schema)
         return [leaf for leaf, c in columns if c.physical_type == "BYTE_ARRAY" and c.logical_type.type != "DECIMAL"]
 
@@ -164,6 +166,6 @@ class ParquetColumns:
 
 
 def _count_leaves(kind: pa.DataType) -> int:
-    """Return how many columns of a Parquet file store a column of an Arrow type."""
+    """Return the number of Parquet columns in which a column of an Arrow type is stored."""
     kind = stored_type(kind)
     return sum(_count_leaves(kind.field(index).type) for index in range(kind.num_fields)) or 1

@@ -1,7 +1,8 @@
-"""Sizes of the pages of a Parquet column, read from the page headers: Arrow decompresses a page as a whole.
+"""Functions that read the sizes of a Parquet column's pages from the page headers, before Arrow decompresses the pages.
 
-A page of a few kilobytes may claim to hold gigabytes, and a list of a few bytes may claim a billion elements. These
-claims are known before anything is decompressed. The headers are in Thrift's compact protocol, which `_Thrift` reads
+Arrow always decompresses a whole page. A page of a few kilobytes may claim to hold gigabytes, and a list of a few bytes
+may claim to have a billion elements. The page headers contain these claims. The class `_Thrift` reads the headers,
+which are in Thrift's compact protocol
 (https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift).
 """
 
@@ -14,14 +15,14 @@ from typing import IO, Any, NamedTuple
 import pyarrow as pa
 
 MAX_PAGE_BYTES = 256 * 2**20
-"""Largest size of a page that is much smaller when it is compressed, in bytes."""
+"""Largest decompressed size of a page whose compression ratio exceeds HONEST_RATIO, in bytes."""
 MAX_LIST_VALUES = 2**24
-"""Largest number of values in the lists of a column chunk that has far fewer bytes than values."""
+"""Largest number of values in the lists of a column chunk with more than HONEST_RATIO values per byte."""
 HONEST_RATIO = 4
-"""Ratio of sizes up to which a page is read whatever its size, because the file is as large as it claims to be."""
+"""Compression ratio up to which a page of any size is read, because the file itself then has a similar size."""
 HEADER_BYTES = 256
 MAX_HEADER_BYTES = 2**20
-"""A header may hold statistics with the smallest and the largest value."""
+"""Largest size of a page header, in bytes. A header may contain the smallest and the largest value of the page."""
 
 
 class PageSizes(NamedTuple):
@@ -29,9 +30,9 @@ class PageSizes(NamedTuple):
 
     Attributes:
         per_value: mean size of a value in the page with the largest values, in bytes without compression.
-        dictionary: size of the dictionary page, or 0 if there is none.
-        repeats: whether all values are in the dictionary, and are repeated several times on average.
-        refused: why the chunk is not read, or None.
+        dictionary: size of the dictionary page in bytes, or 0 if there is no dictionary page.
+        repeats: whether all values are in the dictionary and occur at least REPETITIONS times on average.
+        refused: reason for which the column chunk is not read, or None.
     """
 
     per_value: float
@@ -51,13 +52,13 @@ class _Page(NamedTuple):
 DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = 0, 2, 3
 DICTIONARY_ENCODINGS = (2, 8)
 REPETITIONS = 4
-"""Number of values per value of a dictionary from which on the dictionary is kept."""
+"""Smallest mean number of occurrences of a dictionary value with which the column is read as a dictionary."""
 
 
 def page_sizes(file: IO[bytes], chunk: Any, *, in_lists: bool) -> PageSizes:
     """Read the sizes of the pages of a column chunk, without reading the pages.
 
-    The pages from a damaged page on are left out: Arrow reports the damage when it reads this page.
+    A damaged page and all later pages are left out, because Arrow reports the damage when it reads the damaged page.
 
     Args:
         file: Parquet file.
@@ -85,14 +86,14 @@ def page_sizes(file: IO[bytes], chunk: Any, *, in_lists: bool) -> PageSizes:
 
 
 def first_byte(chunk: Any) -> int:
-    """Return the position of a column chunk in its file. Some writers give a dictionary that is not there as 0."""
+    """Return the position of a column chunk in its file. Some writers give the position 0 for a missing dictionary."""
     dictionary = chunk.dictionary_page_offset
     data = chunk.data_page_offset
     return int(dictionary if dictionary and 0 < dictionary < data else data)
 
 
 def _pages(file: IO[bytes], at: int, size: int, values: int) -> Iterator[_Page]:
-    """Yield the pages of a column chunk until all of its bytes or values are in a page."""
+    """Yield the pages of a column chunk until the pages contain all bytes or all values of the chunk."""
     end = at + size
     while at < end and values > 0:
         page, header_bytes = _read_header(file, at)
@@ -125,7 +126,7 @@ def _read_header(file: IO[bytes], at: int) -> tuple[_Page, int]:
 
 
 class _Thrift:
-    """Reader of the fields of a struct in Thrift's compact protocol: numbers and structs, by number of the field."""
+    """Reader of a struct in Thrift's compact protocol, whose fields are numbers or structs."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content
@@ -141,7 +142,7 @@ class _Thrift:
 
     def _value(self, kind: int, depth: int) -> Any:
         value: Any = None
-        if kind in (1, 2):  # a boolean is in its type
+        if kind in (1, 2):  # the type of a boolean field contains its value
             value = kind == 1
         elif kind == 3:
             value = self._byte()

@@ -21,7 +21,7 @@ SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 class Problem(NamedTuple):
     """Problem of a row that could not be parsed, or of a row whose picture could not be read.
 
-    The reason is an element of tables.REASONS.
+    `reason` is an element of `tables.REASONS`.
     """
 
     reason: str
@@ -35,10 +35,10 @@ class Record(NamedTuple):
         file: name of the row's file.
         fields: values of the row by column name.
         raw: text of the unparsed row, or None if the row could be parsed.
-        problem: why the row cannot become a sample, or None.
+        problem: problem for which the row cannot become a sample, or None.
         source_row: identifier of a replayed row of `quarantine`, or None for a row that has no identifier yet.
-        others: function that reads the columns of the row that nobody named, or None if `fields` has all columns. It is
-            called only if the row is refused, so that `quarantine` holds the whole row.
+        others: function that reads the unused columns of the row, or None if `fields` has all columns. The function is
+            called only if the row is refused, because `quarantine` stores the whole row.
     """
 
     file: str
@@ -50,32 +50,32 @@ class Record(NamedTuple):
 
 
 def add_partition(fields: Fields, partition: Mapping[str, str | None]) -> Fields:
-    """Add the columns that the names of folders such as `year=2024` give. A value of the row itself wins.
+    """Add the partition columns, whose values are in folder names such as `year=2024`, to the values of a row.
 
     Args:
-        fields: values of the row. A missing value leaves the column to the folder.
-        partition: values by column name.
+        fields: values of the row. A value in the row takes precedence over the folder name, unless it is missing.
+        partition: values of the partition columns, by column name.
     """
     return {**partition, **{name: v for name, v in fields.items() if name not in partition or not is_missing(v)}}
 
 
 def unreadable_file(file: str, path: str, what: str) -> Record:
-    """Return the record of a file that cannot be read from some place on, which is refused as `unreadable_file`.
+    """Return a record with the reason `unreadable_file` for a file that is damaged from some position on.
 
     Args:
         file: name of the file.
         path: full path of the file, which distinguishes files of the same name.
-        what: description of the damage and of where it is. Equal damage of an equal path is the same row.
+        what: description and place of the damage. Records with equal `path` and `what` have the same identifier.
     """
     return Record(file, {}, f"{path}: {what}", Problem("unreadable_file", what))
 
 
 Read = Callable[[Iterator[pa.RecordBatch]], Iterator[Record]]
-"""A parser maps batches of a source's raw rows to records. The columns of the batches depend on the source."""
+"""Type of a parser, which converts batches of raw rows of a source to records. The source determines the columns."""
 
 
 def parse_integer(digits: str) -> int | str:
-    """Parse an integer of JSON. An integer with more digits than Python converts remains a text."""
+    """Parse an integer in JSON. An integer with more digits than Python converts is returned as text."""
     try:
         return int(digits)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Parsers of rows that Spark has read from tables: Delta tables, and the `quarantine` table."""
+"""Parsers of rows that Spark has read from a source's Delta table or from the table `quarantine`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from pipelines.executor.ingest.values import normalize_id
 
 
 def delta_records(batches: Iterator[pa.RecordBatch], names: Sequence[str], image: str) -> Iterator[Record]:
-    """Convert rows of a Delta table to records. Columns that nobody named are read only if a row is refused.
+    """Convert rows of a Delta table to records. The unused columns of a row are converted only if the row is refused.
 
     An image struct of bytes and path becomes two fields: the image column and `COLUMN.path`.
 
     Args:
-        batches: batches with the columns of `sources.table.select_columns`: file, used columns, struct of the others.
+        batches: batches with the columns of `sources.table.select_columns`: the file, the used columns, and a struct of
+            the unused columns.
         names: names of the used columns.
         image: name of the image column.
     """
@@ -35,13 +36,13 @@ def delta_records(batches: Iterator[pa.RecordBatch], names: Sequence[str], image
 
 
 def _read_others(row: pa.Array) -> Fields:
-    """Convert a struct, or null if the table has no other columns, to fields."""
+    """Convert the struct of unused columns to fields. The struct is null if the table has no unused columns."""
     fields: Fields = to_python(row)[0] or {}
     return fields
 
 
 def add_image_ids(batches: Iterator[pa.RecordBatch], source: str) -> Iterator[pa.RecordBatch]:
-    """Add the column `image_id` to batches of one column of ids. Values that are no ids are left out.
+    """Add the column `image_id` to batches with a column of ids. Leave out rows whose value is not a valid id.
 
     Args:
         batches: batches with the column `key`.

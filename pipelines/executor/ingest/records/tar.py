@@ -1,8 +1,8 @@
 """Streaming reader of tar files, with memory bounded for every input.
 
-Python's `tarfile` reads a header of any size into memory, and takes a damaged header for the end of the tar. This
-reader bounds headers, tells the end of a tar from damage, and continues behind an end mark, because tars may be
-concatenated. Only `TarInfo.frombuf`, which parses one block, is used.
+Python's `tarfile` reads a header of any size into memory, and treats a damaged header as the end of the tar. The reader
+in this module limits the size of headers, distinguishes the end of a tar from damage, and continues after an end mark,
+because tars may be concatenated. The reader uses only `TarInfo.frombuf` of `tarfile`, which parses one block.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import IO, NamedTuple
 BLOCK = tarfile.BLOCKSIZE
 CHUNK = 1 << 20
 HEADER_BYTES = 1 << 20
-"""Largest size of an extended header, which holds a long name or attributes."""
+"""Largest size of an extended header, which contains a long name or attributes, in bytes."""
 EXTENDED = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
-"""Types of headers whose content is the name or the link target of the next member."""
+"""Types of headers with the name or link target of the next member, and the name of the attribute for the content."""
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 KINDS = {
     tarfile.CHRTYPE: "a device",
@@ -25,7 +25,7 @@ KINDS = {
     tarfile.FIFOTYPE: "a pipe",
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
-"""Description of each type of member whose content is not its bytes in the tar."""
+"""Description of each type of member without plain content, such as a device or a sparse file."""
 
 
 class Member(NamedTuple):
@@ -36,7 +36,7 @@ class Member(NamedTuple):
         size: number of bytes of the content.
         target: name of the member that this member links to, or None if the member is not a link.
         folder: whether the member is a folder.
-        problem: why the member has no content that can be read, or None.
+        problem: reason for which the content of the member cannot be read, or None.
     """
 
     name: str
@@ -47,11 +47,11 @@ class Member(NamedTuple):
 
 
 class TarReader:
-    """Iterator over the members of a tar, or of concatenated tars. Each content can be read before the next member."""
+    """Iterator over the members of a tar or of concatenated tars. Read a member's content before the next member."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self._left = 0  # bytes of the current member up to the next header
+        self._left = 0  # number of bytes from the position in the file to the next header
         self._is_closed = False  # whether the last block was an end mark
 
     def __iter__(self) -> Iterator[Member | None]:
@@ -73,7 +73,7 @@ class TarReader:
                 found = self._read_attributes(header)
                 if isinstance(found, str):
                     problem = found
-                elif header.type != tarfile.XGLTYPE:  # a header for all members holds comments
+                elif header.type != tarfile.XGLTYPE:  # a header for all members (XGLTYPE) contains only comments
                     attributes |= found
                 continue
             yield self._member(header, attributes, problem)
@@ -88,7 +88,7 @@ class TarReader:
         return content
 
     def _read_block(self) -> bytes | None:
-        """Return the block behind the current member, or None at the end of the file."""
+        """Return the block after the current member, or None at the end of the file."""
         while self._left:
             self._left -= len(self._read(min(self._left, CHUNK)))
         block = self._file.read(BLOCK)
@@ -110,7 +110,7 @@ class TarReader:
         return header
 
     def _read_attributes(self, header: tarfile.TarInfo) -> dict[str, str] | str:
-        """Return what an extended header says about the next member, or a problem of the next member."""
+        """Return the attributes of the next member from an extended header, or the problem of the next member."""
         if header.size > HEADER_BYTES:
             return f"an extended header of {header.size} bytes; at most {HEADER_BYTES} are allowed"
         content = self._read(header.size)
@@ -129,7 +129,7 @@ class TarReader:
             kind = KINDS[tarfile.GNUTYPE_SPARSE]
         is_link = header.islnk() or header.issym()
         if header.isdir() or is_link or kind in ("a device", "a pipe"):
-            self._left = 0  # the size of such a member does not count bytes in the tar
+            self._left = 0  # no content follows the header of such a member, whatever size the header has
         elif "size" in attributes:
             header.size = _parse_size(attributes["size"])
             self._left = -(-header.size // BLOCK) * BLOCK
@@ -140,7 +140,7 @@ class TarReader:
         target = None
         if is_link:
             target = attributes.get("linkpath") or header.linkname
-            if header.issym():  # relative to the folder of the link
+            if header.issym():  # the target of a symbolic link is relative to the link's folder
                 target = posixpath.join(posixpath.dirname(name), target)
         return Member(name, header.size, target, header.isdir(), problem)
 
@@ -152,7 +152,7 @@ class TarReader:
 
 
 def _skip_sparse_map(file: IO[bytes], block: bytes) -> None:
-    """Skip the blocks with which a header of the old GNU format continues its list of the parts of a sparse file."""
+    """Skip the blocks that continue the list of a sparse file's parts after a header of the old GNU format."""
     is_continued = block[156:157] == tarfile.GNUTYPE_SPARSE and block[482]
     while is_continued:
         block = file.read(BLOCK)

@@ -1,7 +1,7 @@
-"""Links inside a tar: a member that is a hard or symbolic link has the content of another member of the same tar.
+"""Links inside a tar. A member that is a hard or symbolic link has the content of another member of the same tar.
 
-A tar is read as a stream, and the target of a link may be anywhere. Rows with links therefore wait until the whole tar
-has been read. A second pass copies the targets to a temporary file, and a third pass reads the rows with links.
+A tar is read as a stream, and the target of a link may be anywhere in the tar. The first pass therefore skips rows with
+links. The second pass copies the targets to a temporary file, and the third pass reads the rows with links.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from pipelines.executor.ingest.records.tar import Member, TarReader
 MAX_LINKS = 100_000
 """Largest number of links that are followed in one tar."""
 MAX_HOPS = 16
-"""Largest number of links that lead to one another."""
+"""Largest number of links in a chain, in which each link leads to the next link."""
 SPOOL_BYTES = 1 << 30
-"""Largest size of the temporary file."""
+"""Largest size of the temporary file, in bytes."""
 
 
 class Links:
-    """The links of a tar, by name."""
+    """Targets of the links of a tar, by the name of the link."""
 
     def __init__(self) -> None:
         self._targets: dict[str, str] = {}
 
     def add(self, member: Member) -> None:
-        """Remember a member that is a link. Links beyond MAX_LINKS are not remembered, so they lead nowhere."""
+        """Store a link, unless MAX_LINKS links are already stored. A link that is not stored leads nowhere."""
         if member.target is not None and len(self._targets) < MAX_LINKS:
             self._targets[posixpath.normpath(member.name)] = posixpath.normpath(member.target)
 
@@ -43,12 +43,12 @@ class Links:
         return name
 
     def ends(self) -> set[str]:
-        """Return the names of the members to which the links lead."""
+        """Return the names of the members at the ends of all chains of links."""
         return {self.follow(target) for target in self._targets.values()}
 
 
 class LinkTargets:
-    """Contents of the members to which the links of a tar lead, in a temporary file that is removed at the end."""
+    """Context manager for a temporary file with the contents of link targets. The file is removed at the end."""
 
     def __init__(self, links: Links, max_bytes: int) -> None:
         self._links, self._max_bytes = links, max_bytes
@@ -65,7 +65,7 @@ class LinkTargets:
         """Copy the contents of the targets from a tar.
 
         Raises:
-            tarfile.TarError: the tar is damaged. The targets before the damage are copied.
+            tarfile.TarError: the tar is damaged. All targets before the damage have been copied.
         """
         wanted = self._links.ends()
         for member in reader:

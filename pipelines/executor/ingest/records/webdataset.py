@@ -19,18 +19,18 @@ from pipelines.executor.ingest.records.tar_links import Links, LinkTargets
 from pipelines.executor.ingest.storage import FILE_ERRORS, require_damage
 
 MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
-"""Pattern of <key>.<extension>. The extension begins after the first dot of the name; hidden files do not match."""
+"""Pattern of <key>.<extension>. The extension begins after the first dot of the name. Hidden files do not match."""
 SYSTEM_FOLDER = re.compile(r"(?:^|/)__MACOSX/")
 MAX_MEMBERS = 1_000
-"""Largest number of members of a row."""
+"""Largest number of members in a row."""
 MAX_KEYS = 200_000
-"""Number of keys that are remembered, to notice that the members of a row are in several places of a tar."""
+"""Number of keys that are remembered, to detect rows whose members are not consecutive in the tar."""
 SIDE_BYTES = 16 * 2**20
-"""Size up to which the members of a row that are no pictures are kept. Further members are only described."""
+"""Largest total size of a row's members without its pictures, in bytes. Members beyond this size are only described."""
 
 
 class _Limits(NamedTuple):
-    """Extensions of pictures, named columns, and the largest size of a member and of all members of a row."""
+    """Extensions of pictures, names of used columns, and largest sizes of one member and of all members of a row."""
 
     images: tuple[str, ...]
     named: tuple[str, ...]
@@ -39,7 +39,7 @@ class _Limits(NamedTuple):
 
     @property
     def needs_json(self) -> bool:
-        """Whether a column is named that comes from a `json` member."""
+        """Whether a used column comes from a `json` member."""
         return any(name.startswith("json.") for name in self.named)
 
 
@@ -48,18 +48,18 @@ def tar_records(
 ) -> Iterator[Record]:
     """Read the rows of WebDataset tars as streams, with only one row in memory at a time.
 
-    A record has the fields __key__, PICTURE, __member__ (the name of the picture's member), one field per further
-    member (named by its extension), and json.KEY for each key of a `json` member. Damage of a tar is one refused
-    record, after the records of the rows before it.
+    A record has the fields __key__, PICTURE, __member__ (the name of the picture's member), one field per additional
+    member (named by the extension of the member), and json.KEY for each key of a `json` member. If a tar is damaged,
+    the records of the rows before the damage are followed by one record that describes the damage.
 
     Args:
-        batches: batches with the columns `path` (of a tar, encoded by os.fsencode) and `file` (its name).
+        batches: batches with the columns `path` (path of a tar, encoded by os.fsencode) and `file` (name of the tar).
         images: file extensions of pictures. If a row has several pictures, the picture whose extension comes first in
             this order is used.
-        named: names of all columns that are used. Only if one of them begins with `json.`, a `json` member that is no
-            JSON object is a problem of its row. Otherwise the member is the text `json`.
-        max_bytes: largest size of a tar member to read, in bytes. All members of a row together may have a quarter
-            more.
+        named: names of all columns that are used. If a name begins with `json.`, a row is refused if its `json` member
+            is not a JSON object. Otherwise, such a member becomes the text field `json`.
+        max_bytes: largest size of a tar member to read, in bytes. The limit for all members of a row together is 25 %
+            larger.
     """
     limits = _Limits(tuple(images), tuple(named), max_bytes, max_bytes + max_bytes // 4)
     for batch in batches:
@@ -91,7 +91,7 @@ class _Tar:
             yield from self._linked_records()
 
     def _linked_records(self) -> Iterator[Record]:
-        """Yield the records of the rows with links. Damage ends each pass where it ended the first one."""
+        """Yield the records of the rows with links. If the tar is damaged, stop at the damage without another error."""
         with LinkTargets(self._links, self._limits.max_bytes) as targets:
             try:
                 with open_decompressed(self._path) as file:
@@ -107,7 +107,7 @@ class _Tar:
                 require_damage(error)
 
     def _rows(self) -> Iterator[_TarRow]:
-        """Yield the rows of the tar. At an exception, `self._row` is the row that is not complete."""
+        """Yield the rows of the tar. When an exception is raised, `self._row` is the incomplete row."""
         seen: set[int] = set()
         self._row = None
         with open_decompressed(self._path) as file:
@@ -151,7 +151,7 @@ class _TarRow:
         return bool(self._targets)
 
     def add(self, reader: TarReader, member: Member, extension: str) -> None:
-        """Read a member. A member that cannot be used is a problem of the row."""
+        """Read a member. If the member cannot be used, store a problem for which the row will be refused."""
         self._count += 1
         extension, name = _readable(extension), _readable(member.name)
         if self._count > MAX_MEMBERS:
@@ -166,7 +166,7 @@ class _TarRow:
             self._keep(extension, name, reader.read(member))
 
     def follow_links(self, targets: LinkTargets) -> None:
-        """Read the members to which links lead. A link that leads nowhere is a problem of the row."""
+        """Read the members to which links lead. A row with a link that leads nowhere will be refused."""
         for extension, (name, target) in self._targets.items():
             size = targets.size_of(target)
             if isinstance(size, Problem):
@@ -222,7 +222,7 @@ class _TarRow:
         return Record(file, fields, None, self._problem)
 
     def _explain(self) -> None:
-        """Say why a row has no picture or nothing but a picture, where the names of the members tell."""
+        """Refuse a row without a picture, or with only a picture, if the names of its members show the cause."""
         alike = [extension for extension in self._members if extension.rpartition(".")[2] in self._limits.images]
         if self._is_again:
             detail = "its members are in several places of the tar: sort the tar by name"
@@ -233,7 +233,7 @@ class _TarRow:
 
 
 def _split_name(member: Member) -> re.Match[str] | None:
-    """Match the name of a member with key and extension, or return None if the member belongs to no row."""
+    """Split the name of a member into key and extension, or return None if the member belongs to no row."""
     return None if member.folder or SYSTEM_FOLDER.search(member.name) else MEMBER.fullmatch(member.name)
 
 

@@ -1,4 +1,4 @@
-"""Pictures that rows name by paths or URLs, read from below one root folder or URL that nothing leads out of.
+"""Functions that read the pictures that rows name by paths or URLs. No path leads out of one root folder or root URL.
 
-Start reading in `root.py`, which reads local files with `files.py`, and web servers and object stores with `urls.py`.
+Start reading in `root.py`, which uses `files.py` for local files, and `urls.py` for web servers and object stores.
 """

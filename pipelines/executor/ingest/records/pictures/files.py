@@ -1,7 +1,8 @@
-"""Pictures that rows name by a path below a local folder.
+"""Functions that read the pictures that rows name by a path below a local folder.
 
-Names come from any system: with backslashes, percent signs or another Unicode form of the same letters. The name is
-first taken as it is. A link may lead anywhere inside the folder, and a path never leads out of it.
+The names may come from any operating system, with backslashes, percent signs or another Unicode form of the same
+letters. A name is first tried unchanged. A link may lead anywhere inside the folder, but no path may lead out of the
+folder.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ from pipelines.executor.ingest.storage import require_damage
 LOCAL_URI = re.compile(r"(?:file:(?://(?:localhost)?)?|dbfs:)(/.*)", re.DOTALL | re.IGNORECASE)
 """Pattern of a URI of a local file, or of a file on a Volume."""
 MAX_LISTED = 200_000
-"""Number of names of a folder that are compared with a name that the folder does not have."""
+"""Number of file names of a folder that are compared with a name that the folder does not contain."""
 
 
 class PictureFile(NamedTuple):
-    """A file: its path without links, and what the operating system says about it."""
+    """A picture file: the path after all links are resolved, and the result of `os.stat`."""
 
     path: Path
     status: os.stat_result
 
 
 class _Outside(Exception):
-    """A path that leads out of the folder."""
+    """Exception for a path that leads out of the folder."""
 
 
 def find_file(folder: str, name: str) -> PictureFile | Problem:
-    """Find the file that a row names, below a folder.
+    """Find the picture file that a row names, which must be below a folder.
 
     Args:
         folder: folder that the path must not leave.
@@ -69,7 +70,7 @@ def find_file(folder: str, name: str) -> PictureFile | Problem:
 
 
 def read_file(found: PictureFile, max_bytes: int) -> bytes | Problem:
-    """Read a file, unless it is too large.
+    """Read a picture file. Return a problem if the file is larger than `max_bytes`.
 
     Raises:
         OSError: the machine has a fault.
@@ -88,7 +89,7 @@ def read_file(found: PictureFile, max_bytes: int) -> bytes | Problem:
 
 
 def _spellings(name: str) -> Iterator[str]:
-    """Yield a name as it is, and then as other systems may have meant it."""
+    """Yield a name unchanged, and then the paths that the name may mean on other operating systems."""
     local = LOCAL_URI.fullmatch(name)
     path = local[1] if local else name
     slashes = path.replace("\\", "/")
@@ -96,7 +97,7 @@ def _spellings(name: str) -> Iterator[str]:
 
 
 def _parts(roots: Sequence[str], path: str) -> list[str]:
-    """Split a path below the folder, which may have several names, into its parts.
+    """Split a path below the folder into its parts. `roots` are the paths by which the folder is known.
 
     Raises:
         _Outside: an absolute path is not below the folder, or a URI has another scheme than `file:`.
@@ -112,10 +113,10 @@ def _parts(roots: Sequence[str], path: str) -> list[str]:
 
 
 def _walk(root: Path, parts: list[str]) -> PictureFile | str:
-    """Follow a path part by part, so that each step is known to be inside of the root.
+    """Follow a path part by part, and check that each part is inside the root folder.
 
     Returns:
-        The file, or words to add to the message that there is no such file.
+        The file, or a text that completes the message that there is no such file.
     """
     path, status = root, root.stat()
     for part in parts:
@@ -145,7 +146,7 @@ def _require_inside(root: Path, path: Path) -> None:
 
 
 def _find_entry(folder: Path, name: str) -> PictureFile | str:
-    """Find an entry of a folder by its name in any Unicode form. Upper and lower case are different letters."""
+    """Find an entry of a folder by its name in any Unicode form. Names that differ in case are different names."""
     for form in dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]):
         path = folder / form
         try:
@@ -173,7 +174,7 @@ def _fold(name: str) -> str:
 
 @lru_cache(maxsize=8)
 def _names(folder: Path, _modified: int) -> dict[str, list[str]]:
-    """Map names without upper case and in one Unicode form to the names of a folder. A changed folder is read again."""
+    """Map case-folded names in one Unicode form to the names in a folder. The folder is read again after a change."""
     names: dict[str, list[str]] = {}
     with os.scandir(folder) as entries:
         for entry in islice(entries, MAX_LISTED):

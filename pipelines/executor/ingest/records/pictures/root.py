@@ -1,4 +1,4 @@
-"""Pictures that rows name by paths or URIs: the place below which they are, and the records with their bytes."""
+"""Functions that check the root folder or URL of pictures, and add the bytes of the pictures to records."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ MAX_NAME = 8_192
 
 @dataclass(frozen=True)
 class PictureRoot:
-    """Folder or URL below which pictures are read, and the largest size of a picture, in bytes."""
+    """Root folder or root URL of pictures, and the largest size of a picture in bytes."""
 
     location: str
     max_bytes: int
 
     def read(self, name: object) -> bytes | Problem:
-        """Read the picture that a row names, or return why the row has no picture.
+        """Read the picture that a row names, or return the problem for which the row has no picture.
 
         Raises:
-            OSError: the machine or the server has a fault, so the task has to be tried again.
+            OSError: the machine or the server has a fault, so Spark has to retry the task.
         """
         if isinstance(name, bytes):
             name = name.decode("utf-8", "replace")
@@ -57,29 +57,29 @@ class PictureRoot:
 
 
 def plain_location(location: str) -> str:
-    """Return a location with which a user names a folder as a plain path. URLs of servers are returned unchanged.
+    """Convert a location that a user has entered to a plain path. Return the URL of a server unchanged.
 
-    A leading `~` is the home folder of the user.
+    A leading `~` stands for the home folder of the user.
     """
     local = LOCAL_URI.fullmatch(location)
     return local[1] if local else os.path.expanduser(location)  # noqa: PTH111 (the location may be a URL)
 
 
 def absolute_location(location: str) -> str:
-    """Return a location that a user has named, where a relative folder is below the working folder."""
+    """Make a location that a user has entered absolute. A relative path is relative to the working folder."""
     plain = plain_location(location)
     return plain if is_absolute(plain) else str(Path(plain).absolute())
 
 
 def join_location(folder: str, location: str) -> str:
-    """Return the location that a relative location is below a folder or URL."""
+    """Join a folder or URL with a location that is relative to this folder or URL."""
     start, _, path = folder.rpartition("://")
     joined = posixpath.normpath(posixpath.join(path, location))
     return f"{start}://{joined}" if start else joined
 
 
 def is_absolute(location: str) -> bool:
-    """Return whether a location depends on no other folder."""
+    """Return whether a location is a URL or an absolute path."""
     return scheme_of(location) is not None or Path(location).is_absolute()
 
 
@@ -103,10 +103,10 @@ def require_root(location: str) -> None:
 def picture_records(
     batches: Iterator[pa.RecordBatch], read: Read, location: str, column: str, max_bytes: int
 ) -> Iterator[Record]:
-    """Add the field PICTURE to the records of a source: the bytes of the picture that a column names.
+    """Add the field PICTURE to the records of a source, with the bytes of the picture that a column names.
 
     Args:
-        batches: input of `read`. If the location is relative, the column `path` is the path of each row's file.
+        batches: batches that `read` parses. If the location is relative, the column `path` is the path of a row's file.
         read: parser of the source.
         location: folder or URL of the pictures. A relative folder is relative to the folder of the row's file.
         column: column that names a picture.
@@ -127,7 +127,7 @@ def add_pictures(records: Iterator[Record], root: PictureRoot, column: str) -> I
             yield record
             continue
         name, path = record.fields.get(column), record.fields.get(f"{column}.path")
-        if path is not None and name is not None:  # Hugging Face's struct, with the bytes of the picture
+        if path is not None and name is not None:  # Hugging Face's struct already contains the bytes of the picture
             yield record._replace(fields=record.fields | {PICTURE: name})
             continue
         found = root.read(name if path is None else path)
@@ -136,7 +136,7 @@ def add_pictures(records: Iterator[Record], root: PictureRoot, column: str) -> I
 
 
 def _split_by_folder(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, pa.RecordBatch]]:
-    """Split batches into runs of rows whose files are in the same folder."""
+    """Split batches into parts whose rows come from files in the same folder. Yield each folder with its rows."""
     for batch in batches:
         folders = [posixpath.dirname(os.fsdecode(path)) for path in batch.column("path").to_pylist()]
         start = 0
@@ -149,8 +149,8 @@ def _split_by_folder(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, p
 def read_picture_column(batches: Iterator[pa.RecordBatch], root: PictureRoot) -> Iterator[pa.RecordBatch]:
     """Replace the paths in the column `image` by pictures, and add the column `problem` (text, or null).
 
-    The batches that are yielded have at most CHUNK_ROWS rows and about CHUNK_BYTES bytes, so that a batch of many paths
-    does not become a batch of many pictures.
+    A yielded batch has at most CHUNK_ROWS rows and about CHUNK_BYTES bytes, so that the pictures of an input batch with
+    many paths are not all in memory together.
     """
     for batch in batches:
         rows: list[tuple[bytes | None, str | None]] = []

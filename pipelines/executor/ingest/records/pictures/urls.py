@@ -1,7 +1,7 @@
-"""Pictures that rows name by a URL, or by a path below a URL: web servers and object stores.
+"""Functions that read pictures from web servers and object stores, which rows name by a URL or a path below a URL.
 
-Object stores are read through `fsspec`, which needs the package of the store. Web servers need no package. Reading is
-bounded in bytes and in time, and a picture is never read from another server, bucket or folder than the root.
+Object stores are read through `fsspec`, which needs a package for the store. Web servers need no package. Size and time
+of a read are limited, and a picture is never read from outside the root URL.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from pipelines.executor.ingest.records.record import Problem
 from pipelines.executor.ingest.storage import describe_damage, url_system
 
 READ_SECONDS = 60.0
-"""Longest time to read one picture."""
+"""Longest time to read one picture, in seconds."""
 CHUNK = 1 << 20
 WEB = ("http", "https")
 STORES = {"s3": "s3", "s3a": "s3", "s3n": "s3", "gs": "gs", "gcs": "gs", "abfs": "abfs", "abfss": "abfs", "az": "abfs"}
-"""Schemes of object stores. Schemes with the same value mean the same store."""
+"""URL schemes of object stores. Schemes with the same value mean the same kind of object store."""
 ATTEMPTS = 3
 RETRIED = frozenset({429, 500, 502, 503, 504})
-"""Status codes for which a web server is asked again."""
+"""HTTP status codes after which a request is sent again."""
 PAUSE_SECONDS = 1.0
 
 
 def scheme_of(location: str) -> str | None:
-    """Return the scheme of a URL in small letters, or None if the location is a path."""
+    """Return the scheme of a URL in lower case, or None if the location is a path."""
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", location)
     return found[1].lower() if found else None
 
@@ -47,7 +47,7 @@ def require_readable(root: str) -> None:
     """Check that pictures below a URL can be read.
 
     Raises:
-        UserError: the scheme is none of the known ones, or the package for the store is missing.
+        UserError: the scheme is unknown, or the package for the object store is missing.
     """
     scheme, server = scheme_of(root), urlsplit(root).netloc
     if scheme not in (*WEB, *STORES) or not server or "::" in root or (scheme in WEB and "@" in server):
@@ -65,12 +65,12 @@ def read_url(root: str, name: str, max_bytes: int) -> bytes | Problem:
     """Read the picture that a row names, below a URL.
 
     Args:
-        root: URL below which all pictures are.
-        name: path below the root, or a URL below the root.
-        max_bytes: largest size of a picture.
+        root: root URL of all pictures.
+        name: path relative to the root URL, or a URL below the root URL.
+        max_bytes: largest size of a picture, in bytes.
 
     Raises:
-        OSError: the server does not answer, so the task has to be tried again.
+        OSError: the server does not answer, so Spark has to retry the task.
     """
     paths = _paths_below(root, name)
     if isinstance(paths, Problem):
@@ -85,7 +85,7 @@ def read_url(root: str, name: str, max_bytes: int) -> bytes | Problem:
 
 
 def _paths_below(root: str, name: str) -> list[str] | Problem:
-    """Return the paths below the root that a name may mean, the literal one first."""
+    """Return the paths below the root URL that a name may mean, with the literal path first."""
     outside = Problem("missing_field", f"{name!r} is not below {root}")
     if scheme_of(name):
         parts, top = urlsplit(name), urlsplit(root)
@@ -107,7 +107,7 @@ def _paths_below(root: str, name: str) -> list[str] | Problem:
 
 
 def _server(url: str) -> tuple[str, str]:
-    """Return what identifies a server or a bucket."""
+    """Return the scheme and the host of a URL, which identify a server or a bucket."""
     parts, scheme = urlsplit(url), str(scheme_of(url))
     return STORES.get(scheme, scheme), parts.netloc.rpartition("@")[2].lower() if scheme in WEB else parts.netloc
 
@@ -116,10 +116,10 @@ def _server(url: str) -> tuple[str, str]:
 
 
 def _in_time(fetch: Callable[[float], bytes | Problem]) -> bytes | Problem:
-    """Call a function in a thread of its own, and stop waiting at the end of the time limit.
+    """Call a function in a separate thread, and wait no longer than the time limit.
 
-    No client library bounds the whole time of a request. The thread ends at the deadline, which it is given, or when
-    its connection does.
+    The thread is necessary because no client library limits the total time of a request. The function receives the
+    deadline, and the thread ends at the deadline or when its connection ends.
     """
     done: SimpleQueue[bytes | Problem | Exception] = SimpleQueue()
     deadline = time.monotonic() + READ_SECONDS
@@ -173,7 +173,7 @@ def _fetch_store(root: str, path: str, max_bytes: int, deadline: float) -> bytes
         return Problem("missing_field", f"{root} has no file {path!r}")
     except (MemoryError, TimeoutError):
         raise
-    except Exception as error:  # each store has errors of its own
+    except Exception as error:  # each object store has its own exception classes
         if isinstance(error, OSError) and describe_damage(error) is None:
             raise
         return Problem("unreadable_file", f"{path!r}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
@@ -183,7 +183,7 @@ def _fetch_store(root: str, path: str, max_bytes: int, deadline: float) -> bytes
 
 
 class _StayBelow(urllib.request.HTTPRedirectHandler):
-    """Follow a redirection only to a URL below the root."""
+    """Redirect handler that follows a redirection only to a URL below the root URL."""
 
     def __init__(self, root: str) -> None:
         self._root = root
