@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -188,7 +189,7 @@ def test_the_gallery_shows_the_worst_pictures_the_best_pictures_and_a_sample_of_
     page = report.gallery.read_text(encoding="utf-8")
     assert page.count("data:image/jpeg;base64,") == 48
     for group in ("worst", "best", "sample"):
-        assert page.count(f'data-groups="{group}"') == 16
+        assert len(re.findall(f'data-groups="{group}["|]', page)) == 16, "the other groups are slices"
     assert "blind gap" in page
     assert "nearest neighbour" in page
     for picture in (report.gallery_png, report.figures_png):

@@ -250,6 +250,7 @@ def test_the_pages_of_an_evaluation_and_a_comparison_work_in_a_browser(
         assert shown.count() == min(16, report.wins)
         first = shown.first.locator("p").all_inner_texts()
         assert [text.splitlines()[-1] for text in first] == ["a red corner", "a red corner", "a white corner"]
+        page.get_by_text("All figures").click()
         gained = page.locator(".metric", has_text="exact match").locator("dd")
         assert gained.inner_text().startswith(f"+{report.differences['exact_match'].value:.3f}")
 
