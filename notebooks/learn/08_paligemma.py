@@ -354,5 +354,5 @@ for axis, picture in zip(axes.flat, pictures[1500:], strict=False):
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **Next:** every training so far ran in one process. A ninth notebook runs the same
-# MAGIC training in several.
+# MAGIC **Next:** every training so far ran in one process. The page docs/training.md
+# MAGIC says how a run trains in several, with the same losses.
