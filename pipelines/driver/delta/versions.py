@@ -71,7 +71,7 @@ def read_versions(spark: SparkSession, platform: Platform, source: str, table: T
     if (opened := open_on_disk(platform, table)) is not None:
         return read_versions_of_files(opened, source)
     history = spark.sql(f"DESCRIBE HISTORY {platform.table(table.name)}")
-    return _select_versions([row.asDict() for row in history.select(*COMMIT).collect()], source)
+    return _select_versions([{name: row[name] for name in COMMIT} for row in history.select(*COMMIT).collect()], source)
 
 
 def read_versions_of_files(table: DeltaTable, source: str) -> TableVersions:
