@@ -110,13 +110,18 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def about(model: type[BaseModel], field: FieldInfo) -> str:
-    """Return the meaning of a key that its class does not describe: the first docstring line of its group or class."""
+    """Return the meaning of a group of keys that the class above the group does not describe.
+
+    Raises:
+        ValueError: the key is not a group of keys.
+    """
     groups = models_in(field.annotation)
-    described = groups[0] if len(groups) == 1 else model
+    if not groups:
+        raise ValueError(f"{model.__name__}: describe each key under `Attributes` in the docstring")
     if len(groups) > 1:
         kinds = [get_args(group.model_fields["kind"].annotation)[0] for group in groups]
         return f"keys of one kind: {', '.join(f'`{kind}`' for kind in kinds)}"
-    return inspect.cleandoc(described.__doc__ or "").partition("\n")[0]
+    return inspect.cleandoc(groups[0].__doc__ or "").partition("\n")[0]
 
 
 def attributes(model: type[BaseModel]) -> Mapping[str, str]:

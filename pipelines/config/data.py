@@ -18,7 +18,14 @@ PICTURE = "__picture__"
 
 
 class ColumnNames(Config):
-    """Names of the source's columns. `id` and `prompt` are null if the source has no such column."""
+    """Names of the source's columns. `id` and `prompt` are null if the source has no such column.
+
+    Attributes:
+        image: column with the picture.
+        text: column with the caption or a list of captions.
+        id: column with the id of the row, or null if there is none.
+        prompt: column with the text before the caption, or null if there is none.
+    """
 
     image: str = "b64string_images"
     text: str = "caption"

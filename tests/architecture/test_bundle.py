@@ -275,7 +275,7 @@ def test_workflows_pin_every_github_action_to_an_exact_version() -> None:
     assert [action for action in used if not re.fullmatch(r"[\w-]+/[\w-]+@v\d+\.\d+\.\d+", action)] == []
 
 
-def test_the_job_finetune_trains_the_imported_checkpoint_and_otherwise_equals_the_job_pipeline() -> None:
+def test_the_finetune_job_trains_the_imported_checkpoint_and_is_otherwise_the_same_as_the_pipeline_job() -> None:
     own, pipeline = (
         {name: task["python_wheel_task"]["parameters"] for job, name, task in tasks() if job == key}
         for key in ("finetune", "pipeline")

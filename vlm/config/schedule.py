@@ -12,14 +12,22 @@ Floor = Annotated[float, Field(ge=0, le=1)]
 
 
 class CosineScheduleConfig(Config):
-    """Cosine decay of the learning rate from its peak to `floor` * peak (Loshchilov and Hutter, 2016)."""
+    """Cosine decay of the learning rate from its peak to `floor` * peak (Loshchilov and Hutter, 2016).
+
+    Attributes:
+        floor: learning rate at the last step, as a fraction of the peak.
+    """
 
     kind: Literal["cosine"] = "cosine"
     floor: Floor = 0.05
 
 
 class LinearScheduleConfig(Config):
-    """Linear decay of the learning rate from its peak to `floor` * peak."""
+    """Linear decay of the learning rate from its peak to `floor` * peak.
+
+    Attributes:
+        floor: learning rate at the last step, as a fraction of the peak.
+    """
 
     kind: Literal["linear"]
     floor: Floor = 0.0
@@ -36,6 +44,10 @@ class StableScheduleConfig(Config):
 
     The learning rate decays at the end of the training, during the fraction `decay` of all steps. A checkpoint that was
     written before the decay can be trained for more steps, so the number of steps need not be known in advance.
+
+    Attributes:
+        decay: fraction of all steps during which the learning rate decays.
+        floor: learning rate at the last step, as a fraction of the peak.
     """
 
     kind: Literal["warmup_stable_decay"]

@@ -10,14 +10,22 @@ from vlm.config.base import ADDED_LATER, Config
 
 
 class CharsConfig(Config):
-    """Config of a tokenizer with one token per character. Characters outside the alphabet become the unknown token."""
+    """Config of a tokenizer with one token per character. Characters outside the alphabet become the unknown token.
+
+    Attributes:
+        alphabet: all characters that have a token.
+    """
 
     kind: Literal["chars"]
     alphabet: Annotated[str, Field(min_length=1)]
 
 
 class BpeConfig(Config):
-    """Config of a byte-level BPE tokenizer that is learned from the training captions. BPE can encode any text."""
+    """Config of a byte-level BPE tokenizer that is learned from the training captions. BPE can encode any text.
+
+    Attributes:
+        vocab_size: largest number of tokens, of which 256 are the single bytes.
+    """
 
     kind: Literal["bpe"]
     vocab_size: Annotated[int, Field(ge=260)] = 512

@@ -10,14 +10,23 @@ from vlm.config.base import ADDED_LATER, Config, Probability
 
 
 class LayerNormConfig(Config):
-    """LayerNorm (Ba et al., 2016)."""
+    """LayerNorm (Ba et al., 2016).
+
+    Attributes:
+        eps: number added to the variance, which prevents a division by zero.
+    """
 
     kind: Literal["layer"] = "layer"
     eps: float = 1e-5
 
 
 class RmsNormConfig(Config):
-    """RMSNorm (Zhang and Sennrich, 2019). With `offset`, the norm multiplies by 1 + weight and not by weight."""
+    """RMSNorm (Zhang and Sennrich, 2019). With `offset`, the norm multiplies by 1 + weight and not by weight.
+
+    Attributes:
+        eps: number added to the mean square, which prevents a division by zero.
+        offset: whether the norm multiplies by 1 + weight instead of by weight.
+    """
 
     kind: Literal["rms"]
     eps: float = 1e-6
@@ -34,7 +43,11 @@ class LearnedPositionConfig(Config):
 
 
 class RotaryPositionConfig(Config):
-    """Position encoding by rotation of queries and keys (Su et al., 2021)."""
+    """Position encoding by rotation of queries and keys (Su et al., 2021).
+
+    Attributes:
+        base: base of the rotation frequencies. A larger base gives slower rotations.
+    """
 
     kind: Literal["rotary"]
     base: float = 10_000.0
@@ -112,7 +125,13 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 
 
 class PlainMlpConfig(Config):
-    """Two linear layers with an activation in between."""
+    """Two linear layers with an activation in between.
+
+    Attributes:
+        mlp_width: number of channels between the two linear layers.
+        activation: function between the two linear layers.
+        bias: whether the linear layers have a bias.
+    """
 
     kind: Literal["plain"] = "plain"
     mlp_width: PositiveInt
@@ -121,7 +140,13 @@ class PlainMlpConfig(Config):
 
 
 class GatedMlpConfig(Config):
-    """MLP with a gated linear unit (Shazeer, 2020). The MLP is SwiGLU with silu, and GeGLU with gelu_tanh."""
+    """MLP with a gated linear unit (Shazeer, 2020). The MLP is SwiGLU with silu, and GeGLU with gelu_tanh.
+
+    Attributes:
+        mlp_width: number of channels of the gate and of the values that the gate multiplies.
+        activation: function of the gate.
+        bias: whether the linear layers have a bias.
+    """
 
     kind: Literal["gated"]
     mlp_width: PositiveInt

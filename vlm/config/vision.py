@@ -11,7 +11,12 @@ from vlm.config.transformer import Activation, DenseMlpConfig, TransformerConfig
 
 
 class PatchStemConfig(Config):
-    """Stem of one convolution, whose stride and kernel size are both `patch_size` (Dosovitskiy et al., 2020)."""
+    """Stem of one convolution, whose stride and kernel size are both `patch_size` (Dosovitskiy et al., 2020).
+
+    Attributes:
+        patch_size: height and width of a patch in pixels.
+        bias: whether the convolution has a bias.
+    """
 
     kind: Literal["patch"]
     patch_size: PositiveInt
@@ -96,7 +101,12 @@ class LinearProjectorConfig(Config):
 
 
 class MlpProjectorConfig(Config):
-    """Projector of two linear layers with an activation in between (LLaVA 1.5)."""
+    """Projector of two linear layers with an activation in between (LLaVA 1.5).
+
+    Attributes:
+        mlp_width: number of channels between the two linear layers.
+        activation: function between the two linear layers.
+    """
 
     kind: Literal["mlp"]
     mlp_width: PositiveInt
@@ -104,14 +114,25 @@ class MlpProjectorConfig(Config):
 
 
 class PixelShuffleProjectorConfig(Config):
-    """Projector that concatenates the channels of factor x factor patches, then applies a linear layer (InternVL)."""
+    """Projector that concatenates the channels of factor x factor patches, then applies a linear layer (InternVL).
+
+    Attributes:
+        factor: side, in patches, of the square whose patches become one slot.
+    """
 
     kind: Literal["pixel_shuffle"]
     factor: Annotated[int, Field(ge=2)] = 2
 
 
 class ResamplerProjectorConfig(Config):
-    """Perceiver resampler (Alayrac et al., 2022): `num_latents` learned queries attend to patches and to each other."""
+    """Perceiver resampler (Alayrac et al., 2022): `num_latents` learned queries attend to patches and to each other.
+
+    Attributes:
+        num_latents: number of learned queries, which is the number of slots.
+        depth: number of layers.
+        num_heads: number of attention heads.
+        head_dim: number of channels of an attention head.
+    """
 
     kind: Literal["resampler"]
     num_latents: PositiveInt = 64

@@ -73,7 +73,8 @@ def check_length(model: VisionLanguageModel, request: Request, settings: Generat
         raise UserError(
             "the answer does not fit the model's context",
             where="generation",
-            got=f"{len(request.prefix)} positions of picture and prompt and {settings.max_new_tokens} new tokens",
+            got=f"{len(request.prefix)} positions for the picture and the prompt, plus "
+            f"{settings.max_new_tokens} new tokens",
             fix=f"shorten the prompt or max_new_tokens: the context is {context}",
         )
 
