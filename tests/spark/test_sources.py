@@ -354,3 +354,18 @@ def test_an_ingest_of_one_picture_sorts_equally_many_rows_for_any_number_of_know
             assert "SortMergeJoin" not in plan
         sorted_rows.append((keys.count(), of_input.count()))
     assert sorted_rows == [(10, 0), (10, 0)]
+
+
+def test_the_texts_of_a_picture_keep_the_order_of_a_long_captions_file(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    texts = {f"{n}.png": [f"text {number} of picture {n} {'x' * 200}" for number in range(600)] for n in range(2)}
+    for n, name in enumerate(texts):
+        (tmp_path / name).write_bytes(png(60 + n))
+    rows = [[name, texts[name][number]] for number in range(600) for name in texts]  # 260 kB are five tasks
+    write_csv(tmp_path / "captions.csv", rows, header=("file_name", "text"))
+    folder = {"kind": "folder", "path": str(tmp_path), "captions": "captions.csv"}
+    ingest(spark, platform, source, DataConfig.model_validate({"source": folder}))
+    stored = spark.table(platform.table(SAMPLES.name)).where(f"source = '{source}'").select("texts").collect()
+    found = [[pair["text"] for pair in row["texts"]] for row in stored]
+    assert sorted(found) == sorted(texts.values())

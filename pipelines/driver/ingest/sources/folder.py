@@ -70,7 +70,7 @@ def open_folder(
     tasks = min(1 + file.size // CAPTION_BYTES_PER_TASK, MAX_TASKS)
     column = source.columns.image
     list_rows = partial(list_captions, read=caption_records, captions=file.path, folder=str(folder), column=column)
-    rows = captions.repartition(tasks).mapInArrow(list_rows, from_arrow_schema(CAPTIONS))
+    rows = _divide(captions, tasks).mapInArrow(list_rows, from_arrow_schema(CAPTIONS))
     opened = _open_listed(name, folder, file, rows.select(*ITEMS.names, "picture").toArrow(), ingested)
     if opened.unchanged and len(opened.pending):
         rows = rows.join(F.broadcast(spark.createDataFrame(opened.pending.select(["item"]))), "item", "left_semi")
@@ -187,6 +187,14 @@ def _captions_file(path: Path) -> SourceFile:
         ) from None
     modified = found.st_mtime_ns // 1000
     return SourceFile(str(path), path.name, found.st_size, modified, str(path), True, {})
+
+
+def _divide(captions: DataFrame, tasks: int) -> DataFrame:
+    """Give each task consecutive records of the captions file, so that the texts of a picture keep their order."""
+    if tasks == 1:
+        return captions.coalesce(1)
+    numbered = captions.withColumn("position", F.monotonically_increasing_id())
+    return numbered.repartitionByRange(tasks, "position").sortWithinPartitions("position").drop("position")
 
 
 def _load_captions(spark: SparkSession, file: SourceFile, source: FolderSourceConfig, config: DataConfig) -> DataFrame:
