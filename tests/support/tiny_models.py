@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 
 from vlm import text
@@ -11,6 +13,7 @@ from vlm.factory import build_model
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
 from vlm.text.prompt import answer_ids, prefix_ids
+from vlm.training.loop import StepReport, fit
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz ?\n"
 
@@ -130,3 +133,33 @@ def tiny_batch(model: VisionLanguageModel, tokenizer: Tokenizer, texts: list[tup
         tokens[i, : len(row) - 1] = torch.tensor(row[:-1])
         labels[i, len(prefix) - 1 : len(row) - 1] = torch.tensor(row[len(prefix) :])
     return Batch(tiny_pixels(len(rows), seed=seed), tokens, labels, torch.tensor([len(p) for p in prefixes]))
+
+
+def fit_tiny(
+    model: VisionLanguageModel,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Sequence[Batch]],
+    *,
+    lr: float,
+    start: int = 0,
+    label_smoothing: float = 0.0,
+    contrastive: float = 0.0,
+) -> list[StepReport]:
+    """Train a model on the CPU with a constant learning rate, and return the report of each step."""
+    reports: list[StepReport] = []
+    fit(
+        model,
+        optimizer,
+        batches,
+        start=start,
+        lr_schedule=lambda step: lr,
+        grad_clip=1.0,
+        seed=1,
+        rank=0,
+        device=torch.device("cpu"),
+        bf16=False,
+        on_step=reports.append,
+        label_smoothing=label_smoothing,
+        contrastive=contrastive,
+    )
+    return reports

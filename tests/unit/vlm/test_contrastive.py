@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from tiny_models import VARIANTS, tiny_batch, tiny_config, tiny_model
+from tiny_models import VARIANTS, fit_tiny, tiny_batch, tiny_config, tiny_model
 
 from vlm.factory import build_model
 from vlm.model import VisionLanguageModel
 from vlm.training.contrastive import SCALE, sigmoid_loss, text_vectors
-from vlm.training.loop import StepReport, fit
+from vlm.training.loop import StepReport
 from vlm.training.optim import build_adamw
 
 TEXTS = [("", "red"), ("", "green leaf"), ("", "blue sea"), ("", "white")]
@@ -54,22 +54,9 @@ def train(weight: float, variant: str = "plain", steps: int = 60) -> tuple[Visio
     _, tokenizer = tiny_model(variant)
     torch.manual_seed(0)
     model = build_model(tiny_config(variant), tokenizer.vocab_size)
-    batch, reports = tiny_batch(model, tokenizer, TEXTS), list[StepReport]()
-    fit(
-        model,
-        build_adamw(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1),
-        itertools.repeat([batch], steps),
-        start=0,
-        lr_schedule=lambda step: 3e-3,
-        grad_clip=1.0,
-        seed=1,
-        rank=0,
-        device=torch.device("cpu"),
-        bf16=False,
-        on_step=reports.append,
-        contrastive=weight,
-    )
-    return model, reports
+    optimizer = build_adamw(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    batches = itertools.repeat([tiny_batch(model, tokenizer, TEXTS)], steps)
+    return model, fit_tiny(model, optimizer, batches, lr=3e-3, contrastive=weight)
 
 
 def test_training_lowers_the_contrastive_loss_in_addition_to_the_caption_loss() -> None:

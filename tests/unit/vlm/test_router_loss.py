@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from tiny_models import tiny_batch, tiny_model
+from tiny_models import fit_tiny, tiny_batch, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,7 +16,7 @@ from vlm.factory import build_model
 from vlm.layers.moe import MoeMlp, Routing
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
-from vlm.training.loop import StepReport, fit
+from vlm.training.loop import StepReport
 from vlm.training.objective import num_targets, routed_layers, router_loss, token_loss
 from vlm.training.optim import build_adamw, parameter_groups
 
@@ -38,21 +38,8 @@ def padded(batch: Batch, tokenizer: Tokenizer, extra: int) -> Batch:
 
 
 def learn(model: VisionLanguageModel, batch: Batch, steps: int) -> list[StepReport]:
-    reports: list[StepReport] = []
-    fit(
-        model,
-        build_adamw(model, lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1),
-        itertools.repeat([batch], steps),
-        start=0,
-        lr_schedule=lambda step: 5e-3,
-        grad_clip=1.0,
-        seed=1,
-        rank=0,
-        device=torch.device("cpu"),
-        bf16=False,
-        on_step=reports.append,
-    )
-    return reports
+    optimizer = build_adamw(model, lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    return fit_tiny(model, optimizer, itertools.repeat([batch], steps), lr=5e-3)
 
 
 def test_padding_changes_neither_router_loss_nor_expert_load() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
-from tiny_models import VARIANTS, tiny_batch, tiny_config, tiny_model
+from tiny_models import VARIANTS, fit_tiny, tiny_batch, tiny_config, tiny_model
 
 from vlm.batch import IGNORE, Batch
 from vlm.checkpoint import (
@@ -30,7 +30,7 @@ from vlm.layers.block import compile_blocks, recompute_blocks
 from vlm.model import VisionLanguageModel
 from vlm.seeds import mix
 from vlm.text.base import Tokenizer
-from vlm.training.loop import NotFiniteError, StepReport, fit
+from vlm.training.loop import NotFiniteError, StepReport
 from vlm.training.objective import blind_losses
 from vlm.training.optim import averaged_weights, build_adamw, parameter_groups, schedule, set_trainable, update_average
 from vlm.training.state import load_state, save_state, snapshot_training
@@ -48,22 +48,8 @@ def run(
     rows_at_once: int = 9,
     label_smoothing: float = 0.0,
 ) -> list[StepReport]:
-    reports: list[StepReport] = []
-    fit(
-        model,
-        optimizer,
-        (in_parts(batch, rows_at_once) for batch in batches),
-        start=start,
-        lr_schedule=lambda step: lr,
-        grad_clip=1.0,
-        seed=1,
-        rank=0,
-        device=torch.device("cpu"),
-        bf16=False,
-        on_step=reports.append,
-        label_smoothing=label_smoothing,
-    )
-    return reports
+    parts = (in_parts(batch, rows_at_once) for batch in batches)
+    return fit_tiny(model, optimizer, parts, lr=lr, start=start, label_smoothing=label_smoothing)
 
 
 def in_parts(batch: Batch, rows: int) -> list[Batch]:
