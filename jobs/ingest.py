@@ -64,10 +64,10 @@ def run_ingest(job: Job, *, refresh: bool = False) -> FullReport:
     from pipelines.driver.ingest.sources.open import check_input
     from pipelines.driver.ingest.totals import TooManyRefused
 
-    check_input(job.platform, job.config.data)
     if not refresh and (finished := find_finished(job.platform, job.source, job.config.data)):
         _print_report(job, finished)
         return finished
+    check_input(job.platform, job.config.data)
     with show_elapsed("ingest"):
         try:
             done = ingest(job.spark, job.platform, job.source, job.config.data, refresh=refresh)

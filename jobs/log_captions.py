@@ -108,10 +108,11 @@ def _write_gallery(job: Job, report: CaptionReport, started: datetime) -> list[P
         return []
     from jobs.show import write_gallery
     from jobs.table_files import open_table, table_relation
+    from pipelines.formats.delta_files import quoted_text
     from pipelines.review.source_pictures import PictureColumns
 
     key = {name: getattr(report, name) for name in ("source_table", "model_name", "model_version", "settings_hash")}
-    conditions = [f"{name} = '{value.replace(chr(39), 2 * chr(39))}'" for name, value in key.items()]
+    conditions = [f"{name} = {quoted_text(value)}" for name, value in key.items()]
     where = " AND ".join([*conditions, f"captioned_at >= '{started.isoformat()}'"])
     captions = open_table(job, "generated_captions", None)
     rows = table_relation(captions).select([], where, "mean_logprob", SHOWN_CAPTIONS).read_all()

@@ -8,7 +8,7 @@ from jobs.common import Job
 from jobs.output import number
 from pipelines.driver.evaluate.gallery import HEADLINES, NAMES
 from pipelines.driver.evaluate.metrics import captioned
-from pipelines.driver.evaluate.verdict import verdict
+from pipelines.driver.evaluate.verdict import BASELINES, verdict
 from vlm.text.words import words
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ LOGGED_METRICS = ("exact_match", "word_f1", "cider", "bleu_4", "rouge_l", "loss"
 The logged table `figures` contains all metrics."""
 LOGGED_ROWS = 1000
 """Maximum number of evaluated rows that are logged to MLflow as a table."""
-BASELINES = ("constant", "neighbour")
 
 
 def log_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:

@@ -58,6 +58,11 @@ def quoted_name(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def quoted_text(text: str) -> str:
+    """Return a text as a literal in SQL for `query`."""
+    return "'" + text.replace("'", "''") + "'"
+
+
 def query(tables: Mapping[str, DeltaTable], sql: str) -> pa.RecordBatchReader:
     """Run an SQL query on Delta tables, without Spark. Without ORDER BY, rows have the order of the files.
 

@@ -19,7 +19,7 @@ from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import UserError
 from pipelines.executor.ingest.storage import is_url
 from pipelines.formats.caption_stats import CaptionStats
-from pipelines.formats.delta_files import query, quoted_name
+from pipelines.formats.delta_files import query, quoted_name, quoted_text
 from pipelines.formats.tables import GENERATED_CAPTIONS
 from pipelines.platform import Platform
 from vlm.errors import did_you_mean
@@ -87,7 +87,7 @@ def check_source(platform: Platform, request: CaptionRequest) -> None:
             else "run `lakesight ingest`",
         )
     try:
-        names = [field.name for field in DeltaTable(location, without_files=True).schema().fields]
+        names = [field.name for field in DeltaTable(location).schema().fields]
     except DeltaError:
         return  # Spark may be able to read a table that deltalake cannot read
     for column in (request.id_column, request.image_column):
@@ -135,9 +135,9 @@ def _count_captioned_rows(
     Delta never changes a data file. If the newest table version still has all data files of an earlier captioned
     version, the rows that were captioned at the earlier version are unchanged.
     """
-    condition = " AND ".join(f"{name} = {_literal(value)}" for name, value in key.items())
-    of_run = f"model_digest IS NULL AND run_id = {_literal(model.run_id)}"
-    of_model = f"(model_digest = {_literal(model.digest)} OR {of_run})" if model.digest else f"({of_run})"
+    condition = " AND ".join(f"{name} = {quoted_text(value)}" for name, value in key.items())
+    of_run = f"model_digest IS NULL AND run_id = {quoted_text(model.run_id)}"
+    of_model = f"(model_digest = {quoted_text(model.digest)} OR {of_run})" if model.digest else f"({of_run})"
     sql = f"""
     SELECT source_version, COUNT(*) AS num_rows, COUNT(id) AS num_ids, COUNT(DISTINCT id) AS distinct_ids FROM (
       SELECT CAST({quoted_name(id_column)} AS VARCHAR) AS id FROM source
@@ -163,7 +163,3 @@ def _files_at(source: DeltaTable, version: int) -> set[str]:
         return set(DeltaTable(source.table_uri, version=version).file_uris())
     except DeltaError:
         return {""}
-
-
-def _literal(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"

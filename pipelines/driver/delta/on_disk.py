@@ -22,7 +22,7 @@ def open_on_disk(platform: Platform, table: Table) -> DeltaTable | None:
 
 
 def count_on_disk(table: DeltaTable, equal: Mapping[str, str | datetime], by: str) -> dict[str, int]:
-    """Count the rows whose columns have the values `equal`, grouped by the value of column `by`.
+    """Count the rows whose columns have the values `equal`, by the sorted values of column `by`.
 
     Rows are counted in batches, and files whose statistics exclude the values are not read.
 
@@ -35,7 +35,7 @@ def count_on_disk(table: DeltaTable, equal: Mapping[str, str | datetime], by: st
     for batch in arrow_dataset(table).to_batches(columns=[by], filter=_condition(equal)):
         for group in batch.column(by).value_counts():
             counts[group["values"].as_py()] += group["counts"].as_py()
-    return dict(counts)
+    return dict(sorted(counts.items()))
 
 
 def has_rows(table: DeltaTable, equal: Mapping[str, str | datetime]) -> bool:

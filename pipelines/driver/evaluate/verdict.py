@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from pipelines.driver.evaluate.bootstrap import Interval
+from pipelines.driver.evaluate.gallery import NAMES
 
 BASELINES = {"constant": "the best constant caption", "neighbour": "the caption of the most similar training picture"}
 JUDGED = ("cider", "word_f1")
 """Metrics by which captions can be compared with the baselines. The first metric that an evaluation has is used."""
-LABELS = {"cider": "CIDEr", "word_f1": "word F1"}
 
 
 class Comparison(NamedTuple):
@@ -45,9 +45,7 @@ def verdict(metrics: Mapping[str, Interval], pictures: int) -> str:
     for each in found:
         by_outcome.setdefault(each.outcome, []).append(f"{each.name} ({each.value:.3g})")
     compared = ", and ".join(f"{outcome} {' and '.join(names)}" for outcome, names in by_outcome.items())
-    return (
-        f"On {count}, the captions ({LABELS[judged]} {metrics[judged].value:.3g}) are {compared}{_pictures(metrics)}."
-    )
+    return f"On {count}, the captions ({NAMES[judged]} {metrics[judged].value:.3g}) are {compared}{_pictures(metrics)}."
 
 
 def _outcome(metric: Interval, baseline: float) -> str:

@@ -51,7 +51,7 @@ def find_finished(platform: Platform, source_name: str, config: DataConfig) -> F
         reasons={},
         removed=0,
         replaced={},
-        splits=dict(sorted(count_on_disk(samples, {"source": source_name}, by="split").items())),
+        splits=count_on_disk(samples, {"source": source_name}, by="split"),
         equal_pictures_across_splits=0,
         near_duplicates=NearReport(),
         dataset_version=read_versions_of_files(samples, source_name).last_change,

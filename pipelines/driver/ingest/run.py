@@ -112,7 +112,7 @@ def ingest(
         reasons=written.reasons,
         removed=written.removed,
         replaced=replaced,
-        splits=dict(sorted(count_rows(spark, platform, SAMPLES, {"source": source_name}, by="split").items())),
+        splits=count_rows(spark, platform, SAMPLES, {"source": source_name}, by="split"),
         equal_pictures_across_splits=written.across,
         near_duplicates=written.near,
         dataset_version=read_versions(spark, platform, source_name).last_change,

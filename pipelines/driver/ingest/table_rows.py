@@ -89,13 +89,13 @@ def verify_append(spark: SparkSession, platform: Platform, table: Table, stamp: 
 def count_rows(
     spark: SparkSession, platform: Platform, table: Table, equal: Mapping[str, str | datetime], by: str
 ) -> dict[str, int]:
-    """Count the rows whose columns have the values `equal`, grouped by the value of column `by`."""
+    """Count the rows whose columns have the values `equal`, by the sorted values of column `by`."""
     if (opened := open_on_disk(platform, table)) is not None:
         return count_on_disk(opened, equal, by)
     rows = spark.table(platform.table(table.name)).filter(
         reduce(and_, (F.col(name) == F.lit(value) for name, value in equal.items()))
     )
-    return {row[by]: row["count"] for row in rows.groupBy(by).count().collect()}
+    return {row[by]: row["count"] for row in sorted(rows.groupBy(by).count().collect())}
 
 
 def existing_rows(spark: SparkSession, platform: Platform, table: Table, source: str) -> DataFrame:

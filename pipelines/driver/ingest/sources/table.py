@@ -117,7 +117,7 @@ def open_ingested_table(name: str, source: TableSourceConfig, ingested: pa.Table
     if source.table or not source.path:
         return None
     try:
-        table = DeltaTable(absolute_path(source.path), without_files=True)
+        table = DeltaTable(absolute_path(source.path))
     except DeltaError:
         return None
     version = table.version() if source.version is None else source.version
