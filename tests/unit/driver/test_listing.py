@@ -130,7 +130,7 @@ def test_a_path_with_wildcards_is_a_pattern_if_no_file_or_folder_has_this_path(
         found = listing(tmp_path / "in [1]" / "a*")
     assert [file.name for file in found.files] == ["a1.csv", "a2.csv"]
     assert reasons(found) == {"a.txt": "other_kind"}
-    assert str(tmp_path / "in [1]" / "a1.csv") in caplog.text
+    assert any(str(tmp_path / "in [1]" / "a1.csv") in message for message in caplog.messages)
     assert [file.name for file in listing(tmp_path / "in [1]" / "{b,c}*").files] == ["b1.csv", "1.csv"]
     assert [file.name for file in listing(tmp_path / "in [1]" / "[!a]*" / "**" / "*.csv").files] == ["1.csv"]
 
