@@ -40,7 +40,7 @@ _MODULES = {
 
 
 def load(path: str | Path, *, device: str | None = None, precision: str = "fp32") -> Captioner:
-    """Load a model from a folder, and return its captioner.
+    """Load a model from a folder, and return a captioner that uses the model.
 
     The folder is one of:
 
@@ -51,9 +51,9 @@ def load(path: str | Path, *, device: str | None = None, precision: str = "fp32"
       tokenizer.json.
 
     Args:
-        path: path of the folder.
+        path: folder that holds the model.
         device: torch device, such as `cpu` or `cuda:1`; by default the GPU if there is one.
-        precision: number format of the weights: fp32, bf16, fp16, int8 or int4.
+        precision: number format to which the weights are converted: fp32, bf16, fp16, int8 or int4.
 
     Raises:
         CheckpointError: the folder has no model, or its files are damaged or do not fit together.
@@ -85,11 +85,11 @@ def load(path: str | Path, *, device: str | None = None, precision: str = "fp32"
 def build(
     config: ModelConfig | Mapping[str, Any] | str | Path, texts: Iterable[str] = (), *, seed: int = 0
 ) -> Captioner:
-    """Build a model with random weights, and return its captioner.
+    """Build a model with random weights, and return a captioner that uses the model.
 
     Args:
         config: model config, a mapping with the same keys, or the path of a YAML file such as conf/model/nano.yml.
-        texts: texts from which a tokenizer of `text.kind: bpe` is learned.
+        texts: example captions from which the tokenizer is learned if `text.kind` is bpe or words.
         seed: random seed of the weights.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-"""Label of a position that does not count in the loss."""
+"""Label of a sequence position that the loss ignores."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Batch:
         tokens_BT: int64 token ids, with the id SLOT at the positions of a picture.
         labels_BT: int64 labels; the label of a position is the next token if the next token belongs to the answer, and
             IGNORE otherwise.
-        prefix_lengths_B: int64 number of positions before the answer in each row.
-        weights_B: factor by which the loss of each row is multiplied; None if all factors are 1.
-        rows_per_picture: number of adjacent rows that share a picture, so that the picture is encoded only once.
+        prefix_lengths_B: for each row, the number of positions before the answer (int64).
+        weights_B: for each row, the factor by which the loss of the row is multiplied; None if all factors are 1.
+        rows_per_picture: number of adjacent rows that belong to the same picture; the picture is encoded only once.
     """
 
     pixels_PHWC: Tensor
@@ -51,7 +51,7 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return the tensors in the order of the fields."""
+        """Return the tensors of the batch, in the order in which the class declares its fields."""
         return tuple(self._named_tensors().values())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:

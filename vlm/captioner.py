@@ -29,7 +29,9 @@ from vlm.text.base import Tokenizer
 from vlm.text.prompt import prefix_ids
 
 Picture = Image | Path | bytes | str
-"""A picture: a picture of Pillow, the path of a file, the bytes of a file, or the bytes as base64 text."""
+"""Types in which a caller can pass a picture: a Pillow image, the path of a file, or a file's bytes, raw or as base64
+text.
+"""
 
 BATCH_ROWS = 64
 BATCH_POSITIONS = 16_384
@@ -126,10 +128,10 @@ class Captioner:
         save_model(Path(folder), self.model, self.tokenizer)
 
     def settings(self, **changes: Any) -> GenerationConfig:
-        """Return the generation settings of the model with other values of some settings.
+        """Return the generation settings that are stored with the model, with some values replaced.
 
         Raises:
-            ConfigError: there is no setting of a name, a value is invalid, or settings exclude each other.
+            ConfigError: a setting does not exist or has an invalid value, or two settings exclude each other.
 
         Example:
             >>> import vlm
@@ -154,7 +156,7 @@ class Captioner:
         A picture that cannot be decoded or exceeds a limit causes an error in its row.
 
         Args:
-            images: pictures.
+            images: pictures to caption.
             prompts: one prompt for each picture, or one prompt for all pictures; an empty prompt asks for a plain
                 caption.
             max_pixels: largest allowed number of pixels (width times height) of a file.
@@ -258,10 +260,11 @@ class Captioner:
         return answer_logprobs(self.model, self.tokenizer, requests, answers)
 
     def attention(self, image: Picture, prompt: str = "", **settings: Any) -> AttentionMaps:
-        """Answer a prompt about a picture, and return where in the picture the model looks for each token.
+        """Answer a prompt about a picture, and return where in the picture the model looks when it generates each
+        token.
 
         Args:
-            image: picture.
+            image: picture that the prompt asks about.
             prompt: question about the picture; an empty prompt asks for a plain caption.
             **settings: generation settings, such as `num_beams=4`.
 
@@ -282,7 +285,7 @@ class Captioner:
         return attention_maps(self.model, self.tokenizer, request, completion)
 
     def request(self, images: Sequence[Picture], prompt: str = "") -> Request:
-        """Decode pictures and build the request of a prompt about them, for the functions of `vlm.generation`.
+        """Decode pictures, and build a request from the pictures and a prompt, for the functions of `vlm.generation`.
 
         Raises:
             ImageError: a picture cannot be decoded.

@@ -65,7 +65,7 @@ def save_config(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None
 
 
 def model_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return a dict of the parameters by name, without a copy.
+    """Return a dict from the name of each parameter to the parameter itself, which is not copied.
 
     Tied parameters appear once, as in `named_parameters`.
     """
@@ -78,7 +78,8 @@ def best_device() -> torch.device:
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """Return the checkpoint folder in a run folder or in a version's MLflow folder. Return any other folder unchanged.
+    """Return the checkpoint folder inside a run folder or a model version's MLflow folder. Return any other folder
+    unchanged.
 
     In a run folder, which holds several checkpoints, choose the newest complete checkpoint.
     """
@@ -106,7 +107,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Vision
 
 
 def check_format(path: Path) -> int:
-    """Check that this version of Lakesight can read a weights file, and return the version of the file's format.
+    """Check that this version of Lakesight can read a weights file, and return the file's format version.
 
     Raises:
         CheckpointError: a newer version of Lakesight wrote the file, or the file cannot be read.
@@ -184,9 +185,9 @@ class TensorRows(NamedTuple):
     """Consecutive rows (indices of the first dimension) of a tensor that is sharded over ranks.
 
     Attributes:
-        rows: rows of this rank; a tensor with zero rows if the rank has no row.
+        rows: the rows that this rank stores; a tensor with zero rows if the rank stores no row.
         shape: shape of the whole tensor.
-        first: index of the first row of `rows`.
+        first: index of the first of these rows in the whole tensor.
     """
 
     rows: Tensor
@@ -198,8 +199,8 @@ def fill_tensors(tensors: Mapping[str, Tensor | TensorRows], path: Path) -> None
     """Copy the tensors of a safetensors file into existing tensors of the same names and shapes, one by one.
 
     Args:
-        tensors: dict of tensors by name; the values of these tensors are overwritten in place. For a TensorRows, only
-            the rows of this rank are read from the file.
+        tensors: dict from the name of a tensor to the tensor, whose values are overwritten in place. For a TensorRows,
+            only the rows of this rank are read from the file.
         path: path of the safetensors file.
 
     Raises:
@@ -272,7 +273,7 @@ def verify_folder(folder: Path) -> None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         entries = {folder / name: ManifestEntry(**entry) for name, entry in manifest.items()}
         problems = [problem for path, entry in entries.items() if (problem := _describe_damage(path, entry))]
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # errors of pydantic and json are ValueErrors
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # pydantic and json raise ValueError
         problems = [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
     if problems:
         raise CheckpointError(

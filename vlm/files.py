@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 TRAINING_STEP = "training.json"
-"""Name of the file of a training checkpoint that holds the number of the next step."""
+"""Name of the file in a training checkpoint that holds the number of the next training step."""
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def file_digest(path: Path) -> str:
 
 
 def read_training_step(folder: Path) -> int:
-    """Read the number of the next step of a training checkpoint.
+    """Read the number of the next training step from a training checkpoint.
 
     Raises:
         OSError, ValueError, KeyError: the file is missing or not valid.
@@ -61,7 +61,7 @@ def read_training_step(folder: Path) -> int:
 
 
 def write_training_step(folder: Path, step: int) -> None:
-    """Write the number of the next step into the folder of a training checkpoint."""
+    """Write the number of the next training step into the folder of a training checkpoint."""
     (folder / TRAINING_STEP).write_text(json.dumps({"step": step}), encoding="utf-8")
 
 
@@ -79,7 +79,7 @@ def join_rows(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) ->
     Args:
         parts: safetensors files; the first file must hold rows of every tensor.
         path: file to write.
-        metadata: metadata of the file.
+        metadata: metadata to write into the joined file.
 
     Raises:
         OSError, ValueError: a file cannot be read, or the file cannot be written.
@@ -108,7 +108,9 @@ def join_rows(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) ->
 
 
 def _read_header(file: BinaryIO) -> dict[str, Any]:
-    """Read the header of a safetensors file without its metadata, and stop at the position where the tensors begin."""
+    """Return the header of a safetensors file without its metadata, and leave the file at the first byte of the
+    tensors.
+    """
     header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__", None)
     return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
@@ -116,7 +118,7 @@ def _read_header(file: BinaryIO) -> dict[str, Any]:
 
 def _write_header(file: BinaryIO, header: Mapping[str, Any]) -> None:
     data = json.dumps(header, separators=(",", ":")).encode()
-    data += b" " * (-len(data) % 8)  # so that the tensors are aligned
+    data += b" " * (-len(data) % 8)  # spaces, so that the tensors start at a multiple of 8 bytes
     file.write(len(data).to_bytes(8, "little") + data)
 
 

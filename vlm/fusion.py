@@ -33,7 +33,8 @@ class SlotsFusion(nn.Module):
     """Fusion that writes the features of each picture into the slots of the picture."""
 
     def forward(self, x_BTW: Tensor, is_slot_BT: Tensor, features_PNW: Tensor) -> tuple[Tensor, None]:
-        """Replace the embeddings of the slots by picture features. The second result is always None (no media).
+        """Replace the embeddings of the slots by picture features. The second result is None: there is no
+        cross-attention.
 
         Raises:
             ValueError: the numbers of slots and features differ.
@@ -50,7 +51,7 @@ class CrossFusion(nn.Module):
         self.marker = nn.Parameter(torch.zeros(width))
 
     def forward(self, x_BTW: Tensor, is_slot_BT: Tensor, features_PNW: Tensor) -> tuple[Tensor, Media]:
-        """Replace the embeddings of the slots by the marker, and return the media for cross-attention.
+        """Replace the embeddings of the slots by the marker, and also return the `Media` for cross-attention.
 
         Raises:
             ValueError: the numbers of slots and pictures differ.

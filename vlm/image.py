@@ -46,10 +46,10 @@ FILTERS = {
 picture."""
 
 MAX_ASPECT = 16
-"""Largest ratio of a picture's scaled side to the side of the model's input at which the whole picture is resized.
-
-Above this ratio, only the visible part of the picture is resized. Resizing a whole picture of 4 x 16,000,000 pixels for
-a crop of side 384 would need 1.8 TB of memory."""
+"""Limit of the ratio of a picture's scaled side to the side of the model's input. Up to this limit, the whole picture
+is resized. Above the limit, only the visible part of the picture is resized. Resizing a whole picture of 4 x 16,000,000
+pixels for a crop of side 384 would need 1.8 TB of memory.
+"""
 
 UNSUPPORTED_SIGNATURES = (
     (b"%PDF", "PDF"),
@@ -67,7 +67,7 @@ DATA_URL = re.compile(r"data:[^,]{0,1000};\s*base64\s*,", re.IGNORECASE)
 
 
 def picture_bytes(image: bytes | str | None, max_bytes: int = sys.maxsize) -> bytes:
-    """Return the file content of a picture that is given as bytes or as base64 text.
+    """Return the content of a picture file that is given as bytes or as base64 text.
 
     Raises:
         ImageError: the reason is missing_field (None, empty or white space), not_an_image (neither bytes nor text),
@@ -310,9 +310,10 @@ def _open_header(data: bytes) -> Image.Image:
 
 @lru_cache(maxsize=1)
 def load_decoders() -> tuple[str, ...]:
-    """Load Pillow's decoders, and return the formats of FORMATS that it can decode. AVIF needs Pillow 11.3.
+    """Load Pillow's decoders, and return the formats of FORMATS that Pillow can decode. AVIF needs Pillow 11.3.
 
-    A process calls this function before forking children that decode, because loading takes a quarter of a second.
+    Loading takes a quarter of a second. A process that forks children to decode pictures therefore calls this function
+    first, so that the children need not load the decoders again.
     """
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)

@@ -24,7 +24,7 @@ INT4_GROUP_SIZE = 32
 
 The scale and the zero point of a group together take 32 bits, so each weight takes 4 + 32 / 32 = 5 bits in all."""
 INT4_OUTPUT_MULTIPLE = 16
-"""The int4 kernel for CPUs needs a number of output channels that is a multiple of this number."""
+"""On a CPU, the int4 kernel can run a layer only if its number of output channels is a multiple of this number."""
 
 
 def set_precision(model: VisionLanguageModel, precision: Precision) -> None:

@@ -14,7 +14,8 @@ def splitmix64(word: Word) -> Word:
     """Hash 64 bits with one step of SplitMix64 (Steele et al., "Fast Splittable Pseudorandom Number Generators", 2014).
 
     Args:
-        word: integer of any size and sign, which is reduced modulo 2**64, or uint64 array, which is hashed elementwise.
+        word: an integer of any size and sign, which is reduced modulo 2**64, or a uint64 array, whose elements are
+            hashed.
     """
     word = _wrap(word + 0x9E3779B97F4A7C15)
     word = _wrap((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9)

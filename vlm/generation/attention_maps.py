@@ -1,8 +1,9 @@
 """Attention maps, which show where in a picture a model looks when the model generates each token of an answer.
 
-One forward pass reads the picture, the prompt and the whole answer, with explicit attention in the layers that connect
-the answer with the patches of the picture. The weights of the decoder show which features of the picture a token reads.
-The rollout of the encoder (Abnar and Zuidema, 2020) shows which patches of the picture a feature consists of.
+One forward pass reads the picture, the prompt and the whole answer. The layers that connect the answer with the patches
+of the picture keep their attention weights in this pass. The weights of the decoder show which features of the picture
+a token reads. The rollout of the encoder (Abnar and Zuidema, 2020) shows which patches of the picture a feature
+consists of.
 
 Letters in tensor names: T tokens of the answer, L layers, H heads, N features of the picture, P patches, S keys,
 X positions of the encoder, Q latents of a resampler.
@@ -36,12 +37,12 @@ class AttentionMaps:
 
     Attributes:
         text: the answer.
-        spans: index of the first character and the index after the last character of each token in the answer.
+        spans: for each token, the index of its first character in the answer, and the index after its last character.
         decoder_TLHN: attention weights of the decoder, from the position that predicts a token to the features of the
             picture, by layer and head. In a model with image slots, the weights of a position also go to the text, so
             their sum over the features is at most 1. In a model with cross-attention, the sum is 1.
-        rollout_NP: share of each patch in each feature. The patches are in rows from top to bottom. The sum of a row is
-            below 1 if the encoder also has a class token or registers.
+        rollout_NP: how much each patch contributes to each feature, as a share from 0 to 1. The patches are in rows
+            from top to bottom. The sum of a row is below 1 if the encoder also has a class token or registers.
     """
 
     text: str
@@ -127,10 +128,10 @@ def _resampler_attention(projector: nn.Module) -> list[Attention | CrossAttentio
 
 
 def rollout(weights_LHXX: Sequence[Tensor]) -> Tensor:
-    """Return the share (X, X) of each input of a stack of layers in each output, by attention rollout.
+    """Compute by attention rollout how much each input of a stack of layers contributes to each output (X, X).
 
     In each layer, one half of an output is the input at the same position (the residual connection), and the other half
-    is the attention, as a mean over heads.
+    is the attention, averaged over the heads.
     """
     shares_XX = torch.eye(weights_LHXX[0].shape[-1])
     for weights_HXX in weights_LHXX:
@@ -139,7 +140,7 @@ def rollout(weights_LHXX: Sequence[Tensor]) -> Tensor:
 
 
 def pool_shares(encoder: VisionEncoder, shares_XX: Tensor, pool_HNP: Sequence[Tensor]) -> Tensor:
-    """Return the share of each patch in each output of the encoder."""
+    """Return how much each patch contributes to each output of the encoder."""
     shares_XP = shares_XX[:, encoder.num_extra :]
     if encoder.select == "cls":
         return shares_XP[:1]
@@ -150,7 +151,9 @@ def pool_shares(encoder: VisionEncoder, shares_XX: Tensor, pool_HNP: Sequence[Te
 
 
 def project_shares(projector: nn.Module, shares_NP: Tensor, resampler_LHQS: Sequence[Tensor]) -> Tensor:
-    """Return the share of each patch in each output of the projector, given the shares in the projector's inputs."""
+    """Return how much each patch contributes to each output of the projector, given its shares in the projector's
+    inputs.
+    """
     if isinstance(projector, PixelShuffle):
         side, f = math.isqrt(len(shares_NP)) // projector.factor, projector.factor
         squares = shares_NP.view(side, f, side, f, -1)
@@ -169,7 +172,7 @@ def _spans(tokenizer: Tokenizer, completion: Completion) -> tuple[tuple[int, int
     """Return the span of characters that each token has in the text of a completion.
 
     A token after a stop string has an empty span. If several byte tokens form a character, the last of these tokens has
-    the span of the whole character, and the tokens before have empty spans.
+    the span of the whole character, and the earlier tokens have empty spans.
     """
     ends = [0]
     for count in range(1, len(completion.tokens) + 1):

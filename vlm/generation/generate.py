@@ -48,7 +48,7 @@ def generate(
 def stream(
     model: VisionLanguageModel, tokenizer: Tokenizer, request: Request, settings: GenerationConfig
 ) -> Iterator[Completion]:
-    """Generate one completion, and yield it after each token, with the text that later tokens cannot change.
+    """Generate one completion. Yield it after each token, with the part of the text that later tokens cannot change.
 
     All yielded completions are the same object. Each yielded text begins with the previously yielded text, and the last
     text equals the text that `generate` returns. With beam search, the completion is yielded once, after the search has
@@ -101,7 +101,7 @@ def _generate_steps(
 def _append_token(
     completion: Completion, token: int, logprob: float, tokenizer: Tokenizer, stop: Sequence[str]
 ) -> bool:
-    """Append a token to a completion, and return False if the completion is finished."""
+    """Append a token to a completion, and return True if generation must continue."""
     completion.logprobs.append(logprob)
     if token == tokenizer.eos_id:
         return False

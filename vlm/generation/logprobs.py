@@ -26,8 +26,8 @@ class AnswerLogprobs:
 
     Attributes:
         tokens: text of each token of the answer; the last token is the end token, whose text is empty.
-        logprobs: log-probability of each token, in nats, given the pictures, the prompt and the tokens before. Tokens
-            that generation never produces have no share, as in `Completion.logprobs`.
+        logprobs: log-probability of each token, in nats, given the pictures, the prompt and the earlier tokens. As in
+            `Completion.logprobs`, tokens that generation never produces have probability 0.
     """
 
     tokens: tuple[str, ...]

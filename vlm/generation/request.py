@@ -82,7 +82,8 @@ def check_length(model: VisionLanguageModel, request: Request, settings: Generat
 def prefill(
     model: VisionLanguageModel, requests: Sequence[Request], settings: GenerationConfig
 ) -> tuple[Tensor, KVCache]:
-    """Return the logits (B, V) of the first answer tokens, and a cache with the prefixes and space for the answers.
+    """Return the logits (B, V) of the first answer tokens, and a key-value cache of the prefixes with space for the
+    answers.
 
     Raises:
         UserError: a request does not fit the model's context.

@@ -41,7 +41,7 @@ class TokenSampler:
         self._uniform_BN = torch.stack(random_numbers).to(device)
 
     def __call__(self, logits_BV: Tensor, position: int) -> Tensor:
-        """Choose the next tokens (B,), which are at index `position` of the completions."""
+        """Choose the next token of each row (B,). The new token has the index `position` in its completion."""
         scores_BV = self._penalty(logits_BV)
         if self._settings.temperature == 0:
             tokens_B = scores_BV.argmax(dim=-1)
@@ -95,7 +95,7 @@ def sample_tokens(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
     Args:
         scores_BV: scores of the tokens.
-        uniform_B: random number in [0, 1) for each row.
+        uniform_B: for each row, a random number from [0, 1).
     """
     sum_BV = torch.softmax(scores_BV.double(), dim=-1).cumsum(dim=-1)
     return torch.searchsorted(sum_BV, uniform_B[:, None] * sum_BV[:, -1:], right=True)[:, 0]

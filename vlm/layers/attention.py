@@ -92,7 +92,7 @@ class Attention(nn.Module):
         if last_only:
             q_BHTD, T = q_BHTD[:, :, -1:], 1
             mask = mask[:, :, -1:] if mask is not None else None
-        if mask is not None or T == 1:  # an if statement, because torch.compile needs a constant argument
+        if mask is not None or T == 1:  # an if statement keeps `causal` a constant, as torch.compile requires
             causal = False
         if self.soft_cap is None and self.recorded is None:
             out_BHTD = F.scaled_dot_product_attention(

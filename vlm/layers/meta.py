@@ -30,9 +30,9 @@ def draw_like(tensor: Tensor, func: Any, args: Sequence[Any], kwargs: Mapping[st
 class EmptyOnMeta(TorchFunctionMode):
     """Context in which `torch.empty` returns meta tensors, which take no memory.
 
-    Layers create their weights with `torch.empty`, so the weights are meta tensors. Tables that layers compute in their
-    constructors are real tensors. Random initialisation of meta tensors is skipped, because torch would first load its
-    compiler, which takes 150 MB and several seconds.
+    Layers create their weights with `torch.empty`, so the weights are meta tensors. Tensors that layers compute in
+    their constructors, such as rotary angles, are real tensors. Random initialisation of meta tensors is skipped,
+    because torch would first load its compiler, which takes 150 MB and several seconds.
 
     Args:
         draw: True to draw and discard the random numbers of each skipped initialisation, so that the construction

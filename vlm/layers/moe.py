@@ -23,9 +23,9 @@ class Groups(NamedTuple):
     """Assignment of rows to experts. The rows are sorted by expert.
 
     Attributes:
-        expert_A: index of the expert of each row, in ascending order.
-        ends_X: int32 index after the last row of each expert; an expert without rows has the same index as the previous
-            expert.
+        expert_A: for each row, the index of its expert, in ascending order.
+        ends_X: for each expert, the index after its last row (int32); an expert without rows has the same index as the
+            previous expert.
     """
 
     expert_A: Tensor
@@ -183,7 +183,8 @@ def grouped_matmul(x_AI: Tensor, weight_XOI: Tensor, groups: Groups) -> Tensor:
 
 
 def padded_matmul(x_AI: Tensor, weight_XOI: Tensor, groups: Groups) -> Tensor:
-    """Compute `grouped_matmul` on any version of torch, by padding each expert to the load of the busiest expert.
+    """Compute `grouped_matmul` on any version of torch: pad the rows of each expert to the row count of the busiest
+    expert.
 
     The cost is X times the cost of the busiest expert, which is close to optimal for a balanced load.
     """

@@ -38,7 +38,9 @@ class Rotary(nn.Module):
         self.sin: Tensor
 
     def forward(self, positions: Tensor | slice, dtype: torch.dtype) -> Angles:
-        """Return the angles (T, D/2) of a slice of positions, or (B, 1, T, D/2) of a tensor of positions (B, T)."""
+        """Return the angles (T, D/2) for a Python slice of positions, or (B, 1, T, D/2) for a tensor (B, T) of
+        positions.
+        """
         cos, sin = self.cos[positions].to(dtype), self.sin[positions].to(dtype)
         return (cos[:, None], sin[:, None]) if cos.ndim == 3 else (cos, sin)
 

@@ -27,7 +27,7 @@ Box = tuple[int, int, int, int]
 
 
 def row_bands(size: tuple[int, int]) -> list[Box]:
-    """Return the boxes of bands of rows that cover a picture of the given width and height."""
+    """Divide a picture of the given width and height into bands of rows, and return the box of each band."""
     width, height = size
     rows = max(1, BAND_PIXELS // width)
     return [(0, top, width, min(top + rows, height)) for top in range(0, height, rows)]

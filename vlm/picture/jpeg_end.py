@@ -21,7 +21,7 @@ END = b"\xff\xd9"
 NOISE = bytes(byte for byte in random.Random(0).randbytes(16_384) if byte != 0xFF)  # noqa: S311 (not for cryptography)
 PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 FRAMES = (0xC0, 0xC1, *PROGRESSIVE, 0xC9)
-"""Markers of a frame header: sequential or progressive, with Huffman or arithmetic coding."""
+"""JPEG markers of a frame header, for sequential and progressive files with Huffman or arithmetic coding."""
 
 
 def decode_without_end(data: bytes, decode: Callable[[bytes], Image.Image]) -> Image.Image | None:
@@ -34,7 +34,7 @@ def decode_without_end(data: bytes, decode: Callable[[bytes], Image.Image]) -> I
     data = data.rstrip(b"\0").removesuffix(b"\xff")
     if not _has_all_coefficients(data):
         return None
-    expected = _hash_pixels(decode(data + END))  # a hash, because two large pictures would not fit in memory
+    expected = _hash_pixels(decode(data + END))  # keep only a hash, because two large pictures would not fit in memory
     image = decode(data + NOISE + END)
     return image if _hash_pixels(image) == expected else None
 

@@ -61,8 +61,9 @@ class PictureFile(NamedTuple):
     """Picture file without metadata.
 
     Attributes:
-        data: the file.
-        orientation: EXIF orientation, from 1 to 8; None if the decoder knows the orientation itself (AVIF).
+        data: content of the file without its metadata.
+        orientation: EXIF orientation, from 1 to 8; None for AVIF, whose orientation the decoder reads from outside of
+            EXIF.
     """
 
     data: bytes
@@ -70,7 +71,7 @@ class PictureFile(NamedTuple):
 
 
 def split_metadata(data: bytes) -> PictureFile:
-    """Return a picture file without its metadata, and its orientation. Data of any other kind is returned unchanged."""
+    """Return a picture file without its metadata, and the picture's orientation. Return any other data unchanged."""
     if data.startswith(PNG_SIGNATURE):
         return _split_png(data)
     if data.startswith(b"\xff\xd8\xff"):
@@ -124,7 +125,9 @@ def _choose(exif: bytes, xmp: bytes) -> int:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the kind, start and end of each chunk up to the end chunk. The last chunk may end after truncated data."""
+    """Yield the kind, start and end of each chunk up to the end chunk. In a truncated file, the last end exceeds the
+    data.
+    """
     start = len(PNG_SIGNATURE)
     while start + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, start)
@@ -146,7 +149,7 @@ def _split_png(data: bytes) -> PictureFile:
         content = memoryview(data)[start + 8 : end - 4]
         has_pixels |= kind == b"IDAT"
         if has_pixels and kind in PNG_HEADERS:
-            continue  # misplaced
+            continue  # these chunks must precede the pixels
         if kind == b"tRNS":
             if _is_usable_transparency(colour_type, len(content)):
                 kept.insert(_png_chunk(kind, bytes(content)))
@@ -175,7 +178,7 @@ def _is_usable_transparency(colour_type: bytes, length: int) -> bool:
 
 
 def _png_text(kind: bytes, content: memoryview) -> tuple[bytes, bytes]:
-    """Return the keyword of a text chunk, and the text if the text may contain an orientation, or else b''."""
+    """Return the keyword and the text of a text chunk. The text is b'' if the keyword announces no orientation."""
     keyword, _, rest = bytes(content[:80]).partition(b"\0")
     if keyword not in {b"Raw profile type exif", b"XML:com.adobe.xmp"}:
         return keyword, b""

@@ -32,9 +32,9 @@ class Cider:
     """CIDEr-D for a fixed set of documents. For captions of these documents, pycocoevalcap gives equal scores.
 
     Args:
-        documents: number of documents.
-        frequencies: number of documents that contain an n-gram, by n-gram. An n-gram of a single document can be left
-            out, because an n-gram that is not in the dict counts as an n-gram of one document.
+        documents: number of documents in which the n-grams were counted.
+        frequencies: dict from an n-gram to the number of documents that contain the n-gram. An n-gram of a single
+            document can be left out, because an n-gram that is not in the dict counts as an n-gram of one document.
     """
 
     def __init__(self, documents: int, frequencies: Mapping[Gram, int]) -> None:
@@ -65,7 +65,9 @@ class Cider:
         return _Vector(values, bigrams(grams))
 
     def save(self, path: Path) -> None:
-        """Write the number of documents and the frequencies as JSON. The words of an n-gram are joined by spaces."""
+        """Write the number of documents and the frequencies to a JSON file. The words of an n-gram are joined by
+        spaces.
+        """
         content = {
             "documents": self.documents,
             "frequencies": {" ".join(gram): count for gram, count in sorted(self.frequencies.items())},

@@ -26,13 +26,13 @@ PICTURE: Final = Picture()
 
 
 def prefix_ids(tokenizer: Tokenizer, num_slots: int, prompt: str, num_images: int = 1) -> list[int]:
-    """Return the ids before the answer: image slots of all pictures, start token, and prompt with a line break.
+    """Return the token ids before the answer: image slots of all pictures, start token, and prompt with a line break.
 
     Args:
         tokenizer: tokenizer of the model.
         num_slots: number of image slots per picture (`ModelConfig.num_slots`).
-        prompt: a question or instruction; empty for a plain caption.
-        num_images: number of pictures.
+        prompt: question or instruction for the model; empty for a plain caption.
+        num_images: number of pictures, whose slots come first.
     """
     has_text = prompt or tokenizer.newline_after_empty_prompt
     return interleaved_ids(tokenizer, num_slots, [PICTURE] * num_images + ([prompt + "\n"] if has_text else []))

@@ -30,7 +30,7 @@ class PublishedTokenizer:
 
     Args:
         content: the parsed tokenizer.json.
-        config: number of rows of the token embedding table, and the text of each control token.
+        config: config section with the number of rows of the token embedding table and the text of each control token.
 
     Raises:
         ValueError: the content is not a tokenizer, lacks a control token, or has more tokens than the token embedding

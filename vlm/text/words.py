@@ -7,7 +7,9 @@ import unicodedata
 import regex
 
 TOKENISATION = "UAX 29 (ASCII punctuation separates)"
-"""Name of the rules of `words`. Change this name when a code change makes `words` return other words for some text."""
+"""Name of the rules by which `words` splits a text. Change this name if a code change makes `words` split a text
+differently.
+"""
 CHUNK = regex.compile(r"[[\w[^\x00-\x7f]]--\s]+(?:'[[\w[^\x00-\x7f]]--\s]+)?", regex.V1)
 """Pattern of a run of characters without white space and ASCII punctuation, except one apostrophe inside the run."""
 BOUNDARY = regex.compile(r"\b", regex.V1 | regex.WORD)

@@ -34,7 +34,7 @@ class Contrast:
 
     Args:
         model: model without a DDP wrapper.
-        weight: factor of the loss.
+        weight: factor by which the contrastive loss is multiplied.
     """
 
     def __init__(self, model: nn.Module, weight: float) -> None:
@@ -45,7 +45,7 @@ class Contrast:
 
     @contextmanager
     def keep_features(self) -> Iterator[None]:
-        """Store the picture features of the forward pass in the `with` block, for the method `loss`."""
+        """Keep the picture features that the forward pass computes while the `with` block runs; `loss` uses them."""
         self._features.clear()
         hook = self._model.projector.register_forward_hook(lambda *call: self._features.append(call[2]))
         try:

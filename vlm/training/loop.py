@@ -35,7 +35,7 @@ class StepReport:
         lr: learning rate of the step; the largest learning rate if parameter groups have different rates.
         grad_norm: norm of the global gradient before clipping.
         tokens: number of target tokens of the global batch.
-        router: router losses and expert load before the step; None for a dense model.
+        router: router losses and expert load before the step; None for a model without mixture of experts.
         contrastive: contrastive loss before the step, as a mean over ranks; None without a contrastive loss.
     """
 
@@ -53,7 +53,7 @@ class NotFiniteError(LakesightError):
 
     Attributes:
         step: number of the step.
-        on_other_rank: True if the loss of this rank is finite and the loss of another rank is not.
+        on_other_rank: True if the loss of this rank is finite and the loss of another rank is not finite.
         in_validation: True if the loss is the validation loss after the step.
     """
 
@@ -83,9 +83,9 @@ def fit(
     Args:
         model: model that returns the logits of the target positions of a Batch; wrapped in DDP for several ranks.
         optimizer: optimizer from `vlm.training.optim.build_adamw`.
-        batches: for each step, this rank's slice of the global batch. A slice is split into parts whose gradients are
-            accumulated; the number of parts is the same on all ranks, and a slice with more parts needs less memory.
-        start: number of the first step.
+        batches: for each step, this rank's share of the global batch as a sequence of parts, whose gradients are
+            accumulated. The number of parts is the same on all ranks. More and smaller parts need less memory.
+        start: number of the first step to take; the step with number 0 is the first of a new run.
         lr_schedule: function that returns the learning rate of a step; each group multiplies the rate by `lr_share`.
         grad_clip: largest gradient norm; a larger gradient is scaled down to this norm.
         seed: seed of the training run.
@@ -94,7 +94,7 @@ def fit(
         bf16: True to run the forward pass under bfloat16 autocast.
         on_step: function that is called after every step, on every rank.
         label_smoothing: share of the target probability that is spread over all tokens, except in the reported loss.
-        contrastive: weight of the contrastive loss between the pictures and the texts of a part; 0 for none.
+        contrastive: weight of the contrastive loss between the pictures and the texts of a part; 0 for no such loss.
 
     Raises:
         NotFiniteError: the loss or gradient is not finite, or all targets are masked. The step has changed no weights.
@@ -123,7 +123,9 @@ def fit(
 def _accumulate(
     model: nn.Module, parts: Sequence[Batch], backward: Callable[[Batch], tuple[Tensor, RouterReport | None]]
 ) -> tuple[Tensor, list[RouterReport]]:
-    """Accumulate the gradients of all parts. Return the loss of this rank, summed over targets, and router reports."""
+    """Accumulate the gradients of all parts. Return this rank's loss, summed over targets, and one router report per
+    part.
+    """
     rank_loss, routers = torch.zeros((), dtype=torch.float64, device=parts[0].tokens_BT.device), []
     for number, part in enumerate(parts, 1):
         with gradient_sync(model, enabled=number == len(parts)):
@@ -134,7 +136,7 @@ def _accumulate(
 
 
 def _take_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Take a step with the gradients of the parameters, and delete the gradients."""
+    """Let the optimizer take a step with the accumulated gradients, and delete the gradients."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_share"]
     optimizer.step()
@@ -164,9 +166,9 @@ def _backward(
     objectives, report = [objective * (world_size() / tokens).to(objective.dtype)], None
     if layers:
         router_part, report = router_loss(layers, part)
-        if router_part.requires_grad:  # False if all trained weights come after the last router
+        if router_part.requires_grad:  # False if every trained weight comes after the last router
             objectives.append(router_part * (world_size() / num_parts))
-    if contrast:  # after the router loss, because this pass over the texts stores a new routing
+    if contrast:  # must follow the router loss: this pass over the texts stores a new routing
         with mixed_precision(part.tokens_BT.device, bf16=bf16):
             objectives.append(contrast.loss(part) / num_parts)
     torch.autograd.backward(objectives)

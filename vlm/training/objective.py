@@ -53,8 +53,8 @@ class RouterReport:
     Attributes:
         balance: load-balance loss, averaged over layers; 1 if all experts get equally many tokens.
         z: router z loss, averaged over layers.
-        load: fraction of a layer's token assignments that each expert gets, by layer name; the fractions of a layer sum
-            to 1.
+        load: dict from the name of a layer to the fraction of the layer's token assignments that each expert gets; the
+            fractions of a layer sum to 1.
     """
 
     balance: float
@@ -102,7 +102,7 @@ def router_loss(layers: Mapping[str, MoeMlp], batch: Batch) -> tuple[Tensor, Rou
     for (name, layer), local, total in zip(layers.items(), rank_sums, _sum_over_ranks(rank_sums), strict=True):
         tokens = total.tokens.clamp(min=1)
         load_X = total.chosen_X / (tokens * layer.top_k)
-        cost_X = len(load_X) * load_X / tokens  # weight of an expert's probability in the balance loss
+        cost_X = len(load_X) * load_X / tokens  # factor of each expert's probability in the balance loss
         part = part + layer.balance_weight * (cost_X * local.probability_X).sum() + layer.z_weight * local.z / tokens
         balance.append(float((cost_X * total.probability_X).sum()))
         z.append(float(total.z / tokens))
@@ -111,7 +111,9 @@ def router_loss(layers: Mapping[str, MoeMlp], batch: Batch) -> tuple[Tensor, Rou
 
 
 class _RouterSums(NamedTuple):
-    """Router sums of a layer over valid tokens: assignments and probabilities by expert, z losses, number of tokens."""
+    """Router sums of a layer over the tokens that are not padding. The sums are assignments and probabilities per
+    expert, z losses, and the number of tokens.
+    """
 
     chosen_X: Tensor
     probability_X: Tensor
@@ -139,7 +141,7 @@ def _sum_over_ranks(rank_sums: list[_RouterSums]) -> list[_RouterSums]:
 
 
 def _is_decoder_layer(layer: str) -> bool:
-    """Return whether a layer belongs to the decoder. The tokens of an encoder layer are patches, never padding."""
+    """Return whether a layer belongs to the decoder. Only decoder layers read padding; encoder layers read patches."""
     return layer.startswith("decoder.")
 
 
@@ -172,7 +174,8 @@ def row_scores(model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def blind_losses(model: VisionLanguageModel, batch: Batch, other_pixels_PHWC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute, for each row, the losses with its own picture and with another picture, and the number of target tokens.
+    """Compute, for each row, its loss with its own picture, its loss with another picture, and its number of target
+    tokens.
 
     Each of the three results has shape (B,). The losses are sums over target tokens. The blind gap of a set of rows, in
     nats per token, is the total loss with other pictures minus the total loss with the right pictures, divided by the

@@ -27,8 +27,8 @@ def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:
 
     Args:
         model: model whose parameters become trainable or frozen.
-        rates: learning rate by name pattern; a pattern must match the whole name of a parameter, and the first matching
-            pattern of a parameter decides.
+        rates: dict from a pattern to the learning rate of the parameters whose whole name matches the pattern; if
+            several patterns match a name, the first pattern decides.
 
     Raises:
         ConfigError: a pattern is not the first match of any parameter.
@@ -57,7 +57,7 @@ def parameter_groups(
     Args:
         model: model whose trainable parameters are grouped.
         weight_decay: weight decay of matrices.
-        rates: learning rate by pattern, as in `set_trainable`; None if all parameters have the same learning rate.
+        rates: dict from a pattern to a learning rate, as in `set_trainable`; None if all learning rates are equal.
 
     Returns:
         Parameter groups for the optimizer. `lr_share` is the learning rate of a group divided by the largest rate.
@@ -133,7 +133,7 @@ def schedule(config: ScheduleConfig, step: int, *, steps: int, warmup_steps: int
     """Return the learning rate of a step relative to the peak rate. Linear warm-up precedes the configured schedule.
 
     Args:
-        config: kind and parameters of the schedule.
+        config: config section that says which schedule to use, with the parameters of the schedule.
         step: number of the step, 0 <= step < steps.
         steps: total number of steps; the rate of the last step is `floor`, except in a constant schedule.
         warmup_steps: number of warm-up steps; step number `warmup_steps` has the peak rate.

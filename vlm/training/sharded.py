@@ -58,7 +58,7 @@ def build_sharded(config: ModelConfig, vocab_size: int, device: torch.device, *,
             initialize_weights(model)
     for name in ("encode", "prefill", "step"):
         register_fsdp_forward_method(model, name)
-    # The ranks choose the next tokens together: they must agree on the number of forward passes.
+    # All ranks use the logits of rank 0, so that all ranks choose the same tokens and run equally many forward passes.
     for name in ("prefill", "step"):
         setattr(model, name, _with_values_of_rank_0(getattr(model, name)))
     return model
@@ -107,7 +107,7 @@ def rows_of(tensor: Tensor) -> Tensor | TensorRows:
 
 
 def shard_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """Make a sharded tensor from the rows of all ranks, with the shape and the sharding of the tensor `like`."""
+    """Join the rows of all ranks to a sharded tensor that has the shape and the sharding of the tensor `like`."""
     assert isinstance(like, DTensor)
     return DTensor.from_local(
         rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
@@ -115,7 +115,7 @@ def shard_rows(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def written_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the part of a dict of tensors that this rank writes into its slice of a checkpoint, without a copy.
+    """From a dict of tensors, return the tensors that this rank writes into its part of a checkpoint, without copying.
 
     Each rank writes its rows of each sharded tensor, and rank 0 also writes all tensors that are not sharded. Without a
     process group, this process writes all tensors.

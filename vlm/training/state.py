@@ -33,8 +33,9 @@ class TrainingSnapshot:
     If the model is sharded, the snapshot of a rank holds the part of each tensor that `written_tensors` describes.
 
     Attributes:
-        weights: weights of the whole model or of its adapter, by name.
-        state: tensors of the optimizer state, by names of the form `<parameter>:<key>`.
+        weights: dict from the name of a weight to the weight, for the whole model or for its adapter.
+        state: tensors of the optimizer state; each name has the form `<parameter>:<key>`, such as
+            `head.weight:exp_avg`.
         step: number of completed steps, which is also the number of the next step.
     """
 
@@ -49,9 +50,9 @@ def snapshot_training(
     """Copy to host memory the part of the weights and of the optimizer state that this rank writes (`written_tensors`).
 
     Args:
-        weights: weights to copy, by name, such as the result of `model_weights(model)` for the whole model.
+        weights: dict from name to weight of the weights to copy, such as the result of `model_weights(model)`.
         model: model without its DDP wrapper.
-        optimizer: optimizer of the model's parameters.
+        optimizer: optimizer that updates the model's parameters.
         step: number of completed steps.
     """
     return TrainingSnapshot(_copy_to_host(weights), _copy_to_host(_optimizer_tensors(model, optimizer)), step)
@@ -111,7 +112,9 @@ def _read_state(file: Any, name: str, parameter: nn.Parameter) -> Tensor:
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the tensors of the optimizer state by names `<parameter>:<key>`. The state of AdamW holds only tensors."""
+    """Return a dict from `<parameter>:<key>` to each tensor of the optimizer state. The state of AdamW holds only
+    tensors.
+    """
     return {
         f"{name}:{key}": value.contiguous()
         for name, parameter in _parameters(model).items()

@@ -17,7 +17,7 @@ class TrackedSettings(Mapping[str, Any]):
 
     Args:
         values: content of config.json, or of one section.
-        read: set to which the paths of the read values are added.
+        read: set that collects the path of each value that is read.
         path: dotted path of the section, which ends with a dot; empty for the whole file.
         defaults: values for keys that are missing in `values`.
     """
@@ -51,7 +51,7 @@ class TrackedSettings(Mapping[str, Any]):
 
 
 def tracked(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return settings with defaults for missing keys. For tracked settings, the result is tracked too."""
+    """Return settings with defaults for missing keys. The result for tracked settings also records what is read."""
     if isinstance(settings, TrackedSettings):
         return settings.with_defaults(defaults)
     return {**defaults, **settings}
@@ -67,7 +67,7 @@ def leaf_values(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[s
 
 
 def reason_without_effect(path: str, reasons: Mapping[str, str]) -> str | None:
-    """Return the reason why a key has no effect on the imported part, or None if the key is not known.
+    """Return the reason why a key has no effect on the imported part, or None if no pattern matches the key.
 
     Args:
         path: dotted path of the key.

@@ -30,7 +30,7 @@ ACTIVATIONS = {
 }
 """Dict from the name of an activation function in transformers to our name of the function.
 
-If transformers has several names for a function, an export writes the first name of the function in this dict.
+If several names in this dict stand for the same function, an export writes the first of these names.
 """
 
 
@@ -117,7 +117,7 @@ def square_picture(size: str, patch: str) -> ConfigField:
     An import can resample positions to another size, so the size itself need not be the same.
 
     Args:
-        size: key of the picture's size in config.json: one number, or height and width.
+        size: key of the picture's size in config.json; the value is one number, or height and width.
         patch: key of the patch's size in config.json.
     """
     supported = "a square of whole patches"
@@ -164,7 +164,7 @@ def attention_biases(path: str, qkv: ConfigField, out: bool | None = None) -> tu
 
     Args:
         path: dotted path of our attention config.
-        qkv: config field of the bias of queries, keys and values.
+        qkv: config field which says whether queries, keys and values have a bias.
         out: True if all models of the family have an output bias; False if no model of the family has an output bias;
             None if a model has an output bias exactly when queries, keys and values have a bias.
     """
@@ -262,7 +262,7 @@ def default_attention_scale(path: str) -> ConfigField:
 
 
 def attention_scale(attention: AttentionConfig) -> float:
-    """Return the factor by which attention scores are multiplied."""
+    """Return the factor by which the model multiplies attention scores."""
     return attention.scale if attention.scale is not None else attention.head_dim**-0.5
 
 

@@ -34,8 +34,8 @@ class ExportReport(Config):
     """Result of an export.
 
     Attributes:
-        part: part of the model that was exported.
-        family: name of the family in whose format the part was written.
+        part: which part of the model was exported: `model`, `encoder` or `decoder`.
+        family: name of the weight family in whose format the part was written, such as `gemma`.
         folder: folder of the written files.
         files: names of the written files.
         tensors: number of tensors in the written files.
@@ -62,7 +62,7 @@ def export_weights(
     Args:
         checkpoint: folder of a checkpoint written by training or by an import.
         part: part of the model to export: `model`, `encoder` or `decoder`.
-        family_name: name of the family whose tensor names and config are written.
+        family_name: name of the weight family whose format is written, such as `gemma`.
         out: folder to create and write to.
         max_bytes: maximum size of a weight file, in bytes. Larger weights are split into shards.
 
@@ -126,7 +126,7 @@ def _find_family(name: str, part: Part, config: ModelConfig, checkpoint: Path) -
 
 
 def _convert(files: WeightFiles, rules: list[Rule]) -> Iterator[Mapping[str, Tensor]]:
-    """Convert the tensors of one rule at a time, and yield a dict by the other library's tensor names."""
+    """Convert the tensors of one rule at a time, and yield a dict from the other library's names to the tensors."""
     for rule in rules:
         yield dict(zip(rule.theirs, rule.write([files.read(name) for name in rule.ours]), strict=True))
 

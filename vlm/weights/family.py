@@ -40,20 +40,20 @@ class Family:
     """Weights of one architecture in the format of another library.
 
     Attributes:
-        name: name in commands and reports.
-        part: part of our model that the weights fill.
-        select_settings: function that returns the family's section of a config.json, or None if the config.json does
-            not belong to the family.
+        name: name of the family in commands and reports.
+        part: which part of our model the weights fill: `model`, `encoder` or `decoder`.
+        select_settings: function that returns the section of a config.json that describes this family's weights, or
+            None if the config.json belongs to a different family.
         fields: config fields, which map values between config.json and our config.
         table: function that returns the weight table for a model's config.
         fixed_settings: settings that an export writes for every model of the family, such as the name of the model
             class.
         defaults: values that the other library assumes for keys that are not in config.json.
-        without_effect: dict from shell patterns of keys in config.json that have no effect on the imported part to the
-            reasons; an import refuses a key that neither a config field reads nor a pattern matches.
+        without_effect: dict from a shell pattern to the reason why the config.json keys that match the pattern have no
+            effect on the imported part. An import refuses a key that no config field reads and no pattern matches.
         prefix: prefix of all tensor names. The files of a network without an output head may omit the prefix.
-        legacy_prefixes: pairs of two name prefixes: the prefix in other versions of the files, and the prefix in the
-            weight table. Only the first pair that matches a tensor name is used.
+        legacy_prefixes: pairs of two name prefixes. The first prefix occurs in other versions of the files, and the
+            second prefix replaces it in the weight table. Only the first pair that matches a tensor name is used.
         vocab_section: section of config.json with the vocabulary size; empty if the size is at the top level; None if
             the family has no vocabulary.
         newline_after_empty_prompt: True if a line break follows the start token even if the prompt is empty.
@@ -105,11 +105,13 @@ class Family:
         return account
 
     def unchecked(self, settings: Settings) -> list[str]:
-        """Return the paths of the model's config that a config.json does not determine."""
+        """Return the paths of the values in the model's config that a config.json does not determine."""
         return unchecked_paths(self.fields, self._with_defaults(settings))
 
     def known_values(self, settings: Settings) -> dict[str, Any]:
-        """Return the values of our config that a config.json determines, by path. Unknown values are UNKNOWN."""
+        """Return a dict from paths of our config to the values that a config.json determines. An unknown value is
+        UNKNOWN.
+        """
         seen = self._with_defaults(settings)
         return {each.path: each.theirs(seen) for each in self.fields}
 
@@ -157,8 +159,8 @@ def transformers_family(
     """Return a family of the transformers library, which is recognised by `model_type` in config.json.
 
     Args:
-        name: name in commands and reports.
-        part: part of our model that the weights fill.
+        name: name of the family in commands and reports.
+        part: which part of our model the weights fill: `model`, `encoder` or `decoder`.
         architecture: class of transformers that loads an exported folder.
         sections: dict from each `model_type` to the family's section of config.json; an empty section name means the
             whole file. An export writes the first `model_type`.

@@ -37,13 +37,13 @@ class PartReport(Config):
     """Report on the tensors of one folder.
 
     Attributes:
-        part: part of the model that the tensors fill.
-        family: family of the weights.
-        folder: folder of the weights.
+        part: which part of the model the tensors fill: `model`, `encoder` or `decoder`.
+        family: name of the weight family, such as `gemma`.
+        folder: folder from which the weights were read.
         used: number of tensors that fill parameters.
         tied: names of tensors that are copies of other tensors in the folder.
-        dropped: dict from a reason to the names of the tensors that were dropped for the reason.
-        resampled: position embedding tables that were interpolated to the model's resolution.
+        dropped: dict from a reason to the names of the tensors that were left out for this reason.
+        resampled: names of the position embedding tables that were interpolated to the model's resolution.
         unchecked: paths of the model's config that the folder's config.json does not determine.
         compared: keys of config.json whose values agree with the model.
         without_effect: dict from a reason to the keys of config.json that have no effect for this reason.
@@ -69,7 +69,7 @@ class ImportReport(Config):
     Attributes:
         parameters: number of parameters of the model.
         parts: one report per folder.
-        fresh: parameters that no folder contains and that were randomly initialised.
+        fresh: names of the parameters that no folder contains, which were therefore initialised at random.
     """
 
     parameters: int
@@ -79,7 +79,7 @@ class ImportReport(Config):
 
 @dataclass(frozen=True)
 class Source:
-    """One folder of weights, and the plan for filling one part of the model from the folder."""
+    """One folder of weights, and the import plan for filling one part of the model from this folder."""
 
     part: Part
     family: Family
@@ -145,13 +145,13 @@ def _open_source(part: Part, folder: Path, config: ModelConfig, model: nn.Module
     table = family.table(config)
     for tie in table.ties:
         if tie.ours not in ours and tie.theirs in names and tie.partner not in names:
-            names[tie.partner] = names[tie.theirs]  # of the two tied tensors, the file contains only `theirs`
+            names[tie.partner] = names[tie.theirs]  # the file contains only `theirs`, not its tied partner
     plan = plan_load(table, ours, {name: files.headers[names[name]] for name in names})
     return Source(part, family, files, names, plan, settings)
 
 
 def in_published_part(name: str, part: Part) -> bool:
-    """Return True if a parameter belongs to a part of the model. Fusion parameters belong only to the part `model`."""
+    """Return True if a parameter belongs to the given part of the model. Fusion parameters belong only to `model`."""
     return part == "model" or (name.startswith(f"{part}.") and not name.startswith(FUSION_PREFIXES))
 
 

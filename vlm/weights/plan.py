@@ -23,13 +23,13 @@ Shape = tuple[int, ...]
 
 @dataclass
 class LoadPlan:
-    """Plan for each tensor of a weight file.
+    """Import plan, which says what happens to each tensor of a weight file.
 
     Attributes:
-        rules: rules that apply to the model, with full tensor names instead of templates.
-        tied: dict from the name of each tensor that repeats a partner tensor of the file to the partner's name.
-        dropped: dict from the name of each tensor that the model does not need to the reason for dropping the tensor.
-        resampled: rules of position embedding tables whose resolution in the file differs from the model's resolution.
+        rules: conversion rules that apply to the model, with full tensor names instead of templates.
+        tied: dict from the name of a tensor to the name of another tensor in the file of which it is a copy.
+        dropped: dict from the name of a tensor that the model does not need to the reason for leaving it out.
+        resampled: rules for position embedding tables whose resolution in the file is not the model's resolution.
         problems: one sentence per mismatch; empty if the file fits the model.
     """
 
@@ -45,8 +45,8 @@ def plan_load(table: WeightTable, ours: Mapping[str, Tensor], theirs: Mapping[st
 
     Args:
         table: weight table of the family.
-        ours: the model's parameters by name; only the shapes are used, so meta tensors are enough.
-        theirs: headers of the file's tensors by name.
+        ours: dict from name to parameter of the model; only the shapes are used, so meta tensors are enough.
+        theirs: dict from the name of a tensor in the file to its header (shape and type).
     """
     plan = LoadPlan(list(expand_rules(table.rules, ours)))
     expected = [name for rule in plan.rules for name in rule.theirs]

@@ -24,7 +24,7 @@ from vlm.weights.load import find_family, import_weights
 from vlm.weights.special_tokens import GENERATION, NAMES, check_special_tokens, read_tokenizer, token_text
 
 PATH = re.compile(r"[a-z_]+(\.[a-z_]+)+")
-"""Pattern of the path of a single config value. A config field without such a path compares a computed value."""
+"""Pattern of a path that names a single config value. A config field with any other path compares a computed value."""
 FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """Names of Pillow's resize filters by their numbers, which preprocessor_config.json contains."""
 PREPROCESSOR = "preprocessor_config.json"

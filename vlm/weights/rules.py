@@ -28,7 +28,7 @@ class PositionGrid:
 
     Attributes:
         extra: number of rows before the rows of the patches (class token, registers).
-        mode: method of the interpolation, which is always antialiased.
+        mode: interpolation method, such as `bicubic`; the interpolation is always antialiased.
     """
 
     extra: int
@@ -56,7 +56,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Drop:
-    """Shell pattern (`fnmatch`) for names of tensors that the model does not need, and the reason for the drop."""
+    """Shell pattern (`fnmatch`) for names of tensors that the model does not need, and the reason to leave them out."""
 
     pattern: str
     reason: str
@@ -64,7 +64,7 @@ class Drop:
 
 @dataclass(frozen=True)
 class Tie:
-    """Two tensors of a file that are copies of one tensor if the model has no parameter `ours`.
+    """Two tensors of a file that must be equal if the model has no parameter `ours`, because its weights are tied.
 
     A file may contain `theirs`, `partner`, or both. If the file contains both, the two tensors must be equal.
     """
@@ -181,7 +181,7 @@ def expand_rules(rules: Iterable[Rule], ours: Iterable[str]) -> Iterator[Rule]:
     """Replace the templates of all rules with full names, and yield the rules whose parameters the model has.
 
     Args:
-        rules: rules with templates.
+        rules: rules whose names are templates.
         ours: names of the model's parameters.
     """
     known = set(ours)

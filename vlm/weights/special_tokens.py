@@ -40,7 +40,7 @@ def check_special_tokens(folder: Path, tokenizer: Tokenizer) -> list[str]:
     """Compare the start and end tokens of a folder with a tokenizer, and return the compared keys with their files.
 
     Raises:
-        CheckpointError: a file of the folder names another start or end token than the tokenizer.
+        CheckpointError: the start or end token in a file of the folder is not the tokenizer's start or end token.
     """
     found = list(_named_tokens(folder, json.loads(tokenizer.to_json())))
     ours = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
@@ -75,7 +75,9 @@ def _named_tokens(folder: Path, tokenizer: Mapping[str, Any]) -> Iterator[tuple[
 
 
 def token_text(settings: Mapping[str, Any], key: str) -> str | None:
-    """Return the text of a special token, which a file gives as a string or an object, or None without such a token."""
+    """Return the text of a special token, which a file stores as a string or an object. Return None if there is no
+    token.
+    """
     token = settings.get(key)
     return token.get("content") if isinstance(token, Mapping) else token
 

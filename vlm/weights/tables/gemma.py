@@ -81,7 +81,7 @@ def rope_base(settings: Settings) -> Any:
 
 
 def other_activation(key: str, used: str) -> ConfigField:
-    """Return the config field of an activation's second key, which must agree with the key that transformers uses."""
+    """Return the config field for the second key of the activation, whose value must equal that of the first key."""
 
     def theirs(settings: Settings) -> Any:
         name = settings.get(key) or settings[used]

@@ -87,7 +87,7 @@ def mlp_kind(settings: Settings) -> str:
 
 
 def missing_axis(settings: Settings) -> str:
-    """Return the architecture's name and the part that our encoder lacks, or NO_AXIS if our encoder lacks no part."""
+    """Return the architecture's name and the part that our encoder lacks, or NO_AXIS if our encoder has every part."""
     name = settings["architecture"]
     missing = next((axis for pattern, axis in MISSING_AXES.items() if re.search(pattern, name)), None)
     return NO_AXIS if missing is None else f"{name}, which has {missing}"
